@@ -3,8 +3,8 @@
 A write goes to a scratch file beside its target, is flushed to disk, and is renamed into place;
 then the folder is flushed. So a kill at any instant leaves the old file or the new one, and after
 the call returns a power loss does too. A folder is written in the same way, and renamed before it
-is deleted: whoever sees a folder by its name sees all of it. A folder that replaces another changes
-names with it; where the system cannot do that in one step, there is an instant without either.
+is deleted: whoever sees a folder by its name sees all of it. Where a folder replaces another, there is
+an instant without either.
 
 Scratch names end as in ``NAME.123-4.new`` or ``.old``; `remove_scratch` clears what a killed
 process left.
@@ -12,7 +12,6 @@ process left.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import itertools
@@ -159,10 +158,6 @@ def _set_modes(folder: Path) -> None:
 
 
 def _swap(scratch: Path, path: Path) -> None:
-    if path.is_dir() and any(path.iterdir()) and _exchange(scratch, path):
-        sync_folder(path.parent)
-        shutil.rmtree(scratch, ignore_errors=True)  # which is the old one now
-        return
     old = _scratch(path, ".old")
     if path.exists():
         try:
@@ -182,21 +177,37 @@ def _swap(scratch: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _exchange(one: Path, two: Path) -> bool:
-    """Let two folders change their names in one step, and say so, where the system can (Linux)."""
-    try:
-        rename = ctypes.CDLL(None).renameat2
-    except (AttributeError, OSError, TypeError):
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE: renameat2(2)
-    return bool(rename(here, os.fsencode(one), here, os.fsencode(two), exchange) == 0)
-
-
 def _fill(path: Path, scratch: Path) -> None:
     for entry in list(scratch.iterdir()):
         shutil.move(entry, path / entry.name)
     sync_tree(path)
     scratch.rmdir()
+
+
+@contextmanager
+def new_folder(around: Path) -> Iterator[Path]:
+    """Give an empty scratch folder in a folder; what is left of it at the end is removed."""
+    scratch = _scratch(around / "part", ".new")
+    with reported(around):
+        scratch.mkdir()
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def put_folder(scratch: Path, path: Path) -> None:
+    """Give a folder that was filled its name, which is of its content: one that is there and whole
+    stays."""
+    with reported(path):
+        if path.is_dir():
+            if checksums(path) == checksums(scratch):
+                return
+            remove(path)
+        _set_modes(scratch)
+        sync_tree(scratch)
+        scratch.rename(path)
+        sync_folder(path.parent)
 
 
 def make_folder(path: Path) -> None:

@@ -63,7 +63,8 @@ class Chain:
     Args:
         model: any module whose linear layers are to be adapted: a language model, an encoder, a
             classifier, a vision model.
-        seed: every initialization is drawn from (seed, link id, module) alone.
+        seed: every initialization is drawn from (seed, stage, place within the stage, module)
+            alone (`begin_stage`).
         hold: where tied links live. ``"tied"``: in the base weights, no cost per step.
             ``"carried"``: in a frozen low-rank branch beside an untouched base, for bases that
             cannot be merged. Both are the same function.
@@ -86,6 +87,7 @@ class Chain:
         self.hold = hold
         self.links: list[Link] = []
         self.next_id = 0  # of the live link, else of the next one; an id is never given twice
+        self._stage, self._first_id = "", 0
         self.weights = BaseWeights(checkpoint)
         self.fingerprint = fingerprints(model)  # of the model as it came
         self._holding = holding(model, self.weights)
@@ -109,6 +111,12 @@ class Chain:
 
     # --- the paper's verbs ---
 
+    def begin_stage(self, name: str) -> None:
+        """Begin a stage: its links are drawn by its name and their place in it, whatever links came
+        before. A chain that was never told is one stage of no name, and so is ``main``."""
+        self._need_no_live("begin_stage")
+        self._stage, self._first_id = "" if name == "main" else f"{name}/", self.next_id
+
     def extend(self, config: LinkConfig, *, backward: Backward | None = None) -> Adapter:
         """Put a fresh LoRA on the model.
 
@@ -125,7 +133,7 @@ class Chain:
         adapters.set_extra(self.model, adapter, self._latest_extra())
         self._live = live = Live()
         try:
-            live.start = initialize(adapter, self.seed, self.next_id, backward, self.links)
+            live.start = initialize(adapter, self.seed, self._drawn_by, backward, self.links)
             self._holding.take_out(live.start, config.scaling)
             adapters.reset_magnitudes(adapter)
         except BaseException:
@@ -404,6 +412,11 @@ class Chain:
     def _end_live(self) -> None:
         self._live = None
         self.next_id += 1
+
+    @property
+    def _drawn_by(self) -> str:
+        """Return what the next link is drawn by: its stage, and its place there."""
+        return f"{self._stage}{self.next_id - self._first_id}"
 
     def _layers(self) -> Adapter:
         assert self._adapter is not None

@@ -1,7 +1,8 @@
 """Initialization of a link: the factors that a fresh LoRA starts from.
 
-Random ones are drawn from a generator seeded by (seed, link id, module), so every process draws the
-same numbers whatever its own generator has consumed. Data-driven ones look at the model: `gradient`
+Random ones are drawn from a generator seeded by (seed, link, module), so every process draws the
+same numbers whatever its own generator has consumed. The link is named by its stage and its place in
+it (`Chain.begin_stage`), so that it does not matter which links came before. Data-driven ones look at the model: `gradient`
 at the loss gradient (the Frank–Wolfe reading of arXiv 2401.04151, Algorithm 2), `pissa` at the
 weight itself (arXiv 2404.02948). `orthogonal` looks at the earlier links.
 """
@@ -36,8 +37,8 @@ _HOST: Any = {"dtype": torch.float32, "device": "cpu"}
 _SWEEPS = 2
 
 
-def generator_for(seed: int, link: int, module: str) -> torch.Generator:
-    """Return a CPU generator that depends on (seed, link id, module) alone."""
+def generator_for(seed: int, link: int | str, module: str) -> torch.Generator:
+    """Return a CPU generator that depends on (seed, link, module) alone."""
     return seeded(f"{seed}/{link}/{module}")
 
 
@@ -86,7 +87,7 @@ def principal_factors(config: LinkConfig, weight: Tensor, generator: torch.Gener
 def initialize(
     adapter: Adapter,
     seed: int,
-    link: int,
+    link: str,
     backward: Backward | None = None,
     earlier: Sequence[Link] = (),
 ) -> dict[str, Factors]:
@@ -94,7 +95,7 @@ def initialize(
 
     Returns the factors whose product is *not* zero (PiSSA), by module; the caller must subtract
     them from the base so that the function is unchanged. Empty for every other initialization.
-    `link` is the id; of the links `earlier`, `orthogonal` avoids those that are switched on.
+    `link` is what it is drawn by; of the links `earlier`, `orthogonal` avoids those that are switched on.
     """
     config = adapter.config
     if config.init == "gradient" and backward is None:
@@ -145,7 +146,7 @@ def _away_from(earlier: Sequence[Link], name: str, a: Tensor) -> Tensor:
     return (free * (rows.norm(dim=1) / free.norm(dim=1)).unsqueeze(1)).float()
 
 
-def _point_along_gradient(adapter: Adapter, seed: int, link: int, backward: Backward) -> None:
+def _point_along_gradient(adapter: Adapter, seed: int, link: str, backward: Backward) -> None:
     """Let each A span the top right singular directions of the loss gradient G, with B = 0.
 
     Subspace iteration in which LoRA's own gradients are the products with G, so the dense gradient

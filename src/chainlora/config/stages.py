@@ -35,6 +35,7 @@ RUN_WIDE = {
     "chain": ("hold",),
     "train": ("dtype", "seed", "shard"),
 }
+HISTORY = "history.json"  # what makes a folder a run
 OF_START = ("start", "start_data")  # read by the first stage alone
 _SECTIONS = ("data", "chain", "train")
 # `base`, `start` and `now` are states of the matrix that are no stages.
@@ -43,10 +44,12 @@ _NAME = re.compile(r"(?!(?:base|start|now)\Z)[A-Za-z][\w-]{0,63}", re.ASCII)
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the chain: its name, and the config of the run that tunes it."""
+    """A part of the chain: its name, and the config of the run that tunes it. `after` is the entry
+    of the run that an extension begins on; the stages of a config come one after the other."""
 
     name: str
     config: RunConfig
+    after: str | None = None
 
     @property
     def tolerance(self) -> float | None:
@@ -58,8 +61,8 @@ class Stage:
 def need_apart(output: str | PathLike[str]) -> None:
     """Raise ConfigError for a new run inside another one, which would take it for its own."""
     folder = Path(expanduser(output)).resolve()
-    around = next((each for each in folder.parents if (each / "chain.json").is_file()), None)
-    if around is not None and not (folder / "chain.json").is_file():
+    around = next((each for each in folder.parents if (each / HISTORY).is_file()), None)
+    if around is not None and not (folder / HISTORY).is_file():
         raise ConfigError(
             "`output` must lie outside other runs",
             f"{output}, inside {around}",
@@ -96,7 +99,7 @@ def has_stages(tree: Mapping[str, Any]) -> bool:
 def make_stages(tree: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = ()) -> list[Stage]:
     """Return the stages of a config, each with what the config says of all of them.
 
-    The first lies in `output`, a later one in its folder ``stages/NAME``. `overrides` are keys by
+    All write to the run in `output`. `overrides` are keys by
     their dotted names: ``train.lr`` of all stages, ``stages.NAME.train.lr`` of one. A config
     without `stages` is one stage, named as the folder of `output`.
 
@@ -123,8 +126,6 @@ def make_stage(shared: Mapping[str, Any], section: Mapping[str, Any], place: int
     """Return the stage of a section; `shared` says what is the same in all of them."""
     name = section["name"]
     tree = {key: value for key, value in shared.items() if place == 0 or key not in OF_START}
-    if place:
-        tree["output"] = str(stage_folder(Path(shared["output"]), name))
     try:
         _check_keys(section)
         for part in _SECTIONS:
@@ -188,7 +189,7 @@ def check_name(name: object, taken: Sequence[str] = ()) -> str:
 
 
 def stage_folder(run: Path, name: str) -> Path:
-    """Return where a later stage of a run lies."""
+    """Return where the files of a stage lie that are not links or rows."""
     return run / "stages" / name
 
 
@@ -199,7 +200,7 @@ def split_address(address: str | PathLike[str]) -> tuple[Path, str | None]:
         raise ConfigError("a run, or a model, is named by its path", got, remedy)
     path = Path(expanduser(address))
     head, at, name = str(path).rpartition("@")
-    if not at or path.exists() or not (Path(head) / "chain.json").is_file():
+    if not at or path.exists() or not (Path(head) / HISTORY).is_file():
         return path, None
     return Path(head), name
 
@@ -207,7 +208,7 @@ def split_address(address: str | PathLike[str]) -> tuple[Path, str | None]:
 def is_run(address: str | PathLike[str]) -> bool:
     """Say whether a run directory, or a saved chain, is there."""
     run, _ = split_address(address)
-    return (run / "chain.json").is_file()
+    return (run / HISTORY).is_file()
 
 
 def _inherited(shared: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

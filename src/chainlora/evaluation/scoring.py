@@ -27,8 +27,7 @@ from chainlora.evaluation.training_rows import config_of, divided_by
 from chainlora.files import check_writable
 from chainlora.models.text_config import context_length
 from chainlora.runs.opening import load_run_or_model
-from chainlora.runs.reading import Address, RunReader
-from chainlora.runs.stages import open_run
+from chainlora.runs.state import Address, open_run
 
 Encode = Callable[[Any, int], tuple[Task | Splits, Sequence[Example]]]
 """From a tokenizer and the model's context to what is asked, and the rows as tokens."""
@@ -128,8 +127,8 @@ def _reference(
     if config.chain.tune == "full":
         model, _ = load_run_or_model(config.model, dtype=dtype)
     else:
-        own = RunReader(open_run(run).path)  # at the strengths of then, whatever the mix is now
-        model, _ = load_run_or_model(own, num_links=own.manifest().first, dtype=dtype)
+        state = open_run(run)
+        model, _ = load_run_or_model(state.of(state.parent), dtype=dtype)
     with Engine(to_accelerator(model), speedups=speedups, training=False) as engine:
         return engine.scores(rows, progress=progress)
 
@@ -174,7 +173,7 @@ def _own_rows(
                 config, tokenizer, context, None, split, loss, earlier=earlier, bound=bound
             )
         except DataError as error:
-            if data is None and open_run(run).manifest().kept:
+            if data is None and open_run(run).keepers():
                 error.args = (f"{error}, or score those that the run kept: --matrix",)
             raise
         return splits, getattr(splits, split)[:limit]

@@ -10,13 +10,12 @@ matrices say in one number is in `evaluation.matrix`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from chainlora import files
 from chainlora.chain.chain import Chain
 from chainlora.chain.holding import hold_for
 from chainlora.chain.showing import table
-from chainlora.config.stages import split_address
 from chainlora.data.kept import Kept
 from chainlora.data.rows import Rows
 from chainlora.engine.engine import Engine, Speedups
@@ -39,27 +37,17 @@ from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.preferences import judge_odds, judge_pairs
 from chainlora.evaluation.streaming import to_accelerator
 from chainlora.models.finding import resolve_model
-from chainlora.runs.manifest import BASE, LinkEntry, Manifest, kept_rows, state_digest
+from chainlora.runs.changes import MATRIX
+from chainlora.runs.history import BASE, Digest, State, short_digest
 from chainlora.runs.opening import load_run
-from chainlora.runs.reading import RunReader
-from chainlora.runs.stages import (
-    first_is_open,
-    folder_of,
-    open_run,
-    read_stages,
-    reader_of,
-    readers_of_stages,
-    run_around,
-)
+from chainlora.runs.state import Address, OpenState, find_state, open_run
 
 logger = logging.getLogger(__name__)
 
-MATRIX = "matrix.jsonl"
 NOW = "now"
 
 Progress = Callable[[str, int, int], None]
 """Told (state and stage, rows done, rows) as cells are scored."""
-Strengths = Mapping[int, float]  # by link id
 
 
 @dataclass(frozen=True)
@@ -169,7 +157,7 @@ def _rows_of(cell: Cell) -> str:
 
 
 def stage_matrix(
-    run: str | Path,
+    run: Address,
     *,
     speedups: Speedups = "auto",
     progress: Progress | None = None,
@@ -181,47 +169,57 @@ def stage_matrix(
 
     Raises RunError for a run that kept no rows, and what loading it raises.
     """
-    folder, _ = split_address(run)
-    reader = open_run(run) if compute else reader_of(run)
-    kept, states = reader.kept(), dict(states_of(folder, reader))
-    known = {_key(cell): cell for cell in _read(folder)}
-    names = reader.manifest().columns
+    run = run if isinstance(run, OpenState) else find_state(run)
+    run = open_run(run) if compute else run
+    kept, states = run.kept(), dict(states_of(run))
+    known = {_key(cell): cell for cell in _read(run.run)}
+    names = run.columns
     stages = [stage for stage in names if stage in kept]
     if compute and not stages:
         raise RunError(
             "a matrix scores the rows that stages with links kept",
-            f"no {'links' if kept else 'rows'} in {folder}",
+            f"no {'links' if kept else 'rows'} in {run.run}",
             "tie a link first" if kept else "train with data.keep_rows: true",
         )
-    digests = {name: _digest(reader, strengths) for name, strengths in states.items()}
-    rows = {stage: _scored_on(reader, stage, kept[stage]) for stage in stages}
+    rows = {stage: _scored_on(run, stage, kept[stage]) for stage in stages}
     missing = [
         (name, stage)
-        for name, digest in digests.items()
+        for name, state in states.items()
         for stage in stages
-        if (digest, stage, rows[stage]) not in known
+        if (state.digest, stage, rows[stage]) not in known
     ]
     if compute and missing:
-        scorer = Scorer(reader, kept, speedups, progress)
+        scorer = Scorer(run, kept, speedups, progress)
         try:
             for name in dict.fromkeys(name for name, _ in missing):
                 wanted = [stage for state, stage in missing if state == name]
                 for cell in scorer.score(name, states[name], wanted):
                     known[_key(cell)] = cell
         finally:  # a signal loses one cell at most
-            if not first_is_open(folder):  # its best point may be a part of a link of the same id
-                _write(folder, list(known.values()))
+            _write(run.run, list(known.values()))
     grid = [
-        [known.get((digest, stage, rows.get(stage, ""))) for stage in names]
-        for digest in digests.values()
+        [known.get((state.digest, stage, rows.get(stage, ""))) for stage in names]
+        for state in states.values()
     ]
-    return StageMatrix(names, list(digests), grid)
+    return StageMatrix(names, list(states), grid)
 
 
-def chain_on_base(reader: RunReader, hold: str | None = None) -> tuple[Chain, Any]:
+def states_of(run: OpenState) -> Iterator[tuple[str, State]]:
+    """Yield the states of a run by name: the base, the end of each stage, the mix it is now."""
+    yield BASE, run.history.empty
+    last, names = run.history.empty, run.stages
+    for entry in run.lineage:
+        if entry.key in names and entry.kind != "mix":
+            last = entry.state
+            yield entry.key, last
+    if run.state.digest != last.digest:
+        yield NOW, run.state
+
+
+def chain_on_base(run: OpenState, hold: str | None = None) -> tuple[Chain, Any]:
     """Return a chain of no links on the base of a run, and the tokenizer of its rows."""
-    model, tokenizer = load_run(reader, num_links=0, as_trained=True)
-    base = resolve_model(reader.manifest().base.model)
+    model, tokenizer = load_run(run, num_links=0, as_trained=True)
+    base = resolve_model(run.base.model)
     return Chain(to_accelerator(model), hold=hold or hold_for(model), checkpoint=base), tokenizer
 
 
@@ -233,48 +231,61 @@ class Scorer:
 
     def __init__(
         self,
-        reader: RunReader,
+        run: OpenState,
         kept: Mapping[str, Kept],
         speedups: Speedups = "auto",
         progress: Progress | None = None,
         hold: str | None = None,
     ) -> None:
-        self.reader, self.kept, self.speedups = reader, kept, speedups
+        self.run, self.kept, self.speedups = run, kept, speedups
         self.progress = progress or (lambda what, done, rows: None)
-        self.chain, self.tokenizer = chain_on_base(reader, hold)
-        self.chain.add(*RunReader(reader.path).load_links())
+        self.chain, self.tokenizer = chain_on_base(run, hold)
+        self._ids: dict[Digest, int] = {}  # of links on the chain
         self._references: dict[str, list[list[float]]] = {}
+        self._add(run.state)
 
-    def score(self, name: str, strengths: Strengths, stages: Sequence[str]) -> Iterator[Cell]:
-        """Yield a cell for each of `stages`, in the state of these strengths (others are 0)."""
-        state = _digest(self.reader, strengths)
-        for stage, found in self.evaluations(name, strengths, stages):
+    def score(self, name: str, state: State, stages: Sequence[str]) -> Iterator[Cell]:
+        """Yield a cell for each of `stages` in a state, which is shown by its name."""
+        for stage, found in self.evaluations(name, state, stages):
             kept = self.kept[stage]
             split, metric = kept.scored[0], kept.metric
             each, weights = values(found, metric), weights_of(found, metric)
             error = standard_error(each, weights) if len(each) > 1 else 0.0
             counts = len(found.predictions), kept.counts[split]
-            on = _scored_on(self.reader, stage, kept)
-            yield Cell(state, stage, on, split, metric, found.metrics[metric], error, *counts)
+            on = _scored_on(self.run, stage, kept)
+            value = found.metrics[metric]
+            yield Cell(state.digest, stage, on, split, metric, value, error, *counts)
 
     def evaluations(
-        self, name: str, strengths: Strengths, stages: Sequence[str]
+        self, name: str, state: State, stages: Sequence[str]
     ) -> Iterator[tuple[str, Evaluation]]:
-        """Yield what the rows of each of `stages` come to, in the state of these strengths."""
+        """Yield what the rows of each of `stages` come to in a state."""
         for stage in stages:
             if self.kept[stage].loss == "dpo" and stage not in self._references:
                 self._references[stage] = self._reference(stage)
-        with self._engine(strengths) as engine:
+        with self._engine(state) as engine:
             for stage in stages:
                 yield stage, self._evaluate(engine, f"{name}: {stage}", stage)
 
-    def model_at(self, strengths: Strengths) -> Any:
-        """Return the model, put into the state of these strengths (others are 0)."""
-        self.chain.set_strengths({id: strengths.get(id, 0.0) for id in self.chain.strengths})
+    def model_at(self, state: State) -> Any:
+        """Return the model, put into a state of the run."""
+        self._add(state)
+        on = {self._ids[term.link]: term.strength for term in state.terms}
+        self.chain.set_strengths({id: on.get(id, 0.0) for id in self.chain.strengths})
         return self.chain.model
 
-    def _engine(self, strengths: Strengths) -> Engine:
-        return Engine(self.model_at(strengths), speedups=self.speedups, training=False)
+    def _add(self, state: State) -> None:
+        """Put the links of a state on the chain that are not there."""
+        due = [term for term in state.terms if term.link not in self._ids]
+        self._ids |= {term.link: len(self._ids) + place for place, term in enumerate(due)}
+        links = [
+            replace(link, id=self._ids[term.link])
+            for term, link in zip(due, self.run.read(due), strict=True)
+        ]
+        self.chain.add(*links)
+
+    def _engine(self, state: State) -> Engine:
+        return Engine(self.model_at(state), speedups=self.speedups, training=False)
 
     def _evaluate(self, engine: Engine, what: str, stage: str) -> Evaluation:
         kept = self.kept[stage]
@@ -302,72 +313,15 @@ class Scorer:
     def _reference(self, stage: str) -> list[list[float]]:
         """Return what pairs score in the state that their stage began on."""
         rows: Rows = self.kept[stage].scored[1]
-        with self._engine(_reference_of(self.reader, stage)) as engine:
+        with self._engine(self.run.at(stage).parent) as engine:
             return engine.scores(rows[:])
 
 
-def _reference_of(reader: RunReader, stage: str) -> Strengths:
-    """Return the state that the pairs of a stage are compared to: the one that it began on."""
-    run = run_around(reader.path)
-    own = readers_of_stages(run).get(stage) or RunReader(run)
-    return _tuned_on(own.manifest(), stage)
-
-
-def _scored_on(reader: RunReader, stage: str, kept: Kept) -> str:
+def _scored_on(run: OpenState, stage: str, kept: Kept) -> str:
     """Return the digest of what a score of a stage depends on beside the state that is scored."""
-    rows = reader.manifest().files[kept_rows(stage)]
-    reference = _digest(reader, _reference_of(reader, stage)) if kept.loss == "dpo" else ""
-    return hashlib.sha256(f"{rows} {reference}".encode()).hexdigest()[:16]
-
-
-def states_of(run: Path, reader: RunReader) -> Iterator[tuple[str, Strengths]]:
-    """Yield the states of a run by name: the base, the end of each stage, the mix it is now."""
-    yield BASE, {}
-    found, begun = read_stages(run), RunReader(run).manifest()
-    last: Strengths = {}
-    for name in reader.manifest().stages:
-        if name in found.names and name not in found.here:
-            again = f"call chainlora prune {run} {name} --yes again"
-            raise RunError("a stage must be pruned to the end", f"{name!r}, half pruned", again)
-        if name in found.names:
-            folder = folder_of(run, found, found.names.index(name))
-            last = _strengths(RunReader(folder).manifest().loaded)
-        else:
-            own = [entry.id for entry in begun.links if entry.stage == name]
-            last = _tuned_on(begun, name) | dict.fromkeys(own, 1.0)  # where it was forked from
-        yield name, last
-    now = _strengths(reader.manifest().loaded)
-    if now != last:
-        yield NOW, now
-
-
-def _tuned_on(begun: Manifest, stage: str) -> dict[int, float]:
-    """Return the state that a stage was tuned on.
-
-    Of a stage before a fork, that is all links before it at full strength where the fork began on
-    another mix than that.
-    """
-    place = next(place for place, entry in enumerate(begun.links) if entry.stage == stage)
-    below, first = begun.links[:place], begun.links[place]
-    is_known = state_digest(begun.base.fingerprint, below) == first.tuned_on
-    if is_known or stage == begun.stage:
-        return _strengths(below)
-    return {entry.id: 1.0 for entry in below}
-
-
-def _strengths(entries: Sequence[LinkEntry]) -> dict[int, float]:
-    return {entry.id: entry.strength for entry in entries if entry.strength}
-
-
-def _digest(reader: RunReader, strengths: Strengths) -> str:
-    """Return the digest of a state: of the links that add something to it."""
-    manifest = reader.manifest()
-    entries = [
-        entry.model_copy(update={"strength": strengths[entry.id]})
-        for entry in manifest.loaded
-        if strengths.get(entry.id)
-    ]
-    return state_digest(manifest.base.fingerprint, entries)
+    own = run.at(stage)
+    assert own.entry is not None
+    return short_digest([own.entry.kept, own.parent.digest if kept.loss == "dpo" else ""])
 
 
 def _key(cell: Cell) -> tuple[str, str, str]:

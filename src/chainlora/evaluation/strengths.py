@@ -9,57 +9,52 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from statistics import fmean
 
-from chainlora.config.stages import split_address
 from chainlora.data.kept import Kept
 from chainlora.data.rows import MemoryRows
 from chainlora.errors import ChainError, RunError
 from chainlora.evaluation.acceptance import Gain, gain
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.stages import Progress, Scorer
-from chainlora.runs.reading import RunReader
-from chainlora.runs.stages import need_one_strength, open_run
+from chainlora.runs.state import Address, OpenState, open_run
 
 _TRIED = (1.0, 0.75, 0.5, 0.25, 0.0)  # an equal one is not taken: the first wins
 
 
 def best_mix(
-    run: str | Path, *, progress: Progress | None = None
+    run: Address, *, progress: Progress | None = None
 ) -> tuple[dict[str, float], float, float]:
     """Return the strengths of stages with the best average, that average, and the one there is now.
 
-    The average is that of the matrix, over all its columns that have rows (`Manifest.columns`); of
+    The average is that of the matrix, over all its columns that have rows (`OpenState.columns`); of
     a loss, the less the better. Strengths 0, ¼, ½, ¾ and 1 are tried stage by stage, the last stage
     first, until none changes. Nothing of the run is changed.
 
     Raises RunError where stages are judged by different metrics, which have no average, or where
     the links of one have several strengths.
     """
-    folder, _ = split_address(run)
-    reader = open_run(folder)
-    kept, entries = reader.kept(), reader.manifest().loaded
-    stages = [stage for stage in reader.manifest().columns if stage in kept]
-    need_one_strength(reader.path, reader.manifest().stages)
+    found = open_run(run)
+    kept = found.kept()
+    stages = [stage for stage in found.columns if stage in kept]
+    found.need_one_strength(found.stages)
     metrics = {kept[stage].metric for stage in stages}
     if len(metrics) != 1:
         each = ", ".join(f"{stage}: {kept[stage].metric}" for stage in stages)
-        got = each or f"no rows of links in {folder}"
+        got = each or f"no rows of links in {found.run}"
         raise RunError("a mix is searched by one metric of all stages", got, "name the strengths")
-    scorer = Scorer(reader, _to_choose_by(kept), progress=progress)
+    scorer = Scorer(found, _to_choose_by(kept), progress=progress)
     sign = 1 if is_higher_better(metrics.pop()) else -1
 
     @cache
     def average(strengths: tuple[tuple[str, float], ...]) -> float:
-        of = dict(strengths)
-        state = {entry.id: of[entry.stage] for entry in entries}
+        state = found.with_strengths(dict(strengths)).state
         try:
             return sign * fmean(cell.value for cell in scorer.score("mix", state, stages))
         except ChainError:  # what is no sum is on or off
             return -math.inf
 
-    now = {entry.stage: entry.strength for entry in entries}
+    now = found.strengths
     best, before = dict(now), None
     while best != before:
         before = dict(best)
@@ -70,26 +65,22 @@ def best_mix(
 
 
 def guard(
-    run: Path, tolerance: float, *, progress: Progress | None = None
+    trained: OpenState, tolerance: float, *, progress: Progress | None = None
 ) -> tuple[float, dict[str, Gain]]:
-    """Return the largest strength of a run's own links at which no earlier stage loses much.
+    """Return the largest strength of a stage that was trained at which no earlier one loses much.
 
     No earlier stage may lose more than `tolerance` (of its metric) beyond the standard error of
-    its loss, row by row, against the state that the run began on. Strengths 1, ¾, ½, ¼ and 0 are
+    its loss, row by row, against the state that the stage began on. Strengths 1, ¾, ½, ¼ and 0 are
     tried. With it comes what each earlier stage gained at strength 1; a loss is below 0.
-
-    `run` is the directory of the stage.
     """
-    reader = RunReader(run)
-    manifest, kept = reader.manifest(), reader.kept()
-    own = {entry.id for entry in manifest.loaded if entry.stage == manifest.stage}
-    below = {e.id: e.strength for e in manifest.loaded if e.id not in own}
-    earlier = [stage for stage in manifest.columns if stage in kept and stage != manifest.stage]
-    scorer = Scorer(reader, _to_choose_by(kept), progress=progress)
-    before = dict(scorer.evaluations("before", below, earlier))
+    kept = trained.kept()
+    earlier = [stage for stage in trained.columns if stage in kept and stage != trained.stage]
+    scorer = Scorer(trained, _to_choose_by(kept), progress=progress)
+    before = dict(scorer.evaluations("before", trained.parent, earlier))
     gains: dict[str, Gain] = {}
     for strength in _TRIED[:-1]:
-        now = scorer.evaluations(f"{strength:g}", below | dict.fromkeys(own, strength), earlier)
+        state = trained.with_strengths({trained.stage: strength}).state
+        now = scorer.evaluations(f"{strength:g}", state, earlier)
         found = {stage: gain(before[stage], each, kept[stage].metric) for stage, each in now}
         gains = gains or found
         if all(-each.mean <= tolerance + _doubt(each) for each in found.values()):

@@ -17,8 +17,7 @@ from chainlora.data.preparing import make_rows
 from chainlora.data.sources import find_source
 from chainlora.data.tasks import load_task
 from chainlora.errors import ChainLoRAError
-from chainlora.runs.reading import Address
-from chainlora.runs.stages import open_run
+from chainlora.runs.state import Address, OpenState, open_run
 
 MOST_TOKENS = 256  # of an answer, as transformers' own text generation has it
 _FEWEST = 32  # that the rows of a run lower it to
@@ -42,8 +41,8 @@ def training_rows(run_or_model: Address, tokenizer: Any) -> RowFacts | None:
     config = config_of(run_or_model)
     if config is None:
         return None
-    reader = open_run(run_or_model)
-    if reader.manifest().is_off or reader.num_links is not None:
+    state = open_run(run_or_model)
+    if state.is_off or state.is_before_training:
         return None
     try:
         rows = [row for row in _first_rows(config, tokenizer) if len(row.prompt) > 1]
@@ -66,17 +65,17 @@ def answer_limit(facts: RowFacts | None) -> int:
 
 def config_of(run_or_model: Address) -> RunConfig | None:
     """Return the config of a run, None for a model or a saved chain."""
-    if not is_run(run_or_model):
+    if not isinstance(run_or_model, OpenState) and not is_run(run_or_model):
         return None
-    reader = open_run(run_or_model)
-    return reader.config() if reader.manifest().has_run else None
+    state = open_run(run_or_model)
+    return state.config() if state.has_run else None
 
 
 def divided_by(run: Address) -> tuple[int | None, dict[str, Kept]]:
     """Return what a run held rows out by, None if it keeps none, and what earlier stages kept."""
-    reader = open_run(run)
-    kept = reader.kept()
-    own = kept.pop(reader.manifest().stage, None)
+    state = open_run(run)
+    kept = state.kept()
+    own = kept.pop(state.stage, None)
     return None if own is None else own.bound, kept
 
 

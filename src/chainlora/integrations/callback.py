@@ -25,7 +25,7 @@ from chainlora.errors import ChainError, ConfigError, RunError
 from chainlora.integrations import restarts
 from chainlora.integrations.launched import check_ranks, find_trainer_processes
 from chainlora.integrations.loaders import learned_a_step, steps_per_epoch
-from chainlora.integrations.plan import Epochs, Lengths, check_knots, link_lengths
+from chainlora.integrations.lengths import Epochs, Lengths, check_knots, link_lengths
 from chainlora.integrations.wrapped_chain import WrappedChain, settings_of
 from chainlora.knots.driver import Knots, check_policy
 from chainlora.knots.numbers import (
@@ -231,11 +231,6 @@ class ChainCallback(TrainerCallback):
         soft: Spacings = ()
         if state.global_step and wrapped.numbers is not None:
             soft = wrapped.numbers.knots  # of a resume
-        elif state.global_step and config.knots is not None:
-            logger.warning(
-                "the checkpoint does not say where its soft knots are (got one of version 0.2); "
-                "that is decided now"
-            )
         if config.knots is not None and len(soft) < len(lengths):
             learned = [math.nan] * len(lengths)
             if asks_for_tokens(config.knots):
@@ -363,7 +358,7 @@ class ChainCallback(TrainerCallback):
 
 
 def _by_paths(config: LinkConfig, modules: Iterable[str]) -> LinkConfig:
-    """Return a link's config by whole paths if it excludes modules, as links of 0.2 may."""
+    """Return a link's config by whole paths if it excludes modules."""
     if config.exclude_modules is None:
         return config
     paths = {"target_modules": tuple(sorted(modules)), "exclude_modules": None}

@@ -40,7 +40,7 @@ from chainlora.runs.cards import is_of_another
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.export import write_adapter, write_adapter_card
 from chainlora.runs.loading_start import put_on
-from chainlora.runs.manifest import Base
+from chainlora.runs.history import Base, exists_in
 from chainlora.runs.saved_chain import (
     INSIDE,
     current_links,
@@ -49,8 +49,8 @@ from chainlora.runs.saved_chain import (
     restore_chain,
     write_chain,
 )
-from chainlora.runs.stages import open_run
 from chainlora.runs.start import NOTHING, Start
+from chainlora.runs.state import find_state
 from chainlora.runs.verification import check_adapter, skeleton_like
 
 logger = logging.getLogger(__name__)
@@ -155,13 +155,13 @@ class WrappedChain:
 
     def load(self, folder: Path) -> None:
         """Make the chain what a save holds, whatever it is now."""
-        if not (folder / INSIDE / "chain.json").is_file():
+        if not exists_in(folder / INSIDE):
             raise RunError(
                 f"a checkpoint must hold a chain (got none in {folder}, which was saved without "
                 "ChainCallback); start over"
             )
-        saved = read_chain(open_run(folder / INSIDE))
-        self.numbers = saved.manifest.numbers
+        saved = read_chain(find_state(folder / INSIDE))
+        self.numbers = saved.memory.numbers
         with self._putting_in():
             restore_chain(self.chain, saved)
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from chainlora.errors import ConfigError, FileError
 from chainlora.runs.cards import Naming, is_hub_id, public_name
-from chainlora.runs.reading import Address
-from chainlora.runs.stages import open_run
+from chainlora.runs.state import Address, open_run
 
 
 def check_push(run: Address, target: str, naming: Naming) -> None:
@@ -19,7 +18,7 @@ def check_push(run: Address, target: str, naming: Naming) -> None:
         raise ConfigError(
             f"--push-to-hub must be OWNER/NAME (got {naming.name!r}); name a repository"
         )
-    base = naming.base or public_name(open_run(run).manifest().base.model)
+    base = naming.base or public_name(open_run(run).base.model)
     if target == "adapter" and not is_hub_id(base):
         raise ConfigError(
             f"an adapter on the Hub must name a base that others can load (got {base}); give its "

@@ -1,4 +1,4 @@
-"""Links on disk: each an ordinary PEFT adapter, whose bytes the manifest knows.
+"""Links on disk: each an ordinary PEFT adapter in a folder named by its content.
 
 The live link is tensors of its own (`Chain.live_state`), beside those of its optimizer.
 """
@@ -17,12 +17,13 @@ from chainlora.chain.checks import link_fault
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import RunError
-from chainlora.runs.manifest import DAMAGED, Base, LinkEntry
+from chainlora.runs.history import DAMAGED, Base, LinkFacts, link_folder, short_digest
 
+WEIGHTS = "adapter_model.safetensors"
 _LINK, _OPTIMIZER = "link.safetensors", "optimizer.safetensors"
 
 
-def write_link(folder: Path, link: Link, base: Base) -> None:
+def write_adapter_of(folder: Path, link: Link, base: Base) -> None:
     """Write a link as a PEFT adapter, its scaling the tuned one whatever rank is stored."""
     power = 0.5 if link.config.rslora else 1
     save_adapter(
@@ -38,29 +39,55 @@ def write_link(folder: Path, link: Link, base: Base) -> None:
     )
 
 
-def read_link(folder: Path, entry: LinkEntry) -> Link:
-    """Read a link back from its PEFT adapter and its manifest entry.
+def save_link(run: Path, link: Link, base: Base, stage: str) -> tuple[str, LinkFacts]:
+    """Write a link into a run, unless it is there; return its digest and what is known of it.
+
+    The digest is that of its stage, its config and its tensors.
+    """
+    files.make_folder(run / "links")
+    with files.new_folder(run / "links") as scratch:
+        write_adapter_of(scratch, link, base)
+        sums = files.checksums(scratch)
+        facts = LinkFacts(
+            stage=stage,
+            rank=link.rank,
+            num_steps=link.num_steps,
+            error=link.error,
+            config=link.config.model_dump(mode="json"),
+            files=sums,
+        )
+        digest = short_digest([stage, facts.config, sums[WEIGHTS]])
+        files.put_folder(scratch, run / link_folder(digest))
+    return digest, facts
+
+
+def read_link(folder: Path, facts: LinkFacts, index: int, strength: float) -> Link:
+    """Read a link back from its PEFT adapter and what is known of it.
 
     Raises RunError unless the adapter holds what such a link has and nothing else.
     """
     factors, extra = load_adapter(folder)
     link = Link(
-        index=entry.index,
-        config=entry.link_config(),
+        index=index,
+        config=facts.link_config(),
         factors=factors,
         extra=extra,
-        num_steps=entry.num_steps,
-        error=entry.error,
-        id=entry.id,
-        strength=entry.strength,
+        num_steps=facts.num_steps,
+        error=facts.error,
+        strength=strength,
     )
     if (wrong := link_fault(link)) is not None:
         raise RunError("a link must be as its run wrote it", f"{wrong} in {folder}", DAMAGED)
     return link
 
 
+def outline_of(facts: LinkFacts, index: int, strength: float) -> Link:
+    """Return a link without its tensors."""
+    return Link(index, facts.link_config(), {}, strength=strength)
+
+
 def read_partial(folder: Path, index: int, config: LinkConfig) -> Link:
-    """Read a link that was kept before it was whole, of which no entry tells."""
+    """Read a link that was kept before it was whole, of which no history tells."""
     factors, extra = load_adapter(folder)
     return Link(index, config, factors, extra)
 

@@ -23,41 +23,47 @@ from chainlora.chain.holding import hold_for
 from chainlora.chain.link import Link
 from chainlora.config.schema import with_flat_model
 from chainlora.config.stages import (
+    HISTORY,
     RUN_WIDE,
     is_run,
     section_of,
-    split_address,
     what_stages_share,
 )
 from chainlora.errors import ChainLoRAError, ConfigError, ModelError, RunError
 from chainlora.models.finding import folder_of, from_hub, hub_id_of, is_same_place
 from chainlora.models.identity import base_files, has_tokenizer
 from chainlora.runs.cards import is_hub_id
-from chainlora.runs.manifest import STAGE, START, link_entries
-from chainlora.runs.opening import is_whole_model
-from chainlora.runs.reading import RunReader, check_base, nothing_at
+from chainlora.runs.draft import drafts_in
+from chainlora.runs.history import exists_in, read_history
 from chainlora.runs.saved_chain import chain_folder, read_chain, restore_chain
-from chainlora.runs.stages import first_is_open, open_run
-from chainlora.runs.start import Start, next_id_after
+from chainlora.runs.start import Start
+from chainlora.runs.state import (
+    OpenState,
+    check_base,
+    nothing_at,
+    open_run,
+    state_at,
+    state_of_draft,
+)
 
 logger = logging.getLogger(__name__)
 
 _MERGE = "merge it with PEFT, and take the result as the model"
 
 
-def load_start(source: str | Path, stage: str = STAGE) -> Start:
-    """Read what a stage of this name can begin on.
+def load_start(source: str | Path) -> Start:
+    """Read what a stage can begin on.
 
-    `source` is a finished run; a saved chain, or a trainer's checkpoint, which has one inside; or
-    the folder or Hub id of a LoRA that PEFT has saved. Raises ChainLoRAError for what has no links,
-    or cannot become links.
+    `source` is a run, or a state of it; a saved chain, or a trainer's checkpoint, which has one
+    inside; or the folder or Hub id of a LoRA that PEFT has saved. Raises ChainLoRAError for what
+    has no links, or cannot become links.
     """
     if is_run(source):
-        run, reader = split_address(source)[0], open_run(source)
-        if reader.num_links is None and first_is_open(run):
+        state = open_run(source)
+        if state.draft is not None:
             rule = "a chain starts from a finished run"
-            raise RunError(rule, run, "finish it by the command that began it")
-        return _of_chain(reader, stage)
+            raise RunError(rule, state.run, "finish it by the command that began it")
+        return start_at(state)
     folder = Path(expanduser(source))
     if not folder.exists():
         try:
@@ -65,40 +71,53 @@ def load_start(source: str | Path, stage: str = STAGE) -> Start:
         except ModelError as error:
             raise nothing_at(source, "adapter") from error
     tokenizer = folder if has_tokenizer(folder) else None
-    reader = open_run(chain_folder(folder))
-    if reader.exists:
-        start = _of_chain(reader, stage)
+    inside = chain_folder(folder)
+    if exists_in(inside):
+        start = start_at(open_run(inside))
         return replace(start, tokenizer=tokenizer or start.tokenizer)
     if (folder / "adapter_config.json").is_file():
         found = import_adapter(folder)
         link = Link(0, found.config, found.factors, found.extra)
         revision = found.stored.get("revision")
         notes = (f"the adapter is for revision {revision} of its base",) if revision else ()
-        return Start(stage, (link,), next_id=1, adapter=found, tokenizer=tokenizer, notes=notes)
+        return Start(links=(link,), adapter=found, tokenizer=tokenizer, notes=notes)
     raise RunError(
         "a chain starts from a run, a saved chain or an adapter",
-        f"no chain.json and no adapter_config.json in {folder}",
+        f"no {HISTORY} and no adapter_config.json in {folder}",
         "name another folder, or give a whole model as the model",
     )
 
 
+def start_at(state: OpenState) -> Start:
+    """Return what a stage begins on at a state: the links, the best point if it was kept."""
+    if state.is_whole_model:
+        raise RunError(
+            "a chain starts from links",
+            f"a run of full fine-tuning, {state.run}",
+            f"take {state.model_folder()} as the model",
+        )
+    extra = {} if state.has_run else read_chain(state).start
+    links = tuple(state.links())
+    return Start(state=state, links=links, tokenizer=state.tokenizer(), extra=extra)
+
+
 def fitted(start: Start, chain: Chain, name: str | None = None) -> Start:
-    """Return a start with the entries and notes that the model of a chain completes.
+    """Return a start with the notes that the model of a chain completes.
 
     `name` is what the model is called; by default, what it calls itself. Raises ModelError or
     RunError for a model that the links are not for.
     """
     if start.adapter is not None:
         _check_fit(start.adapter, chain.model)
-        entries = link_entries(start.links, chain.base_fingerprint, stage=START)
         own = str(getattr(getattr(chain.model, "config", None), "_name_or_path", "") or "")
         notes = _other_name(start.adapter, name or hub_id_of(own) or own)
-        return replace(start, entries=tuple(entries), notes=start.notes + notes)
-    if start.base is not None and start.base.body != chain.fingerprint.without(start.extra):
+        return replace(start, notes=start.notes + notes)
+    base = None if start.state is None else start.state.base
+    if base is not None and base.body != chain.fingerprint.without(start.extra):
         folder = folder_of(chain.model)
-        files = base_files(folder) if folder and start.base.files is not None else None
+        files = base_files(folder) if folder and base.files is not None else None
         fingerprint = chain.base_fingerprint
-        check_base(start.base, "the earlier stage", files=files, fingerprint=fingerprint)
+        check_base(base, "the earlier stage", files=files, fingerprint=fingerprint)
     return start
 
 
@@ -110,7 +129,6 @@ def put_on(start: Start, chain: Chain, name: str | None = None) -> Start:
     start = fitted(start, chain, name)
     chain.set_start_of_extra(start.extra)
     chain.add(*start.links)
-    chain.next_id = start.next_id
     return start
 
 
@@ -126,46 +144,19 @@ def load_chain(
     folder or another base.
     """
     place = checkpoint or folder_of(model)
-    reader = open_run(directory if is_run(directory) else chain_folder(Path(expanduser(directory))))
-    manifest = reader.manifest() if reader.exists else None
-    if manifest is None:
+    found = directory if is_run(directory) else chain_folder(Path(expanduser(directory)))
+    state = open_run(found) if is_run(found) else None
+    if state is None:
         chain = Chain(model, hold=hold_for(model), checkpoint=place)
     else:
-        chain = Chain(model, seed=manifest.seed, hold=manifest.hold, checkpoint=place)
-    if manifest is not None and not manifest.has_run:
-        restore_chain(chain, read_chain(reader))
+        history = state.history
+        chain = Chain(model, seed=history.seed, hold=history.hold, checkpoint=place)
+    if state is not None and not state.has_run:
+        restore_chain(chain, read_chain(state))
         return chain
     for note in put_on(load_start(directory), chain).notes:
         logger.warning(note)
     return chain
-
-
-def _of_chain(reader: RunReader, stage: str) -> Start:
-    """Return the links that a run is loaded as, the best point if it was kept."""
-    manifest = reader.manifest()
-    kept = reader.kept()
-    if reader.num_links is not None:  # what it was before its own rows
-        kept = {name: rows for name, rows in kept.items() if name in manifest.columns}
-    elif is_whole_model(reader, manifest):
-        raise RunError(
-            "a chain starts from links",
-            f"a run of full fine-tuning, {reader.path}",
-            f"take {reader / 'model'} as the model",
-        )
-    links = reader.links_of(manifest)
-    start = Start(
-        stage,
-        tuple(links),
-        tuple(manifest.loaded),
-        next_id_after(reader),
-        manifest.base,
-        tokenizer=reader.tokenizer(manifest),
-        kept=kept,
-    )
-    if manifest.has_run:
-        return start
-    next_id = max([start.next_id, *(link.id + 1 for link in links)])  # a live one is loaded
-    return replace(start, next_id=next_id, extra=read_chain(reader).start)
 
 
 def _check_fit(adapter: Imported, model: nn.Module) -> None:
@@ -224,30 +215,32 @@ def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(str(error)) from None
     if isinstance(source, Path):
         source = own["start"] = str(source)
-    begun = RunReader(expanduser(str(own.get("output"))))
+    begun = first_stage(Path(expanduser(str(own.get("output")))))
     if not isinstance(source, str):  # none, or what the config will refuse
-        if source is None and begun.exists and begun.manifest().has_run:
-            own.setdefault("stages", [{"name": begun.manifest().stage}])
+        if source is None and begun is not None:
+            own.setdefault("stages", [{"name": begun.stage}])
         return own
-    if begun.exists and begun.manifest().has_run:
-        before = begun.config().start or "the base"
+    if begun is not None:
+        config = begun.config()
+        before = config.start or "the base"
         if source != before and not _is_same_start(before, source, begun):
             raise ConfigError(
                 "`start` must be what the run began on",
-                f"{source}, and {before} for {begun}",
+                f"{source}, and {before} for {begun.run}",
                 "choose another output",
             )
-        shared = what_stages_share(begun.config())
+        shared = what_stages_share(config)
         whole = {key: shared[key] for key in ("model", "quantize")}
-        whole["stages"] = [{"name": begun.manifest().stage}]
+        whole["stages"] = [{"name": begun.stage}]
         parts = {
             section: {key: shared[section][key] for key in keys} | section_of(own, section)
             for section, keys in RUN_WIDE.items()
         }
         return whole | own | parts
-    if not is_run(source) or not open_run(source).manifest().has_run:
+    if not is_run(source) or not open_run(source).has_run:
         start = load_start(source)
-        base = start.adapter.base if start.adapter is not None else start.base and start.base.model
+        named = start.adapter.base if start.adapter is not None else None
+        base = named if start.state is None else start.state.base.model
         if base:
             own.setdefault("model", base)
         return own
@@ -261,16 +254,28 @@ def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
-def _is_same_start(before: str, now: str, begun: RunReader) -> bool:
+def first_stage(run: Path) -> OpenState | None:
+    """Return the first stage that a run trained itself, ended or not; None where there is none."""
+    if not exists_in(run):
+        return None
+    history = read_history(run)
+    begun_with = {entry.key for entry in history.lineage(history.origin)}
+    own = [e.key for e in history.entries if e.kind == "stage" and e.key not in begun_with]
+    if own:
+        return state_at(run, history, own[0])
+    drafts = drafts_in(run, history)
+    return state_of_draft(run, next(iter(drafts)), history) if drafts else None
+
+
+def _is_same_start(before: str, now: str, begun: OpenState) -> bool:
     """Say whether a run began on what `now` names: at the same place, or of the same links."""
-    if is_same_place(before, now, begun.path):
+    if is_same_place(before, now, begun.run):
         return True
     try:
         links = load_start(now).links
     except ChainLoRAError:
         return False
-    manifest = begun.manifest()
-    own = begun.links_of(manifest, manifest.first)
+    own = begun.of(begun.history.state_of(begun.history.origin)).links()
     return len(own) == len(links) and all(map(_is_same_link, own, links))
 
 

@@ -15,9 +15,8 @@ from chainlora.models.finding import names_a_file, resolve_model
 from chainlora.models.identity import base_files
 from chainlora.models.loading import load_model, load_tokenizer
 from chainlora.models.quantizing import is_quantized_model
-from chainlora.runs.manifest import CAUSAL, Manifest
-from chainlora.runs.reading import Address, RunReader, check_base, nothing_at
-from chainlora.runs.stages import open_run
+from chainlora.runs.history import CAUSAL
+from chainlora.runs.state import Address, OpenState, check_base, nothing_at, open_run
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +32,7 @@ def load_run_or_model(
 
     `num_links` takes a run's chain as it was then; `dtype` defaults to the run's own, or float32.
     """
-    if is_run(run_or_model):
+    if isinstance(run_or_model, OpenState) or is_run(run_or_model):
         return load_run(run_or_model, num_links=num_links, dtype=dtype, as_trained=True)
     try:
         folder = resolve_model(str(run_or_model))
@@ -53,91 +52,83 @@ def load_run(
 ) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     """Load a run's base, put its chain on, and return (plain transformers model, tokenizer).
 
-    The chain is the one the run selected, or the first `num_links` links (0: the base); `dtype`
-    defaults to the run's own. The links of a quantised base are merged into it as it was before;
-    with `as_trained` they are left on the quantised one, in adapter layers. Raises RunError when a
-    file of the run or the base has changed, or the run was killed before it had anything;
+    The chain is that of the state that `run` names, or the first `num_links` links (0: the base);
+    `dtype` defaults to the run's own. The links of a quantised base are merged into it as it was
+    before; with `as_trained` they are left on the quantised one, in adapter layers. Raises RunError
+    when a file of the run or the base has changed, or the run was killed before it had anything;
     ConfigError for a dtype that no weights have.
     """
-    reader = open_run(run)
-    manifest = reader.manifest()
-    if manifest.base.task_type != CAUSAL:
+    state = open_run(run)
+    base = state.base
+    if base.task_type != CAUSAL:
         raise RunError(
             "only chains on causal language models bring their model with them (got one on "
-            f"{manifest.base.task_type or 'another model'} in {run}); load its model and call "
+            f"{base.task_type or 'another model'} in {run}); load its model and call "
             f"load_chain({str(run)!r}, model).detach()"
         )
-    kind = dtype or manifest.base.dtype
-    if num_links != 0 and reader.num_links is None and is_whole_model(reader, manifest):
+    kind = dtype or base.dtype
+    if num_links != 0 and state.is_whole_model:
         if num_links is not None:
             raise RunError(
                 f"a number of links needs a chain (got {run}, a run of full fine-tuning); leave it "
                 "out, or take the base by 0"
             )
-        return load_model(reader / "model", kind)
-    links = reader.links_of(manifest, num_links)  # first, since a missing one is found at once
-    if not links and num_links is None and reader.num_links is None:
-        _refuse_unfinished(reader)
-    folder = resolve_model(manifest.base.model)
-    if manifest.base.files is not None:
-        check_base(manifest.base, reader.path, files=base_files(folder))
-    quantize = manifest.base.quantize if as_trained else None
+        return load_model(state.model_folder(), kind)
+    links = state.links(num_links)  # first, since a missing one is found at once
+    if not links and num_links is None:
+        _refuse_untrained(state)
+    folder = resolve_model(base.model)
+    if base.files is not None:
+        check_base(base, state.run, files=base_files(folder))
+    quantize = base.quantize if as_trained else None
     model, tokenizer = load_model(folder, kind, quantize=quantize)
     is_quantized = is_quantized_model(model)
     if is_quantized:
         if not as_trained:
             raise RunError(
-                f"links are merged into weights of 16 or 32 bits (got {manifest.base.model}, whose "
+                f"links are merged into weights of 16 or 32 bits (got {base.model}, whose "
                 "checkpoint is quantised); use --to adapter, which PEFT loads on this base, or "
                 "merges onto the one before quantisation"
             )
         prepare_quantized(model)
     chain = Chain(model, hold=hold_for(model), checkpoint=folder)
-    if manifest.base.files is None:  # a saved chain, which knows no files
-        check_base(manifest.base, reader.path, fingerprint=chain.base_fingerprint)
+    if base.files is None:  # a saved chain, which knows no files
+        check_base(base, state.run, fingerprint=chain.base_fingerprint)
     chain.add(*links)
     plain: Any = model if is_quantized else chain.detach()
-    return plain, _settled(tokenizer, reader, manifest)
+    return plain, _settled(tokenizer, state)
 
 
-def tokenizer_of(reader: RunReader, base: Path) -> PreTrainedTokenizerBase:
+def tokenizer_of(state: OpenState, base: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer that turned the rows of a run into tokens: the base's, or one of its
     own, with the chat template of its config."""
-    return _settled(load_tokenizer(base), reader, reader.manifest())
+    return _settled(load_tokenizer(base), state)
 
 
-def _settled(tokenizer: Any, reader: RunReader, manifest: Manifest) -> Any:
-    if (own := reader.tokenizer(manifest)) is not None:
+def _settled(tokenizer: Any, state: OpenState) -> Any:
+    if (own := state.tokenizer()) is not None:
         tokenizer = load_tokenizer(own)
-    if manifest.has_run:
-        set_chat_template(tokenizer, reader.config().data)
+    if state.has_run:
+        set_chat_template(tokenizer, state.config().data)
     return tokenizer
 
 
-def is_whole_model(reader: RunReader, manifest: Manifest) -> bool:
-    """Say whether the run is one of full fine-tuning that has ended, its files checked."""
-    if not (reader / "model").is_dir():
-        return False
-    if not any(name.startswith("model/") for name in manifest.files):
-        return False  # killed between the model and its manifest
-    reader.check_files(manifest, "model")
-    return True
-
-
-def _refuse_unfinished(reader: RunReader) -> None:
+def _refuse_untrained(state: OpenState) -> None:
     """Refuse a run that was to train something and has not yet: the base would pass for it."""
-    if not reader.manifest().has_run:
+    if not state.has_run:
         raise RunError(
-            f"a saved chain must have a link (got none in {reader.path}); take the base by 0 links"
+            f"a saved chain must have a link (got none in {state.run}); take the base by 0 links"
         )
-    chain = reader.config().chain
+    if state.draft is None:
+        return
+    chain = state.config().chain
     if chain.tune == "full":
         raise RunError(
-            f"a run of full fine-tuning must have ended (got no model/ in {reader.path}); "
-            "start over"
+            f"a run of full fine-tuning must have ended (got no model in {state.folder}); start "
+            "over"
         )
-    if chain.ranks and not reader.is_finished(reader.manifest()):  # all may have been rejected
+    if chain.ranks:  # else all may have been rejected
         raise RunError(
-            f"a run must have tied its first link (got none in {reader.path}); train it again to "
+            f"a run must have tied its first link (got none in {state.run}); train it again to "
             "resume it, or take the base by --links 0"
         )

@@ -1,7 +1,7 @@
 """``metrics.jsonl``: one JSON object a line, appended while a run goes on, not edited in place; and
 ``result.json``: what the run came to, as far as others read it.
 
-The manifest holds the number of lines that belong to the state it describes, and the hash of their
+``stage.json`` holds the number of lines that belong to the point it describes, and the hash of their
 bytes. A resume keeps exactly those lines.
 """
 
@@ -20,7 +20,8 @@ from typing_extensions import TypedDict
 
 from chainlora.errors import RunError
 from chainlora.files import reported, sync_file, write_bytes
-from chainlora.runs.manifest import DAMAGED, Records, Text
+from chainlora.runs.draft import Records
+from chainlora.runs.history import DAMAGED, Text
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def resumed_log(path: Path, known: Records | None, num_records: int) -> RecordLo
 
 
 def check_records(path: Path, known: Records | None) -> None:
-    """Raise RunError if the records that a manifest knows have changed; a missing file may be."""
+    """Raise RunError if the records that ``stage.json`` knows have changed; a missing file may be."""
     if known is None or not path.is_file():
         return
     with reported(path, "read"):

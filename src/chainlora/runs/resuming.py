@@ -1,190 +1,125 @@
-"""Whether a folder can become a run's, whether a run is the one that a config describes, and what a
-resume needs: the run for itself, the config and the rows that it began with."""
+"""Whether a folder can become a run's, and whether a stage is the one that a config describes."""
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 from collections.abc import Collection, Mapping, Sequence
-from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from chainlora import files
 from chainlora.config.schema import RunConfig
 from chainlora.config.stages import OF_START
 from chainlora.config.yaml_text import one_value
 from chainlora.data.splits import named_sources, source_digest
-from chainlora.errors import FileError, RunError
+from chainlora.errors import RunError
 from chainlora.models.finding import from_above, is_same_place, resolve_model
 from chainlora.models.identity import base_files
 from chainlora.registry import plugin_digest
-from chainlora.runs.manifest import REFERENCE, TOKENIZER, Change, Manifest
-from chainlora.runs.reading import RunReader, check_base
+from chainlora.runs.history import CONFIG, TOKENIZER, Change, Entry, exists_in
+from chainlora.runs.locks import LOCK
+from chainlora.runs.state import OpenState, check_base
 
 logger = logging.getLogger(__name__)
-
-LOCK = ".lock"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of a network disk that has none
 
 # Keys that a resume may change by name: they decide steps to come, and nothing that is on disk.
 CHANGEABLE = ("train.lr", "train.max_grad_norm")
 # Keys that say where something lies. A resume reads it, and checks that it is the same.
 _PLACES = ("model", "data.train", "data.validation", "data.test")
 
-_BEFORE_THE_MANIFEST = {LOCK, "config.yaml", "links", "rows", TOKENIZER, REFERENCE}
+_BEFORE_THE_HISTORY = {LOCK, "stages", "links", "rows", TOKENIZER}
 
 
-def refuse_if_taken(run: RunReader) -> None:
+def refuse_if_taken(run: Path) -> None:
     """Raise RunError where something else than an empty directory is."""
-    if not run.path.is_dir():
+    if not run.is_dir():
         return
-    with files.reported(run.path, "read"):
-        entries = {entry.name for entry in run.path.iterdir()}
+    with files.reported(run, "read"):
+        entries = {entry.name for entry in run.iterdir()}
     if entries <= {LOCK}:
         return
     what, remedy = (
         ("holds a run", "pass resume=True to resume it, or ")
-        if run.exists
+        if exists_in(run)
         else ("is not empty and not a whole run", "")
     )
     raise RunError(
-        f"`output` must be a new or empty directory (got {run.path}, which {what}); "
+        f"`output` must be a new or empty directory (got {run}, which {what}); "
         f"{remedy}choose another output"
     )
 
 
-def refuse_if_other(run: RunReader) -> None:
+def refuse_if_other(run: Path) -> None:
     """Raise RunError where something is that is neither a run nor the place for a new one.
 
-    A run that was killed before it had a manifest starts over: nothing in it is worth keeping. It
-    has a lock; without one, files of the same names are somebody's own.
+    A run that was killed before it had a history starts over: nothing in it is worth keeping. Its
+    stage has a lock; without one, files of the same names are somebody's own.
     """
-    if run.exists or not run.path.is_dir():
+    if exists_in(run) or not run.is_dir():
         return
-    names = {entry.name for entry in run.path.iterdir() if not files.is_scratch(entry.name)}
-    if LOCK not in names or not names <= _BEFORE_THE_MANIFEST:
+    names = {entry.name for entry in run.iterdir() if not files.is_scratch(entry.name)}
+    is_begun = any((run / "stages").glob(f"*/{LOCK}"))
+    if not is_begun or not names <= _BEFORE_THE_HISTORY:
         refuse_if_taken(run)
 
 
-def refuse_links(run: Path) -> None:
-    """Raise RunError for a symbolic link below a run: what changes a run must not leave it."""
-    for folder, *names in os.walk(run):
-        for name in chain(*names):
-            refuse_link(Path(folder, name))
-
-
-def refuse_link(path: Path) -> None:
-    """Raise RunError where a folder or file of a run is a symbolic link."""
-    if path.is_symlink():
-        raise RunError(
-            "a run must hold no symbolic links",
-            f"{path} -> {os.readlink(path)}",
-            "delete the link, or put a copy in its place",
-        )
-
-
-def take_lock(run: Path, wait: float = 0.2) -> FileLock | None:
-    """Lock a run directory for this process; the system unlocks it when the process ends.
-
-    Raises RunError where another process holds it for longer than `wait` seconds: who looks whether
-    it is in use holds it for a moment.
-    """
-    lock = FileLock(str(run / LOCK), timeout=wait, thread_local=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RunError(
-            f"a run directory must be used by one process at a time (got {run}, which another "
-            "process is training in); wait for it, or choose another output"
-        ) from None
-    except (NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-            raise files.file_error(error, run / LOCK) from error
-        logger.warning("%s cannot be locked; start one process at a time in it", run)
-        return None
-    return lock
-
-
-def is_in_use(run: Path) -> bool:
-    """Say whether another process is training in a run directory, or changing its stages."""
-    if not (run / LOCK).is_file() or (run / LOCK).is_symlink():
-        return False
-    try:
-        lock = take_lock(run, wait=0)
-    except RunError:
-        return True
-    except FileError:  # not ours to write in: nobody here can tell
-        return False
-    if lock is not None:
-        lock.release()
-    return False
-
-
 def compare(
-    run: RunReader,
-    manifest: Manifest,
-    now: RunConfig,
-    change: Collection[str] = (),
-    stage: str | None = None,
+    begun: OpenState, now: RunConfig, change: Collection[str] = (), stage: str | None = None
 ) -> list[Change]:
-    """Return the keys that a resume changes: of `change`, or places. None where a run has ended.
+    """Return the keys that a resume changes: of `change`, or places. None where a stage has ended.
 
-    Where something lies is no part of what a run, or its `stage`, is: what lies there is. Of a run
-    that resumes, base and rows are compared later. One that has ended is compared here: what lies
-    in another place than before, and a base in a folder. Its files of rows may grow or be gone.
+    Where something lies is no part of what a stage is: what lies there is. Of one that resumes,
+    base and rows are compared later. One that has ended is compared here: what lies in another
+    place than before, and a base in a folder. Its files of rows may grow or be gone. `stage` is its
+    name in messages, where the run has several.
 
     Raises RunError for another config, or other content.
     """
-    before = run.config()
+    before, entry = begun.config(), _entry(begun)
     if before.start is not None and now.start is None:
-        rule, got = "`start` must be what the run began on", f"none, and {before.start} for {run}"
+        rule = "`start` must be what the run began on"
+        got = f"none, and {before.start} for {begun.run}"
         raise RunError(rule, got, f"add start: {before.start}, or choose another output")
-    _compare_start_rows(run, manifest, before, now)
+    _compare_start_rows(begun, before, now)
     old, new = _science(before), _science(now)
     differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    has_ended = _has_ended(run, manifest)
-    allowed = {key for key in differing if _is_same_content(key, run, manifest, before, now)}
-    if has_ended:
-        was = [(each.key, each.before) for each in manifest.changes]  # before it was resumed
+    allowed = {key for key in differing if _is_same_content(key, begun, before, now)}
+    if begun.draft is None:
+        was = [(each.key, each.before) for each in entry.training.changes]  # before it was resumed
         allowed |= {key for key in differing if (key, new[key]) in was}
     else:
         allowed |= set(change).intersection(CHANGEABLE)
-        if manifest.rows is not None:
+        if entry.training.rows is not None:
             places = set(_PLACES).intersection(differing)
             allowed |= {k for k in places if _without_place(old[k]) == _without_place(new[k])}
     for key in differing:
         if key not in allowed:
-            raise _other_config(run, key, old[key], new[key], stage, has_ended)
-    if has_ended:
-        _check_model(run, manifest, before.model, now.model)
+            raise _other_config(begun, key, old[key], new[key], stage)
+    if begun.draft is None:
+        _check_model(begun, before.model, now.model)
         return []
-    step = manifest.position.step
+    step = begun.draft.position.step
     return [Change(key=key, before=old[key], after=new[key], step=step) for key in differing]
 
 
-def _has_ended(run: RunReader, manifest: Manifest) -> bool:
-    return run.is_finished(manifest) or manifest.is_pruned
+def _entry(begun: OpenState) -> Entry:
+    assert begun.entry is not None
+    return begun.entry
 
 
-def _compare_start_rows(
-    run: RunReader, manifest: Manifest, before: RunConfig, now: RunConfig
-) -> None:
+def _compare_start_rows(begun: OpenState, before: RunConfig, now: RunConfig) -> None:
     """Raise RunError for other rows of the start than those that the run keeps."""
     if now.start_data is None or before.start_data in (None, now.start_data):
         return
     was, rows = before.start_data.model_dump(), now.start_data.model_dump()
     for key in (key for key in rows if rows[key] != was[key]):
-        digest = manifest.sources.get(f"start_{key}")
+        digest = _entry(begun).training.sources.get(f"start_{key}")
         if digest is None or digest != start_digests(now).get(f"start_{key}"):
             raise RunError(
                 "`start_data` is read when a run begins",
-                f"another start_data.{key}, {rows[key]!r:.60}, for {run}",
+                f"another start_data.{key}, {rows[key]!r:.60}, for {begun.run}",
                 "leave it as it was, or replace the rows: "
-                f"chainlora eval {run} --matrix --start-rows FILE",
+                f"chainlora eval {begun.run} --matrix --start-rows FILE",
             )
 
 
@@ -200,11 +135,10 @@ def start_digests(config: RunConfig) -> dict[str, list[str]]:
     }
 
 
-def _other_config(
-    run: RunReader, key: str, old: Any, new: Any, stage: str | None, has_ended: bool
-) -> RunError:
+def _other_config(begun: OpenState, key: str, old: Any, new: Any, stage: str | None) -> RunError:
+    run, has_ended = begun.run, begun.draft is None
     differs = f"{key} is {one_value(new):.60}, was {one_value(old):.60}"
-    if key in run.manifest().sources and has_ended:
+    if key in _entry(begun).training.sources and has_ended:
         differs += ", compared by content"
     if stage is not None:
         rule, got = "a stage keeps the config it began with", f"stage {stage!r}: {differs}"
@@ -214,27 +148,26 @@ def _other_config(
         remedy = f"choose another output, or train on top of it: chainlora extend {run} --name NAME"
     else:
         rule, got = "a run resumes with the config it began with", f"{differs} in {run}"
-        remedy = f"use {run / 'config.yaml'}, or choose another output"
+        remedy = f"use {begun.folder / CONFIG}, or choose another output"
     if key in CHANGEABLE and not has_ended:
         remedy = f"to resume with another value, pass --{key} VALUE; else {remedy}"
     return RunError(rule, got, remedy)
 
 
-def _is_same_content(
-    key: str, run: RunReader, manifest: Manifest, before: RunConfig, now: RunConfig
-) -> bool:
+def _is_same_content(key: str, begun: OpenState, before: RunConfig, now: RunConfig) -> bool:
     """Say whether a key names what it named when the run began, by another name or elsewhere."""
     if key == "model":
-        return _has_ended(run, manifest)  # compared by `_check_model`
+        return begun.draft is None  # compared by `_check_model`
     old, new = (named_sources(config.data).get(key, []) for config in (before, now))
-    known: Sequence[str | None] = manifest.sources.get(key) or [None] * len(old)
+    digests = _entry(begun).training.sources.get(key)
+    known: Sequence[str | None] = digests or [None] * len(old)
     return (
         bool(old)
         and len(old) == len(new) == len(known)
         and all(
             was.weight == each.weight
             and (
-                is_same_place(was.path, each.path, run.path)
+                is_same_place(was.path, each.path, begun.run)
                 or source_digest(key, each.path, now.data) == digest
             )
             for was, each, digest in zip(old, new, known, strict=True)
@@ -242,11 +175,11 @@ def _is_same_content(
     )
 
 
-def _check_model(run: RunReader, manifest: Manifest, before: str, now: str) -> None:
+def _check_model(begun: OpenState, before: str, now: str) -> None:
     """Raise RunError for another base. One that is where it was is read only in a folder."""
-    place = from_above(now, run.path)
+    place = from_above(now, begun.run)
     if now != before or Path(place).is_dir():
-        check_base(manifest.base, run.path, files=base_files(resolve_model(place)))
+        check_base(begun.base, begun.run, files=base_files(resolve_model(place)))
 
 
 def _without_place(value: Any) -> Any:
@@ -273,16 +206,17 @@ def compare_versions(before: Mapping[str, str], now: Mapping[str, str]) -> None:
         )
 
 
-def check_plugins(run: RunReader, config: RunConfig) -> None:
-    """Raise RunError unless the config names the plug-ins that a run was begun with.
+def check_plugins(begun: OpenState, config: RunConfig) -> None:
+    """Raise RunError unless the config names the plug-ins that a stage was begun with.
 
     A run says which code it needs, and never runs it by itself: a run may come from somebody else.
     Warns of a plug-in that has changed since.
     """
-    before, now = run.manifest().plugins, {name: plugin_digest(name) for name in config.plugins}
+    before = _entry(begun).training.plugins
+    now = {name: plugin_digest(name) for name in config.plugins}
     known = set(now.values())
     if missing := [name for name in before if name not in now and before[name] not in known]:
-        raise RunError(not_named(f"resume {run}", missing))
+        raise RunError(not_named(f"resume {begun.run}", missing))
     if changed := [name for name in before if name in now and before[name] != now[name]]:
         logger.warning(
             "the run was begun with another content of %s; later steps use the new one",
@@ -318,8 +252,6 @@ def _science(config: RunConfig) -> dict[str, Any]:
     tree = config.model_dump(exclude=other | {"data": {"dir"}})
     for key in ("trackers", "save_every", "log_every", "shard"):
         tree["train"].pop(key)
-    if tree["data"]["truncation"] == "left":  # the earlier name
-        tree["data"]["truncation"] = "cut"
     flat = {key: tree.pop(key) for key in ("model", "quantize")}
     for section, keys in tree.items():
         flat |= {f"{section}.{key}": value for key, value in keys.items()}

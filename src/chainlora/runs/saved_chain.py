@@ -1,11 +1,11 @@
 """A chain on disk without a run around it: for loops of one's own, and for those of others.
 
-    DIR/chain.json               manifest, the same as a run's: links, base, hashes
-    DIR/links/000/ …             each an ordinary PEFT adapter
-    DIR/checkpoints/00000120/    the live link, if there is one: its state and its config
-    DIR/best/00000120/           the live link once more, as it is now, as a PEFT adapter
-    DIR/start.safetensors        extra modules before the first link, where the base's files have
-                                 none (a new head)
+    DIR/history.json             the same as a run's, with one entry: the chain
+    DIR/links/DIGEST/            each an ordinary PEFT adapter; the live link too, as it is now
+    DIR/stages/main/chain.json   what only a chain that goes on needs to know
+    DIR/stages/main/live.safetensors    the state of the live link, if there is one
+    DIR/stages/main/start.safetensors   extra modules before the first link, where the base's files
+                                        have none (a new head)
 
 Whoever reads a run (`load_run`, the exports, `chainlora eval`) reads this too, the live link
 included. A folder is replaced as a whole, so it is never partly of one chain and partly of another.
@@ -13,9 +13,8 @@ included. A folder is replaced as a whole, so it is never partly of one chain an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,50 +26,62 @@ from chainlora.chain.adapters import base_layer, has_fan_in_first, set_config, t
 from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
+from chainlora.config.stages import HISTORY, stage_folder
 from chainlora.errors import RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.runs.costs import versions
-from chainlora.runs.links import write_link
-from chainlora.runs.manifest import (
-    FORMAT,
+from chainlora.runs.history import (
+    MAIN,
     Base,
-    Checkpoint,
-    Manifest,
-    Progress,
-    Selection,
-    encode_manifest,
-    link_directory,
-    link_entries,
-    link_entry,
+    Count,
+    Entry,
+    History,
+    Part,
+    State,
+    Term,
+    Training,
+    exists_in,
+    now,
+    read_part,
+    write_part,
 )
-from chainlora.runs.reading import RunReader, check_base
+from chainlora.runs.links import save_link
+from chainlora.runs.state import OpenState, check_base
 
 # Where a checkpoint of a trainer keeps its chain, beside the adapter.
 INSIDE = "chain"
 
-_START = "start.safetensors"
-_STATE = "link.safetensors"
-_CONFIG = "link.json"
+_FORMAT = 1
+_CHAIN, _LIVE, _START = "chain.json", "live.safetensors", "start.safetensors"
 
 
-@dataclass(frozen=True)
-class LiveState:
-    """A link that was being tuned when its chain was saved."""
+class Live(Part):
+    """A link that was being tuned when its chain was saved, but for its tensors."""
 
-    config: LinkConfig
-    tensors: dict[str, Tensor]
-    num_steps: int
-    num_soft_knots: int
+    config: dict[str, Any]
+    num_steps: Count
+    num_soft_knots: Count
+
+
+class Memory(Part):
+    """What a chain that goes on needs to know: the `ids` of its links, that of the next one, and
+    the numbers of its run."""
+
+    format: int = _FORMAT
+    ids: tuple[Count, ...] = ()
+    next_id: Count = 0
+    live: Live | None = None
+    numbers: Numbers | None = None
 
 
 @dataclass(frozen=True)
 class SavedChain:
-    """A chain as it is on disk, read and checked."""
+    """A chain as it is on disk, read and checked. `links` are without the live one."""
 
-    path: Path
-    manifest: Manifest
+    state: OpenState
+    memory: Memory
     links: list[Link]
-    live: LiveState | None
+    live: dict[str, Tensor]
     start: dict[str, Tensor]
 
 
@@ -87,27 +98,42 @@ def write_chain(
 ) -> None:
     """Write a chain whose `current_links` are known, and the numbers of its run."""
     _refuse_if_taken(directory)
-    base, live = describe_base(chain), links[len(chain) :]
+    base = describe_base(chain)
     with files.replaced_folder(directory) as scratch:
-        for link in chain.links:
-            _write_link(scratch / link_directory(link.id), link, base)
+        saved = [(save_link(scratch, link, base, MAIN), link.strength) for link in links]
+        folder = stage_folder(scratch, MAIN)
+        folder.mkdir(parents=True)
         if start := chain.start_of_extra():
-            files.save_tensors(scratch / _START, start)
-        manifest = _manifest(chain, base, _write_live(chain, scratch))
-        selected = _write_selected(live[0], scratch, manifest) if live else None
-        update = {"selected": selected, "files": files.checksums(scratch), "numbers": numbers}
-        whole = encode_manifest(manifest.model_copy(update=update))
-        files.write_json(scratch / "chain.json", whole)
+            files.save_tensors(folder / _START, start)
+        if chain.live is not None:
+            files.save_tensors(folder / _LIVE, chain.live_state())
+        write_part(folder / _CHAIN, _memory(chain, numbers))
+        terms = tuple(Term(link=digest, strength=strength) for (digest, _), strength in saved)
+        entry = Entry(
+            key=MAIN,
+            kind="import",
+            state=State(base=base.fingerprint, terms=terms),
+            files=files.checksums(folder),
+            training=Training(versions=versions()),
+            ended=now(),
+        )
+        history = History(base=base, hold=chain.hold, seed=chain.seed)
+        write_part(scratch / HISTORY, history.published(entry, dict(link for link, _ in saved)))
 
 
-def read_chain(reader: RunReader) -> SavedChain:
+def read_chain(state: OpenState) -> SavedChain:
     """Read a saved chain and check all its files. Changes no model."""
-    manifest = reader.manifest()
-    for name in manifest.files:
-        reader.check_files(manifest, name)
-    links = reader.links_of(manifest, len(manifest.links))
-    start = load_file(reader / _START) if _START in manifest.files else {}
-    return SavedChain(reader.path, manifest, links, _read_live(reader, manifest), start)
+    state.verify()
+    folder, known = stage_folder(state.run, MAIN), state.at(MAIN).entry
+    if known is None or _CHAIN not in known.files:
+        raise RunError("a saved chain was to be read", f"a run, {state.run}", "name a saved chain")
+    memory = read_part(folder / _CHAIN, Memory, _FORMAT)
+    found = {
+        name: load_file(folder / name) if name in known.files else {} for name in (_LIVE, _START)
+    }
+    links = state.read(state.state.terms[: len(memory.ids)])
+    links = [replace(link, id=id) for link, id in zip(links, memory.ids, strict=True)]
+    return SavedChain(state, memory, links, found[_LIVE], found[_START])
 
 
 def restore_chain(chain: Chain, saved: SavedChain) -> None:
@@ -115,29 +141,31 @@ def restore_chain(chain: Chain, saved: SavedChain) -> None:
 
     Raises RunError for another model, and for a live link that was weakened by `mix`.
     """
-    selected = saved.manifest.selected
-    if saved.live and selected and selected.partial and selected.partial.strength != 1:
+    live, run = saved.memory.live, saved.state.run
+    of_live = saved.state.state.terms[len(saved.links) :]
+    strength = of_live[0].strength if of_live else 1.0
+    if strength != 1:
         raise RunError(
             "a link that goes on being tuned is at full strength",
-            f"{selected.partial.strength:g} in {saved.path}",
-            f"restore it first: chainlora mix {saved.path} {selected.partial.stage}=1",
+            f"{strength:g} in {run}",
+            f"restore it first: chainlora mix {run} {MAIN}=1",
         )
-    body = saved.manifest.base.body
+    body = saved.state.base.body
     if body is None or body != chain.fingerprint.without(saved.start):
-        check_base(saved.manifest.base, saved.path, fingerprint=chain.base_fingerprint)
+        check_base(saved.state.base, run, fingerprint=chain.base_fingerprint)
     if chain.live is not None:
         chain.discard()
     chain.drop(len(chain))
     chain.set_start_of_extra(saved.start)
     chain.add(*saved.links)
-    chain.next_id = saved.manifest.next_id
-    if saved.live is not None:
-        live = saved.live
+    chain.next_id = saved.memory.next_id
+    if live is not None:
+        config = LinkConfig(**live.config)
         # what the loss said at its start is in the tensors
-        init = "kaiming" if live.config.init == "gradient" else live.config.init
-        adapter = chain.extend(live.config.model_copy(update={"init": init}))
-        set_config(adapter, live.config)
-        chain.load_live_state(live.tensors, live.num_steps, live.num_soft_knots)
+        init = "kaiming" if config.init == "gradient" else config.init
+        adapter = chain.extend(config.model_copy(update={"init": init}))
+        set_config(adapter, config)
+        chain.load_live_state(saved.live, live.num_steps, live.num_soft_knots)
 
 
 def current_links(chain: Chain) -> list[Link]:
@@ -174,7 +202,7 @@ def _refuse_if_taken(directory: Path) -> None:
     files.check_writable(directory)
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
-    if (directory / "chain.json").is_file() and not (directory / "config.yaml").exists():
+    if exists_in(directory) and (stage_folder(directory, MAIN) / _CHAIN).is_file():
         return
     raise RunError(
         f"a chain must be saved to a new or empty folder, or over another chain (got {directory}); "
@@ -182,70 +210,18 @@ def _refuse_if_taken(directory: Path) -> None:
     )
 
 
-def _write_link(folder: Path, link: Link, base: Base) -> None:
-    folder.mkdir(parents=True)
-    write_link(folder, link, base)
-
-
-def _write_selected(live: Link, folder: Path, manifest: Manifest) -> Selection:
-    """Write the live link as an adapter, and name it as the end of what is loaded."""
-    step, base = manifest.position.step, manifest.base
-    name = f"best/{step:08d}"
-    _write_link(folder / name, live, base)
-    partial = link_entry(live, base.fingerprint, manifest.links, name)
-    return Selection(num_links=live.index, step=step, partial=partial)
-
-
-def _write_live(chain: Chain, folder: Path) -> Checkpoint | None:
-    if chain.live is None:
-        return None
-    progress = _progress(chain.links)
-    progress.step += chain.live_steps
-    progress.soft_knots = chain.live_soft_knots
-    name = f"checkpoints/{progress.step:08d}"
-    (folder / name).mkdir(parents=True)
-    files.save_tensors(folder / name / _STATE, chain.live_state())
-    config = chain.live.config.model_dump(mode="json")
-    files.write_json(folder / name / _CONFIG, config)
-    return Checkpoint(directory=name, progress=progress)
-
-
-def _manifest(chain: Chain, base: Base, checkpoint: Checkpoint | None) -> Manifest:
-    return Manifest(
-        format=FORMAT,
-        base=base,
-        seed=chain.seed,
-        hold=chain.hold,
-        links=link_entries(chain.links, base.fingerprint),
-        next_id=chain.next_id,
-        checkpoint=checkpoint,
-        selected=None,
-        progress=_progress(chain.links),
-        versions=versions(),
-    )
-
-
-def _progress(links: Sequence[Link]) -> Progress:
-    lengths = [link.num_steps for link in links]
-    return Progress(step=sum(lengths), link=len(links))
-
-
-# --- reading ---
+def _memory(chain: Chain, numbers: Numbers | None) -> Memory:
+    live = None
+    if chain.live is not None:
+        config = chain.live.config.model_dump(mode="json")
+        live = Live(
+            config=config, num_steps=chain.live_steps, num_soft_knots=chain.live_soft_knots
+        )
+    ids = tuple(link.id for link in chain.links)
+    return Memory(ids=ids, next_id=chain.next_id, live=live, numbers=numbers)
 
 
 def chain_folder(directory: Path) -> Path:
     """Return where the chain lies: in the folder itself, or inside a trainer's checkpoint."""
     inside = directory / INSIDE
-    if not (directory / "chain.json").is_file() and (inside / "chain.json").is_file():
-        return inside
-    return directory
-
-
-def _read_live(reader: RunReader, manifest: Manifest) -> LiveState | None:
-    point = manifest.checkpoint
-    if point is None:
-        return None
-    folder = reader / point.directory
-    config = LinkConfig(**json.loads((folder / _CONFIG).read_text(encoding="utf-8")))
-    num_steps = point.progress.step - manifest.progress.step
-    return LiveState(config, load_file(folder / _STATE), num_steps, point.progress.soft_knots)
+    return inside if not exists_in(directory) and exists_in(inside) else directory

@@ -18,7 +18,7 @@ from chainlora.chain.checks import check_link, misfit
 from chainlora.chain.link import Link
 from chainlora.errors import ChainLoRAError, ModelError
 from chainlora.models.loading import load_model, load_skeleton
-from chainlora.runs.manifest import CAUSAL, Base
+from chainlora.runs.history import CAUSAL, Base
 
 logger = logging.getLogger(__name__)
 

@@ -12,15 +12,12 @@ from chainlora.config.loading import make_config, read_config
 from chainlora.config.schema import RunConfig
 from chainlora.config.stages import Stage, check_alone, has_stages, make_stages
 from chainlora.runs.loading_start import with_start
-from chainlora.runs.reading import RunReader
-from chainlora.runs.stages import open_run
 from chainlora.training.events import Event, Listener
 from chainlora.training.loop import train as run_training
 from chainlora.training.processes import is_first_launched
 from chainlora.training.progress import progress_listener
-from chainlora.training.result import TrainResult
+from chainlora.training.result import TrainResult, result_of
 from chainlora.training.stages import extension, train_stages
-from chainlora.training.survey import run_of
 
 
 def train(
@@ -83,13 +80,11 @@ def _of_stages(
     change: Collection[str],
     progress: bool | None,
 ) -> TrainResult:
-    """Train what is new, and return the last stage's result; of one that was pruned, the run's."""
+    """Train what is new, and return the last stage's result."""
     with _shown(listener, progress) as tell:
         last = train_stages(stages, listener=tell, change=change)[-1]
-    if last is None:
-        ended = RunReader(stages[-1].config.output or "").result()
-        last = cast(TrainResult, ended or open_run(run_of(stages)).result())
-    return cast(TrainResult, Shown(last))
+    found = last or result_of(stages[-1].config, stages[-1].name)
+    return cast(TrainResult, Shown(found))
 
 
 @contextmanager

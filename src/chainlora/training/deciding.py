@@ -19,36 +19,25 @@ from chainlora.training.schedule import restart_warmup, say_what_stays_low
 logger = logging.getLogger(__name__)
 
 
-def decide(run: Run, first: int) -> None:
-    """Give a run its numbers: those that it began with, or new ones, which are recorded.
-
-    `first` is how many links the run began on.
-    """
-    state = run.directory.current if run.directory is not None else None
-    numbers = state.numbers if state is not None else None
-    if numbers is None:
-        numbers = _new_numbers(run)
-        if run.progress.step:
-            logger.warning(
-                "the run was begun by a version that did not record what it decided; it goes on "
-                "with %s, decided now; an early version of `knots: auto` had other ones",
-                numbers,
-            )
-    elif numbers.path != str(run.engine.path):
+def decide(run: Run) -> None:
+    """Give a run its numbers: those that it began with, or new ones, which are recorded."""
+    known = run.work.draft.entry.training.numbers if run.work is not None else None
+    numbers = known or _new_numbers(run)
+    if numbers.path != str(run.engine.path):
         logger.warning(
             "the run began with batches %s and goes on with batches %s: the same to rounding, not "
             "to bits",
             numbers.path,
             run.engine.path,
         )
-    _take(run, numbers, first)
-    if state is not None and state.numbers is None and not run.is_inside_link:
-        run.write_manifest()
+    _take(run, numbers)
+    if known is None and not run.is_inside_link:
+        run.save_point()
 
 
 def _new_numbers(run: Run) -> Numbers:
     chain, train = run.config.chain, run.train
-    lengths = run.plan.lengths
+    lengths = run.batches.lengths
     say_what_stays_low(train, lengths)
     soft: Spacings = ()
     if chain.knots is not None and lengths:
@@ -67,15 +56,15 @@ def _new_numbers(run: Run) -> Numbers:
 def _learned_a_step(run: Run) -> list[float]:
     """Return the tokens that a step learns, as some rows have them, by trained parameter of each
     link."""
-    rows = run.plan.mixture.epoch(run.train.seed, 0).tolist()
+    rows = run.batches.mixture.epoch(run.train.seed, 0).tolist()
     some = some_of(rows)
     tokens = sum(run.splits.train[row].num_learned for row in some) / len(some)
-    a_step = tokens * len(rows) / run.plan.steps_per_epoch  # the last of an epoch may have few rows
+    a_step = tokens * len(rows) / run.batches.steps_per_epoch  # the last of an epoch may have few rows
     model, links = run.chain.model, run.config.chain.links()
     return [a_step / num_trained(link.rank, matched_modules(model, link)) for link in links]
 
 
-def _take(run: Run, numbers: Numbers, first: int) -> None:
+def _take(run: Run, numbers: Numbers) -> None:
     """From here on a run reads numbers, and nothing that is left open."""
     decided = {
         "restart_warmup_steps": numbers.restart_warmup_steps,
@@ -83,5 +72,6 @@ def _take(run: Run, numbers: Numbers, first: int) -> None:
     }
     train = run.train.model_copy(update=decided)
     run.config = run.config.model_copy(update={"train": train})
-    run.plan = replace(run.plan, lengths=numbers.lengths)
-    run.knots = Knots(run.chain, run.config.chain, numbers, memory=run.progress.memory, first=first)
+    run.batches = replace(run.batches, lengths=numbers.lengths)
+    memory = run.progress.memory
+    run.knots = Knots(run.chain, run.config.chain, numbers, memory=memory, first=run.first)

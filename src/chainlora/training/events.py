@@ -61,7 +61,7 @@ class StageBegins(Event):
 
     name = "stage"
     stage: str
-    state: Literal["finished", "pruned", "stopped", "new"]
+    state: Literal["finished", "stopped", "new"]
 
 
 @dataclass(frozen=True, eq=False)

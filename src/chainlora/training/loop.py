@@ -22,9 +22,11 @@ from torch import Tensor
 from chainlora.chain.link import Link
 from chainlora.chain.live import SOFT_LINK_TOLERANCE
 from chainlora.config.schema import RunConfig
+from chainlora.config.stages import Stage
 from chainlora.errors import DivergedError, StoppedError, TrainingError
 from chainlora.evaluation.acceptance import gain
 from chainlora.models.modes import in_mode, kept_random_state
+from chainlora.runs.history import MAIN
 from chainlora.runs.start import NOTHING, Start
 from chainlora.training.events import (
     AlreadyFinished,
@@ -44,7 +46,8 @@ from chainlora.training.optimizers import (
     state_tensors,
 )
 from chainlora.training.processes import own_accelerate
-from chainlora.training.result import TrainResult, finish, finished_result
+from chainlora.training.plan import StagePlan, make_plan
+from chainlora.training.result import TrainResult, finish, publish_trained, result_of
 from chainlora.training.run import Run
 from chainlora.training.schedule import rate_factor
 from chainlora.training.selection import evaluate_point, leave_dropped_link, score, select_best
@@ -59,8 +62,6 @@ _KNOT_TOLERANCE = 1e-3
 _SOFT_KNOT_TOLERANCE = 10 * SOFT_LINK_TOLERANCE
 
 
-@torch.inference_mode(False)  # wherever it is called, gradients are recorded
-@own_accelerate()
 def train(
     config: RunConfig,
     *,
@@ -68,18 +69,42 @@ def train(
     listener: Listener | None = None,
     change: Collection[str] = (),
     start: Start = NOTHING,
+    stage: str = MAIN,
 ) -> TrainResult:
     """Run a config from data to result and return what ``result.json`` holds.
 
     What `chainlora.train` (`training.calling`) is made of, which shows progress too; this prints
-    nothing. The run begins on the state `start`, by default on the base. With `resume`, one that is
-    in `output` goes on, or if it has ended gives its result.
+    nothing. The run begins on `start`, by default on what the config names or the base. With
+    `resume`, a run that is in `output` goes on, or if it has ended gives its result.
     """
     tell = listener or (lambda event: None)
-    if resume and (found := finished_result(config)) is not None:
+    plan = make_plan([Stage(stage, config)], change, resume=resume, start=start)
+    if not plan.due:
+        found = result_of(config, stage)
         tell(AlreadyFinished(found["steps"], str(config.output)))
         return found
-    prepared = prepare(config, resume, tell, change, start)
+    return train_stage(plan.stages[0], plan.start, tell, resume=resume, change=change)
+
+
+@torch.inference_mode(False)  # wherever it is called, gradients are recorded
+@own_accelerate()
+def train_stage(
+    planned: StagePlan,
+    start: Start,
+    tell: Listener,
+    *,
+    resume: bool = True,
+    change: Collection[str] = (),
+) -> TrainResult:
+    """Train a stage of a plan to its end.
+
+    One that the rows of earlier stages are to judge is not yet published then (`Work.publish`).
+    """
+    config = planned.stage.config
+    if planned.trained:
+        publish_trained(config, planned.name)
+        return result_of(config, planned.name)
+    prepared = prepare(config, resume, tell, change, start, planned.name)
     with prepared as run, run.processes.exchanging(), kept_random_state(run.chain.model):
         if run.progress.step == 0:
             evaluate_point(run, "start")
@@ -122,10 +147,10 @@ def _begin_link(run: Run, moments: Moments | None) -> torch.optim.Optimizer:
     optimizer = make_optimizer(adapter, run.train)
     if run.knots.index and run.train.optimizer_reset == "prune":
         if moments is None:
-            assert run.directory is not None
-            moments = run.directory.load_moments()
+            assert run.work is not None
+            moments = run.work.load_moments()
         load_state(optimizer, prune_moments(moments, run.train.prune_fraction))
-    saved = run.directory.load_checkpoint(run.progress) if run.directory else None
+    saved = run.work.load_checkpoint(run.progress) if run.work else None
     if saved is not None:
         state, tensors = saved
         num_steps = run.progress.step - run.knots.first_step
@@ -153,7 +178,7 @@ def _tune_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
                 return  # no checkpoint, from which a link that ends early would go on
             if knot is not None:
                 knots.tie_share(knot, optimizer)
-                run.record(ShareTied(run.progress.step, len(run.chain), knot.share))
+                run.record(ShareTied(run.progress.step, knots.index, knot.share))
             _between_steps(run, optimizer)
 
 
@@ -168,11 +193,11 @@ def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> Moments | None:
     run.progress.soft_knots = 0
     run.progress.memory.clear()
     moments = state_tensors(optimizer) if run.train.optimizer_reset == "prune" else None
-    if run.directory is not None:
-        run.directory.save_link(link)
+    if run.work is not None:
+        run.work.save_link(link)
         if moments is not None:
-            run.directory.save_moments(moments)
-    run.record(KnotTied(run.progress.step, link.index, change))
+            run.work.save_moments(moments)
+    run.record(KnotTied(run.progress.step, run.knots.index - 1, change))
     return moments
 
 
@@ -182,7 +207,7 @@ def _judge_link(run: Run) -> None:
         evaluate_point(run, "knot")
     except StoppedError:
         run.progress.evaluation_due = True
-        run.write_manifest()
+        run.save_point()
         raise
     run.progress.evaluation_due = False
     if not _is_accepted(run):
@@ -190,7 +215,7 @@ def _judge_link(run: Run) -> None:
         run.progress.stopped = True
         run.last_scored = run.accepted
         leave_dropped_link(run)
-    run.write_manifest()
+    run.save_point()
 
 
 def _return_to_knot(run: Run) -> None:
@@ -213,8 +238,8 @@ def _is_accepted(run: Run) -> bool:
     if found.is_clear:
         run.accepted = run.last_scored
         return True
-    index = len(run.chain) - 1
-    run.record(LinkRejected(run.progress.step, index, found.mean, found.standard_error))
+    place = run.knots.index - 1
+    run.record(LinkRejected(run.progress.step, place, found.mean, found.standard_error))
     return False
 
 
@@ -234,7 +259,7 @@ def _check_knot(run: Run, link: Link, change: float, tolerance: float) -> None:
 
 def _probed(run: Run) -> Tensor:
     """Return the hidden states of two rows, by which a knot is judged."""
-    rows = [run.splits.train[row] for row in run.plan.batches(0)[0][:2]]
+    rows = [run.splits.train[row] for row in run.batches.batches(0)[0][:2]]
     with run.engine.plain():
         return run.engine.hidden(run.engine.pack(rows)).float()
 
@@ -246,14 +271,14 @@ def _add_first_gradients(run: Run) -> None:
     first, model = run.knots.first_step, run.chain.model
     # not `chain.parameters()`: of a factor that is not trained the gradient is wanted too
     parameters = [p for p in model.parameters() if p.requires_grad]
-    last = min(first + run.config.chain.init_batches, run.plan.num_steps)
+    last = min(first + run.config.chain.init_batches, run.batches.num_steps)
     tokens = 0
     with in_mode(model), closing(steps_ahead(run, first, last)) as steps:
         for work in steps:
             tokens += add_gradients(run, work, parameters).num_tokens
     run.processes.sum_gradients(parameters)
     if run.progress.step == first:  # not again where a stopped run resumes inside the link
-        run.record(GradientMeasured(first, len(run.chain), tokens))
+        run.record(GradientMeasured(first, run.knots.index, tokens))
 
 
 # --- between steps ---
@@ -288,14 +313,14 @@ def _evaluate_inside(run: Run, optimizer: torch.optim.Optimizer) -> None:
 
 def _tune_everything(run: Run) -> None:
     """Full fine-tuning: float32 only, no links, no checkpoints."""
-    model, end = run.chain.model, run.plan.num_steps
+    model, end = run.chain.model, run.batches.num_steps
     model.requires_grad_(True)
     optimizer = full_optimizer(model.parameters(), run.train)
     with closing(steps_ahead(run, 0, end)) as steps:
         for work in steps:
             if run.progress.stopped:
                 break
-            update(run, work, optimizer, rate_factor(run.train, run.plan.lengths, work.step))
+            update(run, work, optimizer, rate_factor(run.train, run.batches.lengths, work.step))
             run.last_scored = None
             if run.progress.step < end:
                 _between_steps(run, optimizer)

@@ -1,130 +1,338 @@
-"""Which rows each optimizer step sees: a pure function of the config and the step's number."""
+"""The plan of a run: what of it is left to do, and all that can be refused before it is done.
+
+It is made and checked once, from configs, files, and the model without its weights. `--dry-run`
+shows it, and every stage is trained by it. What only a stage that begins can know, its rows and its
+weights, is found by `training.setup`.
+"""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from itertools import accumulate
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 
-from chainlora.config.schema import RunConfig, TrainConfig
-from chainlora.data.mixture import Mixture
-from chainlora.data.order import EpochOrder, epoch_order
-from chainlora.data.rows import Rows
-from chainlora.errors import ConfigError
-from chainlora.knots.numbers import between
+from chainlora.chain.adapters import check_targets, inside, matched_modules
+from chainlora.chain.checks import check_apart, check_strengths
+from chainlora.chain.link import Link
+from chainlora.config.schema import LinkConfig, RunConfig
+from chainlora.config.stages import Stage, need_apart
+from chainlora.data.division import can_read_again
+from chainlora.data.splits import check_files, learned_by, length_limit
+from chainlora.errors import ChainError, ChainLoRAError, ConfigError, RunError
+from chainlora.models.finding import from_above
+from chainlora.models.loading import load_skeleton
+from chainlora.models.text_config import context_length
+from chainlora.runs.draft import drafts_in
+from chainlora.runs.history import MAIN, START, History, exists_in, read_history
+from chainlora.runs.loading_start import load_start, start_at
+from chainlora.runs.resuming import check_plugins, compare, refuse_if_other, refuse_if_taken
+from chainlora.runs.start import NOTHING, Start
+from chainlora.runs.state import OpenState, state_at, state_of_draft
+from chainlora.training.objectives import check_names
+from chainlora.training.optimizers import check_optimizer
+from chainlora.training.processes import num_launched
+from chainlora.training.sharing import check_shards, refuse_one_process, wants_shards
 
 logger = logging.getLogger(__name__)
 
-# Epochs whose order is kept: the one in progress, the next one (steps are packed ahead) and the
-# first one (whose first batch is the probe of every knot).
-_KEPT_EPOCHS = 3
+_GIVE_ROWS = "give some as `start_data`, or to a run by eval --matrix --start-rows FILE"
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """Which rows each optimizer step sees: a pure function of the step's number."""
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage that has ended, or that is to be trained from `step` on."""
 
-    lengths: tuple[int, ...]  # steps per link
-    steps_per_epoch: int
-    row_lengths: NDArray[np.integer]
-    config: TrainConfig
-    mixture: Mixture
+    stage: Stage
+    state: Literal["finished", "stopped", "new"]
+    step: int = 0
+    trained: bool = False  # and stopped before it was judged or published
 
     @property
-    def num_steps(self) -> int:
-        """Steps of the whole chain."""
-        return sum(self.lengths)
-
-    def batches(self, step: int) -> list[list[int]]:
-        """Row indices of each micro-batch of a step."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        order, count = self._order(epoch), self.config.gradient_accumulation
-        places = range(within * count, min((within + 1) * count, len(order)))
-        before, size, seed = epoch * len(order), self.config.batch_size, self.config.seed
-        return [
-            order.batch(place) + self.mixture.added(size, seed, before + place) for place in places
-        ]
-
-    def steps_of(self, num_tokens: float) -> int:
-        """Return the number of steps, from the start, that have read `num_tokens` tokens.
-
-        Those of earlier stages' rows are not counted.
-        """
-        epoch, rest = 0, num_tokens
-        if self.mixture.is_even:
-            epochs, rest = divmod(num_tokens, self._tokens(self.mixture.epoch(0, 0)))
-            epoch = int(epochs)
-        while rest >= (tokens := self._tokens(self._order(epoch).rows)):
-            epoch, rest = epoch + 1, rest - tokens
-        step = epoch * self.steps_per_epoch
-        last = step + self.steps_per_epoch
-        while rest > 0 and step < last:
-            rest -= sum(self._tokens(batch) for batch in self.batches(step))
-            step += 1
-        return step
-
-    def _tokens(self, rows: Sequence[int] | NDArray[np.integer]) -> int:
-        own = np.asarray(rows)
-        return int(self.row_lengths[own[own < self.mixture.num_rows]].sum())
-
-    @cached_property
-    def _order(self) -> Callable[[int], EpochOrder]:
-        train = self.config
-
-        @lru_cache(maxsize=_KEPT_EPOCHS)
-        def order(epoch: int) -> EpochOrder:
-            rows = self.mixture.epoch(train.seed, epoch)
-            found = epoch_order(
-                self.row_lengths[rows], train.batch_size, train.seed, epoch, train.group_by_length
-            )
-            return replace(found, rows=rows[found.rows])
-
-        return order
+    def name(self) -> str:
+        """Return the name of the stage."""
+        return self.stage.name
 
 
-def make_plan(config: RunConfig, examples: Rows, mixture: Mixture | None = None) -> Plan:
-    """Turn what the config says of each link's length into steps.
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a run in their order. `start` is what the first one begins on that is new."""
 
-    `mixture` says which of the examples an epoch reads; by default all, once.
-    Fractional epochs and tokens round at the knots, the total exactly.
+    stages: tuple[StagePlan, ...]
+    start: Start = NOTHING
+
+    @property
+    def due(self) -> list[StagePlan]:
+        """Return the stages that are to be trained."""
+        return [each for each in self.stages if each.state != "finished"]
+
+
+def make_plan(
+    stages: Sequence[Stage],
+    change: Collection[str] = (),
+    *,
+    resume: bool = True,
+    start: Start = NOTHING,
+) -> Plan:
+    """Say where each stage is, all files of those that were begun checked. Trains nothing.
+
+    Without `resume`, a run in the output is refused. `start` is what a run begins on whose config
+    does not name it.
+
+    Raises ChainLoRAError for what the run holds otherwise, and for all that a config, the model,
+    this machine or the files of rows tell that cannot be trained.
     """
-    chain, train = config.chain, config.train
-    mixture = mixture or Mixture((len(examples),), (1.0,))
-    if chain.ranks and not mixture.num_rows:
-        raise ConfigError(
-            f"training needs rows (got none beside {config.data.shots} demonstrations); lower "
-            "data.shots or give more"
-        )
-    num_batches = math.ceil(mixture.per_epoch / train.batch_size)
-    per_epoch = math.ceil(num_batches / train.gradient_accumulation)
-    size = train.batch_size * train.gradient_accumulation
-    if chain.ranks and size > mixture.per_epoch:
-        logger.warning(
-            "a step reads up to %d rows (train.batch_size), and an epoch has %d: an epoch is one "
-            "step; for more steps, lower train.batch_size",
-            *(size, mixture.per_epoch),
-        )
-    plan = Plan((1,) * len(chain.ranks), per_epoch, examples.lengths, train, mixture)
-    if chain.steps is not None:
-        lengths, said = chain.steps, "steps"
-    elif chain.tokens is not None:
-        lengths, said = (
-            between([plan.steps_of(sum_) for sum_ in accumulate(chain.tokens)]),
-            "tokens",
-        )
+    output = stages[0].config.output
+    if output is None:
+        plan = Plan(tuple(StagePlan(stage, "new") for stage in stages), start)
     else:
-        ends = [round(end * per_epoch) for end in accumulate(chain.epochs or ())]
-        lengths, said = between(ends), "epochs"
-    if any(length < 1 for length in lengths):
-        raise ConfigError(
-            f"every link must have at least one step (got {list(lengths)} from {said} "
-            f"{list(getattr(chain, said) or ())} of {per_epoch} steps an epoch); give it a larger "
-            "share"
+        run = Path(output)
+        need_apart(run)
+        refuse_if_other(run) if resume else refuse_if_taken(run)
+        history = read_history(run) if exists_in(run) else None
+        if history is not None:
+            _need_order(run, history, stages)
+        found = [_state_of(stage, run, history, change) for stage in stages]
+        plan = Plan(tuple(found), start)
+        if history is None or plan.due:
+            plan = Plan(tuple(found), _start_of(plan, run, history, start))
+    if plan.due:
+        _check(plan)
+    return plan
+
+
+# --- where the stages are ---
+
+
+def _need_order(run: Path, history: History, stages: Sequence[Stage]) -> None:
+    """Raise RunError unless the stages of a config begin with those that the run has trained."""
+    if stages[0].after is not None:
+        return
+    begun_with = {entry.key for entry in history.lineage(history.origin)}
+    lineage = history.lineage(history.head)
+    known = [e.key for e in lineage if e.kind == "stage" and e.key not in begun_with]
+    names = [stage.name for stage in stages]
+    if history.find(names[-1]) is not None:
+        known = known[: len(names)]
+    for place, name in enumerate(known):
+        if names[place : place + 1] != [name]:
+            got = names[place] if place < len(names) else "none"
+            raise RunError(
+                f"the stages of a run must be those that it has, in their order (got {got} for "
+                f"{name} in {run}); add new ones below, or choose another output"
+            )
+
+
+def _state_of(
+    stage: Stage, run: Path, history: History | None, change: Collection[str]
+) -> StagePlan:
+    begun = begun_stage(run, stage.name, history)
+    if begun is None:
+        with naming(stage):
+            _check_files(stage.config)
+        return StagePlan(stage, "new")
+    begun = begun.verify()
+    if stage.config.start_data is not None and begun.history.find(START) is None:
+        raise RunError(
+            "`start_data` is read when a run begins",
+            f"some for {run}, which keeps none",
+            f"leave it out, and call chainlora eval {run} --matrix --start-rows FILE",
         )
-    return replace(plan, lengths=lengths)
+    compare(begun, stage.config, change, None if stage.name == MAIN else stage.name)
+    if begun.draft is None:
+        return StagePlan(stage, "finished")
+    if not begun.draft.trained:
+        _check_resume(begun, stage.config)
+    step, trained = begun.draft.position.step, begun.draft.trained
+    return StagePlan(stage, "stopped", step, trained)
+
+
+def begun_stage(run: Path, name: str, history: History | None = None) -> OpenState | None:
+    """Return a stage that was begun, ended or not; None where there is none."""
+    if history is None and not exists_in(run):
+        return None
+    history = history or read_history(run)
+    if history.find(name) is not None:
+        return state_at(run, history, name)
+    return state_of_draft(run, name, history) if name in drafts_in(run, history) else None
+
+
+def _check_resume(begun: OpenState, config: RunConfig) -> None:
+    check_plugins(begun, config)
+    if config.chain.tune == "full":
+        raise ConfigError(
+            "full fine-tuning cannot resume, since its optimizer state is not saved",
+            begun.run,
+            "delete that folder, or choose another output",
+        )
+
+
+def _start_of(plan: Plan, run: Path, history: History | None, start: Start) -> Start:
+    """Return what the first new stage begins on, or a stopped one has begun on."""
+    first = plan.due[0]
+    if first.state == "stopped":
+        begun = begun_stage(run, first.name, history)
+        assert begun is not None
+        return start_at(begun.of(begun.parent))
+    if history is not None and history.entries:
+        others = drafts_in(run, history).keys() - {each.name for each in plan.stages}
+        if others:
+            logger.warning(
+                "stage %s is half trained, and %s begins without it",
+                ", ".join(sorted(others)),
+                first.name,
+            )
+        return start_at(state_at(run, history))
+    source = first.stage.config.start
+    return start if source is None else load_start(source)
+
+
+# --- what can be refused ---
+
+
+def _check(plan: Plan) -> None:
+    """Refuse what the stages that are due cannot do, before the first of them is trained."""
+    first = plan.due[0].stage.config
+    is_elsewhere = plan.due[0].state == "stopped" or plan.start is not NOTHING
+    place = Path(first.output) if first.output is not None and is_elsewhere else None
+    model = load_skeleton(first.model if place is None else from_above(first.model, place))
+    has_one, cpu = torch.accelerator.is_available(), torch.device("cpu")
+    device = (torch.accelerator.current_accelerator() if has_one else None) or cpu
+    below = _losses(plan)
+    links = _links_below(plan)
+    tuned: dict[LinkConfig, None] = dict.fromkeys(link.config for link in links)
+    for each in plan.due:
+        config = each.stage.config
+        with naming(each.stage if len(plan.stages) > 1 else None):
+            _check_processes(config)
+            check_names(config)
+            check_optimizer(config, device)
+            length_limit(config.data, context_length(model))
+            if config.chain.tune == "lora":
+                _check_links(model, config, tuned)
+        links += [Link(len(links), link, {}) for link in config.chain.links()]
+        if each.state == "new":
+            _need_name(each.stage, below)
+            _need_rows(each.stage, below)
+            _need_sum(each.stage, links)
+            data = config.data
+            below[each.name] = learned_by(data, config.train.loss) if data.keep_rows else None
+        tuned |= dict.fromkeys(config.chain.links())
+
+
+def _check_links(model: Any, config: RunConfig, below: Collection[LinkConfig]) -> None:
+    adapted = {name for other in below for name in matched_modules(model, other)}
+    whole = {name for other in below for name in inside(model, other.extra_modules)}
+    for link in dict.fromkeys(config.chain.links()):
+        check_targets(model, link)
+        check_apart(adapted, whole, model, link)
+
+
+def _check_processes(config: RunConfig) -> None:
+    count = num_launched()
+    if wants_shards(config) is not None:
+        check_shards(config)
+    else:
+        refuse_one_process(config)
+    if config.train.batch_size % count:
+        raise ConfigError(
+            "`train.batch_size` is that of all processes together, and must be a multiple of their "
+            f"number (got {config.train.batch_size} for {count} processes); start another number "
+            "of them, or change it"
+        )
+
+
+def _check_files(config: RunConfig) -> None:
+    check_files(config.data, config.train.loss)
+    if config.start_data is not None:
+        check_files(config.start_data.as_data(config.data), None)
+
+
+def _losses(plan: Plan) -> dict[str, str | None]:
+    """Return the stages that the first due one begins on, and what the rows are learned by that
+    they kept; None where they kept none.
+
+    Raises RunError where the config brings rows for the start to those that are there.
+    """
+    kept, config = plan.start.kept, plan.due[0].stage.config
+    names = [*plan.start.stages, *([START] if START in kept else [])]
+    below = {name: kept[name].loss if name in kept else None for name in names}
+    if config.start_data is None or plan.due[0].state != "new":
+        return below
+    if START in kept:
+        rule = "`start_data` is for a start without such rows"
+        remedy = "leave it out"
+        raise RunError(rule, f"some, and those of {config.start or 'the base'}", remedy)
+    return below | {START: learned_by(config.start_data.as_data(config.data), None)}
+
+
+def _links_below(plan: Plan) -> list[Link]:
+    state = plan.start.state
+    return list(plan.start.links) if state is None else state.outlines()
+
+
+def _need_name(stage: Stage, below: Mapping[str, str | None]) -> None:
+    """Refuse a name that a stage has which the chain begins on."""
+    if stage.name in below:
+        raise RunError(
+            "a stage must have a name of its own",
+            f"{stage.name!r}, which is there",
+            "choose another",
+        )
+
+
+def _need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
+    """Refuse what needs rows of earlier stages that are not there.
+
+    Of what was made elsewhere nobody knows the rows, new or not.
+    """
+    data, without = stage.config.data, [name for name, loss in below.items() if loss is None]
+    missing = {
+        "train.accept_links": without if stage.tolerance is not None else [],
+        "data.new_rows_only": [n for n in without if data.new_rows_only and n != START],
+        "data.replay": without if data.replay and len(without) == len(below) else [],
+    }
+    for key, names in missing.items():
+        off = {"train.accept_links": "all", "data.new_rows_only": "false"}.get(key, "null")
+        if names:
+            raise RunError(
+                f"`{key}` of stage {stage.name!r} needs rows that earlier stages kept",
+                f"none of {', '.join(names)}",
+                (_GIVE_ROWS if names == [START] else "train those with data.keep_rows: true")
+                + f", or set {key}: {off}",
+            )
+    losses = {name: loss for name, loss in below.items() if loss is not None}
+    own = learned_by(data, stage.config.train.loss)
+    if data.replay and not any(can_read_again(loss, own) for loss in losses.values()):
+        raise RunError(
+            f"`data.replay` of stage {stage.name!r} needs earlier rows that are learned by {own}",
+            ", ".join(f"{name}: {loss}" for name, loss in losses.items()) or "no earlier stage",
+            "set data.replay: null in that stage",
+        )
+
+
+def _need_sum(stage: Stage, links: Sequence[Link]) -> None:
+    """Refuse a stage on links of a strength that it cannot be tuned on."""
+    try:
+        check_strengths(links)
+    except ChainError as error:
+        raise RunError(
+            f"stage {stage.name!r} needs those below at a strength that it can be tuned on",
+            error,
+            "restore that one by `mix`, or prune it",
+        ) from None
+
+
+@contextmanager
+def naming(stage: Stage | None) -> Iterator[None]:
+    """Begin an error's message with the name of a stage."""
+    try:
+        yield
+    except ChainLoRAError as error:
+        if stage is not None:
+            error.args = (f"stage {stage.name!r}: {error}",)
+        raise

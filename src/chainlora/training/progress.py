@@ -115,7 +115,7 @@ class _Listener:
                 self._step(event)
             case Evaluated():
                 self._evaluated(event)
-            case StageBegins(state="finished" | "pruned"):
+            case StageBegins(state="finished"):
                 self._say(f"stage {event.stage}: finished before, its files are as they were")
             case StageBegins():
                 again = f", from step {event.step}" if event.state == "stopped" else ""

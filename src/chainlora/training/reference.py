@@ -22,11 +22,11 @@ _CHUNK = 2000  # rows in memory at once
 def take_reference(run: Run) -> None:
     """Give each row of a run its reference, from disk where the run has begun."""
     splits: dict[str, Rows] = {name: getattr(run.splits, name) for name in SPLITS}
-    known = run.directory.load_reference() if run.directory is not None else None
+    known = run.work.load_reference() if run.work is not None else None
     if known is None:
         known = {name: _scores(run, name, rows) for name, rows in splits.items()}
-        if run.directory is not None:
-            run.directory.save_reference(known)
+        if run.work is not None:
+            run.work.save_reference(known)
     train, validation, test = (
         ReferencedRows(rows, known[name].numpy()) for name, rows in splits.items()
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from chainlora.chain.link import Link
@@ -10,11 +11,12 @@ from chainlora.config.schema import RunConfig
 from chainlora.data.rows import Rows
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
 from chainlora.runs.costs import hardware, num_trained, peak_memory_mb, versions
-from chainlora.runs.manifest import Best, describe_link
-from chainlora.runs.reading import RunReader
-from chainlora.runs.resuming import compare
-from chainlora.runs.stages import STAGES, open_run
+from chainlora.runs.draft import Best
+from chainlora.runs.state import OpenState
+from chainlora.runs.work import Work
 from chainlora.training.events import Scored
+from chainlora.training.plan import begun_stage
+from chainlora.training.processes import is_first_launched
 from chainlora.training.run import Run
 from chainlora.training.selection import score
 
@@ -45,35 +47,41 @@ class TrainResult(TypedDict):
     hardware: dict[str, Any]
 
 
-def finished_result(config: RunConfig) -> TrainResult | None:
-    """Return the result of a run that is finished, its files checked; None where it is not.
-
-    Raises RunError for another config, other rows or another base than the run's.
-    """
-    if config.output is None or not (reader := RunReader(config.output)).exists:
-        return None
-    manifest = reader.manifest()
-    if manifest.is_pruned and (reader / STAGES).is_file():  # later stages are what is left
-        compare(reader, manifest, config)
-        return cast(TrainResult, open_run(reader.path).result())
-    if not reader.is_finished(manifest):
-        return None
-    compare(reader, reader.verify(), config)
-    return cast(TrainResult, reader.result())
+def needs_judgement(stage: OpenState) -> bool:
+    """Say whether the rows of earlier stages are to choose the strength of a stage
+    (`train.accept_links`)."""
+    return isinstance(stage.config().train.accept_links, float) and len(stage.columns) > 1
 
 
 def finish(run: Run) -> TrainResult:
-    """Score the result, write the manifest and ``result.json``, and return what that holds."""
+    """Score the result and write ``result.json``, return what that holds, and publish the stage
+    unless it is to be judged."""
     metrics = _final_metrics(run)
     run.count_seconds()
     result = _result(run, metrics)
     run.engine.close()  # the model's own forwards, before it is saved
-    if run.directory is not None:
+    if run.work is not None:
         if run.config.chain.tune == "full":  # no links: the weights are the result
-            run.directory.save_model(run.chain.detach(), run.tokenizer)
-        _write_selection(run)
-        run.directory.save_result(result)
+            run.work.save_model(run.chain.detach(), run.tokenizer)
+        run.work.end(result, run.progress, _best_point(run))
+        if not needs_judgement(run.work.opened()):
+            run.work.publish()
     return result
+
+
+def result_of(config: RunConfig, stage: str) -> TrainResult:
+    """Return the result of a stage that has ended, its file checked."""
+    found = begun_stage(Path(config.output or ""), stage)
+    assert found is not None
+    return cast(TrainResult, found.result())
+
+
+def publish_trained(config: RunConfig, stage: str) -> None:
+    """Publish a stage that a kill left trained, unless it is to be judged."""
+    work = Work(config.output or "", stage, writes=is_first_launched())
+    if not needs_judgement(work.opened()):
+        with work.claimed(config):
+            work.publish()
 
 
 def _final_metrics(run: Run) -> dict[str, Any]:
@@ -93,7 +101,7 @@ def _final_metrics(run: Run) -> dict[str, Any]:
 
 def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
     config, progress = run.config, run.progress
-    own = run.chain.links[run.knots.first :]  # without those that it began on
+    own = run.chain.links[run.first :]  # without those that it began on
     return {
         "format": RESULT_FORMAT,
         "model": config.model,
@@ -101,11 +109,11 @@ def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
         "metrics": metrics,
         "best": progress.best,
         "stage": run.stage,
-        "links": [describe_link(link, stage=run.stage) for link in own],
+        "links": [_described(link, place) for place, link in enumerate(own)],
         "steps": progress.step,
         "tokens": progress.tokens,
         "scored_tokens": progress.scored_tokens,
-        "rows": run.plan.mixture.num_rows,
+        "rows": run.batches.mixture.num_rows,
         "rows_digest": run.splits.digest,
         "data": run.splits.report(),
         "base_fingerprint": run.chain.base_fingerprint,
@@ -117,18 +125,26 @@ def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
     }
 
 
+def _described(link: Link, place: int) -> dict[str, Any]:
+    return {
+        "link": place,
+        "rank": link.rank,
+        "scaling": link.config.scaling,
+        "num_steps": link.num_steps,
+        "error": link.error,
+        "config": link.config.model_dump(mode="json"),
+    }
+
+
 def _num_trained(run: Run, links: Sequence[Link]) -> int:
     if run.config.chain.tune == "full":
         return sum(parameter.numel() for parameter in run.chain.model.parameters())
     return max(map(num_trained, links), default=0)
 
 
-def _write_selection(run: Run) -> None:
-    """Write the manifest; with `keep_best`, it names the best point and keeps all links."""
-    directory, best = run.directory, run.progress.best
-    assert directory is not None
+def _best_point(run: Run) -> tuple[int, Link | None] | None:
+    """Return the links up to the best point, if the run ends there: whole ones, and a part."""
+    best = run.progress.best
     if not run.train.keep_best or best is None:
-        run.write_manifest()
-        return
-    partial = run.chain.links[-1] if run.best_link is not None else None
-    directory.select(best["num_links"], best["step"], partial, run.progress)
+        return None
+    return best["num_links"], run.chain.links[-1] if run.best_link is not None else None

@@ -19,12 +19,12 @@ from chainlora.engine.engine import Engine
 from chainlora.errors import StoppedError, TrainingError
 from chainlora.evaluation.evaluate import Evaluation
 from chainlora.knots.driver import Knots
-from chainlora.runs.directory import RunDirectory
-from chainlora.runs.manifest import Progress
+from chainlora.runs.draft import Progress
+from chainlora.runs.work import Work
 from chainlora.training.events import Event, Listener
 from chainlora.training.objectives import Objective
 from chainlora.training.optimizers import state_tensors
-from chainlora.training.plan import Plan
+from chainlora.training.batches import Batches
 from chainlora.training.processes import Processes
 
 
@@ -33,7 +33,7 @@ class Run:
     """All that a run holds while it runs; as a context manager, it gives everything back."""
 
     config: RunConfig
-    plan: Plan
+    batches: Batches
     splits: Splits
     objective: Objective
     chain: Chain
@@ -41,10 +41,11 @@ class Run:
     tokenizer: Any
     accelerator: Accelerator
     processes: Processes
-    directory: RunDirectory | None
+    work: Work | None  # where it is written
     progress: Progress
     listener: Listener
-    stage: str  # its name; links of earlier ones are below its own
+    stage: str  # its name
+    first: int  # links that it began on, below its own
     knots: Knots = field(init=False)  # from when it has decided its numbers (`training.deciding`)
     best_link: Link | None = None  # the best point, where it lies inside a link
     last_scored: Evaluation | None = None  # of the model as it is; None once it may have changed
@@ -58,8 +59,8 @@ class Run:
 
     def record(self, event: Event) -> None:
         """Send an event to ``metrics.jsonl``, the listener and the trackers."""
-        if self.directory is not None:
-            self.directory.record(event.record(), self.progress)
+        if self.work is not None:
+            self.work.record(event.record(), self.progress)
         self.listener(event)
         if self.train.trackers:
             values = {k: v for k, v in event.record().items() if isinstance(v, int | float)}
@@ -70,7 +71,7 @@ class Run:
     @property
     def is_resumable(self) -> bool:
         """Say whether the run can be resumed: whether what it has learned is on disk."""
-        return self.directory is not None and self.config.chain.tune == "lora"
+        return self.work is not None and self.config.chain.tune == "lora"
 
     def stop_if_requested(self) -> None:
         """Raise StoppedError if a signal asked to stop. The caller has saved the state."""
@@ -79,33 +80,31 @@ class Run:
             return
         remedy = "the same command resumes it" if self.is_resumable else "it cannot be resumed"
         raise StoppedError(
-            f"the run stopped after step {self.progress.step} of {self.plan.num_steps} (got "
+            f"the run stopped after step {self.progress.step} of {self.batches.num_steps} (got "
             f"{signal.Signals(number).name}); {remedy}",
             number,
         )
 
-    def write_manifest(self) -> None:
-        """Write ``chain.json`` for the links there are."""
-        self.progress.link = len(self.chain)
+    def save_point(self) -> None:
+        """Make the links there are the point from which the run resumes."""
+        self.progress.link = self.knots.index
         self.count_seconds()
-        if self.directory is not None:
-            self.directory.write_manifest(
-                self.chain.links, self.progress, self.knots.numbers, self.chain.next_id
-            )
+        if self.work is not None:
+            self.work.save_point(self.progress, self.knots.numbers, self.knots.index)
 
     def save_checkpoint(self, optimizer: torch.optim.Optimizer) -> None:
         """Save the live link, its optimizer and the progress."""
-        if self.directory is not None and self.chain.live is not None:
+        if self.work is not None and self.chain.live is not None:
             self.count_seconds()
             self.progress.soft_knots = self.chain.live_soft_knots
-            self.directory.save_checkpoint(
+            self.work.save_checkpoint(
                 self.chain.live_state(), state_tensors(optimizer), self.progress
             )
 
     @property
     def is_inside_link(self) -> bool:
         """Say whether a run that was stopped resumes inside a link, which must still be tied."""
-        return self.directory is not None and self.directory.has_checkpoint(self.progress)
+        return self.work is not None and self.work.has_checkpoint(self.progress)
 
     def count_seconds(self) -> None:
         """Add to the progress what the run has taken since it was counted last."""
@@ -114,15 +113,15 @@ class Run:
         self.began = now
 
     def close(self, *, undo: bool = False) -> None:
-        """End threads and trackers, unlock the directory, give the model its own forwards back.
+        """End threads and trackers, unlock the stage, give the model its own forwards back.
 
-        With `undo`, a directory in which nothing was learned yet is removed.
+        With `undo`, a stage in which nothing was learned yet is removed.
         """
         try:
             self.engine.close()
         finally:
-            if self.directory is not None:
-                self.directory.close(undo=undo)
+            if self.work is not None:
+                self.work.close(undo=undo)
             if self.train.trackers:
                 self.accelerator.end_training()
 

@@ -24,7 +24,7 @@ def evaluate_point(run: Run, where: Literal["start", "step", "knot"]) -> None:
         return
     evaluation = score(run, run.splits.validation)
     run.last_scored = evaluation
-    link = max(0, len(run.chain) - (where == "knot"))
+    link = max(0, run.knots.index - (where == "knot"))
     run.record(Evaluated(run.progress.step, link, where, evaluation.metrics))
     if where == "start":
         return
@@ -74,12 +74,12 @@ def select_best(run: Run) -> None:
     best = run.progress.best
     if not run.train.keep_best or best is None:
         return
-    if best["num_links"] == len(run.chain) and not best["partial"]:
+    if best["num_links"] == run.knots.index and not best["partial"]:
         run.best_link = None
         return
     run.last_scored = None
     partial = _partial_link(run)
-    run.chain.drop(len(run.chain) - best["num_links"])
+    run.chain.drop(run.knots.index - best["num_links"])
     if partial is not None:
         run.chain.add(partial)
     run.best_link = partial
@@ -94,7 +94,7 @@ def leave_dropped_link(run: Run) -> None:
     if step and run.accepted is not None:
         run.progress.best = {
             "step": step,
-            "num_links": len(run.chain),
+            "num_links": run.knots.index,
             "partial": False,
             "metric": best["metric"],
             "value": run.accepted.metrics[best["metric"]],
@@ -106,7 +106,7 @@ def _keep_point(run: Run, metric: str, value: float) -> None:
     run.progress.evaluations_without_gain = 0
     run.progress.best = {
         "step": run.progress.step,
-        "num_links": len(run.chain),
+        "num_links": run.knots.index,
         "partial": is_partial,
         "metric": metric,
         "value": value,
@@ -114,8 +114,8 @@ def _keep_point(run: Run, metric: str, value: float) -> None:
     if run.train.keep_best and is_partial:
         run.best_link = run.chain.live_link()
         run.progress.best["error"] = run.best_link.error
-        if run.directory is not None:
-            run.directory.save_best(run.best_link, run.progress)
+        if run.work is not None:
+            run.work.save_best(run.best_link, run.progress)
 
 
 def _partial_link(run: Run) -> Link | None:
@@ -124,11 +124,10 @@ def _partial_link(run: Run) -> Link | None:
     assert best is not None
     if not best["partial"]:
         return None
-    partial, index = run.best_link, best["num_links"]
+    partial, count = run.best_link, best["num_links"]
     if partial is None:
-        assert run.directory is not None
-        where = best["directory"]
-        partial = run.directory.load_best(index, run.knots.links[index - run.knots.first], where)
-    before = sum(link.num_steps for link in run.chain.links[run.knots.first : index])
+        assert run.work is not None
+        partial = run.work.load_best(run.knots.links[count], best["directory"])
+    before = sum(link.num_steps for link in run.chain.links[run.first : run.first + count])
     steps, error = best["step"] - before, best.get("error", 0.0)
-    return replace(partial, num_steps=steps, error=error, id=run.chain.links[index].id)
+    return replace(partial, num_steps=steps, error=error)

@@ -1,4 +1,4 @@
-"""From a config to a run that can start: everything that can be refused is refused here."""
+"""From a stage of a plan to a run that can start: what its rows and weights tell is refused here."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from chainlora.chain.adapters import check_targets, prepare_quantized
+from chainlora.chain.adapters import prepare_quantized
 from chainlora.chain.chain import Chain
 from chainlora.chain.holding import holding_named
 from chainlora.chain.link import Link
 from chainlora.config.loading import flatten
 from chainlora.config.schema import RunConfig
-from chainlora.config.stages import OF_START
 from chainlora.data.kept import Kept
-from chainlora.data.splits import Splits, check_files, prepare_splits
+from chainlora.data.splits import Splits, prepare_splits
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError, RunError
 from chainlora.models.finding import from_above, resolve_model
@@ -39,43 +38,47 @@ from chainlora.models.loading_shards import load_shards
 from chainlora.models.modes import kept_random_state
 from chainlora.models.quantizing import is_quantized_model
 from chainlora.models.text_config import context_length
-from chainlora.runs.directory import RunDirectory
-from chainlora.runs.following import FollowedDirectory
+from chainlora.runs.draft import Progress
+from chainlora.runs.history import MAIN, Base
 from chainlora.runs.loading_start import fitted
-from chainlora.runs.manifest import START, Base, Progress
-from chainlora.runs.resuming import check_plugins
 from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.start_rows import rows_of_start
+from chainlora.runs.work import Work
 from chainlora.training.deciding import decide
 from chainlora.training.events import Listener, Planned, RowsEncoded
-from chainlora.training.objectives import check_names, make_objective
-from chainlora.training.optimizers import check_optimizer
-from chainlora.training.plan import make_plan
+from chainlora.training.batches import make_batches
+from chainlora.training.objectives import make_objective
 from chainlora.training.processes import PATIENCE, Processes, find_processes, num_launched
 from chainlora.training.reference import take_reference
 from chainlora.training.run import Run
-from chainlora.training.sharing import check_shards, refuse_one_process, wants_shards
+from chainlora.training.sharing import wants_shards
 
 logger = logging.getLogger(__name__)
 
 
 def prepare(
-    config: RunConfig, resume: bool, listener: Listener, change: Collection[str], start: Start
+    config: RunConfig,
+    resume: bool,
+    listener: Listener,
+    change: Collection[str] = (),
+    start: Start = NOTHING,
+    stage: str = MAIN,
 ) -> Run:
-    """Load and check everything a run needs, claim its directory, find where to resume."""
+    """Load and check everything a stage needs, claim its folder, find where to resume."""
     share_model = wants_shards(config) is not None
     accelerator = make_accelerator(config)
     processes = find_processes(accelerator, share_model=share_model)
-    kind = RunDirectory if processes.is_first else FollowedDirectory
-    directory = None if config.output is None else kind(config.output)
+    work = None
+    if config.output is not None:
+        work = Work(config.output, stage, writes=processes.is_first)
     try:
         with processes.together():
             return _prepare(
-                config, resume, listener, change, start, directory, accelerator, processes
+                config, resume, listener, change, start, stage, work, accelerator, processes
             )
     except BaseException:
-        if directory is not None:
-            directory.close(undo=True)
+        if work is not None:
+            work.close(undo=True)
         raise
 
 
@@ -85,70 +88,53 @@ def _prepare(
     listener: Listener,
     change: Collection[str],
     start: Start,
-    directory: RunDirectory | None,
+    stage: str,
+    work: Work | None,
     accelerator: Accelerator,
     processes: Processes,
 ) -> Run:
-    if resume and directory is not None and directory.exists:
-        check_plugins(directory, config)
-    _check_config(config, processes)
-    # asked once: the first process may begin a run while others still read rows
-    begun = directory if directory is not None and directory.exists else None
-    if begun is not None and config.chain.tune == "full" and resume:
-        raise ConfigError(
-            "full fine-tuning cannot resume, since its optimizer state is not saved",
-            begun,
-            "delete that folder, or choose another output",
-        )
-    given = [key for key in OF_START if getattr(config, key) is not None]
-    if given and start is NOTHING and begun is None:
-        raise ConfigError(
-            f"`{given[0]}` is read by `chainlora train`, `extend` and `chainlora.train`",
-            f"{getattr(config, given[0])!r} elsewhere",
-            "leave it out",
-        )
+    # asked once: the first process may begin a stage while others still read rows
+    begun = work.opened() if work is not None and work.exists else None
     here = config  # as its base is found from here
-    if directory is not None and (begun is not None or start is not NOTHING):
-        here = config.model_copy(update={"model": from_above(config.model, directory.path)})
-    folder, files = _claim(config, here.model, resume, change, directory, processes)
+    if work is not None and (begun is not None or start is not NOTHING):
+        here = config.model_copy(update={"model": from_above(config.model, work.run)})
+    folder, files = _claim(config, here.model, resume, change, work, processes)
     _, _, tokenizer = open_folder(here.model)
-    own = start.tokenizer if begun is None else begun.tokenizer(begun.manifest())
+    own = start.tokenizer
     if own is not None:  # instead of the base's
         tokenizer = load_tokenizer(own)
     with processes.in_turn():  # a bad row is told before the model is loaded
         if begun is None and config.start_data is not None:
             context = context_length(load_skeleton(here.model))
             rows = rows_of_start(config.start_data, config.data, tokenizer, context)
-            start = replace(start, kept={START: rows, **start.kept})
-        earlier = dict(start.kept if begun is None else begun.kept())
-        if begun is not None:  # a run that is resumed has its own beside them
-            earlier.pop(begun.manifest().stage, None)
+            start = replace(start, rows=rows)
+        earlier = start.kept if begun is None else begun.kept()
+        earlier.pop(stage, None)  # a stage that is resumed has its own beside them
         compare = processes.is_first and begun is None
         splits = _load_splits(here, tokenizer, listener, earlier, compare)
     model = _load_model(here, processes)
     check_vocabulary(model, tokenizer, own or folder)
-    plan = make_plan(config, splits.train, splits.mixture)
+    batches = make_batches(config, splits.train, splits.mixture)
     check(config, model, splits)
     chain = Chain(model, seed=config.train.seed, hold=config.chain.hold, checkpoint=folder)
     engine = _new_engine(config, model, processes)
     try:
         base = _identity(config, chain, files)
-        start = _begun_on(start, chain, config)
-        first, stage = len(start.links), start.stage
-        progress = Progress(link=first)
-        if directory is not None:
+        if begun is None:
+            start = _begun_on(start, chain, config)
+        progress = Progress()
+        if work is not None:
             with processes.in_turn():
-                progress = directory.begin(
+                progress = work.begin(
                     config,
                     base,
                     rows=splits.digest,
                     start=start,
                     keep=splits.kept if config.data.keep_rows else None,
                 )
-            first, stage = directory.current.first, directory.current.stage
         run = Run(
             config=config,
-            plan=plan,
+            batches=batches,
             splits=splits,
             objective=make_objective(splits.loss, config.train),
             chain=chain,
@@ -156,16 +142,17 @@ def _prepare(
             tokenizer=tokenizer,
             accelerator=accelerator,
             processes=processes,
-            directory=directory,
+            work=work,
             progress=progress,
             listener=listener,
             stage=stage,
+            first=len(start.links),
         )
         with kept_random_state(model):  # PEFT draws in layers that it puts on
             _restore_links(run, start)
             if splits.loss == "dpo":
                 take_reference(run)
-            decide(run, first)
+            decide(run)
         _announce(run)
     except BaseException:
         engine.close()
@@ -173,39 +160,22 @@ def _prepare(
     return run
 
 
-def _check_config(config: RunConfig, processes: Processes) -> None:
-    """Refuse what the config and the processes alone tell, before anything is loaded."""
-    if processes.shares_model:
-        check_shards(config)
-    else:
-        refuse_one_process(config)
-    check_names(config)
-    check_optimizer(config, processes.device)
-    check_files(config.data, config.train.loss)
-    if config.train.batch_size % processes.count:
-        raise ConfigError(
-            "`train.batch_size` is that of all processes together, and must be a multiple of their "
-            f"number (got {config.train.batch_size} for {processes.count} processes); start "
-            "another number of them, or change it"
-        )
-
-
 def _claim(
     config: RunConfig,
     model: str,
     resume: bool,
     change: Collection[str],
-    directory: RunDirectory | None,
+    work: Work | None,
     processes: Processes,
 ) -> tuple[Path, dict[str, str]]:
-    """Claim the output directory; return the folder of the base `model`, its files' checksums."""
+    """Lock the stage if it is there; return the folder of the base `model`, its files' checksums."""
     with processes.in_turn():
-        if directory is not None:
-            directory.open(config, resume=resume, change=change)
+        if work is not None:
+            work.open(config, resume=resume, change=change)
         folder = resolve_model(model)
         files = base_files(folder)
-    if directory is not None:
-        directory.check_base_files(files)  # before they are loaded
+    if work is not None:
+        work.check_base_files(files)  # before they are loaded
     return folder, files
 
 
@@ -269,7 +239,6 @@ def check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
     """Refuse what the model or the rows cannot do, before the output directory is claimed."""
     if config.chain.tune == "lora":
         for link in dict.fromkeys(config.chain.links()):
-            check_targets(model, link)
             holding_named(config.chain.hold).check_layers(model, link)
     elif is_quantized_model(model):
         raise ConfigError(
@@ -360,14 +329,12 @@ def _begun_on(start: Start, chain: Chain, config: RunConfig) -> Start:
 
 
 def _restore_links(run: Run, start: Start) -> None:
-    """Put the links on the model that the run begins on, or had when it was stopped."""
-    links: Sequence[Link] = start.links
-    next_id = start.next_id
-    if run.directory is not None:
-        links = run.directory.load_links(run.progress.link)
-        next_id = run.directory.current.next_id  # of a link that was rejected, none again
-    run.chain.add(*links)
-    run.chain.next_id = next_id
+    """Put the links on the model that the stage begins on, and those that it had tied when it was
+    stopped."""
+    run.chain.add(*start.links)
+    run.chain.begin_stage(run.stage)
+    if run.work is not None:
+        run.chain.add(*run.work.load_links())
 
 
 def _announce(run: Run) -> None:
@@ -378,9 +345,9 @@ def _announce(run: Run) -> None:
     run.listener(
         Planned(
             step=run.progress.step,
-            num_steps=run.plan.num_steps,
-            lengths=list(run.plan.lengths),
-            rows=run.plan.mixture.num_rows,
+            num_steps=run.batches.num_steps,
+            lengths=list(run.batches.lengths),
+            rows=run.batches.mixture.num_rows,
             path=run.engine.path,
             threads=run.engine.num_threads,
             notes=list(run.engine.notes),
@@ -395,7 +362,7 @@ def _evaluations(run: Run) -> list[int]:
     """Return the steps after which validation rows are scored; so many test rows count as one."""
     if not run.splits.validation:
         return []
-    ends, last = list(accumulate(run.plan.lengths)), run.plan.num_steps
+    ends, last = list(accumulate(run.batches.lengths)), run.batches.num_steps
     every = run.train.eval_every or last or 1  # a run may have no step
     inside = set(range(every, last, every)) - set(ends)
     tests = round(len(run.splits.test) / len(run.splits.validation))

@@ -40,7 +40,7 @@ def steps_ahead(run: Run, begin: int, end: int) -> Generator[Work, None, None]:
     """Yield the work of steps [begin, end), each packed while the step before it runs."""
 
     def pack(step: int) -> Work:
-        batches = run.plan.batches(step)
+        batches = run.batches.batches(step)
         shares = [read(run.processes.share(batch)) for batch in batches]
         idle = [read(run.processes.idle(batch)) for batch in batches]
         learned = sum(row.num_learned for share in shares for row in share)
@@ -108,7 +108,7 @@ def update(run: Run, work: Work, optimizer: torch.optim.Optimizer, rate: float) 
     run.progress.tokens += num_tokens
     run.progress.scored_tokens += num_scored_tokens
     seconds = time.perf_counter() - started
-    link, lr = len(run.chain), run.train.lr * rate
+    link, lr = run.knots.index, run.train.lr * rate
     run.record(StepDone(step + 1, link, loss, lr, norm.item(), num_tokens, seconds))
     return loss
 
@@ -118,8 +118,8 @@ def _check_finite(run: Run, step: int, what: str, *values: float | Tensor) -> No
     if all(math.isfinite(value) for value in values):
         return
     got = ", ".join(str(float(value)) for value in values)
-    kept = f"; the last good state is kept in {run.directory.path}" if run.directory else ""
+    kept = f"; the last good state is kept in {run.work.folder}" if run.work else ""
     raise DivergedError(
-        f"{what} must be finite (got {got} at step {step + 1}, link {len(run.chain)}){kept}; "
+        f"{what} must be finite (got {got} at step {step + 1}, link {run.knots.index}){kept}; "
         "lower train.lr or check the rows of that step"
     )

@@ -1,0 +1,376 @@
+"""What changes a run without training: `mix`, `undo`, `redo`, `prune`, and copies for a fork.
+
+All but `prune` delete nothing, and each is one replacement of ``history.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from os.path import expanduser
+from pathlib import Path
+from typing import Any
+
+from chainlora import files
+from chainlora.chain.checks import check_strengths
+from chainlora.config.stages import split_address, stage_folder
+from chainlora.errors import ChainError, FileError, RunError
+from chainlora.runs.draft import drafts_in, ended_leftovers
+from chainlora.runs.history import (
+    BASE,
+    CONFIG,
+    RECORDS,
+    RESULT,
+    START,
+    Entry,
+    History,
+    LinkFacts,
+    link_folder,
+    now,
+    read_history,
+    rows_file,
+    update_history,
+)
+from chainlora.runs.links import outline_of
+from chainlora.runs.locks import refuse_links
+from chainlora.runs.state import OpenState, open_run, state_at
+
+MATRIX = "matrix.jsonl"  # scores by digests of states (`evaluation.stages`)
+_SHOWN = ("chain.png", "report.html")  # pictures of a whole run
+
+
+def whole_run(run: str | Path) -> Path:
+    """Return the folder of a run that is to be changed.
+
+    Raises RunError for one of its states, for a saved chain, and for symbolic links in it: a change
+    must see the whole run, and nothing else.
+    """
+    folder, name = split_address(run)
+    if name is not None:
+        raise RunError("a whole run is changed", run, f"leave @{name} out")
+    open_run(folder)  # refuses what is no run, or not judged
+    refuse_links(folder)
+    return folder
+
+
+# --- moving the head ---
+
+
+def mix_stages(
+    run: str | Path, strengths: Mapping[str, float], *, reads: Iterable[str] = ()
+) -> OpenState:
+    """Give stages of a run other strengths, 0 for off; the others keep theirs.
+
+    From then on the run is this mix wherever it is loaded; 1 gives back what was, to the bit.
+    `reads` are the stages whose rows have chosen them. Returns the state.
+
+    Raises RunError: a stage that is not there, or that has no one strength, a strength that its
+    links cannot have, or a run whose first stage has not ended.
+    """
+    run = whole_run(run)
+    found = open_run(run)
+    if found.draft is not None:
+        rule = "a run can be mixed when its first stage has ended"
+        raise RunError(rule, run, "finish it by the command that began it")
+    mixed = found.with_strengths(strengths)
+    found.need_one_strength([*strengths])
+    check_strengths(mixed.outlines())
+    update_history(run, lambda history: history.with_state(mixed.state, reads))
+    return open_run(run)
+
+
+def undo(run: str | Path, to: str | None = None) -> OpenState:
+    """Make a run what it was before its last `mix` or stage, or what an entry of its history is.
+
+    Nothing is deleted: `redo` takes it back, and the data of what is undone is still there. Returns
+    the state that the run is now.
+
+    Raises RunError where there is nothing to undo.
+    """
+    run = whole_run(run)
+
+    def change(history: History) -> History:
+        if to is not None:
+            key = state_at(run, history, to).entry
+            return history.moved(BASE if key is None else key.key)
+        if not history.past:
+            raise RunError("there must be something to undo", f"nothing in {run}", "see log")
+        *past, head = history.past
+        future = (history.head, *history.future)
+        return history.model_copy(update={"head": head, "past": tuple(past), "future": future})
+
+    update_history(run, change)
+    return open_run(run)
+
+
+def redo(run: str | Path) -> OpenState:
+    """Take the last `undo` back. Raises RunError where there is none."""
+    run = whole_run(run)
+
+    def change(history: History) -> History:
+        if not history.future:
+            raise RunError("there must be something to redo", f"nothing in {run}", "see log")
+        head, *future = history.future
+        past = (*history.past, history.head)
+        return history.model_copy(update={"head": head, "past": past, "future": tuple(future)})
+
+    update_history(run, change)
+    return open_run(run)
+
+
+def log(run: str | Path) -> list[dict[str, Any]]:
+    """Return the entries of a run, the latest first, and the stages that are trained.
+
+    Each has its ``name``, ``kind``, ``state`` (a digest), ``parents``, ``strengths`` of the stages
+    in it, the number of ``links``, whether it kept ``rows``, when it ``ended``, whether it is what
+    the run is ``now``, and whether it is ``before`` that: part of how that came about.
+    """
+    folder, _ = split_address(run)
+    history = read_history(folder)
+    before = {entry.key for entry in history.lineage(history.head)}
+    found = [
+        {
+            "name": entry.key,
+            "kind": entry.kind,
+            "state": entry.state.digest,
+            "parents": list(entry.parents),
+            "strengths": state_at(folder, history, entry.key).strengths,
+            "links": len(entry.state.terms),
+            "rows": entry.kept is not None,
+            "ended": entry.ended,
+            "now": entry.key == history.head,
+            "before": entry.key in before and entry.key != history.head,
+        }
+        for entry in reversed(history.entries)
+    ]
+    begun: list[dict[str, Any]] = [
+        {"name": name, "kind": "training"} for name in drafts_in(folder, history)
+    ]
+    return begun + found
+
+
+# --- deleting ---
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What a pruning deletes, and what was trained on top of it.
+
+    `gone` are files and folders, `with_it` the mixes that its rows have chosen. `later` are the
+    stages that go on without the links, `before` is the entry that the stage began on.
+    """
+
+    stage: str
+    history: History
+    gone: list[Path]
+    with_it: list[str]
+    later: list[str]
+    before: str
+
+
+def plan_pruning(run: str | Path, name: str) -> Pruning:
+    """Say what deleting a stage would delete; change nothing.
+
+    Raises RunError for one that is not there, for the only one, and where a stage is half trained
+    or is no sum without the links.
+    """
+    run = whole_run(run)
+    history = read_history(run)
+    if begun := drafts_in(run, history):
+        folder = next(iter(begun.values()))
+        rule = "a stage can be pruned when none is half trained"
+        raise RunError(rule, folder, "finish it, or delete that folder")
+    entry = history.find(name)
+    is_left_over = entry is None and stage_folder(run, name).is_dir()
+    if (entry is None and not is_left_over) or (entry is not None and entry.kind == "mix"):
+        names = ", ".join(e.key for e in history.entries if e.kind != "mix")
+        raise RunError(f"a stage must be one of {names}", f"{name!r} for {run}", "name one")
+    others = [e.key for e in history.entries if e.kind == "stage" and e.key != name]
+    if entry is not None and entry.kind == "stage" and not others:
+        raise RunError("a run must keep a stage", f"{name!r}, its only one", f"delete {run}")
+    after, with_it = _without(history, name)
+    _need_sums(run, history, name)
+    on_top = [
+        e.key
+        for e in history.entries
+        if e.kind == "stage" and e.key != name and name in {a.key for a in history.lineage(e.key)}
+    ]
+    before = entry.parents[0] if entry is not None and entry.parents else BASE
+    return Pruning(name, after, sorted(_unnamed(run, after)), with_it, on_top, before)
+
+
+def prune_stage(run: str | Path, name: str) -> Pruning:
+    """Delete a stage for good: links, rows, config, records, result, scores. Return what went.
+
+    The history is replaced first, then what it does not name is deleted. So a kill leaves a run
+    that can be read, and the same call again deletes what is left.
+
+    Raises what `plan_pruning` does, and FileError for what cannot be deleted.
+    """
+    plan = plan_pruning(run, name)
+    folder = whole_run(run)
+    update_history(folder, lambda history: _without(history, name)[0])
+    _keep_scores(folder, plan.history)
+    for path in plan.gone:
+        files.remove(path)
+        if path.exists():
+            raise FileError("a file must be deleted", path, "check its permissions")
+    for parent in {path.parent for path in plan.gone}:
+        with files.reported(parent, "deleted"):
+            files.remove_scratch(parent)
+            files.sync_folder(parent)
+    return plan
+
+
+def _without(history: History, name: str) -> tuple[History, list[str]]:
+    """Return a history that names nothing of a stage, and the mixes that went with it."""
+    entry = history.find(name)
+    if entry is None:
+        return history, []
+    own = {digest for digest, facts in history.links.items() if facts.stage == name}
+    gone = {e.key: e.parents for e in history.entries if e.kind == "mix" and name in e.reads}
+    gone[name] = entry.parents
+
+    def stays(keys: Iterable[str]) -> tuple[str, ...]:
+        """Return entries, those that go replaced by what they were computed from."""
+        found: list[str] = []
+        for key in keys:
+            found += stays(gone[key] or (BASE,)) if key in gone else [key]
+        return tuple(dict.fromkeys(found))
+
+    def cut(entry: Entry) -> Entry:
+        terms = tuple(term for term in entry.state.terms if term.link not in own)
+        is_shorter = len(terms) < len(entry.state.terms)
+        update: dict[str, Any] = {
+            "parents": tuple(key for key in stays(entry.parents) if key != BASE),
+            "reads": tuple(key for key in entry.reads if key != name),
+            "state": entry.state.model_copy(update={"terms": terms}),
+            "pruned": entry.pruned or is_shorter,
+        }
+        return entry.model_copy(update=update)
+
+    entries = tuple(cut(e) for e in history.entries if e.key not in gone)
+    update = {
+        "entries": entries,
+        "links": {d: facts for d, facts in history.links.items() if d not in own},
+        "head": stays([history.head])[0],
+        "origin": stays([history.origin])[0],
+        "past": stays(history.past),
+        "future": stays(history.future),
+    }
+    found = history.model_copy(update=update)
+    return found, [key for key in gone if key != name]
+
+
+def _need_sums(run: Path, history: History, name: str) -> None:
+    """Raise RunError where another state is no sum without the links of a stage."""
+    for entry in history.entries if history.find(name) is not None else ():
+        facts = [history.links[term.link] for term in entry.state.terms]
+        links = [outline_of(each, n, float(each.stage != name)) for n, each in enumerate(facts)]
+        try:
+            check_strengths(links if entry.key != name else [])
+        except ChainError as error:
+            raise RunError(
+                "a stage can be pruned only where the later ones are a sum without it",
+                f"{error} in {run}@{entry.key}",
+                "prune the later ones first",
+            ) from None
+
+
+def _unnamed(run: Path, history: History) -> Iterator[Path]:
+    """Yield what of a run its history does not name, and pictures of what it was."""
+    named = {link_folder(digest) for digest in history.links}
+    named |= {rows_file(entry.kept) for entry in history.entries if entry.kept is not None}
+    named |= {f"stages/{entry.key}" for entry in history.entries if entry.files}
+    for folder in ("links", "rows", "stages"):
+        for path in (run / folder).glob("*"):
+            if f"{folder}/{path.name}" not in named:
+                yield path
+    yield from ended_leftovers(run, history)
+    yield from (run / name for name in _SHOWN if (run / name).exists())
+
+
+def _keep_scores(run: Path, history: History) -> None:
+    """Delete the scores of states and rows that are not there any more."""
+    path = run / MATRIX
+    if not path.is_file():
+        return
+    states = {history.empty.digest, *(entry.state.digest for entry in history.entries)}
+    stages = {entry.key for entry in history.entries}
+    with files.reported(path, "read"):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [line for line in lines if _is_of(line, states, stages)]
+    files.write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def _is_of(line: str, states: Collection[str], stages: Collection[str]) -> bool:
+    """Say whether a line of scores is of a state and of rows that are there."""
+    try:
+        cell = json.loads(line)
+        return cell["state"] in states and cell["stage"] in stages
+    except (ValueError, LookupError, TypeError):
+        return False
+
+
+# --- forks ---
+
+
+def copy_closure(state: OpenState, run: Path, history: History) -> History:
+    """Copy all that a state of another run needs into a run that begins on it, and nothing else.
+
+    Returns the history with its entries.
+    """
+    entries = {entry.key: entry for entry in [*state.keepers(), *state.lineage]}
+    links: dict[str, LinkFacts] = {}
+    for entry in entries.values():
+        for digest in (*(term.link for term in entry.state.terms), *entry.tied):
+            if digest not in links:
+                links[digest] = state.history.links[digest]
+                _copy_folder(state.run, run, link_folder(digest))
+        if entry.kept is not None:
+            files.make_folder(run / "rows")
+            shutil.copyfile(state.run / rows_file(entry.kept), run / rows_file(entry.kept))
+        folder = stage_folder(run, entry.key)
+        for name in _own_files(entry):
+            files.make_folder(folder)
+            source = stage_folder(state.run, entry.key) / name
+            if source.is_file():
+                shutil.copyfile(source, folder / name)
+    for folder in (run / "rows", run / "stages"):
+        if folder.is_dir():
+            files.sync_tree(folder)
+    copied = [
+        entry.model_copy(update={"files": {n: entry.files[n] for n in _own_files(entry)}})
+        for entry in state.history.entries
+        if entry.key in entries
+    ]
+    key = BASE if state.entry is None else state.entry.key
+    update = {"entries": tuple(copied), "links": links, "head": key, "origin": key}
+    return history.model_copy(update=update)
+
+
+def _own_files(entry: Entry) -> list[str]:
+    return [name for name in (CONFIG, RECORDS, RESULT) if name in entry.files]
+
+
+def _copy_folder(source: Path, target: Path, name: str) -> None:
+    files.make_folder((target / name).parent)
+    with files.new_folder((target / name).parent) as scratch:
+        shutil.copytree(source / name, scratch, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        files.put_folder(scratch, target / name)
+
+
+def with_start_rows(history: History, kept: str) -> History:
+    """Return a history that keeps rows for what the run began on, in place of earlier ones."""
+    start = history.find(START)
+    if start is not None:
+        new = start.model_copy(update={"kept": kept})
+        entries = tuple(new if entry.key == START else entry for entry in history.entries)
+        return history.model_copy(update={"entries": entries})
+    new = Entry(key=START, kind="import", state=history.empty, kept=kept, ended=now())
+    update: dict[str, Any] = {"entries": (new, *history.entries)}
+    if history.origin == history.head == BASE and not history.entries:
+        update |= {"origin": START, "head": START}
+    return history.model_copy(update=update)

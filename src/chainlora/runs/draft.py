@@ -1,0 +1,144 @@
+"""``stages/NAME/stage.json``: a stage while it is trained, and where it resumes.
+
+It holds the entry that the history gets when the stage ends. Nothing else reads it but who resumes
+or shows the stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, NotRequired
+
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
+
+from chainlora.config.stages import stage_folder
+from chainlora.runs.history import (
+    CONFIG,
+    Count,
+    Digest,
+    Entry,
+    History,
+    LinkFacts,
+    Part,
+    Sums,
+    Text,
+    exists_in,
+    read_history,
+    read_part,
+)
+
+FORMAT = 1
+DRAFT = "stage.json"
+REFERENCE = "reference.safetensors"
+# What of a stage goes when it has ended.
+PASSING = (DRAFT, "checkpoints", "moments", "best", REFERENCE)
+
+
+class Best(TypedDict):
+    """The best point of a stage so far. `directory` holds its partial link, if it has one."""
+
+    step: Count
+    num_links: Count  # of the stage
+    partial: bool
+    metric: str
+    value: float
+    directory: NotRequired[Annotated[str, Field(pattern=r"^best/\d{8,}$")]]
+    error: NotRequired[Annotated[float, Field(ge=0)]]  # of that link, as `Link.error`
+
+
+@dataclass
+class Progress:
+    """Where a stage is, and what its trainer remembers: all that a resume must know again."""
+
+    step: Count = 0
+    link: Count = 0  # of the stage
+    tokens: Count = 0
+    scored_tokens: Count = 0
+    seconds: float = 0.0
+    num_records: Count = 0
+    best: Best | None = None
+    evaluations_without_gain: Count = 0
+    stopped: bool = False
+    soft_knots: Count = 0  # in the live link so far
+    memory: dict[str, float] = field(default_factory=dict)  # of the knot policy (`Position`)
+    evaluation_due: bool = False  # a signal stopped the evaluation here: it is made on resume
+
+
+class Checkpoint(Part):
+    """A point inside a link."""
+
+    directory: Annotated[str, Field(pattern=r"^checkpoints/\d{8,}$")]
+    progress: Progress
+
+
+class Records(Part):
+    """The first `count` lines of ``metrics.jsonl``, by the hash of their bytes."""
+
+    count: Count
+    sha256: str
+
+
+class Draft(Part):
+    """All that ``stage.json`` says.
+
+    `entry` is the stage as it would end now, `links` are the facts of its own links. `progress` is
+    that of the last knot; `checkpoint` is a later point, inside a link. `files` are hashes of what
+    a resume needs. With `trained`, the stage has its result and waits for `accept_links`.
+    """
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    format: int = FORMAT
+    entry: Entry
+    links: dict[Digest, LinkFacts] = {}
+    progress: Progress = Progress()
+    moments: Annotated[str, Field(pattern=r"^moments/\d{3,}\.safetensors$")] | None = None
+    checkpoint: Checkpoint | None = None
+    records: Records | None = None
+    files: Sums = {}
+    versions: dict[Text, Text] = {}
+    trained: bool = False
+
+    @property
+    def position(self) -> Progress:
+        """Return where the stage resumes."""
+        return self.progress if self.checkpoint is None else self.checkpoint.progress
+
+    @property
+    def named(self) -> set[str]:
+        """Return the files and folders that the stage needs, by their names in its folder."""
+        named = {CONFIG, "model", REFERENCE}
+        points = [self.progress]
+        if self.checkpoint is not None:
+            named.add(self.checkpoint.directory)
+            points.append(self.checkpoint.progress)
+        if self.moments is not None:
+            named.add(self.moments)
+        for point in points:
+            if point.best is not None and "directory" in point.best:
+                named.add(point.best["directory"])
+        return named
+
+
+def read_draft(run: Path, stage: str) -> Draft:
+    """Read and check ``stage.json``."""
+    return read_part(stage_folder(run, stage) / DRAFT, Draft, FORMAT)
+
+
+def drafts_in(run: Path, history: History | None = None) -> dict[str, Path]:
+    """Return the folders of the stages that were begun and have not ended, by their names."""
+    if history is None and not exists_in(run):
+        return {}
+    history = history or read_history(run)
+    found = sorted((run / "stages").glob(f"[!.]*/{DRAFT}"), key=lambda path: path.parent.name)
+    return {p.parent.name: p.parent for p in found if history.find(p.parent.name) is None}
+
+
+def ended_leftovers(run: Path, history: History) -> Iterator[Path]:
+    """Yield what a kill left of the training of stages that have ended."""
+    for entry in history.entries:
+        folder = stage_folder(run, entry.key)
+        yield from (folder / name for name in PASSING if (folder / name).exists())

@@ -1,0 +1,350 @@
+"""``history.json``: every state that a run has been in, and which of them it is now.
+
+    RUN/history.json              this file; the only one that changes, and it is replaced whole
+    RUN/links/DIGEST/             a link: an ordinary PEFT adapter, stored once
+    RUN/rows/DIGEST.safetensors   the rows that a stage kept
+    RUN/stages/NAME/              what a stage wrote: its config, records and result; while it is
+                                  trained, its checkpoint too (`runs.work`)
+    RUN/tokenizer/                one that is not the base's, if the run began with it
+
+Links and rows are named by their content and never overwritten. What a new entry needs is written
+first; then this file is replaced under a lock. So a kill leaves the history before or after, and
+readers never meet half an entry. A file that no entry names is ignored until `prune` deletes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from chainlora import files
+from chainlora.config.schema import LinkConfig
+from chainlora.config.stages import HISTORY
+from chainlora.errors import ConfigError, RunError
+from chainlora.knots.numbers import Numbers
+from chainlora.runs.locks import locked
+
+FORMAT = 1
+CAUSAL = "CAUSAL_LM"  # PEFT's name of the task of causal language models
+MAIN = "main"  # the stage of links where none was named
+START = "start"  # what a run began on: an imported adapter, or rows given for it
+BASE = "base"  # the state of no links
+CONFIG, RECORDS, RESULT = "config.yaml", "metrics.jsonl", "result.json"
+TOKENIZER = "tokenizer"
+INCOMPLETE = "the run is incomplete: copy it whole, or start over"
+DAMAGED = "the run is damaged: restore the file from a copy, or start over"
+
+Count = Annotated[int, Field(ge=0)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+Sums = dict[Annotated[str, Field(pattern=r"^(?!/)(?!(.*/)?\.\.(/|$)).+$")], str]
+"""SHA-256 of files by their names in a folder, which none of them leaves."""
+Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,79}$")]
+# What is printed must hold no control characters: a terminal would obey them.
+Text = Annotated[str, Field(pattern=r"^\P{Cc}*$")]
+Kind = TypeVar("Kind", bound="Part")
+
+
+class Part(BaseModel):
+    """A part of a JSON file that a run writes: frozen, of exact types."""
+
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="ignore", allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+# --- a state ---
+
+
+class Term(Part):
+    """A link in a state, at a strength; with a factor A of its own where it was `derived`."""
+
+    link: Digest
+    strength: float = 1.0
+    derived: Digest | None = None
+
+
+class State(Part):
+    """What a model is: a base and the links on it. Its digest is of what adds to the weights."""
+
+    base: Text
+    terms: tuple[Term, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Return 16 hexadecimal digits. States of one digest are equal to the bit."""
+        on = [[t.link, t.strength, t.derived] for t in self.terms if t.strength]
+        return short_digest([self.base, on])
+
+
+def short_digest(content: object) -> str:
+    """Return 16 hexadecimal digits of what a value says as JSON."""
+    return checksum(content)[:16]
+
+
+def checksum(content: object) -> str:
+    """Return the SHA-256 of what a value says as JSON."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- what the history says ---
+
+
+class Base(Part):
+    """The model that links belong to. `files` are hashes of all that makes it what it is; a chain
+    saved without a run has none.
+
+    `body` is the fingerprint without the parameters that the chain holds itself, which may be
+    others where it is loaded: a new head.
+    """
+
+    model: Text
+    fingerprint: Text
+    body: Text | None = None
+    task_type: Text | None = CAUSAL
+    dtype: Annotated[str, Field(pattern=r"^b?float(16|32|64)$")] = "float32"
+    files: dict[str, str] | None = None
+    fan_in_fan_out: bool = False
+    quantize: Text | None = None
+
+
+class LinkFacts(Part):
+    """What is known of a link beside its tensors; `files` are those of its folder."""
+
+    stage: Name
+    rank: Count
+    num_steps: Count
+    error: float = 0.0
+    config: dict[str, Any]
+    files: Sums
+
+    def link_config(self) -> LinkConfig:
+        """Return the config that the link was tuned with."""
+        try:
+            return LinkConfig(**self.config)
+        except (ConfigError, TypeError) as error:
+            raise RunError("a link's config must be valid", error, DAMAGED) from None
+
+
+class Change(Part):
+    """A config key that a resume changed, and from which step on."""
+
+    key: Annotated[str, Field(pattern=r"^(model|(data|chain|train)\.\w+)$")]
+    before: Any
+    after: Any
+    step: Count
+
+
+class Training(Part):
+    """What a stage was trained with: `rows` is the digest of its rows in their order, `sources` are
+    digests of the task and the files of rows by the keys that name them, `plugins` their SHA-256,
+    `numbers` what was decided at its start."""
+
+    rows: Text | None = None
+    sources: dict[str, list[str]] = {}
+    plugins: dict[str, str] = {}
+    changes: tuple[Change, ...] = ()
+    numbers: Numbers | None = None
+    versions: dict[Text, Text] = {}
+
+
+class Entry(Part):
+    """A state that the run has been in, and how it came about.
+
+    `parents` are the entries that it was computed from, `reads` those whose rows or scores it used.
+    `tied` are the links that a stage tied, in their order: `state` may end at an earlier, best
+    point. `kept` names a file in ``rows``, `files` lie in ``stages/KEY``. With `pruned`, links that
+    the state was trained on were deleted since.
+    """
+
+    key: Name
+    kind: Literal["stage", "mix", "combine", "import"]
+    parents: tuple[Name, ...] = ()
+    reads: tuple[Name, ...] = ()
+    state: State
+    tied: tuple[Digest, ...] = ()
+    kept: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    files: Sums = {}
+    training: Training = Training()
+    ended: Text = ""  # when, in UTC
+    pruned: bool = False
+
+    @property
+    def is_whole_model(self) -> bool:
+        """Say whether every weight was fine-tuned, so that a model takes the place of links."""
+        return any(name.startswith("model/") for name in self.files)
+
+
+class History(Part):
+    """All entries of a run in the order in which they ended.
+
+    `head` is the entry that the run is now, ``base`` for none; `past` and `future` are the heads
+    that `undo` and `redo` go to. `origin` is the entry that the run began on, with its ancestors,
+    of another run or imported.
+    """
+
+    format: int = FORMAT
+    base: Base
+    hold: str
+    seed: int = 0
+    tokenizer: Sums = {}
+    links: dict[Digest, LinkFacts] = {}
+    entries: tuple[Entry, ...] = ()
+    origin: Name = BASE
+    head: Name = BASE
+    past: tuple[Name, ...] = ()
+    future: tuple[Name, ...] = ()
+
+    def find(self, key: str) -> Entry | None:
+        """Return the entry of a key, None where there is none."""
+        return next((entry for entry in self.entries if entry.key == key), None)
+
+    @property
+    def empty(self) -> State:
+        """Return the state of no links."""
+        return State(base=self.base.fingerprint)
+
+    def state_of(self, key: str) -> State:
+        """Return the state of an entry, or of the base."""
+        entry = self.find(key)
+        return self.empty if entry is None else entry.state
+
+    def lineage(self, key: str) -> list[Entry]:
+        """Return an entry and all that it was computed from, in the order in which they ended."""
+        found, due = set[str](), [key]
+        while due:
+            name = due.pop()
+            entry = self.find(name)
+            if entry is not None and name not in found:
+                found.add(name)
+                due += entry.parents
+        return [entry for entry in self.entries if entry.key in found]
+
+    def stages_in(self, state: State) -> list[str]:
+        """Return the names of the stages that the links of a state are of, in their order."""
+        return list(dict.fromkeys(self.links[term.link].stage for term in state.terms))
+
+    def moved(self, key: str) -> History:
+        """Return this with another head, from which `undo` comes back."""
+        past = (*self.past, self.head)
+        return self.model_copy(update={"head": key, "past": past, "future": ()})
+
+    def published(self, entry: Entry, links: Mapping[str, LinkFacts]) -> History:
+        """Return this with one more entry, which becomes the head if the head is its parent."""
+        update = {"entries": (*self.entries, entry), "links": {**self.links, **links}}
+        grown = self.model_copy(update=update)
+        parents = entry.parents or (BASE,)
+        return grown.moved(entry.key) if self.head in parents else grown
+
+    def with_state(self, state: State, reads: Iterable[str] = ()) -> History:
+        """Return this as a run of that state: a `mix` of its head.
+
+        Where an entry that the head was computed from is that state already, the head moves there.
+        """
+        reads = tuple(reads)
+        same = (e for e in self.lineage(self.head) if e.state == state and e.reads == reads)
+        if (known := next(same, None)) is not None or (not reads and state == self.empty):
+            key = known.key if known is not None else BASE
+            return self if key == self.head else self.moved(key)
+        shown = [[t.link, t.strength, t.derived] for t in state.terms]
+        key = f"mix-{short_digest([self.head, shown, reads])[:8]}"
+        if self.find(key) is not None:
+            return self if key == self.head else self.moved(key)
+        entry = Entry(
+            key=key,
+            kind="mix",
+            parents=() if self.head == BASE else (self.head,),
+            reads=reads,
+            state=state,
+            ended=now(),
+        )
+        return self.published(entry, {})
+
+
+# --- the file ---
+
+
+def exists_in(run: Path) -> bool:
+    """Say whether a run, or a saved chain, is in a folder."""
+    return (run / HISTORY).is_file()
+
+
+def read_history(run: Path) -> History:
+    """Read and check ``history.json``. Raises RunError for none, a damaged one, another format."""
+    return read_part(run / HISTORY, History, FORMAT)
+
+
+def read_part(path: Path, kind: type[Kind], number: int) -> Kind:
+    """Read a JSON file that `write_part` wrote."""
+    name = path.name
+    try:
+        with files.reported(path, "read"):
+            tree = json.loads(path.read_bytes())
+        found = tree.pop("format")
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        if not path.is_file():
+            raise
+        raise RunError(f"{name} must be JSON of a run", f"{path}: {error}", DAMAGED) from None
+    if found != number:
+        raise RunError(
+            f"{name} must be of format {number}",
+            f"{found!r:.40} in {path.parent}",
+            "use the version of chainlora that wrote it",
+        )
+    if tree.pop("checksum", None) != checksum(tree):
+        raise RunError(
+            f"{name} must be as the run wrote it", f"another checksum in {path.parent}", DAMAGED
+        )
+    try:
+        return kind.model_validate_json(json.dumps(tree | {"format": number}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        got = f"{first['input']!r:.60} for `{where}` in {path.parent}: {first['msg']}"
+        raise RunError(f"{name} must hold valid values", got, DAMAGED) from None
+
+
+def write_part(path: Path, part: Part) -> None:
+    """Replace a JSON file, whole or not at all, its format first and its checksum last."""
+    tree = part.model_dump(mode="json")
+    number = tree.pop("format")
+    files.write_json(path, {"format": number, **tree, "checksum": checksum(tree)})
+
+
+def update_history(run: Path, change: Callable[[History], History]) -> History:
+    """Replace the history of a run by what `change` makes of it, and return that.
+
+    Other processes wait meanwhile: milliseconds. `change` does nothing long.
+    """
+    with locked(run):
+        before = read_history(run)
+        after = change(before)
+        if after != before:
+            with files.reported(run):
+                files.remove_scratch(run, HISTORY)
+            write_part(run / HISTORY, after)
+    return after
+
+
+def now() -> str:
+    """Return the time as a history notes it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# --- places ---
+
+
+def link_folder(digest: str) -> str:
+    """Return where a link lies in the run."""
+    return f"links/{digest}"
+
+
+def rows_file(digest: str) -> str:
+    """Return where kept rows of this SHA-256 lie in the run."""
+    return f"rows/{digest[:16]}.safetensors"

@@ -1,0 +1,83 @@
+"""Locks: one process trains a stage, and one at a time replaces the history. The system unlocks
+what a process held that has ended."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from chainlora import files
+from chainlora.errors import FileError, RunError
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of a network disk that has none
+_PATIENCE = 60.0  # seconds for a history, which is replaced in milliseconds
+
+
+def take_lock(folder: Path, wait: float = 0.2) -> FileLock | None:
+    """Lock a folder for this process; None on a disk that has no locks.
+
+    Raises RunError where another process holds it for longer than `wait` seconds: who looks whether
+    it is in use holds it for a moment.
+    """
+    lock = FileLock(str(folder / LOCK), timeout=wait, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunError(
+            f"a run directory must be used by one process at a time (got {folder}, which another "
+            "process is training in); wait for it, or choose another output"
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise files.file_error(error, folder / LOCK) from error
+        logger.warning("%s cannot be locked; start one process at a time in it", folder)
+        return None
+    return lock
+
+
+@contextmanager
+def locked(folder: Path, wait: float = _PATIENCE) -> Iterator[None]:
+    """Keep a folder locked for a moment."""
+    lock = take_lock(folder, wait)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def is_in_use(folder: Path) -> bool:
+    """Say whether another process holds a folder."""
+    if not (folder / LOCK).is_file() or (folder / LOCK).is_symlink():
+        return False
+    try:
+        lock = take_lock(folder, wait=0)
+    except RunError:
+        return True
+    except FileError:  # not ours to write in: nobody here can tell
+        return False
+    if lock is not None:
+        lock.release()
+    return False
+
+
+def refuse_links(run: Path) -> None:
+    """Raise RunError for a symbolic link below a run: what changes a run must not leave it."""
+    for folder, *names in os.walk(run):
+        for path in (Path(folder, name) for name in chain(*names)):
+            if path.is_symlink():
+                raise RunError(
+                    "a run must hold no symbolic links",
+                    f"{path} -> {os.readlink(path)}",
+                    "delete the link, or put a copy in its place",
+                )

@@ -1,0 +1,130 @@
+"""Which rows each optimizer step sees: a pure function of the config and the step's number."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chainlora.config.schema import RunConfig, TrainConfig
+from chainlora.data.mixture import Mixture
+from chainlora.data.order import EpochOrder, epoch_order
+from chainlora.data.rows import Rows
+from chainlora.errors import ConfigError
+from chainlora.knots.numbers import between
+
+logger = logging.getLogger(__name__)
+
+# Epochs whose order is kept: the one in progress, the next one (steps are packed ahead) and the
+# first one (whose first batch is the probe of every knot).
+_KEPT_EPOCHS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Which rows each optimizer step sees: a pure function of the step's number."""
+
+    lengths: tuple[int, ...]  # steps per link
+    steps_per_epoch: int
+    row_lengths: NDArray[np.integer]
+    config: TrainConfig
+    mixture: Mixture
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole chain."""
+        return sum(self.lengths)
+
+    def batches(self, step: int) -> list[list[int]]:
+        """Row indices of each micro-batch of a step."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order, count = self._order(epoch), self.config.gradient_accumulation
+        places = range(within * count, min((within + 1) * count, len(order)))
+        before, size, seed = epoch * len(order), self.config.batch_size, self.config.seed
+        return [
+            order.batch(place) + self.mixture.added(size, seed, before + place) for place in places
+        ]
+
+    def steps_of(self, num_tokens: float) -> int:
+        """Return the number of steps, from the start, that have read `num_tokens` tokens.
+
+        Those of earlier stages' rows are not counted.
+        """
+        epoch, rest = 0, num_tokens
+        if self.mixture.is_even:
+            epochs, rest = divmod(num_tokens, self._tokens(self.mixture.epoch(0, 0)))
+            epoch = int(epochs)
+        while rest >= (tokens := self._tokens(self._order(epoch).rows)):
+            epoch, rest = epoch + 1, rest - tokens
+        step = epoch * self.steps_per_epoch
+        last = step + self.steps_per_epoch
+        while rest > 0 and step < last:
+            rest -= sum(self._tokens(batch) for batch in self.batches(step))
+            step += 1
+        return step
+
+    def _tokens(self, rows: Sequence[int] | NDArray[np.integer]) -> int:
+        own = np.asarray(rows)
+        return int(self.row_lengths[own[own < self.mixture.num_rows]].sum())
+
+    @cached_property
+    def _order(self) -> Callable[[int], EpochOrder]:
+        train = self.config
+
+        @lru_cache(maxsize=_KEPT_EPOCHS)
+        def order(epoch: int) -> EpochOrder:
+            rows = self.mixture.epoch(train.seed, epoch)
+            found = epoch_order(
+                self.row_lengths[rows], train.batch_size, train.seed, epoch, train.group_by_length
+            )
+            return replace(found, rows=rows[found.rows])
+
+        return order
+
+
+def make_batches(config: RunConfig, examples: Rows, mixture: Mixture | None = None) -> Batches:
+    """Turn what the config says of each link's length into steps.
+
+    `mixture` says which of the examples an epoch reads; by default all, once.
+    Fractional epochs and tokens round at the knots, the total exactly.
+    """
+    chain, train = config.chain, config.train
+    mixture = mixture or Mixture((len(examples),), (1.0,))
+    if chain.ranks and not mixture.num_rows:
+        raise ConfigError(
+            f"training needs rows (got none beside {config.data.shots} demonstrations); lower "
+            "data.shots or give more"
+        )
+    num_batches = math.ceil(mixture.per_epoch / train.batch_size)
+    per_epoch = math.ceil(num_batches / train.gradient_accumulation)
+    size = train.batch_size * train.gradient_accumulation
+    if chain.ranks and size > mixture.per_epoch:
+        logger.warning(
+            "a step reads up to %d rows (train.batch_size), and an epoch has %d: an epoch is one "
+            "step; for more steps, lower train.batch_size",
+            *(size, mixture.per_epoch),
+        )
+    plan = Batches((1,) * len(chain.ranks), per_epoch, examples.lengths, train, mixture)
+    if chain.steps is not None:
+        lengths, said = chain.steps, "steps"
+    elif chain.tokens is not None:
+        lengths, said = (
+            between([plan.steps_of(sum_) for sum_ in accumulate(chain.tokens)]),
+            "tokens",
+        )
+    else:
+        ends = [round(end * per_epoch) for end in accumulate(chain.epochs or ())]
+        lengths, said = between(ends), "epochs"
+    if any(length < 1 for length in lengths):
+        raise ConfigError(
+            f"every link must have at least one step (got {list(lengths)} from {said} "
+            f"{list(getattr(chain, said) or ())} of {per_epoch} steps an epoch); give it a larger "
+            "share"
+        )
+    return replace(plan, lengths=lengths)
