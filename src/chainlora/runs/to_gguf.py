@@ -58,8 +58,7 @@ def export_gguf(
 
     With `as_adapter`, its base as ``base.gguf`` and the links as a LoRA, ``adapter.gguf``, of which
     `rank` and `tolerance` are those of `export_adapter`. `kind` is what weights are stored as, one
-    of `gguf_writing.KINDS`; by default nothing is rounded but float64. Each file is loaded back and
-    compared.
+    of `gguf_writing.KINDS`; by default nothing is rounded but float64.
 
     Raises ModelError for models that are not written as GGUF here, and for what a LoRA of llama.cpp
     cannot hold.
@@ -91,7 +90,7 @@ def export_gguf(
         write_gguf(merged, tokenizer, model, kind, name, ends)
         if as_adapter:
             pairs = {module: (pair.a, pair.b) for module, pair in factors.items()}
-            write_lora_gguf(pairs, config, model, made / "adapter.gguf", name)
+            write_lora_gguf(pairs, config, made / "adapter.gguf", name)
         entries = manifest.loaded if num_links is None else manifest.links[:num_links]
         on = [entry.stage for entry in entries if entry.strength] or [manifest.stage]
         modelfile = _modelfile(reader, on[-1], tokenizer, config, as_adapter)
