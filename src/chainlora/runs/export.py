@@ -7,6 +7,7 @@ written into a scratch folder and then moved into place. They contain no path of
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from os.path import expanduser
@@ -24,9 +25,17 @@ from chainlora.data.chat_templates import ends_of_turn
 from chainlora.errors import ChainError, ModelError, RunError
 from chainlora.models.checkpoint import save_model
 from chainlora.models.finding import resolve_model
+from chainlora.models.identity import tokenizer_files
 from chainlora.models.loading import load_tokenizer
-from chainlora.runs.beside import check_own_files, copy_licences
-from chainlora.runs.cards import UNNAMED, Card, Naming, Story, public_name, story_of, write_card
+from chainlora.runs.cards import (
+    UNNAMED,
+    Card,
+    Naming,
+    is_licence,
+    public_name,
+    story_of,
+    write_card,
+)
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.manifest import CAUSAL, Base
 from chainlora.runs.opening import is_whole_model, load_run, tokenizer_of
@@ -42,6 +51,7 @@ from chainlora.runs.verification import (
 
 logger = logging.getLogger(__name__)
 
+_CONFIGS = ("config.json", "generation_config.json")
 _WIDEST = 2**14  # far beyond what servers take, and still small
 
 
@@ -154,8 +164,34 @@ def _base_folder(base: str) -> Path | None:
         if base:
             logger.warning("the export has no licence and no tokenizer beside it: %s", error)
         return None
-    check_own_files(folder)
+    _check_own_files(folder)
     return folder
+
+
+def _check_own_files(base: Path) -> None:
+    """Raise ModelError where an export would hold what lies outside the base's folder.
+
+    A link can lead a licence, a template or a config to any file of this machine. The Hub's cache
+    has links too, to its own blobs.
+    """
+    licences = [path for path in base.iterdir() if is_licence(path.name)]
+    configs = [base / name for name in _CONFIGS]
+    blobs = [base.parent.parent / "blobs"] if base.parent.name == "snapshots" else []
+    homes = [home.resolve() for home in (base, *blobs)]
+    for path in sorted([*licences, *configs, *tokenizer_files(base)]):
+        is_link = path.is_symlink() or path.parent.is_symlink()
+        if is_link and not any(map(path.resolve().is_relative_to, homes)):
+            raise ModelError(
+                f"what an export copies must lie in the base's folder (got {path.name} in {base}, "
+                f"a link to {path.resolve()}); put a copy in its place"
+            )
+
+
+def copy_licences(base: Path, output: Path) -> None:
+    """Copy the texts of a base's licences into an export."""
+    for path in sorted(base.iterdir()):
+        if path.is_file() and is_licence(path.name):
+            shutil.copyfile(path, output / path.name)
 
 
 def _links_and_base(run: Address | Chain, num_links: int | None) -> tuple[Sequence[Link], Base]:
@@ -221,7 +257,7 @@ def write_adapter_card(
     base: Base,
     *,
     naming: Naming = UNNAMED,
-    story: Story | None = None,
+    story: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the model card of a chain as one adapter."""
     kind = f"relative error {error:.2e}" if error else "exact"

@@ -30,10 +30,14 @@ from chainlora.models.gguf_writing import (
     write_lora_gguf,
 )
 from chainlora.models.loading import open_folder
-from chainlora.runs.beside import copy_licences
 from chainlora.runs.cards import UNNAMED, Card, Naming, public_name, story_of, write_card
 from chainlora.runs.compression import adapter_factors
-from chainlora.runs.export import check_compression, empty_folder, export_merged
+from chainlora.runs.export import (
+    check_compression,
+    copy_licences,
+    empty_folder,
+    export_merged,
+)
 from chainlora.runs.opening import is_whole_model, tokenizer_of
 from chainlora.runs.reading import Address, RunReader
 from chainlora.runs.stages import open_run
