@@ -24,7 +24,7 @@ from chainlora import Chain, LinkConfig, export_adapter, export_merged, train
 from chainlora.config.chat_templates import template_text
 from chainlora.errors import ModelError, RunError
 from chainlora.models.gguf import build_tokenizer, read_metadata
-from chainlora.runs.cards import Naming
+from chainlora.runs.cards import Naming, is_of_another
 from chainlora.runs.reading import RunReader
 from chainlora.runs.to_gguf import export_gguf
 
@@ -142,6 +142,13 @@ def test_names_in_a_card_are_text(chat_run, tmp_path, name):
     assert "<script>" in "".join(t.content for t in inline if t.type == "code_inline")
     assert not any("html" in token.type or token.type == "hr" for token in [*tokens, *inline])
     assert "42" not in card.text
+
+
+def test_a_card_of_another_tool_is_told_apart(chat_run, tmp_path):
+    export_adapter(chat_run, tmp_path / "out")
+    assert not is_of_another(tmp_path / "out")
+    (tmp_path / "README.md").write_text("# By a trainer\n\nLibrary: peft")
+    assert is_of_another(tmp_path)
 
 
 @torch.no_grad()

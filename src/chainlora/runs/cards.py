@@ -1,4 +1,4 @@
-"""Model cards: collect facts about an export and its chain; ``card_template.md`` has the text.
+"""Model cards: collect facts about an export and its chain; ``card_template.jinja`` has the text.
 
 A card names no path of this machine. Values from a run's files are shown as text, never as
 Markdown, HTML or YAML: the template writes them by `code`, `python` or `shell`.
@@ -26,7 +26,7 @@ from chainlora.runs.reading import Address
 from chainlora.runs.records import of_event, score_names
 from chainlora.runs.stages import open_run
 
-_TEMPLATE = Path(__file__).with_name("card_template.md")
+_TEMPLATE = Path(__file__).with_name("card_template.jinja")
 _SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's --max-lora-rank
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENCE = re.compile(r"(licen[cs]e|notice|use_policy)([.-].*)?", re.IGNORECASE)
@@ -133,7 +133,7 @@ def write_card(folder: Path, card: Card) -> None:
     )
     is_served = not any(link.extra or link.config.lora_bias for link in links)  # vLLM rejects these
     wide = [rank for rank in _SERVED_RANKS if is_served and rank >= (card.rank or 1)]
-    scores, rows = _chain_table(links, **story)
+    scores, rows = _chain_table(links, story)
     facts = {
         **vars(card),
         **vars(naming),
@@ -159,9 +159,10 @@ def _plain(text: object) -> str:
 
 
 def _chain_table(
-    links: Sequence[Link], first: int = 0, evaluations: Sequence[Mapping[str, Any]] = (), **_: Any
+    links: Sequence[Link], story: Mapping[str, Any]
 ) -> tuple[list[str], list[list[str]]]:
     """Return the names of the validation scores, and a row per link that ends with its scores."""
+    first, evaluations = story.get("first", 0), story.get("evaluations", ())
     names = [*score_names(evaluations), "loss"] if evaluations else []
     own = [link for link in links if link.index >= first]
     steps = accumulate(link.num_steps for link in own)

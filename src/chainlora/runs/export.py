@@ -39,7 +39,7 @@ from chainlora.runs.cards import (
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.manifest import CAUSAL, Base
 from chainlora.runs.opening import is_whole_model, load_run, tokenizer_of
-from chainlora.runs.reading import Address
+from chainlora.runs.reading import Address, RunReader
 from chainlora.runs.saved_chain import current_links, describe_base
 from chainlora.runs.stages import open_run
 from chainlora.runs.verification import (
@@ -71,7 +71,7 @@ def export_merged(
     reader = open_run(run)
     manifest = reader.manifest()
     base = _base_folder(manifest.base.model)
-    model, tokenizer = load_run(run, num_links=num_links)
+    model, tokenizer = load_run(reader, num_links=num_links)
     _stop_at_turns(model.generation_config, tokenizer)
     is_whole = num_links != 0 and is_whole_model(reader, manifest)
     links = [] if is_whole else switched_on(reader.links_of(manifest, num_links))
@@ -81,7 +81,7 @@ def export_merged(
         if base is not None:
             copy_licences(base, scratch)
         what = f"with {'every weight fine-tuned' if is_whole else done}."
-        story = story_of(run, num_links)
+        story = story_of(reader, num_links)
         card = Card(what, manifest.base.model, "transformers", links, naming=naming, story=story)
         write_card(scratch, card)
     name = str(model.dtype).removeprefix("torch.")
@@ -119,23 +119,24 @@ def export_adapter(
     """
     check_compression(rank, tolerance)
     output = empty_folder(output)
-    links, base = _links_and_base(run, num_links)
+    source = run if isinstance(run, Chain) else open_run(run)
+    links, base = _links_and_base(source, num_links)
     folder = _base_folder(base.model)
-    skeleton = skeleton_like(run.model) if isinstance(run, Chain) else skeleton_of(base)
+    skeleton = skeleton_like(source.model) if isinstance(source, Chain) else skeleton_of(base)
     named = base.model_copy(update={"model": naming.base or public_name(base.model)})
-    if skeleton is not None and not isinstance(run, Chain):  # a chain in memory has been asked
+    if skeleton is not None and not isinstance(source, Chain):  # a chain in memory has been asked
         update = {"fan_in_fan_out": stores_transposed(skeleton, links)}
         named = named.model_copy(update=update)
     factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
-    if isinstance(run, Chain):
-        error = max([error, *(link.error for link in links if link.index == len(run))])
+    if isinstance(source, Chain):
+        error = max([error, *(link.error for link in links if link.index == len(source))])
     with files.replaced_folder(output) as scratch:
         written, extra = write_adapter(scratch, links, factors, named)
         check_adapter(scratch, skeleton, factors, extra)
         if folder is not None:
             copy_licences(folder, scratch)
-            _save_tokenizer(run, folder, scratch)
-        story = None if isinstance(run, Chain) else story_of(run, num_links)
+            _save_tokenizer(source, folder, scratch)
+        story = None if isinstance(source, Chain) else story_of(source, num_links)
         write_adapter_card(scratch, links, written, error, named, naming=naming, story=story)
     return {
         "to": "adapter",
@@ -148,9 +149,9 @@ def export_adapter(
     }
 
 
-def _save_tokenizer(run: Address | Chain, base: Path, output: Path) -> None:
-    if not isinstance(run, Chain) and (reader := open_run(run)).manifest().has_run:
-        tokenizer_of(reader, base).save_pretrained(output)
+def _save_tokenizer(run: RunReader | Chain, base: Path, output: Path) -> None:
+    if not isinstance(run, Chain) and run.manifest().has_run:
+        tokenizer_of(run, base).save_pretrained(output)
         return
     with suppress(ModelError):  # the folder of a chain without a run may have none
         load_tokenizer(base).save_pretrained(output)
@@ -194,20 +195,19 @@ def copy_licences(base: Path, output: Path) -> None:
             shutil.copyfile(path, output / path.name)
 
 
-def _links_and_base(run: Address | Chain, num_links: int | None) -> tuple[Sequence[Link], Base]:
+def _links_and_base(run: RunReader | Chain, num_links: int | None) -> tuple[Sequence[Link], Base]:
     """Return the links to export, those that are switched on, and their base."""
     if isinstance(run, Chain):
         links = current_links(run)
         if num_links is not None and not 0 < num_links <= len(links):
             raise ChainError(f"`num_links` must be 1 to {len(links)} here (got {num_links})")
         return switched_on(links[:num_links]), describe_base(run)
-    reader = open_run(run)
-    manifest = reader.manifest()
-    if is_whole_model(reader, manifest):
+    manifest = run.manifest()
+    if is_whole_model(run, manifest):
         raise RunError(
             f"an adapter is made of links (got {run}, a run of full fine-tuning); export it merged"
         )
-    return switched_on(reader.links_of(manifest, num_links)), manifest.base
+    return switched_on(run.links_of(manifest, num_links)), manifest.base
 
 
 def check_compression(rank: int | None, tolerance: float | None) -> None:

@@ -87,7 +87,7 @@ def export_gguf(
     name = name_for(naming.base or public_name(manifest.base.model), tokenizer)
     with files.replaced_folder(output) as made:
         merged = made / "merged"
-        done = export_merged(run, merged, num_links=0 if as_adapter else num_links)
+        done = export_merged(reader, merged, num_links=0 if as_adapter else num_links)
         kind = kind or {"float16": "f16", "bfloat16": "bf16"}.get(done["dtype"], "f32")
         model = made / ("base.gguf" if as_adapter else "model.gguf")
         ends = [end for end in ends_of_turn(tokenizer) if end != tokenizer.eos_token_id]
@@ -102,7 +102,7 @@ def export_gguf(
         copy_licences(merged, made)
         files.remove(merged)
         what, base = f"with {made_of} in GGUF ({kind}){as_lora}.", manifest.base.model
-        story = story_of(run, num_links)
+        story = story_of(reader, num_links)
         write_card(made, Card(what, base, "gguf", links, wide, naming=naming, story=story))
     sizes = {path.name: path.stat().st_size for path in sorted(output.glob("*.gguf"))}
     done = {"output": str(output), "links": len(links), "type": kind, "bytes": sizes}
