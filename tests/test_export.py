@@ -95,6 +95,13 @@ def test_a_merged_checkpoint_has_all_that_its_base_has(runs, folders, tmp_path, 
     assert "a chain of 3 LoRA link(s) merged" in card
 
 
+def test_a_merged_checkpoint_of_full_fine_tuning_is_its_model(folders, sentiment, tmp_path):
+    run, chain = tmp_path / "run", {"tune": "full", "ranks": [1], "steps": [2]}
+    train(settings(folders["llama"], sentiment, run, chain=chain))
+    export_merged(run, tmp_path / "m")
+    assert torch.equal(logits(load(tmp_path / "m")), live(run))
+
+
 def test_links_k_is_the_chain_after_k_links(tune, folders, tmp_path):
     constant = {"schedule": "constant"}
     short = tune("llama", "short", constant, ranks=[4], steps=[3])

@@ -6,7 +6,6 @@ import pytest
 import torch
 from helpers import settings, stop_after
 from helpers_export import live, logits
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from chainlora import export_adapter, export_merged, load_run, make_config
@@ -75,23 +74,6 @@ def test_an_adapter_that_peft_does_not_load_as_it_was_is_not_handed_out(
     monkeypatch.setattr(files.peft.PeftModel, "from_pretrained", losing)
     with pytest.raises(ModelError, match=r"must load with PEFT as it was \(got another .*lora_B"):
         export_adapter(runs["llama"], tmp_path / "a")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_checkpoint_that_does_not_load_as_it_was_is_not_handed_out(runs, tmp_path, monkeypatch):
-    from transformers import LlamaForCausalLM
-
-    save = LlamaForCausalLM.save_pretrained
-
-    def losing(self, folder, **keys):
-        save(self, folder, **keys)
-        tensors = load_file(folder / "model.safetensors")
-        tensors["model.norm.weight"][0] += 1e-3
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", losing)
-    with pytest.raises(ModelError, match=r"must load as it was \(got another model.norm.weight"):
-        export_merged(runs["llama"], tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -83,7 +83,7 @@ def test_an_adapter_is_pushed_and_a_base_is_fetched(finished, tiny_folder, tmp_p
 
 
 def check_card(card: str, run) -> None:
-    """Base, links, digest of the rows, scores before and after each link, three ways to load."""
+    """Base, links, digest of the rows, scores before and after each link, two ways to load."""
     front = yaml.safe_load(card.split("---")[1])
     assert front["base_model"] == "tiny/llama"
     assert (front["library_name"], front["license"]) == ("peft", "apache-2.0")
@@ -94,8 +94,8 @@ def check_card(card: str, run) -> None:
     for name, record in zip(names, scores, strict=True):
         (row,) = [line for line in card.splitlines() if line.startswith(f"| {name} |")]
         assert row.endswith(f"| {record['accuracy']:.4f} | {record['loss']:.4f} |")
-    assert 'AutoPeftModelForCausalLM.from_pretrained("me/chain")' in card
-    assert 'model.load_adapter("me/chain")' in card
+    assert 'AutoModelForCausalLM.from_pretrained("tiny/llama")' in card
+    assert 'PeftModel.from_pretrained(base, "me/chain")' in card
     assert "--max-lora-rank 16" in card  # the chain has rank 10
     assert "LICENSE" in card
 
@@ -170,7 +170,7 @@ def test_an_export_names_a_place_on_this_machine_only_if_asked(
 ):
     out = tmp_path / "out"
     assert chainlora("export", finished, "--to", "adapter", "--output", out).status == 0
-    assert 'PeftModel.from_pretrained(base, "this folder")' in (out / "README.md").read_text()
+    assert 'PeftModel.from_pretrained(base, "THIS_FOLDER")' in (out / "README.md").read_text()
     named = ("--output", tmp_path / "named", "--base-name", tiny_folder)
     assert chainlora("export", finished, "--to", "adapter", *named).status == 0
     expected = logits(load_run(finished)[0])

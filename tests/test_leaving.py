@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 import yaml
 from conftest import make_tiny_folder, write_rows
 from helpers import sign
+from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,7 +24,7 @@ from chainlora import Chain, LinkConfig, export_adapter, export_merged, train
 from chainlora.config.chat_templates import template_text
 from chainlora.errors import ModelError, RunError
 from chainlora.models.gguf import build_tokenizer, read_metadata
-from chainlora.runs.cards import Naming
+from chainlora.runs.cards import Naming, is_of_another
 from chainlora.runs.reading import RunReader
 from chainlora.runs.to_gguf import export_gguf
 
@@ -118,6 +120,35 @@ def test_the_card_of_an_adapter_serves_it_on_its_own_base(chat_run, tmp_path):
         assert f"vllm serve {base} --enable-lora" in card
         assert f"--lora-modules chain={adapter}" in card
         assert f'AutoModelForCausalLM.from_pretrained("{base}")' in card
+
+
+@pytest.mark.parametrize("name", [None, "me/chain"])
+def test_names_in_a_card_are_text(chat_run, tmp_path, name):
+    """Whatever they contain: an end of the front matter, of a code block, HTML, Jinja."""
+    hostile = f"x/```\n---\n{MARKUP} {{{{ 'jin' ~ 'ja' }}}} \x85\u2028- y: $(z)"
+    export_adapter(chat_run, tmp_path / "out", naming=Naming(name, hostile, hostile))
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.to_dict() == {
+        "library_name": "peft",
+        "license": hostile,
+        "pipeline_tag": "text-generation",
+        "tags": ["chain-of-lora", "lora"],
+    } | ({} if name else {"base_model": hostile})
+    tokens = MarkdownIt("commonmark").enable("table").parse(card.text)
+    headings = [after.content for token, after in pairwise(tokens) if token.type == "heading_open"]
+    assert headings == ["`chain`" if name else "Model card", "The chain", "Use", "Licence"]
+    assert [token.info for token in tokens if token.type == "fence"] == ["python", "sh"]
+    inline = [child for token in tokens for child in token.children or ()]
+    assert "<script>" in "".join(t.content for t in inline if t.type == "code_inline")
+    assert not any("html" in token.type or token.type == "hr" for token in [*tokens, *inline])
+    assert "jinja" not in card.text
+
+
+def test_a_card_of_another_tool_is_told_apart(chat_run, tmp_path):
+    export_adapter(chat_run, tmp_path / "out")
+    assert not is_of_another(tmp_path / "out")
+    (tmp_path / "README.md").write_text("# By a trainer\n\nLibrary: peft")
+    assert is_of_another(tmp_path)
 
 
 @torch.no_grad()

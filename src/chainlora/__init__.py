@@ -21,8 +21,11 @@ _WHERE = {
     "make_config": "chainlora.config.loading",
     "train": "chainlora.training.calling",
     "extend": "chainlora.training.calling",
-    "open_run": "chainlora.runs.stages",
-    "mix_stages": "chainlora.runs.stages",
+    "open_run": "chainlora.runs.state",
+    "mix_stages": "chainlora.runs.changes",
+    "undo": "chainlora.runs.changes",
+    "redo": "chainlora.runs.changes",
+    "log": "chainlora.runs.changes",
     "stage_matrix": "chainlora.evaluation.stages",
     "TrainResult": "chainlora.training.result",
     "carry_moments": "chainlora.knots.moments",
@@ -62,14 +65,17 @@ if TYPE_CHECKING:
     from chainlora.models.loading import load_model as load_model
     from chainlora.reports.run_report import report_runs as report_runs
     from chainlora.runs.cards import Naming as Naming
+    from chainlora.runs.changes import log as log
+    from chainlora.runs.changes import mix_stages as mix_stages
+    from chainlora.runs.changes import redo as redo
+    from chainlora.runs.changes import undo as undo
     from chainlora.runs.export import export_adapter as export_adapter
     from chainlora.runs.export import export_merged as export_merged
     from chainlora.runs.inspection import inspect_run as inspect_run
     from chainlora.runs.loading_start import load_chain as load_chain
     from chainlora.runs.opening import load_run as load_run
     from chainlora.runs.saved_chain import save_chain as save_chain
-    from chainlora.runs.stages import mix_stages as mix_stages
-    from chainlora.runs.stages import open_run as open_run
+    from chainlora.runs.state import open_run as open_run
     from chainlora.training.calling import extend as extend
     from chainlora.training.calling import train as train
     from chainlora.training.result import TrainResult as TrainResult

@@ -3,8 +3,8 @@
 A write goes to a scratch file beside its target, is flushed to disk, and is renamed into place;
 then the folder is flushed. So a kill at any instant leaves the old file or the new one, and after
 the call returns a power loss does too. A folder is written in the same way, and renamed before it
-is deleted: whoever sees a folder by its name sees all of it. Where a folder replaces another, there is
-an instant without either.
+is deleted: whoever sees a folder by its name sees all of it. Where a folder replaces another, there
+is an instant without either.
 
 Scratch names end as in ``NAME.123-4.new`` or ``.old``; `remove_scratch` clears what a killed
 process left.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from chainlora import RunConfig, load_task
+from chainlora import RunConfig, load_task, open_run
 from chainlora.errors import ModelError
 from chainlora.models.finding import resolve_model
 from chainlora_lab.expansion import compact_config
@@ -27,10 +27,8 @@ _DIGITS = 12  # of a digest
 def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[str, Any]:
     """Return the fields of a cell (see `results.py`) from what `train` returned and wrote."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    if (run / "metrics.jsonl").is_file():  # docs/run-directory.md
-        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            found[record["event"]].append(record)
+    for record in open_run(run).records():
+        found[record["event"]].append(dict(record))
     steps, started = found["step"], _by_link(found["gradient"], config)
     tail = steps[-max(1, len(steps) // 10) :]
     metrics = result["metrics"]

@@ -29,7 +29,6 @@ from chainlora.evaluation.streaming import Decoding
 from chainlora.evaluation.training_rows import answer_limit
 from chainlora.reports.page import Numbers, as_text, part_style, render_part, section
 from chainlora.reports.tables import number, table_of
-from chainlora.runs.stages import strengths_of
 
 _SECONDS = 4  # between two looks at the files; what has not changed is not drawn again
 _SIDES = ("A", "B")
@@ -195,7 +194,7 @@ def _choices(runs: Mapping[str, Path]) -> list[tuple[str, str]]:
 
 def _mixing(desk: Desk) -> None:
     """Put two mixes on the page, and what can be done with them."""
-    now = strengths_of(desk.run)
+    now = desk.state.strengths
     gr.Markdown(f"## {as_text(desk.run.resolve().name)}")
     with gr.Row():
         a, b = _sliders(desk, "A", now), _sliders(desk, "B", _other_than(now))
@@ -220,7 +219,7 @@ def _sliders(desk: Desk, side: str, strengths: Mapping[str, float]) -> list[Any]
             step, now = 0.05 if desk.is_sum(stage) else 1, strengths[stage]
             least, most = min(0, now), max(1, now)  # `mix` takes any number
             found.append(gr.Slider(least, most, now, step=step, label=stage, **keys))
-            choices = [(f"link {link.index}, rank {link.rank}", link.id) for link in links]
+            choices = [(f"link {n}, rank {link.rank}", n) for n, link in links.items()]
             keys = {"interactive": True, "show_label": False, "container": False}
             found.append(gr.CheckboxGroup(choices, value=[each for _, each in choices], **keys))
     return found
@@ -231,7 +230,7 @@ def _mixes(desk: Desk, values: Sequence[Any]) -> list[Mix]:
     half, found = len(values) // 2, []
     for own in (values[:half], values[half:]):
         on = {each for chosen in own[1::2] for each in chosen}
-        off = frozenset(link.id for link in desk.links if link.id not in on)
+        off = frozenset(place for place in range(len(desk.links)) if place not in on)
         found.append(Mix(dict(zip(desk.stages, own[::2], strict=True)), off))
     return found
 

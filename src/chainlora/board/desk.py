@@ -22,17 +22,18 @@ from chainlora.evaluation.stages import Cell, Scorer
 from chainlora.evaluation.streaming import Decoding, Message, Speaker
 from chainlora.evaluation.training_rows import RowFacts, training_rows
 from chainlora.models.finding import resolve_model
+from chainlora.runs.changes import mix_stages
 from chainlora.runs.export import export_adapter, export_merged
-from chainlora.runs.manifest import LinkEntry
+from chainlora.runs.history import LinkFacts, State
 from chainlora.runs.opening import tokenizer_of
-from chainlora.runs.stages import mix_stages, open_run
+from chainlora.runs.state import open_run
 
 EXPORTS = {"adapter": export_adapter, "merged": export_merged}
 
 
 @dataclass(frozen=True)
 class Mix:
-    """The strength of each stage, and the ids of links that are off whatever their stage is."""
+    """The strength of each stage, and the places of links that are off whatever their stage is."""
 
     strengths: dict[str, float]
     off: frozenset[int] = frozenset()
@@ -46,40 +47,40 @@ class Desk:
 
     def __init__(self, run: str | Path) -> None:
         self.run, _ = split_address(run)
-        self.reader = open_run(self.run)
-        self.links: list[LinkEntry] = self.reader.manifest().loaded
+        self.state = open_run(self.run)
+        self.links = self.state.facts
         if not self.links:
-            is_done = self.reader.is_finished(self.reader.manifest())
-            remedy = "choose another run" if is_done else "wait for a knot"
+            remedy = "wait for a knot" if self.state.draft is not None else "choose another run"
             raise RunError("there must be links to mix", f"none in {run}", remedy)
-        here = tuple(f"{link.directory}/" for link in self.links)
-        sums = self.reader.manifest().files
-        self.what = (self.run, {name: sums[name] for name in sums if name.startswith(here)})
+        self.what = (self.run, [term.link for term in self.state.state.terms])
         self._one_at_a_time = Lock()
 
     @property
-    def stages(self) -> dict[str, list[LinkEntry]]:
-        """Return the links of each stage."""
-        names = dict.fromkeys(link.stage for link in self.links)
-        return {name: [link for link in self.links if link.stage == name] for name in names}
+    def stages(self) -> dict[str, dict[int, LinkFacts]]:
+        """Return the links of each stage by their places."""
+        places = list(enumerate(self.links))
+        return {
+            name: {place: link for place, link in places if link.stage == name}
+            for name in self.state.stages
+        }
 
     def is_sum(self, stage: str) -> bool:
         """Say whether a stage can have any strength; else it is on or off."""
-        return all(map(_is_sum, self.stages[stage]))
+        return all(map(_is_sum, self.stages[stage].values()))
 
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer that the rows of the run had."""
-        return tokenizer_of(self.reader, resolve_model(self.reader.manifest().base.model))
+        return tokenizer_of(self.state, resolve_model(self.state.base.model))
 
     @cached_property
     def rows(self) -> RowFacts | None:
         """What the training rows of the run have in common, where they are on this machine."""
-        return training_rows(self.reader, self.tokenizer)
+        return training_rows(self.state, self.tokenizer)
 
     def prompts(self, count: int) -> list[str]:
         """Return the first prompts that the last stage kept; none of a run that keeps no rows."""
-        kept = self.reader.kept().get(self.links[-1].stage)
+        kept = self.state.kept().get(self.links[-1].stage)
         rows = kept.scored[1][:count] if kept is not None else []
         texts = [self.tokenizer.decode(row.prompt, skip_special_tokens=True) for row in rows]
         return list(dict.fromkeys(text for text in texts if text))
@@ -87,15 +88,23 @@ class Desk:
     @cached_property
     def _scorer(self) -> Scorer:
         hold = "carried" if all(map(_is_sum, self.links)) else None
-        return Scorer(self.reader, self.reader.kept(), hold=hold)
+        return Scorer(self.state, self.state.kept(), hold=hold)
 
     def release(self) -> None:
         """Let go of the model; it is loaded again when it is needed."""
         vars(self).pop("_scorer", None)
 
-    def _strengths(self, mix: Mix) -> dict[int, float]:
-        on = [link for link in self.links if link.id not in mix.off]
-        return {link.id: float(mix.strengths[link.stage]) for link in on}
+    def _mixed(self, mix: Mix) -> State:
+        """Return the state that a mix is."""
+        terms = tuple(
+            term.model_copy(
+                update={"strength": 0.0 if place in mix.off else float(mix.strengths[link.stage])}
+            )
+            for place, (term, link) in enumerate(
+                zip(self.state.state.terms, self.links, strict=True)
+            )
+        )
+        return self.state.state.model_copy(update={"terms": terms})
 
     def answer(
         self, mix: Mix, turns: Sequence[Message], decoding: Decoding, *, as_chat: bool
@@ -107,7 +116,7 @@ class Desk:
         model stops.
         """
         with self._one_at_a_time:
-            model = self._scorer.model_at(self._strengths(mix))
+            model = self._scorer.model_at(self._mixed(mix))
             speaker = Speaker(model, self.tokenizer, decoding)
 
             def speak(write: Callable[[str], None]) -> str:
@@ -124,11 +133,11 @@ class Desk:
         """
         with self._one_at_a_time:
             scorer = self._scorer
-            stages = [stage for stage in self.reader.manifest().columns if stage in scorer.kept]
+            stages = [stage for stage in self.state.columns if stage in scorer.kept]
             if not stages:
                 rule = "a mix is scored on the rows that stages kept"
                 raise RunError(rule, f"none in {self.run}", "train with data.keep_rows: true")
-            return [list(scorer.score("mix", self._strengths(mix), stages)) for mix in mixes]
+            return [list(scorer.score("mix", self._mixed(mix), stages)) for mix in mixes]
 
     def save(self, mix: Mix) -> None:
         """Make the run this mix, as `chainlora mix` does."""
@@ -140,15 +149,16 @@ class Desk:
 
     def _by_stages(self, mix: Mix) -> dict[str, float]:
         """Return the strengths of stages. Raises ConfigError for what they cannot say."""
-        off = [link for link in self.links if link.id in mix.off and mix.strengths[link.stage]]
+        places = enumerate(self.links)
+        off = [each for each in places if each[0] in mix.off and mix.strengths[each[1].stage]]
         if off:
             rule = "what is saved are strengths of whole stages"
-            got = f"link {off[0].index} of {off[0].stage} off"
+            got = f"link {off[0][0]} of {off[0][1].stage} off"
             raise ConfigError(rule, got, "switch it on, or weaken its stage")
         return mix.strengths
 
 
-def _is_sum(link: LinkEntry) -> bool:
+def _is_sum(link: LinkFacts) -> bool:
     config = link.link_config()
     return not config.dora and not config.extra_modules
 

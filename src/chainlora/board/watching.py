@@ -11,9 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import median
 
-from chainlora.config.stages import is_run, split_address
+from chainlora.config.stages import HISTORY, is_run, split_address, stage_folder
 from chainlora.errors import ChainLoRAError
-from chainlora.evaluation.stages import MATRIX, stage_matrix
 from chainlora.reports.chain_charts import chain_pictures
 from chainlora.reports.charts import Picture
 from chainlora.reports.page import (
@@ -28,11 +27,13 @@ from chainlora.reports.page import (
 )
 from chainlora.reports.run_charts import training_pictures
 from chainlora.reports.run_report import duration, links_table, score_text, stage_blocks
-from chainlora.reports.runs import RunFacts, read_runs, run_names
+from chainlora.reports.runs import RunFacts, read_state, run_names
 from chainlora.reports.tables import table_of
-from chainlora.runs.reading import RunReader
-from chainlora.runs.resuming import is_in_use
-from chainlora.runs.stages import STAGES, folder_of, half_trained, read_stages
+from chainlora.runs.changes import MATRIX
+from chainlora.runs.draft import DRAFT, drafts_in
+from chainlora.runs.history import RECORDS, read_history
+from chainlora.runs.locks import is_in_use
+from chainlora.runs.state import OpenState, find_state, state_at, state_of_draft
 
 _RECENT = 25  # steps whose median tells the time left, as on the command line
 _NONE = "–"
@@ -42,7 +43,7 @@ def find_runs(places: Sequence[str | Path]) -> dict[str, Path]:
     """Return the runs at some places by their names: runs, and runs in folders of them."""
     found: list[Path] = []
     for place in places:
-        inside = sorted(path.parent for path in Path(place).glob("[!.]*/chain.json"))
+        inside = sorted(path.parent for path in Path(place).glob(f"[!.]*/{HISTORY}"))
         found += [split_address(place)[0]] if is_run(place) else inside
     found = list(dict.fromkeys(found))
     return dict(zip(run_names(found), found, strict=True)) if found else {}
@@ -64,31 +65,34 @@ def standing_of(run: Path) -> dict[str, str]:
     """Say where a run is: the stage that it trains or trained last, in words."""
     keys = ("stage", "step", "time left", "training loss", "validation")
     try:
-        last = list(_folders(run).values())[-1]
-        stamps = _stamp(last / "chain.json"), _stamp(last / "metrics.jsonl")
-        is_done, *said = _standing(last, *stamps)
+        name = _stages(run)[-1]
+        folder = stage_folder(run, name)
+        stamps = [_stamp(each) for each in (run / HISTORY, folder / DRAFT, folder / RECORDS)]
+        is_done, *said = _standing(run, name, *stamps)
     except ChainLoRAError:
         return {"state": "cannot be read"} | dict.fromkeys(keys, _NONE)
-    is_training = not is_done and is_in_use(run)
+    is_training = not is_done and is_in_use(folder)
     state = "done" if is_done else "training" if is_training else "interrupted"
     found = {"state": state} | dict(zip(keys, said, strict=True))
     return found if is_training else found | {"time left": _NONE}
 
 
 @lru_cache(maxsize=1000)
-def _standing(last: Path, *stamps: int) -> tuple[bool, str, str, str, str, str]:
-    """Return whether the run of a stage is done, and what there is to say of it."""
-    reader = RunReader(last)
-    facts = RunFacts("", reader, reader.manifest(), None, {}, reader.records(), {})
-    manifest, steps, metric = facts.manifest, facts.steps, facts.score
-    is_done = reader.is_finished(manifest) or not manifest.has_run
-    step = steps[-1]["step"] if steps else manifest.position.step
-    total = sum(manifest.numbers.lengths) if manifest.numbers and not is_done else step
+def _standing(run: Path, name: str, *stamps: int) -> tuple[bool, str, str, str, str, str]:
+    """Return whether a stage is done, and what there is to say of it."""
+    state = _state_of(run, name)
+    result = state.result() if state.draft is None else None
+    facts = RunFacts("", state, None, result or {}, state.records(), {})
+    steps, metric, trained = facts.steps, facts.score, state.trained
+    numbers = None if trained is None else trained.training.numbers
+    is_done = state.draft is None
+    step = steps[-1]["step"] if steps else facts.position.step
+    total = sum(numbers.lengths) if numbers and not is_done else step
     recent = [record["seconds"] for record in steps[-_RECENT:]]
     scores = [record[metric] for record in facts.evaluations if metric and metric in record]
     return (
         is_done,
-        manifest.stage,
+        name,
         f"{step:,} of {total:,}" if total > step else f"{step:,}",
         duration(median(recent) * (total - step)) if recent else _NONE,
         f"{steps[-1]['loss']:.4g}" if steps else _NONE,
@@ -97,38 +101,41 @@ def _standing(last: Path, *stamps: int) -> tuple[bool, str, str, str, str, str]:
 
 
 def _details(run: Path) -> list[Section]:
-    folders = _folders(run)
-    last = list(folders.values())[-1]
-    off = _off(run)
-    heads = {name: f"{name} (off)" if name in off else name for name in folders}
+    names, off = _stages(run), _off(run)
+    heads = {name: f"{name} (off)" if name in off else name for name in names}
     curves = [
         Column(
-            heads[name] if len(folders) > 1 else "",
-            _curves(folder, _stamp(folder / "metrics.jsonl")),
+            heads[name] if len(names) > 1 else "",
+            _curves(run, name, _stamp(stage_folder(run, name) / RECORDS)),
         )
-        for name, folder in reversed(folders.items())
+        for name in reversed(names)
     ]
-    # the config is written once: another one is another run
-    reader, begun = RunReader(last), _stamp(last / "config.yaml")
-    stamps = (begun, _stamp(run / STAGES), _stamp(run / MATRIX))
-    knots = sum(record.get("where") == "knot" for record in reader.records())
-    links, stages = _links_and_stages(run, last, reader.manifest().state, knots, *stamps)
+    last = names[-1]
+    state = _state_of(run, last)
+    knots = sum(record.get("where") == "knot" for record in state.records())
+    stamps = (_stamp(run / HISTORY), _stamp(run / MATRIX), state.state.digest, knots)
+    links, stages = _links_and_stages(run, last, *stamps)
     return [Section("Training", curves), section("Stages", *stages), section("Links", *links)]
 
 
-def _folders(run: Path) -> dict[str, Path]:
-    """Return the run directory of each stage: those that are off first, and last one that has
-    begun and not ended."""
-    found, off = read_stages(run), _off(run)
-    names = sorted(found.here, key=lambda name: name not in off)
-    folders = {name: folder_of(run, found, found.names.index(name)) for name in names}
-    begun = [path for path in half_trained(run, found) if RunReader(path).exists]
-    return folders | {folder.name: folder for folder in begun}
+def _stages(run: Path) -> list[str]:
+    """Return the stages of a run: those that are off first, and last one that is trained."""
+    history = read_history(run)
+    ended = [entry.key for entry in history.lineage(history.head) if entry.kind != "mix"]
+    off = _off(run)
+    names = [*sorted(ended, key=lambda name: name not in off), *drafts_in(run, history)]
+    return names or [history.head]
+
+
+def _state_of(run: Path, name: str) -> OpenState:
+    """Return what a stage ended in, or has tied so far."""
+    is_draft = name in drafts_in(run)
+    return state_of_draft(run, name) if is_draft else state_at(run, read_history(run), name)
 
 
 def _off(run: Path) -> set[str]:
     """Return the stages that `mix` has switched off."""
-    return {name for name, strength in read_stages(run).strengths.items() if not strength}
+    return {name for name, strength in find_state(run).strengths.items() if not strength}
 
 
 def _stamp(path: Path) -> int:
@@ -140,17 +147,15 @@ def _stamp(path: Path) -> int:
 
 
 @lru_cache(maxsize=64)
-def _curves(folder: Path, stamp: int) -> list[Block]:
-    return _alone(training_pictures(RunReader(folder).records()))
+def _curves(run: Path, name: str, stamp: int) -> list[Block]:
+    return _alone(training_pictures(_state_of(run, name).records()))
 
 
 @lru_cache(maxsize=16)
-def _links_and_stages(run: Path, last: Path, *versions: object) -> tuple[list[Block], list[Block]]:
+def _links_and_stages(run: Path, last: str, *versions: object) -> tuple[list[Block], list[Block]]:
     """Return tables and pictures; all files of the links are checked first."""
-    has_ended = last.name in read_stages(run).names or last == run
-    (facts,) = read_runs([run if has_ended else last])
-    if facts.matrix is not None:
-        facts = replace(facts, matrix=stage_matrix(run, compute=False))
+    is_draft = last in drafts_in(run)
+    facts = read_state(_state_of(run, last) if is_draft else find_state(run), run.name)
     return _alone([*links_table(facts), *chain_pictures(facts)]), _alone(stage_blocks(facts))
 
 

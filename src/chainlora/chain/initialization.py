@@ -1,10 +1,10 @@
 """Initialization of a link: the factors that a fresh LoRA starts from.
 
 Random ones are drawn from a generator seeded by (seed, link, module), so every process draws the
-same numbers whatever its own generator has consumed. The link is named by its stage and its place in
-it (`Chain.begin_stage`), so that it does not matter which links came before. Data-driven ones look at the model: `gradient`
-at the loss gradient (the Frank–Wolfe reading of arXiv 2401.04151, Algorithm 2), `pissa` at the
-weight itself (arXiv 2404.02948). `orthogonal` looks at the earlier links.
+same numbers whatever its own generator has consumed. The link is named by its stage and its place
+there (`Chain.begin_stage`), so it does not matter which links came before. Data-driven ones look at
+the model: `gradient` at the loss gradient (the Frank–Wolfe reading of arXiv 2401.04151, Algorithm
+2), `pissa` at the weight itself (arXiv 2404.02948). `orthogonal` looks at the earlier links.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def initialize(
 
     Returns the factors whose product is *not* zero (PiSSA), by module; the caller must subtract
     them from the base so that the function is unchanged. Empty for every other initialization.
-    `link` is what it is drawn by; of the links `earlier`, `orthogonal` avoids those that are switched on.
+    `link` is what it is drawn by; of the links `earlier`, `orthogonal` avoids those that are on.
     """
     config = adapter.config
     if config.init == "gradient" and backward is None:

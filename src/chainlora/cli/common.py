@@ -20,12 +20,12 @@ import click
 from click.shell_completion import CompletionItem
 
 from chainlora.config.section import types_in
+from chainlora.config.stages import HISTORY, split_address
 from chainlora.config.stages import is_run as is_run
-from chainlora.config.stages import split_address
 from chainlora.errors import ConfigError, FileError, RunError
 
 if TYPE_CHECKING:
-    from chainlora.runs.reading import Address
+    from chainlora.runs.state import Address
 
 _OF_THE_LAB = ("compare", "experiment")
 GUARDED = 3  # a new stage was switched off for what earlier ones would lose
@@ -262,10 +262,10 @@ def need_run(run: str) -> None:
         return
     if (folder / "links").is_dir():
         raise RunError(
-            f"a run directory must hold chain.json (got none in {run}); the run directory is "
-            "incomplete: copy it whole, or start over"
+            f"a run directory must hold {HISTORY} (got none in {run}); it is incomplete: copy it "
+            "whole, or start over"
         )
-    what = "holds no chain.json" if folder.exists() else "does not exist"
+    what = f"holds no {HISTORY}" if folder.exists() else "does not exist"
     near = ", ".join(_runs_near(folder)[:8])
     raise RunError(
         f"RUN must be a run directory (got {run}, which {what}); it is the `output` of chainlora "
@@ -276,7 +276,7 @@ def need_run(run: str) -> None:
 def _runs_near(folder: Path) -> list[str]:
     """Return the runs in a folder, or beside one that does not exist."""
     around = folder if folder.exists() else folder.parent
-    return sorted(str(path.parent) for path in around.glob("[!.]*/chain.json"))
+    return sorted(str(path.parent) for path in around.glob(f"[!.]*/{HISTORY}"))
 
 
 def check_run_or_model(run_or_model: str, links: int | None, stages: str | None = None) -> None:
@@ -307,7 +307,7 @@ def whole_run(run: str) -> Path:
 
 def chosen_state(run: str, stages: str | None) -> Address:
     """Return a run with the stages that ``--stages`` switches on; as it is without."""
-    from chainlora.runs.stages import open_run
+    from chainlora.runs.state import open_run
 
     return run if stages is None else open_run(run, read_strengths(stages.split(",")))
 

@@ -18,16 +18,16 @@ from typing import Any
 from chainlora.cli.stages import show_matrix
 from chainlora.config.loading import make_config
 from chainlora.config.schema import RunConfig
+from chainlora.config.stages import stage_folder
 from chainlora.errors import ModelError
 from chainlora.evaluation.stages import stage_matrix
 from chainlora.models.hashing import cache_dir
 from chainlora.reports.run_charts import plot_training
 from chainlora.reports.run_report import report_runs
+from chainlora.runs.changes import mix_stages
 from chainlora.runs.costs import version_of
 from chainlora.runs.export import empty_folder
 from chainlora.runs.records import of_event, read_records
-from chainlora.runs.stages import mix_stages
-from chainlora.runs.start import Start
 from chainlora.training.loop import train
 from chainlora.training.stages import extension, train_stages
 
@@ -74,9 +74,10 @@ def run_demo(output: str, echo: Callable[[str], object], listener: Any) -> dict[
         f"headlines.\n{_NUM_TRAIN} rows, {len(ranks)} links of rank {ranks[0]}, scored on "
         f"{_NUM_VALIDATION} held-out headlines."
     )
-    result = train(config, listener=listener, start=Start("headlines"))
-    records = read_records(Path(output) / "metrics.jsonl")
-    plot_training(records, Path(output) / "training.png")
+    result = train(config, listener=listener, stage="headlines")
+    folder = stage_folder(Path(output), "headlines")
+    records = read_records(folder / "metrics.jsonl")
+    plot_training(records, folder / "training.png")
     scores = of_event(records, "eval")
     zero_shot = next(score["accuracy"] for score in scores if score["where"] == "start")
     after_links = [score["accuracy"] for score in scores if score["where"] == "knot"]
@@ -165,6 +166,7 @@ def _summary(zero_shot: float, after_links: list[float], final: dict[str, float]
 
 def _next_commands(rows: Path, output: str, page: str) -> str:
     task = f"--task {rows / 'headlines.yaml'} --data {rows}"
+    config = stage_folder(Path(output), "headlines") / "config.yaml"
     links = "--chain.ranks '[4, 4, 4]' --chain.epochs '[1, 1, 1]'"
     return "\n".join(
         [
@@ -177,7 +179,7 @@ def _next_commands(rows: Path, output: str, page: str) -> str:
             f"  chainlora export {output} --to adapter --output {output}-adapter",
             f"  chainlora export {output} --to merged --output {output}-merged",
             f"  chainlora eval {output} {task} --limit 100",
-            f"  chainlora train {Path(output) / 'config.yaml'} {links} --output {output}-3",
+            f"  chainlora train {config} {links} --output {output}-3",
         ]
     )
 

@@ -150,7 +150,7 @@ def _score_matrix(run: str, as_json: bool, speedups: Speedups, **others: Any) ->
     quiet()
     from chainlora.cli.stages import scored_matrix, show_matrix
     from chainlora.config.stages import split_address
-    from chainlora.runs.manifest import START
+    from chainlora.runs.history import START
 
     found = scored_matrix(run, speedups)
     if as_json:

@@ -79,8 +79,7 @@ def export(
 ) -> None:
     """Turn RUN into a checkpoint, one PEFT adapter, or GGUF.
 
-    An adapter is exact, of the ranks' sum, unless --rank or --tolerance asks for another. What is
-    written is loaded back and compared first.
+    An adapter is exact, with the sum of the links' ranks, unless --rank or --tolerance is given.
     """
     need_run(run)
     check_run_or_model(run, links, stages)

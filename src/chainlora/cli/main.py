@@ -22,7 +22,7 @@ from chainlora.cli.evaluate import evaluate
 from chainlora.cli.export import export
 from chainlora.cli.generate import chat, generate
 from chainlora.cli.report import board, inspect, report
-from chainlora.cli.stages import extend, mix, prune
+from chainlora.cli.stages import extend, log, mix, prune, redo, undo
 from chainlora.cli.train import demo, train
 from chainlora.errors import (
     ChainLoRAError,
@@ -138,7 +138,7 @@ def cli(context: click.Context, debug: bool) -> None:
     _refuse_processes(context.invoked_subcommand)
 
 
-for _verb in (demo, train, extend, mix, prune, evaluate, generate, chat, inspect):
+for _verb in (demo, train, extend, mix, undo, redo, log, prune, evaluate, generate, chat):
     cli.add_command(_verb)
-for _verb in (report, board, export, tasks, doctor, schema):
+for _verb in (inspect, report, board, export, tasks, doctor, schema):
     cli.add_command(_verb)

@@ -18,6 +18,7 @@ from chainlora.cli.common import (
     show,
     to_stderr,
 )
+from chainlora.config.stages import HISTORY
 from chainlora.errors import ConfigError
 
 
@@ -35,13 +36,13 @@ def inspect(run: str, as_json: bool) -> None:
     from chainlora.cli.progress import show_inspection
     from chainlora.reports.chain_charts import plot_chain
     from chainlora.runs.inspection import inspect_run
-    from chainlora.runs.stages import reader_of
+    from chainlora.runs.state import find_state
 
-    found = inspect_run(run)
-    reader = reader_of(run)
-    if found["links"] and reader.num_links is None:
+    state = find_state(run)
+    found = inspect_run(state)
+    if found["links"] and not state.is_before_training:
         with picture_if_possible():
-            plot_chain(found, reader / "chain.png")
+            plot_chain(found, state.run / "chain.png")
     if as_json:
         print_json(found)
     else:
@@ -96,7 +97,7 @@ def board(runs: tuple[str, ...], host: str, port: int | None) -> None:
     nothing from the network.
     """
     for run in runs:
-        if not any(Path(run).glob("[!.]*/chain.json")):
+        if not any(Path(run).glob(f"[!.]*/{HISTORY}")):
             need_run(run)
     quiet()
     try:

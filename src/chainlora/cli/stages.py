@@ -1,9 +1,8 @@
-"""The verbs of stages: `chainlora extend`, `mix` and `prune`."""
+"""The verbs of stages and of a run's history: `extend`, `mix`, `undo`, `redo`, `log`, `prune`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -25,6 +24,7 @@ from chainlora.errors import ChainLoRAError, ConfigError
 if TYPE_CHECKING:
     from chainlora.engine.engine import Speedups
     from chainlora.evaluation.stages import StageMatrix
+    from chainlora.runs.state import OpenState
 
 
 @click.command(cls=WithKeys)
@@ -74,21 +74,21 @@ def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_js
         raise click.UsageError("--best searches the strengths; leave them out")
     chosen = read_strengths(strengths, default=None)
     quiet()
-    from chainlora.runs.stages import mix_stages, open_run, strengths_of
+    from chainlora.runs.changes import mix_stages
+    from chainlora.runs.state import open_run
 
+    reads: list[str] = []
     if best:
         from chainlora.cli.progress import evaluation_progress
         from chainlora.evaluation.strengths import best_mix
 
-        mix_stages(folder, {})  # refuses what would refuse the mix that is found
-        _say_what_is_averaged(folder)
+        state = mix_stages(folder, {})  # refuses what would refuse the mix that is found
+        reads = _say_what_is_averaged(state)
         with evaluation_progress() as progress:
-            chosen, after, before = best_mix(folder, progress=progress)
+            chosen, after, before = best_mix(state, progress=progress)
         to_stderr(f"mean of the row {before:.4f} before, {after:.4f} with the best strengths")
-    if chosen:
-        mix_stages(folder, chosen)
-    found = strengths_of(folder)
-    can_score = bool(chosen and open_run(folder).manifest().kept)
+    state = mix_stages(folder, chosen, reads=reads) if chosen else open_run(folder)
+    can_score = bool(chosen and state.keepers())
     if can_score and not no_scores:  # said first: a kill while it scores undoes no mix
         to_stderr(f"{run} is this mix now; next, what it scores")
     matrix = None
@@ -98,29 +98,107 @@ def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_js
     except ChainLoRAError as error:  # the run is this mix, whatever its scores are
         to_stderr(f"chainlora: the mix was not scored: {error}")
     if as_json:
-        print_json({"run": run, "strengths": found, "matrix": matrix and matrix.as_dict()})
+        shown = {"run": run, "strengths": state.strengths}
+        print_json(shown | {"matrix": matrix and matrix.as_dict()})
         return
     if matrix is not None:
         show_matrix(matrix)
-    for name, strength in found.items():
+    _show_strengths(state)
+
+
+def _show_strengths(state: OpenState) -> None:
+    for name, strength in state.strengths.items():
         click.echo(f"{name}={strength:g}")
 
 
-def _say_what_is_averaged(run: Path) -> None:
-    """Name the columns that the best mix is searched by, and those before the run without rows."""
-    from chainlora.runs.manifest import START
-    from chainlora.runs.reading import RunReader
-    from chainlora.runs.stages import open_run
+def _say_what_is_averaged(state: OpenState) -> list[str]:
+    """Name the columns that the best mix is searched by, and those before the run without rows;
+    return the former."""
+    from chainlora.runs.history import START
 
-    first, manifest = RunReader(run).manifest(), open_run(run).manifest()
-    rows = ", ".join(name for name in manifest.columns if name in manifest.kept)
-    to_stderr(f"the average is over the rows of {rows or 'no stage'}")
-    before = first.until(first.start_links).stages or [START]
-    if without := [name for name in before if name not in manifest.kept]:
+    kept = [entry.key for entry in state.keepers()]
+    rows = [name for name in state.columns if name in kept]
+    to_stderr(f"the average is over the rows of {', '.join(rows) or 'no stage'}")
+    history, run = state.history, state.run
+    before = history.stages_in(history.state_of(history.origin)) or [START]
+    if without := [name for name in before if name not in kept]:
         to_stderr(
             f"chainlora: what {run} began on has no rows ({', '.join(without)}), so the best mix "
             f"may lose it; give some: chainlora eval {run} --matrix --start-rows FILE"
         )
+    return rows
+
+
+@click.command
+@click.argument("run", type=click.Path())
+@click.option("--to", metavar="NAME", help="The entry of `chainlora log` to make the run.")
+@json_option
+def undo(run: str, to: str | None, as_json: bool) -> None:
+    """Make RUN what it was before its last mix or stage.
+
+    Nothing is deleted: `redo` takes it back, and the rows and links of what is undone stay in RUN
+    (`prune` deletes them). With --to, RUN becomes any state of its history: base, a stage or a mix.
+    """
+    folder = whole_run(run)
+    quiet()
+    from chainlora.runs.changes import undo as undo_last
+
+    _show_now(run, undo_last(folder, to), as_json)
+
+
+@click.command
+@click.argument("run", type=click.Path())
+@json_option
+def redo(run: str, as_json: bool) -> None:
+    """Take the last undo of RUN back."""
+    folder = whole_run(run)
+    quiet()
+    from chainlora.runs.changes import redo as redo_last
+
+    _show_now(run, redo_last(folder), as_json)
+
+
+def _show_now(run: str, state: OpenState, as_json: bool) -> None:
+    name = "base" if state.entry is None else state.entry.key
+    if as_json:
+        print_json({"run": run, "now": name, "strengths": state.strengths})
+        return
+    click.echo(f"{run} is now {name}; nothing was deleted")
+    _show_strengths(state)
+
+
+@click.command
+@click.argument("run", type=click.Path())
+@json_option
+def log(run: str, as_json: bool) -> None:
+    """Show the history of RUN: its stages and mixes, the latest first.
+
+    * marks what RUN is now, | what that was computed from. RUN@NAME names each state.
+    """
+    folder = whole_run(run)
+    quiet()
+    from rich.console import Console
+    from rich.table import Table
+
+    from chainlora.runs.changes import log as entries_of
+
+    found = entries_of(folder)
+    if as_json:
+        print_json({"run": run, "entries": found})
+        return
+    table = Table(box=None, header_style="", pad_edge=False)
+    for head in ("", "name", "kind", "on", "links", "strengths", "ended", "state"):
+        table.add_column(head, no_wrap=True)
+    for entry in found:
+        if entry["kind"] == "training":
+            table.add_row("", entry["name"], "in training", "", "", "", "", "")
+            continue
+        mark = "*" if entry["now"] else "|" if entry["before"] else ""
+        strengths = " ".join(f"{name}={value:g}" for name, value in entry["strengths"].items())
+        texts = (mark, entry["name"], entry["kind"], " ".join(entry["parents"]) or "base")
+        ended = entry["ended"][:16].replace("T", " ")
+        table.add_row(*texts, str(entry["links"]), strengths or "none", ended, entry["state"])
+    Console(width=None if Console().is_terminal else 140).print(table, markup=False)
 
 
 def scored_matrix(run: str, speedups: Speedups = "auto", *, compute: bool = True) -> StageMatrix:
@@ -144,29 +222,31 @@ def show_matrix(matrix: StageMatrix, echo: Callable[[str], object] = click.echo)
 @click.option("--yes", is_flag=True, help="Delete it. Without, say what would be deleted.")
 @json_option
 def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
-    """Delete STAGE of RUN for good: links, kept rows, reference, records, result, pictures.
+    """Delete STAGE of RUN for good: links, kept rows, config, records, result, scores.
 
-    The copies that later stages have of them are deleted too: they were tuned on top of these
-    links, and go on without them. Its config stays, and its name is never used again. Without --yes
-    nothing is deleted, and the exit status is 1. To switch a stage off, and on again, take mix.
+    Stages that were trained on top of it stay, without its links. Mixes that its rows have chosen
+    go with it. Without --yes nothing is deleted, and the exit status is 1. To switch a stage off,
+    and on again, take mix; to go back to what was before it, take undo.
     """
     folder = whole_run(run)
     quiet()
     from chainlora.models.hashing import cache_dir
-    from chainlora.runs.pruning import plan_pruning, prune_stage
+    from chainlora.runs.changes import plan_pruning, prune_stage
 
     found = (prune_stage if yes else plan_pruning)(folder, stage)
-    gone, begin = [str(path) for path in found.gone], f"{run}@{found.before}"
-    fork = f"chainlora extend {begin} {{0}}.yaml --name {{0}} --output FOLDER"
-    again = [fork.format(name) for name in found.later if found.before is not None]
+    gone = [str(path) for path in found.gone]
+    fork = f"chainlora extend {run}@{found.before} {{0}}.yaml --name {{0}} --output FOLDER"
+    again = [fork.format(name) for name in found.later]
     if as_json:
-        print_json({"run": run, "stage": stage, "deleted": yes, "files": gone, "again": again})
+        shown = {"run": run, "stage": stage, "deleted": yes, "files": gone}
+        print_json(shown | {"mixes": found.with_it, "again": again})
     else:
-        for path in gone or ["nothing: it was pruned before"]:
+        for path in gone:
             click.echo(f"{'deleted' if yes else 'would delete'} {path}")
+        for name in found.with_it:
+            click.echo(f"{'deleted' if yes else 'would delete'} {name}, chosen by its rows")
         if found.later:
-            whole = " chainlora train CONFIG --output FOLDER, without that stage in CONFIG"
-            how = "".join(f"\n  {line}" for line in again) or whole
+            how = "".join(f"\n  {line}" for line in again)
             click.echo(f"stays: {', '.join(found.later)}, tuned on top of it; without it:{how}")
         click.echo("stays: its data files, forks (prune them too), exports, predictions, reports")
         click.echo(f"stays: the cache of tokenised rows of all runs, {cache_dir() / 'rows'}")

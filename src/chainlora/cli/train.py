@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -73,12 +73,7 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     for key, value in overrides:
         if not key.startswith("stages."):
             set_key(tree, key, value)
-    own, output = Path(file).parent, tree.get("output")
-    is_of_a_run = Path(file).name == "config.yaml" and is_run(own)
-    is_elsewhere = isinstance(output, str) and own.resolve() != Path(output).expanduser().resolve()
-    if is_of_a_run and is_elsewhere and "output" not in dict(overrides):
-        rule = "a run that was moved or copied must be told where it is"
-        raise ConfigError(rule, f"output: {output} in {file}", f"add --output {own}")
+    _check_place(file, tree.get("output"), overrides)
     if has_stages(tree):
         from chainlora.runs.loading_start import with_start
 
@@ -96,11 +91,7 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
         to_stderr(_announcement(file, settings))  # before seconds of imports
     quiet()
     if dry_run:
-        from chainlora.runs.reading import RunReader
-
-        begun = RunReader(settings.output)
-        name = begun.manifest().stage if begun.exists else "main"
-        _show_plan([Stage(name, settings)], named, as_json)
+        _show_plan([Stage("main", settings)], named, as_json)
         return
     from chainlora.training.loop import train as run_training
 
@@ -116,13 +107,31 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     if not is_first_process():
         return
     if not ended:
-        _plot(settings)
+        _plot(settings, "main")
     if as_json:
         print_json(result)
     elif ended:
         _show_nothing_left(settings.output)
     else:
         _show_run(settings, [result])
+
+
+def _check_place(file: str, output: Any, overrides: Sequence[tuple[str, str]]) -> None:
+    """Refuse the config inside a run that has moved, and that of a later stage."""
+    from chainlora.config.loading import run_of_config
+    from chainlora.runs.loading_start import first_stage
+
+    run = run_of_config(file)
+    if run is None:
+        return
+    is_elsewhere = isinstance(output, str) and run.resolve() != Path(output).expanduser().resolve()
+    if is_elsewhere and "output" not in dict(overrides):
+        rule = "a run that was moved or copied must be told where it is"
+        raise ConfigError(rule, f"output: {output} in {file}", f"add --output {run}")
+    first, name = first_stage(run), Path(file).parent.name
+    if "output" not in dict(overrides) and first is not None and first.stage != name:
+        rule = "the config of a later stage is no run of its own"
+        raise ConfigError(rule, file, f"go on with it by: chainlora extend {run} --name {name} …")
 
 
 def train_and_show(
@@ -154,18 +163,16 @@ def train_and_show(
         return
     for stage, result in zip(stages, results, strict=True):
         if result is not None:
-            _plot(stage.config)
+            _plot(stage.config, stage.name)
+    run, new = stages[0].config.output or "", list(filter(None, results))
     if as_json:
-        from chainlora.runs.stages import strengths_of
+        from chainlora.runs.state import find_state
 
         found = dict(zip([stage.name for stage in stages], results, strict=True))
-        strengths = strengths_of(Path(stages[0].config.output or ""))
-        print_json({"stages": found, "strengths": strengths})
+        print_json({"stages": found, "strengths": find_state(run).strengths})
     else:
-        run, new = stages[0].config.output or "", list(filter(None, results))
         if new:
-            config = stages[-1].config.model_copy(update={"output": run})
-            _show_run(config, new, are_stages=True)
+            _show_run(stages[-1].config, new, are_stages=True)
         else:
             _show_nothing_left(run)
     if off:
@@ -212,10 +219,9 @@ def _show_next(run: str, result: TrainResult, config: RunConfig) -> None:
 
 def _show_plan(stages: Sequence[Stage], change: Sequence[str], as_json: bool) -> None:
     """Say of each stage whether it has ended, goes on or is new, if the model can bear it."""
-    from chainlora.training.survey import need_model, survey
+    from chainlora.training.plan import make_plan
 
-    found = survey(stages, change)
-    need_model(stages, found, ahead=0)
+    found = make_plan(stages, change).stages
     if as_json:
         print_json({"stages": [{"name": f.name, "state": f.state, "step": f.step} for f in found]})
         return
@@ -225,22 +231,22 @@ def _show_plan(stages: Sequence[Stage], change: Sequence[str], as_json: bool) ->
         rows = ", ".join(each.path for each in data.train_files) or data.task
         does = {
             "finished": "finished, nothing to do",
-            "pruned": "pruned, nothing to do",
             "stopped": f"goes on from step {where.step}",
             "new": f"would train links of rank {ranks or 'none'} on {rows}",
         }
         click.echo(f"{stage.name}: {does[where.state]}")
 
 
-def _plot(settings: RunConfig) -> None:
+def _plot(settings: RunConfig, stage: str) -> None:
+    from chainlora.config.stages import stage_folder
     from chainlora.reports.run_charts import plot_training
     from chainlora.runs.records import read_records
 
-    output = Path(settings.output or "")
-    records = read_records(output / "metrics.jsonl")
+    folder = stage_folder(Path(settings.output or ""), stage)
+    records = read_records(folder / "metrics.jsonl")
     if records:  # none where nothing is trained and nothing held out
         with picture_if_possible():
-            plot_training(records, output / "training.png")
+            plot_training(records, folder / "training.png")
 
 
 def _announcement(file: str, settings: RunConfig) -> str:
@@ -267,7 +273,7 @@ def _with_progress(settings: RunConfig, work: Callable[[Listener], Result]) -> R
         try:
             return work(listener)
         except KeyboardInterrupt:
-            is_saved = (Path(settings.output or "") / "chain.json").is_file()
+            is_saved = is_run(settings.output or "")
             hint = "; the same command continues from what was saved last" if is_saved else ""
             click.echo(f"chainlora: interrupted{hint}", err=True)
             raise click.exceptions.Exit(SIGNALLED + (interrupts.last or signal.SIGINT)) from None

@@ -55,9 +55,17 @@ def read_config(path: str | Path) -> dict[str, Any]:
             f"{path} with {foreign}",
             "write these keys in a config of chainlora; docs/keys.md lists them",
         )
-    if (Path(path).expanduser().parent / "chain.json").is_file():
+    if run_of_config(path) is not None:
         tree.pop("plugins", None)  # a run may come from somebody else: its code is named anew
     return tree
+
+
+def run_of_config(path: str | Path) -> Path | None:
+    """Return the run that a config lies in, as ``RUN/stages/NAME/config.yaml``; None for others."""
+    path = Path(path).expanduser().absolute()
+    run = path.parents[2] if len(path.parents) > 2 else path
+    is_inside = path.name == "config.yaml" and path.parent.parent.name == "stages"
+    return run if is_inside and (run / "history.json").is_file() else None
 
 
 def read_tree(path: str | Path, what: str = "config file") -> dict[str, Any]:

@@ -39,8 +39,8 @@ from chainlora.models.modes import kept_random_state
 from chainlora.runs.cards import is_of_another
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.export import write_adapter, write_adapter_card
-from chainlora.runs.loading_start import put_on
 from chainlora.runs.history import Base, exists_in
+from chainlora.runs.loading_start import put_on
 from chainlora.runs.saved_chain import (
     INSIDE,
     current_links,

@@ -180,7 +180,7 @@ def _check_folder(folder: Path) -> None:
             f"`model` must be a whole model (got {folder}, an adapter); PEFT loads it; to train on "
             "top of it, name its base as `model` and the adapter as `start`"
         )
-    if (folder / "chain.json").is_file():
+    if (folder / "history.json").is_file():
         raise ModelError(
             f"`model` must be a whole model (got {folder}, a run); "
             f"to go on from it: chainlora extend {folder} --name NAME"

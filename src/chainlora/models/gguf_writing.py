@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from chainlora.errors import ModelError
-from chainlora.models.checkpoint import Checkpoint, Stored
+from chainlora.models.checkpoint import Checkpoint
 from chainlora.models.gguf import (
     build_tokenizer,
     head_size,
@@ -46,10 +46,6 @@ _OTHER = "export --to merged, and convert that with llama.cpp"
 # tokenizer.ggml.token_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _BLOCK = 32  # values that share a scale in Q8_0
-
-# Half a step of each kind, in sizes of the largest value of a row; Q8_0's scale is rounded too.
-_ROUNDING = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 0.5 / 127 + 2**-11}
-_ABSOLUTE = 2.0**-24  # the smallest value of float16
 
 _PHI3 = re.compile("phi-?3", re.IGNORECASE)
 # Special tokens of Phi-3, and whether they take the blanks behind them.
@@ -78,6 +74,22 @@ def check_convertible(config: Any, tokenizer: Any) -> None:
         writer.write_kv_data_to_file()
         writer.close()
         _check_tokenizer(file, tokenizer)
+
+
+def _check_tokenizer(file: Path, tokenizer: Any) -> None:
+    """Raise ModelError unless a GGUF file holds the tokenizer, by what it makes of texts."""
+    try:
+        found = build_tokenizer(file, read_metadata(file))
+    except ModelError:
+        raise
+    except Exception as error:  # transformers raises many kinds for what it cannot read
+        rule = "a tokenizer in GGUF must be one that transformers reads back"
+        raise ModelError(rule, f"{type(error).__name__}: {error!s:.200}", _OTHER) from error
+    for text in _PROBES:
+        if found(text)["input_ids"] != tokenizer(text)["input_ids"]:
+            raise ModelError("a GGUF file must hold its tokenizer", f"another for {text!r}", _OTHER)
+    if found.chat_template != tokenizer.chat_template:
+        raise ModelError("a GGUF file must hold its tokenizer", "another chat template", _OTHER)
 
 
 def _misfits(config: Any) -> list[tuple[str, str]]:
@@ -147,9 +159,7 @@ def write_gguf(
 
     `ends` is the token that ends a turn of a chat, if that is not the end of sequence.
     Rows that Q8_0's blocks of 32 do not fit are float16; weights of one dimension are float32, as
-    llama.cpp has them. One weight at a time is in memory. The file is loaded back and compared;
-    ModelError is raised unless it is the same model, to the kind's rounding. `check_convertible`
-    comes before.
+    llama.cpp has them. One weight at a time is in memory. Call `check_convertible` before.
     """
     gguf = import_gguf()
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -185,7 +195,6 @@ def write_gguf(
         as_kind = gguf.GGMLQuantizationType[kinds[key].upper()]
         writer.write_tensor_data(gguf.quants.quantize(values, as_kind).view(np.uint8))
     writer.close()
-    _check_model(file, {key: (found, kinds[key]) for key, found in stored.items()}, names)
 
 
 def _kind_of(shape: tuple[int, ...], kind: str) -> str:
@@ -324,10 +333,10 @@ def _add_tokenizer(writer: Any, tokenizer: Any, num_rows: int) -> None:
 
 
 def write_lora_gguf(
-    factors: Mapping[str, tuple[Tensor, Tensor]], config: Any, base: Path, file: Path, name: str
+    factors: Mapping[str, tuple[Tensor, Tensor]], config: Any, file: Path, name: str
 ) -> None:
-    """Write A (rank × in) and B (out × rank) of modules, of one rank and scaling 1, as a LoRA of
-    llama.cpp for the GGUF file `base`. It is loaded back and compared."""
+    """Write A (rank × in) and B (out × rank) of modules, of one rank and scaling 1, as a LoRA for
+    llama.cpp."""
     gguf = import_gguf()
     names = _Names(config)
     tensors: dict[str, Tensor] = {}
@@ -347,42 +356,3 @@ def write_lora_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    shapes = {found.name: found.shape for found in gguf.GGUFReader(base).tensors}
-    for found in gguf.GGUFReader(file).tensors:
-        module, _, which = found.name.rpartition(".")
-        side = 0 if which == "lora_a" else 1  # llama.cpp's shapes are (in, out)
-        fits = shapes[module][side] == found.shape[side]
-        if not fits or not np.array_equal(found.data, tensors[found.name].numpy()):
-            raise ModelError("a LoRA in GGUF must load as it was", f"another {found.name}", _OTHER)
-
-
-# --- loaded back ---
-
-
-def _check_model(file: Path, written: Mapping[str, tuple[Stored, str]], names: _Names) -> None:
-    """Raise ModelError unless a GGUF file holds the weights, each to the rounding of its kind."""
-    gguf = import_gguf()
-    found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    for key, (stored, kind) in written.items():
-        wanted = names.arranged(key, stored.read().float()).numpy()
-        tensor = found[names(key)]
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        allowed = _ROUNDING[kind] * np.abs(wanted).max(-1, keepdims=True) + _ABSOLUTE
-        if values.shape != wanted.shape or not (np.abs(values - wanted) <= allowed).all():
-            raise ModelError("a GGUF file must load as it was", f"another {key}", _OTHER)
-
-
-def _check_tokenizer(file: Path, tokenizer: Any) -> None:
-    """Raise ModelError unless a GGUF file holds the tokenizer, by what it makes of texts."""
-    try:
-        found = build_tokenizer(file, read_metadata(file))
-    except ModelError:
-        raise
-    except Exception as error:  # transformers raises many kinds for what it cannot read
-        rule = "a tokenizer in GGUF must be one that transformers reads back"
-        raise ModelError(rule, f"{type(error).__name__}: {error!s:.200}", _OTHER) from error
-    for text in _PROBES:
-        if found(text)["input_ids"] != tokenizer(text)["input_ids"]:
-            raise ModelError("a GGUF file must hold its tokenizer", f"another for {text!r}", _OTHER)
-    if found.chat_template != tokenizer.chat_template:
-        raise ModelError("a GGUF file must hold its tokenizer", "another chat template", _OTHER)

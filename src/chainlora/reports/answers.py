@@ -22,15 +22,13 @@ from chainlora.errors import DataError
 from chainlora.evaluation.evaluate import evaluate
 from chainlora.evaluation.generation import generate_greedy
 from chainlora.evaluation.metrics import cross_entropy, exact_match
-from chainlora.evaluation.stages import chain_on_base, states_of
+from chainlora.evaluation.stages import Scorer, chain_on_base, states_of
 from chainlora.evaluation.training_rows import divided_by
 from chainlora.files import reported
 from chainlora.models.text_config import context_length
 from chainlora.reports.page import Answer, Said
 from chainlora.reports.runs import RunFacts, state_names
-from chainlora.runs.opening import is_whole_model, load_run
-from chainlora.runs.reading import RunReader
-from chainlora.runs.stages import run_around
+from chainlora.runs.opening import load_run
 
 _ASK = "give a file: a prompt a line, or JSONL rows with a `prompt`"
 
@@ -101,22 +99,19 @@ def answers(
 
 def _states(run: RunFacts) -> Iterator[tuple[str, Any, Any]]:
     """Yield what to ask: when, the model as it was then, and its tokenizer."""
-    reader = RunReader(run.path)
-    chain, tokenizer = chain_on_base(reader)
     if run.stages:
-        chain.add(*reader.load_links())
-        for name, strengths in states_of(run_around(run.path), run.reader):
-            chain.set_strengths({id: strengths.get(id, 0.0) for id in chain.strengths})
-            yield state_names([name])[0], chain.model, tokenizer
+        scorer = Scorer(run.state, {})
+        for name, state in states_of(run.state):
+            yield state_names([name])[0], scorer.model_at(state), scorer.tokenizer
         return
+    chain, tokenizer = chain_on_base(run.state)
     yield "before training", chain.model, tokenizer
-    count = len(run.manifest.links) if run.config is not None else None  # of a chain the live one
-    for link in reader.links_of(run.manifest, count):
+    for link in run.state.links(len(run.state.sequence)):
         chain.add(link)
         yield f"after link {link.index}", chain.model, tokenizer
-    if is_whole_model(reader, run.manifest):
+    if run.state.is_whole_model:
         del chain  # two models at once would need twice the memory
-        yield "after training", load_run(reader.path)[0], tokenizer
+        yield "after training", load_run(run.state)[0], tokenizer
 
 
 def _said(
@@ -165,7 +160,7 @@ def _prompts(
         stop = _stop(run, tokenizer)
         found = zip(TokenReader(tokenizer).ids(wanted), wanted, strict=True)
         return [Prompt(tuple(ids), text, stop) for ids, text in found]
-    kept = run.reader.kept() if run.stages else {}
+    kept = run.state.kept() if run.stages else {}
     if kept:
         rows = [(stage, each.scored[1], each.asked["stop"]) for stage, each in kept.items()]
     else:
@@ -191,7 +186,7 @@ def _own_rows(run: RunFacts, model: Any, tokenizer: Any) -> Rows:
             context_length(model),
             to_score=split,
             loss=run.config.train.loss,
-            bound=divided_by(RunReader(run.path))[0],
+            bound=divided_by(run.state)[0],
         )
         rows = getattr(splits, split)
         if len(rows):

@@ -34,9 +34,8 @@ from chainlora.reports.run_charts import comparing_pictures, training_pictures
 from chainlora.reports.runs import RunFacts, is_share, read_runs
 from chainlora.reports.tables import Table, number, table_of
 from chainlora.runs.cards import public_name
-from chainlora.runs.manifest import STAGE, START, Manifest
+from chainlora.runs.history import MAIN
 from chainlora.runs.records import Record, of_event
-from chainlora.runs.stages import reader_of, run_around
 
 NAME = "report.html"
 _NONE = "–"
@@ -113,7 +112,7 @@ def _lead(runs: Sequence[RunFacts]) -> str:
         each = zip(runs, said, strict=True)
         return "; ".join(f"{run.name}: {what}{_gain(run)}" for run, what in each) + "."
     run = runs[0]
-    model = public_name(run.manifest.base.model) or "a model without a name"
+    model = public_name(run.state.base.model) or "a model without a name"
     if not _was_trained(run):
         return f"A language model ({model}) as it was before this run's training."
     parts = [f"{_task(part)}{_gain(part)}." for part in run.parts]
@@ -129,12 +128,12 @@ def _lead(runs: Sequence[RunFacts]) -> str:
 def _was_trained(run: RunFacts) -> bool:
     """Say whether any training of the run is in the state that is reported on."""
     is_full = run.config is not None and run.config.chain.tune == "full"
-    return is_full or len(run.manifest.loaded) > run.manifest.start_links
+    return is_full or not run.state.is_before_training
 
 
 def _task(part: RunFacts) -> str:
     """Return the name of what a run or stage was trained on, and what is asked there if known."""
-    name = part.manifest.stage
+    name = part.state.stage
     if part.config is None:
         return "data that it does not name"
     data = part.config.data
@@ -143,28 +142,24 @@ def _task(part: RunFacts) -> str:
             task = load_task(data.task)
         except ChainLoRAError:  # its file was moved or deleted
             return name
-        name = task.name if name == STAGE else name
+        name = task.name if name == MAIN else name
         return f"{name} ({task.description.strip().rstrip('.')})"
     files = [Path(file.path).name for file in data.train_files]
-    return " and ".join(files) if name == STAGE and files else name
+    return " and ".join(files) if name == MAIN and files else name
 
 
 def _switched_off(run: RunFacts) -> list[str]:
     """Return what the mix that the run is leaves of its stages, and which state it is exactly."""
-    strengths = {link.stage: link.strength for link in run.manifest.loaded}
-    off = [stage for stage, strength in strengths.items() if not strength]
+    off = [stage for stage, strength in run.state.strengths.items() if not strength]
     if not off:
         return []
-    now, begun = _on(run.manifest), reader_of(f"{run_around(run.path)}@{START}").manifest()
-    same = [part.name for part in run.stages if _on(part.manifest) == now]
-    when = f"after {same[-1]}" if same else "before training" if now == _on(begun) else ""
+    now, history = run.state.state.digest, run.state.history
+    same = [part.name for part in run.stages if part.state.state.digest == now]
+    is_as_begun = now == history.state_of(history.origin).digest
+    when = f"after {same[-1]}" if same else "before training" if is_as_begun else ""
     as_was = f": the model is exactly what it was {when}" if when else ""
     those = f"stage {off[0]} is" if len(off) == 1 else f"stages {', '.join(off)} are"
     return [f"Now {those} switched off{as_was}."]
-
-
-def _on(manifest: Manifest) -> list[tuple[int, float]]:
-    return [(link.id, link.strength) for link in manifest.loaded if link.strength]
 
 
 def _what(run: RunFacts) -> str:
@@ -225,7 +220,7 @@ def _tiles(run: RunFacts) -> list[tuple[str, str]]:
             of = f"{part.name}: " if run.stages else ""
             change = f"{before} → {after}" if before != _NONE and part.steps else after
             found.append((f"{of}{part.score}", change))
-    positions = [part.manifest.position for part in run.parts]
+    positions = [part.position for part in run.parts]
     return [
         *found,
         ("ranks", ", ".join(str(link["rank"]) for link in run.links) or "no links"),
@@ -245,8 +240,8 @@ def _figures(run: RunFacts) -> list[tuple[str, str]]:
     chain = run.inspection["chain"]
     return [
         *found,
-        ("steps", f"{run.manifest.position.step:,}"),
-        ("time", duration(run.manifest.position.seconds)),
+        ("steps", f"{run.position.step:,}"),
+        ("time", duration(run.position.seconds)),
         ("parameters trained", _whole(result.get("trainable_parameters"))),
         ("peak memory", _memory(result)),
         ("‖ΔW‖ of the chain", number(chain.get("delta_norm"), 3)),
@@ -271,11 +266,14 @@ def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:
             f"**{name} is not judged yet**: stage {as_text(stage)} is trained, and accept_links "
             "has not chosen its strength."
         )
-    if (selected := run.manifest.selected) is not None:
-        rest = " and a part of the next" if selected.partial else ""
+    if (selected := run.inspection["selected"]) is not None:
+        rest, count = (
+            " and a part of the next" if selected["partial"] else "",
+            selected["num_links"],
+        )
         found.append(
-            f"{name} is loaded as its best point: step {selected.step}, after "
-            f"{selected.num_links} link{'s' * (selected.num_links != 1)}{rest}."
+            f"{name} is loaded as its best point: step {selected['step']}, after {count} "
+            f"link{'s' * (count != 1)}{rest}."
         )
     for part in run.parts if is_alone else ():
         if (majority := _majority(part)) is not None:
@@ -286,9 +284,9 @@ def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:
     if run.matrix is not None and _was_trained(run) and not (is_alone and run.stages):
         found.append(
             f"Score, steps, time, memory and cost of {name} are those of stage "
-            f"{run.manifest.stage} alone; RUN@STAGE reports on another one."
+            f"{run.state.stage} alone; RUN@STAGE reports on another one."
         )
-    if not run.is_as_trained and _was_trained(run):
+    if not run.state.is_as_trained and _was_trained(run):
         found.append(
             f"{name} was mixed or pruned since: the scores of its training are not those of "
             "what it is now."
@@ -381,7 +379,7 @@ def _side_by_side(title: str, runs: Mapping[str, Mapping[str, str]], corner: str
 
 
 def _costs(run: RunFacts) -> dict[str, str]:
-    position, result = run.manifest.position, run.result
+    position, result = run.position, run.result
     hardware = result.get("hardware", {})
     return {
         "steps": f"{position.step:,}",
@@ -435,10 +433,12 @@ def _configs(runs: Sequence[RunFacts]) -> list[Block]:
 
 
 def _versions(run: RunFacts) -> dict[str, str]:
-    packages = {k: v for k, v in run.manifest.versions.items() if v != "not installed"}
+    trained = run.state.trained
+    versions = {} if trained is None else trained.training.versions
+    packages = {k: v for k, v in versions.items() if v != "not installed"}
     return packages | {
-        "digest of the rows": run.manifest.rows or _NONE,
-        "fingerprint of the base": run.manifest.base.fingerprint[:12],
+        "digest of the rows": (trained.training.rows if trained else None) or _NONE,
+        "fingerprint of the base": run.state.base.fingerprint[:12],
     }
 
 

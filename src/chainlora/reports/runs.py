@@ -3,41 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from chainlora.config.schema import RunConfig
-from chainlora.config.stages import split_address
-from chainlora.evaluation.stages import BASE, NOW, StageMatrix, stage_matrix
+from chainlora.evaluation.stages import NOW, StageMatrix, stage_matrix
+from chainlora.runs.draft import Progress
+from chainlora.runs.history import BASE
 from chainlora.runs.inspection import inspect_run
-from chainlora.runs.manifest import Manifest
-from chainlora.runs.reading import RunReader
 from chainlora.runs.records import Record, of_event, score_names
-from chainlora.runs.stages import read_stages, reader_of, readers_of_stages
+from chainlora.runs.state import OpenState, find_state
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run, or a saved chain: then without a config, a result and records.
+    """A state of a run, or a saved chain: then without a config, a result and records.
 
     Of a run of several stages these are those of its last one; `stages` has the same of each, as it
     was trained, and `matrix` their scores, as far as there are any.
     """
 
     name: str
-    reader: RunReader
-    manifest: Manifest
+    state: OpenState
     config: RunConfig | None
     result: Record
     records: Sequence[Record]
     inspection: Record
     matrix: StageMatrix | None = None
-    is_as_trained: bool = True  # what its records scored is what it is loaded as
     stages: Sequence[RunFacts] = ()
 
     @property
     def path(self) -> Path:
-        return self.reader.path
+        return self.state.run
 
     @property
     def parts(self) -> Sequence[RunFacts]:
@@ -62,50 +59,46 @@ class RunFacts:
         names = [*score_names(self.evaluations), "loss"]
         return next((name for name in names if any(name in r for r in self.evaluations)), None)
 
+    @property
+    def position(self) -> Progress:
+        """Return how far its training has come."""
+        if self.state.draft is not None:
+            return self.state.draft.position
+        keys = {"step": "steps", "tokens": "tokens", "scored_tokens": "scored_tokens"}
+        found = {name: self.result.get(key, 0) for name, key in keys.items()}
+        return Progress(**found, seconds=self.result.get("wall_s", 0.0))
+
 
 def read_runs(runs: Sequence[str | Path]) -> list[RunFacts]:
     """Read runs and check their files. Raises RunError for one that is damaged or not there."""
     return [_read(run, name) for run, name in zip(runs, run_names(runs), strict=True)]
 
 
-def _read(run: str | Path, name: str) -> RunFacts:
-    inspection = inspect_run(run)
-    reader = reader_of(run)
-    manifest = reader.manifest()
-    return RunFacts(
-        name=name,
-        reader=reader,
-        manifest=manifest,
-        config=reader.config() if manifest.has_run else None,
-        result=reader.result() or {},
-        records=reader.records(),
-        inspection=inspection,
-        matrix=stage_matrix(run, compute=False) if _has_stages(run, manifest) else None,
-        is_as_trained=reader.is_as_trained(),
-        stages=_stages(run, manifest),
+def read_state(state: OpenState, name: str) -> RunFacts:
+    """Read what there is to say of a state, its files checked."""
+    found = _part(state, name)
+    parts = [entry for entry in state.lineage if entry.kind == "stage"]
+    is_one = len({*state.columns, *(entry.key for entry in parts)}) < 2
+    stages = [_part(state.at(entry.key), entry.key) for entry in parts]
+    if state.draft is not None and stages:
+        stages[-1] = replace(found, name=state.stage)
+    return replace(
+        found,
+        inspection=inspect_run(state),
+        matrix=None if is_one or not state.has_run else stage_matrix(state, compute=False),
+        stages=stages if len(stages) > 1 else (),
     )
 
 
-def _stages(run: str | Path, manifest: Manifest) -> list[RunFacts]:
-    """Return the stages that a state has been trained on; nothing for one stage."""
-    readers = readers_of_stages(run) if manifest.has_run else {}
-    if manifest.stage not in readers:  # before the first stage, which was pruned
-        return []
-    names = list(readers)[: list(readers).index(manifest.stage) + 1]
-    return [_part(name, readers[name]) for name in names] if len(names) > 1 else []
+def _read(run: str | Path, name: str) -> RunFacts:
+    return read_state(find_state(run), name)
 
 
-def _part(name: str, reader: RunReader) -> RunFacts:
-    config, result = reader.config(), reader.result() or {}
-    return RunFacts(name, reader, reader.manifest(), config, result, reader.records(), {})
-
-
-def _has_stages(run: str | Path, manifest: Manifest) -> bool:
-    """Return whether a run went on, or began on stages of another."""
-    if not manifest.has_run:
-        return False
-    ended = read_stages(split_address(run)[0]).names
-    return len({*ended, *manifest.columns}) > 1
+def _part(state: OpenState, name: str) -> RunFacts:
+    is_trained = state.trained is not None and state.trained.kind == "stage"
+    config = state.config() if state.has_run else None
+    result = (state.result() or {}) if is_trained else {}
+    return RunFacts(name, state, config, result, state.records() if is_trained else [], {})
 
 
 def run_names(runs: Sequence[str | Path]) -> list[str]:

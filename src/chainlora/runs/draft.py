@@ -24,7 +24,6 @@ from chainlora.runs.history import (
     LinkFacts,
     Part,
     Sums,
-    Text,
     exists_in,
     read_history,
     read_part,
@@ -93,13 +92,12 @@ class Draft(Part):
 
     format: int = FORMAT
     entry: Entry
-    links: dict[Digest, LinkFacts] = {}
+    links: dict[Digest, LinkFacts] = Field(default_factory=dict)
     progress: Progress = Progress()
     moments: Annotated[str, Field(pattern=r"^moments/\d{3,}\.safetensors$")] | None = None
     checkpoint: Checkpoint | None = None
     records: Records | None = None
-    files: Sums = {}
-    versions: dict[Text, Text] = {}
+    files: Sums = Field(default_factory=dict)
     trained: bool = False
 
     @property

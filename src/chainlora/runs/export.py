@@ -1,13 +1,13 @@
 """What a finished chain can become: a merged checkpoint, or one PEFT adapter.
 
 A merged checkpoint loads with `transformers` alone, an adapter with `peft` on the base. Both are
-written into a scratch folder, loaded back and compared, and only then put in place. Nothing in them
-names a place on this machine.
+written into a scratch folder and then moved into place. They contain no path of this machine.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from os.path import expanduser
@@ -25,26 +25,32 @@ from chainlora.data.chat_templates import ends_of_turn
 from chainlora.errors import ChainError, ModelError, RunError
 from chainlora.models.checkpoint import save_model
 from chainlora.models.finding import resolve_model
+from chainlora.models.identity import tokenizer_files
 from chainlora.models.loading import load_tokenizer
-from chainlora.runs.beside import check_own_files, copy_licences
-from chainlora.runs.cards import UNNAMED, Card, Naming, Story, public_name, story_of, write_card
+from chainlora.runs.cards import (
+    UNNAMED,
+    Card,
+    Naming,
+    is_licence,
+    public_name,
+    story_of,
+    write_card,
+)
 from chainlora.runs.compression import adapter_factors
-from chainlora.runs.manifest import CAUSAL, Base
-from chainlora.runs.opening import is_whole_model, load_run, tokenizer_of
-from chainlora.runs.reading import Address
+from chainlora.runs.history import CAUSAL, Base
+from chainlora.runs.opening import load_run, tokenizer_of
 from chainlora.runs.saved_chain import current_links, describe_base
-from chainlora.runs.stages import open_run
+from chainlora.runs.state import Address, OpenState, open_run
 from chainlora.runs.verification import (
     check_adapter,
-    check_checkpoint,
     skeleton_like,
     skeleton_of,
-    state_digests,
     stores_transposed,
 )
 
 logger = logging.getLogger(__name__)
 
+_CONFIGS = ("config.json", "generation_config.json")
 _WIDEST = 2**14  # far beyond what servers take, and still small
 
 
@@ -57,30 +63,26 @@ def export_merged(
 ) -> dict[str, Any]:
     """Write the run's model, links merged, as a transformers checkpoint in the base's dtype.
 
-    Returns its folder, the number of links in it, and the dtype. Raises ChainLoRAError subclasses:
-    for a folder that is not empty before the work, for files that load as other weights after it.
+    Returns its folder, the number of links in it, and the dtype. Raises RunError unless `output` is
+    new or empty.
     """
     output = empty_folder(output)
-    reader = open_run(run)
-    manifest = reader.manifest()
-    base = _base_folder(manifest.base.model)
-    model, tokenizer = load_run(run, num_links=num_links)
+    state = open_run(run)
+    base = _base_folder(state.base.model)
+    model, tokenizer = load_run(state, num_links=num_links)
     _stop_at_turns(model.generation_config, tokenizer)
-    is_whole = num_links != 0 and is_whole_model(reader, manifest)
-    links = [] if is_whole else switched_on(reader.links_of(manifest, num_links))
+    is_whole = num_links != 0 and state.is_whole_model
+    links = [] if is_whole else switched_on(state.links(num_links))
     done = f"a chain of {len(links)} LoRA link(s) merged into its weights"
     with files.replaced_folder(output) as scratch:
         save_model(model, tokenizer, scratch)
         if base is not None:
             copy_licences(base, scratch)
         what = f"with {'every weight fine-tuned' if is_whole else done}."
-        story = story_of(run, num_links)
-        card = Card(what, manifest.base.model, "transformers", links, naming=naming, story=story)
+        story = story_of(state, num_links)
+        card = Card(what, state.base.model, "transformers", links, naming=naming, story=story)
         write_card(scratch, card)
-        digests, dtype = state_digests(model), model.dtype
-        del model  # two of them need not fit into memory
-        check_checkpoint(scratch, digests, dtype)
-    name = str(dtype).removeprefix("torch.")
+    name = str(model.dtype).removeprefix("torch.")
     return {"to": "merged", "output": str(output), "links": len(links), "dtype": name}
 
 
@@ -115,23 +117,24 @@ def export_adapter(
     """
     check_compression(rank, tolerance)
     output = empty_folder(output)
-    links, base = _links_and_base(run, num_links)
+    source = run if isinstance(run, Chain) else open_run(run)
+    links, base = _links_and_base(source, num_links)
     folder = _base_folder(base.model)
-    skeleton = skeleton_like(run.model) if isinstance(run, Chain) else skeleton_of(base)
+    skeleton = skeleton_like(source.model) if isinstance(source, Chain) else skeleton_of(base)
     named = base.model_copy(update={"model": naming.base or public_name(base.model)})
-    if skeleton is not None and not isinstance(run, Chain):  # a chain in memory has been asked
+    if skeleton is not None and not isinstance(source, Chain):  # a chain in memory has been asked
         update = {"fan_in_fan_out": stores_transposed(skeleton, links)}
         named = named.model_copy(update=update)
     factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
-    if isinstance(run, Chain):
-        error = max([error, *(link.error for link in links if link.index == len(run))])
+    if isinstance(source, Chain):
+        error = max([error, *(link.error for link in links if link.index == len(source))])
     with files.replaced_folder(output) as scratch:
         written, extra = write_adapter(scratch, links, factors, named)
         check_adapter(scratch, skeleton, factors, extra)
         if folder is not None:
             copy_licences(folder, scratch)
-            _save_tokenizer(run, folder, scratch)
-        story = None if isinstance(run, Chain) else story_of(run, num_links)
+            _save_tokenizer(source, folder, scratch)
+        story = None if isinstance(source, Chain) else story_of(source, num_links)
         write_adapter_card(scratch, links, written, error, named, naming=naming, story=story)
     return {
         "to": "adapter",
@@ -144,9 +147,9 @@ def export_adapter(
     }
 
 
-def _save_tokenizer(run: Address | Chain, base: Path, output: Path) -> None:
-    if not isinstance(run, Chain) and (reader := open_run(run)).manifest().has_run:
-        tokenizer_of(reader, base).save_pretrained(output)
+def _save_tokenizer(run: OpenState | Chain, base: Path, output: Path) -> None:
+    if not isinstance(run, Chain) and run.has_run:
+        tokenizer_of(run, base).save_pretrained(output)
         return
     with suppress(ModelError):  # the folder of a chain without a run may have none
         load_tokenizer(base).save_pretrained(output)
@@ -160,24 +163,48 @@ def _base_folder(base: str) -> Path | None:
         if base:
             logger.warning("the export has no licence and no tokenizer beside it: %s", error)
         return None
-    check_own_files(folder)
+    _check_own_files(folder)
     return folder
 
 
-def _links_and_base(run: Address | Chain, num_links: int | None) -> tuple[Sequence[Link], Base]:
+def _check_own_files(base: Path) -> None:
+    """Raise ModelError where an export would hold what lies outside the base's folder.
+
+    A link can lead a licence, a template or a config to any file of this machine. The Hub's cache
+    has links too, to its own blobs.
+    """
+    licences = [path for path in base.iterdir() if is_licence(path.name)]
+    configs = [base / name for name in _CONFIGS]
+    blobs = [base.parent.parent / "blobs"] if base.parent.name == "snapshots" else []
+    homes = [home.resolve() for home in (base, *blobs)]
+    for path in sorted([*licences, *configs, *tokenizer_files(base)]):
+        is_link = path.is_symlink() or path.parent.is_symlink()
+        if is_link and not any(map(path.resolve().is_relative_to, homes)):
+            raise ModelError(
+                f"what an export copies must lie in the base's folder (got {path.name} in {base}, "
+                f"a link to {path.resolve()}); put a copy in its place"
+            )
+
+
+def copy_licences(base: Path, output: Path) -> None:
+    """Copy the texts of a base's licences into an export."""
+    for path in sorted(base.iterdir()):
+        if path.is_file() and is_licence(path.name):
+            shutil.copyfile(path, output / path.name)
+
+
+def _links_and_base(run: OpenState | Chain, num_links: int | None) -> tuple[Sequence[Link], Base]:
     """Return the links to export, those that are switched on, and their base."""
     if isinstance(run, Chain):
         links = current_links(run)
         if num_links is not None and not 0 < num_links <= len(links):
             raise ChainError(f"`num_links` must be 1 to {len(links)} here (got {num_links})")
         return switched_on(links[:num_links]), describe_base(run)
-    reader = open_run(run)
-    manifest = reader.manifest()
-    if is_whole_model(reader, manifest):
+    if run.is_whole_model:
         raise RunError(
             f"an adapter is made of links (got {run}, a run of full fine-tuning); export it merged"
         )
-    return switched_on(reader.links_of(manifest, num_links)), manifest.base
+    return switched_on(run.links(num_links)), run.base
 
 
 def check_compression(rank: int | None, tolerance: float | None) -> None:
@@ -227,7 +254,7 @@ def write_adapter_card(
     base: Base,
     *,
     naming: Naming = UNNAMED,
-    story: Story | None = None,
+    story: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the model card of a chain as one adapter."""
     kind = f"relative error {error:.2e}" if error else "exact"

@@ -18,10 +18,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from chainlora import files
 from chainlora.config.schema import LinkConfig
@@ -42,12 +42,20 @@ DAMAGED = "the run is damaged: restore the file from a copy, or start over"
 
 Count = Annotated[int, Field(ge=0)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-Sums = dict[Annotated[str, Field(pattern=r"^(?!/)(?!(.*/)?\.\.(/|$)).+$")], str]
-"""SHA-256 of files by their names in a folder, which none of them leaves."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,79}$")]
 # What is printed must hold no control characters: a terminal would obey them.
 Text = Annotated[str, Field(pattern=r"^\P{Cc}*$")]
 Kind = TypeVar("Kind", bound="Part")
+
+
+def _inside(name: str) -> str:
+    if name[:1] == "/" or ".." in PurePosixPath(name).parts:
+        raise ValueError("a file outside")
+    return name
+
+
+Sums = dict[Annotated[str, AfterValidator(_inside)], str]
+"""SHA-256 of files by their names in a folder, which none of them leaves."""
 
 
 class Part(BaseModel):

@@ -19,9 +19,8 @@ from chainlora.chain.low_rank import (
     subspace_overlap,
 )
 from chainlora.chain.showing import Shown
-from chainlora.runs.reading import Address
 from chainlora.runs.records import Record, last_loss, of_event
-from chainlora.runs.stages import reader_of, readers_of_stages, unjudged_stage
+from chainlora.runs.state import Address, OpenState, find_state
 
 
 def inspect_run(run: Address) -> dict[str, Any]:
@@ -33,62 +32,78 @@ def inspect_run(run: Address) -> dict[str, Any]:
     ``stable_rank``, means over modules, ``overlap`` with each earlier link's A (mean squared cosine
     of the principal angles, averaged over modules; 1 is the same input subspace), ``spectrum`` (its
     singular values, their mean over modules), and ``modules`` (‖ΔW‖_F of each). ``numbers`` is what
-    was decided when each stage began. ``finished`` and ``position`` say where the run is: the step
-    and the number of whole links that a resume would start from. ``unjudged`` is the stage that
-    `accept_links` has not judged yet.
+    was decided when each stage began. ``selected`` is the best point that the last stage ends at,
+    where that is not its last step. ``finished`` and ``position`` say where the run is: the step of
+    its last stage and the number of whole links that a resume would start from. ``unjudged`` is the
+    stage that `accept_links` has not judged yet.
 
     Every file of the run is checked first. Raises RunError for one that is missing or has changed.
     """
-    reader = reader_of(run)
-    manifest = reader.verify()
-    # a saved chain has a live link where a run has a checkpoint
-    links = reader.links_of(manifest, len(manifest.links) if manifest.has_run else None)
-    readers = {manifest.stage: reader} | readers_of_stages(run)
-    records = {stage: each.records() for stage, each in readers.items()}
-    decided = {
-        stage: readers[stage].manifest().model_dump(mode="json")["numbers"]
-        for stage in dict.fromkeys([*manifest.stages, manifest.stage])
-        if stage in readers
-    }
+    state = (run if isinstance(run, OpenState) else find_state(run)).verify()
+    links = state.links(len(state.sequence))
+    places = [state.history.links[term.link].stage for term in state.sequence]
+    records = {name: state.at(name).records() for name in dict.fromkeys([*places, state.stage])}
+    if state.draft is not None:
+        records[state.stage] = state.records()
     tuned = [replace(link, strength=1.0) for link in links]
-    entries = manifest.links if manifest.has_run else manifest.loaded
-    rows, ends = [], dict[str, int]()
-    for link, tuned_link, entry in zip(links, tuned, entries, strict=True):
-        end = ends[entry.stage] = ends.get(entry.stage, 0) + link.num_steps
-        row = _describe(tuned_link, tuned[: link.index], records.get(entry.stage, []), end)
-        rows.append(row | {"id": link.id, "stage": entry.stage, "strength": link.strength})
+    rows, ends, own = [], dict[str, int](), dict[str, int]()
+    for link, tuned_link, stage in zip(links, tuned, places, strict=True):
+        end = ends[stage] = ends.get(stage, 0) + link.num_steps
+        place = own[stage] = own.get(stage, -1) + 1
+        row = _describe(tuned_link, tuned[: link.index], records.get(stage, []), place, end)
+        rows.append(row | {"stage": stage, "place": place, "strength": link.strength})
     is_sum = bool(links) and all(_is_low_rank(link) for link in links)
     whole = _sizes(_spectra(links).values()) if is_sum else {}
+    draft = state.draft
+    is_trained = state.trained is not None and state.trained.kind == "stage"
+    planned = state.first + len(state.config().chain.ranks) if is_trained else len(links)
+    known = {e.key: e.training.model_dump(mode="json")["numbers"] for e in state.lineage}
     found = {
-        "run": str(run),
-        "base": manifest.base.model,
-        "hold": manifest.hold,
-        "finished": reader.is_finished(manifest)
-        or manifest.is_pruned
-        or reader.num_links is not None
-        or not manifest.has_run,
-        "unjudged": unjudged_stage(reader),
-        "position": {
-            "step": manifest.position.step,
-            "links": len(links),
-            "planned_links": manifest.first + len(reader.config().chain.ranks)
-            if manifest.has_run
-            else len(links),
-        },
+        "run": str(state.run),
+        "base": state.base.model,
+        "hold": state.history.hold,
+        "state": state.state.digest,
+        "finished": draft is None or draft.trained,
+        "unjudged": state.stage if draft is not None and draft.trained else None,
+        "position": {"step": _step(state), "links": len(links), "planned_links": planned},
         "links": rows,
         "chain": whole | {"links": len(links), "rank": sum(link.rank for link in links)},
-        "numbers": {stage: numbers for stage, numbers in decided.items() if numbers},
-        "selected": manifest.selected and manifest.selected.model_dump(mode="json"),
+        "numbers": {name: numbers for name, numbers in known.items() if numbers},
+        "selected": _selected(state),
     }
     return Shown(found)
 
 
+def _step(state: OpenState) -> int:
+    """Return the steps of the stage that was trained last."""
+    if state.draft is not None:
+        return state.draft.position.step
+    result = state.result()
+    if result is not None:
+        return int(result["steps"])
+    return sum(facts.num_steps for facts in state.facts)  # of a saved chain
+
+
+def _selected(state: OpenState) -> dict[str, Any] | None:
+    """Return the best point that a stage ends at, where that is not its end: its step, the whole
+    links up to it, and whether it lies inside the next."""
+    trained = state.trained
+    own = [term.link for term in trained.state.terms] if trained is not None else []
+    links = state.history.links
+    own = [link for link in own if trained is not None and links[link].stage == trained.key]
+    if trained is None or trained.kind != "stage" or own == list(trained.tied):
+        return None
+    partial = bool(own) and own[-1] not in trained.tied
+    step = sum(links[link].num_steps for link in own)
+    return {"step": step, "num_links": len(own) - partial, "partial": partial}
+
+
 def _describe(
-    link: Link, earlier: Sequence[Link], records: Sequence[Record], end: int
+    link: Link, earlier: Sequence[Link], records: Sequence[Record], place: int, end: int
 ) -> dict[str, Any]:
-    """Return what there is to say of a link that ends after step `end` of its stage: at its knot,
-    or before it, where its stage kept the best point."""
-    own = [r for r in records if r.get("link") == link.index and r["step"] <= end]
+    """Return what there is to say of a link, at a `place` in its stage, that ends after step `end`
+    of it: at its knot, or before it, where its stage kept the best point."""
+    own = [r for r in records if r.get("link") == place and r["step"] <= end]
     last = [r for r in of_event(own, "eval") if r["step"] == end and r["where"] != "start"]
     keys = ("event", "step", "link", "where")
     row: dict[str, Any] = {

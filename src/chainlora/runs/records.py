@@ -1,8 +1,8 @@
 """``metrics.jsonl``: one JSON object a line, appended while a run goes on, not edited in place; and
 ``result.json``: what the run came to, as far as others read it.
 
-``stage.json`` holds the number of lines that belong to the point it describes, and the hash of their
-bytes. A resume keeps exactly those lines.
+``stage.json`` holds the number of lines that belong to the point it describes, and the hash of
+their bytes. A resume keeps exactly those lines.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def resumed_log(path: Path, known: Records | None, num_records: int) -> RecordLo
 
 
 def check_records(path: Path, known: Records | None) -> None:
-    """Raise RunError if the records that ``stage.json`` knows have changed; a missing file may be."""
+    """Raise RunError if the records that ``stage.json`` knows have changed; none may be there."""
     if known is None or not path.is_file():
         return
     with reported(path, "read"):

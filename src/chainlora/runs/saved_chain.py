@@ -214,9 +214,7 @@ def _memory(chain: Chain, numbers: Numbers | None) -> Memory:
     live = None
     if chain.live is not None:
         config = chain.live.config.model_dump(mode="json")
-        live = Live(
-            config=config, num_steps=chain.live_steps, num_soft_knots=chain.live_soft_knots
-        )
+        live = Live(config=config, num_steps=chain.live_steps, num_soft_knots=chain.live_soft_knots)
     ids = tuple(link.id for link in chain.links)
     return Memory(ids=ids, next_id=chain.next_id, live=live, numbers=numbers)
 

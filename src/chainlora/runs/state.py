@@ -9,7 +9,7 @@ log`, by its name or the first digits of its digest), ``RUN@start`` what the run
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ class OpenState:
 
     @property
     def is_as_trained(self) -> bool:
-        """Say whether it is what the stage scored when it was trained: not mixed or pruned since."""
+        """Say whether it is what the stage scored when it was trained: no mix, nothing pruned."""
         trained = self.trained
         if trained is None or trained.pruned:
             return trained is None
@@ -163,6 +163,11 @@ class OpenState:
         if trained is None or not trained.parents:
             return self.history.empty
         return self.history.state_of(trained.parents[0])
+
+    @property
+    def first(self) -> int:
+        """Return how many links are below those of the stage that was trained last."""
+        return sum(facts.stage != self.stage for facts in self.facts)
 
     @property
     def sequence(self) -> list[Term]:
@@ -246,7 +251,10 @@ class OpenState:
             self._need_folder(link_folder(term.link), self.history.links[term.link].files)
         return [
             read_link(
-                self.run / link_folder(term.link), self.history.links[term.link], place, term.strength
+                self.run / link_folder(term.link),
+                self.history.links[term.link],
+                place,
+                term.strength,
             )
             for place, term in enumerate(terms)
         ]

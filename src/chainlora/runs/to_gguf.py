@@ -30,13 +30,16 @@ from chainlora.models.gguf_writing import (
     write_lora_gguf,
 )
 from chainlora.models.loading import open_folder
-from chainlora.runs.beside import copy_licences
 from chainlora.runs.cards import UNNAMED, Card, Naming, public_name, story_of, write_card
 from chainlora.runs.compression import adapter_factors
-from chainlora.runs.export import check_compression, empty_folder, export_merged
-from chainlora.runs.opening import is_whole_model, tokenizer_of
-from chainlora.runs.reading import Address, RunReader
-from chainlora.runs.stages import open_run
+from chainlora.runs.export import (
+    check_compression,
+    copy_licences,
+    empty_folder,
+    export_merged,
+)
+from chainlora.runs.opening import tokenizer_of
+from chainlora.runs.state import Address, OpenState, open_run
 
 logger = logging.getLogger(__name__)
 
@@ -58,21 +61,19 @@ def export_gguf(
 
     With `as_adapter`, its base as ``base.gguf`` and the links as a LoRA, ``adapter.gguf``, of which
     `rank` and `tolerance` are those of `export_adapter`. `kind` is what weights are stored as, one
-    of `gguf_writing.KINDS`; by default nothing is rounded but float64. Each file is loaded back and
-    compared.
+    of `gguf_writing.KINDS`; by default nothing is rounded but float64.
 
     Raises ModelError for models that are not written as GGUF here, and for what a LoRA of llama.cpp
     cannot hold.
     """
     check_compression(rank, tolerance)
     output = empty_folder(output)
-    reader = open_run(run)
-    manifest = reader.manifest()
-    folder, config, _ = open_folder(manifest.base.model)
-    tokenizer = tokenizer_of(reader, folder)
+    state = open_run(run)
+    folder, config, _ = open_folder(state.base.model)
+    tokenizer = tokenizer_of(state, folder)
     check_convertible(config, tokenizer)
-    is_whole = num_links != 0 and is_whole_model(reader, manifest)
-    links = [] if is_whole else switched_on(reader.links_of(manifest, num_links))
+    is_whole = num_links != 0 and state.is_whole_model
+    links = [] if is_whole else switched_on(state.links(num_links))
     made_of = "every weight fine-tuned" if is_whole else f"a chain of {len(links)} LoRA link(s)"
     wide: int | None = None
     as_lora = ""
@@ -81,25 +82,26 @@ def export_gguf(
         _check_factors(factors, {name for link in links for name in link.extra})
         wide = max(pair.a.shape[0] for pair in factors.values())
         as_lora = f", as a LoRA of rank {wide} (relative error {error:.2e})"
-    name = name_for(naming.base or public_name(manifest.base.model), tokenizer)
+    name = name_for(naming.base or public_name(state.base.model), tokenizer)
     with files.replaced_folder(output) as made:
         merged = made / "merged"
-        done = export_merged(run, merged, num_links=0 if as_adapter else num_links)
+        done = export_merged(state, merged, num_links=0 if as_adapter else num_links)
         kind = kind or {"float16": "f16", "bfloat16": "bf16"}.get(done["dtype"], "f32")
         model = made / ("base.gguf" if as_adapter else "model.gguf")
         ends = [end for end in ends_of_turn(tokenizer) if end != tokenizer.eos_token_id]
         write_gguf(merged, tokenizer, model, kind, name, ends)
         if as_adapter:
             pairs = {module: (pair.a, pair.b) for module, pair in factors.items()}
-            write_lora_gguf(pairs, config, model, made / "adapter.gguf", name)
-        entries = manifest.loaded if num_links is None else manifest.links[:num_links]
-        on = [entry.stage for entry in entries if entry.strength] or [manifest.stage]
-        modelfile = _modelfile(reader, on[-1], tokenizer, config, as_adapter)
+            write_lora_gguf(pairs, config, made / "adapter.gguf", name)
+        terms = state.state.terms if num_links is None else state.sequence[:num_links]
+        on = [state.history.links[term.link].stage for term in terms if term.strength]
+        stage = on[-1] if on else state.stage
+        modelfile = _modelfile(state, stage, tokenizer, config, as_adapter)
         (made / "Modelfile").write_text(modelfile, encoding="utf-8")
         copy_licences(merged, made)
         files.remove(merged)
-        what, base = f"with {made_of} in GGUF ({kind}){as_lora}.", manifest.base.model
-        story = story_of(run, num_links)
+        what, base = f"with {made_of} in GGUF ({kind}){as_lora}.", state.base.model
+        story = story_of(state, num_links)
         write_card(made, Card(what, base, "gguf", links, wide, naming=naming, story=story))
     sizes = {path.name: path.stat().st_size for path in sorted(output.glob("*.gguf"))}
     done = {"output": str(output), "links": len(links), "type": kind, "bytes": sizes}
@@ -125,14 +127,13 @@ def _check_factors(factors: Mapping[str, Factors], extra: set[str]) -> None:
 # --- Ollama ---
 
 
-def _modelfile(reader: RunReader, stage: str, tokenizer: Any, config: Any, as_adapter: bool) -> str:
+def _modelfile(state: OpenState, stage: str, tokenizer: Any, config: Any, as_adapter: bool) -> str:
     """Return the Modelfile for the rows of a stage, the last one that is on."""
     lines = ["FROM ./base.gguf", "ADAPTER ./adapter.gguf"] if as_adapter else ["FROM ./model.gguf"]
-    has_run = reader.manifest().has_run
-    longest = (reader.config().data.max_length if has_run else None) or 0
+    longest = (state.config().data.max_length if state.has_run else None) or 0
     room = min(context_of(config), max(_CONTEXT, longest))
     chat = cut_template(tokenizer) if tokenizer.chat_template else None
-    if not tokenizer.chat_template or not _is_chat(reader, stage, tokenizer):
+    if not tokenizer.chat_template or not _is_chat(state, stage, tokenizer):
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     elif chat is None:
         logger.warning("the Modelfile has no TEMPLATE: Ollama guesses this chat template")
@@ -143,9 +144,9 @@ def _modelfile(reader: RunReader, stage: str, tokenizer: Any, config: Any, as_ad
     return "\n".join([*lines, f"PARAMETER num_ctx {room}"]) + "\n"
 
 
-def _is_chat(reader: RunReader, stage: str, tokenizer: Any) -> bool:
+def _is_chat(state: OpenState, stage: str, tokenizer: Any) -> bool:
     """Say whether a chat template wrote the rows; where no rows are kept, that is assumed."""
-    kept = reader.kept().get(stage)
+    kept = state.kept().get(stage)
     if kept is None or not len(kept.train):
         return True
     messages = [{"role": "user", "content": "a"}]

@@ -52,7 +52,6 @@ from chainlora.runs.draft import (
     Checkpoint,
     Draft,
     Progress,
-    read_draft,
 )
 from chainlora.runs.history import (
     BASE,
@@ -271,7 +270,7 @@ class Work:
 
     def _resume(self, draft: Draft, base: Base, rows: str) -> Progress:
         check_rows(draft.entry.training.rows, rows)
-        compare_versions(draft.versions, versions())
+        compare_versions(draft.entry.training.versions, versions())
         self._base = base
         draft = self._draft = _with_training(draft, rows=rows)
         self._remove_passing(scratch_only=True)
@@ -517,9 +516,8 @@ class Work:
             "links": {digest: facts for digest, facts in self._links.items() if digest in used},
             "records": self._log.flushed(),
             "files": hashes,
-            "versions": versions(),
         }
-        draft = draft.model_copy(update=update)
+        draft = _with_training(draft.model_copy(update=update), versions=versions())
         write_part(self.folder / DRAFT, draft)
         self._draft = draft
         self._remove_unnamed()
@@ -567,8 +565,7 @@ class Work:
                 files.remove(self.folder / LOCK)
                 self.folder.rmdir()
             if self._is_new_run:
-                others = [path for path in (self.run / "stages").iterdir()]
-                for path in others:  # copied with the state that it began on
+                for path in list((self.run / "stages").iterdir()):  # copied for a fork
                     files.remove(path)
                 (self.run / "stages").rmdir()
                 files.remove(self.run / LOCK)
@@ -577,9 +574,7 @@ class Work:
 
 def _with_training(draft: Draft, **changed: Any) -> Draft:
     training = draft.entry.training.model_copy(update=changed)
-    return draft.model_copy(
-        update={"entry": draft.entry.model_copy(update={"training": training})}
-    )
+    return draft.model_copy(update={"entry": draft.entry.model_copy(update={"training": training})})
 
 
 def _weakened(history: History, entry: Entry, strength: float) -> State:

@@ -59,7 +59,9 @@ def _learned_a_step(run: Run) -> list[float]:
     rows = run.batches.mixture.epoch(run.train.seed, 0).tolist()
     some = some_of(rows)
     tokens = sum(run.splits.train[row].num_learned for row in some) / len(some)
-    a_step = tokens * len(rows) / run.batches.steps_per_epoch  # the last of an epoch may have few rows
+    a_step = (
+        tokens * len(rows) / run.batches.steps_per_epoch
+    )  # the last of an epoch may have few rows
     model, links = run.chain.model, run.config.chain.links()
     return [a_step / num_trained(link.rank, matched_modules(model, link)) for link in links]
 

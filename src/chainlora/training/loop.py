@@ -45,8 +45,8 @@ from chainlora.training.optimizers import (
     prune_moments,
     state_tensors,
 )
-from chainlora.training.processes import own_accelerate
 from chainlora.training.plan import StagePlan, make_plan
+from chainlora.training.processes import own_accelerate
 from chainlora.training.result import TrainResult, finish, publish_trained, result_of
 from chainlora.training.run import Run
 from chainlora.training.schedule import rate_factor

@@ -21,10 +21,10 @@ from chainlora.evaluation.evaluate import Evaluation
 from chainlora.knots.driver import Knots
 from chainlora.runs.draft import Progress
 from chainlora.runs.work import Work
+from chainlora.training.batches import Batches
 from chainlora.training.events import Event, Listener
 from chainlora.training.objectives import Objective
 from chainlora.training.optimizers import state_tensors
-from chainlora.training.batches import Batches
 from chainlora.training.processes import Processes
 
 

@@ -1,4 +1,4 @@
-"""From a stage of a plan to a run that can start: what its rows and weights tell is refused here."""
+"""From a stage of a plan to a run that can start: what rows and weights tell is refused here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 from chainlora.chain.adapters import prepare_quantized
 from chainlora.chain.chain import Chain
 from chainlora.chain.holding import holding_named
-from chainlora.chain.link import Link
 from chainlora.config.loading import flatten
 from chainlora.config.schema import RunConfig
 from chainlora.data.kept import Kept
@@ -44,9 +43,9 @@ from chainlora.runs.loading_start import fitted
 from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.start_rows import rows_of_start
 from chainlora.runs.work import Work
+from chainlora.training.batches import make_batches
 from chainlora.training.deciding import decide
 from chainlora.training.events import Listener, Planned, RowsEncoded
-from chainlora.training.batches import make_batches
 from chainlora.training.objectives import make_objective
 from chainlora.training.processes import PATIENCE, Processes, find_processes, num_launched
 from chainlora.training.reference import take_reference
@@ -168,7 +167,7 @@ def _claim(
     work: Work | None,
     processes: Processes,
 ) -> tuple[Path, dict[str, str]]:
-    """Lock the stage if it is there; return the folder of the base `model`, its files' checksums."""
+    """Lock the stage if it is there; return the folder of the base `model`, and its checksums."""
     with processes.in_turn():
         if work is not None:
             work.open(config, resume=resume, change=change)
