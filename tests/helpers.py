@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,7 +18,7 @@ from chainlora import train
 from chainlora.chain.initialization import generator_for, random_factors
 from chainlora.config.schema import LinkConfig
 from chainlora.files import sha256
-from chainlora.training.plan import make_plan
+from chainlora.training.batches import make_batches
 
 
 def settings(tiny_folder, sentiment, output=None, **sections) -> dict:
@@ -91,7 +91,7 @@ def plain_peft_loop(config) -> tuple[list[float], dict[str, torch.Tensor]]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=keys.lr, weight_decay=0.0)
     labels = [tokenizer(word)["input_ids"][-1] for word in (" bad", " good")]
-    plan = make_plan(config, training_examples(config, tokenizer))
+    plan = make_batches(config, training_examples(config, tokenizer))
     losses = []
     for step in range(num_steps):
         for group in optimizer.param_groups:
@@ -127,7 +127,7 @@ def plain_chain(config) -> tuple[list[float], list[float], torch.nn.Module]:
     model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float64)
     model.requires_grad_(False)
     examples = training_examples(config, AutoTokenizer.from_pretrained(config.model))
-    plan = make_plan(config, examples)
+    plan = make_batches(config, examples)
     layers = {
         name: layer
         for name, layer in model.named_modules()
@@ -229,9 +229,25 @@ def assert_trains_as_peft(config) -> None:
         assert (ours[name] - theirs[name]).abs().median() < 1e-7
 
 
-def records_of(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def stage_dir(run: Path, stage: str = "main") -> Path:
+    """Where a stage of a run has its config, records and result, and its checkpoint."""
+    return run / "stages" / stage
+
+
+def history_of(run: Path) -> dict[str, Any]:
+    """What a run's ``history.json`` says."""
+    return json.loads((run / "history.json").read_text())
+
+
+def entry_of(run: Path, key: str = "main") -> dict[str, Any]:
+    """What the history of a run says of one of its entries."""
+    return next(entry for entry in history_of(run)["entries"] if entry["key"] == key)
+
+
+def records_of(run: Path, stage: str = "main") -> list[dict[str, Any]]:
+    """The lines of the ``metrics.jsonl`` of a stage."""
+    text = (stage_dir(run, stage) / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def assert_same_records(one: Path, two: Path) -> None:
@@ -259,35 +275,23 @@ def stop_after(config: Any, step: int) -> None:
         train(config, resume=resume, listener=listener)
 
 
-def as_format_2(run: Path) -> None:
-    """Rewrite a run's manifest as version 0.2 wrote it."""
-    tree = json.loads((run / "chain.json").read_text())
-    for key in ("checksum", "next_id", "stage", "first", "first_id", "kept", "numbers"):
-        del tree[key]
-    partial = (tree["selected"] or {}).get("partial")
-    for link in [*tree["links"], *([partial] if partial else [])]:
-        for key in ("id", "stage", "strength", "tuned_on"):
-            del link[key]
-    tree["files"].pop("result.json", None)
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    config["chain"]["minutes"] = None
-    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    tree["files"]["config.yaml"] = sha256(run / "config.yaml")
-    (run / "chain.json").write_text(signed(tree | {"format": 2}))
-
-
 def signed(tree: dict[str, Any]) -> str:
     """Return a manifest with its checksum, as somebody writes it who knows how that is made."""
     text = json.dumps(tree, sort_keys=True, ensure_ascii=True)
     return json.dumps(tree | {"checksum": hashlib.sha256(text.encode()).hexdigest()}, indent=2)
 
 
-def sign(run: Path, **keys: Any) -> None:
-    """Make all checksums of a run those of the files that are there, and change its manifest."""
-    tree = json.loads((run / "chain.json").read_text())
+def sign(run: Path, change: Callable[[dict[str, Any]], object] = lambda tree: None) -> None:
+    """Make the checksums of a run's history those of the files that are there, and change it."""
+    tree = history_of(run)
     del tree["checksum"]
-    tree["files"] = {name: sha256(run / name) for name in tree["files"]}
-    (run / "chain.json").write_text(signed(tree | keys))
+    for digest, link in tree["links"].items():
+        link["files"] = {name: sha256(run / "links" / digest / name) for name in link["files"]}
+    for entry in tree["entries"]:
+        folder = stage_dir(run, entry["key"])
+        entry["files"] = {name: sha256(folder / name) for name in entry["files"]}
+    change(tree)
+    (run / "history.json").write_text(signed(tree))
 
 
 # A run with every feature that has state on disk.

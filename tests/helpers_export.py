@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from chainlora import load_run, train
-from chainlora.runs.directory import RunDirectory
+from chainlora.runs.state import open_run
 
 TARGETS = {
     "opt": ["q_proj", "v_proj", "fc1"],
@@ -56,7 +56,7 @@ def on_fresh_base(base: Path, adapter: Path, dtype: torch.dtype = torch.float32)
 def dense_sum(run: Path, num_links: int | None = None) -> dict[str, torch.Tensor]:
     """Σ s·B·A by module in float64, the long way."""
     total: dict[str, torch.Tensor] = {}
-    for link in RunDirectory(run).load_links(num_links):
+    for link in open_run(run).links(num_links):
         for name, share in link.factors.items():
             delta = link.config.scaling * (share.b.double() @ share.a.double())
             total[name] = total.get(name, torch.zeros_like(delta)) + delta

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from helpers import links_of
 
-from chainlora.runs.reading import RunReader
+from chainlora.runs.state import open_run
 
 
 def launch(
@@ -51,7 +51,7 @@ def assert_close_links(one: Path, two: Path) -> None:
 def assert_close_updates(one: Path, two: Path) -> None:
     """Factors of links with soft knots come from a singular value decomposition: their products
     are compared."""
-    for a, b in zip(RunReader(one).load_links(2), RunReader(two).load_links(2), strict=True):
+    for a, b in zip(open_run(one).links(2), open_run(two).links(2), strict=True):
         for name in a.factors:
             update = a.delta_weight(name)
             wrong = (update - b.delta_weight(name)).norm()

@@ -25,7 +25,8 @@ from chainlora.evaluation.streaming import Decoding, Speaker
 from chainlora.files import checksums
 from chainlora.reports.page import render_part
 from chainlora.runs.resuming import take_lock
-from chainlora.runs.stages import mix_stages, open_run, strengths_of
+from chainlora.runs.changes import mix_stages
+from chainlora.runs.state import open_run, strengths_of
 from chainlora.training.stages import train_stages
 
 PROMPT = "the cat sat on 3"

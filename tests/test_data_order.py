@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from chainlora import make_config
 from chainlora.data.examples import Example
 from chainlora.data.rows import MemoryRows
-from chainlora.training.plan import make_plan
+from chainlora.training.batches import make_batches
 
 
 def batches_of_version_0_1(lengths, batch_size, seed, epoch, group_by_length=False):
@@ -63,7 +63,7 @@ def test_steps_see_the_rows_they_saw_in_version_0_1(
         {"model": "none", "data": {"train": "none.jsonl"}, "chain": chain, "train": train}
     )
     rows = make_rows(num_rows)
-    plan, lengths = make_plan(config, rows), [len(e.sequences[0]) for e in rows]
+    plan, lengths = make_batches(config, rows), [len(e.sequences[0]) for e in rows]
     # Steps in any order, as a resumed run and steps packed ahead ask for them.
     for step in data.draw(st.lists(st.integers(0, 5 * plan.steps_per_epoch), max_size=12)):
         epoch, within = divmod(step, plan.steps_per_epoch)

@@ -21,7 +21,7 @@ from chainlora.config.json_schema import config_sections
 from chainlora.errors import ConfigError, RunError
 from chainlora.knots import numbers
 from chainlora.training import deciding
-from chainlora.training.plan import make_plan
+from chainlora.training.batches import make_batches
 
 # Keys whose None or `auto` stands for something that is decided, and where the decision is kept.
 # Rows are bound by the digest of their tokens, which a resume compares.
@@ -85,13 +85,13 @@ def later_version(monkeypatch):
         monkeypatch.setattr(numbers, "_TIME_CONSTANT", 50.0)
         monkeypatch.setattr(numbers, "_KNOTS_PER_TIME_CONSTANT", 3)
         monkeypatch.setattr(deciding, "restart_warmup", lambda train: 0)
-        monkeypatch.setattr("chainlora.training.setup.make_plan", _other_lengths)
+        monkeypatch.setattr("chainlora.training.setup.make_batches", _other_lengths)
 
     return change
 
 
 def _other_lengths(*arguments):
-    plan = make_plan(*arguments)
+    plan = make_batches(*arguments)
     return replace(plan, lengths=tuple(length + 1 for length in plan.lengths))
 
 

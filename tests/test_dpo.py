@@ -33,13 +33,14 @@ from chainlora.evaluation.stages import Scorer, stage_matrix
 from chainlora.evaluation.training_rows import training_rows
 from chainlora.runs.loading_start import load_start
 from chainlora.runs.opening import load_run
-from chainlora.runs.reading import RunReader
-from chainlora.runs.stages import mix_stages, open_run
+from chainlora.runs.state import open_run
+from chainlora.runs.changes import mix_stages
+from chainlora.runs.state import open_run
 from chainlora.training import objectives
 from chainlora.training.loop import train as train_stage
 from chainlora.training.objective_kinds.preferences import DPO
 from chainlora.training.optimizers import OPTIMIZERS
-from chainlora.training.plan import make_plan
+from chainlora.training.batches import make_batches
 
 
 def user(text: str) -> dict:
@@ -350,7 +351,7 @@ def test_a_mix_that_a_later_stage_or_a_fork_begins_on_changes_no_reference(setti
         first["output"],
         again | {"name": "own", "chain": {"ranks": [2], "steps": [2]}, "output": fork},
     )
-    state = {link.id: 1.0 for link in RunReader(first["output"] + "/stages/again").load_links()}
+    state = {link.id: 1.0 for link in open_run(first["output"] + "/stages/again").links()}
     metrics = evaluate_task(f"{first['output']}@again")["metrics"]  # of a tenth of the rewards
     for run in (first["output"], fork):
         reader = open_run(run)
@@ -465,7 +466,7 @@ def test_losses_rewards_and_gradients_are_those_of_trl(
     tree = settings(train=keys, ranks=[4], steps=[8], alpha=8)
     config = make_config(tree)
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    plan = make_plan(config, training_examples(config, tokenizer))
+    plan = make_batches(config, training_examples(config, tokenizer))
     losses = []
     train(config, listener=lambda e: losses.append(e.loss) if e.name == "step" else None)
 

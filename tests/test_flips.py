@@ -15,7 +15,7 @@ from chainlora.errors import ChainLoRAError, RunError
 from chainlora.reports.run_report import report_runs
 from chainlora.runs.export import story_of
 from chainlora.runs.inspection import inspect_run
-from chainlora.runs.reading import RunReader
+from chainlora.runs.state import open_run
 
 CASES = 25  # a file: every n-th byte
 
@@ -49,7 +49,7 @@ def test_a_result_of_version_0_2_without_a_checksum_is_read_or_refused_in_words(
     as_format_2(run_copy)
     for _ in flipped(run_copy / "result.json", cases=200):
         with suppress(RunError):
-            RunReader(run_copy).result()
+            open_run(run_copy).result()
     for place in flipped(run_copy / "result.json", cases=12):
         found = chainlora("report", run_copy, "--output", tmp_path / "r.html")
         assert found.status in (0, 1), f"byte {place}: {found.err}"

@@ -26,7 +26,7 @@ from chainlora.config.loading import dump_config
 from chainlora.config.schema import RunConfig
 from chainlora.config.yaml_text import parse_yaml
 from chainlora.errors import ChainLoRAError, ConfigError
-from chainlora.runs.directory import RunDirectory
+from chainlora.runs.state import open_run
 
 KEYS = st.one_of(
     st.sampled_from([*keys(RunConfig), *RunConfig.model_fields]),
@@ -119,7 +119,7 @@ def test_a_manifest_of_any_values_is_refused_or_read(pristine, format, tmp_path_
     try:
         with refusals(ChainLoRAError):
             inspect_run(run)
-            RunDirectory(run).load_links()
+            open_run(run).links()
     finally:
         (run / "chain.json").write_text(text)
 

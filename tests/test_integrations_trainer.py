@@ -32,9 +32,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, get_schedu
 from chainlora import ChainCallback, load_chain, make_config, train
 from chainlora.errors import ChainError, ConfigError, RunError
 from chainlora.integrations.restarts import restart_schedule
-from chainlora.runs.directory import RunDirectory
+from chainlora.runs.state import open_run
 from chainlora.runs.loading_start import load_start
-from chainlora.training.plan import make_plan
+from chainlora.training.batches import make_batches
 
 # One layer's product W x + s·B A x is summed in another order than (W + s·B A) x: float32 rounding
 # of logits below 10 over two layers.
@@ -116,7 +116,7 @@ def test_train_and_trainer_give_the_same_links(tiny_folder, tokenizer, sentiment
     train(config)
 
     examples = training_examples(config, tokenizer)
-    plan = make_plan(config, examples)
+    plan = make_batches(config, examples)
     order = [row for step in range(plan.num_steps) for row in plan.batches(step)[0]]
 
     class InOrder(Trainer):
@@ -133,7 +133,7 @@ def test_train_and_trainer_give_the_same_links(tiny_folder, tokenizer, sentiment
     )
     trainer.train()
     found = chain_of(trainer).links
-    for mine, theirs in zip(RunDirectory(tmp_path / "run").load_links(), found, strict=True):
+    for mine, theirs in zip(open_run(tmp_path / "run").links(), found, strict=True):
         assert mine.num_steps == theirs.num_steps
         for name, factors in mine.factors.items():
             # The packed forward rounds otherwise, and Adam divides by the size of the gradient: a

@@ -23,9 +23,9 @@ from chainlora.data.splits import prepare_splits
 from chainlora.errors import ConfigError, RunError
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.loading_start import load_start
-from chainlora.runs.reading import RunReader
+from chainlora.runs.state import open_run
 from chainlora.training.loop import train as train_run
-from chainlora.training.plan import make_plan
+from chainlora.training.batches import make_batches
 from chainlora.training.stages import train_stages
 
 SHORT = {"ranks": [2], "steps": [1]}
@@ -43,7 +43,7 @@ def test_a_run_keeps_a_sample_of_its_rows_and_hashes_of_all(
     keys = {"output": str(tmp_path / "run"), "chain": SHORT}
     config = make_config(settings(tiny_folder, sentiment, **keys))
     train(config)
-    (kept,) = RunReader(tmp_path / "run").kept().values()
+    (kept,) = open_run(tmp_path / "run").kept().values()
     whole = prepare_splits(config.data, load_tokenizer(tiny_folder), 128)
     assert kept.counts == {"train": 32, "validation": 16, "test": 0}
     assert kept.validation[:] == whole.validation[:9]
@@ -64,13 +64,13 @@ def test_a_stage_holds_the_rows_of_those_before_it(tiny_folder, sentiment, tmp_p
         train_run(make_config(whole | data | {"output": str(tmp_path / name)}), start=start)
         start = load_start(tmp_path / "b", "c")
         data = {}
-    assert list(RunReader(tmp_path / "b").kept()) == ["main"]
-    assert list(RunReader(tmp_path / "c").kept()) == ["main", "c"]
+    assert list(open_run(tmp_path / "b").kept()) == ["main"]
+    assert list(open_run(tmp_path / "c").kept()) == ["main", "c"]
     path = tmp_path / "b/rows/main.safetensors"
     assert path.read_bytes() == (tmp_path / "a/rows/main.safetensors").read_bytes()
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(RunError, match=r"rows/main.safetensors must be as the run wrote it"):
-        RunReader(tmp_path / "b").kept()
+        open_run(tmp_path / "b").kept()
 
 
 # --- several files, and rows held out of them
@@ -91,7 +91,7 @@ def encoded(tokenizer, **data):
 def plan_of(data, splits, epochs, **train):
     chain = {"ranks": [1], "epochs": [epochs]}
     config = make_config({"model": "none", "data": data, "chain": chain, "train": train})
-    return make_plan(config, splits.train, splits.mixture)
+    return make_batches(config, splits.train, splits.mixture)
 
 
 def words(rows, tokenizer):
@@ -183,7 +183,7 @@ def test_training_rows_to_score_are_those_that_a_stage_is_trained_on(
     tree["stages"] = [first, {"name": "b", "data": data | {"new_rows_only": True}}]
     train_stages(make_stages(tree))
     for stage, folder in (("a", "run"), ("b", "run/stages/b")):
-        told = RunReader(tmp_path / folder).result()["data"]["train"]
+        told = open_run(tmp_path / folder).result()["data"]["train"]
         assert told["examples"] < told["rows"]
         found = evaluate_task(f"{tmp_path}/run@{stage}", split="train")
         assert found["rows"] == told["examples"]
@@ -321,7 +321,7 @@ def test_a_stage_with_replay_is_the_same_killed_and_in_two_processes(
     job = {"config": str(tmp_path / "two.yaml"), "outcome": str(tmp_path / "two.json")}
     done = launch(2, tmp_path, [job | {"start": str(tmp_path / "elsewhere")}])
     assert done.returncode == 0, done.stderr[-3000:]
-    losses = [e["loss"] for e in RunReader(tmp_path / "whole").records() if e["event"] == "step"]
+    losses = [e["loss"] for e in open_run(tmp_path / "whole").records() if e["event"] == "step"]
     assert outcome(tmp_path, "two")["losses"] == pytest.approx(losses, rel=1e-4)
 
 

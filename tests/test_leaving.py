@@ -25,7 +25,7 @@ from chainlora.config.chat_templates import template_text
 from chainlora.errors import ModelError, RunError
 from chainlora.models.gguf import build_tokenizer, read_metadata
 from chainlora.runs.cards import Naming, is_of_another
-from chainlora.runs.reading import RunReader
+from chainlora.runs.state import open_run
 from chainlora.runs.to_gguf import export_gguf
 
 TOOLS = [{"type": "function", "function": {"name": "hill", "parameters": {"type": "object"}}}]

@@ -26,7 +26,7 @@ from chainlora.reports.page import render
 from chainlora.reports.run_charts import training_pictures
 from chainlora.reports.run_report import run_page
 from chainlora.reports.runs import read_runs
-from chainlora.runs.stages import mix_stages
+from chainlora.runs.changes import mix_stages
 from chainlora.training.stages import train_stages
 
 

@@ -14,7 +14,7 @@ from chainlora import Chain, ChainLoRAError, LinkConfig
 from chainlora.chain.adapters import LIVE, load_adapter
 from chainlora.knots.moments import carry_moments
 from chainlora.runs.links import write_link
-from chainlora.runs.manifest import Base
+from chainlora.runs.history import Base
 
 
 def tuned(architecture: str, dtype=torch.float32, steps: int = 3, hold: str = "tied", **keys):

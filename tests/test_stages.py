@@ -28,13 +28,14 @@ from chainlora.errors import ChainLoRAError, ConfigError, RunError, StoppedError
 from chainlora.evaluation.stages import stage_matrix
 from chainlora.evaluation.strengths import best_mix
 from chainlora.files import checksums, sha256
-from chainlora.runs.directory import RunDirectory
+from chainlora.runs.state import open_run
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.loading_start import load_start
-from chainlora.runs.pruning import prune_stage
-from chainlora.runs.reading import RunReader
+from chainlora.runs.changes import prune_stage
+from chainlora.runs.state import open_run
 from chainlora.runs.resuming import take_lock
-from chainlora.runs.stages import mix_stages, open_run, read_stages
+from chainlora.runs.changes import mix_stages
+from chainlora.runs.state import open_run, read_stages
 from chainlora.training.interrupts import interruptible
 from chainlora.training.loop import train as train_run
 from chainlora.training.stages import extension, train_stages
@@ -1198,7 +1199,7 @@ def test_names_and_ids_of_a_pruned_stage_are_not_used_again(three, tmp_path, cap
     for stage in ("law", "style"):
         prune_stage(run, stage)
     assert [link.id for link in open_run(run).load_links()] == [0, 1, 2]
-    assert train(three)["metrics"] == RunReader(run).result()["metrics"]
+    assert train(three)["metrics"] == open_run(run).result()["metrics"]
     with pytest.raises(RunError, match="'law', which was pruned"):
         train_stages(extension(run, style | {"name": "law"}))
     new = style | {"name": "new", "train": {}}

@@ -27,7 +27,7 @@ from chainlora import (
 )
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.loading_start import load_start, put_on
-from chainlora.runs.reading import RunReader
+from chainlora.runs.state import open_run
 from chainlora.runs.saved_chain import save_chain
 from chainlora.runs.start import NOTHING, Start
 from chainlora.training.loop import train

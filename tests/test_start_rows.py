@@ -18,8 +18,8 @@ from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.evaluation.stages import stage_matrix
 from chainlora.evaluation.strengths import best_mix
 from chainlora.files import checksums
-from chainlora.runs.pruning import prune_stage
-from chainlora.runs.stages import open_run
+from chainlora.runs.changes import prune_stage
+from chainlora.runs.state import open_run
 from chainlora.training.stages import extension, train_stages
 
 SHORT = {"ranks": [4], "steps": [2]}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from chainlora import export_adapter, inspect_run, load_run, train
 from chainlora.errors import ChainLoRAError, RunError
-from chainlora.runs.directory import RunDirectory
+from chainlora.runs.state import open_run
 
 # --- what is there
 

@@ -13,8 +13,8 @@ from helpers import assert_same_links, assert_same_records, settings, sign, stop
 
 from chainlora import load_run, make_config, train
 from chainlora.errors import ChainLoRAError, DataError, FileError, ModelError, RunError
-from chainlora.runs.directory import RunDirectory
-from chainlora.runs.reading import RunReader
+from chainlora.runs.state import open_run
+from chainlora.runs.state import open_run
 
 # --- the start
 

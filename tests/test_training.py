@@ -14,14 +14,15 @@ from helpers import (
     plain_chain,
     records_of,
     settings,
+    stage_dir,
     training_examples,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import export_adapter, load_run, make_config, train
 from chainlora.errors import ChainLoRAError, ConfigError, ModelError
-from chainlora.runs.directory import RunDirectory
-from chainlora.training.plan import make_plan
+from chainlora.runs.state import open_run
+from chainlora.training.batches import make_batches
 
 
 def test_a_run_from_config_to_result(tiny_folder, sentiment, tmp_path):
@@ -30,7 +31,7 @@ def test_a_run_from_config_to_result(tiny_folder, sentiment, tmp_path):
     result = train(settings(tiny_folder, sentiment, run), listener=seen.append)
     assert result["steps"] == 11
     assert result["metrics"]["validation"]["accuracy"] > 0.9  # the word is in the sentence
-    assert json.loads((run / "result.json").read_text()) == result
+    assert json.loads((stage_dir(run) / "result.json").read_text()) == result
     records = records_of(run)
     assert [dict(r) for r in seen[1:-1]] == records
     assert [seen[0]["event"], seen[-1]["event"]] == ["plan", "scored"]
@@ -42,10 +43,10 @@ def test_a_run_from_config_to_result(tiny_folder, sentiment, tmp_path):
     ]
     assert all(r["function_change"] < 1e-5 for r in records if r["event"] == "knot")
     assert records[-1]["loss"] < records[0]["loss"]
-    manifest = json.loads((run / "chain.json").read_text())
-    assert [link["rank"] for link in manifest["links"]] == [4, 4, 2]
-    assert [link["scaling"] for link in manifest["links"]] == [2.0, 2.0, 2.0]  # proportional alpha
-    assert make_config(yaml.safe_load((run / "config.yaml").read_text())) == make_config(
+    links = open_run(run).links()
+    assert [link.rank for link in links] == [4, 4, 2]
+    assert [link.scaling for link in links] == [2.0, 2.0, 2.0]  # proportional alpha
+    assert make_config(yaml.safe_load((stage_dir(run) / "config.yaml").read_text())) == make_config(
         settings(tiny_folder, sentiment, run)
     )
     model, _ = load_run(run)  # plain: nothing of ours or of PEFT is on it
@@ -137,11 +138,8 @@ def test_the_best_point_over_the_whole_chain_is_kept(tiny_folder, sentiment, tmp
     assert result["best"]["step"] == best["step"]
     assert result["metrics"]["validation"]["loss"] == pytest.approx(best["loss"], abs=1e-5)
     load_run(run)
-    assert (
-        len(RunDirectory(run).load_links())
-        == result["best"]["num_links"] + result["best"]["partial"]
-    )
-    assert len(RunDirectory(run).load_links(2)) == 2  # the whole chain is still there
+    assert len(open_run(run).links()) == result["best"]["num_links"] + result["best"]["partial"]
+    assert len(open_run(run).links(2)) == 2  # the whole chain is still there
 
 
 @pytest.mark.parametrize("knots", [None, {"every": 2, "share": 0.3}], ids=["whole", "soft"])
@@ -186,7 +184,7 @@ def test_full_fine_tuning_is_evaluated_at_its_end_which_may_be_its_best_point(
         losses[8] == min(losses.values()) == result["metrics"]["validation"]["loss"]
     )  # small steps, and few
     assert (result["best"]["step"], result["best"]["value"]) == (8, losses[8])
-    config = json.loads((run / "model" / "config.json").read_text())
+    config = json.loads((stage_dir(run) / "model" / "config.json").read_text())
     assert config["use_cache"]  # as the base: without one, generating takes far longer
 
 
@@ -246,12 +244,14 @@ def test_epochs_split_steps_at_the_knots(tiny_folder, sentiment):
     config = make_config(
         settings(tiny_folder, sentiment, chain={"steps": None, "epochs": [1, 0.5, 0.5]})
     )
-    plan = make_plan(config, training_examples(config, AutoTokenizer.from_pretrained(tiny_folder)))
+    plan = make_batches(
+        config, training_examples(config, AutoTokenizer.from_pretrained(tiny_folder))
+    )
     assert plan.lengths == (4, 2, 2)
     rows = [row for step in range(4) for batch in plan.batches(step) for row in batch]
     assert sorted(rows) == list(range(32))  # an epoch sees every row once
     with pytest.raises(ConfigError, match="at least one step"):
-        make_plan(
+        make_batches(
             make_config(
                 settings(tiny_folder, sentiment, chain={"steps": None, "epochs": [1, 0.01, 1]})
             ),
@@ -272,7 +272,7 @@ def test_a_link_after_a_pruned_reset_starts_with_steps_of_bounded_size(
         train={"optimizer_reset": "prune", "prune_fraction": 0.5, "lr": 1e-2},
     )
     train(tree)
-    _, link = RunDirectory(tmp_path / "run").load_links()
+    _, link = open_run(tmp_path / "run").links()
     for factors in link.factors.values():
         # drawn within 1/√32, then three steps of at most lr · 0.1/√0.001 (AdamW's largest, after
         # zero gradients) each

@@ -17,7 +17,7 @@ from lives import End, fresh, live, run, run_with_signals
 
 from chainlora import train
 from chainlora.config.schema import RunConfig
-from chainlora.runs.reading import RunReader
+from chainlora.runs.state import open_run
 from chainlora_lab import make_experiment, run_cells
 
 # --- numbers that are no numbers
@@ -46,7 +46,7 @@ def _not_finite(world: World, keys: dict[str, Any]) -> str:
             again = live(partial(_with_another_rate, lower))
             if again.status != 0:
                 return f"wrong: {again.message[-600:]}"
-        for link in RunReader(where / "run").load_links():
+        for link in open_run(where / "run").links():
             for factors in link.factors.values():
                 if not (factors.a.isfinite().all() and factors.b.isfinite().all()):
                     return "wrong: a link that is not finite"

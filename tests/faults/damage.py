@@ -20,7 +20,7 @@ from typing import Any
 from chainlora import inspect_run
 from chainlora.errors import ChainLoRAError
 from chainlora.models.identity import base_files, changed_files
-from chainlora.runs.reading import RunReader
+from chainlora.runs.state import open_run
 
 Case = tuple[str, Callable[[], str]]
 
@@ -31,7 +31,7 @@ def contents(run: Path) -> tuple[Any, ...]:
     """Return all that can be read out of a run: its description, its links and where it is."""
     logging.disable(logging.WARNING)  # a damaged checkpoint is one
     try:
-        found, links = inspect_run(run), RunReader(run).load_links()
+        found, links = inspect_run(run), open_run(run).links()
     finally:
         logging.disable(logging.NOTSET)
     numbers = [

@@ -31,7 +31,7 @@ from chainlora.errors import ChainLoRAError, RunError
 from chainlora.files import checksums, write_json
 from chainlora.models.identity import tokenizer_files
 from chainlora.runs.loading_start import with_start
-from chainlora.runs.pruning import prune_stage
+from chainlora.runs.changes import prune_stage
 from chainlora.runs.stages import alone_in, mix_stages, open_run
 from chainlora.training.stages import extension, train_stages
 from chainlora.training.survey import survey
