@@ -17,7 +17,7 @@ Nothing below knows of lists of stages: `make_stages` gives one `RunConfig` for 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from os import PathLike
@@ -101,7 +101,7 @@ def make_stages(tree: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = 
 
     All write to the run in `output`. `overrides` are keys by
     their dotted names: ``train.lr`` of all stages, ``stages.NAME.train.lr`` of one. A config
-    without `stages` is one stage, named as the folder of `output`.
+    without `stages` is one stage, `main`.
 
     Raises:
         ConfigError: names that are no names or come twice, keys that a stage cannot have.
@@ -115,8 +115,7 @@ def make_stages(tree: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = 
             "`output` must name a directory for a config of stages", "none", "add it, or --output"
         )
     if "stages" not in tree:
-        name = Path(shared["output"]).name
-        sections = [{"name": name if _NAME.fullmatch(name) else "main"}]
+        sections = [{"name": "main"}]
     stages = [make_stage(shared, section, place) for place, section in enumerate(sections)]
     _refuse_unread(shared, stages)
     return stages
@@ -172,6 +171,12 @@ def not_inherited(before: RunConfig, own: Mapping[str, Any]) -> list[str]:
         keys = [key for key in type(section).model_fields if key not in shared]
         found += [f"{part}.{k}" for k in keys if getattr(section, k) != getattr(default, k)]
     return found
+
+
+def name_apart(output: str | PathLike[str], taken: Collection[str]) -> str:
+    """Return the name of a stage that has none: `main`, or where that is taken the output's."""
+    name = Path(output).name
+    return name if "main" in taken and _NAME.fullmatch(name) else "main"
 
 
 def check_name(name: object, taken: Sequence[str] = ()) -> str:

@@ -26,6 +26,7 @@ from chainlora.config.stages import (
     HISTORY,
     RUN_WIDE,
     is_run,
+    name_apart,
     section_of,
     what_stages_share,
 )
@@ -237,14 +238,17 @@ def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
             for section, keys in RUN_WIDE.items()
         }
         return whole | own | parts
-    if not is_run(source) or not open_run(source).has_run:
+    state = open_run(source) if is_run(source) else None
+    taken = [] if state is None else [entry.key for entry in state.lineage]
+    own.setdefault("stages", [{"name": name_apart(str(own.get("output")), taken)}])
+    if state is None or not state.has_run:
         start = load_start(source)
         named = start.adapter.base if start.adapter is not None else None
         base = named if start.state is None else start.state.base.model
         if base:
             own.setdefault("model", base)
         return own
-    shared = what_stages_share(open_run(source).config())
+    shared = what_stages_share(state.config())
     for key in ("model", "quantize"):
         _agree(own, key, shared[key], key)
     for section, keys in RUN_WIDE.items():

@@ -157,6 +157,7 @@ class Work:
             refuse_if_taken(self.run)
             return
         refuse_if_other(self.run)
+        refuse_links(self.run)
         if not self.folder.is_dir():
             return
         self._take_lock()
@@ -311,7 +312,6 @@ class Work:
 
     def _take_lock(self) -> None:
         if self._lock is None:
-            refuse_links(self.run)
             self._lock = take_lock(self.folder)
 
     # --- what a resume reads ---

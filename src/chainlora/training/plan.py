@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,20 +87,16 @@ def make_plan(
     this machine or the files of rows tell that cannot be trained.
     """
     output = stages[0].config.output
-    if output is None:
-        plan = Plan(tuple(StagePlan(stage, "new") for stage in stages), start)
-    else:
-        run = Path(output)
+    run = None if output is None else Path(output)
+    if run is not None:
         need_apart(run)
         refuse_if_other(run) if resume else refuse_if_taken(run)
-        history = read_history(run) if exists_in(run) else None
-        if history is not None:
-            _need_order(run, history, stages)
-        found = [_state_of(stage, run, history, change) for stage in stages]
-        plan = Plan(tuple(found), start)
-        if history is None or plan.due:
-            plan = Plan(tuple(found), _start_of(plan, run, history, start))
+    history = read_history(run) if run is not None and exists_in(run) else None
+    if run is not None and history is not None:
+        _need_order(run, history, stages)
+    plan = Plan(tuple(_state_of(stage, run, history, change) for stage in stages))
     if plan.due:
+        plan = replace(plan, start=_start_of(plan, run, history, start))
         _check(plan)
     return plan
 
@@ -128,9 +124,9 @@ def _need_order(run: Path, history: History, stages: Sequence[Stage]) -> None:
 
 
 def _state_of(
-    stage: Stage, run: Path, history: History | None, change: Collection[str]
+    stage: Stage, run: Path | None, history: History | None, change: Collection[str]
 ) -> StagePlan:
-    begun = begun_stage(run, stage.name, history)
+    begun = None if run is None else begun_stage(run, stage.name, history)
     if begun is None:
         with naming(stage):
             _check_files(stage.config)
@@ -171,14 +167,14 @@ def _check_resume(begun: OpenState, config: RunConfig) -> None:
         )
 
 
-def _start_of(plan: Plan, run: Path, history: History | None, start: Start) -> Start:
+def _start_of(plan: Plan, run: Path | None, history: History | None, start: Start) -> Start:
     """Return what the first new stage begins on, or a stopped one has begun on."""
     first = plan.due[0]
-    if first.state == "stopped":
+    if run is not None and first.state == "stopped":
         begun = begun_stage(run, first.name, history)
         assert begun is not None
         return start_at(begun.of(begun.parent))
-    if history is not None and history.entries:
+    if run is not None and history is not None and history.entries:
         others = drafts_in(run, history).keys() - {each.name for each in plan.stages}
         if others:
             logger.warning(
