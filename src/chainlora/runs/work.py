@@ -123,8 +123,8 @@ class Work:
 
     @property
     def exists(self) -> bool:
-        """Say whether the stage was begun."""
-        return (self.folder / DRAFT).is_file()
+        """Say whether the stage was begun and has not ended."""
+        return exists_in(self.run) and (self.folder / DRAFT).is_file()
 
     @property
     def draft(self) -> Draft:
@@ -208,22 +208,20 @@ class Work:
             return self._resume(self._draft, base, rows)
         self._is_new_run = not exists_in(self.run)
         files.make_folder(self.folder)
-        if self._lock is None:  # another process may have begun in the meantime
-            self._take_lock()
-            if self._is_new_run:
-                refuse_if_other(self.run)
-            if self.exists:
-                raise RunError("a stage is begun by one process", self.folder, "start again")
+        self._take_lock()
+        known = None if self._is_new_run else read_history(self.run)
+        if self.exists or (known is not None and known.find(self.stage) is not None):
+            rule = "a stage is begun by one process"  # another one was faster
+            raise RunError(rule, self.folder, "give the same command again")
         self._is_new, self._base = True, base
         self._remove_passing(scratch_only=False)  # of a process that was killed before
         files.write_text(self.folder / CONFIG, dump_config(config))
         self._hashes = {CONFIG: files.sha256(self.folder / CONFIG)}
         kept = None if keep is None else save_rows(self.run, keep())
-        history = self._new_history(config, base, start) if self._is_new_run else None
-        parent = self._parent(history, start)
-        found = history or read_history(self.run)
-        if found.find(self.stage) is not None:
-            raise RunError("a stage must have a name of its own", self.stage, "choose another")
+        history = known or self._new_history(config, base, start)
+        parent = history.origin
+        if known is not None and start.state is not None:
+            parent = BASE if start.state.entry is None else start.state.entry.key
         sources = {
             key: [source_digest(key, each.path, config.data) for each in named]
             for key, named in named_sources(config.data).items()
@@ -232,8 +230,8 @@ class Work:
             key=self.stage,
             kind="stage",
             parents=() if parent == BASE else (parent,),
-            reads=_reads(found, parent),
-            state=found.state_of(parent),
+            reads=_reads(history, parent),
+            state=history.state_of(parent),
             kept=kept,
             files={CONFIG: self._hashes[CONFIG]},
             training=Training(
@@ -244,7 +242,7 @@ class Work:
         )
         self._draft = Draft(entry=entry)
         self._replace()
-        if history is not None:
+        if known is None:
             write_part(self.run / HISTORY, history)
         return deepcopy(self.draft.progress)
 
@@ -301,14 +299,6 @@ class Work:
         if start.rows is not None:
             history = with_start_rows(history, save_rows(self.run, start.rows))
         return history
-
-    def _parent(self, history: History | None, start: Start) -> str:
-        """Return the entry that the stage begins on."""
-        if history is not None:
-            return history.origin
-        if start.state is None or start.state.entry is None:
-            return BASE
-        return start.state.entry.key
 
     def _take_lock(self) -> None:
         if self._lock is None:
@@ -565,8 +555,8 @@ class Work:
                 files.remove(self.folder / LOCK)
                 self.folder.rmdir()
             if self._is_new_run:
-                for path in list((self.run / "stages").iterdir()):  # copied for a fork
-                    files.remove(path)
+                for path in set((self.run / "stages").iterdir()) - {self.folder}:
+                    files.remove(path)  # copied for a fork
                 (self.run / "stages").rmdir()
                 files.remove(self.run / LOCK)
                 self.run.rmdir()

@@ -64,7 +64,7 @@ def finish(run: Run) -> TrainResult:
         if run.config.chain.tune == "full":  # no links: the weights are the result
             run.work.save_model(run.chain.detach(), run.tokenizer)
         run.work.end(result, run.progress, _best_point(run))
-        if not needs_judgement(run.work.opened()):
+        if run.work.writes and not needs_judgement(run.work.opened()):
             run.work.publish()
     return result
 
@@ -79,7 +79,7 @@ def result_of(config: RunConfig, stage: str) -> TrainResult:
 def publish_trained(config: RunConfig, stage: str) -> None:
     """Publish a stage that a kill left trained, unless it is to be judged."""
     work = Work(config.output or "", stage, writes=is_first_launched())
-    if not needs_judgement(work.opened()):
+    if work.writes and not needs_judgement(work.opened()):
         with work.claimed(config):
             work.publish()
 
