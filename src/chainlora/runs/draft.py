@@ -19,6 +19,7 @@ from chainlora.runs.history import (
     CONFIG,
     Count,
     Digest,
+    Document,
     Entry,
     History,
     LinkFacts,
@@ -80,7 +81,7 @@ class Records(Part):
     sha256: str
 
 
-class Draft(Part):
+class Draft(Document):
     """All that ``stage.json`` says.
 
     `entry` is the stage as it would end now, `links` are the facts of its own links. `progress` is

@@ -45,7 +45,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,79}$")]
 # What is printed must hold no control characters: a terminal would obey them.
 Text = Annotated[str, Field(pattern=r"^\P{Cc}*$")]
-Kind = TypeVar("Kind", bound="Part")
+Kind = TypeVar("Kind", bound="Document")
 
 
 def _inside(name: str) -> str:
@@ -64,6 +64,12 @@ class Part(BaseModel):
     model_config = ConfigDict(
         strict=True, frozen=True, extra="ignore", allow_inf_nan=False, protected_namespaces=()
     )
+
+
+class Document(Part):
+    """All that a JSON file says."""
+
+    format: int
 
 
 # --- a state ---
@@ -189,7 +195,7 @@ class Entry(Part):
         return any(name.startswith("model/") for name in self.files)
 
 
-class History(Part):
+class History(Document):
     """All entries of a run in the order in which they ended.
 
     `head` is the entry that the run is now, ``base`` for none; `past` and `future` are the heads
@@ -293,11 +299,10 @@ def read_part(path: Path, kind: type[Kind], number: int) -> Kind:
     name = path.name
     try:
         with files.reported(path, "read"):
-            tree = json.loads(path.read_bytes())
-        found = tree.pop("format")
+            text = path.read_bytes()
+        tree = json.loads(text)
+        found, known = tree.pop("format"), tree.pop("checksum", None)
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        if not path.is_file():
-            raise
         raise RunError(f"{name} must be JSON of a run", f"{path}: {error}", DAMAGED) from None
     if found != number:
         raise RunError(
@@ -305,12 +310,12 @@ def read_part(path: Path, kind: type[Kind], number: int) -> Kind:
             f"{found!r:.40} in {path.parent}",
             "use the version of chainlora that wrote it",
         )
-    if tree.pop("checksum", None) != checksum(tree):
+    if known != checksum(tree):
         raise RunError(
             f"{name} must be as the run wrote it", f"another checksum in {path.parent}", DAMAGED
         )
     try:
-        return kind.model_validate_json(json.dumps(tree | {"format": number}))
+        return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -318,11 +323,14 @@ def read_part(path: Path, kind: type[Kind], number: int) -> Kind:
         raise RunError(f"{name} must hold valid values", got, DAMAGED) from None
 
 
-def write_part(path: Path, part: Part) -> None:
-    """Replace a JSON file, whole or not at all, its format first and its checksum last."""
-    tree = part.model_dump(mode="json")
-    number = tree.pop("format")
-    files.write_json(path, {"format": number, **tree, "checksum": checksum(tree)})
+def write_part(path: Path, part: Document) -> None:
+    """Replace a JSON file, whole or not at all, its format first and its checksum last.
+
+    Defaults are left out: the states of a long run name many links.
+    """
+    tree = part.model_dump(mode="json", exclude_defaults=True, exclude={"format"})
+    whole = {"format": part.format, **tree, "checksum": checksum(tree)}
+    files.write_text(path, json.dumps(whole, ensure_ascii=False) + "\n")
 
 
 def update_history(run: Path, change: Callable[[History], History]) -> History:

@@ -34,6 +34,7 @@ from chainlora.runs.history import (
     MAIN,
     Base,
     Count,
+    Document,
     Entry,
     History,
     Part,
@@ -63,7 +64,7 @@ class Live(Part):
     num_soft_knots: Count
 
 
-class Memory(Part):
+class Memory(Document):
     """What a chain that goes on needs to know: the `ids` of its links, that of the next one, and
     the numbers of its run."""
 
