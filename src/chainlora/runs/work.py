@@ -123,8 +123,8 @@ class Work:
 
     @property
     def exists(self) -> bool:
-        """Say whether the stage was begun."""
-        return (self.folder / DRAFT).is_file()
+        """Say whether the stage was begun, and in a new run, the history written after it."""
+        return (self.folder / DRAFT).is_file() and exists_in(self.run)
 
     @property
     def draft(self) -> Draft:
@@ -217,7 +217,7 @@ class Work:
         self._remove_passing(scratch_only=False)  # of a process that was killed before
         files.write_text(self.folder / CONFIG, dump_config(config))
         self._hashes = {CONFIG: files.sha256(self.folder / CONFIG)}
-        kept = None if keep is None else save_rows(self.run, keep())
+        kept = None if keep is None else save_rows(self.run, keep(), self.stage)
         history = self._new_history(config, base, start) if self._is_new_run else None
         parent = self._parent(history, start)
         found = history or read_history(self.run)
@@ -298,7 +298,7 @@ class Work:
             history = history.published(imported, {digest: facts})
             history = history.model_copy(update={"origin": START, "past": ()})
         if start.rows is not None:
-            history = with_start_rows(history, save_rows(self.run, start.rows))
+            history = with_start_rows(history, save_rows(self.run, start.rows, self.stage))
         return history
 
     def _parent(self, history: History | None, start: Start) -> str:
@@ -544,9 +544,13 @@ class Work:
 
     def _remove_passing(self, *, scratch_only: bool) -> None:
         """Remove what killed writes left; of a stage that has ended, what its training needed."""
-        for folder in (self.folder, *(self.folder / name for name in _GROWING)):
+        own = (self.folder, *(self.folder / name for name in _GROWING))
+        for folder in (*own, self.run) if self._is_new_run else own:
             with files.reported(folder):
                 files.remove_scratch(folder)
+        for folder in (self.run / "links", self.run / "rows"):  # others write there meanwhile
+            with files.reported(folder):
+                files.remove_scratch(folder, "" if self._is_new_run else self.stage)
         for name in () if scratch_only else PASSING:
             files.remove(self.folder / name)
 
@@ -593,10 +597,11 @@ def is_in(name: str, named: Collection[str]) -> bool:
     return name in named or any(str(parent) in named for parent in PurePosixPath(name).parents)
 
 
-def save_rows(run: Path, kept: Kept) -> str:
-    """Write kept rows into a run, named by their content; return their SHA-256."""
+def save_rows(run: Path, kept: Kept, stage: str) -> str:
+    """Write the rows that a stage keeps into a run, named by their content; return their
+    SHA-256."""
     files.make_folder(run / "rows")
-    with files.new_folder(run / "rows") as scratch:
+    with files.new_folder(run / "rows", stage) as scratch:
         write_kept(scratch / "rows", kept)
         digest = files.sha256(scratch / "rows")
         (scratch / "rows").replace(run / rows_file(digest))
