@@ -38,7 +38,7 @@ from chainlora.config.schema import LinkConfig, RunConfig
 from chainlora.config.stages import HISTORY, stage_folder
 from chainlora.data.kept import Kept, write_kept
 from chainlora.data.splits import named_sources, source_digest
-from chainlora.errors import RunError
+from chainlora.errors import ChainLoRAError, RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.models.checkpoint import save_model
 from chainlora.models.identity import tokenizer_files
@@ -246,6 +246,17 @@ class Work:
         if history is not None:
             write_part(self.run / HISTORY, history)
         return deepcopy(self.draft.progress)
+
+    def tidy(self) -> None:
+        """Remove what the training of a stage needed that has ended, where a kill left it."""
+        if not self.writes or not any((self.folder / name).exists() for name in PASSING):
+            return
+        try:
+            self._take_lock()
+        except ChainLoRAError:  # whoever publishes it does so, or nobody can write here
+            return
+        self._remove_passing(scratch_only=False)
+        self.close()
 
     def close(self, *, undo: bool = False) -> None:
         """Let other processes use the folder.
@@ -544,13 +555,13 @@ class Work:
 
     def _remove_passing(self, *, scratch_only: bool) -> None:
         """Remove what killed writes left; of a stage that has ended, what its training needed."""
-        own = (self.folder, *(self.folder / name for name in _GROWING))
-        for folder in (*own, self.run) if self._is_new_run else own:
+        is_alone = self._is_new_run and self._draft is None
+        own = {self.folder, *(self.folder / name for name in _GROWING)}
+        shared = {self.run / "links", self.run / "rows"}  # others write there meanwhile
+        for folder in own | shared | ({self.run} if is_alone else set()):
             with files.reported(folder):
-                files.remove_scratch(folder)
-        for folder in (self.run / "links", self.run / "rows"):  # others write there meanwhile
-            with files.reported(folder):
-                files.remove_scratch(folder, "" if self._is_new_run else self.stage)
+                name = self.stage if folder in shared and not is_alone else ""
+                files.remove_scratch(folder, name)
         for name in () if scratch_only else PASSING:
             files.remove(self.folder / name)
 
