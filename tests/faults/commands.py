@@ -76,6 +76,7 @@ class World:
             before = seen(where)
             end = live(partial(COMMANDS[name].do, self, where), Injection(where))
             assert end.status == 0, end.message
+            assert not [*where.rglob("stage.json")]  # what was trained is published
             states = [before, *({run: _timeless(text)} for run, text in end.histories), seen(where)]
             self.wholes[name] = Whole(end.operations, states, files_of(where))
         return self.wholes[name]

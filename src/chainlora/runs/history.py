@@ -210,8 +210,9 @@ class History(Part):
     future: tuple[Name, ...] = ()
 
     @model_validator(mode="after")
-    def _names_what_is_there(self) -> History:
-        """Refuse links and entries that are named and not there; parents end earlier."""
+    def checked(self) -> History:
+        """Return this. Raises ValueError for links and entries that are named and not there;
+        parents end earlier."""
         known = {BASE}
         for entry in self.entries:
             links = {*entry.tied, *(term.link for term in entry.state.terms)} - self.links.keys()
