@@ -111,9 +111,7 @@ def begun(tiny_folder, sentiment, tmp_path_factory) -> Path:
 @fuzz(short=40, full=1500)
 @given(data=st.data())
 @guarded
-def test_a_history_of_any_values_is_refused_or_read(
-    pristine, begun, name, tmp_path_factory, data
-):
+def test_a_history_of_any_values_is_refused_or_read(pristine, begun, name, tmp_path_factory, data):
     """Its checksum is made right each time: what is checked is every check behind it."""
     run = pristine if name == "history.json" else begun
     text = (run / name).read_text()

@@ -166,6 +166,7 @@ TENSORS = {
     "a flat A": (lambda t: {**t, A: t[A].flatten()}, "no pair of factors"),
 }
 
+
 @pytest.mark.parametrize("damage", TENSORS)
 def test_tensors_that_no_such_link_has_are_refused_whatever_the_checksums(
     run_copy, tmp_path, damage

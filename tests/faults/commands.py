@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -115,10 +115,9 @@ def make_world(folder: Path) -> World:
     task = {"task": str(data / "task.yaml")}
     tree = EVERYTHING | {
         "model": str(base),
-        "data": task | rows | {"num_train": 12, "num_validation": 4},
         "start": str(folder / "adapter"),
         "start_data": task | {"validation": rows["validation"]},
-        "stages": [{"name": "facts"}],
+        "stages": [{"name": "facts", "data": task | rows | {"num_train": 12, "num_validation": 4}}],
     }
     rule = {"loss": "dpo", "lr": 1e-3, "accept_links": 0.0, "keep_best": False}
     pairs = {"name": "taste", "data": pair_files(data), "train": rule}
@@ -142,17 +141,22 @@ def _silent(event: Any) -> None:
     pass
 
 
-def train_run(world: World, where: Path, listener: Listener = _silent, **sections: Any) -> None:
+def train_run(
+    world: World,
+    where: Path,
+    listener: Listener = _silent,
+    change: Sequence[str] = (),
+    **sections: Any,
+) -> None:
     """Train the first stage."""
     tree = world.tree | {"output": str(where / "run")}
     tree |= {name: tree[name] | keys for name, keys in sections.items()}
-    train_stages(make_stages(with_start(tree)), listener=listener)
+    train_stages(make_stages(with_start(tree)), listener=listener, change=change)
 
 
-def extend(world: World, where: Path, listener: Listener = _silent, name: str = "taste") -> None:
+def _extend(world: World, where: Path, listener: Listener = _silent) -> None:
     """Train a second stage, which the rows of the first one judge."""
-    stage = world.pairs | {"name": name}
-    train_stages(extension(where / "run", stage), listener=listener)
+    train_stages(extension(where / "run", world.pairs), listener=listener)
 
 
 def _fork(world: World, where: Path, listener: Listener = _silent) -> None:
@@ -160,8 +164,7 @@ def _fork(world: World, where: Path, listener: Listener = _silent) -> None:
     train_stages(stages, listener=listener)
 
 
-def mix(world: World, where: Path, listener: Listener = _silent) -> None:
-    """Weaken one stage, and switch the other off."""
+def _mix(world: World, where: Path, listener: Listener = _silent) -> None:
     mix_stages(where / "run", {"facts": 0.5, "taste": 0})
 
 
@@ -186,7 +189,8 @@ def _merge(world: World, where: Path, listener: Listener = _silent) -> None:
 
 
 def _experiment(world: World, where: Path, listener: Listener = _silent) -> None:
-    own, rows = world.tree["data"], {"num_train": 8, "num_validation": 4, "num_test": 4}
+    own = world.tree["stages"][0]["data"]
+    rows = {"num_train": 8, "num_validation": 4, "num_test": 4}
     files = {"train": own["train"], "validation": own["validation"], "test": own["validation"]}
     tree = {
         "name": "killed",
@@ -217,9 +221,9 @@ class Command:
 
 COMMANDS = {
     "train": Command(train_run),
-    "extend": Command(extend, "one"),
+    "extend": Command(_extend, "one"),
     "fork": Command(_fork, "one"),
-    "mix": Command(mix, "two"),
+    "mix": Command(_mix, "two"),
     "undo": Command(_undo, "two", "other"),
     "redo": Command(_redo, "undone", "other"),
     "prune": Command(_prune, "two", "refused"),
@@ -241,7 +245,9 @@ def seen(where: Path) -> dict[str, Any]:
     for run in (where / "run", where / "fork"):
         if is_run(run):
             history = read_history(run)
-            states = [state_at(run, history, key) for key in (BASE, *(e.key for e in history.entries))]
+            states = [
+                state_at(run, history, key) for key in (BASE, *(e.key for e in history.entries))
+            ]
             states += [state_of_draft(run, name, history) for name in drafts_in(run, history)]
             assert all(state.verify() is state for state in states)  # not even a checkpoint is less
             found[run.name] = _timeless((run / "history.json").read_text())
@@ -303,7 +309,7 @@ def disturb(world: World, name: str, kind: str, place: int) -> str:
     where = world.begin(name, f"{name}-{kind}-{place}")
     work = partial(COMMANDS[name].do, world, where)
     injection = Injection(where, kind, place, **FAULTS[kind])
-    end = live(partial(_under_signals, work) if place % 2 and kind[:3] == "SIG" else work, injection)
+    end = live(partial(under_signals, work) if place % 2 and kind[:3] == "SIG" else work, injection)
     if kind == "power" and end.status == -9:
         shutil.rmtree(where)
         where.with_name(f"{where.name}.durable").rename(where)
@@ -315,7 +321,7 @@ def disturb(world: World, name: str, kind: str, place: int) -> str:
     return wrong
 
 
-def _under_signals(work: Callable[..., None]) -> None:
+def under_signals(work: Callable[..., None]) -> None:
     """Do a command as the command line does it: a signal lets training finish its step."""
     with interruptible() as interrupts:
         work(lambda event: interrupts.defer() if event.name == "plan" else None)

@@ -29,9 +29,9 @@ _NAMES = {  # audit events that say a path first
 class Injection:
     """What happens at operation number `at` (from 0) below `folder`.
 
-    kind: "count" (nothing), "copy" (what a kill at each operation would leave), "kill", "tear" (half of what is written is there, then the kill),
-    "power" (only what was flushed is there, then the kill), the name of a signal, sent once, or
-    that of an errno to raise.
+    kind: "count" (nothing), "copy" (what a kill at each operation would leave), "kill", "tear"
+    (half of what is written is there, then the kill), "power" (only what was flushed is there, then
+    the kill), the name of a signal, sent once, or that of an errno to raise.
     lasting: the errno is raised at every later operation too, removals excepted on a full disk.
     """
 
