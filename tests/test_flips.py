@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from helpers import as_format_2
+from helpers import stage_dir
 
 from chainlora.errors import ChainLoRAError, RunError
 from chainlora.reports.run_report import report_runs
-from chainlora.runs.export import story_of
+from chainlora.runs.cards import story_of
+from chainlora.runs.history import read_history
 from chainlora.runs.inspection import inspect_run
-from chainlora.runs.state import open_run
 
 CASES = 25  # a file: every n-th byte
 
@@ -35,7 +33,7 @@ def flipped(path: Path, cases: int = CASES) -> Iterator[int]:
 def test_every_flip_is_named_and_none_is_shown(run_copy, tmp_path, name):
     readers = [inspect_run, lambda run: report_runs([run], tmp_path / "r.html")]
     readers += [story_of] if name == "metrics.jsonl" else []  # what a card shows
-    for place in flipped(run_copy / name):
+    for place in flipped(stage_dir(run_copy) / name):
         for read in readers:
             with pytest.raises(ChainLoRAError) as raised:
                 read(run_copy)
@@ -43,25 +41,16 @@ def test_every_flip_is_named_and_none_is_shown(run_copy, tmp_path, name):
     report_runs([run_copy], tmp_path / "r.html")
 
 
-def test_a_result_of_version_0_2_without_a_checksum_is_read_or_refused_in_words(
-    run_copy, chainlora, tmp_path
-):
-    as_format_2(run_copy)
-    for _ in flipped(run_copy / "result.json", cases=200):
-        with suppress(RunError):
-            open_run(run_copy).result()
-    for place in flipped(run_copy / "result.json", cases=12):
-        found = chainlora("report", run_copy, "--output", tmp_path / "r.html")
-        assert found.status in (0, 1), f"byte {place}: {found.err}"
-        assert "unexpected" not in found.err, f"byte {place}: {found.err}"
+def test_every_byte_of_the_history_counts(run_copy):
+    history = read_history(run_copy)
+    for place in flipped(run_copy / "history.json", cases=400):
+        try:
+            assert read_history(run_copy) == history, place  # a case of hexadecimal digits
+        except RunError:
+            continue
 
 
-def test_a_result_that_the_manifest_does_not_name_is_none(run_copy):
-    """Killed between the two, a run has not finished; its resume writes the result again."""
-    other = Path(shutil.copytree(run_copy, run_copy.with_name("other")))
-    as_format_2(other)
-    (other / "result.json").unlink()
-    assert not inspect_run(other)["finished"]
-    (run_copy / "result.json").unlink()
-    with pytest.raises(ChainLoRAError, match=r"must hold result.json \(got none in"):
+def test_a_result_that_is_named_must_be_there(run_copy):
+    (stage_dir(run_copy) / "result.json").unlink()
+    with pytest.raises(ChainLoRAError, match=r"must hold main/result.json \(got none in"):
         inspect_run(run_copy)

@@ -1,4 +1,4 @@
-"""Whatever configs, overrides, manifests and adapters hold: an error of ours, or a right value.
+"""Whatever configs, overrides, histories and adapters hold: an error of ours, or a right value.
 
 No case takes a minute or writes elsewhere (`fuzzing.contained`). ``CHAINLORA_FULL=1`` runs more
 than 10,000 cases, here and in test_fuzz_inputs.py; without it a few hundred.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from fuzzing import VALUES, WORDS, altered, check_error, damaged, fuzz, guarded, plant, refusals
-from helpers import as_format_2, settings, signed
+from helpers import settings, signed, stop_after
 from hypothesis import given
 from hypothesis import strategies as st
 from test_command_line_keys import keys
@@ -91,29 +91,35 @@ def test_arguments_of_any_text_end_with_a_status(tmp_path_factory, capsys, words
 
 
 @pytest.fixture(scope="module")
-def pristine(tiny_folder, sentiment, tmp_path_factory) -> dict[int, Path]:
-    """A finished run with a best point inside a link, as it is and as version 0.2 wrote it."""
-    first = tmp_path_factory.mktemp("fuzz") / "run"
+def pristine(tiny_folder, sentiment, tmp_path_factory) -> Path:
+    """A finished run with a best point inside a link."""
+    run = tmp_path_factory.mktemp("fuzz") / "run"
     keys = {"keep_best": True, "eval_every": 1, "select_metric": "accuracy"}
-    train(settings(tiny_folder, sentiment, first, train=keys))
-    old = Path(shutil.copytree(first, first.with_name("old")))
-    as_format_2(old)
-    return {2: old, 3: first}
+    train(settings(tiny_folder, sentiment, run, train=keys))
+    return run
 
 
-@pytest.mark.parametrize("format", [2, 3])
+@pytest.fixture(scope="module")
+def begun(tiny_folder, sentiment, tmp_path_factory) -> Path:
+    """A run that was stopped inside a link."""
+    run = tmp_path_factory.mktemp("fuzz") / "run"
+    stop_after(make_config(settings(tiny_folder, sentiment, run, train={"save_every": 1})), 6)
+    return run
+
+
+@pytest.mark.parametrize("name", ["history.json", "stages/main/stage.json"])
 @fuzz(short=40, full=1500)
 @given(data=st.data())
 @guarded
-def test_a_manifest_of_any_values_is_refused_or_read(pristine, format, tmp_path_factory, data):
+def test_a_history_of_any_values_is_refused_or_read(pristine, begun, name, tmp_path_factory, data):
     """Its checksum is made right each time: what is checked is every check behind it."""
-    run = pristine[format]
-    text = (run / "chain.json").read_text()
+    run = pristine if name == "history.json" else begun
+    text = (run / name).read_text()
     tree = json.loads(text)
     tree.pop("checksum", None)
     altered(data, tree, VALUES)
     try:
-        (run / "chain.json").write_text(signed(json.loads(json.dumps(tree))))
+        (run / name).write_text(signed(json.loads(json.dumps(tree))))
     except (TypeError, UnicodeEncodeError):
         return  # keys of several kinds are no JSON
     try:
@@ -121,7 +127,7 @@ def test_a_manifest_of_any_values_is_refused_or_read(pristine, format, tmp_path_
             inspect_run(run)
             open_run(run).links()
     finally:
-        (run / "chain.json").write_text(text)
+        (run / name).write_text(text)
 
 
 @fuzz(short=60, full=2000)
@@ -129,7 +135,8 @@ def test_a_manifest_of_any_values_is_refused_or_read(pristine, format, tmp_path_
 @guarded
 def test_an_adapter_of_any_bytes_is_refused_or_read(pristine, data, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / "adapter"
-    shutil.copytree(pristine[3] / "links" / "000", folder, dirs_exist_ok=True)
+    link = next((pristine / "links").iterdir())
+    shutil.copytree(link, folder, dirs_exist_ok=True)
     name = data.draw(st.sampled_from(["adapter_config.json", "adapter_model.safetensors"]))
     (folder / name).write_bytes(damaged(data, (folder / name).read_bytes()))
     with refusals(ChainLoRAError):

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from helpers import assert_same_links, assert_same_records, settings, sign, stop_after
+from helpers import assert_same_links, assert_same_records, settings, stage_dir, stop_after
 
 from chainlora import load_run, make_config, train
-from chainlora.errors import ChainLoRAError, DataError, FileError, ModelError, RunError
-from chainlora.runs.state import open_run
-from chainlora.runs.state import open_run
+from chainlora.config.stages import Stage
+from chainlora.errors import ChainLoRAError, FileError, ModelError, RunError
+from chainlora.runs.draft import read_draft
+from chainlora.runs.history import write_part
+from chainlora.training.plan import make_plan
 
 # --- the start
 
@@ -27,19 +29,21 @@ def test_output_that_cannot_be_made_is_refused_before_the_model_loads(sentiment,
         train(config)
 
 
-def test_a_run_killed_before_its_manifest_starts_over(tiny_folder, sentiment, tmp_path):
+def test_a_run_killed_before_its_history_starts_over(tiny_folder, sentiment, tmp_path):
     keys = {"ranks": [2], "steps": [1]}
-    config = make_config(settings(tiny_folder, sentiment, tmp_path / "run", chain=keys))
-    (tmp_path / "run" / "links").mkdir(parents=True)
-    (tmp_path / "run" / "config.yaml").write_text("model: half")
-    (tmp_path / "run" / "chain.json.1-1.new").write_text("{")
+    run, stage = tmp_path / "run", stage_dir(tmp_path / "run")
+    config = make_config(settings(tiny_folder, sentiment, run, chain=keys))
+    (run / "links").mkdir(parents=True)
+    stage.mkdir(parents=True)
+    (stage / "config.yaml").write_text("model: half")
+    (run / "history.json.1-1.new").write_text("{")
     for resume in (False, True):  # nobody has locked it: these can be somebody's own files
         with pytest.raises(RunError, match="not empty and not a whole run"):
             train(config, resume=resume)
-    assert (tmp_path / "run" / "config.yaml").read_text() == "model: half"
-    (tmp_path / "run" / ".lock").touch()
+    assert (stage / "config.yaml").read_text() == "model: half"
+    (stage / ".lock").touch()
     assert train(config, resume=True)["steps"] == 1
-    assert not (tmp_path / "run" / "chain.json.1-1.new").exists()
+    assert not (run / "history.json.1-1.new").exists()
 
 
 def test_what_is_refused_late_leaves_no_run_behind(tiny_folder, sentiment, tmp_path):
@@ -57,7 +61,7 @@ def test_what_is_refused_late_leaves_no_run_behind(tiny_folder, sentiment, tmp_p
     assert (tmp_path / "run").exists()  # something was learned
     with pytest.raises(ChainLoRAError, match="late"):
         train(config, resume=True, listener=fail_at_once)
-    assert (tmp_path / "run" / "chain.json").exists()
+    assert (tmp_path / "run" / "history.json").exists()
 
 
 def fail_at_once(event) -> None:
@@ -99,7 +103,7 @@ def test_a_run_goes_on_where_its_base_and_rows_lie_now(
     before = settings(base, data, tmp_path / "run", data=task)
     stop_after(make_config(before), 5)
     (tmp_path / "here").rename(tmp_path / "there")
-    with pytest.raises(DataError, match="check the path"):
+    with pytest.raises(ModelError, match="check the path"):
         train(before, resume=True)
     base, data = tmp_path / "there/base", tmp_path / "there/data"
     now = make_config(settings(base, data, tmp_path / "run", data=task))
@@ -139,16 +143,12 @@ def test_rows_that_changed_are_refused(tiny_folder, sentiment, tmp_path):
 
 
 def test_watchers_may_change_over_a_resume_and_science_may_not(tiny_folder, sentiment, run_copy):
-    def find(change=(), **keys) -> int:
+    def find(change=(), **keys) -> str:
         tree = settings(tiny_folder, sentiment, run_copy, chain={"rslora": True}, train=keys)
-        directory = RunDirectory(run_copy)
-        try:
-            directory.open(make_config(tree), resume=True, change=change)
-        finally:
-            directory.close()
-        return directory.manifest().position.step
+        (stage,) = make_plan([Stage("main", make_config(tree))], change).stages
+        return stage.state
 
-    assert find(save_every=7, trackers=["tensorboard"]) == 11
+    assert find(save_every=7, trackers=["tensorboard"]) == "finished"
     for keys in ({"seed": 1}, {"lr": 1e-4}, {"dtype": "bfloat16"}):
         with pytest.raises(RunError, match=r"keeps its config \(got train\.\w+ is .*, was "):
             find(**keys)
@@ -158,8 +158,9 @@ def test_watchers_may_change_over_a_resume_and_science_may_not(tiny_folder, sent
 
 def test_a_resume_under_other_versions_says_so(rich_config, tmp_path, caplog):
     stop_after(rich_config, 6)
-    before = RunReader(tmp_path / "run").manifest().versions
-    sign(tmp_path / "run", versions=before | {"torch": "2.1"})
+    draft = read_draft(tmp_path / "run", "main")
+    draft.entry.training.versions["torch"] = "2.1"
+    write_part(stage_dir(tmp_path / "run") / "stage.json", draft)
     train(rich_config, resume=True)
     assert "the run was begun with torch 2.1, now 2." in caplog.text
     assert "transformers" not in caplog.text
@@ -171,7 +172,7 @@ def test_a_resume_under_other_versions_says_so(rich_config, tmp_path, caplog):
 def test_a_damaged_checkpoint_falls_back_to_the_knot(rich_config, tmp_path, caplog):
     train(rich_config.model_copy(update={"output": str(tmp_path / "whole")}))
     stop_after(rich_config, 6)
-    (tmp_path / "run/checkpoints/00000006/link.safetensors").write_bytes(b"half")
+    (stage_dir(tmp_path / "run") / "checkpoints/00000006/link.safetensors").write_bytes(b"half")
     train(rich_config, resume=True)
     assert "the checkpoint at step 6 cannot be used" in caplog.text
     assert "the run resumes from step 4" in caplog.text

@@ -185,9 +185,12 @@ def _fill(path: Path, scratch: Path) -> None:
 
 
 @contextmanager
-def new_folder(around: Path) -> Iterator[Path]:
-    """Give an empty scratch folder in a folder; what is left of it at the end is removed."""
-    scratch = _scratch(around / "part", ".new")
+def new_folder(around: Path, name: str) -> Iterator[Path]:
+    """Give an empty scratch folder in a folder; what is left of it at the end is removed.
+
+    `name` says whose it is, so that `remove_scratch` clears what a kill of that one left.
+    """
+    scratch = _scratch(around / name, ".new")
     with reported(around):
         scratch.mkdir()
         try:

@@ -61,50 +61,43 @@ def verdict(run: Path, before: tuple[Any, ...]) -> str:
 # --- flipped bits
 
 
-def classes_of_bytes(path: Path) -> list[tuple[str, range]]:
+def flips(folder: Path, per_class: int) -> Iterator[Case]:
+    """Yield a case a flipped bit: `per_class` in each class of bytes of each file of a run, or of a
+    base: another model then, or a key that decides nothing."""
+    is_run = (folder / "history.json").exists()
+    before: Any = contents(folder) if is_run else base_files(folder)
+
+    def judge(path: Path) -> str:
+        if is_run:
+            return verdict(folder, before)
+        try:
+            found = changed_files(before, base_files(folder))
+        except ChainLoRAError:
+            return "detected"
+        is_config = path.name in ("config.json", "generation_config.json")
+        return "detected" if found else "harmless" if is_config else "wrong: unseen"
+
+    draw = random.Random(0)
+    for name in _files(folder):
+        for kind, places in _classes_of_bytes(folder / name):
+            for place in sorted(draw.sample(places, min(per_class, len(places)))):
+                bit = draw.randrange(8)
+                case = partial(_flipped, folder / name, place, bit, judge)
+                yield f"{name} {kind} {place}.{bit}", case
+
+
+def _files(folder: Path) -> list[Path]:
+    found = (p for p in folder.rglob("*") if p.is_file() and p.name not in NOT_CHECKED)
+    return sorted(path.relative_to(folder) for path in found)
+
+
+def _classes_of_bytes(path: Path) -> list[tuple[str, range]]:
     """Return the kinds of bytes in a file, and where they are."""
     size = path.stat().st_size
     if path.suffix != ".safetensors":
         return [("text", range(size))]
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
-    return [
-        ("length", range(8)),
-        ("header", range(8, header)),
-        ("values", range(header, size)),
-    ]
-
-
-def flips(run: Path, per_class: int, seed: int = 0) -> Iterator[Case]:
-    """Yield a case a flipped bit of a run: `per_class` in each class of bytes of each file."""
-    before = contents(run)
-    return _flips(run, per_class, seed, lambda path: verdict(run, before))
-
-
-def base_flips(base: Path, per_class: int, seed: int = 0) -> Iterator[Case]:
-    """Yield a case a flipped bit in the base: another model, or a key that decides nothing."""
-    before = base_files(base)
-
-    def judge(path: Path) -> str:
-        try:
-            found = changed_files(before, base_files(base))
-        except ChainLoRAError:
-            return "detected"
-        if found:
-            return "detected"
-        is_config = path.name in ("config.json", "generation_config.json")
-        return "harmless" if is_config else "wrong: unseen"
-
-    return _flips(base, per_class, seed, judge)
-
-
-def _flips(folder: Path, per_class: int, seed: int, judge: Callable[[Path], str]) -> Iterator[Case]:
-    draw = random.Random(seed)
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in NOT_CHECKED):
-        name = path.relative_to(folder).as_posix()
-        for kind, places in classes_of_bytes(path):
-            for place in sorted(draw.sample(places, min(per_class, len(places)))):
-                bit = draw.randrange(8)
-                yield f"{name} {kind} {place}.{bit}", partial(_flipped, path, place, bit, judge)
+    return [("length", range(8)), ("header", range(8, header)), ("values", range(header, size))]
 
 
 def _flipped(path: Path, place: int, bit: int, judge: Callable[[Path], str]) -> str:
@@ -125,66 +118,49 @@ def whole_files(run: Path, scratch: Path) -> Iterator[Case]:
     """Yield cases of each file truncated, emptied, missing, or swapped with each of its kind, and
     of files that do not belong there."""
     before = contents(run)
-    names = [p.relative_to(run) for p in sorted(run.rglob("*")) if p.is_file()]
-    checked = [name for name in names if name.name not in NOT_CHECKED]
+    for case, harm in _harms(run):
+        yield case, partial(_harmed, run, scratch, case, harm, before)
+
+
+def _harms(run: Path) -> Iterator[tuple[str, Callable[[Path], object]]]:
+    checked = _files(run)
     for name in checked:
-        size = (run / name).stat().st_size
-        for keep in sorted({0, 1, size // 2, size - 1}):
-            yield f"{name} cut to {keep}", partial(_cut, run, scratch, name, keep, before)
-        yield f"{name} missing", partial(_missing, run, scratch, name, before)
+        content = (run / name).read_bytes()
+        for keep in sorted({0, 1, len(content) // 2, len(content) - 1}):
+            yield f"{name} cut to {keep}", partial(_write, name, content[:keep])
+        yield f"{name} missing", partial(_delete, name)
         for other in checked:
-            if other != name and other.suffix == name.suffix and str(name) < str(other):
-                yield (
-                    f"{name} and {other} swapped",
-                    partial(_swapped, run, scratch, name, other, before),
-                )
-    folders = [p.relative_to(run) for p in sorted(run.rglob("*")) if p.is_dir()]
-    for folder in [Path(), *folders]:
+            if other.suffix == name.suffix and str(name) < str(other):
+                yield f"{name} and {other} swapped", partial(_swap, name, other)
+    for folder in [run, *sorted(path for path in run.rglob("*") if path.is_dir())]:
         for extra in ("adapter_model.bin", "x.7-1.new", "00000099", "README.md", "model"):
-            yield (
-                f"{extra} extra in {folder}",
-                partial(_extra, run, scratch, folder / extra, before),
-            )
+            name = folder.relative_to(run) / extra
+            yield f"{name} extra", partial(_write, name, b"not yours")
 
 
-def _copied(run: Path, scratch: Path, harm: Callable[[Path], None], before: tuple[Any, ...]) -> str:
-    copy = scratch / run.name
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(run, copy)
-    harm(copy)
-    run.rename(run.with_name("aside"))  # a run is described by its path
-    copy.rename(run)
+def _write(name: Path, content: bytes, run: Path) -> None:
+    (run / name).write_bytes(content)
+
+
+def _delete(name: Path, run: Path) -> None:
+    (run / name).unlink()
+
+
+def _swap(one: Path, two: Path, run: Path) -> None:
+    first, second = (run / one).read_bytes(), (run / two).read_bytes()
+    _write(one, second, run)
+    _write(two, first, run)
+
+
+def _harmed(
+    run: Path, scratch: Path, case: str, harm: Callable[[Path], object], before: tuple[Any, ...]
+) -> str:
+    aside = shutil.copytree(run, scratch / "aside")
+    harm(run)  # which is described by its path
     try:
-        return verdict(run, before)
+        found = verdict(run, before)
     finally:
         shutil.rmtree(run)
-        run.with_name("aside").rename(run)
-
-
-def _cut(run: Path, scratch: Path, name: Path, keep: int, before: tuple[Any, ...]) -> str:
-    def harm(copy: Path) -> None:
-        (copy / name).write_bytes((copy / name).read_bytes()[:keep])
-
-    return _copied(run, scratch, harm, before)
-
-
-def _missing(run: Path, scratch: Path, name: Path, before: tuple[Any, ...]) -> str:
-    found = _copied(run, scratch, lambda copy: (copy / name).unlink(), before)
-    is_said = name.name == "metrics.jsonl" and found.startswith("wrong")  # no losses to show
-    return "right" if is_said else found
-
-
-def _swapped(run: Path, scratch: Path, one: Path, two: Path, before: tuple[Any, ...]) -> str:
-    def harm(copy: Path) -> None:
-        first, second = (copy / one).read_bytes(), (copy / two).read_bytes()
-        (copy / one).write_bytes(second)
-        (copy / two).write_bytes(first)
-
-    return _copied(run, scratch, harm, before)
-
-
-def _extra(run: Path, scratch: Path, name: Path, before: tuple[Any, ...]) -> str:
-    def harm(copy: Path) -> None:
-        (copy / name).write_bytes(b"not yours")
-
-    return _copied(run, scratch, harm, before)
+        shutil.move(aside, run)
+    is_said = case.endswith("metrics.jsonl missing") and found.startswith("wrong")
+    return "right" if is_said else found  # no losses to show

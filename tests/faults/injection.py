@@ -9,7 +9,6 @@ temporary files of libraries do not move the numbers.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -21,24 +20,18 @@ from pathlib import Path
 from typing import Any
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_NAMED = {  # audit events, and which of their arguments are paths
-    "os.rename": (0, 1),
-    "os.remove": (0,),
-    "os.mkdir": (0,),
-    "os.rmdir": (0,),
-    "os.truncate": (0,),
-    "os.link": (0, 1),
-    "os.symlink": (0, 1),
-}
+_NAMES = {  # audit events that say a path first
+    "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink",
+}  # fmt: skip
 
 
 @dataclass
 class Injection:
     """What happens at operation number `at` (from 0) below `folder`.
 
-    kind: "count" (nothing), "kill", "tear" (half of what is written is there, then the kill),
-    "power" (only what was flushed is there, then the kill), the name of a signal, sent once, or
-    that of an errno to raise.
+    kind: "count" (nothing), "copy" (what a kill at each operation would leave), "kill", "tear"
+    (half of what is written is there, then the kill), "power" (only what was flushed is there, then
+    the kill), the name of a signal, sent once, or that of an errno to raise.
     lasting: the errno is raised at every later operation too, removals excepted on a full disk.
     """
 
@@ -47,7 +40,9 @@ class Injection:
     at: int = -1
     lasting: bool = False
     operations: list[str] = field(default_factory=list)
+    histories: list[tuple[str, str]] = field(default_factory=list)  # a run went through: its text
     _is_busy: bool = False
+    _copied: dict[str, bytes] = field(default_factory=dict)
     _durable: Durable | None = None
 
     def install(self) -> None:
@@ -64,9 +59,11 @@ class Injection:
             return
         if event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITING:
             self._operation("open", arguments[0])
-        elif event in _NAMED:
-            for position in _NAMED[event][:1]:
-                self._operation(event, arguments[position])
+        elif event in _NAMES:
+            self._operation(event, arguments[0])
+            if event == "os.rename" and os.path.basename(arguments[1]) == "history.json":
+                run = os.path.basename(os.path.dirname(arguments[1]))
+                self.histories.append((run, Path(arguments[0]).read_text()))
 
     def _operation(self, name: str, path: Any, tear: Callable[[], None] | None = None) -> None:
         found = self._below(path)
@@ -75,6 +72,8 @@ class Injection:
         number = len(self.operations)
         plain = re.sub(r"\.\d+-\d+\.(new|old)", r".\1", found)  # scratch names have process ids
         self.operations.append(f"{name} {plain}")
+        if self.kind == "copy":
+            self._copy(number)
         if number == self.at or (self.lasting and number > self.at >= 0):
             self._strike(name, Path(os.fsdecode(path)), tear)
 
@@ -105,6 +104,16 @@ class Injection:
                 raise OSError(number, os.strerror(number), str(path))
         finally:
             self._is_busy = False
+
+    def _copy(self, number: int) -> None:
+        """Copy the folder to ``FOLDER.NUMBER``, unless it is as it was copied before."""
+        self._is_busy = True
+        there = self.folder.rglob("*")
+        content = {str(path): path.read_bytes() if path.is_file() else b"" for path in there}
+        if content != self._copied:
+            self._copied = content
+            shutil.copytree(self.folder, f"{self.folder}.{number}")
+        self._is_busy = False
 
     def _tear(self, name: str, path: Path, tear: Callable[[], None] | None) -> None:
         """Leave half of the write that is about to be finished."""
@@ -192,8 +201,3 @@ class Durable:
                 self._write(target / name, child)
             else:
                 (target / name).write_bytes(self._files.get(child, b""))
-
-
-def describe(injection: Injection) -> str:
-    """Return what a child writes down for its parent: the operations that it counted."""
-    return json.dumps(injection.operations)

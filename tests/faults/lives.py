@@ -1,6 +1,6 @@
-"""Lives of a run: each in a forked process, with a fault, to be resumed and compared.
+"""Lives of a command: each in a forked process, with a fault.
 
-Everything is imported once; a life then costs no more than the run itself.
+Everything is imported once; a life then costs no more than the command itself.
 """
 
 from __future__ import annotations
@@ -13,69 +13,31 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from injection import Injection, describe
+from injection import Injection
 
-from chainlora import make_config, train
-from chainlora.config.schema import RunConfig
 from chainlora.errors import ChainLoRAError
-from chainlora.training.interrupts import interruptible
-
-# Every feature that has state on disk.
-EVERYTHING = {
-    "chain": {
-        "ranks": [2, 2, 2],
-        "alpha": 4,
-        "steps": [2, 2, 1],
-        "target_modules": ["q_proj", "v_proj"],
-        "dropout": 0.1,
-        "init": "gradient",
-        "init_batches": 1,
-    },
-    "train": {
-        "lr": 1e-2,
-        "batch_size": 2,
-        "gradient_accumulation": 2,
-        "dtype": "bfloat16",
-        "optimizer_reset": "prune",
-        "prune_fraction": 0.5,
-        "keep_best": True,
-        "select_metric": "loss",
-        "eval_every": 1,
-        "save_every": 1,
-    },
-}
 
 
 @dataclass
 class End:
-    """How a life ended: its status (-9: killed; 0: done; 1: our error; 2: any other), and why."""
+    """How a life ended: its status (-9: killed; 0: done; 1: our error; 2: any other), and why.
+
+    `operations` and `histories` are what its injection has counted.
+    """
 
     status: int
-    message: str
-    operations: list[str]
+    message: str = "no word"
+    operations: list[str] = field(default_factory=list)
+    histories: list[tuple[str, str]] = field(default_factory=list)
 
-
-def config_in(folder: Path, base: Path, data: Path, **sections: Any) -> RunConfig:
-    """Return the config of a small run with everything on, its output in `folder`/run."""
-    tree: dict[str, Any] = {
-        "model": str(base),
-        "data": {
-            "task": str(data / "task.yaml"),
-            "train": str(data / "train.jsonl"),
-            "validation": str(data / "validation.jsonl"),
-            "num_train": 12,
-            "num_validation": 4,
-        },
-        "output": str(folder / "run"),
-    }
-    for name, keys in EVERYTHING.items():
-        tree[name] = keys | sections.get(name, {})
-    return make_config(tree)
+    @property
+    def is_unexpected(self) -> bool:
+        """Say whether it ended with something else than an error of ours."""
+        return self.status == 2 or "unexpected" in self.message
 
 
 def live(work: Callable[[], object], injection: Injection | None = None) -> End:
@@ -102,75 +64,31 @@ def wait(started: tuple[int, int]) -> End:
         text = pipe.read().decode()
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
-        return End(-os.WTERMSIG(status), "", [])
-    said = json.loads(text) if text else {"message": "no word", "operations": "[]"}
-    return End(os.WEXITSTATUS(status), said["message"], json.loads(said["operations"]))
+        return End(-os.WTERMSIG(status))
+    return End(os.WEXITSTATUS(status), **json.loads(text or "{}"))
 
 
 def _be_born(work: Callable[[], object], injection: Injection | None, writer: int) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background ignores it
-    status, message = 0, ""
+    status, said = 0, {"message": ""}
     try:
         if injection is not None:
             injection.install()
         work()
     except ChainLoRAError as error:
-        status, message = 1, str(error)
+        status, said = 1, {"message": str(error)}
     except KeyboardInterrupt:
-        status, message = 1, "interrupted"
+        status, said = 1, {"message": "interrupted"}
     except BaseException:
-        status, message = 2, traceback.format_exc()
+        status, said = 2, {"message": traceback.format_exc()}
     if injection is not None:
         injection.kind = "count"  # what follows is not part of the life
-    said = {"message": message, "operations": describe(injection) if injection else "[]"}
-    os.write(writer, json.dumps(said).encode())
+        said |= {"operations": injection.operations, "histories": injection.histories}
+    with os.fdopen(writer, "w") as pipe:
+        json.dump(said, pipe)
     os._exit(status)
-
-
-def run_with_signals(config: RunConfig) -> None:
-    """Train as the command line does: a signal finishes the step and saves."""
-    with interruptible() as interrupts:
-
-        def listener(event: Any) -> None:
-            if event.name == "plan":
-                interrupts.defer()
-
-        train(config, resume=Path(config.output or "").exists(), listener=listener)
-
-
-def run(config: RunConfig) -> None:
-    """Train, or resume where there is something to resume: what a user does after a fault."""
-    train(config, resume=Path(config.output or "").exists())
-
-
-def outcome(folder: Path) -> dict[str, Any]:
-    """Return all that a finished run has to be the same in, whatever happened on the way."""
-    manifest = json.loads((folder / "chain.json").read_text())
-    result = json.loads((folder / "result.json").read_text())
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    binary = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix == ".safetensors" or path.name == "adapter_config.json"
-    ]
-    for each in records:
-        each.pop("seconds", None)
-    manifest["progress"].pop("seconds")
-    return {
-        "files": {path.relative_to(folder).as_posix(): path.read_bytes() for path in binary},
-        "names": sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")),
-        "manifest": {k: manifest[k] for k in ("links", "progress", "selected", "checkpoint")},
-        "metrics": result["metrics"],
-        "best": result["best"],
-        "records": records,
-    }
-
-
-def difference(one: dict[str, Any], two: dict[str, Any]) -> str:
-    """Return in what two outcomes differ, empty where they do not."""
-    return ", ".join(key for key in one if one[key] != two[key])
 
 
 def fresh(folder: Path) -> Path:

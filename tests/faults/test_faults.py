@@ -1,103 +1,252 @@
-"""Faults of every class: a sample, or with ``CHAINLORA_FULL=1`` every file operation and many bits.
-
-The whole takes about 36 minutes: ``CHAINLORA_FULL=1 python -m pytest tests/faults -n 4``.
+"""Every command at every kind of fault, and damage to what it wrote: a sample, or with
+``CHAINLORA_FULL=1`` every file operation and many bits.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import signal
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
-from changes import MORE
-from classes import KILLS, make_world
-from conftest import make_sentiment, make_tiny_folder
-from damage import base_flips, flips, whole_files
+import torch
+from commands import (
+    COMMANDS,
+    FAULTS,
+    World,
+    disturb,
+    files_of,
+    kill_everywhere,
+    make_world,
+    repair,
+    train_run,
+    under_signals,
+)
+from damage import flips, whole_files
+from helpers_processes import launch
 from injection import Injection
-from lives import fresh, live, run
+from lives import fresh, live, start, wait
+
+from chainlora.cli.main import run as command_line
+from chainlora.config.stages import make_stages
+from chainlora.errors import ChainLoRAError
+from chainlora.files import checksums, write_json
+from chainlora.runs.loading_start import with_start
+from chainlora.runs.state import open_run
+from chainlora.training.plan import make_plan
 
 FULL = bool(os.environ.get("CHAINLORA_FULL"))
-# Cases of each class; a life takes about a second, a damaged file a hundredth.
-SAMPLES = {
-    "SIGKILL before every file operation": 5,
-    "Ctrl-C or SIGTERM at every file operation": 3,
-    "power lost before every file operation": 3,
-    "disk full from every file operation on": 2,
-    "export killed or disk full at every file operation": 4,
-    "weights, losses, gradients not finite": 2,
-    "one flipped bit in a file of a finished run": 60,
-    "file of a finished run cut, missing, swapped or extra": 60,
-}
-SLOW = {
-    "SIGKILL in every write": 3,
-    "SIGKILL twice": 2,
-    "Ctrl-C or SIGTERM at any moment": 3,
-    "read-only from every file operation on": 2,
-    "EIO at every file operation": 2,
-    "two and three processes on one output": 2,
-    "experiment killed, torn or disk full at every file operation": 3,
-    "one flipped bit in a file of an unfinished run": 60,
-    "file of an unfinished run cut, missing, swapped or extra": 60,
-    "one flipped bit in the base": 60,
-}
-
-
-Cases = Iterable[tuple[str, Callable[[], str]]]
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
+slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory) -> Iterable[dict[str, Cases]]:
-    """Every class of faults with its cases, on one run."""
+def world(tmp_path_factory) -> Iterable[World]:
+    """Tiny runs, and a config of them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CHAINLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield made(tmp_path_factory.mktemp("faults"))
+        yield make_world(tmp_path_factory.mktemp("faults"))
 
 
-def made(folder: Path) -> dict[str, Cases]:
-    base, data = folder / "base", fresh(folder / "data")
-    make_tiny_folder(base, num_hidden_layers=1)  # half the time of a life
-    make_sentiment(data)
-    world = make_world(base, data, folder)
-    finished, stopped = fresh(folder / "finished") / "run", fresh(folder / "stopped") / "run"
-    live(partial(run, world.config(finished.parent)))
-    saving = [i for i, name in enumerate(world.operations) if "checkpoints/00000003" in name]
-    live(partial(run, world.config(stopped.parent)), Injection(stopped.parent, "kill", saving[-1]))
-    bits = 400 if FULL else 5
-    found: dict[str, Cases] = {name: cases(world) for name, cases in (KILLS | MORE).items()}
-    for kind, path in (("a finished", finished), ("an unfinished", stopped)):
-        bit, scratch = f"one flipped bit in a file of {kind} run", fresh(folder / kind)
-        found[bit] = flips(path, bits)
-        found[f"file of {kind} run cut, missing, swapped or extra"] = whole_files(path, scratch)
-    found["one flipped bit in the base"] = base_flips(base, bits)
-    return found
-
-
-def sampled(cases: Cases, sample: int) -> Cases:
-    """Return `sample` of the cases, spread by chance but always the same, or all."""
+def sampled(cases: Iterable[Any], count: int) -> list[Any]:
+    """Return so many cases, spread by chance but always the same, or all."""
     found = list(cases)
-    if FULL or len(found) <= sample:
+    if FULL or len(found) <= count:
         return found
-    return [found[place] for place in sorted(random.Random(0).sample(range(len(found)), sample))]
+    return [found[place] for place in sorted(random.Random(0).sample(range(len(found)), count))]
 
 
-def test_every_class_is_here(faults):
-    assert set(faults) == {*SAMPLES, *SLOW}
+# --- faults at file operations
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
+def try_places(world: World, command: str, kind: str, count: int) -> None:
+    operations = world.whole(command).operations
+    for place in sampled(range(len(operations)), count):
+        wrong = disturb(world, command, kind, place)
+        assert not wrong, f"{command} {kind} {place} {operations[place]}: {wrong}"
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "experiment"])
+def test_a_command_that_was_killed_is_typed_again(world, command):
+    try_places(world, command, "kill", 2 if command in ("train", "extend") else 1)
+
+
+@slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_that_was_killed_anywhere_is_typed_again(world, command):
+    for place, wrong in kill_everywhere(world, command):
+        assert not wrong, f"{place} {world.whole(command).operations[place]}: {wrong}"
+
+
 @pytest.mark.parametrize(
-    ("name", "sample"),
+    ("command", "kind"),
     [
-        *SAMPLES.items(),
-        *(pytest.param(name, sample, marks=pytest.mark.slow) for name, sample in SLOW.items()),
+        pytest.param(command, kind, marks=() if command == quick else slow)
+        for kind, quick in zip(
+            list(FAULTS)[1:],
+            ("extend", "train", "prune", "train", "mix", "train", "extend"),
+            strict=True,
+        )
+        for command in COMMANDS
     ],
 )
-def test_whatever_happens_the_result_is_right_or_the_fault_is_said(faults, name, sample):
-    cases = sampled(faults[name], sample)
-    assert cases
-    for case, happen in cases:
-        end = happen()
-        assert not end.startswith("wrong"), f"{case}: {end}"
+def test_a_command_that_met_another_fault_is_typed_again(world, command, kind):
+    try_places(world, command, kind, 1)
+
+
+# --- other moments
+
+
+@slow
+@pytest.mark.parametrize("number", range(60 if FULL else 3))
+def test_a_signal_at_any_moment(world, number):
+    """Once, or twice a moment apart."""
+    draw = random.Random(number)
+    name = draw.choice(["SIGINT", "SIGTERM"])
+    waits = [*draw.choice([[], [0.0], [0.02], [0.1]]), draw.uniform(0.0, 2.0)]
+
+    def strike(*_: Any) -> None:
+        set_alarm()
+        signal.raise_signal(getattr(signal, name))
+
+    def set_alarm() -> None:
+        if waits:
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, waits.pop()))
+
+    where = world.begin("train", f"moment-{number}")
+
+    def work() -> None:
+        signal.signal(signal.SIGALRM, strike)
+        set_alarm()
+        under_signals(partial(train_run, world, where))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    assert not repair(world, "train", where, live(work))
+
+
+@slow
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("state", ["new", "resumed"])
+def test_several_processes_on_one_output(world, count, state):
+    where = world.begin("train", f"several-{count}-{state}")
+    whole = world.whole("train")
+    if state == "resumed":
+        live(partial(train_run, world, where), Injection(where, "kill", len(whole.operations) // 2))
+
+    def late(seconds: float) -> None:
+        time.sleep(seconds)
+        train_run(world, where)
+
+    draw = random.Random(count)
+    ends = [wait(each) for each in [start(partial(late, draw.random())) for _ in range(count)]]
+    assert 0 in [end.status for end in ends], ends
+    for end in ends:
+        assert end.status == 0 or "by one process" in end.message, end
+    assert files_of(where) == whole.files
+
+
+@pytest.mark.parametrize("rate", [10.0, pytest.param(1e2, marks=slow), 1e3])
+@pytest.mark.parametrize("norm", [1.0, pytest.param(None, marks=slow)])
+def test_weights_that_are_no_numbers_are_refused_and_a_lower_rate_goes_on(world, rate, norm):
+    where = fresh(world.folder / "not-finite")
+    keys = {"lr": rate, "max_grad_norm": norm}
+    end = live(partial(train_run, world, where, train=keys))
+    assert not end.is_unexpected, end.message
+    if end.status == 1:
+        assert "lower train.lr" in end.message
+        lower = {"train": keys | {"lr": 1e-3}, "change": ["train.lr"]}
+        again = live(partial(train_run, world, where, **lower))
+        assert again.status == 0, again.message
+    for link in open_run(where / "run").links():
+        for factors in link.factors.values():
+            assert factors.a.isfinite().all()
+            assert factors.b.isfinite().all()
+
+
+# --- damage
+
+
+@pytest.fixture(scope="module")
+def harmed(world) -> dict[str, Path]:
+    """What is damaged: a finished run, one that was stopped at a checkpoint, and the base."""
+    finished, stopped = world.begin("extend", "finished"), fresh(world.folder / "stopped")
+    saving = [i for i, name in enumerate(world.whole("train").operations) if "ts/00000003" in name]
+    live(partial(train_run, world, stopped), Injection(stopped, "kill", saving[-1]))
+    base = Path(world.tree["model"])
+    return {"finished": finished / "run", "stopped": stopped / "run", "base": base}
+
+
+def no_case_is_wrong(cases: Iterable[tuple[str, Callable[[], str]]]) -> None:
+    for case, happen in sampled(cases, 60):
+        found = happen()
+        assert not found.startswith("wrong"), f"{case}: {found}"
+
+
+@pytest.mark.parametrize(
+    "kind", ["finished", pytest.param("stopped", marks=slow), pytest.param("base", marks=slow)]
+)
+def test_a_flipped_bit_is_detected_or_harmless(harmed, kind):
+    no_case_is_wrong(flips(harmed[kind], 400 if FULL else 5))
+
+
+@pytest.mark.parametrize("kind", ["finished", pytest.param("stopped", marks=slow)])
+def test_a_file_cut_missing_swapped_or_extra_is_detected_or_harmless(harmed, tmp_path, kind):
+    no_case_is_wrong(whole_files(harmed[kind], tmp_path))
+
+
+def test_a_damaged_or_missing_file_of_an_ended_stage_is_refused_in_a_line(world):
+    where = world.begin("mix", "damaged")
+    third = world.pairs | {"name": "third"}
+    stages = [*world.tree["stages"], world.pairs, third]
+    tree = with_start(world.tree | {"output": str(where / "run"), "stages": stages})
+    stages = make_stages(tree)
+    files = checksums(where)
+    unharmed, said = set(), ""
+    for name in files:
+        path, whole = where / name, (where / name).read_bytes()
+        for harm, content in (("missing", None), ("cut", whole[: len(whole) // 2])):
+            path.unlink()
+            if content is not None:
+                path.write_bytes(content)
+            try:
+                make_plan(stages)
+                unharmed.add((path.name, harm))
+            except ChainLoRAError as error:
+                said += str(error)
+            path.write_bytes(whole)
+    assert "\n" not in said
+    others = {each for each in unharmed if each[0] in (".lock", "matrix.jsonl")}
+    # Without a history the output is none of a run's.
+    assert unharmed - others == {("metrics.jsonl", "missing")}
+    assert [found.state for found in make_plan(stages).stages] == ["finished", "finished", "new"]
+    assert checksums(where) == files
+
+
+# --- several processes at one stage
+
+
+@slow
+def test_stages_in_two_processes_are_those_of_one(world, tmp_path):
+    keys = {"train": {"lr": 1e-3, "batch_size": 4}, "chain": {"ranks": [4], "steps": [3]}}
+    tree = {key: world.tree[key] for key in ("model", "stages")} | keys
+    tree["stages"] = [*tree["stages"], world.pairs]
+    tree["chain"]["target_modules"] = ["q_proj"]
+    for name in ("one", "two"):
+        write_json(tmp_path / f"{name}.yaml", tree | {"output": str(tmp_path / name)})
+    assert command_line(["train", str(tmp_path / "one.yaml")]) == 0
+    jobs = [{"command": ["train", str(tmp_path / "two.yaml")]}] * 2  # again: nothing is left
+    done = launch(2, tmp_path, jobs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("nothing left to do") == 1
+    one, two = (open_run(tmp_path / name) for name in ("one", "two"))
+    assert one.strengths == two.strengths
+    for first, second in zip(one.links(), two.links(), strict=True):
+        for name, factors in first.factors.items():  # sums in another order: see assert_close_links
+            other = second.factors[name]
+            torch.testing.assert_close(factors.a, other.a, atol=2e-5, rtol=0)
+            torch.testing.assert_close(factors.b, other.b, atol=2e-5, rtol=0)

@@ -182,7 +182,8 @@ def plan_pruning(run: str | Path, name: str) -> Pruning:
         rule = "a stage can be pruned when none is half trained"
         raise RunError(rule, folder, "finish it, or delete that folder")
     entry = history.find(name)
-    is_left_over = entry is None and stage_folder(run, name).is_dir()
+    left_over = {path.name.partition(".")[0] for path in (run / "stages").glob("*")}
+    is_left_over = entry is None and name in left_over  # by a kill, perhaps by a scratch name
     if (entry is None and not is_left_over) or (entry is not None and entry.kind == "mix"):
         names = ", ".join(e.key for e in history.entries if e.kind != "mix")
         raise RunError(f"a stage must be one of {names}", f"{name!r} for {run}", "name one")
@@ -301,6 +302,7 @@ def _keep_scores(run: Path, history: History) -> None:
     with files.reported(path, "read"):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = [line for line in lines if _is_of(line, states, stages)]
+    files.remove_scratch(run, MATRIX)
     files.write_text(path, "".join(f"{line}\n" for line in kept))
 
 
@@ -356,7 +358,7 @@ def _own_files(entry: Entry) -> list[str]:
 
 def _copy_folder(source: Path, target: Path, name: str) -> None:
     files.make_folder((target / name).parent)
-    with files.new_folder((target / name).parent) as scratch:
+    with files.new_folder((target / name).parent, "copy") as scratch:
         shutil.copytree(source / name, scratch, dirs_exist_ok=True, copy_function=shutil.copyfile)
         files.put_folder(scratch, target / name)
 

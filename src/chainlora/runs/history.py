@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from chainlora import files
 from chainlora.config.schema import LinkConfig
@@ -205,7 +205,7 @@ class History(Document):
 
     format: int = FORMAT
     base: Base
-    hold: str
+    hold: Text
     seed: int = 0
     tokenizer: Sums = {}
     links: dict[Digest, LinkFacts] = {}
@@ -214,6 +214,20 @@ class History(Document):
     head: Name = BASE
     past: tuple[Name, ...] = ()
     future: tuple[Name, ...] = ()
+
+    @model_validator(mode="after")
+    def checked(self) -> History:
+        """Return this. Raises ValueError for links and entries that are named and not there;
+        parents end earlier."""
+        known = {BASE}
+        for entry in self.entries:
+            links = {*entry.tied, *(term.link for term in entry.state.terms)} - self.links.keys()
+            if wrong := [*links, *({*entry.parents} - known), *({entry.key} & known)]:
+                raise ValueError(f"{wrong[0]} must be there before {entry.key}, once")
+            known.add(entry.key)
+        if wrong := [*({self.head, self.origin, *self.past, *self.future} - known)]:
+            raise ValueError(f"{wrong[0]} must be an entry")
+        return self
 
     def find(self, key: str) -> Entry | None:
         """Return the entry of a key, None where there is none."""

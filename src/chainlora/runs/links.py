@@ -45,7 +45,7 @@ def save_link(run: Path, link: Link, base: Base, stage: str) -> tuple[str, LinkF
     The digest is that of its stage, its config and its tensors.
     """
     files.make_folder(run / "links")
-    with files.new_folder(run / "links") as scratch:
+    with files.new_folder(run / "links", stage) as scratch:
         write_adapter_of(scratch, link, base)
         sums = files.checksums(scratch)
         facts = LinkFacts(

@@ -53,12 +53,13 @@ def refuse_if_other(run: Path) -> None:
     """Raise RunError where something is that is neither a run nor the place for a new one.
 
     A run that was killed before it had a history starts over: nothing in it is worth keeping. Its
-    stage has a lock; without one, files of the same names are somebody's own.
+    stage has a lock, or it has no file yet; else files of the same names are somebody's own.
     """
     if exists_in(run) or not run.is_dir():
         return
     names = {entry.name for entry in run.iterdir() if not files.is_scratch(entry.name)}
     is_begun = any((run / "stages").glob(f"*/{LOCK}"))
+    is_begun |= not any(path.is_file() for path in run.rglob("*"))
     if not is_begun or not names <= _BEFORE_THE_HISTORY:
         refuse_if_taken(run)
 

@@ -19,7 +19,7 @@ from chainlora.models.loading import load_skeleton
 from chainlora.models.text_config import context_length
 from chainlora.runs.changes import whole_run, with_start_rows
 from chainlora.runs.draft import drafts_in
-from chainlora.runs.history import rows_file, update_history
+from chainlora.runs.history import START, rows_file, update_history
 from chainlora.runs.opening import tokenizer_of
 from chainlora.runs.state import open_run
 from chainlora.runs.work import save_rows
@@ -49,7 +49,8 @@ def keep_start_rows(run: str | Path, rows: StartData) -> None:
         raise RunError(rule, got, "finish it by the command that began it")
     base = resolve_model(state.base.model)
     tokenizer, context = tokenizer_of(state, base), context_length(load_skeleton(base))
-    kept = save_rows(run, rows_of_start(rows, state.config().data, tokenizer, context))
+    own = rows_of_start(rows, state.config().data, tokenizer, context)
+    kept = save_rows(run, own, START)
     before, after = state.history, update_history(run, lambda each: with_start_rows(each, kept))
     named = {entry.kept for entry in after.entries}
     for gone in {entry.kept for entry in before.entries if entry.kept not in named}:

@@ -26,7 +26,7 @@ from chainlora.data.kept import Kept, read_kept
 from chainlora.errors import RunError
 from chainlora.models.finding import from_above
 from chainlora.models.identity import changed_files
-from chainlora.runs.draft import Draft, drafts_in, read_draft
+from chainlora.runs.draft import DRAFT, Draft, drafts_in, read_draft
 from chainlora.runs.history import (
     BASE,
     CONFIG,
@@ -422,8 +422,8 @@ def open_run(
             yet.
     """
     found = address if isinstance(address, OpenState) else find_state(address)
-    is_named = found is not address
-    if is_named and found.draft is not None and found.draft.trained:
+    # Who holds the state itself may judge it.
+    if found is not address and found.draft is not None and found.draft.trained:
         raise RunError(
             f"Cannot use {found.run}: stage {found.stage!r} is trained but not yet judged by "
             "accept_links. Run the command that trained it again."
@@ -465,7 +465,10 @@ def state_at(run: Path, history: History, name: str | None = None) -> OpenState:
 def state_of_draft(run: Path, stage: str, history: History | None = None) -> OpenState:
     """Return what a stage that is trained has tied so far."""
     history, draft = history or read_history(run), read_draft(run, stage)
-    grown = history.published(draft.entry, draft.links)
+    try:
+        grown = history.published(draft.entry, draft.links).checked()
+    except ValueError as error:
+        raise RunError(f"{DRAFT} must be of its run", f"{error} in {run}", DAMAGED) from None
     return OpenState(run, grown, draft.entry.state, draft.entry, draft)
 
 

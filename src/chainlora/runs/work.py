@@ -38,7 +38,7 @@ from chainlora.config.schema import LinkConfig, RunConfig
 from chainlora.config.stages import HISTORY, stage_folder
 from chainlora.data.kept import Kept, write_kept
 from chainlora.data.splits import named_sources, source_digest
-from chainlora.errors import RunError
+from chainlora.errors import ChainLoRAError, RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.models.checkpoint import save_model
 from chainlora.models.identity import tokenizer_files
@@ -217,7 +217,7 @@ class Work:
         self._remove_passing(scratch_only=False)  # of a process that was killed before
         files.write_text(self.folder / CONFIG, dump_config(config))
         self._hashes = {CONFIG: files.sha256(self.folder / CONFIG)}
-        kept = None if keep is None else save_rows(self.run, keep())
+        kept = None if keep is None else save_rows(self.run, keep(), self.stage)
         history = known or self._new_history(config, base, start)
         parent = history.origin
         if known is not None and start.state is not None:
@@ -245,6 +245,17 @@ class Work:
         if known is None:
             write_part(self.run / HISTORY, history)
         return deepcopy(self.draft.progress)
+
+    def tidy(self) -> None:
+        """Remove what the training of a stage needed that has ended, where a kill left it."""
+        if not self.writes or not any((self.folder / name).exists() for name in PASSING):
+            return
+        try:
+            self._take_lock()
+        except ChainLoRAError:  # whoever publishes it does so, or nobody can write here
+            return
+        self._remove_passing(scratch_only=False)
+        self.close()
 
     def close(self, *, undo: bool = False) -> None:
         """Let other processes use the folder.
@@ -297,7 +308,7 @@ class Work:
             history = history.published(imported, {digest: facts})
             history = history.model_copy(update={"origin": START, "past": ()})
         if start.rows is not None:
-            history = with_start_rows(history, save_rows(self.run, start.rows))
+            history = with_start_rows(history, save_rows(self.run, start.rows, self.stage))
         return history
 
     def _take_lock(self) -> None:
@@ -534,9 +545,13 @@ class Work:
 
     def _remove_passing(self, *, scratch_only: bool) -> None:
         """Remove what killed writes left; of a stage that has ended, what its training needed."""
-        for folder in (self.folder, *(self.folder / name for name in _GROWING)):
+        is_alone = self._is_new_run and self._draft is None
+        own = {self.folder, *(self.folder / name for name in _GROWING)}
+        shared = {self.run / "links", self.run / "rows"}  # others write there meanwhile
+        for folder in own | shared | ({self.run} if is_alone else set()):
             with files.reported(folder):
-                files.remove_scratch(folder)
+                name = self.stage if folder in shared and not is_alone else ""
+                files.remove_scratch(folder, name)
         for name in () if scratch_only else PASSING:
             files.remove(self.folder / name)
 
@@ -583,10 +598,11 @@ def is_in(name: str, named: Collection[str]) -> bool:
     return name in named or any(str(parent) in named for parent in PurePosixPath(name).parents)
 
 
-def save_rows(run: Path, kept: Kept) -> str:
-    """Write kept rows into a run, named by their content; return their SHA-256."""
+def save_rows(run: Path, kept: Kept, stage: str) -> str:
+    """Write the rows that a stage keeps into a run, named by their content; return their
+    SHA-256."""
     files.make_folder(run / "rows")
-    with files.new_folder(run / "rows") as scratch:
+    with files.new_folder(run / "rows", stage) as scratch:
         write_kept(scratch / "rows", kept)
         digest = files.sha256(scratch / "rows")
         (scratch / "rows").replace(run / rows_file(digest))

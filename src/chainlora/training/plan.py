@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from chainlora import files
 from chainlora.chain.adapters import check_targets, inside, matched_modules
 from chainlora.chain.checks import check_apart, check_strengths
 from chainlora.chain.link import Link
@@ -193,6 +194,8 @@ def _start_of(plan: Plan, run: Path | None, history: History | None, start: Star
 def _check(plan: Plan) -> None:
     """Refuse what the stages that are due cannot do, before the first of them is trained."""
     first = plan.due[0].stage.config
+    if first.output is not None:
+        files.check_writable(Path(first.output))
     is_elsewhere = plan.due[0].state == "stopped" or plan.start is not NOTHING
     place = Path(first.output) if first.output is not None and is_elsewhere else None
     model = load_skeleton(first.model if place is None else from_above(first.model, place))

@@ -70,7 +70,8 @@ def finish(run: Run) -> TrainResult:
 
 
 def result_of(config: RunConfig, stage: str) -> TrainResult:
-    """Return the result of a stage that has ended, its file checked."""
+    """Return the result of a stage that has ended, its file checked, and tidy up after it."""
+    Work(config.output or "", stage, writes=is_first_launched()).tidy()
     found = begun_stage(Path(config.output or ""), stage)
     assert found is not None
     return cast(TrainResult, found.result())

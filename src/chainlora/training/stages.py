@@ -68,6 +68,7 @@ def train_stages(
     for planned in plan.stages:
         tell(StageBegins(planned.step, planned.name, planned.state))
         if planned.state == "finished":
+            Work(run, planned.name, writes=is_first_launched()).tidy()
             results.append(None)
             continue
         start = plan.start if planned is plan.due[0] else start_at(find_state(run))

@@ -1,0 +1,366 @@
+"""Commands, each met by a fault at one of its file operations, typed again and compared.
+
+Whatever happens, readers find a history that the command without a fault went through too, and all
+that it names whole; and the same command again ends with the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from conftest import make_sentiment, make_tiny_folder
+from helpers import settings
+from helpers_data import pair_files
+from injection import Injection
+from lives import End, fresh, live
+
+from chainlora import export_adapter, export_merged, make_config, train
+from chainlora.config.stages import is_run, make_stages
+from chainlora.files import checksums
+from chainlora.models.identity import tokenizer_files
+from chainlora.runs.changes import mix_stages, prune_stage, redo, undo
+from chainlora.runs.draft import drafts_in
+from chainlora.runs.history import BASE, read_history
+from chainlora.runs.loading_start import with_start
+from chainlora.runs.state import state_at, state_of_draft
+from chainlora.training.interrupts import interruptible
+from chainlora.training.stages import extension, train_stages
+from chainlora_lab import make_experiment, run_cells
+
+# Every feature that has state on disk.
+EVERYTHING: dict[str, dict[str, Any]] = {
+    "chain": {
+        "ranks": [2, 2, 2],
+        "alpha": 4,
+        "steps": [2, 2, 1],
+        "target_modules": ["q_proj", "v_proj"],
+        "dropout": 0.1,
+        "init": "gradient",
+        "init_batches": 1,
+    },
+    "train": {
+        "lr": 1e-2,
+        "batch_size": 2,
+        "gradient_accumulation": 2,
+        "dtype": "bfloat16",
+        "optimizer_reset": "prune",
+        "prune_fraction": 0.5,
+        "keep_best": True,
+        "select_metric": "loss",
+        "eval_every": 1,
+        "save_every": 1,
+    },
+}
+
+
+@dataclass
+class World:
+    """Where commands are tried: a base, rows, and runs that they are done to."""
+
+    folder: Path
+    tree: dict[str, Any]  # a config of one stage
+    pairs: dict[str, Any]  # the stage on top of it
+    wholes: dict[str, Whole] = field(default_factory=dict)
+
+    def whole(self, name: str) -> Whole:
+        """Return what a command comes to without a fault."""
+        if name not in self.wholes:
+            where = self.begin(name, f"whole-{name}")
+            before = seen(where)
+            end = live(partial(COMMANDS[name].do, self, where), Injection(where))
+            assert end.status == 0, end.message
+            assert not [*where.rglob("stage.json")]  # what was trained is published
+            states = [before, *({run: _timeless(text)} for run, text in end.histories), seen(where)]
+            self.wholes[name] = Whole(end.operations, states, files_of(where))
+        return self.wholes[name]
+
+    def begin(self, name: str, folder: str) -> Path:
+        """Return a folder with the run that a command is done to."""
+        where, source = fresh(self.folder / folder), COMMANDS[name].on
+        if source is not None:
+            if not (self.folder / source).exists():
+                maker = {"one": "train", "two": "extend", "undone": "undo"}[source]
+                self.whole(maker)
+                shutil.copytree(self.folder / f"whole-{maker}", self.folder / source)
+            shutil.copytree(self.folder / source / "run", where / "run")
+        return where
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A command without a fault: its file operations, what readers can see on the way, all files
+    at the end."""
+
+    operations: list[str]
+    states: list[dict[str, Any]]
+    files: dict[str, Any]
+
+
+def make_world(folder: Path) -> World:
+    """Make a config with all that a run can have on disk: it begins on an adapter with a tokenizer
+    and rows of its own, keeps rows and its best point, and goes on by preferences."""
+    base, data = folder / "base", fresh(folder / "data")
+    make_tiny_folder(base, num_hidden_layers=1)  # half the time of a life
+    make_sentiment(data)
+    end = live(partial(_make_adapter, settings(base, data, folder / "adapter-run")))
+    assert end.status == 0, end.message
+    rows = {key: str(data / f"{key}.jsonl") for key in ("train", "validation")}
+    task = {"task": str(data / "task.yaml")}
+    tree = EVERYTHING | {
+        "model": str(base),
+        "start": str(folder / "adapter"),
+        "start_data": task | {"validation": rows["validation"]},
+        "stages": [{"name": "facts", "data": task | rows | {"num_train": 12, "num_validation": 4}}],
+    }
+    rule = {"loss": "dpo", "lr": 1e-3, "accept_links": 0.0, "keep_best": False}
+    pairs = {"name": "taste", "data": pair_files(data), "train": rule}
+    return World(folder, tree, pairs | {"chain": {"ranks": [2], "steps": [2], "init": "kaiming"}})
+
+
+def _make_adapter(tree: dict[str, Any]) -> None:
+    train(make_config(tree | {"chain": tree["chain"] | {"ranks": [2], "steps": [1]}}))
+    folder = Path(tree["output"]).with_name("adapter")
+    export_adapter(tree["output"], folder)
+    for path in tokenizer_files(Path(tree["model"])):
+        shutil.copy(path, folder)
+
+
+# --- commands ---
+
+Listener = Callable[[Any], None]
+
+
+def _silent(event: Any) -> None:
+    pass
+
+
+def train_run(
+    world: World,
+    where: Path,
+    listener: Listener = _silent,
+    change: Sequence[str] = (),
+    **sections: Any,
+) -> None:
+    """Train the first stage."""
+    tree = world.tree | {"output": str(where / "run")}
+    tree |= {name: tree[name] | keys for name, keys in sections.items()}
+    train_stages(make_stages(with_start(tree)), listener=listener, change=change)
+
+
+def _extend(world: World, where: Path, listener: Listener = _silent) -> None:
+    """Train a second stage, which the rows of the first one judge."""
+    train_stages(extension(where / "run", world.pairs), listener=listener)
+
+
+def _fork(world: World, where: Path, listener: Listener = _silent) -> None:
+    stages = extension(f"{where / 'run'}@facts", world.pairs | {"output": str(where / "fork")})
+    train_stages(stages, listener=listener)
+
+
+def _mix(world: World, where: Path, listener: Listener = _silent) -> None:
+    mix_stages(where / "run", {"facts": 0.5, "taste": 0})
+
+
+def _undo(world: World, where: Path, listener: Listener = _silent) -> None:
+    undo(where / "run")
+
+
+def _redo(world: World, where: Path, listener: Listener = _silent) -> None:
+    redo(where / "run")
+
+
+def _prune(world: World, where: Path, listener: Listener = _silent) -> None:
+    prune_stage(where / "run", "facts")
+
+
+def _export(world: World, where: Path, listener: Listener = _silent) -> None:
+    export_adapter(where / "run", where / "out")
+
+
+def _merge(world: World, where: Path, listener: Listener = _silent) -> None:
+    export_merged(where / "run", where / "out")
+
+
+def _experiment(world: World, where: Path, listener: Listener = _silent) -> None:
+    own = world.tree["stages"][0]["data"]
+    rows = {"num_train": 8, "num_validation": 4, "num_test": 4}
+    files = {"train": own["train"], "validation": own["validation"], "test": own["validation"]}
+    tree = {
+        "name": "killed",
+        "base": {
+            "model": world.tree["model"],
+            "recipe": {"rank": 2, "steps": 2, "scaling": 2},
+            "data": files | rows,
+            "chain": {"target_modules": ["q_proj"]},
+            "train": {"batch_size": 4},
+        },
+        "tasks": {"mood": {"data": {"task": own["task"]}}},
+        "methods": ["lora", "chain2"],
+        "seeds": [0],
+        "curve_points": 0,
+    }
+    run_cells(make_experiment(tree), where / "cells", backend="inline")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command does, and the run that it is done to; what it does when it is typed again
+    after it has ended: the same, something else, or it is refused."""
+
+    do: Callable[..., None]
+    on: str | None = None
+    again: Literal["same", "other", "refused"] = "same"
+
+
+COMMANDS = {
+    "train": Command(train_run),
+    "extend": Command(_extend, "one"),
+    "fork": Command(_fork, "one"),
+    "mix": Command(_mix, "two"),
+    "undo": Command(_undo, "two", "other"),
+    "redo": Command(_redo, "undone", "other"),
+    "prune": Command(_prune, "two", "refused"),
+    "export": Command(_export, "two", "refused"),
+    "merge": Command(_merge, "two", "refused"),
+    "experiment": Command(_experiment),
+}
+
+
+# --- what is there ---
+
+
+def seen(where: Path) -> dict[str, Any]:
+    """Return what readers take for whole: the history of each run, and all of an export.
+
+    Every file that a state depends on is checked, and so is all that a resume would read.
+    """
+    found: dict[str, Any] = {}
+    for run in (where / "run", where / "fork"):
+        if is_run(run):
+            history = read_history(run)
+            states = [
+                state_at(run, history, key) for key in (BASE, *(e.key for e in history.entries))
+            ]
+            states += [state_of_draft(run, name, history) for name in drafts_in(run, history)]
+            assert all(state.verify() is state for state in states)  # not even a checkpoint is less
+            found[run.name] = _timeless((run / "history.json").read_text())
+    if (where / "out").exists():
+        found["out"] = checksums(where / "out")
+    return found
+
+
+def files_of(where: Path) -> dict[str, Any]:
+    """Return all files but what says when and where something was done; of experiments, what they
+    scored."""
+    if (where / "cells").is_dir():
+        lines = (where / "cells/results.jsonl").read_text().splitlines()
+        return {"results": list(map(_timeless, lines))}
+    found: dict[str, Any] = checksums(where)
+    for name in found:
+        lines = (where / name).read_text(errors="replace").splitlines()
+        if name.endswith(".yaml"):
+            found[name] = [line for line in lines if not line.startswith(("output:", "start:"))]
+        elif name.endswith((".json", ".jsonl")) and "adapter_config" not in name:
+            found[name] = list(map(_timeless, lines if name[-1] == "l" else ["".join(lines)]))
+    return found
+
+
+_TIMES = {"seconds", "wall_s", "peak_memory_mb", "peak_rss_mb", "setup_s", "checksum", "files"}
+_TIMES |= {"ended", "hardware"}
+
+
+def _timeless(text: str) -> Any:
+    return _without_times(json.loads(text))
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_times(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {k: _without_times(v) for k, v in value.items() if k not in _TIMES}
+
+
+# --- faults ---
+
+# What happens at an operation, or `again`, at each one after it.
+FAULTS = {
+    "kill": {},
+    "tear": {},
+    "power": {},
+    "EIO": {},
+    "ENOSPC": {"lasting": True},
+    "EROFS": {"lasting": True},
+    "SIGINT": {},
+    "SIGTERM": {"lasting": True},
+}
+
+
+def disturb(world: World, name: str, kind: str, place: int) -> str:
+    """Do a command with a fault, and type it again; return what is wrong then, nothing if all is
+    right."""
+    where = world.begin(name, f"{name}-{kind}-{place}")
+    work = partial(COMMANDS[name].do, world, where)
+    injection = Injection(where, kind, place, **FAULTS[kind])
+    end = live(partial(under_signals, work) if place % 2 and kind[:3] == "SIG" else work, injection)
+    if kind == "power" and end.status == -9:
+        shutil.rmtree(where)
+        where.with_name(f"{where.name}.durable").rename(where)
+    if kind == "tear":  # and once more, in what repairs it
+        left = len(world.whole(name).operations) - place
+        end = live(work, Injection(where, kind, random.Random(place).randrange(left)))
+    wrong = repair(world, name, where, end)
+    shutil.rmtree(where)
+    return wrong
+
+
+def under_signals(work: Callable[..., None]) -> None:
+    """Do a command as the command line does it: a signal lets training finish its step."""
+    with interruptible() as interrupts:
+        work(lambda event: interrupts.defer() if event.name == "plan" else None)
+
+
+def kill_everywhere(world: World, name: str) -> Iterator[tuple[int, str]]:
+    """Kill a command at each of its file operations, and type it again; yield the operations and
+    what is wrong then.
+
+    A kill leaves what is on disk at that instant, so one life is enough, which copies it wherever
+    it has changed.
+    """
+    where = world.begin(name, f"{name}-killed")
+    live(partial(COMMANDS[name].do, world, where), Injection(where, "copy"))
+    for place in range(len(world.whole(name).operations)):
+        copy = where.with_name(f"{where.name}.{place}")
+        if copy.exists():
+            shutil.rmtree(where)
+            copy.rename(where)
+            yield place, repair(world, name, where, End(-9))
+
+
+def repair(world: World, name: str, where: Path, end: End) -> str:
+    """Type a command again that has met a fault; return what is wrong, before or then."""
+    whole, command = world.whole(name), COMMANDS[name]
+    if end.is_unexpected:
+        return f"it ended with {end.message[-600:]}"
+    found = seen(where)
+    for key in ("run", "fork", "out"):
+        if found.get(key) not in [state.get(key) for state in whole.states]:
+            return f"readers see {key}: {found.get(key)}"
+    is_done = found == whole.states[-1]
+    if not (is_done and command.again == "other"):
+        again = live(partial(command.do, world, where))
+        if again.status != 0 and not (is_done and command.again == "refused"):
+            return f"the same command ended with {again.status}: {again.message[-600:]}"
+    now = files_of(where)
+    return ", ".join(
+        f"other {each}"
+        for each in sorted(whole.files.keys() | now.keys())
+        if whole.files.get(each) != now.get(each)
+    )

@@ -1,0 +1,106 @@
+"""Laws of a history: states of one digest are equal to the bit, and nothing of it is ever lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import settings
+from helpers_cli import Outcome
+
+from chainlora.runs.changes import log
+from chainlora.runs.state import OpenState, open_run
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder, sentiment, tmp_path_factory) -> Path:
+    """A run of two stages, and a mix of them; tests go on from there and come back."""
+    from chainlora.cli.main import run as command
+
+    folder = tmp_path_factory.mktemp("history")
+    run = folder / "run"
+    keys = {"ranks": [2, 2], "steps": [1, 1]}
+    tree = settings(tiny_folder, sentiment, run, chain=keys, train={"seed": 1})
+    (folder / "run.yaml").write_text(json.dumps(tree))
+    stage = {"data": tree["data"], "chain": {"ranks": [2], "steps": [1]}}
+    (folder / "law.yaml").write_text(json.dumps(stage))
+    for words in (f"train {folder}/run.yaml", f"extend {run} {folder}/law.yaml --name law"):
+        assert command(words.split()) == 0
+    return run
+
+
+def added(state: OpenState) -> dict[str, torch.Tensor]:
+    """What a state adds to each weight, summed in the order of its links."""
+    found: dict[str, torch.Tensor] = {}
+    for link in state.links():
+        for name in link.factors if link.strength else ():
+            found[name] = found.get(name, 0) + link.delta_weight(name)
+    return found
+
+
+def assert_equal(one: OpenState, two: OpenState) -> None:
+    """Equal digests, and equal to the bit."""
+    assert one.state.digest == two.state.digest
+    first, second = added(one), added(two)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_states_of_one_digest_are_equal_to_the_bit(run, tmp_path, chainlora):
+    """After `train`, `extend`, `mix`, `undo`, `redo` and in a fork; and others differ."""
+
+    def done(words: str) -> OpenState:
+        found: Outcome = chainlora(words)
+        assert found.status == 0, found.err
+        return open_run(run)
+
+    main, law = open_run(f"{run}@main"), open_run(run)
+    assert_equal(law, open_run(f"{run}@law"))
+    off = done(f"mix {run} law=0 --no-scores")
+    assert_equal(off, main)  # a link that is off adds nothing
+    half = done(f"mix {run} law=0.5 --no-scores")
+    assert_equal(done(f"undo {run}"), off)
+    assert_equal(done(f"redo {run}"), half)
+    assert_equal(done(f"mix {run} law=1 --no-scores"), law)
+    assert_equal(done(f"undo {run} --to base"), open_run(f"{run}@base"))
+    assert_equal(done(f"undo {run} --to {half.state.digest}"), half)
+    assert_equal(done(f"undo {run} --to law"), law)
+    fork = tmp_path / "fork"
+    done(f"extend {run}@law {run.parent}/law.yaml --name new --output {fork}")
+    assert_equal(open_run(f"{fork}@law"), law)
+    assert_equal(open_run(f"{fork}@main"), main)
+    again = open_run(f"{fork}@new")
+    done(f"extend {run} {run.parent}/law.yaml --name new")
+    assert_equal(open_run(f"{run}@new"), again)  # the same stage on the same state
+    states = [main, law, half, again, open_run(f"{run}@base")]
+    assert len({state.state.digest for state in states}) == 5
+    assert not torch.equal(*(next(iter(added(s).values())) for s in (law, half)))
+
+
+def test_a_stage_does_not_depend_on_what_else_the_run_holds(run, tmp_path, chainlora):
+    """Trained beside others, on the same state: the same bits."""
+    section = f"{run.parent}/law.yaml"
+    for output in ("one", "two"):
+        words = f"extend {run}@main {section} --name first --output {tmp_path / output}"
+        assert chainlora(words).status == 0
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert chainlora(f"undo {two} --to main").status == 0
+    assert chainlora(f"extend {two} {section} --name between").status == 0
+    assert chainlora(f"undo {two} --to first").status == 0
+    for place in (one, two):
+        assert chainlora(f"extend {place} {section} --name last").status == 0
+    assert_equal(open_run(f"{one}@last"), open_run(f"{two}@last"))
+
+
+def test_nothing_is_lost_but_by_prune(run, chainlora):
+    """Whatever the run is made, each entry stays what it was."""
+    before = {entry["name"]: entry["state"] for entry in log(run)}
+    for words in (f"undo {run} --to base", f"undo {run} --to law", f"mix {run} main=0 --no-scores"):
+        assert chainlora(words).status == 0
+        now = {entry["name"]: entry["state"] for entry in log(run)}
+        assert before.items() <= now.items()
+        for name in before:
+            assert open_run(f"{run}@{name}").verify().state.digest == before[name]
+    assert chainlora(f"undo {run} --to law").status == 0
