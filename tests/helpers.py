@@ -277,7 +277,8 @@ def stop_after(config: Any, step: int) -> None:
 
 def signed(tree: dict[str, Any]) -> str:
     """Return a manifest with its checksum, as somebody writes it who knows how that is made."""
-    text = json.dumps(tree, sort_keys=True, ensure_ascii=True)
+    known = {key: value for key, value in tree.items() if key not in ("format", "checksum")}
+    text = json.dumps(known, sort_keys=True, ensure_ascii=True)
     return json.dumps(tree | {"checksum": hashlib.sha256(text.encode()).hexdigest()}, indent=2)
 
 

@@ -139,8 +139,8 @@ def test_a_file_of_ones_own_is_named_by_plugins(config, chainlora, caplog):
     done = chainlora("train", "run.yaml", *OWN, "--plugins", "mine.py")
     assert done.status == 0, done.err
     assert "loaded plug-in mine.py" in caplog.messages
-    assert Path("run/metrics.jsonl").read_text().count('"soft_knot"') == 2  # steps 2 and 4
-    assert yaml.safe_load(Path("run/config.yaml").read_text())["plugins"] == ["mine.py"]
+    assert Path("run/stages/main/metrics.jsonl").read_text().count('"soft_knot"') == 2  # steps 2 and 4
+    assert yaml.safe_load(Path("run/stages/main/config.yaml").read_text())["plugins"] == ["mine.py"]
     assert chainlora("eval", "run").status == 0  # by the metrics of its task
 
 
@@ -154,7 +154,7 @@ def test_a_run_names_its_plugins_and_never_runs_them(config, mine, chainlora, ca
         events_of(config | {"plugins": ["mine.py"], "train": train}, stopped)
     registry._load.cache_clear()
     del optimizers.OPTIMIZERS["signum"]
-    resume = ("train", "run/config.yaml", "--resume")
+    resume = ("train", "run/stages/main/config.yaml", "--resume")
     chainlora(*resume).refused("Cannot resume run", "Add --plugins mine.py if you trust it")
     assert "signum" not in optimizers.OPTIMIZERS
     more = ("extend", "run", "--name", "more", "--chain.ranks", "2", "--chain.steps", "1")

@@ -422,7 +422,8 @@ def open_run(
             yet.
     """
     found = address if isinstance(address, OpenState) else find_state(address)
-    if found.draft is not None and found.draft.trained:
+    # Who holds the state itself may judge it.
+    if found is not address and found.draft is not None and found.draft.trained:
         raise RunError(
             f"Cannot use {found.run}: stage {found.stage!r} is trained but not yet judged by "
             "accept_links. Run the command that trained it again."
