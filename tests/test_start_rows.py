@@ -121,6 +121,11 @@ def test_what_was_before_a_run_is_an_address(made, tiny_folder, sentiment, tmp_p
     assert fork.strengths == {"start": 1.0, "again": 1.0}
     assert fork.parent == open_run(f"{run}@start").state
     assert list(fork.kept()) == ["again"]
+    train_stages(extension(first, again | {"output": str(tmp_path / "of-first")}))
+    rows = [str(sentiment / "validation.jsonl"), "--task", str(sentiment / "task.yaml")]
+    for _ in range(2):  # rows for it do not change what it is
+        assert open_run(f"{tmp_path}/of-first@start").state == open_run(first).state
+        assert cli(["eval", f"{tmp_path}/of-first", "--matrix", "--start-rows", *rows]) == 0
 
 
 def test_the_plain_model_is_guarded_and_its_rows_are_replayed(
@@ -225,4 +230,4 @@ def test_what_was_before_a_first_stage_that_was_pruned(made, sentiment, chainlor
     tree = settings(made, sentiment, run, chain=SHORT | {"steps": [20]})
     tree["model"] = history_of(run)["base"]["model"]
     config.write_text(json.dumps(tree))
-    assert "in their order (got main for more" in chainlora("train", config).err
+    chainlora("train", config).refused("in their order (got main for more")
