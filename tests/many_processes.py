@@ -3,9 +3,9 @@ test_sharing.py).
 
 usage: many_processes.py JOBS, a JSON list of jobs: "config" (a file), "resume", "stop" (the step
 after which all processes end as if killed), "kill" ([process, step]), "start" (the run to begin
-on), "outcome" (where the first process writes what it saw); or "command" (arguments of the command
-line); or "load" (a model folder that all processes load together), "dtype", "shard" and "outcome",
-which each of them writes.
+on), "stage" (its name), "outcome" (where the first process writes what it saw); or "command"
+(arguments of the command line); or "load" (a model folder that all processes load together),
+"dtype", "shard" and "outcome", which each of them writes.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             raise Stop
 
     try:
-        start = load_start(job["start"], "later") if "start" in job else NOTHING
+        start = load_start(job["start"]) if "start" in job else NOTHING
         outcome["result"] = train(
             load_config(job["config"]),
             resume=job.get("resume", False),
             listener=listener,
             start=start,
+            stage=job.get("stage", "main"),
         )
     except Stop:
         pass

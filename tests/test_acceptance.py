@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
@@ -17,9 +16,7 @@ from chainlora.errors import ConfigError
 from chainlora.evaluation.acceptance import gain
 from chainlora.evaluation.evaluate import Evaluation, evaluate
 from chainlora.evaluation.preferences import judge_pairs
-from chainlora.runs.start import NOTHING
 from chainlora.training import loop
-from chainlora.training.setup import prepare
 
 
 def test_a_gain_is_clear_beyond_its_standard_error():
@@ -94,6 +91,7 @@ def test_a_harmful_link_is_dropped_and_the_chain_ends(
     assert (rejected.step, rejected.link) == (12, 1)
     assert rejected.gain <= rejected.standard_error
     assert [link["num_steps"] for link in result["links"]] == [8]
+    assert len(list((run / "links").iterdir())) == 1
     assert result["steps"] == 12  # the third link was never begun
     knots = [event for event in seen if event.name == "eval" and event.where == "knot"]
     assert result["metrics"]["validation"]["loss"] == knots[0].metrics["loss"]
@@ -114,18 +112,6 @@ def test_the_best_point_is_none_of_a_rejected_link(tiny_folder, sentiment, monke
     assert losses[10] < losses[8] < losses[12]
     kept = {"step": 8, "num_links": 1, "partial": False, "metric": "loss", "value": losses[8]}
     assert (result["best"], len(result["links"])) == (kept, 1)
-
-
-def test_the_id_of_a_rejected_link_is_not_given_again(
-    tiny_folder, sentiment, tmp_path, monkeypatch
-):
-    rejecting(monkeypatch)
-    settings = config(tiny_folder, sentiment, tmp_path / "run")
-    train(settings)
-    manifest = json.loads((tmp_path / "run" / "chain.json").read_text())
-    assert ([link["id"] for link in manifest["links"]], manifest["next_id"]) == ([0], 2)
-    with prepare(settings, True, lambda event: None, (), NOTHING) as run:
-        assert run.chain.next_id == 2
 
 
 def test_one_validation_row_is_refused_by_which_every_link_would_be_dropped(

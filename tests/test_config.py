@@ -241,7 +241,7 @@ def test_alpha_when_the_rank_drops():
 def test_a_tilde_is_the_home_of_the_user(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/chain.json").touch()
+    (tmp_path / "run/history.json").touch()
     own = {"validation": "~/v", "test": "~/t"}
     files = [{"path": "~/a", "weight": 1.0}, {"path": "~/b", "weight": 2.0}]
     tasks = {"task": "~/task", "dir": "~/rows"}

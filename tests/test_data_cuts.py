@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 from helpers import settings as run_settings
+from helpers import stage_dir
 from helpers_data import CHAT, TALK, encode_examples, make_tokenizer
 from helpers_tasks import write_rows, write_task
 from hypothesis import given, settings
@@ -74,7 +75,10 @@ def test_a_run_on_a_long_text_trains_on_all_of_it_and_says_so(tiny_folder, tmp_p
     data = {"train": {"rows": 1, "examples": result["rows"], "rows_split": 1}}
     assert {k: v for k, v in result["data"]["train"].items() if k != "tokens"} == data["train"]
     assert seen[0]["data"] == result["data"]
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["data"] == result["data"]
+    assert (
+        json.loads((stage_dir(tmp_path / "run") / "result.json").read_text())["data"]
+        == result["data"]
+    )
 
 
 @pytest.mark.parametrize("format", ["text", "completion", "chat"])

@@ -11,7 +11,15 @@ from typing import get_args
 
 import pytest
 from datasets import Dataset
-from helpers import assert_same_links, records_of, settings, stop_after
+from helpers import (
+    assert_same_links,
+    entry_of,
+    history_of,
+    records_of,
+    settings,
+    stage_dir,
+    stop_after,
+)
 from helpers_integrations import StopAt, arguments, collator, make_trainer, peft_model, token_rows
 from helpers_tasks import write_rows, write_task
 from transformers import AutoTokenizer, Trainer, TrainingArguments
@@ -67,8 +75,8 @@ def test_every_key_that_may_be_left_open_is_decided_or_off():
     assert open_keys() == DECIDED.keys() | OFF
 
 
-def manifest_of(run: Path) -> dict:
-    return json.loads((run / "chain.json").read_text())
+def numbers_of(run: Path) -> dict:
+    return entry_of(run)["training"]["numbers"]
 
 
 OPEN = {
@@ -105,7 +113,7 @@ def test_a_resume_takes_what_was_decided_at_the_start(
     later_version()
     train(killed, resume=True)
     assert_same_links(tmp_path / "whole", tmp_path / "killed")
-    decided = [manifest_of(tmp_path / name)["numbers"] for name in ("whole", "killed")]
+    decided = [numbers_of(tmp_path / name) for name in ("whole", "killed")]
     assert decided[0] == decided[1]
     assert inspect_run(tmp_path / "killed")["numbers"] == {"main": decided[0]}
     assert len(decided[0]["lengths"]) == len(decided[0]["knots"]) == 2
@@ -148,7 +156,7 @@ def test_soft_knots_are_paced_by_learned_tokens_a_parameter_and_short_runs_are_w
         tau = 1.4 * steps / math.sqrt(learned)
         every = max(1, round(tau / 12))
         soft = None if is_warned else [every, pytest.approx(1 - math.exp(-every / tau))]
-        assert manifest_of(run)["numbers"]["knots"] == [soft]
+        assert numbers_of(run)["knots"] == [soft]
         assert ("soft_knot" in {each["event"] for each in records_of(run)}) == (not is_warned)
 
 
@@ -222,11 +230,11 @@ def test_a_trainer_too(tiny_folder, tmp_path, later_version):
     later_version()
     resumed = trainer("killed")
     resumed.train(resume_from_checkpoint=True)
-    one, two = (
-        manifest_of(tmp_path / f"{name}/checkpoint-11/chain") for name in ("whole", "killed")
-    )
-    assert one["numbers"] == two["numbers"]
-    assert one["files"] == two["files"]  # the same bits
+    one, two = (tmp_path / name / "checkpoint-11/chain" for name in ("whole", "killed"))
+    decided = [json.loads((stage_dir(each) / "chain.json").read_text()) for each in (one, two)]
+    assert decided[0]["numbers"] == decided[1]["numbers"] is not None
+    assert history_of(one)["links"] == history_of(two)["links"]  # the same bits
+    assert entry_of(one)["files"] == entry_of(two)["files"]
 
 
 def test_a_finished_run_is_answered_at_once(tiny_folder, sentiment, tmp_path, monkeypatch):
@@ -241,7 +249,7 @@ def test_a_finished_run_is_answered_at_once(tiny_folder, sentiment, tmp_path, mo
     for change in ((), ("train.lr",)):
         with pytest.raises(RunError, match=r"has ended keeps its config \(got train.lr is 0.5"):
             train(changed, resume=True, change=change)
-    result = tmp_path / "run/result.json"
+    result = stage_dir(tmp_path / "run") / "result.json"
     result.write_text(result.read_text().replace('"loss": 1', '"loss": 0', 1) + " ")
     with pytest.raises(RunError, match=r"result.json must be as the run wrote it"):
         train(config, resume=True)

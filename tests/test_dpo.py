@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Stop, assert_same_links, sign, stop_after
+from helpers import Stop, assert_same_links, signed, stage_dir, stop_after
 from helpers_data import (
     CHAT,
     MARKED,
@@ -31,16 +31,16 @@ from chainlora.evaluation.preferences import orpo_losses
 from chainlora.evaluation.scoring import evaluate_task
 from chainlora.evaluation.stages import Scorer, stage_matrix
 from chainlora.evaluation.training_rows import training_rows
+from chainlora.files import sha256
+from chainlora.runs.changes import mix_stages
 from chainlora.runs.loading_start import load_start
 from chainlora.runs.opening import load_run
 from chainlora.runs.state import open_run
-from chainlora.runs.changes import mix_stages
-from chainlora.runs.state import open_run
 from chainlora.training import objectives
+from chainlora.training.batches import make_batches
 from chainlora.training.loop import train as train_stage
 from chainlora.training.objective_kinds.preferences import DPO
 from chainlora.training.optimizers import OPTIMIZERS
-from chainlora.training.batches import make_batches
 
 
 def user(text: str) -> dict:
@@ -279,7 +279,7 @@ def test_the_loss_of_a_step_is_smoothed_and_that_of_an_evaluation_is_not(setting
 def test_orpo_has_no_reference_and_its_metrics_are_those_of_plain_transformers(settings):
     tree = settings("run", train={"loss": "orpo", "orpo_beta": 0.3, "accept_links": "better"})
     metrics = train(tree)["metrics"]["validation"]
-    assert not (Path(tree["output"]) / "reference.safetensors").exists()
+    assert not [*Path(tree["output"]).rglob("reference.safetensors")]
     rows, model = validation(tree), load_run(tree["output"])[0]
     lengths = torch.tensor([[end - start for ((start, end),) in e.scored] for e in rows])
     chosen, rejected = (log_probabilities(model, rows) / lengths).unbind(1)
@@ -328,8 +328,8 @@ def test_the_reference_of_a_stage_is_the_chain_that_it_begins_on(settings, tmp_p
     train(first)
     tree = settings("second", train={"save_every": 1}, knots={"every": 2, "share": 0.5})
     records: list = []
-    start = load_start(first["output"], "again")
-    found = train_stage(make_config(tree), start=start, listener=records.append)
+    keys = {"start": load_start(first["output"]), "stage": "again"}
+    found = train_stage(make_config(tree), listener=records.append, **keys)
     at_start = {"loss": math.log(2), "accuracy": 0.5, "margin": 0.0}
     assert next(e for e in records if e.name == "eval").metrics == at_start
     assert evaluate_task(tree["output"], num_links=2)["metrics"] == at_start
@@ -351,11 +351,10 @@ def test_a_mix_that_a_later_stage_or_a_fork_begins_on_changes_no_reference(setti
         first["output"],
         again | {"name": "own", "chain": {"ranks": [2], "steps": [2]}, "output": fork},
     )
-    state = {link.id: 1.0 for link in open_run(first["output"] + "/stages/again").links()}
+    state = open_run(f"{first['output']}@again").state
     metrics = evaluate_task(f"{first['output']}@again")["metrics"]  # of a tenth of the rewards
-    for run in (first["output"], fork):
-        reader = open_run(run)
-        ((_, found),) = Scorer(reader, reader.kept()).evaluations("again", state, ["again"])
+    for run in map(open_run, (first["output"], fork)):
+        ((_, found),) = Scorer(run, run.kept()).evaluations("again", state, ["again"])
         assert found.metrics["margin"] == pytest.approx(10 * metrics["margin"])
 
 
@@ -370,12 +369,15 @@ def test_a_run_killed_at_any_step_ends_in_the_same_bits(settings, chain):
     whole = settings("whole", train=keys, **chain)
     expected = train(whole)["metrics"]
     killed = settings("killed", train=keys, **chain)
-    reference = Path(killed["output"]) / "reference.safetensors"
+    reference = stage_dir(Path(killed["output"])) / "reference.safetensors"
     for step in range(6):
         stop_after(make_config(killed), step)
         before = reference.stat().st_mtime_ns, reference.read_bytes()
-    assert train(killed, resume=True)["metrics"] == expected
-    assert before == (reference.stat().st_mtime_ns, reference.read_bytes())
+
+    def listener(event):
+        assert before == (reference.stat().st_mtime_ns, reference.read_bytes())
+
+    assert train(killed, resume=True, listener=listener)["metrics"] == expected
     assert_same_links(Path(whole["output"]), Path(killed["output"]))
 
 
@@ -400,14 +402,16 @@ def test_a_resume_never_takes_another_reference(settings, fault):
 
     tree = settings("run", train={"save_every": 1})
     stop_after(make_config(tree), 2)
-    run = Path(tree["output"])
-    path = run / "reference.safetensors"
+    folder = stage_dir(Path(tree["output"]))
+    path, draft = folder / "reference.safetensors", folder / "stage.json"
     tensors = load_file(path)
     path.unlink()
     if fault != "gone":
-        save_file(tensors, path, {"rows": "2:0", "state": "0"})
-        sign(run)
-    said = "must hold reference" if fault == "gone" else "of the rows and the state"
+        save_file(tensors, path, {"begun_on": "rows 2:0, state 0"})
+        changed = json.loads(draft.read_text())
+        changed["files"][path.name] = sha256(path)
+        draft.write_text(signed(changed))
+    said = "must hold main/reference" if fault == "gone" else "of the rows and the state"
     with pytest.raises(RunError, match=said):
         train(tree, resume=True)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import settings
+from helpers import records_of, settings, stage_dir
 from helpers_integrations import make_trainer, peft_model
 from transformers import AutoTokenizer
 
@@ -139,8 +139,9 @@ def test_a_file_of_ones_own_is_named_by_plugins(config, chainlora, caplog):
     done = chainlora("train", "run.yaml", *OWN, "--plugins", "mine.py")
     assert done.status == 0, done.err
     assert "loaded plug-in mine.py" in caplog.messages
-    assert Path("run/metrics.jsonl").read_text().count('"soft_knot"') == 2  # steps 2 and 4
-    assert yaml.safe_load(Path("run/config.yaml").read_text())["plugins"] == ["mine.py"]
+    assert [e["event"] for e in records_of(Path("run"))].count("soft_knot") == 2  # steps 2 and 4
+    saved = yaml.safe_load((stage_dir(Path("run")) / "config.yaml").read_text())
+    assert saved["plugins"] == ["mine.py"]
     assert chainlora("eval", "run").status == 0  # by the metrics of its task
 
 
@@ -152,16 +153,18 @@ def test_a_run_names_its_plugins_and_never_runs_them(config, mine, chainlora, ca
     train = config["train"] | {"optimizer": "signum"}
     with pytest.raises(RuntimeError, match="stopped"):
         events_of(config | {"plugins": ["mine.py"], "train": train}, stopped)
-    registry._load.cache_clear()
-    del optimizers.OPTIMIZERS["signum"]
-    resume = ("train", "run/config.yaml", "--resume")
+
+    def forget() -> None:
+        registry._load.cache_clear()
+        del optimizers.OPTIMIZERS["signum"]
+
+    forget()
+    resume = ("train", "run/stages/main/config.yaml", "--resume")
     chainlora(*resume).refused("Cannot resume run", "Add --plugins mine.py if you trust it")
     assert "signum" not in optimizers.OPTIMIZERS
-    more = ("extend", "run", "--name", "more", "--chain.ranks", "2", "--chain.steps", "1")
+    more = ("extend", "run", "--chain.ranks", "2", "--chain.steps", "1")
     more += ("--data.task", config["data"]["task"], "--data.train", config["data"]["train"])
-    chainlora(*more).refused("Cannot extend run", "Add --plugins mine.py if you trust it")
-    plain = (*more, "--train.optimizer", "adamw", "--plugins", "[]")
-    assert "Cannot resume run" in chainlora(*plain).err  # its first stage is half trained
+    chainlora(*more, "--name", "more").refused("whose first stage has ended (got run); finish it")
     assert "signum" not in optimizers.OPTIMIZERS
     mine.write_text(mine.read_text() + "\n")
     done = chainlora(*resume, "--plugins", str(mine))  # it has moved, and changed
@@ -169,7 +172,15 @@ def test_a_run_names_its_plugins_and_never_runs_them(config, mine, chainlora, ca
     done = chainlora(*resume, "--plugins", "mine.py")
     assert done.status == 0, done.err
     assert "another content of mine.py" in caplog.text
-    assert chainlora(*more, "--plugins", "mine.py").status == 0
+    forget()
+    named = (*more, "--name", "more")
+    chainlora(*named).refused("Cannot extend run", "Add --plugins mine.py if you trust it")
+    assert "signum" not in optimizers.OPTIMIZERS
+    assert chainlora(*named, "--plugins", "mine.py").status == 0
+    forget()
+    plain = ("--name", "plain", "--train.optimizer", "adamw", "--plugins", "[]")
+    assert chainlora(*more, *plain).status == 0
+    assert "signum" not in optimizers.OPTIMIZERS
 
 
 def test_a_comparison_has_methods_of_ones_own(config, chainlora):

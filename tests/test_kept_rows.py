@@ -24,8 +24,8 @@ from chainlora.errors import ConfigError, RunError
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.loading_start import load_start
 from chainlora.runs.state import open_run
-from chainlora.training.loop import train as train_run
 from chainlora.training.batches import make_batches
+from chainlora.training.loop import train as train_run
 from chainlora.training.stages import train_stages
 
 SHORT = {"ranks": [2], "steps": [1]}
@@ -58,18 +58,17 @@ def test_a_stage_holds_the_rows_of_those_before_it(tiny_folder, sentiment, tmp_p
     """A fork needs nothing of its parent; a stage that keeps no rows has those of the others."""
     whole = settings(tiny_folder, sentiment, tmp_path / "a", chain=SHORT)
     train(make_config(whole))
-    start = load_start(tmp_path / "a", "b")
     data = {"data": whole["data"] | {"keep_rows": False}}
-    for name in ("b", "c"):
-        train_run(make_config(whole | data | {"output": str(tmp_path / name)}), start=start)
-        start = load_start(tmp_path / "b", "c")
+    for before, name in (("a", "b"), ("b", "c")):
+        config = make_config(whole | data | {"output": str(tmp_path / name)})
+        train_run(config, stage=name, start=load_start(tmp_path / before))
         data = {}
     assert list(open_run(tmp_path / "b").kept()) == ["main"]
     assert list(open_run(tmp_path / "c").kept()) == ["main", "c"]
-    path = tmp_path / "b/rows/main.safetensors"
-    assert path.read_bytes() == (tmp_path / "a/rows/main.safetensors").read_bytes()
+    (path,) = (tmp_path / "b/rows").iterdir()
+    assert path.read_bytes() == (tmp_path / "a/rows" / path.name).read_bytes()
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(RunError, match=r"rows/main.safetensors must be as the run wrote it"):
+    with pytest.raises(RunError, match=rf"rows/{path.name} must be as the run wrote it"):
         open_run(tmp_path / "b").kept()
 
 
@@ -182,12 +181,12 @@ def test_training_rows_to_score_are_those_that_a_stage_is_trained_on(
     first = {"name": "a", "data": data | {"validation": 0.25, "num_train": 20}}
     tree["stages"] = [first, {"name": "b", "data": data | {"new_rows_only": True}}]
     train_stages(make_stages(tree))
-    for stage, folder in (("a", "run"), ("b", "run/stages/b")):
-        told = open_run(tmp_path / folder).result()["data"]["train"]
+    for stage in ("a", "b"):
+        state = open_run(f"{tmp_path}/run@{stage}")
+        told = state.result()["data"]["train"]
         assert told["examples"] < told["rows"]
-        found = evaluate_task(f"{tmp_path}/run@{stage}", split="train")
-        assert found["rows"] == told["examples"]
-        assert evaluate_task(f"{tmp_path}/run@{stage}", split="train", limit=3)["rows"] == 3
+        assert evaluate_task(state, split="train")["rows"] == told["examples"]
+        assert evaluate_task(state, split="train", limit=3)["rows"] == 3
 
 
 @pytest.mark.parametrize(
@@ -302,24 +301,24 @@ def test_a_stage_with_replay_is_the_same_killed_and_in_two_processes(
     """A resume has the rows of earlier stages in its own directory."""
     first = settings(tiny_folder, sentiment, tmp_path / "first", chain=SHORT)
     train(make_config(first | {"data": first["data"] | {"num_train": 16}}))
-    start = load_start(tmp_path / "first", "later")
+    start, later = load_start(tmp_path / "first"), {"stage": "later"}
 
     def config(name):
         keys = {"data": {"replay": 0.4}, "train": {"save_every": 1}}
         chain = {"ranks": [2, 2], "steps": [3, 2]}
         return settings(tiny_folder, sentiment, tmp_path / name, chain=chain, **keys)
 
-    whole = train_run(make_config(config("whole")), start=start)
+    whole = train_run(make_config(config("whole")), start=start, **later)
     assert whole["data"]["train"]["replayed"] == 16
     assert whole["rows"] == 32
     with pytest.raises(Stop):
-        train_run(make_config(config("killed")), start=start, listener=stop_at(4))
+        train_run(make_config(config("killed")), start=start, listener=stop_at(4), **later)
     (tmp_path / "first").rename(tmp_path / "elsewhere")
-    train_run(make_config(config("killed")), resume=True)
+    train_run(make_config(config("killed")), resume=True, **later)
     assert_same_links(tmp_path / "whole", tmp_path / "killed")
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(config("two")))
     job = {"config": str(tmp_path / "two.yaml"), "outcome": str(tmp_path / "two.json")}
-    done = launch(2, tmp_path, [job | {"start": str(tmp_path / "elsewhere")}])
+    done = launch(2, tmp_path, [job | {"start": str(tmp_path / "elsewhere")} | later])
     assert done.returncode == 0, done.stderr[-3000:]
     losses = [e["loss"] for e in open_run(tmp_path / "whole").records() if e["event"] == "step"]
     assert outcome(tmp_path, "two")["losses"] == pytest.approx(losses, rel=1e-4)

@@ -24,9 +24,9 @@ from chainlora import (
 )
 from chainlora.errors import RunError
 from chainlora.evaluation.strengths import best_mix
+from chainlora.runs.changes import mix_stages
 from chainlora.runs.loading_start import load_start, with_start
 from chainlora.runs.saved_chain import INSIDE
-from chainlora.runs.changes import mix_stages
 from chainlora.runs.state import open_run
 from chainlora.training.stages import extension
 
@@ -105,7 +105,7 @@ def test_a_chain_that_was_mixed_is_loaded_as_the_mix(live, tmp_path):
         best_mix(place)  # nor would what it finds, after its work
     with pytest.raises(RunError, match=r"one strength \(got 0.25, 0.5 in 'main'"):
         open_run(place, "main")  # nor is that what was saved
-    assert {link.strength for link in open_run(place, {"main": 0}).load_links()} == {0.0}
+    assert {link.strength for link in open_run(place, {"main": 0}).links()} == {0.0}
     assert torch.equal(
         logits(load_chain(place, tiny_model("llama")).model, IDS), logits(chain.model, IDS)
     )
@@ -164,10 +164,15 @@ def test_damage_and_another_base_are_refused(tmp_path):
     save_chain(chain, tmp_path / "chain")
     with pytest.raises(ChainLoRAError, match="the base model must be the one"):
         load_chain(tmp_path / "chain", tiny_model("llama", seed=1))
-    for name in ("links/000/adapter_model.safetensors", "checkpoints/00000007/link.json"):
-        copy = shutil.copytree(tmp_path / "chain", tmp_path / name.replace("/", "-"))
-        content = (copy / name).read_bytes()
-        (copy / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    link = next((tmp_path / "chain/links").iterdir()).name
+    for path, name in (
+        (f"links/{link}/adapter_model.safetensors", f"links/{link}/adapter_model.safetensors"),
+        ("stages/main/chain.json", "main/chain.json"),
+        ("stages/main/live.safetensors", "main/live.safetensors"),
+    ):
+        copy = shutil.copytree(tmp_path / "chain", tmp_path / path.replace("/", "-"))
+        content = (copy / path).read_bytes()
+        (copy / path).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(ChainLoRAError, match=f"{name} must be as the run wrote it"):
             load_chain(copy, tiny_model("llama"))
 

@@ -13,8 +13,8 @@ from test_laws import LOGITS, TARGETS, config, logits, loss_of, on_everything, w
 from chainlora import Chain, ChainLoRAError, LinkConfig
 from chainlora.chain.adapters import LIVE, load_adapter
 from chainlora.knots.moments import carry_moments
-from chainlora.runs.links import write_link
 from chainlora.runs.history import Base
+from chainlora.runs.links import write_adapter_of
 
 
 def tuned(architecture: str, dtype=torch.float32, steps: int = 3, hold: str = "tied", **keys):
@@ -138,7 +138,7 @@ def test_a_link_with_soft_knots_is_written_in_two_bytes_a_number_and_read_as_it_
         carry_moments(optimizer, adapter, chain.tie_share(0.2))
         step(chain, optimizer)
     link = chain.tie()
-    write_link(tmp_path, link, Base(model="base", fingerprint=""))
+    write_adapter_of(tmp_path, link, Base(model="base", fingerprint=""))
     written = load_file(tmp_path / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {torch.float16}
     read, _ = load_adapter(tmp_path)

@@ -27,9 +27,9 @@ from chainlora import (
 )
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.loading_start import load_start, put_on
-from chainlora.runs.state import open_run
 from chainlora.runs.saved_chain import save_chain
 from chainlora.runs.start import NOTHING, Start
+from chainlora.runs.state import open_run
 from chainlora.training.loop import train
 
 IDS = torch.randint(3, 131, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -153,13 +153,13 @@ def test_a_start_has_the_state_of_a_run(stored_run, tiny_folder):
     chain = load_chain(stored_run, model)
     plain, _ = load_run(stored_run)
     assert torch.equal(logits(chain.model), logits(plain))
-    assert start.next_id == chain.next_id == len(chain) == 3
-    assert list(start.entries) == RunReader(stored_run).manifest().links
+    assert len(start.links) == len(chain) == 3
+    assert start.state.state == open_run(stored_run).state
     with pytest.raises(ChainLoRAError, match="the base model must be the one"):
         put_on(start, Chain(tiny_model("llama", vocab_size=model.config.vocab_size, seed=9)))
 
 
-def test_a_saved_chain_starts_with_its_live_link_and_gives_no_id_twice(tmp_path):
+def test_a_saved_chain_starts_with_its_live_link(tmp_path):
     chain = load_chain(save_lora(tmp_path / "made"), base("llama"))
     for _ in range(2):
         chain.extend(LinkConfig(rank=2, target_modules=("v_proj",)))
@@ -170,10 +170,12 @@ def test_a_saved_chain_starts_with_its_live_link_and_gives_no_id_twice(tmp_path)
     torch.nn.init.normal_(next(p for p in chain.live.named_factor("B")))
     save_chain(chain, tmp_path / "chain")
     start = load_start(tmp_path / "chain")
-    assert ([link.id for link in start.links], start.next_id) == ([0, 3], 4)
+    assert [link.id for link in start.links] == [0, 1]
     other = Chain(base("llama"))
     assert put_on(start, other).notes == ()
     torch.testing.assert_close(logits(other.model), logits(chain.model), atol=2e-6, rtol=0)
+    again = load_chain(tmp_path / "chain", base("llama"))  # the chain itself gives no id twice
+    assert ([link.id for link in again.links], again.tie().id) == ([0], 3)
 
 
 # --- what is said, what is refused ---
@@ -195,13 +197,14 @@ def test_another_name_of_the_base_and_its_revision_are_said(
     other = Chain(base("llama", vocab_size=model.config.vocab_size))
     start = put_on(load_start(folder), other, "our/model")
     notes = start.notes
-    assert start.entries[0].stage == "start"
     assert notes[0] == "the adapter is for revision abc of its base"
     assert notes[1].startswith("the adapter is for another base, some/model, than our/model;")
     run = make_config(
         settings(tiny_folder, sentiment, tmp_path / "run", chain={"ranks": [], "steps": []})
     )
     train(run, start=load_start(folder))
+    imported = open_run(f"{run.output}@start")
+    assert (imported.entry.kind, imported.strengths) == ("import", {"start": 1.0})
     assert all(words in caplog.text for words in (notes[0], "another base, some/model, than /"))
     assert load_start(folder).tokenizer is None
 
@@ -221,21 +224,17 @@ def test_a_tokenizer_of_its_own_is_used(tiny_folder, tmp_path):
         "validation": None,
     }
 
-    def train_in(name: str, start: Start):
+    def train_in(name: str, start: Start, stage: str = "main"):
         config = make_config(settings(tiny_folder, tmp_path, tmp_path / name, data=data))
-        train(config, start=start)
-        return RunReader(tmp_path / name)
+        train(config, start=start, stage=stage)
+        return open_run(tmp_path / name)
 
     run, plain = train_in("run", load_start(folder)), train_in("plain", NOTHING)
-    assert run.manifest().progress.tokens != plain.manifest().progress.tokens
-    assert [entry.stage for entry in run.manifest().links] == ["start", "main", "main", "main"]
-    export_adapter(run.path, tmp_path / "out")
-    again = train_in("again", load_start(run.path, "next"))
-    for tokens in (
-        load_run(run.path)[1],
-        load_run(again.path)[1],
-        load_tokenizer(tmp_path / "out"),
-    ):
+    assert run.result()["tokens"] != plain.result()["tokens"]
+    assert [facts.stage for facts in run.facts] == ["start", "main", "main", "main"]
+    export_adapter(run, tmp_path / "out")
+    again = train_in("again", load_start(run.run), "next")
+    for tokens in (load_run(run)[1], load_run(again)[1], load_tokenizer(tmp_path / "out")):
         assert tokens.chat_template == tokenizer.chat_template
     train(run.config(), resume=True)
 

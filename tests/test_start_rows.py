@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_rows
-from helpers import Stop, assert_same_links, settings
+from helpers import Stop, assert_same_links, history_of, settings, stage_dir
 
 from chainlora import evaluate_task, export_adapter, load_run, train
 from chainlora.cli.main import run as cli
@@ -114,15 +114,18 @@ def test_what_was_before_a_run_is_an_address(made, tiny_folder, sentiment, tmp_p
     for verb in (["inspect"], ["report"], ["generate", "--prompt", "a"]):
         assert cli([verb[0], f"{run}@start", *verb[1:]]) == 0
     again = {"name": "again", "data": settings("", sentiment)["data"], "chain": SHORT}
-    with pytest.raises(RunError, match=r"goes on at its last stage, mine \(got .*@start"):
+    with pytest.raises(RunError, match=r"goes on at what it is now, .*@mine \(got .*@start"):
         extension(f"{run}@start", again)
-    mine = open_run(run).manifest().links[-1]
-    again["chain"] = again["chain"] | {"steps": [20]}
     train_stages(extension(f"{run}@start", again | {"output": str(tmp_path / "fork")}))
     fork = open_run(tmp_path / "fork")
-    assert [(e.id, e.tuned_on) for e in fork.manifest().links][-1] == (mine.id, mine.tuned_on)
+    assert fork.strengths == {"start": 1.0, "again": 1.0}
+    assert fork.parent == open_run(f"{run}@start").state
     assert list(fork.kept()) == ["again"]
-    assert_same_links(run, tmp_path / "fork")
+    train_stages(extension(first, again | {"output": str(tmp_path / "of-first")}))
+    rows = [str(sentiment / "validation.jsonl"), "--task", str(sentiment / "task.yaml")]
+    for _ in range(2):  # rows for it do not change what it is
+        assert open_run(f"{tmp_path}/of-first@start").state == open_run(first).state
+        assert cli(["eval", f"{tmp_path}/of-first", "--matrix", "--start-rows", *rows]) == 0
 
 
 def test_the_plain_model_is_guarded_and_its_rows_are_replayed(
@@ -149,7 +152,7 @@ def test_the_plain_model_is_guarded_and_its_rows_are_replayed(
     (own / "validation.jsonl").unlink()
     train_stages(stages)
     assert_same_links(tmp_path / "run", tmp_path / "killed")
-    result = json.loads((tmp_path / "run/result.json").read_text())
+    result = json.loads((stage_dir(tmp_path / "run", "run") / "result.json").read_text())
     assert result["data"]["train"]["replayed"] == 32
     (one,), (other,) = (open_run(tmp_path / n).strengths.values() for n in ("run", "killed"))
     assert one == other < 1
@@ -197,7 +200,7 @@ def test_a_run_is_known_by_what_it_began_on_and_by_the_rows_for_it(
 ):
     run, rows = tmp_path / "kept", general(sentiment, "validation")
     tree = settings(made / "first", sentiment, run, chain=SHORT) | {"start_data": rows}
-    tree["model"] = json.loads((made / "first/chain.json").read_text())["base"]["model"]
+    tree["model"] = history_of(made / "first")["base"]["model"]
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(tree))
     assert chainlora("train", config).status == 0
@@ -208,7 +211,8 @@ def test_a_run_is_known_by_what_it_began_on_and_by_the_rows_for_it(
     assert "nothing left to do" in chainlora("train", config, *same).out
     other = ("--start_data.validation", flipped(sentiment, tmp_path / "other.jsonl"))
     chainlora("train", config, *other).refused("`start_data` is read when a run begins")
-    chainlora("train", copy / "config.yaml").refused("must be told where it is")
+    moved = stage_dir(copy, "kept") / "config.yaml"
+    chainlora("train", moved).refused("must be told where it is")
     on_adapter = settings(made / "first", sentiment, made / "mine", chain=SHORT | {"steps": [20]})
     config.write_text(json.dumps(on_adapter | {"model": tree["model"]}))
     chainlora("train", config).refused("`start` must be what the run began on (got none, and ")
@@ -224,7 +228,6 @@ def test_what_was_before_a_first_stage_that_was_pruned(made, sentiment, chainlor
     assert "unfinished" not in chainlora(f"inspect {run}@base").out
     config = tmp_path / "config.yaml"
     tree = settings(made, sentiment, run, chain=SHORT | {"steps": [20]})
-    tree["model"] = json.loads((run / "chain.json").read_text())["base"]["model"]
+    tree["model"] = history_of(run)["base"]["model"]
     config.write_text(json.dumps(tree))
-    assert "nothing left to do" in chainlora("train", config).out
-    chainlora("train", config, "--chain.ranks", "[2]").refused("keeps its config (got chain.ranks")
+    chainlora("train", config).refused("in their order (got main for more")

@@ -169,7 +169,8 @@ def stage_matrix(
 
     Raises RunError for a run that kept no rows, and what loading it raises.
     """
-    run = open_run(run) if compute or isinstance(run, OpenState) else find_state(run)
+    if not isinstance(run, OpenState):
+        run = open_run(run) if compute else find_state(run)
     kept, states = run.kept(), dict(states_of(run))
     known = {_key(cell): cell for cell in _read(run.run)}
     names = run.columns

@@ -189,8 +189,9 @@ class OpenState:
     # --- other states ---
 
     def at(self, key: str) -> OpenState:
-        """Return the state of another entry of the run, or of the base."""
-        return state_at(self.run, self.history, key)
+        """Return the state of another entry of the run, by its key, or of the base."""
+        history = self.history
+        return OpenState(self.run, history, history.state_of(key), history.find(key))
 
     def of(self, state: State) -> OpenState:
         """Return this with other links or strengths."""
@@ -452,9 +453,10 @@ def state_at(run: Path, history: History, name: str | None = None) -> OpenState:
     """Return the state of an entry by its name or the first digits of its digest; by default the
     head. Raises RunError for one that is not there."""
     key = history.head if name is None else name
-    if key == START and history.find(START) is None:
-        key = history.origin
     entry = history.find(key)
+    if key == START and (entry is None or not entry.tied):  # none, or rows for the origin alone
+        key = history.origin
+        entry = history.find(key)
     if entry is None and len(key) >= _SHORTEST:
         entry = next((e for e in history.entries if e.state.digest.startswith(key)), None)
     if entry is None and key != BASE:

@@ -133,7 +133,8 @@ def _state_of(
             _check_files(stage.config)
         return StagePlan(stage, "new")
     begun = begun.verify()
-    if stage.config.start_data is not None and begun.history.find(START) is None:
+    given = begun.history.find(START)
+    if stage.config.start_data is not None and (given is None or given.kept is None):
         raise RunError(
             "`start_data` is read when a run begins",
             f"some for {run}, which keeps none",
