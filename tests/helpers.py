@@ -18,6 +18,7 @@ from chainlora import train
 from chainlora.chain.initialization import generator_for, random_factors
 from chainlora.config.schema import LinkConfig
 from chainlora.files import sha256
+from chainlora.runs.state import open_run
 from chainlora.training.batches import make_batches
 
 
@@ -49,14 +50,14 @@ def settings(tiny_folder, sentiment, output=None, **sections) -> dict:
     return tree
 
 
-def links_of(run: Path) -> list[dict[str, torch.Tensor]]:
-    return [
-        load_file(folder / "adapter_model.safetensors")
-        for folder in sorted((run / "links").iterdir())
-    ]
+def links_of(run: str | Path) -> list[dict[str, torch.Tensor]]:
+    """The tensors of the links that a run has tied, in their order."""
+    found = open_run(run)
+    names = [term.link for term in found.sequence]
+    return [load_file(found.run / "links" / n / "adapter_model.safetensors") for n in names]
 
 
-def assert_same_links(one: Path, two: Path) -> None:
+def assert_same_links(one: str | Path, two: str | Path) -> None:
     first, second = links_of(one), links_of(two)
     assert len(first) == len(second)
     for a, b in zip(first, second, strict=True):
@@ -277,7 +278,8 @@ def stop_after(config: Any, step: int) -> None:
 
 def signed(tree: dict[str, Any]) -> str:
     """Return a manifest with its checksum, as somebody writes it who knows how that is made."""
-    text = json.dumps(tree, sort_keys=True, ensure_ascii=True)
+    known = {key: value for key, value in tree.items() if key not in ("format", "checksum")}
+    text = json.dumps(known, sort_keys=True, ensure_ascii=True)
     return json.dumps(tree | {"checksum": hashlib.sha256(text.encode()).hexdigest()}, indent=2)
 
 

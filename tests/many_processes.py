@@ -57,7 +57,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             raise Stop
 
     try:
-        start = load_start(job["start"], "later") if "start" in job else NOTHING
+        start = load_start(job["start"]) if "start" in job else NOTHING
         outcome["result"] = train(
             load_config(job["config"]),
             resume=job.get("resume", False),
