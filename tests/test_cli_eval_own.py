@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import write_rows
-from helpers import settings
+from helpers import settings, stage_dir
 
 ROUNDING = 1e-5  # float32: the same sums in other packs
 
@@ -41,7 +41,7 @@ def written(tiny_folder, sentiment, texts, tmp_path_factory) -> Path:
 
 
 def validation(run: Path) -> dict[str, float]:
-    return json.loads((run / "result.json").read_text())["metrics"]["validation"]
+    return json.loads((stage_dir(run) / "result.json").read_text())["metrics"]["validation"]
 
 
 def test_a_run_scores_what_its_validation_scored(chainlora, written, finished):

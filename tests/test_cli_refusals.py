@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 
 import pytest
 from conftest import tiny_model
-from helpers import records_of, stop_after
+from helpers import entry_of, records_of, stop_after
 from helpers_cli import Outcome
 
 from chainlora import load_config
@@ -45,7 +44,7 @@ def test_a_run_that_is_not_there_is_told_with_what_was_looked_for(
     chainlora, tiny_folder, tmp_path, monkeypatch, task, name
 ):
     monkeypatch.chdir(tmp_path)
-    looked = f"(got {name}: no {name.partition('@')[0]}/chain.json, no such "
+    looked = f"(got {name}: no {name.partition('@')[0]}/history.json, no such "
     for words in (f"generate {name} --prompt hi", f"eval {name} {task}", f"chat {name}"):
         chainlora(words).refused("a run or model must be there", f"{looked}model on this machine")
     keys = f"--start {name} --chain.ranks 2 --chain.steps 1 --output out --data.train no.jsonl"
@@ -93,23 +92,24 @@ def test_output_in_use(chainlora, config, tmp_path):
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
     shutil.rmtree(tmp_path / "run")
     assert chainlora("train", config).status == 0
-    before = (tmp_path / "run" / "chain.json").read_bytes()
-    as_file = f"train {tmp_path}/run/config.yaml"
+    before = (tmp_path / "run" / "history.json").read_bytes()
+    own = "stages/main/config.yaml"
+    as_file = f"train {tmp_path}/run/{own}"
     chainlora("train", tmp_path / "run").refused(f"that of a run: chainlora {as_file}")
     copy = shutil.copytree(tmp_path / "run", tmp_path / "copy")  # it would resume the other one
-    chainlora(f"train {copy}/config.yaml").refused(f"; add --output {copy}")
+    chainlora(f"train {copy}/{own}").refused(f"; add --output {copy}")
     chainlora(f"train {config} --train.seed 1").refused(
         f"a run that has ended keeps its config (got train.seed is 1, was 0 in {tmp_path}/run); "
         f"choose another output, or train on top of it: chainlora extend {tmp_path}/run --name NAME"
     )
-    assert (tmp_path / "run" / "chain.json").read_bytes() == before
+    assert (tmp_path / "run" / "history.json").read_bytes() == before
     (tmp_path / "file").write_text("mine")
-    chainlora(f"train {config} --output {tmp_path}/file").refused("a directory (got the file ")
+    chainlora(f"train {config} --output {tmp_path}/file").refused("at or below the file ")
     for words in ("--output {0}/stages/z", "--output {0}/z --dry-run"):
         inside = chainlora(f"train {config} {words.format(tmp_path / 'run')}")
         inside.refused("`output` must lie outside other runs", f"inside {tmp_path}/run); choose")
-    assert (tmp_path / "run" / "chain.json").read_bytes() == before
-    assert not (tmp_path / "run" / "stages").exists()
+    assert (tmp_path / "run" / "history.json").read_bytes() == before
+    assert [path.name for path in (tmp_path / "run" / "stages").iterdir()] == ["main"]
 
 
 def test_an_ended_run_is_known_by_content_wherever_things_lie(
@@ -128,7 +128,7 @@ def test_an_ended_run_is_known_by_content_wherever_things_lie(
         return chainlora(f"train {config} --model {model} --output {output} {' '.join(keys)}")
 
     assert "next:" in again().out
-    before = (tmp_path / "run" / "chain.json").read_bytes()
+    before = (tmp_path / "run" / "history.json").read_bytes()
     shutil.copy("rows/train.jsonl", "may.jsonl")
     shutil.copy("rows/task.yaml", "mine.yaml")
     shutil.copytree("base", "moved")
@@ -158,7 +158,7 @@ def test_an_ended_run_is_known_by_content_wherever_things_lie(
     again("here/base", "run").refused("the base model must be the one")
     monkeypatch.chdir(here)
     again().refused("the base model must be the one")
-    assert (tmp_path / "run" / "chain.json").read_bytes() == before
+    assert (tmp_path / "run" / "history.json").read_bytes() == before
 
 
 def test_a_lower_rate_is_named_to_continue_with_it(chainlora, config, tmp_path):
@@ -169,7 +169,7 @@ def test_a_lower_rate_is_named_to_continue_with_it(chainlora, config, tmp_path):
     rate.write_text(config.read_text().replace("0.01", "0.001"))
     chainlora("train", rate).refused("to resume with another value, pass --train.lr VALUE;")
     assert chainlora(f"{lower} --json").json["steps"] == 11
-    changes = json.loads((tmp_path / "run" / "chain.json").read_text())["changes"]
+    changes = entry_of(tmp_path / "run")["training"]["changes"]
     found = [(each["key"], each["before"], each["after"], each["step"]) for each in changes]
     assert found == [("train.lr", 1e-2, 1e-3, 4)]
     records = records_of(tmp_path / "run")

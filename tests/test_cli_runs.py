@@ -1,4 +1,5 @@
-"""`chainlora inspect` and `export`: what they show and write of a run, whole or damaged."""
+"""`chainlora inspect` and `export`: what they show and write of a run, whole or damaged. `log`,
+`undo` and `redo`: how it became what it is, and what it was."""
 
 from __future__ import annotations
 
@@ -6,6 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import write_rows
+from helpers import stop_after
+
+from chainlora import load_config
 
 
 def test_inspect_shows_every_link_and_draws_them(chainlora, finished):
@@ -50,16 +55,17 @@ def test_a_run_directory_that_is_incomplete(chainlora, finished, config, task, t
         f"export {run} --output {tmp_path}/out --to merged",
         f"train {config} --resume --output {run}",
     ]
-    (run / "links" / "001" / "adapter_model.safetensors").unlink()
+    link = min((run / "links").iterdir())
+    (link / "adapter_model.safetensors").unlink()
     for words in everything:
-        chainlora(words).refused("links/001", "the run directory is incomplete")
-    (run / "chain.json").write_text("{")
+        chainlora(words).refused(f"links/{link.name}", "the run is incomplete: copy it whole")
+    (run / "history.json").write_text("{")
     for words in everything:
-        chainlora(words).refused("chain.json must be JSON (got ", "the run directory is incomplete")
-    (run / "chain.json").unlink()
+        chainlora(words).refused("history.json must be JSON of a run (got ", "the run is damaged")
+    (run / "history.json").unlink()
     for words in everything:
         chainlora(words).refused("(got ")
-    chainlora(everything[0]).refused("must hold chain.json (got none in ", "is incomplete")
+    chainlora(everything[0]).refused("must hold history.json (got none in ", "is incomplete")
     assert not (tmp_path / "out").exists()
 
 
@@ -75,7 +81,7 @@ def test_no_run(chainlora, finished, task, tiny_folder, tmp_path):
             "RUN must be a run directory (got ",
             "none, which does not exist); it is the `output` of chainlora train",
         )
-        chainlora(f"{verb} {tmp_path} {options}").refused("which holds no chain.json); it is the")
+        chainlora(f"{verb} {tmp_path} {options}").refused("which holds no history.json); it is the")
     chainlora(f"eval {tmp_path}/none {task}").refused("a run or model must be there (got ")
     for verb in ("inspect", "eval", "chat"):  # a typing error beside runs
         chainlora(f"{verb} {finished.parent}/rnu").refused("exist); it is", f"one of {finished}")
@@ -111,3 +117,98 @@ def test_compression_is_for_adapters(chainlora, finished, tmp_path):
     private = chainlora(f"export {finished} --to adapter --output {tmp_path}/m --private")
     assert "use it with --push-to-hub" in private.err
     assert not (tmp_path / "m").exists()
+
+
+# --- history ---
+
+
+@pytest.fixture(scope="module")
+def extended(finished, tmp_path_factory) -> Path:
+    """A run of two stages, main and birds; the second learns by heart what comes after a prompt."""
+    from chainlora.cli.main import run as command
+
+    folder = tmp_path_factory.mktemp("extended")
+    run = shutil.copytree(finished, folder / "run")
+    told = [{"prompt": f"the cat sat on {n}", "completion": " red birds fly"} for n in range(32)]
+    rows = write_rows(folder / "rows.jsonl", told)
+    keys = f"--data.train {rows} --chain.ranks 4 --chain.steps 8 --train.lr 3e-2"
+    assert command(["extend", str(run), "--name", "birds", *keys.split()]) == 0
+    return run
+
+
+@pytest.fixture
+def run(extended, tmp_path) -> Path:
+    return Path(shutil.copytree(extended, tmp_path / "run"))
+
+
+def test_log_shows_every_state_and_which_one_the_run_is(chainlora, run):
+    assert chainlora(f"mix {run} birds=0.5 --no-scores").status == 0
+    assert chainlora(f"undo {run}").status == 0
+    entries = chainlora(f"log {run} --json").json["entries"]
+    mix = entries[0]["name"]
+    keys = ("name", "kind", "parents", "strengths", "links", "now", "before")
+    assert [tuple(entry[key] for key in keys) for entry in entries] == [
+        (mix, "mix", ["birds"], {"main": 1.0, "birds": 0.5}, 4, False, False),
+        ("birds", "stage", ["main"], {"main": 1.0, "birds": 1.0}, 4, True, False),
+        ("main", "stage", [], {"main": 1.0}, 3, False, True),
+    ]
+    head, *lines = [line.split() for line in chainlora(f"log {run}").out.splitlines()]
+    assert head == ["name", "kind", "on", "links", "strengths", "ended", "state"]
+    shown = [
+        [mix, "mix", "birds", "4", "main=1", "birds=0.5"],
+        ["*", "birds", "stage", "main", "4", "main=1", "birds=1"],
+        ["|", "main", "stage", "base", "3", "main=1"],
+    ]
+    for line, words, entry in zip(lines, shown, entries, strict=True):
+        when = entry["ended"][:16].split("T")
+        assert line == [*words, *when, entry["state"]]
+    assert chainlora(f"log {run}@main").status == 2  # a history is of the whole run
+
+
+def test_log_names_a_stage_that_is_trained(chainlora, config, tmp_path):
+    stop_after(load_config(config), 6)
+    asked = f"log {tmp_path}/run"
+    assert chainlora(asked).out.splitlines()[1].split() == ["main", "in", "training"]
+    assert chainlora(f"{asked} --json").json["entries"] == [{"name": "main", "kind": "training"}]
+
+
+def test_a_run_says_what_it_is_after_undo_and_redo(chainlora, run):
+    def said(address: object) -> str:
+        prompt = ("--prompt", "the cat sat on", "--max-new-tokens", 8)
+        outcome = chainlora("generate", address, *prompt)
+        assert outcome.status == 0, outcome.err
+        return outcome.out
+
+    before, after = said(f"{run}@main"), said(run)
+    assert before != after
+    undone = chainlora(f"undo {run}")
+    assert (undone.status, undone.out) == (
+        0,
+        f"{run} is now main; nothing was deleted\nmain=1\n",
+    )
+    assert said(run) == before
+    assert said(f"{run}@birds") == after
+    found = chainlora(f"redo {run} --json").json
+    assert found == {"run": str(run), "now": "birds", "strengths": {"main": 1.0, "birds": 1.0}}
+    assert said(run) == after
+    chainlora(f"redo {run}").refused("must be something to redo (got nothing in ", "; see log")
+
+
+def test_undo_to_makes_a_run_any_state_of_its_history(chainlora, run):
+    assert chainlora(f"mix {run} main=0 --no-scores").status == 0
+    mix, birds, _ = chainlora(f"log {run} --json").json["entries"]
+    for name, strengths in (
+        ("main", {"main": 1.0}),
+        ("base", {}),
+        (mix["name"], {"main": 0.0, "birds": 1.0}),
+        (birds["state"][:6], {"main": 1.0, "birds": 1.0}),
+    ):
+        found = chainlora(f"undo {run} --to {name} --json").json
+        assert found["strengths"] == strengths
+        assert found["now"] == (birds["name"] if name == birds["state"][:6] else name)
+    assert chainlora(f"undo {run} --json").json["now"] == mix["name"]  # as any other move
+    one_of = "a stage must be one of main, birds (got 'bird' for "
+    chainlora(f"undo {run} --to bird").refused(one_of, f"chainlora log {run} shows all states")
+    before = [chainlora(f"undo {run} --json").json["now"] for _ in range(6)]
+    assert before == ["base", "main", mix["name"], "birds", "main", "base"]
+    chainlora(f"undo {run}").refused("must be something to undo (got nothing in ", "; see log")

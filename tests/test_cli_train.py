@@ -8,16 +8,18 @@ import shutil
 
 import pytest
 import yaml
-from helpers import assert_same_links, stop_after
+from helpers import Stop, assert_same_links, stage_dir, stop_after
 
 from chainlora import load_config, train
+from chainlora.config.stages import make_stages
 from chainlora.files import checksums
+from chainlora.training.stages import train_stages
 
 
 def test_train_writes_a_run_directory_and_shows_its_links(chainlora, config, tmp_path):
     done = chainlora("train", config)
     assert done.status == 0
-    assert (tmp_path / "run" / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert (stage_dir(tmp_path / "run") / "training.png").read_bytes().startswith(b"\x89PNG")
     for shown in ("validation: accuracy 1.0000", "majority", "11 steps", "‖ΔW‖", "overlap"):
         assert shown in done.out
     assert "32 training rows, 11 steps (4 + 4 + 3)" in done.err  # progress goes to stderr
@@ -30,8 +32,9 @@ def test_any_key_can_be_set_in_any_order_and_either_spelling(chainlora, config, 
     after = f"--train.batch-size 4 --output {tmp_path}/other --train.max_grad_norm null"
     result = chainlora(f"train {before} {config} {after}").json
     assert (result["steps"], [link["rank"] for link in result["links"]]) == (2, [2])
-    assert result == json.loads((tmp_path / "other" / "result.json").read_text())
-    resolved = yaml.safe_load((tmp_path / "other" / "config.yaml").read_text())
+    written = stage_dir(tmp_path / "other")
+    assert result == json.loads((written / "result.json").read_text())
+    resolved = yaml.safe_load((written / "config.yaml").read_text())
     assert (resolved["train"]["batch_size"], resolved["train"]["max_grad_norm"]) == (4, None)
     assert not (tmp_path / "run").exists()
 
@@ -40,7 +43,7 @@ def test_a_name_with_a_number_sign_is_taken_whole(chainlora, config, tmp_path):
     shutil.copyfile(config, tmp_path / "config #2.yaml")
     output = f"{tmp_path}/try #2"
     assert chainlora("train", tmp_path / "config #2.yaml", "--output", output).status == 0
-    assert (tmp_path / "try #2/result.json").is_file()
+    assert (stage_dir(tmp_path / "try #2") / "result.json").is_file()
     assert not (tmp_path / "try").exists()
     lengths = "[1] # a list, and why"
     keys = ("--chain.ranks", lengths, "--chain.steps", lengths, "--output", "'quoted' # so")
@@ -100,13 +103,29 @@ def test_the_same_command_does_what_is_left(chainlora, config, tmp_path):
     assert "resuming after step 4" in chainlora("train", config).err
     assert_same_links(tmp_path / "run", whole)
     before = checksums(tmp_path / "run")
-    for words in (config, f"{config} --resume", tmp_path / "run/config.yaml"):
+    for words in (config, f"{config} --resume", stage_dir(tmp_path / "run") / "config.yaml"):
         again = chainlora(f"train {words}")
         assert (again.status, again.out) == (0, f"nothing left to do: {tmp_path}/run has ended\n")
     assert chainlora(f"train {config} --json").json["steps"] == 11
     planned = chainlora(f"train {config} --dry-run").out
     assert planned == "main: finished, nothing to do\n"
     assert checksums(tmp_path / "run") == before
+
+
+def test_the_config_inside_a_run_goes_on_with_its_stage(chainlora, config, tmp_path):
+    """Whatever its first stage is called."""
+    tree = yaml.safe_load(config.read_text()) | {"stages": [{"name": "facts"}]}
+    config.write_text(yaml.safe_dump(tree))
+
+    def listener(event) -> None:
+        if event.name == "step" and event.step == 6:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_stages(make_stages(tree), listener=listener)
+    inside = stage_dir(tmp_path / "run", "facts") / "config.yaml"
+    assert "resuming after step 4" in chainlora("train", inside).err
+    assert chainlora("train", config).out == f"nothing left to do: {tmp_path}/run has ended\n"
 
 
 def test_full_fine_tuning_that_was_killed_is_no_run_to_resume(chainlora, config, tmp_path):
@@ -125,10 +144,8 @@ def test_a_batch_of_more_rows_than_there_are_is_said(config, caplog):
 
 
 def test_next_commands_fit_the_run(chainlora, config, tmp_path):
-    """No adapter holds DoRA, and `left` is the earlier name of `cut` to a run that has ended."""
-    run = f"train {config} --output {tmp_path}/dora --chain.dora true --chain.ranks [2]"
-    run += " --chain.steps [1] --data.truncation"
-    told = chainlora(f"{run} left").out.partition("next:\n")[2]
+    """No adapter holds DoRA."""
+    run = f"train {config} --output {tmp_path}/dora --chain.dora true --chain.ranks 2"
+    told = chainlora(f"{run} --chain.steps 1").out.partition("next:\n")[2]
     assert "--to merged" in told
     assert "--to adapter" not in told
-    assert "nothing left to do" in chainlora(f"{run} cut").out

@@ -17,7 +17,7 @@ from chainlora.errors import ChainLoRAError, ModelError, RunError
     [
         (
             {"tune": "full", "ranks": [1], "steps": [4]},
-            r"full fine-tuning must have ended \(got no model/ in .*start over",
+            r"full fine-tuning must have ended \(got no model in .*start over",
         ),
         (
             {"ranks": [4], "steps": [4]},

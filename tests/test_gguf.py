@@ -19,8 +19,8 @@ from chainlora import Chain, LinkConfig, extend, load_run, save_chain, train
 from chainlora.config.chat_templates import NAMES, template_text
 from chainlora.errors import ModelError
 from chainlora.models.loading import load_model
-from chainlora.runs.export import export_merged
 from chainlora.runs.changes import mix_stages
+from chainlora.runs.export import export_merged
 from chainlora.runs.to_gguf import cut_template, export_gguf
 
 gguf = pytest.importorskip("gguf")

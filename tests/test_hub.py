@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import records_of
+from helpers import entry_of, records_of
 from helpers_export import IDS, logits
 from helpers_hub import COMMIT, local_hub
 from peft import AutoPeftModelForCausalLM, PeftModel
@@ -87,7 +87,7 @@ def check_card(card: str, run) -> None:
     front = yaml.safe_load(card.split("---")[1])
     assert front["base_model"] == "tiny/llama"
     assert (front["library_name"], front["license"]) == ("peft", "apache-2.0")
-    assert json.loads((run / "chain.json").read_text())["rows"] in card
+    assert entry_of(run)["training"]["rows"] in card
     records = records_of(run)
     scores = [r for r in records if r["event"] == "eval" and r["where"] in ("start", "knot")]
     names = ["before", "0", "1", "2"]

@@ -10,7 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from helpers import as_row, settings, sign, training_examples
+from helpers import as_row, settings, training_examples
 from helpers_integrations import (
     LR,
     StopAt,
@@ -32,8 +32,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, get_schedu
 from chainlora import ChainCallback, load_chain, make_config, train
 from chainlora.errors import ChainError, ConfigError, RunError
 from chainlora.integrations.restarts import restart_schedule
-from chainlora.runs.state import open_run
 from chainlora.runs.loading_start import load_start
+from chainlora.runs.state import open_run
 from chainlora.training.batches import make_batches
 
 # One layer's product W x + s·B A x is summed in another order than (W + s·B A) x: float32 rounding
@@ -425,48 +425,6 @@ def test_a_killed_run_resumes_across_a_knot(tiny_folder, tokenizer, tmp_path, ki
     # to the same bits: state, batches and arithmetic are the same
     assert_links_agree(chain_of(resumed), chain_of(whole), atol=0.0)
     assert torch.equal(logits(resumed.model), logits(whole.model))
-
-
-def test_a_checkpoint_without_numbers_is_said_to_decide_its_soft_knots_anew(
-    tiny_folder, tokenizer, tmp_path, caplog
-):
-    keys = {"knots": {"every": 1, "share": 0.5}}
-    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
-    run(tiny_folder, tokenizer, tmp_path, ChainCallback(**keys), **saving)
-    sign(tmp_path / "checkpoint-2/chain", numbers=None)
-    model = peft_model(tiny_folder)
-    resumed = make_trainer(model, tokenizer, tmp_path, ChainCallback(**keys), **saving)
-    assert "that is decided now" not in caplog.text
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert "got one of version 0.2); that is decided now" in caplog.text
-
-
-def test_a_checkpoint_of_0_2_with_modules_to_exclude_is_resumed(tiny_folder, tokenizer, tmp_path):
-    """Its links keep names, and those to exclude; now they keep whole paths."""
-    keys = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
-    names = {
-        "target_modules": ["q_proj", "v_proj"],
-        "exclude_modules": ["layers.0.self_attn.v_proj"],
-    }
-
-    def resumed(checkpoint, **lora_keys):
-        callback = ChainCallback(ranks=[4, 4, 4], steps=[2, 2, 2])
-        model = peft_model(tiny_folder, **names | lora_keys)
-        trainer = make_trainer(model, tokenizer, tmp_path, callback, **keys)
-        trainer.train(resume_from_checkpoint=checkpoint)
-        return trainer
-
-    whole, folder = resumed(None), tmp_path / "checkpoint-3"
-    tree = json.loads((folder / "chain/chain.json").read_text())
-    live = folder / "chain" / tree["checkpoint"]["directory"] / "link.json"
-    live.write_text(json.dumps(json.loads(live.read_text()) | names))
-    entries = [*tree["links"], tree["selected"]["partial"]]
-    for entry in entries:
-        entry["config"] |= names
-    sign(folder / "chain", links=tree["links"], selected=tree["selected"])
-    assert_links_agree(chain_of(resumed(str(folder))), chain_of(whole), atol=0.0)
-    with pytest.raises(RunError, match="must have the links it began with"):
-        resumed(str(folder), exclude_modules=["layers.1.self_attn.v_proj"])
 
 
 def test_a_checkpoint_of_another_callback_is_resumed(tiny_folder, tokenizer, tmp_path):

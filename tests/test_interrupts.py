@@ -17,6 +17,7 @@ from chainlora import make_config, train
 from chainlora.cli.main import run as command
 from chainlora.errors import StoppedError
 from chainlora.runs.state import open_run
+from chainlora.runs.work import Work
 from chainlora.training.interrupts import interruptible, stop_requested
 from chainlora.training.objective_kinds.likelihood import LanguageModelling
 from chainlora.training.objectives import OBJECTIVES
@@ -54,7 +55,7 @@ def test_the_first_signal_finishes_the_step_and_saves(
         with pytest.raises(StoppedError, match=rf"step {step} of 11 .*command resumes") as raised:
             train(config, listener=listener)
         assert raised.value.signal == number
-        assert RunDirectory(tmp_path / "run").manifest().position.step == step
+        assert open_run(tmp_path / "run").draft.position.step == step
     assert told == [number]
     assert stop_requested() is None
     train(config, resume=True)
@@ -109,7 +110,7 @@ def test_a_signal_during_an_evaluation_stops_after_its_batch(
     monkeypatch.setitem(OBJECTIVES, "candidates", Halted(evaluation))
     with interruptible() as interrupts, pytest.raises(StoppedError, match=f"after step {step} of"):
         train(config, listener=listening(interrupts, lambda: None, step))
-    assert RunDirectory(tmp_path / "run").verify().position.step == step
+    assert open_run(tmp_path / "run").verify().draft.position.step == step
     assert train(config, resume=True)["metrics"] == expected["metrics"]
     assert_same_links(tmp_path / "run", tmp_path / "whole")
     assert_same_records(tmp_path / "run", tmp_path / "whole")
@@ -124,7 +125,7 @@ def test_the_second_signal_stops_at_once(tiny_folder, sentiment, tmp_path):
 
     with interruptible() as interrupts, pytest.raises(KeyboardInterrupt):
         train(config, listener=listening(interrupts, twice, 6))
-    assert RunDirectory(tmp_path / "run").manifest().position.step == 4
+    assert open_run(tmp_path / "run").draft.position.step == 4
     assert train(config, resume=True)["steps"] == 11
 
 
@@ -140,11 +141,9 @@ def test_without_a_run_directory_a_stop_says_what_is_lost(tiny_folder, sentiment
 def test_the_command_line_stops_with_the_status_that_shells_expect(
     number, status, tiny_folder, sentiment, tmp_path, capfd, monkeypatch
 ):
-    from chainlora.runs import directory
-
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings(tiny_folder, sentiment, tmp_path / "run")))
-    record = directory.RunDirectory.record
+    record = Work.record
 
     def killing(self, values, progress) -> None:
         record(self, values, progress)
@@ -152,7 +151,7 @@ def test_the_command_line_stops_with_the_status_that_shells_expect(
             kill(number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(directory.RunDirectory, "record", killing)
+        patch.setattr(Work, "record", killing)
         assert command(["train", str(path)]) == status
     err = capfd.readouterr().err
     assert "stopping after this step; press Ctrl-C again to stop at once" in err

@@ -9,12 +9,13 @@ import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from conftest import make_tiny_folder, write_rows
-from helpers import sign
+from helpers import sign, stage_dir
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from peft import PeftModel
@@ -25,7 +26,6 @@ from chainlora.config.chat_templates import template_text
 from chainlora.errors import ModelError, RunError
 from chainlora.models.gguf import build_tokenizer, read_metadata
 from chainlora.runs.cards import Naming, is_of_another
-from chainlora.runs.state import open_run
 from chainlora.runs.to_gguf import export_gguf
 
 TOOLS = [{"type": "function", "function": {"name": "hill", "parameters": {"type": "object"}}}]
@@ -53,9 +53,12 @@ def chat_run(tmp_path_factory) -> Path:
         "output": str(folder / "run"),
     }
     train(tree)
-    versions = RunReader(folder / "run").manifest().versions
-    sign(folder / "run", versions=versions | {"torch": MARKUP})
+    sign(folder / "run", lambda tree: _versions(tree).update(torch=MARKUP))
     return folder / "run"
+
+
+def _versions(tree: dict[str, Any]) -> dict[str, str]:
+    return tree["entries"][0]["training"]["versions"]
 
 
 def _gguf(run: Path, out: Path, **keys: object) -> None:
@@ -215,9 +218,10 @@ def test_links_of_the_hubs_cache_are_its_own(chat_run, tmp_path):
 def test_a_saved_config_reads_no_file(chat_run, tmp_path):
     run = Path(shutil.copytree(chat_run, tmp_path / "run"))
     (tmp_path / "secret").write_text("{{ messages }} secret")
-    tree = yaml.safe_load((run / "config.yaml").read_text())
+    path = stage_dir(run) / "config.yaml"
+    tree = yaml.safe_load(path.read_text())
     tree["data"]["chat_template"] = str(tmp_path / "secret")
-    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    path.write_text(yaml.safe_dump(tree))
     sign(run)
     for export in (export_adapter, export_merged):
         with pytest.raises(RunError, match=r"chat_template` of a run must be a name or a text"):

@@ -125,7 +125,7 @@ def test_the_chain_is_that_of_one_process(launched, name):
 def test_stages_are_those_of_one_process(launched):
     """Two of them, the second with rows of the first, judged by what it does to that one."""
     one, two = launched / "stages-1", launched / "stages-2"
-    assert_close_links(one / "stages/style", two / "stages/style")
+    assert_close_links(one, two)
     found, known = stage_matrix(two, compute=False), stage_matrix(one, compute=False)
     for row, other in zip(found.grid, known.grid, strict=True):
         assert [cell.value for cell in row] == pytest.approx([cell.value for cell in other])
@@ -189,4 +189,4 @@ def test_its_adapter_is_exported_like_any_other(launched, tmp_path):
 def test_a_killed_process_ends_the_others_with_one_sentence(launched):
     error = outcome(launched, "killed")["error"]
     assert error.startswith("TrainingError: the 2 processes of a run must go on together")
-    assert RunDirectory(launched / "killed").verify().position.step in (2, 3)
+    assert open_run(launched / "killed").verify().draft.position.step in (2, 3)

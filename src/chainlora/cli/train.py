@@ -73,7 +73,7 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     for key, value in overrides:
         if not key.startswith("stages."):
             set_key(tree, key, value)
-    _check_place(file, tree.get("output"), overrides)
+    stage = _stage_of(file, tree.get("output"), overrides)
     if has_stages(tree):
         from chainlora.runs.loading_start import with_start
 
@@ -91,7 +91,7 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
         to_stderr(_announcement(file, settings))  # before seconds of imports
     quiet()
     if dry_run:
-        _show_plan([Stage("main", settings)], named, as_json)
+        _show_plan([Stage(stage, settings)], named, as_json)
         return
     from chainlora.training.loop import train as run_training
 
@@ -102,12 +102,14 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
 
     result = _with_progress(
         settings,
-        lambda tell: run_training(settings, resume=True, listener=watched(tell), change=named),
+        lambda tell: run_training(
+            settings, resume=True, listener=watched(tell), change=named, stage=stage
+        ),
     )
     if not is_first_process():
         return
     if not ended:
-        _plot(settings, "main")
+        _plot(settings, stage)
     if as_json:
         print_json(result)
     elif ended:
@@ -116,14 +118,17 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
         _show_run(settings, [result])
 
 
-def _check_place(file: str, output: Any, overrides: Sequence[tuple[str, str]]) -> None:
-    """Refuse the config inside a run that has moved, and that of a later stage."""
+def _stage_of(file: str, output: Any, overrides: Sequence[tuple[str, str]]) -> str:
+    """Return the stage of a config inside a run, and `main` of others.
+
+    Raises ConfigError for one in a run that has moved, and for that of a later stage.
+    """
     from chainlora.config.loading import run_of_config
     from chainlora.runs.loading_start import first_stage
 
     run = run_of_config(file)
     if run is None:
-        return
+        return "main"
     is_elsewhere = isinstance(output, str) and run.resolve() != Path(output).expanduser().resolve()
     if is_elsewhere and "output" not in dict(overrides):
         rule = "a run that was moved or copied must be told where it is"
@@ -132,6 +137,7 @@ def _check_place(file: str, output: Any, overrides: Sequence[tuple[str, str]]) -
     if "output" not in dict(overrides) and first is not None and first.stage != name:
         rule = "the config of a later stage is no run of its own"
         raise ConfigError(rule, file, f"go on with it by: chainlora extend {run} --name {name} …")
+    return "main" if is_elsewhere else name
 
 
 def train_and_show(

@@ -234,7 +234,7 @@ def _check_links(model: Any, config: RunConfig, below: Collection[LinkConfig]) -
 
 def _check_processes(config: RunConfig) -> None:
     count = num_launched()
-    if wants_shards(config) is not None:
+    if wants_shards(config) is not None and count > 1:
         check_shards(config)
     else:
         refuse_one_process(config)
