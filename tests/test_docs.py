@@ -52,6 +52,10 @@ def arguments(line: str) -> list[str]:
     return shlex.split(quoted, comments=True)
 
 
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
 def block_with(text: str, start: str) -> str:
     """The one fenced block without a language that starts so."""
     (found,) = [block for block in blocks(text, "") if block.startswith(start)]
@@ -129,18 +133,16 @@ def test_the_readme_commands_run_in_order(checkout, monkeypatch, capsys):
         assert program == "chainlora"
         assert run(words) == 0, f"{line}: {capsys.readouterr().err}"
     tree = block_with((ROOT / "docs/run-directory.md").read_text(encoding="utf-8"), "runs/dates/\n")
-    promised = {name.strip("/") for name in re.findall(r"^  ([\w.]+)", tree, flags=re.MULTILINE)}
-    found = {path.name for path in (checkout / "runs/dates").iterdir()}
-    assert found <= promised
-    # there only in some runs, or while a link is being tuned
-    assert promised - found <= {
-        "best",
-        "checkpoints",
-        "moments",
-        "model",
-        "reference.safetensors",
-        "tokenizer",
-    }
+    run_names, stage_names = (
+        set(re.findall(rf"^{' ' * depth}([\w.]+)", tree, flags=re.MULTILINE)) for depth in (2, 4)
+    )
+    assert run_names - names_in(checkout / "runs/dates") == {"tokenizer"}  # in some runs alone
+    assert names_in(checkout / "runs/dates") <= run_names
+    passing = {"stage.json", "checkpoints", "moments", "best", "reference.safetensors"}
+    for stage in ("main", "times"):
+        found = names_in(checkout / "runs/dates/stages" / stage)
+        assert found <= stage_names - passing
+        assert stage_names - passing - found <= {"model"}
     AutoModelForCausalLM.from_pretrained("out/merged")
 
 
@@ -175,7 +177,9 @@ def test_the_sweep_runs(checkout, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sweep.py", "examples/dates.yaml", "2"])
     runpy.run_path("examples/sweep.py", run_name="__main__")
     assert "{'train.lr': 0.0" in capsys.readouterr().out
-    rates = [load_config(f"runs/sweep/{trial}/stages/main/config.yaml").train.lr for trial in (0, 1)]
+    rates = [
+        load_config(f"runs/sweep/{trial}/stages/main/config.yaml").train.lr for trial in (0, 1)
+    ]
     assert rates[0] != rates[1]
 
 
