@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import records_of, settings
+from helpers import entry_of, records_of, settings, stage_dir, stop_after
 from helpers_export import dense_adapter
 from safetensors.numpy import load_file
 
-from chainlora import inspect_run, train
+from chainlora import inspect_run, make_config, train
 from chainlora.errors import RunError
 from chainlora.runs.records import read_records
 
@@ -32,7 +32,7 @@ def run(tiny_folder, sentiment, tmp_path_factory) -> Path:
 
 def dense(run: Path, link: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
     """ΔW by module and all A, float64, from the files alone."""
-    folder = run / "links" / f"{link:03d}"
+    folder = run / "links" / entry_of(run)["tied"][link]
     tensors = load_file(folder / "adapter_model.safetensors")
     factors = [tensors[name].astype(np.float64) for name in sorted(tensors) if "lora_A" in name]
     return {name: delta.numpy() for name, delta in dense_adapter(folder).items()}, factors
@@ -103,24 +103,27 @@ def test_loss_and_score_are_those_of_the_records(run):
         assert row["scores"] == {"accuracy": knot["accuracy"], "loss": knot["loss"]}
 
 
-def test_a_killed_run_can_be_inspected(run, tmp_path):
+def test_a_killed_run_can_be_inspected(run, tiny_folder, sentiment, tmp_path):
     """Half a last line is what SIGKILL leaves of a record."""
-    there = tmp_path / "run"
-    shutil.copytree(run, there)
-    whole = (there / "metrics.jsonl").read_text()
-    (there / "metrics.jsonl").write_text(whole + '{"event": "step", "st')
-    assert read_records(there / "metrics.jsonl") == [
-        json.loads(line) for line in whole.splitlines()
-    ]
-    assert inspect_run(there)["links"] == inspect_run(run)["links"]
-    (there / "metrics.jsonl").write_text("oh\n" + whole)
-    with pytest.raises(RunError, match=r"metrics.jsonl must be as the run wrote it"):
-        inspect_run(there)
-    for line in ("oh\n", "[]\n", "{}\n"):  # and where no checksum says so
-        (there / "metrics.jsonl").write_text(line + whole)
-        with pytest.raises(RunError, match=r"one JSON object a line \(got .*; remove the broken"):
-            read_records(there / "metrics.jsonl")
-    (there / "metrics.jsonl").unlink()  # and without records there are still the links
+    killed = tmp_path / "run"
+    stop_after(make_config(settings(tiny_folder, sentiment, killed)), 6)
+    metrics = stage_dir(killed) / "metrics.jsonl"
+    whole, before = metrics.read_text(), inspect_run(killed)["links"]
+    metrics.write_text(whole + '{"event": "step", "st')
+    assert read_records(metrics) == [json.loads(line) for line in whole.splitlines()]
+    assert inspect_run(killed)["links"] == before
+    assert [row["link"] for row in before] == [0]
+    for there in (killed, Path(shutil.copytree(run, tmp_path / "finished"))):
+        metrics = stage_dir(there) / "metrics.jsonl"
+        whole = metrics.read_text()
+        metrics.write_text("oh\n" + whole)
+        with pytest.raises(RunError, match=r"metrics.jsonl must be as the run wrote it"):
+            inspect_run(there)
+        for line in ("oh\n", "[]\n", "{}\n"):  # and where no checksum says so
+            metrics.write_text(line + whole)
+            with pytest.raises(RunError, match=r"JSON object a line \(got .*; remove the broken"):
+                read_records(metrics)
+    metrics.unlink()  # and without records there are still the links
     assert [row["loss"] for row in inspect_run(there)["links"]] == [None, None]
 
 

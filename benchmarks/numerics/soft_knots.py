@@ -28,7 +28,8 @@ from chainlora import Chain, LinkConfig, carry_moments, load_model
 from chainlora.chain.adapters import live_factors
 from chainlora.models.finding import resolve_model
 from chainlora.runs.costs import versions
-from chainlora.runs.links import write_link
+from chainlora.runs.history import Base
+from chainlora.runs.links import write_adapter_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARE, LENGTH, ROWS, LR = 0.05, 48, 2, 1e-3
@@ -87,7 +88,7 @@ def measure(name: str, dtype: torch.dtype, steps: int) -> dict[str, Any]:
     link = chain.tie()
     after_tie = loss_of(model, held_out)
     with tempfile.TemporaryDirectory() as folder:
-        write_link(Path(folder), link, name)
+        write_adapter_of(Path(folder), link, Base(model=name, fingerprint=""))
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
     one = 4 * sum(f.a.shape[1] + f.b.shape[0] for f in link.factors.values())  # bytes
     ranks = sorted(f.a.shape[0] for f in link.factors.values())

@@ -180,7 +180,7 @@ _LORA_KEY = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_A\b")
 
 
 def adapted_modules(run: Path) -> frozenset[str]:
-    """Return the names of the modules that the first link of a run adapts."""
+    """Return the names of the modules that the links of a run adapt."""
     files = sorted((run / "links").glob("*/adapter_model.safetensors"))
     if not files:
         return frozenset()

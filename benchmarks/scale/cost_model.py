@@ -261,11 +261,12 @@ def check(folder: Path) -> list[tuple[str, float, float]]:
     )
     with torch.device("meta"):
         large = LlamaForCausalLM(LlamaConfig())  # the defaults are Llama-2-7B's
-    checkpoint = next((folder / "one" / "checkpoints").iterdir())
+    link = next((folder / "one/links").iterdir())
+    checkpoint = next((folder / "one/stages/main/checkpoints").iterdir())
     return [
         ("parameters, 7B", LLAMA_7B.parameters, float(large.num_parameters())),
         ("parameters, small", small.parameters, small_parameters(folder / "model")),
-        ("a link on disk", one.link_file(), size(folder / "one/links/000")),
+        ("a link on disk", one.link_file(), size(link)),
         ("a checkpoint on disk", one.checkpoint(), size(checkpoint)),
         ("read at a knot, one", one.knot_read(), told("one")["read"]),
         ("written at a knot, one", one.knot_written(), told("one")["written"]),

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from chainlora import export_merged
+from chainlora import export_merged, open_run
 
 HERE = Path(__file__).resolve().parent
 WORDS = [f"word{number}" for number in range(200)]
@@ -134,11 +134,11 @@ def compare(folder: Path, name: str) -> dict[str, float]:
 
 def links_of(run: Path) -> dict[str, torch.Tensor]:
     """Return all factors of a run's links."""
-    folders = sorted((run / "links").iterdir())
+    folders = [run / "links" / term.link for term in open_run(run).state.terms]
     assert len(folders) == len(STEPS), f"{run} has {len(folders)} links"
     return {
-        f"{folder.name}/{name}": tensor
-        for folder in folders
+        f"{place}/{name}": tensor
+        for place, folder in enumerate(folders)
         for name, tensor in load_file(folder / "adapter_model.safetensors").items()
     }
 
