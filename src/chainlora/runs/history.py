@@ -216,6 +216,9 @@ class History(Document):
     future: tuple[Name, ...] = ()
 
     @model_validator(mode="after")
+    def _names_what_is_there(self) -> History:
+        return self.checked()
+
     def checked(self) -> History:
         """Return this. Raises ValueError for links and entries that are named and not there;
         parents end earlier."""
