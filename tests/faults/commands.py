@@ -119,7 +119,8 @@ def make_world(folder: Path) -> World:
         "start_data": task | {"validation": rows["validation"]},
         "stages": [{"name": "facts", "data": task | rows | {"num_train": 12, "num_validation": 4}}],
     }
-    rule = {"loss": "dpo", "lr": 1e-3, "accept_links": 0.0, "keep_best": False}
+    rule = {"loss": "dpo", "lr": 1e-3, "accept_links": 0.0}
+    rule |= {"keep_best": False, "select_metric": "loss"}
     pairs = {"name": "taste", "data": pair_files(data), "train": rule}
     return World(folder, tree, pairs | {"chain": {"ranks": [2], "steps": [2], "init": "kaiming"}})
 

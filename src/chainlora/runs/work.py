@@ -248,7 +248,9 @@ class Work:
 
     def tidy(self) -> None:
         """Remove what the training of a stage needed that has ended, where a kill left it."""
-        if not self.writes or not any((self.folder / name).exists() for name in PASSING):
+        has_ended = read_history(self.run).find(self.stage) is not None
+        left = [name for name in PASSING if (self.folder / name).exists()]
+        if not (self.writes and has_ended and left):
             return
         try:
             self._take_lock()
