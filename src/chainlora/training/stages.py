@@ -31,6 +31,7 @@ from chainlora.errors import RunError, StoppedError
 from chainlora.evaluation.stages import stage_matrix
 from chainlora.evaluation.strengths import guard
 from chainlora.models.finding import from_above
+from chainlora.runs.history import read_history
 from chainlora.runs.loading_start import start_at
 from chainlora.runs.locks import refuse_links
 from chainlora.runs.resuming import not_named
@@ -159,8 +160,7 @@ def _first(state: OpenState) -> str | None:
 
 def _judge(run: Path, planned: StagePlan, tell: Listener) -> None:
     """Let the rows of earlier stages choose the strength of a stage, if they are to; publish it."""
-    history = find_state(run).history
-    if planned.stage.tolerance is None or history.find(planned.name) is not None:
+    if planned.stage.tolerance is None or read_history(run).find(planned.name) is not None:
         return
     trained = state_of_draft(run, planned.name)
     if not needs_judgement(trained):
