@@ -139,7 +139,8 @@ def test_the_plain_model_is_guarded_and_its_rows_are_replayed(
     own = shutil.copytree(sentiment, tmp_path / "own")
     tree |= {"start_data": general(own, "train", "validation")}
     tree["train"] |= {"accept_links": 0.0, "save_every": 1}
-    stages = make_stages(tree | {"output": str(tmp_path / "killed")})
+    killed = tmp_path / "killed/run"  # of the same name, from which links are drawn
+    stages = make_stages(tree | {"output": str(killed)})
 
     def stop(event):
         if event.name == "step" and event.step > 3:
@@ -151,10 +152,10 @@ def test_the_plain_model_is_guarded_and_its_rows_are_replayed(
     assert cli(["train", str(tmp_path / "mine.yaml"), "--json"]) in (0, 3)
     (own / "validation.jsonl").unlink()
     train_stages(stages)
-    assert_same_links(tmp_path / "run", tmp_path / "killed")
+    assert_same_links(tmp_path / "run", killed)
     result = json.loads((stage_dir(tmp_path / "run", "run") / "result.json").read_text())
     assert result["data"]["train"]["replayed"] == 32
-    (one,), (other,) = (open_run(tmp_path / n).strengths.values() for n in ("run", "killed"))
+    (one,), (other,) = (open_run(run).strengths.values() for run in (tmp_path / "run", killed))
     assert one == other < 1
     found = stage_matrix(tmp_path / "run")
     assert found.stages == ["start", "run"]

@@ -193,13 +193,12 @@ def test_killed_and_run_again_by_processes(tiny_folder, sentiment, tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     runner = subprocess.Popen([sys.executable, "-c", code, str(path), str(out)], env=environment)
     deadline = time.monotonic() + 300
-    while (
-        not list(out.glob("cells/*/run/stages/main/checkpoints/*")) and time.monotonic() < deadline
-    ):
+    saved = "cells/*/run/stages/main/checkpoints"
+    while not list(out.glob(f"{saved}/*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     runner.send_signal(signal.SIGKILL)
     runner.wait()
-    half = [path.parents[2] for path in out.glob("cells/*/run/stages/main/checkpoints")]
+    half = [path.parents[2] for path in out.glob(saved)]
     assert half
     assert not list(out.glob("cells/*/result.json"))
     outcome = run_cells(load_experiment(path), out, backend="inline")

@@ -132,10 +132,8 @@ def test_ctrl_c_says_that_the_same_command_resumes(tiny_folder, sentiment, tmp_p
     )
     try:
         deadline = time.monotonic() + 300
-        while (
-            not list(out.glob("cells/*/run/stages/main/metrics.jsonl"))
-            and time.monotonic() < deadline
-        ):
+        records = "cells/*/run/stages/main/metrics.jsonl"
+        while not list(out.glob(records)) and time.monotonic() < deadline:
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the workers too
         _, said = process.communicate(timeout=60)

@@ -77,10 +77,7 @@ def compare(
     Raises RunError for another config, or other content.
     """
     before, entry = begun.config(), _entry(begun)
-    if before.start is not None and now.start is None:
-        rule = "`start` must be what the run began on"
-        got = f"none, and {before.start} for {begun.run}"
-        raise RunError(rule, got, f"add start: {before.start}, or choose another output")
+    need_start(before, now)
     _compare_start_rows(begun, before, now)
     old, new = _science(before), _science(now)
     differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
@@ -101,6 +98,14 @@ def compare(
         return []
     step = begun.draft.position.step
     return [Change(key=key, before=old[key], after=new[key], step=step) for key in differing]
+
+
+def need_start(before: RunConfig, now: RunConfig) -> None:
+    """Raise RunError where a config leaves out the `start` that its run began on."""
+    if before.start is not None and now.start is None:
+        rule = "`start` must be what the run began on"
+        got = f"none, and {before.start} for {now.output}"
+        raise RunError(rule, got, f"add start: {before.start}, or choose another output")
 
 
 def _entry(begun: OpenState) -> Entry:

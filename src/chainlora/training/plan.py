@@ -31,7 +31,13 @@ from chainlora.models.text_config import context_length
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import MAIN, START, History, exists_in, read_history
 from chainlora.runs.loading_start import load_start, start_at
-from chainlora.runs.resuming import check_plugins, compare, refuse_if_other, refuse_if_taken
+from chainlora.runs.resuming import (
+    check_plugins,
+    compare,
+    need_start,
+    refuse_if_other,
+    refuse_if_taken,
+)
 from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.state import OpenState, state_at, state_of_draft
 from chainlora.training.objectives import check_names
@@ -117,6 +123,7 @@ def _need_order(run: Path, history: History, stages: Sequence[Stage]) -> None:
         known = known[: len(names)]
     for place, name in enumerate(known):
         if names[place : place + 1] != [name]:
+            need_start(state_at(run, history, known[0]).config(), stages[0].config)
             got = names[place] if place < len(names) else "none"
             raise RunError(
                 f"the stages of a run must be those that it has, in their order (got {got} for "

@@ -161,8 +161,7 @@ def _first(state: OpenState) -> str | None:
 
 def _judge(run: Path, planned: StagePlan, tell: Listener) -> None:
     """Let the rows of earlier stages choose the strength of a stage, if they are to; publish it."""
-    is_ended = read_history(run).find(planned.name) is not None
-    if planned.stage.tolerance is None or is_ended:
+    if planned.stage.tolerance is None or read_history(run).find(planned.name) is not None:
         return
     trained = state_of_draft(run, planned.name)
     if not needs_judgement(trained):
