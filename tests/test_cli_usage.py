@@ -19,7 +19,8 @@ from chainlora.cli.main import run
 def test_help_and_version(chainlora):
     shown = chainlora("--help")
     assert shown.status == 0
-    for verb in ("demo", "train", "eval", "generate", "chat", "inspect", "export", "tasks"):
+    verbs = ("demo", "train", "extend", "mix", "log", "undo", "redo", "prune", "eval", "generate")
+    for verb in (*verbs, "chat", "inspect", "export", "tasks"):
         assert f"\n  {verb} " in shown.out
         assert chainlora(f"{verb} -h").out == chainlora(f"{verb} --help").out
     assert "[default: 127.0.0.1]" in chainlora("board --help").out

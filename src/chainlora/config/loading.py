@@ -84,8 +84,8 @@ def read_tree(path: str | Path, what: str = "config file") -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:  # a ValueError: a NUL or half a surrogate in the path
         remedy = "check the path"
-        if len(found := list(path.glob("stages/*/config.yaml"))) == 1:
-            remedy = f"that of a run: chainlora train {found[0]}"
+        if os.path.isfile(own := path / "stages/main/config.yaml"):
+            remedy = f"that of a run: chainlora train {own}"
         got = f"{path}: {getattr(error, 'strerror', error)}"
         raise ConfigError(f"{what} must be readable", got, remedy) from None
     except yaml.YAMLError as error:
