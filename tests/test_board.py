@@ -101,6 +101,8 @@ def test_a_mix_is_saved_and_exported_as_by_command(run, tmp_path):
     with pytest.raises(ConfigError, match=r"whole stages \(got link 2 of hills off\)"):
         desk.save(Mix(mix.strengths, frozenset({2})))
     desk.save(Mix({"birds": 1.0, "hills": 0.0}, frozenset({2})))  # its whole stage is off
+    desk.save(Mix({"birds": 1.0, "hills": 1.0}))
+    assert open_run(run).entry.key == "hills"  # as trained: that entry again, and no mix
 
 
 def test_links_that_are_no_sum_are_on_or_off(tiny_folder, sentiment, tmp_path):

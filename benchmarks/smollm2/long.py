@@ -210,8 +210,8 @@ class States:
 
 def finish_with_others(rows: Path, file: Path, run: Run) -> TrainResult:
     """Score the result on other texts as well, and add a line to `file`."""
-    assert run.directory is not None
-    found: dict[str, Any] = {"cell": run.directory.path.parent.name}
+    assert run.work is not None
+    found: dict[str, Any] = {"cell": run.work.run.parent.name}
     for path in sorted(rows.glob("other_*.jsonl")):
         data = run.config.data.model_copy(update={"test": str(path), "num_test": OTHER_ROWS})
         examples = prepare_splits(

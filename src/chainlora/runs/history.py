@@ -279,7 +279,11 @@ class History(Document):
         Where an entry that the head was computed from is that state already, the head moves there.
         """
         reads = tuple(reads)
-        same = (e for e in self.lineage(self.head) if e.state == state and e.reads == reads)
+        same = (
+            e
+            for e in self.lineage(self.head)
+            if e.state == state and (e.reads == reads or (e.kind != "mix" and not reads))
+        )
         if (known := next(same, None)) is not None or (not reads and state == self.empty):
             key = known.key if known is not None else BASE
             return self if key == self.head else self.moved(key)
