@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import settings
 from helpers_cli import Outcome
 
-from chainlora.runs.changes import log
+from chainlora.runs.changes import log, undo
 from chainlora.runs.state import OpenState, open_run
+from chainlora.training.stages import extension, train_stages
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +106,17 @@ def test_nothing_is_lost_but_by_prune(run, chainlora):
         for name in before:
             assert open_run(f"{run}@{name}").verify().state.digest == before[name]
     assert chainlora(f"undo {run} --to law").status == 0
+
+
+def test_a_stage_that_ends_while_the_run_was_changed_is_published_beside_it(run, chainlora, caplog):
+    section = {"name": "late", **json.loads((run.parent / "law.yaml").read_text())}
+    assert chainlora(f"undo {run} --to law").status == 0
+
+    def meanwhile(event: Any) -> None:
+        if event.name == "step":
+            undo(run, to="main")
+
+    train_stages(extension(run, section), listener=meanwhile)
+    assert f"to take the stage: chainlora undo {run} --to late" in caplog.text
+    assert open_run(run).entry.key == "main"
+    assert open_run(f"{run}@late").stages == ["main", "law", "late"]

@@ -216,12 +216,13 @@ class History(Document):
     future: tuple[Name, ...] = ()
 
     @model_validator(mode="after")
-    def _names_what_is_there(self) -> History:
-        return self.checked()
+    def _checked(self) -> History:
+        self.need_names()
+        return self
 
-    def checked(self) -> History:
-        """Return this. Raises ValueError for links and entries that are named and not there;
-        parents end earlier."""
+    def need_names(self) -> None:
+        """Raise ValueError for links and entries that are named and not there; parents end
+        earlier."""
         known = {BASE}
         for entry in self.entries:
             links = {*entry.tied, *(term.link for term in entry.state.terms)} - self.links.keys()
@@ -230,7 +231,6 @@ class History(Document):
             known.add(entry.key)
         if wrong := [*({self.head, self.origin, *self.past, *self.future} - known)]:
             raise ValueError(f"{wrong[0]} must be an entry")
-        return self
 
     def find(self, key: str) -> Entry | None:
         """Return the entry of a key, None where there is none."""

@@ -467,8 +467,9 @@ def state_at(run: Path, history: History, name: str | None = None) -> OpenState:
 def state_of_draft(run: Path, stage: str, history: History | None = None) -> OpenState:
     """Return what a stage that is trained has tied so far."""
     history, draft = history or read_history(run), read_draft(run, stage)
+    grown = history.published(draft.entry, draft.links)
     try:
-        grown = history.published(draft.entry, draft.links).checked()
+        grown.need_names()
     except ValueError as error:
         raise RunError(f"{DRAFT} must be of its run", f"{error} in {run}", DAMAGED) from None
     return OpenState(run, grown, draft.entry.state, draft.entry, draft)
