@@ -1,23 +1,31 @@
-"""From a source of rows to `Rows`: in memory while they are few, else in a store that is kept.
+"""Encode a source of rows: in memory while they are few, else into a cached table.
 
-A store is kept in the cache folder under the hash of all that decides what is in it: the content of
-the source, the tokenizer and its chat template, the task or format and its options, the versions of
-the libraries that encode, and the source code of this room. So a store is never out of date; one
-that nobody wants any more can be deleted at any time.
+`datasets` builds the table, in worker processes. It is kept in the cache folder under the hash of
+all that decides its content: the bytes of the source, the tokenizer and its chat template, the task
+or format and its options, the versions of the libraries that encode, and the code of this package.
+So a table is never out of date, and can be deleted at any time. A row of the table is a chunk of
+rows, as the arrays of `chainlora.data.rows.flatten`, with their counts and digests.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import os
+import signal
+import sys
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import asdict, replace
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import tokenizers
 import transformers
 from filelock import FileLock
@@ -28,18 +36,8 @@ from chainlora.data.encoding import Options, RowEncoder, detect_format, make_row
 from chainlora.data.encoding.fitting import Counts
 from chainlora.data.encoding.translated import FIELDS as TRANSLATED
 from chainlora.data.examples import Example
-from chainlora.data.parallel import map_in_processes, num_workers
-from chainlora.data.rows import COUNTED, MemoryRows, Rows, RowsSummary
+from chainlora.data.rows import COUNTED, MemoryRows, Rows, RowsSummary, StoredRows, flatten, joined
 from chainlora.data.sources import Chunk, Source
-from chainlora.data.store import (
-    Arrays,
-    StoredRows,
-    finish_store,
-    flatten,
-    mapped,
-    open_store,
-    write_arrays,
-)
 from chainlora.data.tasks import Task
 from chainlora.errors import DataError, FileError
 from chainlora.files import is_scratch, make_folder, remove, replaced_folder
@@ -48,6 +46,8 @@ from chainlora.models.hashing import cache_dir
 IN_MEMORY = 2000
 """Rows up to which nothing is stored: they take a few MB and a fraction of a second."""
 _CHUNK = 500  # rows encoded at a time: they keep a worker busy for some hundredths of a second
+_MOST_WORKERS = 16
+_ARRAYS = ("tokens", "lines", "ends")  # of `flatten`
 
 EncodingProgress = Callable[[int, float], None]
 """Told (rows encoded so far, share of the source in 0…1) now and then."""
@@ -76,13 +76,14 @@ def make_rows(
             raise DataError(str(error)) from None
     encode = make_row_encoder(kind, tokenizer, options)
     recognised = str(kind) if task == "auto" and kind in TRANSLATED else ""
+    state = source.state()
     rows: Rows
     if len(head) <= IN_MEMORY // _CHUNK:
         rows = _encode_in_memory(head, encode)
     else:
-        content = source.identity()
-        folder = cache_dir() / "rows" / _key([content, source.fields], tokenizer, kind, options)
-        rows = open_store(folder) or _built(folder, source, content, encode, progress)
+        key = _key([source.identity(), source.fields], tokenizer, kind, options)
+        folder = cache_dir() / "rows" / key
+        rows = _find(folder) or _build(folder, source, state, encode, progress)
     rows.summary = replace(rows.summary, recognised=recognised)
     return rows
 
@@ -100,67 +101,197 @@ def _encode_in_memory(chunks: Sequence[Chunk], encode: RowEncoder) -> MemoryRows
     return rows
 
 
-def _built(
-    folder: Path,
-    source: Source,
-    content: str,
-    encode: RowEncoder,
-    progress: EncodingProgress | None,
-) -> StoredRows:
-    """Return the store that this process builds, or another that was faster.
-
-    The rows are read from the beginning, and must be of the `content` that the store is named by.
-    They go into a scratch folder that becomes the store at the end: it is whole or not there.
-    """
-    counts, digest = Counts(), hashlib.sha256()
-
-    def work(chunk: Chunk) -> tuple[Arrays, Counts, bytes, float]:
-        encoded = encode(chunk.rows())
-        return flatten(encoded.examples), encoded.counts, encoded.digests, chunk.share
-
-    def arrays() -> Generator[Arrays, None, None]:
-        with closing(map_in_processes(work, source.chunks(_CHUNK), num_workers())) as parts:
-            for part, found, digests, share in parts:
-                counts.add(found)
-                digest.update(digests)
-                if progress is not None:
-                    progress(counts.rows, share)
-                yield part
-
-    with _one_writer(folder):
-        if (found := open_store(folder)) is not None:
-            return found
-        with replaced_folder(folder) as scratch, closing(arrays()) as parts:
-            with _unchanged(source, content):
-                examples, tokens = write_arrays(scratch, parts)
-                counts.refuse_too_long(encode.fit.max_length)
-            summary = _summary(counts, examples, tokens, digest.hexdigest())
-            finish_store(scratch, summary)
-        return mapped(folder, summary)
-
-
 def _summary(counts: Counts, examples: int, tokens: int, digest: str) -> RowsSummary:
     found = {name: getattr(counts, name) for name in COUNTED}
     unread = tuple(counts.unread)
     return RowsSummary(examples=examples, tokens=tokens, unread=unread, digest=digest, **found)
 
 
+# --- the table ---
+
+
+def _open(folder: Path, max_length: int | None) -> Rows:
+    """Map a table into memory. Raises OSError, ValueError or KeyError where none is whole.
+
+    Raises DataError for rows that are too long.
+    """
+    import pyarrow
+
+    counts, digest, parts, num_chunks = Counts(), hashlib.sha256(), list[StoredRows](), -1
+    for path in sorted(folder.glob("*.arrow")):
+        for batch in pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))):
+            for row in map(batch.slice, range(len(batch)), repeat(1)):
+                lists = {name: row[name][0].values for name in _ARRAYS}
+                parts.append(StoredRows({k: np.from_dlpack(each) for k, each in lists.items()}))
+                counts.add(Counts(**json.loads(row["counts"][0].as_py())))
+                digest.update(row["digests"][0].as_buffer())
+                num_chunks = row["num_chunks"][0].as_py()
+    if len(parts) != num_chunks:
+        raise ValueError(f"{len(parts)} of {num_chunks} chunks")
+    counts.refuse_too_long(max_length)
+    rows = joined(parts)
+    rows.summary = _summary(counts, len(rows), int(rows.lengths.sum()), digest.hexdigest())
+    return rows
+
+
+def _find(folder: Path) -> Rows | None:
+    """Return the rows of a finished table, or None where there is none or it cannot be read."""
+    try:
+        return _open(folder, None)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _build(
+    folder: Path,
+    source: Source,
+    state: object,
+    encode: RowEncoder,
+    progress: EncodingProgress | None,
+) -> Rows:
+    """Return the rows of a table that this process builds, or another that was faster.
+
+    It is built in a scratch folder, which is renamed at the end. Raises DataError where the source
+    is not in `state` any more, as its rows would be kept under the hash of other ones.
+    """
+    with _one_writer(folder):
+        if (found := _find(folder)) is not None:
+            return found
+        with replaced_folder(folder) as scratch:
+            try:
+                _write_table(scratch, source, encode, progress)
+                _open(scratch, encode.fit.max_length)
+            finally:
+                if source.state() != state:
+                    raise DataError(
+                        "a data file must stay as it is while its rows are tokenised",
+                        f"another size or time of {source}",
+                        "start again when nothing writes to it",
+                    )
+        return _open(folder, None)
+
+
+@dataclass
+class _Job:
+    """The rows that forked workers encode, each consecutive chunks of `source`."""
+
+    source: Source
+    encode: RowEncoder
+    folder: Path
+    num_chunks: int
+    chunks: Iterator[Chunk] | None = None
+
+    def __call__(self, number: int, rank: int) -> dict[str, list[Any]]:
+        """Return a chunk as a row of the table; a worker stops when one of lower rank failed.
+
+        `datasets` waits for all workers, and raises the error of the lowest rank.
+        """
+        if any((self.folder / f"{lower}.failed").exists() for lower in range(rank)):
+            raise DataError("a row before must be correct")
+        try:
+            if self.chunks is None:
+                self.chunks = self.source.chunks(_CHUNK, number * _CHUNK)
+            encoded = self.encode(next(self.chunks).rows())
+        except Exception:
+            (self.folder / f"{rank}.failed").touch()
+            raise
+        arrays = flatten(encoded.examples)
+        return {name: [arrays[name].reshape(-1)] for name in _ARRAYS} | {
+            "counts": [json.dumps(asdict(encoded.counts))],
+            "digests": [encoded.digests],
+            "num_chunks": [self.num_chunks],
+        }
+
+
+_job: _Job | None = None  # workers are forked with it: no copy for each
+_building = threading.Lock()  # of `_job`
+
+
+def _encode_chunk(numbers: list[int], rank: int | None) -> dict[str, list[Any]]:
+    assert _job is not None
+    return _job(numbers[0], rank or 0)
+
+
+def _write_table(
+    folder: Path, source: Source, encode: RowEncoder, progress: EncodingProgress | None
+) -> None:
+    import multiprocess
+    from datasets import Dataset
+
+    global _job
+    num_rows = source.num_rows()
+    num_chunks = -(-num_rows // _CHUNK)
+    workers = min(_MOST_WORKERS, num_cores(), num_chunks)
+    if multiprocess.get_start_method() != "fork":  # Windows, macOS
+        workers = 1
+    with _building, _progress_of_datasets(num_rows, progress):
+        _job = _Job(source, encode, folder, num_chunks)
+        try:
+            Dataset.from_dict({"chunk": list(range(num_chunks))}).map(
+                _encode_chunk,
+                input_columns="chunk",
+                remove_columns="chunk",
+                batched=True,
+                batch_size=1,
+                with_rank=True,
+                num_proc=workers if workers > 1 else None,
+                cache_file_name=str(folder / "rows.arrow"),
+                new_fingerprint=folder.name[:32],
+            )
+        except Exception as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # lost by the pool of `datasets`
+                raise KeyboardInterrupt from None
+            raise
+        finally:
+            _job = None
+
+
 @contextmanager
-def _unchanged(source: Source, content: str) -> Iterator[None]:
-    """Raise DataError where a source has changed meanwhile, whatever its rows were refused for."""
-    refused = None
+def _progress_of_datasets(num_rows: int, progress: EncodingProgress | None) -> Iterator[None]:
+    """Call `progress` in place of the progress bar of `datasets`."""
+    from datasets.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+        tqdm,
+    )
+
+    done, update, was_disabled = 0, tqdm.update, are_progress_bars_disabled()
+
+    def tell(bar: object, chunks: int) -> None:
+        nonlocal done
+        done += chunks
+        if chunks and progress is not None:
+            rows = min(done * _CHUNK, num_rows)
+            progress(rows, rows / num_rows)
+
+    disable_progress_bars()
+    tqdm.update = tell
     try:
         yield
-    except DataError as error:
-        refused = error
-    if source.identity() != content:
-        raise DataError(
-            "a data file must stay as it is while its rows are tokenised",
-            f"other bytes in {source} than a moment before",
-            "start again when nothing writes to it",
-        ) from refused
-    if refused is not None:
-        raise refused
+    finally:
+        tqdm.update = update
+        if not was_disabled:
+            enable_progress_bars()
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+if sys.platform == "linux":
+    _prctl = ctypes.CDLL(None).prctl
+
+    def _begin_worker() -> None:
+        """Let workers end with their parent, even a killed one, and by it alone on Ctrl-C."""
+        if _building.locked():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            _prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+    os.register_at_fork(after_in_child=_begin_worker)
 
 
 # --- the cache ---
