@@ -19,7 +19,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import islice, repeat
 from pathlib import Path
@@ -180,6 +180,7 @@ class _Job:
     folder: Path
     num_chunks: int
     chunks: Iterator[Chunk] | None = None
+    thread: int = field(default_factory=threading.get_ident)  # that forks them
 
     def __call__(self, number: int, rank: int) -> dict[str, list[Any]]:
         """Return a chunk as a row of the table; a worker stops when one of lower rank failed.
@@ -221,7 +222,7 @@ def _write_table(
     global _job
     num_rows = source.num_rows()
     num_chunks = -(-num_rows // _CHUNK)
-    workers = min(_MOST_WORKERS, num_cores(), num_chunks)
+    workers = min(_MOST_WORKERS, _num_cores(), num_chunks)
     if multiprocess.get_start_method() != "fork":  # Windows, macOS
         workers = 1
     with _building, _progress_of_datasets(num_rows, progress):
@@ -236,7 +237,7 @@ def _write_table(
                 with_rank=True,
                 num_proc=workers if workers > 1 else None,
                 cache_file_name=str(folder / "rows.arrow"),
-                new_fingerprint=folder.name[:32],
+                new_fingerprint=folder.name[:32],  # its key: no hash of a function
             )
         except Exception as error:
             if isinstance(error.__context__, KeyboardInterrupt):  # lost by the pool of `datasets`
@@ -275,7 +276,7 @@ def _progress_of_datasets(num_rows: int, progress: EncodingProgress | None) -> I
             enable_progress_bars()
 
 
-def num_cores() -> int:
+def _num_cores() -> int:
     """Return how many cores this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
@@ -286,7 +287,7 @@ if sys.platform == "linux":
 
     def _begin_worker() -> None:
         """Let workers end with their parent, even a killed one, and by it alone on Ctrl-C."""
-        if _building.locked():
+        if _job is not None and _job.thread == threading.get_ident():
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             _prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
