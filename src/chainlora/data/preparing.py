@@ -4,7 +4,8 @@
 all that decides its content: the bytes of the source, the tokenizer and its chat template, the task
 or format and its options, the versions of the libraries that encode, and the code of this package.
 So a table is never out of date, and can be deleted at any time. A row of the table is a chunk of
-rows, as the arrays of `chainlora.data.rows.flatten`, with their counts and digests.
+rows, as the arrays of `chainlora.data.rows.flatten`, with their counts and digests;
+``summary.json`` beside it is the summary of all.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -19,9 +21,10 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import islice, repeat
+from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,11 @@ from chainlora.models.hashing import cache_dir
 IN_MEMORY = 2000
 """Rows up to which nothing is stored: they take a few MB and a fraction of a second."""
 _CHUNK = 500  # rows encoded at a time: they keep a worker busy for some hundredths of a second
+_BATCH = 8
+"""Chunks in a batch of the table. Each column of a batch is in one place of the file, so that what
+ends the rows is read without the pages of the rows."""
 _MOST_WORKERS = 16
+_SUMMARY = "summary.json"
 _ARRAYS = ("tokens", "lines", "ends")  # of `flatten`
 
 EncodingProgress = Callable[[int, float], None]
@@ -110,36 +117,41 @@ def _summary(counts: Counts, examples: int, tokens: int, digest: str) -> RowsSum
 # --- the table ---
 
 
-def _open(folder: Path, max_length: int | None) -> Rows:
-    """Map a table into memory. Raises OSError, ValueError or KeyError where none is whole.
-
-    Raises DataError for rows that are too long.
-    """
+def _find(folder: Path) -> Rows | None:
+    """Return the rows of a table, mapped into memory, or None where none is whole."""
     import pyarrow
 
-    counts, digest, parts, num_chunks = Counts(), hashlib.sha256(), list[StoredRows](), -1
-    for path in sorted(folder.glob("*.arrow")):
-        for batch in pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))):
-            for row in map(batch.slice, range(len(batch)), repeat(1)):
-                lists = {name: row[name][0].values for name in _ARRAYS}
-                parts.append(StoredRows({k: np.from_dlpack(each) for k, each in lists.items()}))
-                counts.add(Counts(**json.loads(row["counts"][0].as_py())))
-                digest.update(row["digests"][0].as_buffer())
-                num_chunks = row["num_chunks"][0].as_py()
-    if len(parts) != num_chunks:
-        raise ValueError(f"{len(parts)} of {num_chunks} chunks")
-    counts.refuse_too_long(max_length)
-    rows = joined(parts)
-    rows.summary = _summary(counts, len(rows), int(rows.lengths.sum()), digest.hexdigest())
-    return rows
-
-
-def _find(folder: Path) -> Rows | None:
-    """Return the rows of a finished table, or None where there is none or it cannot be read."""
     try:
-        return _open(folder, None)
-    except (OSError, ValueError, KeyError):
+        kept = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
+        parts = [
+            StoredRows({name: np.from_dlpack(batch[name][row].values) for name in _ARRAYS})
+            for path in sorted(folder.glob("*.arrow"))
+            for batch in pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
+            for row in range(len(batch))
+        ]
+        summary = RowsSummary(**kept | {"unread": tuple(kept["unread"])})
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    rows = joined(parts)
+    rows.summary = summary
+    return rows if len(rows) == summary.examples else None
+
+
+def _summarise(folder: Path, max_length: int | None) -> RowsSummary:
+    """Return the summary of a table just written. Raises DataError for rows that are too long."""
+    import pyarrow
+
+    counts, digest, examples, tokens = Counts(), hashlib.sha256(), 0, 0
+    for path in sorted(folder.glob("*.arrow")):
+        with pyarrow.OSFile(str(path)) as file:
+            for batch in pyarrow.ipc.open_stream(file):
+                for said, digests in zip(batch["counts"], batch["digests"], strict=True):
+                    found, *sizes = json.loads(said.as_py())
+                    counts.add(Counts(**found))
+                    digest.update(digests.as_py())
+                    examples, tokens = examples + sizes[0], tokens + sizes[1]
+    counts.refuse_too_long(max_length)
+    return _summary(counts, examples, tokens, digest.hexdigest())
 
 
 def _build(
@@ -160,7 +172,7 @@ def _build(
         with replaced_folder(folder) as scratch:
             try:
                 _write_table(scratch, source, encode, progress)
-                _open(scratch, encode.fit.max_length)
+                summary = _summarise(scratch, encode.fit.max_length)
             finally:
                 if source.state() != state:
                     raise DataError(
@@ -168,131 +180,152 @@ def _build(
                         f"another size or time of {source}",
                         "start again when nothing writes to it",
                     )
-        return _open(folder, None)
+            (scratch / _SUMMARY).write_text(json.dumps(asdict(summary)), encoding="utf-8")
+        built = _find(folder)
+        assert built is not None
+        return built
+
+
+# --- processes ---
 
 
 @dataclass
 class _Job:
-    """The rows that forked workers encode, each consecutive chunks of `source`."""
+    """What forked workers encode, each consecutive chunks of `source`; they `tell` how many."""
 
     source: Source
     encode: RowEncoder
     folder: Path
     num_chunks: int
+    workers: int
+    tell: Callable[[int], object]
     chunks: Iterator[Chunk] | None = None
-    thread: int = field(default_factory=threading.get_ident)  # that forks them
 
-    def __call__(self, number: int, rank: int) -> dict[str, list[Any]]:
-        """Return a chunk as a row of the table; a worker stops when one of lower rank failed.
+    def __call__(self, numbers: Sequence[int], rank: int) -> dict[str, list[Any]]:
+        """Return chunks as rows of the table; a worker stops when one of lower rank failed.
 
         `datasets` waits for all workers, and raises the error of the lowest rank.
         """
         if any((self.folder / f"{lower}.failed").exists() for lower in range(rank)):
             raise DataError("a row before must be correct")
         try:
-            if self.chunks is None:
-                self.chunks = self.source.chunks(_CHUNK, number * _CHUNK)
-            encoded = self.encode(next(self.chunks).rows())
+            columns = self._columns(numbers)
         except Exception:
             (self.folder / f"{rank}.failed").touch()
             raise
-        arrays = flatten(encoded.examples)
-        return {name: [arrays[name].reshape(-1)] for name in _ARRAYS} | {
-            "counts": [json.dumps(asdict(encoded.counts))],
-            "digests": [encoded.digests],
-            "num_chunks": [self.num_chunks],
-        }
+        self.tell(len(numbers))
+        return columns
+
+    def _columns(self, numbers: Sequence[int]) -> dict[str, list[Any]]:
+        if self.chunks is None:
+            self.chunks = self.source.chunks(_CHUNK, numbers[0] * _CHUNK)
+        columns: dict[str, list[Any]] = {name: [] for name in (*_ARRAYS, "counts", "digests")}
+        for chunk in islice(self.chunks, len(numbers)):
+            encoded = self.encode(chunk.rows())
+            arrays = flatten(encoded.examples)
+            for name in _ARRAYS:
+                columns[name].append(arrays[name].reshape(-1))
+            sizes = len(arrays["ends"]), len(arrays["tokens"])
+            columns["counts"].append(json.dumps([asdict(encoded.counts), *sizes]))
+            columns["digests"].append(encoded.digests)
+        return columns
 
 
 _job: _Job | None = None  # workers are forked with it: no copy for each
-_building = threading.Lock()  # of `_job`
 
 
-def _encode_chunk(numbers: list[int], rank: int | None) -> dict[str, list[Any]]:
+def _encode_chunks(numbers: Sequence[int], rank: int | None) -> dict[str, list[Any]]:
     assert _job is not None
-    return _job(numbers[0], rank or 0)
+    return _job(numbers, rank or 0)
+
+
+def _map_chunks(job: _Job) -> None:
+    """Write the table of a job."""
+    from datasets import Dataset, disable_progress_bars
+
+    global _job
+    _job = job
+    disable_progress_bars()
+    Dataset.from_dict({"chunk": list(range(job.num_chunks))}).map(
+        _encode_chunks,
+        input_columns="chunk",
+        remove_columns="chunk",
+        batched=True,
+        batch_size=_BATCH,
+        with_rank=True,
+        num_proc=job.workers if job.workers > 1 else None,
+        cache_file_name=str(job.folder / "rows.arrow"),
+        new_fingerprint=job.folder.name[:32],  # its key: no hash of a function
+    )
+    _job = None
 
 
 def _write_table(
     folder: Path, source: Source, encode: RowEncoder, progress: EncodingProgress | None
 ) -> None:
-    import multiprocess
-    from datasets import Dataset
+    """Write a table in forked processes, or in this one where there is no fork (Windows, macOS).
 
-    global _job
-    num_rows = source.num_rows()
+    The pool of `datasets` has a process of its own, because it can hang when it is interrupted, and
+    leaves its workers when it is killed.
+    """
+    num_rows, done = source.num_rows(), 0
     num_chunks = -(-num_rows // _CHUNK)
-    workers = min(_MOST_WORKERS, _num_cores(), num_chunks)
-    if multiprocess.get_start_method() != "fork":  # Windows, macOS
-        workers = 1
-    with _building, _progress_of_datasets(num_rows, progress):
-        _job = _Job(source, encode, folder, num_chunks)
-        try:
-            Dataset.from_dict({"chunk": list(range(num_chunks))}).map(
-                _encode_chunk,
-                input_columns="chunk",
-                remove_columns="chunk",
-                batched=True,
-                batch_size=1,
-                with_rank=True,
-                num_proc=workers if workers > 1 else None,
-                cache_file_name=str(folder / "rows.arrow"),
-                new_fingerprint=folder.name[:32],  # its key: no hash of a function
-            )
-        except Exception as error:
-            if isinstance(error.__context__, KeyboardInterrupt):  # lost by the pool of `datasets`
-                raise KeyboardInterrupt from None
-            raise
-        finally:
-            _job = None
 
-
-@contextmanager
-def _progress_of_datasets(num_rows: int, progress: EncodingProgress | None) -> Iterator[None]:
-    """Call `progress` in place of the progress bar of `datasets`."""
-    from datasets.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-        tqdm,
-    )
-
-    done, update, was_disabled = 0, tqdm.update, are_progress_bars_disabled()
-
-    def tell(bar: object, chunks: int) -> None:
+    def tell(chunks: int) -> None:
         nonlocal done
         done += chunks
-        if chunks and progress is not None:
+        if progress is not None:
             rows = min(done * _CHUNK, num_rows)
             progress(rows, rows / num_rows)
 
-    disable_progress_bars()
-    tqdm.update = tell
+    job = _Job(source, encode, folder, num_chunks, min(_num_cores(), num_chunks), tell)
+    if sys.platform != "linux":
+        job.workers = 1
+        _map_chunks(job)
+        return
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    job.tell = sender.send
+    process = fork.Process(target=_run_job, args=(job, sender))
+    process.start()
+    sender.close()
     try:
-        yield
+        while (message := receiver.recv()) is not None:
+            if isinstance(message, Exception):
+                raise message
+            tell(message)
+    except EOFError:
+        raise DataError(
+            "the processes that encode rows must live to the end (got one that was killed, as a "
+            "machine short of memory does); free some memory and try again"
+        ) from None
     finally:
-        tqdm.update = update
-        if not was_disabled:
-            enable_progress_bars()
+        process.kill()
+        process.join()
+
+
+def _run_job(job: _Job, sender: Connection) -> None:
+    """Send the chunks that are done, and at the end an error or None."""
+    _end_with_parent()
+    os.register_at_fork(after_in_child=_end_with_parent)
+    try:
+        _map_chunks(job)
+        sender.send(None)
+    except Exception as error:
+        sender.send(error)
+
+
+def _end_with_parent() -> None:
+    """Let Linux kill this process when its parent ends; on Ctrl-C the first parent does that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if threading.current_thread() is threading.main_thread():
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _num_cores() -> int:
-    """Return how many cores this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-if sys.platform == "linux":
-    _prctl = ctypes.CDLL(None).prctl
-
-    def _begin_worker() -> None:
-        """Let workers end with their parent, even a killed one, and by it alone on Ctrl-C."""
-        if _job is not None and _job.thread == threading.get_ident():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            _prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-    os.register_at_fork(after_in_child=_begin_worker)
+    return min(_MOST_WORKERS, len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
 # --- the cache ---

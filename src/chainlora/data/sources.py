@@ -89,11 +89,11 @@ class Source(ABC):
         """Return a name of the content: equal for equal rows, different for others."""
 
     def state(self) -> object:
-        """Return a value that changes when the content does, where that can be told quickly."""
+        """Return a value that changes with the content and costs nothing, None if there is none."""
         return None
 
     def num_rows(self) -> int:
-        """Return the number of rows. May read all of them, but parses none."""
+        """Return the number of rows. May read all of them."""
         return sum(1 for _ in self._records())
 
     def chunks(self, size: int = _CHUNK, first: int = 0) -> Iterator[Chunk]:
@@ -132,7 +132,9 @@ class FileSource(Source):
 
     path: Path
     # State and records of a `.json` file: it is parsed whole, so once for all workers.
-    _parsed: tuple[object, list[Record]] | None = field(default=None, init=False, repr=False)
+    _parsed: tuple[object, list[Record]] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     def __str__(self) -> str:
         return str(self.path)
