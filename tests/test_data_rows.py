@@ -285,16 +285,13 @@ def test_a_killed_builder_leaves_no_store_and_no_worker(cache, tmp_path, tiny_fo
     path = write_rows(tmp_path / "rows.jsonl", some_rows("text", 6000))
     process = start(tiny_folder, path)
     assert process.stdout.readline().startswith("encoded")
-    workers = children_of(process.pid)
+    (first,) = children_of(process.pid)
+    workers = [first, *children_of(first)]
     process.send_signal(signal.SIGKILL)
     process.wait()
     (beside,) = stores(cache)
     assert beside.name.endswith(".new")
-    for _ in range(200):  # at most 10 s; a worker sees its parent's end at once
-        if not any(map(is_alive, workers)):
-            break
-        time.sleep(0.05)
-    assert not any(map(is_alive, workers))
+    assert wait_for_end(workers)
     process = start(tiny_folder, path)
     assert process.communicate()[0].splitlines()[-1].startswith("done 6000 ")
     (store,) = stores(cache)
@@ -306,28 +303,52 @@ def test_an_interrupt_ends_the_workers_in_silence(cache, tmp_path, tiny_folder):
     path = write_rows(tmp_path / "rows.jsonl", some_rows("text", 6000))
     process = start(tiny_folder, path, stderr=subprocess.PIPE, start_new_session=True)
     assert process.stdout.readline().startswith("encoded")
+    (first,) = children_of(process.pid)
+    workers = [first, *children_of(first)]
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process gets it
-    _, errors = process.communicate()
+    _, errors = process.communicate(timeout=20)
+    assert wait_for_end(workers)
     assert errors.count("Traceback") == 1  # the script's own, which catches nothing
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert stores(cache) == []
 
 
-def test_a_killed_worker_ends_the_build(cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("who", "error", "message"),
+    [
+        ("the first", DataError, "must live to the end .*killed.*; free some memory"),
+        ("a worker", RuntimeError, "abruptly died"),  # the error of `datasets`
+    ],
+)
+def test_a_killed_process_ends_the_build(cache, tmp_path, monkeypatch, who, error, message):
     monkeypatch.setattr(preparing, "_num_cores", lambda: 2)
-    path, before = write_rows(tmp_path / "rows.jsonl", some_rows("text", 3000)), children_of(None)
+    path, before = write_rows(tmp_path / "rows.jsonl", some_rows("text", 3000)), children_of()
+    started = []
 
     def kill(rows: int, share: float) -> None:
-        os.kill(min({*children_of(None)} - {*before}), signal.SIGKILL)
+        if not started:
+            (first,) = {*children_of()} - {*before}
+            started.extend([first, *children_of(first)])
+            os.kill(first if who == "the first" else started[1], signal.SIGKILL)
 
-    with pytest.raises(RuntimeError, match="abruptly died"):  # the error of `datasets`
+    with pytest.raises(error, match=message):
         make_rows(FileSource(path), make_tokenizer("bos"), "text", Options(), progress=kill)
+    assert len(started) == 4  # two workers, and the queue of `datasets`
+    assert wait_for_end(started)
     assert stores(cache) == []
-    assert children_of(None) == before
 
 
-def children_of(pid: int | None) -> list[int]:
-    threads = Path(f"/proc/{pid or 'self'}/task").glob("*/children")
+def wait_for_end(processes: list[int]) -> bool:
+    """Wait for 10 s at most; a process sees its parent's end at once."""
+    for _ in range(200):
+        if not any(map(is_alive, processes)):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def children_of(pid: int | str = "self") -> list[int]:
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(each) for thread in threads for each in thread.read_text().split()]
 
 

@@ -306,8 +306,14 @@ def _write_table(
 
 def _run_job(job: _Job, sender: Connection) -> None:
     """Send the chunks that are done, and at the end an error or None."""
+    import multiprocess
+
     _end_with_parent()
-    os.register_at_fork(after_in_child=_end_with_parent)
+    thread = threading.get_ident()  # a worker of another one would end with that thread
+    os.register_at_fork(
+        after_in_child=lambda: threading.get_ident() == thread and _end_with_parent()
+    )
+    multiprocess.set_start_method("fork", force=True)
     try:
         _map_chunks(job)
         sender.send(None)
@@ -319,8 +325,7 @@ def _end_with_parent() -> None:
     """Let Linux kill this process when its parent ends; on Ctrl-C the first parent does that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if threading.current_thread() is threading.main_thread():
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _num_cores() -> int:
