@@ -191,32 +191,17 @@ def _build(
 
 @dataclass
 class _Job:
-    """What forked workers encode, each consecutive chunks of `source`; they `tell` how many."""
+    """Rows to encode by forked workers, which `tell` how many chunks are done, or the error."""
 
     source: Source
     encode: RowEncoder
     folder: Path
     num_chunks: int
-    workers: int
-    tell: Callable[[int], object]
-    chunks: Iterator[Chunk] | None = None
+    tell: Callable[[int | Exception], object]
+    chunks: Iterator[Chunk] | None = None  # of a worker, from its first chunk on
 
-    def __call__(self, numbers: Sequence[int], rank: int) -> dict[str, list[Any]]:
-        """Return chunks as rows of the table; a worker stops when one of lower rank failed.
-
-        `datasets` waits for all workers, and raises the error of the lowest rank.
-        """
-        if any((self.folder / f"{lower}.failed").exists() for lower in range(rank)):
-            raise DataError("a row before must be correct")
-        try:
-            columns = self._columns(numbers)
-        except Exception:
-            (self.folder / f"{rank}.failed").touch()
-            raise
-        self.tell(len(numbers))
-        return columns
-
-    def _columns(self, numbers: Sequence[int]) -> dict[str, list[Any]]:
+    def __call__(self, numbers: Sequence[int]) -> dict[str, list[Any]]:
+        """Return the chunks of consecutive numbers as rows of the table."""
         if self.chunks is None:
             self.chunks = self.source.chunks(_CHUNK, numbers[0] * _CHUNK)
         columns: dict[str, list[Any]] = {name: [] for name in (*_ARRAYS, "counts", "digests")}
@@ -228,18 +213,23 @@ class _Job:
             sizes = len(arrays["ends"]), len(arrays["tokens"])
             columns["counts"].append(json.dumps([asdict(encoded.counts), *sizes]))
             columns["digests"].append(encoded.digests)
+        self.tell(len(numbers))
         return columns
 
 
 _job: _Job | None = None  # workers are forked with it: no copy for each
 
 
-def _encode_chunks(numbers: Sequence[int], rank: int | None) -> dict[str, list[Any]]:
+def _encode_chunks(numbers: Sequence[int]) -> dict[str, list[Any]]:
     assert _job is not None
-    return _job(numbers, rank or 0)
+    try:
+        return _job(numbers)
+    except DataError as error:  # `datasets` would say so when all workers are done
+        _job.tell(error)
+        raise
 
 
-def _map_chunks(job: _Job) -> None:
+def _map_chunks(job: _Job, workers: int | None) -> None:
     """Write the table of a job."""
     from datasets import Dataset, disable_progress_bars
 
@@ -252,8 +242,7 @@ def _map_chunks(job: _Job) -> None:
         remove_columns="chunk",
         batched=True,
         batch_size=_BATCH,
-        with_rank=True,
-        num_proc=job.workers if job.workers > 1 else None,
+        num_proc=workers,
         cache_file_name=str(job.folder / "rows.arrow"),
         new_fingerprint=job.folder.name[:32],  # its key: no hash of a function
     )
@@ -271,17 +260,18 @@ def _write_table(
     num_rows, done = source.num_rows(), 0
     num_chunks = -(-num_rows // _CHUNK)
 
-    def tell(chunks: int) -> None:
+    def tell(message: int | Exception) -> None:
         nonlocal done
-        done += chunks
+        if isinstance(message, Exception):
+            raise message
+        done += message
         if progress is not None:
             rows = min(done * _CHUNK, num_rows)
             progress(rows, rows / num_rows)
 
-    job = _Job(source, encode, folder, num_chunks, min(_num_cores(), num_chunks), tell)
+    job = _Job(source, encode, folder, num_chunks, tell)
     if sys.platform != "linux":
-        job.workers = 1
-        _map_chunks(job)
+        _map_chunks(job, None)
         return
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
@@ -291,8 +281,6 @@ def _write_table(
     sender.close()
     try:
         while (message := receiver.recv()) is not None:
-            if isinstance(message, Exception):
-                raise message
             tell(message)
     except EOFError:
         raise DataError(
@@ -305,7 +293,7 @@ def _write_table(
 
 
 def _run_job(job: _Job, sender: Connection) -> None:
-    """Send the chunks that are done, and at the end an error or None."""
+    """Run a job in this process and workers of it; send an error or None at the end."""
     import multiprocess
 
     _end_with_parent()
@@ -314,8 +302,9 @@ def _run_job(job: _Job, sender: Connection) -> None:
         after_in_child=lambda: threading.get_ident() == thread and _end_with_parent()
     )
     multiprocess.set_start_method("fork", force=True)
+    workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)), job.num_chunks)
     try:
-        _map_chunks(job)
+        _map_chunks(job, workers if workers > 1 else None)
         sender.send(None)
     except Exception as error:
         sender.send(error)
@@ -326,11 +315,6 @@ def _end_with_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def _num_cores() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return min(_MOST_WORKERS, len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
 # --- the cache ---
