@@ -296,11 +296,14 @@ def _run_job(job: _Job, sender: Connection) -> None:
     """Run a job in this process and workers of it; send an error or None at the end."""
     import multiprocess
 
+    thread = threading.get_ident()
+
+    def begin_worker() -> None:
+        if threading.get_ident() == thread:  # a worker of another thread would end with that
+            _end_with_parent()
+
     _end_with_parent()
-    thread = threading.get_ident()  # a worker of another one would end with that thread
-    os.register_at_fork(
-        after_in_child=lambda: threading.get_ident() == thread and _end_with_parent()
-    )
+    os.register_at_fork(after_in_child=begin_worker)
     multiprocess.set_start_method("fork", force=True)
     workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)), job.num_chunks)
     try:
