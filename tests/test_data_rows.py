@@ -1,4 +1,4 @@
-"""Rows in memory and on disk: the same examples; a cache that content decides; faults survived."""
+"""Rows in memory and in a table: the same examples; content decides the cache; faults survived."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +19,9 @@ from helpers_tasks import write_as, write_rows
 
 from chainlora.data import preparing
 from chainlora.data.encoding import Options
-from chainlora.data.parallel import map_in_processes
 from chainlora.data.preparing import make_rows
 from chainlora.data.rows import MemoryRows
-from chainlora.data.sources import FileSource
-from chainlora.data.store import StoredRows
+from chainlora.data.sources import FileSource, HubSource, ListSource
 from chainlora.data.tasks import load_task
 from chainlora.errors import DataError
 
@@ -75,7 +72,8 @@ def test_rows_on_disk_are_the_rows_in_memory(cache, tmp_path, monkeypatch, kind)
     stored = make_rows(source, tokenizer, task, options)
     monkeypatch.setattr(preparing, "IN_MEMORY", 1000)
     kept = make_rows(source, tokenizer, task, options)
-    assert (type(stored), type(kept)) == (StoredRows, MemoryRows)
+    assert len(stores(cache)) == 1
+    assert isinstance(kept, MemoryRows)
     assert list(stored) == list(kept)
     assert stored.summary == kept.summary
     assert stored.summary.rows == 57
@@ -83,6 +81,36 @@ def test_rows_on_disk_are_the_rows_in_memory(cache, tmp_path, monkeypatch, kind)
     assert stored.lengths.tolist() == kept.lengths.tolist()
     assert stored.lengths.tolist() == [sum(map(len, e.sequences)) for e in kept]
     assert stored.lengths.dtype == kept.lengths.dtype == np.int32
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet", "list", "Hub"])
+def test_workers_read_their_part_of_every_source(cache, tmp_path, monkeypatch, kind):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    rows = [{"text": f"{number} {row['text']}"} for number, row in enumerate(some_rows("text"))]
+    if kind == ".json":
+        (path := tmp_path / "rows.json").write_text(json.dumps(rows))
+    else:
+        (tmp_path / "hub").mkdir()
+        suffix = kind if kind.startswith(".") else ".parquet"
+        path = write_as(tmp_path / f"hub/train{suffix}", rows)
+    source = FileSource(path, limit=50, skip=3)
+    if kind == "list":
+        source = ListSource(list(FileSource(path)), limit=50, skip=3)
+    if kind == "Hub":
+        source = HubSource(str(tmp_path / "hub"), "train", limit=50, skip=3)
+    tokenizer = make_tokenizer("bos")
+    table = make_rows(source, tokenizer, "text", Options())
+    assert len(stores(cache)) == 1
+    assert [tokenizer.decode(each.sequences[0][1:-1]).split()[0] for each in table] == [
+        str(number) for number in range(3, 50)
+    ]
+    monkeypatch.setattr(preparing, "IN_MEMORY", 1000)
+    kept = make_rows(source, tokenizer, "text", Options())
+    assert (list(table), table.summary) == (list(kept), kept.summary)
+    assert [table.content(place) for place in range(47)] == [each.content() for each in kept]
 
 
 # --- the cache ---
@@ -132,25 +160,22 @@ def test_names_of_columns_decide_too(cache, tmp_path):
     assert len(digests) == len(stores(cache)) == 2
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", pytest.param(".parquet", marks=pytest.mark.slow)])
-def test_a_file_that_changes_while_it_is_tokenised_is_refused(cache, tmp_path, suffix):
+@pytest.mark.parametrize("change", ["in place", "shorter", "longer"])
+def test_a_file_that_changes_while_it_is_tokenised_is_refused(cache, tmp_path, change):
     """Its rows would be kept under the hash of the file as it was before."""
-    rows = [{"text": f"{number} " + "dogs and cats " * 600} for number in range(400)]  # 3 MB
-    path = write_as(tmp_path / f"rows{suffix}", rows)
-    before, after = path.read_bytes(), write_as(tmp_path / f"new{suffix}", rows[::-1]).read_bytes()
+    rows = [{"text": f"{number} " + "dogs and cats " * 600} for number in range(100)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    before = path.read_bytes()
+    after = {"in place": before.replace(b"dogs", b"cats"), "shorter": before[:-9000]}
+
+    def tell(rows: int, share: float) -> None:
+        path.write_bytes(after.get(change, before + before))
+
     tokenizer = make_tokenizer("bos")
-    for change in (after, before[: 1 << 20], before + after[-(1 << 20) :]):
-
-        def tell(rows: int, share: float, change=change) -> None:
-            if path.read_bytes() == before:
-                with path.open("r+b") as file:  # the file that is being read
-                    file.truncate(len(change))
-                    file.write(change)
-
-        with pytest.raises(DataError, match=r"must stay as it is .*other bytes in .*rows\."):
-            make_rows(FileSource(path), tokenizer, "text", Options(), progress=tell)
-        assert stores(cache) == []
-        path.write_bytes(before)
+    with pytest.raises(DataError, match=r"must stay as it is .*size or time of .*rows.jsonl"):
+        make_rows(FileSource(path), tokenizer, "text", Options(), progress=tell)
+    assert stores(cache) == []
+    path.write_bytes(before)
     found = make_rows(FileSource(path), tokenizer, "text", Options())
     expected = [row["text"] for row in (rows[0], rows[-1])]
     assert [tokenizer.decode(found[at].sequences[0][1:-1]) for at in (0, -1)] == expected
@@ -179,35 +204,28 @@ def test_whatever_changes_the_tokens_makes_a_store_of_its_own(cache, tmp_path, m
     assert encode(path)[1]
 
 
-def test_a_damaged_store_is_built_again(cache, tmp_path):
+@pytest.mark.parametrize("name", ["*.arrow", "summary.json"])
+@pytest.mark.parametrize("damage", ["removed", "cut", "empty", "without its end"])
+def test_a_table_that_is_not_whole_is_built_again(cache, tmp_path, name, damage):
     path = write_rows(tmp_path / "rows.jsonl", some_rows("completion"))
     good = list(encode(path, kind="completion")[0])
     (folder,) = stores(cache)
-    for file in sorted(folder.iterdir()):
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
-        rows, made = encode(path, kind="completion")
-        assert list(rows) == good
-        # A bit of ``store.json`` may be in a number that nobody reads, or in a blank.
-        assert made or file.name == "store.json"
-        file.write_bytes(file.read_bytes()[:-1])
-        rows, made = encode(path, kind="completion")
-        assert made
-        assert list(rows) == good
+    file = max(folder.glob(name))
+    content = file.read_bytes()
+    size = {"cut": len(content) // 2, "without its end": len(content) * 9 // 10}
+    file.write_bytes(content[: size.get(damage, 0)])
+    if damage == "removed":
         file.unlink()
-        assert list(encode(path, kind="completion")[0]) == good
-    assert len(stores(cache)) == 1
+    rows, made = encode(path, kind="completion")
+    assert made
+    assert list(rows) == good
+    assert stores(cache) == [folder]
 
 
 def test_a_bad_row_at_the_end_is_named_and_leaves_nothing(cache, tmp_path):
     rows = some_rows("text", 100)
     path = write_rows(tmp_path / "rows.jsonl", [*rows, {"text": 5}, *rows[:9]])
     with pytest.raises(DataError, match=r"`text` must be a text \(got 5 at .*line 101\)"):
-        encode(path)
-    with path.open("a") as file:
-        file.writelines(["{}\n"] * 20)
-    with pytest.raises(DataError, match=r"line 101\)"):  # the first, whoever finds another
         encode(path)
     path = write_rows(tmp_path / "long.jsonl", [*rows, {"text": "dogs " * 90}, *rows])
     with pytest.raises(DataError, match=r"got 9. tokens for at most 60 at .*line 101\)"):
@@ -263,16 +281,13 @@ def test_a_killed_builder_leaves_no_store_and_no_worker(cache, tmp_path, tiny_fo
     path = write_rows(tmp_path / "rows.jsonl", some_rows("text", 6000))
     process = start(tiny_folder, path)
     assert process.stdout.readline().startswith("encoded")
-    workers = children_of(process.pid)
+    (first,) = children_of(process.pid)
+    workers = [first, *children_of(first)]
     process.send_signal(signal.SIGKILL)
     process.wait()
     (beside,) = stores(cache)
     assert beside.name.endswith(".new")
-    for _ in range(200):  # at most 10 s; a worker sees its parent's end at once
-        if not any(map(is_alive, workers)):
-            break
-        time.sleep(0.05)
-    assert not any(map(is_alive, workers))
+    assert wait_for_end(workers)
     process = start(tiny_folder, path)
     assert process.communicate()[0].splitlines()[-1].startswith("done 6000 ")
     (store,) = stores(cache)
@@ -284,30 +299,51 @@ def test_an_interrupt_ends_the_workers_in_silence(cache, tmp_path, tiny_folder):
     path = write_rows(tmp_path / "rows.jsonl", some_rows("text", 6000))
     process = start(tiny_folder, path, stderr=subprocess.PIPE, start_new_session=True)
     assert process.stdout.readline().startswith("encoded")
+    (first,) = children_of(process.pid)
+    workers = [first, *children_of(first)]
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process gets it
-    _, errors = process.communicate()
+    _, errors = process.communicate(timeout=20)
+    assert wait_for_end(workers)
     assert errors.count("Traceback") == 1  # the script's own, which catches nothing
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert stores(cache) == []
 
 
-@pytest.mark.parametrize("when", ["at its start", "at a row"])
-def test_a_worker_that_dies_says_so(monkeypatch, when):
-    parent, begin = os.getpid(), threading.Thread.start
+@pytest.mark.parametrize(
+    ("who", "error", "message"),
+    [
+        ("the first", DataError, "must live to the end .*killed.*; free some memory"),
+        ("a worker", RuntimeError, "abruptly died"),  # the error of `datasets`
+    ],
+)
+def test_a_killed_process_ends_the_build(cache, tmp_path, monkeypatch, who, error, message):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    path, before = write_rows(tmp_path / "rows.jsonl", some_rows("text", 3000)), children_of()
+    started = []
 
-    def no_more_threads(thread):
-        if os.getpid() != parent:
-            raise RuntimeError("can't start new thread")
-        begin(thread)
+    def kill(rows: int, share: float) -> None:
+        if not started:
+            (first,) = {*children_of()} - {*before}
+            started.extend([first, *children_of(first)])
+            os.kill(first if who == "the first" else started[1], signal.SIGKILL)
 
-    if when == "at its start":
-        monkeypatch.setattr(threading.Thread, "start", no_more_threads)
-    rows = map_in_processes(lambda _: os.kill(os.getpid(), signal.SIGKILL), range(9), 2)
-    with pytest.raises(DataError, match=r"must live to the end .*killed.*; free some memory"):
-        list(rows)
+    with pytest.raises(error, match=message):
+        make_rows(FileSource(path), make_tokenizer("bos"), "text", Options(), progress=kill)
+    assert len(started) == 4  # two workers, and the queue of `datasets`
+    assert wait_for_end(started)
+    assert stores(cache) == []
 
 
-def children_of(pid: int) -> list[int]:
+def wait_for_end(processes: list[int]) -> bool:
+    """Wait for 10 s at most; a process sees its parent's end at once."""
+    for _ in range(200):
+        if not any(map(is_alive, processes)):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def children_of(pid: int | str = "self") -> list[int]:
     threads = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(each) for thread in threads for each in thread.read_text().split()]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
+import random
 import resource
 import statistics
 import sys
+import threading
 import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ STEPS = 100
 # Two rows: with eight, the logits over 49,152 words are a block of 78 MB that the C library now and
 # then returns to the system at every step, which makes two kinds of runs, 10 % apart.
 BATCH = 2
+READ_BATCHES = 5000  # of 8 random rows
 
 
 def train_some_steps(path: Path, model: Path) -> dict[str, Any]:
@@ -60,54 +63,50 @@ def typical_ms(times: list[float]) -> float:
     return round(1000 * statistics.median(b - a for a, b in pairwise(later)), 2)
 
 
-def tokenise_ours(path: Path, model: Path) -> dict[str, Any]:
+def tokenise(path: Path, model: Path) -> dict[str, Any]:
+    """Time to build or find the rows, memory meanwhile, and time to read rows at random."""
+    from transformers import AutoTokenizer
+
     from chainlora.data.encoding import Options
     from chainlora.data.preparing import make_rows
     from chainlora.data.sources import FileSource
 
-    tokenizer = load_tokenizer(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    peak = [0.0]
+    threading.Thread(target=watch_children, args=(peak,), daemon=True).start()
     before, start = cpu_s(), time.perf_counter()
     rows = make_rows(FileSource(path), tokenizer, "text", Options())
-    return {
-        "seconds": time.perf_counter() - start,
-        "cpu_s": cpu_s() - before,
-        "tokens": int(rows.lengths.sum()),
-    }
-
-
-def tokenise_theirs(path: Path, model: Path) -> dict[str, Any]:
-    from datasets import disable_progress_bars, load_dataset
-
-    disable_progress_bars()
-    tokenizer = load_tokenizer(model)
-    end = [tokenizer.eos_token_id]
-
-    def encode(batch: dict[str, Any]) -> dict[str, Any]:
-        return {"input_ids": [ids + end for ids in tokenizer(batch["text"])["input_ids"]]}
-
-    before, start = cpu_s(), time.perf_counter()
-    table = load_dataset("json", data_files=str(path), split="train")
-    middle = time.perf_counter()
-    table = table.map(
-        encode,
-        batched=True,
-        num_proc=len(os.sched_getaffinity(0)),
-        remove_columns=table.column_names,
-    )
+    made, used = time.perf_counter(), cpu_s()
+    draw = random.Random(0)
+    first = [rows[draw.randrange(len(rows))] for _ in range(BATCH)]
     done = time.perf_counter()
-    tokens = sum(len(ids) for ids in table["input_ids"])
+    for _ in range(READ_BATCHES):
+        first = [rows[draw.randrange(len(rows))] for _ in range(8)]
+    read = time.perf_counter() - done
     return {
-        "seconds": done - start,
-        "map_s": done - middle,
-        "cpu_s": cpu_s() - before,
-        "tokens": tokens,
+        "rows_s": round(made - start, 3),
+        "rows_cpu_s": round(used - before, 3),
+        "first_batch_ms": round(1000 * (done - made), 3),
+        "batch_us": round(1e6 * read / READ_BATCHES, 1),
+        "resident_mb": round(resident_mb()),
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "workers_mb": round(peak[0]),
+        "digest": rows.summary.digest,
+        "tokens": sum(len(ids) for example in first for ids in example.sequences),
     }
 
 
-def load_tokenizer(model: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model)
+def watch_children(peak: list[float]) -> None:
+    """Keep the most memory of all children together, what they share counted once."""
+    while True:
+        found = 0.0
+        for thread in Path("/proc/self/task").glob("*/children"):
+            for child in thread.read_text().split():
+                with suppress(OSError):
+                    lines = Path(f"/proc/{child}/smaps_rollup").read_text().splitlines()
+                    found += sum(int(x.split()[1]) / 1024 for x in lines if x.startswith("Pss:"))
+        peak[0] = max(peak[0], found)
+        time.sleep(0.5)
 
 
 def resident_mb() -> float:
@@ -122,6 +121,6 @@ def cpu_s() -> float:
 
 
 if __name__ == "__main__":
-    measure = {"train": train_some_steps, "ours": tokenise_ours, "datasets": tokenise_theirs}
+    measure = {"train": train_some_steps, "tokenise": tokenise}
     what, rows, folder = sys.argv[1:]
     print(json.dumps(measure[what](Path(rows), Path(folder))))

@@ -1,15 +1,14 @@
 """What the number of rows costs: time to the first step, memory, time of a step, tokenising.
 
-    python benchmarks/rows/run.py                         10³, 10⁵ and 10⁶ rows
-    python benchmarks/rows/run.py --against OTHER/src     another version beside this one
+    python benchmarks/rows/run.py                         10⁵ and 10⁶ rows
+    python benchmarks/rows/run.py --against OTHER/src     another version beside this one, in turns
 
-Every measurement is a process of its own that trains a tiny random Llama (the real tokenizer of
-SmolLM2) for some steps on rows of 50 tokens, made on the spot: *cold* with an empty cache, *cached*
-right after. Time to the first step is that of `train` until its first step is done; imports are
-left out. Memory is the resident set after the last step, mapped pages included. Tokenising is ours
-and that of `datasets.map` with the same tokenizer and as many processes as there are cores, rows a
-second by the clock and by the CPU time of all processes, which others on the machine disturb less.
-Writes results.json and results.md beside this file.
+Every measurement is a process of its own, on rows of 50 tokens that are made on the spot: *cold*
+with an empty cache, *cached* after that. Some train a tiny random Llama (the real tokenizer of
+SmolLM2) for some steps: time to the first step is that of `train` until its first step is done,
+without imports. Others make the rows alone and read them at random. Memory is the resident set,
+mapped pages included. CPU time is that of all processes, which others on the machine disturb less
+than the clock. Writes results.json and results.md beside this file.
 """
 
 from __future__ import annotations
@@ -19,38 +18,43 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from itertools import accumulate
+from collections.abc import Iterator
+from importlib.metadata import version
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
+import chainlora
+
 HERE = Path(__file__).parent
 TOKENS = 50  # of a row, its end-of-sequence token among them
-STEPS = 100
-SIZES = (1_000, 100_000, 1_000_000)
+SIZES = (100_000, 1_000_000)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--against", type=Path, help="source folder of another version")
-    parser.add_argument("--most", type=int, default=100_000, help="rows for the other version")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    parser.add_argument("--repeats", type=int, default=3, help="of cached runs; medians count")
+    parser.add_argument("--repeats", type=int, default=3, help="of cached processes; medians count")
     parser.add_argument("--work", type=Path, help="folder for rows and caches, kept; about 1 GB")
     options = parser.parse_args()
+    versions = {"this": Path(chainlora.__file__).parents[1]}
+    if options.against:
+        versions = {"other": options.against} | versions
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         model = make_model(work / "model")
         files = {size: make_rows(work / f"{size}.jsonl", size, model) for size in options.sizes}
         results = {
-            "versions": versions(),
+            "versions": packages(),
             "machine": {"cores": cores(), "cpu": platform.machine()},
-            "runs": measure_runs(files, model, work, options),
-            "tokenising": measure_tokenising(files, model, work),
+            "runs": list(measured(files, model, work, versions, options.repeats)),
         }
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (HERE / "results.md").write_text(table(results))
@@ -103,36 +107,19 @@ def make_rows(path: Path, count: int, model: Path) -> Path:
 # --- runs ---
 
 
-def measure_runs(
-    files: dict[int, Path], model: Path, work: Path, options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Cold and cached runs of every size; repeats of the sizes take turns."""
-    ours, found = source_of_this(), []
-    for size, path in files.items():
-        cache = tempfile.mkdtemp(dir=work)
-        os.environ[f"CACHE_{size}"] = cache
-        found.append(child("train", ours, cache, path, model) | {"rows": size, "cache": "cold"})
-    for _ in range(options.repeats):
-        for size, path in files.items():
-            run = child("train", ours, os.environ[f"CACHE_{size}"], path, model)
-            found.append(run | {"rows": size, "cache": "cached"})
-    for size, path in files.items() if options.against else ():
-        if size <= options.most:
-            run = child("train", options.against, work / "none", path, model)
-            found.append(run | {"rows": size, "cache": "other version"})
-    return found
-
-
-def measure_tokenising(files: dict[int, Path], model: Path, work: Path) -> list[dict[str, Any]]:
-    """Ours and theirs in turns, on the middle size."""
-    size = sorted(files)[len(files) // 2]
-    found = []
-    for _ in range(3):
-        for who in ("ours", "datasets"):
-            cache = tempfile.mkdtemp(dir=work)
-            run = child(who, source_of_this(), cache, files[size], model)
-            found.append(run | {"rows": size, "who": who})
-    return found
+def measured(
+    files: dict[int, Path], model: Path, work: Path, versions: dict[str, Path], repeats: int
+) -> Iterator[dict[str, Any]]:
+    """Measure all sizes, cold and cached; versions take turns."""
+    for what, (size, path) in product(("tokenise", "train"), files.items()):
+        caches = {name: tempfile.mkdtemp(dir=work) for name in versions}
+        for turn in range(1 + repeats):
+            for name, source in versions.items():
+                found = child(what, source, caches[name], path, model)
+                state = "cached" if turn else "cold"
+                yield {"what": what, "rows": size, "version": name, "cache": state} | found
+        for cache in caches.values():
+            shutil.rmtree(cache)
 
 
 def child(what: str, source: Path, cache: Any, path: Path, model: Path) -> dict[str, Any]:
@@ -141,7 +128,6 @@ def child(what: str, source: Path, cache: Any, path: Path, model: Path) -> dict[
     environment = os.environ | {
         "PYTHONPATH": str(source),
         "CHAINLORA_CACHE": str(cache),
-        "HF_DATASETS_CACHE": str(cache),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -158,24 +144,33 @@ def child(what: str, source: Path, cache: Any, path: Path, model: Path) -> dict[
     return found
 
 
-def source_of_this() -> Path:
-    import chainlora
-
-    return Path(chainlora.__file__).parents[1]
-
-
 def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    names = ("torch", "transformers", "tokenizers", "datasets", "numpy")
+def packages() -> dict[str, str]:
+    names = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 # --- the table ---
+
+COLUMNS = {
+    "tokenise": {
+        "rows_s": "rows, s",
+        "rows_cpu_s": "CPU time, s",
+        "peak_mb": "peak, MB",
+        "workers_mb": "workers, MB",
+        "first_batch_ms": "first batch, ms",
+        "batch_us": "8 random rows, µs",
+    },
+    "train": {
+        "first_step_s": "first step, s",
+        "resident_mb": "resident, MB",
+        "step_ms": "a step, ms",
+        "step_cpu_ms": "its CPU time, ms",
+    },
+}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -183,35 +178,22 @@ def table(results: dict[str, Any]) -> str:
         "# Rows",
         "",
         f"Rows of {TOKENS} tokens, {results['machine']['cores']} cores, batches of 2; "
-        "`python benchmarks/rows/run.py`. Medians where a run was repeated. The machine was "
-        "shared: the load before each run is in results.json, and CPU time is disturbed "
-        "less than the "
-        "clock.",
-        "",
-        "| rows | cache | first step, s | resident, MB | a step, ms | its CPU time, ms |",
-        "|---|---|---|---|---|---|",
+        "`python benchmarks/rows/run.py`. Medians where a process was repeated. The machine was "
+        "shared: the load before each process is in results.json. Peak and resident memory are of "
+        "the main process; of the workers it is the sum of all.",
     ]
-    kinds = list(dict.fromkeys((run["cache"], run["rows"]) for run in results["runs"]))
-    for cache, size in kinds:
-        runs = [r for r in results["runs"] if (r["cache"], r["rows"]) == (cache, size)]
-        first, memory, step, cpu = (
-            statistics.median(run[key] for run in runs)
-            for key in ("first_step_s", "resident_mb", "step_ms", "step_cpu_ms")
-        )
-        lines.append(
-            f"| {size:,} | {cache} | {first:.2f} | {memory:.0f} | {step:.0f} | {cpu:.0f} |"
-        )
-    lines += [
-        "",
-        "| tokenising | rows | rows/s by the clock | rows per CPU second |",
-        "|---|---|---|---|",
-    ]
-    for who in ("ours", "datasets"):
-        runs = [run for run in results["tokenising"] if run["who"] == who]
-        clock = statistics.median(run["rows"] / run["seconds"] for run in runs)
-        cpu = statistics.median(run["rows"] / run["cpu_s"] for run in runs)
-        name = "`datasets.map`" if who == "datasets" else "chainlora"
-        lines.append(f"| {name} | {runs[0]['rows']:,} | {clock:,.0f} | {cpu:,.0f} |")
+    for what, columns in COLUMNS.items():
+        lines += ["", f"| rows | cache | version | {' | '.join(columns.values())} |"]
+        lines += ["|---" * (3 + len(columns)) + "|"]
+        cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for run in results["runs"]:
+            if run["what"] == what:
+                case = run["rows"], run["cache"], run["version"]
+                cases.setdefault(case, []).append(run)
+        for (rows, *case), runs in cases.items():
+            values = [statistics.median(run[key] for run in runs) for key in columns]
+            cells = [f"{rows:,}", *case, *(f"{value:.4g}" for value in values)]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -300,7 +300,7 @@ def check_data(folder: Path) -> list[tuple[str, float, float]]:
 
     from chainlora.data.examples import Example
     from chainlora.data.order import epoch_order
-    from chainlora.data.store import flatten
+    from chainlora.data.rows import flatten
 
     rows, tokens = 5000, 60
     line = tuple(range(tokens))

@@ -4,7 +4,7 @@ A later stage replays training rows of earlier ones, holds out their validation 
 what was trained on, and is scored on all of them, on a machine without the data files.
 
 A file of kept rows is safetensors: of each split, as ``train.tokens`` and so on, the arrays of
-`chainlora.data.store`; ``seen`` and ``held_out``, the sorted hashes (int64) of all training
+`chainlora.data.rows.flatten`; ``seen`` and ``held_out``, the sorted hashes (int64) of all training
 examples and of the prompts of all validation rows (`chainlora.data.mixture`); ``prompts``, those of
 the prompts of ``train``.
 """
@@ -24,8 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from chainlora import files
 from chainlora.config.schema import PAIR_LOSSES
-from chainlora.data.rows import Rows, RowsSummary
-from chainlora.data.store import StoredRows, flatten
+from chainlora.data.rows import Rows, StoredRows, flatten
 from chainlora.errors import RunError
 
 SAMPLE = 1000
@@ -102,7 +101,7 @@ def read_kept(path: Path) -> Kept:
             split, dot, part = name.partition(".")
             if dot:
                 parts[split][part] = array
-        train, validation, test = (StoredRows(parts[split], RowsSummary()) for split in _SPLITS)
+        train, validation, test = (StoredRows(parts[split]) for split in _SPLITS)
         return Kept(
             train,
             validation,

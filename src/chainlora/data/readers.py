@@ -7,7 +7,8 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from io import SEEK_END, TextIOWrapper
+from io import TextIOWrapper
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -40,15 +41,12 @@ class Record(NamedTuple):
 
     number: int  # of the line or row, as the source counts
     payload: Any  # the bytes of a JSON line, else the values
-    share: float  # of the source that has been read, in 0…1
 
 
 def _read_jsonl(file: BinaryIO, path: Path) -> Iterator[Record]:
-    size, done = _size(file), 0
     for number, line in enumerate(file, start=1):  # bytes: splitlines would split at U+2028 too
-        done += len(line)
         if line.strip():
-            yield Record(number, line, done / size)
+            yield Record(number, line)
 
 
 def _read_json(file: BinaryIO, path: Path) -> Iterator[Record]:
@@ -60,12 +58,10 @@ def _read_json(file: BinaryIO, path: Path) -> Iterator[Record]:
             "a .json data file must hold a list of rows, or an object with the list under `data` "
             f"(got {type(tree).__name__} in {path}); one row a line is .jsonl"
         )
-    for number, item in enumerate(tree):
-        yield Record(number, item, (number + 1) / len(tree))
+    yield from map(Record, count(), tree)
 
 
 def _read_csv(file: BinaryIO, path: Path) -> Iterator[Record]:
-    size = _size(file)
     with TextIOWrapper(file, "utf-8-sig", newline="") as text:
         reader, line = csv.reader(text, strict=True), 0  # the last line read, of a row of several
         try:
@@ -80,7 +76,7 @@ def _read_csv(file: BinaryIO, path: Path) -> Iterator[Record]:
                 if len(values) != len(names):
                     rule = f"a CSV row must have the header's {len(names)} fields"
                     raise bad_row(rule, len(values), f"{path} line {first}")
-                yield Record(first, dict(zip(names, values, strict=True)), file.tell() / size)
+                yield Record(first, dict(zip(names, values, strict=True)))
         except UnicodeDecodeError as error:
             raise not_utf8(error, f"{path} after line {reader.line_num}") from None
         except csv.Error as error:
@@ -106,11 +102,10 @@ def _read_parquet(file: BinaryIO, path: Path) -> Iterator[Record]:
     try:
         table = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
         _check_names(table.schema_arrow.names, path)
-        count, number = table.metadata.num_rows, 0
+        number = count()
         for batch in table.iter_batches(batch_size=_BATCH):
             for values in batch.to_pylist():
-                yield Record(number, without_filling(values), (number + 1) / count)
-                number += 1
+                yield Record(next(number), without_filling(values))
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise DataError(
@@ -148,13 +143,6 @@ def _check_names(names: Sequence[str], path: Path) -> None:
         raise DataError("columns must have different names", f"{twice[0]!r} twice in {path}")
 
 
-def _size(file: BinaryIO) -> int:
-    """Return the bytes of a file at whose beginning we are, at least 1."""
-    size = file.seek(0, SEEK_END)
-    file.seek(0)
-    return max(size, 1)
-
-
 READERS: Mapping[str, tuple[Callable[[BinaryIO, Path], Iterator[Record]], str]] = {
     ".jsonl": (_read_jsonl, "line"),
     ".json": (_read_json, "row"),
@@ -167,22 +155,10 @@ READERS: Mapping[str, tuple[Callable[[BinaryIO, Path], Iterator[Record]], str]] 
 # --- JSON ---
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r:.60} twice in an object")
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
-
-
 def parse_json(content: bytes, origin: str, second: str = _CORRECT) -> Any:
     """Return the one value of a text. `second` is what to do where another follows."""
     try:
-        values = _DECODER.decode(content.removeprefix(codecs.BOM_UTF8).decode())
+        values = json.loads(content.removeprefix(codecs.BOM_UTF8).decode())
         if _SURROGATE.search(content):
             json.dumps(values, ensure_ascii=False).encode("utf-8")
         return values

@@ -1,16 +1,18 @@
-"""`Rows`: the tokenised rows of a split, wherever they lie.
+"""`Rows`: the tokenised rows of a split.
 
-`MemoryRows` keeps a small split as Python objects; `chainlora.data.store` maps a large one from
-disk. Both give the same examples.
+`MemoryRows` keeps a small split as Python objects. `StoredRows` reads rows from arrays, which may
+be mapped from a file. Both give the same examples.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import abstractmethod
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import Any, overload
 
 import numpy as np
@@ -91,6 +93,61 @@ class MemoryRows(Rows):
         return self._examples[index]
 
 
+def flatten(examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
+    """Return examples as three arrays, the form in which rows are stored.
+
+    tokens  int32 [T]     the tokens of all sequences, one after another
+    lines   uint8 [B]     a line of JSON for each example: row, tokens in each sequence, scored
+                          spans, label, references, names, hash of the prompt
+    ends    int64 [N, 2]  where each of N examples ends in `lines` and in `tokens`
+    """
+    lines, lengths = [], []
+    for each in examples:
+        sizes = [len(sequence) for sequence in each.sequences]
+        rest = [each.row, sizes, each.scored, each.label, each.references, each.names]
+        rest.append(each.prompt_hash)
+        lines.append(json.dumps(rest).encode() + b"\n")
+        lengths.append((len(lines[-1]), sum(sizes)))
+    sequences = chain.from_iterable(each.sequences for each in examples)
+    return {
+        "tokens": np.fromiter(chain.from_iterable(sequences), "<i4"),
+        "lines": np.frombuffer(b"".join(lines), "u1"),
+        "ends": np.array(lengths, "<i8").reshape(-1, 2).cumsum(0),
+    }
+
+
+class StoredRows(Rows):
+    """Rows in the arrays that `flatten` returns. Safe to read from several threads."""
+
+    def __init__(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        self._tokens, self._lines = arrays["tokens"], arrays["lines"]
+        self._ends = arrays["ends"].reshape(-1, 2)
+        lengths = np.diff(self._ends[:, 1], prepend=0).astype(np.int32)
+        super().__init__(lengths, RowsSummary())
+
+    def example(self, index: int) -> Example:
+        line, found = self._parts(index)
+        row, sizes, scored, *rest = json.loads(line)
+        label, references, names, *hashed = rest  # kept rows of earlier versions have no hash
+        tokens = found.tolist()
+        bounds = pairwise(accumulate(sizes, initial=0))
+        sequences = tuple(tuple(tokens[begin:stop]) for begin, stop in bounds)
+        spans = tuple(tuple(map(tuple, each)) for each in scored)
+        right = (label, tuple(references), tuple(names))
+        return Example(row, sequences, spans, *right, (), *hashed)
+
+    def content(self, index: int) -> bytes:
+        line, tokens = self._parts(index)
+        said = line.partition(b", ")[2].rpartition(b", ")[0]
+        return b"[" + said + b"]" + tokens.tobytes()
+
+    def _parts(self, index: int) -> tuple[bytes, NDArray[np.int32]]:
+        """Return the line and the tokens of a row."""
+        starts = self._ends[index - 1].tolist() if index else (0, 0)
+        (first, start), (last, end) = starts, self._ends[index].tolist()
+        return self._lines[first:last].tobytes(), self._tokens[start:end]
+
+
 class ReferencedRows(Rows):
     """Pairs of preferences with what they scored at the start of the run.
 
@@ -128,15 +185,15 @@ class JoinedRows(Rows):
 
     def __init__(self, parts: Sequence[Rows]) -> None:
         self._parts = parts
-        self._ends = np.cumsum([len(part) for part in parts])
-        self._numbers = np.cumsum([0, *(part.summary.rows for part in parts)])
+        self._ends = list(accumulate(len(part) for part in parts))
+        self._numbers = list(accumulate((part.summary.rows for part in parts), initial=0))
         summary = _joined_summary([part.summary for part in parts])
         super().__init__(np.concatenate([part.lengths for part in parts]), summary)
 
     def example(self, index: int) -> Example:
         part, place = self._place(index)
-        found = self._parts[part].example(place)
-        return replace(found, row=found.row + int(self._numbers[part])) if part else found
+        found, first = self._parts[part].example(place), self._numbers[part]
+        return replace(found, row=found.row + first) if first else found
 
     def content(self, index: int) -> bytes:
         part, place = self._place(index)
@@ -144,8 +201,8 @@ class JoinedRows(Rows):
 
     def _place(self, index: int) -> tuple[int, int]:
         """Return the part that has a row, and the place of the row in it."""
-        part = int(np.searchsorted(self._ends, index, side="right"))
-        return part, index - int(self._ends[part]) + len(self._parts[part])
+        part = bisect_right(self._ends, index)
+        return part, index - (self._ends[part - 1] if part else 0)
 
 
 def joined(parts: Sequence[Rows]) -> Rows:

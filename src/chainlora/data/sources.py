@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,11 +52,6 @@ class Chunk(NamedTuple):
     place: str
     fields: Mapping[str, str]  # of `Source`
 
-    @property
-    def share(self) -> float:
-        """How much of the source has been read after this chunk, in 0…1."""
-        return self.records[-1].share
-
     def rows(self) -> list[Row]:
         """Parse the rows. Raises DataError that names the bad one."""
         return [
@@ -86,21 +81,34 @@ class Source(ABC):
         return f"{self} row"
 
     @abstractmethod
-    def records(self) -> Iterator[Record]:
-        """Yield the rows as they are read. Raises DataError that names file and line."""
+    def records(self, first: int = 0) -> Iterator[Record]:
+        """Yield the records from number `first` on. Raises DataError that names file and line."""
 
     @abstractmethod
     def identity(self) -> str:
-        """Return what names the content: equal for equal rows, another for others."""
+        """Return a name of the content: equal for equal rows, different for others."""
 
-    def chunks(self, size: int = _CHUNK) -> Iterator[Chunk]:
-        """Yield the rows, `size` at a time. Raises DataError where there are none."""
-        stream, first = islice(islice(self.records(), self.limit), self.skip, None), 0
+    def state(self) -> object:
+        """Return a value that changes with the content and costs nothing, None if there is none."""
+        return None
+
+    def num_rows(self) -> int:
+        """Return the number of rows. May read all of them."""
+        return sum(1 for _ in self._records())
+
+    def chunks(self, size: int = _CHUNK, first: int = 0) -> Iterator[Chunk]:
+        """Yield the rows from `first` on, `size` at a time. Raises DataError if there are none."""
+        stream = self._records(first)
         while part := list(islice(stream, size)):
             yield Chunk(part, first, self.place, self.fields)
             first += len(part)
         if not first:
             raise DataError("data must hold at least one row", f"none in {self}", "check the file")
+
+    def _records(self, first: int = 0) -> Iterator[Record]:
+        first += self.skip
+        most = None if self.limit is None else max(0, self.limit - first)
+        return islice(self.records(first), most)
 
     def __iter__(self) -> Iterator[Row]:
         for chunk in self.chunks():
@@ -123,6 +131,10 @@ class FileSource(Source):
     """The rows of a file."""
 
     path: Path
+    # State and records of a `.json` file: it is parsed whole, so once for all workers.
+    _parsed: tuple[object, list[Record]] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     def __str__(self) -> str:
         return str(self.path)
@@ -131,7 +143,14 @@ class FileSource(Source):
     def place(self) -> str:
         return f"{self.path} {READERS[self._suffix()][1]}"
 
-    def records(self) -> Iterator[Record]:
+    def records(self, first: int = 0) -> Iterator[Record]:
+        if self._suffix() != ".json":
+            return islice(self._read(), first, None)
+        if self._parsed is None or self._parsed[0] != self.state():
+            self._parsed = self.state(), list(self._read())
+        return iter(self._parsed[1][first:])
+
+    def _read(self) -> Iterator[Record]:
         read, _ = READERS[self._suffix()]
         try:
             with self.path.open("rb") as file:
@@ -145,6 +164,14 @@ class FileSource(Source):
             return f"{self._suffix()} {sha256(self.path)} {self.limit} {self.skip}"
         except OSError as error:
             raise self._unreadable(error) from error
+
+    def state(self) -> object:
+        """Return size and time of the file."""
+        try:
+            found = self.path.stat()
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return found.st_size, found.st_mtime_ns
 
     def _unreadable(self, error: OSError) -> DataError:
         got = f"{self.path}: {error.strerror}"
@@ -195,10 +222,13 @@ class HubSource(Source):
                 "go online, or name a local folder of rows (data.dir, --data DIR)"
             ) from error
 
-    def records(self) -> Iterator[Record]:
-        count = len(self.table)
-        rows = map(without_filling, self.table)
-        return (Record(i, row, (i + 1) / count) for i, row in enumerate(rows))
+    def records(self, first: int = 0) -> Iterator[Record]:
+        rows = self.table.skip(first) if first else self.table
+        return map(Record, count(first), map(without_filling, rows))
+
+    def num_rows(self) -> int:
+        found = len(self.table) if self.limit is None else min(self.limit, len(self.table))
+        return found - self.skip
 
     def identity(self) -> str:
         return f"hub {self.table._fingerprint} {self.limit} {self.skip}"
@@ -213,9 +243,8 @@ class ListSource(Source):
     def __str__(self) -> str:
         return "a list"
 
-    def records(self) -> Iterator[Record]:
-        count = len(self.parsed)
-        return (Record(i, row, (i + 1) / count) for i, row in enumerate(self.parsed))
+    def records(self, first: int = 0) -> Iterator[Record]:
+        return map(Record, count(first), self.parsed[first:])
 
     def identity(self) -> str:
         """Return the hash of the rows and their indices."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from chainlora.data.readers import Record, bad_row
@@ -64,11 +65,17 @@ class FlatSource(Source):
     def place(self) -> str:
         return self.source.place
 
-    def records(self) -> Iterator[Record]:
+    def records(self, first: int = 0) -> Iterator[Record]:
+        return islice(self._flat(), first, None)
+
+    def _flat(self) -> Iterator[Record]:
         for chunk in self.source.chunks():
             for record, row in zip(chunk.records, chunk.rows(), strict=True):
                 for values in _flattened(self.task, row):
-                    yield Record(record.number, values, record.share)
+                    yield Record(record.number, values)
+
+    def state(self) -> object:
+        return self.source.state()
 
     def identity(self) -> str:
         return f"flat {self.task} {self.limit} {self.skip} {self.source.identity()}"
