@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 import yaml
-from helpers import settings
+from helpers import settings, stage_dir
 from pydantic import BaseModel
 
 from chainlora.config.schema import RunConfig, StartData
@@ -88,7 +88,7 @@ def test_every_key_by_the_command_line(key, chainlora, tiny_folder, sentiment, t
     words = [f"--{name}={one_value(value)}" for name, value in said.items()]
     result = chainlora("train", tmp_path / "config.yaml", *words, "--json").json
     assert result["metrics"]["validation"]["loss"] > 0
-    resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    resolved = yaml.safe_load((stage_dir(tmp_path / "run") / "config.yaml").read_text())
     for name, value in said.items():
         found = reduce(getitem, name.split("."), resolved)
         if isinstance(value, dict):

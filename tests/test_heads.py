@@ -133,7 +133,7 @@ def test_commands_take_a_saved_chain_or_say_what_to_do(saved, tmp_path, chainlor
 def test_a_damaged_start_is_refused(saved, tmp_path):
     name = "BertForSequenceClassification"
     folder = saved(name)
-    with (tmp_path / "chain/start.safetensors").open("r+b") as file:
+    with (tmp_path / "chain/stages/main/start.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x7f")
     with pytest.raises(RunError, match=r"start\.safetensors"):

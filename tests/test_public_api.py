@@ -26,7 +26,7 @@ SIGNATURES = {
     "train": "(config, *, resume, listener, change, progress)",
     "extend": "(run, stage, *, listener, progress)",
     "open_run": "(address, stages)",
-    "mix_stages": "(run, strengths)",
+    "mix_stages": "(run, strengths, *, reads)",
     "stage_matrix": "(run, *, speedups, progress, compute)",
     "load_config": "(path, overrides)",
     "load_run": "(run, *, num_links, dtype, as_trained)",

@@ -45,7 +45,7 @@ def general(sentiment: Path, *splits: str) -> dict:
 
 @pytest.fixture(scope="module")
 def trained_once(tiny_folder, sentiment, tmp_path_factory) -> Path:
-    """A run on an adapter: links 0 (the adapter's) and 1 of stage `mine`; `start` has no rows."""
+    """A run on an adapter: links 0 (the adapter's) and 1 of stage `main`; `start` has no rows."""
     folder = tmp_path_factory.mktemp("made")
     first = settings(tiny_folder, sentiment, folder / "first", chain=SHORT | {"steps": [20]})
     train(first)
@@ -70,13 +70,13 @@ def test_rows_for_an_adapter_are_given_to_a_run_and_count_from_then_on(
     assert "start (no rows kept)" in said.out
     assert cli(["mix", str(run), "--best", "--no-scores"]) == 0
     said = capsys.readouterr().err
-    assert "the average is over the rows of mine\n" in said
+    assert "the average is over the rows of main\n" in said
     assert f"what {run} began on has no rows (start)" in said
     rows = [str(sentiment / "validation.jsonl"), "--task", str(sentiment / "task.yaml")]
     assert cli(["eval", str(run), "--matrix", "--start-rows", *rows]) == 0
     assert "start (accuracy, 16 validation rows)" in capsys.readouterr().out
     found = stage_matrix(run)
-    assert (found.stages, found.states) == (["start", "mine"], ["base", "start", "mine"])
+    assert (found.stages, found.states) == (["start", "main"], ["base", "start", "main"])
     for state, row in zip(found.states, found.grid, strict=True):
         score = evaluate_task(f"{run}@{state}")["metrics"]["accuracy"]
         assert [cell.value for cell in row] == [score, score]
@@ -84,7 +84,7 @@ def test_rows_for_an_adapter_are_given_to_a_run_and_count_from_then_on(
     assert summary.backward_transfer == found.grid[2][0].value - found.grid[1][0].value
     assert cli(["mix", str(run), "--best", "--no-scores"]) == 0
     said = capsys.readouterr().err
-    assert "over the rows of start, mine\n" in said
+    assert "over the rows of start, main\n" in said
     assert "has no rows" not in said
     law = {"name": "law", "data": settings("", sentiment)["data"] | {"replay": 0.5}, "chain": SHORT}
     with pytest.raises(ChainLoRAError, match="replay` needs rows"):  # `start` has none to train on
@@ -92,9 +92,9 @@ def test_rows_for_an_adapter_are_given_to_a_run_and_count_from_then_on(
     law["data"].pop("replay")
     train_stages(extension(run, law))
     train_stages(extension(run, law | {"name": "fork", "output": str(tmp_path / "fork")}))
-    prune_stage(run, "mine")
+    prune_stage(run, "main")
     assert stage_matrix(run).stages == ["start", "law"]
-    assert stage_matrix(tmp_path / "fork").stages == ["start", "mine", "law", "fork"]
+    assert stage_matrix(tmp_path / "fork").stages == ["start", "main", "law", "fork"]
     again = stage_matrix(tmp_path / "fork").grid[0][0]
     assert cli(["eval", str(run), "--matrix", "--start-rows", rows[0]]) == 0  # other rows: as text
     assert stage_matrix(run).grid[0][0].metric == "loss"
@@ -114,7 +114,7 @@ def test_what_was_before_a_run_is_an_address(made, tiny_folder, sentiment, tmp_p
     for verb in (["inspect"], ["report"], ["generate", "--prompt", "a"]):
         assert cli([verb[0], f"{run}@start", *verb[1:]]) == 0
     again = {"name": "again", "data": settings("", sentiment)["data"], "chain": SHORT}
-    with pytest.raises(RunError, match=r"goes on at what it is now, .*@mine \(got .*@start"):
+    with pytest.raises(RunError, match=r"goes on at what it is now, .*@main \(got .*@start"):
         extension(f"{run}@start", again)
     train_stages(extension(f"{run}@start", again | {"output": str(tmp_path / "fork")}))
     fork = open_run(tmp_path / "fork")
@@ -139,7 +139,7 @@ def test_the_plain_model_is_guarded_and_its_rows_are_replayed(
     own = shutil.copytree(sentiment, tmp_path / "own")
     tree |= {"start_data": general(own, "train", "validation")}
     tree["train"] |= {"accept_links": 0.0, "save_every": 1}
-    killed = tmp_path / "killed/run"  # of the same name, from which links are drawn
+    killed = tmp_path / "killed"
     stages = make_stages(tree | {"output": str(killed)})
 
     def stop(event):
@@ -153,12 +153,12 @@ def test_the_plain_model_is_guarded_and_its_rows_are_replayed(
     (own / "validation.jsonl").unlink()
     train_stages(stages)
     assert_same_links(tmp_path / "run", killed)
-    result = json.loads((stage_dir(tmp_path / "run", "run") / "result.json").read_text())
+    result = json.loads((stage_dir(tmp_path / "run") / "result.json").read_text())
     assert result["data"]["train"]["replayed"] == 32
     (one,), (other,) = (open_run(run).strengths.values() for run in (tmp_path / "run", killed))
     assert one == other < 1
     found = stage_matrix(tmp_path / "run")
-    assert found.stages == ["start", "run"]
+    assert found.stages == ["start", "main"]
     assert found.states[:2] == ["base", "run"]
     _, after, now = best_mix(tmp_path / "run")
     assert after >= now
@@ -188,7 +188,7 @@ def test_what_cannot_be_taken_for_rows_of_the_start_is_refused(
     for words, status, got in (
         ([file, "--start-rows", file], 2, "use it with --matrix"),
         ([str(run), "--matrix", "--start-rows", file, "--links", "1"], 2, "leave --links out"),
-        ([f"{run}@mine", "--matrix", "--start-rows", file], 2, "leave @mine out"),
+        ([f"{run}@main", "--matrix", "--start-rows", file], 2, "leave @main out"),
         ([str(run), "--matrix", "--start-rows", "none.jsonl"], 1, "none.jsonl"),
     ):
         assert cli(["eval", *words]) == status
@@ -212,7 +212,7 @@ def test_a_run_is_known_by_what_it_began_on_and_by_the_rows_for_it(
     assert "nothing left to do" in chainlora("train", config, *same).out
     other = ("--start_data.validation", flipped(sentiment, tmp_path / "other.jsonl"))
     chainlora("train", config, *other).refused("`start_data` is read when a run begins")
-    moved = stage_dir(copy, "kept") / "config.yaml"
+    moved = stage_dir(copy) / "config.yaml"
     chainlora("train", moved).refused("must be told where it is")
     on_adapter = settings(made / "first", sentiment, made / "mine", chain=SHORT | {"steps": [20]})
     config.write_text(json.dumps(on_adapter | {"model": tree["model"]}))

@@ -124,11 +124,12 @@ def _stage_of(file: str, output: Any, overrides: Sequence[tuple[str, str]]) -> s
     Raises ConfigError for one in a run that has moved, and for that of a later stage.
     """
     from chainlora.config.loading import run_of_config
-    from chainlora.runs.loading_start import first_stage
 
     run = run_of_config(file)
     if run is None:
         return "main"
+    from chainlora.runs.loading_start import first_stage
+
     is_elsewhere = isinstance(output, str) and run.resolve() != Path(output).expanduser().resolve()
     if is_elsewhere and "output" not in dict(overrides):
         rule = "a run that was moved or copied must be told where it is"
