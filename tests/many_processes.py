@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from chainlora.cli.main import run as command
-from chainlora.config.loading import load_config
+from chainlora.config.reading import load_config
 from chainlora.errors import ChainLoRAError
 from chainlora.models.loading import load_model
 from chainlora.models.loading_shards import load_shards

@@ -15,7 +15,7 @@ from chainlora.data.examples import Example
 from chainlora.errors import ConfigError
 from chainlora.evaluation.acceptance import gain
 from chainlora.evaluation.evaluate import Evaluation, evaluate
-from chainlora.evaluation.preferences import judge_pairs
+from chainlora.evaluation.pair_scores import judge_pairs
 from chainlora.training import loop
 
 

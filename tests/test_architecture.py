@@ -19,7 +19,7 @@ PUBLIC = {
     "chainlora": set(chainlora.__all__),
     "chainlora.errors": {name for name in vars(errors) if name.endswith("Error")} | {"nearest"},
     "chainlora.reports": set(reports.__all__),
-    "chainlora.config.loading": {"read_tree", "set_key"},
+    "chainlora.config.reading": {"read_tree", "set_key"},
     "chainlora.cli.common": {"WithKeys", "file_and_overrides", "keys_argument", "quiet"},
     "chainlora.data.splits": {"check_files"},
     "chainlora.models.finding": {"resolve_model"},
@@ -128,3 +128,9 @@ def test_help_needs_no_tensor_library():
         "sys.exit(any(m in sys.modules for m in heavy))"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_a_module_name_is_used_once():
+    paths = [*PACKAGE.rglob("*.py"), *LAB.rglob("*.py")]
+    names = [path.stem for path in paths if not path.stem.startswith("__")]
+    assert len(names) == len(set(names))

@@ -18,9 +18,9 @@ from helpers import settings, stage_dir, stop_after
 from chainlora import export_adapter, load_run, make_config, train
 from chainlora.board.desk import Desk, Mix
 from chainlora.board.watching import find_runs, sections_of, standing_of
-from chainlora.config.stages import make_stages
+from chainlora.config.staging import make_stages
 from chainlora.errors import ChainError, ConfigError, RunError
-from chainlora.evaluation.stages import Scorer, stage_matrix
+from chainlora.evaluation.stage_scores import Scorer, stage_matrix
 from chainlora.evaluation.streaming import Decoding, Speaker
 from chainlora.files import checksums
 from chainlora.reports.page import render_part

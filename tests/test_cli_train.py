@@ -11,7 +11,7 @@ import yaml
 from helpers import Stop, assert_same_links, stage_dir, stop_after
 
 from chainlora import load_config, train
-from chainlora.config.stages import make_stages
+from chainlora.config.staging import make_stages
 from chainlora.files import checksums
 from chainlora.training.stages import train_stages
 

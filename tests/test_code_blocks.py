@@ -18,10 +18,10 @@ from test_schema import LEAST
 
 from chainlora import make_config
 from chainlora.cli.main import cli
-from chainlora.config.loading import parse_yaml
-from chainlora.config.stages import make_stages
+from chainlora.config.reading import parse_yaml
+from chainlora.config.staging import make_stages
 from chainlora.data.tasks.task import Task
-from chainlora_lab.schema import make_experiment
+from chainlora_lab.experiment import make_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -14,8 +14,8 @@ import yaml
 from pydantic import BaseModel
 
 from chainlora import LinkConfig, RunConfig, load_config, make_config
-from chainlora.config.loading import set_key
-from chainlora.config.stages import split_address
+from chainlora.config.reading import set_key
+from chainlora.config.staging import split_address
 from chainlora.errors import ConfigError
 
 TREE = {"model": "m", "data": {"train": "x.jsonl"}, "chain": {"ranks": [8], "steps": [1]}}

@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from chainlora.config.chat_templates import template_text
+from chainlora.config.template_names import template_text
 from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.sources import find_source
 from chainlora.data.tasks import Task, load_task

@@ -13,7 +13,7 @@ from helpers_data import CHAT, MARKED, TALK, encode_examples, make_tokenizer, sc
 from transformers import AutoTokenizer
 
 from chainlora import export_merged, load_run, make_config, train
-from chainlora.config.loading import dump_config, parse_yaml
+from chainlora.config.reading import dump_config, parse_yaml
 from chainlora.config.schema import DataConfig
 from chainlora.data.chat_templates import set_chat_template
 from chainlora.errors import ConfigError, DataError

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import chainlora
 from chainlora import load_config
 from chainlora.cli.main import run
-from chainlora.config.loading import parse_yaml
+from chainlora.config.reading import parse_yaml
 from chainlora.files import checksums
 from chainlora.training.events import Event
 

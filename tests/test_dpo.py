@@ -25,11 +25,11 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer
 
 from chainlora import extend, train
-from chainlora.config.loading import make_config
+from chainlora.config.reading import make_config
 from chainlora.errors import ConfigError, DataError, RunError
-from chainlora.evaluation.preferences import orpo_losses
+from chainlora.evaluation.pair_scores import orpo_losses
 from chainlora.evaluation.scoring import evaluate_task
-from chainlora.evaluation.stages import Scorer, stage_matrix
+from chainlora.evaluation.stage_scores import Scorer, stage_matrix
 from chainlora.evaluation.training_rows import training_rows
 from chainlora.files import sha256
 from chainlora.runs.changes import mix_stages

@@ -60,9 +60,8 @@ def test_an_adapter_that_peft_does_not_load_as_it_was_is_not_handed_out(
     runs, tmp_path, monkeypatch
 ):
     """PEFT renames or leaves out factors of some architectures: here, one is lost on the way."""
-    from chainlora.chain.adapters import files
 
-    load = files.peft.PeftModel.from_pretrained
+    load = adapter_files.peft.PeftModel.from_pretrained
 
     def losing(model, folder, **keys):
         loaded = load(model, folder, **keys)
@@ -71,7 +70,7 @@ def test_an_adapter_that_peft_does_not_load_as_it_was_is_not_handed_out(
             loaded.get_parameter(name).zero_()
         return loaded
 
-    monkeypatch.setattr(files.peft.PeftModel, "from_pretrained", losing)
+    monkeypatch.setattr(adapter_files.peft.PeftModel, "from_pretrained", losing)
     with pytest.raises(ModelError, match=r"must load with PEFT as it was \(got another .*lora_B"):
         export_adapter(runs["llama"], tmp_path / "a")
     assert list(tmp_path.iterdir()) == []

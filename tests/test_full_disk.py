@@ -18,7 +18,7 @@ from test_models import TOKENS, write_gguf
 
 from chainlora.cli.main import run as command
 from chainlora.errors import FileError
-from chainlora.evaluation.stages import Cell, stage_matrix
+from chainlora.evaluation.stage_scores import Cell, stage_matrix
 from chainlora.models.loading import load_model
 
 

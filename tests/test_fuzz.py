@@ -22,7 +22,7 @@ from test_command_line_keys import keys
 from chainlora import inspect_run, load_config, make_config, train
 from chainlora.chain.adapters import import_adapter
 from chainlora.cli.main import run as command
-from chainlora.config.loading import dump_config
+from chainlora.config.reading import dump_config
 from chainlora.config.schema import RunConfig
 from chainlora.config.yaml_text import parse_yaml
 from chainlora.errors import ChainLoRAError, ConfigError

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import Chain, LinkConfig, extend, load_run, save_chain, train
-from chainlora.config.chat_templates import NAMES, template_text
+from chainlora.config.template_names import NAMES, template_text
 from chainlora.errors import ModelError
 from chainlora.models.loading import load_model
 from chainlora.runs.changes import mix_stages

@@ -15,7 +15,7 @@ from helpers_tasks import write_rows, write_task
 
 from chainlora import evaluate_task, make_config, train
 from chainlora.config.schema import DataConfig
-from chainlora.config.stages import make_stages
+from chainlora.config.staging import make_stages
 from chainlora.data.division import pick
 from chainlora.data.mixture import example_hashes, prompt_hashes
 from chainlora.data.rows import MemoryRows, joined

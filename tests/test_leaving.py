@@ -22,7 +22,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import Chain, LinkConfig, export_adapter, export_merged, train
-from chainlora.config.chat_templates import template_text
+from chainlora.config.template_names import template_text
 from chainlora.errors import ModelError, RunError
 from chainlora.models.gguf import build_tokenizer, read_metadata
 from chainlora.runs.cards import Naming, is_of_another

@@ -20,7 +20,7 @@ from helpers import settings
 
 import chainlora
 from chainlora.chain.showing import Shown
-from chainlora.evaluation.stages import Cell, StageMatrix
+from chainlora.evaluation.stage_scores import Cell, StageMatrix
 
 SIGNATURES = {
     "train": "(config, *, resume, listener, change, progress)",

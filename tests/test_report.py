@@ -19,8 +19,8 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import Chain, LinkConfig, make_config, report_runs, save_chain, train
-from chainlora.config.stages import make_stages
-from chainlora.evaluation.stages import stage_matrix
+from chainlora.config.staging import make_stages
+from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.reports.charts import short
 from chainlora.reports.page import render
 from chainlora.reports.run_charts import training_pictures

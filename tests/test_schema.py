@@ -12,8 +12,8 @@ from jsonschema import Draft202012Validator
 from chainlora import ChainLoRAError, make_config
 from chainlora.cli.main import run
 from chainlora.config.json_schema import config_page, config_schema
-from chainlora.config.loading import parse_yaml
-from chainlora.config.stages import make_stages
+from chainlora.config.reading import parse_yaml
+from chainlora.config.staging import make_stages
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = [ROOT / f"examples/{name}.yaml" for name in ("dates", "chat")]

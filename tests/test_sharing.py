@@ -22,7 +22,7 @@ from helpers_processes import assert_close_links, assert_close_updates, launch, 
 from safetensors.torch import load_file
 
 from chainlora import export_adapter, stage_matrix, train
-from chainlora.config.stages import make_stages
+from chainlora.config.staging import make_stages
 from chainlora.runs.state import open_run
 from chainlora.training.stages import train_stages
 

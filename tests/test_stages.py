@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM
 from chainlora import evaluate_task, export_adapter, load_chain, load_run, make_config, train
 from chainlora.cli.common import words_and_overrides
 from chainlora.cli.main import run as cli
-from chainlora.config.stages import make_stages
+from chainlora.config.staging import make_stages
 from chainlora.errors import ChainLoRAError, ConfigError, RunError, StoppedError
-from chainlora.evaluation.stages import stage_matrix
+from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.evaluation.strengths import best_mix
 from chainlora.files import checksums, sha256
 from chainlora.runs.changes import mix_stages, prune_stage, redo, undo

@@ -13,9 +13,9 @@ from helpers import Stop, assert_same_links, history_of, settings, stage_dir
 
 from chainlora import evaluate_task, export_adapter, load_run, train
 from chainlora.cli.main import run as cli
-from chainlora.config.stages import make_stages
+from chainlora.config.staging import make_stages
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
-from chainlora.evaluation.stages import stage_matrix
+from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.evaluation.strengths import best_mix
 from chainlora.files import checksums
 from chainlora.runs.changes import prune_stage

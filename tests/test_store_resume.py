@@ -12,7 +12,7 @@ from filelock import FileLock
 from helpers import assert_same_links, assert_same_records, settings, stage_dir, stop_after
 
 from chainlora import load_run, make_config, train
-from chainlora.config.stages import Stage
+from chainlora.config.staging import Stage
 from chainlora.errors import ChainLoRAError, FileError, ModelError, RunError
 from chainlora.runs.draft import read_draft
 from chainlora.runs.history import write_part

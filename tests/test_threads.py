@@ -9,7 +9,7 @@ from conftest import tiny_model
 from helpers import assert_same_links, settings
 
 from chainlora import Chain
-from chainlora.config.loading import make_config
+from chainlora.config.reading import make_config
 from chainlora.config.schema import LinkConfig
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine

@@ -7,7 +7,7 @@ import yaml
 
 from chainlora import load_config, make_config
 from chainlora.cli.main import run as command
-from chainlora.config.loading import dump_config
+from chainlora.config.reading import dump_config
 from chainlora.config.yaml_text import dump_yaml, parse_yaml
 from chainlora.errors import ConfigError
 

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from chainlora.config.loading import make_config
+from chainlora.config.reading import make_config
 from chainlora.config.schema import RunConfig
 from chainlora.data.tasks import load_task
 from chainlora.models.finding import resolve_model

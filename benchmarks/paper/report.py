@@ -21,7 +21,7 @@ sys.path.append(str(HERE))
 
 from flops import cell_costs  # noqa: E402
 
-from chainlora.config.loading import read_tree  # noqa: E402
+from chainlora.config.reading import read_tree  # noqa: E402
 from chainlora.errors import ConfigError, nearest  # noqa: E402
 from chainlora.reports import (  # noqa: E402
     Numbers,
@@ -34,14 +34,14 @@ from chainlora.reports import (  # noqa: E402
     whole_steps,
 )
 from chainlora_lab import report_experiment  # noqa: E402
-from chainlora_lab.report.charts import (  # noqa: E402
+from chainlora_lab.report.comparisons import Facts  # noqa: E402
+from chainlora_lab.report.pictures import (  # noqa: E402
     CHARTS,
     Chart,
     draw_scores,
     name_metric,
     of_task,
 )
-from chainlora_lab.report.comparisons import Facts  # noqa: E402
 from chainlora_lab.report.report import Report  # noqa: E402
 from chainlora_lab.report.sections import SECTIONS  # noqa: E402
 from chainlora_lab.report.values import Summary, big, cells_of  # noqa: E402

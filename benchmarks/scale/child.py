@@ -23,7 +23,7 @@ from torch import distributed
 
 from chainlora.chain.base_weights import BaseWeights
 from chainlora.chain.chain import Chain
-from chainlora.config.loading import load_config
+from chainlora.config.reading import load_config
 from chainlora.config.schema import LinkConfig
 from chainlora.models.checkpoint import Stored
 from chainlora.models.loading import load_model

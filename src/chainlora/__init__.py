@@ -17,8 +17,8 @@ _WHERE = {
     "stack_links": "chainlora.chain.link",
     "LinkConfig": "chainlora.config.schema",
     "RunConfig": "chainlora.config.schema",
-    "load_config": "chainlora.config.loading",
-    "make_config": "chainlora.config.loading",
+    "load_config": "chainlora.config.reading",
+    "make_config": "chainlora.config.reading",
     "train": "chainlora.training.calling",
     "extend": "chainlora.training.calling",
     "open_run": "chainlora.runs.state",
@@ -26,7 +26,7 @@ _WHERE = {
     "undo": "chainlora.runs.changes",
     "redo": "chainlora.runs.changes",
     "log": "chainlora.runs.changes",
-    "stage_matrix": "chainlora.evaluation.stages",
+    "stage_matrix": "chainlora.evaluation.stage_scores",
     "TrainResult": "chainlora.training.result",
     "carry_moments": "chainlora.knots.moments",
     "ChainCallback": "chainlora.integrations.callback",
@@ -51,15 +51,15 @@ if TYPE_CHECKING:
     from chainlora.chain.chain import Chain as Chain
     from chainlora.chain.link import Link as Link
     from chainlora.chain.link import stack_links as stack_links
-    from chainlora.config.loading import load_config as load_config
-    from chainlora.config.loading import make_config as make_config
+    from chainlora.config.reading import load_config as load_config
+    from chainlora.config.reading import make_config as make_config
     from chainlora.config.schema import LinkConfig as LinkConfig
     from chainlora.config.schema import RunConfig as RunConfig
     from chainlora.data.tasks import list_tasks as list_tasks
     from chainlora.data.tasks import load_task as load_task
     from chainlora.errors import ChainLoRAError as ChainLoRAError
     from chainlora.evaluation.scoring import evaluate_task as evaluate_task
-    from chainlora.evaluation.stages import stage_matrix as stage_matrix
+    from chainlora.evaluation.stage_scores import stage_matrix as stage_matrix
     from chainlora.integrations.callback import ChainCallback as ChainCallback
     from chainlora.knots.moments import carry_moments as carry_moments
     from chainlora.models.loading import load_model as load_model

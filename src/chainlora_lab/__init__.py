@@ -23,14 +23,14 @@ _WHERE = {
     "compare": "chainlora_lab.comparing",
     "comparison": "chainlora_lab.comparing",
     "expand": "chainlora_lab.expansion",
-    "plan_experiment": "chainlora_lab.plan",
-    "experiment_progress": "chainlora_lab.progress",
+    "plan_experiment": "chainlora_lab.planning",
+    "experiment_progress": "chainlora_lab.tally",
     "report_experiment": "chainlora_lab.report.report",
     "read_results": "chainlora_lab.results",
     "run_cells": "chainlora_lab.runner",
     "run_experiment": "chainlora_lab.runner",
-    "load_experiment": "chainlora_lab.schema",
-    "make_experiment": "chainlora_lab.schema",
+    "load_experiment": "chainlora_lab.experiment",
+    "make_experiment": "chainlora_lab.experiment",
 }
 
 __all__ = sorted(_WHERE)
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
     from chainlora_lab.comparing import compare as compare
     from chainlora_lab.comparing import comparison as comparison
     from chainlora_lab.expansion import expand as expand
-    from chainlora_lab.plan import plan_experiment as plan_experiment
-    from chainlora_lab.progress import experiment_progress as experiment_progress
+    from chainlora_lab.experiment import load_experiment as load_experiment
+    from chainlora_lab.experiment import make_experiment as make_experiment
+    from chainlora_lab.planning import plan_experiment as plan_experiment
     from chainlora_lab.report.report import report_experiment as report_experiment
     from chainlora_lab.results import read_results as read_results
     from chainlora_lab.runner import run_cells as run_cells
     from chainlora_lab.runner import run_experiment as run_experiment
-    from chainlora_lab.schema import load_experiment as load_experiment
-    from chainlora_lab.schema import make_experiment as make_experiment
+    from chainlora_lab.tally import experiment_progress as experiment_progress
 
 
 def __getattr__(name: str) -> Any:

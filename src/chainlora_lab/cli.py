@@ -274,7 +274,7 @@ def _methods(
     names: str, given: list[tuple[str, str]]
 ) -> tuple[dict[str, dict[str, Any]], list[tuple[str, str]]]:
     """Return the methods with their own keys (``methods.NAME.KEY``), and the keys of the config."""
-    from chainlora.config.loading import set_key
+    from chainlora.config.reading import set_key
 
     named: dict[str, dict[str, Any]] = {name.strip(): {} for name in names.split(",")}
     own = [(key.split(".", 2), value) for key, value in given if key.startswith("methods.")]

@@ -8,10 +8,10 @@ from typing import Any
 
 from chainlora import RunConfig
 from chainlora.errors import ConfigError
+from chainlora_lab.experiment import Experiment, make_experiment
 from chainlora_lab.methods import list_methods, load_method
 from chainlora_lab.report.report import Report, report_experiment
 from chainlora_lab.runner import run_cells
-from chainlora_lab.schema import Experiment, make_experiment
 from chainlora_lab.statistics.intervals import scipy_stats
 
 Methods = Sequence[str] | Mapping[str, Mapping[str, Any] | None]

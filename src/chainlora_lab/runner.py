@@ -20,10 +20,10 @@ from chainlora.errors import ConfigError, DataError, ModelError, RunError
 from chainlora.models.finding import resolve_model
 from chainlora.training.objectives import check_names
 from chainlora_lab.expansion import Cell, expand
-from chainlora_lab.files import write_whole
-from chainlora_lab.plan import run_notes
+from chainlora_lab.experiment import Experiment, load_experiment
+from chainlora_lab.outputs import write_whole
+from chainlora_lab.planning import run_notes
 from chainlora_lab.results import FILE
-from chainlora_lab.schema import Experiment, load_experiment
 from chainlora_lab.session import Listener, Session
 from chainlora_lab.worker import run_inline, run_processes
 

@@ -16,8 +16,9 @@ from chainlora import load_config
 from chainlora.errors import ConfigError
 from chainlora_lab.choice import Trial, choose, extensions
 from chainlora_lab.expansion import Cell, Expansion, Pair, Point
-from chainlora_lab.files import write_whole
+from chainlora_lab.experiment import Experiment
 from chainlora_lab.measure import with_curve
+from chainlora_lab.outputs import write_whole
 from chainlora_lab.results import (
     FILE,
     FORMAT,
@@ -30,7 +31,6 @@ from chainlora_lab.results import (
     results_by_id,
     write_results,
 )
-from chainlora_lab.schema import Experiment
 from chainlora_lab.worker import CONFIG, ERROR, RESULT, RUN, dumped
 
 logger = logging.getLogger(__name__)

@@ -30,8 +30,8 @@ from filelock import FileLock
 from chainlora import RunConfig, load_config, train
 from chainlora.errors import ChainLoRAError, DivergedError
 from chainlora_lab.expansion import Cell
-from chainlora_lab.files import write_whole
 from chainlora_lab.measure import described, summarise
+from chainlora_lab.outputs import write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from injection import Injection
 from lives import End, fresh, live
 
 from chainlora import export_adapter, export_merged, make_config, train
-from chainlora.config.stages import is_run, make_stages
+from chainlora.config.staging import is_run, make_stages
 from chainlora.files import checksums
 from chainlora.models.identity import tokenizer_files
 from chainlora.runs.changes import mix_stages, prune_stage, redo, undo

@@ -33,7 +33,7 @@ from injection import Injection
 from lives import fresh, live, start, wait
 
 from chainlora.cli.main import run as command_line
-from chainlora.config.stages import make_stages
+from chainlora.config.staging import make_stages
 from chainlora.errors import ChainLoRAError
 from chainlora.files import checksums, write_json
 from chainlora.runs.loading_start import with_start

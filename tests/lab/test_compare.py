@@ -7,11 +7,11 @@ import sys
 import pytest
 from conftest import write_rows
 
-from chainlora.config.loading import make_config
+from chainlora.config.reading import make_config
 from chainlora.errors import ConfigError
 from chainlora_lab import compare, comparison, expand, make_experiment, run_cells
 from chainlora_lab.cli import _fewest_seeds
-from chainlora_lab.plan import undecidable
+from chainlora_lab.planning import undecidable
 from lab.cases import tree
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from chainlora_lab import plan_experiment, read_results, report_experiment
-from chainlora_lab.plan import measured_power
+from chainlora_lab.planning import measured_power
 from lab.cases import change, tree
 
 

@@ -10,7 +10,7 @@ from helpers import settings
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainlora.config.loading import make_config
+from chainlora.config.reading import make_config
 from chainlora.errors import ConfigError
 from chainlora.training.loop import make_optimizer, train
 from chainlora_lab.methods import (

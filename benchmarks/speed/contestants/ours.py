@@ -8,7 +8,7 @@ from typing import Any
 
 from measuring import Steps, peak_mb
 
-from chainlora.config.loading import make_config
+from chainlora.config.reading import make_config
 from chainlora.config.schema import RunConfig
 from chainlora.training.loop import train
 

@@ -16,9 +16,9 @@ from queue import SimpleQueue
 from threading import Event, Lock
 from typing import Any
 
-from chainlora.config.stages import split_address
+from chainlora.config.staging import split_address
 from chainlora.errors import ConfigError, RunError
-from chainlora.evaluation.stages import Cell, Scorer
+from chainlora.evaluation.stage_scores import Cell, Scorer
 from chainlora.evaluation.streaming import Decoding, Message, Speaker
 from chainlora.evaluation.training_rows import RowFacts, training_rows
 from chainlora.models.finding import resolve_model

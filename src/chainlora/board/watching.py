@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import median
 
-from chainlora.config.stages import HISTORY, is_run, split_address, stage_folder
+from chainlora.config.staging import HISTORY, is_run, split_address, stage_folder
 from chainlora.errors import ChainLoRAError
 from chainlora.reports.chain_charts import chain_pictures
 from chainlora.reports.charts import Picture

@@ -20,8 +20,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from chainlora.config.section import types_in
-from chainlora.config.stages import HISTORY, split_address
-from chainlora.config.stages import is_run as is_run
+from chainlora.config.staging import HISTORY, split_address
+from chainlora.config.staging import is_run as is_run
 from chainlora.errors import ConfigError, FileError, RunError
 
 if TYPE_CHECKING:

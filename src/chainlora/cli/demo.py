@@ -15,12 +15,12 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
-from chainlora.cli.stages import show_matrix
-from chainlora.config.loading import make_config
+from chainlora.cli.versioning import show_matrix
+from chainlora.config.reading import make_config
 from chainlora.config.schema import RunConfig
-from chainlora.config.stages import stage_folder
+from chainlora.config.staging import stage_folder
 from chainlora.errors import ModelError
-from chainlora.evaluation.stages import stage_matrix
+from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.models.hashing import cache_dir
 from chainlora.reports.run_charts import plot_training
 from chainlora.reports.run_report import report_runs

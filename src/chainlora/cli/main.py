@@ -18,12 +18,12 @@ from chainlora import __version__
 from chainlora.cli.common import SIGNALLED, Verbs, is_first_process, prepare_streams
 from chainlora.cli.configs import schema, tasks
 from chainlora.cli.doctor import doctor
-from chainlora.cli.evaluate import evaluate
-from chainlora.cli.export import export
+from chainlora.cli.exporting import export
 from chainlora.cli.generate import chat, generate
-from chainlora.cli.report import board, inspect, report
-from chainlora.cli.stages import extend, log, mix, prune, redo, undo
+from chainlora.cli.scores import evaluate
 from chainlora.cli.train import demo, train
+from chainlora.cli.versioning import extend, log, mix, prune, redo, undo
+from chainlora.cli.views import board, inspect, report
 from chainlora.errors import (
     ChainLoRAError,
     ConfigError,

@@ -30,7 +30,7 @@ from chainlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from chainlora.config.schema import RunConfig
-    from chainlora.config.stages import Stage
+    from chainlora.config.staging import Stage
     from chainlora.training.events import Event, Listener
     from chainlora.training.result import TrainResult
 
@@ -65,8 +65,8 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
       chain: {ranks: [8, 8], epochs: [1, 1]}
       output: runs/mine
     """
-    from chainlora.config.loading import load_config, read_config, set_key
-    from chainlora.config.stages import Stage, check_alone, has_stages, make_stages
+    from chainlora.config.reading import load_config, read_config, set_key
+    from chainlora.config.staging import Stage, check_alone, has_stages, make_stages
 
     file, overrides = file_and_overrides(list(arguments))
     tree = read_config(file)
@@ -123,7 +123,7 @@ def _stage_of(file: str, output: Any, overrides: Sequence[tuple[str, str]]) -> s
 
     Raises ConfigError for one in a run that has moved, and for that of a later stage.
     """
-    from chainlora.config.loading import run_of_config
+    from chainlora.config.reading import run_of_config
 
     run = run_of_config(file)
     if run is None:
@@ -189,8 +189,8 @@ def train_and_show(
 
 def _show_run(config: RunConfig, results: Sequence[TrainResult], are_stages: bool = False) -> None:
     """Print the links of a run that has ended, the scores of its new stages, and what is next."""
-    from chainlora.cli.progress import show_inspection
-    from chainlora.cli.stages import scored_matrix, show_matrix
+    from chainlora.cli.screen import show_inspection
+    from chainlora.cli.versioning import scored_matrix, show_matrix
     from chainlora.runs.inspection import inspect_run
 
     run = config.output or ""
@@ -245,7 +245,7 @@ def _show_plan(stages: Sequence[Stage], change: Sequence[str], as_json: bool) ->
 
 
 def _plot(settings: RunConfig, stage: str) -> None:
-    from chainlora.config.stages import stage_folder
+    from chainlora.config.staging import stage_folder
     from chainlora.reports.run_charts import plot_training
     from chainlora.runs.records import read_records
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
-from chainlora.config.chat_templates import Argument, checked_arguments, resolved_template
 from chainlora.config.section import LARGEST, Count, Number, Section, refuse_if
+from chainlora.config.template_names import Argument, checked_arguments, resolved_template
 
 ROW_FIELDS: Mapping[str, tuple[str, ...]] = {
     "completion": ("prompt", "completion"),

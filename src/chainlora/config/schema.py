@@ -2,7 +2,7 @@
 
 A config is frozen, refuses keys it does not know, and is complete once loaded: `None` means off. It
 imports no tensor library, so that the command line can check a file in milliseconds. The keys of
-`chain` are in `config.chain`, those of `data` in `config.data`.
+`chain` are in `config.chain_keys`, those of `data` in `config.data`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from chainlora.config.chain import LENGTHS as LENGTHS
-from chainlora.config.chain import ChainConfig as ChainConfig
-from chainlora.config.chain import KnotConfig as KnotConfig
-from chainlora.config.chain import LinkConfig as LinkConfig
-from chainlora.config.chain import PlateauConfig as PlateauConfig
-from chainlora.config.chain import Share
+from chainlora.config.chain_keys import LENGTHS as LENGTHS
+from chainlora.config.chain_keys import ChainConfig as ChainConfig
+from chainlora.config.chain_keys import KnotConfig as KnotConfig
+from chainlora.config.chain_keys import LinkConfig as LinkConfig
+from chainlora.config.chain_keys import PlateauConfig as PlateauConfig
+from chainlora.config.chain_keys import Share
 from chainlora.config.data import DataConfig as DataConfig
 from chainlora.config.data import Home
 from chainlora.config.data import StartData as StartData

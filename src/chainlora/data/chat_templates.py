@@ -6,8 +6,8 @@ import logging
 
 from transformers import PreTrainedTokenizerBase
 
-from chainlora.config.chat_templates import ENDS, mentions, template_text, with_defaults
 from chainlora.config.schema import DataConfig
+from chainlora.config.template_names import ENDS, mentions, template_text, with_defaults
 from chainlora.data.templates import render_chats
 from chainlora.errors import ConfigError
 

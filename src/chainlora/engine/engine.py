@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from chainlora.data.examples import Example
-from chainlora.engine.fast import registry
+from chainlora.engine.fast import all_paths
 from chainlora.engine.fast.plugin import PACKED, FastPath
 from chainlora.engine.head import candidate_loss, candidate_scores, completion_loss, logit_transform
 from chainlora.engine.packing import PackedBatch, input_sequences, pack
@@ -118,7 +118,7 @@ class Engine:
 
     def _take_fast_paths(self, facts: Facts) -> None:
         """Apply every registered path whose probe agrees; note which, and why not the others."""
-        paths = [make() for make in registry.FAST_PATHS]
+        paths = [make() for make in all_paths.FAST_PATHS]
         if self.speedups == "auto":
             facts.watched = [module for path in paths for module in path.watched(self.model)]
         for path in paths:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chainlora.config.schema import PAIR_LOSSES, RunConfig
-from chainlora.config.stages import is_run
+from chainlora.config.staging import is_run
 from chainlora.data.encoding import Options
 from chainlora.data.examples import Example
 from chainlora.data.kept import Kept

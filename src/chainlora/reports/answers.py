@@ -22,7 +22,7 @@ from chainlora.errors import DataError
 from chainlora.evaluation.evaluate import evaluate
 from chainlora.evaluation.generation import generate_greedy
 from chainlora.evaluation.metrics import cross_entropy, exact_match
-from chainlora.evaluation.stages import Scorer, chain_on_base, states_of
+from chainlora.evaluation.stage_scores import Scorer, chain_on_base, states_of
 from chainlora.evaluation.training_rows import divided_by
 from chainlora.files import reported
 from chainlora.models.text_config import context_length

@@ -10,7 +10,7 @@ from typing import Any
 
 from chainlora.errors import RunError
 from chainlora.evaluation.metrics import is_higher_better
-from chainlora.evaluation.stages import StageMatrix, shades_of
+from chainlora.evaluation.stage_scores import StageMatrix, shades_of
 from chainlora.reports.charts import (
     BLUE,
     GREEN,

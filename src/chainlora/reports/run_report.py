@@ -7,8 +7,8 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-from chainlora.config.loading import flatten
-from chainlora.config.stages import split_address
+from chainlora.config.reading import flatten
+from chainlora.config.staging import split_address
 from chainlora.config.yaml_text import dump_yaml
 from chainlora.data.tasks import load_task
 from chainlora.errors import ChainLoRAError

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from chainlora.config.schema import RunConfig
-from chainlora.evaluation.stages import NOW, StageMatrix, stage_matrix
+from chainlora.evaluation.stage_scores import NOW, StageMatrix, stage_matrix
 from chainlora.runs.draft import Progress
 from chainlora.runs.history import BASE
 from chainlora.runs.inspection import inspect_run

@@ -19,7 +19,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from chainlora.chain.link import Link
-from chainlora.config.chat_templates import NAMES
+from chainlora.config.template_names import NAMES
 from chainlora.files import reported
 from chainlora.models.finding import hub_id_of
 from chainlora.runs.records import of_event, score_names

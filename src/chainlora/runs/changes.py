@@ -14,7 +14,7 @@ from typing import Any
 
 from chainlora import files
 from chainlora.chain.checks import check_strengths
-from chainlora.config.stages import split_address, stage_folder
+from chainlora.config.staging import split_address, stage_folder
 from chainlora.errors import ChainError, FileError, RunError
 from chainlora.runs.draft import drafts_in, ended_leftovers
 from chainlora.runs.history import (
@@ -36,7 +36,7 @@ from chainlora.runs.links import outline_of
 from chainlora.runs.locks import refuse_links
 from chainlora.runs.state import OpenState, open_run, state_at
 
-MATRIX = "matrix.jsonl"  # scores by digests of states (`evaluation.stages`)
+MATRIX = "matrix.jsonl"  # scores by digests of states (`evaluation.stage_scores`)
 _SHOWN = ("chain.png", "report.html")  # pictures of a whole run
 
 

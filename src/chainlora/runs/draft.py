@@ -14,7 +14,7 @@ from typing import Annotated, NotRequired
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
-from chainlora.config.stages import stage_folder
+from chainlora.config.staging import stage_folder
 from chainlora.runs.history import (
     CONFIG,
     Count,

@@ -25,7 +25,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from chainlora import files
 from chainlora.config.schema import LinkConfig
-from chainlora.config.stages import HISTORY
+from chainlora.config.staging import HISTORY
 from chainlora.errors import ConfigError, RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.runs.locks import locked

@@ -22,7 +22,7 @@ from chainlora.chain.chain import Chain
 from chainlora.chain.holding import hold_for
 from chainlora.chain.link import Link
 from chainlora.config.schema import with_flat_model
-from chainlora.config.stages import (
+from chainlora.config.staging import (
     HISTORY,
     RUN_WIDE,
     is_run,

@@ -9,7 +9,7 @@ from typing import Any
 
 from chainlora import files
 from chainlora.config.schema import RunConfig
-from chainlora.config.stages import OF_START
+from chainlora.config.staging import OF_START
 from chainlora.config.yaml_text import one_value
 from chainlora.data.splits import named_sources, source_digest
 from chainlora.errors import RunError

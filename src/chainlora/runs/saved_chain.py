@@ -26,7 +26,7 @@ from chainlora.chain.adapters import base_layer, has_fan_in_first, set_config, t
 from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
-from chainlora.config.stages import HISTORY, stage_folder
+from chainlora.config.staging import HISTORY, stage_folder
 from chainlora.errors import RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.runs.costs import versions

@@ -18,10 +18,10 @@ from chainlora import files
 from chainlora.chain.checks import check_strengths
 from chainlora.chain.link import Link
 from chainlora.chain.showing import table
-from chainlora.config.chat_templates import is_resolved
-from chainlora.config.loading import make_config, read_tree
+from chainlora.config.reading import make_config, read_tree
 from chainlora.config.schema import RunConfig
-from chainlora.config.stages import HISTORY, split_address, stage_folder
+from chainlora.config.staging import HISTORY, split_address, stage_folder
+from chainlora.config.template_names import is_resolved
 from chainlora.data.kept import Kept, read_kept
 from chainlora.errors import RunError
 from chainlora.models.finding import from_above

@@ -33,9 +33,9 @@ from torch import Tensor
 
 from chainlora import files
 from chainlora.chain.link import Link
-from chainlora.config.loading import dump_config
+from chainlora.config.reading import dump_config
 from chainlora.config.schema import LinkConfig, RunConfig
-from chainlora.config.stages import HISTORY, stage_folder
+from chainlora.config.staging import HISTORY, stage_folder
 from chainlora.data.kept import Kept, write_kept
 from chainlora.data.splits import named_sources, source_digest
 from chainlora.errors import ChainLoRAError, RunError

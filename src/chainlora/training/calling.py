@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from chainlora.chain.showing import Shown
-from chainlora.config.loading import make_config, read_config
+from chainlora.config.reading import make_config, read_config
 from chainlora.config.schema import RunConfig
-from chainlora.config.stages import Stage, check_alone, has_stages, make_stages
+from chainlora.config.staging import Stage, check_alone, has_stages, make_stages
 from chainlora.runs.loading_start import with_start
 from chainlora.training.events import Event, Listener
 from chainlora.training.loop import train as run_training

@@ -22,7 +22,7 @@ from torch import Tensor
 from chainlora.chain.link import Link
 from chainlora.chain.live import SOFT_LINK_TOLERANCE
 from chainlora.config.schema import RunConfig
-from chainlora.config.stages import Stage
+from chainlora.config.staging import Stage
 from chainlora.errors import DivergedError, StoppedError, TrainingError
 from chainlora.evaluation.acceptance import gain
 from chainlora.models.modes import in_mode, kept_random_state

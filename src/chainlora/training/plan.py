@@ -21,7 +21,7 @@ from chainlora.chain.adapters import check_targets, inside, matched_modules
 from chainlora.chain.checks import check_apart, check_strengths
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig, RunConfig
-from chainlora.config.stages import Stage, need_apart
+from chainlora.config.staging import Stage, need_apart
 from chainlora.data.division import can_read_again
 from chainlora.data.splits import check_files, learned_by, length_limit
 from chainlora.errors import ChainError, ChainLoRAError, ConfigError, RunError

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from chainlora.chain.adapters import prepare_quantized
 from chainlora.chain.chain import Chain
 from chainlora.chain.holding import holding_named
-from chainlora.config.loading import flatten
+from chainlora.config.reading import flatten
 from chainlora.config.schema import RunConfig
 from chainlora.data.kept import Kept
 from chainlora.data.splits import Splits, prepare_splits

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from chainlora.config.loading import set_key
-from chainlora.config.stages import (
+from chainlora.config.reading import set_key
+from chainlora.config.staging import (
     Stage,
     check_name,
     is_run,
@@ -28,7 +28,7 @@ from chainlora.config.stages import (
     what_stages_share,
 )
 from chainlora.errors import RunError, StoppedError
-from chainlora.evaluation.stages import stage_matrix
+from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.evaluation.strengths import guard
 from chainlora.models.finding import from_above
 from chainlora.runs.history import read_history
@@ -58,7 +58,7 @@ def train_stages(
 
     `change` names keys that the resume of a stopped stage may change
     (`runs.resuming.CHANGEABLE`). With `matrix`, the rows that stages kept are scored in the states
-    where they were not yet (`evaluation.stages`).
+    where they were not yet (`evaluation.stage_scores`).
 
     Raises RunError where a stage that has ended is another one now, and what `train` raises.
     """

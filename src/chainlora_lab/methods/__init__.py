@@ -18,9 +18,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from chainlora.config.loading import read_tree
+from chainlora.config.reading import read_tree
 from chainlora.errors import ConfigError, nearest
-from chainlora_lab.files import Keys, checked
+from chainlora_lab.outputs import Keys, checked
 
 _FOLDER = Path(__file__).parent
 _SECTIONS = ("recipe", "data", "chain", "train")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from chainlora.evaluation.metrics import is_higher_better
+from chainlora_lab.experiment import OVERALL
 from chainlora_lab.report.values import (
     Summary,
     Value,
@@ -18,7 +19,6 @@ from chainlora_lab.report.values import (
     summarise_all,
 )
 from chainlora_lab.results import Results
-from chainlora_lab.schema import OVERALL
 from chainlora_lab.statistics.pairs import Difference, compare_pairs
 
 Key = tuple[str, str, str]  # task, method, rival

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from chainlora.reports import Column, Numbers, Page, Section, Table, markdown, render
-from chainlora_lab.files import write_whole
-from chainlora_lab.report.charts import CHARTS, Chart, asked_for, pictures, save_charts
+from chainlora_lab.outputs import write_whole
 from chainlora_lab.report.comparisons import Comparison, Facts
+from chainlora_lab.report.pictures import CHARTS, Chart, asked_for, pictures, save_charts
 from chainlora_lab.report.sections import SECTIONS
 from chainlora_lab.report.values import Summary, finite
 from chainlora_lab.report.verdicts import headline

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from chainlora.reports import Table, number, table_of
+from chainlora_lab.experiment import OVERALL
 from chainlora_lab.report.comparisons import Comparison, Facts
 from chainlora_lab.report.values import cells_of, digits
-from chainlora_lab.schema import OVERALL
 from chainlora_lab.statistics.pairs import VERDICTS
 
 # Learned tokens per trained parameter near which soft knots break even with LoRA of the same rank.

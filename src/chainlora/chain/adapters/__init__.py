@@ -12,9 +12,9 @@ files.py        a link on disk, an ordinary PEFT adapter
 importing.py    a LoRA made elsewhere, as a link has it
 """
 
+from chainlora.chain.adapters.adapter_files import load_adapter, reload_adapter, save_adapter
 from chainlora.chain.adapters.branch import carry
 from chainlora.chain.adapters.factors import Factors, padded, stacked
-from chainlora.chain.adapters.files import load_adapter, reload_adapter, save_adapter
 from chainlora.chain.adapters.importing import Imported, import_adapter
 from chainlora.chain.adapters.layer_facts import num_trained, sizes
 from chainlora.chain.adapters.layers import (

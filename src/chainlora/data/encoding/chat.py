@@ -10,8 +10,8 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
-from chainlora.config.chat_templates import mentions
 from chainlora.config.data import ROW_FIELDS
+from chainlora.config.template_names import mentions
 from chainlora.data.encoding.drafts import Draft, Ids, Span
 from chainlora.data.encoding.tokens import TokenReader, common_prefix
 from chainlora.data.readers import bad_row

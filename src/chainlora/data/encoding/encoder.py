@@ -18,7 +18,7 @@ from chainlora.data.encoding.chat import ChatEncoder
 from chainlora.data.encoding.completion import CompletionEncoder, row_pairs, task_pairs
 from chainlora.data.encoding.drafts import Draft, Encoder
 from chainlora.data.encoding.fitting import Counts, Fit
-from chainlora.data.encoding.preferences import (
+from chainlora.data.encoding.preference_rows import (
     PairEncoder,
     detect_pairs,
     refuse_plain,

@@ -18,5 +18,5 @@ from chainlora.data.tasks.sampling import (
     split_source,
     unseen_source,
 )
-from chainlora.data.tasks.schema import REPORTED_OF_TEXT, WORD_METRICS
 from chainlora.data.tasks.task import Task, list_tasks, load_task
+from chainlora.data.tasks.task_file import REPORTED_OF_TEXT, WORD_METRICS

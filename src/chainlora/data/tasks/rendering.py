@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from chainlora.data.readers import bad_row
 from chainlora.data.sources import where
-from chainlora.data.tasks.schema import TaskFile
+from chainlora.data.tasks.task_file import TaskFile
 from chainlora.data.templates import evaluate
 from chainlora.errors import DataError
 

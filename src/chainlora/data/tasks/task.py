@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from chainlora.config.loading import read_tree
 from chainlora.config.messages import problems
+from chainlora.config.reading import read_tree
 from chainlora.data.tasks.rendering import Rendered, render_rows
-from chainlora.data.tasks.schema import TaskFile
+from chainlora.data.tasks.task_file import TaskFile
 from chainlora.errors import ConfigError, nearest
 
 

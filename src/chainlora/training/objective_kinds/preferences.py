@@ -14,7 +14,7 @@ from chainlora.engine.engine import Engine
 from chainlora.engine.head import candidate_scores
 from chainlora.engine.packing import PackedBatch
 from chainlora.evaluation.evaluate import Evaluation
-from chainlora.evaluation.preferences import (
+from chainlora.evaluation.pair_scores import (
     judge_odds,
     judge_pairs,
     orpo_losses,

@@ -106,7 +106,7 @@ def evaluate(
         )
     chosen = load_task(task) if task is not None else None
     quiet()
-    from chainlora.cli.progress import evaluation_progress
+    from chainlora.cli.screen import evaluation_progress
     from chainlora.evaluation.scoring import evaluate_task
 
     with evaluation_progress() as progress:
@@ -148,8 +148,8 @@ def _score_matrix(run: str, as_json: bool, speedups: Speedups, **others: Any) ->
     _refuse_beside_matrix(others)
     need_run(run)
     quiet()
-    from chainlora.cli.stages import scored_matrix, show_matrix
-    from chainlora.config.stages import split_address
+    from chainlora.cli.versioning import scored_matrix, show_matrix
+    from chainlora.config.staging import split_address
     from chainlora.runs.history import START
 
     found = scored_matrix(run, speedups)

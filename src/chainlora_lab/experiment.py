@@ -18,10 +18,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from chainlora.config.loading import read_tree, set_key
+from chainlora.config.reading import read_tree, set_key
 from chainlora.errors import ConfigError, nearest
-from chainlora_lab.files import Keys, checked
 from chainlora_lab.methods import load_method, merge_trees
+from chainlora_lab.outputs import Keys, checked
 
 TREE_KEYS = ("model", "quantize", "plugins", "recipe", "data", "chain", "train")
 _KINDS: dict[str, tuple[Any, str]] = {

@@ -25,7 +25,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-from chainlora.config.loading import make_config, set_key
+from chainlora.config.reading import make_config, set_key
 from chainlora.config.schema import LENGTHS, READ_WITH, RunConfig
 from chainlora.errors import ConfigError
 

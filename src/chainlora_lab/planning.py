@@ -13,10 +13,10 @@ from pathlib import Path
 
 from chainlora.errors import ConfigError
 from chainlora.reports import Table, number, table_of
+from chainlora_lab.experiment import OVERALL, Experiment, load_experiment
 from chainlora_lab.report.comparisons import compare_all
 from chainlora_lab.report.values import digits
 from chainlora_lab.results import Results
-from chainlora_lab.schema import OVERALL, Experiment, load_experiment
 from chainlora_lab.session import Session
 from chainlora_lab.statistics.power import LEVEL, POWER, detectable, pairs_needed
 from chainlora_lab.statistics.sign_flip import least_pairs

@@ -23,7 +23,7 @@ from chainlora.errors import ChainLoRAError, ConfigError
 
 if TYPE_CHECKING:
     from chainlora.engine.engine import Speedups
-    from chainlora.evaluation.stages import StageMatrix
+    from chainlora.evaluation.stage_scores import StageMatrix
     from chainlora.runs.state import OpenState
 
 
@@ -41,7 +41,7 @@ def extend(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: boo
     or RUN@STAGE and leaves it as it is. The same command again resumes a stage that was stopped or
     killed, or does nothing.
     """
-    from chainlora.config.loading import read_tree
+    from chainlora.config.reading import read_tree
 
     words, overrides = words_and_overrides(list(arguments))
     if not words or words[2:]:
@@ -79,7 +79,7 @@ def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_js
 
     reads: list[str] = []
     if best:
-        from chainlora.cli.progress import evaluation_progress
+        from chainlora.cli.screen import evaluation_progress
         from chainlora.evaluation.strengths import best_mix
 
         state = mix_stages(folder, {})  # refuses what would refuse the mix that is found
@@ -203,8 +203,8 @@ def log(run: str, as_json: bool) -> None:
 
 def scored_matrix(run: str, speedups: Speedups = "auto", *, compute: bool = True) -> StageMatrix:
     """Return the matrix of a run; cells that are missing are scored, with a bar on a terminal."""
-    from chainlora.cli.progress import evaluation_progress
-    from chainlora.evaluation.stages import stage_matrix
+    from chainlora.cli.screen import evaluation_progress
+    from chainlora.evaluation.stage_scores import stage_matrix
 
     with evaluation_progress() as progress:
         return stage_matrix(run, speedups=speedups, progress=progress, compute=compute)

@@ -18,7 +18,7 @@ from chainlora.cli.common import (
     show,
     to_stderr,
 )
-from chainlora.config.stages import HISTORY
+from chainlora.config.staging import HISTORY
 from chainlora.errors import ConfigError
 
 
@@ -33,7 +33,7 @@ def inspect(run: str, as_json: bool) -> None:
     """
     need_run(run)
     quiet()
-    from chainlora.cli.progress import show_inspection
+    from chainlora.cli.screen import show_inspection
     from chainlora.reports.chain_charts import plot_chain
     from chainlora.runs.inspection import inspect_run
     from chainlora.runs.state import find_state

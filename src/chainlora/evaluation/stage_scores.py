@@ -34,7 +34,7 @@ from chainlora.evaluation.acceptance import standard_error, values, weights_of
 from chainlora.evaluation.evaluate import Evaluation, evaluate
 from chainlora.evaluation.matrix import MatrixSummary, summarise_matrix
 from chainlora.evaluation.metrics import is_higher_better
-from chainlora.evaluation.preferences import judge_odds, judge_pairs
+from chainlora.evaluation.pair_scores import judge_odds, judge_pairs
 from chainlora.evaluation.streaming import to_accelerator
 from chainlora.models.finding import resolve_model
 from chainlora.runs.changes import MATRIX
