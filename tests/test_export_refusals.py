@@ -60,6 +60,7 @@ def test_an_adapter_that_peft_does_not_load_as_it_was_is_not_handed_out(
     runs, tmp_path, monkeypatch
 ):
     """PEFT renames or leaves out factors of some architectures: here, one is lost on the way."""
+    from chainlora.chain.adapters import adapter_files
 
     load = adapter_files.peft.PeftModel.from_pretrained
 

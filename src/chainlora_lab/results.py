@@ -34,8 +34,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from chainlora.errors import RunError
 from chainlora_lab.expansion import Cell
-from chainlora_lab.files import write_whole, wrong
-from chainlora_lab.schema import Experiment
+from chainlora_lab.experiment import Experiment
+from chainlora_lab.outputs import write_whole, wrong
 
 logger = logging.getLogger(__name__)
 
