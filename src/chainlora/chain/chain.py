@@ -87,7 +87,7 @@ class Chain:
         self.hold = hold
         self.links: list[Link] = []
         self.next_id = 0  # of the live link, else of the next one; an id is never given twice
-        self._stage, self._first_id = "", 0
+        self.stage, self.first_id = "", 0  # what links are drawn by (`begin_stage`)
         self.weights = BaseWeights(checkpoint)
         self.fingerprint = fingerprints(model)  # of the model as it came
         self._holding = holding(model, self.weights)
@@ -115,7 +115,7 @@ class Chain:
         """Begin a stage: its links are drawn by its name and their place in it, whatever links came
         before. A chain that was never told is one stage of no name, and so is ``main``."""
         self._need_no_live("begin_stage")
-        self._stage, self._first_id = "" if name == "main" else f"{name}/", self.next_id
+        self.stage, self.first_id = "" if name == "main" else name, self.next_id
 
     def extend(self, config: LinkConfig, *, backward: Backward | None = None) -> Adapter:
         """Put a fresh LoRA on the model.
@@ -416,7 +416,8 @@ class Chain:
     @property
     def _drawn_by(self) -> str:
         """Return what the next link is drawn by: its stage, and its place there."""
-        return f"{self._stage}{self.next_id - self._first_id}"
+        place = f"{self.next_id - self.first_id}"
+        return f"{self.stage}/{place}" if self.stage else place
 
     def _layers(self) -> Adapter:
         assert self._adapter is not None

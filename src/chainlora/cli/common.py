@@ -20,7 +20,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from chainlora.config.section import types_in
-from chainlora.config.staging import HISTORY, split_address
+from chainlora.config.staging import HISTORY, refuse_older, split_address
 from chainlora.config.staging import is_run as is_run
 from chainlora.errors import ConfigError, FileError, RunError
 
@@ -260,6 +260,7 @@ def need_run(run: str) -> None:
     folder = Path(run)
     if is_run(run):
         return
+    refuse_older(folder)
     if (folder / "links").is_dir():
         raise RunError(
             f"a run directory must hold {HISTORY} (got none in {run}); it is incomplete: copy it "

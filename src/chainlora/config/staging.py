@@ -27,7 +27,7 @@ from typing import Any
 
 from chainlora.config.reading import make_config, set_key
 from chainlora.config.schema import LENGTHS, READ_WITH, RunConfig
-from chainlora.errors import ConfigError
+from chainlora.errors import ConfigError, RunError
 
 # What an export has one of, or the base has one of: a stage cannot say otherwise.
 RUN_WIDE = {
@@ -58,9 +58,19 @@ class Stage:
         return None if isinstance(found, str) else found
 
 
+def refuse_older(folder: Path) -> None:
+    """Raise RunError for a run that an earlier version wrote, which this one does not read."""
+    if (folder / "chain.json").is_file() and not (folder / HISTORY).is_file():
+        raise RunError(
+            f"Cannot read the run {folder}: version 0.2 or a development version wrote it. Use "
+            "that version, or train again into another folder."
+        )
+
+
 def need_apart(output: str | PathLike[str]) -> None:
     """Raise ConfigError for a new run inside another one, which would take it for its own."""
     folder = Path(expanduser(output)).resolve()
+    refuse_older(folder)
     around = next((each for each in folder.parents if (each / HISTORY).is_file()), None)
     if around is not None and not (folder / HISTORY).is_file():
         raise ConfigError(

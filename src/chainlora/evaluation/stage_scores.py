@@ -38,7 +38,7 @@ from chainlora.evaluation.pair_scores import judge_odds, judge_pairs
 from chainlora.evaluation.streaming import to_accelerator
 from chainlora.models.finding import resolve_model
 from chainlora.runs.changes import MATRIX
-from chainlora.runs.history import BASE, Digest, State, short_digest
+from chainlora.runs.history import BASE, Digest, State, read_history, short_digest
 from chainlora.runs.opening import load_run
 from chainlora.runs.state import Address, OpenState, find_state, open_run
 
@@ -196,7 +196,7 @@ def stage_matrix(
                 for cell in scorer.score(name, states[name], wanted):
                     known[_key(cell)] = cell
         finally:  # a signal loses one cell at most
-            _write(run.run, list(known.values()))
+            _write(run.run, known)
     grid = [
         [known.get((state.digest, stage, rows.get(stage, ""))) for stage in names]
         for state in states.values()
@@ -339,10 +339,14 @@ def _read(run: Path) -> Iterator[Cell]:
             yield _CELL.validate_json(line, strict=True)
 
 
-def _write(run: Path, cells: Sequence[Cell]) -> None:
-    """Keep the cells; numbers of a run that cannot be written are numbers too."""
+def _write(run: Path, known: Mapping[tuple[str, str, str], Cell]) -> None:
+    """Keep the cells beside those that others have scored meanwhile, but for rows that were pruned;
+    numbers of a run that cannot be written are numbers too."""
+    stages = {entry.key for entry in read_history(run).entries}
+    cells = ({_key(cell): cell for cell in _read(run)} | {**known}).values()
+    lines = [f"{json.dumps(asdict(cell))}\n" for cell in cells if cell.stage in stages]
     try:
         files.remove_scratch(run, MATRIX)
-        files.write_text(run / MATRIX, "".join(f"{json.dumps(asdict(cell))}\n" for cell in cells))
+        files.write_text(run / MATRIX, "".join(lines))
     except FileError as error:
         logger.warning("the scores are not kept: %s", error)

@@ -6,34 +6,28 @@ All but `prune` delete nothing, and each is one replacement of ``history.json``.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from chainlora import files
 from chainlora.chain.checks import check_strengths
-from chainlora.config.staging import split_address, stage_folder
+from chainlora.config.staging import split_address
 from chainlora.errors import ChainError, FileError, RunError
 from chainlora.runs.draft import drafts_in, ended_leftovers
 from chainlora.runs.history import (
     BASE,
-    CONFIG,
-    RECORDS,
-    RESULT,
-    START,
     Entry,
     History,
-    LinkFacts,
     link_folder,
-    now,
     read_history,
     rows_file,
     update_history,
 )
 from chainlora.runs.links import outline_of
-from chainlora.runs.locks import refuse_links
+from chainlora.runs.locks import is_in_use, refuse_links
 from chainlora.runs.state import OpenState, open_run, state_at
 
 MATRIX = "matrix.jsonl"  # scores by digests of states (`evaluation.stage_scores`)
@@ -76,7 +70,11 @@ def mix_stages(
     mixed = found.with_strengths(strengths)
     found.need_one_strength([*strengths])
     check_strengths(mixed.outlines())
-    update_history(run, lambda history: history.with_state(mixed.state, reads))
+
+    def change(history: History) -> History:
+        return history.mixed(state_at(run, history).with_strengths(strengths).state, reads)
+
+    update_history(run, change)
     return open_run(run)
 
 
@@ -135,7 +133,7 @@ def log(run: str | Path) -> list[dict[str, Any]]:
             "kind": entry.kind,
             "state": entry.state.digest,
             "parents": list(entry.parents),
-            "strengths": state_at(folder, history, entry.key).strengths,
+            "strengths": OpenState(folder, history, entry.state, entry).strengths,
             "links": len(entry.state.terms),
             "rows": entry.kept is not None,
             "ended": entry.ended,
@@ -177,10 +175,7 @@ def plan_pruning(run: str | Path, name: str) -> Pruning:
     """
     run = whole_run(run)
     history = read_history(run)
-    if begun := drafts_in(run, history):
-        folder = next(iter(begun.values()))
-        rule = "a stage can be pruned when none is half trained"
-        raise RunError(rule, folder, "finish it, or delete that folder")
+    _need_idle(run, history)
     entry = history.find(name)
     left_over = {path.name.partition(".")[0] for path in (run / "stages").glob("*")}
     is_left_over = entry is None and name in left_over  # by a kill, perhaps by a scratch name
@@ -209,10 +204,15 @@ def prune_stage(run: str | Path, name: str) -> Pruning:
 
     Raises what `plan_pruning` does, and FileError for what cannot be deleted.
     """
-    plan = plan_pruning(run, name)
-    folder = whole_run(run)
-    update_history(folder, lambda history: _without(history, name)[0])
-    _keep_scores(folder, plan.history)
+    plan, (folder, _) = plan_pruning(run, name), split_address(run)
+
+    def change(history: History) -> History:
+        _need_idle(folder, history)
+        return _without(history, name)[0]
+
+    after = update_history(folder, change)
+    _keep_scores(folder, after)
+    plan = replace(plan, gone=sorted(_unnamed(folder, after)))
     for path in plan.gone:
         files.remove(path)
         if path.exists():
@@ -222,6 +222,15 @@ def prune_stage(run: str | Path, name: str) -> Pruning:
             files.remove_scratch(parent)
             files.sync_folder(parent)
     return plan
+
+
+def _need_idle(run: Path, history: History) -> None:
+    """Raise RunError where a stage is half trained, or a process is about to begin one."""
+    others = (p for p in (run / "stages").glob("[!.]*") if history.find(p.name) is None)
+    begun = [*drafts_in(run, history).values(), *filter(is_in_use, others)]
+    if begun:
+        rule = "a stage can be pruned when none is half trained"
+        raise RunError(rule, begun[0], "finish it, or delete that folder")
 
 
 def _without(history: History, name: str) -> tuple[History, list[str]]:
@@ -251,14 +260,19 @@ def _without(history: History, name: str) -> tuple[History, list[str]]:
         }
         return entry.model_copy(update=update)
 
+    def path(keys: Iterable[str]) -> list[str]:
+        """Return heads in their order, one for each run of equal ones."""
+        return [key for key, _ in groupby(stays([key])[0] for key in keys)]
+
+    way = path([*history.past, history.head])
     entries = tuple(cut(e) for e in history.entries if e.key not in gone)
     update = {
         "entries": entries,
         "links": {d: facts for d, facts in history.links.items() if d not in own},
-        "head": stays([history.head])[0],
+        "head": way[-1],
         "origin": stays([history.origin])[0],
-        "past": stays(history.past),
-        "future": stays(history.future),
+        "past": tuple(way[:-1]),
+        "future": tuple(path([way[-1], *history.future])[1:]),
     }
     found = history.model_copy(update=update)
     return found, [key for key in gone if key != name]
@@ -313,65 +327,3 @@ def _is_of(line: str, states: Collection[str], stages: Collection[str]) -> bool:
         return cell["state"] in states and cell["stage"] in stages
     except (ValueError, LookupError, TypeError):
         return False
-
-
-# --- forks ---
-
-
-def copy_closure(state: OpenState, run: Path, history: History) -> History:
-    """Copy all that a state of another run needs into a run that begins on it, and nothing else.
-
-    Returns the history with its entries.
-    """
-    entries = {entry.key: entry for entry in [*state.keepers(), *state.lineage]}
-    links: dict[str, LinkFacts] = {}
-    for entry in entries.values():
-        for digest in (*(term.link for term in entry.state.terms), *entry.tied):
-            if digest not in links:
-                links[digest] = state.history.links[digest]
-                _copy_folder(state.run, run, link_folder(digest))
-        if entry.kept is not None:
-            files.make_folder(run / "rows")
-            shutil.copyfile(state.run / rows_file(entry.kept), run / rows_file(entry.kept))
-        folder = stage_folder(run, entry.key)
-        for name in _own_files(entry):
-            files.make_folder(folder)
-            source = stage_folder(state.run, entry.key) / name
-            if source.is_file():
-                shutil.copyfile(source, folder / name)
-    for folder in (run / "rows", run / "stages"):
-        if folder.is_dir():
-            files.sync_tree(folder)
-    copied = [
-        entry.model_copy(update={"files": {n: entry.files[n] for n in _own_files(entry)}})
-        for entry in state.history.entries
-        if entry.key in entries
-    ]
-    key = BASE if state.entry is None else state.entry.key
-    update = {"entries": tuple(copied), "links": links, "head": key, "origin": key}
-    return history.model_copy(update=update)
-
-
-def _own_files(entry: Entry) -> list[str]:
-    return [name for name in (CONFIG, RECORDS, RESULT) if name in entry.files]
-
-
-def _copy_folder(source: Path, target: Path, name: str) -> None:
-    files.make_folder((target / name).parent)
-    with files.new_folder((target / name).parent, "copy") as scratch:
-        shutil.copytree(source / name, scratch, dirs_exist_ok=True, copy_function=shutil.copyfile)
-        files.put_folder(scratch, target / name)
-
-
-def with_start_rows(history: History, kept: str) -> History:
-    """Return a history that keeps rows for what the run began on, in place of earlier ones."""
-    start = history.find(START)
-    if start is not None:
-        new = start.model_copy(update={"kept": kept})
-        entries = tuple(new if entry.key == START else entry for entry in history.entries)
-        return history.model_copy(update={"entries": entries})
-    new = Entry(key=START, kind="import", state=history.empty, kept=kept, ended=now())
-    update: dict[str, Any] = {"entries": (new, *history.entries)}
-    if history.origin == history.head == BASE and not history.entries:
-        update |= {"origin": START, "head": START}
-    return history.model_copy(update=update)

@@ -257,12 +257,26 @@ class History(Document):
                 due += entry.parents
         return [entry for entry in self.entries if entry.key in found]
 
+    @property
+    def own(self) -> list[str]:
+        """Return the keys of what came after the state that the run began on, and its rows."""
+        begun_with = {entry.key for entry in self.lineage(self.origin)} | {START}
+        return [entry.key for entry in self.entries if entry.key not in begun_with]
+
+    @property
+    def own_stages(self) -> list[str]:
+        """Return the names of the stages that the run trained itself, in their order."""
+        stages = {entry.key for entry in self.entries if entry.kind == "stage"}
+        return [key for key in self.own if key in stages]
+
     def stages_in(self, state: State) -> list[str]:
         """Return the names of the stages that the links of a state are of, in their order."""
         return list(dict.fromkeys(self.links[term.link].stage for term in state.terms))
 
     def moved(self, key: str) -> History:
         """Return this with another head, from which `undo` comes back."""
+        if key == self.head:
+            return self
         past = (*self.past, self.head)
         return self.model_copy(update={"head": key, "past": past, "future": ()})
 
@@ -273,33 +287,44 @@ class History(Document):
         parents = entry.parents or (BASE,)
         return grown.moved(entry.key) if self.head in parents else grown
 
-    def with_state(self, state: State, reads: Iterable[str] = ()) -> History:
+    def mixed(self, state: State, reads: Iterable[str] = ()) -> History:
         """Return this as a run of that state: a `mix` of its head.
 
         Where an entry that the head was computed from is that state already, the head moves there.
         """
-        reads = tuple(reads)
+        chosen, head = tuple(reads), self.find(self.head)
+        if not chosen and state == self.state_of(self.head):
+            return self
         same = (
-            e
+            e.key
             for e in self.lineage(self.head)
-            if e.state == state and (e.reads == reads or (e.kind != "mix" and not reads))
+            if e.state == state and (e.reads == chosen or (e.kind != "mix" and not chosen))
         )
-        if (known := next(same, None)) is not None or (not reads and state == self.empty):
-            key = known.key if known is not None else BASE
-            return self if key == self.head else self.moved(key)
+        key = next(same, BASE if state == self.empty and not chosen else None)
+        if key is None:
+            before = head.reads if head is not None and head.kind == "mix" else ()
+            entry = self.mix_of(self.head, state, dict.fromkeys((*before, *chosen)))
+            if self.find(entry.key) is None:
+                return self.published(entry, {})
+            key = entry.key
+        return self.moved(key)
+
+    def mix_of(self, parent: str, state: State, reads: Iterable[str]) -> Entry:
+        """Return the entry of a mix, whose key is of its content; the one that is there, if any."""
         shown = [[t.link, t.strength, t.derived] for t in state.terms]
-        key = f"mix-{short_digest([self.head, shown, reads])[:8]}"
-        if self.find(key) is not None:
-            return self if key == self.head else self.moved(key)
-        entry = Entry(
+        reads, key = tuple(reads), f"mix-{short_digest([parent, shown, [*reads]])[:8]}"
+        while (known := self.find(key)) is not None:
+            if (known.state, known.reads) == (state, reads):
+                return known
+            key = f"mix-{short_digest(key)[:8]}"  # that one was another before a prune
+        return Entry(
             key=key,
             kind="mix",
-            parents=() if self.head == BASE else (self.head,),
+            parents=() if parent == BASE else (parent,),
             reads=reads,
             state=state,
             ended=now(),
         )
-        return self.published(entry, {})
 
 
 # --- the file ---
@@ -363,6 +388,10 @@ def update_history(run: Path, change: Callable[[History], History]) -> History:
         before = read_history(run)
         after = change(before)
         if after != before:
+            try:
+                after.need_names()
+            except ValueError as error:  # of what another process has deleted meanwhile
+                raise RunError("a run was changed meanwhile", error, "start again") from None
             with files.reported(run):
                 files.remove_scratch(run, HISTORY)
             write_part(run / HISTORY, after)

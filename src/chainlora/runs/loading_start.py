@@ -27,6 +27,7 @@ from chainlora.config.staging import (
     RUN_WIDE,
     is_run,
     name_apart,
+    refuse_older,
     section_of,
     what_stages_share,
 )
@@ -71,6 +72,7 @@ def load_start(source: str | Path) -> Start:
             folder = from_hub(str(source))
         except ModelError as error:
             raise nothing_at(source, "adapter") from error
+    refuse_older(folder)
     tokenizer = folder if has_tokenizer(folder) else None
     inside = chain_folder(folder)
     if exists_in(inside):
@@ -155,7 +157,8 @@ def load_chain(
     if state is not None and not state.has_run:
         restore_chain(chain, read_chain(state))
         return chain
-    for note in put_on(load_start(directory), chain).notes:
+    start = load_start(directory) if state is None else start_at(state)
+    for note in put_on(start, chain).notes:
         logger.warning(note)
     return chain
 
@@ -249,8 +252,11 @@ def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
             own.setdefault("model", base)
         return own
     shared = what_stages_share(state.config())
-    for key in ("model", "quantize"):
-        _agree(own, key, shared[key], key)
+    given, model = own.get("model"), state.base.model  # found from the run
+    if isinstance(given, str) and is_same_place(shared["model"], given, state.run):
+        own["model"] = model
+    _agree(own, "model", model, "model")
+    _agree(own, "quantize", shared["quantize"], "quantize")
     for section, keys in RUN_WIDE.items():
         own[section] = section_of(own, section)
         for key in keys:
@@ -263,10 +269,8 @@ def first_stage(run: Path) -> OpenState | None:
     if not exists_in(run):
         return None
     history = read_history(run)
-    begun_with = {entry.key for entry in history.lineage(history.origin)}
-    own = [e.key for e in history.entries if e.kind == "stage" and e.key not in begun_with]
-    if own:
-        return state_at(run, history, own[0])
+    if history.own_stages:
+        return state_at(run, history, history.own_stages[0])
     drafts = drafts_in(run, history)
     return state_of_draft(run, next(iter(drafts)), history) if drafts else None
 

@@ -65,12 +65,14 @@ class Live(Part):
 
 
 class Memory(Document):
-    """What a chain that goes on needs to know: the `ids` of its links, that of the next one, and
-    the numbers of its run."""
+    """What a chain that goes on needs to know: the `ids` of its links, that of the next one, what
+    its links are drawn by, and the numbers of its run."""
 
     format: int = _FORMAT
     ids: tuple[Count, ...] = ()
     next_id: Count = 0
+    stage: str = ""
+    first_id: Count = 0
     live: Live | None = None
     numbers: Numbers | None = None
 
@@ -119,11 +121,14 @@ def write_chain(
             ended=now(),
         )
         history = History(base=base, hold=chain.hold, seed=chain.seed)
-        write_part(scratch / HISTORY, history.published(entry, dict(link for link, _ in saved)))
+        whole = history.published(entry, dict(link for link, _ in saved))
+        write_part(scratch / HISTORY, whole.model_copy(update={"past": ()}))
 
 
 def read_chain(state: OpenState) -> SavedChain:
     """Read a saved chain and check all its files. Changes no model."""
+    if state.entry is None:
+        raise RunError("a saved chain goes on from its links", state.run, "take the model itself")
     state.verify()
     folder, known = stage_folder(state.run, MAIN), state.at(MAIN).entry
     if known is None or _CHAIN not in known.files:
@@ -159,7 +164,8 @@ def restore_chain(chain: Chain, saved: SavedChain) -> None:
     chain.drop(len(chain))
     chain.set_start_of_extra(saved.start)
     chain.add(*saved.links)
-    chain.next_id = saved.memory.next_id
+    memory = saved.memory
+    chain.next_id, chain.stage, chain.first_id = memory.next_id, memory.stage, memory.first_id
     if live is not None:
         config = LinkConfig(**live.config)
         # what the loss said at its start is in the tensors
@@ -217,7 +223,14 @@ def _memory(chain: Chain, numbers: Numbers | None) -> Memory:
         config = chain.live.config.model_dump(mode="json")
         live = Live(config=config, num_steps=chain.live_steps, num_soft_knots=chain.live_soft_knots)
     ids = tuple(link.id for link in chain.links)
-    return Memory(ids=ids, next_id=chain.next_id, live=live, numbers=numbers)
+    return Memory(
+        ids=ids,
+        next_id=chain.next_id,
+        stage=chain.stage,
+        first_id=chain.first_id,
+        live=live,
+        numbers=numbers,
+    )
 
 
 def chain_folder(directory: Path) -> Path:

@@ -20,7 +20,7 @@ from chainlora.chain.link import Link
 from chainlora.chain.showing import table
 from chainlora.config.reading import make_config, read_tree
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import HISTORY, split_address, stage_folder
+from chainlora.config.staging import HISTORY, refuse_older, split_address, stage_folder
 from chainlora.config.template_names import is_resolved
 from chainlora.data.kept import Kept, read_kept
 from chainlora.errors import RunError
@@ -445,20 +445,18 @@ def find_state(address: str | Path) -> OpenState:
     history = read_history(run)
     if name is not None:
         return state_at(run, history, name)
-    drafts = drafts_in(run, history) if _is_untrained(history) else {}
+    drafts = {} if history.own else drafts_in(run, history)
     return state_of_draft(run, next(iter(drafts)), history) if drafts else state_at(run, history)
 
 
 def state_at(run: Path, history: History, name: str | None = None) -> OpenState:
     """Return the state of an entry by its name or the first digits of its digest; by default the
     head. Raises RunError for one that is not there."""
-    key = history.head if name is None else name
+    key = history.head if name is None else history.origin if name == START else name
     entry = history.find(key)
-    if key == START and (entry is None or not entry.tied):  # none, or rows for the origin alone
-        key = history.origin
-        entry = history.find(key)
     if entry is None and len(key) >= _SHORTEST:
-        entry = next((e for e in history.entries if e.state.digest.startswith(key)), None)
+        found = {e.state.digest: e for e in history.entries if e.state.digest.startswith(key)}
+        entry = next(iter(found.values())) if len(found) == 1 else None
     if entry is None and key != BASE:
         raise _no_such(run, history, key)
     return OpenState(run, history, history.empty if entry is None else entry.state, entry)
@@ -473,17 +471,6 @@ def state_of_draft(run: Path, stage: str, history: History | None = None) -> Ope
     except ValueError as error:
         raise RunError(f"{DRAFT} must be of its run", f"{error} in {run}", DAMAGED) from None
     return OpenState(run, grown, draft.entry.state, draft.entry, draft)
-
-
-def stages_of(history: History, key: str | None = None) -> list[Entry]:
-    """Return the stages that an entry was computed from, by default the head, in their order."""
-    found = history.lineage(history.head if key is None else key)
-    return [entry for entry in found if entry.kind == "stage"]
-
-
-def _is_untrained(history: History) -> bool:
-    begun_with = {entry.key for entry in history.lineage(history.origin)} | {START}
-    return all(entry.key in begun_with for entry in history.entries)
 
 
 def _no_such(run: Path, history: History, name: str) -> RunError:
@@ -501,6 +488,7 @@ def _need_folder(run: Path) -> None:
         is_file, is_there = run.is_file(), (run / HISTORY).is_file()
     if is_file:
         raise RunError(f"a run directory must be a directory (got the file {run}); name another")
+    refuse_older(run)
     if not is_there:
         raise RunError(
             f"a run directory must hold {HISTORY} (got none in {run}); is this the output of "

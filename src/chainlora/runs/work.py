@@ -19,7 +19,6 @@ looks at them until the history names them: `publish` does, as the last act of a
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -36,14 +35,13 @@ from chainlora.chain.link import Link
 from chainlora.config.reading import dump_config
 from chainlora.config.schema import LinkConfig, RunConfig
 from chainlora.config.staging import HISTORY, stage_folder
-from chainlora.data.kept import Kept, write_kept
+from chainlora.data.kept import Kept
 from chainlora.data.splits import named_sources, source_digest
 from chainlora.errors import ChainLoRAError, RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.models.checkpoint import save_model
-from chainlora.models.identity import tokenizer_files
 from chainlora.registry import plugin_digest
-from chainlora.runs.changes import copy_closure, with_start_rows
+from chainlora.runs.beginning import begun_history, save_rows
 from chainlora.runs.costs import versions
 from chainlora.runs.draft import (
     DRAFT,
@@ -65,14 +63,12 @@ from chainlora.runs.history import (
     Entry,
     History,
     LinkFacts,
-    State,
     Term,
     Training,
     exists_in,
     link_folder,
     now,
     read_history,
-    rows_file,
     update_history,
     write_part,
 )
@@ -83,7 +79,7 @@ from chainlora.runs.links import (
     write_adapter_of,
     write_checkpoint,
 )
-from chainlora.runs.locks import LOCK, refuse_links, take_lock
+from chainlora.runs.locks import LOCK, locked, refuse_links, take_lock
 from chainlora.runs.records import RecordLog, resumed_log
 from chainlora.runs.resuming import (
     check_rows,
@@ -180,6 +176,9 @@ class Work:
         """Hold a stage that was trained, to publish it."""
         try:
             self.open(config, resume=True)
+            if self._draft is None:
+                rule, remedy = "a stage is judged by one process", "give the same command again"
+                raise RunError(rule, self.folder, remedy)
             yield
         finally:
             self.close()
@@ -218,9 +217,10 @@ class Work:
         files.write_text(self.folder / CONFIG, dump_config(config))
         self._hashes = {CONFIG: files.sha256(self.folder / CONFIG)}
         kept = None if keep is None else save_rows(self.run, keep(), self.stage)
-        history = known or self._new_history(config, base, start)
-        parent = history.origin
+        history = known or begun_history(self.run, config, base, start, self.stage)
+        parent, state = history.origin, history.state_of(history.origin)
         if known is not None and start.state is not None:
+            state = start.state.state
             parent = BASE if start.state.entry is None else start.state.entry.key
         sources = {
             key: [source_digest(key, each.path, config.data) for each in named]
@@ -231,7 +231,7 @@ class Work:
             kind="stage",
             parents=() if parent == BASE else (parent,),
             reads=_reads(history, parent),
-            state=history.state_of(parent),
+            state=state,
             kept=kept,
             files={CONFIG: self._hashes[CONFIG]},
             training=Training(
@@ -240,10 +240,16 @@ class Work:
                 plugins={name: plugin_digest(name) for name in config.plugins},
             ),
         )
-        self._draft = Draft(entry=entry)
-        self._replace()
-        if known is None:
-            write_part(self.run / HISTORY, history)
+        with locked(self.run):
+            if exists_in(self.run):
+                now = read_history(self.run)
+                if known is None or now.state_of(parent) != state:
+                    rule = "what a stage begins on must stay as it is"
+                    raise RunError(rule, f"another {self.run} now", "give the same command again")
+            self._draft = Draft(entry=entry)
+            self._replace()
+            if known is None:
+                write_part(self.run / HISTORY, history)
         return deepcopy(self.draft.progress)
 
     def tidy(self) -> None:
@@ -294,24 +300,6 @@ class Work:
             self._replace()  # before records are cut that ``stage.json`` may know
         self._log.cut()
         return progress
-
-    def _new_history(self, config: RunConfig, base: Base, start: Start) -> History:
-        """Return the history of a run that begins here, all that it needs written."""
-        keys: dict[str, Any] = {"base": base, "hold": config.chain.hold, "seed": config.train.seed}
-        if start.tokenizer is not None:
-            keys["tokenizer"] = _copy_tokenizer(start.tokenizer, self.run)
-        history = History(**keys)
-        if start.state is not None:
-            history = copy_closure(start.state, self.run, history)
-        if start.adapter is not None:
-            digest, facts = save_link(self.run, start.links[0], base, START)
-            state = State(base=base.fingerprint, terms=(Term(link=digest),))
-            imported = Entry(key=START, kind="import", state=state, tied=(digest,), ended=now())
-            history = history.published(imported, {digest: facts})
-            history = history.model_copy(update={"origin": START, "past": ()})
-        if start.rows is not None:
-            history = with_start_rows(history, save_rows(self.run, start.rows, self.stage))
-        return history
 
     def _take_lock(self) -> None:
         if self._lock is None:
@@ -378,12 +366,12 @@ class Work:
 
     # --- writing a point: its files, and then ``stage.json``, which names them ---
 
-    def save_point(self, progress: Progress, numbers: Numbers, num_links: int) -> None:
-        """Write ``stage.json`` at a knot after `num_links` links: last, after all that it names."""
+    def save_point(self, progress: Progress, numbers: Numbers) -> None:
+        """Write ``stage.json`` at a knot: last, after all that it names."""
         if not self.writes:
             return
-        tied = self._tied = self._tied[:num_links]
-        moments = f"moments/{num_links - 1:03d}.safetensors"
+        tied = self._tied = self._tied[: progress.link]
+        moments = f"moments/{progress.link - 1:03d}.safetensors"
         self._draft = _with_training(self.draft, numbers=numbers)
         self._replace(
             entry=self._entry(tied, tied),
@@ -477,28 +465,32 @@ class Work:
     def publish(self, strength: float = 1.0, reads: Sequence[str] = ()) -> None:
         """Make the stage an entry of the history, and what the run is now unless that has moved.
 
-        With a `strength` other than 1, which the rows of the stages `reads` have chosen, the run
-        becomes a mix with the stage at that strength.
+        A `strength` other than 1, which the rows of the stages `reads` have chosen, becomes a mix
+        on top of it.
         """
         if not self.writes:
             return
         draft = self.draft
-        entry = draft.entry.model_copy(update={"ended": now()})
+        entry = last = draft.entry.model_copy(update={"ended": now()})
 
         def change(history: History) -> History:
+            nonlocal last
             after = history.model_copy(update={"base": self.base})
             after = after.published(entry, draft.links)
-            if strength != 1 and after.head == entry.key:
-                after = after.with_state(_weakened(after, entry, strength), reads)
+            if strength != 1:
+                found = OpenState(self.run, after, entry.state, entry)
+                weak = found.with_strengths({entry.key: strength}).state
+                last = after.mix_of(entry.key, weak, reads)
+                after = after.published(last, {})
             return after
 
         found = update_history(self.run, change)
         self._remove_passing(scratch_only=False)
-        if entry.key not in {each.key for each in found.lineage(found.head)}:
+        if found.head != last.key:
             logger.warning(
                 "%s was changed while stage %s was trained, and stays %s; to take the stage: "
                 "chainlora undo %s --to %s",
-                *(self.run, entry.key, found.head, self.run, entry.key),
+                *(self.run, entry.key, found.head, self.run, last.key),
             )
 
     def _entry(self, tied: Sequence[str], own: Sequence[str]) -> Entry:
@@ -562,7 +554,9 @@ class Work:
 
         The lock goes last. Where something could not be removed, it says that the rest is a run's.
         """
-        if self._is_new_run:
+        others = set((self.run / "stages").glob("*/stage.json")) - {self.folder / DRAFT}
+        is_alone = self._is_new_run and not others  # nobody else has begun a run here
+        if is_alone:
             for name in (HISTORY, "links", "rows", TOKENIZER):
                 files.remove(self.run / name)
         for name in (DRAFT, RECORDS, REFERENCE, CONFIG):
@@ -571,7 +565,7 @@ class Work:
             if [entry.name for entry in self.folder.iterdir()] == [LOCK]:
                 files.remove(self.folder / LOCK)
                 self.folder.rmdir()
-            if self._is_new_run:
+            if is_alone:
                 for path in set((self.run / "stages").iterdir()) - {self.folder}:
                     files.remove(path)  # copied for a fork
                 (self.run / "stages").rmdir()
@@ -584,40 +578,9 @@ def _with_training(draft: Draft, **changed: Any) -> Draft:
     return draft.model_copy(update={"entry": draft.entry.model_copy(update={"training": training})})
 
 
-def _weakened(history: History, entry: Entry, strength: float) -> State:
-    """Return the state of a stage that has ended, its own links at another strength."""
-    terms = tuple(
-        term.model_copy(update={"strength": strength})
-        if history.links[term.link].stage == entry.key
-        else term
-        for term in entry.state.terms
-    )
-    return entry.state.model_copy(update={"terms": terms})
-
-
 def is_in(name: str, named: Collection[str]) -> bool:
     """Say whether a file, or a folder that it lies in, is among those named."""
     return name in named or any(str(parent) in named for parent in PurePosixPath(name).parents)
-
-
-def save_rows(run: Path, kept: Kept, stage: str) -> str:
-    """Write the rows that a stage keeps into a run, named by their content; return their
-    SHA-256."""
-    files.make_folder(run / "rows")
-    with files.new_folder(run / "rows", stage) as scratch:
-        write_kept(scratch / "rows", kept)
-        digest = files.sha256(scratch / "rows")
-        (scratch / "rows").replace(run / rows_file(digest))
-        files.sync_folder(run / "rows")
-    return digest
-
-
-def _copy_tokenizer(folder: Path, run: Path) -> dict[str, str]:
-    with files.replaced_folder(run / TOKENIZER) as scratch:
-        for path in tokenizer_files(folder):
-            (scratch / path.relative_to(folder)).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, scratch / path.relative_to(folder))
-    return files.checksums(run / TOKENIZER)
 
 
 def _reads(history: History, parent: str) -> tuple[str, ...]:

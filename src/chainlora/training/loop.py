@@ -46,7 +46,7 @@ from chainlora.training.optimizers import (
     state_tensors,
 )
 from chainlora.training.plan import StagePlan, make_plan
-from chainlora.training.processes import own_accelerate
+from chainlora.training.processes import own_accelerate, wait_for_all
 from chainlora.training.result import TrainResult, finish, publish_trained, result_of
 from chainlora.training.run import Run
 from chainlora.training.schedule import rate_factor
@@ -102,7 +102,9 @@ def train_stage(
     """
     config = planned.stage.config
     if planned.trained:
+        wait_for_all()  # until every process has planned the same
         publish_trained(config, planned.name)
+        wait_for_all()
         return result_of(config, planned.name)
     prepared = prepare(config, resume, tell, change, start, planned.name)
     with prepared as run, run.processes.exchanging(), kept_random_state(run.chain.model):

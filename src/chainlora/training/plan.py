@@ -85,7 +85,7 @@ def make_plan(
     resume: bool = True,
     start: Start = NOTHING,
 ) -> Plan:
-    """Say where each stage is, all files of those that were begun checked. Trains nothing.
+    """Say where each stage is, all files of those that have ended checked. Trains nothing.
 
     Without `resume`, a run in the output is refused. `start` is what a run begins on whose config
     does not name it.
@@ -102,10 +102,25 @@ def make_plan(
     if run is not None and history is not None:
         _need_order(run, history, stages)
     plan = Plan(tuple(_state_of(stage, run, history, change) for stage in stages))
+    ended = [each.name for each in plan.stages if each.state == "finished"]
+    if run is not None and history is not None and ended:
+        state_at(run, history, ended[-1]).verify()
+        if any(each.state == "new" for each in plan.stages):
+            need_below(run, history, ended)
     if plan.due:
         plan = replace(plan, start=_start_of(plan, run, history, start))
         _check(plan)
     return plan
+
+
+def need_below(run: Path, history: History, names: Sequence[str]) -> None:
+    """Raise RunError unless a new stage would begin on top of these."""
+    lineage = [entry.key for entry in history.lineage(history.head)]
+    if missing := [name for name in names if name not in lineage]:
+        raise RunError(
+            f"Cannot begin a stage on {history.head}, which {run} is now: it is without "
+            f"{missing[-1]}. Run chainlora undo {run} --to {missing[-1]}, then the same command."
+        )
 
 
 # --- where the stages are ---
@@ -115,9 +130,8 @@ def _need_order(run: Path, history: History, stages: Sequence[Stage]) -> None:
     """Raise RunError unless the stages of a config begin with those that the run has trained."""
     if stages[0].after is not None:
         return
-    begun_with = {entry.key for entry in history.lineage(history.origin)}
-    lineage = history.lineage(history.head)
-    known = [e.key for e in lineage if e.kind == "stage" and e.key not in begun_with]
+    lineage = [entry.key for entry in history.lineage(history.head)]
+    known = [name for name in history.own_stages if name in lineage]
     names = [stage.name for stage in stages]
     if history.find(names[-1]) is not None:
         known = known[: len(names)]
@@ -139,7 +153,6 @@ def _state_of(
         with naming(stage):
             _check_files(stage.config)
         return StagePlan(stage, "new")
-    begun = begun.verify()
     given = begun.history.find(START)
     if stage.config.start_data is not None and (given is None or given.kept is None):
         raise RunError(
@@ -191,7 +204,7 @@ def _start_of(plan: Plan, run: Path | None, history: History | None, start: Star
                 ", ".join(sorted(others)),
                 first.name,
             )
-        return start_at(state_at(run, history))
+        return start_at(state_at(run, history, plan.stages[0].stage.after))
     source = first.stage.config.start
     return start if source is None else load_start(source)
 

@@ -25,7 +25,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from torch import Tensor, distributed, nn
 
@@ -293,6 +293,13 @@ def num_launched() -> int:
     """Return how many processes a launcher says it has started."""
     count = os.environ.get("WORLD_SIZE", "1")
     return int(count) if count.isdecimal() else 1
+
+
+def wait_for_all() -> None:
+    """Let all processes come here: the first one writes what the others read next."""
+    if num_launched() > 1:
+        cpu = not torch.accelerator.is_available()
+        PartialState(cpu=cpu, timeout=PATIENCE).wait_for_everyone()
 
 
 def is_first_launched() -> bool:

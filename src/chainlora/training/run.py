@@ -90,7 +90,7 @@ class Run:
         self.progress.link = self.knots.index
         self.count_seconds()
         if self.work is not None:
-            self.work.save_point(self.progress, self.knots.numbers, self.knots.index)
+            self.work.save_point(self.progress, self.knots.numbers)
 
     def save_checkpoint(self, optimizer: torch.optim.Optimizer) -> None:
         """Save the live link, its optimizer and the progress."""

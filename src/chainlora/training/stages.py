@@ -14,9 +14,6 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
-
 from chainlora.config.reading import set_key
 from chainlora.config.staging import (
     Stage,
@@ -40,8 +37,8 @@ from chainlora.runs.work import Work
 from chainlora.training.events import Listener, StageBegins, StageGuarded
 from chainlora.training.interrupts import stop_requested
 from chainlora.training.loop import train_stage
-from chainlora.training.plan import StagePlan, begun_stage, make_plan, naming
-from chainlora.training.processes import PATIENCE, is_first_launched, num_launched
+from chainlora.training.plan import StagePlan, begun_stage, make_plan, naming, need_below
+from chainlora.training.processes import is_first_launched, num_launched, wait_for_all
 from chainlora.training.result import TrainResult, needs_judgement
 
 logger = logging.getLogger(__name__)
@@ -71,15 +68,19 @@ def train_stages(
             Work(run, planned.name, writes=is_first_launched()).tidy()
             results.append(None)
             continue
-        start = plan.start if planned is plan.due[0] else start_at(find_state(run))
+        start = plan.start
+        if planned is not plan.due[0]:
+            before = [each.name for each in plan.stages[: plan.stages.index(planned)]]
+            need_below(run, read_history(run), before)
+            start = start_at(find_state(run))
         with naming(planned.stage):
             results.append(train_stage(planned, start, tell, change=change))
         if is_first_launched():
             _judge(run, planned, tell)
-        _wait_for_all()
+        wait_for_all()
     if matrix and is_first_launched():
         _score(run)
-    _wait_for_all()
+    wait_for_all()
     return results
 
 
@@ -135,7 +136,7 @@ def _below(run: Path, state: OpenState, now: OpenState, name: str) -> OpenState:
     """Return the state that a stage of a run begins on, or has begun on."""
     begun = begun_stage(run, name)
     if begun is not None and begun.entry is not None:
-        if begun.entry.kind != "stage" or begun.entry.key == _first(now):
+        if begun.entry.kind != "stage" or begun.entry.key == now.history.own_stages[0]:
             rule = "an extension must come after a stage"
             raise RunError(rule, f"{name!r}, the first", "rename it")
         return begun.at(begun.entry.parents[0] if begun.entry.parents else "base")
@@ -151,14 +152,6 @@ def _below(run: Path, state: OpenState, now: OpenState, name: str) -> OpenState:
     return now
 
 
-def _first(state: OpenState) -> str | None:
-    """Return the name of the first stage that a run trained itself."""
-    history = state.history
-    begun_with = {entry.key for entry in history.lineage(history.origin)}
-    own = (e.key for e in history.entries if e.kind == "stage" and e.key not in begun_with)
-    return next(own, None)
-
-
 def _judge(run: Path, planned: StagePlan, tell: Listener) -> None:
     """Let the rows of earlier stages choose the strength of a stage, if they are to; publish it."""
     if planned.stage.tolerance is None or read_history(run).find(planned.name) is not None:
@@ -172,13 +165,6 @@ def _judge(run: Path, planned: StagePlan, tell: Listener) -> None:
     work = Work(run, planned.name)
     with work.claimed(planned.stage.config):
         work.publish(strength, [*gains])
-
-
-def _wait_for_all() -> None:
-    """Let all processes come here: the first one writes what the others read next."""
-    if num_launched() > 1:
-        cpu = not torch.accelerator.is_available()
-        PartialState(cpu=cpu, timeout=PATIENCE).wait_for_everyone()
 
 
 def _score(run: Path) -> None:
