@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 
@@ -191,3 +192,13 @@ def test_what_the_system_refuses_is_one_line(chainlora, config, monkeypatch, err
     last = outcome.err.splitlines()[-1]
     assert last.startswith(f"chainlora: error: a file must be written (got {os.strerror(error)}")
     assert "; " in last
+
+
+def test_a_run_of_an_earlier_version_is_named_as_one(chainlora, tmp_path):
+    (tmp_path / "old/links/000").mkdir(parents=True)
+    (tmp_path / "old/chain.json").write_text('{"format": 2}')
+    config = {"model": "m", "data": {"train": "x.jsonl"}, "chain": {"ranks": [2], "steps": [1]}}
+    (tmp_path / "a.yaml").write_text(json.dumps(config | {"output": "old"}))
+    (tmp_path / "b.yaml").write_text(json.dumps(config | {"start": "old", "output": "new"}))
+    for words in ("eval old", "inspect old", "log old", "train a.yaml", "train b.yaml"):
+        chainlora(words).refused("Cannot read the run ", "version 0.2 or a development version")

@@ -1120,15 +1120,52 @@ def test_the_name_of_a_pruned_stage_is_free_again(three, tmp_path):
     assert open_run(run).state == end
 
 
+def test_what_a_killed_prune_left_is_no_part_of_a_stage_of_that_name(three, tmp_path):
+    run, end = tmp_path / "run", open_run(tmp_path / "run").state
+    left = shutil.copytree(run / "stages/law", tmp_path / "left")
+    prune_stage(run, "law")
+    shutil.copytree(left, run / "stages/law")
+    train_stages(make_stages(three), matrix=False)
+    assert open_run(run).verify().state == end
+
+
 def test_a_mix_that_the_rows_of_a_stage_have_chosen_goes_with_it(three, tmp_path, capsys):
+    """And one by hand on top of it, which has its other strengths."""
     run = tmp_path / "run"
     mix_stages(run, {"style": 0.5}, reads=["facts", "style", "law"])
     mix_stages(run, {"facts": 0.5})
     assert cli(["prune", str(run), "law", "--yes"]) == 0
-    assert "deleted mix-" in capsys.readouterr().out
-    found = open_run(run)
-    assert found.strengths == {"facts": 0.5, "style": 0.5}
-    assert found.lineage[-2].key == "style"
+    assert capsys.readouterr().out.count("deleted mix-") == 2
+    assert open_run(run).strengths == {"facts": 1, "style": 1}
+
+
+def test_what_was_done_before_a_stage_was_pruned_is_not_done_again(two, tmp_path):
+    """The same mix of the same stage, trained again, is that mix; heads that went are no steps."""
+    run, style = tmp_path / "run", stage_of(two, "style")
+    for _ in range(2):
+        mix_stages(run, {"style": 0.5})
+        assert open_run(run).strengths == {"facts": 1, "style": 0.5}
+        undo(run)
+        undo(run)
+        redo(run)
+        prune_stage(run, "style")
+        heads = [open_run(run).state.digest]
+        while open_run(run).history.past:
+            heads.append(undo(run).state.digest)
+        assert len(heads) == len(set(heads))
+        undo(run, to="facts")
+        train_stages(extension(run, style), matrix=False)
+
+
+def test_a_config_goes_on_where_its_stages_are(two, tmp_path, capsys):
+    """A stage that was undone is not below the next one: that is refused, with what to do."""
+    run, law = tmp_path / "run", stage_of(two, "style") | {"name": "law"}
+    two["stages"].append(law)
+    undo(run)
+    with pytest.raises(RunError, match=rf"without style. Run chainlora undo {run} --to style,"):
+        make_plan(make_stages(two))
+    undo(run, to="style")
+    assert [each.state for each in survey(make_stages(two))] == ["finished", "finished", "new"]
 
 
 def test_a_pruned_stage_of_pairs_leaves_a_whole_run(config, tmp_path):

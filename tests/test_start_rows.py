@@ -159,7 +159,7 @@ def test_the_plain_model_is_guarded_and_its_rows_are_replayed(
     assert one == other < 1
     found = stage_matrix(tmp_path / "run")
     assert found.stages == ["start", "main"]
-    assert found.states[:2] == ["base", "run"]
+    assert found.states[:2] == ["base", "main"]
     _, after, now = best_mix(tmp_path / "run")
     assert after >= now
     assert train_stages(stages) == [None]

@@ -214,6 +214,8 @@ class Work:
             raise RunError(rule, self.folder, "give the same command again")
         self._is_new, self._base = True, base
         self._remove_passing(scratch_only=False)  # of a process that was killed before
+        for name in (RECORDS, RESULT):  # of a stage that was pruned
+            files.remove(self.folder / name)
         files.write_text(self.folder / CONFIG, dump_config(config))
         self._hashes = {CONFIG: files.sha256(self.folder / CONFIG)}
         kept = None if keep is None else save_rows(self.run, keep(), self.stage)

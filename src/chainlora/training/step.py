@@ -18,7 +18,7 @@ from chainlora.training.events import StepDone
 from chainlora.training.run import Run
 
 
-class Work(NamedTuple):
+class StepWork(NamedTuple):
     """What a step computes: for every micro-batch, its batches, one a thread at a time.
 
     `idle` are micro-batches that are computed for nothing (`Processes.idle`), `num_scored_tokens`
@@ -36,15 +36,15 @@ class Work(NamedTuple):
         return sum(batch.num_tokens for shards in self.batches for batch in shards)
 
 
-def steps_ahead(run: Run, begin: int, end: int) -> Generator[Work, None, None]:
+def steps_ahead(run: Run, begin: int, end: int) -> Generator[StepWork, None, None]:
     """Yield the work of steps [begin, end), each packed while the step before it runs."""
 
-    def pack(step: int) -> Work:
+    def pack(step: int) -> StepWork:
         batches = run.batches.batches(step)
         shares = [read(run.processes.share(batch)) for batch in batches]
         idle = [read(run.processes.idle(batch)) for batch in batches]
         learned = sum(row.num_learned for share in shares for row in share)
-        return Work(step, collated(shares), collated(idle), learned)
+        return StepWork(step, collated(shares), collated(idle), learned)
 
     def read(rows: Sequence[int]) -> list[Example]:
         return [run.splits.train[row] for row in rows]
@@ -68,7 +68,7 @@ class Computed(NamedTuple):
     num_scored_tokens: int
 
 
-def add_gradients(run: Run, work: Work, parameters: list[nn.Parameter]) -> Computed:
+def add_gradients(run: Run, work: StepWork, parameters: list[nn.Parameter]) -> Computed:
     """Add this process's part of the gradient of the step's mean loss to ``parameter.grad``."""
     own = sum(run.objective.count(batch) for shards in work.batches for batch in shards)
     counts = run.processes.sum([own, work.num_tokens, work.num_scored_tokens])
@@ -84,7 +84,7 @@ def add_gradients(run: Run, work: Work, parameters: list[nn.Parameter]) -> Compu
     return Computed(loss, num_tokens, num_scored_tokens)
 
 
-def update(run: Run, work: Work, optimizer: torch.optim.Optimizer, rate: float) -> float:
+def update(run: Run, work: StepWork, optimizer: torch.optim.Optimizer, rate: float) -> float:
     """Make one optimizer step on `work`, record it, and return the loss.
 
     `rate` is the learning rate as a share of `train.lr`.
