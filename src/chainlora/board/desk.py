@@ -152,7 +152,7 @@ class Desk:
         places = enumerate(self.links)
         off = [each for each in places if each[0] in mix.off and mix.strengths[each[1].stage]]
         if off:
-            rule = "what is saved are strengths of whole stages"
+            rule = "Only strengths of whole stages can be saved"
             got = f"link {off[0][0]} of {off[0][1].stage} off"
             raise ConfigError(rule, got, "switch it on, or weaken its stage")
         return mix.strengths

@@ -1,4 +1,4 @@
-"""The matrix of a run: the rows of every stage scored in every state that the run has been in.
+"""The matrix of a run: rows scored in the base, at the end of each stage and in the current mix.
 
     RUN/matrix.jsonl    a JSON object a cell: digests of state and rows, stage, metric, value, …
 

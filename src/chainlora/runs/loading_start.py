@@ -301,7 +301,7 @@ def _tensors(link: Link) -> dict[tuple[str, str], Tensor]:
 def _agree(own: dict[str, Any], key: str, value: Any, name: str) -> None:
     if own.setdefault(key, value) != value:
         raise ConfigError(
-            f"`{name}` must be that of the run that is begun on",
+            f"`{name}` must equal the value in the `start` run",
             f"{own[key]!r:.60}, and {value!r:.60} there",
             "leave it out",
         )

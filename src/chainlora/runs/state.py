@@ -205,9 +205,11 @@ class OpenState:
         known = self.stages
         for name in strengths:
             if name not in known:
-                names = ", ".join(known) or "those that have links, and there is none"
+                rule = f"a stage must be one of {', '.join(known)}"
                 raise RunError(
-                    f"a stage must be one of {names}", f"{name!r} for {self.run}", "name one"
+                    rule if known else "there must be a stage, and this state has no links",
+                    f"{name!r} for {self.run}",
+                    "name one" if known else "name another state",
                 )
         terms = tuple(
             term.model_copy(update={"strength": float(strengths[facts.stage])})
@@ -226,7 +228,7 @@ class OpenState:
             if len(found) > 1:
                 shown = ", ".join(f"{each:g}" for each in sorted(found))
                 raise RunError(
-                    "a stage can be mixed whose links have one strength",
+                    "Cannot mix: the links of this stage have different strengths",
                     f"{shown} in {name!r} of {self.run}",
                     "take Chain.set_strengths, and save the chain",
                 )

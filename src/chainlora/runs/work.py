@@ -211,7 +211,7 @@ class Work:
         self._take_lock()
         known = None if self._is_new_run else read_history(self.run)
         if self.exists or (known is not None and known.find(self.stage) is not None):
-            rule = "a stage is begun by one process"  # another one was faster
+            rule = "Another process has begun this stage"
             raise RunError(rule, self.folder, "give the same command again")
         self._is_new, self._base = True, base
         self._remove_passing(scratch_only=False)  # of a process that was killed before

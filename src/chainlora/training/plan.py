@@ -295,7 +295,7 @@ def _need_name(stage: Stage, below: Mapping[str, str | None]) -> None:
 def _need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
     """Refuse what needs rows of earlier stages that are not there.
 
-    Of what was made elsewhere nobody knows the rows, new or not.
+    Imported adapters have no recorded rows.
     """
     data, without = stage.config.data, [name for name, loss in below.items() if loss is None]
     missing = {
@@ -328,7 +328,7 @@ def _need_sum(stage: Stage, links: Sequence[Link]) -> None:
         check_strengths(links)
     except ChainError as error:
         raise RunError(
-            f"stage {stage.name!r} needs those below at a strength that it can be tuned on",
+            f"stage {stage.name!r} cannot be trained on these strengths",
             error,
             "restore that one by `mix`, or prune it",
         ) from None

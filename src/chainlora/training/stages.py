@@ -1,7 +1,7 @@
 """Stages: what has ended is verified, what is new is trained, judged and scored.
 
-A stage is an ordinary run that begins on the state that the stage before it ended in. So what
-holds for a run holds inside a stage: kills, resume to the same bits, the best point, early stop.
+Each stage is trained by the loop of a plain run, on the state that the run is now. So what holds
+for a run holds inside a stage: kills, resume to the same bits, the best point, early stop.
 The same call again goes on where the last one was stopped, and does nothing where all is done.
 """
 
@@ -144,7 +144,7 @@ def _below(run: Path, state: OpenState, now: OpenState, name: str) -> OpenState:
         raise RunError(rule, run, "finish it by the command that began it")
     if state.state != now.state:
         raise RunError(
-            f"a run goes on at what it is now, {now}",
+            f"`extend` without --output continues from {now}",
             state,
             f"name {run}, or give --output for a fork that begins there",
         )
