@@ -18,7 +18,7 @@ from chainlora import train
 from chainlora.chain.initialization import generator_for, random_factors
 from chainlora.config.schema import LinkConfig
 from chainlora.files import sha256
-from chainlora.runs.state import open_run
+from chainlora.runs.addresses import open_run
 from chainlora.training.batches import make_batches
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from chainlora import load_run, train
-from chainlora.runs.state import open_run
+from chainlora.runs.addresses import open_run
 
 TARGETS = {
     "opt": ["q_proj", "v_proj", "fc1"],

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from helpers import links_of
 
-from chainlora.runs.state import open_run
+from chainlora.runs.addresses import open_run
 
 
 def launch(

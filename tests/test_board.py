@@ -24,9 +24,9 @@ from chainlora.evaluation.stage_scores import Scorer, stage_matrix
 from chainlora.evaluation.streaming import Decoding, Speaker
 from chainlora.files import checksums
 from chainlora.reports.page import render_part
+from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages
 from chainlora.runs.locks import take_lock
-from chainlora.runs.state import open_run
 from chainlora.training.stages import train_stages
 
 PROMPT = "the cat sat on 3"
@@ -98,7 +98,7 @@ def test_a_mix_is_saved_and_exported_as_by_command(run, tmp_path):
     assert checksums(tmp_path / "desk") == checksums(tmp_path / "command")
     desk.save(mix)
     assert open_run(run).strengths == mix.strengths
-    with pytest.raises(ConfigError, match=r"whole stages \(got link 2 of hills off\)"):
+    with pytest.raises(ConfigError, match=r"whole stages can be saved \(got link 2 of hills off\)"):
         desk.save(Mix(mix.strengths, frozenset({2})))
     desk.save(Mix({"birds": 1.0, "hills": 0.0}, frozenset({2})))  # its whole stage is off
     desk.save(Mix({"birds": 1.0, "hills": 1.0}))

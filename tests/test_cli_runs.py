@@ -191,7 +191,7 @@ def test_a_run_says_what_it_is_after_undo_and_redo(chainlora, run):
     found = chainlora(f"redo {run} --json").json
     assert found == {"run": str(run), "now": "birds", "strengths": {"main": 1.0, "birds": 1.0}}
     assert said(run) == after
-    chainlora(f"redo {run}").refused("must be something to redo (got nothing in ", "; see log")
+    chainlora(f"redo {run}").refused("must be something to redo (got nothing in ", "its states")
 
 
 def test_undo_to_makes_a_run_any_state_of_its_history(chainlora, run):
@@ -211,4 +211,4 @@ def test_undo_to_makes_a_run_any_state_of_its_history(chainlora, run):
     chainlora(f"undo {run} --to bird").refused(one_of, f"chainlora log {run} shows all states")
     before = [chainlora(f"undo {run} --json").json["now"] for _ in range(6)]
     assert before == ["base", "main", mix["name"], "birds", "main", "base"]
-    chainlora(f"undo {run}").refused("must be something to undo (got nothing in ", "; see log")
+    chainlora(f"undo {run}").refused("must be something to undo (got nothing in ", "its states")

@@ -32,10 +32,10 @@ from chainlora.evaluation.scoring import evaluate_task
 from chainlora.evaluation.stage_scores import Scorer, stage_matrix
 from chainlora.evaluation.training_rows import training_rows
 from chainlora.files import sha256
+from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages
 from chainlora.runs.loading_start import load_start
 from chainlora.runs.opening import load_run
-from chainlora.runs.state import open_run
 from chainlora.training import objectives
 from chainlora.training.batches import make_batches
 from chainlora.training.loop import train as train_stage

@@ -26,7 +26,7 @@ from chainlora.config.reading import dump_config
 from chainlora.config.schema import RunConfig
 from chainlora.config.yaml_text import parse_yaml
 from chainlora.errors import ChainLoRAError, ConfigError
-from chainlora.runs.state import open_run
+from chainlora.runs.addresses import open_run
 
 KEYS = st.one_of(
     st.sampled_from([*keys(RunConfig), *RunConfig.model_fields]),

@@ -11,8 +11,9 @@ import torch
 from helpers import settings
 from helpers_cli import Outcome
 
+from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import log, undo
-from chainlora.runs.state import OpenState, open_run
+from chainlora.runs.state import OpenState
 from chainlora.training.stages import extension, train_stages
 
 

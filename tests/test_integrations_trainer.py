@@ -32,8 +32,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, get_schedu
 from chainlora import ChainCallback, load_chain, make_config, train
 from chainlora.errors import ChainError, ConfigError, RunError
 from chainlora.integrations.restarts import restart_schedule
+from chainlora.runs.addresses import open_run
 from chainlora.runs.loading_start import load_start
-from chainlora.runs.state import open_run
 from chainlora.training.batches import make_batches
 
 # One layer's product W x + s·B A x is summed in another order than (W + s·B A) x: float32 rounding

@@ -16,7 +16,7 @@ from helpers import assert_same_links, assert_same_records, settings
 from chainlora import make_config, train
 from chainlora.cli.main import run as command
 from chainlora.errors import StoppedError
-from chainlora.runs.state import open_run
+from chainlora.runs.addresses import open_run
 from chainlora.runs.work import Work
 from chainlora.training.interrupts import interruptible, stop_requested
 from chainlora.training.objective_kinds.likelihood import LanguageModelling

@@ -22,8 +22,8 @@ from chainlora.data.rows import MemoryRows, joined
 from chainlora.data.splits import prepare_splits
 from chainlora.errors import ConfigError, RunError
 from chainlora.models.loading import load_tokenizer
+from chainlora.runs.addresses import open_run
 from chainlora.runs.loading_start import load_start
-from chainlora.runs.state import open_run
 from chainlora.training.batches import make_batches
 from chainlora.training.loop import train as train_run
 from chainlora.training.stages import train_stages

@@ -22,7 +22,7 @@ from helpers_data import pair_files
 from helpers_processes import assert_close_links, assert_close_updates, launch, outcome
 
 from chainlora import ChainLoRAError, make_config, train
-from chainlora.runs.state import open_run
+from chainlora.runs.addresses import open_run
 from chainlora.training.processes import find_processes
 
 CHAIN = {"ranks": [4, 4], "steps": [4, 3]}

@@ -24,10 +24,10 @@ from chainlora import (
 )
 from chainlora.errors import RunError
 from chainlora.evaluation.strengths import best_mix
+from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages
 from chainlora.runs.loading_start import load_start, with_start
 from chainlora.runs.saved_chain import INSIDE
-from chainlora.runs.state import open_run
 from chainlora.training.stages import extension
 
 IDS = torch.randint(3, 131, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from chainlora import export_adapter, stage_matrix, train
 from chainlora.config.staging import make_stages
-from chainlora.runs.state import open_run
+from chainlora.runs.addresses import open_run
 from chainlora.training.stages import train_stages
 
 pytestmark = pytest.mark.slow  # processes that torchrun starts

@@ -28,10 +28,10 @@ from chainlora.errors import ChainLoRAError, ConfigError, RunError, StoppedError
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.evaluation.strengths import best_mix
 from chainlora.files import checksums, sha256
+from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, prune_stage, redo, undo
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.loading_start import load_start
-from chainlora.runs.state import open_run
 from chainlora.training.interrupts import interruptible
 from chainlora.training.loop import train as train_run
 from chainlora.training.plan import make_plan
@@ -284,7 +284,7 @@ def test_in_place_a_stage_named_as_it_was_trained_is_no_mix(two, tmp_path):
     """What the address names is not what the new links would be tuned on."""
     run, law = tmp_path / "run", stage_of(two, "style") | {"name": "law"}
     mix_stages(run, {"style": 0.5})
-    with pytest.raises(RunError, match=r"goes on at what it is now, .*mix-.* \(got .*@style"):
+    with pytest.raises(RunError, match=r"continues from .*mix-.* \(got .*@style"):
         extension(f"{run}@style", law)
     assert extension(f"{run}@style", law | {"output": str(tmp_path / "fork")})
     mix_stages(run, {"style": 1})
@@ -380,7 +380,7 @@ def test_stages_that_are_half_trained_leave_the_run_alone(config, tmp_path, capl
     run, style = tmp_path / "run", stage_of(config, "style")
     with pytest.raises(Stop):
         train_stages(make_stages(one_stage(config)), listener=_stop_after(3))
-    with pytest.raises(RunError, match="can be mixed when its first stage has ended"):
+    with pytest.raises(RunError, match="Cannot mix: the first stage has not ended"):
         mix_stages(run, {"facts": 0.5})
     with pytest.raises(RunError, match="starts from a finished run"):
         load_start(run)
@@ -391,7 +391,7 @@ def test_stages_that_are_half_trained_leave_the_run_alone(config, tmp_path, capl
     with pytest.raises(Stop):
         train_stages(extension(run, style), listener=_stop_after(8))
     for act in (lambda: prune_stage(run, "facts"), lambda: open_run(f"{run}@style")):
-        with pytest.raises(RunError, match=r"none is half trained|'style', which has not ended,"):
+        with pytest.raises(RunError, match=r"style is half trained|'style', which has not ended,"):
             act()
     assert torch.equal(logits(run), facts)
     (run / "stages/.ipynb_checkpoints").mkdir()  # what looks at folders leaves is no stage
@@ -561,7 +561,7 @@ def test_a_config_that_begins_on_a_stage_is_the_fork(config, tmp_path, capsys):
         capsys.readouterr()
         again = ["train", str(tmp_path / "model.yaml"), *words[2:], "--dry-run"]
         assert cli(again) == status
-        message = "name and quantize" if "nme" in name else "`model` must be that of the run"
+        message = "name and quantize" if "nme" in name else "`model` must equal the value"
         assert not status or message in capsys.readouterr().err
     other = own | {"model": config["model"], "output": str(tmp_path / "other")}
     train(other)
@@ -1264,7 +1264,7 @@ def test_what_cannot_be_pruned_is_refused_and_the_command_asks_first(three, tmp_
     assert cli(["prune", str(run), "style"]) == 1
     shown = capsys.readouterr()
     assert "would delete" in shown.out
-    assert "no --yes" in shown.err
+    assert "Nothing deleted. Add --yes." in shown.err
     assert cli(["prune", str(run), "nope", "--yes"]) == 1
     assert cli(["prune", f"{run}@style", "style", "--yes"]) == 2
     assert files_of(run) == before

@@ -26,10 +26,10 @@ from chainlora import (
     make_config,
 )
 from chainlora.models.loading import load_tokenizer
+from chainlora.runs.addresses import open_run
 from chainlora.runs.loading_start import load_start, put_on
 from chainlora.runs.saved_chain import save_chain
 from chainlora.runs.start import NOTHING, Start
-from chainlora.runs.state import open_run
 from chainlora.training.loop import train
 
 IDS = torch.randint(3, 131, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -18,8 +18,8 @@ from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.evaluation.strengths import best_mix
 from chainlora.files import checksums
+from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import prune_stage
-from chainlora.runs.state import open_run
 from chainlora.training.stages import extension, train_stages
 
 SHORT = {"ranks": [4], "steps": [2]}
@@ -114,7 +114,7 @@ def test_what_was_before_a_run_is_an_address(made, tiny_folder, sentiment, tmp_p
     for verb in (["inspect"], ["report"], ["generate", "--prompt", "a"]):
         assert cli([verb[0], f"{run}@start", *verb[1:]]) == 0
     again = {"name": "again", "data": settings("", sentiment)["data"], "chain": SHORT}
-    with pytest.raises(RunError, match=r"goes on at what it is now, .*@main \(got .*@start"):
+    with pytest.raises(RunError, match=r"continues from .*@main \(got .*@start"):
         extension(f"{run}@start", again)
     train_stages(extension(f"{run}@start", again | {"output": str(tmp_path / "fork")}))
     fork = open_run(tmp_path / "fork")

@@ -191,7 +191,7 @@ def test_a_run_is_for_one_process_at_a_time(rich_config, tmp_path):
             tried.append(str(raised.value))
 
     train(rich_config, resume=True, listener=second)
-    assert "must be used by one process at a time (got " in tried[0]
+    assert "another process is using it. Wait for it" in tried[0]
     train(rich_config, resume=True)  # free again
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import export_adapter, load_run, make_config, train
 from chainlora.errors import ChainLoRAError, ConfigError, ModelError
-from chainlora.runs.state import open_run
+from chainlora.runs.addresses import open_run
 from chainlora.training.batches import make_batches
 
 

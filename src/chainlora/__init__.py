@@ -21,7 +21,7 @@ _WHERE = {
     "make_config": "chainlora.config.reading",
     "train": "chainlora.training.calling",
     "extend": "chainlora.training.calling",
-    "open_run": "chainlora.runs.state",
+    "open_run": "chainlora.runs.addresses",
     "mix_stages": "chainlora.runs.changes",
     "undo": "chainlora.runs.changes",
     "redo": "chainlora.runs.changes",
@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from chainlora.knots.moments import carry_moments as carry_moments
     from chainlora.models.loading import load_model as load_model
     from chainlora.reports.run_report import report_runs as report_runs
+    from chainlora.runs.addresses import open_run as open_run
     from chainlora.runs.cards import Naming as Naming
     from chainlora.runs.changes import log as log
     from chainlora.runs.changes import mix_stages as mix_stages
@@ -75,7 +76,6 @@ if TYPE_CHECKING:
     from chainlora.runs.loading_start import load_chain as load_chain
     from chainlora.runs.opening import load_run as load_run
     from chainlora.runs.saved_chain import save_chain as save_chain
-    from chainlora.runs.state import open_run as open_run
     from chainlora.training.calling import extend as extend
     from chainlora.training.calling import train as train
     from chainlora.training.result import TrainResult as TrainResult

@@ -25,11 +25,11 @@ from chainlora import export_adapter, export_merged, make_config, train
 from chainlora.config.staging import is_run, make_stages
 from chainlora.files import checksums
 from chainlora.models.identity import tokenizer_files
+from chainlora.runs.addresses import state_at, state_of_draft
 from chainlora.runs.changes import mix_stages, prune_stage, redo, undo
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import BASE, read_history
 from chainlora.runs.loading_start import with_start
-from chainlora.runs.state import state_at, state_of_draft
 from chainlora.training.interrupts import interruptible
 from chainlora.training.stages import extension, train_stages
 from chainlora_lab import make_experiment, run_cells

@@ -20,7 +20,7 @@ from typing import Any
 from chainlora import inspect_run
 from chainlora.errors import ChainLoRAError
 from chainlora.models.identity import base_files, changed_files
-from chainlora.runs.state import open_run
+from chainlora.runs.addresses import open_run
 
 Case = tuple[str, Callable[[], str]]
 

@@ -36,8 +36,8 @@ from chainlora.cli.main import run as command_line
 from chainlora.config.staging import make_stages
 from chainlora.errors import ChainLoRAError
 from chainlora.files import checksums, write_json
+from chainlora.runs.addresses import open_run
 from chainlora.runs.loading_start import with_start
-from chainlora.runs.state import open_run
 from chainlora.training.plan import make_plan
 
 FULL = bool(os.environ.get("CHAINLORA_FULL"))

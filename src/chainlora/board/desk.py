@@ -22,11 +22,11 @@ from chainlora.evaluation.stage_scores import Cell, Scorer
 from chainlora.evaluation.streaming import Decoding, Message, Speaker
 from chainlora.evaluation.training_rows import RowFacts, training_rows
 from chainlora.models.finding import resolve_model
+from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages
 from chainlora.runs.export import export_adapter, export_merged
 from chainlora.runs.history import LinkFacts, State
 from chainlora.runs.opening import tokenizer_of
-from chainlora.runs.state import open_run
 
 EXPORTS = {"adapter": export_adapter, "merged": export_merged}
 
@@ -152,7 +152,7 @@ class Desk:
         places = enumerate(self.links)
         off = [each for each in places if each[0] in mix.off and mix.strengths[each[1].stage]]
         if off:
-            rule = "what is saved are strengths of whole stages"
+            rule = "Only strengths of whole stages can be saved"
             got = f"link {off[0][0]} of {off[0][1].stage} off"
             raise ConfigError(rule, got, "switch it on, or weaken its stage")
         return mix.strengths

@@ -29,11 +29,12 @@ from chainlora.reports.run_charts import training_pictures
 from chainlora.reports.run_report import duration, links_table, score_text, stage_blocks
 from chainlora.reports.runs import RunFacts, read_state, run_names
 from chainlora.reports.tables import table_of
+from chainlora.runs.addresses import find_state, state_at, state_of_draft
 from chainlora.runs.changes import MATRIX
 from chainlora.runs.draft import DRAFT, drafts_in
 from chainlora.runs.history import RECORDS, read_history
 from chainlora.runs.locks import is_in_use
-from chainlora.runs.state import OpenState, find_state, state_at, state_of_draft
+from chainlora.runs.state import OpenState
 
 _RECENT = 25  # steps whose median tells the time left, as on the command line
 _NONE = "–"

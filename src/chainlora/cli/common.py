@@ -25,7 +25,7 @@ from chainlora.config.staging import is_run as is_run
 from chainlora.errors import ConfigError, FileError, RunError
 
 if TYPE_CHECKING:
-    from chainlora.runs.state import Address
+    from chainlora.runs.addresses import Address
 
 _OF_THE_LAB = ("compare", "experiment")
 GUARDED = 3  # a new stage was switched off for what earlier ones would lose
@@ -308,7 +308,7 @@ def whole_run(run: str) -> Path:
 
 def chosen_state(run: str, stages: str | None) -> Address:
     """Return a run with the stages that ``--stages`` switches on; as it is without."""
-    from chainlora.runs.state import open_run
+    from chainlora.runs.addresses import open_run
 
     return run if stages is None else open_run(run, read_strengths(stages.split(",")))
 

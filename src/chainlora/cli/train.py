@@ -53,9 +53,10 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     --output runs/a. Ctrl-C once finishes the step, saves and stops; twice stops at once.
 
     The same command again resumes a run that was stopped or killed, to the same bits, and does
-    nothing where it has ended. Another config, another base or rows from another file are refused;
-    the files of a run that has ended are not read again. Of a config of `stages`, those that are
-    new are trained. The exit status is 3 where `train.accept_links` switched a new stage off.
+    nothing where it has ended. Another config, base or other rows are refused. A file that has
+    moved is compared by content; the files of a run that has ended may grow or be deleted. Of a
+    config of `stages`, those that are new are trained. The exit status is 3 where
+    `train.accept_links` switched a new stage off.
 
     The smallest config; `chainlora schema --markdown` has all keys:
 
@@ -173,7 +174,7 @@ def train_and_show(
             _plot(stage.config, stage.name)
     run, new = stages[0].config.output or "", list(filter(None, results))
     if as_json:
-        from chainlora.runs.state import find_state
+        from chainlora.runs.addresses import find_state
 
         found = dict(zip([stage.name for stage in stages], results, strict=True))
         print_json({"stages": found, "strengths": find_state(run).strengths})

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 def extend(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool) -> None:
     """Train one more stage on top of RUN: new data, fresh links, the same chain.
 
-    Options that you leave out are as in the stage before. Give at least the name, the rows, the
-    ranks and the length: --name law --data.train law.jsonl --chain.ranks 8 --chain.epochs 1.
-    STAGE.yaml may hold the same. With --output FOLDER the stage becomes a fork, which begins on RUN
+    Give at least the name, the rows, the ranks and the length: --name law --data.train law.jsonl
+    --chain.ranks 8 --chain.epochs 1. Other keys are inherited from the stage before. STAGE.yaml may
+    hold the same. With --output FOLDER the stage becomes a fork, which begins on RUN
     or RUN@STAGE and leaves it as it is. The same command again resumes a stage that was stopped or
     killed, or does nothing.
     """
@@ -65,8 +65,8 @@ def extend(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: boo
 def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_json: bool) -> None:
     """Switch stages of RUN off and on, or weaken them: style=0 law=0.5.
 
-    Nothing is trained and nothing is lost: 1 gives back what was, to the bit. From then on RUN
-    is this mix for every command; RUN@STAGE stays what that stage ended in. Without strengths, they
+    Nothing is trained or deleted: strength 1 restores a stage to the bit. From then on RUN is
+    this mix for every command; RUN@STAGE stays what that stage ended in. Without strengths, they
     are shown. What the mix does to the rows of each stage is scored on those that the run kept.
     """
     folder = whole_run(run)
@@ -74,8 +74,8 @@ def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_js
         raise click.UsageError("--best searches the strengths; leave them out")
     chosen = read_strengths(strengths, default=None)
     quiet()
+    from chainlora.runs.addresses import open_run
     from chainlora.runs.changes import mix_stages
-    from chainlora.runs.state import open_run
 
     reads: list[str] = []
     if best:
@@ -136,8 +136,9 @@ def _say_what_is_averaged(state: OpenState) -> list[str]:
 def undo(run: str, to: str | None, as_json: bool) -> None:
     """Make RUN what it was before its last mix or stage.
 
-    Nothing is deleted: `redo` takes it back, and the rows and links of what is undone stay in RUN
-    (`prune` deletes them). With --to, RUN becomes any state of its history: base, a stage or a mix.
+    Nothing is deleted: the rows and links of what is undone stay in RUN (`prune` deletes them).
+    With --to, RUN becomes any state of its history: base, a stage or a mix. `redo` goes forward
+    again; after `undo --to`, `undo` goes back.
     """
     folder = whole_run(run)
     quiet()
@@ -251,4 +252,4 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
         click.echo("stays: its data files, forks (prune them too), exports, predictions, reports")
         click.echo(f"stays: the cache of tokenised rows of all runs, {cache_dir() / 'rows'}")
     if not yes:
-        raise ConfigError("`prune` deletes for good only when told so", "no --yes", "add --yes")
+        raise ConfigError("Nothing deleted. Add --yes.")

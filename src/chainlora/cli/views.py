@@ -35,8 +35,8 @@ def inspect(run: str, as_json: bool) -> None:
     quiet()
     from chainlora.cli.screen import show_inspection
     from chainlora.reports.chain_charts import plot_chain
+    from chainlora.runs.addresses import find_state
     from chainlora.runs.inspection import inspect_run
-    from chainlora.runs.state import find_state
 
     state = find_state(run)
     found = inspect_run(state)

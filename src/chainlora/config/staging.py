@@ -141,7 +141,7 @@ def make_stage(shared: Mapping[str, Any], section: Mapping[str, Any], place: int
             tree[part] = _inherited(section_of(shared, part), section_of(section, part))
         config = make_config(tree)
         if config.chain.tune == "full":
-            remedy = "train it as a run, and take RUN/model as model"
+            remedy = "train it as a run, and take RUN/stages/main/model as model"
             raise ConfigError("stages are links", "tune: full", remedy)
     except ConfigError as error:
         raise ConfigError(f"stage {name!r}: {error}") from None

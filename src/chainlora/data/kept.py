@@ -89,7 +89,7 @@ def write_kept(path: Path, kept: Kept) -> None:
 
 
 def read_kept(path: Path) -> Kept:
-    """Read kept rows. Raises RunError where these are none; `RunReader.kept` checks the bytes."""
+    """Read kept rows. Raises RunError where these are none; `OpenState.kept` checks the bytes."""
     try:
         with safe_open(path, "np") as file:
             said = json.loads(file.metadata()["kept"])

@@ -26,8 +26,8 @@ from chainlora.evaluation.streaming import to_accelerator
 from chainlora.evaluation.training_rows import config_of, divided_by
 from chainlora.files import check_writable
 from chainlora.models.text_config import context_length
+from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.opening import load_run_or_model
-from chainlora.runs.state import Address, open_run
 
 Encode = Callable[[Any, int], tuple[Task | Splits, Sequence[Example]]]
 """From a tokenizer and the model's context to what is asked, and the rows as tokens."""

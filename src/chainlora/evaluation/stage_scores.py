@@ -1,4 +1,4 @@
-"""The matrix of a run: the rows of every stage scored in every state that the run has been in.
+"""The matrix of a run: rows scored in the base, at the end of each stage and in the current mix.
 
     RUN/matrix.jsonl    a JSON object a cell: digests of state and rows, stage, metric, value, …
 
@@ -37,10 +37,11 @@ from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.pair_scores import judge_odds, judge_pairs
 from chainlora.evaluation.streaming import to_accelerator
 from chainlora.models.finding import resolve_model
+from chainlora.runs.addresses import Address, find_state, open_run
 from chainlora.runs.changes import MATRIX
 from chainlora.runs.history import BASE, Digest, State, read_history, short_digest
 from chainlora.runs.opening import load_run
-from chainlora.runs.state import Address, OpenState, find_state, open_run
+from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from chainlora.errors import ChainError, RunError
 from chainlora.evaluation.acceptance import Gain, gain
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.stage_scores import Progress, Scorer
-from chainlora.runs.state import Address, OpenState, open_run
+from chainlora.runs.addresses import Address, open_run
+from chainlora.runs.state import OpenState
 
 _TRIED = (1.0, 0.75, 0.5, 0.25, 0.0)  # an equal one is not taken: the first wins
 

@@ -17,7 +17,8 @@ from chainlora.data.preparing import make_rows
 from chainlora.data.sources import find_source
 from chainlora.data.tasks import load_task
 from chainlora.errors import ChainLoRAError
-from chainlora.runs.state import Address, OpenState, open_run
+from chainlora.runs.addresses import Address, open_run
+from chainlora.runs.state import OpenState
 
 MOST_TOKENS = 256  # of an answer, as transformers' own text generation has it
 _FEWEST = 32  # that the rows of a run lower it to

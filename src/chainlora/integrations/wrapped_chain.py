@@ -36,6 +36,7 @@ from chainlora.errors import ConfigError, DivergedError, RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.models.finding import folder_of
 from chainlora.models.modes import kept_random_state
+from chainlora.runs.addresses import find_state
 from chainlora.runs.cards import is_of_another
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.export import write_adapter, write_adapter_card
@@ -50,7 +51,6 @@ from chainlora.runs.saved_chain import (
     write_chain,
 )
 from chainlora.runs.start import NOTHING, Start
-from chainlora.runs.state import find_state
 from chainlora.runs.verification import check_adapter, skeleton_like
 
 logger = logging.getLogger(__name__)

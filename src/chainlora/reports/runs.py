@@ -8,11 +8,12 @@ from pathlib import Path
 
 from chainlora.config.schema import RunConfig
 from chainlora.evaluation.stage_scores import NOW, StageMatrix, stage_matrix
+from chainlora.runs.addresses import find_state
 from chainlora.runs.draft import Progress
 from chainlora.runs.history import BASE
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.records import Record, of_event, score_names
-from chainlora.runs.state import OpenState, find_state
+from chainlora.runs.state import OpenState
 
 
 @dataclass(frozen=True)

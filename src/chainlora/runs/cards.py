@@ -22,8 +22,8 @@ from chainlora.chain.link import Link
 from chainlora.config.template_names import NAMES
 from chainlora.files import reported
 from chainlora.models.finding import hub_id_of
+from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.records import of_event, score_names
-from chainlora.runs.state import Address, open_run
 
 _TEMPLATE = Path(__file__).with_name("card_template.jinja")
 _SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's --max-lora-rank

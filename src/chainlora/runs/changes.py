@@ -16,6 +16,7 @@ from chainlora import files
 from chainlora.chain.checks import check_strengths
 from chainlora.config.staging import split_address
 from chainlora.errors import ChainError, FileError, RunError
+from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.draft import drafts_in, ended_leftovers
 from chainlora.runs.history import (
     BASE,
@@ -28,7 +29,7 @@ from chainlora.runs.history import (
 )
 from chainlora.runs.links import outline_of
 from chainlora.runs.locks import is_in_use, refuse_links
-from chainlora.runs.state import OpenState, open_run, state_at
+from chainlora.runs.state import OpenState
 
 MATRIX = "matrix.jsonl"  # scores by digests of states (`evaluation.stage_scores`)
 _SHOWN = ("chain.png", "report.html")  # pictures of a whole run
@@ -42,7 +43,7 @@ def whole_run(run: str | Path) -> Path:
     """
     folder, name = split_address(run)
     if name is not None:
-        raise RunError("a whole run is changed", run, f"leave @{name} out")
+        raise RunError("This command needs the whole run", run, f"leave @{name} out")
     open_run(folder)  # refuses what is no run, or not judged
     refuse_links(folder)
     return folder
@@ -65,7 +66,7 @@ def mix_stages(
     run = whole_run(run)
     found = open_run(run)
     if found.draft is not None:
-        rule = "a run can be mixed when its first stage has ended"
+        rule = "Cannot mix: the first stage has not ended"
         raise RunError(rule, run, "finish it by the command that began it")
     mixed = found.with_strengths(strengths)
     found.need_one_strength([*strengths])
@@ -81,8 +82,8 @@ def mix_stages(
 def undo(run: str | Path, to: str | None = None) -> OpenState:
     """Make a run what it was before its last `mix` or stage, or what an entry of its history is.
 
-    Nothing is deleted: `redo` takes it back, and the data of what is undone is still there. Returns
-    the state that the run is now.
+    Nothing is deleted: the rows and links of what is undone stay in the run. `redo` goes forward
+    again; after an `undo` with `to`, `undo` goes back. Returns the state that the run is now.
 
     Raises RunError where there is nothing to undo.
     """
@@ -93,7 +94,8 @@ def undo(run: str | Path, to: str | None = None) -> OpenState:
             key = state_at(run, history, to).entry
             return history.moved(BASE if key is None else key.key)
         if not history.past:
-            raise RunError("there must be something to undo", f"nothing in {run}", "see log")
+            remedy = f"chainlora log {run} lists its states"
+            raise RunError("there must be something to undo", f"nothing in {run}", remedy)
         *past, head = history.past
         future = (history.head, *history.future)
         return history.model_copy(update={"head": head, "past": tuple(past), "future": future})
@@ -103,12 +105,13 @@ def undo(run: str | Path, to: str | None = None) -> OpenState:
 
 
 def redo(run: str | Path) -> OpenState:
-    """Take the last `undo` back. Raises RunError where there is none."""
+    """Take the last `undo` without `to` back. Raises RunError where there is none."""
     run = whole_run(run)
 
     def change(history: History) -> History:
         if not history.future:
-            raise RunError("there must be something to redo", f"nothing in {run}", "see log")
+            remedy = f"chainlora log {run} lists its states"
+            raise RunError("there must be something to redo", f"nothing in {run}", remedy)
         head, *future = history.future
         past = (*history.past, history.head)
         return history.model_copy(update={"head": head, "past": past, "future": tuple(future)})
@@ -229,7 +232,7 @@ def _need_idle(run: Path, history: History) -> None:
     others = (p for p in (run / "stages").glob("[!.]*") if history.find(p.name) is None)
     begun = [*drafts_in(run, history).values(), *filter(is_in_use, others)]
     if begun:
-        rule = "a stage can be pruned when none is half trained"
+        rule = f"Cannot prune: stage {begun[0].name} is half trained"
         raise RunError(rule, begun[0], "finish it, or delete that folder")
 
 

@@ -27,6 +27,7 @@ from chainlora.models.checkpoint import save_model
 from chainlora.models.finding import resolve_model
 from chainlora.models.identity import tokenizer_files
 from chainlora.models.loading import load_tokenizer
+from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.cards import (
     UNNAMED,
     Card,
@@ -40,7 +41,7 @@ from chainlora.runs.compression import adapter_factors
 from chainlora.runs.history import CAUSAL, Base
 from chainlora.runs.opening import load_run, tokenizer_of
 from chainlora.runs.saved_chain import current_links, describe_base
-from chainlora.runs.state import Address, OpenState, open_run
+from chainlora.runs.state import OpenState
 from chainlora.runs.verification import (
     check_adapter,
     skeleton_like,

@@ -1,6 +1,6 @@
 """``history.json``: every state that a run has been in, and which of them it is now.
 
-    RUN/history.json              this file; the only one that changes, and it is replaced whole
+    RUN/history.json              this file; it is replaced as a whole
     RUN/links/DIGEST/             a link: an ordinary PEFT adapter, stored once
     RUN/rows/DIGEST.safetensors   the rows that a stage kept
     RUN/stages/NAME/              what a stage wrote: its config, records and result; while it is

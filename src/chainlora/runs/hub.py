@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from chainlora.errors import ConfigError, FileError
+from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.cards import Naming, is_hub_id, public_name
-from chainlora.runs.state import Address, open_run
 
 
 def check_push(run: Address, target: str, naming: Naming) -> None:

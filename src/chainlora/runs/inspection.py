@@ -19,8 +19,9 @@ from chainlora.chain.low_rank import (
     subspace_overlap,
 )
 from chainlora.chain.showing import Shown
+from chainlora.runs.addresses import Address, find_state
 from chainlora.runs.records import Record, last_loss, of_event
-from chainlora.runs.state import Address, OpenState, find_state
+from chainlora.runs.state import OpenState
 
 
 def inspect_run(run: Address) -> dict[str, Any]:

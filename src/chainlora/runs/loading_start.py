@@ -34,19 +34,13 @@ from chainlora.config.staging import (
 from chainlora.errors import ChainLoRAError, ConfigError, ModelError, RunError
 from chainlora.models.finding import folder_of, from_hub, hub_id_of, is_same_place
 from chainlora.models.identity import base_files, has_tokenizer
+from chainlora.runs.addresses import nothing_at, open_run, state_at, state_of_draft
 from chainlora.runs.cards import is_hub_id
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import exists_in, read_history
 from chainlora.runs.saved_chain import chain_folder, read_chain, restore_chain
 from chainlora.runs.start import Start
-from chainlora.runs.state import (
-    OpenState,
-    check_base,
-    nothing_at,
-    open_run,
-    state_at,
-    state_of_draft,
-)
+from chainlora.runs.state import OpenState, check_base
 
 logger = logging.getLogger(__name__)
 
@@ -305,7 +299,7 @@ def _tensors(link: Link) -> dict[tuple[str, str], Tensor]:
 def _agree(own: dict[str, Any], key: str, value: Any, name: str) -> None:
     if own.setdefault(key, value) != value:
         raise ConfigError(
-            f"`{name}` must be that of the run that is begun on",
+            f"`{name}` must equal the value in the `start` run",
             f"{own[key]!r:.60}, and {value!r:.60} there",
             "leave it out",
         )

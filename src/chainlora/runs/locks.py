@@ -26,16 +26,16 @@ _PATIENCE = 60.0  # seconds for a history, which is replaced in milliseconds
 def take_lock(folder: Path, wait: float = 0.2) -> FileLock | None:
     """Lock a folder for this process; None on a disk that has no locks.
 
-    Raises RunError where another process holds it for longer than `wait` seconds: who looks whether
-    it is in use holds it for a moment.
+    Raises RunError where another process holds it for longer than `wait` seconds. A process that
+    checks whether it is in use holds it for a moment.
     """
     lock = FileLock(str(folder / LOCK), timeout=wait, thread_local=False)
     try:
         lock.acquire()
     except Timeout:
         raise RunError(
-            f"a run directory must be used by one process at a time (got {folder}, which another "
-            "process is training in); wait for it, or choose another output"
+            f"Cannot lock {folder}: another process is using it. Wait for it, or give the stage "
+            "another name."
         ) from None
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:

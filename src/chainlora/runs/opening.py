@@ -15,8 +15,9 @@ from chainlora.models.finding import names_a_file, resolve_model
 from chainlora.models.identity import base_files
 from chainlora.models.loading import load_model, load_tokenizer
 from chainlora.models.quantizing import is_quantized_model
+from chainlora.runs.addresses import Address, nothing_at, open_run
 from chainlora.runs.history import CAUSAL
-from chainlora.runs.state import Address, OpenState, check_base, nothing_at, open_run
+from chainlora.runs.state import OpenState, check_base
 
 if TYPE_CHECKING:
     import torch

@@ -188,7 +188,7 @@ def current_links(chain: Chain) -> list[Link]:
 
 
 def describe_base(chain: Chain) -> Base:
-    """Return what a manifest says of the model that a chain is on."""
+    """Describe the base model of a chain for ``history.json``."""
     model: Any = chain.model
     parameter = next(model.parameters())
     start = chain.start_of_extra()

@@ -17,12 +17,12 @@ from chainlora.errors import RunError
 from chainlora.models.finding import resolve_model
 from chainlora.models.loading import load_skeleton
 from chainlora.models.text_config import context_length
+from chainlora.runs.addresses import open_run
 from chainlora.runs.beginning import save_rows, with_start_rows
 from chainlora.runs.changes import whole_run
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import START, rows_file, update_history
 from chainlora.runs.opening import tokenizer_of
-from chainlora.runs.state import open_run
 
 
 def rows_of_start(rows: StartData, own: DataConfig, tokenizer: Any, context: int) -> Kept:

@@ -1,9 +1,5 @@
-"""The state of a run that a command is about: found once, frozen, and taken by all that loads,
-scores, shows, exports or goes on from it.
-
-``RUN`` is what the run is now, ``RUN@STAGE`` the end of a stage (or another entry of `chainlora
-log`, by its name or the first digits of its digest), ``RUN@start`` what the run began on, and
-``RUN@base`` the model without links. Every file is checked before it is used.
+"""The state of a run that a command is about: found once (`runs.addresses`), frozen, and taken by
+all that loads, scores, shows, exports or goes on from it. Every file is checked before it is used.
 """
 
 from __future__ import annotations
@@ -20,13 +16,13 @@ from chainlora.chain.link import Link
 from chainlora.chain.showing import table
 from chainlora.config.reading import make_config, read_tree
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import HISTORY, refuse_older, split_address, stage_folder
+from chainlora.config.staging import stage_folder
 from chainlora.config.template_names import is_resolved
 from chainlora.data.kept import Kept, read_kept
 from chainlora.errors import RunError
 from chainlora.models.finding import from_above
 from chainlora.models.identity import changed_files
-from chainlora.runs.draft import DRAFT, Draft, drafts_in, read_draft
+from chainlora.runs.draft import Draft, read_draft
 from chainlora.runs.history import (
     BASE,
     CONFIG,
@@ -44,15 +40,12 @@ from chainlora.runs.history import (
     State,
     Term,
     link_folder,
-    read_history,
     rows_file,
 )
 from chainlora.runs.links import outline_of, read_link
 from chainlora.runs.records import Record, check_records, read_records, read_result
 
 logger = logging.getLogger(__name__)
-
-_SHORTEST = 4  # digits of a digest that name a state
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -205,9 +198,11 @@ class OpenState:
         known = self.stages
         for name in strengths:
             if name not in known:
-                names = ", ".join(known) or "those that have links, and there is none"
+                rule = f"a stage must be one of {', '.join(known)}"
                 raise RunError(
-                    f"a stage must be one of {names}", f"{name!r} for {self.run}", "name one"
+                    rule if known else "there must be a stage, and this state has no links",
+                    f"{name!r} for {self.run}",
+                    "name one" if known else "name another state",
                 )
         terms = tuple(
             term.model_copy(update={"strength": float(strengths[facts.stage])})
@@ -226,7 +221,7 @@ class OpenState:
             if len(found) > 1:
                 shown = ", ".join(f"{each:g}" for each in sorted(found))
                 raise RunError(
-                    "a stage can be mixed whose links have one strength",
+                    "Cannot mix: the links of this stage have different strengths",
                     f"{shown} in {name!r} of {self.run}",
                     "take Chain.set_strengths, and save the chain",
                 )
@@ -400,112 +395,6 @@ class OpenState:
                 f"{name} must be as the run wrote it", f"other bytes in {self.run}", DAMAGED
             )
         return path
-
-
-Address = str | Path | OpenState
-"""What names a state: ``RUN``, ``RUN@NAME``, or the state itself."""
-
-
-# --- addresses ---
-
-
-def open_run(
-    address: Address, stages: str | Sequence[str] | Mapping[str, float] | None = None
-) -> OpenState:
-    """Return the state that an address names; all that loads, scores or exports takes it too.
-
-    Args:
-        address: a run, as it is now, ``RUN@STAGE``, ``RUN@start`` or ``RUN@base``.
-        stages: the stages that are switched on, or the strength of each; the others are off.
-
-    Raises:
-        RunError: no run, a stage that is not there, that has no one strength, or that is not judged
-            yet.
-    """
-    found = address if isinstance(address, OpenState) else find_state(address)
-    # Who holds the state itself may judge it.
-    if found is not address and found.draft is not None and found.draft.trained:
-        raise RunError(
-            f"Cannot use {found.run}: stage {found.stage!r} is trained but not yet judged by "
-            "accept_links. Run the command that trained it again."
-        )
-    if stages is None:
-        return found
-    named = [stages] if isinstance(stages, str) else stages
-    chosen = named if isinstance(named, Mapping) else dict.fromkeys(named, 1.0)
-    on = found.with_strengths(chosen)
-    found.need_one_strength([name for name, value in chosen.items() if value])
-    return on.with_strengths({name: 0.0 for name in found.stages if name not in chosen})
-
-
-def find_state(address: str | Path) -> OpenState:
-    """Return the state that an address names, as `open_run` does, even where it is not judged."""
-    run, name = split_address(address)
-    _need_folder(run)
-    history = read_history(run)
-    if name is not None:
-        return state_at(run, history, name)
-    drafts = {} if history.own else drafts_in(run, history)
-    return state_of_draft(run, next(iter(drafts)), history) if drafts else state_at(run, history)
-
-
-def state_at(run: Path, history: History, name: str | None = None) -> OpenState:
-    """Return the state of an entry by its name or the first digits of its digest; by default the
-    head. Raises RunError for one that is not there."""
-    key = history.head if name is None else history.origin if name == START else name
-    entry = history.find(key)
-    if entry is None and len(key) >= _SHORTEST:
-        found = {e.state.digest: e for e in history.entries if e.state.digest.startswith(key)}
-        entry = next(iter(found.values())) if len(found) == 1 else None
-    if entry is None and key != BASE:
-        raise _no_such(run, history, key)
-    return OpenState(run, history, history.empty if entry is None else entry.state, entry)
-
-
-def state_of_draft(run: Path, stage: str, history: History | None = None) -> OpenState:
-    """Return what a stage that is trained has tied so far."""
-    history, draft = history or read_history(run), read_draft(run, stage)
-    grown = history.published(draft.entry, draft.links)
-    try:
-        grown.need_names()
-    except ValueError as error:
-        raise RunError(f"{DRAFT} must be of its run", f"{error} in {run}", DAMAGED) from None
-    return OpenState(run, grown, draft.entry.state, draft.entry, draft)
-
-
-def _no_such(run: Path, history: History, name: str) -> RunError:
-    names = [entry.key for entry in history.entries if entry.kind != "mix"]
-    begun = ", which has not ended," if name in drafts_in(run, history) else ""
-    return RunError(
-        f"a stage must be one of {', '.join(names) or BASE}",
-        f"{name!r}{begun} for {run}",
-        f"name one; chainlora log {run} shows all states",
-    )
-
-
-def _need_folder(run: Path) -> None:
-    with files.reported(run, "read"):
-        is_file, is_there = run.is_file(), (run / HISTORY).is_file()
-    if is_file:
-        raise RunError(f"a run directory must be a directory (got the file {run}); name another")
-    refuse_older(run)
-    if not is_there:
-        raise RunError(
-            f"a run directory must hold {HISTORY} (got none in {run}); is this the output of "
-            "`chainlora train`?"
-        )
-
-
-def nothing_at(address: object, what: str) -> RunError:
-    """Return the error for a name that is neither a run nor `what`, on this machine or the Hub."""
-    run, _, stage = str(address).rpartition("@")
-    run = run or stage
-    return RunError(
-        f"a run or {what} must be there",
-        f"{address}: no {run}/{HISTORY}, no such {what} on this machine, and none on the Hub "
-        "or in its cache",
-        "check the path, or for the Hub the connection, HF_HUB_OFFLINE and `hf auth login`",
-    )
 
 
 # --- what files say ---

@@ -30,6 +30,7 @@ from chainlora.models.gguf_writing import (
     write_lora_gguf,
 )
 from chainlora.models.loading import open_folder
+from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.cards import UNNAMED, Card, Naming, public_name, story_of, write_card
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.export import (
@@ -39,7 +40,7 @@ from chainlora.runs.export import (
     export_merged,
 )
 from chainlora.runs.opening import tokenizer_of
-from chainlora.runs.state import Address, OpenState, open_run
+from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
 

@@ -41,6 +41,7 @@ from chainlora.errors import ChainLoRAError, RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.models.checkpoint import save_model
 from chainlora.registry import plugin_digest
+from chainlora.runs.addresses import state_of_draft
 from chainlora.runs.beginning import begun_history, save_rows
 from chainlora.runs.costs import versions
 from chainlora.runs.draft import (
@@ -90,7 +91,7 @@ from chainlora.runs.resuming import (
     start_digests,
 )
 from chainlora.runs.start import Start
-from chainlora.runs.state import OpenState, check_base, state_of_draft
+from chainlora.runs.state import OpenState, check_base
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +211,7 @@ class Work:
         self._take_lock()
         known = None if self._is_new_run else read_history(self.run)
         if self.exists or (known is not None and known.find(self.stage) is not None):
-            rule = "a stage is begun by one process"  # another one was faster
+            rule = "Another process has begun this stage"
             raise RunError(rule, self.folder, "give the same command again")
         self._is_new, self._base = True, base
         self._remove_passing(scratch_only=False)  # of a process that was killed before

@@ -1,1 +1,1 @@
-"""The training loop around the heart."""
+"""The training loop."""

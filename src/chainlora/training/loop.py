@@ -1,13 +1,12 @@
-"""Fine-tune a model by a chain of LoRA: the loop around the heart, top to bottom.
+"""Fine-tune a model by a chain of LoRA: the training loop, top to bottom.
 
 `train` is the one call: check and load everything, then for each link extend, tune and tie, with
 evaluation, the best point, checkpoints and resume around it. What a step sees (rows, learning rate,
 dropout) is a pure function of the config and the step's number, so a killed run resumes to the same
 bits.
 
-An optimizer lives as long as one link. Its state is not cleared, it is gone: the next link gets a
-new one. Two exceptions, each a function of its own: a soft knot carries the moments
-(`knots.moments`), and ReLoRA keeps some of them (`prune_moments`).
+Each link gets a new optimizer. Two exceptions, each a function of its own: a soft knot carries the
+moments (`knots.moments`), and ReLoRA keeps some of them (`prune_moments`).
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from chainlora.errors import ChainError, ChainLoRAError, ConfigError, RunError
 from chainlora.models.finding import from_above
 from chainlora.models.loading import load_skeleton
 from chainlora.models.text_config import context_length
+from chainlora.runs.addresses import state_at, state_of_draft
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import MAIN, START, History, exists_in, read_history
 from chainlora.runs.loading_start import load_start, start_at
@@ -39,7 +40,7 @@ from chainlora.runs.resuming import (
     refuse_if_taken,
 )
 from chainlora.runs.start import NOTHING, Start
-from chainlora.runs.state import OpenState, state_at, state_of_draft
+from chainlora.runs.state import OpenState
 from chainlora.training.objectives import check_names
 from chainlora.training.optimizers import check_optimizer
 from chainlora.training.processes import num_launched
@@ -308,7 +309,7 @@ def _need_name(stage: Stage, below: Mapping[str, str | None]) -> None:
 def _need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
     """Refuse what needs rows of earlier stages that are not there.
 
-    Of what was made elsewhere nobody knows the rows, new or not.
+    Imported adapters have no recorded rows.
     """
     data, without = stage.config.data, [name for name, loss in below.items() if loss is None]
     missing = {
@@ -341,7 +342,7 @@ def _need_sum(stage: Stage, links: Sequence[Link]) -> None:
         check_strengths(links)
     except ChainError as error:
         raise RunError(
-            f"stage {stage.name!r} needs those below at a strength that it can be tuned on",
+            f"stage {stage.name!r} cannot be trained on these strengths",
             error,
             "restore that one by `mix`, or prune it",
         ) from None

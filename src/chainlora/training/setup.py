@@ -223,7 +223,7 @@ def _new_engine(config: RunConfig, model: Any, processes: Processes) -> Engine:
 
 
 def _identity(config: RunConfig, chain: Chain, files: dict[str, str]) -> Base:
-    """Return what the manifest says of the base model."""
+    """Describe the base model for ``history.json``."""
     return Base(
         model=config.model,
         fingerprint=chain.base_fingerprint,

@@ -1,7 +1,7 @@
 """Stages: what has ended is verified, what is new is trained, judged and scored.
 
-A stage is an ordinary run that begins on the state that the stage before it ended in. So what
-holds for a run holds inside a stage: kills, resume to the same bits, the best point, early stop.
+Each stage is trained by the loop of a plain run, on the state that the run is now. So what holds
+for a run holds inside a stage: kills, resume to the same bits, the best point, early stop.
 The same call again goes on where the last one was stopped, and does nothing where all is done.
 """
 
@@ -28,11 +28,12 @@ from chainlora.errors import RunError, StoppedError
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.evaluation.strengths import guard
 from chainlora.models.finding import from_above
+from chainlora.runs.addresses import find_state, state_of_draft
 from chainlora.runs.history import read_history
 from chainlora.runs.loading_start import start_at
 from chainlora.runs.locks import refuse_links
 from chainlora.runs.resuming import not_named
-from chainlora.runs.state import OpenState, find_state, state_of_draft
+from chainlora.runs.state import OpenState
 from chainlora.runs.work import Work
 from chainlora.training.events import Listener, StageBegins, StageGuarded
 from chainlora.training.interrupts import stop_requested
@@ -145,7 +146,7 @@ def _below(run: Path, state: OpenState, now: OpenState, name: str) -> OpenState:
         raise RunError(rule, run, "finish it by the command that began it")
     if state.state != now.state:
         raise RunError(
-            f"a run goes on at what it is now, {now}",
+            f"`extend` without --output continues from {now}",
             state,
             f"name {run}, or give --output for a fork that begins there",
         )
