@@ -1,6 +1,7 @@
-"""What changes a run without training: `mix`, `undo`, `redo`, `prune`, and copies for a fork.
+"""What changes a run without training: `mix`, `undo`, `redo`, `prune`.
 
-All but `prune` delete nothing, and each is one replacement of ``history.json``.
+Each is one replacement of ``history.json``. All but `prune` delete nothing; that deletes after it:
+scores of the matrix, then links, rows and pictures.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
                                   trained, its checkpoint too (`runs.work`)
     RUN/tokenizer/                one that is not the base's, if the run began with it
 
-Links and rows are named by their content and never overwritten. What a new entry needs is written
+Rows are named by their content, links by their stage, config and tensors and never overwritten. What a new entry needs is written
 first; then this file is replaced under a lock. So a kill leaves the history before or after, and
 readers never meet half an entry. A file that no entry names is ignored until `prune` deletes it.
 """

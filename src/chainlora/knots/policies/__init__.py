@@ -1,1 +1,1 @@
-"""Knot policies, by the name in `chain.knots.policy`: each file here has a table `POLICIES`."""
+"""Knot policies, by the name in `chain.knots.policy`: files here with a table `POLICIES`."""

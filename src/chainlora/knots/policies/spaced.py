@@ -12,17 +12,17 @@ from chainlora.knots.policy import Knot, Position
 class SpacedKnots:
     """Tie the same share every so many steps; `every` and `share` are set."""
 
-    soft: KnotConfig
+    knots: KnotConfig
 
     def knot_after(self, position: Position) -> Knot | None:
         """Return the knot to tie now, or None."""
-        every, share = self.soft.every, self.soft.share
+        every, share = self.knots.every, self.knots.share
         assert every is not None
         assert share is not None
         if position.step % every:
             return None
-        factor = position.rate if self.soft.follow_rate else 1.0
-        return Knot(share * factor, self.soft.moments)
+        factor = position.rate if self.knots.follow_rate else 1.0
+        return Knot(share * factor, self.knots.moments)
 
 
 POLICIES = {"spaced": SpacedKnots}
