@@ -7,9 +7,10 @@
                                   trained, its checkpoint too (`runs.work`)
     RUN/tokenizer/                one that is not the base's, if the run began with it
 
-Rows are named by their content, links by their stage, config and tensors and never overwritten. What a new entry needs is written
-first; then this file is replaced under a lock. So a kill leaves the history before or after, and
-readers never meet half an entry. A file that no entry names is ignored until `prune` deletes it.
+Rows are named by their content, links by their stage, config and tensors; they are never
+overwritten. What a new entry needs is written first; then this file is replaced under a lock. So a
+kill leaves the history before or after, and readers never meet half an entry. A file that no entry
+names is ignored until `prune` deletes it.
 """
 
 from __future__ import annotations
