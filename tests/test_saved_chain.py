@@ -99,11 +99,11 @@ def test_a_chain_that_was_mixed_is_loaded_as_the_mix(live, tmp_path):
         extension(place, {"name": "law"})
     chain.set_strengths({0: 0.25})
     save_chain(chain, place)
-    with pytest.raises(RunError, match=r"one strength \(got 0.25, 0.5 in 'main'"):
+    with pytest.raises(RunError, match=r"different strengths \(got 0.25, 0.5 in 'main'"):
         mix_stages(place, {"main": 1})  # which would not give it back
-    with pytest.raises(RunError, match=r"one strength \(got 0.25, 0.5 in 'main'"):
+    with pytest.raises(RunError, match=r"different strengths \(got 0.25, 0.5 in 'main'"):
         best_mix(place)  # nor would what it finds, after its work
-    with pytest.raises(RunError, match=r"one strength \(got 0.25, 0.5 in 'main'"):
+    with pytest.raises(RunError, match=r"different strengths \(got 0.25, 0.5 in 'main'"):
         open_run(place, "main")  # nor is that what was saved
     assert {link.strength for link in open_run(place, {"main": 0}).links()} == {0.0}
     assert torch.equal(

@@ -82,7 +82,8 @@ def _compute(config: RunConfig, run: Path) -> dict[str, Any]:
         return described(config, "diverged") | {"message": str(error)}
     found = summarise(config, result, run)
     # full fine-tuning keeps its weights there: gigabytes a cell
-    shutil.rmtree(run / "model", ignore_errors=True)
+    for folder in run.glob("stages/*/model"):
+        shutil.rmtree(folder, ignore_errors=True)
     return found
 
 
