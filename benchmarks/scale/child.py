@@ -2,8 +2,8 @@
 
 usage (by torchrun): child.py JOBS, a JSON list of jobs: "config" (a file), "resume", "stop" (the
 step after which all processes end as if killed), "traffic" (count bytes as well); or "hold" (the
-folder of a model, to be loaded, tuned for a step or "steps", and tied), "shard", "carried". Each
-process writes what it saw to "outcome", with ".RANK" added.
+folder of a model, to be loaded, tuned for a step and tied). Each process writes what it saw to
+"outcome", with ".RANK" added.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -154,30 +153,23 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 def hold(job: dict[str, Any]) -> dict[str, Any]:
     """Load a model, shared where there are several processes, tune a link for a step and tie it;
     return what this process holds."""
-    folder, kind, count = (
-        Path(job["hold"]),
-        job.get("shard", "fsdp2"),
-        int(os.environ["WORLD_SIZE"]),
-    )
-    if kind == "zero3":
-        import_module("deepspeed")  # a library's own memory is not counted
+    folder, count = Path(job["hold"]), int(os.environ["WORLD_SIZE"])
     memory = Memory()
     if count > 1:
         distributed.init_process_group("gloo")
-        model, _ = load_shards(folder, torch.bfloat16, count, torch.device("cpu"), kind)
+        model, _ = load_shards(folder, torch.bfloat16, count, torch.device("cpu"), "fsdp2")
     else:
         model, _ = load_model(folder, torch.bfloat16)
         model.requires_grad_(False)
     memory.enter("extending")
-    chain = Chain(model, checkpoint=folder, hold="carried" if job.get("carried") else "tied")
+    chain = Chain(model, checkpoint=folder)
     chain.extend(LinkConfig(rank=8, target_modules="all-linear"))
     optimizer = torch.optim.AdamW(chain.parameters())
     memory.enter("step")
     ids = torch.arange(3, 19)[None]
-    for _ in range(job.get("steps", 1)):
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
     memory.enter("knot")
     chain.tie()
     memory.enter("after")

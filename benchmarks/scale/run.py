@@ -183,19 +183,12 @@ def modules_of(config: LlamaConfig) -> dict[str, int]:
 # --- what both need ---
 
 
-def job(
-    folder: Path,
-    output: str,
-    train: dict[str, Any],
-    chain: dict[str, Any] | None = None,
-    **keys: Any,
-) -> dict[str, Any]:
+def job(folder: Path, output: str, train: dict[str, Any], **keys: Any) -> dict[str, Any]:
     """Write the config of a run; return its job."""
     tree = {
         "model": str(folder / "model"),
         "data": {split: str(folder / f"{split}.jsonl") for split in ("train", "validation")},
-        "chain": {"ranks": [8] * len(STEPS), "target_modules": "all-linear", "steps": STEPS}
-        | (chain or {}),
+        "chain": {"ranks": [8] * len(STEPS), "target_modules": "all-linear", "steps": STEPS},
         "train": {"lr": 1e-3, "batch_size": 8, "save_every": 1} | train,
         "output": str(folder / output),
     }
