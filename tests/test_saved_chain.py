@@ -25,7 +25,7 @@ from chainlora import (
 from chainlora.errors import RunError
 from chainlora.evaluation.strengths import best_mix
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import mix_stages
+from chainlora.runs.changes import mix_stages, undo
 from chainlora.runs.loading_start import load_start, with_start
 from chainlora.runs.saved_chain import INSIDE
 from chainlora.training.stages import extension
@@ -241,3 +241,25 @@ def test_a_saved_chain_is_read_like_a_run(tiny_folder, sentiment, tmp_path, chai
     shown = chainlora("inspect", saved, "--json").json
     assert [link["rank"] for link in shown["links"]] == [2, 3]
     assert shown["position"] == {"step": 4, "links": 2, "planned_links": 2}
+
+
+def test_a_saved_chain_goes_on_in_its_stage_and_has_nothing_to_undo(tmp_path):
+    """Its next link is drawn as it would have been, by the stage and the place there."""
+    chain = make_chain()
+    chain.begin_stage("law")
+    chain.extend(LinkConfig(rank=2, target_modules=("q_proj",)))
+    tune(chain, 1)
+    chain.tie()
+    save_chain(chain, tmp_path / "chain")
+    loaded = load_chain(tmp_path / "chain", tiny_model("llama"))
+    drawn = [
+        each.extend(LinkConfig(rank=2, target_modules=("q_proj",))).layers
+        for each in (chain, loaded)
+    ]
+    for name, layer in drawn[0].items():
+        own, other = (next(iter(each.lora_A.values())) for each in (layer, drawn[1][name]))
+        assert torch.equal(own.weight, other.weight)
+    with pytest.raises(RunError, match="must be something to undo"):
+        undo(tmp_path / "chain")
+    with pytest.raises(RunError, match="goes on from its links"):
+        load_chain(f"{tmp_path / 'chain'}@base", tiny_model("llama"))

@@ -537,7 +537,9 @@ def test_a_stage_that_the_mix_does_not_bear_is_refused_before_any_is_trained(
         extension(run, law | {"output": str(tmp_path / "fork")}),
         make_stages(tree | {"stages": [plain | {"chain": keys}, law]}),
     ):
-        with pytest.raises(RunError, match=f"stage '(law|plain)' cannot be trained on .*{words}.*by `mix`"):
+        with pytest.raises(
+            RunError, match=f"stage '(law|plain)' cannot be trained on .*{words}.*by `mix`"
+        ):
             survey(stages)
     assert files_of(run) == before
 

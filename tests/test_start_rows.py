@@ -92,6 +92,7 @@ def test_rows_for_an_adapter_are_given_to_a_run_and_count_from_then_on(
     law["data"].pop("replay")
     train_stages(extension(run, law))
     train_stages(extension(run, law | {"name": "fork", "output": str(tmp_path / "fork")}))
+    assert open_run(f"{tmp_path}/fork@start").state == open_run(run).state
     prune_stage(run, "main")
     assert stage_matrix(run).stages == ["start", "law"]
     assert stage_matrix(tmp_path / "fork").stages == ["start", "main", "law", "fork"]
