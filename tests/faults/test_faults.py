@@ -149,7 +149,7 @@ def test_several_processes_on_one_output(world, count, state):
     ends = [wait(each) for each in [start(partial(late, draw.random())) for _ in range(count)]]
     assert 0 in [end.status for end in ends], ends
     for end in ends:
-        assert end.status == 0 or "by one process" in end.message, end
+        assert end.status == 0 or "nother process" in end.message, end
     assert files_of(where) == whole.files
 
 

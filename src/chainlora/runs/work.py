@@ -559,11 +559,13 @@ class Work:
         """
         others = set((self.run / "stages").glob("*/stage.json")) - {self.folder / DRAFT}
         is_alone = self._is_new_run and not others  # nobody else has begun a run here
-        if is_alone:
-            for name in (HISTORY, "links", "rows", TOKENIZER):
-                files.remove(self.run / name)
+        made = [self.run / name for name in (HISTORY, "links", "rows", TOKENIZER)]
+        for path in made if is_alone else ():
+            files.remove(path)
         for name in (DRAFT, RECORDS, REFERENCE, CONFIG):
             files.remove(self.folder / name)
+        if is_alone and any(path.exists() for path in made):
+            return
         with suppress(OSError):
             if [entry.name for entry in self.folder.iterdir()] == [LOCK]:
                 files.remove(self.folder / LOCK)
