@@ -58,9 +58,9 @@ def refuse_if_other(run: Path) -> None:
     if exists_in(run) or not run.is_dir():
         return
     names = {entry.name for entry in run.iterdir() if not files.is_scratch(entry.name)}
-    is_begun = any((run / "stages").glob(f"*/{LOCK}"))
-    is_begun |= not any(path.is_file() for path in run.rglob("*"))
-    if not is_begun or not names <= _BEFORE_THE_HISTORY:
+    is_empty = not any(path.is_file() for path in run.rglob("*"))  # asked first: a lock comes first
+    is_begun = is_empty or any((run / "stages").glob(f"*/{LOCK}"))
+    if not (exists_in(run) or (is_begun and names <= _BEFORE_THE_HISTORY)):
         refuse_if_taken(run)
 
 
