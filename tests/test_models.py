@@ -198,6 +198,11 @@ def test_gguf_pre_tokenizer_follows_the_file(tmp_path, cache, gguf_model):
     assert tokenizer.tokenize("the  12") == ["the", "Ġ", "Ġ", "12"]
 
 
+def test_gguf_is_converted_by_who_asks_for_its_modules_alone(gguf_file, cache):
+    assert load_skeleton(gguf_file).get_output_embeddings().weight.is_meta
+    assert load_model(gguf_file, torch.float32)[0].lm_head.weight.isfinite().all()
+
+
 def test_gguf_is_converted_once(gguf_file, cache):
     first = resolve_model(gguf_file)
     stamp = (first / "model.safetensors").stat().st_mtime_ns

@@ -121,8 +121,9 @@ def load_skeleton(spec: str | Path) -> Any:
 
     Raises ModelError if nothing is there, or it cannot be made.
     """
+    config = _load_config(resolve_model(spec))  # first: a GGUF file may have to be converted
     with torch.device("meta"):
-        return make_model(_load_config(resolve_model(spec)), spec)
+        return make_model(config, spec)
 
 
 def make_model(config: Any, spec: str | Path, **keys: Any) -> Any:
