@@ -22,7 +22,7 @@ from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError, DataError, ModelError
 from chainlora.models.checkpoint import Checkpoint
 from chainlora.models.finding import packaged_model, resolve_model
-from chainlora.models.loading import load_model
+from chainlora.models.loading import load_model, load_skeleton
 from chainlora.models.text_config import context_length
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
