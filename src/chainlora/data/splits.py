@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.data import TrainFile
 from chainlora.config.schema import PAIR_LOSSES, DataConfig
-from chainlora.data.chat_templates import set_chat_template
 from chainlora.data.division import aligned, divide, pick, rows_again, rows_in_both
 from chainlora.data.encoding import Options, detect_format
 from chainlora.data.kept import ASKED, SAMPLE, Kept
@@ -36,6 +35,7 @@ from chainlora.data.tasks import (
     unseen_source,
 )
 from chainlora.data.tasks.nested import flat
+from chainlora.data.templates import set_chat_template
 from chainlora.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)

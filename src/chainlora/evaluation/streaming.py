@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from chainlora.data.chat_templates import ends_of_turn
 from chainlora.data.encoding.tokens import TokenReader
-from chainlora.data.templates import render_chats
+from chainlora.data.templates import ends_of_turn, render_chats
 from chainlora.errors import ConfigError, DataError, ModelError
 from chainlora.evaluation.generation import greedy_config, run_generate
 from chainlora.models.text_config import context_length
