@@ -29,12 +29,12 @@ from chainlora.data.tasks import (
     WORD_METRICS,
     Task,
     check_split_files,
+    flat,
     load_task,
     sample_splits,
     split_source,
     unseen_source,
 )
-from chainlora.data.tasks.nested import flat
 from chainlora.data.templates import set_chat_template
 from chainlora.errors import ConfigError, DataError
 

@@ -10,6 +10,7 @@ protocol (arXiv 2305.17333), which the chain-of-LoRA paper follows. See docs/tas
 
 from chainlora.data.tasks.sampling import (
     check_split_files,
+    flat,
     sample_splits,
     split_source,
     unseen_source,
