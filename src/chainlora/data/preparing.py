@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.data import check_fields
 from chainlora.data.encoding import Options, RowEncoder, detect_format, make_row_encoder
-from chainlora.data.encoding.fitting import Counts
+from chainlora.data.encoding.encoder import Counts
 from chainlora.data.encoding.translated import FIELDS as TRANSLATED
 from chainlora.data.examples import Example
 from chainlora.data.rows import COUNTED, MemoryRows, Rows, RowsSummary, StoredRows, flatten, joined

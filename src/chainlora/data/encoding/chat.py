@@ -12,8 +12,7 @@ from typing import Any
 
 from chainlora.config.data import ROW_FIELDS
 from chainlora.config.template_names import mentions
-from chainlora.data.encoding.drafts import Draft, Ids, Span
-from chainlora.data.encoding.tokens import TokenReader, common_prefix
+from chainlora.data.encoding.tokens import Draft, Ids, Span, TokenReader, common_prefix
 from chainlora.data.readers import bad_row
 from chainlora.data.sources import Row
 from chainlora.data.templates import Reply, render_chats

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from chainlora.data.encoding.drafts import Draft, Encoder
+from chainlora.data.encoding.tokens import Draft, Encoder
 from chainlora.data.encoding.translated import sharegpt_chat
 from chainlora.data.readers import bad_row
 from chainlora.data.sources import Row, where
