@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, tzinfo
 from functools import lru_cache
@@ -126,44 +126,39 @@ class _SameDay(datetime):
         return cls(2024, 7, 26)
 
 
-def render_chats(
-    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Mapping[str, Any]]
-) -> list[Reply]:
-    """Render conversations by the tokenizer's chat template.
+def render_chat(tokenizer: PreTrainedTokenizerBase, chat: Mapping[str, Any]) -> Reply:
+    """Render a conversation by the tokenizer's chat template.
 
-    Each is `messages` with arguments of ``apply_chat_template``, such as `tools` and
-    `add_generation_prompt`, and of the template. A value is the text, and where the template marks
-    the assistant's words the spans of their characters, if `return_assistant_tokens_mask` asks for
-    them.
+    It is `messages` with arguments of ``apply_chat_template``, such as `tools` and
+    `add_generation_prompt`, and of the template. The value is the text, and where the template
+    marks the assistant's words the spans of their characters, if `return_assistant_tokens_mask`
+    asks for them.
     """
+    from transformers.utils import chat_template_utils
+
     try:
-        plain, with_tools = (tokenizer.get_chat_template(tools=tools) for tools in (None, [{}]))
+        template = tokenizer.get_chat_template(tools=[{}] if chat.get("tools") else None)
     except ValueError as error:  # none, or several and no default
-        return [Reply(error=str(error))] * len(chats)
+        return Reply(error=str(error))
+    messages = [{k: v for k, v in each.items() if v is not None} for each in chat["messages"]]
+    options = {key: value for key, value in chat.items() if key != "messages"}
 
     def render(item: Mapping[str, Any], found: Mapping[str, Any]) -> list[Any]:
-        from transformers.utils import chat_template_utils
-
         names = vars(chat_template_utils)
         # `strftime_now` takes no other clock
         names["datetime"], before = _SameDay, names["datetime"]
         try:
             rendered: Any = chat_template_utils.render_jinja_template(
-                **item, chat_template=with_tools if item.get("tools") else plain
+                **item, chat_template=template
             )
         finally:
             names["datetime"] = before
         (text,), spans = rendered
         return [text, spans[0] if spans else []]
 
-    replies = []
-    for chat in chats:
-        messages = [{k: v for k, v in each.items() if v is not None} for each in chat["messages"]]
-        options = {key: value for key, value in chat.items() if key != "messages"}
-        item = tokenizer.special_tokens_map | options | {"conversations": [messages]}
-        reply = evaluate({"chat": render}, item)
-        replies.append(reply if reply.error else Reply(reply.value["chat"]))
-    return replies
+    item = tokenizer.special_tokens_map | options | {"conversations": [messages]}
+    reply = evaluate({"chat": render}, item)
+    return reply if reply.error else Reply(reply.value["chat"])
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
@@ -214,7 +209,7 @@ def ends_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     The model's own end of sequence is often another one, if it is a base model.
     """
     said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
-    (reply,) = render_chats(tokenizer, [{"messages": said}])
+    reply = render_chat(tokenizer, {"messages": said})
     text = "" if reply.error else str(reply.value[0])
     _, found, after = text.rpartition(_ANSWER)
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
