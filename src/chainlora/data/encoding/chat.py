@@ -48,10 +48,10 @@ class ChatEncoder:
 
     def __call__(self, rows: Sequence[Row]) -> list[Draft]:
         chats = [_Chat(row, self.reader, self.source) for row in rows]
-        wholes = list(map(self._whole, chats))
         for chat in chats:
+            chat.whole, chat.marks = self._whole(chat)
             chat.check_answers(self.turns_before(chat.row))
-        turns = (self._marked_turns if self.is_marked else self._prefix_turns)(chats, wholes)
+        turns = self._marked_turns(chats) if self.is_marked else self._prefix_turns(chats)
         return [chat.draft(*turn) for chat, turn in zip(chats, turns, strict=True)]
 
     def unread(self, row: Row) -> set[str]:
@@ -92,20 +92,15 @@ class ChatEncoder:
 
     # --- turns by marks ---
 
-    def _marked_turns(
-        self, chats: Sequence[_Chat], wholes: Sequence[tuple[str, list[Span]]]
-    ) -> list[tuple[Ids, list[Span], Ids]]:
+    def _marked_turns(self, chats: Sequence[_Chat]) -> list[tuple[Ids, list[Span], Ids]]:
         """Return tokens, targets and prompt where ``{% generation %}`` marks turns."""
-        texts = [text for text, _ in wholes]
-        marked = zip(chats, wholes, strict=True)
-        learnt = [spans[self._marks_before(chat) :] for chat, (_, spans) in marked]
+        texts = [chat.whole for chat in chats]
+        learnt = [chat.marks[self._marks_before(chat) :] for chat in chats]
         encoded = self.reader.tokenizer(
             texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        starts = [spans[0][0] if spans else 0 for spans in learnt]
-        prompts = self.reader.bare(
-            [text[:start] for text, start in zip(texts, starts, strict=True)]
-        )
+        pairs = zip(texts, learnt, strict=True)
+        prompts = self.reader.bare([text[: spans[0][0]] if spans else "" for text, spans in pairs])
         read = zip(encoded["input_ids"], encoded["offset_mapping"], learnt, prompts, strict=True)
         return [(list(ids), _covered(offsets, spans), each) for ids, offsets, spans, each in read]
 
@@ -120,19 +115,16 @@ class ChatEncoder:
 
     # --- turns by prefixes ---
 
-    def _prefix_turns(
-        self, chats: Sequence[_Chat], wholes: Sequence[tuple[str, list[Span]]]
-    ) -> list[tuple[Ids, list[Span], Ids]]:
+    def _prefix_turns(self, chats: Sequence[_Chat]) -> list[tuple[Ids, list[Span], Ids]]:
         """Return tokens, targets and prompt where a turn is what the template adds."""
-        pairs = zip(chats, wholes, strict=True)
-        texts = [[whole, *self._edges(chat, whole)] for chat, (whole, _) in pairs]
+        texts = [[chat.whole, *self._edges(chat)] for chat in chats]
         tokens = iter(self.reader.bare([text for each in texts for text in each]))
         turns = []
         for chat, each in zip(chats, texts, strict=True):
             ids, *edges = [next(tokens) for _ in each]
             begins = [common_prefix(edge, ids) for edge in edges[::2]]
             ends = zip(each[2::2], edges[1::2], strict=True)
-            stops = [self._stop(each[0], ids, text, edge) for text, edge in ends]
+            stops = [self._stop(chat.whole, ids, text, edge) for text, edge in ends]
             before = self.turns_before(chat.row)
             spans = [*zip(begins, stops, strict=True)][before:]
             prompt = next(iter(edges[2 * before :]), [])
@@ -147,7 +139,7 @@ class ChatEncoder:
             (edge,) = self.reader.bare([text + blanks])
         return common_prefix(edge, ids)
 
-    def _edges(self, chat: _Chat, whole: str) -> list[str]:
+    def _edges(self, chat: _Chat) -> list[str]:
         """Return the text before and after each of the assistant's turns."""
 
         def text(count: int, **options: Any) -> str:
@@ -156,12 +148,12 @@ class ChatEncoder:
 
         edges = []
         for turn in chat.turns:
-            after = whole if turn + 1 == len(chat.messages) else text(turn + 1)
+            after = chat.whole if turn + 1 == len(chat.messages) else text(turn + 1)
             if turn:
                 before = text(turn, add_generation_prompt=True)
             else:  # no template renders a conversation of no turns
                 before = self._before_first(chat, after)
-            if not (whole.startswith(after) and after.startswith(before)):
+            if not (chat.whole.startswith(after) and after.startswith(before)):
                 raise bad_row(
                     "the chat template must render a conversation as a prefix of the longer one, "
                     "or mark turns with {% generation %}",
@@ -200,6 +192,11 @@ class ChatEncoder:
 
 class _Chat:
     """One conversation, checked."""
+
+    whole: str
+    """Its text."""
+    marks: list[Span]
+    """The characters of it that the template marks."""
 
     def __init__(self, row: Row, reader: TokenReader, template: str) -> None:
         self.row, self.place = row, row.origin
