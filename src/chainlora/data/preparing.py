@@ -43,7 +43,7 @@ from chainlora.data.rows import COUNTED, MemoryRows, Rows, RowsSummary, StoredRo
 from chainlora.data.sources import Chunk, Source
 from chainlora.data.tasks import Task
 from chainlora.errors import DataError, FileError
-from chainlora.files import is_scratch, make_folder, remove, replaced_folder
+from chainlora.files import checksums, is_scratch, make_folder, remove, replaced_folder
 from chainlora.models.hashing import cache_dir
 
 IN_MEMORY = 2000
@@ -84,9 +84,8 @@ def make_rows(
     encode = make_row_encoder(kind, tokenizer, options)
     recognised = str(kind) if task == "auto" and kind in TRANSLATED else ""
     state = source.state()
-    rows: Rows
     if len(head) <= IN_MEMORY // _CHUNK:
-        rows = _encode_in_memory(head, encode)
+        rows: Rows = _encode_in_memory(head, encode)
     else:
         key = _key([source.identity(), source.fields], tokenizer, kind, options)
         folder = cache_dir() / "rows" / key
@@ -200,33 +199,30 @@ class _Job:
     tell: Callable[[int | Exception], object]
     chunks: Iterator[Chunk] | None = None  # of a worker, from its first chunk on
 
-    def __call__(self, numbers: Sequence[int]) -> dict[str, list[Any]]:
-        """Return the chunks of consecutive numbers as rows of the table."""
-        if self.chunks is None:
-            self.chunks = self.source.chunks(_CHUNK, numbers[0] * _CHUNK)
-        columns: dict[str, list[Any]] = {name: [] for name in (*_ARRAYS, "counts", "digests")}
-        for chunk in islice(self.chunks, len(numbers)):
-            encoded = self.encode(chunk.rows())
+
+_job: _Job | None = None  # workers are forked with it: no copy for each
+
+
+def _encode_chunks(numbers: Sequence[int]) -> dict[str, list[Any]]:
+    """Return the chunks of consecutive numbers as rows of the table."""
+    assert _job is not None
+    if _job.chunks is None:
+        _job.chunks = _job.source.chunks(_CHUNK, numbers[0] * _CHUNK)
+    columns: dict[str, list[Any]] = {name: [] for name in (*_ARRAYS, "counts", "digests")}
+    try:
+        for chunk in islice(_job.chunks, len(numbers)):
+            encoded = _job.encode(chunk.rows())
             arrays = flatten(encoded.examples)
             for name in _ARRAYS:
                 columns[name].append(arrays[name].reshape(-1))
             sizes = len(arrays["ends"]), len(arrays["tokens"])
             columns["counts"].append(json.dumps([asdict(encoded.counts), *sizes]))
             columns["digests"].append(encoded.digests)
-        self.tell(len(numbers))
-        return columns
-
-
-_job: _Job | None = None  # workers are forked with it: no copy for each
-
-
-def _encode_chunks(numbers: Sequence[int]) -> dict[str, list[Any]]:
-    assert _job is not None
-    try:
-        return _job(numbers)
     except DataError as error:  # `datasets` would say so when all workers are done
         _job.tell(error)
         raise
+    _job.tell(len(numbers))
+    return columns
 
 
 def _map_chunks(job: _Job, workers: int | None) -> None:
@@ -343,9 +339,12 @@ def _one_writer(folder: Path) -> Iterator[None]:
 def _key(
     source: object, tokenizer: PreTrainedTokenizerBase, kind: Task | str, options: Options
 ) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        saved = checksums(Path(folder))
     parts = {
         "source": source,
-        "tokenizer": _fingerprint(tokenizer),
+        "tokenizer": [type(tokenizer).__qualname__, saved],
         "task": kind.model_dump(mode="json") if isinstance(kind, Task) else kind,
         "options": asdict(options),
         "code": _code(),
@@ -355,26 +354,9 @@ def _key(
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the hash of all that a tokenizer does with a text or a chat."""
-    found = hashlib.sha256()
-    if tokenizer.is_fast:
-        found.update(tokenizer.backend_tokenizer.to_str().encode())
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            for path in sorted(Path(folder).iterdir()):
-                found.update(path.read_bytes())
-    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
-    split = getattr(tokenizer, "split_special_tokens", None)
-    for part in (type(tokenizer).__qualname__, special, tokenizer.chat_template, split):
-        found.update(f"\n{part!r}".encode())
-    return found.hexdigest()
-
-
 @cache
 def _code() -> str:
-    """Return the hash of the source code of this room: what it does today."""
+    """Return the hash of the source code of this package."""
     found = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         found.update(path.read_bytes())
