@@ -43,7 +43,6 @@ _log = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 _ASKED_OF_A_TASK = ("loss", "metrics", "reported", "metric", "stop", "max_new_tokens")
 _REPORTED_OF_PAIRS = ("loss", "accuracy", "margin")
-_DIGEST_VERSION = 2  # 1, without a number in front, hashed the rows as one text of Python
 
 SplitProgress = Callable[[str, int, float], None]
 """Told (split, rows encoded so far, share of the split in 0…1) while a large split is encoded."""
@@ -163,8 +162,11 @@ def prepare_splits(
         parts["train"] = list(map(pick, files if to_score is None else scored, train))
         if data.holds_out:
             parts["validation"] = list(map(pick, scored, validation))
-        asked |= {"mixture": _mixture(data, parts["train"])}
         asked |= {"bound": found.bound, "moved": found.counts}
+        if counts := list(map(len, parts["train"])):
+            weights = [each.weight for each in data.train_files] or [1.0]
+            weights = weights[-len(counts) :]  # of the first, all rows may be demonstrations
+            asked["mixture"] = Mixture(tuple(counts), tuple(weights))
     for split in SPLITS if to_score is None else (to_score,):
         parts[split] = parts[split] or encode(split, options)
     rows = {split: joined(each) for split, each in parts.items()}
@@ -202,12 +204,6 @@ def _say_what_cannot_be_scored(
             count - left,
             count,
         )
-
-
-def _mixture(data: DataConfig, files: Sequence[Rows]) -> Mixture | None:
-    weights = [each.weight for each in data.train_files] or [1.0]
-    weights = weights[len(weights) - len(files) :]  # of the first, all rows may be demonstrations
-    return Mixture(tuple(map(len, files)), tuple(weights)) if files else None
 
 
 def learned_by(data: DataConfig, loss: str | None) -> str:
@@ -273,7 +269,8 @@ def encode_split(
     demonstrations) is kept.
     """
     options = Options(context, reserve=_reserve(task))
-    if data is not None and _shapes_prompts_of(data, task):
+    shapes = data is not None and (data.max_length or data.truncation or data.shots)
+    if data is not None and data.task and shapes and load_task(data.task).name == task.name:
         before = _demonstrations(task, data, _task_sources(task, data)["train"])
         limit = length_limit(data, context)
         options = replace(options, max_length=limit, truncation=data.truncation, before=before)
@@ -355,20 +352,6 @@ def _log_trained_on(rows: Mapping[str, Rows], earlier: Mapping[str, Kept]) -> No
             )
 
 
-def _shapes_prompts_of(data: DataConfig, task: Task) -> bool:
-    if data.task is None or not (data.max_length or data.truncation or data.shots):
-        return False
-    try:
-        return load_task(data.task).name == task.name
-    except ConfigError as error:
-        _log.warning(
-            "%s is read whole and without demonstrations, the run's own task being lost: %s",
-            task.name,
-            error,
-        )
-        return False
-
-
 def _demonstrations(task: Task, data: DataConfig, train: Sequence[Source]) -> str:
     if not data.shots or not train:
         return ""
@@ -442,7 +425,7 @@ def _digest(rows: Mapping[str, Rows], before: str = "") -> str:
     found = hashlib.sha256(before.encode())
     for split in SPLITS:
         found.update(f"\n{split} {rows[split].summary.digest}".encode())
-    return f"{_DIGEST_VERSION}:{found.hexdigest()[:12]}"
+    return f"2:{found.hexdigest()[:12]}"
 
 
 def task_split_source(task: Task, data: str | None, split: str, limit: int | None) -> Source:
