@@ -39,7 +39,16 @@ from chainlora.data.encoding import Options, RowEncoder, detect_format, make_row
 from chainlora.data.encoding.encoder import Counts
 from chainlora.data.encoding.translated import FIELDS as TRANSLATED
 from chainlora.data.examples import Example
-from chainlora.data.rows import COUNTED, MemoryRows, Rows, RowsSummary, StoredRows, flatten, joined
+from chainlora.data.rows import (
+    ARRAYS,
+    COUNTED,
+    MemoryRows,
+    Rows,
+    RowsSummary,
+    StoredRows,
+    flatten,
+    joined,
+)
 from chainlora.data.sources import Chunk, Source
 from chainlora.data.tasks import Task
 from chainlora.errors import DataError, FileError
@@ -54,7 +63,6 @@ _BATCH = 8
 ends the rows is read without the pages of the rows."""
 _MOST_WORKERS = 16
 _SUMMARY = "summary.json"
-_ARRAYS = ("tokens", "lines", "ends")  # of `flatten`
 
 EncodingProgress = Callable[[int, float], None]
 """Told (rows encoded so far, share of the source in 0…1) now and then."""
@@ -123,7 +131,7 @@ def _find(folder: Path) -> Rows | None:
     try:
         kept = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
         parts = [
-            StoredRows({name: np.from_dlpack(batch[name][row].values) for name in _ARRAYS})
+            StoredRows({name: np.from_dlpack(batch[name][row].values) for name in ARRAYS})
             for path in sorted(folder.glob("*.arrow"))
             for batch in pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
             for row in range(len(batch))
@@ -208,12 +216,12 @@ def _encode_chunks(numbers: Sequence[int]) -> dict[str, list[Any]]:
     assert _job is not None
     if _job.chunks is None:
         _job.chunks = _job.source.chunks(_CHUNK, numbers[0] * _CHUNK)
-    columns: dict[str, list[Any]] = {name: [] for name in (*_ARRAYS, "counts", "digests")}
+    columns: dict[str, list[Any]] = {name: [] for name in (*ARRAYS, "counts", "digests")}
     try:
         for chunk in islice(_job.chunks, len(numbers)):
             encoded = _job.encode(chunk.rows())
             arrays = flatten(encoded.examples)
-            for name in _ARRAYS:
+            for name in ARRAYS:
                 columns[name].append(arrays[name].reshape(-1))
             sizes = len(arrays["ends"]), len(arrays["tokens"])
             columns["counts"].append(json.dumps([asdict(encoded.counts), *sizes]))

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from chainlora.data.examples import Example
 
+ARRAYS = ("tokens", "lines", "ends")
+"""What `flatten` returns."""
 COUNTED = ("rows", "rows_split", "rows_cut", "rows_dropped", "tokens_cut")
 """What is counted while rows are encoded."""
 

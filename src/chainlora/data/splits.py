@@ -392,17 +392,15 @@ def _task_sources(task: Task, data: DataConfig) -> dict[str, list[Source]]:
 
 def _file_sources(data: DataConfig) -> dict[str, list[Source]]:
     """The user's own files, in file order; `num_…` takes the first rows of each."""
-    paths = {"train": [each.path for each in data.train_files]}
-    for split in ("validation", "test"):
-        path = getattr(data, split)
-        paths[split] = [path] if isinstance(path, str) else []
+    train = [each.path for each in data.train_files]
+    named = {"train": train, "validation": [data.validation], "test": [data.test]}
     return {
         split: [
             replace(find_source(each, split, getattr(data, f"num_{split}")), fields=data.fields)
             for each in found
-            if each
+            if each and isinstance(each, str)
         ]
-        for split, found in paths.items()
+        for split, found in named.items()
     }
 
 

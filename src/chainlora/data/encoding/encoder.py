@@ -101,11 +101,9 @@ class Counts:
         if self.rows_too_long > 1:
             count = f"{self.rows_too_long} of {self.rows}"
             place += f"; {count} rows are longer, up to {self.longest} tokens"
-        got, remedy = (
-            f"{length} tokens for at most {max_length}",
-            "or set data.truncation: cut or drop",
-        )
-        raise bad_row("a row must fit the context", got, place, f"{_SHORTEN}, {remedy}")
+        got = f"{length} tokens for at most {max_length}"
+        remedy = f"{_SHORTEN}, or set data.truncation: cut or drop"
+        raise bad_row("a row must fit the context", got, place, remedy)
 
 
 @dataclass(frozen=True)
@@ -214,7 +212,8 @@ class RowEncoder:
             for row in rows:
                 self.refuse(row)
         drafts = self.encoder(rows)
-        digests = b"".join(map(_digest, drafts))
+        said = [json.dumps(draft.content, sort_keys=True, default=str) for draft in drafts]
+        digests = b"".join(hashlib.sha256(each.encode()).digest() for each in said)
         for draft in drafts:  # before a cut, whose length is that of the answer too
             prompt = draft.prompt if len(draft.prompt) > len(self.fit.front) else draft.sequences
             draft.prompt_hash = hash_of(json.dumps(prompt).encode())
@@ -245,7 +244,16 @@ def make_row_encoder(
 def make_encoder(task: Task | str, reader: TokenReader, options: Options) -> Encoder:
     """Return how rows of a task or format are read: the one place that knows every encoder."""
     if isinstance(task, Task):
-        return _task_encoder(task, reader, options)
+        if options.objective != "completion" and task.completion is None:
+            return CandidatesEncoder(reader, task, options.before)
+        return CompletionEncoder(
+            reader,
+            partial(task_pairs, task),
+            truncation=task.truncation,
+            end=reader.end() if task.add_eos else [],
+            exact=task.completion is None,
+            before=options.before,
+        )
     if options.objective in PAIR_LOSSES:
         plain = replace(options, objective=None)
         answer = "conversational" if task == "sharegpt" else task
@@ -255,19 +263,6 @@ def make_encoder(task: Task | str, reader: TokenReader, options: Options) -> Enc
     if task == "completion":
         return CompletionEncoder(reader, row_pairs, fields=FORMATS[task], end=reader.end())
     return ChatEncoder(reader) if task == "chat" else TextEncoder(reader, reader.end())
-
-
-def _task_encoder(task: Task, reader: TokenReader, options: Options) -> Encoder:
-    if options.objective != "completion" and task.completion is None:
-        return CandidatesEncoder(reader, task, options.before)
-    return CompletionEncoder(
-        reader,
-        partial(task_pairs, task),
-        truncation=task.truncation,
-        end=reader.end() if task.add_eos else [],
-        exact=task.completion is None,
-        before=options.before,
-    )
 
 
 def detect_format(rows: Sequence[Mapping[str, Any]], objective: str | None = None) -> str:
@@ -286,8 +281,3 @@ def detect_format(rows: Sequence[Mapping[str, Any]], objective: str | None = Non
     raise bad_row(
         rule, got, where(rows[0]), "name them by data.fields, or describe them in a task file"
     )
-
-
-def _digest(draft: Draft) -> bytes:
-    content = json.dumps(draft.content, sort_keys=True, default=str)  # ASCII: any text encodes
-    return hashlib.sha256(content.encode()).digest()
