@@ -49,7 +49,7 @@ from chainlora.data.rows import (
     flatten,
     joined,
 )
-from chainlora.data.sources import Chunk, Source
+from chainlora.data.sources import Row, Source
 from chainlora.data.tasks import Task
 from chainlora.errors import DataError, FileError
 from chainlora.files import checksums, is_scratch, make_folder, remove, replaced_folder
@@ -81,9 +81,9 @@ def make_rows(
     `task` is a task, or a format: "completion", "chat", "text" or "auto". Raises DataError or
     ConfigError, after reading all rows where only that can tell.
     """
-    head = list(islice(source.chunks(_CHUNK), IN_MEMORY // _CHUNK + 1))
+    head = list(islice(source, IN_MEMORY + 1))
     source.check_fields()
-    kind = detect_format(head[0].rows(), options.objective) if task == "auto" else task
+    kind = detect_format(head, options.objective) if task == "auto" else task
     if source.fields:
         try:
             check_fields(source.fields, str(kind))
@@ -92,7 +92,7 @@ def make_rows(
     encode = make_row_encoder(kind, tokenizer, options)
     recognised = str(kind) if task == "auto" and kind in TRANSLATED else ""
     state = source.state()
-    if len(head) <= IN_MEMORY // _CHUNK:
+    if len(head) <= IN_MEMORY:
         rows: Rows = _encode_in_memory(head, encode)
     else:
         key = _key([source.identity(), source.fields], tokenizer, kind, options)
@@ -102,17 +102,17 @@ def make_rows(
     return rows
 
 
-def _encode_in_memory(chunks: Sequence[Chunk], encode: RowEncoder) -> MemoryRows:
+def _encode_in_memory(rows: Sequence[Row], encode: RowEncoder) -> MemoryRows:
     counts, examples, digest = Counts(), list[Example](), hashlib.sha256()
-    for chunk in chunks:
-        encoded = encode(chunk.rows())
+    for first in range(0, len(rows), _CHUNK):
+        encoded = encode(rows[first : first + _CHUNK])
         counts.add(encoded.counts)
         examples += encoded.examples
         digest.update(encoded.digests)
     counts.refuse_too_long(encode.fit.max_length)
-    rows = MemoryRows(examples)
-    rows.summary = _summary(counts, len(rows), int(rows.lengths.sum()), digest.hexdigest())
-    return rows
+    found = MemoryRows(examples)
+    found.summary = _summary(counts, len(found), int(found.lengths.sum()), digest.hexdigest())
+    return found
 
 
 def _summary(counts: Counts, examples: int, tokens: int, digest: str) -> RowsSummary:
@@ -205,7 +205,7 @@ class _Job:
     folder: Path
     num_chunks: int
     tell: Callable[[int | Exception], object]
-    chunks: Iterator[Chunk] | None = None  # of a worker, from its first chunk on
+    rows: Iterator[Row] | None = None  # of a worker, from its first chunk on
 
 
 _job: _Job | None = None  # workers are forked with it: no copy for each
@@ -214,12 +214,12 @@ _job: _Job | None = None  # workers are forked with it: no copy for each
 def _encode_chunks(numbers: Sequence[int]) -> dict[str, list[Any]]:
     """Return the chunks of consecutive numbers as rows of the table."""
     assert _job is not None
-    if _job.chunks is None:
-        _job.chunks = _job.source.chunks(_CHUNK, numbers[0] * _CHUNK)
+    if _job.rows is None:
+        _job.rows = _job.source.rows(numbers[0] * _CHUNK)
     columns: dict[str, list[Any]] = {name: [] for name in (*ARRAYS, "counts", "digests")}
     try:
-        for chunk in islice(_job.chunks, len(numbers)):
-            encoded = _job.encode(chunk.rows())
+        for _ in numbers:
+            encoded = _job.encode(list(islice(_job.rows, _CHUNK)))
             arrays = flatten(encoded.examples)
             for name in ARRAYS:
                 columns[name].append(arrays[name].reshape(-1))

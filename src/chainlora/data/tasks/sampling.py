@@ -94,16 +94,13 @@ class _FlatSource(Source):
 
     @property
     def place(self) -> str:
-        return self.source.place
+        return ""  # before that of a row of the source
 
     def records(self, first: int = 0) -> Iterator[Record]:
-        rows = (
-            Record(record.number, values)
-            for chunk in self.source.chunks()
-            for record, row in zip(chunk.records, chunk.rows(), strict=True)
-            for values in self._flattened(row)
+        flat = (
+            Record(row.origin, values) for row in self.source for values in self._flattened(row)
         )
-        return islice(rows, first, None)
+        return islice(flat, first, None)
 
     def _flattened(self, row: Row) -> list[dict[str, Any]]:
         if not isinstance(row.get("passage"), Mapping):
