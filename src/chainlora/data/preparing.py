@@ -41,7 +41,6 @@ from chainlora.data.encoding.translated import FIELDS as TRANSLATED
 from chainlora.data.examples import Example
 from chainlora.data.rows import (
     ARRAYS,
-    COUNTED,
     MemoryRows,
     Rows,
     RowsSummary,
@@ -111,14 +110,8 @@ def _encode_in_memory(rows: Sequence[Row], encode: RowEncoder) -> MemoryRows:
         digest.update(encoded.digests)
     counts.refuse_too_long(encode.fit.max_length)
     found = MemoryRows(examples)
-    found.summary = _summary(counts, len(found), int(found.lengths.sum()), digest.hexdigest())
+    found.summary = counts.summary(digest.hexdigest())
     return found
-
-
-def _summary(counts: Counts, examples: int, tokens: int, digest: str) -> RowsSummary:
-    found = {name: getattr(counts, name) for name in COUNTED}
-    unread = tuple(counts.unread)
-    return RowsSummary(examples=examples, tokens=tokens, unread=unread, digest=digest, **found)
 
 
 # --- the table ---
@@ -148,17 +141,15 @@ def _summarise(folder: Path, max_length: int | None) -> RowsSummary:
     """Return the summary of a table just written. Raises DataError for rows that are too long."""
     import pyarrow
 
-    counts, digest, examples, tokens = Counts(), hashlib.sha256(), 0, 0
+    counts, digest = Counts(), hashlib.sha256()
     for path in sorted(folder.glob("*.arrow")):
         with pyarrow.OSFile(str(path)) as file:
             for batch in pyarrow.ipc.open_stream(file):
                 for said, digests in zip(batch["counts"], batch["digests"], strict=True):
-                    found, *sizes = json.loads(said.as_py())
-                    counts.add(Counts(**found))
+                    counts.add(Counts(**json.loads(said.as_py())))
                     digest.update(digests.as_py())
-                    examples, tokens = examples + sizes[0], tokens + sizes[1]
     counts.refuse_too_long(max_length)
-    return _summary(counts, examples, tokens, digest.hexdigest())
+    return counts.summary(digest.hexdigest())
 
 
 def _build(
@@ -223,8 +214,7 @@ def _encode_chunks(numbers: Sequence[int]) -> dict[str, list[Any]]:
             arrays = flatten(encoded.examples)
             for name in ARRAYS:
                 columns[name].append(arrays[name].reshape(-1))
-            sizes = len(arrays["ends"]), len(arrays["tokens"])
-            columns["counts"].append(json.dumps([asdict(encoded.counts), *sizes]))
+            columns["counts"].append(json.dumps(asdict(encoded.counts)))
             columns["digests"].append(encoded.digests)
     except DataError as error:  # `datasets` would say so when all workers are done
         _job.tell(error)

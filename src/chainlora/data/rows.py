@@ -23,7 +23,9 @@ from chainlora.data.examples import Example
 ARRAYS = ("tokens", "lines", "ends")
 """What `flatten` returns."""
 COUNTED = ("rows", "rows_split", "rows_cut", "rows_dropped", "tokens_cut")
-"""What is counted while rows are encoded."""
+"""What is counted of whole files while rows are encoded."""
+SUMMED = ("examples", "tokens", *COUNTED)
+"""What a summary adds up."""
 
 
 @dataclass(frozen=True)
@@ -185,9 +187,8 @@ class JoinedRows(Rows):
         self._ends = list(accumulate(len(part) for part in parts))
         self._numbers = list(accumulate((part.summary.rows for part in parts), initial=0))
         said = [part.summary for part in parts]
-        counts = ("examples", "tokens", *COUNTED)
         summary = RowsSummary(
-            **{name: sum(getattr(each, name) for each in said) for name in counts},
+            **{name: sum(getattr(each, name) for each in said) for name in SUMMED},
             unread=tuple(dict.fromkeys(chain.from_iterable(each.unread for each in said))),
             digest=_hashed(*(each.digest.encode() for each in said)),
             recognised=", ".join(dict.fromkeys(filter(None, (each.recognised for each in said)))),

@@ -31,7 +31,7 @@ from chainlora.data.encoding.tokens import Draft, Encoder, Ids, Span, TokenReade
 from chainlora.data.encoding.translated import make_translated
 from chainlora.data.examples import Example, hash_of
 from chainlora.data.readers import bad_row
-from chainlora.data.rows import COUNTED
+from chainlora.data.rows import SUMMED, RowsSummary
 from chainlora.data.sources import Row, where
 from chainlora.data.tasks import Task
 from chainlora.errors import DataError
@@ -69,6 +69,8 @@ class Options:
 class Counts:
     """What became of the rows so far; counts of chunks add up."""
 
+    examples: int = 0
+    tokens: int = 0
     rows: int = 0
     rows_split: int = 0
     rows_cut: int = 0
@@ -81,11 +83,16 @@ class Counts:
 
     def add(self, other: Counts) -> None:
         """Add the counts of the rows that come next."""
-        for name in (*COUNTED, "rows_too_long"):
+        for name in (*SUMMED, "rows_too_long"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
         self.first_too_long = self.first_too_long or other.first_too_long
         self.unread += [name for name in other.unread if name not in self.unread]
+
+    def summary(self, digest: str) -> RowsSummary:
+        """Return what a run reports and keeps of all rows, whose digest is given."""
+        sums = {name: getattr(self, name) for name in SUMMED}
+        return RowsSummary(**sums, unread=tuple(self.unread), digest=digest)
 
     def refuse_too_long(self, max_length: int | None) -> None:
         """Name the first row that is too long, and how far one would have to go for all of them."""
@@ -220,6 +227,8 @@ class RowEncoder:
         unread = set().union(*map(self.encoder.unread, rows))
         counts = Counts(unread=sorted(map(str, unread)))
         examples = [draft.example() for draft in self.fit(drafts, counts)]
+        counts.examples = len(examples)
+        counts.tokens = sum(len(ids) for example in examples for ids in example.sequences)
         return Encoded(examples, counts, digests)
 
 
