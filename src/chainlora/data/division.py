@@ -78,7 +78,7 @@ def divide(
         "left_out": sum(int((before & ~out).sum()) for out, before, _ in parts),
         "seen": sum(int((seen & ~before & ~out).sum()) for out, before, seen in parts),
     }
-    if files and not any(mask.any() for mask in train) and any(counts.values()):
+    if any(counts.values()) and not any(mask.any() for mask in train):
         raise ConfigError(
             "training needs rows that no stage has held out or, with `data.new_rows_only`, seen",
             ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()),
@@ -148,8 +148,8 @@ def rows_in_both(train: Rows, others: Rows) -> list[int]:
 
 
 def _hash_of_right(example: Example) -> int:
-    right = slice(None) if example.label is None else slice(example.label, example.label + 1)
-    return hash(example.sequences[right])
+    right = example.label
+    return hash(example.sequences if right is None else example.sequences[right : right + 1])
 
 
 def pick(rows: Rows, mask: NDArray[np.bool_]) -> Rows:

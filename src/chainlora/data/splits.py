@@ -271,8 +271,8 @@ def encode_split(
     options = Options(context, reserve=_reserve(task))
     shapes = data is not None and (data.max_length or data.truncation or data.shots)
     if data is not None and data.task and shapes and load_task(data.task).name == task.name:
-        before = _demonstrations(task, data, _task_sources(task, data)["train"])
-        limit = length_limit(data, context)
+        train = _task_sources(task, data)["train"] if data.shots else []
+        before, limit = _demonstrations(task, data, train), length_limit(data, context)
         options = replace(options, max_length=limit, truncation=data.truncation, before=before)
     source = ListSource(rows) if isinstance(rows, Sequence) else rows
     return _encode("scored", source, tokenizer, task, options, None)

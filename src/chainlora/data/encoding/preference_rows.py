@@ -154,7 +154,7 @@ def refuse_preferences(row: Mapping[str, Any]) -> None:
 
 def _tags(row: Mapping[str, Any]) -> list[str]:
     """Return the columns that say whether an answer is good."""
-    return [tag for tag in _TAGS & row.keys() if _is_tag(row[tag])] if row.keys() & _ANSWERS else []
+    return [tag for tag in _TAGS & row.keys() if row.keys() & _ANSWERS and _is_tag(row[tag])]
 
 
 def _is_tag(value: Any) -> bool:
