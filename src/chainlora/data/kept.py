@@ -57,7 +57,6 @@ class Kept:
 
     @property
     def loss(self) -> str:
-        """Return what a step minimised (`Splits.loss`)."""
         return str(self.asked["loss"])
 
     @property

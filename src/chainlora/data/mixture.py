@@ -138,7 +138,6 @@ class EpochOrder:
     batch_size: int
 
     def __len__(self) -> int:
-        """Return the number of batches."""
         return -(-len(self.rows) // self.batch_size)
 
     def batch(self, index: int) -> list[int]:

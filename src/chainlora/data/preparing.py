@@ -224,7 +224,6 @@ def _encode_chunks(numbers: Sequence[int]) -> dict[str, list[Any]]:
 
 
 def _map_chunks(job: _Job, workers: int | None) -> None:
-    """Write the table of a job."""
     from datasets import Dataset, disable_progress_bars
 
     global _job

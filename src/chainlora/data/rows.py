@@ -66,7 +66,6 @@ class Rows(Sequence[Example]):
         """Return one row; 0 <= index < len."""
 
     def content(self, index: int) -> bytes:
-        """Return `Example.content` of a row."""
         return self.example(index).content()
 
     @overload
@@ -74,7 +73,6 @@ class Rows(Sequence[Example]):
     @overload
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """Return a row, or the rows of a slice as a list."""
         places = range(len(self))[index]  # IndexError where there is no such row
         if isinstance(places, range):
             return [self.example(place) for place in places]
@@ -142,7 +140,6 @@ class StoredRows(Rows):
         return b"[" + said + b"]" + tokens.tobytes()
 
     def _parts(self, index: int) -> tuple[bytes, NDArray[np.int32]]:
-        """Return the line and the tokens of a row."""
         starts = self._ends[index - 1].tolist() if index else (0, 0)
         (first, start), (last, end) = starts, self._ends[index].tolist()
         return self._lines[first:last].tobytes(), self._tokens[start:end]

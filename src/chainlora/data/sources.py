@@ -163,7 +163,6 @@ class FileSource(Source):
             raise self._unreadable(error) from error
 
     def state(self) -> object:
-        """Return size and time of the file."""
         try:
             found = self.path.stat()
         except OSError as error:
@@ -244,7 +243,6 @@ class ListSource(Source):
         return map(Record, count(first), self.parsed[first:])
 
     def identity(self) -> str:
-        """Return the hash of the rows and their indices."""
         digest = hashlib.sha256(f"{self.skip}".encode())
         for row in self.parsed:
             digest.update(f"{row.index} {dict(row)!r}".encode("utf-8", "surrogatepass"))

@@ -209,7 +209,7 @@ class _Chat:
         self.turns = [at for at, each in enumerate(self.messages) if each["role"] == "assistant"]
 
     def item(self, messages: _Messages | None = None, **options: Any) -> dict[str, Any]:
-        """Return messages, all of them unless some are given, as `render_chats` takes them."""
+        """Return messages, all of them unless some are given, as `render_chat` takes them."""
         return {
             **self.arguments,
             "tools": self.tools,

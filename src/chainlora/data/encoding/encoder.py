@@ -82,7 +82,6 @@ class Counts:
     unread: list[str] = field(default_factory=list)
 
     def add(self, other: Counts) -> None:
-        """Add the counts of the rows that come next."""
         for name in (*SUMMED, "rows_too_long"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)

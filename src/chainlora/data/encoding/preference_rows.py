@@ -51,7 +51,6 @@ class PairEncoder:
         return self.encoder.unread(self._plain(row)[0])
 
     def _plain(self, row: Row) -> list[Row]:
-        """Return the row of each answer."""
         chosen, rejected = row["chosen"], row["rejected"]
         kind, name = _KINDS[self.kind]
         if not (isinstance(chosen, kind) and isinstance(rejected, kind)):

@@ -97,7 +97,6 @@ class TokenReader:
         return [ids[: -self._num_back] for ids in found] if self._num_back else found
 
     def bare(self, texts: Sequence[str]) -> list[Ids]:
-        """Tokenise without special tokens."""
         return self._encode(texts, special=False)
 
     def end(self) -> Ids:
@@ -138,7 +137,6 @@ def with_end(ids: Ids, end: Ids) -> Ids:
 
 
 def common_prefix(first: Ids, second: Ids) -> int:
-    """Return the length of the common prefix."""
     return sum(takewhile(bool, map(eq, first, second)))
 
 

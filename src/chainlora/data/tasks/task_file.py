@@ -38,7 +38,6 @@ class Draw(Frozen):
     saner: int | None = Field(default=None, ge=1)  # rows where `rows` starves training
 
     def count(self, sampling: str) -> int:
-        """Return the rows to take under a sampling rule."""
         return self.saner if sampling == "saner" and self.saner is not None else self.rows
 
 
