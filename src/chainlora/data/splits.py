@@ -133,8 +133,7 @@ def prepare_splits(
         asked["reported"] = _REPORTED_OF_PAIRS
     learned = options
     if task is not None:
-        before = _demonstrations(task, data, sources["train"])
-        sources["train"] = _without_first(sources["train"], data.shots)
+        before, sources["train"] = _demonstrations(task, data, sources["train"])
         learned = replace(options, objective=loss or task.loss, before=before)
         options = replace(learned, reserve=_reserve(task))
         if task.completion is None:
@@ -272,7 +271,8 @@ def encode_split(
     shapes = data is not None and (data.max_length or data.truncation or data.shots)
     if data is not None and data.task and shapes and load_task(data.task).name == task.name:
         train = _task_sources(task, data)["train"] if data.shots else []
-        before, limit = _demonstrations(task, data, train), length_limit(data, context)
+        before, _ = _demonstrations(task, data, train)
+        limit = length_limit(data, context)
         options = replace(options, max_length=limit, truncation=data.truncation, before=before)
     source = ListSource(rows) if isinstance(rows, Sequence) else rows
     return _encode("scored", source, tokenizer, task, options, None)
@@ -352,16 +352,21 @@ def _log_trained_on(rows: Mapping[str, Rows], earlier: Mapping[str, Kept]) -> No
             )
 
 
-def _demonstrations(task: Task, data: DataConfig, train: Sequence[Source]) -> str:
+def _demonstrations(
+    task: Task, data: DataConfig, train: Sequence[Source]
+) -> tuple[str, list[Source]]:
+    """Return the training rows that are shown, as text, and the sources without them."""
     if not data.shots or not train:
-        return ""
-    first = list(islice(train[0], data.shots))
-    if len(first) < data.shots:
+        return "", list(train)
+    first, *others = train
+    rows = list(islice(first, data.shots + 1))
+    if len(rows) < data.shots:
         raise ConfigError(
             "`data.shots` must be at most the number of training rows (got "
-            f"{data.shots} for {len(first)}); lower it or give more rows"
+            f"{data.shots} for {len(rows)}); lower it or give more rows"
         )
-    return task.demonstrations(first)
+    rest = [replace(first, skip=data.shots)] if len(rows) > data.shots else []
+    return task.demonstrations(rows[: data.shots]), [*rest, *others]
 
 
 def _reserve(task: Task) -> int:
@@ -402,15 +407,6 @@ def _file_sources(data: DataConfig) -> dict[str, list[Source]]:
         ]
         for split, found in named.items()
     }
-
-
-def _without_first(train: Sequence[Source], shots: int) -> list[Source]:
-    """Return the training rows without those that are shown."""
-    if not shots or not train:
-        return list(train)
-    first, *others = train
-    has_more = next(islice(first, shots, None), None) is not None
-    return [replace(first, skip=shots), *others] if has_more else others
 
 
 def _digest(rows: Mapping[str, Rows], before: str = "") -> str:
