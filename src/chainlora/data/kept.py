@@ -91,13 +91,12 @@ def read_kept(path: Path) -> Kept:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if said["format"] != _FORMAT:
             raise ValueError(f"format {said['format']}")
-        rows = {
-            split: StoredRows({name: arrays[f"{split}.{name}"] for name in ARRAYS})
-            for split in _SPLITS
-        }
+        train, validation, test = (
+            StoredRows({name: arrays[f"{split}.{name}"] for name in ARRAYS}) for split in _SPLITS
+        )
         hashes = {name: arrays[name] for name in _HASHES}
         said = {name: said[name] for name in ("counts", "asked", "bound")}
-        return Kept(**rows, **hashes, **said)
+        return Kept(train, validation, test, **hashes, **said)
     except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
         raise RunError(
             "rows that a run keeps must be readable",

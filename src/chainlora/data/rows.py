@@ -166,8 +166,9 @@ class PickedRows(Rows):
         self._rows, self._places = rows, places
         lengths = rows.lengths[places]
         digest = _hashed(rows.summary.digest.encode(), places.astype("<i8").tobytes())
-        counts = {"examples": len(places), "tokens": int(lengths.sum())}
-        super().__init__(lengths, replace(rows.summary, **counts, digest=digest))
+        tokens = int(lengths.sum())
+        summary = replace(rows.summary, examples=len(places), tokens=tokens, digest=digest)
+        super().__init__(lengths, summary)
 
     def example(self, index: int) -> Example:
         return self._rows.example(int(self._places[index]))

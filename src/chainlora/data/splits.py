@@ -398,7 +398,8 @@ def _task_sources(task: Task, data: DataConfig) -> dict[str, list[Source]]:
 def _file_sources(data: DataConfig) -> dict[str, list[Source]]:
     """The user's own files, in file order; `num_…` takes the first rows of each."""
     train = [each.path for each in data.train_files]
-    named = {"train": train, "validation": [data.validation], "test": [data.test]}
+    named: dict[str, list[Any]] = {"train": train}
+    named |= {"validation": [data.validation], "test": [data.test]}
     return {
         split: [
             replace(find_source(each, split, getattr(data, f"num_{split}")), fields=data.fields)
