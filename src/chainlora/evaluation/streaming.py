@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from chainlora.data.chat_templates import ends_of_turn
 from chainlora.data.encoding.tokens import TokenReader
-from chainlora.data.templates import render_chats
+from chainlora.data.templates import ends_of_turn, render_chat
 from chainlora.errors import ConfigError, DataError, ModelError
 from chainlora.evaluation.generation import greedy_config, run_generate
 from chainlora.models.text_config import context_length
@@ -83,7 +82,7 @@ class Speaker:
 
     def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
         chat = {"messages": messages, "add_generation_prompt": True, "tools": None}
-        (reply,) = render_chats(self.tokenizer, [chat])
+        reply = render_chat(self.tokenizer, chat)
         if reply.error:
             remedy = "leave --system out" if messages[0]["role"] == "system" else "begin a new one"
             raise DataError(

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chainlora.data.chat_templates import ends_of_turn
 from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.examples import Example
 from chainlora.data.rows import MemoryRows, Rows
 from chainlora.data.sources import find_source
 from chainlora.data.splits import prepare_splits
 from chainlora.data.tasks import load_task
+from chainlora.data.templates import ends_of_turn
 from chainlora.errors import DataError
 from chainlora.evaluation.evaluate import evaluate
 from chainlora.evaluation.generation import generate_greedy

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chainlora.config.schema import RunConfig, TrainConfig
-from chainlora.data.mixture import Mixture
-from chainlora.data.order import EpochOrder, epoch_order
+from chainlora.data.mixture import EpochOrder, Mixture, epoch_order
 from chainlora.data.rows import Rows
 from chainlora.errors import ConfigError
 from chainlora.knots.numbers import between
