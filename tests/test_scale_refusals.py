@@ -14,7 +14,7 @@ from torch import nn
 
 from chainlora import ChainLoRAError, make_config
 from chainlora.models import zero3
-from chainlora.training.sharing import check_shards, wants_shards
+from chainlora.training.processes import check_shards, wants_shards
 
 RUN = """\
 model: m

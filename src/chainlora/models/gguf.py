@@ -31,7 +31,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from chainlora.errors import ModelError
 from chainlora.files import make_folder, remove_scratch, replaced_folder, reported
 from chainlora.models.checkpoint import save_model
-from chainlora.models.hashing import cache_dir, hash_file
+from chainlora.models.identity import cache_dir, hash_file
 
 logger = logging.getLogger(__name__)
 

@@ -43,8 +43,12 @@ from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.state import OpenState
 from chainlora.training.objectives import check_names
 from chainlora.training.optimizers import check_optimizer
-from chainlora.training.processes import num_launched
-from chainlora.training.sharing import check_shards, refuse_one_process, wants_shards
+from chainlora.training.processes import (
+    check_shards,
+    num_launched,
+    refuse_one_process,
+    wants_shards,
+)
 
 logger = logging.getLogger(__name__)
 

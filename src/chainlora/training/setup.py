@@ -29,11 +29,11 @@ from chainlora.models.identity import base_files
 from chainlora.models.loading import (
     check_vocabulary,
     load_model,
+    load_shards,
     load_skeleton,
     load_tokenizer,
     open_folder,
 )
-from chainlora.models.loading_shards import load_shards
 from chainlora.models.modes import kept_random_state
 from chainlora.models.quantizing import is_quantized_model
 from chainlora.models.text_config import context_length
@@ -44,13 +44,17 @@ from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.start_rows import rows_of_start
 from chainlora.runs.work import Work
 from chainlora.training.batches import make_batches
-from chainlora.training.deciding import decide
+from chainlora.training.deciding import decide, take_reference
 from chainlora.training.events import Listener, Planned, RowsEncoded
 from chainlora.training.objectives import make_objective
-from chainlora.training.processes import PATIENCE, Processes, find_processes, num_launched
-from chainlora.training.reference import take_reference
+from chainlora.training.processes import (
+    PATIENCE,
+    Processes,
+    find_processes,
+    num_launched,
+    wants_shards,
+)
 from chainlora.training.run import Run
-from chainlora.training.sharing import wants_shards
 
 logger = logging.getLogger(__name__)
 
