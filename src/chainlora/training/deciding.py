@@ -34,12 +34,18 @@ def decide(run: Run) -> None:
     numbers = known or _new_numbers(run)
     if numbers.path != str(run.engine.path):
         logger.warning(
-            "the run began with batches %s and goes on with batches %s: the same to rounding, not "
-            "to bits",
-            numbers.path,
-            run.engine.path,
+            f"the run began with batches {numbers.path} and goes on with batches "
+            f"{run.engine.path}: the same to rounding, not to bits"
         )
-    _take(run, numbers)
+    decided = {
+        "restart_warmup_steps": numbers.restart_warmup_steps,
+        "select_metric": numbers.select_metric,
+    }
+    train = run.train.model_copy(update=decided)
+    run.config = run.config.model_copy(update={"train": train})
+    run.batches = replace(run.batches, lengths=numbers.lengths)
+    memory = run.progress.memory
+    run.knots = Knots(run.chain, run.config.chain, numbers, memory=memory, first=run.first)
     if known is None and not run.is_inside_link:
         run.save_point()
 
@@ -73,19 +79,6 @@ def _learned_a_step(run: Run) -> list[float]:
     return [
         tokens * per_step / num_trained(link.rank, matched_modules(model, link)) for link in links
     ]
-
-
-def _take(run: Run, numbers: Numbers) -> None:
-    """From here on a run reads numbers, and nothing that is left open."""
-    decided = {
-        "restart_warmup_steps": numbers.restart_warmup_steps,
-        "select_metric": numbers.select_metric,
-    }
-    train = run.train.model_copy(update=decided)
-    run.config = run.config.model_copy(update={"train": train})
-    run.batches = replace(run.batches, lengths=numbers.lengths)
-    memory = run.progress.memory
-    run.knots = Knots(run.chain, run.config.chain, numbers, memory=memory, first=run.first)
 
 
 def take_reference(run: Run) -> None:

@@ -37,7 +37,7 @@ from chainlora.training.events import (
 )
 from chainlora.training.optimizers import (
     evaluated_weights,
-    full_optimizer,
+    from_groups,
     leave_average,
     load_state,
     make_optimizer,
@@ -323,7 +323,7 @@ def _tune_everything(run: Run) -> None:
     """Full fine-tuning: float32 only, no links, no checkpoints."""
     model, end = run.chain.model, run.batches.num_steps
     model.requires_grad_(True)
-    optimizer = full_optimizer(model.parameters(), run.train)
+    optimizer = from_groups([{"params": [*model.parameters()], "ratio": 1.0}], run.train)
     with closing(steps_ahead(run, 0, end)) as steps:
         for work in steps:
             if run.progress.stopped:

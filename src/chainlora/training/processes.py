@@ -372,17 +372,15 @@ def check_shards(config: RunConfig) -> None:
             f"processes that share a model train plain LoRA on it (got {found[0]}, which needs "
             "whole weights); leave it out, or train.shard: each process then holds the whole model"
         )
-    if chain.knots is not None and holding_named(chain.hold).writes_base:
+    writes_base = holding_named(chain.hold).writes_base
+    if chain.knots is not None and writes_base:
         raise ConfigError(
             "soft knots on a shared model need hold: carried (got hold: tied, whose exact weights "
             "no single process can save); set chain.hold: carried"
         )
-    if wants_shards(config) == "zero3":
-        _check_zero3(config)
-
-
-def _check_zero3(config: RunConfig) -> None:
-    if holding_named(config.chain.hold).writes_base:
+    if wants_shards(config) != "zero3":
+        return
+    if writes_base:
         raise ConfigError(
             "`train.shard: zero3` cuts flattened weights, not rows that a process could merge into "
             "(got hold: tied); set chain.hold: carried, or train.shard: fsdp2"

@@ -190,7 +190,11 @@ def finish(run: Run) -> TrainResult:
     if run.work is not None:
         if run.config.chain.tune == "full":  # no links: the weights are the result
             run.work.save_model(run.chain.detach(), run.tokenizer)
-        run.work.end(result, run.progress, _best_point(run))
+        best, end = run.progress.best, None
+        if run.train.keep_best and best is not None:
+            partial = run.chain.links[-1] if run.best_link is not None else None
+            end = best["num_links"], partial  # the run ends at the best point
+        run.work.end(result, run.progress, end)
         if run.work.writes and not needs_judgement(run.work.opened()):
             run.work.publish()
     return result
@@ -230,6 +234,10 @@ def _final_metrics(run: Run) -> dict[str, Any]:
 def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
     config, progress = run.config, run.progress
     own = run.chain.links[run.first :]  # without those that it began on
+    if config.chain.tune == "full":
+        trainable = sum(parameter.numel() for parameter in run.chain.model.parameters())
+    else:
+        trainable = max(map(num_trained, own), default=0)
     return {
         "format": RESULT_FORMAT,
         "model": config.model,
@@ -237,7 +245,17 @@ def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
         "metrics": metrics,
         "best": progress.best,
         "stage": run.stage,
-        "links": [_described(link, place) for place, link in enumerate(own)],
+        "links": [
+            {
+                "link": place,
+                "rank": link.rank,
+                "scaling": link.config.scaling,
+                "num_steps": link.num_steps,
+                "error": link.error,
+                "config": link.config.model_dump(mode="json"),
+            }
+            for place, link in enumerate(own)
+        ],
         "steps": progress.step,
         "tokens": progress.tokens,
         "scored_tokens": progress.scored_tokens,
@@ -247,32 +265,7 @@ def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
         "base_fingerprint": run.chain.base_fingerprint,
         "wall_s": round(progress.seconds, 2),
         "peak_memory_mb": peak_memory_mb(run.processes.device),
-        "trainable_parameters": _num_trained(run, own),
+        "trainable_parameters": trainable,
         "versions": versions(),
         "hardware": hardware(run.processes.device),
     }
-
-
-def _described(link: Link, place: int) -> dict[str, Any]:
-    return {
-        "link": place,
-        "rank": link.rank,
-        "scaling": link.config.scaling,
-        "num_steps": link.num_steps,
-        "error": link.error,
-        "config": link.config.model_dump(mode="json"),
-    }
-
-
-def _num_trained(run: Run, links: Sequence[Link]) -> int:
-    if run.config.chain.tune == "full":
-        return sum(parameter.numel() for parameter in run.chain.model.parameters())
-    return max(map(num_trained, links), default=0)
-
-
-def _best_point(run: Run) -> tuple[int, Link | None] | None:
-    """Return the links up to the best point, if the run ends there: whole ones, and a part."""
-    best = run.progress.best
-    if not run.train.keep_best or best is None:
-        return None
-    return best["num_links"], run.chain.links[-1] if run.best_link is not None else None

@@ -54,7 +54,6 @@ class Run:
 
     @property
     def train(self) -> TrainConfig:
-        """The config's `train` section."""
         return self.config.train
 
     def record(self, event: Event) -> None:

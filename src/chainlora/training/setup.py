@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from chainlora.chain.chain import Chain
 from chainlora.chain.holding import holding_named
 from chainlora.config.reading import flatten
 from chainlora.config.schema import RunConfig
-from chainlora.data.kept import Kept
 from chainlora.data.splits import Splits, prepare_splits
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError, RunError
@@ -38,7 +36,7 @@ from chainlora.models.modes import kept_random_state
 from chainlora.models.quantizing import is_quantized_model
 from chainlora.models.text_config import context_length
 from chainlora.runs.draft import Progress
-from chainlora.runs.history import MAIN, Base
+from chainlora.runs.history import Base
 from chainlora.runs.loading_start import fitted
 from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.start_rows import rows_of_start
@@ -63,14 +61,13 @@ def prepare(
     config: RunConfig,
     resume: bool,
     listener: Listener,
-    change: Collection[str] = (),
-    start: Start = NOTHING,
-    stage: str = MAIN,
+    change: Collection[str],
+    start: Start,
+    stage: str,
 ) -> Run:
     """Load and check everything a stage needs, claim its folder, find where to resume."""
-    share_model = wants_shards(config) is not None
-    accelerator = make_accelerator(config)
-    processes = find_processes(accelerator, share_model=share_model)
+    accelerator = _make_accelerator(config)
+    processes = find_processes(accelerator, share_model=wants_shards(config) is not None)
     work = None
     if config.output is not None:
         work = Work(config.output, stage, writes=processes.is_first)
@@ -101,28 +98,47 @@ def _prepare(
     here = config  # as its base is found from here
     if work is not None and (begun is not None or start is not NOTHING):
         here = config.model_copy(update={"model": from_above(config.model, work.run)})
-    folder, files = _claim(config, here.model, resume, change, work, processes)
+    with processes.in_turn():
+        if work is not None:
+            work.open(config, resume=resume, change=change)  # and lock it
+        folder = resolve_model(here.model)
+        files = base_files(folder)
+    if work is not None:
+        work.check_base_files(files)  # before they are loaded
     _, _, tokenizer = open_folder(here.model)
-    own = start.tokenizer
-    if own is not None:  # instead of the base's
-        tokenizer = load_tokenizer(own)
+    if start.tokenizer is not None:  # instead of the base's
+        tokenizer = load_tokenizer(start.tokenizer)
     with processes.in_turn():  # a bad row is told before the model is loaded
+        context = context_length(load_skeleton(here.model))
         if begun is None and config.start_data is not None:
-            context = context_length(load_skeleton(here.model))
             rows = rows_of_start(config.start_data, config.data, tokenizer, context)
             start = replace(start, rows=rows)
         earlier = start.kept if begun is None else begun.kept()
         earlier.pop(stage, None)  # a stage that is resumed has its own beside them
-        compare = processes.is_first and begun is None
-        splits = _load_splits(here, tokenizer, listener, earlier, compare)
+        splits = prepare_splits(
+            config.data,
+            tokenizer,
+            context,
+            lambda split, rows, share: listener(RowsEncoded(0, split, rows, share)),
+            loss=config.train.loss,
+            earlier=earlier,
+            compare=processes.is_first and begun is None,
+        )
     model = _load_model(here, processes)
-    check_vocabulary(model, tokenizer, own or folder)
+    check_vocabulary(model, tokenizer, start.tokenizer or folder)
     batches = make_batches(config, splits.train, splits.mixture)
-    check(config, model, splits)
+    _check(config, model, splits)
     chain = Chain(model, seed=config.train.seed, hold=config.chain.hold, checkpoint=folder)
     engine = _new_engine(config, model, processes)
     try:
-        base = _identity(config, chain, files)
+        base = Base(
+            model=config.model,
+            fingerprint=chain.base_fingerprint,
+            dtype=config.train.dtype,
+            files=files,
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+            quantize=config.quantize,
+        )
         if begun is None:
             start = _begun_on(start, chain, config)
         progress = Progress()
@@ -152,7 +168,10 @@ def _prepare(
             first=len(start.links),
         )
         with kept_random_state(model):  # PEFT draws in layers that it puts on
-            _restore_links(run, start)
+            chain.add(*start.links)
+            chain.begin_stage(stage)
+            if work is not None:  # those that it had tied when it was stopped
+                chain.add(*work.load_links())
             if splits.loss == "dpo":
                 take_reference(run)
             decide(run)
@@ -161,25 +180,6 @@ def _prepare(
         engine.close()
         raise
     return run
-
-
-def _claim(
-    config: RunConfig,
-    model: str,
-    resume: bool,
-    change: Collection[str],
-    work: Work | None,
-    processes: Processes,
-) -> tuple[Path, dict[str, str]]:
-    """Lock the stage if it is there; return the folder of the base `model`, and its checksums."""
-    with processes.in_turn():
-        if work is not None:
-            work.open(config, resume=resume, change=change)
-        folder = resolve_model(model)
-        files = base_files(folder)
-    if work is not None:
-        work.check_base_files(files)  # before they are loaded
-    return folder, files
 
 
 def _load_model(config: RunConfig, processes: Processes) -> Any:
@@ -201,22 +201,6 @@ def _load_model(config: RunConfig, processes: Processes) -> Any:
     return model
 
 
-def _load_splits(
-    config: RunConfig,
-    tokenizer: Any,
-    listener: Listener,
-    earlier: Mapping[str, Kept],
-    compare: bool,
-) -> Splits:
-    def tell(split: str, rows: int, share: float) -> None:
-        listener(RowsEncoded(0, split, rows, share))
-
-    context, loss = context_length(load_skeleton(config.model)), config.train.loss
-    return prepare_splits(
-        config.data, tokenizer, context, tell, loss=loss, earlier=earlier, compare=compare
-    )
-
-
 def _new_engine(config: RunConfig, model: Any, processes: Processes) -> Engine:
     """LoRA's dropout draws from one generator, full gradients are as large as the model, and
     quantised layers keep state of their own."""
@@ -226,19 +210,7 @@ def _new_engine(config: RunConfig, model: Any, processes: Processes) -> Engine:
     return Engine(model, speedups=speedups, training=True, threads=threads, sharing=processes)
 
 
-def _identity(config: RunConfig, chain: Chain, files: dict[str, str]) -> Base:
-    """Describe the base model for ``history.json``."""
-    return Base(
-        model=config.model,
-        fingerprint=chain.base_fingerprint,
-        dtype=config.train.dtype,
-        files=files,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in chain.model.modules()),
-        quantize=config.quantize,
-    )
-
-
-def check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
+def _check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
     """Refuse what the model or the rows cannot do, before the output directory is claimed."""
     if config.chain.tune == "lora":
         for link in dict.fromkeys(config.chain.links()):
@@ -266,12 +238,18 @@ def check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
         )
 
 
-def make_accelerator(config: RunConfig) -> Accelerator:
+def _make_accelerator(config: RunConfig) -> Accelerator:
     """Return the accelerator of a run, its trackers checked."""
     wanted = list(config.train.trackers)
     missing = [name for name in wanted if name not in LOGGER_TYPE_TO_CLASS]
     if not missing:
-        _check_place_of(wanted, config.output)
+        for name in wanted if config.output is None else ():
+            if LOGGER_TYPE_TO_CLASS[name].requires_logging_directory:
+                raise ConfigError(
+                    "a tracker that writes files needs a place for them",
+                    f"{name!r} in `trackers` and no output",
+                    "give output, or remove it",
+                )
         try:
             accelerator = Accelerator(
                 cpu=num_launched() > 1 and not torch.accelerator.is_available(),
@@ -293,16 +271,6 @@ def make_accelerator(config: RunConfig) -> Accelerator:
             f"{missing[0]!r}); pip install it or remove it"
         )
     return accelerator
-
-
-def _check_place_of(trackers: Sequence[str], output: str | None) -> None:
-    for name in trackers if output is None else ():
-        if LOGGER_TYPE_TO_CLASS[name].requires_logging_directory:
-            raise ConfigError(
-                "a tracker that writes files needs a place for them",
-                f"{name!r} in `trackers` and no output",
-                "give output, or remove it",
-            )
 
 
 def _checkpoint_activations(model: Any) -> None:
@@ -329,15 +297,6 @@ def _begun_on(start: Start, chain: Chain, config: RunConfig) -> Start:
     for note in start.notes:
         logger.warning("%s", note)
     return start
-
-
-def _restore_links(run: Run, start: Start) -> None:
-    """Put the links on the model that the stage begins on, and those that it had tied when it was
-    stopped."""
-    run.chain.add(*start.links)
-    run.chain.begin_stage(run.stage)
-    if run.work is not None:
-        run.chain.add(*run.work.load_links())
 
 
 def _announce(run: Run) -> None:

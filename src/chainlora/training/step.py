@@ -160,7 +160,6 @@ def rate_factor(config: TrainConfig, lengths: Sequence[int], step: int) -> float
 
 
 def restart_warmup(config: TrainConfig) -> int:
-    """Return the steps over which later links warm up."""
     if config.restart_warmup_steps is not None:
         return config.restart_warmup_steps
     return config.warmup_steps if config.restart_schedule else 0
@@ -182,7 +181,6 @@ def say_what_stays_low(config: TrainConfig, lengths: Sequence[int]) -> None:
 
 
 def _factor(step: int, num_steps: int, kind: str, warmup_steps: int) -> float:
-    """Return the factor of one schedule of ``num_steps`` steps."""
     if step < warmup_steps:
         return step / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
