@@ -193,9 +193,8 @@ def foreign_file(tree: Mapping[Any, Any], known: Iterable[str]) -> str | None:
     found = [key for key in _flat(tree) if key in keys and key.split(".")[0] not in set(known)]
     if len(found) < 3:
         return None
-    named = [
-        f"{key} (here {keys[key].ours})" if keys[key].ours else f"{key} (none)" for key in found
-    ]
+    ours = ((key, keys[key].ours) for key in found)
+    named = [f"{key} (here {here})" if here else f"{key} (none)" for key, here in ours]
     return f"{len(found)} keys of other tools: {', '.join(named)}"
 
 

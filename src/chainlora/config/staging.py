@@ -93,11 +93,11 @@ def check_alone(config: RunConfig) -> RunConfig:
             "use all or better, give it to a later stage, or add start_data",
         )
     if config.data.replay is not None:
-        got, remedy = (
+        raise ConfigError(
+            "`data.replay` reads rows of earlier stages again",
             f"{config.data.replay:g} in a run without any",
             "give it to a later stage, or add start_data",
         )
-        raise ConfigError("`data.replay` reads rows of earlier stages again", got, remedy)
     return config
 
 
@@ -109,12 +109,8 @@ def has_stages(tree: Mapping[str, Any]) -> bool:
 def make_stages(tree: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = ()) -> list[Stage]:
     """Return the stages of a config, each with what the config says of all of them.
 
-    All write to the run in `output`. `overrides` are keys by
-    their dotted names: ``train.lr`` of all stages, ``stages.NAME.train.lr`` of one. A config
-    without `stages` is one stage, `main`.
-
-    Raises:
-        ConfigError: names that are no names or come twice, keys that a stage cannot have.
+    All write to the run in `output`. `overrides` are keys by their dotted names: ``train.lr`` of
+    all stages, ``stages.NAME.train.lr`` of one. A config without `stages` is one stage, `main`.
     """
     shared = {key: deepcopy(value) for key, value in tree.items() if key != "stages"}
     sections = list(_sections(tree["stages"])) if "stages" in tree else []

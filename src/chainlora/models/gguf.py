@@ -7,8 +7,8 @@ special ones, and the pre-tokenizer that ``tokenizer.ggml.pre`` names (SmolLM2 s
 before anything else). A byte-level BPE tokenizer is therefore built from the file's metadata alone;
 its rules follow llama.cpp's ``llama-vocab.cpp``.
 
-A conversion lives under the user's cache directory, named by the file's content and by
-`_conversion`; it appears by one rename, so that whoever sees the folder sees all of it.
+A conversion lives under the user's cache directory, named by the file's content; it appears by one
+rename, so that whoever sees the folder sees all of it.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 _SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 _OTHER = "use the model's safetensors checkpoint"
+_CONVERSION = 2  # another number where a file no longer becomes what it became before
 _NUM_TENSORS = "GGUF.tensor_count"  # as the package gguf calls it
 _LLAMA3 = {  # of every Llama from 3.1 on
     "rope_type": "llama3",
@@ -63,7 +64,7 @@ def converted_folder(file: Path) -> Path:
     Raises ModelError if the file is no GGUF model that can be converted.
     """
     digest = hash_file(file)
-    name = f"{file.stem}-{file.stat().st_size}-{digest[:16]}-v{_conversion(file)}"
+    name = f"{file.stem}-{file.stat().st_size}-{digest[:16]}-v{_CONVERSION}"
     folder = cache_dir() / "gguf" / name
     if folder.is_dir():
         return folder
@@ -75,16 +76,6 @@ def converted_folder(file: Path) -> Path:
         with replaced_folder(folder) as scratch:
             _convert(file, scratch, digest)
     return folder
-
-
-def _conversion(file: Path) -> int:
-    """Return a number that is another one where a file no longer becomes what it became before.
-
-    1 left out that RoPE is scaled.
-    """
-    with open(file, "rb") as stream:
-        head = stream.read(2**26)  # metadata and names of tensors
-    return 2 if b"rope_f" in head or b".rope.scal" in head else 1
 
 
 def _convert(file: Path, folder: Path, digest: str) -> None:

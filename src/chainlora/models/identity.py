@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -69,11 +69,9 @@ def base_files(folder: Path) -> dict[str, str]:
     """
     hashed = [*weight_files(folder), *tokenizer_files(folder)]
     with reported(folder, "read"):
-        digests = hash_files(hashed)
-        found = {
-            path.relative_to(folder).as_posix(): digest
-            for path, digest in zip(hashed, digests, strict=True)
-        }
+        names = [path.relative_to(folder).as_posix() for path in hashed]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
+            found = dict(zip(names, pool.map(hash_file, hashed), strict=True))
         for name in _CONFIGS:
             if (folder / name).is_file():
                 found[name] = _config_digest(folder / name)
@@ -163,12 +161,6 @@ def hash_file(path: Path) -> str:
         except (FileError, OSError) as error:  # the file is read again next time
             logger.debug("a hash is not remembered: %s", error)
     return digest
-
-
-def hash_files(paths: Sequence[Path]) -> list[str]:
-    """Return the SHA-256 of each file, read in parallel and at most once while it is unchanged."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
-        return list(pool.map(hash_file, paths))
 
 
 def _state(path: Path) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -71,7 +72,10 @@ def load_model(
     Raises ModelError if nothing is there, if it would need remote code or pickle, if it is not a
     causal language model, or if weights or tokenizer are missing; ConfigError for another dtype.
     """
-    dtype = _floating(dtype)
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError("`dtype` must be a floating dtype of torch", repr(dtype), "e.g. bfloat16")
+    dtype = found
     folder, config, tokenizer = open_folder(spec)
     keys: dict[str, Any] = {}
     is_quantized = getattr(config, "quantization_config", None) is not None
@@ -109,13 +113,6 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def _floating(dtype: torch.dtype | str) -> torch.dtype:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError("`dtype` must be a floating dtype of torch", repr(dtype), "e.g. bfloat16")
-    return found
-
-
 def open_folder(spec: str | Path) -> tuple[Path, Any, Any]:
     """Return the folder of a model, its config and its tokenizer, before any weight is loaded."""
     folder = resolve_model(spec)
@@ -143,7 +140,6 @@ def load_skeleton(spec: str | Path) -> Any:
 
 
 def make_model(config: Any, spec: str | Path, **keys: Any) -> Any:
-    """Return a model that was never loaded. Raises ModelError if it cannot be made."""
     try:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **keys)
     except Exception as error:
@@ -157,7 +153,10 @@ def _load_config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        stated = _read_json(folder / "config.json")
+        stated: Any = None
+        with suppress(OSError, ValueError, RecursionError):
+            stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        stated = stated if isinstance(stated, dict) else {}
         kind, has_code = stated.get("model_type"), "auto_map" in stated
         if isinstance(kind, str) and kind in CONFIG_MAPPING and not has_code:
             raise ModelError(
@@ -293,14 +292,6 @@ def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
             f"the embedding must have a row per token (got token {max(wrong)} and {rows} rows in "
             f"{folder}); use the tokenizer the model was trained with"
         )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 # --- into several processes ---

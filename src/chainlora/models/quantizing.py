@@ -24,7 +24,17 @@ def quantization(kind: str, dtype: torch.dtype) -> Any:
     nf4: 4-bit NormalFloat in blocks of 64 (arXiv 2305.14314), of bitsandbytes. int8: integers with
     a scale for each row, of torchao. Both quantise weights alone; matmuls run in `dtype`.
     """
-    _check_package(kind)
+    package = _PACKAGES[kind]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import_module(package)
+    except (ImportError, RuntimeError, OSError) as error:
+        got = "it is not installed" if isinstance(error, ModuleNotFoundError) else error
+        raise ModelError(
+            f"`quantize: {kind}` needs the package {package} (got: {got}); "
+            f"pip install 'chainlora[{package}]'"
+        ) from None
     if kind == "int8":
         from torchao.quantization import Int8WeightOnlyConfig
         from transformers import TorchAoConfig
@@ -38,20 +48,6 @@ def quantization(kind: str, dtype: torch.dtype) -> Any:
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=torch.uint8,
     )
-
-
-def _check_package(kind: str) -> None:
-    package = _PACKAGES[kind]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import_module(package)
-    except (ImportError, RuntimeError, OSError) as error:
-        got = "it is not installed" if isinstance(error, ModuleNotFoundError) else error
-        raise ModelError(
-            f"`quantize: {kind}` needs the package {package} (got: {got}); "
-            f"pip install 'chainlora[{package}]'"
-        ) from None
 
 
 def settle_kernels(model: nn.Module) -> None:
