@@ -8,7 +8,7 @@ Never remote code, never pickle.
 parameters are cut into parts, and each process reads its rows by memory map: none ever holds the
 whole model. Where the tensors of a checkpoint are not the model's parameters one by one (stacked
 experts, weights that transformers converts), each process loads the whole model first and then cuts
-it. By ZeRO-3 (`models.zero3`) the first process reads each weight and sends it to the others.
+it. By ZeRO-3 the first process reads each weight and sends it to the others.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from chainlora.errors import ConfigError, ModelError
-from chainlora.models import shards, zero3
+from chainlora.models import shards
 from chainlora.models.checkpoint import Checkpoint, Stored
 from chainlora.models.finding import resolve_model
 from chainlora.models.identity import has_tokenizer
@@ -328,7 +328,7 @@ def load_shards(
     model.requires_grad_(False)
     if kind == "zero3":
         read = (lambda name: stored[name].read()) if reason is None else None
-        zero3.share(model, read, dtype, device)
+        shards.share_by_zero3(model, read, dtype, device)
         return model.eval(), tokenizer
     shards.shard(model, count, device)
     if reason is not None:
