@@ -165,7 +165,6 @@ class ForeignKey(BaseModel):
 
 @cache
 def foreign_keys() -> Mapping[str, ForeignKey]:
-    """Return every known key of other tools."""
     text = files("chainlora.config").joinpath("foreign_keys.yaml").read_text(encoding="utf-8")
     found = {}
     for row in parse_yaml(text):

@@ -166,7 +166,6 @@ def ropes_of(config: Any) -> dict[str, Any]:
 
 
 def head_size(config: Any) -> int:
-    """Return the size of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 

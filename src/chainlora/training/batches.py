@@ -34,7 +34,6 @@ class Batches:
 
     @property
     def num_steps(self) -> int:
-        """Steps of the whole chain."""
         return sum(self.lengths)
 
     def batches(self, step: int) -> list[list[int]]:

@@ -252,7 +252,6 @@ def _is_accepted(run: Run) -> bool:
 
 
 def _check_knot(run: Run, link: Link, change: float, tolerance: float) -> None:
-    """Raise if a knot did not preserve the function."""
     if not change < float("inf"):
         raise DivergedError(
             f"a link must leave finite weights (got others after step {run.progress.step}, link "

@@ -24,9 +24,6 @@ from chainlora.training.optimizer_kinds import Factory, Groups
 # By the name in `train.optimizer`; one of your own is added by a plug-in (`registry`).
 OPTIMIZERS: dict[str, Factory] = entries(optimizer_kinds, "OPTIMIZERS")
 
-_SET_BY_THE_LOOP = ("lr", "ratio")  # of a parameter group
-
-
 # --- what can be refused before training ---
 
 
@@ -134,8 +131,9 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
                 tensors[f"{position}.{key}.number"] = _number(value)
     for position, group in enumerate(optimizer.param_groups):
         for key, value in group.items():
-            is_number = isinstance(value, bool | int | float) and key not in _SET_BY_THE_LOOP
-            if is_number and value != optimizer.defaults.get(key):
+            is_number = isinstance(value, bool | int | float)
+            is_set_by_the_loop = key in ("lr", "ratio")
+            if is_number and not is_set_by_the_loop and value != optimizer.defaults.get(key):
                 tensors[f"{position}.group:{key}.number"] = _number(value)
     return tensors
 

@@ -41,8 +41,6 @@ Found = TypeVar("Found")
 # The first process may encode a large data set, or score all stages, while the others wait.
 PATIENCE = timedelta(hours=6)
 
-_WHOLE_MODELS = ("NO", "MULTI_CPU", "MULTI_GPU")
-
 
 class Processes:
     """The processes of a run, seen from one of them.
@@ -256,7 +254,7 @@ def find_processes(
 ) -> Processes:
     """Return the processes that Accelerate has found; several can share the model."""
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if kind not in (*_WHOLE_MODELS, *(["FSDP"] if share_model else [])):
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", *(["FSDP"] if share_model else [])):
         raise ConfigError(
             "processes must hold the whole model each, or share it by FSDP2 (got an Accelerate "
             f"config for {kind}); launch with torchrun, or `accelerate launch` without DeepSpeed, "

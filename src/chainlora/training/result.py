@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
-from chainlora.chain.link import Link
 from chainlora.config.schema import RunConfig
 from chainlora.data.examples import Example
 from chainlora.data.rows import Rows
@@ -118,12 +117,20 @@ def select_best(run: Run) -> None:
     best = run.progress.best
     if not run.train.keep_best or best is None:
         return
-    if best["num_links"] == run.knots.index and not best["partial"]:
+    count, partial = best["num_links"], None
+    if count == run.knots.index and not best["partial"]:
         run.best_link = None
         return
     run.last_scored = None
-    partial = _partial_link(run)
-    run.chain.drop(run.knots.index - best["num_links"])
+    if best["partial"]:
+        partial = run.best_link
+        if partial is None:  # the run was stopped since then
+            assert run.work is not None
+            partial = run.work.load_best(run.knots.links[count], best["directory"])
+        before = sum(link.num_steps for link in run.chain.links[run.first : run.first + count])
+        steps, error = best["step"] - before, best.get("error", 0.0)
+        partial = replace(partial, num_steps=steps, error=error)
+    run.chain.drop(run.knots.index - count)
     if partial is not None:
         run.chain.add(partial)
     run.best_link = partial
@@ -160,21 +167,6 @@ def _keep_point(run: Run, metric: str, value: float) -> None:
         run.progress.best["error"] = run.best_link.error
         if run.work is not None:
             run.work.save_best(run.best_link, run.progress)
-
-
-def _partial_link(run: Run) -> Link | None:
-    """Return the best point's partial link, from disk where the run was stopped since then."""
-    best = run.progress.best
-    assert best is not None
-    if not best["partial"]:
-        return None
-    partial, count = run.best_link, best["num_links"]
-    if partial is None:
-        assert run.work is not None
-        partial = run.work.load_best(run.knots.links[count], best["directory"])
-    before = sum(link.num_steps for link in run.chain.links[run.first : run.first + count])
-    steps, error = best["step"] - before, best.get("error", 0.0)
-    return replace(partial, num_steps=steps, error=error)
 
 
 # --- at its end ---

@@ -44,7 +44,6 @@ class StepWork(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens computed."""
         return sum(batch.num_tokens for shards in self.batches for batch in shards)
 
 
@@ -73,8 +72,6 @@ def steps_ahead(run: Run, begin: int, end: int) -> Generator[StepWork, None, Non
 
 
 class Computed(NamedTuple):
-    """What a step computed."""
-
     loss: float  # this process's part of the mean over all terms
     num_tokens: int  # of all processes
     num_scored_tokens: int
