@@ -32,6 +32,7 @@ from chainlora.errors import ModelError
 from chainlora.files import make_folder, remove_scratch, replaced_folder, reported
 from chainlora.models.checkpoint import save_model
 from chainlora.models.identity import cache_dir, hash_file
+from chainlora.registry import import_optional
 
 logger = logging.getLogger(__name__)
 
@@ -181,14 +182,7 @@ def rope_factors(config: Any) -> Any:
 
 
 def import_gguf() -> Any:
-    """Return the package gguf. Raises ModelError where it is not installed."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise ModelError(
-            f"a GGUF file needs the package gguf (got {error}); pip install 'chainlora[gguf]'"
-        ) from error
-    return gguf
+    return import_optional("gguf", "a GGUF file", ModelError)
 
 
 def read_metadata(file: Path) -> dict[str, Any]:

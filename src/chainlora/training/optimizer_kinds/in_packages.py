@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
 
 from chainlora.config.schema import TrainConfig
 from chainlora.errors import ConfigError
+from chainlora.registry import import_optional
 from chainlora.training.optimizer_kinds import Groups, adam_keys
 
 
@@ -44,19 +44,6 @@ def muon(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _from_package(module: str, name: str, config: TrainConfig) -> Any:
-    """Return an optimizer class of a package. Raises ConfigError where it is not installed."""
-    package = module.partition(".")[0]
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError, RuntimeError, OSError) as error:
-        got = "it is not installed" if isinstance(error, ModuleNotFoundError) else f"{error}"
-        raise ConfigError(
-            f"`train.optimizer: {config.optimizer}` needs the package {package} (got: "
-            f"{' '.join(got.split())}); pip install 'chainlora[{package}]'"
-        ) from None
-
-
 def schedule_free_adamw(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     """Schedule-free AdamW (arXiv 2405.15682), of the package schedulefree."""
     if config.schedule != "constant":
@@ -64,16 +51,18 @@ def schedule_free_adamw(groups: Groups, config: TrainConfig) -> torch.optim.Opti
             "`train.optimizer: schedule_free_adamw` averages weights where others lower the rate "
             f"(got schedule: {config.schedule}); set train.schedule: constant"
         )
-    found = _from_package("schedulefree", "AdamWScheduleFree", config)
-    optimizer = found(groups, config.lr, **adam_keys(config) | config.optimizer_options)
+    package = import_optional("schedulefree", f"`train.optimizer: {config.optimizer}`")
+    optimizer = package.AdamWScheduleFree(
+        groups, config.lr, **adam_keys(config) | config.optimizer_options
+    )
     optimizer.train()
     return optimizer
 
 
 def adamw_8bit(name: str, groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW with moments of 8 bits (arXiv 2110.02861), of the package bitsandbytes."""
-    found = _from_package("bitsandbytes.optim", name, config)
-    return found(groups, config.lr, **adam_keys(config) | config.optimizer_options)
+    package = import_optional("bitsandbytes.optim", f"`train.optimizer: {config.optimizer}`")
+    return getattr(package, name)(groups, config.lr, **adam_keys(config) | config.optimizer_options)
 
 
 OPTIMIZERS = {
