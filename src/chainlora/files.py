@@ -306,12 +306,6 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def check_writable(path: Path) -> None:
     """Raise FileError unless a folder can be made at `path`, or be written to if it is there."""
-    try:
-        has_nul = b"\0" in os.fsencode(path)
-    except UnicodeEncodeError:
-        has_nul = True
-    if has_nul:
-        raise FileError(f"a path must be text without NUL (got {str(path)!a}); choose another")
     with reported(path):
         if path.is_symlink() and not path.exists():
             raise FileError(

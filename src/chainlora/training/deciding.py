@@ -1,8 +1,8 @@
 """What a run settles before its first step, and keeps when it is resumed.
 
-That are the numbers that its config leaves open (`knots.numbers`), and for DPO the reference: what
-the model as the run begins makes of every pair. The reference is computed once and kept in the run
-directory, so no second model is in memory.
+These are the numbers that its config leaves open (`knots.numbers`), and for DPO the reference: the
+scores of every pair by the model as the run begins. The reference is computed once and kept in the
+run directory, so no second model is in memory.
 """
 
 from __future__ import annotations
@@ -74,11 +74,10 @@ def _learned_a_step(run: Run) -> list[float]:
     rows = run.batches.mixture.epoch(run.train.seed, 0).tolist()
     some = some_of(rows)
     tokens = sum(run.splits.train[row].num_learned for row in some) / len(some)
-    per_step = len(rows) / run.batches.steps_per_epoch  # the last of an epoch may have few rows
+    # the last step of an epoch may have few rows
+    a_step = tokens * len(rows) / run.batches.steps_per_epoch
     model, links = run.chain.model, run.config.chain.links()
-    return [
-        tokens * per_step / num_trained(link.rank, matched_modules(model, link)) for link in links
-    ]
+    return [a_step / num_trained(link.rank, matched_modules(model, link)) for link in links]
 
 
 def take_reference(run: Run) -> None:

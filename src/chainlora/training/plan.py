@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -232,7 +232,11 @@ def _check(plan: Plan) -> None:
             check_optimizer(config, device)
             length_limit(config.data, context_length(model))
             if config.chain.tune == "lora":
-                _check_links(model, config, tuned)
+                adapted = {name for other in tuned for name in matched_modules(model, other)}
+                whole = {name for other in tuned for name in inside(model, other.extra_modules)}
+                for link in dict.fromkeys(config.chain.links()):
+                    check_targets(model, link)
+                    check_apart(adapted, whole, model, link)
         links += [Link(len(links), link, {}) for link in config.chain.links()]
         if each.state == "new":
             if each.name in below:
@@ -243,14 +247,6 @@ def _check(plan: Plan) -> None:
             data = config.data
             below[each.name] = learned_by(data, config.train.loss) if data.keep_rows else None
         tuned |= dict.fromkeys(config.chain.links())
-
-
-def _check_links(model: Any, config: RunConfig, below: Collection[LinkConfig]) -> None:
-    adapted = {name for other in below for name in matched_modules(model, other)}
-    whole = {name for other in below for name in inside(model, other.extra_modules)}
-    for link in dict.fromkeys(config.chain.links()):
-        check_targets(model, link)
-        check_apart(adapted, whole, model, link)
 
 
 def _check_processes(config: RunConfig) -> None:

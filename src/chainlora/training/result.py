@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
+from chainlora.chain.link import Link
 from chainlora.config.schema import RunConfig
 from chainlora.data.examples import Example
 from chainlora.data.rows import Rows
@@ -182,7 +183,8 @@ def finish(run: Run) -> TrainResult:
     if run.work is not None:
         if run.config.chain.tune == "full":  # no links: the weights are the result
             run.work.save_model(run.chain.detach(), run.tokenizer)
-        best, end = run.progress.best, None
+        best = run.progress.best
+        end: tuple[int, Link | None] | None = None
         if run.train.keep_best and best is not None:
             partial = run.chain.links[-1] if run.best_link is not None else None
             end = best["num_links"], partial  # the run ends at the best point

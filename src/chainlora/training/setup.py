@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -69,116 +70,95 @@ def prepare(
     accelerator = _make_accelerator(config)
     processes = find_processes(accelerator, share_model=wants_shards(config) is not None)
     work = None
-    if config.output is not None:
-        work = Work(config.output, stage, writes=processes.is_first)
-    try:
+    with ExitStack() as undo:
+        if config.output is not None:
+            work = Work(config.output, stage, writes=processes.is_first)
+            undo.callback(work.close, undo=True)
         with processes.together():
-            return _prepare(
-                config, resume, listener, change, start, stage, work, accelerator, processes
-            )
-    except BaseException:
-        if work is not None:
-            work.close(undo=True)
-        raise
-
-
-def _prepare(
-    config: RunConfig,
-    resume: bool,
-    listener: Listener,
-    change: Collection[str],
-    start: Start,
-    stage: str,
-    work: Work | None,
-    accelerator: Accelerator,
-    processes: Processes,
-) -> Run:
-    # asked once: the first process may begin a stage while others still read rows
-    begun = work.opened() if work is not None and work.exists else None
-    here = config  # as its base is found from here
-    if work is not None and (begun is not None or start is not NOTHING):
-        here = config.model_copy(update={"model": from_above(config.model, work.run)})
-    with processes.in_turn():
-        if work is not None:
-            work.open(config, resume=resume, change=change)  # and lock it
-        folder = resolve_model(here.model)
-        files = base_files(folder)
-    if work is not None:
-        work.check_base_files(files)  # before they are loaded
-    _, _, tokenizer = open_folder(here.model)
-    if start.tokenizer is not None:  # instead of the base's
-        tokenizer = load_tokenizer(start.tokenizer)
-    with processes.in_turn():  # a bad row is told before the model is loaded
-        context = context_length(load_skeleton(here.model))
-        if begun is None and config.start_data is not None:
-            rows = rows_of_start(config.start_data, config.data, tokenizer, context)
-            start = replace(start, rows=rows)
-        earlier = start.kept if begun is None else begun.kept()
-        earlier.pop(stage, None)  # a stage that is resumed has its own beside them
-        splits = prepare_splits(
-            config.data,
-            tokenizer,
-            context,
-            lambda split, rows, share: listener(RowsEncoded(0, split, rows, share)),
-            loss=config.train.loss,
-            earlier=earlier,
-            compare=processes.is_first and begun is None,
-        )
-    model = _load_model(here, processes)
-    check_vocabulary(model, tokenizer, start.tokenizer or folder)
-    batches = make_batches(config, splits.train, splits.mixture)
-    _check(config, model, splits)
-    chain = Chain(model, seed=config.train.seed, hold=config.chain.hold, checkpoint=folder)
-    engine = _new_engine(config, model, processes)
-    try:
-        base = Base(
-            model=config.model,
-            fingerprint=chain.base_fingerprint,
-            dtype=config.train.dtype,
-            files=files,
-            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-            quantize=config.quantize,
-        )
-        if begun is None:
-            start = _begun_on(start, chain, config)
-        progress = Progress()
-        if work is not None:
+            # asked once: the first process may begin a stage while others still read rows
+            begun = work.opened() if work is not None and work.exists else None
+            here = config  # as its base is found from here
+            if work is not None and (begun is not None or start is not NOTHING):
+                here = config.model_copy(update={"model": from_above(config.model, work.run)})
             with processes.in_turn():
-                progress = work.begin(
-                    config,
-                    base,
-                    rows=splits.digest,
-                    start=start,
-                    keep=splits.kept if config.data.keep_rows else None,
+                if work is not None:
+                    work.open(config, resume=resume, change=change)  # and lock it
+                folder = resolve_model(here.model)
+                files = base_files(folder)
+            if work is not None:
+                work.check_base_files(files)  # before they are loaded
+            _, _, tokenizer = open_folder(here.model)
+            if start.tokenizer is not None:  # instead of the base's
+                tokenizer = load_tokenizer(start.tokenizer)
+            with processes.in_turn():  # a bad row is told before the model is loaded
+                context = context_length(load_skeleton(here.model))
+                if begun is None and config.start_data is not None:
+                    rows = rows_of_start(config.start_data, config.data, tokenizer, context)
+                    start = replace(start, rows=rows)
+                earlier = start.kept if begun is None else begun.kept()
+                earlier.pop(stage, None)  # a stage that is resumed has its own beside them
+                splits = prepare_splits(
+                    config.data,
+                    tokenizer,
+                    context,
+                    lambda split, rows, share: listener(RowsEncoded(0, split, rows, share)),
+                    loss=config.train.loss,
+                    earlier=earlier,
+                    compare=processes.is_first and begun is None,
                 )
-        run = Run(
-            config=config,
-            batches=batches,
-            splits=splits,
-            objective=make_objective(splits.loss, config.train),
-            chain=chain,
-            engine=engine,
-            tokenizer=tokenizer,
-            accelerator=accelerator,
-            processes=processes,
-            work=work,
-            progress=progress,
-            listener=listener,
-            stage=stage,
-            first=len(start.links),
-        )
-        with kept_random_state(model):  # PEFT draws in layers that it puts on
-            chain.add(*start.links)
-            chain.begin_stage(stage)
-            if work is not None:  # those that it had tied when it was stopped
-                chain.add(*work.load_links())
-            if splits.loss == "dpo":
-                take_reference(run)
-            decide(run)
-        _announce(run)
-    except BaseException:
-        engine.close()
-        raise
+            model = _load_model(here, processes)
+            check_vocabulary(model, tokenizer, start.tokenizer or folder)
+            batches = make_batches(config, splits.train, splits.mixture)
+            _check(config, model, splits)
+            chain = Chain(model, seed=config.train.seed, hold=config.chain.hold, checkpoint=folder)
+            engine = _new_engine(config, model, processes)
+            undo.callback(engine.close)
+            base = Base(
+                model=config.model,
+                fingerprint=chain.base_fingerprint,
+                dtype=config.train.dtype,
+                files=files,
+                fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+                quantize=config.quantize,
+            )
+            if begun is None:
+                start = _begun_on(start, chain, config)
+            progress = Progress()
+            if work is not None:
+                with processes.in_turn():
+                    progress = work.begin(
+                        config,
+                        base,
+                        rows=splits.digest,
+                        start=start,
+                        keep=splits.kept if config.data.keep_rows else None,
+                    )
+            run = Run(
+                config=config,
+                batches=batches,
+                splits=splits,
+                objective=make_objective(splits.loss, config.train),
+                chain=chain,
+                engine=engine,
+                tokenizer=tokenizer,
+                accelerator=accelerator,
+                processes=processes,
+                work=work,
+                progress=progress,
+                listener=listener,
+                stage=stage,
+                first=len(start.links),
+            )
+            with kept_random_state(model):  # PEFT draws in layers that it puts on
+                chain.add(*start.links)
+                chain.begin_stage(stage)
+                if work is not None:  # those that it had tied when it was stopped
+                    chain.add(*work.load_links())
+                if splits.loss == "dpo":
+                    take_reference(run)
+                decide(run)
+            _announce(run)
+        undo.pop_all()
     return run
 
 
