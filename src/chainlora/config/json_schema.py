@@ -54,9 +54,12 @@ def _list_of_keys(prefix: str, model: type[BaseModel], width: int = 100) -> Iter
     own = model.__annotations__
     for key, field in sorted(model.model_fields.items(), key=lambda item: item[0] not in own):
         inner = _sections_in(field.annotation) if prefix else []
-        default = f"`{one_value(field.default)}`"
-        if field.is_required() or isinstance(field.default, Section):
-            default = "required" if field.is_required() else "a section"
+        if field.is_required():
+            default = "required"
+        elif isinstance(field.default, Section):
+            default = "a section"
+        else:
+            default = f"`{one_value(field.default)}`"
         text = f"- `{prefix}{key}` ({default}): {meant[key]}"
         yield from textwrap.wrap(
             text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
