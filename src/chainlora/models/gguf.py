@@ -28,7 +28,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from chainlora.errors import ModelError
+from chainlora.errors import ModelError, explained
 from chainlora.files import make_folder, remove_scratch, replaced_folder, reported
 from chainlora.models.checkpoint import save_model
 from chainlora.models.identity import cache_dir, hash_file
@@ -93,26 +93,14 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
             "download it again",
         )
     import_gguf()
-    try:
+    with explained("a GGUF file must describe its tokenizer", f"in {file}", "download it again"):
         tokenizer = build_tokenizer(file, metadata)
-    except ModelError:
-        raise
-    except Exception as error:  # a damaged file can name any tokens, merges and types
-        raise ModelError(
-            f"a GGUF file must describe its tokenizer (got {type(error).__name__}: {error!s:.200} "
-            f"in {file}); download it again"
-        ) from error
     logger.info("converting %s once to %s", file, folder.parent)
-    try:
+    rule = "a GGUF file must hold an architecture that transformers can read"
+    with explained(rule, f"for {architecture!r} in {file}", _OTHER):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
         )
-    except Exception as error:  # transformers raises many kinds for a file it cannot read
-        raise ModelError(
-            "a GGUF file must hold an architecture that transformers can read",
-            f"{architecture!r} in {file}: {error!s:.200}",
-            _OTHER,
-        ) from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         got = f"none for {missing[0]} in {file}"

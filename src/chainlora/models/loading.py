@@ -33,7 +33,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from chainlora.errors import ConfigError, ModelError
+from chainlora.errors import ConfigError, ModelError, explained
 from chainlora.models import shards
 from chainlora.models.checkpoint import Checkpoint, Stored
 from chainlora.models.finding import resolve_model
@@ -88,7 +88,9 @@ def load_model(
         keys["quantization_config"] = quantization(quantize, dtype)
     if quantize is not None or is_quantized:
         keys["device_map"] = {"": device}
-    try:
+    # a config can break it anywhere (0 heads divide by 0), a quantised one can need a package
+    remedy = "install what it names, correct it or download it again"
+    with explained("a model folder must load with transformers", f"in {folder}", remedy):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -99,13 +101,6 @@ def load_model(
             output_loading_info=True,
             **keys,
         )
-    except Exception as error:  # a config can break it anywhere: 0 heads divide by 0
-        is_missing = isinstance(error, ImportError)  # what a quantised checkpoint needs
-        remedy = "install what it names" if is_missing else "correct or download it again"
-        raise ModelError(
-            f"a model folder must load with transformers (got {type(error).__name__}: "
-            f"{error!s:.200} in {folder}); {remedy}"
-        ) from error
     model, report = loaded
     _check_whole(model, report, folder, is_quantized)
     settle(model, tokenizer, folder)
@@ -140,13 +135,9 @@ def load_skeleton(spec: str | Path) -> Any:
 
 
 def make_model(config: Any, spec: str | Path, **keys: Any) -> Any:
-    try:
+    rule = "a model must be one that transformers can make"
+    with explained(rule, f"for {spec}", "check its config.json"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **keys)
-    except Exception as error:
-        raise ModelError(
-            f"a model must be one that transformers can make (got {type(error).__name__}: "
-            f"{error!s:.200} for {spec}); check its config.json"
-        ) from error
 
 
 def _load_config(folder: Path) -> Any:

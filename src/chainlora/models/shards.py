@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from chainlora.errors import ModelError
+from chainlora.errors import ModelError, explained
 from chainlora.models.checkpoint import ALL
 from chainlora.models.text_config import base_model
 
@@ -289,7 +289,8 @@ def share_by_zero3(
     import deepspeed
 
     config = _zero3_config(model, dtype)
-    try:
+    rule, place = "DeepSpeed must be able to share the model", f"from {type(model).__name__}"
+    with explained(rule, place, "set train.shard: fsdp2"):
         deepspeed.init_distributed(dist_backend=distributed.get_backend(), verbose=False)
         if read is not None:
             _fill_zero3(model, read, device, config)
@@ -298,12 +299,6 @@ def share_by_zero3(
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
         engine, *_ = deepspeed.initialize(model=model, config=config)
-    except Exception as error:
-        raise ModelError(
-            f"DeepSpeed must be able to share the model (got {type(error).__name__}: "
-            f"{error!s:.200} from {type(model).__name__}); set "
-            "train.shard: fsdp2"
-        ) from error
     vars(model)["_chainlora_zero3"] = engine  # its end would take the hooks off
 
 
