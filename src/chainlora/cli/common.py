@@ -234,7 +234,7 @@ def words_and_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str
         if not equals:
             value = next(rest, "--")
             if value.startswith("--"):
-                from chainlora.config.foreign import foreign_hint
+                from chainlora.config.messages import foreign_hint
 
                 hint = foreign_hint(key.replace("-", "_")) or ""
                 raise click.UsageError(f"--{key} needs a value{hint}")

@@ -21,7 +21,7 @@ from chainlora.config.schema import RunConfig
 from chainlora.config.staging import stage_folder
 from chainlora.errors import ModelError
 from chainlora.evaluation.stage_scores import stage_matrix
-from chainlora.models.hashing import cache_dir
+from chainlora.models.identity import cache_dir
 from chainlora.reports.run_charts import plot_training
 from chainlora.reports.run_report import report_runs
 from chainlora.runs.changes import mix_stages

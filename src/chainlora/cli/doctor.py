@@ -84,7 +84,7 @@ def _machine() -> dict[str, Any]:
     import psutil
     import torch
 
-    from chainlora.models.hashing import cache_dir
+    from chainlora.models.identity import cache_dir
 
     memory = psutil.virtual_memory()
     known = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]

@@ -231,7 +231,7 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     """
     folder = whole_run(run)
     quiet()
-    from chainlora.models.hashing import cache_dir
+    from chainlora.models.identity import cache_dir
     from chainlora.runs.changes import plan_pruning, prune_stage
 
     found = (prune_stage if yes else plan_pruning)(folder, stage)

@@ -52,7 +52,7 @@ from chainlora.data.sources import Row, Source
 from chainlora.data.tasks import Task
 from chainlora.errors import DataError, FileError
 from chainlora.files import checksums, is_scratch, make_folder, remove, replaced_folder
-from chainlora.models.hashing import cache_dir
+from chainlora.models.identity import cache_dir
 
 IN_MEMORY = 2000
 """Rows up to which nothing is stored: they take a few MB and a fraction of a second."""

@@ -123,7 +123,7 @@ def _reference(
     speedups: Speedups,
     progress: Callable[[int, int], None] | None,
 ) -> list[list[float]]:
-    """Return what pairs score at the start of a run (`training.reference`)."""
+    """Return what pairs score at the start of a run (`training.deciding`)."""
     if config.chain.tune == "full":
         model, _ = load_run_or_model(config.model, dtype=dtype)
     else:
