@@ -24,11 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from chainlora.data.examples import Example
-from chainlora.engine.fast import all_paths
+from chainlora.engine import fast
 from chainlora.engine.fast.plugin import PACKED, FastPath
 from chainlora.engine.head import candidate_loss, candidate_scores, completion_loss, logit_transform
-from chainlora.engine.packing import PackedBatch, input_sequences, pack
-from chainlora.engine.padded import padded_hidden
+from chainlora.engine.packing import PackedBatch, input_sequences, pack, padded_hidden
 from chainlora.engine.probes import Facts, examine, forget_lengths
 from chainlora.engine.score_batches import evaluation_batches, pack_size
 from chainlora.errors import DataError, ScoreError
@@ -118,7 +117,7 @@ class Engine:
 
     def _take_fast_paths(self, facts: Facts) -> None:
         """Apply every registered path whose probe agrees; note which, and why not the others."""
-        paths = [make() for make in all_paths.FAST_PATHS]
+        paths = [make() for make in fast.FAST_PATHS]
         if self.speedups == "auto":
             facts.watched = [module for path in paths for module in path.watched(self.model)]
         for path in paths:

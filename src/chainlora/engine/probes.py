@@ -8,10 +8,11 @@ batch. Each is asked of the model itself, in float32 at rounding tolerance.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -19,9 +20,7 @@ from torch import Tensor, nn
 
 from chainlora.data.examples import Example
 from chainlora.engine.float32 import computing_in_float32
-from chainlora.engine.limits import short_threshold
-from chainlora.engine.packing import PackedBatch, pack
-from chainlora.engine.padded import padded_hidden
+from chainlora.engine.packing import PackedBatch, pack, padded_hidden
 from chainlora.errors import ModelError, is_out_of_memory
 from chainlora.models.modes import in_mode, kept_random_state
 from chainlora.models.shards import by_module
@@ -31,6 +30,7 @@ from chainlora.models.text_config import base_model, compute_dtype, context_leng
 # experts in two bytes.
 _CAUSAL, _CAUSAL_TWO_BYTES = 1e-4, 0.1
 _ALONE = 0.05  # of a row beside others: another mask moves it more, 8-bit activations less
+UNLIMITED = 2**62
 _FARTHEST = 2**20  # positions; for models that state no context
 _SHORT_THRESHOLD = 128  # tokens; a row beyond a longer one would take long on a CPU
 
@@ -294,3 +294,71 @@ def first_line(error: Exception) -> str:
     if is_out_of_memory(error):
         raise error
     return f"{type(error).__name__}: {error}".splitlines()[0][:160]
+
+
+# --- lengths from which a model may behave in another way, by its config ---
+
+# A probe runs some forty tokens. What a model does past a window, a chunk or a number of keys it
+# picks shows only beyond that. So windows and chunks of attention limit a *sequence*: below it they
+# mask nothing. Any other number limits the whole packed *row*, unless its name says that it counts
+# something else: a field that this package has never heard of makes a model slower, never wrong.
+_WINDOWS = {
+    "sliding_window",
+    "sliding_window_size",
+    "window_size",
+    "attention_window_size",
+    "attention_chunk_size",
+    "local_attention",
+}
+# Names of what is no length: widths, counts, ids, and the context itself, whose end is no threshold
+# because every token is given its position.
+_NO_LENGTH = re.compile(
+    r"(num|n|d|dim)_\w+|hidden_size\w*|intermediate_size\w*|\w*vocab\w*|\w*(rope|emb)_theta"
+    r"|(\w+_)?(hidden|inner|intermediate|embed\w*|ffn|expert|state|model|output|input|proj)_(size|dim)"
+    r"|\w+_(dim|headdim|rank|heads|layers|head|id|ids|index|token|channels?|width|bits|base|groups)"
+    r"|(image|video|audio|vision)_\w+|dim|dff|moe_num_experts|zero_expert_num|mamba_d_\w+"
+    r"|query_pre_attn_scalar|codebook_size|scale_emb|\w*max_position_embeddings|\w+_positions"
+    r"|max_seq_len|model_max_length|context_length|max_length|(\w+_)?factor|beta_fast|beta_slow"
+)
+_A_LENGTH = "original_max_position_embeddings"
+
+
+class Limits(NamedTuple):
+    """The longest sequence and the longest row that may be packed, in tokens."""
+
+    sequence: int
+    row: int
+    row_field: str  # the field of the config that limits the row
+
+
+def packing_limits(model: nn.Module, probed: int) -> Limits:
+    """Return the limits that a model's config sets, beyond the `probed` tokens of a probe."""
+    sequence, row, field = UNLIMITED, UNLIMITED, ""
+    for name, value in _integers(text_config(model).to_dict()):
+        if name in _WINDOWS and value > 0:
+            sequence = min(sequence, value)
+        elif probed < value < row and _may_be_a_length(name):
+            row, field = value, name
+    return Limits(sequence, row, field)
+
+
+def short_threshold(model: nn.Module, probed: int, longest: int) -> int | None:
+    """Return the largest number that may be a threshold, above `probed` and up to `longest`."""
+    values = _integers(text_config(model).to_dict())
+    found = [v for name, v in values if probed < v <= longest and _may_be_a_length(name)]
+    return max(found, default=None)
+
+
+def _may_be_a_length(name: str) -> bool:
+    return name == _A_LENGTH or not _NO_LENGTH.fullmatch(name)
+
+
+def _integers(values: Mapping[Any, Any]) -> Iterator[tuple[str, int]]:
+    """Yield (name, value) of every integer of a config, those in nested tables and lists too."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _integers(value)
+            continue
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(each, int) and not isinstance(each, bool):
+                yield str(name), each

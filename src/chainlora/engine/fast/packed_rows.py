@@ -15,19 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chainlora.engine.fast.packed.attention import LAYOUT, CannotPackError, packed_name
-from chainlora.engine.fast.packed.layout import make_layout
+from chainlora.engine.fast.packed_attention import LAYOUT, CannotPackError, packed_name
+from chainlora.engine.fast.packed_layout import make_layout
 from chainlora.engine.fast.plugin import PACKED, FastPath
-from chainlora.engine.limits import UNLIMITED, packing_limits
 from chainlora.engine.packing import PackedBatch
 from chainlora.engine.patching import Patches
 from chainlora.engine.probes import (
     FAR,
+    UNLIMITED,
     Calls,
     Facts,
     computing_wide,
     first_line,
     forget_lengths,
+    packing_limits,
     probe_batch,
     probing,
     relative_difference,

@@ -2,11 +2,11 @@
 is the same.
 
 The layer is Llama's (also Mistral's, Qwen2's and SmolLM's): pre-norm, rotary attention, SwiGLU. Its
-two halves become one autograd function each (`blocks`), attention reads the packed row without
-transposes, and the last layer computes queries and MLP only for the rows whose hidden states are
-used. Where a projection is more than a frozen matrix with a LoRA (quantised, hooked, with dropout),
-or attention is not by matmuls, only the element-wise parts do (`fused`), and projections stay the
-model's own modules.
+two halves become one autograd function each (`decoder_halves`), attention reads the packed row
+without transposes, and the last layer computes queries and MLP only for the rows whose hidden
+states are used. Where a projection is more than a frozen matrix with a LoRA (quantised, hooked,
+with dropout), or attention is not by matmuls, only the element-wise parts do, and projections stay
+the model's own modules.
 
 The layer's own forward runs whenever something is different from what the probe saw: no packed
 layout, a hook on an inner module, a trained norm or bias, another dtype, autocast. Under gradient
@@ -23,11 +23,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 
-from chainlora.engine.fast.decoder_layers.blocks import Attention, Mlp, attention_block, mlp_block
-from chainlora.engine.fast.decoder_layers.fused import RmsNorm, Rotary, Turn, make_turn
-from chainlora.engine.fast.lora_layers import is_lora_layer, projection_of
-from chainlora.engine.fast.packed.attention import LAYOUT, attend
-from chainlora.engine.fast.packed.layout import Layout, Rows
+from chainlora.engine.fast.decoder_halves import (
+    Attention,
+    Mlp,
+    RmsNorm,
+    Rotary,
+    Turn,
+    attention_block,
+    make_turn,
+    mlp_block,
+)
+from chainlora.engine.fast.linear_layers import is_lora_layer, projection_of
+from chainlora.engine.fast.packed_attention import LAYOUT, attend
+from chainlora.engine.fast.packed_layout import Layout, Rows
 from chainlora.engine.fast.plugin import PACKED, FastPath
 from chainlora.engine.fast.projection import Projection
 from chainlora.engine.float32 import widened
