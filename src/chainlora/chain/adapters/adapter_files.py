@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from chainlora.chain.adapters.factors import Factors
 from chainlora.chain.adapters.targets import peft_config, trained_module
+from chainlora.chain.link import Factors
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import RunError
 from chainlora.files import reported, save_tensors

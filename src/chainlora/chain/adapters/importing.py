@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from chainlora.chain.adapters.adapter_files import damaged, load_adapter, read_config
-from chainlora.chain.adapters.factors import Factors, padded
+from chainlora.chain.link import Factors, padded
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ModelError
 

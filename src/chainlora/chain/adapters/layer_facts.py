@@ -26,6 +26,17 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D) or is_packed(module)
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Say whether the module stores its weight (in × out): GPT-2's Conv1D, or an embedding, whose
+    input is a token."""
+    return isinstance(module, Conv1D | nn.Embedding)
+
+
+def has_fan_in_first(module: nn.Module) -> bool:
+    """Say whether PEFT must be told that a module stores its weight (in × out)."""
+    return isinstance(module, Conv1D)
+
+
 def sizes(module: Any) -> tuple[int, int]:
     """Return (in, out) of a layer; an embedding's input is a token."""
     if isinstance(module, Conv1D | nn.Embedding):
@@ -188,3 +199,25 @@ def tied_pair(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
     if weight is None or embedding is None or weight is not embedding.weight:
         return None, None
     return head, embedding
+
+
+# --- bases in few bits ---
+
+
+def prepare_quantized(model: Any) -> None:
+    """Prepare a quantised model for links in place, as PEFT does for one LoRA.
+
+    Everything is frozen. Beside layers of bitsandbytes, what is not quantised becomes float32: the
+    embedding, norms and the head, and so hidden states and logits. Quantised layers multiply in
+    their compute dtype as before. Other kinds of layers keep the model's dtype.
+    """
+    peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def dequantized(layer: nn.Module) -> Tensor:
+    """Return the weight of a linear layer as it computes with it, [out, in] float32 on the CPU."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight: Any = dequantize_module_weight(layer) if is_quantized(layer) else layer.weight
+    weight = weight.detach().float().cpu()
+    return weight.T if is_transposed(layer) else weight

@@ -17,7 +17,6 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from chainlora.chain.adapters.factors import Factors
 from chainlora.chain.adapters.importing import odd_field
 from chainlora.chain.adapters.layers import (
     LIVE,
@@ -29,6 +28,7 @@ from chainlora.chain.adapters.layers import (
     trained_whole,
     unload,
 )
+from chainlora.chain.link import Factors
 from chainlora.errors import ModelError
 
 # TRL's DPOTrainer adds a copy of a fresh adapter under this name, as its reference.
