@@ -22,7 +22,7 @@ from chainlora.chain.base_weights import BaseWeights
 from chainlora.chain.link import Link, merge_, part_of, stack_links, stacked_rank
 from chainlora.chain.low_rank import best_of_rank
 from chainlora.config.schema import LinkConfig
-from chainlora.errors import ChainError
+from chainlora.errors import ChainError, ModelError
 from chainlora.models.quantizing import is_quantized, is_quantized_model
 from chainlora.models.shards import is_shard
 
@@ -55,8 +55,13 @@ class Holding(ABC):
     @classmethod
     def check_layers(cls, model: nn.Module, config: LinkConfig) -> None:
         """Raise ModelError if a link adapts layers that cannot hold it."""
-        if cls.writes_base:
-            adapters.check_mergeable(model, config)
+        for name, module in adapters.matched_modules(model, config).items():
+            if cls.writes_base and is_quantized(module):
+                raise ModelError(
+                    f"a quantised layer cannot hold merged links (got {type(module).__name__} at "
+                    f"{name}); use hold: carried (with ChainCallback, which has none: `chainlora "
+                    "train`, or a base that is not quantised)"
+                )
 
     @abstractmethod
     def adopt(self, adapter: Adapter) -> None:
@@ -113,24 +118,23 @@ class Tied(Holding):
 
     @staticmethod
     def check_config(config: LinkConfig) -> None:
-        """Let any link through: all of them can be merged."""
+        pass  # all links can be merged
 
     def adopt(self, adapter: Adapter) -> None:
-        """Remember the weights that links will be merged into."""
         self.modules |= set(adapter.layers)
-        for path, parameter in adapters.base_parameters(adapter):
-            self.weights.remember(path, parameter)
+        for name in adapter.layers:
+            for key in ("weight", "bias"):
+                if isinstance(parameter := getattr(self.base_of(name), key, None), Tensor):
+                    self.weights.remember(f"{name}.{key}", parameter)
 
     @torch.no_grad()
     def settle(self, links: Sequence[Link], adapter: Adapter | None) -> None:
-        """Set every module that a link has touched to ``cast(W_0 + Σ c·s·B·A)``."""
         self.links, self._exact = list(links), {}
         for name in sorted(self.modules):
             self._write(name, *self._settled(name))
 
     @torch.no_grad()
     def take_out(self, start: Mapping[str, Factors], scaling: float) -> None:
-        """Set the modules of the live link to ``cast(W_k − s·B₀·A₀)``."""
         for name, factors in start.items():
             weight, bias = self._settled(name)
             self._merge(name, weight, bias, factors, -scaling)
@@ -145,19 +149,16 @@ class Tied(Holding):
             self._show(name)
 
     def deposited(self, module: str) -> Tensor | None:
-        """Return the exact weight less the one that was settled, [out, in], or None."""
         if module not in self._exact:
             return None
         settled, _ = self._settled(module)
         return self._out_by_in(module, self._exact[module].cpu() - settled)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the exact weights by module."""
         return {name: exact.to("cpu", copy=True) for name, exact in self._exact.items()}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor], adapter: Adapter) -> None:
-        """Write exact weights back."""
         for name, exact in state.items():
             if name not in self.modules or exact.shape != self.base_of(name).weight.shape:
                 raise ChainError(
@@ -169,7 +170,6 @@ class Tied(Holding):
             self._show(name)
 
     def detach(self) -> None:
-        """Leave the links merged into the plain model."""
         self.settle(self.links, None)
 
     def _exact_weight(self, name: str) -> Tensor:
@@ -200,7 +200,7 @@ class Tied(Holding):
     def _settled(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Return ``W_0 + Σ c·s·B·A`` and the bias of a module, wide: the rows at hand."""
         weight, bias = self.weights.read(f"{name}.weight"), None
-        if self._has_bias(name):
+        if getattr(self.base_of(name), "bias", None) is not None:
             bias = self.weights.read(f"{name}.bias")
         for link in self.links:
             if link.strength and name in link.factors:
@@ -212,7 +212,7 @@ class Tied(Holding):
     ) -> None:
         """Add ``s·B·A`` to a module's weight, in place: of a shard, the rows that are at hand."""
         rows = self.weights.rows(f"{name}.weight")
-        bias_rows = self.weights.rows(f"{name}.bias") if self._has_bias(name) else rows
+        bias_rows = rows if bias is None else self.weights.rows(f"{name}.bias")
         transposed = adapters.is_transposed(self.base_of(name))
         part = part_of(factors, rows, bias_rows, transposed=transposed)
         merge_(self._out_by_in(name, weight), bias, part, scaling)
@@ -222,9 +222,6 @@ class Tied(Holding):
         self.weights.write(module.weight, weight)
         if bias is not None:
             self.weights.write(module.bias, bias)
-
-    def _has_bias(self, name: str) -> bool:
-        return getattr(self.base_of(name), "bias", None) is not None
 
     def _out_by_in(self, name: str, weight: Tensor) -> Tensor:
         """Return a view [out, in] of a weight in its module's layout (Conv1D stores in × out)."""
@@ -243,7 +240,6 @@ class Carried(Holding):
 
     @staticmethod
     def check_config(config: LinkConfig) -> None:
-        """Raise ChainError for links that are not a low-rank sum beside the base."""
         if config.init == "pissa":
             raise ChainError(
                 "`init: pissa` takes its initialization out of the base (got hold: carried); "
@@ -256,7 +252,6 @@ class Carried(Holding):
             )
 
     def adopt(self, adapter: Adapter) -> None:
-        """Put the branch on."""
         self.modules |= set(adapter.layers)
         self.settle(self.links, adapter)
 
@@ -270,7 +265,7 @@ class Carried(Holding):
             adapters.carry(adapter, stack_links(links), stacked_rank(links))
 
     def take_out(self, start: Mapping[str, Factors], scaling: float) -> None:
-        """Do nothing: `check_config` lets no link through that starts from a product."""
+        pass  # no link that starts from a product passes `check_config`
 
     def deposit(self, deposits: Mapping[str, Factors], adapter: Adapter) -> None:
         """Stack ``B·A`` on the deposits so far, and bring them into the branch."""
@@ -283,12 +278,10 @@ class Carried(Holding):
         self._fill_branch(adapter)
 
     def deposited(self, module: str) -> Tensor | None:
-        """Return the product of a module's deposits, or None."""
         found = self._deposits.get(module)
         return None if found is None else found.b @ found.a
 
     def state(self) -> dict[str, Tensor]:
-        """Return the stacked deposits as ``module.A`` and ``module.B``."""
         return {
             f"{name}.{key}": getattr(factors, key.lower())
             for name, factors in self._deposits.items()
@@ -296,7 +289,6 @@ class Carried(Holding):
         }
 
     def restore(self, state: Mapping[str, Tensor], adapter: Adapter) -> None:
-        """Continue from stacked deposits."""
         if not state:
             return  # a branch with room for deposits sums in another order
         names = sorted({key.rpartition(".")[0] for key in state})
@@ -311,7 +303,6 @@ class Carried(Holding):
         self._fill_branch(adapter)
 
     def detach(self) -> None:
-        """Leave the links merged into the plain model."""
         merged = Tied(self.model, self.weights)
         merged.modules = set(self.modules)
         for name in self.modules:

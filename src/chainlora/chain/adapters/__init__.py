@@ -23,7 +23,6 @@ from chainlora.chain.adapters.layers import (
     Adapter,
     attach,
     base_layer,
-    base_parameters,
     carry,
     copied_factors,
     detach,
@@ -49,7 +48,6 @@ from chainlora.chain.adapters.peft_model import (
     take_off,
 )
 from chainlora.chain.adapters.targets import (
-    check_mergeable,
     check_targets,
     inside,
     is_extra,

@@ -191,13 +191,9 @@ def reload_adapter(
         if (plain := name.replace(".modules_to_save", "")) in wanted or ".lora_" in plain
     }
     for name in sorted(wanted.keys() | found.keys()):
-        if name not in wanted or not _equal(found.get(name), wanted[name]):
+        if name not in wanted or name not in found:
+            return name
+        tensor = found[name].detach().cpu()  # extra modules come in the model's dtype
+        if not torch.equal(tensor, wanted[name].to(tensor.dtype)):
             return name
     return None
-
-
-def _equal(found: Tensor | None, wanted: Tensor) -> bool:
-    """Compare in the dtype that was loaded: extra modules come in that of the model."""
-    if found is None or found.shape != wanted.shape:
-        return False
-    return torch.equal(found.detach().cpu(), wanted.to(found.dtype))

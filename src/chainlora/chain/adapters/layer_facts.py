@@ -111,26 +111,24 @@ def stacked_experts(model: nn.Module, names: Iterable[str]) -> set[str]:
     reads a target such as ``gate_proj`` as theirs, in layers too that have a plain Linear of that
     name, and reads an adapter from disk in the same way.
     """
-    leaves = {name.rpartition(".")[2] for name in names}
-    taken = {leaf for leaf in leaves if _is_of_experts(model, leaf)}
-    return {name for name in names if name.rpartition(".")[2] in taken}
-
-
-def _is_of_experts(model: nn.Module, leaf: str) -> bool:
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    config = peft.LoraConfig(target_modules=[leaf])
-    try:
-        convert_peft_config_for_transformers(config, model=model, conversions=None)
-    except ValueError:  # one projection of an expert without the others
-        return True
-    return leaf not in (config.target_modules or ())
+    taken = set()
+    for leaf in {name.rpartition(".")[2] for name in names}:
+        config = peft.LoraConfig(target_modules=[leaf])
+        try:
+            convert_peft_config_for_transformers(config, model=model, conversions=None)
+        except ValueError:  # one projection of an expert without the others
+            taken.add(leaf)
+        if leaf not in (config.target_modules or ()):
+            taken.add(leaf)
+    return {name for name in names if name.rpartition(".")[2] in taken}
 
 
 def uncalled_modules(model: nn.Module, matched: Mapping[str, nn.Module]) -> set[str]:
     """Return which modules a model never calls on text, none of their kind being called either.
 
-    Of experts only some see a token; they count as called where one of the same place is.
+    An expert counts as called if any sibling is.
     """
     called = _called_modules(model)
     if called is None:

@@ -187,17 +187,17 @@ def same_shape(adapter: Adapter, config: LinkConfig) -> bool:
     return adapter.config.model_copy(update={"alpha": config.alpha, "init": config.init}) == config
 
 
+@torch.no_grad()
 def set_factors(adapter: Adapter, name: str, factors: Factors) -> None:
     """Write one module's factors, in place."""
     layer = adapter.layers[name]
     a, b, bias = factors_in(layer, LIVE)
-    with torch.no_grad():
-        a.copy_(factors.a)
-        b.copy_(factors.b)
-        if bias is not None:
-            bias.copy_(torch.zeros(()) if factors.bias is None else factors.bias)
-        if LIVE in layer.lora_magnitude_vector and factors.magnitude is not None:
-            layer.lora_magnitude_vector[LIVE].weight.copy_(factors.magnitude)
+    a.copy_(factors.a)
+    b.copy_(factors.b)
+    if bias is not None:
+        bias.copy_(torch.zeros(()) if factors.bias is None else factors.bias)
+    if LIVE in layer.lora_magnitude_vector and factors.magnitude is not None:
+        layer.lora_magnitude_vector[LIVE].weight.copy_(factors.magnitude)
 
 
 def live_factors(adapter: Adapter, name: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -241,13 +241,13 @@ def set_dropouts(adapter: Adapter, dropouts: Mapping[str, float]) -> None:
         adapter.layers[name].lora_dropout[LIVE].p = dropouts[name]
 
 
+@torch.no_grad()
 def zero(adapter: Adapter) -> None:
     """Make the adapter add nothing: both factors and the bias to zero, in place."""
-    with torch.no_grad():
-        for layer in adapter.layers.values():
-            for parameter in factors_in(layer, LIVE):
-                if parameter is not None:
-                    parameter.zero_()
+    for layer in adapter.layers.values():
+        for parameter in factors_in(layer, LIVE):
+            if parameter is not None:
+                parameter.zero_()
 
 
 def reset_magnitudes(adapter: Adapter) -> None:
@@ -259,15 +259,6 @@ def reset_magnitudes(adapter: Adapter) -> None:
             norms = torch.linalg.norm(weight, dim=0 if is_transposed(base) else 1)
             with torch.no_grad():
                 layer.lora_magnitude_vector[LIVE].weight.copy_(norms)
-
-
-def base_parameters(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    """Yield (path on the plain model, parameter) of the layers below a LoRA: what may be merged."""
-    for name, layer in adapter.layers.items():
-        base = layer.get_base_layer()
-        for key in ("weight", "bias"):
-            if isinstance(parameter := getattr(base, key, None), Tensor):
-                yield f"{name}.{key}", parameter
 
 
 def extra_parameters(adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
@@ -320,20 +311,17 @@ def carry(adapter: Adapter, stacked: Mapping[str, Factors], room: int = 0) -> No
     """
     rank = max([factors.a.shape[0] for factors in stacked.values()] + [room])
     with_bias = any(factors.bias is not None for factors in stacked.values())
-    if not _branch_fits(adapter, stacked, rank, with_bias):
+    there = [factors_in(layer, CARRIED) for layer in adapter.branch.values()]
+    fits = (
+        rank == max((each.a.shape[0] for each in there), default=0)
+        and stacked.keys() <= adapter.branch.keys()
+        and (not with_bias or any(each.bias is not None for each in there))
+    )
+    if not fits:
         modules = dict.fromkeys([*adapter.layers, *stacked])
         _put_on_branch(adapter, list(modules), rank, with_bias)
     for name, layer in adapter.branch.items():
         _fill_branch(layer, stacked.get(name))
-
-
-def _branch_fits(
-    adapter: Adapter, stacked: Mapping[str, Factors], rank: int, with_bias: bool
-) -> bool:
-    there = [factors_in(layer, CARRIED) for layer in adapter.branch.values()]
-    room = max((each.a.shape[0] for each in there), default=0)
-    has_bias = any(each.bias is not None for each in there)
-    return rank == room and stacked.keys() <= adapter.branch.keys() and has_bias >= with_bias
 
 
 def _put_on_branch(adapter: Adapter, modules: list[str], rank: int, with_bias: bool) -> None:
@@ -344,11 +332,7 @@ def _put_on_branch(adapter: Adapter, modules: list[str], rank: int, with_bias: b
     if not rank:
         return
     tuner.peft_config[CARRIED] = peft.LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=modules,
-        init_lora_weights=True,
-        lora_bias=with_bias,
+        r=rank, lora_alpha=rank, target_modules=modules, lora_bias=with_bias
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -266,33 +266,27 @@ def _check_names(model: nn.Module, config: LinkConfig, matched: Mapping[str, nn.
 
 def _check_kind(model: nn.Module, name: str, module: nn.Module) -> None:
     """Raise unless a layer is a plain linear map, of states or tokens, that PEFT has a LoRA for."""
+    kind = type(module).__name__
     if not is_linear(module) and not isinstance(module, nn.Embedding):
         raise ModelError(
-            f"only Linear, Conv1D and Embedding layers can be linked (got "
-            f"{type(module).__name__} at {name}); candidates: "
-            f"{', '.join(target_candidates(model))}"
+            f"only Linear, Conv1D and Embedding layers can be linked (got {kind} at {name}); "
+            f"candidates: {', '.join(target_candidates(model))}"
         )
     if is_packed(module) and (reason := why_no_lora(module)):
         raise ModelError(
-            f"PEFT must have a LoRA for each layer (got {type(module).__name__} at {name}: "
-            f"{reason}); install what PEFT needs for it (GPTQ and AWQ: gptqmodel and optimum), or "
-            "take the checkpoint before quantisation, with quantize: nf4"
+            f"PEFT must have a LoRA for each layer (got {kind} at {name}: {reason}); install what "
+            "PEFT needs for it (GPTQ and AWQ: gptqmodel and optimum), or take the checkpoint "
+            "before quantisation, with quantize: nf4"
         )
-    if isinstance(module, nn.Embedding):
-        _check_embedding(name, module)
-        return
     if has_own_forward(module):
         raise ModelError(
-            f"only layers that compute x Wᵀ + c can be linked (got {type(module).__name__} at "
-            f"{name}, which computes something else); leave it out, or use all-linear"
+            f"only layers that compute x Wᵀ + c can be linked (got {kind} at {name}, which "
+            "computes something else); leave it out, or use all-linear"
         )
-    if reason := why_no_lora_by_name(model, name):
+    if is_linear(module) and (reason := why_no_lora_by_name(model, name)):
         raise ModelError(f"PEFT must have a LoRA for each layer (got {name}: {reason})")
-
-
-def _check_embedding(name: str, module: nn.Embedding) -> None:
-    """Raise unless an embedding looks up rows of its weight, and holds all of them."""
-    kind = type(module).__name__
+    if not isinstance(module, nn.Embedding):
+        return
     if is_shard(module.weight):
         raise ModelError(
             f"an embedding that processes share cannot be linked (got {kind} at {name}); leave it "
@@ -363,14 +357,3 @@ def _check_extra(model: nn.Module, extra: str, tied: tuple[nn.Module | None, ...
             f"`extra_modules` must not name a tied head or embedding (got {extra!r}): training one "
             "would change the other; untie the weights first"
         )
-
-
-def check_mergeable(model: nn.Module, config: LinkConfig) -> None:
-    """Raise ModelError if a link adapts a layer that cannot be merged into without loss."""
-    for name, module in matched_modules(model, config).items():
-        if is_quantized(module):
-            raise ModelError(
-                f"a quantised layer cannot hold merged links (got {type(module).__name__} at "
-                f"{name}); use hold: carried (with ChainCallback, which has none: `chainlora "
-                "train`, or a base that is not quantised)"
-            )
