@@ -57,8 +57,8 @@ def check_plain(model: nn.Module) -> None:
 def check_config(config: Any) -> None:
     """Raise ChainError for what is no config of a link, such as a dict."""
     if not isinstance(config, LinkConfig):
-        rule, remedy = "`config` must be a LinkConfig", "write extend(LinkConfig(rank=8))"
-        raise ChainError(rule, shown(config), remedy)
+        remedy = "write extend(LinkConfig(rank=8))"
+        raise ChainError("`config` must be a LinkConfig", shown(config), remedy)
 
 
 def shown(value: Any) -> str:
@@ -106,7 +106,8 @@ def _module_fault(link: Link, name: str, model: nn.Module | None) -> str | None:
             return f"a {key} at {name}, which the link did not train"
         if vector is not None and list(vector.shape) != [b.shape[0]]:
             return f"a {key} of {list(vector.shape)} for {b.shape[0]} outputs at {name}"
-    if not all(map(_is_finite, (a, b, *(vector for vector, _ in vectors.values())))):
+    parts = [a, b, *(vector for vector, _ in vectors.values() if vector is not None)]
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
         return f"numbers that are not finite at {name}"
     return None if model is None else misfit(link.factors[name], model, name)
 
@@ -126,7 +127,7 @@ def _extra_fault(link: Link, path: str, model: nn.Module | None) -> str | None:
     weight = link.extra[path]
     if not adapters.is_extra(path, link.config):
         return f"weights at {path}, which the link did not train"
-    if not _is_finite(weight):
+    if not torch.isfinite(weight).all():
         return f"numbers that are not finite at {path}"
     return None if model is None else _value_fault(model, path, weight)
 
@@ -176,10 +177,6 @@ def _value_fault(model: nn.Module, path: str, value: Tensor) -> str | None:
         return f"weights at {path}, which the model lacks"
     found = list(value.shape)
     return None if found == wanted else f"weights of {found} for {wanted} at {path}"
-
-
-def _is_finite(part: Tensor | None) -> bool:
-    return part is None or bool(torch.isfinite(part).all())
 
 
 # --- strengths ---

@@ -155,9 +155,6 @@ def _point_along_gradient(adapter: Adapter, seed: int, link: str, backward: Back
     """
     rank, layers = adapter.config.rank, adapter.layers
 
-    def with_zero_a(name: str, b: Tensor) -> Factors:
-        return Factors(torch.zeros(rank, layers[name].in_features, **_HOST), b)
-
     def with_zero_b(name: str, a: Tensor) -> Factors:
         return Factors(a, torch.zeros(layers[name].out_features, rank, **_HOST))
 
@@ -169,7 +166,10 @@ def _point_along_gradient(adapter: Adapter, seed: int, link: str, backward: Back
         )
     right: dict[str, Tensor] = {}  # rank × in
     for sweep in range(_SWEEPS):
-        start = {name: with_zero_a(name, b) for name, b in left.items()}
+        start = {
+            name: Factors(torch.zeros(rank, layers[name].in_features, **_HOST), b)
+            for name, b in left.items()
+        }
         rows = _gradients(adapter, start, "lora_A", backward)
         right = {name: _orthonormal(gradient.T).T for name, gradient in rows.items()}
         if sweep + 1 < _SWEEPS:

@@ -132,7 +132,17 @@ def stack_links(links: Sequence[Link]) -> dict[str, Factors]:
     stacked: Shown[Factors] = Shown()
     for name in dict.fromkeys(name for link in held for name in link.factors):
         terms = [(link.factors[name], link.scaling) for link in held if name in link.factors]
-        _check_summable(name, [factors for factors, _ in terms])
+        if any(factors.magnitude is not None for factors, _ in terms):
+            raise ChainError(
+                f"DoRA links are not a low-rank sum (got one at {name}); export merged weights "
+                "instead"
+            )
+        shapes = {f"{factors.b.shape[0]} × {factors.a.shape[1]}" for factors, _ in terms}
+        if len(shapes) > 1:
+            raise ChainError(
+                "links of a chain must be of one model (got updates of "
+                f"{' and '.join(sorted(shapes))} at {name}); take the links of one run"
+            )
         biases = [scaling * factors.bias for factors, scaling in terms if factors.bias is not None]
         stacked[name] = Factors(
             torch.cat([factors.a for factors, _ in terms]),
@@ -150,19 +160,6 @@ def stacked_rank(links: Sequence[Link]) -> int:
         for name, factors in link.factors.items():
             ranks[name] = ranks.get(name, 0) + factors.a.shape[0]
     return max(ranks.values(), default=0)
-
-
-def _check_summable(name: str, terms: Sequence[Factors]) -> None:
-    if any(factors.magnitude is not None for factors in terms):
-        raise ChainError(
-            f"DoRA links are not a low-rank sum (got one at {name}); export merged weights instead"
-        )
-    shapes = {f"{factors.b.shape[0]} × {factors.a.shape[1]}" for factors in terms}
-    if len(shapes) > 1:
-        raise ChainError(
-            f"links of a chain must be of one model (got updates of {' and '.join(sorted(shapes))} "
-            f"at {name}); take the links of one run"
-        )
 
 
 def merge_(weight: Tensor, bias: Tensor | None, factors: Factors, scaling: float) -> None:
