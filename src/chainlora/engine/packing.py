@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from chainlora.data.examples import Example, Spans
+from chainlora.data.examples import Example
 from chainlora.errors import DataError
 from chainlora.models.text_config import base_model, text_config
 
@@ -120,11 +120,13 @@ def pack(
     tree = _Tree(inputs, share_prefixes, min_shared)
     positions: list[list[int]] = []  # per sequence: packed position that predicts each scored token
     targets: list[list[int]] = []
-    for where, (example, spans, tokens) in zip(tree.chains, _sequences(examples), strict=True):
-        scored = [p for start, end in spans for p in range(start, end)]
-        _check(example, scored, tokens)
-        positions.append([_place(where, p - 1) for p in scored])
-        targets.append([tokens[p] for p in scored])
+    chains = iter(tree.chains)
+    for example in examples:
+        for tokens, spans in zip(example.sequences, example.scored, strict=True):
+            scored, where = [p for start, end in spans for p in range(start, end)], next(chains)
+            _check(example, scored, tokens)
+            positions.append([_place(where, p - 1) for p in scored])
+            targets.append([tokens[p] for p in scored])
     rows = sorted({p for per_sequence in positions for p in per_sequence})
     row_of = {position: row for row, position in enumerate(rows)}
     counts = [len(example.sequences) for example in examples]
@@ -171,12 +173,6 @@ def fresh_tokens(inputs: Sequence[tuple[int, ...]], last: tuple[int, ...] = ()) 
         fresh += len(sequence) - stored
         last = sequence
     return fresh, first
-
-
-def _sequences(examples: Sequence[Example]) -> Iterator[tuple[Example, Spans, tuple[int, ...]]]:
-    for example in examples:
-        for tokens, spans in zip(example.sequences, example.scored, strict=True):
-            yield example, spans, tokens
 
 
 def _check(example: Example, scored: list[int], tokens: tuple[int, ...]) -> None:

@@ -80,7 +80,13 @@ def examine(model: nn.Module, *, training: bool) -> Facts:
 def _plain_states(model: nn.Module) -> tuple[Tensor, str | None]:
     """Return the hidden states of every token of the probe, each sequence by itself in a padded
     batch, and why they are not in float32, None where they are."""
-    _refuse_block_sparse(model)
+    name = type(model).__name__
+    if getattr(text_config(model), "attention_type", None) == "block_sparse":  # BigBird
+        raise ModelError(
+            "a row must be computed alike whatever came before it (got `attention_type: "
+            f"block_sparse` from {name}, which becomes full attention for good after a short row); "
+            "set `attention_type: original_full` in its config.json"
+        )
     batch = probe_batch(model, packed=False)
     failure = None
     with probing(model), _watching_generators(model) as drawn:
@@ -89,9 +95,14 @@ def _plain_states(model: nn.Module) -> tuple[Tensor, str | None]:
                 states, alone = _states(model, batch)
         except Exception as error:
             failure = f"it cannot be probed in float32 ({first_line(error)})"
-            states, alone = _states_or_refused(model, batch)
+            try:
+                states, alone = _states(model, batch)
+            except Exception as error:
+                raise ModelError(
+                    f"the model must run on token ids alone (got {first_line(error)} from {name}); "
+                    "use a decoder-only text model"
+                ) from error
         _run_past_short_thresholds(model)
-    name = type(model).__name__
     if drawn:
         raise ModelError(
             f"a model must give the same scores twice (got {name}, which draws random numbers in "
@@ -118,21 +129,16 @@ def _plain_states(model: nn.Module) -> tuple[Tensor, str | None]:
     return states, failure
 
 
-def _refuse_block_sparse(model: nn.Module) -> None:
-    """Raise ModelError for BigBird's attention, which is another function after a short row."""
-    if getattr(text_config(model), "attention_type", None) == "block_sparse":
-        raise ModelError(
-            "a row must be computed alike whatever came before it (got `attention_type: "
-            f"block_sparse` from {type(model).__name__}, which becomes full attention for good "
-            "after a short row); set `attention_type: original_full` in its config.json"
-        )
-
-
 def _run_past_short_thresholds(model: nn.Module) -> None:
     """Run one row beyond a threshold of up to 128 tokens: hashed and block-sparse attention of
     that size draw random numbers only there."""
-    threshold = short_threshold(model, max(_LENGTHS), _SHORT_THRESHOLD)
-    if threshold is not None and (length := 2 * threshold + 8) < context_length(model):
+    longest = max(_LENGTHS)
+    thresholds = [
+        value
+        for name, value in _integers(text_config(model).to_dict())
+        if longest < value <= _SHORT_THRESHOLD and _may_be_a_length(name)
+    ]
+    if thresholds and (length := 2 * max(thresholds) + 8) < context_length(model):
         ids = torch.ones((1, length), dtype=torch.int64, device=next(model.parameters()).device)
         base_model(model)(input_ids=ids, use_cache=False)
 
@@ -143,16 +149,6 @@ def _states(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     ids = batch.input_ids[rows][None]
     alone = base_model(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return padded_hidden(model, batch), alone.last_hidden_state[0]
-
-
-def _states_or_refused(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    try:
-        return _states(model, batch)
-    except Exception as error:
-        raise ModelError(
-            f"the model must run on token ids alone (got {first_line(error)} from "
-            f"{type(model).__name__}); use a decoder-only text model"
-        ) from error
 
 
 # --- the tokens that probes run ---
@@ -223,22 +219,22 @@ def random_in_training(model: nn.Module) -> str | None:
 def _watching_generators(model: nn.Module) -> Iterator[list[str]]:
     """Yield a list that names, at the end, the generators that were drawn from."""
     device = next(model.parameters()).device
-    before = _generator_states(device)
+
+    def states() -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "torch": torch.random.get_rng_state().numpy().tobytes(),
+            "random": random.getstate(),
+            "numpy": str(numpy.random.get_state()),
+        }
+        if device.type == "cuda":
+            found["cuda"] = torch.cuda.get_rng_state(device).numpy().tobytes()
+        return found
+
     drawn: list[str] = []
+    before = states()
     yield drawn
-    after = _generator_states(device)
+    after = states()
     drawn += [name for name in before if before[name] != after[name]]
-
-
-def _generator_states(device: torch.device) -> dict[str, Any]:
-    states: dict[str, Any] = {
-        "torch": torch.random.get_rng_state().numpy().tobytes(),
-        "random": random.getstate(),
-        "numpy": str(numpy.random.get_state()),
-    }
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device).numpy().tobytes()
-    return states
 
 
 def length_dependence(model: nn.Module) -> tuple[str | None, int]:
@@ -263,19 +259,15 @@ def length_dependence(model: nn.Module) -> tuple[str | None, int]:
 def forget_lengths(model: nn.Module) -> None:
     """Let dynamic rotary embeddings forget the longest row so far, which they would go on using."""
     for module in model.modules():
-        for name in [*vars(module), *module._buffers]:
-            if name.endswith("original_inv_freq"):
-                _restart_rotary(module, name.removesuffix("original_inv_freq"))
-
-
-def _restart_rotary(module: Any, prefix: str) -> None:
-    first = getattr(module, "original_max_seq_len", None)
-    if first is None or getattr(module, f"{prefix}max_seq_len_cached", first) == first:
-        return
-    frequencies = getattr(module, f"{prefix}inv_freq")
-    original = getattr(module, f"{prefix}original_inv_freq").to(frequencies.device)
-    module.register_buffer(f"{prefix}inv_freq", original.clone(), persistent=False)
-    setattr(module, f"{prefix}max_seq_len_cached", first)
+        first: Any = getattr(module, "original_max_seq_len", None)
+        for name in [] if first is None else [*vars(module), *module._buffers]:
+            prefix, found, after = name.rpartition("original_inv_freq")
+            if not found or after or getattr(module, f"{prefix}max_seq_len_cached", first) == first:
+                continue
+            device = getattr(module, f"{prefix}inv_freq").device
+            original = getattr(module, name).to(device).clone()
+            module.register_buffer(f"{prefix}inv_freq", original, persistent=False)
+            setattr(module, f"{prefix}max_seq_len_cached", first)
 
 
 def _values(tree: Any, name: str) -> Iterator[Any]:
@@ -340,13 +332,6 @@ def packing_limits(model: nn.Module, probed: int) -> Limits:
         elif probed < value < row and _may_be_a_length(name):
             row, field = value, name
     return Limits(sequence, row, field)
-
-
-def short_threshold(model: nn.Module, probed: int, longest: int) -> int | None:
-    """Return the largest number that may be a threshold, above `probed` and up to `longest`."""
-    values = _integers(text_config(model).to_dict())
-    found = [v for name, v in values if probed < v <= longest and _may_be_a_length(name)]
-    return max(found, default=None)
 
 
 def _may_be_a_length(name: str) -> bool:

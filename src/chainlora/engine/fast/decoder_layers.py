@@ -93,7 +93,7 @@ class DecoderLayers(FastPath):
         try:
             for layer, (hidden, kwargs) in calls.items():
                 with whole(layer):
-                    found = _probe(layer, hidden, kwargs, facts.is_trained)
+                    found = _difference(layer, hidden, kwargs, facts.is_trained)
                 if not found <= _SAME:
                     index = layers.index(layer)
                     return f"the fast forward of layer {index} differs by {found:.1g} of its output"
@@ -102,7 +102,6 @@ class DecoderLayers(FastPath):
         return None
 
     def apply(self, model: nn.Module) -> None:
-        """Give every decoder layer the faster forward."""
         *layers, last = _layers(model)
         for layer in layers:
             self.patches.replace_forward(layer, _forward)
@@ -135,7 +134,7 @@ def _description(layer: nn.Module) -> Iterator[tuple[Any, ...]]:
         yield name, type(module), fields, shapes
 
 
-def _probe(layer: Any, hidden: Tensor, kwargs: dict[str, Any], training: bool) -> float:
+def _difference(layer: Any, hidden: Tensor, kwargs: dict[str, Any], training: bool) -> float:
     """Return the larger relative difference, of what the layer adds and of the gradient of its
     input, between the fast forward and its own."""
     generator = torch.Generator().manual_seed(0)
@@ -143,24 +142,23 @@ def _probe(layer: Any, hidden: Tensor, kwargs: dict[str, Any], training: bool) -
     results = []
     mode = in_mode(layer, training=training)
     with probing(layer), torch.enable_grad(), widened(layer), mode:
-        for function in (type(layer).forward, _fast_forward):
+        for is_fast in (False, True):
             leaf = hidden.clone().requires_grad_()
-            out = function(layer, leaf, **kwargs)
-            out = out[0] if isinstance(out, tuple) else out
+            if is_fast:
+                layout = kwargs[LAYOUT]
+                turn = _turn(layout, kwargs["position_embeddings"])
+                out = _compute(layer, leaf[0], layout, turn, None, again=False)
+                assert out is not None  # the layer's own forward would agree with itself
+                out = out[None]
+            else:
+                out = type(layer).forward(layer, leaf, **kwargs)
+                out = out[0] if isinstance(out, tuple) else out
             gradient = torch.autograd.grad((out * direction).sum(), leaf)[0]
             results.append((out.detach() - hidden, gradient - direction))
     return max(
         relative_difference(mine.flatten(), own.flatten()).item()
         for own, mine in zip(*results, strict=True)
     )
-
-
-def _fast_forward(layer: Any, hidden: Tensor, **kwargs: Any) -> Tensor:
-    layout = kwargs[LAYOUT]
-    turn = _turn(layout, kwargs["position_embeddings"])
-    out = _compute(layer, hidden[0], layout, turn, None, again=False)
-    assert out is not None  # the layer's own forward would agree with itself
-    return out[None]
 
 
 def _layers(model: nn.Module) -> list[Any]:
@@ -219,15 +217,14 @@ def _forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Te
 
 @replacement
 def _last_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Return hidden states [1, R, d] of the layout's rows alone, or [1, T, d] where it names
-    none."""
     return _faster(layer, hidden_states, args, kwargs, last=True)
 
 
 def _faster(
     layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], *, last: bool
 ) -> Tensor:
-    """Return the layer's output, by its own forward where something is not as the probe saw it."""
+    """Return the layer's output, by its own forward where something is not as the probe saw it:
+    [1, T, d], of the `last` layer [1, R, d] at the layout's rows if it names some."""
     layout, rotary, out = kwargs.get(LAYOUT), kwargs.get("position_embeddings"), None
     if not (layout is None or rotary is None or args) and _ready(layer, hidden):
         again = layer.training and getattr(layer, "gradient_checkpointing", False)
@@ -324,8 +321,7 @@ def _projection(module: Any) -> Projection | None:
 
 
 def _turn(layout: Layout, rotary: tuple[Tensor, Tensor]) -> Turn:
-    """Return the rotation's tables, made by the first layer of a forward and kept with its layout
-    for the others."""
+    """Return the rotation's tables, made by the first layer of a forward and kept in its layout."""
     cos, sin = rotary
     made_from, turn = layout.plans.get(_TURN, (None, None))
     if made_from is not cos:

@@ -31,17 +31,14 @@ class Bfloat16Linears(FastPath):
     name = "bfloat16 matmuls by float32"
 
     def probe(self, model: nn.Module, facts: Facts) -> str | None:
-        """Return why there is nothing to do."""
         return None if any(_slow_layers(model)) else "no layer needs it"
 
     def apply(self, model: nn.Module) -> None:
-        """Replace the forward of each such layer."""
         self._count = sum(
             self.patches.replace_forward(layer, _wide_forward) for layer in _slow_layers(model)
         )
 
     def note(self, reason: str | None) -> str | None:
-        """Say nothing where the hardware has what it takes."""
         if reason is not None:
             return None
         return f"{self.name}: yes, in {self._count} layers; this CPU has none of its own"
@@ -68,15 +65,12 @@ class LoraLayers(FastPath):
     name = "LoRA layers"
 
     def probe(self, model: nn.Module, facts: Facts) -> str | None:
-        """Return None: every call asks anew whether it is the same function."""
-        return None
+        return None  # every call asks anew whether it is the same function
 
     def note(self, reason: str | None) -> str | None:
-        """Say nothing: there is no LoRA on the model yet."""
-        return None
+        return None  # there is no LoRA on the model yet
 
     def adapt(self, layers: Sequence[nn.Module]) -> None:
-        """Give these layers the fused forward, in place."""
         for layer in layers:
             self.patches.replace_lora_forward(layer, _lora_forward)
 
@@ -108,16 +102,14 @@ def active_adapter(layer: Any) -> str | None:
         and name not in getattr(layer, "lora_variant", ())
         and not any(m._forward_hooks or m._forward_pre_hooks or is_foreign(m) for m in (base, a, b))
     )
-    if not plain or not _whole(base.weight, a.weight, b.weight):
+    # ordinary floating tensors: no shard, no quantised storage
+    weights = (base.weight, a.weight, b.weight) if plain else ()
+    ordinary = all(type(w) in (nn.Parameter, Tensor) and w.is_floating_point() for w in weights)
+    if not plain or not ordinary:
         return None
     if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
         return None
     return name
-
-
-def _whole(*weights: Tensor) -> bool:
-    """Say whether the weights are ordinary floating tensors (no shard, no quantised storage)."""
-    return all(type(w) in (nn.Parameter, Tensor) and w.is_floating_point() for w in weights)
 
 
 @replacement
