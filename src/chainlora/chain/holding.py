@@ -341,7 +341,7 @@ HOLDINGS: dict[str, type[Holding]] = {"tied": Tied, "carried": Carried}
 
 def holding_named(name: str) -> type[Holding]:
     """Return the holding of a name. Raises ChainError for another name."""
-    if not isinstance(name, str) or name not in HOLDINGS:
+    if name not in HOLDINGS:
         known = " or ".join(HOLDINGS)
         raise ChainError(f"`hold` must be {known} (got {name!r:.60}); leave it out for tied")
     return HOLDINGS[name]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from chainlora.data.examples import Example
-from chainlora.engine.float32 import computing_in_float32
+from chainlora.engine.float32 import TWO_BYTES, computing_in_float32
 from chainlora.engine.packing import PackedBatch, pack, padded_hidden
 from chainlora.errors import ModelError, is_out_of_memory
 from chainlora.models.modes import in_mode, kept_random_state
@@ -114,8 +114,8 @@ def _plain_states(model: nn.Module) -> tuple[Tensor, str | None]:
             "are at fault, try float32"
         )
     first, second = (states[batch.token_sequence == i][: _SHARED - 1] for i in (0, 1))
-    two_bytes = states.dtype in (torch.bfloat16, torch.float16)
-    if relative_difference(first, second).median() > (_CAUSAL_TWO_BYTES if two_bytes else _CAUSAL):
+    allowed = _CAUSAL_TWO_BYTES if states.dtype in TWO_BYTES else _CAUSAL
+    if relative_difference(first, second).median() > allowed:
         raise ModelError(
             f"the model must be causal (got {name}, where a position sees the tokens after it); "
             "use a decoder, or set `is_decoder` in its config if it was trained as one"
@@ -187,7 +187,7 @@ def relative_difference(mine: Tensor, theirs: Tensor) -> Tensor:
 
 def computing_wide(model: nn.Module) -> Any:
     """Return a context in which a model of two-byte weights computes in float32."""
-    two_bytes = compute_dtype(model) in (torch.bfloat16, torch.float16)
+    two_bytes = compute_dtype(model) in TWO_BYTES
     return computing_in_float32(model) if two_bytes and not by_module(model) else nullcontext()
 
 
