@@ -79,9 +79,8 @@ def principal_factors(config: LinkConfig, weight: Tensor, generator: torch.Gener
     width = min(config.rank + 8, *weight.shape)
     u, s, v = randomized_svd(weight, width, generator.initial_seed())
     root = (s[: config.rank] / config.scaling).sqrt()
-    return Factors(
-        (v[:, : config.rank] * root).T.contiguous(), (u[:, : config.rank] * root).contiguous()
-    )
+    a, b = (v[:, : config.rank] * root).T, u[:, : config.rank] * root
+    return Factors(a.contiguous(), b.contiguous())
 
 
 def initialize(
@@ -109,13 +108,9 @@ def initialize(
         if config.init == "pissa":
             start[name] = principal_factors(config, dequantized(base_layer(layer)), generator)
         else:
-            start[name] = random_factors(
-                config,
-                layer.in_features,
-                layer.out_features,
-                generator,
-                of_embedding=isinstance(base_layer(layer), nn.Embedding),
-            )
+            of_embedding = isinstance(base_layer(layer), nn.Embedding)
+            sides = layer.in_features, layer.out_features
+            start[name] = random_factors(config, *sides, generator, of_embedding=of_embedding)
         if config.init == "orthogonal":
             start[name] = replace(start[name], a=_away_from(earlier, name, start[name].a))
     for name, factors in start.items():

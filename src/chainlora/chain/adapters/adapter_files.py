@@ -170,8 +170,7 @@ def reload_adapter(
     `model` is on the meta device, and is adapted in place. It gets memory that nothing touches:
     only the adapter's own weights are looked at.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         model = model.to_empty(device="cpu")  # PEFT moves factors to the device of their layer
         loaded = peft.PeftModel.from_pretrained(model, str(directory))
     found = {

@@ -84,8 +84,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def why_no_lora(module: nn.Module) -> str | None:
     """Return why PEFT has no LoRA for a layer that shows no weight, None where it has one."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         try:
             peft.LoraModel._create_new_module(peft.LoraConfig(), "probe", module, r=1, lora_alpha=1)
         except (ValueError, TypeError, ImportError) as error:

@@ -105,8 +105,7 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     targets = sorted(check_targets(model, config))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         # PEFT would take every module whose path *ends* in the name, `input_layernorm` for `norm`:
         # give it whole paths
         extra = [name for name, _ in named_modules(model, config.extra_modules)] or None
@@ -334,8 +333,7 @@ def _put_on_branch(adapter: Adapter, modules: list[str], rank: int, with_bias: b
     tuner.peft_config[CARRIED] = peft.LoraConfig(
         r=rank, lora_alpha=rank, target_modules=modules, lora_bias=with_bias
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         tuner.inject_adapter(tuner.model, CARRIED)
         tuner.set_adapter([CARRIED, LIVE])
     adapter.branch = {

@@ -105,8 +105,7 @@ def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module
         check_target_module_exists,
     )
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         resolved: Any = _maybe_include_all_linear_layers(peft_config(config), model)
     takes_all = str(config.target_modules).lower() == "all-linear"
     if takes_all:
