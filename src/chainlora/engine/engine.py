@@ -167,8 +167,7 @@ class Engine:
         return batch.to(next(self.model.parameters()).device)
 
     def split(self, examples: Sequence[Example]) -> list[list[Example]]:
-        """Cut a micro-batch into the shards that `add_gradients` takes one by one, always the
-        same."""
+        """Cut a micro-batch into the shards of `add_gradients`, always the same."""
         for path in self._fast:
             if (shards := path.split(examples)) is not None:
                 return [[examples[place] for place in shard] for shard in shards]
@@ -340,14 +339,14 @@ class Engine:
     def spread(
         self, items: Sequence[Item], compute: Callable[[Sequence[Item]], list[Result]]
     ) -> list[Result]:
-        """Return what `compute` returns for all items; processes that share the work each compute
-        some."""
+        """Return what `compute` returns for all items; processes share the work."""
         return compute(items) if self._sharing is None else self._sharing.spread(items, compute)
 
     def most(self, number: int) -> int:
         """Return the largest of the numbers that processes have which share the model."""
-        is_alone = self._sharing is None or not self._is_sharded
-        return number if is_alone else self._sharing.most(number)  # type: ignore[union-attr]
+        if self._sharing is None or not self._is_sharded:
+            return number
+        return self._sharing.most(number)
 
     # --- its end ---
 

@@ -44,19 +44,14 @@ _HEADS: WeakKeyDictionary[nn.Module, tuple[FindHead, Transform | None]] = WeakKe
 
 
 def candidate_scores(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tensor:
-    """Return the mean log-probability per token of each sequence [S], float32, over the full
-    vocabulary.
-
-    `hidden` [R, d] is `hidden_states` of the batch.
-    """
+    """Return each sequence's mean log-probability per token [S], float32, from `hidden` [R, d]."""
     logprobs = token_logprobs(model, hidden, batch.token_row, batch.token_target)
     totals = logprobs.new_zeros(batch.num_sequences).index_add(0, batch.token_sequence, logprobs)
     return totals / batch.sequence_length
 
 
 def candidate_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tensor:
-    """Return the sum over examples of the cross-entropy over their candidates' scores (a scalar,
-    float32).
+    """Return the sum over examples of the cross-entropy over their candidates' scores, float32.
 
     Where every candidate is one token after the same prompt, scores differ from logits by a
     constant only, and just those tokens' rows of the head are used.
@@ -70,8 +65,7 @@ def candidate_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tens
 
 
 def completion_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, int]:
-    """Return the summed negative log-likelihood of the scored tokens (a scalar, float32) and their
-    number."""
+    """Return the summed negative log-likelihood of the scored tokens, float32, and their number."""
     head, hidden = _head(model), _for_head(model, hidden)
     if logit_transform(model) is None and _is_frozen_linear(head):
         chunks = _chunks(batch.token_row, batch.token_target, hidden.shape[0], head.weight.shape[0])
@@ -272,8 +266,7 @@ def _logprobs(
 
 
 class _TargetLogprobs(torch.autograd.Function):
-    """log softmax(x Wᵀ + b) at (row, target) for a frozen W; backward makes logits again, none is
-    kept."""
+    """log softmax(x Wᵀ + b) at (row, target) for a frozen W; backward computes logits again."""
 
     @staticmethod
     def forward(

@@ -27,6 +27,9 @@ from chainlora.models.text_config import base_model, text_config
 # fewest common tokens worth a segment: it costs an attention call, as much as computing a handful
 MIN_SHARED = 8
 
+_Tokens = tuple[int, ...]
+_Chain = list[tuple[int, int]]  # (first position, packed start) of each segment of a sequence
+
 
 class Segment(NamedTuple):
     """Tokens ``[start, end)`` of the packed row; `parent` is the segment they continue, or -1."""
@@ -197,9 +200,8 @@ def _one_position(counts: list[int], positions: list[list[int]]) -> bool:
     return True
 
 
-def _place(chain: list[tuple[int, int]], position: int) -> int:
-    """Return the packed place of a token; `chain` has ``(first position, packed start)`` by
-    segment."""
+def _place(chain: _Chain, position: int) -> int:
+    """Return the packed place of a token."""
     first, start = chain[bisect_right(chain, position, key=lambda link: link[0]) - 1]
     return start + position - first
 
@@ -215,7 +217,7 @@ class _Tree:
         self.tokens: list[int] = []
         self.positions: list[int] = []
         self.segments: list[Segment] = []
-        self.chains: list[list[tuple[int, int]]] = [[] for _ in inputs]
+        self.chains: list[_Chain] = [[] for _ in inputs]
         if not share:
             for index, sequence in enumerate(inputs):
                 self.chains[index] = self._add(sequence, 0, -1, [])
@@ -234,11 +236,9 @@ class _Tree:
         for index, leaf in leaf_of.items():
             self.chains[index] = self.chains[leaf]
 
-    def _branch(self, sequences: list[tuple[int, ...]], owners: list[int], min_shared: int) -> None:
+    def _branch(self, sequences: list[_Tokens], owners: list[int], min_shared: int) -> None:
         """Lay out sorted `sequences`, none of which is a prefix of another."""
-        todo: list[tuple[int, int, int, int, list[tuple[int, int]]]] = [
-            (0, len(sequences), 0, -1, [])
-        ]
+        todo: list[tuple[int, int, int, int, _Chain]] = [(0, len(sequences), 0, -1, [])]
         while todo:  # a stack: depth first, and no recursion limit
             low, high, depth, parent, chain = todo.pop()
             if high - low == 1:
@@ -256,9 +256,7 @@ class _Tree:
                     first = i
             todo.extend(reversed(runs))
 
-    def _add(
-        self, sequence: tuple[int, ...], depth: int, parent: int, chain: list[tuple[int, int]]
-    ) -> list[tuple[int, int]]:
+    def _add(self, sequence: _Tokens, depth: int, parent: int, chain: _Chain) -> _Chain:
         start = len(self.tokens)
         self.tokens.extend(sequence[depth:])
         self.positions.extend(range(depth, len(sequence)))
@@ -293,8 +291,7 @@ def padded_hidden(model: nn.Module, batch: PackedBatch) -> Tensor:
 
 
 def unpacked(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return packed positions by leaf [L, longest], their mask, and the place of each needed row
-    [R]."""
+    """Return packed positions by leaf [L, longest], their mask, and where each needed row is."""
     parents = {segment.parent for segment in batch.segments}
     leaves = [path for i, path in enumerate(paths(batch.segments)) if i not in parents]
     longest = max(map(len, leaves))

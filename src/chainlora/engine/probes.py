@@ -180,7 +180,7 @@ def probe_batch(model: nn.Module, *, packed: bool = True) -> PackedBatch:
 
 
 def relative_difference(mine: Tensor, theirs: Tensor) -> Tensor:
-    """Return the difference of each row, of the norm of the row, on the CPU: MPS has no float64."""
+    """Return each row's difference relative to its norm, on the CPU: MPS has no float64."""
     mine, theirs = mine.cpu().double(), theirs.cpu().double()
     return (mine - theirs).norm(dim=-1) / theirs.norm(dim=-1)
 
@@ -238,8 +238,7 @@ def _watching_generators(model: nn.Module) -> Iterator[list[str]]:
 
 
 def length_dependence(model: nn.Module) -> tuple[str | None, int]:
-    """Return what in the model depends on the longest row of a batch (None if nothing), and from
-    how many tokens on.
+    """Return what depends on the longest row of a batch (None: nothing), and from which length.
 
     Dynamic and LongRoPE rotary embeddings turn by angles that the longest position decides, so a
     short row is computed differently beside a long one.
@@ -248,11 +247,9 @@ def length_dependence(model: nn.Module) -> tuple[str | None, int]:
     found = sorted({"dynamic", "longrope"} & set(map(str, _values(config, "rope_type"))))
     if not found:
         return None, 0
-    thresholds = [
-        *_values(config, "original_max_position_embeddings"),
-        *_values(config, "max_position_embeddings"),
-    ]
-    first = min((value for value in thresholds if isinstance(value, int)), default=0)
+    names = _A_LENGTH, "max_position_embeddings"
+    values = (value for name in names for value in _values(config, name))
+    first = min((value for value in values if isinstance(value, int)), default=0)
     return f"its rotary embedding ({found[0]}) changes with the longest row", first
 
 
@@ -279,10 +276,7 @@ def _values(tree: Any, name: str) -> Iterator[Any]:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says, short enough for a sentence.
-
-    One that says nothing of the model, that memory ran out, is raised again.
-    """
+    """Return an error's first line; raise it again if memory ran out, which is not the model's."""
     if is_out_of_memory(error):
         raise error
     return f"{type(error).__name__}: {error}".splitlines()[0][:160]
