@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import peft
 from torch import nn
@@ -33,8 +33,7 @@ from chainlora.models.shards import is_shard
 
 log = logging.getLogger(__name__)
 
-_SAID: WeakSet[nn.Module] = WeakSet()
-_WARNED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
+_SAID: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -121,18 +120,9 @@ def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module
     left_out = stacked_experts(model, matched) | uncalled_modules(model, matched)
     left_out |= {name for name in matched if why_no_lora_by_name(model, name)}
     left_out |= {name for name, module in matched.items() if has_own_forward(module)}
-    _say(model, left_out)
-    return {name: module for name, module in matched.items() if name not in left_out}
-
-
-def _say(model: nn.Module, left_out: set[str]) -> None:
-    """Log once a model which layers a link on all of them does without."""
-    if model in _SAID:
-        return
-    _SAID.add(model)
     if left_out:
-        kinds = sorted({kind_of(name) for name in left_out})
-        log.warning("all-linear leaves out %d layers: %s", len(left_out), ", ".join(kinds))
+        kinds = ", ".join(sorted({kind_of(name) for name in left_out}))
+        _warn_once(model, f"all-linear leaves out {len(left_out)} layers: {kinds}")
     stacked = {
         kind_of(name)
         for name, module in model.named_modules()
@@ -140,7 +130,16 @@ def _say(model: nn.Module, left_out: set[str]) -> None:
         and any(p.dim() == 3 for p in module.parameters(recurse=False))
     }
     if stacked:
-        log.warning("all-linear leaves out stacked parameters: %s", ", ".join(sorted(stacked)))
+        text = f"all-linear leaves out stacked parameters: {', '.join(sorted(stacked))}"
+        _warn_once(model, text)
+    return {name: module for name, module in matched.items() if name not in left_out}
+
+
+def _warn_once(model: nn.Module, text: str) -> None:
+    said = _SAID.setdefault(model, set())
+    if text not in said:
+        said.add(text)
+        log.warning("%s", text)
 
 
 def named_modules(model: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
@@ -224,23 +223,16 @@ def check_targets(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module]:
         )
     for extra in config.extra_modules:
         _check_extra(model, extra, (head, embedding))
-    _warn_of_rank(model, config.rank, matched)
+    narrow = {name: side for name in matched if (side := min(sizes(matched[name]))) < config.rank}
+    if narrow:
+        first = min(narrow, key=lambda name: narrow[name])
+        _warn_once(
+            model,
+            f"rank {config.rank} is above the shorter side of {len(narrow)} of {len(matched)} "
+            f"adapted layers ({narrow[first]} at {first}), which bounds the rank of an update; "
+            f"rank {max(narrow.values())} suffices for them",
+        )
     return matched
-
-
-def _warn_of_rank(model: nn.Module, rank: int, matched: Mapping[str, nn.Module]) -> None:
-    """Log once a model and rank which layers cannot have an update of that rank."""
-    said = _WARNED.setdefault(model, set())
-    narrow = {name: side for name in matched if (side := min(sizes(matched[name]))) < rank}
-    if not narrow or rank in said:
-        return
-    said.add(rank)
-    first = min(narrow, key=lambda name: narrow[name])
-    log.warning(
-        "rank %d is above the shorter side of %d of %d adapted layers (%d at %s), which bounds the "
-        "rank of an update; rank %d suffices for them",
-        *(rank, len(narrow), len(matched), narrow[first], first, max(narrow.values())),
-    )
 
 
 def _check_names(model: nn.Module, config: LinkConfig, matched: Mapping[str, nn.Module]) -> None:
