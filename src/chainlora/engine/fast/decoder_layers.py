@@ -15,7 +15,7 @@ checkpointing the halves keep their input alone and compute the rest again in ba
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -117,21 +117,18 @@ def _distinct(layers: list[Any], config: Any) -> list[Any]:
     ]
     seen: dict[str, Any] = {}
     for index, layer in enumerate(layers):
-        described = list(_description(layer)), [values[index] for values in per_layer]
+        described: list[Any] = [values[index] for values in per_layer]
+        for name, module in layer.named_modules():
+            fields = {
+                key: value
+                for key, value in vars(module).items()
+                if isinstance(value, bool | int | float | str | None)
+                and key not in ("layer_idx", "training")
+            }
+            shapes = [(key, tuple(p.shape), p.dtype) for key, p in module.named_parameters()]
+            described.append((name, type(module), fields, shapes))
         seen.setdefault(repr(described), layer)
     return list(seen.values())
-
-
-def _description(layer: nn.Module) -> Iterator[tuple[Any, ...]]:
-    for name, module in layer.named_modules():
-        plain = (bool, int, float, str, type(None))
-        fields = {
-            key: value
-            for key, value in vars(module).items()
-            if isinstance(value, plain) and key not in ("layer_idx", "training")
-        }
-        shapes = [(key, tuple(p.shape), p.dtype) for key, p in module.named_parameters()]
-        yield name, type(module), fields, shapes
 
 
 def _difference(layer: Any, hidden: Tensor, kwargs: dict[str, Any], training: bool) -> float:
@@ -245,33 +242,23 @@ def _compute(
 
     None where checkpointing (`again`) asks for what single parts cannot do: to keep nothing.
     """
-    attention, mlp = _attention_half(layer, x, layout, turn, rows), _mlp_half(layer, x)
-    if again and (attention is None or mlp is None):
+    attention, mlp, norm = layer.self_attn, layer.mlp, layer.input_layernorm
+    parts = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    of_attention = _projections(parts, x.dtype) if layout.by_matmul else None
+    of_mlp = _projections((mlp.gate_proj, mlp.up_proj, mlp.down_proj), x.dtype)
+    if again and (of_attention is None or of_mlp is None):
         return None
-    if attention is None:
+    if of_attention is None:
         x = _attention_by_parts(layer, x, layout, turn, rows)
     else:
-        x = attention_block(x, attention, again=again)
-    return _mlp_by_parts(layer, x) if mlp is None else mlp_block(x, mlp, again=again)
-
-
-def _attention_half(
-    layer: Any, x: Tensor, layout: Layout, turn: Turn, rows: Rows | None
-) -> Attention | None:
-    """Return what the first half computes, None where it is more than one function of ours."""
-    attention, norm = layer.self_attn, layer.input_layernorm
-    parts = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
-    own = _projections(parts, x.dtype)
-    if own is None or not layout.by_matmul:
-        return None
-    eps = norm.variance_epsilon
-    return Attention(norm.weight, eps, own, attention.scaling, turn, layout, rows)
-
-
-def _mlp_half(layer: Any, x: Tensor) -> Mlp | None:
-    mlp, norm = layer.mlp, layer.post_attention_layernorm
-    own = _projections((mlp.gate_proj, mlp.up_proj, mlp.down_proj), x.dtype)
-    return None if own is None else Mlp(norm.weight, norm.variance_epsilon, own)
+        eps, scaling = norm.variance_epsilon, attention.scaling
+        half = Attention(norm.weight, eps, of_attention, scaling, turn, layout, rows)
+        x = attention_block(x, half, again=again)
+    norm = layer.post_attention_layernorm
+    if of_mlp is None:
+        normed = RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
+        return x + mlp.down_proj(F.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
+    return mlp_block(x, Mlp(norm.weight, norm.variance_epsilon, of_mlp), again=again)
 
 
 def _attention_by_parts(
@@ -289,12 +276,6 @@ def _attention_by_parts(
     query = Rotary.apply(attention.q_proj(normed).unflatten(-1, (-1, size)), *turn)
     mixed = attend(query, key, value, layout, attention.scaling)
     return x + attention.o_proj(mixed.flatten(-2))
-
-
-def _mlp_by_parts(layer: Any, x: Tensor) -> Tensor:
-    mlp, norm = layer.mlp, layer.post_attention_layernorm
-    normed = RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
-    return x + mlp.down_proj(F.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
 
 
 def _projections(modules: Iterable[nn.Module], dtype: torch.dtype) -> list[Projection] | None:

@@ -61,7 +61,11 @@ def packed_attention(
         CannotPackError: the architecture asks for something this function does not compute.
     """
     if packed_layout is None:
-        attention = _plain_attention(module, plain)
+        attention: Any = sdpa_attention_forward
+        if plain == "eager":  # not registered: each modeling file has its own
+            attention = sys.modules[type(module).__module__].eager_attention_forward
+        elif plain != "sdpa":
+            attention = ALL_ATTENTION_FUNCTIONS[plain]
         return attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -72,14 +76,6 @@ def packed_attention(
         raise CannotPackError("packed attention does not compute a mask of the model's own")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return attend(q, k, v, packed_layout, scaling, dropout)[None], None
-
-
-def _plain_attention(module: nn.Module, plain: str) -> Any:
-    if plain == "sdpa":
-        return sdpa_attention_forward
-    if plain == "eager":  # not registered: each modeling file has its own
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[plain]
 
 
 def packed_name(before: str | None) -> str:
@@ -280,12 +276,8 @@ class _Plan:
 def make_plan(layout: Layout, heads: int, key_heads: int, dtype: torch.dtype) -> _Plan:
     """Return the row indices for these numbers of heads, made once a layout."""
     wanted = (heads, key_heads, dtype)
-    if wanted not in layout.plans:
-        layout.plans[wanted] = _make_plan(layout, heads, key_heads, dtype)
-    return layout.plans[wanted]
-
-
-def _make_plan(layout: Layout, heads: int, key_heads: int, dtype: torch.dtype) -> _Plan:
+    if wanted in layout.plans:
+        return layout.plans[wanted]
     device = layout.groups[0].queries.device
     repeats = heads // key_heads
     head, key_head = torch.arange(heads, device=device), torch.arange(key_heads, device=device)
@@ -302,7 +294,9 @@ def _make_plan(layout: Layout, heads: int, key_heads: int, dtype: torch.dtype) -
         padding.append(((row[:, None] * heads + head) * tq + place[:, None]).flatten())
     back = _inverse(queries, layout.num_queries * heads, padding)
     back_keys = _inverse(keys, layout.num_tokens * key_heads, None) if layout.flat else None
-    return _Plan(tuple(queries), tuple(keys), tuple(masks), tuple(padding), back, back_keys)
+    plan = _Plan(tuple(queries), tuple(keys), tuple(masks), tuple(padding), back, back_keys)
+    layout.plans[wanted] = plan
+    return plan
 
 
 def _inverse(rows: list[Tensor], size: int, padding: list[Tensor] | None) -> Tensor:
