@@ -72,7 +72,7 @@ class LoraLayers(FastPath):
 
     def adapt(self, layers: Sequence[nn.Module]) -> None:
         for layer in layers:
-            self.patches.replace_lora_forward(layer, _lora_forward)
+            self.patches.replace_forward(layer, _lora_forward)
 
 
 def is_lora_layer(module: nn.Module) -> bool:
