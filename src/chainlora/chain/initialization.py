@@ -200,7 +200,6 @@ def _gradients(
         weight.grad = None
     for weight in frozen:
         weight.requires_grad_(False)
-        weight.grad = None
     for parameter in adapter.parameters():
         parameter.grad = None
     return gradients

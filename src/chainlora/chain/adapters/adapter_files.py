@@ -173,22 +173,17 @@ def reload_adapter(
     with warnings.catch_warnings(action="ignore"):
         model = model.to_empty(device="cpu")  # PEFT moves factors to the device of their layer
         loaded = peft.PeftModel.from_pretrained(model, str(directory))
-    found = {
-        name.removeprefix(_PREFIX).replace(".default", ""): parameter
-        for name, parameter in loaded.named_parameters()
-        if ".lora_" in name or ".modules_to_save." in name
-    }
     wanted = dict(extra)
     for name, pair in factors.items():
         a, b = _names(pair)
         parts = {a: pair.a, b: pair.b, "lora_B.bias": pair.bias}
         wanted |= {f"{name}.{key}": part for key, part in parts.items() if part is not None}
-    found = {
-        plain: tensor
-        for name, tensor in found.items()
-        # PEFT adds the head of a classifier even where it was not trained
-        if (plain := name.replace(".modules_to_save", "")) in wanted or ".lora_" in plain
-    }
+    found = {}
+    for name, parameter in loaded.named_parameters():
+        plain = name.removeprefix(_PREFIX).replace(".default", "").replace(".modules_to_save", "")
+        is_whole = ".modules_to_save." in name  # PEFT adds an untrained head of a classifier too
+        if ".lora_" in name or (is_whole and plain in wanted):
+            found[plain] = parameter
     for name in sorted(wanted.keys() | found.keys()):
         if name not in wanted or name not in found:
             return name

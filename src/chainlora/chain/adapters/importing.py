@@ -63,17 +63,13 @@ _CONVERT = (
 
 @dataclass(frozen=True)
 class Imported:
-    """A LoRA of PEFT, read from its folder.
-
-    `extra` holds the weights, by parameter path, of modules that it trained whole; `kept` those of
-    embeddings that PEFT has stored beside it, which must be the base's. `stored` is PEFT's config.
-    """
+    """A LoRA of PEFT, read from its folder; tensors are by parameter path."""
 
     config: LinkConfig
     factors: dict[str, Factors]
-    extra: dict[str, Tensor]
-    kept: dict[str, Tensor]
-    stored: dict[str, Any]
+    extra: dict[str, Tensor]  # of modules that it trained whole
+    kept: dict[str, Tensor]  # of embeddings that PEFT stored beside it, which must be the base's
+    stored: dict[str, Any]  # PEFT's config
 
     @property
     def base(self) -> str:
