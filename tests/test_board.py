@@ -20,8 +20,8 @@ from chainlora.board.desk import Desk, Mix
 from chainlora.board.watching import find_runs, sections_of, standing_of
 from chainlora.config.staging import make_stages
 from chainlora.errors import ChainError, ConfigError, RunError
+from chainlora.evaluation.generation import Decoding, Speaker
 from chainlora.evaluation.stage_scores import Scorer, stage_matrix
-from chainlora.evaluation.streaming import Decoding, Speaker
 from chainlora.files import checksums
 from chainlora.reports.page import render_part
 from chainlora.runs.addresses import open_run

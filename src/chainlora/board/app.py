@@ -25,10 +25,10 @@ from starlette.responses import PlainTextResponse
 from chainlora.board.desk import EXPORTS, Desk, Mix
 from chainlora.board.watching import find_runs, sections_of
 from chainlora.errors import ChainLoRAError
-from chainlora.evaluation.streaming import Decoding
+from chainlora.evaluation.generation import Decoding
 from chainlora.evaluation.training_rows import answer_limit
+from chainlora.reports.charts import number, table_of
 from chainlora.reports.page import Numbers, as_text, part_style, render_part, section
-from chainlora.reports.tables import number, table_of
 
 _SECONDS = 4  # between two looks at the files; what has not changed is not drawn again
 _SIDES = ("A", "B")

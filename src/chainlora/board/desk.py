@@ -18,8 +18,8 @@ from typing import Any
 
 from chainlora.config.staging import split_address
 from chainlora.errors import ConfigError, RunError
+from chainlora.evaluation.generation import Decoding, Message, Speaker
 from chainlora.evaluation.stage_scores import Cell, Scorer
-from chainlora.evaluation.streaming import Decoding, Message, Speaker
 from chainlora.evaluation.training_rows import RowFacts, training_rows
 from chainlora.models.finding import resolve_model
 from chainlora.runs.addresses import open_run

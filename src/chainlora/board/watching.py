@@ -14,7 +14,7 @@ from statistics import median
 from chainlora.config.staging import HISTORY, is_run, split_address, stage_folder
 from chainlora.errors import ChainLoRAError
 from chainlora.reports.chain_charts import chain_pictures
-from chainlora.reports.charts import Picture
+from chainlora.reports.charts import Picture, table_of
 from chainlora.reports.page import (
     Block,
     Column,
@@ -28,7 +28,6 @@ from chainlora.reports.page import (
 from chainlora.reports.run_charts import training_pictures
 from chainlora.reports.run_report import duration, links_table, score_text, stage_blocks
 from chainlora.reports.runs import RunFacts, read_state, run_names
-from chainlora.reports.tables import table_of
 from chainlora.runs.addresses import find_state, state_at, state_of_draft
 from chainlora.runs.changes import MATRIX
 from chainlora.runs.draft import DRAFT, drafts_in

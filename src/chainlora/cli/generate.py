@@ -23,7 +23,7 @@ from chainlora.cli.common import (
 from chainlora.errors import DataError
 
 if TYPE_CHECKING:
-    from chainlora.evaluation.streaming import Message, Speaker
+    from chainlora.evaluation.generation import Message, Speaker
     from chainlora.evaluation.training_rows import RowFacts
 
 _MOST = 256  # tokens of an answer: `MOST_TOKENS`, without what it imports
@@ -110,7 +110,7 @@ def chat(run_or_model: str, system: str | None, **keys: Any) -> None:
     speaker, _ = _speaker(
         run_or_model, **keys | {"max_new_tokens": keys["max_new_tokens"] or _MOST}
     )
-    from chainlora.evaluation.streaming import check_chat
+    from chainlora.evaluation.generation import check_chat
 
     check_chat(speaker.tokenizer, run_or_model)
     start = [{"role": "system", "content": system}] if system else []
@@ -147,7 +147,7 @@ def _speaker(
     if top_p < 1 and temperature == 0:
         raise click.UsageError("--top-p needs --temperature above 0: at 0 no token is drawn")
     quiet()
-    from chainlora.evaluation.streaming import Decoding, Speaker
+    from chainlora.evaluation.generation import Decoding, Speaker
     from chainlora.evaluation.training_rows import answer_limit, training_rows
     from chainlora.runs.opening import load_run_or_model
 

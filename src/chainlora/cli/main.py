@@ -16,8 +16,7 @@ import click
 
 from chainlora import __version__
 from chainlora.cli.common import SIGNALLED, Verbs, is_first_process, prepare_streams
-from chainlora.cli.configs import schema, tasks
-from chainlora.cli.doctor import doctor
+from chainlora.cli.doctor import doctor, schema, tasks
 from chainlora.cli.exporting import export
 from chainlora.cli.generate import chat, generate
 from chainlora.cli.scores import evaluate

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from chainlora.reports.tables import number
+from chainlora.reports.charts import number
 from chainlora.training.progress import console_of_bars, console_on_stderr
 
 _COLUMNS = (

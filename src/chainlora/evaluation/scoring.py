@@ -20,9 +20,9 @@ from chainlora.data.tasks import Task, load_task
 from chainlora.engine.engine import Engine, Speedups
 from chainlora.errors import ConfigError, DataError, RunError
 from chainlora.evaluation.evaluate import evaluate, write_predictions
+from chainlora.evaluation.generation import to_accelerator
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
 from chainlora.evaluation.pair_scores import judge_odds, judge_pairs
-from chainlora.evaluation.streaming import to_accelerator
 from chainlora.evaluation.training_rows import config_of, divided_by
 from chainlora.files import check_writable
 from chainlora.models.text_config import context_length

@@ -23,9 +23,16 @@ from chainlora.config.messages import problems
 from chainlora.config.schema import ChainConfig, KnotConfig, LinkConfig
 from chainlora.errors import ChainError, ConfigError, RunError
 from chainlora.integrations import restarts
-from chainlora.integrations.launched import check_ranks, find_trainer_processes
-from chainlora.integrations.lengths import Epochs, Lengths, check_knots, link_lengths
-from chainlora.integrations.loaders import learned_a_step, steps_per_epoch
+from chainlora.integrations.lengths import (
+    Epochs,
+    Lengths,
+    check_knots,
+    check_ranks,
+    find_trainer_processes,
+    learned_a_step,
+    link_lengths,
+    steps_per_epoch,
+)
 from chainlora.integrations.wrapped_chain import WrappedChain, settings_of
 from chainlora.knots.driver import Knots, check_policy
 from chainlora.knots.numbers import (

@@ -19,6 +19,7 @@ from chainlora.reports.charts import (
     SMALL,
     Panel,
     Picture,
+    Table,
     grid_table,
     heat_map,
     legend_above,
@@ -29,7 +30,6 @@ from chainlora.reports.charts import (
     whole_steps,
 )
 from chainlora.reports.runs import RunFacts, is_share, state_names
-from chainlora.reports.tables import Table
 from chainlora.runs.records import Record
 
 

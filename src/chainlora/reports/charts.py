@@ -1,4 +1,4 @@
-"""Charts: drawn by matplotlib once, for a page as SVG and for a file, without pyplot or display.
+"""Tables and charts. matplotlib draws once, as SVG for a page or into a file, without pyplot.
 
 A chart for a page is 4 inches wide and its smallest text 9 points, which a phone shows at 10 pixels
 and more. A colour of `_THEME` becomes a CSS variable, which has one value for light pages and
@@ -10,13 +10,12 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from chainlora.files import write_bytes
-from chainlora.reports.tables import Table
 
 # Okabe–Ito: told apart by every kind of vision
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
@@ -74,6 +73,47 @@ _ON_LIGHT, _ON_DARK = "#0A0A0A", "#F8F8F8"  # text in a cell, whatever the page'
 
 Fill = Callable[[Any], object]  # draws into an empty figure
 Draw = Callable[[Any], object]  # draws into axes
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, column heads and rows of text; the first column is text, the others are numbers."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """Return the table as Markdown with its title as a heading."""
+        rule = ["---", *["---:"] * (len(self.heads) - 1)]
+        lines = [
+            "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+            for cells in (self.heads, rule, *self.rows)
+        ]
+        return (
+            f"### {self.title}\n\n"
+            + "\n".join(lines)
+            + "\n"
+            + (f"\n{self.note}\n" if self.note else "")
+        )
+
+
+def table_of(title: str, records: Sequence[Mapping[str, str]], note: str = "") -> Table:
+    """Return the table of records with equal keys: these are its heads."""
+    heads = tuple(records[0]) if records else ()
+    return Table(title, heads, tuple(tuple(record.values()) for record in records), note)
+
+
+def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
+    """Return a number for a table; a dash for none, and for what is not a number."""
+    if value is None or math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    value = 0.0 if round(value, digits) == 0 else value  # no −0.00
+    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+    return text.replace("-", "−")
 
 
 @dataclass(frozen=True)

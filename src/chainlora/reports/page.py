@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup
 
-from chainlora.reports.charts import OWN, Picture
-from chainlora.reports.tables import Table
+from chainlora.reports.charts import OWN, Picture, Table
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from chainlora.evaluation.metrics import is_higher_better
 from chainlora.files import make_folder, write_text
 from chainlora.reports.answers import answers, changes, read_prompts
 from chainlora.reports.chain_charts import chain_pictures, stage_pictures
+from chainlora.reports.charts import Table, number, table_of
 from chainlora.reports.page import (
     Answer,
     Block,
@@ -32,7 +33,6 @@ from chainlora.reports.page import (
 )
 from chainlora.reports.run_charts import comparing_pictures, training_pictures
 from chainlora.reports.runs import RunFacts, is_share, read_runs
-from chainlora.reports.tables import Table, number, table_of
 from chainlora.runs.cards import public_name
 from chainlora.runs.history import MAIN
 from chainlora.runs.records import Record, of_event
