@@ -41,13 +41,14 @@ def doctor(model: str | None, as_json: bool) -> None:
     which fast paths the model can take, or why not. The model is loaded for that.
     """
     quiet()
-    from chainlora.runs.costs import versions
+    from chainlora.runs.costs import version_of, versions
 
-    found: dict[str, Any] = {
-        "versions": versions(),
-        "extras": _extras(),
-        "machine": _machine(),
+    # the version of each optional package, or what it is for and how to install it
+    extras = {
+        name: version_of(name) or f"not installed; pip install 'chainlora[{extra}]' for {purpose}"
+        for name, (purpose, extra) in _OPTIONAL.items()
     }
+    found: dict[str, Any] = {"versions": versions(), "extras": extras, "machine": _machine()}
     if model is not None:
         found["model"] = _examined(model)
     parts = [_section(title, values) for title, values in found.items()]
@@ -69,16 +70,6 @@ def _section(title: str, values: dict[str, Any]) -> str:
         for line in (value if isinstance(value, list) else [value])
     ]
     return "\n".join([title, *lines])
-
-
-def _extras() -> dict[str, str]:
-    """Return the version of each optional package, or what it is for and how to install it."""
-    from chainlora.runs.costs import version_of
-
-    return {
-        name: version_of(name) or f"not installed; pip install 'chainlora[{extra}]' for {purpose}"
-        for name, (purpose, extra) in _OPTIONAL.items()
-    }
 
 
 def _machine() -> dict[str, Any]:

@@ -53,7 +53,9 @@ def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
             default=1.0,
             help="Draw from the likeliest tokens that together have this probability.",
         ),
-        click.option("--seed", type=int, default=0, help="Seed of the draws."),
+        click.option(
+            "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the draws."
+        ),
         dtype_option,
     )
     for option in reversed(options):
