@@ -15,16 +15,7 @@ from chainlora.config.staging import HISTORY, is_run, split_address, stage_folde
 from chainlora.errors import ChainLoRAError
 from chainlora.reports.chain_charts import chain_pictures
 from chainlora.reports.charts import Picture, table_of
-from chainlora.reports.page import (
-    Block,
-    Column,
-    Numbers,
-    Section,
-    Text,
-    Tiles,
-    as_text,
-    section,
-)
+from chainlora.reports.page import Block, Column, Numbers, Section, Text, Tiles, as_text, section
 from chainlora.reports.run_charts import training_pictures
 from chainlora.reports.run_report import duration, links_table, score_text, stage_blocks
 from chainlora.reports.runs import RunFacts, read_state, run_names
@@ -102,14 +93,11 @@ def _standing(run: Path, name: str, *stamps: int) -> tuple[bool, str, str, str, 
 
 def _details(run: Path) -> list[Section]:
     names, off = _stages(run), _off(run)
-    heads = {name: f"{name} (off)" if name in off else name for name in names}
-    curves = [
-        Column(
-            heads[name] if len(names) > 1 else "",
-            _curves(run, name, _stamp(stage_folder(run, name) / RECORDS)),
-        )
-        for name in reversed(names)
-    ]
+    curves = []
+    for name in reversed(names):
+        head = f"{name} (off)" if name in off else name
+        blocks = _curves(run, name, _stamp(stage_folder(run, name) / RECORDS))
+        curves.append(Column(head if len(names) > 1 else "", blocks))
     last = names[-1]
     state = _state_of(run, last)
     knots = sum(record.get("where") == "knot" for record in state.records())
@@ -161,5 +149,4 @@ def _links_and_stages(run: Path, last: str, *versions: object) -> tuple[list[Blo
 
 def _alone(blocks: Sequence[Block]) -> list[Block]:
     """Return blocks without what folds open: it would close whenever they are drawn again."""
-    shown = [block for block in blocks if not isinstance(block, Numbers) or block.is_open]
-    return [replace(b, table=None) if isinstance(b, Picture) else b for b in shown]
+    return [replace(b, table=None) if isinstance(b, Picture) else b for b in blocks]

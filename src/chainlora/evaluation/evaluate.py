@@ -10,13 +10,11 @@ Two evaluations are compared row by row, so that differences among rows do not c
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from operator import mul
-from pathlib import Path as FilePath
 from statistics import fmean
 from typing import Any
 
@@ -36,7 +34,6 @@ from chainlora.evaluation.metrics import (
     is_higher_better,
     perplexity,
 )
-from chainlora.files import make_folder, write_text
 from chainlora.models.text_config import causal_model
 
 
@@ -113,9 +110,14 @@ def evaluate(
     with nullcontext(engine) if engine else Engine(model, training=False) as runner:
         if not is_written or any(name in LOSS_METRICS for name in names):
             columns["scores"] = runner.scores(examples, max_tokens=max_tokens, progress=scored)
-            losses = _losses(examples, columns["scores"], is_labelled=is_labelled)
-            if not is_labelled:
-                columns["tokens"] = [example.num_learned for example in examples]
+            if is_labelled:
+                labels = [int(example.label or 0) for example in examples]
+                losses = {"loss": fmean(map(cross_entropy, columns["scores"], labels))}
+            else:
+                counts = columns["tokens"] = [example.num_learned for example in examples]
+                pairs = zip(columns["scores"], counts, strict=True)
+                loss = math.fsum(-row[0] * count for row, count in pairs) / sum(counts)
+                losses = {"loss": loss, "perplexity": perplexity(loss)}
         if is_written:
             texts = columns["prediction"] = _answers(
                 runner,
@@ -132,8 +134,8 @@ def evaluate(
         chosen = columns["prediction"] = [row.index(max(row)) for row in columns["scores"]]
         found = {n: INDEX_METRICS[n](columns["label"], chosen) for n in names if n in INDEX_METRICS}
         if in_words:
-            pairs = zip(examples, chosen, strict=True)
-            texts = [_candidate_text(example, index, tokenizer) for example, index in pairs]
+            answers = zip(examples, chosen, strict=True)
+            texts = [_candidate_text(example, index, tokenizer) for example, index in answers]
             columns["answer"] = texts
     for name in in_words:
         answered = zip(texts, examples, strict=True)
@@ -141,27 +143,6 @@ def evaluate(
     rows = zip(*columns.values(), strict=True)
     predictions = [dict(zip(columns, row, strict=True)) for row in rows]
     return Evaluation(found | losses, len(examples), predictions)
-
-
-def write_predictions(path: str | FilePath, evaluation: Evaluation) -> None:
-    """Write the predictions, a JSON object a row."""
-    target = FilePath(path)
-    make_folder(target.parent)
-    lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in evaluation.predictions]
-    write_text(target, "".join(lines))
-
-
-def _losses(
-    examples: Sequence[Example], scores: Sequence[Sequence[float]], *, is_labelled: bool
-) -> dict[str, float]:
-    """Return the mean cross-entropy over candidates, or the loss per token over all rows."""
-    if is_labelled:
-        labels = [int(example.label or 0) for example in examples]
-        return {"loss": fmean(map(cross_entropy, scores, labels))}
-    counts = [example.num_learned for example in examples]
-    total = math.fsum(-row[0] * count for row, count in zip(scores, counts, strict=True))
-    loss = total / sum(counts)
-    return {"loss": loss, "perplexity": perplexity(loss)}
 
 
 def _answers(
@@ -190,10 +171,9 @@ def _check_rows(names: Sequence[str], examples: Sequence[Example], *, is_labelle
     if not examples:
         remedy = "check the split and --limit"
         raise DataError("an evaluation needs at least one example", "none", remedy)
-    unfit = ["perplexity"] if is_labelled else list(INDEX_METRICS)
-    needed, given = "rows with a right candidate", "rows without"
+    unfit, needed, given = [*INDEX_METRICS], "rows with a right candidate", "rows without"
     if is_labelled:
-        needed, given = "rows without candidates", "rows with them"
+        unfit, needed, given = ["perplexity"], "rows without candidates", "rows with them"
     unanswered = next((example for example in examples if not example.references), None)
     for name in names:
         if name in unfit:

@@ -36,7 +36,6 @@ from chainlora.chain.chain import Chain
 from chainlora.chain.holding import hold_for
 from chainlora.chain.showing import table
 from chainlora.data.kept import Kept
-from chainlora.data.rows import Rows
 from chainlora.engine.engine import Engine, Speedups
 from chainlora.errors import FileError, RunError
 from chainlora.evaluation.evaluate import (
@@ -119,7 +118,10 @@ class StageMatrix:
         return [cell for row in self.grid for cell in row if cell is not None]
 
     def _heads(self) -> list[str]:
-        scored = {cell.stage: f"{cell.metric}, {_rows_of(cell)}" for cell in self.cells}
+        scored = {}
+        for cell in self.cells:
+            some = f"{cell.rows}" if cell.rows == cell.of else f"{cell.rows} of {cell.of}"
+            scored[cell.stage] = f"{cell.metric}, {some} {cell.split} rows"
         return ["after", *(f"{name} ({scored.get(name, 'no rows kept')})" for name in self.stages)]
 
     def _lines(self) -> list[list[str]]:
@@ -163,11 +165,6 @@ def shades_of(column: Sequence[Cell | None]) -> list[float]:
     worst = min(values) if is_higher_better(known[0].metric) else max(values)
     span = 2 * (max(values) - min(values))
     return [abs(cell.value - worst) / span if cell in known else 0.0 for cell in column]
-
-
-def _rows_of(cell: Cell) -> str:
-    some = f"{cell.rows}" if cell.rows == cell.of else f"{cell.rows} of {cell.of}"
-    return f"{some} {cell.split} rows"
 
 
 def stage_matrix(
@@ -276,7 +273,9 @@ class Scorer:
         """Yield what the rows of each of `stages` come to in a state."""
         for stage in stages:
             if self.kept[stage].loss == "dpo" and stage not in self._references:
-                self._references[stage] = self._reference(stage)
+                # what pairs score in the state that their stage began on
+                with self._engine(self.run.at(stage).parent) as engine:
+                    self._references[stage] = engine.scores(self.kept[stage].scored[1][:])
         with self._engine(state) as engine:
             for stage in stages:
                 yield stage, self._evaluate(engine, f"{name}: {stage}", stage)
@@ -303,19 +302,19 @@ class Scorer:
 
     def _evaluate(self, engine: Engine, what: str, stage: str) -> Evaluation:
         kept = self.kept[stage]
-        rows = kept.scored[1]
+        rows = kept.scored[1][:]
 
         def tell(done: int, total: int) -> None:
             self.progress(what, done, total)
 
         if kept.loss == "orpo":
-            return judge_odds(engine, rows[:], 1.0, tell)
+            return judge_odds(engine, rows, 1.0, tell)
         if kept.loss == "dpo":
-            scores = engine.scores(rows[:], progress=tell)
+            scores = engine.scores(rows, progress=tell)
             return judge_pairs(rows, scores, self._references[stage], 1.0)
         return evaluate(
             engine.model,
-            rows[:],
+            rows,
             engine=engine,
             metrics=[kept.metric],
             tokenizer=self.tokenizer,
@@ -323,12 +322,6 @@ class Scorer:
             max_new_tokens=kept.asked["max_new_tokens"],
             progress=tell,
         )
-
-    def _reference(self, stage: str) -> list[list[float]]:
-        """Return what pairs score in the state that their stage began on."""
-        rows: Rows = self.kept[stage].scored[1]
-        with self._engine(self.run.at(stage).parent) as engine:
-            return engine.scores(rows[:])
 
 
 def _scored_on(run: OpenState, stage: str, kept: Kept) -> str:
@@ -370,8 +363,8 @@ def _write(run: Path, known: Mapping[tuple[str, str, str], Cell]) -> None:
 class MatrixSummary:
     """The numbers of the columns of one metric; None where they have no stage before the last.
 
-    Of a metric that is the better the lower, the sign of every score is turned (`is_turned`): an
-    average or a transfer above another is always the better one, a forgetting the worse.
+    Of a loss, the sign of every score is turned (`is_turned`): a higher average or transfer is
+    always better, a higher forgetting worse.
     """
 
     metric: str
@@ -413,13 +406,7 @@ def summarise_matrix(
         before = [j for j in own if rows[j] < last]
         transfers = [column[j][last] - column[j][rows[j]] for j in before]
         losses = [max(column[j][min(rows[j], 1) : last]) - column[j][last] for j in before]
-        summary = MatrixSummary(
-            metric,
-            tuple(stages[j] for j in own),
-            sign < 0,
-            fmean(column[j][last] for j in own),
-            fmean(transfers) if before else None,
-            fmean(losses) if before else None,
-        )
-        found.append(summary)
+        average, names = fmean(column[j][last] for j in own), tuple(stages[j] for j in own)
+        means = [fmean(values) if values else None for values in (transfers, losses)]
+        found.append(MatrixSummary(metric, names, sign < 0, average, *means))
     return found

@@ -91,12 +91,8 @@ class Table:
             "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
             for cells in (self.heads, rule, *self.rows)
         ]
-        return (
-            f"### {self.title}\n\n"
-            + "\n".join(lines)
-            + "\n"
-            + (f"\n{self.note}\n" if self.note else "")
-        )
+        note = ["", self.note] if self.note else []
+        return "\n".join([f"### {self.title}", "", *lines, *note, ""])
 
 
 def table_of(title: str, records: Sequence[Mapping[str, str]], note: str = "") -> Table:
@@ -269,21 +265,20 @@ def heat_map(
 def name_places(axis: Any, names: Sequence[str]) -> None:
     """Name the places 0, 1, … of an axis; of many names some, turned where they need the room."""
     every = -(-len(names) // MOST_LABELS)
-    shown = [_cut(name) for name in names[::every]]
+    shown = [n if len(n) <= _LONGEST else f"{n[: _LONGEST - 1]}…" for n in names[::every]]
     is_wide = axis.axis_name == "x" and sum(map(len, shown)) > _WIDEST
     turned: Any = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
     axis.set_ticks(range(0, len(names), every), shown, **(turned if is_wide else {}))
-
-
-def _cut(name: str) -> str:
-    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
 
 
 # --- SVG for a page ---
 
 
 def _for_page(svg: str) -> str:
-    """Return the SVG without what a page does not want: declarations, sizes, colours, fonts."""
+    """Return the SVG without what a page does not want: declarations, sizes, colours, fonts.
+
+    Ids that nothing refers to are dropped; the others are marked, and each page makes them its own.
+    """
     svg = svg[svg.index("<svg") :]
     head, rest = svg.split(">", 1)
     box = re.findall(r'viewBox="[^"]*"', head)[0]
@@ -292,15 +287,11 @@ def _for_page(svg: str) -> str:
     rest = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", rest)
     for color, name in _THEME.items():
         rest = re.sub(rf"(?<=: ){color}\b", f"var(--{name})", rest)
-    return f'<svg {box} aria-hidden="true" focusable="false">{_own_ids(rest)}'
-
-
-def _own_ids(svg: str) -> str:
-    """Drop ids that nothing refers to, and mark the others, which each page makes its own."""
-    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
-    svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{OWN}{m[1]}"' if m[1] in used else "", svg)
-    svg = re.sub(r'(url\(#|href="#)', rf"\1{OWN}", svg)
-    return re.sub(r">\s+<", "><", svg)
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', rest))
+    rest = re.sub(r' id="([^"]+)"', lambda m: f' id="{OWN}{m[1]}"' if m[1] in used else "", rest)
+    rest = re.sub(r'(url\(#|href="#)', rf"\1{OWN}", rest)
+    rest = re.sub(r">\s+<", "><", rest)
+    return f'<svg {box} aria-hidden="true" focusable="false">{rest}'
 
 
 class Panel(NamedTuple):

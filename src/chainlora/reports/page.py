@@ -39,10 +39,9 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Numbers:
-    """A table, folded away unless `is_open`. A file is named after `name`."""
+    """A table. A file is named after `name`."""
 
     table: Table
-    is_open: bool = True
     name: str = ""
 
 
