@@ -74,7 +74,10 @@ def link_lengths(
     elif steps is not None:
         lengths = list(map(int, steps))
     elif epochs is not None:
-        lengths = _by_epochs(epochs, per_epoch, num_steps)
+        ends = [round(sum(epochs[: k + 1]) * per_epoch) for k in range(len(epochs))]
+        if abs(sum(epochs) * per_epoch - num_steps) < 1:
+            ends[-1] = num_steps  # trainers round the last epoch up
+        lengths = list(between(ends))
     else:
         count = num_links or 1
         lengths = list(between([round(num_steps * (k + 1) / count) for k in range(count)]))
@@ -90,13 +93,6 @@ def _by_distance(distance: float, num_steps: int, what: str) -> list[int]:
         )
     ends = [round(distance * (k + 1)) for k in range(math.ceil(num_steps / distance) - 1)]
     return list(between([end for end in ends if end < num_steps] + [num_steps]))
-
-
-def _by_epochs(epochs: Sequence[float], per_epoch: int, num_steps: int) -> list[int]:
-    ends = [round(sum(epochs[: k + 1]) * per_epoch) for k in range(len(epochs))]
-    if abs(sum(epochs) * per_epoch - num_steps) < 1:
-        ends[-1] = num_steps  # trainers round the last epoch up
-    return list(between(ends))
 
 
 def _check(lengths: Sequence[int], num_links: int | None, num_steps: int) -> None:
@@ -182,12 +178,3 @@ def find_trainer_processes(args: TrainingArguments, model: nn.Module) -> Process
             f"torchrun --nproc-per-node {args.n_gpu}, or show one by CUDA_VISIBLE_DEVICES"
         )
     return find_processes(state)
-
-
-def check_ranks(ranks: Sequence[int], processes: Processes) -> None:
-    """Raise ConfigError for links whose parameters DDP could not know of from the beginning."""
-    if processes.count > 1 and len(set(ranks)) > 1:
-        raise ConfigError(
-            f"in several processes all ranks must be equal (got {list(ranks)}): the trainer's DDP "
-            "knows the first link's parameters alone; change them, or use `chainlora train`"
-        )

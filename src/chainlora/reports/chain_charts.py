@@ -245,9 +245,7 @@ def _received(
     if len(parts) < 2 or len(parts) * len(links) < 4:
         return []
     # layers by number, names after them
-    order = sorted(
-        parts, key=lambda name: (not name.isdecimal(), len(name) * name.isdecimal(), name)
-    )
+    order = sorted(parts, key=lambda n: (0, int(n), n) if n.isdecimal() else (1, 0, n))
     parts = {name: parts[name] for name in order}
     grid = [
         [math.hypot(*(link["modules"].get(name, 0.0) for name in own)) for own in parts.values()]
