@@ -27,7 +27,7 @@ from chainlora.board.watching import find_runs, sections_of
 from chainlora.errors import ChainLoRAError
 from chainlora.evaluation.generation import Decoding
 from chainlora.evaluation.training_rows import answer_limit
-from chainlora.reports.charts import number, table_of
+from chainlora.reports.charts import Table, number
 from chainlora.reports.page import Numbers, as_text, part_style, render_part, section
 
 _SECONDS = 4  # between two looks at the files; what has not changed is not drawn again
@@ -46,11 +46,6 @@ footer { display: none !important; }
 .chainlora { background: none !important; }
 .chainlora section:first-child h2 { margin-top: 0; }
 """
-# Gradio's page is empty until its scripts have run, and its `head` is put there by them.
-_WAITING = (
-    '<style>gradio-app:not(:has(.gradio-container))::before { content: "Loading…"; padding: 2rem; '
-    "font: 1.2rem system-ui, sans-serif; }</style></head>"
-)
 _FONTS: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 
 
@@ -118,20 +113,9 @@ class Guard:
             await PlainTextResponse("not from here", 403)(scope, receive, send)
             return
 
-        is_page = scope["path"] == "/"
-        if is_page:  # a compressed one could not be added to
-            plain = [header for header in scope["headers"] if header[0] != b"accept-encoding"]
-            scope = scope | {"headers": plain}
-
         async def answer(message: Any) -> None:
             if message["type"] == "http.response.start":
-                own = MutableHeaders(scope=message)
-                own["Content-Security-Policy"] = _POLICY
-                if is_page:
-                    del own["Content-Length"]
-            elif is_page and "body" in message:
-                body = message["body"].replace(b"</head>", _WAITING.encode(), 1)
-                message = message | {"body": body}
+                MutableHeaders(scope=message)["Content-Security-Policy"] = _POLICY
             await send(message)
 
         await self.app(scope, receive, answer)
@@ -197,10 +181,9 @@ def _mixing(desk: Desk) -> None:
     now = desk.state.strengths
     gr.Markdown(f"## {as_text(desk.run.resolve().name)}")
     with gr.Row():
-        a, b = _sliders(desk, "A", now), _sliders(desk, "B", _other_than(now))
-    _talking(desk, [*a, *b])
-    _scoring(desk, [*a, *b])
-    _keeping(desk, [*a, *b])
+        widgets = [*_sliders(desk, "A", now), *_sliders(desk, "B", _other_than(now))]
+    for part in (_talking, _scoring, _keeping):
+        part(desk, widgets)
 
 
 def _other_than(now: Mapping[str, float]) -> dict[str, float]:
@@ -310,16 +293,13 @@ def _scoring(desk: Desk, widgets: list[Any]) -> None:
     @_told()
     def score(*values: Any) -> str:
         a, b = desk.scores(_mixes(desk, values))
-        rows = [
-            {
-                "rows of": f"{one.stage}, {one.metric} of {one.rows} {one.split}",
-                "A": number(one.value, 4),
-                "B": number(two.value, 4),
-                "±": number(max(one.error, two.error) or None, 4),
-            }
-            for one, two in zip(a, b, strict=True)
-        ]
-        table = table_of("What the mixes score", rows, "±: standard error over the rows.")
+        rows = []
+        for one, two in zip(a, b, strict=True):
+            error = max(one.error, two.error) or None
+            texts = [number(value, 4) for value in (one.value, two.value, error)]
+            rows.append((f"{one.stage}, {one.metric} of {one.rows} {one.split}", *texts))
+        heads, note = ("rows of", "A", "B", "±"), "±: standard error over the rows."
+        table = Table("What the mixes score", heads, tuple(rows), note)
         return render_part([section("Scores", Numbers(table))])
 
     button.click(score, widgets, view, **_MODEL)

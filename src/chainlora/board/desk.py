@@ -96,15 +96,11 @@ class Desk:
 
     def _mixed(self, mix: Mix) -> State:
         """Return the state that a mix is."""
-        terms = tuple(
-            term.model_copy(
-                update={"strength": 0.0 if place in mix.off else float(mix.strengths[link.stage])}
-            )
-            for place, (term, link) in enumerate(
-                zip(self.state.state.terms, self.links, strict=True)
-            )
-        )
-        return self.state.state.model_copy(update={"terms": terms})
+        terms = []
+        for place, link in enumerate(self.links):
+            strength = 0.0 if place in mix.off else float(mix.strengths[link.stage])
+            terms.append(self.state.state.terms[place].model_copy(update={"strength": strength}))
+        return self.state.state.model_copy(update={"terms": tuple(terms)})
 
     def answer(
         self, mix: Mix, turns: Sequence[Message], decoding: Decoding, *, as_chat: bool

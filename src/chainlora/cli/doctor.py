@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import click
@@ -23,7 +22,6 @@ _OPTIONAL = {
     "deepspeed": ("models that processes share by ZeRO-3", "deepspeed"),
     "schedulefree": ("schedule-free AdamW", "schedulefree"),
 }
-_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 _FAST_PATHS = (
     "Packed sequences lie side by side in one row, without padding. Fast decoder layers compute a "
     "layer with fewer and larger operations. Each was compared with plain transformers on this "
@@ -83,7 +81,7 @@ def _machine() -> dict[str, Any]:
     gpus = [f"{each.name}, {_gib(each.total_memory)}" for each in known]
     return {
         "cores": f"{os.cpu_count()}, torch uses {torch.get_num_threads()}",
-        "instructions": ", ".join(_instructions()) or "not known here",
+        "kernels": torch.backends.cpu.get_cpu_capability(),
         "memory": f"{_gib(memory.total)}, {_gib(memory.available)} of it free",
         "gpus": gpus or "none that torch can use",
         "cache": str(cache_dir()),
@@ -92,15 +90,6 @@ def _machine() -> dict[str, Any]:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
-
-
-def _instructions() -> list[str]:
-    """Return what the CPU says of vectors and bfloat16, where Linux tells it."""
-    try:
-        words = set(Path("/proc/cpuinfo").read_text(encoding="ascii").split())
-    except (OSError, UnicodeDecodeError):
-        return []
-    return [name for name in _INSTRUCTIONS if name in words]
 
 
 def _examined(name: str) -> dict[str, Any]:

@@ -109,9 +109,8 @@ def chat(run_or_model: str, system: str | None, **keys: Any) -> None:
     A line is a turn. /clear forgets the conversation; /exit or Ctrl-D ends it.
     """
     check_run_or_model(run_or_model, keys["links"], keys["stages"])
-    speaker, _ = _speaker(
-        run_or_model, **keys | {"max_new_tokens": keys["max_new_tokens"] or _MOST}
-    )
+    keys["max_new_tokens"] = keys["max_new_tokens"] or _MOST
+    speaker, _ = _speaker(run_or_model, **keys)
     from chainlora.evaluation.generation import check_chat
 
     check_chat(speaker.tokenizer, run_or_model)
@@ -129,9 +128,9 @@ def chat(run_or_model: str, system: str | None, **keys: Any) -> None:
                 raise
             to_stderr(f"chainlora: {error}")
             messages.pop()
-            continue
-        click.echo()
-        messages.append({"role": "assistant", "content": text})
+        else:
+            click.echo()
+            messages.append({"role": "assistant", "content": text})
 
 
 def _speaker(

@@ -126,9 +126,7 @@ class ChainCallback(TrainerCallback):
         """Plan the links of the run, and check that chain, optimizer and schedule suit it."""
         model, optimizer, scheduler = (kwargs[k] for k in ("model", "optimizer", "lr_scheduler"))
         if self._wrapped is None:
-            if (
-                state.global_step or num_launched() > 1
-            ):  # a checkpoint is loaded, or DDP has wrapped
+            if state.global_step or num_launched() > 1:  # or DDP has wrapped
                 why = "to resume" if state.global_step else "in several processes"
                 raise ConfigError(
                     f"{why}, a trainer needs ChainCallback when it is made (got it by "

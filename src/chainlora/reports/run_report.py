@@ -107,9 +107,9 @@ def _each(
 def _lead(runs: Sequence[RunFacts]) -> str:
     """Return what happened, for readers from outside the field."""
     if len(runs) > 1:
-        said = (what[0].lower() + what[1:] for what in map(_what, runs))
-        each = zip(runs, said, strict=True)
-        return "; ".join(f"{run.name}: {what}{_gain(run)}" for run, what in each) + "."
+        whats = [what[0].lower() + what[1:] for what in map(_what, runs)]
+        said = [f"{run.name}: {what}{_gain(run)}" for run, what in zip(runs, whats, strict=True)]
+        return "; ".join(said) + "."
     run = runs[0]
     model = public_name(run.state.base.model) or "a model without a name"
     if not _was_trained(run):
@@ -302,25 +302,20 @@ def links_table(run: RunFacts) -> list[Block]:
         return []
     names = list(dict.fromkeys(name for link in links for name in link["scores"]))
     are_several = len({link["stage"] for link in links}) > 1
-    rows = [
-        {"link": str(link["link"])}
-        | ({"stage": link["stage"], "strength": f"{link['strength']:g}"} if are_several else {})
-        | {
-            "rank": str(link["rank"]),
-            "scaling": f"{link['scaling']:g}",
-            "steps": f"{link['steps']:,}",
-            "training loss": number(link["loss"], 4),
-        }
-        | {f"validation {name}": number(link["scores"].get(name), 4) for name in names}
-        | {
-            "‖ΔW‖": number(link.get("delta_norm"), 4),
-            "overlap with earlier links": ", ".join(number(x) for x in link.get("overlap", ()))
-            or _NONE,
-            "effective rank": number(link.get("effective_rank")),
-            "stable rank": number(link.get("stable_rank")),
-        }
-        for link in links
-    ]
+    rows = []
+    for link in links:
+        row = {"link": str(link["link"])}
+        if are_several:
+            row |= {"stage": link["stage"], "strength": f"{link['strength']:g}"}
+        row |= {"rank": str(link["rank"]), "scaling": f"{link['scaling']:g}"}
+        row |= {"steps": f"{link['steps']:,}", "training loss": number(link["loss"], 4)}
+        row |= {f"validation {name}": number(link["scores"].get(name), 4) for name in names}
+        row["‖ΔW‖"] = number(link.get("delta_norm"), 4)
+        overlaps = ", ".join(number(overlap) for overlap in link.get("overlap", ()))
+        row["overlap with earlier links"] = overlaps or _NONE
+        row["effective rank"] = number(link.get("effective_rank"))
+        row["stable rank"] = number(link.get("stable_rank"))
+        rows.append(row)
     note = "Training loss: mean of the last tenth of the link's steps. Ranks: means over modules."
     return [Numbers(table_of("Each link", rows, note))]
 
