@@ -193,7 +193,6 @@ def _other_than(now: Mapping[str, float]) -> dict[str, float]:
 
 
 def _sliders(desk: Desk, side: str, strengths: Mapping[str, float]) -> list[Any]:
-    """Return the widgets of one mix: for each stage its strength, and which of its links are on."""
     found: list[Any] = []
     with gr.Column(min_width=300):
         gr.Markdown(f"### {side}")

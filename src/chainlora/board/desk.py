@@ -95,7 +95,6 @@ class Desk:
         vars(self).pop("_scorer", None)
 
     def _mixed(self, mix: Mix) -> State:
-        """Return the state that a mix is."""
         terms = []
         for place, link in enumerate(self.links):
             strength = 0.0 if place in mix.off else float(mix.strengths[link.stage])

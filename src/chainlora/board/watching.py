@@ -122,7 +122,6 @@ def _state_of(run: Path, name: str) -> OpenState:
 
 
 def _off(run: Path) -> set[str]:
-    """Return the stages that `mix` has switched off."""
     return {name for name, strength in find_state(run).strengths.items() if not strength}
 
 

@@ -68,7 +68,6 @@ def print_json(value: Any) -> None:
 
 
 def show(value: Any, text: str, as_json: bool) -> None:
-    """Print a result: one JSON object, or what it is in words."""
     if as_json:
         print_json(value)
     else:
@@ -76,7 +75,6 @@ def show(value: Any, text: str, as_json: bool) -> None:
 
 
 def to_stderr(text: str = "") -> None:
-    """Print a line on stderr, where progress goes."""
     click.echo(text, err=True)
 
 
@@ -132,7 +130,6 @@ class Verbs(click.Group):
     """A group that finds the lab's verbs by name, and names the nearest verb for an unknown one."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names of all verbs."""
         return sorted({*super().list_commands(ctx), *_OF_THE_LAB})
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:

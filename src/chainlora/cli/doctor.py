@@ -55,7 +55,6 @@ def doctor(model: str | None, as_json: bool) -> None:
 
 
 def _section(title: str, values: dict[str, Any]) -> str:
-    """Return a titled list of values; one inside another continues it."""
     flat = {
         key: text
         for name, value in values.items()

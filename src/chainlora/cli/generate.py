@@ -30,7 +30,6 @@ _MOST = 256  # tokens of an answer: `MOST_TOKENS`, without what it imports
 
 
 def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add what both verbs take."""
     options = (
         click.argument("run_or_model", metavar="RUN|MODEL", type=click.Path()),
         links_option,

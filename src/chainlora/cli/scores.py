@@ -139,7 +139,6 @@ def _keep_start_rows(run: str, file: str, task: str | None) -> None:
 
 
 def _score_matrix(run: str, as_json: bool, speedups: Speedups) -> None:
-    """Score the kept rows in all states and show the matrix."""
     need_run(run)
     quiet()
     from chainlora.cli.versioning import scored_matrix, show_matrix

@@ -81,7 +81,6 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
         stages = make_stages(with_start(tree), overrides)
         train_and_show(stages, overrides, dry_run, as_json)
         return
-    named = [key for key, _ in overrides]
     settings = check_alone(load_config(file, overrides))
     if settings.output is None:
         raise ConfigError(
@@ -93,6 +92,7 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
         what = "every weight" if settings.chain.tune == "full" else f"links of rank {ranks}"
         to_stderr(f"{file}: {what} on {settings.model}, to {settings.output}")
     quiet()
+    named = [key for key, _ in overrides]
     if dry_run:
         _show_plan([Stage(stage, settings)], named, as_json)
         return
@@ -114,7 +114,7 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     if as_json:
         print_json(result)
     elif ended:
-        _show_nothing_left(settings.output)
+        click.echo(f"nothing left to do: {settings.output} has ended")
     else:
         _show_run(settings, [result])
 
@@ -179,7 +179,7 @@ def train_and_show(
     elif new:
         _show_run(stages[-1].config, new, are_stages=True)
     else:
-        _show_nothing_left(run)
+        click.echo(f"nothing left to do: {run} has ended")
     if off:
         click.echo(f"chainlora: switched off by accept_links: {', '.join(off)}", err=True)
         raise click.exceptions.Exit(GUARDED)
@@ -208,12 +208,7 @@ def _show_run(config: RunConfig, results: Sequence[TrainResult], are_stages: boo
     _show_next(shlex.quote(run), results[-1], config)
 
 
-def _show_nothing_left(run: str) -> None:
-    click.echo(f"nothing left to do: {run} has ended")
-
-
 def _show_next(run: str, result: TrainResult, config: RunConfig) -> None:
-    """Print commands to go on with."""
     has_links, report, scored = bool(result["links"]), f"chainlora report {run}", result["metrics"]
     extend = "--name NAME --data.train FILE --chain.ranks 8 --chain.epochs 1"
     if config.plugins:
@@ -286,11 +281,10 @@ def _with_progress(settings: RunConfig, work: Callable[[Listener], Result]) -> R
 
 def _say_stopping(number: int) -> None:
     """Write without buffers and locks: this runs inside a signal handler."""
-    if not is_first_process():
-        return
-    text = "\nchainlora: stopping after this step; press Ctrl-C again to stop at once\n"
-    with suppress(OSError):
-        os.write(2, text.encode())
+    text = b"\nchainlora: stopping after this step; press Ctrl-C again to stop at once\n"
+    if is_first_process():
+        with suppress(OSError):
+            os.write(2, text)
 
 
 @click.command

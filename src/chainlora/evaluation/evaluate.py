@@ -209,7 +209,6 @@ class Gain:
 
     @property
     def is_clear(self) -> bool:
-        """Say whether it is better by more than its standard error."""
         return self.mean > self.standard_error
 
 

@@ -281,14 +281,12 @@ class Scorer:
                 yield stage, self._evaluate(engine, f"{name}: {stage}", stage)
 
     def model_at(self, state: State) -> Any:
-        """Return the model, put into a state of the run."""
         self._add(state)
         on = {self._ids[term.link]: term.strength for term in state.terms}
         self.chain.set_strengths({id: on.get(id, 0.0) for id in self.chain.strengths})
         return self.chain.model
 
     def _add(self, state: State) -> None:
-        """Put the links of a state on the chain that are not there."""
         due = [term for term in state.terms if term.link not in self._ids]
         self._ids |= {term.link: len(self._ids) + place for place, term in enumerate(due)}
         links = [

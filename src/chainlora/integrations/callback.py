@@ -323,7 +323,6 @@ class ChainCallback(TrainerCallback):
     # --- knots ---
 
     def _knot(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> Knot | None:
-        """Return the knot that is due after the live link's last step."""
         if not self.chain.live_steps:
             return None
         logged = (float(each["loss"]) for each in reversed(state.log_history) if "loss" in each)

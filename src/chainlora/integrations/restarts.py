@@ -82,7 +82,6 @@ class Trained:
 
 
 def named_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
-    """Return the names of a model's trainable parameters."""
     return {p: name for name, p in model.named_parameters() if p.requires_grad}
 
 

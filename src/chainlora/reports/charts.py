@@ -181,14 +181,10 @@ def numbers_of(title: str, figure: Any) -> Table | None:
 
 
 def grid_table(
-    title: str,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    grid: Sequence[Sequence[float]],
-    corner: str,
+    title: str, rows: Sequence[str], columns: Sequence[str], grid: Any, corner: str
 ) -> Table:
     lines = zip(rows, grid, strict=True)
-    body = tuple((name, *(short(value) for value in values)) for name, values in lines)
+    body = tuple((name, *map(short, values)) for name, values in lines)
     return Table(title, (corner, *columns), body)
 
 

@@ -96,7 +96,6 @@ def run_page(runs: Sequence[RunFacts], answered: Mapping[str, Sequence[Answer]])
 def _each(
     title: str, runs: Sequence[RunFacts], blocks: Callable[[RunFacts], Sequence[Block]]
 ) -> Section:
-    """Return a section with a column for each run."""
     columns = [Column(run.name if len(runs) > 1 else "", blocks(run)) for run in runs]
     return Section(title, columns)
 
@@ -413,5 +412,4 @@ def _memory(result: Record) -> str:
 
 
 def _together(text: str) -> str:
-    """Return a text that no line break divides."""
     return text.replace(" ", "\N{NO-BREAK SPACE}")

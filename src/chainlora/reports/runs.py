@@ -62,7 +62,6 @@ class RunFacts:
 
     @property
     def position(self) -> Progress:
-        """Return how far its training has come."""
         if self.state.draft is not None:
             return self.state.draft.position
         keys = {"step": "steps", "tokens": "tokens", "scored_tokens": "scored_tokens"}
