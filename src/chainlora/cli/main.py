@@ -17,12 +17,11 @@ import click
 from chainlora import __version__
 from chainlora.cli.common import SIGNALLED, Verbs, is_first_process, prepare_streams
 from chainlora.cli.doctor import doctor, schema, tasks
-from chainlora.cli.exporting import export
 from chainlora.cli.generate import chat, generate
 from chainlora.cli.scores import evaluate
 from chainlora.cli.train import demo, train
 from chainlora.cli.versioning import extend, log, mix, prune, redo, undo
-from chainlora.cli.views import board, inspect, report
+from chainlora.cli.views import board, export, inspect, report
 from chainlora.errors import (
     ChainLoRAError,
     ConfigError,
