@@ -196,25 +196,19 @@ def _sliders(desk: Desk, side: str, strengths: Mapping[str, float]) -> list[Any]
     found: list[Any] = []
     with gr.Column(min_width=300):
         gr.Markdown(f"### {side}")
-        for stage, links in desk.stages.items():
-            keys: Any = {"interactive": True, "elem_id": f"{side}-{stage}"}
-            step, now = 0.05 if desk.is_sum(stage) else 1, strengths[stage]
+        for stage, now in strengths.items():
+            keys: Any = {"interactive": True, "elem_id": f"{side}-{stage}", "label": stage}
+            step = 0.05 if desk.is_sum(stage) else 1
             least, most = min(0, now), max(1, now)  # `mix` takes any number
-            found.append(gr.Slider(least, most, now, step=step, label=stage, **keys))
-            choices = [(f"link {n}, rank {link.rank}", n) for n, link in links.items()]
-            keys = {"interactive": True, "show_label": False, "container": False}
-            found.append(gr.CheckboxGroup(choices, value=[each for _, each in choices], **keys))
+            found.append(gr.Slider(least, most, now, step=step, **keys))
     return found
 
 
 def _mixes(desk: Desk, values: Sequence[Any]) -> list[Mix]:
-    """Return the mixes that the widgets of both sides say."""
-    half, found = len(values) // 2, []
-    for own in (values[:half], values[half:]):
-        on = {each for chosen in own[1::2] for each in chosen}
-        off = frozenset(place for place in range(len(desk.links)) if place not in on)
-        found.append(Mix(dict(zip(desk.stages, own[::2], strict=True)), off))
-    return found
+    """Return the mixes that the sliders of both sides say."""
+    half = len(values) // 2
+    stages = desk.state.strengths
+    return [dict(zip(stages, own, strict=True)) for own in (values[:half], values[half:])]
 
 
 @contextmanager
@@ -319,7 +313,7 @@ def _keeping(desk: Desk, widgets: list[Any]) -> None:
     def save_mix(which: str, *values: Any) -> str:
         mix = _mixes(desk, values)[_SIDES.index(which)]
         desk.save(mix)
-        words = " ".join(f"{stage}={strength:g}" for stage, strength in mix.strengths.items())
+        words = " ".join(f"{stage}={strength:g}" for stage, strength in mix.items())
         return f"Saved, as by `chainlora mix {desk.run} {words}`."
 
     @_told()
