@@ -54,23 +54,22 @@ def sections_of(runs: Mapping[str, Path], shown: Path) -> list[Section]:
 
 def standing_of(run: Path) -> dict[str, str]:
     """Say where a run is: the stage that it trains or trained last, in words."""
-    keys = ("stage", "step", "time left", "training loss", "validation")
+    keys = ("state", "stage", "step", "time left", "training loss", "validation")
     try:
         name = _stages(run)[-1]
         folder = stage_folder(run, name)
         stamps = [_stamp(each) for each in (run / HISTORY, folder / DRAFT, folder / RECORDS)]
-        is_done, *said = _standing(run, name, *stamps)
+        found = dict(zip(keys, _standing(run, name, *stamps), strict=True))
     except ChainLoRAError:
-        return {"state": "cannot be read"} | dict.fromkeys(keys, _NONE)
-    is_training = not is_done and is_in_use(folder)
-    state = "done" if is_done else "training" if is_training else "interrupted"
-    found = {"state": state} | dict(zip(keys, said, strict=True))
-    return found if is_training else found | {"time left": _NONE}
+        return dict.fromkeys(keys, _NONE) | {"state": "cannot be read"}
+    if found["state"] == "training" and not is_in_use(folder):
+        found["state"] = "interrupted"
+    return found if found["state"] == "training" else found | {"time left": _NONE}
 
 
 @lru_cache(maxsize=1000)
-def _standing(run: Path, name: str, *stamps: int) -> tuple[bool, str, str, str, str, str]:
-    """Return whether a stage is done, and what there is to say of it."""
+def _standing(run: Path, name: str, *stamps: int) -> tuple[str, ...]:
+    """Return whether a stage is done or in training, and what there is to say of it."""
     state = _state_of(run, name)
     result = state.result() if state.draft is None else None
     facts = RunFacts("", state, None, result or {}, state.records(), {})
@@ -82,7 +81,7 @@ def _standing(run: Path, name: str, *stamps: int) -> tuple[bool, str, str, str, 
     recent = [record["seconds"] for record in steps[-_RECENT:]]
     scores = [record[metric] for record in facts.evaluations if metric and metric in record]
     return (
-        is_done,
+        "done" if is_done else "training",
         name,
         f"{step:,} of {total:,}" if total > step else f"{step:,}",
         duration(median(recent) * (total - step)) if recent else _NONE,

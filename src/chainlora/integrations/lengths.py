@@ -81,7 +81,20 @@ def link_lengths(
     else:
         count = num_links or 1
         lengths = list(between([round(num_steps * (k + 1) / count) for k in range(count)]))
-    _check(lengths, num_links, num_steps)
+    if num_links is not None and len(lengths) != num_links:
+        raise ConfigError(
+            f"`ranks` must have one entry a link (got {num_links} for {len(lengths)} links of "
+            f"{lengths} steps); change either"
+        )
+    if any(length < 1 for length in lengths):
+        raise ConfigError(
+            f"every link must have at least one step (got {lengths!r:.60}); tie less often"
+        )
+    if sum(lengths) != num_steps:
+        raise ConfigError(
+            f"the links must add up to the run (got {lengths}, together {sum(lengths)}, for "
+            f"{num_steps} steps); change them, or the trainer's max_steps or num_train_epochs"
+        )
     return lengths
 
 
@@ -93,23 +106,6 @@ def _by_distance(distance: float, num_steps: int, what: str) -> list[int]:
         )
     ends = [round(distance * (k + 1)) for k in range(math.ceil(num_steps / distance) - 1)]
     return list(between([end for end in ends if end < num_steps] + [num_steps]))
-
-
-def _check(lengths: Sequence[int], num_links: int | None, num_steps: int) -> None:
-    if num_links is not None and len(lengths) != num_links:
-        raise ConfigError(
-            f"`ranks` must have one entry a link (got {num_links} for {len(lengths)} links of "
-            f"{list(lengths)} steps); change either"
-        )
-    if any(length < 1 for length in lengths):
-        raise ConfigError(
-            f"every link must have at least one step (got {list(lengths)!r:.60}); tie less often"
-        )
-    if sum(lengths) != num_steps:
-        raise ConfigError(
-            f"the links must add up to the run (got {list(lengths)}, together {sum(lengths)}, for "
-            f"{num_steps} steps); change them, or the trainer's max_steps or num_train_epochs"
-        )
 
 
 def steps_per_epoch(loader: Any, args: TrainingArguments) -> int | None:
