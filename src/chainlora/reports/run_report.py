@@ -374,7 +374,9 @@ def _costs(run: RunFacts) -> dict[str, str]:
 
 def _configs(runs: Sequence[RunFacts]) -> list[Block]:
     trees = {run.name: run.config.model_dump(mode="json") for run in runs if run.config}
-    wholes = [Listing(f"The whole config of {name}", dump_yaml(t)) for name, t in trees.items()]
+    wholes: list[Block] = [
+        Listing(f"The whole config of {name}", dump_yaml(tree)) for name, tree in trees.items()
+    ]
     if len(trees) < 2:
         return wholes
     flat = {name: flatten(tree) for name, tree in trees.items()}
