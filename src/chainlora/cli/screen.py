@@ -16,8 +16,8 @@ from rich.table import Table
 from chainlora.reports.charts import number
 from chainlora.training.progress import console_of_bars, console_on_stderr
 
-_COLUMNS = ("link", "rank", "steps", "loss", "validation", "‖ΔW‖", "effective rank")
-_COLUMNS += ("overlap with earlier",)
+_COLUMNS = ["link", "rank", "steps", "loss", "validation", "‖ΔW‖", "effective rank"]
+_COLUMNS += ["overlap with earlier"]
 
 
 @contextmanager
