@@ -235,7 +235,7 @@ def test_pages_that_were_closed_hold_no_model(run):
             mixing.fn(str(shown))
         pages.append(page)
         (score,) = (each.fn for each in page.fns.values() if each.name == "score")
-        mix = (1.0, [0, 1], 1.0, [2, 3])
+        mix = (1.0, 1.0)
         assert "What the mixes score" in score(*mix, *mix)
     gc.collect()
     assert sum(type(each) is Scorer for each in gc.get_objects()) == 1
