@@ -23,7 +23,7 @@ from chainlora.chain.live import SOFT_LINK_TOLERANCE
 from chainlora.config.schema import RunConfig
 from chainlora.config.staging import Stage
 from chainlora.errors import DivergedError, StoppedError, TrainingError
-from chainlora.evaluation.acceptance import gain
+from chainlora.evaluation.evaluate import gain
 from chainlora.models.modes import in_mode, kept_random_state
 from chainlora.runs.history import MAIN
 from chainlora.runs.start import NOTHING, Start
