@@ -51,7 +51,11 @@ def num_trained(rank: int, modules: Mapping[str, Any]) -> int:
 
 
 def looks_up(module: nn.Embedding) -> bool:
-    """Say whether a forward is a look-up, times `embed_scale` where there is one, as in PEFT."""
+    """Say whether a forward is a look-up, times `embed_scale` where there is one, as in PEFT.
+
+    Of a layer on the meta device this and `has_own_forward` see the shape alone; the loaded model
+    is checked again.
+    """
     if type(module).forward is nn.Embedding.forward:
         return True
     ids = torch.arange(min(3, module.num_embeddings), device=module.weight.device)[None]
@@ -61,7 +65,7 @@ def looks_up(module: nn.Embedding) -> bool:
     except (RuntimeError, TypeError):
         return False
     rows = rows * getattr(module, "embed_scale", 1.0)
-    return isinstance(own, Tensor) and own.shape == rows.shape and torch.allclose(own, rows)
+    return isinstance(own, Tensor) and own.shape == rows.shape and _are_close(own, rows)
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -79,7 +83,11 @@ def has_own_forward(module: nn.Module) -> bool:
         return True
     if not isinstance(own, Tensor) or own.shape != plain.shape:
         return True
-    return not torch.allclose(own, plain, rtol=1e-3, atol=1e-3)
+    return not _are_close(own, plain, rtol=1e-3, atol=1e-3)
+
+
+def _are_close(x: Tensor, y: Tensor, **tolerances: float) -> bool:
+    return x.is_meta or torch.allclose(x, y, **tolerances)
 
 
 def why_no_lora(module: nn.Module) -> str | None:
