@@ -27,6 +27,7 @@ from chainlora.runs.history import (
     LinkFacts,
     State,
     Term,
+    derived_file,
     link_folder,
     now,
     rows_file,
@@ -62,6 +63,10 @@ def copy_closure(state: OpenState, run: Path, history: History) -> History:
     """
     entries = {entry.key: entry for entry in [*state.keepers(), *state.lineage]}
     links: dict[str, LinkFacts] = {}
+    terms = [term for entry in entries.values() for term in entry.state.terms]
+    for name in {derived_file(term.derived) for term in terms if term.derived is not None}:
+        files.make_folder(run / "derived")
+        shutil.copyfile(state.run / name, run / name)
     for entry in entries.values():
         for digest in (*(term.link for term in entry.state.terms), *entry.tied):
             if digest not in links:
@@ -76,7 +81,7 @@ def copy_closure(state: OpenState, run: Path, history: History) -> History:
             source = stage_folder(state.run, entry.key) / name
             if source.is_file():
                 shutil.copyfile(source, folder / name)
-    for folder in (run / "rows", run / "stages"):
+    for folder in (run / "rows", run / "stages", run / "derived"):
         if folder.is_dir():
             files.sync_tree(folder)
     copied = [
