@@ -39,6 +39,7 @@ from chainlora.evaluation.streaming import to_accelerator
 from chainlora.models.finding import resolve_model
 from chainlora.runs.addresses import Address, find_state, open_run
 from chainlora.runs.changes import MATRIX
+from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import BASE, Digest, State, read_history, short_digest
 from chainlora.runs.opening import load_run
 from chainlora.runs.state import OpenState
@@ -344,11 +345,12 @@ def _read(run: Path) -> Iterator[Cell]:
 def _write(run: Path, known: Mapping[tuple[str, str, str], Cell]) -> None:
     """Keep the cells beside those that others have scored meanwhile, but for rows that were pruned;
     numbers of a run that cannot be written are numbers too."""
-    stages = {entry.key for entry in read_history(run).entries}
     cells = ({_key(cell): cell for cell in _read(run)} | {**known}).values()
-    lines = [f"{json.dumps(asdict(cell))}\n" for cell in cells if cell.stage in stages]
     try:
+        history = read_history(run)
+        stages = {entry.key for entry in history.entries} | drafts_in(run, history).keys()
+        lines = [f"{json.dumps(asdict(cell))}\n" for cell in cells if cell.stage in stages]
         files.remove_scratch(run, MATRIX)
         files.write_text(run / MATRIX, "".join(lines))
-    except FileError as error:
+    except (FileError, RunError) as error:
         logger.warning("the scores are not kept: %s", error)

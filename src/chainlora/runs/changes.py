@@ -66,16 +66,16 @@ def mix_stages(
     links cannot have, or a run whose first stage has not ended.
     """
     run = whole_run(run)
-    found = open_run(run)
-    if found.draft is not None:
+    if open_run(run).draft is not None:
         rule = "Cannot mix: the first stage has not ended"
         raise RunError(rule, run, "finish it by the command that began it")
-    mixed = found.with_strengths(strengths)
-    found.need_one_strength([*strengths])
-    check_strengths(mixed.outlines())
 
     def change(history: History) -> History:
-        return history.mixed(state_at(run, history).with_strengths(strengths).state, reads)
+        found = state_at(run, history)
+        mixed = found.with_strengths(strengths)
+        found.need_one_strength([*strengths])
+        check_strengths(mixed.outlines())
+        return history.mixed(mixed.state, reads)
 
     update_history(run, change)
     return open_run(run)
@@ -165,7 +165,6 @@ class Pruning:
     """
 
     stage: str
-    history: History
     gone: list[Path]
     with_it: list[str]
     later: list[str]
@@ -198,7 +197,7 @@ def plan_pruning(run: str | Path, name: str) -> Pruning:
         if e.kind == "stage" and e.key != name and name in {a.key for a in history.lineage(e.key)}
     ]
     before = entry.parents[0] if entry is not None and entry.parents else BASE
-    return Pruning(name, after, sorted(_unnamed(run, after)), with_it, on_top, before)
+    return Pruning(name, sorted(_unnamed(run, after)), with_it, on_top, before)
 
 
 def prune_stage(run: str | Path, name: str) -> Pruning:
@@ -212,12 +211,13 @@ def prune_stage(run: str | Path, name: str) -> Pruning:
     plan, (folder, _) = plan_pruning(run, name), split_address(run)
 
     def change(history: History) -> History:
+        nonlocal plan
         _need_idle(folder, history)
-        return _without(history, name)[0]
+        after, with_it = _without(history, name)
+        plan = replace(plan, gone=sorted(_unnamed(folder, after)), with_it=with_it)
+        return after
 
-    after = update_history(folder, change)
-    _keep_scores(folder, after)
-    plan = replace(plan, gone=sorted(_unnamed(folder, after)))
+    _keep_scores(folder, update_history(folder, change))
     for path in plan.gone:
         files.remove(path)
         if path.exists():
@@ -235,7 +235,7 @@ def _need_idle(run: Path, history: History) -> None:
     begun = [*drafts_in(run, history).values(), *filter(is_in_use, others)]
     if begun:
         rule = f"Cannot prune: stage {begun[0].name} is half trained"
-        raise RunError(rule, begun[0], "finish it, or delete that folder")
+        raise RunError(rule, begun[0], "finish it, or delete that folder when no process uses it")
 
 
 def _without(history: History, name: str) -> tuple[History, list[str]]:

@@ -151,7 +151,8 @@ def load_chain(
     if state is not None and not state.has_run:
         restore_chain(chain, read_chain(state))
         return chain
-    start = load_start(directory) if state is None else start_at(state)
+    is_ended = state is not None and state.draft is None
+    start = start_at(state) if state is not None and is_ended else load_start(directory)
     for note in put_on(start, chain).notes:
         logger.warning(note)
     return chain
@@ -247,7 +248,9 @@ def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
         return own
     shared = what_stages_share(state.config())
     given, model = own.get("model"), state.base.model  # found from the run
-    if isinstance(given, str) and is_same_place(shared["model"], given, state.run):
+    if isinstance(given, str) and (
+        given == shared["model"] or is_same_place(shared["model"], given, state.run)
+    ):
         own["model"] = model
     _agree(own, "model", model, "model")
     _agree(own, "quantize", shared["quantize"], "quantize")

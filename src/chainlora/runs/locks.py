@@ -23,7 +23,9 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of a network disk tha
 _PATIENCE = 60.0  # seconds for a history, which is replaced in milliseconds
 
 
-def take_lock(folder: Path, wait: float = 0.2) -> FileLock | None:
+def take_lock(
+    folder: Path, wait: float = 0.2, advice: str = "Wait for it, or give the stage another name."
+) -> FileLock | None:
     """Lock a folder for this process; None on a disk that has no locks.
 
     Raises RunError where another process holds it for longer than `wait` seconds. A process that
@@ -33,10 +35,7 @@ def take_lock(folder: Path, wait: float = 0.2) -> FileLock | None:
     try:
         lock.acquire()
     except Timeout:
-        raise RunError(
-            f"Cannot lock {folder}: another process is using it. Wait for it, or give the stage "
-            "another name."
-        ) from None
+        raise RunError(f"Cannot lock {folder}: another process is using it. {advice}") from None
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise files.file_error(error, folder / LOCK) from error
@@ -46,9 +45,9 @@ def take_lock(folder: Path, wait: float = 0.2) -> FileLock | None:
 
 
 @contextmanager
-def locked(folder: Path, wait: float = _PATIENCE) -> Iterator[None]:
-    """Keep a folder locked for a moment."""
-    lock = take_lock(folder, wait)
+def locked(run: Path) -> Iterator[None]:
+    """Keep a run locked for a moment."""
+    lock = take_lock(run, _PATIENCE, "Wait for it.")
     try:
         yield
     finally:

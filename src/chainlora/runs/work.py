@@ -80,7 +80,7 @@ from chainlora.runs.links import (
     write_adapter_of,
     write_checkpoint,
 )
-from chainlora.runs.locks import LOCK, locked, refuse_links, take_lock
+from chainlora.runs.locks import LOCK, is_in_use, locked, refuse_links, take_lock
 from chainlora.runs.records import RecordLog, resumed_log
 from chainlora.runs.resuming import (
     check_rows,
@@ -552,13 +552,22 @@ class Work:
         for name in () if scratch_only else PASSING:
             files.remove(self.folder / name)
 
+    def _is_shared(self) -> bool:
+        """Say whether another process has begun or ended a stage in this run."""
+        others = set((self.run / "stages").glob("[!.]*")) - {self.folder}
+        if any((path / DRAFT).exists() or is_in_use(path) for path in others):
+            return True
+        try:
+            return exists_in(self.run) and bool(read_history(self.run).own)
+        except RunError:
+            return True
+
     def _remove_all(self) -> None:
         """Remove what `begin` made, the run first where it is new: then nothing names the rest.
 
         The lock goes last. Where something could not be removed, it says that the rest is a run's.
         """
-        others = set((self.run / "stages").glob("*/stage.json")) - {self.folder / DRAFT}
-        is_alone = self._is_new_run and not others  # nobody else has begun a run here
+        is_alone = self._is_new_run and not self._is_shared()
         made = [self.run / name for name in (HISTORY, "links", "rows", TOKENIZER)]
         for path in made if is_alone else ():
             files.remove(path)

@@ -86,7 +86,8 @@ def make_plan(
     resume: bool = True,
     start: Start = NOTHING,
 ) -> Plan:
-    """Say where each stage is, all files of those that have ended checked. Trains nothing.
+    """Say where each stage is, and check the files that the last ended one depends on. Trains
+    nothing.
 
     Without `resume`, a run in the output is refused. `start` is what a run begins on whose config
     does not name it.
@@ -205,7 +206,8 @@ def _start_of(plan: Plan, run: Path | None, history: History | None, start: Star
                 ", ".join(sorted(others)),
                 first.name,
             )
-        return start_at(state_at(run, history, plan.stages[0].stage.after))
+        now, after = state_at(run, history), plan.stages[0].stage.after
+        return start_at(now if after is None else now.at(after))
     source = first.stage.config.start
     return start if source is None else load_start(source)
 

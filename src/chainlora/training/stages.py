@@ -90,9 +90,9 @@ def extension(
 ) -> list[Stage]:
     """Return one more stage of a run, which `section` and `overrides` describe.
 
-    What they leave open is as in the stage before: not its rows, and neither the number of its
-    links nor their lengths; a warning names what it had set and they do not. With `output` it is a
-    fork: a run that begins on the state that `address` names, whose files stay as they are.
+    Other keys are inherited from the stage before, but for its rows, its links and their lengths,
+    and how its end was chosen; a warning names what it had set and they do not. With `output` it
+    is a fork: a run that begins on the state that `address` names, whose files stay as they are.
 
     Raises:
         ConfigError: a stage without a name, or with keys that a stage cannot have.
@@ -137,7 +137,7 @@ def _below(run: Path, state: OpenState, now: OpenState, name: str) -> OpenState:
     """Return the state that a stage of a run begins on, or has begun on."""
     begun = begun_stage(run, name)
     if begun is not None and begun.entry is not None:
-        if begun.entry.kind != "stage" or begun.entry.key == now.history.own_stages[0]:
+        if begun.entry.kind != "stage" or begun.entry.key in now.history.own_stages[:1]:
             rule = "an extension must come after a stage"
             raise RunError(rule, f"{name!r}, the first", "rename it")
         return begun.at(begun.entry.parents[0] if begun.entry.parents else "base")
