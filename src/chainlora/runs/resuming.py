@@ -16,7 +16,7 @@ from chainlora.errors import RunError
 from chainlora.models.finding import from_above, is_same_place, resolve_model
 from chainlora.models.identity import base_files
 from chainlora.registry import plugin_digest
-from chainlora.runs.history import CONFIG, TOKENIZER, Change, Entry, exists_in
+from chainlora.runs.history import CONFIG, RESULT, TOKENIZER, Change, Entry, exists_in
 from chainlora.runs.locks import LOCK
 from chainlora.runs.state import OpenState, check_base
 
@@ -27,6 +27,7 @@ CHANGEABLE = ("train.lr", "train.max_grad_norm")
 # Keys that say where something lies. A resume reads it, and checks that it is the same.
 _PLACES = ("model", "data.train", "data.validation", "data.test")
 
+_OF_TRAINING = (RESULT, "checkpoints", "moments")  # what a stage gets after the run its history
 _BEFORE_THE_HISTORY = {LOCK, "stages", "links", "rows", TOKENIZER}
 
 
@@ -53,13 +54,16 @@ def refuse_if_other(run: Path) -> None:
     """Raise RunError where something is that is neither a run nor the place for a new one.
 
     A run that was killed before it had a history starts over: nothing in it is worth keeping. Its
-    stage has a lock, or it has no file yet; else files of the same names are somebody's own.
+    stage has a lock and was not trained, or it has no file yet; else files of the same names are
+    somebody's own, or those of a run whose history was deleted.
     """
     if exists_in(run) or not run.is_dir():
         return
     names = {entry.name for entry in run.iterdir() if not files.is_scratch(entry.name)}
     is_empty = not any(path.is_file() for path in run.rglob("*"))  # asked first: a lock comes first
-    is_begun = is_empty or any((run / "stages").glob(f"*/{LOCK}"))
+    locked = [path.parent for path in (run / "stages").glob(f"*/{LOCK}")]
+    is_trained = any((each / name).exists() for each in locked for name in _OF_TRAINING)
+    is_begun = is_empty or (bool(locked) and not is_trained)
     if not (exists_in(run) or (is_begun and names <= _BEFORE_THE_HISTORY)):
         refuse_if_taken(run)
 
