@@ -22,7 +22,7 @@ from chainlora.cli.exporting import export
 from chainlora.cli.generate import chat, generate
 from chainlora.cli.scores import evaluate
 from chainlora.cli.train import demo, train
-from chainlora.cli.versioning import extend, log, mix, prune, redo, undo
+from chainlora.cli.versioning import combine, extend, log, mix, prune, redo, rehearse, undo
 from chainlora.cli.views import board, inspect, report
 from chainlora.errors import (
     ChainLoRAError,
@@ -106,10 +106,10 @@ def _what_failed(error: Exception) -> str:
 def _refuse_processes(verb: str | None) -> None:
     """Raise ConfigError for verbs that know of one process only."""
     count = os.environ.get("WORLD_SIZE", "1")
-    if verb not in (None, "train", "extend") and count.isdecimal() and int(count) > 1:
+    if verb not in (None, "train", "extend", "rehearse") and count.isdecimal() and int(count) > 1:
         raise ConfigError(
-            "only `chainlora train` and `extend` run in several processes (got chainlora "
-            f"{verb} in {count}); start it without torchrun or accelerate launch"
+            "only `chainlora train`, `extend` and `rehearse` run in several processes (got "
+            f"chainlora {verb} in {count}); start it without torchrun or accelerate launch"
         )
 
 
@@ -138,7 +138,7 @@ def cli(context: click.Context, debug: bool) -> None:
     _refuse_processes(context.invoked_subcommand)
 
 
-for _verb in (demo, train, extend, mix, undo, redo, log, prune, evaluate, generate, chat):
+for _verb in (demo, train, extend, combine, rehearse, mix, undo, redo, log, prune, evaluate):
     cli.add_command(_verb)
-for _verb in (inspect, report, board, export, tasks, doctor, schema):
+for _verb in (generate, chat, inspect, report, board, export, tasks, doctor, schema):
     cli.add_command(_verb)

@@ -104,6 +104,9 @@ class DataConfig(Section):
     """Rows of earlier stages and of `start_data` added to every batch, as a share of it: 0.1 adds
     one row to a batch of 10. They come from the rows that the run kept; lengths count the stage's
     own rows."""
+    rehearse: bool = False
+    """Train on nothing but rows that earlier stages and `start_data` kept, as many of each, in
+    place of `train` and `task` (`chainlora rehearse`)."""
     new_rows_only: bool = False
     """Leave out training rows that an earlier stage was trained on. They are known by all their
     tokens: those that another `max_length` cuts, or other `shots` precede, are new."""
@@ -141,7 +144,13 @@ class DataConfig(Section):
     def _check(self) -> DataConfig:
         task, train = self.task, self.train
         refuse_if(
-            task is None and train is None,
+            self.rehearse and bool(task or train or self.validation or self.test or self.replay),
+            "`data.rehearse` is for a stage without rows of its own",
+            "others beside it",
+            "leave them out, or take data.replay",
+        )
+        refuse_if(
+            task is None and train is None and not self.rehearse,
             "`data` must name a `task` or a `train` file",
             "neither" if self.dir is None else "`dir`, which holds the rows of a task",
             "e.g. data: {train: my.jsonl}",

@@ -45,11 +45,13 @@ _NAME = re.compile(r"(?!(?:base|start|now)\Z)[A-Za-z][\w-]{0,63}", re.ASCII)
 @dataclass(frozen=True)
 class Stage:
     """A part of the chain: its name, and the config of the run that tunes it. `after` is the entry
-    of the run that an extension begins on; the stages of a config come one after the other."""
+    of the run that an extension begins on; the stages of a config come one after the other. One
+    `beside` the others is combined with them when it has ended."""
 
     name: str
     config: RunConfig
     after: str | None = None
+    beside: bool = False
 
     @property
     def tolerance(self) -> float | None:
@@ -92,12 +94,11 @@ def check_alone(config: RunConfig) -> RunConfig:
             f"{tolerance:g} in a run without any",
             "use all or better, give it to a later stage, or add start_data",
         )
-    if config.data.replay is not None:
-        got, remedy = (
-            f"{config.data.replay:g} in a run without any",
-            "give it to a later stage, or add start_data",
-        )
-        raise ConfigError("`data.replay` reads rows of earlier stages again", got, remedy)
+    for key in ("replay", "rehearse"):
+        if value := getattr(config.data, key):
+            rule, got = f"`data.{key}` reads rows of earlier stages again", f"{value:g}"
+            remedy = "give it to a later stage, or add start_data"
+            raise ConfigError(rule, f"{got} in a run without any", remedy)
     return config
 
 

@@ -116,6 +116,25 @@ def rows_again(
     return rows
 
 
+def each_again(earlier: Mapping[str, Kept], loss: str, max_length: int) -> list[Rows]:
+    """Return the rows that a rehearsal with this loss reads, of each stage that has some.
+
+    Raises ConfigError where there are none.
+    """
+    found = []
+    for stage, kept in earlier.items():
+        if can_read_again(kept.loss, loss) and len(kept.train):
+            held_out = {k: replace(v, train=MemoryRows()) for k, v in earlier.items() if k != stage}
+            found.append(rows_again({stage: kept, **held_out}, loss, (), max_length))
+    if not found:
+        raise ConfigError(
+            f"`data.rehearse` needs rows that an earlier stage kept and that are learned by {loss}",
+            ", ".join(f"{stage}: {kept.loss}" for stage, kept in earlier.items()) or "none",
+            "train with data.keep_rows: true",
+        )
+    return found
+
+
 def can_read_again(before: str, loss: str) -> bool:
     """Say whether a stage with this loss can read rows again that were learned by another."""
     return before == loss or (before, loss) == ("candidates", "completion")

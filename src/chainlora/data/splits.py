@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from chainlora.config.data import TrainFile
 from chainlora.config.schema import PAIR_LOSSES, DataConfig
 from chainlora.data.chat_templates import set_chat_template
-from chainlora.data.division import aligned, divide, pick, rows_again, rows_in_both
+from chainlora.data.division import aligned, divide, each_again, pick, rows_again, rows_in_both
 from chainlora.data.encoding import Options, detect_format
 from chainlora.data.kept import ASKED, SAMPLE, Kept
 from chainlora.data.mixture import Mixture, example_hashes, prompt_hashes
@@ -41,6 +41,7 @@ from chainlora.errors import ConfigError, DataError
 _log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+_REHEARSED = 8  # rows of each stage in an epoch of a rehearsal
 _ASKED_OF_A_TASK = ("loss", "metrics", "reported", "metric", "stop", "max_new_tokens")
 _REPORTED_OF_PAIRS = ("loss", "accuracy", "margin")
 _DIGEST_VERSION = 2  # 1, without a number in front, hashed the rows as one text of Python
@@ -171,6 +172,11 @@ def prepare_splits(
     _log_unread(rows)
     if to_score is None and compare:
         _log_in_both(data, rows, sources)
+    if data.rehearse and to_score is None:
+        kind, longest = learned_by(data, loss), length_limit(data, context)
+        by_stage = each_again(earlier or {}, kind, longest)
+        asked["mixture"] = Mixture(tuple(map(len, by_stage)), tuple(map(_share, by_stage)))
+        rows["train"] = joined(by_stage)
     if data.replay is not None and to_score is None and parts["train"]:
         kind = learned_by(data, loss)
         longest = length_limit(data, context)
@@ -210,6 +216,11 @@ def _mixture(data: DataConfig, files: Sequence[Rows]) -> Mixture | None:
     return Mixture(tuple(map(len, files)), tuple(weights)) if files else None
 
 
+def _share(rows: Rows) -> float:
+    """Return the weight by which an epoch reads as many rows of each stage."""
+    return min(1.0, _REHEARSED / len(rows))
+
+
 def learned_by(data: DataConfig, loss: str | None) -> str:
     """Return what the rows of a config are learned by (`Splits.loss`)."""
     return loss or ("completion" if data.task is None else load_task(data.task).loss)
@@ -219,6 +230,8 @@ def named_sources(data: DataConfig) -> dict[str, list[TrainFile]]:
     """Return what the keys of a config name: the task and the files of rows, with their weights."""
     found = {f"data.{key}": getattr(data, key) for key in ("task", "validation", "test")}
     named = {key: [TrainFile(path=path)] for key, path in found.items() if isinstance(path, str)}
+    if data.rehearse:
+        named["data.rehearse"] = []
     return named | ({"data.train": data.train_files} if data.train_files else {})
 
 

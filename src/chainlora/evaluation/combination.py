@@ -12,13 +12,16 @@ from torch import Tensor
 
 from chainlora.chain.combining import Combination, gram_matrices
 from chainlora.chain.link import Link
+from chainlora.config.staging import is_run
 from chainlora.data.kept import Kept
 from chainlora.errors import RunError
 from chainlora.evaluation.stage_scores import Progress, Scorer
-from chainlora.runs.addresses import state_at
+from chainlora.runs.addresses import open_run, state_at
+from chainlora.runs.beginning import fork, take_in
 from chainlora.runs.changes import whole_run
-from chainlora.runs.history import History, State, Term, read_history, update_history
+from chainlora.runs.history import BASE, History, State, Term, read_history, update_history
 from chainlora.runs.links import save_derived
+from chainlora.runs.resuming import refuse_if_taken
 from chainlora.runs.state import OpenState
 
 ROWS, TOKENS = 64, 16_384  # of each stage, at most: more change the Grams little
@@ -28,18 +31,36 @@ Modules = dict[str, Tensor]  # A by module
 
 
 def combine(
-    run: str | Path, names: Sequence[str] = (), *, progress: Progress | None = None
+    run: str | Path,
+    names: Sequence[str | Path] = (),
+    *,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> OpenState:
-    """Make a run the combination of some of its states; return that.
+    """Make a run the combination of some of its states, and of other runs; return that.
 
-    `names` are stages or other entries, each with all that it was trained on. By default they are
-    what the run is combined of, or if it is no combination, all stages that no other was trained
-    on. The strengths that a later `mix` set are not carried over. Raises RunError for fewer than
-    two, for stages that kept no rows, and for links that are no low-rank sum.
+    `names` are stages of the run, each with all that it was trained on, and other runs on the same
+    base, whose stages are copied into this one. By default they are what the run is combined of, or
+    if it is no combination, all stages that no other was trained on. Strengths that a `mix` has set
+    are not carried over. With `output` the combination is a new run, and this one stays as it is.
+
+    Raises RunError for fewer than two states, for stages that kept no rows, for links that are no
+    low-rank sum, and for runs on another base.
     """
     folder = whole_run(run)
     history = read_history(folder)
-    states = [state_at(folder, history, name) for name in names or ends_of(history)]
+    own = [str(name) for name in names if history.find(str(name)) is not None]
+    others = [find_ended(name) for name in names if str(name) not in own]
+    if output is not None:
+        refuse_if_taken(Path(output).expanduser())
+        fork(state_at(folder, history), Path(output).expanduser())
+        folder = Path(output).expanduser()
+    own = own or (history.ends(history.head) if others else ends_of(history))
+    for other in others:
+        key = BASE if other.entry is None else other.entry.key
+        own += [take_in(folder, other.at(end)) for end in other.history.ends(key)]
+    history = read_history(folder)
+    states = [state_at(folder, history, name) for name in own]
     found = _combined(_ordered(states), progress or (lambda what, done, rows: None))
     keys = [state.entry.key for state in states if state.entry is not None]
 
@@ -48,6 +69,21 @@ def combine(
 
     history = update_history(folder, change)
     return state_at(folder, history)
+
+
+def find_ended(address: str | Path) -> OpenState:
+    """Return a state of another run. Raises RunError where there is none, or it has not ended."""
+    if not is_run(address):
+        rule, remedy = (
+            "what is combined is a stage of RUN, or another run",
+            "chainlora log lists them",
+        )
+        raise RunError(rule, f"{address}", remedy)
+    found = open_run(address)
+    if found.draft is not None or not found.has_run or found.is_whole_model:
+        rule = "a run that is combined has links, and its stages have ended"
+        raise RunError(rule, found.run, "finish it by the command that began it")
+    return found
 
 
 def ends_of(history: History) -> list[str]:

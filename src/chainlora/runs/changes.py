@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -160,8 +160,10 @@ def log(run: str | Path) -> list[dict[str, Any]]:
 class Pruning:
     """What a pruning deletes, and what was trained on top of it.
 
-    `gone` are files and folders, `with_it` the mixes that its rows have chosen. `later` are the
-    stages that go on without the links, `before` is the entry that the stage began on.
+    `gone` are files and folders, `with_it` the entries that its rows have changed: mixes that they
+    have chosen, combinations and what was trained on one, rehearsals. `later` are the stages that
+    go on without the links, `before` is the entry that the stage began on, and `left` are the
+    states that `RUN` is no combination of any more.
     """
 
     stage: str
@@ -169,6 +171,7 @@ class Pruning:
     with_it: list[str]
     later: list[str]
     before: str
+    left: list[str] = field(default_factory=list)
 
 
 def plan_pruning(run: str | Path, name: str) -> Pruning:
@@ -196,8 +199,11 @@ def plan_pruning(run: str | Path, name: str) -> Pruning:
         for e in history.entries
         if e.kind == "stage" and e.key != name and name in {a.key for a in history.lineage(e.key)}
     ]
+    on_top = [key for key in on_top if after.find(key) is not None]
     before = entry.parents[0] if entry is not None and entry.parents else BASE
-    return Pruning(name, sorted(_unnamed(run, after)), with_it, on_top, before)
+    left = [key for key in history.ends(history.head) if after.find(key) is not None]
+    left = left if left != after.ends(after.head) else []
+    return Pruning(name, sorted(_unnamed(run, after)), with_it, on_top, before, left)
 
 
 def prune_stage(run: str | Path, name: str) -> Pruning:
@@ -239,13 +245,19 @@ def _need_idle(run: Path, history: History) -> None:
 
 
 def _without(history: History, name: str) -> tuple[History, list[str]]:
-    """Return a history that names nothing of a stage, and the mixes that went with it."""
+    """Return a history that names nothing of a stage, and the entries that went with it."""
     entry = history.find(name)
     if entry is None:
         return history, []
-    own = {digest for digest, facts in history.links.items() if facts.stage == name}
-    gone = {e.key: e.parents for e in history.entries if e.kind == "mix" and name in e.reads}
-    gone[name] = entry.parents
+    gone, combined = {name: entry.parents}, set[str]()
+    for each in history.entries:
+        is_chosen = name in each.reads and (each.kind != "stage" or each.is_rehearsal)
+        # A combination cannot be cut: all of its derived factors have read the rows.
+        if {*each.parents} & combined or (is_chosen and each.kind == "combine"):
+            combined.add(each.key)
+        if is_chosen or each.key in combined:
+            gone[each.key] = each.parents
+    own = {digest for digest, facts in history.links.items() if facts.stage in gone}
 
     def stays(keys: Iterable[str]) -> tuple[str, ...]:
         """Return entries, those that go replaced by what they were computed from."""

@@ -192,6 +192,15 @@ class Entry(Part):
     ended: Text = ""  # when, in UTC
     pruned: bool = False
 
+    def renamed(self, names: Mapping[str, str]) -> Entry:
+        """Return this with other names of entries."""
+        update = {
+            "key": names.get(self.key, self.key),
+            "parents": tuple(names.get(key, key) for key in self.parents),
+            "reads": tuple(names.get(key, key) for key in self.reads),
+        }
+        return self.model_copy(update=update)
+
     @property
     def is_rehearsal(self) -> bool:
         """Say whether it was trained on nothing but rows that earlier stages kept."""

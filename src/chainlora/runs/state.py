@@ -279,7 +279,12 @@ class OpenState:
     def columns(self) -> list[str]:
         """Return what a matrix scores: the rows given for the start, and those of each stage."""
         start = [START] if START in {entry.key for entry in self.keepers()} else []
-        return list(dict.fromkeys([*start, *self.stages]))
+        own = [name for name in self.stages if not self._is_rehearsal(name)]
+        return list(dict.fromkeys([*start, *own]))
+
+    def _is_rehearsal(self, name: str) -> bool:
+        entry = self.history.find(name)
+        return entry is not None and entry.is_rehearsal
 
     @property
     def folder(self) -> Path:

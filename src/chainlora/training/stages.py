@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain, count
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 from chainlora.config.reading import set_key
+from chainlora.config.schema import RunConfig
 from chainlora.config.staging import (
     Stage,
     check_name,
@@ -25,10 +27,12 @@ from chainlora.config.staging import (
     what_stages_share,
 )
 from chainlora.errors import RunError, StoppedError
+from chainlora.evaluation.combination import combine
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.evaluation.strengths import guard
 from chainlora.models.finding import from_above
 from chainlora.runs.addresses import find_state, state_of_draft
+from chainlora.runs.draft import drafts_in, read_draft
 from chainlora.runs.history import read_history
 from chainlora.runs.loading_start import start_at
 from chainlora.runs.locks import refuse_links
@@ -43,6 +47,8 @@ from chainlora.training.processes import is_first_launched, num_launched, wait_f
 from chainlora.training.result import TrainResult, needs_judgement
 
 logger = logging.getLogger(__name__)
+
+REHEARSAL, STEPS = "rehearsal", 40
 
 
 def train_stages(
@@ -79,6 +85,8 @@ def train_stages(
         if is_first_launched():
             _judge(run, planned, tell)
         wait_for_all()
+        if is_first_launched():
+            _take_in(run, planned.stage)
     if matrix and is_first_launched():
         _score(run)
     wait_for_all()
@@ -86,9 +94,17 @@ def train_stages(
 
 
 def extension(
-    address: str | Path, section: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = ()
+    address: str | Path,
+    section: Mapping[str, Any],
+    overrides: Sequence[tuple[str, Any]] = (),
+    *,
+    beside: bool = False,
 ) -> list[Stage]:
     """Return one more stage of a run, which `section` and `overrides` describe.
+
+    It begins on the state that `address` names: what the run is now, or another of its states.
+    With `beside` it begins on what the run began on, and is then combined with what the run is
+    (`evaluation.combination`).
 
     Other keys are inherited from the stage before, but for its rows, its links and their lengths,
     and how its end was chosen; a warning names what it had set and they do not. With `output` it
@@ -96,7 +112,7 @@ def extension(
 
     Raises:
         ConfigError: a stage without a name, or with keys that a stage cannot have.
-        RunError: a state that the run is not now, and no `output`.
+        RunError: a stage that was begun on another state, or before the first has ended.
     """
     run, _ = split_address(address)
     now, state = find_state(run), find_state(address)
@@ -113,10 +129,15 @@ def extension(
     plugins = own.pop("plugins", None)
     name = check_name(own.get("name"))
     begun = Path(expanduser(output)) if output is not None else run
+    if beside:
+        if output is not None or state.state != now.state:
+            rule, remedy = "a stage beside others begins where RUN began", "leave one out"
+            raise RunError(rule, f"--beside with {output or address}", remedy)
+        state = now.at(now.history.origin)
     if output is None:
         refuse_links(run)
         state = _below(run, state, now, name)
-    before = state.config()
+    before = _config_before(now if beside else state)
     is_new = not is_run(begun) or begun_stage(begun, name) is None
     if is_new and (left_out := not_inherited(before, own)):
         what = (name, ", ".join(left_out), state.stage)
@@ -130,7 +151,35 @@ def extension(
         return [make_stage(tree, own, 0)]
     stage = make_stage(shared | {"output": str(run)}, own, 1)
     key = "base" if state.entry is None else state.entry.key
-    return [Stage(stage.name, stage.config, after=key)]
+    return [Stage(stage.name, stage.config, after=key, beside=beside)]
+
+
+def rehearsal(run: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> list[Stage]:
+    """Return a short stage on rows that all stages of a run kept, as many of each.
+
+    It has one link of the largest rank of the run's links, tuned for `STEPS` steps; `overrides`
+    may say otherwise. A rehearsal that was stopped goes on; one that the run ended in is returned.
+    Raises RunError for a run that is not there, or whose stages kept no rows.
+    """
+    now = find_state(run)
+    drafts = [read_draft(now.run, name).entry for name in drafts_in(now.run, now.history)]
+    if now.entry is not None and not now.entry.is_rehearsal:
+        drafts.append(now.entry)
+    begun = [entry.key for entry in drafts if entry.is_rehearsal]
+    numbered = (f"{REHEARSAL}-{number}" for number in count(2))
+    free = (name for name in chain([REHEARSAL], numbered) if now.history.find(name) is None)
+    section = {
+        "name": begun[0] if begun else next(free),
+        "data": {"rehearse": True, "replay": None, "new_rows_only": False},
+        "chain": {"ranks": [max(facts.rank for facts in now.facts)], "steps": [STEPS]},
+    }
+    return extension(run, section, overrides)
+
+
+def _config_before(state: OpenState) -> RunConfig:
+    """Return the config that a stage inherits from: not that of a rehearsal."""
+    found = [e for e in state.lineage if e.kind == "stage" and not e.is_rehearsal]
+    return state.at(found[-1].key).config() if found and state.draft is None else state.config()
 
 
 def _below(run: Path, state: OpenState, now: OpenState, name: str) -> OpenState:
@@ -140,17 +189,15 @@ def _below(run: Path, state: OpenState, now: OpenState, name: str) -> OpenState:
         if begun.entry.kind != "stage" or begun.entry.key in now.history.own_stages[:1]:
             rule = "an extension must come after a stage"
             raise RunError(rule, f"{name!r}, the first", "rename it")
-        return begun.at(begun.entry.parents[0] if begun.entry.parents else "base")
+        below = begun.at(begun.entry.parents[0] if begun.entry.parents else "base")
+        if state.state != below.state and state.state != now.state:
+            rule = f"stage {name!r} must go on from where it was begun"
+            raise RunError(rule, f"{state}, and {below}", "name that, or another stage")
+        return below
     if now.draft is not None:
         rule = "a stage is added to a run whose first stage has ended"
         raise RunError(rule, run, "finish it by the command that began it")
-    if state.state != now.state:
-        raise RunError(
-            f"`extend` without --output continues from {now}",
-            state,
-            f"name {run}, or give --output for a fork that begins there",
-        )
-    return now
+    return state
 
 
 def _judge(run: Path, planned: StagePlan, tell: Listener) -> None:
@@ -166,6 +213,22 @@ def _judge(run: Path, planned: StagePlan, tell: Listener) -> None:
     work = Work(run, planned.name)
     with work.claimed(planned.stage.config):
         work.publish(strength, [*gains])
+
+
+def _take_in(run: Path, stage: Stage) -> None:
+    """Combine a stage that has ended beside the others with what the run is combined of."""
+    history = read_history(run)
+    if stage.name in {entry.key for entry in history.lineage(history.head)}:
+        return
+    if stage.beside:
+        combine(run, [*history.ends(history.head), stage.name], progress=_stop_if_requested)
+        return
+    what = (run, history.head, stage.name, run, stage.name, run)
+    logger.warning(
+        "%s stays %s, which is without stage %s; to take it: chainlora undo %s --to %s; to have "
+        "both: chainlora combine %s",
+        *what,
+    )
 
 
 def _score(run: Path) -> None:
