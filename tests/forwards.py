@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from chainlora.data.examples import Example
-from chainlora.engine.fast.bfloat16_linears import Bfloat16Linears
-from chainlora.engine.fast.decoder_layers.layer import DecoderLayers
-from chainlora.engine.fast.lora_layers import LoraLayers, active_adapter, is_lora_layer
-from chainlora.engine.fast.packed.path import PackedSequences, packed_hidden
+from chainlora.engine.fast.decoder_layers import DecoderLayers
+from chainlora.engine.fast.linear_layers import (
+    Bfloat16Linears,
+    LoraLayers,
+    active_adapter,
+    is_lora_layer,
+)
+from chainlora.engine.fast.packed_rows import PackedSequences, packed_hidden
 from chainlora.engine.fast.plugin import PACKED
-from chainlora.engine.packing import PackedBatch, pack
-from chainlora.engine.padded import padded_hidden
+from chainlora.engine.packing import PackedBatch, pack, padded_hidden
 from chainlora.engine.patching import installed
 from chainlora.engine.probes import examine
 

@@ -22,8 +22,7 @@ import torch
 from chainlora.cli.main import run as command
 from chainlora.config.reading import load_config
 from chainlora.errors import ChainLoRAError
-from chainlora.models.loading import load_model
-from chainlora.models.loading_shards import load_shards
+from chainlora.models.loading import load_model, load_shards
 from chainlora.models.shards import gathered, local
 from chainlora.runs.loading_start import load_start
 from chainlora.runs.start import NOTHING

@@ -13,8 +13,7 @@ from helpers import assert_same_links, settings
 from chainlora import load_run, make_config, train
 from chainlora.data.examples import Example
 from chainlora.errors import ConfigError
-from chainlora.evaluation.acceptance import gain
-from chainlora.evaluation.evaluate import Evaluation, evaluate
+from chainlora.evaluation.evaluate import Evaluation, evaluate, gain
 from chainlora.evaluation.pair_scores import judge_pairs
 from chainlora.training import loop
 

@@ -16,12 +16,12 @@ from conftest import write_rows
 from helpers import settings, stage_dir, stop_after
 
 from chainlora import export_adapter, load_run, make_config, train
-from chainlora.board.desk import Desk, Mix
+from chainlora.board.desk import Desk
 from chainlora.board.watching import find_runs, sections_of, standing_of
 from chainlora.config.staging import make_stages
-from chainlora.errors import ChainError, ConfigError, RunError
+from chainlora.errors import ChainError, RunError
+from chainlora.evaluation.generation import Decoding, Speaker
 from chainlora.evaluation.stage_scores import Scorer, stage_matrix
-from chainlora.evaluation.streaming import Decoding, Speaker
 from chainlora.files import checksums
 from chainlora.reports.page import render_part
 from chainlora.runs.addresses import open_run
@@ -54,7 +54,7 @@ def run(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def heard(desk: Desk, mix: Mix) -> str:
+def heard(desk: Desk, mix: dict[str, float]) -> str:
     turns = [{"role": "user", "content": PROMPT}]
     return list(desk.answer(mix, turns, Decoding(max_new_tokens=12), as_chat=False))[-1]
 
@@ -63,21 +63,17 @@ def test_a_mix_is_heard_and_scored_as_what_it_makes_the_run_be(run):
     desk, answers = Desk(run), {}
     before = checksums(run)
     for strengths in ((1, 1), (1, 0), (0.5, 1), (0.35, 0.6), (0, 0), (1, 1)):
-        mix = Mix(dict(zip(SAID, strengths, strict=True)))
+        mix = dict(zip(SAID, strengths, strict=True))
         answers[strengths] = heard(desk, mix)
         (scored,) = desk.scores([mix])
         assert checksums(run) == before  # nothing that is heard changes the run
-        model, tokenizer = load_run(open_run(run, mix.strengths))
+        model, tokenizer = load_run(open_run(run, mix))
         decoding = Decoding(max_new_tokens=12)
         said = Speaker(model, tokenizer, decoding).complete(PROMPT, len)
         assert answers[strengths] == said
-        row = stage_matrix_of(run, mix.strengths)
+        row = stage_matrix_of(run, mix)
         assert [cell.value for cell in scored] == pytest.approx(row, abs=1e-5)
     assert len(set(answers.values())) > 2
-    without_a_link = Mix({"birds": 1, "hills": 0}, frozenset({1}))
-    model, tokenizer = load_run(run, num_links=1)
-    said = Speaker(model, tokenizer, Decoding(max_new_tokens=12)).complete(PROMPT, len)
-    assert heard(desk, without_a_link) == said
 
 
 def stage_matrix_of(run: Path, strengths: dict[str, float]) -> list[float]:
@@ -91,17 +87,14 @@ def stage_matrix_of(run: Path, strengths: dict[str, float]) -> list[float]:
 
 
 def test_a_mix_is_saved_and_exported_as_by_command(run, tmp_path):
-    desk, mix = Desk(run), Mix({"birds": 0.5, "hills": 1.0})
+    desk, mix = Desk(run), {"birds": 0.5, "hills": 1.0}
     desk.export(mix, tmp_path / "desk", "adapter")
     assert open_run(run).strengths == {"birds": 1.0, "hills": 1.0}
-    export_adapter(open_run(run, mix.strengths), tmp_path / "command")
+    export_adapter(open_run(run, mix), tmp_path / "command")
     assert checksums(tmp_path / "desk") == checksums(tmp_path / "command")
     desk.save(mix)
-    assert open_run(run).strengths == mix.strengths
-    with pytest.raises(ConfigError, match=r"whole stages can be saved \(got link 2 of hills off\)"):
-        desk.save(Mix(mix.strengths, frozenset({2})))
-    desk.save(Mix({"birds": 1.0, "hills": 0.0}, frozenset({2})))  # its whole stage is off
-    desk.save(Mix({"birds": 1.0, "hills": 1.0}))
+    assert open_run(run).strengths == mix
+    desk.save({"birds": 1.0, "hills": 1.0})
     assert open_run(run).entry.key == "hills"  # as trained: that entry again, and no mix
 
 
@@ -111,17 +104,17 @@ def test_links_that_are_no_sum_are_on_or_off(tiny_folder, sentiment, tmp_path):
     desk = Desk(tmp_path / "run")
     assert not desk.is_sum("dora")
     with pytest.raises(ChainError, match="with DoRA must be 0 or 1"):
-        heard(desk, Mix({"dora": 0.5}))
+        heard(desk, {"dora": 0.5})
     for strength in (1, 0):
         model, tokenizer = load_run(tmp_path / "run", num_links=None if strength else 0)
         said = Speaker(model, tokenizer, Decoding(max_new_tokens=12)).complete(PROMPT, len)
-        assert heard(desk, Mix({"dora": strength})) == said
+        assert heard(desk, {"dora": strength}) == said
 
 
 def test_who_stops_listening_stops_the_model(run):
     desk = Desk(run)
     turns = [{"role": "user", "content": PROMPT}]
-    mix = Mix(open_run(run).strengths)
+    mix = open_run(run).strengths
     answer = desk.answer(mix, turns, Decoding(max_new_tokens=100), as_chat=True)
     assert next(answer) != ""
     answer.close()
@@ -242,7 +235,7 @@ def test_pages_that_were_closed_hold_no_model(run):
             mixing.fn(str(shown))
         pages.append(page)
         (score,) = (each.fn for each in page.fns.values() if each.name == "score")
-        mix = (1.0, [0, 1], 1.0, [2, 3])
+        mix = (1.0, 1.0)
         assert "What the mixes score" in score(*mix, *mix)
     gc.collect()
     assert sum(type(each) is Scorer for each in gc.get_objects()) == 1
@@ -302,7 +295,7 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run, width):
     answers = []
     desk = Desk(run)
     for side, strength in (("A", 0.8), ("B", 0.0)):
-        mix = Mix({"birds": 1.0, "hills": strength})
+        mix = {"birds": 1.0, "hills": strength}
         turns, decoding = [{"role": "user", "content": PROMPT}], Decoding(max_new_tokens=32)
         answer = list(desk.answer(mix, turns, decoding, as_chat=False))[-1].strip()
         answers.append(re.split("[^ -~]", answer)[0])  # a page shows no control characters
@@ -330,7 +323,6 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run, width):
 def test_no_other_site_may_call_it_and_it_may_call_none(served, run, chainlora):
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with direct.open(served) as answer:
-        assert "Loading…" in answer.read().decode().partition("<body")[0]  # before any script
         policy = answer.headers["Content-Security-Policy"]
         assert "default-src 'self'" in policy
         assert "frame-ancestors 'none'" in policy

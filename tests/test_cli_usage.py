@@ -108,13 +108,6 @@ def test_a_locale_of_few_characters_and_closed_streams(finished, monkeypatch, ca
     assert "the prompt must have tokens" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("word", ["a\0b", "r\udcc3n"])
-def test_words_that_are_no_text(chainlora, word):
-    outcome = chainlora("train", "c.yaml", "--output", word)
-    assert outcome.status == 2
-    assert "arguments must be text (got '" in outcome.err
-
-
 # Verbs that need no model, each with every kind of path that is none.
 VERBS = ("inspect", "report", "eval --task rte", "tasks", "experiment plan")
 VERBS += ("experiment run --output o", "experiment report", "compare --methods lora --output o")

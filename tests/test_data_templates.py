@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from chainlora import export_merged, load_run, make_config, train
 from chainlora.config.reading import dump_config, parse_yaml
 from chainlora.config.schema import DataConfig
-from chainlora.data.chat_templates import set_chat_template
+from chainlora.data.templates import set_chat_template
 from chainlora.errors import ConfigError, DataError
 
 SYSTEM = {"role": "system", "content": "count"}

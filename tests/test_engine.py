@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from chainlora.chain.chain import Chain
 from chainlora.config.schema import LinkConfig
 from chainlora.data.examples import Example
+from chainlora.engine import fast
 from chainlora.engine.engine import Engine, num_terms
-from chainlora.engine.fast import all_paths
 from chainlora.engine.fast.plugin import FastPath
 from chainlora.engine.packing import PackedBatch
 from chainlora.engine.probes import Facts
@@ -245,7 +245,7 @@ def test_a_path_is_added_by_its_class_alone(monkeypatch: pytest.MonkeyPatch) -> 
         def undo(self) -> None:
             calls.append("undo")
 
-    monkeypatch.setattr(all_paths, "FAST_PATHS", [Other, *all_paths.FAST_PATHS])
+    monkeypatch.setattr(fast, "FAST_PATHS", [Other, *fast.FAST_PATHS])
     model = tiny_model("llama")
     with Engine(model, training=True) as engine:
         assert engine.notes[:2] == ["another way: yes", "packed sequences: yes"]

@@ -20,8 +20,7 @@ from chainlora.data.splits import encode_split
 from chainlora.data.tasks import load_task
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError, DataError, ModelError
-from chainlora.evaluation.acceptance import values
-from chainlora.evaluation.evaluate import evaluate
+from chainlora.evaluation.evaluate import evaluate, values
 from chainlora.evaluation.generation import generate_greedy
 from chainlora.evaluation.metrics import token_f1
 

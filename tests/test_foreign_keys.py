@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from chainlora import RunConfig, load_config
-from chainlora.config.foreign import foreign_keys, keys_table
+from chainlora.config.messages import foreign_keys, keys_table
 from chainlora.errors import ConfigError
 from chainlora.training.optimizers import OPTIMIZERS
 

@@ -26,7 +26,7 @@ from transformers import (
 
 from chainlora import Chain, LinkConfig
 from chainlora.engine.engine import Engine
-from chainlora.engine.fast.packed import layout
+from chainlora.engine.fast import packed_layout as layout
 from chainlora.engine.packing import PackedBatch, pack
 
 # The same sums over at most 64 terms in another order, two layers deep; Llama's norm and rotary

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from chainlora import files
 from chainlora.errors import ModelError
-from chainlora.models import hashing
+from chainlora.models import identity
 from chainlora.models.identity import base_files, changed_files
 from chainlora.models.loading import load_model
 
@@ -35,7 +35,7 @@ def edit_json(path: Path, **keys: object) -> None:
 @pytest.fixture
 def later(monkeypatch) -> None:
     """Files that have just been written are a minute old."""
-    monkeypatch.setattr(hashing, "time", SimpleNamespace(time=lambda: time.time() + 60))
+    monkeypatch.setattr(identity, "time", SimpleNamespace(time=lambda: time.time() + 60))
 
 
 def test_all_that_decides_what_a_base_computes_is_counted(folder):
@@ -80,28 +80,28 @@ def test_a_file_is_read_once_while_it_is_unchanged(folder, later, monkeypatch):
         read.append(each)
         return files.sha256(each)
 
-    monkeypatch.setattr(hashing, "sha256", counted)
-    first = hashing.hash_file(path)
-    assert hashing.hash_file(path) == first == files.sha256(path)
+    monkeypatch.setattr(identity, "sha256", counted)
+    first = identity.hash_file(path)
+    assert identity.hash_file(path) == first == files.sha256(path)
     assert len(read) == 1
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     status = path.stat()
     path.write_bytes(content)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # size, inode and mtime the same
-    assert hashing.hash_file(path) == files.sha256(path) != first
+    assert identity.hash_file(path) == files.sha256(path) != first
 
 
 def test_a_damaged_or_unwritable_cache_does_no_harm(folder, cache, later, monkeypatch):
     path = folder / "model.safetensors"
-    true = hashing.hash_file(path)
+    true = identity.hash_file(path)
     (note,) = (cache / "hashes").iterdir()
     for content in (b"", true[:-1].encode(), b"\xff" * 64):
         note.write_bytes(content)
-        assert hashing.hash_file(path) == true
+        assert identity.hash_file(path) == true
     (cache / "file").write_text("")
     monkeypatch.setenv("CHAINLORA_CACHE", str(cache / "file"))
-    assert hashing.hash_file(path) == true
+    assert identity.hash_file(path) == true
 
 
 def test_an_integer_weight_without_quantisation_is_refused(folder):

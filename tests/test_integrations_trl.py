@@ -20,7 +20,7 @@ from helpers_integrations import (
 
 from chainlora import ChainCallback, load_chain
 from chainlora.errors import ConfigError
-from chainlora.integrations.loaders import learned_a_row
+from chainlora.integrations.lengths import learned_a_row
 
 pytest.importorskip("trl", reason="TRL is an extra: pip install 'chainlora[trl]'")
 

@@ -8,7 +8,6 @@ import pytest
 
 from chainlora.data.examples import Example
 from chainlora.errors import ConfigError
-from chainlora.evaluation.matrix import MatrixSummary, summarise_matrix
 from chainlora.evaluation.metrics import (
     LOSS_METRICS,
     check_metrics,
@@ -20,6 +19,7 @@ from chainlora.evaluation.metrics import (
     perplexity,
     token_f1,
 )
+from chainlora.evaluation.stage_scores import MatrixSummary, summarise_matrix
 
 
 def test_answers_are_normalised_as_squad_does():

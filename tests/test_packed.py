@@ -23,7 +23,7 @@ from torch import nn
 from chainlora import Chain, ChainLoRAError, export_adapter
 from chainlora.chain.adapters import check_targets
 from chainlora.config.schema import LinkConfig
-from chainlora.models.loading_shards import load_shards
+from chainlora.models.loading import load_shards
 
 ALL = LinkConfig(rank=4, alpha=8, target_modules="all-linear")
 KNOT = 1e-5  # of the logits: the same float32 sums in another order

@@ -188,7 +188,7 @@ def trl_labels(smollm2_folder, tiny_folder, tmp_path_factory):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from chainlora.data.chat_templates import set_chat_template
+    from chainlora.data.templates import set_chat_template
 
     output, model = tmp_path_factory.mktemp("trl"), _model(tiny_folder)
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from chainlora import ChainLoRAError, make_config
-from chainlora.models import zero3
-from chainlora.training.sharing import check_shards, wants_shards
+from chainlora.models import shards
+from chainlora.training.processes import check_shards, wants_shards
 
 RUN = """\
 model: m
@@ -145,4 +145,4 @@ def test_other_ways_are_refused(shard, variables, message, monkeypatch):
 def test_experts_in_a_list_are_refused():
     model = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2)])})
     with pytest.raises(ChainLoRAError, match=r"call the same modules \(got experts, a list"):
-        zero3.share(model, None, torch.float32, torch.device("cpu"))
+        shards.share_by_zero3(model, None, torch.float32, torch.device("cpu"))

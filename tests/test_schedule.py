@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from chainlora.config.schema import TrainConfig
-from chainlora.training.schedule import rate_factor
+from chainlora.training.step import rate_factor
 
 KINDS = ("linear", "cosine", "constant")
 

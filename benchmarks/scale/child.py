@@ -25,8 +25,7 @@ from chainlora.chain.chain import Chain
 from chainlora.config.reading import load_config
 from chainlora.config.schema import LinkConfig
 from chainlora.models.checkpoint import Stored
-from chainlora.models.loading import load_model
-from chainlora.models.loading_shards import load_shards
+from chainlora.models.loading import load_model, load_shards
 from chainlora.training.loop import train
 from chainlora.training.processes import leave_processes
 

@@ -299,7 +299,7 @@ def check_data(folder: Path) -> list[tuple[str, float, float]]:
     import numpy as np
 
     from chainlora.data.examples import Example
-    from chainlora.data.order import epoch_order
+    from chainlora.data.mixture import epoch_order
     from chainlora.data.rows import flatten
 
     rows, tokens = 5000, 60

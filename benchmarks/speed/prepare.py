@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from chainlora.data.order import epoch_order
+from chainlora.data.mixture import epoch_order
 from chainlora.data.sources import Row, find_source
 from chainlora.data.tasks import list_tasks, load_task, split_source
 from chainlora.models.finding import resolve_model

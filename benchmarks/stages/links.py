@@ -32,7 +32,7 @@ from chainlora.data.sources import Row
 from chainlora.engine.engine import Engine
 from chainlora.training.objective_kinds.likelihood import LanguageModelling
 from chainlora.training.optimizers import make_optimizer
-from chainlora.training.schedule import rate_factor
+from chainlora.training.step import rate_factor
 
 HERE = Path(__file__).parent
 State = tuple[str, ...]  # digests of links, in the order they are added to the base

@@ -19,8 +19,8 @@ _WHERE = {
     "RunConfig": "chainlora.config.schema",
     "load_config": "chainlora.config.reading",
     "make_config": "chainlora.config.reading",
-    "train": "chainlora.training.calling",
-    "extend": "chainlora.training.calling",
+    "train": "chainlora.training.stages",
+    "extend": "chainlora.training.stages",
     "open_run": "chainlora.runs.addresses",
     "mix_stages": "chainlora.runs.changes",
     "undo": "chainlora.runs.changes",
@@ -76,9 +76,9 @@ if TYPE_CHECKING:
     from chainlora.runs.loading_start import load_chain as load_chain
     from chainlora.runs.opening import load_run as load_run
     from chainlora.runs.saved_chain import save_chain as save_chain
-    from chainlora.training.calling import extend as extend
-    from chainlora.training.calling import train as train
     from chainlora.training.result import TrainResult as TrainResult
+    from chainlora.training.stages import extend as extend
+    from chainlora.training.stages import train as train
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,8 @@ are joined in the same way everywhere:
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class ChainLoRAError(Exception):
@@ -79,6 +80,18 @@ class StoppedError(TrainingError):
     def __init__(self, message: str, signal: int = 2) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+@contextmanager
+def explained(rule: str, place: str, remedy: str) -> Iterator[None]:
+    """Turn what a library raises inside the block, of any kind, into a ModelError."""
+    try:
+        yield
+    except ChainLoRAError:
+        raise
+    except Exception as error:
+        got = f"{type(error).__name__}: {error!s:.200} {place}"
+        raise ModelError(rule, got, remedy) from error
 
 
 # What torch, its allocators and the system call it, on CPUs and accelerators.

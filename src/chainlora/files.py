@@ -165,7 +165,10 @@ def _swap(scratch: Path, path: Path) -> None:
         except OSError as error:
             if error.errno != errno.EBUSY or any(path.iterdir()):
                 raise
-            _fill(path, scratch)  # a mount point keeps its name
+            for entry in list(scratch.iterdir()):  # a mount point keeps its name
+                shutil.move(entry, path / entry.name)
+            sync_tree(path)
+            scratch.rmdir()
             return
     try:
         scratch.rename(path)
@@ -175,13 +178,6 @@ def _swap(scratch: Path, path: Path) -> None:
         raise
     sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _fill(path: Path, scratch: Path) -> None:
-    for entry in list(scratch.iterdir()):
-        shutil.move(entry, path / entry.name)
-    sync_tree(path)
-    scratch.rmdir()
 
 
 @contextmanager
@@ -310,7 +306,6 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def check_writable(path: Path) -> None:
     """Raise FileError unless a folder can be made at `path`, or be written to if it is there."""
-    _check_name(path)
     with reported(path):
         if path.is_symlink() and not path.exists():
             raise FileError(
@@ -328,13 +323,3 @@ def check_writable(path: Path) -> None:
             f"a folder must be writable (got {there}, which is not); choose another or change "
             "its permissions"
         )
-
-
-def _check_name(path: Path) -> None:
-    """Raise FileError for a name that no file system takes."""
-    try:
-        if b"\0" not in os.fsencode(path):
-            return
-    except UnicodeEncodeError:
-        pass
-    raise FileError(f"a path must be text without NUL (got {str(path)!a}); choose another")

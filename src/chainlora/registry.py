@@ -1,4 +1,4 @@
-"""Extension points: tables of names, filled by folders of this package and by plug-ins.
+"""Extension points: tables of names, filled by folders of this package and by plug-ins; extras.
 
 A new file in one of the folders is a new entry, without an edit. A plug-in is a user's own module
 that adds entries to the tables: a file or module that `plugins` of a config names, or an installed
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module
@@ -19,7 +20,7 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any, TypeVar
 
-from chainlora.errors import ConfigError, nearest
+from chainlora.errors import ChainLoRAError, ConfigError, nearest
 from chainlora.files import sha256
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,23 @@ def entry(table: Mapping[str, Entry], key: str, name: str) -> Entry:
             "that file in `plugins`"
         )
     return table[name]
+
+
+def import_optional(
+    module: str, needed_by: str, kind: type[ChainLoRAError] = ConfigError
+) -> ModuleType:
+    """Import a module of a package that an extra of its name installs. Raises `kind` without it."""
+    package = module.partition(".")[0]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return import_module(module)
+    except (ImportError, RuntimeError, OSError) as error:
+        got = "it is not installed" if isinstance(error, ModuleNotFoundError) else error
+        raise kind(
+            f"{needed_by} needs the package {package} (got: {got}); "
+            f"pip install 'chainlora[{package}]'"
+        ) from None
 
 
 # --- plug-ins ---

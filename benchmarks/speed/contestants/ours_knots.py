@@ -13,7 +13,7 @@ from measuring import peak_mb
 
 from chainlora import Chain, load_model
 from chainlora.config.schema import LinkConfig, TrainConfig
-from chainlora.engine.fast.lora_layers import LoraLayers
+from chainlora.engine.fast.linear_layers import LoraLayers
 from chainlora.training.loop import make_optimizer
 
 NUM_KNOTS = 5

@@ -25,10 +25,10 @@ from starlette.responses import PlainTextResponse
 from chainlora.board.desk import EXPORTS, Desk, Mix
 from chainlora.board.watching import find_runs, sections_of
 from chainlora.errors import ChainLoRAError
-from chainlora.evaluation.streaming import Decoding
+from chainlora.evaluation.generation import Decoding
 from chainlora.evaluation.training_rows import answer_limit
+from chainlora.reports.charts import Table, number
 from chainlora.reports.page import Numbers, as_text, part_style, render_part, section
-from chainlora.reports.tables import number, table_of
 
 _SECONDS = 4  # between two looks at the files; what has not changed is not drawn again
 _SIDES = ("A", "B")
@@ -46,11 +46,6 @@ footer { display: none !important; }
 .chainlora { background: none !important; }
 .chainlora section:first-child h2 { margin-top: 0; }
 """
-# Gradio's page is empty until its scripts have run, and its `head` is put there by them.
-_WAITING = (
-    '<style>gradio-app:not(:has(.gradio-container))::before { content: "Loading…"; padding: 2rem; '
-    "font: 1.2rem system-ui, sans-serif; }</style></head>"
-)
 _FONTS: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 
 
@@ -118,20 +113,9 @@ class Guard:
             await PlainTextResponse("not from here", 403)(scope, receive, send)
             return
 
-        is_page = scope["path"] == "/"
-        if is_page:  # a compressed one could not be added to
-            plain = [header for header in scope["headers"] if header[0] != b"accept-encoding"]
-            scope = scope | {"headers": plain}
-
         async def answer(message: Any) -> None:
             if message["type"] == "http.response.start":
-                own = MutableHeaders(scope=message)
-                own["Content-Security-Policy"] = _POLICY
-                if is_page:
-                    del own["Content-Length"]
-            elif is_page and "body" in message:
-                body = message["body"].replace(b"</head>", _WAITING.encode(), 1)
-                message = message | {"body": body}
+                MutableHeaders(scope=message)["Content-Security-Policy"] = _POLICY
             await send(message)
 
         await self.app(scope, receive, answer)
@@ -197,10 +181,9 @@ def _mixing(desk: Desk) -> None:
     now = desk.state.strengths
     gr.Markdown(f"## {as_text(desk.run.resolve().name)}")
     with gr.Row():
-        a, b = _sliders(desk, "A", now), _sliders(desk, "B", _other_than(now))
-    _talking(desk, [*a, *b])
-    _scoring(desk, [*a, *b])
-    _keeping(desk, [*a, *b])
+        widgets = [*_sliders(desk, "A", now), *_sliders(desk, "B", _other_than(now))]
+    for part in (_talking, _scoring, _keeping):
+        part(desk, widgets)
 
 
 def _other_than(now: Mapping[str, float]) -> dict[str, float]:
@@ -210,29 +193,22 @@ def _other_than(now: Mapping[str, float]) -> dict[str, float]:
 
 
 def _sliders(desk: Desk, side: str, strengths: Mapping[str, float]) -> list[Any]:
-    """Return the widgets of one mix: for each stage its strength, and which of its links are on."""
     found: list[Any] = []
     with gr.Column(min_width=300):
         gr.Markdown(f"### {side}")
-        for stage, links in desk.stages.items():
-            keys: Any = {"interactive": True, "elem_id": f"{side}-{stage}"}
-            step, now = 0.05 if desk.is_sum(stage) else 1, strengths[stage]
+        for stage, now in strengths.items():
+            keys: Any = {"interactive": True, "elem_id": f"{side}-{stage}", "label": stage}
+            step = 0.05 if desk.is_sum(stage) else 1
             least, most = min(0, now), max(1, now)  # `mix` takes any number
-            found.append(gr.Slider(least, most, now, step=step, label=stage, **keys))
-            choices = [(f"link {n}, rank {link.rank}", n) for n, link in links.items()]
-            keys = {"interactive": True, "show_label": False, "container": False}
-            found.append(gr.CheckboxGroup(choices, value=[each for _, each in choices], **keys))
+            found.append(gr.Slider(least, most, now, step=step, **keys))
     return found
 
 
 def _mixes(desk: Desk, values: Sequence[Any]) -> list[Mix]:
-    """Return the mixes that the widgets of both sides say."""
-    half, found = len(values) // 2, []
-    for own in (values[:half], values[half:]):
-        on = {each for chosen in own[1::2] for each in chosen}
-        off = frozenset(place for place in range(len(desk.links)) if place not in on)
-        found.append(Mix(dict(zip(desk.stages, own[::2], strict=True)), off))
-    return found
+    """Return the mixes that the sliders of both sides say."""
+    half = len(values) // 2
+    stages = desk.state.strengths
+    return [dict(zip(stages, own, strict=True)) for own in (values[:half], values[half:])]
 
 
 @contextmanager
@@ -310,16 +286,13 @@ def _scoring(desk: Desk, widgets: list[Any]) -> None:
     @_told()
     def score(*values: Any) -> str:
         a, b = desk.scores(_mixes(desk, values))
-        rows = [
-            {
-                "rows of": f"{one.stage}, {one.metric} of {one.rows} {one.split}",
-                "A": number(one.value, 4),
-                "B": number(two.value, 4),
-                "±": number(max(one.error, two.error) or None, 4),
-            }
-            for one, two in zip(a, b, strict=True)
-        ]
-        table = table_of("What the mixes score", rows, "±: standard error over the rows.")
+        rows = []
+        for one, two in zip(a, b, strict=True):
+            error = max(one.error, two.error) or None
+            texts = [number(value, 4) for value in (one.value, two.value, error)]
+            rows.append((f"{one.stage}, {one.metric} of {one.rows} {one.split}", *texts))
+        heads, note = ("rows of", "A", "B", "±"), "±: standard error over the rows."
+        table = Table("What the mixes score", heads, tuple(rows), note)
         return render_part([section("Scores", Numbers(table))])
 
     button.click(score, widgets, view, **_MODEL)
@@ -340,7 +313,7 @@ def _keeping(desk: Desk, widgets: list[Any]) -> None:
     def save_mix(which: str, *values: Any) -> str:
         mix = _mixes(desk, values)[_SIDES.index(which)]
         desk.save(mix)
-        words = " ".join(f"{stage}={strength:g}" for stage, strength in mix.strengths.items())
+        words = " ".join(f"{stage}={strength:g}" for stage, strength in mix.items())
         return f"Saved, as by `chainlora mix {desk.run} {words}`."
 
     @_told()

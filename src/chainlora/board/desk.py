@@ -1,4 +1,4 @@
-"""The links of a run on its base, each at a strength of one's own, heard and scored.
+"""The stages of a run on its base, each at a strength of one's own, heard and scored.
 
 The base is loaded when it is first needed. Links are carried beside it, so that another mix takes
 a tenth of a second and no byte of the run changes; a mix is the same function as what `mix_stages`
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
@@ -17,26 +16,21 @@ from threading import Event, Lock
 from typing import Any
 
 from chainlora.config.staging import split_address
-from chainlora.errors import ConfigError, RunError
+from chainlora.errors import RunError
+from chainlora.evaluation.generation import Decoding, Message, Speaker
 from chainlora.evaluation.stage_scores import Cell, Scorer
-from chainlora.evaluation.streaming import Decoding, Message, Speaker
 from chainlora.evaluation.training_rows import RowFacts, training_rows
 from chainlora.models.finding import resolve_model
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages
 from chainlora.runs.export import export_adapter, export_merged
-from chainlora.runs.history import LinkFacts, State
 from chainlora.runs.opening import tokenizer_of
 
 EXPORTS = {"adapter": export_adapter, "merged": export_merged}
 
 
-@dataclass(frozen=True)
-class Mix:
-    """The strength of each stage, and the places of links that are off whatever their stage is."""
-
-    strengths: dict[str, float]
-    off: frozenset[int] = frozenset()
+Mix = dict[str, float]
+"""The strength of each stage."""
 
 
 class Desk:
@@ -48,25 +42,17 @@ class Desk:
     def __init__(self, run: str | Path) -> None:
         self.run, _ = split_address(run)
         self.state = open_run(self.run)
-        self.links = self.state.facts
-        if not self.links:
+        if not self.state.facts:
             remedy = "wait for a knot" if self.state.draft is not None else "choose another run"
             raise RunError("there must be links to mix", f"none in {run}", remedy)
         self.what = (self.run, [term.link for term in self.state.state.terms])
         self._one_at_a_time = Lock()
 
-    @property
-    def stages(self) -> dict[str, dict[int, LinkFacts]]:
-        """Return the links of each stage by their places."""
-        places = list(enumerate(self.links))
-        return {
-            name: {place: link for place, link in places if link.stage == name}
-            for name in self.state.stages
-        }
-
-    def is_sum(self, stage: str) -> bool:
-        """Say whether a stage can have any strength; else it is on or off."""
-        return all(map(_is_sum, self.stages[stage].values()))
+    def is_sum(self, stage: str | None = None) -> bool:
+        """Say whether a stage, or all of them, can have any strength; else it is on or off."""
+        links = [each for each in self.state.facts if stage in (None, each.stage)]
+        configs = [each.link_config() for each in links]
+        return not any(config.dora or config.extra_modules for config in configs)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -80,31 +66,19 @@ class Desk:
 
     def prompts(self, count: int) -> list[str]:
         """Return the first prompts that the last stage kept; none of a run that keeps no rows."""
-        kept = self.state.kept().get(self.links[-1].stage)
+        kept = self.state.kept().get(self.state.facts[-1].stage)
         rows = kept.scored[1][:count] if kept is not None else []
         texts = [self.tokenizer.decode(row.prompt, skip_special_tokens=True) for row in rows]
         return list(dict.fromkeys(text for text in texts if text))
 
     @cached_property
     def _scorer(self) -> Scorer:
-        hold = "carried" if all(map(_is_sum, self.links)) else None
+        hold = "carried" if self.is_sum() else None
         return Scorer(self.state, self.state.kept(), hold=hold)
 
     def release(self) -> None:
         """Let go of the model; it is loaded again when it is needed."""
         vars(self).pop("_scorer", None)
-
-    def _mixed(self, mix: Mix) -> State:
-        """Return the state that a mix is."""
-        terms = tuple(
-            term.model_copy(
-                update={"strength": 0.0 if place in mix.off else float(mix.strengths[link.stage])}
-            )
-            for place, (term, link) in enumerate(
-                zip(self.state.state.terms, self.links, strict=True)
-            )
-        )
-        return self.state.state.model_copy(update={"terms": terms})
 
     def answer(
         self, mix: Mix, turns: Sequence[Message], decoding: Decoding, *, as_chat: bool
@@ -116,7 +90,7 @@ class Desk:
         model stops.
         """
         with self._one_at_a_time:
-            model = self._scorer.model_at(self._mixed(mix))
+            model = self._scorer.model_at(self.state.with_strengths(mix).state)
             speaker = Speaker(model, self.tokenizer, decoding)
 
             def speak(write: Callable[[str], None]) -> str:
@@ -137,30 +111,16 @@ class Desk:
             if not stages:
                 rule = "a mix is scored on the rows that stages kept"
                 raise RunError(rule, f"none in {self.run}", "train with data.keep_rows: true")
-            return [list(scorer.score("mix", self._mixed(mix), stages)) for mix in mixes]
+            states = [self.state.with_strengths(mix).state for mix in mixes]
+            return [list(scorer.score("mix", state, stages)) for state in states]
 
     def save(self, mix: Mix) -> None:
         """Make the run this mix, as `chainlora mix` does."""
-        mix_stages(self.run, self._by_stages(mix))
+        mix_stages(self.run, mix)
 
     def export(self, mix: Mix, output: str | Path, to: str) -> dict[str, Any]:
         """Write this mix, as `chainlora export --stages` does; the run stays what it is."""
-        return EXPORTS[to](open_run(self.run, self._by_stages(mix)), output)
-
-    def _by_stages(self, mix: Mix) -> dict[str, float]:
-        """Return the strengths of stages. Raises ConfigError for what they cannot say."""
-        places = enumerate(self.links)
-        off = [each for each in places if each[0] in mix.off and mix.strengths[each[1].stage]]
-        if off:
-            rule = "Only strengths of whole stages can be saved"
-            got = f"link {off[0][0]} of {off[0][1].stage} off"
-            raise ConfigError(rule, got, "switch it on, or weaken its stage")
-        return mix.strengths
-
-
-def _is_sum(link: LinkFacts) -> bool:
-    config = link.link_config()
-    return not config.dora and not config.extra_modules
+        return EXPORTS[to](open_run(self.run, mix), output)
 
 
 def _growing(speak: Callable[[Callable[[str], None]], str]) -> Iterator[str]:

@@ -14,21 +14,11 @@ from statistics import median
 from chainlora.config.staging import HISTORY, is_run, split_address, stage_folder
 from chainlora.errors import ChainLoRAError
 from chainlora.reports.chain_charts import chain_pictures
-from chainlora.reports.charts import Picture
-from chainlora.reports.page import (
-    Block,
-    Column,
-    Numbers,
-    Section,
-    Text,
-    Tiles,
-    as_text,
-    section,
-)
+from chainlora.reports.charts import Picture, table_of
+from chainlora.reports.page import Block, Column, Numbers, Section, Text, Tiles, as_text, section
 from chainlora.reports.run_charts import training_pictures
 from chainlora.reports.run_report import duration, links_table, score_text, stage_blocks
 from chainlora.reports.runs import RunFacts, read_state, run_names
-from chainlora.reports.tables import table_of
 from chainlora.runs.addresses import find_state, state_at, state_of_draft
 from chainlora.runs.changes import MATRIX
 from chainlora.runs.draft import DRAFT, drafts_in
@@ -64,23 +54,22 @@ def sections_of(runs: Mapping[str, Path], shown: Path) -> list[Section]:
 
 def standing_of(run: Path) -> dict[str, str]:
     """Say where a run is: the stage that it trains or trained last, in words."""
-    keys = ("stage", "step", "time left", "training loss", "validation")
+    keys = ("state", "stage", "step", "time left", "training loss", "validation")
     try:
         name = _stages(run)[-1]
         folder = stage_folder(run, name)
         stamps = [_stamp(each) for each in (run / HISTORY, folder / DRAFT, folder / RECORDS)]
-        is_done, *said = _standing(run, name, *stamps)
+        found = dict(zip(keys, _standing(run, name, *stamps), strict=True))
     except ChainLoRAError:
-        return {"state": "cannot be read"} | dict.fromkeys(keys, _NONE)
-    is_training = not is_done and is_in_use(folder)
-    state = "done" if is_done else "training" if is_training else "interrupted"
-    found = {"state": state} | dict(zip(keys, said, strict=True))
-    return found if is_training else found | {"time left": _NONE}
+        return dict.fromkeys(keys, _NONE) | {"state": "cannot be read"}
+    if found["state"] == "training" and not is_in_use(folder):
+        found["state"] = "interrupted"
+    return found if found["state"] == "training" else found | {"time left": _NONE}
 
 
 @lru_cache(maxsize=1000)
-def _standing(run: Path, name: str, *stamps: int) -> tuple[bool, str, str, str, str, str]:
-    """Return whether a stage is done, and what there is to say of it."""
+def _standing(run: Path, name: str, *stamps: int) -> tuple[str, ...]:
+    """Return whether a stage is done or in training, and what there is to say of it."""
     state = _state_of(run, name)
     result = state.result() if state.draft is None else None
     facts = RunFacts("", state, None, result or {}, state.records(), {})
@@ -92,7 +81,7 @@ def _standing(run: Path, name: str, *stamps: int) -> tuple[bool, str, str, str, 
     recent = [record["seconds"] for record in steps[-_RECENT:]]
     scores = [record[metric] for record in facts.evaluations if metric and metric in record]
     return (
-        is_done,
+        "done" if is_done else "training",
         name,
         f"{step:,} of {total:,}" if total > step else f"{step:,}",
         duration(median(recent) * (total - step)) if recent else _NONE,
@@ -103,14 +92,11 @@ def _standing(run: Path, name: str, *stamps: int) -> tuple[bool, str, str, str, 
 
 def _details(run: Path) -> list[Section]:
     names, off = _stages(run), _off(run)
-    heads = {name: f"{name} (off)" if name in off else name for name in names}
-    curves = [
-        Column(
-            heads[name] if len(names) > 1 else "",
-            _curves(run, name, _stamp(stage_folder(run, name) / RECORDS)),
-        )
-        for name in reversed(names)
-    ]
+    curves = []
+    for name in reversed(names):
+        head = f"{name} (off)" if name in off else name
+        blocks = _curves(run, name, _stamp(stage_folder(run, name) / RECORDS))
+        curves.append(Column(head if len(names) > 1 else "", blocks))
     last = names[-1]
     state = _state_of(run, last)
     knots = sum(record.get("where") == "knot" for record in state.records())
@@ -135,7 +121,6 @@ def _state_of(run: Path, name: str) -> OpenState:
 
 
 def _off(run: Path) -> set[str]:
-    """Return the stages that `mix` has switched off."""
     return {name for name, strength in find_state(run).strengths.items() if not strength}
 
 
@@ -162,5 +147,4 @@ def _links_and_stages(run: Path, last: str, *versions: object) -> tuple[list[Blo
 
 def _alone(blocks: Sequence[Block]) -> list[Block]:
     """Return blocks without what folds open: it would close whenever they are drawn again."""
-    shown = [block for block in blocks if not isinstance(block, Numbers) or block.is_open]
-    return [replace(b, table=None) if isinstance(b, Picture) else b for b in shown]
+    return [replace(b, table=None) if isinstance(b, Picture) else b for b in blocks]

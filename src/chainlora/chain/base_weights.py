@@ -1,4 +1,4 @@
-"""Base weights: pristine values to compute every knot from, and the door by which new ones enter.
+"""Base weights: reads pristine values to compute every knot from, writes merged ones.
 
 A chain never subtracts: ``W_k`` is rebuilt from ``W_0``. So the weights that links will touch must
 stay readable as they were. Where the model came from a safetensors checkpoint they are re-read from
@@ -61,23 +61,21 @@ class BaseWeights:
 
         Raises ModelError where the checkpoint was overwritten or deleted since.
         """
-        found = self._read_stored(path) if path in self._stored else self._copies[path]
-        return found.to(torch.promote_types(found.dtype, torch.float32), copy=True)
-
-    def _read_stored(self, path: str) -> Tensor:
-        stored = self._stored[path]
-        try:
-            found = stored.read(self._rows[path])
-            wrong = None if _sample(found) == self._samples[path] else "other values"
-        except (OSError, SafetensorError) as error:
-            wrong = str(error)
+        if path in self._copies:
+            found, wrong = self._copies[path], None
+        else:
+            try:
+                found = self._stored[path].read(self._rows[path])
+                wrong = None if _sample(found) == self._samples[path] else "other values"
+            except (OSError, SafetensorError) as error:
+                wrong = str(error)
         if wrong is not None:
             raise ModelError(
                 "the files of a base must stay while a chain is on it",
-                f"{wrong} for {path} in {stored.file}",
+                f"{wrong} for {path} in {self._stored[path].file}",
                 "restore them",
             )
-        return found
+        return found.to(torch.promote_types(found.dtype, torch.float32), copy=True)
 
     def rows(self, path: str) -> slice:
         """Return the rows of a parameter that are at hand: all of them unless it is shared."""

@@ -129,11 +129,17 @@ class Chain:
         self._holding.check_config(config)
         fresh = Link(len(self.links), config, {}, id=self.next_id)
         check_strengths([*self.links, fresh])
-        adapter = self._adapter_for(config)
+        adapter = self._adapter
+        if adapter is not None and adapters.same_shape(adapter, config):
+            adapters.set_config(adapter, config)  # compiled graphs survive
+        else:
+            adapter = self._put_on(config)
         adapters.set_extra(self.model, adapter, self._latest_extra())
         self._live = live = Live()
+        place = f"{self.next_id - self.first_id}"
+        drawn_by = f"{self.stage}/{place}" if self.stage else place
         try:
-            live.start = initialize(adapter, self.seed, self._drawn_by, backward, self.links)
+            live.start = initialize(adapter, self.seed, drawn_by, backward, self.links)
             self._holding.take_out(live.start, config.scaling)
             adapters.reset_magnitudes(adapter)
         except BaseException:
@@ -163,7 +169,8 @@ class Chain:
         """
         self._need_live("tie")
         link = self.live_link()
-        self._end_live()
+        self._live = None
+        self.next_id += 1
         self.links.append(link)
         self._settle()
         return link
@@ -196,8 +203,7 @@ class Chain:
         ``update(link)`` is called once a link, after it was extended: make the optimizer there.
         """
         tied = []
-        for config in configs:
-            index = len(self)
+        for index, config in enumerate(configs, start=len(self)):
             self.extend(config, backward=backward)
             self.tune(steps(index), update(index))
             tied.append(self.tie())
@@ -271,7 +277,8 @@ class Chain:
     def discard(self) -> None:
         """Reject the live link: the model is what it was before `extend`."""
         self._need_live("discard")
-        self._end_live()
+        self._live = None
+        self.next_id += 1
         self._settle()
 
     # --- the links that are tied ---
@@ -376,13 +383,6 @@ class Chain:
         adapters.set_extra(self.model, self._adapter, self._latest_extra())
         self._is_settled = True
 
-    def _adapter_for(self, config: LinkConfig) -> Adapter:
-        """Return the layers on the model where they fit (compiled graphs survive), or new ones."""
-        if self._adapter is not None and adapters.same_shape(self._adapter, config):
-            adapters.set_config(self._adapter, config)
-            return self._adapter
-        return self._put_on(config)
-
     def _put_on(self, config: LinkConfig) -> Adapter:
         """Put new layers on; the ones before, and what they hold, stay where that is refused."""
         before = self._adapter
@@ -408,16 +408,6 @@ class Chain:
         if self._adapter is not None:
             adapters.detach(self._adapter)
             self._adapter = None
-
-    def _end_live(self) -> None:
-        self._live = None
-        self.next_id += 1
-
-    @property
-    def _drawn_by(self) -> str:
-        """Return what the next link is drawn by: its stage, and its place there."""
-        place = f"{self.next_id - self.first_id}"
-        return f"{self.stage}/{place}" if self.stage else place
 
     def _layers(self) -> Adapter:
         assert self._adapter is not None

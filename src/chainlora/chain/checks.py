@@ -57,8 +57,8 @@ def check_plain(model: nn.Module) -> None:
 def check_config(config: Any) -> None:
     """Raise ChainError for what is no config of a link, such as a dict."""
     if not isinstance(config, LinkConfig):
-        rule, remedy = "`config` must be a LinkConfig", "write extend(LinkConfig(rank=8))"
-        raise ChainError(rule, shown(config), remedy)
+        remedy = "write extend(LinkConfig(rank=8))"
+        raise ChainError("`config` must be a LinkConfig", shown(config), remedy)
 
 
 def shown(value: Any) -> str:
@@ -95,18 +95,16 @@ def _module_fault(link: Link, name: str, model: nn.Module | None) -> str | None:
     a, b = link.factors[name].a, link.factors[name].b
     if a.dim() != 2 or b.dim() != 2 or not a.shape[0] == b.shape[1] == link.rank:
         return f"factors {list(a.shape)} and {list(b.shape)} of rank {link.rank} at {name}"
-    vectors = {
-        "bias": (link.factors[name].bias, link.config.lora_bias),
-        "magnitude": (link.factors[name].magnitude, link.config.dora),
-    }
-    for key, (vector, is_due) in vectors.items():
+    bias, magnitude = link.factors[name].bias, link.factors[name].magnitude
+    vectors = ("bias", bias, link.config.lora_bias), ("magnitude", magnitude, link.config.dora)
+    for key, vector, is_due in vectors:
         if vector is None and is_due:
             return f"no {key} at {name}"
         if vector is not None and not is_due:
             return f"a {key} at {name}, which the link did not train"
         if vector is not None and list(vector.shape) != [b.shape[0]]:
             return f"a {key} of {list(vector.shape)} for {b.shape[0]} outputs at {name}"
-    if not all(map(_is_finite, (a, b, *(vector for vector, _ in vectors.values())))):
+    if not all(part is None or torch.isfinite(part).all() for part in (a, b, bias, magnitude)):
         return f"numbers that are not finite at {name}"
     return None if model is None else misfit(link.factors[name], model, name)
 
@@ -126,7 +124,7 @@ def _extra_fault(link: Link, path: str, model: nn.Module | None) -> str | None:
     weight = link.extra[path]
     if not adapters.is_extra(path, link.config):
         return f"weights at {path}, which the link did not train"
-    if not _is_finite(weight):
+    if not torch.isfinite(weight).all():
         return f"numbers that are not finite at {path}"
     return None if model is None else _value_fault(model, path, weight)
 
@@ -178,21 +176,16 @@ def _value_fault(model: nn.Module, path: str, value: Tensor) -> str | None:
     return None if found == wanted else f"weights of {found} for {wanted} at {path}"
 
 
-def _is_finite(part: Tensor | None) -> bool:
-    return part is None or bool(torch.isfinite(part).all())
-
-
 # --- strengths ---
 
 
 def with_strengths(links: Sequence[Link], strengths: Mapping[int, float]) -> list[Link]:
     """Return links at other strengths, by id. Raises ChainError for those that are refused."""
     known = {link.id: link.strength for link in links}
-    if unknown := [each for each in strengths if each not in known]:
-        raise ChainError(
-            f"strengths are of the links' ids, {list(known)} (got {shown(unknown[0])}); see "
-            "chain.strengths"
-        )
+    for each in strengths:
+        if each not in known:
+            ids, remedy = list(known), "see chain.strengths"
+            raise ChainError(f"strengths are of the links' ids, {ids}", shown(each), remedy)
     now = known | {each: float(strength) for each, strength in strengths.items()}
     changed = [replace(link, strength=now[link.id]) for link in links]
     check_strengths(changed)

@@ -79,9 +79,8 @@ def principal_factors(config: LinkConfig, weight: Tensor, generator: torch.Gener
     width = min(config.rank + 8, *weight.shape)
     u, s, v = randomized_svd(weight, width, generator.initial_seed())
     root = (s[: config.rank] / config.scaling).sqrt()
-    return Factors(
-        (v[:, : config.rank] * root).T.contiguous(), (u[:, : config.rank] * root).contiguous()
-    )
+    a, b = (v[:, : config.rank] * root).T, u[:, : config.rank] * root
+    return Factors(a.contiguous(), b.contiguous())
 
 
 def initialize(
@@ -109,13 +108,9 @@ def initialize(
         if config.init == "pissa":
             start[name] = principal_factors(config, dequantized(base_layer(layer)), generator)
         else:
-            start[name] = random_factors(
-                config,
-                layer.in_features,
-                layer.out_features,
-                generator,
-                of_embedding=isinstance(base_layer(layer), nn.Embedding),
-            )
+            of_embedding = isinstance(base_layer(layer), nn.Embedding)
+            sides = layer.in_features, layer.out_features
+            start[name] = random_factors(config, *sides, generator, of_embedding=of_embedding)
         if config.init == "orthogonal":
             start[name] = replace(start[name], a=_away_from(earlier, name, start[name].a))
     for name, factors in start.items():
@@ -155,9 +150,6 @@ def _point_along_gradient(adapter: Adapter, seed: int, link: str, backward: Back
     """
     rank, layers = adapter.config.rank, adapter.layers
 
-    def with_zero_a(name: str, b: Tensor) -> Factors:
-        return Factors(torch.zeros(rank, layers[name].in_features, **_HOST), b)
-
     def with_zero_b(name: str, a: Tensor) -> Factors:
         return Factors(a, torch.zeros(layers[name].out_features, rank, **_HOST))
 
@@ -169,7 +161,10 @@ def _point_along_gradient(adapter: Adapter, seed: int, link: str, backward: Back
         )
     right: dict[str, Tensor] = {}  # rank × in
     for sweep in range(_SWEEPS):
-        start = {name: with_zero_a(name, b) for name, b in left.items()}
+        start = {
+            name: Factors(torch.zeros(rank, layers[name].in_features, **_HOST), b)
+            for name, b in left.items()
+        }
         rows = _gradients(adapter, start, "lora_A", backward)
         right = {name: _orthonormal(gradient.T).T for name, gradient in rows.items()}
         if sweep + 1 < _SWEEPS:
@@ -205,7 +200,6 @@ def _gradients(
         weight.grad = None
     for weight in frozen:
         weight.requires_grad_(False)
-        weight.grad = None
     for parameter in adapter.parameters():
         parameter.grad = None
     return gradients

@@ -7,11 +7,35 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from chainlora.chain.adapters import Factors
 from chainlora.chain.showing import Shown
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factors:
+    """One module's share of a link, float32 on the CPU: ``A`` (rank × in), ``B`` (out × rank).
+
+    `bias` (out) is LoRA's own bias on B; `magnitude` (out) is DoRA's (arXiv 2402.09353). Of an
+    embedding, A has a column for each token, and PEFT has names of its own for both.
+    """
+
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+    of_embedding: bool = False
+
+    def __repr__(self) -> str:
+        return f"<Factors: A {tuple(self.a.shape)}, B {tuple(self.b.shape)}>"
+
+    @property
+    def adds(self) -> bool:
+        """Whether the layer computes anything else with them."""
+        has_bias = self.bias is not None and bool(self.bias.any())
+        return has_bias or bool(self.a.any() and self.b.any())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,6 +86,23 @@ class Link:
         return self.scaling * (self.factors[module].b @ self.factors[module].a)
 
 
+def stacked(one: Factors, other: Factors) -> Factors:
+    """Return factors of the sum of two products; what is beside A and B is that of the first."""
+    return replace(one, a=torch.cat([one.a, other.a]), b=torch.cat([one.b, other.b], dim=1))
+
+
+def padded(factors: Factors, rank: int) -> Factors:
+    """Widen factors with zeros to a rank (a link, vLLM and others have one rank an adapter)."""
+    missing = rank - factors.a.shape[0]
+    if missing <= 0:
+        return factors
+    return replace(
+        factors,
+        a=functional.pad(factors.a, (0, 0, 0, missing)),
+        b=functional.pad(factors.b, (0, missing)),
+    )
+
+
 def part_of(factors: Factors, rows: slice, bias_rows: slice, *, transposed: bool) -> Factors:
     """Return the factors of some rows of a weight, and of some entries of its bias.
 
@@ -91,7 +132,17 @@ def stack_links(links: Sequence[Link]) -> dict[str, Factors]:
     stacked: Shown[Factors] = Shown()
     for name in dict.fromkeys(name for link in held for name in link.factors):
         terms = [(link.factors[name], link.scaling) for link in held if name in link.factors]
-        _check_summable(name, [factors for factors, _ in terms])
+        if any(factors.magnitude is not None for factors, _ in terms):
+            raise ChainError(
+                f"DoRA links are not a low-rank sum (got one at {name}); export merged weights "
+                "instead"
+            )
+        shapes = {f"{factors.b.shape[0]} × {factors.a.shape[1]}" for factors, _ in terms}
+        if len(shapes) > 1:
+            raise ChainError(
+                "links of a chain must be of one model (got updates of "
+                f"{' and '.join(sorted(shapes))} at {name}); take the links of one run"
+            )
         biases = [scaling * factors.bias for factors, scaling in terms if factors.bias is not None]
         stacked[name] = Factors(
             torch.cat([factors.a for factors, _ in terms]),
@@ -109,19 +160,6 @@ def stacked_rank(links: Sequence[Link]) -> int:
         for name, factors in link.factors.items():
             ranks[name] = ranks.get(name, 0) + factors.a.shape[0]
     return max(ranks.values(), default=0)
-
-
-def _check_summable(name: str, terms: Sequence[Factors]) -> None:
-    if any(factors.magnitude is not None for factors in terms):
-        raise ChainError(
-            f"DoRA links are not a low-rank sum (got one at {name}); export merged weights instead"
-        )
-    shapes = {f"{factors.b.shape[0]} × {factors.a.shape[1]}" for factors in terms}
-    if len(shapes) > 1:
-        raise ChainError(
-            f"links of a chain must be of one model (got updates of {' and '.join(sorted(shapes))} "
-            f"at {name}); take the links of one run"
-        )
 
 
 def merge_(weight: Tensor, bias: Tensor | None, factors: Factors, scaling: float) -> None:

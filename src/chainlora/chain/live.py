@@ -75,8 +75,18 @@ def load_state(adapter: Adapter, holding: Holding, state: Mapping[str, Tensor]) 
 
     Raises ChainError, before anything changes, unless every tensor is there, of its shape.
     """
-    parts = {key: _section(state, key) for key in (*_PARTS, "extra", "deposit")}
-    _check_tensors(adapter, {k: v for k, v in state.items() if not k.startswith("deposit/")})
+    parts: dict[str, dict[str, Tensor]] = {key: {} for key in (*_PARTS, "extra", "deposit")}
+    for key, tensor in state.items():
+        part, _, name = key.partition("/")
+        parts.setdefault(part, {})[name] = tensor
+    wanted = {name: list(tensor.shape) for name, tensor in _tensors_of(adapter).items()}
+    found = {k: list(v.shape) for k, v in state.items() if not k.startswith("deposit/")}
+    for name in sorted(wanted.keys() | found.keys()):
+        if found.get(name) != wanted.get(name):
+            raise ChainError(
+                f"the state of a link must fit its modules (got {found.get(name, 'nothing')} for "
+                f"{wanted.get(name, 'nothing')} at {name}); it belongs to another link"
+            )
     holding.restore(parts["deposit"], adapter)
     for name in adapter.layers:
         a, b = parts["A"][name], parts["B"][name]
@@ -94,20 +104,3 @@ def _tensors_of(adapter: Adapter) -> dict[str, Tensor]:
             if part is not None:
                 state[f"{key}/{name}"] = part
     return state
-
-
-def _check_tensors(adapter: Adapter, state: Mapping[str, Tensor]) -> None:
-    wanted = {name: list(tensor.shape) for name, tensor in _tensors_of(adapter).items()}
-    found = {name: list(tensor.shape) for name, tensor in state.items()}
-    for name in sorted(wanted.keys() | found.keys()):
-        if found.get(name) != wanted.get(name):
-            raise ChainError(
-                f"the state of a link must fit its modules (got {found.get(name, 'nothing')} for "
-                f"{wanted.get(name, 'nothing')} at {name}); it belongs to another link"
-            )
-
-
-def _section(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Return the tensors under ``<name>/``, by the rest of their names."""
-    prefix = f"{name}/"
-    return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}

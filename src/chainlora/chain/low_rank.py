@@ -104,7 +104,7 @@ class _Triplets(NamedTuple):
         u, s, vh = self.u[:, :rank].clone(), self.s[:rank].clone(), self.vh[:rank].clone()
         return _Triplets(u, s, vh, self.tail(rank))
 
-    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+    def factors(self, rank: int) -> Pair:
         """Return A [rank, in] and B [out, rank], padded with zeros."""
         root, missing = self.s[:rank].sqrt(), max(rank - len(self.s), 0)
         a = functional.pad(root.unsqueeze(1) * self.vh[:rank], (0, 0, 0, missing))

@@ -51,10 +51,7 @@ dtype_option = click.option(
 
 
 def prepare_streams() -> None:
-    """Let any text be printed: as escapes in a locale of few characters, nowhere if closed.
-
-    A closed stdin is an empty one.
-    """
+    """Let any text be printed: as escapes in a locale of few characters, nowhere if closed."""
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -71,7 +68,6 @@ def print_json(value: Any) -> None:
 
 
 def show(value: Any, text: str, as_json: bool) -> None:
-    """Print a result: one JSON object, or what it is in words."""
     if as_json:
         print_json(value)
     else:
@@ -79,7 +75,6 @@ def show(value: Any, text: str, as_json: bool) -> None:
 
 
 def to_stderr(text: str = "") -> None:
-    """Print a line on stderr, where progress goes."""
     click.echo(text, err=True)
 
 
@@ -118,14 +113,11 @@ def file_and_overrides(
     """Read a file's name and pairs ``--key.sub VALUE`` or ``--key.sub=VALUE``, in any order."""
     words, pairs = words_and_overrides(arguments)
     if not words:
-        given = next((value for key, value in pairs if key == "config"), None)
+        given = dict(pairs).get("config")
+        remedy = ", a YAML file; its keys can then be set by --key.sub VALUE"
         if given is not None:
-            raise click.UsageError(
-                f"Missing argument '{name}': write the file without --config: {given}"
-            )
-        raise click.UsageError(
-            f"Missing argument '{name}', a YAML file; its keys can then be set by --key.sub VALUE"
-        )
+            remedy = f": write the file without --config: {given}"
+        raise click.UsageError(f"Missing argument '{name}'{remedy}")
     if words[1:]:
         raise click.UsageError(
             f"unexpected argument {words[1]!r}; config keys are set with --key.sub VALUE, a list "
@@ -138,7 +130,6 @@ class Verbs(click.Group):
     """A group that finds the lab's verbs by name, and names the nearest verb for an unknown one."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names of all verbs."""
         return sorted({*super().list_commands(ctx), *_OF_THE_LAB})
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
@@ -234,22 +225,18 @@ def words_and_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str
         if not equals:
             value = next(rest, "--")
             if value.startswith("--"):
-                from chainlora.config.foreign import foreign_hint
+                from chainlora.config.messages import foreign_hint
 
                 hint = foreign_hint(key.replace("-", "_")) or ""
                 raise click.UsageError(f"--{key} needs a value{hint}")
-        pairs.append((_with_underscores(key), value))
+        parts = key.split(".")  # a name that a person gave may have hyphens
+        named = parts[1:2] if parts[0] in ("stages", "tasks", "methods") else []
+        parts = [each if each in named else each.replace("-", "_") for each in parts]
+        pairs.append((".".join(parts), value))
     keys = [key for key, _ in pairs]
     if is_first_process() and (twice := [key for key in dict(pairs) if keys.count(key) > 1]):
         to_stderr(f"chainlora: of --{', --'.join(twice)} the last one counts, and no other")
     return words, pairs
-
-
-def _with_underscores(key: str) -> str:
-    """Return a key as a config has it; a name that a person gave may have hyphens."""
-    parts = key.split(".")
-    named = parts[1:2] if parts[0] in ("stages", "tasks", "methods") else []
-    return ".".join(each if each in named else each.replace("-", "_") for each in parts)
 
 
 # --- run directories, checked before anything heavy is imported ---

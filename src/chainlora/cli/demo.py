@@ -17,11 +17,10 @@ from typing import Any
 
 from chainlora.cli.versioning import show_matrix
 from chainlora.config.reading import make_config
-from chainlora.config.schema import RunConfig
 from chainlora.config.staging import stage_folder
 from chainlora.errors import ModelError
 from chainlora.evaluation.stage_scores import stage_matrix
-from chainlora.models.hashing import cache_dir
+from chainlora.models.identity import cache_dir
 from chainlora.reports.run_charts import plot_training
 from chainlora.reports.run_report import report_runs
 from chainlora.runs.changes import mix_stages
@@ -67,23 +66,34 @@ def run_demo(output: str, echo: Callable[[str], object], listener: Any) -> dict[
     _check_packages()
     output = str(empty_folder(output))
     rows = headlines()
-    config = _config(rows, output)
-    ranks = config.chain.ranks
+    config = {
+        "model": _MODEL,
+        "data": _data(rows, "headlines"),
+        "chain": {"ranks": [8, 8], "target_modules": ["q_proj", "v_proj"], "epochs": [1, 1]},
+        "train": {"restart_schedule": True},
+        "output": output,
+    }
     echo(
         f"SmolLM2-135M-Instruct (dequantised from a Q4_1 file) learns to name the topic of BBC "
-        f"headlines.\n{_NUM_TRAIN} rows, {len(ranks)} links of rank {ranks[0]}, scored on "
-        f"{_NUM_VALIDATION} held-out headlines."
+        f"headlines.\n{_NUM_TRAIN} rows, 2 links of rank 8, scored on {_NUM_VALIDATION} held-out "
+        "headlines."
     )
-    result = train(config, listener=listener, stage="headlines")
+    result = train(make_config(config), listener=listener, stage="headlines")
     folder = stage_folder(Path(output), "headlines")
     records = read_records(folder / "metrics.jsonl")
     plot_training(records, folder / "training.png")
     scores = of_event(records, "eval")
     zero_shot = next(score["accuracy"] for score in scores if score["where"] == "start")
     after_links = [score["accuracy"] for score in scores if score["where"] == "knot"]
-    echo(_summary(zero_shot, after_links, result["metrics"]["validation"]))
+    final = result["metrics"]["validation"]
+    echo(f"\naccuracy {'before training':<18} {zero_shot:6.1%}")
+    for index, score in enumerate(after_links):
+        echo(f"accuracy {f'after link {index}':<18} {score:6.1%}")
+    majority = f"always the most frequent topic: {final['majority']:.1%}"
+    echo(f"accuracy {'of the chain':<18} {final['accuracy']:6.1%}   ({majority})")
     echo(f"\nA second data set, {_NUM_TIMES} times of day, becomes a stage of the same chain.")
-    train_stages(extension(output, _second(rows)), listener=listener)
+    second = {"name": "times", "chain": {"ranks": [8], "epochs": [2]}}
+    train_stages(extension(output, second | {"data": _data(rows, "times")}), listener=listener)
     mix_stages(Path(output), {"times": 0})
     matrix = stage_matrix(output)
     echo("What it did to the first one; now is after `chainlora mix`, which switched it off:\n")
@@ -112,60 +122,34 @@ def _check_packages() -> None:
 def headlines() -> Path:
     """Write the demo's rows and task files to the cache, times too, and return the folder."""
     folder = cache_dir() / "demo"
+    folder.mkdir(parents=True, exist_ok=True)
     rows = _read_news()
     random.Random(0).shuffle(rows)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "train.jsonl", rows[:_NUM_TRAIN])
-    _write(folder / "validation.jsonl", rows[_NUM_TRAIN : _NUM_TRAIN + _NUM_VALIDATION])
-    (folder / "headlines.yaml").write_text(_HEADLINES, encoding="utf-8")
-    (folder / "times.yaml").write_text(_TIMES, encoding="utf-8")
-    minutes = random.Random(0).sample(range(24 * 60), _NUM_TIMES + _NUM_TIMES_VALIDATION)
-    times = [_time(minute) for minute in minutes]
-    _write(folder / "times.jsonl", times[:_NUM_TIMES])
-    _write(folder / "times-validation.jsonl", times[_NUM_TIMES:])
+    times = []
+    for minute in random.Random(0).sample(range(24 * 60), _NUM_TIMES + _NUM_TIMES_VALIDATION):
+        hour, minute = divmod(minute, 60)
+        time = f"{hour % 12 or 12}:{minute:02} {'am' if hour < 12 else 'pm'}"
+        times.append({"time": time, "answer": f"{hour:02}:{minute:02}"})
+    texts = {
+        "headlines.yaml": _HEADLINES,
+        "times.yaml": _TIMES,
+        "headlines.jsonl": _lines(rows[:_NUM_TRAIN]),
+        "headlines-validation.jsonl": _lines(rows[_NUM_TRAIN : _NUM_TRAIN + _NUM_VALIDATION]),
+        "times.jsonl": _lines(times[:_NUM_TIMES]),
+        "times-validation.jsonl": _lines(times[_NUM_TIMES:]),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
     return folder
 
 
-def _config(rows: Path, output: str) -> RunConfig:
-    return make_config(
-        {
-            "model": _MODEL,
-            "data": {
-                "task": str(rows / "headlines.yaml"),
-                "train": str(rows / "train.jsonl"),
-                "validation": str(rows / "validation.jsonl"),
-            },
-            "chain": {"ranks": [8, 8], "target_modules": ["q_proj", "v_proj"], "epochs": [1, 1]},
-            "train": {"restart_schedule": True},
-            "output": output,
-        }
-    )
-
-
-def _second(rows: Path) -> dict[str, Any]:
-    """Return the second stage; what it does not say is as in the first."""
-    return {
-        "name": "times",
-        "data": {
-            "task": str(rows / "times.yaml"),
-            "train": str(rows / "times.jsonl"),
-            "validation": str(rows / "times-validation.jsonl"),
-        },
-        "chain": {"ranks": [8], "epochs": [2]},
-    }
-
-
-def _summary(zero_shot: float, after_links: list[float], final: dict[str, float]) -> str:
-    named = [("before training", zero_shot)]
-    named += [(f"after link {index}", score) for index, score in enumerate(after_links)]
-    lines = [f"accuracy {name:<18} {score:6.1%}" for name, score in named]
-    majority = f"always the most frequent topic: {final['majority']:.1%}"
-    lines.append(f"accuracy {'of the chain':<18} {final['accuracy']:6.1%}   ({majority})")
-    return "\n".join(["", *lines])
+def _data(rows: Path, name: str) -> dict[str, str]:
+    train, validation = str(rows / f"{name}.jsonl"), str(rows / f"{name}-validation.jsonl")
+    return {"task": str(rows / f"{name}.yaml"), "train": train, "validation": validation}
 
 
 def _next_commands(rows: Path, output: str, page: str) -> str:
-    task = f"--task {rows / 'headlines.yaml'} --data {rows}"
+    task = f"--task {rows / 'headlines.yaml'} --data {rows / 'headlines-validation.jsonl'}"
     config = stage_folder(Path(output), "headlines") / "config.yaml"
     links = "--chain.ranks '[4, 4, 4]' --chain.epochs '[1, 1, 1]'"
     return "\n".join(
@@ -196,13 +180,5 @@ def _read_news() -> list[dict[str, str]]:
     return list(rows.values())
 
 
-def _time(minute: int) -> dict[str, str]:
-    """Return a row: a time of day on the 12-hour clock, and on that of 24 hours."""
-    hour, minute = divmod(minute, 60)
-    half = "am" if hour < 12 else "pm"
-    time = f"{hour % 12 or 12}:{minute:02} {half}"
-    return {"time": time, "answer": f"{hour:02}:{minute:02}"}
-
-
-def _write(path: Path, rows: list[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def _lines(rows: list[dict[str, str]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)

@@ -1,15 +1,15 @@
-"""`chainlora doctor`: what there is on this machine, and what a model can use of it."""
+"""The verbs that say what there is: `chainlora doctor`, `schema` and `tasks`."""
 
 from __future__ import annotations
 
+import json
 import os
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import click
 
-from chainlora.cli.common import json_option, quiet, show
+from chainlora.cli.common import complete_tasks, json_option, quiet, show
 
 # Package → what it is for, and the extra that brings it.
 _OPTIONAL = {
@@ -22,7 +22,6 @@ _OPTIONAL = {
     "deepspeed": ("models that processes share by ZeRO-3", "deepspeed"),
     "schedulefree": ("schedule-free AdamW", "schedulefree"),
 }
-_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 _FAST_PATHS = (
     "Packed sequences lie side by side in one row, without padding. Fast decoder layers compute a "
     "layer with fewer and larger operations. Each was compared with plain transformers on this "
@@ -40,13 +39,14 @@ def doctor(model: str | None, as_json: bool) -> None:
     which fast paths the model can take, or why not. The model is loaded for that.
     """
     quiet()
-    from chainlora.runs.costs import versions
+    from chainlora.runs.costs import version_of, versions
 
-    found: dict[str, Any] = {
-        "versions": versions(),
-        "extras": _extras(),
-        "machine": _machine(),
+    # the version of each optional package, or what it is for and how to install it
+    extras = {
+        name: version_of(name) or f"not installed; pip install 'chainlora[{extra}]' for {purpose}"
+        for name, (purpose, extra) in _OPTIONAL.items()
     }
+    found: dict[str, Any] = {"versions": versions(), "extras": extras, "machine": _machine()}
     if model is not None:
         found["model"] = _examined(model)
     parts = [_section(title, values) for title, values in found.items()]
@@ -55,7 +55,6 @@ def doctor(model: str | None, as_json: bool) -> None:
 
 
 def _section(title: str, values: dict[str, Any]) -> str:
-    """Return a titled list of values; one inside another continues it."""
     flat = {
         key: text
         for name, value in values.items()
@@ -70,28 +69,18 @@ def _section(title: str, values: dict[str, Any]) -> str:
     return "\n".join([title, *lines])
 
 
-def _extras() -> dict[str, str]:
-    """Return the version of each optional package, or what it is for and how to install it."""
-    from chainlora.runs.costs import version_of
-
-    return {
-        name: version_of(name) or f"not installed; pip install 'chainlora[{extra}]' for {purpose}"
-        for name, (purpose, extra) in _OPTIONAL.items()
-    }
-
-
 def _machine() -> dict[str, Any]:
     import psutil
     import torch
 
-    from chainlora.models.hashing import cache_dir
+    from chainlora.models.identity import cache_dir
 
     memory = psutil.virtual_memory()
     known = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     gpus = [f"{each.name}, {_gib(each.total_memory)}" for each in known]
     return {
         "cores": f"{os.cpu_count()}, torch uses {torch.get_num_threads()}",
-        "instructions": ", ".join(_instructions()) or "not known here",
+        "kernels": torch.backends.cpu.get_cpu_capability(),
         "memory": f"{_gib(memory.total)}, {_gib(memory.available)} of it free",
         "gpus": gpus or "none that torch can use",
         "cache": str(cache_dir()),
@@ -100,15 +89,6 @@ def _machine() -> dict[str, Any]:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
-
-
-def _instructions() -> list[str]:
-    """Return what the CPU says of vectors and bfloat16, where Linux tells it."""
-    try:
-        words = set(Path("/proc/cpuinfo").read_text(encoding="ascii").split())
-    except (OSError, UnicodeDecodeError):
-        return []
-    return [name for name in _INSTRUCTIONS if name in words]
 
 
 def _examined(name: str) -> dict[str, Any]:
@@ -133,3 +113,43 @@ def _examined(name: str) -> dict[str, Any]:
     with Engine(model, training=True) as engine:
         found["training"] = dict(note.split(": ", 1) for note in engine.notes)
     return found
+
+
+@click.command
+@click.option("--markdown", is_flag=True, help="Print a list to read instead.")
+def schema(markdown: bool) -> None:
+    """Print the JSON Schema of a config, for editors.
+
+    With it an editor completes and checks the keys: save it as chainlora.schema.json, and write as
+    the first line of a config: # yaml-language-server: $schema=chainlora.schema.json
+    """
+    from chainlora.config.json_schema import config_page, config_schema
+
+    if markdown:
+        click.echo(config_page(), nl=False)
+    else:
+        click.echo(json.dumps(config_schema(), indent=2, ensure_ascii=False))
+
+
+@click.command
+@click.argument("name", required=False, shell_complete=complete_tasks)
+@json_option
+def tasks(name: str | None, as_json: bool) -> None:
+    """List the tasks, or show one: prompt, labels, source.
+
+    NAME is one of the list, or a file of your own.
+    """
+    from chainlora.config.yaml_text import dump_yaml
+    from chainlora.data.tasks import list_tasks, load_task
+
+    if name is not None:
+        task = load_task(name)
+        tree = task.model_dump(mode="json", exclude_defaults=True)
+        show(task.model_dump(mode="json"), dump_yaml(tree).rstrip(), as_json)
+        return
+    found = [load_task(each) for each in list_tasks()]
+    width = max(len(task.name) for task in found)
+    lines = [f"{t.name:<{width}}  {t.metric:<9} {t.description}" for t in found]
+    keys = ("name", "description", "metric")
+    told = {"tasks": [{key: getattr(task, key) for key in keys} for task in found]}
+    show(told, "\n".join(lines), as_json)

@@ -23,14 +23,13 @@ from chainlora.cli.common import (
 from chainlora.errors import DataError
 
 if TYPE_CHECKING:
-    from chainlora.evaluation.streaming import Message, Speaker
+    from chainlora.evaluation.generation import Message, Speaker
     from chainlora.evaluation.training_rows import RowFacts
 
 _MOST = 256  # tokens of an answer: `MOST_TOKENS`, without what it imports
 
 
 def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add what both verbs take."""
     options = (
         click.argument("run_or_model", metavar="RUN|MODEL", type=click.Path()),
         links_option,
@@ -53,7 +52,9 @@ def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
             default=1.0,
             help="Draw from the likeliest tokens that together have this probability.",
         ),
-        click.option("--seed", type=int, default=0, help="Seed of the draws."),
+        click.option(
+            "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the draws."
+        ),
         dtype_option,
     )
     for option in reversed(options):
@@ -107,10 +108,9 @@ def chat(run_or_model: str, system: str | None, **keys: Any) -> None:
     A line is a turn. /clear forgets the conversation; /exit or Ctrl-D ends it.
     """
     check_run_or_model(run_or_model, keys["links"], keys["stages"])
-    speaker, _ = _speaker(
-        run_or_model, **keys | {"max_new_tokens": keys["max_new_tokens"] or _MOST}
-    )
-    from chainlora.evaluation.streaming import check_chat
+    keys["max_new_tokens"] = keys["max_new_tokens"] or _MOST
+    speaker, _ = _speaker(run_or_model, **keys)
+    from chainlora.evaluation.generation import check_chat
 
     check_chat(speaker.tokenizer, run_or_model)
     start = [{"role": "system", "content": system}] if system else []
@@ -127,9 +127,9 @@ def chat(run_or_model: str, system: str | None, **keys: Any) -> None:
                 raise
             to_stderr(f"chainlora: {error}")
             messages.pop()
-            continue
-        click.echo()
-        messages.append({"role": "assistant", "content": text})
+        else:
+            click.echo()
+            messages.append({"role": "assistant", "content": text})
 
 
 def _speaker(
@@ -147,7 +147,7 @@ def _speaker(
     if top_p < 1 and temperature == 0:
         raise click.UsageError("--top-p needs --temperature above 0: at 0 no token is drawn")
     quiet()
-    from chainlora.evaluation.streaming import Decoding, Speaker
+    from chainlora.evaluation.generation import Decoding, Speaker
     from chainlora.evaluation.training_rows import answer_limit, training_rows
     from chainlora.runs.opening import load_run_or_model
 

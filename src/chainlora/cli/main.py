@@ -16,14 +16,12 @@ import click
 
 from chainlora import __version__
 from chainlora.cli.common import SIGNALLED, Verbs, is_first_process, prepare_streams
-from chainlora.cli.configs import schema, tasks
-from chainlora.cli.doctor import doctor
-from chainlora.cli.exporting import export
+from chainlora.cli.doctor import doctor, schema, tasks
 from chainlora.cli.generate import chat, generate
 from chainlora.cli.scores import evaluate
 from chainlora.cli.train import demo, train
 from chainlora.cli.versioning import combine, extend, log, mix, prune, redo, rehearse, undo
-from chainlora.cli.views import board, inspect, report
+from chainlora.cli.views import board, export, inspect, report
 from chainlora.errors import (
     ChainLoRAError,
     ConfigError,
@@ -36,12 +34,7 @@ from chainlora.errors import (
 )
 from chainlora.files import file_error
 
-# All commands inherit these.
-_SETTINGS = {
-    "help_option_names": ["-h", "--help"],
-    "max_content_width": 110,
-    "show_default": True,
-}
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 _FIRST_STEPS = """\b
 First steps:
   chainlora demo               a chain of two links, and a page about it
@@ -56,8 +49,6 @@ def run(arguments: list[str]) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     prepare_streams()
     try:
-        for argument in arguments:
-            _check_text(argument)
         status = cli.main(arguments, prog_name="chainlora", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
@@ -99,27 +90,8 @@ def _what_failed(error: Exception) -> str:
         )
     if isinstance(error, OSError):
         return str(file_error(error, error.filename or "a file", "read and written"))
-    what = f"unexpected {type(error).__name__}: {str(error)[:400]}"
-    return f"{what} (run with --debug for the traceback)"
-
-
-def _refuse_processes(verb: str | None) -> None:
-    """Raise ConfigError for verbs that know of one process only."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if verb not in (None, "train", "extend", "rehearse") and count.isdecimal() and int(count) > 1:
-        raise ConfigError(
-            "only `chainlora train`, `extend` and `rehearse` run in several processes (got "
-            f"chainlora {verb} in {count}); start it without torchrun or accelerate launch"
-        )
-
-
-def _check_text(argument: str) -> None:
-    """Raise UsageError for what is no text: NUL, or bytes that the locale does not know."""
-    if "\0" in argument or any("\ud800" <= character <= "\udfff" for character in argument):
-        raise click.UsageError(
-            f"arguments must be text (got {argument!a:.80}); if that is a name of yours, set "
-            "LC_ALL=C.UTF-8"
-        )
+    name = type(error).__name__
+    return f"unexpected {name}: {str(error)[:400]} (run with --debug for the traceback)"
 
 
 def _fail(message: str, debug: bool) -> int:
@@ -135,7 +107,12 @@ def _fail(message: str, debug: bool) -> int:
 @click.pass_context
 def cli(context: click.Context, debug: bool) -> None:
     """Chain of LoRA fine-tuning (arXiv 2401.04151): tune a LoRA, tie a knot, extend the chain."""
-    _refuse_processes(context.invoked_subcommand)
+    verb, count = context.invoked_subcommand, os.environ.get("WORLD_SIZE", "1")
+    if verb not in (None, "train", "extend", "rehearse") and count != "1":
+        raise ConfigError(
+            "only `chainlora train`, `extend` and `rehearse` run in several processes (got "
+            f"chainlora {verb} in {count}); start it without torchrun or accelerate launch"
+        )
 
 
 for _verb in (demo, train, extend, combine, rehearse, mix, undo, redo, log, prune, evaluate):

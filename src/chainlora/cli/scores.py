@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -87,11 +86,16 @@ def evaluate(
     """
     if matrix:
         others: dict[str, Any] = {"split": split, "links": links, "stages": stages} | options
+        speedups = others.pop("speedups")
         if start_rows is None:
             others["task"] = task
-        else:
-            _keep_start_rows(run_or_model, start_rows, task, others)
-        _score_matrix(run_or_model, as_json, **others)
+        if given := [name for name, value in others.items() if value is not None]:
+            raise click.UsageError(
+                f"--matrix scores the kept rows in all states; leave --{given[0]} out"
+            )
+        if start_rows is not None:
+            _keep_start_rows(run_or_model, start_rows, task)
+        _score_matrix(run_or_model, as_json, speedups)
         return
     if start_rows is not None:
         raise click.UsageError("--start-rows is for the matrix of a run; use it with --matrix")
@@ -123,9 +127,8 @@ def evaluate(
     show(result, f"{name}: {shown} ({result['rows']} rows)", as_json)
 
 
-def _keep_start_rows(run: str, file: str, task: str | None, others: Mapping[str, Any]) -> None:
+def _keep_start_rows(run: str, file: str, task: str | None) -> None:
     """Let a run keep the rows of a file for what it began on."""
-    _refuse_beside_matrix(others)
     folder = whole_run(run)
     quiet()
     from chainlora.config.schema import StartData
@@ -135,17 +138,7 @@ def _keep_start_rows(run: str, file: str, task: str | None, others: Mapping[str,
     to_stderr(f"{run} keeps these rows: from now on they are the column start of its matrix")
 
 
-def _refuse_beside_matrix(others: Mapping[str, Any]) -> None:
-    given = [name for name, value in others.items() if value is not None and name != "speedups"]
-    if given:
-        raise click.UsageError(
-            f"--matrix scores the kept rows in all states; leave --{given[0]} out"
-        )
-
-
-def _score_matrix(run: str, as_json: bool, speedups: Speedups, **others: Any) -> None:
-    """Score the kept rows in all states and show the matrix; no other option goes with that."""
-    _refuse_beside_matrix(others)
+def _score_matrix(run: str, as_json: bool, speedups: Speedups) -> None:
     need_run(run)
     quiet()
     from chainlora.cli.versioning import scored_matrix, show_matrix

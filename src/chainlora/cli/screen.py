@@ -13,19 +13,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from chainlora.reports.tables import number
+from chainlora.reports.charts import number
 from chainlora.training.progress import console_of_bars, console_on_stderr
 
-_COLUMNS = (
-    "link",
-    "rank",
-    "steps",
-    "loss",
-    "validation",
-    "‖ΔW‖",
-    "effective rank",
-    "overlap with earlier",
-)
+_COLUMNS = ["link", "rank", "steps", "loss", "validation", "‖ΔW‖", "effective rank"]
+_COLUMNS += ["overlap with earlier"]
 
 
 @contextmanager
@@ -52,33 +44,30 @@ def show_inspection(found: Mapping[str, Any]) -> None:
     # what is narrower would cut numbers; a terminal wraps them
     console = Console(width=max(80, console.width) if console.is_terminal else 140)
     if found["links"]:
-        console.print(_table(found), highlight=False)
+        said: list[Any] = [_table(found)]
     else:
-        console.print(f"{found['run']}: no links on {found['base']}", highlight=False)
+        said = [f"{found['run']}: no links on {found['base']}"]
     if not found["finished"]:
         position = found["position"]
-        console.print(
+        said.append(
             f"unfinished: {position['links']} of {position['planned_links']} link(s) tied; "
-            f"`chainlora train CONFIG` resumes from step {position['step']}",
-            highlight=False,
+            f"`chainlora train CONFIG` resumes from step {position['step']}"
         )
     if found["unjudged"] is not None:
-        console.print(
+        said.append(
             f"not judged: stage {escape(found['unjudged'])} is trained but not yet judged by "
-            "accept_links; run the command that trained it again",
-            highlight=False,
+            "accept_links; run the command that trained it again"
         )
-    planned = {name: each for name, each in found["numbers"].items() if each["lengths"]}
-    for stage, numbers in planned.items():
-        name = f" of {stage}" if len(found["numbers"]) > 1 else ""
-        console.print(f"planned{name}: {_decided(numbers)}", highlight=False)
-    if found["selected"] is not None:
-        step, whole_links = found["selected"]["step"], found["selected"]["num_links"]
-        part = " and a partial one" if found["selected"]["partial"] else ""
-        console.print(
-            f"selected: best point at step {step}, {whole_links} whole link(s){part}",
-            highlight=False,
-        )
+    for stage, numbers in found["numbers"].items():
+        if numbers["lengths"]:
+            name = f" of {stage}" if len(found["numbers"]) > 1 else ""
+            said.append(f"planned{name}: {_decided(numbers)}")
+    if (selected := found["selected"]) is not None:
+        part = " and a partial one" if selected["partial"] else ""
+        count = f"{selected['num_links']} whole link(s){part}"
+        said.append(f"selected: best point at step {selected['step']}, {count}")
+    for each in said:
+        console.print(each, highlight=False)
 
 
 def _decided(numbers: Mapping[str, Any]) -> str:
@@ -108,10 +97,16 @@ def _table(found: Mapping[str, Any]) -> Table:
     for column in _COLUMNS:
         table.add_column(column, justify="right", no_wrap=column == "validation")
     for row in found["links"]:
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in _telling(row["scores"]).items())
+        # what a task is judged by; the loss where it has nothing else
+        judged = [name for name in row["scores"] if name not in ("loss", "perplexity")]
+        told = judged or [name for name in row["scores"] if name == "loss"]
+        scores = ", ".join(f"{name} {row['scores'][name]:.4f}" for name in told)
+        strength = "" if row["strength"] == 1 else f" × {row['strength']:g}"
+        stage = f" {escape(row['stage'])}{strength}" if are_several else ""
+        rank, trained = str(row["rank"]), str(row["trained_rank"])
         table.add_row(
-            str(row["link"]) + (_stage(row) if are_several else ""),
-            _rank(row),
+            f"{row['link']}{stage}",
+            rank if rank == trained else f"{trained} (stored {rank})",
             str(row["steps"]),
             number(row["loss"], 4),
             scores or "–",
@@ -121,32 +116,7 @@ def _table(found: Mapping[str, Any]) -> Table:
         )
     whole = found["chain"]
     table.add_section()
-    table.add_row(
-        "all",
-        str(whole["rank"]),
-        str(sum(row["steps"] for row in found["links"])),
-        "",
-        "",
-        number(whole.get("delta_norm"), 4),
-        number(whole.get("effective_rank")),
-        "",
-    )
+    steps = str(sum(row["steps"] for row in found["links"]))
+    sizes = number(whole.get("delta_norm"), 4), number(whole.get("effective_rank"))
+    table.add_row("all", str(whole["rank"]), steps, "", "", *sizes, "")
     return table
-
-
-def _stage(row: Mapping[str, Any]) -> str:
-    """Return the stage of a link, and its strength where that is not 1."""
-    strength = "" if row["strength"] == 1 else f" × {row['strength']:g}"
-    return f" {escape(row['stage'])}{strength}"
-
-
-def _rank(row: Mapping[str, Any]) -> str:
-    """Return the rank that a link was trained with, and the stored one where that is another."""
-    stored, trained = row["rank"], row["trained_rank"]
-    return str(stored) if stored == trained else f"{trained} (stored {stored})"
-
-
-def _telling(scores: Mapping[str, float]) -> Mapping[str, float]:
-    """What a task is judged by; the loss where it has nothing else."""
-    judged = {name: value for name, value in scores.items() if name not in ("loss", "perplexity")}
-    return judged or {name: value for name, value in scores.items() if name == "loss"}

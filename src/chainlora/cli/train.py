@@ -81,16 +81,18 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
         stages = make_stages(with_start(tree), overrides)
         train_and_show(stages, overrides, dry_run, as_json)
         return
-    named = [key for key, _ in overrides]
     settings = check_alone(load_config(file, overrides))
     if settings.output is None:
         raise ConfigError(
             "`output` must name a directory for the run (got none); add it to the config or pass "
             "--output"
         )
-    if is_first_process():
-        to_stderr(_announcement(file, settings))  # before seconds of imports
+    if is_first_process():  # before seconds of imports
+        ranks = ", ".join(map(str, settings.chain.ranks)) or "none"
+        what = "every weight" if settings.chain.tune == "full" else f"links of rank {ranks}"
+        to_stderr(f"{file}: {what} on {settings.model}, to {settings.output}")
     quiet()
+    named = [key for key, _ in overrides]
     if dry_run:
         _show_plan([Stage(stage, settings)], named, as_json)
         return
@@ -98,15 +100,13 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
 
     ended: list[Event] = []
 
-    def watched(tell: Listener) -> Listener:
-        return lambda event: (ended.append if event.name == "finished" else tell)(event)
+    def work(tell: Listener) -> TrainResult:
+        def listener(event: Event) -> None:
+            (ended.append if event.name == "finished" else tell)(event)
 
-    result = _with_progress(
-        settings,
-        lambda tell: run_training(
-            settings, resume=True, listener=watched(tell), change=named, stage=stage
-        ),
-    )
+        return run_training(settings, resume=True, listener=listener, change=named, stage=stage)
+
+    result = _with_progress(settings, work)
     if not is_first_process():
         return
     if not ended:
@@ -114,7 +114,7 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     if as_json:
         print_json(result)
     elif ended:
-        _show_nothing_left(settings.output)
+        click.echo(f"nothing left to do: {settings.output} has ended")
     else:
         _show_run(settings, [result])
 
@@ -156,33 +156,30 @@ def train_and_show(
 
     off: list[str] = []
 
-    def watched(tell: Listener) -> Listener:
+    def work(tell: Listener) -> list[TrainResult | None]:
         def listener(event: Event) -> None:
             if isinstance(event, StageGuarded) and not event.strength:
                 off.append(event.stage)
             tell(event)
 
-        return listener
+        return train_stages(stages, listener=listener, change=named)
 
-    results = _with_progress(
-        stages[0].config, lambda tell: train_stages(stages, listener=watched(tell), change=named)
-    )
+    results = _with_progress(stages[0].config, work)
     if not is_first_process():
         return
     for stage, result in zip(stages, results, strict=True):
         if result is not None:
             _plot(stage.config, stage.name)
-    run, new = stages[0].config.output or "", list(filter(None, results))
+    run, new = stages[0].config.output or "", [each for each in results if each is not None]
     if as_json:
         from chainlora.runs.addresses import find_state
 
         found = dict(zip([stage.name for stage in stages], results, strict=True))
         print_json({"stages": found, "strengths": find_state(run).strengths})
+    elif new:
+        _show_run(stages[-1].config, new, are_stages=True)
     else:
-        if new:
-            _show_run(stages[-1].config, new, are_stages=True)
-        else:
-            _show_nothing_left(run)
+        click.echo(f"nothing left to do: {run} has ended")
     if off:
         click.echo(f"chainlora: switched off by accept_links: {', '.join(off)}", err=True)
         raise click.exceptions.Exit(GUARDED)
@@ -197,19 +194,21 @@ def _show_run(config: RunConfig, results: Sequence[TrainResult], are_stages: boo
     run = config.output or ""
     show_inspection(inspect_run(run))
     for result in results:
-        _show_scores(result, f"{result['stage']}: " if are_stages else "")
+        prefix = f"{result['stage']}: " if are_stages else ""
+        for split, metrics in result["metrics"].items():
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            click.echo(f"{prefix}{split}: {shown}")
+        click.echo(
+            f"{prefix}{result['steps']} steps, {result['tokens']} tokens, "
+            f"{result['wall_s']:.0f} s, peak memory {result['peak_memory_mb']} MiB"
+        )
     if are_stages:
         show_matrix(scored_matrix(run, compute=False))
     click.echo(f"run directory {run}")
     _show_next(shlex.quote(run), results[-1], config)
 
 
-def _show_nothing_left(run: str) -> None:
-    click.echo(f"nothing left to do: {run} has ended")
-
-
 def _show_next(run: str, result: TrainResult, config: RunConfig) -> None:
-    """Print commands to go on with."""
     has_links, report, scored = bool(result["links"]), f"chainlora report {run}", result["metrics"]
     extend = "--name NAME --data.train FILE --chain.ranks 8 --chain.epochs 1"
     if config.plugins:
@@ -257,13 +256,6 @@ def _plot(settings: RunConfig, stage: str) -> None:
             plot_training(records, folder / "training.png")
 
 
-def _announcement(file: str, settings: RunConfig) -> str:
-    """Return what a run is about to do, from its config alone."""
-    ranks = ", ".join(map(str, settings.chain.ranks))
-    what = "every weight" if settings.chain.tune == "full" else f"links of rank {ranks or 'none'}"
-    return f"{file}: {what} on {settings.model}, to {settings.output}"
-
-
 def _with_progress(settings: RunConfig, work: Callable[[Listener], Result]) -> Result:
     """Train with a progress bar. A signal stops the run after its step, once there is one."""
     from chainlora.training.events import Planned
@@ -289,21 +281,10 @@ def _with_progress(settings: RunConfig, work: Callable[[Listener], Result]) -> R
 
 def _say_stopping(number: int) -> None:
     """Write without buffers and locks: this runs inside a signal handler."""
-    if not is_first_process():
-        return
-    text = "\nchainlora: stopping after this step; press Ctrl-C again to stop at once\n"
-    with suppress(OSError):
-        os.write(2, text.encode())
-
-
-def _show_scores(result: TrainResult, prefix: str = "") -> None:
-    for split, metrics in result["metrics"].items():
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        click.echo(f"{prefix}{split}: {shown}")
-    click.echo(
-        f"{prefix}{result['steps']} steps, {result['tokens']} tokens, {result['wall_s']:.0f} s, "
-        f"peak memory {result['peak_memory_mb']} MiB"
-    )
+    text = b"\nchainlora: stopping after this step; press Ctrl-C again to stop at once\n"
+    if is_first_process():
+        with suppress(OSError):
+            os.write(2, text)
 
 
 @click.command

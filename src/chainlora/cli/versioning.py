@@ -222,9 +222,9 @@ def _show_now(run: str, state: OpenState, as_json: bool) -> None:
     name = "base" if state.entry is None else state.entry.key
     if as_json:
         print_json({"run": run, "now": name, "strengths": state.strengths})
-        return
-    click.echo(f"{run} is now {name}; nothing was deleted")
-    _show_strengths(state)
+    else:
+        click.echo(f"{run} is now {name}; nothing was deleted")
+        _show_strengths(state)
 
 
 @click.command
@@ -290,7 +290,7 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     """
     folder = whole_run(run)
     quiet()
-    from chainlora.models.hashing import cache_dir
+    from chainlora.models.identity import cache_dir
     from chainlora.runs.changes import plan_pruning, prune_stage
 
     found = (prune_stage if yes else plan_pruning)(folder, stage)
@@ -301,10 +301,8 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
         shown = {"run": run, "stage": stage, "deleted": yes, "files": gone}
         print_json(shown | {"mixes": found.with_it, "again": again})
     else:
-        for path in gone:
-            click.echo(f"{'deleted' if yes else 'would delete'} {path}")
-        for name in found.with_it:
-            click.echo(f"{'deleted' if yes else 'would delete'} {name}, chosen by its rows")
+        for what in [*gone, *(f"{name}, chosen by its rows" for name in found.with_it)]:
+            click.echo(f"{'deleted' if yes else 'would delete'} {what}")
         if found.later:
             how = "".join(f"\n  {line}" for line in again)
             click.echo(f"stays: {', '.join(found.later)}, tuned on top of it; without it:{how}")

@@ -1,8 +1,9 @@
-"""The verbs that show runs: `chainlora inspect`, `report` and `board`."""
+"""The verbs that show a run or write it out: `chainlora inspect`, `report`, `board`, `export`."""
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ from typing import Any
 import click
 
 from chainlora.cli.common import (
+    check_run_or_model,
+    chosen_state,
     json_option,
+    links_option,
     need_run,
     picture_if_possible,
     print_json,
     quiet,
     show,
+    stages_option,
     to_stderr,
 )
 from chainlora.config.staging import HISTORY
@@ -120,3 +125,118 @@ def board(runs: tuple[str, ...], host: str, port: int | None) -> None:
     click.echo(f"{address}  (Ctrl-C ends it)")
     with suppress(KeyboardInterrupt):
         server.run([listening])
+
+
+@click.command
+@click.argument("run", type=click.Path())
+@click.option(
+    "--to",
+    "target",
+    type=click.Choice(["merged", "adapter", "gguf", "gguf-adapter"]),
+    required=True,
+    help="merged: a transformers checkpoint; adapter: one PEFT adapter; gguf: one file for "
+    "llama.cpp, and a Modelfile for Ollama; gguf-adapter: the same as a base and a LoRA.",
+)
+@click.option("--output", required=True, type=click.Path(), help="New directory to write.")
+@click.option(
+    "--rank",
+    type=int,
+    help="Rank of the adapter. Below the chain's it is compressed, above it filled with zeros.",
+)
+@click.option("--tolerance", type=float, help="Compress the adapter to this relative error.")
+@click.option(
+    "--gguf-type",
+    type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
+    help="What weights in a GGUF file are stored as. Default: as the run has them.",
+)
+@links_option
+@stages_option
+@click.option(
+    "--push-to-hub",
+    "repository",
+    metavar="OWNER/NAME",
+    help="Also upload the export to this repository of the Hub, with a card about the chain.",
+)
+@click.option("--private", is_flag=True, help="Make the repository private, if it is a new one.")
+@click.option(
+    "--base-name",
+    metavar="HUB_ID",
+    help="Name of the base in card and adapter. Default: as the run's config has it.",
+)
+@click.option(
+    "--license",
+    "licence",
+    metavar="ID",
+    help="License that the card states, such as apache-2.0. Default: none.",
+)
+@json_option
+def export(
+    run: str,
+    target: str,
+    output: str,
+    rank: int | None,
+    tolerance: float | None,
+    gguf_type: str | None,
+    links: int | None,
+    stages: str | None,
+    repository: str | None,
+    private: bool,
+    base_name: str | None,
+    licence: str | None,
+    as_json: bool,
+) -> None:
+    """Turn RUN into a checkpoint, one PEFT adapter, or GGUF.
+
+    An adapter is exact, with the sum of the links' ranks, unless --rank or --tolerance is given.
+    """
+    need_run(run)
+    check_run_or_model(run, links, stages)
+    if not target.endswith("adapter") and (rank is not None or tolerance is not None):
+        raise click.UsageError(
+            "--rank and --tolerance compress an adapter; use them with --to adapter"
+        )
+    if not target.startswith("gguf") and gguf_type is not None:
+        raise click.UsageError("--gguf-type is for GGUF files; use it with --to gguf")
+    if private and repository is None:
+        raise click.UsageError("--private is for a repository; use it with --push-to-hub")
+    quiet()
+    from chainlora.runs.cards import Naming
+    from chainlora.runs.export import export_adapter, export_merged
+    from chainlora.runs.hub import check_push, push_folder
+    from chainlora.runs.to_gguf import export_gguf
+
+    state = chosen_state(run, stages)
+    naming = Naming(repository, base_name, licence)
+    if repository is not None:
+        check_push(state, target, naming)
+    keys: dict[str, Any] = {"num_links": links, "naming": naming}
+    if target.endswith("adapter"):
+        keys |= {"rank": rank, "tolerance": tolerance}
+    if target == "merged":
+        done = export_merged(state, output, **keys)
+        text = f"merged checkpoint ({done['dtype']}) of {done['links']} link(s) in {done['output']}"
+    elif target == "adapter":
+        done = export_adapter(state, output, **keys)
+        text = _adapter_text(done)
+    else:
+        is_adapter = target == "gguf-adapter"
+        done = export_gguf(state, output, kind=gguf_type, as_adapter=is_adapter, **keys)
+        text = _gguf_text(done)
+    if repository is not None:
+        done["commit"] = push_folder(output, repository, private=private)
+        text += f"\npushed to {repository}: {done['commit']}"
+    show(done, text, as_json)
+
+
+def _adapter_text(done: Mapping[str, Any]) -> str:
+    kind = "exact" if done["exact"] else f"relative error {done['error']:.3e}"
+    rank, links, output = done["rank"], done["links"], done["output"]
+    made = f"adapter of rank {rank} ({kind}) from {links} link(s) in {output}"
+    base = "" if "/" in done["base"] else "; --base-name lets PEFT find the base by itself"
+    return f"{made}, for the base {done['base']}{base}"
+
+
+def _gguf_text(done: Mapping[str, Any]) -> str:
+    sizes = ", ".join(f"{name} ({size / 1e6:,.1f} MB)" for name, size in done["bytes"].items())
+    made = f"{sizes} in {done['type']} of {done['links']} link(s) in {done['output']}"
+    return f"{made}; for Ollama: ollama create NAME -f {done['output']}/Modelfile"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -70,15 +70,18 @@ class LinkConfig(Called, LinkShape):
 
     @model_validator(mode="after")
     def _check_targets(self) -> LinkConfig:
-        targets = self.target_modules
-        refuse_if(
-            not targets,
-            "`target_modules` must name at least one module",
-            "none",
-            "use e.g. all-linear",
-        )
+        targets, rule = self.target_modules, "`target_modules` must name at least one module"
+        refuse_if(not targets, rule, "none", "use e.g. all-linear")
         for key in ("target_modules", "exclude_modules"):
-            _check_pattern(key, getattr(self, key))
+            modules = getattr(self, key)
+            has_empty = isinstance(modules, tuple) and "" in modules  # every path ends with it
+            refuse_if(has_empty, f"`{key}` must hold names", "an empty one", "remove it")
+            try:
+                re.compile(modules if isinstance(modules, str) else "")
+            except re.error as error:
+                rule = f"`{key}` must be a list of names, all-linear or a regular expression"
+                remedy = "give a list such as [q_proj, v_proj]"
+                refuse_if(True, rule, f"{modules!r}: {error}", remedy)
         is_all = targets in ("all", ("all",))
         refuse_if(is_all, "`target_modules` must name modules", "all", "say all-linear")
         return self
@@ -99,12 +102,8 @@ class LinkConfig(Called, LinkShape):
             "train_factors: A",
             "use train_factors: both or B",
         )
-        refuse_if(
-            self.dora and self.lora_bias,
-            "`dora` knows no LoRA bias",
-            "lora_bias: true",
-            "set one of them to false",
-        )
+        both, remedy = self.dora and self.lora_bias, "set one of them to false"
+        refuse_if(both, "`dora` knows no LoRA bias", "lora_bias: true", remedy)
         refuse_if(
             self.dora and (self.init == "pissa" or factors != "both"),
             "`dora` works with init gaussian or kaiming and train_factors: both",
@@ -112,21 +111,6 @@ class LinkConfig(Called, LinkShape):
             "change these, or leave dora out",
         )
         return self
-
-
-def _check_pattern(key: str, modules: tuple[str, ...] | str | None) -> None:
-    """Refuse an empty name, which every path ends with, and text that is no regular expression."""
-    has_empty = isinstance(modules, tuple) and "" in modules
-    refuse_if(has_empty, f"`{key}` must hold names", "an empty one", "remove it")
-    try:
-        re.compile(modules if isinstance(modules, str) else "")
-    except re.error as error:
-        refuse_if(
-            True,
-            f"`{key}` must be a list of names, all-linear or a regular expression",
-            f"{modules!r}: {error}",
-            "give a list such as [q_proj, v_proj]",
-        )
 
 
 class KnotConfig(Section):
@@ -220,13 +204,6 @@ class ChainConfig(LinkShape):
     """`lora`, or `full`: every weight is trained, for comparison (float32, no links, no resume, no
     `keep_best`)."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _released(cls, tree: Any) -> Any:
-        """Leave out `minutes: null`, which runs before its release wrote."""
-        is_null = isinstance(tree, Mapping) and tree.get("minutes", 0) is None
-        return {k: v for k, v in tree.items() if k != "minutes"} if is_null else tree
-
     @field_validator("knots", mode="before")
     @classmethod
     def _knots(cls, knots: Any) -> Any:
@@ -242,12 +219,8 @@ class ChainConfig(LinkShape):
     @model_validator(mode="after")
     def _lengths(self) -> ChainConfig:
         given = [key for key in LENGTHS if getattr(self, key) is not None]
-        refuse_if(
-            len(given) > 1,
-            "give one of `epochs`, `steps` and `tokens`",
-            " and ".join(given),
-            "set the others to null",
-        )
+        rule, remedy = "give one of `epochs`, `steps` and `tokens`", "set the others to null"
+        refuse_if(len(given) > 1, rule, " and ".join(given), remedy)
         for key in given:
             lengths = getattr(self, key)
             refuse_if(
@@ -285,14 +258,9 @@ class ChainConfig(LinkShape):
             "knots too",
             "use plateau.of: loss",
         )
-        of_links = {"plateau": "ends", "knots": "tie"}
-        for key, verb in of_links.items():
-            refuse_if(
-                getattr(self, key) is not None and self.tune == "full",
-                f"`{key}` {verb} links",
-                "tune: full, which has none",
-                "leave it out",
-            )
+        for key, verb in (("plateau", "ends"), ("knots", "tie")):
+            wrong = getattr(self, key) is not None and self.tune == "full"
+            refuse_if(wrong, f"`{key}` {verb} links", "tune: full, which has none", "leave it out")
         try:
             self.links()
         except ConfigError as error:  # here, and not when the link begins

@@ -23,12 +23,8 @@ ROW_FIELDS: Mapping[str, tuple[str, ...]] = {
 """What is read of a row, by format; of pairs also `chosen` and `rejected`."""
 
 
-def _at_home(value: Any) -> Any:
-    """Take a ``~`` before a path for the user's home, as shells do."""
-    return expanduser(value) if isinstance(value, str) else value
-
-
-Home = AfterValidator(_at_home)
+Home = AfterValidator(lambda value: expanduser(value) if isinstance(value, str) else value)
+"""A path in which ``~`` is the user's home, as in shells."""
 Arguments = Annotated[dict[str, Argument], AfterValidator(checked_arguments)]
 
 

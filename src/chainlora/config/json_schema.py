@@ -54,19 +54,19 @@ def _list_of_keys(prefix: str, model: type[BaseModel], width: int = 100) -> Iter
     own = model.__annotations__
     for key, field in sorted(model.model_fields.items(), key=lambda item: item[0] not in own):
         inner = _sections_in(field.annotation) if prefix else []
-        text = f"- `{prefix}{key}` ({_default(field)}): {meant[key]}"
+        if field.is_required():
+            default = "required"
+        elif isinstance(field.default, Section):
+            default = "a section"
+        else:
+            default = f"`{one_value(field.default)}`"
+        text = f"- `{prefix}{key}` ({default}): {meant[key]}"
         yield from textwrap.wrap(
             text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
         )
         for section in inner:
             keys = _list_of_keys(f"{prefix}{key}.", section, width - 2)
             yield from (f"  {line}" for line in keys)
-
-
-def _default(field: Any) -> str:
-    if field.is_required():
-        return "required"
-    return "a section" if isinstance(field.default, Section) else f"`{one_value(field.default)}`"
 
 
 def meanings(model: type[BaseModel]) -> dict[str, str]:

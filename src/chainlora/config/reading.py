@@ -10,8 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from chainlora.config.foreign import foreign_file
-from chainlora.config.messages import problems
+from chainlora.config.messages import foreign_file, problems
 from chainlora.config.schema import RunConfig
 from chainlora.config.yaml_text import dump_yaml
 from chainlora.config.yaml_text import parse_yaml as parse_yaml

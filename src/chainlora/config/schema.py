@@ -28,9 +28,10 @@ PAIR_LOSSES = ("dpo", "orpo")
 """Those of `train.loss` whose rows are preferences."""
 
 
-def _auto_or_off(value: Any) -> Any:
-    """Take a boolean, as which YAML reads a bare ``off``."""
-    return ("auto" if value else "off") if isinstance(value, bool) else value
+# YAML reads a bare ``off`` as a boolean.
+_AutoOrOff = BeforeValidator(
+    lambda value: ("auto" if value else "off") if isinstance(value, bool) else value
+)
 
 
 class TrainConfig(Section):
@@ -115,7 +116,7 @@ class TrainConfig(Section):
     a line after a minute without one. `metrics.jsonl` has every step."""
     gradient_checkpointing: bool = False
     """Less memory for more time: of each layer only its inputs are kept for the backward pass."""
-    speedups: Annotated[Literal["auto", "off"], BeforeValidator(_auto_or_off)] = "auto"
+    speedups: Annotated[Literal["auto", "off"], _AutoOrOff] = "auto"
     """`auto` uses faster forwards, packed batches and threads where a probe shows that they compute
     the same; `off` runs the layers of PEFT and transformers on padded batches in one thread."""
     shard: Literal["fsdp2", "zero3"] | None = None

@@ -110,12 +110,8 @@ def has_stages(tree: Mapping[str, Any]) -> bool:
 def make_stages(tree: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = ()) -> list[Stage]:
     """Return the stages of a config, each with what the config says of all of them.
 
-    All write to the run in `output`. `overrides` are keys by
-    their dotted names: ``train.lr`` of all stages, ``stages.NAME.train.lr`` of one. A config
-    without `stages` is one stage, `main`.
-
-    Raises:
-        ConfigError: names that are no names or come twice, keys that a stage cannot have.
+    All write to the run in `output`. `overrides` are keys by their dotted names: ``train.lr`` of
+    all stages, ``stages.NAME.train.lr`` of one. A config without `stages` is one stage, `main`.
     """
     shared = {key: deepcopy(value) for key, value in tree.items() if key != "stages"}
     sections = list(_sections(tree["stages"])) if "stages" in tree else []
@@ -137,9 +133,20 @@ def make_stage(shared: Mapping[str, Any], section: Mapping[str, Any], place: int
     name = section["name"]
     tree = {key: value for key, value in shared.items() if place == 0 or key not in OF_START}
     try:
-        _check_keys(section)
+        unknown = [key for key in section if key not in ("name", *_SECTIONS)]
+        if unknown:
+            raise ConfigError(
+                "a stage must say its name, data, chain and train, and nothing of the whole run",
+                f"`{unknown[0]}`",
+                "set it beside `stages`, for all of them; `extend` takes it from the run",
+            )
         for part in _SECTIONS:
-            tree[part] = _inherited(section_of(shared, part), section_of(section, part))
+            own = section_of(section, part)
+            if fixed := [key for key in RUN_WIDE[part] if key in own]:
+                key = f"`{part}.{fixed[0]}`"
+                rule = f"{key} must be the same in all stages, since the chain has one"
+                raise ConfigError(rule, "one of its own", "set it beside `stages`")
+            tree[part] = _inherited(section_of(shared, part), own)
         config = make_config(tree)
         if config.chain.tune == "full":
             remedy = "train it as a run, and take RUN/stages/main/model as model"
@@ -270,27 +277,19 @@ def _sections(stages: object) -> Iterator[dict[str, Any]]:
         yield {key: deepcopy(value) for key, value in section.items()}
 
 
-def _check_keys(section: Mapping[str, Any]) -> None:
-    """Refuse what a stage cannot say for itself."""
-    unknown = [key for key in section if key not in ("name", *_SECTIONS)]
-    if unknown:
-        raise ConfigError(
-            "a stage must say its name, data, chain and train, and nothing of the whole run",
-            f"`{unknown[0]}`",
-            "set it beside `stages`, for all of them; `extend` takes it from the run",
-        )
-    for part in _SECTIONS:
-        if fixed := [key for key in RUN_WIDE[part] if key in section_of(section, part)]:
-            rule = f"`{part}.{fixed[0]}` must be the same in all stages, since the chain has one"
-            raise ConfigError(rule, "one of its own", "set it beside `stages`")
-
-
 def _override(
     shared: dict[str, Any], sections: Sequence[dict[str, Any]], key: str, value: Any
 ) -> None:
+    """Set a key of all stages, or of one; refuse one that would have no effect on a stage."""
     first, _, rest = key.partition(".")
     if first != "stages":
-        _refuse_hidden(sections, first, rest.partition(".")[0])
+        inner = rest.partition(".")[0]
+        alike = LENGTHS if inner in LENGTHS else (inner,)
+        for section in sections if first in _SECTIONS else ():
+            if hidden := [own for own in alike if own in section_of(section, first)]:
+                name = f"stages.{section['name']}.{first}"
+                rule = f"`{first}.{inner}` must have an effect on all stages"
+                raise ConfigError(rule, f"`{name}.{hidden[0]}` beside it", f"set {name}.{inner}")
         set_key(shared, key, value)
         return
     name, _, rest = rest.partition(".")
@@ -301,13 +300,3 @@ def _override(
             f"`stages.NAME.KEY` must name a stage (got `{key}`; the stages are {names})"
         )
     set_key(found[0], rest, value)
-
-
-def _refuse_hidden(sections: Sequence[dict[str, Any]], part: str, key: str) -> None:
-    """Refuse a key of all stages that has no effect on one, which says the key itself."""
-    alike = LENGTHS if key in LENGTHS else (key,)
-    for section in sections if part in _SECTIONS else ():
-        if hidden := [own for own in alike if own in section_of(section, part)]:
-            name = f"stages.{section['name']}.{part}"
-            rule = f"`{part}.{key}` must have an effect on all stages"
-            raise ConfigError(rule, f"`{name}.{hidden[0]}` beside it", f"set {name}.{key}")

@@ -56,7 +56,15 @@ def divide(
     if data.holds_out or len(before):
         prompts = [prompt_hashes(rows) for rows in files]
     if data.holds_out and bound is None:
-        bound = _bound(_joined(prompts), data.validation)
+        assert isinstance(data.validation, int | float)
+        every = _joined(prompts)
+        bound = held_out_bound(every, data.validation)
+        if not 0 < (every < bound).sum() < len(every):
+            raise ConfigError(
+                "`data.validation` must hold out some prompts, and leave some",
+                f"{data.validation} of {len(np.unique(every))}",
+                "give another share or number, or more rows",
+            )
     nothing = [np.zeros(len(rows), bool) for rows in files]
     held_out = [hashes < bound for hashes in prompts] if bound is not None else nothing
     left_out = [np.isin(hashes, before) for hashes in prompts] if len(before) else nothing
@@ -70,7 +78,7 @@ def divide(
         "left_out": sum(int((before & ~out).sum()) for out, before, _ in parts),
         "seen": sum(int((seen & ~before & ~out).sum()) for out, before, seen in parts),
     }
-    if files and not any(mask.any() for mask in train) and any(counts.values()):
+    if any(counts.values()) and not any(mask.any() for mask in train):
         raise ConfigError(
             "training needs rows that no stage has held out or, with `data.new_rows_only`, seen",
             ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()),
@@ -159,8 +167,8 @@ def rows_in_both(train: Rows, others: Rows) -> list[int]:
 
 
 def _hash_of_right(example: Example) -> int:
-    right = slice(None) if example.label is None else slice(example.label, example.label + 1)
-    return hash(example.sequences[right])
+    right = example.label
+    return hash(example.sequences if right is None else example.sequences[right : right + 1])
 
 
 def pick(rows: Rows, mask: NDArray[np.bool_]) -> Rows:
@@ -182,15 +190,3 @@ def aligned(scored: Rows, files: Rows, mask: NDArray[np.bool_]) -> NDArray[np.bo
 
 def _joined(hashes: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
     return np.concatenate([np.empty(0, np.int64), *hashes])
-
-
-def _bound(prompts: NDArray[np.int64], validation: str | int | float | None) -> int:
-    assert isinstance(validation, int | float)
-    bound = held_out_bound(prompts, validation)
-    if not 0 < (prompts < bound).sum() < len(prompts):
-        raise ConfigError(
-            "`data.validation` must hold out some prompts, and leave some",
-            f"{validation} of {len(np.unique(prompts))}",
-            "give another share or number, or more rows",
-        )
-    return bound

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from chainlora import files
 from chainlora.config.schema import PAIR_LOSSES, DataConfig
-from chainlora.data.rows import Rows, StoredRows, flatten
+from chainlora.data.rows import ARRAYS, Rows, StoredRows, flatten
 from chainlora.errors import RunError
 
 SAMPLE = 1000
@@ -57,7 +57,6 @@ class Kept:
 
     @property
     def loss(self) -> str:
-        """Return what a step minimised (`Splits.loss`)."""
         return str(self.asked["loss"])
 
     @property
@@ -83,12 +82,8 @@ def write_kept(path: Path, kept: Kept) -> None:
     for split in _SPLITS:
         found = flatten(getattr(kept, split)[:])
         arrays |= {f"{split}.{name}": array for name, array in found.items()}
-    said = {
-        "format": _FORMAT,
-        "counts": dict(kept.counts),
-        "asked": dict(kept.asked),
-        "bound": kept.bound,
-    }
+    said = {"format": _FORMAT, "counts": dict(kept.counts), "asked": dict(kept.asked)}
+    said["bound"] = kept.bound
     tensors = {name: torch.tensor(array) for name, array in arrays.items()}
     files.write_tensors(path, tensors, {"kept": json.dumps(said)})
 
@@ -101,21 +96,12 @@ def read_kept(path: Path) -> Kept:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if said["format"] != _FORMAT:
             raise ValueError(f"format {said['format']}")
-        parts: dict[str, dict[str, NDArray[np.int64]]] = {split: {} for split in _SPLITS}
-        for name, array in arrays.items():
-            split, dot, part = name.partition(".")
-            if dot:
-                parts[split][part] = array
-        train, validation, test = (StoredRows(parts[split]) for split in _SPLITS)
-        return Kept(
-            train,
-            validation,
-            test,
-            counts=said["counts"],
-            **{name: arrays[name] for name in _HASHES},
-            asked=said["asked"],
-            bound=said["bound"],
+        train, validation, test = (
+            StoredRows({name: arrays[f"{split}.{name}"] for name in ARRAYS}) for split in _SPLITS
         )
+        hashes = {name: arrays[name] for name in _HASHES}
+        said = {name: said[name] for name in ("counts", "asked", "bound")}
+        return Kept(train, validation, test, **hashes, **said)
     except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
         raise RunError(
             "rows that a run keeps must be readable",

@@ -1,4 +1,4 @@
-"""Mixtures of rows as pure functions: weights of files, rows held out, rows of earlier stages.
+"""What an epoch reads, and in which order: weights of files, rows held out, earlier stages.
 
 Nothing here has a state or depends on the number of processes: what a step reads is a function of
 (seed, step), and on which side a row is of its prompt alone.
@@ -20,6 +20,9 @@ from chainlora.data.examples import Example, hash_of
 from chainlora.data.rows import Rows
 from chainlora.models.modes import seeded
 
+# Rows are sorted by length within this many batches: long enough that lengths are alike, short
+# enough that the order stays random.
+_WINDOW = 32
 _HASHES = 1 << 63  # how many there are of a prompt or an example
 
 
@@ -121,3 +124,45 @@ def _dealt(count: int, name: str, start: int, end: int) -> NDArray[np.int64]:
 def _shuffled(count: int, name: str) -> NDArray[np.int64]:
     found: NDArray[np.int64] = torch.randperm(count, generator=seeded(name)).numpy()
     return found
+
+
+# --- the order of an epoch, a pure function of (seed, epoch), cut into batches on demand ---
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """One epoch: its rows in order, and the order of their batches (None: as they lie)."""
+
+    rows: NDArray[np.int64]
+    batches: NDArray[np.int64] | None
+    batch_size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def batch(self, index: int) -> list[int]:
+        """Return the rows of one batch; the batch of the last rows may be smaller."""
+        place = index if self.batches is None else int(self.batches[index])
+        rows: list[int] = self.rows[
+            place * self.batch_size : (place + 1) * self.batch_size
+        ].tolist()
+        return rows
+
+
+def epoch_order(
+    lengths: NDArray[np.integer], batch_size: int, seed: int, epoch: int, group_by_length: bool
+) -> EpochOrder:
+    """Return the order of one epoch, in which every row comes once.
+
+    `group_by_length` shuffles the rows, sorts windows of 32 batches by length, and shuffles the
+    batches.
+    """
+    generator = seeded(f"{seed} {epoch}")
+    rows = torch.randperm(len(lengths), generator=generator).numpy()
+    if not group_by_length:
+        return EpochOrder(rows, None, batch_size)
+    windows = np.arange(len(rows)) // (_WINDOW * batch_size)
+    rows = rows[np.lexsort((lengths[rows], windows))]  # stable, by window and then by length
+    num_batches = -(-len(rows) // batch_size)
+    batches = torch.randperm(num_batches, generator=generator).numpy()
+    return EpochOrder(rows, batches, batch_size)

@@ -36,15 +36,23 @@ from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.data import check_fields
 from chainlora.data.encoding import Options, RowEncoder, detect_format, make_row_encoder
-from chainlora.data.encoding.fitting import Counts
+from chainlora.data.encoding.encoder import Counts
 from chainlora.data.encoding.translated import FIELDS as TRANSLATED
 from chainlora.data.examples import Example
-from chainlora.data.rows import COUNTED, MemoryRows, Rows, RowsSummary, StoredRows, flatten, joined
-from chainlora.data.sources import Chunk, Source
+from chainlora.data.rows import (
+    ARRAYS,
+    MemoryRows,
+    Rows,
+    RowsSummary,
+    StoredRows,
+    flatten,
+    joined,
+)
+from chainlora.data.sources import Row, Source
 from chainlora.data.tasks import Task
 from chainlora.errors import DataError, FileError
-from chainlora.files import is_scratch, make_folder, remove, replaced_folder
-from chainlora.models.hashing import cache_dir
+from chainlora.files import checksums, is_scratch, make_folder, remove, replaced_folder
+from chainlora.models.identity import cache_dir
 
 IN_MEMORY = 2000
 """Rows up to which nothing is stored: they take a few MB and a fraction of a second."""
@@ -54,7 +62,6 @@ _BATCH = 8
 ends the rows is read without the pages of the rows."""
 _MOST_WORKERS = 16
 _SUMMARY = "summary.json"
-_ARRAYS = ("tokens", "lines", "ends")  # of `flatten`
 
 EncodingProgress = Callable[[int, float], None]
 """Told (rows encoded so far, share of the source in 0…1) now and then."""
@@ -73,9 +80,9 @@ def make_rows(
     `task` is a task, or a format: "completion", "chat", "text" or "auto". Raises DataError or
     ConfigError, after reading all rows where only that can tell.
     """
-    head = list(islice(source.chunks(_CHUNK), IN_MEMORY // _CHUNK + 1))
+    head = list(islice(source, IN_MEMORY + 1))
     source.check_fields()
-    kind = detect_format(head[0].rows(), options.objective) if task == "auto" else task
+    kind = detect_format(head, options.objective) if task == "auto" else task
     if source.fields:
         try:
             check_fields(source.fields, str(kind))
@@ -84,9 +91,8 @@ def make_rows(
     encode = make_row_encoder(kind, tokenizer, options)
     recognised = str(kind) if task == "auto" and kind in TRANSLATED else ""
     state = source.state()
-    rows: Rows
-    if len(head) <= IN_MEMORY // _CHUNK:
-        rows = _encode_in_memory(head, encode)
+    if len(head) <= IN_MEMORY:
+        rows: Rows = _encode_in_memory(head, encode)
     else:
         key = _key([source.identity(), source.fields], tokenizer, kind, options)
         folder = cache_dir() / "rows" / key
@@ -95,23 +101,17 @@ def make_rows(
     return rows
 
 
-def _encode_in_memory(chunks: Sequence[Chunk], encode: RowEncoder) -> MemoryRows:
+def _encode_in_memory(rows: Sequence[Row], encode: RowEncoder) -> MemoryRows:
     counts, examples, digest = Counts(), list[Example](), hashlib.sha256()
-    for chunk in chunks:
-        encoded = encode(chunk.rows())
+    for first in range(0, len(rows), _CHUNK):
+        encoded = encode(rows[first : first + _CHUNK])
         counts.add(encoded.counts)
         examples += encoded.examples
         digest.update(encoded.digests)
     counts.refuse_too_long(encode.fit.max_length)
-    rows = MemoryRows(examples)
-    rows.summary = _summary(counts, len(rows), int(rows.lengths.sum()), digest.hexdigest())
-    return rows
-
-
-def _summary(counts: Counts, examples: int, tokens: int, digest: str) -> RowsSummary:
-    found = {name: getattr(counts, name) for name in COUNTED}
-    unread = tuple(counts.unread)
-    return RowsSummary(examples=examples, tokens=tokens, unread=unread, digest=digest, **found)
+    found = MemoryRows(examples)
+    found.summary = counts.summary(digest.hexdigest())
+    return found
 
 
 # --- the table ---
@@ -124,7 +124,7 @@ def _find(folder: Path) -> Rows | None:
     try:
         kept = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
         parts = [
-            StoredRows({name: np.from_dlpack(batch[name][row].values) for name in _ARRAYS})
+            StoredRows({name: np.from_dlpack(batch[name][row].values) for name in ARRAYS})
             for path in sorted(folder.glob("*.arrow"))
             for batch in pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
             for row in range(len(batch))
@@ -141,17 +141,15 @@ def _summarise(folder: Path, max_length: int | None) -> RowsSummary:
     """Return the summary of a table just written. Raises DataError for rows that are too long."""
     import pyarrow
 
-    counts, digest, examples, tokens = Counts(), hashlib.sha256(), 0, 0
+    counts, digest = Counts(), hashlib.sha256()
     for path in sorted(folder.glob("*.arrow")):
         with pyarrow.OSFile(str(path)) as file:
             for batch in pyarrow.ipc.open_stream(file):
                 for said, digests in zip(batch["counts"], batch["digests"], strict=True):
-                    found, *sizes = json.loads(said.as_py())
-                    counts.add(Counts(**found))
+                    counts.add(Counts(**json.loads(said.as_py())))
                     digest.update(digests.as_py())
-                    examples, tokens = examples + sizes[0], tokens + sizes[1]
     counts.refuse_too_long(max_length)
-    return _summary(counts, examples, tokens, digest.hexdigest())
+    return counts.summary(digest.hexdigest())
 
 
 def _build(
@@ -198,39 +196,34 @@ class _Job:
     folder: Path
     num_chunks: int
     tell: Callable[[int | Exception], object]
-    chunks: Iterator[Chunk] | None = None  # of a worker, from its first chunk on
-
-    def __call__(self, numbers: Sequence[int]) -> dict[str, list[Any]]:
-        """Return the chunks of consecutive numbers as rows of the table."""
-        if self.chunks is None:
-            self.chunks = self.source.chunks(_CHUNK, numbers[0] * _CHUNK)
-        columns: dict[str, list[Any]] = {name: [] for name in (*_ARRAYS, "counts", "digests")}
-        for chunk in islice(self.chunks, len(numbers)):
-            encoded = self.encode(chunk.rows())
-            arrays = flatten(encoded.examples)
-            for name in _ARRAYS:
-                columns[name].append(arrays[name].reshape(-1))
-            sizes = len(arrays["ends"]), len(arrays["tokens"])
-            columns["counts"].append(json.dumps([asdict(encoded.counts), *sizes]))
-            columns["digests"].append(encoded.digests)
-        self.tell(len(numbers))
-        return columns
+    rows: Iterator[Row] | None = None  # of a worker, from its first chunk on
 
 
 _job: _Job | None = None  # workers are forked with it: no copy for each
 
 
 def _encode_chunks(numbers: Sequence[int]) -> dict[str, list[Any]]:
+    """Return the chunks of consecutive numbers as rows of the table."""
     assert _job is not None
+    if _job.rows is None:
+        _job.rows = _job.source.rows(numbers[0] * _CHUNK)
+    columns: dict[str, list[Any]] = {name: [] for name in (*ARRAYS, "counts", "digests")}
     try:
-        return _job(numbers)
+        for _ in numbers:
+            encoded = _job.encode(list(islice(_job.rows, _CHUNK)))
+            arrays = flatten(encoded.examples)
+            for name in ARRAYS:
+                columns[name].append(arrays[name].reshape(-1))
+            columns["counts"].append(json.dumps(asdict(encoded.counts)))
+            columns["digests"].append(encoded.digests)
     except DataError as error:  # `datasets` would say so when all workers are done
         _job.tell(error)
         raise
+    _job.tell(len(numbers))
+    return columns
 
 
 def _map_chunks(job: _Job, workers: int | None) -> None:
-    """Write the table of a job."""
     from datasets import Dataset, disable_progress_bars
 
     global _job
@@ -343,9 +336,12 @@ def _one_writer(folder: Path) -> Iterator[None]:
 def _key(
     source: object, tokenizer: PreTrainedTokenizerBase, kind: Task | str, options: Options
 ) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        saved = checksums(Path(folder))
     parts = {
         "source": source,
-        "tokenizer": _fingerprint(tokenizer),
+        "tokenizer": [type(tokenizer).__qualname__, saved],
         "task": kind.model_dump(mode="json") if isinstance(kind, Task) else kind,
         "options": asdict(options),
         "code": _code(),
@@ -355,26 +351,9 @@ def _key(
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the hash of all that a tokenizer does with a text or a chat."""
-    found = hashlib.sha256()
-    if tokenizer.is_fast:
-        found.update(tokenizer.backend_tokenizer.to_str().encode())
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            for path in sorted(Path(folder).iterdir()):
-                found.update(path.read_bytes())
-    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
-    split = getattr(tokenizer, "split_special_tokens", None)
-    for part in (type(tokenizer).__qualname__, special, tokenizer.chat_template, split):
-        found.update(f"\n{part!r}".encode())
-    return found.hexdigest()
-
-
 @cache
 def _code() -> str:
-    """Return the hash of the source code of this room: what it does today."""
+    """Return the hash of the source code of this package."""
     found = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         found.update(path.read_bytes())

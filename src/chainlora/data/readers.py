@@ -39,7 +39,7 @@ def not_utf8(error: UnicodeDecodeError, place: str) -> DataError:
 class Record(NamedTuple):
     """One row as it is read, before it is parsed."""
 
-    number: int  # of the line or row, as the source counts
+    number: int | str  # of the line or row, as the source counts
     payload: Any  # the bytes of a JSON line, else the values
 
 

@@ -11,7 +11,7 @@ import json
 from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, chain, pairwise
 from typing import Any, overload
 
@@ -20,8 +20,12 @@ from numpy.typing import NDArray
 
 from chainlora.data.examples import Example
 
+ARRAYS = ("tokens", "lines", "ends")
+"""What `flatten` returns."""
 COUNTED = ("rows", "rows_split", "rows_cut", "rows_dropped", "tokens_cut")
-"""What is counted while rows are encoded."""
+"""What is counted of whole files while rows are encoded."""
+SUMMED = ("examples", "tokens", *COUNTED)
+"""What a summary adds up."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,8 @@ class RowsSummary:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what is not zero or empty, as JSON takes it."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in values.items()
-            if value
-        }
+        values = asdict(self) | {"unread": list(self.unread)}
+        return {name: value for name, value in values.items() if value}
 
 
 class Rows(Sequence[Example]):
@@ -66,7 +66,6 @@ class Rows(Sequence[Example]):
         """Return one row; 0 <= index < len."""
 
     def content(self, index: int) -> bytes:
-        """Return `Example.content` of a row."""
         return self.example(index).content()
 
     @overload
@@ -74,7 +73,6 @@ class Rows(Sequence[Example]):
     @overload
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """Return a row, or the rows of a slice as a list."""
         places = range(len(self))[index]  # IndexError where there is no such row
         if isinstance(places, range):
             return [self.example(place) for place in places]
@@ -128,13 +126,13 @@ class StoredRows(Rows):
     def example(self, index: int) -> Example:
         line, found = self._parts(index)
         row, sizes, scored, *rest = json.loads(line)
-        label, references, names, *hashed = rest  # kept rows of earlier versions have no hash
+        label, references, names, hashed = rest
         tokens = found.tolist()
         bounds = pairwise(accumulate(sizes, initial=0))
         sequences = tuple(tuple(tokens[begin:stop]) for begin, stop in bounds)
         spans = tuple(tuple(map(tuple, each)) for each in scored)
         right = (label, tuple(references), tuple(names))
-        return Example(row, sequences, spans, *right, (), *hashed)
+        return Example(row, sequences, spans, *right, prompt_hash=hashed)
 
     def content(self, index: int) -> bytes:
         line, tokens = self._parts(index)
@@ -142,7 +140,6 @@ class StoredRows(Rows):
         return b"[" + said + b"]" + tokens.tobytes()
 
     def _parts(self, index: int) -> tuple[bytes, NDArray[np.int32]]:
-        """Return the line and the tokens of a row."""
         starts = self._ends[index - 1].tolist() if index else (0, 0)
         (first, start), (last, end) = starts, self._ends[index].tolist()
         return self._lines[first:last].tobytes(), self._tokens[start:end]
@@ -187,7 +184,13 @@ class JoinedRows(Rows):
         self._parts = parts
         self._ends = list(accumulate(len(part) for part in parts))
         self._numbers = list(accumulate((part.summary.rows for part in parts), initial=0))
-        summary = _joined_summary([part.summary for part in parts])
+        said = [part.summary for part in parts]
+        summary = RowsSummary(
+            **{name: sum(getattr(each, name) for each in said) for name in SUMMED},
+            unread=tuple(dict.fromkeys(chain.from_iterable(each.unread for each in said))),
+            digest=_hashed(*(each.digest.encode() for each in said)),
+            recognised=", ".join(dict.fromkeys(filter(None, (each.recognised for each in said)))),
+        )
         super().__init__(np.concatenate([part.lengths for part in parts]), summary)
 
     def example(self, index: int) -> Example:
@@ -211,16 +214,6 @@ def joined(parts: Sequence[Rows]) -> Rows:
     if not parts:
         return MemoryRows()
     return parts[0] if len(parts) == 1 else JoinedRows(parts)
-
-
-def _joined_summary(parts: Sequence[RowsSummary]) -> RowsSummary:
-    counts = ("examples", "tokens", *COUNTED)
-    return RowsSummary(
-        **{name: sum(getattr(part, name) for part in parts) for name in counts},
-        unread=tuple(dict.fromkeys(chain.from_iterable(part.unread for part in parts))),
-        digest=_hashed(*(part.digest.encode() for part in parts)),
-        recognised=", ".join(dict.fromkeys(part.recognised for part in parts if part.recognised)),
-    )
 
 
 def _hashed(*contents: bytes) -> str:

@@ -1,8 +1,6 @@
 """Rows of files and Hub datasets as a stream, each with the place it came from.
 
-Nothing is loaded whole (but `.json`, which is one value), so a source may be larger than memory. A
-source gives its rows in chunks whose parsing is left to whoever takes them, which may be another
-process.
+Nothing is loaded whole (but `.json`, which is one value), so a source may be larger than memory.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub import is_offline_mode
 
@@ -25,7 +23,6 @@ from chainlora.files import sha256
 
 SUFFIXES = tuple(READERS)
 _HUB_ID = re.compile(r"^(?P<path>[\w.-]+/[\w.-]+)(:(?P<name>[\w.-]+))?(@(?P<revision>[\w./-]+))?$")
-_CHUNK = 256  # rows read at a time where nobody says otherwise
 
 
 class Row(dict[str, Any]):
@@ -42,22 +39,6 @@ class Row(dict[str, Any]):
 def where(row: Mapping[str, Any], position: int = 0) -> str:
     """Return the file and line of a row, or its position when it came from no file."""
     return row.origin if isinstance(row, Row) else f"row {position}"
-
-
-class Chunk(NamedTuple):
-    """Some consecutive rows of a source, which another process may parse."""
-
-    records: Sequence[Record]
-    first: int  # index of the first row
-    place: str
-    fields: Mapping[str, str]  # of `Source`
-
-    def rows(self) -> list[Row]:
-        """Parse the rows. Raises DataError that names the bad one."""
-        return [
-            _row(each, index, self.place, self.fields)
-            for index, each in enumerate(self.records, self.first)
-        ]
 
 
 @dataclass
@@ -78,7 +59,7 @@ class Source(ABC):
     @property
     def place(self) -> str:
         """What stands before the number of a row."""
-        return f"{self} row"
+        return f"{self} row "
 
     @abstractmethod
     def records(self, first: int = 0) -> Iterator[Record]:
@@ -96,23 +77,39 @@ class Source(ABC):
         """Return the number of rows. May read all of them."""
         return sum(1 for _ in self._records())
 
-    def chunks(self, size: int = _CHUNK, first: int = 0) -> Iterator[Chunk]:
-        """Yield the rows from `first` on, `size` at a time. Raises DataError if there are none."""
-        stream = self._records(first)
-        while part := list(islice(stream, size)):
-            yield Chunk(part, first, self.place, self.fields)
-            first += len(part)
-        if not first:
+    def rows(self, first: int = 0) -> Iterator[Row]:
+        """Yield the rows from `first` on.
+
+        Raises DataError that names a bad one, or if there are none at all.
+        """
+        index = first - 1
+        for index, record in enumerate(self._records(first), first):
+            yield self._row(record, index)
+        if index < 0:
             raise DataError("data must hold at least one row", f"none in {self}", "check the file")
+
+    def __iter__(self) -> Iterator[Row]:
+        return self.rows()
 
     def _records(self, first: int = 0) -> Iterator[Record]:
         first += self.skip
         most = None if self.limit is None else max(0, self.limit - first)
         return islice(self.records(first), most)
 
-    def __iter__(self) -> Iterator[Row]:
-        for chunk in self.chunks():
-            yield from chunk.rows()
+    def _row(self, record: Record, index: int) -> Row:
+        values, origin = record.payload, f"{self.place}{record.number}"
+        if isinstance(values, Row):
+            return values
+        if isinstance(values, bytes):
+            values = parse_json(values, origin)
+        if not isinstance(values, Mapping) or not values:
+            got = "an empty object" if values == {} else f"{type(values).__name__} {values!r:.40}"
+            raise bad_row("a row must be an object of named values", got, origin)
+        if self.fields:  # a column that had such a name is another
+            taken = {*self.fields, *self.fields.values()}
+            named = {field: values[name] for field, name in self.fields.items() if name in values}
+            values = {name: value for name, value in values.items() if name not in taken} | named
+        return Row(values, index, origin)
 
     def check_fields(self) -> None:
         """Raise DataError for a column of `fields` that no row has; read as few as it takes."""
@@ -141,7 +138,7 @@ class FileSource(Source):
 
     @property
     def place(self) -> str:
-        return f"{self.path} {READERS[self._suffix()][1]}"
+        return f"{self.path} {READERS[self._suffix()][1]} "
 
     def records(self, first: int = 0) -> Iterator[Record]:
         if self._suffix() != ".json":
@@ -166,7 +163,6 @@ class FileSource(Source):
             raise self._unreadable(error) from error
 
     def state(self) -> object:
-        """Return size and time of the file."""
         try:
             found = self.path.stat()
         except OSError as error:
@@ -247,7 +243,6 @@ class ListSource(Source):
         return map(Record, count(first), self.parsed[first:])
 
     def identity(self) -> str:
-        """Return the hash of the rows and their indices."""
         digest = hashlib.sha256(f"{self.skip}".encode())
         for row in self.parsed:
             digest.update(f"{row.index} {dict(row)!r}".encode("utf-8", "surrogatepass"))
@@ -304,19 +299,3 @@ def find_file(folder: Path, stems: Sequence[str]) -> Path | None:
         if found:
             return found[0]
     return None
-
-
-def _row(record: Record, index: int, place: str, fields: Mapping[str, str]) -> Row:
-    values, origin = record.payload, f"{place} {record.number}"
-    if isinstance(values, Row):
-        return values
-    if isinstance(values, bytes):
-        values = parse_json(values, origin)
-    if not isinstance(values, Mapping) or not values:
-        got = "an empty object" if values == {} else f"{type(values).__name__} {values!r:.40}"
-        raise bad_row("a row must be an object of named values", got, origin)
-    if fields:  # a column that had such a name is another
-        taken = {*fields, *fields.values()}
-        named = {field: values[name] for field, name in fields.items() if name in values}
-        values = {name: value for name, value in values.items() if name not in taken} | named
-    return Row(values, index, origin)

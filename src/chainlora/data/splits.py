@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.data import TrainFile
 from chainlora.config.schema import PAIR_LOSSES, DataConfig
-from chainlora.data.chat_templates import set_chat_template
 from chainlora.data.division import aligned, divide, each_again, pick, rows_again, rows_in_both
 from chainlora.data.encoding import Options, detect_format
 from chainlora.data.kept import ASKED, SAMPLE, Kept
@@ -30,12 +29,13 @@ from chainlora.data.tasks import (
     WORD_METRICS,
     Task,
     check_split_files,
+    flat,
     load_task,
     sample_splits,
     split_source,
     unseen_source,
 )
-from chainlora.data.tasks.nested import flat
+from chainlora.data.templates import set_chat_template
 from chainlora.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
@@ -44,7 +44,6 @@ SPLITS = ("train", "validation", "test")
 _REHEARSED = 8  # rows of each stage in an epoch of a rehearsal
 _ASKED_OF_A_TASK = ("loss", "metrics", "reported", "metric", "stop", "max_new_tokens")
 _REPORTED_OF_PAIRS = ("loss", "accuracy", "margin")
-_DIGEST_VERSION = 2  # 1, without a number in front, hashed the rows as one text of Python
 
 SplitProgress = Callable[[str, int, float], None]
 """Told (split, rows encoded so far, share of the split in 0…1) while a large split is encoded."""
@@ -135,8 +134,7 @@ def prepare_splits(
         asked["reported"] = _REPORTED_OF_PAIRS
     learned = options
     if task is not None:
-        before = _demonstrations(task, data, sources["train"])
-        sources["train"] = _without_first(sources["train"], data.shots)
+        before, sources["train"] = _demonstrations(task, data, sources["train"])
         learned = replace(options, objective=loss or task.loss, before=before)
         options = replace(learned, reserve=_reserve(task))
         if task.completion is None:
@@ -164,8 +162,11 @@ def prepare_splits(
         parts["train"] = list(map(pick, files if to_score is None else scored, train))
         if data.holds_out:
             parts["validation"] = list(map(pick, scored, validation))
-        asked |= {"mixture": _mixture(data, parts["train"])}
         asked |= {"bound": found.bound, "moved": found.counts}
+        if counts := list(map(len, parts["train"])):
+            weights = [each.weight for each in data.train_files] or [1.0]
+            weights = weights[-len(counts) :]  # of the first, all rows may be demonstrations
+            asked["mixture"] = Mixture(tuple(counts), tuple(weights))
     for split in SPLITS if to_score is None else (to_score,):
         parts[split] = parts[split] or encode(split, options)
     rows = {split: joined(each) for split, each in parts.items()}
@@ -208,12 +209,6 @@ def _say_what_cannot_be_scored(
             count - left,
             count,
         )
-
-
-def _mixture(data: DataConfig, files: Sequence[Rows]) -> Mixture | None:
-    weights = [each.weight for each in data.train_files] or [1.0]
-    weights = weights[len(weights) - len(files) :]  # of the first, all rows may be demonstrations
-    return Mixture(tuple(map(len, files)), tuple(weights)) if files else None
 
 
 def _share(rows: Rows) -> float:
@@ -286,8 +281,10 @@ def encode_split(
     demonstrations) is kept.
     """
     options = Options(context, reserve=_reserve(task))
-    if data is not None and _shapes_prompts_of(data, task):
-        before = _demonstrations(task, data, _task_sources(task, data)["train"])
+    shapes = data is not None and (data.max_length or data.truncation or data.shots)
+    if data is not None and data.task and shapes and load_task(data.task).name == task.name:
+        train = _task_sources(task, data)["train"] if data.shots else []
+        before, _ = _demonstrations(task, data, train)
         limit = length_limit(data, context)
         options = replace(options, max_length=limit, truncation=data.truncation, before=before)
     source = ListSource(rows) if isinstance(rows, Sequence) else rows
@@ -368,30 +365,21 @@ def _log_trained_on(rows: Mapping[str, Rows], earlier: Mapping[str, Kept]) -> No
             )
 
 
-def _shapes_prompts_of(data: DataConfig, task: Task) -> bool:
-    if data.task is None or not (data.max_length or data.truncation or data.shots):
-        return False
-    try:
-        return load_task(data.task).name == task.name
-    except ConfigError as error:
-        _log.warning(
-            "%s is read whole and without demonstrations, the run's own task being lost: %s",
-            task.name,
-            error,
-        )
-        return False
-
-
-def _demonstrations(task: Task, data: DataConfig, train: Sequence[Source]) -> str:
+def _demonstrations(
+    task: Task, data: DataConfig, train: Sequence[Source]
+) -> tuple[str, list[Source]]:
+    """Return the training rows that are shown, as text, and the sources without them."""
     if not data.shots or not train:
-        return ""
-    first = list(islice(train[0], data.shots))
-    if len(first) < data.shots:
+        return "", list(train)
+    first, *others = train
+    rows = list(islice(first, data.shots + 1))
+    if len(rows) < data.shots:
         raise ConfigError(
             "`data.shots` must be at most the number of training rows (got "
-            f"{data.shots} for {len(first)}); lower it or give more rows"
+            f"{data.shots} for {len(rows)}); lower it or give more rows"
         )
-    return task.demonstrations(first)
+    rest = [replace(first, skip=data.shots)] if len(rows) > data.shots else []
+    return task.demonstrations(rows[: data.shots]), [*rest, *others]
 
 
 def _reserve(task: Task) -> int:
@@ -422,27 +410,17 @@ def _task_sources(task: Task, data: DataConfig) -> dict[str, list[Source]]:
 
 def _file_sources(data: DataConfig) -> dict[str, list[Source]]:
     """The user's own files, in file order; `num_…` takes the first rows of each."""
-    paths = {"train": [each.path for each in data.train_files]}
-    for split in ("validation", "test"):
-        path = getattr(data, split)
-        paths[split] = [path] if isinstance(path, str) else []
+    train = [each.path for each in data.train_files]
+    named: dict[str, list[Any]] = {"train": train}
+    named |= {"validation": [data.validation], "test": [data.test]}
     return {
         split: [
             replace(find_source(each, split, getattr(data, f"num_{split}")), fields=data.fields)
             for each in found
-            if each
+            if each and isinstance(each, str)
         ]
-        for split, found in paths.items()
+        for split, found in named.items()
     }
-
-
-def _without_first(train: Sequence[Source], shots: int) -> list[Source]:
-    """Return the training rows without those that are shown."""
-    if not shots or not train:
-        return list(train)
-    first, *others = train
-    has_more = next(islice(first, shots, None), None) is not None
-    return [replace(first, skip=shots), *others] if has_more else others
 
 
 def _digest(rows: Mapping[str, Rows], before: str = "") -> str:
@@ -455,7 +433,7 @@ def _digest(rows: Mapping[str, Rows], before: str = "") -> str:
     found = hashlib.sha256(before.encode())
     for split in SPLITS:
         found.update(f"\n{split} {rows[split].summary.digest}".encode())
-    return f"{_DIGEST_VERSION}:{found.hexdigest()[:12]}"
+    return f"2:{found.hexdigest()[:12]}"
 
 
 def task_split_source(task: Task, data: str | None, split: str, limit: int | None) -> Source:

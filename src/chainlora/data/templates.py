@@ -1,11 +1,4 @@
-"""Templates of tasks and chats, in Jinja2's sandbox.
-
-A program is one of
-
-    {"texts": {key: template}, "values": {key: expression}, "each": [key, list, template]}
-        of a task's row; `each` renders a template for every item of a list
-    {"chat": {"": template, "tools": template}}
-        of a conversation, with and without tools
+"""Templates of tasks and chats, in Jinja2's sandbox, and the chat template that a config gives.
 
 The sandbox keeps templates of other people from running code and from changing a row. It does not
 limit time and memory.
@@ -14,95 +7,59 @@ limit time and memory.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, tzinfo
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
-from jinja2 import nodes
-from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from chainlora.errors import DataError
+from chainlora.config.schema import DataConfig
+from chainlora.config.template_names import ENDS, mentions, template_text, with_defaults
+from chainlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_log = logging.getLogger(__name__)
+_ANSWER = "§answer§"  # in no template
 _clock = threading.Lock()  # clock and random state are the program's: one row at a time has them
 if hasattr(os, "register_at_fork"):  # a worker is not forked while another thread holds it
     os.register_at_fork(
         before=_clock.acquire, after_in_parent=_clock.release, after_in_child=_clock.release
     )
 
-
-class _SameDay(datetime):
-    """A clock that shows the day that Llama 3's templates take where there is none.
-
-    With the real date, rows would be other tokens every day, and the hashes of their tokens would
-    hold out other rows.
-    """
-
-    @classmethod
-    def now(cls, tz: tzinfo | None = None) -> _SameDay:
-        return cls(2024, 7, 26)
+Part = Callable[[Any, Mapping[str, Any]], Any]
+"""Renders one key of an item, which it gets with the values of the keys before."""
 
 
 class Reply(NamedTuple):
-    """What the templates of an item gave, or why they did not (and under which key)."""
+    """What the templates of an item gave, or why they did not, and under which key."""
 
     value: Any = None
     error: str = ""
     key: str = ""
 
 
-def evaluate(program: Mapping[str, Any], items: Sequence[Any]) -> list[Reply]:
-    """Evaluate the templates of a program for every item.
-
-    Raises DataError for values that are no JSON.
-    """
-    return [_reply(program, _as_json(item)) for item in items]
-
-
-def render_chats(
-    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Mapping[str, Any]]
-) -> list[Reply]:
-    """Render conversations by the tokenizer's chat template.
-
-    Each is `messages` with arguments of ``apply_chat_template``, such as `tools` and
-    `add_generation_prompt`, and of the template. A value is the text, and where the template marks
-    the assistant's words the spans of their characters, if `return_assistant_tokens_mask` asks for
-    them.
-    """
+def evaluate(parts: Mapping[str, Part], item: Any) -> Reply:
+    """Return what each part gives for an item, as JSON holds it."""
+    # All readers give a template the same: no bytes, and numbers instead of scalars of arrays.
+    item, found, key = json.loads(json.dumps(item, default=_plain)), dict[str, Any](), ""
     try:
-        templates = {
-            name: tokenizer.get_chat_template(tools=[{}] if name else None)
-            for name in ("", "tools")
-        }
-    except ValueError as error:  # none, or several and no default
-        return [Reply(error=str(error))] * len(chats)
-    items = []
-    for chat in chats:
-        messages = [{k: v for k, v in each.items() if v is not None} for each in chat["messages"]]
-        options = {key: value for key, value in chat.items() if key != "messages"}
-        items.append(tokenizer.special_tokens_map | options | {"conversations": [messages]})
-    return evaluate({"chat": templates}, items)
-
-
-# --- evaluating ---
-
-
-def _as_json(item: Any) -> Any:
-    """Return an item as a JSON file would hold it, so that all readers give a template the same."""
-    try:
-        return json.loads(json.dumps(item, default=_plain))
-    except (TypeError, ValueError, RecursionError) as error:
-        rule = "a row must hold texts, numbers, lists and objects"
-        raise DataError(rule, error, "correct the row") from None
+        with _clock, _seeded(item):
+            for key, part in parts.items():
+                text = json.dumps(part(item, found), ensure_ascii=False, default=str)
+                found[key] = json.loads(text.encode())
+        return Reply(found)
+    except Exception as error:  # whatever the values make the template do
+        reason = str(error) or type(error).__name__
+        return Reply(error=" ".join(reason.split())[:1000], key=key)
 
 
 def _plain(value: Any) -> Any:
@@ -110,21 +67,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
         return None
     return value.item() if hasattr(value, "item") else str(value)
-
-
-def _reply(program: Mapping[str, Any], item: Any) -> Reply:
-    at = {"key": ""}
-    try:
-        with _clock, _seeded(item):
-            value = _chat(program["chat"], item) if "chat" in program else _row(program, item, at)
-        text = json.dumps(value, ensure_ascii=False, default=str)
-        text.encode()
-        return Reply(json.loads(text))
-    except UnicodeEncodeError as error:
-        return Reply(error=f"half of a character, {error.object[error.start]!a}")
-    except Exception as error:  # whatever the values make the template do
-        reason = str(error) or type(error).__name__
-        return Reply(error=" ".join(reason.split())[:1000], key=at["key"])
 
 
 @contextmanager
@@ -138,38 +80,7 @@ def _seeded(item: Any) -> Iterator[None]:
         random.setstate(state)
 
 
-def _chat(templates: Mapping[str, str], item: Mapping[str, Any]) -> Any:
-    from transformers.utils import chat_template_utils
-
-    template, names = templates["tools" if item.get("tools") else ""], vars(chat_template_utils)
-    names["datetime"], before = _SameDay, names["datetime"]  # `strftime_now` takes no other clock
-    try:
-        rendered: Any = chat_template_utils.render_jinja_template(**item, chat_template=template)
-    finally:
-        names["datetime"] = before
-    (text,), spans = rendered
-    return [text, spans[0] if spans else []]
-
-
-def _row(program: Mapping[str, Any], row: Mapping[str, Any], at: dict[str, str]) -> dict[str, Any]:
-    """Return what a row gives under each key; `at` names the key that is rendered."""
-    context = {**row, "row": row}
-    found: dict[str, Any] = {}
-    for key, source in program["texts"].items():
-        at["key"] = key
-        found[key] = _template(source).render(context)
-    for key, source in program["values"].items():
-        at["key"] = key
-        found[key] = _expression(source)(context)
-        if isinstance(found[key], jinja2.Undefined):
-            str(found[key])  # raises, with a message that names what is missing
-    if "each" in program:
-        key, items, source = program["each"]
-        at["key"] = key
-        each = _template(source)
-        values = found[items] if isinstance(found[items], list | tuple) else ()
-        found[key] = [each.render({**context, "item": value}) for value in values]
-    return found
+# --- tasks ---
 
 
 def _refuse_no_text(value: Any) -> Any:
@@ -189,35 +100,117 @@ _ENVIRONMENT = ImmutableSandboxedEnvironment(
 
 
 @lru_cache(maxsize=1024)
-def _template(source: str) -> jinja2.Template:
+def template(source: str) -> jinja2.Template:
+    """Compile a template. Raises jinja2.TemplateError."""
     return _ENVIRONMENT.from_string(source)
 
 
 @lru_cache(maxsize=1024)
-def _expression(source: str) -> Callable[..., Any]:
+def expression(source: str) -> Callable[..., Any]:
+    """Compile an expression. Raises jinja2.TemplateError."""
     return _ENVIRONMENT.compile_expression(source, undefined_to_none=False)
 
 
-# --- checking a source before there are rows ---
+# --- chats ---
 
 
-def check_template(source: str) -> None:
-    """Parse a template. Raises jinja2.TemplateError."""
-    _check_names(_ENVIRONMENT.parse(source))
+class _SameDay(datetime):
+    """A clock that shows the day that Llama 3's templates take where there is none.
+
+    With the real date, rows would be other tokens every day, and the hashes of their tokens would
+    hold out other rows.
+    """
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> _SameDay:
+        return cls(2024, 7, 26)
 
 
-def check_expression(source: str) -> None:
-    """Parse an expression. Raises jinja2.TemplateError."""
-    parser = Parser(_ENVIRONMENT, source, state="variable")
-    found = parser.parse_expression()
-    if not parser.stream.eos:
-        raise jinja2.TemplateSyntaxError("chunk after expression", parser.stream.current.lineno)
-    _check_names(nodes.Template([nodes.Output([found])]))
+def render_chat(tokenizer: PreTrainedTokenizerBase, chat: Mapping[str, Any]) -> Reply:
+    """Render a conversation by the tokenizer's chat template.
+
+    It is `messages` with arguments of ``apply_chat_template``, such as `tools` and
+    `add_generation_prompt`, and of the template. The value is the text, and where the template
+    marks the assistant's words the spans of their characters, if `return_assistant_tokens_mask`
+    asks for them.
+    """
+    from transformers.utils import chat_template_utils
+
+    try:
+        template = tokenizer.get_chat_template(tools=[{}] if chat.get("tools") else None)
+    except ValueError as error:  # none, or several and no default
+        return Reply(error=str(error))
+    messages = [{k: v for k, v in each.items() if v is not None} for each in chat["messages"]]
+    options = {key: value for key, value in chat.items() if key != "messages"}
+
+    def render(item: Mapping[str, Any], found: Mapping[str, Any]) -> list[Any]:
+        names = vars(chat_template_utils)
+        # `strftime_now` takes no other clock
+        names["datetime"], before = _SameDay, names["datetime"]
+        try:
+            rendered: Any = chat_template_utils.render_jinja_template(
+                **item, chat_template=template
+            )
+        finally:
+            names["datetime"] = before
+        (text,), spans = rendered
+        return [text, spans[0] if spans else []]
+
+    item = tokenizer.special_tokens_map | options | {"conversations": [messages]}
+    reply = evaluate({"chat": render}, item)
+    return reply if reply.error else Reply(reply.value["chat"])
 
 
-def _check_names(tree: nodes.Template) -> None:
-    """Refuse unknown filters and tests; nothing is compiled, since that evaluates parts."""
-    for node in tree.find_all((nodes.Filter, nodes.Test)):
-        known = _ENVIRONMENT.filters if isinstance(node, nodes.Filter) else _ENVIRONMENT.tests
-        if node.name not in known:
-            raise jinja2.TemplateAssertionError(f"no filter or test {node.name!r}", node.lineno)
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
+    """Give a tokenizer the chat template and its arguments of a config, if that has some.
+
+    Raises ConfigError for arguments that no template reads.
+    """
+    template = tokenizer.chat_template
+    if data.chat_template is not None:
+        template = template_text(data.chat_template)
+        _warn_of_end(tokenizer, data.chat_template)
+    if data.template_arguments and not template:
+        raise ConfigError(
+            "`data.template_arguments` need a chat template (got a tokenizer without one); give "
+            "data.chat_template, or leave them out"
+        )
+    for name in data.template_arguments:
+        if not mentions(template, name):
+            raise ConfigError(
+                f"`data.template_arguments` must be read by the chat template (got {name:.40}, "
+                "which it does not mention); correct or remove it"
+            )
+    if isinstance(template, dict):  # one for chats, one for tools, …
+        templates = template.items()
+        template = {name: with_defaults(t, data.template_arguments) for name, t in templates}
+    elif template:
+        template = with_defaults(template, data.template_arguments)
+    tokenizer.chat_template = template
+
+
+def _warn_of_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Say that a model will not stop by itself where a turn's end is no token of its own."""
+    end = ENDS.get(name)
+    if end is not None and len(tokenizer(end, add_special_tokens=False)["input_ids"]) > 1:
+        _log.warning(
+            "data.chat_template: %s ends turns with %s, which is several tokens to this "
+            "tokenizer, so that chats do not stop there; zephyr and alpaca end them with its own "
+            "%s",
+            name,
+            end,
+            tokenizer.eos_token,
+        )
+
+
+def ends_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the special token that the chat template writes after an answer, if it writes one.
+
+    The model's own end of sequence is often another one, if it is a base model.
+    """
+    said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
+    reply = render_chat(tokenizer, {"messages": said})
+    text = "" if reply.error else str(reply.value[0])
+    _, found, after = text.rpartition(_ANSWER)
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
+    return [int(token) for token in ids if token in tokenizer.added_tokens_decoder][:1]

@@ -5,10 +5,10 @@
         loss, count = engine.loss(engine.pack(examples), "completion")
         scores = engine.scores(examples)
 
-This file is the plain engine: a batch through the model's own forward (`padded`), then losses and
-scores at its head (`head`), one micro-batch after the other. What is faster are plug-ins (`fast`),
-each tried at the start by a probe on the model itself. Where a probe does not agree, the plain way
-is taken and `notes` says why. `close` leaves the model as it was.
+This file is the plain engine: a batch through the model's own forward (`packing.padded_hidden`),
+then losses and scores at its head (`head`), one micro-batch after the other. Faster ways are
+plug-ins (`fast`), each tried at the start by a probe on the model itself. Where a probe does not
+agree, the plain way is taken and `notes` says why. `close` leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from chainlora.data.examples import Example
-from chainlora.engine.fast import all_paths
+from chainlora.engine import fast
 from chainlora.engine.fast.plugin import PACKED, FastPath
 from chainlora.engine.head import candidate_loss, candidate_scores, completion_loss, logit_transform
-from chainlora.engine.packing import PackedBatch, input_sequences, pack
-from chainlora.engine.padded import padded_hidden
+from chainlora.engine.packing import PackedBatch, input_sequences, pack, padded_hidden
 from chainlora.engine.probes import Facts, examine, forget_lengths
 from chainlora.engine.score_batches import evaluation_batches, pack_size
 from chainlora.errors import DataError, ScoreError
@@ -118,7 +117,7 @@ class Engine:
 
     def _take_fast_paths(self, facts: Facts) -> None:
         """Apply every registered path whose probe agrees; note which, and why not the others."""
-        paths = [make() for make in all_paths.FAST_PATHS]
+        paths = [make() for make in fast.FAST_PATHS]
         if self.speedups == "auto":
             facts.watched = [module for path in paths for module in path.watched(self.model)]
         for path in paths:
@@ -168,8 +167,7 @@ class Engine:
         return batch.to(next(self.model.parameters()).device)
 
     def split(self, examples: Sequence[Example]) -> list[list[Example]]:
-        """Cut a micro-batch into the shards that `add_gradients` takes one by one, always the
-        same."""
+        """Cut a micro-batch into the shards of `add_gradients`, always the same."""
         for path in self._fast:
             if (shards := path.split(examples)) is not None:
                 return [[examples[place] for place in shard] for shard in shards]
@@ -271,9 +269,18 @@ class Engine:
         self, examples: Sequence[Example], max_tokens: int, progress: ScoringProgress | None
     ) -> list[list[float]]:
         # what a sequence is may depend on the longest one beside it: then each is a unit of its own
-        units = list(examples) if self._length_from is None else list(_one_by_one(examples))
+        units = list(examples)
+        if self._length_from is not None:
+            units = [
+                Example(example.row, (sequence,), (spans,))
+                for example in examples
+                for sequence, spans in zip(example.sequences, example.scored, strict=True)
+            ]
         scores: list[list[float]] = [[] for _ in units]
-        batches = self._in_step(self._scoring_batches(units, max_tokens))
+        batches: Iterable[list[int]] = self._scoring_batches(units, max_tokens)
+        if self._is_sharded:  # in step with a process that has more batches
+            batches = list(batches)
+            batches += batches[:1] * (self.most(len(batches)) - len(batches))
 
         def score(indices: list[int]) -> tuple[list[int], list[float]]:
             batch = self.pack([units[i] for i in indices])
@@ -286,7 +293,11 @@ class Engine:
                 for index in indices:
                     count = len(units[index].sequences)
                     scores[index], flat = flat[:count], flat[count:]
-                    _check_scores(scores[index], units[index].row)
+                    if any(map(math.isnan, scores[index])):
+                        raise ScoreError(
+                            f"scores must be numbers (got nan at row {units[index].row}); the "
+                            "model's weights or its dtype are at fault, try float32"
+                        )
                 done += len(indices)
                 if progress is not None:
                     share = min(done, len(units)) * len(examples) // len(units)
@@ -313,14 +324,6 @@ class Engine:
             for batch in evaluation_batches(mine, max_tokens=size, packed=packed):
                 yield [group[place] for place in batch]
 
-    def _in_step(self, batches: Iterable[Batch]) -> Iterable[Batch]:
-        """Return the batches, some again where another process has more of them and shares the
-        model with this one."""
-        if not self._is_sharded:
-            return batches
-        batches = list(batches)
-        return batches + batches[:1] * (self.most(len(batches)) - len(batches))
-
     @contextmanager
     def plain(self) -> Iterator[nn.Module]:
         """Yield the model for calls of its own forward or `generate`, in inference mode."""
@@ -336,29 +339,25 @@ class Engine:
     def spread(
         self, items: Sequence[Item], compute: Callable[[Sequence[Item]], list[Result]]
     ) -> list[Result]:
-        """Return what `compute` returns for all items; processes that share the work each compute
-        some."""
+        """Return what `compute` returns for all items; processes share the work."""
         return compute(items) if self._sharing is None else self._sharing.spread(items, compute)
 
     def most(self, number: int) -> int:
         """Return the largest of the numbers that processes have which share the model."""
-        is_alone = self._sharing is None or not self._is_sharded
-        return number if is_alone else self._sharing.most(number)  # type: ignore[union-attr]
+        if self._sharing is None or not self._is_sharded:
+            return number
+        return self._sharing.most(number)
 
     # --- its end ---
 
     def close(self) -> None:
         """Give the model everything back; safe to call twice."""
         with ExitStack() as stack:  # all of it, whatever one of them raises
-            stack.callback(self._unfreeze)
+            for parameter in self._frozen:
+                stack.callback(parameter.requires_grad_, True)
             for path in self._fast:
                 stack.callback(path.undo)
-            self._fast = []
-
-    def _unfreeze(self) -> None:
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-        self._frozen = []
+            self._frozen, self._fast = [], []
 
     def __enter__(self) -> Engine:
         return self
@@ -370,21 +369,6 @@ class Engine:
 def num_terms(batch: PackedBatch, kind: Kind) -> int:
     """Return how many terms the loss of a batch sums: examples, or scored tokens."""
     return batch.num_examples if kind == "candidates" else batch.num_scored_tokens
-
-
-def _one_by_one(examples: Iterable[Example]) -> Iterator[Example]:
-    """Yield each sequence as an example of its own."""
-    for example in examples:
-        for sequence, spans in zip(example.sequences, example.scored, strict=True):
-            yield Example(example.row, (sequence,), (spans,))
-
-
-def _check_scores(scores: Sequence[float], row: int) -> None:
-    if any(map(math.isnan, scores)):
-        raise ScoreError(
-            f"scores must be numbers (got nan at row {row}); the model's weights or its dtype are "
-            "at fault, try float32"
-        )
 
 
 def _accumulate(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_TWO_BYTES = (torch.bfloat16, torch.float16)
+TWO_BYTES = (torch.bfloat16, torch.float16)
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def computing_in_float32(model: nn.Module) -> Iterator[None]:
             contexts.pop(module).__exit__(None, None, None)
 
     def widen(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return output.float() if output.dtype in _TWO_BYTES else output
+        return output.float() if output.dtype in TWO_BYTES else output
 
     handles = []
     for module in model.modules():
@@ -66,7 +66,7 @@ def computing_in_float32(model: nn.Module) -> Iterator[None]:
 
 def _two_byte_tensors(module: nn.Module, *, recurse: bool = False) -> list[Tensor]:
     held = chain(module.parameters(recurse), module.buffers(recurse))
-    return [tensor for tensor in held if tensor.dtype in _TWO_BYTES]
+    return [tensor for tensor in held if tensor.dtype in TWO_BYTES]
 
 
 @contextmanager

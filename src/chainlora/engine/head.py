@@ -44,19 +44,14 @@ _HEADS: WeakKeyDictionary[nn.Module, tuple[FindHead, Transform | None]] = WeakKe
 
 
 def candidate_scores(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tensor:
-    """Return the mean log-probability per token of each sequence [S], float32, over the full
-    vocabulary.
-
-    `hidden` [R, d] is `hidden_states` of the batch.
-    """
+    """Return each sequence's mean log-probability per token [S], float32, from `hidden` [R, d]."""
     logprobs = token_logprobs(model, hidden, batch.token_row, batch.token_target)
     totals = logprobs.new_zeros(batch.num_sequences).index_add(0, batch.token_sequence, logprobs)
     return totals / batch.sequence_length
 
 
 def candidate_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tensor:
-    """Return the sum over examples of the cross-entropy over their candidates' scores (a scalar,
-    float32).
+    """Return the sum over examples of the cross-entropy over their candidates' scores, float32.
 
     Where every candidate is one token after the same prompt, scores differ from logits by a
     constant only, and just those tokens' rows of the head are used.
@@ -70,8 +65,7 @@ def candidate_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tens
 
 
 def completion_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, int]:
-    """Return the summed negative log-likelihood of the scored tokens (a scalar, float32) and their
-    number."""
+    """Return the summed negative log-likelihood of the scored tokens, float32, and their number."""
     head, hidden = _head(model), _for_head(model, hidden)
     if logit_transform(model) is None and _is_frozen_linear(head):
         chunks = _chunks(batch.token_row, batch.token_target, hidden.shape[0], head.weight.shape[0])
@@ -89,7 +83,10 @@ def token_logprobs(
     Logits exist for one chunk of rows at a time, in forward and in backward.
     """
     head, transform, hidden = _head(model), logit_transform(model), _for_head(model, hidden)
-    chunks = _chunks(token_row, token_target, hidden.shape[0], _vocabulary(model))
+    weight = getattr(head, "weight", None)
+    is_matrix = isinstance(weight, Tensor)
+    vocabulary = whole_shape(weight)[0] if is_matrix else int(text_config(model).vocab_size)
+    chunks = _chunks(token_row, token_target, hidden.shape[0], vocabulary)
     compute: Callable[[Tensor, Tensor, Tensor], Tensor] = partial(_logprobs, head, transform)
     if transform is None and _is_frozen_linear(head):
         compute = partial(_TargetLogprobs.apply, widened(head.weight), head.bias)
@@ -104,16 +101,13 @@ def token_logprobs(
 def logit_transform(model: nn.Module) -> Transform | None:
     """Return what the model does to the output of its head to make its logits, None for nothing.
 
-    Softcap (Gemma 2) and the scales of Cohere and Granite are known; which one holds is found by
-    comparing with the model's own logits, once per model.
-
-    Raises:
-        ModelError: the model does something else.
+    Raises ModelError for a model whose logits are something else.
     """
     return _head_and_transform(model)[1]
 
 
 def _head_and_transform(model: nn.Module) -> tuple[FindHead, Transform | None]:
+    """Return where the head is and the transform, found by comparing logits, once per model."""
     model = causal_model(model)
     if model not in _HEADS:
         _HEADS[model] = _probe_head(model)
@@ -134,7 +128,7 @@ def _probe_head(model: nn.Module) -> tuple[FindHead, Transform | None]:
         if not states:  # a model that calls its base's parts (OPT)
             states.append(base_model(model)(input_ids=ids, use_cache=False))
         hidden = states[0].last_hidden_state
-        for find in (_enclosing_head, _all_after_the_base):
+        for find in (_enclosing_head, lambda each: nn.Sequential(*_after_the_base(each))):
             with suppress(RuntimeError, TypeError, NotImplementedError):  # not made for one another
                 ours.append((find, find(model)(_for_head(model, hidden))))
     best: tuple[FindHead, Transform | None] = (_enclosing_head, None)
@@ -163,23 +157,20 @@ def _difference(ours: Any, theirs: Any, transform: Transform | None) -> float:
 
 def _known_transforms(config: Any) -> list[Transform | None]:
     """Return what the config may mean: a softcap (Gemma 2), nothing, a factor, a divisor."""
-    known: list[Transform | None] = []
-    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
-        if cap := _number(config, name):
-            known.append(partial(_softcap, cap=cap))
-    known.append(None)
-    for name in ("logit_scale", "lm_head_multiplier"):
-        if scale := _number(config, name):
-            known.append(partial(torch.mul, other=scale))
-    for name in ("logits_scaling", "logits_mup_width_multiplier"):
-        if divisor := _number(config, name):
-            known.append(partial(torch.div, other=divisor))
-    return known
 
+    def numbers(*names: str) -> list[float]:
+        found = [getattr(config, name, None) for name in names]
+        return [x for x in found if isinstance(x, int | float) and x]  # MPT's scale may be a word
 
-def _number(config: Any, name: str) -> float | None:
-    value = getattr(config, name, None)
-    return value if isinstance(value, int | float) else None  # MPT's scale may be a word
+    caps = numbers("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    scales = numbers("logit_scale", "lm_head_multiplier")
+    divisors = numbers("logits_scaling", "logits_mup_width_multiplier")
+    return [
+        *(partial(_softcap, cap=cap) for cap in caps),
+        None,
+        *(partial(torch.mul, other=scale) for scale in scales),
+        *(partial(torch.div, other=divisor) for divisor in divisors),
+    ]
 
 
 def _softcap(logits: Tensor, cap: float) -> Tensor:
@@ -206,12 +197,8 @@ def _enclosing_head(model: nn.Module) -> nn.Module:
     return around[0] if around else output
 
 
-def _all_after_the_base(model: nn.Module) -> nn.Module:
-    """Return all modules beside the base, one after another (ModernBERT's decoder)."""
-    return nn.Sequential(*_after_the_base(model))
-
-
 def _after_the_base(model: nn.Module) -> list[nn.Module]:
+    """Return the modules beside the base: in a row, they may be the head (ModernBERT's decoder)."""
     return [child for child in model.children() if child is not base_model(model)]
 
 
@@ -220,13 +207,6 @@ def _output_embedding(model: Any) -> nn.Module:
     if output is None:
         raise ModelError(f"the model must have a language-model head (got {type(model).__name__})")
     return output
-
-
-def _vocabulary(model: nn.Module) -> int:
-    weight = getattr(_head(model), "weight", None)
-    if isinstance(weight, Tensor):
-        return whole_shape(weight)[0]
-    return int(text_config(model).vocab_size)
 
 
 def _is_frozen_linear(head: Any) -> bool:
@@ -286,8 +266,7 @@ def _logprobs(
 
 
 class _TargetLogprobs(torch.autograd.Function):
-    """log softmax(x Wᵀ + b) at (row, target) for a frozen W; backward makes logits again, none is
-    kept."""
+    """log softmax(x Wᵀ + b) at (row, target) for a frozen W; backward computes logits again."""
 
     @staticmethod
     def forward(

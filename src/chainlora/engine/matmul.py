@@ -25,8 +25,7 @@ def is_slow(x: Tensor) -> bool:
 
 
 def widened(weight: Tensor) -> Tensor:
-    """Return a weight as the functions here multiply by it: once instead of at every call, where it
-    is the same."""
+    """Return a weight as the functions here multiply by it, to widen it once for many calls."""
     return weight.float() if is_slow(weight) else weight
 
 

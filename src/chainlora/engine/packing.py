@@ -7,8 +7,7 @@ would see alone. Three savings fall out of it without any knowledge of tasks: no
 of one prompt whose labels are one token have identical inputs, so one pass scores them all; prompts
 on one passage compute the passage once.
 
-Pure: tokens in, index tensors out. The last target of a sequence is never an input, so inputs are
-cut there.
+The last target of a sequence is never an input, so inputs are cut there.
 """
 
 from __future__ import annotations
@@ -19,13 +18,17 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from chainlora.data.examples import Example, Spans
+from chainlora.data.examples import Example
 from chainlora.errors import DataError
+from chainlora.models.text_config import base_model, text_config
 
 # fewest common tokens worth a segment: it costs an attention call, as much as computing a handful
 MIN_SHARED = 8
+
+_Tokens = tuple[int, ...]
+_Chain = list[tuple[int, int]]  # (first position, packed start) of each segment of a sequence
 
 
 class Segment(NamedTuple):
@@ -120,11 +123,13 @@ def pack(
     tree = _Tree(inputs, share_prefixes, min_shared)
     positions: list[list[int]] = []  # per sequence: packed position that predicts each scored token
     targets: list[list[int]] = []
-    for where, (example, spans, tokens) in zip(tree.chains, _sequences(examples), strict=True):
-        scored = [p for start, end in spans for p in range(start, end)]
-        _check(example, scored, tokens)
-        positions.append([_place(where, p - 1) for p in scored])
-        targets.append([tokens[p] for p in scored])
+    chains = iter(tree.chains)
+    for example in examples:
+        for tokens, spans in zip(example.sequences, example.scored, strict=True):
+            scored, where = [p for start, end in spans for p in range(start, end)], next(chains)
+            _check(example, scored, tokens)
+            positions.append([_place(where, p - 1) for p in scored])
+            targets.append([tokens[p] for p in scored])
     rows = sorted({p for per_sequence in positions for p in per_sequence})
     row_of = {position: row for row, position in enumerate(rows)}
     counts = [len(example.sequences) for example in examples]
@@ -173,12 +178,6 @@ def fresh_tokens(inputs: Sequence[tuple[int, ...]], last: tuple[int, ...] = ()) 
     return fresh, first
 
 
-def _sequences(examples: Sequence[Example]) -> Iterator[tuple[Example, Spans, tuple[int, ...]]]:
-    for example in examples:
-        for tokens, spans in zip(example.sequences, example.scored, strict=True):
-            yield example, spans, tokens
-
-
 def _check(example: Example, scored: list[int], tokens: tuple[int, ...]) -> None:
     if not scored:
         raise DataError(
@@ -201,9 +200,8 @@ def _one_position(counts: list[int], positions: list[list[int]]) -> bool:
     return True
 
 
-def _place(chain: list[tuple[int, int]], position: int) -> int:
-    """Return the packed place of a token; `chain` has ``(first position, packed start)`` by
-    segment."""
+def _place(chain: _Chain, position: int) -> int:
+    """Return the packed place of a token."""
     first, start = chain[bisect_right(chain, position, key=lambda link: link[0]) - 1]
     return start + position - first
 
@@ -219,7 +217,7 @@ class _Tree:
         self.tokens: list[int] = []
         self.positions: list[int] = []
         self.segments: list[Segment] = []
-        self.chains: list[list[tuple[int, int]]] = [[] for _ in inputs]
+        self.chains: list[_Chain] = [[] for _ in inputs]
         if not share:
             for index, sequence in enumerate(inputs):
                 self.chains[index] = self._add(sequence, 0, -1, [])
@@ -238,11 +236,9 @@ class _Tree:
         for index, leaf in leaf_of.items():
             self.chains[index] = self.chains[leaf]
 
-    def _branch(self, sequences: list[tuple[int, ...]], owners: list[int], min_shared: int) -> None:
+    def _branch(self, sequences: list[_Tokens], owners: list[int], min_shared: int) -> None:
         """Lay out sorted `sequences`, none of which is a prefix of another."""
-        todo: list[tuple[int, int, int, int, list[tuple[int, int]]]] = [
-            (0, len(sequences), 0, -1, [])
-        ]
+        todo: list[tuple[int, int, int, int, _Chain]] = [(0, len(sequences), 0, -1, [])]
         while todo:  # a stack: depth first, and no recursion limit
             low, high, depth, parent, chain = todo.pop()
             if high - low == 1:
@@ -260,9 +256,7 @@ class _Tree:
                     first = i
             todo.extend(reversed(runs))
 
-    def _add(
-        self, sequence: tuple[int, ...], depth: int, parent: int, chain: list[tuple[int, int]]
-    ) -> list[tuple[int, int]]:
+    def _add(self, sequence: _Tokens, depth: int, parent: int, chain: _Chain) -> _Chain:
         start = len(self.tokens)
         self.tokens.extend(sequence[depth:])
         self.positions.extend(range(depth, len(sequence)))
@@ -281,3 +275,33 @@ def _common_prefix(a: tuple[int, ...], b: tuple[int, ...], known: int = 0) -> in
         else:
             high = middle - 1
     return low
+
+
+# --- the plain way to hidden states, which every fast path is held to ---
+
+
+def padded_hidden(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """Return [R, d] at `batch.rows`, from one right-padded row per leaf of the prefix tree."""
+    index, mask, place = unpacked(batch)
+    # some find padding by its token; others say -1 for none
+    pad = max(getattr(text_config(model), "pad_token_id", None) or 0, 0)
+    ids = torch.where(mask.bool(), batch.input_ids[index], pad)
+    output = base_model(model)(input_ids=ids, attention_mask=mask, use_cache=False)
+    return output.last_hidden_state.flatten(0, 1).index_select(0, place)
+
+
+def unpacked(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return packed positions by leaf [L, longest], their mask, and where each needed row is."""
+    parents = {segment.parent for segment in batch.segments}
+    leaves = [path for i, path in enumerate(paths(batch.segments)) if i not in parents]
+    longest = max(map(len, leaves))
+    index = torch.tensor([chain + [0] * (longest - len(chain)) for chain in leaves])
+    mask = torch.tensor([[1] * len(chain) + [0] * (longest - len(chain)) for chain in leaves])
+    where = {
+        position: leaf * longest + i
+        for leaf, chain in enumerate(leaves)
+        for i, position in enumerate(chain)
+    }
+    place = torch.tensor([where[row] for row in batch.rows.tolist()])
+    device = batch.input_ids.device
+    return index.to(device), mask.to(device), place.to(device)

@@ -22,8 +22,7 @@ _SMALL_TREE = 512  # where attention adds a quarter at most, and a pack is worth
 
 
 def pack_size(examples: Sequence[Example], max_tokens: int, num_threads: int) -> int:
-    """Return the tokens of one pack: a thread's share of `max_tokens`, and small enough that
-    threads end at about the same time."""
+    """Return the tokens of one pack: so few that threads end at about the same time."""
     if num_threads == 1:
         return max_tokens
     tokens = sum(len(tokens) for example in examples for tokens in set(input_sequences(example)))
@@ -34,8 +33,7 @@ def pack_size(examples: Sequence[Example], max_tokens: int, num_threads: int) ->
 def evaluation_batches(
     examples: Sequence[Example], *, max_tokens: int, packed: bool
 ) -> Iterator[list[int]]:
-    """Yield lists of example indices, each a pack that computes at most `max_tokens` (or a single
-    example).
+    """Yield lists of example indices, each a pack of at most `max_tokens`, or a single example.
 
     Packed: in the order of tokens, so that neighbours share all they can; a run of sequences with a
     common beginning is cut off at a length where its attention would cost more than reading the
@@ -66,8 +64,7 @@ def _packed_batches(examples: Sequence[Example], max_tokens: int) -> Iterator[li
 
 
 def _largest_tree(trunk: int) -> int:
-    """Return the size of a tree, in tokens, past which it is cheaper to read its trunk again in
-    another pack.
+    """Return the tokens of a tree past which reading its trunk again in another pack is cheaper.
 
     With n tokens to a tree of trunk p, and attention as dear as the rest at e tokens, one beside
     the trunk costs (n + n²/e) / (n − p): least at n = p + √(p² + p·e).

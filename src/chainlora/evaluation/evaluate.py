@@ -4,16 +4,17 @@ Candidates are compared by the mean log-probability of their tokens (the MeZO pr
 2305.17333); the best wins, the *lowest index* among equals. Language-model rows give loss and
 perplexity per token; free-text answers are generated greedily. The engine runs the
 model; nothing here knows about packs.
+
+Two evaluations are compared row by row, so that differences among rows do not count.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path as FilePath
+from operator import mul
 from statistics import fmean
 from typing import Any
 
@@ -30,9 +31,9 @@ from chainlora.evaluation.metrics import (
     TEXT_METRICS,
     check_metrics,
     cross_entropy,
+    is_higher_better,
     perplexity,
 )
-from chainlora.files import make_folder, write_text
 from chainlora.models.text_config import causal_model
 
 
@@ -109,9 +110,14 @@ def evaluate(
     with nullcontext(engine) if engine else Engine(model, training=False) as runner:
         if not is_written or any(name in LOSS_METRICS for name in names):
             columns["scores"] = runner.scores(examples, max_tokens=max_tokens, progress=scored)
-            losses = _losses(examples, columns["scores"], is_labelled=is_labelled)
-            if not is_labelled:
-                columns["tokens"] = [example.num_learned for example in examples]
+            if is_labelled:
+                labels = [int(example.label or 0) for example in examples]
+                losses = {"loss": fmean(map(cross_entropy, columns["scores"], labels))}
+            else:
+                counts = columns["tokens"] = [example.num_learned for example in examples]
+                pairs = zip(columns["scores"], counts, strict=True)
+                loss = math.fsum(-row[0] * count for row, count in pairs) / sum(counts)
+                losses = {"loss": loss, "perplexity": perplexity(loss)}
         if is_written:
             texts = columns["prediction"] = _answers(
                 runner,
@@ -128,8 +134,8 @@ def evaluate(
         chosen = columns["prediction"] = [row.index(max(row)) for row in columns["scores"]]
         found = {n: INDEX_METRICS[n](columns["label"], chosen) for n in names if n in INDEX_METRICS}
         if in_words:
-            pairs = zip(examples, chosen, strict=True)
-            texts = [_candidate_text(example, index, tokenizer) for example, index in pairs]
+            answers = zip(examples, chosen, strict=True)
+            texts = [_candidate_text(example, index, tokenizer) for example, index in answers]
             columns["answer"] = texts
     for name in in_words:
         answered = zip(texts, examples, strict=True)
@@ -137,27 +143,6 @@ def evaluate(
     rows = zip(*columns.values(), strict=True)
     predictions = [dict(zip(columns, row, strict=True)) for row in rows]
     return Evaluation(found | losses, len(examples), predictions)
-
-
-def write_predictions(path: str | FilePath, evaluation: Evaluation) -> None:
-    """Write the predictions, a JSON object a row."""
-    target = FilePath(path)
-    make_folder(target.parent)
-    lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in evaluation.predictions]
-    write_text(target, "".join(lines))
-
-
-def _losses(
-    examples: Sequence[Example], scores: Sequence[Sequence[float]], *, is_labelled: bool
-) -> dict[str, float]:
-    """Return the mean cross-entropy over candidates, or the loss per token over all rows."""
-    if is_labelled:
-        labels = [int(example.label or 0) for example in examples]
-        return {"loss": fmean(map(cross_entropy, scores, labels))}
-    counts = [example.num_learned for example in examples]
-    total = math.fsum(-row[0] * count for row, count in zip(scores, counts, strict=True))
-    loss = total / sum(counts)
-    return {"loss": loss, "perplexity": perplexity(loss)}
 
 
 def _answers(
@@ -186,10 +171,9 @@ def _check_rows(names: Sequence[str], examples: Sequence[Example], *, is_labelle
     if not examples:
         remedy = "check the split and --limit"
         raise DataError("an evaluation needs at least one example", "none", remedy)
-    unfit = ["perplexity"] if is_labelled else list(INDEX_METRICS)
-    needed, given = "rows with a right candidate", "rows without"
+    unfit, needed, given = [*INDEX_METRICS], "rows with a right candidate", "rows without"
     if is_labelled:
-        needed, given = "rows without candidates", "rows with them"
+        unfit, needed, given = ["perplexity"], "rows without candidates", "rows with them"
     unanswered = next((example for example in examples if not example.references), None)
     for name in names:
         if name in unfit:
@@ -214,3 +198,72 @@ def _candidate_text(example: Example, index: int, tokenizer: PreTrainedTokenizer
         t for start, end in example.scored[index] for t in example.sequences[index][start:end]
     ]
     return str(_required(tokenizer).decode(tokens, skip_special_tokens=True)).strip()
+
+
+@dataclass(frozen=True)
+class Gain:
+    """By how much a change improved a metric, on average over the rows."""
+
+    mean: float
+    standard_error: float  # of that mean; infinite for a single row
+
+    @property
+    def is_clear(self) -> bool:
+        return self.mean > self.standard_error
+
+
+def gain(before: Evaluation, after: Evaluation, metric: str = "loss") -> Gain:
+    """Return what a change brought, from evaluations of the same rows.
+
+    A loss per token weighs rows by their tokens, as the metric does. A metric that is no mean over
+    rows has a gain without standard error.
+    """
+    sign = 1 if is_higher_better(metric) else -1
+    pairs = zip(values(before, metric), values(after, metric), strict=True)
+    gains = [sign * (now - then) for then, now in pairs]
+    if not gains:
+        return Gain(sign * (after.metrics[metric] - before.metrics[metric]), 0.0)
+    weights = weights_of(after, metric)
+    return Gain(_mean(gains, weights), standard_error(gains, weights))
+
+
+def values(found: Evaluation, metric: str) -> list[float]:
+    """Return what is averaged over rows by `weights_of`; nothing of a metric that is no such mean.
+
+    The loss of a row is that of its right candidate among all, or a token's on average.
+    """
+    rows = found.predictions
+    if metric == "accuracy":  # a half of a pair whose answers are ranked the same
+        chosen = [(row["prediction"], row["label"]) for row in rows]
+        return [0.5 if found is None else float(found == label) for found, label in chosen]
+    if metric == "loss":
+        return [_loss(row) for row in rows]
+    if metric in TEXT_METRICS:
+        judge = TEXT_METRICS[metric]
+        return [judge(row.get("answer", row["prediction"]), row["references"]) for row in rows]
+    return []
+
+
+def weights_of(found: Evaluation, metric: str) -> list[int]:
+    """Return how much each row counts in the mean: of a loss per token, its tokens."""
+    return [row.get("tokens", 1) if metric == "loss" else 1 for row in found.predictions]
+
+
+def standard_error(numbers: Sequence[float], weights: Sequence[int]) -> float:
+    """Return that of a weighted mean, by linearisation; infinite for a single number."""
+    if len(numbers) < 2:
+        return math.inf
+    mean, pairs = _mean(numbers, weights), zip(numbers, weights, strict=True)
+    squares = math.fsum((weight * (each - mean)) ** 2 for each, weight in pairs)
+    return math.sqrt(squares * len(numbers) / (len(numbers) - 1)) / sum(weights)
+
+
+def _mean(numbers: Sequence[float], weights: Sequence[int]) -> float:
+    return math.fsum(map(mul, numbers, weights)) / sum(weights)
+
+
+def _loss(row: dict[str, Any]) -> float:
+    scores, label = row["scores"], row["label"]
+    if "loss" in row:
+        return float(row["loss"])
+    return float(-scores[0]) if label is None else cross_entropy(scores, label)

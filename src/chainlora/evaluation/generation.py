@@ -1,13 +1,16 @@
-"""Greedy generation in batches, for tasks whose answer is free text (SQuAD, DROP).
+"""Generation: greedy in batches, or one answer at a time that is given out piece by piece.
 
-Prompts of like length share a batch, padded on the left, and go through the model's own `generate`;
-a row ends at its first line break (or another `stop`) or end-of-sequence token, as in MeZO (arXiv
-2305.17333).
+Batches are for tasks whose answer is free text (SQuAD, DROP). Prompts of like length share one,
+padded on the left, and go through the model's own `generate`; a row ends at its first line break
+(or another `stop`) or end-of-sequence token, as in MeZO (arXiv 2305.17333).
+
+Single answers continue a text, or are turns of a chat by the model's chat template.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
+    TextStreamer,
 )
 
+from chainlora.data.encoding.tokens import TokenReader
+from chainlora.data.templates import ends_of_turn, render_chat
 from chainlora.engine.probes import first_line, forget_lengths, length_dependence
 from chainlora.errors import ConfigError, DataError, ModelError
 from chainlora.models.shards import is_sharded
@@ -210,3 +216,116 @@ def _left_padded(
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return ids.to(device), mask.to(device)
+
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen: the likeliest one at `temperature` 0, else drawn.
+
+    `top_p` draws from the likeliest tokens that together have this probability (arXiv 1904.09751).
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    seed: int = 0
+
+
+class Speaker:
+    """A model that answers, each piece of text given to `write` as soon as it is whole."""
+
+    def __init__(self, model: Any, tokenizer: Any, decoding: Decoding | None = None) -> None:
+        self.model = to_accelerator(model)
+        self.tokenizer = tokenizer
+        self.decoding = decoding or Decoding()
+        self.cut_by: str | None = None  # the last answer: by its `limit`, or by the `context`
+        self._generator = torch.Generator().manual_seed(self.decoding.seed)
+
+    def complete(self, prompt: str, write: Callable[[str], None]) -> str:
+        """Continue a text. Raises DataError for one that is empty or fills the context."""
+        (ids,) = TokenReader(self.tokenizer).ids([prompt])  # as rows have prompts
+        if not ids:
+            raise DataError("the prompt must have tokens (got an empty one); give some text")
+        return self._speak(ids, write, [])
+
+    def answer(self, messages: Sequence[Message], write: Callable[[str], None]) -> str:
+        """Answer a conversation by the chat template, without its oldest turns if it must be."""
+        system = [each for each in messages if each["role"] == "system"]
+        turns = [each for each in messages if each["role"] != "system"]
+        context = context_length(self.model)
+        room = context - min(self.decoding.max_new_tokens, context // 2)
+        questions = [at for at, each in enumerate(turns) if each["role"] == "user"]
+        ids = self._chat_ids([*system, *turns])
+        for question in questions[1:]:
+            if len(ids) <= room:
+                break
+            ids = self._chat_ids([*system, *turns[question:]])
+        return self._speak(ids, write, ends_of_turn(self.tokenizer))
+
+    def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        chat = {"messages": messages, "add_generation_prompt": True, "tools": None}
+        reply = render_chat(self.tokenizer, chat)
+        if reply.error:
+            remedy = "leave --system out" if messages[0]["role"] == "system" else "begin a new one"
+            raise DataError(
+                f"the conversation must suit the model's chat template (got: {reply.error:.120}); "
+                f"{remedy}"
+            )
+        return list(self.tokenizer(reply.value[0], add_special_tokens=False)["input_ids"])
+
+    def _speak(self, ids: list[int], write: Callable[[str], None], ends: list[int]) -> str:
+        limit, context = self.decoding.max_new_tokens, context_length(self.model)
+        room = context - len(ids)
+        if room < 1:
+            raise DataError(
+                f"the prompt must leave room in the context of {context} tokens "
+                f"(got {len(ids)}); shorten it"
+            )
+        config = greedy_config(self.model, self.tokenizer, min(limit, room), ends)
+        if self.decoding.temperature > 0:
+            config.do_sample, config.temperature = True, self.decoding.temperature
+            config.top_p, config.top_k = self.decoding.top_p, 0
+        prompt = torch.tensor([ids], device=self.model.device)
+        with torch.random.fork_rng():
+            torch.manual_seed(int(torch.randint(2**31, (), generator=self._generator)))
+            output = run_generate(
+                self.model,
+                config,
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                streamer=_Pieces(self.tokenizer, write),
+            )
+        answer = output[0, len(ids) :].tolist()
+        is_cut = len(answer) >= min(limit, room) and answer[-1] not in (config.eos_token_id or [])
+        self.cut_by = ("limit" if limit <= room else "context") if is_cut else None
+        return str(self.tokenizer.decode(answer, skip_special_tokens=True))
+
+
+class _Pieces(TextStreamer):
+    """transformers' streamer, which writes to whoever asked instead of to stdout."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._write(text)
+
+
+def check_chat(tokenizer: Any, name: str) -> None:
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"a model to chat with must have a chat template (got {name}, which has none); use "
+            "`chainlora generate` instead"
+        )
+
+
+def to_accelerator(model: Any) -> Any:
+    """Return the model on the machine's accelerator, if there is one; quantised ones stay."""
+    if getattr(model, "hf_quantizer", None) is not None or not torch.accelerator.is_available():
+        return model
+    return model.to(torch.accelerator.current_accelerator())

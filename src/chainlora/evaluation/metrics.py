@@ -53,15 +53,14 @@ def token_f1(prediction: str, references: Iterable[str]) -> float:
     Where one side has no words left, the F1 is 1 if the other has none either, else 0 (as in SQuAD
     2.0).
     """
-    return max((_bag_f1(prediction, reference) for reference in references), default=0.0)
-
-
-def _bag_f1(prediction: str, reference: str) -> float:
-    answer, gold = normalize_answer(prediction).split(), normalize_answer(reference).split()
-    if not answer or not gold:
-        return float(answer == gold)
-    common = (Counter(answer) & Counter(gold)).total()
-    return 2 * common / (len(answer) + len(gold))
+    best, answer = 0.0, normalize_answer(prediction).split()
+    for gold in (normalize_answer(reference).split() for reference in references):
+        if answer and gold:
+            common = (Counter(answer) & Counter(gold)).total()
+            best = max(best, 2 * common / (len(answer) + len(gold)))
+        elif answer == gold:
+            best = 1.0
+    return best
 
 
 def cross_entropy(scores: Sequence[float], label: int) -> float:
@@ -110,10 +109,7 @@ def check_metrics(metrics: Sequence[str] | str) -> tuple[str, ...]:
 
 
 def is_higher_better(metric: str | None) -> bool:
-    """Say whether a larger value of this metric is the better one: of every metric but a loss.
-
-    The one place that knows.
-    """
+    """Say whether a larger value of this metric is the better one: of every metric but a loss."""
     return metric not in LOSS_METRICS
 
 

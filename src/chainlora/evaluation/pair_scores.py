@@ -32,10 +32,11 @@ def judge_pairs(
     one; `accuracy` counts half where both are equal, as they are before training. The `scores` of
     predictions are rewards.
     """
-    rewards = [
-        [beta * n * (ours - theirs) for n, ours, theirs in zip(_lengths(e), *found, strict=True)]
-        for e, *found in zip(examples, scores, reference, strict=True)
-    ]
+    rewards = []
+    for example, ours, theirs in zip(examples, scores, reference, strict=True):
+        counts = [sum(end - start for start, end in spans) for spans in example.scored]
+        answers = zip(counts, ours, theirs, strict=True)
+        rewards.append([beta * count * (our - their) for count, our, their in answers])
     return _judged(examples, rewards, [cross_entropy(pair, 0) for pair in rewards])
 
 
@@ -80,19 +81,12 @@ def _judged(
         "accuracy": math.fsum((m > 0) + 0.5 * (m == 0) for m in margins),
         "margin": math.fsum(margins),
     }
-    columns = zip(examples, margins, rewards, losses, strict=True)
+    # the answer with the larger reward; None where neither has
+    chosen = [None if margin == 0 else int(margin < 0) for margin in margins]
+    columns = zip(examples, chosen, rewards, losses, strict=True)
     said = [
-        {"row": e.row, "label": 0, "prediction": _preferred(m), "scores": pair, "loss": loss}
-        for e, m, pair, loss in columns
+        {"row": e.row, "label": 0, "prediction": index, "scores": pair, "loss": loss}
+        for e, index, pair, loss in columns
     ]
     metrics = {name: total / len(said) for name, total in totals.items()}
     return Evaluation(metrics, len(said), said)
-
-
-def _preferred(margin: float) -> int | None:
-    """Return which answer has the larger reward; None where neither has."""
-    return None if margin == 0 else int(margin < 0)
-
-
-def _lengths(example: Example) -> list[int]:
-    return [sum(end - start for start, end in spans) for spans in example.scored]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from os.path import expanduser
@@ -19,12 +20,12 @@ from chainlora.data.splits import SPLITS, Splits, encode_split, prepare_splits, 
 from chainlora.data.tasks import Task, load_task
 from chainlora.engine.engine import Engine, Speedups
 from chainlora.errors import ConfigError, DataError, RunError
-from chainlora.evaluation.evaluate import evaluate, write_predictions
+from chainlora.evaluation.evaluate import evaluate
+from chainlora.evaluation.generation import to_accelerator
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
 from chainlora.evaluation.pair_scores import judge_odds, judge_pairs
-from chainlora.evaluation.streaming import to_accelerator
 from chainlora.evaluation.training_rows import config_of, divided_by
-from chainlora.files import check_writable
+from chainlora.files import check_writable, make_folder, write_text
 from chainlora.models.text_config import context_length
 from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.opening import load_run_or_model
@@ -99,13 +100,22 @@ def evaluate_task(
                 max_new_tokens=asked.max_new_tokens,
                 progress=progress,
             )
-    if asked.loss == "dpo":
+    if asked.loss == "dpo":  # what pairs score at the start of a run (`training.reference`)
         assert config is not None
         del model, engine  # one model in memory
-        reference = _reference(run_or_model, config, rows, dtype, speedups, progress)
+        start: Address = config.model
+        if config.chain.tune != "full":
+            state = open_run(run_or_model)
+            start = state.of(state.parent)
+        model, _ = load_run_or_model(start, dtype=dtype)
+        with Engine(to_accelerator(model), speedups=speedups, training=False) as engine:
+            reference = engine.scores(rows, progress=progress)
         found = judge_pairs(rows, scores, reference, config.train.dpo_beta)
     if predictions is not None:
-        write_predictions(predictions, found)
+        file = Path(predictions)
+        make_folder(file.parent)
+        lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in found.predictions]
+        write_text(file, "".join(lines))
     metrics = dict(found.metrics)
     if asked.metric in INDEX_METRICS:
         metrics["majority"] = majority_rate(rows, asked.metric)
@@ -113,24 +123,6 @@ def evaluate_task(
     named = task or own_task
     shown = {"task": named and named.name, "split": data if is_file else split}
     return Shown(shown | {"rows": found.num_rows, "metrics": metrics})
-
-
-def _reference(
-    run: Address,
-    config: RunConfig,
-    rows: Sequence[Example],
-    dtype: str | torch.dtype | None,
-    speedups: Speedups,
-    progress: Callable[[int, int], None] | None,
-) -> list[list[float]]:
-    """Return what pairs score at the start of a run (`training.reference`)."""
-    if config.chain.tune == "full":
-        model, _ = load_run_or_model(config.model, dtype=dtype)
-    else:
-        state = open_run(run)
-        model, _ = load_run_or_model(state.of(state.parent), dtype=dtype)
-    with Engine(to_accelerator(model), speedups=speedups, training=False) as engine:
-        return engine.scores(rows, progress=progress)
 
 
 def _rows_of_task(

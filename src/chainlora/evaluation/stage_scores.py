@@ -4,8 +4,16 @@
 
 A state is the base, the end of a stage, or the mix that the run is now. The rows are those that the
 run kept, so that the data files may have changed or gone. The file is a cache: a cell is found by
-the digests of all that its value depends on, and a line that cannot be read is scored again. What
-matrices say in one number is in `evaluation.matrix`.
+the digests of all that its value depends on, and a line that cannot be read is scored again.
+
+R[i, j] is the score of stage j's rows in state i: after i stages, so that row 0 is the base. With T
+stages (Lopez-Paz & Ranzato, arXiv 1706.08840; Chaudhry et al., arXiv 1801.10112):
+
+    average             mean over j of R[T, j]
+    backward transfer   mean over j < T of R[T, j] − R[j, j]
+    forgetting          mean over j < T of max over 0 < i < T of R[i, j], less R[T, j]
+
+Rows of what was there before the first stage are a column of their own, learned in row 0.
 """
 
 from __future__ import annotations
@@ -17,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from markupsafe import Markup
@@ -27,15 +36,18 @@ from chainlora.chain.chain import Chain
 from chainlora.chain.holding import hold_for
 from chainlora.chain.showing import table
 from chainlora.data.kept import Kept
-from chainlora.data.rows import Rows
 from chainlora.engine.engine import Engine, Speedups
 from chainlora.errors import FileError, RunError
-from chainlora.evaluation.acceptance import standard_error, values, weights_of
-from chainlora.evaluation.evaluate import Evaluation, evaluate
-from chainlora.evaluation.matrix import MatrixSummary, summarise_matrix
+from chainlora.evaluation.evaluate import (
+    Evaluation,
+    evaluate,
+    standard_error,
+    values,
+    weights_of,
+)
+from chainlora.evaluation.generation import to_accelerator
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.pair_scores import judge_odds, judge_pairs
-from chainlora.evaluation.streaming import to_accelerator
 from chainlora.models.finding import resolve_model
 from chainlora.runs.addresses import Address, find_state, open_run
 from chainlora.runs.changes import MATRIX
@@ -107,7 +119,10 @@ class StageMatrix:
         return [cell for row in self.grid for cell in row if cell is not None]
 
     def _heads(self) -> list[str]:
-        scored = {cell.stage: f"{cell.metric}, {_rows_of(cell)}" for cell in self.cells}
+        scored = {}
+        for cell in self.cells:
+            some = f"{cell.rows}" if cell.rows == cell.of else f"{cell.rows} of {cell.of}"
+            scored[cell.stage] = f"{cell.metric}, {some} {cell.split} rows"
         return ["after", *(f"{name} ({scored.get(name, 'no rows kept')})" for name in self.stages)]
 
     def _lines(self) -> list[list[str]]:
@@ -151,11 +166,6 @@ def shades_of(column: Sequence[Cell | None]) -> list[float]:
     worst = min(values) if is_higher_better(known[0].metric) else max(values)
     span = 2 * (max(values) - min(values))
     return [abs(cell.value - worst) / span if cell in known else 0.0 for cell in column]
-
-
-def _rows_of(cell: Cell) -> str:
-    some = f"{cell.rows}" if cell.rows == cell.of else f"{cell.rows} of {cell.of}"
-    return f"{some} {cell.split} rows"
 
 
 def stage_matrix(
@@ -264,20 +274,20 @@ class Scorer:
         """Yield what the rows of each of `stages` come to in a state."""
         for stage in stages:
             if self.kept[stage].loss == "dpo" and stage not in self._references:
-                self._references[stage] = self._reference(stage)
+                # what pairs score in the state that their stage began on
+                with self._engine(self.run.at(stage).parent) as engine:
+                    self._references[stage] = engine.scores(self.kept[stage].scored[1][:])
         with self._engine(state) as engine:
             for stage in stages:
                 yield stage, self._evaluate(engine, f"{name}: {stage}", stage)
 
     def model_at(self, state: State) -> Any:
-        """Return the model, put into a state of the run."""
         self._add(state)
         on = {self._ids[term.link, term.derived]: term.strength for term in state.terms}
         self.chain.set_strengths({id: on.get(id, 0.0) for id in self.chain.strengths})
         return self.chain.model
 
     def _add(self, state: State) -> None:
-        """Put the links of a state on the chain that are not there."""
         due = [term for term in state.terms if (term.link, term.derived) not in self._ids]
         first = len(self._ids)
         self._ids |= {(term.link, term.derived): first + n for n, term in enumerate(due)}
@@ -292,19 +302,19 @@ class Scorer:
 
     def _evaluate(self, engine: Engine, what: str, stage: str) -> Evaluation:
         kept = self.kept[stage]
-        rows = kept.scored[1]
+        rows = kept.scored[1][:]
 
         def tell(done: int, total: int) -> None:
             self.progress(what, done, total)
 
         if kept.loss == "orpo":
-            return judge_odds(engine, rows[:], 1.0, tell)
+            return judge_odds(engine, rows, 1.0, tell)
         if kept.loss == "dpo":
-            scores = engine.scores(rows[:], progress=tell)
+            scores = engine.scores(rows, progress=tell)
             return judge_pairs(rows, scores, self._references[stage], 1.0)
         return evaluate(
             engine.model,
-            rows[:],
+            rows,
             engine=engine,
             metrics=[kept.metric],
             tokenizer=self.tokenizer,
@@ -312,12 +322,6 @@ class Scorer:
             max_new_tokens=kept.asked["max_new_tokens"],
             progress=tell,
         )
-
-    def _reference(self, stage: str) -> list[list[float]]:
-        """Return what pairs score in the state that their stage began on."""
-        rows: Rows = self.kept[stage].scored[1]
-        with self._engine(self.run.at(stage).parent) as engine:
-            return engine.scores(rows[:])
 
 
 def _scored_on(run: OpenState, stage: str, kept: Kept) -> str:
@@ -354,3 +358,56 @@ def _write(run: Path, known: Mapping[tuple[str, str, str], Cell]) -> None:
         files.write_text(run / MATRIX, "".join(lines))
     except (FileError, RunError) as error:
         logger.warning("the scores are not kept: %s", error)
+
+
+@dataclass(frozen=True)
+class MatrixSummary:
+    """The numbers of the columns of one metric; None where they have no stage before the last.
+
+    Of a loss, the sign of every score is turned (`is_turned`): a higher average or transfer is
+    always better, a higher forgetting worse.
+    """
+
+    metric: str
+    stages: tuple[str, ...]
+    is_turned: bool
+    average: float
+    backward_transfer: float | None
+    forgetting: float | None
+
+    def __str__(self) -> str:
+        parts = [f"average {self.average:.4f}"]
+        if self.backward_transfer is not None:
+            parts.append(f"backward transfer {self.backward_transfer:+.4f}")
+        if self.forgetting is not None:
+            parts.append(f"forgetting {self.forgetting:+.4f}")
+        return f"{'minus the ' * self.is_turned}{self.metric}: {', '.join(parts)}"
+
+
+def summarise_matrix(
+    scores: Sequence[Sequence[float]],
+    stages: Sequence[str],
+    metrics: Sequence[str],
+    learned: Sequence[int] | None = None,
+) -> list[MatrixSummary]:
+    """Return a summary for each metric, in the order in which metrics occur.
+
+    Args:
+        scores: R, [T + 1][columns].
+        stages: the name of each column.
+        metrics: what each column is scored by; numbers of different ones are never averaged.
+        learned: the row in which each column is learned; by default 1, 2, …, T.
+    """
+    found, last = [], len(scores) - 1
+    rows = range(1, last + 1) if learned is None else learned
+    for metric in dict.fromkeys(metrics):
+        sign = 1 if is_higher_better(metric) else -1
+        own = [j for j, each in enumerate(metrics) if each == metric]
+        column = {j: [sign * row[j] for row in scores] for j in own}
+        before = [j for j in own if rows[j] < last]
+        transfers = [column[j][last] - column[j][rows[j]] for j in before]
+        losses = [max(column[j][min(rows[j], 1) : last]) - column[j][last] for j in before]
+        average, names = fmean(column[j][last] for j in own), tuple(stages[j] for j in own)
+        means = [fmean(values) if values else None for values in (transfers, losses)]
+        found.append(MatrixSummary(metric, names, sign < 0, average, *means))
+    return found

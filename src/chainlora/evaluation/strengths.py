@@ -14,7 +14,7 @@ from statistics import fmean
 from chainlora.data.kept import Kept
 from chainlora.data.rows import MemoryRows
 from chainlora.errors import ChainError, RunError
-from chainlora.evaluation.acceptance import Gain, gain
+from chainlora.evaluation.evaluate import Gain, gain
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.stage_scores import Progress, Scorer
 from chainlora.runs.addresses import Address, open_run

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from chainlora.config.schema import PAIR_LOSSES, RunConfig
 from chainlora.config.staging import is_run
 from chainlora.data.encoding import Options
-from chainlora.data.examples import Example
 from chainlora.data.kept import Kept
 from chainlora.data.preparing import make_rows
 from chainlora.data.sources import find_source
@@ -45,8 +44,16 @@ def training_rows(run_or_model: Address, tokenizer: Any) -> RowFacts | None:
     state = open_run(run_or_model)
     if state.is_off or state.is_before_training:
         return None
+    data, loss = config.data, config.train.loss
+    place = data.train_files[0].path if data.train_files else data.dir
+    if place is None or not Path(place).exists():
+        return None
     try:
-        rows = [row for row in _first_rows(config, tokenizer) if len(row.prompt) > 1]
+        source = replace(find_source(place, "train", _ROWS), fields=data.fields)
+        kind = data.format if data.task is None else load_task(data.task)
+        options = Options(objective=loss if loss in PAIR_LOSSES else "completion")
+        found = make_rows(source, tokenizer, kind, options)
+        rows = [row for row in found if len(row.prompt) > 1]
     except (ChainLoRAError, OSError):  # nobody asked for them
         return None
     if not rows:
@@ -78,18 +85,6 @@ def divided_by(run: Address) -> tuple[int | None, dict[str, Kept]]:
     kept = state.kept()
     own = kept.pop(state.stage, None)
     return None if own is None else own.bound, kept
-
-
-def _first_rows(config: RunConfig, tokenizer: Any) -> list[Example]:
-    data = config.data
-    place = data.train_files[0].path if data.train_files else data.dir
-    if place is None or not Path(place).exists():
-        return []
-    source = replace(find_source(place, "train", _ROWS), fields=data.fields)
-    kind = data.format if data.task is None else load_task(data.task)
-    loss = config.train.loss
-    options = Options(objective=loss if loss in PAIR_LOSSES else "completion")
-    return list(make_rows(source, tokenizer, kind, options))
 
 
 def common_ending(texts: Collection[str]) -> str:

@@ -23,9 +23,15 @@ from chainlora.config.messages import problems
 from chainlora.config.schema import ChainConfig, KnotConfig, LinkConfig
 from chainlora.errors import ChainError, ConfigError, RunError
 from chainlora.integrations import restarts
-from chainlora.integrations.launched import check_ranks, find_trainer_processes
-from chainlora.integrations.lengths import Epochs, Lengths, check_knots, link_lengths
-from chainlora.integrations.loaders import learned_a_step, steps_per_epoch
+from chainlora.integrations.lengths import (
+    Epochs,
+    Lengths,
+    check_knots,
+    find_trainer_processes,
+    learned_a_step,
+    link_lengths,
+    steps_per_epoch,
+)
 from chainlora.integrations.wrapped_chain import WrappedChain, settings_of
 from chainlora.knots.driver import Knots, check_policy
 from chainlora.knots.numbers import (
@@ -120,7 +126,12 @@ class ChainCallback(TrainerCallback):
         """Plan the links of the run, and check that chain, optimizer and schedule suit it."""
         model, optimizer, scheduler = (kwargs[k] for k in ("model", "optimizer", "lr_scheduler"))
         if self._wrapped is None:
-            _refuse_late(state)
+            if state.global_step or num_launched() > 1:  # or DDP has wrapped
+                why = "to resume" if state.global_step else "in several processes"
+                raise ConfigError(
+                    f"{why}, a trainer needs ChainCallback when it is made (got it by "
+                    "add_callback); pass it in `callbacks`"
+                )
             self._begin(args, model)
         if self._need().model is not model:
             raise ConfigError(
@@ -130,7 +141,8 @@ class ChainCallback(TrainerCallback):
         self._plan(args, state, kwargs.get("train_dataloader"))
         self._moves = bool(self.policy or self.knots or len(self._knots.links) > 1)
         self._check_place(state)
-        self._take_over(args, optimizer, scheduler)
+        self._trained.take_over(optimizer, self._processes)
+        self._check_knots(args, optimizer, scheduler)
         with self._processes.together():
             if args.should_save:
                 self._need().check_saves()
@@ -202,14 +214,8 @@ class ChainCallback(TrainerCallback):
         seed = args.seed if self.seed is None else self.seed
         first = config.links()[0]
         start = NOTHING if self._start is None else load_start(self._start)
-        self._wrapped = WrappedChain(
-            model,
-            seed,
-            first,
-            start,
-            writes=args.should_save,
-            switch_off=self._check_reference,
-        )
+        keys: Any = {"writes": args.should_save, "switch_off": self._check_reference}
+        self._wrapped = WrappedChain(model, seed, first, start, **keys)
         self._begun_on = [link.config for link in self.chain.links]
         self._wrapped.extend(first)
 
@@ -232,9 +238,12 @@ class ChainCallback(TrainerCallback):
         if state.global_step and wrapped.numbers is not None:
             soft = wrapped.numbers.knots  # of a resume
         if config.knots is not None and len(soft) < len(lengths):
-            learned = [math.nan] * len(lengths)
+            learned = [math.nan] * len(lengths)  # tokens a step, by trained parameter of each link
             if asks_for_tokens(config.knots):
-                learned = self._learned(config.links(), args, loader)
+                with kept_random_state(self.chain.model):
+                    a_step = learned_a_step(loader, args, self._processes.count)
+                live: Any = self.chain.live
+                learned = [a_step / num_trained(e.rank, live.layers) for e in config.links()]
                 say_what_to_expect(config.knots, lengths[0] * learned[0])
             soft += spacings(config.knots, lengths, learned)[len(soft) :]
         wrapped.numbers = Numbers(tuple(lengths), soft[: len(lengths)])
@@ -242,21 +251,16 @@ class ChainCallback(TrainerCallback):
             wrapped.chain, config, wrapped.numbers, policy=self.policy, first=wrapped.first
         )
         ranks = [link.rank for link in self._knots.links]
-        check_ranks(ranks, self._processes)
+        if self._processes.count > 1 and len(set(ranks)) > 1:
+            raise ConfigError(
+                f"in several processes all ranks must be equal (got {ranks}): the trainer's DDP "
+                "knows the first link's parameters alone; change them, or use `chainlora train`"
+            )
         if self.optimizer_reset == "off" and len(set(ranks)) > 1:
             raise ConfigError(
                 "`optimizer_reset: off` keeps moments over a knot, so all ranks must be equal (got "
                 f"{ranks}); use optimizer_reset='full'"
             )
-
-    def _learned(
-        self, links: Sequence[LinkConfig], args: TrainingArguments, loader: Any
-    ) -> list[float]:
-        """Return the tokens that a step learns, by trained parameter of each link."""
-        with kept_random_state(self.chain.model):
-            a_step = learned_a_step(loader, args, self._processes.count)
-        live: Any = self.chain.live
-        return [a_step / num_trained(link.rank, live.layers) for link in links]
 
     def _check_place(self, state: TrainerState) -> None:
         """Raise unless the chain is where the trainer is, and was tuned as planned so far."""
@@ -294,11 +298,8 @@ class ChainCallback(TrainerCallback):
                 "resume from a checkpoint, or begin with a new model, trainer and one ChainCallback"
             )
 
-    def _take_over(
-        self, args: TrainingArguments, optimizer: torch.optim.Optimizer, scheduler: Any
-    ) -> None:
-        """Have the optimizer train the live link, and check that it suits the knots to come."""
-        self._trained.take_over(optimizer, self._processes)
+    def _check_knots(self, args: Any, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+        """Raise ConfigError unless optimizer and schedule suit the knots to come."""
         num_links, soft = len(self._knots.links), self._chain_config(1).knots
         carries = soft is not None and soft.moments == "carried"
         is_new = (self.optimizer_reset == "full" and num_links > 1) or not (carries or soft is None)
@@ -322,7 +323,6 @@ class ChainCallback(TrainerCallback):
     # --- knots ---
 
     def _knot(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> Knot | None:
-        """Return the knot that is due after the live link's last step."""
         if not self.chain.live_steps:
             return None
         logged = (float(each["loss"]) for each in reversed(state.log_history) if "loss" in each)
@@ -332,14 +332,8 @@ class ChainCallback(TrainerCallback):
         self._processes.check_same(self.chain.parameters())
         link = self._need().tie()
         logger.info("link %d tied after step %d", link.index, state.global_step)
-        state.log_history.append(
-            {
-                "knot": link.index,
-                "link_steps": link.num_steps,
-                "epoch": state.epoch,
-                "step": state.global_step,
-            }
-        )
+        steps = {"link_steps": link.num_steps, "epoch": state.epoch, "step": state.global_step}
+        state.log_history.append({"knot": link.index} | steps)
         self._need().extend(self._knots.next_link)
         if self.optimizer_reset == "full":
             optimizer.state.clear()  # step counts too: the next update is a new optimizer's
@@ -363,13 +357,3 @@ def _by_paths(config: LinkConfig, modules: Iterable[str]) -> LinkConfig:
         return config
     paths = {"target_modules": tuple(sorted(modules)), "exclude_modules": None}
     return config.model_copy(update=paths)
-
-
-def _refuse_late(state: TrainerState) -> None:
-    """Refuse a callback that comes when a checkpoint is loaded, or DDP has wrapped the model."""
-    if state.global_step or num_launched() > 1:
-        why = "to resume" if state.global_step else "in several processes"
-        raise ConfigError(
-            f"{why}, a trainer needs ChainCallback when it is made (got it by add_callback); pass "
-            "it in `callbacks`"
-        )

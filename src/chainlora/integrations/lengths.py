@@ -1,14 +1,25 @@
-"""Where knots fall in a run whose steps somebody else plans: pure functions of numbers."""
+"""What is known of a trainer's run before its first step: its knots, its rows, its processes.
+
+Each process of a trainer holds the whole model, and DDP sums the gradients. DDP learns which
+parameters it sums when it wraps the model, so the links of such a run must have the parameters of
+its first link.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
+
 from chainlora.errors import ConfigError
-from chainlora.knots.numbers import between
+from chainlora.knots.numbers import between, some_of
+from chainlora.training.processes import Processes, find_processes
 
 Lengths = int | Sequence[int] | None
 Epochs = float | Sequence[float] | None
@@ -63,11 +74,27 @@ def link_lengths(
     elif steps is not None:
         lengths = list(map(int, steps))
     elif epochs is not None:
-        lengths = _by_epochs(epochs, per_epoch, num_steps)
+        ends = [round(sum(epochs[: k + 1]) * per_epoch) for k in range(len(epochs))]
+        if abs(sum(epochs) * per_epoch - num_steps) < 1:
+            ends[-1] = num_steps  # trainers round the last epoch up
+        lengths = list(between(ends))
     else:
         count = num_links or 1
         lengths = list(between([round(num_steps * (k + 1) / count) for k in range(count)]))
-    _check(lengths, num_links, num_steps)
+    if num_links is not None and len(lengths) != num_links:
+        raise ConfigError(
+            f"`ranks` must have one entry a link (got {num_links} for {len(lengths)} links of "
+            f"{lengths} steps); change either"
+        )
+    if any(length < 1 for length in lengths):
+        raise ConfigError(
+            f"every link must have at least one step (got {lengths!r:.60}); tie less often"
+        )
+    if sum(lengths) != num_steps:
+        raise ConfigError(
+            f"the links must add up to the run (got {lengths}, together {sum(lengths)}, for "
+            f"{num_steps} steps); change them, or the trainer's max_steps or num_train_epochs"
+        )
     return lengths
 
 
@@ -81,25 +108,69 @@ def _by_distance(distance: float, num_steps: int, what: str) -> list[int]:
     return list(between([end for end in ends if end < num_steps] + [num_steps]))
 
 
-def _by_epochs(epochs: Sequence[float], per_epoch: int, num_steps: int) -> list[int]:
-    ends = [round(sum(epochs[: k + 1]) * per_epoch) for k in range(len(epochs))]
-    if abs(sum(epochs) * per_epoch - num_steps) < 1:
-        ends[-1] = num_steps  # trainers round the last epoch up
-    return list(between(ends))
+def steps_per_epoch(loader: Any, args: TrainingArguments) -> int | None:
+    """Return the optimizer steps of an epoch as the trainer counts them; None without a length."""
+    try:
+        batches = len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+    return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
 
 
-def _check(lengths: Sequence[int], num_links: int | None, num_steps: int) -> None:
-    if num_links is not None and len(lengths) != num_links:
+def learned_a_step(loader: Any, args: TrainingArguments, num_processes: int) -> float:
+    """Return how many tokens an optimizer step teaches on average."""
+    rows: float = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    if per_epoch := steps_per_epoch(loader, args):
+        rows = min(rows, len(loader.dataset) / per_epoch)  # the last step may have few
+    return rows * learned_a_row(loader)
+
+
+def learned_a_row(loader: Any) -> float:
+    """Return how many tokens a row teaches on average, by the labels that the collator gives to
+    some rows.
+
+    Raises ConfigError where rows cannot be looked at, or do not show what is learned.
+    """
+    remedy = "give `knots` a time_constant, in steps"
+    rows: Any = getattr(loader, "dataset", None)
+    try:
+        some = some_of(rows)
+    except (TypeError, NotImplementedError, KeyError):
+        rule = "soft knots count the tokens of some rows, so the data set must have a length"
+        raise ConfigError(rule, type(rows).__name__, remedy) from None
+    batch = loader.collate_fn(some)
+    if "labels" in batch:  # of tokens, or one of a row
+        learned = (batch["labels"] != -100).sum()
+    elif "completion_mask" in batch:  # TRL's pairs of preferences, chosen answers first
+        learned = batch["completion_mask"][: len(some)].sum()
+    else:
+        rule = "soft knots count learned tokens, so batches must have `labels`"
+        got = ", ".join(batch) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+        raise ConfigError(rule, got, remedy)
+    return max(int(learned), 1) / len(some)
+
+
+def find_trainer_processes(args: TrainingArguments, model: nn.Module) -> Processes:
+    """Return the processes of a trainer that has been made.
+
+    Raises ConfigError for what shards or copies the model: a knot would have to be tied on every
+    part of it.
+    """
+    sharded = [name for name in ("deepspeed", "fsdp") if getattr(args, name, None)]
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        sharded.append("tensor parallel")
+    state = AcceleratorState()
+    if not sharded and state.distributed_type.value in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        sharded.append(f"an Accelerate config for {state.distributed_type.value}")
+    if sharded:
         raise ConfigError(
-            f"`ranks` must have one entry a link (got {num_links} for {len(lengths)} links of "
-            f"{list(lengths)} steps); change either"
+            f"with ChainCallback each process holds the whole model (got {sharded[0]}); launch "
+            "with torchrun without it, or share the model by `chainlora train` with train.shard: "
+            "fsdp2"
         )
-    if any(length < 1 for length in lengths):
+    if args.n_gpu > 1:
         raise ConfigError(
-            f"every link must have at least one step (got {list(lengths)!r:.60}); tie less often"
+            f"with ChainCallback a process has one GPU (got {args.n_gpu}); launch one for each by "
+            f"torchrun --nproc-per-node {args.n_gpu}, or show one by CUDA_VISIBLE_DEVICES"
         )
-    if sum(lengths) != num_steps:
-        raise ConfigError(
-            f"the links must add up to the run (got {list(lengths)}, together {sum(lengths)}, for "
-            f"{num_steps} steps); change them, or the trainer's max_steps or num_train_epochs"
-        )
+    return find_processes(state)

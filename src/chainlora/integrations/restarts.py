@@ -44,7 +44,19 @@ class Trained:
 
         Raises ConfigError unless that is the model's LoRA and nothing else.
         """
-        self._groups = self._groups or self._names(optimizer)
+        if not self._groups:
+            names = self._before | {p: name for name, p in self._model.named_parameters()}
+            groups = [group["params"] for group in optimizer.param_groups]
+            found = [[names.get(p, "") for p in group] for group in groups]
+            trained = set(named_parameters(self._model).values())
+            given = {name for group in found for name in group}
+            if given != trained:
+                odd = min(given ^ trained) or "a parameter that is not the model's"
+                raise ConfigError(
+                    "the optimizer must train the LoRA and nothing else (got a difference at "
+                    f"{odd}); let the trainer make it, or give it all trainable parameters"
+                )
+            self._groups = found
         self._held = self._held or named_parameters(self._model)
         self._before = {}
         self.follow(optimizer, processes)
@@ -67,22 +79,8 @@ class Trained:
                 f"others at {min(trained.values())}); begin with a new model, callback and trainer"
             )
 
-    def _names(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
-        names = {**self._before, **{p: name for name, p in self._model.named_parameters()}}
-        found = [[names.get(p, "") for p in group["params"]] for group in optimizer.param_groups]
-        trained = set(named_parameters(self._model).values())
-        given = {name for group in found for name in group}
-        if given != trained:
-            odd = min(given ^ trained) or "a parameter that is not the model's"
-            raise ConfigError(
-                f"the optimizer must train the LoRA and nothing else (got a difference at {odd}); "
-                "let the trainer make it, or give it all trainable parameters"
-            )
-        return found
-
 
 def named_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
-    """Return the names of a model's trainable parameters."""
     return {p: name for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +40,7 @@ from chainlora.runs.addresses import find_state
 from chainlora.runs.cards import is_of_another
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.export import write_adapter, write_adapter_card
-from chainlora.runs.history import Base, exists_in
+from chainlora.runs.history import exists_in
 from chainlora.runs.loading_start import put_on
 from chainlora.runs.saved_chain import (
     INSIDE,
@@ -92,7 +92,13 @@ class WrappedChain:
                 "leave `start` out, or load the base anew",
             )
         with kept_random_state(model):
-            self.chain = chain = _begun(model, seed, config) if earlier is None else earlier
+            if earlier is None:
+                plain = take_off(model)
+                folder = folder_of(plain)
+                if folder is not None:
+                    _warn_of_vocabulary(plain, folder, config)
+                earlier = Chain(plain, seed=seed, checkpoint=folder)
+            self.chain = chain = earlier
             if chain.live is not None:  # of an earlier trainer
                 chain.tie() if chain.live_steps else chain.discard()
         chain.seed = seed
@@ -132,7 +138,17 @@ class WrappedChain:
 
         Checked with factors drawn at random, since those of a new link add nothing.
         """
-        link, base = _with_drawn_factors(self.chain.live_link()), describe_base(self.chain)
+        live, base = self.chain.live_link(), describe_base(self.chain)
+        draw = torch.Generator().manual_seed(0)
+        drawn = {
+            name: replace(
+                pair,
+                a=torch.rand(pair.a.shape, generator=draw),
+                b=torch.rand(pair.b.shape, generator=draw),
+            )
+            for name, pair in live.factors.items()
+        }
+        link = replace(live, factors=drawn)
         factors, _ = adapter_factors([link])
         with kept_random_state(self.chain.model), tempfile.TemporaryDirectory() as scratch:
             _, extra = write_adapter(Path(scratch), [link], factors, base)
@@ -149,9 +165,18 @@ class WrappedChain:
         if not self._writes:
             return
         files.make_folder(folder)
-        links = current_links(self.chain)
+        links, base = current_links(self.chain), describe_base(self.chain)
         write_chain(self.chain, links, folder / INSIDE, self.numbers)
-        _write_adapter(folder, links, describe_base(self.chain), len(self.chain))
+        factors, _ = adapter_factors(links)
+        with files.reported(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
+            rank, _ = write_adapter(Path(scratch), links, factors, base)
+            if not is_of_another(folder):  # the trainer's own card stays
+                error = sum(link.error for link in links[len(self.chain) :])  # of the live one
+                write_adapter_card(Path(scratch), links, rank, error, base)
+            for file in sorted(Path(scratch).iterdir()):  # each replaces an earlier one whole
+                files.sync_file(file)
+                file.replace(folder / file.name)
+            files.sync_folder(folder)
 
     def load(self, folder: Path) -> None:
         """Make the chain what a save holds, whatever it is now."""
@@ -193,15 +218,6 @@ def settings_of(model: Any) -> dict[str, Any]:
     return settings
 
 
-def _begun(model: Any, seed: int, config: LinkConfig) -> Chain:
-    """Return a chain of no links on the plain model inside a PEFT model."""
-    plain = take_off(model)
-    folder = folder_of(plain)
-    if folder is not None:
-        _warn_of_vocabulary(plain, folder, config)
-    return Chain(plain, seed=seed, checkpoint=folder)
-
-
 def _warn_of_vocabulary(model: Any, folder: Path, config: LinkConfig) -> None:
     """Warn of embeddings that were resized after loading, unless the links train them whole.
 
@@ -220,30 +236,3 @@ def _warn_of_vocabulary(model: Any, folder: Path, config: LinkConfig) -> None:
             "chain holds them; save the resized model by save_pretrained, and begin on that",
             *(now, before, folder),
         )
-
-
-def _with_drawn_factors(link: Link) -> Link:
-    draw = torch.Generator().manual_seed(0)
-    factors = {
-        name: replace(
-            pair,
-            a=torch.rand(pair.a.shape, generator=draw),
-            b=torch.rand(pair.b.shape, generator=draw),
-        )
-        for name, pair in link.factors.items()
-    }
-    return replace(link, factors=factors)
-
-
-def _write_adapter(folder: Path, links: Sequence[Link], base: Base, tied: int) -> None:
-    """Write a chain as one adapter; each file replaces an earlier one whole."""
-    factors, _ = adapter_factors(links)
-    with files.reported(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
-        rank, _ = write_adapter(Path(scratch), links, factors, base)
-        if not is_of_another(folder):  # the trainer's own card stays
-            error = sum(link.error for link in links[tied:])  # of the live one
-            write_adapter_card(Path(scratch), links, rank, error, base)
-        for file in sorted(Path(scratch).iterdir()):
-            files.sync_file(file)
-            file.replace(folder / file.name)
-        files.sync_folder(folder)

@@ -94,10 +94,9 @@ class Knots:
         `rate` is the next step's learning rate, as a share of the schedule's highest.
         """
         index, step, length = self.index, self.chain.live_steps, self.length
-        policy = self._policies[index]
         if step >= length:
             return WHOLE
-        if policy is None:
+        if (policy := self._policies[index]) is None:
             return None
         norm = self.chain.live_norm
         position = Position(index, step, length, loss, rate, self.is_last, norm, self.memory)

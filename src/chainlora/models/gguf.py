@@ -7,8 +7,8 @@ special ones, and the pre-tokenizer that ``tokenizer.ggml.pre`` names (SmolLM2 s
 before anything else). A byte-level BPE tokenizer is therefore built from the file's metadata alone;
 its rules follow llama.cpp's ``llama-vocab.cpp``.
 
-A conversion lives under the user's cache directory, named by the file's content and by
-`_conversion`; it appears by one rename, so that whoever sees the folder sees all of it.
+A conversion lives under the user's cache directory, named by the file's content; it appears by one
+rename, so that whoever sees the folder sees all of it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from chainlora.errors import ModelError
+from chainlora.errors import ModelError, explained
 from chainlora.files import make_folder, remove_scratch, replaced_folder, reported
 from chainlora.models.checkpoint import save_model
-from chainlora.models.hashing import cache_dir, hash_file
+from chainlora.models.identity import cache_dir, hash_file
+from chainlora.registry import import_optional
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 _SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 _OTHER = "use the model's safetensors checkpoint"
+_CONVERSION = 2  # another number where a file no longer becomes what it became before
 _NUM_TENSORS = "GGUF.tensor_count"  # as the package gguf calls it
 _LLAMA3 = {  # of every Llama from 3.1 on
     "rope_type": "llama3",
@@ -63,7 +65,7 @@ def converted_folder(file: Path) -> Path:
     Raises ModelError if the file is no GGUF model that can be converted.
     """
     digest = hash_file(file)
-    name = f"{file.stem}-{file.stat().st_size}-{digest[:16]}-v{_conversion(file)}"
+    name = f"{file.stem}-{file.stat().st_size}-{digest[:16]}-v{_CONVERSION}"
     folder = cache_dir() / "gguf" / name
     if folder.is_dir():
         return folder
@@ -75,16 +77,6 @@ def converted_folder(file: Path) -> Path:
         with replaced_folder(folder) as scratch:
             _convert(file, scratch, digest)
     return folder
-
-
-def _conversion(file: Path) -> int:
-    """Return a number that is another one where a file no longer becomes what it became before.
-
-    1 left out that RoPE is scaled.
-    """
-    with open(file, "rb") as stream:
-        head = stream.read(2**26)  # metadata and names of tensors
-    return 2 if b"rope_f" in head or b".rope.scal" in head else 1
 
 
 def _convert(file: Path, folder: Path, digest: str) -> None:
@@ -101,26 +93,14 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
             "download it again",
         )
     import_gguf()
-    try:
+    with explained("a GGUF file must describe its tokenizer", f"in {file}", "download it again"):
         tokenizer = build_tokenizer(file, metadata)
-    except ModelError:
-        raise
-    except Exception as error:  # a damaged file can name any tokens, merges and types
-        raise ModelError(
-            f"a GGUF file must describe its tokenizer (got {type(error).__name__}: {error!s:.200} "
-            f"in {file}); download it again"
-        ) from error
     logger.info("converting %s once to %s", file, folder.parent)
-    try:
+    rule = "a GGUF file must hold an architecture that transformers can read"
+    with explained(rule, f"for {architecture!r} in {file}", _OTHER):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
         )
-    except Exception as error:  # transformers raises many kinds for a file it cannot read
-        raise ModelError(
-            "a GGUF file must hold an architecture that transformers can read",
-            f"{architecture!r} in {file}: {error!s:.200}",
-            _OTHER,
-        ) from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         got = f"none for {missing[0]} in {file}"
@@ -175,7 +155,6 @@ def ropes_of(config: Any) -> dict[str, Any]:
 
 
 def head_size(config: Any) -> int:
-    """Return the size of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -191,14 +170,7 @@ def rope_factors(config: Any) -> Any:
 
 
 def import_gguf() -> Any:
-    """Return the package gguf. Raises ModelError where it is not installed."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise ModelError(
-            f"a GGUF file needs the package gguf (got {error}); pip install 'chainlora[gguf]'"
-        ) from error
-    return gguf
+    return import_optional("gguf", "a GGUF file", ModelError)
 
 
 def read_metadata(file: Path) -> dict[str, Any]:

@@ -42,6 +42,7 @@ _ARCHITECTURES = {
     "gemma3_text": "gemma3",
     "phi3": "phi3",
 }
+_WITH_WINDOWS = ("gemma2", "gemma3_text")
 _OTHER = "export --to merged, and convert that with llama.cpp"
 # tokenizer.ggml.token_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
@@ -110,7 +111,7 @@ def _misfits(config: Any) -> list[tuple[str, str]]:
         known = ("default", "linear") + ("llama3",) * (_ARCHITECTURES[kind] == "llama")
         if (rope_kind := rope.get("rope_type", "default")) not in known:
             found.append((f"have RoPE as {' or '.join(known)}", rope_kind))
-    if kind in ("gemma2", "gemma3_text"):
+    if kind in _WITH_WINDOWS:
         found += _gemma_misfits(config)
     return found
 
@@ -233,12 +234,8 @@ class _Names:
 def context_of(config: Any) -> int:
     """Return the context that a model has in llama.cpp, which attends fully in most classes: that
     is the same up to the length of a window."""
-    window = None if _has_windows(config) else getattr(config, "sliding_window", None)
+    window = None if config.model_type in _WITH_WINDOWS else getattr(config, "sliding_window", None)
     return min(config.max_position_embeddings, window or config.max_position_embeddings)
-
-
-def _has_windows(config: Any) -> bool:
-    return config.model_type in ("gemma2", "gemma3_text")
 
 
 def _add_config(writer: Any, config: Any) -> None:
@@ -260,7 +257,7 @@ def _add_config(writer: Any, config: Any) -> None:
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-    if _has_windows(config):
+    if config.model_type in _WITH_WINDOWS:
         writer.add_sliding_window(config.sliding_window)
     if config.model_type == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)

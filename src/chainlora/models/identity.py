@@ -3,20 +3,32 @@
 Counted are all bytes of the weights, the tokenizer's files, and the keys of ``config.json`` and
 ``generation_config.json`` that decide what is computed. Not counted: where the model came from,
 versions, and the dtype that it is stored or loaded in, which a run states by itself.
+
+Hashes are remembered in the cache folder, so that a file is read once. A hash holds for a path as
+long as the file has the size and the times that it had. A file changed less than two seconds ago is
+not remembered, since a second change within the resolution of its times could go unseen (Git calls
+such entries racily clean).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from chainlora.errors import ModelError
-from chainlora.files import reported
-from chainlora.models.hashing import hash_files
+from chainlora.errors import FileError, ModelError
+from chainlora.files import make_folder, reported, sha256, write_text
 
+logger = logging.getLogger(__name__)
+
+_RACY_SECONDS = 2.0
 _TOKENIZERS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -52,16 +64,14 @@ _INDEX = "model.safetensors.index.json"
 def base_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256, by name within the folder, of every file that makes a model what it is.
 
-    Large files are read once while they are unchanged (`hashing`). Of JSON configs, the keys that
+    Large files are read once while they are unchanged. Of JSON configs, the keys that
     count are hashed, in sorted order.
     """
     hashed = [*weight_files(folder), *tokenizer_files(folder)]
     with reported(folder, "read"):
-        digests = hash_files(hashed)
-        found = {
-            path.relative_to(folder).as_posix(): digest
-            for path, digest in zip(hashed, digests, strict=True)
-        }
+        names = [path.relative_to(folder).as_posix() for path in hashed]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
+            found = dict(zip(names, pool.map(hash_file, hashed), strict=True))
         for name in _CONFIGS:
             if (folder / name).is_file():
                 found[name] = _config_digest(folder / name)
@@ -121,3 +131,38 @@ def _counted(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _counted(value) for key, value in tree.items() if key not in _NOT_COUNTED}
     return [_counted(value) for value in tree] if isinstance(tree, list) else tree
+
+
+# --- hashes of large files ---
+
+
+def cache_dir() -> Path:
+    """Return ``$CHAINLORA_CACHE``, ``$XDG_CACHE_HOME/chainlora`` or ``~/.cache/chainlora``."""
+    if own := os.environ.get("CHAINLORA_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base).expanduser() / "chainlora"
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, remembered while the file is unchanged."""
+    before = _state(path)
+    note = cache_dir() / "hashes" / hashlib.sha256(before.encode()).hexdigest()
+    with suppress(OSError, ValueError):  # none yet, or a damaged one
+        if len(known := note.read_text(encoding="utf-8")) == 64:
+            return known
+    digest = sha256(path)
+    status = path.stat()
+    age = time.time() - max(status.st_mtime, status.st_ctime)  # below 0 where the clock was set
+    if _state(path) == before and age > _RACY_SECONDS:
+        try:
+            make_folder(note.parent)
+            write_text(note, digest)
+        except (FileError, OSError) as error:  # the file is read again next time
+            logger.debug("a hash is not remembered: %s", error)
+    return digest
+
+
+def _state(path: Path) -> str:
+    found = path.stat()  # with ctime, as an mtime can be copied
+    return f"{path.resolve()} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"

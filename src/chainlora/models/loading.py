@@ -3,21 +3,39 @@ package.
 
 All of them become a folder of safetensors first (`finding.py`), so that there is one way to load.
 Never remote code, never pickle.
+
+`load_shards` loads a model into several processes. The model is made without weights, its
+parameters are cut into parts, and each process reads its rows by memory map: none ever holds the
+whole model. Where the tensors of a checkpoint are not the model's parameters one by one (stacked
+experts, weights that transformers converts), each process loads the whole model first and then cuts
+it. By ZeRO-3 the first process reads each weight and sends it to the others.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
-from chainlora.errors import ConfigError, ModelError
-from chainlora.models.checkpoint import Checkpoint
+from chainlora.errors import ConfigError, ModelError, explained
+from chainlora.models import shards
+from chainlora.models.checkpoint import Checkpoint, Stored
 from chainlora.models.finding import resolve_model
 from chainlora.models.identity import has_tokenizer
 from chainlora.models.quantizing import quantization, settle_kernels
@@ -54,7 +72,10 @@ def load_model(
     Raises ModelError if nothing is there, if it would need remote code or pickle, if it is not a
     causal language model, or if weights or tokenizer are missing; ConfigError for another dtype.
     """
-    dtype = _floating(dtype)
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError("`dtype` must be a floating dtype of torch", repr(dtype), "e.g. bfloat16")
+    dtype = found
     folder, config, tokenizer = open_folder(spec)
     keys: dict[str, Any] = {}
     is_quantized = getattr(config, "quantization_config", None) is not None
@@ -67,7 +88,9 @@ def load_model(
         keys["quantization_config"] = quantization(quantize, dtype)
     if quantize is not None or is_quantized:
         keys["device_map"] = {"": device}
-    try:
+    # a config can break it anywhere (0 heads divide by 0), a quantised one can need a package
+    remedy = "install what it names, correct it or download it again"
+    with explained("a model folder must load with transformers", f"in {folder}", remedy):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -78,25 +101,11 @@ def load_model(
             output_loading_info=True,
             **keys,
         )
-    except Exception as error:  # a config can break it anywhere: 0 heads divide by 0
-        is_missing = isinstance(error, ImportError)  # what a quantised checkpoint needs
-        remedy = "install what it names" if is_missing else "correct or download it again"
-        raise ModelError(
-            f"a model folder must load with transformers (got {type(error).__name__}: "
-            f"{error!s:.200} in {folder}); {remedy}"
-        ) from error
     model, report = loaded
     _check_whole(model, report, folder, is_quantized)
     settle(model, tokenizer, folder)
     settle_kernels(model)
     return model.eval(), tokenizer
-
-
-def _floating(dtype: torch.dtype | str) -> torch.dtype:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError("`dtype` must be a floating dtype of torch", repr(dtype), "e.g. bfloat16")
-    return found
 
 
 def open_folder(spec: str | Path) -> tuple[Path, Any, Any]:
@@ -127,21 +136,19 @@ def load_skeleton(spec: str | Path) -> Any:
 
 
 def make_model(config: Any, spec: str | Path, **keys: Any) -> Any:
-    """Return a model that was never loaded. Raises ModelError if it cannot be made."""
-    try:
+    rule = "a model must be one that transformers can make"
+    with explained(rule, f"for {spec}", "check its config.json"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **keys)
-    except Exception as error:
-        raise ModelError(
-            f"a model must be one that transformers can make (got {type(error).__name__}: "
-            f"{error!s:.200} for {spec}); check its config.json"
-        ) from error
 
 
 def _load_config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        stated = _read_json(folder / "config.json")
+        stated: Any = None
+        with suppress(OSError, ValueError, RecursionError):
+            stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        stated = stated if isinstance(stated, dict) else {}
         kind, has_code = stated.get("model_type"), "auto_map" in stated
         if isinstance(kind, str) and kind in CONFIG_MAPPING and not has_code:
             raise ModelError(
@@ -279,9 +286,83 @@ def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
         )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+# --- into several processes ---
+
+
+def load_shards(
+    spec: str | Path,
+    dtype: torch.dtype,
+    count: int,
+    device: torch.device,
+    kind: Literal["fsdp2", "zero3"] = "fsdp2",
+) -> tuple[Any, Any]:
+    """Return ``(model, tokenizer)`` as `load_model` does, frozen, cut into `count` parts.
+
+    Raises ModelError as `load_model` does, and where what cuts it does not suit the model.
+    """
+    folder, config, tokenizer = open_folder(spec)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"processes share weights of 16 or 32 bits (got {folder}, whose config.json has a "
+            "quantization_config); leave train.shard out: each process then holds the whole model"
+        )
+    with init_empty_weights(include_buffers=False):
+        model = make_model(config, spec, dtype=dtype)
+    model.tie_weights()
+    stored, reason = _find_tensors(model, folder, dtype)
+    if reason is not None:
+        logger.warning("each process loads all of %s before it keeps its share: %s", folder, reason)
+        model, tokenizer = load_model(spec, dtype)
+    else:
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        settle(model, tokenizer, folder)
+    model.requires_grad_(False)
+    if kind == "zero3":
+        read = (lambda name: stored[name].read()) if reason is None else None
+        shards.share_by_zero3(model, read, dtype, device)
+        return model.eval(), tokenizer
+    shards.shard(model, count, device)
+    if reason is not None:
+        model.to(device)
+    else:
+        _materialise(model, device)
+        with torch.no_grad():
+            for name, tensor in _weights(model).items():
+                shards.local(tensor).copy_(stored[name].read(shards.rows(tensor)))
+    shards.start(model)
+    return model.eval(), tokenizer
+
+
+def _find_tensors(
+    model: Any, folder: Path, dtype: torch.dtype
+) -> tuple[dict[str, Stored], str | None]:
+    """Return the stored tensor of every parameter, or why the rows cannot be read one by one."""
+    for change in get_model_conversion_mapping(model):  # most change names alone
+        if isinstance(change, WeightConverter):
+            kind = type(change).__name__
+            return {}, f"its weights are converted while they load ({kind})"
+    if dtype != torch.float32 and getattr(model, "_keep_in_fp32_modules_strict", None):
+        return {}, "some of its weights stay in float32"
+    checkpoint, found = Checkpoint(folder), {}
+    for name, tensor in _weights(model).items():
+        match = next(checkpoint.find(name, tuple(tensor.shape)), None)
+        if match is None:
+            return {}, f"the checkpoint has no tensor of the name and shape of {name}"
+        found[name] = match
+    return found, None
+
+
+def _weights(model: Any) -> dict[str, Tensor]:
+    """Return the parameters and saved buffers of a model, those that are tied once."""
+    saved = set(model.state_dict())
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    return dict(model.named_parameters()) | buffers
+
+
+def _materialise(model: Any, device: torch.device) -> None:
+    """Give a model on the meta device memory for the rows that this process holds."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to_empty(device=device)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])

@@ -5,8 +5,6 @@ A quantised weight cannot hold a merged link without loss, so links are carried 
 
 from __future__ import annotations
 
-import warnings
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from chainlora.errors import ModelError
 from chainlora.models.shards import gathered, is_shard
+from chainlora.registry import import_optional
 
 _PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
 
@@ -24,7 +23,7 @@ def quantization(kind: str, dtype: torch.dtype) -> Any:
     nf4: 4-bit NormalFloat in blocks of 64 (arXiv 2305.14314), of bitsandbytes. int8: integers with
     a scale for each row, of torchao. Both quantise weights alone; matmuls run in `dtype`.
     """
-    _check_package(kind)
+    import_optional(_PACKAGES[kind], f"`quantize: {kind}`", ModelError)
     if kind == "int8":
         from torchao.quantization import Int8WeightOnlyConfig
         from transformers import TorchAoConfig
@@ -38,20 +37,6 @@ def quantization(kind: str, dtype: torch.dtype) -> Any:
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=torch.uint8,
     )
-
-
-def _check_package(kind: str) -> None:
-    package = _PACKAGES[kind]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import_module(package)
-    except (ImportError, RuntimeError, OSError) as error:
-        got = "it is not installed" if isinstance(error, ModuleNotFoundError) else error
-        raise ModelError(
-            f"`quantize: {kind}` needs the package {package} (got: {got}); "
-            f"pip install 'chainlora[{package}]'"
-        ) from None
 
 
 def settle_kernels(model: nn.Module) -> None:

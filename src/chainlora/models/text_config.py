@@ -1,4 +1,4 @@
-"""The parts of a transformers model that every room asks for: text config, causal model, body."""
+"""The parts of a transformers model: text config, causal model, body, context."""
 
 from __future__ import annotations
 
@@ -55,12 +55,8 @@ def context_length(model: nn.Module) -> int:
     config = text_config(model)
     for name in _CONTEXTS:
         if isinstance(length := getattr(config, name, None), int) and length > 0:
-            return length - _first_position(model)
+            tables: Any = [m for n, m in model.named_modules() if n.endswith("position_embeddings")]
+            padding = (getattr(table, "padding_idx", None) for table in tables)
+            # RoBERTa's table of positions begins behind the one of padding
+            return length - next((index + 1 for index in padding if index is not None), 0)
     return UNLIMITED_CONTEXT
-
-
-def _first_position(model: nn.Module) -> int:
-    """Return where a table of positions begins: RoBERTa's behind the one of padding."""
-    tables: Any = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
-    found = (getattr(table, "padding_idx", None) for table in tables)
-    return next((index + 1 for index in found if index is not None), 0)

@@ -3,9 +3,18 @@
 The names here are public: what a page of your own is made of.
 """
 
-from chainlora.reports.charts import Picture, legend_above, line_style, picture, save, whole_steps
+from chainlora.reports.charts import (
+    Picture,
+    Table,
+    legend_above,
+    line_style,
+    number,
+    picture,
+    save,
+    table_of,
+    whole_steps,
+)
 from chainlora.reports.page import Column, Numbers, Page, Section, Text, markdown, render, section
-from chainlora.reports.tables import Table, number, table_of
 
 __all__ = [
     "Column",

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chainlora.data.chat_templates import ends_of_turn
 from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.examples import Example
 from chainlora.data.rows import MemoryRows, Rows
 from chainlora.data.sources import find_source
 from chainlora.data.splits import prepare_splits
 from chainlora.data.tasks import load_task
+from chainlora.data.templates import ends_of_turn
 from chainlora.errors import DataError
 from chainlora.evaluation.evaluate import evaluate
 from chainlora.evaluation.generation import generate_greedy
@@ -119,12 +119,10 @@ def _said(
 ) -> Iterator[Said]:
     """Yield the answer to each prompt: where candidates are ranked, the one of the highest
     probability."""
-    free = [prompt for prompt in prompts if prompt.row is None or prompt.row.label is None]
-    ids = [prompt.ids for prompt in free]
-    texts = iter(generate_greedy(model, tokenizer, ids, **keys) if free else [])
     ranked = [prompt.row for prompt in prompts if prompt.row and prompt.row.label is not None]
-    found = evaluate(model, ranked, metrics=["accuracy"]).predictions if ranked else []
-    choices = iter(found)
+    choices = iter(evaluate(model, ranked, metrics="accuracy").predictions if ranked else [])
+    free = [p.ids for p in prompts if p.row is None or p.row.label is None]
+    texts = iter(generate_greedy(model, tokenizer, free, **keys) if free else [])
     for prompt in prompts:
         if prompt.row is None or prompt.row.label is None:
             text = next(texts)
@@ -158,19 +156,20 @@ def _prompts(
 ) -> list[Prompt]:
     if not isinstance(wanted, int):
         stop = _stop(run, tokenizer)
-        found = zip(TokenReader(tokenizer).ids(wanted), wanted, strict=True)
-        return [Prompt(tuple(ids), text, stop) for ids, text in found]
+        asked = zip(TokenReader(tokenizer).ids(wanted), wanted, strict=True)
+        return [Prompt(tuple(ids), text, stop) for ids, text in asked]
     kept = run.state.kept() if run.stages else {}
     if kept:
         rows = [(stage, each.scored[1], each.asked["stop"]) for stage, each in kept.items()]
     else:
         rows = [("", _own_rows(run, model, tokenizer), _stop(run, tokenizer))]
-    own = [
-        _prompt(row, stage, stop, tokenizer)
-        for stage, found, stop in rows
-        for row in found[:wanted]
-        if len(row.prompt) > 1
-    ]
+    own = []
+    for stage, found, stop in rows:
+        for row in (each for each in found[:wanted] if len(each.prompt) > 1):
+            text = str(tokenizer.decode(row.prompt, skip_special_tokens=True))
+            is_free = row.references and row.label is None
+            right = row.references if is_free else [_candidate(row, row.label or 0, tokenizer)]
+            own.append(Prompt(row.prompt, text, stop, row, stage, " / ".join(right)))
     if not own:
         raise DataError(f"the rows of {run.path} must have prompts (got plain text); {_ASK}")
     return own
@@ -194,13 +193,6 @@ def _own_rows(run: RunFacts, model: Any, tokenizer: Any) -> Rows:
     return rows
 
 
-def _prompt(row: Example, stage: str, stop: str | None, tokenizer: Any) -> Prompt:
-    text = str(tokenizer.decode(row.prompt, skip_special_tokens=True))
-    is_free = row.references and row.label is None
-    right = " / ".join(row.references) if is_free else _candidate(row, row.label or 0, tokenizer)
-    return Prompt(row.prompt, text, stop, row, stage, right)
-
-
 def _candidate(row: Example, index: int, tokenizer: Any) -> str:
     """Return a candidate, or the completion, in words."""
     tokens = row.sequences[index][len(row.prompt) :]
@@ -213,9 +205,3 @@ def _stop(run: RunFacts, tokenizer: Any) -> str | None:
         task = load_task(run.config.data.task)
         return task.stop or (None if task.add_eos else "\n")
     return tokenizer.decode(ends_of_turn(tokenizer)) or None
-
-
-def changes(found: Sequence[Answer]) -> list[int]:
-    """Return how many answers each link or stage changed."""
-    links = range(1, max((len(each.answers) for each in found), default=1))
-    return [sum(a.answers[k].text != a.answers[k - 1].text for a in found) for k in links]

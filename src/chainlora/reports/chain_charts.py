@@ -19,6 +19,7 @@ from chainlora.reports.charts import (
     SMALL,
     Panel,
     Picture,
+    Table,
     grid_table,
     heat_map,
     legend_above,
@@ -29,7 +30,6 @@ from chainlora.reports.charts import (
     whole_steps,
 )
 from chainlora.reports.runs import RunFacts, is_share, state_names
-from chainlora.reports.tables import Table
 from chainlora.runs.records import Record
 
 
@@ -93,14 +93,8 @@ def _shares_picture(matrix: StageMatrix) -> Picture:
             style = line_style(place) | {"marker": "o", "linewidth": 1.8}
             axes.plot([at for at, _ in known], [value for _, value in known], label=stage, **style)
             for at, value in known if len(matrix.stages) <= 2 else ():
-                axes.annotate(
-                    f"{value:.0%}",
-                    (at, value),
-                    (0, 7),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=SMALL,
-                )
+                where = {"textcoords": "offset points", "ha": "center", "fontsize": SMALL}
+                axes.annotate(f"{value:.0%}", (at, value), (0, 7), **where)
         name_places(axes.xaxis, states)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_ylim(-0.04, 1.12)
@@ -158,29 +152,26 @@ def _matrix_picture(matrix: StageMatrix) -> Picture:
 def _sizes(links: Sequence[Record]) -> list[Panel]:
     """Return size and rank of each link; size where it can be measured, which DoRA's cannot."""
     norms = [link.get("delta_norm", math.nan) for link in links]
-    found = [
-        Panel("Rank of each link", "how many directions it uses", partial(_draw_ranks, links=links))
-    ]
+
+    def draw_norms(axes: Any) -> None:
+        _bars(axes, norms, color=BLUE)
+        axes.set_ylabel("‖ΔW‖ (Frobenius)")
+
+    def draw_ranks(axes: Any) -> None:
+        ranks = [link["rank"] for link in links]
+        used = [link.get("effective_rank", math.nan) for link in links]
+        frame = {"facecolor": "none", "edgecolor": GREY, "linestyle": "--"}
+        axes.bar(range(len(links)), ranks, width=0.7, label="rank", **frame)
+        _bars(axes, used, color=GREEN, label="effective rank", inside=True)
+        axes.set_ylim(top=1.3 * max(ranks))
+        axes.set_ylabel("mean over modules")
+        axes.legend(loc="upper right", ncols=2)
+
+    found = [Panel("Rank of each link", "how many directions it uses", draw_ranks)]
     if not any(map(math.isnan, norms)):
         note = "Frobenius norm of its update, over all modules"
-        found.insert(0, Panel("Size of each link", note, partial(_draw_norms, norms=norms)))
+        found.insert(0, Panel("Size of each link", note, draw_norms))
     return found
-
-
-def _draw_norms(axes: Any, norms: Sequence[float]) -> None:
-    _bars(axes, norms, color=BLUE)
-    axes.set_ylabel("‖ΔW‖ (Frobenius)")
-
-
-def _draw_ranks(axes: Any, links: Sequence[Record]) -> None:
-    ranks = [link["rank"] for link in links]
-    used = [link.get("effective_rank", math.nan) for link in links]
-    frame = {"facecolor": "none", "edgecolor": GREY, "linestyle": "--"}
-    axes.bar(range(len(links)), ranks, width=0.7, label="rank", **frame)
-    _bars(axes, used, color=GREEN, label="effective rank", inside=True)
-    axes.set_ylim(top=1.3 * max(ranks))
-    axes.set_ylabel("mean over modules")
-    axes.legend(loc="upper right", ncols=2)
 
 
 def _bars(axes: Any, values: Sequence[float], *, inside: bool = False, **keys: Any) -> None:
@@ -253,7 +244,9 @@ def _received(
         parts.setdefault(part_of(name), []).append(name)
     if len(parts) < 2 or len(parts) * len(links) < 4:
         return []
-    parts = dict(sorted(parts.items(), key=_numbers_first))
+    # layers by number, names after them
+    order = sorted(parts, key=lambda n: (0, int(n), n) if n.isdecimal() else (1, 0, n))
+    parts = {name: parts[name] for name in order}
     grid = [
         [math.hypot(*(link["modules"].get(name, 0.0) for name in own)) for own in parts.values()]
         for link in links
@@ -280,8 +273,3 @@ def layer_of(module: str) -> str:
 def kind_of(module: str) -> str:
     """Return the name that a module has in every layer."""
     return [part for part in module.split(".") if not part.isdecimal()][-1]
-
-
-def _numbers_first(item: tuple[str, list[str]]) -> tuple[bool, int, str]:
-    name = item[0]
-    return (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)

@@ -1,4 +1,4 @@
-"""Charts: drawn by matplotlib once, for a page as SVG and for a file, without pyplot or display.
+"""Tables and charts. matplotlib draws once, as SVG for a page or into a file, without pyplot.
 
 A chart for a page is 4 inches wide and its smallest text 9 points, which a phone shows at 10 pixels
 and more. A colour of `_THEME` becomes a CSS variable, which has one value for light pages and
@@ -10,13 +10,12 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from chainlora.files import write_bytes
-from chainlora.reports.tables import Table
 
 # Okabe–Ito: told apart by every kind of vision
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
@@ -74,6 +73,43 @@ _ON_LIGHT, _ON_DARK = "#0A0A0A", "#F8F8F8"  # text in a cell, whatever the page'
 
 Fill = Callable[[Any], object]  # draws into an empty figure
 Draw = Callable[[Any], object]  # draws into axes
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, column heads and rows of text; the first column is text, the others are numbers."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """Return the table as Markdown with its title as a heading."""
+        rule = ["---", *["---:"] * (len(self.heads) - 1)]
+        lines = [
+            "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+            for cells in (self.heads, rule, *self.rows)
+        ]
+        note = ["", self.note] if self.note else []
+        return "\n".join([f"### {self.title}", "", *lines, *note, ""])
+
+
+def table_of(title: str, records: Sequence[Mapping[str, str]], note: str = "") -> Table:
+    """Return the table of records with equal keys: these are its heads."""
+    heads = tuple(records[0]) if records else ()
+    return Table(title, heads, tuple(tuple(record.values()) for record in records), note)
+
+
+def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
+    """Return a number for a table; a dash for none, and for what is not a number."""
+    if value is None or math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    value = 0.0 if round(value, digits) == 0 else value  # no −0.00
+    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+    return text.replace("-", "−")
 
 
 @dataclass(frozen=True)
@@ -145,14 +181,10 @@ def numbers_of(title: str, figure: Any) -> Table | None:
 
 
 def grid_table(
-    title: str,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    grid: Sequence[Sequence[float]],
-    corner: str,
+    title: str, rows: Sequence[str], columns: Sequence[str], grid: Any, corner: str
 ) -> Table:
     lines = zip(rows, grid, strict=True)
-    body = tuple((name, *(short(value) for value in values)) for name, values in lines)
+    body = tuple((name, *map(short, values)) for name, values in lines)
     return Table(title, (corner, *columns), body)
 
 
@@ -229,21 +261,20 @@ def heat_map(
 def name_places(axis: Any, names: Sequence[str]) -> None:
     """Name the places 0, 1, … of an axis; of many names some, turned where they need the room."""
     every = -(-len(names) // MOST_LABELS)
-    shown = [_cut(name) for name in names[::every]]
+    shown = [n if len(n) <= _LONGEST else f"{n[: _LONGEST - 1]}…" for n in names[::every]]
     is_wide = axis.axis_name == "x" and sum(map(len, shown)) > _WIDEST
     turned: Any = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
     axis.set_ticks(range(0, len(names), every), shown, **(turned if is_wide else {}))
-
-
-def _cut(name: str) -> str:
-    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
 
 
 # --- SVG for a page ---
 
 
 def _for_page(svg: str) -> str:
-    """Return the SVG without what a page does not want: declarations, sizes, colours, fonts."""
+    """Return the SVG without what a page does not want: declarations, sizes, colours, fonts.
+
+    Ids that nothing refers to are dropped; the others are marked, and each page makes them its own.
+    """
     svg = svg[svg.index("<svg") :]
     head, rest = svg.split(">", 1)
     box = re.findall(r'viewBox="[^"]*"', head)[0]
@@ -252,15 +283,11 @@ def _for_page(svg: str) -> str:
     rest = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", rest)
     for color, name in _THEME.items():
         rest = re.sub(rf"(?<=: ){color}\b", f"var(--{name})", rest)
-    return f'<svg {box} aria-hidden="true" focusable="false">{_own_ids(rest)}'
-
-
-def _own_ids(svg: str) -> str:
-    """Drop ids that nothing refers to, and mark the others, which each page makes its own."""
-    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
-    svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{OWN}{m[1]}"' if m[1] in used else "", svg)
-    svg = re.sub(r'(url\(#|href="#)', rf"\1{OWN}", svg)
-    return re.sub(r">\s+<", "><", svg)
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', rest))
+    rest = re.sub(r' id="([^"]+)"', lambda m: f' id="{OWN}{m[1]}"' if m[1] in used else "", rest)
+    rest = re.sub(r'(url\(#|href="#)', rf"\1{OWN}", rest)
+    rest = re.sub(r">\s+<", "><", rest)
+    return f'<svg {box} aria-hidden="true" focusable="false">{rest}'
 
 
 class Panel(NamedTuple):

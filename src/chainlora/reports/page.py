@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup
 
-from chainlora.reports.charts import OWN, Picture
-from chainlora.reports.tables import Table
+from chainlora.reports.charts import OWN, Picture, Table
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,9 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Numbers:
-    """A table, folded away unless `is_open`. A file is named after `name`."""
+    """A table. A file is named after `name`."""
 
     table: Table
-    is_open: bool = True
     name: str = ""
 
 
@@ -150,22 +148,22 @@ def markdown(page: Page, pictures: Mapping[str, str]) -> str:
     parts = [f"# {page.title}\n"]
     for section in page.sections:
         again = f"### {section.title}\n\n"  # a table of the section's name needs none of its own
-        found = [_markdown_of(block).removeprefix(again) for block in section.blocks]
+        found = []
+        for block in section.blocks:
+            if isinstance(block, Text):
+                found.append(block.markdown.strip() + "\n")
+            elif isinstance(block, Numbers):
+                found.append(block.table.markdown().removeprefix(again))
         found += [f"![{name}]({name})\n" for name, of in pictures.items() if of == section.title]
-        found = [text for text in found if text]
         if found:
             parts += [f"## {section.title}\n", *found]
     return "\n".join(parts)
 
 
-def _markdown_of(block: Block) -> str:
-    if isinstance(block, Text):
-        return block.markdown.strip() + "\n"
-    return block.table.markdown() if isinstance(block, Numbers) else ""
-
-
 @cache
 def _environment() -> jinja2.Environment:
+    from markdown_it import MarkdownIt
+
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: str(_file(name))),
         autoescape=True,
@@ -173,7 +171,8 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["markdown"] = _html
+    commonmark = MarkdownIt("commonmark", {"html": False})  # HTML inside is shown as it stands
+    environment.filters["markdown"] = lambda text: Markup(commonmark.render(text))
     environment.filters["kind"] = lambda block: type(block).__name__.lower()
     return environment
 
@@ -181,10 +180,3 @@ def _environment() -> jinja2.Environment:
 def _file(name: str) -> Markup:
     folder = resources.files("chainlora.reports") / "assets"
     return Markup((folder / name).read_text(encoding="utf-8"))
-
-
-def _html(markdown: str) -> Markup:
-    """Return Markdown as HTML. HTML inside it is shown as it stands."""
-    from markdown_it import MarkdownIt
-
-    return Markup(MarkdownIt("commonmark", {"html": False}).render(markdown))

@@ -171,19 +171,13 @@ def _draw_loss(axes: Any, steps: Sequence[Record], evals: Sequence[Record], each
     narrow = {"handlelength": 1.2, "columnspacing": 0.8, "handletextpad": 0.4}
     for handle in axes.legend(loc="upper right", ncols=3, **narrow).get_lines():
         handle.set(alpha=1, linewidth=1.8)
-    _keep_room(axes, losses[len(losses) // 50 :], [r["loss"] for r in held_out])
-
-
-def _keep_room(axes: Any, losses: Sequence[float], held_out: Sequence[float]) -> None:
-    """Cut single spikes of training off the top (the highest half per cent), and leave room for the
-    legend."""
-    ordered = sorted(losses)
-    shown = [*ordered[: int(len(ordered) * 0.995) + 1], *held_out]
-    if not shown:
-        return
-    top, low = max(shown), min(shown)
-    room = (top - low) or abs(top) or 1.0
-    axes.set_ylim(low - 0.06 * room, top + 0.25 * room)
+    # single spikes, the highest half per cent, are cut off; the legend gets room above
+    ordered = sorted(losses[len(losses) // 50 :])
+    shown = [*ordered[: int(len(ordered) * 0.995) + 1], *(r["loss"] for r in held_out)]
+    if shown:
+        top, low = max(shown), min(shown)
+        room = (top - low) or abs(top) or 1.0
+        axes.set_ylim(low - 0.06 * room, top + 0.25 * room)
 
 
 def _draw_scores(axes: Any, evals: Sequence[Record], names: Sequence[str]) -> None:

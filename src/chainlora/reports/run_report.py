@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from chainlora.data.tasks import load_task
 from chainlora.errors import ChainLoRAError
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.files import make_folder, write_text
-from chainlora.reports.answers import answers, changes, read_prompts
+from chainlora.reports.answers import answers, read_prompts
 from chainlora.reports.chain_charts import chain_pictures, stage_pictures
+from chainlora.reports.charts import Table, number, table_of
 from chainlora.reports.page import (
     Answer,
     Block,
@@ -32,7 +34,6 @@ from chainlora.reports.page import (
 )
 from chainlora.reports.run_charts import comparing_pictures, training_pictures
 from chainlora.reports.runs import RunFacts, is_share, read_runs
-from chainlora.reports.tables import Table, number, table_of
 from chainlora.runs.cards import public_name
 from chainlora.runs.history import MAIN
 from chainlora.runs.records import Record, of_event
@@ -62,10 +63,8 @@ def report_runs(
     answered: dict[str, list[Answer]] = {}
     if prompts is not None:
         wanted = read_prompts(prompts, found)
-        for run in found:
-            answered[run.name] = answers(
-                run, wanted, max_new_tokens=max_new_tokens, progress=progress
-            )
+        keys: Any = {"max_new_tokens": max_new_tokens, "progress": progress}
+        answered = {run.name: answers(run, wanted, **keys) for run in found}
     text = render(run_page(found, answered))
     make_folder(path.parent)
     write_text(path, text)
@@ -87,7 +86,7 @@ def run_page(runs: Sequence[RunFacts], answered: Mapping[str, Sequence[Answer]])
         _each("Answers", runs, lambda run: _answers(answered.get(run.name, ()))),
         _each("Training", parts, lambda part: training_pictures(part.records)),
         _each("Links", runs, lambda run: [*chain_pictures(run), *links_table(run)]),
-        section("Cost", Numbers(_side_by_side("What it cost", costs)), *_link_costs(parts)),
+        section("Cost", Numbers(_side_by_side("What it cost", costs))),
         section("Config", *_configs(parts)),
         section("Versions", Numbers(_side_by_side("Versions", known))),
     ]
@@ -97,7 +96,6 @@ def run_page(runs: Sequence[RunFacts], answered: Mapping[str, Sequence[Answer]])
 def _each(
     title: str, runs: Sequence[RunFacts], blocks: Callable[[RunFacts], Sequence[Block]]
 ) -> Section:
-    """Return a section with a column for each run."""
     columns = [Column(run.name if len(runs) > 1 else "", blocks(run)) for run in runs]
     return Section(title, columns)
 
@@ -108,9 +106,9 @@ def _each(
 def _lead(runs: Sequence[RunFacts]) -> str:
     """Return what happened, for readers from outside the field."""
     if len(runs) > 1:
-        said = (what[0].lower() + what[1:] for what in map(_what, runs))
-        each = zip(runs, said, strict=True)
-        return "; ".join(f"{run.name}: {what}{_gain(run)}" for run, what in each) + "."
+        whats = [what[0].lower() + what[1:] for what in map(_what, runs)]
+        said = [f"{run.name}: {what}{_gain(run)}" for run, what in zip(runs, whats, strict=True)]
+        return "; ".join(said) + "."
     run = runs[0]
     model = public_name(run.state.base.model) or "a model without a name"
     if not _was_trained(run):
@@ -267,10 +265,7 @@ def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:
             "has not chosen its strength."
         )
     if (selected := run.inspection["selected"]) is not None:
-        rest, count = (
-            " and a part of the next" if selected["partial"] else "",
-            selected["num_links"],
-        )
+        count, rest = selected["num_links"], " and a part of the next" * selected["partial"]
         found.append(
             f"{name} is loaded as its best point: step {selected['step']}, after {count} "
             f"link{'s' * (count != 1)}{rest}."
@@ -300,69 +295,48 @@ def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:
 
 
 def links_table(run: RunFacts) -> list[Block]:
-    """Return the table of a run's links, and what every module received from each."""
+    """Return the table of a run's links."""
     links = run.links
     if not links:
         return []
     names = list(dict.fromkeys(name for link in links for name in link["scores"]))
     are_several = len({link["stage"] for link in links}) > 1
-    rows = [
-        {"link": str(link["link"])}
-        | ({"stage": link["stage"], "strength": f"{link['strength']:g}"} if are_several else {})
-        | {
-            "rank": str(link["rank"]),
-            "scaling": f"{link['scaling']:g}",
-            "steps": f"{link['steps']:,}",
-            "training loss": number(link["loss"], 4),
-        }
-        | {f"validation {name}": number(link["scores"].get(name), 4) for name in names}
-        | {
-            "‖ΔW‖": number(link.get("delta_norm"), 4),
-            "overlap with earlier links": ", ".join(number(x) for x in link.get("overlap", ()))
-            or _NONE,
-            "effective rank": number(link.get("effective_rank")),
-            "stable rank": number(link.get("stable_rank")),
-        }
-        for link in links
-    ]
+    rows = []
+    for link in links:
+        row = {"link": str(link["link"])}
+        if are_several:
+            row |= {"stage": link["stage"], "strength": f"{link['strength']:g}"}
+        row |= {"rank": str(link["rank"]), "scaling": f"{link['scaling']:g}"}
+        row |= {"steps": f"{link['steps']:,}", "training loss": number(link["loss"], 4)}
+        row |= {f"validation {name}": number(link["scores"].get(name), 4) for name in names}
+        row["‖ΔW‖"] = number(link.get("delta_norm"), 4)
+        overlaps = ", ".join(number(overlap) for overlap in link.get("overlap", ()))
+        row["overlap with earlier links"] = overlaps or _NONE
+        row["effective rank"] = number(link.get("effective_rank"))
+        row["stable rank"] = number(link.get("stable_rank"))
+        rows.append(row)
     note = "Training loss: mean of the last tenth of the link's steps. Ranks: means over modules."
-    return [Numbers(table_of("Each link", rows, note)), *_modules_table(links)]
-
-
-def _modules_table(links: Sequence[Record]) -> list[Block]:
-    if not all("modules" in link for link in links):
-        return []
-    names = dict.fromkeys(name for link in links for name in link["modules"])
-    rows = [
-        {"module": name}
-        | {f"link {link['link']}": number(link["modules"].get(name), 4) for link in links}
-        for name in names
-    ]
-    return [Numbers(table_of("‖ΔW‖ of every module", rows), is_open=False)]
+    return [Numbers(table_of("Each link", rows, note))]
 
 
 def stage_blocks(run: RunFacts) -> list[Block]:
     """Return the matrix of a run of several stages, and what it comes to."""
     notes = run.matrix.notes() if run.matrix else []
-    return [
-        *stage_pictures(run),
-        *([Text(" ".join(f"{note}." for note in notes))] if notes else []),
-    ]
+    said = [Text(" ".join(f"{note}." for note in notes))] if notes else []
+    return [*stage_pictures(run), *said]
 
 
 def _answers(found: Sequence[Answer]) -> list[Block]:
     if not found:
         return []
-    names = [said.when.removeprefix("after ") for said in found[0].answers[1:]]
     counts = [
-        f"{as_text(name)} changed {count} of {len(found)}"
-        for name, count in zip(names, changes(found), strict=True)
+        f"{as_text(said.when.removeprefix('after '))} changed "
+        f"{sum(each.answers[k].text != each.answers[k + 1].text for each in found)} of {len(found)}"
+        for k, said in enumerate(found[0].answers[1:])
     ]
-    kinds = []
-    if any(said.note for answer in found for said in answer.answers):
-        kinds.append("the candidate of the highest probability, as it is scored")
-    if any(not said.note for answer in found for said in answer.answers):
-        kinds.append("the most probable words")
+    are_ranked = {bool(said.note) for answer in found for said in answer.answers}
+    kinds = ["the candidate of the highest probability, as it is scored"] * (True in are_ranked)
+    kinds += ["the most probable words"] * (False in are_ranked)
     text = f"Answers to the same prompts ({'; '.join(kinds)})"
     return [Text(text + (f": {', '.join(counts)}." if counts else ".")), *found]
 
@@ -381,12 +355,14 @@ def _side_by_side(title: str, runs: Mapping[str, Mapping[str, str]], corner: str
 def _costs(run: RunFacts) -> dict[str, str]:
     position, result = run.position, run.result
     hardware = result.get("hardware", {})
+    seconds = sum(record.get("seconds", 0.0) for record in run.steps)
+    tokens = sum(record.get("tokens", 0) for record in run.steps)
     return {
         "steps": f"{position.step:,}",
         "tokens trained on": f"{position.tokens:,}",
         "tokens scored": f"{position.scored_tokens:,}",
         "time": duration(position.seconds),
-        "tokens a second, training": _speed(run),
+        "tokens a second, training": f"{tokens / seconds:,.0f}" if seconds > 0 else _NONE,
         "peak memory": _memory(result),
         "parameters trained (largest link)": _whole(result.get("trainable_parameters")),
         "device": str(hardware.get("device", _NONE)),
@@ -396,40 +372,17 @@ def _costs(run: RunFacts) -> dict[str, str]:
     }
 
 
-def _speed(run: RunFacts) -> str:
-    seconds = sum(record.get("seconds", 0.0) for record in run.steps)
-    tokens = sum(record.get("tokens", 0) for record in run.steps)
-    return f"{tokens / seconds:,.0f}" if seconds > 0 else _NONE
-
-
-def _link_costs(runs: Sequence[RunFacts]) -> list[Block]:
-    rows = []
-    for run in runs:
-        for link in dict.fromkeys(record["link"] for record in run.steps):
-            own = [record for record in run.steps if record["link"] == link]
-            rows.append(
-                {
-                    "run and link": f"{run.name}, link {link}",
-                    "steps": f"{len(own):,}",
-                    "tokens": f"{sum(record.get('tokens', 0) for record in own):,}",
-                    "time in steps": duration(sum(record.get("seconds", 0.0) for record in own)),
-                }
-            )
-    return [Numbers(table_of("Cost of each link", rows))]
-
-
 def _configs(runs: Sequence[RunFacts]) -> list[Block]:
     trees = {run.name: run.config.model_dump(mode="json") for run in runs if run.config}
+    wholes: list[Block] = [
+        Listing(f"The whole config of {name}", dump_yaml(tree)) for name, tree in trees.items()
+    ]
+    if len(trees) < 2:
+        return wholes
     flat = {name: flatten(tree) for name, tree in trees.items()}
-    keys = dict.fromkeys(key for values in flat.values() for key in values)
-    apart = [key for key in keys if len({v.get(key, _NONE) for v in flat.values()}) > 1]
-    found: list[Block] = []
-    if len(trees) > 1:
-        shown = {name: {key: v.get(key, _NONE) for key in apart} for name, v in flat.items()}
-        found.append(Numbers(_side_by_side("Keys that differ", shown, "key")))
-    for name, tree in trees.items():
-        found.append(Listing(f"The whole config of {name}", dump_yaml(tree)))
-    return found
+    table = _side_by_side("Keys that differ", flat, "key")
+    apart = tuple(row for row in table.rows if len(set(row[1:])) > 1)
+    return [Numbers(replace(table, rows=apart)), *wholes]
 
 
 def _versions(run: RunFacts) -> dict[str, str]:
@@ -461,5 +414,4 @@ def _memory(result: Record) -> str:
 
 
 def _together(text: str) -> str:
-    """Return a text that no line break divides."""
     return text.replace(" ", "\N{NO-BREAK SPACE}")

@@ -62,7 +62,6 @@ class RunFacts:
 
     @property
     def position(self) -> Progress:
-        """Return how far its training has come."""
         if self.state.draft is not None:
             return self.state.draft.position
         keys = {"step": "steps", "tokens": "tokens", "scored_tokens": "scored_tokens"}
@@ -72,7 +71,8 @@ class RunFacts:
 
 def read_runs(runs: Sequence[str | Path]) -> list[RunFacts]:
     """Read runs and check their files. Raises RunError for one that is damaged or not there."""
-    return [_read(run, name) for run, name in zip(runs, run_names(runs), strict=True)]
+    named = zip(runs, run_names(runs), strict=True)
+    return [read_state(find_state(run), name) for run, name in named]
 
 
 def read_state(state: OpenState, name: str) -> RunFacts:
@@ -89,10 +89,6 @@ def read_state(state: OpenState, name: str) -> RunFacts:
         matrix=None if is_one or not state.has_run else stage_matrix(state, compute=False),
         stages=stages if len(stages) > 1 else (),
     )
-
-
-def _read(run: str | Path, name: str) -> RunFacts:
-    return read_state(find_state(run), name)
 
 
 def _part(state: OpenState, name: str) -> RunFacts:

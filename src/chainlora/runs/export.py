@@ -21,7 +21,7 @@ from chainlora.chain.adapters import Factors, save_adapter
 from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link, switched_on
 from chainlora.config.schema import LinkConfig
-from chainlora.data.chat_templates import ends_of_turn
+from chainlora.data.templates import ends_of_turn
 from chainlora.errors import ChainError, ModelError, RunError
 from chainlora.models.checkpoint import save_model
 from chainlora.models.finding import resolve_model

@@ -9,7 +9,7 @@ from chainlora.chain.adapters import prepare_quantized
 from chainlora.chain.chain import Chain
 from chainlora.chain.holding import hold_for
 from chainlora.config.staging import is_run
-from chainlora.data.chat_templates import set_chat_template
+from chainlora.data.templates import set_chat_template
 from chainlora.errors import ModelError, RunError
 from chainlora.models.finding import names_a_file, resolve_model
 from chainlora.models.identity import base_files

@@ -20,7 +20,7 @@ from jinja2 import TemplateError
 from chainlora import files
 from chainlora.chain.adapters import Factors
 from chainlora.chain.link import switched_on
-from chainlora.data.chat_templates import ends_of_turn
+from chainlora.data.templates import ends_of_turn
 from chainlora.errors import ModelError
 from chainlora.models.gguf_writing import (
     check_convertible,

@@ -13,17 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chainlora.config.schema import RunConfig, TrainConfig
-from chainlora.data.mixture import Mixture
-from chainlora.data.order import EpochOrder, epoch_order
+from chainlora.data.mixture import EpochOrder, Mixture, epoch_order
 from chainlora.data.rows import Rows
 from chainlora.errors import ConfigError
 from chainlora.knots.numbers import between
 
 logger = logging.getLogger(__name__)
-
-# Epochs whose order is kept: the one in progress, the next one (steps are packed ahead) and the
-# first one (whose first batch is the probe of every knot).
-_KEPT_EPOCHS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +33,6 @@ class Batches:
 
     @property
     def num_steps(self) -> int:
-        """Steps of the whole chain."""
         return sum(self.lengths)
 
     def batches(self, step: int) -> list[list[int]]:
@@ -77,7 +71,9 @@ class Batches:
     def _order(self) -> Callable[[int], EpochOrder]:
         train = self.config
 
-        @lru_cache(maxsize=_KEPT_EPOCHS)
+        # the epoch in progress, the next one (steps are packed ahead), and the first one (whose
+        # first batch is the probe of every knot)
+        @lru_cache(maxsize=3)
         def order(epoch: int) -> EpochOrder:
             rows = self.mixture.epoch(train.seed, epoch)
             found = epoch_order(
@@ -106,18 +102,15 @@ def make_batches(config: RunConfig, examples: Rows, mixture: Mixture | None = No
     size = train.batch_size * train.gradient_accumulation
     if chain.ranks and size > mixture.per_epoch:
         logger.warning(
-            "a step reads up to %d rows (train.batch_size), and an epoch has %d: an epoch is one "
-            "step; for more steps, lower train.batch_size",
-            *(size, mixture.per_epoch),
+            f"a step reads up to {size} rows (train.batch_size), and an epoch has "
+            f"{mixture.per_epoch}: an epoch is one step; for more steps, lower train.batch_size"
         )
     plan = Batches((1,) * len(chain.ranks), per_epoch, examples.lengths, train, mixture)
     if chain.steps is not None:
         lengths, said = chain.steps, "steps"
     elif chain.tokens is not None:
-        lengths, said = (
-            between([plan.steps_of(sum_) for sum_ in accumulate(chain.tokens)]),
-            "tokens",
-        )
+        ends = [plan.steps_of(end) for end in accumulate(chain.tokens)]
+        lengths, said = between(ends), "tokens"
     else:
         ends = [round(end * per_epoch) for end in accumulate(chain.epochs or ())]
         lengths, said = between(ends), "epochs"

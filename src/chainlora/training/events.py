@@ -154,7 +154,6 @@ class Evaluated(Event):
     metrics: Mapping[str, float]
 
     def record(self) -> dict[str, Any]:
-        """Return the JSON object that stands for the event."""
         values = super().record()
         return {k: v for k, v in values.items() if k != "metrics"} | dict(self.metrics)
 

@@ -23,7 +23,7 @@ from chainlora.chain.live import SOFT_LINK_TOLERANCE
 from chainlora.config.schema import RunConfig
 from chainlora.config.staging import Stage
 from chainlora.errors import DivergedError, StoppedError, TrainingError
-from chainlora.evaluation.acceptance import gain
+from chainlora.evaluation.evaluate import gain
 from chainlora.models.modes import in_mode, kept_random_state
 from chainlora.runs.history import MAIN
 from chainlora.runs.start import NOTHING, Start
@@ -37,7 +37,7 @@ from chainlora.training.events import (
 )
 from chainlora.training.optimizers import (
     evaluated_weights,
-    full_optimizer,
+    from_groups,
     leave_average,
     load_state,
     make_optimizer,
@@ -46,12 +46,19 @@ from chainlora.training.optimizers import (
 )
 from chainlora.training.plan import StagePlan, make_plan
 from chainlora.training.processes import own_accelerate, wait_for_all
-from chainlora.training.result import TrainResult, finish, publish_trained, result_of
+from chainlora.training.result import (
+    TrainResult,
+    evaluate_point,
+    finish,
+    leave_dropped_link,
+    publish_trained,
+    result_of,
+    score,
+    select_best,
+)
 from chainlora.training.run import Run
-from chainlora.training.schedule import rate_factor
-from chainlora.training.selection import evaluate_point, leave_dropped_link, score, select_best
 from chainlora.training.setup import prepare
-from chainlora.training.step import add_gradients, steps_ahead, update
+from chainlora.training.step import add_gradients, rate_factor, steps_ahead, update
 
 Moments = dict[str, Tensor]
 
@@ -72,7 +79,7 @@ def train(
 ) -> TrainResult:
     """Run a config from data to result and return what ``result.json`` holds.
 
-    What `chainlora.train` (`training.calling`) is made of, which shows progress too; this prints
+    What `chainlora.train` (`training.stages`) is made of, which shows progress too; this prints
     nothing. The run begins on `start`, by default on what the config names or the base. With
     `resume`, a run that is in `output` goes on, or if it has ended gives its result.
     """
@@ -245,7 +252,6 @@ def _is_accepted(run: Run) -> bool:
 
 
 def _check_knot(run: Run, link: Link, change: float, tolerance: float) -> None:
-    """Raise if a knot did not preserve the function."""
     if not change < float("inf"):
         raise DivergedError(
             f"a link must leave finite weights (got others after step {run.progress.step}, link "
@@ -316,7 +322,7 @@ def _tune_everything(run: Run) -> None:
     """Full fine-tuning: float32 only, no links, no checkpoints."""
     model, end = run.chain.model, run.batches.num_steps
     model.requires_grad_(True)
-    optimizer = full_optimizer(model.parameters(), run.train)
+    optimizer = from_groups([{"params": [*model.parameters()], "ratio": 1.0}], run.train)
     with closing(steps_ahead(run, 0, end)) as steps:
         for work in steps:
             if run.progress.stopped:

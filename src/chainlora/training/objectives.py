@@ -51,7 +51,6 @@ OBJECTIVES: dict[str, Objective | Callable[[TrainConfig], Objective]] = entries(
 
 
 def make_objective(name: str, config: TrainConfig) -> Objective:
-    """Return the objective of this name."""
     found = entry(OBJECTIVES, "train.loss", name)
     return found(config) if callable(found) else found
 

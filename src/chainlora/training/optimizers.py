@@ -6,7 +6,7 @@ must be in `knots.moments.MOMENTS`, so that soft knots can carry it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,9 +23,6 @@ from chainlora.training.optimizer_kinds import Factory, Groups
 
 # By the name in `train.optimizer`; one of your own is added by a plug-in (`registry`).
 OPTIMIZERS: dict[str, Factory] = entries(optimizer_kinds, "OPTIMIZERS")
-
-_SET_BY_THE_LOOP = ("lr", "ratio")  # of a parameter group
-
 
 # --- what can be refused before training ---
 
@@ -61,7 +58,7 @@ def _stepped(train: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     matrix = nn.Parameter(torch.zeros(64, 64, device=device))
     low = train.model_copy(update={"lr": min(train.lr, 1.0)})  # it is not to overflow by its rate
     try:
-        optimizer = _make([{"params": [matrix], "ratio": 1.0}], low)
+        optimizer = from_groups([{"params": [matrix], "ratio": 1.0}], low)
         matrix.grad = torch.ones_like(matrix).tril()  # with zeros, as that of A has at first
         optimizer.step()
         if not matrix.isfinite().all():
@@ -82,7 +79,7 @@ def _stepped(train: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
 def _check_vectors(train: TrainConfig, device: torch.device) -> None:
     vector = nn.Parameter(torch.zeros(2, device=device))
     try:
-        _make([{"params": [vector], "ratio": 1.0}], train)
+        from_groups([{"params": [vector], "ratio": 1.0}], train)
     except ValueError:
         raise ConfigError(
             f"`train.optimizer: {train.optimizer}` trains matrices alone (got dora, lora_bias, "
@@ -98,25 +95,16 @@ def make_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.Optimiz
 
     Factor B's rate is `lora_plus_ratio` times A's (arXiv 2402.12354).
     """
+    extra = [p for module in adapter.extra.values() for p in module.parameters()]
     groups = [
         {"params": adapter.named_factor("A"), "ratio": 1.0},
         {"params": adapter.named_factor("B"), "ratio": config.lora_plus_ratio},
-        {
-            "params": [p for module in adapter.extra.values() for p in module.parameters()],
-            "ratio": 1.0,
-        },
+        {"params": extra, "ratio": 1.0},
     ]
-    return _make([group for group in groups if group["params"]], config)
+    return from_groups([group for group in groups if group["params"]], config)
 
 
-def full_optimizer(
-    parameters: Iterable[nn.Parameter], config: TrainConfig
-) -> torch.optim.Optimizer:
-    """Return the optimizer of full fine-tuning."""
-    return _make([{"params": list(parameters), "ratio": 1.0}], config)
-
-
-def _make(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
+def from_groups(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     return entry(OPTIMIZERS, "train.optimizer", config.optimizer)(groups, config)
 
 
@@ -143,8 +131,9 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
                 tensors[f"{position}.{key}.number"] = _number(value)
     for position, group in enumerate(optimizer.param_groups):
         for key, value in group.items():
-            is_number = isinstance(value, bool | int | float) and key not in _SET_BY_THE_LOOP
-            if is_number and value != optimizer.defaults.get(key):
+            is_number = isinstance(value, bool | int | float)
+            is_set_by_the_loop = key in ("lr", "ratio")
+            if is_number and not is_set_by_the_loop and value != optimizer.defaults.get(key):
                 tensors[f"{position}.group:{key}.number"] = _number(value)
     return tensors
 

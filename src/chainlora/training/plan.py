@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -44,8 +44,12 @@ from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.state import OpenState
 from chainlora.training.objectives import check_names
 from chainlora.training.optimizers import check_optimizer
-from chainlora.training.processes import num_launched
-from chainlora.training.sharing import check_shards, refuse_one_process, wants_shards
+from chainlora.training.processes import (
+    check_shards,
+    num_launched,
+    refuse_one_process,
+    wants_shards,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +67,6 @@ class StagePlan:
 
     @property
     def name(self) -> str:
-        """Return the name of the stage."""
         return self.stage.name
 
 
@@ -76,7 +79,6 @@ class Plan:
 
     @property
     def due(self) -> list[StagePlan]:
-        """Return the stages that are to be trained."""
         return [each for each in self.stages if each.state != "finished"]
 
 
@@ -153,8 +155,11 @@ def _state_of(
 ) -> StagePlan:
     begun = None if run is None else begun_stage(run, stage.name, history)
     if begun is None:
+        config = stage.config
         with naming(stage):
-            _check_files(stage.config)
+            check_files(config.data, config.train.loss)
+            if config.start_data is not None:
+                check_files(config.start_data.as_data(config.data), None)
         return StagePlan(stage, "new")
     given = begun.history.find(START)
     if stage.config.start_data is not None and (given is None or given.kept is None):
@@ -167,9 +172,14 @@ def _state_of(
     if begun.draft is None:
         return StagePlan(stage, "finished")
     if not begun.draft.trained:
-        _check_resume(begun, stage.config)
-    step, trained = begun.draft.position.step, begun.draft.trained
-    return StagePlan(stage, "stopped", step, trained)
+        check_plugins(begun, stage.config)
+        if stage.config.chain.tune == "full":
+            raise ConfigError(
+                "full fine-tuning cannot resume, since its optimizer state is not saved",
+                begun.run,
+                "delete that folder, or choose another output",
+            )
+    return StagePlan(stage, "stopped", begun.draft.position.step, begun.draft.trained)
 
 
 def begun_stage(run: Path, name: str, history: History | None = None) -> OpenState | None:
@@ -182,16 +192,6 @@ def begun_stage(run: Path, name: str, history: History | None = None) -> OpenSta
     return state_of_draft(run, name, history) if name in drafts_in(run, history) else None
 
 
-def _check_resume(begun: OpenState, config: RunConfig) -> None:
-    check_plugins(begun, config)
-    if config.chain.tune == "full":
-        raise ConfigError(
-            "full fine-tuning cannot resume, since its optimizer state is not saved",
-            begun.run,
-            "delete that folder, or choose another output",
-        )
-
-
 def _start_of(plan: Plan, run: Path | None, history: History | None, start: Start) -> Start:
     """Return what the first new stage begins on, or a stopped one has begun on."""
     first = plan.due[0]
@@ -202,11 +202,8 @@ def _start_of(plan: Plan, run: Path | None, history: History | None, start: Star
     if run is not None and history is not None and history.entries:
         others = drafts_in(run, history).keys() - {each.name for each in plan.stages}
         if others:
-            logger.warning(
-                "stage %s is half trained, and %s begins without it",
-                ", ".join(sorted(others)),
-                first.name,
-            )
+            names = ", ".join(sorted(others))
+            logger.warning("stage %s is half trained, and %s begins without it", names, first.name)
         now, after = state_at(run, history), plan.stages[0].stage.after
         return start_at(now if after is None else now.at(after))
     source = first.stage.config.start
@@ -227,7 +224,8 @@ def _check(plan: Plan) -> None:
     has_one, cpu = torch.accelerator.is_available(), torch.device("cpu")
     device = (torch.accelerator.current_accelerator() if has_one else None) or cpu
     below = _losses(plan)
-    links = _links_below(plan)
+    state = plan.start.state
+    links = list(plan.start.links) if state is None else state.outlines()
     tuned: dict[LinkConfig, None] = dict.fromkeys(link.config for link in links)
     for each in plan.due:
         config = each.stage.config
@@ -237,23 +235,21 @@ def _check(plan: Plan) -> None:
             check_optimizer(config, device)
             length_limit(config.data, context_length(model))
             if config.chain.tune == "lora":
-                _check_links(model, config, tuned)
+                adapted = {name for other in tuned for name in matched_modules(model, other)}
+                whole = {name for other in tuned for name in inside(model, other.extra_modules)}
+                for link in dict.fromkeys(config.chain.links()):
+                    check_targets(model, link)
+                    check_apart(adapted, whole, model, link)
         links += [Link(len(links), link, {}) for link in config.chain.links()]
         if each.state == "new":
-            _need_name(each.stage, below)
+            if each.name in below:
+                got = f"{each.name!r}, which is there"
+                raise RunError("a stage must have a name of its own", got, "choose another")
             _need_rows(each.stage, below)
             _need_sum(each.stage, links)
             data = config.data
             below[each.name] = learned_by(data, config.train.loss) if keeps_rows(data) else None
         tuned |= dict.fromkeys(config.chain.links())
-
-
-def _check_links(model: Any, config: RunConfig, below: Collection[LinkConfig]) -> None:
-    adapted = {name for other in below for name in matched_modules(model, other)}
-    whole = {name for other in below for name in inside(model, other.extra_modules)}
-    for link in dict.fromkeys(config.chain.links()):
-        check_targets(model, link)
-        check_apart(adapted, whole, model, link)
 
 
 def _check_processes(config: RunConfig) -> None:
@@ -270,12 +266,6 @@ def _check_processes(config: RunConfig) -> None:
         )
 
 
-def _check_files(config: RunConfig) -> None:
-    check_files(config.data, config.train.loss)
-    if config.start_data is not None:
-        check_files(config.start_data.as_data(config.data), None)
-
-
 def _losses(plan: Plan) -> dict[str, str | None]:
     """Return the stages that the first due one begins on, and what the rows are learned by that
     they kept; None where they kept none.
@@ -288,25 +278,9 @@ def _losses(plan: Plan) -> dict[str, str | None]:
     if config.start_data is None or plan.due[0].state != "new":
         return below
     if START in kept:
-        rule = "`start_data` is for a start without such rows"
-        remedy = "leave it out"
-        raise RunError(rule, f"some, and those of {config.start or 'the base'}", remedy)
+        got = f"some, and those of {config.start or 'the base'}"
+        raise RunError("`start_data` is for a start without such rows", got, "leave it out")
     return below | {START: learned_by(config.start_data.as_data(config.data), None)}
-
-
-def _links_below(plan: Plan) -> list[Link]:
-    state = plan.start.state
-    return list(plan.start.links) if state is None else state.outlines()
-
-
-def _need_name(stage: Stage, below: Mapping[str, str | None]) -> None:
-    """Refuse a name that a stage has which the chain begins on."""
-    if stage.name in below:
-        raise RunError(
-            "a stage must have a name of its own",
-            f"{stage.name!r}, which is there",
-            "choose another",
-        )
 
 
 def _need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:

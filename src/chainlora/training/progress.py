@@ -149,7 +149,15 @@ class _Listener:
         self.encoding.update(self.splits[name], completed=event.share, rows=event.rows)
 
     def _plan(self, event: Planned) -> None:
-        self._forget()
+        # losses, seconds and bars of the stage before say nothing of this one
+        self.loss = self.speed = None
+        self.seconds.clear()
+        self.evaluation_seconds.clear()
+        self.splits.clear()
+        for bar in (self.bar, self.encoding):
+            bar.stop()
+            for task in bar.task_ids:
+                bar.remove_task(task)
         self.log_every = event.log_every
         self.total, self.evaluations = event.num_steps, event.evaluations
         lengths = " + ".join(map(str, event.lengths))
@@ -172,19 +180,9 @@ class _Listener:
         )
         self.bar.start()
 
-    def _forget(self) -> None:
-        """Forget the stage before: its bars, losses and seconds say nothing of the next one."""
-        self.loss = self.speed = None
-        self.seconds.clear()
-        self.evaluation_seconds.clear()
-        self.splits.clear()
-        for bar in (self.bar, self.encoding):
-            bar.stop()
-            for task in bar.task_ids:
-                bar.remove_task(task)
-
     def _step(self, event: StepDone) -> None:
         self.seconds.append(event.seconds)
+        left = self._left(event.step)
         self.loss = _smoothed(self.loss, event.loss)
         self.speed = _smoothed(self.speed, event.tokens / max(event.seconds, 1e-9))
         self.bar.update(
@@ -194,27 +192,19 @@ class _Listener:
             loss=f"{self.loss:.4f}",
             rate=event.learning_rate,
             speed=self.speed,
-            left=self._left(event.step),
+            left=left,
         )
         if event.step >= self.total:
             self.bar.stop()
-        if not self.console.is_terminal and self._is_due(event.step):
-            self._log(event)
-
-    def _is_due(self, step: int) -> bool:
-        if self.log_every is not None:
-            return step % self.log_every == 0
-        is_late = time.monotonic() - self.said >= _SILENCE
-        return is_late or step % math.ceil(self.total / _LINES) == 0
-
-    def _log(self, event: StepDone) -> None:
-        self.said = time.monotonic()
-        left = self._left(event.step)
-        self._say(
-            f"step {event.step:>5}  link {event.link}: loss {self.loss:.4f} (smoothed), "
-            f"lr {event.learning_rate:.1e}, {self.speed:,.0f} tokens/s"
-            + (f", {left}" if left else "")
-        )
+        every = self.log_every or math.ceil(self.total / _LINES)
+        is_late = self.log_every is None and time.monotonic() - self.said >= _SILENCE
+        if not self.console.is_terminal and (is_late or event.step % every == 0):
+            self.said = time.monotonic()
+            self._say(
+                f"step {event.step:>5}  link {event.link}: loss {self.loss:.4f} (smoothed), "
+                f"lr {event.learning_rate:.1e}, {self.speed:,.0f} tokens/s"
+                + (f", {left}" if left else "")
+            )
 
     def _left(self, step: int) -> str:
         """Return how long steps and evaluations that are left take, once enough were seen."""

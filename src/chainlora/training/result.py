@@ -1,24 +1,27 @@
-"""The end of a run: final metrics, what it cost, and the files that say so."""
+"""Scores of a run: while it trains, of its best point, and at its end, in ``result.json``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 from chainlora.chain.link import Link
 from chainlora.config.schema import RunConfig
+from chainlora.data.examples import Example
 from chainlora.data.rows import Rows
-from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
+from chainlora.errors import DivergedError, ScoreError
+from chainlora.evaluation.evaluate import Evaluation
+from chainlora.evaluation.metrics import INDEX_METRICS, is_higher_better, majority_rate
 from chainlora.runs.costs import hardware, num_trained, peak_memory_mb, versions
 from chainlora.runs.draft import Best
 from chainlora.runs.state import OpenState
 from chainlora.runs.work import Work
-from chainlora.training.events import Scored
+from chainlora.training.events import Evaluated, Scored
 from chainlora.training.plan import begun_stage
 from chainlora.training.processes import is_first_launched
 from chainlora.training.run import Run
-from chainlora.training.selection import score
 
 RESULT_FORMAT = 1  # of result.json
 
@@ -53,6 +56,123 @@ def needs_judgement(stage: OpenState) -> bool:
     return isinstance(stage.config().train.accept_links, float) and len(stage.columns) > 1
 
 
+# --- while it trains ---
+
+
+def evaluate_point(run: Run, where: Literal["start", "step", "knot"]) -> None:
+    """Score the model as it is on the validation rows and record it; note whether it is the best.
+
+    After `early_stop` evaluations without improvement the run is to stop.
+    """
+    if not run.splits.validation or (where != "step" and not run.train.eval_at_knots):
+        return
+    evaluation = score(run, run.splits.validation)
+    run.last_scored = evaluation
+    link = max(0, run.knots.index - (where == "knot"))
+    run.record(Evaluated(run.progress.step, link, where, evaluation.metrics))
+    if where == "start":
+        return
+    name = run.train.select_metric or run.splits.metric
+    value, best = evaluation.metrics[name], run.progress.best
+    sign = 1 if is_higher_better(name) else -1
+    if best is None or sign * value > sign * best["value"]:
+        _keep_point(run, name, value)
+    else:
+        run.progress.evaluations_without_gain += 1
+        patience = run.train.early_stop
+        if patience and run.progress.evaluations_without_gain >= patience:
+            run.progress.stopped = True
+
+
+def score(run: Run, examples: Sequence[Example]) -> Evaluation:
+    """Score rows by the metrics of the run's task.
+
+    Where the run can be resumed, a signal stops it after the batch at hand: StoppedError. Several
+    processes must stop alike, so they finish an evaluation that they have begun.
+    """
+
+    def between_batches(done: int, rows: int) -> None:
+        if run.is_resumable and run.processes.count == 1 and done < rows:
+            run.stop_if_requested()
+
+    if run.is_resumable:
+        run.stop_if_requested()
+    try:
+        return run.objective.evaluate(
+            run.engine,
+            examples,
+            metrics=run.splits.metrics,
+            tokenizer=run.tokenizer,
+            stop=run.splits.stop,
+            max_new_tokens=run.splits.max_new_tokens,
+            progress=between_batches,
+        )
+    except ScoreError as error:
+        if run.progress.step == 0:
+            raise
+        raise DivergedError(f"{error}, or lower train.lr") from None
+
+
+def select_best(run: Run) -> None:
+    """Restore the best point over the whole chain, if the config keeps it."""
+    best = run.progress.best
+    if not run.train.keep_best or best is None:
+        return
+    count, partial = best["num_links"], None
+    if count == run.knots.index and not best["partial"]:
+        run.best_link = None
+        return
+    run.last_scored = None
+    if best["partial"]:
+        partial = run.best_link
+        if partial is None:  # the run was stopped since then
+            assert run.work is not None
+            partial = run.work.load_best(run.knots.links[count], best["directory"])
+        before = sum(link.num_steps for link in run.chain.links[run.first : run.first + count])
+        steps, error = best["step"] - before, best.get("error", 0.0)
+        partial = replace(partial, num_steps=steps, error=error)
+    run.chain.drop(run.knots.index - count)
+    if partial is not None:
+        run.chain.add(partial)
+    run.best_link = partial
+
+
+def leave_dropped_link(run: Run) -> None:
+    """Name the end of the links that are kept, if the best point lay in the one just dropped."""
+    best, step = run.progress.best, run.knots.first_step
+    if best is None or best["step"] <= step:
+        return
+    run.progress.best = None  # as at the start, which is no point to go back to
+    if step and run.accepted is not None:
+        run.progress.best = {
+            "step": step,
+            "num_links": run.knots.index,
+            "partial": False,
+            "metric": best["metric"],
+            "value": run.accepted.metrics[best["metric"]],
+        }
+
+
+def _keep_point(run: Run, metric: str, value: float) -> None:
+    is_partial = run.chain.live is not None
+    run.progress.evaluations_without_gain = 0
+    run.progress.best = {
+        "step": run.progress.step,
+        "num_links": run.knots.index,
+        "partial": is_partial,
+        "metric": metric,
+        "value": value,
+    }
+    if run.train.keep_best and is_partial:
+        run.best_link = run.chain.live_link()
+        run.progress.best["error"] = run.best_link.error
+        if run.work is not None:
+            run.work.save_best(run.best_link, run.progress)
+
+
+# --- at its end ---
+
+
 def finish(run: Run) -> TrainResult:
     """Score the result and write ``result.json``, return what that holds, and publish the stage
     unless it is to be judged."""
@@ -63,7 +183,12 @@ def finish(run: Run) -> TrainResult:
     if run.work is not None:
         if run.config.chain.tune == "full":  # no links: the weights are the result
             run.work.save_model(run.chain.detach(), run.tokenizer)
-        run.work.end(result, run.progress, _best_point(run))
+        best = run.progress.best
+        end: tuple[int, Link | None] | None = None
+        if run.train.keep_best and best is not None:
+            partial = run.chain.links[-1] if run.best_link is not None else None
+            end = best["num_links"], partial  # the run ends at the best point
+        run.work.end(result, run.progress, end)
         if run.work.writes and not needs_judgement(run.work.opened()):
             run.work.publish()
     return result
@@ -103,6 +228,10 @@ def _final_metrics(run: Run) -> dict[str, Any]:
 def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
     config, progress = run.config, run.progress
     own = run.chain.links[run.first :]  # without those that it began on
+    if config.chain.tune == "full":
+        trainable = sum(parameter.numel() for parameter in run.chain.model.parameters())
+    else:
+        trainable = max(map(num_trained, own), default=0)
     return {
         "format": RESULT_FORMAT,
         "model": config.model,
@@ -110,7 +239,17 @@ def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
         "metrics": metrics,
         "best": progress.best,
         "stage": run.stage,
-        "links": [_described(link, place) for place, link in enumerate(own)],
+        "links": [
+            {
+                "link": place,
+                "rank": link.rank,
+                "scaling": link.config.scaling,
+                "num_steps": link.num_steps,
+                "error": link.error,
+                "config": link.config.model_dump(mode="json"),
+            }
+            for place, link in enumerate(own)
+        ],
         "steps": progress.step,
         "tokens": progress.tokens,
         "scored_tokens": progress.scored_tokens,
@@ -120,32 +259,7 @@ def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
         "base_fingerprint": run.chain.base_fingerprint,
         "wall_s": round(progress.seconds, 2),
         "peak_memory_mb": peak_memory_mb(run.processes.device),
-        "trainable_parameters": _num_trained(run, own),
+        "trainable_parameters": trainable,
         "versions": versions(),
         "hardware": hardware(run.processes.device),
     }
-
-
-def _described(link: Link, place: int) -> dict[str, Any]:
-    return {
-        "link": place,
-        "rank": link.rank,
-        "scaling": link.config.scaling,
-        "num_steps": link.num_steps,
-        "error": link.error,
-        "config": link.config.model_dump(mode="json"),
-    }
-
-
-def _num_trained(run: Run, links: Sequence[Link]) -> int:
-    if run.config.chain.tune == "full":
-        return sum(parameter.numel() for parameter in run.chain.model.parameters())
-    return max(map(num_trained, links), default=0)
-
-
-def _best_point(run: Run) -> tuple[int, Link | None] | None:
-    """Return the links up to the best point, if the run ends there: whole ones, and a part."""
-    best = run.progress.best
-    if not run.train.keep_best or best is None:
-        return None
-    return best["num_links"], run.chain.links[-1] if run.best_link is not None else None

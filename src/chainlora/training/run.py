@@ -54,7 +54,6 @@ class Run:
 
     @property
     def train(self) -> TrainConfig:
-        """The config's `train` section."""
         return self.config.train
 
     def record(self, event: Event) -> None:
@@ -93,7 +92,6 @@ class Run:
             self.work.save_point(self.progress, self.knots.numbers)
 
     def save_checkpoint(self, optimizer: torch.optim.Optimizer) -> None:
-        """Save the live link, its optimizer and the progress."""
         if self.work is not None and self.chain.live is not None:
             self.count_seconds()
             self.progress.soft_knots = self.chain.live_soft_knots

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from chainlora.chain.chain import Chain
 from chainlora.chain.holding import holding_named
 from chainlora.config.reading import flatten
 from chainlora.config.schema import RunConfig
-from chainlora.data.kept import Kept, keeps_rows
+from chainlora.data.kept import keeps_rows
 from chainlora.data.splits import Splits, prepare_splits
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError, RunError
@@ -29,28 +29,32 @@ from chainlora.models.identity import base_files
 from chainlora.models.loading import (
     check_vocabulary,
     load_model,
+    load_shards,
     load_skeleton,
     load_tokenizer,
     open_folder,
 )
-from chainlora.models.loading_shards import load_shards
 from chainlora.models.modes import kept_random_state
 from chainlora.models.quantizing import is_quantized_model
 from chainlora.models.text_config import context_length
 from chainlora.runs.draft import Progress
-from chainlora.runs.history import MAIN, Base
+from chainlora.runs.history import Base
 from chainlora.runs.loading_start import fitted
 from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.start_rows import rows_of_start
 from chainlora.runs.work import Work
 from chainlora.training.batches import make_batches
-from chainlora.training.deciding import decide
+from chainlora.training.deciding import decide, take_reference
 from chainlora.training.events import Listener, Planned, RowsEncoded
 from chainlora.training.objectives import make_objective
-from chainlora.training.processes import PATIENCE, Processes, find_processes, num_launched
-from chainlora.training.reference import take_reference
+from chainlora.training.processes import (
+    PATIENCE,
+    Processes,
+    find_processes,
+    num_launched,
+    wants_shards,
+)
 from chainlora.training.run import Run
-from chainlora.training.sharing import wants_shards
 
 logger = logging.getLogger(__name__)
 
@@ -59,123 +63,104 @@ def prepare(
     config: RunConfig,
     resume: bool,
     listener: Listener,
-    change: Collection[str] = (),
-    start: Start = NOTHING,
-    stage: str = MAIN,
-) -> Run:
-    """Load and check everything a stage needs, claim its folder, find where to resume."""
-    share_model = wants_shards(config) is not None
-    accelerator = make_accelerator(config)
-    processes = find_processes(accelerator, share_model=share_model)
-    work = None
-    if config.output is not None:
-        work = Work(config.output, stage, writes=processes.is_first)
-    try:
-        with processes.together():
-            return _prepare(
-                config, resume, listener, change, start, stage, work, accelerator, processes
-            )
-    except BaseException:
-        if work is not None:
-            work.close(undo=True)
-        raise
-
-
-def _prepare(
-    config: RunConfig,
-    resume: bool,
-    listener: Listener,
     change: Collection[str],
     start: Start,
     stage: str,
-    work: Work | None,
-    accelerator: Accelerator,
-    processes: Processes,
 ) -> Run:
-    # asked once: the first process may begin a stage while others still read rows
-    begun = work.opened() if work is not None and work.exists else None
-    here = config  # as its base is found from here
-    if work is not None and (begun is not None or start is not NOTHING):
-        here = config.model_copy(update={"model": from_above(config.model, work.run)})
-    folder, files = _claim(config, here.model, resume, change, work, processes)
-    _, _, tokenizer = open_folder(here.model)
-    own = start.tokenizer
-    if own is not None:  # instead of the base's
-        tokenizer = load_tokenizer(own)
-    with processes.in_turn():  # a bad row is told before the model is loaded
-        if begun is None and config.start_data is not None:
-            context = context_length(load_skeleton(here.model))
-            rows = rows_of_start(config.start_data, config.data, tokenizer, context)
-            start = replace(start, rows=rows)
-        earlier = start.kept if begun is None else begun.kept()
-        earlier.pop(stage, None)  # a stage that is resumed has its own beside them
-        compare = processes.is_first and begun is None
-        splits = _load_splits(here, tokenizer, listener, earlier, compare)
-    model = _load_model(here, processes)
-    check_vocabulary(model, tokenizer, own or folder)
-    batches = make_batches(config, splits.train, splits.mixture)
-    check(config, model, splits)
-    chain = Chain(model, seed=config.train.seed, hold=config.chain.hold, checkpoint=folder)
-    engine = _new_engine(config, model, processes)
-    try:
-        base = _identity(config, chain, files)
-        if begun is None:
-            start = _begun_on(start, chain, config)
-        progress = Progress()
-        if work is not None:
+    """Load and check everything a stage needs, claim its folder, find where to resume."""
+    accelerator = _make_accelerator(config)
+    processes = find_processes(accelerator, share_model=wants_shards(config) is not None)
+    work = None
+    with ExitStack() as undo:
+        if config.output is not None:
+            work = Work(config.output, stage, writes=processes.is_first)
+            undo.callback(work.close, undo=True)
+        with processes.together():
+            # asked once: the first process may begin a stage while others still read rows
+            begun = work.opened() if work is not None and work.exists else None
+            here = config  # as its base is found from here
+            if work is not None and (begun is not None or start is not NOTHING):
+                here = config.model_copy(update={"model": from_above(config.model, work.run)})
             with processes.in_turn():
-                progress = work.begin(
-                    config,
-                    base,
-                    rows=splits.digest,
-                    start=start,
-                    keep=splits.kept if keeps_rows(config.data) else None,
+                if work is not None:
+                    work.open(config, resume=resume, change=change)  # and lock it
+                folder = resolve_model(here.model)
+                files = base_files(folder)
+            if work is not None:
+                work.check_base_files(files)  # before they are loaded
+            _, _, tokenizer = open_folder(here.model)
+            if start.tokenizer is not None:  # instead of the base's
+                tokenizer = load_tokenizer(start.tokenizer)
+            with processes.in_turn():  # a bad row is told before the model is loaded
+                context = context_length(load_skeleton(here.model))
+                if begun is None and config.start_data is not None:
+                    rows = rows_of_start(config.start_data, config.data, tokenizer, context)
+                    start = replace(start, rows=rows)
+                earlier = start.kept if begun is None else begun.kept()
+                earlier.pop(stage, None)  # a stage that is resumed has its own beside them
+                splits = prepare_splits(
+                    config.data,
+                    tokenizer,
+                    context,
+                    lambda split, rows, share: listener(RowsEncoded(0, split, rows, share)),
+                    loss=config.train.loss,
+                    earlier=earlier,
+                    compare=processes.is_first and begun is None,
                 )
-        run = Run(
-            config=config,
-            batches=batches,
-            splits=splits,
-            objective=make_objective(splits.loss, config.train),
-            chain=chain,
-            engine=engine,
-            tokenizer=tokenizer,
-            accelerator=accelerator,
-            processes=processes,
-            work=work,
-            progress=progress,
-            listener=listener,
-            stage=stage,
-            first=len(start.links),
-        )
-        with kept_random_state(model):  # PEFT draws in layers that it puts on
-            _restore_links(run, start)
-            if splits.loss == "dpo":
-                take_reference(run)
-            decide(run)
-        _announce(run)
-    except BaseException:
-        engine.close()
-        raise
+            model = _load_model(here, processes)
+            check_vocabulary(model, tokenizer, start.tokenizer or folder)
+            batches = make_batches(config, splits.train, splits.mixture)
+            _check(config, model, splits)
+            chain = Chain(model, seed=config.train.seed, hold=config.chain.hold, checkpoint=folder)
+            engine = _new_engine(config, model, processes)
+            undo.callback(engine.close)
+            base = Base(
+                model=config.model,
+                fingerprint=chain.base_fingerprint,
+                dtype=config.train.dtype,
+                files=files,
+                fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+                quantize=config.quantize,
+            )
+            if begun is None:
+                start = _begun_on(start, chain, config)
+            progress = Progress()
+            if work is not None:
+                with processes.in_turn():
+                    progress = work.begin(
+                        config,
+                        base,
+                        rows=splits.digest,
+                        start=start,
+                        keep=splits.kept if keeps_rows(config.data) else None,
+                    )
+            run = Run(
+                config=config,
+                batches=batches,
+                splits=splits,
+                objective=make_objective(splits.loss, config.train),
+                chain=chain,
+                engine=engine,
+                tokenizer=tokenizer,
+                accelerator=accelerator,
+                processes=processes,
+                work=work,
+                progress=progress,
+                listener=listener,
+                stage=stage,
+                first=len(start.links),
+            )
+            with kept_random_state(model):  # PEFT draws in layers that it puts on
+                chain.add(*start.links)
+                chain.begin_stage(stage)
+                if work is not None:  # those that it had tied when it was stopped
+                    chain.add(*work.load_links())
+                if splits.loss == "dpo":
+                    take_reference(run)
+                decide(run)
+            _announce(run)
+        undo.pop_all()
     return run
-
-
-def _claim(
-    config: RunConfig,
-    model: str,
-    resume: bool,
-    change: Collection[str],
-    work: Work | None,
-    processes: Processes,
-) -> tuple[Path, dict[str, str]]:
-    """Lock the stage if it is there; return the folder of the base `model`, and its checksums."""
-    with processes.in_turn():
-        if work is not None:
-            work.open(config, resume=resume, change=change)
-        folder = resolve_model(model)
-        files = base_files(folder)
-    if work is not None:
-        work.check_base_files(files)  # before they are loaded
-    return folder, files
 
 
 def _load_model(config: RunConfig, processes: Processes) -> Any:
@@ -197,22 +182,6 @@ def _load_model(config: RunConfig, processes: Processes) -> Any:
     return model
 
 
-def _load_splits(
-    config: RunConfig,
-    tokenizer: Any,
-    listener: Listener,
-    earlier: Mapping[str, Kept],
-    compare: bool,
-) -> Splits:
-    def tell(split: str, rows: int, share: float) -> None:
-        listener(RowsEncoded(0, split, rows, share))
-
-    context, loss = context_length(load_skeleton(config.model)), config.train.loss
-    return prepare_splits(
-        config.data, tokenizer, context, tell, loss=loss, earlier=earlier, compare=compare
-    )
-
-
 def _new_engine(config: RunConfig, model: Any, processes: Processes) -> Engine:
     """LoRA's dropout draws from one generator, full gradients are as large as the model, and
     quantised layers keep state of their own."""
@@ -222,19 +191,7 @@ def _new_engine(config: RunConfig, model: Any, processes: Processes) -> Engine:
     return Engine(model, speedups=speedups, training=True, threads=threads, sharing=processes)
 
 
-def _identity(config: RunConfig, chain: Chain, files: dict[str, str]) -> Base:
-    """Describe the base model for ``history.json``."""
-    return Base(
-        model=config.model,
-        fingerprint=chain.base_fingerprint,
-        dtype=config.train.dtype,
-        files=files,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in chain.model.modules()),
-        quantize=config.quantize,
-    )
-
-
-def check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
+def _check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
     """Refuse what the model or the rows cannot do, before the output directory is claimed."""
     if config.chain.tune == "lora":
         for link in dict.fromkeys(config.chain.links()):
@@ -262,12 +219,18 @@ def check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
         )
 
 
-def make_accelerator(config: RunConfig) -> Accelerator:
+def _make_accelerator(config: RunConfig) -> Accelerator:
     """Return the accelerator of a run, its trackers checked."""
     wanted = list(config.train.trackers)
     missing = [name for name in wanted if name not in LOGGER_TYPE_TO_CLASS]
     if not missing:
-        _check_place_of(wanted, config.output)
+        for name in wanted if config.output is None else ():
+            if LOGGER_TYPE_TO_CLASS[name].requires_logging_directory:
+                raise ConfigError(
+                    "a tracker that writes files needs a place for them",
+                    f"{name!r} in `trackers` and no output",
+                    "give output, or remove it",
+                )
         try:
             accelerator = Accelerator(
                 cpu=num_launched() > 1 and not torch.accelerator.is_available(),
@@ -289,16 +252,6 @@ def make_accelerator(config: RunConfig) -> Accelerator:
             f"{missing[0]!r}); pip install it or remove it"
         )
     return accelerator
-
-
-def _check_place_of(trackers: Sequence[str], output: str | None) -> None:
-    for name in trackers if output is None else ():
-        if LOGGER_TYPE_TO_CLASS[name].requires_logging_directory:
-            raise ConfigError(
-                "a tracker that writes files needs a place for them",
-                f"{name!r} in `trackers` and no output",
-                "give output, or remove it",
-            )
 
 
 def _checkpoint_activations(model: Any) -> None:
@@ -325,15 +278,6 @@ def _begun_on(start: Start, chain: Chain, config: RunConfig) -> Start:
     for note in start.notes:
         logger.warning("%s", note)
     return start
-
-
-def _restore_links(run: Run, start: Start) -> None:
-    """Put the links on the model that the stage begins on, and those that it had tied when it was
-    stopped."""
-    run.chain.add(*start.links)
-    run.chain.begin_stage(run.stage)
-    if run.work is not None:
-        run.chain.add(*run.work.load_links())
 
 
 def _announce(run: Run) -> None:

@@ -1,27 +1,33 @@
-"""Stages: what has ended is verified, what is new is trained, judged and scored.
+"""`chainlora.train`, `chainlora.extend`, and the stages of a run, which they train.
 
-Each stage is trained by the loop of a plain run, on the state that the run is now. So what holds
-for a run holds inside a stage: kills, resume to the same bits, the best point, early stop.
-The same call again goes on where the last one was stopped, and does nothing where all is done.
+What has ended is verified, what is new is trained, judged and scored. Each stage is trained by the
+loop of a plain run, on the state that the run is now. So what holds for a run holds inside a stage:
+kills, resume to the same bits, the best point, early stop. The same call again goes on where the
+last one was stopped, and does nothing where all is done.
 """
 
 from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import chain, count
 from os.path import expanduser
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from chainlora.config.reading import set_key
+from chainlora.chain.showing import Shown
+from chainlora.config.reading import make_config, read_config, set_key
 from chainlora.config.schema import RunConfig
 from chainlora.config.staging import (
     Stage,
+    check_alone,
     check_name,
+    has_stages,
     is_run,
     make_stage,
+    make_stages,
     not_inherited,
     split_address,
     what_stages_share,
@@ -34,21 +40,108 @@ from chainlora.models.finding import from_above
 from chainlora.runs.addresses import find_state, state_of_draft
 from chainlora.runs.draft import drafts_in, read_draft
 from chainlora.runs.history import read_history
-from chainlora.runs.loading_start import start_at
+from chainlora.runs.loading_start import start_at, with_start
 from chainlora.runs.locks import refuse_links
 from chainlora.runs.resuming import not_named
 from chainlora.runs.state import OpenState
 from chainlora.runs.work import Work
-from chainlora.training.events import Listener, StageBegins, StageGuarded
+from chainlora.training.events import Event, Listener, StageBegins, StageGuarded
 from chainlora.training.interrupts import stop_requested
+from chainlora.training.loop import train as run_training
 from chainlora.training.loop import train_stage
 from chainlora.training.plan import StagePlan, begun_stage, make_plan, naming, need_below
 from chainlora.training.processes import is_first_launched, num_launched, wait_for_all
-from chainlora.training.result import TrainResult, needs_judgement
+from chainlora.training.progress import progress_listener
+from chainlora.training.result import TrainResult, needs_judgement, result_of
 
 logger = logging.getLogger(__name__)
 
 REHEARSAL, STEPS = "rehearsal", 40
+
+
+def train(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *,
+    resume: bool = False,
+    listener: Listener | None = None,
+    change: Collection[str] = (),
+    progress: bool | None = None,
+) -> TrainResult:
+    """Run a config from data to result and return what ``result.json`` holds.
+
+    Args:
+        config: a config, the path of a YAML file, or a mapping of its keys. One with `stages`
+            trains those that are new, and gives the result of the last one.
+        resume: resume a run in `output` that was stopped or killed, to the same bits, and return
+            the result of one that has ended; where no run is, begin. Without, a run in `output` is
+            refused. Stages always resume.
+        listener: gets every event (`training.events`): `Planned` before the first step, and before
+            it `RowsEncoded` while a large data set is tokenised.
+        change: keys that a resume may change (`runs.resuming.CHANGEABLE`).
+        progress: whether to show it on stderr: a bar on a terminal, lines in a notebook or a log
+            file. None: unless there is a listener.
+
+    Everything that can be refused is refused before training. Raises ChainLoRAError subclasses.
+    """
+    if isinstance(config, str | Path):
+        config = read_config(config)
+    if isinstance(config, RunConfig) and has_stages(dict(config)):
+        config = config.model_dump(mode="json")
+    if isinstance(config, Mapping) and has_stages(config):
+        stages = make_stages(with_start(config))
+        return _of_stages(stages, listener, change, progress)
+    checked = check_alone(config if isinstance(config, RunConfig) else make_config(config))
+    with _shown(listener, progress) as tell:
+        found = run_training(checked, resume=resume, listener=tell, change=change)
+    return cast(TrainResult, Shown(found))
+
+
+def extend(
+    run: str | Path,
+    stage: Mapping[str, Any],
+    *,
+    listener: Listener | None = None,
+    progress: bool | None = None,
+) -> TrainResult:
+    """Train one more stage on top of a run, and return what its ``result.json`` holds.
+
+    `stage` has a `name`, and the sections data, chain and train; what it leaves open is as in the
+    stage before, but for rows, ranks, lengths and how the end is chosen: a warning names those keys
+    of the stage before. With `output` it becomes a fork that begins on
+    `run`, which may then be ``RUN@STAGE``. The same call again goes on where it was stopped.
+    """
+    return _of_stages(extension(run, stage), listener, (), progress)
+
+
+def _of_stages(
+    stages: Sequence[Stage],
+    listener: Listener | None,
+    change: Collection[str],
+    progress: bool | None,
+) -> TrainResult:
+    """Train what is new, and return the last stage's result."""
+    with _shown(listener, progress) as tell:
+        last = train_stages(stages, listener=tell, change=change)[-1]
+    found = last or result_of(stages[-1].config, stages[-1].name)
+    return cast(TrainResult, Shown(found))
+
+
+@contextmanager
+def _shown(listener: Listener | None, progress: bool | None) -> Iterator[Listener]:
+    """Give what tells the listener, and shows progress where it is wanted."""
+    is_shown = (listener is None) if progress is None else progress
+    is_shown &= is_first_launched()
+    with progress_listener() if is_shown else nullcontext(lambda event: None) as show:
+
+        def tell(event: Event) -> None:
+            show(event)
+            if listener is not None:
+                listener(event)
+
+        yield tell
+
+
+# --- stages ---
 
 
 def train_stages(
@@ -74,6 +167,8 @@ def train_stages(
         if planned.state == "finished":
             Work(run, planned.name, writes=is_first_launched()).tidy()
             results.append(None)
+            if planned.stage.beside and is_first_launched():  # a kill may have come before
+                _take_in(run, planned.stage)
             continue
         start = plan.start
         if planned is not plan.due[0]:
@@ -88,7 +183,9 @@ def train_stages(
         if is_first_launched():
             _take_in(run, planned.stage)
     if matrix and is_first_launched():
-        _score(run)
+        state = find_state(run)
+        if len(state.columns) > 1 and state.keepers():
+            stage_matrix(run, progress=_stop_if_requested)
     wait_for_all()
     return results
 
@@ -218,7 +315,8 @@ def _judge(run: Path, planned: StagePlan, tell: Listener) -> None:
 def _take_in(run: Path, stage: Stage) -> None:
     """Combine a stage that has ended beside the others with what the run is combined of."""
     history = read_history(run)
-    if stage.name in {entry.key for entry in history.lineage(history.head)}:
+    combined = {key for entry in history.entries if entry.kind == "combine" for key in entry.parents}
+    if stage.name in combined | {entry.key for entry in history.lineage(history.head)}:
         return
     if stage.beside:
         combine(run, [*history.ends(history.head), stage.name], progress=_stop_if_requested)
@@ -229,13 +327,6 @@ def _take_in(run: Path, stage: Stage) -> None:
         "both: chainlora combine %s",
         *what,
     )
-
-
-def _score(run: Path) -> None:
-    """Score all stages in all states, where there are several and they kept rows."""
-    state = find_state(run)
-    if len(state.columns) > 1 and state.keepers():
-        stage_matrix(run, progress=_stop_if_requested)
 
 
 def _stop_if_requested(what: str, done: int, rows: int) -> None:

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from chainlora.chain.adapters.factors import Factors
 from chainlora.chain.adapters.targets import peft_config, trained_module
+from chainlora.chain.link import Factors
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import RunError
 from chainlora.files import reported, save_tensors
@@ -170,34 +170,24 @@ def reload_adapter(
     `model` is on the meta device, and is adapted in place. It gets memory that nothing touches:
     only the adapter's own weights are looked at.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         model = model.to_empty(device="cpu")  # PEFT moves factors to the device of their layer
         loaded = peft.PeftModel.from_pretrained(model, str(directory))
-    found = {
-        name.removeprefix(_PREFIX).replace(".default", ""): parameter
-        for name, parameter in loaded.named_parameters()
-        if ".lora_" in name or ".modules_to_save." in name
-    }
     wanted = dict(extra)
     for name, pair in factors.items():
         a, b = _names(pair)
         parts = {a: pair.a, b: pair.b, "lora_B.bias": pair.bias}
         wanted |= {f"{name}.{key}": part for key, part in parts.items() if part is not None}
-    found = {
-        plain: tensor
-        for name, tensor in found.items()
-        # PEFT adds the head of a classifier even where it was not trained
-        if (plain := name.replace(".modules_to_save", "")) in wanted or ".lora_" in plain
-    }
+    found = {}
+    for name, parameter in loaded.named_parameters():
+        plain = name.removeprefix(_PREFIX).replace(".default", "").replace(".modules_to_save", "")
+        is_whole = ".modules_to_save." in name  # PEFT adds an untrained head of a classifier too
+        if ".lora_" in name or (is_whole and plain in wanted):
+            found[plain] = parameter
     for name in sorted(wanted.keys() | found.keys()):
-        if name not in wanted or not _equal(found.get(name), wanted[name]):
+        if name not in wanted or name not in found:
+            return name
+        tensor = found[name].detach().cpu()  # extra modules come in the model's dtype
+        if not torch.equal(tensor, wanted[name].to(tensor.dtype)):
             return name
     return None
-
-
-def _equal(found: Tensor | None, wanted: Tensor) -> bool:
-    """Compare in the dtype that was loaded: extra modules come in that of the model."""
-    if found is None or found.shape != wanted.shape:
-        return False
-    return torch.equal(found.detach().cpu(), wanted.to(found.dtype))

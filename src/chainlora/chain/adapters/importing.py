@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from chainlora.chain.adapters.adapter_files import damaged, load_adapter, read_config
-from chainlora.chain.adapters.factors import Factors, padded
+from chainlora.chain.link import Factors, padded
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ModelError
 
@@ -63,17 +63,13 @@ _CONVERT = (
 
 @dataclass(frozen=True)
 class Imported:
-    """A LoRA of PEFT, read from its folder.
-
-    `extra` holds the weights, by parameter path, of modules that it trained whole; `kept` those of
-    embeddings that PEFT has stored beside it, which must be the base's. `stored` is PEFT's config.
-    """
+    """A LoRA of PEFT, read from its folder; tensors are by parameter path."""
 
     config: LinkConfig
     factors: dict[str, Factors]
-    extra: dict[str, Tensor]
-    kept: dict[str, Tensor]
-    stored: dict[str, Any]
+    extra: dict[str, Tensor]  # of modules that it trained whole
+    kept: dict[str, Tensor]  # of embeddings that PEFT stored beside it, which must be the base's
+    stored: dict[str, Any]  # PEFT's config
 
     @property
     def base(self) -> str:
@@ -84,8 +80,7 @@ class Imported:
 def import_adapter(folder: Path) -> Imported:
     """Read an adapter that PEFT has saved. Raises ModelError for what cannot become a link."""
     stored = read_config(folder)
-    _check_fields(stored, folder)
-    _refuse_pickle(folder)
+    _check(stored, folder)
     factors, beside = load_adapter(folder)
     try:
         names = tuple(stored.get("modules_to_save") or ())
@@ -93,12 +88,8 @@ def import_adapter(folder: Path) -> Imported:
         config, factors = _as_one(stored, factors, tuple(sorted(set(whole.values()))))
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, re.error) as error:
         raise damaged(folder, f"an adapter_config.json with {error}") from None
-    extra = {path: weight for path, weight in beside.items() if path in whole}
-    kept = {
-        path.replace(".base_layer.", "."): weight
-        for path, weight in beside.items()
-        if path not in extra
-    }
+    extra = {path: beside.pop(path) for path in whole}
+    kept = {path.replace(".base_layer.", "."): weight for path, weight in beside.items()}
     return Imported(config, factors, extra, kept, stored)
 
 
@@ -112,7 +103,7 @@ def odd_field(config: Mapping[str, Any], known: set[str]) -> tuple[str, object] 
     return None
 
 
-def _check_fields(config: dict[str, Any], folder: Path) -> None:
+def _check(config: dict[str, Any], folder: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ModelError("an adapter must be a LoRA", f"{kind!r:.40} in {folder}", _MERGE)
@@ -122,9 +113,6 @@ def _check_fields(config: dict[str, Any], folder: Path) -> None:
     if (init := config.get("init_lora_weights")) not in _INITS:
         got = f"`init_lora_weights: {init!r:.40}` in {folder}"
         raise ModelError("an adapter must be for the base as it is", got, _CONVERT)
-
-
-def _refuse_pickle(folder: Path) -> None:
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     if pickles and not any(folder.glob("*.safetensors")):
         raise ModelError(
@@ -160,10 +148,14 @@ def _as_one(
         target_modules=tuple(sorted(factors)),
         extra_modules=whole,
     )
-    return config, {
-        name: padded(_scaled(share, _of(stored, name, share, power) / scaling), rank)
-        for name, share in factors.items()
-    }
+    found = {}
+    for name, share in factors.items():
+        ratio = _of(stored, name, share, power) / scaling
+        if not math.isclose(ratio, 1.0, rel_tol=1e-12):  # folded into B and its bias
+            bias = None if share.bias is None else share.bias * ratio
+            share = replace(share, b=share.b * ratio, bias=bias)
+        found[name] = padded(share, rank)
+    return config, found
 
 
 def _of(stored: Mapping[str, Any], name: str, share: Factors, power: float) -> float:
@@ -174,12 +166,3 @@ def _of(stored: Mapping[str, Any], name: str, share: Factors, power: float) -> f
     if rank != share.a.shape[0]:
         raise ValueError(f"rank {rank} for factors of rank {share.a.shape[0]} at {name}")
     return alpha / rank**power
-
-
-def _scaled(share: Factors, ratio: float) -> Factors:
-    """Fold a ratio of scalings into B and its bias."""
-    if math.isclose(ratio, 1.0, rel_tol=1e-12):
-        return share
-    return replace(
-        share, b=share.b * ratio, bias=None if share.bias is None else share.bias * ratio
-    )

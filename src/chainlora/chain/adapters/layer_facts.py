@@ -26,6 +26,17 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D) or is_packed(module)
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Say whether the module stores its weight (in × out): GPT-2's Conv1D, or an embedding, whose
+    input is a token."""
+    return isinstance(module, Conv1D | nn.Embedding)
+
+
+def has_fan_in_first(module: nn.Module) -> bool:
+    """Say whether PEFT must be told that a module stores its weight (in × out)."""
+    return isinstance(module, Conv1D)
+
+
 def sizes(module: Any) -> tuple[int, int]:
     """Return (in, out) of a layer; an embedding's input is a token."""
     if isinstance(module, Conv1D | nn.Embedding):
@@ -73,8 +84,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def why_no_lora(module: nn.Module) -> str | None:
     """Return why PEFT has no LoRA for a layer that shows no weight, None where it has one."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         try:
             peft.LoraModel._create_new_module(peft.LoraConfig(), "probe", module, r=1, lora_alpha=1)
         except (ValueError, TypeError, ImportError) as error:
@@ -100,26 +110,24 @@ def stacked_experts(model: nn.Module, names: Iterable[str]) -> set[str]:
     reads a target such as ``gate_proj`` as theirs, in layers too that have a plain Linear of that
     name, and reads an adapter from disk in the same way.
     """
-    leaves = {name.rpartition(".")[2] for name in names}
-    taken = {leaf for leaf in leaves if _is_of_experts(model, leaf)}
-    return {name for name in names if name.rpartition(".")[2] in taken}
-
-
-def _is_of_experts(model: nn.Module, leaf: str) -> bool:
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    config = peft.LoraConfig(target_modules=[leaf])
-    try:
-        convert_peft_config_for_transformers(config, model=model, conversions=None)
-    except ValueError:  # one projection of an expert without the others
-        return True
-    return leaf not in (config.target_modules or ())
+    taken = set()
+    for leaf in {name.rpartition(".")[2] for name in names}:
+        config = peft.LoraConfig(target_modules=[leaf])
+        try:
+            convert_peft_config_for_transformers(config, model=model, conversions=None)
+        except ValueError:  # one projection of an expert without the others
+            taken.add(leaf)
+        if leaf not in (config.target_modules or ()):
+            taken.add(leaf)
+    return {name for name in names if name.rpartition(".")[2] in taken}
 
 
 def uncalled_modules(model: nn.Module, matched: Mapping[str, nn.Module]) -> set[str]:
     """Return which modules a model never calls on text, none of their kind being called either.
 
-    Of experts only some see a token; they count as called where one of the same place is.
+    An expert counts as called if any sibling is.
     """
     called = _called_modules(model)
     if called is None:
@@ -188,3 +196,25 @@ def tied_pair(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
     if weight is None or embedding is None or weight is not embedding.weight:
         return None, None
     return head, embedding
+
+
+# --- bases in few bits ---
+
+
+def prepare_quantized(model: Any) -> None:
+    """Prepare a quantised model for links in place, as PEFT does for one LoRA.
+
+    Everything is frozen. Beside layers of bitsandbytes, what is not quantised becomes float32: the
+    embedding, norms and the head, and so hidden states and logits. Quantised layers multiply in
+    their compute dtype as before. Other kinds of layers keep the model's dtype.
+    """
+    peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def dequantized(layer: nn.Module) -> Tensor:
+    """Return the weight of a linear layer as it computes with it, [out, in] float32 on the CPU."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight: Any = dequantize_module_weight(layer) if is_quantized(layer) else layer.weight
+    weight = weight.detach().float().cpu()
+    return weight.T if is_transposed(layer) else weight

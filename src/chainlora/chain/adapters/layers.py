@@ -15,14 +15,13 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from chainlora.chain.adapters.factors import Factors
-from chainlora.chain.adapters.layer_facts import is_linear
-from chainlora.chain.adapters.refusals import check_targets
-from chainlora.chain.adapters.targets import named_modules, peft_config, task_type
+from chainlora.chain.adapters.layer_facts import is_linear, is_transposed
+from chainlora.chain.adapters.targets import check_targets, named_modules, peft_config, task_type
+from chainlora.chain.link import Factors
 from chainlora.config.schema import LinkConfig
 
+CARRIED = "carried"  # PEFT's name of the branch that holds a chain's earlier links
 LIVE = "default"  # the name that PEFT gives, and that its users and TRL expect
 
 
@@ -106,8 +105,7 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     targets = sorted(check_targets(model, config))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         # PEFT would take every module whose path *ends* in the name, `input_layernorm` for `norm`:
         # give it whole paths
         extra = [name for name, _ in named_modules(model, config.extra_modules)] or None
@@ -188,17 +186,17 @@ def same_shape(adapter: Adapter, config: LinkConfig) -> bool:
     return adapter.config.model_copy(update={"alpha": config.alpha, "init": config.init}) == config
 
 
+@torch.no_grad()
 def set_factors(adapter: Adapter, name: str, factors: Factors) -> None:
     """Write one module's factors, in place."""
     layer = adapter.layers[name]
     a, b, bias = factors_in(layer, LIVE)
-    with torch.no_grad():
-        a.copy_(factors.a)
-        b.copy_(factors.b)
-        if bias is not None:
-            bias.copy_(torch.zeros(()) if factors.bias is None else factors.bias)
-        if LIVE in layer.lora_magnitude_vector and factors.magnitude is not None:
-            layer.lora_magnitude_vector[LIVE].weight.copy_(factors.magnitude)
+    a.copy_(factors.a)
+    b.copy_(factors.b)
+    if bias is not None:
+        bias.copy_(torch.zeros(()) if factors.bias is None else factors.bias)
+    if LIVE in layer.lora_magnitude_vector and factors.magnitude is not None:
+        layer.lora_magnitude_vector[LIVE].weight.copy_(factors.magnitude)
 
 
 def live_factors(adapter: Adapter, name: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -242,13 +240,13 @@ def set_dropouts(adapter: Adapter, dropouts: Mapping[str, float]) -> None:
         adapter.layers[name].lora_dropout[LIVE].p = dropouts[name]
 
 
+@torch.no_grad()
 def zero(adapter: Adapter) -> None:
     """Make the adapter add nothing: both factors and the bias to zero, in place."""
-    with torch.no_grad():
-        for layer in adapter.layers.values():
-            for parameter in factors_in(layer, LIVE):
-                if parameter is not None:
-                    parameter.zero_()
+    for layer in adapter.layers.values():
+        for parameter in factors_in(layer, LIVE):
+            if parameter is not None:
+                parameter.zero_()
 
 
 def reset_magnitudes(adapter: Adapter) -> None:
@@ -260,15 +258,6 @@ def reset_magnitudes(adapter: Adapter) -> None:
             norms = torch.linalg.norm(weight, dim=0 if is_transposed(base) else 1)
             with torch.no_grad():
                 layer.lora_magnitude_vector[LIVE].weight.copy_(norms)
-
-
-def base_parameters(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    """Yield (path on the plain model, parameter) of the layers below a LoRA: what may be merged."""
-    for name, layer in adapter.layers.items():
-        base = layer.get_base_layer()
-        for key in ("weight", "bias"):
-            if isinstance(parameter := getattr(base, key, None), Tensor):
-                yield f"{name}.{key}", parameter
 
 
 def extra_parameters(adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
@@ -310,12 +299,66 @@ def trained_whole(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
     return {name: module for name, module in found if isinstance(module, ModulesToSaveWrapper)}
 
 
-def is_transposed(module: nn.Module) -> bool:
-    """Say whether the module stores its weight (in × out): GPT-2's Conv1D, or an embedding, whose
-    input is a token."""
-    return isinstance(module, Conv1D | nn.Embedding)
+# --- a low-rank sum beside the base, frozen: how a chain carries its earlier links ---
 
 
-def has_fan_in_first(module: nn.Module) -> bool:
-    """Say whether PEFT must be told that a module stores its weight (in × out)."""
-    return isinstance(module, Conv1D)
+def carry(adapter: Adapter, stacked: Mapping[str, Factors], room: int = 0) -> None:
+    """Hold a low-rank sum beside the base as one frozen branch, in place.
+
+    Scalings are folded into B and the bias. The branch has the rank of the sum, or `room` where
+    that is more, and keeps its tensors as long as that rank stays the same.
+    """
+    rank = max([factors.a.shape[0] for factors in stacked.values()] + [room])
+    with_bias = any(factors.bias is not None for factors in stacked.values())
+    there = [factors_in(layer, CARRIED) for layer in adapter.branch.values()]
+    fits = (
+        rank == max((each.a.shape[0] for each in there), default=0)
+        and stacked.keys() <= adapter.branch.keys()
+        and (not with_bias or any(each.bias is not None for each in there))
+    )
+    if not fits:
+        modules = dict.fromkeys([*adapter.layers, *stacked])
+        _put_on_branch(adapter, list(modules), rank, with_bias)
+    for name, layer in adapter.branch.items():
+        _fill_branch(layer, stacked.get(name))
+
+
+def _put_on_branch(adapter: Adapter, modules: list[str], rank: int, with_bias: bool) -> None:
+    tuner = adapter.tuner
+    if CARRIED in tuner.peft_config:
+        tuner.delete_adapter(CARRIED)
+        adapter.branch = {}
+    if not rank:
+        return
+    tuner.peft_config[CARRIED] = peft.LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=modules, lora_bias=with_bias
+    )
+    with warnings.catch_warnings(action="ignore"):
+        tuner.inject_adapter(tuner.model, CARRIED)
+        tuner.set_adapter([CARRIED, LIVE])
+    adapter.branch = {
+        name: layer
+        for name, layer in lora_layers(tuner.model).items()
+        if CARRIED in layer.lora_A or CARRIED in layer.lora_embedding_A
+    }
+    for layer in adapter.branch.values():
+        for parameter in factors_in(layer, CARRIED):
+            if parameter is not None:
+                parameter.data = parameter.data.float()
+        layer.scaling[CARRIED] = 1.0
+    train_only(adapter)
+
+
+@torch.no_grad()
+def _fill_branch(layer: Any, factors: Factors | None) -> None:
+    a, b, bias = factors_in(layer, CARRIED)
+    for parameter in (a, b, bias):
+        if parameter is not None:
+            parameter.zero_()
+    if factors is None:
+        return
+    rank = factors.a.shape[0]
+    a[:rank].copy_(factors.a)
+    b[:, :rank].copy_(factors.b)
+    if bias is not None and factors.bias is not None:
+        bias.copy_(factors.bias)

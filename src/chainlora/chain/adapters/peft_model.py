@@ -17,7 +17,6 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from chainlora.chain.adapters.factors import Factors
 from chainlora.chain.adapters.importing import odd_field
 from chainlora.chain.adapters.layers import (
     LIVE,
@@ -29,6 +28,7 @@ from chainlora.chain.adapters.layers import (
     trained_whole,
     unload,
 )
+from chainlora.chain.link import Factors
 from chainlora.errors import ModelError
 
 # TRL's DPOTrainer adds a copy of a fresh adapter under this name, as its reference.
@@ -88,11 +88,12 @@ def _peft_model(model: nn.Module) -> Any:
             "peft.get_peft_model, or pass peft_config to a trainer of TRL"
         )
     names = [name for name in model.peft_config if name != _REFERENCE]
-    if names != [LIVE] or model.active_adapters != [LIVE]:
+    active = model.active_adapters
+    if names != [LIVE] or active != [LIVE]:
         remedy = "merge or delete the others" if len(names) > 1 else "leave adapter_name out"
         raise ModelError(
             f"a chain needs one adapter, of PEFT's name {LIVE!r} (got {', '.join(names)}; active: "
-            f"{', '.join(model.active_adapters)}); {remedy}"
+            f"{', '.join(active)}); {remedy}"
         )
     if model.peft_config[LIVE].peft_type != peft.PeftType.LORA:
         kind = getattr(model.peft_config[LIVE].peft_type, "value", "another")
@@ -150,15 +151,12 @@ def read_trained(model: Any) -> tuple[dict[str, Factors], dict[str, Tensor]] | N
             "model.unmerge_adapter(), or load both anew"
         )
     factors = {name: copied_factors(layer) for name, layer in layers.items()}
-    pairs = [
-        (f"{name}.{key}", wrapper.original_module.get_parameter(key), parameter)
-        for name, wrapper in whole.items()
-        for key, parameter in wrapper.modules_to_save[LIVE].named_parameters()
-    ]
-    adds = any(share.adds for share in factors.values())
-    if not adds and all(torch.equal(before, now) for _, before, now in pairs):
-        return None
-    return factors, {path: host(now) for path, _, now in pairs}
+    adds, extra = any(share.adds for share in factors.values()), {}
+    for name, wrapper in whole.items():
+        for key, now in wrapper.modules_to_save[LIVE].named_parameters():
+            extra[f"{name}.{key}"] = host(now)
+            adds = adds or not torch.equal(wrapper.original_module.get_parameter(key), now)
+    return (factors, extra) if adds else None
 
 
 def take_off(model: Any) -> nn.Module:
@@ -170,8 +168,7 @@ def take_off(model: Any) -> nn.Module:
 
 def put_in(model: Any, adapter: Adapter) -> None:
     """Let a PEFT model hold a chain's LoRA, which sits on its plain model already."""
-    if model.base_model is not adapter.tuner:
-        model.base_model = adapter.tuner
+    model.base_model = adapter.tuner
     model.active_adapter = LIVE
 
 

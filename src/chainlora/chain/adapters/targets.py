@@ -1,12 +1,13 @@
-"""Which modules a link adapts: PEFT's own matching, less what a LoRA would do nothing on."""
+"""Which modules a link adapts: PEFT's own matching, less what a LoRA would do nothing on, and why a
+module that is named cannot be adapted."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import peft
 from torch import nn
@@ -16,17 +17,23 @@ from chainlora.chain.adapters.layer_facts import (
     has_own_forward,
     is_linear,
     kind_of,
+    looks_up,
+    shared_weights,
+    sizes,
     stacked_experts,
     tied_pair,
     uncalled_modules,
+    why_no_lora,
     why_no_lora_by_name,
 )
 from chainlora.config.schema import LinkConfig
-from chainlora.models.quantizing import is_packed
+from chainlora.errors import ModelError
+from chainlora.models.quantizing import is_packed, is_quantized
+from chainlora.models.shards import is_shard
 
 log = logging.getLogger(__name__)
 
-_SAID: WeakSet[nn.Module] = WeakSet()
+_SAID: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -97,8 +104,7 @@ def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module
         check_target_module_exists,
     )
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         resolved: Any = _maybe_include_all_linear_layers(peft_config(config), model)
     takes_all = str(config.target_modules).lower() == "all-linear"
     if takes_all:
@@ -114,18 +120,9 @@ def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module
     left_out = stacked_experts(model, matched) | uncalled_modules(model, matched)
     left_out |= {name for name in matched if why_no_lora_by_name(model, name)}
     left_out |= {name for name, module in matched.items() if has_own_forward(module)}
-    _say(model, left_out)
-    return {name: module for name, module in matched.items() if name not in left_out}
-
-
-def _say(model: nn.Module, left_out: set[str]) -> None:
-    """Log once a model which layers a link on all of them does without."""
-    if model in _SAID:
-        return
-    _SAID.add(model)
     if left_out:
-        kinds = sorted({kind_of(name) for name in left_out})
-        log.warning("all-linear leaves out %d layers: %s", len(left_out), ", ".join(kinds))
+        kinds = ", ".join(sorted({kind_of(name) for name in left_out}))
+        _warn_once(model, f"all-linear leaves out {len(left_out)} layers: {kinds}")
     stacked = {
         kind_of(name)
         for name, module in model.named_modules()
@@ -133,7 +130,16 @@ def _say(model: nn.Module, left_out: set[str]) -> None:
         and any(p.dim() == 3 for p in module.parameters(recurse=False))
     }
     if stacked:
-        log.warning("all-linear leaves out stacked parameters: %s", ", ".join(sorted(stacked)))
+        text = f"all-linear leaves out stacked parameters: {', '.join(sorted(stacked))}"
+        _warn_once(model, text)
+    return {name: module for name, module in matched.items() if name not in left_out}
+
+
+def _warn_once(model: nn.Module, text: str) -> None:
+    said = _SAID.setdefault(model, set())
+    if text not in said:
+        said.add(text)
+        log.warning("%s", text)
 
 
 def named_modules(model: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
@@ -177,3 +183,168 @@ def inside(model: nn.Module, names: Sequence[str]) -> set[str]:
 def is_named(path: str, last: str) -> bool:
     """Say whether a path is, or ends in, a name."""
     return path == last or path.endswith("." + last)
+
+
+# --- what is refused ---
+
+
+def check_targets(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module]:
+    """Return the modules that a link adapts. Raises ModelError if its names match nothing, or what
+    they match cannot be linked and merged."""
+    matched = matched_modules(model, config)
+    _check_names(model, config, matched)
+    head, embedding = tied_pair(model)
+    shared = shared_weights(model)
+    fused = stacked_experts(model, matched)
+    uncalled = uncalled_modules(model, matched)
+    for name, module in matched.items():
+        _check_kind(model, name, module)
+        if module is head or module is embedding:
+            raise ModelError(
+                "`target_modules` must not name a head or embedding that are tied (got "
+                f"{name}): its merge would change the other too; exclude it, or untie the weights"
+            )
+        if name in shared:
+            raise ModelError(
+                "`target_modules` must not match layers that share their weights (got "
+                f"{name} and {shared[name]}): each would have an update of its own, and one weight "
+                f"cannot hold both; add {name.rpartition('.')[2]!r} to exclude_modules"
+            )
+        if name in fused:
+            raise ModelError(
+                f"stacked experts cannot be linked (got {name}, which PEFT takes for a projection "
+                "of experts that share one parameter); leave it out, or use all-linear"
+            )
+        _check_settings(config, name, module)
+    if idle := _idle_target(config, matched, uncalled):
+        raise ModelError(
+            f"the model must call the layers that are adapted (got {idle}, whose weight it reads "
+            f"directly, or not at all on text); candidates: {', '.join(target_candidates(model))}"
+        )
+    for extra in config.extra_modules:
+        _check_extra(model, extra, (head, embedding))
+    narrow = {name: side for name in matched if (side := min(sizes(matched[name]))) < config.rank}
+    if narrow:
+        first = min(narrow, key=lambda name: narrow[name])
+        _warn_once(
+            model,
+            f"rank {config.rank} is above the shorter side of {len(narrow)} of {len(matched)} "
+            f"adapted layers ({narrow[first]} at {first}), which bounds the rank of an update; "
+            f"rank {max(narrow.values())} suffices for them",
+        )
+    return matched
+
+
+def _check_names(model: nn.Module, config: LinkConfig, matched: Mapping[str, nn.Module]) -> None:
+    """Raise unless something matches, and every name that is listed does."""
+    candidates = ", ".join(target_candidates(model))
+    if not matched:
+        without = f" without {listed(config.exclude_modules)}" if config.exclude_modules else ""
+        raise ModelError(
+            "`target_modules` must match at least one module "
+            f"(got {listed(config.target_modules)}{without}); candidates: {candidates}, or "
+            "all-linear"
+        )
+    names = config.target_modules if isinstance(config.target_modules, tuple) else ()
+    trained_whole = inside(model, config.extra_modules)
+    for target in names:
+        if not any(is_named(name, target) for name in (*matched, *trained_whole)):
+            raise ModelError(
+                f"every name in `target_modules` must match (got {target!r}, which matches "
+                f"nothing); candidates: {candidates}"
+            )
+
+
+def _check_kind(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Raise unless a layer is a plain linear map, of states or tokens, that PEFT has a LoRA for."""
+    kind = type(module).__name__
+    if not is_linear(module) and not isinstance(module, nn.Embedding):
+        raise ModelError(
+            f"only Linear, Conv1D and Embedding layers can be linked (got {kind} at {name}); "
+            f"candidates: {', '.join(target_candidates(model))}"
+        )
+    if is_packed(module) and (reason := why_no_lora(module)):
+        raise ModelError(
+            f"PEFT must have a LoRA for each layer (got {kind} at {name}: {reason}); install what "
+            "PEFT needs for it (GPTQ and AWQ: gptqmodel and optimum), or take the checkpoint "
+            "before quantisation, with quantize: nf4"
+        )
+    if has_own_forward(module):
+        raise ModelError(
+            f"only layers that compute x Wᵀ + c can be linked (got {kind} at {name}, which "
+            "computes something else); leave it out, or use all-linear"
+        )
+    if is_linear(module) and (reason := why_no_lora_by_name(model, name)):
+        raise ModelError(f"PEFT must have a LoRA for each layer (got {name}: {reason})")
+    if not isinstance(module, nn.Embedding):
+        return
+    if is_shard(module.weight):
+        raise ModelError(
+            f"an embedding that processes share cannot be linked (got {kind} at {name}); leave it "
+            "out, or let each process hold the whole model"
+        )
+    if module.max_norm is not None or module.sparse or not looks_up(module):
+        raise ModelError(
+            "an embedding that is linked must look up rows of its weight and do no more (got "
+            f"{kind} at {name}, with max_norm, sparse gradients or a forward of its own); leave it "
+            "out"
+        )
+
+
+def _check_settings(config: LinkConfig, name: str, module: Any) -> None:
+    """Raise if a link's initialization or bias does not suit a layer."""
+    if isinstance(module, nn.Embedding):
+        chosen = {"dora": config.dora, "lora_bias": config.lora_bias}
+        chosen |= {f"init: {config.init}": config.init not in ("kaiming", "gaussian")}
+        if found := [key for key, is_set in chosen.items() if is_set]:
+            raise ModelError(
+                f"an embedding takes a plain LoRA (got {found[0]} with {name} in target_modules); "
+                "leave one of them out"
+            )
+        return
+    shorter = min(sizes(module))
+    if config.init in ("gradient", "pissa") and config.rank > shorter:
+        raise ModelError(
+            f"`init: {config.init}` takes singular directions, of which a layer has as many as its "
+            f"shorter side (got rank {config.rank} for {shorter} at {name}); lower the rank or use "
+            "init: kaiming"
+        )
+    if config.lora_bias and getattr(module, "bias", None) is None:
+        raise ModelError(
+            f"`lora_bias` needs a bias in the layer it is merged into (got {name} without one); "
+            "set lora_bias: false"
+        )
+
+
+def _idle_target(
+    config: LinkConfig, matched: Mapping[str, nn.Module], uncalled: set[str]
+) -> str | None:
+    """Return a module of a target whose matches are none of them called, None if there is none."""
+    targets = config.target_modules
+    for target in targets if isinstance(targets, tuple) else ("",):
+        mine = [name for name in matched if not target or is_named(name, target)]
+        if mine and uncalled.issuperset(mine):
+            return mine[0]
+    return None
+
+
+def _check_extra(model: nn.Module, extra: str, tied: tuple[nn.Module | None, ...]) -> None:
+    """Raise if the extra modules of a name are not there, or cannot be trained by themselves."""
+    found = named_modules(model, (extra,))
+    if not found:
+        known = dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules() if name)
+        named = ", ".join(name for name in known if not name.isdigit())
+        raise ModelError(
+            f"`extra_modules` must match a module (got {extra!r}, which matches nothing); "
+            f"known: {named}"
+        )
+    if any(is_quantized(part) for _, module in found for part in module.modules()):
+        raise ModelError(
+            f"`extra_modules` must not name quantised layers (got {extra!r}): they cannot be "
+            "trained; leave it out"
+        )
+    if any(module in tied for _, module in found):
+        raise ModelError(
+            f"`extra_modules` must not name a tied head or embedding (got {extra!r}): training one "
+            "would change the other; untie the weights first"
+        )

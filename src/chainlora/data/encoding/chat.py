@@ -12,11 +12,10 @@ from typing import Any
 
 from chainlora.config.data import ROW_FIELDS
 from chainlora.config.template_names import mentions
-from chainlora.data.encoding.drafts import Draft, Ids, Span
-from chainlora.data.encoding.tokens import TokenReader, common_prefix
+from chainlora.data.encoding.tokens import Draft, Ids, Span, TokenReader, common_prefix
 from chainlora.data.readers import bad_row
 from chainlora.data.sources import Row
-from chainlora.data.templates import Reply, render_chats
+from chainlora.data.templates import Reply, render_chat
 from chainlora.errors import DataError
 
 _COLUMNS = frozenset((*ROW_FIELDS["chat"], "turns_before"))
@@ -48,13 +47,11 @@ class ChatEncoder:
         self.is_marked = has_marks and reader.tokenizer.is_fast  # others know no characters
 
     def __call__(self, rows: Sequence[Row]) -> list[Draft]:
-        chats, rendered = self.rendered(rows)
+        chats = [_Chat(row, self.reader, self.source) for row in rows]
         for chat in chats:
+            chat.whole, chat.marks = self._whole(chat)
             chat.check_answers(self.turns_before(chat.row))
-        if self.is_marked:
-            turns = self._marked_turns(chats, rendered)
-        else:
-            turns = self._prefix_turns(chats, [whole for whole, _ in rendered])
+        turns = self._marked_turns(chats) if self.is_marked else self._prefix_turns(chats)
         return [chat.draft(*turn) for chat, turn in zip(chats, turns, strict=True)]
 
     def unread(self, row: Row) -> set[str]:
@@ -67,106 +64,67 @@ class ChatEncoder:
         unread = {place for place, key in parts.items() if not mentions(self.source, key)}
         return (row.keys() - _COLUMNS) | unread
 
-    # --- rendering ---
+    def _render(self, item: Mapping[str, Any]) -> Reply:
+        return render_chat(self.reader.tokenizer, item)
 
-    def rendered(self, rows: Sequence[Row]) -> tuple[list[_Chat], list[tuple[str, list[Span]]]]:
-        """Return each chat, its text, and the characters that a template marks.
+    def _whole(self, chat: _Chat) -> tuple[str, list[Span]]:
+        """Return the text of a chat, and the characters that a template marks.
 
-        Raises DataError for chats that do not suit the template, or whose tools it would drop.
+        Raises DataError for one that does not suit the template, or whose tools or calls the
+        template would drop in silence.
         """
-        chats = [_Chat(row, self.reader, self.source) for row in rows]
-        rendered = self._render_whole(chats)
-        for chat, (whole, _) in zip(chats, rendered, strict=True):
-            self._check_tools_are_shown(chat, whole)
-        return chats, rendered
-
-    def _render_whole(self, chats: Sequence[_Chat]) -> list[tuple[str, list[Span]]]:
-        """Return the text of each chat, and the characters that a template marks."""
         marks: dict[str, Any] = {"return_assistant_tokens_mask": self.is_marked}
-        replies = self._render([chat.item(**marks) for chat in chats])
-        for place, (chat, reply) in enumerate(zip(chats, replies, strict=True)):
-            if reply.error and chat.fill_contents():
-                (replies[place],) = self._render([chat.item(**marks)])
-        return [chat.value(reply) for chat, reply in zip(chats, replies, strict=True)]
-
-    def _render(self, items: Sequence[Mapping[str, Any]]) -> list[Reply]:
-        return render_chats(self.reader.tokenizer, items)
-
-    def _check_tools_are_shown(self, chat: _Chat, whole: str) -> None:
-        """Refuse tools and calls that the template would drop in silence."""
-        called = any(message.get("tool_calls") for message in chat.messages)
+        reply = self._render(chat.item(**marks))
+        if reply.error and chat.fill_contents():
+            reply = self._render(chat.item(**marks))
+        whole, spans = chat.value(reply)
         without = {"`tools`": chat.item(tools=None)} if chat.tools else {}
-        if called:
+        if any(message.get("tool_calls") for message in chat.messages):
             without["`tool_calls`"] = chat.item(
                 [{k: v for k, v in m.items() if k != "tool_calls"} for m in chat.messages]
             )
         for what, item in without.items():
-            (reply,) = self._render([item])
+            reply = self._render(item)
             if not reply.error and reply.value[0] == whole:  # one that refuses does read them
                 rule, got = f"the model's chat template must show {what}", "one that ignores them"
                 raise bad_row(rule, got, chat.place, f"give {_CHATML}, or remove them")
+        return whole, spans
 
     # --- turns by marks ---
 
-    def _marked_turns(
-        self, chats: Sequence[_Chat], rendered: Sequence[tuple[str, list[Span]]]
-    ) -> list[tuple[Ids, list[Span], Ids]]:
+    def _marked_turns(self, chats: Sequence[_Chat]) -> list[tuple[Ids, list[Span], Ids]]:
         """Return tokens, targets and prompt where ``{% generation %}`` marks turns."""
-        learnt = [
-            spans[before:]
-            for before, (_, spans) in zip(self._marks_before(chats), rendered, strict=True)
-        ]
+        texts = [chat.whole for chat in chats]
+        learnt = [chat.marks[self._marks_before(chat) :] for chat in chats]
         encoded = self.reader.tokenizer(
-            [text for text, _ in rendered],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            verbose=False,
+            texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        starts = [spans[0][0] if spans else 0 for spans in learnt]
-        texts = zip(rendered, starts, strict=True)
-        prompts = self.reader.bare([text[:start] for (text, _), start in texts])
+        pairs = zip(texts, learnt, strict=True)
+        prompts = self.reader.bare([text[: spans[0][0]] if spans else "" for text, spans in pairs])
         read = zip(encoded["input_ids"], encoded["offset_mapping"], learnt, prompts, strict=True)
         return [(list(ids), _covered(offsets, spans), each) for ids, offsets, spans, each in read]
 
-    def _marks_before(self, chats: Sequence[_Chat]) -> list[int]:
-        """Return how many marks stand in the turns that are not learnt: one turn may have several,
-        or none."""
-        counts = [self.turns_before(chat.row) for chat in chats]
-        items = [
-            chat.item(
-                chat.messages[: next(iter(chat.turns[count:]), None)],
-                return_assistant_tokens_mask=True,
-            )
-            for chat, count in zip(chats, counts, strict=True)
-            if count
-        ]
-        replies = iter(self._render(items))
-        return [
-            len(chat.value(next(replies))[1]) if count else 0
-            for chat, count in zip(chats, counts, strict=True)
-        ]
+    def _marks_before(self, chat: _Chat) -> int:
+        """Return how many marks stand in the turns that are not learnt: one may have any number."""
+        count = self.turns_before(chat.row)
+        if not count:
+            return 0
+        messages = chat.messages[: next(iter(chat.turns[count:]), None)]
+        item = chat.item(messages, return_assistant_tokens_mask=True)
+        return len(chat.value(self._render(item))[1])
 
     # --- turns by prefixes ---
 
-    def _prefix_turns(
-        self, chats: Sequence[_Chat], wholes: Sequence[str]
-    ) -> list[tuple[Ids, list[Span], Ids]]:
+    def _prefix_turns(self, chats: Sequence[_Chat]) -> list[tuple[Ids, list[Span], Ids]]:
         """Return tokens, targets and prompt where a turn is what the template adds."""
-        items = [item for chat in chats for item in chat.prefixes()]
-        replies = iter(self._render(items))
-        texts = []
-        for chat, whole in zip(chats, wholes, strict=True):
-            found = [chat.value(next(replies))[0] for _ in chat.prefixes()]
-            if chat.ends:
-                found.append(whole)
-            texts.append([whole, *self._edges(chat, whole, found)])
+        texts = [[chat.whole, *self._edges(chat)] for chat in chats]
         tokens = iter(self.reader.bare([text for each in texts for text in each]))
         turns = []
         for chat, each in zip(chats, texts, strict=True):
             ids, *edges = [next(tokens) for _ in each]
             begins = [common_prefix(edge, ids) for edge in edges[::2]]
             ends = zip(each[2::2], edges[1::2], strict=True)
-            stops = [self._stop(each[0], ids, text, edge) for text, edge in ends]
+            stops = [self._stop(chat.whole, ids, text, edge) for text, edge in ends]
             before = self.turns_before(chat.row)
             spans = [*zip(begins, stops, strict=True)][before:]
             prompt = next(iter(edges[2 * before :]), [])
@@ -181,13 +139,21 @@ class ChatEncoder:
             (edge,) = self.reader.bare([text + blanks])
         return common_prefix(edge, ids)
 
-    def _edges(self, chat: _Chat, whole: str, found: list[str]) -> list[str]:
+    def _edges(self, chat: _Chat) -> list[str]:
         """Return the text before and after each of the assistant's turns."""
-        if chat.opens:
-            found = [self._before_first(chat, found[0]), *found]
+
+        def text(count: int, **options: Any) -> str:
+            item = chat.item(chat.messages[:count], **options)
+            return str(chat.value(self._render(item))[0])
+
         edges = []
-        for turn, before, after in zip(chat.turns, found[::2], found[1::2], strict=True):
-            if not (whole.startswith(after) and after.startswith(before)):
+        for turn in chat.turns:
+            after = chat.whole if turn + 1 == len(chat.messages) else text(turn + 1)
+            if turn:
+                before = text(turn, add_generation_prompt=True)
+            else:  # no template renders a conversation of no turns
+                before = self._before_first(chat, after)
+            if not (chat.whole.startswith(after) and after.startswith(before)):
                 raise bad_row(
                     "the chat template must render a conversation as a prefix of the longer one, "
                     "or mark turns with {% generation %}",
@@ -217,9 +183,8 @@ class ChatEncoder:
     def _opening(self) -> str:
         """What the template writes before an answer; nothing where that cannot be told."""
         asked: _Messages = [{"role": "user", "content": "x"}]
-        closed, opened = self._render(
-            [{"messages": asked}, {"messages": asked, "add_generation_prompt": True}]
-        )
+        closed = self._render({"messages": asked})
+        opened = self._render({"messages": asked, "add_generation_prompt": True})
         if closed.error or opened.error or not opened.value[0].startswith(closed.value[0]):
             return ""
         return str(opened.value[0][len(closed.value[0]) :])
@@ -227,6 +192,11 @@ class ChatEncoder:
 
 class _Chat:
     """One conversation, checked."""
+
+    whole: str
+    """Its text."""
+    marks: list[Span]
+    """The characters of it that the template marks."""
 
     def __init__(self, row: Row, reader: TokenReader, template: str) -> None:
         self.row, self.place = row, row.origin
@@ -237,11 +207,9 @@ class _Chat:
         self.tools = _checked_tools(row.get("tools"), self.place)
         self.arguments = _checked_arguments(row.get("chat_template_kwargs"), reader, self.place)
         self.turns = [at for at, each in enumerate(self.messages) if each["role"] == "assistant"]
-        self.opens = self.turns[0] == 0  # the assistant speaks first
-        self.ends = self.turns[-1] == len(self.messages) - 1
 
     def item(self, messages: _Messages | None = None, **options: Any) -> dict[str, Any]:
-        """Return messages, all of them unless some are given, as `render_chats` takes them."""
+        """Return messages, all of them unless some are given, as `render_chat` takes them."""
         return {
             **self.arguments,
             "tools": self.tools,
@@ -260,16 +228,6 @@ class _Chat:
             if not any(said.values()):
                 rule, got = "an assistant's turn must say something", f"an empty turn {turn + 1}"
                 raise bad_row(rule, got, self.place, "write some text, or remove the row")
-
-    def prefixes(self) -> list[dict[str, Any]]:
-        """Return what is less than the whole, before and after each of the assistant's turns."""
-        items = []
-        for turn in self.turns:
-            if turn:  # a conversation of no turns is one that no template renders
-                items.append(self.item(self.messages[:turn], add_generation_prompt=True))
-            if turn + 1 < len(self.messages):
-                items.append(self.item(self.messages[: turn + 1]))
-        return items
 
     def fill_contents(self) -> bool:
         """Give messages without content an empty one; False where all have some."""
@@ -310,7 +268,10 @@ def _covered(offsets: Sequence[Span], marks: Sequence[Span]) -> list[Span]:
 
 def _checked_messages(messages: Any, place: str) -> _Messages:
     """Return messages without their nulls, which tables of unlike messages are full of."""
-    if not (_are_objects(messages) and all(map(_is_message, messages))):
+    if not _are_objects(messages) or not all(
+        isinstance(each.get("role"), str) and ("content" in each or each.get("tool_calls"))
+        for each in messages
+    ):
         rule = "`messages` must be a list of objects with role and content"
         raise bad_row(rule, f"{messages!r:.80}", place)
     roles = [message["role"] for message in messages]
@@ -332,14 +293,12 @@ def _without_parts(message: Mapping[str, Any], place: str) -> dict[str, Any]:
     content: Any = found.get("content", "")
     if isinstance(content, str):
         return found
-    if not (_are_objects(content) and all(map(_is_text_part, content))):
+    if not _are_objects(content) or not all(
+        part.get("type", "text") == "text" and isinstance(part.get("text"), str) for part in content
+    ):
         rule = "the content of a message must be a text, or parts of type text"
         raise bad_row(rule, f"{content!r:.80}", place, "remove other parts, or the row")
     return found | {"content": "".join(part["text"] for part in content)}
-
-
-def _is_text_part(part: Mapping[str, Any]) -> bool:
-    return part.get("type", "text") == "text" and isinstance(part.get("text"), str)
 
 
 def _with_parsed_calls(message: dict[str, Any]) -> dict[str, Any]:
@@ -378,11 +337,6 @@ def _checked_arguments(arguments: Any, reader: TokenReader, place: str) -> dict[
 def _are_objects(value: Any) -> bool:
     is_list = isinstance(value, Sequence) and not isinstance(value, str)
     return is_list and all(isinstance(each, Mapping) for each in value)
-
-
-def _is_message(message: Mapping[str, Any]) -> bool:
-    says = "content" in message or bool(message.get("tool_calls"))
-    return says and isinstance(message.get("role"), str)
 
 
 def _checked_tools(tools: Any, place: str) -> list[dict[str, Any]] | None:

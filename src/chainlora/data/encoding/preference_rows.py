@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from chainlora.data.encoding.drafts import Draft, Encoder
+from chainlora.data.encoding.tokens import Draft, Encoder
 from chainlora.data.encoding.translated import sharegpt_chat
 from chainlora.data.readers import bad_row
 from chainlora.data.sources import Row, where
@@ -51,7 +51,6 @@ class PairEncoder:
         return self.encoder.unread(self._plain(row)[0])
 
     def _plain(self, row: Row) -> list[Row]:
-        """Return the row of each answer."""
         chosen, rejected = row["chosen"], row["rejected"]
         kind, name = _KINDS[self.kind]
         if not (isinstance(chosen, kind) and isinstance(rejected, kind)):
@@ -154,7 +153,7 @@ def refuse_preferences(row: Mapping[str, Any]) -> None:
 
 def _tags(row: Mapping[str, Any]) -> list[str]:
     """Return the columns that say whether an answer is good."""
-    return [tag for tag in _TAGS & row.keys() if _is_tag(row[tag])] if row.keys() & _ANSWERS else []
+    return [tag for tag in _TAGS & row.keys() if row.keys() & _ANSWERS and _is_tag(row[tag])]
 
 
 def _is_tag(value: Any) -> bool:

@@ -1,18 +1,76 @@
-"""Texts to token ids with one tokenizer, in batches."""
+"""What encoders share: a row on its way to tokens, and texts to ids with one tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import takewhile
 from operator import eq
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-from chainlora.data.encoding.drafts import Ids
+from chainlora.data.examples import Example
 from chainlora.data.readers import bad_row
+from chainlora.data.sources import Row
 from chainlora.errors import DataError
+
+Ids = list[int]
+Span = tuple[int, int]
+
+
+@dataclass(slots=True)
+class Draft:
+    """A row on its way to an example.
+
+    `content` is what was read of the row, as JSON takes it: the digest of the rows is taken of it,
+    before anything is cut. `scored` holds, per sequence, the spans ``[start, end)`` of its targets,
+    `prompt` the tokens of the prompt read alone, without demonstrations before it, whose last may
+    melt into an answer's first.
+    """
+
+    index: int
+    place: str
+    content: Any
+    sequences: Sequence[Ids] = ()
+    scored: Sequence[list[Span]] = ()
+    label: int | None = None
+    references: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    prompt: Ids = field(default_factory=list)
+    prompt_hash: int = 0
+
+    def example(self) -> Example:
+        return Example(
+            self.index,
+            tuple(map(tuple, self.sequences)),
+            tuple(map(tuple, self.scored)),
+            self.label,
+            self.references,
+            self.names if self.label is not None else (),
+            prompt_hash=self.prompt_hash,
+        )
+
+
+class Encoder(Protocol):
+    """How one objective reads rows.
+
+    A new one is a class, entered in `make_encoder`.
+    """
+
+    truncation: str
+    """What happens to a row that is too long unless the user says otherwise (`Fit.truncation`)."""
+    keeps_targets: bool
+    """Whether a cut may take tokens of the prompt only."""
+
+    def __call__(self, rows: Sequence[Row]) -> list[Draft]:
+        """Return the rows as tokens. Raises DataError that names a row that cannot be used."""
+        ...
+
+    def unread(self, row: Row) -> set[str]:
+        """Return the columns of a row that are not read."""
+        ...
 
 
 class TokenReader:
@@ -39,7 +97,6 @@ class TokenReader:
         return [ids[: -self._num_back] for ids in found] if self._num_back else found
 
     def bare(self, texts: Sequence[str]) -> list[Ids]:
-        """Tokenise without special tokens."""
         return self._encode(texts, special=False)
 
     def end(self) -> Ids:
@@ -80,7 +137,6 @@ def with_end(ids: Ids, end: Ids) -> Ids:
 
 
 def common_prefix(first: Ids, second: Ids) -> int:
-    """Return the length of the common prefix."""
     return sum(takewhile(bool, map(eq, first, second)))
 
 

@@ -15,9 +15,8 @@ from typing import Any
 
 from chainlora.config.data import ROW_FIELDS
 from chainlora.data.encoding.chat import ChatEncoder
-from chainlora.data.encoding.completion import CompletionEncoder, row_pairs, text_of
-from chainlora.data.encoding.drafts import Draft, Encoder
-from chainlora.data.encoding.tokens import TokenReader
+from chainlora.data.encoding.texts import CompletionEncoder, row_pairs, text_of
+from chainlora.data.encoding.tokens import Draft, Encoder, TokenReader
 from chainlora.data.readers import bad_row
 from chainlora.data.sources import Row
 

@@ -1,4 +1,4 @@
-"""The splits of a task, and the samples a run draws from them.
+"""The splits of a task, nested rows flattened, and the samples a run draws from them.
 
 Protocol (MeZO, arXiv 2305.17333): training and validation rows are drawn from the train split, test
 rows from the validation split, by a data seed that has nothing to do with the training seed. Where
@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable
-from dataclasses import replace
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import is_offline_mode
 
+from chainlora.data.readers import Record, bad_row
 from chainlora.data.sources import (
     SUFFIXES,
     FileSource,
@@ -25,7 +27,6 @@ from chainlora.data.sources import (
     Source,
     find_file,
 )
-from chainlora.data.tasks.nested import flat
 from chainlora.data.tasks.task import Task
 from chainlora.errors import DataError
 
@@ -41,6 +42,89 @@ _STEMS = {
 # split's are.
 _SEED_OF_ASIDE = 0
 _SET_ASIDE = "set aside"
+_Flat = Iterator[dict[str, Any]]
+
+
+# --- nested rows of the original SuperGLUE files; the Hub has them flat, and flat rows pass ---
+
+
+def _multirc(row: Mapping[str, Any]) -> _Flat:
+    """Yield one row an answer, of answers in questions of a passage."""
+    passage = row["passage"]
+    for asked in passage["questions"]:
+        for found in asked["answers"]:
+            yield {
+                "paragraph": passage["text"],
+                "question": asked["question"],
+                "answer": found["text"],
+                "label": found["label"],
+                "idx": {"paragraph": row["idx"], "question": asked["idx"], "answer": found["idx"]},
+            }
+
+
+def _record(row: Mapping[str, Any]) -> _Flat:
+    """Yield one row a query of a passage, whose entities are spans with their last character."""
+    text = row["passage"]["text"]
+    spans = row["passage"]["entities"]
+    for asked in row["qas"]:
+        yield {
+            "passage": text,
+            "query": asked["query"],
+            "entities": [text[span["start"] : span["end"] + 1] for span in spans],
+            "answers": list(dict.fromkeys(answer["text"] for answer in asked["answers"])),
+            "idx": {"passage": row["idx"], "query": asked["idx"]},
+        }
+
+
+_NESTED: Mapping[str, Callable[[Mapping[str, Any]], _Flat]] = {
+    "multirc": _multirc,
+    "record": _record,
+}
+
+
+@dataclass
+class _FlatSource(Source):
+    """The rows of another source, those flattened whose `passage` is an object."""
+
+    source: Source
+    task: str
+
+    def __str__(self) -> str:
+        return str(self.source)
+
+    @property
+    def place(self) -> str:
+        return ""  # before that of a row of the source
+
+    def records(self, first: int = 0) -> Iterator[Record]:
+        flat = (
+            Record(row.origin, values) for row in self.source for values in self._flattened(row)
+        )
+        return islice(flat, first, None)
+
+    def _flattened(self, row: Row) -> list[dict[str, Any]]:
+        if not isinstance(row.get("passage"), Mapping):
+            return [dict(row)]
+        try:
+            return list(_NESTED[self.task](row))
+        except (KeyError, TypeError) as error:
+            rule = f"a nested row of task {self.task!r} must have the form of SuperGLUE"
+            remedy = "correct it or write flat rows"
+            raise bad_row(rule, f"no {error}", row.origin, remedy) from None
+
+    def state(self) -> object:
+        return self.source.state()
+
+    def identity(self) -> str:
+        return f"flat {self.task} {self.limit} {self.skip} {self.source.identity()}"
+
+
+def flat(source: Source, task: str) -> Source:
+    """Return the rows of a task's source, nested ones flattened."""
+    return _FlatSource(source, task) if task in _NESTED else source
+
+
+# --- splits ---
 
 
 def split_source(task: Task, dir: str | Path | None, split: str) -> Source:
@@ -87,14 +171,14 @@ def unseen_source(
     files = [dir and _find_file(task, Path(dir), each) for each in (split, stand_in)]
     if stand_in == "train" or files[0] != files[1]:
         return replace(source, limit=limit)
-    count = _count(source)
+    count = sum(1 for _ in source)
     if test.of != stand_in:
         raise DataError(
             f"split {split!r} of task {task.name!r} is what runs train on, as {dir} has no train "
             f"split (got {count} rows); score --split {test.of}, or name the file itself as "
             "--data to score it anyway"
         )
-    unseen = sorted(_set_aside(count, test.rows)[0])
+    unseen = sorted(_set_aside(count, test.rows))
     _log.warning(
         "%s: no train split in %s, so %r stands in for it: only the %d of its %d rows that no "
         "run trains on are scored",
@@ -149,7 +233,8 @@ def sample_splits(
     drawn: dict[str, list[Row]] = {}
     for pool, names in pools.items():
         source = split_source(task, dir, stand_in if pool in ("train", _SET_ASIDE) else pool)
-        order, places = _order(pool, _count(source), num_aside, data_seed), {}
+        count = sum(1 for _ in source)  # also finds a bad row; none is kept
+        order, places = _order(pool, count, num_aside, data_seed), {}
         for name in names:
             places[name], order = order[: sizes[name]], order[sizes[name] :]
         rows = _pick(source, chain.from_iterable(places.values()))
@@ -167,19 +252,13 @@ def sample_splits(
 
 def _order(pool: str, count: int, num_aside: int, data_seed: int) -> list[int]:
     """Return the places of a pool's rows in the order in which they are drawn."""
+    if pool == _SET_ASIDE:
+        return _set_aside(count, num_aside)
     order = list(range(count))
-    if num_aside and pool in ("train", _SET_ASIDE):
-        aside, others = _set_aside(count, num_aside)
-        if pool == _SET_ASIDE:
-            return aside
-        order = sorted(others)
+    if num_aside and pool == "train":
+        order = sorted({*order}.difference(_set_aside(count, num_aside)))
     random.Random(f"{data_seed} {pool}").shuffle(order)
     return order
-
-
-def _count(source: Source) -> int:
-    """Return the number of rows, and find a bad one; none is kept."""
-    return sum(1 for _ in source)
 
 
 def _pick(source: Source, places: Iterable[int]) -> dict[int, Row]:
@@ -187,11 +266,11 @@ def _pick(source: Source, places: Iterable[int]) -> dict[int, Row]:
     return {place: row for place, row in enumerate(source) if place in wanted}
 
 
-def _set_aside(num_rows: int, count: int) -> tuple[list[int], list[int]]:
-    """Part rows into test rows, the same for every run, and the others; both in drawn order."""
+def _set_aside(num_rows: int, count: int) -> list[int]:
+    """Return the places of test rows, the same for every run, in drawn order."""
     order = list(range(num_rows))
     random.Random(_SEED_OF_ASIDE).shuffle(order)
-    return order[:count], order[count:]
+    return order[:count]
 
 
 def _train_split(task: Task, dir: str | Path | None) -> str:

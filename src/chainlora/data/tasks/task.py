@@ -1,33 +1,62 @@
-"""`Task`: a task file with what is done with its rows, found by name or path."""
+"""`Task`: a task file, found by name or path, and its rows as text.
+
+Templates are Jinja2 in a sandbox. A field that a row lacks, or holds as null, is an error, never an
+empty string; every space and line break of a template is kept.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from chainlora.config.messages import problems
 from chainlora.config.reading import read_tree
-from chainlora.data.tasks.rendering import Rendered, render_rows
+from chainlora.data.readers import bad_row
+from chainlora.data.sources import where
 from chainlora.data.tasks.task_file import TaskFile
-from chainlora.errors import ConfigError, nearest
+from chainlora.data.templates import Part, evaluate, expression, template
+from chainlora.errors import ConfigError, DataError, nearest
+
+_REMEDY = "correct the row or the task file"
+
+
+class Rendered(NamedTuple):
+    """One row as text: a model reads ``prompt + candidates[i]`` or ``prompt + completion``."""
+
+    prompt: str
+    candidates: tuple[str, ...]  # empty for tasks that generate
+    label: int | None  # the right candidate
+    completion: str  # what teacher forcing teaches: the right candidate, or the task's completion
+    references: tuple[str, ...]  # gold answers for em and token_f1
+    names: tuple[str, ...] = ()  # what each candidate stands for when compared with the references
 
 
 class Task(TaskFile):
     """One task: what its file says, and its rows as text."""
 
     def render_all(self, rows: Sequence[Mapping[str, Any]]) -> list[Rendered]:
-        """Render rows. Raises DataError that names the first bad one."""
-        return render_rows(self, rows)
+        """Render rows.
+
+        Raises DataError that names a row whose label is unknown, or which has no value, or null,
+        for a field that a template needs.
+        """
+        parts, found = _parts(self), []
+        for at, row in enumerate(rows):
+            reply, place = evaluate(parts, row), where(row, at)
+            if reply.error:
+                rule = f"a row must have what `{reply.key}` of task {self.name!r} needs"
+                fields = f"{place}, whose fields are {', '.join(map(str, row))}"
+                raise bad_row(rule, reply.error, fields, _REMEDY)
+            found.append(_rendered(self, reply.value, place))
+        return found
 
     def demonstrations(self, rows: Sequence[Mapping[str, Any]]) -> str:
         """Return solved rows as text to put before a prompt; empty for no rows."""
-        return "".join(
-            (shown.prompt + shown.completion).strip() + self.separator
-            for shown in render_rows(self, rows)
-        )
+        solved = [(shown.prompt + shown.completion).strip() for shown in self.render_all(rows)]
+        return "".join(text + self.separator for text in solved)
 
 
 def list_tasks() -> list[str]:
@@ -54,3 +83,94 @@ def load_task(name_or_path: str | Path) -> Task:
         return Task.model_validate(read_tree(path, "task file"))
     except ValidationError as error:
         raise ConfigError(f"task file {path}: {problems(error, Task)}") from None
+
+
+# --- a row as text ---
+
+
+def _parts(task: TaskFile) -> dict[str, Part]:
+    """Return how each key of a task is evaluated for a row, in order."""
+
+    def text(source: str) -> Part:
+        return lambda row, found: template(source).render(_context(row))
+
+    def value(source: str) -> Part:
+        return lambda row, found: expression(source)(_context(row))
+
+    def candidates(row: Any, found: Mapping[str, Any]) -> list[str]:
+        items = found["candidates"] if isinstance(found["candidates"], list) else ()
+        context, candidate = _context(row), template(task.candidate)
+        return [candidate.render({**context, "item": item}) for item in items]
+
+    parts = {"prompt": text(task.prompt)}
+    if task.completion is not None:
+        parts["completion"] = text(task.completion)
+    if task.references is not None:
+        parts["references"] = value(task.references)
+    if task.candidates is not None:
+        parts["candidates"] = value(task.candidates)
+    if task.completion is None:
+        parts["label"] = value(task.label)
+    if task.candidates is not None:
+        parts["candidate"] = candidates
+    return parts
+
+
+def _context(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {**row, "row": row}
+
+
+def _rendered(task: TaskFile, found: Mapping[str, Any], place: str) -> Rendered:
+    prompt, references = found["prompt"], _references(task, found, place)
+    if task.completion is not None:
+        return Rendered(prompt, (), None, found["completion"], references)
+    if task.labels is not None:
+        words, label = task.label_words, task.label_index(found["label"])
+        if label is None:
+            rule, declared = "label must be one that task", ", ".join(task.label_values)
+            got, remedy = f"{found['label']!r:.60}", f"declared: {declared}"
+            raise bad_row(f"{rule} {task.name!r} declares", got, place, remedy)
+        names = tuple(word.strip() for word in words)
+        return Rendered(prompt, words, label, words[label], references or (names[label],), names)
+    candidates, names, label, right = _row_candidates(task, found, place)
+    return Rendered(prompt, candidates, label, candidates[label], references or right, names)
+
+
+def _references(task: TaskFile, found: Mapping[str, Any], place: str) -> tuple[str, ...]:
+    if task.references is None:
+        return ()
+    value = found["references"]
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not values:
+        rule = f"`references` of task {task.name!r} must be a text or a non-empty list of them"
+        raise bad_row(rule, f"{value!r:.60}", place, _REMEDY)
+    return tuple(map(str, values))
+
+
+def _row_candidates(
+    task: TaskFile, found: Mapping[str, Any], place: str
+) -> tuple[tuple[str, ...], tuple[str, ...], int, tuple[str, ...]]:
+    """Return candidates, what they stand for, the right one, and what right ones stand for."""
+    items, value = found["candidates"], found["label"]
+    if not isinstance(items, list) or len(items) < 2:
+        rule = f"`candidates` of task {task.name!r} must give a list of at least two"
+        raise bad_row(rule, f"{items!r:.60}", place, _REMEDY)
+    names = tuple(map(str, items))
+    if isinstance(value, list):
+        right = tuple(map(str, value))
+        label = next((names.index(item) for item in right if item in names), None)
+    else:
+        item = names.index(value) if isinstance(value, str) and value in names else None
+        text = str(value)
+        is_place = text.isdecimal() and len(text) <= len(str(len(names))) and int(text) < len(names)
+        if item is not None and is_place and item != int(text):
+            got = f"{value!r} of {list(names)!r:.60} at {place}: item {item} and the position of"
+            example = f"({task.candidates}).index({task.label}) in task {task.name!r}"
+            remedy = f"give the position as a number, e.g. label: {example}"
+            raise DataError("label must mean one candidate", f"{got} another", remedy)
+        label = int(text) if item is None and is_place else item
+        right = (names[label],) if label is not None else ()
+    if label is None:
+        got = f"{value!r:.60} for {len(names)} candidates of task {task.name!r}"
+        raise bad_row("label must be a candidate or its position", got, place, _REMEDY)
+    return tuple(found["candidate"]), names, label, right

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from chainlora.config.schema import PAIR_LOSSES
 from chainlora.config.section import Frozen, refuse_if
-from chainlora.data.templates import check_expression, check_template
+from chainlora.data.templates import expression, template
 
 Metric = Literal["accuracy", "f1", "em", "token_f1", "loss"]
 WORD_METRICS = ("em", "token_f1")
@@ -38,7 +38,6 @@ class Draw(Frozen):
     saner: int | None = Field(default=None, ge=1)  # rows where `rows` starves training
 
     def count(self, sampling: str) -> int:
-        """Return the rows to take under a sampling rule."""
         return self.saner if sampling == "saner" and self.saner is not None else self.rows
 
 
@@ -160,15 +159,15 @@ class TaskFile(Frozen):
             refuse_if(word != other, "a label must mean one of `labels`", got, remedy)
 
     def _check_templates(self) -> None:
-        for keys, check, kind in (
-            (("prompt", "completion", "candidate"), check_template, "template"),
-            (("label", "candidates", "references"), check_expression, "expression"),
+        for keys, compiled, kind in (
+            (("prompt", "completion", "candidate"), template, "template"),
+            (("label", "candidates", "references"), expression, "expression"),
         ):
             for key in keys:
                 source = getattr(self, key)
                 try:
                     if source is not None:
-                        check(source)
+                        compiled(source)
                 except jinja2.TemplateError as error:
                     refuse_if(True, f"`{key}` must be a Jinja2 {kind}", f"{error} in {source!r}")
 

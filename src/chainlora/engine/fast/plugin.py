@@ -8,10 +8,9 @@ from typing import ClassVar, TypeVar
 from torch import Tensor, nn
 
 from chainlora.data.examples import Example
-from chainlora.engine.limits import UNLIMITED
 from chainlora.engine.packing import PackedBatch
 from chainlora.engine.patching import Patches
-from chainlora.engine.probes import Facts
+from chainlora.engine.probes import UNLIMITED, Facts
 
 PACKED = "packed sequences"  # the path that others build on
 

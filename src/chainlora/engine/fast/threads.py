@@ -53,50 +53,42 @@ class CoreThreads(FastPath):
 
         What is random in training alone leaves one thread to train and several to score in between.
         """
-        reason = self._why_one = _why_one_thread(model, facts)
-        if reason is None:
-            allowed = facts.most_threads or MOST_THREADS
-            self.num_scoring_threads = min(torch.get_num_threads(), MOST_THREADS, allowed)
-            self._why_one = facts.random
-            self.num_threads = 1 if facts.random else self.num_scoring_threads
-        return reason
+        if facts.is_shared:
+            return "processes share the weights"
+        if next(model.parameters()).device.type != "cpu":
+            return "the model is not on a CPU"
+        if torch.get_num_threads() == 1:
+            return "torch has one thread"
+        if PACKED not in facts.taken:
+            return "rows are padded"
+        if facts.length is not None:
+            return facts.length
+        allowed = facts.most_threads or MOST_THREADS
+        self.num_scoring_threads = min(torch.get_num_threads(), MOST_THREADS, allowed)
+        self._why_one = facts.random
+        self.num_threads = 1 if facts.random else self.num_scoring_threads
+        return None
 
     def undo(self) -> None:
-        """End the threads."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         self._pool = None
 
     def note(self, reason: str | None) -> str | None:
-        """Return how many threads train, and why not more."""
         reason = reason or self._why_one
         return f"{self.name}: {self.num_threads}{', ' + reason if reason else ''}"
 
     def split(self, examples: Sequence[Example]) -> list[list[int]] | None:
-        """Return the shards that threads take one by one, always the same."""
         return split(examples, self.num_threads) if self.num_threads > 1 else None
 
     def map(
         self, function: Callable[[Item], Result], items: Iterable[Item], *, training: bool
     ) -> Iterator[Result] | None:
-        """Return what the threads return, in the order of the items."""
         count = self.num_threads if training else self.num_scoring_threads
         if count == 1:
             return None
         self._pool = self._pool or make_pool(count)  # where several train, so many score
         return map_in_threads(self._pool, count, function, items)
-
-
-def _why_one_thread(model: nn.Module, facts: Facts) -> str | None:
-    if facts.is_shared:
-        return "processes share the weights"
-    if next(model.parameters()).device.type != "cpu":
-        return "the model is not on a CPU"
-    if torch.get_num_threads() == 1:
-        return "torch has one thread"
-    if PACKED not in facts.taken:
-        return "rows are padded"
-    return facts.length
 
 
 def make_pool(count: int) -> ThreadPoolExecutor:
@@ -149,7 +141,7 @@ def split(examples: Sequence[Example], count: int) -> list[list[int]]:
     for plan in plans:
         sizes = [_tokens(inputs, shard) for shard in plan]
         costs.append(max(sum(sizes), max(sizes) * count))
-    best = min(range(len(plans)), key=costs.__getitem__)
+    best = costs.index(min(costs))
     return plans[best] if costs[best] <= _WORTH * whole else [everything]
 
 

@@ -19,19 +19,15 @@ class LanguageModelling:
         self.kind = kind
 
     def collate(self, engine: Engine, examples: Sequence[Example]) -> list[Any]:
-        """Return a micro-batch as packed batches."""
         return [engine.pack(shard) for shard in engine.split(examples)]
 
     def count(self, batch: Any) -> int:
-        """Return how many examples or tokens the loss sums over."""
         return num_terms(batch, self.kind)
 
     def loss(self, engine: Engine, batch: Any) -> Tensor:
-        """Return the summed cross-entropy."""
         return engine.loss(batch, self.kind)[0]
 
     def evaluate(self, engine: Engine, examples: Sequence[Example], **options: Any) -> Evaluation:
-        """Return the metrics of the run's task."""
         return evaluate(engine.model, examples, engine=engine, **options)
 
 

@@ -14,12 +14,7 @@ from chainlora.engine.engine import Engine
 from chainlora.engine.head import candidate_scores
 from chainlora.engine.packing import PackedBatch
 from chainlora.evaluation.evaluate import Evaluation
-from chainlora.evaluation.pair_scores import (
-    judge_odds,
-    judge_pairs,
-    orpo_losses,
-    with_whole_row,
-)
+from chainlora.evaluation.pair_scores import judge_odds, judge_pairs, orpo_losses, with_whole_row
 from chainlora.training.objective_kinds.likelihood import LanguageModelling
 
 
@@ -42,14 +37,12 @@ class DPO(LanguageModelling):
         return self.beta * (gains * batch.sequence_length).view(-1, 2)
 
     def loss(self, engine: Engine, batch: PackedBatch) -> Tensor:
-        """Return the loss, summed over pairs."""
         chosen, rejected = self.rewards(engine, batch).unbind(1)
         margin = chosen - rejected
         right, wrong = F.logsigmoid(margin), F.logsigmoid(-margin)
         return -((1 - self.smoothing) * right + self.smoothing * wrong).sum()
 
     def evaluate(self, engine: Engine, examples: Sequence[Example], **options: Any) -> Evaluation:
-        """Return loss, accuracy and margin of pairs."""
         scores = engine.scores(examples, progress=options["progress"])
         return judge_pairs(examples, scores, [each.reference for each in examples], self.beta)
 
@@ -69,12 +62,10 @@ class ORPO(LanguageModelling):
         return super().collate(engine, list(map(with_whole_row, examples)))
 
     def loss(self, engine: Engine, batch: PackedBatch) -> Tensor:
-        """Return the loss, summed over pairs."""
         scores = engine.at_head(candidate_scores, batch).view(-1, 3)
         return orpo_losses(scores, self.beta).sum()
 
     def evaluate(self, engine: Engine, examples: Sequence[Example], **options: Any) -> Evaluation:
-        """Return loss, accuracy and margin of pairs."""
         return judge_odds(engine, examples, self.beta, options["progress"])
 
 

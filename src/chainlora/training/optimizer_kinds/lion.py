@@ -33,7 +33,6 @@ class Lion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Make one step."""
         for group in self.param_groups:
             fast, slow = group["betas"]
             for p in [p for p in group["params"] if p.grad is not None]:

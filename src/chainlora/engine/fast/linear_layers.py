@@ -1,13 +1,17 @@
-"""A LoRA layer as one autograd function: ``y = x Wᵀ + c + s · (x Aᵀ) Bᵀ``.
+"""Faster forwards of linear layers: with a LoRA, and in bfloat16 on CPUs without a kernel for it.
 
-PEFT's own forward stays where the layer is anything else, asked anew at each call: other adapters
-active, merged, disabled, dropout, DoRA and other variants, a bias on B, a base layer that is not
-exactly Linear or Conv1D (quantised, sharded, hooked) or is itself trained, autocast.
+A LoRA layer becomes one autograd function, ``y = x Wᵀ + c + s · (x Aᵀ) Bᵀ``. PEFT's own forward
+stays where the layer is anything else, asked anew at each call: other adapters active, merged,
+disabled, dropout, DoRA and other variants, a bias on B, a base layer that is not exactly Linear or
+Conv1D (quantised, sharded, hooked) or is itself trained, autocast.
+
+A layer of the model itself in bfloat16 runs as a float32 matmul that is rounded once, on CPUs
+without a kernel for bfloat16 (`engine.matmul` says why this is the same function).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +20,43 @@ from transformers.pytorch_utils import Conv1D
 
 from chainlora.engine.fast.plugin import FastPath
 from chainlora.engine.fast.projection import Projection, ProjectionFunction
+from chainlora.engine.matmul import is_slow
 from chainlora.engine.patching import is_foreign, replacement
 from chainlora.engine.probes import Facts
+
+
+class Bfloat16Linears(FastPath):
+    """Every Linear and Conv1D whose own forward is slow computes in float32."""
+
+    name = "bfloat16 matmuls by float32"
+
+    def probe(self, model: nn.Module, facts: Facts) -> str | None:
+        return None if any(_slow_layers(model)) else "no layer needs it"
+
+    def apply(self, model: nn.Module) -> None:
+        self._count = sum(
+            self.patches.replace_forward(layer, _wide_forward) for layer in _slow_layers(model)
+        )
+
+    def note(self, reason: str | None) -> str | None:
+        if reason is not None:
+            return None
+        return f"{self.name}: yes, in {self._count} layers; this CPU has none of its own"
+
+
+def _slow_layers(model: nn.Module) -> Iterator[nn.Module]:
+    layers: Iterator[Any] = (m for m in model.modules() if type(m) in (nn.Linear, Conv1D))
+    return (layer for layer in layers if is_slow(layer.weight))
+
+
+@replacement
+def _wide_forward(layer: Any, x: Tensor) -> Tensor:
+    trained = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
+    slow = is_slow(x) and is_slow(layer.weight)
+    if trained or not slow or torch.is_autocast_enabled(x.device.type):
+        return type(layer).forward(layer, x)
+    weight = layer.weight.T if type(layer) is Conv1D else layer.weight
+    return ProjectionFunction.apply(x, *Projection(weight, layer.bias))
 
 
 class LoraLayers(FastPath):
@@ -26,17 +65,14 @@ class LoraLayers(FastPath):
     name = "LoRA layers"
 
     def probe(self, model: nn.Module, facts: Facts) -> str | None:
-        """Return None: every call asks anew whether it is the same function."""
-        return None
+        return None  # every call asks anew whether it is the same function
 
     def note(self, reason: str | None) -> str | None:
-        """Say nothing: there is no LoRA on the model yet."""
-        return None
+        return None  # there is no LoRA on the model yet
 
     def adapt(self, layers: Sequence[nn.Module]) -> None:
-        """Give these layers the fused forward, in place."""
         for layer in layers:
-            self.patches.replace_forward(layer, _forward)
+            self.patches.replace_forward(layer, _lora_forward)
 
 
 def is_lora_layer(module: nn.Module) -> bool:
@@ -66,20 +102,18 @@ def active_adapter(layer: Any) -> str | None:
         and name not in getattr(layer, "lora_variant", ())
         and not any(m._forward_hooks or m._forward_pre_hooks or is_foreign(m) for m in (base, a, b))
     )
-    if not plain or not _whole(base.weight, a.weight, b.weight):
+    # ordinary floating tensors: no shard, no quantised storage
+    weights = (base.weight, a.weight, b.weight) if plain else ()
+    ordinary = all(type(w) in (nn.Parameter, Tensor) and w.is_floating_point() for w in weights)
+    if not plain or not ordinary:
         return None
     if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
         return None
     return name
 
 
-def _whole(*weights: Tensor) -> bool:
-    """Say whether the weights are ordinary floating tensors (no shard, no quantised storage)."""
-    return all(type(w) in (nn.Parameter, Tensor) and w.is_floating_point() for w in weights)
-
-
 @replacement
-def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _lora_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     plain = args or kwargs or torch.is_autocast_enabled(x.device.type)
     own = None if plain else projection_of(layer)
     if own is None or x.dtype != own.weight.dtype:

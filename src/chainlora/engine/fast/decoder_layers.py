@@ -2,11 +2,11 @@
 is the same.
 
 The layer is Llama's (also Mistral's, Qwen2's and SmolLM's): pre-norm, rotary attention, SwiGLU. Its
-two halves become one autograd function each (`blocks`), attention reads the packed row without
-transposes, and the last layer computes queries and MLP only for the rows whose hidden states are
-used. Where a projection is more than a frozen matrix with a LoRA (quantised, hooked, with dropout),
-or attention is not by matmuls, only the element-wise parts do (`fused`), and projections stay the
-model's own modules.
+two halves become one autograd function each (`decoder_halves`), attention reads the packed row
+without transposes, and the last layer computes queries and MLP only for the rows whose hidden
+states are used. Where a projection is more than a frozen matrix with a LoRA (quantised, hooked,
+with dropout), or attention is not by matmuls, only the element-wise parts do, and projections stay
+the model's own modules.
 
 The layer's own forward runs whenever something is different from what the probe saw: no packed
 layout, a hook on an inner module, a trained norm or bias, another dtype, autocast. Under gradient
@@ -15,7 +15,7 @@ checkpointing the halves keep their input alone and compute the rest again in ba
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 
-from chainlora.engine.fast.decoder_layers.blocks import Attention, Mlp, attention_block, mlp_block
-from chainlora.engine.fast.decoder_layers.fused import RmsNorm, Rotary, Turn, make_turn
-from chainlora.engine.fast.lora_layers import is_lora_layer, projection_of
-from chainlora.engine.fast.packed.attention import LAYOUT, attend
-from chainlora.engine.fast.packed.layout import Layout, Rows
+from chainlora.engine.fast.decoder_halves import (
+    Attention,
+    Mlp,
+    RmsNorm,
+    Rotary,
+    Turn,
+    attention_block,
+    make_turn,
+    mlp_block,
+)
+from chainlora.engine.fast.linear_layers import is_lora_layer, projection_of
+from chainlora.engine.fast.packed_attention import LAYOUT, attend
+from chainlora.engine.fast.packed_layout import Layout, Rows
 from chainlora.engine.fast.plugin import PACKED, FastPath
 from chainlora.engine.fast.projection import Projection
 from chainlora.engine.float32 import widened
@@ -85,7 +93,7 @@ class DecoderLayers(FastPath):
         try:
             for layer, (hidden, kwargs) in calls.items():
                 with whole(layer):
-                    found = _probe(layer, hidden, kwargs, facts.is_trained)
+                    found = _difference(layer, hidden, kwargs, facts.is_trained)
                 if not found <= _SAME:
                     index = layers.index(layer)
                     return f"the fast forward of layer {index} differs by {found:.1g} of its output"
@@ -94,7 +102,6 @@ class DecoderLayers(FastPath):
         return None
 
     def apply(self, model: nn.Module) -> None:
-        """Give every decoder layer the faster forward."""
         *layers, last = _layers(model)
         for layer in layers:
             self.patches.replace_forward(layer, _forward)
@@ -110,24 +117,21 @@ def _distinct(layers: list[Any], config: Any) -> list[Any]:
     ]
     seen: dict[str, Any] = {}
     for index, layer in enumerate(layers):
-        described = list(_description(layer)), [values[index] for values in per_layer]
+        described: list[Any] = [values[index] for values in per_layer]
+        for name, module in layer.named_modules():
+            fields = {
+                key: value
+                for key, value in vars(module).items()
+                if isinstance(value, bool | int | float | str | None)
+                and key not in ("layer_idx", "training")
+            }
+            shapes = [(key, tuple(p.shape), p.dtype) for key, p in module.named_parameters()]
+            described.append((name, type(module), fields, shapes))
         seen.setdefault(repr(described), layer)
     return list(seen.values())
 
 
-def _description(layer: nn.Module) -> Iterator[tuple[Any, ...]]:
-    for name, module in layer.named_modules():
-        plain = (bool, int, float, str, type(None))
-        fields = {
-            key: value
-            for key, value in vars(module).items()
-            if isinstance(value, plain) and key not in ("layer_idx", "training")
-        }
-        shapes = [(key, tuple(p.shape), p.dtype) for key, p in module.named_parameters()]
-        yield name, type(module), fields, shapes
-
-
-def _probe(layer: Any, hidden: Tensor, kwargs: dict[str, Any], training: bool) -> float:
+def _difference(layer: Any, hidden: Tensor, kwargs: dict[str, Any], training: bool) -> float:
     """Return the larger relative difference, of what the layer adds and of the gradient of its
     input, between the fast forward and its own."""
     generator = torch.Generator().manual_seed(0)
@@ -135,24 +139,23 @@ def _probe(layer: Any, hidden: Tensor, kwargs: dict[str, Any], training: bool) -
     results = []
     mode = in_mode(layer, training=training)
     with probing(layer), torch.enable_grad(), widened(layer), mode:
-        for function in (type(layer).forward, _fast_forward):
+        for is_fast in (False, True):
             leaf = hidden.clone().requires_grad_()
-            out = function(layer, leaf, **kwargs)
-            out = out[0] if isinstance(out, tuple) else out
+            if is_fast:
+                layout = kwargs[LAYOUT]
+                turn = _turn(layout, kwargs["position_embeddings"])
+                out = _compute(layer, leaf[0], layout, turn, None, again=False)
+                assert out is not None  # the layer's own forward would agree with itself
+                out = out[None]
+            else:
+                out = type(layer).forward(layer, leaf, **kwargs)
+                out = out[0] if isinstance(out, tuple) else out
             gradient = torch.autograd.grad((out * direction).sum(), leaf)[0]
             results.append((out.detach() - hidden, gradient - direction))
     return max(
         relative_difference(mine.flatten(), own.flatten()).item()
         for own, mine in zip(*results, strict=True)
     )
-
-
-def _fast_forward(layer: Any, hidden: Tensor, **kwargs: Any) -> Tensor:
-    layout = kwargs[LAYOUT]
-    turn = _turn(layout, kwargs["position_embeddings"])
-    out = _compute(layer, hidden[0], layout, turn, None, again=False)
-    assert out is not None  # the layer's own forward would agree with itself
-    return out[None]
 
 
 def _layers(model: nn.Module) -> list[Any]:
@@ -211,15 +214,14 @@ def _forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Te
 
 @replacement
 def _last_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Return hidden states [1, R, d] of the layout's rows alone, or [1, T, d] where it names
-    none."""
     return _faster(layer, hidden_states, args, kwargs, last=True)
 
 
 def _faster(
     layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], *, last: bool
 ) -> Tensor:
-    """Return the layer's output, by its own forward where something is not as the probe saw it."""
+    """Return the layer's output, by its own forward where something is not as the probe saw it:
+    [1, T, d], of the `last` layer [1, R, d] at the layout's rows if it names some."""
     layout, rotary, out = kwargs.get(LAYOUT), kwargs.get("position_embeddings"), None
     if not (layout is None or rotary is None or args) and _ready(layer, hidden):
         again = layer.training and getattr(layer, "gradient_checkpointing", False)
@@ -240,33 +242,23 @@ def _compute(
 
     None where checkpointing (`again`) asks for what single parts cannot do: to keep nothing.
     """
-    attention, mlp = _attention_half(layer, x, layout, turn, rows), _mlp_half(layer, x)
-    if again and (attention is None or mlp is None):
+    attention, mlp, norm = layer.self_attn, layer.mlp, layer.input_layernorm
+    parts = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    of_attention = _projections(parts, x.dtype) if layout.by_matmul else None
+    of_mlp = _projections((mlp.gate_proj, mlp.up_proj, mlp.down_proj), x.dtype)
+    if again and (of_attention is None or of_mlp is None):
         return None
-    if attention is None:
+    if of_attention is None:
         x = _attention_by_parts(layer, x, layout, turn, rows)
     else:
-        x = attention_block(x, attention, again=again)
-    return _mlp_by_parts(layer, x) if mlp is None else mlp_block(x, mlp, again=again)
-
-
-def _attention_half(
-    layer: Any, x: Tensor, layout: Layout, turn: Turn, rows: Rows | None
-) -> Attention | None:
-    """Return what the first half computes, None where it is more than one function of ours."""
-    attention, norm = layer.self_attn, layer.input_layernorm
-    parts = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
-    own = _projections(parts, x.dtype)
-    if own is None or not layout.by_matmul:
-        return None
-    eps = norm.variance_epsilon
-    return Attention(norm.weight, eps, own, attention.scaling, turn, layout, rows)
-
-
-def _mlp_half(layer: Any, x: Tensor) -> Mlp | None:
-    mlp, norm = layer.mlp, layer.post_attention_layernorm
-    own = _projections((mlp.gate_proj, mlp.up_proj, mlp.down_proj), x.dtype)
-    return None if own is None else Mlp(norm.weight, norm.variance_epsilon, own)
+        eps, scaling = norm.variance_epsilon, attention.scaling
+        half = Attention(norm.weight, eps, of_attention, scaling, turn, layout, rows)
+        x = attention_block(x, half, again=again)
+    norm = layer.post_attention_layernorm
+    if of_mlp is None:
+        normed = RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
+        return x + mlp.down_proj(F.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
+    return mlp_block(x, Mlp(norm.weight, norm.variance_epsilon, of_mlp), again=again)
 
 
 def _attention_by_parts(
@@ -284,12 +276,6 @@ def _attention_by_parts(
     query = Rotary.apply(attention.q_proj(normed).unflatten(-1, (-1, size)), *turn)
     mixed = attend(query, key, value, layout, attention.scaling)
     return x + attention.o_proj(mixed.flatten(-2))
-
-
-def _mlp_by_parts(layer: Any, x: Tensor) -> Tensor:
-    mlp, norm = layer.mlp, layer.post_attention_layernorm
-    normed = RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
-    return x + mlp.down_proj(F.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
 
 
 def _projections(modules: Iterable[nn.Module], dtype: torch.dtype) -> list[Projection] | None:
@@ -316,8 +302,7 @@ def _projection(module: Any) -> Projection | None:
 
 
 def _turn(layout: Layout, rotary: tuple[Tensor, Tensor]) -> Turn:
-    """Return the rotation's tables, made by the first layer of a forward and kept with its layout
-    for the others."""
+    """Return the rotation's tables, made by the first layer of a forward and kept in its layout."""
     cos, sin = rotary
     made_from, turn = layout.plans.get(_TURN, (None, None))
     if made_from is not cos:

@@ -181,6 +181,7 @@ def _group(units: list[_Unit], causal: bool, device: torch.device | str) -> Grou
     tk = -(-max(len(unit.keys) for unit in units) // KEYS_MULTIPLE) * KEYS_MULTIPLE
     queries, keys, depths = [], [], []
     padding: list[int] = []
+    spans = tuple(range(unit.keys[0], unit.keys[-1] + 1) for unit in units)
     for b, unit in enumerate(units):
         missing = tq - len(unit.queries)
         queries.append([*unit.queries, *[unit.queries[0]] * missing])
@@ -196,15 +197,9 @@ def _group(units: list[_Unit], causal: bool, device: torch.device | str) -> Grou
         alike=all(depth == depths[0] for depth in depths),
         first=(min(map(min, depths)) + 1) // KEYS_MULTIPLE * KEYS_MULTIPLE,
         keep=tk <= LONGEST_KEPT,
-        spans=_spans([unit.keys for unit in units]),
+        spans=spans if list(map(len, spans)) == [len(unit.keys) for unit in units] else None,
     )
 
 
 def _indices(x: list[Any], device: torch.device | str) -> Tensor:
     return torch.tensor(x, dtype=torch.int64, device=device)
-
-
-def _spans(rows: list[list[int]]) -> tuple[range, ...] | None:
-    if any(keys[-1] - keys[0] != len(keys) - 1 for keys in rows):
-        return None
-    return tuple(range(keys[0], keys[-1] + 1) for keys in rows)

@@ -1,22 +1,146 @@
-"""Attention by batched matmuls: softmax(s·Q Kᵀ + mask) V, heads that share a key head in one
-matmul.
+"""Attention over a packed row: each token sees its own sequence and nothing else.
 
-Two plain functions, `attend_forward` and `attend_backward`, and the autograd function made of them.
+Registered with transformers under the name ``chainlora_packed``, so any architecture that looks its
+attention up there can run packed. A call without a layout is the implementation that the model had
+before, mask included: a model set to ours still generates and scores as before.
+
+By the layout's batches of small attentions: on a CPU plain matmuls (torch's fused kernel needs five
+times as long for the backward of a short bfloat16 sequence); elsewhere, for long float32 sequences,
+and under dropout, SDPA.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from chainlora.engine.fast.packed.layout import Layout
+from chainlora.engine.fast.packed_layout import Layout
 from chainlora.engine.matmul import is_slow
 
+NAME = "chainlora_packed"
+LAYOUT = "packed_layout"
 Probabilities = list[Tensor | None]  # by group; None where they are made again in backward
+# What an architecture adds to attention by these arguments cannot be left out silently. Where it is
+# neither eager nor SDPA, `indices` stand for the mask of the keys that DeepSeek V3.2 picks.
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "indices", "block_indices")
+
+
+class CannotPackError(Exception):
+    """Attention of a kind that a packed row does not have."""
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    packed_layout: Layout | None = None,
+    plain: str = "sdpa",
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """Attend by `packed_layout`: query, key, value [1, heads, T, size] → [1, T, heads, size].
+
+    Without a layout, `plain` names the implementation of transformers that computes instead.
+
+    Raises:
+        CannotPackError: the architecture asks for something this function does not compute.
+    """
+    if packed_layout is None:
+        attention: Any = sdpa_attention_forward
+        if plain == "eager":  # not registered: each modeling file has its own
+            attention = sys.modules[type(module).__module__].eager_attention_forward
+        elif plain != "sdpa":
+            attention = ALL_ATTENTION_FUNCTIONS[plain]
+        return attention(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    asked = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    if asked:
+        raise CannotPackError(f"packed attention does not compute {asked[0]}")
+    if attention_mask is not None and attention_mask.numel() > 1:
+        raise CannotPackError("packed attention does not compute a mask of the model's own")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attend(q, k, v, packed_layout, scaling, dropout)[None], None
+
+
+def packed_name(before: str | None) -> str:
+    """Return the name of the packed implementation for a model that is set to `before`.
+
+    Each one is registered once; it differs from the others in what computes a call without a
+    layout, and in the mask of that call.
+    """
+    before = before or "eager"
+    if before.startswith(NAME):
+        return before
+    if before == "sdpa":
+        return NAME
+    name = f"{NAME}_{before}"
+    AttentionInterface.register(name, partial(packed_attention, plain=before))
+    if before in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
+    return name
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attend over a packed row: query [T, heads, size], key [T, key heads, size], value [T, key
+    heads, own size] → [T, heads, own size]."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if layout.by_matmul and not dropout:
+        return MatmulAttention.apply(query, key, value, layout, scaling)
+    if is_slow(query):
+        mixed = _sdpa(query.float(), key.float(), value.float(), layout, scaling, dropout)
+        return mixed.to(query.dtype)
+    return _sdpa(query, key, value, layout, scaling, dropout)
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, dropout: float
+) -> Tensor:
+    parts = []
+    for group in layout.groups:
+        (b, tq), tk = group.queries.shape, group.keys.shape[1]
+        q = query[group.queries.flatten()].unflatten(0, (b, tq)).transpose(1, 2)
+        k, v = (x[group.keys.flatten()].unflatten(0, (b, tk)).transpose(1, 2) for x in (key, value))
+        repeats = query.shape[1] // key.shape[1]
+        if repeats > 1:
+            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        mask = None
+        if not group.causal:  # which keys each query sees, [B or 1, 1, Tq, Tk]
+            mask = F.pad(group.visible(), (group.first, 0), value=True)[:, None]
+        out = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=group.causal, scale=scaling, dropout_p=dropout
+        )
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts)[make_plan(layout, 1, 1, query.dtype).back]
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+# --- batched matmuls: softmax(s·Q Kᵀ + mask) V, heads that share a key head in one matmul ---
 
 
 def attend_forward(
@@ -152,12 +276,8 @@ class _Plan:
 def make_plan(layout: Layout, heads: int, key_heads: int, dtype: torch.dtype) -> _Plan:
     """Return the row indices for these numbers of heads, made once a layout."""
     wanted = (heads, key_heads, dtype)
-    if wanted not in layout.plans:
-        layout.plans[wanted] = _make_plan(layout, heads, key_heads, dtype)
-    return layout.plans[wanted]
-
-
-def _make_plan(layout: Layout, heads: int, key_heads: int, dtype: torch.dtype) -> _Plan:
+    if wanted in layout.plans:
+        return layout.plans[wanted]
     device = layout.groups[0].queries.device
     repeats = heads // key_heads
     head, key_head = torch.arange(heads, device=device), torch.arange(key_heads, device=device)
@@ -174,7 +294,9 @@ def _make_plan(layout: Layout, heads: int, key_heads: int, dtype: torch.dtype) -
         padding.append(((row[:, None] * heads + head) * tq + place[:, None]).flatten())
     back = _inverse(queries, layout.num_queries * heads, padding)
     back_keys = _inverse(keys, layout.num_tokens * key_heads, None) if layout.flat else None
-    return _Plan(tuple(queries), tuple(keys), tuple(masks), tuple(padding), back, back_keys)
+    plan = _Plan(tuple(queries), tuple(keys), tuple(masks), tuple(padding), back, back_keys)
+    layout.plans[wanted] = plan
+    return plan
 
 
 def _inverse(rows: list[Tensor], size: int, padding: list[Tensor] | None) -> Tensor:

@@ -15,19 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chainlora.engine.fast.packed.attention import LAYOUT, CannotPackError, packed_name
-from chainlora.engine.fast.packed.layout import make_layout
+from chainlora.engine.fast.packed_attention import LAYOUT, CannotPackError, packed_name
+from chainlora.engine.fast.packed_layout import make_layout
 from chainlora.engine.fast.plugin import PACKED, FastPath
-from chainlora.engine.limits import UNLIMITED, packing_limits
 from chainlora.engine.packing import PackedBatch
 from chainlora.engine.patching import Patches
 from chainlora.engine.probes import (
     FAR,
+    UNLIMITED,
     Calls,
     Facts,
     computing_wide,
     first_line,
     forget_lengths,
+    packing_limits,
     probe_batch,
     probing,
     relative_difference,
@@ -71,11 +72,9 @@ class PackedSequences(FastPath):
         return reason
 
     def apply(self, model: nn.Module) -> None:
-        """Set the model's attention to ours; calls without a layout stay what they were."""
         self.patches.set_attention(base_model(model), packed_name)
 
     def note(self, reason: str | None) -> str | None:
-        """Return also up to which length sequences are packed."""
         within = []
         if reason is None and self.longest_sequence < UNLIMITED:
             within.append(f"up to {self.longest_sequence} tokens each (its attention window)")
@@ -140,12 +139,18 @@ def _why_not_packed(model: nn.Module, batch: PackedBatch, plain: Tensor) -> str 
             far = _at_far_positions(model, batch)
             patches.set_attention(base_model(model), packed_name)
             packed = packed_hidden(model, batch)
-            disturbed = packed_hidden(model, _disturbed(batch))
+            # other tokens in its second branch and its third sequence
+            kept = (batch.token_sequence == 0) | (batch.token_sequence == FAR)
+            untouched = torch.zeros_like(batch.rows, dtype=torch.bool)
+            untouched[batch.token_row[kept]] = True
+            changed = torch.ones_like(batch.input_ids, dtype=torch.bool)
+            changed[batch.rows[untouched]] = False
+            ids = torch.where(changed, batch.input_ids.flip(0).roll(1), batch.input_ids)
+            disturbed = packed_hidden(model, replace(batch, input_ids=ids))
     except Exception as error:  # whatever an architecture trips over, the plain path is right
         return f"it does not run packed ({first_line(error)})"
     finally:
         patches.restore()
-    untouched = _untouched_rows(batch)
     if not relative_difference(disturbed[untouched], packed[untouched]).max() <= _UNTOUCHED:
         return "its layers mix tokens of neighbouring sequences"
     by_token = packed[batch.token_row]
@@ -164,19 +169,3 @@ def _at_far_positions(model: nn.Module, batch: PackedBatch) -> Tensor:
     output = base_model(model)(input_ids=ids, position_ids=positions, use_cache=False)
     states = output.last_hidden_state[0]
     return states.new_zeros(len(tokens), states.shape[-1]).index_put((tokens,), states)
-
-
-def _disturbed(batch: PackedBatch) -> PackedBatch:
-    """Return the batch with other tokens in its second branch and its third sequence."""
-    changed = torch.ones_like(batch.input_ids, dtype=torch.bool)
-    changed[batch.rows[_untouched_rows(batch)]] = False
-    ids = torch.where(changed, batch.input_ids.flip(0).roll(1), batch.input_ids)
-    return replace(batch, input_ids=ids)
-
-
-def _untouched_rows(batch: PackedBatch) -> Tensor:
-    """Return which of the R rows belong to the first and the last sequence."""
-    kept = (batch.token_sequence == 0) | (batch.token_sequence == FAR)
-    rows = torch.zeros_like(batch.rows, dtype=torch.bool)
-    rows[batch.token_row[kept]] = True
-    return rows

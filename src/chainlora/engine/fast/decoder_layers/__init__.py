@@ -1,1 +1,0 @@
-"""A faster forward for decoder layers of Llama's shape."""

@@ -1,1 +1,0 @@
-"""Sequences side by side in one row, without padding, common beginnings computed once."""
