@@ -31,7 +31,7 @@ from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import BASE, read_history
 from chainlora.runs.loading_start import with_start
 from chainlora.training.interrupts import interruptible
-from chainlora.training.stages import extension, train_stages
+from chainlora.training.stages import extension, rehearsal, train_stages
 from chainlora_lab import make_experiment, run_cells
 
 # Every feature that has state on disk.
@@ -86,7 +86,7 @@ class World:
         where, source = fresh(self.folder / folder), COMMANDS[name].on
         if source is not None:
             if not (self.folder / source).exists():
-                maker = {"one": "train", "two": "extend", "undone": "undo"}[source]
+                maker = MAKERS[source]
                 self.whole(maker)
                 shutil.copytree(self.folder / f"whole-{maker}", self.folder / source)
             shutil.copytree(self.folder / source / "run", where / "run")
@@ -165,6 +165,22 @@ def _fork(world: World, where: Path, listener: Listener = _silent) -> None:
     train_stages(stages, listener=listener)
 
 
+def _beside(world: World, where: Path, listener: Listener = _silent) -> None:
+    """Train a stage beside the first one, and combine them."""
+    own = world.tree["stages"][0]["data"] | {"num_train": 8}
+    chain = {"ranks": [2], "steps": [2]}
+    stages = extension(where / "run", {"name": "law", "data": own, "chain": chain}, beside=True)
+    train_stages(stages, listener=listener)
+
+
+def _rehearse(world: World, where: Path, listener: Listener = _silent) -> None:
+    train_stages(rehearsal(where / "run", {"chain": {"steps": [2]}}), listener=listener)
+
+
+def _forget(world: World, where: Path, listener: Listener = _silent) -> None:
+    prune_stage(where / "run", "law")
+
+
 def _mix(world: World, where: Path, listener: Listener = _silent) -> None:
     mix_stages(where / "run", {"facts": 0.5, "taste": 0})
 
@@ -224,6 +240,9 @@ COMMANDS = {
     "train": Command(train_run),
     "extend": Command(_extend, "one"),
     "fork": Command(_fork, "one"),
+    "beside": Command(_beside, "one"),
+    "rehearse": Command(_rehearse, "beside"),
+    "forget": Command(_forget, "rehearsed", "refused"),
     "mix": Command(_mix, "two"),
     "undo": Command(_undo, "two", "other"),
     "redo": Command(_redo, "undone", "other"),
@@ -231,6 +250,15 @@ COMMANDS = {
     "export": Command(_export, "two", "refused"),
     "merge": Command(_merge, "two", "refused"),
     "experiment": Command(_experiment),
+}
+
+
+MAKERS = {  # of the runs that commands are done to
+    "one": "train",
+    "two": "extend",
+    "undone": "undo",
+    "beside": "beside",
+    "rehearsed": "rehearse",
 }
 
 

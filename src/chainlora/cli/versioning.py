@@ -112,7 +112,7 @@ def rehearse(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     from chainlora.cli.train import train_and_show
     from chainlora.training.stages import rehearsal
 
-    train_and_show(rehearsal(words[0], overrides), overrides, dry_run, as_json)
+    train_and_show(rehearsal(words[0], {}, overrides), overrides, dry_run, as_json)
 
 
 @click.command

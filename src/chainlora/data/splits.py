@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.data import TrainFile
 from chainlora.config.schema import PAIR_LOSSES, DataConfig
-from chainlora.data.division import aligned, divide, each_again, pick, rows_again, rows_in_both
+from chainlora.data.division import aligned, divide, pick, rows_again, rows_in_both
 from chainlora.data.encoding import Options, detect_format
 from chainlora.data.kept import ASKED, SAMPLE, Kept
 from chainlora.data.mixture import Mixture, example_hashes, prompt_hashes
@@ -173,18 +173,16 @@ def prepare_splits(
     _log_unread(rows)
     if to_score is None and compare:
         _log_in_both(data, rows, sources)
-    if data.rehearse and to_score is None:
+    key = "data.replay" if data.replay else "data.rehearse" if data.rehearse else None
+    if key and to_score is None and (data.rehearse or parts["train"]):
         kind, longest = learned_by(data, loss), length_limit(data, context)
-        by_stage = each_again(earlier or {}, kind, longest)
-        asked["mixture"] = Mixture(tuple(map(len, by_stage)), tuple(map(_share, by_stage)))
-        rows["train"] = joined(by_stage)
-    if data.replay is not None and to_score is None and parts["train"]:
-        kind = learned_by(data, loss)
-        longest = length_limit(data, context)
-        again = rows_again(earlier or {}, kind, rows["validation"], longest)
-        asked["mixture"] = replace(asked["mixture"], num_earlier=len(again), replay=data.replay)
-        asked["moved"] |= {"replayed": len(again)}
-        rows["train"] = joined([rows["train"], again])
+        again = rows_again(key, earlier or {}, kind, rows["validation"], longest)
+        asked.setdefault("mixture", Mixture(tuple(map(len, again)), tuple(map(_share, again))))
+        if data.replay:
+            count = sum(map(len, again))
+            asked["mixture"] = replace(asked["mixture"], num_earlier=count, replay=data.replay)
+            asked["moved"] |= {"replayed": count}
+        rows["train"] = joined([rows["train"], *again])
     if earlier and to_score is None and compare:
         _log_trained_on(rows, earlier)
     asked |= {"digest": _digest(rows, options.before)}

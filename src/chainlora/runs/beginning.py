@@ -97,7 +97,7 @@ def take_in(run: Path, state: OpenState) -> str:
     differing = [
         name
         for name, here, there in (
-            ("base model or dtype", history.empty.base, other.empty.base),
+            ("base model", history.empty.base, other.empty.base),
             ("tokenizer", history.tokenizer, other.tokenizer),
             ("chain.hold", history.hold, other.hold),
         )

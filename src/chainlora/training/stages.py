@@ -29,6 +29,7 @@ from chainlora.config.staging import (
     make_stage,
     make_stages,
     not_inherited,
+    section_of,
     split_address,
     what_stages_share,
 )
@@ -100,17 +101,37 @@ def extend(
     run: str | Path,
     stage: Mapping[str, Any],
     *,
+    beside: bool = False,
     listener: Listener | None = None,
     progress: bool | None = None,
 ) -> TrainResult:
-    """Train one more stage on top of a run, and return what its ``result.json`` holds.
+    """Train one more stage of a run, and return what its ``result.json`` holds.
+
+    It begins on what `run` names: what the run is now, or ``RUN@STAGE``. With `beside` it begins on
+    what the run began on, and is then combined with what the run is (`combine`).
 
     `stage` has a `name`, and the sections data, chain and train; what it leaves open is as in the
     stage before, but for rows, ranks, lengths and how the end is chosen: a warning names those keys
-    of the stage before. With `output` it becomes a fork that begins on
-    `run`, which may then be ``RUN@STAGE``. The same call again goes on where it was stopped.
+    of the stage before. With `output` it becomes a fork that begins on `run`. The same call again
+    goes on where it was stopped.
     """
-    return _of_stages(extension(run, stage), listener, (), progress)
+    return _of_stages(extension(run, stage, beside=beside), listener, (), progress)
+
+
+def rehearse(
+    run: str | Path,
+    stage: Mapping[str, Any] | None = None,
+    *,
+    listener: Listener | None = None,
+    progress: bool | None = None,
+) -> TrainResult:
+    """Train a short stage on rows that all stages of a run kept, as many of each.
+
+    `stage` may have sections of a stage, by default one link of `STEPS` steps and the largest rank
+    of the run's links. The same call again goes on where it was stopped; where the run ends in a
+    rehearsal, it does nothing. Returns what ``result.json`` holds.
+    """
+    return _of_stages(rehearsal(run, stage or {}), listener, (), progress)
 
 
 def _of_stages(
@@ -234,10 +255,11 @@ def extension(
     if output is None:
         refuse_links(run)
         state = _below(run, state, now, name)
-    before = _config_before(now if beside else state)
-    is_new = not is_run(begun) or begun_stage(begun, name) is None
-    if is_new and (left_out := not_inherited(before, own)):
-        what = (name, ", ".join(left_out), state.stage)
+    last = _stage_before(now if beside else state)
+    before, is_new = last.config(), not is_run(begun) or begun_stage(begun, name) is None
+    is_rehearsal = section_of(own, "data").get("rehearse", False)
+    if is_new and not is_rehearsal and (left_out := not_inherited(before, own)):
+        what = (name, ", ".join(left_out), last.stage)
         logger.warning("stage %s does not inherit %s from %s", *what)
     if plugins is None and before.plugins:
         raise RunError(not_named(f"extend {address}", before.plugins) + ", or --plugins [] without")
@@ -251,32 +273,31 @@ def extension(
     return [Stage(stage.name, stage.config, after=key, beside=beside)]
 
 
-def rehearsal(run: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> list[Stage]:
-    """Return a short stage on rows that all stages of a run kept, as many of each.
+def rehearsal(
+    run: str | Path, section: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = ()
+) -> list[Stage]:
+    """Return a short stage on rows that all stages of a run kept, as many of each (`rehearse`).
 
-    It has one link of the largest rank of the run's links, tuned for `STEPS` steps; `overrides`
-    may say otherwise. A rehearsal that was stopped goes on; one that the run ended in is returned.
-    Raises RunError for a run that is not there, or whose stages kept no rows.
+    A rehearsal that was stopped goes on; one that the run ended in is returned.
     """
     now = find_state(run)
     drafts = [read_draft(now.run, name).entry for name in drafts_in(now.run, now.history)]
-    if now.entry is not None and not now.entry.is_rehearsal:
-        drafts.append(now.entry)
-    begun = [entry.key for entry in drafts if entry.is_rehearsal]
+    known = drafts if now.entry is None else [*drafts, now.entry]
+    begun = [entry.key for entry in known if entry.is_rehearsal]
     numbered = (f"{REHEARSAL}-{number}" for number in count(2))
     free = (name for name in chain([REHEARSAL], numbered) if now.history.find(name) is None)
-    section = {
-        "name": begun[0] if begun else next(free),
-        "data": {"rehearse": True, "replay": None, "new_rows_only": False},
-        "chain": {"ranks": [max(facts.rank for facts in now.facts)], "steps": [STEPS]},
-    }
-    return extension(run, section, overrides)
+    own = {"name": begun[0] if begun else next(free)} | dict(section)
+    rows = {"rehearse": True, "replay": None, "new_rows_only": False}
+    own["data"] = rows | section_of(own, "data")
+    largest = max((facts.rank for facts in now.facts), default=8)
+    own["chain"] = {"ranks": [largest], "steps": [STEPS]} | section_of(own, "chain")
+    return extension(run, own, overrides)
 
 
-def _config_before(state: OpenState) -> RunConfig:
-    """Return the config that a stage inherits from: not that of a rehearsal."""
-    found = [e for e in state.lineage if e.kind == "stage" and not e.is_rehearsal]
-    return state.at(found[-1].key).config() if found and state.draft is None else state.config()
+def _stage_before(state: OpenState) -> OpenState:
+    """Return the end of the stage that another one inherits from: not of a rehearsal."""
+    found = [e.key for e in state.lineage if e.kind == "stage" and not e.is_rehearsal]
+    return state.at(found[-1]) if found and state.draft is None else state
 
 
 def _below(run: Path, state: OpenState, now: OpenState, name: str) -> OpenState:
@@ -315,7 +336,9 @@ def _judge(run: Path, planned: StagePlan, tell: Listener) -> None:
 def _take_in(run: Path, stage: Stage) -> None:
     """Combine a stage that has ended beside the others with what the run is combined of."""
     history = read_history(run)
-    combined = {key for entry in history.entries if entry.kind == "combine" for key in entry.parents}
+    combined = {
+        key for entry in history.entries if entry.kind == "combine" for key in entry.parents
+    }
     if stage.name in combined | {entry.key for entry in history.lineage(history.head)}:
         return
     if stage.beside:
