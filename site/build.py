@@ -22,7 +22,7 @@ from sphinx.cmd.build import main as sphinx
 
 import chainlora
 from chainlora.cli.main import cli
-from chainlora.config.foreign import keys_table
+from chainlora.config.messages import keys_table
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
