@@ -823,13 +823,27 @@ def test_a_best_point_scores_as_itself(config, tmp_path):
     assert stage_matrix(tmp_path / "run").grid[-1][0].state != whole.state
 
 
-def test_the_best_mix_of_what_is_no_sum_is_on_or_off(config, tmp_path):
+def test_the_best_mix_of_what_is_no_sum_is_refused(config, tmp_path):
     config["stages"][1]["chain"]["dora"] = True
     train_stages(make_stages(config))
+    with pytest.raises(RunError, match=r"links that are low-rank sums .*DoRA.* name the strengths"):
+        best_mix(tmp_path / "run")
+
+
+def test_the_best_mix_weakens_a_stage_that_harms_the_rows_of_others(config, tmp_path):
+    """Wrong answers, of which no rows are kept, undo what the first stage has learned."""
+    facts, style = config["stages"]
+    facts["chain"] = {"ranks": [4], "steps": [12]}
+    wrong = tmp_path / "wrong.jsonl"
+    rows = map(json.loads, Path(facts["data"]["train"]).read_text().splitlines())
+    wrong.write_text("".join(json.dumps(r | {"label": 1 - r["label"]}) + "\n" for r in rows))
+    style["data"] = {"task": facts["data"]["task"], "train": str(wrong), "keep_rows": False}
+    style["chain"] = {"ranks": [4], "steps": [12]}
+    train_stages(make_stages(config), matrix=False)
     best, after, now = best_mix(tmp_path / "run")
-    assert after >= now
-    assert best["style"] in (0, 1)
-    mix_stages(tmp_path / "run", best)
+    assert best["style"] < 0.5 < best["facts"]
+    assert after > now + 0.2  # accuracy on 16 rows
+    assert open_run(tmp_path / "run").strengths == {"facts": 1, "style": 1}  # only said
 
 
 def test_rows_that_are_not_kept_are_missing_from_the_matrix(config, tmp_path):
