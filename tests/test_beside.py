@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from chainlora import export_adapter, load_run
 from chainlora.chain.combining import Combination, gram_matrices
+from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
 from chainlora.errors import RunError
 from chainlora.evaluation.combination import combine
@@ -199,12 +200,16 @@ def scores(run: Path) -> dict[tuple[str, str], str]:
     return {(cell["state"], cell["stage"]): cell["value"] for cell in lines}
 
 
-def test_a_pruned_stage_leaves_no_trace(abc, ac):
+def test_a_pruned_stage_leaves_no_trace(abc, ac, capsys):
     """Combine, search, rehearse, score; prune; again: all is as in a run that never had it."""
     for run in (abc, ac):
         mix_stages(run, best_mix(run)[0], reads=open_run(run).columns)
         train_stages(rehearsal(run, {}))
-    names = {"chosen by b": set(plan_pruning(abc, "b").with_it)}["chosen by b"]
+    names = set(plan_pruning(abc, "b").with_it)
+    assert cli(["prune", str(abc), "b"]) == 1
+    said = capsys.readouterr().out
+    assert "would delete rehearsal, computed from its rows" in said
+    assert f"combine the others again: chainlora combine {abc} a c" in said
     assert "rehearsal" in names
     assert len([name for name in names if name.startswith("combine")]) == 2  # of a b, and a b c
     gone = open_run(f"{abc}@b")

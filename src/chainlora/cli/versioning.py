@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -284,9 +285,10 @@ def show_matrix(matrix: StageMatrix, echo: Callable[[str], object] = click.echo)
 def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     """Delete STAGE of RUN for good: links, kept rows, config, records, result, scores.
 
-    Stages that were trained on top of it stay, without its links. Mixes that its rows have chosen
-    go with it. Without --yes nothing is deleted, and the exit status is 1. To switch a stage off,
-    and on again, take mix; to go back to what was before it, take undo.
+    Stages that were trained on top of it stay, without its links. Mixes, combinations and
+    rehearsals that were computed from its rows go with it. Without --yes nothing is deleted, and
+    the exit status is 1. To switch a stage off, and on again, take mix; to go back to what was
+    before it, take undo.
     """
     folder = whole_run(run)
     quiet()
@@ -301,11 +303,14 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
         shown = {"run": run, "stage": stage, "deleted": yes, "files": gone}
         print_json(shown | {"mixes": found.with_it, "again": again})
     else:
-        for what in [*gone, *(f"{name}, chosen by its rows" for name in found.with_it)]:
+        for what in [*gone, *(f"{name}, computed from its rows" for name in found.with_it)]:
             click.echo(f"{'deleted' if yes else 'would delete'} {what}")
         if found.later:
             how = "".join(f"\n  {line}" for line in again)
             click.echo(f"stays: {', '.join(found.later)}, tuned on top of it; without it:{how}")
+        if len(found.left) > 1:
+            stages = shlex.join([run, *found.left])
+            click.echo(f"to combine the others again: chainlora combine {stages}")
         click.echo("stays: its data files, forks (prune them too), exports, predictions, reports")
         click.echo(f"stays: the cache of tokenised rows of all runs, {cache_dir() / 'rows'}")
     if not yes:
