@@ -268,13 +268,15 @@ def test_a_stage_after_a_rehearsal_has_the_config_of_a_stage(abc, sentiment):
     assert open_run(abc).stage == "rehearsal-2"
 
 
-def test_a_stage_goes_on_from_any_state(abc, sentiment):
+def test_a_stage_goes_on_from_any_state(abc, sentiment, tmp_path):
     """It stands beside what the run is, which stays as it is, and can be combined with it."""
     before = open_run(abc)
     train_stages(extension(f"{abc}@b", section(sentiment, "d")))
     assert open_run(abc).state == before.state
     assert open_run(f"{abc}@d").entry.parents == ("b",)
+    apart = combine(abc, ["a", "d"], output=tmp_path / "apart")
     found = combine(abc, ["a", "d"])
+    assert apart.state == found.state
     assert found.entry.parents == ("a", "d")
     assert found.stages == ["a", "b", "d"]
 
@@ -312,7 +314,8 @@ def test_a_stage_of_another_run_gets_its_folder_as_a_name(tiny_folder, sentiment
 def test_what_cannot_be_combined(abc, sentiment, tmp_path):
     def refused(*names: str) -> str:
         with pytest.raises(RunError) as error:
-            combine(abc, names)
+            combine(abc, names, output=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
         return str(error.value)
 
     assert "two states or more are combined" in refused("a")

@@ -17,7 +17,7 @@ from chainlora.data.kept import Kept
 from chainlora.errors import RunError
 from chainlora.evaluation.stage_scores import Progress, Scorer
 from chainlora.runs.addresses import open_run, state_at
-from chainlora.runs.beginning import fork, take_in
+from chainlora.runs.beginning import fork, need_same_base, take_in
 from chainlora.runs.changes import whole_run
 from chainlora.runs.history import BASE, History, State, Term, read_history, update_history
 from chainlora.runs.links import save_derived
@@ -51,18 +51,21 @@ def combine(
     history = read_history(folder)
     own = [str(name) for name in names if history.find(str(name)) is not None]
     others = [find_ended(name) for name in names if str(name) not in own]
+    own = own or (history.ends(history.head) if others else ends_of(history))
+    states = [state_at(folder, history, name) for name in own]
+    for other in others:
+        need_same_base(history, other)
+        key = BASE if other.entry is None else other.entry.key
+        states += [other.at(end) for end in other.history.ends(key)]
+    states = _checked(states)
     if output is not None:
         refuse_if_taken(Path(output).expanduser())
-        fork(state_at(folder, history), Path(output).expanduser())
         folder = Path(output).expanduser()
-    own = own or (history.ends(history.head) if others else ends_of(history))
-    for other in others:
-        key = BASE if other.entry is None else other.entry.key
-        own += [take_in(folder, other.at(end)) for end in other.history.ends(key)]
+        fork(states[0], folder)
+    keys = [s.entry.key if s.run == folder else take_in(folder, s) for s in states if s.entry]
     history = read_history(folder)
-    states = [state_at(folder, history, name) for name in own]
-    found = _combined(_ordered(states), progress or (lambda what, done, rows: None))
-    keys = [state.entry.key for state in states if state.entry is not None]
+    states = [state_at(folder, history, key) for key in keys]
+    found = _combined(states, progress or (lambda what, done, rows: None))
 
     def change(history: History) -> History:
         return history.combined(found, keys)
@@ -97,8 +100,8 @@ def ends_of(history: History) -> list[str]:
     return [e.key for e in alone if e.key not in below]
 
 
-def _ordered(states: Sequence[OpenState]) -> list[OpenState]:
-    """Return states that can be combined, once each, by their digests: sums have this order."""
+def _checked(states: Sequence[OpenState]) -> list[OpenState]:
+    """Return states that can be combined, once each."""
     found = {state.state.digest: state for state in states}
     if len(found) < 2:
         raise RunError(
@@ -110,19 +113,20 @@ def _ordered(states: Sequence[OpenState]) -> list[OpenState]:
         if not _rows_of(state):
             rule = "a combination reads rows that stages kept"
             raise RunError(rule, f"none for {state}", "train with data.keep_rows: true")
-    return [found[digest] for digest in sorted(found)]
+        for link in state.links():
+            _need_low_rank_sum(link, state.run)
+    return [*found.values()]
 
 
 def _combined(states: Sequence[OpenState], progress: Progress) -> State:
     """Return the combination, with its derived factors written into the run."""
+    states = sorted(states, key=lambda each: each.state.digest)  # the sums have this order
     first, run = states[0], states[0].run
     links = {
         (term.link, term.derived): link
         for state in states
         for term, link in zip(state.state.terms, state.links(), strict=True)
     }
-    for link in links.values():
-        _need_low_rank_sum(link, run)
     held = [{term.link: term for term in state.state.terms} for state in states]
     # A link that is the same in all states stays so.
     alike = {link for link in held[0] if all(each.get(link) == held[0][link] for each in held)}

@@ -87,13 +87,9 @@ def fork(state: OpenState, output: Path) -> None:
         write_part(scratch / HISTORY, history.model_copy(update={"origin": origin}))
 
 
-def take_in(run: Path, state: OpenState) -> str:
-    """Copy a state of another run, and what it was computed from, beside the entries of a run.
-
-    Returns the name of its entry there: its own, or that of the other run's folder where a stage of
-    this run has the name. Raises RunError for another base.
-    """
-    history, other = read_history(run), state.history
+def need_same_base(history: History, state: OpenState) -> None:
+    """Raise RunError where a state of another run cannot be combined with those of a history."""
+    other = state.history
     differing = [
         name
         for name, here, there in (
@@ -106,6 +102,15 @@ def take_in(run: Path, state: OpenState) -> str:
     if differing:
         rule, remedy = "runs that are combined must share their base", "train one of them again"
         raise RunError(rule, f"another {differing[0]} in {state.run}", remedy)
+
+
+def take_in(run: Path, state: OpenState) -> str:
+    """Copy a state of another run, and what it was computed from, beside the entries of a run.
+
+    Returns the name of its entry there: its own, or that of the other run's folder where a stage of
+    this run has the name.
+    """
+    history, other = read_history(run), state.history
     state.verify()
     names: dict[str, str] = {}
     for entry in state.lineage:
