@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tiny_folder
-from helpers import settings
+from helpers import Stop, settings
+from helpers_data import pair_files
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -18,14 +19,15 @@ from chainlora import export_adapter, load_run
 from chainlora.chain.combining import Combination, gram_matrices
 from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
-from chainlora.errors import RunError
-from chainlora.evaluation.combination import combine
+from chainlora.errors import ChainError, ConfigError, RunError
+from chainlora.evaluation.combination import combine, combine_with
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.evaluation.strengths import best_mix
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import log, mix_stages, plan_pruning, prune_stage, redo, undo
 from chainlora.runs.history import read_history
+from chainlora.runs.loading_start import with_start
 from chainlora.training.stages import extension, rehearsal, train_stages
 
 
@@ -281,6 +283,94 @@ def test_a_stage_goes_on_from_any_state(abc, sentiment, tmp_path):
     assert found.stages == ["a", "b", "d"]
 
 
+def test_a_stage_beside_others_has_its_config_from_the_first(abc, ac, sentiment):
+    """Not from siblings: they may be pruned, and differ when the same command is given again."""
+    other = section(sentiment, "d") | {"train": {"lr": 1e-4}}
+    train_stages(extension(abc, other, beside=True), matrix=False)
+    for run in (abc, ac):
+        (stage,) = extension(run, section(sentiment, "d2"), beside=True)
+        assert stage.config.train.lr == 1e-2
+        assert train_stages(extension(run, section(sentiment, "c"), beside=True)) == [None]
+
+
+def test_a_rehearsal_takes_no_loss_of_pairs(abc, tmp_path, caplog):
+    """What it learns by is that of the rows, also after a stage on preferences."""
+    pairs = {"data": pair_files(tmp_path), "train": {"loss": "dpo"}}
+    pairs |= {"name": "pairs", "chain": {"ranks": [2], "steps": [1]}}
+    train_stages(extension(abc, pairs), matrix=False)
+    (stage,) = rehearsal(abc, {}, [("chain.epochs", [1])])
+    assert (stage.config.train.loss, stage.config.chain.steps) == (None, None)
+    (result,) = train_stages([*rehearsal(abc, {"chain": {"steps": [1]}})], matrix=False)
+    assert len(result["data"]["train"]["weights"]) == 3
+    assert "pairs" in caplog.text
+
+
+def test_what_a_combination_leaves_is_named(abc, sentiment, caplog):
+    mix_stages(abc, {"a": 0.5})
+    mix = open_run(abc).entry.key
+    combine(abc)
+    assert f"{abc} was {mix}, which is not in the combination" in caplog.text
+    train_stages(extension(f"{abc}@b", section(sentiment, "d")))
+    assert f"chainlora combine {abc} a b c d" in caplog.text
+
+
+# --- what others do meanwhile ---
+
+
+def test_stages_that_end_at_the_same_time_are_all_combined(abc):
+    undo(abc, "a")
+
+    def progress(what: str, done: int, rows: int) -> None:
+        if len(read_history(abc).past) == past:
+            combine(abc, ["a", "c"])
+
+    past = len(read_history(abc).past)
+    combine_with(abc, "b", progress)
+    assert open_run(abc).entry.parents == ("a", "b", "c")
+
+
+def test_a_stage_pruned_meanwhile_leaves_no_trace(abc):
+    undo(abc, "a")
+    derived = sorted((abc / "derived").iterdir())
+
+    def progress(what: str, done: int, rows: int) -> None:
+        if done == rows:
+            prune_stage(abc, "b")
+
+    with pytest.raises(RunError, match="a run was changed meanwhile"):
+        combine(abc, ["b", "c"], progress=progress)
+    assert set((abc / "derived").iterdir()) < {*derived}
+    assert open_run(abc).entry.key == "a"
+
+
+# --- prune ---
+
+
+def test_a_combination_goes_with_any_stage_that_it_was_computed_from(abc, sentiment):
+    """With one whose rows were not kept, and links under another stage, too."""
+    stage = section(sentiment, "bare")
+    stage["data"]["keep_rows"] = False
+    train_stages(extension(f"{abc}@start", stage))
+    on_top = section(sentiment, "d")
+    on_top["data"]["keep_rows"] = True
+    train_stages(extension(f"{abc}@bare", on_top))
+    found = combine(abc, ["a", "d"]).entry.key
+    with pytest.raises(RunError, match=f"a stage must be one of a, b, c, bare, d .got '{found}'"):
+        prune_stage(abc, found)
+    assert found in plan_pruning(abc, "bare").with_it
+    derived = {term.derived for term in open_run(abc).state.terms}
+    prune_stage(abc, "bare")
+    assert not derived & {path.name.partition(".")[0] for path in (abc / "derived").iterdir()}
+
+
+def test_a_run_becomes_what_is_left_of_its_combination(abc):
+    found = combine(abc, ["b", "c"]).entry.key
+    combine(abc, ["a", "b", "c"])
+    assert read_history(prune_stage(abc, "a") and abc).head == found
+    prune_stage(abc, "b")
+    assert read_history(abc).head == "c"
+
+
 # --- other runs ---
 
 
@@ -293,7 +383,7 @@ def test_runs_of_one_base_are_combined(tiny_folder, sentiment, ac, tmp_path):
     assert found.state == open_run(ac).state
     train_stages(extension(other, section(sentiment, "d")), matrix=False)
     found = combine(ac, [other])
-    assert found.entry.parents == ("a", "c", "d")
+    assert found.entry.parents == ("c", "d")  # not a, which is in d
     assert open_run(f"{ac}@d").lineage[0].key == "a"
 
 
@@ -306,6 +396,39 @@ def test_a_stage_of_another_run_gets_its_folder_as_a_name(tiny_folder, sentiment
     assert found.entry.parents == ("a", "c", "law")
     assert found.stages == ["a", "c", "law"]
     assert open_run(f"{ac}@law").config().output == str(tmp_path / "law")
+
+
+def test_a_run_that_is_taken_in_changes_nothing_that_is_there(tiny_folder, sentiment, ac, tmp_path):
+    """Not a half-trained stage of a name that it has, and not the files of rows that both have."""
+    other = begin(tiny_folder, sentiment, tmp_path / "2024-other")
+    train_stages(extension(other, section(sentiment, "d", steps=[2])), matrix=False)
+    (stage,) = extension(ac, section(sentiment, "d", steps=[4]))
+
+    def stop(event: Any) -> None:
+        if event.name == "step":
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_stages([stage], listener=stop)
+    rows = {path: path.stat().st_ino for path in (ac / "rows").iterdir()}
+    draft = checksums(ac / "stages/d")
+    found = combine(ac, [other])
+    assert found.entry.parents == ("c", "d-2")  # its folder's name is none that a stage can have
+    assert {path: path.stat().st_ino for path in rows} == rows
+    assert checksums(ac / "stages/d") == draft
+    assert train_stages([stage])[0]["steps"] == 4
+
+
+def test_rows_of_what_another_run_began_on_stay_its_own(tiny_folder, sentiment, ac, tmp_path):
+    tree = settings(tiny_folder, sentiment, tmp_path / "law", chain={"ranks": [2], "steps": [1]})
+    tree["chain"]["target_modules"] = ["q_proj"]
+    del tree["data"]
+    rows = {"task": str(sentiment / "task.yaml"), "validation": str(sentiment / "validation.jsonl")}
+    tree |= {"start_data": rows, "stages": [section(sentiment, "d", ranks=[2], steps=[1])]}
+    train_stages(make_stages(with_start(tree)), matrix=False)
+    combine(ac, [tmp_path / "law"])
+    assert open_run(ac).history.find("start") is None
+    assert "start" not in open_run(ac).columns
 
 
 # --- what is refused ---
@@ -335,4 +458,34 @@ def test_what_cannot_be_combined(abc, sentiment, tmp_path):
     other["stages"] = [section(sentiment, "c", ranks=[1], steps=[1])]
     train_stages(make_stages(other), matrix=False)
     assert "must share their base (got another base model in" in refused(str(other["output"]))
-    assert read_history(abc).find("combine") is None
+    train_stages(extension(f"{abc}@a", section(sentiment, "c2")))
+    assert "that no other of them began on (got" in refused("a", "c2")
+    with pytest.raises(ConfigError, match="must lie outside other runs"):
+        combine(abc, output=abc / "out")
+    assert open_run(abc).entry.parents == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("part", "keys", "key"),
+    [
+        ("data", {"keep_rows": False}, "data.keep_rows: false"),
+        ("chain", {"dora": True}, "chain.dora"),
+        ("train", {"accept_links": 0.02}, "train.accept_links"),
+    ],
+)
+def test_what_cannot_stand_beside_others_is_refused_before_training(
+    abc, sentiment, part, keys, key
+):
+    stage = section(sentiment, "d")
+    stage[part] = stage.get(part, {}) | keys
+    with pytest.raises(ConfigError, match=f"is combined with them .got {key}.; leave it out"):
+        extension(abc, stage, beside=True)
+
+
+def test_inputs_that_no_combination_has():
+    a, gram = torch.ones(1, 2), torch.zeros(2, 2, dtype=torch.float64)
+    sums = Combination()
+    sums.add({"m": gram}, {"x": {"m": a}})
+    assert torch.equal(sums.solve()["x"]["m"], a)
+    with pytest.raises(ChainError, match=r"must be finite .got others of m"):
+        Combination().add({"m": gram + torch.nan}, {"x": {"m": a}})

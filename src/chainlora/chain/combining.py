@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from chainlora.chain.adapters import base_layer
+from chainlora.errors import ChainError
 
 RIDGE = 0.01
 Grams = Mapping[str, Tensor]
@@ -35,44 +36,51 @@ class Combination:
         self._known: dict[tuple[str, str], Tensor] = {}  # A of links
 
     def add(self, grams: Grams, links: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Add a state: the Grams of its inputs, and A of its links (rank × in) by link and module.
+        """Add a state: the Grams of its inputs, which are used up, and A of its links (rank × in)
+        by link and module.
 
-        Modules that share an input have one Gram, the same object in every state.
+        Modules that share an input have one Gram, the same object in every state. Raises ChainError
+        for inputs that are not finite.
         """
-        own = {id(gram): with_ridge(gram, self.ridge) for gram in grams.values()}
-        ridged = {module: own[id(gram)] for module, gram in grams.items()}
-        _add_shared(self._whole, ridged)
+        for module, gram in {id(each[1]): each for each in grams.items()}.values():
+            if not gram.isfinite().all():
+                raise ChainError("inputs of a layer must be finite", f"others of {module}")
+            add_ridge(gram, self.ridge)
         for link, factors in links.items():
             for module, a in factors.items():
                 self._known.setdefault((link, module), a)
-                if module in ridged:
-                    gram, key = ridged[module], (link, module)
+                if module in grams:
+                    gram = grams[module]
                     part = a.double() * gram if gram.dim() == 1 else a.double() @ gram
+                    key = (link, module)
                     self._parts[key] = self._parts[key] + part if key in self._parts else part
+        _add_shared(self._whole, grams)
 
     def solve(self) -> dict[str, dict[str, Tensor]]:
         """Return A' (rank × in, float32) by link and module; A where no state has an input."""
         found: dict[str, dict[str, Tensor]] = {}
-        roots: dict[int, Tensor] = {}
+        roots = set[int]()
         for (link, module), a in self._known.items():
             whole, part = self._whole.get(module), self._parts.get((link, module))
-            if whole is not None and part is None:  # only states without the link use the module
-                a = torch.zeros_like(a)
-            elif whole is not None and part is not None and whole.dim() == 1:
-                a = (part / whole).float()
-            elif whole is not None and part is not None:
-                if id(whole) not in roots:
-                    roots[id(whole)] = torch.linalg.cholesky(whole)
-                a = torch.cholesky_solve(part.T, roots[id(whole)]).T.float().contiguous()
-            found.setdefault(link, {})[module] = a
+            if whole is None or not whole.any():  # no state has an input
+                solved = a
+            elif part is None:  # only states without the link use the module
+                solved = torch.zeros_like(a)
+            elif whole.dim() == 1:
+                solved = (part / whole).float()
+            else:
+                if id(whole) not in roots:  # in place: it is not needed any more
+                    torch.linalg.cholesky(whole, out=whole)
+                    roots.add(id(whole))
+                solved = torch.cholesky_solve(part.T, whole).T.float().contiguous()
+            found.setdefault(link, {})[module] = solved
         return found
 
 
-def with_ridge(gram: Tensor, ridge: float) -> Tensor:
-    """Return G + λ (tr G / d) I, or its diagonal."""
-    if gram.dim() == 1:
-        return gram + ridge * gram.mean()
-    return gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+def add_ridge(gram: Tensor, ridge: float) -> None:
+    """Make a Gram G + λ (tr G / d) I, or a diagonal that of this."""
+    diagonal = gram if gram.dim() == 1 else gram.diagonal()
+    diagonal += ridge * diagonal.mean()
 
 
 def gram_matrices(

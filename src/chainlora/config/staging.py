@@ -96,7 +96,7 @@ def check_alone(config: RunConfig) -> RunConfig:
         )
     for key in ("replay", "rehearse"):
         if value := getattr(config.data, key):
-            rule, got = f"`data.{key}` reads rows of earlier stages again", f"{value:g}"
+            rule, got = f"`data.{key}` reads rows of earlier stages again", f"{value}"
             remedy = "give it to a later stage, or add start_data"
             raise ConfigError(rule, f"{got} in a run without any", remedy)
     return config
@@ -194,12 +194,17 @@ def not_inherited(before: RunConfig, own: Mapping[str, Any]) -> list[str]:
 def name_apart(output: str | PathLike[str], taken: Collection[str]) -> str:
     """Return the name of a stage that has none: `main`, or where that is taken the output's."""
     name = Path(output).name
-    return name if "main" in taken and _NAME.fullmatch(name) else "main"
+    return name if "main" in taken and is_name(name) else "main"
+
+
+def is_name(name: object) -> bool:
+    """Say whether a stage can have a name."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
 def check_name(name: object, taken: Sequence[str] = ()) -> str:
     """Return the name of a new stage. Raises ConfigError for one that is none, or is taken."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not is_name(name):
         raise ConfigError(
             "a stage must have a `name` of at most 64 letters a to z, digits, - and _, a letter "
             "first, and not base, start or now",

@@ -3,6 +3,7 @@ that their stages kept. Nothing is trained, and no strengths are searched."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chainlora import files
 from chainlora.chain.combining import Combination, gram_matrices
 from chainlora.chain.link import Link
-from chainlora.config.staging import is_run
+from chainlora.config.staging import is_run, need_apart
 from chainlora.data.kept import Kept
-from chainlora.errors import RunError
+from chainlora.errors import ChainError, RunError
 from chainlora.evaluation.stage_scores import Progress, Scorer
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.beginning import fork, need_same_base, take_in
@@ -23,6 +25,8 @@ from chainlora.runs.history import BASE, History, State, Term, read_history, upd
 from chainlora.runs.links import save_derived
 from chainlora.runs.resuming import refuse_if_taken
 from chainlora.runs.state import OpenState
+
+logger = logging.getLogger(__name__)
 
 ROWS, TOKENS = 64, 16_384  # of each stage, at most: more change the Grams little
 _MEMORY = 1 << 31  # bytes of Grams at once; modules that do not fit wait for another pass
@@ -44,34 +48,83 @@ def combine(
     if it is no combination, all stages that no other was trained on. Strengths that a `mix` has set
     are not carried over. With `output` the combination is a new run, and this one stays as it is.
 
-    Raises RunError for fewer than two states, for stages that kept no rows, for links that are no
-    low-rank sum, and for runs on another base.
+    Raises RunError for fewer than two states, for one that another one was trained on, for stages
+    that kept no rows, for links that are no low-rank sum, and for runs on another base.
     """
     folder = whole_run(run)
     history = read_history(folder)
     own = [str(name) for name in names if history.find(str(name)) is not None]
     others = [find_ended(name) for name in names if str(name) not in own]
-    own = own or (history.ends(history.head) if others else ends_of(history))
-    states = [state_at(folder, history, name) for name in own]
+    keys = own or (history.ends(history.head) if others else ends_of(history))
+    states = [state_at(folder, history, key) for key in keys]
     for other in others:
         need_same_base(history, other)
         key = BASE if other.entry is None else other.entry.key
         states += [other.at(end) for end in other.history.ends(key)]
-    states = _checked(states)
-    if output is not None:
-        refuse_if_taken(Path(output).expanduser())
-        folder = Path(output).expanduser()
-        fork(states[0], folder)
-    keys = [s.entry.key if s.run == folder else take_in(folder, s) for s in states if s.entry]
-    history = read_history(folder)
-    states = [state_at(folder, history, key) for key in keys]
-    found = _combined(states, progress or (lambda what, done, rows: None))
+    outer = _outer(states)
+    ends = {state.state.digest for state in outer}
+    if inner := [state for state in states[: len(own)] if state.state.digest not in ends]:
+        rule, remedy = "a combination is of states that no other of them began on", "leave it out"
+        raise RunError(rule, f"{inner[0]}", remedy)
+    if len(outer) < 2:
+        raise RunError(
+            "two states or more are combined",
+            ", ".join(map(str, outer)) or "none",
+            "add a stage by chainlora extend --beside, or name others",
+        )
+    need_combinable(outer)
+    if output is None:
+        _become(folder, outer, progress)
+        return open_run(folder)
+    target = Path(output).expanduser()
+    need_apart(target)
+    refuse_if_taken(target)
+    with files.replaced_folder(target) as scratch:
+        fork(outer[0], scratch)
+        _become(scratch, outer, progress)
+    return open_run(target)
+
+
+def combine_with(run: Path, name: str, progress: Progress) -> None:
+    """Combine a stage with what a run is, which others may change meanwhile."""
+    is_done = False
+    while not is_done:
+        history = read_history(run)
+        keys = dict.fromkeys([*history.ends(history.head), name])
+        states = _outer([state_at(run, history, key) for key in keys])
+        is_done = _become(run, states, progress, history.head)
+
+
+def _become(
+    run: Path,
+    states: Sequence[OpenState],
+    progress: Progress | None,
+    head: str | None = None,
+) -> bool:
+    """Make a run the combination of states of it and of other runs, if its head still is `head`."""
+    keys = [s.entry.key if s.run == run else take_in(run, s) for s in states if s.entry is not None]
+    history = read_history(run)
+    states = [state_at(run, history, key) for key in keys]
+    before, is_done = history.find(history.head), False
+    solved = _solved(states, progress or (lambda what, done, rows: None))
 
     def change(history: History) -> History:
-        return history.combined(found, keys)
+        nonlocal is_done
+        here = [entry.state for entry in map(history.find, keys) if entry is not None]
+        if here != [state.state for state in states]:
+            raise RunError("a run was changed meanwhile", f"{run}", "start again")
+        if is_done := head is None or history.head == head:
+            terms = (
+                Term(link=link, derived=save_derived(run, a)) if isinstance(a, dict) else a
+                for link, a in solved.items()
+            )
+            return history.combined(State(base=history.base.fingerprint, terms=tuple(terms)), keys)
+        return history
 
-    history = update_history(folder, change)
-    return state_at(folder, history)
+    update_history(run, change)
+    if is_done and before is not None and (before.kind == "mix" or before.is_rehearsal):
+        logger.warning("%s was %s, which is not in the combination", run, before.key)
+    return is_done
 
 
 def find_ended(address: str | Path) -> OpenState:
@@ -95,50 +148,45 @@ def ends_of(history: History) -> list[str]:
     if len(found) > 1:
         return found
     stages = [e for e in history.entries if e.kind in ("stage", "import") and e.state.terms]
-    alone = [e for e in stages if history.ends(e.key) == [e.key]]
-    below = {a.key for e in alone for a in history.lineage(e.key) if a is not e}
-    return [e.key for e in alone if e.key not in below]
+    stages = [entry for entry in stages if not entry.is_rehearsal]
+    below = {a.key for e in stages for a in history.lineage(e.key) if a is not e}
+    return [entry.key for entry in stages if entry.key not in below]
 
 
-def _checked(states: Sequence[OpenState]) -> list[OpenState]:
-    """Return states that can be combined, once each."""
-    found = {state.state.digest: state for state in states}
-    if len(found) < 2:
-        raise RunError(
-            "two states or more are combined",
-            ", ".join(map(str, states)) or "none",
-            "add a stage by chainlora extend --beside, or name others",
-        )
-    for state in found.values():
+def _outer(states: Sequence[OpenState]) -> list[OpenState]:
+    """Return the states that no other one was trained on, once each."""
+    below = {e.state.digest for s in states for e in s.lineage if e is not s.entry}
+    found: dict[str, OpenState] = {}
+    for state in states:
+        if state.state.digest not in below:
+            found.setdefault(state.state.digest, state)
+    return [*found.values()]
+
+
+def need_combinable(states: Sequence[OpenState]) -> None:
+    """Raise RunError for a state that cannot be combined with others."""
+    for state in states:
         if not _rows_of(state):
             rule = "a combination reads rows that stages kept"
             raise RunError(rule, f"none for {state}", "train with data.keep_rows: true")
         for link in state.links():
             _need_low_rank_sum(link, state.run)
-    return [*found.values()]
 
 
-def _combined(states: Sequence[OpenState], progress: Progress) -> State:
-    """Return the combination, with its derived factors written into the run."""
+def _solved(states: Sequence[OpenState], progress: Progress) -> dict[str, Modules | Term]:
+    """Return the links of a combination, in their order, with their A; the terms of those that are
+    the same in all states."""
     states = sorted(states, key=lambda each: each.state.digest)  # the sums have this order
-    first, run = states[0], states[0].run
     links = {
         (term.link, term.derived): link
         for state in states
         for term, link in zip(state.state.terms, state.links(), strict=True)
     }
     held = [{term.link: term for term in state.state.terms} for state in states]
-    # A link that is the same in all states stays so.
     alike = {link for link in held[0] if all(each.get(link) == held[0][link] for each in held)}
-    inputs = [
-        {name: factors.a.shape[1] for name, factors in links[t.link, t.derived].factors.items()}
-        for each in held
-        for t in each.values()
-        if t.link not in alike
-    ]
     rows = [_rows_of(state) for state in states]
-    parts = list(_parts({name: width for each in inputs for name, width in each.items()}))
-    scorer, done, due = Scorer(first, {}), 0, len(parts) * sum(map(len, rows))
+    parts = list(_parts([link for (key, _), link in links.items() if key not in alike]))
+    scorer, done, due = Scorer(states[0], {}), 0, len(parts) * sum(map(len, rows))
     derived: dict[str, Modules] = {}
 
     def read(tokens: Sequence[Tensor], name: str) -> Iterator[Tensor]:
@@ -157,29 +205,33 @@ def _combined(states: Sequence[OpenState], progress: Progress) -> State:
                 for term in own.values()
                 if term.link not in alike
             }
-            sums.add(gram_matrices(model, part, read(tokens, str(state))), factors)
+            try:
+                sums.add(gram_matrices(model, part, read(tokens, str(state))), factors)
+            except ChainError as error:
+                rule = "states that are combined must have finite activations"
+                raise RunError(rule, f"{error}, {state}", "leave it out") from None
         for digest, solved in sums.solve().items():
             derived.setdefault(digest, {}).update(solved)
     order = {term.link: place for each in held for place, term in enumerate(each.values())}
-    terms = [
-        held[0][link]
-        if link in alike
-        else Term(link=link, derived=save_derived(run, derived[link]))
-        for link in sorted(order, key=lambda each: (first.history.links[each].stage, order[each]))
-    ]
-    return State(base=first.state.base, terms=tuple(terms))
+    facts = states[0].history.links
+    return {
+        link: held[0][link] if link in alike else derived[link]
+        for link in sorted(order, key=lambda each: (facts[each].stage, order[each]))
+    }
 
 
 def _a_of(link: Link, strength: float, modules: Sequence[str]) -> Modules:
     return {name: strength * link.factors[name].a for name in modules if name in link.factors}
 
 
-def _parts(widths: dict[str, int]) -> Iterator[list[str]]:
-    """Divide modules into parts whose Grams, of a state and summed, fit into memory."""
+def _parts(links: Sequence[Link]) -> Iterator[list[str]]:
+    """Divide modules of links into parts whose Grams, of a state and summed, fit into memory."""
     part: list[str] = []
     size = 0
-    for name, width in widths.items():
-        more = 2 * 8 * width**2
+    factors = {name: each for link in links for name, each in link.factors.items()}
+    for name, each in factors.items():
+        width = each.a.shape[1]
+        more = 2 * 8 * (width if each.of_embedding else width**2)
         if part and size + more > _MEMORY:
             yield part
             part, size = [], 0

@@ -13,10 +13,11 @@ from typing import Any
 
 from chainlora import files
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import HISTORY, check_name
+from chainlora.config.staging import HISTORY, is_name
 from chainlora.data.kept import Kept, write_kept
 from chainlora.errors import RunError
 from chainlora.models.identity import tokenizer_files
+from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import (
     BASE,
     CONFIG,
@@ -75,16 +76,15 @@ def copy_closure(state: OpenState, run: Path, history: History) -> History:
     return history.model_copy(update=update)
 
 
-def fork(state: OpenState, output: Path) -> None:
+def fork(state: OpenState, folder: Path) -> None:
     """Write a run that is in a state of another one; the other is not needed any more."""
     none = {"entries": (), "links": {}, "head": BASE, "origin": BASE, "past": (), "future": ()}
     history = state.history.model_copy(update=none | {"base": state.base})
-    with files.replaced_folder(output) as scratch:
-        if (own := state.tokenizer()) is not None:
-            _copy_tokenizer(own, scratch)
-        history = copy_closure(state, scratch, history)
-        origin = START if history.find(START) is not None else BASE
-        write_part(scratch / HISTORY, history.model_copy(update={"origin": origin}))
+    if (own := state.tokenizer()) is not None:
+        _copy_tokenizer(own, folder)
+    history = copy_closure(state, folder, history)
+    origin = START if history.find(START) is not None else BASE
+    write_part(folder / HISTORY, history.model_copy(update={"origin": origin}))
 
 
 def need_same_base(history: History, state: OpenState) -> None:
@@ -114,7 +114,7 @@ def take_in(run: Path, state: OpenState) -> str:
     state.verify()
     names: dict[str, str] = {}
     for entry in state.lineage:
-        names[entry.key] = _name_there(entry, history, state.run, names)
+        names[entry.key] = _name_there(entry, history, run, state.run, names)
     new = [entry for entry in state.lineage if history.find(names[entry.key]) is None]
     _copy_files(state, new, run, names)
     links = {digest: other.links[digest] for digest in _links_of(new)}
@@ -133,14 +133,18 @@ def take_in(run: Path, state: OpenState) -> str:
     return names[state.entry.key]
 
 
-def _name_there(entry: Entry, history: History, other: Path, taken: Mapping[str, str]) -> str:
+def _name_there(
+    entry: Entry, history: History, run: Path, other: Path, taken: Mapping[str, str]
+) -> str:
     """Return the name that an entry of another run gets, or has where it is there already."""
     known = history.find(entry.key)
-    if known is None or (known.kind, known.state.digest) == (entry.kind, entry.state.digest):
+    is_there = known is not None and (known.kind, known.state) == (entry.kind, entry.state)
+    if known is not None and is_there and (entry.key != START or known.kept == entry.kept):
         return entry.key
-    candidates = chain([other.name], (f"{other.name}-{number}" for number in count(2)))
-    used = {each.key for each in history.entries} | {*taken.values()}
-    return next(name for name in candidates if check_name(name) not in used)
+    used = {START, *taken.values(), *(each.key for each in history.entries)}
+    used |= drafts_in(run, history).keys()
+    names = chain([entry.key, other.resolve().name], (f"{entry.key}-{k}" for k in count(2)))
+    return next(name for name in names if is_name(name) and name not in used)
 
 
 def _links_of(entries: Sequence[Entry]) -> list[str]:
@@ -169,12 +173,10 @@ def _copy_files(
         source, target = (f"stages/{k}" for k in (entry.key, names.get(entry.key, entry.key)))
         pairs |= {f"{source}/{name}": f"{target}/{name}" for name in _own(entry).files}
     for name, there in pairs.items():
-        if (state.run / name).is_file():  # records may be gone
+        is_there = name in single and (run / there).is_file()  # its name is of its content
+        if not is_there and (state.run / name).is_file():  # records may be gone
             files.make_folder((run / there).parent)
-            shutil.copyfile(state.run / name, run / there)
-    for folder in {(run / there).parent for there in pairs.values()}:
-        if folder.is_dir():
-            files.sync_tree(folder)
+            files.write_bytes(run / there, (state.run / name).read_bytes())
 
 
 def _copy_folder(source: Path, target: Path, name: str) -> None:

@@ -35,6 +35,7 @@ from chainlora.runs.state import OpenState
 
 MATRIX = "matrix.jsonl"  # scores by digests of states (`evaluation.stage_scores`)
 _SHOWN = ("chain.png", "report.html")  # pictures of a whole run
+_WITH_LINKS = ("stage", "import")  # kinds of entries that links or rows were saved for
 
 
 def whole_run(run: str | Path) -> Path:
@@ -186,8 +187,8 @@ def plan_pruning(run: str | Path, name: str) -> Pruning:
     entry = history.find(name)
     left_over = {path.name.partition(".")[0] for path in (run / "stages").glob("*")}
     is_left_over = entry is None and name in left_over  # by a kill, perhaps by a scratch name
-    if (entry is None and not is_left_over) or (entry is not None and entry.kind == "mix"):
-        names = ", ".join(e.key for e in history.entries if e.kind != "mix")
+    if not is_left_over and (entry is None or entry.kind not in _WITH_LINKS):
+        names = ", ".join(e.key for e in history.entries if e.kind in _WITH_LINKS)
         raise RunError(f"a stage must be one of {names}", f"{name!r} for {run}", "name one")
     others = [e.key for e in history.entries if e.kind == "stage" and e.key != name]
     if entry is not None and entry.kind == "stage" and not others:
@@ -252,8 +253,9 @@ def _without(history: History, name: str) -> tuple[History, list[str]]:
     gone, combined = {name: entry.parents}, set[str]()
     for each in history.entries:
         is_chosen = name in each.reads and (each.kind != "stage" or each.is_rehearsal)
-        # A combination cannot be cut: all of its derived factors have read the rows.
-        if {*each.parents} & combined or (is_chosen and each.kind == "combine"):
+        # A combination cannot be cut: all of its derived factors have read rows and links of it.
+        is_trained_on = name in {e.key for e in history.lineage(each.key)}
+        if {*each.parents} & combined or (each.kind == "combine" and (is_chosen or is_trained_on)):
             combined.add(each.key)
         if is_chosen or each.key in combined:
             gone[each.key] = each.parents
@@ -277,9 +279,16 @@ def _without(history: History, name: str) -> tuple[History, list[str]]:
         }
         return entry.model_copy(update=update)
 
+    def nearest(key: str) -> str:
+        """Return an entry, or if it goes, what is left of it: a combination of all that it was
+        computed from, or the first of these."""
+        left = [key for key in stays([key]) if key != BASE] or [BASE]
+        same = (e.key for e in history.entries if e.kind == "combine" and [*e.parents] == left)
+        return next((key for key in same if key not in gone), left[0])
+
     def path(keys: Iterable[str]) -> list[str]:
         """Return heads in their order, one for each run of equal ones."""
-        return [key for key, _ in groupby(stays([key])[0] for key in keys)]
+        return [key for key, _ in groupby(map(nearest, keys))]
 
     way = path([*history.past, history.head])
     entries = tuple(cut(e) for e in history.entries if e.key not in gone)

@@ -77,6 +77,8 @@ class Document(Part):
 
 # --- a state ---
 
+Computed = Literal["mix", "combine"]
+
 
 class Term(Part):
     """A link in a state, at a strength; with a factor A of its own where it was `derived`."""
@@ -338,39 +340,32 @@ class History(Document):
         return self.moved(key)
 
     def combined(self, state: State, ends: Iterable[str]) -> History:
-        """Return this as a run of that state, a combination of entries."""
+        """Return this as a run of that state, a combination of entries; a known one is kept."""
         chosen = {*ends}
         parents = tuple(entry.key for entry in self.entries if entry.key in chosen)
         read = {e.key for end in parents for e in self.lineage(end) if e.kept is not None}
         if (start := self.find(START)) is not None and start.kept is not None:
             read.add(START)
-        entry = Entry(
-            key=f"combine-{state.digest[:8]}",
-            kind="combine",
-            parents=parents,
-            reads=tuple(e.key for e in self.entries if e.key in read),
-            state=state,
-            ended=now(),
-        )
+        reads = tuple(e.key for e in self.entries if e.key in read)
+        entry = self._computed("combine", parents, state, reads)
         known = self.find(entry.key)
         return (self if known is not None else self.published(entry, {})).moved(entry.key)
 
     def mix_of(self, parent: str, state: State, reads: Iterable[str]) -> Entry:
-        """Return the entry of a mix, whose key is of its content; the one that is there, if any."""
+        """Return the entry of a mix; the one that is there, if any."""
+        return self._computed("mix", () if parent == BASE else (parent,), state, tuple(reads))
+
+    def _computed(
+        self, kind: Computed, parents: tuple[str, ...], state: State, reads: tuple[str, ...]
+    ) -> Entry:
+        """Return an entry that nothing was trained for: its key is of its content."""
         shown = [[t.link, t.strength, t.derived] for t in state.terms]
-        reads, key = tuple(reads), f"mix-{short_digest([parent, shown, [*reads]])[:8]}"
+        key = f"{kind}-{short_digest([[*parents], shown, [*reads]])[:8]}"
         while (known := self.find(key)) is not None:
-            if (known.state, known.reads) == (state, reads):
+            if (known.parents, known.state, known.reads) == (parents, state, reads):
                 return known
-            key = f"mix-{short_digest(key)[:8]}"  # that one was another before a prune
-        return Entry(
-            key=key,
-            kind="mix",
-            parents=() if parent == BASE else (parent,),
-            reads=reads,
-            state=state,
-            ended=now(),
-        )
+            key = f"{kind}-{short_digest(key)[:8]}"  # that one was another before a prune
+        return Entry(key=key, kind=kind, parents=parents, reads=reads, state=state, ended=now())
 
 
 # --- the file ---

@@ -302,7 +302,7 @@ def _need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
                 f"`{key}` of stage {stage.name!r} needs rows that earlier stages kept",
                 f"none of {', '.join(names)}",
                 (_GIVE_ROWS if names == [START] else "train those with data.keep_rows: true")
-                + f", or set {key}: {off}",
+                + (f", or set {key}: {off}" if key != "data.rehearse" else ""),
             )
     losses = {name: loss for name, loss in below.items() if loss is not None}
     own = learned_by(data, stage.config.train.loss)
@@ -311,7 +311,7 @@ def _need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
         raise RunError(
             f"`data.{again}` of stage {stage.name!r} needs earlier rows that are learned by {own}",
             ", ".join(f"{name}: {loss}" for name, loss in losses.items()) or "no earlier stage",
-            f"leave data.{again} out",
+            "leave data.replay out" if again == "replay" else "train it on rows of its own",
         )
 
 

@@ -9,6 +9,7 @@ last one was stopped, and does nothing where all is done.
 from __future__ import annotations
 
 import logging
+import shlex
 import signal
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from chainlora.chain.showing import Shown
+from chainlora.config.chain_keys import LENGTHS
 from chainlora.config.reading import make_config, read_config, set_key
 from chainlora.config.schema import RunConfig
 from chainlora.config.staging import (
@@ -33,8 +35,8 @@ from chainlora.config.staging import (
     split_address,
     what_stages_share,
 )
-from chainlora.errors import RunError, StoppedError
-from chainlora.evaluation.combination import combine
+from chainlora.errors import ConfigError, RunError, StoppedError
+from chainlora.evaluation.combination import combine_with, need_combinable
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.evaluation.strengths import guard
 from chainlora.models.finding import from_above
@@ -224,9 +226,10 @@ def extension(
     With `beside` it begins on what the run began on, and is then combined with what the run is
     (`evaluation.combination`).
 
-    Other keys are inherited from the stage before, but for its rows, its links and their lengths,
-    and how its end was chosen; a warning names what it had set and they do not. With `output` it
-    is a fork: a run that begins on the state that `address` names, whose files stay as they are.
+    Other keys are inherited from the stage before, with `beside` from the run's first, but for its
+    rows, its links and their lengths, and how its end was chosen; a warning names what it had set
+    and they do not. With `output` it is a fork: a run that begins on the state that `address`
+    names, whose files stay as they are.
 
     Raises:
         ConfigError: a stage without a name, or with keys that a stage cannot have.
@@ -255,7 +258,9 @@ def extension(
     if output is None:
         refuse_links(run)
         state = _below(run, state, now, name)
-    last = _stage_before(now if beside else state)
+    last = _stage_before(state)
+    if beside:  # not from a stage that may be pruned, or not there when the command is given again
+        last = begun_stage(run, name) or now.at(now.history.own_stages[0])
     before, is_new = last.config(), not is_run(begun) or begun_stage(begun, name) is None
     is_rehearsal = section_of(own, "data").get("rehearse", False)
     if is_new and not is_rehearsal and (left_out := not_inherited(before, own)):
@@ -270,6 +275,8 @@ def extension(
         return [make_stage(tree, own, 0)]
     stage = make_stage(shared | {"output": str(run)}, own, 1)
     key = "base" if state.entry is None else state.entry.key
+    if beside and is_new:
+        _need_combinable(now, stage)
     return [Stage(stage.name, stage.config, after=key, beside=beside)]
 
 
@@ -287,11 +294,31 @@ def rehearsal(
     numbered = (f"{REHEARSAL}-{number}" for number in count(2))
     free = (name for name in chain([REHEARSAL], numbered) if now.history.find(name) is None)
     own = {"name": begun[0] if begun else next(free)} | dict(section)
+    for key, value in overrides:
+        set_key(own, key, value)
     rows = {"rehearse": True, "replay": None, "new_rows_only": False}
     own["data"] = rows | section_of(own, "data")
-    largest = max((facts.rank for facts in now.facts), default=8)
-    own["chain"] = {"ranks": [largest], "steps": [STEPS]} | section_of(own, "chain")
-    return extension(run, own, overrides)
+    given, largest = section_of(own, "chain"), max((facts.rank for facts in now.facts), default=8)
+    length = {} if given.keys() & {*LENGTHS} else {"steps": [STEPS]}
+    own["chain"] = {"ranks": [largest]} | length | given
+    own["train"] = {"loss": None} | section_of(own, "train")  # not on pairs
+    return extension(run, own)
+
+
+def _need_combinable(now: OpenState, stage: Stage) -> None:
+    """Refuse a stage that could not be combined with what the run is."""
+    chain = stage.config.chain
+    keys = {
+        "chain.dora": chain.dora,
+        "chain.lora_bias": chain.lora_bias,
+        "chain.extra_modules": bool(chain.extra_modules),
+        "data.keep_rows: false": not stage.config.data.keep_rows,
+        "train.accept_links": stage.tolerance is not None,
+    }
+    if wrong := [key for key, is_set in keys.items() if is_set]:
+        rule = "a stage beside others is combined with them"
+        raise ConfigError(rule, wrong[0], "leave it out, or train it on top")
+    need_combinable([now.at(key) for key in now.history.ends(now.history.head)])
 
 
 def _stage_before(state: OpenState) -> OpenState:
@@ -342,13 +369,15 @@ def _take_in(run: Path, stage: Stage) -> None:
     if stage.name in combined | {entry.key for entry in history.lineage(history.head)}:
         return
     if stage.beside:
-        combine(run, [*history.ends(history.head), stage.name], progress=_stop_if_requested)
+        combine_with(run, stage.name, _stop_if_requested)
         return
-    what = (run, history.head, stage.name, run, stage.name, run)
+    judged = (e.key for e in history.entries if e.kind == "mix" and e.parents == (stage.name,))
+    name = next(judged, stage.name)  # at the strength that `accept_links` has chosen
+    both = shlex.join([str(run), *history.ends(history.head), stage.name])
     logger.warning(
         "%s stays %s, which is without stage %s; to take it: chainlora undo %s --to %s; to have "
         "both: chainlora combine %s",
-        *what,
+        *(run, history.head, stage.name, run, name, both),
     )
 
 
