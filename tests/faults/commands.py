@@ -23,6 +23,7 @@ from lives import End, fresh, live
 
 from chainlora import export_adapter, export_merged, make_config, train
 from chainlora.config.staging import is_run, make_stages
+from chainlora.evaluation.combination import combine
 from chainlora.files import checksums
 from chainlora.models.identity import tokenizer_files
 from chainlora.runs.addresses import state_at, state_of_draft
@@ -84,6 +85,8 @@ class World:
     def begin(self, name: str, folder: str) -> Path:
         """Return a folder with the run that a command is done to."""
         where, source = fresh(self.folder / folder), COMMANDS[name].on
+        if name == "take in":
+            self.begin("rehearse", "other")  # a run beside
         if source is not None:
             if not (self.folder / source).exists():
                 maker = MAKERS[source]
@@ -181,6 +184,15 @@ def _forget(world: World, where: Path, listener: Listener = _silent) -> None:
     prune_stage(where / "run", "law")
 
 
+def _combine(world: World, where: Path, listener: Listener = _silent) -> None:
+    combine(where / "run", output=where / "fork")
+
+
+def _take_in(world: World, where: Path, listener: Listener = _silent) -> None:
+    """Combine a run with another one, whose first stage is the same."""
+    combine(where / "run", ["facts", world.folder / "beside/run"])
+
+
 def _mix(world: World, where: Path, listener: Listener = _silent) -> None:
     mix_stages(where / "run", {"facts": 0.5, "taste": 0})
 
@@ -243,6 +255,8 @@ COMMANDS = {
     "beside": Command(_beside, "one"),
     "rehearse": Command(_rehearse, "beside"),
     "forget": Command(_forget, "rehearsed", "refused"),
+    "combine": Command(_combine, "beside", "refused"),
+    "take in": Command(_take_in, "one"),
     "mix": Command(_mix, "two"),
     "undo": Command(_undo, "two", "other"),
     "redo": Command(_redo, "undone", "other"),

@@ -194,10 +194,10 @@ def _say_what_is_averaged(state: OpenState) -> list[str]:
 @click.option("--to", metavar="NAME", help="The entry of `chainlora log` to make the run.")
 @json_option
 def undo(run: str, to: str | None, as_json: bool) -> None:
-    """Make RUN what it was before its last mix or stage.
+    """Make RUN what it was before its last mix, combination or stage.
 
     Nothing is deleted: the rows and links of what is undone stay in RUN (`prune` deletes them).
-    With --to, RUN becomes any state of its history: base, a stage or a mix. `redo` goes forward
+    With --to, RUN becomes any state of its history. `redo` goes forward
     again; after `undo --to`, `undo` goes back.
     """
     folder = whole_run(run)
@@ -232,7 +232,7 @@ def _show_now(run: str, state: OpenState, as_json: bool) -> None:
 @click.argument("run", type=click.Path())
 @json_option
 def log(run: str, as_json: bool) -> None:
-    """Show the history of RUN: its stages and mixes, the latest first.
+    """Show the history of RUN: its stages, mixes and combinations, the latest first.
 
     * marks what RUN is now, | what that was computed from. RUN@NAME names each state.
     """
@@ -301,7 +301,7 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     again = [fork.format(name) for name in found.later]
     if as_json:
         shown = {"run": run, "stage": stage, "deleted": yes, "files": gone}
-        print_json(shown | {"mixes": found.with_it, "again": again})
+        print_json(shown | {"computed": found.with_it, "again": again})
     else:
         for what in [*gone, *(f"{name}, computed from its rows" for name in found.with_it)]:
             click.echo(f"{'deleted' if yes else 'would delete'} {what}")

@@ -21,9 +21,9 @@ from chainlora.evaluation.stage_scores import Progress, Scorer
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.beginning import fork, need_same_base, take_in
 from chainlora.runs.changes import whole_run
+from chainlora.runs.export import empty_folder
 from chainlora.runs.history import BASE, History, State, Term, read_history, update_history
 from chainlora.runs.links import save_derived
-from chainlora.runs.resuming import refuse_if_taken
 from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
@@ -76,9 +76,8 @@ def combine(
     if output is None:
         _become(folder, outer, progress)
         return open_run(folder)
-    target = Path(output).expanduser()
-    need_apart(target)
-    refuse_if_taken(target)
+    need_apart(output)
+    target = empty_folder(output)
     with files.replaced_folder(target) as scratch:
         fork(outer[0], scratch)
         _become(scratch, outer, progress)

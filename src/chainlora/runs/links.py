@@ -66,6 +66,7 @@ def save_link(run: Path, link: Link, base: Base, stage: str) -> tuple[str, LinkF
 def save_derived(run: Path, factors: Mapping[str, Tensor]) -> str:
     """Write A (rank × in) by module, as a link has it in a combination; return its digest."""
     files.make_folder(run / "derived")
+    files.remove_scratch(run / "derived", "combine")  # of a kill: this is done under the lock
     with files.new_folder(run / "derived", "combine") as scratch:
         files.write_tensors(scratch / WEIGHTS, factors)
         digest = files.sha256(scratch / WEIGHTS)[:16]
