@@ -278,6 +278,7 @@ def browser():
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_person_watches_mixes_talks_and_saves(browser, served, run, width):
     page = browser.new_page(viewport={"width": width, "height": 900})
+    page.set_default_timeout(120_000)  # a machine may do other work
     loaded, faults = [], []
     page.on("response", lambda response: loaded.append(response.url))
     page.on("pageerror", lambda error: faults.append(error))

@@ -24,7 +24,9 @@ from chainlora.evaluation.stage_scores import Cell, StageMatrix
 
 SIGNATURES = {
     "train": "(config, *, resume, listener, change, progress)",
-    "extend": "(run, stage, *, listener, progress)",
+    "combine": "(run, names, *, output, progress)",
+    "extend": "(run, stage, *, beside, listener, progress)",
+    "rehearse": "(run, stage, *, listener, progress)",
     "open_run": "(address, stages)",
     "mix_stages": "(run, strengths, *, reads)",
     "stage_matrix": "(run, *, speedups, progress, compute)",

@@ -280,17 +280,20 @@ def test_a_stage_begins_on_what_the_mix_made(two, tmp_path):
     assert found.first == 5
 
 
-def test_in_place_a_stage_named_as_it_was_trained_is_no_mix(two, tmp_path):
-    """What the address names is not what the new links would be tuned on."""
+def test_in_place_a_stage_begins_on_the_state_that_is_named(two, tmp_path):
+    """On a stage as it was trained, though the run is a mix, which it stays."""
     run, law = tmp_path / "run", stage_of(two, "style") | {"name": "law"}
-    mix_stages(run, {"style": 0.5})
-    with pytest.raises(RunError, match=r"continues from .*mix-.* \(got .*@style"):
-        extension(f"{run}@style", law)
+    mixed = mix_stages(run, {"style": 0.5})
+    (stage,) = extension(f"{run}@style", law)
+    assert stage.after == "style"
     assert extension(f"{run}@style", law | {"output": str(tmp_path / "fork")})
-    mix_stages(run, {"style": 1})
-    train_stages(extension(f"{run}@style", law), matrix=False)
-    mix_stages(run, {"style": 0.5})
-    assert train_stages(extension(f"{run}@style", law), matrix=False) == [None]
+    train_stages([stage], matrix=False)
+    assert open_run(run).state == mixed.state
+    assert open_run(f"{run}@law").strengths == {"facts": 1, "style": 1, "law": 1}
+    for address in (f"{run}@style", run):
+        assert train_stages(extension(address, law), matrix=False) == [None]
+    with pytest.raises(RunError, match="stage 'law' must go on from where it was begun"):
+        extension(f"{run}@facts", law)
 
 
 def test_a_mix_that_cannot_be_scored_is_made_all_the_same(config, tmp_path, capsys):
@@ -413,7 +416,7 @@ def test_a_mix_while_a_stage_is_trained_does_not_reach_it(config, tmp_path, capl
         train_stages(extension(run, style), listener=_stop_after(7))
     mix_stages(run, {"facts": 0.5})
     train_stages(extension(run, style), matrix=False)
-    assert "was changed while stage style was trained" in caplog.text
+    assert "which is without stage style" in caplog.text
     assert open_run(run).strengths == {"facts": 0.5}
     assert open_run(f"{run}@style").strengths == {"facts": 1.0, "style": 1.0}
     undo(run, to="style")
@@ -499,7 +502,6 @@ def test_run_wide_keys_of_an_extension_and_stages_that_are_not_there_are_refused
             {"chain": {"ranks": [4], "steps": [1]}},
             r"it began with \(got stage 'style': chain.ranks",
         ),
-        (f"{run}@facts", {"name": "law"}, "--output for a fork"),
         (f"{run}@nope", {"name": "law", "output": str(tmp_path / "x")}, "one of facts, style"),
     ]
     before = files_of(run)
@@ -821,13 +823,27 @@ def test_a_best_point_scores_as_itself(config, tmp_path):
     assert stage_matrix(tmp_path / "run").grid[-1][0].state != whole.state
 
 
-def test_the_best_mix_of_what_is_no_sum_is_on_or_off(config, tmp_path):
+def test_the_best_mix_of_what_is_no_sum_is_refused(config, tmp_path):
     config["stages"][1]["chain"]["dora"] = True
     train_stages(make_stages(config))
+    with pytest.raises(RunError, match=r"links that are low-rank sums .*DoRA.* name the strengths"):
+        best_mix(tmp_path / "run")
+
+
+def test_the_best_mix_weakens_a_stage_that_harms_the_rows_of_others(config, tmp_path):
+    """Wrong answers, of which no rows are kept, undo what the first stage has learned."""
+    facts, style = config["stages"]
+    facts["chain"] = {"ranks": [4], "steps": [12]}
+    wrong = tmp_path / "wrong.jsonl"
+    rows = map(json.loads, Path(facts["data"]["train"]).read_text().splitlines())
+    wrong.write_text("".join(json.dumps(r | {"label": 1 - r["label"]}) + "\n" for r in rows))
+    style["data"] = {"task": facts["data"]["task"], "train": str(wrong), "keep_rows": False}
+    style["chain"] = {"ranks": [4], "steps": [12]}
+    train_stages(make_stages(config), matrix=False)
     best, after, now = best_mix(tmp_path / "run")
-    assert after >= now
-    assert best["style"] in (0, 1)
-    mix_stages(tmp_path / "run", best)
+    assert best["style"] < 0.5 < best["facts"]
+    assert after > now + 0.2  # accuracy on 16 rows
+    assert open_run(tmp_path / "run").strengths == {"facts": 1, "style": 1}  # only said
 
 
 def test_rows_that_are_not_kept_are_missing_from_the_matrix(config, tmp_path):

@@ -70,7 +70,7 @@ def test_second_data_set(checkout, capsys):
     assert set((plan + again).splitlines()) <= set(said.splitlines())
     for name in ("both", "half"):
         config = json.loads((checkout / f"out/{name}/adapter_config.json").read_text())
-        assert config["r"] == 24
+        assert config["r"] == 16
 
 
 def test_chat(checkout, monkeypatch, capsys):

@@ -20,7 +20,9 @@ _WHERE = {
     "load_config": "chainlora.config.reading",
     "make_config": "chainlora.config.reading",
     "train": "chainlora.training.stages",
+    "combine": "chainlora.evaluation.combination",
     "extend": "chainlora.training.stages",
+    "rehearse": "chainlora.training.stages",
     "open_run": "chainlora.runs.addresses",
     "mix_stages": "chainlora.runs.changes",
     "undo": "chainlora.runs.changes",
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from chainlora.data.tasks import list_tasks as list_tasks
     from chainlora.data.tasks import load_task as load_task
     from chainlora.errors import ChainLoRAError as ChainLoRAError
+    from chainlora.evaluation.combination import combine as combine
     from chainlora.evaluation.scoring import evaluate_task as evaluate_task
     from chainlora.evaluation.stage_scores import stage_matrix as stage_matrix
     from chainlora.integrations.callback import ChainCallback as ChainCallback
@@ -78,6 +81,7 @@ if TYPE_CHECKING:
     from chainlora.runs.saved_chain import save_chain as save_chain
     from chainlora.training.result import TrainResult as TrainResult
     from chainlora.training.stages import extend as extend
+    from chainlora.training.stages import rehearse as rehearse
     from chainlora.training.stages import train as train
 
 

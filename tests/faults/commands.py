@@ -23,6 +23,7 @@ from lives import End, fresh, live
 
 from chainlora import export_adapter, export_merged, make_config, train
 from chainlora.config.staging import is_run, make_stages
+from chainlora.evaluation.combination import combine
 from chainlora.files import checksums
 from chainlora.models.identity import tokenizer_files
 from chainlora.runs.addresses import state_at, state_of_draft
@@ -31,7 +32,7 @@ from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import BASE, read_history
 from chainlora.runs.loading_start import with_start
 from chainlora.training.interrupts import interruptible
-from chainlora.training.stages import extension, train_stages
+from chainlora.training.stages import extension, rehearsal, train_stages
 from chainlora_lab import make_experiment, run_cells
 
 # Every feature that has state on disk.
@@ -84,9 +85,11 @@ class World:
     def begin(self, name: str, folder: str) -> Path:
         """Return a folder with the run that a command is done to."""
         where, source = fresh(self.folder / folder), COMMANDS[name].on
+        if name == "take in":
+            self.begin("rehearse", "other")  # a run beside
         if source is not None:
             if not (self.folder / source).exists():
-                maker = {"one": "train", "two": "extend", "undone": "undo"}[source]
+                maker = MAKERS[source]
                 self.whole(maker)
                 shutil.copytree(self.folder / f"whole-{maker}", self.folder / source)
             shutil.copytree(self.folder / source / "run", where / "run")
@@ -165,6 +168,31 @@ def _fork(world: World, where: Path, listener: Listener = _silent) -> None:
     train_stages(stages, listener=listener)
 
 
+def _beside(world: World, where: Path, listener: Listener = _silent) -> None:
+    """Train a stage beside the first one, and combine them."""
+    own = world.tree["stages"][0]["data"] | {"num_train": 8}
+    chain = {"ranks": [2], "steps": [2]}
+    stages = extension(where / "run", {"name": "law", "data": own, "chain": chain}, beside=True)
+    train_stages(stages, listener=listener)
+
+
+def _rehearse(world: World, where: Path, listener: Listener = _silent) -> None:
+    train_stages(rehearsal(where / "run", {"chain": {"steps": [2]}}), listener=listener)
+
+
+def _forget(world: World, where: Path, listener: Listener = _silent) -> None:
+    prune_stage(where / "run", "law")
+
+
+def _combine(world: World, where: Path, listener: Listener = _silent) -> None:
+    combine(where / "run", output=where / "fork")
+
+
+def _take_in(world: World, where: Path, listener: Listener = _silent) -> None:
+    """Combine a run with another one, whose first stage is the same."""
+    combine(where / "run", ["facts", world.folder / "beside/run"])
+
+
 def _mix(world: World, where: Path, listener: Listener = _silent) -> None:
     mix_stages(where / "run", {"facts": 0.5, "taste": 0})
 
@@ -224,6 +252,11 @@ COMMANDS = {
     "train": Command(train_run),
     "extend": Command(_extend, "one"),
     "fork": Command(_fork, "one"),
+    "beside": Command(_beside, "one"),
+    "rehearse": Command(_rehearse, "beside"),
+    "forget": Command(_forget, "rehearsed", "refused"),
+    "combine": Command(_combine, "beside", "refused"),
+    "take in": Command(_take_in, "one"),
     "mix": Command(_mix, "two"),
     "undo": Command(_undo, "two", "other"),
     "redo": Command(_redo, "undone", "other"),
@@ -231,6 +264,15 @@ COMMANDS = {
     "export": Command(_export, "two", "refused"),
     "merge": Command(_merge, "two", "refused"),
     "experiment": Command(_experiment),
+}
+
+
+MAKERS = {  # of the runs that commands are done to
+    "one": "train",
+    "two": "extend",
+    "undone": "undo",
+    "beside": "beside",
+    "rehearsed": "rehearse",
 }
 
 

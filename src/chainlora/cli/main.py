@@ -20,7 +20,7 @@ from chainlora.cli.doctor import doctor, schema, tasks
 from chainlora.cli.generate import chat, generate
 from chainlora.cli.scores import evaluate
 from chainlora.cli.train import demo, train
-from chainlora.cli.versioning import extend, log, mix, prune, redo, undo
+from chainlora.cli.versioning import combine, extend, log, mix, prune, redo, rehearse, undo
 from chainlora.cli.views import board, export, inspect, report
 from chainlora.errors import (
     ChainLoRAError,
@@ -108,14 +108,14 @@ def _fail(message: str, debug: bool) -> int:
 def cli(context: click.Context, debug: bool) -> None:
     """Chain of LoRA fine-tuning (arXiv 2401.04151): tune a LoRA, tie a knot, extend the chain."""
     verb, count = context.invoked_subcommand, os.environ.get("WORLD_SIZE", "1")
-    if verb not in (None, "train", "extend") and count != "1":
+    if verb not in (None, "train", "extend", "rehearse") and count != "1":
         raise ConfigError(
-            "only `chainlora train` and `extend` run in several processes (got chainlora "
-            f"{verb} in {count}); start it without torchrun or accelerate launch"
+            "only `chainlora train`, `extend` and `rehearse` run in several processes (got "
+            f"chainlora {verb} in {count}); start it without torchrun or accelerate launch"
         )
 
 
-for _verb in (demo, train, extend, mix, undo, redo, log, prune, evaluate, generate, chat):
+for _verb in (demo, train, extend, combine, rehearse, mix, undo, redo, log, prune, evaluate):
     cli.add_command(_verb)
-for _verb in (inspect, report, board, export, tasks, doctor, schema):
+for _verb in (generate, chat, inspect, report, board, export, tasks, doctor, schema):
     cli.add_command(_verb)

@@ -189,6 +189,7 @@ def _show_run(config: RunConfig, results: Sequence[TrainResult], are_stages: boo
     """Print the links of a run that has ended, the scores of its new stages, and what is next."""
     from chainlora.cli.screen import show_inspection
     from chainlora.cli.versioning import scored_matrix, show_matrix
+    from chainlora.runs.addresses import open_run
     from chainlora.runs.inspection import inspect_run
 
     run = config.output or ""
@@ -205,10 +206,12 @@ def _show_run(config: RunConfig, results: Sequence[TrainResult], are_stages: boo
     if are_stages:
         show_matrix(scored_matrix(run, compute=False))
     click.echo(f"run directory {run}")
-    _show_next(shlex.quote(run), results[-1], config)
+    entry = open_run(run).entry
+    is_combined = entry is not None and entry.kind == "combine"
+    _show_next(shlex.quote(run), results[-1], config, is_combined)
 
 
-def _show_next(run: str, result: TrainResult, config: RunConfig) -> None:
+def _show_next(run: str, result: TrainResult, config: RunConfig, is_combined: bool) -> None:
     has_links, report, scored = bool(result["links"]), f"chainlora report {run}", result["metrics"]
     extend = "--name NAME --data.train FILE --chain.ranks 8 --chain.epochs 1"
     if config.plugins:
@@ -218,6 +221,7 @@ def _show_next(run: str, result: TrainResult, config: RunConfig) -> None:
     commands = [
         f"chainlora generate {run} --prompt TEXT",
         f"chainlora eval {run}{split}; {report}" if scored else report,
+        *([f"chainlora rehearse {run}"] if is_combined else []),
         *([f"chainlora extend {run} {extend}"] if has_links else []),
         f"chainlora export {run} --to {kind} --output FOLDER",
     ]

@@ -1,7 +1,9 @@
-"""The verbs of stages and of a run's history: `extend`, `mix`, `undo`, `redo`, `log`, `prune`."""
+"""The verbs of stages and of a run's history: `extend`, `combine`, `rehearse`, `mix`, `undo`,
+`redo`, `log`, `prune`."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -31,8 +33,11 @@ if TYPE_CHECKING:
 @keys_argument("RUN[@STAGE] [STAGE.yaml] --name NAME")
 @click.option("--resume", is_flag=True, hidden=True, help="Accepted, and not needed.")
 @click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
+@click.option("--beside", is_flag=True, help="Train it beside the others, and combine them.")
 @json_option
-def extend(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool) -> None:
+def extend(
+    arguments: tuple[str, ...], resume: bool, dry_run: bool, beside: bool, as_json: bool
+) -> None:
     """Train one more stage on top of RUN: new data, fresh links, the same chain.
 
     Give at least the name, the rows, the ranks and the length: --name law --data.train law.jsonl
@@ -53,7 +58,62 @@ def extend(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: boo
     from chainlora.cli.train import train_and_show
     from chainlora.training.stages import extension
 
-    train_and_show(extension(words[0], section, overrides), overrides, dry_run, as_json)
+    stages = extension(words[0], section, overrides, beside=beside)
+    train_and_show(stages, overrides, dry_run, as_json)
+
+
+@click.command
+@click.argument("run", type=click.Path())
+@click.argument("names", metavar="[STAGE|OTHER_RUN]...", nargs=-1)
+@click.option("--output", type=click.Path(), help="Folder of a new run; RUN stays as it is.")
+@click.option("--no-scores", is_flag=True, help="Do not score it on the rows of each stage.")
+@json_option
+def combine(
+    run: str, names: tuple[str, ...], output: str | None, no_scores: bool, as_json: bool
+) -> None:
+    """Combine stages of RUN that were trained beside each other, in closed form.
+
+    Nothing is trained: the weights are those whose outputs are nearest to each stage's own on a
+    few of its kept rows. Without names, RUN is combined again of what it was, or of all stages that
+    no other was trained on. Stages of other runs on the same base are copied into RUN, or --output.
+    What `mix` set is not carried over; `undo` takes the combination back.
+    """
+    folder = whole_run(run)
+    quiet()
+    from chainlora.cli.screen import evaluation_progress
+    from chainlora.evaluation.combination import combine as combined
+
+    with evaluation_progress() as progress:
+        state = combined(folder, names, output=output, progress=progress)
+    assert state.entry is not None
+    to_stderr(f"{state.run} is {state.entry.key} now, of {', '.join(state.entry.parents)}")
+    matrix = None if no_scores else scored_matrix(str(state.run))
+    if as_json:
+        shown = {"run": str(state.run), "now": state.entry.key, "of": state.entry.parents}
+        print_json(shown | {"matrix": matrix and matrix.as_dict()})
+    elif matrix is not None:
+        show_matrix(matrix)
+
+
+@click.command(cls=WithKeys)
+@keys_argument("RUN")
+@click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
+@json_option
+def rehearse(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+    """Train a short stage on rows that all stages of RUN kept, as many of each.
+
+    It is a stage like any other: `undo` takes it back. Keys are those of `extend`, for example
+    --chain.steps 20. The same command again resumes it, or does nothing where RUN ends in it.
+    """
+    words, overrides = words_and_overrides(list(arguments))
+    if len(words) != 1:
+        raise click.UsageError("it is chainlora rehearse RUN [--KEY VALUE]…")
+    whole_run(words[0])
+    quiet()
+    from chainlora.cli.train import train_and_show
+    from chainlora.training.stages import rehearsal
+
+    train_and_show(rehearsal(words[0], {}, overrides), overrides, dry_run, as_json)
 
 
 @click.command
@@ -134,10 +194,10 @@ def _say_what_is_averaged(state: OpenState) -> list[str]:
 @click.option("--to", metavar="NAME", help="The entry of `chainlora log` to make the run.")
 @json_option
 def undo(run: str, to: str | None, as_json: bool) -> None:
-    """Make RUN what it was before its last mix or stage.
+    """Make RUN what it was before its last mix, combination or stage.
 
     Nothing is deleted: the rows and links of what is undone stay in RUN (`prune` deletes them).
-    With --to, RUN becomes any state of its history: base, a stage or a mix. `redo` goes forward
+    With --to, RUN becomes any state of its history. `redo` goes forward
     again; after `undo --to`, `undo` goes back.
     """
     folder = whole_run(run)
@@ -172,7 +232,7 @@ def _show_now(run: str, state: OpenState, as_json: bool) -> None:
 @click.argument("run", type=click.Path())
 @json_option
 def log(run: str, as_json: bool) -> None:
-    """Show the history of RUN: its stages and mixes, the latest first.
+    """Show the history of RUN: its stages, mixes and combinations, the latest first.
 
     * marks what RUN is now, | what that was computed from. RUN@NAME names each state.
     """
@@ -225,9 +285,10 @@ def show_matrix(matrix: StageMatrix, echo: Callable[[str], object] = click.echo)
 def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     """Delete STAGE of RUN for good: links, kept rows, config, records, result, scores.
 
-    Stages that were trained on top of it stay, without its links. Mixes that its rows have chosen
-    go with it. Without --yes nothing is deleted, and the exit status is 1. To switch a stage off,
-    and on again, take mix; to go back to what was before it, take undo.
+    Stages that were trained on top of it stay, without its links. Mixes, combinations and
+    rehearsals that were computed from its rows go with it. Without --yes nothing is deleted, and
+    the exit status is 1. To switch a stage off, and on again, take mix; to go back to what was
+    before it, take undo.
     """
     folder = whole_run(run)
     quiet()
@@ -240,13 +301,16 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     again = [fork.format(name) for name in found.later]
     if as_json:
         shown = {"run": run, "stage": stage, "deleted": yes, "files": gone}
-        print_json(shown | {"mixes": found.with_it, "again": again})
+        print_json(shown | {"computed": found.with_it, "again": again})
     else:
-        for what in [*gone, *(f"{name}, chosen by its rows" for name in found.with_it)]:
+        for what in [*gone, *(f"{name}, computed from its rows" for name in found.with_it)]:
             click.echo(f"{'deleted' if yes else 'would delete'} {what}")
         if found.later:
             how = "".join(f"\n  {line}" for line in again)
             click.echo(f"stays: {', '.join(found.later)}, tuned on top of it; without it:{how}")
+        if len(found.left) > 1:
+            stages = shlex.join([run, *found.left])
+            click.echo(f"to combine the others again: chainlora combine {stages}")
         click.echo("stays: its data files, forks (prune them too), exports, predictions, reports")
         click.echo(f"stays: the cache of tokenised rows of all runs, {cache_dir() / 'rows'}")
     if not yes:

@@ -31,22 +31,22 @@ class LinkShape(Section):
     rslora: bool = False
     """Scale by alpha / √rank instead (arXiv 2312.03732)."""
     dropout: Share = 0.0
-    """Dropout on the input of the LoRA branch; the fused LoRA layer is then not used."""
+    """Dropout on the input of the LoRA branch (slower: no fused LoRA layer)."""
     init: Literal["gaussian", "kaiming", "orthogonal", "gradient", "pissa"] = "kaiming"
     """Initialization of a link: `kaiming` or `gaussian` (random A, B = 0), `orthogonal` (A outside
     the row space of the earlier links, B = 0), `gradient` (A along the loss gradient, B = 0),
     `pissa` (top singular directions of the weight)."""
     lora_bias: bool = False
-    """A trained bias on B, merged into the layer's bias; refused for layers without a bias."""
+    """Train a bias on B, merged into the layer's bias; refused for layers without a bias."""
     dora: bool = False
     """DoRA (arXiv 2402.09353); such a chain can only be exported as a merged checkpoint."""
     target_modules: Names | str = "all-linear"
-    """List of module names, one name, one regular expression, or `all-linear`; Linear, Conv1D and
-    (by name) Embedding layers."""
+    """Names of modules, a regular expression, or `all-linear`; Linear, Conv1D and (by name)
+    Embedding layers."""
     exclude_modules: Names | str | None = None
     """Names or a regular expression to leave out."""
     extra_modules: Names = ()
-    """Modules whose own weights are trained beside LoRA; they continue over knots."""
+    """Modules that are trained whole beside LoRA, across all links."""
     train_factors: Literal["both", "A", "B"] = "both"
     """`both`, or only one factor: `A`, `B` (RAC-LoRA, arXiv 2410.08305)."""
 
@@ -114,26 +114,25 @@ class LinkConfig(Called, LinkShape):
 
 
 class KnotConfig(Section):
-    """Soft knots: every so many steps a share of the live link is tied, and the rest continues.
+    """Soft knots: at regular steps a share of the live link is tied, and the rest continues.
 
-    With the time constant τ, what a step has learned is tied to 1 − 1/e after τ steps:
+    With the time constant τ, 1 − 1/e of a step's change is tied after τ steps:
     ``share = 1 − exp(−every / τ)``.
     """
 
     every: Count | None = None
     """Steps between soft knots; `null` is a twelfth of the time constant."""
     share: Share | None = None
-    """Share tied at each, from 0 (only balancing) to below 1; `null` follows from the
+    """Share tied at each soft knot, from 0 (only balancing) to below 1; `null` follows from the
     other two."""
     time_constant: Annotated[float, Field(ge=1, le=1e9)] | None = None
-    """Steps after which 1 − 1/e of what a step has learned is tied; `null` is that of `auto`."""
+    """Steps until 1 − 1/e of a step's change is tied; `null` is that of `auto`."""
     follow_rate: bool = False
-    """Shares in proportion to the learning rate: late steps are tied less, and can still be
-    corrected."""
+    """Make shares proportional to the learning rate, so that late steps can still be corrected."""
     moments: Literal["carried", "new"] = "carried"
-    """Moments of the optimizer: `carried` exactly, or `new` at each soft knot."""
+    """The optimizer's moments: `carried` exactly, or `new` at each soft knot."""
     policy: str = "spaced"
-    """What decides: `spaced` ties `share` every `every` steps; others can be
+    """`spaced` ties `share` every `every` steps; other policies can be
     [added](layout.md#policies)."""
 
     @model_validator(mode="after")
@@ -155,23 +154,23 @@ class KnotConfig(Section):
 
 
 class PlateauConfig(Section):
-    """When a link has stopped to learn: every `patience` steps, `of` is compared with what it was.
+    """When a link stops learning: every `patience` steps, `of` is compared with its last value.
 
-    A link ends early, and the last link gets the steps that are left.
+    The link then ends early, and the last link gets the remaining steps.
     """
 
     of: Literal["norm", "loss"] = "norm"
-    """What is compared: `norm`, ‖B·A‖ of the live link (AROMA, arXiv 2504.05343), or `loss`, the
+    """Value to compare: `norm`, ‖B·A‖ of the live link (AROMA, arXiv 2504.05343), or `loss`, the
     mean over the steps since the last comparison. With soft knots `loss` only."""
     patience: Count = 50
     """Steps between comparisons."""
     min_change: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    """The link ends where the norm has grown, or the loss fallen, by less than this share since the
-    last comparison."""
+    """The link ends when the norm has grown, or the loss has fallen, by less than this share since
+    the last comparison."""
 
 
 class ChainConfig(LinkShape):
-    """The chain: how many links, how wide, how long each is tuned.
+    """The chain: number, ranks and lengths of its links.
 
     Give one of `epochs`, `steps` and `tokens`, with one entry for each link.
     """
@@ -181,27 +180,25 @@ class ChainConfig(LinkShape):
     alpha: Alpha | tuple[Alpha, ...] = 16.0
     """LoRA's alpha: one number, or one for each link. The update is scaled by alpha / rank."""
     alpha_policy: Literal["proportional", "fixed"] = "proportional"
-    """What one alpha means for links of different rank: `proportional` keeps the first link's
-    scaling, `fixed` keeps alpha ([decision 4](decisions/0004-alpha-when-the-rank-drops.md))."""
+    """With one alpha and different ranks: `proportional` keeps the first link's scaling, `fixed`
+    keeps alpha ([decision 4](decisions/0004-alpha-when-the-rank-drops.md))."""
     init_batches: Count = 4
     """Number of steps whose batches `init: gradient` reads."""
     knots: KnotConfig | None = None
-    """[Soft knots](#soft-knots) inside each link. `auto` chooses distance and share; otherwise a
-    section with the keys below."""
+    """[Soft knots](#soft-knots) inside each link: `auto`, or a section with the keys below."""
     plateau: PlateauConfig | None = None
-    """End a link, the last one excepted, when it has stopped to learn; the last link gets the steps
-    that are left. A section with the keys below."""
+    """End each link except the last when it stops learning; the last link gets the remaining steps.
+    A section with the keys below."""
     epochs: tuple[Annotated[float, Field(gt=0, le=1e6)], ...] | None = None
     """Epochs of each link, e.g. `[3, 2]`; fractions are allowed."""
     steps: tuple[Count, ...] | None = None
-    """Optimizer steps of each link instead."""
+    """Optimizer steps of each link."""
     tokens: tuple[Annotated[float, Field(gt=0, le=1e15)], ...] | None = None
-    """Tokens that each link reads, prompts included, instead: whole steps, until they are read."""
+    """Tokens that each link reads, prompts included, rounded up to whole steps."""
     hold: Literal["tied", "carried"] = "tied"
-    """Where earlier links are held: `tied` in the base weights, `carried` beside an untouched
-    base."""
+    """Earlier links are `tied` into the base weights, or `carried` beside an unchanged base."""
     tune: Literal["lora", "full"] = "lora"
-    """`lora`, or `full`: every weight is trained, for comparison (float32, no links, no resume, no
+    """`lora`, or `full` to train every weight, for comparison (float32, no links, no resume, no
     `keep_best`)."""
 
     @field_validator("knots", mode="before")

@@ -34,7 +34,7 @@ class TrainFile(Section):
     path: Annotated[str, Home]
     """File, folder or Hub dataset."""
     weight: Annotated[float, Field(gt=0, le=1e3)] = 1.0
-    """Copies an epoch."""
+    """Copies of each row per epoch."""
 
 
 Format = Literal["auto", "completion", "chat", "text", "sharegpt", "alpaca", "conversational"]
@@ -52,31 +52,29 @@ class DataConfig(Section):
     dir: Annotated[str | None, Home] = None
     """Folder with the task's rows; `null` fetches them from the Hub."""
     train: Annotated[str | list[TrainFile] | None, Home] = None
-    """File with the training rows, or a list of files, each a path or `{path: …, weight: …}`. A
-    weight is copies an epoch: of 2, every row comes twice; of 0.5, half of the rows, and the other
+    """File with the training rows, or a list of files, each a path or `{path: …, weight: …}`.
+    `weight: 2` reads every row twice per epoch; `weight: 0.5` reads half of the rows, and the other
     half in the next epoch."""
     validation: Annotated[str | Count | Annotated[float, Field(gt=0, lt=1)] | None, Home] = None
     """Rows that choose the best point, only beside `data.train`: a file; or a share (`0.05`) or
     number (`500`) of the prompts in `data.train`, held out by a hash of their tokens. Rows with the
-    same prompt go together, and rows that are added change nobody's side."""
+    same prompt stay together. Adding rows never moves existing rows."""
     test: Annotated[str | None, Home] = None
     """File with the rows to report on; only beside `data.train`."""
     format: Format = "auto"
-    """What a [row](rows.md#formats) of your own file is: `completion` (loss on the completion),
-    `chat` (loss on the assistant's turns), `text` (loss on everything), and of other tools
-    `sharegpt`, `alpaca` and `conversational` (TRL). `auto` decides by the first row, and a run says
-    which of these it recognised."""
+    """[Format of a row](rows.md#formats): `completion` (loss on the completion), `chat` (loss on
+    the assistant's turns), `text` (loss on everything), and those of other tools: `sharegpt`,
+    `alpaca`, `conversational` (TRL). `auto` decides by the first row."""
     fields: dict[str, str] = Field(default={})
-    """Names that the file has for fields of its format, e.g. `{prompt: question, completion:
-    answer}`; in every file of this section."""
+    """Columns for the fields of the format, e.g. `{prompt: question, completion: answer}`; for
+    every file of this section."""
     chat_template: Annotated[str, AfterValidator(resolved_template)] | None = None
-    """Chat template for rows of chats: a name (`alpaca`, `chatml`, `llama3`, `zephyr`), a file, or
-    the Jinja text itself; `null` is the tokenizer's own ([rows](rows.md#chat-templates))."""
+    """Chat template: a name (`alpaca`, `chatml`, `llama3`, `zephyr`), a file, or Jinja text; `null`
+    is the tokenizer's own ([rows](rows.md#chat-templates))."""
     template_arguments: Arguments = Field(default={})
     """Arguments of the chat template, e.g. `{enable_thinking: false}`."""
     num_train: Count | None = None
-    """Number of training rows, the first of each file; `null` is the task's number, or all of
-    them."""
+    """Number of training rows, the first of each file; `null` is the task's number, or all."""
     num_validation: Count | None = None
     """The same for validation."""
     num_test: Count | None = None
@@ -84,29 +82,30 @@ class DataConfig(Section):
     data_seed: Annotated[int, Field(ge=-(2**32), lt=2**32)] = 0
     """Which rows a task draws; independent of `train.seed`."""
     sampling: Literal["protocol", "saner"] = "protocol"
-    """`protocol` draws as MeZO does, which the paper follows; `saner` leaves small tasks (WSC) more
-    rows to train on."""
+    """`protocol` draws as MeZO and the paper do; `saner` leaves small tasks (WSC) more rows to
+    train on."""
     max_length: Annotated[int, Field(ge=2, lt=LARGEST)] | None = None
     """Longest sequence in tokens; `null` is the model's context."""
     truncation: Literal["drop", "cut", "error", "left"] | None = None
-    """What happens to a [longer row](rows.md#what-is-too-long): `drop` leaves it out, `cut` (or
-    `left`, its earlier name) removes the oldest tokens of the prompt, `error` refuses it. `null` is
-    the task's own choice; for files it is `error`, but for `text`, which becomes several examples.
-    Validation and test rows have the same rule."""
+    """Treatment of a [longer row](rows.md#what-is-too-long): `drop` leaves it out, `cut` (earlier
+    name: `left`) removes the oldest tokens of the prompt, `error` refuses it. `null` is the task's
+    own choice, or `error` for files. Rows of `text` become several examples instead."""
     shots: Number = 0
-    """Number of training rows of a task shown, with their answers, before each prompt. They are not
-    trained on; if links are trained, some rows must be left."""
+    """Number of demonstrations before each prompt: training rows of a task with their answers,
+    which are then not trained on."""
     replay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Rows of earlier stages and of `start_data` added to every batch, as a share of it: 0.1 adds
-    one row to a batch of 10. They come from the rows that the run kept; lengths count the stage's
-    own rows."""
+    """Kept rows of earlier stages and of `start_data` added to every batch, as a share of it: 0.1
+    adds one row to a batch of 10. Lengths count only the stage's own rows."""
+    rehearse: bool = False
+    """Train only on rows that earlier stages and `start_data` kept, the same number of each,
+    instead of `train` and `task` (`chainlora rehearse`)."""
     new_rows_only: bool = False
-    """Leave out training rows that an earlier stage was trained on. They are known by all their
-    tokens: those that another `max_length` cuts, or other `shots` precede, are new."""
+    """Leave out training rows that an earlier stage was trained on. Rows are compared by their
+    tokens: a row that is cut by another `max_length`, or has other `shots`, counts as new."""
     keep_rows: bool = True
-    """Keep [a sample of the rows](run-directory.md#what-is-in-it) and hashes of all in the run
-    directory. Later stages need them for `replay`, `new_rows_only`, held-out validation rows and
-    scores on this stage."""
+    """Keep [a sample of the rows](run-directory.md#what-is-in-it), and hashes of all, in the run
+    directory. Later stages need them for `replay`, `rehearse`, `new_rows_only`, held-out validation
+    rows and scores on this stage."""
 
     @field_validator("train", mode="before")
     @classmethod
@@ -137,7 +136,13 @@ class DataConfig(Section):
     def _check(self) -> DataConfig:
         task, train = self.task, self.train
         refuse_if(
-            task is None and train is None,
+            self.rehearse and bool(task or train or self.validation or self.test or self.replay),
+            "`data.rehearse` is for a stage without rows of its own",
+            "others beside it",
+            "leave them out, or take data.replay",
+        )
+        refuse_if(
+            task is None and train is None and not self.rehearse,
             "`data` must name a `task` or a `train` file",
             "neither" if self.dir is None else "`dir`, which holds the rows of a task",
             "e.g. data: {train: my.jsonl}",
@@ -200,10 +205,10 @@ class DataConfig(Section):
 
 
 class StartData(Section):
-    """Rows that show what the model could do before its first stage.
+    """Rows that measure what the model could do before its first stage.
 
-    They are treated as the rows of an earlier stage named `start`. Keys are as in `data`, whose
-    `max_length`, `truncation` and chat template they share.
+    They count as rows of an earlier stage named `start`. Keys are as in `data`, whose `max_length`,
+    `truncation` and chat template they share.
     """
 
     task: Annotated[str | None, Home] = None
@@ -211,16 +216,16 @@ class StartData(Section):
     dir: Annotated[str | None, Home] = None
     """Folder with the task's rows; `null` fetches them from the Hub."""
     train: Annotated[str | list[str] | None, Home] = None
-    """File, or files, of rows that `data.replay` can add to batches."""
+    """File or files with rows that `data.replay` can add to batches."""
     validation: Annotated[str | Count | Annotated[float, Field(gt=0, lt=1)] | None, Home] = None
-    """Rows to score: a file, or a share or number of the prompts in `start_data.train`. They are
-    left out of all training."""
+    """Rows to score, left out of all training: a file, or a share or number of the prompts in
+    `start_data.train`."""
     test: Annotated[str | None, Home] = None
     """File with the rows to report on."""
     format: Format = "auto"
-    """What a row is."""
+    """Format of a row."""
     fields: dict[str, str] = Field(default={})
-    """Names that the files have for fields of the format."""
+    """Columns for the fields of the format."""
 
     @model_validator(mode="after")
     def _check(self) -> StartData:

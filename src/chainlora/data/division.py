@@ -88,40 +88,44 @@ def divide(
 
 
 def rows_again(
+    key: str,
     earlier: Mapping[str, Kept],
     loss: str,
     validation: Iterable[Example],
     max_length: int,
-) -> Rows:
-    """Return the rows of earlier stages that a stage with this loss can read again.
+) -> list[Rows]:
+    """Return the rows that a stage with this loss can read again, of each earlier one with some.
 
     No validation row is among them, of this stage or an earlier one, and no row of more tokens than
     `max_length`. Of ranked candidates the right one is read where completions are learned. Raises
-    ConfigError where there are none.
+    ConfigError, which names the `key` of the config, where there are none.
     """
     held_out = [prompt_hashes(validation), *(k.held_out for k in earlier.values())]
-    again, others = [], []
+    found, others, long = list[Rows](), [], 0
     for stage, kept in earlier.items():
         if not can_read_again(kept.loss, loss):
             others.append(f"{stage}: {kept.loss}")
             continue
         rows = pick(kept.train, ~np.isin(kept.prompts, np.concatenate(held_out)))
-        again += list(rows) if kept.loss == loss else list(map(_right_one, rows))
-    fitting = [each for each in again if max(map(len, each.sequences)) <= max_length]
-    long = f"{len(again) - len(fitting)} rows of more than {max_length} tokens"
-    if not fitting:
+        again = list(rows) if kept.loss == loss else list(map(_right_one, rows))
+        fitting = [each for each in again if max(map(len, each.sequences)) <= max_length]
+        long += len(again) - len(fitting)
+        if fitting:
+            found.append(MemoryRows(fitting))
+            hashes = example_hashes(found[-1]).tobytes()
+            found[-1].summary = RowsSummary(digest=hashlib.sha256(hashes).hexdigest())
+    lost = f"{long} rows of more than {max_length} tokens"
+    if not found:
         raise ConfigError(
-            f"`data.replay` needs rows that an earlier stage kept and that are learned by {loss}",
-            ", ".join(others + [long] * bool(again)) or "none",
+            f"`{key}` needs rows that an earlier stage kept and that are learned by {loss}",
+            ", ".join(others + [lost] * bool(long)) or "none",
             "leave it out",
         )
     if others:
-        _log.warning("data.replay: this stage learns by %s, not %s", loss, ", ".join(others))
-    if len(fitting) < len(again):
-        _log.warning("data.replay: %s are left out", long)
-    rows = MemoryRows(fitting)
-    rows.summary = RowsSummary(digest=hashlib.sha256(example_hashes(rows).tobytes()).hexdigest())
-    return rows
+        _log.warning("%s: this stage learns by %s, not %s", key, loss, ", ".join(others))
+    if long:
+        _log.warning("%s: %s are left out", key, lost)
+    return found
 
 
 def can_read_again(before: str, loss: str) -> bool:

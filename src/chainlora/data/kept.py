@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from chainlora import files
-from chainlora.config.schema import PAIR_LOSSES
+from chainlora.config.schema import PAIR_LOSSES, DataConfig
 from chainlora.data.rows import ARRAYS, Rows, StoredRows, flatten
 from chainlora.errors import RunError
 
@@ -69,6 +69,11 @@ class Kept:
         """Return the split to score a stage by, test before validation before training rows."""
         named = {"test": self.test, "validation": self.validation}
         return next(((name, rows) for name, rows in named.items() if rows), ("train", self.train))
+
+
+def keeps_rows(data: DataConfig) -> bool:
+    """Say whether a stage keeps rows; a rehearsal has none of its own."""
+    return data.keep_rows and not data.rehearse
 
 
 def write_kept(path: Path, kept: Kept) -> None:

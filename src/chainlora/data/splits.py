@@ -41,6 +41,7 @@ from chainlora.errors import ConfigError, DataError
 _log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+_REHEARSED = 8  # rows of each stage in an epoch of a rehearsal
 _ASKED_OF_A_TASK = ("loss", "metrics", "reported", "metric", "stop", "max_new_tokens")
 _REPORTED_OF_PAIRS = ("loss", "accuracy", "margin")
 
@@ -172,13 +173,16 @@ def prepare_splits(
     _log_unread(rows)
     if to_score is None and compare:
         _log_in_both(data, rows, sources)
-    if data.replay is not None and to_score is None and parts["train"]:
-        kind = learned_by(data, loss)
-        longest = length_limit(data, context)
-        again = rows_again(earlier or {}, kind, rows["validation"], longest)
-        asked["mixture"] = replace(asked["mixture"], num_earlier=len(again), replay=data.replay)
-        asked["moved"] |= {"replayed": len(again)}
-        rows["train"] = joined([rows["train"], again])
+    key = "data.replay" if data.replay else "data.rehearse" if data.rehearse else None
+    if key and to_score is None and (data.rehearse or parts["train"]):
+        kind, longest = learned_by(data, loss), length_limit(data, context)
+        again = rows_again(key, earlier or {}, kind, rows["validation"], longest)
+        asked.setdefault("mixture", Mixture(tuple(map(len, again)), tuple(map(_share, again))))
+        if data.replay:
+            count = sum(map(len, again))
+            asked["mixture"] = replace(asked["mixture"], num_earlier=count, replay=data.replay)
+            asked["moved"] |= {"replayed": count}
+        rows["train"] = joined([rows["train"], *again])
     if earlier and to_score is None and compare:
         _log_trained_on(rows, earlier)
     asked |= {"digest": _digest(rows, options.before)}
@@ -205,6 +209,11 @@ def _say_what_cannot_be_scored(
         )
 
 
+def _share(rows: Rows) -> float:
+    """Return the weight by which an epoch reads as many rows of each stage."""
+    return min(1.0, _REHEARSED / len(rows))
+
+
 def learned_by(data: DataConfig, loss: str | None) -> str:
     """Return what the rows of a config are learned by (`Splits.loss`)."""
     return loss or ("completion" if data.task is None else load_task(data.task).loss)
@@ -214,6 +223,8 @@ def named_sources(data: DataConfig) -> dict[str, list[TrainFile]]:
     """Return what the keys of a config name: the task and the files of rows, with their weights."""
     found = {f"data.{key}": getattr(data, key) for key in ("task", "validation", "test")}
     named = {key: [TrainFile(path=path)] for key, path in found.items() if isinstance(path, str)}
+    if data.rehearse:
+        named["data.rehearse"] = []
     return named | ({"data.train": data.train_files} if data.train_files else {})
 
 

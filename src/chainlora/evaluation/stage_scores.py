@@ -221,7 +221,7 @@ def states_of(run: OpenState) -> Iterator[tuple[str, State]]:
     yield BASE, run.history.empty
     last, names = run.history.empty, run.stages
     for entry in run.lineage:
-        if entry.key in names and entry.kind != "mix":
+        if entry.kind == "combine" or (entry.key in names and entry.kind != "mix"):
             last = entry.state
             yield entry.key, last
     if run.state.digest != last.digest:
@@ -252,7 +252,7 @@ class Scorer:
         self.run, self.kept, self.speedups = run, kept, speedups
         self.progress = progress or (lambda what, done, rows: None)
         self.chain, self.tokenizer = chain_on_base(run, hold)
-        self._ids: dict[Digest, int] = {}  # of links on the chain
+        self._ids: dict[tuple[Digest, Digest | None], int] = {}  # of links on the chain
         self._references: dict[str, list[list[float]]] = {}
         self._add(run.state)
 
@@ -283,15 +283,16 @@ class Scorer:
 
     def model_at(self, state: State) -> Any:
         self._add(state)
-        on = {self._ids[term.link]: term.strength for term in state.terms}
+        on = {self._ids[term.link, term.derived]: term.strength for term in state.terms}
         self.chain.set_strengths({id: on.get(id, 0.0) for id in self.chain.strengths})
         return self.chain.model
 
     def _add(self, state: State) -> None:
-        due = [term for term in state.terms if term.link not in self._ids]
-        self._ids |= {term.link: len(self._ids) + place for place, term in enumerate(due)}
+        due = [term for term in state.terms if (term.link, term.derived) not in self._ids]
+        first = len(self._ids)
+        self._ids |= {(term.link, term.derived): first + n for n, term in enumerate(due)}
         links = [
-            replace(link, id=self._ids[term.link])
+            replace(link, id=self._ids[term.link, term.derived])
             for term, link in zip(due, self.run.read(due), strict=True)
         ]
         self.chain.add(*links)

@@ -6,13 +6,20 @@ Nothing is trained. Chosen on validation rows where there are any, so that test 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import cache
 from statistics import fmean
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from chainlora.chain.adapters import base_layer
+from chainlora.chain.link import stack_links
+from chainlora.data.examples import Example
 from chainlora.data.kept import Kept
-from chainlora.data.rows import MemoryRows
+from chainlora.data.rows import MemoryRows, Rows
 from chainlora.errors import ChainError, RunError
 from chainlora.evaluation.evaluate import Gain, gain
 from chainlora.evaluation.metrics import is_higher_better
@@ -20,20 +27,24 @@ from chainlora.evaluation.stage_scores import Progress, Scorer
 from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.state import OpenState
 
-_TRIED = (1.0, 0.75, 0.5, 0.25, 0.0)  # an equal one is not taken: the first wins
+ROWS = 16  # of a column, by which strengths are fitted
+_STEPS, _RATE, _TOKENS = 12, 0.1, 1024
+_NO_SUM = "strengths are searched for links that are low-rank sums"
+_TRIED = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 
 def best_mix(
     run: Address, *, progress: Progress | None = None
 ) -> tuple[dict[str, float], float, float]:
-    """Return the strengths of stages with the best average, that average, and the one there is now.
+    """Return strengths of stages with a better average, that average, and the one there is now.
 
     The average is that of the matrix, over all its columns that have rows (`OpenState.columns`); of
-    a loss, the less the better. Strengths 0, ¼, ½, ¾ and 1 are tried stage by stage, the last stage
-    first, until none changes. Nothing of the run is changed.
+    a loss, the less the better. Strengths from 0 to 1 follow the gradient of the mean loss of
+    answers on up to `ROWS` rows of each column. They are returned if they are better on all rows,
+    else those that there are. Nothing of the run is changed.
 
     Raises RunError where stages are judged by different metrics, which have no average, or where
-    the links of one have several strengths.
+    the links of one have several strengths or are no low-rank sum.
     """
     found = open_run(run)
     kept = found.kept()
@@ -44,25 +55,110 @@ def best_mix(
         each = ", ".join(f"{stage}: {kept[stage].metric}" for stage in stages)
         got = each or f"no rows of links in {found.run}"
         raise RunError("a mix is searched by one metric of all stages", got, "name the strengths")
-    scorer = Scorer(found, _to_choose_by(kept), progress=progress)
-    sign = 1 if is_higher_better(metrics.pop()) else -1
-
-    @cache
-    def average(strengths: tuple[tuple[str, float], ...]) -> float:
-        state = found.with_strengths(dict(strengths)).state
-        try:
-            return sign * fmean(cell.value for cell in scorer.score("mix", state, stages))
-        except ChainError:  # what is no sum is on or off
-            return -math.inf
-
+    chosen = _to_choose_by(kept)
+    scorer = Scorer(found, chosen, progress=progress)
     now = found.strengths
-    best, before = dict(now), None
-    while best != before:
-        before = dict(best)
-        for name in reversed(now):
-            tries = [best | {name: strength} for strength in (best[name], *_TRIED)]
-            best = max(tries, key=lambda each: average(tuple(each.items())))
-    return best, sign * average(tuple(best.items())), sign * average(tuple(now.items()))
+    best = _fitted(scorer, found, [_sample(chosen[stage].scored[1]) for stage in stages])
+
+    def average(strengths: Mapping[str, float]) -> float:
+        state = found.with_strengths(strengths).state
+        return fmean(cell.value for cell in scorer.score("mix", state, stages))
+
+    after, before = average(best), average(now)
+    sign = 1 if is_higher_better(metrics.pop()) else -1
+    return (best, after, before) if sign * (after - before) > 0 else (now, before, before)
+
+
+def _fitted(scorer: Scorer, found: OpenState, columns: list[list[Example]]) -> dict[str, float]:
+    """Return strengths that descend along the gradient of the mean loss of the columns.
+
+    The base is linear in them, so one model without links is enough: each layer adds those of its
+    links, and the loss is differentiated by the strengths alone.
+    """
+    names, links = found.stages, found.links()
+    if any(link.extra for link in links):
+        raise RunError(_NO_SUM, f"modules trained whole in {found.run}", "name the strengths")
+    try:
+        sums = stack_links([replace(link, strength=1.0) for link in links])
+    except ChainError as error:
+        raise RunError(_NO_SUM, error, "name the strengths") from None
+    model = scorer.model_at(found.with_strengths(dict.fromkeys(names, 0.0)).state)
+    model.requires_grad_(False)
+    device = next(model.parameters()).device
+    strengths = torch.tensor([found.strengths[name] for name in names], device=device)
+    strengths.requires_grad_()
+    places = [names.index(facts.stage) for facts in found.facts]
+
+    def adder(module: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        parts = [
+            (n, link.factors[module])
+            for n, link in zip(places, links, strict=True)
+            if module in link.factors
+        ]
+        of_rank = [n for n, part in parts for _ in range(part.a.shape[0])]
+        a, b = sums[module].a.to(device), sums[module].b.to(device)
+
+        def add(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            (x,) = inputs[:1]
+            inner = a.to(output.dtype).T[x] if isinstance(layer, nn.Embedding) else x @ a.to(x).T
+            return output + (inner * strengths[of_rank].to(output)) @ b.to(output).T
+
+        return add
+
+    hooks = [
+        base_layer(model.get_submodule(module)).register_forward_hook(adder(module))
+        for module in sums
+    ]
+    optimizer = torch.optim.Adam([strengths], lr=_RATE)
+    batches = [(batch, len(column)) for column in columns for batch in _batches(column)]
+    try:
+        for step in range(_STEPS):
+            optimizer.zero_grad()
+            for batch, count in batches:
+                loss = _answer_loss(model, batch, device) / count
+                torch.autograd.backward(loss, inputs=[strengths])
+            optimizer.step()
+            strengths.data.clamp_(0, 1)
+            scorer.progress("strengths", step + 1, _STEPS)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: round(value, 2) for name, value in zip(names, strengths.tolist(), strict=True)}
+
+
+def _sample(rows: Rows) -> list[Example]:
+    """Return up to `ROWS` rows, spread evenly, the short ones first."""
+    count = min(ROWS, len(rows))
+    found = [rows[place * len(rows) // count] for place in range(count)]
+    return sorted(found, key=lambda each: len(each.sequences[each.label or 0]))
+
+
+def _batches(rows: list[Example]) -> Iterator[list[Example]]:
+    """Divide rows, the short ones first, into batches of at most `_TOKENS` with their padding."""
+    batch: list[Example] = []
+    for row in rows:
+        longest = len(row.sequences[row.label or 0])
+        if batch and longest * (len(batch) + 1) > _TOKENS:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _answer_loss(model: nn.Module, rows: list[Example], device: torch.device) -> Tensor:
+    """Return the sum over rows of the mean loss of the tokens that each teaches."""
+    right = [each.label or 0 for each in rows]
+    sequences = [each.sequences[n] for each, n in zip(rows, right, strict=True)]
+    width = max(map(len, sequences))  # causal: padding at the right changes nothing before it
+    ids = torch.tensor([[*each, *[0] * (width - len(each))] for each in sequences], device=device)
+    logits = model(input_ids=ids, use_cache=False).logits
+    losses = []
+    for place, (each, n) in enumerate(zip(rows, right, strict=True)):
+        at = [token for start, end in each.scored[n] for token in range(start, end)]
+        before = logits[place, [token - 1 for token in at]].float()
+        losses.append(functional.cross_entropy(before, ids[place, at]))
+    return torch.stack(losses).sum()
 
 
 def guard(

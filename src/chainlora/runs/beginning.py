@@ -6,14 +6,18 @@ A fork gets a copy of what its first state was computed from, an imported adapte
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from chainlora import files
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import stage_folder
+from chainlora.config.staging import HISTORY, is_name
 from chainlora.data.kept import Kept, write_kept
+from chainlora.errors import RunError
 from chainlora.models.identity import tokenizer_files
+from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import (
     BASE,
     CONFIG,
@@ -24,12 +28,15 @@ from chainlora.runs.history import (
     Base,
     Entry,
     History,
-    LinkFacts,
     State,
     Term,
+    derived_file,
     link_folder,
     now,
+    read_history,
     rows_file,
+    update_history,
+    write_part,
 )
 from chainlora.runs.links import save_link
 from chainlora.runs.start import Start
@@ -60,37 +67,116 @@ def copy_closure(state: OpenState, run: Path, history: History) -> History:
 
     Returns the history with its entries.
     """
-    entries = {entry.key: entry for entry in [*state.keepers(), *state.lineage]}
-    links: dict[str, LinkFacts] = {}
-    for entry in entries.values():
-        for digest in (*(term.link for term in entry.state.terms), *entry.tied):
-            if digest not in links:
-                links[digest] = state.history.links[digest]
-                _copy_folder(state.run, run, link_folder(digest))
-        if entry.kept is not None:
-            files.make_folder(run / "rows")
-            shutil.copyfile(state.run / rows_file(entry.kept), run / rows_file(entry.kept))
-        folder = stage_folder(run, entry.key)
-        for name in _own_files(entry):
-            files.make_folder(folder)
-            source = stage_folder(state.run, entry.key) / name
-            if source.is_file():
-                shutil.copyfile(source, folder / name)
-    for folder in (run / "rows", run / "stages"):
-        if folder.is_dir():
-            files.sync_tree(folder)
-    copied = [
-        entry.model_copy(update={"files": {n: entry.files[n] for n in _own_files(entry)}})
-        for entry in state.history.entries
-        if entry.key in entries
-    ]
+    found = [e for e in state.history.entries if e in [*state.keepers(), *state.lineage]]
+    _copy_files(state, found, run, {})
+    copied = tuple(_own(entry) for entry in found)
+    links = {digest: state.history.links[digest] for digest in _links_of(found)}
     key = BASE if state.entry is None else state.entry.key
-    update = {"entries": tuple(copied), "links": links, "head": key, "origin": key}
+    update = {"entries": copied, "links": links, "head": key, "origin": key}
     return history.model_copy(update=update)
 
 
-def _own_files(entry: Entry) -> list[str]:
-    return [name for name in (CONFIG, RECORDS, RESULT) if name in entry.files]
+def fork(state: OpenState, folder: Path) -> None:
+    """Write a run that is in a state of another one; the other is not needed any more."""
+    none = {"entries": (), "links": {}, "head": BASE, "origin": BASE, "past": (), "future": ()}
+    history = state.history.model_copy(update=none | {"base": state.base})
+    if (own := state.tokenizer()) is not None:
+        _copy_tokenizer(own, folder)
+    history = copy_closure(state, folder, history)
+    origin = START if history.find(START) is not None else BASE
+    write_part(folder / HISTORY, history.model_copy(update={"origin": origin}))
+
+
+def need_same_base(history: History, state: OpenState) -> None:
+    """Raise RunError where a state of another run cannot be combined with those of a history."""
+    other = state.history
+    differing = [
+        name
+        for name, here, there in (
+            ("base model", history.empty.base, other.empty.base),
+            ("tokenizer", history.tokenizer, other.tokenizer),
+            ("chain.hold", history.hold, other.hold),
+        )
+        if here != there
+    ]
+    if differing:
+        rule, remedy = "runs that are combined must share their base", "train one of them again"
+        raise RunError(rule, f"another {differing[0]} in {state.run}", remedy)
+
+
+def take_in(run: Path, state: OpenState) -> str:
+    """Copy a state of another run, and what it was computed from, beside the entries of a run.
+
+    Returns the name of its entry there: its own, or that of the other run's folder where a stage of
+    this run has the name.
+    """
+    history, other = read_history(run), state.history
+    state.verify()
+    names: dict[str, str] = {}
+    for entry in state.lineage:
+        names[entry.key] = _name_there(entry, history, run, state.run, names)
+    new = [entry for entry in state.lineage if history.find(names[entry.key]) is None]
+    _copy_files(state, new, run, names)
+    links = {digest: other.links[digest] for digest in _links_of(new)}
+
+    def change(history: History) -> History:
+        entries = (_own(entry).renamed(names) for entry in new)
+        renamed = {
+            digest: facts.model_copy(update={"stage": names.get(facts.stage, facts.stage)})
+            for digest, facts in links.items()
+        }
+        update = {"entries": (*history.entries, *entries), "links": {**renamed, **history.links}}
+        return history.model_copy(update=update)
+
+    update_history(run, change)
+    assert state.entry is not None
+    return names[state.entry.key]
+
+
+def _name_there(
+    entry: Entry, history: History, run: Path, other: Path, taken: Mapping[str, str]
+) -> str:
+    """Return the name that an entry of another run gets, or has where it is there already."""
+    known = history.find(entry.key)
+    is_there = known is not None and (known.kind, known.state) == (entry.kind, entry.state)
+    if known is not None and is_there and (entry.key != START or known.kept == entry.kept):
+        return entry.key
+    used = {START, *taken.values(), *(each.key for each in history.entries)}
+    used |= drafts_in(run, history).keys()
+    names = chain([entry.key, other.resolve().name], (f"{entry.key}-{k}" for k in count(2)))
+    return next(name for name in names if is_name(name) and name not in used)
+
+
+def _links_of(entries: Sequence[Entry]) -> list[str]:
+    every = ((*(term.link for term in e.state.terms), *e.tied) for e in entries)
+    return list(dict.fromkeys(chain.from_iterable(every)))
+
+
+def _own(entry: Entry) -> Entry:
+    """Return an entry with the files that go with it into another run."""
+    names = [name for name in (CONFIG, RECORDS, RESULT) if name in entry.files]
+    return entry.model_copy(update={"files": {name: entry.files[name] for name in names}})
+
+
+def _copy_files(
+    state: OpenState, entries: Sequence[Entry], run: Path, names: Mapping[str, str]
+) -> None:
+    """Copy what entries need; `names` are those that they get."""
+    for digest in _links_of(entries):
+        if not (run / link_folder(digest)).exists():
+            _copy_folder(state.run, run, link_folder(digest))
+    terms = [term for entry in entries for term in entry.state.terms]
+    single = {derived_file(term.derived) for term in terms if term.derived is not None}
+    single |= {rows_file(entry.kept) for entry in entries if entry.kept is not None}
+    pairs = {name: name for name in sorted(single)}
+    for entry in entries:
+        source, target = (f"stages/{k}" for k in (entry.key, names.get(entry.key, entry.key)))
+        pairs |= {f"{source}/{name}": f"{target}/{name}" for name in _own(entry).files}
+    for name, there in pairs.items():
+        is_there = name in single and (run / there).is_file()  # its name is of its content
+        if not is_there and (state.run / name).is_file():  # records may be gone
+            files.make_folder((run / there).parent)
+            files.write_bytes(run / there, (state.run / name).read_bytes())
 
 
 def _copy_folder(source: Path, target: Path, name: str) -> None:

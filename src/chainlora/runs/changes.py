@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from chainlora.runs.history import (
     BASE,
     Entry,
     History,
+    derived_file,
     link_folder,
     read_history,
     rows_file,
@@ -34,6 +35,7 @@ from chainlora.runs.state import OpenState
 
 MATRIX = "matrix.jsonl"  # scores by digests of states (`evaluation.stage_scores`)
 _SHOWN = ("chain.png", "report.html")  # pictures of a whole run
+_WITH_LINKS = ("stage", "import")  # kinds of entries that links or rows were saved for
 
 
 def whole_run(run: str | Path) -> Path:
@@ -159,8 +161,10 @@ def log(run: str | Path) -> list[dict[str, Any]]:
 class Pruning:
     """What a pruning deletes, and what was trained on top of it.
 
-    `gone` are files and folders, `with_it` the mixes that its rows have chosen. `later` are the
-    stages that go on without the links, `before` is the entry that the stage began on.
+    `gone` are files and folders, `with_it` the entries that its rows have changed: mixes that they
+    have chosen, combinations and what was trained on one, rehearsals. `later` are the stages that
+    go on without the links, `before` is the entry that the stage began on, and `left` are the
+    states that `RUN` is no combination of any more.
     """
 
     stage: str
@@ -168,6 +172,7 @@ class Pruning:
     with_it: list[str]
     later: list[str]
     before: str
+    left: list[str] = field(default_factory=list)
 
 
 def plan_pruning(run: str | Path, name: str) -> Pruning:
@@ -182,8 +187,8 @@ def plan_pruning(run: str | Path, name: str) -> Pruning:
     entry = history.find(name)
     left_over = {path.name.partition(".")[0] for path in (run / "stages").glob("*")}
     is_left_over = entry is None and name in left_over  # by a kill, perhaps by a scratch name
-    if (entry is None and not is_left_over) or (entry is not None and entry.kind == "mix"):
-        names = ", ".join(e.key for e in history.entries if e.kind != "mix")
+    if not is_left_over and (entry is None or entry.kind not in _WITH_LINKS):
+        names = ", ".join(e.key for e in history.entries if e.kind in _WITH_LINKS)
         raise RunError(f"a stage must be one of {names}", f"{name!r} for {run}", "name one")
     others = [e.key for e in history.entries if e.kind == "stage" and e.key != name]
     if entry is not None and entry.kind == "stage" and not others:
@@ -195,8 +200,11 @@ def plan_pruning(run: str | Path, name: str) -> Pruning:
         for e in history.entries
         if e.kind == "stage" and e.key != name and name in {a.key for a in history.lineage(e.key)}
     ]
+    on_top = [key for key in on_top if after.find(key) is not None]
     before = entry.parents[0] if entry is not None and entry.parents else BASE
-    return Pruning(name, sorted(_unnamed(run, after)), with_it, on_top, before)
+    left = [key for key in history.ends(history.head) if after.find(key) is not None]
+    left = left if left != after.ends(after.head) else []
+    return Pruning(name, sorted(_unnamed(run, after)), with_it, on_top, before, left)
 
 
 def prune_stage(run: str | Path, name: str) -> Pruning:
@@ -238,13 +246,20 @@ def _need_idle(run: Path, history: History) -> None:
 
 
 def _without(history: History, name: str) -> tuple[History, list[str]]:
-    """Return a history that names nothing of a stage, and the mixes that went with it."""
+    """Return a history that names nothing of a stage, and the entries that went with it."""
     entry = history.find(name)
     if entry is None:
         return history, []
-    own = {digest for digest, facts in history.links.items() if facts.stage == name}
-    gone = {e.key: e.parents for e in history.entries if e.kind == "mix" and name in e.reads}
-    gone[name] = entry.parents
+    gone, combined = {name: entry.parents}, set[str]()
+    for each in history.entries:
+        is_chosen = name in each.reads and (each.kind != "stage" or each.is_rehearsal)
+        # A combination cannot be cut: all of its derived factors have read rows and links of it.
+        is_trained_on = name in {e.key for e in history.lineage(each.key)}
+        if {*each.parents} & combined or (each.kind == "combine" and (is_chosen or is_trained_on)):
+            combined.add(each.key)
+        if is_chosen or each.key in combined:
+            gone[each.key] = each.parents
+    own = {digest for digest, facts in history.links.items() if facts.stage in gone}
 
     def stays(keys: Iterable[str]) -> tuple[str, ...]:
         """Return entries, those that go replaced by what they were computed from."""
@@ -264,9 +279,16 @@ def _without(history: History, name: str) -> tuple[History, list[str]]:
         }
         return entry.model_copy(update=update)
 
+    def nearest(key: str) -> str:
+        """Return an entry, or if it goes, what is left of it: a combination of all that it was
+        computed from, or the first of these."""
+        left = [key for key in stays([key]) if key != BASE] or [BASE]
+        same = (e.key for e in history.entries if e.kind == "combine" and [*e.parents] == left)
+        return next((key for key in same if key not in gone), left[0])
+
     def path(keys: Iterable[str]) -> list[str]:
         """Return heads in their order, one for each run of equal ones."""
-        return [key for key, _ in groupby(stays([key])[0] for key in keys)]
+        return [key for key, _ in groupby(map(nearest, keys))]
 
     way = path([*history.past, history.head])
     entries = tuple(cut(e) for e in history.entries if e.key not in gone)
@@ -301,8 +323,10 @@ def _unnamed(run: Path, history: History) -> Iterator[Path]:
     """Yield what of a run its history does not name, and pictures of what it was."""
     named = {link_folder(digest) for digest in history.links}
     named |= {rows_file(entry.kept) for entry in history.entries if entry.kept is not None}
+    terms = [term for entry in history.entries for term in entry.state.terms]
+    named |= {derived_file(term.derived) for term in terms if term.derived is not None}
     named |= {f"stages/{entry.key}" for entry in history.entries if entry.files}
-    for folder in ("links", "rows", "stages"):
+    for folder in ("links", "derived", "rows", "stages"):
         for path in (run / folder).glob("*"):
             if f"{folder}/{path.name}" not in named:
                 yield path

@@ -2,6 +2,7 @@
 
     RUN/history.json              this file; it is replaced as a whole
     RUN/links/DIGEST/             a link: an ordinary PEFT adapter, stored once
+    RUN/derived/DIGEST.safetensors  A of a link in a combination, stored once
     RUN/rows/DIGEST.safetensors   the rows that a stage kept
     RUN/stages/NAME/              what a stage wrote: its config, records and result; while it is
                                   trained, its checkpoint too (`runs.work`)
@@ -36,6 +37,7 @@ CAUSAL = "CAUSAL_LM"  # PEFT's name of the task of causal language models
 MAIN = "main"  # the stage of links where none was named
 START = "start"  # what a run began on: an imported adapter, or rows given for it
 BASE = "base"  # the state of no links
+REHEARSAL = "data.rehearse"  # what stands for the rows of a stage that has none of its own
 CONFIG, RECORDS, RESULT = "config.yaml", "metrics.jsonl", "result.json"
 TOKENIZER = "tokenizer"
 INCOMPLETE = "the run is incomplete: copy it whole, or start over"
@@ -74,6 +76,8 @@ class Document(Part):
 
 
 # --- a state ---
+
+Computed = Literal["mix", "combine"]
 
 
 class Term(Part):
@@ -190,6 +194,20 @@ class Entry(Part):
     ended: Text = ""  # when, in UTC
     pruned: bool = False
 
+    def renamed(self, names: Mapping[str, str]) -> Entry:
+        """Return this with other names of entries."""
+        update = {
+            "key": names.get(self.key, self.key),
+            "parents": tuple(names.get(key, key) for key in self.parents),
+            "reads": tuple(names.get(key, key) for key in self.reads),
+        }
+        return self.model_copy(update=update)
+
+    @property
+    def is_rehearsal(self) -> bool:
+        """Say whether it was trained on nothing but rows that earlier stages kept."""
+        return REHEARSAL in self.training.sources
+
     @property
     def is_whole_model(self) -> bool:
         """Say whether every weight was fine-tuned, so that a model takes the place of links."""
@@ -274,6 +292,17 @@ class History(Document):
         """Return the names of the stages that the links of a state are of, in their order."""
         return list(dict.fromkeys(self.links[term.link].stage for term in state.terms))
 
+    def ends(self, key: str) -> list[str]:
+        """Return the entries that an entry is combined of; itself, where it is no combination."""
+        entry = self.find(key)
+        if entry is None:
+            return []
+        if entry.kind == "combine":
+            return list(entry.parents)
+        if entry.kind == "mix" or entry.is_rehearsal:
+            return [end for parent in entry.parents for end in self.ends(parent)]
+        return [key]
+
     def moved(self, key: str) -> History:
         """Return this with another head, from which `undo` comes back."""
         if key == self.head:
@@ -310,22 +339,33 @@ class History(Document):
             key = entry.key
         return self.moved(key)
 
+    def combined(self, state: State, ends: Iterable[str]) -> History:
+        """Return this as a run of that state, a combination of entries; a known one is kept."""
+        chosen = {*ends}
+        parents = tuple(entry.key for entry in self.entries if entry.key in chosen)
+        read = {e.key for end in parents for e in self.lineage(end) if e.kept is not None}
+        if (start := self.find(START)) is not None and start.kept is not None:
+            read.add(START)
+        reads = tuple(e.key for e in self.entries if e.key in read)
+        entry = self._computed("combine", parents, state, reads)
+        known = self.find(entry.key)
+        return (self if known is not None else self.published(entry, {})).moved(entry.key)
+
     def mix_of(self, parent: str, state: State, reads: Iterable[str]) -> Entry:
-        """Return the entry of a mix, whose key is of its content; the one that is there, if any."""
+        """Return the entry of a mix; the one that is there, if any."""
+        return self._computed("mix", () if parent == BASE else (parent,), state, tuple(reads))
+
+    def _computed(
+        self, kind: Computed, parents: tuple[str, ...], state: State, reads: tuple[str, ...]
+    ) -> Entry:
+        """Return an entry that nothing was trained for: its key is of its content."""
         shown = [[t.link, t.strength, t.derived] for t in state.terms]
-        reads, key = tuple(reads), f"mix-{short_digest([parent, shown, [*reads]])[:8]}"
+        key = f"{kind}-{short_digest([[*parents], shown, [*reads]])[:8]}"
         while (known := self.find(key)) is not None:
-            if (known.state, known.reads) == (state, reads):
+            if (known.parents, known.state, known.reads) == (parents, state, reads):
                 return known
-            key = f"mix-{short_digest(key)[:8]}"  # that one was another before a prune
-        return Entry(
-            key=key,
-            kind="mix",
-            parents=() if parent == BASE else (parent,),
-            reads=reads,
-            state=state,
-            ended=now(),
-        )
+            key = f"{kind}-{short_digest(key)[:8]}"  # that one was another before a prune
+        return Entry(key=key, kind=kind, parents=parents, reads=reads, state=state, ended=now())
 
 
 # --- the file ---
@@ -410,6 +450,11 @@ def now() -> str:
 def link_folder(digest: str) -> str:
     """Return where a link lies in the run."""
     return f"links/{digest}"
+
+
+def derived_file(digest: str) -> str:
+    """Return where A of a link in a combination lies in the run; its SHA-256 begins so."""
+    return f"derived/{digest}.safetensors"
 
 
 def rows_file(digest: str) -> str:

@@ -6,8 +6,10 @@ The live link is tensors of its own (`Chain.live_state`), beside those of its op
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from chainlora.chain.checks import link_fault
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import RunError
-from chainlora.runs.history import DAMAGED, Base, LinkFacts, link_folder, short_digest
+from chainlora.runs.history import DAMAGED, Base, LinkFacts, derived_file, link_folder, short_digest
 
 WEIGHTS = "adapter_model.safetensors"
 _LINK, _OPTIMIZER = "link.safetensors", "optimizer.safetensors"
@@ -59,6 +61,34 @@ def save_link(run: Path, link: Link, base: Base, stage: str) -> tuple[str, LinkF
         digest = short_digest([stage, facts.config, sums[WEIGHTS]])
         files.put_folder(scratch, run / link_folder(digest))
     return digest, facts
+
+
+def save_derived(run: Path, factors: Mapping[str, Tensor]) -> str:
+    """Write A (rank × in) by module, as a link has it in a combination; return its digest."""
+    files.make_folder(run / "derived")
+    files.remove_scratch(run / "derived", "combine")  # of a kill: this is done under the lock
+    with files.new_folder(run / "derived", "combine") as scratch:
+        files.write_tensors(scratch / WEIGHTS, factors)
+        digest = files.sha256(scratch / WEIGHTS)[:16]
+        (scratch / WEIGHTS).replace(run / derived_file(digest))
+        files.sync_folder(run / "derived")
+    return digest
+
+
+def with_derived(link: Link, path: Path) -> Link:
+    """Return a link with A as it is in a combination, read from its file."""
+    try:
+        found = load_file(path)
+        factors = {
+            name: replace(share, a=found[name]) if name in found else share
+            for name, share in link.factors.items()
+        }
+    except (OSError, SafetensorError) as error:
+        raise RunError("a combination must be readable", f"{path}: {error}", DAMAGED) from None
+    link = replace(link, factors=factors)
+    if (wrong := link_fault(link)) is not None:
+        raise RunError("a combination must be as its run wrote it", f"{wrong} in {path}", DAMAGED)
+    return link
 
 
 def read_link(folder: Path, facts: LinkFacts, index: int, strength: float) -> Link:

@@ -39,10 +39,11 @@ from chainlora.runs.history import (
     LinkFacts,
     State,
     Term,
+    derived_file,
     link_folder,
     rows_file,
 )
-from chainlora.runs.links import outline_of, read_link
+from chainlora.runs.links import outline_of, read_link, with_derived
 from chainlora.runs.records import Record, check_records, read_records, read_result
 
 logger = logging.getLogger(__name__)
@@ -244,16 +245,15 @@ class OpenState:
     def read(self, terms: Sequence[Term]) -> list[Link]:
         """Read links, each checked; their places and ids are those in `terms`."""
         for term in terms:
-            self._need_folder(link_folder(term.link), self.history.links[term.link].files)
-        return [
-            read_link(
-                self.run / link_folder(term.link),
-                self.history.links[term.link],
-                place,
-                term.strength,
-            )
-            for place, term in enumerate(terms)
-        ]
+            self._check(term)
+        found = []
+        for place, term in enumerate(terms):
+            facts, folder = self.history.links[term.link], self.run / link_folder(term.link)
+            link = read_link(folder, facts, place, term.strength)
+            if term.derived is not None:
+                link = with_derived(link, self.run / derived_file(term.derived))
+            found.append(link)
+        return found
 
     def outlines(self) -> list[Link]:
         """Return the links without their tensors."""
@@ -279,7 +279,12 @@ class OpenState:
     def columns(self) -> list[str]:
         """Return what a matrix scores: the rows given for the start, and those of each stage."""
         start = [START] if START in {entry.key for entry in self.keepers()} else []
-        return list(dict.fromkeys([*start, *self.stages]))
+        own = [name for name in self.stages if not self._is_rehearsal(name)]
+        return list(dict.fromkeys([*start, *own]))
+
+    def _is_rehearsal(self, name: str) -> bool:
+        entry = self.history.find(name)
+        return entry is not None and entry.is_rehearsal
 
     @property
     def folder(self) -> Path:
@@ -288,10 +293,12 @@ class OpenState:
 
     def config(self) -> RunConfig:
         """Return the config of the stage that was trained last, with what resumes have changed; of
-        what a run began on, that of its first stage."""
+        what a run began on, that of its first stage; of a combination, that of its last one."""
         entry = self.trained
         if entry is None or CONFIG not in entry.files:
-            entry = next((e for e in self.history.entries if CONFIG in e.files), None)
+            known = [e for e in self.lineage if CONFIG in e.files]
+            known = known[-1:] or [e for e in self.history.entries if CONFIG in e.files]
+            entry = next(iter(known), None)
         if entry is None:
             raise RunError("a saved chain has no config", self.run, "name a run")
         path = stage_folder(self.run, entry.key) / CONFIG
@@ -334,8 +341,8 @@ class OpenState:
 
         A damaged checkpoint is left out with a warning: a stage can resume from its last knot.
         """
-        for term in {term.link: term for term in (*self.state.terms, *self.sequence)}.values():
-            self._need_folder(link_folder(term.link), self.history.links[term.link].files)
+        for term in {(t.link, t.derived): t for t in (*self.state.terms, *self.sequence)}.values():
+            self._check(term)
         for entry in self.keepers():
             assert entry.kept is not None
             name = rows_file(entry.kept)
@@ -379,18 +386,25 @@ class OpenState:
             return replace(self, draft=draft.model_copy(update={"checkpoint": None}))
         return self
 
+    def _check(self, term: Term) -> None:
+        self._need_folder(link_folder(term.link), self.history.links[term.link].files)
+        if term.derived is not None:
+            name = derived_file(term.derived)
+            self._need(self.run / name, name, term.derived)
+
     def _need_folder(self, folder: str, sums: Mapping[str, str]) -> Path:
         for name, digest in sums.items():
             self._need(self.run / folder / name, f"{folder}/{name}", digest)
         return self.run / folder
 
     def _need(self, path: Path, name: str, digest: str) -> Path:
-        """Return a path. Raises RunError unless the file there is as the run wrote it."""
+        """Return a path. Raises RunError unless the file there is as the run wrote it, whose
+        SHA-256 begins with `digest`."""
         if not path.is_file():
             raise RunError(f"a run must hold {name}", f"none in {self.run}", INCOMPLETE)
         with files.reported(path, "read"):
             found = files.sha256(path)
-        if found != digest:
+        if not found.startswith(digest):
             raise RunError(
                 f"{name} must be as the run wrote it", f"other bytes in {self.run}", DAMAGED
             )

@@ -474,27 +474,19 @@ class Work:
         if not self.writes:
             return
         draft = self.draft
-        entry = last = draft.entry.model_copy(update={"ended": now()})
+        entry = draft.entry.model_copy(update={"ended": now()})
 
         def change(history: History) -> History:
-            nonlocal last
             after = history.model_copy(update={"base": self.base})
             after = after.published(entry, draft.links)
             if strength != 1:
                 found = OpenState(self.run, after, entry.state, entry)
                 weak = found.with_strengths({entry.key: strength}).state
-                last = after.mix_of(entry.key, weak, reads)
-                after = after.published(last, {})
+                after = after.published(after.mix_of(entry.key, weak, reads), {})
             return after
 
-        found = update_history(self.run, change)
+        update_history(self.run, change)
         self._remove_passing(scratch_only=False)
-        if found.head != last.key:
-            logger.warning(
-                "%s was changed while stage %s was trained, and stays %s; to take the stage: "
-                "chainlora undo %s --to %s",
-                *(self.run, entry.key, found.head, self.run, last.key),
-            )
 
     def _entry(self, tied: Sequence[str], own: Sequence[str]) -> Entry:
         """Return the entry with these links: those that were tied, and those that it ends in."""

@@ -23,6 +23,7 @@ from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig, RunConfig
 from chainlora.config.staging import Stage, need_apart
 from chainlora.data.division import can_read_again
+from chainlora.data.kept import keeps_rows
 from chainlora.data.splits import check_files, learned_by, length_limit
 from chainlora.errors import ChainError, ChainLoRAError, ConfigError, RunError
 from chainlora.models.finding import from_above
@@ -247,7 +248,7 @@ def _check(plan: Plan) -> None:
             _need_rows(each.stage, below)
             _need_sum(each.stage, links)
             data = config.data
-            below[each.name] = learned_by(data, config.train.loss) if data.keep_rows else None
+            below[each.name] = learned_by(data, config.train.loss) if keeps_rows(data) else None
         tuned |= dict.fromkeys(config.chain.links())
 
 
@@ -292,6 +293,7 @@ def _need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
         "train.accept_links": without if stage.tolerance is not None else [],
         "data.new_rows_only": [n for n in without if data.new_rows_only and n != START],
         "data.replay": without if data.replay and len(without) == len(below) else [],
+        "data.rehearse": without if data.rehearse and len(without) == len(below) else [],
     }
     for key, names in missing.items():
         off = {"train.accept_links": "all", "data.new_rows_only": "false"}.get(key, "null")
@@ -300,15 +302,16 @@ def _need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
                 f"`{key}` of stage {stage.name!r} needs rows that earlier stages kept",
                 f"none of {', '.join(names)}",
                 (_GIVE_ROWS if names == [START] else "train those with data.keep_rows: true")
-                + f", or set {key}: {off}",
+                + (f", or set {key}: {off}" if key != "data.rehearse" else ""),
             )
     losses = {name: loss for name, loss in below.items() if loss is not None}
     own = learned_by(data, stage.config.train.loss)
-    if data.replay and not any(can_read_again(loss, own) for loss in losses.values()):
+    again = "replay" if data.replay else "rehearse" if data.rehearse else None
+    if again is not None and not any(can_read_again(loss, own) for loss in losses.values()):
         raise RunError(
-            f"`data.replay` of stage {stage.name!r} needs earlier rows that are learned by {own}",
+            f"`data.{again}` of stage {stage.name!r} needs earlier rows that are learned by {own}",
             ", ".join(f"{name}: {loss}" for name, loss in losses.items()) or "no earlier stage",
-            "set data.replay: null in that stage",
+            "leave data.replay out" if again == "replay" else "train it on rows of its own",
         )
 
 

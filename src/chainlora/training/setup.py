@@ -20,6 +20,7 @@ from chainlora.chain.chain import Chain
 from chainlora.chain.holding import holding_named
 from chainlora.config.reading import flatten
 from chainlora.config.schema import RunConfig
+from chainlora.data.kept import keeps_rows
 from chainlora.data.splits import Splits, prepare_splits
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError, RunError
@@ -131,7 +132,7 @@ def prepare(
                         base,
                         rows=splits.digest,
                         start=start,
-                        keep=splits.kept if config.data.keep_rows else None,
+                        keep=splits.kept if keeps_rows(config.data) else None,
                     )
             run = Run(
                 config=config,

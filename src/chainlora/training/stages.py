@@ -9,14 +9,17 @@ last one was stopped, and does nothing where all is done.
 from __future__ import annotations
 
 import logging
+import shlex
 import signal
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain, count
 from os.path import expanduser
 from pathlib import Path
 from typing import Any, cast
 
 from chainlora.chain.showing import Shown
+from chainlora.config.chain_keys import LENGTHS
 from chainlora.config.reading import make_config, read_config, set_key
 from chainlora.config.schema import RunConfig
 from chainlora.config.staging import (
@@ -28,14 +31,17 @@ from chainlora.config.staging import (
     make_stage,
     make_stages,
     not_inherited,
+    section_of,
     split_address,
     what_stages_share,
 )
-from chainlora.errors import RunError, StoppedError
+from chainlora.errors import ConfigError, RunError, StoppedError
+from chainlora.evaluation.combination import combine_with, need_combinable
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.evaluation.strengths import guard
 from chainlora.models.finding import from_above
 from chainlora.runs.addresses import find_state, state_of_draft
+from chainlora.runs.draft import drafts_in, read_draft
 from chainlora.runs.history import read_history
 from chainlora.runs.loading_start import start_at, with_start
 from chainlora.runs.locks import refuse_links
@@ -52,6 +58,8 @@ from chainlora.training.progress import progress_listener
 from chainlora.training.result import TrainResult, needs_judgement, result_of
 
 logger = logging.getLogger(__name__)
+
+REHEARSAL, STEPS = "rehearsal", 40
 
 
 def train(
@@ -95,17 +103,37 @@ def extend(
     run: str | Path,
     stage: Mapping[str, Any],
     *,
+    beside: bool = False,
     listener: Listener | None = None,
     progress: bool | None = None,
 ) -> TrainResult:
-    """Train one more stage on top of a run, and return what its ``result.json`` holds.
+    """Train one more stage of a run, and return what its ``result.json`` holds.
+
+    It begins on what `run` names: what the run is now, or ``RUN@STAGE``. With `beside` it begins on
+    what the run began on, and is then combined with what the run is (`combine`).
 
     `stage` has a `name`, and the sections data, chain and train; what it leaves open is as in the
     stage before, but for rows, ranks, lengths and how the end is chosen: a warning names those keys
-    of the stage before. With `output` it becomes a fork that begins on
-    `run`, which may then be ``RUN@STAGE``. The same call again goes on where it was stopped.
+    of the stage before. With `output` it becomes a fork that begins on `run`. The same call again
+    goes on where it was stopped.
     """
-    return _of_stages(extension(run, stage), listener, (), progress)
+    return _of_stages(extension(run, stage, beside=beside), listener, (), progress)
+
+
+def rehearse(
+    run: str | Path,
+    stage: Mapping[str, Any] | None = None,
+    *,
+    listener: Listener | None = None,
+    progress: bool | None = None,
+) -> TrainResult:
+    """Train a short stage on rows that all stages of a run kept, as many of each.
+
+    `stage` may have sections of a stage, by default one link of `STEPS` steps and the largest rank
+    of the run's links. The same call again goes on where it was stopped; where the run ends in a
+    rehearsal, it does nothing. Returns what ``result.json`` holds.
+    """
+    return _of_stages(rehearsal(run, stage or {}), listener, (), progress)
 
 
 def _of_stages(
@@ -162,6 +190,8 @@ def train_stages(
         if planned.state == "finished":
             Work(run, planned.name, writes=is_first_launched()).tidy()
             results.append(None)
+            if planned.stage.beside and is_first_launched():  # a kill may have come before
+                _take_in(run, planned.stage)
             continue
         start = plan.start
         if planned is not plan.due[0]:
@@ -173,6 +203,8 @@ def train_stages(
         if is_first_launched():
             _judge(run, planned, tell)
         wait_for_all()
+        if is_first_launched():
+            _take_in(run, planned.stage)
     if matrix and is_first_launched():
         state = find_state(run)
         if len(state.columns) > 1 and state.keepers():
@@ -182,17 +214,26 @@ def train_stages(
 
 
 def extension(
-    address: str | Path, section: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = ()
+    address: str | Path,
+    section: Mapping[str, Any],
+    overrides: Sequence[tuple[str, Any]] = (),
+    *,
+    beside: bool = False,
 ) -> list[Stage]:
     """Return one more stage of a run, which `section` and `overrides` describe.
 
-    Other keys are inherited from the stage before, but for its rows, its links and their lengths,
-    and how its end was chosen; a warning names what it had set and they do not. With `output` it
-    is a fork: a run that begins on the state that `address` names, whose files stay as they are.
+    It begins on the state that `address` names: what the run is now, or another of its states.
+    With `beside` it begins on what the run began on, and is then combined with what the run is
+    (`evaluation.combination`).
+
+    Other keys are inherited from the stage before, with `beside` from the run's first, but for its
+    rows, its links and their lengths, and how its end was chosen; a warning names what it had set
+    and they do not. With `output` it is a fork: a run that begins on the state that `address`
+    names, whose files stay as they are.
 
     Raises:
         ConfigError: a stage without a name, or with keys that a stage cannot have.
-        RunError: a state that the run is not now, and no `output`.
+        RunError: a stage that was begun on another state, or before the first has ended.
     """
     run, _ = split_address(address)
     now, state = find_state(run), find_state(address)
@@ -209,13 +250,21 @@ def extension(
     plugins = own.pop("plugins", None)
     name = check_name(own.get("name"))
     begun = Path(expanduser(output)) if output is not None else run
+    if beside:
+        if output is not None or state.state != now.state:
+            rule, remedy = "a stage beside others begins where RUN began", "leave one out"
+            raise RunError(rule, f"--beside with {output or address}", remedy)
+        state = now.at(now.history.origin)
     if output is None:
         refuse_links(run)
         state = _below(run, state, now, name)
-    before = state.config()
-    is_new = not is_run(begun) or begun_stage(begun, name) is None
-    if is_new and (left_out := not_inherited(before, own)):
-        what = (name, ", ".join(left_out), state.stage)
+    last = _stage_before(state)
+    if beside:  # not from a stage that may be pruned, or not there when the command is given again
+        last = begun_stage(run, name) or now.at(now.history.own_stages[0])
+    before, is_new = last.config(), not is_run(begun) or begun_stage(begun, name) is None
+    is_rehearsal = section_of(own, "data").get("rehearse", False)
+    if is_new and not is_rehearsal and (left_out := not_inherited(before, own)):
+        what = (name, ", ".join(left_out), last.stage)
         logger.warning("stage %s does not inherit %s from %s", *what)
     if plugins is None and before.plugins:
         raise RunError(not_named(f"extend {address}", before.plugins) + ", or --plugins [] without")
@@ -226,7 +275,56 @@ def extension(
         return [make_stage(tree, own, 0)]
     stage = make_stage(shared | {"output": str(run)}, own, 1)
     key = "base" if state.entry is None else state.entry.key
-    return [Stage(stage.name, stage.config, after=key)]
+    if beside and is_new:
+        _need_combinable(now, stage)
+    return [Stage(stage.name, stage.config, after=key, beside=beside)]
+
+
+def rehearsal(
+    run: str | Path, section: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = ()
+) -> list[Stage]:
+    """Return a short stage on rows that all stages of a run kept, as many of each (`rehearse`).
+
+    A rehearsal that was stopped goes on; one that the run ended in is returned.
+    """
+    now = find_state(run)
+    drafts = [read_draft(now.run, name).entry for name in drafts_in(now.run, now.history)]
+    known = drafts if now.entry is None else [*drafts, now.entry]
+    begun = [entry.key for entry in known if entry.is_rehearsal]
+    numbered = (f"{REHEARSAL}-{number}" for number in count(2))
+    free = (name for name in chain([REHEARSAL], numbered) if now.history.find(name) is None)
+    own = {"name": begun[0] if begun else next(free)} | dict(section)
+    for key, value in overrides:
+        set_key(own, key, value)
+    rows = {"rehearse": True, "replay": None, "new_rows_only": False}
+    own["data"] = rows | section_of(own, "data")
+    given, largest = section_of(own, "chain"), max((facts.rank for facts in now.facts), default=8)
+    length = {} if given.keys() & {*LENGTHS} else {"steps": [STEPS]}
+    own["chain"] = {"ranks": [largest]} | length | given
+    own["train"] = {"loss": None} | section_of(own, "train")  # not on pairs
+    return extension(run, own)
+
+
+def _need_combinable(now: OpenState, stage: Stage) -> None:
+    """Refuse a stage that could not be combined with what the run is."""
+    chain = stage.config.chain
+    keys = {
+        "chain.dora": chain.dora,
+        "chain.lora_bias": chain.lora_bias,
+        "chain.extra_modules": bool(chain.extra_modules),
+        "data.keep_rows: false": not stage.config.data.keep_rows,
+        "train.accept_links": stage.tolerance is not None,
+    }
+    if wrong := [key for key, is_set in keys.items() if is_set]:
+        rule = "a stage beside others is combined with them"
+        raise ConfigError(rule, wrong[0], "leave it out, or train it on top")
+    need_combinable([now.at(key) for key in now.history.ends(now.history.head)])
+
+
+def _stage_before(state: OpenState) -> OpenState:
+    """Return the end of the stage that another one inherits from: not of a rehearsal."""
+    found = [e.key for e in state.lineage if e.kind == "stage" and not e.is_rehearsal]
+    return state.at(found[-1]) if found and state.draft is None else state
 
 
 def _below(run: Path, state: OpenState, now: OpenState, name: str) -> OpenState:
@@ -236,17 +334,15 @@ def _below(run: Path, state: OpenState, now: OpenState, name: str) -> OpenState:
         if begun.entry.kind != "stage" or begun.entry.key in now.history.own_stages[:1]:
             rule = "an extension must come after a stage"
             raise RunError(rule, f"{name!r}, the first", "rename it")
-        return begun.at(begun.entry.parents[0] if begun.entry.parents else "base")
+        below = begun.at(begun.entry.parents[0] if begun.entry.parents else "base")
+        if state.state != below.state and state.state != now.state:
+            rule = f"stage {name!r} must go on from where it was begun"
+            raise RunError(rule, f"{state}, and {below}", "name that, or another stage")
+        return below
     if now.draft is not None:
         rule = "a stage is added to a run whose first stage has ended"
         raise RunError(rule, run, "finish it by the command that began it")
-    if state.state != now.state:
-        raise RunError(
-            f"`extend` without --output continues from {now}",
-            state,
-            f"name {run}, or give --output for a fork that begins there",
-        )
-    return now
+    return state
 
 
 def _judge(run: Path, planned: StagePlan, tell: Listener) -> None:
@@ -262,6 +358,27 @@ def _judge(run: Path, planned: StagePlan, tell: Listener) -> None:
     work = Work(run, planned.name)
     with work.claimed(planned.stage.config):
         work.publish(strength, [*gains])
+
+
+def _take_in(run: Path, stage: Stage) -> None:
+    """Combine a stage that has ended beside the others with what the run is combined of."""
+    history = read_history(run)
+    combined = {
+        key for entry in history.entries if entry.kind == "combine" for key in entry.parents
+    }
+    if stage.name in combined | {entry.key for entry in history.lineage(history.head)}:
+        return
+    if stage.beside:
+        combine_with(run, stage.name, _stop_if_requested)
+        return
+    judged = (e.key for e in history.entries if e.kind == "mix" and e.parents == (stage.name,))
+    name = next(judged, stage.name)  # at the strength that `accept_links` has chosen
+    both = shlex.join([str(run), *history.ends(history.head), stage.name])
+    logger.warning(
+        "%s stays %s, which is without stage %s; to take it: chainlora undo %s --to %s; to have "
+        "both: chainlora combine %s",
+        *(run, history.head, stage.name, run, name, both),
+    )
 
 
 def _stop_if_requested(what: str, done: int, rows: int) -> None:

@@ -1,0 +1,157 @@
+"""States combined in closed form (RegMean, arXiv 2212.09849): the weights whose outputs are nearest
+to each state's own outputs on its own inputs.
+
+    W = W_0 + Σ_i B_i A'_i,   A'_i = (Σ_j A_i^(j) Ĝ_j) (Σ_j Ĝ_j)⁻¹,   Ĝ_j = G_j + λ (tr G_j / d) I
+
+minimises Σ_j tr[(W − W_j) Ĝ_j (W − W_j)ᵀ]. G_j is the mean of x xᵀ over the inputs x of a layer in
+state j; A_i^(j) is A of link i in state j, times its strength there, and 0 where the state is
+without the link. Each link keeps its B and its rank. The ridge λ stands in both sums: then one
+state combined is itself, and a direction that no state has seen gets the mean of the updates. All
+sums are of float64 on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chainlora.chain.adapters import base_layer
+from chainlora.errors import ChainError
+
+RIDGE = 0.01
+Grams = Mapping[str, Tensor]
+"""By module, G (in × in); of an embedding its diagonal (tokens)."""
+
+
+class Combination:
+    """The sums over states of some modules; `add` each state, then `solve`."""
+
+    def __init__(self, ridge: float = RIDGE) -> None:
+        self.ridge = ridge
+        self._whole: dict[str, Tensor] = {}  # Σ_j Ĝ_j by module
+        self._parts: dict[tuple[str, str], Tensor] = {}  # Σ_j A_i^(j) Ĝ_j by link and module
+        self._known: dict[tuple[str, str], Tensor] = {}  # A of links
+
+    def add(self, grams: Grams, links: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Add a state: the Grams of its inputs, which are used up, and A of its links (rank × in)
+        by link and module.
+
+        Modules that share an input have one Gram, the same object in every state. Raises ChainError
+        for inputs that are not finite.
+        """
+        for module, gram in {id(each[1]): each for each in grams.items()}.values():
+            if not gram.isfinite().all():
+                raise ChainError("inputs of a layer must be finite", f"others of {module}")
+            add_ridge(gram, self.ridge)
+        for link, factors in links.items():
+            for module, a in factors.items():
+                self._known.setdefault((link, module), a)
+                if module in grams:
+                    gram = grams[module]
+                    part = a.double() * gram if gram.dim() == 1 else a.double() @ gram
+                    key = (link, module)
+                    self._parts[key] = self._parts[key] + part if key in self._parts else part
+        _add_shared(self._whole, grams)
+
+    def solve(self) -> dict[str, dict[str, Tensor]]:
+        """Return A' (rank × in, float32) by link and module; A where no state has an input."""
+        found: dict[str, dict[str, Tensor]] = {}
+        roots = set[int]()
+        for (link, module), a in self._known.items():
+            whole, part = self._whole.get(module), self._parts.get((link, module))
+            if whole is None or not whole.any():  # no state has an input
+                solved = a
+            elif part is None:  # only states without the link use the module
+                solved = torch.zeros_like(a)
+            elif whole.dim() == 1:
+                solved = (part / whole).float()
+            else:
+                if id(whole) not in roots:  # in place: it is not needed any more
+                    torch.linalg.cholesky(whole, out=whole)
+                    roots.add(id(whole))
+                solved = torch.cholesky_solve(part.T, whole).T.float().contiguous()
+            found.setdefault(link, {})[module] = solved
+        return found
+
+
+def add_ridge(gram: Tensor, ridge: float) -> None:
+    """Make a Gram G + λ (tr G / d) I, or a diagonal that of this."""
+    diagonal = gram if gram.dim() == 1 else gram.diagonal()
+    diagonal += ridge * diagonal.mean()
+
+
+def gram_matrices(
+    model: nn.Module, modules: Collection[str], rows: Iterable[Tensor]
+) -> dict[str, Tensor]:
+    """Return the mean of x xᵀ, float64, over the inputs of modules for rows of tokens (1 × length).
+
+    Rows are read one by one, without padding. Layers that share an input share the work.
+    """
+    inputs: dict[str, list[Tensor]] = {name: [] for name in modules}
+    layers = {name: base_layer(model.get_submodule(name)) for name in modules}
+    sums: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(_keeper(inputs[name])) for name, layer in layers.items()
+    ]
+    count = pending = 0
+    try:
+        with torch.no_grad():
+            for row in rows:
+                model(input_ids=row, use_cache=False)
+                count, pending = count + row.numel(), pending + row.numel()
+                if pending >= _AT_ONCE:
+                    _add_products(sums, inputs, layers)
+                    pending = 0
+        _add_products(sums, inputs, layers)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    means = {id(total): total.div_(count) for total in sums.values()}
+    return {name: means[id(total)] for name, total in sums.items()}
+
+
+_AT_ONCE = 2048  # tokens whose inputs wait for one product
+
+
+def _keeper(kept: list[Tensor]) -> Any:
+    return lambda module, args: kept.append(args[0].detach())
+
+
+def _add_products(
+    sums: dict[str, Tensor], inputs: Mapping[str, list[Tensor]], layers: Mapping[str, nn.Module]
+) -> None:
+    """Add what inputs give to the sums, and forget them."""
+    products: dict[tuple[object, ...], Tensor] = {}
+    found = {}
+    for name, parts in inputs.items():
+        key = tuple((part.data_ptr(), part.shape, part.stride()) for part in parts)
+        if parts and key not in products:
+            products[key] = _product(parts, layers[name])
+        if parts:  # else an expert that no token was sent to
+            found[name] = products[key]
+    _add_shared(sums, found)
+    for parts in inputs.values():
+        parts.clear()
+
+
+def _product(parts: list[Tensor], layer: Any) -> Tensor:
+    if isinstance(layer, nn.Embedding):
+        tokens = torch.cat([part.flatten() for part in parts]).cpu()
+        return torch.bincount(tokens, minlength=layer.num_embeddings).double()
+    x = torch.cat([part.flatten(0, -2) for part in parts]).cpu().double()
+    return x.T @ x
+
+
+def _add_shared(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Add values in place; those that share an object share their sum, which is added to once."""
+    added = set()
+    for name, value in values.items():
+        if name not in sums:
+            sums[name] = value
+            added.add(id(value))
+        elif id(sums[name]) not in added:
+            sums[name].add_(value)
+            added.add(id(sums[name]))

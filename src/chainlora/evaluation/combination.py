@@ -1,0 +1,272 @@
+"""States of a run, trained beside each other, combined in closed form (`chain.combining`) on rows
+that their stages kept. Nothing is trained, and no strengths are searched."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chainlora import files
+from chainlora.chain.combining import Combination, gram_matrices
+from chainlora.chain.link import Link
+from chainlora.config.staging import is_run, need_apart
+from chainlora.data.kept import Kept
+from chainlora.errors import ChainError, RunError
+from chainlora.evaluation.stage_scores import Progress, Scorer
+from chainlora.runs.addresses import open_run, state_at
+from chainlora.runs.beginning import fork, need_same_base, take_in
+from chainlora.runs.changes import whole_run
+from chainlora.runs.export import empty_folder
+from chainlora.runs.history import BASE, History, State, Term, read_history, update_history
+from chainlora.runs.links import save_derived
+from chainlora.runs.state import OpenState
+
+logger = logging.getLogger(__name__)
+
+ROWS, TOKENS = 64, 16_384  # of each stage, at most: more change the Grams little
+_MEMORY = 1 << 31  # bytes of Grams at once; modules that do not fit wait for another pass
+
+Modules = dict[str, Tensor]  # A by module
+
+
+def combine(
+    run: str | Path,
+    names: Sequence[str | Path] = (),
+    *,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+) -> OpenState:
+    """Make a run the combination of some of its states, and of other runs; return that.
+
+    `names` are stages of the run, each with all that it was trained on, and other runs on the same
+    base, whose stages are copied into this one. By default they are what the run is combined of, or
+    if it is no combination, all stages that no other was trained on. Strengths that a `mix` has set
+    are not carried over. With `output` the combination is a new run, and this one stays as it is.
+
+    Raises RunError for fewer than two states, for one that another one was trained on, for stages
+    that kept no rows, for links that are no low-rank sum, and for runs on another base.
+    """
+    folder = whole_run(run)
+    history = read_history(folder)
+    own = [str(name) for name in names if history.find(str(name)) is not None]
+    others = [find_ended(name) for name in names if str(name) not in own]
+    keys = own or (history.ends(history.head) if others else ends_of(history))
+    states = [state_at(folder, history, key) for key in keys]
+    for other in others:
+        need_same_base(history, other)
+        key = BASE if other.entry is None else other.entry.key
+        states += [other.at(end) for end in other.history.ends(key)]
+    outer = _outer(states)
+    ends = {state.state.digest for state in outer}
+    if inner := [state for state in states[: len(own)] if state.state.digest not in ends]:
+        rule, remedy = "a combination is of states that no other of them began on", "leave it out"
+        raise RunError(rule, f"{inner[0]}", remedy)
+    if len(outer) < 2:
+        raise RunError(
+            "two states or more are combined",
+            ", ".join(map(str, outer)) or "none",
+            "add a stage by chainlora extend --beside, or name others",
+        )
+    need_combinable(outer)
+    if output is None:
+        _become(folder, outer, progress)
+        return open_run(folder)
+    need_apart(output)
+    target = empty_folder(output)
+    with files.replaced_folder(target) as scratch:
+        fork(outer[0], scratch)
+        _become(scratch, outer, progress)
+    return open_run(target)
+
+
+def combine_with(run: Path, name: str, progress: Progress) -> None:
+    """Combine a stage with what a run is, which others may change meanwhile."""
+    is_done = False
+    while not is_done:
+        history = read_history(run)
+        keys = dict.fromkeys([*history.ends(history.head), name])
+        states = _outer([state_at(run, history, key) for key in keys])
+        is_done = _become(run, states, progress, history.head)
+
+
+def _become(
+    run: Path,
+    states: Sequence[OpenState],
+    progress: Progress | None,
+    head: str | None = None,
+) -> bool:
+    """Make a run the combination of states of it and of other runs, if its head still is `head`."""
+    keys = [s.entry.key if s.run == run else take_in(run, s) for s in states if s.entry is not None]
+    history = read_history(run)
+    states = [state_at(run, history, key) for key in keys]
+    before, is_done = history.find(history.head), False
+    solved = _solved(states, progress or (lambda what, done, rows: None))
+
+    def change(history: History) -> History:
+        nonlocal is_done
+        here = [entry.state for entry in map(history.find, keys) if entry is not None]
+        if here != [state.state for state in states]:
+            raise RunError("a run was changed meanwhile", f"{run}", "start again")
+        if is_done := head is None or history.head == head:
+            terms = (
+                Term(link=link, derived=save_derived(run, a)) if isinstance(a, dict) else a
+                for link, a in solved.items()
+            )
+            return history.combined(State(base=history.base.fingerprint, terms=tuple(terms)), keys)
+        return history
+
+    update_history(run, change)
+    if is_done and before is not None and (before.kind == "mix" or before.is_rehearsal):
+        logger.warning("%s was %s, which is not in the combination", run, before.key)
+    return is_done
+
+
+def find_ended(address: str | Path) -> OpenState:
+    """Return a state of another run. Raises RunError where there is none, or it has not ended."""
+    if not is_run(address):
+        rule, remedy = (
+            "what is combined is a stage of RUN, or another run",
+            "chainlora log lists them",
+        )
+        raise RunError(rule, f"{address}", remedy)
+    found = open_run(address)
+    if found.draft is not None or not found.has_run or found.is_whole_model:
+        rule = "a run that is combined has links, and its stages have ended"
+        raise RunError(rule, found.run, "finish it by the command that began it")
+    return found
+
+
+def ends_of(history: History) -> list[str]:
+    """Return what a run is combined of, or the stages that no other stage was trained on."""
+    found = history.ends(history.head)
+    if len(found) > 1:
+        return found
+    stages = [e for e in history.entries if e.kind in ("stage", "import") and e.state.terms]
+    stages = [entry for entry in stages if not entry.is_rehearsal]
+    below = {a.key for e in stages for a in history.lineage(e.key) if a is not e}
+    return [entry.key for entry in stages if entry.key not in below]
+
+
+def _outer(states: Sequence[OpenState]) -> list[OpenState]:
+    """Return the states that no other one was trained on, once each."""
+    below = {e.state.digest for s in states for e in s.lineage if e is not s.entry}
+    found: dict[str, OpenState] = {}
+    for state in states:
+        if state.state.digest not in below:
+            found.setdefault(state.state.digest, state)
+    return [*found.values()]
+
+
+def need_combinable(states: Sequence[OpenState]) -> None:
+    """Raise RunError for a state that cannot be combined with others."""
+    for state in states:
+        if not _rows_of(state):
+            rule = "a combination reads rows that stages kept"
+            raise RunError(rule, f"none for {state}", "train with data.keep_rows: true")
+        for link in state.links():
+            _need_low_rank_sum(link, state.run)
+
+
+def _solved(states: Sequence[OpenState], progress: Progress) -> dict[str, Modules | Term]:
+    """Return the links of a combination, in their order, with their A; the terms of those that are
+    the same in all states."""
+    states = sorted(states, key=lambda each: each.state.digest)  # the sums have this order
+    links = {
+        (term.link, term.derived): link
+        for state in states
+        for term, link in zip(state.state.terms, state.links(), strict=True)
+    }
+    held = [{term.link: term for term in state.state.terms} for state in states]
+    alike = {link for link in held[0] if all(each.get(link) == held[0][link] for each in held)}
+    rows = [_rows_of(state) for state in states]
+    parts = list(_parts([link for (key, _), link in links.items() if key not in alike]))
+    scorer, done, due = Scorer(states[0], {}), 0, len(parts) * sum(map(len, rows))
+    derived: dict[str, Modules] = {}
+
+    def read(tokens: Sequence[Tensor], name: str) -> Iterator[Tensor]:
+        nonlocal done
+        for row in tokens:
+            yield row.to(next(scorer.chain.model.parameters()).device)
+            done += 1
+            progress(name, done, due)
+
+    for part in parts:
+        sums = Combination()
+        for state, own, tokens in zip(states, held, rows, strict=True):
+            model = scorer.model_at(state.state)
+            factors = {
+                term.link: _a_of(links[term.link, term.derived], term.strength, part)
+                for term in own.values()
+                if term.link not in alike
+            }
+            try:
+                sums.add(gram_matrices(model, part, read(tokens, str(state))), factors)
+            except ChainError as error:
+                rule = "states that are combined must have finite activations"
+                raise RunError(rule, f"{error}, {state}", "leave it out") from None
+        for digest, solved in sums.solve().items():
+            derived.setdefault(digest, {}).update(solved)
+    order = {term.link: place for each in held for place, term in enumerate(each.values())}
+    facts = states[0].history.links
+    return {
+        link: held[0][link] if link in alike else derived[link]
+        for link in sorted(order, key=lambda each: (facts[each].stage, order[each]))
+    }
+
+
+def _a_of(link: Link, strength: float, modules: Sequence[str]) -> Modules:
+    return {name: strength * link.factors[name].a for name in modules if name in link.factors}
+
+
+def _parts(links: Sequence[Link]) -> Iterator[list[str]]:
+    """Divide modules of links into parts whose Grams, of a state and summed, fit into memory."""
+    part: list[str] = []
+    size = 0
+    factors = {name: each for link in links for name, each in link.factors.items()}
+    for name, each in factors.items():
+        width = each.a.shape[1]
+        more = 2 * 8 * (width if each.of_embedding else width**2)
+        if part and size + more > _MEMORY:
+            yield part
+            part, size = [], 0
+        part.append(name)
+        size += more
+    if part:
+        yield part
+
+
+def _need_low_rank_sum(link: Link, run: Path) -> None:
+    factors = link.factors.values()
+    kinds = {
+        "DoRA": any(each.magnitude is not None for each in factors),
+        "a bias of LoRA": any(each.bias is not None for each in factors),
+        "modules trained whole": bool(link.extra),
+    }
+    if found := [name for name, is_there in kinds.items() if is_there]:
+        raise RunError(
+            "only links that are low-rank sums are combined",
+            f"{found[0]} in {run}",
+            "train the stages on top of each other",
+        )
+
+
+def _rows_of(state: OpenState) -> list[Tensor]:
+    """Return token rows (1 × length) of the stages of a state, as many of each: never test rows."""
+    return [row for kept in state.kept().values() for row in _sample(kept)]
+
+
+def _sample(kept: Kept) -> Iterator[Tensor]:
+    rows: Any = kept.train or kept.validation
+    count, tokens = min(ROWS, len(rows)), 0
+    for place in range(count):
+        (example,) = rows[place * len(rows) // count : place * len(rows) // count + 1]
+        sequence = example.sequences[example.label or 0]
+        tokens += len(sequence)
+        if place and tokens > TOKENS:
+            return
+        yield torch.tensor([sequence[:-1] or sequence], dtype=torch.long)

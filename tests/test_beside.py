@@ -1,0 +1,491 @@
+"""Stages beside each other: combined in closed form, rehearsed, and pruned as if never there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tiny_folder
+from helpers import Stop, settings
+from helpers_data import pair_files
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from chainlora import export_adapter, load_run
+from chainlora.chain.combining import Combination, gram_matrices
+from chainlora.cli.main import run as cli
+from chainlora.config.staging import make_stages
+from chainlora.errors import ChainError, ConfigError, RunError
+from chainlora.evaluation.combination import combine, combine_with
+from chainlora.evaluation.stage_scores import stage_matrix
+from chainlora.evaluation.strengths import best_mix
+from chainlora.files import checksums
+from chainlora.runs.addresses import open_run
+from chainlora.runs.changes import log, mix_stages, plan_pruning, prune_stage, redo, undo
+from chainlora.runs.history import read_history
+from chainlora.runs.loading_start import with_start
+from chainlora.training.stages import extension, rehearsal, train_stages
+
+
+def section(sentiment: Path, name: str, **keys: Any) -> dict[str, Any]:
+    """A stage on the task's rows, in part others for each name."""
+    task, rows = sentiment / "task.yaml", sentiment / "train.jsonl"
+    other = sentiment.with_name(f"{sentiment.name}-{name}.jsonl")
+    lines = rows.read_text().splitlines()
+    first = "abcd".index(name[0]) * 6
+    other.write_text("\n".join(lines[first : first + 16]) + "\n")
+    data = {"task": str(task), "train": str(other), "validation": 4}
+    return {"name": name, "data": data, "chain": {"ranks": [2], "steps": [3]} | keys}
+
+
+def begin(tiny_folder: Path, sentiment: Path, run: Path) -> Path:
+    """Train stage `a` of a new run."""
+    tree = settings(tiny_folder, sentiment, run)
+    first = section(sentiment, "a")
+    tree["chain"] = {"alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+    del tree["data"]
+    train_stages(make_stages(tree | {"stages": [first]}), matrix=False)
+    return run
+
+
+def add(sentiment: Path, run: Path, name: str) -> None:
+    train_stages(extension(run, section(sentiment, name), beside=True), matrix=False)
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_folder, sentiment, tmp_path_factory) -> dict[str, Path]:
+    """Runs whose stages a, b, c stand beside each other: all, and without b."""
+    found = {}
+    for names in ("abc", "ac"):
+        run = begin(tiny_folder, sentiment, tmp_path_factory.mktemp(names) / "run")
+        for name in names[1:]:
+            add(sentiment, run, name)
+        found[names] = run
+    return found
+
+
+@pytest.fixture
+def abc(folders, tmp_path) -> Path:
+    return Path(shutil.copytree(folders["abc"], tmp_path / "abc"))
+
+
+@pytest.fixture
+def ac(folders, tmp_path) -> Path:
+    return Path(shutil.copytree(folders["ac"], tmp_path / "ac"))
+
+
+def logits(model: Any, tokenizer: Any) -> torch.Tensor:
+    return model(**tokenizer("a fine film", return_tensors="pt")).logits.detach()
+
+
+# --- the combination ---
+
+
+def test_a_combination_is_the_least_squares_solution():
+    """Against an independent solution: the normal equations of the loss, in float64."""
+    torch.manual_seed(0)
+    double = torch.float64
+    b = {name: torch.randn(5, 2, dtype=double) for name in "xyz"}
+    a = {name: torch.randn(2, 7, dtype=double) for name in "xyz"}
+    inputs = [torch.randn(50, 7, dtype=double) for _ in range(3)]
+    holds = [["x"], ["y"], ["x", "z"]]  # one state goes on from another
+    sums = Combination(ridge=0.0)
+    for rows, own in zip(inputs, holds, strict=True):
+        sums.add({"m": rows.T @ rows / len(rows)}, {name: {"m": a[name]} for name in own})
+    found = sum(b[name] @ part["m"].double() for name, part in sums.solve().items())
+    # The rows of [√w·X] W ≈ [√w·X W_j] in least squares.
+    rows = torch.cat([each / len(each) ** 0.5 for each in inputs])
+    wanted = [
+        each / len(each) ** 0.5 @ sum(b[name] @ a[name] for name in own).T
+        for each, own in zip(inputs, holds, strict=True)
+    ]
+    solution = torch.linalg.lstsq(rows, torch.cat(wanted)).solution.T
+    # A' is stored in float32: 24 bits.
+    torch.testing.assert_close(found, solution, rtol=1e-5, atol=1e-5)
+
+
+def test_one_state_combined_is_itself():
+    torch.manual_seed(0)
+    x = torch.randn(3, 40, dtype=torch.float64)  # fewer inputs than dimensions
+    a = torch.randn(2, 40)
+    sums = Combination()
+    sums.add({"m": x.T @ x}, {"x": {"m": a}})
+    torch.testing.assert_close(sums.solve()["x"]["m"], a, rtol=1e-5, atol=1e-6)  # float32
+
+
+def test_what_no_input_reaches():
+    """A of a module that no state uses stays; of one that only others use goes."""
+    a, gram = torch.ones(1, 2), torch.eye(2, dtype=torch.float64)
+    sums = Combination()
+    sums.add({}, {"x": {"m": a, "n": a}})
+    sums.add({"m": gram}, {"y": {"m": a}})
+    found = sums.solve()
+    assert torch.equal(found["x"]["n"], a)
+    assert not found["x"]["m"].any()
+    assert torch.allclose(found["y"]["m"], a)
+
+
+def test_grams_are_of_the_inputs_of_layers(tiny_folder):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    rows = [torch.tensor([[5, 6, 7]]), torch.tensor([[8, 9]])]
+    names = ["model.embed_tokens", "model.layers.0.self_attn.q_proj"]
+    found = gram_matrices(model, names, rows)
+    layer, seen = model.model.layers[0], []
+    hook = layer.self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"][0].double()),
+        with_kwargs=True,
+    )
+    with torch.no_grad():
+        for row in rows:
+            model(input_ids=row)
+    hook.remove()
+    x = torch.cat(seen)
+    torch.testing.assert_close(found[names[1]], x.T @ x / 5)
+    assert found[names[0]].nonzero().flatten().tolist() == [5, 6, 7, 8, 9]
+    assert found[names[0]].sum() == 1
+
+
+def test_the_order_of_stages_changes_nothing(abc):
+    first = open_run(abc).state
+    undo(abc, "a")
+    again = combine(abc, ["c", "a", "b"])
+    assert again.state == first
+    assert read_history(abc).ends(read_history(abc).head) == ["a", "b", "c"]
+
+
+def test_a_stage_beside_others_has_the_same_bits_without_them(abc, ac):
+    for name in ("a", "c"):
+        one, two = (open_run(f"{run}@{name}") for run in (abc, ac))
+        assert one.state == two.state
+        assert one.entry.kept == two.entry.kept
+
+
+def test_a_combined_run_is_one_adapter(abc, tiny_folder, tmp_path):
+    """Loaded, merged, and by plain PEFT: to rounding of float32."""
+    model, tokenizer = load_run(abc)
+    own = logits(model, tokenizer)
+    export_adapter(abc, tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    before = logits(base, tokenizer)
+    peft = PeftModel.from_pretrained(base, tmp_path / "out")
+    torch.testing.assert_close(logits(peft, tokenizer), own, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        logits(peft.merge_and_unload(), tokenizer), own, rtol=1e-4, atol=1e-5
+    )
+    assert not torch.allclose(before, own, rtol=1e-2, atol=1e-3)
+    strengths = mix_stages(abc, {"b": 0.0}).strengths
+    assert strengths == {"a": 1, "b": 0, "c": 1}
+    assert not torch.allclose(logits(*load_run(abc)), own, rtol=1e-4, atol=1e-5)
+
+
+def test_a_combination_keeps_what_was_learned_better_than_a_sum(abc):
+    """On the rows that it was combined by: its loss over the stages is below that of the sum."""
+    matrix = stage_matrix(abc)
+    combined = sum(cell.value for cell in matrix.grid[-1])
+    assert matrix.states == ["base", "a", "b", "c", open_run(abc).entry.key]
+    terms = [term for name in "abc" for term in open_run(f"{abc}@{name}").state.terms]
+    state = open_run(abc)
+    summed = state.of(state.state.model_copy(update={"terms": tuple(terms)}))
+    assert [cell.metric for cell in stage_matrix(summed).cells][:1] == ["accuracy"]
+    assert combined >= sum(cell.value for cell in stage_matrix(summed).grid[-1])
+
+
+# --- rehearsal, undo and prune ---
+
+
+def scores(run: Path) -> dict[tuple[str, str], str]:
+    lines = map(json.loads, (run / "matrix.jsonl").read_text().splitlines())
+    return {(cell["state"], cell["stage"]): cell["value"] for cell in lines}
+
+
+def test_a_pruned_stage_leaves_no_trace(abc, ac, capsys):
+    """Combine, search, rehearse, score; prune; again: all is as in a run that never had it."""
+    for run in (abc, ac):
+        mix_stages(run, best_mix(run)[0], reads=open_run(run).columns)
+        train_stages(rehearsal(run, {}))
+    names = set(plan_pruning(abc, "b").with_it)
+    assert cli(["prune", str(abc), "b"]) == 1
+    said = capsys.readouterr().out
+    assert "would delete rehearsal, computed from its rows" in said
+    assert f"combine the others again: chainlora combine {abc} a c" in said
+    assert "rehearsal" in names
+    assert len([name for name in names if name.startswith("combine")]) == 2  # of a b, and a b c
+    gone = open_run(f"{abc}@b")
+    prune_stage(abc, "b")
+    for run in (abc, ac):
+        combine(run)
+        mix_stages(run, best_mix(run)[0], reads=open_run(run).columns)
+        if run == ac:
+            prune_stage(run, "rehearsal")  # it was trained on the first search
+        train_stages(rehearsal(run, {}))
+    one, two = open_run(abc), open_run(ac)
+    assert one.state == two.state
+    folders = ("links", "derived", "rows")
+    files = [
+        {n: d for n, d in checksums(run).items() if n.startswith(folders)} for run in (abc, ac)
+    ]
+    assert files[0] == files[1]
+    assert scores(abc) == scores(ac)
+    assert [e["name"] for e in log(abc)] == [e["name"] for e in log(ac)]
+    words = ["b", gone.state.digest, *(term.link for term in gone.state.terms), gone.entry.kept]
+    for path in abc.rglob("*"):
+        assert path.name not in words
+        data = path.read_bytes() if path.suffix in (".json", ".jsonl", ".yaml") else b""
+        assert not [word for word in words if f'"{word}"'.encode() in data], path
+
+
+def test_a_rehearsal_reads_as_many_rows_of_each_stage(abc):
+    (stage,) = rehearsal(abc, {})
+    assert (stage.name, stage.config.chain.ranks, stage.config.chain.steps) == (
+        "rehearsal",
+        (2,),
+        (40,),
+    )
+    (result,) = train_stages(rehearsal(abc, {"chain": {"steps": [2]}}))
+    assert result is not None
+    # 12, 12 and 12 training rows: 8 of each in an epoch
+    assert (result["rows"], result["data"]["train"]["weights"]) == (36, [8 / 12] * 3)
+    assert open_run(abc).entry.is_rehearsal
+    assert train_stages(rehearsal(abc, {"chain": {"steps": [2]}})) == [
+        None
+    ]  # nothing is left to do
+    assert stage_matrix(abc).stages == ["a", "b", "c"]  # it has no rows of its own
+    assert undo(abc).entry.kind == "combine"
+    assert redo(abc).stage == "rehearsal"
+
+
+def test_a_stage_after_a_rehearsal_has_the_config_of_a_stage(abc, sentiment):
+    train_stages(rehearsal(abc, {"chain": {"steps": [1]}, "train": {"lr": 1e-5}}))
+    (stage,) = extension(abc, section(sentiment, "d"))
+    assert (stage.config.train.lr, stage.config.data.rehearse) == (1e-2, False)
+    assert stage.after == "rehearsal"
+    add(sentiment, abc, "d")
+    state = open_run(abc)
+    assert state.entry.parents == ("a", "b", "c", "d")  # without the rehearsal
+    train_stages(rehearsal(abc, {"chain": {"steps": [1]}}))
+    assert open_run(abc).stage == "rehearsal-2"
+
+
+def test_a_stage_goes_on_from_any_state(abc, sentiment, tmp_path):
+    """It stands beside what the run is, which stays as it is, and can be combined with it."""
+    before = open_run(abc)
+    train_stages(extension(f"{abc}@b", section(sentiment, "d")))
+    assert open_run(abc).state == before.state
+    assert open_run(f"{abc}@d").entry.parents == ("b",)
+    apart = combine(abc, ["a", "d"], output=tmp_path / "apart")
+    found = combine(abc, ["a", "d"])
+    assert apart.state == found.state
+    assert found.entry.parents == ("a", "d")
+    assert found.stages == ["a", "b", "d"]
+
+
+def test_a_stage_beside_others_has_its_config_from_the_first(abc, ac, sentiment):
+    """Not from siblings: they may be pruned, and differ when the same command is given again."""
+    other = section(sentiment, "d") | {"train": {"lr": 1e-4}}
+    train_stages(extension(abc, other, beside=True), matrix=False)
+    for run in (abc, ac):
+        (stage,) = extension(run, section(sentiment, "d2"), beside=True)
+        assert stage.config.train.lr == 1e-2
+        assert train_stages(extension(run, section(sentiment, "c"), beside=True)) == [None]
+
+
+def test_a_rehearsal_takes_no_loss_of_pairs(abc, tmp_path, caplog):
+    """What it learns by is that of the rows, also after a stage on preferences."""
+    pairs = {"data": pair_files(tmp_path), "train": {"loss": "dpo"}}
+    pairs |= {"name": "pairs", "chain": {"ranks": [2], "steps": [1]}}
+    train_stages(extension(abc, pairs), matrix=False)
+    (stage,) = rehearsal(abc, {}, [("chain.epochs", [1])])
+    assert (stage.config.train.loss, stage.config.chain.steps) == (None, None)
+    (result,) = train_stages([*rehearsal(abc, {"chain": {"steps": [1]}})], matrix=False)
+    assert len(result["data"]["train"]["weights"]) == 3
+    assert "pairs" in caplog.text
+
+
+def test_what_a_combination_leaves_is_named(abc, sentiment, caplog):
+    mix_stages(abc, {"a": 0.5})
+    mix = open_run(abc).entry.key
+    combine(abc)
+    assert f"{abc} was {mix}, which is not in the combination" in caplog.text
+    train_stages(extension(f"{abc}@b", section(sentiment, "d")))
+    assert f"chainlora combine {abc} a b c d" in caplog.text
+
+
+# --- what others do meanwhile ---
+
+
+def test_stages_that_end_at_the_same_time_are_all_combined(abc):
+    undo(abc, "a")
+
+    def progress(what: str, done: int, rows: int) -> None:
+        if len(read_history(abc).past) == past:
+            combine(abc, ["a", "c"])
+
+    past = len(read_history(abc).past)
+    combine_with(abc, "b", progress)
+    assert open_run(abc).entry.parents == ("a", "b", "c")
+
+
+def test_a_stage_pruned_meanwhile_leaves_no_trace(abc):
+    undo(abc, "a")
+    derived = sorted((abc / "derived").iterdir())
+
+    def progress(what: str, done: int, rows: int) -> None:
+        if done == rows:
+            prune_stage(abc, "b")
+
+    with pytest.raises(RunError, match="a run was changed meanwhile"):
+        combine(abc, ["b", "c"], progress=progress)
+    assert set((abc / "derived").iterdir()) < {*derived}
+    assert open_run(abc).entry.key == "a"
+
+
+# --- prune ---
+
+
+def test_a_combination_goes_with_any_stage_that_it_was_computed_from(abc, sentiment):
+    """With one whose rows were not kept, and links under another stage, too."""
+    stage = section(sentiment, "bare")
+    stage["data"]["keep_rows"] = False
+    train_stages(extension(f"{abc}@start", stage))
+    on_top = section(sentiment, "d")
+    on_top["data"]["keep_rows"] = True
+    train_stages(extension(f"{abc}@bare", on_top))
+    found = combine(abc, ["a", "d"]).entry.key
+    with pytest.raises(RunError, match=f"a stage must be one of a, b, c, bare, d .got '{found}'"):
+        prune_stage(abc, found)
+    assert found in plan_pruning(abc, "bare").with_it
+    derived = {term.derived for term in open_run(abc).state.terms}
+    prune_stage(abc, "bare")
+    assert not derived & {path.name.partition(".")[0] for path in (abc / "derived").iterdir()}
+
+
+def test_a_run_becomes_what_is_left_of_its_combination(abc):
+    found = combine(abc, ["b", "c"]).entry.key
+    combine(abc, ["a", "b", "c"])
+    assert read_history(prune_stage(abc, "a") and abc).head == found
+    prune_stage(abc, "b")
+    assert read_history(abc).head == "c"
+
+
+# --- other runs ---
+
+
+def test_runs_of_one_base_are_combined(tiny_folder, sentiment, ac, tmp_path):
+    other = begin(tiny_folder, sentiment, tmp_path / "other")  # its stage is called a, too
+    before = checksums(ac)
+    found = combine(ac, [other], output=tmp_path / "both")
+    assert {**checksums(ac), ".lock": 0} == {**before, ".lock": 0}
+    assert found.entry.parents == ("a", "c")  # the same stage, trained twice, is there once
+    assert found.state == open_run(ac).state
+    train_stages(extension(other, section(sentiment, "d")), matrix=False)
+    found = combine(ac, [other])
+    assert found.entry.parents == ("c", "d")  # not a, which is in d
+    assert open_run(f"{ac}@d").lineage[0].key == "a"
+
+
+def test_a_stage_of_another_run_gets_its_folder_as_a_name(tiny_folder, sentiment, ac, tmp_path):
+    tree = settings(tiny_folder, sentiment, tmp_path / "law")
+    tree["chain"] = {"alpha": 8, "target_modules": ["q_proj"], "ranks": [2], "steps": [2]}
+    tree["stages"] = [{"name": "a", "data": tree.pop("data"), "chain": tree.pop("chain")}]
+    train_stages(make_stages(tree), matrix=False)
+    found = combine(ac, [tmp_path / "law"])
+    assert found.entry.parents == ("a", "c", "law")
+    assert found.stages == ["a", "c", "law"]
+    assert open_run(f"{ac}@law").config().output == str(tmp_path / "law")
+
+
+def test_a_run_that_is_taken_in_changes_nothing_that_is_there(tiny_folder, sentiment, ac, tmp_path):
+    """Not a half-trained stage of a name that it has, and not the files of rows that both have."""
+    other = begin(tiny_folder, sentiment, tmp_path / "2024-other")
+    train_stages(extension(other, section(sentiment, "d", steps=[2])), matrix=False)
+    (stage,) = extension(ac, section(sentiment, "d", steps=[4]))
+
+    def stop(event: Any) -> None:
+        if event.name == "step":
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_stages([stage], listener=stop)
+    rows = {path: path.stat().st_ino for path in (ac / "rows").iterdir()}
+    draft = checksums(ac / "stages/d")
+    found = combine(ac, [other])
+    assert found.entry.parents == ("c", "d-2")  # its folder's name is none that a stage can have
+    assert {path: path.stat().st_ino for path in rows} == rows
+    assert checksums(ac / "stages/d") == draft
+    assert train_stages([stage])[0]["steps"] == 4
+
+
+def test_rows_of_what_another_run_began_on_stay_its_own(tiny_folder, sentiment, ac, tmp_path):
+    tree = settings(tiny_folder, sentiment, tmp_path / "law", chain={"ranks": [2], "steps": [1]})
+    tree["chain"]["target_modules"] = ["q_proj"]
+    del tree["data"]
+    rows = {"task": str(sentiment / "task.yaml"), "validation": str(sentiment / "validation.jsonl")}
+    tree |= {"start_data": rows, "stages": [section(sentiment, "d", ranks=[2], steps=[1])]}
+    train_stages(make_stages(with_start(tree)), matrix=False)
+    combine(ac, [tmp_path / "law"])
+    assert open_run(ac).history.find("start") is None
+    assert "start" not in open_run(ac).columns
+
+
+# --- what is refused ---
+
+
+def test_what_cannot_be_combined(abc, sentiment, tmp_path):
+    def refused(*names: str) -> str:
+        with pytest.raises(RunError) as error:
+            combine(abc, names, output=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return str(error.value)
+
+    assert "two states or more are combined" in refused("a")
+    assert "two states or more are combined" in refused("a", "a")
+    assert "a stage of RUN, or another run" in refused("a", "nothing")
+    stage = section(sentiment, "d")
+    stage["data"]["keep_rows"] = False
+    train_stages(extension(f"{abc}@start", stage))
+    assert "reads rows that stages kept" in refused("a", "d")
+    stage = section(sentiment, "dora", dora=True)
+    train_stages(extension(f"{abc}@start", stage))
+    assert "only links that are low-rank sums are combined (got DoRA" in refused("a", "dora")
+    other = settings(make_tiny_folder(tmp_path / "base", num_hidden_layers=1), sentiment)
+    other["output"] = str(tmp_path / "other")
+    other["chain"] = {"ranks": [1], "steps": [1]}
+    del other["data"]
+    other["stages"] = [section(sentiment, "c", ranks=[1], steps=[1])]
+    train_stages(make_stages(other), matrix=False)
+    assert "must share their base (got another base model in" in refused(str(other["output"]))
+    train_stages(extension(f"{abc}@a", section(sentiment, "c2")))
+    assert "that no other of them began on (got" in refused("a", "c2")
+    with pytest.raises(ConfigError, match="must lie outside other runs"):
+        combine(abc, output=abc / "out")
+    assert open_run(abc).entry.parents == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("part", "keys", "key"),
+    [
+        ("data", {"keep_rows": False}, "data.keep_rows: false"),
+        ("chain", {"dora": True}, "chain.dora"),
+        ("train", {"accept_links": 0.02}, "train.accept_links"),
+    ],
+)
+def test_what_cannot_stand_beside_others_is_refused_before_training(
+    abc, sentiment, part, keys, key
+):
+    stage = section(sentiment, "d")
+    stage[part] = stage.get(part, {}) | keys
+    with pytest.raises(ConfigError, match=f"is combined with them .got {key}.; leave it out"):
+        extension(abc, stage, beside=True)
+
+
+def test_inputs_that_no_combination_has():
+    a, gram = torch.ones(1, 2), torch.zeros(2, 2, dtype=torch.float64)
+    sums = Combination()
+    sums.add({"m": gram}, {"x": {"m": a}})
+    assert torch.equal(sums.solve()["x"]["m"], a)
+    with pytest.raises(ChainError, match=r"must be finite .got others of m"):
+        Combination().add({"m": gram + torch.nan}, {"x": {"m": a}})
