@@ -74,6 +74,7 @@ def export_gguf(
     check_compression(rank, tolerance)
     output = empty_folder(output)
     state, parts = taken_apart(run, num_links) if each else (open_run(run), [])
+    as_adapter = as_adapter or each
     folder, config, _ = open_folder(state.base.model)
     tokenizer = tokenizer_of(state, folder)
     check_convertible(config, tokenizer)
@@ -99,10 +100,12 @@ def export_gguf(
         for lora in loras:
             pairs = {module: (pair.a, pair.b) for module, pair in lora.factors.items()}
             write_lora_gguf(pairs, config, made / f"{lora.name}.gguf", name)
-        for lora in [*loras] or [None]:
-            modelfile = _modelfile(state, lora.stage if lora else stage, tokenizer, config, lora)
-            file = f"{lora.name}.Modelfile" if lora and each else "Modelfile"
-            (made / file).write_text(modelfile, encoding="utf-8")
+            file = made / (f"{lora.name}.Modelfile" if each else "Modelfile")
+            lines = ["FROM ./base.gguf", f"ADAPTER ./{lora.name}.gguf"]
+            _write_modelfile(file, lines, state, lora.stage, tokenizer, config)
+        if not loras:
+            lines = ["FROM ./model.gguf"]
+            _write_modelfile(made / "Modelfile", lines, state, stage, tokenizer, config)
         copy_licences(merged, made)
         files.remove(merged)
         adapters = [
@@ -159,11 +162,10 @@ def _check_factors(factors: Mapping[str, Factors], extra: set[str]) -> None:
 # --- Ollama ---
 
 
-def _modelfile(
-    state: OpenState, stage: str, tokenizer: Any, config: Any, lora: _Lora | None
-) -> str:
-    """Return the Modelfile for the rows of a stage."""
-    lines = ["FROM ./base.gguf", f"ADAPTER ./{lora.name}.gguf"] if lora else ["FROM ./model.gguf"]
+def _write_modelfile(
+    file: Path, lines: list[str], state: OpenState, stage: str, tokenizer: Any, config: Any
+) -> None:
+    """Write a Modelfile that begins with these lines, for the rows of a stage."""
     longest = (state.config().data.max_length if state.has_run else None) or 0
     room = min(context_of(config), max(_CONTEXT, longest))
     chat = cut_template(tokenizer) if tokenizer.chat_template else None
@@ -175,7 +177,7 @@ def _modelfile(
         lines.append(f'TEMPLATE """{chat.in_go()}"""')
         if chat.stop:  # an empty one would stop at once
             lines.append(f'PARAMETER stop "{chat.stop}"')
-    return "\n".join([*lines, f"PARAMETER num_ctx {room}"]) + "\n"
+    file.write_text("\n".join([*lines, f"PARAMETER num_ctx {room}"]) + "\n", encoding="utf-8")
 
 
 def _is_chat(state: OpenState, stage: str, tokenizer: Any) -> bool:
