@@ -22,7 +22,7 @@ import torch
 from chainlora import load_run, open_run
 from chainlora.runs.to_gguf import export_gguf
 
-NUM_ROWS, NUM_TOKENS, NUM_LIKELIEST = 3, 16, 10  # rows a stage; tokens an answer; compared a token
+NUM_ROWS, NUM_TOKENS, NUM_LIKELIEST = 2, 16, 10  # rows a stage; tokens an answer; compared a token
 
 state = open_run(sys.argv[1])
 server = shutil.which(sys.argv[2] if len(sys.argv) > 2 else "llama-server")
@@ -66,14 +66,15 @@ def compare(model, prompt: tuple[int, ...], scales: list[float]) -> tuple[bool, 
     written = model.generate(
         torch.tensor([prompt]), do_sample=False, max_new_tokens=NUM_TOKENS, eos_token_id=ends
     )[0].tolist()
-    own = [token for token in written[len(prompt) :] if token not in ends]
+    answers = written[len(prompt) :], answer["tokens"]
+    own, theirs = ([token for token in tokens if token not in ends] for tokens in answers)
     logits = model(torch.tensor([[*prompt, *answer["tokens"]]])).logits[0, len(prompt) - 1 :]
     worst = 0.0
     for place, found in enumerate(answer["completion_probabilities"]):
         known = logits[place].log_softmax(-1)
         for token in found["top_logprobs"]:
             worst = max(worst, abs(float(known[token["id"]]) - token["logprob"]))
-    return answer["tokens"] == own, worst
+    return theirs == own, worst
 
 
 with tempfile.TemporaryDirectory() as folder, socket.socket() as free:

@@ -159,8 +159,9 @@ def test_what_does_not_add_up_is_refused(made, tiny_folder, sentiment, tmp_path,
 
     for number, (keys, said) in enumerate(
         [
-            ({"dora": True}, r"only the updates of LoRA add up \(got DoRA in more\)"),
-            ({"extra_modules": ["model.norm"]}, r"\(got model.norm trained whole in more\)"),
+            ({"dora": True}, r"servers add only the factors of LoRA \(got DoRA in more\)"),
+            ({"lora_bias": True}, r"\(got a LoRA bias in more\)"),
+            ({"extra_modules": ["model.norm"]}, r"\(got model.norm, trained whole in more\)"),
         ]
     ):
         run = Path(shutil.copytree(made["chain"], tmp_path / f"run{number}"))

@@ -37,12 +37,17 @@ class Part(NamedTuple):
     strength: float
     state: OpenState
 
+    def told(self, rank: int, error: float) -> dict[str, Any]:
+        """Return what an export tells of it."""
+        known = {"stage": self.stage, "adapter": self.name, "strength": self.strength}
+        return {**known, "rank": rank, "error": error}
+
 
 def taken_apart(run: Address | Chain, num_links: int | None = None) -> tuple[OpenState, list[Part]]:
     """Return a state, and its stages that are switched on.
 
     A stage whose links have several strengths (a saved chain) keeps these, and counts as 1. Raises
-    ChainError for what has no stages or does not add up: DoRA, modules trained whole.
+    ChainError for what has no stages or does not add up.
     """
     if isinstance(run, Chain) or num_links is not None:
         got = "a chain in memory" if isinstance(run, Chain) else f"its first {num_links} links"
@@ -73,10 +78,11 @@ def taken_apart(run: Address | Chain, num_links: int | None = None) -> tuple[Ope
 
 def _check_adds_up(facts: LinkFacts) -> None:
     config = facts.link_config()
-    if config.dora or config.extra_modules:
-        rule = "Cannot take stages apart: only the updates of LoRA add up"
-        got = "DoRA" if config.dora else f"{config.extra_modules[0]} trained whole"
-        raise ChainError(rule, f"{got} in {facts.stage}", "export the state merged")
+    whole = [f"{name}, trained whole" for name in config.extra_modules]
+    wrong = ["DoRA"] * config.dora + ["a LoRA bias"] * config.lora_bias + whole
+    if wrong:
+        rule = "Cannot take stages apart: servers add only the factors of LoRA"
+        raise ChainError(rule, f"{wrong[0]} in {facts.stage}", "export the state merged")
 
 
 def need_links(state: OpenState) -> None:
@@ -88,12 +94,6 @@ def need_links(state: OpenState) -> None:
         )
 
 
-def told_of(part: Part, rank: int, error: float) -> dict[str, Any]:
-    """Return what an export tells of an adapter."""
-    found = {"stage": part.stage, "adapter": part.name, "strength": part.strength}
-    return {**found, "rank": rank, "error": error}
-
-
 def write_sheet(
     folder: Path,
     state: OpenState,
@@ -102,7 +102,7 @@ def write_sheet(
     *,
     as_gguf: bool,
 ) -> str:
-    """Write the commands by which servers add adapters, given as by `told_of`; return the name."""
+    """Write the commands by which servers add these adapters (`Part.told`); return its name."""
     base = naming.base or public_name(state.base.model)
     strengths = {each["adapter"]: each["strength"] for each in adapters}
     scales = [{"id": place, "scale": scale} for place, scale in enumerate(strengths.values())]

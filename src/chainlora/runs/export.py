@@ -28,7 +28,7 @@ from chainlora.models.finding import resolve_model
 from chainlora.models.identity import tokenizer_files
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.addresses import Address, open_run
-from chainlora.runs.apart import Part, need_links, taken_apart, told_of, write_sheet
+from chainlora.runs.apart import Part, need_links, taken_apart, write_sheet
 from chainlora.runs.cards import (
     UNNAMED,
     Card,
@@ -163,7 +163,7 @@ def _export_each(
     with files.replaced_folder(output) as scratch:
         for part in parts:
             done = export_adapter(part.state, scratch / part.name, naming=naming, **compression)
-            adapters.append(told_of(part, done["rank"], done["error"]))
+            adapters.append(part.told(done["rank"], done["error"]))
         write_sheet(scratch, state, adapters, naming, as_gguf=False)
     return {"to": "adapter", "output": str(output), "adapters": adapters, "base": done["base"]}
 

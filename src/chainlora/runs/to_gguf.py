@@ -31,7 +31,7 @@ from chainlora.models.gguf_writing import (
 )
 from chainlora.models.loading import open_folder
 from chainlora.runs.addresses import Address, open_run
-from chainlora.runs.apart import taken_apart, told_of, write_sheet
+from chainlora.runs.apart import taken_apart, write_sheet
 from chainlora.runs.cards import UNNAMED, Card, Naming, public_name, story_of, write_card
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.export import (
@@ -108,9 +108,8 @@ def export_gguf(
             _write_modelfile(made / "Modelfile", lines, state, stage, tokenizer, config)
         copy_licences(merged, made)
         files.remove(merged)
-        adapters = [
-            told_of(part, lora.rank, lora.error) for part, lora in zip(parts, loras, strict=False)
-        ]
+        pairs_of = zip(parts, loras, strict=True) if each else ()
+        adapters = [part.told(lora.rank, lora.error) for part, lora in pairs_of]
         sheet = write_sheet(made, state, adapters, naming, as_gguf=True) if each else None
         what, base = f"with {made_of} in GGUF ({kind}){as_lora}.", state.base.model
         wide = None if each or not loras else loras[0].rank
