@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from helpers import settings
-from helpers_export import logits
+from helpers_export import fit, logits
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
@@ -151,7 +151,9 @@ def test_links_of_several_strengths_stay_as_they_are(tiny_folder, tmp_path):
     torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
 
 
-def test_what_does_not_add_up_is_refused(made, tiny_folder, sentiment, tmp_path, chainlora):
+def test_what_does_not_add_up_is_refused(made, folders, sentiment, tmp_path, chainlora):
+    tiny_folder = folders["llama"]
+
     def refused(run: Any, said: str, **keys: Any) -> None:
         with pytest.raises(ChainLoRAError, match=said):
             export_adapter(run, tmp_path / "out", each=True, **keys)
@@ -160,7 +162,6 @@ def test_what_does_not_add_up_is_refused(made, tiny_folder, sentiment, tmp_path,
     for number, (keys, said) in enumerate(
         [
             ({"dora": True}, r"servers add only the factors of LoRA \(got DoRA in more\)"),
-            ({"lora_bias": True}, r"\(got a LoRA bias in more\)"),
             ({"extra_modules": ["model.norm"]}, r"\(got model.norm, trained whole in more\)"),
         ]
     ):
@@ -172,6 +173,8 @@ def test_what_does_not_add_up_is_refused(made, tiny_folder, sentiment, tmp_path,
         if number:  # one adapter of all stages can hold it
             assert export_adapter(run, tmp_path / "one")["links"] == 4
         export_adapter(open_run(run, ["facts", "style"]), tmp_path / f"each{number}", each=True)
+    keys = {"target_modules": ["q_proj"], "lora_bias": True, "ranks": [1], "steps": [1]}
+    refused(fit(folders["opt"], sentiment, tmp_path / "opt", chain=keys), "got a LoRA bias in main")
     refused(open_run(made["chain"], []), "at least one link")
     refused(made["chain"], "got its first 1 links", num_links=1)
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
