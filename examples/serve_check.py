@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 
 from chainlora import load_run, open_run
-from chainlora.runs.to_gguf import export_gguf
 
 NUM_ROWS, NUM_TOKENS, NUM_LIKELIEST = 2, 16, 10  # rows a stage; tokens an answer; compared a token
 
@@ -82,7 +81,10 @@ with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
     port = free.getsockname()[1]
     url, log = f"http://127.0.0.1:{port}", Path(folder, "log")
     out = Path(folder, "out")
-    adapters = export_gguf(state, out, each=True)["adapters"]
+    export = [sys.executable, "-m", "chainlora", "export", sys.argv[1], "--to", "gguf-adapter"]
+    export += ["--each", "--output", f"{out}", "--json"]
+    told = subprocess.run(export, check=True, capture_output=True, text=True).stdout
+    adapters = json.loads(told)["adapters"]
     scaled = {f"{each['adapter']}.gguf": each["strength"] for each in adapters}
     usual = {each["stage"]: each["strength"] for each in adapters}
     words = [server, "-m", "base.gguf", "--host", "127.0.0.1", "--port", f"{port}", "-c", "2048"]

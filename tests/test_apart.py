@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +188,22 @@ def test_what_does_not_add_up_is_refused(made, folders, sentiment, tmp_path, cha
     for words in (["gguf"], ["adapter", "--links", "1"], ["adapter", "--push-to-hub", "a/b"]):
         wrong = chainlora("export", made["chain"], "--each", "--output", "x", "--to", *words)
         assert (wrong.status, "--each makes adapters" in wrong.err) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["chain", "combined"])
+def test_llama_server_is_held_to_the_run(made, name, monkeypatch, capsys):
+    """Where it is installed; else the example says what it needs."""
+    pytest.importorskip("gguf")
+    example = Path(__file__).resolve().parents[1] / "examples/serve_check.py"
+    monkeypatch.setattr(sys, "argv", ["serve_check.py", str(made[name])])
+    if shutil.which("llama-server") is None:
+        with pytest.raises(SystemExit, match="No llama-server found"):
+            runpy.run_path(str(example))
+        return
+    runpy.run_path(str(example))
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ["facts"] * 3 + ["style"] * 3
+    for line in lines:
+        _, _, equal, _, of, difference = line.split()
+        assert equal == of
+        assert float(difference) < 1e-3  # sums of float32 in another order
