@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path, PureWindowsPath
@@ -60,6 +60,7 @@ class Card:
     naming: Naming = UNNAMED
     story: Mapping[str, Any] | None = None
     is_causal: bool = True
+    sheet: str | None = None  # the file that tells how to serve it, if not the card
 
 
 def story_of(run: Address, num_links: int | None = None) -> dict[str, Any]:
@@ -129,8 +130,6 @@ def write_card(folder: Path, card: Card) -> None:
         pipeline_tag="text-generation" if card.is_causal else None,
         tags=["chain-of-lora", "lora"],
     )
-    is_served = not any(link.extra or link.config.lora_bias for link in links)  # vLLM rejects these
-    wide = [rank for rank in _SERVED_RANKS if is_served and rank >= (card.rank or 1)]
     scores, rows = _chain_table(links, story)
     facts = {
         **vars(card),
@@ -139,11 +138,10 @@ def write_card(folder: Path, card: Card) -> None:
         "base": base or "a base without a name",
         "scores": scores,
         "rows": rows,
-        "served_rank": min(wide, default=None),
+        "base_place": place_of(base),
+        "served_rank": served_rank(links, card.rank or 1),
         "licence_files": sorted(p.name for p in folder.iterdir() if is_licence(p.name)),
-        "code": lambda text: f"`{_plain(text)}`",
-        "python": lambda text: json.dumps(_plain(text), ensure_ascii=False),
-        "shell": lambda text: shlex.quote(_plain(text)),
+        **QUOTING,
     }
     with reported(folder / "README.md"):
         written = ModelCard.from_template(data, str(_TEMPLATE), **facts)
@@ -151,9 +149,29 @@ def write_card(folder: Path, card: Card) -> None:
         written.save(folder / "README.md")
 
 
+def served_rank(links: Sequence[Link], rank: int) -> int | None:
+    """Return the least `--max-lora-rank` of vLLM for an adapter; None if vLLM refuses it."""
+    if any(link.extra or link.config.lora_bias for link in links):
+        return None
+    return next((served for served in _SERVED_RANKS if served >= rank), None)
+
+
+def place_of(base: str) -> str:
+    """Return what loads a base by its public name: a Hub id, or what stands for a folder."""
+    return base if "/" in base and not base.endswith(".gguf") else "FOLDER_OF_THE_BASE"
+
+
 def _plain(text: object) -> str:
     """Return a text on one line without backticks: inside Markdown's code it is no markup."""
     return " ".join(str(text).split()).replace("`", "'")
+
+
+QUOTING: Mapping[str, Callable[[object], str]] = {
+    "code": lambda text: f"`{_plain(text)}`",
+    "python": lambda text: json.dumps(_plain(text), ensure_ascii=False),
+    "shell": lambda text: shlex.quote(_plain(text)),
+}
+"""How templates write values from a run's files: as text, never as markup."""
 
 
 def _chain_table(
