@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -24,6 +24,9 @@ from chainlora.files import reported
 from chainlora.models.finding import hub_id_of
 from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.records import of_event, score_names
+
+if TYPE_CHECKING:
+    from chainlora.runs.lineage import Lineage
 
 _TEMPLATE = Path(__file__).with_name("card_template.jinja")
 _SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's --max-lora-rank
@@ -50,7 +53,7 @@ UNNAMED = Naming()
 @dataclass(frozen=True)
 class Card:
     """Facts about an export. `what` continues a sentence that begins with the base's name, `model`
-    is the run's name for the base, and `story` is that of `story_of`."""
+    is the run's name for the base, `story` is that of `story_of`, `lineage` is written beside."""
 
     what: str
     model: str
@@ -59,6 +62,7 @@ class Card:
     rank: int | None = None
     naming: Naming = UNNAMED
     story: Mapping[str, Any] | None = None
+    lineage: Lineage | None = None
     is_causal: bool = True
 
 
@@ -118,7 +122,7 @@ def is_of_another(folder: Path) -> bool:
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Write a card as ``README.md``."""
+    """Write a card as ``README.md``, and the lineage, which has the checksums of all files."""
     naming, links, story = card.naming, card.links, card.story or {}
     base = naming.base or public_name(card.model)
     is_named = is_hub_id(base) or (base and not naming.name)  # a card on the Hub names only ids
@@ -149,6 +153,8 @@ def write_card(folder: Path, card: Card) -> None:
         written = ModelCard.from_template(data, str(_TEMPLATE), **facts)
         written.text = "\n" + re.sub(r"\n{3,}", "\n\n", written.text).strip() + "\n"
         written.save(folder / "README.md")
+    if card.lineage is not None:
+        card.lineage.write(folder)
 
 
 def _plain(text: object) -> str:

@@ -39,6 +39,7 @@ from chainlora.runs.cards import (
 )
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.history import CAUSAL, Base
+from chainlora.runs.lineage import Exported, Lineage, lineage_of
 from chainlora.runs.opening import load_run, tokenizer_of
 from chainlora.runs.saved_chain import current_links, describe_base
 from chainlora.runs.state import OpenState
@@ -80,9 +81,9 @@ def export_merged(
         if base is not None:
             copy_licences(base, scratch)
         what = f"with {'every weight fine-tuned' if is_whole else done}."
-        story = story_of(state, num_links)
-        card = Card(what, state.base.model, "transformers", links, naming=naming, story=story)
-        write_card(scratch, card)
+        lineage = lineage_of(state, Exported.of(naming, to="merged", num_links=num_links), base)
+        facts = {"naming": naming, "story": story_of(state, num_links), "lineage": lineage}
+        write_card(scratch, Card(what, state.base.model, "transformers", links, **facts))
     name = str(model.dtype).removeprefix("torch.")
     return {"to": "merged", "output": str(output), "links": len(links), "dtype": name}
 
@@ -135,8 +136,12 @@ def export_adapter(
         if folder is not None:
             copy_licences(folder, scratch)
             _save_tokenizer(source, folder, scratch)
-        story = None if isinstance(source, Chain) else story_of(source, num_links)
-        write_adapter_card(scratch, links, written, error, named, naming=naming, story=story)
+        facts: dict[str, Any] = {"naming": naming}
+        if not isinstance(source, Chain):
+            keys = {"rank": rank, "tolerance": tolerance, "num_links": num_links}
+            facts["lineage"] = lineage_of(source, Exported.of(naming, to="adapter", **keys), folder)
+            facts["story"] = story_of(source, num_links)
+        write_adapter_card(scratch, links, written, error, named, **facts)
     return {
         "to": "adapter",
         "output": str(output),
@@ -256,15 +261,14 @@ def write_adapter_card(
     *,
     naming: Naming = UNNAMED,
     story: Mapping[str, Any] | None = None,
+    lineage: Lineage | None = None,
 ) -> None:
-    """Write the model card of a chain as one adapter."""
+    """Write the model card of a chain as one adapter, and its lineage."""
     kind = f"relative error {error:.2e}" if error else "exact"
     what = f"with a chain of {len(links)} LoRA link(s) as one adapter of rank {rank} ({kind})."
     is_causal = base.task_type == CAUSAL
-    card = Card(
-        what, base.model, "peft", links, rank, naming=naming, story=story, is_causal=is_causal
-    )
-    write_card(folder, card)
+    facts: dict[str, Any] = {"naming": naming, "story": story, "lineage": lineage}
+    write_card(folder, Card(what, base.model, "peft", links, rank, is_causal=is_causal, **facts))
 
 
 def empty_folder(output: str | Path) -> Path:

@@ -100,8 +100,7 @@ class OpenState:
     @property
     def strengths(self) -> dict[str, float]:
         """Return the strength of each stage."""
-        pairs = zip(self.facts, self.state.terms, strict=True)
-        return {facts.stage: term.strength for facts, term in pairs}
+        return self.history.strengths_of(self.state)
 
     @property
     def lineage(self) -> list[Entry]:

@@ -1,0 +1,91 @@
+"""Verify an export: the checksums of its files, and every byte against the run that it is of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from chainlora import files
+from chainlora.config.staging import split_address
+from chainlora.models.finding import resolve_model
+from chainlora.models.identity import base_files, changed_files
+from chainlora.runs.addresses import open_run
+from chainlora.runs.costs import versions
+from chainlora.runs.export import export_adapter, export_merged
+from chainlora.runs.history import BASE
+from chainlora.runs.lineage import LINEAGE, Exported, Lineage, read_lineage
+from chainlora.runs.state import OpenState
+from chainlora.runs.to_gguf import export_gguf
+
+
+def verify_export(export: str | Path, run: str | Path | None = None) -> list[str]:
+    """Return what differs, a line each: files of an export from their checksums, and with a `run`
+    the export from what that run gives.
+
+    The state is looked for in the whole history of `run`; ``RUN@NAME`` must be the state itself.
+    Names that begin with a dot, as tools of the Hub leave them, are not looked at.
+
+    Raises RunError for a folder without a lineage, and what exporting raises.
+    """
+    folder, lineage = Path(export).expanduser(), read_lineage(export)
+    now = _checksums(folder)
+    found = list(_changes(lineage.files, now, "not as it was exported"))
+    if run is None:
+        return found
+    state = open_run(run)
+    if others := list(_other_origin(lineage, state, split_address(run)[1] is not None)):
+        return [*found, *others]
+    source = state.at(lineage.history.head)
+    source = source.of(lineage.state) if lineage.exported.num_links is None else source
+    with TemporaryDirectory() as scratch:
+        _export(source, Path(scratch), lineage.exported)
+        found += _changes(_checksums(Path(scratch)), now, f"not what {run} gives")
+        again = read_lineage(scratch)
+    for name in ("state", "history", "stages", "exported"):
+        if getattr(again, name) != getattr(lineage, name):
+            found.append(f"{LINEAGE}: `{name}` is not what {run} says")
+    if found and lineage.versions != versions():
+        known = lineage.versions.items() - versions().items()
+        found.append(f"exported with {', '.join(f'{k} {v}' for k, v in sorted(known))}, not here")
+    return found
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    found = files.checksums(folder)
+    return {name: d for name, d in found.items() if name != LINEAGE and not name.startswith(".")}
+
+
+def _changes(before: Mapping[str, str], now: Mapping[str, str], what: str) -> Iterator[str]:
+    for name in changed_files(before, now):
+        yield f"{name}: {'missing' if name not in now else 'added' if name not in before else what}"
+
+
+def _other_origin(lineage: Lineage, state: OpenState, is_named: bool) -> Iterator[str]:
+    """Yield why an export is not of a run, or of the state that was named."""
+    known, own, run = lineage.history, state.history, state.run
+    place = resolve_model(state.base.model)
+    for files_there, where in ((own.base.files, run), (base_files(place), place)):
+        if changed := changed_files(known.base.files or {}, files_there or {}):
+            yield f"another base: {where} has another {', '.join(changed)}"
+            return
+    lost = [digest for digest in known.links if digest not in own.links]
+    if lost:
+        yield f"another run: {run} has no link {lost[0]} of stage {known.links[lost[0]].stage}"
+    elif known.head != BASE and own.state_of(known.head) != known.state_of(known.head):
+        yield f"another run: {run} has no state {known.head} of these links"
+    elif is_named and state.entry != own.find(known.head):
+        head = known.state_of(known.head).digest
+        yield f"another state: {state} is {state.state.digest}, not {known.head}, {head}"
+
+
+def _export(state: OpenState, output: Path, how: Exported) -> None:
+    keys = {"num_links": how.num_links, "naming": how.naming}
+    sizes = {"rank": how.rank, "tolerance": how.tolerance}
+    if how.to == "merged":
+        export_merged(state, output, **keys)
+    elif how.to == "adapter":
+        export_adapter(state, output, **keys, **sizes)
+    else:
+        as_adapter = how.to == "gguf-adapter"
+        export_gguf(state, output, kind=how.kind, as_adapter=as_adapter, **keys, **sizes)
