@@ -53,7 +53,7 @@ UNNAMED = Naming()
 @dataclass(frozen=True)
 class Card:
     """Facts about an export. `what` continues a sentence that begins with the base's name, `model`
-    is the run's name for the base, `story` is that of `story_of`, `lineage` is written beside."""
+    is the run's name for the base, and `story` is that of `story_of`."""
 
     what: str
     model: str
@@ -62,7 +62,6 @@ class Card:
     rank: int | None = None
     naming: Naming = UNNAMED
     story: Mapping[str, Any] | None = None
-    lineage: Lineage | None = None
     is_causal: bool = True
 
 
@@ -121,8 +120,8 @@ def is_of_another(folder: Path) -> bool:
     return path.exists() and signature not in path.read_text(encoding="utf-8", errors="replace")
 
 
-def write_card(folder: Path, card: Card) -> None:
-    """Write a card as ``README.md``, and the lineage, which has the checksums of all files."""
+def write_card(folder: Path, card: Card, lineage: Lineage | None = None) -> None:
+    """Write a card as ``README.md``, and then the lineage, which has the checksums of all files."""
     naming, links, story = card.naming, card.links, card.story or {}
     base = naming.base or public_name(card.model)
     is_named = is_hub_id(base) or (base and not naming.name)  # a card on the Hub names only ids
@@ -140,6 +139,7 @@ def write_card(folder: Path, card: Card) -> None:
         **vars(card),
         **vars(naming),
         **story,
+        "lineage": lineage,
         "base": base or "a base without a name",
         "scores": scores,
         "rows": rows,
@@ -153,8 +153,8 @@ def write_card(folder: Path, card: Card) -> None:
         written = ModelCard.from_template(data, str(_TEMPLATE), **facts)
         written.text = "\n" + re.sub(r"\n{3,}", "\n\n", written.text).strip() + "\n"
         written.save(folder / "README.md")
-    if card.lineage is not None:
-        card.lineage.write(folder)
+    if lineage is not None:
+        lineage.write(folder)
 
 
 def _plain(text: object) -> str:

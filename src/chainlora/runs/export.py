@@ -39,7 +39,7 @@ from chainlora.runs.cards import (
 )
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.history import CAUSAL, Base
-from chainlora.runs.lineage import Exported, Lineage, lineage_of
+from chainlora.runs.lineage import Lineage, lineage_of
 from chainlora.runs.opening import load_run, tokenizer_of
 from chainlora.runs.saved_chain import current_links, describe_base
 from chainlora.runs.state import OpenState
@@ -81,9 +81,10 @@ def export_merged(
         if base is not None:
             copy_licences(base, scratch)
         what = f"with {'every weight fine-tuned' if is_whole else done}."
-        lineage = lineage_of(state, Exported.of(naming, to="merged", num_links=num_links), base)
-        facts = {"naming": naming, "story": story_of(state, num_links), "lineage": lineage}
-        write_card(scratch, Card(what, state.base.model, "transformers", links, **facts))
+        story = story_of(state, num_links)
+        card = Card(what, state.base.model, "transformers", links, naming=naming, story=story)
+        lineage = lineage_of(state, base, naming, "merged", num_links=num_links)
+        write_card(scratch, card, lineage)
     name = str(model.dtype).removeprefix("torch.")
     return {"to": "merged", "output": str(output), "links": len(links), "dtype": name}
 
@@ -139,7 +140,7 @@ def export_adapter(
         facts: dict[str, Any] = {"naming": naming}
         if not isinstance(source, Chain):
             keys = {"rank": rank, "tolerance": tolerance, "num_links": num_links}
-            facts["lineage"] = lineage_of(source, Exported.of(naming, to="adapter", **keys), folder)
+            facts["lineage"] = lineage_of(source, folder, naming, "adapter", **keys)
             facts["story"] = story_of(source, num_links)
         write_adapter_card(scratch, links, written, error, named, **facts)
     return {
@@ -267,8 +268,10 @@ def write_adapter_card(
     kind = f"relative error {error:.2e}" if error else "exact"
     what = f"with a chain of {len(links)} LoRA link(s) as one adapter of rank {rank} ({kind})."
     is_causal = base.task_type == CAUSAL
-    facts: dict[str, Any] = {"naming": naming, "story": story, "lineage": lineage}
-    write_card(folder, Card(what, base.model, "peft", links, rank, is_causal=is_causal, **facts))
+    card = Card(
+        what, base.model, "peft", links, rank, naming=naming, story=story, is_causal=is_causal
+    )
+    write_card(folder, card, lineage)
 
 
 def empty_folder(output: str | Path) -> Path:

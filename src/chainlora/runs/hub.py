@@ -1,20 +1,23 @@
-"""The Hub: an export becomes a repository's new commit, and a run is pushed and pulled.
+"""The Hub: an export becomes a repository's new commit, and runs are pushed and pulled.
 
-A run is pushed as the files that its history names, of which those that are there are not sent
-again, and at last the history. A folder is pushed to in the same way, without the Hub.
+A run is pushed as the files that its history names, without those that are there already, and then
+the history. A folder is pushed to in the same way, without the Hub.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from chainlora import files
 from chainlora.config.staging import HISTORY
-from chainlora.errors import ChainLoRAError, ConfigError, FileError, RunError
-from chainlora.runs.addresses import Address, open_run
+from chainlora.errors import ConfigError, FileError, RunError
+from chainlora.runs.addresses import Address, nothing_at, open_run
 from chainlora.runs.cards import Naming, is_hub_id, public_name
 from chainlora.runs.changes import whole_run
 from chainlora.runs.history import (
@@ -26,7 +29,7 @@ from chainlora.runs.history import (
     update_history,
     write_part,
 )
-from chainlora.runs.locks import refuse_links
+from chainlora.runs.locks import LOCK, refuse_links
 from chainlora.runs.resuming import refuse_if_taken
 
 
@@ -47,7 +50,9 @@ def check_push(run: Address, target: str, naming: Naming) -> None:
         )
 
 
-def push_folder(folder: str | Path, name: str, *, private: bool = False) -> str:
+def push_folder(
+    folder: str | Path, name: str, *, private: bool = False, remedy: str | None = None
+) -> str:
     """Upload a folder's files to a model repository, made if need be; return the address.
 
     Logs in as huggingface_hub does: by ``HF_TOKEN``, or as ``hf auth login`` left it. Raises
@@ -56,27 +61,20 @@ def push_folder(folder: str | Path, name: str, *, private: bool = False) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    remedy = f"push it by `hf upload {name} {folder}`"
-    with _reaching("an export", name, f"it is written to {folder}: log in with", remedy):
-        api.create_repo(name, private=private or None, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=name, folder_path=folder, commit_message="A chain of LoRA, by chainlora"
-        )
-    return str(done.commit_url)
-
-
-@contextmanager
-def _reaching(what: str, name: str, login: str, remedy: str) -> Iterator[None]:
-    """Turn what an upload or download raises into a FileError."""
     try:
-        yield
-    except ChainLoRAError:
-        raise
+        api.create_repo(name, private=private or None, exist_ok=True)
+        message = "A chain of LoRA, by chainlora"
+        done = api.upload_folder(
+            repo_id=name, folder_path=folder, commit_message=message, ignore_patterns=LOCK
+        )
     except Exception as error:  # its own, and those of whichever HTTP library it has
+        by_hand = f"it is written to {folder}: log in with `hf auth login`, and push it by "
         raise FileError(
-            f"{what} must reach the Hub (got {type(error).__name__}: {error!s:.200} for {name}); "
-            f"{login} `hf auth login`, and {remedy}"
+            "what is pushed must reach the Hub",
+            f"{type(error).__name__}: {error!s:.200} for {name}",
+            remedy or f"{by_hand}`hf upload {name} {folder}`",
         ) from error
+    return str(done.commit_url)
 
 
 # --- runs ---
@@ -88,22 +86,14 @@ def push_run(run: str | Path, target: str, *, rows: bool = False) -> list[str]:
     Rows that stages kept are sent only with `rows`, or where they were sent before. A repository
     that is new becomes private. Raises RunError where the target has entries that the run has not.
     """
-    run = whole_run(run)
+    folder = whole_run(run)
     if not _is_repository(target):
-        return _send(run, Path(target).expanduser(), rows=rows)
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    api = HfApi()
-    remedy = f"push it again, or for a folder write ./{target}"
-    with _reaching("a run", target, "log in with", remedy), TemporaryDirectory() as made:
-        api.create_repo(target, private=True, exist_ok=True)
-        there = Path(api.snapshot_download(target, allow_patterns=HISTORY))
-        known = read_history(there) if exists_in(there) else None
-        history, names = _new(run, known, rows=rows, target=target)
-        write_part(Path(made) / HISTORY, history)
-        sent = [CommitOperationAdd(name, run / name) for name in names]
-        sent.append(CommitOperationAdd(HISTORY, Path(made) / HISTORY))
-        api.create_commit(target, sent, commit_message="A run, by chainlora")
+        return _send(folder, Path(target).expanduser(), rows=rows)
+    with TemporaryDirectory() as made:
+        _download(target, allow_patterns=HISTORY, local_dir=made)
+        names = _send(folder, Path(made), rows=rows)
+        remedy = f"log in with `hf auth login`, or for a folder write ./{target}"
+        push_folder(made, target, private=True, remedy=remedy)
     return names
 
 
@@ -111,14 +101,20 @@ def pull_run(source: str, run: str | Path) -> list[str]:
     """Copy into a run, or a new one, what it lacks of one that was pushed; return these files."""
     folder = Path(source).expanduser()
     if _is_repository(source):
-        from huggingface_hub import snapshot_download
-
-        remedy = f"pull it again, or for a folder write ./{source}"
-        with _reaching("a run", source, "log in with", remedy):
-            folder = Path(snapshot_download(source))  # it fetches only what is new, too
+        folder = _download(source) or folder  # fetches only what is new, too
     else:
         refuse_links(folder)
     return _send(folder, Path(run).expanduser(), rows=True)
+
+
+def _download(name: str, **keys: Any) -> Path | None:
+    """Return a folder with files of a repository; None where there is no such repository."""
+    try:
+        return Path(snapshot_download(name, **keys))
+    except RepositoryNotFoundError:
+        return None
+    except Exception as error:  # as in `push_folder`
+        raise nothing_at(name, "repository") from error
 
 
 def _is_repository(name: str) -> bool:
@@ -127,51 +123,48 @@ def _is_repository(name: str) -> bool:
 
 def _send(source: Path, target: Path, *, rows: bool) -> list[str]:
     """Copy what is new from one folder into another, and then replace its history."""
+
+    def joined(known: History) -> History:
+        return _joined(read_history(source), known, rows, target)
+
     if exists_in(target):
-        history, names = _new(source, read_history(target), rows=rows, target=target)
-        for name in names:
-            files.copy_file(source / name, target / name)
-        update_history(target, lambda now: _joined(read_history(source), now, rows, target))
+        known = read_history(target)
+        names = _copy_new(source, target, joined(known), known.files)
+        update_history(target, joined)
         return names
     refuse_if_taken(target)
-    history, names = _new(source, None, rows=rows, target=target)
+    history = joined(History(base=read_history(source).base, hold=""))
     with files.replaced_folder(target) as scratch:
-        for name in names:
-            files.copy_file(source / name, scratch / name)
+        names = _copy_new(source, scratch, history, {})
         write_part(scratch / HISTORY, history)
     return names
 
 
-def _new(
-    source: Path, known: History | None, *, rows: bool, target: object
-) -> tuple[History, list[str]]:
-    """Return the history that a target gets, and the files that it lacks, each checked."""
-    history = _joined(read_history(source), known, rows, target)
-    there = {} if known is None else known.files
-    names = [name for name, digest in history.files.items() if there.get(name) != digest]
-    names = [n for n in names if (source / n).is_file() or Path(n).name != RECORDS]
+def _copy_new(source: Path, target: Path, history: History, there: Mapping[str, str]) -> list[str]:
+    """Copy the files of a history that are not `there`, each checked; return their names."""
+    due = {name: digest for name, digest in history.files.items() if there.get(name) != digest}
+    names = [n for n in due if (source / n).is_file() or Path(n).name != RECORDS]  # may be gone
     for name in names:
         with files.reported(source / name, "read"):
-            if not files.sha256(source / name).startswith(history.files[name]):
+            if not files.sha256(source / name).startswith(due[name]):
                 rule = f"{name} must be as the run wrote it"
                 raise RunError(rule, f"other bytes in {source}", DAMAGED)
-    return history, names
+        files.copy_file(source / name, target / name)
+    return names
 
 
-def _joined(own: History, known: History | None, rows: bool, target: object) -> History:
+def _joined(own: History, known: History, rows: bool, target: Path) -> History:
     """Return a history as a target gets it: without kept rows, unless `rows`, or the target has
-    some already."""
-    before = {} if known is None else {entry.key: entry for entry in known.entries}
-    for key, entry in before.items():
-        if (mine := own.find(key)) is None or mine.state != entry.state:
-            rule, got = (
-                "what is there must be an earlier state of the same run",
-                f"{key} in {target}",
-            )
-            raise RunError(rule, got, "pull it first, or take another place")
-    kept = {key: entry.kept for key, entry in before.items()}
+    some already. Raises RunError where the target is not an earlier state of the run."""
+    for entry in known.entries:
+        mine = own.find(entry.key)
+        if mine is None or mine.state != entry.state:
+            rule, remedy = "the target must be earlier than the source", "choose another target"
+            raise RunError(rule, f"another {entry.key} in {target}", remedy)
+    there = {entry.key: entry.kept for entry in known.entries}
+    kept = {entry.key: entry.kept if rows else None for entry in own.entries}
     entries = tuple(
-        e.model_copy(update={"kept": (e.kept if rows else None) or kept.get(e.key)})
-        for e in own.entries
+        entry.model_copy(update={"kept": kept[entry.key] or there.get(entry.key)})
+        for entry in own.entries
     )
     return own.model_copy(update={"entries": entries})

@@ -20,7 +20,6 @@ from chainlora.runs.cards import Naming, public_name
 from chainlora.runs.costs import versions
 from chainlora.runs.history import (
     CONFIG,
-    Count,
     Document,
     Entry,
     History,
@@ -39,26 +38,8 @@ LINEAGE = "lineage.json"
 FORMAT = 1
 
 
-class Exported(Part):
-    """How a state was exported: arguments of `export_merged`, `export_adapter`, `export_gguf`."""
-
-    to: Literal["merged", "adapter", "gguf", "gguf-adapter"]
-    num_links: Count | None = None
-    rank: Count | None = None
-    tolerance: float | None = None
-    kind: Text | None = None
-    name: Text | None = None
-    base: Text | None = None
-    licence: Text | None = None
-
-    @classmethod
-    def of(cls, naming: Naming, **arguments: Any) -> Exported:
-        """Return the arguments of an export."""
-        return cls(**vars(naming), **arguments)
-
-    @property
-    def naming(self) -> Naming:
-        return Naming(self.name, self.base, self.licence)
+Target = Literal["merged", "adapter", "gguf", "gguf-adapter"]
+_OF_A_PLACE: Any = {"output": True, "start": True, "plugins": True, "train": {"trackers"}}
 
 
 class StageFacts(Part):
@@ -69,12 +50,15 @@ class StageFacts(Part):
 
 
 class Lineage(Document):
-    """What an export says of itself. `state` is what was exported, `history` all that it was
-    computed from, `revision` that of a base from the Hub, `files` are those beside this one."""
+    """What an export says of itself. `exported` are the arguments of the exporter, `state` is what
+    was exported, `history` all that it was computed from, `revision` that of a base from the Hub,
+    `files` are those beside this one."""
 
     remedy: ClassVar[str] = "the export is damaged: export the run again"
     format: int = FORMAT
-    exported: Exported
+    to: Target
+    exported: dict[str, Any]
+    naming: dict[str, str | None]
     versions: dict[Text, Text] = Field(default={})
     revision: Text | None = None
     state: State
@@ -125,11 +109,14 @@ class Lineage(Document):
         ]
 
 
-def lineage_of(state: OpenState, exported: Exported, base: Path | None) -> Lineage:
-    """Return where an export comes from. `base` is the folder of the base, where it is at hand."""
+def lineage_of(
+    state: OpenState, base: Path | None, naming: Naming, to: Target, **exported: Any
+) -> Lineage:
+    """Return where an export comes from: `to` and `exported` are what was asked for, `base` is the
+    folder of the base, where it is at hand."""
     history, terms = closure(state), state.state.terms
-    if exported.num_links is not None:
-        terms = tuple(state.sequence[: exported.num_links])
+    if exported["num_links"] is not None:
+        terms = tuple(state.sequence[: exported["num_links"]])
     stages = {
         entry.key: StageFacts(
             config=state.at(entry.key).config().model_dump(mode="json", exclude=_OF_A_PLACE),
@@ -139,28 +126,25 @@ def lineage_of(state: OpenState, exported: Exported, base: Path | None) -> Linea
         if CONFIG in entry.files and state.draft is None
     }
     named = history.base.model_copy(update={"model": public_name(history.base.model)})
-    entries = tuple(_of_weights(entry) for entry in history.entries)
+    # Without files of texts and rows, which a run that was pushed may lack.
+    entries = tuple(
+        e.model_copy(update={"kept": None, "files": {n: d for n, d in e.files.items() if "/" in n}})
+        for e in history.entries
+    )
     found = Lineage(
+        to=to,
         exported=exported,
+        naming=vars(naming),
         versions=versions(),
         revision=base.name if base is not None and base.parent.name == "snapshots" else None,
         state=State(base=state.state.base, terms=terms),
         history=history.model_copy(update={"base": named, "entries": entries}),
         stages=stages,
     )
-    tree = found.model_dump(mode="json", include={"history", "stages"})
-    return Lineage.model_validate_json(
-        json.dumps(found.model_dump(mode="json") | _without_places(tree))
-    )
-
-
-def _of_weights(entry: Entry) -> Entry:
-    """Return an entry without its files of texts and rows, which a run that is pushed may lack."""
-    model = {name: digest for name, digest in entry.files.items() if "/" in name}
-    return entry.model_copy(update={"files": model, "kept": None})
-
-
-_OF_A_PLACE = {"output": True, "start": True, "plugins": True, "train": {"trackers"}}
+    tree = found.model_dump(mode="json")
+    for name in ("history", "stages"):
+        tree[name] = _without_places(tree[name])
+    return Lineage.model_validate_json(json.dumps(tree))
 
 
 def _without_places(value: Any) -> Any:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from chainlora import files
 from chainlora.config.staging import split_address
 from chainlora.models.finding import resolve_model
 from chainlora.models.identity import base_files, changed_files
 from chainlora.runs.addresses import open_run
+from chainlora.runs.cards import Naming
 from chainlora.runs.costs import versions
 from chainlora.runs.export import export_adapter, export_merged
 from chainlora.runs.history import BASE
-from chainlora.runs.lineage import LINEAGE, Exported, Lineage, read_lineage
+from chainlora.runs.lineage import LINEAGE, Lineage, read_lineage
 from chainlora.runs.state import OpenState
 from chainlora.runs.to_gguf import export_gguf
+
+_EXPORTERS: Mapping[str, Callable[..., Any]] = {
+    "merged": export_merged,
+    "adapter": export_adapter,
+    "gguf": export_gguf,
+    "gguf-adapter": partial(export_gguf, as_adapter=True),
+}
 
 
 def verify_export(export: str | Path, run: str | Path | None = None) -> list[str]:
@@ -37,12 +47,13 @@ def verify_export(export: str | Path, run: str | Path | None = None) -> list[str
     if others := list(_other_origin(lineage, state, split_address(run)[1] is not None)):
         return [*found, *others]
     source = state.at(lineage.history.head)
-    source = source.of(lineage.state) if lineage.exported.num_links is None else source
+    source = source.of(lineage.state) if lineage.exported["num_links"] is None else source
     with TemporaryDirectory() as scratch:
-        _export(source, Path(scratch), lineage.exported)
+        exporter, naming = _EXPORTERS[lineage.to], Naming(**lineage.naming)
+        exporter(source, scratch, naming=naming, **lineage.exported)
         found += _changes(_checksums(Path(scratch)), now, f"not what {run} gives")
         again = read_lineage(scratch)
-    for name in ("state", "history", "stages", "exported"):
+    for name in ("state", "history", "stages"):
         if getattr(again, name) != getattr(lineage, name):
             found.append(f"{LINEAGE}: `{name}` is not what {run} says")
     if found and lineage.versions != versions():
@@ -77,15 +88,3 @@ def _other_origin(lineage: Lineage, state: OpenState, is_named: bool) -> Iterato
     elif is_named and state.entry != own.find(known.head):
         head = known.state_of(known.head).digest
         yield f"another state: {state} is {state.state.digest}, not {known.head}, {head}"
-
-
-def _export(state: OpenState, output: Path, how: Exported) -> None:
-    keys = {"num_links": how.num_links, "naming": how.naming}
-    sizes = {"rank": how.rank, "tolerance": how.tolerance}
-    if how.to == "merged":
-        export_merged(state, output, **keys)
-    elif how.to == "adapter":
-        export_adapter(state, output, **keys, **sizes)
-    else:
-        as_adapter = how.to == "gguf-adapter"
-        export_gguf(state, output, kind=how.kind, as_adapter=as_adapter, **keys, **sizes)

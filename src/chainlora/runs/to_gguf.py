@@ -39,7 +39,7 @@ from chainlora.runs.export import (
     empty_folder,
     export_merged,
 )
-from chainlora.runs.lineage import Exported, lineage_of
+from chainlora.runs.lineage import Target, lineage_of
 from chainlora.runs.opening import tokenizer_of
 from chainlora.runs.state import OpenState
 
@@ -103,11 +103,12 @@ def export_gguf(
         copy_licences(merged, made)
         files.remove(merged)
         what, base = f"with {made_of} in GGUF ({kind}){as_lora}.", state.base.model
-        keys = {"to": "gguf-adapter" if as_adapter else "gguf", "num_links": num_links}
-        keys |= {"kind": kind, "rank": rank, "tolerance": tolerance}
-        lineage = lineage_of(state, Exported.of(naming, **keys), folder)
-        facts = {"naming": naming, "story": story_of(state, num_links), "lineage": lineage}
-        write_card(made, Card(what, base, "gguf", links, wide, **facts))
+        story = story_of(state, num_links)
+        keys = {"kind": kind, "rank": rank, "tolerance": tolerance, "num_links": num_links}
+        to: Target = "gguf-adapter" if as_adapter else "gguf"
+        lineage = lineage_of(state, folder, naming, to, **keys)
+        card = Card(what, base, "gguf", links, wide, naming=naming, story=story)
+        write_card(made, card, lineage)
     sizes = {path.name: path.stat().st_size for path in sorted(output.glob("*.gguf"))}
     done = {"output": str(output), "links": len(links), "type": kind, "bytes": sizes}
     if as_adapter:

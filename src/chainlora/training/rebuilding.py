@@ -6,7 +6,7 @@ computed. Each must end in the state that it had.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,9 @@ from chainlora.errors import ConfigError, DataError, RunError
 from chainlora.evaluation.combination import combine
 from chainlora.models.finding import resolve_model
 from chainlora.models.identity import base_files
-from chainlora.registry import plugin_digest
 from chainlora.runs.history import BASE, Entry, State, exists_in, read_history, update_history
 from chainlora.runs.lineage import Lineage
-from chainlora.runs.resuming import CHANGEABLE, not_named, start_digests
+from chainlora.runs.resuming import CHANGEABLE, start_digests
 from chainlora.runs.state import check_base
 from chainlora.training.events import Listener
 from chainlora.training.plan import naming
@@ -44,9 +43,8 @@ def stages_of(lineage: Lineage, overrides: Sequence[tuple[str, Any]] = ()) -> li
         name: deepcopy(facts.config) for name, facts in lineage.stages.items()
     }
     for key, value in overrides:
-        name, inner = "", key
-        if key.startswith("stages."):
-            _, name, inner = (*key.split(".", 2), "")[:3]
+        first, _, rest = key.partition(".")
+        name, _, inner = rest.partition(".") if first == "stages" else ("", "", key)
         section, _, last = inner.rpartition(".")
         if last not in _PLACES or (name and name not in trees):
             rule = "a lineage is trained again with other places alone, of these stages"
@@ -56,8 +54,12 @@ def stages_of(lineage: Lineage, overrides: Sequence[tuple[str, Any]] = ()) -> li
                 set_key(tree, inner, value)
     found = []
     for entry in lineage.history.entries:
-        if entry.kind in ("stage", "import"):
-            _check_entry(entry, trees)
+        changed = {change.key for change in entry.training.changes}.intersection(CHANGEABLE)
+        is_imported = entry.kind in ("stage", "import") and entry.key not in trees
+        if entry.pruned or changed or (is_imported and entry.state.terms):
+            why = "below it links were pruned" if entry.pruned else "it was imported"
+            why = f"{', '.join(changed)} changed while it was trained" if changed else why
+            raise RunError(f"Cannot train {entry.key} of the lineage again: {why}")
         if entry.kind == "stage":
             after = entry.parents[0] if entry.parents else BASE
             stage = Stage(entry.key, make_config(trees[entry.key]), after=after)
@@ -72,35 +74,21 @@ def stages_of(lineage: Lineage, overrides: Sequence[tuple[str, Any]] = ()) -> li
     return found
 
 
-def _check_entry(entry: Entry, trees: Mapping[str, Any]) -> None:
-    changed = [change.key for change in entry.training.changes if change.key in CHANGEABLE]
-    for is_so, why in (
-        (entry.pruned, "links that it was trained on were pruned"),
-        (changed, "a key was changed while it was trained"),
-        (entry.key not in trees and entry.state.terms, "it was imported, or has no config"),
-    ):
-        if is_so:
-            raise RunError(f"Cannot train stage {entry.key!r} again: {why}")
-
-
 def _check_rows(entry: Entry, stage: Stage) -> None:
-    """Raise DataError for other rows, ConfigError for plug-ins that are not named."""
-    data, known = stage.config.data, entry.training
+    """Raise DataError for rows of other files."""
+    data, known = stage.config.data, entry.training.sources
     now = {
         key: [source_digest(key, each.path, data) for each in found]
         for key, found in named_sources(data).items()
     }
     now |= start_digests(stage.config)
-    for key in known.sources.keys() | now.keys():
-        if known.sources.get(key) != now.get(key):
+    for key in known.keys() | now.keys():
+        if known.get(key) != now.get(key):
             raise DataError(
                 f"`{key}` must be the rows that the lineage names",
-                f"{now.get(key)}, was {known.sources.get(key)}",
-                f"give that file: --stages.{stage.name}.{key} FILE",
+                f"{now.get(key)}, was {known.get(key)}",
+                f"name that file, as in --stages.{stage.name}.{key} FILE",
             )
-    digests = {plugin_digest(name) for name in stage.config.plugins}
-    if missing := [name for name, digest in known.plugins.items() if digest not in digests]:
-        raise ConfigError(not_named("train it again", missing))
 
 
 def rebuild(
@@ -136,7 +124,7 @@ def rebuild(
         if entry.kind != "import":
             _check_bits(run, entry)
     _move(run, wanted.head)
-    if lineage.exported.num_links is None:
+    if lineage.exported["num_links"] is None:
         _mix(run, lineage.state)
     return results
 
