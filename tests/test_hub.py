@@ -109,7 +109,8 @@ def test_a_run_is_pushed_and_pulled(finished, tmp_path):
     assert second == []
     assert hub.repositories["me/run"].keys() == {*first, "history.json"}
     assert {asked["visibility"] for asked in hub.created} == {"private"}
-    assert sorted(third) == sorted(first) and not (tmp_path / "pulled/rows").exists()
+    assert sorted(third) == sorted(first)
+    assert not (tmp_path / "pulled/rows").exists()
     torch.testing.assert_close(logits(load_run(pulled)[0]), logits(load_run(finished)[0]))
 
 

@@ -88,8 +88,15 @@ def test_a_lineage_says_where_an_export_comes_from(made, exported, sentiment):
 
 @pytest.mark.parametrize(
     "words",
-    ["--to adapter", "--to adapter --rank 3", "--to merged", "--to gguf", "--to gguf-adapter"]
-    + ["--to adapter --stages style=0.3", "--to adapter --links 1"],
+    [
+        "--to adapter",
+        "--to adapter --rank 3",
+        "--to merged",
+        "--to gguf",
+        "--to gguf-adapter",
+        "--to adapter --stages style=0.3",
+        "--to adapter --links 1",
+    ],
 )
 def test_an_export_is_every_byte_of_what_its_run_gives(chainlora, made, tmp_path, words):
     if "gguf" in words:
@@ -142,7 +149,8 @@ def test_a_changed_lineage_is_found(chainlora, made, exported, tmp_path):
 
 def test_another_state_run_or_base_is_named(chainlora, made, exported, finished, tmp_path):
     done = chainlora("verify", exported, f"{made}/run@law")
-    assert done.status == 1 and done.out.startswith(f"another state: {made}/run@law is ")
+    assert done.status == 1
+    assert done.out.startswith(f"another state: {made}/run@law is ")
     done = chainlora("verify", exported, finished)
     assert done.out.startswith("another run: ") or done.out.startswith("another base: ")
     fork = Path(shutil.copytree(made / "run", tmp_path / "run"))
@@ -156,7 +164,8 @@ def test_another_state_run_or_base_is_named(chainlora, made, exported, finished,
     finally:
         weights.write_bytes(whole)
     assert done.status == 1
-    assert done.out.startswith("another base: ") and "model.safetensors" in done.out
+    assert done.out.startswith("another base: ")
+    assert "model.safetensors" in done.out
 
 
 def test_a_folder_without_a_lineage_is_refused(chainlora, tmp_path):
@@ -211,7 +220,8 @@ def test_a_run_is_pushed_to_a_folder_once(chainlora, made, exported, sentiment, 
     """Its rows stay here; a run that is pulled has the same states."""
     run, there = Path(shutil.copytree(made / "run", tmp_path / "run")), tmp_path / "there"
     first = chainlora("push", run, there, "--json").json["files"]
-    assert first and not any(name.startswith("rows/") for name in first)
+    assert first
+    assert not any(name.startswith("rows/") for name in first)
     assert not (there / "rows").exists()
     assert chainlora("push", run, there, "--json").json["files"] == []
     assert chainlora("extend", run, "--name", "new", *stage_words(made, sentiment)).status == 0
@@ -227,7 +237,8 @@ def test_a_run_is_pushed_to_a_folder_once(chainlora, made, exported, sentiment, 
     done = chainlora("verify", exported, tmp_path / "pulled")
     assert done.status == 0, done.out
     rows = chainlora("push", run, there, "--rows", "--json").json["files"]
-    assert rows and all(name.startswith("rows/") for name in rows)
+    assert rows
+    assert all(name.startswith("rows/") for name in rows)
     assert chainlora("push", run, there, "--json").json["files"] == []
     assert read_history(there).files == before.files
     assert chainlora("pull", there, tmp_path / "pulled", "--json").json["files"] == rows
@@ -251,3 +262,20 @@ def test_what_is_no_earlier_state_is_not_overwritten(chainlora, made, sentiment,
     chainlora("push", run, tmp_path / "full").refused("must be a new or empty directory")
     chainlora("pull", "me/nothing", tmp_path / "new").refused("a run or repository must be there")
     chainlora("push", run, "me/nothing").refused("a run or repository must be there")
+
+
+def test_a_lineage_of_somebody_else_runs_no_code(chainlora, made, exported, sentiment, tmp_path):
+    from chainlora.runs.history import write_part
+    from chainlora.runs.lineage import read_lineage
+
+    lineage = read_lineage(exported)
+    mine = tmp_path / "mine.py"
+    mine.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    lineage.stages["law"].config["plugins"] = [str(mine)]
+    write_part(tmp_path / "lineage.json", lineage)
+    ask = ["train", tmp_path / "lineage.json", "--output", tmp_path / "out"]
+    assert chainlora(*ask, *places(made, sentiment), "--dry-run").status == 0
+    assert not (tmp_path / "ran").exists()
+    lineage.stages["law"].config["data"]["chat_template"] = "/etc/hostname"
+    write_part(tmp_path / "lineage.json", lineage)
+    chainlora(*ask, *places(made, sentiment)).refused("must be a name or a text")

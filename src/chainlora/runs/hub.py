@@ -20,6 +20,7 @@ from chainlora.errors import ConfigError, FileError, RunError
 from chainlora.runs.addresses import Address, nothing_at, open_run
 from chainlora.runs.cards import Naming, is_hub_id, public_name
 from chainlora.runs.changes import whole_run
+from chainlora.runs.export import empty_folder
 from chainlora.runs.history import (
     DAMAGED,
     RECORDS,
@@ -30,7 +31,6 @@ from chainlora.runs.history import (
     write_part,
 )
 from chainlora.runs.locks import LOCK, refuse_links
-from chainlora.runs.resuming import refuse_if_taken
 
 
 def check_push(run: Address, target: str, naming: Naming) -> None:
@@ -128,11 +128,13 @@ def _send(source: Path, target: Path, *, rows: bool) -> list[str]:
         return _joined(read_history(source), known, rows, target)
 
     if exists_in(target):
+        refuse_links(target)
         known = read_history(target)
         names = _copy_new(source, target, joined(known), known.files)
-        update_history(target, joined)
+        if joined(known) != known:
+            update_history(target, joined)
         return names
-    refuse_if_taken(target)
+    target = empty_folder(target)
     history = joined(History(base=read_history(source).base, hold=""))
     with files.replaced_folder(target) as scratch:
         names = _copy_new(source, scratch, history, {})

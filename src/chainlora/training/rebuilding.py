@@ -21,7 +21,7 @@ from chainlora.models.identity import base_files
 from chainlora.runs.history import BASE, Entry, State, exists_in, read_history, update_history
 from chainlora.runs.lineage import Lineage
 from chainlora.runs.resuming import CHANGEABLE, start_digests
-from chainlora.runs.state import check_base
+from chainlora.runs.state import check_base, refuse_paths
 from chainlora.training.events import Listener
 from chainlora.training.plan import naming
 from chainlora.training.processes import num_launched
@@ -39,9 +39,11 @@ def stages_of(lineage: Lineage, overrides: Sequence[tuple[str, Any]] = ()) -> li
 
     Raises ChainLoRAError for another base, other rows, and for what cannot be trained again.
     """
-    trees: dict[str, dict[str, Any]] = {
-        name: deepcopy(facts.config) for name, facts in lineage.stages.items()
-    }
+    trees: dict[str, dict[str, Any]] = {}
+    for name, facts in lineage.stages.items():  # which may come from somebody else
+        refuse_paths(facts.config, Path("lineage.json"))
+        left_out = ("plugins", "output", "start")
+        trees[name] = {k: deepcopy(v) for k, v in facts.config.items() if k not in left_out}
     for key, value in overrides:
         first, _, rest = key.partition(".")
         name, _, inner = rest.partition(".") if first == "stages" else ("", "", key)
