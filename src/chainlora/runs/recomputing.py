@@ -75,11 +75,12 @@ def _changes(before: Mapping[str, str], now: Mapping[str, str], what: str) -> It
 def _other_origin(lineage: Lineage, state: OpenState, is_named: bool) -> Iterator[str]:
     """Yield why an export is not of a run, or of the state that was named."""
     known, own, run = lineage.history, state.history, state.run
-    place = resolve_model(state.base.model)
-    for files_there, where in ((own.base.files, run), (base_files(place), place)):
-        if changed := changed_files(known.base.files or {}, files_there or {}):
-            yield f"another base: {where} has another {', '.join(changed)}"
-            return
+    if known.base.files is not None:  # a saved chain has none
+        place = resolve_model(state.base.model)
+        for there, where in ((own.base.files, run), (base_files(place), place)):
+            if changed := changed_files(known.base.files, there or {}):
+                yield f"another base: {where} has another {', '.join(changed)}"
+                return
     lost = [digest for digest in known.links if digest not in own.links]
     if lost:
         yield f"another run: {run} has no link {lost[0]} of stage {known.links[lost[0]].stage}"

@@ -68,6 +68,10 @@ def stages_of(lineage: Lineage, overrides: Sequence[tuple[str, Any]] = ()) -> li
             with naming(stage):
                 _check_rows(entry, stage)
             found.append(stage)
+    made = {term.derived for entry in lineage.history.entries for term in entry.state.terms}
+    if {term.derived for term in lineage.state.terms if term.derived} - made:
+        rule = "Cannot rebuild one stage of a combination by itself"
+        raise RunError(rule, "factors of another state", "take the lineage of the combination")
     if not found or found[0].config.output is None:
         rule = "a lineage is trained again by stages, into a new folder"
         raise ConfigError(rule, "none", "add --output" if found else "export another state")
@@ -140,12 +144,13 @@ def _mix(run: Path, state: State, reads: Sequence[str] = ()) -> None:
 
 
 def _check_bits(run: Path, wanted: Entry) -> None:
-    found = read_history(run).find(wanted.key)
-    same = found is not None and wanted.state.digest == found.state.digest
-    if not (same and found is not None and wanted.files.items() <= found.files.items()):
+    found = read_history(run).find(wanted.key) or wanted.model_copy(
+        update={"state": State(base="")}
+    )
+    if wanted.state != found.state or not wanted.files.items() <= found.files.items():
         known = ", ".join(f"{name} {number}" for name, number in wanted.training.versions.items())
         raise RunError(
             f"Cannot rebuild: {wanted.key} came to other bits than the lineage's",
-            f"{found.state.digest if found else 'none'}, was {wanted.state.digest}, in {run}",
+            f"{found.state.digest}, was {wanted.state.digest}, in {run}",
             f"use a machine of the same kind, as many threads and the same versions: {known}",
         )
