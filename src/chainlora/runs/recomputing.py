@@ -47,7 +47,7 @@ def verify_export(export: str | Path, run: str | Path | None = None) -> list[str
     if others := list(_other_origin(lineage, state, split_address(run)[1] is not None)):
         return [*found, *others]
     source = state.at(lineage.history.head)
-    source = source.of(lineage.state) if lineage.exported["num_links"] is None else source
+    source = source.of(lineage.state) if lineage.exported.get("num_links") is None else source
     with TemporaryDirectory() as scratch:
         exporter, naming = _EXPORTERS[lineage.to], Naming(**lineage.naming)
         exporter(source, scratch, naming=naming, **lineage.exported)
@@ -88,4 +88,4 @@ def _other_origin(lineage: Lineage, state: OpenState, is_named: bool) -> Iterato
         yield f"another run: {run} has no state {known.head} of these links"
     elif is_named and state.entry != own.find(known.head):
         head = known.state_of(known.head).digest
-        yield f"another state: {state} is {state.state.digest}, not {known.head}, {head}"
+        yield f"another state: {state} is {state.state.digest}, the export is of {known.head}, {head}"

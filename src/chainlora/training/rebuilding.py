@@ -130,7 +130,7 @@ def rebuild(
         if entry.kind != "import":
             _check_bits(run, entry)
     _move(run, wanted.head)
-    if lineage.exported["num_links"] is None:
+    if lineage.exported.get("num_links") is None:
         _mix(run, lineage.state)
     return results
 
