@@ -87,5 +87,5 @@ def _other_origin(lineage: Lineage, state: OpenState, is_named: bool) -> Iterato
     elif known.head != BASE and own.state_of(known.head) != known.state_of(known.head):
         yield f"another run: {run} has no state {known.head} of these links"
     elif is_named and state.entry != own.find(known.head):
-        head = known.state_of(known.head).digest
-        yield f"another state: {state} is {state.state.digest}, the export is of {known.head}, {head}"
+        own_state = f"{known.head}, {known.state_of(known.head).digest}"
+        yield f"another state: {state} is {state.state.digest}, the export is of {own_state}"
