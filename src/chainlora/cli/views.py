@@ -1,4 +1,4 @@
-"""The verbs that show a run or write it out: `chainlora inspect`, `report`, `board`, `export`."""
+"""The verbs that show a run or write it out: `inspect`, `report`, `board`, `export`, `verify`."""
 
 from __future__ import annotations
 
@@ -260,3 +260,27 @@ def _gguf_text(done: Mapping[str, Any]) -> str:
     sizes = ", ".join(f"{name} ({size / 1e6:,.1f} MB)" for name, size in done["bytes"].items())
     made = f"{sizes} in {done['type']} of {done['links']} link(s) in {done['output']}"
     return f"{made}; for Ollama: ollama create NAME -f {done['output']}/Modelfile"
+
+
+@click.command
+@click.argument("export", type=click.Path(exists=True, file_okay=False))
+@click.argument("run", required=False, type=click.Path())
+@json_option
+def verify(export: str, run: str | None, as_json: bool) -> None:
+    """Check the folder EXPORT by its checksums, and with RUN against what RUN gives.
+
+    With RUN, or RUN@NAME, the state in EXPORT/lineage.json is exported again into a temporary
+    folder, and every byte is compared. What differs is shown, and the exit status is then 1: a
+    changed file, another state, another base, another run.
+    """
+    if run is not None:
+        need_run(run)
+    quiet()
+    from chainlora.runs.recomputing import verify_export
+
+    found = verify_export(export, run)
+    what = "the files have their checksums; name RUN to compare them with what it gives"
+    what = what if run is None else f"every byte is what {run} gives"
+    show({"differences": found}, "\n".join(found) or f"{export}: {what}", as_json)
+    if found:
+        raise click.exceptions.Exit(1)

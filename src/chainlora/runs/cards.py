@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -24,6 +24,9 @@ from chainlora.files import reported
 from chainlora.models.finding import hub_id_of
 from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.records import of_event, score_names
+
+if TYPE_CHECKING:
+    from chainlora.runs.lineage import Lineage
 
 _TEMPLATE = Path(__file__).with_name("card_template.jinja")
 _SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's --max-lora-rank
@@ -118,8 +121,8 @@ def is_of_another(folder: Path) -> bool:
     return path.exists() and signature not in path.read_text(encoding="utf-8", errors="replace")
 
 
-def write_card(folder: Path, card: Card) -> None:
-    """Write a card as ``README.md``."""
+def write_card(folder: Path, card: Card, lineage: Lineage | None = None) -> None:
+    """Write a card as ``README.md``, and then the lineage, which has the checksums of all files."""
     naming, links, story = card.naming, card.links, card.story or {}
     base = naming.base or public_name(card.model)
     is_named = is_hub_id(base) or (base and not naming.name)  # a card on the Hub names only ids
@@ -135,6 +138,7 @@ def write_card(folder: Path, card: Card) -> None:
         **vars(card),
         **vars(naming),
         **story,
+        "lineage": lineage,
         "base": base or "a base without a name",
         "scores": scores,
         "rows": rows,
@@ -147,6 +151,8 @@ def write_card(folder: Path, card: Card) -> None:
         written = ModelCard.from_template(data, str(_TEMPLATE), **facts)
         written.text = "\n" + re.sub(r"\n{3,}", "\n\n", written.text).strip() + "\n"
         written.save(folder / "README.md")
+    if lineage is not None:
+        lineage.write(folder)
 
 
 def served_rank(links: Sequence[Link], rank: int) -> int | None:

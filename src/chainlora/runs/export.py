@@ -40,6 +40,7 @@ from chainlora.runs.cards import (
 )
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.history import CAUSAL, Base
+from chainlora.runs.lineage import Lineage, lineage_of
 from chainlora.runs.opening import load_run, tokenizer_of
 from chainlora.runs.saved_chain import current_links, describe_base
 from chainlora.runs.state import OpenState
@@ -83,7 +84,8 @@ def export_merged(
         what = f"with {'every weight fine-tuned' if is_whole else done}."
         story = story_of(state, num_links)
         card = Card(what, state.base.model, "transformers", links, naming=naming, story=story)
-        write_card(scratch, card)
+        lineage = lineage_of(state, base, naming, "merged", num_links=num_links)
+        write_card(scratch, card, lineage)
     name = str(model.dtype).removeprefix("torch.")
     return {"to": "merged", "output": str(output), "links": len(links), "dtype": name}
 
@@ -143,8 +145,12 @@ def export_adapter(
         if folder is not None:
             copy_licences(folder, scratch)
             _save_tokenizer(source, folder, scratch)
-        story = None if isinstance(source, Chain) else story_of(source, num_links)
-        write_adapter_card(scratch, links, written, error, named, naming=naming, story=story)
+        facts: dict[str, Any] = {"naming": naming}
+        if not isinstance(source, Chain):
+            keys = {"rank": rank, "tolerance": tolerance, "num_links": num_links}
+            facts["lineage"] = lineage_of(source, folder, naming, "adapter", **keys)
+            facts["story"] = story_of(source, num_links)
+        write_adapter_card(scratch, links, written, error, named, **facts)
     return {
         "to": "adapter",
         "output": str(output),
@@ -273,15 +279,16 @@ def write_adapter_card(
     *,
     naming: Naming = UNNAMED,
     story: Mapping[str, Any] | None = None,
+    lineage: Lineage | None = None,
 ) -> None:
-    """Write the model card of a chain as one adapter."""
+    """Write the model card of a chain as one adapter, and its lineage."""
     kind = f"relative error {error:.2e}" if error else "exact"
     what = f"with a chain of {len(links)} LoRA link(s) as one adapter of rank {rank} ({kind})."
     is_causal = base.task_type == CAUSAL
     card = Card(
         what, base.model, "peft", links, rank, naming=naming, story=story, is_causal=is_causal
     )
-    write_card(folder, card)
+    write_card(folder, card, lineage)
 
 
 def empty_folder(output: str | Path) -> Path:

@@ -40,6 +40,7 @@ from chainlora.runs.export import (
     empty_folder,
     export_merged,
 )
+from chainlora.runs.lineage import Target, lineage_of
 from chainlora.runs.opening import tokenizer_of
 from chainlora.runs.state import OpenState
 
@@ -114,8 +115,11 @@ def export_gguf(
         what, base = f"with {made_of} in GGUF ({kind}){as_lora}.", state.base.model
         wide = None if each or not loras else loras[0].rank
         story = story_of(state, num_links)
+        keys = {"kind": kind, "rank": rank, "tolerance": tolerance, "num_links": num_links}
+        to: Target = "gguf-adapter" if as_adapter else "gguf"
+        lineage = lineage_of(state, folder, naming, to, **keys, each=each)
         card = Card(what, base, "gguf", links, wide, naming=naming, story=story, sheet=sheet)
-        write_card(made, card)
+        write_card(made, card, lineage)
     sizes = {path.name: path.stat().st_size for path in sorted(output.glob("*.gguf"))}
     done = {"output": str(output), "links": len(links), "type": kind, "bytes": sizes}
     if each:
