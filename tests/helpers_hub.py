@@ -95,6 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif found and found[1] in self.hub.repositories:
             names = [{"rfilename": path} for path in self.hub.repositories[found[1]]]
             self._json({"id": found[1], "sha": COMMIT, "siblings": names})
+        elif found:
+            self._json({"error": "no repository"}, 404, {"X-Error-Code": "RepoNotFound"})
         else:
             self._file(with_body=True)
 

@@ -34,7 +34,7 @@ OURS = (
     "trainer.md",
     "layout.md",
     "run-directory.md",
-    "comparison.md",
+    "evidence.md",
     "optimizers.md",
     "scale.md",
 )

@@ -82,6 +82,38 @@ def test_an_adapter_is_pushed_and_a_base_is_fetched(finished, tiny_folder, tmp_p
     torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=0)
 
 
+SYNC = """
+import json, sys
+from chainlora.cli.main import run
+for arguments in json.loads(sys.argv[1]):
+    assert run(arguments) == 0
+"""
+
+
+def test_a_run_is_pushed_and_pulled(finished, tmp_path):
+    """Without its rows, into a private repository, and nothing twice."""
+    push, pulled = ["push", str(finished), "me/run", "--json"], str(tmp_path / "pulled")
+    commands = [push, push, ["pull", "me/run", pulled, "--json"]]
+    with local_hub() as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", SYNC, json.dumps(commands)],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env=os.environ
+            | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+            | {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_secret"},
+        )
+    assert done.returncode == 0, done.stderr
+    first, second, third = (json.loads(line)["files"] for line in done.stdout.splitlines())
+    assert second == []
+    assert hub.repositories["me/run"].keys() == {*first, "history.json"}
+    assert {asked["visibility"] for asked in hub.created} == {"private"}
+    assert sorted(third) == sorted(first)
+    assert not (tmp_path / "pulled/rows").exists()
+    torch.testing.assert_close(logits(load_run(pulled)[0]), logits(load_run(finished)[0]))
+
+
 def check_card(card: str, run) -> None:
     """Base, links, digest of the rows, scores before and after each link, two ways to load."""
     front = yaml.safe_load(card.split("---")[1])

@@ -33,7 +33,7 @@ SIGNATURES = {
     "load_config": "(path, overrides)",
     "load_run": "(run, *, num_links, dtype, as_trained)",
     "export_merged": "(run, output, *, num_links, naming)",
-    "export_adapter": "(run, output, *, rank, tolerance, num_links, naming)",
+    "export_adapter": "(run, output, *, rank, tolerance, num_links, naming, each)",
     "inspect_run": "(run)",
     "save_chain": "(chain, directory)",
     "load_chain": "(directory, model, *, checkpoint)",

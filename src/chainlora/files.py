@@ -116,6 +116,15 @@ def unwritable(error: Exception, path: Path) -> FileError:
     )
 
 
+def copy_file(source: Path, path: Path) -> None:
+    """Put a copy of a file at a path, atomically and durably."""
+    make_folder(path.parent)
+    remove_scratch(path.parent, path.name)
+    with _replaced(path) as scratch:
+        shutil.copyfile(source, scratch)
+        sync_file(scratch)
+
+
 @contextmanager
 def _replaced(path: Path) -> Iterator[Path]:
     """Give a scratch path; rename it to `path` at the end, or remove it after an error."""

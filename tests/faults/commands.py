@@ -30,6 +30,7 @@ from chainlora.runs.addresses import state_at, state_of_draft
 from chainlora.runs.changes import mix_stages, prune_stage, redo, undo
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import BASE, read_history
+from chainlora.runs.hub import push_run
 from chainlora.runs.loading_start import with_start
 from chainlora.training.interrupts import interruptible
 from chainlora.training.stages import extension, rehearsal, train_stages
@@ -217,6 +218,10 @@ def _merge(world: World, where: Path, listener: Listener = _silent) -> None:
     export_merged(where / "run", where / "out")
 
 
+def _push(world: World, where: Path, listener: Listener = _silent) -> None:
+    push_run(where / "run", str(where / "fork"), rows=True)
+
+
 def _experiment(world: World, where: Path, listener: Listener = _silent) -> None:
     own = world.tree["stages"][0]["data"]
     rows = {"num_train": 8, "num_validation": 4, "num_test": 4}
@@ -263,6 +268,7 @@ COMMANDS = {
     "prune": Command(_prune, "two", "refused"),
     "export": Command(_export, "two", "refused"),
     "merge": Command(_merge, "two", "refused"),
+    "push": Command(_push, "two"),
     "experiment": Command(_experiment),
 }
 

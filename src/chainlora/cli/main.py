@@ -20,8 +20,19 @@ from chainlora.cli.doctor import doctor, schema, tasks
 from chainlora.cli.generate import chat, generate
 from chainlora.cli.scores import evaluate
 from chainlora.cli.train import demo, train
-from chainlora.cli.versioning import combine, extend, log, mix, prune, redo, rehearse, undo
-from chainlora.cli.views import board, export, inspect, report
+from chainlora.cli.versioning import (
+    combine,
+    extend,
+    log,
+    mix,
+    prune,
+    pull,
+    push,
+    redo,
+    rehearse,
+    undo,
+)
+from chainlora.cli.views import board, export, inspect, report, verify
 from chainlora.errors import (
     ChainLoRAError,
     ConfigError,
@@ -115,7 +126,9 @@ def cli(context: click.Context, debug: bool) -> None:
         )
 
 
-for _verb in (demo, train, extend, combine, rehearse, mix, undo, redo, log, prune, evaluate):
+for _verb in (demo, train, extend, combine, rehearse, mix, undo, redo, log, prune, push, pull):
     cli.add_command(_verb)
-for _verb in (generate, chat, inspect, report, board, export, tasks, doctor, schema):
+for _verb in (evaluate, generate, chat, inspect, report, board, export, verify, tasks):
+    cli.add_command(_verb)
+for _verb in (doctor, schema):
     cli.add_command(_verb)

@@ -7,6 +7,7 @@ import shlex
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -58,6 +59,9 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     config of `stages`, those that are new are trained. The exit status is 3 where
     `train.accept_links` switched a new stage off.
 
+    The lineage.json of an export is a config too: the same rows and base give the same bits. Name
+    their places by --model, --data.train or --stages.NAME.data.train. Other rows are refused.
+
     The smallest config; `chainlora schema --markdown` has all keys:
 
     \b
@@ -70,6 +74,9 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     from chainlora.config.staging import Stage, check_alone, has_stages, make_stages
 
     file, overrides = file_and_overrides(list(arguments))
+    if file.endswith("lineage.json"):
+        _rebuild(file, overrides, dry_run, as_json)
+        return
     tree = read_config(file)
     for key, value in overrides:
         if not key.startswith("stages."):
@@ -119,6 +126,19 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
         _show_run(settings, [result])
 
 
+def _rebuild(file: str, overrides: Sequence[tuple[str, str]], dry_run: bool, as_json: bool) -> None:
+    quiet()
+    from chainlora.runs.lineage import read_lineage
+    from chainlora.training.rebuilding import rebuild, stages_of
+
+    lineage = read_lineage(file)
+    stages = stages_of(lineage, overrides)
+    work = partial(rebuild, lineage, stages)
+    train_and_show(stages, (), dry_run, as_json, work)
+    if not dry_run:
+        to_stderr(f"rebuilt {lineage.state.digest}: the links have the bits that {file} names")
+
+
 def _stage_of(file: str, output: Any, overrides: Sequence[tuple[str, str]]) -> str:
     """Return the stage of a config inside a run, and `main` of others.
 
@@ -143,9 +163,14 @@ def _stage_of(file: str, output: Any, overrides: Sequence[tuple[str, str]]) -> s
 
 
 def train_and_show(
-    stages: Sequence[Stage], overrides: Sequence[tuple[str, str]], dry_run: bool, as_json: bool
+    stages: Sequence[Stage],
+    overrides: Sequence[tuple[str, str]],
+    dry_run: bool,
+    as_json: bool,
+    train: Callable[..., list[TrainResult | None]] | None = None,
 ) -> None:
-    """Train what is new of a chain's stages, and show what each came to."""
+    """Train what is new of a chain's stages, and show what each came to. `train` is called with a
+    listener, by default for `train_stages`."""
     quiet()
     named = [key.split(".", 2)[-1] if key.startswith("stages.") else key for key, _ in overrides]
     if dry_run:
@@ -162,6 +187,8 @@ def train_and_show(
                 off.append(event.stage)
             tell(event)
 
+        if train is not None:
+            return train(listener=listener)
         return train_stages(stages, listener=listener, change=named)
 
     results = _with_progress(stages[0].config, work)

@@ -1,10 +1,10 @@
 """The verbs of stages and of a run's history: `extend`, `combine`, `rehearse`, `mix`, `undo`,
-`redo`, `log`, `prune`."""
+`redo`, `log`, `prune`, `push`, `pull`."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -315,3 +315,42 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
         click.echo(f"stays: the cache of tokenised rows of all runs, {cache_dir() / 'rows'}")
     if not yes:
         raise ConfigError("Nothing deleted. Add --yes.")
+
+
+@click.command
+@click.argument("run", type=click.Path())
+@click.argument("target", metavar="FOLDER|OWNER/NAME")
+@click.option("--rows", is_flag=True, help="Send the rows that stages kept, too.")
+@json_option
+def push(run: str, target: str, rows: bool, as_json: bool) -> None:
+    """Send RUN to a folder, or to a repository of the Hub, which becomes private if it is new.
+
+    Sent are the history and the files that it names and the target lacks: links, configs, records,
+    results. Kept rows stay here without --rows. Configs name your files as you wrote them.
+    """
+    whole_run(run)
+    quiet()
+    from chainlora.runs.hub import push_run
+
+    _show_sent(push_run(run, target, rows=rows), run, target, as_json)
+
+
+@click.command
+@click.argument("source", metavar="FOLDER|OWNER/NAME")
+@click.argument("run", type=click.Path())
+@json_option
+def pull(source: str, run: str, as_json: bool) -> None:
+    """Copy a run that was pushed into RUN, a new folder or an earlier state of that run."""
+    quiet()
+    from chainlora.runs.hub import pull_run
+
+    _show_sent(pull_run(source, run), source, run, as_json)
+
+
+def _show_sent(names: Sequence[str], source: str, target: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"from": source, "to": target, "files": names})
+    else:
+        click.echo(
+            "\n".join([*names, f"{len(names)} files, and history.json: {source} -> {target}"])
+        )

@@ -1,4 +1,4 @@
-"""The verbs that show a run or write it out: `chainlora inspect`, `report`, `board`, `export`."""
+"""The verbs that show a run or write it out: `inspect`, `report`, `board`, `export`, `verify`."""
 
 from __future__ import annotations
 
@@ -149,6 +149,11 @@ def board(runs: tuple[str, ...], host: str, port: int | None) -> None:
     type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
     help="What weights in a GGUF file are stored as. Default: as the run has them.",
 )
+@click.option(
+    "--each",
+    is_flag=True,
+    help="One adapter for each stage, at strength 1, and a sheet of commands for servers.",
+)
 @links_option
 @stages_option
 @click.option(
@@ -177,6 +182,7 @@ def export(
     rank: int | None,
     tolerance: float | None,
     gguf_type: str | None,
+    each: bool,
     links: int | None,
     stages: str | None,
     repository: str | None,
@@ -197,6 +203,11 @@ def export(
         )
     if not target.startswith("gguf") and gguf_type is not None:
         raise click.UsageError("--gguf-type is for GGUF files; use it with --to gguf")
+    if each and (links is not None or repository is not None or not target.endswith("adapter")):
+        raise click.UsageError(
+            "--each makes adapters of the stages of a state in a folder; use it with --to adapter "
+            "or gguf-adapter, without --links and --push-to-hub"
+        )
     if private and repository is None:
         raise click.UsageError("--private is for a repository; use it with --push-to-hub")
     quiet()
@@ -211,17 +222,17 @@ def export(
         check_push(state, target, naming)
     keys: dict[str, Any] = {"num_links": links, "naming": naming}
     if target.endswith("adapter"):
-        keys |= {"rank": rank, "tolerance": tolerance}
+        keys |= {"rank": rank, "tolerance": tolerance, "each": each}
     if target == "merged":
         done = export_merged(state, output, **keys)
         text = f"merged checkpoint ({done['dtype']}) of {done['links']} link(s) in {done['output']}"
     elif target == "adapter":
         done = export_adapter(state, output, **keys)
-        text = _adapter_text(done)
+        text = _each_text(done) if each else _adapter_text(done)
     else:
         is_adapter = target == "gguf-adapter"
         done = export_gguf(state, output, kind=gguf_type, as_adapter=is_adapter, **keys)
-        text = _gguf_text(done)
+        text = _each_text(done) if each else _gguf_text(done)
     if repository is not None:
         done["commit"] = push_folder(output, repository, private=private)
         text += f"\npushed to {repository}: {done['commit']}"
@@ -236,7 +247,40 @@ def _adapter_text(done: Mapping[str, Any]) -> str:
     return f"{made}, for the base {done['base']}{base}"
 
 
+def _each_text(done: Mapping[str, Any]) -> str:
+    lines = [
+        f"{each['adapter']}: strength {each['strength']:g}, rank {each['rank']}, relative error "
+        f"{each['error']:.1e}"
+        for each in done["adapters"]
+    ]
+    return "\n".join([*lines, f"how to serve them: {done['output']}/SERVING.md"])
+
+
 def _gguf_text(done: Mapping[str, Any]) -> str:
     sizes = ", ".join(f"{name} ({size / 1e6:,.1f} MB)" for name, size in done["bytes"].items())
     made = f"{sizes} in {done['type']} of {done['links']} link(s) in {done['output']}"
     return f"{made}; for Ollama: ollama create NAME -f {done['output']}/Modelfile"
+
+
+@click.command
+@click.argument("export", type=click.Path(exists=True, file_okay=False))
+@click.argument("run", required=False, type=click.Path())
+@json_option
+def verify(export: str, run: str | None, as_json: bool) -> None:
+    """Check the folder EXPORT by its checksums, and with RUN against what RUN gives.
+
+    With RUN, or RUN@NAME, the state in EXPORT/lineage.json is exported again into a temporary
+    folder, and every byte is compared. What differs is shown, and the exit status is then 1: a
+    changed file, another state, another base, another run.
+    """
+    if run is not None:
+        need_run(run)
+    quiet()
+    from chainlora.runs.recomputing import verify_export
+
+    found = verify_export(export, run)
+    what = "the files have their checksums; name RUN to compare them with what it gives"
+    what = what if run is None else f"every byte is what {run} gives"
+    show({"differences": found}, "\n".join(found) or f"{export}: {what}", as_json)
+    if found:
+        raise click.exceptions.Exit(1)

@@ -62,17 +62,25 @@ def begun_history(run: Path, config: RunConfig, base: Base, start: Start, stage:
     return history
 
 
+def closure(state: OpenState) -> History:
+    """Return the history of a state alone: the entries that it needs, with their links."""
+    found = [e for e in state.history.entries if e in [*state.keepers(), *state.lineage]]
+    links = {digest: state.history.links[digest] for digest in _links_of(found)}
+    key = BASE if state.entry is None else state.entry.key
+    moves: dict[str, Any] = {"head": key, "origin": key, "past": (), "future": ()}
+    update = {"entries": tuple(found), "links": links} | moves
+    return state.history.model_copy(update=update)
+
+
 def copy_closure(state: OpenState, run: Path, history: History) -> History:
     """Copy all that a state of another run needs into a run that begins on it, and nothing else.
 
     Returns the history with its entries.
     """
-    found = [e for e in state.history.entries if e in [*state.keepers(), *state.lineage]]
-    _copy_files(state, found, run, {})
-    copied = tuple(_own(entry) for entry in found)
-    links = {digest: state.history.links[digest] for digest in _links_of(found)}
-    key = BASE if state.entry is None else state.entry.key
-    update = {"entries": copied, "links": links, "head": key, "origin": key}
+    found = closure(state)
+    _copy_files(state, found.entries, run, {})
+    copied = tuple(_own(entry) for entry in found.entries)
+    update = {"entries": copied, "links": found.links, "head": found.head, "origin": found.head}
     return history.model_copy(update=update)
 
 

@@ -10,11 +10,11 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -24,6 +24,9 @@ from chainlora.files import reported
 from chainlora.models.finding import hub_id_of
 from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.records import of_event, score_names
+
+if TYPE_CHECKING:
+    from chainlora.runs.lineage import Lineage
 
 _TEMPLATE = Path(__file__).with_name("card_template.jinja")
 _SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's --max-lora-rank
@@ -60,6 +63,7 @@ class Card:
     naming: Naming = UNNAMED
     story: Mapping[str, Any] | None = None
     is_causal: bool = True
+    sheet: str | None = None  # the file that tells how to serve it, if not the card
 
 
 def story_of(run: Address, num_links: int | None = None) -> dict[str, Any]:
@@ -117,8 +121,8 @@ def is_of_another(folder: Path) -> bool:
     return path.exists() and signature not in path.read_text(encoding="utf-8", errors="replace")
 
 
-def write_card(folder: Path, card: Card) -> None:
-    """Write a card as ``README.md``."""
+def write_card(folder: Path, card: Card, lineage: Lineage | None = None) -> None:
+    """Write a card as ``README.md``, and then the lineage, which has the checksums of all files."""
     naming, links, story = card.naming, card.links, card.story or {}
     base = naming.base or public_name(card.model)
     is_named = is_hub_id(base) or (base and not naming.name)  # a card on the Hub names only ids
@@ -129,31 +133,51 @@ def write_card(folder: Path, card: Card) -> None:
         pipeline_tag="text-generation" if card.is_causal else None,
         tags=["chain-of-lora", "lora"],
     )
-    is_served = not any(link.extra or link.config.lora_bias for link in links)  # vLLM rejects these
-    wide = [rank for rank in _SERVED_RANKS if is_served and rank >= (card.rank or 1)]
     scores, rows = _chain_table(links, story)
     facts = {
         **vars(card),
         **vars(naming),
         **story,
+        "lineage": lineage,
         "base": base or "a base without a name",
         "scores": scores,
         "rows": rows,
-        "served_rank": min(wide, default=None),
+        "base_place": place_of(base),
+        "served_rank": served_rank(links, card.rank or 1),
         "licence_files": sorted(p.name for p in folder.iterdir() if is_licence(p.name)),
-        "code": lambda text: f"`{_plain(text)}`",
-        "python": lambda text: json.dumps(_plain(text), ensure_ascii=False),
-        "shell": lambda text: shlex.quote(_plain(text)),
+        **QUOTING,
     }
     with reported(folder / "README.md"):
         written = ModelCard.from_template(data, str(_TEMPLATE), **facts)
         written.text = "\n" + re.sub(r"\n{3,}", "\n\n", written.text).strip() + "\n"
         written.save(folder / "README.md")
+    if lineage is not None:
+        lineage.write(folder)
+
+
+def served_rank(links: Sequence[Link], rank: int) -> int | None:
+    """Return the least `--max-lora-rank` of vLLM for an adapter; None if vLLM refuses it."""
+    if any(link.extra or link.config.lora_bias for link in links):
+        return None
+    return next((served for served in _SERVED_RANKS if served >= rank), None)
+
+
+def place_of(base: str) -> str:
+    """Return what loads a base by its public name: a Hub id, or what stands for a folder."""
+    return base if "/" in base and not base.endswith(".gguf") else "FOLDER_OF_THE_BASE"
 
 
 def _plain(text: object) -> str:
     """Return a text on one line without backticks: inside Markdown's code it is no markup."""
     return " ".join(str(text).split()).replace("`", "'")
+
+
+QUOTING: Mapping[str, Callable[[object], str]] = {
+    "code": lambda text: f"`{_plain(text)}`",
+    "python": lambda text: json.dumps(_plain(text), ensure_ascii=False),
+    "shell": lambda text: shlex.quote(_plain(text)),
+}
+"""How templates write values from a run's files: as text, never as markup."""
 
 
 def _chain_table(

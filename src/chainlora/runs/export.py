@@ -28,6 +28,7 @@ from chainlora.models.finding import resolve_model
 from chainlora.models.identity import tokenizer_files
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.addresses import Address, open_run
+from chainlora.runs.apart import Part, need_links, taken_apart, write_sheet
 from chainlora.runs.cards import (
     UNNAMED,
     Card,
@@ -39,6 +40,7 @@ from chainlora.runs.cards import (
 )
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.history import CAUSAL, Base
+from chainlora.runs.lineage import Lineage, lineage_of
 from chainlora.runs.opening import load_run, tokenizer_of
 from chainlora.runs.saved_chain import current_links, describe_base
 from chainlora.runs.state import OpenState
@@ -82,7 +84,8 @@ def export_merged(
         what = f"with {'every weight fine-tuned' if is_whole else done}."
         story = story_of(state, num_links)
         card = Card(what, state.base.model, "transformers", links, naming=naming, story=story)
-        write_card(scratch, card)
+        lineage = lineage_of(state, base, naming, "merged", num_links=num_links)
+        write_card(scratch, card, lineage)
     name = str(model.dtype).removeprefix("torch.")
     return {"to": "merged", "output": str(output), "links": len(links), "dtype": name}
 
@@ -105,8 +108,12 @@ def export_adapter(
     tolerance: float | None = None,
     num_links: int | None = None,
     naming: Naming = UNNAMED,
+    each: bool = False,
 ) -> dict[str, Any]:
     """Write a chain as one PEFT adapter: exact, or compressed to `rank` or to `tolerance`.
+
+    With `each`, write each stage of a run by itself, at strength 1, into a folder of its own, and
+    ``SERVING.md`` about them; returns stage, name, strength, rank and error of each `adapters`.
 
     `tolerance` is a relative error. A `rank` above the chain's is filled up with zeros.
 
@@ -118,6 +125,9 @@ def export_adapter(
     """
     check_compression(rank, tolerance)
     output = empty_folder(output)
+    if each:
+        state, parts = taken_apart(run, num_links)
+        return _export_each(state, parts, output, naming, rank=rank, tolerance=tolerance)
     source = run if isinstance(run, Chain) else open_run(run)
     links, base = _links_and_base(source, num_links)
     folder = _base_folder(base.model)
@@ -135,8 +145,12 @@ def export_adapter(
         if folder is not None:
             copy_licences(folder, scratch)
             _save_tokenizer(source, folder, scratch)
-        story = None if isinstance(source, Chain) else story_of(source, num_links)
-        write_adapter_card(scratch, links, written, error, named, naming=naming, story=story)
+        facts: dict[str, Any] = {"naming": naming}
+        if not isinstance(source, Chain):
+            keys = {"rank": rank, "tolerance": tolerance, "num_links": num_links}
+            facts["lineage"] = lineage_of(source, folder, naming, "adapter", **keys)
+            facts["story"] = story_of(source, num_links)
+        write_adapter_card(scratch, links, written, error, named, **facts)
     return {
         "to": "adapter",
         "output": str(output),
@@ -146,6 +160,18 @@ def export_adapter(
         "exact": tolerance is None and error == 0.0,
         "base": named.model,
     }
+
+
+def _export_each(
+    state: OpenState, parts: Sequence[Part], output: Path, naming: Naming, **compression: Any
+) -> dict[str, Any]:
+    adapters = []
+    with files.replaced_folder(output) as scratch:
+        for part in parts:
+            done = export_adapter(part.state, scratch / part.name, naming=naming, **compression)
+            adapters.append(part.told(done["rank"], done["error"]))
+        write_sheet(scratch, state, adapters, naming, as_gguf=False)
+    return {"to": "adapter", "output": str(output), "adapters": adapters, "base": done["base"]}
 
 
 def _save_tokenizer(run: OpenState | Chain, base: Path, output: Path) -> None:
@@ -201,10 +227,7 @@ def _links_and_base(run: OpenState | Chain, num_links: int | None) -> tuple[Sequ
         if num_links is not None and not 0 < num_links <= len(links):
             raise ChainError(f"`num_links` must be 1 to {len(links)} here (got {num_links})")
         return switched_on(links[:num_links]), describe_base(run)
-    if run.is_whole_model:
-        raise RunError(
-            f"an adapter is made of links (got {run}, a run of full fine-tuning); export it merged"
-        )
+    need_links(run)
     return switched_on(run.links(num_links)), run.base
 
 
@@ -256,15 +279,16 @@ def write_adapter_card(
     *,
     naming: Naming = UNNAMED,
     story: Mapping[str, Any] | None = None,
+    lineage: Lineage | None = None,
 ) -> None:
-    """Write the model card of a chain as one adapter."""
+    """Write the model card of a chain as one adapter, and its lineage."""
     kind = f"relative error {error:.2e}" if error else "exact"
     what = f"with a chain of {len(links)} LoRA link(s) as one adapter of rank {rank} ({kind})."
     is_causal = base.task_type == CAUSAL
     card = Card(
         what, base.model, "peft", links, rank, naming=naming, story=story, is_causal=is_causal
     )
-    write_card(folder, card)
+    write_card(folder, card, lineage)
 
 
 def empty_folder(output: str | Path) -> Path:

@@ -21,7 +21,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -70,8 +70,9 @@ class Part(BaseModel):
 
 
 class Document(Part):
-    """All that a JSON file says."""
+    """All that a JSON file says. `remedy` is for one that is damaged."""
 
+    remedy: ClassVar[str] = DAMAGED
     format: int
 
 
@@ -292,6 +293,22 @@ class History(Document):
         """Return the names of the stages that the links of a state are of, in their order."""
         return list(dict.fromkeys(self.links[term.link].stage for term in state.terms))
 
+    def strengths_of(self, state: State) -> dict[str, float]:
+        """Return the strength of each stage in a state."""
+        return {self.links[term.link].stage: term.strength for term in state.terms}
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Return all files that the history names, each with its SHA-256 or the first digits."""
+        found = {f"{TOKENIZER}/{name}": digest for name, digest in self.tokenizer.items()}
+        for key, facts in self.links.items():
+            found |= {f"{link_folder(key)}/{name}": d for name, d in facts.files.items()}
+        for entry in self.entries:
+            found |= {f"stages/{entry.key}/{name}": d for name, d in entry.files.items()}
+            found |= {derived_file(t.derived): t.derived for t in entry.state.terms if t.derived}
+            found |= {} if entry.kept is None else {rows_file(entry.kept): entry.kept}
+        return found
+
     def ends(self, key: str) -> list[str]:
         """Return the entries that an entry is combined of; itself, where it is no combination."""
         entry = self.find(key)
@@ -390,7 +407,8 @@ def read_part(path: Path, kind: type[Kind], number: int) -> Kind:
         tree = json.loads(text)
         found, known = tree.pop("format"), tree.pop("checksum", None)
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise RunError(f"{name} must be JSON of a run", f"{path}: {error}", DAMAGED) from None
+        rule = f"{name} must be JSON of a run"
+        raise RunError(rule, f"{path}: {error}", kind.remedy) from None
     if found != number:
         raise RunError(
             f"{name} must be of format {number}",
@@ -399,7 +417,7 @@ def read_part(path: Path, kind: type[Kind], number: int) -> Kind:
         )
     if known != checksum(tree):
         raise RunError(
-            f"{name} must be as the run wrote it", f"another checksum in {path.parent}", DAMAGED
+            f"{name} must be as the run wrote it", f"another checksum in {path.parent}", kind.remedy
         )
     try:
         return kind.model_validate_json(text)
@@ -407,17 +425,17 @@ def read_part(path: Path, kind: type[Kind], number: int) -> Kind:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         got = f"{first['input']!r:.60} for `{where}` in {path.parent}: {first['msg']}"
-        raise RunError(f"{name} must hold valid values", got, DAMAGED) from None
+        raise RunError(f"{name} must hold valid values", got, kind.remedy) from None
 
 
-def write_part(path: Path, part: Document) -> None:
+def write_part(path: Path, part: Document, *, indent: int | None = None) -> None:
     """Replace a JSON file, whole or not at all, its format first and its checksum last.
 
     Defaults are left out: the states of a long run name many links.
     """
     tree = part.model_dump(mode="json", exclude_defaults=True, exclude={"format"})
     whole = {"format": part.format, **tree, "checksum": checksum(tree)}
-    files.write_text(path, json.dumps(whole, ensure_ascii=False) + "\n")
+    files.write_text(path, json.dumps(whole, ensure_ascii=False, indent=indent) + "\n")
 
 
 def update_history(run: Path, change: Callable[[History], History]) -> History:

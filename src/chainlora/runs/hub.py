@@ -1,12 +1,36 @@
-"""Exports on the Hub: a folder becomes a repository's new commit."""
+"""The Hub: an export becomes a repository's new commit, and runs are pushed and pulled.
+
+A run is pushed as the files that its history names, without those that are there already, and then
+the history. A folder is pushed to in the same way, without the Hub.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from chainlora.errors import ConfigError, FileError
-from chainlora.runs.addresses import Address, open_run
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from chainlora import files
+from chainlora.config.staging import HISTORY
+from chainlora.errors import ConfigError, FileError, RunError
+from chainlora.runs.addresses import Address, nothing_at, open_run
 from chainlora.runs.cards import Naming, is_hub_id, public_name
+from chainlora.runs.changes import whole_run
+from chainlora.runs.export import empty_folder
+from chainlora.runs.history import (
+    DAMAGED,
+    RECORDS,
+    History,
+    exists_in,
+    read_history,
+    update_history,
+    write_part,
+)
+from chainlora.runs.locks import LOCK, refuse_links
 
 
 def check_push(run: Address, target: str, naming: Naming) -> None:
@@ -26,7 +50,9 @@ def check_push(run: Address, target: str, naming: Naming) -> None:
         )
 
 
-def push_folder(folder: str | Path, name: str, *, private: bool = False) -> str:
+def push_folder(
+    folder: str | Path, name: str, *, private: bool = False, remedy: str | None = None
+) -> str:
     """Upload a folder's files to a model repository, made if need be; return the address.
 
     Logs in as huggingface_hub does: by ``HF_TOKEN``, or as ``hf auth login`` left it. Raises
@@ -37,13 +63,110 @@ def push_folder(folder: str | Path, name: str, *, private: bool = False) -> str:
     api = HfApi()
     try:
         api.create_repo(name, private=private or None, exist_ok=True)
+        message = "A chain of LoRA, by chainlora"
         done = api.upload_folder(
-            repo_id=name, folder_path=folder, commit_message="A chain of LoRA, by chainlora"
+            repo_id=name, folder_path=folder, commit_message=message, ignore_patterns=LOCK
         )
     except Exception as error:  # its own, and those of whichever HTTP library it has
+        by_hand = f"it is written to {folder}: log in with `hf auth login`, and push it by "
         raise FileError(
-            f"an export must reach the Hub to be pushed (got {type(error).__name__}: "
-            f"{error!s:.200} for {name}); it is written to {folder}: log in with "
-            f"`hf auth login`, and push it by `hf upload {name} {folder}`"
+            "what is pushed must reach the Hub",
+            f"{type(error).__name__}: {error!s:.200} for {name}",
+            remedy or f"{by_hand}`hf upload {name} {folder}`",
         ) from error
     return str(done.commit_url)
+
+
+# --- runs ---
+
+
+def push_run(run: str | Path, target: str, *, rows: bool = False) -> list[str]:
+    """Send to a folder, or a repository of the Hub, what it lacks of a run; return these files.
+
+    Rows that stages kept are sent only with `rows`, or where they were sent before. A repository
+    that is new becomes private. Raises RunError where the target has entries that the run has not.
+    """
+    folder = whole_run(run)
+    if not _is_repository(target):
+        return _send(folder, Path(target).expanduser(), rows=rows)
+    with TemporaryDirectory() as made:
+        _download(target, allow_patterns=HISTORY, local_dir=made)
+        names = _send(folder, Path(made), rows=rows)
+        remedy = f"log in with `hf auth login`, or for a folder write ./{target}"
+        push_folder(made, target, private=True, remedy=remedy)
+    return names
+
+
+def pull_run(source: str, run: str | Path) -> list[str]:
+    """Copy into a run, or a new one, what it lacks of one that was pushed; return these files."""
+    folder = Path(source).expanduser()
+    if _is_repository(source):
+        folder = _download(source) or folder  # fetches only what is new, too
+    else:
+        refuse_links(folder)
+    return _send(folder, Path(run).expanduser(), rows=True)
+
+
+def _download(name: str, **keys: Any) -> Path | None:
+    """Return a folder with files of a repository; None where there is no such repository."""
+    try:
+        return Path(snapshot_download(name, **keys))
+    except RepositoryNotFoundError:
+        return None
+    except Exception as error:  # as in `push_folder`
+        raise nothing_at(name, "repository") from error
+
+
+def _is_repository(name: str) -> bool:
+    return is_hub_id(name) and not Path(name).exists() and not Path(name).parent.exists()
+
+
+def _send(source: Path, target: Path, *, rows: bool) -> list[str]:
+    """Copy what is new from one folder into another, and then replace its history."""
+
+    def joined(known: History) -> History:
+        return _joined(read_history(source), known, rows, target)
+
+    if exists_in(target):
+        refuse_links(target)
+        known = read_history(target)
+        names = _copy_new(source, target, joined(known), known.files)
+        if joined(known) != known:
+            update_history(target, joined)
+        return names
+    target = empty_folder(target)
+    history = joined(History(base=read_history(source).base, hold=""))
+    with files.replaced_folder(target) as scratch:
+        names = _copy_new(source, scratch, history, {})
+        write_part(scratch / HISTORY, history)
+    return names
+
+
+def _copy_new(source: Path, target: Path, history: History, there: Mapping[str, str]) -> list[str]:
+    """Copy the files of a history that are not `there`, each checked; return their names."""
+    due = {name: digest for name, digest in history.files.items() if there.get(name) != digest}
+    names = [n for n in due if (source / n).is_file() or Path(n).name != RECORDS]  # may be gone
+    for name in names:
+        with files.reported(source / name, "read"):
+            if not files.sha256(source / name).startswith(due[name]):
+                rule = f"{name} must be as the run wrote it"
+                raise RunError(rule, f"other bytes in {source}", DAMAGED)
+        files.copy_file(source / name, target / name)
+    return names
+
+
+def _joined(own: History, known: History, rows: bool, target: Path) -> History:
+    """Return a history as a target gets it: without kept rows, unless `rows`, or the target has
+    some already. Raises RunError where the target is not an earlier state of the run."""
+    for entry in known.entries:
+        mine = own.find(entry.key)
+        if mine is None or mine.state != entry.state:
+            rule, remedy = "the target must be earlier than the source", "choose another target"
+            raise RunError(rule, f"another {entry.key} in {target}", remedy)
+    there = {entry.key: entry.kept for entry in known.entries}
+    kept = {entry.key: entry.kept if rows else None for entry in own.entries}
+    entries = tuple(
+        entry.model_copy(update={"kept": kept[entry.key] or there.get(entry.key)})
+        for entry in own.entries
+    )
+    return own.model_copy(update={"entries": entries})

@@ -100,8 +100,7 @@ class OpenState:
     @property
     def strengths(self) -> dict[str, float]:
         """Return the strength of each stage."""
-        pairs = zip(self.facts, self.state.terms, strict=True)
-        return {facts.stage: term.strength for facts, term in pairs}
+        return self.history.strengths_of(self.state)
 
     @property
     def lineage(self) -> list[Entry]:
@@ -303,7 +302,7 @@ class OpenState:
             raise RunError("a saved chain has no config", self.run, "name a run")
         path = stage_folder(self.run, entry.key) / CONFIG
         tree = read_tree(self._need(path, f"{entry.key}/{CONFIG}", entry.files[CONFIG]))
-        _refuse_paths(tree, path)
+        refuse_paths(tree, path)
         return _changed(make_config(tree), entry.training.changes)
 
     def records(self) -> list[Record]:
@@ -418,7 +417,7 @@ def _within(sums: Mapping[str, str], folder: str) -> dict[str, str]:
     return {name: digest for name, digest in sums.items() if name.startswith(f"{folder}/")}
 
 
-def _refuse_paths(tree: Mapping[str, Any], path: Path) -> None:
+def refuse_paths(tree: Mapping[str, Any], path: Path) -> None:
     """Raise RunError where a saved config would have a file of this machine read."""
     data = tree.get("data")
     template = data.get("chat_template") if isinstance(data, Mapping) else None

@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 
 from chainlora import files
 from chainlora.chain.adapters import Factors
-from chainlora.chain.link import switched_on
+from chainlora.chain.link import Link, switched_on
 from chainlora.data.templates import ends_of_turn
 from chainlora.errors import ModelError
 from chainlora.models.gguf_writing import (
@@ -31,6 +31,7 @@ from chainlora.models.gguf_writing import (
 )
 from chainlora.models.loading import open_folder
 from chainlora.runs.addresses import Address, open_run
+from chainlora.runs.apart import taken_apart, write_sheet
 from chainlora.runs.cards import UNNAMED, Card, Naming, public_name, story_of, write_card
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.export import (
@@ -39,6 +40,7 @@ from chainlora.runs.export import (
     empty_folder,
     export_merged,
 )
+from chainlora.runs.lineage import Target, lineage_of
 from chainlora.runs.opening import tokenizer_of
 from chainlora.runs.state import OpenState
 
@@ -57,32 +59,37 @@ def export_gguf(
     tolerance: float | None = None,
     num_links: int | None = None,
     naming: Naming = UNNAMED,
+    each: bool = False,
 ) -> dict[str, Any]:
     """Write a run's model as ``model.gguf``, links merged, with a ``Modelfile`` for Ollama.
 
     With `as_adapter`, its base as ``base.gguf`` and the links as a LoRA, ``adapter.gguf``, of which
-    `rank` and `tolerance` are those of `export_adapter`. `kind` is what weights are stored as, one
-    of `gguf_writing.KINDS`; by default nothing is rounded but float64.
+    `rank` and `tolerance` are those of `export_adapter`; with `each` too, a LoRA for each stage, as
+    `export_adapter` names and weighs them, with a Modelfile each, and ``SERVING.md``. `kind` is
+    what weights are stored as, one of `gguf_writing.KINDS`; by default nothing is rounded but
+    float64.
 
     Raises ModelError for models that are not written as GGUF here, and for what a LoRA of llama.cpp
     cannot hold.
     """
     check_compression(rank, tolerance)
     output = empty_folder(output)
-    state = open_run(run)
+    state, parts = taken_apart(run, num_links) if each else (open_run(run), [])
+    as_adapter = as_adapter or each
     folder, config, _ = open_folder(state.base.model)
     tokenizer = tokenizer_of(state, folder)
     check_convertible(config, tokenizer)
     is_whole = num_links != 0 and state.is_whole_model
     links = [] if is_whole else switched_on(state.links(num_links))
     made_of = "every weight fine-tuned" if is_whole else f"a chain of {len(links)} LoRA link(s)"
-    wide: int | None = None
-    as_lora = ""
-    if as_adapter:
-        factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
-        _check_factors(factors, {name for link in links for name in link.extra})
-        wide = max(pair.a.shape[0] for pair in factors.values())
-        as_lora = f", as a LoRA of rank {wide} (relative error {error:.2e})"
+    terms = state.state.terms if num_links is None else state.sequence[:num_links]
+    on = [state.history.links[term.link].stage for term in terms if term.strength]
+    stage = on[-1] if on else state.stage
+    loras = [_lora(part.name, part.stage, part.state.links(), rank, tolerance) for part in parts]
+    as_lora = ", each stage as a LoRA" if each else ""
+    if as_adapter and not each:
+        loras = [_lora("adapter", stage, links, rank, tolerance)]
+        as_lora = f", as a LoRA of rank {loras[0].rank} (relative error {loras[0].error:.2e})"
     name = name_for(naming.base or public_name(state.base.model), tokenizer)
     with files.replaced_folder(output) as made:
         merged = made / "merged"
@@ -91,24 +98,54 @@ def export_gguf(
         model = made / ("base.gguf" if as_adapter else "model.gguf")
         ends = [end for end in ends_of_turn(tokenizer) if end != tokenizer.eos_token_id]
         write_gguf(merged, tokenizer, model, kind, name, ends)
-        if as_adapter:
-            pairs = {module: (pair.a, pair.b) for module, pair in factors.items()}
-            write_lora_gguf(pairs, config, made / "adapter.gguf", name)
-        terms = state.state.terms if num_links is None else state.sequence[:num_links]
-        on = [state.history.links[term.link].stage for term in terms if term.strength]
-        stage = on[-1] if on else state.stage
-        modelfile = _modelfile(state, stage, tokenizer, config, as_adapter)
-        (made / "Modelfile").write_text(modelfile, encoding="utf-8")
+        for lora in loras:
+            pairs = {module: (pair.a, pair.b) for module, pair in lora.factors.items()}
+            write_lora_gguf(pairs, config, made / f"{lora.name}.gguf", name)
+            file = made / (f"{lora.name}.Modelfile" if each else "Modelfile")
+            lines = ["FROM ./base.gguf", f"ADAPTER ./{lora.name}.gguf"]
+            _write_modelfile(file, lines, state, lora.stage, tokenizer, config)
+        if not loras:
+            lines = ["FROM ./model.gguf"]
+            _write_modelfile(made / "Modelfile", lines, state, stage, tokenizer, config)
         copy_licences(merged, made)
         files.remove(merged)
+        pairs_of = zip(parts, loras, strict=True) if each else ()
+        adapters = [part.told(lora.rank, lora.error) for part, lora in pairs_of]
+        sheet = write_sheet(made, state, adapters, naming, as_gguf=True) if each else None
         what, base = f"with {made_of} in GGUF ({kind}){as_lora}.", state.base.model
+        wide = None if each or not loras else loras[0].rank
         story = story_of(state, num_links)
-        write_card(made, Card(what, base, "gguf", links, wide, naming=naming, story=story))
+        keys = {"kind": kind, "rank": rank, "tolerance": tolerance, "num_links": num_links}
+        to: Target = "gguf-adapter" if as_adapter else "gguf"
+        lineage = lineage_of(state, folder, naming, to, **keys, each=each)
+        card = Card(what, base, "gguf", links, wide, naming=naming, story=story, sheet=sheet)
+        write_card(made, card, lineage)
     sizes = {path.name: path.stat().st_size for path in sorted(output.glob("*.gguf"))}
     done = {"output": str(output), "links": len(links), "type": kind, "bytes": sizes}
+    if each:
+        return {"to": "gguf-adapter", **done, "adapters": adapters}
     if as_adapter:
-        return {"to": "gguf-adapter", **done, "rank": wide, "error": error}
+        return {"to": "gguf-adapter", **done, "rank": wide, "error": loras[0].error}
     return {"to": "gguf", **done}
+
+
+class _Lora(NamedTuple):
+    """Links as one adapter: its name, the stage whose rows its Modelfile is for, and its factors,
+    with their rank and relative error."""
+
+    name: str
+    stage: str
+    factors: Mapping[str, Factors]
+    rank: int
+    error: float
+
+
+def _lora(
+    name: str, stage: str, links: Sequence[Link], rank: int | None, tolerance: float | None
+) -> _Lora:
+    factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
+    _check_factors(factors, {name for link in links for name in link.extra})
+    return _Lora(name, stage, factors, max(len(pair.a) for pair in factors.values()), error)
 
 
 def _check_factors(factors: Mapping[str, Factors], extra: set[str]) -> None:
@@ -128,9 +165,10 @@ def _check_factors(factors: Mapping[str, Factors], extra: set[str]) -> None:
 # --- Ollama ---
 
 
-def _modelfile(state: OpenState, stage: str, tokenizer: Any, config: Any, as_adapter: bool) -> str:
-    """Return the Modelfile for the rows of a stage, the last one that is on."""
-    lines = ["FROM ./base.gguf", "ADAPTER ./adapter.gguf"] if as_adapter else ["FROM ./model.gguf"]
+def _write_modelfile(
+    file: Path, lines: list[str], state: OpenState, stage: str, tokenizer: Any, config: Any
+) -> None:
+    """Write a Modelfile that begins with these lines, for the rows of a stage."""
     longest = (state.config().data.max_length if state.has_run else None) or 0
     room = min(context_of(config), max(_CONTEXT, longest))
     chat = cut_template(tokenizer) if tokenizer.chat_template else None
@@ -142,7 +180,7 @@ def _modelfile(state: OpenState, stage: str, tokenizer: Any, config: Any, as_ada
         lines.append(f'TEMPLATE """{chat.in_go()}"""')
         if chat.stop:  # an empty one would stop at once
             lines.append(f'PARAMETER stop "{chat.stop}"')
-    return "\n".join([*lines, f"PARAMETER num_ctx {room}"]) + "\n"
+    file.write_text("\n".join([*lines, f"PARAMETER num_ctx {room}"]) + "\n", encoding="utf-8")
 
 
 def _is_chat(state: OpenState, stage: str, tokenizer: Any) -> bool:

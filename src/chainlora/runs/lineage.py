@@ -1,0 +1,169 @@
+"""``lineage.json``: where an export comes from, and the checksums of its files.
+
+It holds the part of the run's history that the exported state was computed from, the config and
+hardware of each stage, and how it was exported. So `runs.recomputing` can export it again from the
+run, and `training.rebuilding` can train it again from its rows. It has no rows, and of places on
+this machine only the last part.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from chainlora import files
+from chainlora.runs.beginning import closure
+from chainlora.runs.cards import Naming, public_name
+from chainlora.runs.costs import versions
+from chainlora.runs.history import (
+    CONFIG,
+    Document,
+    Entry,
+    History,
+    Name,
+    Part,
+    State,
+    Sums,
+    Text,
+    checksum,
+    read_part,
+    write_part,
+)
+from chainlora.runs.state import OpenState
+
+LINEAGE = "lineage.json"
+FORMAT = 1
+
+
+Target = Literal["merged", "adapter", "gguf", "gguf-adapter"]
+_OF_A_PLACE: Any = {"output": True, "start": True, "plugins": True, "train": {"trackers"}}
+
+
+class StageFacts(Part):
+    """The config of a stage, and the hardware that it was trained on."""
+
+    config: dict[str, Any]
+    hardware: dict[str, Any] = Field(default={})
+
+
+class Lineage(Document):
+    """What an export says of itself. `exported` are the arguments of the exporter, `state` is what
+    was exported, `history` all that it was computed from, `revision` that of a base from the Hub,
+    `files` are those beside this one."""
+
+    remedy: ClassVar[str] = "the export is damaged: export the run again"
+    format: int = FORMAT
+    to: Target
+    exported: dict[str, Any]
+    naming: dict[str, str | None]
+    versions: dict[Text, Text] = Field(default={})
+    revision: Text | None = None
+    state: State
+    history: History
+    stages: dict[Name, StageFacts] = Field(default={})
+    files: Sums = Field(default={})
+
+    def write(self, folder: Path) -> None:
+        """Write it into an export, the last of its files."""
+        whole = self.model_copy(update={"files": files.checksums(folder)})
+        write_part(folder / LINEAGE, whole, indent=1)
+
+    @property
+    def base_digest(self) -> str | None:
+        """Return the SHA-256 of the hashes of the base's files; None where these are unknown."""
+        found = self.history.base.files
+        return None if found is None else checksum(found)
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """Return the strength of each stage in the export."""
+        return self.history.strengths_of(self.state)
+
+    @property
+    def picture(self) -> str:
+        """Return a line for each entry: what it was computed from, its name and kind."""
+
+        def line(entry: Entry) -> str:
+            own = self.history.strengths_of(entry.state) if entry.kind == "mix" else {}
+            shown = "".join(f" {stage}={value:g}" for stage, value in own.items())
+            return f"{' + '.join(entry.parents) or 'base'} --> {entry.key} ({entry.kind}{shown})"
+
+        return "\n".join(map(line, self.history.entries))
+
+    @property
+    def table(self) -> list[list[str]]:
+        """Return of each stage its name, strength, rows and links."""
+        links, strengths = self.history.links.items(), self.strengths
+        return [
+            [
+                entry.key,
+                f"{strengths.get(entry.key, 0):g}",
+                entry.training.rows or "",
+                " ".join(digest for digest, facts in links if facts.stage == entry.key),
+            ]
+            for entry in self.history.entries
+            if entry.kind in ("stage", "import")
+        ]
+
+
+def lineage_of(
+    state: OpenState, base: Path | None, naming: Naming, to: Target, **exported: Any
+) -> Lineage:
+    """Return where an export comes from: `to` and `exported` are what was asked for, `base` is the
+    folder of the base, where it is at hand."""
+    history, terms = closure(state), state.state.terms
+    if exported["num_links"] is not None:
+        terms = tuple(state.sequence[: exported["num_links"]])
+    stages = {
+        entry.key: StageFacts(
+            config=state.at(entry.key).config().model_dump(mode="json", exclude=_OF_A_PLACE),
+            hardware=(state.at(entry.key).result() or {}).get("hardware", {}),
+        )
+        for entry in history.entries
+        if CONFIG in entry.files and state.draft is None
+    }
+    named = history.base.model_copy(update={"model": public_name(history.base.model)})
+    # Without files of texts and rows, which a run that was pushed may lack.
+    entries = tuple(
+        e.model_copy(update={"kept": None, "files": {n: d for n, d in e.files.items() if "/" in n}})
+        for e in history.entries
+    )
+    found = Lineage(
+        to=to,
+        exported=exported,
+        naming=vars(naming),
+        versions=versions(),
+        revision=base.name if base is not None and base.parent.name == "snapshots" else None,
+        state=State(base=state.state.base, terms=terms),
+        history=history.model_copy(update={"base": named, "entries": entries}),
+        stages=stages,
+    )
+    tree = found.model_dump(mode="json")
+    for name in ("history", "stages"):
+        tree[name] = _without_places(tree[name])
+    return Lineage.model_validate_json(json.dumps(tree))
+
+
+def _without_places(value: Any) -> Any:
+    """Return a tree with the last part of each absolute path in it, keys included."""
+    if isinstance(value, dict):
+        return {_without_places(key): _without_places(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_places(each) for each in value]
+    if isinstance(value, str) and "\n" not in value:
+        windows = PureWindowsPath(value)  # knows the separators of all systems
+        if windows.is_absolute() or PurePosixPath(value).is_absolute():
+            return windows.name
+    return value
+
+
+def read_lineage(path: str | Path) -> Lineage:
+    """Read and check the lineage in the folder of an export, or in a file of that kind.
+
+    Raises RunError for none, a damaged one, another format.
+    """
+    path = Path(path).expanduser()
+    return read_part(path / LINEAGE if path.is_dir() else path, Lineage, FORMAT)

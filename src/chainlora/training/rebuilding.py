@@ -1,0 +1,156 @@
+"""Train again what an export says that it was made of: the same bits from lineage, rows and base.
+
+The entries of its history are made again in their order: stages are trained, mixes and combinations
+computed. Each must end in the state that it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from chainlora.config.reading import make_config, set_key
+from chainlora.config.staging import Stage
+from chainlora.data.splits import named_sources, source_digest
+from chainlora.errors import ConfigError, DataError, RunError
+from chainlora.evaluation.combination import combine
+from chainlora.models.finding import resolve_model
+from chainlora.models.identity import base_files
+from chainlora.runs.history import BASE, Entry, State, exists_in, read_history, update_history
+from chainlora.runs.lineage import Lineage
+from chainlora.runs.resuming import CHANGEABLE, start_digests
+from chainlora.runs.state import check_base, refuse_paths
+from chainlora.training.events import Listener
+from chainlora.training.plan import naming
+from chainlora.training.processes import num_launched
+from chainlora.training.result import TrainResult
+from chainlora.training.stages import train_stages
+
+_PLACES = {"output", "model", "plugins", "task", "dir", "train", "validation", "test"}
+
+
+def stages_of(lineage: Lineage, overrides: Sequence[tuple[str, Any]] = ()) -> list[Stage]:
+    """Return the stages of a lineage, each with its rows and base checked.
+
+    `overrides` say where the run, rows and base are: ``output``, ``model``, ``data.train`` of all
+    stages, ``stages.NAME.data.train`` of one.
+
+    Raises ChainLoRAError for another base, other rows, and for what cannot be trained again.
+    """
+    trees: dict[str, dict[str, Any]] = {}
+    for name, facts in lineage.stages.items():  # which may come from somebody else
+        refuse_paths(facts.config, Path("lineage.json"))
+        left_out = ("plugins", "output", "start")
+        trees[name] = {k: deepcopy(v) for k, v in facts.config.items() if k not in left_out}
+    for key, value in overrides:
+        first, _, rest = key.partition(".")
+        name, _, inner = rest.partition(".") if first == "stages" else ("", "", key)
+        section, _, last = inner.rpartition(".")
+        if last not in _PLACES or (name and name not in trees):
+            rule = "a lineage is trained again with other places alone, of these stages"
+            raise ConfigError(rule, key, f"{', '.join(sorted(_PLACES))}, of {', '.join(trees)}")
+        for tree in [trees[name]] if name else trees.values():
+            if name or not section or (tree.get(section) or {}).get(last):  # rehearsals have none
+                set_key(tree, inner, value)
+    found = []
+    for entry in lineage.history.entries:
+        changed = {change.key for change in entry.training.changes}.intersection(CHANGEABLE)
+        is_imported = entry.kind in ("stage", "import") and entry.key not in trees
+        if entry.pruned or changed or (is_imported and entry.state.terms):
+            why = "below it links were pruned" if entry.pruned else "it was imported"
+            why = f"{', '.join(changed)} changed while it was trained" if changed else why
+            raise RunError(f"Cannot train {entry.key} of the lineage again: {why}")
+        if entry.kind == "stage":
+            after = entry.parents[0] if entry.parents else BASE
+            stage = Stage(entry.key, make_config(trees[entry.key]), after=after)
+            with naming(stage):
+                _check_rows(entry, stage)
+            found.append(stage)
+    made = {term.derived for entry in lineage.history.entries for term in entry.state.terms}
+    if {term.derived for term in lineage.state.terms if term.derived} - made:
+        rule = "Cannot rebuild one stage of a combination by itself"
+        raise RunError(rule, "factors of another state", "take the lineage of the combination")
+    if not found or found[0].config.output is None:
+        rule = "a lineage is trained again by stages, into a new folder"
+        raise ConfigError(rule, "none", "add --output" if found else "export another state")
+    for model in {stage.config.model for stage in found}:
+        check_base(lineage.history.base, "the lineage", files=base_files(resolve_model(model)))
+    return found
+
+
+def _check_rows(entry: Entry, stage: Stage) -> None:
+    """Raise DataError for rows of other files."""
+    data, known = stage.config.data, entry.training.sources
+    now = {
+        key: [source_digest(key, each.path, data) for each in found]
+        for key, found in named_sources(data).items()
+    }
+    now |= start_digests(stage.config)
+    for key in known.keys() | now.keys():
+        if known.get(key) != now.get(key):
+            raise DataError(
+                f"`{key}` must be the rows that the lineage names",
+                f"{now.get(key)}, was {known.get(key)}",
+                f"name that file, as in --stages.{stage.name}.{key} FILE",
+            )
+
+
+def rebuild(
+    lineage: Lineage,
+    stages: Sequence[Stage],
+    *,
+    listener: Listener | None = None,
+) -> list[TrainResult | None]:
+    """Train and compute the entries of a lineage again; return the result of each stage.
+
+    The same call again goes on where the last one was stopped. Raises RunError at the first entry
+    that ends in other bits.
+    """
+    run, results = Path(stages[0].config.output or "").expanduser(), list[TrainResult | None]()
+    wanted, by_name = lineage.history, {stage.name: stage for stage in stages}
+    if num_launched() > 1:
+        raise ConfigError("a lineage is trained again by one process", num_launched())
+    if exists_in(run):
+        own = [entry.key for entry in read_history(run).entries if entry.kind != "mix"]
+        if strange := [key for key in own if wanted.find(key) is None]:
+            rule, got = "`output` must be new, or of this lineage", f"{strange[0]} in {run}"
+            raise RunError(rule, got, "choose another output")
+    for entry in wanted.entries:
+        is_known = exists_in(run) and read_history(run).find(entry.key) is not None
+        if not is_known and exists_in(run):
+            _move(run, entry.parents[0] if entry.parents else BASE)
+        if entry.kind == "stage":
+            results += train_stages([by_name[entry.key]], listener=listener, matrix=False)
+        elif entry.kind == "mix" and not is_known:
+            _mix(run, entry.state, entry.reads)
+        elif entry.kind == "combine" and not is_known:
+            combine(run, entry.parents)
+        if entry.kind != "import":
+            _check_bits(run, entry)
+    _move(run, wanted.head)
+    if lineage.exported.get("num_links") is None:
+        _mix(run, lineage.state)
+    return results
+
+
+def _move(run: Path, key: str) -> None:
+    update_history(run, lambda history: history.moved(key))
+
+
+def _mix(run: Path, state: State, reads: Sequence[str] = ()) -> None:
+    update_history(run, lambda history: history.mixed(state, reads))
+
+
+def _check_bits(run: Path, wanted: Entry) -> None:
+    found = read_history(run).find(wanted.key) or wanted.model_copy(
+        update={"state": State(base="")}
+    )
+    if wanted.state != found.state or not wanted.files.items() <= found.files.items():
+        known = ", ".join(f"{name} {number}" for name, number in wanted.training.versions.items())
+        raise RunError(
+            f"Cannot rebuild: {wanted.key} came to other bits than the lineage's",
+            f"{found.state.digest}, was {wanted.state.digest}, in {run}",
+            f"use a machine of the same kind, as many threads and the same versions: {known}",
+        )

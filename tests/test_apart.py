@@ -1,0 +1,209 @@
+"""Stages as adapters of their own: added up as servers do, held to the state that they are of."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from helpers import settings
+from helpers_export import fit, logits
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM
+
+from chainlora import Chain, LinkConfig, export_adapter, extend, load_run, save_chain, train
+from chainlora.errors import ChainLoRAError
+from chainlora.runs.addresses import open_run
+from chainlora.runs.changes import mix_stages
+from chainlora.runs.to_gguf import export_gguf
+
+TOLERANCE = 1e-5  # of logits: float32's rounding near 1 is about 1e-6
+
+
+@pytest.fixture(scope="module")
+def made(tiny_folder, sentiment, tmp_path_factory) -> dict[str, Path]:
+    """Runs of two stages: the second on top of the first at strength ½, or beside it, combined."""
+    found = {}
+    for name, keys in {"chain": {}, "combined": {"beside": True}}.items():
+        run = tmp_path_factory.mktemp("apart") / name
+        tree = settings(tiny_folder, sentiment, run)
+        first = {"name": "facts", "data": tree.pop("data"), "chain": {"ranks": [4, 2]}}
+        first["chain"] |= {"steps": [3, 2]}
+        tree["chain"] = {"alpha": 8, "target_modules": ["q_proj", "down_proj"]}
+        train(tree | {"stages": [first]})
+        more = {"name": "style", "data": first["data"], "chain": {"ranks": [3], "steps": [3]}}
+        extend(run, more, **keys)
+        found[name] = run
+    mix_stages(found["chain"], {"style": 0.5})
+    return found
+
+
+def served(base: Path, folder: Path, strengths: dict[str, float]) -> torch.Tensor:
+    """Logits of a base with adapters of a folder active at once, as servers add them."""
+    names = list(strengths)
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    model = peft.PeftModel.from_pretrained(model, folder / names[0], adapter_name=names[0])
+    for name in names[1:]:
+        model.load_adapter(folder / name, adapter_name=name)
+    model.base_model.set_adapter(names)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name, strength in strengths.items():
+                module.set_scale(name, strength)
+    return logits(model)
+
+
+@pytest.mark.parametrize("name", ["chain", "combined"])
+def test_the_stages_add_up_to_the_state(made, tiny_folder, tmp_path, name, monkeypatch):
+    run = made[name]
+    state = open_run(run)
+    done = export_adapter(run, tmp_path / "each", each=True)
+    digits = state.state.digest[:8]
+    names = [f"facts-{digits}", f"style-{digits}"]
+    strengths = {each["adapter"]: each["strength"] for each in done["adapters"]}
+    assert strengths == dict(zip(names, [1.0, 0.5 if name == "chain" else 1.0], strict=True))
+    assert [each["rank"] for each in done["adapters"]] == [6, 3]
+    for scales in (list(strengths.values()), [1.0, 0.0], [0.0, 0.5], [0.5, 0.0]):
+        mixed = state.with_strengths(dict(zip(["facts", "style"], scales, strict=True)))
+        found = served(tiny_folder, tmp_path / "each", dict(zip(names, scales, strict=True)))
+        wanted = logits(load_run(mixed)[0])
+        torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
+        assert (found - logits(load_run(run, num_links=0)[0])).abs().max() > 100 * TOLERANCE
+    monkeypatch.chdir(tmp_path / "each")  # the sheet's own commands
+    sheet = Path("SERVING.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", sheet, flags=re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(code.replace("FOLDER_OF_THE_BASE", str(tiny_folder)), scope)
+    wanted = logits(load_run(run)[0])
+    torch.testing.assert_close(logits(scope["model"]), wanted, atol=TOLERANCE, rtol=0)
+    assert f"--max-lora-rank 8 --lora-modules {names[0]}={names[0]} {names[1]}=" in sheet
+    assert f"chainlora export RUN@{state.entry.key} --to adapter" in sheet
+
+
+@pytest.mark.parametrize("name", ["chain", "combined"])
+def test_stages_in_gguf_add_up_too(made, chainlora, tmp_path, name):
+    gguf = pytest.importorskip("gguf")
+    to = ("export", made[name], "--to", "gguf-adapter", "--output")
+    done = chainlora(*to, tmp_path / "each", "--each", "--json").json
+    export_gguf(made[name], tmp_path / "one", as_adapter=True)
+
+    def update(file: Path) -> dict[str, np.ndarray]:
+        found = {t.name: t.data for t in gguf.GGUFReader(file).tensors}
+        names = [key.removesuffix(".lora_a") for key in found if key.endswith(".lora_a")]
+        return {key: found[f"{key}.lora_b"] @ found[f"{key}.lora_a"] for key in names}
+
+    whole = update(tmp_path / "one/adapter.gguf")
+    parts = [
+        (each["strength"], update(tmp_path / f"each/{each['adapter']}.gguf"))
+        for each in done["adapters"]
+    ]
+    for key, wanted in whole.items():
+        found = sum(strength * part[key] for strength, part in parts)
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+    (base, one) = (tmp_path / f"{folder}/base.gguf" for folder in ("each", "one"))
+    assert base.read_bytes() == one.read_bytes()
+    first, second = (each["adapter"] for each in done["adapters"])
+    sheet = (tmp_path / "each/SERVING.md").read_text(encoding="utf-8")
+    scale = "0.5" if name == "chain" else "1.0"
+    assert f"--lora-scaled {first}.gguf:1.0,{second}.gguf:{scale}\n" in sheet
+    (request,) = re.findall(r"-d '(.*)'", sheet)
+    assert json.loads(request)["lora"] == [{"id": 0, "scale": 1.0}, {"id": 1, "scale": 0}]
+    lines = (tmp_path / f"each/{second}.Modelfile").read_text(encoding="utf-8")
+    assert lines.startswith(f"FROM ./base.gguf\nADAPTER ./{second}.gguf\n")
+    assert "See [SERVING.md]" in (tmp_path / "each/README.md").read_text(encoding="utf-8")
+
+
+def test_a_stage_that_is_off_is_no_part(made, tmp_path, chainlora):
+    """Strengths that no entry has are said by `--stages`; other states have other names."""
+    run = made["chain"]
+    to = ("export", run, "--to", "adapter", "--each", "--output")
+    assert chainlora(*to, tmp_path / "a", "--stages", "style=0.25").status == 0
+    assert chainlora(*to, tmp_path / "b").status == 0
+    (a,) = (path.name for path in (tmp_path / "a").iterdir() if path.is_dir())
+    b = {path.name for path in (tmp_path / "b").iterdir() if path.is_dir()}
+    assert a.startswith("style-")
+    assert len(b) == 2
+    assert a not in b
+    assert "--stages style=0.25 --to" in (tmp_path / "a/SERVING.md").read_text(encoding="utf-8")
+    card = (tmp_path / "a" / a / "README.md").read_text(encoding="utf-8")
+    assert "a chain of 1 LoRA link(s) as one adapter of rank 3" in card
+
+
+def test_links_of_several_strengths_stay_as_they_are(tiny_folder, tmp_path):
+    chain = Chain(AutoModelForCausalLM.from_pretrained(tiny_folder), checkpoint=tiny_folder)
+    for _ in range(2):
+        chain.extend(LinkConfig(rank=2, target_modules=("q_proj",)))
+        for parameter in chain.parameters():
+            parameter.data += 0.1
+        chain.tie()
+    chain.set_strengths({0: 0.5, 1: 2.0})
+    save_chain(chain, tmp_path / "run")
+    (only,) = export_adapter(tmp_path / "run", tmp_path / "each", each=True)["adapters"]
+    assert (only["stage"], only["strength"]) == ("main", 1.0)
+    found = served(tiny_folder, tmp_path / "each", {only["adapter"]: 1.0})
+    wanted = logits(load_run(tmp_path / "run")[0])
+    torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
+
+
+def test_what_does_not_add_up_is_refused(made, folders, sentiment, tmp_path, chainlora):
+    tiny_folder = folders["llama"]
+
+    def refused(run: Any, said: str, **keys: Any) -> None:
+        with pytest.raises(ChainLoRAError, match=said):
+            export_adapter(run, tmp_path / "out", each=True, **keys)
+        assert not (tmp_path / "out").exists()
+
+    for number, (keys, said) in enumerate(
+        [
+            ({"dora": True}, r"servers add only the factors of LoRA \(got DoRA in more\)"),
+            ({"extra_modules": ["model.norm"]}, r"\(got model.norm, trained whole in more\)"),
+        ]
+    ):
+        run = Path(shutil.copytree(made["chain"], tmp_path / f"run{number}"))
+        mix_stages(run, {"style": 1})
+        more = {"name": "more", "data": {"train": str(sentiment / "train.jsonl")}}
+        extend(run, more | {"chain": {"ranks": [2], "steps": [1], **keys}})
+        refused(run, said)
+        if number:  # one adapter of all stages can hold it
+            assert export_adapter(run, tmp_path / "one")["links"] == 4
+        export_adapter(open_run(run, ["facts", "style"]), tmp_path / f"each{number}", each=True)
+    keys = {"target_modules": ["q_proj"], "lora_bias": True, "ranks": [1], "steps": [1]}
+    refused(fit(folders["opt"], sentiment, tmp_path / "opt", chain=keys), "got a LoRA bias in main")
+    refused(open_run(made["chain"], []), "at least one link")
+    refused(made["chain"], "got its first 1 links", num_links=1)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    refused(Chain(model), "got a chain in memory")
+    full = settings(tiny_folder, sentiment, tmp_path / "full", chain={"tune": "full"})
+    full["chain"] |= {"ranks": [1], "steps": [1]}
+    train(full)
+    refused(tmp_path / "full", "a run of full fine-tuning")
+    for words in (["gguf"], ["adapter", "--links", "1"], ["adapter", "--push-to-hub", "a/b"]):
+        wrong = chainlora("export", made["chain"], "--each", "--output", "x", "--to", *words)
+        assert (wrong.status, "--each makes adapters" in wrong.err) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["chain", "combined"])
+def test_llama_server_is_held_to_the_run(made, name, monkeypatch, capsys):
+    """Where it is installed; else the example says what it needs."""
+    pytest.importorskip("gguf")
+    example = Path(__file__).resolve().parents[1] / "examples/serve_check.py"
+    monkeypatch.setattr(sys, "argv", ["serve_check.py", str(made[name])])
+    if shutil.which("llama-server") is None:
+        with pytest.raises(SystemExit, match="No llama-server found"):
+            runpy.run_path(str(example))
+        return
+    runpy.run_path(str(example))
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ["facts"] * 3 + ["style"] * 3
+    for line in lines:
+        _, _, equal, _, of, difference = line.split()
+        assert equal == of
+        assert float(difference) < 1e-3  # sums of float32 in another order

@@ -1,0 +1,514 @@
+"""Every number of docs/evidence.md, and what README.md takes from that page, is recomputed from the
+committed results. After new results, `python tests/test_evidence.py` rewrites the page's tables."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("scipy", reason="no package scipy")
+
+from chainlora_lab.report.comparisons import compare_all
+from chainlora_lab.report.values import by_seed
+from chainlora_lab.results import read_results
+from chainlora_lab.statistics.intervals import MIN_FOR_INTERVAL, mean_interval
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+EVIDENCE = ROOT / "docs/evidence.md"
+MISSING = "–"
+Values = dict[int, float]  # by seed
+Rows = list[Sequence[str]]
+
+
+# --- reading and printing ---
+
+
+def lines(name: str) -> list[dict[str, Any]]:
+    text = (BENCHMARKS / name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def from_json(name: str) -> Any:
+    return json.loads((BENCHMARKS / name).read_text(encoding="utf-8"))
+
+
+def number(value: float, digits: int = 3, sign: str = "+") -> str:
+    return f"{value:{sign},.{digits}f}".replace("-", "−")
+
+
+def estimate(values: Sequence[float], digits: int = 3, sign: str = "+") -> str:
+    """A mean with its interval where there are pairs enough for one."""
+    if len(values) < MIN_FOR_INTERVAL:
+        return number(fmean(values), digits, sign)
+    return with_interval(fmean(values), *mean_interval(values), digits, sign)
+
+
+def with_interval(mean: float, low: float, high: float, digits: int = 3, sign: str = "+") -> str:
+    shown = [number(value, digits, sign) for value in (mean, low, high)]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
+def less(ours: Values, theirs: Values) -> list[float]:
+    """Paired differences, of the seeds that both have."""
+    return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+
+
+def mean(values: Sequence[float]) -> str:
+    return number(fmean(values)) if values else MISSING
+
+
+# --- the lab ---
+
+LAB_PARAMETERS = 5780  # of rank 1 on the 35 linear layers of stories260k
+
+
+@cache
+def lab_cells() -> Mapping[tuple[str, str], Values]:
+    found: dict[tuple[str, str], Values] = {}
+    for line in lines("lab/results/cells.jsonl"):
+        if line["config"]["held_out"] == "results":  # fresh seeds, each arm at its own best rate
+            by_arm = found.setdefault((line["study"], line["name"]), {})
+            assert by_arm.setdefault(line["config"]["seed"], line["loss"]) == line["loss"]
+    return found
+
+
+def lab(rank: int, steps: int, arm: str = "lora") -> Values:
+    return lab_cells().get((f"gsm8k-r{rank}-{steps}", arm), {})
+
+
+LAB_STUDIES = [
+    *((1, steps) for steps in (250, 1000, 4000, 16000)),
+    *((2, steps) for steps in (1000, 4000)),
+    *((4, steps) for steps in (4000, 16000)),
+    *((8, steps) for steps in (4000, 16000)),
+]
+
+
+def soft_less_lora(rank: int, steps: int, by: int) -> list[float]:
+    """Soft knots less LoRA of so many times the rank."""
+    return less(lab(rank, steps, "auto"), lab(rank * by, steps))
+
+
+def soft_lab() -> Rows:
+    rows: Rows = [("rank r", "steps", "tokens/parameter", "less LoRA r", "less 2r", "less 4r")]
+    for rank, steps in LAB_STUDIES:
+        per_parameter = steps * 4 * 64 / (LAB_PARAMETERS * rank)
+        own, *rivals = (soft_less_lora(rank, steps, by) for by in (1, 2, 4))
+        start = (str(rank), f"{steps:,}", f"{per_parameter:.0f}")
+        rows.append((*start, estimate(own), *map(mean, rivals)))
+    return rows
+
+
+def all_behind() -> str:
+    """How often LoRA of more rank was compared; it is ahead each time, on all six seeds."""
+    found = [soft_less_lora(*study, by) for study in LAB_STUDIES for by in (2, 4)]
+    found = [values for values in found if values]
+    assert all(len(values) == 6 and min(values) > 0 for values in found)
+    return str(len(found))
+
+
+# --- SmolLM2, and the paper's questions ---
+
+
+@cache
+def runs(folder: str, method: str) -> Values:
+    """Scores of the final runs on the only task, by seed."""
+    results = read_results(BENCHMARKS / folder)
+    (task,) = results.experiment["tasks"]
+    return by_seed(results, task, method)
+
+
+def soft_smollm2() -> Rows:
+    rows: Rows = [
+        ("text", "rank r", "steps", "tokens/parameter", "seeds", "less LoRA r", "less 4r")
+    ]
+    for text, folder, wide in (
+        ("translations", "translations", {}),
+        ("16 languages", "scripts", {}),
+        ("16 languages", "long", runs("smollm2/long_rank4", "lora")),
+        ("16 languages", "long_rank4", {}),
+    ):
+        soft = runs(f"smollm2/{folder}", "soft")
+        run = read_results(BENCHMARKS / "smollm2" / folder).finals[-1]
+        tokens = run["tokens"]
+        if folder == "translations":  # prompts are not learned; one cell has counted the rest
+            cells = lines("smollm2/gate/results.jsonl")
+            (counted,) = (each for each in cells if "scored_tokens" in each)
+            tokens *= counted["scored_tokens"] / counted["tokens"]
+        per_parameter = f"{tokens / run['trainable_parameters']:.0f}"
+        own = estimate(less(soft, runs(f"smollm2/{folder}", "lora")))
+        start = (text, str(run["ranks"][0]), f"{run['steps']:,}", per_parameter, str(len(soft)))
+        rows.append((*start, own, mean(less(soft, wide))))
+    return rows
+
+
+def whole() -> Rows:
+    """Chains of whole knots by loss; rivals of equal memory, and of equal exported rank."""
+    rows: Rows = [("links×r", "text", "steps a link", "seeds", "less LoRA r", "less Σr")]
+
+    def add(links: int, rank: int, text: str, steps: int, ours: Values, *rivals: Values) -> None:
+        own, total = (less(ours, rival) for rival in rivals)
+        start = (f"{links}×{rank}", text, f"{steps // links:,}", str(len(ours)))
+        rows.append((*start, estimate(own), mean(total)))
+
+    for rank, steps in ((1, 1000), (1, 4000), (8, 1000)):
+        rivals = (lab(rank * by, steps) for by in (1, 4))
+        add(4, rank, "GSM8K, lab", steps, lab(rank, steps, "classic4"), *rivals)
+    long = (runs(f"smollm2/{folder}", "lora") for folder in ("long", "long_rank4"))
+    add(4, 1, "16 languages", 4000, runs("smollm2/long", "whole"), *long)
+    for links in (4, 8):
+        names = (f"chain{links}_r1", "lora_r1", f"lora_r{links}")
+        add(links, 1, "GSM8K", 160, *(runs("paper/rank1", name) for name in names))
+    return rows
+
+
+@cache
+def compared(folder: str) -> Mapping[tuple[str, str], Any]:
+    """The experiment's own comparisons over all its tasks, or on its only one."""
+    found = compare_all(read_results(BENCHMARKS / "paper" / folder))
+    return {(each.method, each.rival): each.difference for each in found}
+
+
+def points(folder: str, method: str, rival: str) -> tuple[str, str, str]:
+    """Pairs, difference in points and p of an experiment's own comparison, in either direction."""
+    if found := compared(folder).get((method, rival)):
+        values = (found.mean, found.low, found.high)
+    else:
+        found = compared(folder)[rival, method]
+        values = (-found.mean, -found.high, -found.low)
+    return str(found.num_pairs), with_interval(*values, digits=2), f"{found.p_holm:.2f}"
+
+
+def classification() -> Rows:
+    return [("method", "less", "pairs", "points", "p, Holm")] + [
+        (name, rival_name, *points(folder, method, rival))
+        for name, rival_name, folder, method, rival in (
+            ("two links", "LoRA r", "table1", "chain2", "lora"),
+            ("three links", "LoRA r", "table1", "chain3", "lora"),
+            ("three links", "LoRA Σr", "table1", "chain3", "lora_sum_rank"),
+            ("soft knots", "LoRA r", "soft", "soft", "lora"),
+            ("two links", "LoRA r", "step_down", "chain_8_8", "lora"),
+        )
+    ]
+
+
+# --- stages ---
+
+
+def script(path: str) -> ModuleType:
+    """A module of benchmarks/, under a name that no other folder's has."""
+    spec = importlib.util.spec_from_file_location(path.replace("/", "_"), BENCHMARKS / path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def stages() -> Rows:
+    """The arms of the primary study, in its order, with the seeds that have run."""
+    table = script("stages/table.py")
+    plan = yaml.safe_load((BENCHMARKS / "stages/plan.yaml").read_text(encoding="utf-8"))
+    cells, study = lines("stages/results.jsonl"), plan["studies"][0]
+    names = {
+        "combined rehearsed": "beside, combined, rehearsed",
+        "on top rehearsed": "on top, rehearsed",
+        "replay": "on top, replay",
+        "combined": "beside, combined",
+        "on top": "on top",
+    }
+    heads = "arm | seeds | right, % | forgotten, points | steps | kept rows | exported rank"
+    rows: Rows = [heads.split(" | ")]
+    for arm in study["arms"]:
+        found = table.of_arm(cells, study, plan["defaults"], arm).values()
+        rank = plan["rank"] * (len(plan["tasks"]) + arm.endswith("rehearsed"))
+        if not found:
+            rows.append((names[arm], *[MISSING] * 5, str(rank)))
+            continue
+        last = max(each["seed"] for each in found)
+        assert len(found) == last + 1  # they are run in this order
+        scores = [[100 * of(each) for each in found] for of in (table.average, table.forgetting)]
+        if last + 1 < len(study["seeds"]):  # no interval before all have run
+            scores = [[fmean(values)] for values in scores]
+        grams = plan["defaults"]["kept"] * len(plan["tasks"]) if "combined" in arm else 0
+        old = fmean(each["old_rows"] for each in found) - grams  # read to train
+        steps = fmean(each["steps"] for each in found)
+        row = (names[arm], f"0–{last}" if last else "0", *(estimate(v, 1, "-") for v in scores))
+        rows.append((*row, f"{steps:.0f}", f"{old:.0f}", str(rank)))
+    return rows
+
+
+@cache
+def trial() -> Mapping[str, Values]:
+    """The average of the first trial after the third task, in per cent, by order."""
+    found: dict[str, dict[int, float]] = {}
+    orders: list[list[str]] = []
+    for line in lines("stages/results-2026-11.jsonl"):
+        if len(line["right"]) == 3 and line["arm"] != "together":
+            if line["order"] not in orders:
+                orders.append(line["order"])
+            right = found.setdefault(line["arm"], {})
+            right[orders.index(line["order"])] = 100 * fmean(line["right"].values())
+    return found
+
+
+def first_trial() -> Rows:
+    names = {
+        "chain": "a link for each task",
+        "one LoRA": "one LoRA for all",
+        "replay 0.1": "links, replay 10 %",
+        "strengths": "links, `mix --best`",
+    }
+    return [("arm", "right, %")] + [
+        (name, estimate([*trial()[arm].values()], 1, "-")) for arm, name in names.items()
+    ]
+
+
+# --- speed, memory, numerics ---
+
+
+def contest(file: str, benchmark: str, peer: str, ours: str = "chainlora") -> tuple[float, float]:
+    """Times as fast as a peer, per processor second where other processes took cores, and the share
+    of its memory."""
+    entries = {
+        line["entry"]: line
+        for line in lines(f"speed/results/2026-11-{file}.jsonl")
+        if line["benchmark"] == benchmark
+    }
+    one, other = entries[ours], entries[peer]
+    is_busy = max(one["others_cores"], other["others_cores"]) > 1
+    rate = "rows_per_processor_second" if is_busy else "rows_per_second"
+    return one[rate] / other[rate], one["peak_mb"] / other["peak_mb"]
+
+
+def times(value: float) -> str:
+    return number(value, 1 if value >= 1 else 2, "-")
+
+
+def speed() -> Rows:
+    trainer = "Trainer + PEFT"
+    return [("rows", "peer", "times as fast", "share of its memory")] + [
+        (label, peer.removesuffix(" + PEFT"), *map(times, contest(file, benchmark, peer)))
+        for label, file, benchmark, peer in (
+            ("SST-2, 13 tokens", "26-short", "sst2-bfloat16", trainer),
+            ("SST-2, another machine", "25", "sst2-bfloat16", trainer),
+            ("4,096 tokens", "26-long", "long-4096-bfloat16", trainer),
+            ("1,024 tokens, 1.3B", "26-large", "1.3b-1024-bfloat16", trainer),
+            ("GSM8K", "25", "gsm8k-bfloat16", "TRL packing"),
+        )
+    ]
+
+
+def checkpointed() -> list[tuple[float, float]]:
+    """What `gradient_checkpointing` takes, against a peer without it."""
+    return [
+        contest(file, f"{name}-bfloat16", "Trainer + PEFT", "chainlora, checkpointed")
+        for file, name in (
+            ("26-long", "long-1024"),
+            ("26-long", "long-4096"),
+            ("26-long-7600", "long-7600"),
+            ("26-large", "0.5b-1024"),
+            ("26-large", "1.3b-1024"),
+        )
+    ]
+
+
+def rank_cost() -> str:
+    cells = lines("speed/results/2026-11-25.jsonl")
+    found = {each["entry"]: each for each in cells if each["benchmark"] == "rank-64"}
+    return times(found["rank 64"]["seconds_per_step"] / found["rank 8"]["seconds_per_step"])
+
+
+def knots(kind: str, dtype_or_links: str | int) -> dict[str, Any]:
+    """The row of numerics/ about whole knots (by links), or soft ones (by dtype)."""
+    rows = from_json(f"numerics/{kind}.json")["rows"]
+    (found,) = [row for row in rows if dtype_or_links in (row.get("dtype"), row.get("links"))]
+    return found
+
+
+# --- sentences ---
+
+
+def orders_less_one_lora() -> str:
+    ours, theirs = (trial()[arm] for arm in ("chain", "one LoRA"))
+    return estimate(less(ours, theirs), 1)
+
+
+def first_stages_apart() -> str:
+    """By how many points one LoRA and the chain differ after the first task."""
+    found = lines("stages/results-2026-11.jsonl")
+    one, other = (
+        {
+            each["order"][0]: each["right"]
+            for each in found
+            if (each["arm"], len(each["order"])) == (arm, 1)
+        }
+        for arm in ("one LoRA", "alone")
+    )
+    return f"{100 * max(abs(one[task][task] - other[task][task]) for task in one):.0f}"
+
+
+def paper_gain() -> str:
+    """The paper's gain of three links, in points, over the tasks of table1."""
+    printed = yaml.safe_load((BENCHMARKS / "paper/printed/tables.yaml").read_text(encoding="utf-8"))
+    scores = printed["table1"]["scores"]
+    tasks = read_results(BENCHMARKS / "paper/table1").experiment["tasks"]
+    return f"{fmean(scores['chain3'][task] - scores['lora'][task] for task in tasks):.2f}"
+
+
+def faults() -> str:
+    classes = from_json("faults/soak.json")["classes"].values()
+    ended = {how for each in classes for how in each}
+    assert ended == {"right", "detected", "harmless", "refused"}
+    return f"{sum(sum(each.values()) for each in classes):,}"
+
+
+def shared(dtype: str) -> str:
+    return f"{100 * knots('soft_knots', dtype)['knot_share_every_10']:.2f}"
+
+
+def rank16_ahead() -> str:
+    ours, theirs = (runs("smollm2/scripts_scout", method) for method in ("soft", "r16"))
+    return number(fmean(less(ours, theirs)), sign="-")
+
+
+def restarted() -> str:
+    found = compared("rank1_settings")["chain4_r1_restart", "chain4_r1"]
+    return with_interval(found.mean, found.low, found.high)
+
+
+def detectable() -> tuple[str, str]:
+    found = compared("table1")["chain3", "lora"]
+    return f"{found.detectable:.2f}", str(found.num_pairs)
+
+
+def soft_rank() -> tuple[str, str]:
+    found = knots("soft_knots", "bfloat16")
+    return f"{max(found['stored_ranks']):.0f}", str(found["soft_knots"])
+
+
+def checkpointing() -> list[str]:
+    speeds, shares = zip(*checkpointed(), strict=True)
+    return [f"{of(shares):.2f}" for of in (min, max)] + [f"{of(speeds):.1f}" for of in (min, max)]
+
+
+def errors() -> list[float]:
+    whole, soft = knots("knots", 16), [knots("soft_knots", x) for x in ("bfloat16", "float32")]
+    return [whole["error_rebuilt"], whole["error_in_place"], *(fmean(x["error"]) for x in soft)]
+
+
+SENTENCES: list[tuple[str, Callable[[], Iterable[str]]]] = [  # a text of the page, its numbers
+    ("Rank 64 takes {} times the time of rank 8", lambda: [rank_cost()]),
+    (
+        "adds {} % (float32) or {} % (bfloat16)",
+        lambda: [shared("float32"), shared("bfloat16")],
+    ),
+    (
+        "has rank {} after {} knots",
+        soft_rank,
+    ),
+    ("ahead in all {} comparisons", lambda: [all_behind()]),
+    ("rank 16 is {} ahead", lambda: [rank16_ahead()]),
+    (
+        "{} points, is below the {} that {} pairs find",
+        lambda: [paper_gain(), *detectable()],
+    ),
+    ("links less one LoRA {0[0]} points {0[1]}", lambda: [orders_less_one_lora().split(" ", 1)]),
+    ("differ by up to {} points", lambda: [first_stages_apart()]),
+    (
+        "takes {} to {} of its memory at {} to {} times its speed",
+        checkpointing,
+    ),
+    (
+        "{:.1f} after 16 whole knots (merging in place {:.1f}), "
+        "{:.1f} after 400 soft ones (float32 {:.1f})",
+        errors,
+    ),
+    ("Of {} [faults]), none ended in lost or wrong results", lambda: [faults()]),
+    ("a schedule for each ({})", lambda: [restarted()]),
+]
+NOT_MEASURED = {
+    "0.26M": "the size of stories260k",
+    "2401.04151": "arXiv",
+    "2510.23818": "arXiv",
+}
+
+
+# --- the page ---
+
+TABLES: dict[str, Callable[[], Rows]] = {
+    table.__name__: table
+    for table in (soft_lab, soft_smollm2, whole, classification, stages, first_trial, speed)
+}
+NUMBER = re.compile(r"(?<![\w.-])[+−]?\d[\d,]*\.\d+(?:e-\d+)?M?|[+−]\d+")
+
+
+def markdown(rows: Rows) -> str:
+    shown = [f"| {' | '.join(row)} |\n" for row in rows]
+    return "".join([shown[0], f"|{'---|' * len(rows[0])}\n", *shown[1:]])
+
+
+def flat(text: str) -> str:
+    """Text without line ends and link targets."""
+    return " ".join(re.sub(r"\]\([^)]*\)", "])", text).split())
+
+
+def evidence() -> str:
+    return EVIDENCE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_that_of_the_results(name):
+    assert markdown(TABLES[name]()) in evidence()
+
+
+@pytest.mark.parametrize(("text", "numbers"), SENTENCES, ids=[text for text, _ in SENTENCES])
+def test_the_numbers_of_a_sentence_are_those_of_the_results(text, numbers):
+    assert text.format(*numbers()) in flat(evidence())
+
+
+def test_no_number_of_the_page_is_unchecked():
+    rest = flat(re.sub(r"^\|.*\n", "", evidence(), flags=re.MULTILINE))
+    for text, numbers in SENTENCES:
+        rest = rest.replace(text.format(*numbers()), "")
+    assert {*NUMBER.findall(rest)} <= NOT_MEASURED.keys()
+    tables = [line for line in evidence().splitlines() if line.startswith("|")]
+    assert len(tables) == sum(len(table()) + 1 for table in TABLES.values())
+
+
+def test_the_readme_has_no_other_results_than_the_page():
+    """In each paragraph, with its table, or list that links to results."""
+    known = {*NUMBER.findall(evidence()), *NOT_MEASURED}
+    for run in read_results(BENCHMARKS / "paper/rank1").finals:  # tokens a parameter
+        known.add(f"{run['tokens'] / run['trainable_parameters']:.1f}")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"\n\n(?=\|)", "\n", text)  # a table belongs to the paragraph before it
+    for block in text.split("\n\n"):
+        if re.search(r"\]\((?:benchmarks/|docs/evidence)", block):
+            assert {*NUMBER.findall(re.sub(r"\]\([^)]*\)", "", block))} <= known, block
+
+
+def write_tables() -> None:
+    """Put today's tables where the page has one with the same heads."""
+    page = evidence()
+    for table in TABLES.values():
+        rows = table()
+        old = re.escape(markdown(rows[:1])) + r"(?:\|.*\n)*"
+        page, count = re.subn(old, markdown(rows), page)
+        assert count == 1, rows[0]
+    EVIDENCE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_tables()

@@ -1,0 +1,281 @@
+"""Where an export comes from: its lineage, `verify`, and the same bits from lineage and rows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_tiny_folder, write_rows
+from helpers import settings
+
+from chainlora.config.staging import make_stages
+from chainlora.files import checksums
+from chainlora.runs.changes import mix_stages
+from chainlora.runs.history import read_history
+from chainlora.training.stages import extension, rehearsal, train_stages
+
+
+@pytest.fixture(scope="module")
+def made(sentiment, tmp_path_factory) -> Path:
+    """A folder with a base, rows and a run: two stages beside each other, combined, rehearsed and
+    mixed."""
+    folder = tmp_path_factory.mktemp("lineage")
+    make_tiny_folder(folder / "secret/base")
+    lines = (sentiment / "train.jsonl").read_text().splitlines(keepends=True)
+    for name, rows in (("law", lines[:16]), ("style", lines[16:])):
+        (folder / f"secret/{name}.jsonl").write_text("".join(rows))
+    tree = settings(folder / "secret/base", sentiment, folder / "run")
+    tree["chain"] = {"alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    train_stages(make_stages({**tree, "data": {}, "stages": [stage(folder, sentiment, "law")]}))
+    beside = extension(folder / "run", stage(folder, sentiment, "style"), beside=True)
+    train_stages(beside, matrix=False)
+    train_stages(rehearsal(folder / "run", {"chain": {"ranks": [2], "steps": [2]}}), matrix=False)
+    mix_stages(folder / "run", {"law": 0.5})
+    return folder
+
+
+def stage(folder: Path, sentiment: Path, name: str) -> dict[str, Any]:
+    rows = {"train": str(folder / f"secret/{name}.jsonl"), "validation": 4}
+    task = {"task": str(sentiment / "task.yaml")}
+    return {"name": name, "data": task | rows, "chain": {"ranks": [2], "steps": [3]}}
+
+
+@pytest.fixture(scope="module")
+def exported(made) -> Path:
+    from chainlora import export_adapter
+
+    export_adapter(made / "run", made / "adapter")
+    return made / "adapter"
+
+
+def places(made: Path, sentiment: Path) -> list[str]:
+    """Say where the rows and the base of the lineage are."""
+    found = ["--model", f"{made}/secret/base", "--data.task", f"{sentiment}/task.yaml"]
+    for name in ("law", "style"):
+        found += [f"--stages.{name}.data.train", f"{made}/secret/{name}.jsonl"]
+    return found
+
+
+# --- what it holds ---
+
+
+def test_a_lineage_says_where_an_export_comes_from(made, exported, sentiment):
+    text = (exported / "lineage.json").read_text()
+    found, history = json.loads(text), read_history(made / "run")
+    combined, rehearsed = (e.key for e in history.entries if e.kind == "combine" or e.is_rehearsal)
+    keys = [entry["key"] for entry in found["history"]["entries"]]
+    assert keys == ["law", "style", combined, rehearsed, history.head]
+    sums = checksums(exported)
+    del sums["lineage.json"]
+    assert found["files"] == sums
+    assert found["stages"]["law"]["config"]["data"]["train"] == "law.jsonl"
+    card = (exported / "README.md").read_text()
+    state = history.state_of(history.head)
+    assert f"law + style --> {combined} (combine)" in card
+    assert f"| `law` | 0.5 | `{history.entries[0].training.rows}` |" in card
+    assert f"State `{state.digest}`" in card
+    for place in (str(made), str(sentiment), "secret"):
+        assert place not in text + card
+    row = json.loads((made / "secret/law.jsonl").read_text().splitlines()[0])
+    assert row["text"] not in text + card
+
+
+# --- verify ---
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--to adapter",
+        "--to adapter --rank 3",
+        "--to merged",
+        "--to gguf",
+        "--to gguf-adapter",
+        "--to adapter --stages style=0.3",
+        "--to adapter --links 1",
+    ],
+)
+def test_an_export_is_every_byte_of_what_its_run_gives(chainlora, made, tmp_path, words):
+    if "gguf" in words:
+        pytest.importorskip("gguf")
+    to = [*words.split(), "--output", tmp_path / "out", "--license", "mit"]
+    assert chainlora("export", made / "run", *to).status == 0
+    done = chainlora("verify", tmp_path / "out", made / "run")
+    assert (done.status, done.err) == (0, "")
+    assert "every byte is what" in done.out
+
+
+def test_a_changed_file_is_named(chainlora, made, exported, tmp_path):
+    copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+    assert "have their checksums" in chainlora("verify", copy).out
+    weights = bytearray((copy / "adapter_model.safetensors").read_bytes())
+    weights[-5] ^= 1
+    (copy / "adapter_model.safetensors").write_bytes(weights)
+    (copy / "tokenizer.json").unlink()
+    (copy / "weights.bin").write_text("")
+    (copy / ".cache").mkdir()  # as tools of the Hub leave it
+    (copy / ".cache/note").write_text("")
+    done = chainlora("verify", copy)
+    names = ["adapter_model.safetensors: not as it was exported"]
+    names += ["tokenizer.json: missing", "weights.bin: added"]
+    assert (done.status, done.out.splitlines()) == (1, names)
+    done = chainlora("verify", copy, made / "run")
+    assert f"adapter_model.safetensors: not what {made}/run gives" in done.out
+
+
+def test_a_changed_lineage_is_found(chainlora, made, exported, tmp_path):
+    """Its checksum is no signature: with the run, an edit that has a valid one is found too."""
+    from chainlora.runs.history import write_part
+    from chainlora.runs.lineage import read_lineage
+
+    copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+    text = (copy / "lineage.json").read_text()
+    (copy / "lineage.json").write_text(text.replace('"lr": 0.01', '"lr": 0.02'))
+    chainlora("verify", copy).refused("lineage.json must be", "another checksum", "export the run")
+    (copy / "lineage.json").write_text(text)
+    lineage = read_lineage(copy)
+    lineage.stages["law"].config["train"]["lr"] = 0.02
+    write_part(copy / "lineage.json", lineage)
+    assert chainlora("verify", copy).status == 0
+    done = chainlora("verify", copy, made / "run")
+    assert (done.status, done.out.strip()) == (
+        1,
+        f"lineage.json: `stages` is not what {made}/run says",
+    )
+
+
+def test_another_state_run_or_base_is_named(chainlora, made, exported, finished, tmp_path):
+    done = chainlora("verify", exported, f"{made}/run@law")
+    assert done.status == 1
+    assert done.out.startswith(f"another state: {made}/run@law is ")
+    done = chainlora("verify", exported, finished)
+    assert done.out.startswith("another run: ") or done.out.startswith("another base: ")
+    fork = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    chainlora("prune", fork, "style", "--yes")
+    assert chainlora("verify", exported, fork).out.startswith("another run: ")
+    weights = made / "secret/base/model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        done = chainlora("verify", exported, made / "run")
+    finally:
+        weights.write_bytes(whole)
+    assert done.status == 1
+    assert done.out.startswith("another base: ")
+    assert "model.safetensors" in done.out
+
+
+def test_a_folder_without_a_lineage_is_refused(chainlora, tmp_path):
+    chainlora("verify", tmp_path).refused("a file must be read", "lineage.json")
+
+
+# --- trained again ---
+
+
+def test_lineage_rows_and_base_give_the_same_bits(chainlora, made, exported, sentiment, tmp_path):
+    command = ["train", exported / "lineage.json", *places(made, sentiment)]
+    command += ["--output", tmp_path / "again"]
+    done = chainlora(*command)
+    assert done.status == 0, done.err
+    assert read_history(tmp_path / "again").head == read_history(made / "run").head
+    to = ["--to", "adapter", "--output", tmp_path / "out"]
+    assert chainlora("export", tmp_path / "again", *to).status == 0
+    weights = "adapter_model.safetensors"
+    assert checksums(tmp_path / "out")[weights] == checksums(exported)[weights]
+    assert "nothing left to do" in chainlora(*command).out
+
+
+def test_other_rows_and_bases_are_refused(chainlora, made, exported, sentiment, tmp_path):
+    ask = ["train", exported / "lineage.json", "--output", tmp_path / "again"]
+    own = places(made, sentiment)
+    other = write_rows(tmp_path / "law.jsonl", [{"text": "good cat", "label": 1}])
+    rows = [str(other) if "law.jsonl" in word else word for word in own]
+    chainlora(*ask, *rows).refused("stage 'law'", "`data.train` must be the rows")
+    changed = Path(shutil.copytree(made / "secret/base", tmp_path / "base"))
+    weights = (changed / "model.safetensors").read_bytes()
+    (changed / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    base = [str(changed) if "/base" in word else word for word in own]
+    chainlora(*ask, *base).refused("the base model", "another model.safetensors")
+    chainlora(*ask, *own, "--train.lr", "1").refused("with other places alone", "train.lr")
+    chainlora(*ask[:2], *own).refused("into a new folder", "add --output")
+    assert not (tmp_path / "again").exists()
+    assert chainlora(*ask[:3], made / "run", *own).status == 0  # nothing is left to do
+    lost = shutil.copytree(made / "run", tmp_path / "more")
+    chainlora("extend", lost, "--name", "new", *stage_words(made, sentiment))
+    chainlora(*ask[:3], lost, *own).refused("must be new, or of this lineage", "new in")
+
+
+def stage_words(made: Path, sentiment: Path) -> list[str]:
+    rows = ["--data.task", f"{sentiment}/task.yaml", "--data.train", f"{made}/secret/law.jsonl"]
+    return [*rows, "--chain.ranks", "[2]", "--chain.steps", "[1]"]
+
+
+# --- pushed and pulled ---
+
+
+def test_a_run_is_pushed_to_a_folder_once(chainlora, made, exported, sentiment, tmp_path):
+    """Its rows stay here; a run that is pulled has the same states."""
+    run, there = Path(shutil.copytree(made / "run", tmp_path / "run")), tmp_path / "there"
+    first = chainlora("push", run, there, "--json").json["files"]
+    assert first
+    assert not any(name.startswith("rows/") for name in first)
+    assert not (there / "rows").exists()
+    assert chainlora("push", run, there, "--json").json["files"] == []
+    assert chainlora("extend", run, "--name", "new", *stage_words(made, sentiment)).status == 0
+    second = chainlora("push", run, there, "--json").json["files"]
+    (link,) = {name.split("/")[1] for name in second if name.startswith("links/")}
+    names = [f"links/{link}/adapter_config.json", f"links/{link}/adapter_model.safetensors"]
+    assert second == [*names, *(f"stages/new/{n}" for n in ("config.yaml", *RECORDED))]
+    assert chainlora("pull", there, tmp_path / "pulled").status == 0
+    before, after = read_history(run), read_history(tmp_path / "pulled")
+    assert [e.state for e in after.entries] == [e.state for e in before.entries]
+    assert (after.head, after.past) == (before.head, before.past)
+    assert all(entry.kept is None for entry in after.entries)
+    done = chainlora("verify", exported, tmp_path / "pulled")
+    assert done.status == 0, done.out
+    rows = chainlora("push", run, there, "--rows", "--json").json["files"]
+    assert rows
+    assert all(name.startswith("rows/") for name in rows)
+    assert chainlora("push", run, there, "--json").json["files"] == []
+    assert read_history(there).files == before.files
+    assert chainlora("pull", there, tmp_path / "pulled", "--json").json["files"] == rows
+
+
+RECORDED = ("result.json", "metrics.jsonl")
+
+
+def test_what_is_no_earlier_state_is_not_overwritten(chainlora, made, sentiment, tmp_path):
+    run, there = Path(shutil.copytree(made / "run", tmp_path / "run")), tmp_path / "there"
+    assert chainlora("push", run, there).status == 0
+    ahead = Path(shutil.copytree(there, tmp_path / "ahead"))
+    assert chainlora("extend", run, "--name", "new", *stage_words(made, sentiment)).status == 0
+    assert chainlora("push", run, there).status == 0
+    chainlora("push", ahead, there).refused("must be earlier than the source", "another new in")
+    link = next((there / "links").iterdir()) / "adapter_model.safetensors"
+    link.write_bytes(link.read_bytes()[:-1] + b"?")
+    chainlora("pull", there, tmp_path / "new").refused("must be as the run wrote it")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/own.txt").write_text("mine")
+    chainlora("push", run, tmp_path / "full").refused("must be a new or empty directory")
+    chainlora("pull", "me/nothing", tmp_path / "new").refused("a run or repository must be there")
+    chainlora("push", run, "me/nothing").refused("a run or repository must be there")
+
+
+def test_a_lineage_of_somebody_else_runs_no_code(chainlora, made, exported, sentiment, tmp_path):
+    from chainlora.runs.history import write_part
+    from chainlora.runs.lineage import read_lineage
+
+    lineage = read_lineage(exported)
+    mine = tmp_path / "mine.py"
+    mine.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    lineage.stages["law"].config["plugins"] = [str(mine)]
+    write_part(tmp_path / "lineage.json", lineage)
+    ask = ["train", tmp_path / "lineage.json", "--output", tmp_path / "out"]
+    assert chainlora(*ask, *places(made, sentiment), "--dry-run").status == 0
+    assert not (tmp_path / "ran").exists()
+    lineage.stages["law"].config["data"]["chat_template"] = "/etc/hostname"
+    write_part(tmp_path / "lineage.json", lineage)
+    chainlora(*ask, *places(made, sentiment)).refused("must be a name or a text")
