@@ -101,7 +101,7 @@ def soft_less_lora(rank: int, steps: int, by: int) -> list[float]:
 
 
 def soft_lab() -> Rows:
-    rows: Rows = [("rank r", "steps", "tokens/parameter", "less LoRA r", "less 2r", "less 4r")]
+    rows: Rows = [("rank r", "steps", "tokens/parameter", "minus LoRA r", "minus 2r", "minus 4r")]
     for rank, steps in LAB_STUDIES:
         per_parameter = steps * 4 * 64 / (LAB_PARAMETERS * rank)
         own, *rivals = (soft_less_lora(rank, steps, by) for by in (1, 2, 4))
@@ -131,7 +131,7 @@ def runs(folder: str, method: str) -> Values:
 
 def soft_smollm2() -> Rows:
     rows: Rows = [
-        ("text", "rank r", "steps", "tokens/parameter", "seeds", "less LoRA r", "less 4r")
+        ("text", "rank r", "steps", "tokens/parameter", "seeds", "minus LoRA r", "minus 4r")
     ]
     for text, folder, wide in (
         ("translations", "translations", {}),
@@ -155,7 +155,7 @@ def soft_smollm2() -> Rows:
 
 def whole() -> Rows:
     """Chains of whole knots by loss; rivals of equal memory, and of equal exported rank."""
-    rows: Rows = [("links×r", "text", "steps a link", "seeds", "less LoRA r", "less Σr")]
+    rows: Rows = [("links×r", "text", "steps a link", "seeds", "minus LoRA r", "minus Σr")]
 
     def add(links: int, rank: int, text: str, steps: int, ours: Values, *rivals: Values) -> None:
         own, total = (less(ours, rival) for rival in rivals)
@@ -228,7 +228,9 @@ def stages() -> Rows:
         "combined": "beside, combined",
         "on top": "on top",
     }
-    heads = "arm | seeds | right, % | forgotten, points | steps | kept rows | exported rank"
+    heads = (
+        "arm | seeds | right, % | forgotten, points | steps | kept rows trained on | exported rank"
+    )
     rows: Rows = [heads.split(" | ")]
     for arm in study["arms"]:
         found = table.of_arm(cells, study, plan["defaults"], arm).values()
@@ -298,7 +300,7 @@ def times(value: float) -> str:
 
 def speed() -> Rows:
     trainer = "Trainer + PEFT"
-    return [("rows", "peer", "times as fast", "share of its memory")] + [
+    return [("rows", "compared with", "times as fast", "share of its memory")] + [
         (label, peer.removesuffix(" + PEFT"), *map(times, contest(file, benchmark, peer)))
         for label, file, benchmark, peer in (
             ("SST-2, 13 tokens", "26-short", "sst2-bfloat16", trainer),
