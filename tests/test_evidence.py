@@ -423,7 +423,7 @@ SENTENCES: list[tuple[str, Callable[[], Iterable[str]]]] = [  # a text of the pa
     ("ahead in all {} comparisons", lambda: [all_behind()]),
     ("rank 16 is {} ahead", lambda: [rank16_ahead()]),
     (
-        "{} points, is below the {} that {} pairs find",
+        "{2} pairs detect {1} points with 80 % power. The paper's gain on the six, {0} points",
         lambda: [paper_gain(), *detectable()],
     ),
     ("links less one LoRA {0[0]} points {0[1]}", lambda: [orders_less_one_lora().split(" ", 1)]),

@@ -139,7 +139,8 @@ def test_names_in_a_card_are_text(chat_run, tmp_path, name):
     } | ({} if name else {"base_model": hostile})
     tokens = MarkdownIt("commonmark").enable("table").parse(card.text)
     headings = [after.content for token, after in pairwise(tokens) if token.type == "heading_open"]
-    assert headings == ["`chain`" if name else "Model card", "The chain", "Use", "Licence"]
+    first = "`chain`" if name else "Model card"
+    assert headings == [first, "The chain", "Lineage", "Use", "Licence"]
     assert [token.info for token in tokens if token.type == "fence"] == ["python", "sh"]
     inline = [child for token in tokens for child in token.children or ()]
     assert "<script>" in "".join(t.content for t in inline if t.type == "code_inline")

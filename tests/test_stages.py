@@ -356,7 +356,8 @@ def test_a_stage_ends_inside_itself_with_its_best_point(config, tmp_path):
     assert f"| 1 | 4 | 2 | {selected['step'] - 1} | 1.0000 | {scores['loss']:.4f} |" in card
     export_adapter(tmp_path / "run", tmp_path / "whole")
     card = (tmp_path / "whole/README.md").read_text(encoding="utf-8")
-    rows = [line.split(" | ")[0] for line in card.splitlines() if line.startswith("| ")]
+    table = card.partition("## Lineage")[0]
+    rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")]
     assert rows == ["| link", "| ---", "| 0", "| 1", "| before", "| 2", "| 3"]  # the last stage
     assert "Links from 2 on were trained on the task `task`" in card
     begun_on = open_run(tmp_path / "run").parent
