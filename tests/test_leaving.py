@@ -141,7 +141,7 @@ def test_names_in_a_card_are_text(chat_run, tmp_path, name):
     headings = [after.content for token, after in pairwise(tokens) if token.type == "heading_open"]
     first = "`chain`" if name else "Model card"
     assert headings == [first, "The chain", "Lineage", "Use", "Licence"]
-    assert [token.info for token in tokens if token.type == "fence"] == ["python", "sh"]
+    assert [token.info for token in tokens if token.type == "fence"] == ["text", "python", "sh"]
     inline = [child for token in tokens for child in token.children or ()]
     assert "<script>" in "".join(t.content for t in inline if t.type == "code_inline")
     assert not any("html" in token.type or token.type == "hr" for token in [*tokens, *inline])

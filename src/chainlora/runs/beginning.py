@@ -184,11 +184,13 @@ def _copy_files(
         is_there = name in single and (run / there).is_file()  # its name is of its content
         if not is_there and (state.run / name).is_file():  # records may be gone
             files.make_folder((run / there).parent)
+            files.remove_scratch((run / there).parent, (run / there).name)  # of a kill
             files.write_bytes(run / there, (state.run / name).read_bytes())
 
 
 def _copy_folder(source: Path, target: Path, name: str) -> None:
     files.make_folder((target / name).parent)
+    files.remove_scratch((target / name).parent, "copy")  # of a kill
     with files.new_folder((target / name).parent, "copy") as scratch:
         shutil.copytree(source / name, scratch, dirs_exist_ok=True, copy_function=shutil.copyfile)
         files.put_folder(scratch, target / name)
