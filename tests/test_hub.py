@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,19 @@ print(json.dumps([load_tokenizer(folder).chat_template, (folder / "LICENSE").rea
 """
 
 
+def against(hub: Any, home: Path, script: str, *values: Any) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process that knows no other Hub."""
+    own = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    own |= {"HF_HOME": str(home / "home"), "HF_TOKEN": "hf_secret"}
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(json.dumps, values)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | own,
+    )
+
+
 def test_an_adapter_is_pushed_and_a_base_is_fetched(finished, tiny_folder, tmp_path):
     """With every chat template, of which those of tools lie in a folder below, and its licence."""
     tools = shutil.copytree(tiny_folder, tmp_path / "model")
@@ -54,15 +68,7 @@ def test_an_adapter_is_pushed_and_a_base_is_fetched(finished, tiny_folder, tmp_p
         to = ["--to", "adapter", "--output", str(tmp_path / "out"), "--push-to-hub", "me/chain"]
         names = ["--base-name", "tiny/llama", "--license", "apache-2.0", "--private", "--json"]
         command = ["export", str(finished), *to, *names]
-        done = subprocess.run(
-            [sys.executable, "-c", PUSH, json.dumps(command), json.dumps(IDS.tolist())],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            env=os.environ
-            | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-            | {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_secret"},
-        )
+        done = against(hub, tmp_path, PUSH, command, IDS.tolist())
     (tiny_folder / "LICENSE").unlink()
     assert done.returncode == 0, done.stderr
     said, found, fetched = (json.loads(line) for line in done.stdout.splitlines()[-3:])
@@ -95,15 +101,7 @@ def test_a_run_is_pushed_and_pulled(finished, tmp_path):
     push, pulled = ["push", str(finished), "me/run", "--json"], str(tmp_path / "pulled")
     commands = [push, push, ["pull", "me/run", pulled, "--json"]]
     with local_hub() as hub:
-        done = subprocess.run(
-            [sys.executable, "-c", SYNC, json.dumps(commands)],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            env=os.environ
-            | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-            | {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_secret"},
-        )
+        done = against(hub, tmp_path, SYNC, commands)
     assert done.returncode == 0, done.stderr
     first, second, third = (json.loads(line)["files"] for line in done.stdout.splitlines())
     assert second == []

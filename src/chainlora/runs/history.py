@@ -37,7 +37,7 @@ CAUSAL = "CAUSAL_LM"  # PEFT's name of the task of causal language models
 MAIN = "main"  # the stage of links where none was named
 START = "start"  # what a run began on: an imported adapter, or rows given for it
 BASE = "base"  # the state of no links
-REHEARSAL = "data.rehearse"  # what stands for the rows of a stage that has none of its own
+REHEARSED = "data.rehearse"  # what stands for the rows of a stage that has none of its own
 CONFIG, RECORDS, RESULT = "config.yaml", "metrics.jsonl", "result.json"
 TOKENIZER = "tokenizer"
 INCOMPLETE = "the run is incomplete: copy it whole, or start over"
@@ -207,7 +207,7 @@ class Entry(Part):
     @property
     def is_rehearsal(self) -> bool:
         """Say whether it was trained on nothing but rows that earlier stages kept."""
-        return REHEARSAL in self.training.sources
+        return REHEARSED in self.training.sources
 
     @property
     def is_whole_model(self) -> bool:
