@@ -205,7 +205,7 @@ def _solved(states: Sequence[OpenState], progress: Progress) -> dict[str, Module
                 if term.link not in alike
             }
             try:
-                sums.add(gram_matrices(model, part, read(tokens, str(state))), factors)
+                sums.add(gram_matrices(model, part, read(tokens, state.stage)), factors)
             except ChainError as error:
                 rule = "states that are combined must have finite activations"
                 raise RunError(rule, f"{error}, {state}", "leave it out") from None
