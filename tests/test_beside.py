@@ -28,6 +28,7 @@ from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import log, mix_stages, plan_pruning, prune_stage, redo, undo
 from chainlora.runs.history import read_history
 from chainlora.runs.loading_start import with_start
+from chainlora.training.events import Event, KeptRowsRead
 from chainlora.training.stages import extension, rehearsal, train_stages
 
 
@@ -286,7 +287,11 @@ def test_a_stage_goes_on_from_any_state(abc, sentiment, tmp_path):
 def test_a_stage_beside_others_has_its_config_from_the_first(abc, ac, sentiment):
     """Not from siblings: they may be pruned, and differ when the same command is given again."""
     other = section(sentiment, "d") | {"train": {"lr": 1e-4}}
-    train_stages(extension(abc, other, beside=True), matrix=False)
+    events: list[Event] = []
+    train_stages(extension(abc, other, beside=True), matrix=False, listener=events.append)
+    shares = [event.share for event in events if isinstance(event, KeptRowsRead)]
+    assert shares == sorted({*shares})
+    assert shares[-1] == 1
     for run in (abc, ac):
         (stage,) = extension(run, section(sentiment, "d2"), beside=True)
         assert stage.config.train.lr == 1e-2

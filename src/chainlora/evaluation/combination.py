@@ -28,7 +28,7 @@ from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
 
-ROWS, TOKENS = 64, 16_384  # of each stage, at most: more change the Grams little
+ROWS, TOKENS = 64, 4_096  # of each stage, at most: more change the Grams little
 _MEMORY = 1 << 31  # bytes of Grams at once; modules that do not fit wait for another pass
 
 Modules = dict[str, Tensor]  # A by module

@@ -56,6 +56,16 @@ class ReferenceScored(Event):
 
 
 @dataclass(frozen=True, eq=False)
+class KeptRowsRead(Event):
+    """Rows that stages kept have been read, to judge a stage, combine it or score it, after its
+    last step; not in ``metrics.jsonl``."""
+
+    name = "kept"
+    rows: int  # so far
+    share: float  # of what is due
+
+
+@dataclass(frozen=True, eq=False)
 class StageBegins(Event):
     """A stage is looked at: it has ended, goes on, or begins; not in ``metrics.jsonl``."""
 

@@ -19,6 +19,7 @@ from chainlora.training.events import (
     AlreadyFinished,
     Evaluated,
     Event,
+    KeptRowsRead,
     KnotTied,
     LinkRejected,
     Listener,
@@ -46,7 +47,7 @@ def progress_listener() -> Iterator[Listener]:
     try:
         yield listener
     finally:
-        listener.encoding.stop()
+        listener.reading.stop()
         listener.bar.stop()
 
 
@@ -84,7 +85,7 @@ class _Listener:
             TextColumn("{task.fields[left]}"),
             **bars,
         )
-        self.encoding = Progress(
+        self.reading = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[rows]:,} rows"),
@@ -107,8 +108,12 @@ class _Listener:
 
     def __call__(self, event: Event) -> None:
         match event:
-            case RowsEncoded() | ReferenceScored():
-                self._encoded(event)
+            case RowsEncoded():
+                self._read(f"tokenising {event.split}", event)
+            case ReferenceScored():
+                self._read(f"scoring {event.split}", event)
+            case KeptRowsRead():
+                self._read("reading kept rows", event)
             case Planned():
                 self._plan(event)
             case StepDone():
@@ -140,13 +145,11 @@ class _Listener:
                 )
         self.heard = time.monotonic()
 
-    def _encoded(self, event: RowsEncoded | ReferenceScored) -> None:
-        verb = "scoring" if isinstance(event, ReferenceScored) else "tokenising"
-        name = f"{verb} {event.split}"
-        if name not in self.splits:
-            self.splits[name] = self.encoding.add_task(name, total=1.0, rows=0)
-            self.encoding.start()
-        self.encoding.update(self.splits[name], completed=event.share, rows=event.rows)
+    def _read(self, what: str, event: RowsEncoded | ReferenceScored | KeptRowsRead) -> None:
+        if what not in self.splits:
+            self.splits[what] = self.reading.add_task(what, total=1.0, rows=0)
+            self.reading.start()
+        self.reading.update(self.splits[what], completed=event.share, rows=event.rows)
 
     def _plan(self, event: Planned) -> None:
         # losses, seconds and bars of the stage before say nothing of this one
@@ -154,7 +157,7 @@ class _Listener:
         self.seconds.clear()
         self.evaluation_seconds.clear()
         self.splits.clear()
-        for bar in (self.bar, self.encoding):
+        for bar in (self.bar, self.reading):
             bar.stop()
             for task in bar.task_ids:
                 bar.remove_task(task)

@@ -37,7 +37,7 @@ from chainlora.config.staging import (
 )
 from chainlora.errors import ConfigError, RunError, StoppedError
 from chainlora.evaluation.combination import combine_with, need_combinable
-from chainlora.evaluation.stage_scores import stage_matrix
+from chainlora.evaluation.stage_scores import Progress, stage_matrix
 from chainlora.evaluation.strengths import guard
 from chainlora.models.finding import from_above
 from chainlora.runs.addresses import find_state, state_of_draft
@@ -48,7 +48,7 @@ from chainlora.runs.locks import refuse_links
 from chainlora.runs.resuming import not_named
 from chainlora.runs.state import OpenState
 from chainlora.runs.work import Work
-from chainlora.training.events import Event, Listener, StageBegins, StageGuarded
+from chainlora.training.events import Event, KeptRowsRead, Listener, StageBegins, StageGuarded
 from chainlora.training.interrupts import stop_requested
 from chainlora.training.loop import train as run_training
 from chainlora.training.loop import train_stage
@@ -191,7 +191,7 @@ def train_stages(
             Work(run, planned.name, writes=is_first_launched()).tidy()
             results.append(None)
             if planned.stage.beside and is_first_launched():  # a kill may have come before
-                _take_in(run, planned.stage)
+                _take_in(run, planned.stage, tell)
             continue
         start = plan.start
         if planned is not plan.due[0]:
@@ -204,11 +204,11 @@ def train_stages(
             _judge(run, planned, tell)
         wait_for_all()
         if is_first_launched():
-            _take_in(run, planned.stage)
+            _take_in(run, planned.stage, tell)
     if matrix and is_first_launched():
         state = find_state(run)
         if len(state.columns) > 1 and state.keepers():
-            stage_matrix(run, progress=_stop_if_requested)
+            stage_matrix(run, progress=_reader(tell))
     wait_for_all()
     return results
 
@@ -352,7 +352,7 @@ def _judge(run: Path, planned: StagePlan, tell: Listener) -> None:
     trained = state_of_draft(run, planned.name)
     if not needs_judgement(trained):
         return
-    strength, gains = guard(trained, planned.stage.tolerance, progress=_stop_if_requested)
+    strength, gains = guard(trained, planned.stage.tolerance, progress=_reader(tell))
     means = {name: found.mean for name, found in gains.items()}
     tell(StageGuarded(0, planned.name, strength, means))
     work = Work(run, planned.name)
@@ -360,7 +360,7 @@ def _judge(run: Path, planned: StagePlan, tell: Listener) -> None:
         work.publish(strength, [*gains])
 
 
-def _take_in(run: Path, stage: Stage) -> None:
+def _take_in(run: Path, stage: Stage, tell: Listener) -> None:
     """Combine a stage that has ended beside the others with what the run is combined of."""
     history = read_history(run)
     combined = {
@@ -369,7 +369,7 @@ def _take_in(run: Path, stage: Stage) -> None:
     if stage.name in combined | {entry.key for entry in history.lineage(history.head)}:
         return
     if stage.beside:
-        combine_with(run, stage.name, _stop_if_requested)
+        combine_with(run, stage.name, _reader(tell))
         return
     judged = (e.key for e in history.entries if e.kind == "mix" and e.parents == (stage.name,))
     name = next(judged, stage.name)  # at the strength that `accept_links` has chosen
@@ -381,12 +381,18 @@ def _take_in(run: Path, stage: Stage) -> None:
     )
 
 
-def _stop_if_requested(what: str, done: int, rows: int) -> None:
-    """Raise StoppedError while stages are scored, which the same command then does, if asked to.
+def _reader(tell: Listener) -> Progress:
+    """Return what is called while kept rows are read, which the same command does again: it tells,
+    and raises StoppedError if asked to stop.
 
     Several processes must stop alike, so they finish what they have begun.
     """
-    number = stop_requested()
-    if number is not None and num_launched() == 1:
-        got = f"{signal.Signals(number).name} while it was scored, {what}"
-        raise StoppedError(f"the run stopped (got {got}); the same command goes on", number)
+
+    def read(what: str, done: int, rows: int) -> None:
+        number = stop_requested()
+        if number is not None and num_launched() == 1:
+            got = f"{signal.Signals(number).name} while it was scored, {what}"
+            raise StoppedError(f"the run stopped (got {got}); the same command goes on", number)
+        tell(KeptRowsRead(0, done, done / rows))
+
+    return read
