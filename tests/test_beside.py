@@ -15,7 +15,7 @@ from helpers_data import pair_files
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from chainlora import export_adapter, load_run
+from chainlora import export_adapter, extend, load_run
 from chainlora.chain.combining import Combination, gram_matrices
 from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
@@ -296,6 +296,36 @@ def test_a_stage_beside_others_has_its_config_from_the_first(abc, ac, sentiment)
         (stage,) = extension(run, section(sentiment, "d2"), beside=True)
         assert stage.config.train.lr == 1e-2
         assert train_stages(extension(run, section(sentiment, "c"), beside=True)) == [None]
+
+
+def test_extend_stands_beside_and_rehearses_by_default(abc, sentiment, capsys):
+    more = section(sentiment, "d")
+    assert extend(abc, more, progress=False)["stage"] == "d"
+    entries = read_history(abc).entries
+    assert [entry.key for entry in entries[-3:]] == ["d", entries[-2].key, "rehearsal"]
+    assert (entries[-3].parents, set(entries[-2].parents)) == ((), {"a", "b", "c", "d"})
+    extend(abc, more, progress=False)
+    undo(abc)
+    extend(abc, more, progress=False)  # and rehearses nothing again that was undone
+    assert read_history(abc).entries == entries
+    file = sentiment.with_name("d2.yaml")
+    file.write_text(json.dumps(section(sentiment, "d2")))
+    assert cli(["extend", f"{abc}", f"{file}", "--no-rehearsal", "--dry-run"]) == 0
+    assert capsys.readouterr().out.endswith(", beside the others\n")
+
+
+@pytest.mark.parametrize("why", ["pairs", "replay", "kept", "named", "on top"])
+def test_what_extend_trains_on_top(why, abc, sentiment, tmp_path, caplog):
+    stage = section(sentiment, "d")
+    if why == "pairs":
+        stage |= {"data": pair_files(tmp_path), "train": {"loss": "dpo"}}
+    if why in ("replay", "kept"):
+        stage["data"] |= {"replay": 0.5} if why == "replay" else {"keep_rows": False}
+    below = open_run(abc).entry.key if why != "named" else "a"
+    address = f"{abc}@a" if why == "named" else abc
+    extend(address, stage, beside=False if why == "on top" else None, progress=False)
+    assert read_history(abc).find("d").parents == (below,)
+    assert ("stage d is trained on top of" in caplog.text) == (why in ("pairs", "replay", "kept"))
 
 
 def test_a_rehearsal_takes_no_loss_of_pairs(abc, tmp_path, caplog):

@@ -194,14 +194,13 @@ def train_and_show(
     results = _with_progress(stages[0].config, work)
     if not is_first_process():
         return
-    for stage, result in zip(stages, results, strict=True):
-        if result is not None:
-            _plot(stage.config, stage.name)
     run, new = stages[0].config.output or "", [each for each in results if each is not None]
+    for result in new:
+        _plot(stages[0].config, result["stage"])
     if as_json:
         from chainlora.runs.addresses import find_state
 
-        found = dict(zip([stage.name for stage in stages], results, strict=True))
+        found = dict.fromkeys(stage.name for stage in stages) | {r["stage"]: r for r in new}
         print_json({"stages": found, "strengths": find_state(run).strengths})
     elif new:
         _show_run(stages[-1].config, new, are_stages=True)
@@ -272,7 +271,8 @@ def _show_plan(stages: Sequence[Stage], change: Sequence[str], as_json: bool) ->
             "stopped": f"goes on from step {where.step}",
             "new": f"would train links of rank {ranks or 'none'} on {rows}",
         }
-        click.echo(f"{stage.name}: {does[where.state]}")
+        then = ", beside the others" * stage.beside + ", then a rehearsal" * stage.rehearse
+        click.echo(f"{stage.name}: {does[where.state]}{then * (where.state != 'finished')}")
 
 
 def _plot(settings: RunConfig, stage: str) -> None:

@@ -33,18 +33,33 @@ if TYPE_CHECKING:
 @keys_argument("RUN[@STAGE] [STAGE.yaml] --name NAME")
 @click.option("--resume", is_flag=True, hidden=True, help="Accepted, and not needed.")
 @click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
-@click.option("--beside", is_flag=True, help="Train it beside the others, and combine them.")
+@click.option(
+    "--beside/--on-top",
+    default=None,
+    help="Beside the others and combined with them, or on what RUN is. Default: beside, if it can.",
+)
+@click.option("--no-rehearsal", is_flag=True, help="Do not rehearse a stage beside others.")
 @json_option
 def extend(
-    arguments: tuple[str, ...], resume: bool, dry_run: bool, beside: bool, as_json: bool
+    arguments: tuple[str, ...],
+    resume: bool,
+    dry_run: bool,
+    beside: bool | None,
+    no_rehearsal: bool,
+    as_json: bool,
 ) -> None:
-    """Train one more stage on top of RUN: new data, fresh links, the same chain.
+    """Train one more stage of RUN: new data, fresh links, the same chain.
+
+    It is trained beside the others, combined with them in closed form, and rehearsed for 40 steps
+    on rows that all stages kept. On top of RUN it is trained with --on-top, on RUN@STAGE, on pairs,
+    with data.replay or data.new_rows_only, and where it cannot be combined.
 
     Give at least the name, the rows, the ranks and the length: --name law --data.train law.jsonl
-    --chain.ranks 8 --chain.epochs 1. Other keys are inherited from the stage before, but for how
-    its end was chosen (keep_best, early_stop, select_metric, accept_links). STAGE.yaml may hold the
-    same. With --output FOLDER the stage becomes a fork, which begins on RUN or RUN@STAGE and leaves
-    it as it is. The same command again resumes a stage that was stopped or killed, or does nothing.
+    --chain.ranks 8 --chain.epochs 1. Other keys are inherited from the stage before, beside others
+    from the first, but for how its end was chosen (keep_best, early_stop, select_metric,
+    accept_links). STAGE.yaml may hold the same. With --output FOLDER the stage becomes a fork,
+    which begins on RUN or RUN@STAGE and leaves it as it is. The same command again resumes a stage
+    that was stopped or killed, or does nothing.
     """
     from chainlora.config.reading import read_tree
 
@@ -58,7 +73,7 @@ def extend(
     from chainlora.cli.train import train_and_show
     from chainlora.training.stages import extension
 
-    stages = extension(words[0], section, overrides, beside=beside)
+    stages = extension(words[0], section, overrides, beside=beside, rehearse=not no_rehearsal)
     train_and_show(stages, overrides, dry_run, as_json)
 
 

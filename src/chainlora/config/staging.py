@@ -46,12 +46,14 @@ _NAME = re.compile(r"(?!(?:base|start|now)\Z)[A-Za-z][\w-]{0,63}", re.ASCII)
 class Stage:
     """A part of the chain: its name, and the config of the run that tunes it. `after` is the entry
     of the run that an extension begins on; the stages of a config come one after the other. One
-    `beside` the others is combined with them when it has ended."""
+    `beside` the others is combined with them when it has ended, and then, with `rehearse`, rows
+    that all stages kept are rehearsed."""
 
     name: str
     config: RunConfig
     after: str | None = None
     beside: bool = False
+    rehearse: bool = False
 
     @property
     def tolerance(self) -> float | None:

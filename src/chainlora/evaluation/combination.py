@@ -121,7 +121,7 @@ def _become(
         return history
 
     update_history(run, change)
-    if is_done and before is not None and (before.kind == "mix" or before.is_rehearsal):
+    if is_done and before is not None and before.kind == "mix":
         logger.warning("%s was %s, which is not in the combination", run, before.key)
     return is_done
 

@@ -72,6 +72,7 @@ class StageBegins(Event):
     name = "stage"
     stage: str
     state: Literal["finished", "stopped", "new"]
+    beside: bool = False  # the others, with which it is combined when it has ended
 
 
 @dataclass(frozen=True, eq=False)

@@ -124,7 +124,8 @@ class _Listener:
                 self._say(f"stage {event.stage}: finished before, its files are as they were")
             case StageBegins():
                 again = f", from step {event.step}" if event.state == "stopped" else ""
-                self._say(f"stage {event.stage}{again}")
+                where = ", beside the others" * event.beside
+                self._say(f"stage {event.stage}{where}{again}")
             case StageGuarded():
                 gains = ", ".join(f"{name} {gain:+.4f}" for name, gain in event.gains.items())
                 self._say(

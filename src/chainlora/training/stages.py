@@ -21,7 +21,7 @@ from typing import Any, cast
 from chainlora.chain.showing import Shown
 from chainlora.config.chain_keys import LENGTHS
 from chainlora.config.reading import make_config, read_config, set_key
-from chainlora.config.schema import RunConfig
+from chainlora.config.schema import PAIR_LOSSES, RunConfig
 from chainlora.config.staging import (
     Stage,
     check_alone,
@@ -35,6 +35,7 @@ from chainlora.config.staging import (
     split_address,
     what_stages_share,
 )
+from chainlora.data.splits import learned_by
 from chainlora.errors import ConfigError, RunError, StoppedError
 from chainlora.evaluation.combination import combine_with, need_combinable
 from chainlora.evaluation.stage_scores import Progress, stage_matrix
@@ -42,7 +43,7 @@ from chainlora.evaluation.strengths import guard
 from chainlora.models.finding import from_above
 from chainlora.runs.addresses import find_state, state_of_draft
 from chainlora.runs.draft import drafts_in, read_draft
-from chainlora.runs.history import read_history
+from chainlora.runs.history import BASE, read_history
 from chainlora.runs.loading_start import start_at, with_start
 from chainlora.runs.locks import refuse_links
 from chainlora.runs.resuming import not_named
@@ -103,21 +104,26 @@ def extend(
     run: str | Path,
     stage: Mapping[str, Any],
     *,
-    beside: bool = False,
+    beside: bool | None = None,
+    rehearse: bool = True,
     listener: Listener | None = None,
     progress: bool | None = None,
 ) -> TrainResult:
     """Train one more stage of a run, and return what its ``result.json`` holds.
 
-    It begins on what `run` names: what the run is now, or ``RUN@STAGE``. With `beside` it begins on
-    what the run began on, and is then combined with what the run is (`combine`).
+    With `beside` it begins on what the run began on, and is then combined with what the run is
+    (`combine`), and with `rehearse` rehearsed (`rehearse`). Without, it begins on what `run` names:
+    what the run is now, or ``RUN@STAGE``. By default it stands beside the others if their rows are
+    answers, and on top of a named state, for pairs, with `data.replay` or `data.new_rows_only`, and
+    where a combination is not possible; a warning says why.
 
     `stage` has a `name`, and the sections data, chain and train; what it leaves open is as in the
     stage before, but for rows, ranks, lengths and how the end is chosen: a warning names those keys
     of the stage before. With `output` it becomes a fork that begins on `run`. The same call again
     goes on where it was stopped.
     """
-    return _of_stages(extension(run, stage, beside=beside), listener, (), progress)
+    stages = extension(run, stage, beside=beside, rehearse=rehearse)
+    return _of_stages(stages, listener, (), progress)
 
 
 def rehearse(
@@ -144,7 +150,7 @@ def _of_stages(
 ) -> TrainResult:
     """Train what is new, and return the last stage's result."""
     with _shown(listener, progress) as tell:
-        last = train_stages(stages, listener=tell, change=change)[-1]
+        last = train_stages(stages, listener=tell, change=change)[len(stages) - 1]
     found = last or result_of(stages[-1].config, stages[-1].name)
     return cast(TrainResult, Shown(found))
 
@@ -174,7 +180,8 @@ def train_stages(
     change: Collection[str] = (),
     matrix: bool = True,
 ) -> list[TrainResult | None]:
-    """Train what is new of the stages of a run; return a result for each, None of what had ended.
+    """Train what is new of the stages of a run; return a result for each, None of what had ended,
+    and that of a rehearsal after them.
 
     `change` names keys that the resume of a stopped stage may change
     (`runs.resuming.CHANGEABLE`). With `matrix`, the rows that stages kept are scored in the states
@@ -186,7 +193,7 @@ def train_stages(
     plan = make_plan(stages, change)
     run, results = Path(stages[0].config.output or ""), list[TrainResult | None]()
     for planned in plan.stages:
-        tell(StageBegins(planned.step, planned.name, planned.state))
+        tell(StageBegins(planned.step, planned.name, planned.state, planned.stage.beside))
         if planned.state == "finished":
             Work(run, planned.name, writes=is_first_launched()).tidy()
             results.append(None)
@@ -205,6 +212,9 @@ def train_stages(
         wait_for_all()
         if is_first_launched():
             _take_in(run, planned.stage, tell)
+    wait_for_all()
+    if stages[-1].rehearse and _is_rehearsal_due(run, stages[-1].name):
+        results += train_stages(rehearsal(run, {}), listener=listener, matrix=False)
     if matrix and is_first_launched():
         state = find_state(run)
         if len(state.columns) > 1 and state.keepers():
@@ -218,13 +228,14 @@ def extension(
     section: Mapping[str, Any],
     overrides: Sequence[tuple[str, Any]] = (),
     *,
-    beside: bool = False,
+    beside: bool | None = False,
+    rehearse: bool = False,
 ) -> list[Stage]:
     """Return one more stage of a run, which `section` and `overrides` describe.
 
     It begins on the state that `address` names: what the run is now, or another of its states.
     With `beside` it begins on what the run began on, and is then combined with what the run is
-    (`evaluation.combination`).
+    (`evaluation.combination`) and, with `rehearse`, rehearsed. None chooses (`extend`).
 
     Other keys are inherited from the stage before, with `beside` from the run's first, but for its
     rows, its links and their lengths, and how its end was chosen; a warning names what it had set
@@ -250,6 +261,11 @@ def extension(
     plugins = own.pop("plugins", None)
     name = check_name(own.get("name"))
     begun = Path(expanduser(output)) if output is not None else run
+    is_chosen = beside is not None
+    if beside is None:
+        known = begun_stage(run, name)
+        beside = output is None and state.state == now.state
+        beside &= known is None or _began_on(known) == now.history.origin
     if beside:
         if output is not None or state.state != now.state:
             rule, remedy = "a stage beside others begins where RUN began", "leave one out"
@@ -276,8 +292,17 @@ def extension(
     stage = make_stage(shared | {"output": str(run)}, own, 1)
     key = "base" if state.entry is None else state.entry.key
     if beside and is_new:
-        _need_combinable(now, stage)
-    return [Stage(stage.name, stage.config, after=key, beside=beside)]
+        try:
+            _need_combinable(now, stage)
+            if not is_chosen:
+                _need_answers(now, stage)
+        except (ConfigError, RunError) as error:
+            if is_chosen:
+                raise
+            logger.warning("stage %s is trained on top of %s: %s", name, now.stage, error)
+            return extension(address, section, overrides)
+    rehearse &= beside
+    return [Stage(stage.name, stage.config, after=key, beside=beside, rehearse=rehearse)]
 
 
 def rehearsal(
@@ -321,6 +346,32 @@ def _need_combinable(now: OpenState, stage: Stage) -> None:
     need_combinable([now.at(key) for key in now.history.ends(now.history.head)])
 
 
+def _need_answers(now: OpenState, stage: Stage) -> None:
+    """Refuse a stage that builds on others: of pairs, or one that reads or counts their rows."""
+    data, loss = stage.config.data, learned_by(stage.config.data, stage.config.train.loss)
+    of_pairs = {stage.name: loss} | {name: kept.loss for name, kept in now.kept().items()}
+    found = [f"{name}: {loss}" for name, loss in of_pairs.items() if loss in PAIR_LOSSES]
+    found += ["data.replay"] * bool(data.replay) + ["data.new_rows_only"] * data.new_rows_only
+    if found:
+        rule, remedy = "stages beside each other learn answers", "for that all the same: --beside"
+        raise RunError(rule, found[0], remedy)
+
+
+def _began_on(stage: OpenState) -> str:
+    """Return the entry that a stage was begun on."""
+    parents = () if stage.entry is None else stage.entry.parents
+    return parents[0] if parents else BASE
+
+
+def _is_rehearsal_due(run: Path, name: str) -> bool:
+    """Say whether a run is a combination of a stage that nothing has rehearsed."""
+    history = read_history(run)
+    now = history.find(history.head)
+    if now is None or now.kind != "combine" or name not in now.parents:
+        return False
+    return not any(each.is_rehearsal and each.parents == (now.key,) for each in history.entries)
+
+
 def _stage_before(state: OpenState) -> OpenState:
     """Return the end of the stage that another one inherits from: not of a rehearsal."""
     found = [e.key for e in state.lineage if e.kind == "stage" and not e.is_rehearsal]
@@ -334,7 +385,7 @@ def _below(run: Path, state: OpenState, now: OpenState, name: str) -> OpenState:
         if begun.entry.kind != "stage" or begun.entry.key in now.history.own_stages[:1]:
             rule = "an extension must come after a stage"
             raise RunError(rule, f"{name!r}, the first", "rename it")
-        below = begun.at(begun.entry.parents[0] if begun.entry.parents else "base")
+        below = begun.at(_began_on(begun))
         if state.state != below.state and state.state != now.state:
             rule = f"stage {name!r} must go on from where it was begun"
             raise RunError(rule, f"{state}, and {below}", "name that, or another stage")
