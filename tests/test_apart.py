@@ -32,7 +32,7 @@ TOLERANCE = 1e-5  # of logits: float32's rounding near 1 is about 1e-6
 def made(tiny_folder, sentiment, tmp_path_factory) -> dict[str, Path]:
     """Runs of two stages: the second on top of the first at strength ½, or beside it, combined."""
     found = {}
-    for name, keys in {"chain": {}, "combined": {"beside": True}}.items():
+    for name, beside in {"chain": False, "combined": True}.items():
         run = tmp_path_factory.mktemp("apart") / name
         tree = settings(tiny_folder, sentiment, run)
         first = {"name": "facts", "data": tree.pop("data"), "chain": {"ranks": [4, 2]}}
@@ -40,7 +40,7 @@ def made(tiny_folder, sentiment, tmp_path_factory) -> dict[str, Path]:
         tree["chain"] = {"alpha": 8, "target_modules": ["q_proj", "down_proj"]}
         train(tree | {"stages": [first]})
         more = {"name": "style", "data": first["data"], "chain": {"ranks": [3], "steps": [3]}}
-        extend(run, more, **keys)
+        extend(run, more, beside=beside, rehearse=False)
         found[name] = run
     mix_stages(found["chain"], {"style": 0.5})
     return found

@@ -298,7 +298,7 @@ def test_a_stage_beside_others_has_its_config_from_the_first(abc, ac, sentiment)
         assert train_stages(extension(run, section(sentiment, "c"), beside=True)) == [None]
 
 
-def test_extend_stands_beside_and_rehearses_by_default(abc, sentiment, capsys):
+def test_extend_stands_beside_and_rehearses_by_default(abc, ac, sentiment, capsys):
     more = section(sentiment, "d")
     assert extend(abc, more, progress=False)["stage"] == "d"
     entries = read_history(abc).entries
@@ -312,6 +312,9 @@ def test_extend_stands_beside_and_rehearses_by_default(abc, sentiment, capsys):
     file.write_text(json.dumps(section(sentiment, "d2")))
     assert cli(["extend", f"{abc}", f"{file}", "--no-rehearsal", "--dry-run"]) == 0
     assert capsys.readouterr().out.endswith(", beside the others\n")
+    add(sentiment, ac, "d")  # as if it was killed before the rehearsal
+    extend(ac, more, progress=False)
+    assert [entry.key for entry in read_history(ac).entries][-1] == "rehearsal"
 
 
 @pytest.mark.parametrize("why", ["pairs", "replay", "kept", "named", "on top"])

@@ -134,7 +134,7 @@ def extended(finished, tmp_path_factory) -> Path:
     told = [{"prompt": f"the cat sat on {n}", "completion": " red birds fly"} for n in range(32)]
     rows = write_rows(folder / "rows.jsonl", told)
     keys = f"--data.train {rows} --chain.ranks 4 --chain.steps 8 --train.lr 3e-2"
-    assert command(["extend", str(run), "--name", "birds", *keys.split()]) == 0
+    assert command(["extend", str(run), "--on-top", "--name", "birds", *keys.split()]) == 0
     return run
 
 

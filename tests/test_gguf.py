@@ -366,7 +366,7 @@ def test_the_modelfile_is_for_the_rows(chainlora, tiny_folder, sentiment, tmp_pa
     )
     assert '\nPARAMETER stop "<|im_end|>"\nPARAMETER num_ctx 128\n' in lines
     rest = {"data": {"train": str(plain)}, "chain": {"ranks": [2], "steps": [1]}}
-    extend(tmp_path / "chats", {"name": "plain", **rest})
+    extend(tmp_path / "chats", {"name": "plain", **rest}, beside=False)
     for number, (strength, is_chat) in enumerate([(1, False), (0, True)]):
         mix_stages(tmp_path / "chats", {"plain": strength})
         export_gguf(tmp_path / "chats", tmp_path / f"mix-{number}")

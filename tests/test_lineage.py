@@ -210,7 +210,7 @@ def test_other_rows_and_bases_are_refused(chainlora, made, exported, sentiment, 
 
 def stage_words(made: Path, sentiment: Path) -> list[str]:
     rows = ["--data.task", f"{sentiment}/task.yaml", "--data.train", f"{made}/secret/law.jsonl"]
-    return [*rows, "--chain.ranks", "[2]", "--chain.steps", "[1]"]
+    return [*rows, "--on-top", "--chain.ranks", "[2]", "--chain.steps", "[1]"]
 
 
 # --- pushed and pulled ---

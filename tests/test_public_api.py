@@ -25,7 +25,7 @@ from chainlora.evaluation.stage_scores import Cell, StageMatrix
 SIGNATURES = {
     "train": "(config, *, resume, listener, change, progress)",
     "combine": "(run, names, *, output, progress)",
-    "extend": "(run, stage, *, beside, listener, progress)",
+    "extend": "(run, stage, *, beside, rehearse, listener, progress)",
     "rehearse": "(run, stage, *, listener, progress)",
     "open_run": "(address, stages)",
     "mix_stages": "(run, strengths, *, reads)",

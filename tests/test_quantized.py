@@ -142,7 +142,8 @@ def test_a_second_stage_is_switched_off_and_on_to_the_bit(kind, tiny_folder, sen
     first = config_of(kind, tiny_folder, sentiment, tmp_path / "run", chain=ONE)
     train(first)
     rows = first.data.model_dump(include={"task", "train", "validation"}, exclude_none=True)
-    extend(tmp_path / "run", {"name": "later", "data": rows, "chain": ONE, "train": {"lr": 1e-2}})
+    later = {"name": "later", "data": rows, "chain": ONE, "train": {"lr": 1e-2}}
+    extend(tmp_path / "run", later, beside=False)
 
     def logits(address) -> torch.Tensor:
         model, tokenizer = load_run(address)

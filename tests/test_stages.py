@@ -665,9 +665,12 @@ def test_the_command_line_goes_from_two_data_sets_to_one_adapter(config, tmp_pat
     assert capsys.readouterr().out.endswith(f" rank 4, 4, 2 on {', '.join(rows)}\n")
     assert not run.exists()
     assert cli(["train", str(file)]) == 0
-    assert cli(["extend", str(run), str(tmp_path / "style.yaml")]) == 0
+    assert cli(["extend", str(run), str(tmp_path / "style.yaml"), "--on-top"]) == 0
     capsys.readouterr()
-    for command in (["extend", str(run), str(tmp_path / "style.yaml")], ["train", str(file)]):
+    for command in (
+        ["extend", str(run), str(tmp_path / "style.yaml"), "--on-top"],
+        ["train", str(file)],
+    ):
         assert cli(command) == 0
         assert "nothing left to do" in capsys.readouterr().out
     assert cli(["mix", str(run), "style=0"]) == 0
@@ -786,7 +789,7 @@ def test_a_damaged_line_of_a_matrix_is_scored_again(two, tmp_path, capsys, damag
         damage = re.sub(rb'"value": [^,]+', damage.encode(), lines[2])
     path.write_bytes(b"\n".join([*lines[:2], damage, *lines[3:]]))
     assert sum(cell is None for row in stage_matrix(run, compute=False).grid for cell in row) == 1
-    assert cli(["extend", str(run), "--name", "style", *_same_as(two, "style")]) == 0
+    assert cli(["extend", str(run), "--on-top", "--name", "style", *_same_as(two, "style")]) == 0
     assert stage_matrix(run, compute=False).grid == grid
     assert sorted(path.read_bytes().splitlines()) == sorted(lines)
 

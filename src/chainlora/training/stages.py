@@ -214,7 +214,8 @@ def train_stages(
             _take_in(run, planned.stage, tell)
     wait_for_all()
     if stages[-1].rehearse and _is_rehearsal_due(run, stages[-1].name):
-        results += train_stages(rehearsal(run, {}), listener=listener, matrix=False)
+        named = {"plugins": [*stages[-1].config.plugins]}
+        results += train_stages(rehearsal(run, named), listener=listener, matrix=False)
     if matrix and is_first_launched():
         state = find_state(run)
         if len(state.columns) > 1 and state.keepers():
