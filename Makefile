@@ -41,7 +41,7 @@ test-slow: $(VENV)/.ready
 # has a sample of it.
 PART ?= 1
 matrix: $(VENV)/.ready
-	HF_HUB_OFFLINE=1 CHAINLORA_FULL=$(PART) OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/test_architectures.py
+	HF_HUB_OFFLINE=1 CHAINLORA_FULL=$(PART) $(BIN)/python -m pytest tests/test_architectures.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -13,9 +13,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # tiny models: a second thread costs more than it brings
+# Tiny models: a second thread costs more than it brings; one that waits must leave the core to others.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # A shell starts what runs in its background with Ctrl-C ignored, and children inherit that; tests
 # send it to processes of their own.
