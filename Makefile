@@ -33,15 +33,17 @@ durations: $(VENV)/.ready
 	  | awk '{t = $$1; $$1 = ""; sum[$$0] += t} END {for (n in sum) if (sum[n] >= 1) printf "%.1f%s\n", sum[n], n}' \
 	  | sort -rn > tests/durations.txt
 
-# The tests that take some tens of seconds each, in two processes: CI runs them beside the others.
+# The tests that take some tens of seconds each, in two processes, or with SLOW=quick a sixth of them: CI runs these
+# beside the others.
+SLOW ?= all
 test-slow: $(VENV)/.ready
-	$(PYTEST) -n 2 -m slow
+	$(PYTEST) -n 2 -m slow --part $(SLOW)
 
 # Every causal language model of transformers, some ten minutes, or with PART=0/3 every third one; `test`
 # has a sample of it.
 PART ?= 1
 matrix: $(VENV)/.ready
-	HF_HUB_OFFLINE=1 CHAINLORA_FULL=$(PART) OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/test_architectures.py
+	HF_HUB_OFFLINE=1 CHAINLORA_FULL=$(PART) $(BIN)/python -m pytest tests/test_architectures.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

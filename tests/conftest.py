@@ -13,9 +13,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # tiny models: a second thread costs more than it brings
+# Tiny models: a second thread costs more than it brings. One that waits leaves its core to others.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # A shell starts what runs in its background with Ctrl-C ignored, and children inherit that; tests
 # send it to processes of their own.
@@ -55,13 +55,14 @@ def tiny_model(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    words = "quick: without most tests of tests/durations.txt; rest: those alone"
+    words = "quick: a sixth of the long tests, and all others; rest: the other long tests"
     parser.addoption("--part", choices=["all", "quick", "rest"], default="all", help=words)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what belongs to the other part. Of the tests that take a second or more, the quick
-    part has every sixth one, drawn by the commit."""
+    """Leave out what belongs to the other part. Long tests are those marked `slow`, those of
+    tests/durations.txt, and those that share launched processes or a built site: a file of these
+    is drawn whole. The commit draws."""
     part = config.getoption("--part")
     if part == "all":
         return
@@ -72,12 +73,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     seed = subprocess.run(head, capture_output=True, check=False).stdout
 
     def is_quick(item: pytest.Item) -> bool:
-        drawn = hashlib.sha256(seed + item.nodeid.encode()).digest()[0] % 6 == 0
-        return drawn or item.nodeid not in long
+        is_shared = not {"launched", "site"}.isdisjoint(getattr(item, "fixturenames", ()))
+        is_long = is_shared or item.nodeid in long or item.get_closest_marker("slow")
+        key = item.nodeid.partition("::")[0] if is_shared else item.nodeid
+        return not is_long or hashlib.sha256(seed + key.encode()).digest()[0] % 6 == 0
 
-    out = [item for item in items if is_quick(item) != (part == "quick")]
-    config.hook.pytest_deselected(items=out)
-    items[:] = [item for item in items if is_quick(item) == (part == "quick")]
+    left = [item for item in items if is_quick(item) == (part == "quick")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in left])
+    items[:] = left
 
 
 @pytest.fixture(autouse=True)

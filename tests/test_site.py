@@ -15,7 +15,6 @@ import chainlora
 from chainlora.cli.main import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.slow
 pytest.importorskip("furo", reason="needs chainlora[docs]")
 pytest.importorskip("myst_parser", reason="needs chainlora[docs]")
 

@@ -17,7 +17,6 @@ from test_docs import blocks as blocks_of
 
 from chainlora.cli.main import run
 
-pytestmark = pytest.mark.slow
 TUTORIALS = ROOT / "docs/tutorials"
 
 
