@@ -1,12 +1,11 @@
 """Hold llama.cpp's server to a run: each stage at 1, at a half and off, switched with the request.
 
-    python examples/serve_check.py RUN[@STATE] [LLAMA_SERVER]
-
 Writes `export --each --to gguf-adapter`, starts llama-server on it, and asks for greedy answers to
 kept rows of the run. It prints how many equal those of transformers, and the largest difference of
 the log-probabilities of tokens. Needs `pip install 'chainlora[gguf]'` and llama.cpp.
 """
 
+import argparse
 import json
 import shutil
 import socket
@@ -23,8 +22,11 @@ from chainlora import load_run, open_run
 
 NUM_ROWS, NUM_TOKENS, NUM_LIKELIEST = 2, 16, 10  # rows a stage; tokens an answer; compared a token
 
-state = open_run(sys.argv[1])
-server = shutil.which(sys.argv[2] if len(sys.argv) > 2 else "llama-server")
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("run", help="RUN or RUN@STATE, with rows that its stages kept")
+parser.add_argument("server", nargs="?", default="llama-server", help="path of llama-server")
+given = parser.parse_args()
+state, server = open_run(given.run), shutil.which(given.server)
 if server is None:
     sys.exit("No llama-server found: install llama.cpp, or give the path of its llama-server.")
 
@@ -81,7 +83,7 @@ with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
     port = free.getsockname()[1]
     url, log = f"http://127.0.0.1:{port}", Path(folder, "log")
     out = Path(folder, "out")
-    export = [sys.executable, "-m", "chainlora", "export", sys.argv[1], "--to", "gguf-adapter"]
+    export = [sys.executable, "-m", "chainlora", "export", given.run, "--to", "gguf-adapter"]
     export += ["--each", "--output", f"{out}", "--json"]
     told = subprocess.run(export, check=True, capture_output=True, text=True).stdout
     adapters = json.loads(told)["adapters"]

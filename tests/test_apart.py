@@ -19,7 +19,7 @@ from helpers_export import fit, logits
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
-from chainlora import Chain, LinkConfig, export_adapter, extend, load_run, save_chain, train
+from chainlora import Chain, export_adapter, extend, load_run, train
 from chainlora.errors import ChainLoRAError
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages
@@ -135,22 +135,6 @@ def test_a_stage_that_is_off_is_no_part(made, tmp_path, chainlora):
     assert "--stages style=0.25 --to" in (tmp_path / "a/SERVING.md").read_text(encoding="utf-8")
     card = (tmp_path / "a" / a / "README.md").read_text(encoding="utf-8")
     assert "a chain of 1 LoRA link(s) as one adapter of rank 3" in card
-
-
-def test_links_of_several_strengths_stay_as_they_are(tiny_folder, tmp_path):
-    chain = Chain(AutoModelForCausalLM.from_pretrained(tiny_folder), checkpoint=tiny_folder)
-    for _ in range(2):
-        chain.extend(LinkConfig(rank=2, target_modules=("q_proj",)))
-        for parameter in chain.parameters():
-            parameter.data += 0.1
-        chain.tie()
-    chain.set_strengths({0: 0.5, 1: 2.0})
-    save_chain(chain, tmp_path / "run")
-    (only,) = export_adapter(tmp_path / "run", tmp_path / "each", each=True)["adapters"]
-    assert (only["stage"], only["strength"]) == ("main", 1.0)
-    found = served(tiny_folder, tmp_path / "each", {only["adapter"]: 1.0})
-    wanted = logits(load_run(tmp_path / "run")[0])
-    torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
 
 
 def test_what_does_not_add_up_is_refused(made, folders, sentiment, tmp_path, chainlora):

@@ -96,6 +96,8 @@ def test_a_lineage_says_where_an_export_comes_from(made, exported, sentiment):
         "--to gguf-adapter",
         "--to adapter --stages style=0.3",
         "--to adapter --links 1",
+        "--to adapter --each",
+        "--to gguf-adapter --each",
     ],
 )
 def test_an_export_is_every_byte_of_what_its_run_gives(chainlora, made, tmp_path, words):
@@ -124,6 +126,18 @@ def test_a_changed_file_is_named(chainlora, made, exported, tmp_path):
     assert (done.status, done.out.splitlines()) == (1, names)
     done = chainlora("verify", copy, made / "run")
     assert f"adapter_model.safetensors: not what {made}/run gives" in done.out
+
+
+def test_a_folder_of_adapters_is_verified_whole(chainlora, made, tmp_path):
+    run, out = made / "run", tmp_path / "out"
+    assert chainlora("export", run, "--to", "adapter", "--each", "--output", out).status == 0
+    law, other, _ = sorted(path.name for path in out.iterdir() if path.is_dir())
+    assert chainlora("verify", out / other, run).status == 0  # each by itself, too
+    (out / law / "README.md").write_text("")
+    (out / "SERVING.md").unlink()
+    done = chainlora("verify", out)
+    names = ["SERVING.md: missing", f"{law}/README.md: not as it was exported"]
+    assert (done.status, done.out.splitlines()) == (1, names)
 
 
 def test_a_changed_lineage_is_found(chainlora, made, exported, tmp_path):
@@ -183,8 +197,7 @@ def test_lineage_rows_and_base_give_the_same_bits(chainlora, made, exported, sen
     assert read_history(tmp_path / "again").head == read_history(made / "run").head
     to = ["--to", "adapter", "--output", tmp_path / "out"]
     assert chainlora("export", tmp_path / "again", *to).status == 0
-    weights = "adapter_model.safetensors"
-    assert checksums(tmp_path / "out")[weights] == checksums(exported)[weights]
+    assert checksums(tmp_path / "out") == checksums(exported)
     assert "nothing left to do" in chainlora(*command).out
 
 
@@ -213,14 +226,33 @@ def stage_words(made: Path, sentiment: Path) -> list[str]:
     return [*rows, "--on-top", "--chain.ranks", "[2]", "--chain.steps", "[1]"]
 
 
+def test_a_stage_of_another_run_is_trained_again_under_its_own_name(
+    chainlora, made, sentiment, tmp_path
+):
+    """A link's digest is of the name, too, so a stage that got another name is refused at once."""
+    run = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    for name in ("tone", "law"):
+        words = ["--name", name, "--output", tmp_path / name, *stage_words(made, sentiment)]
+        assert chainlora("extend", f"{run}@base", *words, "--train.lr", "0.02").status == 0
+    own = [*places(made, sentiment)[:4], "--data.train", f"{made}/secret/law.jsonl"]
+    for name, why in (("tone", ""), ("law", "law-2 of the lineage again: its run had another")):
+        assert chainlora("combine", run, "law", tmp_path / name, "--no-scores").status == 0
+        out = tmp_path / f"out-{name}"
+        assert chainlora("export", run, "--to", "adapter", "--output", out).status == 0
+        done = chainlora("train", out / "lineage.json", *own, "--output", f"{out}-again")
+        assert (done.status, why in done.err) == (1 if why else 0, True), done.err
+    assert not (tmp_path / "out-law-again").exists()
+
+
 # --- pushed and pulled ---
 
 
-def test_a_run_is_pushed_to_a_folder_once(chainlora, made, exported, sentiment, tmp_path):
+def test_a_run_is_pushed_to_a_folder_once(chainlora, made, exported, sentiment, tmp_path, caplog):
     """Its rows stay here; a run that is pulled has the same states."""
     run, there = Path(shutil.copytree(made / "run", tmp_path / "run")), tmp_path / "there"
     first = chainlora("push", run, there, "--json").json["files"]
-    assert first
+    assert "law/config.yaml, stages/style/config.yaml, " in caplog.text
+    assert f"config.yaml name paths of this machine: share {there} with care" in caplog.text
     assert not any(name.startswith("rows/") for name in first)
     assert not (there / "rows").exists()
     assert chainlora("push", run, there, "--json").json["files"] == []
@@ -254,6 +286,9 @@ def test_what_is_no_earlier_state_is_not_overwritten(chainlora, made, sentiment,
     assert chainlora("extend", run, "--name", "new", *stage_words(made, sentiment)).status == 0
     assert chainlora("push", run, there).status == 0
     chainlora("push", ahead, there).refused("must be earlier than the source", "another new in")
+    (ahead / "stages/new").mkdir()
+    (ahead / "stages/new/stage.json").write_text("half trained")
+    chainlora("pull", there, ahead).refused("must be earlier than the source", "another new in")
     link = next((there / "links").iterdir()) / "adapter_model.safetensors"
     link.write_bytes(link.read_bytes()[:-1] + b"?")
     chainlora("pull", there, tmp_path / "new").refused("must be as the run wrote it")

@@ -93,6 +93,8 @@ def test_a_chain_that_was_mixed_is_loaded_as_the_mix(live, tmp_path):
         wanted = full if "@" in str(address) else logits(chain.model, IDS)
         assert torch.equal(logits(load_chain(address, tiny_model("llama")).model, IDS), wanted)
     assert {link.strength for link in load_start(place.parent).links} == {0.5}
+    (only,) = export_adapter(place, tmp_path / "each", each=True)["adapters"]
+    assert (only["stage"], only["strength"]) == ("main", 0.5)
     tree = {"start": str(place.parent), "output": str(tmp_path / "new")}
     assert with_start(tree)["model"] == "owner/base"
     with pytest.raises(RunError, match="begin a run on it, by start"):
@@ -105,6 +107,8 @@ def test_a_chain_that_was_mixed_is_loaded_as_the_mix(live, tmp_path):
         best_mix(place)  # nor would what it finds, after its work
     with pytest.raises(RunError, match=r"different strengths \(got 0.25, 0.5 in 'main'"):
         open_run(place, "main")  # nor is that what was saved
+    with pytest.raises(RunError, match=r"different strengths \(got 0.25, 0.5 in 'main'"):
+        export_adapter(place, tmp_path / "more", each=True)
     assert {link.strength for link in open_run(place, {"main": 0}).links()} == {0.0}
     assert torch.equal(
         logits(load_chain(place, tiny_model("llama")).model, IDS), logits(chain.model, IDS)

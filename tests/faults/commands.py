@@ -30,7 +30,7 @@ from chainlora.runs.addresses import state_at, state_of_draft
 from chainlora.runs.changes import mix_stages, prune_stage, redo, undo
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import BASE, read_history
-from chainlora.runs.hub import push_run
+from chainlora.runs.hub import pull_run, push_run
 from chainlora.runs.loading_start import with_start
 from chainlora.training.interrupts import interruptible
 from chainlora.training.stages import extension, rehearsal, train_stages
@@ -86,8 +86,8 @@ class World:
     def begin(self, name: str, folder: str) -> Path:
         """Return a folder with the run that a command is done to."""
         where, source = fresh(self.folder / folder), COMMANDS[name].on
-        if name == "take in":
-            self.begin("rehearse", "other")  # a run beside
+        if name in ("take in", "pull"):
+            self.begin("rehearse" if name == "take in" else "mix", "other")  # a run beside
         if source is not None:
             if not (self.folder / source).exists():
                 maker = MAKERS[source]
@@ -222,6 +222,11 @@ def _push(world: World, where: Path, listener: Listener = _silent) -> None:
     push_run(where / "run", str(where / "fork"), rows=True)
 
 
+def _pull(world: World, where: Path, listener: Listener = _silent) -> None:
+    """Pull a run of two stages into a copy that has the first one."""
+    pull_run(str(world.folder / "two/run"), where / "run")
+
+
 def _experiment(world: World, where: Path, listener: Listener = _silent) -> None:
     own = world.tree["stages"][0]["data"]
     rows = {"num_train": 8, "num_validation": 4, "num_test": 4}
@@ -269,6 +274,7 @@ COMMANDS = {
     "export": Command(_export, "two", "refused"),
     "merge": Command(_merge, "two", "refused"),
     "push": Command(_push, "two"),
+    "pull": Command(_pull, "one"),
     "experiment": Command(_experiment),
 }
 

@@ -44,7 +44,7 @@ FULL = bool(os.environ.get("CHAINLORA_FULL"))
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
 slow = pytest.mark.slow
 # Their files are written as those of the others are: without CHAINLORA_FULL, some places are tried.
-SAMPLED = {"experiment", "beside", "rehearse", "forget", "combine", "take in", "push"}
+SAMPLED = {"experiment", "beside", "rehearse", "forget", "combine", "take in", "push", "pull"}
 
 
 @pytest.fixture(scope="module")

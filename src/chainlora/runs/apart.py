@@ -46,8 +46,7 @@ class Part(NamedTuple):
 def taken_apart(run: Address | Chain, num_links: int | None = None) -> tuple[OpenState, list[Part]]:
     """Return a state, and its stages that are switched on.
 
-    A stage whose links have several strengths (a saved chain) keeps these, and counts as 1. Raises
-    ChainError for what has no stages or does not add up.
+    Raises ChainError for what has no stages or does not add up.
     """
     if isinstance(run, Chain) or num_links is not None:
         got = "a chain in memory" if isinstance(run, Chain) else f"its first {num_links} links"
@@ -55,6 +54,7 @@ def taken_apart(run: Address | Chain, num_links: int | None = None) -> tuple[Ope
         raise ChainError(rule, got, remedy)
     state = open_run(run)
     need_links(state)
+    state.need_one_strength(state.stages)
     stages: dict[str, list[Term]] = {}
     for term, facts in zip(state.state.terms, state.facts, strict=True):
         if term.strength:
@@ -65,14 +65,12 @@ def taken_apart(run: Address | Chain, num_links: int | None = None) -> tuple[Ope
         raise ChainError(rule, "a chain of none", remedy)
     parts = []
     for stage, terms in stages.items():
-        is_one = len({term.strength for term in terms}) == 1
-        strength = terms[0].strength if is_one else 1.0
-        if is_one:
-            terms = [term.model_copy(update={"strength": 1.0}) for term in terms]
-        alone = state.state.model_copy(update={"terms": tuple(terms)})
+        whole = tuple(term.model_copy(update={"strength": 1.0}) for term in terms)
+        alone = state.state.model_copy(update={"terms": whole})
         trained = state.history.find(stage) or state.entry  # has its config and tokenizer
         part = replace(state, state=alone, entry=trained)
-        parts.append(Part(f"{stage}-{state.state.digest[:8]}", stage, strength, part))
+        name = f"{stage}-{state.state.digest[:8]}"
+        parts.append(Part(name, stage, terms[0].strength, part))
     return state, parts
 
 

@@ -171,6 +171,9 @@ def _export_each(
             done = export_adapter(part.state, scratch / part.name, naming=naming, **compression)
             adapters.append(part.told(done["rank"], done["error"]))
         write_sheet(scratch, state, adapters, naming, as_gguf=False)
+        keys = {**compression, "num_links": None, "each": True}
+        base = _base_folder(state.base.model)
+        lineage_of(state, base, naming, "adapter", **keys).write(scratch)
     return {"to": "adapter", "output": str(output), "adapters": adapters, "base": done["base"]}
 
 

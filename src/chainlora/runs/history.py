@@ -40,6 +40,7 @@ BASE = "base"  # the state of no links
 REHEARSED = "data.rehearse"  # what stands for the rows of a stage that has none of its own
 CONFIG, RECORDS, RESULT = "config.yaml", "metrics.jsonl", "result.json"
 TOKENIZER = "tokenizer"
+WEIGHTS = "adapter_model.safetensors"
 INCOMPLETE = "the run is incomplete: copy it whole, or start over"
 DAMAGED = "the run is damaged: restore the file from a copy, or start over"
 
@@ -143,6 +144,12 @@ class LinkFacts(Part):
     error: float = 0.0
     config: dict[str, Any]
     files: Sums
+
+    @property
+    def digest(self) -> str:
+        """Return the digest of the stage, config and tensors. The link has the one of its first
+        stage: another run may have taken it in under another name."""
+        return short_digest([self.stage, self.config, self.files.get(WEIGHTS)])
 
     def link_config(self) -> LinkConfig:
         """Return the config that the link was tuned with."""

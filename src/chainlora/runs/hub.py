@@ -6,7 +6,10 @@ the history. A folder is pushed to in the same way, without the Hub.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
+from os.path import expanduser
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,13 +18,16 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from chainlora import files
+from chainlora.config.reading import read_tree
 from chainlora.config.staging import HISTORY
 from chainlora.errors import ConfigError, FileError, RunError
 from chainlora.runs.addresses import Address, nothing_at, open_run
 from chainlora.runs.cards import Naming, is_hub_id, public_name
 from chainlora.runs.changes import whole_run
+from chainlora.runs.draft import drafts_in
 from chainlora.runs.export import empty_folder
 from chainlora.runs.history import (
+    CONFIG,
     DAMAGED,
     RECORDS,
     History,
@@ -30,7 +36,10 @@ from chainlora.runs.history import (
     update_history,
     write_part,
 )
+from chainlora.runs.lineage import without_places
 from chainlora.runs.locks import LOCK, refuse_links
+
+logger = logging.getLogger(__name__)
 
 
 def check_push(run: Address, target: str, naming: Naming) -> None:
@@ -86,14 +95,18 @@ def push_run(run: str | Path, target: str, *, rows: bool = False) -> list[str]:
     Rows that stages kept are sent only with `rows`, or where they were sent before. A repository
     that is new becomes private. Raises RunError where the target has entries that the run has not.
     """
-    folder = whole_run(run)
-    if not _is_repository(target):
-        return _send(folder, Path(target).expanduser(), rows=rows)
-    with TemporaryDirectory() as made:
-        _download(target, allow_patterns=HISTORY, local_dir=made)
+    folder, is_remote = whole_run(run), _is_repository(target)
+    with TemporaryDirectory() if is_remote else nullcontext(expanduser(target)) as made:
+        if is_remote:
+            _download(target, allow_patterns=HISTORY, local_dir=made)
         names = _send(folder, Path(made), rows=rows)
-        remedy = f"log in with `hf auth login`, or for a folder write ./{target}"
-        push_folder(made, target, private=True, remedy=remedy)
+        trees = {name: read_tree(folder / name) for name in names if Path(name).name == CONFIG}
+        if told := [name for name, tree in trees.items() if without_places(tree) != tree]:
+            shown = ", ".join(told)
+            logger.warning("%s name paths of this machine: share %s with care", shown, target)
+        if is_remote:
+            remedy = f"log in with `hf auth login`, or for a folder write ./{target}"
+            push_folder(made, target, private=True, remedy=remedy)
     return names
 
 
@@ -131,8 +144,7 @@ def _send(source: Path, target: Path, *, rows: bool) -> list[str]:
         refuse_links(target)
         known = read_history(target)
         names = _copy_new(source, target, joined(known), known.files)
-        if joined(known) != known:
-            update_history(target, joined)
+        update_history(target, joined)
         return names
     target = empty_folder(target)
     history = joined(History(base=read_history(source).base, hold=""))
@@ -158,15 +170,14 @@ def _copy_new(source: Path, target: Path, history: History, there: Mapping[str, 
 def _joined(own: History, known: History, rows: bool, target: Path) -> History:
     """Return a history as a target gets it: without kept rows, unless `rows`, or the target has
     some already. Raises RunError where the target is not an earlier state of the run."""
-    for entry in known.entries:
-        mine = own.find(entry.key)
-        if mine is None or mine.state != entry.state:
+    for key in [*(entry.key for entry in known.entries), *drafts_in(target, known)]:
+        mine, there = own.find(key), known.find(key)
+        if mine is None or there is None or mine.state != there.state:
             rule, remedy = "the target must be earlier than the source", "choose another target"
-            raise RunError(rule, f"another {entry.key} in {target}", remedy)
-    there = {entry.key: entry.kept for entry in known.entries}
-    kept = {entry.key: entry.kept if rows else None for entry in own.entries}
+            raise RunError(rule, f"another {key} in {target}", remedy)
+    kept = {entry.key: entry.kept for entry in known.entries}
     entries = tuple(
-        entry.model_copy(update={"kept": kept[entry.key] or there.get(entry.key)})
+        entry.model_copy(update={"kept": (rows and entry.kept) or kept.get(entry.key)})
         for entry in own.entries
     )
     return own.model_copy(update={"entries": entries})

@@ -78,11 +78,6 @@ class Lineage(Document):
         return None if found is None else checksum(found)
 
     @property
-    def strengths(self) -> dict[str, float]:
-        """Return the strength of each stage in the export."""
-        return self.history.strengths_of(self.state)
-
-    @property
     def picture(self) -> str:
         """Return a line for each entry: what it was computed from, its name and kind."""
 
@@ -96,7 +91,7 @@ class Lineage(Document):
     @property
     def table(self) -> list[list[str]]:
         """Return of each stage its name, strength, rows and links."""
-        links, strengths = self.history.links.items(), self.strengths
+        links, strengths = self.history.links.items(), self.history.strengths_of(self.state)
         return [
             [
                 entry.key,
@@ -117,42 +112,37 @@ def lineage_of(
     history, terms = closure(state), state.state.terms
     if exported["num_links"] is not None:
         terms = tuple(state.sequence[: exported["num_links"]])
+    own = [e.key for e in history.entries if CONFIG in e.files and state.draft is None]
     stages = {
-        entry.key: StageFacts(
-            config=state.at(entry.key).config().model_dump(mode="json", exclude=_OF_A_PLACE),
-            hardware=(state.at(entry.key).result() or {}).get("hardware", {}),
-        )
-        for entry in history.entries
-        if CONFIG in entry.files and state.draft is None
+        key: {
+            "config": state.at(key).config().model_dump(mode="json", exclude=_OF_A_PLACE),
+            "hardware": (state.at(key).result() or {}).get("hardware", {}),
+        }
+        for key in own
     }
-    named = history.base.model_copy(update={"model": public_name(history.base.model)})
-    # Without files of texts and rows, which a run that was pushed may lack.
-    entries = tuple(
-        e.model_copy(update={"kept": None, "files": {n: d for n, d in e.files.items() if "/" in n}})
-        for e in history.entries
-    )
-    found = Lineage(
-        to=to,
-        exported=exported,
-        naming=vars(naming),
-        versions=versions(),
-        revision=base.name if base is not None and base.parent.name == "snapshots" else None,
-        state=State(base=state.state.base, terms=terms),
-        history=history.model_copy(update={"base": named, "entries": entries}),
-        stages=stages,
-    )
-    tree = found.model_dump(mode="json")
-    for name in ("history", "stages"):
-        tree[name] = _without_places(tree[name])
+    # Without times, of which a rebuild has others, and files of rows, which a copy may lack.
+    known = history.model_dump(mode="json", exclude={"entries": {"__all__": {"kept", "ended"}}})
+    known["base"]["model"] = public_name(history.base.model)
+    for entry in known["entries"]:
+        entry["files"] = {name: sha for name, sha in entry["files"].items() if "/" in name}
+    tree = {
+        "to": to,
+        "exported": exported,
+        "naming": vars(naming),
+        "versions": versions(),
+        "revision": base.name if base is not None and base.parent.name == "snapshots" else None,
+        "state": State(base=state.state.base, terms=terms).model_dump(mode="json"),
+        **without_places({"history": known, "stages": stages}),
+    }
     return Lineage.model_validate_json(json.dumps(tree))
 
 
-def _without_places(value: Any) -> Any:
+def without_places(value: Any) -> Any:
     """Return a tree with the last part of each absolute path in it, keys included."""
     if isinstance(value, dict):
-        return {_without_places(key): _without_places(each) for key, each in value.items()}
+        return {without_places(key): without_places(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_without_places(each) for each in value]
+        return [without_places(each) for each in value]
     if isinstance(value, str) and "\n" not in value:
         windows = PureWindowsPath(value)  # knows the separators of all systems
         if windows.is_absolute() or PurePosixPath(value).is_absolute():

@@ -19,9 +19,8 @@ from chainlora.chain.checks import link_fault
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import RunError
-from chainlora.runs.history import DAMAGED, Base, LinkFacts, derived_file, link_folder, short_digest
+from chainlora.runs.history import DAMAGED, WEIGHTS, Base, LinkFacts, derived_file, link_folder
 
-WEIGHTS = "adapter_model.safetensors"
 _LINK, _OPTIMIZER = "link.safetensors", "optimizer.safetensors"
 
 
@@ -49,18 +48,16 @@ def save_link(run: Path, link: Link, base: Base, stage: str) -> tuple[str, LinkF
     files.make_folder(run / "links")
     with files.new_folder(run / "links", stage) as scratch:
         write_adapter_of(scratch, link, base)
-        sums = files.checksums(scratch)
         facts = LinkFacts(
             stage=stage,
             rank=link.rank,
             num_steps=link.num_steps,
             error=link.error,
             config=link.config.model_dump(mode="json"),
-            files=sums,
+            files=files.checksums(scratch),
         )
-        digest = short_digest([stage, facts.config, sums[WEIGHTS]])
-        files.put_folder(scratch, run / link_folder(digest))
-    return digest, facts
+        files.put_folder(scratch, run / link_folder(facts.digest))
+    return facts.digest, facts
 
 
 def save_derived(run: Path, factors: Mapping[str, Tensor]) -> str:

@@ -81,10 +81,7 @@ def _other_origin(lineage: Lineage, state: OpenState, is_named: bool) -> Iterato
             if changed := changed_files(known.base.files, there or {}):
                 yield f"another base: {where} has another {', '.join(changed)}"
                 return
-    lost = [digest for digest in known.links if digest not in own.links]
-    if lost:
-        yield f"another run: {run} has no link {lost[0]} of stage {known.links[lost[0]].stage}"
-    elif known.head != BASE and own.state_of(known.head) != known.state_of(known.head):
+    if known.head != BASE and own.state_of(known.head) != known.state_of(known.head):
         yield f"another run: {run} has no state {known.head} of these links"
     elif is_named and state.entry != own.find(known.head):
         own_state = f"{known.head}, {known.state_of(known.head).digest}"

@@ -133,6 +133,15 @@ def _compare_start_rows(begun: OpenState, before: RunConfig, now: RunConfig) -> 
             )
 
 
+def source_digests(config: RunConfig) -> dict[str, list[str]]:
+    """Return what names the content of a config's task and files of rows, by their keys."""
+    own = {
+        key: [source_digest(key, each.path, config.data) for each in named]
+        for key, named in named_sources(config.data).items()
+    }
+    return own | start_digests(config)
+
+
 def start_digests(config: RunConfig) -> dict[str, list[str]]:
     """Return what names the content of each source of `start_data`, by ``start_KEY``."""
     if config.start_data is None:

@@ -221,7 +221,7 @@ class OpenState:
             if len(found) > 1:
                 shown = ", ".join(f"{each:g}" for each in sorted(found))
                 raise RunError(
-                    "Cannot mix: the links of this stage have different strengths",
+                    "Cannot weigh a stage whose links have different strengths",
                     f"{shown} in {name!r} of {self.run}",
                     "take Chain.set_strengths, and save the chain",
                 )

@@ -109,8 +109,8 @@ def export_gguf(
             _write_modelfile(made / "Modelfile", lines, state, stage, tokenizer, config)
         copy_licences(merged, made)
         files.remove(merged)
-        pairs_of = zip(parts, loras, strict=True) if each else ()
-        adapters = [part.told(lora.rank, lora.error) for part, lora in pairs_of]
+        told = zip(parts, loras, strict=False)  # no parts without `each`
+        adapters = [part.told(lora.rank, lora.error) for part, lora in told]
         sheet = write_sheet(made, state, adapters, naming, as_gguf=True) if each else None
         what, base = f"with {made_of} in GGUF ({kind}){as_lora}.", state.base.model
         wide = None if each or not loras else loras[0].rank

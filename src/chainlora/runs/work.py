@@ -36,7 +36,6 @@ from chainlora.config.reading import dump_config
 from chainlora.config.schema import LinkConfig, RunConfig
 from chainlora.config.staging import HISTORY, stage_folder
 from chainlora.data.kept import Kept
-from chainlora.data.splits import named_sources, source_digest
 from chainlora.errors import ChainLoRAError, RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.models.checkpoint import save_model
@@ -88,7 +87,7 @@ from chainlora.runs.resuming import (
     compare_versions,
     refuse_if_other,
     refuse_if_taken,
-    start_digests,
+    source_digests,
 )
 from chainlora.runs.start import Start
 from chainlora.runs.state import OpenState, check_base
@@ -225,10 +224,6 @@ class Work:
         if known is not None and start.state is not None:
             state = start.state.state
             parent = BASE if start.state.entry is None else start.state.entry.key
-        sources = {
-            key: [source_digest(key, each.path, config.data) for each in named]
-            for key, named in named_sources(config.data).items()
-        }
         entry = Entry(
             key=self.stage,
             kind="stage",
@@ -239,7 +234,7 @@ class Work:
             files={CONFIG: self._hashes[CONFIG]},
             training=Training(
                 rows=rows,
-                sources=sources | start_digests(config),
+                sources=source_digests(config),
                 plugins={name: plugin_digest(name) for name in config.plugins},
             ),
         )

@@ -13,14 +13,13 @@ from typing import Any
 
 from chainlora.config.reading import make_config, set_key
 from chainlora.config.staging import Stage
-from chainlora.data.splits import named_sources, source_digest
 from chainlora.errors import ConfigError, DataError, RunError
 from chainlora.evaluation.combination import combine
 from chainlora.models.finding import resolve_model
 from chainlora.models.identity import base_files
 from chainlora.runs.history import BASE, Entry, State, exists_in, read_history, update_history
 from chainlora.runs.lineage import Lineage
-from chainlora.runs.resuming import CHANGEABLE, start_digests
+from chainlora.runs.resuming import CHANGEABLE, source_digests
 from chainlora.runs.state import check_base, refuse_paths
 from chainlora.training.events import Listener
 from chainlora.training.plan import naming
@@ -56,12 +55,16 @@ def stages_of(lineage: Lineage, overrides: Sequence[tuple[str, Any]] = ()) -> li
                 set_key(tree, inner, value)
     found = []
     for entry in lineage.history.entries:
-        changed = {change.key for change in entry.training.changes}.intersection(CHANGEABLE)
-        is_imported = entry.kind in ("stage", "import") and entry.key not in trees
-        if entry.pruned or changed or (is_imported and entry.state.terms):
-            why = "below it links were pruned" if entry.pruned else "it was imported"
-            why = f"{', '.join(changed)} changed while it was trained" if changed else why
-            raise RunError(f"Cannot train {entry.key} of the lineage again: {why}")
+        links = [(d, f) for d, f in lineage.history.links.items() if f.stage == entry.key]
+        changed = [change.key for change in entry.training.changes if change.key in CHANGEABLE]
+        reasons = {
+            "it was imported": links and entry.key not in trees,
+            "links below it were pruned": entry.pruned,
+            "its run had another name for it": any(facts.digest != d for d, facts in links),
+            f"{', '.join(changed)} changed while it was trained": changed,
+        }
+        if why := [reason for reason, holds in reasons.items() if holds]:
+            raise RunError(f"Cannot train {entry.key} of the lineage again: {why[0]}")
         if entry.kind == "stage":
             after = entry.parents[0] if entry.parents else BASE
             stage = Stage(entry.key, make_config(trees[entry.key]), after=after)
@@ -82,17 +85,12 @@ def stages_of(lineage: Lineage, overrides: Sequence[tuple[str, Any]] = ()) -> li
 
 def _check_rows(entry: Entry, stage: Stage) -> None:
     """Raise DataError for rows of other files."""
-    data, known = stage.config.data, entry.training.sources
-    now = {
-        key: [source_digest(key, each.path, data) for each in found]
-        for key, found in named_sources(data).items()
-    }
-    now |= start_digests(stage.config)
+    known, now = entry.training.sources, source_digests(stage.config)
     for key in known.keys() | now.keys():
         if known.get(key) != now.get(key):
             raise DataError(
                 f"`{key}` must be the rows that the lineage names",
-                f"{now.get(key)}, was {known.get(key)}",
+                "other content",
                 f"name that file, as in --stages.{stage.name}.{key} FILE",
             )
 
@@ -118,14 +116,14 @@ def rebuild(
             rule, got = "`output` must be new, or of this lineage", f"{strange[0]} in {run}"
             raise RunError(rule, got, "choose another output")
     for entry in wanted.entries:
-        is_known = exists_in(run) and read_history(run).find(entry.key) is not None
-        if not is_known and exists_in(run):
+        is_new = not exists_in(run) or read_history(run).find(entry.key) is None
+        if is_new and exists_in(run):
             _move(run, entry.parents[0] if entry.parents else BASE)
         if entry.kind == "stage":
             results += train_stages([by_name[entry.key]], listener=listener, matrix=False)
-        elif entry.kind == "mix" and not is_known:
+        elif entry.kind == "mix" and is_new:
             _mix(run, entry.state, entry.reads)
-        elif entry.kind == "combine" and not is_known:
+        elif entry.kind == "combine" and is_new:
             combine(run, entry.parents)
         if entry.kind != "import":
             _check_bits(run, entry)
@@ -144,13 +142,12 @@ def _mix(run: Path, state: State, reads: Sequence[str] = ()) -> None:
 
 
 def _check_bits(run: Path, wanted: Entry) -> None:
-    found = read_history(run).find(wanted.key) or wanted.model_copy(
-        update={"state": State(base="")}
-    )
-    if wanted.state != found.state or not wanted.files.items() <= found.files.items():
+    found = read_history(run).find(wanted.key)
+    files = {} if found is None else found.files
+    if found is None or wanted.state != found.state or not wanted.files.items() <= files.items():
         known = ", ".join(f"{name} {number}" for name, number in wanted.training.versions.items())
         raise RunError(
             f"Cannot rebuild: {wanted.key} came to other bits than the lineage's",
-            f"{found.state.digest}, was {wanted.state.digest}, in {run}",
+            f"another state than {wanted.state.digest} in {run}",
             f"use a machine of the same kind, as many threads and the same versions: {known}",
         )
