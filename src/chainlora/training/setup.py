@@ -61,7 +61,6 @@ logger = logging.getLogger(__name__)
 
 def prepare(
     config: RunConfig,
-    resume: bool,
     listener: Listener,
     change: Collection[str],
     start: Start,
@@ -77,13 +76,13 @@ def prepare(
             undo.callback(work.close, undo=True)
         with processes.together():
             # asked once: the first process may begin a stage while others still read rows
-            begun = work.opened() if work is not None and work.exists else None
+            begun = None if work is None else work.begun()
             here = config  # as its base is found from here
             if work is not None and (begun is not None or start is not NOTHING):
                 here = config.model_copy(update={"model": from_above(config.model, work.run)})
             with processes.in_turn():
                 if work is not None:
-                    work.open(config, resume=resume, change=change)  # and lock it
+                    work.open(config, change)  # and lock it
                 folder = resolve_model(here.model)
                 files = base_files(folder)
             if work is not None:
