@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from chainlora.config.section import types_in
 from chainlora.config.staging import HISTORY, refuse_older, split_address
 from chainlora.config.staging import is_run as is_run
 from chainlora.errors import ConfigError, FileError, RunError
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 _OF_THE_LAB = ("compare", "experiment")
 GUARDED = 3  # a new stage was switched off for what earlier ones would lose
 SIGNALLED = 128  # and the signal's number: the exit status, as shells have it
-_TASKS = Path(__file__).resolve().parents[1] / "data/tasks"
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout."
@@ -150,32 +147,13 @@ class Verbs(click.Group):
         return super().resolve_command(ctx, args)
 
 
-# --- what a shell completes ---
+# --- config keys as options ---
 
 
 class WithKeys(click.Command):
     """A command whose options go on in the keys of a config."""
 
     ignore_unknown_options = True
-
-    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Offer options, and where a word begins like one, keys too."""
-        found = super().shell_complete(ctx, incomplete)
-        names = _keys() if incomplete.startswith("-") else ()
-        return found + [CompletionItem(name) for name in names if name.startswith(incomplete)]
-
-
-def complete_values(
-    ctx: click.Context, param: click.Parameter, incomplete: str
-) -> list[CompletionItem]:
-    """Offer the values that the key before the word can have, or files."""
-    words = ctx.params.get(param.name or "")
-    key = words[-1] if words else ""
-    if key == "--data.task":
-        return complete_tasks(ctx, param, incomplete)
-    found = set(types_in(_keys()[key].annotation)) if key in _keys() else set()
-    values = sorted(kind for kind in found if isinstance(kind, str))
-    return _offered(values + (["true", "false"] if bool in found else []), incomplete)
 
 
 def keys_argument(metavar: str) -> Callable[[Any], Any]:
@@ -185,32 +163,8 @@ def keys_argument(metavar: str) -> Callable[[Any], Any]:
         metavar=f"{metavar} [--KEY.SUB VALUE]...",
         nargs=-1,
         type=click.UNPROCESSED,
-        shell_complete=complete_values,
+        shell_complete=lambda ctx, param, word: [CompletionItem(word, type="file")],
     )
-
-
-def complete_tasks(
-    ctx: click.Context, param: click.Parameter, incomplete: str
-) -> list[CompletionItem]:
-    """Offer the names of the shipped tasks, or files."""
-    return _offered(sorted(path.stem for path in _TASKS.glob("*.yaml")), incomplete)
-
-
-def _offered(values: Sequence[str], incomplete: str) -> list[CompletionItem]:
-    found = [CompletionItem(value) for value in values if value.startswith(incomplete)]
-    return found or [CompletionItem(incomplete, type="file")]
-
-
-@cache
-def _keys() -> dict[str, Any]:
-    """Return the fields of a config by the options that set them."""
-    from chainlora.config.json_schema import config_sections
-
-    return {
-        f"--{prefix}{key}": field
-        for prefix, section in config_sections().items()
-        for key, field in section.model_fields.items()
-    }
 
 
 def words_and_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
