@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from chainlora.config.staging import HISTORY, refuse_older, split_address
 from chainlora.config.staging import is_run as is_run
+from chainlora.config.staging import need_run as need_run
+from chainlora.config.staging import runs_near, split_address
 from chainlora.errors import ConfigError, FileError, RunError
 
 if TYPE_CHECKING:
@@ -196,37 +197,12 @@ def words_and_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str
 # --- run directories, checked before anything heavy is imported ---
 
 
-def need_run(run: str) -> None:
-    """Raise RunError for what is not a run directory."""
-    folder = Path(run)
-    if is_run(run):
-        return
-    refuse_older(folder)
-    if (folder / "links").is_dir():
-        raise RunError(
-            f"a run directory must hold {HISTORY} (got none in {run}); it is incomplete: copy it "
-            "whole, or start over"
-        )
-    what = f"holds no {HISTORY}" if folder.exists() else "does not exist"
-    near = ", ".join(_runs_near(folder)[:8])
-    raise RunError(
-        f"RUN must be a run directory (got {run}, which {what}); it is the `output` of chainlora "
-        f"train{f', here one of {near}' if near else ''}"
-    )
-
-
-def _runs_near(folder: Path) -> list[str]:
-    """Return the runs in a folder, or beside one that does not exist."""
-    around = folder if folder.exists() else folder.parent
-    return sorted(str(path.parent) for path in around.glob(f"[!.]*/{HISTORY}"))
-
-
 def check_run_or_model(run_or_model: str, links: int | None, stages: str | None = None) -> None:
     """Raise RunError for half a run directory, for what can only be a run that is not there, or for
     links and stages of what is no run."""
     folder = Path(run_or_model)
     is_there = folder.exists() or run_or_model.startswith("pip:")
-    if (folder / "links").is_dir() or (not is_there and _runs_near(folder)):
+    if (folder / "links").is_dir() or (not is_there and runs_near(folder)):
         need_run(run_or_model)
     if links is not None and stages is not None:
         raise click.UsageError("--links and --stages both choose links; leave one out")
