@@ -60,16 +60,8 @@ COMPLETED = {
     "export --r": {"--rank"},
     "train ": {"file"},
     "train a.yaml --res": {"--resume"},
-    "train a.yaml --train.lr": {"--train.lr"},
-    "extend run --chain.knots.p": {"--chain.knots.policy"},
-    "train a.yaml --chain.hold ": {"tied", "carried"},
-    "train a.yaml --train.lr 1 --train.keep_best t": {"true"},
     "train a.yaml --data.train ": {"file"},
-    "train a.yaml --data.task s": {"squad", "sst2"},
-    "eval run --task rt": {"rte"},
     "eval ": {"file"},
-    "tasks w": {"wic", "wsc"},
-    "compare a.yaml --methods lora,chain3_r": {"lora,chain3_restart"},
     "experiment run ": {"file"},
 }
 

@@ -74,7 +74,7 @@ def test_a_stage_names_all_that_its_resume_needs_and_nothing_else_stays(rich_con
     [
         (
             lambda run: (run / "history.json").unlink(),
-            r"must hold history.json \(got none in .*\); is this the output of",
+            r"must hold history.json \(got none in .*\); it is incomplete: copy it whole",
         ),
         (
             lambda run: (run / "history.json").write_text('{"format": 1,'),

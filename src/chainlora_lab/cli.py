@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import CompletionItem
 
 from chainlora.cli.common import WithKeys, file_and_overrides, keys_argument, quiet
 
@@ -49,15 +48,6 @@ _REUSE = click.option(
     help="A results.jsonl whose cells count as done, from another folder or machine. "
     "May be repeated.",
 )
-
-
-def _complete_presets(
-    ctx: click.Context, param: click.Parameter, incomplete: str
-) -> list[CompletionItem]:
-    """Offer the names of presets, at the end of a list too."""
-    before, comma, _ = incomplete.rpartition(",")
-    names = [before + comma + name for name in _PRESETS]
-    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
 @contextmanager
@@ -189,7 +179,6 @@ def report(results: str, output: str | None, as_json: bool) -> None:
 @click.option(
     "--methods",
     required=True,
-    shell_complete=_complete_presets,
     help=f"Comma-separated; the first is the baseline. Of {', '.join(_PRESETS)}; or names of your "
     "own, which are lora with other keys: --methods.mine.train.optimizer lion",
 )

@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from chainlora.config.section import types_in
-from chainlora.config.staging import HISTORY, refuse_older, split_address
 from chainlora.config.staging import is_run as is_run
+from chainlora.config.staging import need_run as need_run
+from chainlora.config.staging import runs_near, split_address
 from chainlora.errors import ConfigError, FileError, RunError
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 _OF_THE_LAB = ("compare", "experiment")
 GUARDED = 3  # a new stage was switched off for what earlier ones would lose
 SIGNALLED = 128  # and the signal's number: the exit status, as shells have it
-_TASKS = Path(__file__).resolve().parents[1] / "data/tasks"
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout."
@@ -150,32 +148,13 @@ class Verbs(click.Group):
         return super().resolve_command(ctx, args)
 
 
-# --- what a shell completes ---
+# --- config keys as options ---
 
 
 class WithKeys(click.Command):
     """A command whose options go on in the keys of a config."""
 
     ignore_unknown_options = True
-
-    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Offer options, and where a word begins like one, keys too."""
-        found = super().shell_complete(ctx, incomplete)
-        names = _keys() if incomplete.startswith("-") else ()
-        return found + [CompletionItem(name) for name in names if name.startswith(incomplete)]
-
-
-def complete_values(
-    ctx: click.Context, param: click.Parameter, incomplete: str
-) -> list[CompletionItem]:
-    """Offer the values that the key before the word can have, or files."""
-    words = ctx.params.get(param.name or "")
-    key = words[-1] if words else ""
-    if key == "--data.task":
-        return complete_tasks(ctx, param, incomplete)
-    found = set(types_in(_keys()[key].annotation)) if key in _keys() else set()
-    values = sorted(kind for kind in found if isinstance(kind, str))
-    return _offered(values + (["true", "false"] if bool in found else []), incomplete)
 
 
 def keys_argument(metavar: str) -> Callable[[Any], Any]:
@@ -185,32 +164,8 @@ def keys_argument(metavar: str) -> Callable[[Any], Any]:
         metavar=f"{metavar} [--KEY.SUB VALUE]...",
         nargs=-1,
         type=click.UNPROCESSED,
-        shell_complete=complete_values,
+        shell_complete=lambda ctx, param, word: [CompletionItem(word, type="file")],
     )
-
-
-def complete_tasks(
-    ctx: click.Context, param: click.Parameter, incomplete: str
-) -> list[CompletionItem]:
-    """Offer the names of the shipped tasks, or files."""
-    return _offered(sorted(path.stem for path in _TASKS.glob("*.yaml")), incomplete)
-
-
-def _offered(values: Sequence[str], incomplete: str) -> list[CompletionItem]:
-    found = [CompletionItem(value) for value in values if value.startswith(incomplete)]
-    return found or [CompletionItem(incomplete, type="file")]
-
-
-@cache
-def _keys() -> dict[str, Any]:
-    """Return the fields of a config by the options that set them."""
-    from chainlora.config.json_schema import config_sections
-
-    return {
-        f"--{prefix}{key}": field
-        for prefix, section in config_sections().items()
-        for key, field in section.model_fields.items()
-    }
 
 
 def words_and_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -242,37 +197,12 @@ def words_and_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str
 # --- run directories, checked before anything heavy is imported ---
 
 
-def need_run(run: str) -> None:
-    """Raise RunError for what is not a run directory."""
-    folder = Path(run)
-    if is_run(run):
-        return
-    refuse_older(folder)
-    if (folder / "links").is_dir():
-        raise RunError(
-            f"a run directory must hold {HISTORY} (got none in {run}); it is incomplete: copy it "
-            "whole, or start over"
-        )
-    what = f"holds no {HISTORY}" if folder.exists() else "does not exist"
-    near = ", ".join(_runs_near(folder)[:8])
-    raise RunError(
-        f"RUN must be a run directory (got {run}, which {what}); it is the `output` of chainlora "
-        f"train{f', here one of {near}' if near else ''}"
-    )
-
-
-def _runs_near(folder: Path) -> list[str]:
-    """Return the runs in a folder, or beside one that does not exist."""
-    around = folder if folder.exists() else folder.parent
-    return sorted(str(path.parent) for path in around.glob(f"[!.]*/{HISTORY}"))
-
-
 def check_run_or_model(run_or_model: str, links: int | None, stages: str | None = None) -> None:
     """Raise RunError for half a run directory, for what can only be a run that is not there, or for
     links and stages of what is no run."""
     folder = Path(run_or_model)
     is_there = folder.exists() or run_or_model.startswith("pip:")
-    if (folder / "links").is_dir() or (not is_there and _runs_near(folder)):
+    if (folder / "links").is_dir() or (not is_there and runs_near(folder)):
         need_run(run_or_model)
     if links is not None and stages is not None:
         raise click.UsageError("--links and --stages both choose links; leave one out")

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from chainlora.cli.common import complete_tasks, json_option, quiet, show
+from chainlora.cli.common import json_option, quiet, show
 
 # Package → what it is for, and the extra that brings it.
 _OPTIONAL = {
@@ -132,7 +132,7 @@ def schema(markdown: bool) -> None:
 
 
 @click.command
-@click.argument("name", required=False, shell_complete=complete_tasks)
+@click.argument("name", required=False)
 @json_option
 def tasks(name: str | None, as_json: bool) -> None:
     """List the tasks, or show one: prompt, labels, source.

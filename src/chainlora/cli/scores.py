@@ -10,7 +10,6 @@ import click
 from chainlora.cli.common import (
     check_run_or_model,
     chosen_state,
-    complete_tasks,
     dtype_option,
     is_run,
     json_option,
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 @click.argument("run_or_model", metavar="RUN|MODEL", type=click.Path())
 @click.option(
     "--task",
-    shell_complete=complete_tasks,
     help="Task name (see `chainlora tasks`) or a task file. Default: the run's own rows.",
 )
 @click.option(

@@ -98,10 +98,14 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
         ranks = ", ".join(map(str, settings.chain.ranks)) or "none"
         what = "every weight" if settings.chain.tune == "full" else f"links of rank {ranks}"
         to_stderr(f"{file}: {what} on {settings.model}, to {settings.output}")
+    _train_alone(Stage(stage, settings), [key for key, _ in overrides], dry_run, as_json)
+
+
+def _train_alone(stage: Stage, change: Sequence[str], dry_run: bool, as_json: bool) -> None:
+    """Train a run of one stage, and show what it came to."""
     quiet()
-    named = [key for key, _ in overrides]
     if dry_run:
-        _show_plan([Stage(stage, settings)], named, as_json)
+        _show_plan([stage], change, as_json)
         return
     from chainlora.training.loop import train as run_training
 
@@ -111,19 +115,20 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
         def listener(event: Event) -> None:
             (ended.append if event.name == "finished" else tell)(event)
 
-        return run_training(settings, resume=True, listener=listener, change=named, stage=stage)
+        keys: Any = {"resume": True, "listener": listener, "change": change, "stage": stage.name}
+        return run_training(stage.config, **keys)
 
-    result = _with_progress(settings, work)
+    result = _with_progress(stage.config, work)
     if not is_first_process():
         return
     if not ended:
-        _plot(settings, stage)
+        _plot(stage.config, stage.name)
     if as_json:
         print_json(result)
     elif ended:
-        click.echo(f"nothing left to do: {settings.output} has ended")
+        click.echo(f"nothing left to do: {stage.config.output} has ended")
     else:
-        _show_run(settings, [result])
+        _show_run(stage.config, [result])
 
 
 def _rebuild(file: str, overrides: Sequence[tuple[str, str]], dry_run: bool, as_json: bool) -> None:

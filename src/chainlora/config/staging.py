@@ -28,6 +28,7 @@ from typing import Any
 from chainlora.config.reading import make_config, set_key
 from chainlora.config.schema import LENGTHS, READ_WITH, RunConfig
 from chainlora.errors import ConfigError, RunError
+from chainlora.files import reported
 
 # What an export has one of, or the base has one of: a stage cannot say otherwise.
 RUN_WIDE = {
@@ -239,6 +240,32 @@ def is_run(address: str | PathLike[str]) -> bool:
     """Say whether a run directory, or a saved chain, is there."""
     run, _ = split_address(address)
     return (run / HISTORY).is_file()
+
+
+def need_run(address: str | PathLike[str]) -> None:
+    """Raise RunError for what is neither a run directory nor a saved chain."""
+    run, _ = split_address(address)
+    with reported(run, "read"):
+        if (run / HISTORY).is_file():
+            return
+    refuse_older(run)
+    if (run / "links").is_dir():
+        raise RunError(
+            f"a run directory must hold {HISTORY} (got none in {run}); it is incomplete: copy it "
+            "whole, or start over"
+        )
+    what = f"holds no {HISTORY}" if run.is_dir() else "is a file" if run.exists() else None
+    near = ", ".join(runs_near(run)[:8])
+    raise RunError(
+        f"RUN must be a run directory (got {run}, which {what or 'does not exist'}); it is the "
+        f"`output` of chainlora train{f', here one of {near}' if near else ''}"
+    )
+
+
+def runs_near(folder: Path) -> list[str]:
+    """Return the runs in a folder, or beside one that does not exist."""
+    around = folder if folder.exists() else folder.parent
+    return sorted(str(path.parent) for path in around.glob(f"[!.]*/{HISTORY}"))
 
 
 def _inherited(shared: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,23 +7,23 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.data import TrainFile
 from chainlora.config.schema import PAIR_LOSSES, DataConfig
-from chainlora.data.division import aligned, divide, pick, rows_again, rows_in_both
+from chainlora.data.division import aligned, divide, pick, rows_again
 from chainlora.data.encoding import Options, detect_format
 from chainlora.data.kept import ASKED, SAMPLE, Kept
 from chainlora.data.mixture import Mixture, example_hashes, prompt_hashes
 from chainlora.data.preparing import make_rows
+from chainlora.data.row_warnings import check_scorable, tell_in_both, tell_trained_on, tell_unread
 from chainlora.data.rows import COUNTED, MemoryRows, Rows, joined
-from chainlora.data.sources import ListSource, Row, Source, find_source, where
+from chainlora.data.sources import ListSource, Row, Source, find_source
 from chainlora.data.tasks import (
     REPORTED_OF_TEXT,
     WORD_METRICS,
@@ -36,7 +36,7 @@ from chainlora.data.tasks import (
     unseen_source,
 )
 from chainlora.data.templates import set_chat_template
-from chainlora.errors import ConfigError, DataError
+from chainlora.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def prepare_splits(
         train = found.train if to_score is None else list(map(aligned, scored, files, found.train))
         validation = list(map(aligned, scored, files, found.validation))
         if data.holds_out:
-            _say_what_cannot_be_scored(found.validation, validation)
+            check_scorable(found.validation, validation)
         parts["train"] = list(map(pick, files if to_score is None else scored, train))
         if data.holds_out:
             parts["validation"] = list(map(pick, scored, validation))
@@ -170,9 +170,9 @@ def prepare_splits(
     for split in SPLITS if to_score is None else (to_score,):
         parts[split] = parts[split] or encode(split, options)
     rows = {split: joined(each) for split, each in parts.items()}
-    _log_unread(rows)
+    tell_unread(rows)
     if to_score is None and compare:
-        _log_in_both(data, rows, sources)
+        tell_in_both(data, rows, sources)
     key = "data.replay" if data.replay else "data.rehearse" if data.rehearse else None
     if key and to_score is None and (data.rehearse or parts["train"]):
         kind, longest = learned_by(data, loss), length_limit(data, context)
@@ -184,29 +184,9 @@ def prepare_splits(
             asked["moved"] |= {"replayed": count}
         rows["train"] = joined([rows["train"], *again])
     if earlier and to_score is None and compare:
-        _log_trained_on(rows, earlier)
+        tell_trained_on(rows, earlier)
     asked |= {"digest": _digest(rows, options.before)}
     return Splits(rows["train"], rows["validation"], rows["test"], **asked)
-
-
-def _say_what_cannot_be_scored(
-    held_out: Sequence[NDArray[np.bool_]], scored: Sequence[NDArray[np.bool_]]
-) -> None:
-    """Warn of rows held out that do not fit when they are scored; raise DataError for all."""
-    count, left = (sum(int(mask.sum()) for mask in masks) for masks in (held_out, scored))
-    if count and not left:
-        raise DataError(
-            "rows held out must fit the context with room for an answer",
-            f"none of {count} that do",
-            "raise data.max_length, hold out more rows, or set data.truncation: cut",
-        )
-    if left < count:
-        _log.warning(
-            "validation: %d of %d rows held out leave no room for an answer in the context, and "
-            "are left out (truncation: drop)",
-            count - left,
-            count,
-        )
 
 
 def _share(rows: Rows) -> float:
@@ -315,52 +295,6 @@ def _encode(
             "or the context, and are left out (truncation: drop)"
         )
     return rows
-
-
-def _log_unread(encoded: Mapping[str, Rows]) -> None:
-    """Name each column that nothing reads once, with the splits that have it."""
-    unread = {split: rows.summary.unread for split, rows in encoded.items()}
-    alike: dict[str, list[str]] = {}
-    for column in dict.fromkeys(chain.from_iterable(unread.values())):
-        splits = ", ".join(split for split, columns in unread.items() if column in columns)
-        alike.setdefault(splits, []).append(repr(column))
-    for splits, columns in alike.items():
-        _log.warning("%s: nothing reads %s", splits, ", ".join(columns))
-
-
-def _log_in_both(
-    data: DataConfig, rows: Mapping[str, Rows], sources: Mapping[str, Sequence[Source]]
-) -> None:
-    """Warn of rows to be scored that are trained on, and of a number of them without a file.
-
-    Rows that are held out are not looked at: they are none (`Division`).
-    """
-    for split in SPLITS[1:]:
-        if getattr(data, f"num_{split}") and not rows[split]:
-            _log.warning("data.num_%s takes rows of data.%s, which names none", split, split)
-        for source in sources[split]:
-            if found := rows_in_both(rows["train"], rows[split]):
-                first = found[:3]
-                named = islice((where(row) for row in source if row.index in first), len(first))
-                places = ", ".join(named) + ", …" * (len(found) > 3)
-                _log.warning(
-                    f"{split}: {len(found)} of {rows[split].summary.rows} rows are training rows "
-                    f"too, so that scores on them are too good ({places}); remove them from one of "
-                    "the files"
-                )
-
-
-def _log_trained_on(rows: Mapping[str, Rows], earlier: Mapping[str, Kept]) -> None:
-    """Warn of rows to be scored that an earlier stage was trained on, which flatter the model."""
-    seen = np.concatenate([kept.seen for kept in earlier.values()])
-    for split in SPLITS[1:]:
-        count = int(np.isin(example_hashes(rows[split]), seen).sum())
-        if count:
-            _log.warning(
-                f"{split}: an earlier stage was trained on {count} of {len(rows[split])} rows, so "
-                "that scores on them are too good; give other rows, or hold out no more of a file "
-                "than that stage did"
-            )
 
 
 def _demonstrations(

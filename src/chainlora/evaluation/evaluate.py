@@ -110,14 +110,9 @@ def evaluate(
     with nullcontext(engine) if engine else Engine(model, training=False) as runner:
         if not is_written or any(name in LOSS_METRICS for name in names):
             columns["scores"] = runner.scores(examples, max_tokens=max_tokens, progress=scored)
-            if is_labelled:
-                labels = [int(example.label or 0) for example in examples]
-                losses = {"loss": fmean(map(cross_entropy, columns["scores"], labels))}
-            else:
-                counts = columns["tokens"] = [example.num_learned for example in examples]
-                pairs = zip(columns["scores"], counts, strict=True)
-                loss = math.fsum(-row[0] * count for row, count in pairs) / sum(counts)
-                losses = {"loss": loss, "perplexity": perplexity(loss)}
+            if not is_labelled:
+                columns["tokens"] = [example.num_learned for example in examples]
+            losses = _losses(columns["scores"], columns.get("tokens"), columns["label"])
         if is_written:
             texts = columns["prediction"] = _answers(
                 runner,
@@ -143,6 +138,18 @@ def evaluate(
     rows = zip(*columns.values(), strict=True)
     predictions = [dict(zip(columns, row, strict=True)) for row in rows]
     return Evaluation(found | losses, len(examples), predictions)
+
+
+def _losses(
+    scores: list[list[float]], tokens: list[int] | None, labels: list[int | None]
+) -> dict[str, float]:
+    """Return the loss per token and the perplexity of rows, or of rows with labels the mean over
+    rows of the cross-entropy over candidates."""
+    if tokens is None:
+        return {"loss": fmean(map(cross_entropy, scores, (int(each or 0) for each in labels)))}
+    pairs = zip(scores, tokens, strict=True)
+    loss = math.fsum(-row[0] * count for row, count in pairs) / sum(tokens)
+    return {"loss": loss, "perplexity": perplexity(loss)}
 
 
 def _answers(

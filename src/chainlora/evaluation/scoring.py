@@ -20,7 +20,7 @@ from chainlora.data.splits import SPLITS, Splits, encode_split, prepare_splits, 
 from chainlora.data.tasks import Task, load_task
 from chainlora.engine.engine import Engine, Speedups
 from chainlora.errors import ConfigError, DataError, RunError
-from chainlora.evaluation.evaluate import evaluate
+from chainlora.evaluation.evaluate import Evaluation, evaluate
 from chainlora.evaluation.generation import to_accelerator
 from chainlora.evaluation.metrics import INDEX_METRICS, majority_rate
 from chainlora.evaluation.pair_scores import judge_odds, judge_pairs
@@ -100,22 +100,15 @@ def evaluate_task(
                 max_new_tokens=asked.max_new_tokens,
                 progress=progress,
             )
-    if asked.loss == "dpo":  # what pairs score at the start of a run (`training.reference`)
+    if asked.loss == "dpo":
         assert config is not None
         del model, engine  # one model in memory
-        start: Address = config.model
-        if config.chain.tune != "full":
-            state = open_run(run_or_model)
-            start = state.of(state.parent)
-        model, _ = load_run_or_model(start, dtype=dtype)
-        with Engine(to_accelerator(model), speedups=speedups, training=False) as engine:
+        start, _ = load_run_or_model(_begun_on(run_or_model, config), dtype=dtype)
+        with Engine(to_accelerator(start), speedups=speedups, training=False) as engine:
             reference = engine.scores(rows, progress=progress)
         found = judge_pairs(rows, scores, reference, config.train.dpo_beta)
     if predictions is not None:
-        file = Path(predictions)
-        make_folder(file.parent)
-        lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in found.predictions]
-        write_text(file, "".join(lines))
+        _write_predictions(Path(predictions), found)
     metrics = dict(found.metrics)
     if asked.metric in INDEX_METRICS:
         metrics["majority"] = majority_rate(rows, asked.metric)
@@ -123,6 +116,20 @@ def evaluate_task(
     named = task or own_task
     shown = {"task": named and named.name, "split": data if is_file else split}
     return Shown(shown | {"rows": found.num_rows, "metrics": metrics})
+
+
+def _begun_on(run: Address, config: RunConfig) -> Address:
+    """Return what a DPO run began on: the scores of pairs there are their reference."""
+    if config.chain.tune == "full":
+        return config.model
+    state = open_run(run)
+    return state.of(state.parent)
+
+
+def _write_predictions(file: Path, found: Evaluation) -> None:
+    make_folder(file.parent)
+    lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in found.predictions]
+    write_text(file, "".join(lines))
 
 
 def _rows_of_task(

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from chainlora import files
-from chainlora.config.staging import HISTORY, refuse_older, split_address
+from chainlora.config.staging import HISTORY, need_run, split_address
 from chainlora.errors import RunError
 from chainlora.runs.draft import DRAFT, drafts_in, read_draft
 from chainlora.runs.history import BASE, DAMAGED, START, History, read_history
@@ -54,8 +53,8 @@ def open_run(
 
 def find_state(address: str | Path) -> OpenState:
     """Return the state that an address names, as `open_run` does, even where it is not judged."""
+    need_run(address)
     run, name = split_address(address)
-    _need_folder(run)
     history = read_history(run)
     if name is not None:
         return state_at(run, history, name)
@@ -95,19 +94,6 @@ def _no_such(run: Path, history: History, name: str) -> RunError:
         f"{name!r}{begun} for {run}",
         f"name one; chainlora log {run} shows all states",
     )
-
-
-def _need_folder(run: Path) -> None:
-    with files.reported(run, "read"):
-        is_file, is_there = run.is_file(), (run / HISTORY).is_file()
-    if is_file:
-        raise RunError(f"a run directory must be a directory (got the file {run}); name another")
-    refuse_older(run)
-    if not is_there:
-        raise RunError(
-            f"a run directory must hold {HISTORY} (got none in {run}); is this the output of "
-            "`chainlora train`?"
-        )
 
 
 def nothing_at(address: object, what: str) -> RunError:

@@ -1,4 +1,5 @@
-"""How a run begins: the history of the state that it begins on, and all files that it needs.
+"""How a run and its stages begin: the history of the state that a run begins on, and all files that
+it needs; the entry of a stage.
 
 A fork gets a copy of what its first state was computed from, an imported adapter becomes a link.
 """
@@ -17,6 +18,7 @@ from chainlora.config.staging import HISTORY, is_name
 from chainlora.data.kept import Kept, write_kept
 from chainlora.errors import RunError
 from chainlora.models.identity import tokenizer_files
+from chainlora.registry import plugin_digest
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import (
     BASE,
@@ -30,7 +32,9 @@ from chainlora.runs.history import (
     History,
     State,
     Term,
+    Training,
     derived_file,
+    exists_in,
     link_folder,
     now,
     read_history,
@@ -39,6 +43,7 @@ from chainlora.runs.history import (
     write_part,
 )
 from chainlora.runs.links import save_link
+from chainlora.runs.resuming import source_digests
 from chainlora.runs.start import Start
 from chainlora.runs.state import OpenState
 
@@ -60,6 +65,49 @@ def begun_history(run: Path, config: RunConfig, base: Base, start: Start, stage:
     if start.rows is not None:
         history = with_start_rows(history, save_rows(run, start.rows, stage))
     return history
+
+
+def begun_entry(
+    history: History,
+    config: RunConfig,
+    on: OpenState | None,
+    stage: str,
+    *,
+    rows: str,
+    kept: str | None,
+) -> Entry:
+    """Return the entry of a stage that begins `on` a state of its run, or on the run's origin.
+
+    It has no links of its own yet. `rows` is the digest of its rows. It `reads` the rows that
+    entries below it kept: what they held out is left out of its own rows.
+    """
+    parent, state = history.origin, history.state_of(history.origin)
+    if on is not None:
+        parent, state = BASE if on.entry is None else on.entry.key, on.state
+    below = [history.find(START), *history.lineage(parent)]
+    return Entry(
+        key=stage,
+        kind="stage",
+        parents=() if parent == BASE else (parent,),
+        reads=tuple(dict.fromkeys(e.key for e in below if e is not None and e.kept is not None)),
+        state=state,
+        kept=kept,
+        training=Training(
+            rows=rows,
+            sources=source_digests(config),
+            plugins={name: plugin_digest(name) for name in config.plugins},
+        ),
+    )
+
+
+def need_unmoved(run: Path, known: History | None, entry: Entry) -> None:
+    """Raise RunError where a run has changed, since it was `known`, below a stage that begins."""
+    if not exists_in(run):
+        return
+    parent = entry.parents[0] if entry.parents else BASE
+    if known is None or read_history(run).state_of(parent) != entry.state:
+        rule = "what a stage begins on must stay as it is"
+        raise RunError(rule, f"another {run} now", "give the same command again")
 
 
 def closure(state: OpenState) -> History:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, NotRequired
+from typing import Annotated, Any, NotRequired
 
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
@@ -105,6 +105,19 @@ class Draft(Document):
     def position(self) -> Progress:
         """Return where the stage resumes."""
         return self.progress if self.checkpoint is None else self.checkpoint.progress
+
+    def has_checkpoint(self, progress: Progress) -> bool:
+        """Say whether there is a checkpoint of exactly this progress."""
+        if self.checkpoint is None:
+            return False
+        found = self.checkpoint.progress
+        return (found.step, found.link) == (progress.step, progress.link)
+
+    def with_training(self, **changed: Any) -> Draft:
+        """Return this with other facts of `Training`."""
+        training = self.entry.training.model_copy(update=changed)
+        entry = self.entry.model_copy(update={"training": training})
+        return self.model_copy(update={"entry": entry})
 
     @property
     def named(self) -> set[str]:

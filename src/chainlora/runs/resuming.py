@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -16,7 +16,8 @@ from chainlora.errors import RunError
 from chainlora.models.finding import from_above, is_same_place, resolve_model
 from chainlora.models.identity import base_files
 from chainlora.registry import plugin_digest
-from chainlora.runs.history import CONFIG, RESULT, TOKENIZER, Change, Entry, exists_in
+from chainlora.runs.costs import versions
+from chainlora.runs.history import CONFIG, RESULT, TOKENIZER, Change, Entry, Training, exists_in
 from chainlora.runs.locks import LOCK
 from chainlora.runs.state import OpenState, check_base
 
@@ -211,11 +212,19 @@ def _without_place(value: Any) -> Any:
     return str if isinstance(value, str) else value
 
 
-def compare_versions(before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Warn where a run goes on under other versions: the same steps, but other roundings."""
+def check_resumed(before: Training, rows: str) -> None:
+    """Raise RunError unless the rows are those that the stage began with. Warn where it goes on
+    under other versions: the same steps, but other roundings."""
+    if before.rows is not None and before.rows != rows:
+        raise RunError(
+            "a run resumes with the rows it began with, in their order",
+            f"digest {rows}, was {before.rows}",
+            "restore the data files, or choose another output",
+        )
+    now = versions()
     other = [
         f"{name} {old}, now {now[name]}"
-        for name, old in before.items()
+        for name, old in before.versions.items()
         if old != now.get(name, old)
     ]
     if other:
@@ -249,16 +258,6 @@ def not_named(what: str, plugins: Sequence[str]) -> str:
         f"Cannot {what}: it was begun with the plug-in {', '.join(plugins)}, code that would run "
         f"here. Add --plugins {','.join(plugins)} if you trust it"
     )
-
-
-def check_rows(before: str | None, rows: str | None) -> None:
-    """Raise RunError unless the rows are those that the run began with."""
-    if rows is not None and before is not None and before != rows:
-        raise RunError(
-            "a run resumes with the rows it began with, in their order",
-            f"digest {rows}, was {before}",
-            "restore the data files, or choose another output",
-        )
 
 
 def _science(config: RunConfig) -> dict[str, Any]:

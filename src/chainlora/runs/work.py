@@ -18,15 +18,12 @@ looks at them until the history names them: `publish` does, as the last act of a
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from filelock import FileLock
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -36,39 +33,25 @@ from chainlora.config.reading import dump_config
 from chainlora.config.schema import LinkConfig, RunConfig
 from chainlora.config.staging import HISTORY, stage_folder
 from chainlora.data.kept import Kept
-from chainlora.errors import ChainLoRAError, RunError
+from chainlora.errors import RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.models.checkpoint import save_model
-from chainlora.registry import plugin_digest
 from chainlora.runs.addresses import state_of_draft
-from chainlora.runs.beginning import begun_history, save_rows
+from chainlora.runs.beginning import begun_entry, begun_history, need_unmoved, save_rows
+from chainlora.runs.claim import Claim
 from chainlora.runs.costs import versions
-from chainlora.runs.draft import (
-    DRAFT,
-    PASSING,
-    REFERENCE,
-    Checkpoint,
-    Draft,
-    Progress,
-)
+from chainlora.runs.draft import DRAFT, PASSING, REFERENCE, Checkpoint, Draft, Progress
 from chainlora.runs.history import (
-    BASE,
     CONFIG,
-    DAMAGED,
     RECORDS,
     RESULT,
-    START,
-    TOKENIZER,
     Base,
     Entry,
     History,
     LinkFacts,
     Term,
-    Training,
-    exists_in,
     link_folder,
     now,
-    read_history,
     update_history,
     write_part,
 )
@@ -79,22 +62,11 @@ from chainlora.runs.links import (
     write_adapter_of,
     write_checkpoint,
 )
-from chainlora.runs.locks import LOCK, is_in_use, locked, refuse_links, take_lock
+from chainlora.runs.locks import locked
 from chainlora.runs.records import RecordLog, resumed_log
-from chainlora.runs.resuming import (
-    check_rows,
-    compare,
-    compare_versions,
-    refuse_if_other,
-    refuse_if_taken,
-    source_digests,
-)
+from chainlora.runs.resuming import check_resumed, compare
 from chainlora.runs.start import Start
 from chainlora.runs.state import OpenState, check_base
-
-logger = logging.getLogger(__name__)
-
-_GROWING = ("moments", "best", "checkpoints")  # folders whose entries ``stage.json`` names
 
 
 class Work:
@@ -107,20 +79,13 @@ class Work:
     def __init__(self, run: str | Path, stage: str, *, writes: bool = True) -> None:
         self.run, self.stage, self.writes = Path(run), stage, writes
         self.folder = stage_folder(self.run, stage)
-        self._lock: FileLock | None = None
+        self._claim = Claim(self.run, stage)
         self._draft: Draft | None = None
         self._hashes: dict[str, str] = {}  # of files that this process has written or verified
         self._links: dict[str, LinkFacts] = {}  # that this process has written
         self._tied: list[str] = []
         self._log = RecordLog(self.folder / RECORDS)
-        self._base: Base | None = None
-        self._is_new_run = self._is_new = False  # begun by this process
-        self._is_changed = False  # this resume changes keys of the config
-
-    @property
-    def exists(self) -> bool:
-        """Say whether the stage was begun and has not ended."""
-        return exists_in(self.run) and (self.folder / DRAFT).is_file()
+        self.base: Base  # that the stage is tuned on, once it began
 
     @property
     def draft(self) -> Draft:
@@ -128,46 +93,34 @@ class Work:
         assert self._draft is not None
         return self._draft
 
-    @property
-    def base(self) -> Base:
-        """The base that the stage is tuned on."""
-        assert self._base is not None
-        return self._base
-
     def opened(self) -> OpenState:
         """Return what has been tied so far."""
         return state_of_draft(self.run, self.stage)
 
+    def begun(self) -> OpenState | None:
+        """Return the stage where it was begun and has not ended."""
+        return self.opened() if self._claim.exists else None
+
     # --- opening and closing ---
 
-    def open(self, config: RunConfig, *, resume: bool, change: Collection[str] = ()) -> None:
-        """Refuse what can be refused before anything is loaded; lock a stage that is to be resumed.
+    def open(self, config: RunConfig, change: Collection[str] = ()) -> None:
+        """Lock and check a stage that is to be resumed, if it is here, before anything is loaded.
 
-        `resume` resumes a stage that is here, and begins one where nothing is. `change` names
-        config keys that a resume may change.
+        `change` names config keys that a resume may change.
         """
-        if not self.writes:
+        if not self.writes or not self.folder.is_dir():
             return
-        files.check_writable(self.run)
-        if not resume:
-            refuse_if_taken(self.run)
+        self._claim.take()
+        begun = self.begun()
+        if begun is None:
             return
-        refuse_if_other(self.run)
-        refuse_links(self.run)
-        if not self.folder.is_dir():
-            return
-        self._take_lock()
-        if not self.exists:
-            return
-        begun = self.opened().verify()
+        begun = begun.verify()
         assert begun.draft is not None
-        new = compare(begun, config, change)
-        self._is_changed = bool(new)
-        changes = (*begun.draft.entry.training.changes, *new)
-        self._take(_with_training(begun.draft, changes=changes), begun.history.base)
+        changes = begun.draft.entry.training.changes + tuple(compare(begun, config, change))
+        self._take(begun.draft.with_training(changes=changes), begun.history.base)
 
     def _take(self, draft: Draft, base: Base) -> None:
-        self._draft, self._base = draft, base
+        self._draft, self.base = draft, base
         self._tied, self._links = list(draft.entry.tied), dict(draft.links)
         self._hashes = dict(draft.files)
 
@@ -175,7 +128,7 @@ class Work:
     def claimed(self, config: RunConfig) -> Iterator[None]:
         """Hold a stage that was trained, to publish it."""
         try:
-            self.open(config, resume=True)
+            self.open(config)
             if self._draft is None:
                 rule, remedy = "a stage is judged by one process", "give the same command again"
                 raise RunError(rule, self.folder, remedy)
@@ -205,46 +158,17 @@ class Work:
             return self._follow()
         if self._draft is not None:
             return self._resume(self._draft, base, rows)
-        self._is_new_run = not exists_in(self.run)
-        files.make_folder(self.folder)
-        self._take_lock()
-        known = None if self._is_new_run else read_history(self.run)
-        if self.exists or (known is not None and known.find(self.stage) is not None):
-            rule = "Another process has begun this stage"
-            raise RunError(rule, self.folder, "give the same command again")
-        self._is_new, self._base = True, base
-        self._remove_passing(scratch_only=False)  # of a process that was killed before
-        for name in (RECORDS, RESULT):  # of a stage that was pruned
-            files.remove(self.folder / name)
+        known = self._claim.take_new()
+        self.base = base
         files.write_text(self.folder / CONFIG, dump_config(config))
-        self._hashes = {CONFIG: files.sha256(self.folder / CONFIG)}
+        self._hash(CONFIG)
         kept = None if keep is None else save_rows(self.run, keep(), self.stage)
         history = known or begun_history(self.run, config, base, start, self.stage)
-        parent, state = history.origin, history.state_of(history.origin)
-        if known is not None and start.state is not None:
-            state = start.state.state
-            parent = BASE if start.state.entry is None else start.state.entry.key
-        entry = Entry(
-            key=self.stage,
-            kind="stage",
-            parents=() if parent == BASE else (parent,),
-            reads=_reads(history, parent),
-            state=state,
-            kept=kept,
-            files={CONFIG: self._hashes[CONFIG]},
-            training=Training(
-                rows=rows,
-                sources=source_digests(config),
-                plugins={name: plugin_digest(name) for name in config.plugins},
-            ),
-        )
+        on = None if known is None else start.state
+        entry = begun_entry(history, config, on, self.stage, rows=rows, kept=kept)
         with locked(self.run):
-            if exists_in(self.run):
-                now = read_history(self.run)
-                if known is None or now.state_of(parent) != state:
-                    rule = "what a stage begins on must stay as it is"
-                    raise RunError(rule, f"another {self.run} now", "give the same command again")
-            self._draft = Draft(entry=entry)
+            need_unmoved(self.run, known, entry)
+            self._draft = Draft(entry=entry.model_copy(update={"files": dict(self._hashes)}))
             self._replace()
             if known is None:
                 write_part(self.run / HISTORY, history)
@@ -252,16 +176,8 @@ class Work:
 
     def tidy(self) -> None:
         """Remove what the training of a stage needed that has ended, where a kill left it."""
-        has_ended = read_history(self.run).find(self.stage) is not None
-        left = [name for name in PASSING if (self.folder / name).exists()]
-        if not (self.writes and has_ended and left):
-            return
-        try:
-            self._take_lock()
-        except ChainLoRAError:  # whoever publishes it does so, or nobody can write here
-            return
-        self._remove_passing(scratch_only=False)
-        self.close()
+        if self.writes:
+            self._claim.tidy()
 
     def close(self, *, undo: bool = False) -> None:
         """Let other processes use the folder.
@@ -269,13 +185,8 @@ class Work:
         With `undo`, a stage that this process began, and that has no link and no checkpoint yet, is
         removed: what was refused late must not be in the way of the corrected config.
         """
-        if undo and self._is_new and self._lock is not None:
-            draft = self._draft
-            if draft is None or not (draft.entry.tied or draft.checkpoint):
-                self._remove_all()
-        if self._lock is not None:
-            self._lock.release()
-        self._lock = None
+        learned = self._draft and (self._draft.entry.tied or self._draft.checkpoint)
+        self._claim.release(undo=undo and not learned)
 
     def _follow(self) -> Progress:
         """Read where the first process begins or resumes; call it after that one's `begin`."""
@@ -285,43 +196,30 @@ class Work:
         return deepcopy(self.draft.position)
 
     def _resume(self, draft: Draft, base: Base, rows: str) -> Progress:
-        check_rows(draft.entry.training.rows, rows)
-        compare_versions(draft.entry.training.versions, versions())
-        self._base = base
-        draft = self._draft = _with_training(draft, rows=rows)
-        self._remove_passing(scratch_only=True)
-        self._remove_unnamed()
-        progress, known = deepcopy(draft.position), draft.records
-        self._log = resumed_log(self._log.path, known, progress.num_records)
+        check_resumed(draft.entry.training, rows)
+        self.base = base
+        draft = self._draft = draft.with_training(rows=rows)
+        self._claim.remove_scratch()
+        progress = deepcopy(draft.position)
+        self._log = resumed_log(self._log.path, draft.records, progress.num_records)
         progress.num_records = self._log.count
-        if self._is_changed or (known is not None and known.count != self._log.count):
-            self._replace()  # before records are cut that ``stage.json`` may know
+        self._replace()  # before records are cut that ``stage.json`` may know
         self._log.cut()
         return progress
-
-    def _take_lock(self) -> None:
-        if self._lock is None:
-            self._lock = take_lock(self.folder)
 
     # --- what a resume reads ---
 
     def check_base_files(self, found: Mapping[str, str]) -> None:
         """Refuse to resume on another base than the run's, before it is loaded."""
-        if self._draft is not None and self._base is not None:
-            check_base(self._base, self.run, files=found)
-
-    def has_checkpoint(self, progress: Progress) -> bool:
-        """Whether there is a checkpoint of exactly this progress."""
-        found = self.draft.checkpoint
-        here = (progress.step, progress.link)
-        return found is not None and (found.progress.step, found.progress.link) == here
+        if self._draft is not None:
+            check_base(self.base, self.run, files=found)
 
     def load_checkpoint(
         self, progress: Progress
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
         """Read the live link's and the optimizer's state at this progress, None at a knot."""
         found = self.draft.checkpoint
-        if found is None or not self.has_checkpoint(progress):
+        if found is None or not self.draft.has_checkpoint(progress):
             return None
         return read_checkpoint(self.folder / found.directory)
 
@@ -332,35 +230,15 @@ class Work:
 
     def load_reference(self) -> dict[str, Tensor] | None:
         """Read what the pairs of each split scored before the first step; None where it is due."""
-        path, draft = self.folder / REFERENCE, self.draft
-        if REFERENCE not in draft.files and not draft.position.step:
-            return None
-        if REFERENCE not in draft.files or not path.is_file():
-            raise RunError("a stage of dpo must hold its reference", f"none at {path}", DAMAGED)
-        with safe_open(path, "pt") as file:
-            found = file.metadata()
-        if found != self._begun_on():
-            raise RunError(
-                f"{REFERENCE} must be of the rows and the state that its stage began on",
-                f"those of {found} in {self.folder}",
-                DAMAGED,
-            )
-        return load_file(path)
+        return load_file(self.folder / REFERENCE) if REFERENCE in self.draft.files else None
 
     def load_links(self) -> list[Link]:
         """Read the links that the stage has tied."""
-        found = self.opened()
-        return found.read([Term(link=digest) for digest in self.draft.entry.tied])
+        return self.opened().read([Term(link=digest) for digest in self.draft.entry.tied])
 
     def load_best(self, config: LinkConfig, directory: str) -> Link:
         """Read the partial link of the best point."""
         return read_partial(self.folder / directory, 0, config)
-
-    def _begun_on(self) -> dict[str, str]:
-        """Return what a reference is bound to."""
-        entry = self.draft.entry
-        below = read_history(self.run).state_of(entry.parents[0] if entry.parents else BASE)
-        return {"begun_on": f"rows {entry.training.rows}, state {below.digest}"}
 
     # --- writing a point: its files, and then ``stage.json``, which names them ---
 
@@ -370,7 +248,7 @@ class Work:
             return
         tied = self._tied = self._tied[: progress.link]
         moments = f"moments/{progress.link - 1:03d}.safetensors"
-        self._draft = _with_training(self.draft, numbers=numbers)
+        self._draft = self.draft.with_training(numbers=numbers)
         self._replace(
             entry=self._entry(tied, tied),
             moments=moments if moments in self._hashes else None,
@@ -381,9 +259,11 @@ class Work:
     def save_link(self, link: Link) -> None:
         """Write a link that was tied."""
         if self.writes:
-            digest, facts = save_link(self.run, link, self.base, self.stage)
-            self._links[digest] = facts
-            self._tied.append(digest)
+            self._tied.append(self._save_link(link))
+
+    def _save_link(self, link: Link) -> str:
+        digest, self._links[digest] = save_link(self.run, link, self.base, self.stage)
+        return digest
 
     def save_best(self, link: Link, progress: Progress) -> None:
         """Write the best point, a part of a link, and note in the progress where it lies."""
@@ -398,25 +278,20 @@ class Work:
 
     def save_moments(self, tensors: Mapping[str, Tensor]) -> None:
         """Keep the optimizer state of the link that is being tied over its knot."""
-        if not self.writes:
-            return
-        name = f"moments/{len(self._tied) - 1:03d}.safetensors"
-        files.make_folder(self.folder / "moments")
-        files.write_tensors(self.folder / name, tensors)
-        self._hashes[name] = files.sha256(self.folder / name)
+        if self.writes:
+            self._write_tensors(f"moments/{len(self._tied) - 1:03d}.safetensors", tensors)
 
     def save_reference(self, tensors: Mapping[str, Tensor]) -> None:
         """Keep what the pairs of each split score before the first step."""
         if self.writes:
-            files.write_tensors(self.folder / REFERENCE, tensors, self._begun_on())
-            self._hashes[REFERENCE] = files.sha256(self.folder / REFERENCE)
+            self._write_tensors(REFERENCE, tensors)
             self._replace()
 
     def save_checkpoint(
         self, state: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], progress: Progress
     ) -> None:
         """Write the live link's and the optimizer's state, and name them as the point to resume."""
-        if not self.writes or self.has_checkpoint(progress):
+        if not self.writes or self.draft.has_checkpoint(progress):
             return
         directory = f"checkpoints/{progress.step:08d}"
         with files.replaced_folder(self.folder / directory) as scratch:
@@ -449,13 +324,11 @@ class Work:
             num_links, partial = best
             own = self._tied[:num_links]
             if partial is not None:
-                digest, facts = save_link(self.run, partial, self.base, self.stage)
-                self._links[digest] = facts
-                own = [*own, digest]
+                own = [*own, self._save_link(partial)]
         files.write_json(self.folder / RESULT, result)
-        self._hashes[RESULT] = files.sha256(self.folder / RESULT)
+        self._hash(RESULT)
         records = self._log.flushed()
-        sums = {n: digest for n, digest in self._hashes.items() if not is_in(n, PASSING)}
+        sums = {n: digest for n, digest in self._hashes.items() if not _is_in(n, PASSING)}
         sums |= {RECORDS: records.sha256} if records.count else {}
         entry = self._entry(self._tied, own).model_copy(update={"files": sums})
         self._replace(entry=entry, progress=deepcopy(progress), checkpoint=None, trained=True)
@@ -481,7 +354,7 @@ class Work:
             return after
 
         update_history(self.run, change)
-        self._remove_passing(scratch_only=False)
+        self._claim.remove_passing()
 
     def _entry(self, tied: Sequence[str], own: Sequence[str]) -> Entry:
         """Return the entry with these links: those that were tied, and those that it ends in."""
@@ -496,96 +369,32 @@ class Work:
         draft = self.draft.model_copy(update=changed)
         named = {*draft.named, RESULT} if draft.trained else draft.named
         used = {*draft.entry.tied, *(term.link for term in draft.entry.state.terms)}
-        hashes = {name: digest for name, digest in self._hashes.items() if is_in(name, named)}
         update = {
             "links": {digest: facts for digest, facts in self._links.items() if digest in used},
             "records": self._log.flushed(),
-            "files": hashes,
+            "files": {name: sha for name, sha in self._hashes.items() if _is_in(name, named)},
         }
-        draft = _with_training(draft.model_copy(update=update), versions=versions())
+        draft = draft.model_copy(update=update).with_training(versions=versions())
         write_part(self.folder / DRAFT, draft)
         self._draft = draft
-        self._remove_unnamed()
-
-    def _hash_folder(self, directory: str) -> None:
-        found = files.checksums(self.folder / directory)
-        self._hashes = {k: v for k, v in self._hashes.items() if not is_in(k, {directory})}
-        self._hashes |= {f"{directory}/{name}": digest for name, digest in found.items()}
-
-    # --- removing ---
-
-    def _remove_unnamed(self) -> None:
-        """Remove what ``stage.json`` names no more, and links that were dropped."""
-        named = self.draft.named
-        for folder in (self.folder / name for name in _GROWING):
-            for entry in list(folder.iterdir()) if folder.is_dir() else []:
-                if f"{folder.name}/{entry.name}" not in named:
-                    files.remove(entry)
-            with suppress(OSError):  # there is none, or it holds what is named
-                folder.rmdir()
-        for digest in self._links.keys() - self.draft.links.keys():
+        self._claim.remove_all_but(draft.named)
+        for digest in self._links.keys() - draft.links.keys():  # dropped
             files.remove(self.run / link_folder(digest))
             del self._links[digest]
 
-    def _remove_passing(self, *, scratch_only: bool) -> None:
-        """Remove what killed writes left; of a stage that has ended, what its training needed."""
-        is_alone = self._is_new_run and self._draft is None
-        own = {self.folder, *(self.folder / name for name in _GROWING)}
-        shared = {self.run / "links", self.run / "rows"}  # others write there meanwhile
-        for folder in own | shared | ({self.run} if is_alone else set()):
-            with files.reported(folder):
-                name = self.stage if folder in shared and not is_alone else ""
-                files.remove_scratch(folder, name)
-        for name in () if scratch_only else PASSING:
-            files.remove(self.folder / name)
+    def _write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        files.make_folder((self.folder / name).parent)
+        files.write_tensors(self.folder / name, tensors)
+        self._hash(name)
 
-    def _is_shared(self) -> bool:
-        """Say whether another process has begun or ended a stage in this run."""
-        others = set((self.run / "stages").glob("[!.]*")) - {self.folder}
-        if any((path / DRAFT).exists() or is_in_use(path) for path in others):
-            return True
-        try:
-            return exists_in(self.run) and bool(read_history(self.run).own)
-        except RunError:
-            return True
+    def _hash(self, name: str) -> None:
+        self._hashes[name] = files.sha256(self.folder / name)
 
-    def _remove_all(self) -> None:
-        """Remove what `begin` made, the run first where it is new: then nothing names the rest.
-
-        The lock goes last. Where something could not be removed, it says that the rest is a run's.
-        """
-        is_alone = self._is_new_run and not self._is_shared()
-        made = [self.run / name for name in (HISTORY, "links", "rows", TOKENIZER)]
-        for path in made if is_alone else ():
-            files.remove(path)
-        for name in (DRAFT, RECORDS, REFERENCE, CONFIG):
-            files.remove(self.folder / name)
-        if is_alone and any(path.exists() for path in made):
-            return
-        with suppress(OSError):
-            if [entry.name for entry in self.folder.iterdir()] == [LOCK]:
-                files.remove(self.folder / LOCK)
-                self.folder.rmdir()
-            if is_alone:
-                for path in set((self.run / "stages").iterdir()) - {self.folder}:
-                    files.remove(path)  # copied for a fork
-                (self.run / "stages").rmdir()
-                files.remove(self.run / LOCK)
-                self.run.rmdir()
+    def _hash_folder(self, directory: str) -> None:
+        found = files.checksums(self.folder / directory)
+        self._hashes |= {f"{directory}/{name}": digest for name, digest in found.items()}
 
 
-def _with_training(draft: Draft, **changed: Any) -> Draft:
-    training = draft.entry.training.model_copy(update=changed)
-    return draft.model_copy(update={"entry": draft.entry.model_copy(update={"training": training})})
-
-
-def is_in(name: str, named: Collection[str]) -> bool:
+def _is_in(name: str, named: Collection[str]) -> bool:
     """Say whether a file, or a folder that it lies in, is among those named."""
     return name in named or any(str(parent) in named for parent in PurePosixPath(name).parents)
-
-
-def _reads(history: History, parent: str) -> tuple[str, ...]:
-    """Return the entries whose kept rows a stage reads that begins there: what they held out is
-    left out of its own rows."""
-    found = [history.find(START), *history.lineage(parent)]
-    return tuple(dict.fromkeys(e.key for e in found if e is not None and e.kept is not None))

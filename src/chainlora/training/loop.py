@@ -89,7 +89,7 @@ def train(
         found = result_of(config, stage)
         tell(AlreadyFinished(found["steps"], str(config.output)))
         return found
-    return train_stage(plan.stages[0], plan.start, tell, resume=resume, change=change)
+    return train_stage(plan.stages[0], plan.start, tell, change=change)
 
 
 @torch.inference_mode(False)  # wherever it is called, gradients are recorded
@@ -98,8 +98,6 @@ def train_stage(
     planned: StagePlan,
     start: Start,
     tell: Listener,
-    *,
-    resume: bool = True,
     change: Collection[str] = (),
 ) -> TrainResult:
     """Train a stage of a plan to its end.
@@ -112,7 +110,7 @@ def train_stage(
         publish_trained(config, planned.name)
         wait_for_all()
         return result_of(config, planned.name)
-    prepared = prepare(config, resume, tell, change, start, planned.name)
+    prepared = prepare(config, tell, change, start, planned.name)
     with prepared as run, run.processes.exchanging(), kept_random_state(run.chain.model):
         if run.progress.step == 0:
             evaluate_point(run, "start")

@@ -33,6 +33,7 @@ from chainlora.runs.addresses import state_at, state_of_draft
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import MAIN, START, History, exists_in, read_history
 from chainlora.runs.loading_start import load_start, start_at
+from chainlora.runs.locks import refuse_links
 from chainlora.runs.resuming import (
     check_plugins,
     compare,
@@ -218,6 +219,7 @@ def _check(plan: Plan) -> None:
     first = plan.due[0].stage.config
     if first.output is not None:
         files.check_writable(Path(first.output))
+        refuse_links(Path(first.output))
     is_elsewhere = plan.due[0].state == "stopped" or plan.start is not NOTHING
     place = Path(first.output) if first.output is not None and is_elsewhere else None
     model = load_skeleton(first.model if place is None else from_above(first.model, place))

@@ -102,7 +102,7 @@ class Run:
     @property
     def is_inside_link(self) -> bool:
         """Say whether a run that was stopped resumes inside a link, which must still be tied."""
-        return self.work is not None and self.work.has_checkpoint(self.progress)
+        return self.work is not None and self.work.draft.has_checkpoint(self.progress)
 
     def count_seconds(self) -> None:
         """Add to the progress what the run has taken since it was counted last."""

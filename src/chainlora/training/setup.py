@@ -61,7 +61,6 @@ logger = logging.getLogger(__name__)
 
 def prepare(
     config: RunConfig,
-    resume: bool,
     listener: Listener,
     change: Collection[str],
     start: Start,
@@ -77,17 +76,17 @@ def prepare(
             undo.callback(work.close, undo=True)
         with processes.together():
             # asked once: the first process may begin a stage while others still read rows
-            begun = work.opened() if work is not None and work.exists else None
+            begun = None if work is None else work.begun()
             here = config  # as its base is found from here
             if work is not None and (begun is not None or start is not NOTHING):
                 here = config.model_copy(update={"model": from_above(config.model, work.run)})
             with processes.in_turn():
                 if work is not None:
-                    work.open(config, resume=resume, change=change)  # and lock it
+                    work.open(config, change)  # and lock it
                 folder = resolve_model(here.model)
                 files = base_files(folder)
-            if work is not None:
-                work.check_base_files(files)  # before they are loaded
+                if work is not None:
+                    work.check_base_files(files)  # before they are loaded
             _, _, tokenizer = open_folder(here.model)
             if start.tokenizer is not None:  # instead of the base's
                 tokenizer = load_tokenizer(start.tokenizer)
@@ -114,26 +113,14 @@ def prepare(
             chain = Chain(model, seed=config.train.seed, hold=config.chain.hold, checkpoint=folder)
             engine = _new_engine(config, model, processes)
             undo.callback(engine.close)
-            base = Base(
-                model=config.model,
-                fingerprint=chain.base_fingerprint,
-                dtype=config.train.dtype,
-                files=files,
-                fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-                quantize=config.quantize,
-            )
             if begun is None:
                 start = _begun_on(start, chain, config)
             progress = Progress()
             if work is not None:
+                base = _base_of(config, chain, files)
+                keep = splits.kept if keeps_rows(config.data) else None
                 with processes.in_turn():
-                    progress = work.begin(
-                        config,
-                        base,
-                        rows=splits.digest,
-                        start=start,
-                        keep=splits.kept if keeps_rows(config.data) else None,
-                    )
+                    progress = work.begin(config, base, rows=splits.digest, start=start, keep=keep)
             run = Run(
                 config=config,
                 batches=batches,
@@ -150,14 +137,7 @@ def prepare(
                 stage=stage,
                 first=len(start.links),
             )
-            with kept_random_state(model):  # PEFT draws in layers that it puts on
-                chain.add(*start.links)
-                chain.begin_stage(stage)
-                if work is not None:  # those that it had tied when it was stopped
-                    chain.add(*work.load_links())
-                if splits.loss == "dpo":
-                    take_reference(run)
-                decide(run)
+            _put_links_on(run, start)
             _announce(run)
         undo.pop_all()
     return run
@@ -278,6 +258,30 @@ def _begun_on(start: Start, chain: Chain, config: RunConfig) -> Start:
     for note in start.notes:
         logger.warning("%s", note)
     return start
+
+
+def _base_of(config: RunConfig, chain: Chain, files: dict[str, str]) -> Base:
+    """Return what a run notes of the model that it is tuned on; `files` are their hashes."""
+    return Base(
+        model=config.model,
+        fingerprint=chain.base_fingerprint,
+        dtype=config.train.dtype,
+        files=files,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in chain.model.modules()),
+        quantize=config.quantize,
+    )
+
+
+def _put_links_on(run: Run, start: Start) -> None:
+    """Give the model the links below the stage and those it has tied; decide the run's numbers."""
+    with kept_random_state(run.chain.model):  # PEFT draws in layers that it puts on
+        run.chain.add(*start.links)
+        run.chain.begin_stage(run.stage)
+        if run.work is not None:  # those that it had tied when it was stopped
+            run.chain.add(*run.work.load_links())
+        if run.splits.loss == "dpo":
+            take_reference(run)
+        decide(run)
 
 
 def _announce(run: Run) -> None:

@@ -1,0 +1,88 @@
+"""What a user is told of the rows of a run: columns not read, rows that flatter the scores."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import chain, islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chainlora.config.schema import DataConfig
+from chainlora.data.division import rows_in_both
+from chainlora.data.kept import Kept
+from chainlora.data.mixture import example_hashes
+from chainlora.data.rows import Rows
+from chainlora.data.sources import Source, where
+from chainlora.errors import DataError
+
+_log = logging.getLogger(__name__)
+
+_SCORED = ("validation", "test")
+
+
+def check_scorable(
+    held_out: Sequence[NDArray[np.bool_]], scored: Sequence[NDArray[np.bool_]]
+) -> None:
+    """Warn of rows held out that do not fit when they are scored; raise DataError for all."""
+    count, left = (sum(int(mask.sum()) for mask in masks) for masks in (held_out, scored))
+    if count and not left:
+        raise DataError(
+            "rows held out must fit the context with room for an answer",
+            f"none of {count} that do",
+            "raise data.max_length, hold out more rows, or set data.truncation: cut",
+        )
+    if left < count:
+        _log.warning(
+            "validation: %d of %d rows held out leave no room for an answer in the context, and "
+            "are left out (truncation: drop)",
+            count - left,
+            count,
+        )
+
+
+def tell_unread(encoded: Mapping[str, Rows]) -> None:
+    """Name each column that nothing reads once, with the splits that have it."""
+    unread = {split: rows.summary.unread for split, rows in encoded.items()}
+    alike: dict[str, list[str]] = {}
+    for column in dict.fromkeys(chain.from_iterable(unread.values())):
+        splits = ", ".join(split for split, columns in unread.items() if column in columns)
+        alike.setdefault(splits, []).append(repr(column))
+    for splits, columns in alike.items():
+        _log.warning("%s: nothing reads %s", splits, ", ".join(columns))
+
+
+def tell_in_both(
+    data: DataConfig, rows: Mapping[str, Rows], sources: Mapping[str, Sequence[Source]]
+) -> None:
+    """Warn of rows to be scored that are trained on, and of a number of them without a file.
+
+    Rows that are held out are not looked at: they are none (`Division`).
+    """
+    for split in _SCORED:
+        if getattr(data, f"num_{split}") and not rows[split]:
+            _log.warning("data.num_%s takes rows of data.%s, which names none", split, split)
+        for source in sources[split]:
+            if found := rows_in_both(rows["train"], rows[split]):
+                first = found[:3]
+                named = islice((where(row) for row in source if row.index in first), len(first))
+                places = ", ".join(named) + ", …" * (len(found) > 3)
+                _log.warning(
+                    f"{split}: {len(found)} of {rows[split].summary.rows} rows are training rows "
+                    f"too, so that scores on them are too good ({places}); remove them from one of "
+                    "the files"
+                )
+
+
+def tell_trained_on(rows: Mapping[str, Rows], earlier: Mapping[str, Kept]) -> None:
+    """Warn of rows to be scored that an earlier stage was trained on, which flatter the model."""
+    seen = np.concatenate([kept.seen for kept in earlier.values()])
+    for split in _SCORED:
+        count = int(np.isin(example_hashes(rows[split]), seen).sum())
+        if count:
+            _log.warning(
+                f"{split}: an earlier stage was trained on {count} of {len(rows[split])} rows, so "
+                "that scores on them are too good; give other rows, or hold out no more of a file "
+                "than that stage did"
+            )
