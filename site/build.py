@@ -1,13 +1,14 @@
 """Build the documentation site: `make site`, or python site/build.py OUTPUT. No network is used.
 
 Pages are the repository's own Markdown files at their own paths, so that one link is right here and
-on a code host. The start page is the README; `reference/` is generated from the code. Every warning
-of Sphinx is an error, and so is a link in the built pages that leads nowhere.
+on a code host. The start page is a part of the README; `reference/` is generated from the code.
+Every warning of Sphinx is an error, and so is a link in the built pages that leads nowhere.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from chainlora.config.messages import keys_table
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 FOLDERS = ("docs", "benchmarks", "examples")  # whose files pages link to
+START = ("Start", "Limits", "Where next")  # sections of the README; others are pages of the site
 FILES = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", "CITATION.cff")
 
 
@@ -55,7 +57,7 @@ def lay_out(source: Path) -> None:
         shutil.copy(ROOT / name, source / name)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     nav = yaml.safe_load((HERE / "nav.yaml").read_text(encoding="utf-8"))
-    (source / "index.md").write_text(readme + "\n" + toctrees(nav, source), encoding="utf-8")
+    (source / "index.md").write_text(start_page(readme) + toctrees(nav, source), encoding="utf-8")
     for page in source.rglob("*.md"):
         text = page.read_text(encoding="utf-8")
         page.write_text(start_page_for_readme(text, page.relative_to(source)), encoding="utf-8")
@@ -63,6 +65,13 @@ def lay_out(source: Path) -> None:
     (source / "reference/commands.md").write_text(commands_page(), encoding="utf-8")
     (source / "reference/names.md").write_text(names_page(), encoding="utf-8")
     (source / "reference/keys.md").write_text(keys_page(), encoding="utf-8")
+
+
+def start_page(readme: str) -> str:
+    """Return the README's beginning and its sections `START`."""
+    beginning, *sections = re.split(r"^## (.*\n)", readme, flags=re.MULTILINE)
+    texts = dict(zip(map(str.strip, sections[::2]), sections[1::2], strict=True))
+    return beginning + "".join(f"## {title}\n{texts[title]}\n" for title in START)
 
 
 def start_page_for_readme(text: str, page: Path) -> str:

@@ -150,7 +150,7 @@ def test_where_runs_are_is_read_while_they_train(trained, tiny_folder, sentiment
     assert "<details" not in live
     done = render_part(sections_of({}, runs["done"]))
     assert all(f">{name}</h3>" in done for name in SAID)
-    assert "What each stage did to the loss" in done
+    assert done.index("What each stage did to the loss") < done.index("Loss over the steps")
 
 
 def test_a_stage_that_is_off_does_not_lead(run):
@@ -289,6 +289,9 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.get_by_role("tab", name="Mix and talk").click()
     page.wait_for_selector(f"h2:has-text({run.name!r}) >> visible=true")
+    parts = ("#prompt", "#chat-A", "#chat-B", "#A-hills", "#B-hills")
+    tops = [page.locator(part).bounding_box()["y"] for part in parts]
+    assert tops == sorted(tops)  # answers come before sliders
     page.fill("#A-hills input[type=number]", "0.8")
     page.keyboard.press("Tab")
     page.fill("#prompt textarea", PROMPT)

@@ -83,6 +83,17 @@ def test_chat(checkout, monkeypatch, capsys):
         assert run([*words, *extra]) == 0, capsys.readouterr().err
 
 
+def test_compare(checkout, capsys):
+    pytest.importorskip("scipy", reason="needs chainlora[experiments]")
+    (text,) = blocks(TUTORIALS / "compare.md", "yaml")
+    (checkout / "run.yaml").write_text(text, encoding="utf-8")
+    short = ["--seeds", "2", "--chain.steps", "[3]", "--backend", "inline"]
+    for words in commands("compare.md"):
+        assert run([*words, *short]) == 0, capsys.readouterr().err
+    for folder in ("own-compare", "chains", "lion"):
+        assert (checkout / "runs" / folder / "report.html").is_file()
+
+
 def test_classification(tmp_path, capsys):
     name = "BertForSequenceClassification"
     encoder = tmp_path / "encoder"

@@ -43,6 +43,7 @@ _POLICY = (
 _STYLE = """
 .gradio-container { max-width: 84rem !important; }
 footer { display: none !important; }
+#mix:not(:has(h2, p))::before { content: "Reading the run…"; }
 .chainlora { background: none !important; }
 .chainlora section:first-child h2 { margin-top: 0; }
 """
@@ -153,7 +154,7 @@ def page_of(places: Sequence[str | Path]) -> gr.Blocks:
         run = gr.Dropdown(_choices(before), label="Run", visible=several, elem_id="run")
         with gr.Tab("Watch"):
             view = gr.HTML("<p>Reading the run…</p>", apply_default_css=False)
-        with gr.Tab("Mix and talk"):
+        with gr.Tab("Mix and talk", elem_id="mix"):
 
             @gr.render(run)
             def mixing(shown: str) -> None:
@@ -178,11 +179,9 @@ def _choices(runs: Mapping[str, Path]) -> list[tuple[str, str]]:
 
 def _mixing(desk: Desk) -> None:
     """Put two mixes on the page, and what can be done with them."""
-    now = desk.state.strengths
     gr.Markdown(f"## {as_text(desk.run.resolve().name)}")
-    with gr.Row():
-        widgets = [*_sliders(desk, "A", now), *_sliders(desk, "B", _other_than(now))]
-    for part in (_talking, _scoring, _keeping):
+    widgets = _talking(desk)
+    for part in (_scoring, _keeping):
         part(desk, widgets)
 
 
@@ -220,7 +219,8 @@ def _told() -> Iterator[None]:
         raise gr.Error(str(error), duration=None, print_exception=False) from error
 
 
-def _talking(desk: Desk, widgets: list[Any]) -> None:
+def _talking(desk: Desk) -> list[Any]:
+    """Put prompt, answers and then the sliders on the page, which a phone shows in this order."""
     rows, has_template = desk.rows, bool(desk.tokenizer.chat_template)
     is_chat = has_template and (rows is None or rows.is_chat)
     keys: Any = {"lines": 2, "max_lines": 8, "placeholder": "Shift+Enter asks A, and then B"}
@@ -230,14 +230,17 @@ def _talking(desk: Desk, widgets: list[Any]) -> None:
         stop, clear = gr.Button("Stop", min_width=90), gr.Button("Clear", min_width=90)
     if not is_chat and (prompts := desk.prompts(3)):
         gr.Examples([[text] for text in prompts], prompt, label="Prompts from its rows")
+    with gr.Row():
+        keys = {"render_markdown": False, "buttons": [], "height": 280, "min_width": 300}
+        chats = [gr.Chatbot(label=f"{s} says", elem_id=f"chat-{s}", **keys) for s in _SIDES]
+    now = desk.state.strengths
+    with gr.Row():
+        widgets = [*_sliders(desk, "A", now), *_sliders(desk, "B", _other_than(now))]
     with gr.Accordion("How to answer", open=False), gr.Row():
         as_chat = gr.Checkbox(is_chat, label="Chat template", visible=has_template)
         keys = {"precision": 0, "minimum": 1, "interactive": True}
         limit = gr.Number(answer_limit(rows), label="Most tokens", **keys)
         heat = gr.Slider(0, 2, 0, step=0.1, label="Temperature")
-    with gr.Row():
-        keys = {"render_markdown": False, "buttons": [], "height": 280, "min_width": 300}
-        chats = [gr.Chatbot(label=f"{s} says", elem_id=f"chat-{s}", **keys) for s in _SIDES]
 
     def talk(
         text: str, chat: bool, most: int | None, temperature: float, *values: Any
@@ -265,6 +268,7 @@ def _talking(desk: Desk, widgets: list[Any]) -> None:
     )
     stop.click(None, cancels=asking)
     clear.click(lambda: ([], []), None, chats, cancels=asking)
+    return widgets
 
 
 def _answered(turns: Sequence[Any]) -> list[dict[str, str]]:

@@ -41,7 +41,7 @@ def find_runs(places: Sequence[str | Path]) -> dict[str, Path]:
 
 
 def sections_of(runs: Mapping[str, Path], shown: Path) -> list[Section]:
-    """Return what there is to see: where each run is, and of one its curves, stages and links."""
+    """Return what there is to see: where each run is, and of one its stages, curves and links."""
     rows = [{"run": name, **standing_of(run)} for name, run in runs.items()]
     table = [Numbers(table_of("Where they are", rows))] if len(runs) > 1 else []
     known = [(what, value) for what, value in standing_of(shown).items() if value != _NONE]
@@ -102,7 +102,7 @@ def _details(run: Path) -> list[Section]:
     knots = sum(record.get("where") == "knot" for record in state.records())
     stamps = (_stamp(run / HISTORY), _stamp(run / MATRIX), state.state.digest, knots)
     links, stages = _links_and_stages(run, last, *stamps)
-    return [Section("Training", curves), section("Stages", *stages), section("Links", *links)]
+    return [section("Stages", *stages), Section("Training", curves), section("Links", *links)]
 
 
 def _stages(run: Path) -> list[str]:
