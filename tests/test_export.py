@@ -188,7 +188,7 @@ def test_a_merged_chat_model_stops_where_its_template_ends_turns(tmp_path):
         found = GenerationConfig.from_pretrained(tmp_path / f"{name}-merged")
         end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         assert found.eos_token_id == [2, end]
-    gguf = pytest.importorskip("gguf")
+    gguf = pytest.importorskip("gguf", reason="no gguf: pip install 'chainlora[gguf]'")
     export_gguf(tmp_path / "own", tmp_path / "gguf")
     fields = gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").fields
     assert fields["tokenizer.ggml.eot_token_id"].contents() == end

@@ -174,7 +174,7 @@ def test_a_model_folder_of_any_values_is_refused_or_loads(tiny_folder, tmp_path_
 
 @pytest.fixture(scope="module")
 def gguf_bytes(tmp_path_factory) -> bytes:
-    pytest.importorskip("gguf")
+    pytest.importorskip("gguf", reason="no gguf: pip install 'chainlora[gguf]'")
     folder: Path = tmp_path_factory.mktemp("gguf")
     model = tiny_model("llama", vocab_size=len(TOKENS), num_hidden_layers=1)
     return write_gguf(folder / "tiny.gguf", model).read_bytes()

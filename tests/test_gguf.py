@@ -23,7 +23,7 @@ from chainlora.runs.changes import mix_stages
 from chainlora.runs.export import export_merged
 from chainlora.runs.to_gguf import cut_template, export_gguf
 
-gguf = pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf", reason="no gguf: pip install 'chainlora[gguf]'")
 
 _LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3 |= {"rope_type": "llama3", "original_max_position_embeddings": 8192, "rope_theta": 5e5}

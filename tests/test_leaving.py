@@ -62,7 +62,7 @@ def _versions(tree: dict[str, Any]) -> dict[str, str]:
 
 
 def _gguf(run: Path, out: Path, **keys: object) -> None:
-    pytest.importorskip("gguf")
+    pytest.importorskip("gguf", reason="no gguf: pip install 'chainlora[gguf]'")
     export_gguf(run, out, **keys)
 
 

@@ -102,7 +102,7 @@ def test_a_lineage_says_where_an_export_comes_from(made, exported, sentiment):
 )
 def test_an_export_is_every_byte_of_what_its_run_gives(chainlora, made, tmp_path, words):
     if "gguf" in words:
-        pytest.importorskip("gguf")
+        pytest.importorskip("gguf", reason="no gguf: pip install 'chainlora[gguf]'")
     to = [*words.split(), "--output", tmp_path / "out", "--license", "mit"]
     assert chainlora("export", made / "run", *to).status == 0
     done = chainlora("verify", tmp_path / "out", made / "run")

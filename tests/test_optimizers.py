@@ -228,7 +228,7 @@ def test_the_average_is_what_is_kept_and_evaluating_changes_nothing():
 
 
 def test_lion_is_that_of_bitsandbytes():
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="no package bitsandbytes")
     torch.manual_seed(0)
     one = nn.Parameter(torch.randn(8, 16))
     two = nn.Parameter(one.detach().clone())

@@ -181,52 +181,6 @@ def _rehearse(world: World, where: Path, listener: Listener = _silent) -> None:
     train_stages(rehearsal(where / "run", {"chain": {"steps": [2]}}), listener=listener)
 
 
-def _forget(world: World, where: Path, listener: Listener = _silent) -> None:
-    prune_stage(where / "run", "law")
-
-
-def _combine(world: World, where: Path, listener: Listener = _silent) -> None:
-    combine(where / "run", output=where / "fork")
-
-
-def _take_in(world: World, where: Path, listener: Listener = _silent) -> None:
-    """Combine a run with another one, whose first stage is the same."""
-    combine(where / "run", ["facts", world.folder / "beside/run"])
-
-
-def _mix(world: World, where: Path, listener: Listener = _silent) -> None:
-    mix_stages(where / "run", {"facts": 0.5, "taste": 0})
-
-
-def _undo(world: World, where: Path, listener: Listener = _silent) -> None:
-    undo(where / "run")
-
-
-def _redo(world: World, where: Path, listener: Listener = _silent) -> None:
-    redo(where / "run")
-
-
-def _prune(world: World, where: Path, listener: Listener = _silent) -> None:
-    prune_stage(where / "run", "facts")
-
-
-def _export(world: World, where: Path, listener: Listener = _silent) -> None:
-    export_adapter(where / "run", where / "out")
-
-
-def _merge(world: World, where: Path, listener: Listener = _silent) -> None:
-    export_merged(where / "run", where / "out")
-
-
-def _push(world: World, where: Path, listener: Listener = _silent) -> None:
-    push_run(where / "run", str(where / "fork"), rows=True)
-
-
-def _pull(world: World, where: Path, listener: Listener = _silent) -> None:
-    """Pull a run of two stages into a copy that has the first one."""
-    pull_run(str(world.folder / "two/run"), where / "run")
-
-
 def _experiment(world: World, where: Path, listener: Listener = _silent) -> None:
     own = world.tree["stages"][0]["data"]
     rows = {"num_train": 8, "num_validation": 4, "num_test": 4}
@@ -253,7 +207,7 @@ class Command:
     """What a command does, and the run that it is done to; what it does when it is typed again
     after it has ended: the same, something else, or it is refused."""
 
-    do: Callable[..., None]
+    do: Callable[..., object]
     on: str | None = None
     again: Literal["same", "other", "refused"] = "same"
 
@@ -264,17 +218,24 @@ COMMANDS = {
     "fork": Command(_fork, "one"),
     "beside": Command(_beside, "one"),
     "rehearse": Command(_rehearse, "beside"),
-    "forget": Command(_forget, "rehearsed", "refused"),
-    "combine": Command(_combine, "beside", "refused"),
-    "take in": Command(_take_in, "one"),
-    "mix": Command(_mix, "two"),
-    "undo": Command(_undo, "two", "other"),
-    "redo": Command(_redo, "undone", "other"),
-    "prune": Command(_prune, "two", "refused"),
-    "export": Command(_export, "two", "refused"),
-    "merge": Command(_merge, "two", "refused"),
-    "push": Command(_push, "two"),
-    "pull": Command(_pull, "one"),
+    "forget": Command(lambda _, at, *__: prune_stage(at / "run", "law"), "rehearsed", "refused"),
+    "combine": Command(
+        lambda _, at, *__: combine(at / "run", output=at / "fork"), "beside", "refused"
+    ),
+    # with another run, whose first stage is the same
+    "take in": Command(
+        lambda world, at, *_: combine(at / "run", ["facts", world.folder / "beside/run"]), "one"
+    ),
+    "mix": Command(lambda _, at, *__: mix_stages(at / "run", {"facts": 0.5, "taste": 0}), "two"),
+    "undo": Command(lambda _, at, *__: undo(at / "run"), "two", "other"),
+    "redo": Command(lambda _, at, *__: redo(at / "run"), "undone", "other"),
+    "prune": Command(lambda _, at, *__: prune_stage(at / "run", "facts"), "two", "refused"),
+    "export": Command(lambda _, at, *__: export_adapter(at / "run", at / "out"), "two", "refused"),
+    "merge": Command(lambda _, at, *__: export_merged(at / "run", at / "out"), "two", "refused"),
+    "push": Command(lambda _, at, *__: push_run(at / "run", str(at / "fork"), rows=True), "two"),
+    "pull": Command(
+        lambda world, at, *_: pull_run(str(world.folder / "two/run"), at / "run"), "one"
+    ),
     "experiment": Command(_experiment),
 }
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from commands import (
     COMMANDS,
     FAULTS,
@@ -28,14 +27,12 @@ from commands import (
     under_signals,
 )
 from damage import flips, whole_files
-from helpers_processes import launch
 from injection import Injection
 from lives import fresh, live, start, wait
 
-from chainlora.cli.main import run as command_line
 from chainlora.config.staging import make_stages
 from chainlora.errors import ChainLoRAError
-from chainlora.files import checksums, write_json
+from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
 from chainlora.runs.loading_start import with_start
 from chainlora.training.plan import make_plan
@@ -75,7 +72,7 @@ def try_places(world: World, command: str, kind: str, count: int) -> None:
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "experiment"])
 def test_a_command_that_was_killed_is_typed_again(world, command):
-    try_places(world, command, "kill", 2 if command in ("train", "extend") else 1)
+    try_places(world, command, "kill", 1)
 
 
 @slow
@@ -156,11 +153,10 @@ def test_several_processes_on_one_output(world, count, state):
     assert files_of(where) == whole.files
 
 
-@pytest.mark.parametrize("rate", [10.0, pytest.param(1e2, marks=slow), 1e3])
-@pytest.mark.parametrize("norm", [1.0, pytest.param(None, marks=slow)])
-def test_weights_that_are_no_numbers_are_refused_and_a_lower_rate_goes_on(world, rate, norm):
+@pytest.mark.parametrize("rate", [10.0, 1e3])
+def test_weights_that_are_no_numbers_are_refused_and_a_lower_rate_goes_on(world, rate):
     where = fresh(world.folder / "not-finite")
-    keys = {"lr": rate, "max_grad_norm": norm}
+    keys = {"lr": rate, "max_grad_norm": 1.0}
     end = live(partial(train_run, world, where, train=keys))
     assert not end.is_unexpected, end.message
     if end.status == 1:
@@ -231,28 +227,3 @@ def test_a_damaged_or_missing_file_of_an_ended_stage_is_refused_in_a_line(world)
     assert unharmed - others == {("metrics.jsonl", "missing")}
     assert [found.state for found in make_plan(stages).stages] == ["finished", "finished", "new"]
     assert checksums(where) == files
-
-
-# --- several processes at one stage
-
-
-@slow
-def test_stages_in_two_processes_are_those_of_one(world, tmp_path):
-    keys = {"train": {"lr": 1e-3, "batch_size": 4}, "chain": {"ranks": [4], "steps": [3]}}
-    tree = {key: world.tree[key] for key in ("model", "stages")} | keys
-    tree["stages"] = [*tree["stages"], world.pairs]
-    tree["chain"]["target_modules"] = ["q_proj"]
-    for name in ("one", "two"):
-        write_json(tmp_path / f"{name}.yaml", tree | {"output": str(tmp_path / name)})
-    assert command_line(["train", str(tmp_path / "one.yaml")]) == 0
-    jobs = [{"command": ["train", str(tmp_path / "two.yaml")]}] * 2  # again: nothing is left
-    done = launch(2, tmp_path, jobs)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("nothing left to do") == 1
-    one, two = (open_run(tmp_path / name) for name in ("one", "two"))
-    assert one.strengths == two.strengths
-    for first, second in zip(one.links(), two.links(), strict=True):
-        for name, factors in first.factors.items():  # sums in another order: see assert_close_links
-            other = second.factors[name]
-            torch.testing.assert_close(factors.a, other.a, atol=2e-5, rtol=0)
-            torch.testing.assert_close(factors.b, other.b, atol=2e-5, rtol=0)
