@@ -29,6 +29,9 @@ given = parser.parse_args()
 state, server = open_run(given.run), shutil.which(given.server)
 if server is None:
     sys.exit("No llama-server found: install llama.cpp, or give the path of its llama-server.")
+rows = [row for kept in state.kept().values() for row in list(kept.train)[:NUM_ROWS]]
+if not rows:
+    sys.exit(f"{given.run} kept no rows to compare answers to.")
 
 
 def post(path: str, body: object) -> dict:
@@ -101,7 +104,6 @@ with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         process = subprocess.Popen(words, cwd=out, stdout=lines, stderr=lines)
     try:
         wait_for(process)
-        rows = [row for kept in state.kept().values() for row in list(kept.train)[:NUM_ROWS]]
         print(f"{'stage':20} strength  equal answers  largest difference")
         for stage in usual:
             for strength in (1.0, 0.5, 0.0):

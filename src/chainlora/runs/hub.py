@@ -136,18 +136,17 @@ def _is_repository(name: str) -> bool:
 
 def _send(source: Path, target: Path, *, rows: bool) -> list[str]:
     """Copy what is new from one folder into another, and then replace its history."""
-
-    def joined(known: History) -> History:
-        return _joined(read_history(source), known, rows, target)
-
+    own = read_history(source)
     if exists_in(target):
         refuse_links(target)
         known = read_history(target)
-        names = _copy_new(source, target, joined(known), known.files)
-        update_history(target, joined)
+        new = _joined(own, known, rows, target)
+        names = _copy_new(source, target, new, known.files)
+        if new != known:  # else not even a lock is written
+            update_history(target, lambda now: _joined(own, now, rows, target))
         return names
     target = empty_folder(target)
-    history = joined(History(base=read_history(source).base, hold=""))
+    history = _joined(own, History(base=own.base, hold=own.hold), rows, target)
     with files.replaced_folder(target) as scratch:
         names = _copy_new(source, scratch, history, {})
         write_part(scratch / HISTORY, history)

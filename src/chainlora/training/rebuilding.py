@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from chainlora.errors import ConfigError, DataError, RunError
 from chainlora.evaluation.combination import combine
 from chainlora.models.finding import resolve_model
 from chainlora.models.identity import base_files
-from chainlora.runs.history import BASE, Entry, State, exists_in, read_history, update_history
+from chainlora.runs.history import BASE, Entry, exists_in, read_history, update_history
 from chainlora.runs.lineage import Lineage
 from chainlora.runs.resuming import CHANGEABLE, source_digests
 from chainlora.runs.state import check_base, refuse_paths
@@ -48,8 +49,9 @@ def stages_of(lineage: Lineage, overrides: Sequence[tuple[str, Any]] = ()) -> li
         name, _, inner = rest.partition(".") if first == "stages" else ("", "", key)
         section, _, last = inner.rpartition(".")
         if last not in _PLACES or (name and name not in trees):
-            rule = "a lineage is trained again with other places alone, of these stages"
-            raise ConfigError(rule, key, f"{', '.join(sorted(_PLACES))}, of {', '.join(trees)}")
+            rule = "a lineage is trained again with other places alone"
+            remedy = f"leave it out; places are {', '.join(sorted(_PLACES))} of {', '.join(trees)}"
+            raise ConfigError(rule, key, remedy)
         for tree in [trees[name]] if name else trees.values():
             if name or not section or (tree.get(section) or {}).get(last):  # rehearsals have none
                 set_key(tree, inner, value)
@@ -74,7 +76,7 @@ def stages_of(lineage: Lineage, overrides: Sequence[tuple[str, Any]] = ()) -> li
     made = {term.derived for entry in lineage.history.entries for term in entry.state.terms}
     if {term.derived for term in lineage.state.terms if term.derived} - made:
         rule = "Cannot rebuild one stage of a combination by itself"
-        raise RunError(rule, "factors of another state", "take the lineage of the combination")
+        raise RunError(rule, "factors of another state", "take lineage.json of the folder above")
     if not found or found[0].config.output is None:
         rule = "a lineage is trained again by stages, into a new folder"
         raise ConfigError(rule, "none", "add --output" if found else "export another state")
@@ -96,10 +98,7 @@ def _check_rows(entry: Entry, stage: Stage) -> None:
 
 
 def rebuild(
-    lineage: Lineage,
-    stages: Sequence[Stage],
-    *,
-    listener: Listener | None = None,
+    lineage: Lineage, stages: Sequence[Stage], *, listener: Listener | None = None
 ) -> list[TrainResult | None]:
     """Train and compute the entries of a lineage again; return the result of each stage.
 
@@ -118,27 +117,19 @@ def rebuild(
     for entry in wanted.entries:
         is_new = not exists_in(run) or read_history(run).find(entry.key) is None
         if is_new and exists_in(run):
-            _move(run, entry.parents[0] if entry.parents else BASE)
+            update_history(run, methodcaller("moved", entry.parents[0] if entry.parents else BASE))
         if entry.kind == "stage":
             results += train_stages([by_name[entry.key]], listener=listener, matrix=False)
         elif entry.kind == "mix" and is_new:
-            _mix(run, entry.state, entry.reads)
+            update_history(run, methodcaller("mixed", entry.state, entry.reads))
         elif entry.kind == "combine" and is_new:
             combine(run, entry.parents)
         if entry.kind != "import":
             _check_bits(run, entry)
-    _move(run, wanted.head)
+    update_history(run, methodcaller("moved", wanted.head))
     if lineage.exported.get("num_links") is None:
-        _mix(run, lineage.state)
+        update_history(run, methodcaller("mixed", lineage.state))
     return results
-
-
-def _move(run: Path, key: str) -> None:
-    update_history(run, lambda history: history.moved(key))
-
-
-def _mix(run: Path, state: State, reads: Sequence[str] = ()) -> None:
-    update_history(run, lambda history: history.mixed(state, reads))
 
 
 def _check_bits(run: Path, wanted: Entry) -> None:
