@@ -216,39 +216,49 @@ def script(path: str) -> ModuleType:
     return module
 
 
-def stages() -> Rows:
-    """The arms of the primary study, in its order, with the seeds that have run."""
-    table = script("stages/table.py")
+ARMS = {
+    "combined rehearsed": "beside, combined, rehearsed",
+    "on top rehearsed": "on top, rehearsed",
+    "replay": "on top, replay",
+    "combined": "beside, combined",
+    "on top": "on top",
+}
+
+
+def arm(name: str, study: int = 0) -> list[Mapping[str, Any]]:
+    """The test cells of an arm, by seed: of the primary study, or 1, that of the own question."""
     plan = yaml.safe_load((BENCHMARKS / "stages/plan.yaml").read_text(encoding="utf-8"))
-    cells, study = lines("stages/results.jsonl"), plan["studies"][0]
-    names = {
-        "combined rehearsed": "beside, combined, rehearsed",
-        "on top rehearsed": "on top, rehearsed",
-        "replay": "on top, replay",
-        "combined": "beside, combined",
-        "on top": "on top",
-    }
-    heads = (
-        "arm | seeds | right, % | forgotten, points | steps | kept rows trained on | exported rank"
-    )
-    rows: Rows = [heads.split(" | ")]
-    for arm in study["arms"]:
-        found = table.of_arm(cells, study, plan["defaults"], arm).values()
-        rank = plan["rank"] * (len(plan["tasks"]) + arm.endswith("rehearsed"))
-        if not found:
-            rows.append((names[arm], *[MISSING] * 5, str(rank)))
-            continue
-        last = max(each["seed"] for each in found)
-        assert len(found) == last + 1  # they are run in this order
-        scores = [[100 * of(each) for each in found] for of in (table.average, table.forgetting)]
-        if last + 1 < len(study["seeds"]):  # no interval before all have run
-            scores = [[fmean(values)] for values in scores]
-        grams = plan["defaults"]["kept"] * len(plan["tasks"]) if "combined" in arm else 0
-        old = fmean(each["old_rows"] for each in found) - grams  # read to train
-        steps = fmean(each["steps"] for each in found)
-        row = (names[arm], f"0–{last}" if last else "0", *(estimate(v, 1, "-") for v in scores))
-        rows.append((*row, f"{steps:.0f}", f"{old:.0f}", str(rank)))
+    of_arm = script("stages/table.py").of_arm
+    found = of_arm(lines("stages/results.jsonl"), plan["studies"][study], plan["defaults"], name)
+    assert sorted(found) == plan["studies"][study]["seeds"]
+    return [found[seed] for seed in sorted(found)]
+
+
+def right(cells: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [100 * fmean(cell["right"].values()) for cell in cells]
+
+
+def stages() -> Rows:
+    """The arms of the primary study, and the own question of those that the rule needs."""
+    forgetting = script("stages/table.py").forgetting
+    heads = "arm | right, % | forgotten, points | steps | kept rows trained on | exported rank"
+    rows: Rows = [(*heads.split(" | "), "own question, right, %")]
+    for name, shown in ARMS.items():
+        cells = arm(name)
+        lost = [100 * forgetting(cell) for cell in cells]
+        grams = 32 * 5 if "combined" in name else 0  # of a task, of five, read for Grams
+        old, steps = (fmean(cell[key] for cell in cells) for key in ("old_rows", "steps"))
+        rank = 8 * (5 + name.endswith("rehearsed"))
+        own = number(fmean(right(arm(name, 1))), 1, "-") if name.endswith("rehearsed") else MISSING
+        counts = f"{steps:.0f}", f"{old - grams:.0f}", f"{rank}", own
+        rows.append((shown, *(estimate(v, 1, "-") for v in (right(cells), lost)), *counts))
     return rows
+
+
+def ahead(name: str, other: str) -> str:
+    """The mean difference of two arms, in points, and its interval."""
+    pairs = zip(right(arm(name)), right(arm(other)), strict=True)
+    return estimate([a - b for a, b in pairs], 1)
 
 
 @cache
@@ -427,6 +437,9 @@ SENTENCES: list[tuple[str, Callable[[], Iterable[str]]]] = [  # a text of the pa
         lambda: [paper_gain(), *detectable()],
     ),
     ("links less one LoRA {0[0]} points {0[1]}", lambda: [orders_less_one_lora().split(" ", 1)]),
+    ("rehearsed, is {} points ahead", lambda: [ahead("combined rehearsed", "on top rehearsed")]),
+    ("is {} points ahead of replay", lambda: [ahead("on top rehearsed", "replay")]),
+    ("replay is {} points", lambda: [ahead("combined rehearsed", "replay")]),
     ("differ by up to {} points", lambda: [first_stages_apart()]),
     (
         "takes {} to {} of its memory at {} to {} times its speed",

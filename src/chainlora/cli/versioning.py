@@ -71,7 +71,7 @@ def extend(
     section = read_tree(words[1]) if words[1:] else {}
     quiet()
     from chainlora.cli.train import train_and_show
-    from chainlora.training.stages import extension
+    from chainlora.training.extending import extension
 
     stages = extension(words[0], section, overrides, beside=beside, rehearse=not no_rehearsal)
     train_and_show(stages, overrides, dry_run, as_json)
@@ -126,7 +126,7 @@ def rehearse(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     whole_run(words[0])
     quiet()
     from chainlora.cli.train import train_and_show
-    from chainlora.training.stages import rehearsal
+    from chainlora.training.extending import rehearsal
 
     train_and_show(rehearsal(words[0], {}, overrides), overrides, dry_run, as_json)
 

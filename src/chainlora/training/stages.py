@@ -13,54 +13,37 @@ import shlex
 import signal
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import chain, count
-from os.path import expanduser
 from pathlib import Path
 from typing import Any, cast
 
 from chainlora.chain.showing import Shown
-from chainlora.config.chain_keys import LENGTHS
-from chainlora.config.reading import make_config, read_config, set_key
-from chainlora.config.schema import PAIR_LOSSES, RunConfig
+from chainlora.config.reading import make_config, read_config
+from chainlora.config.schema import RunConfig
 from chainlora.config.staging import (
     Stage,
     check_alone,
-    check_name,
     has_stages,
-    is_run,
-    make_stage,
     make_stages,
-    not_inherited,
-    section_of,
-    split_address,
-    what_stages_share,
 )
-from chainlora.data.splits import learned_by
-from chainlora.errors import ConfigError, RunError, StoppedError
-from chainlora.evaluation.combination import combine_with, need_combinable
+from chainlora.errors import StoppedError
+from chainlora.evaluation.combination import combine_with
 from chainlora.evaluation.stage_scores import Progress, stage_matrix
 from chainlora.evaluation.strengths import guard
-from chainlora.models.finding import from_above
 from chainlora.runs.addresses import find_state, state_of_draft
-from chainlora.runs.draft import drafts_in, read_draft
-from chainlora.runs.history import BASE, read_history
+from chainlora.runs.history import read_history
 from chainlora.runs.loading_start import start_at, with_start
-from chainlora.runs.locks import refuse_links
-from chainlora.runs.resuming import not_named
-from chainlora.runs.state import OpenState
 from chainlora.runs.work import Work
 from chainlora.training.events import Event, KeptRowsRead, Listener, StageBegins, StageGuarded
+from chainlora.training.extending import extension, rehearsal
 from chainlora.training.interrupts import stop_requested
 from chainlora.training.loop import train as run_training
 from chainlora.training.loop import train_stage
-from chainlora.training.plan import StagePlan, begun_stage, make_plan, naming, need_below
+from chainlora.training.plan import StagePlan, make_plan, naming, need_below
 from chainlora.training.processes import is_first_launched, num_launched, wait_for_all
 from chainlora.training.progress import progress_listener
 from chainlora.training.result import TrainResult, needs_judgement, result_of
 
 logger = logging.getLogger(__name__)
-
-REHEARSAL, STEPS = "rehearsal", 40
 
 
 def train(
@@ -224,146 +207,6 @@ def train_stages(
     return results
 
 
-def extension(
-    address: str | Path,
-    section: Mapping[str, Any],
-    overrides: Sequence[tuple[str, Any]] = (),
-    *,
-    beside: bool | None = False,
-    rehearse: bool = False,
-) -> list[Stage]:
-    """Return one more stage of a run, which `section` and `overrides` describe.
-
-    It begins on the state that `address` names: what the run is now, or another of its states.
-    With `beside` it begins on what the run began on, and is then combined with what the run is
-    (`evaluation.combination`) and, with `rehearse`, rehearsed. None chooses (`extend`).
-
-    Other keys are inherited from the stage before, with `beside` from the run's first, but for its
-    rows, its links and their lengths, and how its end was chosen; a warning names what it had set
-    and they do not. With `output` it is a fork: a run that begins on the state that `address`
-    names, whose files stay as they are.
-
-    Raises:
-        ConfigError: a stage without a name, or with keys that a stage cannot have.
-        RunError: a stage that was begun on another state, or before the first has ended.
-    """
-    run, _ = split_address(address)
-    now, state = find_state(run), find_state(address)
-    if not now.has_run:
-        raise RunError(
-            "a stage is added to a run",
-            f"a saved chain, {run}",
-            f"begin a run on it, by start: {run} in its config",
-        )
-    own = {key: value for key, value in section.items() if key != "output"}
-    for key, value in overrides:
-        set_key(own, key, value)
-    output = own.pop("output", section.get("output"))
-    plugins = own.pop("plugins", None)
-    name = check_name(own.get("name"))
-    begun = Path(expanduser(output)) if output is not None else run
-    is_chosen = beside is not None
-    if beside is None:
-        known = begun_stage(run, name)
-        beside = output is None and state.state == now.state
-        beside &= known is None or _began_on(known) == now.history.origin
-    if beside:
-        if output is not None or state.state != now.state:
-            rule, remedy = "a stage beside others begins where RUN began", "leave one out"
-            raise RunError(rule, f"--beside with {output or address}", remedy)
-        state = now.at(now.history.origin)
-    if output is None:
-        refuse_links(run)
-        state = _below(run, state, now, name)
-    last = _stage_before(state)
-    if beside:  # not from a stage that may be pruned, or not there when the command is given again
-        last = begun_stage(run, name) or now.at(now.history.own_stages[0])
-    before, is_new = last.config(), not is_run(begun) or begun_stage(begun, name) is None
-    is_rehearsal = section_of(own, "data").get("rehearse", False)
-    if is_new and not is_rehearsal and (left_out := not_inherited(before, own)):
-        what = (name, ", ".join(left_out), last.stage)
-        logger.warning("stage %s does not inherit %s from %s", *what)
-    if plugins is None and before.plugins:
-        raise RunError(not_named(f"extend {address}", before.plugins) + ", or --plugins [] without")
-    shared = what_stages_share(before) | {"plugins": plugins or ()}
-    if output is not None:
-        base = from_above(shared["model"], run)
-        tree = shared | {"model": base, "start": str(address), "output": str(output)}
-        return [make_stage(tree, own, 0)]
-    stage = make_stage(shared | {"output": str(run)}, own, 1)
-    key = "base" if state.entry is None else state.entry.key
-    if beside and is_new:
-        try:
-            _need_combinable(now, stage)
-            if not is_chosen:
-                _need_answers(now, stage)
-        except (ConfigError, RunError) as error:
-            if is_chosen:
-                raise
-            logger.warning("stage %s is trained on top of %s: %s", name, now.stage, error)
-            return extension(address, section, overrides)
-    rehearse &= beside
-    return [Stage(stage.name, stage.config, after=key, beside=beside, rehearse=rehearse)]
-
-
-def rehearsal(
-    run: str | Path, section: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = ()
-) -> list[Stage]:
-    """Return a short stage on rows that all stages of a run kept, as many of each (`rehearse`).
-
-    A rehearsal that was stopped goes on; one that the run ended in is returned.
-    """
-    now = find_state(run)
-    drafts = [read_draft(now.run, name).entry for name in drafts_in(now.run, now.history)]
-    known = drafts if now.entry is None else [*drafts, now.entry]
-    begun = [entry.key for entry in known if entry.is_rehearsal]
-    numbered = (f"{REHEARSAL}-{number}" for number in count(2))
-    free = (name for name in chain([REHEARSAL], numbered) if now.history.find(name) is None)
-    own = {"name": begun[0] if begun else next(free)} | dict(section)
-    for key, value in overrides:
-        set_key(own, key, value)
-    rows = {"rehearse": True, "replay": None, "new_rows_only": False}
-    own["data"] = rows | section_of(own, "data")
-    given, largest = section_of(own, "chain"), max((facts.rank for facts in now.facts), default=8)
-    length = {} if given.keys() & {*LENGTHS} else {"steps": [STEPS]}
-    own["chain"] = {"ranks": [largest]} | length | given
-    own["train"] = {"loss": None} | section_of(own, "train")  # not on pairs
-    return extension(run, own)
-
-
-def _need_combinable(now: OpenState, stage: Stage) -> None:
-    """Refuse a stage that could not be combined with what the run is."""
-    chain = stage.config.chain
-    keys = {
-        "chain.dora": chain.dora,
-        "chain.lora_bias": chain.lora_bias,
-        "chain.extra_modules": bool(chain.extra_modules),
-        "data.keep_rows: false": not stage.config.data.keep_rows,
-        "train.accept_links": stage.tolerance is not None,
-    }
-    if wrong := [key for key, is_set in keys.items() if is_set]:
-        rule = "a stage beside others is combined with them"
-        raise ConfigError(rule, wrong[0], "leave it out, or train it on top")
-    need_combinable([now.at(key) for key in now.history.ends(now.history.head)])
-
-
-def _need_answers(now: OpenState, stage: Stage) -> None:
-    """Refuse a stage that builds on others: of pairs, or one that reads or counts their rows."""
-    data, loss = stage.config.data, learned_by(stage.config.data, stage.config.train.loss)
-    of_pairs = {stage.name: loss} | {name: kept.loss for name, kept in now.kept().items()}
-    found = [f"{name}: {loss}" for name, loss in of_pairs.items() if loss in PAIR_LOSSES]
-    found += ["data.replay"] * bool(data.replay) + ["data.new_rows_only"] * data.new_rows_only
-    if found:
-        rule, remedy = "stages beside each other learn answers", "for that all the same: --beside"
-        raise RunError(rule, found[0], remedy)
-
-
-def _began_on(stage: OpenState) -> str:
-    """Return the entry that a stage was begun on."""
-    parents = () if stage.entry is None else stage.entry.parents
-    return parents[0] if parents else BASE
-
-
 def _is_rehearsal_due(run: Path, name: str) -> bool:
     """Say whether a run is a combination of a stage that nothing has rehearsed."""
     history = read_history(run)
@@ -371,30 +214,6 @@ def _is_rehearsal_due(run: Path, name: str) -> bool:
     if now is None or now.kind != "combine" or name not in now.parents:
         return False
     return not any(each.is_rehearsal and each.parents == (now.key,) for each in history.entries)
-
-
-def _stage_before(state: OpenState) -> OpenState:
-    """Return the end of the stage that another one inherits from: not of a rehearsal."""
-    found = [e.key for e in state.lineage if e.kind == "stage" and not e.is_rehearsal]
-    return state.at(found[-1]) if found and state.draft is None else state
-
-
-def _below(run: Path, state: OpenState, now: OpenState, name: str) -> OpenState:
-    """Return the state that a stage of a run begins on, or has begun on."""
-    begun = begun_stage(run, name)
-    if begun is not None and begun.entry is not None:
-        if begun.entry.kind != "stage" or begun.entry.key in now.history.own_stages[:1]:
-            rule = "an extension must come after a stage"
-            raise RunError(rule, f"{name!r}, the first", "rename it")
-        below = begun.at(_began_on(begun))
-        if state.state != below.state and state.state != now.state:
-            rule = f"stage {name!r} must go on from where it was begun"
-            raise RunError(rule, f"{state}, and {below}", "name that, or another stage")
-        return below
-    if now.draft is not None:
-        rule = "a stage is added to a run whose first stage has ended"
-        raise RunError(rule, run, "finish it by the command that began it")
-    return state
 
 
 def _judge(run: Path, planned: StagePlan, tell: Listener) -> None:
