@@ -275,18 +275,6 @@ def trial() -> Mapping[str, Values]:
     return found
 
 
-def first_trial() -> Rows:
-    names = {
-        "chain": "a link for each task",
-        "one LoRA": "one LoRA for all",
-        "replay 0.1": "links, replay 10 %",
-        "strengths": "links, `mix --best`",
-    }
-    return [("arm", "right, %")] + [
-        (name, estimate([*trial()[arm].values()], 1, "-")) for arm, name in names.items()
-    ]
-
-
 # --- speed, memory, numerics ---
 
 
@@ -357,20 +345,6 @@ def orders_less_one_lora() -> str:
     return estimate(less(ours, theirs), 1)
 
 
-def first_stages_apart() -> str:
-    """By how many points one LoRA and the chain differ after the first task."""
-    found = lines("stages/results-2026-11.jsonl")
-    one, other = (
-        {
-            each["order"][0]: each["right"]
-            for each in found
-            if (each["arm"], len(each["order"])) == (arm, 1)
-        }
-        for arm in ("one LoRA", "alone")
-    )
-    return f"{100 * max(abs(one[task][task] - other[task][task]) for task in one):.0f}"
-
-
 def paper_gain() -> str:
     """The paper's gain of three links, in points, over the tasks of table1."""
     printed = yaml.safe_load((BENCHMARKS / "paper/printed/tables.yaml").read_text(encoding="utf-8"))
@@ -436,11 +410,10 @@ SENTENCES: list[tuple[str, Callable[[], Iterable[str]]]] = [  # a text of the pa
         "{2} pairs detect {1} points with 80 % power. The paper's gain on the six, {0} points",
         lambda: [paper_gain(), *detectable()],
     ),
-    ("links less one LoRA {0[0]} points {0[1]}", lambda: [orders_less_one_lora().split(" ", 1)]),
+    ("on top less one LoRA: {} points", lambda: [orders_less_one_lora()]),
     ("rehearsed, is {} points ahead", lambda: [ahead("combined rehearsed", "on top rehearsed")]),
     ("is {} points ahead of replay", lambda: [ahead("on top rehearsed", "replay")]),
     ("replay is {} points", lambda: [ahead("combined rehearsed", "replay")]),
-    ("differ by up to {} points", lambda: [first_stages_apart()]),
     (
         "takes {} to {} of its memory at {} to {} times its speed",
         checkpointing,
@@ -464,7 +437,7 @@ NOT_MEASURED = {
 
 TABLES: dict[str, Callable[[], Rows]] = {
     table.__name__: table
-    for table in (soft_lab, soft_smollm2, whole, classification, stages, first_trial, speed)
+    for table in (soft_lab, soft_smollm2, whole, classification, stages, speed)
 }
 NUMBER = re.compile(r"(?<![\w.-])[+−]?\d[\d,]*\.\d+(?:e-\d+)?M?|[+−]\d+")
 
