@@ -70,6 +70,7 @@ def test_states_of_one_digest_are_equal_to_the_bit(run, tmp_path, chainlora):
     assert_equal(done(f"undo {run} --to base"), open_run(f"{run}@base"))
     assert_equal(done(f"undo {run} --to {half.state.digest}"), half)
     assert_equal(done(f"undo {run} --to law"), law)
+    assert open_run(f"{run}@{law.state.digest[:8]}").entry == law.entry
     fork = tmp_path / "fork"
     done(f"extend {run}@law {run.parent}/law.yaml --name new --output {fork}")
     assert_equal(open_run(f"{fork}@law"), law)

@@ -1,0 +1,345 @@
+"""Stages: one chain over several data sets, the same bits however it is told, and forks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_rows
+from helpers import Stop, assert_same_links, links_of
+
+from chainlora import export_adapter, make_config, train
+from chainlora.cli.common import words_and_overrides
+from chainlora.cli.main import run as cli
+from chainlora.config.staging import make_stages
+from chainlora.errors import ChainLoRAError, ConfigError, RunError
+from chainlora.runs.addresses import open_run
+from chainlora.runs.changes import mix_stages, prune_stage, undo
+from chainlora.runs.inspection import inspect_run
+from chainlora.runs.loading_start import load_start
+from chainlora.training.loop import train as train_run
+from chainlora.training.stages import extension, train_stages
+from stages.cases import files_of, logits, one_stage, stage_of, stopping_after, survey
+
+
+def test_extending_a_run_gives_the_bits_of_one_config_with_both_stages(config, tmp_path):
+    train_stages(make_stages(config))
+    later = one_stage(config) | {"output": str(tmp_path / "later")}
+    train_stages(make_stages(later))
+    before = files_of(tmp_path / "later")
+    train_stages(extension(tmp_path / "later", stage_of(config, "style")))
+    assert_same_links(tmp_path / "run", tmp_path / "later")
+    after = files_of(tmp_path / "later")
+    assert [name for name in before if after[name] != before[name]] == ["history.json"]
+    assert len(links_of(tmp_path / "run")) == 5
+    ends = [open_run(tmp_path / name).state.digest for name in ("run", "later")]
+    assert ends[0] == ends[1]
+
+
+def test_the_same_call_again_trains_what_is_new(config, tmp_path):
+    assert [r is None for r in train_stages(make_stages(one_stage(config)))] == [False]
+    assert [r is None for r in train_stages(make_stages(config))] == [True, False]
+    before = files_of(tmp_path / "run")
+    (tmp_path / "more.jsonl").write_text("no row\n")  # a file that has changed since
+    assert train_stages(make_stages(config)) == [None, None]
+    assert files_of(tmp_path / "run") == before
+    assert [stage.state for stage in survey(make_stages(config))] == ["finished", "finished"]
+
+
+def test_a_stage_stays_what_it_was(config):
+    train_stages(make_stages(one_stage(config)))
+    config["stages"][0]["chain"]["steps"] = [2, 2, 3]
+    with pytest.raises(RunError, match=r"stage 'facts': chain.steps.*a new name"):
+        train_stages(make_stages(config))
+    config["stages"][0] = config["stages"][0] | {"name": "other"}
+    with pytest.raises(RunError, match="in their order"):
+        train_stages(make_stages(config))
+
+
+def test_a_run_goes_on_where_what_it_began_on_lies_now(two, tmp_path, monkeypatch):
+    """By content, as its rows are (test_cli_refusals.py)."""
+    run = tmp_path / "run"
+    law = stage_of(two, "style") | {"name": "law"}
+    fork = {"start": f"{run}@facts", "output": "fork", "stages": [law]}
+    monkeypatch.chdir(tmp_path)
+    train(fork)
+    (tmp_path / "runs").mkdir()
+    run.rename(tmp_path / "runs/moved")
+    train(fork | {"start": "runs/moved@facts"})
+    with pytest.raises(ConfigError, match=r"must be what the run began on \(got runs/moved@style"):
+        train(fork | {"start": "runs/moved@style"})
+
+
+def test_keys_of_all_stages_and_of_one():
+    """A key without effect is refused; keys of an objective reach the stages that have it."""
+    chain = {"ranks": [2], "epochs": [1]}
+    first = {"name": "first", "data": {"train": "x"}, "chain": chain, "train": {"lr": 0.5}}
+    second = first | {"name": "second-one", "train": {"loss": "dpo"}}
+    tree = {"model": "m", "output": "o", "train": {"dpo_beta": 0.3}, "stages": [first, second]}
+    _, named = words_and_overrides(["--stages.second-one.train.log-every", "7"])
+    trains = [stage.config.train for stage in make_stages(tree, named)]
+    assert [(each.dpo_beta, each.log_every) for each in trains] == [(0.1, None), (0.3, 7)]
+    with pytest.raises(ConfigError, match=r"`train.orpo_beta` needs loss: orpo .got no stage"):
+        make_stages(tree | {"train": {"orpo_beta": 0.3}})
+    shared = {"every": 10}  # as an alias of YAML is
+    knots = [each | {"chain": chain | {"knots": shared}} for each in (first, second)]
+    key = "stages.first.chain.knots.every"
+    chains = [stage.config.chain for stage in make_stages(tree | {"stages": knots}, [(key, "5")])]
+    assert [each.knots.every for each in chains] == [5, 10]
+    assert shared == {"every": 10}
+    for key, hidden in {"train.lr": "train.lr", "chain.steps": "chain.epochs"}.items():
+        with pytest.raises(ConfigError, match=rf"got `stages.first.{hidden}` .* set stages.first"):
+            make_stages(tree, [(key, "5")])
+
+
+def test_a_fork_leaves_its_parent_alone(two, tmp_path):
+    before, parent = files_of(tmp_path / "run"), tmp_path / "run"
+    own = stage_of(two, "style") | {"name": "law", "output": str(tmp_path / "fork")}
+    for _ in range(2):  # the second time, nothing is new
+        train_stages(extension(f"{parent}@facts", own))
+    assert files_of(parent) == before
+    assert open_run(tmp_path / "fork").stages == ["facts", "law"]
+    assert "style" not in (tmp_path / "fork/history.json").read_text()  # what the state needs alone
+    shutil.rmtree(parent)
+    config = _only(tmp_path / "fork", two, own)
+    train_stages(make_stages(config | {"start": f"{parent}@facts"}))  # it is not needed any more
+    assert not torch.equal(logits(tmp_path / "fork"), logits(tmp_path / "fork", num_links=3))
+
+
+def _only(fork: Path, config: dict, own: dict) -> dict:
+    stage = {key: value for key, value in own.items() if key != "output"}
+    shared = {key: value for key, value in config.items() if key != "stages"}
+    return shared | {"output": str(fork), "stages": [stage]}
+
+
+def test_a_base_beside_the_run_is_found_from_another_folder(config, tmp_path, monkeypatch):
+    """To add a stage, in place or as a fork, and to finish one; `load_run` found it already."""
+    shutil.copytree(config["model"], tmp_path / "base")
+    config |= {"model": "base", "output": "run"}
+    monkeypatch.chdir(tmp_path)
+    first, law = one_stage(config), stage_of(config, "style")
+
+    def stop(event):
+        if event.name == "step" and event.step > 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_stages(make_stages(first), listener=stop)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train_stages(make_stages(first | {"output": "../run"}), matrix=False)
+    train_stages(extension("../run", law | {"name": "fork", "output": "fork"}), matrix=False)
+    train_stages(extension("../run", law), matrix=False)
+    monkeypatch.chdir(tmp_path)
+    assert [where.state for where in survey(make_stages(config))] == ["finished"] * 2
+    assert open_run("elsewhere/fork").stages == ["facts", "fork"]
+
+
+def test_in_place_a_stage_begins_on_the_state_that_is_named(two, tmp_path):
+    """On a stage as it was trained, though the run is a mix, which it stays."""
+    run, law = tmp_path / "run", stage_of(two, "style") | {"name": "law"}
+    mixed = mix_stages(run, {"style": 0.5})
+    (stage,) = extension(f"{run}@style", law)
+    assert stage.after == "style"
+    assert extension(f"{run}@style", law | {"output": str(tmp_path / "fork")})
+    train_stages([stage], matrix=False)
+    assert open_run(run).state == mixed.state
+    assert open_run(f"{run}@law").strengths == {"facts": 1, "style": 1, "law": 1}
+    for address in (f"{run}@style", run):
+        assert train_stages(extension(address, law), matrix=False) == [None]
+    with pytest.raises(RunError, match="stage 'law' must go on from where it was begun"):
+        extension(f"{run}@facts", law)
+
+
+def test_a_stage_begins_on_what_the_mix_made(two, tmp_path):
+    run = tmp_path / "run"
+    mix_stages(run, {"facts": 0.5})
+    train_stages(extension(run, stage_of(two, "style") | {"name": "law"}))
+    strengths = [link.strength for link in open_run(run).links()]
+    assert strengths == [0.5] * 3 + [1.0] * 4
+    found = open_run(f"{run}@law")
+    assert [facts.stage for facts in found.facts] == ["facts"] * 3 + ["style"] * 2 + ["law"] * 2
+    assert found.first == 5
+
+
+def test_a_stage_ends_inside_itself_with_its_best_point(config, tmp_path):
+    """The first stage keeps its best point: the second begins there, and not at the last link."""
+    config["stages"][0] |= {
+        "chain": {"ranks": [4, 4], "steps": [1, 9]},
+        "train": {"keep_best": True, "eval_every": 1, "schedule": "constant"},
+    }
+    train_stages(make_stages(config))
+    first = open_run(f"{tmp_path / 'run'}@facts")
+    selected = inspect_run(first)["selected"]
+    assert selected["partial"]
+    assert selected["step"] < 10  # every row is right long before the last step
+    records = [record for record in first.records() if record["step"] == selected["step"]]
+    (loss,) = (record["loss"] for record in records if record["event"] == "step")
+    (scores,) = (record for record in records if record["event"] == "eval")
+    link = inspect_run(tmp_path / "run")["links"][1]
+    assert (link["loss"], link["scores"]["loss"]) == (loss, scores["loss"])
+    export_adapter(f"{tmp_path / 'run'}@facts", tmp_path / "adapter")
+    card = (tmp_path / "adapter/README.md").read_text(encoding="utf-8")
+    assert f"| 1 | 4 | 2 | {selected['step'] - 1} | 1.0000 | {scores['loss']:.4f} |" in card
+    export_adapter(tmp_path / "run", tmp_path / "whole")
+    card = (tmp_path / "whole/README.md").read_text(encoding="utf-8")
+    table = card.partition("## Lineage")[0]
+    rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")]
+    assert rows == ["| link", "| ---", "| 0", "| 1", "| before", "| 2", "| 3"]  # the last stage
+    assert "Links from 2 on were trained on the task `task`" in card
+    begun_on = open_run(tmp_path / "run").parent
+    assert begun_on == first.state
+    assert len(links_of(f"{tmp_path / 'run'}@facts")) == 2  # the links after it are kept too
+
+
+def test_a_stage_stopped_anywhere_resumes_to_the_same_bits(config, tmp_path):
+    whole = config | {"output": str(tmp_path / "whole")}
+    train_stages(make_stages(whole))
+    config["train"]["save_every"] = 1
+    for stop in range(1, 11):
+        with pytest.raises(Stop):
+            train_stages(make_stages(config), listener=stopping_after(stop))
+    train_stages(make_stages(config))
+    for name in ("facts", "style"):
+        stopped, unbroken = (open_run(f"{tmp_path / run}@{name}") for run in ("run", "whole"))
+        assert stopped.state == unbroken.state
+        assert_same_links(f"{tmp_path / 'run'}@{name}", f"{tmp_path / 'whole'}@{name}")
+
+
+def test_stages_that_are_half_trained_leave_the_run_alone(config, tmp_path, caplog):
+    """Another one begins without it, and the one that ends later ends beside the run, in words."""
+    run, style = tmp_path / "run", stage_of(config, "style")
+    with pytest.raises(Stop):
+        train_stages(make_stages(one_stage(config)), listener=stopping_after(3))
+    with pytest.raises(RunError, match="Cannot mix: the first stage has not ended"):
+        mix_stages(run, {"facts": 0.5})
+    with pytest.raises(RunError, match="starts from a finished run"):
+        load_start(run)
+    with pytest.raises(RunError, match="whose first stage has ended"):
+        extension(run, style)
+    train_stages(make_stages(one_stage(config)))
+    facts = logits(run)
+    with pytest.raises(Stop):
+        train_stages(extension(run, style), listener=stopping_after(8))
+    for act in (lambda: prune_stage(run, "facts"), lambda: open_run(f"{run}@style")):
+        with pytest.raises(RunError, match=r"style is half trained|'style', which has not ended,"):
+            act()
+    assert torch.equal(logits(run), facts)
+    (run / "stages/.ipynb_checkpoints").mkdir()  # what looks at folders leaves is no stage
+    both = config | {"stages": [*config["stages"], style | {"name": "law"}]}
+    assert [each.state for each in survey(make_stages(both))] == ["finished", "stopped", "new"]
+    train_stages(extension(run, style | {"name": "law"}), matrix=False)
+    assert "stage style is half trained, and law begins without it" in caplog.text
+    law = logits(run)
+    train_stages(extension(run, style), matrix=False)
+    assert f"chainlora undo {run} --to style" in caplog.text
+    assert torch.equal(logits(run), law)
+    assert open_run(f"{run}@style").stages == ["facts", "style"]
+
+
+def test_a_mix_while_a_stage_is_trained_does_not_reach_it(config, tmp_path, caplog):
+    train_stages(make_stages(one_stage(config)))
+    style, run = stage_of(config, "style"), tmp_path / "run"
+    with pytest.raises(Stop):
+        train_stages(extension(run, style), listener=stopping_after(7))
+    mix_stages(run, {"facts": 0.5})
+    train_stages(extension(run, style), matrix=False)
+    assert "which is without stage style" in caplog.text
+    assert open_run(run).strengths == {"facts": 0.5}
+    assert open_run(f"{run}@style").strengths == {"facts": 1.0, "style": 1.0}
+    undo(run, to="style")
+    assert open_run(run).strengths == {"facts": 1.0, "style": 1.0}
+
+
+def test_a_config_that_begins_on_a_stage_is_the_fork(config, tmp_path, capsys):
+    train_stages(make_stages(one_stage(config)))
+    address = f"{tmp_path / 'run'}@facts"
+    style = stage_of(config, "style") | {"name": "main", "train": config["train"]}
+    train_stages(extension(address, style | {"output": str(tmp_path / "fork")}))
+    own = {key: style[key] for key in ("data", "train")} | {"start": address}
+    own |= {"chain": config["chain"] | style["chain"], "output": str(tmp_path / "new")}
+    (tmp_path / "new.yaml").write_text(json.dumps(own | {"start": None}))
+    words = ["train", str(tmp_path / "new.yaml"), "--start", address]
+    for _ in range(2):
+        assert cli(words) == 0
+    assert_same_links(tmp_path / "fork", tmp_path / "new")
+    before = json.loads((tmp_path / "new.yaml").read_text())
+    for name, status in (({"name": config["model"]}, 0), ({"name": "m"}, 1), ({"nme": "m"}, 1)):
+        changed = before | {"model": name, "output": str(tmp_path / "fresh")}
+        (tmp_path / "model.yaml").write_text(json.dumps(changed))
+        capsys.readouterr()
+        again = ["train", str(tmp_path / "model.yaml"), *words[2:], "--dry-run"]
+        assert cli(again) == status
+        message = "name and quantize" if "nme" in name else "`model` must equal the value"
+        assert not status or message in capsys.readouterr().err
+    other = own | {"model": config["model"], "output": str(tmp_path / "other")}
+    train(other)
+    assert_same_links(tmp_path / "fork", tmp_path / "other")
+    for output in ("new", "fresh"):  # that of the run, or of the one that is begun on
+        assert cli([*words, "--train.seed", "1", "--output", str(tmp_path / output)]) == 1
+    assert open_run(tmp_path / "new").stages == ["facts", "main"]
+    alone = train_run(make_config(other | {"output": None}))
+    assert alone["metrics"] == open_run(tmp_path / "new").result()["metrics"]
+
+
+def test_a_run_that_has_begun_does_not_need_what_it_began_on(config, tmp_path, capsys):
+    config["chain"]["hold"] = "carried"  # which the config leaves to the run that is begun on
+    train_stages(make_stages(one_stage(config)))
+    style = stage_of(config, "style")
+    own = {"start": f"{tmp_path / 'run'}@facts", "output": str(tmp_path / "new")}
+    own |= {key: style[key] for key in ("data", "chain")} | {"train": config["train"]}
+    own["data"] |= {"replay": 0.25}
+    with pytest.raises(Stop):
+        train(own, listener=stopping_after(1))
+    whole, fork = own | {"output": str(tmp_path / "whole")}, tmp_path / "fork"
+    train(whole)
+    with pytest.raises(Stop):
+        train_stages(
+            extension(own["start"], style | {"output": str(fork)}), listener=stopping_after(7)
+        )
+    export_adapter(own["start"], tmp_path / "adapter")
+    (tmp_path / "mine.jinja").write_text("{{ messages }}")
+    data = style["data"] | {"chat_template": str(tmp_path / "mine.jinja")}  # kept as its text
+    on_adapter = own | {"start": str(tmp_path / "adapter"), "output": str(tmp_path / "second")}
+    on_adapter["data"] = {key: data[key] for key in data if key != "replay"}
+    train(on_adapter | {"model": config["model"]})
+    shutil.rmtree(tmp_path / "run")
+    shutil.rmtree(tmp_path / "adapter")
+    train(on_adapter)
+    for _ in range(2):
+        train(own)
+    assert cli(["train", str(tmp_path / "new/stages/main/config.yaml")]) == 0
+    assert_same_links(tmp_path / "new", tmp_path / "whole")
+    assert cli(["train", str(fork / "stages/style/config.yaml")]) == 0  # what `extend` began
+    assert open_run(fork).stages == ["facts", "style"]
+    with pytest.raises(ConfigError, match=r"`start` must be what the run began on .*run@other"):
+        train(own | {"start": f"{tmp_path / 'run'}@other"})
+    with pytest.raises(
+        ChainLoRAError, match=r"a run or adapter must be there .*run@facts: no .*run/history.json"
+    ):
+        train(own | {"output": str(tmp_path / "third")})
+
+
+def test_an_extension_inherits_how_earlier_rows_are_read_and_says_what_it_does_not(
+    two, tmp_path, caplog
+):
+    run, style = tmp_path / "run", stage_of(two, "style")
+    both = style | {"name": "both", "train": {"keep_best": True, "eval_every": 1}}
+    rows = [{"text": f"good good {word}", "label": 1} for word in ("cat", "mat", "hill", "two")]
+    more = str(write_rows(tmp_path / "new.jsonl", rows))
+    both["data"] = style["data"] | {"train": more, "replay": 0.25, "new_rows_only": True}
+    both["chain"] = style["chain"] | {"alpha": [8, 4]}
+    train_stages(extension(run, both), matrix=False)
+    assert "stage both does not inherit" not in caplog.text  # it gives all that style had set
+    own = {"name": "law", "chain": {"ranks": [2], "epochs": [1]}, "data": {"train": "x.jsonl"}}
+    data = extension(run, own)[-1].config.data
+    assert (data.replay, data.new_rows_only) == (0.25, True)
+    said = (
+        "stage law does not inherit data.task, data.validation, chain.alpha, train.keep_best from"
+    )
+    assert caplog.messages[-1] == f"{said} both"
+    off = own | {"data": own["data"] | {"replay": None}}
+    assert extension(run, off)[-1].config.data.replay is None

@@ -1,0 +1,218 @@
+"""Strengths of stages, undo, and the matrix of scores."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Stop, stop_after
+from transformers import AutoModelForCausalLM
+
+from chainlora import evaluate_task, load_chain, train
+from chainlora.cli.main import run as cli
+from chainlora.config.staging import make_stages
+from chainlora.errors import RunError
+from chainlora.evaluation.stage_scores import stage_matrix
+from chainlora.evaluation.strengths import best_mix
+from chainlora.runs.addresses import open_run
+from chainlora.runs.changes import mix_stages, redo, undo
+from chainlora.runs.inspection import inspect_run
+from chainlora.training.stages import extension, train_stages
+from stages.cases import files_of, logits, one_stage, stage_of
+
+
+def test_a_mix_that_cannot_be_scored_is_made_all_the_same(config, tmp_path, capsys):
+    config["model"] = str(shutil.copytree(config["model"], tmp_path / "base"))
+    train_stages(make_stages(config), matrix=False)
+    shutil.rmtree(tmp_path / "base")
+    assert cli(["mix", str(tmp_path / "run"), "style=0.5"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.split() == ["facts=1", "style=0.5"]
+    said = f"{tmp_path / 'run'} is this mix now; next, what it scores\n"  # should it be killed then
+    assert "the mix was not scored: `model` must be" in shown.err.partition(said)[2]
+
+
+def test_stages_of_what_reads_a_run_can_be_chosen_too(two, tmp_path):
+    mixed = open_run(tmp_path / "run", {"facts": 0.5, "style": 1})
+    strengths = [link.strength for link in open_run(mixed, "style").links()]
+    assert strengths == [0.0] * 3 + [1.0] * 2
+    assert open_run(mixed) is mixed
+
+
+def test_a_fork_of_a_mix_says_the_strengths_that_it_has(config, tmp_path, capsys):
+    run, fork = tmp_path / "run", tmp_path / "fork"
+    config["chain"]["hold"], config["train"]["seed"] = "carried", 3
+    train_stages(make_stages(config), matrix=False)
+    chain = load_chain(f"{run}@facts", AutoModelForCausalLM.from_pretrained(config["model"]))
+    assert (len(chain), chain.hold, chain.seed) == (3, "carried", 3)
+    mix_stages(run, {"facts": 0.5, "style": 0})
+    own = stage_of(config, "style") | {"name": "law", "output": str(fork)}
+    train_stages(extension(run, own), matrix=False)
+    for address in (fork, run):
+        assert cli(["mix", str(address), "--no-scores"]) == 0
+    assert capsys.readouterr().out.split() == [
+        *("facts=0.5", "style=0", "law=1"),
+        *("facts=0.5", "style=0"),
+    ]
+    (*ends, _), (*same, law) = stage_matrix(run).grid, stage_matrix(fork).grid
+    assert [row[:2] for row in same] == ends  # what a stage ended in stays that in a fork of a mix
+    mix_stages(fork, {"facts": 1})
+    assert stage_matrix(fork).grid[:-1] == [*same, law]
+
+
+def test_undo_and_redo_go_through_what_was_done_and_delete_nothing(two, tmp_path):
+    run = tmp_path / "run"
+    mix_stages(run, {"style": 0.5})
+    ends = [logits(run), logits(f"{run}@style"), logits(f"{run}@facts"), logits(f"{run}@base")]
+    before = files_of(run)
+    for end in ends[1:]:
+        undo(run)
+        assert torch.equal(
+            logits(run, num_links=None) if end is not ends[-1] else logits(run, num_links=0), end
+        )
+    with pytest.raises(RunError, match="must be something to undo"):
+        undo(run)
+    for end in ends[-2::-1]:
+        redo(run)
+        assert torch.equal(logits(run), end)
+    with pytest.raises(RunError, match="must be something to redo"):
+        redo(run)
+    after = files_of(run)
+    assert [name for name in before if after[name] != before[name]] in ([], ["history.json"])
+    undo(run)
+    train_stages(extension(run, stage_of(two, "style") | {"name": "law"}), matrix=False)
+    assert open_run(run).stages == ["facts", "style", "law"]
+    with pytest.raises(RunError, match="must be something to redo"):
+        redo(run)
+
+
+def _stop_at(cell: str):
+    def progress(what: str, done: int, rows: int) -> None:
+        if what == cell:
+            raise Stop
+
+    return progress
+
+
+def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):
+    """Average, transfer and forgetting have tests of their own (test_metrics.py)."""
+    run = tmp_path / "run"
+    train_stages(make_stages(config))
+    (run / "matrix.jsonl").unlink()
+    (tmp_path / "run@style").mkdir()  # an export named after the state: no state of the run
+    with pytest.raises(Stop):  # what was scored until then is kept
+        stage_matrix(run, progress=_stop_at("style: facts"))
+    assert len((run / "matrix.jsonl").read_text().splitlines()) == 4
+    found = stage_matrix(run)
+    assert found.states == ["base", "facts", "style"]
+    for state, row in zip(found.states, found.grid, strict=True):
+        links = {"base": 0, "facts": 3, "style": 5}[state]
+        score = evaluate_task(run, num_links=links)["metrics"]["accuracy"]
+        assert [cell.value for cell in row] == [score, score]  # both stages have these rows
+    (summary,) = found.summaries()
+    assert (summary.metric, summary.stages) == ("accuracy", ("facts", "style"))
+    before = (run / "matrix.jsonl").read_bytes()
+    mix_stages(run, {"facts": 0.25})
+    assert stage_matrix(run, compute=False).grid[-1] == [None, None]
+    assert stage_matrix(run).states == ["base", "facts", "style", "now"]
+    assert (run / "matrix.jsonl").read_bytes().startswith(before)
+    assert str(stage_matrix(run)).splitlines()[-1] == f"after style, {summary}"
+    assert stage_matrix(run).summaries() == [summary]  # the mix does not pass for the last stage
+    again = stage_matrix(run).grid
+    (run / "matrix.jsonl").unlink()
+    assert stage_matrix(run).grid == again  # to the bit
+    for data in ("train", "validation"):  # the rows are the run's own
+        Path(config["stages"][0]["data"][data]).unlink()
+    (run / "matrix.jsonl").unlink()
+    assert stage_matrix(run).grid == again
+    (run / "matrix.jsonl").unlink()
+    assert stage_matrix(f"{run}@facts").states == ["base", "facts"]  # as that stage ended
+    assert stage_matrix(f"{run}@facts").grid == [row[:1] for row in again[:2]]
+    best, after, now = best_mix(run)
+    assert after >= now
+    assert set(best) == {"facts", "style"}
+
+
+@pytest.mark.parametrize("damage", [b"[" * 50000, b"\xff\xfe", b"null", '"value": "high"'])
+def test_a_damaged_line_of_a_matrix_is_scored_again(two, tmp_path, capsys, damage):
+    run, path = tmp_path / "run", tmp_path / "run/matrix.jsonl"
+    grid, whole = stage_matrix(run, compute=False).grid, path.read_bytes()
+    lines = whole.splitlines()
+    if isinstance(damage, str):
+        damage = re.sub(rb'"value": [^,]+', damage.encode(), lines[2])
+    path.write_bytes(b"\n".join([*lines[:2], damage, *lines[3:]]))
+    assert sum(cell is None for row in stage_matrix(run, compute=False).grid for cell in row) == 1
+    assert cli(["extend", str(run), "--on-top", "--name", "style", *_same_as(two, "style")]) == 0
+    assert stage_matrix(run, compute=False).grid == grid
+    assert sorted(path.read_bytes().splitlines()) == sorted(lines)
+
+
+def _same_as(config: dict, name: str) -> list[str]:
+    """Return the options that give `extend` a stage of a config."""
+    stage = stage_of(config, name)
+    keys = {
+        f"--{part}.{key}": value for part in ("data", "chain") for key, value in stage[part].items()
+    }
+    return [word for key, value in keys.items() for word in (key, json.dumps(value))]
+
+
+def test_a_run_without_links_has_nothing_to_compare(config, tmp_path):
+    config["stages"][0]["chain"] = {"ranks": [], "steps": []}
+    train(make_stages(one_stage(config))[0].config)
+    with pytest.raises(RunError, match=r"got no links in .*; tie a link first"):
+        stage_matrix(tmp_path / "run")
+    with pytest.raises(RunError, match="got no rows of links in"):
+        best_mix(tmp_path / "run")
+
+
+def test_a_best_point_scores_as_itself(config, tmp_path):
+    """It is a part of a link that was whole when the run was stopped: another state."""
+    facts = {"ranks": [4, 4], "steps": [9, 2]}
+    keys = {"keep_best": True, "eval_every": 1, "schedule": "constant", "save_every": 1}
+    config["stages"][0] |= {"chain": facts, "train": keys}
+    (stage,) = make_stages(one_stage(config))
+    stop_after(stage.config, 9)
+    whole = stage_matrix(tmp_path / "run").grid[-1][0]
+    train(stage.config, resume=True)
+    selected = inspect_run(tmp_path / "run")["selected"]
+    assert selected["num_links"] == 0
+    assert selected["step"] < 9
+    assert stage_matrix(tmp_path / "run").grid[-1][0].state != whole.state
+
+
+def test_the_best_mix_of_what_is_no_sum_is_refused(config, tmp_path):
+    config["stages"][1]["chain"]["dora"] = True
+    train_stages(make_stages(config))
+    with pytest.raises(RunError, match=r"links that are low-rank sums .*DoRA.* name the strengths"):
+        best_mix(tmp_path / "run")
+
+
+def test_the_best_mix_weakens_a_stage_that_harms_the_rows_of_others(config, tmp_path):
+    """Wrong answers, of which no rows are kept, undo what the first stage has learned."""
+    facts, style = config["stages"]
+    facts["chain"] = {"ranks": [4], "steps": [12]}
+    wrong = tmp_path / "wrong.jsonl"
+    rows = map(json.loads, Path(facts["data"]["train"]).read_text().splitlines())
+    wrong.write_text("".join(json.dumps(r | {"label": 1 - r["label"]}) + "\n" for r in rows))
+    style["data"] = {"task": facts["data"]["task"], "train": str(wrong), "keep_rows": False}
+    style["chain"] = {"ranks": [4], "steps": [12]}
+    train_stages(make_stages(config), matrix=False)
+    best, after, now = best_mix(tmp_path / "run")
+    assert best["style"] < 0.5 < best["facts"]
+    assert after > now + 0.2  # accuracy on 16 rows
+    assert open_run(tmp_path / "run").strengths == {"facts": 1, "style": 1}  # only said
+
+
+def test_rows_that_are_not_kept_are_missing_from_the_matrix(config, tmp_path):
+    config["stages"][0]["data"]["keep_rows"] = False
+    train_stages(make_stages(one_stage(config)))
+    assert cli(["mix", str(tmp_path / "run"), "facts=0"]) == 0  # there is nothing to score it by
+    mix_stages(tmp_path / "run", {"facts": 1})
+    train_stages(make_stages(config))
+    found = stage_matrix(tmp_path / "run")
+    assert [[cell is None for cell in row] for row in found.grid] == [[True, False]] * 3
+    assert found.summaries() == []

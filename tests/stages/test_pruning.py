@@ -1,0 +1,175 @@
+"""A pruned stage is nowhere, and the others are what they are without it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_data import pair_files
+
+from chainlora import export_adapter
+from chainlora.cli.main import run as cli
+from chainlora.config.staging import make_stages
+from chainlora.errors import RunError
+from chainlora.evaluation.stage_scores import stage_matrix
+from chainlora.runs.addresses import open_run
+from chainlora.runs.changes import mix_stages, prune_stage, redo, undo
+from chainlora.runs.inspection import inspect_run
+from chainlora.training.stages import extension, train_stages
+from stages.cases import files_of, logits, stage_of, survey
+
+
+def test_a_pruned_stage_is_nowhere_and_later_ones_are_what_they_were_without(three, tmp_path):
+    run = tmp_path / "run"
+    without = {name: logits(open_run(run, name.split(","))) for name in ("facts,law", "law")}
+    losses = [row["loss"] for row in inspect_run(run)["links"] if row["stage"] == "law"]
+    for stage, left in (("style", "facts,law"), ("facts", "law")):
+        own = open_run(f"{run}@{stage}")
+        traces = {stage, str(own.entry.kept)[:16], *own.entry.tied, own.state.digest}
+        traces |= {
+            term.link
+            for term, facts in zip(own.state.terms, own.facts, strict=True)
+            if facts.stage == stage
+        }
+        prune_stage(run, stage)
+        for path in (path for path in run.rglob("*") if path.is_file()):
+            text = f"{path.relative_to(run)} {path.read_bytes().decode(errors='replace')}"
+            is_config = path.name == "config.yaml"  # of a later stage: its own data
+            assert is_config or not [trace for trace in traces if trace in text], path
+        assert torch.equal(logits(run), without[left])
+        assert torch.equal(logits(f"{run}@law"), without[left])
+        found = inspect_run(run)["links"]
+        assert [row["loss"] for row in found if row["stage"] == "law"] == losses
+        with pytest.raises(RunError, match=r"a stage must be one of .*name one"):
+            open_run(f"{run}@{stage}")
+        with pytest.raises(RunError, match="must be one of"):
+            prune_stage(run, stage)
+    three["stages"] = three["stages"][2:]
+    assert [found.state for found in survey(make_stages(three))] == ["finished"]
+    assert train_stages(make_stages(three)) == [None]
+    export_adapter(run, tmp_path / "adapter")  # whose card has no scores of what was pruned
+    assert "validation" not in (tmp_path / "adapter/README.md").read_text(encoding="utf-8")
+    with pytest.raises(RunError, match=r"must keep a stage.*its only one"):
+        prune_stage(run, "law")
+
+
+def test_the_name_of_a_pruned_stage_is_free_again(three, tmp_path):
+    """The same stage trained again is what it was, since its A is drawn by its name."""
+    run, law = tmp_path / "run", stage_of(three, "law")
+    end = open_run(run).state
+    prune_stage(run, "law")
+    with pytest.raises(RunError, match="got law for style"):
+        train_stages(make_stages(three | {"stages": [three["stages"][0], law]}))
+    train_stages(make_stages(three))
+    assert open_run(run).state == end
+
+
+def test_what_a_killed_prune_left_is_no_part_of_a_stage_of_that_name(three, tmp_path):
+    run, end = tmp_path / "run", open_run(tmp_path / "run").state
+    left = shutil.copytree(run / "stages/law", tmp_path / "left")
+    prune_stage(run, "law")
+    shutil.copytree(left, run / "stages/law")
+    train_stages(make_stages(three), matrix=False)
+    assert open_run(run).verify().state == end
+
+
+def test_a_mix_that_the_rows_of_a_stage_have_chosen_goes_with_it(three, tmp_path, capsys):
+    """And one by hand on top of it, which has its other strengths."""
+    run = tmp_path / "run"
+    mix_stages(run, {"style": 0.5}, reads=["facts", "style", "law"])
+    mix_stages(run, {"facts": 0.5})
+    assert cli(["prune", str(run), "law", "--yes"]) == 0
+    assert capsys.readouterr().out.count("deleted mix-") == 2
+    assert open_run(run).strengths == {"facts": 1, "style": 1}
+
+
+def test_what_was_done_before_a_stage_was_pruned_is_not_done_again(two, tmp_path):
+    """The same mix of the same stage, trained again, is that mix; heads that went are no steps."""
+    run, style = tmp_path / "run", stage_of(two, "style")
+    for _ in range(2):
+        mix_stages(run, {"style": 0.5})
+        assert open_run(run).strengths == {"facts": 1, "style": 0.5}
+        undo(run)
+        undo(run)
+        redo(run)
+        prune_stage(run, "style")
+        heads = [open_run(run).state.digest]
+        while open_run(run).history.past:
+            heads.append(undo(run).state.digest)
+        assert len(heads) == len(set(heads))
+        undo(run, to="facts")
+        train_stages(extension(run, style), matrix=False)
+
+
+def test_a_pruned_stage_of_pairs_leaves_a_whole_run(config, tmp_path):
+    config["stages"][1] |= {"data": pair_files(tmp_path), "train": {"loss": "dpo"}}
+    train_stages(make_stages(config), matrix=False)
+    prune_stage(tmp_path / "run", "style")
+    assert open_run(tmp_path / "run").verify().stages == ["facts"]
+
+
+def test_scores_of_pairs_are_scored_again_on_another_reference(config, tmp_path):
+    """Where the stage that preferences began on is pruned, the state `base` has the same digest."""
+    config["stages"][0] |= {"chain": {"ranks": [4], "steps": [8]}, "train": {"lr": 1e-2}}
+    config["stages"][1] |= {"data": pair_files(tmp_path), "train": {"loss": "dpo", "lr": 1e-2}}
+    run, path = tmp_path / "run", tmp_path / "run/matrix.jsonl"
+    train_stages(make_stages(config))
+    prune_stage(run, "facts")
+    found = stage_matrix(run).grid
+    assert found[0][0].value == 0.5  # of the base, which is its own reference now
+    path.unlink()
+    assert stage_matrix(run).grid == found
+
+
+def test_a_stage_that_others_need_goes_after_them(config, tmp_path):
+    config["stages"][1]["chain"] = {"ranks": [2], "steps": [1], "dora": True}
+    train_stages(make_stages(config), matrix=False)
+    before = files_of(tmp_path / "run")
+    with pytest.raises(RunError, match="prune the later ones first"):
+        prune_stage(tmp_path / "run", "facts")
+    assert files_of(tmp_path / "run") == before
+    prune_stage(tmp_path / "run", "style")
+
+
+def test_a_fork_is_pruned_of_its_parents_stage(three, tmp_path):
+    run, fork = tmp_path / "run", tmp_path / "fork"
+    own = stage_of(three, "law") | {"name": "new", "output": str(fork)}
+    train_stages(extension(f"{run}@style", own))
+    before = files_of(run)
+    prune_stage(fork, "facts")
+    assert open_run(fork).stages == ["style", "new"]
+    assert list(open_run(fork).kept()) == ["style", "new"]
+    with pytest.raises(RunError, match="must be one of style, new"):
+        prune_stage(fork, "facts")
+    assert files_of(run) == before
+
+
+def test_a_pruning_from_elsewhere_leaves_the_relative_name_of_the_base(
+    config, tiny_folder, tmp_path, monkeypatch
+):
+    """So that a run that is moved together with its base still finds it."""
+    shutil.copytree(tiny_folder, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    train_stages(make_stages(config | {"model": "base"}), matrix=False)
+    monkeypatch.chdir("/")
+    prune_stage(tmp_path / "run", "style")
+    assert json.loads((tmp_path / "run/history.json").read_text())["base"]["model"] == "base"
+
+
+def test_what_cannot_be_pruned_is_refused_and_the_command_asks_first(three, tmp_path, capsys):
+    run = tmp_path / "run"
+    before = files_of(run)
+    assert cli(["prune", str(run), "style"]) == 1
+    shown = capsys.readouterr()
+    assert "would delete" in shown.out
+    assert "Nothing deleted. Add --yes." in shown.err
+    assert cli(["prune", str(run), "nope", "--yes"]) == 1
+    assert cli(["prune", f"{run}@style", "style", "--yes"]) == 2
+    assert files_of(run) == before
+    assert cli(["prune", str(run), "style", "--yes", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["again"] == [f"chainlora extend {run}@facts law.yaml --name law --output FOLDER"]
+    assert not any(Path(path).exists() for path in found["files"])

@@ -1,0 +1,203 @@
+"""What a stage cannot be is refused in a line, before any is trained."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from chainlora import train
+from chainlora.cli.main import run as cli
+from chainlora.config.staging import make_stages
+from chainlora.errors import ChainLoRAError, ConfigError, RunError
+from chainlora.files import sha256
+from chainlora.runs.changes import mix_stages, undo
+from chainlora.training.plan import make_plan
+from chainlora.training.stages import extension, train_stages
+from stages.cases import files_of, stage_of, survey
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "facts"}, "every stage must have a name of its own"),
+        ({"name": "9"}, "must have a `name`"),
+        ({"name": "x²"}, "must have a `name`"),
+        ({"name": None}, "must have a `name`"),
+        ({"name": "base"}, "not base, start or now"),
+        ({"name": "now"}, "not base, start or now"),
+        ({"model": "m"}, "nothing of the whole run .*`model`"),
+        ({"data": {"chat_template": "chatml"}}, "`data.chat_template` must be the same"),
+        ({"data": {"template_arguments": {}}}, "`data.template_arguments` must be the same"),
+        ({"chain": {"hold": "carried"}}, "`chain.hold` must be the same"),
+        ({"train": {"dtype": "bfloat16"}}, "`train.dtype` must be the same"),
+        ({"train": {"seed": 3}}, "`train.seed` must be the same"),
+        ({"train": {"shard": "fsdp2"}}, "`train.shard` must be the same"),
+        ({"train": {"lrr": 3}}, "stage 'style': unknown key `train.lrr`"),
+        ({"chain": []}, "stage 'style'"),
+        (
+            {"chain": {"tune": "full", "ranks": [2], "steps": [1]}},
+            "stage 'style': stages are links",
+        ),
+    ],
+)
+def test_what_a_stage_cannot_say_is_refused_in_a_line(config, change, message):
+    config["stages"][1] |= change
+    if change.get("chain") == []:
+        config["stages"][1]["chain"] = {"ranks": [2]}
+        message = "must say how long"
+    with pytest.raises(ConfigError, match=message) as raised:
+        make_stages(config)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("stages", [[], {}, "facts", None, [3]])
+def test_stages_are_a_list(config, stages):
+    with pytest.raises(ConfigError, match="stage"):
+        make_stages(config | {"stages": stages})
+
+
+@pytest.mark.parametrize("key", ["data", "chain", "train", "start"])
+def test_a_key_of_all_stages_of_another_kind_is_refused(config, key):
+    with pytest.raises(ConfigError, match=f"`{key}` must be a"):
+        train(config | {key: 5})
+
+
+def test_run_wide_keys_of_an_extension_and_stages_that_are_not_there_are_refused(two, tmp_path):
+    run, style = tmp_path / "run", stage_of(two, "style")
+    cases = [
+        (run, {"model": "m"}, "nothing of the whole run"),
+        (run, {"train": {"seed": 1}}, "`train.seed`"),
+        (run, {"name": "facts"}, "the first"),
+        (run, {"chain": {"ranks": [4]}, "name": "style"}, "stage 'style'"),
+        (
+            run,
+            {"chain": {"ranks": [4], "steps": [1]}},
+            r"it began with \(got stage 'style': chain.ranks",
+        ),
+        (f"{run}@nope", {"name": "law", "output": str(tmp_path / "x")}, "one of facts, style"),
+    ]
+    before = files_of(run)
+    for address, change, message in cases:
+        with pytest.raises(ChainLoRAError, match=message):
+            train_stages(extension(address, style | change))
+    for strengths, message in [({"nope": 1}, "one of facts"), ({"style": 1e9}, "within")]:
+        with pytest.raises(ChainLoRAError, match=message):
+            mix_stages(run, strengths)
+    assert files_of(run) == before
+
+
+@pytest.mark.parametrize(
+    ("below", "chain", "strengths", "words"),
+    [
+        ({"dora": True}, {"dora": False}, {"style": 0}, "DoRA or extra modules can be 0 only"),
+        ({}, {"dora": True}, {"facts": 0.5}, "below a DoRA link must be 1"),
+    ],
+)
+def test_a_stage_that_the_mix_does_not_bear_is_refused_before_any_is_trained(
+    config, tmp_path, below, chain, strengths, words
+):
+    """In the run, in a fork, and where another new stage comes first."""
+    run, style = tmp_path / "run", stage_of(config, "style")
+    keys = {"ranks": [2], "steps": [1]}
+    config["stages"][1] = style | {"chain": keys | below}
+    train_stages(make_stages(config), matrix=False)
+    mix_stages(run, strengths)
+    law = style | {"name": "law", "chain": keys | chain}
+    tree = config | {"start": str(run), "output": str(tmp_path / "fork")}
+    plain = law | {"name": "plain", "chain": keys | {"dora": bool(below)}}
+    before = files_of(run)
+    for stages in (
+        extension(run, law),
+        extension(run, law | {"output": str(tmp_path / "fork")}),
+        make_stages(tree | {"stages": [plain | {"chain": keys}, law]}),
+    ):
+        with pytest.raises(
+            RunError, match=f"stage '(law|plain)' cannot be trained on .*{words}.*by `mix`"
+        ):
+            survey(stages)
+    assert files_of(run) == before
+
+
+def test_a_stage_that_cannot_be_trained_is_refused_before_the_stages_before_it(config, tmp_path):
+    config["stages"][1]["data"] |= {"train": str(tmp_path / "none.jsonl")}
+    with pytest.raises(ChainLoRAError, match=r"stage 'style': .*none.jsonl"):
+        train_stages(make_stages(config))
+    assert not (tmp_path / "run").exists()
+    style, data = config["stages"][1], config["stages"][0]["data"]
+    for change, message in (
+        ({"chain": style["chain"] | {"target_modules": ["q_pro"]}}, "got .'q_pro'.*; candidates"),
+        ({"data": data | {"max_length": 10_000}}, "must fit the model's context"),
+        ({"chain": style["chain"] | {"extra_modules": ["q_proj"]}}, "chain adapt a module, or"),
+        ({"train": {"optimizer": "adamm"}}, "`train.optimizer` must be one of"),
+        ({"chain": style["chain"] | {"knots": {"policy": "space", "every": 1}}}, "policy` must be"),
+    ):
+        tree = config | {"stages": [config["stages"][0], style | {"data": data} | change]}
+        with pytest.raises(ChainLoRAError, match=f"stage 'style': .*{message}"):
+            train_stages(make_stages(tree))
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "none.jsonl").write_text('{"text": "no pair"}\n')
+    config["stages"][1]["data"] = {"train": str(tmp_path / "none.jsonl")}
+    config["stages"][1]["train"] = {"loss": "dpo", "lr": 1e-3}
+    with pytest.raises(ChainLoRAError, match=r"stage 'style': .*chosen"):
+        train_stages(make_stages(config))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fork_inside_a_run_is_refused(two, tmp_path, capsys):
+    """Its parent took it for a stage of its own."""
+    run, before = tmp_path / "run", files_of(tmp_path / "run")
+    keys = ["--name", "z", "--chain.ranks", "2", "--chain.steps", "1", "--data.train", "x"]
+    assert cli(["extend", f"{run}@facts", *keys, "--output", str(run / "stages/z")]) == 1
+    assert f"must lie outside other runs (got {run / 'stages/z'}, " in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="must lie outside other runs"):
+        train(two | {"output": str(run / "sub/run")})
+    assert files_of(run) == before
+
+
+def test_a_config_goes_on_where_its_stages_are(two, tmp_path, capsys):
+    """A stage that was undone is not below the next one: that is refused, with what to do."""
+    run, law = tmp_path / "run", stage_of(two, "style") | {"name": "law"}
+    two["stages"].append(law)
+    undo(run)
+    with pytest.raises(RunError, match=rf"without style. Run chainlora undo {run} --to style,"):
+        make_plan(make_stages(two))
+    undo(run, to="style")
+    assert [each.state for each in survey(make_stages(two))] == ["finished", "finished", "new"]
+
+
+LINKED = ("links", "rows", "stages", "stages/style", "stages/law")
+
+
+LINKED_FILES = (".lock", "stages/style/metrics.jsonl", "chain.png")
+
+
+@pytest.mark.parametrize("name", [*LINKED, *LINKED_FILES])
+def test_a_received_run_changes_nothing_outside_itself(two, tmp_path, chainlora, name):
+    """Every verb that changes a run refuses a symbolic link in it; `inspect` draws a picture, and
+    follows none."""
+    run, outside, config = tmp_path / "run", tmp_path / "outside", tmp_path / "config.yaml"
+    if (run / name).exists():
+        (run / name).rename(outside)
+    elif name in LINKED_FILES:
+        outside.write_text("mine")
+    else:
+        (outside / "00000001.1-2.new").mkdir(parents=True)
+        (outside / "00000001").write_text("mine")
+    (run / name).symlink_to(outside)
+    before = sha256(outside) if outside.is_file() else sorted(outside.rglob("*"))
+    law = stage_of(two, "style") | {"name": "law"}
+    config.write_text(json.dumps(two | {"stages": [*two["stages"], law]}))
+    (tmp_path / "law.yaml").write_text(json.dumps(law))
+    for words in (
+        f"prune {run} style",
+        f"prune {run} style --yes",
+        f"mix {run} style=0",
+        f"extend {run} {tmp_path / 'law.yaml'}",
+        f"train {config}",
+    ):
+        done = chainlora(words)
+        assert done.status == 1
+        assert f"a run must hold no symbolic links (got {run / name} ->" in done.err
+    assert chainlora(f"inspect {run}").status == 0
+    assert before == (sha256(outside) if outside.is_file() else sorted(outside.rglob("*")))
