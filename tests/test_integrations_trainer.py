@@ -69,14 +69,8 @@ def test_the_same_batches_give_the_same_links(tiny_folder, tokenizer, tmp_path, 
     torch.testing.assert_close(logits(trainer.model), logits(own.model), atol=ROUNDING, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [("cosine_with_min_lr", {"min_lr": LR / 2}), ("polynomial", {"lr_end": LR / 2})],
-)
-def test_a_schedule_a_link_ends_at_the_rate_that_is_asked_for(
-    tiny_folder, tokenizer, tmp_path, kind, options
-):
-    keys = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": options}
+def test_a_schedule_a_link_ends_at_the_rate_that_is_asked_for(tiny_folder, tokenizer, tmp_path):
+    keys = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": LR / 2}}
     rates = []
     for callback, steps in ((None, 4), (ChainCallback(steps=4, restart_schedule=True), 8)):
         trainer = run(tiny_folder, tokenizer, tmp_path, callback, max_steps=steps, **keys)
@@ -404,8 +398,7 @@ def test_every_save_is_a_chain_and_an_adapter(tiny_folder, tokenizer, tmp_path):
 # --- resume ---
 
 
-@pytest.mark.parametrize("killed", [3, 9], ids=["before a knot", "two knots on"])
-def test_a_killed_run_resumes_across_a_knot(tiny_folder, tokenizer, tmp_path, killed):
+def test_a_killed_run_resumes_across_a_knot(tiny_folder, tokenizer, tmp_path):
     keys = {"save_strategy": "steps", "save_steps": 2}
     knots = {"ranks": [4, 4, 2], "steps": [4, 4, 3], "restart_schedule": True}
     whole = run(tiny_folder, tokenizer, tmp_path / "whole", ChainCallback(**knots), **keys)
@@ -414,7 +407,7 @@ def test_a_killed_run_resumes_across_a_knot(tiny_folder, tokenizer, tmp_path, ki
     trainer = make_trainer(
         peft_model(tiny_folder), tokenizer, output, ChainCallback(**knots), **keys
     )
-    trainer.add_callback(StopAt(killed))
+    trainer.add_callback(StopAt(9))  # two knots on
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     resumed = make_trainer(

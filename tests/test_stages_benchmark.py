@@ -57,17 +57,6 @@ def test_a_combination_is_the_nearest_to_each_state_on_its_own_inputs(lab):
     torch.testing.assert_close(found.delta_weight("m").double(), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_one_state_combined_is_itself_and_order_changes_nothing(lab):
-    combine, _ = lab
-    first, second = link(0), link(1)
-    grams = [{"m": inputs(place).T @ inputs(place)} for place in range(2)]
-    alone = combine.combine([[first]], grams[:1], RIDGE)
-    torch.testing.assert_close(alone.delta_weight("m"), first.delta_weight("m"))
-    one = combine.combine([[first], [second]], grams, RIDGE)
-    other = combine.combine([[second], [first]], grams[::-1], RIDGE)
-    torch.testing.assert_close(one.delta_weight("m"), other.delta_weight("m"))
-
-
 def test_rows_are_dealt_balanced_and_mixed(lab):
     _, run = lab
     assert sorted(run.dealt("abc", 6, "k")) == list("aabbcc")

@@ -73,12 +73,12 @@ def dies_after(num_records: int):
     return listener
 
 
-@pytest.mark.parametrize("init", ["kaiming", "gradient"])  # which reads rows again at the resume
 def test_a_run_killed_between_its_early_stop_and_the_knot_still_ties_the_link(
-    tiny_folder, sentiment, tmp_path, init
+    tiny_folder, sentiment, tmp_path
 ):
+    """By a start that reads rows again at the resume."""
     keys = {"lr": 1e-9, "early_stop": 2, "eval_every": 1, "save_every": 1}
-    keys = {"train": keys, "chain": {"init": init}}
+    keys = {"train": keys, "chain": {"init": "gradient"}}
     train(settings(tiny_folder, sentiment, tmp_path / "whole", **keys))
     config = make_config(settings(tiny_folder, sentiment, tmp_path / "killed", **keys))
 
@@ -147,7 +147,7 @@ class _EndsEarly:
         return WHOLE if position.link == 0 and position.step == 2 else None
 
 
-@pytest.mark.parametrize("dies_at", [None, 1, 2, "knot", 3, 7])
+@pytest.mark.parametrize("dies_at", [None, 2, "knot"])
 def test_a_link_may_end_early_and_the_last_one_makes_up_for_it(
     tiny_folder, sentiment, tmp_path, monkeypatch, dies_at
 ):

@@ -109,18 +109,15 @@ def test_compare_extends_its_rates(tiny_folder, sentiment, tmp_path, chainlora):
     assert "lr 0.0001 (highest tried)" in outcome.out
 
 
-@pytest.mark.parametrize("verb", [pytest.param("experiment", marks=pytest.mark.slow), "compare"])
-def test_ctrl_c_says_that_the_same_command_resumes(tiny_folder, sentiment, tmp_path, verb):
+def test_ctrl_c_says_that_the_same_command_resumes(tiny_folder, sentiment, tmp_path):
     """`train --resume`, which was the advice, is for a run and not for an experiment."""
-    base = tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune={})
-    base["base"]["recipe"]["steps"] = 100_000
+    base = tree(tiny_folder, sentiment)["base"]
     out, path = tmp_path / "out", tmp_path / "file.yaml"
-    command = ["experiment", "run", str(path)]
-    if verb == "compare":
-        chain = {"ranks": [2], "steps": [100_000], "target_modules": ["q_proj"]}
-        base = {key: base["base"][key] for key in ("model", "data", "train")} | {"chain": chain}
-        command = ["compare", str(path), "--methods", "lora,chain2"]
-    path.write_text(yaml.safe_dump(base))
+    chain = {"ranks": [2], "steps": [100_000], "target_modules": ["q_proj"]}
+    path.write_text(
+        yaml.safe_dump({k: base[k] for k in ("model", "data", "train")} | {"chain": chain})
+    )
+    command = ["compare", str(path), "--methods", "lora,chain2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "chainlora", *command, "--output", str(out)],
