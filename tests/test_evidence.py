@@ -411,6 +411,13 @@ SENTENCES: list[tuple[str, Callable[[], Iterable[str]]]] = [  # a text of the pa
         lambda: [paper_gain(), *detectable()],
     ),
     ("on top less one LoRA: {} points", lambda: [orders_less_one_lora()]),
+    (
+        "less on top, rehearsed: {} points",
+        lambda: [ahead("combined rehearsed", "on top rehearsed")],
+    ),
+    ("on top, rehearsed, less replay: {} points", lambda: [ahead("on top rehearsed", "replay")]),
+    ("combined, rehearsed, less replay: {}", lambda: [ahead("combined rehearsed", "replay")]),
+    ("on top less one LoRA: {} points", lambda: [orders_less_one_lora()]),
     ("rehearsed, is {} points ahead", lambda: [ahead("combined rehearsed", "on top rehearsed")]),
     ("is {} points ahead of replay", lambda: [ahead("on top rehearsed", "replay")]),
     ("replay is {} points", lambda: [ahead("combined rehearsed", "replay")]),
