@@ -118,7 +118,7 @@ def rehearse(
 ) -> TrainResult:
     """Train a short stage on rows that all stages of a run kept, as many of each.
 
-    `stage` may have sections of a stage, by default one link of `STEPS` steps and the largest rank
+    `stage` may have sections of a stage, by default one link of 40 steps and the largest rank
     of the run's links. The same call again goes on where it was stopped; where the run ends in a
     rehearsal, it does nothing. Returns what ``result.json`` holds.
     """
