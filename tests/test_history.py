@@ -29,7 +29,10 @@ def run(tiny_folder, sentiment, tmp_path_factory) -> Path:
     (folder / "run.yaml").write_text(json.dumps(tree))
     stage = {"data": tree["data"], "chain": {"ranks": [2], "steps": [1]}}
     (folder / "law.yaml").write_text(json.dumps(stage))
-    for words in (f"train {folder}/run.yaml", f"extend {run} {folder}/law.yaml --name law"):
+    for words in (
+        f"train {folder}/run.yaml",
+        f"extend {run} --on-top {folder}/law.yaml --name law",
+    ):
         assert command(words.split()) == 0
     return run
 
@@ -76,7 +79,7 @@ def test_states_of_one_digest_are_equal_to_the_bit(run, tmp_path, chainlora):
     assert_equal(open_run(f"{fork}@law"), law)
     assert_equal(open_run(f"{fork}@main"), main)
     again = open_run(f"{fork}@new")
-    done(f"extend {run} {run.parent}/law.yaml --name new")
+    done(f"extend {run} --on-top {run.parent}/law.yaml --name new")
     assert_equal(open_run(f"{run}@new"), again)  # the same stage on the same state
     states = [main, law, half, again, open_run(f"{run}@base")]
     assert len({state.state.digest for state in states}) == 5
@@ -91,10 +94,10 @@ def test_a_stage_does_not_depend_on_what_else_the_run_holds(run, tmp_path, chain
         assert chainlora(words).status == 0
     one, two = tmp_path / "one", tmp_path / "two"
     assert chainlora(f"undo {two} --to main").status == 0
-    assert chainlora(f"extend {two} {section} --name between").status == 0
+    assert chainlora(f"extend {two} --on-top {section} --name between").status == 0
     assert chainlora(f"undo {two} --to first").status == 0
     for place in (one, two):
-        assert chainlora(f"extend {place} {section} --name last").status == 0
+        assert chainlora(f"extend {place} --on-top {section} --name last").status == 0
     assert_equal(open_run(f"{one}@last"), open_run(f"{two}@last"))
 
 
