@@ -417,10 +417,6 @@ SENTENCES: list[tuple[str, Callable[[], Iterable[str]]]] = [  # a text of the pa
     ),
     ("on top, rehearsed, less replay: {} points", lambda: [ahead("on top rehearsed", "replay")]),
     ("combined, rehearsed, less replay: {}", lambda: [ahead("combined rehearsed", "replay")]),
-    ("on top less one LoRA: {} points", lambda: [orders_less_one_lora()]),
-    ("rehearsed, is {} points ahead", lambda: [ahead("combined rehearsed", "on top rehearsed")]),
-    ("is {} points ahead of replay", lambda: [ahead("on top rehearsed", "replay")]),
-    ("replay is {} points", lambda: [ahead("combined rehearsed", "replay")]),
     (
         "takes {} to {} of its memory at {} to {} times its speed",
         checkpointing,
