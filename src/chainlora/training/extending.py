@@ -172,7 +172,8 @@ def _need_answers(now: OpenState, stage: Stage) -> None:
     if now.entry is not None and now.entry.kind == "mix":
         found += [f"{now.entry.key}, whose strengths would be lost"]
     if found:
-        rule, remedy = "stages beside each other learn answers", "for that all the same: --beside"
+        rule = "by default a stage with answers of its own stands beside others"
+        remedy = "--beside does it all the same"
         raise RunError(rule, found[0], remedy)
 
 
