@@ -317,7 +317,7 @@ def test_extend_stands_beside_and_rehearses_by_default(abc, ac, sentiment, capsy
     assert [entry.key for entry in read_history(ac).entries][-1] == "rehearsal"
 
 
-@pytest.mark.parametrize("why", ["pairs", "replay", "mix", "kept", "named", "on top"])
+@pytest.mark.parametrize("why", ["pairs", "replay", "mix", "kept", "named", "head", "on top"])
 def test_what_extend_trains_on_top(why, abc, sentiment, tmp_path, caplog):
     stage = section(sentiment, "d")
     if why == "pairs":
@@ -327,10 +327,11 @@ def test_what_extend_trains_on_top(why, abc, sentiment, tmp_path, caplog):
     if why == "mix":
         mix_stages(abc, {"b": 0})
     below = open_run(abc).entry.key if why != "named" else "a"
-    address = f"{abc}@a" if why == "named" else abc
+    address = {"named": f"{abc}@a", "head": f"{abc}@{below}"}.get(why, abc)
     extend(address, stage, beside=False if why == "on top" else None, progress=False)
     assert read_history(abc).find("d").parents == (below,)
-    assert ("stage d is trained on top of" in caplog.text) == (why not in ("named", "on top"))
+    is_told = why not in ("named", "head", "on top")
+    assert ("stage d is trained on top of" in caplog.text) == is_told
 
 
 def test_a_rehearsal_takes_no_loss_of_pairs(abc, tmp_path, caplog):

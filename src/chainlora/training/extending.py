@@ -62,7 +62,7 @@ def extension(
         ConfigError: a stage without a name, or with keys that a stage cannot have.
         RunError: a stage that was begun on another state, or before the first has ended.
     """
-    run, _ = split_address(address)
+    run, named = split_address(address)
     now, state = find_state(run), find_state(address)
     if not now.has_run:
         raise RunError(
@@ -80,7 +80,7 @@ def extension(
     is_chosen = beside is not None
     if beside is None:
         known = begun_stage(run, name)
-        beside = output is None and state.state == now.state
+        beside = output is None and named is None
         beside &= known is None or _began_on(known) == now.history.origin
     if beside:
         if output is not None or state.state != now.state:
@@ -94,20 +94,11 @@ def extension(
     if beside:  # not from a stage that may be pruned, or not there when the command is given again
         last = begun_stage(run, name) or now.at(now.history.own_stages[0])
     before, is_new = last.config(), not is_run(begun) or begun_stage(begun, name) is None
-    is_rehearsal = section_of(own, "data").get("rehearse", False)
-    if is_new and not is_rehearsal and (left_out := not_inherited(before, own)):
-        what = (name, ", ".join(left_out), last.stage)
-        logger.warning("stage %s does not inherit %s from %s", *what)
     if plugins is None and before.plugins:
         raise RunError(not_named(f"extend {address}", before.plugins) + ", or --plugins [] without")
     shared = what_stages_share(before) | {"plugins": plugins or ()}
-    if output is not None:
-        base = from_above(shared["model"], run)
-        tree = shared | {"model": base, "start": str(address), "output": str(output)}
-        return [make_stage(tree, own, 0)]
-    stage = make_stage(shared | {"output": str(run)}, own, 1)
-    key = "base" if state.entry is None else state.entry.key
     if beside and is_new:
+        stage = make_stage(shared | {"output": str(run)}, own, 1)
         try:
             _need_combinable(now, stage)
             if not is_chosen:
@@ -117,6 +108,16 @@ def extension(
                 raise
             logger.warning("stage %s is trained on top of %s: %s", name, now.stage, error)
             return extension(address, section, overrides)
+    is_rehearsal = section_of(own, "data").get("rehearse", False)
+    if is_new and not is_rehearsal and (left_out := not_inherited(before, own)):
+        what = (name, ", ".join(left_out), last.stage)
+        logger.warning("stage %s does not inherit %s from %s", *what)
+    if output is not None:
+        base = from_above(shared["model"], run)
+        tree = shared | {"model": base, "start": str(address), "output": str(output)}
+        return [make_stage(tree, own, 0)]
+    stage = make_stage(shared | {"output": str(run)}, own, 1)
+    key = "base" if state.entry is None else state.entry.key
     rehearse &= beside
     return [Stage(stage.name, stage.config, after=key, beside=beside, rehearse=rehearse)]
 
