@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from chainlora import export_adapter, extend, load_run
-from chainlora.chain.combining import Combination, gram_matrices
+from chainlora.chain.combining import Combination, gram_matrices, modules_by_input
 from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
 from chainlora.errors import ChainError, ConfigError, RunError
@@ -148,6 +148,8 @@ def test_grams_are_of_the_inputs_of_layers(tiny_folder):
     torch.testing.assert_close(found[names[1]], x.T @ x / 5)
     assert found[names[0]].nonzero().flatten().tolist() == [5, 6, 7, 8, 9]
     assert found[names[0]].sum() == 1
+    attention = [f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"]
+    assert [*modules_by_input(model, attention, rows[0])] == [attention[:3], attention[3:]]
 
 
 def test_the_order_of_stages_changes_nothing(abc):

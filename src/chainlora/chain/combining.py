@@ -12,7 +12,8 @@ sums are of float64 on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -90,27 +91,44 @@ def gram_matrices(
 
     Rows are read one by one, without padding. Layers that share an input share the work.
     """
-    inputs: dict[str, list[Tensor]] = {name: [] for name in modules}
-    layers = {name: base_layer(model.get_submodule(name)) for name in modules}
     sums: dict[str, Tensor] = {}
-    hooks = [
-        layer.register_forward_pre_hook(_keeper(inputs[name])) for name, layer in layers.items()
-    ]
     count = pending = 0
-    try:
-        with torch.no_grad():
-            for row in rows:
-                model(input_ids=row, use_cache=False)
-                count, pending = count + row.numel(), pending + row.numel()
-                if pending >= _AT_ONCE:
-                    _add_products(sums, inputs, layers)
-                    pending = 0
+    with _kept_inputs(model, modules) as (inputs, layers), torch.no_grad():
+        for row in rows:
+            model(input_ids=row, use_cache=False)
+            count, pending = count + row.numel(), pending + row.numel()
+            if pending >= _AT_ONCE:
+                _add_products(sums, inputs, layers)
+                pending = 0
         _add_products(sums, inputs, layers)
-    finally:
-        for hook in hooks:
-            hook.remove()
     means = {id(total): total.div_(count) for total in sums.values()}
     return {name: means[id(total)] for name, total in sums.items()}
+
+
+def modules_by_input(
+    model: nn.Module, modules: Collection[str], row: Tensor
+) -> Iterable[list[str]]:
+    """Return modules, those that share an input for a row of tokens (1 × length) together."""
+    found: dict[object, list[str]] = {}
+    with _kept_inputs(model, modules) as (inputs, _), torch.no_grad():
+        model(input_ids=row, use_cache=False)
+        for name, parts in inputs.items():
+            found.setdefault(_identity(parts) or name, []).append(name)
+    return found.values()
+
+
+@contextmanager
+def _kept_inputs(
+    model: nn.Module, modules: Collection[str]
+) -> Iterator[tuple[dict[str, list[Tensor]], dict[str, nn.Module]]]:
+    """Keep what modules are called with; give that and the layers."""
+    inputs: dict[str, list[Tensor]] = {name: [] for name in modules}
+    layers = {name: base_layer(model.get_submodule(name)) for name in modules}
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            handle = layer.register_forward_pre_hook(_keeper(inputs[name]))
+            hooks.callback(handle.remove)
+        yield inputs, layers
 
 
 _AT_ONCE = 2048  # tokens whose inputs wait for one product
@@ -124,10 +142,10 @@ def _add_products(
     sums: dict[str, Tensor], inputs: Mapping[str, list[Tensor]], layers: Mapping[str, nn.Module]
 ) -> None:
     """Add what inputs give to the sums, and forget them."""
-    products: dict[tuple[object, ...], Tensor] = {}
+    products: dict[object, Tensor] = {}
     found = {}
     for name, parts in inputs.items():
-        key = tuple((part.data_ptr(), part.shape, part.stride()) for part in parts)
+        key = _identity(parts)
         if parts and key not in products:
             products[key] = _product(parts, layers[name])
         if parts:  # else an expert that no token was sent to
@@ -135,6 +153,10 @@ def _add_products(
     _add_shared(sums, found)
     for parts in inputs.values():
         parts.clear()
+
+
+def _identity(parts: list[Tensor]) -> tuple[object, ...]:
+    return tuple((part.data_ptr(), part.shape, part.stride()) for part in parts)
 
 
 def _product(parts: list[Tensor], layer: Any) -> Tensor:

@@ -4,7 +4,7 @@ that their stages kept. Nothing is trained, and no strengths are searched."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from chainlora import files
-from chainlora.chain.combining import Combination, gram_matrices
-from chainlora.chain.link import Link
+from chainlora.chain.combining import Combination, gram_matrices, modules_by_input
+from chainlora.chain.link import Factors, Link
 from chainlora.config.staging import is_run, need_apart
 from chainlora.data.kept import Kept
 from chainlora.errors import ChainError, RunError
@@ -184,14 +184,20 @@ def _solved(states: Sequence[OpenState], progress: Progress) -> dict[str, Module
     held = [{term.link: term for term in state.state.terms} for state in states]
     alike = {link for link in held[0] if all(each.get(link) == held[0][link] for each in held)}
     rows = [_rows_of(state) for state in states]
-    parts = list(_parts([link for (key, _), link in links.items() if key not in alike]))
-    scorer, done, due = Scorer(states[0], {}), 0, len(parts) * sum(map(len, rows))
+    solving = [link for (key, _), link in links.items() if key not in alike]
+    changed = {name: each for link in solving for name, each in link.factors.items()}
+    scorer = Scorer(states[0], {})
+    model = scorer.model_at(states[0].state)
+    device = next(model.parameters()).device
+    by_input = modules_by_input(model, changed, rows[0][0][:, :16].to(device))
+    parts = list(_parts(by_input, changed))
+    done, due = 0, len(parts) * sum(map(len, rows))
     derived: dict[str, Modules] = {}
 
     def read(tokens: Sequence[Tensor], name: str) -> Iterator[Tensor]:
         nonlocal done
         for row in tokens:
-            yield row.to(next(scorer.chain.model.parameters()).device)
+            yield row.to(device)
             done += 1
             progress(name, done, due)
 
@@ -223,18 +229,19 @@ def _a_of(link: Link, strength: float, modules: Sequence[str]) -> Modules:
     return {name: strength * link.factors[name].a for name in modules if name in link.factors}
 
 
-def _parts(links: Sequence[Link]) -> Iterator[list[str]]:
-    """Divide modules of links into parts whose Grams, of a state and summed, fit into memory."""
+def _parts(by_input: Iterable[list[str]], factors: Mapping[str, Factors]) -> Iterator[list[str]]:
+    """Divide modules into parts whose Grams, one an input, of a state and summed, fit into
+    memory."""
     part: list[str] = []
     size = 0
-    factors = {name: each for link in links for name, each in link.factors.items()}
-    for name, each in factors.items():
-        width = each.a.shape[1]
-        more = 2 * 8 * (width if each.of_embedding else width**2)
+    for names in by_input:
+        first = factors[names[0]]
+        width = first.a.shape[1]
+        more = 2 * 8 * (width if first.of_embedding else width**2)
         if part and size + more > _MEMORY:
             yield part
             part, size = [], 0
-        part.append(name)
+        part += names
         size += more
     if part:
         yield part
