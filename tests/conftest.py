@@ -55,7 +55,7 @@ def tiny_model(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    words = "quick: a sixth of the long tests, all others; rest: other long tests, a sixth of `slow`"
+    words = "quick: a sixth of long tests, all others; rest: other long ones, a sixth of `slow`"
     parser.addoption("--part", choices=["all", "quick", "rest"], default="all", help=words)
 
 
