@@ -91,9 +91,14 @@ def test_without_a_limit_the_rows_of_a_run_give_one_and_say_how_prompts_end(
     assert chainlora(*asked, "cat 3", "--max-new-tokens", 3).err.startswith(hint)
     off = ("--stages", "main=0", "--max-new-tokens", 3)
     assert chainlora(*asked, "cat 3", *off).err == ""  # the base learned no rows
-    (tmp_path / "rows.jsonl").unlink()  # a run that was moved says nothing of its rows
-    full = chainlora(*asked, "cat 3").err
-    assert full == "chainlora: the answer was cut where the model's context ends\n"
+    rows = [{"prompt": f"the hill {n}:", "completion": " green"} for n in range(9)]
+    other = str(write_rows(tmp_path / "others.jsonl", rows))
+    keys = ("--data.train", other, "--name", "hills", "--chain.ranks", "2", "--chain.steps", "1")
+    assert chainlora("extend", tmp_path / "run", *keys).status == 0
+    for prompt in ("cat 3 sat on a", "the hill 3:"):  # each as the rows of one of the stages
+        assert chainlora(*asked, prompt, "--max-new-tokens", 3).err == ""
+    both = chainlora(*asked, "cat 3", "--max-new-tokens", 3).err
+    assert both.startswith(hint.replace("a',", "a' or ':',"))
 
 
 def test_drawn_tokens_depend_on_the_seed_alone(chainlora, tiny_folder):

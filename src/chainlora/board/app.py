@@ -245,8 +245,9 @@ def _talking(desk: Desk) -> list[Any]:
     def talk(
         text: str, chat: bool, most: int | None, temperature: float, *values: Any
     ) -> Iterator[Any]:
-        if rows is not None and not chat and not text.endswith(rows.ending):
-            gr.Warning(f"The rows of this run have prompts that end in {rows.ending!r}.")
+        if rows is not None and not chat and not rows.has(text):
+            endings = " or ".join(map(repr, rows.endings))
+            gr.Warning(f"The rows of this run have prompts that end in {endings}.")
         question = {"role": "user", "content": text}
         said = [[*_answered(turns), question] for turns in values[:2]]
         yield "" if chat else text, *said

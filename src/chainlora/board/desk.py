@@ -61,13 +61,12 @@ class Desk:
 
     @cached_property
     def rows(self) -> RowFacts | None:
-        """What the training rows of the run have in common, where they are on this machine."""
+        """What the training rows that the stages kept have in common."""
         return training_rows(self.state, self.tokenizer)
 
     def prompts(self, count: int) -> list[str]:
-        """Return the first prompts that the last stage kept; none of a run that keeps no rows."""
-        kept = self.state.kept().get(self.state.facts[-1].stage)
-        rows = kept.scored[1][:count] if kept is not None else []
+        """Return the first prompts that each stage kept; none of a run that keeps no rows."""
+        rows = [row for kept in self.state.kept().values() for row in kept.scored[1][:count]]
         texts = [self.tokenizer.decode(row.prompt, skip_special_tokens=True) for row in rows]
         return list(dict.fromkeys(text for text in texts if text))
 

@@ -79,11 +79,12 @@ def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) 
             raise click.UsageError("Missing option '--prompt' (or a text on stdin)")
         prompt = stdin.read()
     speaker, facts = _speaker(run_or_model, **keys)
-    if facts is not None and not prompt.endswith(facts.ending):
+    if facts is not None and not facts.has(prompt):
         other = "; `chainlora chat` writes it" if facts.is_chat else ""
         to_stderr(
-            f"chainlora: the run's rows have prompts that end in {facts.ending!r}, and this one "
-            f"does not: the answer may make no sense{other}"
+            "chainlora: the run's rows have prompts that end in "
+            f"{' or '.join(map(repr, facts.endings))}, and this one does not: the answer may make "
+            f"no sense{other}"
         )
     text = speaker.complete(prompt, (lambda piece: None) if as_json else _write)
     if as_json:

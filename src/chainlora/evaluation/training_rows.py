@@ -3,67 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 from itertools import takewhile
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from chainlora.config.schema import PAIR_LOSSES, RunConfig
+from chainlora.config.schema import RunConfig
 from chainlora.config.staging import is_run
-from chainlora.data.encoding import Options
 from chainlora.data.kept import Kept
-from chainlora.data.preparing import make_rows
-from chainlora.data.sources import find_source
-from chainlora.data.tasks import load_task
-from chainlora.errors import ChainLoRAError
+from chainlora.errors import RunError
 from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.state import OpenState
 
 MOST_TOKENS = 256  # of an answer, as transformers' own text generation has it
 _FEWEST = 32  # that the rows of a run lower it to
-_ROWS = 200  # the first of the training file: read and tokenised in a fraction of a second
+_ROWS = 200  # of a stage, which are decoded in a fraction of a second
 
 
 class RowFacts(NamedTuple):
-    """What the first training rows of a run have in common."""
+    """What the training rows that the stages of a run kept have in common."""
 
-    ending: str  # of all their prompts; empty where those share none
+    endings: tuple[str, ...]  # of the prompts of each stage; none where those of one share none
     longest_answer: int  # in tokens, its end included
     is_chat: bool  # a chat template wrote the prompts
 
+    def has(self, prompt: str) -> bool:
+        """Say whether a prompt ends like those of a stage."""
+        return not self.endings or prompt.endswith(self.endings)
+
 
 def training_rows(run_or_model: Address, tokenizer: Any) -> RowFacts | None:
-    """Return what a run's training rows have in common.
+    """Return what the training rows have in common that the stages of a run kept.
 
-    None for a model, for rows without prompts, for those of a stage that is off or comes later, and
-    where the rows are not on this machine.
+    None for a model, and where no stage that is on kept rows with prompts.
     """
-    config = config_of(run_or_model)
-    if config is None:
+    if not isinstance(run_or_model, OpenState) and not is_run(run_or_model):
         return None
     state = open_run(run_or_model)
-    if state.is_off or state.is_before_training:
-        return None
-    data, loss = config.data, config.train.loss
-    place = data.train_files[0].path if data.train_files else data.dir
-    if place is None or not Path(place).exists():
-        return None
     try:
-        source = replace(find_source(place, "train", _ROWS), fields=data.fields)
-        kind = data.format if data.task is None else load_task(data.task)
-        options = Options(objective=loss if loss in PAIR_LOSSES else "completion")
-        found = make_rows(source, tokenizer, kind, options)
-        rows = [row for row in found if len(row.prompt) > 1]
-    except (ChainLoRAError, OSError):  # nobody asked for them
+        kept = state.kept()
+    except RunError:  # nobody asked for them
         return None
-    if not rows:
+    on = [kept[name].train[:_ROWS] for name, c in state.strengths.items() if c and name in kept]
+    stages = [found for rows in on if (found := [row for row in rows if len(row.prompt) > 1])]
+    if not stages:
         return None
-    ending = common_ending({str(tokenizer.decode(row.prompt)) for row in rows})
-    return RowFacts(
-        ending,
-        longest_answer=max(max(map(len, row.sequences)) - len(row.prompt) for row in rows),
-        is_chat=any(str(token) in ending for token in tokenizer.all_special_tokens),
-    )
+    texts = [{str(tokenizer.decode(row.prompt)) for row in rows} for rows in stages]
+    endings = {common_ending(each) for each in texts}
+    answers = [max(map(len, row.sequences)) - len(row.prompt) for rows in stages for row in rows]
+    special = tokenizer.all_special_tokens
+    is_chat = any(str(token) in ending for ending in endings for token in special)
+    return RowFacts(() if "" in endings else tuple(sorted(endings)), max(answers), is_chat)
 
 
 def answer_limit(facts: RowFacts | None) -> int:
