@@ -51,8 +51,9 @@ from chainlora.evaluation.pair_scores import judge_odds, judge_pairs
 from chainlora.models.finding import resolve_model
 from chainlora.runs.addresses import Address, find_state, open_run
 from chainlora.runs.changes import MATRIX
+from chainlora.runs.documents import Digest, short_digest
 from chainlora.runs.draft import drafts_in
-from chainlora.runs.history import BASE, Digest, State, read_history, short_digest
+from chainlora.runs.history import BASE, State, read_history
 from chainlora.runs.opening import load_run
 from chainlora.runs.state import OpenState
 

@@ -201,7 +201,7 @@ def train_stages(
         results += train_stages(rehearsal(run, named), listener=listener, matrix=False)
     if matrix and is_first_launched():
         state = find_state(run)
-        if len(state.columns) > 1 and state.keepers():
+        if len(state.columns) > 1 and state.keepers:
             stage_matrix(run, progress=_reader(tell))
     wait_for_all()
     return results
