@@ -38,13 +38,7 @@ from chainlora.chain.showing import table
 from chainlora.data.kept import Kept
 from chainlora.engine.engine import Engine, Speedups
 from chainlora.errors import FileError, RunError
-from chainlora.evaluation.evaluate import (
-    Evaluation,
-    evaluate,
-    standard_error,
-    values,
-    weights_of,
-)
+from chainlora.evaluation.evaluate import Evaluation, evaluate, standard_error, values, weights_of
 from chainlora.evaluation.generation import to_accelerator
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.pair_scores import judge_odds, judge_pairs

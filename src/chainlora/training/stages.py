@@ -19,12 +19,7 @@ from typing import Any, cast
 from chainlora.chain.showing import Shown
 from chainlora.config.reading import make_config, read_config
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import (
-    Stage,
-    check_alone,
-    has_stages,
-    make_stages,
-)
+from chainlora.config.staging import Stage, check_alone, has_stages, make_stages
 from chainlora.errors import StoppedError
 from chainlora.evaluation.combination import combine_with
 from chainlora.evaluation.stage_scores import Progress, stage_matrix
