@@ -142,7 +142,7 @@ def test_a_folder_of_adapters_is_verified_whole(chainlora, made, tmp_path):
 
 def test_a_changed_lineage_is_found(chainlora, made, exported, tmp_path):
     """Its checksum is no signature: with the run, an edit that has a valid one is found too."""
-    from chainlora.runs.history import write_part
+    from chainlora.runs.documents import write_part
     from chainlora.runs.lineage import read_lineage
 
     copy = Path(shutil.copytree(exported, tmp_path / "copy"))
@@ -300,7 +300,7 @@ def test_what_is_no_earlier_state_is_not_overwritten(chainlora, made, sentiment,
 
 
 def test_a_lineage_of_somebody_else_runs_no_code(chainlora, made, exported, sentiment, tmp_path):
-    from chainlora.runs.history import write_part
+    from chainlora.runs.documents import write_part
     from chainlora.runs.lineage import read_lineage
 
     lineage = read_lineage(exported)

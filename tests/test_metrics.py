@@ -66,7 +66,7 @@ ACCURACY = [[0.5, 0.2, 0.1], [0.9, 0.3, 0.1], [0.7, 0.8, 0.2], [0.6, 0.7, 0.9]]
 
 
 def test_three_stages():
-    (found,) = summarise_matrix(ACCURACY, ["a", "b", "c"], ["accuracy"] * 3)
+    (found,) = summarise_matrix(ACCURACY, ["a", "b", "c"], ["accuracy"] * 3, [1, 2, 3])
     assert found.average == pytest.approx((0.6 + 0.7 + 0.9) / 3)
     assert found.backward_transfer == pytest.approx(((0.6 - 0.9) + (0.7 - 0.8)) / 2)
     assert found.forgetting == pytest.approx(((0.9 - 0.6) + (0.8 - 0.7)) / 2)
@@ -75,7 +75,8 @@ def test_three_stages():
 
 def test_metrics_stand_apart_and_losses_are_turned():
     scores = [[3.0, 0.2, 2.0], [1.0, 0.3, 2.5], [2.0, 0.8, 2.0], [4.0, 0.7, 1.0]]
-    loss, accuracy = summarise_matrix(scores, ["a", "b", "c"], ["loss", "accuracy", "loss"])
+    metrics = ["loss", "accuracy", "loss"]
+    loss, accuracy = summarise_matrix(scores, ["a", "b", "c"], metrics, [1, 2, 3])
     assert (loss.stages, accuracy.stages) == (("a", "c"), ("b",))
     assert loss == MatrixSummary("loss", ("a", "c"), True, -2.5, -3.0, 3.0)
     assert str(loss).startswith("minus the loss: average -2.5000, ")
@@ -84,10 +85,10 @@ def test_metrics_stand_apart_and_losses_are_turned():
 
 def test_what_the_base_did_better_was_not_learned_and_is_not_forgotten():
     scores = [[0.9, 0.1], [0.6, 0.2], [0.6, 0.8]]
-    (found,) = summarise_matrix(scores, ["a", "b"], ["accuracy"] * 2)
+    (found,) = summarise_matrix(scores, ["a", "b"], ["accuracy"] * 2, [1, 2])
     assert (found.backward_transfer, found.forgetting) == (0, 0)
 
 
 def test_one_stage_forgets_nothing():
-    (found,) = summarise_matrix([[0.5], [0.9]], ["a"], ["f1"])
+    (found,) = summarise_matrix([[0.5], [0.9]], ["a"], ["f1"], [1])
     assert found == MatrixSummary("f1", ("a",), False, 0.9, None, None)

@@ -14,8 +14,8 @@ from helpers import assert_same_links, assert_same_records, settings, stage_dir,
 from chainlora import load_run, make_config, train
 from chainlora.config.staging import Stage
 from chainlora.errors import ChainLoRAError, FileError, ModelError, RunError
+from chainlora.runs.documents import write_part
 from chainlora.runs.draft import read_draft
-from chainlora.runs.history import write_part
 from chainlora.training.plan import make_plan
 
 # --- the start

@@ -17,8 +17,8 @@ from chainlora.reports.chain_charts import chain_pictures
 from chainlora.reports.charts import Picture, table_of
 from chainlora.reports.page import Block, Column, Numbers, Section, Text, Tiles, as_text, section
 from chainlora.reports.run_charts import training_pictures
-from chainlora.reports.run_report import duration, links_table, score_text, stage_blocks
-from chainlora.reports.runs import RunFacts, read_state, run_names
+from chainlora.reports.run_report import links_table, stage_blocks
+from chainlora.reports.runs import RunFacts, duration, read_state, run_names, score_text
 from chainlora.runs.addresses import find_state, state_at, state_of_draft
 from chainlora.runs.changes import MATRIX
 from chainlora.runs.draft import DRAFT, drafts_in

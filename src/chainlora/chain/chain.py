@@ -29,24 +29,13 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from chainlora.chain import adapters, showing
+from chainlora.chain import adapters, checks, showing
 from chainlora.chain.adapters import Adapter
 from chainlora.chain.base_weights import BaseWeights, fingerprints
-from chainlora.chain.checks import (
-    check_apart,
-    check_config,
-    check_deposits,
-    check_link,
-    check_model,
-    check_plain,
-    check_strengths,
-    check_values,
-    with_strengths,
-)
 from chainlora.chain.holding import holding_named
 from chainlora.chain.initialization import Backward, initialize
 from chainlora.chain.link import Link
-from chainlora.chain.live import Live, factors_of, load_state, norm_of, state_of
+from chainlora.chain.live import Live, link_of, load_state, norm_of, state_of
 from chainlora.chain.soft_knot import Balance, check_soft_knots, share_out
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError
@@ -81,7 +70,7 @@ class Chain:
         checkpoint: str | Path | None = None,
     ) -> None:
         holding = holding_named(hold)
-        check_model(model, checkpoint)
+        checks.check_model(model, checkpoint)
         self.model = model
         self.seed = int(seed)
         self.hold = hold
@@ -124,18 +113,18 @@ class Chain:
         `backward`, a callable that runs forward and backward over a few batches. Trained extra
         modules continue from where the last link left them.
         """
-        check_config(config)
+        checks.check_config(config)
         self._need_no_live("extend")
         self._holding.check_config(config)
         fresh = Link(len(self.links), config, {}, id=self.next_id)
-        check_strengths([*self.links, fresh])
+        checks.check_strengths([*self.links, fresh])
         adapter = self._adapter
         if adapter is not None and adapters.same_shape(adapter, config):
             adapters.set_config(adapter, config)  # compiled graphs survive
         else:
             adapter = self._put_on(config)
-        adapters.set_extra(self.model, adapter, self._latest_extra())
-        self._live = live = Live()
+        adapters.set_extra(self.model, adapter, self._holding.extra_after(self.links))
+        self._live = live = Live(adapter)
         place = f"{self.next_id - self.first_id}"
         drawn_by = f"{self.stage}/{place}" if self.stage else place
         try:
@@ -183,10 +172,10 @@ class Chain:
         """
         if not 0 <= share < 1:
             raise ChainError("`share` must be in [0, 1)", share, "tie() ties all of the link")
-        live, adapter = self._need_live("tie_share"), self._layers()
-        check_soft_knots(adapter.config)
-        scales, tied = share_out(adapter, share)
-        self._holding.deposit(tied, adapter)
+        live = self._need_live("tie_share")
+        check_soft_knots(live.adapter.config)
+        scales, tied = share_out(live.adapter, share)
+        self._holding.deposit(tied, live.adapter)
         live.num_soft_knots += 1
         return showing.Shown(scales)
 
@@ -214,7 +203,7 @@ class Chain:
     @property
     def live(self) -> Adapter | None:
         """The LoRA that is being tuned, None between links."""
-        return None if self._live is None else self._adapter
+        return None if self._live is None else self._live.adapter
 
     @property
     def adapter(self) -> Adapter | None:
@@ -233,32 +222,20 @@ class Chain:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield what the live link trains: give these, and nothing else, to a fresh optimizer."""
-        self._need_live("parameters")
-        return self._layers().parameters()
+        return self._need_live("parameters").adapter.parameters()
 
     def live_norm(self) -> float:
         """Return ‖s·B·A‖_F over all modules of the live link."""
-        self._need_live("live_norm")
-        return norm_of(self._layers())
+        return norm_of(self._need_live("live_norm").adapter)
 
     def live_link(self) -> Link:
         """Return the live link as it is now: what tying it would add. Changes nothing."""
-        live, adapter = self._need_live("live_link"), self._layers()
-        factors, error = factors_of(live, adapter, self._holding)
-        return Link(
-            index=len(self.links),
-            config=adapter.config,
-            factors=factors,
-            extra=adapters.get_extra(adapter),
-            num_steps=live.num_steps,
-            error=error,
-            id=self.next_id,
-        )
+        link = link_of(self._need_live("live_link"), self._holding)
+        return replace(link, index=len(self.links), id=self.next_id)
 
     def live_state(self) -> dict[str, Tensor]:
         """Return all that the live link is made of, as tensors, for `load_live_state`."""
-        self._need_live("live_state")
-        return showing.Shown(state_of(self._layers(), self._holding))
+        return showing.Shown(state_of(self._need_live("live_state").adapter, self._holding))
 
     def load_live_state(
         self, state: Mapping[str, Tensor], num_steps: int, num_soft_knots: int = 0
@@ -268,10 +245,10 @@ class Chain:
         `num_soft_knots` is `live_soft_knots` as it was then.
         """
         live = self._need_live("load_live_state")
-        check_deposits(state, num_soft_knots)
-        load_state(self._layers(), self._holding, state)
+        checks.check_deposits(state, num_soft_knots)
+        load_state(live.adapter, self._holding, state)
         if live.num_soft_knots and not num_soft_knots:  # what they have deposited since then
-            self._holding.settle(self.links, self._layers())
+            self._holding.settle(self.links, live.adapter)
         live.num_steps, live.num_soft_knots = num_steps, num_soft_knots
 
     def discard(self) -> None:
@@ -302,10 +279,10 @@ class Chain:
             raise
 
     def _append(self, link: Link) -> None:
-        check_link(link, self.model)
+        checks.check_link(link, self.model)
         taken = link.id in self.strengths
         placed = replace(link, index=len(self.links), id=self.next_id if taken else link.id)
-        check_strengths([*self.links, placed])
+        checks.check_strengths([*self.links, placed])
         adapter = self._adapter
         if adapter is None or link.extra or link.factors.keys() - adapter.layers:
             adapter = self._put_on(link.config)
@@ -337,7 +314,7 @@ class Chain:
         same strengths always give the same bits.
         """
         self._need_no_live("set_strengths")
-        self.links = with_strengths(self.links, strengths)
+        self.links = checks.with_strengths(self.links, strengths)
         self._settle()
 
     def detach(self) -> nn.Module:
@@ -348,7 +325,7 @@ class Chain:
         self._need_no_live("detach")
         self._holding.detach()  # refuses bases that cannot be merged into, before anything changes
         self._take_off()
-        adapters.set_extra(self.model, None, self._latest_extra())
+        adapters.set_extra(self.model, None, self._holding.extra_after(self.links))
         return self.model
 
     # --- extra modules, trained whole beside the links ---
@@ -359,12 +336,13 @@ class Chain:
         A new classification head is drawn when its model is loaded, and only the chain knows it.
         """
         copied = set(self.weights.copied)
-        return {path: self.weights.read(path) for path in self._extra_paths() if path in copied}
+        paths = self._holding.extra_paths()
+        return {path: self.weights.read(path) for path in paths if path in copied}
 
     def set_start_of_extra(self, start: Mapping[str, Tensor]) -> None:
         """Take other values as what extra modules were before the first link."""
         self._need_no_live("set_start_of_extra")
-        check_values(self.model, start)
+        checks.check_values(self.model, start)
         for path, value in start.items():
             self.weights.replace(path, value)
         if start:
@@ -380,7 +358,7 @@ class Chain:
         self._holding.settle(self.links, self._adapter)
         if self._adapter is not None:
             adapters.reset_magnitudes(self._adapter)
-        adapters.set_extra(self.model, self._adapter, self._latest_extra())
+        adapters.set_extra(self.model, self._adapter, self._holding.extra_after(self.links))
         self._is_settled = True
 
     def _put_on(self, config: LinkConfig) -> Adapter:
@@ -388,11 +366,11 @@ class Chain:
         before = self._adapter
         self._take_off()
         try:
-            check_plain(self.model)
+            checks.check_plain(self.model)
             self._holding.check_layers(self.model, config)
             adapted = {name for link in self.links for name in link.factors}
             whole = {path.rpartition(".")[0] for link in self.links for path in link.extra}
-            check_apart(adapted, whole, self.model, config)
+            checks.check_apart(adapted, whole, self.model, config)
             self._adapter = adapter = adapters.attach(self.model, config)
         except BaseException:
             if before is not None:
@@ -408,21 +386,6 @@ class Chain:
         if self._adapter is not None:
             adapters.detach(self._adapter)
             self._adapter = None
-
-    def _layers(self) -> Adapter:
-        assert self._adapter is not None
-        return self._adapter
-
-    def _latest_extra(self) -> dict[str, Tensor]:
-        """Return the trained extra modules' weights after the last link, or the pristine ones."""
-        latest = {path: self.weights.read(path) for path in self._extra_paths()}
-        for link in self.links:
-            latest |= link.extra if link.strength else {}
-        return latest
-
-    def _extra_paths(self) -> list[str]:
-        linked = self._holding.modules
-        return [path for path in self.weights.paths if path.rpartition(".")[0] not in linked]
 
     def _need_live(self, verb: str) -> Live:
         if self._live is None:

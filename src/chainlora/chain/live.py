@@ -12,6 +12,7 @@ from torch import Tensor
 from chainlora.chain import adapters
 from chainlora.chain.adapters import Adapter, Factors, stacked
 from chainlora.chain.holding import Holding
+from chainlora.chain.link import Link
 from chainlora.chain.low_rank import compress_together, frobenius_norm
 from chainlora.errors import ChainError
 
@@ -25,19 +26,28 @@ _PARTS = ("A", "B", "bias", "magnitude")  # of a module, in the order of `Factor
 
 @dataclass
 class Live:
-    """What is known of the live link beside its LoRA layers on the model."""
+    """What is known of the live link beside its LoRA layers on the model, the `adapter`."""
 
+    adapter: Adapter
     start: dict[str, Factors] = field(default_factory=dict, repr=False)  # PiSSA: what it began as
     num_steps: int = 0
     num_soft_knots: int = 0
 
 
-def factors_of(live: Live, adapter: Adapter, holding: Holding) -> tuple[dict[str, Factors], float]:
-    """Return factors of all that a live link has added so far, by module, and the relative error.
+def link_of(live: Live, holding: Holding) -> Link:
+    """Return all that a live link has added so far as the first link of a chain.
 
-    Without soft knots these are the factors on the model, and exact; PiSSA's less those it began
+    Without soft knots its factors are those on the model, and exact; PiSSA's less those it began
     with.
     """
+    adapter = live.adapter
+    factors, error = _factors_of(live, adapter, holding)
+    extra = adapters.get_extra(adapter)
+    return Link(0, adapter.config, factors, extra, live.num_steps, error)
+
+
+def _factors_of(live: Live, adapter: Adapter, holding: Holding) -> tuple[dict[str, Factors], float]:
+    """Return the factors by module, and their relative error."""
     found = {name: adapters.copied_factors(layer) for name, layer in adapter.layers.items()}
     for name, first in live.start.items():
         found[name] = stacked(found[name], replace(first, b=-first.b))

@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 @click.command(name="eval")
 @click.argument("run_or_model", metavar="RUN|MODEL", type=click.Path())
 @click.option(
-    "--task",
-    help="Task name (see `chainlora tasks`) or a task file. Default: the run's own rows.",
+    "--task", help="Task name (see `chainlora tasks`) or a task file. Default: the run's own rows."
 )
 @click.option(
     "--data",

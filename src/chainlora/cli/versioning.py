@@ -163,7 +163,7 @@ def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_js
             chosen, after, before = best_mix(state, progress=progress)
         to_stderr(f"mean of the row {before:.4f} before, {after:.4f} with the best strengths")
     state = mix_stages(folder, chosen, reads=reads) if chosen else open_run(folder)
-    can_score = bool(chosen and state.keepers())
+    can_score = bool(chosen and state.keepers)
     if can_score and not no_scores:  # said first: a kill while it scores undoes no mix
         to_stderr(f"{run} is this mix now; next, what it scores")
     matrix = None
@@ -191,11 +191,11 @@ def _say_what_is_averaged(state: OpenState) -> list[str]:
     return the former."""
     from chainlora.runs.history import START
 
-    kept = [entry.key for entry in state.keepers()]
+    kept = [*state.keepers]
     rows = [name for name in state.columns if name in kept]
     to_stderr(f"the average is over the rows of {', '.join(rows) or 'no stage'}")
     history, run = state.history, state.run
-    before = history.stages_in(history.state_of(history.origin)) or [START]
+    before = [*history.strengths_of(history.state_of(history.origin))] or [START]
     if without := [name for name in before if name not in kept]:
         to_stderr(
             f"chainlora: what {run} began on has no rows ({', '.join(without)}), so the best mix "

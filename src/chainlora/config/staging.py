@@ -63,9 +63,14 @@ class Stage:
         return None if isinstance(found, str) else found
 
 
+def exists_in(folder: Path) -> bool:
+    """Say whether a run, or a saved chain, is in a folder."""
+    return (folder / HISTORY).is_file()
+
+
 def refuse_older(folder: Path) -> None:
     """Raise RunError for a run that an earlier version wrote, which this one does not read."""
-    if (folder / "chain.json").is_file() and not (folder / HISTORY).is_file():
+    if (folder / "chain.json").is_file() and not exists_in(folder):
         raise RunError(
             f"Cannot read the run {folder}: version 0.2 or a development version wrote it. Use "
             "that version, or train again into another folder."
@@ -76,8 +81,8 @@ def need_apart(output: str | PathLike[str]) -> None:
     """Raise ConfigError for a new run inside another one, which would take it for its own."""
     folder = Path(expanduser(output)).resolve()
     refuse_older(folder)
-    around = next((each for each in folder.parents if (each / HISTORY).is_file()), None)
-    if around is not None and not (folder / HISTORY).is_file():
+    around = next(filter(exists_in, folder.parents), None)
+    if around is not None and not exists_in(folder):
         raise ConfigError(
             "`output` must lie outside other runs",
             f"{output}, inside {around}",
@@ -231,22 +236,21 @@ def split_address(address: str | PathLike[str]) -> tuple[Path, str | None]:
         raise ConfigError("a run, or a model, is named by its path", got, remedy)
     path = Path(expanduser(address))
     head, at, name = str(path).rpartition("@")
-    if not at or path.exists() or not (Path(head) / HISTORY).is_file():
+    if not at or path.exists() or not exists_in(Path(head)):
         return path, None
     return Path(head), name
 
 
 def is_run(address: str | PathLike[str]) -> bool:
     """Say whether a run directory, or a saved chain, is there."""
-    run, _ = split_address(address)
-    return (run / HISTORY).is_file()
+    return exists_in(split_address(address)[0])
 
 
 def need_run(address: str | PathLike[str]) -> None:
     """Raise RunError for what is neither a run directory nor a saved chain."""
     run, _ = split_address(address)
     with reported(run, "read"):
-        if (run / HISTORY).is_file():
+        if exists_in(run):
             return
     refuse_older(run)
     if (run / "links").is_dir():

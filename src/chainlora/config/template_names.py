@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from importlib.resources import files
 from os.path import expanduser
 from pathlib import Path
+from typing import Any
 
-from chainlora.errors import nearest
+from chainlora.errors import RunError, nearest
 
 Argument = bool | int | float | str | None
 
@@ -87,3 +88,15 @@ def with_defaults(template: str, arguments: Mapping[str, Argument]) -> str:
 def _literal(value: Argument) -> str:
     """Return a value as Jinja writes it."""
     return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def refuse_paths(tree: Mapping[str, Any], path: Path) -> None:
+    """Raise RunError where a saved config would have a file of this machine read."""
+    data = tree.get("data")
+    template = data.get("chat_template") if isinstance(data, Mapping) else None
+    if isinstance(template, str) and not is_resolved(template):
+        raise RunError(
+            "`data.chat_template` of a run must be a name or a text",
+            f"the path {template!r:.60} in {path}",
+            "restore the file from a copy, or start over",
+        )

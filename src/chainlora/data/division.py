@@ -41,10 +41,7 @@ class Division:
 
 
 def divide(
-    files: Sequence[Rows],
-    data: DataConfig,
-    earlier: Sequence[Kept] = (),
-    bound: int | None = None,
+    files: Sequence[Rows], data: DataConfig, earlier: Sequence[Kept] = (), bound: int | None = None
 ) -> Division:
     """Divide the rows of training files, encoded as they are trained on.
 
@@ -88,11 +85,7 @@ def divide(
 
 
 def rows_again(
-    key: str,
-    earlier: Mapping[str, Kept],
-    loss: str,
-    validation: Iterable[Example],
-    max_length: int,
+    key: str, earlier: Mapping[str, Kept], loss: str, validation: Iterable[Example], max_length: int
 ) -> list[Rows]:
     """Return the rows that a stage with this loss can read again, of each earlier one with some.
 

@@ -39,15 +39,7 @@ from chainlora.data.encoding import Options, RowEncoder, detect_format, make_row
 from chainlora.data.encoding.encoder import Counts
 from chainlora.data.encoding.translated import FIELDS as TRANSLATED
 from chainlora.data.examples import Example
-from chainlora.data.rows import (
-    ARRAYS,
-    MemoryRows,
-    Rows,
-    RowsSummary,
-    StoredRows,
-    flatten,
-    joined,
-)
+from chainlora.data.rows import ARRAYS, MemoryRows, Rows, RowsSummary, StoredRows, flatten, joined
 from chainlora.data.sources import Row, Source
 from chainlora.data.tasks import Task
 from chainlora.errors import DataError, FileError

@@ -172,7 +172,7 @@ def _own_rows(
                 config, tokenizer, context, None, split, loss, earlier=earlier, bound=bound
             )
         except DataError as error:
-            if data is None and open_run(run).keepers():
+            if data is None and open_run(run).keepers:
                 error.args = (f"{error}, or score those that the run kept: --matrix",)
             raise
         return splits, getattr(splits, split)[:limit]

@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -38,21 +39,16 @@ from chainlora.chain.showing import table
 from chainlora.data.kept import Kept
 from chainlora.engine.engine import Engine, Speedups
 from chainlora.errors import FileError, RunError
-from chainlora.evaluation.evaluate import (
-    Evaluation,
-    evaluate,
-    standard_error,
-    values,
-    weights_of,
-)
+from chainlora.evaluation.evaluate import Evaluation, evaluate, standard_error, values, weights_of
 from chainlora.evaluation.generation import to_accelerator
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.pair_scores import judge_odds, judge_pairs
 from chainlora.models.finding import resolve_model
 from chainlora.runs.addresses import Address, find_state, open_run
 from chainlora.runs.changes import MATRIX
+from chainlora.runs.documents import Digest, short_digest
 from chainlora.runs.draft import drafts_in
-from chainlora.runs.history import BASE, Digest, State, read_history, short_digest
+from chainlora.runs.history import BASE, State, read_history
 from chainlora.runs.opening import load_run
 from chainlora.runs.state import OpenState
 
@@ -149,10 +145,9 @@ class StageMatrix:
 
     def as_dict(self) -> dict[str, Any]:
         cells = [[cell and asdict(cell) for cell in row] for row in self.grid]
-        rows = dict(zip(self.states, cells, strict=True))
         return {
             "stages": self.stages,
-            "states": rows,
+            "states": dict(zip(self.states, cells, strict=True)),
             "summaries": [asdict(summary) for summary in self.summaries()],
         }
 
@@ -194,18 +189,16 @@ def stage_matrix(
             "tie a link first" if kept else "train with data.keep_rows: true",
         )
     rows = {stage: _scored_on(run, stage, kept[stage]) for stage in stages}
-    missing = [
-        (name, stage)
+    missing = {
+        name: due
         for name, state in states.items()
-        for stage in stages
-        if (state.digest, stage, rows[stage]) not in known
-    ]
+        if (due := [each for each in stages if (state.digest, each, rows[each]) not in known])
+    }
     if compute and missing:
         scorer = Scorer(run, kept, speedups, progress)
         try:
-            for name in dict.fromkeys(name for name, _ in missing):
-                wanted = [stage for state, stage in missing if state == name]
-                for cell in scorer.score(name, states[name], wanted):
+            for name, due in missing.items():
+                for cell in scorer.score(name, states[name], due):
                     known[_key(cell)] = cell
         finally:  # a signal loses one cell at most
             _write(run.run, known)
@@ -264,9 +257,8 @@ class Scorer:
             each, weights = values(found, metric), weights_of(found, metric)
             error = standard_error(each, weights) if len(each) > 1 else 0.0
             counts = len(found.predictions), kept.counts[split]
-            on = _scored_on(self.run, stage, kept)
-            value = found.metrics[metric]
-            yield Cell(state.digest, stage, on, split, metric, value, error, *counts)
+            score, on = found.metrics[metric], _scored_on(self.run, stage, kept)
+            yield Cell(state.digest, stage, on, split, metric, score, error, *counts)
 
     def evaluations(
         self, name: str, state: State, stages: Sequence[str]
@@ -301,12 +293,8 @@ class Scorer:
         return Engine(self.model_at(state), speedups=self.speedups, training=False)
 
     def _evaluate(self, engine: Engine, what: str, stage: str) -> Evaluation:
-        kept = self.kept[stage]
+        kept, tell = self.kept[stage], partial(self.progress, what)
         rows = kept.scored[1][:]
-
-        def tell(done: int, total: int) -> None:
-            self.progress(what, done, total)
-
         if kept.loss == "orpo":
             return judge_odds(engine, rows, 1.0, tell)
         if kept.loss == "dpo":
@@ -388,7 +376,7 @@ def summarise_matrix(
     scores: Sequence[Sequence[float]],
     stages: Sequence[str],
     metrics: Sequence[str],
-    learned: Sequence[int] | None = None,
+    learned: Sequence[int],
 ) -> list[MatrixSummary]:
     """Return a summary for each metric, in the order in which metrics occur.
 
@@ -396,17 +384,16 @@ def summarise_matrix(
         scores: R, [T + 1][columns].
         stages: the name of each column.
         metrics: what each column is scored by; numbers of different ones are never averaged.
-        learned: the row in which each column is learned; by default 1, 2, …, T.
+        learned: the row in which each column is learned.
     """
     found, last = [], len(scores) - 1
-    rows = range(1, last + 1) if learned is None else learned
     for metric in dict.fromkeys(metrics):
         sign = 1 if is_higher_better(metric) else -1
         own = [j for j, each in enumerate(metrics) if each == metric]
         column = {j: [sign * row[j] for row in scores] for j in own}
-        before = [j for j in own if rows[j] < last]
-        transfers = [column[j][last] - column[j][rows[j]] for j in before]
-        losses = [max(column[j][min(rows[j], 1) : last]) - column[j][last] for j in before]
+        before = [j for j in own if learned[j] < last]
+        transfers = [column[j][last] - column[j][learned[j]] for j in before]
+        losses = [max(column[j][min(learned[j], 1) : last]) - column[j][last] for j in before]
         average, names = fmean(column[j][last] for j in own), tuple(stages[j] for j in own)
         means = [fmean(values) if values else None for values in (transfers, losses)]
         found.append(MatrixSummary(metric, names, sign < 0, average, *means))

@@ -34,13 +34,7 @@ from chainlora.integrations.lengths import (
 )
 from chainlora.integrations.wrapped_chain import WrappedChain, settings_of
 from chainlora.knots.driver import Knots, check_policy
-from chainlora.knots.numbers import (
-    Numbers,
-    Spacings,
-    asks_for_tokens,
-    say_what_to_expect,
-    spacings,
-)
+from chainlora.knots.numbers import Numbers, Spacings, asks_for_tokens, say_what_to_expect, spacings
 from chainlora.knots.policy import Knot, KnotPolicy
 from chainlora.models.modes import kept_random_state
 from chainlora.runs.loading_start import load_start

@@ -33,7 +33,7 @@ from chainlora.reports.page import (
     section,
 )
 from chainlora.reports.run_charts import comparing_pictures, training_pictures
-from chainlora.reports.runs import RunFacts, is_share, read_runs
+from chainlora.reports.runs import RunFacts, duration, read_runs, score_text, together
 from chainlora.runs.cards import public_name
 from chainlora.runs.history import MAIN
 from chainlora.runs.records import Record, of_event
@@ -192,11 +192,6 @@ def _score(run: RunFacts, name: str) -> tuple[str, str]:
     before = [score_text(name, record[name]) for record in known if record["where"] == "start"]
     final = run.result.get("metrics", {}).get("validation", {}).get(name, known[-1][name])
     return (before or [_NONE])[0], score_text(name, final)
-
-
-def score_text(name: str, value: float) -> str:
-    """Return the value of a metric, a share as per cent."""
-    return _together(f"{100 * value:.1f} %") if is_share(name, value) else f"{value:.4g}"
 
 
 def _overview(runs: Sequence[RunFacts]) -> Section:
@@ -399,19 +394,6 @@ def _whole(value: int | None) -> str:
     return _NONE if value is None else f"{value:,}"
 
 
-def duration(seconds: float) -> str:
-    """Return a time as people say it, never broken over two lines."""
-    if seconds < 60:
-        return _together(f"{seconds:.1f} s")
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return _together(f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s")
-
-
 def _memory(result: Record) -> str:
     peak = result.get("peak_memory_mb")
-    return _NONE if peak is None else _together(f"{peak:,} MiB")
-
-
-def _together(text: str) -> str:
-    return text.replace(" ", "\N{NO-BREAK SPACE}")
+    return _NONE if peak is None else together(f"{peak:,} MiB")

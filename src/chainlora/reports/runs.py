@@ -120,3 +120,22 @@ def state_names(states: Sequence[str]) -> list[str]:
 def is_share(metric: str, value: float) -> bool:
     """Say whether the value of a metric is a share of rows, to be shown as per cent."""
     return metric not in ("loss", "perplexity", "margin") and 0 <= value <= 1
+
+
+def score_text(name: str, value: float) -> str:
+    """Return the value of a metric, a share as per cent."""
+    return together(f"{100 * value:.1f} %") if is_share(name, value) else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it, never broken over two lines."""
+    if seconds < 60:
+        return together(f"{seconds:.1f} s")
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return together(f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s")
+
+
+def together(text: str) -> str:
+    """Return a text that is never broken over two lines."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}")

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from chainlora.config.staging import HISTORY, need_run, split_address
 from chainlora.errors import RunError
+from chainlora.runs.documents import DAMAGED
 from chainlora.runs.draft import DRAFT, drafts_in, read_draft
-from chainlora.runs.history import BASE, DAMAGED, START, History, read_history
+from chainlora.runs.history import BASE, START, History, read_history
 from chainlora.runs.state import OpenState
 
 _SHORTEST = 4  # digits of a digest that name a state

@@ -22,7 +22,7 @@ from chainlora.errors import ChainError, RunError
 from chainlora.files import write_text
 from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.cards import QUOTING, Naming, place_of, public_name, served_rank
-from chainlora.runs.history import BASE, LinkFacts, Term
+from chainlora.runs.history import LinkFacts, Term
 from chainlora.runs.state import OpenState
 
 SHEET = "SERVING.md"
@@ -56,7 +56,7 @@ def taken_apart(run: Address | Chain, num_links: int | None = None) -> tuple[Ope
     need_links(state)
     state.need_one_strength(state.stages)
     stages: dict[str, list[Term]] = {}
-    for term, facts in zip(state.state.terms, state.facts, strict=True):
+    for term, facts in state.pairs:
         if term.strength:
             _check_adds_up(facts)
             stages.setdefault(facts.stage, []).append(term)
@@ -105,13 +105,12 @@ def write_sheet(
     strengths = {each["adapter"]: each["strength"] for each in adapters}
     scales = [{"id": place, "scale": scale} for place, scale in enumerate(strengths.values())]
     scales[-1]["scale"] = 0
-    key = BASE if state.entry is None else state.entry.key
     chosen = ",".join(f"{each['stage']}={each['strength']}" for each in adapters)
-    is_mixed = state.state != state.history.state_of(key)
+    is_mixed = state.state != state.history.state_of(state.key)
     text = _TEMPLATE.read_text(encoding="utf-8")
     sheet = jinja2.Template(text, trim_blocks=True, keep_trailing_newline=True).render(
         adapters=adapters,
-        address=f"RUN@{key}" + (f" --stages {chosen}" if is_mixed else ""),
+        address=f"RUN@{state.key}" + (f" --stages {chosen}" if is_mixed else ""),
         as_gguf=as_gguf,
         base=base,
         digest=state.state.digest,

@@ -14,11 +14,12 @@ from typing import Any
 
 from chainlora import files
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import HISTORY, is_name
+from chainlora.config.staging import HISTORY, exists_in, is_name
 from chainlora.data.kept import Kept, write_kept
 from chainlora.errors import RunError
 from chainlora.models.identity import tokenizer_files
 from chainlora.registry import plugin_digest
+from chainlora.runs.documents import now, write_part
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import (
     BASE,
@@ -34,13 +35,10 @@ from chainlora.runs.history import (
     Term,
     Training,
     derived_file,
-    exists_in,
     link_folder,
-    now,
     read_history,
     rows_file,
     update_history,
-    write_part,
 )
 from chainlora.runs.links import save_link
 from chainlora.runs.resuming import source_digests
@@ -83,7 +81,7 @@ def begun_entry(
     """
     parent, state = history.origin, history.state_of(history.origin)
     if on is not None:
-        parent, state = BASE if on.entry is None else on.entry.key, on.state
+        parent, state = on.key, on.state
     below = [history.find(START), *history.lineage(parent)]
     return Entry(
         key=stage,
@@ -104,18 +102,17 @@ def need_unmoved(run: Path, known: History | None, entry: Entry) -> None:
     """Raise RunError where a run has changed, since it was `known`, below a stage that begins."""
     if not exists_in(run):
         return
-    parent = entry.parents[0] if entry.parents else BASE
-    if known is None or read_history(run).state_of(parent) != entry.state:
+    if known is None or read_history(run).state_of(entry.parent) != entry.state:
         rule = "what a stage begins on must stay as it is"
         raise RunError(rule, f"another {run} now", "give the same command again")
 
 
 def closure(state: OpenState) -> History:
     """Return the history of a state alone: the entries that it needs, with their links."""
-    found = [e for e in state.history.entries if e in [*state.keepers(), *state.lineage]]
+    due = {*state.keepers, *(entry.key for entry in state.lineage)}
+    found = [entry for entry in state.history.entries if entry.key in due]
     links = {digest: state.history.links[digest] for digest in _links_of(found)}
-    key = BASE if state.entry is None else state.entry.key
-    moves: dict[str, Any] = {"head": key, "origin": key, "past": (), "future": ()}
+    moves: dict[str, Any] = {"head": state.key, "origin": state.key, "past": (), "future": ()}
     update = {"entries": tuple(found), "links": links} | moves
     return state.history.model_copy(update=update)
 

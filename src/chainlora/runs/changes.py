@@ -94,8 +94,7 @@ def undo(run: str | Path, to: str | None = None) -> OpenState:
 
     def change(history: History) -> History:
         if to is not None:
-            key = state_at(run, history, to).entry
-            return history.moved(BASE if key is None else key.key)
+            return history.moved(state_at(run, history, to).key)
         if not history.past:
             remedy = f"chainlora log {run} lists its states"
             raise RunError("there must be something to undo", f"nothing in {run}", remedy)
@@ -201,7 +200,7 @@ def plan_pruning(run: str | Path, name: str) -> Pruning:
         if e.kind == "stage" and e.key != name and name in {a.key for a in history.lineage(e.key)}
     ]
     on_top = [key for key in on_top if after.find(key) is not None]
-    before = entry.parents[0] if entry is not None and entry.parents else BASE
+    before = BASE if entry is None else entry.parent
     left = [key for key in history.ends(history.head) if after.find(key) is not None]
     left = left if left != after.ends(after.head) else []
     return Pruning(name, sorted(_unnamed(run, after)), with_it, on_top, before, left)

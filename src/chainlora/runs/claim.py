@@ -13,18 +13,10 @@ from pathlib import Path
 from filelock import FileLock
 
 from chainlora import files
-from chainlora.config.staging import HISTORY, stage_folder
+from chainlora.config.staging import HISTORY, exists_in, stage_folder
 from chainlora.errors import ChainLoRAError, RunError
 from chainlora.runs.draft import DRAFT, PASSING, REFERENCE
-from chainlora.runs.history import (
-    CONFIG,
-    RECORDS,
-    RESULT,
-    TOKENIZER,
-    History,
-    exists_in,
-    read_history,
-)
+from chainlora.runs.history import CONFIG, RECORDS, RESULT, TOKENIZER, History, read_history
 from chainlora.runs.locks import LOCK, is_in_use, take_lock
 
 _GROWING = ("moments", "best", "checkpoints")  # folders whose entries ``stage.json`` names

@@ -14,23 +14,10 @@ from typing import Annotated, Any, NotRequired
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
-from chainlora.config.staging import stage_folder
-from chainlora.runs.history import (
-    CONFIG,
-    Count,
-    Digest,
-    Document,
-    Entry,
-    History,
-    LinkFacts,
-    Part,
-    Sums,
-    exists_in,
-    read_history,
-    read_part,
-)
+from chainlora.config.staging import exists_in, stage_folder
+from chainlora.runs.documents import Count, Digest, Document, Part, Sums, read_part
+from chainlora.runs.history import CONFIG, Entry, History, LinkFacts, read_history
 
-FORMAT = 1
 DRAFT = "stage.json"
 REFERENCE = "reference.safetensors"
 # What of a stage goes when it has ended.
@@ -91,7 +78,6 @@ class Draft(Document):
 
     model_config = ConfigDict(allow_inf_nan=True)
 
-    format: int = FORMAT
     entry: Entry
     links: dict[Digest, LinkFacts] = Field(default_factory=dict)
     progress: Progress = Progress()
@@ -137,7 +123,7 @@ class Draft(Document):
 
 def read_draft(run: Path, stage: str) -> Draft:
     """Read and check ``stage.json``."""
-    return read_part(stage_folder(run, stage) / DRAFT, Draft, FORMAT)
+    return read_part(stage_folder(run, stage) / DRAFT, Draft)
 
 
 def drafts_in(run: Path, history: History | None = None) -> dict[str, Path]:

@@ -44,12 +44,7 @@ from chainlora.runs.lineage import Lineage, lineage_of
 from chainlora.runs.opening import load_run, tokenizer_of
 from chainlora.runs.saved_chain import current_links, describe_base
 from chainlora.runs.state import OpenState
-from chainlora.runs.verification import (
-    check_adapter,
-    skeleton_like,
-    skeleton_of,
-    stores_transposed,
-)
+from chainlora.runs.verification import check_adapter, skeleton_like, skeleton_of, stores_transposed
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +53,7 @@ _WIDEST = 2**14  # far beyond what servers take, and still small
 
 
 def export_merged(
-    run: Address,
-    output: str | Path,
-    *,
-    num_links: int | None = None,
-    naming: Naming = UNNAMED,
+    run: Address, output: str | Path, *, num_links: int | None = None, naming: Naming = UNNAMED
 ) -> dict[str, Any]:
     """Write the run's model, links merged, as a transformers checkpoint in the base's dtype.
 

@@ -16,23 +16,33 @@ names is ignored until `prune` deletes it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from chainlora import files
 from chainlora.config.schema import LinkConfig
 from chainlora.config.staging import HISTORY
 from chainlora.errors import ConfigError, RunError
 from chainlora.knots.numbers import Numbers
+from chainlora.runs.documents import (
+    DAMAGED,
+    Count,
+    Digest,
+    Document,
+    Name,
+    Part,
+    Sums,
+    Text,
+    now,
+    read_part,
+    short_digest,
+    write_part,
+)
 from chainlora.runs.locks import locked
 
-FORMAT = 1
 CAUSAL = "CAUSAL_LM"  # PEFT's name of the task of causal language models
 MAIN = "main"  # the stage of links where none was named
 START = "start"  # what a run began on: an imported adapter, or rows given for it
@@ -41,45 +51,6 @@ REHEARSED = "data.rehearse"  # what stands for the rows of a stage that has none
 CONFIG, RECORDS, RESULT = "config.yaml", "metrics.jsonl", "result.json"
 TOKENIZER = "tokenizer"
 WEIGHTS = "adapter_model.safetensors"
-INCOMPLETE = "the run is incomplete: copy it whole, or start over"
-DAMAGED = "the run is damaged: restore the file from a copy, or start over"
-
-Count = Annotated[int, Field(ge=0)]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,79}$")]
-# What is printed must hold no control characters: a terminal would obey them.
-Text = Annotated[str, Field(pattern=r"^\P{Cc}*$")]
-Kind = TypeVar("Kind", bound="Document")
-
-
-def _inside(name: str) -> str:
-    if name[:1] == "/" or ".." in PurePosixPath(name).parts:
-        raise ValueError("a file outside")
-    return name
-
-
-Sums = dict[Annotated[str, AfterValidator(_inside)], str]
-"""SHA-256 of files by their names in a folder, which none of them leaves."""
-
-
-class Part(BaseModel):
-    """A part of a JSON file that a run writes: frozen, of exact types."""
-
-    model_config = ConfigDict(
-        strict=True, frozen=True, extra="ignore", allow_inf_nan=False, protected_namespaces=()
-    )
-
-
-class Document(Part):
-    """All that a JSON file says. `remedy` is for one that is damaged."""
-
-    remedy: ClassVar[str] = DAMAGED
-    format: int
-
-
-# --- a state ---
-
-Computed = Literal["mix", "combine"]
 
 
 class Term(Part):
@@ -101,17 +72,6 @@ class State(Part):
         """Return 16 hexadecimal digits. States of one digest are equal to the bit."""
         on = [[t.link, t.strength, t.derived] for t in self.terms if t.strength]
         return short_digest([self.base, on])
-
-
-def short_digest(content: object) -> str:
-    """Return 16 hexadecimal digits of what a value says as JSON."""
-    return checksum(content)[:16]
-
-
-def checksum(content: object) -> str:
-    """Return the SHA-256 of what a value says as JSON."""
-    text = json.dumps(content, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # --- what the history says ---
@@ -174,11 +134,11 @@ class Training(Part):
     `numbers` what was decided at its start."""
 
     rows: Text | None = None
-    sources: dict[str, list[str]] = {}
-    plugins: dict[str, str] = {}
+    sources: dict[str, list[str]] = Field(default={})
+    plugins: dict[str, str] = Field(default={})
     changes: tuple[Change, ...] = ()
     numbers: Numbers | None = None
-    versions: dict[Text, Text] = {}
+    versions: dict[Text, Text] = Field(default={})
 
 
 class Entry(Part):
@@ -197,7 +157,7 @@ class Entry(Part):
     state: State
     tied: tuple[Digest, ...] = ()
     kept: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    files: Sums = {}
+    files: Sums = Field(default={})
     training: Training = Training()
     ended: Text = ""  # when, in UTC
     pruned: bool = False
@@ -210,6 +170,11 @@ class Entry(Part):
             "reads": tuple(names.get(key, key) for key in self.reads),
         }
         return self.model_copy(update=update)
+
+    @property
+    def parent(self) -> str:
+        """Return the entry that a stage or a mix began on."""
+        return self.parents[0] if self.parents else BASE
 
     @property
     def is_rehearsal(self) -> bool:
@@ -230,12 +195,11 @@ class History(Document):
     of another run or imported.
     """
 
-    format: int = FORMAT
     base: Base
     hold: Text
     seed: int = 0
-    tokenizer: Sums = {}
-    links: dict[Digest, LinkFacts] = {}
+    tokenizer: Sums = Field(default={})
+    links: dict[Digest, LinkFacts] = Field(default={})
     entries: tuple[Entry, ...] = ()
     origin: Name = BASE
     head: Name = BASE
@@ -248,8 +212,7 @@ class History(Document):
         return self
 
     def need_names(self) -> None:
-        """Raise ValueError for links and entries that are named and not there; parents end
-        earlier."""
+        """Raise ValueError for links and entries that are not there; parents end earlier."""
         known = {BASE}
         for entry in self.entries:
             links = {*entry.tied, *(term.link for term in entry.state.terms)} - self.links.keys()
@@ -285,23 +248,18 @@ class History(Document):
         return [entry for entry in self.entries if entry.key in found]
 
     @property
-    def own(self) -> list[str]:
-        """Return the keys of what came after the state that the run began on, and its rows."""
+    def own(self) -> list[Entry]:
+        """Return what came after the state that the run began on, and its rows."""
         begun_with = {entry.key for entry in self.lineage(self.origin)} | {START}
-        return [entry.key for entry in self.entries if entry.key not in begun_with]
+        return [entry for entry in self.entries if entry.key not in begun_with]
 
     @property
     def own_stages(self) -> list[str]:
         """Return the names of the stages that the run trained itself, in their order."""
-        stages = {entry.key for entry in self.entries if entry.kind == "stage"}
-        return [key for key in self.own if key in stages]
-
-    def stages_in(self, state: State) -> list[str]:
-        """Return the names of the stages that the links of a state are of, in their order."""
-        return list(dict.fromkeys(self.links[term.link].stage for term in state.terms))
+        return [entry.key for entry in self.own if entry.kind == "stage"]
 
     def strengths_of(self, state: State) -> dict[str, float]:
-        """Return the strength of each stage in a state."""
+        """Return the strength of each stage in a state, by the order of their links."""
         return {self.links[term.link].stage: term.strength for term in state.terms}
 
     @property
@@ -355,13 +313,10 @@ class History(Document):
             if e.state == state and (e.reads == chosen or (e.kind != "mix" and not chosen))
         )
         key = next(same, BASE if state == self.empty and not chosen else None)
-        if key is None:
-            before = head.reads if head is not None and head.kind == "mix" else ()
-            entry = self.mix_of(self.head, state, dict.fromkeys((*before, *chosen)))
-            if self.find(entry.key) is None:
-                return self.published(entry, {})
-            key = entry.key
-        return self.moved(key)
+        if key is not None:
+            return self.moved(key)
+        before = head.reads if head is not None and head.kind == "mix" else ()
+        return self._at(self.mix_of(self.head, state, dict.fromkeys((*before, *chosen))))
 
     def combined(self, state: State, ends: Iterable[str]) -> History:
         """Return this as a run of that state, a combination of entries; a known one is kept."""
@@ -371,7 +326,10 @@ class History(Document):
         if (start := self.find(START)) is not None and start.kept is not None:
             read.add(START)
         reads = tuple(e.key for e in self.entries if e.key in read)
-        entry = self._computed("combine", parents, state, reads)
+        return self._at(self._computed("combine", parents, state, reads))
+
+    def _at(self, entry: Entry) -> History:
+        """Return this with an entry, which may be there already, as its head."""
         known = self.find(entry.key)
         return (self if known is not None else self.published(entry, {})).moved(entry.key)
 
@@ -380,7 +338,11 @@ class History(Document):
         return self._computed("mix", () if parent == BASE else (parent,), state, tuple(reads))
 
     def _computed(
-        self, kind: Computed, parents: tuple[str, ...], state: State, reads: tuple[str, ...]
+        self,
+        kind: Literal["mix", "combine"],
+        parents: tuple[str, ...],
+        state: State,
+        reads: tuple[str, ...],
     ) -> Entry:
         """Return an entry that nothing was trained for: its key is of its content."""
         shown = [[t.link, t.strength, t.derived] for t in state.terms]
@@ -395,54 +357,9 @@ class History(Document):
 # --- the file ---
 
 
-def exists_in(run: Path) -> bool:
-    """Say whether a run, or a saved chain, is in a folder."""
-    return (run / HISTORY).is_file()
-
-
 def read_history(run: Path) -> History:
     """Read and check ``history.json``. Raises RunError for none, a damaged one, another format."""
-    return read_part(run / HISTORY, History, FORMAT)
-
-
-def read_part(path: Path, kind: type[Kind], number: int) -> Kind:
-    """Read a JSON file that `write_part` wrote."""
-    name = path.name
-    try:
-        with files.reported(path, "read"):
-            text = path.read_bytes()
-        tree = json.loads(text)
-        found, known = tree.pop("format"), tree.pop("checksum", None)
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        rule = f"{name} must be JSON of a run"
-        raise RunError(rule, f"{path}: {error}", kind.remedy) from None
-    if found != number:
-        raise RunError(
-            f"{name} must be of format {number}",
-            f"{found!r:.40} in {path.parent}",
-            "use the version of chainlora that wrote it",
-        )
-    if known != checksum(tree):
-        raise RunError(
-            f"{name} must be as the run wrote it", f"another checksum in {path.parent}", kind.remedy
-        )
-    try:
-        return kind.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        got = f"{first['input']!r:.60} for `{where}` in {path.parent}: {first['msg']}"
-        raise RunError(f"{name} must hold valid values", got, kind.remedy) from None
-
-
-def write_part(path: Path, part: Document, *, indent: int | None = None) -> None:
-    """Replace a JSON file, whole or not at all, its format first and its checksum last.
-
-    Defaults are left out: the states of a long run name many links.
-    """
-    tree = part.model_dump(mode="json", exclude_defaults=True, exclude={"format"})
-    whole = {"format": part.format, **tree, "checksum": checksum(tree)}
-    files.write_text(path, json.dumps(whole, ensure_ascii=False, indent=indent) + "\n")
+    return read_part(run / HISTORY, History)
 
 
 def update_history(run: Path, change: Callable[[History], History]) -> History:
@@ -462,11 +379,6 @@ def update_history(run: Path, change: Callable[[History], History]) -> History:
                 files.remove_scratch(run, HISTORY)
             write_part(run / HISTORY, after)
     return after
-
-
-def now() -> str:
-    """Return the time as a history notes it."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 # --- places ---

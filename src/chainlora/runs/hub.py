@@ -19,23 +19,15 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from chainlora import files
 from chainlora.config.reading import read_tree
-from chainlora.config.staging import HISTORY
+from chainlora.config.staging import HISTORY, exists_in
 from chainlora.errors import ConfigError, FileError, RunError
 from chainlora.runs.addresses import Address, nothing_at, open_run
 from chainlora.runs.cards import Naming, is_hub_id, public_name
 from chainlora.runs.changes import whole_run
+from chainlora.runs.documents import DAMAGED, write_part
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.export import empty_folder
-from chainlora.runs.history import (
-    CONFIG,
-    DAMAGED,
-    RECORDS,
-    History,
-    exists_in,
-    read_history,
-    update_history,
-    write_part,
-)
+from chainlora.runs.history import CONFIG, RECORDS, History, read_history, update_history
 from chainlora.runs.lineage import without_places
 from chainlora.runs.locks import LOCK, refuse_links
 

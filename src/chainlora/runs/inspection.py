@@ -12,12 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from chainlora.chain.link import Link, stack_links
-from chainlora.chain.low_rank import (
-    effective_rank,
-    singular_values,
-    stable_rank,
-    subspace_overlap,
-)
+from chainlora.chain.low_rank import effective_rank, singular_values, stable_rank, subspace_overlap
 from chainlora.chain.showing import Shown
 from chainlora.runs.addresses import Address, find_state
 from chainlora.runs.records import Record, last_loss, of_event

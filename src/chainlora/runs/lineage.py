@@ -18,25 +18,20 @@ from chainlora import files
 from chainlora.runs.beginning import closure
 from chainlora.runs.cards import Naming, public_name
 from chainlora.runs.costs import versions
-from chainlora.runs.history import (
-    CONFIG,
+from chainlora.runs.documents import (
     Document,
-    Entry,
-    History,
     Name,
     Part,
-    State,
     Sums,
     Text,
     checksum,
     read_part,
     write_part,
 )
+from chainlora.runs.history import CONFIG, Entry, History, State
 from chainlora.runs.state import OpenState
 
 LINEAGE = "lineage.json"
-FORMAT = 1
-
 
 Target = Literal["merged", "adapter", "gguf", "gguf-adapter"]
 _OF_A_PLACE: Any = {"output": True, "start": True, "plugins": True, "train": {"trackers"}}
@@ -55,7 +50,6 @@ class Lineage(Document):
     `files` are those beside this one."""
 
     remedy: ClassVar[str] = "the export is damaged: export the run again"
-    format: int = FORMAT
     to: Target
     exported: dict[str, Any]
     naming: dict[str, str | None]
@@ -156,4 +150,4 @@ def read_lineage(path: str | Path) -> Lineage:
     Raises RunError for none, a damaged one, another format.
     """
     path = Path(path).expanduser()
-    return read_part(path / LINEAGE if path.is_dir() else path, Lineage, FORMAT)
+    return read_part(path / LINEAGE if path.is_dir() else path, Lineage)

@@ -19,7 +19,8 @@ from chainlora.chain.checks import link_fault
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import RunError
-from chainlora.runs.history import DAMAGED, WEIGHTS, Base, LinkFacts, derived_file, link_folder
+from chainlora.runs.documents import DAMAGED
+from chainlora.runs.history import WEIGHTS, Base, LinkFacts, derived_file, link_folder
 
 _LINK, _OPTIMIZER = "link.safetensors", "optimizer.safetensors"
 

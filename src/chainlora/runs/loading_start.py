@@ -25,6 +25,7 @@ from chainlora.config.schema import with_flat_model
 from chainlora.config.staging import (
     HISTORY,
     RUN_WIDE,
+    exists_in,
     is_run,
     name_apart,
     refuse_older,
@@ -37,10 +38,11 @@ from chainlora.models.identity import base_files, has_tokenizer
 from chainlora.runs.addresses import nothing_at, open_run, state_at, state_of_draft
 from chainlora.runs.cards import is_hub_id
 from chainlora.runs.draft import drafts_in
-from chainlora.runs.history import exists_in, read_history
+from chainlora.runs.history import read_history
+from chainlora.runs.opening import check_base
 from chainlora.runs.saved_chain import chain_folder, read_chain, restore_chain
 from chainlora.runs.start import Start
-from chainlora.runs.state import OpenState, check_base
+from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,12 @@ from chainlora.config.staging import is_run
 from chainlora.data.templates import set_chat_template
 from chainlora.errors import ModelError, RunError
 from chainlora.models.finding import names_a_file, resolve_model
-from chainlora.models.identity import base_files
+from chainlora.models.identity import base_files, changed_files
 from chainlora.models.loading import load_model, load_tokenizer
 from chainlora.models.quantizing import is_quantized_model
 from chainlora.runs.addresses import Address, nothing_at, open_run
-from chainlora.runs.history import CAUSAL
-from chainlora.runs.state import OpenState, check_base
+from chainlora.runs.history import CAUSAL, Base
+from chainlora.runs.state import OpenState
 
 if TYPE_CHECKING:
     import torch
@@ -132,4 +133,29 @@ def _refuse_untrained(state: OpenState) -> None:
         raise RunError(
             f"a run must have tied its first link (got none in {state.run}); train it again to "
             "resume it, or take the base by --links 0"
+        )
+
+
+def check_base(
+    before: Base,
+    run: Path | str,
+    *,
+    files: Mapping[str, str] | None = None,
+    fingerprint: str | None = None,
+) -> None:
+    """Raise RunError unless the model at hand is the one the run was trained on.
+
+    It is known by its `files` (`models.identity`), or in chains without a run by its `fingerprint`.
+    """
+    wrong = ""
+    if before.files is not None and files is not None:
+        if changed := changed_files(before.files, files):
+            wrong = f"another {changed[0]}" + " and more" * bool(changed[1:])
+    elif fingerprint is not None and fingerprint != before.fingerprint:
+        wrong = f"fingerprint {fingerprint[:12]} for {before.fingerprint[:12]}"
+    if wrong:
+        name = f", {before.model}" if before.model else ""
+        raise RunError(
+            f"the base model must be the one {run} was trained on{name} (got {wrong}); restore it, "
+            "or start over"
         )

@@ -20,8 +20,8 @@ from typing_extensions import TypedDict
 
 from chainlora.errors import RunError
 from chainlora.files import reported, sync_file, write_bytes
+from chainlora.runs.documents import DAMAGED, Text
 from chainlora.runs.draft import Records
-from chainlora.runs.history import DAMAGED, Text
 
 logger = logging.getLogger(__name__)
 

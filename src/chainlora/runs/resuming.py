@@ -9,7 +9,7 @@ from typing import Any
 
 from chainlora import files
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import OF_START
+from chainlora.config.staging import OF_START, exists_in
 from chainlora.config.yaml_text import one_value
 from chainlora.data.splits import named_sources, source_digest
 from chainlora.errors import RunError
@@ -17,9 +17,10 @@ from chainlora.models.finding import from_above, is_same_place, resolve_model
 from chainlora.models.identity import base_files
 from chainlora.registry import plugin_digest
 from chainlora.runs.costs import versions
-from chainlora.runs.history import CONFIG, RESULT, TOKENIZER, Change, Entry, Training, exists_in
+from chainlora.runs.history import CONFIG, RESULT, TOKENIZER, Change, Entry, Training
 from chainlora.runs.locks import LOCK
-from chainlora.runs.state import OpenState, check_base
+from chainlora.runs.opening import check_base
+from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
 

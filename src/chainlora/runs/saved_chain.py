@@ -26,33 +26,19 @@ from chainlora.chain.adapters import base_layer, has_fan_in_first, set_config, t
 from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
-from chainlora.config.staging import HISTORY, stage_folder
+from chainlora.config.staging import HISTORY, exists_in, stage_folder
 from chainlora.errors import RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.runs.costs import versions
-from chainlora.runs.history import (
-    MAIN,
-    Base,
-    Count,
-    Document,
-    Entry,
-    History,
-    Part,
-    State,
-    Term,
-    Training,
-    exists_in,
-    now,
-    read_part,
-    write_part,
-)
+from chainlora.runs.documents import Count, Document, Part, now, read_part, write_part
+from chainlora.runs.history import MAIN, Base, Entry, History, State, Term, Training
 from chainlora.runs.links import save_link
-from chainlora.runs.state import OpenState, check_base
+from chainlora.runs.opening import check_base
+from chainlora.runs.state import OpenState
 
 # Where a checkpoint of a trainer keeps its chain, beside the adapter.
 INSIDE = "chain"
 
-_FORMAT = 1
 _CHAIN, _LIVE, _START = "chain.json", "live.safetensors", "start.safetensors"
 
 
@@ -68,7 +54,6 @@ class Memory(Document):
     """What a chain that goes on needs to know: the `ids` of its links, that of the next one, what
     its links are drawn by, and the numbers of its run."""
 
-    format: int = _FORMAT
     ids: tuple[Count, ...] = ()
     next_id: Count = 0
     stage: str = ""
@@ -133,7 +118,7 @@ def read_chain(state: OpenState) -> SavedChain:
     folder, known = stage_folder(state.run, MAIN), state.at(MAIN).entry
     if known is None or _CHAIN not in known.files:
         raise RunError("a saved chain was to be read", f"a run, {state.run}", "name a saved chain")
-    memory = read_part(folder / _CHAIN, Memory, _FORMAT)
+    memory = read_part(folder / _CHAIN, Memory)
     found = {
         name: load_file(folder / name) if name in known.files else {} for name in (_LIVE, _START)
     }

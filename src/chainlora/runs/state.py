@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from chainlora import files
 from chainlora.chain.checks import check_strengths
@@ -17,23 +16,20 @@ from chainlora.chain.showing import table
 from chainlora.config.reading import make_config, read_tree
 from chainlora.config.schema import RunConfig
 from chainlora.config.staging import stage_folder
-from chainlora.config.template_names import is_resolved
+from chainlora.config.template_names import refuse_paths
 from chainlora.data.kept import Kept, read_kept
 from chainlora.errors import RunError
 from chainlora.models.finding import from_above
-from chainlora.models.identity import changed_files
+from chainlora.runs.documents import DAMAGED, INCOMPLETE
 from chainlora.runs.draft import Draft, read_draft
 from chainlora.runs.history import (
     BASE,
     CONFIG,
-    DAMAGED,
-    INCOMPLETE,
     RECORDS,
     RESULT,
     START,
     TOKENIZER,
     Base,
-    Change,
     Entry,
     History,
     LinkFacts,
@@ -61,10 +57,10 @@ class OpenState:
     history: History
     state: State
     entry: Entry | None = None
-    draft: Draft | None = field(default=None)
+    draft: Draft | None = None
 
     def __str__(self) -> str:
-        return str(self.run) if self.entry is None else f"{self.run}@{self.entry.key}"
+        return str(self.run) if self.entry is None else f"{self.run}@{self.key}"
 
     def __repr__(self) -> str:
         known = ", ".join(f"{name}={value:g}" for name, value in self.strengths.items())
@@ -73,10 +69,8 @@ class OpenState:
     def _repr_html_(self) -> str:
         """Return the links of the state."""
         heads = ("link", "stage", "rank", "steps", "strength")
-        rows = [
-            (place, facts.stage, facts.rank, facts.num_steps, term.strength)
-            for place, (term, facts) in enumerate(zip(self.state.terms, self.facts, strict=True))
-        ]
+        pairs = enumerate(self.pairs)
+        rows = [(n, own.stage, own.rank, own.num_steps, t.strength) for n, (t, own) in pairs]
         return table(heads, rows, str(self))
 
     # --- what it is ---
@@ -88,14 +82,24 @@ class OpenState:
         return base.model_copy(update={"model": from_above(base.model, self.run)})
 
     @property
+    def key(self) -> str:
+        """Return the name of its entry."""
+        return BASE if self.entry is None else self.entry.key
+
+    @property
+    def pairs(self) -> list[tuple[Term, LinkFacts]]:
+        """Return each link of the state, and what is known of it."""
+        return [(term, self.history.links[term.link]) for term in self.state.terms]
+
+    @property
     def facts(self) -> list[LinkFacts]:
         """Return what is known of each link of the state."""
-        return [self.history.links[term.link] for term in self.state.terms]
+        return [facts for _, facts in self.pairs]
 
     @property
     def stages(self) -> list[str]:
         """Return the names of the stages that links are of, in their order."""
-        return self.history.stages_in(self.state)
+        return list(self.strengths)
 
     @property
     def strengths(self) -> dict[str, float]:
@@ -105,14 +109,14 @@ class OpenState:
     @property
     def lineage(self) -> list[Entry]:
         """Return the entries that the state was computed from, and its own."""
-        return [] if self.entry is None else self.history.lineage(self.entry.key)
+        return self.history.lineage(self.key)
 
     @property
     def trained(self) -> Entry | None:
         """Return the entry whose training or import ended in this state, before any `mix`."""
         found = self.entry
         while found is not None and found.kind == "mix":
-            found = self.history.find(found.parents[0]) if found.parents else None
+            found = self.history.find(found.parent)
         return found
 
     @property
@@ -128,21 +132,18 @@ class OpenState:
     @property
     def is_before_training(self) -> bool:
         """Say whether it is what a run began on, of which the config of the run tells nothing."""
-        return self.entry is None or self.entry.key in (self.history.origin, START)
+        return self.key in (BASE, self.history.origin, START)
 
     @property
     def is_off(self) -> bool:
         """Say whether the links of the stage that was trained last are all switched off."""
-        own = [strength for name, strength in self.strengths.items() if name == self.stage]
-        return bool(own) and not any(own)
+        return self.strengths.get(self.stage) == 0
 
     @property
     def is_as_trained(self) -> bool:
         """Say whether it is what the stage scored when it was trained: no mix, nothing pruned."""
-        trained = self.trained
-        if trained is None or trained.pruned:
-            return trained is None
-        return trained.state.digest == self.state.digest
+        own = self.trained
+        return own is None or (not own.pruned and own.state.digest == self.state.digest)
 
     @property
     def is_whole_model(self) -> bool:
@@ -152,10 +153,7 @@ class OpenState:
     @property
     def parent(self) -> State:
         """Return the state that the stage began on."""
-        trained = self.trained
-        if trained is None or not trained.parents:
-            return self.history.empty
-        return self.history.state_of(trained.parents[0])
+        return self.history.state_of(BASE if self.trained is None else self.trained.parent)
 
     @property
     def first(self) -> int:
@@ -171,11 +169,7 @@ class OpenState:
             return list(self.state.terms)
         known = {term.link: term for term in self.state.terms}
         strength = self.strengths.get(trained.key, 1.0)
-        below = [
-            term
-            for term, facts in zip(self.state.terms, self.facts, strict=True)
-            if facts.stage != trained.key
-        ]
+        below = [term for term, facts in self.pairs if facts.stage != trained.key]
         own = [known.get(link, Term(link=link, strength=strength)) for link in trained.tied]
         return [*below, *own]
 
@@ -205,10 +199,8 @@ class OpenState:
                     "name one" if known else "name another state",
                 )
         terms = tuple(
-            term.model_copy(update={"strength": float(strengths[facts.stage])})
-            if facts.stage in strengths
-            else term
-            for term, facts in zip(self.state.terms, self.facts, strict=True)
+            term.model_copy(update={"strength": float(strengths.get(facts.stage, term.strength))})
+            for term, facts in self.pairs
         )
         return self.of(self.state.model_copy(update={"terms": terms}))
 
@@ -216,8 +208,7 @@ class OpenState:
         """Raise RunError for a stage to which 1 would not give back what was: a chain that was
         saved with links of several strengths."""
         for name in names:
-            pairs = zip(self.facts, self.state.terms, strict=True)
-            found = {term.strength for facts, term in pairs if facts.stage == name}
+            found = {term.strength for term, facts in self.pairs if facts.stage == name}
             if len(found) > 1:
                 shown = ", ".join(f"{each:g}" for each in sorted(found))
                 raise RunError(
@@ -256,34 +247,27 @@ class OpenState:
 
     def outlines(self) -> list[Link]:
         """Return the links without their tensors."""
-        pairs = enumerate(zip(self.facts, self.state.terms, strict=True))
-        return [outline_of(facts, place, term.strength) for place, (facts, term) in pairs]
+        pairs = enumerate(self.pairs)
+        return [outline_of(facts, place, term.strength) for place, (term, facts) in pairs]
 
-    def keepers(self) -> list[Entry]:
-        """Return the entries that kept rows, what the run began on first."""
+    @property
+    def keepers(self) -> dict[str, str]:
+        """Return the SHA-256 of the rows that entries kept, those of the run's start first."""
         start = self.history.find(START)
         known = [start, *self.lineage] if start is not None else self.lineage
-        return list({entry.key: entry for entry in known if entry.kept is not None}.values())
+        return {entry.key: entry.kept for entry in known if entry.kept is not None}
 
     def kept(self) -> dict[str, Kept]:
         """Read the rows that the stages of the state kept, by stage in their order."""
-        found = {}
-        for entry in self.keepers():
-            assert entry.kept is not None
-            name = rows_file(entry.kept)
-            found[entry.key] = read_kept(self._need(self.run / name, name, entry.kept))
-        return found
+        return {key: read_kept(self._rows(digest)) for key, digest in self.keepers.items()}
 
     @property
     def columns(self) -> list[str]:
         """Return what a matrix scores: the rows given for the start, and those of each stage."""
-        start = [START] if START in {entry.key for entry in self.keepers()} else []
-        own = [name for name in self.stages if not self._is_rehearsal(name)]
+        start = [START] if START in self.keepers else []
+        rehearsals = {entry.key for entry in self.history.entries if entry.is_rehearsal}
+        own = [name for name in self.stages if name not in rehearsals]
         return list(dict.fromkeys([*start, *own]))
-
-    def _is_rehearsal(self, name: str) -> bool:
-        entry = self.history.find(name)
-        return entry is not None and entry.is_rehearsal
 
     @property
     def folder(self) -> Path:
@@ -295,15 +279,17 @@ class OpenState:
         what a run began on, that of its first stage; of a combination, that of its last one."""
         entry = self.trained
         if entry is None or CONFIG not in entry.files:
-            known = [e for e in self.lineage if CONFIG in e.files]
-            known = known[-1:] or [e for e in self.history.entries if CONFIG in e.files]
-            entry = next(iter(known), None)
+            others = [*reversed(self.lineage), *self.history.entries]
+            entry = next((e for e in others if CONFIG in e.files), None)
         if entry is None:
             raise RunError("a saved chain has no config", self.run, "name a run")
-        path = stage_folder(self.run, entry.key) / CONFIG
-        tree = read_tree(self._need(path, f"{entry.key}/{CONFIG}", entry.files[CONFIG]))
+        path = self._need_own(entry, CONFIG)
+        tree = read_tree(path)
         refuse_paths(tree, path)
-        return _changed(make_config(tree), entry.training.changes)
+        for change in entry.training.changes:
+            *section, key = change.key.split(".")
+            (tree[section[0]] if section else tree)[key] = change.after
+        return make_config(tree)
 
     def records(self) -> list[Record]:
         """Read ``metrics.jsonl`` of the stage that was trained last; links count within it."""
@@ -311,7 +297,7 @@ class OpenState:
         if self.draft is not None:
             check_records(path, self.draft.records)
         elif self.trained is not None and RECORDS in self.trained.files and path.is_file():
-            self._need(path, f"{self.stage}/{RECORDS}", self.trained.files[RECORDS])
+            self._need_own(self.trained, RECORDS)
         return read_records(path)
 
     def result(self) -> Record | None:
@@ -319,14 +305,14 @@ class OpenState:
         entry = self.trained
         if entry is None or RESULT not in entry.files:
             return None
-        path = self.folder / RESULT
-        return read_result(self._need(path, f"{entry.key}/{RESULT}", entry.files[RESULT]))
+        return read_result(self._need_own(entry, RESULT))
 
     def model_folder(self) -> Path:
         """Return the folder of a model of which every weight was fine-tuned, its files checked."""
         assert self.entry is not None
-        for name, digest in _within(self.entry.files, "model").items():
-            self._need(self.folder / name, f"{self.stage}/{name}", digest)
+        for name in self.entry.files:
+            if name.startswith("model/"):
+                self._need_own(self.entry, name)
         return self.folder / "model"
 
     def tokenizer(self) -> Path | None:
@@ -342,15 +328,12 @@ class OpenState:
         """
         for term in {(t.link, t.derived): t for t in (*self.state.terms, *self.sequence)}.values():
             self._check(term)
-        for entry in self.keepers():
-            assert entry.kept is not None
-            name = rows_file(entry.kept)
-            self._need(self.run / name, name, entry.kept)
+        for digest in self.keepers.values():
+            self._rows(digest)
         for entry in self.lineage:
-            folder = stage_folder(self.run, entry.key)
-            for name, digest in entry.files.items():
-                if name != RECORDS or (folder / name).is_file():
-                    self._need(folder / name, f"{entry.key}/{name}", digest)
+            for name in entry.files:
+                if name != RECORDS or (stage_folder(self.run, entry.key) / name).is_file():
+                    self._need_own(entry, name)
         self.tokenizer()
         if self.draft is None:
             return self
@@ -365,16 +348,16 @@ class OpenState:
     def _with_files_of(self, draft: Draft) -> OpenState:
         check_records(self.folder / RECORDS, draft.records)
         point = draft.checkpoint
-        inside = {} if point is None else _within(draft.files, point.directory)
-        for name in draft.files.keys() - inside.keys():
-            self._need(self.folder / name, f"{self.stage}/{name}", draft.files[name])
+        inside = {n for n in draft.files if point and n.startswith(f"{point.directory}/")}
+        for name in draft.files.keys() - inside:
+            self._need(f"stages/{self.stage}/{name}", draft.files[name])
         if point is None:
             return self
         try:
             if not inside:
                 raise RunError("its checksums are missing")
-            for name, digest in inside.items():
-                self._need(self.folder / name, f"{self.stage}/{name}", digest)
+            for name in inside:
+                self._need(f"stages/{self.stage}/{name}", draft.files[name])
         except RunError as error:
             logger.warning(
                 "the checkpoint at step %d cannot be used (%s); the run resumes from step %d",
@@ -388,17 +371,23 @@ class OpenState:
     def _check(self, term: Term) -> None:
         self._need_folder(link_folder(term.link), self.history.links[term.link].files)
         if term.derived is not None:
-            name = derived_file(term.derived)
-            self._need(self.run / name, name, term.derived)
+            self._need(derived_file(term.derived), term.derived)
+
+    def _rows(self, digest: str) -> Path:
+        return self._need(rows_file(digest), digest)
+
+    def _need_own(self, entry: Entry, name: str) -> Path:
+        return self._need(f"stages/{entry.key}/{name}", entry.files[name])
 
     def _need_folder(self, folder: str, sums: Mapping[str, str]) -> Path:
         for name, digest in sums.items():
-            self._need(self.run / folder / name, f"{folder}/{name}", digest)
+            self._need(f"{folder}/{name}", digest)
         return self.run / folder
 
-    def _need(self, path: Path, name: str, digest: str) -> Path:
-        """Return a path. Raises RunError unless the file there is as the run wrote it, whose
-        SHA-256 begins with `digest`."""
+    def _need(self, name: str, digest: str) -> Path:
+        """Return the path of a file in the run. Raises RunError unless it is as the run wrote it,
+        its SHA-256 beginning with `digest`."""
+        path, name = self.run / name, name.removeprefix("stages/")
         if not path.is_file():
             raise RunError(f"a run must hold {name}", f"none in {self.run}", INCOMPLETE)
         with files.reported(path, "read"):
@@ -408,58 +397,3 @@ class OpenState:
                 f"{name} must be as the run wrote it", f"other bytes in {self.run}", DAMAGED
             )
         return path
-
-
-# --- what files say ---
-
-
-def _within(sums: Mapping[str, str], folder: str) -> dict[str, str]:
-    return {name: digest for name, digest in sums.items() if name.startswith(f"{folder}/")}
-
-
-def refuse_paths(tree: Mapping[str, Any], path: Path) -> None:
-    """Raise RunError where a saved config would have a file of this machine read."""
-    data = tree.get("data")
-    template = data.get("chat_template") if isinstance(data, Mapping) else None
-    if isinstance(template, str) and not is_resolved(template):
-        raise RunError(
-            "`data.chat_template` of a run must be a name or a text",
-            f"the path {template!r:.60} in {path}",
-            "restore the file from a copy, or start over",
-        )
-
-
-def _changed(config: RunConfig, changes: Sequence[Change]) -> RunConfig:
-    """Return a config with the keys that resumes have changed."""
-    if not changes:
-        return config
-    tree = config.model_dump(mode="json")
-    for change in changes:
-        *section, key = change.key.split(".")
-        (tree[section[0]] if section else tree)[key] = change.after
-    return make_config(tree)
-
-
-def check_base(
-    before: Base,
-    run: Path | str,
-    *,
-    files: Mapping[str, str] | None = None,
-    fingerprint: str | None = None,
-) -> None:
-    """Raise RunError unless the model at hand is the one the run was trained on.
-
-    It is known by its `files` (`models.identity`), or in chains without a run by its `fingerprint`.
-    """
-    wrong = ""
-    if before.files is not None and files is not None:
-        if changed := changed_files(before.files, files):
-            wrong = f"another {changed[0]}" + " and more" * bool(changed[1:])
-    elif fingerprint is not None and fingerprint != before.fingerprint:
-        wrong = f"fingerprint {fingerprint[:12]} for {before.fingerprint[:12]}"
-    if wrong:
-        name = f", {before.model}" if before.model else ""
-        raise RunError(
-            f"the base model must be the one {run} was trained on{name} (got {wrong}); restore it, "
-            "or start over"
-        )

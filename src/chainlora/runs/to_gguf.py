@@ -34,12 +34,7 @@ from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.apart import taken_apart, write_sheet
 from chainlora.runs.cards import UNNAMED, Card, Naming, public_name, story_of, write_card
 from chainlora.runs.compression import adapter_factors
-from chainlora.runs.export import (
-    check_compression,
-    copy_licences,
-    empty_folder,
-    export_merged,
-)
+from chainlora.runs.export import check_compression, copy_licences, empty_folder, export_merged
 from chainlora.runs.lineage import Target, lineage_of
 from chainlora.runs.opening import tokenizer_of
 from chainlora.runs.state import OpenState

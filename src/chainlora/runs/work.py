@@ -40,6 +40,7 @@ from chainlora.runs.addresses import state_of_draft
 from chainlora.runs.beginning import begun_entry, begun_history, need_unmoved, save_rows
 from chainlora.runs.claim import Claim
 from chainlora.runs.costs import versions
+from chainlora.runs.documents import now, write_part
 from chainlora.runs.draft import DRAFT, PASSING, REFERENCE, Checkpoint, Draft, Progress
 from chainlora.runs.history import (
     CONFIG,
@@ -51,9 +52,7 @@ from chainlora.runs.history import (
     LinkFacts,
     Term,
     link_folder,
-    now,
     update_history,
-    write_part,
 )
 from chainlora.runs.links import (
     read_checkpoint,
@@ -63,10 +62,11 @@ from chainlora.runs.links import (
     write_checkpoint,
 )
 from chainlora.runs.locks import locked
+from chainlora.runs.opening import check_base
 from chainlora.runs.records import RecordLog, resumed_log
 from chainlora.runs.resuming import check_resumed, compare
 from chainlora.runs.start import Start
-from chainlora.runs.state import OpenState, check_base
+from chainlora.runs.state import OpenState
 
 
 class Work:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, count
 from os.path import expanduser
 from pathlib import Path
@@ -28,7 +29,6 @@ from chainlora.evaluation.combination import need_combinable
 from chainlora.models.finding import from_above
 from chainlora.runs.addresses import find_state
 from chainlora.runs.draft import drafts_in, read_draft
-from chainlora.runs.history import BASE
 from chainlora.runs.locks import refuse_links
 from chainlora.runs.resuming import not_named
 from chainlora.runs.state import OpenState
@@ -62,7 +62,7 @@ def extension(
         ConfigError: a stage without a name, or with keys that a stage cannot have.
         RunError: a stage that was begun on another state, or before the first has ended.
     """
-    run, named = split_address(address)
+    run, _ = split_address(address)
     now, state = find_state(run), find_state(address)
     if not now.has_run:
         raise RunError(
@@ -70,44 +70,29 @@ def extension(
             f"a saved chain, {run}",
             f"begin a run on it, by start: {run} in its config",
         )
-    own = {key: value for key, value in section.items() if key != "output"}
+    own = dict(section)
     for key, value in overrides:
         set_key(own, key, value)
-    output = own.pop("output", section.get("output"))
-    plugins = own.pop("plugins", None)
-    name = check_name(own.get("name"))
+    output, plugins = own.pop("output", None), own.pop("plugins", None)
+    name, is_chosen = check_name(own.get("name")), beside is not None
     begun = Path(expanduser(output)) if output is not None else run
-    is_chosen = beside is not None
     if beside is None:
-        known = begun_stage(run, name)
-        beside = output is None and named is None
-        beside &= known is None or _began_on(known) == now.history.origin
-    if beside:
-        if output is not None or state.state != now.state:
-            rule, remedy = "a stage beside others begins where RUN began", "leave one out"
-            raise RunError(rule, f"--beside with {output or address}", remedy)
-        state = now.at(now.history.origin)
+        beside = output is None and _can_begin_at_origin(address, name, now)
+    if beside and (output is not None or state.state != now.state):
+        rule, remedy = "a stage beside others begins where RUN began", "leave one out"
+        raise RunError(rule, f"--beside with {output or address}", remedy)
     if output is None:
         refuse_links(run)
-        state = _below(run, state, now, name)
+        state = _below(run, now.at(now.history.origin) if beside else state, now, name)
     last = _stage_before(state)
     if beside:  # not from a stage that may be pruned, or not there when the command is given again
         last = begun_stage(run, name) or now.at(now.history.own_stages[0])
     before, is_new = last.config(), not is_run(begun) or begun_stage(begun, name) is None
     if plugins is None and before.plugins:
         raise RunError(not_named(f"extend {address}", before.plugins) + ", or --plugins [] without")
-    shared = what_stages_share(before) | {"plugins": plugins or ()}
-    if beside and is_new:
-        stage = make_stage(shared | {"output": str(run)}, own, 1)
-        try:
-            _need_combinable(now, stage)
-            if not is_chosen:
-                _need_answers(now, stage)
-        except (ConfigError, RunError) as error:
-            if is_chosen:
-                raise
-            logger.warning("stage %s is trained on top of %s: %s", name, now.stage, error)
-            return extension(address, section, overrides)
+    shared = what_stages_share(before) | {"plugins": plugins or (), "output": str(run)}
+    if beside and is_new and not _can_combine(now, make_stage(shared, own, 1), is_chosen):
+        return extension(address, section, overrides)
     is_rehearsal = section_of(own, "data").get("rehearse", False)
     if is_new and not is_rehearsal and (left_out := not_inherited(before, own)):
         what = (name, ", ".join(left_out), last.stage)
@@ -116,10 +101,8 @@ def extension(
         base = from_above(shared["model"], run)
         tree = shared | {"model": base, "start": str(address), "output": str(output)}
         return [make_stage(tree, own, 0)]
-    stage = make_stage(shared | {"output": str(run)}, own, 1)
-    key = "base" if state.entry is None else state.entry.key
-    rehearse &= beside
-    return [Stage(stage.name, stage.config, after=key, beside=beside, rehearse=rehearse)]
+    stage = make_stage(shared, own, 1)
+    return [replace(stage, after=state.key, beside=beside, rehearse=rehearse and beside)]
 
 
 def rehearsal(
@@ -145,6 +128,28 @@ def rehearsal(
     own["chain"] = {"ranks": [largest]} | length | given
     own["train"] = {"loss": None} | section_of(own, "train")  # not on pairs
     return extension(run, own)
+
+
+def _can_begin_at_origin(address: str | Path, name: str, now: OpenState) -> bool:
+    """Say whether a stage of a whole run is new, or was begun where the run began."""
+    run, named = split_address(address)
+    begun = begun_stage(run, name)
+    entry = None if begun is None else begun.entry
+    return named is None and (entry is None or entry.parent == now.history.origin)
+
+
+def _can_combine(now: OpenState, stage: Stage, is_chosen: bool) -> bool:
+    """Say whether a stage can be combined with what the run is; raise if that `is_chosen`."""
+    try:
+        _need_combinable(now, stage)
+        if not is_chosen:
+            _need_answers(now, stage)
+    except (ConfigError, RunError) as error:
+        if is_chosen:
+            raise
+        logger.warning("stage %s is trained on top of %s: %s", stage.name, now.stage, error)
+        return False
+    return True
 
 
 def _need_combinable(now: OpenState, stage: Stage) -> None:
@@ -178,12 +183,6 @@ def _need_answers(now: OpenState, stage: Stage) -> None:
         raise RunError(rule, found[0], remedy)
 
 
-def _began_on(stage: OpenState) -> str:
-    """Return the entry that a stage was begun on."""
-    parents = () if stage.entry is None else stage.entry.parents
-    return parents[0] if parents else BASE
-
-
 def _stage_before(state: OpenState) -> OpenState:
     """Return the end of the stage that another one inherits from: not of a rehearsal."""
     found = [e.key for e in state.lineage if e.kind == "stage" and not e.is_rehearsal]
@@ -197,7 +196,7 @@ def _below(run: Path, state: OpenState, now: OpenState, name: str) -> OpenState:
         if begun.entry.kind != "stage" or begun.entry.key in now.history.own_stages[:1]:
             rule = "an extension must come after a stage"
             raise RunError(rule, f"{name!r}, the first", "rename it")
-        below = begun.at(_began_on(begun))
+        below = begun.at(begun.entry.parent)
         if state.state != below.state and state.state != now.state:
             rule = f"stage {name!r} must go on from where it was begun"
             raise RunError(rule, f"{state}, and {below}", "name that, or another stage")

@@ -95,10 +95,7 @@ def train(
 @torch.inference_mode(False)  # wherever it is called, gradients are recorded
 @own_accelerate()
 def train_stage(
-    planned: StagePlan,
-    start: Start,
-    tell: Listener,
-    change: Collection[str] = (),
+    planned: StagePlan, start: Start, tell: Listener, change: Collection[str] = ()
 ) -> TrainResult:
     """Train a stage of a plan to its end.
 

@@ -21,7 +21,7 @@ from chainlora.chain.adapters import check_targets, inside, matched_modules
 from chainlora.chain.checks import check_apart, check_strengths
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig, RunConfig
-from chainlora.config.staging import Stage, need_apart
+from chainlora.config.staging import Stage, exists_in, need_apart
 from chainlora.data.division import can_read_again
 from chainlora.data.kept import keeps_rows
 from chainlora.data.splits import check_files, learned_by, length_limit
@@ -31,7 +31,7 @@ from chainlora.models.loading import load_skeleton
 from chainlora.models.text_config import context_length
 from chainlora.runs.addresses import state_at, state_of_draft
 from chainlora.runs.draft import drafts_in
-from chainlora.runs.history import MAIN, START, History, exists_in, read_history
+from chainlora.runs.history import MAIN, START, History, read_history
 from chainlora.runs.loading_start import load_start, start_at
 from chainlora.runs.locks import refuse_links
 from chainlora.runs.resuming import (

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from chainlora.config.reading import make_config, set_key
-from chainlora.config.staging import Stage
+from chainlora.config.staging import Stage, exists_in
+from chainlora.config.template_names import refuse_paths
 from chainlora.errors import ConfigError, DataError, RunError
 from chainlora.evaluation.combination import combine
 from chainlora.models.finding import resolve_model
 from chainlora.models.identity import base_files
-from chainlora.runs.history import BASE, Entry, exists_in, read_history, update_history
+from chainlora.runs.history import Entry, read_history, update_history
 from chainlora.runs.lineage import Lineage
+from chainlora.runs.opening import check_base
 from chainlora.runs.resuming import CHANGEABLE, source_digests
-from chainlora.runs.state import check_base, refuse_paths
 from chainlora.training.events import Listener
 from chainlora.training.plan import naming
 from chainlora.training.processes import num_launched
@@ -68,7 +69,7 @@ def stages_of(lineage: Lineage, overrides: Sequence[tuple[str, Any]] = ()) -> li
         if why := [reason for reason, holds in reasons.items() if holds]:
             raise RunError(f"Cannot train {entry.key} of the lineage again: {why[0]}")
         if entry.kind == "stage":
-            after = entry.parents[0] if entry.parents else BASE
+            after = entry.parent
             stage = Stage(entry.key, make_config(trees[entry.key]), after=after)
             with naming(stage):
                 _check_rows(entry, stage)
@@ -117,7 +118,7 @@ def rebuild(
     for entry in wanted.entries:
         is_new = not exists_in(run) or read_history(run).find(entry.key) is None
         if is_new and exists_in(run):
-            update_history(run, methodcaller("moved", entry.parents[0] if entry.parents else BASE))
+            update_history(run, methodcaller("moved", entry.parent))
         if entry.kind == "stage":
             results += train_stages([by_name[entry.key]], listener=listener, matrix=False)
         elif entry.kind == "mix" and is_new:

@@ -60,11 +60,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(
-    config: RunConfig,
-    listener: Listener,
-    change: Collection[str],
-    start: Start,
-    stage: str,
+    config: RunConfig, listener: Listener, change: Collection[str], start: Start, stage: str
 ) -> Run:
     """Load and check everything a stage needs, claim its folder, find where to resume."""
     accelerator = _make_accelerator(config)

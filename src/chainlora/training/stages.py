@@ -19,12 +19,7 @@ from typing import Any, cast
 from chainlora.chain.showing import Shown
 from chainlora.config.reading import make_config, read_config
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import (
-    Stage,
-    check_alone,
-    has_stages,
-    make_stages,
-)
+from chainlora.config.staging import Stage, check_alone, has_stages, make_stages
 from chainlora.errors import StoppedError
 from chainlora.evaluation.combination import combine_with
 from chainlora.evaluation.stage_scores import Progress, stage_matrix
@@ -201,7 +196,7 @@ def train_stages(
         results += train_stages(rehearsal(run, named), listener=listener, matrix=False)
     if matrix and is_first_launched():
         state = find_state(run)
-        if len(state.columns) > 1 and state.keepers():
+        if len(state.columns) > 1 and state.keepers:
             stage_matrix(run, progress=_reader(tell))
     wait_for_all()
     return results

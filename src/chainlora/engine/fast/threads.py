@@ -99,10 +99,7 @@ def make_pool(count: int) -> ThreadPoolExecutor:
 
 
 def map_in_threads(
-    pool: ThreadPoolExecutor,
-    count: int,
-    function: Callable[[Item], Result],
-    items: Iterable[Item],
+    pool: ThreadPoolExecutor, count: int, function: Callable[[Item], Result], items: Iterable[Item]
 ) -> Iterator[Result]:
     """Yield ``function(item)`` in the order of items, at most two items a thread ahead of the
     caller.
