@@ -407,7 +407,7 @@ SENTENCES: list[tuple[str, Callable[[], Iterable[str]]]] = [  # a text of the pa
     ("ahead in all {} comparisons", lambda: [all_behind()]),
     ("rank 16 is {} ahead", lambda: [rank16_ahead()]),
     (
-        "{2} pairs detect {1} points with 80 % power. The paper's gain on the six, {0} points",
+        "gain {0} points on these six tasks. With 80 % power, {2} pairs detect {1} points",
         lambda: [paper_gain(), *detectable()],
     ),
     ("on top less one LoRA: {} points", lambda: [orders_less_one_lora()]),
@@ -422,8 +422,8 @@ SENTENCES: list[tuple[str, Callable[[], Iterable[str]]]] = [  # a text of the pa
         checkpointing,
     ),
     (
-        "{:.1f} after 16 whole knots (merging in place {:.1f}), "
-        "{:.1f} after 400 soft ones (float32 {:.1f})",
+        "{:.1f} after 16 whole knots (merging in place: {:.1f}), {:.1f} after 400 soft ones "
+        "(float32 weights, in their smaller roundings: {:.1f})",
         errors,
     ),
     ("Of {} [faults]), none ended in lost or wrong results", lambda: [faults()]),

@@ -141,7 +141,7 @@ def speed() -> str:
         line = f"M{left + unit:.5g} {top - 4}V{bottom}"
         card.path(line, "ink", 1.5, ' stroke-dasharray="5 4"')
     key = bottom + 26
-    card.text(EDGE, key, "Dashed: the peer. SmolLM2-135M; 0.5B, 1.3B: random weights.", kind="soft")
+    card.text(EDGE, key, "SmolLM2-135M-Instruct; 0.5B, 1.3B: random. Dashed: peer.", kind="soft")
     card.diamond(EDGE + 8, key + 16, "ink", hollow=True)
     text = "with gradient_checkpointing, which the peer did not use"
     card.text(EDGE + 24, key + 21, text, kind="soft")

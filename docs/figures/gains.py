@@ -66,7 +66,7 @@ def lab_gains(times: int) -> list[Gain]:
 
 
 def smollm2_gains() -> list[Gain]:
-    """Return the gains on SmolLM2-135M over LoRA of equal rank, test rows of the final cells."""
+    """Return the gains on SmolLM2-135M-Instruct over LoRA of equal rank, on test rows."""
     found = []
     for name, (tokens, rank) in SMOLLM2.items():
         losses: dict[str, dict[int, float]] = defaultdict(dict)
@@ -109,9 +109,9 @@ def soft_knots() -> str:
     card.dot(EDGE + 8, key + 16, "blue", hollow=True)
     card.text(EDGE + 24, key + 21, "the same on Python text, or with 1 or 16 blocks")
     card.square(EDGE + 8, key + 37, "green")
-    card.text(EDGE + 24, key + 42, "SmolLM2-135M, rank 1, six seeds, earlier defaults")
+    card.text(EDGE + 24, key + 42, "SmolLM2-135M-Instruct, rank 1, six seeds, earlier defaults")
     card.square(EDGE + 8, key + 58, "green", hollow=True)
-    card.text(EDGE + 24, key + 63, "SmolLM2-135M, one seed (left), two (rank 4)")
+    card.text(EDGE + 24, key + 63, "SmolLM2-135M-Instruct, one seed (left), two (rank 4)")
     text = "r: rank of the soft knots. Upright lines: 95 % t intervals."
     card.text(EDGE, key + 90, text, kind="soft")
     return card.svg()

