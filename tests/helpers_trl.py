@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from datasets import Dataset
 from helpers_integrations import arguments, lora, plain_model
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+if TYPE_CHECKING:  # these imports take seconds
+    from datasets import Dataset
+    from trl import DPOTrainer, SFTTrainer
 
 
 def conversations() -> Dataset:
+    from datasets import Dataset
+
     words = ["cat", "mat", "hill", "birds"]
     rows = [
         [
@@ -22,6 +27,8 @@ def conversations() -> Dataset:
 
 
 def preferences() -> Dataset:
+    from datasets import Dataset
+
     words = ["cat", "mat", "hill", "birds"]
     return Dataset.from_list(
         [
@@ -36,6 +43,8 @@ def preferences() -> Dataset:
 
 
 def sft(folder, tokenizer, output: Path, callback, whole=None, **keys) -> SFTTrainer:
+    from trl import SFTConfig, SFTTrainer
+
     return SFTTrainer(
         model=plain_model(folder),
         args=SFTConfig(**arguments(output, max_length=64, bf16=False) | keys),
@@ -51,6 +60,8 @@ def dpo(
     folder, tokenizer, output: Path, callback, model=None, ref_model=None, whole=None, **keys
 ) -> DPOTrainer:
     """The reference is computed before, unless `keys` say otherwise: knots would move it."""
+    from trl import DPOConfig, DPOTrainer
+
     keys = {"precompute_ref_log_probs": True} | keys
     wrap = {} if model is not None else {"peft_config": lora(task_type=None, modules_to_save=whole)}
     return DPOTrainer(

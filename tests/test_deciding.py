@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from datasets import Dataset
 from helpers import (
     assert_same_links,
     entry_of,
@@ -198,6 +197,8 @@ def test_a_trainer_paces_them_by_its_collator_s_labels(tiny_folder, tmp_path, ca
 
 
 def test_rows_without_places_ask_for_a_time_constant(tiny_folder, tmp_path):
+    from datasets import Dataset
+
     def trainer(**knots) -> Trainer:
         keys = arguments(tmp_path, max_steps=3)
         return Trainer(

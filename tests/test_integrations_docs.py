@@ -8,7 +8,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from datasets import Dataset
 from helpers_integrations import chain_of, collator, token_rows
 from test_docs import README, ROOT, blocks
 from transformers import AutoTokenizer
@@ -59,6 +58,8 @@ def test_trainer_md_runs(tiny_folder, tmp_path):
 
 
 def test_the_one_line_in_the_readme_runs(tiny_folder, tmp_path):
+    from datasets import Dataset
+
     trl = pytest.importorskip("trl", reason="TRL is an extra: pip install 'chainlora[trl]'")
     args = trl.SFTConfig(
         output_dir=str(tmp_path), max_steps=6, max_length=64, use_cpu=True, report_to=[]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import peft
 import pytest
 import torch
@@ -17,20 +19,19 @@ from helpers_integrations import (
     own_loop,
     plain_model,
 )
+from helpers_trl import MAKERS, dpo, preferences, sft
+from torch.nn.functional import log_softmax, logsigmoid
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from chainlora import ChainCallback, load_chain
 from chainlora.errors import ConfigError
 from chainlora.integrations.lengths import learned_a_row
 
-pytest.importorskip("trl", reason="TRL is an extra: pip install 'chainlora[trl]'")
-
-from helpers_trl import MAKERS, dpo, preferences, sft
-from torch.nn.functional import log_softmax, logsigmoid
-from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, TrainerCallback
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
-
+# TRL itself takes seconds to import: each test does.
+pytestmark = pytest.mark.skipif(
+    find_spec("trl") is None, reason="TRL is an extra: pip install 'chainlora[trl]'"
+)
 RANKS, LENGTHS = (4, 4, 2), (4, 4, 3)
 # W x + s·B A x is summed in another order than (W + s·B A) x
 ROUNDING = 2e-5
@@ -87,6 +88,8 @@ def test_dpo_gives_the_links_of_our_loop(tiny_folder, tokenizer, tmp_path):
 
 
 def test_a_pair_teaches_the_tokens_of_its_chosen_answer():
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
     rows = [
         {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
         {"prompt_ids": [7, 8], "chosen_ids": [9], "rejected_ids": [10, 11, 12]},
@@ -207,6 +210,8 @@ def test_saves_resume_and_best_across_knots(tiny_folder, tokenizer, tmp_path, ki
 
 def test_dropout_that_trl_switches_off_stays_off(tiny_folder, tokenizer, tmp_path):
     """DPOTrainer does it on the chain's layers, RewardTrainer before there is a chain."""
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+
     seen = set()
 
     class Look(TrainerCallback):
@@ -233,6 +238,7 @@ def test_dropout_that_trl_switches_off_stays_off(tiny_folder, tokenizer, tmp_pat
 
 def test_a_reward_model_is_a_chain_with_its_head(tiny_folder, tokenizer, tmp_path):
     """As TRL's documentation has it: the head is named in `modules_to_save`."""
+    from trl import RewardConfig, RewardTrainer
 
     def scorer() -> torch.nn.Module:
         return AutoModelForSequenceClassification.from_pretrained(

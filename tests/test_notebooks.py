@@ -5,24 +5,25 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "examples/notebooks").glob("*.ipynb"))
 
 
-def read(path: Path) -> nbformat.NotebookNode:
+def read(path: Path) -> Any:
+    import nbformat
+
     return nbformat.read(path, as_version=4)
 
 
-def cells_of_code(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+def cells_of_code(notebook: Any) -> list[Any]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def kinds(notebook: nbformat.NotebookNode) -> list[list[tuple]]:
+def kinds(notebook: Any) -> list[list[tuple]]:
     """What the cells give, without its text: streams by name, values by how they are shown."""
     outputs = [cell.outputs for cell in cells_of_code(notebook)]
     return [[(o.get("name"), *sorted(o.get("data", ()))) for o in each] for each in outputs]
@@ -42,6 +43,8 @@ def test_outputs_are_of_one_run_and_short(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_runs_again(path, tiny_folder, tmp_path, monkeypatch):
+    from nbclient import NotebookClient
+
     monkeypatch.setenv("CHAINLORA_MODEL", str(tiny_folder))
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
     for name in ("dates", "times"):

@@ -9,7 +9,6 @@ import struct
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 
 import chainlora
 from chainlora.errors import RunError
@@ -114,13 +113,19 @@ def test_every_chain_has_a_picture(found, tmp_path):
     assert min(size(tmp_path / "chain.png")) > 200
 
 
+def figure(*size, **keys):
+    from matplotlib.figure import Figure
+
+    return Figure(*size, **keys)
+
+
 def test_a_validation_loss_is_never_cut_off_like_a_spike_of_training():
     """The last one of nine, among four hundred steps about one, was above the picture."""
     steps = [
         {"event": "step", "step": k, "link": 0, "loss": 1 + 0.01 * (k % 9)} for k in range(400)
     ]
     evals = [{"event": "eval", "step": k, "loss": loss} for k, loss in ((0, 1.1), (400, 9.0))]
-    axes = Figure().subplots()
+    axes = figure().subplots()
     _draw_loss(axes, [*steps, {"step": 400, "loss": 50.0}], evals, "each step")
     assert 9.0 < axes.get_ylim()[1] < 50.0
 
@@ -138,7 +143,7 @@ def test_every_colour_of_a_chart_follows_its_page_into_the_dark():
 def test_long_names_and_many_numbers_fit_into_a_matrix():
     names = ["customer-support", "legal-contracts", "x" * 64, *(f"stage{k}" for k in range(5))]
     for count in (4, 8):
-        axes = Figure((4, 2.9), layout="constrained").subplots()
+        axes = figure((4, 2.9), layout="constrained").subplots()
         grid = [[0.5, math.inf, *[math.nan] * (count - 2)]] * count
         heat_map(axes, grid, rows=names[:count], columns=names[:count], label="loss")
         axes.figure.draw_without_rendering()

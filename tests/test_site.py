@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -15,8 +16,9 @@ import chainlora
 from chainlora.cli.main import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-pytest.importorskip("furo", reason="needs chainlora[docs]")
-pytest.importorskip("myst_parser", reason="needs chainlora[docs]")
+pytestmark = pytest.mark.skipif(
+    not all(map(find_spec, ("furo", "myst_parser"))), reason="needs chainlora[docs]"
+)
 
 
 @pytest.fixture(scope="module")

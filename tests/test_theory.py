@@ -8,7 +8,6 @@ import runpy
 import sys
 from pathlib import Path
 
-import matplotlib.image
 import pytest
 import torch
 
@@ -35,13 +34,15 @@ def script(name: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_prints_a_table_and_writes_one_small_picture(name, tmp_path, monkeypatch, capsys):
+    from matplotlib.image import imread
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "figure.png", "--small"])
     runpy.run_path(str(THEORY / f"{name}.py"), run_name="__main__")
     assert len(capsys.readouterr().out.splitlines()) >= 5
     assert [path.name for path in tmp_path.iterdir()] == ["figure.png"]
     assert (tmp_path / "figure.png").stat().st_size < MOST_BYTES
-    height, width, _ = matplotlib.image.imread(tmp_path / "figure.png").shape
+    height, width, _ = imread(tmp_path / "figure.png").shape
     assert min(height, width) > 400
 
 
