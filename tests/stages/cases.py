@@ -27,7 +27,7 @@ def two_stages(tiny_folder: Path, sentiment: Path, folder: Path) -> dict:
     more = data | {"train": str(folder / "more.jsonl")}
     shared["stages"] = [
         {"name": "facts", "chain": facts, "data": data},
-        {"name": "style", "chain": style, "data": more},
+        {"name": "style", "beside": False, "chain": style, "data": more},
     ]
     return shared
 

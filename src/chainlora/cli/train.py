@@ -267,7 +267,8 @@ def _show_plan(stages: Sequence[Stage], change: Sequence[str], as_json: bool) ->
     if as_json:
         print_json({"stages": [{"name": f.name, "state": f.state, "step": f.step} for f in found]})
         return
-    for stage, where in zip(stages, found, strict=True):
+    for where in found:
+        stage = where.stage
         ranks = ", ".join(map(str, stage.config.chain.ranks))
         data = stage.config.data
         rows = ", ".join(each.path for each in data.train_files) or data.task
@@ -276,7 +277,7 @@ def _show_plan(stages: Sequence[Stage], change: Sequence[str], as_json: bool) ->
             "stopped": f"goes on from step {where.step}",
             "new": f"would train links of rank {ranks or 'none'} on {rows}",
         }
-        then = ", beside the others" * stage.beside + ", then a rehearsal" * stage.rehearse
+        then = ", beside the others" * bool(stage.beside) + ", then a rehearsal" * stage.rehearse
         click.echo(f"{stage.name}: {does[where.state]}{then * (where.state != 'finished')}")
 
 

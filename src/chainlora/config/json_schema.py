@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from chainlora.config.schema import RunConfig
 from chainlora.config.section import Section
+from chainlora.config.staging import STANDING
 from chainlora.config.yaml_text import one_value
 
 
@@ -133,10 +134,10 @@ def _take_short_forms(properties: Mapping[str, dict[str, Any]]) -> None:
 def _take_stages(schema: dict[str, Any]) -> None:
     """Allow a list of stages in place of `data`, and `start` in place of `model`."""
     top = schema["properties"]
-    sections = {key: top[key] for key in ("data", "chain", "train")}
+    keys = {"name": {"type": "string"}} | {key: {"type": "boolean"} for key in STANDING}
     stage = {
         "type": "object",
-        "properties": {"name": {"type": "string"}} | sections,
+        "properties": keys | {key: top[key] for key in ("data", "chain", "train")},
         "required": ["name"],
         "additionalProperties": False,
     }

@@ -38,6 +38,7 @@ RUN_WIDE = {
 }
 HISTORY = "history.json"  # what makes a folder a run
 OF_START = ("start", "start_data")  # read by the first stage alone
+STANDING = ("beside", "rehearse")
 _SECTIONS = ("data", "chain", "train")
 # `base`, `start` and `now` are states of the matrix that are no stages.
 _NAME = re.compile(r"(?!(?:base|start|now)\Z)[A-Za-z][\w-]{0,63}", re.ASCII)
@@ -46,14 +47,14 @@ _NAME = re.compile(r"(?!(?:base|start|now)\Z)[A-Za-z][\w-]{0,63}", re.ASCII)
 @dataclass(frozen=True)
 class Stage:
     """A part of the chain: its name, and the config of the run that tunes it. `after` is the entry
-    of the run that an extension begins on; the stages of a config come one after the other. One
-    `beside` the others is combined with them when it has ended, and then, with `rehearse`, rows
-    that all stages kept are rehearsed."""
+    of the run that an extension begins on. One `beside` the others is combined with them when it
+    has ended, and then, with `rehearse`, rows that all stages kept are rehearsed; None of a stage
+    of a config leaves that to its plan (`training.placement`)."""
 
     name: str
     config: RunConfig
     after: str | None = None
-    beside: bool = False
+    beside: bool | None = False
     rehearse: bool = False
 
     @property
@@ -141,7 +142,8 @@ def make_stage(shared: Mapping[str, Any], section: Mapping[str, Any], place: int
     name = section["name"]
     tree = {key: value for key, value in shared.items() if place == 0 or key not in OF_START}
     try:
-        unknown = [key for key in section if key not in ("name", *_SECTIONS)]
+        standing = _standing(section, place)
+        unknown = [key for key in section if key not in ("name", *STANDING, *_SECTIONS)]
         if unknown:
             raise ConfigError(
                 "a stage must say its name, data, chain and train, and nothing of the whole run",
@@ -161,7 +163,21 @@ def make_stage(shared: Mapping[str, Any], section: Mapping[str, Any], place: int
             raise ConfigError("stages are links", "tune: full", remedy)
     except ConfigError as error:
         raise ConfigError(f"stage {name!r}: {error}") from None
-    return Stage(name, config)
+    return Stage(name, config, **standing)
+
+
+def _standing(section: Mapping[str, Any], place: int) -> dict[str, Any]:
+    """Return what a section says of where its stage stands."""
+    found = {"beside": section.get("beside"), "rehearse": section.get("rehearse", True)}
+    if wrong := [key for key, value in found.items() if value not in (True, False, None)]:
+        raise ConfigError(f"`{wrong[0]}` must be true or false", f"{found[wrong[0]]!r:.40}")
+    if place:
+        return found
+    if found["beside"]:
+        raise ConfigError(
+            "a stage beside others comes after the first", "beside: true", "leave it out"
+        )
+    return {}
 
 
 def section_of(tree: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def need_combinable(states: Sequence[OpenState]) -> None:
             rule = "a combination reads rows that stages kept"
             raise RunError(rule, f"none for {state}", "train with data.keep_rows: true")
         for link in state.links():
-            _need_low_rank_sum(link, state.run)
+            need_low_rank_sum(link, state.run)
 
 
 def _solved(states: Sequence[OpenState], progress: Progress) -> dict[str, Modules | Term]:
@@ -247,7 +247,8 @@ def _parts(by_input: Iterable[list[str]], factors: Mapping[str, Factors]) -> Ite
         yield part
 
 
-def _need_low_rank_sum(link: Link, run: Path) -> None:
+def need_low_rank_sum(link: Link, run: str | Path) -> None:
+    """Raise RunError for a link that is more than B A."""
     factors = link.factors.values()
     kinds = {
         "DoRA": any(each.magnitude is not None for each in factors),

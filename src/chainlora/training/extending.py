@@ -12,8 +12,8 @@ from typing import Any
 
 from chainlora.config.chain_keys import LENGTHS
 from chainlora.config.reading import set_key
-from chainlora.config.schema import PAIR_LOSSES
 from chainlora.config.staging import (
+    STANDING,
     Stage,
     check_name,
     is_run,
@@ -23,15 +23,14 @@ from chainlora.config.staging import (
     split_address,
     what_stages_share,
 )
-from chainlora.data.splits import learned_by
 from chainlora.errors import ConfigError, RunError
-from chainlora.evaluation.combination import need_combinable
 from chainlora.models.finding import from_above
 from chainlora.runs.addresses import find_state
 from chainlora.runs.draft import drafts_in, read_draft
 from chainlora.runs.locks import refuse_links
 from chainlora.runs.resuming import not_named
 from chainlora.runs.state import OpenState
+from chainlora.training.placement import need_answers, need_combinable_stage
 from chainlora.training.plan import begun_stage
 
 logger = logging.getLogger(__name__)
@@ -74,6 +73,9 @@ def extension(
     for key, value in overrides:
         set_key(own, key, value)
     output, plugins = own.pop("output", None), own.pop("plugins", None)
+    on = {key: own.pop(key) for key in STANDING if key in own}
+    beside = on.get("beside") if beside is None else beside
+    rehearse = rehearse and on.get("rehearse", True)
     name, is_chosen = check_name(own.get("name")), beside is not None
     begun = Path(expanduser(output)) if output is not None else run
     if beside is None:
@@ -141,46 +143,16 @@ def _can_begin_at_origin(address: str | Path, name: str, now: OpenState) -> bool
 def _can_combine(now: OpenState, stage: Stage, is_chosen: bool) -> bool:
     """Say whether a stage can be combined with what the run is; raise if that `is_chosen`."""
     try:
-        _need_combinable(now, stage)
+        need_combinable_stage(stage, now)
         if not is_chosen:
-            _need_answers(now, stage)
+            losses = {name: kept.loss for name, kept in now.kept().items()}
+            need_answers(stage, losses, now)
     except (ConfigError, RunError) as error:
         if is_chosen:
             raise
         logger.warning("stage %s is trained on top of %s: %s", stage.name, now.stage, error)
         return False
     return True
-
-
-def _need_combinable(now: OpenState, stage: Stage) -> None:
-    """Refuse a stage that could not be combined with what the run is."""
-    chain = stage.config.chain
-    keys = {
-        "chain.dora": chain.dora,
-        "chain.lora_bias": chain.lora_bias,
-        "chain.extra_modules": bool(chain.extra_modules),
-        "data.keep_rows: false": not stage.config.data.keep_rows,
-        "train.accept_links": stage.tolerance is not None,
-    }
-    if wrong := [key for key, is_set in keys.items() if is_set]:
-        rule = "a stage beside others is combined with them"
-        raise ConfigError(rule, wrong[0], "leave it out, or train it on top")
-    need_combinable([now.at(key) for key in now.history.ends(now.history.head)])
-
-
-def _need_answers(now: OpenState, stage: Stage) -> None:
-    """Refuse a stage that builds on others: of pairs, on a mix, which a combination would undo, or
-    one that reads or counts their rows."""
-    data, loss = stage.config.data, learned_by(stage.config.data, stage.config.train.loss)
-    of_pairs = {stage.name: loss} | {name: kept.loss for name, kept in now.kept().items()}
-    found = [f"{name}: {loss}" for name, loss in of_pairs.items() if loss in PAIR_LOSSES]
-    found += ["data.replay"] * bool(data.replay) + ["data.new_rows_only"] * data.new_rows_only
-    if now.entry is not None and now.entry.kind == "mix":
-        found += [f"{now.entry.key}, whose strengths would be lost"]
-    if found:
-        rule = "by default a stage with answers of its own stands beside others"
-        remedy = "--beside does it all the same"
-        raise RunError(rule, found[0], remedy)
 
 
 def _stage_before(state: OpenState) -> OpenState:

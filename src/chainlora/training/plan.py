@@ -45,6 +45,7 @@ from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.state import OpenState
 from chainlora.training.objectives import check_names
 from chainlora.training.optimizers import check_optimizer
+from chainlora.training.placement import placed
 from chainlora.training.processes import (
     check_shards,
     num_launched,
@@ -109,24 +110,44 @@ def make_plan(
         _need_order(run, history, stages)
     plan = Plan(tuple(_state_of(stage, run, history, change) for stage in stages))
     ended = [each.name for each in plan.stages if each.state == "finished"]
-    if run is not None and history is not None and ended:
-        state_at(run, history, ended[-1]).verify()
-        if any(each.state == "new" for each in plan.stages):
-            need_below(run, history, ended)
-    if plan.due:
+    now, begun = None, dict[str, OpenState]()
+    if run is not None and history is not None:
+        found = ((stage.name, begun_stage(run, stage.name, history)) for stage in stages)
+        begun = {name: each for name, each in found if each is not None}
+        if ended:
+            now = state_at(run, history)
+            now.at(ended[-1]).verify()
+    if now is None:
         plan = replace(plan, start=_start_of(plan, run, history, start))
+    pairs = zip(plan.stages, placed(stages, begun, now, plan.start), strict=True)
+    plan = replace(plan, stages=tuple(replace(each, stage=stage) for each, stage in pairs))
+    if now is not None and any(each.state == "new" for each in plan.stages):
+        need_below(now.run, now.history, [e.stage for e in plan.stages if e.state == "finished"])
+    if plan.due:
+        if now is not None:
+            plan = replace(plan, start=_start_of(plan, run, history, start))
         _check(plan)
     return plan
 
 
-def need_below(run: Path, history: History, names: Sequence[str]) -> None:
-    """Raise RunError unless a new stage would begin on top of these."""
-    lineage = [entry.key for entry in history.lineage(history.head)]
-    if missing := [name for name in names if name not in lineage]:
+def need_below(run: Path, history: History, ended: Sequence[Stage]) -> None:
+    """Raise RunError unless these stages are in what the run is now, or are to be combined with it
+    after a kill."""
+    known = taken_in(history)
+    below = {entry.key for entry in history.lineage(history.head)}
+    below |= {stage.name for stage in ended if stage.beside and stage.name not in known}
+    if missing := [stage.name for stage in ended if stage.name not in below]:
         raise RunError(
             f"Cannot begin a stage on {history.head}, which {run} is now: it is without "
             f"{missing[-1]}. Run chainlora undo {run} --to {missing[-1]}, then the same command."
         )
+
+
+def taken_in(history: History) -> set[str]:
+    """Return the entries that are in what a run is now, or in a combination that it has been."""
+    combined = [entry for entry in history.entries if entry.kind == "combine"]
+    parents = {key for entry in combined for key in entry.parents}
+    return parents | {entry.key for entry in history.lineage(history.head)}
 
 
 # --- where the stages are ---
@@ -136,8 +157,10 @@ def _need_order(run: Path, history: History, stages: Sequence[Stage]) -> None:
     """Raise RunError unless the stages of a config begin with those that the run has trained."""
     if stages[0].after is not None:
         return
-    lineage = [entry.key for entry in history.lineage(history.head)]
-    known = [name for name in history.own_stages if name in lineage]
+    lineage = history.lineage(history.head)
+    known = [
+        e.key for e in history.own if e in lineage and e.kind == "stage" and not e.is_rehearsal
+    ]
     names = [stage.name for stage in stages]
     if history.find(names[-1]) is not None:
         known = known[: len(names)]
@@ -205,8 +228,9 @@ def _start_of(plan: Plan, run: Path | None, history: History | None, start: Star
         if others:
             names = ", ".join(sorted(others))
             logger.warning("stage %s is half trained, and %s begins without it", names, first.name)
-        now, after = state_at(run, history), plan.stages[0].stage.after
-        return start_at(now if after is None else now.at(after))
+        now, stage = state_at(run, history), first.stage
+        key = history.origin if stage.beside else stage.after
+        return start_at(now if key is None else now.at(key))
     source = first.stage.config.start
     return start if source is None else load_start(source)
 

@@ -33,7 +33,7 @@ from chainlora.training.extending import extension, rehearsal
 from chainlora.training.interrupts import stop_requested
 from chainlora.training.loop import train as run_training
 from chainlora.training.loop import train_stage
-from chainlora.training.plan import StagePlan, make_plan, naming, need_below
+from chainlora.training.plan import StagePlan, make_plan, naming, need_below, taken_in
 from chainlora.training.processes import is_first_launched, num_launched, wait_for_all
 from chainlora.training.progress import progress_listener
 from chainlora.training.result import TrainResult, needs_judgement, result_of
@@ -159,7 +159,7 @@ def train_stages(
     matrix: bool = True,
 ) -> list[TrainResult | None]:
     """Train what is new of the stages of a run; return a result for each, None of what had ended,
-    and that of a rehearsal after them.
+    and those of rehearsals after them.
 
     `change` names keys that the resume of a stopped stage may change
     (`runs.resuming.CHANGEABLE`). With `matrix`, the rows that stages kept are scored in the states
@@ -170,36 +170,36 @@ def train_stages(
     tell = listener or (lambda event: None)
     plan = make_plan(stages, change)
     run, results = Path(stages[0].config.output or ""), list[TrainResult | None]()
+    rehearsed = list[TrainResult | None]()
     for planned in plan.stages:
-        tell(StageBegins(planned.step, planned.name, planned.state, planned.stage.beside))
+        tell(StageBegins(planned.step, planned.name, planned.state, bool(planned.stage.beside)))
         if planned.state == "finished":
             Work(run, planned.name, writes=is_first_launched()).tidy()
             results.append(None)
-            if planned.stage.beside and is_first_launched():  # a kill may have come before
-                _take_in(run, planned.stage, tell)
-            continue
-        start = plan.start
-        if planned is not plan.due[0]:
-            before = [each.name for each in plan.stages[: plan.stages.index(planned)]]
-            need_below(run, read_history(run), before)
-            start = start_at(find_state(run))
-        with naming(planned.stage):
-            results.append(train_stage(planned, start, tell, change=change))
-        if is_first_launched():
-            _judge(run, planned, tell)
+        else:
+            start = plan.start
+            if planned is not plan.due[0]:
+                before = [each.stage for each in plan.stages[: plan.stages.index(planned)]]
+                need_below(run, read_history(run), before)
+                now = find_state(run)
+                start = start_at(now.at(now.history.origin) if planned.stage.beside else now)
+            with naming(planned.stage):
+                results.append(train_stage(planned, start, tell, change=change))
+            if is_first_launched():
+                _judge(run, planned, tell)
+            wait_for_all()
+        if is_first_launched() and (planned.state != "finished" or planned.stage.beside):
+            _take_in(run, planned.stage, tell)  # of one that has ended: a kill came before
         wait_for_all()
-        if is_first_launched():
-            _take_in(run, planned.stage, tell)
-    wait_for_all()
-    if stages[-1].rehearse and _is_rehearsal_due(run, stages[-1].name):
-        named = {"plugins": [*stages[-1].config.plugins]}
-        results += train_stages(rehearsal(run, named), listener=listener, matrix=False)
+        if planned.stage.rehearse and _is_rehearsal_due(run, planned.name):
+            named = {"plugins": [*planned.stage.config.plugins]}
+            rehearsed += train_stages(rehearsal(run, named), listener=listener, matrix=False)
     if matrix and is_first_launched():
         state = find_state(run)
         if len(state.columns) > 1 and state.keepers:
             stage_matrix(run, progress=_reader(tell))
     wait_for_all()
-    return results
+    return results + rehearsed
 
 
 def _is_rehearsal_due(run: Path, name: str) -> bool:
@@ -229,10 +229,7 @@ def _judge(run: Path, planned: StagePlan, tell: Listener) -> None:
 def _take_in(run: Path, stage: Stage, tell: Listener) -> None:
     """Combine a stage that has ended beside the others with what the run is combined of."""
     history = read_history(run)
-    combined = {
-        key for entry in history.entries if entry.kind == "combine" for key in entry.parents
-    }
-    if stage.name in combined | {entry.key for entry in history.lineage(history.head)}:
+    if stage.name in taken_in(history):
         return
     if stage.beside:
         combine_with(run, stage.name, _reader(tell))

@@ -1,0 +1,112 @@
+"""Where a stage stands: beside the others, on what the run began on, or on top of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from chainlora.config.schema import PAIR_LOSSES, RunConfig
+from chainlora.config.staging import Stage
+from chainlora.data.splits import learned_by
+from chainlora.errors import ConfigError, RunError
+from chainlora.evaluation.combination import need_combinable, need_low_rank_sum
+from chainlora.runs.start import Start
+from chainlora.runs.state import OpenState
+
+logger = logging.getLogger(__name__)
+
+
+def placed(
+    stages: Sequence[Stage], begun: Mapping[str, OpenState], now: OpenState | None, start: Start
+) -> list[Stage]:
+    """Return the stages of a config, each beside those before it or on top of them.
+
+    A stage that was begun stays where it was. A new one stands where its key `beside` says, by
+    default beside the others if it can be combined with them and their rows are answers; else a
+    warning says why. After the last of those that stand beside each other comes a rehearsal. `now`
+    is what the run is, None before its first stage has ended, which begins on `start`.
+
+    Raises ConfigError or RunError for what was begun elsewhere, or cannot be combined.
+    """
+    found: list[Stage] = [*stages[:1]]
+    for stage in stages[1:]:
+        known = begun.get(stage.name)
+        is_beside = _began_beside(stage, known) if known else _can_be(stage, found, now, start)
+        found.append(replace(stage, beside=is_beside))
+    after = [*(each.beside for each in found[1:]), False]
+    return [
+        replace(each, rehearse=bool(each.beside and each.rehearse and not then))
+        for each, then in zip(found, after, strict=True)
+    ]
+
+
+def need_combinable_stage(stage: Stage, now: OpenState | None) -> None:
+    """Raise ConfigError or RunError for a stage that could not be combined with what a run is."""
+    config = stage.config
+    keys = _without_low_rank_sum(config) | {
+        "data.keep_rows: false": not config.data.keep_rows,
+        "train.accept_links": stage.tolerance is not None,
+    }
+    if wrong := [key for key, is_set in keys.items() if is_set]:
+        rule = "a stage beside others is combined with them"
+        raise ConfigError(rule, wrong[0], "leave it out, or train it on top")
+    if now is not None:
+        need_combinable([now.at(key) for key in now.history.ends(now.history.head)])
+
+
+def need_answers(stage: Stage, losses: Mapping[str, str], now: OpenState | None) -> None:
+    """Raise RunError for a stage that builds on others: of pairs, on a mix, which a combination
+    would undo, or one that reads or counts their rows. `losses` are those of the others."""
+    data = stage.config.data
+    losses = {stage.name: learned_by(data, stage.config.train.loss), **losses}
+    found = [f"{name}: {loss}" for name, loss in losses.items() if loss in PAIR_LOSSES]
+    found += ["data.replay"] * bool(data.replay) + ["data.new_rows_only"] * data.new_rows_only
+    if now is not None and now.entry is not None and now.entry.kind == "mix":
+        found += [f"{now.entry.key}, whose strengths would be lost"]
+    if found:
+        rule = "by default a stage with answers of its own stands beside others"
+        raise RunError(rule, found[0], "--beside, or beside: true, does it all the same")
+
+
+def _began_beside(stage: Stage, begun: OpenState) -> bool:
+    is_beside = begun.entry is not None and begun.entry.parent == begun.history.origin
+    if stage.beside not in (None, is_beside):
+        rule = f"stage {stage.name!r} must stay where it was begun"
+        got = "it began beside the others" if is_beside else "it began on top of others"
+        raise RunError(rule, got, f"set beside: {str(is_beside).lower()}, or rename it")
+    return is_beside
+
+
+def _can_be(stage: Stage, before: Sequence[Stage], now: OpenState | None, start: Start) -> bool:
+    """Say whether a new stage stands beside the others; raise if it must, and cannot."""
+    if stage.beside is False:
+        return False
+    try:
+        need_combinable_stage(stage, now)
+        for each in before:
+            if wrong := [k for k, is_set in _without_low_rank_sum(each.config).items() if is_set]:
+                rule = "only low-rank sums are combined"
+                raise ConfigError(rule, f"{wrong[0]} in {each.name}", "train it on top")
+        for link in start.links if now is None else ():
+            need_low_rank_sum(link, "start")
+        if stage.beside is None:
+            kept = start.kept if now is None else now.kept()
+            losses = {name: each.loss for name, each in kept.items()}
+            own = {e.name: learned_by(e.config.data, e.config.train.loss) for e in before}
+            need_answers(stage, losses | own, now)
+    except (ConfigError, RunError) as error:
+        if stage.beside:
+            raise
+        logger.warning("stage %s is trained on top of %s: %s", stage.name, before[-1].name, error)
+        return False
+    return True
+
+
+def _without_low_rank_sum(config: RunConfig) -> dict[str, bool]:
+    chain = config.chain
+    return {
+        "chain.dora": chain.dora,
+        "chain.lora_bias": chain.lora_bias,
+        "chain.extra_modules": bool(chain.extra_modules),
+    }
