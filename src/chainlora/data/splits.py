@@ -173,11 +173,12 @@ def prepare_splits(
     tell_unread(rows)
     if to_score is None and compare:
         tell_in_both(data, rows, sources)
-    key = "data.replay" if data.replay else "data.rehearse" if data.rehearse else None
-    if key and to_score is None and (data.rehearse or parts["train"]):
-        kind, longest = learned_by(data, loss), length_limit(data, context)
+    if to_score is None and (data.rehearse or (data.replay and parts["train"])):
+        key, kind = "data.replay" if data.replay else "data.rehearse", learned_by(data, loss)
+        longest = length_limit(data, context)
         again = rows_again(key, earlier or {}, kind, rows["validation"], longest)
-        asked.setdefault("mixture", Mixture(tuple(map(len, again)), tuple(map(_share, again))))
+        shares = tuple(min(1.0, _REHEARSED / len(each)) for each in again)  # as many rows of each
+        asked.setdefault("mixture", Mixture(tuple(map(len, again)), shares))
         if data.replay:
             count = sum(map(len, again))
             asked["mixture"] = replace(asked["mixture"], num_earlier=count, replay=data.replay)
@@ -187,11 +188,6 @@ def prepare_splits(
         tell_trained_on(rows, earlier)
     asked |= {"digest": _digest(rows, options.before)}
     return Splits(rows["train"], rows["validation"], rows["test"], **asked)
-
-
-def _share(rows: Rows) -> float:
-    """Return the weight by which an epoch reads as many rows of each stage."""
-    return min(1.0, _REHEARSED / len(rows))
 
 
 def learned_by(data: DataConfig, loss: str | None) -> str:

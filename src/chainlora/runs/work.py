@@ -18,8 +18,7 @@ looks at them until the history names them: `publish` does, as the last act of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -123,18 +122,6 @@ class Work:
         self._draft, self.base = draft, base
         self._tied, self._links = list(draft.entry.tied), dict(draft.links)
         self._hashes = dict(draft.files)
-
-    @contextmanager
-    def claimed(self, config: RunConfig) -> Iterator[None]:
-        """Hold a stage that was trained, to publish it."""
-        try:
-            self.open(config)
-            if self._draft is None:
-                rule, remedy = "a stage is judged by one process", "give the same command again"
-                raise RunError(rule, self.folder, remedy)
-            yield
-        finally:
-            self.close()
 
     def begin(
         self,
@@ -355,6 +342,19 @@ class Work:
 
         update_history(self.run, change)
         self._claim.remove_passing()
+
+    def publish_trained(
+        self, config: RunConfig, strength: float = 1.0, reads: Sequence[str] = ()
+    ) -> None:
+        """Take a stage that was trained before, and publish it."""
+        try:
+            self.open(config)
+            if self._draft is None:
+                rule, remedy = "a stage is judged by one process", "give the same command again"
+                raise RunError(rule, self.folder, remedy)
+            self.publish(strength, reads)
+        finally:
+            self.close()
 
     def _entry(self, tied: Sequence[str], own: Sequence[str]) -> Entry:
         """Return the entry with these links: those that were tied, and those that it ends in."""

@@ -221,18 +221,15 @@ def _judge(run: Path, planned: StagePlan, tell: Listener) -> None:
     strength, gains = guard(trained, planned.stage.tolerance, progress=_reader(tell))
     means = {name: found.mean for name, found in gains.items()}
     tell(StageGuarded(0, planned.name, strength, means))
-    work = Work(run, planned.name)
-    with work.claimed(planned.stage.config):
-        work.publish(strength, [*gains])
+    Work(run, planned.name).publish_trained(planned.stage.config, strength, [*gains])
 
 
 def _take_in(run: Path, stage: Stage, tell: Listener) -> None:
     """Combine a stage that has ended beside the others with what the run is combined of."""
     history = read_history(run)
-    combined = {
-        key for entry in history.entries if entry.kind == "combine" for key in entry.parents
-    }
-    if stage.name in combined | {entry.key for entry in history.lineage(history.head)}:
+    taken = {entry.key for entry in history.lineage(history.head)}
+    taken |= {key for e in history.entries if e.kind == "combine" for key in e.parents}
+    if stage.name in taken:
         return
     if stage.beside:
         combine_with(run, stage.name, _reader(tell))
