@@ -101,10 +101,10 @@ def combine(
     with evaluation_progress() as progress:
         state = combined(folder, names, output=output, progress=progress)
     assert state.entry is not None
-    to_stderr(f"{state.run} is {state.entry.key} now, of {', '.join(state.entry.parents)}")
+    to_stderr(f"{state.run} is {state.key} now, of {', '.join(state.entry.parents)}")
     matrix = None if no_scores else scored_matrix(str(state.run))
     if as_json:
-        shown = {"run": str(state.run), "now": state.entry.key, "of": state.entry.parents}
+        shown = {"run": str(state.run), "now": state.key, "of": state.entry.parents}
         print_json(shown | {"matrix": matrix and matrix.as_dict()})
     elif matrix is not None:
         show_matrix(matrix)
@@ -235,11 +235,10 @@ def redo(run: str, as_json: bool) -> None:
 
 
 def _show_now(run: str, state: OpenState, as_json: bool) -> None:
-    name = "base" if state.entry is None else state.entry.key
     if as_json:
-        print_json({"run": run, "now": name, "strengths": state.strengths})
+        print_json({"run": run, "now": state.key, "strengths": state.strengths})
     else:
-        click.echo(f"{run} is now {name}; nothing was deleted")
+        click.echo(f"{run} is now {state.key}; nothing was deleted")
         _show_strengths(state)
 
 

@@ -173,25 +173,27 @@ def prepare_splits(
     tell_unread(rows)
     if to_score is None and compare:
         tell_in_both(data, rows, sources)
-    key = "data.replay" if data.replay else "data.rehearse" if data.rehearse else None
-    if key and to_score is None and (data.rehearse or parts["train"]):
-        kind, longest = learned_by(data, loss), length_limit(data, context)
+    if to_score is None and (data.rehearse or (data.replay and parts["train"])):
+        key, kind = "data.replay" if data.replay else "data.rehearse", learned_by(data, loss)
+        longest = length_limit(data, context)
         again = rows_again(key, earlier or {}, kind, rows["validation"], longest)
-        asked.setdefault("mixture", Mixture(tuple(map(len, again)), tuple(map(_share, again))))
-        if data.replay:
-            count = sum(map(len, again))
-            asked["mixture"] = replace(asked["mixture"], num_earlier=count, replay=data.replay)
-            asked["moved"] |= {"replayed": count}
         rows["train"] = joined([rows["train"], *again])
+        asked |= _mixed_with(again, data.replay, asked)
     if earlier and to_score is None and compare:
         tell_trained_on(rows, earlier)
     asked |= {"digest": _digest(rows, options.before)}
     return Splits(rows["train"], rows["validation"], rows["test"], **asked)
 
 
-def _share(rows: Rows) -> float:
-    """Return the weight by which an epoch reads as many rows of each stage."""
-    return min(1.0, _REHEARSED / len(rows))
+def _mixed_with(again: Sequence[Rows], replay: float | None, asked: Any) -> dict[str, Any]:
+    """Return what an epoch reads of rows of earlier stages: a share of each batch beside new rows,
+    or in a rehearsal as many of each stage."""
+    counts = tuple(map(len, again))
+    if not replay:
+        shares = tuple(min(1.0, _REHEARSED / count) for count in counts)
+        return {"mixture": Mixture(counts, shares)}
+    mixture = replace(asked["mixture"], num_earlier=sum(counts), replay=replay)
+    return {"mixture": mixture, "moved": asked["moved"] | {"replayed": sum(counts)}}
 
 
 def learned_by(data: DataConfig, loss: str | None) -> str:

@@ -99,7 +99,6 @@ def evaluate(
     def scored(done: int, rows: int) -> None:
         tell(0 if is_written else done, rows)  # answers are still to come
 
-    found: dict[str, float] = {}
     losses: dict[str, float] = {}
     columns: dict[str, list[Any]] = {
         "row": [example.row for example in examples],
@@ -114,7 +113,7 @@ def evaluate(
                 columns["tokens"] = [example.num_learned for example in examples]
             losses = _losses(columns["scores"], columns.get("tokens"), columns["label"])
         if is_written:
-            texts = columns["prediction"] = _answers(
+            columns["prediction"] = _answers(
                 runner,
                 examples,
                 tell,
@@ -123,20 +122,18 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 stop=stop,
             )
+    if is_labelled:
+        columns["prediction"] = [row.index(max(row)) for row in columns["scores"]]
     if in_words:
         columns["references"] = [list(example.references) for example in examples]
-    if is_labelled:
-        chosen = columns["prediction"] = [row.index(max(row)) for row in columns["scores"]]
-        found = {n: INDEX_METRICS[n](columns["label"], chosen) for n in names if n in INDEX_METRICS}
-        if in_words:
-            answers = zip(examples, chosen, strict=True)
-            texts = [_candidate_text(example, index, tokenizer) for example, index in answers]
-            columns["answer"] = texts
-    for name in in_words:
-        answered = zip(texts, examples, strict=True)
-        found[name] = fmean(TEXT_METRICS[name](text, each.references) for text, each in answered)
+    if in_words and is_labelled:
+        chosen = zip(examples, columns["prediction"], strict=True)
+        columns["answer"] = [_candidate_text(each, index, tokenizer) for each, index in chosen]
     rows = zip(*columns.values(), strict=True)
     predictions = [dict(zip(columns, row, strict=True)) for row in rows]
+    pair = columns["label"], columns["prediction"]
+    found = {name: INDEX_METRICS[name](*pair) for name in names if name in INDEX_METRICS}
+    found |= {name: fmean(_in_words(name, predictions)) for name in in_words}
     return Evaluation(found | losses, len(examples), predictions)
 
 
@@ -245,10 +242,12 @@ def values(found: Evaluation, metric: str) -> list[float]:
         return [0.5 if found is None else float(found == label) for found, label in chosen]
     if metric == "loss":
         return [_loss(row) for row in rows]
-    if metric in TEXT_METRICS:
-        judge = TEXT_METRICS[metric]
-        return [judge(row.get("answer", row["prediction"]), row["references"]) for row in rows]
-    return []
+    return _in_words(metric, rows) if metric in TEXT_METRICS else []
+
+
+def _in_words(metric: str, rows: Sequence[dict[str, Any]]) -> list[float]:
+    judge = TEXT_METRICS[metric]
+    return [judge(row.get("answer", row["prediction"]), row["references"]) for row in rows]
 
 
 def weights_of(found: Evaluation, metric: str) -> list[int]:

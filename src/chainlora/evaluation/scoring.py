@@ -103,8 +103,7 @@ def evaluate_task(
     if asked.loss == "dpo":
         assert config is not None
         del model, engine  # one model in memory
-        start, _ = load_run_or_model(_begun_on(run_or_model, config), dtype=dtype)
-        with Engine(to_accelerator(start), speedups=speedups, training=False) as engine:
+        with _begun_on(run_or_model, config, dtype, speedups) as engine:
             reference = engine.scores(rows, progress=progress)
         found = judge_pairs(rows, scores, reference, config.train.dpo_beta)
     if predictions is not None:
@@ -118,12 +117,14 @@ def evaluate_task(
     return Shown(shown | {"rows": found.num_rows, "metrics": metrics})
 
 
-def _begun_on(run: Address, config: RunConfig) -> Address:
-    """Return what a DPO run began on: the scores of pairs there are their reference."""
-    if config.chain.tune == "full":
-        return config.model
-    state = open_run(run)
-    return state.of(state.parent)
+def _begun_on(run: Address, config: RunConfig, dtype: Any, speedups: Speedups) -> Engine:
+    """Return an engine of what a DPO run began on: pairs are judged by their scores there."""
+    start: Address = config.model
+    if config.chain.tune != "full":
+        state = open_run(run)
+        start = state.of(state.parent)
+    model, _ = load_run_or_model(start, dtype=dtype)
+    return Engine(to_accelerator(model), speedups=speedups, training=False)
 
 
 def _write_predictions(file: Path, found: Evaluation) -> None:

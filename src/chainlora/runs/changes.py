@@ -23,10 +23,7 @@ from chainlora.runs.history import (
     BASE,
     Entry,
     History,
-    derived_file,
-    link_folder,
     read_history,
-    rows_file,
     update_history,
 )
 from chainlora.runs.links import outline_of
@@ -320,11 +317,7 @@ def _need_sums(run: Path, history: History, name: str) -> None:
 
 def _unnamed(run: Path, history: History) -> Iterator[Path]:
     """Yield what of a run its history does not name, and pictures of what it was."""
-    named = {link_folder(digest) for digest in history.links}
-    named |= {rows_file(entry.kept) for entry in history.entries if entry.kept is not None}
-    terms = [term for entry in history.entries for term in entry.state.terms]
-    named |= {derived_file(term.derived) for term in terms if term.derived is not None}
-    named |= {f"stages/{entry.key}" for entry in history.entries if entry.files}
+    named = {"/".join(name.split("/")[:2]) for name in history.files}
     for folder in ("links", "derived", "rows", "stages"):
         for path in (run / folder).glob("*"):
             if f"{folder}/{path.name}" not in named:

@@ -1,7 +1,4 @@
-"""Links on disk: each an ordinary PEFT adapter in a folder named by its content.
-
-The live link is tensors of its own (`Chain.live_state`), beside those of its optimizer.
-"""
+"""Links on disk: each an ordinary PEFT adapter in a folder named by its content."""
 
 from __future__ import annotations
 
@@ -17,12 +14,9 @@ from chainlora import files
 from chainlora.chain.adapters import load_adapter, save_adapter
 from chainlora.chain.checks import link_fault
 from chainlora.chain.link import Link
-from chainlora.config.schema import LinkConfig
 from chainlora.errors import RunError
 from chainlora.runs.documents import DAMAGED
 from chainlora.runs.history import WEIGHTS, Base, LinkFacts, derived_file, link_folder
-
-_LINK, _OPTIMIZER = "link.safetensors", "optimizer.safetensors"
 
 
 def write_adapter_of(folder: Path, link: Link, base: Base) -> None:
@@ -112,25 +106,3 @@ def read_link(folder: Path, facts: LinkFacts, index: int, strength: float) -> Li
 def outline_of(facts: LinkFacts, index: int, strength: float) -> Link:
     """Return a link without its tensors."""
     return Link(index, facts.link_config(), {}, strength=strength)
-
-
-def read_partial(folder: Path, index: int, config: LinkConfig) -> Link:
-    """Read a link that was kept before it was whole, of which no history tells."""
-    factors, extra = load_adapter(folder)
-    return Link(index, config, factors, extra)
-
-
-# --- the live link ---
-
-
-def write_checkpoint(
-    folder: Path, state: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
-) -> None:
-    """Write the live link's state (`Chain.live_state`) and the optimizer's."""
-    files.save_tensors(folder / _LINK, state)
-    files.save_tensors(folder / _OPTIMIZER, optimizer)
-
-
-def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Read the live link's state and the optimizer's."""
-    return load_file(folder / _LINK), load_file(folder / _OPTIMIZER)

@@ -116,12 +116,10 @@ def export_gguf(
         card = Card(what, base, "gguf", links, wide, naming=naming, story=story, sheet=sheet)
         write_card(made, card, lineage)
     sizes = {path.name: path.stat().st_size for path in sorted(output.glob("*.gguf"))}
-    done = {"output": str(output), "links": len(links), "type": kind, "bytes": sizes}
+    done = {"to": to, "output": str(output), "links": len(links), "type": kind, "bytes": sizes}
     if each:
-        return {"to": "gguf-adapter", **done, "adapters": adapters}
-    if as_adapter:
-        return {"to": "gguf-adapter", **done, "rank": wide, "error": loras[0].error}
-    return {"to": "gguf", **done}
+        return done | {"adapters": adapters}
+    return done | {"rank": wide, "error": loras[0].error} if as_adapter else done
 
 
 class _Lora(NamedTuple):

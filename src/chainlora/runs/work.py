@@ -18,8 +18,7 @@ looks at them until the history names them: `publish` does, as the last act of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from chainlora import files
+from chainlora.chain.adapters import load_adapter
 from chainlora.chain.link import Link
 from chainlora.config.reading import dump_config
 from chainlora.config.schema import LinkConfig, RunConfig
@@ -54,19 +54,16 @@ from chainlora.runs.history import (
     link_folder,
     update_history,
 )
-from chainlora.runs.links import (
-    read_checkpoint,
-    read_partial,
-    save_link,
-    write_adapter_of,
-    write_checkpoint,
-)
+from chainlora.runs.links import save_link, write_adapter_of
 from chainlora.runs.locks import locked
 from chainlora.runs.opening import check_base
 from chainlora.runs.records import RecordLog, resumed_log
 from chainlora.runs.resuming import check_resumed, compare
 from chainlora.runs.start import Start
 from chainlora.runs.state import OpenState
+
+# Of a checkpoint: the live link (`Chain.live_state`), and its optimizer.
+_LINK, _OPTIMIZER = "link.safetensors", "optimizer.safetensors"
 
 
 class Work:
@@ -123,18 +120,6 @@ class Work:
         self._draft, self.base = draft, base
         self._tied, self._links = list(draft.entry.tied), dict(draft.links)
         self._hashes = dict(draft.files)
-
-    @contextmanager
-    def claimed(self, config: RunConfig) -> Iterator[None]:
-        """Hold a stage that was trained, to publish it."""
-        try:
-            self.open(config)
-            if self._draft is None:
-                rule, remedy = "a stage is judged by one process", "give the same command again"
-                raise RunError(rule, self.folder, remedy)
-            yield
-        finally:
-            self.close()
 
     def begin(
         self,
@@ -221,7 +206,8 @@ class Work:
         found = self.draft.checkpoint
         if found is None or not self.draft.has_checkpoint(progress):
             return None
-        return read_checkpoint(self.folder / found.directory)
+        folder = self.folder / found.directory
+        return load_file(folder / _LINK), load_file(folder / _OPTIMIZER)
 
     def load_moments(self) -> dict[str, Tensor]:
         """Read the optimizer state that the last link's knot kept."""
@@ -238,7 +224,7 @@ class Work:
 
     def load_best(self, config: LinkConfig, directory: str) -> Link:
         """Read the partial link of the best point."""
-        return read_partial(self.folder / directory, 0, config)
+        return Link(0, config, *load_adapter(self.folder / directory))
 
     # --- writing a point: its files, and then ``stage.json``, which names them ---
 
@@ -295,7 +281,8 @@ class Work:
             return
         directory = f"checkpoints/{progress.step:08d}"
         with files.replaced_folder(self.folder / directory) as scratch:
-            write_checkpoint(scratch, state, optimizer)
+            files.save_tensors(scratch / _LINK, state)
+            files.save_tensors(scratch / _OPTIMIZER, optimizer)
         self._hash_folder(directory)
         self._replace(checkpoint=Checkpoint(directory=directory, progress=deepcopy(progress)))
 
@@ -355,6 +342,19 @@ class Work:
 
         update_history(self.run, change)
         self._claim.remove_passing()
+
+    def publish_trained(
+        self, config: RunConfig, strength: float = 1.0, reads: Sequence[str] = ()
+    ) -> None:
+        """Take a stage that was trained before, and publish it."""
+        try:
+            self.open(config)
+            if self._draft is None:
+                rule, remedy = "a stage is judged by one process", "give the same command again"
+                raise RunError(rule, self.folder, remedy)
+            self.publish(strength, reads)
+        finally:
+            self.close()
 
     def _entry(self, tied: Sequence[str], own: Sequence[str]) -> Entry:
         """Return the entry with these links: those that were tied, and those that it ends in."""

@@ -206,8 +206,7 @@ def publish_trained(config: RunConfig, stage: str) -> None:
     """Publish a stage that a kill left trained, unless it is to be judged."""
     work = Work(config.output or "", stage, writes=is_first_launched())
     if work.writes and not needs_judgement(work.opened()):
-        with work.claimed(config):
-            work.publish()
+        work.publish_trained(config)
 
 
 def _final_metrics(run: Run) -> dict[str, Any]:

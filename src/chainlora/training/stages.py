@@ -221,9 +221,7 @@ def _judge(run: Path, planned: StagePlan, tell: Listener) -> None:
     strength, gains = guard(trained, planned.stage.tolerance, progress=_reader(tell))
     means = {name: found.mean for name, found in gains.items()}
     tell(StageGuarded(0, planned.name, strength, means))
-    work = Work(run, planned.name)
-    with work.claimed(planned.stage.config):
-        work.publish(strength, [*gains])
+    Work(run, planned.name).publish_trained(planned.stage.config, strength, [*gains])
 
 
 def _take_in(run: Path, stage: Stage, tell: Listener) -> None:

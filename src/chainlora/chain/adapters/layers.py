@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import peft
@@ -208,12 +208,9 @@ def live_factors(adapter: Adapter, name: str) -> tuple[nn.Parameter, nn.Paramete
 def copied_factors(layer: Any) -> Factors:
     """Copy the factors of a tuner layer to float32 on the CPU."""
     a, b, bias = factors_in(layer, LIVE)
-    found = Factors(host(a), host(b), of_embedding=LIVE in layer.lora_embedding_A)
-    if bias is not None:
-        found = replace(found, bias=host(bias))
-    if LIVE in layer.lora_magnitude_vector:
-        found = replace(found, magnitude=host(layer.lora_magnitude_vector[LIVE].weight))
-    return found
+    vectors, of_embedding = layer.lora_magnitude_vector, LIVE in layer.lora_embedding_A
+    magnitude = host(vectors[LIVE].weight) if LIVE in vectors else None
+    return Factors(host(a), host(b), None if bias is None else host(bias), magnitude, of_embedding)
 
 
 def set_config(adapter: Adapter, config: LinkConfig) -> None:
