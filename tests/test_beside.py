@@ -28,7 +28,7 @@ from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import log, mix_stages, plan_pruning, prune_stage, redo, undo
 from chainlora.runs.history import read_history
 from chainlora.runs.loading_start import with_start
-from chainlora.training.events import Event, KeptRowsRead
+from chainlora.training.events import Event, KeptRowsRead, StageBegins
 from chainlora.training.stages import extension, rehearsal, train_stages
 
 
@@ -43,13 +43,16 @@ def section(sentiment: Path, name: str, **keys: Any) -> dict[str, Any]:
     return {"name": name, "data": data, "chain": {"ranks": [2], "steps": [3]} | keys}
 
 
-def begin(tiny_folder: Path, sentiment: Path, run: Path) -> Path:
-    """Train stage `a` of a new run."""
+def config_of(tiny_folder: Path, sentiment: Path, run: Path, *stages: dict[str, Any]) -> Any:
     tree = settings(tiny_folder, sentiment, run)
-    first = section(sentiment, "a")
     tree["chain"] = {"alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
     del tree["data"]
-    train_stages(make_stages(tree | {"stages": [first]}), matrix=False)
+    return tree | {"stages": [section(sentiment, "a"), *stages]}
+
+
+def begin(tiny_folder: Path, sentiment: Path, run: Path) -> Path:
+    """Train stage `a` of a new run."""
+    train_stages(make_stages(config_of(tiny_folder, sentiment, run)), matrix=False)
     return run
 
 
@@ -317,6 +320,47 @@ def test_extend_stands_beside_and_rehearses_by_default(abc, ac, sentiment, capsy
     add(sentiment, ac, "d")  # as if it was killed before the rehearsal
     extend(ac, more, progress=False)
     assert [entry.key for entry in read_history(ac).entries][-1] == "rehearsal"
+
+
+def test_stages_of_a_config_stand_beside_each_other(tiny_folder, sentiment, abc, tmp_path, caplog):
+    """As those of `extend`; one of pairs stands on all of them, rehearsed."""
+    pairs = {"name": "pairs", "data": pair_files(tmp_path), "train": {"loss": "dpo"}}
+    pairs |= {"chain": {"ranks": [2], "steps": [1]}}
+    others = section(sentiment, "b"), section(sentiment, "c")
+    config = config_of(tiny_folder, sentiment, tmp_path / "run", *others, pairs)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, StageBegins) and event.stage == "rehearsal":
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_stages(make_stages(config), listener=stop, matrix=False)
+    assert len(train_stages(make_stages(config), matrix=False)) == 5
+    train_stages(rehearsal(abc, {}), matrix=False)
+    train_stages(extension(abc, pairs), matrix=False)
+    assert open_run(config["output"]).state == open_run(abc).state
+    assert "stage pairs is trained on top of c: " in caplog.text
+    assert read_history(tmp_path / "run").find("pairs").parents == ("rehearsal",)
+    before = checksums(tmp_path / "run")
+    assert train_stages(make_stages(config), matrix=False) == [None] * 4
+    moved = [others[0] | {"beside": False}, *others[1:], pairs]
+    with pytest.raises(RunError, match=r"'b' must stay where .* set beside: true"):
+        train_stages(make_stages(config | {"stages": [config["stages"][0], *moved]}))
+    assert checksums(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"beside": "yes"}, "`beside` must be true or false"),
+        ({"beside": True, "chain": {"ranks": [2], "steps": [3], "dora": True}}, "chain.dora"),
+    ],
+)
+def test_where_a_stage_cannot_stand(change, message, tiny_folder, sentiment, tmp_path):
+    config = config_of(tiny_folder, sentiment, tmp_path / "run", section(sentiment, "b") | change)
+    with pytest.raises(ConfigError, match=message):
+        train_stages(make_stages(config))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("why", ["pairs", "replay", "mix", "kept", "named", "head", "on top"])
