@@ -100,16 +100,6 @@ def test_the_readme_python_runs_and_its_adapter_is_the_model(checkout, monkeypat
 PYTHON = (ROOT / "docs/python.md").read_text(encoding="utf-8")
 
 
-def test_soft_knots_in_python_md_run(tiny_folder):
-    (block,) = [block for block in blocks(PYTHON, "python") if "tie_share" in block]
-    names = {"folder": tiny_folder, "batches": [torch.arange(3, 11)[None]] * 3}
-    exec(block, names)
-    link = names["link"]
-    assert link.num_steps == 12
-    assert link.config.rank == 1 <= link.rank
-    assert 0 < link.error <= 3e-3
-
-
 def test_the_listener_in_python_md_runs(tiny_folder, sentiment, capsys):
     (block,) = [block for block in blocks(PYTHON, "python") if "listener" in block]
     exec(block, {"settings": settings(tiny_folder, sentiment)})

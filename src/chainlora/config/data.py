@@ -57,8 +57,8 @@ class DataConfig(Section):
     half in the next epoch."""
     validation: Annotated[str | Count | Annotated[float, Field(gt=0, lt=1)] | None, Home] = None
     """Rows that choose the best point, only beside `data.train`: a file; or a share (`0.05`) or
-    number (`500`) of the prompts in `data.train`, held out by a hash of their tokens. Rows with the
-    same prompt stay together. Adding rows never moves existing rows."""
+    number (`500`) of the prompts in `data.train`, drawn by a hash of their tokens: equal prompts
+    stay together, and adding rows never moves existing rows."""
     test: Annotated[str | None, Home] = None
     """File with the rows to report on; only beside `data.train`."""
     format: Format = "auto"
@@ -87,25 +87,25 @@ class DataConfig(Section):
     max_length: Annotated[int, Field(ge=2, lt=LARGEST)] | None = None
     """Longest sequence in tokens; `null` is the model's context."""
     truncation: Literal["drop", "cut", "error", "left"] | None = None
-    """Treatment of a [longer row](rows.md#what-is-too-long): `drop` leaves it out, `cut` (earlier
-    name: `left`) removes the oldest tokens of the prompt, `error` refuses it. `null` is the task's
-    own choice, or `error` for files. Rows of `text` become several examples instead."""
+    """Treatment of a [longer row](rows.md#what-is-too-long): `drop`, `cut` (the oldest tokens of
+    the prompt) or `error`. `null` is the task's own choice, or `error` for files. Rows of `text`
+    become several examples instead."""
     shots: Number = 0
-    """Number of demonstrations before each prompt: training rows of a task with their answers,
-    which are then not trained on."""
+    """Number of demonstrations before each prompt: training rows of a task with their answers, left
+    out of training."""
     replay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Kept rows of earlier stages and of `start_data` added to every batch, as a share of it: 0.1
-    adds one row to a batch of 10. Lengths count only the stage's own rows."""
+    """Share of every batch to add from kept rows of earlier stages and of `start_data`: 0.1 adds
+    one row to a batch of 10. Lengths count only the stage's own rows."""
     rehearse: bool = False
     """Train only on rows that earlier stages and `start_data` kept, the same number of each,
     instead of `train` and `task` (`chainlora rehearse`)."""
     new_rows_only: bool = False
     """Leave out training rows that an earlier stage was trained on. Rows are compared by their
-    tokens: a row that is cut by another `max_length`, or has other `shots`, counts as new."""
+    tokens, so a row cut by another `max_length` counts as new."""
     keep_rows: bool = True
     """Keep [a sample of the rows](run-directory.md#what-is-in-it), and hashes of all, in the run
-    directory. Later stages need them for `replay`, `rehearse`, `new_rows_only`, held-out validation
-    rows and scores on this stage."""
+    directory. Later stages need them for `replay`, `rehearse`, `new_rows_only`, held-out
+    rows, combining and scores on this stage."""
 
     @field_validator("train", mode="before")
     @classmethod

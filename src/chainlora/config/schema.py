@@ -38,15 +38,14 @@ class TrainConfig(Section):
     """How a link is tuned. Defaults follow the paper: AdamW, linear decay, batches of 8."""
 
     loss: str | None = None
-    """`null` is the loss of the task, or of the format of the rows. `dpo` (the sigmoid loss, arXiv
-    2305.18290) and `orpo` (arXiv 2403.07691) learn from rows of preferences; the reference of DPO
-    is the model as the run begins, scored once. `completion`, `candidates` and objectives of a
+    """`null` is the loss of the task, or of the format of the rows. `dpo` (sigmoid loss, arXiv
+    2305.18290; the reference is the model before training) and `orpo` (arXiv 2403.07691) learn from
+    rows of preferences. `completion`, `candidates` and objectives of a
     [plug-in](layout.md#plug-ins) replace the loss of the task."""
     dpo_beta: Annotated[float, Field(ge=1e-6, le=1e3)] = 0.1
     """Beta of DPO: how strongly the model is held to the reference."""
     dpo_label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Label smoothing of DPO: the assumed share of swapped pairs (conservative DPO). Evaluations do
-    not use it."""
+    """Label smoothing of DPO in training: the assumed share of swapped pairs."""
     orpo_beta: Annotated[float, Field(ge=1e-6, le=1e3)] = 0.1
     """Weight of ORPO's odds ratio beside the likelihood of the chosen row."""
     lr: Annotated[float, Field(gt=0, le=1e3)] = 1e-3
@@ -95,8 +94,8 @@ class TrainConfig(Section):
     eval_every: Count | None = None
     """Also evaluate each time after this many steps."""
     eval_at_knots: bool = True
-    """Evaluate at the start and at every knot; the end is always evaluated. `keep_best`,
-    `early_stop` and `accept_links` need it."""
+    """Evaluate at the start and at every knot, as `keep_best`, `early_stop` and `accept_links`
+    need. The end is always evaluated."""
     select_metric: str | None = None
     """Metric that picks the best point; `null` is the task's own, or the loss for files."""
     keep_best: bool = False
@@ -106,21 +105,21 @@ class TrainConfig(Section):
     accept_links: Literal["all", "better"] | Annotated[float, Field(ge=0, le=1e6)] = "all"
     """`all` keeps every link. `better` drops a link, and ends the chain, unless it lowers the
     validation loss by more than the standard error of the differences row by row; not with
-    `keep_best`. A number, for a later stage or beside `start_data`, is how far the [metric of
-    earlier rows](stages.md#rules) may worsen."""
+    `keep_best`. A number is how far a stage may worsen the [metric of earlier
+    rows](stages.md#rules)."""
     save_every: Count | None = 100
     """Steps between checkpoints; `null` saves at knots only."""
     log_every: Count | None = None
     """Steps between lines of progress without a terminal; `null` is a tenth of the run, at most a
-    minute. `metrics.jsonl` has every step."""
+    minute."""
     gradient_checkpointing: bool = False
     """Keep only the inputs of each layer for the backward pass: less memory, more time."""
     speedups: Annotated[Literal["auto", "off"], _AutoOrOff] = "auto"
     """`auto` uses faster forwards, packed batches and threads if a probe shows equal results; `off`
-    runs the layers of PEFT and transformers on padded batches in one thread."""
+    never does."""
     shard: Literal["fsdp2", "zero3"] | None = None
     """Share the model between processes: `fsdp2`, or `zero3` of DeepSpeed, with links carried
-    ([scale](scale.md#a-model-larger-than-a-gpu)). With `null`, each process has a copy."""
+    ([scale](scale.md#a-model-larger-than-a-gpu)). `null`: each process has a copy."""
     trackers: tuple[str, ...] = ()
     """Trackers of Accelerate by name, e.g. `[tensorboard]`; install their packages yourself."""
 
