@@ -67,7 +67,6 @@ class OpenState:
         return f"<OpenState: {self}{f', {known}' if known else ''}>"
 
     def _repr_html_(self) -> str:
-        """Return the links of the state."""
         heads = ("link", "stage", "rank", "steps", "strength")
         pairs = enumerate(self.pairs)
         rows = [(n, own.stage, own.rank, own.num_steps, t.strength) for n, (t, own) in pairs]
@@ -83,7 +82,6 @@ class OpenState:
 
     @property
     def key(self) -> str:
-        """Return the name of its entry."""
         return BASE if self.entry is None else self.entry.key
 
     @property
@@ -103,7 +101,6 @@ class OpenState:
 
     @property
     def strengths(self) -> dict[str, float]:
-        """Return the strength of each stage."""
         return self.history.strengths_of(self.state)
 
     @property
