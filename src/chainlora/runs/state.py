@@ -280,13 +280,15 @@ class OpenState:
             entry = next((e for e in others if CONFIG in e.files), None)
         if entry is None:
             raise RunError("a saved chain has no config", self.run, "name a run")
-        path = self._need_own(entry, CONFIG)
+        path, changes = self._need_own(entry, CONFIG), entry.training.changes
         tree = read_tree(path)
         refuse_paths(tree, path)
-        for change in entry.training.changes:
+        config = make_config(tree)
+        tree = config.model_dump(mode="json")
+        for change in changes:
             *section, key = change.key.split(".")
             (tree[section[0]] if section else tree)[key] = change.after
-        return make_config(tree)
+        return make_config(tree) if changes else config
 
     def records(self) -> list[Record]:
         """Read ``metrics.jsonl`` of the stage that was trained last; links count within it."""
