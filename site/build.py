@@ -23,7 +23,7 @@ from sphinx.cmd.build import main as sphinx
 
 import chainlora
 from chainlora.cli.main import cli
-from chainlora.config.messages import keys_table
+from chainlora.config.messages import foreign_keys
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -161,10 +161,11 @@ def names_page() -> str:
 def keys_page() -> str:
     """Return a page of the keys of other tools: a list, since a table is too wide for a phone."""
     lines = ["# All keys of other tools\n", "In groups and by example: [keys](../docs/keys.md).\n"]
-    for row in keys_table().splitlines()[2:]:
-        key, tools, here, said = (cell.strip() for cell in row.strip("|").split(" | "))
-        here = here.replace("](config.md)", "](../docs/config.md)")
-        lines.append(f"{key} ({tools})\n: {'; '.join(part for part in (here, said) if part)}\n")
+    for key, entry in sorted(foreign_keys().items()):
+        here = f"[`{entry.ours}`](../docs/config.md)" if entry.ours else "–"
+        values = (f"`{theirs}` is `{ours}`" for theirs, ours in entry.values.items())
+        said = "; ".join([here, *filter(None, [entry.say]), *values])
+        lines.append(f"`{key}` ({', '.join(entry.tools)})\n: {said}\n")
     return "\n".join(lines)
 
 

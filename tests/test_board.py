@@ -44,7 +44,7 @@ def trained(tiny_folder, sentiment, tmp_path_factory) -> Path:
     for name, said in SAID.items():
         rows = [{"prompt": f"the cat sat on {n}", "completion": said} for n in range(32)]
         data = {"train": str(write_rows(folder / f"{name}.jsonl", rows)), "validation": 0.25}
-        stages.append({"name": name, "data": data, "chain": chain})
+        stages.append({"name": name, "beside": False, "data": data, "chain": chain})
     train_stages(make_stages(tree | {"stages": stages}))
     return folder / "run"
 

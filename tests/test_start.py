@@ -27,7 +27,7 @@ from chainlora import (
 )
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.addresses import open_run
-from chainlora.runs.loading_start import load_start, put_on
+from chainlora.runs.loading_start import fitted, load_start, put_on
 from chainlora.runs.saved_chain import save_chain
 from chainlora.runs.start import NOTHING, Start
 from chainlora.training.loop import train
@@ -195,7 +195,7 @@ def test_another_name_of_the_base_and_its_revision_are_said(
         assert put_on(load_start(folder), same).notes == ()
     edit(folder, base_model_name_or_path="some/model", revision="abc")
     other = Chain(base("llama", vocab_size=model.config.vocab_size))
-    start = put_on(load_start(folder), other, "our/model")
+    start = fitted(load_start(folder), other, "our/model")
     notes = start.notes
     assert notes[0] == "the adapter is for revision abc of its base"
     assert notes[1].startswith("the adapter is for another base, some/model, than our/model;")

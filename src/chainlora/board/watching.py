@@ -19,7 +19,7 @@ from chainlora.reports.page import Block, Column, Numbers, Section, Text, Tiles,
 from chainlora.reports.run_charts import training_pictures
 from chainlora.reports.run_report import links_table, stage_blocks
 from chainlora.reports.runs import RunFacts, duration, read_state, run_names, score_text
-from chainlora.runs.addresses import find_state, state_at, state_of_draft
+from chainlora.runs.addresses import begun_stage, find_state, state_at
 from chainlora.runs.changes import MATRIX
 from chainlora.runs.draft import DRAFT, drafts_in
 from chainlora.runs.history import RECORDS, read_history
@@ -116,8 +116,7 @@ def _stages(run: Path) -> list[str]:
 
 def _state_of(run: Path, name: str) -> OpenState:
     """Return what a stage ended in, or has tied so far."""
-    is_draft = name in drafts_in(run)
-    return state_of_draft(run, name) if is_draft else state_at(run, read_history(run), name)
+    return begun_stage(run, name) or state_at(run, read_history(run), name)
 
 
 def _off(run: Path) -> set[str]:

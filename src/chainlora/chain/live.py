@@ -35,7 +35,7 @@ class Live:
 
 
 def link_of(live: Live, holding: Holding) -> Link:
-    """Return all that a live link has added so far as the first link of a chain.
+    """Return what tying a live link would add; its place and id are for the chain to say.
 
     Without soft knots its factors are those on the model, and exact; PiSSA's less those it began
     with.

@@ -48,29 +48,26 @@ class Called(Section):
                 raise ConfigError(problems(error, type(self))) from None
 
 
-def problems(error: ValidationError, root: type[BaseModel], prefix: str = "") -> str:
-    """Say everything that is wrong in one line, the members of a union in one sentence.
-
-    `prefix` goes before every key of `root` (``recipe.`` for a section that is read by itself).
-    """
+def problems(error: ValidationError, root: type[BaseModel]) -> str:
+    """Say everything that is wrong in one line, the members of a union in one sentence."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for item in _meant(error.errors()):
         if item["type"] in ("extra_forbidden", "invalid_key"):
             *above, key = map(str, item["loc"])  # members of unions have a "[", as may the key
             keys = [*(part for part in above if "[" not in part), key]
-            found[_unknown_key(keys, item["input"], root, prefix), "", ""] = []
+            found[_unknown_key(keys, item["input"], root), "", ""] = []
         elif item["type"] == "value_error":
             found[str(item["ctx"]["error"]), "", ""] = []
         elif item["type"] == "missing":
             keys = [part for part in item["loc"] if isinstance(part, str) and "[" not in part]
             at = item["loc"][-1]
             got = f"none at position {at}" if isinstance(at, int) else "none"
-            found[f"`{prefix}{'.'.join(keys)}` must be given", got, "add it"] = []
+            found[f"`{'.'.join(keys)}` must be given", got, "add it"] = []
         else:
             key, remedy = _named(item["loc"], root)
             place = "".join(f" at position {part}" for part in item["loc"] if isinstance(part, int))
             got = f"{item['input']!r:.60}{place}"
-            place_and_value = f"`{prefix}{key}` must be", got, remedy
+            place_and_value = f"`{key}` must be", got, remedy
             found.setdefault(place_and_value, []).append(_rule(item))
     said = [
         sentence(" ".join([begin, " or ".join(rules)]).strip(), got, remedy)
@@ -116,7 +113,7 @@ def _named(place: Sequence[int | str], root: type[BaseModel]) -> tuple[str, str]
     return ".".join(keys), remedy
 
 
-def _unknown_key(keys: Sequence[str], value: Any, root: type[BaseModel], prefix: str) -> str:
+def _unknown_key(keys: Sequence[str], value: Any, root: type[BaseModel]) -> str:
     model = root
     for part in keys[:-1]:
         if part in model.model_fields:
@@ -140,7 +137,7 @@ def _unknown_key(keys: Sequence[str], value: Any, root: type[BaseModel], prefix:
         meant = [name for name in (ours, ours.removesuffix("s")) if name in known]
         hint = f"; did you mean {meant[0]!r}?" if meant else None
     hint = nearest(last, known) if hint is None else hint
-    return f"unknown key `{prefix}{'.'.join(keys)}`{hint}"
+    return f"unknown key `{'.'.join(keys)}`{hint}"
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -207,14 +204,3 @@ def _flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
             yield from _flat(value, f"{name}.")
         else:
             yield name
-
-
-def keys_table() -> str:
-    """Return every known key of other tools and what it is here, as a Markdown table."""
-    lines = ["| key | of | here | |", "|---|---|---|---|"]
-    for key, entry in sorted(foreign_keys().items()):
-        here = f"[`{entry.ours}`](config.md)" if entry.ours else "–"
-        values = (f"`{theirs}` is `{ours}`" for theirs, ours in entry.values.items())
-        said = "; ".join([*filter(None, [entry.say]), *values])
-        lines.append(f"| `{key}` | {', '.join(entry.tools)} | {here} | {said} |")
-    return "\n".join(lines) + "\n"

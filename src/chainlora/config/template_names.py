@@ -69,7 +69,6 @@ def checked_arguments(arguments: dict[str, Argument]) -> dict[str, Argument]:
 
 
 def template_text(template: str) -> str:
-    """Return the text of a named template; a text is returned as it is."""
     if template not in NAMES:
         return template
     folder = files("chainlora.config").joinpath("chat_templates")

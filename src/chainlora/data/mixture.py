@@ -41,7 +41,6 @@ class Mixture:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the files."""
         return sum(self.counts)
 
     @property

@@ -125,8 +125,6 @@ class Source(ABC):
 
 @dataclass
 class FileSource(Source):
-    """The rows of a file."""
-
     path: Path
     # State and records of a `.json` file: it is parsed whole, so once for all workers.
     _parsed: tuple[object, list[Record]] | None = field(

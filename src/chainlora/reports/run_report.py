@@ -290,7 +290,6 @@ def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:
 
 
 def links_table(run: RunFacts) -> list[Block]:
-    """Return the table of a run's links."""
     links = run.links
     if not links:
         return []

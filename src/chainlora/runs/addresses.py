@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from chainlora.config.staging import HISTORY, need_run, split_address
+from chainlora.config.staging import HISTORY, exists_in, need_run, split_address
 from chainlora.errors import RunError
 from chainlora.runs.documents import DAMAGED
 from chainlora.runs.draft import DRAFT, drafts_in, read_draft
@@ -85,6 +85,16 @@ def state_of_draft(run: Path, stage: str, history: History | None = None) -> Ope
     except ValueError as error:
         raise RunError(f"{DRAFT} must be of its run", f"{error} in {run}", DAMAGED) from None
     return OpenState(run, grown, draft.entry.state, draft.entry, draft)
+
+
+def begun_stage(run: Path, name: str, history: History | None = None) -> OpenState | None:
+    """Return a stage that was begun, ended or not; None where there is none."""
+    if history is None and not exists_in(run):
+        return None
+    history = history or read_history(run)
+    if history.find(name) is not None:
+        return state_at(run, history, name)
+    return state_of_draft(run, name, history) if name in drafts_in(run, history) else None
 
 
 def _no_such(run: Path, history: History, name: str) -> RunError:

@@ -182,8 +182,7 @@ def take_in(run: Path, state: OpenState) -> str:
         return history.model_copy(update=update)
 
     update_history(run, change)
-    assert state.entry is not None
-    return names[state.entry.key]
+    return names[state.key]
 
 
 def _name_there(

@@ -99,7 +99,6 @@ def is_hub_id(name: str) -> bool:
 
 
 def is_licence(name: str) -> bool:
-    """Say whether a file's name is that of a licence."""
     return _LICENCE.fullmatch(name) is not None
 
 

@@ -122,7 +122,6 @@ class Draft(Document):
 
 
 def read_draft(run: Path, stage: str) -> Draft:
-    """Read and check ``stage.json``."""
     return read_part(stage_folder(run, stage) / DRAFT, Draft)
 
 

@@ -112,7 +112,6 @@ class LinkFacts(Part):
         return short_digest([self.stage, self.config, self.files.get(WEIGHTS)])
 
     def link_config(self) -> LinkConfig:
-        """Return the config that the link was tuned with."""
         try:
             return LinkConfig(**self.config)
         except (ConfigError, TypeError) as error:

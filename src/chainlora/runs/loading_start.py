@@ -120,12 +120,12 @@ def fitted(start: Start, chain: Chain, name: str | None = None) -> Start:
     return start
 
 
-def put_on(start: Start, chain: Chain, name: str | None = None) -> Start:
+def put_on(start: Start, chain: Chain) -> Start:
     """Add the links to a chain of none; return the start as `fitted` does.
 
     Nothing changes where the model is refused.
     """
-    start = fitted(start, chain, name)
+    start = fitted(start, chain)
     chain.set_start_of_extra(start.extra)
     chain.add(*start.links)
     return start
@@ -282,7 +282,7 @@ def _is_same_start(before: str, now: str, begun: OpenState) -> bool:
         links = load_start(now).links
     except ChainLoRAError:
         return False
-    own = begun.of(begun.history.state_of(begun.history.origin)).links()
+    own = begun.at(begun.history.origin).links()
     return len(own) == len(links) and all(map(_is_same_link, own, links))
 
 

@@ -54,7 +54,6 @@ class RecordLog:
         self.count = len(lines)
 
     def append(self, values: Mapping[str, Any]) -> None:
-        """Append one record."""
         line = json.dumps(values).encode() + b"\n"
         with reported(self.path), self.path.open("ab") as file:
             file.write(line)
@@ -124,7 +123,6 @@ def read_records(path: Path) -> list[Record]:
 
 
 def of_event(records: Iterable[Record], event: str) -> list[Record]:
-    """Return the records of one kind of event."""
     return [record for record in records if record["event"] == event]
 
 

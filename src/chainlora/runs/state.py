@@ -67,7 +67,6 @@ class OpenState:
         return f"<OpenState: {self}{f', {known}' if known else ''}>"
 
     def _repr_html_(self) -> str:
-        """Return the links of the state."""
         heads = ("link", "stage", "rank", "steps", "strength")
         pairs = enumerate(self.pairs)
         rows = [(n, own.stage, own.rank, own.num_steps, t.strength) for n, (t, own) in pairs]
@@ -83,7 +82,6 @@ class OpenState:
 
     @property
     def key(self) -> str:
-        """Return the name of its entry."""
         return BASE if self.entry is None else self.entry.key
 
     @property
@@ -103,7 +101,6 @@ class OpenState:
 
     @property
     def strengths(self) -> dict[str, float]:
-        """Return the strength of each stage."""
         return self.history.strengths_of(self.state)
 
     @property
@@ -283,13 +280,15 @@ class OpenState:
             entry = next((e for e in others if CONFIG in e.files), None)
         if entry is None:
             raise RunError("a saved chain has no config", self.run, "name a run")
-        path = self._need_own(entry, CONFIG)
+        path, changes = self._need_own(entry, CONFIG), entry.training.changes
         tree = read_tree(path)
         refuse_paths(tree, path)
-        for change in entry.training.changes:
+        config = make_config(tree)
+        tree = config.model_dump(mode="json")
+        for change in changes:
             *section, key = change.key.split(".")
             (tree[section[0]] if section else tree)[key] = change.after
-        return make_config(tree)
+        return make_config(tree) if changes else config
 
     def records(self) -> list[Record]:
         """Read ``metrics.jsonl`` of the stage that was trained last; links count within it."""

@@ -219,11 +219,9 @@ class Work:
         return load_file(self.folder / REFERENCE) if REFERENCE in self.draft.files else None
 
     def load_links(self) -> list[Link]:
-        """Read the links that the stage has tied."""
         return self.opened().read([Term(link=digest) for digest in self.draft.entry.tied])
 
     def load_best(self, config: LinkConfig, directory: str) -> Link:
-        """Read the partial link of the best point."""
         return Link(0, config, *load_adapter(self.folder / directory))
 
     # --- writing a point: its files, and then ``stage.json``, which names them ---
@@ -243,7 +241,6 @@ class Work:
         )
 
     def save_link(self, link: Link) -> None:
-        """Write a link that was tied."""
         if self.writes:
             self._tied.append(self._save_link(link))
 

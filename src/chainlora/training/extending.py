@@ -25,13 +25,12 @@ from chainlora.config.staging import (
 )
 from chainlora.errors import ConfigError, RunError
 from chainlora.models.finding import from_above
-from chainlora.runs.addresses import find_state
+from chainlora.runs.addresses import begun_stage, find_state
 from chainlora.runs.draft import drafts_in, read_draft
 from chainlora.runs.locks import refuse_links
 from chainlora.runs.resuming import not_named
 from chainlora.runs.state import OpenState
 from chainlora.training.placement import need_answers, need_combinable_stage
-from chainlora.training.plan import begun_stage
 
 logger = logging.getLogger(__name__)
 

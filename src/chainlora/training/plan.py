@@ -29,7 +29,7 @@ from chainlora.errors import ChainError, ChainLoRAError, ConfigError, RunError
 from chainlora.models.finding import from_above
 from chainlora.models.loading import load_skeleton
 from chainlora.models.text_config import context_length
-from chainlora.runs.addresses import state_at, state_of_draft
+from chainlora.runs.addresses import begun_stage, state_at
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import MAIN, START, History, read_history
 from chainlora.runs.loading_start import load_start, start_at
@@ -42,7 +42,6 @@ from chainlora.runs.resuming import (
     refuse_if_taken,
 )
 from chainlora.runs.start import NOTHING, Start
-from chainlora.runs.state import OpenState
 from chainlora.training.objectives import check_names
 from chainlora.training.optimizers import check_optimizer
 from chainlora.training.placement import placed
@@ -204,16 +203,6 @@ def _state_of(
                 "delete that folder, or choose another output",
             )
     return StagePlan(stage, "stopped", begun.draft.position.step, begun.draft.trained)
-
-
-def begun_stage(run: Path, name: str, history: History | None = None) -> OpenState | None:
-    """Return a stage that was begun, ended or not; None where there is none."""
-    if history is None and not exists_in(run):
-        return None
-    history = history or read_history(run)
-    if history.find(name) is not None:
-        return state_at(run, history, name)
-    return state_of_draft(run, name, history) if name in drafts_in(run, history) else None
 
 
 def _start_of(plan: Plan, run: Path | None, history: History | None, start: Start) -> Start:

@@ -14,12 +14,12 @@ from chainlora.data.rows import Rows
 from chainlora.errors import DivergedError, ScoreError
 from chainlora.evaluation.evaluate import Evaluation
 from chainlora.evaluation.metrics import INDEX_METRICS, is_higher_better, majority_rate
+from chainlora.runs.addresses import begun_stage
 from chainlora.runs.costs import hardware, num_trained, peak_memory_mb, versions
 from chainlora.runs.draft import Best
 from chainlora.runs.state import OpenState
 from chainlora.runs.work import Work
 from chainlora.training.events import Evaluated, Scored
-from chainlora.training.plan import begun_stage
 from chainlora.training.processes import is_first_launched
 from chainlora.training.run import Run
 

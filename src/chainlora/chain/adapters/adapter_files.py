@@ -155,7 +155,6 @@ def _whole(directory: Path) -> Iterator[None]:
 
 
 def damaged(directory: Path, what: object) -> RunError:
-    """Return the error of an adapter that is not whole."""
     return RunError(
         f"a link must be a whole PEFT adapter (got {what} in {directory}); the folder is "
         "incomplete: copy it whole, or start over"

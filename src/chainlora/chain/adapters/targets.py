@@ -43,7 +43,6 @@ _TASKS = {
 
 
 def peft_config(config: LinkConfig, **overrides: Any) -> peft.LoraConfig:
-    """Return PEFT's config of a link."""
     keys: dict[str, Any] = {
         "r": config.rank,
         "lora_alpha": config.alpha,
