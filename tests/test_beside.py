@@ -352,7 +352,8 @@ def test_what_a_combination_leaves_is_named(abc, sentiment, caplog):
     combine(abc)
     assert f"{abc} was {mix}, which is not in the combination" in caplog.text
     train_stages(extension(f"{abc}@b", section(sentiment, "d")))
-    assert f"chainlora combine {abc} a b c d" in caplog.text
+    assert f"chainlora combine {abc} a c d" in caplog.text
+    assert combine(abc, ["a", "c", "d"]).stages == ["a", "b", "c", "d"]
 
 
 # --- what others do meanwhile ---
