@@ -259,6 +259,18 @@ def test_a_rehearsal_reads_as_many_rows_of_each_stage(abc):
     assert redo(abc).stage == "rehearsal"
 
 
+def test_a_stopped_rehearsal_of_another_state_stays_as_it_is(abc):
+    def stop(event: Event) -> None:
+        if event.name == "step":
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_stages(rehearsal(abc, {}), listener=stop)
+    assert [stage.name for stage in rehearsal(abc, {})] == ["rehearsal"]
+    undo(abc, "a")
+    assert [stage.name for stage in rehearsal(abc, {})] == ["rehearsal-2"]
+
+
 def test_a_stage_after_a_rehearsal_has_the_config_of_a_stage(abc, sentiment):
     train_stages(rehearsal(abc, {"chain": {"steps": [1]}, "train": {"lr": 1e-5}}))
     (stage,) = extension(abc, section(sentiment, "d"))

@@ -127,14 +127,17 @@ def rehearsal(
 ) -> list[Stage]:
     """Return a short stage on rows that all stages of a run kept, as many of each (`rehearse`).
 
-    A rehearsal that was stopped goes on; one that the run ended in is returned.
+    A rehearsal of what the run is that was stopped goes on; one that it ended in is returned.
     """
     now = find_state(run)
-    drafts = [read_draft(now.run, name).entry for name in drafts_in(now.run, now.history)]
-    known = drafts if now.entry is None else [*drafts, now.entry]
-    begun = [entry.key for entry in known if entry.is_rehearsal]
+    drafts = {name: read_draft(now.run, name).entry for name in drafts_in(now.run, now.history)}
+    head = now.history.head
+    on_now = [entry for entry in drafts.values() if (entry.parents or (BASE,)) == (head,)]
+    on_now += [] if now.entry is None else [now.entry]
+    begun = [entry.key for entry in on_now if entry.is_rehearsal]
+    taken = {*drafts, *(entry.key for entry in now.history.entries)}
     numbered = (f"{REHEARSAL}-{number}" for number in count(2))
-    free = (name for name in chain([REHEARSAL], numbered) if now.history.find(name) is None)
+    free = (name for name in chain([REHEARSAL], numbered) if name not in taken)
     own = {"name": begun[0] if begun else next(free)} | dict(section)
     for key, value in overrides:
         set_key(own, key, value)
