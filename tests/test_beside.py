@@ -417,12 +417,14 @@ def test_a_combination_goes_with_any_stage_that_it_was_computed_from(abc, sentim
     assert not derived & {path.name.partition(".")[0] for path in (abc / "derived").iterdir()}
 
 
-def test_a_run_becomes_what_is_left_of_its_combination(abc):
+def test_a_run_becomes_what_is_left_of_its_combination(abc, sentiment):
     found = combine(abc, ["b", "c"]).entry.key
     combine(abc, ["a", "b", "c"])
     assert read_history(prune_stage(abc, "a") and abc).head == found
     prune_stage(abc, "b")
     assert read_history(abc).head == "c"
+    # the same command again, of what is the first stage now
+    assert train_stages(extension(abc, section(sentiment, "c"), beside=True)) == [None]
 
 
 # --- other runs ---

@@ -195,17 +195,17 @@ def _stage_before(state: OpenState) -> OpenState:
 
 def _below(run: Path, state: OpenState, now: OpenState, name: str) -> OpenState:
     """Return the state that a stage of a run begins on, or has begun on."""
+    if now.draft is not None:
+        rule = "a stage is added to a run whose first stage has ended"
+        raise RunError(rule, run, "finish it by the command that began it")
     begun = begun_stage(run, name)
     if begun is not None and begun.entry is not None:
-        if begun.entry.kind != "stage" or begun.entry.key in now.history.own_stages[:1]:
-            rule = "an extension must come after a stage"
-            raise RunError(rule, f"{name!r}, the first", "rename it")
+        if begun.entry.kind != "stage":
+            rule = "a stage must have a name of its own"
+            raise RunError(rule, f"{name!r}, a {begun.entry.kind} of {run}", "choose another")
         below = begun.at(_began_on(begun))
         if state.state != below.state and state.state != now.state:
             rule = f"stage {name!r} must go on from where it was begun"
             raise RunError(rule, f"{state}, and {below}", "name that, or another stage")
         return below
-    if now.draft is not None:
-        rule = "a stage is added to a run whose first stage has ended"
-        raise RunError(rule, run, "finish it by the command that began it")
     return state
