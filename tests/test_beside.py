@@ -264,6 +264,18 @@ def test_a_rehearsal_reads_as_many_rows_of_each_stage(abc):
     assert redo(abc).stage == "rehearsal"
 
 
+def test_a_stopped_rehearsal_of_another_state_stays_as_it_is(abc):
+    def stop(event: Event) -> None:
+        if event.name == "step":
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_stages(rehearsal(abc, {}), listener=stop)
+    assert [stage.name for stage in rehearsal(abc, {})] == ["rehearsal"]
+    undo(abc, "a")
+    assert [stage.name for stage in rehearsal(abc, {})] == ["rehearsal-2"]
+
+
 def test_a_stage_after_a_rehearsal_has_the_config_of_a_stage(abc, sentiment):
     train_stages(rehearsal(abc, {"chain": {"steps": [1]}, "train": {"lr": 1e-5}}))
     (stage,) = extension(abc, section(sentiment, "d"))
@@ -398,7 +410,8 @@ def test_what_a_combination_leaves_is_named(abc, sentiment, caplog):
     combine(abc)
     assert f"{abc} was {mix}, which is not in the combination" in caplog.text
     train_stages(extension(f"{abc}@b", section(sentiment, "d")))
-    assert f"chainlora combine {abc} a b c d" in caplog.text
+    assert f"chainlora combine {abc} a c d" in caplog.text
+    assert combine(abc, ["a", "c", "d"]).stages == ["a", "b", "c", "d"]
 
 
 # --- what others do meanwhile ---
@@ -450,12 +463,14 @@ def test_a_combination_goes_with_any_stage_that_it_was_computed_from(abc, sentim
     assert not derived & {path.name.partition(".")[0] for path in (abc / "derived").iterdir()}
 
 
-def test_a_run_becomes_what_is_left_of_its_combination(abc):
+def test_a_run_becomes_what_is_left_of_its_combination(abc, sentiment):
     found = combine(abc, ["b", "c"]).entry.key
     combine(abc, ["a", "b", "c"])
     assert read_history(prune_stage(abc, "a") and abc).head == found
     prune_stage(abc, "b")
     assert read_history(abc).head == "c"
+    # the same command again, of what is the first stage now
+    assert train_stages(extension(abc, section(sentiment, "c"), beside=True)) == [None]
 
 
 # --- other runs ---

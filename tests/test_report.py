@@ -278,7 +278,9 @@ def test_every_kind_of_run_has_a_page(tiny_folder, sentiment, tmp_path):
 def test_a_run_of_stages_shows_what_each_did_to_every_other(tiny_folder, sentiment, tmp_path):
     run = tmp_path / "run"
     config = settings(tiny_folder, sentiment, run, chain={"ranks": [2], "steps": [1]})
-    train_stages(make_stages(config | {"stages": [{"name": "facts"}, {"name": "style", "beside": False}]}))
+    train_stages(
+        make_stages(config | {"stages": [{"name": "facts"}, {"name": "style", "beside": False}]})
+    )
     matrix = stage_matrix(run)
     mix_stages(run, {"style": 0.5})  # a state that nobody has scored
     report_runs([run])

@@ -65,10 +65,13 @@ def test_a_key_of_all_stages_of_another_kind_is_refused(config, key):
 
 def test_run_wide_keys_of_an_extension_and_stages_that_are_not_there_are_refused(two, tmp_path):
     run, style = tmp_path / "run", stage_of(two, "style")
+    mixed = mix_stages(run, {"style": 0.5}).entry.key
+    undo(run)
     cases = [
         (run, {"model": "m"}, "nothing of the whole run"),
         (run, {"train": {"seed": 1}}, "`train.seed`"),
-        (run, {"name": "facts"}, "the first"),
+        (run, {"name": "facts"}, "stage 'facts': "),
+        (run, {"name": mixed}, "name of its own"),
         (run, {"chain": {"ranks": [4]}, "name": "style"}, "stage 'style'"),
         (
             run,

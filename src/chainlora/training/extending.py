@@ -111,14 +111,17 @@ def rehearsal(
 ) -> list[Stage]:
     """Return a short stage on rows that all stages of a run kept, as many of each (`rehearse`).
 
-    A rehearsal that was stopped goes on; one that the run ended in is returned.
+    A rehearsal of what the run is that was stopped goes on; one that it ended in is returned.
     """
     now = find_state(run)
-    drafts = [read_draft(now.run, name).entry for name in drafts_in(now.run, now.history)]
-    known = drafts if now.entry is None else [*drafts, now.entry]
-    begun = [entry.key for entry in known if entry.is_rehearsal]
+    drafts = {name: read_draft(now.run, name).entry for name in drafts_in(now.run, now.history)}
+    head = now.history.head
+    on_now = [entry for entry in drafts.values() if (entry.parents or (BASE,)) == (head,)]
+    on_now += [] if now.entry is None else [now.entry]
+    begun = [entry.key for entry in on_now if entry.is_rehearsal]
+    taken = {*drafts, *(entry.key for entry in now.history.entries)}
     numbered = (f"{REHEARSAL}-{number}" for number in count(2))
-    free = (name for name in chain([REHEARSAL], numbered) if now.history.find(name) is None)
+    free = (name for name in chain([REHEARSAL], numbered) if name not in taken)
     own = {"name": begun[0] if begun else next(free)} | dict(section)
     for key, value in overrides:
         set_key(own, key, value)
@@ -162,17 +165,17 @@ def _stage_before(state: OpenState) -> OpenState:
 
 def _below(run: Path, state: OpenState, now: OpenState, name: str) -> OpenState:
     """Return the state that a stage of a run begins on, or has begun on."""
+    if now.draft is not None:
+        rule = "a stage is added to a run whose first stage has ended"
+        raise RunError(rule, run, "finish it by the command that began it")
     begun = begun_stage(run, name)
     if begun is not None and begun.entry is not None:
-        if begun.entry.kind != "stage" or begun.entry.key in now.history.own_stages[:1]:
-            rule = "an extension must come after a stage"
-            raise RunError(rule, f"{name!r}, the first", "rename it")
+        if begun.entry.kind != "stage":
+            rule = "a stage must have a name of its own"
+            raise RunError(rule, f"{name!r}, a {begun.entry.kind} of {run}", "choose another")
         below = begun.at(begun.entry.parent)
         if state.state != below.state and state.state != now.state:
             rule = f"stage {name!r} must go on from where it was begun"
             raise RunError(rule, f"{state}, and {below}", "name that, or another stage")
         return below
-    if now.draft is not None:
-        rule = "a stage is added to a run whose first stage has ended"
-        raise RunError(rule, run, "finish it by the command that began it")
     return state

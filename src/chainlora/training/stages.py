@@ -234,11 +234,13 @@ def _take_in(run: Path, stage: Stage, tell: Listener) -> None:
         return
     judged = (e.key for e in history.entries if e.kind == "mix" and e.parents == (stage.name,))
     name = next(judged, stage.name)  # at the strength that `accept_links` has chosen
-    both = shlex.join([str(run), *history.ends(history.head), stage.name])
+    below = {entry.key for entry in history.lineage(stage.name)}  # which it brings along
+    others = [key for key in history.ends(history.head) if key not in below]
+    both = shlex.join([str(run), *others, stage.name])
     logger.warning(
-        "%s stays %s, which is without stage %s; to take it: chainlora undo %s --to %s; to have "
-        "both: chainlora combine %s",
-        *(run, history.head, stage.name, run, name, both),
+        "%s stays %s, which is without stage %s; to take it: chainlora undo %s --to %s%s",
+        *(run, history.head, stage.name, run, name),
+        f"; to have both: chainlora combine {both}" if others else "",
     )
 
 
