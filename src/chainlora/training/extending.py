@@ -27,6 +27,7 @@ from chainlora.errors import ConfigError, RunError
 from chainlora.models.finding import from_above
 from chainlora.runs.addresses import begun_stage, find_state
 from chainlora.runs.draft import drafts_in, read_draft
+from chainlora.runs.history import BASE
 from chainlora.runs.locks import refuse_links
 from chainlora.runs.resuming import not_named
 from chainlora.runs.state import OpenState

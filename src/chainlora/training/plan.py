@@ -42,6 +42,7 @@ from chainlora.runs.resuming import (
     refuse_if_taken,
 )
 from chainlora.runs.start import NOTHING, Start
+from chainlora.runs.state import OpenState
 from chainlora.training.objectives import check_names
 from chainlora.training.optimizers import check_optimizer
 from chainlora.training.placement import placed

@@ -177,8 +177,8 @@ def train_stages(
             Work(run, planned.name, writes=is_first_launched()).tidy()
             results.append(None)
         else:
-            start = plan.start
-            if planned is not plan.due[0]:
+            start, is_first = plan.start, planned is plan.stages[0]
+            if not is_first and (planned.state == "new" or planned is not plan.due[0]):
                 before = [each.stage for each in plan.stages[: plan.stages.index(planned)]]
                 need_below(run, read_history(run), before)
                 now = find_state(run)
