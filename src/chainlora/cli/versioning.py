@@ -263,8 +263,10 @@ def log(run: str, as_json: bool) -> None:
         print_json({"run": run, "entries": found})
         return
     table = Table(box=None, header_style="", pad_edge=False)
+    least = {"kind": 11, "on": 12, "strengths": 12, "ended": 16}  # characters
     for head in ("", "name", "kind", "on", "links", "strengths", "ended", "state"):
-        table.add_column(head, no_wrap=True)
+        is_list = head in ("on", "strengths")
+        table.add_column(head, no_wrap=not is_list, min_width=least.get(head))
     for entry in found:
         if entry["kind"] == "training":
             table.add_row("", entry["name"], "in training", "", "", "", "", "")
@@ -274,7 +276,10 @@ def log(run: str, as_json: bool) -> None:
         texts = (mark, entry["name"], entry["kind"], " ".join(entry["parents"]) or "base")
         ended = entry["ended"][:16].replace("T", " ")
         table.add_row(*texts, str(entry["links"]), strengths or "none", ended, entry["state"])
-    Console(width=None if Console().is_terminal else 140).print(table, markup=False)
+    console, wide = Console(), Console(width=10_000)
+    if console.is_terminal:  # what is narrower would cut names; it wraps the lines
+        wide.width = max(console.width, wide.measure(table).minimum)
+    wide.print(table, markup=False)
 
 
 def scored_matrix(run: str, speedups: Speedups = "auto", *, compute: bool = True) -> StageMatrix:
