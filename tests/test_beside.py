@@ -212,7 +212,7 @@ def test_a_pruned_stage_leaves_no_trace(abc, ac, capsys):
     assert cli(["prune", str(abc), "b"]) == 1
     said = capsys.readouterr().out
     assert "would delete rehearsal, computed from its rows" in said
-    assert f"combine the others again: chainlora combine {abc} a c" in said
+    assert f"{abc} would be a now\nto combine the others again: chainlora combine {abc} a c" in said
     assert "rehearsal" in names
     assert len([name for name in names if name.startswith("combine")]) == 2  # of a b, and a b c
     gone = open_run(f"{abc}@b")
@@ -412,6 +412,7 @@ def test_a_combination_goes_with_any_stage_that_it_was_computed_from(abc, sentim
     with pytest.raises(RunError, match=f"a stage must be one of a, b, c, bare, d .got '{found}'"):
         prune_stage(abc, found)
     assert found in plan_pruning(abc, "bare").with_it
+    assert (plan_pruning(abc, "d").now, plan_pruning(abc, "d").left) == ("a", ["a", "bare"])
     derived = {term.derived for term in open_run(abc).state.terms}
     prune_stage(abc, "bare")
     assert not derived & {path.name.partition(".")[0] for path in (abc / "derived").iterdir()}

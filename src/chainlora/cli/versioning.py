@@ -321,13 +321,15 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     again = [fork.format(name) for name in found.later]
     if as_json:
         shown = {"run": run, "stage": stage, "deleted": yes, "files": gone}
-        print_json(shown | {"computed": found.with_it, "again": again})
+        print_json(shown | {"computed": found.with_it, "again": again, "now": found.now})
     else:
         for what in [*gone, *(f"{name}, computed from its rows" for name in found.with_it)]:
             click.echo(f"{'deleted' if yes else 'would delete'} {what}")
         if found.later:
             how = "".join(f"\n  {line}" for line in again)
             click.echo(f"stays: {', '.join(found.later)}, tuned on top of it; without it:{how}")
+        if found.now is not None:
+            click.echo(f"{run} {'is' if yes else 'would be'} {found.now} now")
         if len(found.left) > 1:
             stages = shlex.join([run, *found.left])
             click.echo(f"to combine the others again: chainlora combine {stages}")
