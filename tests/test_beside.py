@@ -329,6 +329,18 @@ def test_extend_stands_beside_and_rehearses_by_default(abc, ac, sentiment, capsy
     assert [entry.key for entry in read_history(ac).entries][-1] == "rehearsal"
 
 
+def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, capsys):
+    train_stages(extension(f"{ac}@start", section(sentiment, "d")), matrix=False)  # not combined
+    file = sentiment.with_name("d.yaml")
+    file.write_text(json.dumps(section(sentiment, "d")))
+    ask = ["extend", f"{ac}", f"{file}", "--no-rehearsal"]
+    assert cli([*ask, "--dry-run"]) == 0
+    assert capsys.readouterr().out == "d: finished, then a combination\n"
+    assert cli(ask) == 0
+    assert capsys.readouterr().out.startswith(f"{ac} is combine-")
+    assert open_run(ac).entry.parents == ("a", "c", "d")
+
+
 @pytest.mark.parametrize("why", ["pairs", "replay", "mix", "kept", "named", "head", "on top"])
 def test_what_extend_trains_on_top(why, abc, sentiment, tmp_path, caplog):
     stage = section(sentiment, "d")

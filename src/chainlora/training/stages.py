@@ -30,7 +30,7 @@ from chainlora.evaluation.combination import combine_with
 from chainlora.evaluation.stage_scores import Progress, stage_matrix
 from chainlora.evaluation.strengths import guard
 from chainlora.runs.addresses import find_state, state_of_draft
-from chainlora.runs.history import read_history
+from chainlora.runs.history import History, read_history
 from chainlora.runs.loading_start import start_at, with_start
 from chainlora.runs.work import Work
 from chainlora.training.events import Event, KeptRowsRead, Listener, StageBegins, StageGuarded
@@ -207,6 +207,23 @@ def train_stages(
     return results
 
 
+def left_to_do(run: Path, stage: Stage) -> list[str]:
+    """Return what is due after a stage beside others that has ended."""
+    if not stage.beside:
+        return []
+    if _is_combination_due(read_history(run), stage.name):
+        return ["a combination"] + ["a rehearsal"] * stage.rehearse
+    return ["a rehearsal"] if stage.rehearse and _is_rehearsal_due(run, stage.name) else []
+
+
+def _is_combination_due(history: History, name: str) -> bool:
+    """Say whether a stage is not part of what a run is, and of no combination."""
+    combined = {
+        key for entry in history.entries if entry.kind == "combine" for key in entry.parents
+    }
+    return name not in combined | {entry.key for entry in history.lineage(history.head)}
+
+
 def _is_rehearsal_due(run: Path, name: str) -> bool:
     """Say whether a run is a combination of a stage that nothing has rehearsed."""
     history = read_history(run)
@@ -234,10 +251,7 @@ def _judge(run: Path, planned: StagePlan, tell: Listener) -> None:
 def _take_in(run: Path, stage: Stage, tell: Listener) -> None:
     """Combine a stage that has ended beside the others with what the run is combined of."""
     history = read_history(run)
-    combined = {
-        key for entry in history.entries if entry.kind == "combine" for key in entry.parents
-    }
-    if stage.name in combined | {entry.key for entry in history.lineage(history.head)}:
+    if not _is_combination_due(history, stage.name):
         return
     if stage.beside:
         combine_with(run, stage.name, _reader(tell))
@@ -264,7 +278,7 @@ def _reader(tell: Listener) -> Progress:
     def read(what: str, done: int, rows: int) -> None:
         number = stop_requested()
         if number is not None and num_launched() == 1:
-            got = f"{signal.Signals(number).name} while it was scored, {what}"
+            got = f"{signal.Signals(number).name} while kept rows were read, {what}"
             raise StoppedError(f"the run stopped (got {got}); the same command goes on", number)
         tell(KeptRowsRead(0, done, done / rows))
 
