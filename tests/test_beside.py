@@ -19,7 +19,7 @@ from chainlora import export_adapter, extend, load_run
 from chainlora.chain.combining import Combination, gram_matrices
 from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
-from chainlora.errors import ChainError, ConfigError, RunError
+from chainlora.errors import ChainError, ConfigError, DataError, RunError
 from chainlora.evaluation.combination import combine, combine_with
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.evaluation.strengths import best_mix
@@ -368,6 +368,12 @@ def test_a_rehearsal_takes_no_loss_of_pairs(abc, tmp_path, caplog):
     (result,) = train_stages([*rehearsal(abc, {"chain": {"steps": [1]}})], matrix=False)
     assert len(result["data"]["train"]["weights"]) == 3
     assert "pairs" in caplog.text
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": " film"}\n')
+    plain = {"name": "plain", "data": {"train": str(rows)}, "chain": pairs["chain"]}
+    with pytest.raises(DataError, match=r"set train\.loss: null"):  # dpo is inherited
+        train_stages(extension(abc, plain), matrix=False)
+    train_stages(extension(abc, plain | {"train": {"loss": None}}), matrix=False)
 
 
 def test_what_a_combination_leaves_is_named(abc, sentiment, caplog):
