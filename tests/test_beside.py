@@ -355,7 +355,7 @@ def test_what_extend_trains_on_top(why, abc, sentiment, tmp_path, caplog):
     extend(address, stage, beside=False if why == "on top" else None, progress=False)
     assert read_history(abc).find("d").parents == (below,)
     is_told = why not in ("named", "head", "on top")
-    assert ("stage d is trained on top of" in caplog.text) == is_told
+    assert (f"stage d is trained on top of {below}: " in caplog.text) == is_told
 
 
 def test_a_rehearsal_takes_no_loss_of_pairs(abc, tmp_path, caplog):

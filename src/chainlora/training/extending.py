@@ -106,7 +106,7 @@ def extension(
         except (ConfigError, RunError) as error:
             if is_chosen:
                 raise
-            logger.warning("stage %s is trained on top of %s: %s", name, now.stage, error)
+            logger.warning("stage %s is trained on top of %s: %s", name, now.history.head, error)
             return extension(address, section, overrides)
     is_rehearsal = section_of(own, "data").get("rehearse", False)
     if is_new and not is_rehearsal and (left_out := not_inherited(before, own)):
