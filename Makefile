@@ -12,9 +12,8 @@ demo: $(VENV)/.product
 	@rm -rf demo-run
 	$(BIN)/chainlora demo --output demo-run
 
-# By file: a run that the tests of a file share is trained once. Compiled files are kept, whatever the environment says:
-# each of the many processes would compile all of them again.
-PYTEST := PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --dist loadfile
+# By file: a run that the tests of a file share is trained once.
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --dist loadfile
 
 # Of the tests that take a second or more (tests/durations.txt) every sixth one, drawn by the commit. test-rest has the
 # others, and a sixth of those marked `slow`, which take some tens of seconds each; test-full has all there are.

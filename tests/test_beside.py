@@ -19,7 +19,7 @@ from chainlora import export_adapter, extend, load_run
 from chainlora.chain.combining import Combination, gram_matrices, modules_by_input
 from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
-from chainlora.errors import ChainError, ConfigError, RunError
+from chainlora.errors import ChainError, ConfigError, DataError, RunError
 from chainlora.evaluation.combination import combine, combine_with
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.evaluation.strengths import best_mix
@@ -217,7 +217,7 @@ def test_a_pruned_stage_leaves_no_trace(abc, ac, capsys):
     assert cli(["prune", str(abc), "b"]) == 1
     said = capsys.readouterr().out
     assert "would delete rehearsal, computed from its rows" in said
-    assert f"combine the others again: chainlora combine {abc} a c" in said
+    assert f"{abc} would be a now\nto combine the others again: chainlora combine {abc} a c" in said
     assert "rehearsal" in names
     assert len([name for name in names if name.startswith("combine")]) == 2  # of a b, and a b c
     gone = open_run(f"{abc}@b")
@@ -375,6 +375,18 @@ def test_where_a_stage_cannot_stand(change, message, tiny_folder, sentiment, tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, capsys):
+    train_stages(extension(f"{ac}@start", section(sentiment, "d")), matrix=False)  # not combined
+    file = sentiment.with_name("d.yaml")
+    file.write_text(json.dumps(section(sentiment, "d")))
+    ask = ["extend", f"{ac}", f"{file}", "--no-rehearsal"]
+    assert cli([*ask, "--dry-run"]) == 0
+    assert capsys.readouterr().out == "d: finished, then a combination\n"
+    assert cli(ask) == 0
+    assert capsys.readouterr().out.startswith(f"{ac} is combine-")
+    assert open_run(ac).entry.parents == ("a", "c", "d")
+
+
 @pytest.mark.parametrize("why", ["pairs", "replay", "mix", "kept", "named", "head", "on top"])
 def test_what_extend_trains_on_top(why, abc, sentiment, tmp_path, caplog):
     stage = section(sentiment, "d")
@@ -389,7 +401,7 @@ def test_what_extend_trains_on_top(why, abc, sentiment, tmp_path, caplog):
     extend(address, stage, beside=False if why == "on top" else None, progress=False)
     assert read_history(abc).find("d").parents == (below,)
     is_told = why not in ("named", "head", "on top")
-    assert ("stage d is trained on top of" in caplog.text) == is_told
+    assert (f"stage d is trained on top of {below}: " in caplog.text) == is_told
 
 
 def test_a_rehearsal_takes_no_loss_of_pairs(abc, tmp_path, caplog):
@@ -402,6 +414,12 @@ def test_a_rehearsal_takes_no_loss_of_pairs(abc, tmp_path, caplog):
     (result,) = train_stages([*rehearsal(abc, {"chain": {"steps": [1]}})], matrix=False)
     assert len(result["data"]["train"]["weights"]) == 3
     assert "pairs" in caplog.text
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": " film"}\n')
+    plain = {"name": "plain", "data": {"train": str(rows)}, "chain": pairs["chain"]}
+    with pytest.raises(DataError, match=r"set train\.loss: null"):  # dpo is inherited
+        train_stages(extension(abc, plain), matrix=False)
+    train_stages(extension(abc, plain | {"train": {"loss": None}}), matrix=False)
 
 
 def test_what_a_combination_leaves_is_named(abc, sentiment, caplog):
@@ -458,6 +476,7 @@ def test_a_combination_goes_with_any_stage_that_it_was_computed_from(abc, sentim
     with pytest.raises(RunError, match=f"a stage must be one of a, b, c, bare, d .got '{found}'"):
         prune_stage(abc, found)
     assert found in plan_pruning(abc, "bare").with_it
+    assert (plan_pruning(abc, "d").now, plan_pruning(abc, "d").left) == ("a", ["a", "bare"])
     derived = {term.derived for term in open_run(abc).state.terms}
     prune_stage(abc, "bare")
     assert not derived & {path.name.partition(".")[0] for path in (abc / "derived").iterdir()}

@@ -11,6 +11,7 @@ from conftest import write_rows
 from helpers import stop_after
 
 from chainlora import load_config
+from chainlora.runs.changes import log
 
 
 def test_inspect_shows_every_link_and_draws_them(chainlora, finished):
@@ -165,6 +166,17 @@ def test_log_shows_every_state_and_which_one_the_run_is(chainlora, run):
         when = entry["ended"][:16].split("T")
         assert line == [*words, *when, entry["state"]]
     assert chainlora(f"log {run}@main").status == 2  # a history is of the whole run
+
+
+@pytest.mark.parametrize("terminal", [{}, {"FORCE_COLOR": "1", "COLUMNS": "80"}])
+def test_log_cuts_nothing(chainlora, run, terminal, monkeypatch):
+    many = {"name": "rehearsal-10", "parents": [f"stage-{n}" for n in range(20)]}
+    birds, main = log(run)
+    monkeypatch.setattr("chainlora.runs.changes.log", lambda run: [birds | many, main])
+    for name, value in terminal.items():
+        monkeypatch.setenv(name, value)
+    words = chainlora(f"log {run}").out.split()
+    assert {"*", "|", "rehearsal-10", *many["parents"], birds["state"], main["state"]} <= {*words}
 
 
 def test_log_names_a_stage_that_is_trained(chainlora, config, tmp_path):

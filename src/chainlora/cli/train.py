@@ -181,6 +181,8 @@ def train_and_show(
     if dry_run:
         _show_plan(stages, named, as_json)
         return
+    from chainlora.cli.versioning import scored_matrix, show_matrix
+    from chainlora.runs.history import read_history
     from chainlora.training.events import StageGuarded
     from chainlora.training.stages import train_stages
 
@@ -196,10 +198,12 @@ def train_and_show(
             return train(listener=listener)
         return train_stages(stages, listener=listener, change=named)
 
+    run = stages[0].config.output or ""
+    before = read_history(Path(run)).head if is_run(run) else None
     results = _with_progress(stages[0].config, work)
     if not is_first_process():
         return
-    run, new = stages[0].config.output or "", [each for each in results if each is not None]
+    new, now = [each for each in results if each is not None], read_history(Path(run)).head
     for result in new:
         _plot(stages[0].config, result["stage"])
     if as_json:
@@ -209,6 +213,9 @@ def train_and_show(
         print_json({"stages": found, "strengths": find_state(run).strengths})
     elif new:
         _show_run(stages[-1].config, new, are_stages=True)
+    elif now != before:  # a kill had come before the combination
+        click.echo(f"{run} is {now} now")
+        show_matrix(scored_matrix(run, compute=False))
     else:
         click.echo(f"nothing left to do: {run} has ended")
     if off:
@@ -262,6 +269,7 @@ def _show_next(run: str, result: TrainResult, config: RunConfig, is_combined: bo
 def _show_plan(stages: Sequence[Stage], change: Sequence[str], as_json: bool) -> None:
     """Say of each stage whether it has ended, goes on or is new, if the model can bear it."""
     from chainlora.training.plan import make_plan
+    from chainlora.training.stages import left_to_do
 
     found = make_plan(stages, change).stages
     if as_json:
@@ -269,11 +277,14 @@ def _show_plan(stages: Sequence[Stage], change: Sequence[str], as_json: bool) ->
         return
     for where in found:
         stage = where.stage
+        left = where.state == "finished" and left_to_do(Path(stage.config.output or ""), stage)
         ranks = ", ".join(map(str, stage.config.chain.ranks))
         data = stage.config.data
         rows = ", ".join(each.path for each in data.train_files) or data.task
         does = {
-            "finished": "finished, nothing to do",
+            "finished": f"finished, then {', then '.join(left)}"
+            if left
+            else "finished, nothing to do",
             "stopped": f"goes on from step {where.step}",
             "new": f"would train links of rank {ranks or 'none'} on {rows}",
         }

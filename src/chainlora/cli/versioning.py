@@ -262,8 +262,10 @@ def log(run: str, as_json: bool) -> None:
         print_json({"run": run, "entries": found})
         return
     table = Table(box=None, header_style="", pad_edge=False)
+    least = {"kind": 11, "on": 12, "strengths": 12, "ended": 16}  # characters
     for head in ("", "name", "kind", "on", "links", "strengths", "ended", "state"):
-        table.add_column(head, no_wrap=True)
+        is_list = head in ("on", "strengths")
+        table.add_column(head, no_wrap=not is_list, min_width=least.get(head))
     for entry in found:
         if entry["kind"] == "training":
             table.add_row("", entry["name"], "in training", "", "", "", "", "")
@@ -273,7 +275,10 @@ def log(run: str, as_json: bool) -> None:
         texts = (mark, entry["name"], entry["kind"], " ".join(entry["parents"]) or "base")
         ended = entry["ended"][:16].replace("T", " ")
         table.add_row(*texts, str(entry["links"]), strengths or "none", ended, entry["state"])
-    Console(width=None if Console().is_terminal else 140).print(table, markup=False)
+    console, wide = Console(), Console(width=10_000)
+    if console.is_terminal:  # what is narrower would cut names; it wraps the lines
+        wide.width = max(console.width, wide.measure(table).minimum)
+    wide.print(table, markup=False)
 
 
 def scored_matrix(run: str, speedups: Speedups = "auto", *, compute: bool = True) -> StageMatrix:
@@ -315,13 +320,15 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     again = [fork.format(name) for name in found.later]
     if as_json:
         shown = {"run": run, "stage": stage, "deleted": yes, "files": gone}
-        print_json(shown | {"computed": found.with_it, "again": again})
+        print_json(shown | {"computed": found.with_it, "again": again, "now": found.now})
     else:
         for what in [*gone, *(f"{name}, computed from its rows" for name in found.with_it)]:
             click.echo(f"{'deleted' if yes else 'would delete'} {what}")
         if found.later:
             how = "".join(f"\n  {line}" for line in again)
             click.echo(f"stays: {', '.join(found.later)}, tuned on top of it; without it:{how}")
+        if found.now is not None:
+            click.echo(f"{run} {'is' if yes else 'would be'} {found.now} now")
         if len(found.left) > 1:
             stages = shlex.join([run, *found.left])
             click.echo(f"to combine the others again: chainlora combine {stages}")

@@ -159,8 +159,8 @@ class Pruning:
 
     `gone` are files and folders, `with_it` the entries that its rows have changed: mixes that they
     have chosen, combinations and what was trained on one, rehearsals. `later` are the stages that
-    go on without the links, `before` is the entry that the stage began on, and `left` are the
-    states that `RUN` is no combination of any more.
+    go on without the links, `before` is the entry that the stage began on, `left` are the states
+    that `RUN` is no combination of any more, and `now` is the entry that it becomes, if another.
     """
 
     stage: str
@@ -169,6 +169,7 @@ class Pruning:
     later: list[str]
     before: str
     left: list[str] = field(default_factory=list)
+    now: str | None = None
 
 
 def plan_pruning(run: str | Path, name: str) -> Pruning:
@@ -198,9 +199,19 @@ def plan_pruning(run: str | Path, name: str) -> Pruning:
     ]
     on_top = [key for key in on_top if after.find(key) is not None]
     before = BASE if entry is None else entry.parent
-    left = [key for key in history.ends(history.head) if after.find(key) is not None]
-    left = left if left != after.ends(after.head) else []
-    return Pruning(name, sorted(_unnamed(run, after)), with_it, on_top, before, left)
+    left = [end for key in history.ends(history.head) for end in _left_of(key, history, after)]
+    left = [*dict.fromkeys(left)] if left != after.ends(after.head) else []
+    now = None if after.head == history.head else after.head
+    return Pruning(name, sorted(_unnamed(run, after)), with_it, on_top, before, left, now)
+
+
+def _left_of(key: str, history: History, after: History) -> list[str]:
+    """Return what is left of an end of a combination: it, or the ends of what it began on."""
+    entry = history.find(key)
+    if entry is None or after.find(key) is not None:
+        return [key] * (entry is not None)
+    below = (end for parent in entry.parents for end in history.ends(parent))
+    return [left for end in below for left in _left_of(end, history, after)]
 
 
 def prune_stage(run: str | Path, name: str) -> Pruning:

@@ -153,7 +153,7 @@ def _can_combine(now: OpenState, stage: Stage, is_chosen: bool) -> bool:
     except (ConfigError, RunError) as error:
         if is_chosen:
             raise
-        logger.warning("stage %s is trained on top of %s: %s", stage.name, now.stage, error)
+        logger.warning("stage %s is trained on top of %s: %s", stage.name, now.history.head, error)
         return False
     return True
 

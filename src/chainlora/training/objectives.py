@@ -68,7 +68,7 @@ def check_names(config: RunConfig) -> None:
         raise ConfigError(
             "`train.loss: candidates` ranks the candidates of a task",
             f"task: {data.task or 'null'}, without candidates",
-            "leave train.loss out",
+            "set train.loss: null",
         )
     entry(OPTIMIZERS, "train.optimizer", config.train.optimizer)
     if config.chain.knots is not None:

@@ -202,6 +202,15 @@ def train_stages(
     return results + rehearsed
 
 
+def left_to_do(run: Path, stage: Stage) -> list[str]:
+    """Return what is due after a stage beside others that has ended."""
+    if not stage.beside:
+        return []
+    if stage.name not in taken_in(read_history(run)):
+        return ["a combination"] + ["a rehearsal"] * stage.rehearse
+    return ["a rehearsal"] if stage.rehearse and _is_rehearsal_due(run, stage.name) else []
+
+
 def _is_rehearsal_due(run: Path, name: str) -> bool:
     """Say whether a run is a combination of a stage that nothing has rehearsed."""
     history = read_history(run)
@@ -254,7 +263,7 @@ def _reader(tell: Listener) -> Progress:
     def read(what: str, done: int, rows: int) -> None:
         number = stop_requested()
         if number is not None and num_launched() == 1:
-            got = f"{signal.Signals(number).name} while it was scored, {what}"
+            got = f"{signal.Signals(number).name} while kept rows were read, {what}"
             raise StoppedError(f"the run stopped (got {got}); the same command goes on", number)
         tell(KeptRowsRead(0, done, done / rows))
 

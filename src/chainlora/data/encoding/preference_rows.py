@@ -131,7 +131,7 @@ def refuse_plain(row: Mapping[str, Any]) -> None:
     tags = _tags(row)
     got = f"an answer with {tags[0]}: {row[tags[0]]}" if tags else ", ".join(map(str, row))
     rule = "rows of `train.loss: dpo` and orpo must have a `chosen` and a `rejected` answer"
-    remedy = _KTO if tags else "correct the row, or leave train.loss out"
+    remedy = _KTO if tags else "correct the row, or set train.loss: null"
     raise bad_row(rule, got, where(row), remedy)
 
 
