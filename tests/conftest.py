@@ -8,9 +8,13 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Compiled modules are kept: else every worker and every process that a test starts compiles the
+# package again, and pytest rewrites the assertions of all files.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny models: a second thread costs more than it brings. One that waits leaves its core to others.
@@ -26,6 +30,8 @@ import pytest
 import torch
 import yaml
 from helpers_cli import Outcome
+
+sys.dont_write_bytecode = False
 
 SHARED = Path(os.environ.get("CHAINLORA_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
 # `llama` has grouped-query attention (4 heads, 2 key-value heads) and tied embeddings; `gpt2` has
@@ -321,14 +327,18 @@ def folders(tiny_folder, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def runs(folders, sentiment, tmp_path_factory) -> dict[str, Path]:
-    """One finished run an architecture."""
+    """One finished run an architecture, trained when it is first asked for."""
     from helpers_export import TARGETS, fit
 
     there = tmp_path_factory.mktemp("runs")
-    return {
-        name: fit(folders[name], sentiment, there / name, chain={"target_modules": TARGETS[name]})
-        for name in ARCHITECTURES
-    }
+
+    class Trained(dict):
+        def __missing__(self, name: str) -> Path:
+            chain = {"target_modules": TARGETS[name]}
+            self[name] = fit(folders[name], sentiment, there / name, chain=chain)
+            return self[name]
+
+    return Trained()
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ def assert_close_links(one: Path, two: Path) -> None:
     """The same sums in another order. Adam divides by the gradient's size, so rounding in a tiny
     gradient moves a weight by a small share of the rate, 1e-3."""
     first, second = links_of(one), links_of(two)
-    assert len(first) == len(second) == 2
+    assert len(first) == len(second) >= 2
     for a, b in zip(first, second, strict=True):
         assert a.keys() == b.keys()
         for name in a:

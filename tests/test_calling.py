@@ -219,13 +219,6 @@ def test_without_stderr_nothing_is_shown(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_resume_may_log_otherwise(tree, tmp_path):
-    tree = tree | {"output": str(tmp_path / "run")}
-    first = train(tree)
-    again = train(tree | {"train": tree["train"] | {"log_every": 3}}, resume=True)
-    assert again["metrics"] == first["metrics"]
-
-
 # --- the command line ---
 
 

@@ -36,20 +36,6 @@ def with_live(chain: Chain, **keys) -> Chain:
     return chain
 
 
-def test_a_chain_and_its_parts_are_shown_in_a_line(chain):
-    live = with_live(chain).live
-    assert repr(chain) == (
-        "<Chain: OPTForCausalLM, tied, 2 links of rank 4+4, "
-        "a live link of rank 4 on 6 modules after 2 steps>"
-    )
-    assert repr(live) == "<Adapter: rank 4 on 6 modules>"
-    assert repr(chain.links[1]) == "<Link 1: rank 4 on 6 modules, 3 steps>"
-    assert repr(chain._live) == "Live(num_steps=2, num_soft_knots=0)"
-    page = chain._repr_html_()
-    assert page.count("<tr>") == 3
-    assert len(page) < 1000
-
-
 def on_meta() -> torch.nn.Module:
     with torch.device("meta"):
         return tiny_model("opt")

@@ -76,7 +76,7 @@ def test_a_traceback_only_with_debug(chainlora, tmp_path):
     assert loud.err.endswith(quiet.err)
 
 
-def test_a_process_of_its_own(finished):
+def test_a_process_of_its_own():
     """Status, one JSON object, one line of error: without pytest's hands on the streams. One that
     loads a model: test_cli_speaking.py."""
 
@@ -84,9 +84,9 @@ def test_a_process_of_its_own(finished):
         command = [sys.executable, "-m", "chainlora", *words.split()]
         return subprocess.run(command, capture_output=True, text=True)
 
-    found = call(f"inspect {finished} --json")
+    found = call("tasks rte --json")
     assert (found.returncode, found.stderr) == (0, "")
-    assert json.loads(found.stdout)["finished"]
+    assert json.loads(found.stdout)["name"] == "rte"
     assert found.stdout.count("\n") == 1
     wrong = call("tasks wscc")
     assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (1, "", 1)

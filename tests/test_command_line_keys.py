@@ -14,42 +14,44 @@ from pydantic import BaseModel
 from chainlora.config.schema import RunConfig, StartData
 from chainlora.config.yaml_text import one_value, parse_yaml
 
-# A value of every key that is not its default.
-OTHERS = parse_yaml("""
-chain:
-  {ranks: [3, 2], alpha: [4, 2], alpha_policy: fixed, rslora: true, dropout: 0.1, init: gradient,
-  init_batches: 1, lora_bias: false, dora: true, target_modules: all-linear, train_factors: B,
-  exclude_modules: [v_proj], extra_modules: [norm], hold: carried, tune: full, epochs: [0.5, 0.25],
-  steps: [1, 2], tokens: [500, 300],
-  plateau: {of: loss, patience: 1, min_change: 0.5},
-  knots: {every: 1, share: 0.5, time_constant: 3, follow_rate: true, moments: new, policy: spaced}}
-data:
-  {num_train: 16, num_validation: 4, max_length: 64, truncation: left, shots: 1, data_seed: 3,
-  new_rows_only: true, keep_rows: false}
-train:
-  {lr: 2e-3, lora_plus_ratio: 4, schedule: cosine, restart_schedule: true, warmup_steps: 1,
-  restart_warmup_steps: 1, batch_size: 4, gradient_accumulation: 2, group_by_length: true,
-  dtype: bfloat16, seed: 7, optimizer: sgd, weight_decay: 0.1, betas: [0.8, 0.99], eps: 1e-6,
-  max_grad_norm: null, optimizer_reset: prune, prune_fraction: 0.5, eval_every: 1,
-  eval_at_knots: false, select_metric: loss, keep_best: true, early_stop: 1, accept_links: better,
-  save_every: 1, log_every: 1, gradient_checkpointing: true, speedups: "off"}
-""")
-VALUES = {"chain.knots": "auto", "chain.plateau": {"patience": 2}}
-VALUES |= {"train.optimizer_options": {"amsgrad": True}}
-for name, section in OTHERS.items():
-    for key, value in section.items():
-        inner = value if isinstance(value, dict) else {"": value}
-        VALUES |= {f"{name}.{key}.{part}".rstrip("."): each for part, each in inner.items()}
-# What must be said beside some of them.
-BESIDE = {
-    **{f"chain.{key}": {"chain.steps": None} for key in ("epochs", "tokens")},
-    **{f"chain.knots.{key}": {"chain.knots.every": 1} for key in ("share", "follow_rate")},
-    **{f"chain.knots.{key}": {"chain.knots.every": 1} for key in ("moments", "policy")},
-    "chain.alpha_policy": {"chain.ranks": [4, 2]},
-    "chain.init_batches": {"chain.init": "gradient"},
-    "chain.exclude_modules": {"chain.target_modules": "all-linear"},
-    "train.prune_fraction": {"train.optimizer_reset": "prune"},
-    "train.keep_best": {"train.eval_every": 1},
+# A value of every key that is not its default, in as few runs as they fit into.
+RUNS = {
+    "factors": """
+{chain.ranks: [3, 2], chain.alpha: [4, 2], chain.rslora: true, chain.dropout: 0.1,
+chain.init: gradient, chain.init_batches: 1, chain.lora_bias: false, chain.train_factors: B,
+chain.target_modules: all-linear, chain.exclude_modules: [v_proj], chain.steps: [1, 2],
+train.lr: 2e-3, train.schedule: cosine, train.warmup_steps: 1, train.batch_size: 4,
+train.gradient_accumulation: 2, train.group_by_length: true, train.seed: 7,
+train.weight_decay: 0.1, train.betas: [0.8, 0.99], train.eps: 1e-6, train.max_grad_norm: null,
+train.log_every: 1}
+""",
+    "stops": """
+{chain.hold: carried, chain.tokens: [500, 300], chain.steps: null,
+train.optimizer_reset: prune, train.prune_fraction: 0.5, train.eval_every: 1,
+train.select_metric: loss, train.keep_best: true, train.early_stop: 1, train.save_every: 1,
+train.lora_plus_ratio: 4}
+""",
+    "DoRA": """
+{chain.dora: true, chain.ranks: [4, 2], chain.alpha_policy: fixed, chain.extra_modules: [norm],
+chain.epochs: [0.5, 0.25], chain.steps: null, train.restart_schedule: true,
+train.restart_warmup_steps: 1, train.dtype: bfloat16, train.gradient_checkpointing: true}
+""",
+    "every weight": "{chain.tune: full, train.optimizer: sgd, train.speedups: 'off'}",
+    "plateau": "{chain.plateau: {patience: 2}, train.accept_links: better}",
+    "plateau of": """
+{chain.plateau.of: loss, chain.plateau.patience: 1, chain.plateau.min_change: 0.5,
+train.eval_at_knots: false}
+""",
+    "soft knots": """
+{chain.knots.every: 1, chain.knots.share: 0.5, chain.knots.follow_rate: true,
+chain.knots.moments: new, chain.knots.policy: spaced}
+""",
+    "time constant": "{chain.knots.time_constant: 3, train.optimizer_options: {amsgrad: true}}",
+    "automatic knots": "{chain.knots: auto}",
+    "rows": """
+{data.num_train: 16, data.num_validation: 4, data.max_length: 64, data.truncation: left,
+data.shots: 1, data.data_seed: 3, data.new_rows_only: true, data.keep_rows: false}
+""",
 }
 # Where the rows and the model come from: given in every run of this file.
 GIVEN = {"model", "output", "train.trackers", "data.task", "data.dir", "data.format"}
@@ -76,22 +78,23 @@ def keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def test_every_key_is_here():
-    assert set(VALUES) | GIVEN == set(keys(RunConfig))
+    said = {key for text in RUNS.values() for key in parse_yaml(text)}
+    assert said | GIVEN == set(keys(RunConfig))
 
 
-@pytest.mark.parametrize("key", VALUES)
-def test_every_key_by_the_command_line(key, chainlora, tiny_folder, sentiment, tmp_path):
+@pytest.mark.parametrize("name", RUNS)
+def test_every_key_by_the_command_line(name, chainlora, tiny_folder, sentiment, tmp_path):
     tree = settings(tiny_folder, sentiment, tmp_path / "run")
     tree["chain"] |= {"ranks": [4, 4], "steps": [2, 2]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    said = {key: VALUES[key]} | BESIDE.get(key, {})
-    words = [f"--{name}={one_value(value)}" for name, value in said.items()]
+    said = parse_yaml(RUNS[name])
+    words = [f"--{key}={one_value(value)}" for key, value in said.items()]
     result = chainlora("train", tmp_path / "config.yaml", *words, "--json").json
     assert result["metrics"]["validation"]["loss"] > 0
     resolved = yaml.safe_load((stage_dir(tmp_path / "run") / "config.yaml").read_text())
-    for name, value in said.items():
-        found = reduce(getitem, name.split("."), resolved)
+    for key, value in said.items():
+        found = reduce(getitem, key.split("."), resolved)
         if isinstance(value, dict):
             assert found.items() >= value.items()
         elif value != "auto":
-            assert found == value, name
+            assert found == value, key

@@ -173,17 +173,6 @@ def test_a_row_that_leaves_no_room_to_be_scored_is_not_held_out(tmp_path, loss):
     assert {example.row for example in again.train} < trained
 
 
-def test_left_is_an_earlier_name_of_cut(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", answers(9, 30))
-    cut, left = (
-        prepare_splits(
-            DataConfig(train=str(path), max_length=24, truncation=name), make_tokenizer("bos"), 128
-        ).train[:]
-        for name in ("cut", "left")
-    )
-    assert cut == left
-
-
 @pytest.mark.parametrize("template", [CHAT, "{{ bos_token }}" + CHAT])
 def test_a_cut_chat_keeps_the_start_that_its_template_writes(template):
     """Whatever the tokenizer would add itself; where nothing was written, nothing is put."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tracemalloc
 
 import pyarrow
@@ -11,7 +10,7 @@ import pyarrow.parquet
 import pytest
 from helpers_tasks import write_as, write_rows, write_task
 
-from chainlora import evaluate_task, train
+from chainlora import evaluate_task
 from chainlora.data.sources import FileSource, find_source
 from chainlora.data.tasks import load_task, split_source
 from chainlora.errors import DataError
@@ -88,15 +87,6 @@ def test_what_cannot_be_read_is_named_by_file_and_line(tmp_path, name, content, 
         list(find_source(path))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400 + len(str(path))
-
-
-def test_a_bad_row_is_named_before_the_model_is_loaded(tiny_folder, tmp_path):
-    model = shutil.copytree(tiny_folder, tmp_path / "model")
-    (model / "model.safetensors").write_bytes(b"no weights")
-    keys = {"model": str(model), "chain": {"ranks": [2], "steps": [1]}}
-    path = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}] * 2 + [{"text": 3}])
-    with pytest.raises(DataError, match=r"`text` must be a text \(got 3 at .*rows.jsonl line 3"):
-        train(keys | {"data": {"train": str(path)}})
 
 
 def test_a_folder_with_one_split_in_two_files_is_refused(tmp_path):

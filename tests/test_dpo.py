@@ -315,13 +315,6 @@ def test_the_best_point_is_chosen_by_any_of_the_metrics(settings, metric):
     assert result["best"]["value"] == best == result["metrics"]["validation"][metric]
 
 
-def test_every_weight_can_be_trained_on_pairs(settings):
-    tree = settings("run", train={"lr": 1e-3}, tune="full", ranks=[1], steps=[4])
-    metrics = train(tree)["metrics"]["validation"]
-    assert metrics["margin"] > 0
-    assert evaluate_task(tree["output"])["metrics"] == pytest.approx(metrics, rel=1e-4)
-
-
 def test_the_reference_of_a_stage_is_the_chain_that_it_begins_on(settings, tmp_path):
     first = settings("first")
     train(first)

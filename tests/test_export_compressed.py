@@ -83,24 +83,3 @@ def test_modules_of_unlike_rank_get_one_rank(folders, sentiment, tmp_path):
     torch.testing.assert_close(
         on_fresh_base(folders["llama"], tmp_path / "exact"), live(run), atol=1e-5, rtol=0
     )
-
-
-def test_a_rank_that_servers_accept_is_reached_with_zeros(chainlora, runs, folders, tmp_path):
-    """vLLM takes some ranks only; a chain of ranks 4, 4 and 2 has none of them."""
-    export = ("export", runs["llama"], "--to", "adapter", "--output")
-    assert chainlora(*export, tmp_path / "exact", "--json").json["rank"] == 10
-    done = chainlora(*export, tmp_path / "wide", "--rank", 32, "--json").json
-    assert (done["rank"], done["error"], done["exact"]) == (32, 0.0, True)
-    exact, wide = (
-        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("exact", "wide")
-    )
-    for name, tensor in wide.items():
-        rows, columns = exact[name].shape
-        assert torch.equal(tensor[:rows, :columns], exact[name])
-        assert tensor.count_nonzero() == exact[name].count_nonzero()
-        assert 32 in tensor.shape
-    torch.testing.assert_close(  # float32: zeros change the order of the sums at most
-        on_fresh_base(folders["llama"], tmp_path / "wide"), live(runs["llama"]), atol=1e-5, rtol=0
-    )
-    said = chainlora(*export, tmp_path / "said", "--rank", 32).out
-    assert said.startswith("adapter of rank 32 (exact) from 3 link(s) in ")

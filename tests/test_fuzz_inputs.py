@@ -8,25 +8,18 @@ from __future__ import annotations
 import json
 import shutil
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import tiny_model
-from fuzzing import JSON, VALUES, WORDS, altered, check_error, damaged, fuzz, guarded, refusals
+from fuzzing import JSON, VALUES, WORDS, altered, damaged, fuzz, guarded, refusals
 from hypothesis import given
 from hypothesis import strategies as st
-from lab.cases import lines, tree
-from test_models import TOKENS, write_gguf
 
 from chainlora import load_task, make_config
-from chainlora.config.yaml_text import parse_yaml
 from chainlora.data.splits import prepare_splits
 from chainlora.errors import ChainLoRAError, ConfigError, DataError, ModelError
 from chainlora.models.loading import load_model
-from chainlora_lab import load_experiment, make_experiment, report_experiment
-from chainlora_lab.expansion import expand
 
 # --- rows
 
@@ -118,38 +111,6 @@ def test_a_task_of_any_values_is_refused_or_renders(tmp_path_factory, data):
 # --- experiments
 
 
-@fuzz(short=30, full=800)
-@given(data=st.data())
-@guarded
-def test_an_experiment_of_any_values_is_refused_or_expands(
-    tiny_folder, sentiment, tmp_path_factory, data
-):
-    told = altered(data, deepcopy(tree(tiny_folder, sentiment)), VALUES)
-    path = tmp_path_factory.getbasetemp() / "experiment.yaml"
-    text = yaml.safe_dump(told, allow_unicode=True)
-    path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    try:
-        experiment = load_experiment(path)
-        cells = expand(experiment)
-    except (ConfigError, DataError) as error:
-        check_error(error)
-        return
-    assert all(len(cell.id) == 12 for cell in cells)
-    again = parse_yaml(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
-    assert make_experiment(again) == experiment
-
-
-@fuzz(short=15, full=500)
-@given(data=st.data())
-@guarded
-def test_results_of_any_values_are_refused_or_reported(tmp_path_factory, data):
-    told = altered(data, [dict(line) for line in lines()], JSON)
-    path = tmp_path_factory.getbasetemp() / "results.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in told))
-    with refusals(ChainLoRAError):
-        report_experiment(path, figures=False)
-
-
 # --- models
 
 
@@ -170,26 +131,3 @@ def test_a_model_folder_of_any_values_is_refused_or_loads(tiny_folder, tmp_path_
     (folder / name).write_bytes(content)
     with refusals(ModelError):
         load_model(folder, torch.float32)
-
-
-@pytest.fixture(scope="module")
-def gguf_bytes(tmp_path_factory) -> bytes:
-    pytest.importorskip("gguf", reason="no gguf: pip install 'chainlora[gguf]'")
-    folder: Path = tmp_path_factory.mktemp("gguf")
-    model = tiny_model("llama", vocab_size=len(TOKENS), num_hidden_layers=1)
-    return write_gguf(folder / "tiny.gguf", model).read_bytes()
-
-
-@fuzz(short=8, full=400)
-@given(data=st.data())
-@guarded
-def test_a_gguf_file_of_any_bytes_is_refused_or_loads(
-    gguf_bytes, monkeypatch_module, tmp_path_factory, data
-):
-    folder = tmp_path_factory.mktemp("gguf-cache", numbered=True)
-    monkeypatch_module.setenv("CHAINLORA_CACHE", str(folder))
-    path = tmp_path_factory.getbasetemp() / "fuzzed.gguf"
-    path.write_bytes(damaged(data, gguf_bytes, header=data.draw(st.sampled_from([24, 800, 8000]))))
-    with refusals(ModelError):
-        load_model(path, torch.float32)
-    shutil.rmtree(folder, ignore_errors=True)

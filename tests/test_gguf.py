@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from conftest import make_tiny_folder, write_rows
-from helpers import settings
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,7 +19,6 @@ from chainlora.config.template_names import NAMES, template_text
 from chainlora.errors import ModelError
 from chainlora.models.loading import load_model
 from chainlora.runs.changes import mix_stages
-from chainlora.runs.export import export_merged
 from chainlora.runs.to_gguf import cut_template, export_gguf
 
 gguf = pytest.importorskip("gguf", reason="no gguf: pip install 'chainlora[gguf]'")
@@ -324,18 +322,6 @@ def test_the_template_for_ollama_says_what_the_chat_template_does(tiny_folder, t
     assert go.count("{{ .Content }}") == 2
     assert ("{{ .System }}" in go) == (template != "alternating")
     assert go.count("{{ end }}") == go.count("{{ if") + go.count("{{ range")
-
-
-def test_a_card_says_that_every_weight_was_trained(tiny_folder, sentiment, tmp_path):
-    chain = {"tune": "full", "ranks": [2], "steps": [1]}
-    train(settings(tiny_folder, sentiment, tmp_path / "run", chain=chain))
-    export_gguf(tmp_path / "run", tmp_path / "gguf")
-    said = "`tiny-llama` with every weight fine-tuned in GGUF (f32)."
-    assert said in (tmp_path / "gguf/README.md").read_text(encoding="utf-8")
-    for export in (export_gguf, export_merged):
-        export(tmp_path / "run", tmp_path / export.__name__, num_links=0)
-        card = (tmp_path / export.__name__ / "README.md").read_text(encoding="utf-8")
-        assert "every weight" not in card
 
 
 def test_what_ends_no_turn_stops_nothing(tmp_path):

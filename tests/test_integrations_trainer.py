@@ -141,9 +141,7 @@ def test_train_and_trainer_give_the_same_links(tiny_folder, tokenizer, sentiment
     ("keys", "lengths"),
     [
         ({"steps": np.int64(4)}, [4, 4, 3]),  # as numpy's arithmetic gives it
-        ({"ranks": [4, 4]}, [6, 5]),
         ({"epochs": 0.25}, [3, 3, 3, 2]),
-        ({"steps": [1, 10]}, [1, 10]),
     ],
     ids=str,
 )
@@ -154,12 +152,10 @@ def test_where_the_knots_fall(tiny_folder, tokenizer, tmp_path, keys, lengths):
     assert [record["link_steps"] for record in knots] == lengths[:-1]  # the last link is live
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear"])
-def test_soft_knots_are_those_of_our_loop(tiny_folder, tokenizer, tmp_path, schedule):
-    """With `linear`, the shares follow the rate of the step to come."""
-    is_linear = schedule == "linear"
-    callback = ChainCallback(knots={"every": 3, "share": 0.5, "follow_rate": is_linear})
-    trainer = run(tiny_folder, tokenizer, tmp_path, callback, lr_scheduler_type=schedule)
+def test_soft_knots_are_those_of_our_loop(tiny_folder, tokenizer, tmp_path):
+    """The shares follow the rate of the step to come."""
+    callback = ChainCallback(knots={"every": 3, "share": 0.5, "follow_rate": True})
+    trainer = run(tiny_folder, tokenizer, tmp_path, callback)
     (link,) = chain_of(trainer).links
     assert link.num_steps == 11
     assert 0 < link.error <= 3e-3
@@ -171,7 +167,7 @@ def test_soft_knots_are_those_of_our_loop(tiny_folder, tokenizer, tmp_path, sche
     optimizer = torch.optim.AdamW(own.parameters(), lr=LR, weight_decay=0.0)
 
     def rate(step):
-        return 1 - step / 11 if is_linear else 1.0
+        return 1 - step / 11
 
     def update(batch):
         optimizer.param_groups[0]["lr"] = LR * rate(own.live_steps)
@@ -193,12 +189,12 @@ def test_a_batch_size_that_is_found_decides_the_soft_knots(tiny_folder, tokenize
     spacings = []
     for batch_size in (2, 4):
         callback = ChainCallback(knots={"every": 2})
-        keys = {"max_steps": -1, "num_train_epochs": 1, "auto_find_batch_size": True}
+        keys = {"max_steps": -1, "num_train_epochs": 0.5, "auto_find_batch_size": True}
         keys["per_device_train_batch_size"] = batch_size
         trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, callback, **keys)
         trainer.model.register_forward_pre_hook(fit_two_rows, with_kwargs=True)
         trainer.train()
-        assert sum(callback._knots.numbers.lengths) == 24
+        assert sum(callback._knots.numbers.lengths) == 12
         spacings.append(callback._knots.numbers.knots)
     assert spacings[0] == spacings[1]
 
@@ -257,39 +253,35 @@ def trained_adapter(folder, output) -> Path:
     return output
 
 
-@pytest.mark.parametrize("how", ["on the model", "by start"])
-def test_a_trained_adapter_is_the_first_link(how, tiny_folder, tokenizer, tmp_path):
+def test_a_trained_adapter_is_the_first_link(tiny_folder, tokenizer, tmp_path):
+    """On the model, or by `start`, which a resume gives again."""
     adapter = trained_adapter(tiny_folder, tmp_path / "adapter")
     begun = peft.PeftModel.from_pretrained(plain_model(tiny_folder), adapter)
 
-    def make(output, **keys):
+    def make(on_model):
         model, start = peft_model(tiny_folder), adapter
-        if how == "on the model":
+        if on_model:
             model, start = plain_model(tiny_folder), None
             model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
-        callback = ChainCallback(ranks=[4, 2], start=start)
-        return make_trainer(model, tokenizer, output, callback, save_steps=3, **keys)
+        keys = {"save_strategy": "steps", "save_steps": 7}
+        return make_trainer(model, tokenizer, tmp_path, ChainCallback([4, 2], start=start), **keys)
 
-    keys = {"save_strategy": "steps"}
-    whole = make(tmp_path / "whole", **keys)
-    torch.testing.assert_close(logits(whole.model), logits(begun), atol=ROUNDING, rtol=0)
+    whole, on_model = make(on_model=False), make(on_model=True)
+    for each in (whole, on_model):
+        torch.testing.assert_close(logits(each.model), logits(begun), atol=ROUNDING, rtol=0)
     whole.train()
     whole.save_model(str(tmp_path / "final"))
     assert_adapter_is_the_model(tiny_folder, tmp_path / "final", whole.model, ROUNDING)
-
-    killed = make(tmp_path / "killed", **keys)
-    killed.add_callback(StopAt(8))
-    with pytest.raises(KeyboardInterrupt):
-        killed.train()
-    resumed = make(tmp_path / "killed", **keys)
-    resumed.train(resume_from_checkpoint=True)
+    resumed = make(on_model=False)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
     assert torch.equal(logits(resumed.model), logits(whole.model))
 
     chain, (link,) = chain_of(whole), load_start(adapter).links
     assert [(each.id, each.num_steps) for each in chain.links] == [(0, 0), (1, 6), (2, 5)]
-    for name, factors in link.factors.items():
-        assert torch.equal(chain.links[0].factors[name].a, factors.a)
-        assert torch.equal(chain.links[0].factors[name].b, factors.b)
+    for first in (chain.links[0], chain_of(on_model).links[0]):
+        for name, factors in link.factors.items():
+            assert torch.equal(first.factors[name].a, factors.a)
+            assert torch.equal(first.factors[name].b, factors.b)
     model = peft.PeftModel.from_pretrained(plain_model(tiny_folder), adapter)
     with pytest.raises(ConfigError, match="`start` needs a model with a fresh adapter"):
         make_trainer(model, tokenizer, tmp_path, ChainCallback(steps=4, start=adapter))
@@ -335,7 +327,6 @@ def test_a_second_trainer_resumes_in_another_process(tiny_folder, tokenizer, tmp
     "keys",
     [
         {"target_modules": "all-linear", "exclude_modules": ["gate_proj"]},
-        {"layers_to_transform": 0},
         {"layers_to_transform": [1], "layers_pattern": "layers"},
     ],
     ids=str,
@@ -399,9 +390,9 @@ def test_every_save_is_a_chain_and_an_adapter(tiny_folder, tokenizer, tmp_path):
 
 
 def test_a_killed_run_resumes_across_a_knot(tiny_folder, tokenizer, tmp_path):
-    keys = {"save_strategy": "steps", "save_steps": 2}
+    keys = {"save_strategy": "steps", "save_steps": 5}
     knots = {"ranks": [4, 4, 2], "steps": [4, 4, 3], "restart_schedule": True}
-    whole = run(tiny_folder, tokenizer, tmp_path / "whole", ChainCallback(**knots), **keys)
+    whole = run(tiny_folder, tokenizer, tmp_path / "whole", ChainCallback(**knots))
 
     output = tmp_path / "killed"
     trainer = make_trainer(

@@ -1,6 +1,7 @@
-"""Several processes train one chain: the links of one process, on disk once, resumed by any number.
+"""Two processes train one chain: the links of one process, on disk once, resumed by any number.
 
-torchrun starts the processes. A start costs seconds, so a few launches do the jobs of all tests.
+torchrun starts the processes. A start costs seconds, so one launch does the jobs of all tests; four
+processes: test_sharing.py.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from helpers_processes import assert_close_links, assert_close_updates, launch, 
 
 from chainlora import ChainLoRAError, make_config, train
 from chainlora.runs.addresses import open_run
+from chainlora.runs.loading_start import load_start
+from chainlora.training.loop import train as train_run
 from chainlora.training.processes import find_processes
 
 CHAIN = {"ranks": [4, 4], "steps": [4, 3]}
@@ -34,9 +37,11 @@ JOBS: dict[str, dict[str, Any]] = {
         "chain": {"init": "gradient", "train_factors": "B"},
         "train": {"gradient_accumulation": 2},
     },
-    "uneven": {"train": {"batch_size": 4, "gradient_accumulation": 3}, "data": {"num_train": 30}},
+    # one row is left for the last batch of an epoch: one of the processes has none
+    "uneven": {"train": {"batch_size": 4, "gradient_accumulation": 3}, "data": {"num_train": 29}},
     "answers": {"data": {"num_validation": 5}},
     "pairs": {"train": {"loss": "dpo"}, "data": {"task": None}},
+    "replay": {"data": {"replay": 0.4}},
 }
 
 
@@ -54,7 +59,7 @@ def tree_of(name: str, tiny_folder: Path, sentiment: Path, output: Path) -> dict
 
 @pytest.fixture(scope="module")
 def launched(tiny_folder, sentiment, tmp_path_factory) -> Path:
-    """Every job in one process and in two; some in four; a run of four, stopped, resumed by two."""
+    """Every job in one process and in two; a run of two, stopped, resumed by one."""
     folder = tmp_path_factory.mktemp("processes")
 
     def job(name: str, output: str, **keys: Any) -> dict[str, Any]:
@@ -64,14 +69,15 @@ def launched(tiny_folder, sentiment, tmp_path_factory) -> Path:
         path.write_text(yaml.safe_dump(tree))
         return {"config": str(path), "outcome": str(folder / f"{output}.json")} | keys
 
+    first = settings(tiny_folder, sentiment, folder / "first", chain={"ranks": [2], "steps": [1]})
+    train(make_config(first | {"data": first["data"] | {"num_train": 16}}))
+    later = {"replay": {"start": str(folder / "first"), "stage": "later"}}
     for name in JOBS:
-        train(make_config(tree_of(name, tiny_folder, sentiment, folder / f"{name}-1")))
-    four = [job(name, f"{name}-4") for name in ("plain", "uneven")]
-    four += [job("soft", "stopped", stop=6)]
-    done = launch(4, folder, four)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = [job(name, f"{name}-2") for name in JOBS]
-    two += [job("soft", "stopped", resume=True)]
+        config = make_config(tree_of(name, tiny_folder, sentiment, folder / f"{name}-1"))
+        start = {"start": load_start(folder / "first")} if name in later else {}
+        train_run(config, **later.get(name, {}) | start)
+    two = [job(name, f"{name}-2", **later.get(name, {})) for name in JOBS]
+    two += [job("soft", "stopped", stop=6)]
     two += [job("plain", "odd", train={"batch_size": 9})]
     two += [{"command": ["train", job("plain", "command")["config"]]}]
     two += [job("plain", "killed", kill=[1, 3])]
@@ -79,33 +85,30 @@ def launched(tiny_folder, sentiment, tmp_path_factory) -> Path:
     assert done.returncode != 0  # the last job kills a process
     (folder / "stdout").write_text(done.stdout)
     (folder / "stderr").write_text(done.stderr)
+    train(tree_of("soft", tiny_folder, sentiment, folder / "stopped"), resume=True)
     return folder
 
 
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [*((name, 2) for name in JOBS if name != "soft"), ("plain", 4), ("uneven", 4)],
-)
-def test_the_chain_is_that_of_one_process(launched, name, count):
-    assert outcome(launched, f"{name}-{count}")["processes"] == count
-    assert_close_links(launched / f"{name}-1", launched / f"{name}-{count}")
+@pytest.mark.parametrize("name", [name for name in JOBS if name != "soft"])
+def test_the_chain_is_that_of_one_process(launched, name):
+    assert outcome(launched, f"{name}-2")["processes"] == 2
+    assert_close_links(launched / f"{name}-1", launched / f"{name}-2")
 
 
 def test_losses_tokens_and_evaluations_are_those_of_one_process(launched):
-    for count in (2, 4):
-        one, many = records_of(launched / "plain-1"), records_of(launched / f"plain-{count}")
-        assert [r["event"] for r in one] == [r["event"] for r in many]  # each written once
-        for a, b in zip(one, many, strict=True):
-            assert a.get("tokens") == b.get("tokens")
-            for key in ("loss", "grad_norm", "accuracy"):
-                assert a.get(key) == pytest.approx(b.get(key), abs=5e-6)  # float32 sums
+    one, many = records_of(launched / "plain-1"), records_of(launched / "plain-2")
+    assert [r["event"] for r in one] == [r["event"] for r in many]  # each written once
+    for a, b in zip(one, many, strict=True):
+        assert a.get("tokens") == b.get("tokens")
+        for key in ("loss", "grad_norm", "accuracy"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=5e-6)  # float32 sums
 
 
 def test_links_with_soft_knots_are_those_of_one_process(launched):
     assert_close_updates(launched / "soft-1", launched / "soft-2")
 
 
-def test_a_run_of_four_is_resumed_by_two(launched):
+def test_a_run_of_two_is_resumed_by_one(launched):
     assert open_run(launched / "stopped").verify().result()["steps"] == 7  # every checksum
     assert_close_updates(launched / "soft-1", launched / "stopped")
 
@@ -170,19 +173,14 @@ main()
 """
 
 
-@pytest.mark.parametrize(
-    ("argument", "status", "said"),
-    [("--version", 0, "chainlora, version"), ("--wrong", 2, "")],
-)
-def test_a_process_of_several_ends_with_its_status_and_without_teardown(argument, status, said):
+def test_a_process_of_several_ends_with_its_status_and_without_teardown():
     """Torn down, threads of Gloo that are late can abort it."""
     done = subprocess.run(
-        [sys.executable, "-c", LEAVING, argument],
+        [sys.executable, "-c", LEAVING, "--wrong"],
         env=os.environ | {"WORLD_SIZE": "2"},  # as a launcher tells the command line
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == status, done.stderr[-3000:]
-    assert done.stdout.startswith(f"done\n{said}")
-    assert "torn down" not in done.stdout
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert done.stdout == "done\n"

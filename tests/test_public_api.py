@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -20,7 +19,6 @@ from helpers import settings
 
 import chainlora
 from chainlora.chain.showing import Shown
-from chainlora.evaluation.stage_scores import Cell, StageMatrix
 
 SIGNATURES = {
     "train": "(config, *, resume, listener, change, progress)",
@@ -189,26 +187,3 @@ def test_results_are_still_dictionaries(shown):
         assert isinstance(value, dict)
     assert len(shown["Link.factors"]) == 12 * 7
     assert len(Shown({"text": "x" * 10**6})._repr_html_()) < 1000
-
-
-def test_a_matrix_is_a_heat_map_where_better_is_darker():
-    def column(stage: str, metric: str, *values: float | None) -> list:
-        return [v and Cell("", stage, "", "test", metric, v, 0.0, 8, 8) for v in values]
-
-    columns = [column("a", "loss", 4.0, 1.0, 2.0), column("b", "accuracy", None, 0.5, 0.9)]
-    columns.append(column("c", "loss", math.inf, math.nan, 3.0))
-    grid = [list(row) for row in zip(*columns, strict=True)]
-    page = StageMatrix(["a", "b", "c"], ["base", "a", "b"], grid)._repr_html_()
-    assert repr(StageMatrix([], ["base"], [[]])) == "after\nbase "
-    cells = re.findall(r"<td([^>]*)>([\d.–]+)</td>", page)
-    assert not re.findall(r"style[^>]*>(?:inf|nan)<", page)
-    shades = {text: float((re.findall(r"([\d.]+)\)", style) or [0])[0]) for style, text in cells}
-    assert shades == {
-        "4.0000": 0,
-        "1.0000": 0.5,
-        "2.0000": 0.33,
-        "–": 0,
-        "0.5000": 0,
-        "0.9000": 0.5,
-        "3.0000": 0,
-    }

@@ -53,13 +53,6 @@ def make_chain(architecture: str = "llama", dtype=torch.float32, ranks=(4, 2), *
     return chain
 
 
-def test_a_link_tuned_by_somebody_else_knows_its_steps():
-    chain = make_chain()
-    assert [link.num_steps for link in chain.links] == [3, 3]
-    with pytest.raises(ChainLoRAError, match="count_step needs a live link"):
-        chain.count_step()
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("hold", ["tied", "carried"])
 def test_a_chain_is_loaded_as_it_was(architecture, hold, tmp_path):

@@ -63,16 +63,6 @@ _DISTIL = {
     "attention_dropout": 0.0,
     "seq_classif_dropout": 0.0,
 }
-_GPT2 = _SPECIAL | {
-    "vocab_size": VOCABULARY,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 64,
-    "resid_pdrop": 0.0,
-    "embd_pdrop": 0.0,
-    "attn_pdrop": 0.0,
-}
 Batch = dict[str, Tensor]
 
 
@@ -160,7 +150,6 @@ KINDS: dict[str, Kind] = {
         "ModernBertConfig", _ENCODER, head=("head", "classifier"), **_CLASSIFY
     ),
     "LlamaForSequenceClassification": Kind("LlamaConfig", _DECODER, head=("score",), **_CLASSIFY),
-    "GPT2ForSequenceClassification": Kind("GPT2Config", _GPT2, head=("score",), **_CLASSIFY),
     "MixtralForSequenceClassification": Kind(
         "MixtralConfig", _DECODER | _EXPERTS, head=("score",), targets=_ATTENTION, **_CLASSIFY
     ),
@@ -168,24 +157,14 @@ KINDS: dict[str, Kind] = {
     "RobertaForTokenClassification": Kind(
         "RobertaConfig", _ENCODER, head=("classifier",), **_LABEL
     ),
-    "LlamaForTokenClassification": Kind("LlamaConfig", _DECODER, head=("score",), **_LABEL),
     "BertForQuestionAnswering": Kind(
         "BertConfig", _ENCODER, answers, "QUESTION_ANS", head=("qa_outputs",)
     ),
     "BertForMaskedLM": Kind("BertConfig", _ENCODER, next_tokens),
-    "RobertaForMaskedLM": Kind("RobertaConfig", _ENCODER, next_tokens),
     "T5ForConditionalGeneration": Kind("T5Config", _T5, **_TRANSLATE),
-    "MT5ForConditionalGeneration": Kind(
-        "MT5Config", _T5 | {"feed_forward_proj": "gated-gelu"}, **_TRANSLATE
-    ),
     "BartForConditionalGeneration": Kind("BartConfig", _BART, **_TRANSLATE),
-    "BartForSequenceClassification": Kind(
-        "BartConfig", _BART, head=("classification_head",), **_CLASSIFY
-    ),
-    "MarianMTModel": Kind("MarianConfig", _BART | {"decoder_vocab_size": VOCABULARY}, **_TRANSLATE),
     "WhisperForConditionalGeneration": Kind("WhisperConfig", _SPEECH, speech),
     "ViTForImageClassification": Kind("ViTConfig", _VISION, head=("classifier",), **_SEE),
-    "Dinov2ForImageClassification": Kind("Dinov2Config", _VISION, head=("classifier",), **_SEE),
     "MixtralForCausalLM": Kind("MixtralConfig", _DECODER | _EXPERTS, targets=_ATTENTION, **_CAUSAL),
     "Qwen2MoeForCausalLM": Kind(
         "Qwen2MoeConfig",

@@ -15,8 +15,6 @@ from chainlora.errors import FileError, RunError
 from chainlora_lab import make_experiment, read_results, report_experiment, run_cells
 from lab.cases import tree
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture
 def one(tiny_folder, sentiment):
@@ -133,14 +131,3 @@ def test_an_experiment_on_a_full_disk_says_so_and_goes_on_later(tiny_folder, sen
     assert "a file must be written (got " in error
     assert "unexpected" not in error
     assert run_cells(one, tmp_path / "out", backend="inline").failed == {}
-
-
-def test_an_output_that_cannot_be_made_is_refused_before_a_cell_runs(
-    tiny_folder, sentiment, tmp_path
-):
-    """All that cannot be made: test_files.py."""
-    (tmp_path / "out").symlink_to(tmp_path / "nothing")
-    one = make_experiment(tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune={}))
-    with pytest.raises(FileError, match="got "):
-        run_cells(one, tmp_path / "out", backend="inline")
-    assert not (tmp_path / "nothing").exists()

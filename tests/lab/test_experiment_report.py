@@ -52,37 +52,6 @@ def test_a_model_may_lie_in_a_long_path(tmp_path):
     assert f"Model: {model}." in report_experiment(path, figures=False).markdown
 
 
-def test_a_choice_at_an_end_of_its_grid_is_marked(tmp_path):
-    def choice(method, chosen, **point):
-        tried = [
-            {"point": {"train.lr": rate} | point, "mean": 0.5, "runs": 1}
-            for rate in (1e-3, 2e-3, 4e-3)
-        ]
-        return {
-            "format": 2,
-            "kind": "choice",
-            "task": "wsc",
-            "method": method,
-            "metric": "loss",
-            "chosen": {"train.lr": chosen} | point,
-            "tried": tried,
-        }
-
-    path = write_lines(tmp_path / "results.jsonl")
-    note = "the chosen value is an end of its grid"
-    assert note not in report_experiment(path, figures=False).markdown
-    with path.open("a", encoding="utf-8") as file:
-        for made in (
-            choice("lora", 2e-3),
-            choice("chain3", 1e-3, **{"chain.init": "gradient", "chain.seed": 7}),
-        ):
-            print(json.dumps(made), file=file)
-    text = report_experiment(path, figures=False).markdown
-    assert "| wsc lora | lr 0.002 | loss |" in text
-    assert "| wsc chain3 | lr 0.001, init gradient, seed 7 (lowest tried) | loss |" in text
-    assert note in text
-
-
 def test_over_all_tasks_each_task_weighs_alike(tmp_path):
     """Ten seeds of a task where the chain gains 10 points and two of one where it gains none: 5,
     not 8.3."""
@@ -97,17 +66,6 @@ def test_over_all_tasks_each_task_weighs_alike(tmp_path):
     whole = next(each.difference for each in report.comparisons if each.task == "all tasks")
     assert whole.mean == pytest.approx(5.0)
     assert whole.num_pairs == 4
-
-
-def test_a_name_that_begins_with_an_underscore_is_in_the_legend(tmp_path):
-    def named(cell):
-        cell = with_curve(cell)
-        return cell | {"method": "_lora"} if cell["method"] == "lora" else cell
-
-    head = {"methods": {"_lora": "One.", "chain3": "Three."}, "pairs": [["_lora", "chain3"]]}
-    path = change(tmp_path / "results.jsonl", named, **head, figures=["curves"])
-    files = report_experiment(path).files
-    assert any("_lora (n=6)" in file.read_text() for file in files if file.suffix == ".svg")
 
 
 @pytest.mark.parametrize(("metric", "is_pooled"), [("loss", True), ("perplexity", False)])
@@ -225,33 +183,6 @@ def test_pairs_that_are_missing_are_said_where_the_others_decide(tmp_path, made,
     assert ("over all tasks:" in text) == ("of 12" in said)
 
 
-@pytest.mark.parametrize("train", [{}, {"keep_best": True}, {"accept_links": "better"}])
-def test_scores_of_the_rows_that_chose_are_marked(tmp_path, train):
-    """The best of several points on these rows is not what other rows would score."""
-
-    def on_validation(cell):
-        return cell | {"score_split": "validation", "config": cell["config"] | {"train": train}}
-
-    report = report_experiment(change(tmp_path / "results.jsonl", on_validation), figures=False)
-    assert ("**The scores of cb, wsc are of the rows that chose.**" in report.markdown) == bool(
-        train
-    )
-
-
-@pytest.mark.parametrize(("rise", "is_said"), [(10, True), (9, False)])
-def test_links_that_end_within_their_warm_up_are_said_under_the_scores(tmp_path, rise, is_said):
-    train = {"restart_warmup_steps": rise}
-
-    def short(cell):
-        ends = {"link_steps": [12, 11, 10] if cell["ranks"][1:] else []}
-        return cell | ends | {"config": cell["config"] | {"train": train}}
-
-    text = report_experiment(change(tmp_path / "results.jsonl", short), figures=False).markdown
-    said = "**chain3 on cb is no fair rival**: links of 10 steps end within the warm-up of 10 after"
-    assert (said in text) == is_said
-    assert text.count("no fair rival") == 2 * is_said  # chain3 on both tasks
-
-
 def test_a_method_that_diverged_wherever_it_was_tried_is_not_one_to_come(tmp_path):
     path = change(tmp_path / "results.jsonl", lambda c: c if c["method"] == "lora" else None)
     tried = [{"point": {"train.lr": 1.0}, "mean": None, "runs": 1}]
@@ -316,18 +247,6 @@ def test_a_report_says_whether_rank_binds_and_what_soft_knots_may_then_win(
     head = {"tasks": ["wsc"], "seeds": list(range(num_seeds))}
     path = change(tmp_path / "results.jsonl", wider, **head)
     assert said in report_experiment(path, figures=False).markdown
-
-
-def test_a_report_says_where_automatic_knots_tied_none(tmp_path):
-    def soft(cell):
-        if cell["method"] != "chain3":
-            return cell
-        chain = {"ranks": [8], "steps": [10], "knots": {}}
-        return cell | {"config": {"chain": chain}, "soft_knots": 2 * (cell["task"] == "cb")}
-
-    found = report_experiment(change(tmp_path / "results.jsonl", soft), figures=False).markdown
-    assert "**chain3 tied no soft knot on wsc**: `knots: auto` turns them off in a link" in found
-    assert "soft knot on cb" not in found
 
 
 def test_too_few_pairs_are_not_no_difference(tmp_path):
@@ -419,15 +338,6 @@ def test_the_page_of_an_experiment(tmp_path):
         assert text in page
     for title in ("Scores", "Paired differences in score", "Cost"):
         assert table(page, title), title
-
-
-def test_an_experiment_of_many_comparisons_is_summed_up(tmp_path):
-    pairs = [["chain3", "lora"], ["lora", "chain3"]]
-    report_experiment(write_lines(tmp_path / "results.jsonl", pairs=pairs, figures=["differences"]))
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert re.findall(r'<p class="lead">(.*?)</p>', page) == [
-        "2 comparisons over all tasks: wins in 1, loses in 1."
-    ]
 
 
 def test_names_of_methods_are_text_whatever_is_in_them(tmp_path):

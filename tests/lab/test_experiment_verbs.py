@@ -117,7 +117,7 @@ def test_ctrl_c_says_that_the_same_command_resumes(tiny_folder, sentiment, tmp_p
     path.write_text(
         yaml.safe_dump({k: base[k] for k in ("model", "data", "train")} | {"chain": chain})
     )
-    command = ["compare", str(path), "--methods", "lora,chain2"]
+    command = ["compare", str(path), "--methods", "lora,chain2", "--workers", "1"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "chainlora", *command, "--output", str(out)],
