@@ -87,9 +87,9 @@ class DataConfig(Section):
     max_length: Annotated[int, Field(ge=2, lt=LARGEST)] | None = None
     """Longest sequence in tokens; `null` is the model's context."""
     truncation: Literal["drop", "cut", "error", "left"] | None = None
-    """Treatment of a [longer row](rows.md#what-is-too-long): `drop`, `cut` (the oldest tokens of
-    the prompt) or `error`. `null` is the task's own choice, or `error` for files. Rows of `text`
-    become several examples instead."""
+    """Treatment of a [longer row](rows.md#rows-that-are-too-long): `drop`, `cut` (the oldest
+    tokens of the prompt) or `error`. `null` is the task's own choice, or `error` for files. Rows of
+    `text` become several examples instead."""
     shots: Number = 0
     """Number of demonstrations before each prompt: training rows of a task with their answers, left
     out of training."""

@@ -190,7 +190,7 @@ class RunConfig(Called):
     run](stages.md#rules) default to those of that run."""
     start_data: StartData | None = None
     """Rows for `start` or the bare base: the column `start` of the
-    [matrix](stages.md#what-was-there-before)."""
+    [matrix](stages.md#earlier-abilities)."""
     data: DataConfig
     """The rows, and how they are read."""
     chain: ChainConfig = ChainConfig()
