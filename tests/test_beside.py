@@ -362,14 +362,18 @@ def test_stages_of_a_config_stand_beside_each_other(tiny_folder, sentiment, abc,
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("place", "change", "message"),
     [
-        ({"beside": "yes"}, "`beside` must be true or false"),
-        ({"beside": True, "chain": {"ranks": [2], "steps": [3], "dora": True}}, "chain.dora"),
+        (1, {"beside": "yes"}, "`beside` must be true or false"),
+        (1, {"chain": {"ranks": [2], "steps": [3], "dora": True}}, "chain.dora of b"),
+        (0, {"train": {"accept_links": "all"}, "data": {"keep_rows": False}}, "rows: false of a"),
     ],
 )
-def test_where_a_stage_cannot_stand(change, message, tiny_folder, sentiment, tmp_path):
-    config = config_of(tiny_folder, sentiment, tmp_path / "run", section(sentiment, "b") | change)
+def test_where_a_stage_cannot_stand(place, change, message, tiny_folder, sentiment, tmp_path):
+    more = section(sentiment, "b") | {"beside": True}
+    config = config_of(tiny_folder, sentiment, tmp_path / "run", more)
+    data = config["stages"][place]["data"] | change.get("data", {})
+    config["stages"][place] |= change | {"data": data}
     with pytest.raises(ConfigError, match=message):
         train_stages(make_stages(config))
     assert not (tmp_path / "run").exists()
@@ -599,7 +603,7 @@ def test_what_cannot_stand_beside_others_is_refused_before_training(
 ):
     stage = section(sentiment, "d")
     stage[part] = stage.get(part, {}) | keys
-    with pytest.raises(ConfigError, match=f"is combined with them .got {key}.; leave it out"):
+    with pytest.raises(ConfigError, match=f"is combined with them .got {key} of d.; leave it out"):
         extension(abc, stage, beside=True)
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from chainlora.config.schema import PAIR_LOSSES, RunConfig
+from chainlora.config.schema import PAIR_LOSSES
 from chainlora.config.staging import Stage
 from chainlora.data.splits import learned_by
 from chainlora.errors import ConfigError, RunError
@@ -43,14 +43,18 @@ def placed(
 
 def need_combinable_stage(stage: Stage, now: OpenState | None) -> None:
     """Raise ConfigError or RunError for a stage that could not be combined with what a run is."""
-    config = stage.config
-    keys = _without_low_rank_sum(config) | {
-        "data.keep_rows: false": not config.data.keep_rows,
+    data, chain = stage.config.data, stage.config.chain
+    keys = {
+        "chain.dora": chain.dora,
+        "chain.lora_bias": chain.lora_bias,
+        "chain.extra_modules": bool(chain.extra_modules),
+        "data.keep_rows: false": not data.keep_rows,
         "train.accept_links": stage.tolerance is not None,
     }
     if wrong := [key for key, is_set in keys.items() if is_set]:
         rule = "a stage beside others is combined with them"
-        raise ConfigError(rule, wrong[0], "leave it out, or train it on top")
+        got = f"{wrong[0]} of {stage.name}"
+        raise ConfigError(rule, got, "leave it out, or train it on top")
     if now is not None:
         need_combinable([now.at(key) for key in now.history.ends(now.history.head)])
 
@@ -83,11 +87,8 @@ def _can_be(stage: Stage, before: Sequence[Stage], now: OpenState | None, start:
     if stage.beside is False:
         return False
     try:
-        need_combinable_stage(stage, now)
-        for each in before:
-            if wrong := [k for k, is_set in _without_low_rank_sum(each.config).items() if is_set]:
-                rule = "only low-rank sums are combined"
-                raise ConfigError(rule, f"{wrong[0]} in {each.name}", "train it on top")
+        for each in (*before, stage):
+            need_combinable_stage(each, now if each is stage else None)
         for link in start.links if now is None else ():
             need_low_rank_sum(link, "start")
         if stage.beside is None:
@@ -101,12 +102,3 @@ def _can_be(stage: Stage, before: Sequence[Stage], now: OpenState | None, start:
         logger.warning("stage %s is trained on top of %s: %s", stage.name, before[-1].name, error)
         return False
     return True
-
-
-def _without_low_rank_sum(config: RunConfig) -> dict[str, bool]:
-    chain = config.chain
-    return {
-        "chain.dora": chain.dora,
-        "chain.lora_bias": chain.lora_bias,
-        "chain.extra_modules": bool(chain.extra_modules),
-    }
