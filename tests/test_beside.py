@@ -389,6 +389,9 @@ def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, cap
     assert cli(ask) == 0
     assert capsys.readouterr().out.startswith(f"{ac} is combine-")
     assert open_run(ac).entry.parents == ("a", "c", "d")
+    undo(ac, "base")
+    assert cli(["eval", f"{ac}", "--matrix"]) == 1
+    assert f"chainlora undo {ac} --to NAME" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("why", ["pairs", "replay", "mix", "kept", "named", "head", "on top"])

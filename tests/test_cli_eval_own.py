@@ -91,7 +91,8 @@ def test_a_limit_counts_no_rows_that_are_shown(chainlora, config, tmp_path):
 
 def test_rows_that_are_not_there(chainlora, written, tiny_folder, texts):
     chainlora(f"eval {written} --split test").refused(
-        "(got no data.test in the config of ", "name another split, or a file as data"
+        "(got no data.test in the config of ",
+        "name another split, or a file as data, or take --matrix",
     )
     chainlora(f"eval {written} --split tset").refused("must be one of train, validation, test")
     chainlora(f"eval no/model --data {texts}/none.jsonl").refused("none.jsonl")  # looked for first

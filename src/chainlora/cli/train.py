@@ -276,8 +276,8 @@ def _show_plan(stages: Sequence[Stage], change: Sequence[str], as_json: bool) ->
         print_json({"stages": [{"name": f.name, "state": f.state, "step": f.step} for f in found]})
         return
     for where in found:
-        stage = where.stage
-        left = where.state == "finished" and left_to_do(Path(stage.config.output or ""), stage)
+        stage, run = where.stage, Path(where.stage.config.output or "")
+        left = left_to_do(run, stage) if where.state == "finished" else []
         ranks = ", ".join(map(str, stage.config.chain.ranks))
         data = stage.config.data
         rows = ", ".join(each.path for each in data.train_files) or data.task

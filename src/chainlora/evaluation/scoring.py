@@ -154,7 +154,7 @@ def _own_rows(
     if from_files and data is None and not getattr(config, split):
         raise RunError(
             f"a run scored on its own rows must have some (got no data.{split} in the config of "
-            f"{run}); name another split, or a file as data"
+            f"{run}); name another split, or a file as data, or take --matrix (kept rows)"
         )
     if data is not None:
         given = {"validation": None, split: data, f"num_{split}": limit}

@@ -183,10 +183,15 @@ def stage_matrix(
     names = run.columns
     stages = [stage for stage in names if stage in kept]
     if compute and not stages:
+        remedy = "train with data.keep_rows: true, and push with --rows"
+        if kept:
+            remedy = "tie a link first"
+        elif run.entry is None and run.history.entries:
+            remedy = f"leave the base by chainlora undo {run.run} --to NAME"
         raise RunError(
             "a matrix scores the rows that stages with links kept",
             f"no {'links' if kept else 'rows'} in {run.run}",
-            "tie a link first" if kept else "train with data.keep_rows: true",
+            remedy,
         )
     rows = {stage: _scored_on(run, stage, kept[stage]) for stage in stages}
     missing = {
