@@ -1,4 +1,4 @@
-"""Whatever rows, tasks, experiments, models and GGUF files hold: our error, or a right value.
+"""Whatever rows, tasks and models hold: our error, or a right value.
 
 No case takes a minute or writes elsewhere (`fuzzing.contained`).
 """
@@ -106,9 +106,6 @@ def test_a_task_of_any_values_is_refused_or_renders(tmp_path_factory, data):
         task = load_task(path)
         rendered = task.render_all([altered(data, dict(ROW), JSON)])[0]
         assert isinstance(rendered.prompt, str)
-
-
-# --- experiments
 
 
 # --- models

@@ -27,8 +27,9 @@ from chainlora.runs.cards import public_name
 PUSH = """
 import json, sys
 from chainlora.cli.main import run
-arguments, probe = json.loads(sys.argv[1]), sys.argv[2]
-assert run(arguments) == 0
+commands, probe = json.loads(sys.argv[1]), sys.argv[2]
+for arguments in commands:
+    assert run(arguments) == 0
 import torch
 from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("me/chain")
@@ -54,8 +55,9 @@ def against(hub: Any, home: Path, script: str, *values: Any) -> subprocess.Compl
     )
 
 
-def test_an_adapter_is_pushed_and_a_base_is_fetched(finished, tiny_folder, tmp_path):
-    """With every chat template, of which those of tools lie in a folder below, and its licence."""
+def test_an_adapter_and_a_run_are_pushed_and_a_base_is_fetched(finished, tiny_folder, tmp_path):
+    """The adapter and the base with every chat template, of which those of tools lie in a folder
+    below, and a licence; the run without its rows, and nothing twice."""
     tools = shutil.copytree(tiny_folder, tmp_path / "model")
     (tools / "LICENSE").write_text("Do as you like.")
     tokenizer = AutoTokenizer.from_pretrained(tools)
@@ -67,15 +69,20 @@ def test_an_adapter_is_pushed_and_a_base_is_fetched(finished, tiny_folder, tmp_p
         hub.publish("tools/llama", tools)
         to = ["--to", "adapter", "--output", str(tmp_path / "out"), "--push-to-hub", "me/chain"]
         names = ["--base-name", "tiny/llama", "--license", "apache-2.0", "--private", "--json"]
-        command = ["export", str(finished), *to, *names]
-        done = against(hub, tmp_path, PUSH, command, IDS.tolist())
+        commands = [["export", str(finished), *to, *names]]
+        commands += [["push", str(finished), "me/run", "--json"]] * 2
+        commands += [["pull", "me/run", str(tmp_path / "pulled"), "--json"]]
+        done = against(hub, tmp_path, PUSH, commands, IDS.tolist())
     (tiny_folder / "LICENSE").unlink()
     assert done.returncode == 0, done.stderr
-    said, found, fetched = (json.loads(line) for line in done.stdout.splitlines()[-3:])
+    said, pushed, again, pulled, found, fetched = map(json.loads, done.stdout.splitlines()[-6:])
     assert fetched == [tokenizer.chat_template, "Do as you like."]
     assert said["commit"].endswith(f"/me/chain/commit/{COMMIT}")
-    (asked,) = hub.created
-    assert (asked["name"], asked["organization"], asked["visibility"]) == ("chain", "me", "private")
+    asked = {(each["organization"], each["name"], each["visibility"]) for each in hub.created}
+    assert asked == {("me", "chain", "private"), ("me", "run", "private")}
+    assert again["files"] == []
+    assert hub.repositories["me/run"].keys() == {*pushed["files"], "history.json"}
+    assert sorted(pulled["files"]) == sorted(pushed["files"])
     assert hub.tokens == {"Bearer hf_secret"}
     files = hub.repositories["me/chain"]
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= files.keys()
@@ -86,30 +93,8 @@ def test_an_adapter_is_pushed_and_a_base_is_fetched(finished, tiny_folder, tmp_p
     # float32: the same sums in another order
     expected = logits(load_run(finished)[0])
     torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=0)
-
-
-SYNC = """
-import json, sys
-from chainlora.cli.main import run
-for arguments in json.loads(sys.argv[1]):
-    assert run(arguments) == 0
-"""
-
-
-def test_a_run_is_pushed_and_pulled(finished, tmp_path):
-    """Without its rows, into a private repository, and nothing twice."""
-    push, pulled = ["push", str(finished), "me/run", "--json"], str(tmp_path / "pulled")
-    commands = [push, push, ["pull", "me/run", pulled, "--json"]]
-    with local_hub() as hub:
-        done = against(hub, tmp_path, SYNC, commands)
-    assert done.returncode == 0, done.stderr
-    first, second, third = (json.loads(line)["files"] for line in done.stdout.splitlines())
-    assert second == []
-    assert hub.repositories["me/run"].keys() == {*first, "history.json"}
-    assert {asked["visibility"] for asked in hub.created} == {"private"}
-    assert sorted(third) == sorted(first)
     assert not (tmp_path / "pulled/rows").exists()
-    torch.testing.assert_close(logits(load_run(pulled)[0]), logits(load_run(finished)[0]))
+    torch.testing.assert_close(logits(load_run(tmp_path / "pulled")[0]), expected)
 
 
 def check_card(card: str, run) -> None:

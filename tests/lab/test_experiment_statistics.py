@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chainlora_lab.statistics import sign_flip
 from chainlora_lab.statistics.intervals import (
     bca_interval,
     interval_kind,
@@ -18,7 +19,7 @@ from chainlora_lab.statistics.intervals import (
 )
 from chainlora_lab.statistics.pairs import compare_pairs, judge
 from chainlora_lab.statistics.power import LEVEL, detectable, pairs_needed
-from chainlora_lab.statistics.sign_flip import NUM_DRAWS, holm, least_pairs, sign_flip_test
+from chainlora_lab.statistics.sign_flip import holm, least_pairs, sign_flip_test
 
 
 def compared(*differences):
@@ -43,14 +44,15 @@ def test_the_sign_flip_test_counts_every_assignment(values):
     )  # both are counts over 2^n
 
 
-def test_known_p_values():
+def test_known_p_values(monkeypatch):
     assert sign_flip_test([1, 2, 3, 4, 5]) == 2 / 32  # the least that five pairs can reach
     assert sign_flip_test([0, 0, 0]) == 1
     assert sign_flip_test([1.0] * 30) == 2 / 2**30  # by halves, not by 2^30 sums
     # too many for the exact count: drawn, within 5 sd of the exact two-sided binomial tail
+    monkeypatch.setattr(sign_flip, "NUM_DRAWS", draws := 50_000)
     many = [1.0] * 32 + [-1.0] * 18
     exact = 2 * sum(math.comb(50, k) for k in range(32, 51)) / 2**50
-    assert sign_flip_test(many) == pytest.approx(exact, abs=5 * math.sqrt(exact / NUM_DRAWS))
+    assert sign_flip_test(many) == pytest.approx(exact, abs=5 * math.sqrt(exact / draws))
 
 
 def test_holm_steps_down():
@@ -76,7 +78,7 @@ def test_few_values_get_no_interval_some_student_s_and_many_the_bootstrap():
     assert low < sum(many) / 10 < high
 
 
-def test_a_verdict_needs_interval_and_test():
+def test_a_verdict_needs_interval_and_test(monkeypatch):
     assert judge(0.1, 0.5, 0.01, 0.01, 8) == "wins"
     assert judge(-0.5, -0.1, 0.05, 0.01, 8) == "loses"
     assert judge(0.1, 0.5, 0.06, 0.01, 8) == "no difference found"
@@ -91,10 +93,11 @@ def test_a_verdict_needs_interval_and_test():
     # the second in Holm's order, even if as clear as can be
     assert five.smallest_p_holm == 2 * 2 / 32
     assert five.exact
+    monkeypatch.setattr(sign_flip, "NUM_DRAWS", 1000)
     (drawn,) = compared([1.0 + 0.01 * k for k in range(48)])
     assert not drawn.exact
-    # the one seen, of a million drawn beside it; scipy counts both tails of a symmetric statistic
-    assert drawn.p == drawn.smallest_p_holm == 1 / (10**6 + 1)
+    # the one seen, of those drawn beside it; scipy counts both tails of a symmetric statistic
+    assert drawn.p == drawn.smallest_p_holm == 1 / (1000 + 1)
 
 
 @pytest.mark.parametrize("num_comparisons", [1, 2, 4, 8])
