@@ -62,7 +62,7 @@ def heard(desk: Desk, mix: dict[str, float]) -> str:
 def test_a_mix_is_heard_and_scored_as_what_it_makes_the_run_be(run):
     desk, answers = Desk(run), {}
     before = checksums(run)
-    for strengths in ((1, 1), (1, 0), (0.5, 1), (0.35, 0.6), (0, 0), (1, 1)):
+    for strengths in ((1, 0), (0.35, 0.6), (0, 0), (1, 1)):
         mix = dict(zip(SAID, strengths, strict=True))
         answers[strengths] = heard(desk, mix)
         (scored,) = desk.scores([mix])
@@ -190,15 +190,6 @@ def test_what_cannot_be_shown(chainlora, run, tiny_folder, sentiment, tmp_path, 
 # --- in a browser ---
 
 
-def test_two_mixes_begin_different():
-    pytest.importorskip("gradio", reason="no gradio: pip install 'chainlora[board]'")
-    from chainlora.board.app import _other_than
-
-    assert _other_than({"birds": 1.0, "hills": 1.0}) == {"birds": 1.0, "hills": 0.0}
-    assert _other_than({"birds": 0.5, "hills": 0.0}) == {"birds": 0.0, "hills": 0.0}  # the base
-    assert _other_than({"birds": 0.0, "hills": 0.0}) == {"birds": 1.0, "hills": 1.0}
-
-
 def test_a_run_that_goes_and_strengths_beyond_a_slider(run, trained, tmp_path):
     gradio = pytest.importorskip("gradio", reason="no gradio: pip install 'chainlora[board]'")
     from chainlora.board import app
@@ -275,9 +266,9 @@ def browser():
         yield playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-def test_a_person_watches_mixes_talks_and_saves(browser, served, run, width):
-    page = browser.new_page(viewport={"width": width, "height": 900})
+def test_a_person_watches_mixes_talks_and_saves(browser, served, run):
+    """On a phone, and at the end on a wide screen."""
+    page = browser.new_page(viewport={"width": 390, "height": 900})
     page.set_default_timeout(120_000)  # a machine may do other work
     loaded, faults = [], []
     page.on("response", lambda response: loaded.append(response.url))
@@ -286,7 +277,7 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run, width):
     page.wait_for_selector(".tiles")
     assert "done" in page.inner_text(".tiles")
     assert page.locator("svg:has-text('rows of stage')").count() == 1  # the matrix
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.get_by_role("tab", name="Mix and talk").click()
     page.wait_for_selector(f"h2:has-text({run.name!r}) >> visible=true")
     parts = ("#prompt", "#chat-A", "#chat-B", "#A-hills", "#B-hills")
@@ -319,7 +310,9 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run, width):
     page.wait_for_selector("#outcome:has-text('hills=0')")
     assert open_run(run).strengths == {"birds": 1.0, "hills": 0.0}
     assert page.locator("input:disabled, textarea:disabled").count() == 0
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for width in (390, 1280):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert faults == []
     assert all(url.startswith((served, "data:", "blob:")) for url in loaded)
 
