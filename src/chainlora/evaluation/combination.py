@@ -131,7 +131,7 @@ def find_ended(address: str | Path) -> OpenState:
     if not is_run(address):
         rule, remedy = (
             "what is combined is a stage of RUN, or another run",
-            "chainlora log lists them",
+            "chainlora log RUN lists its stages",
         )
         raise RunError(rule, f"{address}", remedy)
     found = open_run(address)
@@ -167,7 +167,8 @@ def need_combinable(states: Sequence[OpenState]) -> None:
     for state in states:
         if not _rows_of(state):
             rule = "a combination reads rows that stages kept"
-            raise RunError(rule, f"none for {state}", "train with data.keep_rows: true")
+            remedy = "train with data.keep_rows: true; chainlora push takes rows along with --rows"
+            raise RunError(rule, f"none for {state}", remedy)
         for link in state.links():
             need_low_rank_sum(link, state.run)
 
