@@ -226,7 +226,8 @@ ARMS = {
 
 
 def arm(name: str, study: int = 0) -> list[Mapping[str, Any]]:
-    """The test cells of an arm, by seed: of the primary study, or 1, that of the own question."""
+    """The test cells of an arm, by seed: of the primary study, or 1, that of the own question, or
+    2, that of all at once, which has the first three seeds."""
     plan = yaml.safe_load((BENCHMARKS / "stages/plan.yaml").read_text(encoding="utf-8"))
     of_arm = script("stages/table.py").of_arm
     found = of_arm(lines("stages/results.jsonl"), plan["studies"][study], plan["defaults"], name)
@@ -252,7 +253,16 @@ def stages() -> Rows:
         own = number(fmean(right(arm(name, 1))), 1, "-") if name.endswith("rehearsed") else MISSING
         counts = f"{steps:.0f}", f"{old - grams:.0f}", f"{rank}", own
         rows.append((shown, *(estimate(v, 1, "-") for v in (right(cells), lost)), *counts))
+    together = arm("all at once", 2)
+    mean, counts = estimate(right(together), 1, "-"), (f"{together[0]['steps']}", "320", "40")
+    rows.append(("all at once, three seeds", mean, MISSING, *counts, MISSING))
     return rows
+
+
+def all_at_once_ahead() -> str:
+    """The mean difference of all at once and the default on the seeds of both, in points."""
+    pairs = zip(right(arm("all at once", 2)), right(arm("combined rehearsed")), strict=False)
+    return number(fmean(a - b for a, b in pairs), 1, "-")
 
 
 def ahead(name: str, other: str) -> str:
@@ -417,6 +427,7 @@ SENTENCES: list[tuple[str, Callable[[], Iterable[str]]]] = [  # a text of the pa
     ),
     ("on top, rehearsed, less replay: {} points", lambda: [ahead("on top rehearsed", "replay")]),
     ("combined, rehearsed, less replay: {}", lambda: [ahead("combined rehearsed", "replay")]),
+    ("all at once is {} points ahead", lambda: [all_at_once_ahead()]),
     (
         "takes {} to {} of its memory at {} to {} times its speed",
         checkpointing,

@@ -49,7 +49,12 @@ def stages(results: Path = BENCHMARKS / "stages/results.jsonl") -> str:
     planned, tasks, rows = len(study["seeds"]), len(plan["tasks"]), plan["rows"]
     done = len(seeds) == planned
     counted = f"{planned} seeds" if done else f"{len(seeds)} of {planned} seeds"
-    card = Card(94 + 56 * len(ARMS) + 52, f"Stages: right answers at the end, {counted}")
+    apart = next(each for each in plan["studies"] if each["name"] == "all at once")
+    together = table.of_arm(cells, apart, plan["defaults"], "all at once")
+    card = Card(
+        94 + 56 * len(ARMS) + 52 + 20 * bool(together),
+        f"Stages: right answers at the end, {counted}",
+    )
     card.text(EDGE, 28, f"Right answers after {tasks} stages, {counted}", bold=True, size=16)
     card.text(EDGE, 50, f"SmolLM2-135M-Instruct learns {tasks} tasks, one after the", kind="soft")
     text = f"other: {rows['train']} training rows and {rows['test']} test rows each"
@@ -73,6 +78,11 @@ def stages(results: Path = BENCHMARKS / "stages/results.jsonl") -> str:
         card.text(WIDTH - EDGE, y + 24, f"{100 * mean:.0f} %", anchor="end", bold=True)
     note = "Lines: 95 % t intervals." if done else "Each has its own order of tasks."
     below = card.height - 38
+    if together:
+        mean = fmean(map(table.average, together.values()))
+        text = f"One LoRA on all rows at once: {100 * mean:.0f} % ({len(together)} seeds)."
+        below -= 20
+        card.text(EDGE, card.height - 18, text, kind="soft")
     card.text(EDGE, below, f"Circles: seeds. {note}", kind="soft")
     text = f"Old rows: reads of the {plan['defaults']['kept']} kept rows of each task."
     card.text(EDGE, below + 20, text, kind="soft")
