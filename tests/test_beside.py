@@ -29,6 +29,7 @@ from chainlora.runs.changes import log, mix_stages, plan_pruning, prune_stage, r
 from chainlora.runs.history import read_history
 from chainlora.runs.loading_start import with_start
 from chainlora.training.events import Event, KeptRowsRead, StageBegins
+from chainlora.training.plan import make_plan
 from chainlora.training.stages import extension, rehearsal, train_stages
 
 
@@ -359,6 +360,31 @@ def test_stages_of_a_config_stand_beside_each_other(tiny_folder, sentiment, abc,
     with pytest.raises(RunError, match=r"'b' must stay where .* set beside: true"):
         train_stages(make_stages(config | {"stages": [config["stages"][0], *moved]}))
     assert checksums(tmp_path / "run") == before
+
+
+def test_a_config_is_given_again_whatever_the_run_is(tiny_folder, sentiment, tmp_path, caplog):
+    """Nothing is trained where all has ended; where something new would begin on less than it has,
+    the command that the error names leads there."""
+    run, more = tmp_path / "run", section(sentiment, "c")
+    config = config_of(tiny_folder, sentiment, run, section(sentiment, "b"))
+    train_stages(make_stages(config), matrix=False)
+    longer = config | {"stages": [*config["stages"], more]}
+    for place in ("b", "a", "rehearsal"):
+        undo(run, to=place)
+        assert train_stages(make_stages(config), matrix=False) == [None, None]
+    undo(run, to="a")
+    with pytest.raises(RunError, match="--to rehearsal"):
+        train_stages(make_stages(longer))
+    undo(run, to="rehearsal")
+    extend(run, section(sentiment, "d"), rehearse=False, progress=False)
+    assert train_stages(make_stages(config), matrix=False) == [None, None]  # no rehearsal is due
+    again = section(sentiment, "c")
+    again["data"] |= {"new_rows_only": True}  # reads what stages kept: not combinations
+    make_plan(extension(run, again, beside=None))
+    assert "stage c is trained on top of combine-" in caplog.text
+    short = {"name": "e", "data": {"rehearse": True}, "chain": {"ranks": [2], "steps": [1]}}
+    plan = make_plan(make_stages(config | {"stages": [*longer["stages"], short], "output": "new"}))
+    assert [each.stage.beside for each in plan.stages] == [False, True, True, False]
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,7 @@ def train_and_show(
         _show_plan(stages, named, as_json)
         return
     from chainlora.cli.versioning import scored_matrix, show_matrix
+    from chainlora.config.staging import exists_in
     from chainlora.runs.history import read_history
     from chainlora.training.events import StageGuarded
     from chainlora.training.stages import train_stages
@@ -199,7 +200,7 @@ def train_and_show(
         return train_stages(stages, listener=listener, change=named)
 
     run = stages[0].config.output or ""
-    before = read_history(Path(run)).head if is_run(run) else None
+    before = read_history(Path(run)).head if exists_in(Path(run)) else None
     results = _with_progress(stages[0].config, work)
     if not is_first_process():
         return

@@ -134,7 +134,7 @@ def _take_short_forms(properties: Mapping[str, dict[str, Any]]) -> None:
 def _take_stages(schema: dict[str, Any]) -> None:
     """Allow a list of stages in place of `data`, and `start` in place of `model`."""
     top = schema["properties"]
-    keys = {"name": {"type": "string"}} | {key: {"type": "boolean"} for key in STANDING}
+    keys = {"name": {"type": "string"}} | {key: {"type": ["boolean", "null"]} for key in STANDING}
     stage = {
         "type": "object",
         "properties": keys | {key: top[key] for key in ("data", "chain", "train")},

@@ -142,7 +142,7 @@ def make_stage(shared: Mapping[str, Any], section: Mapping[str, Any], place: int
     name = section["name"]
     tree = {key: value for key, value in shared.items() if place == 0 or key not in OF_START}
     try:
-        standing = _standing(section, place)
+        on = standing(section, place)
         unknown = [key for key in section if key not in ("name", *STANDING, *_SECTIONS)]
         if unknown:
             raise ConfigError(
@@ -163,17 +163,18 @@ def make_stage(shared: Mapping[str, Any], section: Mapping[str, Any], place: int
             raise ConfigError("stages are links", "tune: full", remedy)
     except ConfigError as error:
         raise ConfigError(f"stage {name!r}: {error}") from None
-    return Stage(name, config, **standing)
+    return Stage(name, config, **on)
 
 
-def _standing(section: Mapping[str, Any], place: int) -> dict[str, Any]:
+def standing(section: Mapping[str, Any], place: int) -> dict[str, Any]:
     """Return what a section says of where its stage stands."""
-    found = {"beside": section.get("beside"), "rehearse": section.get("rehearse", True)}
-    if wrong := [key for key, value in found.items() if value not in (True, False, None)]:
-        raise ConfigError(f"`{wrong[0]}` must be true or false", f"{found[wrong[0]]!r:.40}")
+    for key in STANDING:
+        if section.get(key) not in (True, False, None):
+            raise ConfigError(f"`{key}` must be true or false", f"{section[key]!r:.40}")
+    beside, rehearse = map(section.get, STANDING)
     if place:
-        return found
-    if found["beside"]:
+        return {"beside": beside, "rehearse": rehearse is not False}
+    if beside:
         raise ConfigError(
             "a stage beside others comes after the first", "beside: true", "leave it out"
         )

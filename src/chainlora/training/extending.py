@@ -21,9 +21,10 @@ from chainlora.config.staging import (
     not_inherited,
     section_of,
     split_address,
+    standing,
     what_stages_share,
 )
-from chainlora.errors import ConfigError, RunError
+from chainlora.errors import RunError
 from chainlora.models.finding import from_above
 from chainlora.runs.addresses import begun_stage, find_state
 from chainlora.runs.draft import drafts_in, read_draft
@@ -31,7 +32,7 @@ from chainlora.runs.history import BASE
 from chainlora.runs.locks import refuse_links
 from chainlora.runs.resuming import not_named
 from chainlora.runs.state import OpenState
-from chainlora.training.placement import need_answers, need_combinable_stage
+from chainlora.training.placement import can_stand
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +74,9 @@ def extension(
     for key, value in overrides:
         set_key(own, key, value)
     output, plugins = own.pop("output", None), own.pop("plugins", None)
-    on = {key: own.pop(key) for key in STANDING if key in own}
-    beside = on.get("beside") if beside is None else beside
-    rehearse = rehearse and on.get("rehearse", True)
+    on = standing({key: own.pop(key) for key in STANDING if key in own}, 1)
+    beside = on["beside"] if beside is None else beside
+    rehearse = rehearse and on["rehearse"]
     name, is_chosen = check_name(own.get("name")), beside is not None
     begun = Path(expanduser(output)) if output is not None else run
     if beside is None:
@@ -93,8 +94,10 @@ def extension(
     if plugins is None and before.plugins:
         raise RunError(not_named(f"extend {address}", before.plugins) + ", or --plugins [] without")
     shared = what_stages_share(before) | {"plugins": plugins or (), "output": str(run)}
-    if beside and is_new and not _can_combine(now, make_stage(shared, own, 1), is_chosen):
-        return extension(address, section, overrides)
+    if beside and is_new:
+        stage = replace(make_stage(shared, own, 1), beside=is_chosen or None)
+        if not can_stand(stage, (), now):
+            return extension(address, section, overrides)
     is_rehearsal = section_of(own, "data").get("rehearse", False)
     if is_new and not is_rehearsal and (left_out := not_inherited(before, own)):
         what = (name, ", ".join(left_out), last.stage)
@@ -141,21 +144,6 @@ def _can_begin_at_origin(address: str | Path, name: str, now: OpenState) -> bool
     begun = begun_stage(run, name)
     entry = None if begun is None else begun.entry
     return named is None and (entry is None or entry.parent == now.history.origin)
-
-
-def _can_combine(now: OpenState, stage: Stage, is_chosen: bool) -> bool:
-    """Say whether a stage can be combined with what the run is; raise if that `is_chosen`."""
-    try:
-        need_combinable_stage(stage, now)
-        if not is_chosen:
-            losses = {name: kept.loss for name, kept in now.kept().items()}
-            need_answers(stage, losses, now)
-    except (ConfigError, RunError) as error:
-        if is_chosen:
-            raise
-        logger.warning("stage %s is trained on top of %s: %s", stage.name, now.history.head, error)
-        return False
-    return True
 
 
 def _stage_before(state: OpenState) -> OpenState:

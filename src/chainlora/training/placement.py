@@ -11,7 +11,7 @@ from chainlora.config.staging import Stage
 from chainlora.data.splits import learned_by
 from chainlora.errors import ConfigError, RunError
 from chainlora.evaluation.combination import need_combinable, need_low_rank_sum
-from chainlora.runs.start import Start
+from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
@@ -30,9 +30,13 @@ def placed(
     Raises ConfigError or RunError for what was begun elsewhere, or cannot be combined.
     """
     found: list[Stage] = [*stages[:1]]
+    ended = {name for name, state in begun.items() if state.draft is None}
     for stage in stages[1:]:
-        known = begun.get(stage.name)
-        is_beside = _began_beside(stage, known) if known else _can_be(stage, found, now, start)
+        if stage.after is not None:
+            found.append(stage)
+            continue
+        known, new = begun.get(stage.name), [each for each in found if each.name not in ended]
+        is_beside = _began_beside(stage, known) if known else can_stand(stage, new, now, start)
         found.append(replace(stage, beside=is_beside))
     after = [*(each.beside for each in found[1:]), False]
     return [
@@ -41,27 +45,57 @@ def placed(
     ]
 
 
-def need_combinable_stage(stage: Stage, now: OpenState | None) -> None:
-    """Raise ConfigError or RunError for a stage that could not be combined with what a run is."""
+def can_stand(
+    stage: Stage, before: Sequence[Stage], now: OpenState | None, start: Start = NOTHING
+) -> bool:
+    """Say whether a new stage stands beside the others; raise if it must, and cannot.
+
+    `before` are others that have not ended, `now` is what the run is, None where it begins on `start`.
+    """
+    if stage.beside is False:
+        return False
+    try:
+        for each in (*before, stage):
+            if each is stage or not each.config.data.rehearse:
+                _need_combinable(each)
+        for link in start.links if now is None else ():
+            need_low_rank_sum(link, "start")
+        if now is not None:
+            need_combinable([now.at(key) for key in now.history.ends(now.history.head)])
+        if stage.beside is None:
+            kept = start.kept if now is None else now.kept()
+            losses = {name: each.loss for name, each in kept.items()}
+            own = {e.name: learned_by(e.config.data, e.config.train.loss) for e in before}
+            _need_answers(stage, losses | own, now)
+    except (ConfigError, RunError) as error:
+        if stage.beside:
+            raise
+        below = before[-1].name if now is None or before else now.history.head
+        logger.warning("stage %s is trained on top of %s: %s", stage.name, below, error)
+        return False
+    return True
+
+
+def _need_combinable(stage: Stage) -> None:
+    """Refuse a stage that cannot be combined with others."""
     data, chain = stage.config.data, stage.config.chain
     keys = {
         "chain.dora": chain.dora,
         "chain.lora_bias": chain.lora_bias,
         "chain.extra_modules": bool(chain.extra_modules),
         "data.keep_rows: false": not data.keep_rows,
+        "data.rehearse": data.rehearse,
         "train.accept_links": stage.tolerance is not None,
     }
     if wrong := [key for key, is_set in keys.items() if is_set]:
         rule = "a stage beside others is combined with them"
         got = f"{wrong[0]} of {stage.name}"
         raise ConfigError(rule, got, "leave it out, or train it on top")
-    if now is not None:
-        need_combinable([now.at(key) for key in now.history.ends(now.history.head)])
 
 
-def need_answers(stage: Stage, losses: Mapping[str, str], now: OpenState | None) -> None:
-    """Raise RunError for a stage that builds on others: of pairs, on a mix, which a combination
-    would undo, or one that reads or counts their rows. `losses` are those of the others."""
+def _need_answers(stage: Stage, losses: Mapping[str, str], now: OpenState | None) -> None:
+    """Refuse a stage that builds on others: of pairs, on a mix, which a combination would undo, or
+    one that reads or counts their rows. `losses` are those of the others."""
     data = stage.config.data
     losses = {stage.name: learned_by(data, stage.config.train.loss), **losses}
     found = [f"{name}: {loss}" for name, loss in losses.items() if loss in PAIR_LOSSES]
@@ -80,25 +114,3 @@ def _began_beside(stage: Stage, begun: OpenState) -> bool:
         got = "it began beside the others" if is_beside else "it began on top of others"
         raise RunError(rule, got, f"set beside: {str(is_beside).lower()}, or rename it")
     return is_beside
-
-
-def _can_be(stage: Stage, before: Sequence[Stage], now: OpenState | None, start: Start) -> bool:
-    """Say whether a new stage stands beside the others; raise if it must, and cannot."""
-    if stage.beside is False:
-        return False
-    try:
-        for each in (*before, stage):
-            need_combinable_stage(each, now if each is stage else None)
-        for link in start.links if now is None else ():
-            need_low_rank_sum(link, "start")
-        if stage.beside is None:
-            kept = start.kept if now is None else now.kept()
-            losses = {name: each.loss for name, each in kept.items()}
-            own = {e.name: learned_by(e.config.data, e.config.train.loss) for e in before}
-            need_answers(stage, losses | own, now)
-    except (ConfigError, RunError) as error:
-        if stage.beside:
-            raise
-        logger.warning("stage %s is trained on top of %s: %s", stage.name, before[-1].name, error)
-        return False
-    return True

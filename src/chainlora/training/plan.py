@@ -23,7 +23,7 @@ from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig, RunConfig
 from chainlora.config.staging import Stage, exists_in, need_apart
 from chainlora.data.division import can_read_again
-from chainlora.data.kept import keeps_rows
+from chainlora.data.kept import Kept, keeps_rows
 from chainlora.data.splits import check_files, learned_by, length_limit
 from chainlora.errors import ChainError, ChainLoRAError, ConfigError, RunError
 from chainlora.models.finding import from_above
@@ -74,7 +74,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages of a run in their order. `start` is what the first one begins on that is new."""
+    """The stages of a run in their order. `start` is what the first one begins on that is due."""
 
     stages: tuple[StagePlan, ...]
     start: Start = NOTHING
@@ -126,7 +126,7 @@ def make_plan(
     if plan.due:
         if now is not None:
             plan = replace(plan, start=_start_of(plan, run, history, start))
-        _check(plan)
+        _check(plan, now)
     return plan
 
 
@@ -137,9 +137,12 @@ def need_below(run: Path, history: History, ended: Sequence[Stage]) -> None:
     below = {entry.key for entry in history.lineage(history.head)}
     below |= {stage.name for stage in ended if stage.beside and stage.name not in known}
     if missing := [stage.name for stage in ended if stage.name not in below]:
+        names = {stage.name for stage in ended}
+        whole = [e.key for e in history.entries if names <= {a.key for a in history.lineage(e.key)}]
         raise RunError(
             f"Cannot begin a stage on {history.head}, which {run} is now: it is without "
-            f"{missing[-1]}. Run chainlora undo {run} --to {missing[-1]}, then the same command."
+            f"{missing[-1]}. Run chainlora undo {run} --to {[*missing, *whole][-1]}, then the same "
+            "command."
         )
 
 
@@ -161,8 +164,9 @@ def _need_order(run: Path, history: History, stages: Sequence[Stage]) -> None:
     known = [
         e.key for e in history.own if e in lineage and e.kind == "stage" and not e.is_rehearsal
     ]
-    names = [stage.name for stage in stages]
-    if history.find(names[-1]) is not None:
+    last = stages[-1].name
+    names = [e.name for e in stages if e.name in known or history.find(e.name) is None]
+    if history.find(last) is not None:
         known = known[: len(names)]
     for place, name in enumerate(known):
         if names[place : place + 1] != [name]:
@@ -228,8 +232,9 @@ def _start_of(plan: Plan, run: Path | None, history: History | None, start: Star
 # --- what can be refused ---
 
 
-def _check(plan: Plan) -> None:
-    """Refuse what the stages that are due cannot do, before the first of them is trained."""
+def _check(plan: Plan, now: OpenState | None) -> None:
+    """Refuse what the stages that are due cannot do, before the first of them is trained. `now` is
+    what the run is, None before its first stage has ended."""
     first = plan.due[0].stage.config
     if first.output is not None:
         files.check_writable(Path(first.output))
@@ -239,8 +244,21 @@ def _check(plan: Plan) -> None:
     model = load_skeleton(first.model if place is None else from_above(first.model, place))
     has_one, cpu = torch.accelerator.is_available(), torch.device("cpu")
     device = (torch.accelerator.current_accelerator() if has_one else None) or cpu
-    below = _losses(plan)
-    state = plan.start.state
+    below = _losses(plan.start.state, plan.start.kept)
+    if plan.start.adapter is not None:
+        below.setdefault(START, None)
+    taken = {*plan.start.stages, *below}
+    if first.start_data is not None and plan.due[0].state == "new":
+        if START in plan.start.kept:
+            got = f"some, and those of {first.start or 'the base'}"
+            raise RunError("`start_data` is for a start without such rows", got, "leave it out")
+        below[START] = learned_by(first.start_data.as_data(first.data), None)
+    origin, state = dict(below), plan.start.state
+    if now is not None:
+        first_state = now.at(now.history.origin)
+        origin = _losses(first_state, first_state.kept())
+        below |= _losses(now, now.kept())
+        state = now if plan.due[0].state == "new" else state
     links = list(plan.start.links) if state is None else state.outlines()
     tuned: dict[LinkConfig, None] = dict.fromkeys(link.config for link in links)
     for each in plan.due:
@@ -258,13 +276,14 @@ def _check(plan: Plan) -> None:
                     check_apart(adapted, whole, model, link)
         links += [Link(len(links), link, {}) for link in config.chain.links()]
         if each.state == "new":
-            if each.name in below:
+            if each.name in taken:
                 got = f"{each.name!r}, which is there"
                 raise RunError("a stage must have a name of its own", got, "choose another")
-            _need_rows(each.stage, below)
+            _need_rows(each.stage, origin if each.stage.beside else below)
             _need_sum(each.stage, links)
-            data = config.data
-            below[each.name] = learned_by(data, config.train.loss) if keeps_rows(data) else None
+        if not config.data.rehearse:
+            loss = learned_by(config.data, config.train.loss)
+            below[each.name] = loss if keeps_rows(config.data) else None
         tuned |= dict.fromkeys(config.chain.links())
 
 
@@ -282,21 +301,13 @@ def _check_processes(config: RunConfig) -> None:
         )
 
 
-def _losses(plan: Plan) -> dict[str, str | None]:
-    """Return the stages that the first due one begins on, and what the rows are learned by that
-    they kept; None where they kept none.
-
-    Raises RunError where the config brings rows for the start to those that are there.
-    """
-    kept, config = plan.start.kept, plan.due[0].stage.config
-    names = [*plan.start.stages, *([START] if START in kept else [])]
-    below = {name: kept[name].loss if name in kept else None for name in names}
-    if config.start_data is None or plan.due[0].state != "new":
-        return below
-    if START in kept:
-        got = f"some, and those of {config.start or 'the base'}"
-        raise RunError("`start_data` is for a start without such rows", got, "leave it out")
-    return below | {START: learned_by(config.start_data.as_data(config.data), None)}
+def _losses(state: OpenState | None, kept: Mapping[str, Kept]) -> dict[str, str | None]:
+    """Return what the rows are learned by that the stages of a state kept, and what a run began on;
+    None of those that kept none. Combinations and rehearsals have no rows of their own."""
+    lineage = [] if state is None else state.lineage
+    names = [e.key for e in lineage if e.kind in ("stage", "import") and not e.is_rehearsal]
+    names += [START] if START in kept else []
+    return {name: kept[name].loss if name in kept else None for name in names}
 
 
 def _need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:

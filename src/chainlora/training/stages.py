@@ -24,9 +24,10 @@ from chainlora.errors import StoppedError
 from chainlora.evaluation.combination import combine_with
 from chainlora.evaluation.stage_scores import Progress, stage_matrix
 from chainlora.evaluation.strengths import guard
-from chainlora.runs.addresses import find_state, state_of_draft
+from chainlora.runs.addresses import begun_stage, find_state, state_of_draft
 from chainlora.runs.history import read_history
 from chainlora.runs.loading_start import start_at, with_start
+from chainlora.runs.start import Start
 from chainlora.runs.work import Work
 from chainlora.training.events import Event, KeptRowsRead, Listener, StageBegins, StageGuarded
 from chainlora.training.extending import extension, rehearsal
@@ -92,8 +93,8 @@ def extend(
     With `beside` it begins on what the run began on, and is then combined with what the run is
     (`combine`), and with `rehearse` rehearsed (`rehearse`). Without, it begins on what `run` names:
     what the run is now, or ``RUN@STAGE``. By default it stands beside the others if their rows are
-    answers, and on top of a named state, for pairs, with `data.replay` or `data.new_rows_only`, and
-    where a combination is not possible; a warning says why.
+    answers, and on top of a named state, and with a warning for pairs, on a mix, with `data.replay`
+    or `data.new_rows_only`, and where a combination is not possible.
 
     `stage` has a `name`, and the sections data, chain and train; what it leaves open is as in the
     stage before, but for rows, ranks, lengths and how the end is chosen: a warning names those keys
@@ -177,12 +178,9 @@ def train_stages(
             Work(run, planned.name, writes=is_first_launched()).tidy()
             results.append(None)
         else:
-            start, is_first = plan.start, planned is plan.stages[0]
-            if not is_first and (planned.state == "new" or planned is not plan.due[0]):
-                before = [each.stage for each in plan.stages[: plan.stages.index(planned)]]
-                need_below(run, read_history(run), before)
-                now = find_state(run)
-                start = start_at(now.at(now.history.origin) if planned.stage.beside else now)
+            start = plan.start
+            if planned is not plan.stages[0]:
+                start = _start_of(run, planned, plan.stages[: plan.stages.index(planned)])
             with naming(planned.stage):
                 results.append(train_stage(planned, start, tell, change=change))
             if is_first_launched():
@@ -202,6 +200,16 @@ def train_stages(
     return results + rehearsed
 
 
+def _start_of(run: Path, planned: StagePlan, before: Sequence[StagePlan]) -> Start:
+    """Return what a stage after the first begins on now, or a stopped one has begun on."""
+    begun = begun_stage(run, planned.name)
+    if begun is not None:
+        return start_at(begun.of(begun.parent))
+    need_below(run, read_history(run), [each.stage for each in before])
+    now = find_state(run)
+    return start_at(now.at(now.history.origin) if planned.stage.beside else now)
+
+
 def left_to_do(run: Path, stage: Stage) -> list[str]:
     """Return what is due after a stage beside others that has ended."""
     if not stage.beside:
@@ -212,10 +220,11 @@ def left_to_do(run: Path, stage: Stage) -> list[str]:
 
 
 def _is_rehearsal_due(run: Path, name: str) -> bool:
-    """Say whether a run is a combination of a stage that nothing has rehearsed."""
+    """Say whether a run is a combination, with a stage that came last, which nothing has
+    rehearsed."""
     history = read_history(run)
     now = history.find(history.head)
-    if now is None or now.kind != "combine" or name not in now.parents:
+    if now is None or now.kind != "combine" or name != now.parents[-1]:
         return False
     return not any(each.is_rehearsal and each.parents == (now.key,) for each in history.entries)
 
