@@ -50,7 +50,8 @@ def can_stand(
 ) -> bool:
     """Say whether a new stage stands beside the others; raise if it must, and cannot.
 
-    `before` are others that have not ended, `now` is what the run is, None where it begins on `start`.
+    `before` are others that have not ended, `now` is what the run is, None where it begins on
+    `start`.
     """
     if stage.beside is False:
         return False
