@@ -455,7 +455,28 @@ def test_a_rehearsal_takes_no_loss_of_pairs(abc, tmp_path, caplog):
     train_stages(extension(abc, plain | {"train": {"loss": None}}), matrix=False)
 
 
+@pytest.mark.parametrize(
+    ("place", "keys", "got"),
+    [
+        (0, {"beside": True}, "beside: true"),
+        (0, {"rehearse": True}, "rehearse: true of the first"),
+        (1, {"rehearse": True, "beside": False}, "rehearse: true of one on top"),
+        (1, {"rehearse": "yes"}, "'yes'"),
+    ],
+)
+def test_keys_of_standing_that_would_do_nothing_are_refused(
+    tiny_folder, sentiment, tmp_path, place, keys, got
+):
+    config = config_of(tiny_folder, sentiment, tmp_path / "run", section(sentiment, "b"))
+    config["stages"][place] |= keys
+    with pytest.raises(ConfigError, match=got):
+        make_stages(config)
+
+
 def test_what_a_combination_leaves_is_named(abc, sentiment, caplog):
+    train_stages(rehearsal(abc, {"chain": {"steps": [1]}}), matrix=False)
+    combine(abc)
+    assert f"{abc} was rehearsal, which is not in the combination" in caplog.text
     mix_stages(abc, {"a": 0.5})
     mix = open_run(abc).entry.key
     combine(abc)

@@ -172,13 +172,14 @@ def standing(section: Mapping[str, Any], place: int) -> dict[str, Any]:
         if section.get(key) not in (True, False, None):
             raise ConfigError(f"`{key}` must be true or false", f"{section[key]!r:.40}")
     beside, rehearse = map(section.get, STANDING)
-    if place:
-        return {"beside": beside, "rehearse": rehearse is not False}
-    if beside:
-        raise ConfigError(
-            "a stage beside others comes after the first", "beside: true", "leave it out"
-        )
-    return {}
+    if beside and not place:
+        rule = "a stage beside others comes after the first"
+        raise ConfigError(rule, "beside: true", "leave it out")
+    if rehearse and (beside is False or not place):
+        rule = "a rehearsal follows stages beside each other"
+        got = f"rehearse: true of {'one on top' if place else 'the first'}"
+        raise ConfigError(rule, got, "leave it out; chainlora rehearse RUN trains one")
+    return {"beside": beside, "rehearse": rehearse is not False} if place else {}
 
 
 def section_of(tree: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -121,8 +121,9 @@ def _become(
         return history
 
     update_history(run, change)
-    if is_done and before is not None and before.kind == "mix":
-        logger.warning("%s was %s, which is not in the combination", run, before.key)
+    is_asked = before is not None and (before.kind == "mix" or (head is None and before.is_rehearsal))
+    if is_done and is_asked:
+        logger.warning("%s was %s, which is not in the combination", run, history.head)
     return is_done
 
 
