@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from combine import as_link, combine, gram_matrices
 from peft.utils.merge_utils import ties
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from chainlora import Chain, LinkConfig, load_model, load_task
 from chainlora.chain.adapters import Factors
-from chainlora.chain.link import Link, stack_links
+from chainlora.chain.combining import Combination, gram_matrices
+from chainlora.chain.link import Link, stack_links, with_a
 from chainlora.chain.low_rank import randomized_svd
 from chainlora.config.schema import TrainConfig
 from chainlora.data.encoding import Options, make_row_encoder
@@ -156,17 +156,18 @@ class Lab:
         scale: float = 1.0,
         kept: Mapping[State, Sequence[Example]] | None = None,
         ridge: float = 0.0,
+        passes: int = 1,
     ) -> tuple[State, Info]:
         """Put states of one link each together: summed, scaled, ties, or combined."""
         own = [self.link(digest) for (digest,) in states]
         recipe: dict[str, Any] = {"kind": kind, "of": states, "scale": scale, "ridge": ridge}
         if kept:
             recipe["rows"] = _digest([row.content().hex() for s in states for row in kept[s]])
+            recipe |= {"passes": passes} if passes > 1 else {}
 
         def make() -> Link:
             if kept:
-                grams = [self.grams(state, kept[state]) for state in states]
-                return combine([[link] for link in own], grams, ridge)
+                return self._combined(own, [kept[state] for state in states], ridge, passes)
             if kind == "ties":
                 return _ties(own, self.plan["rank"] * len(own))
             return as_link(stack_links([replace(link, id=-1, strength=scale) for link in own]))
@@ -174,15 +175,30 @@ class Lab:
         name, info = self._made(recipe, make, 0)
         return (name,), info
 
-    def grams(self, state: State, rows: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """Return the Grams of a state's layers over rows, by the model's own forward."""
-        self.put(state)
+    def _combined(
+        self, own: Sequence[Link], rows: Sequence[Sequence[Example]], ridge: float, passes: int
+    ) -> Link:
+        """Combine links as the package does, here with any ridge and any number of passes."""
+        found = None
         self.engine.close()
         try:
-            names = self.link(state[-1]).factors
-            return dict(gram_matrices(self.model, names, [r.sequences[0][:-1] for r in rows]))
+            for _ in range(passes):
+                sums = Combination(ridge)
+                for place, (link, examples) in enumerate(zip(own, rows, strict=True)):
+                    self.put(())
+                    self.chain.add(found or link)
+                    self.now = None
+                    tokens = [torch.tensor([row.sequences[0][:-1]]) for row in examples]
+                    mine = {name: each.a for name, each in link.factors.items()}
+                    grams = gram_matrices(self.model, link.factors, tokens)
+                    sums.add(grams, {f"{place}": mine})
+                solved = sums.solve()
+                parts = [with_a(link, solved[f"{place}"]) for place, link in enumerate(own)]
+                found = as_link(stack_links([replace(part, id=-1) for part in parts]))
         finally:
             self.engine = self._open()
+        assert found is not None
+        return found
 
     def _made(self, recipe: Any, make: Callable[[], Link], steps: int) -> tuple[str, Info]:
         """Return the digest of a link, made and written where it is missing, and its cost."""
@@ -270,6 +286,12 @@ def _ties(links: Sequence[Link], rank: int) -> Link:
         u, s, v = randomized_svd(merged, rank + 8, 0)
         factors[name] = Factors((s[:rank] * v[:, :rank]).T.contiguous(), u[:, :rank].contiguous())
     return as_link(factors)
+
+
+def as_link(factors: Mapping[str, Factors]) -> Link:
+    """Return factors as a link of scaling 1."""
+    rank = max(each.a.shape[0] for each in factors.values())
+    return Link(0, LinkConfig(rank=rank, alpha=float(rank)), dict(factors))
 
 
 def _digest(value: Any) -> str:

@@ -5,8 +5,7 @@
 
 README.md says what is compared, plan.yaml holds every choice. A cell, an arm with a seed and a
 prompt, is one line of OUTPUT/results.jsonl. Kill it and start it again at will: links, scores and
-cells that are there are not computed again. `links.py` trains and scores, `combine.py` is the
-closed form.
+cells that are there are not computed again. `links.py` trains, combines and scores.
 """
 
 from __future__ import annotations
@@ -190,14 +189,16 @@ def on_top(case: Case, *, replay: bool = False, rank: int = 0) -> tuple[State, E
     return state, ends
 
 
-def beside(case: Case, kind: str) -> tuple[State, Ends]:
+def beside(case: Case, kind: str, *, passes: int = 1) -> tuple[State, Ends]:
     """A link for each task from the base, put together without training."""
     ends = {task: case.train((), case.new_rows(task), "rate", task) for task in case.order}
     more: dict[str, Any] = {}
     if kind == "combined":
         kept = {ends[task]: case.rows[task]["kept"] for task in case.order}
-        case.old_rows += sum(map(len, kept.values()))
-        more = {"kept": kept, "ridge": case.plan["ridge"]}
+        if passes > 1:  # as many as the package reads
+            kept = {end: rows[:: -(-len(rows) // 64)] for end, rows in kept.items()}
+        case.old_rows += passes * sum(map(len, kept.values()))
+        more = {"kept": kept, "ridge": case.plan["ridge"][passes - 1], "passes": passes}
     state = case.derive(kind, [*ends.values()], **more)
     return state, ends
 
@@ -242,6 +243,8 @@ ARMS: dict[str, Arm] = {  # what of its grid an arm chooses, and what it does
     "replay": (RATE, lambda c: on_top(c, replay=True)),
     "combined": (RATE, lambda c: beside(c, "combined")),
     "combined rehearsed": (BOTH, lambda c: rehearsed(c, beside(c, "combined"))),
+    "combined twice": (RATE, lambda c: beside(c, "combined", passes=2)),
+    "combined twice rehearsed": (BOTH, lambda c: rehearsed(c, beside(c, "combined", passes=2))),
     "summed": (RATE, lambda c: beside(c, "summed")),
     "summed rehearsed": (BOTH, lambda c: rehearsed(c, beside(c, "summed"))),
     "scaled": (("rate", "scale"), lambda c: scaled(c, beside(c, "summed"))),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,7 +12,7 @@ from torch import Tensor
 from chainlora import files
 from chainlora.chain.adapters import load_adapter, save_adapter
 from chainlora.chain.checks import link_fault
-from chainlora.chain.link import Link
+from chainlora.chain.link import Link, with_a
 from chainlora.errors import RunError
 from chainlora.runs.documents import DAMAGED
 from chainlora.runs.history import WEIGHTS, Base, LinkFacts, derived_file, link_folder
@@ -70,14 +69,9 @@ def save_derived(run: Path, factors: Mapping[str, Tensor]) -> str:
 def with_derived(link: Link, path: Path) -> Link:
     """Return a link with A as it is in a combination, read from its file."""
     try:
-        found = load_file(path)
-        factors = {
-            name: replace(share, a=found[name]) if name in found else share
-            for name, share in link.factors.items()
-        }
+        link = with_a(link, load_file(path))
     except (OSError, SafetensorError) as error:
         raise RunError("a combination must be readable", f"{path}: {error}", DAMAGED) from None
-    link = replace(link, factors=factors)
     if (wrong := link_fault(link)) is not None:
         raise RunError("a combination must be as its run wrote it", f"{wrong} in {path}", DAMAGED)
     return link
