@@ -178,17 +178,21 @@ class Lab:
     def _combined(
         self, own: Sequence[Link], rows: Sequence[Sequence[Example]], ridge: float, passes: int
     ) -> Link:
-        """Combine links as the package does, here with any ridge and any number of passes."""
+        """Combine links as the package does, here with any ridge and number of passes.
+
+        Each pass but the last reads a fourth of the rows.
+        """
         found = None
         self.engine.close()
         try:
-            for _ in range(passes):
+            for num in range(passes):
                 sums = Combination(ridge)
                 for place, (link, examples) in enumerate(zip(own, rows, strict=True)):
                     self.put(())
                     self.chain.add(found or link)
                     self.now = None
-                    tokens = [torch.tensor([row.sequences[0][:-1]]) for row in examples]
+                    some = examples if num == passes - 1 else examples[::4]
+                    tokens = [torch.tensor([row.sequences[0][:-1]]) for row in some]
                     mine = {name: each.a for name, each in link.factors.items()}
                     grams = gram_matrices(self.model, link.factors, tokens)
                     sums.add(grams, {f"{place}": mine})

@@ -197,7 +197,7 @@ def beside(case: Case, kind: str, *, passes: int = 1) -> tuple[State, Ends]:
         kept = {ends[task]: case.rows[task]["kept"] for task in case.order}
         if passes > 1:  # as many as the package reads
             kept = {end: rows[:: -(-len(rows) // 64)] for end, rows in kept.items()}
-        case.old_rows += passes * sum(map(len, kept.values()))
+        case.old_rows += sum(map(len, kept.values()))
         more = {"kept": kept, "ridge": case.plan["ridge"][passes - 1], "passes": passes}
     state = case.derive(kind, [*ends.values()], **more)
     return state, ends

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor
 
 from chainlora import files
+from chainlora.chain.chain import Chain
 from chainlora.chain.combining import Combination, gram_matrices, modules_by_input
-from chainlora.chain.link import Factors, Link
+from chainlora.chain.link import Factors, Link, with_a
 from chainlora.config.staging import is_run, need_apart
 from chainlora.data.kept import Kept
 from chainlora.errors import ChainError, RunError
-from chainlora.evaluation.stage_scores import Progress, Scorer
+from chainlora.evaluation.stage_scores import Progress, chain_on_base
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.beginning import fork, need_same_base, take_in
 from chainlora.runs.changes import whole_run
@@ -29,6 +31,7 @@ from chainlora.runs.state import OpenState
 logger = logging.getLogger(__name__)
 
 ROWS, TOKENS = 64, 4_096  # of each stage, at most: more change the Grams little
+PASSES = 2  # over the rows: first each in the state of its stage, then in the combination
 _MEMORY = 1 << 31  # bytes of Grams at once; modules that do not fit wait for another pass
 
 Modules = dict[str, Tensor]  # A by module
@@ -121,8 +124,8 @@ def _become(
         return history
 
     update_history(run, change)
-    is_asked = before is not None and (before.kind == "mix" or (head is None and before.is_rehearsal))
-    if is_done and is_asked:
+    kind = "" if before is None else "rehearsal" if before.is_rehearsal else before.kind
+    if is_done and (kind == "mix" or (kind == "rehearsal" and head is None)):
         logger.warning("%s was %s, which is not in the combination", run, history.head)
     return is_done
 
@@ -178,23 +181,20 @@ def _solved(states: Sequence[OpenState], progress: Progress) -> dict[str, Module
     """Return the links of a combination, in their order, with their A; the terms of those that are
     the same in all states."""
     states = sorted(states, key=lambda each: each.state.digest)  # the sums have this order
-    links = {
-        (term.link, term.derived): link
-        for state in states
-        for term, link in zip(state.state.terms, state.links(), strict=True)
-    }
-    held = [{term.link: term for term in state.state.terms} for state in states]
-    alike = {link for link in held[0] if all(each.get(link) == held[0][link] for each in held)}
+    terms = [{term.link: term for term in state.state.terms} for state in states]
+    alike = {key: term for key, term in terms[0].items() if all(e.get(key) == term for e in terms)}
+    held = [dict(zip(own, e.links(), strict=True)) for own, e in zip(terms, states, strict=True)]
+    links = {key: link for own in held for key, link in own.items()}
+    facts, place = states[0].history.links, {k: n for own in held for n, k in enumerate(own)}
+    order = sorted(links, key=lambda each: (facts[each].stage, place[each]))
+    chain, _ = chain_on_base(states[0])
+    device = next(chain.model.parameters()).device
     rows = [_rows_of(state) for state in states]
-    solving = [link for (key, _), link in links.items() if key not in alike]
-    changed = {name: each for link in solving for name, each in link.factors.items()}
-    scorer = Scorer(states[0], {})
-    model = scorer.model_at(states[0].state)
-    device = next(model.parameters()).device
-    by_input = modules_by_input(model, changed, rows[0][0][:, :16].to(device))
-    parts = list(_parts(by_input, changed))
-    done, due = 0, len(parts) * sum(map(len, rows))
-    derived: dict[str, Modules] = {}
+    changed = [links[key].factors for key in order if key not in alike]
+    shapes = {name: each for factors in changed for name, each in factors.items()}
+    by_input = modules_by_input(chain.model, shapes, rows[0][0][:, :16].to(device))
+    parts = list(_parts(by_input, shapes))
+    done, due = 0, PASSES * len(parts) * sum(map(len, rows))
 
     def read(tokens: Sequence[Tensor], name: str) -> Iterator[Tensor]:
         nonlocal done
@@ -203,32 +203,34 @@ def _solved(states: Sequence[OpenState], progress: Progress) -> dict[str, Module
             done += 1
             progress(name, done, due)
 
-    for part in parts:
-        sums = Combination()
-        for state, own, tokens in zip(states, held, rows, strict=True):
-            model = scorer.model_at(state.state)
-            factors = {
-                term.link: _a_of(links[term.link, term.derived], term.strength, part)
-                for term in own.values()
-                if term.link not in alike
-            }
-            try:
-                sums.add(gram_matrices(model, part, read(tokens, state.stage)), factors)
-            except ChainError as error:
-                rule = "states that are combined must have finite activations"
-                raise RunError(rule, f"{error}, {state}", "leave it out") from None
-        for digest, solved in sums.solve().items():
-            derived.setdefault(digest, {}).update(solved)
-    order = {term.link: place for each in held for place, term in enumerate(each.values())}
-    facts = states[0].history.links
-    return {
-        link: held[0][link] if link in alike else derived[link]
-        for link in sorted(order, key=lambda each: (facts[each].stage, order[each]))
-    }
+    models = [[*own.values()] for own in held]
+    for _ in range(PASSES):
+        derived: dict[str, Modules] = {}
+        for part in parts:
+            sums = Combination()
+            for state, own, model, tokens in zip(states, held, models, rows, strict=True):
+                _put(chain, model)
+                factors = {k: _a_of(link, part) for k, link in own.items() if k not in alike}
+                try:
+                    sums.add(gram_matrices(chain.model, part, read(tokens, state.stage)), factors)
+                except ChainError as error:
+                    rule = "states that are combined must have finite activations"
+                    raise RunError(rule, f"{error}, {state}", "leave it out") from None
+            for key, solved in sums.solve().items():
+                derived.setdefault(key, {}).update(solved)
+        new = {key: replace(with_a(links[key], a), strength=1.0) for key, a in derived.items()}
+        models = [[new.get(key, links[key]) for key in order]] * len(states)
+    return {key: alike[key] if key in alike else derived[key] for key in order}
 
 
-def _a_of(link: Link, strength: float, modules: Sequence[str]) -> Modules:
-    return {name: strength * link.factors[name].a for name in modules if name in link.factors}
+def _put(chain: Chain, links: Sequence[Link]) -> None:
+    """Give a chain other links."""
+    chain.drop(len(chain))
+    chain.add(*(replace(link, index=place, id=place) for place, link in enumerate(links)))
+
+
+def _a_of(link: Link, modules: Sequence[str]) -> Modules:
+    return {n: link.strength * link.factors[n].a for n in modules if n in link.factors}
 
 
 def _parts(by_input: Iterable[list[str]], factors: Mapping[str, Factors]) -> Iterator[list[str]]:
