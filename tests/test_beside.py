@@ -137,7 +137,7 @@ def test_what_no_input_reaches():
 def test_grams_are_of_the_inputs_of_layers(tiny_folder):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     rows = [torch.tensor([[5, 6, 7]]), torch.tensor([[8, 9]])]
-    names = ["model.embed_tokens", "model.layers.0.self_attn.q_proj"]
+    names = ["model.embed_tokens", *(f"model.layers.0.self_attn.{name}_proj" for name in "qkv")]
     found = gram_matrices(model, names, rows)
     layer, seen = model.model.layers[0], []
     hook = layer.self_attn.register_forward_pre_hook(
@@ -149,7 +149,8 @@ def test_grams_are_of_the_inputs_of_layers(tiny_folder):
             model(input_ids=row)
     hook.remove()
     x = torch.cat(seen)
-    torch.testing.assert_close(found[names[1]], x.T @ x / 5)
+    for name in names[1:]:  # which share their input
+        torch.testing.assert_close(found[name], x.T @ x / 5)
     assert found[names[0]].nonzero().flatten().tolist() == [5, 6, 7, 8, 9]
     assert found[names[0]].sum() == 1
     attention = [f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from chainlora.chain.adapters import base_layer
 from chainlora.errors import ChainError
 
-RIDGE = 0.01
+RIDGE = 0.001
 Grams = Mapping[str, Tensor]
 """By module, G (in × in); of an embedding its diagonal (tokens)."""
 
@@ -101,8 +101,9 @@ def gram_matrices(
                 _add_products(sums, inputs, layers)
                 pending = 0
         _add_products(sums, inputs, layers)
-    means = {id(total): total.div_(count) for total in sums.values()}
-    return {name: means[id(total)] for name, total in sums.items()}
+    for total in {id(total): total for total in sums.values()}.values():
+        total.div_(count)
+    return sums
 
 
 def modules_by_input(
