@@ -163,7 +163,7 @@ class Lab:
         recipe: dict[str, Any] = {"kind": kind, "of": states, "scale": scale, "ridge": ridge}
         if kept:
             recipe["rows"] = _digest([row.content().hex() for s in states for row in kept[s]])
-            recipe |= {"passes": passes} if passes > 1 else {}
+            recipe |= {"passes": passes, "fewer": 4} if passes > 1 else {}
 
         def make() -> Link:
             if kept:
