@@ -157,6 +157,49 @@ def test_grams_are_of_the_inputs_of_layers(tiny_folder):
     assert [*modules_by_input(model, attention, rows[0])] == [attention[:3], attention[3:]]
 
 
+def test_a_combination_is_that_of_its_formula(abc):
+    """Computed apart, in float64: with inputs of each stage's own model, then of the first
+    combination. The first reads every fourth row."""
+    updates, tokens, models = {}, {}, {}
+    for name in "abc":
+        (link,) = open_run(f"{abc}@{name}").links()
+        updates[name] = {m: link.delta_weight(m).double() for m in link.factors}
+        kept = open_run(abc).kept()[name].train
+        tokens[name] = [row.sequences[row.label or 0][:-1] for row in kept]
+        models[name] = load_run(f"{abc}@{name}")[0]
+    combined, _ = load_run(f"{abc}@base")
+    base = {m: combined.get_submodule(m).weight.detach().clone() for m in updates["a"]}
+    for step in (4, 1):
+        sums = [dict.fromkeys(base, 0.0), dict.fromkeys(base, 0.0)]
+        for name, model in models.items():
+            grams = means_of_inputs(model, [*base], tokens[name][::step])
+            for module, gram in grams.items():
+                gram += 0.001 * gram.diagonal().mean() * torch.eye(len(gram))
+                sums[0][module] = sums[0][module] + updates[name][module] @ gram
+                sums[1][module] = sums[1][module] + gram
+        found = {m: sums[0][m] @ sums[1][m].inverse() for m in base}
+        for module, update in found.items():
+            combined.get_submodule(module).weight.data = base[module] + update.float()
+        models = dict.fromkeys("abc", combined)
+    links = open_run(abc).links()
+    for module, update in found.items():
+        own = sum(link.delta_weight(module).double() for link in links)
+        # A' is stored in float32, and the first of both models was computed in it.
+        torch.testing.assert_close(own, update, rtol=1e-3, atol=1e-3 * float(update.abs().max()))
+
+
+def means_of_inputs(model: Any, modules: list[str], rows: Any) -> dict[str, torch.Tensor]:
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
+    for name, parts in seen.items():
+        keep = lambda _, args, parts=parts: parts.append(args[0].detach()[0].double())  # noqa: E731
+        model.get_submodule(name).register_forward_pre_hook(keep)
+    with torch.no_grad():
+        for row in rows:
+            model(input_ids=torch.tensor([row]))
+    found = {name: torch.cat(parts) for name, parts in seen.items()}
+    return {name: x.T @ x / len(x) for name, x in found.items()}
+
+
 def test_the_order_of_stages_changes_nothing(abc):
     first = open_run(abc).state
     undo(abc, "a")

@@ -3,11 +3,11 @@ to each state's own outputs on its own inputs.
 
     W = W_0 + Σ_i B_i A'_i,   A'_i = (Σ_j A_i^(j) Ĝ_j) (Σ_j Ĝ_j)⁻¹,   Ĝ_j = G_j + λ (tr G_j / d) I
 
-minimises Σ_j tr[(W − W_j) Ĝ_j (W − W_j)ᵀ]. G_j is the mean of x xᵀ over the inputs x of a layer in
-state j; A_i^(j) is A of link i in state j, times its strength there, and 0 where the state is
-without the link. Each link keeps its B and its rank. The ridge λ stands in both sums: then one
-state combined is itself, and a direction that no state has seen gets the mean of the updates. All
-sums are of float64 on the CPU.
+minimises Σ_j tr[(W − W_j) Ĝ_j (W − W_j)ᵀ]. G_j is the mean of x xᵀ over the inputs x of a layer,
+for rows of state j; A_i^(j) is A of link i in state j, times its strength there, and 0 where the
+state is without the link. Each link keeps its B and its rank. The ridge λ stands in both sums: then
+one state combined is itself, and a direction that no state has seen gets the mean of the updates.
+All sums are of float64 on the CPU.
 """
 
 from __future__ import annotations

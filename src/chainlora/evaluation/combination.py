@@ -31,7 +31,7 @@ from chainlora.runs.state import OpenState
 logger = logging.getLogger(__name__)
 
 ROWS, TOKENS = 64, 4_096  # of each stage, at most: more change the Grams little
-PASSES = 2  # over the rows: first each in the state of its stage, then in the combination
+FEWER = 4  # times fewer rows show the first pass what the second one needs
 _MEMORY = 1 << 31  # bytes of Grams at once; modules that do not fit wait for another pass
 
 Modules = dict[str, Tensor]  # A by module
@@ -194,7 +194,8 @@ def _solved(states: Sequence[OpenState], progress: Progress) -> dict[str, Module
     shapes = {name: each for factors in changed for name, each in factors.items()}
     by_input = modules_by_input(chain.model, shapes, rows[0][0][:, :16].to(device))
     parts = list(_parts(by_input, shapes))
-    done, due = 0, PASSES * len(parts) * sum(map(len, rows))
+    passes = [own[::FEWER] for own in rows], rows
+    done, due = 0, len(parts) * sum(len(own) for some in passes for own in some)
 
     def read(tokens: Sequence[Tensor], name: str) -> Iterator[Tensor]:
         nonlocal done
@@ -204,11 +205,11 @@ def _solved(states: Sequence[OpenState], progress: Progress) -> dict[str, Module
             progress(name, done, due)
 
     models = [[*own.values()] for own in held]
-    for _ in range(PASSES):
+    for some in passes:
         derived: dict[str, Modules] = {}
         for part in parts:
             sums = Combination()
-            for state, own, model, tokens in zip(states, held, models, rows, strict=True):
+            for state, own, model, tokens in zip(states, held, models, some, strict=True):
                 _put(chain, model)
                 factors = {k: _a_of(link, part) for k, link in own.items() if k not in alike}
                 try:

@@ -12,6 +12,7 @@ from typing import Any
 
 from chainlora.config.chain_keys import LENGTHS
 from chainlora.config.reading import set_key
+from chainlora.config.schema import PAIR_LOSSES
 from chainlora.config.staging import (
     STANDING,
     Stage,
@@ -37,6 +38,7 @@ from chainlora.training.placement import can_stand
 logger = logging.getLogger(__name__)
 
 REHEARSAL, STEPS = "rehearsal", 40
+RATE = 0.3  # of the last stage's learning rate: benchmarks/stages
 
 
 def extension(
@@ -134,7 +136,9 @@ def rehearsal(
     given, largest = section_of(own, "chain"), max((facts.rank for facts in now.facts), default=8)
     length = {} if given.keys() & {*LENGTHS} else {"steps": [STEPS]}
     own["chain"] = {"ranks": [largest]} | length | given
-    own["train"] = {"loss": None} | section_of(own, "train")  # not on pairs
+    before = _stage_before(now).config().train
+    rate = {} if before.loss in PAIR_LOSSES else {"lr": RATE * before.lr}
+    own["train"] = {"loss": None} | rate | section_of(own, "train")  # not on pairs
     return extension(run, own)
 
 
