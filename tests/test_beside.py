@@ -405,6 +405,24 @@ def test_where_a_stage_cannot_stand(place, change, message, tiny_folder, sentime
     assert not (tmp_path / "run").exists()
 
 
+def test_a_stopped_stage_is_not_below_itself_or_stages_beside_it(tiny_folder, sentiment, tmp_path):
+    """What cannot be done is refused when the first stage goes on, as when it is new."""
+    more = section(sentiment, "b") | {"beside": True}
+    more["data"] |= {"replay": 0.5}
+    stages = make_stages(config_of(tiny_folder, sentiment, tmp_path / "run", more))
+
+    def stop(event: Event) -> None:
+        if event.name == "step":
+            raise Stop
+
+    with pytest.raises(RunError, match="got no earlier stage"):
+        make_plan(stages)
+    with pytest.raises(Stop):
+        train_stages(stages[:1], listener=stop)
+    with pytest.raises(RunError, match="got no earlier stage"):
+        make_plan(stages)
+
+
 def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, capsys):
     train_stages(extension(f"{ac}@start", section(sentiment, "d")), matrix=False)  # not combined
     file = sentiment.with_name("d.yaml")

@@ -121,7 +121,9 @@ def _become(
         return history
 
     update_history(run, change)
-    is_asked = before is not None and (before.kind == "mix" or (head is None and before.is_rehearsal))
+    is_asked = before is not None and (
+        before.kind == "mix" or (head is None and before.is_rehearsal)
+    )
     if is_done and is_asked:
         logger.warning("%s was %s, which is not in the combination", run, history.head)
     return is_done

@@ -216,7 +216,7 @@ def _start_of(plan: Plan, run: Path | None, history: History | None, start: Star
     if run is not None and first.state == "stopped":
         begun = begun_stage(run, first.name, history)
         assert begun is not None
-        return start_at(begun.of(begun.parent))
+        return start_at(begun.parent)
     if run is not None and history is not None and history.entries:
         others = drafts_in(run, history).keys() - {each.name for each in plan.stages}
         if others:

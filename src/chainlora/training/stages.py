@@ -204,7 +204,7 @@ def _start_of(run: Path, planned: StagePlan, before: Sequence[StagePlan]) -> Sta
     """Return what a stage after the first begins on now, or a stopped one has begun on."""
     begun = begun_stage(run, planned.name)
     if begun is not None:
-        return start_at(begun.of(begun.parent))
+        return start_at(begun.parent)
     need_below(run, read_history(run), [each.stage for each in before])
     now = find_state(run)
     return start_at(now.at(now.history.origin) if planned.stage.beside else now)
