@@ -423,6 +423,23 @@ def test_a_stopped_stage_is_not_below_itself_or_stages_beside_it(tiny_folder, se
         make_plan(stages)
 
 
+def test_a_stage_that_began_on_top_is_not_beside_others(abc, sentiment):
+    """Also where the run is what it began on: it was combined, with nothing."""
+    stage = section(sentiment, "d")
+    train_stages(extension(abc, stage), matrix=False)
+    undo(abc, "base")
+    with pytest.raises(RunError, match=r"stage 'd' must go on from where it was begun"):
+        extension(abc, stage, beside=True)
+
+
+def test_a_fork_without_stages_of_its_own_is_extended(abc, sentiment, tmp_path):
+    fork = tmp_path / "fork"
+    train_stages(extension(f"{abc}@b", section(sentiment, "d") | {"output": str(fork)}))
+    prune_stage(fork, "d")
+    train_stages(extension(fork, section(sentiment, "c"), beside=None), matrix=False)
+    assert open_run(fork).stages == ["b", "c"]
+
+
 def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, capsys):
     train_stages(extension(f"{ac}@start", section(sentiment, "d")), matrix=False)  # not combined
     file = sentiment.with_name("d.yaml")
