@@ -423,6 +423,14 @@ def test_a_stopped_stage_is_not_below_itself_or_stages_beside_it(tiny_folder, se
         make_plan(stages)
 
 
+def test_a_stage_beside_nothing_is_what_the_run_becomes(abc, sentiment):
+    stage = section(sentiment, "d")
+    train_stages(extension(f"{abc}@start", stage), matrix=False)
+    undo(abc, "base")
+    extend(abc, stage, progress=False)
+    assert open_run(abc).entry.key == "d"  # not a combination of one, and its rehearsal
+
+
 def test_a_stage_that_began_on_top_is_not_beside_others(abc, sentiment):
     """Also where the run is what it began on: it was combined, with nothing."""
     stage = section(sentiment, "d")

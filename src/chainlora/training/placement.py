@@ -119,13 +119,15 @@ def can_stand(
     try:
         for each in (*before, stage):
             if each is stage or not each.config.data.rehearse:
-                _need_combinable(each)
-        for link in start.links if now is None else ():
-            need_low_rank_sum(link, "start")
-        if now is not None:
-            need_combinable([now.at(key) for key in now.history.ends(now.history.head)])
+                _need_keys(each)
+        if now is None:
+            kept = start.kept
+            for link in start.links:
+                need_low_rank_sum(link, "start")
+        else:
+            kept = now.kept()
+            need_combinable([now.at(key) for key in now.history.ends(now.key)])
         if stage.beside is None:
-            kept = start.kept if now is None else now.kept()
             losses = {name: each.loss for name, each in kept.items()}
             own = {e.name: learned_by(e.config.data, e.config.train.loss) for e in before}
             _need_answers(stage, losses | own, now)
@@ -138,8 +140,8 @@ def can_stand(
     return True
 
 
-def _need_combinable(stage: Stage) -> None:
-    """Refuse a stage that cannot be combined with others."""
+def _need_keys(stage: Stage) -> None:
+    """Refuse a stage whose keys make it one that cannot be combined with others."""
     data, chain = stage.config.data, stage.config.chain
     keys = {
         "chain.dora": chain.dora,
@@ -170,7 +172,7 @@ def _need_answers(stage: Stage, losses: Mapping[str, str], now: OpenState | None
 
 
 def _began_beside(stage: Stage, begun: OpenState) -> bool:
-    is_beside = begun.entry is not None and begun.entry.parent == begun.history.origin
+    is_beside = begun.parent.key == begun.history.origin
     if stage.beside not in (None, is_beside):
         rule = f"stage {stage.name!r} must stay where it was begun"
         got = "it began beside the others" if is_beside else "it began on top of others"
