@@ -524,6 +524,13 @@ def test_what_a_combination_leaves_is_named(abc, sentiment, caplog):
     mix = open_run(abc).entry.key
     combine(abc)
     assert f"{abc} was {mix}, which is not in the combination" in caplog.text
+    mix_stages(abc, {"b": 0.5})
+    below = open_run(abc).entry.key
+    train_stages(rehearsal(abc, {"chain": {"steps": [1]}}), matrix=False)
+    add(sentiment, abc, "d2")
+    assert f"{abc} was {below}, which is not in the combination" in caplog.text
+    undo(abc, "c")
+    combine(abc, "abc")
     train_stages(extension(f"{abc}@b", section(sentiment, "d")))
     assert f"chainlora combine {abc} a c d" in caplog.text
     assert combine(abc, ["a", "c", "d"]).stages == ["a", "b", "c", "d"]

@@ -125,10 +125,12 @@ def _become(
         return history.combined(State(base=history.base.fingerprint, terms=tuple(terms)), keys)
 
     update_history(run, change)
-    before = history.find(history.head)
-    is_asked = head is None and before is not None and before.is_rehearsal
-    if is_done and before is not None and (is_asked or before.kind == "mix"):
-        logger.warning("%s was %s, which is not in the combination", run, before.key)
+    inside = {entry.key for key in keys for entry in history.lineage(key)}
+    left = [entry for entry in history.lineage(history.head) if entry.key not in inside]
+    # `extend` rehearses again
+    told = [e.key for e in left if e.kind == "mix" or (head is None and e.is_rehearsal)]
+    if is_done and told:
+        logger.warning("%s was %s, which is not in the combination", run, told[-1])
     return is_done
 
 
