@@ -1,7 +1,7 @@
 """The plan of a run: what of it is left to do.
 
-It is made and checked once (`training.checks`), before anything is done. `--dry-run` shows it, and
-every stage is trained by it.
+It is made and checked once (`training.refusing`), before anything is done. `--dry-run` shows it,
+and every stage is trained by it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from chainlora.runs.resuming import (
 )
 from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.state import OpenState
-from chainlora.training.checks import check_due, naming
 from chainlora.training.placement import StagePlan, begins_on, need_below, placed
+from chainlora.training.refusing import check_due, naming
 
 logger = logging.getLogger(__name__)
 

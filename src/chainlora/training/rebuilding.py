@@ -23,9 +23,9 @@ from chainlora.runs.history import Entry, read_history, update_history
 from chainlora.runs.lineage import Lineage
 from chainlora.runs.opening import check_base
 from chainlora.runs.resuming import CHANGEABLE, source_digests
-from chainlora.training.checks import naming
 from chainlora.training.events import Listener
 from chainlora.training.processes import num_launched
+from chainlora.training.refusing import naming
 from chainlora.training.result import TrainResult
 from chainlora.training.stages import train_stages
 

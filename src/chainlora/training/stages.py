@@ -29,7 +29,6 @@ from chainlora.runs.history import read_history
 from chainlora.runs.loading_start import start_at, with_start
 from chainlora.runs.start import Start
 from chainlora.runs.work import Work
-from chainlora.training.checks import naming
 from chainlora.training.events import Event, KeptRowsRead, Listener, StageBegins, StageGuarded
 from chainlora.training.extending import extension, rehearsal
 from chainlora.training.interrupts import stop_requested
@@ -45,6 +44,7 @@ from chainlora.training.placement import (
 from chainlora.training.plan import make_plan
 from chainlora.training.processes import is_first_launched, num_launched, wait_for_all
 from chainlora.training.progress import progress_listener
+from chainlora.training.refusing import naming
 from chainlora.training.result import TrainResult, needs_judgement, result_of
 
 logger = logging.getLogger(__name__)
