@@ -449,6 +449,49 @@ def test_where_a_stage_cannot_stand(place, change, message, tiny_folder, sentime
     assert not (tmp_path / "run").exists()
 
 
+def test_a_stopped_stage_is_not_below_itself_or_stages_beside_it(tiny_folder, sentiment, tmp_path):
+    """What cannot be done is refused when the first stage goes on, as when it is new."""
+    more = section(sentiment, "b") | {"beside": True}
+    more["data"] |= {"replay": 0.5}
+    stages = make_stages(config_of(tiny_folder, sentiment, tmp_path / "run", more))
+
+    def stop(event: Event) -> None:
+        if event.name == "step":
+            raise Stop
+
+    with pytest.raises(RunError, match="got no earlier stage"):
+        make_plan(stages)
+    with pytest.raises(Stop):
+        train_stages(stages[:1], listener=stop)
+    with pytest.raises(RunError, match="got no earlier stage"):
+        make_plan(stages)
+
+
+def test_a_stage_beside_nothing_is_what_the_run_becomes(abc, sentiment):
+    stage = section(sentiment, "d")
+    train_stages(extension(f"{abc}@start", stage), matrix=False)
+    undo(abc, "base")
+    extend(abc, stage, progress=False)
+    assert open_run(abc).entry.key == "d"  # not a combination of one, and its rehearsal
+
+
+def test_a_stage_that_began_on_top_is_not_beside_others(abc, sentiment):
+    """Also where the run is what it began on: it was combined, with nothing."""
+    stage = section(sentiment, "d")
+    train_stages(extension(abc, stage), matrix=False)
+    undo(abc, "base")
+    with pytest.raises(RunError, match=r"stage 'd' must go on from where it was begun"):
+        extension(abc, stage, beside=True)
+
+
+def test_a_fork_without_stages_of_its_own_is_extended(abc, sentiment, tmp_path):
+    fork = tmp_path / "fork"
+    train_stages(extension(f"{abc}@b", section(sentiment, "d") | {"output": str(fork)}))
+    prune_stage(fork, "d")
+    train_stages(extension(fork, section(sentiment, "c"), beside=None), matrix=False)
+    assert open_run(fork).stages == ["b", "c"]
+
+
 def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, capsys):
     train_stages(extension(f"{ac}@start", section(sentiment, "d")), matrix=False)  # not combined
     file = sentiment.with_name("d.yaml")
@@ -525,6 +568,13 @@ def test_what_a_combination_leaves_is_named(abc, sentiment, caplog):
     mix = open_run(abc).entry.key
     combine(abc)
     assert f"{abc} was {mix}, which is not in the combination" in caplog.text
+    mix_stages(abc, {"b": 0.5})
+    below = open_run(abc).entry.key
+    train_stages(rehearsal(abc, {"chain": {"steps": [1]}}), matrix=False)
+    add(sentiment, abc, "d2")
+    assert f"{abc} was {below}, which is not in the combination" in caplog.text
+    undo(abc, "c")
+    combine(abc, "abc")
     train_stages(extension(f"{abc}@b", section(sentiment, "d")))
     assert f"chainlora combine {abc} a c d" in caplog.text
     assert combine(abc, ["a", "c", "d"]).stages == ["a", "b", "c", "d"]

@@ -118,7 +118,7 @@ def test_what_was_before_a_run_is_an_address(made, tiny_folder, sentiment, tmp_p
     train_stages(extension(f"{run}@start", again | {"output": str(tmp_path / "fork")}))
     fork = open_run(tmp_path / "fork")
     assert fork.strengths == {"start": 1.0, "again": 1.0}
-    assert fork.parent == open_run(f"{run}@start").state
+    assert fork.parent.state == open_run(f"{run}@start").state
     assert list(fork.kept()) == ["again"]
     train_stages(extension(first, again | {"output": str(tmp_path / "of-first")}))
     rows = [str(sentiment / "validation.jsonl"), "--task", str(sentiment / "task.yaml")]

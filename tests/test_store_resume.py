@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from helpers import assert_same_links, assert_same_records, settings, stage_dir, stop_after
+from helpers import Stop, assert_same_links, assert_same_records, settings, stage_dir, stop_after
 
 from chainlora import load_run, make_config, train
 from chainlora.config.staging import Stage
 from chainlora.errors import ChainLoRAError, FileError, ModelError, RunError
+from chainlora.runs.addresses import open_run
 from chainlora.runs.documents import write_part
 from chainlora.runs.draft import read_draft
+from chainlora.runs.work import Work
 from chainlora.training.plan import make_plan
 
 # --- the start
@@ -44,6 +46,23 @@ def test_a_run_killed_before_its_history_starts_over(tiny_folder, sentiment, tmp
     (stage / ".lock").touch()
     assert train(config, resume=True)["steps"] == 1
     assert not (run / "history.json.1-1.new").exists()
+
+
+def test_full_fine_tuning_killed_before_it_is_published_is_published(
+    tiny_folder, sentiment, tmp_path, monkeypatch
+):
+    keys = {"tune": "full", "ranks": [1], "steps": [1]}
+    config = make_config(settings(tiny_folder, sentiment, tmp_path / "run", chain=keys))
+
+    def kill(work: Work) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "publish", kill)
+        with pytest.raises(Stop):
+            train(config)
+    assert train(config, resume=True)["steps"] == 1
+    assert open_run(tmp_path / "run").is_whole_model
 
 
 def test_what_is_refused_late_leaves_no_run_behind(tiny_folder, sentiment, tmp_path):

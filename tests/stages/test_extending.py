@@ -190,7 +190,7 @@ def test_a_stage_ends_inside_itself_with_its_best_point(config, tmp_path):
     rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")]
     assert rows == ["| link", "| ---", "| 0", "| 1", "| before", "| 2", "| 3"]  # the last stage
     assert "Links from 2 on were trained on the task `task`" in card
-    begun_on = open_run(tmp_path / "run").parent
+    begun_on = open_run(tmp_path / "run").parent.state
     assert begun_on == first.state
     assert len(links_of(f"{tmp_path / 'run'}@facts")) == 2  # the links after it are kept too
 

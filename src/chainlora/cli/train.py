@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from chainlora.config.schema import RunConfig
     from chainlora.config.staging import Stage
     from chainlora.training.events import Event, Listener
+    from chainlora.training.placement import StagePlan
     from chainlora.training.result import TrainResult
 
 Result = TypeVar("Result")
@@ -270,27 +271,35 @@ def _show_next(run: str, result: TrainResult, config: RunConfig, is_combined: bo
 def _show_plan(stages: Sequence[Stage], change: Sequence[str], as_json: bool) -> None:
     """Say of each stage whether it has ended, goes on or is new, if the model can bear it."""
     from chainlora.training.plan import make_plan
-    from chainlora.training.stages import left_to_do
 
     found = make_plan(stages, change).stages
     if as_json:
         print_json({"stages": [{"name": f.name, "state": f.state, "step": f.step} for f in found]})
         return
     for where in found:
-        stage, run = where.stage, Path(where.stage.config.output or "")
-        left = left_to_do(run, stage) if where.state == "finished" else []
+        stage, left = where.stage, _left_to_do(where)
         ranks = ", ".join(map(str, stage.config.chain.ranks))
         data = stage.config.data
         rows = ", ".join(each.path for each in data.train_files) or data.task
         does = {
-            "finished": f"finished, then {', then '.join(left)}"
-            if left
-            else "finished, nothing to do",
+            "finished": f"finished, {left or 'nothing to do'}",
             "stopped": f"goes on from step {where.step}",
             "new": f"would train links of rank {ranks or 'none'} on {rows}",
         }
         then = ", beside the others" * bool(stage.beside) + ", then a rehearsal" * stage.rehearse
         click.echo(f"{stage.name}: {does[where.state]}{then * (where.state != 'finished')}")
+
+
+def _left_to_do(where: StagePlan) -> str:
+    """Say what is due after a stage that has ended."""
+    from chainlora.training.placement import is_combination_due, is_rehearsal_due
+
+    if where.begun is None or where.state != "finished":
+        return ""
+    history, stage = where.begun.history, where.stage
+    if is_combination_due(history, stage):
+        return "then a combination" + ", then a rehearsal" * stage.rehearse
+    return "then a rehearsal" * is_rehearsal_due(history, stage)
 
 
 def _plot(settings: RunConfig, stage: str) -> None:

@@ -24,7 +24,7 @@ from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.beginning import fork, need_same_base, take_in
 from chainlora.runs.changes import whole_run
 from chainlora.runs.export import empty_folder
-from chainlora.runs.history import BASE, History, State, Term, read_history, update_history
+from chainlora.runs.history import History, State, Term, read_history, update_history
 from chainlora.runs.links import save_derived
 from chainlora.runs.state import OpenState
 
@@ -57,16 +57,16 @@ def combine(
     folder = whole_run(run)
     history = read_history(folder)
     own = [str(name) for name in names if history.find(str(name)) is not None]
-    others = [find_ended(name) for name in names if str(name) not in own]
-    keys = own or (history.ends(history.head) if others else ends_of(history))
+    others = [_find_ended(name) for name in names if str(name) not in own]
+    ends = history.ends(history.head)
+    keys = own or (ends if others or len(ends) > 1 else _stages_of(history))
     states = [state_at(folder, history, key) for key in keys]
     for other in others:
         need_same_base(history, other)
-        key = BASE if other.entry is None else other.entry.key
-        states += [other.at(end) for end in other.history.ends(key)]
+        states += [other.at(end) for end in other.history.ends(other.key)]
     outer = _outer(states)
-    ends = {state.state.digest for state in outer}
-    if inner := [state for state in states[: len(own)] if state.state.digest not in ends]:
+    digests = {state.state.digest for state in outer}
+    if inner := [state for state in states[: len(own)] if state.state.digest not in digests]:
         rule, remedy = "a combination is of states that no other of them began on", "leave it out"
         raise RunError(rule, f"{inner[0]}", remedy)
     if len(outer) < 2:
@@ -103,41 +103,45 @@ def _become(
     progress: Progress | None,
     head: str | None = None,
 ) -> bool:
-    """Make a run the combination of states of it and of other runs, if its head still is `head`."""
-    keys = [s.entry.key if s.run == run else take_in(run, s) for s in states if s.entry is not None]
+    """Make a run the combination of states of it and of other runs, if its head still is `head`;
+    say whether it is."""
+    keys = [state.key if state.run == run else take_in(run, state) for state in states]
     history = read_history(run)
     states = [state_at(run, history, key) for key in keys]
-    before, is_done = history.find(history.head), False
     solved = _solved(states, progress or (lambda what, done, rows: None))
+    is_done = False
 
     def change(history: History) -> History:
         nonlocal is_done
         here = [entry.state for entry in map(history.find, keys) if entry is not None]
         if here != [state.state for state in states]:
             raise RunError("a run was changed meanwhile", f"{run}", "start again")
-        if is_done := head is None or history.head == head:
-            terms = (
-                Term(link=link, derived=save_derived(run, a)) if isinstance(a, dict) else a
-                for link, a in solved.items()
-            )
-            return history.combined(State(base=history.base.fingerprint, terms=tuple(terms)), keys)
-        return history
+        if head not in (None, history.head):
+            return history
+        is_done = True
+        if len(keys) == 1:  # the run is no more than what the stage began on
+            return history.moved(keys[0])
+        terms = (
+            Term(link=link, derived=save_derived(run, a)) if isinstance(a, dict) else a
+            for link, a in solved.items()
+        )
+        return history.combined(State(base=history.base.fingerprint, terms=tuple(terms)), keys)
 
     update_history(run, change)
-    kind = "" if before is None else "rehearsal" if before.is_rehearsal else before.kind
-    if is_done and (kind == "mix" or (kind == "rehearsal" and head is None)):
-        logger.warning("%s was %s, which is not in the combination", run, history.head)
+    inside = {entry.key for key in keys for entry in history.lineage(key)}
+    left = [entry for entry in history.lineage(history.head) if entry.key not in inside]
+    # `extend` rehearses again
+    told = [e.key for e in left if e.kind == "mix" or (head is None and e.is_rehearsal)]
+    if is_done and told:
+        logger.warning("%s was %s, which is not in the combination", run, told[-1])
     return is_done
 
 
-def find_ended(address: str | Path) -> OpenState:
+def _find_ended(address: str | Path) -> OpenState:
     """Return a state of another run. Raises RunError where there is none, or it has not ended."""
     if not is_run(address):
-        rule, remedy = (
-            "what is combined is a stage of RUN, or another run",
-            "chainlora log RUN lists its stages",
-        )
-        raise RunError(rule, f"{address}", remedy)
+        rule = "what is combined is a stage of RUN, or another run"
+        raise RunError(rule, address, "chainlora log RUN lists its stages")
     found = open_run(address)
     if found.draft is not None or not found.has_run or found.is_whole_model:
         rule = "a run that is combined has links, and its stages have ended"
@@ -145,15 +149,10 @@ def find_ended(address: str | Path) -> OpenState:
     return found
 
 
-def ends_of(history: History) -> list[str]:
-    """Return what a run is combined of, or the stages that no other stage was trained on."""
-    found = history.ends(history.head)
-    if len(found) > 1:
-        return found
-    stages = [e for e in history.entries if e.kind in ("stage", "import") and e.state.terms]
-    stages = [entry for entry in stages if not entry.is_rehearsal]
-    below = {a.key for e in stages for a in history.lineage(e.key) if a is not e}
-    return [entry.key for entry in stages if entry.key not in below]
+def _stages_of(history: History) -> list[str]:
+    """Return the stages of a run, and imported adapters, that can be parts of a combination."""
+    found = (e for e in history.entries if e.kind in ("stage", "import") and e.state.terms)
+    return [entry.key for entry in found if not entry.is_rehearsal]
 
 
 def _outer(states: Sequence[OpenState]) -> list[OpenState]:

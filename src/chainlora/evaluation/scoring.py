@@ -121,8 +121,7 @@ def _begun_on(run: Address, config: RunConfig, dtype: Any, speedups: Speedups) -
     """Return an engine of what a DPO run began on: pairs are judged by their scores there."""
     start: Address = config.model
     if config.chain.tune != "full":
-        state = open_run(run)
-        start = state.of(state.parent)
+        start = open_run(run).parent
     model, _ = load_run_or_model(start, dtype=dtype)
     return Engine(to_accelerator(model), speedups=speedups, training=False)
 

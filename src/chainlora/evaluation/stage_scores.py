@@ -272,7 +272,7 @@ class Scorer:
         for stage in stages:
             if self.kept[stage].loss == "dpo" and stage not in self._references:
                 # what pairs score in the state that their stage began on
-                with self._engine(self.run.at(stage).parent) as engine:
+                with self._engine(self.run.at(stage).parent.state) as engine:
                     self._references[stage] = engine.scores(self.kept[stage].scored[1][:])
         with self._engine(state) as engine:
             for stage in stages:
@@ -321,7 +321,7 @@ def _scored_on(run: OpenState, stage: str, kept: Kept) -> str:
     """Return the digest of what a score of a stage depends on beside the state that is scored."""
     own = run.at(stage)
     assert own.entry is not None
-    return short_digest([own.entry.kept, own.parent.digest if kept.loss == "dpo" else ""])
+    return short_digest([own.entry.kept, own.parent.state.digest if kept.loss == "dpo" else ""])
 
 
 def _key(cell: Cell) -> tuple[str, str, str]:

@@ -173,7 +173,7 @@ def guard(
     kept = trained.kept()
     earlier = [stage for stage in trained.columns if stage in kept and stage != trained.stage]
     scorer = Scorer(trained, _to_choose_by(kept), progress=progress)
-    before = dict(scorer.evaluations("before", trained.parent, earlier))
+    before = dict(scorer.evaluations("before", trained.parent.state, earlier))
     gains: dict[str, Gain] = {}
     for strength in _TRIED[:-1]:
         state = trained.with_strengths({trained.stage: strength}).state

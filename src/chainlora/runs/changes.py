@@ -192,12 +192,8 @@ def plan_pruning(run: str | Path, name: str) -> Pruning:
         raise RunError("a run must keep a stage", f"{name!r}, its only one", f"delete {run}")
     after, with_it = _without(history, name)
     _need_sums(run, history, name)
-    on_top = [
-        e.key
-        for e in history.entries
-        if e.kind == "stage" and e.key != name and name in {a.key for a in history.lineage(e.key)}
-    ]
-    on_top = [key for key in on_top if after.find(key) is not None]
+    stay = [each.key for each in after.entries if each.kind == "stage"]
+    on_top = [key for key in stay if name in {below.key for below in history.lineage(key)}]
     before = BASE if entry is None else entry.parent
     left = [end for key in history.ends(history.head) for end in _left_of(key, history, after)]
     left = [*dict.fromkeys(left)] if left != after.ends(after.head) else []
@@ -209,7 +205,7 @@ def _left_of(key: str, history: History, after: History) -> list[str]:
     """Return what is left of an end of a combination: it, or the ends of what it began on."""
     entry = history.find(key)
     if entry is None or after.find(key) is not None:
-        return [key] * (entry is not None)
+        return [key]
     below = (end for parent in entry.parents for end in history.ends(parent))
     return [left for end in below for left in _left_of(end, history, after)]
 

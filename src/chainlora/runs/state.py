@@ -148,9 +148,9 @@ class OpenState:
         return self.entry is not None and self.entry.is_whole_model
 
     @property
-    def parent(self) -> State:
+    def parent(self) -> OpenState:
         """Return the state that the stage began on."""
-        return self.history.state_of(BASE if self.trained is None else self.trained.parent)
+        return self.at(BASE if self.trained is None else self.trained.parent)
 
     @property
     def first(self) -> int:

@@ -17,7 +17,6 @@ from chainlora.config.staging import (
     STANDING,
     Stage,
     check_name,
-    is_run,
     make_stage,
     not_inherited,
     section_of,
@@ -64,8 +63,8 @@ def extension(
         ConfigError: a stage without a name, or with keys that a stage cannot have.
         RunError: a stage that was begun on another state, or before the first has ended.
     """
-    run, _ = split_address(address)
-    now, state = find_state(run), find_state(address)
+    run, named = split_address(address)
+    now, on = find_state(run), find_state(address)
     if not now.has_run:
         raise RunError(
             "a stage is added to a run",
@@ -75,41 +74,30 @@ def extension(
     own = dict(section)
     for key, value in overrides:
         set_key(own, key, value)
-    output, plugins = own.pop("output", None), own.pop("plugins", None)
-    on = standing({key: own.pop(key) for key in STANDING if key in own}, 1)
-    beside = on["beside"] if beside is None else beside
-    rehearse = rehearse and on["rehearse"]
-    name, is_chosen = check_name(own.get("name")), beside is not None
-    begun = Path(expanduser(output)) if output is not None else run
-    if beside is None:
-        beside = output is None and _can_begin_at_origin(address, name, now)
-    if beside and (output is not None or state.state != now.state):
+    keys = standing({key: own.pop(key) for key in STANDING if key in own}, 1)
+    beside = keys["beside"] if beside is None else beside
+    name, output = check_name(own.get("name")), own.pop("output", None)
+    if beside and (output is not None or on.state != now.state):
         rule, remedy = "a stage beside others begins where RUN began", "leave one out"
         raise RunError(rule, f"--beside with {output or address}", remedy)
-    if output is None:
-        refuse_links(run)
-        state = _below(run, now.at(now.history.origin) if beside else state, now, name)
-    last = _stage_before(state)
-    if beside:  # not from a stage that may be pruned, or not there when the command is given again
-        last = begun_stage(run, name) or now.at(now.history.own_stages[0])
-    before, is_new = last.config(), not is_run(begun) or begun_stage(begun, name) is None
-    if plugins is None and before.plugins:
-        raise RunError(not_named(f"extend {address}", before.plugins) + ", or --plugins [] without")
-    shared = what_stages_share(before) | {"plugins": plugins or (), "output": str(run)}
-    if beside and is_new:
-        stage = replace(make_stage(shared, own, 1), beside=is_chosen or None)
-        if not can_stand(stage, (), now):
-            return extension(address, section, overrides)
-    is_rehearsal = section_of(own, "data").get("rehearse", False)
-    if is_new and not is_rehearsal and (left_out := not_inherited(before, own)):
-        what = (name, ", ".join(left_out), last.stage)
-        logger.warning("stage %s does not inherit %s from %s", *what)
     if output is not None:
-        base = from_above(shared["model"], run)
-        tree = shared | {"model": base, "start": str(address), "output": str(output)}
-        return [make_stage(tree, own, 0)]
-    stage = make_stage(shared, own, 1)
-    return [replace(stage, after=state.key, beside=beside, rehearse=rehearse and beside)]
+        return [_fork(address, on, own, str(output))]
+    refuse_links(run)
+    origin, own_stages = now.at(now.history.origin), now.history.own_stages
+    begun = _begun(now, name, origin if beside else on if named is not None else None)
+    can_choose = named is None and (begun is None or begun.parent.key == origin.key)
+    if beside or (beside is None and can_choose):
+        # not from a stage that may be pruned, or not there when the command is given again
+        last = begun or (now.at(own_stages[0]) if own_stages else _stage_before(origin))
+        stage = replace(_after(last, own, address), after=origin.key, beside=beside)
+        if begun is not None or can_stand(stage, (), now):
+            _tell_left_out(begun, last, own)
+            return [replace(stage, beside=True, rehearse=rehearse and keys["rehearse"])]
+    below = on if begun is None else begun.parent
+    last = _stage_before(below)
+    stage = _after(last, own, address)
+    _tell_left_out(begun, last, own)
+    return [replace(stage, after=below.key, beside=False, rehearse=False)]
 
 
 def rehearsal(
@@ -142,12 +130,37 @@ def rehearsal(
     return extension(run, own)
 
 
-def _can_begin_at_origin(address: str | Path, name: str, now: OpenState) -> bool:
-    """Say whether a stage of a whole run is new, or was begun where the run began."""
-    run, named = split_address(address)
-    begun = begun_stage(run, name)
-    entry = None if begun is None else begun.entry
-    return named is None and (entry is None or entry.parent == now.history.origin)
+def _fork(address: str | Path, on: OpenState, own: dict[str, Any], output: str) -> Stage:
+    """Return the stage of a run that begins on a state of another one."""
+    last = _stage_before(on)
+    stage = _after(last, own, address, output)
+    _tell_left_out(begun_stage(Path(expanduser(output)), stage.name), last, own)
+    return stage
+
+
+def _after(
+    last: OpenState, own: Mapping[str, Any], address: str | Path, fork: str | None = None
+) -> Stage:
+    """Return a stage that inherits from another one, in the same run or a fork."""
+    before, run = last.config(), last.run
+    section = dict(own)
+    plugins = section.pop("plugins", None)
+    if plugins is None and before.plugins:
+        raise RunError(not_named(f"extend {address}", before.plugins) + ", or --plugins [] without")
+    shared = what_stages_share(before) | {"plugins": plugins or (), "output": str(run)}
+    if fork is None:
+        return make_stage(shared, section, 1)
+    base = from_above(shared["model"], run)
+    return make_stage(shared | {"model": base, "start": str(address), "output": fork}, section, 0)
+
+
+def _tell_left_out(begun: OpenState | None, last: OpenState, own: Mapping[str, Any]) -> None:
+    """Warn of keys of the stage before that a new one neither inherits nor sets."""
+    if begun is not None or section_of(own, "data").get("rehearse", False):
+        return
+    if left_out := not_inherited(last.config(), own):
+        what = (own["name"], ", ".join(left_out), last.stage)
+        logger.warning("stage %s does not inherit %s from %s", *what)
 
 
 def _stage_before(state: OpenState) -> OpenState:
@@ -156,19 +169,17 @@ def _stage_before(state: OpenState) -> OpenState:
     return state.at(found[-1]) if found and state.draft is None else state
 
 
-def _below(run: Path, state: OpenState, now: OpenState, name: str) -> OpenState:
-    """Return the state that a stage of a run begins on, or has begun on."""
+def _begun(now: OpenState, name: str, on: OpenState | None) -> OpenState | None:
+    """Return the stage of this name, None where it is new. Raises RunError for something else, and
+    for one that was begun on another state than `on`, if that is given."""
     if now.draft is not None:
         rule = "a stage is added to a run whose first stage has ended"
-        raise RunError(rule, run, "finish it by the command that began it")
-    begun = begun_stage(run, name)
-    if begun is not None and begun.entry is not None:
-        if begun.entry.kind != "stage":
-            rule = "a stage must have a name of its own"
-            raise RunError(rule, f"{name!r}, a {begun.entry.kind} of {run}", "choose another")
-        below = begun.at(begun.entry.parent)
-        if state.state != below.state and state.state != now.state:
-            rule = f"stage {name!r} must go on from where it was begun"
-            raise RunError(rule, f"{state}, and {below}", "name that, or another stage")
-        return below
-    return state
+        raise RunError(rule, now.run, "finish it by the command that began it")
+    begun = begun_stage(now.run, name, now.history)
+    if begun is not None and begun.entry is not None and begun.entry.kind != "stage":
+        rule = "a stage must have a name of its own"
+        raise RunError(rule, f"{name!r}, a {begun.entry.kind} of {now.run}", "choose another")
+    if begun is not None and on is not None and begun.parent.state != on.state:
+        rule = f"stage {name!r} must go on from where it was begun"
+        raise RunError(rule, f"{on}, and {begun.parent}", "name that, or another stage")
+    return begun

@@ -44,7 +44,8 @@ from chainlora.training.optimizers import (
     prune_moments,
     state_tensors,
 )
-from chainlora.training.plan import StagePlan, make_plan
+from chainlora.training.placement import StagePlan
+from chainlora.training.plan import make_plan
 from chainlora.training.processes import own_accelerate, wait_for_all
 from chainlora.training.result import (
     TrainResult,

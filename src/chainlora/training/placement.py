@@ -1,25 +1,86 @@
-"""Where a stage stands: beside the others, on what the run began on, or on top of them."""
+"""Where a stage stands: beside the others, on what the run began on, or on top of them; and what
+is due when one beside others has ended.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from chainlora.config.schema import PAIR_LOSSES
 from chainlora.config.staging import Stage
 from chainlora.data.splits import learned_by
 from chainlora.errors import ConfigError, RunError
 from chainlora.evaluation.combination import need_combinable, need_low_rank_sum
+from chainlora.runs.draft import Draft
+from chainlora.runs.history import History
 from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
 
 
-def placed(
-    stages: Sequence[Stage], begun: Mapping[str, OpenState], now: OpenState | None, start: Start
-) -> list[Stage]:
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage of a run, and what of it was begun before."""
+
+    stage: Stage
+    begun: OpenState | None = None
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+    @property
+    def draft(self) -> Draft | None:
+        return None if self.begun is None else self.begun.draft
+
+    @property
+    def state(self) -> Literal["finished", "stopped", "new"]:
+        return "new" if self.begun is None else "stopped" if self.draft else "finished"
+
+    @property
+    def step(self) -> int:
+        """Return the step that a stopped one goes on from."""
+        return self.draft.position.step if self.draft else 0
+
+    @property
+    def trained(self) -> bool:
+        """Say whether it was stopped before it was judged or published."""
+        return self.draft is not None and self.draft.trained
+
+
+# --- where it begins ---
+
+
+def begins_on(now: OpenState, planned: StagePlan) -> OpenState:
+    """Return the state of a run, which is `now`, that a stage begins on or has begun on."""
+    if planned.begun is not None:
+        return planned.begun.parent
+    stage, history = planned.stage, now.history
+    key = history.origin if stage.beside else stage.after
+    return now if key is None else now.at(key)
+
+
+def need_below(now: OpenState, ended: Sequence[Stage]) -> None:
+    """Raise RunError unless these stages are in what the run is now, or are to be combined with it
+    after a kill."""
+    run, history = now.run, now.history
+    below = {entry.key for entry in now.lineage}
+    below |= {stage.name for stage in ended if is_combination_due(history, stage)}
+    if missing := [stage.name for stage in ended if stage.name not in below]:
+        names = {stage.name for stage in ended}
+        whole = [e.key for e in history.entries if names <= {a.key for a in history.lineage(e.key)}]
+        raise RunError(
+            f"Cannot begin a stage on {history.head}, which {run} is now: it is without "
+            f"{missing[-1]}. Run chainlora undo {run} --to {[*missing, *whole][-1]}, then the same "
+            "command."
+        )
+
+
+def placed(planned: Sequence[StagePlan], now: OpenState | None, start: Start) -> list[StagePlan]:
     """Return the stages of a config, each beside those before it or on top of them.
 
     A stage that was begun stays where it was. A new one stands where its key `beside` says, by
@@ -29,20 +90,20 @@ def placed(
 
     Raises ConfigError or RunError for what was begun elsewhere, or cannot be combined.
     """
-    found: list[Stage] = [*stages[:1]]
-    ended = {name for name, state in begun.items() if state.draft is None}
-    for stage in stages[1:]:
-        if stage.after is not None:
-            found.append(stage)
-            continue
-        known, new = begun.get(stage.name), [each for each in found if each.name not in ended]
-        is_beside = _began_beside(stage, known) if known else can_stand(stage, new, now, start)
-        found.append(replace(stage, beside=is_beside))
-    after = [*(each.beside for each in found[1:]), False]
-    return [
-        replace(each, rehearse=bool(each.beside and each.rehearse and not then))
-        for each, then in zip(found, after, strict=True)
-    ]
+    stages = [planned[0].stage]
+    for place, each in enumerate(planned[1:], 1):
+        stage, is_beside = each.stage, each.stage.beside
+        if each.begun is not None and stage.after is None:
+            is_beside = _began_beside(stage, each.begun)
+        elif stage.after is None:
+            before = [other.stage for other in planned[:place] if other.state != "finished"]
+            is_beside = can_stand(stage, before, now, start)
+        stages.append(replace(stage, beside=is_beside))
+    found = []
+    for each, stage, then in zip(planned, stages, [*stages[1:], None], strict=True):
+        is_last = bool(stage.beside) and (then is None or not then.beside)
+        found.append(replace(each, stage=replace(stage, rehearse=stage.rehearse and is_last)))
+    return found
 
 
 def can_stand(
@@ -58,13 +119,15 @@ def can_stand(
     try:
         for each in (*before, stage):
             if each is stage or not each.config.data.rehearse:
-                _need_combinable(each)
-        for link in start.links if now is None else ():
-            need_low_rank_sum(link, "start")
-        if now is not None:
-            need_combinable([now.at(key) for key in now.history.ends(now.history.head)])
+                _need_keys(each)
+        if now is None:
+            kept = start.kept
+            for link in start.links:
+                need_low_rank_sum(link, "start")
+        else:
+            kept = now.kept()
+            need_combinable([now.at(key) for key in now.history.ends(now.key)])
         if stage.beside is None:
-            kept = start.kept if now is None else now.kept()
             losses = {name: each.loss for name, each in kept.items()}
             own = {e.name: learned_by(e.config.data, e.config.train.loss) for e in before}
             _need_answers(stage, losses | own, now)
@@ -77,8 +140,8 @@ def can_stand(
     return True
 
 
-def _need_combinable(stage: Stage) -> None:
-    """Refuse a stage that cannot be combined with others."""
+def _need_keys(stage: Stage) -> None:
+    """Refuse a stage whose keys make it one that cannot be combined with others."""
     data, chain = stage.config.data, stage.config.chain
     keys = {
         "chain.dora": chain.dora,
@@ -109,9 +172,29 @@ def _need_answers(stage: Stage, losses: Mapping[str, str], now: OpenState | None
 
 
 def _began_beside(stage: Stage, begun: OpenState) -> bool:
-    is_beside = begun.entry is not None and begun.entry.parent == begun.history.origin
+    is_beside = begun.parent.key == begun.history.origin
     if stage.beside not in (None, is_beside):
         rule = f"stage {stage.name!r} must stay where it was begun"
         got = "it began beside the others" if is_beside else "it began on top of others"
         raise RunError(rule, got, f"set beside: {str(is_beside).lower()}, or rename it")
     return is_beside
+
+
+# --- what is due when it has ended ---
+
+
+def is_combination_due(history: History, stage: Stage) -> bool:
+    """Say whether a stage beside others is neither in what the run is, nor in a combination that it
+    has been."""
+    combined = [entry for entry in history.entries if entry.kind == "combine"]
+    taken_in = {key for entry in combined for key in entry.parents}
+    taken_in |= {entry.key for entry in history.lineage(history.head)}
+    return bool(stage.beside) and stage.name not in taken_in
+
+
+def is_rehearsal_due(history: History, stage: Stage) -> bool:
+    """Say whether the run is a combination, with this stage as the last, that was not rehearsed."""
+    now = history.find(history.head)
+    if not stage.rehearse or now is None or now.kind != "combine" or stage.name != now.parents[-1]:
+        return False
+    return not any(each.is_rehearsal and each.parents == (now.key,) for each in history.entries)

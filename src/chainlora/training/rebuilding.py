@@ -24,8 +24,8 @@ from chainlora.runs.lineage import Lineage
 from chainlora.runs.opening import check_base
 from chainlora.runs.resuming import CHANGEABLE, source_digests
 from chainlora.training.events import Listener
-from chainlora.training.plan import naming
 from chainlora.training.processes import num_launched
+from chainlora.training.refusing import naming
 from chainlora.training.result import TrainResult
 from chainlora.training.stages import train_stages
 

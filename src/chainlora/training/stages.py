@@ -24,7 +24,7 @@ from chainlora.errors import StoppedError
 from chainlora.evaluation.combination import combine_with
 from chainlora.evaluation.stage_scores import Progress, stage_matrix
 from chainlora.evaluation.strengths import guard
-from chainlora.runs.addresses import begun_stage, find_state, state_of_draft
+from chainlora.runs.addresses import find_state, state_at, state_of_draft
 from chainlora.runs.history import read_history
 from chainlora.runs.loading_start import start_at, with_start
 from chainlora.runs.start import Start
@@ -34,9 +34,17 @@ from chainlora.training.extending import extension, rehearsal
 from chainlora.training.interrupts import stop_requested
 from chainlora.training.loop import train as run_training
 from chainlora.training.loop import train_stage
-from chainlora.training.plan import StagePlan, make_plan, naming, need_below, taken_in
+from chainlora.training.placement import (
+    StagePlan,
+    begins_on,
+    is_combination_due,
+    is_rehearsal_due,
+    need_below,
+)
+from chainlora.training.plan import make_plan
 from chainlora.training.processes import is_first_launched, num_launched, wait_for_all
 from chainlora.training.progress import progress_listener
+from chainlora.training.refusing import naming
 from chainlora.training.result import TrainResult, needs_judgement, result_of
 
 logger = logging.getLogger(__name__)
@@ -186,10 +194,10 @@ def train_stages(
             if is_first_launched():
                 _judge(run, planned, tell)
             wait_for_all()
-        if is_first_launched() and (planned.state != "finished" or planned.stage.beside):
-            _take_in(run, planned.stage, tell)  # of one that has ended: a kill came before
+        if is_first_launched():
+            _take_in(run, planned, tell)
         wait_for_all()
-        if planned.stage.rehearse and _is_rehearsal_due(run, planned.name):
+        if is_rehearsal_due(read_history(run), planned.stage):
             named = {"plugins": [*planned.stage.config.plugins]}
             rehearsed += train_stages(rehearsal(run, named), listener=listener, matrix=False)
     if matrix and is_first_launched():
@@ -202,31 +210,10 @@ def train_stages(
 
 def _start_of(run: Path, planned: StagePlan, before: Sequence[StagePlan]) -> Start:
     """Return what a stage after the first begins on now, or a stopped one has begun on."""
-    begun = begun_stage(run, planned.name)
-    if begun is not None:
-        return start_at(begun.of(begun.parent))
-    need_below(run, read_history(run), [each.stage for each in before])
-    now = find_state(run)
-    return start_at(now.at(now.history.origin) if planned.stage.beside else now)
-
-
-def left_to_do(run: Path, stage: Stage) -> list[str]:
-    """Return what is due after a stage beside others that has ended."""
-    if not stage.beside:
-        return []
-    if stage.name not in taken_in(read_history(run)):
-        return ["a combination"] + ["a rehearsal"] * stage.rehearse
-    return ["a rehearsal"] if stage.rehearse and _is_rehearsal_due(run, stage.name) else []
-
-
-def _is_rehearsal_due(run: Path, name: str) -> bool:
-    """Say whether a run is a combination, with a stage that came last, which nothing has
-    rehearsed."""
-    history = read_history(run)
-    now = history.find(history.head)
-    if now is None or now.kind != "combine" or name != now.parents[-1]:
-        return False
-    return not any(each.is_rehearsal and each.parents == (now.key,) for each in history.entries)
+    now = state_at(run, read_history(run))
+    if planned.state == "new":
+        need_below(now, [each.stage for each in before])
+    return start_at(begins_on(now, planned))
 
 
 def _judge(run: Path, planned: StagePlan, tell: Listener) -> None:
@@ -242,22 +229,23 @@ def _judge(run: Path, planned: StagePlan, tell: Listener) -> None:
     Work(run, planned.name).publish_trained(planned.stage.config, strength, [*gains])
 
 
-def _take_in(run: Path, stage: Stage, tell: Listener) -> None:
-    """Combine a stage that has ended beside the others with what the run is combined of."""
-    history = read_history(run)
-    if stage.name in taken_in(history):
+def _take_in(run: Path, planned: StagePlan, tell: Listener) -> None:
+    """Combine a stage beside others with what the run is. Warn of one that ended apart from it."""
+    name, history = planned.name, read_history(run)
+    if is_combination_due(history, planned.stage):  # also where a kill came before it
+        combine_with(run, name, _reader(tell))
         return
-    if stage.beside:
-        combine_with(run, stage.name, _reader(tell))
+    inside = {entry.key for entry in history.lineage(history.head)}
+    if planned.stage.beside or planned.state == "finished" or name in inside:
         return
-    judged = (e.key for e in history.entries if e.kind == "mix" and e.parents == (stage.name,))
-    name = next(judged, stage.name)  # at the strength that `accept_links` has chosen
-    below = {entry.key for entry in history.lineage(stage.name)}  # which it brings along
+    judged = (e.key for e in history.entries if e.kind == "mix" and e.parents == (name,))
+    end = next(judged, name)  # at the strength that `accept_links` has chosen
+    below = {entry.key for entry in history.lineage(name)}  # which it brings along
     others = [key for key in history.ends(history.head) if key not in below]
-    both = shlex.join([str(run), *others, stage.name])
+    both = shlex.join([str(run), *others, name])
     logger.warning(
         "%s stays %s, which is without stage %s; to take it: chainlora undo %s --to %s%s",
-        *(run, history.head, stage.name, run, name),
+        *(run, history.head, name, run, end),
         f"; to have both: chainlora combine {both}" if others else "",
     )
 
