@@ -405,6 +405,14 @@ def test_where_a_stage_cannot_stand(place, change, message, tiny_folder, sentime
     assert not (tmp_path / "run").exists()
 
 
+def test_a_stage_that_is_combined_after_a_later_one_is_rehearsed(ac, sentiment):
+    train_stages(extension(f"{ac}@start", section(sentiment, "d")), matrix=False)  # then a kill
+    add(sentiment, ac, "b")
+    extend(ac, section(sentiment, "d"), progress=False)
+    assert open_run(ac).entry.is_rehearsal
+    assert open_run(ac).stages == ["a", "b", "c", "d", "rehearsal"]
+
+
 def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, capsys):
     train_stages(extension(f"{ac}@start", section(sentiment, "d")), matrix=False)  # not combined
     file = sentiment.with_name("d.yaml")

@@ -220,11 +220,12 @@ def left_to_do(run: Path, stage: Stage) -> list[str]:
 
 
 def _is_rehearsal_due(run: Path, name: str) -> bool:
-    """Say whether a run is a combination, with a stage that came last, which nothing has
-    rehearsed."""
+    """Say whether a run is a combination, with a stage that it was without before, which nothing
+    has rehearsed."""
     history = read_history(run)
     now = history.find(history.head)
-    if now is None or now.kind != "combine" or name != now.parents[-1]:
+    before = history.ends(history.past[-1]) if history.past else []
+    if now is None or now.kind != "combine" or name not in {*now.parents}.difference(before):
         return False
     return not any(each.is_rehearsal and each.parents == (now.key,) for each in history.entries)
 
