@@ -245,7 +245,9 @@ def test_a_pruned_stage_leaves_no_trace(abc, ac, capsys):
         assert not [word for word in words if f'"{word}"'.encode() in data], path
 
 
-def test_a_rehearsal_reads_as_many_rows_of_each_stage(abc):
+def test_a_rehearsal_reads_as_many_rows_of_each_stage(abc, capsys):
+    assert cli(["rehearse", f"{abc}", "--dry-run"]) == 0
+    assert capsys.readouterr().out == "rehearsal: would train links of rank 2 on kept rows\n"
     (stage,) = rehearsal(abc, {})
     assert (stage.name, stage.config.chain.ranks, stage.config.chain.steps) == (
         "rehearsal",

@@ -281,7 +281,7 @@ def _show_plan(stages: Sequence[Stage], change: Sequence[str], as_json: bool) ->
         left = left_to_do(run, stage) if where.state == "finished" else []
         ranks = ", ".join(map(str, stage.config.chain.ranks))
         data = stage.config.data
-        rows = ", ".join(each.path for each in data.train_files) or data.task
+        rows = ", ".join(each.path for each in data.train_files) or data.task or "kept rows"
         does = {
             "finished": f"finished, then {', then '.join(left)}"
             if left
