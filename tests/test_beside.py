@@ -443,6 +443,7 @@ def test_what_extend_trains_on_top(why, abc, sentiment, tmp_path, caplog):
     address = {"named": f"{abc}@a", "head": f"{abc}@{below}"}.get(why, abc)
     extend(address, stage, beside=False if why == "on top" else None, progress=False)
     assert read_history(abc).find("d").parents == (below,)
+    assert ("leave it out to train beside them" in caplog.text) == (why == "replay")
     is_told = why not in ("named", "head", "on top")
     assert (f"stage d is trained on top of {below}: " in caplog.text) == is_told
 

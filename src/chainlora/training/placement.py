@@ -105,7 +105,10 @@ def _need_answers(stage: Stage, losses: Mapping[str, str], now: OpenState | None
         found += [f"{now.entry.key}, whose strengths would be lost"]
     if found:
         rule = "by default a stage with answers of its own stands beside others"
-        raise RunError(rule, found[0], "--beside, or beside: true, does it all the same")
+        remedy = "--beside, or beside: true, does it all the same"
+        if found[0] == "data.replay":  # there are no rows below a stage beside others
+            remedy = "leave it out to train beside them"
+        raise RunError(rule, found[0], remedy)
 
 
 def _began_beside(stage: Stage, begun: OpenState) -> bool:
