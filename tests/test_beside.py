@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tiny_folder
-from helpers import Stop, settings
+from helpers import Stop, settings, stage_dir
 from helpers_data import pair_files
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -413,6 +413,11 @@ def test_a_stage_that_is_combined_after_a_later_one_is_rehearsed(ac, sentiment):
     extend(ac, section(sentiment, "d"), progress=False)
     assert open_run(ac).entry.is_rehearsal
     assert open_run(ac).stages == ["a", "b", "c", "d", "rehearsal"]
+
+
+def test_the_config_of_a_later_stage_is_for_extend_also_in_a_copy(abc, chainlora):
+    config = stage_dir(abc, "b") / "config.yaml"
+    chainlora("train", config).refused(f"go on with it by: chainlora extend {abc} --name b")
 
 
 def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, capsys):
