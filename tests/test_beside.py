@@ -217,7 +217,7 @@ def test_a_pruned_stage_leaves_no_trace(abc, ac, capsys):
     names = set(plan_pruning(abc, "b").with_it)
     assert cli(["prune", str(abc), "b"]) == 1
     said = capsys.readouterr().out
-    assert "would delete rehearsal, computed from its rows" in said
+    assert "would delete rehearsal, computed from it" in said
     assert f"{abc} would be a now\nto combine the others again: chainlora combine {abc} a c" in said
     assert "rehearsal" in names
     assert len([name for name in names if name.startswith("combine")]) == 2  # of a b, and a b c
