@@ -578,6 +578,14 @@ def test_runs_of_one_base_are_combined(tiny_folder, sentiment, ac, tmp_path):
     assert open_run(f"{ac}@d").lineage[0].key == "a"
 
 
+def test_a_run_on_an_exported_adapter_has_the_tokenizer_of_its_base(sentiment, ac, tmp_path):
+    export_adapter(f"{ac}@a", tmp_path / "adapter")
+    config = {"start": str(tmp_path / "adapter"), "output": str(tmp_path / "law")}
+    config |= {"model": open_run(ac).base.model, "stages": [section(sentiment, "b")]}
+    train_stages(make_stages(with_start(config)), matrix=False)
+    assert combine(ac, [tmp_path / "law"]).entry.parents == ("a", "c", "b")
+
+
 def test_a_stage_of_another_run_gets_its_folder_as_a_name(tiny_folder, sentiment, ac, tmp_path):
     tree = settings(tiny_folder, sentiment, tmp_path / "law")
     tree["chain"] = {"alpha": 8, "target_modules": ["q_proj"], "ranks": [2], "steps": [2]}
