@@ -591,7 +591,7 @@ def test_a_stage_of_another_run_gets_its_folder_as_a_name(tiny_folder, sentiment
     tree["chain"] = {"alpha": 8, "target_modules": ["q_proj"], "ranks": [2], "steps": [2]}
     tree["stages"] = [{"name": "a", "data": tree.pop("data"), "chain": tree.pop("chain")}]
     train_stages(make_stages(tree), matrix=False)
-    found = combine(ac, [tmp_path / "law"])
+    found = combine(ac, str(tmp_path / "law"))  # one name alone
     assert found.entry.parents == ("a", "c", "law")
     assert found.stages == ["a", "c", "law"]
     assert open_run(f"{ac}@law").config().output == str(tmp_path / "law")

@@ -36,7 +36,7 @@ Modules = dict[str, Tensor]  # A by module
 
 def combine(
     run: str | Path,
-    names: Sequence[str | Path] = (),
+    names: str | Path | Sequence[str | Path] = (),
     *,
     output: str | Path | None = None,
     progress: Progress | None = None,
@@ -53,6 +53,7 @@ def combine(
     """
     folder = whole_run(run)
     history = read_history(folder)
+    names = [names] if isinstance(names, str | Path) else names
     own = [str(name) for name in names if history.find(str(name)) is not None]
     others = [find_ended(name) for name in names if str(name) not in own]
     keys = own or (history.ends(history.head) if others else ends_of(history))
