@@ -435,20 +435,22 @@ def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, cap
     assert f"chainlora undo {ac} --to NAME" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("why", ["pairs", "replay", "mix", "kept", "named", "head", "on top"])
+@pytest.mark.parametrize("why", ["pairs", "replay", "new", "mix", "kept", "named", "head", "on top"])
 def test_what_extend_trains_on_top(why, abc, sentiment, tmp_path, caplog):
     stage = section(sentiment, "d")
     if why == "pairs":
         stage |= {"data": pair_files(tmp_path), "train": {"loss": "dpo"}}
     if why in ("replay", "kept"):
         stage["data"] |= {"replay": 0.5} if why == "replay" else {"keep_rows": False}
+    if why == "new":
+        stage["data"]["new_rows_only"] = True
     if why == "mix":
         mix_stages(abc, {"b": 0})
     below = open_run(abc).entry.key if why != "named" else "a"
     address = {"named": f"{abc}@a", "head": f"{abc}@{below}"}.get(why, abc)
     extend(address, stage, beside=False if why == "on top" else None, progress=False)
     assert read_history(abc).find("d").parents == (below,)
-    assert ("leave it out to train beside them" in caplog.text) == (why == "replay")
+    assert ("leave it out to train beside them" in caplog.text) == (why in ("replay", "new"))
     is_told = why not in ("named", "head", "on top")
     assert (f"stage d is trained on top of {below}: " in caplog.text) == is_told
 

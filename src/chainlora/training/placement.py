@@ -106,7 +106,7 @@ def _need_answers(stage: Stage, losses: Mapping[str, str], now: OpenState | None
     if found:
         rule = "by default a stage with answers of its own stands beside others"
         remedy = "--beside, or beside: true, does it all the same"
-        if found[0] == "data.replay":  # there are no rows below a stage beside others
+        if found[0].startswith("data."):  # a stage beside others reads nothing of them
             remedy = "leave it out to train beside them"
         raise RunError(rule, found[0], remedy)
 
