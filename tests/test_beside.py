@@ -564,6 +564,15 @@ def test_a_run_becomes_what_is_left_of_its_combination(abc, sentiment):
     assert train_stages(extension(abc, section(sentiment, "c"), beside=True)) == [None]
 
 
+def test_a_fork_becomes_the_stage_that_was_beside_a_pruned_one(abc, sentiment, tmp_path):
+    """Not what both began on, which that stage holds."""
+    fork = tmp_path / "fork"
+    train_stages(extension(f"{abc}@a", section(sentiment, "d") | {"output": str(fork)}))
+    add(sentiment, fork, "b")
+    plan = prune_stage(fork, "d")
+    assert (plan.now, plan.left, open_run(fork).stages) == ("b", [], ["a", "b"])
+
+
 # --- other runs ---
 
 

@@ -149,9 +149,7 @@ def ends_of(history: History) -> list[str]:
     if len(found) > 1:
         return found
     stages = [e for e in history.entries if e.kind in ("stage", "import") and e.state.terms]
-    stages = [entry for entry in stages if not entry.is_rehearsal]
-    below = {a.key for e in stages for a in history.lineage(e.key) if a is not e}
-    return [entry.key for entry in stages if entry.key not in below]
+    return history.outer(entry.key for entry in stages if not entry.is_rehearsal)
 
 
 def _outer(states: Sequence[OpenState]) -> list[OpenState]:
