@@ -435,7 +435,9 @@ def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, cap
     assert f"chainlora undo {ac} --to NAME" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("why", ["pairs", "replay", "new", "mix", "kept", "named", "head", "on top"])
+@pytest.mark.parametrize(
+    "why", ["pairs", "replay", "new", "mix", "kept", "named", "head", "on top"]
+)
 def test_what_extend_trains_on_top(why, abc, sentiment, tmp_path, caplog):
     stage = section(sentiment, "d")
     if why == "pairs":

@@ -122,8 +122,8 @@ def _become(
         return history
 
     update_history(run, change)
-    is_asked = before is not None and (before.kind == "mix" or (head is None and before.is_rehearsal))
-    if is_done and is_asked:
+    kind = "" if before is None else "rehearsal" if before.is_rehearsal else before.kind
+    if is_done and (kind == "mix" or (kind == "rehearsal" and head is None)):
         logger.warning("%s was %s, which is not in the combination", run, history.head)
     return is_done
 
