@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tiny_folder
-from helpers import Stop, settings
+from helpers import Stop, settings, stage_dir
 from helpers_data import pair_files
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -261,7 +261,7 @@ def test_a_pruned_stage_leaves_no_trace(abc, ac, capsys):
     names = set(plan_pruning(abc, "b").with_it)
     assert cli(["prune", str(abc), "b"]) == 1
     said = capsys.readouterr().out
-    assert "would delete rehearsal, computed from its rows" in said
+    assert "would delete rehearsal, computed from it" in said
     assert f"{abc} would be a now\nto combine the others again: chainlora combine {abc} a c" in said
     assert "rehearsal" in names
     assert len([name for name in names if name.startswith("combine")]) == 2  # of a b, and a b c
@@ -289,7 +289,9 @@ def test_a_pruned_stage_leaves_no_trace(abc, ac, capsys):
         assert not [word for word in words if f'"{word}"'.encode() in data], path
 
 
-def test_a_rehearsal_reads_as_many_rows_of_each_stage(abc):
+def test_a_rehearsal_reads_as_many_rows_of_each_stage(abc, capsys):
+    assert cli(["rehearse", f"{abc}", "--dry-run"]) == 0
+    assert capsys.readouterr().out == "rehearsal: would train links of rank 2 on kept rows\n"
     (stage,) = rehearsal(abc, {})
     assert (stage.name, stage.config.chain.ranks, stage.config.chain.steps) == (
         "rehearsal",
@@ -492,6 +494,19 @@ def test_a_fork_without_stages_of_its_own_is_extended(abc, sentiment, tmp_path):
     assert open_run(fork).stages == ["b", "c"]
 
 
+def test_a_stage_that_is_combined_after_a_later_one_is_rehearsed(ac, sentiment):
+    train_stages(extension(f"{ac}@start", section(sentiment, "d")), matrix=False)  # then a kill
+    add(sentiment, ac, "b")
+    extend(ac, section(sentiment, "d"), progress=False)
+    assert open_run(ac).entry.is_rehearsal
+    assert open_run(ac).stages == ["a", "b", "c", "d", "rehearsal"]
+
+
+def test_the_config_of_a_later_stage_is_for_extend_also_in_a_copy(abc, chainlora):
+    config = stage_dir(abc, "b") / "config.yaml"
+    chainlora("train", config).refused(f"go on with it by: chainlora extend {abc} --name b")
+
+
 def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, capsys):
     train_stages(extension(f"{ac}@start", section(sentiment, "d")), matrix=False)  # not combined
     file = sentiment.with_name("d.yaml")
@@ -507,19 +522,24 @@ def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, cap
     assert f"chainlora undo {ac} --to NAME" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("why", ["pairs", "replay", "mix", "kept", "named", "head", "on top"])
+@pytest.mark.parametrize(
+    "why", ["pairs", "replay", "new", "mix", "kept", "named", "head", "on top"]
+)
 def test_what_extend_trains_on_top(why, abc, sentiment, tmp_path, caplog):
     stage = section(sentiment, "d")
     if why == "pairs":
         stage |= {"data": pair_files(tmp_path), "train": {"loss": "dpo"}}
     if why in ("replay", "kept"):
         stage["data"] |= {"replay": 0.5} if why == "replay" else {"keep_rows": False}
+    if why == "new":
+        stage["data"]["new_rows_only"] = True
     if why == "mix":
         mix_stages(abc, {"b": 0})
     below = open_run(abc).entry.key if why != "named" else "a"
     address = {"named": f"{abc}@a", "head": f"{abc}@{below}"}.get(why, abc)
     extend(address, stage, beside=False if why == "on top" else None, progress=False)
     assert read_history(abc).find("d").parents == (below,)
+    assert ("leave it out to train beside them" in caplog.text) == (why in ("replay", "new"))
     is_told = why not in ("named", "head", "on top")
     assert (f"stage d is trained on top of {below}: " in caplog.text) == is_told
 
@@ -640,6 +660,15 @@ def test_a_run_becomes_what_is_left_of_its_combination(abc, sentiment):
     assert train_stages(extension(abc, section(sentiment, "c"), beside=True)) == [None]
 
 
+def test_a_fork_becomes_the_stage_that_was_beside_a_pruned_one(abc, sentiment, tmp_path):
+    """Not what both began on, which that stage holds."""
+    fork = tmp_path / "fork"
+    train_stages(extension(f"{abc}@a", section(sentiment, "d") | {"output": str(fork)}))
+    add(sentiment, fork, "b")
+    plan = prune_stage(fork, "d")
+    assert (plan.now, plan.left, open_run(fork).stages) == ("b", [], ["a", "b"])
+
+
 # --- other runs ---
 
 
@@ -656,12 +685,20 @@ def test_runs_of_one_base_are_combined(tiny_folder, sentiment, ac, tmp_path):
     assert open_run(f"{ac}@d").lineage[0].key == "a"
 
 
+def test_a_run_on_an_exported_adapter_has_the_tokenizer_of_its_base(sentiment, ac, tmp_path):
+    export_adapter(f"{ac}@a", tmp_path / "adapter")
+    config = {"start": str(tmp_path / "adapter"), "output": str(tmp_path / "law")}
+    config |= {"model": open_run(ac).base.model, "stages": [section(sentiment, "b")]}
+    train_stages(make_stages(with_start(config)), matrix=False)
+    assert combine(ac, [tmp_path / "law"]).entry.parents == ("a", "c", "b")
+
+
 def test_a_stage_of_another_run_gets_its_folder_as_a_name(tiny_folder, sentiment, ac, tmp_path):
     tree = settings(tiny_folder, sentiment, tmp_path / "law")
     tree["chain"] = {"alpha": 8, "target_modules": ["q_proj"], "ranks": [2], "steps": [2]}
     tree["stages"] = [{"name": "a", "data": tree.pop("data"), "chain": tree.pop("chain")}]
     train_stages(make_stages(tree), matrix=False)
-    found = combine(ac, [tmp_path / "law"])
+    found = combine(ac, str(tmp_path / "law"))  # one name alone
     assert found.entry.parents == ("a", "c", "law")
     assert found.stages == ["a", "c", "law"]
     assert open_run(f"{ac}@law").config().output == str(tmp_path / "law")

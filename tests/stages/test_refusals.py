@@ -27,6 +27,7 @@ from stages.cases import files_of, stage_of, survey
         ({"name": "base"}, "not base, start or now"),
         ({"name": "now"}, "not base, start or now"),
         ({"model": "m"}, "nothing of the whole run .*`model`"),
+        ({"rehearsal": False}, "unknown key `rehearsal`; did you mean 'rehearse'"),
         ({"data": {"chat_template": "chatml"}}, "`data.chat_template` must be the same"),
         ({"data": {"template_arguments": {}}}, "`data.template_arguments` must be the same"),
         ({"chain": {"hold": "carried"}}, "`chain.hold` must be the same"),

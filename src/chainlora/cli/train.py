@@ -158,13 +158,13 @@ def _stage_of(file: str, output: Any, overrides: Sequence[tuple[str, str]]) -> s
     from chainlora.runs.loading_start import first_stage
 
     is_elsewhere = isinstance(output, str) and run.resolve() != Path(output).expanduser().resolve()
-    if is_elsewhere and "output" not in dict(overrides):
-        rule = "a run that was moved or copied must be told where it is"
-        raise ConfigError(rule, f"output: {output} in {file}", f"add --output {run}")
     first, name = first_stage(run), Path(file).parent.name
     if "output" not in dict(overrides) and first is not None and first.stage != name:
         rule = "the config of a later stage is no run of its own"
         raise ConfigError(rule, file, f"go on with it by: chainlora extend {run} --name {name} …")
+    if is_elsewhere and "output" not in dict(overrides):
+        rule = "a run that was moved or copied must be told where it is"
+        raise ConfigError(rule, f"output: {output} in {file}", f"add --output {run}")
     return "main" if is_elsewhere else name
 
 
@@ -280,7 +280,7 @@ def _show_plan(stages: Sequence[Stage], change: Sequence[str], as_json: bool) ->
         stage, left = where.stage, _left_to_do(where)
         ranks = ", ".join(map(str, stage.config.chain.ranks))
         data = stage.config.data
-        rows = ", ".join(each.path for each in data.train_files) or data.task
+        rows = ", ".join(each.path for each in data.train_files) or data.task or "kept rows"
         does = {
             "finished": f"finished, {left or 'nothing to do'}",
             "stopped": f"goes on from step {where.step}",

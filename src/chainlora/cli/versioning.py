@@ -305,9 +305,9 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     """Delete STAGE of RUN for good: links, kept rows, config, records, result, scores.
 
     Stages that were trained on top of it stay, without its links. Mixes, combinations and
-    rehearsals that were computed from its rows go with it. Without --yes nothing is deleted, and
-    the exit status is 1. To switch a stage off, and on again, take mix; to go back to what was
-    before it, take undo.
+    rehearsals that were computed from it go with it, and stages on top of combinations. Without
+    --yes nothing is deleted, and the exit status is 1. To switch a stage off, and on again, take
+    mix; to go back to what was before it, take undo.
     """
     folder = whole_run(run)
     quiet()
@@ -322,7 +322,7 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
         shown = {"run": run, "stage": stage, "deleted": yes, "files": gone}
         print_json(shown | {"computed": found.with_it, "again": again, "now": found.now})
     else:
-        for what in [*gone, *(f"{name}, computed from its rows" for name in found.with_it)]:
+        for what in [*gone, *(f"{name}, computed from it" for name in found.with_it)]:
             click.echo(f"{'deleted' if yes else 'would delete'} {what}")
         if found.later:
             how = "".join(f"\n  {line}" for line in again)

@@ -27,7 +27,7 @@ from typing import Any
 
 from chainlora.config.reading import make_config, set_key
 from chainlora.config.schema import LENGTHS, READ_WITH, RunConfig
-from chainlora.errors import ConfigError, RunError
+from chainlora.errors import ConfigError, RunError, nearest
 from chainlora.files import reported
 
 # What an export has one of, or the base has one of: a stage cannot say otherwise.
@@ -144,6 +144,9 @@ def make_stage(shared: Mapping[str, Any], section: Mapping[str, Any], place: int
     try:
         on = standing(section, place)
         unknown = [key for key in section if key not in ("name", *STANDING, *_SECTIONS)]
+        if unknown and unknown[0] not in RunConfig.model_fields:
+            hint = nearest(unknown[0], ("name", *STANDING, *_SECTIONS))
+            raise ConfigError(f"unknown key `{unknown[0]}`{hint}")
         if unknown:
             raise ConfigError(
                 "a stage must say its name, data, chain and train, and nothing of the whole run",

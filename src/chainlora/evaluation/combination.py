@@ -39,7 +39,7 @@ Modules = dict[str, Tensor]  # A by module
 
 def combine(
     run: str | Path,
-    names: Sequence[str | Path] = (),
+    names: str | Path | Sequence[str | Path] = (),
     *,
     output: str | Path | None = None,
     progress: Progress | None = None,
@@ -56,6 +56,7 @@ def combine(
     """
     folder = whole_run(run)
     history = read_history(folder)
+    names = [names] if isinstance(names, str | Path) else names
     own = [str(name) for name in names if history.find(str(name)) is not None]
     others = [_find_ended(name) for name in names if str(name) not in own]
     ends = history.ends(history.head)

@@ -147,7 +147,7 @@ def need_same_base(history: History, state: OpenState) -> None:
         name
         for name, here, there in (
             ("base model", history.empty.base, other.empty.base),
-            ("tokenizer", history.tokenizer, other.tokenizer),
+            ("tokenizer", _own_tokenizer(history), _own_tokenizer(other)),
             ("chain.hold", history.hold, other.hold),
         )
         if here != there
@@ -155,6 +155,12 @@ def need_same_base(history: History, state: OpenState) -> None:
     if differing:
         rule, remedy = "runs that are combined must share their base", "train one of them again"
         raise RunError(rule, f"another {differing[0]} in {state.run}", remedy)
+
+
+def _own_tokenizer(history: History) -> dict[str, str]:
+    """Return the files of a tokenizer that is not the base's; an adapter may come with that."""
+    is_of_base = history.tokenizer.items() <= (history.base.files or {}).items()
+    return {} if is_of_base else history.tokenizer
 
 
 def take_in(run: Path, state: OpenState) -> str:

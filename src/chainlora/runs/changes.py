@@ -195,8 +195,9 @@ def plan_pruning(run: str | Path, name: str) -> Pruning:
     stay = [each.key for each in after.entries if each.kind == "stage"]
     on_top = [key for key in stay if name in {below.key for below in history.lineage(key)}]
     before = BASE if entry is None else entry.parent
-    left = [end for key in history.ends(history.head) for end in _left_of(key, history, after)]
-    left = [*dict.fromkeys(left)] if left != after.ends(after.head) else []
+    ends = history.ends(history.head)
+    left = history.outer(end for key in ends for end in _left_of(key, history, after))
+    left = left if left != after.ends(after.head) else []
     now = None if after.head == history.head else after.head
     return Pruning(name, sorted(_unnamed(run, after)), with_it, on_top, before, left, now)
 
@@ -285,7 +286,7 @@ def _without(history: History, name: str) -> tuple[History, list[str]]:
     def nearest(key: str) -> str:
         """Return an entry, or if it goes, what is left of it: a combination of all that it was
         computed from, or the first of these."""
-        left = [key for key in stays([key]) if key != BASE] or [BASE]
+        left = history.outer(key for key in stays([key]) if key != BASE) or [BASE]
         same = (e.key for e in history.entries if e.kind == "combine" and [*e.parents] == left)
         return next((key for key in same if key not in gone), left[0])
 

@@ -168,7 +168,10 @@ def _need_answers(stage: Stage, losses: Mapping[str, str], now: OpenState | None
         found += [f"{now.entry.key}, whose strengths would be lost"]
     if found:
         rule = "by default a stage with answers of its own stands beside others"
-        raise RunError(rule, found[0], "--beside, or beside: true, does it all the same")
+        remedy = "--beside, or beside: true, does it all the same"
+        if found[0].startswith("data."):  # a stage beside others reads nothing of them
+            remedy = "leave it out to train beside them"
+        raise RunError(rule, found[0], remedy)
 
 
 def _began_beside(stage: Stage, begun: OpenState) -> bool:
@@ -193,8 +196,12 @@ def is_combination_due(history: History, stage: Stage) -> bool:
 
 
 def is_rehearsal_due(history: History, stage: Stage) -> bool:
-    """Say whether the run is a combination, with this stage as the last, that was not rehearsed."""
+    """Say whether the run is a combination, with a stage that it was without before, which nothing
+    has rehearsed."""
     now = history.find(history.head)
-    if not stage.rehearse or now is None or now.kind != "combine" or stage.name != now.parents[-1]:
+    if not stage.rehearse or now is None or now.kind != "combine":
         return False
-    return not any(each.is_rehearsal and each.parents == (now.key,) for each in history.entries)
+    before = history.ends(history.past[-1]) if history.past else []
+    is_new = stage.name in now.parents and stage.name not in before
+    is_done = any(each.is_rehearsal and each.parents == (now.key,) for each in history.entries)
+    return is_new and not is_done
