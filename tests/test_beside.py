@@ -594,7 +594,7 @@ def test_what_a_combination_leaves_is_named(abc, sentiment, caplog):
     add(sentiment, abc, "d2")
     assert f"{abc} was {below}, which is not in the combination" in caplog.text
     undo(abc, "c")
-    combine(abc, "abc")
+    combine(abc, [*"abc"])
     train_stages(extension(f"{abc}@b", section(sentiment, "d")))
     assert f"chainlora combine {abc} a c d" in caplog.text
     assert combine(abc, ["a", "c", "d"]).stages == ["a", "b", "c", "d"]

@@ -217,22 +217,24 @@ def script(path: str) -> ModuleType:
 
 
 ARMS = {
-    "combined rehearsed": "beside, combined, rehearsed",
-    "on top rehearsed": "on top, rehearsed",
+    "combined twice rehearsed": "beside, combined, rehearsed",
+    "combined twice": "beside, combined",
+    "combined rehearsed": "beside, combined in one pass, rehearsed",
+    "combined": "beside, combined in one pass",
     "replay": "on top, replay",
-    "combined": "beside, combined",
+    "on top rehearsed": "on top, rehearsed",
     "on top": "on top",
 }
 
 
-def arm(name: str, study: int = 0) -> list[Mapping[str, Any]]:
-    """The test cells of an arm, by seed: of the primary study, or 1, that of the own question, or
-    2, that of all at once, which has the first three seeds."""
+def arm(name: str, study: str = "primary", of: int | None = None) -> list[Mapping[str, Any]]:
+    """The test cells of an arm with the settings of a study, of its first `of` seeds."""
     plan = yaml.safe_load((BENCHMARKS / "stages/plan.yaml").read_text(encoding="utf-8"))
-    of_arm = script("stages/table.py").of_arm
-    found = of_arm(lines("stages/results.jsonl"), plan["studies"][study], plan["defaults"], name)
-    assert sorted(found) == plan["studies"][study]["seeds"]
-    return [found[seed] for seed in sorted(found)]
+    named = next(each for each in plan["studies"] if each["name"] == study)
+    settings, seeds = plan["defaults"] | named.get("change", {}), named["seeds"][:of]
+    found = script("stages/table.py").of_arm(lines("stages/results.jsonl"), named, settings, name)
+    assert {*seeds} <= found.keys()
+    return [found[seed] for seed in seeds]
 
 
 def right(cells: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -240,7 +242,7 @@ def right(cells: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def stages() -> Rows:
-    """The arms of the primary study, and the own question of those that the rule needs."""
+    """The arms of the primary study, and the own question of those that the rules need."""
     forgetting = script("stages/table.py").forgetting
     heads = "arm | right, % | forgotten, points | steps | kept rows trained on | exported rank"
     rows: Rows = [(*heads.split(" | "), "own question, right, %")]
@@ -250,18 +252,19 @@ def stages() -> Rows:
         grams = 32 * 5 if "combined" in name else 0  # of a task, of five, read for Grams
         old, steps = (fmean(cell[key] for cell in cells) for key in ("old_rows", "steps"))
         rank = 8 * (5 + name.endswith("rehearsed"))
-        own = number(fmean(right(arm(name, 1))), 1, "-") if name.endswith("rehearsed") else MISSING
+        has_own = name.endswith("rehearsed") or "twice" in name
+        own = number(fmean(right(arm(name, "own question"))), 1, "-") if has_own else MISSING
         counts = f"{steps:.0f}", f"{old - grams:.0f}", f"{rank}", own
         rows.append((shown, *(estimate(v, 1, "-") for v in (right(cells), lost)), *counts))
-    together = arm("all at once", 2)
+    together = arm("all at once", "all at once")
     mean, counts = estimate(right(together), 1, "-"), (f"{together[0]['steps']}", "320", "40")
     rows.append(("all at once, three seeds", mean, MISSING, *counts, MISSING))
     return rows
 
 
-def all_at_once_ahead() -> str:
-    """The mean difference of all at once and the default on the seeds of both, in points."""
-    pairs = zip(right(arm("all at once", 2)), right(arm("combined rehearsed")), strict=False)
+def all_at_once_ahead(of: str = "combined twice rehearsed") -> str:
+    """The mean difference of all at once and another arm on the seeds of both, in points."""
+    pairs = zip(right(arm("all at once", "all at once")), right(arm(of, of=3)), strict=True)
     return number(fmean(a - b for a, b in pairs), 1, "-")
 
 
