@@ -473,7 +473,9 @@ def test_a_stage_beside_nothing_is_what_the_run_becomes(abc, sentiment):
     stage = section(sentiment, "d")
     train_stages(extension(f"{abc}@start", stage), matrix=False)
     undo(abc, "base")
-    extend(abc, stage, progress=False)
+    file = sentiment.with_name("d.yaml")
+    file.write_text(json.dumps(stage))
+    extend(abc, file, progress=False)
     assert open_run(abc).entry.key == "d"  # not a combination of one, and its rehearsal
 
 

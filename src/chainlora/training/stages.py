@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from chainlora.chain.showing import Shown
-from chainlora.config.reading import make_config, read_config
+from chainlora.config.reading import make_config, read_config, read_tree
 from chainlora.config.schema import RunConfig
 from chainlora.config.staging import Stage, check_alone, has_stages, make_stages
 from chainlora.errors import StoppedError
@@ -89,7 +89,7 @@ def train(
 
 def extend(
     run: str | Path,
-    stage: Mapping[str, Any],
+    stage: Mapping[str, Any] | str | Path,
     *,
     beside: bool | None = None,
     rehearse: bool = True,
@@ -104,12 +104,13 @@ def extend(
     answers, and on top of a named state, and with a warning for pairs, on a mix, with `data.replay`
     or `data.new_rows_only`, and where a combination is not possible.
 
-    `stage` has a `name`, and the sections data, chain and train; what it leaves open is as in the
-    stage before, but for rows, ranks, lengths and how the end is chosen: a warning names those keys
+    `stage`, or the YAML file of that path, has a `name`, and the sections data, chain and train;
+    what it leaves open is as in the stage before, but for rows, ranks, lengths and how the end is chosen: a warning names those keys
     of the stage before. With `output` it becomes a fork that begins on `run`. The same call again
     goes on where it was stopped.
     """
-    stages = extension(run, stage, beside=beside, rehearse=rehearse)
+    section = read_tree(stage) if isinstance(stage, str | Path) else stage
+    stages = extension(run, section, beside=beside, rehearse=rehearse)
     return _of_stages(stages, listener, (), progress)
 
 
