@@ -105,9 +105,9 @@ def extend(
     or `data.new_rows_only`, and where a combination is not possible.
 
     `stage`, or the YAML file of that path, has a `name`, and the sections data, chain and train;
-    what it leaves open is as in the stage before, but for rows, ranks, lengths and how the end is chosen: a warning names those keys
-    of the stage before. With `output` it becomes a fork that begins on `run`. The same call again
-    goes on where it was stopped.
+    what it leaves open is as in the stage before, but for rows, ranks, lengths and how the end is
+    chosen: a warning names those keys of the stage before. With `output` it becomes a fork that
+    begins on `run`. The same call again goes on where it was stopped.
     """
     section = read_tree(stage) if isinstance(stage, str | Path) else stage
     stages = extension(run, section, beside=beside, rehearse=rehearse)
