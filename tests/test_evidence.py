@@ -425,11 +425,22 @@ SENTENCES: list[tuple[str, Callable[[], Iterable[str]]]] = [  # a text of the pa
     ),
     ("on top less one LoRA: {} points", lambda: [orders_less_one_lora()]),
     (
-        "less on top, rehearsed: {} points",
+        "in one pass, rehearsed, less on top, rehearsed: {} points",
         lambda: [ahead("combined rehearsed", "on top rehearsed")],
     ),
     ("on top, rehearsed, less replay: {} points", lambda: [ahead("on top rehearsed", "replay")]),
-    ("combined, rehearsed, less replay: {}", lambda: [ahead("combined rehearsed", "replay")]),
+    (
+        "both rehearsed: {} points; without rehearsal: {}; two passes, rehearsed, less replay: {}.",
+        lambda: [
+            ahead("combined twice rehearsed", "combined rehearsed"),
+            ahead("combined twice", "combined"),
+            ahead("combined twice rehearsed", "replay"),
+        ],
+    ),
+    (
+        "less in one pass, rehearsed: {}.",
+        lambda: [ahead("combined twice", "combined rehearsed")],
+    ),
     ("all at once is {} points ahead", lambda: [all_at_once_ahead()]),
     (
         "takes {} to {} of its memory at {} to {} times its speed",

@@ -24,9 +24,9 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 # --- stages
 
 ARMS = {  # of benchmarks/stages: the commands
-    "combined rehearsed": "extend",
+    "combined twice rehearsed": "extend",
+    "combined twice": "extend --no-rehearsal",
     "replay": "extend with data.replay",
-    "combined": "extend --no-rehearsal",
     "on top rehearsed": "extend --on-top, then rehearse",
     "on top": "extend --on-top",
 }
