@@ -296,11 +296,14 @@ def test_a_rehearsal_reads_as_many_rows_of_each_stage(abc, capsys):
     assert (stage.name, stage.config.chain.ranks, stage.config.chain.steps) == (
         "rehearsal",
         (2,),
-        (40,),
+        (9,),  # 12, 12 and 12 training rows, each twice, 8 at once
     )
+    assert stage.config.train.lr == pytest.approx(0.3 * open_run(f"{abc}@c").config().train.lr)
+    (stage,) = rehearsal(abc, {"train": {"batch_size": 24, "lr": 1e-4}})
+    assert (stage.config.chain.steps, stage.config.train.lr) == ((3,), 1e-4)
     (result,) = train_stages(rehearsal(abc, {"chain": {"steps": [2]}}))
     assert result is not None
-    # 12, 12 and 12 training rows: 8 of each in an epoch
+    # 8 of each in an epoch
     assert (result["rows"], result["data"]["train"]["weights"]) == (36, [8 / 12] * 3)
     assert open_run(abc).entry.is_rehearsal
     assert train_stages(rehearsal(abc, {"chain": {"steps": [2]}})) == [

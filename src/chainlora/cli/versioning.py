@@ -50,8 +50,8 @@ def extend(
 ) -> None:
     """Train one more stage of RUN: new data, fresh links, the same chain.
 
-    It is trained beside the others, combined with them in closed form, and rehearsed for 40 steps
-    on rows that all stages kept. On top of RUN it is trained with --on-top, on RUN@STAGE, on a mix,
+    It is trained beside the others, combined with them in closed form, and rehearsed on rows that
+    all stages kept. On top of RUN it is trained with --on-top, on RUN@STAGE, on a mix,
     on pairs, with data.replay or data.new_rows_only, and where it cannot be combined.
 
     Give at least the name, the rows, the ranks and the length: --name law --data.train law.jsonl

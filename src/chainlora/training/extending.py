@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, count
+from math import ceil
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ from chainlora.training.placement import can_stand
 
 logger = logging.getLogger(__name__)
 
-REHEARSAL, STEPS = "rehearsal", 40
-RATE = 0.3  # of the last stage's learning rate: benchmarks/stages
+REHEARSAL = "rehearsal"
+RATE, ROWS = 0.3, 256  # of the last stage's learning rate; of each stage (benchmarks/stages)
 
 
 def extension(
@@ -105,7 +106,8 @@ def rehearsal(
 ) -> list[Stage]:
     """Return a short stage on rows that all stages of a run kept, as many of each (`rehearse`).
 
-    A rehearsal of what the run is that was stopped goes on; one that it ended in is returned.
+    By default it reads `ROWS` of each stage, or twice what that kept. A rehearsal of what the run
+    is that was stopped goes on; one that it ended in is returned.
     """
     now = find_state(run)
     drafts = {name: read_draft(now.run, name).entry for name in drafts_in(now.run, now.history)}
@@ -121,12 +123,15 @@ def rehearsal(
         set_key(own, key, value)
     rows = {"rehearse": True, "replay": None, "new_rows_only": False}
     own["data"] = rows | section_of(own, "data")
-    given, largest = section_of(own, "chain"), max((facts.rank for facts in now.facts), default=8)
-    length = {} if given.keys() & {*LENGTHS} else {"steps": [STEPS]}
-    own["chain"] = {"ranks": [largest]} | length | given
-    before = _stage_before(now).config().train
+    before, kept = _stage_before(now).config().train, now.kept().values()
     rate = {} if before.loss in PAIR_LOSSES else {"lr": RATE * before.lr}
-    own["train"] = {"loss": None} | rate | section_of(own, "train")  # not on pairs
+    train = {"loss": None} | rate | section_of(own, "train")  # not on pairs
+    num_rows = sum(min(ROWS, 2 * len(e.train)) for e in kept if e.loss not in PAIR_LOSSES)
+    size = train.get("batch_size", before.batch_size)
+    steps = max(1, ceil(num_rows / size)) if isinstance(size, int) and size > 0 else 1  # refused
+    given, largest = section_of(own, "chain"), max((facts.rank for facts in now.facts), default=8)
+    length = {} if given.keys() & {*LENGTHS} else {"steps": [steps]}
+    own |= {"chain": {"ranks": [largest]} | length | given, "train": train}
     return extension(run, own)
 
 

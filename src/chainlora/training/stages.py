@@ -123,9 +123,10 @@ def rehearse(
 ) -> TrainResult:
     """Train a short stage on rows that all stages of a run kept, as many of each.
 
-    `stage` may have sections of a stage, by default one link of 40 steps and the largest rank
-    of the run's links. The same call again goes on where it was stopped; where the run ends in a
-    rehearsal, it does nothing. Returns what ``result.json`` holds.
+    `stage` may have sections of a stage, by default one link of the largest rank of the run's, for
+    256 rows of each stage, or twice what that kept, at 0.3 of the last stage's rate. The same call
+    again goes on where it was stopped; where the run ends in a rehearsal, it does nothing. Returns
+    what ``result.json`` holds.
     """
     return _of_stages(rehearsal(run, stage or {}), listener, (), progress)
 
