@@ -262,6 +262,34 @@ def stages() -> Rows:
     return rows
 
 
+ALL_KEPT = "second pass, all rows kept"
+LENGTHS = {0: "", 40: "", 80: ", 80 steps", 160: ", 160 steps"}  # rehearsal, the study's name
+
+
+def of_length(steps: int) -> list[Mapping[str, Any]]:
+    name = "combined twice rehearsed" if steps else "combined twice"
+    return arm(name, f"{ALL_KEPT}{LENGTHS[steps]}")
+
+
+def behind(steps: int) -> str:
+    """How far all at once is ahead of a length of rehearsal, in points, on the same seeds."""
+    pairs = zip(right(arm("all at once", "all at once")), right(of_length(steps)), strict=True)
+    return number(fmean(a - b for a, b in pairs), 1, "-")
+
+
+def rehearsals() -> Rows:
+    """The combination with all rows kept, by the length of rehearsal."""
+    forgetting = script("stages/table.py").forgetting
+    heads = "steps of rehearsal | all steps | right, % | forgotten, points | behind all at once"
+    rows: Rows = [heads.split(" | ")]
+    for steps in LENGTHS:
+        cells = of_length(steps)
+        lost = [100 * forgetting(cell) for cell in cells]
+        shown = (estimate(values, 1, "-") for values in (right(cells), lost))
+        rows.append((f"{steps}", f"{cells[0]['steps']}", *shown, behind(steps)))
+    return rows
+
+
 def all_at_once_ahead(of: str = "combined twice rehearsed") -> str:
     """The mean difference of all at once and another arm on the seeds of both, in points."""
     pairs = zip(right(arm("all at once", "all at once")), right(arm(of, of=3)), strict=True)
@@ -443,6 +471,10 @@ SENTENCES: list[tuple[str, Callable[[], Iterable[str]]]] = [  # a text of the pa
     ),
     ("all at once is {} points ahead", lambda: [all_at_once_ahead()]),
     (
+        "one seed: {:.1f} % there, and the combination {:.1f} %.",
+        lambda: right(arm("replay", f"{ALL_KEPT}, 160 steps", 1)) + right(of_length(160)[:1]),
+    ),
+    (
         "takes {} to {} of its memory at {} to {} times its speed",
         checkpointing,
     ),
@@ -465,7 +497,7 @@ NOT_MEASURED = {
 
 TABLES: dict[str, Callable[[], Rows]] = {
     table.__name__: table
-    for table in (soft_lab, soft_smollm2, whole, classification, stages, speed)
+    for table in (soft_lab, soft_smollm2, whole, classification, stages, rehearsals, speed)
 }
 NUMBER = re.compile(r"(?<![\w.-])[+−]?\d[\d,]*\.\d+(?:e-\d+)?M?|[+−]\d+")
 
