@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from types import ModuleType
@@ -32,6 +33,15 @@ ARMS = {  # of benchmarks/stages: the commands
 }
 
 
+NOTED = {  # studies of fewer seeds: the arm, and what it is
+    "all at once": ("all at once", "One LoRA on all rows at once"),
+    "second pass, all rows kept, 160 steps": (
+        "combined twice rehearsed",
+        "extend with all rows kept",
+    ),
+}
+
+
 def stages(results: Path = BENCHMARKS / "stages/results.jsonl") -> str:
     """Return the arms of the primary study as bars: test rows right at the end, a point a seed.
 
@@ -49,10 +59,14 @@ def stages(results: Path = BENCHMARKS / "stages/results.jsonl") -> str:
     planned, tasks, rows = len(study["seeds"]), len(plan["tasks"]), plan["rows"]
     done = len(seeds) == planned
     counted = f"{planned} seeds" if done else f"{len(seeds)} of {planned} seeds"
-    apart = next(each for each in plan["studies"] if each["name"] == "all at once")
-    together = table.of_arm(cells, apart, plan["defaults"], "all at once")
+    note = "Lines: 95 % t intervals." if done else "Each has its own order of tasks."
+    lines = [
+        f"Circles: seeds. {note}",
+        f"Old rows: reads of the {plan['defaults']['kept']} kept rows of each task.",
+        *_notes(table, cells, plan["studies"], plan["defaults"]),
+    ]
     card = Card(
-        94 + 56 * len(ARMS) + 52 + 20 * bool(together),
+        94 + 56 * len(ARMS) + 12 + 20 * len(lines),
         f"Stages: right answers at the end, {counted}",
     )
     card.text(EDGE, 28, f"Right answers after {tasks} stages, {counted}", bold=True, size=16)
@@ -76,17 +90,21 @@ def stages(results: Path = BENCHMARKS / "stages/results.jsonl") -> str:
         for share in shares[arm]:
             card.dot(EDGE + full * share, y + 19, "ink", radius=4, hollow=True)
         card.text(WIDTH - EDGE, y + 24, f"{100 * mean:.0f} %", anchor="end", bold=True)
-    note = "Lines: 95 % t intervals." if done else "Each has its own order of tasks."
-    below = card.height - 38
-    if together:
-        mean = fmean(map(table.average, together.values()))
-        text = f"One LoRA on all rows at once: {100 * mean:.0f} % ({len(together)} seeds)."
-        below -= 20
-        card.text(EDGE, card.height - 18, text, kind="soft")
-    card.text(EDGE, below, f"Circles: seeds. {note}", kind="soft")
-    text = f"Old rows: reads of the {plan['defaults']['kept']} kept rows of each task."
-    card.text(EDGE, below + 20, text, kind="soft")
+    for place, text in enumerate(reversed(lines)):
+        card.text(EDGE, card.height - 18 - 20 * place, text, kind="soft")
     return card.svg()
+
+
+def _notes(
+    table: ModuleType, cells: list[dict[str, Any]], studies: list[Any], defaults: dict[str, Any]
+) -> Iterator[str]:
+    """Yield what studies of fewer seeds have."""
+    for study in studies:
+        arm, text = NOTED.get(study["name"], ("", ""))
+        found = table.of_arm(cells, study, defaults | study.get("change", {}), arm)
+        if found:
+            mean = fmean(map(table.average, found.values()))
+            yield f"{text}: {100 * mean:.0f} % ({len(found)} seeds)."
 
 
 def _module(path: Path) -> ModuleType:
