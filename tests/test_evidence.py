@@ -277,6 +277,12 @@ def behind(steps: int) -> str:
     return number(fmean(a - b for a, b in pairs), 1, "-")
 
 
+def replayed() -> list[str]:
+    """What replay of as many old rows as 160 steps read has, and by seed; by seed the rehearsal."""
+    replay, own = (right(e) for e in (arm("replay", f"{ALL_KEPT}, 160 steps"), of_length(160)))
+    return [number(value, 1, "-") for value in (fmean(replay), *replay, *own)]
+
+
 def rehearsals() -> Rows:
     """The combination with all rows kept, by the length of rehearsal."""
     forgetting = script("stages/table.py").forgetting
@@ -471,8 +477,8 @@ SENTENCES: list[tuple[str, Callable[[], Iterable[str]]]] = [  # a text of the pa
     ),
     ("all at once is {} points ahead", lambda: [all_at_once_ahead()]),
     (
-        "one seed: {:.1f} % there, and the combination {:.1f} %.",
-        lambda: right(arm("replay", f"{ALL_KEPT}, 160 steps", 1)) + right(of_length(160)[:1]),
+        "old rows has {} %; by seed {}, {} and {}, the combination {}, {} and {}.",
+        replayed,
     ),
     (
         "takes {} to {} of its memory at {} to {} times its speed",
