@@ -28,6 +28,7 @@ from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import log, mix_stages, plan_pruning, prune_stage, redo, undo
 from chainlora.runs.history import read_history
 from chainlora.runs.loading_start import with_start
+from chainlora.training import extending
 from chainlora.training.events import Event, KeptRowsRead, StageBegins
 from chainlora.training.plan import make_plan
 from chainlora.training.stages import extension, rehearsal, train_stages
@@ -289,7 +290,7 @@ def test_a_pruned_stage_leaves_no_trace(abc, ac, capsys):
         assert not [word for word in words if f'"{word}"'.encode() in data], path
 
 
-def test_a_rehearsal_reads_as_many_rows_of_each_stage(abc, capsys):
+def test_a_rehearsal_reads_as_many_rows_of_each_stage(abc, capsys, monkeypatch):
     assert cli(["rehearse", f"{abc}", "--dry-run"]) == 0
     assert capsys.readouterr().out == "rehearsal: would train links of rank 2 on kept rows\n"
     (stage,) = rehearsal(abc, {})
@@ -299,6 +300,9 @@ def test_a_rehearsal_reads_as_many_rows_of_each_stage(abc, capsys):
         (9,),  # 12, 12 and 12 training rows, each twice, 8 at once
     )
     assert stage.config.train.lr == pytest.approx(0.3 * open_run(f"{abc}@c").config().train.lr)
+    monkeypatch.setattr(extending, "ROWS", 16)  # where stages keep more
+    assert rehearsal(abc, {})[0].config.chain.steps == (6,)
+    monkeypatch.undo()
     (stage,) = rehearsal(abc, {"train": {"batch_size": 24, "lr": 1e-4}})
     assert (stage.config.chain.steps, stage.config.train.lr) == ((3,), 1e-4)
     (result,) = train_stages(rehearsal(abc, {"chain": {"steps": [2]}}))

@@ -196,10 +196,17 @@ def plan_pruning(run: str | Path, name: str) -> Pruning:
     on_top = [key for key in stay if name in {below.key for below in history.lineage(key)}]
     before = BASE if entry is None else entry.parent
     ends = history.ends(history.head)
-    left = history.outer(end for key in ends for end in _left_of(key, history, after))
+    left = _outer(history, (end for key in ends for end in _left_of(key, history, after)))
     left = left if left != after.ends(after.head) else []
     now = None if after.head == history.head else after.head
     return Pruning(name, sorted(_unnamed(run, after)), with_it, on_top, before, left, now)
+
+
+def _outer(history: History, keys: Iterable[str]) -> list[str]:
+    """Return those of some entries that no other of them was computed from, once each."""
+    found = [*dict.fromkeys(keys)]
+    below = {entry.key for key in found for entry in history.lineage(key) if entry.key != key}
+    return [key for key in found if key not in below]
 
 
 def _left_of(key: str, history: History, after: History) -> list[str]:
@@ -286,7 +293,7 @@ def _without(history: History, name: str) -> tuple[History, list[str]]:
     def nearest(key: str) -> str:
         """Return an entry, or if it goes, what is left of it: a combination of all that it was
         computed from, or the first of these."""
-        left = history.outer(key for key in stays([key]) if key != BASE) or [BASE]
+        left = _outer(history, (key for key in stays([key]) if key != BASE)) or [BASE]
         same = (e.key for e in history.entries if e.kind == "combine" and [*e.parents] == left)
         return next((key for key in same if key not in gone), left[0])
 

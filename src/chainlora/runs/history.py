@@ -284,12 +284,6 @@ class History(Document):
             return [end for parent in entry.parents for end in self.ends(parent)]
         return [key]
 
-    def outer(self, keys: Iterable[str]) -> list[str]:
-        """Return those of some entries that no other of them was computed from, once each."""
-        found = [*dict.fromkeys(keys)]
-        below = {entry.key for key in found for entry in self.lineage(key) if entry.key != key}
-        return [key for key in found if key not in below]
-
     def moved(self, key: str) -> History:
         """Return this with another head, from which `undo` comes back."""
         if key == self.head:

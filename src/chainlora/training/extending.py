@@ -38,7 +38,8 @@ from chainlora.training.placement import can_stand
 logger = logging.getLogger(__name__)
 
 REHEARSAL = "rehearsal"
-RATE, ROWS = 0.3, 256  # of the last stage's learning rate; of each stage (benchmarks/stages)
+RATE = 0.3  # of the last stage's learning rate, and
+ROWS = 256  # that a rehearsal reads of each stage: benchmarks/stages
 
 
 def extension(
@@ -128,7 +129,8 @@ def rehearsal(
     train = {"loss": None} | rate | section_of(own, "train")  # not on pairs
     num_rows = sum(min(ROWS, 2 * len(e.train)) for e in kept if e.loss not in PAIR_LOSSES)
     size = train.get("batch_size", before.batch_size)
-    steps = max(1, ceil(num_rows / size)) if isinstance(size, int) and size > 0 else 1  # refused
+    is_size = isinstance(size, int) and size > 0  # else it is refused below
+    steps = max(1, ceil(num_rows / size)) if is_size else 1
     given, largest = section_of(own, "chain"), max((facts.rank for facts in now.facts), default=8)
     length = {} if given.keys() & {*LENGTHS} else {"steps": [steps]}
     own |= {"chain": {"ranks": [largest]} | length | given, "train": train}
