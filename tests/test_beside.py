@@ -482,6 +482,8 @@ def test_a_stage_beside_nothing_is_what_the_run_becomes(abc, sentiment):
     undo(abc, "base")
     file = sentiment.with_name("d.yaml")
     file.write_text(json.dumps(stage))
+    (planned,) = make_plan(extension(abc, stage, beside=True, rehearse=True)).stages
+    assert not planned.stage.rehearse  # nor promised
     extend(abc, file, progress=False)
     assert open_run(abc).entry.key == "d"  # not a combination of one, and its rehearsal
 
@@ -516,10 +518,15 @@ def test_the_config_of_a_later_stage_is_for_extend_also_in_a_copy(abc, chainlora
     chainlora("train", config).refused(f"go on with it by: chainlora extend {abc} --name b")
 
 
-def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, capsys):
+def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, capsys, caplog):
     train_stages(extension(f"{ac}@start", section(sentiment, "d")), matrix=False)  # not combined
     file = sentiment.with_name("d.yaml")
     file.write_text(json.dumps(section(sentiment, "d")))
+    other = json.dumps(section(sentiment, "b"))
+    file.with_name("b.yaml").write_text(other)
+    assert cli(["extend", f"{ac}", f"{file.with_name('b.yaml')}", "--dry-run"]) == 0
+    assert f"stage d has ended and is not in {ac}" in caplog.text
+    capsys.readouterr()
     ask = ["extend", f"{ac}", f"{file}", "--no-rehearsal"]
     assert cli([*ask, "--dry-run"]) == 0
     assert capsys.readouterr().out == "d: finished, then a combination\n"
@@ -795,6 +802,13 @@ def test_what_cannot_stand_beside_others_is_refused_before_training(
     stage[part] = stage.get(part, {}) | keys
     with pytest.raises(ConfigError, match=f"is combined with them .got {key} of d.; leave it out"):
         extension(abc, stage, beside=True)
+
+
+def test_rows_of_nothing_below_are_not_left_out_in_silence(abc, sentiment):
+    stage = section(sentiment, "d")
+    stage["data"]["new_rows_only"] = True
+    with pytest.raises(RunError, match="none below, since it stands beside the others"):
+        make_plan(extension(abc, stage, beside=True))
 
 
 def test_inputs_that_no_combination_has():

@@ -316,7 +316,7 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
 
     found = (prune_stage if yes else plan_pruning)(folder, stage)
     gone = [str(path) for path in found.gone]
-    fork = f"chainlora extend {run}@{found.before} {{0}}.yaml --name {{0}} --output FOLDER"
+    fork = f"chainlora extend {run}@{found.before} STAGE.yaml --name {{0}} --output FOLDER"
     again = [fork.format(name) for name in found.later]
     if as_json:
         shown = {"run": run, "stage": stage, "deleted": yes, "files": gone}

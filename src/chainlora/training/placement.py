@@ -85,8 +85,9 @@ def placed(planned: Sequence[StagePlan], now: OpenState | None, start: Start) ->
 
     A stage that was begun stays where it was. A new one stands where its key `beside` says, by
     default beside the others if it can be combined with them and their rows are answers; else a
-    warning says why. After the last of those that stand beside each other comes a rehearsal. `now`
-    is what the run is, None before its first stage has ended, which begins on `start`.
+    warning says why. After the last of those that stand beside each other comes a rehearsal, unless
+    there is no other. `now` is what the run is, None before its first stage has ended, which begins
+    on `start`.
 
     Raises ConfigError or RunError for what was begun elsewhere, or cannot be combined.
     """
@@ -99,9 +100,9 @@ def placed(planned: Sequence[StagePlan], now: OpenState | None, start: Start) ->
             before = [other.stage for other in planned[:place] if other.state != "finished"]
             is_beside = can_stand(stage, before, now, start)
         stages.append(replace(stage, beside=is_beside))
-    found = []
+    found, is_alone = [], len(stages) == 1 and now is not None and now.key == now.history.origin
     for each, stage, then in zip(planned, stages, [*stages[1:], None], strict=True):
-        is_last = bool(stage.beside) and (then is None or not then.beside)
+        is_last = bool(stage.beside) and not is_alone and (then is None or not then.beside)
         found.append(replace(each, stage=replace(stage, rehearse=stage.rehearse and is_last)))
     return found
 
@@ -189,10 +190,19 @@ def _began_beside(stage: Stage, begun: OpenState) -> bool:
 def is_combination_due(history: History, stage: Stage) -> bool:
     """Say whether a stage beside others is neither in what the run is, nor in a combination that it
     has been."""
-    combined = [entry for entry in history.entries if entry.kind == "combine"]
-    taken_in = {key for entry in combined for key in entry.parents}
-    taken_in |= {entry.key for entry in history.lineage(history.head)}
-    return bool(stage.beside) and stage.name not in taken_in
+    return bool(stage.beside) and stage.name not in _taken_in(history, history.head)
+
+
+def left_out(history: History) -> list[str]:
+    """Return the stages that have ended and never were in what the run was, as after a kill."""
+    inside = _taken_in(history, history.head, *history.past, *history.future)
+    return [name for name in history.own_stages if name not in inside]
+
+
+def _taken_in(history: History, *heads: str) -> set[str]:
+    """Return what has been in a combination, and all that some entries were computed from."""
+    found = {key for each in history.entries if each.kind == "combine" for key in each.parents}
+    return found | {entry.key for head in heads for entry in history.lineage(head)}
 
 
 def is_rehearsal_due(history: History, stage: Stage) -> bool:

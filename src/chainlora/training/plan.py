@@ -7,6 +7,7 @@ and every stage is trained by it.
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from chainlora.runs.resuming import (
 )
 from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.state import OpenState
-from chainlora.training.placement import StagePlan, begins_on, need_below, placed
+from chainlora.training.placement import StagePlan, begins_on, left_out, need_below, placed
 from chainlora.training.refusing import check_due, naming
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,15 @@ def _start_of(first: StagePlan, there: OpenState | None, start: Start) -> Start:
 
 
 def _tell_of_others(now: OpenState, stages: Sequence[Stage], new: str) -> None:
-    """Warn of stages of a run that are half trained, and not in a config whose next one is new."""
-    if others := drafts_in(now.run, now.history).keys() - {stage.name for stage in stages}:
-        names = ", ".join(sorted(others))
-        logger.warning("stage %s is half trained, and %s begins without it", names, new)
+    """Warn of stages that a run is without, and not in a config whose next one is new: half
+    trained, or ended and not combined."""
+    names = {stage.name for stage in stages}
+    for name in sorted(drafts_in(now.run, now.history).keys() - names):
+        logger.warning("stage %s is half trained, and %s begins without it", name, new)
+    for name in left_out(now.history):
+        if name not in names:
+            both = shlex.join([str(now.run), *now.history.ends(now.key), name])
+            logger.warning(
+                "stage %s has ended and is not in %s; to have it: chainlora combine %s",
+                *(name, now.run, both),
+            )

@@ -133,6 +133,10 @@ def _need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
     Imported adapters have no recorded rows.
     """
     data, without = stage.config.data, [name for name, loss in below.items() if loss is None]
+    if data.new_rows_only and stage.beside and not below.keys() - {START}:
+        rule = f"`data.new_rows_only` of stage {stage.name!r} leaves out rows of stages below it"
+        got = "none below, since it stands beside the others"
+        raise RunError(rule, got, "train it on top, or leave data.new_rows_only out")
     missing = {
         "train.accept_links": without if stage.tolerance is not None else [],
         "data.new_rows_only": [n for n in without if data.new_rows_only and n != START],
