@@ -225,9 +225,11 @@ def _solved(states: Sequence[OpenState], progress: Progress) -> dict[str, Module
 
 
 def _put(chain: Chain, links: Sequence[Link]) -> None:
-    """Give a chain other links."""
+    """Give a chain other links; without LoRA layers, where they are merged, which add nothing."""
     chain.drop(len(chain))
     chain.add(*(replace(link, index=place, id=place) for place, link in enumerate(links)))
+    if chain.hold == "tied":
+        chain.detach()
 
 
 def _a_of(link: Link, modules: Sequence[str]) -> Modules:
