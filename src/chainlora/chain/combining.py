@@ -46,7 +46,7 @@ class Combination:
         for inputs that are not finite.
         """
         for module, gram in {id(each[1]): each for each in grams.items()}.values():
-            if not gram.isfinite().all():
+            if not diagonal_of(gram).isfinite().all():  # what else is not, has one there
                 raise ChainError("inputs of a layer must be finite", f"others of {module}")
             add_ridge(gram, self.ridge)
         for link, factors in links.items():
@@ -65,7 +65,7 @@ class Combination:
         roots = set[int]()
         for (link, module), a in self._known.items():
             whole, part = self._whole.get(module), self._parts.get((link, module))
-            if whole is None or not whole.any():  # no state has an input
+            if whole is None or not diagonal_of(whole).any():  # no state has an input
                 solved = a
             elif part is None:  # only states without the link use the module
                 solved = torch.zeros_like(a)
@@ -82,8 +82,12 @@ class Combination:
 
 def add_ridge(gram: Tensor, ridge: float) -> None:
     """Make a Gram G + λ (tr G / d) I, or a diagonal that of this."""
-    diagonal = gram if gram.dim() == 1 else gram.diagonal()
+    diagonal = diagonal_of(gram)
     diagonal += ridge * diagonal.mean()
+
+
+def diagonal_of(gram: Tensor) -> Tensor:
+    return gram if gram.dim() == 1 else gram.diagonal()
 
 
 def gram_matrices(
