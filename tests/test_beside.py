@@ -15,7 +15,7 @@ from helpers_data import pair_files
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from chainlora import export_adapter, extend, load_run
+from chainlora import evaluate_task, export_adapter, extend, load_run
 from chainlora.chain.combining import Combination, gram_matrices, modules_by_input
 from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
@@ -501,6 +501,17 @@ def test_a_fork_without_stages_of_its_own_is_extended(abc, sentiment, tmp_path):
     prune_stage(fork, "d")
     train_stages(extension(fork, section(sentiment, "c"), beside=None), matrix=False)
     assert open_run(fork).stages == ["b", "c"]
+
+
+def test_a_combination_and_the_base_have_rows_of_a_stage_whose_file_has_grown(abc, sentiment):
+    for name in "ac":
+        grown = sentiment.with_name(f"{sentiment.name}-{name}.jsonl")
+        grown.write_text((sentiment / "train.jsonl").read_text())
+    for run, stage in ((abc, "c"), (f"{abc}@base", "a")):
+        rows = [evaluate_task(each)["rows"] for each in (run, f"{abc}@{stage}")]
+        assert rows[0] == rows[1] > 4
+    for name in "ac":
+        section(sentiment, name)  # as other tests read it
 
 
 def test_a_stage_that_is_combined_after_a_later_one_is_rehearsed(ac, sentiment):
