@@ -281,7 +281,8 @@ def need_run(address: str | PathLike[str]) -> None:
             "whole, or start over"
         )
     what = f"holds no {HISTORY}" if run.is_dir() else "is a file" if run.exists() else None
-    near = ", ".join(runs_near(run)[:8])
+    runs = runs_near(run)
+    near = ", ".join(runs[:8]) + ", …" * (len(runs) > 8)
     raise RunError(
         f"RUN must be a run directory (got {run}, which {what or 'does not exist'}); it is the "
         f"`output` of chainlora train{f', here one of {near}' if near else ''}"
