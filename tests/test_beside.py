@@ -221,6 +221,7 @@ def test_a_combined_run_is_one_adapter(abc, tiny_folder, tmp_path):
     model, tokenizer = load_run(abc)
     own = logits(model, tokenizer)
     export_adapter(abc, tmp_path / "out")
+    assert "were trained" not in (tmp_path / "out/README.md").read_text()  # of no links of its own
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
     before = logits(base, tokenizer)
     peft = PeftModel.from_pretrained(base, tmp_path / "out")
