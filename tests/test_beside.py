@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from chainlora.evaluation.combination import combine, combine_with
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.evaluation.strengths import best_mix
 from chainlora.files import checksums
+from chainlora.reports.run_report import run_page
+from chainlora.reports.runs import read_state
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import log, mix_stages, plan_pruning, prune_stage, redo, undo
 from chainlora.runs.history import read_history
@@ -233,6 +236,19 @@ def test_a_combined_run_is_one_adapter(abc, tiny_folder, tmp_path):
     strengths = mix_stages(abc, {"b": 0.0}).strengths
     assert strengths == {"a": 1, "b": 0, "c": 1}
     assert not torch.allclose(logits(*load_run(abc)), own, rtol=1e-4, atol=1e-5)
+
+
+def test_a_report_says_what_was_trained_apart(abc):
+    """It said that one model was trained on one data set after the other."""
+    train_stages(rehearsal(abc, {"chain": {"steps": [1]}}), matrix=False)
+    leads = [run_page([read_state(open_run(run), "run")], {}).lead for run in (abc, f"{abc}@a")]
+    assert re.findall(r"\w+,? it was trained on \w+|The results were combined", leads[0]) == [
+        "Separately, it was trained on b",
+        "Separately, it was trained on c",
+        "The results were combined",
+        "Then it was trained on rows",
+    ]
+    assert leads[1].count("trained on") == 1
 
 
 def test_a_combination_keeps_what_was_learned_better_than_a_sum(abc):
