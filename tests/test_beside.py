@@ -777,7 +777,7 @@ def test_rows_of_what_another_run_began_on_stay_its_own(tiny_folder, sentiment, 
 # --- what is refused ---
 
 
-def test_what_cannot_be_combined(abc, sentiment, tmp_path):
+def test_what_cannot_be_combined(abc, tiny_folder, sentiment, tmp_path):
     def refused(*names: str) -> str:
         with pytest.raises(RunError) as error:
             combine(abc, names, output=tmp_path / "out")
@@ -800,7 +800,12 @@ def test_what_cannot_be_combined(abc, sentiment, tmp_path):
     del other["data"]
     other["stages"] = [section(sentiment, "c", ranks=[1], steps=[1])]
     train_stages(make_stages(other), matrix=False)
-    assert "must share their base (got another base model in" in refused(str(other["output"]))
+    assert "must share their base and chat template (got another base model in" in refused(
+        str(other["output"])
+    )
+    chats = config_of(tiny_folder, sentiment, tmp_path / "chats")
+    train_stages(make_stages(chats | {"data": {"chat_template": "zephyr"}}), matrix=False)
+    assert "(got another data.chat_template in" in refused(str(tmp_path / "chats"))
     train_stages(extension(f"{abc}@a", section(sentiment, "c2")))
     assert "that no other of them began on (got" in refused("a", "c2")
     with pytest.raises(ConfigError, match="must lie outside other runs"):
