@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from helpers_data import pair_files
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from chainlora import export_adapter, extend, load_run
+from chainlora import evaluate_task, export_adapter, extend, load_run
 from chainlora.chain.combining import Combination, gram_matrices, modules_by_input
 from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
@@ -24,6 +25,8 @@ from chainlora.evaluation.combination import combine, combine_with
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.evaluation.strengths import best_mix
 from chainlora.files import checksums
+from chainlora.reports.run_report import run_page
+from chainlora.reports.runs import read_state
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import log, mix_stages, plan_pruning, prune_stage, redo, undo
 from chainlora.runs.history import read_history
@@ -221,6 +224,7 @@ def test_a_combined_run_is_one_adapter(abc, tiny_folder, tmp_path):
     model, tokenizer = load_run(abc)
     own = logits(model, tokenizer)
     export_adapter(abc, tmp_path / "out")
+    assert "were trained" not in (tmp_path / "out/README.md").read_text()  # of no links of its own
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
     before = logits(base, tokenizer)
     peft = PeftModel.from_pretrained(base, tmp_path / "out")
@@ -232,6 +236,19 @@ def test_a_combined_run_is_one_adapter(abc, tiny_folder, tmp_path):
     strengths = mix_stages(abc, {"b": 0.0}).strengths
     assert strengths == {"a": 1, "b": 0, "c": 1}
     assert not torch.allclose(logits(*load_run(abc)), own, rtol=1e-4, atol=1e-5)
+
+
+def test_a_report_says_what_was_trained_apart(abc):
+    """It said that one model was trained on one data set after the other."""
+    train_stages(rehearsal(abc, {"chain": {"steps": [1]}}), matrix=False)
+    leads = [run_page([read_state(open_run(run), "run")], {}).lead for run in (abc, f"{abc}@a")]
+    assert re.findall(r"\w+,? it was trained on \w+|The results were combined", leads[0]) == [
+        "Separately, it was trained on b",
+        "Separately, it was trained on c",
+        "The results were combined",
+        "Then it was trained on rows",
+    ]
+    assert leads[1].count("trained on") == 1
 
 
 def test_a_combination_keeps_what_was_learned_better_than_a_sum(abc):
@@ -505,6 +522,17 @@ def test_a_fork_without_stages_of_its_own_is_extended(abc, sentiment, tmp_path):
     assert open_run(fork).stages == ["b", "c"]
 
 
+def test_a_combination_and_the_base_have_rows_of_a_stage_whose_file_has_grown(abc, sentiment):
+    for name in "ac":
+        grown = sentiment.with_name(f"{sentiment.name}-{name}.jsonl")
+        grown.write_text((sentiment / "train.jsonl").read_text())
+    for run, stage in ((abc, "c"), (f"{abc}@base", "a")):
+        rows = [evaluate_task(each)["rows"] for each in (run, f"{abc}@{stage}")]
+        assert rows[0] == rows[1] > 4
+    for name in "ac":
+        section(sentiment, name)  # as other tests read it
+
+
 def test_a_stage_that_is_combined_after_a_later_one_is_rehearsed(ac, sentiment):
     train_stages(extension(f"{ac}@start", section(sentiment, "d")), matrix=False)  # then a kill
     add(sentiment, ac, "b")
@@ -756,7 +784,7 @@ def test_rows_of_what_another_run_began_on_stay_its_own(tiny_folder, sentiment, 
 # --- what is refused ---
 
 
-def test_what_cannot_be_combined(abc, sentiment, tmp_path):
+def test_what_cannot_be_combined(abc, tiny_folder, sentiment, tmp_path):
     def refused(*names: str) -> str:
         with pytest.raises(RunError) as error:
             combine(abc, names, output=tmp_path / "out")
@@ -779,7 +807,12 @@ def test_what_cannot_be_combined(abc, sentiment, tmp_path):
     del other["data"]
     other["stages"] = [section(sentiment, "c", ranks=[1], steps=[1])]
     train_stages(make_stages(other), matrix=False)
-    assert "must share their base (got another base model in" in refused(str(other["output"]))
+    assert "must share their base and chat template (got another base model in" in refused(
+        str(other["output"])
+    )
+    chats = config_of(tiny_folder, sentiment, tmp_path / "chats")
+    train_stages(make_stages(chats | {"data": {"chat_template": "zephyr"}}), matrix=False)
+    assert "(got another data.chat_template in" in refused(str(tmp_path / "chats"))
     train_stages(extension(f"{abc}@a", section(sentiment, "c2")))
     assert "that no other of them began on (got" in refused("a", "c2")
     with pytest.raises(ConfigError, match="must lie outside other runs"):

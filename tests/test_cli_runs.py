@@ -89,6 +89,9 @@ def test_no_run(chainlora, finished, task, tiny_folder, tmp_path):
     for verb in ("inspect", "eval", "chat"):  # a typing error beside runs
         chainlora(f"{verb} {finished.parent}/rnu").refused("exist); it is", f"one of {finished}")
     chainlora(f"eval {tiny_folder} {task} --links 1").refused("--links needs a run directory (got ")
+    for number in range(9):  # more than are named
+        write_rows(tmp_path / f"many/{number}/history.json", [])
+    chainlora(f"inspect {tmp_path}/many/none").refused(f"{tmp_path}/many/7, …")
     assert not (tmp_path / "o").exists()
 
 

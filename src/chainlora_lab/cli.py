@@ -185,7 +185,7 @@ def report(results: str, output: str | None, as_json: bool) -> None:
 @click.option(
     "--seeds",
     type=click.IntRange(min=1),
-    show_default="the fewest that can decide: 6 for two methods, 7 for three, 8 for four or five",
+    show_default="the fewest that can decide: 6 for two methods, 7 for three or four",
     help="Number of paired seeds.",
 )
 @click.option(

@@ -11,6 +11,7 @@ from chainlora.config.reading import make_config
 from chainlora.errors import ConfigError
 from chainlora_lab import compare, comparison, expand, make_experiment, run_cells
 from chainlora_lab.cli import _fewest_seeds
+from chainlora_lab.cli import compare as command
 from chainlora_lab.planning import undecidable
 from lab.cases import tree
 
@@ -83,6 +84,13 @@ def test_the_seeds_of_a_comparison_can_decide_by_default(num_methods, tiny_folde
     assert why.startswith(f"{seeds} seeds: the fewest with which the exact test of ")
     assert undecidable(comparison(config, methods, range(seeds))) is None
     assert undecidable(comparison(config, methods, range(seeds - 1))) is not None
+
+
+def test_the_help_of_compare_has_the_seeds_of_two_to_four_methods():
+    two, three, four = (_fewest_seeds(methods - 1)[0] for methods in (2, 3, 4))
+    (seeds,) = (each for each in command.params if each.name == "seeds")
+    assert three == four
+    assert f": {two} for two methods, {three} for three or four" in seeds.show_default
 
 
 def test_without_scipy_compare_stops_before_it_runs_and_an_experiment_runs(

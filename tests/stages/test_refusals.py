@@ -70,7 +70,7 @@ def test_run_wide_keys_of_an_extension_and_stages_that_are_not_there_are_refused
     undo(run)
     cases = [
         (run, {"model": "m"}, "nothing of the whole run"),
-        (run, {"train": {"seed": 1}}, "`train.seed`"),
+        (run, {"train": {"seed": 1}}, "`train.seed` .*`extend` takes it from the run"),
         (run, {"name": "facts"}, "stage 'facts': "),
         (run, {"name": mixed}, "name of its own"),
         (run, {"chain": {"ranks": [4]}, "name": "style"}, "stage 'style'"),

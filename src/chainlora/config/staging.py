@@ -40,6 +40,7 @@ HISTORY = "history.json"  # what makes a folder a run
 OF_START = ("start", "start_data")  # read by the first stage alone
 STANDING = ("beside", "rehearse")
 _SECTIONS = ("data", "chain", "train")
+_SET_FOR_ALL = "set it beside `stages`, for all of them; `extend` takes it from the run"
 # `base`, `start` and `now` are states of the matrix that are no stages.
 _NAME = re.compile(r"(?!(?:base|start|now)\Z)[A-Za-z][\w-]{0,63}", re.ASCII)
 
@@ -151,14 +152,14 @@ def make_stage(shared: Mapping[str, Any], section: Mapping[str, Any], place: int
             raise ConfigError(
                 "a stage must say its name, data, chain and train, and nothing of the whole run",
                 f"`{unknown[0]}`",
-                "set it beside `stages`, for all of them; `extend` takes it from the run",
+                _SET_FOR_ALL,
             )
         for part in _SECTIONS:
             own = section_of(section, part)
             if fixed := [key for key in RUN_WIDE[part] if key in own]:
                 key = f"`{part}.{fixed[0]}`"
                 rule = f"{key} must be the same in all stages, since the chain has one"
-                raise ConfigError(rule, "one of its own", "set it beside `stages`")
+                raise ConfigError(rule, "one of its own", _SET_FOR_ALL)
             tree[part] = _inherited(section_of(shared, part), own)
         config = make_config(tree)
         if config.chain.tune == "full":
@@ -280,7 +281,8 @@ def need_run(address: str | PathLike[str]) -> None:
             "whole, or start over"
         )
     what = f"holds no {HISTORY}" if run.is_dir() else "is a file" if run.exists() else None
-    near = ", ".join(runs_near(run)[:8])
+    runs = runs_near(run)
+    near = ", ".join(runs[:8]) + ", …" * (len(runs) > 8)
     raise RunError(
         f"RUN must be a run directory (got {run}, which {what or 'does not exist'}); it is the "
         f"`output` of chainlora train{f', here one of {near}' if near else ''}"

@@ -52,7 +52,8 @@ def combine(
     are not carried over. With `output` the combination is a new run, and this one stays as it is.
 
     Raises RunError for fewer than two states, for one that another one was trained on, for stages
-    that kept no rows, for links that are no low-rank sum, and for runs on another base.
+    that kept no rows, for links that are no low-rank sum, and for runs with another base or chat
+    template.
     """
     folder = whole_run(run)
     history = read_history(folder)
@@ -63,7 +64,7 @@ def combine(
     keys = own or (ends if others or len(ends) > 1 else _stages_of(history))
     states = [state_at(folder, history, key) for key in keys]
     for other in others:
-        need_same_base(history, other)
+        need_same_base(state_at(folder, history), other)
         states += [other.at(end) for end in other.history.ends(other.key)]
     outer = _outer(states)
     digests = {state.state.digest for state in outer}

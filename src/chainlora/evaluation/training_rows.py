@@ -69,10 +69,12 @@ def config_of(run_or_model: Address) -> RunConfig | None:
 
 
 def divided_by(run: Address) -> tuple[int | None, dict[str, Kept]]:
-    """Return what a run held rows out by, None if it keeps none, and what earlier stages kept."""
+    """Return what the stage whose config is a run's held rows out by, None if it keeps none, and
+    what earlier stages kept."""
     state = open_run(run)
-    kept = state.kept()
-    own = kept.pop(state.stage, None)
+    stage = state.configured.key
+    kept = state.at(stage).kept()
+    own = kept.pop(stage, None)
     return None if own is None else own.bound, kept
 
 

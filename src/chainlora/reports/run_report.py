@@ -37,6 +37,7 @@ from chainlora.reports.runs import RunFacts, duration, read_runs, score_text, to
 from chainlora.runs.cards import public_name
 from chainlora.runs.history import MAIN
 from chainlora.runs.records import Record, of_event
+from chainlora.runs.state import OpenState
 
 NAME = "report.html"
 _NONE = "–"
@@ -113,14 +114,20 @@ def _lead(runs: Sequence[RunFacts]) -> str:
     model = public_name(run.state.base.model) or "a model without a name"
     if not _was_trained(run):
         return f"A language model ({model}) as it was before this run's training."
-    parts = [f"{_task(part)}{_gain(part)}." for part in run.parts]
-    return " ".join(
-        [
-            f"A language model ({model}) was trained on {parts[0]}",
-            *(f"Then it was trained on {part}" for part in parts[1:]),
-            *_switched_off(run),
-        ]
-    )
+    said, before = list[str](), ""
+    for part in run.parts:
+        is_on_top = before in {entry.key for entry in part.state.lineage}
+        then = [*_combined(part.state.parent), "Then it"] if is_on_top else ["Separately, it"]
+        who = " ".join(then) if said else f"A language model ({model})"
+        said.append(f"{who} was trained on {_task(part)}{_gain(part)}.")
+        before = part.state.stage
+    return " ".join([*said, *_combined(run.state), *_switched_off(run)])
+
+
+def _combined(state: OpenState) -> list[str]:
+    """Return what is said of a combination."""
+    is_one = state.trained is not None and state.trained.kind == "combine"
+    return ["The results were combined."] if is_one else []
 
 
 def _was_trained(run: RunFacts) -> bool:
@@ -135,6 +142,8 @@ def _task(part: RunFacts) -> str:
     if part.config is None:
         return "data that it does not name"
     data = part.config.data
+    if data.rehearse:
+        return "rows of each stage again"
     if data.task is not None:
         try:
             task = load_task(data.task)

@@ -14,7 +14,7 @@ from typing import Any
 
 from chainlora import files
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import HISTORY, exists_in, is_name
+from chainlora.config.staging import HISTORY, RUN_WIDE, exists_in, is_name
 from chainlora.data.kept import Kept, write_kept
 from chainlora.errors import RunError
 from chainlora.models.identity import tokenizer_files
@@ -140,21 +140,26 @@ def fork(state: OpenState, folder: Path) -> None:
     write_part(folder / HISTORY, history.model_copy(update={"origin": origin}))
 
 
-def need_same_base(history: History, state: OpenState) -> None:
-    """Raise RunError where a state of another run cannot be combined with those of a history."""
-    other = state.history
+def need_same_base(own: OpenState, state: OpenState) -> None:
+    """Raise RunError where a state of another run cannot be combined with that of a run."""
+    history, other = own.history, state.history
+    data, others = own.config().data, state.config().data
     differing = [
         name
         for name, here, there in (
             ("base model", history.empty.base, other.empty.base),
             ("tokenizer", _own_tokenizer(history), _own_tokenizer(other)),
             ("chain.hold", history.hold, other.hold),
+            *(
+                (f"data.{key}", getattr(data, key), getattr(others, key))
+                for key in RUN_WIDE["data"]
+            ),
         )
         if here != there
     ]
     if differing:
-        rule, remedy = "runs that are combined must share their base", "train one of them again"
-        raise RunError(rule, f"another {differing[0]} in {state.run}", remedy)
+        rule = "runs that are combined must share their base and chat template"
+        raise RunError(rule, f"another {differing[0]} in {state.run}", "train one of them again")
 
 
 def _own_tokenizer(history: History) -> dict[str, str]:

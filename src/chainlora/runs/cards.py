@@ -77,7 +77,7 @@ def story_of(run: Address, num_links: int | None = None) -> dict[str, Any]:
         return {}
     config, training = state.config(), state.trained.training
     data, targets = config.data, config.chain.target_modules
-    is_told = num_links is None or num_links > state.first
+    is_told = state.trained.kind == "stage" and (num_links is None or num_links > state.first)
     records = state.records() if is_told and state.is_as_trained else ()
     return {
         "first": state.first,

@@ -271,15 +271,19 @@ class OpenState:
         """Return where the files of the stage lie that was trained last."""
         return stage_folder(self.run, self.stage)
 
-    def config(self) -> RunConfig:
-        """Return the config of the stage that was trained last, with what resumes have changed; of
-        what a run began on, that of its first stage; of a combination, that of its last one."""
-        entry = self.trained
-        if entry is None or CONFIG not in entry.files:
-            others = [*reversed(self.lineage), *self.history.entries]
-            entry = next((e for e in others if CONFIG in e.files), None)
+    @property
+    def configured(self) -> Entry:
+        """Return the stage that was trained last; of what a run began on, its first stage; of a
+        combination, its last one. Raises RunError for a saved chain."""
+        others = [*reversed(self.lineage), *self.history.entries]
+        entry = next((e for e in others if CONFIG in e.files), None)
         if entry is None:
             raise RunError("a saved chain has no config", self.run, "name a run")
+        return entry
+
+    def config(self) -> RunConfig:
+        """Return the config of the stage that is `configured`, with what resumes have changed."""
+        entry = self.configured
         path, changes = self._need_own(entry, CONFIG), entry.training.changes
         tree = read_tree(path)
         refuse_paths(tree, path)
