@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from chainlora import train
 from chainlora.chain.initialization import generator_for, random_factors
 from chainlora.config.schema import LinkConfig
+from chainlora.config.staging import make_stages
 from chainlora.files import sha256
 from chainlora.runs.addresses import open_run
 from chainlora.training.batches import make_batches
+from chainlora.training.stages import extension, train_stages
 
 
 def settings(tiny_folder, sentiment, output=None, **sections) -> dict:
@@ -218,9 +220,8 @@ def assert_trains_as_peft(config) -> None:
     losses = []
     train(config, listener=lambda r: losses.append(r["loss"]) if r["event"] == "step" else None)
     expected, theirs = plain_peft_loop(config)
-    torch.testing.assert_close(
-        losses, expected, atol=2e-6, rtol=0
-    )  # float32 rounding of losses near 1
+    # float32 rounding of losses near 1
+    torch.testing.assert_close(losses, expected, atol=2e-6, rtol=0)
     (ours,) = links_of(Path(config.output))
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -264,16 +265,31 @@ class Stop(BaseException):
     """Ends a run where a kill would: nothing is saved on the way out."""
 
 
-def stop_after(config: Any, step: int) -> None:
-    """Train a config, and stop it hard at the first record after `step` steps are saved."""
+def stopping(step: int = 0) -> Callable[[Any], None]:
+    """Return a listener that stops a run hard in the first step after `step`."""
 
     def listener(event: Any) -> None:
         if event.name == "step" and event.step > step:
             raise Stop
 
+    return listener
+
+
+def stop_after(config: Any, step: int) -> None:
+    """Train a config, and stop it hard at the first record after `step` steps are saved."""
     resume = Path(config.output).exists()
     with pytest.raises(Stop):
-        train(config, resume=resume, listener=listener)
+        train(config, resume=resume, listener=stopping(step))
+
+
+def train_all(config: dict[str, Any], listener: Any = None) -> list:
+    """Train the stages of a config, without the matrix of their scores."""
+    return train_stages(make_stages(config), listener=listener, matrix=False)
+
+
+def train_on(address: str | Path, stage: dict[str, Any], listener: Any = None, **keys) -> list:
+    """Train one more stage of a run, without the matrix of scores; `keys` are of `extension`."""
+    return train_stages(extension(address, stage, **keys), listener=listener, matrix=False)
 
 
 def signed(tree: dict[str, Any]) -> str:

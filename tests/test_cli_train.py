@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import yaml
-from helpers import Stop, assert_same_links, stage_dir, stop_after
+from helpers import Stop, assert_same_links, stage_dir, stop_after, stopping
 
 from chainlora import load_config, train
 from chainlora.config.staging import make_stages
@@ -116,13 +116,8 @@ def test_the_config_inside_a_run_goes_on_with_its_stage(chainlora, config, tmp_p
     """Whatever its first stage is called."""
     tree = yaml.safe_load(config.read_text()) | {"stages": [{"name": "facts"}]}
     config.write_text(yaml.safe_dump(tree))
-
-    def listener(event) -> None:
-        if event.name == "step" and event.step == 6:
-            raise Stop
-
     with pytest.raises(Stop):
-        train_stages(make_stages(tree), listener=listener)
+        train_stages(make_stages(tree), listener=stopping(5))
     inside = stage_dir(tmp_path / "run", "facts") / "config.yaml"
     assert "resuming after step 4" in chainlora("train", inside).err
     assert chainlora("train", config).out == f"nothing left to do: {tmp_path}/run has ended\n"

@@ -34,6 +34,7 @@ Rows = list[Sequence[str]]
 # --- reading and printing ---
 
 
+@cache
 def lines(name: str) -> list[dict[str, Any]]:
     text = (BENCHMARKS / name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
@@ -41,6 +42,11 @@ def lines(name: str) -> list[dict[str, Any]]:
 
 def from_json(name: str) -> Any:
     return json.loads((BENCHMARKS / name).read_text(encoding="utf-8"))
+
+
+@cache
+def from_yaml(name: str) -> Any:
+    return yaml.safe_load((BENCHMARKS / name).read_text(encoding="utf-8"))
 
 
 def number(value: float, digits: int = 3, sign: str = "+") -> str:
@@ -206,6 +212,7 @@ def classification() -> Rows:
 # --- stages ---
 
 
+@cache
 def script(path: str) -> ModuleType:
     """A module of benchmarks/, under a name that no other folder's has."""
     spec = importlib.util.spec_from_file_location(path.replace("/", "_"), BENCHMARKS / path)
@@ -229,7 +236,7 @@ ARMS = {
 
 def arm(name: str, study: str = "primary", of: int | None = None) -> list[Mapping[str, Any]]:
     """The test cells of an arm with the settings of a study, of its first `of` seeds."""
-    plan = yaml.safe_load((BENCHMARKS / "stages/plan.yaml").read_text(encoding="utf-8"))
+    plan = from_yaml("stages/plan.yaml")
     named = next(each for each in plan["studies"] if each["name"] == study)
     settings, seeds = plan["defaults"] | named.get("change", {}), named["seeds"][:of]
     found = script("stages/table.py").of_arm(lines("stages/results.jsonl"), named, settings, name)
@@ -394,8 +401,7 @@ def orders_less_one_lora() -> str:
 
 def paper_gain() -> str:
     """The paper's gain of three links, in points, over the tasks of table1."""
-    printed = yaml.safe_load((BENCHMARKS / "paper/printed/tables.yaml").read_text(encoding="utf-8"))
-    scores = printed["table1"]["scores"]
+    scores = from_yaml("paper/printed/tables.yaml")["table1"]["scores"]
     tasks = read_results(BENCHMARKS / "paper/table1").experiment["tasks"]
     return f"{fmean(scores['chain3'][task] - scores['lora'][task] for task in tasks):.2f}"
 
@@ -443,14 +449,8 @@ def errors() -> list[float]:
 
 SENTENCES: list[tuple[str, Callable[[], Iterable[str]]]] = [  # a text of the page, its numbers
     ("Rank 64 takes {} times the time of rank 8", lambda: [rank_cost()]),
-    (
-        "adds {} % (float32) or {} % (bfloat16)",
-        lambda: [shared("float32"), shared("bfloat16")],
-    ),
-    (
-        "has rank {} after {} knots",
-        soft_rank,
-    ),
+    ("adds {} % (float32) or {} % (bfloat16)", lambda: [shared("float32"), shared("bfloat16")]),
+    ("has rank {} after {} knots", soft_rank),
     ("ahead in all {} comparisons", lambda: [all_behind()]),
     ("rank 16 is {} ahead", lambda: [rank16_ahead()]),
     (
@@ -471,19 +471,10 @@ SENTENCES: list[tuple[str, Callable[[], Iterable[str]]]] = [  # a text of the pa
             ahead("combined twice rehearsed", "replay"),
         ],
     ),
-    (
-        "less in one pass, rehearsed: {}.",
-        lambda: [ahead("combined twice", "combined rehearsed")],
-    ),
+    ("less in one pass, rehearsed: {}.", lambda: [ahead("combined twice", "combined rehearsed")]),
     ("all at once is {} points ahead", lambda: [all_at_once_ahead()]),
-    (
-        "old rows has {} %; by seed {}, {} and {}, the combination {}, {} and {}.",
-        replayed,
-    ),
-    (
-        "takes {} to {} of its memory at {} to {} times its speed",
-        checkpointing,
-    ),
+    ("old rows has {} %; by seed {}, {} and {}, the combination {}, {} and {}.", replayed),
+    ("takes {} to {} of its memory at {} to {} times its speed", checkpointing),
     (
         "{:.1f} after 16 whole knots (merging in place: {:.1f}), {:.1f} after 400 soft ones "
         "(float32 weights, in their smaller roundings: {:.1f})",
@@ -492,11 +483,7 @@ SENTENCES: list[tuple[str, Callable[[], Iterable[str]]]] = [  # a text of the pa
     ("Of {} [faults]), none ended in lost or wrong results", lambda: [faults()]),
     ("a schedule for each ({})", lambda: [restarted()]),
 ]
-NOT_MEASURED = {
-    "0.26M": "the size of stories260k",
-    "2401.04151": "arXiv",
-    "2510.23818": "arXiv",
-}
+NOT_MEASURED = {"0.26M": "the size of stories260k", "2401.04151": "arXiv", "2510.23818": "arXiv"}
 
 
 # --- the page ---

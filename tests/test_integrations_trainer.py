@@ -10,7 +10,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-from helpers import as_row, settings, training_examples
 from helpers_integrations import (
     LR,
     StopAt,
@@ -26,15 +25,12 @@ from helpers_integrations import (
     plain_model,
     trainer_loss,
 )
-from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
-from chainlora import ChainCallback, load_chain, make_config, train
+from chainlora import ChainCallback, load_chain
 from chainlora.errors import ChainError, ConfigError, RunError
 from chainlora.integrations.restarts import restart_schedule
-from chainlora.runs.addresses import open_run
 from chainlora.runs.loading_start import load_start
-from chainlora.training.batches import make_batches
 
 # One layer's product W x + s·B A x is summed in another order than (W + s·B A) x: float32 rounding
 # of logits below 10 over two layers.
@@ -93,48 +89,6 @@ def test_a_schedule_that_lags_begins_with_its_link(tmp_path):
         optimizer.step()
         schedule.step()
     assert rates == [1.0, 0.75, 0.5, 0.25]
-
-
-def test_train_and_trainer_give_the_same_links(tiny_folder, tokenizer, sentiment, tmp_path):
-    """`chainlora train` on the same rows in the same order."""
-    rows = tmp_path / "rows.jsonl"
-    texts = [json.loads(line) for line in (sentiment / "train.jsonl").read_text().splitlines()]
-    words = ("bad", "good")
-    lines = [
-        {"prompt": row["text"], "completion": f" it was {words[row['label']]}"} for row in texts
-    ]
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    tree = settings(tiny_folder, sentiment, tmp_path / "run", train={"lr": LR, "batch_size": 4})
-    tree["data"] = {"train": str(rows)}
-    config = make_config(tree)
-    train(config)
-
-    examples = training_examples(config, tokenizer)
-    plan = make_batches(config, examples)
-    order = [row for step in range(plan.num_steps) for row in plan.batches(step)[0]]
-
-    class InOrder(Trainer):
-        def get_train_dataloader(self):
-            loader = DataLoader(self.train_dataset, batch_size=4, collate_fn=self.data_collator)
-            return self.accelerator.prepare(loader)
-
-    trainer = InOrder(
-        model=peft_model(tiny_folder),
-        args=TrainingArguments(**arguments(tmp_path / "trainer", seed=0)),
-        train_dataset=[as_row(examples[index]) for index in order],
-        data_collator=collator(tokenizer),
-        callbacks=[ChainCallback([4, 4, 2], steps=[4, 4, 3])],
-    )
-    trainer.train()
-    found = chain_of(trainer).links
-    for mine, theirs in zip(open_run(tmp_path / "run").links(), found, strict=True):
-        assert mine.num_steps == theirs.num_steps
-        for name, factors in mine.factors.items():
-            # The packed forward rounds otherwise, and Adam divides by the size of the gradient: a
-            # rounding error in a tiny gradient moves a weight by a small share of the rate, 1e-2.
-            other = theirs.factors[name]
-            torch.testing.assert_close(factors.b, other.b, atol=5e-4, rtol=0)
-            assert (factors.b - other.b).abs().median() < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -275,6 +229,9 @@ def test_a_trained_adapter_is_the_first_link(tiny_folder, tokenizer, tmp_path):
     resumed = make(on_model=False)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
     assert torch.equal(logits(resumed.model), logits(whole.model))
+    forgotten = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, ChainCallback([4, 2]))
+    with pytest.raises(RunError, match="of the checkpoint, and its `start`"):
+        forgotten.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
 
     chain, (link,) = chain_of(whole), load_start(adapter).links
     assert [(each.id, each.num_steps) for each in chain.links] == [(0, 0), (1, 6), (2, 5)]
@@ -302,25 +259,6 @@ def test_a_chain_of_one_link_goes_on_in_a_second_trainer(tiny_folder, tokenizer,
     links = chain_of(second).links
     assert [link.num_steps for link in links] == [11, 6, 5]
     assert {link.config.init for link in links} == {"gaussian"}
-
-
-def test_a_second_trainer_resumes_in_another_process(tiny_folder, tokenizer, tmp_path):
-    """With what the first one saved as `start`, since its model is gone."""
-    first = run(tiny_folder, tokenizer, tmp_path, ChainCallback(steps=6))
-    first.save_model(str(tmp_path / "first"))
-    output, keys = tmp_path / "second", {"save_strategy": "steps", "save_steps": 2}
-    make_trainer(first.model, tokenizer, output, ChainCallback(steps=6), **keys).train()
-    checkpoint = str(output / "checkpoint-8")
-
-    def resumed(start: Path | None) -> Trainer:
-        callback = ChainCallback(steps=6, start=start)
-        trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path / "third", callback)
-        trainer.train(resume_from_checkpoint=checkpoint)
-        return trainer
-
-    assert torch.equal(logits(resumed(tmp_path / "first").model), logits(first.model))
-    with pytest.raises(RunError, match="of the checkpoint, and its `start`"):
-        resumed(None)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from math import floor
 
 import numpy as np
 import pytest
-from helpers import Stop, assert_same_links, settings
+from helpers import Stop, assert_same_links, settings, stopping
 from helpers_data import make_tokenizer, pair_files
 from helpers_tasks import write_rows, write_task
 
@@ -309,18 +309,10 @@ def test_a_stage_with_replay_is_the_same_killed(tiny_folder, sentiment, tmp_path
     assert whole["data"]["train"]["replayed"] == 16
     assert whole["rows"] == 32
     with pytest.raises(Stop):
-        train_run(make_config(config("killed")), start=start, listener=stop_at(4), **later)
+        train_run(make_config(config("killed")), start=start, listener=stopping(3), **later)
     (tmp_path / "first").rename(tmp_path / "elsewhere")
     train_run(make_config(config("killed")), resume=True, **later)
     assert_same_links(tmp_path / "whole", tmp_path / "killed")
-
-
-def stop_at(step):
-    def listener(event):
-        if event.name == "step" and event.step == step:
-            raise Stop
-
-    return listener
 
 
 def test_rows_are_written_and_read_as_they_are(tmp_path):

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_rows
-from helpers import Stop, assert_same_links, history_of, settings, stage_dir
+from helpers import Stop, assert_same_links, history_of, settings, stage_dir, stopping
+from stages.cases import logits
 
-from chainlora import evaluate_task, export_adapter, load_run, train
+from chainlora import evaluate_task, export_adapter, train
 from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
@@ -30,11 +31,6 @@ def flipped(sentiment: Path, file: Path) -> Path:
     rows = map(json.loads, (sentiment / "train.jsonl").read_text().splitlines())
     write_rows(file, [row | {"label": 1 - row["label"]} for row in rows])
     return file
-
-
-def logits(run) -> torch.Tensor:
-    model, tokenizer = load_run(run)
-    return model(**tokenizer("a fine film", return_tensors="pt")).logits.detach()
 
 
 def general(sentiment: Path, *splits: str) -> dict:
@@ -140,13 +136,8 @@ def test_the_plain_model_is_guarded_and_its_rows_are_replayed(
     tree["train"] |= {"accept_links": 0.0, "save_every": 1}
     killed = tmp_path / "killed"
     stages = make_stages(tree | {"output": str(killed)})
-
-    def stop(event):
-        if event.name == "step" and event.step > 3:
-            raise Stop
-
     with pytest.raises(Stop):
-        train_stages(stages, listener=stop)
+        train_stages(stages, listener=stopping(3))
     (tmp_path / "mine.yaml").write_text(json.dumps(tree))
     assert cli(["train", str(tmp_path / "mine.yaml"), "--json"]) in (0, 3)
     (own / "validation.jsonl").unlink()

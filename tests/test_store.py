@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from chainlora import export_adapter, inspect_run, load_run, train
 from chainlora.errors import ChainLoRAError, RunError
+from chainlora.reports.run_report import report_runs
+from chainlora.runs.cards import story_of
 
 # --- what is there
 
@@ -141,6 +143,22 @@ def test_damage_is_named(run_copy, damage, message):
         with pytest.raises(RunError, match=message) as raised:
             act(run_copy)
         assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["result.json", "metrics.jsonl"])
+def test_what_a_stage_has_recorded_is_shown_by_nobody_once_it_was_changed(run_copy, tmp_path, name):
+    readers = [inspect_run, lambda run: report_runs([run], tmp_path / "report.html")]
+    readers += [story_of] if name == "metrics.jsonl" else []  # what a card shows
+    for read in readers:
+        read(run_copy)
+    edit(stage_dir(run_copy) / name, '"loss"', '"lost"')
+    for read in readers:
+        with pytest.raises(ChainLoRAError, match=f"{name} must be as the run wrote it"):
+            read(run_copy)
+    if name == "result.json":
+        (stage_dir(run_copy) / name).unlink()
+        with pytest.raises(ChainLoRAError, match=r"must hold main/result.json \(got none in"):
+            inspect_run(run_copy)
 
 
 def swap(one: Path, two: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import train_all, train_on
 from helpers_data import pair_files
 
 from chainlora import export_adapter, train
@@ -20,7 +21,7 @@ from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, prune_stage
 from chainlora.training.interrupts import interruptible
-from chainlora.training.stages import extension, train_stages
+from chainlora.training.stages import extension
 from stages.cases import logits, one_stage, stage_of, survey
 
 
@@ -64,7 +65,7 @@ def test_a_stage_that_harms_earlier_ones_is_weakened_until_they_lose_no_more(
 
 def test_a_stage_within_the_tolerance_keeps_its_strength(harmful, tmp_path):
     harmful["stages"][1]["train"]["accept_links"] = 1.0
-    train_stages(make_stages(harmful))
+    train_all(harmful)
     assert open_run(tmp_path / "run").strengths == {"facts": 1, "style": 1}
 
 
@@ -84,7 +85,7 @@ def test_a_stage_that_no_strength_makes_harmless_is_off_and_the_exit_status_says
 
 @pytest.mark.parametrize("is_fork", [False, True])
 def test_a_signal_between_training_and_judging_loses_neither(harmful, tmp_path, is_fork, capsys):
-    train_stages(make_stages(one_stage(harmful)))
+    train_all(one_stage(harmful))
     section = stage_of(harmful, "style") | ({"output": str(tmp_path / "fork")} if is_fork else {})
     run = tmp_path / ("fork" if is_fork else "run")
 
@@ -97,7 +98,7 @@ def test_a_signal_between_training_and_judging_loses_neither(harmful, tmp_path, 
         with pytest.raises(
             StoppedError, match=r"SIGINT.*before: facts\); the same command goes on"
         ):
-            train_stages(extension(tmp_path / "run", section), listener=listener)
+            train_on(tmp_path / "run", section, listener=listener)
     not_judged = (
         r"^Cannot use .*: stage 'style' is trained but not yet judged by accept_links\. Run"
     )
@@ -116,9 +117,9 @@ def test_a_signal_between_training_and_judging_loses_neither(harmful, tmp_path, 
                 survey(extension(start, section | {"name": "law", "output": str(tmp_path / "x")}))
         with pytest.raises(RunError, match=not_judged):
             prune_stage(run, "facts")
-    train_stages(extension(tmp_path / "run", section))
+    train_on(tmp_path / "run", section)
     assert open_run(run).strengths["style"] < 1
-    assert train_stages(extension(tmp_path / "run", section)) == [None]
+    assert train_on(tmp_path / "run", section) == [None]
 
 
 def _verbs_on(run: Path, tmp_path: Path) -> list[list[str]]:
@@ -149,13 +150,13 @@ def test_what_needs_earlier_stages_is_refused_without(config, tmp_path, capsys):
 def test_what_a_tolerance_needs_is_asked_for_before_any_training(harmful, tmp_path):
     harmful["stages"][0]["data"]["keep_rows"] = False
     with pytest.raises(RunError, match=r"accept_links.*none of facts.*keep_rows"):
-        train_stages(make_stages(harmful))
+        train_all(harmful)
     assert not (tmp_path / "run").exists()
     del harmful["stages"][1]["train"]["accept_links"]
     for key, value, off in (("replay", 0.1, "null"), ("new_rows_only", True, "false")):
         harmful["stages"][1]["data"][key] = value
         with pytest.raises(RunError, match=rf"data.{key}.*none of facts.*set data.{key}: {off}"):
-            train_stages(make_stages(harmful))
+            train_all(harmful)
     harmful["stages"][1]["train"]["accept_links"] = 0.0
     harmful["stages"][1]["chain"]["dora"] = True
     with pytest.raises(ConfigError, match="on or off"):
@@ -175,10 +176,10 @@ def test_rows_that_no_stage_learns_alike_are_not_replayed(harmful, tmp_path):
         ([facts, style, pairs], "learned by dpo .got facts: candidates, style: candidates"),
     ):
         with pytest.raises(RunError, match=got):
-            train_stages(make_stages(harmful | {"stages": stages}))
+            train_all(harmful | {"stages": stages})
         assert not (tmp_path / "run").exists()
     facts["chain"]["steps"] = [1]
-    train_stages(make_stages(one_stage(harmful)))
+    train_all(one_stage(harmful))
     for output in ({}, {"output": str(tmp_path / "fork")}):
         with pytest.raises(RunError, match=r"learned by dpo .got facts: candidates"):
             survey(extension(tmp_path / "run", pairs | output))
@@ -193,7 +194,7 @@ def test_what_a_chain_begins_on_is_asked_for_before_any_training(harmful, tmp_pa
     facts, style = harmful["stages"]
     facts["data"]["keep_rows"] = False
     del style["train"]["accept_links"]
-    train_stages(make_stages(harmful))
+    train_all(harmful)
     export_adapter(tmp_path / "run", tmp_path / "adapter")
     begun = harmful | {"start": str(tmp_path / "adapter"), "output": str(tmp_path / "begun")}
     law = style | {"name": "law", "train": {"accept_links": 0.1}}
@@ -202,7 +203,7 @@ def test_what_a_chain_begins_on_is_asked_for_before_any_training(harmful, tmp_pa
         (style | {"name": "start"}, "not base, start or now"),
     ):
         with pytest.raises(ChainLoRAError, match=message):
-            train_stages(make_stages(begun | {"stages": [style, last]}))
+            train_all(begun | {"stages": [style, last]})
     assert not (tmp_path / "begun").exists()
     with pytest.raises(RunError, match="none of facts"):
         survey(extension(tmp_path / "run", law))
@@ -214,5 +215,5 @@ def test_one_row_is_no_excuse(harmful, tmp_path):
     """It has no standard error."""
     for stage in harmful["stages"]:
         stage["data"] |= {"num_validation": 1}
-    train_stages(make_stages(harmful))
+    train_all(harmful)
     assert open_run(tmp_path / "run").strengths["style"] < 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_rows
-from helpers import Stop, assert_same_links, links_of
+from helpers import Stop, assert_same_links, links_of, stopping, train_all, train_on
 
 from chainlora import export_adapter, make_config, train
 from chainlora.cli.common import words_and_overrides
@@ -26,11 +26,11 @@ from stages.cases import files_of, logits, one_stage, stage_of, stopping_after, 
 
 
 def test_extending_a_run_gives_the_bits_of_one_config_with_both_stages(config, tmp_path):
-    train_stages(make_stages(config))
+    train_all(config)
     later = one_stage(config) | {"output": str(tmp_path / "later")}
-    train_stages(make_stages(later))
+    train_all(later)
     before = files_of(tmp_path / "later")
-    train_stages(extension(tmp_path / "later", stage_of(config, "style")))
+    train_on(tmp_path / "later", stage_of(config, "style"))
     assert_same_links(tmp_path / "run", tmp_path / "later")
     after = files_of(tmp_path / "later")
     assert [name for name in before if after[name] != before[name]] == ["history.json"]
@@ -40,23 +40,23 @@ def test_extending_a_run_gives_the_bits_of_one_config_with_both_stages(config, t
 
 
 def test_the_same_call_again_trains_what_is_new(config, tmp_path):
-    assert [r is None for r in train_stages(make_stages(one_stage(config)))] == [False]
-    assert [r is None for r in train_stages(make_stages(config))] == [True, False]
+    assert [r is None for r in train_all(one_stage(config))] == [False]
+    assert [r is None for r in train_all(config)] == [True, False]
     before = files_of(tmp_path / "run")
     (tmp_path / "more.jsonl").write_text("no row\n")  # a file that has changed since
-    assert train_stages(make_stages(config)) == [None, None]
+    assert train_all(config) == [None, None]
     assert files_of(tmp_path / "run") == before
     assert [stage.state for stage in survey(make_stages(config))] == ["finished", "finished"]
 
 
 def test_a_stage_stays_what_it_was(config):
-    train_stages(make_stages(one_stage(config)))
+    train_all(one_stage(config))
     config["stages"][0]["chain"]["steps"] = [2, 2, 3]
     with pytest.raises(RunError, match=r"stage 'facts': chain.steps.*a new name"):
-        train_stages(make_stages(config))
+        train_all(config)
     config["stages"][0] = config["stages"][0] | {"name": "other"}
     with pytest.raises(RunError, match="in their order"):
-        train_stages(make_stages(config))
+        train_all(config)
 
 
 def test_a_run_goes_on_where_what_it_began_on_lies_now(two, tmp_path, monkeypatch):
@@ -99,13 +99,13 @@ def test_a_fork_leaves_its_parent_alone(two, tmp_path):
     before, parent = files_of(tmp_path / "run"), tmp_path / "run"
     own = stage_of(two, "style") | {"name": "law", "output": str(tmp_path / "fork")}
     for _ in range(2):  # the second time, nothing is new
-        train_stages(extension(f"{parent}@facts", own))
+        train_on(f"{parent}@facts", own)
     assert files_of(parent) == before
     assert open_run(tmp_path / "fork").stages == ["facts", "law"]
     assert "style" not in (tmp_path / "fork/history.json").read_text()  # what the state needs alone
     shutil.rmtree(parent)
     config = _only(tmp_path / "fork", two, own)
-    train_stages(make_stages(config | {"start": f"{parent}@facts"}))  # it is not needed any more
+    train_all(config | {"start": f"{parent}@facts"})  # it is not needed any more
     assert not torch.equal(logits(tmp_path / "fork"), logits(tmp_path / "fork", num_links=3))
 
 
@@ -121,18 +121,13 @@ def test_a_base_beside_the_run_is_found_from_another_folder(config, tmp_path, mo
     config |= {"model": "base", "output": "run"}
     monkeypatch.chdir(tmp_path)
     first, law = one_stage(config), stage_of(config, "style")
-
-    def stop(event):
-        if event.name == "step" and event.step > 3:
-            raise Stop
-
     with pytest.raises(Stop):
-        train_stages(make_stages(first), listener=stop)
+        train_all(first, listener=stopping(3))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    train_stages(make_stages(first | {"output": "../run"}), matrix=False)
-    train_stages(extension("../run", law | {"name": "fork", "output": "fork"}), matrix=False)
-    train_stages(extension("../run", law), matrix=False)
+    train_all(first | {"output": "../run"})
+    train_on("../run", law | {"name": "fork", "output": "fork"})
+    train_on("../run", law)
     monkeypatch.chdir(tmp_path)
     assert [where.state for where in survey(make_stages(config))] == ["finished"] * 2
     assert open_run("elsewhere/fork").stages == ["facts", "fork"]
@@ -149,7 +144,7 @@ def test_in_place_a_stage_begins_on_the_state_that_is_named(two, tmp_path):
     assert open_run(run).state == mixed.state
     assert open_run(f"{run}@law").strengths == {"facts": 1, "style": 1, "law": 1}
     for address in (f"{run}@style", run):
-        assert train_stages(extension(address, law), matrix=False) == [None]
+        assert train_on(address, law) == [None]
     with pytest.raises(RunError, match="stage 'law' must go on from where it was begun"):
         extension(f"{run}@facts", law)
 
@@ -157,7 +152,7 @@ def test_in_place_a_stage_begins_on_the_state_that_is_named(two, tmp_path):
 def test_a_stage_begins_on_what_the_mix_made(two, tmp_path):
     run = tmp_path / "run"
     mix_stages(run, {"facts": 0.5})
-    train_stages(extension(run, stage_of(two, "style") | {"name": "law"}))
+    train_on(run, stage_of(two, "style") | {"name": "law"})
     strengths = [link.strength for link in open_run(run).links()]
     assert strengths == [0.5] * 3 + [1.0] * 4
     found = open_run(f"{run}@law")
@@ -171,7 +166,7 @@ def test_a_stage_ends_inside_itself_with_its_best_point(config, tmp_path):
         "chain": {"ranks": [4, 4], "steps": [1, 9]},
         "train": {"keep_best": True, "eval_every": 1, "schedule": "constant"},
     }
-    train_stages(make_stages(config))
+    train_all(config)
     first = open_run(f"{tmp_path / 'run'}@facts")
     selected = inspect_run(first)["selected"]
     assert selected["partial"]
@@ -197,12 +192,12 @@ def test_a_stage_ends_inside_itself_with_its_best_point(config, tmp_path):
 
 def test_a_stage_stopped_anywhere_resumes_to_the_same_bits(config, tmp_path):
     whole = config | {"output": str(tmp_path / "whole")}
-    train_stages(make_stages(whole))
+    train_all(whole)
     config["train"]["save_every"] = 1
     for stop in range(1, 11):
         with pytest.raises(Stop):
-            train_stages(make_stages(config), listener=stopping_after(stop))
-    train_stages(make_stages(config))
+            train_all(config, listener=stopping_after(stop))
+    train_all(config)
     for name in ("facts", "style"):
         stopped, unbroken = (open_run(f"{tmp_path / run}@{name}") for run in ("run", "whole"))
         assert stopped.state == unbroken.state
@@ -213,17 +208,17 @@ def test_stages_that_are_half_trained_leave_the_run_alone(config, tmp_path, capl
     """Another one begins without it, and the one that ends later ends beside the run, in words."""
     run, style = tmp_path / "run", stage_of(config, "style")
     with pytest.raises(Stop):
-        train_stages(make_stages(one_stage(config)), listener=stopping_after(3))
+        train_all(one_stage(config), listener=stopping_after(3))
     with pytest.raises(RunError, match="Cannot mix: the first stage has not ended"):
         mix_stages(run, {"facts": 0.5})
     with pytest.raises(RunError, match="starts from a finished run"):
         load_start(run)
     with pytest.raises(RunError, match="whose first stage has ended"):
         extension(run, style)
-    train_stages(make_stages(one_stage(config)))
+    train_all(one_stage(config))
     facts = logits(run)
     with pytest.raises(Stop):
-        train_stages(extension(run, style), listener=stopping_after(8))
+        train_on(run, style, listener=stopping_after(8))
     for act in (lambda: prune_stage(run, "facts"), lambda: open_run(f"{run}@style")):
         with pytest.raises(RunError, match=r"style is half trained|'style', which has not ended,"):
             act()
@@ -231,22 +226,22 @@ def test_stages_that_are_half_trained_leave_the_run_alone(config, tmp_path, capl
     (run / "stages/.ipynb_checkpoints").mkdir()  # what looks at folders leaves is no stage
     both = config | {"stages": [*config["stages"], style | {"name": "law"}]}
     assert [each.state for each in survey(make_stages(both))] == ["finished", "stopped", "new"]
-    train_stages(extension(run, style | {"name": "law"}), matrix=False)
+    train_on(run, style | {"name": "law"})
     assert "stage style is half trained, and law begins without it" in caplog.text
     law = logits(run)
-    train_stages(extension(run, style), matrix=False)
+    train_on(run, style)
     assert f"chainlora undo {run} --to style" in caplog.text
     assert torch.equal(logits(run), law)
     assert open_run(f"{run}@style").stages == ["facts", "style"]
 
 
 def test_a_mix_while_a_stage_is_trained_does_not_reach_it(config, tmp_path, caplog):
-    train_stages(make_stages(one_stage(config)))
+    train_all(one_stage(config))
     style, run = stage_of(config, "style"), tmp_path / "run"
     with pytest.raises(Stop):
-        train_stages(extension(run, style), listener=stopping_after(7))
+        train_on(run, style, listener=stopping_after(7))
     mix_stages(run, {"facts": 0.5})
-    train_stages(extension(run, style), matrix=False)
+    train_on(run, style)
     assert "which is without stage style" in caplog.text
     assert open_run(run).strengths == {"facts": 0.5}
     assert open_run(f"{run}@style").strengths == {"facts": 1.0, "style": 1.0}
@@ -255,10 +250,10 @@ def test_a_mix_while_a_stage_is_trained_does_not_reach_it(config, tmp_path, capl
 
 
 def test_a_config_that_begins_on_a_stage_is_the_fork(config, tmp_path, capsys):
-    train_stages(make_stages(one_stage(config)))
+    train_all(one_stage(config))
     address = f"{tmp_path / 'run'}@facts"
     style = stage_of(config, "style") | {"name": "main", "train": config["train"]}
-    train_stages(extension(address, style | {"output": str(tmp_path / "fork")}))
+    train_on(address, style | {"output": str(tmp_path / "fork")})
     own = {key: style[key] for key in ("data", "train")} | {"start": address}
     own |= {"chain": config["chain"] | style["chain"], "output": str(tmp_path / "new")}
     (tmp_path / "new.yaml").write_text(json.dumps(own | {"start": None}))
@@ -287,7 +282,7 @@ def test_a_config_that_begins_on_a_stage_is_the_fork(config, tmp_path, capsys):
 
 def test_a_run_that_has_begun_does_not_need_what_it_began_on(config, tmp_path, capsys):
     config["chain"]["hold"] = "carried"  # which the config leaves to the run that is begun on
-    train_stages(make_stages(one_stage(config)))
+    train_all(one_stage(config))
     style = stage_of(config, "style")
     own = {"start": f"{tmp_path / 'run'}@facts", "output": str(tmp_path / "new")}
     own |= {key: style[key] for key in ("data", "chain")} | {"train": config["train"]}
@@ -297,9 +292,7 @@ def test_a_run_that_has_begun_does_not_need_what_it_began_on(config, tmp_path, c
     whole, fork = own | {"output": str(tmp_path / "whole")}, tmp_path / "fork"
     train(whole)
     with pytest.raises(Stop):
-        train_stages(
-            extension(own["start"], style | {"output": str(fork)}), listener=stopping_after(7)
-        )
+        train_on(own["start"], style | {"output": str(fork)}, listener=stopping_after(7))
     export_adapter(own["start"], tmp_path / "adapter")
     (tmp_path / "mine.jinja").write_text("{{ messages }}")
     data = style["data"] | {"chat_template": str(tmp_path / "mine.jinja")}  # kept as its text
@@ -332,7 +325,7 @@ def test_an_extension_inherits_how_earlier_rows_are_read_and_says_what_it_does_n
     more = str(write_rows(tmp_path / "new.jsonl", rows))
     both["data"] = style["data"] | {"train": more, "replay": 0.25, "new_rows_only": True}
     both["chain"] = style["chain"] | {"alpha": [8, 4]}
-    train_stages(extension(run, both), matrix=False)
+    train_on(run, both)
     assert "stage both does not inherit" not in caplog.text  # it gives all that style had set
     own = {"name": "law", "chain": {"ranks": [2], "epochs": [1]}, "data": {"train": "x.jsonl"}}
     data = extension(run, own)[-1].config.data

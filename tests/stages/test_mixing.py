@@ -8,8 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import Stop, stop_after
+from helpers import Stop, stop_after, train_all, train_on
 from transformers import AutoModelForCausalLM
 
 from chainlora import evaluate_task, load_chain, train
@@ -21,13 +20,13 @@ from chainlora.evaluation.strengths import best_mix
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, redo, undo
 from chainlora.runs.inspection import inspect_run
-from chainlora.training.stages import extension, train_stages
-from stages.cases import files_of, logits, one_stage, stage_of
+from chainlora.training.stages import train_stages
+from stages.cases import files_of, one_stage, stage_of
 
 
 def test_a_mix_that_cannot_be_scored_is_made_all_the_same(config, tmp_path, capsys):
     config["model"] = str(shutil.copytree(config["model"], tmp_path / "base"))
-    train_stages(make_stages(config), matrix=False)
+    train_all(config)
     shutil.rmtree(tmp_path / "base")
     assert cli(["mix", str(tmp_path / "run"), "style=0.5"]) == 0
     shown = capsys.readouterr()
@@ -46,12 +45,12 @@ def test_stages_of_what_reads_a_run_can_be_chosen_too(two, tmp_path):
 def test_a_fork_of_a_mix_says_the_strengths_that_it_has(config, tmp_path, capsys):
     run, fork = tmp_path / "run", tmp_path / "fork"
     config["chain"]["hold"], config["train"]["seed"] = "carried", 3
-    train_stages(make_stages(config), matrix=False)
+    train_all(config)
     chain = load_chain(f"{run}@facts", AutoModelForCausalLM.from_pretrained(config["model"]))
     assert (len(chain), chain.hold, chain.seed) == (3, "carried", 3)
     mix_stages(run, {"facts": 0.5, "style": 0})
     own = stage_of(config, "style") | {"name": "law", "output": str(fork)}
-    train_stages(extension(run, own), matrix=False)
+    train_on(run, own)
     for address in (fork, run):
         assert cli(["mix", str(address), "--no-scores"]) == 0
     assert capsys.readouterr().out.split() == [
@@ -67,24 +66,18 @@ def test_a_fork_of_a_mix_says_the_strengths_that_it_has(config, tmp_path, capsys
 def test_undo_and_redo_go_through_what_was_done_and_delete_nothing(two, tmp_path):
     run = tmp_path / "run"
     mix_stages(run, {"style": 0.5})
-    ends = [logits(run), logits(f"{run}@style"), logits(f"{run}@facts"), logits(f"{run}@base")]
+    mixed, *others = (open_run(f"{run}{name}").state for name in ("", "@style", "@facts", "@base"))
     before = files_of(run)
-    for end in ends[1:]:
-        undo(run)
-        assert torch.equal(
-            logits(run, num_links=None) if end is not ends[-1] else logits(run, num_links=0), end
-        )
+    assert [undo(run).state for _ in others] == others
     with pytest.raises(RunError, match="must be something to undo"):
         undo(run)
-    for end in ends[-2::-1]:
-        redo(run)
-        assert torch.equal(logits(run), end)
+    assert [redo(run).state for _ in others] == [*others[-2::-1], mixed]
     with pytest.raises(RunError, match="must be something to redo"):
         redo(run)
     after = files_of(run)
     assert [name for name in before if after[name] != before[name]] in ([], ["history.json"])
     undo(run)
-    train_stages(extension(run, stage_of(two, "style") | {"name": "law"}), matrix=False)
+    train_on(run, stage_of(two, "style") | {"name": "law"})
     assert open_run(run).stages == ["facts", "style", "law"]
     with pytest.raises(RunError, match="must be something to redo"):
         redo(run)
@@ -186,7 +179,7 @@ def test_a_best_point_scores_as_itself(config, tmp_path):
 
 def test_the_best_mix_of_what_is_no_sum_is_refused(config, tmp_path):
     config["stages"][1]["chain"]["dora"] = True
-    train_stages(make_stages(config))
+    train_all(config)
     with pytest.raises(RunError, match=r"links that are low-rank sums .*DoRA.* name the strengths"):
         best_mix(tmp_path / "run")
 
@@ -200,7 +193,7 @@ def test_the_best_mix_weakens_a_stage_that_harms_the_rows_of_others(config, tmp_
     wrong.write_text("".join(json.dumps(r | {"label": 1 - r["label"]}) + "\n" for r in rows))
     style["data"] = {"task": facts["data"]["task"], "train": str(wrong), "keep_rows": False}
     style["chain"] = {"ranks": [4], "steps": [12]}
-    train_stages(make_stages(config), matrix=False)
+    train_all(config)
     best, after, now = best_mix(tmp_path / "run")
     assert best["style"] < 0.5 < best["facts"]
     assert after > now + 0.2  # accuracy on 16 rows
@@ -209,10 +202,10 @@ def test_the_best_mix_weakens_a_stage_that_harms_the_rows_of_others(config, tmp_
 
 def test_rows_that_are_not_kept_are_missing_from_the_matrix(config, tmp_path):
     config["stages"][0]["data"]["keep_rows"] = False
-    train_stages(make_stages(one_stage(config)))
+    train_all(one_stage(config))
     assert cli(["mix", str(tmp_path / "run"), "facts=0"]) == 0  # there is nothing to score it by
     mix_stages(tmp_path / "run", {"facts": 1})
-    train_stages(make_stages(config))
+    train_all(config)
     found = stage_matrix(tmp_path / "run")
     assert [[cell is None for cell in row] for row in found.grid] == [[True, False]] * 3
     assert found.summaries() == []

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import train_all, train_on
 from helpers_data import pair_files
 
 from chainlora import export_adapter
@@ -18,7 +19,7 @@ from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, prune_stage, redo, undo
 from chainlora.runs.inspection import inspect_run
-from chainlora.training.stages import extension, train_stages
+from chainlora.training.stages import train_stages
 from stages.cases import files_of, logits, stage_of, survey
 
 
@@ -49,7 +50,7 @@ def test_a_pruned_stage_is_nowhere_and_later_ones_are_what_they_were_without(thr
             prune_stage(run, stage)
     three["stages"] = three["stages"][2:]
     assert [found.state for found in survey(make_stages(three))] == ["finished"]
-    assert train_stages(make_stages(three)) == [None]
+    assert train_all(three) == [None]
     export_adapter(run, tmp_path / "adapter")  # whose card has no scores of what was pruned
     assert "validation" not in (tmp_path / "adapter/README.md").read_text(encoding="utf-8")
     with pytest.raises(RunError, match=r"must keep a stage.*its only one"):
@@ -62,8 +63,8 @@ def test_the_name_of_a_pruned_stage_is_free_again(three, tmp_path):
     end = open_run(run).state
     prune_stage(run, "law")
     with pytest.raises(RunError, match="got law for style"):
-        train_stages(make_stages(three | {"stages": [three["stages"][0], law]}))
-    train_stages(make_stages(three))
+        train_all(three | {"stages": [three["stages"][0], law]})
+    train_all(three)
     assert open_run(run).state == end
 
 
@@ -72,7 +73,7 @@ def test_what_a_killed_prune_left_is_no_part_of_a_stage_of_that_name(three, tmp_
     left = shutil.copytree(run / "stages/law", tmp_path / "left")
     prune_stage(run, "law")
     shutil.copytree(left, run / "stages/law")
-    train_stages(make_stages(three), matrix=False)
+    train_all(three)
     assert open_run(run).verify().state == end
 
 
@@ -101,12 +102,12 @@ def test_what_was_done_before_a_stage_was_pruned_is_not_done_again(two, tmp_path
             heads.append(undo(run).state.digest)
         assert len(heads) == len(set(heads))
         undo(run, to="facts")
-        train_stages(extension(run, style), matrix=False)
+        train_on(run, style)
 
 
 def test_a_pruned_stage_of_pairs_leaves_a_whole_run(config, tmp_path):
     config["stages"][1] |= {"data": pair_files(tmp_path), "train": {"loss": "dpo"}}
-    train_stages(make_stages(config), matrix=False)
+    train_all(config)
     prune_stage(tmp_path / "run", "style")
     assert open_run(tmp_path / "run").verify().stages == ["facts"]
 
@@ -116,7 +117,7 @@ def test_scores_of_pairs_are_scored_again_on_another_reference(config, tmp_path)
     config["stages"][0] |= {"chain": {"ranks": [4], "steps": [8]}, "train": {"lr": 1e-2}}
     config["stages"][1] |= {"data": pair_files(tmp_path), "train": {"loss": "dpo", "lr": 1e-2}}
     run, path = tmp_path / "run", tmp_path / "run/matrix.jsonl"
-    train_stages(make_stages(config))
+    train_stages(make_stages(config))  # which scores it
     prune_stage(run, "facts")
     found = stage_matrix(run).grid
     assert found[0][0].value == 0.5  # of the base, which is its own reference now
@@ -126,7 +127,7 @@ def test_scores_of_pairs_are_scored_again_on_another_reference(config, tmp_path)
 
 def test_a_stage_that_others_need_goes_after_them(config, tmp_path):
     config["stages"][1]["chain"] = {"ranks": [2], "steps": [1], "dora": True}
-    train_stages(make_stages(config), matrix=False)
+    train_all(config)
     before = files_of(tmp_path / "run")
     with pytest.raises(RunError, match="prune the later ones first"):
         prune_stage(tmp_path / "run", "facts")
@@ -137,7 +138,7 @@ def test_a_stage_that_others_need_goes_after_them(config, tmp_path):
 def test_a_fork_is_pruned_of_its_parents_stage(three, tmp_path):
     run, fork = tmp_path / "run", tmp_path / "fork"
     own = stage_of(three, "law") | {"name": "new", "output": str(fork)}
-    train_stages(extension(f"{run}@style", own))
+    train_on(f"{run}@style", own)
     before = files_of(run)
     prune_stage(fork, "facts")
     assert open_run(fork).stages == ["style", "new"]
@@ -153,7 +154,7 @@ def test_a_pruning_from_elsewhere_leaves_the_relative_name_of_the_base(
     """So that a run that is moved together with its base still finds it."""
     shutil.copytree(tiny_folder, tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    train_stages(make_stages(config | {"model": "base"}), matrix=False)
+    train_all(config | {"model": "base"})
     monkeypatch.chdir("/")
     prune_stage(tmp_path / "run", "style")
     assert json.loads((tmp_path / "run/history.json").read_text())["base"]["model"] == "base"

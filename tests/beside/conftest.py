@@ -1,0 +1,32 @@
+"""Runs whose stages stand beside each other."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from beside.cases import add, begin
+
+
+@pytest.fixture(scope="session")
+def made(tiny_folder, sentiment, tmp_path_factory) -> dict[str, Path]:
+    """Runs whose stages a, b, c stand beside each other: all, and without b."""
+    first = begin(tiny_folder, sentiment, tmp_path_factory.mktemp("beside") / "run")
+    found = {}
+    for names in ("abc", "ac"):
+        found[names] = Path(shutil.copytree(first, tmp_path_factory.mktemp(names) / "run"))
+        for name in names[1:]:
+            add(sentiment, found[names], name)
+    return found
+
+
+@pytest.fixture
+def abc(made, tmp_path) -> Path:
+    return Path(shutil.copytree(made["abc"], tmp_path / "abc"))
+
+
+@pytest.fixture
+def ac(made, tmp_path) -> Path:
+    return Path(shutil.copytree(made["ac"], tmp_path / "ac"))

@@ -1,0 +1,90 @@
+"""Rehearsal: how many rows of each stage, what it is trained like, and where it comes by itself."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import Stop, stopping, train_on
+from helpers_data import pair_files
+
+from beside.cases import add, section
+from chainlora import extend
+from chainlora.cli.main import run as cli
+from chainlora.errors import DataError
+from chainlora.evaluation.stage_scores import stage_matrix
+from chainlora.runs.addresses import open_run
+from chainlora.runs.changes import redo, undo
+from chainlora.training import extending
+from chainlora.training.stages import extension, rehearsal, train_stages
+
+
+def test_a_rehearsal_reads_as_many_rows_of_each_stage(abc, capsys, monkeypatch):
+    assert cli(["rehearse", f"{abc}", "--dry-run"]) == 0
+    assert capsys.readouterr().out == "rehearsal: would train links of rank 2 on kept rows\n"
+    (stage,) = rehearsal(abc, {})
+    assert (stage.name, stage.config.chain.ranks, stage.config.chain.steps) == (
+        "rehearsal",
+        (2,),
+        (9,),  # 12, 12 and 12 training rows, each twice, 8 at once
+    )
+    assert stage.config.train.lr == pytest.approx(0.3 * open_run(f"{abc}@c").config().train.lr)
+    monkeypatch.setattr(extending, "ROWS", 16)  # where stages keep more
+    assert rehearsal(abc, {})[0].config.chain.steps == (6,)
+    monkeypatch.undo()
+    (stage,) = rehearsal(abc, {"train": {"batch_size": 24, "lr": 1e-4}})
+    assert (stage.config.chain.steps, stage.config.train.lr) == ((3,), 1e-4)
+    short = {"chain": {"steps": [2]}}
+    (result,) = train_stages(rehearsal(abc, short), matrix=False)
+    assert result is not None
+    # 8 of each in an epoch
+    assert (result["rows"], result["data"]["train"]["weights"]) == (36, [8 / 12] * 3)
+    assert open_run(abc).entry.is_rehearsal
+    assert train_stages(rehearsal(abc, short), matrix=False) == [None]  # nothing is left to do
+    assert stage_matrix(abc, compute=False).stages == ["a", "b", "c"]  # it has no rows of its own
+    assert undo(abc).entry.kind == "combine"
+    assert redo(abc).stage == "rehearsal"
+
+
+def test_a_stopped_rehearsal_of_another_state_stays_as_it_is(abc):
+    with pytest.raises(Stop):
+        train_stages(rehearsal(abc, {}), listener=stopping())
+    assert [stage.name for stage in rehearsal(abc, {})] == ["rehearsal"]
+    undo(abc, "a")
+    assert [stage.name for stage in rehearsal(abc, {})] == ["rehearsal-2"]
+
+
+def test_a_stage_after_a_rehearsal_has_the_config_of_a_stage(abc, sentiment):
+    train_stages(rehearsal(abc, {"chain": {"steps": [1]}, "train": {"lr": 1e-5}}), matrix=False)
+    (stage,) = extension(abc, section(sentiment, "d"))
+    assert (stage.config.train.lr, stage.config.data.rehearse) == (1e-2, False)
+    assert stage.after == "rehearsal"
+    add(sentiment, abc, "d")
+    state = open_run(abc)
+    assert state.entry.parents == ("a", "b", "c", "d")  # without the rehearsal
+    train_stages(rehearsal(abc, {"chain": {"steps": [1]}}), matrix=False)
+    assert open_run(abc).stage == "rehearsal-2"
+
+
+def test_a_stage_that_is_combined_after_a_later_one_is_rehearsed(ac, sentiment):
+    train_on(f"{ac}@start", section(sentiment, "d"))  # then a kill
+    add(sentiment, ac, "b")
+    extend(ac, section(sentiment, "d"), progress=False)
+    assert open_run(ac).entry.is_rehearsal
+    assert open_run(ac).stages == ["a", "b", "c", "d", "rehearsal"]
+
+
+def test_a_rehearsal_takes_no_loss_of_pairs(abc, tmp_path, caplog):
+    """What it learns by is that of the rows, also after a stage on preferences."""
+    pairs = {"data": pair_files(tmp_path), "train": {"loss": "dpo"}}
+    pairs |= {"name": "pairs", "chain": {"ranks": [2], "steps": [1]}}
+    train_on(abc, pairs)
+    (stage,) = rehearsal(abc, {}, [("chain.epochs", [1])])
+    assert (stage.config.train.loss, stage.config.chain.steps) == (None, None)
+    (result,) = train_stages([*rehearsal(abc, {"chain": {"steps": [1]}})], matrix=False)
+    assert len(result["data"]["train"]["weights"]) == 3
+    assert "pairs" in caplog.text
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": " film"}\n')
+    plain = {"name": "plain", "data": {"train": str(rows)}, "chain": pairs["chain"]}
+    with pytest.raises(DataError, match=r"set train\.loss: null"):  # dpo is inherited
+        train_on(abc, plain)
+    train_on(abc, plain | {"train": {"loss": None}})

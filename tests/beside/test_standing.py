@@ -1,0 +1,277 @@
+"""Where a stage stands by default: beside the others or on top, by `extend` and in a config."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers import Stop, stage_dir, stopping, train_all, train_on
+from helpers_data import pair_files
+
+from beside.cases import add, config_of, section
+from chainlora import evaluate_task, extend
+from chainlora.cli.main import run as cli
+from chainlora.config.staging import make_stages
+from chainlora.errors import ConfigError, RunError
+from chainlora.evaluation.combination import combine
+from chainlora.files import checksums
+from chainlora.runs.addresses import open_run
+from chainlora.runs.changes import mix_stages, prune_stage, undo
+from chainlora.runs.history import read_history
+from chainlora.training.events import Event, KeptRowsRead, StageBegins
+from chainlora.training.plan import make_plan
+from chainlora.training.stages import extension, rehearsal, train_stages
+
+
+def test_extend_stands_beside_and_rehearses_by_default(abc, ac, sentiment, capsys):
+    more = section(sentiment, "d")
+    assert extend(abc, more, progress=False)["stage"] == "d"
+    entries = read_history(abc).entries
+    assert [entry.key for entry in entries[-3:]] == ["d", entries[-2].key, "rehearsal"]
+    assert (entries[-3].parents, set(entries[-2].parents)) == ((), {"a", "b", "c", "d"})
+    extend(abc, more, progress=False)
+    undo(abc)
+    extend(abc, more, progress=False)  # and rehearses nothing again that was undone
+    assert read_history(abc).entries == entries
+    file = sentiment.with_name("d2.yaml")
+    file.write_text(json.dumps(section(sentiment, "d2")))
+    assert cli(["extend", f"{abc}", f"{file}", "--no-rehearsal", "--dry-run"]) == 0
+    assert capsys.readouterr().out.endswith(", beside the others\n")
+    add(sentiment, ac, "d")  # as if it was killed before the rehearsal
+    extend(ac, more, progress=False)
+    assert [entry.key for entry in read_history(ac).entries][-1] == "rehearsal"
+
+
+@pytest.mark.parametrize(
+    "why", ["pairs", "replay", "new", "mix", "kept", "named", "head", "on top"]
+)
+def test_what_extend_trains_on_top(why, abc, sentiment, tmp_path, caplog):
+    stage = section(sentiment, "d")
+    if why == "pairs":
+        stage |= {"data": pair_files(tmp_path), "train": {"loss": "dpo"}}
+    if why in ("replay", "kept"):
+        stage["data"] |= {"replay": 0.5} if why == "replay" else {"keep_rows": False}
+    if why == "kept":
+        with pytest.raises(ConfigError, match=r"got data\.keep_rows: false of d.; leave it"):
+            extension(abc, stage, beside=True)
+    if why == "new":
+        stage["data"]["new_rows_only"] = True
+    if why == "mix":
+        mix_stages(abc, {"b": 0})
+    below = open_run(abc).entry.key if why != "named" else "a"
+    address = {"named": f"{abc}@a", "head": f"{abc}@{below}"}.get(why, abc)
+    (found,) = extension(address, stage, beside=False if why == "on top" else None)
+    assert (found.beside, found.after) == (False, below)
+    assert ("leave it out to train beside them" in caplog.text) == (why in ("replay", "new"))
+    is_told = why not in ("named", "head", "on top")
+    assert (f"stage d is trained on top of {below}: " in caplog.text) == is_told
+
+
+def test_a_stage_beside_others_has_its_config_from_the_first(abc, ac, sentiment):
+    """Not from siblings: they may be pruned, and differ when the same command is given again."""
+    other = section(sentiment, "d") | {"train": {"lr": 1e-4}}
+    events: list[Event] = []
+    train_on(abc, other, beside=True, listener=events.append)
+    shares = [event.share for event in events if isinstance(event, KeptRowsRead)]
+    assert shares == sorted({*shares})
+    assert shares[-1] == 1
+    for run in (abc, ac):
+        (stage,) = extension(run, section(sentiment, "d2"), beside=True)
+        assert stage.config.train.lr == 1e-2
+        assert train_on(run, section(sentiment, "c"), beside=True) == [None]
+
+
+def test_a_stage_goes_on_from_any_state(abc, sentiment, tmp_path):
+    """It stands beside what the run is, which stays as it is, and can be combined with it."""
+    before = open_run(abc)
+    train_on(f"{abc}@b", section(sentiment, "d"))
+    assert open_run(abc).state == before.state
+    assert open_run(f"{abc}@d").entry.parents == ("b",)
+    apart = combine(abc, ["a", "d"], output=tmp_path / "apart")
+    found = combine(abc, ["a", "d"])
+    assert apart.state == found.state
+    assert found.entry.parents == ("a", "d")
+    assert found.stages == ["a", "b", "d"]
+
+
+def test_a_stage_beside_nothing_is_what_the_run_becomes(abc, sentiment):
+    stage = section(sentiment, "d")
+    train_on(f"{abc}@start", stage)
+    undo(abc, "base")
+    file = sentiment.with_name("d.yaml")
+    file.write_text(json.dumps(stage))
+    (planned,) = make_plan(extension(abc, stage, beside=True, rehearse=True)).stages
+    assert not planned.stage.rehearse  # nor promised
+    extend(abc, file, progress=False)
+    assert open_run(abc).entry.key == "d"  # not a combination of one, and its rehearsal
+
+
+def test_a_stage_that_began_on_top_is_not_beside_others(abc, sentiment):
+    """Also where the run is what it began on: it was combined, with nothing."""
+    stage = section(sentiment, "d")
+    train_on(abc, stage)
+    undo(abc, "base")
+    with pytest.raises(RunError, match=r"stage 'd' must go on from where it was begun"):
+        extension(abc, stage, beside=True)
+
+
+def test_a_fork_without_stages_of_its_own_is_extended(abc, sentiment, tmp_path):
+    fork = tmp_path / "fork"
+    train_on(f"{abc}@b", section(sentiment, "d") | {"output": str(fork)})
+    prune_stage(fork, "d")
+    train_on(fork, section(sentiment, "c"), beside=None)
+    assert open_run(fork).stages == ["b", "c"]
+
+
+def test_a_combination_and_the_base_have_rows_of_a_stage_whose_file_has_grown(abc, sentiment):
+    for name in "ac":
+        grown = sentiment.with_name(f"{sentiment.name}-{name}.jsonl")
+        grown.write_text((sentiment / "train.jsonl").read_text())
+    for run, stage in ((abc, "c"), (f"{abc}@base", "a")):
+        rows = [evaluate_task(each)["rows"] for each in (run, f"{abc}@{stage}")]
+        assert rows[0] == rows[1] > 4
+    for name in "ac":
+        section(sentiment, name)  # as other tests read it
+
+
+def test_what_a_combination_leaves_is_named(abc, sentiment, caplog):
+    train_stages(rehearsal(abc, {"chain": {"steps": [1]}}), matrix=False)
+    combine(abc)
+    assert f"{abc} was rehearsal, which is not in the combination" in caplog.text
+    mix_stages(abc, {"a": 0.5})
+    mix = open_run(abc).entry.key
+    combine(abc)
+    assert f"{abc} was {mix}, which is not in the combination" in caplog.text
+    mix_stages(abc, {"b": 0.5})
+    below = open_run(abc).entry.key
+    train_stages(rehearsal(abc, {"chain": {"steps": [1]}}), matrix=False)
+    add(sentiment, abc, "d2")
+    assert f"{abc} was {below}, which is not in the combination" in caplog.text
+    undo(abc, "c")
+    combine(abc, [*"abc"])
+    train_on(f"{abc}@b", section(sentiment, "d"))
+    assert f"chainlora combine {abc} a c d" in caplog.text
+    assert combine(abc, ["a", "c", "d"]).stages == ["a", "b", "c", "d"]
+
+
+def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, capsys, caplog):
+    train_on(f"{ac}@start", section(sentiment, "d"))  # not combined
+    file = sentiment.with_name("d.yaml")
+    file.write_text(json.dumps(section(sentiment, "d")))
+    other = json.dumps(section(sentiment, "b"))
+    file.with_name("b.yaml").write_text(other)
+    assert cli(["extend", f"{ac}", f"{file.with_name('b.yaml')}", "--dry-run"]) == 0
+    assert f"stage d has ended and is not in {ac}" in caplog.text
+    capsys.readouterr()
+    ask = ["extend", f"{ac}", f"{file}", "--no-rehearsal"]
+    assert cli([*ask, "--dry-run"]) == 0
+    assert capsys.readouterr().out == "d: finished, then a combination\n"
+    assert cli(ask) == 0
+    assert capsys.readouterr().out.startswith(f"{ac} is combine-")
+    assert open_run(ac).entry.parents == ("a", "c", "d")
+    undo(ac, "base")
+    assert cli(["eval", f"{ac}", "--matrix"]) == 1
+    assert f"chainlora undo {ac} --to NAME" in capsys.readouterr().err
+
+
+# --- stages of a config ---
+
+
+def test_stages_of_a_config_stand_beside_each_other(tiny_folder, sentiment, abc, tmp_path, caplog):
+    """As those of `extend`; one of pairs stands on all of them, rehearsed."""
+    pairs = {"name": "pairs", "data": pair_files(tmp_path), "train": {"loss": "dpo"}}
+    pairs |= {"chain": {"ranks": [2], "steps": [1]}}
+    others = section(sentiment, "b"), section(sentiment, "c")
+    config = config_of(tiny_folder, sentiment, tmp_path / "run", *others, pairs)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, StageBegins) and event.stage == "rehearsal":
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_all(config, listener=stop)
+    assert len(train_all(config)) == 5
+    train_stages(rehearsal(abc, {}), matrix=False)
+    train_on(abc, pairs)
+    assert open_run(config["output"]).state == open_run(abc).state
+    assert "stage pairs is trained on top of c: " in caplog.text
+    assert read_history(tmp_path / "run").find("pairs").parents == ("rehearsal",)
+    before = checksums(tmp_path / "run")
+    assert train_all(config) == [None] * 4
+    moved = [others[0] | {"beside": False}, *others[1:], pairs]
+    with pytest.raises(RunError, match=r"'b' must stay where .* set beside: true"):
+        train_all(config | {"stages": [config["stages"][0], *moved]})
+    assert checksums(tmp_path / "run") == before
+
+
+def test_a_config_is_given_again_whatever_the_run_is(tiny_folder, sentiment, tmp_path, caplog):
+    """Nothing is trained where all has ended; where something new would begin on less than it has,
+    the command that the error names leads there."""
+    run, more = tmp_path / "run", section(sentiment, "c")
+    config = config_of(tiny_folder, sentiment, run, section(sentiment, "b"))
+    train_all(config)
+    longer = config | {"stages": [*config["stages"], more]}
+    for place in ("b", "a", "rehearsal"):
+        undo(run, to=place)
+        assert train_all(config) == [None, None]
+    undo(run, to="a")
+    with pytest.raises(RunError, match="--to rehearsal"):
+        train_all(longer)
+    undo(run, to="rehearsal")
+    extend(run, section(sentiment, "d"), rehearse=False, progress=False)
+    assert train_all(config) == [None, None]  # no rehearsal is due
+    again = section(sentiment, "c")
+    again["data"] |= {"new_rows_only": True}  # reads what stages kept: not combinations
+    make_plan(extension(run, again, beside=None))
+    assert "stage c is trained on top of combine-" in caplog.text
+    short = {"name": "e", "data": {"rehearse": True}, "chain": {"ranks": [2], "steps": [1]}}
+    plan = make_plan(make_stages(config | {"stages": [*longer["stages"], short], "output": "new"}))
+    assert [each.stage.beside for each in plan.stages] == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        (0, {"beside": True}, "beside: true"),
+        (0, {"rehearse": True}, "rehearse: true of the first"),
+        (1, {"rehearse": True, "beside": False}, "rehearse: true of one on top"),
+        (1, {"rehearse": "yes"}, "'yes'"),
+        (1, {"beside": "yes"}, "`beside` must be true or false"),
+        (1, {"chain": {"ranks": [2], "steps": [3], "dora": True}}, "chain.dora of b"),
+        (1, {"train": {"accept_links": 0.02}}, "train.accept_links of b"),
+        (0, {"train": {"accept_links": "all"}, "data": {"keep_rows": False}}, "rows: false of a"),
+    ],
+)
+def test_where_a_stage_cannot_stand(place, change, message, tiny_folder, sentiment, tmp_path):
+    more = section(sentiment, "b") | {"beside": True}
+    config = config_of(tiny_folder, sentiment, tmp_path / "run", more)
+    data = config["stages"][place]["data"] | change.get("data", {})
+    config["stages"][place] |= change | {"data": data}
+    with pytest.raises(ConfigError, match=message):
+        train_all(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stopped_stage_is_not_below_itself_or_stages_beside_it(tiny_folder, sentiment, tmp_path):
+    """What cannot be done is refused when the first stage goes on, as when it is new."""
+    more = section(sentiment, "b") | {"beside": True}
+    more["data"] |= {"replay": 0.5}
+    stages = make_stages(config_of(tiny_folder, sentiment, tmp_path / "run", more))
+    with pytest.raises(RunError, match="got no earlier stage"):
+        make_plan(stages)
+    with pytest.raises(Stop):
+        train_stages(stages[:1], listener=stopping())
+    with pytest.raises(RunError, match="got no earlier stage"):
+        make_plan(stages)
+
+
+def test_the_config_of_a_later_stage_is_for_extend_also_in_a_copy(abc, chainlora):
+    config = stage_dir(abc, "b") / "config.yaml"
+    chainlora("train", config).refused(f"go on with it by: chainlora extend {abc} --name b")
+
+
+def test_rows_of_nothing_below_are_not_left_out_in_silence(abc, sentiment):
+    stage = section(sentiment, "d")
+    stage["data"]["new_rows_only"] = True
+    with pytest.raises(RunError, match="none below, since it stands beside the others"):
+        make_plan(extension(abc, stage, beside=True))
