@@ -101,8 +101,8 @@ def test_a_combination_is_the_least_squares_solution():
     holds = [["x"], ["y"], ["x", "z"]]  # one state goes on from another
     sums = Combination(ridge=0.0)
     for rows, own in zip(inputs, holds, strict=True):
-        sums.add({"m": rows.T @ rows / len(rows)}, {name: {"m": a[name]} for name in own})
-    found = sum(b[name] @ part["m"].double() for name, part in sums.solve().items())
+        sums.add(rows.T @ rows / len(rows), {(name, "m"): a[name] for name in own})
+    found = sum(b[name] @ part.double() for (name, _), part in sums.solve().items())
     # The rows of [√w·X] W ≈ [√w·X W_j] in least squares.
     rows = torch.cat([each / len(each) ** 0.5 for each in inputs])
     wanted = [
@@ -119,20 +119,21 @@ def test_one_state_combined_is_itself():
     x = torch.randn(3, 40, dtype=torch.float64)  # fewer inputs than dimensions
     a = torch.randn(2, 40)
     sums = Combination()
-    sums.add({"m": x.T @ x}, {"x": {"m": a}})
-    torch.testing.assert_close(sums.solve()["x"]["m"], a, rtol=1e-5, atol=1e-6)  # float32
+    sums.add(x.T @ x, {("x", "m"): a})
+    torch.testing.assert_close(sums.solve()["x", "m"], a, rtol=1e-5, atol=1e-6)  # float32
 
 
 def test_what_no_input_reaches():
     """A of a module that no state uses stays; of one that only others use goes."""
     a, gram = torch.ones(1, 2), torch.eye(2, dtype=torch.float64)
-    sums = Combination()
-    sums.add({}, {"x": {"m": a, "n": a}})
-    sums.add({"m": gram}, {"y": {"m": a}})
-    found = sums.solve()
-    assert torch.equal(found["x"]["n"], a)
-    assert not found["x"]["m"].any()
-    assert torch.allclose(found["y"]["m"], a)
+    unused, used = Combination(), Combination()
+    unused.add(None, {("x", "n"): a})
+    used.add(None, {("x", "m"): a})
+    used.add(gram, {("y", "m"): a})
+    assert torch.equal(unused.solve()["x", "n"], a)
+    found = used.solve()
+    assert not found["x", "m"].any()
+    assert torch.allclose(found["y", "m"], a)
 
 
 def test_grams_are_of_the_inputs_of_layers(tiny_folder):
@@ -797,10 +798,12 @@ def test_what_cannot_stand_beside_others_is_refused_before_training(
         extension(abc, stage, beside=True)
 
 
-def test_inputs_that_no_combination_has():
+def test_inputs_that_no_combination_has(tiny_folder):
     a, gram = torch.ones(1, 2), torch.zeros(2, 2, dtype=torch.float64)
     sums = Combination()
-    sums.add({"m": gram}, {"x": {"m": a}})
-    assert torch.equal(sums.solve()["x"]["m"], a)
-    with pytest.raises(ChainError, match=r"must be finite .got others of m"):
-        Combination().add({"m": gram + torch.nan}, {"x": {"m": a}})
+    sums.add(gram, {("x", "m"): a})
+    assert torch.equal(sums.solve()["x", "m"], a)
+    model, name = AutoModelForCausalLM.from_pretrained(tiny_folder), "model.layers.0.mlp.up_proj"
+    model.model.embed_tokens.weight.data[5] = torch.nan
+    with pytest.raises(ChainError, match=rf"must be finite .got others of {name}"):
+        gram_matrices(model, [name], [torch.tensor([[5, 6]])])
