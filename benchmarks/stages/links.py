@@ -19,10 +19,11 @@ import torch
 from peft.utils.merge_utils import ties
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from chainlora import Chain, LinkConfig, load_model, load_task
 from chainlora.chain.adapters import Factors
-from chainlora.chain.combining import Combination, gram_matrices
+from chainlora.chain.combining import Combination, gram_matrices, modules_by_input
 from chainlora.chain.link import Link, stack_links, with_a
 from chainlora.chain.low_rank import randomized_svd
 from chainlora.config.schema import TrainConfig
@@ -185,18 +186,24 @@ class Lab:
         found = None
         self.engine.close()
         try:
+            row = torch.tensor([rows[0][0].sequences[0][:16]])
+            self.put(())
+            groups = [*modules_by_input(self.model, own[0].factors, row)]
             for num in range(passes):
-                sums = Combination(ridge)
+                sums = {names[0]: (names, Combination(ridge)) for names in groups}
                 for place, (link, examples) in enumerate(zip(own, rows, strict=True)):
                     self.put(())
                     self.chain.add(found or link)
                     self.now = None
                     some = examples if num == passes - 1 else examples[::4]
                     tokens = [torch.tensor([row.sequences[0][:-1]]) for row in some]
-                    mine = {name: each.a for name, each in link.factors.items()}
-                    grams = gram_matrices(self.model, link.factors, tokens)
-                    sums.add(grams, {f"{place}": mine})
-                solved = sums.solve()
+                    grams = gram_matrices(self.model, sums, tokens)
+                    for first, (names, each) in sums.items():
+                        each.add(grams[first], {(f"{place}", n): link.factors[n].a for n in names})
+                solved: dict[str, dict[str, Tensor]] = {}
+                for _, each in sums.values():
+                    for (key, name), a in each.solve().items():
+                        solved.setdefault(key, {})[name] = a
                 parts = [with_a(link, solved[f"{place}"]) for place, link in enumerate(own)]
                 found = as_link(stack_links([replace(part, id=-1) for part in parts]))
         finally:

@@ -38,8 +38,8 @@ def test_a_combination_is_the_least_squares_solution():
     holds = [["x"], ["y"], ["x", "z"]]  # one state goes on from another
     sums = Combination(ridge=0.0)
     for rows, own in zip(inputs, holds, strict=True):
-        sums.add({"m": rows.T @ rows / len(rows)}, {name: {"m": a[name]} for name in own})
-    found = sum(b[name] @ part["m"].double() for name, part in sums.solve().items())
+        sums.add(rows.T @ rows / len(rows), {(name, "m"): a[name] for name in own})
+    found = sum(b[name] @ part.double() for (name, _), part in sums.solve().items())
     # The rows of [√w·X] W ≈ [√w·X W_j] in least squares.
     rows = torch.cat([each / len(each) ** 0.5 for each in inputs])
     wanted = [
@@ -56,22 +56,21 @@ def test_one_state_combined_is_itself(inputs):
     torch.manual_seed(0)
     x, a = torch.randn(inputs, 40, dtype=torch.float64), torch.randn(2, 40)
     sums = Combination()
-    sums.add({"m": x.T @ x}, {"x": {"m": a}})
-    torch.testing.assert_close(sums.solve()["x"]["m"], a, rtol=1e-5, atol=1e-6)  # float32
+    sums.add(x.T @ x, {("x", "m"): a})
+    torch.testing.assert_close(sums.solve()["x", "m"], a, rtol=1e-5, atol=1e-6)  # float32
 
 
 def test_what_no_input_reaches():
     """A of a module that no state uses stays; of one that only others use goes."""
     a, gram = torch.ones(1, 2), torch.eye(2, dtype=torch.float64)
-    sums = Combination()
-    sums.add({}, {"x": {"m": a, "n": a}})
-    sums.add({"m": gram}, {"y": {"m": a}})
-    found = sums.solve()
-    assert torch.equal(found["x"]["n"], a)
-    assert not found["x"]["m"].any()
-    assert torch.allclose(found["y"]["m"], a)
-    with pytest.raises(ChainError, match=r"must be finite .got others of m"):
-        Combination().add({"m": gram + torch.nan}, {"x": {"m": a}})
+    unused, used = Combination(), Combination()
+    unused.add(None, {("x", "n"): a})
+    used.add(None, {("x", "m"): a})
+    used.add(gram, {("y", "m"): a})
+    assert torch.equal(unused.solve()["x", "n"], a)
+    found = used.solve()
+    assert not found["x", "m"].any()
+    assert torch.allclose(found["y", "m"], a)
 
 
 def test_an_embedding_has_counts_and_layers_share_the_gram_of_their_input(tiny_folder):
@@ -82,6 +81,9 @@ def test_an_embedding_has_counts_and_layers_share_the_gram_of_their_input(tiny_f
     assert counts.sum() == 1
     attention = [f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"]
     assert [*modules_by_input(model, attention, rows[0])] == [attention[:3], attention[3:]]
+    model.model.embed_tokens.weight.data[5] = torch.nan
+    with pytest.raises(ChainError, match=rf"must be finite .got others of {attention[0]}"):
+        gram_matrices(model, attention, rows)
 
 
 def test_a_combination_is_that_of_its_formula(abc):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from helpers import Stop, stage_dir, stopping, train_all, train_on
@@ -121,6 +122,34 @@ def test_a_fork_without_stages_of_its_own_is_extended(abc, sentiment, tmp_path):
     prune_stage(fork, "d")
     train_on(fork, section(sentiment, "c"), beside=None)
     assert open_run(fork).stages == ["b", "c"]
+
+
+def test_a_fork_of_a_combination_is_begun_again(abc, sentiment, tmp_path):
+    """Where it was refused late, or a kill came before it had a history."""
+    fork = tmp_path / "fork"
+    stages = extension(abc, section(sentiment, "d") | {"output": str(fork)})
+
+    def stop(event: Event) -> None:
+        if event.name == "plan":
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_stages(stages, listener=stop)
+    assert not fork.exists()
+    shutil.copytree(abc / "derived", fork / "derived")
+    (fork / "stages/d").mkdir(parents=True)
+    (fork / "stages/d/.lock").touch()
+    train_stages(stages, matrix=False)
+    assert open_run(fork).stages == ["a", "b", "c", "d"]
+
+
+def test_a_fork_of_a_damaged_run_is_refused(abc, sentiment, tmp_path):
+    fork = tmp_path / "fork"
+    result = stage_dir(abc, "a") / "result.json"
+    result.write_text(result.read_text() + " ")
+    with pytest.raises(RunError, match=r"a/result\.json must be as the run wrote it"):
+        train_stages(extension(abc, section(sentiment, "d") | {"output": str(fork)}))
+    assert not fork.exists()
 
 
 def test_a_combination_and_the_base_have_rows_of_a_stage_whose_file_has_grown(abc, sentiment):

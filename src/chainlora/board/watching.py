@@ -116,7 +116,8 @@ def _stages(run: Path) -> list[str]:
 
 def _state_of(run: Path, name: str) -> OpenState:
     """Return what a stage ended in, or has tied so far."""
-    return begun_stage(run, name) or state_at(run, read_history(run), name)
+    history = read_history(run)
+    return begun_stage(run, name, history) or state_at(run, history, name)
 
 
 def _off(run: Path) -> set[str]:
@@ -139,8 +140,8 @@ def _curves(run: Path, name: str, stamp: int) -> list[Block]:
 @lru_cache(maxsize=16)
 def _links_and_stages(run: Path, last: str, *versions: object) -> tuple[list[Block], list[Block]]:
     """Return tables and pictures; all files of the links are checked first."""
-    is_draft = last in drafts_in(run)
-    facts = read_state(_state_of(run, last) if is_draft else find_state(run), run.name)
+    state = _state_of(run, last)
+    facts = read_state(find_state(run) if state.draft is None else state, run.name)
     return _alone([*links_table(facts), *chain_pictures(facts)]), _alone(stage_blocks(facts))
 
 

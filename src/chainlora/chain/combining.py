@@ -25,82 +25,68 @@ from chainlora.errors import ChainError
 from chainlora.models.text_config import base_model
 
 RIDGE = 0.001
-Grams = Mapping[str, Tensor]
-"""By module, G (in × in); of an embedding its diagonal (tokens)."""
+Place = tuple[str, str]
+"""A link and a module of it."""
 
 
 class Combination:
-    """The sums over states of some modules; `add` each state, then `solve`."""
+    """The sums over states for modules that share an input; `add` each state, then `solve`."""
 
     def __init__(self, ridge: float = RIDGE) -> None:
         self.ridge = ridge
-        self._whole: dict[str, Tensor] = {}  # Σ_j Ĝ_j by module
-        self._parts: dict[tuple[str, str], Tensor] = {}  # Σ_j A_i^(j) Ĝ_j by link and module
-        self._known: dict[tuple[str, str], Tensor] = {}  # A of links
+        self._whole: Tensor | None = None  # Σ_j Ĝ_j
+        self._parts: dict[Place, Tensor] = {}  # Σ_j A_i^(j) Ĝ_j
+        self._known: dict[Place, Tensor] = {}  # A of links
 
-    def add(self, grams: Grams, links: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Add a state: the Grams of its inputs, which are used up, and A of its links (rank × in)
-        by link and module.
+    def add(self, gram: Tensor | None, factors: Mapping[Place, Tensor]) -> None:
+        """Add a state: the Gram of its input, which is used up, None where the modules have none;
+        and A of its links (rank × in)."""
+        self._known = {**factors, **self._known}
+        if gram is None:
+            return
+        diagonal = _diagonal(gram)
+        diagonal += self.ridge * diagonal.mean()  # λ (tr G / d) I
+        for place, a in factors.items():
+            part = a.double() * gram if gram.dim() == 1 else a.double() @ gram
+            self._parts[place] = self._parts[place] + part if place in self._parts else part
+        self._whole = gram if self._whole is None else self._whole.add_(gram)
 
-        Modules that share an input have one Gram, the same object in every state. Raises ChainError
-        for inputs that are not finite.
-        """
-        for module, gram in {id(each[1]): each for each in grams.items()}.values():
-            if not diagonal_of(gram).isfinite().all():  # what else is not, has one there
-                raise ChainError("inputs of a layer must be finite", f"others of {module}")
-            add_ridge(gram, self.ridge)
-        for link, factors in links.items():
-            for module, a in factors.items():
-                self._known.setdefault((link, module), a)
-                if module in grams:
-                    gram = grams[module]
-                    part = a.double() * gram if gram.dim() == 1 else a.double() @ gram
-                    key = (link, module)
-                    self._parts[key] = self._parts[key] + part if key in self._parts else part
-        _add_shared(self._whole, grams)
-
-    def solve(self) -> dict[str, dict[str, Tensor]]:
-        """Return A' (rank × in, float32) by link and module; A where no state has an input."""
-        found: dict[str, dict[str, Tensor]] = {}
-        roots = set[int]()
-        for (link, module), a in self._known.items():
-            whole, part = self._whole.get(module), self._parts.get((link, module))
-            if whole is None or not diagonal_of(whole).any():  # no state has an input
-                solved = a
-            elif part is None:  # only states without the link use the module
-                solved = torch.zeros_like(a)
+    def solve(self) -> dict[Place, Tensor]:
+        """Return A' (rank × in, float32) of each link; A where no state has an input."""
+        whole = self._whole
+        if whole is None or not _diagonal(whole).any():
+            return self._known
+        if whole.dim() > 1:
+            torch.linalg.cholesky(whole, out=whole)  # in place: it is not needed any more
+        found = {}
+        for place, a in self._known.items():
+            part = self._parts.get(place)
+            if part is None:  # only states without the link use the modules
+                found[place] = torch.zeros_like(a)
             elif whole.dim() == 1:
-                solved = (part / whole).float()
+                found[place] = (part / whole).float()
             else:
-                if id(whole) not in roots:  # in place: it is not needed any more
-                    torch.linalg.cholesky(whole, out=whole)
-                    roots.add(id(whole))
-                solved = torch.cholesky_solve(part.T, whole).T.float().contiguous()
-            found.setdefault(link, {})[module] = solved
+                found[place] = torch.cholesky_solve(part.T, whole).T.float().contiguous()
         return found
 
 
-def add_ridge(gram: Tensor, ridge: float) -> None:
-    """Make a Gram G + λ (tr G / d) I, or a diagonal that of this."""
-    diagonal = diagonal_of(gram)
-    diagonal += ridge * diagonal.mean()
-
-
-def diagonal_of(gram: Tensor) -> Tensor:
+def _diagonal(gram: Tensor) -> Tensor:
     return gram if gram.dim() == 1 else gram.diagonal()
 
 
 def gram_matrices(
-    model: nn.Module, modules: Collection[str], rows: Iterable[Tensor]
+    model: nn.Module, modules: Iterable[str], rows: Iterable[Tensor]
 ) -> dict[str, Tensor]:
     """Return the mean of x xᵀ (float64) over the inputs of modules for rows of tokens (1 × length).
 
-    Rows are read one by one, without padding. Layers that share an input share the work.
+    It is (in × in), of an embedding its diagonal (tokens); none of a module that no row reaches.
+    Rows are read one by one, without padding. Raises ChainError for inputs that are not finite.
     """
+    layers = {name: base_layer(model.get_submodule(name)) for name in modules}
     sums: dict[str, Tensor] = {}
     count = pending = 0
-    called = _calling(model, modules)
-    with _kept_inputs(model, modules) as (inputs, layers), torch.no_grad():
+    called = _calling(model, layers.values())
+    with _kept_inputs(layers) as inputs, torch.no_grad():
         for row in rows:
             called(input_ids=row, use_cache=False)
             count, pending = count + row.numel(), pending + row.numel()
@@ -108,8 +94,9 @@ def gram_matrices(
                 _add_products(sums, inputs, layers)
                 pending = 0
         _add_products(sums, inputs, layers)
-    for total in {id(total): total for total in sums.values()}.values():
-        total.div_(count)
+    for name, total in sums.items():
+        if not _diagonal(total.div_(count)).isfinite().all():  # what else is not, has one there
+            raise ChainError("inputs of a layer must be finite", f"others of {name}")
     return sums
 
 
@@ -118,33 +105,32 @@ def modules_by_input(
 ) -> Iterable[list[str]]:
     """Return modules, those that share an input for a row of tokens (1 × length) together."""
     found: dict[object, list[str]] = {}
-    with _kept_inputs(model, modules) as (inputs, _), torch.no_grad():
+    layers = {name: base_layer(model.get_submodule(name)) for name in modules}
+    with _kept_inputs(layers) as inputs, torch.no_grad():
         model(input_ids=row, use_cache=False)
         for name, parts in inputs.items():
-            found.setdefault(_identity(parts) or name, []).append(name)
+            same = tuple((part.data_ptr(), part.shape, part.stride()) for part in parts)
+            found.setdefault(same or name, []).append(name)
     return found.values()
 
 
-def _calling(model: nn.Module, modules: Collection[str]) -> nn.Module:
-    """Return the part of a causal language model that calls modules: all of it, or all but the
+def _calling(model: nn.Module, layers: Iterable[nn.Module]) -> nn.Module:
+    """Return the part of a causal language model that calls layers: all of it, or all but the
     head."""
     body = base_model(model)
     inside = {*body.modules()}
-    return body if all(model.get_submodule(name) in inside for name in modules) else model
+    return body if all(layer in inside for layer in layers) else model
 
 
 @contextmanager
-def _kept_inputs(
-    model: nn.Module, modules: Collection[str]
-) -> Iterator[tuple[dict[str, list[Tensor]], dict[str, nn.Module]]]:
-    """Keep what modules are called with; give that and the layers."""
-    inputs: dict[str, list[Tensor]] = {name: [] for name in modules}
-    layers = {name: base_layer(model.get_submodule(name)) for name in modules}
+def _kept_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
+    """Keep what layers are called with."""
+    inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
     with ExitStack() as hooks:
         for name, layer in layers.items():
             handle = layer.register_forward_pre_hook(_keeper(inputs[name]))
             hooks.callback(handle.remove)
-        yield inputs, layers
+        yield inputs
 
 
 _AT_ONCE = 2048  # tokens whose inputs wait for one product
@@ -158,21 +144,11 @@ def _add_products(
     sums: dict[str, Tensor], inputs: Mapping[str, list[Tensor]], layers: Mapping[str, nn.Module]
 ) -> None:
     """Add what inputs give to the sums, and forget them."""
-    products: dict[object, Tensor] = {}
-    found = {}
     for name, parts in inputs.items():
-        key = _identity(parts)
-        if parts and key not in products:
-            products[key] = _product(parts, layers[name])
         if parts:  # else an expert that no token was sent to
-            found[name] = products[key]
-    _add_shared(sums, found)
-    for parts in inputs.values():
+            product = _product(parts, layers[name])
+            sums[name] = sums[name].add_(product) if name in sums else product
         parts.clear()
-
-
-def _identity(parts: list[Tensor]) -> tuple[object, ...]:
-    return tuple((part.data_ptr(), part.shape, part.stride()) for part in parts)
 
 
 def _product(parts: list[Tensor], layer: Any) -> Tensor:
@@ -182,15 +158,3 @@ def _product(parts: list[Tensor], layer: Any) -> Tensor:
     x = torch.cat([part.flatten(0, -2) for part in parts]).cpu()
     x = x.to(torch.promote_types(x.dtype, torch.float32))  # half the time of float64
     return (x.T @ x).double()
-
-
-def _add_shared(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Add values in place; those that share an object share their sum, which is added to once."""
-    added = set()
-    for name, value in values.items():
-        if name not in sums:
-            sums[name] = value
-            added.add(id(value))
-        elif id(sums[name]) not in added:
-            sums[name].add_(value)
-            added.add(id(sums[name]))

@@ -10,7 +10,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, chain, pairwise
 from typing import Any, overload
@@ -77,6 +77,11 @@ class Rows(Sequence[Example]):
         if isinstance(places, range):
             return [self.example(place) for place in places]
         return self.example(places)
+
+    def spread(self, most: int) -> Iterator[Example]:
+        """Yield up to `most` rows, spread evenly."""
+        count = min(most, len(self))
+        return (self.example(place * len(self) // count) for place in range(count))
 
 
 class MemoryRows(Rows):

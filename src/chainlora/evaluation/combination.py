@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from chainlora import files
 from chainlora.chain.chain import Chain
 from chainlora.chain.combining import Combination, gram_matrices, modules_by_input
 from chainlora.chain.link import Factors, Link, with_a
+from chainlora.config.schema import LinkConfig
 from chainlora.config.staging import is_run, need_apart
 from chainlora.data.kept import Kept
 from chainlora.errors import ChainError, RunError
@@ -170,12 +170,12 @@ def _outer(states: Sequence[OpenState]) -> list[OpenState]:
 def need_combinable(states: Sequence[OpenState]) -> None:
     """Raise RunError for a state that cannot be combined with others."""
     for state in states:
-        if not _rows_of(state):
+        if not state.keepers:
             rule = "a combination reads rows that stages kept"
             remedy = "train with data.keep_rows: true; chainlora push takes rows along with --rows"
             raise RunError(rule, f"none for {state}", remedy)
-        for link in state.links():
-            need_low_rank_sum(link, state.run)
+        for facts in state.facts:
+            need_low_rank_sum(facts.link_config(), state.run)
 
 
 def _solved(states: Sequence[OpenState], progress: Progress) -> dict[str, Modules | Term]:
@@ -188,6 +188,7 @@ def _solved(states: Sequence[OpenState], progress: Progress) -> dict[str, Module
     links = {key: link for own in held for key, link in own.items()}
     facts, place = states[0].history.links, {k: n for own in held for n, k in enumerate(own)}
     order = sorted(links, key=lambda each: (facts[each].stage, place[each]))
+    new = [{k: link for k, link in own.items() if k not in alike} for own in held]
     chain, _ = chain_on_base(states[0])
     device = next(chain.model.parameters()).device
     rows = [_rows_of(state) for state in states]
@@ -209,19 +210,24 @@ def _solved(states: Sequence[OpenState], progress: Progress) -> dict[str, Module
     for some in passes:
         derived: dict[str, Modules] = {}
         for part in parts:
-            sums = Combination()
-            for state, own, model, tokens in zip(states, held, models, some, strict=True):
+            sums = [Combination() for _ in part]
+            firsts = [names[0] for names in part]
+            for state, own, model, tokens in zip(states, new, models, some, strict=True):
                 _put(chain, model)
-                factors = {k: _a_of(link, part) for k, link in own.items() if k not in alike}
                 try:
-                    sums.add(gram_matrices(chain.model, part, read(tokens, state.stage)), factors)
+                    grams = gram_matrices(chain.model, firsts, read(tokens, state.stage))
                 except ChainError as error:
                     rule = "states that are combined must have finite activations"
                     raise RunError(rule, f"{error}, {state}", "leave it out") from None
-            for key, solved in sums.solve().items():
-                derived.setdefault(key, {}).update(solved)
-        new = {key: replace(with_a(links[key], a), strength=1.0) for key, a in derived.items()}
-        models = [[new.get(key, links[key]) for key in order]] * len(states)
+                for each, names in zip(sums, part, strict=True):
+                    pairs = [(key, n) for key in own for n in names if n in own[key].factors]
+                    factors = {(k, n): own[k].strength * own[k].factors[n].a for k, n in pairs}
+                    each.add(grams.get(names[0]), factors)
+            for each in sums:
+                for (key, module), a in each.solve().items():
+                    derived.setdefault(key, {})[module] = a
+        found = {key: replace(with_a(links[key], a), strength=1.0) for key, a in derived.items()}
+        models = [[found.get(key, links[key]) for key in order]] * len(states)
     return {key: alike[key] if key in alike else derived[key] for key in order}
 
 
@@ -233,14 +239,12 @@ def _put(chain: Chain, links: Sequence[Link]) -> None:
         chain.detach()
 
 
-def _a_of(link: Link, modules: Sequence[str]) -> Modules:
-    return {n: link.strength * link.factors[n].a for n in modules if n in link.factors}
-
-
-def _parts(by_input: Iterable[list[str]], factors: Mapping[str, Factors]) -> Iterator[list[str]]:
-    """Divide modules into parts whose Grams, one an input, of a state and summed, fit into
+def _parts(
+    by_input: Iterable[list[str]], factors: Mapping[str, Factors]
+) -> Iterator[list[list[str]]]:
+    """Divide modules that share an input into parts whose Grams, of a state and summed, fit into
     memory."""
-    part: list[str] = []
+    part: list[list[str]] = []
     size = 0
     for names in by_input:
         first = factors[names[0]]
@@ -249,19 +253,18 @@ def _parts(by_input: Iterable[list[str]], factors: Mapping[str, Factors]) -> Ite
         if part and size + more > _MEMORY:
             yield part
             part, size = [], 0
-        part += names
+        part.append(names)
         size += more
     if part:
         yield part
 
 
-def need_low_rank_sum(link: Link, run: str | Path) -> None:
+def need_low_rank_sum(config: LinkConfig, run: str | Path) -> None:
     """Raise RunError for a link that is more than B A."""
-    factors = link.factors.values()
     kinds = {
-        "DoRA": any(each.magnitude is not None for each in factors),
-        "a bias of LoRA": any(each.bias is not None for each in factors),
-        "modules trained whole": bool(link.extra),
+        "DoRA": config.dora,
+        "a bias of LoRA": config.lora_bias,
+        "modules trained whole": config.extra_modules,
     }
     if found := [name for name, is_there in kinds.items() if is_there]:
         raise RunError(
@@ -277,10 +280,8 @@ def _rows_of(state: OpenState) -> list[Tensor]:
 
 
 def _sample(kept: Kept) -> Iterator[Tensor]:
-    rows: Any = kept.train or kept.validation
-    count, tokens = min(ROWS, len(rows)), 0
-    for place in range(count):
-        (example,) = rows[place * len(rows) // count : place * len(rows) // count + 1]
+    tokens = 0
+    for place, example in enumerate((kept.train or kept.validation).spread(ROWS)):
         sequence = example.sequences[example.label or 0]
         tokens += len(sequence)
         if place and tokens > TOKENS:

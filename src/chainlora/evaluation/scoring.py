@@ -81,31 +81,8 @@ def evaluate_task(
     else:
         source = task_split_source(task, data, split, limit)
         encode = partial(_rows_of_task, task, source, own)
-    model, tokenizer = load_run_or_model(run_or_model, num_links=num_links, dtype=dtype)
-    asked, rows = encode(tokenizer, context_length(model))
-    with Engine(to_accelerator(model), speedups=speedups, training=False) as engine:
-        if asked.loss == "dpo":
-            scores = engine.scores(rows, progress=progress)
-        elif asked.loss == "orpo":
-            assert config is not None
-            found = judge_odds(engine, rows, config.train.orpo_beta, progress)
-        else:
-            found = evaluate(
-                model,
-                rows,
-                engine=engine,
-                metrics=asked.metrics,
-                tokenizer=tokenizer,
-                stop=asked.stop,
-                max_new_tokens=asked.max_new_tokens,
-                progress=progress,
-            )
-    if asked.loss == "dpo":
-        assert config is not None
-        del model, engine  # one model in memory
-        with _begun_on(run_or_model, config, dtype, speedups) as engine:
-            reference = engine.scores(rows, progress=progress)
-        found = judge_pairs(rows, scores, reference, config.train.dpo_beta)
+    keys: Any = {"num_links": num_links, "dtype": dtype, "speedups": speedups}
+    asked, rows, found = _scored(run_or_model, config, encode, progress, **keys)
     if predictions is not None:
         _write_predictions(Path(predictions), found)
     metrics = dict(found.metrics)
@@ -117,13 +94,44 @@ def evaluate_task(
     return Shown(shown | {"rows": found.num_rows, "metrics": metrics})
 
 
-def _begun_on(run: Address, config: RunConfig, dtype: Any, speedups: Speedups) -> Engine:
-    """Return an engine of what a DPO run began on: pairs are judged by their scores there."""
-    start: Address = config.model
-    if config.chain.tune != "full":
-        start = open_run(run).parent
+def _scored(
+    run_or_model: Address,
+    config: RunConfig | None,
+    encode: Encode,
+    progress: Callable[[int, int], None] | None,
+    *,
+    num_links: int | None,
+    dtype: Any,
+    speedups: Speedups,
+) -> tuple[Task | Splits, Sequence[Example], Evaluation]:
+    """Load a run or a model; return what is asked, the rows as tokens, and what they came to."""
+    model, tokenizer = load_run_or_model(run_or_model, num_links=num_links, dtype=dtype)
+    asked, rows = encode(tokenizer, context_length(model))
+    with Engine(to_accelerator(model), speedups=speedups, training=False) as engine:
+        if asked.loss == "orpo":
+            assert config is not None
+            return asked, rows, judge_odds(engine, rows, config.train.orpo_beta, progress)
+        if asked.loss != "dpo":
+            found = evaluate(
+                model,
+                rows,
+                engine=engine,
+                metrics=asked.metrics,
+                tokenizer=tokenizer,
+                stop=asked.stop,
+                max_new_tokens=asked.max_new_tokens,
+                progress=progress,
+            )
+            return asked, rows, found
+        scores = engine.scores(rows, progress=progress)
+    assert config is not None
+    del model, engine  # one model in memory
+    # Pairs are judged by their scores in what the run began on.
+    start = config.model if config.chain.tune == "full" else open_run(run_or_model).parent
     model, _ = load_run_or_model(start, dtype=dtype)
-    return Engine(to_accelerator(model), speedups=speedups, training=False)
+    with Engine(to_accelerator(model), speedups=speedups, training=False) as engine:
+        reference = engine.scores(rows, progress=progress)
+    return asked, rows, judge_pairs(rows, scores, reference, config.train.dpo_beta)
 
 
 def _write_predictions(file: Path, found: Evaluation) -> None:

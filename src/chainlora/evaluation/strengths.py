@@ -19,7 +19,7 @@ from chainlora.chain.adapters import base_layer
 from chainlora.chain.link import stack_links
 from chainlora.data.examples import Example
 from chainlora.data.kept import Kept
-from chainlora.data.rows import MemoryRows, Rows
+from chainlora.data.rows import MemoryRows
 from chainlora.errors import ChainError, RunError
 from chainlora.evaluation.evaluate import Gain, gain
 from chainlora.evaluation.metrics import is_higher_better
@@ -58,7 +58,8 @@ def best_mix(
     chosen = _to_choose_by(kept)
     scorer = Scorer(found, chosen, progress=progress)
     now = found.strengths
-    best = _fitted(scorer, found, [_sample(chosen[stage].scored[1]) for stage in stages])
+    columns = [sorted(chosen[s].scored[1].spread(ROWS), key=_length) for s in stages]
+    best = _fitted(scorer, found, columns)
 
     def average(strengths: Mapping[str, float]) -> float:
         state = found.with_strengths(strengths).state
@@ -126,24 +127,21 @@ def _fitted(scorer: Scorer, found: OpenState, columns: list[list[Example]]) -> d
     return {name: round(value, 2) for name, value in zip(names, strengths.tolist(), strict=True)}
 
 
-def _sample(rows: Rows) -> list[Example]:
-    """Return up to `ROWS` rows, spread evenly, the short ones first."""
-    count = min(ROWS, len(rows))
-    found = [rows[place * len(rows) // count] for place in range(count)]
-    return sorted(found, key=lambda each: len(each.sequences[each.label or 0]))
-
-
 def _batches(rows: list[Example]) -> Iterator[list[Example]]:
     """Divide rows, the short ones first, into batches of at most `_TOKENS` with their padding."""
     batch: list[Example] = []
     for row in rows:
-        longest = len(row.sequences[row.label or 0])
+        longest = _length(row)
         if batch and longest * (len(batch) + 1) > _TOKENS:
             yield batch
             batch = []
         batch.append(row)
     if batch:
         yield batch
+
+
+def _length(row: Example) -> int:
+    return len(row.sequences[row.label or 0])
 
 
 def _answer_loss(model: nn.Module, rows: list[Example], device: torch.device) -> Tensor:

@@ -19,11 +19,12 @@ from chainlora.data.kept import Kept, write_kept
 from chainlora.errors import RunError
 from chainlora.models.identity import tokenizer_files
 from chainlora.registry import plugin_digest
-from chainlora.runs.documents import now, write_part
+from chainlora.runs.documents import DAMAGED, now, write_part
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import (
     BASE,
     CONFIG,
+    CONTENT,
     RECORDS,
     RESULT,
     START,
@@ -34,8 +35,6 @@ from chainlora.runs.history import (
     State,
     Term,
     Training,
-    derived_file,
-    link_folder,
     read_history,
     rows_file,
     update_history,
@@ -110,11 +109,16 @@ def need_unmoved(run: Path, known: History | None, entry: Entry) -> None:
 def closure(state: OpenState) -> History:
     """Return the history of a state alone: the entries that it needs, with their links."""
     due = {*state.keepers, *(entry.key for entry in state.lineage)}
-    found = [entry for entry in state.history.entries if entry.key in due]
-    links = {digest: state.history.links[digest] for digest in _links_of(found)}
-    moves: dict[str, Any] = {"head": state.key, "origin": state.key, "past": (), "future": ()}
-    update = {"entries": tuple(found), "links": links} | moves
-    return state.history.model_copy(update=update)
+    found = _part(state.history, [e for e in state.history.entries if e.key in due])
+    moves = {"head": state.key, "origin": state.key, "past": (), "future": ()}
+    return found.model_copy(update=moves)
+
+
+def _part(history: History, entries: Sequence[Entry]) -> History:
+    """Return a history of some entries, with their links."""
+    digests = (d for e in entries for d in (*(term.link for term in e.state.terms), *e.tied))
+    links = {digest: history.links[digest] for digest in digests}
+    return history.model_copy(update={"entries": tuple(entries), "links": links})
 
 
 def copy_closure(state: OpenState, run: Path, history: History) -> History:
@@ -123,9 +127,9 @@ def copy_closure(state: OpenState, run: Path, history: History) -> History:
     Returns the history with its entries.
     """
     found = closure(state)
-    _copy_files(state, found.entries, run, {})
-    copied = tuple(_own(entry) for entry in found.entries)
-    update = {"entries": copied, "links": found.links, "head": found.head, "origin": found.head}
+    entries = tuple(map(_own, found.entries))
+    copy_files(state.run, run, found.model_copy(update={"entries": entries, "tokenizer": {}}))
+    update = {"entries": entries, "links": found.links, "head": found.head, "origin": found.head}
     return history.model_copy(update=update)
 
 
@@ -179,15 +183,15 @@ def take_in(run: Path, state: OpenState) -> str:
     names: dict[str, str] = {}
     for entry in state.lineage:
         names[entry.key] = _name_there(entry, history, run, state.run, names)
-    new = [entry for entry in state.lineage if history.find(names[entry.key]) is None]
-    _copy_files(state, new, run, names)
-    links = {digest: other.links[digest] for digest in _links_of(new)}
+    new = [_own(entry) for entry in state.lineage if history.find(names[entry.key]) is None]
+    part = _part(other, new).model_copy(update={"tokenizer": {}})
+    copy_files(state.run, run, part, names=names)
 
     def change(history: History) -> History:
-        entries = (_own(entry).renamed(names) for entry in new)
+        entries = (entry.renamed(names) for entry in new)
         renamed = {
             digest: facts.model_copy(update={"stage": names.get(facts.stage, facts.stage)})
-            for digest, facts in links.items()
+            for digest, facts in part.links.items()
         }
         update = {"entries": (*history.entries, *entries), "links": {**renamed, **history.links}}
         return history.model_copy(update=update)
@@ -210,45 +214,39 @@ def _name_there(
     return next(name for name in names if is_name(name) and name not in used)
 
 
-def _links_of(entries: Sequence[Entry]) -> list[str]:
-    every = ((*(term.link for term in e.state.terms), *e.tied) for e in entries)
-    return list(dict.fromkeys(chain.from_iterable(every)))
-
-
 def _own(entry: Entry) -> Entry:
     """Return an entry with the files that go with it into another run."""
     names = [name for name in (CONFIG, RECORDS, RESULT) if name in entry.files]
     return entry.model_copy(update={"files": {name: entry.files[name] for name in names}})
 
 
-def _copy_files(
-    state: OpenState, entries: Sequence[Entry], run: Path, names: Mapping[str, str]
-) -> None:
-    """Copy what entries need; `names` are those that they get."""
-    for digest in _links_of(entries):
-        if not (run / link_folder(digest)).exists():
-            _copy_folder(state.run, run, link_folder(digest))
-    terms = [term for entry in entries for term in entry.state.terms]
-    single = {derived_file(term.derived) for term in terms if term.derived is not None}
-    single |= {rows_file(entry.kept) for entry in entries if entry.kept is not None}
-    pairs = {name: name for name in sorted(single)}
-    for entry in entries:
-        source, target = (f"stages/{k}" for k in (entry.key, names.get(entry.key, entry.key)))
-        pairs |= {f"{source}/{name}": f"{target}/{name}" for name in _own(entry).files}
-    for name, there in pairs.items():
-        is_there = name in single and (run / there).is_file()  # its name is of its content
-        if not is_there and (state.run / name).is_file():  # records may be gone
-            files.make_folder((run / there).parent)
-            files.remove_scratch((run / there).parent, (run / there).name)  # of a kill
-            files.write_bytes(run / there, (state.run / name).read_bytes())
+def copy_files(
+    source: Path,
+    target: Path,
+    history: History,
+    there: Mapping[str, str] | None = None,
+    names: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Copy what a history names from one run into another, each file checked; return the files.
 
-
-def _copy_folder(source: Path, target: Path, name: str) -> None:
-    files.make_folder((target / name).parent)
-    files.remove_scratch((target / name).parent, "copy")  # of a kill
-    with files.new_folder((target / name).parent, "copy") as scratch:
-        shutil.copytree(source / name, scratch, dirs_exist_ok=True, copy_function=shutil.copyfile)
-        files.put_folder(scratch, target / name)
+    `there` are files that the other run names, each with its SHA-256, and `names` are those that
+    entries get in it.
+    """
+    copied = []
+    for name, digest in history.files.items():
+        kind, key, *rest = name.split("/")
+        own = "/".join((kind, (names or {}).get(key, key) if kind == "stages" else key, *rest))
+        is_known = kind in CONTENT and (target / own).is_file()  # by its name
+        is_gone = rest == [RECORDS] and not (source / name).is_file()  # which records may be
+        if is_known or is_gone or (there or {}).get(own) == digest:
+            continue
+        with files.reported(source / name, "read"):
+            if not files.sha256(source / name).startswith(digest):
+                rule = f"{name} must be as the run wrote it"
+                raise RunError(rule, f"other bytes in {source}", DAMAGED)
+        files.copy_file(source / name, target / own)
+        copied.append(name)
+    return copied
 
 
 def with_start_rows(history: History, kept: str) -> History:

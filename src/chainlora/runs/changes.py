@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,7 @@ from chainlora.config.staging import split_address
 from chainlora.errors import ChainError, FileError, RunError
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.draft import drafts_in, ended_leftovers
-from chainlora.runs.history import (
-    BASE,
-    Entry,
-    History,
-    read_history,
-    update_history,
-)
+from chainlora.runs.history import BASE, CONTENT, Entry, History, read_history, update_history
 from chainlora.runs.links import outline_of
 from chainlora.runs.locks import is_in_use, refuse_links
 from chainlora.runs.state import OpenState
@@ -179,7 +173,11 @@ def plan_pruning(run: str | Path, name: str) -> Pruning:
     or is no sum without the links.
     """
     run = whole_run(run)
-    history = read_history(run)
+    return _planned(run, read_history(run), name)[0]
+
+
+def _planned(run: Path, history: History, name: str) -> tuple[Pruning, History]:
+    """Return what deleting a stage deletes, and the history without it."""
     _need_idle(run, history)
     entry = history.find(name)
     left_over = {path.name.partition(".")[0] for path in (run / "stages").glob("*")}
@@ -199,7 +197,8 @@ def plan_pruning(run: str | Path, name: str) -> Pruning:
     left = _outer(history, (end for key in ends for end in _left_of(key, history, after)))
     left = left if left != after.ends(after.head) else []
     now = None if after.head == history.head else after.head
-    return Pruning(name, sorted(_unnamed(run, after)), with_it, on_top, before, left, now)
+    plan = Pruning(name, sorted(_unnamed(run, after)), with_it, on_top, before, left, now)
+    return plan, after
 
 
 def _outer(history: History, keys: Iterable[str]) -> list[str]:
@@ -230,9 +229,7 @@ def prune_stage(run: str | Path, name: str) -> Pruning:
 
     def change(history: History) -> History:
         nonlocal plan
-        _need_idle(folder, history)
-        after, with_it = _without(history, name)
-        plan = replace(plan, gone=sorted(_unnamed(folder, after)), with_it=with_it)
+        plan, after = _planned(folder, history, name)  # another process may have changed it
         return after
 
     _keep_scores(folder, update_history(folder, change))
@@ -333,7 +330,7 @@ def _need_sums(run: Path, history: History, name: str) -> None:
 def _unnamed(run: Path, history: History) -> Iterator[Path]:
     """Yield what of a run its history does not name, and pictures of what it was."""
     named = {"/".join(name.split("/")[:2]) for name in history.files}
-    for folder in ("links", "derived", "rows", "stages"):
+    for folder in (*CONTENT, "stages"):
         for path in (run / folder).glob("*"):
             if f"{folder}/{path.name}" not in named:
                 yield path

@@ -16,7 +16,15 @@ from chainlora import files
 from chainlora.config.staging import HISTORY, exists_in, stage_folder
 from chainlora.errors import ChainLoRAError, RunError
 from chainlora.runs.draft import DRAFT, PASSING, REFERENCE
-from chainlora.runs.history import CONFIG, RECORDS, RESULT, TOKENIZER, History, read_history
+from chainlora.runs.history import (
+    CONFIG,
+    CONTENT,
+    RECORDS,
+    RESULT,
+    TOKENIZER,
+    History,
+    read_history,
+)
 from chainlora.runs.locks import LOCK, is_in_use, take_lock
 
 _GROWING = ("moments", "best", "checkpoints")  # folders whose entries ``stage.json`` names
@@ -87,7 +95,7 @@ class Claim:
     def remove_scratch(self, *, is_first: bool = False) -> None:
         """Remove what killed writes left; of the whole run, where this is the first in it."""
         own = [self.folder, *(self.folder / name for name in _GROWING)]
-        shared = [self.run / "links", self.run / "rows"]  # others write there meanwhile
+        shared = [self.run / name for name in CONTENT]  # others write there meanwhile
         for folder in [*own, *shared, *([self.run] if is_first else [])]:
             with files.reported(folder):
                 name = self.stage if folder in shared and not is_first else ""
@@ -118,7 +126,7 @@ class Claim:
         The lock goes last. Where something could not be removed, it says that the rest is a run's.
         """
         is_alone = self._is_new_run and not self._is_shared()
-        made = [self.run / name for name in (HISTORY, "links", "rows", TOKENIZER)]
+        made = [self.run / name for name in (HISTORY, *CONTENT, TOKENIZER)]
         for path in made if is_alone else ():
             files.remove(path)
         for name in (DRAFT, RECORDS, REFERENCE, CONFIG):

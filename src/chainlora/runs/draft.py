@@ -14,9 +14,9 @@ from typing import Annotated, Any, NotRequired
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
-from chainlora.config.staging import exists_in, stage_folder
+from chainlora.config.staging import stage_folder
 from chainlora.runs.documents import Count, Digest, Document, Part, Sums, read_part
-from chainlora.runs.history import CONFIG, Entry, History, LinkFacts, read_history
+from chainlora.runs.history import CONFIG, Entry, History, LinkFacts
 
 DRAFT = "stage.json"
 REFERENCE = "reference.safetensors"
@@ -125,11 +125,8 @@ def read_draft(run: Path, stage: str) -> Draft:
     return read_part(stage_folder(run, stage) / DRAFT, Draft)
 
 
-def drafts_in(run: Path, history: History | None = None) -> dict[str, Path]:
+def drafts_in(run: Path, history: History) -> dict[str, Path]:
     """Return the folders of the stages that were begun and have not ended, by their names."""
-    if history is None and not exists_in(run):
-        return {}
-    history = history or read_history(run)
     found = sorted((run / "stages").glob(f"[!.]*/{DRAFT}"), key=lambda path: path.parent.name)
     return {p.parent.name: p.parent for p in found if history.find(p.parent.name) is None}
 

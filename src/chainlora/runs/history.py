@@ -51,6 +51,7 @@ REHEARSED = "data.rehearse"  # what stands for the rows of a stage that has none
 CONFIG, RECORDS, RESULT = "config.yaml", "metrics.jsonl", "result.json"
 TOKENIZER = "tokenizer"
 WEIGHTS = "adapter_model.safetensors"
+CONTENT = ("links", "derived", "rows")  # folders whose files are named by their content
 
 
 class Term(Part):

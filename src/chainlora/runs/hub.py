@@ -7,7 +7,6 @@ the history. A folder is pushed to in the same way, without the Hub.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from contextlib import nullcontext
 from os.path import expanduser
 from pathlib import Path
@@ -22,12 +21,13 @@ from chainlora.config.reading import read_tree
 from chainlora.config.staging import HISTORY, exists_in
 from chainlora.errors import ConfigError, FileError, RunError
 from chainlora.runs.addresses import Address, nothing_at, open_run
+from chainlora.runs.beginning import copy_files
 from chainlora.runs.cards import Naming, is_hub_id, public_name
 from chainlora.runs.changes import whole_run
-from chainlora.runs.documents import DAMAGED, write_part
+from chainlora.runs.documents import write_part
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.export import empty_folder
-from chainlora.runs.history import CONFIG, RECORDS, History, read_history, update_history
+from chainlora.runs.history import CONFIG, History, read_history, update_history
 from chainlora.runs.lineage import without_places
 from chainlora.runs.locks import LOCK, refuse_links
 
@@ -133,28 +133,15 @@ def _send(source: Path, target: Path, *, rows: bool) -> list[str]:
         refuse_links(target)
         known = read_history(target)
         new = _joined(own, known, rows, target)
-        names = _copy_new(source, target, new, known.files)
+        names = copy_files(source, target, new, known.files)
         if new != known:  # else not even a lock is written
             update_history(target, lambda now: _joined(own, now, rows, target))
         return names
     target = empty_folder(target)
     history = _joined(own, History(base=own.base, hold=own.hold), rows, target)
     with files.replaced_folder(target) as scratch:
-        names = _copy_new(source, scratch, history, {})
+        names = copy_files(source, scratch, history)
         write_part(scratch / HISTORY, history)
-    return names
-
-
-def _copy_new(source: Path, target: Path, history: History, there: Mapping[str, str]) -> list[str]:
-    """Copy the files of a history that are not `there`, each checked; return their names."""
-    due = {name: digest for name, digest in history.files.items() if there.get(name) != digest}
-    names = [n for n in due if (source / n).is_file() or Path(n).name != RECORDS]  # may be gone
-    for name in names:
-        with files.reported(source / name, "read"):
-            if not files.sha256(source / name).startswith(due[name]):
-                rule = f"{name} must be as the run wrote it"
-                raise RunError(rule, f"other bytes in {source}", DAMAGED)
-        files.copy_file(source / name, target / name)
     return names
 
 

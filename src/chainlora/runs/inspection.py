@@ -83,11 +83,11 @@ def _step(state: OpenState) -> int:
 def _selected(state: OpenState) -> dict[str, Any] | None:
     """Return the best point that a stage ends at, where that is not its end: its step, the whole
     links up to it, and whether it lies inside the next."""
-    trained = state.trained
-    own = [term.link for term in trained.state.terms] if trained is not None else []
-    links = state.history.links
-    own = [link for link in own if trained is not None and links[link].stage == trained.key]
-    if trained is None or trained.kind != "stage" or own == list(trained.tied):
+    trained, links = state.trained, state.history.links
+    if trained is None or trained.kind != "stage":
+        return None
+    own = [t.link for t in trained.state.terms if links[t.link].stage == trained.key]
+    if own == list(trained.tied):
         return None
     partial = bool(own) and own[-1] not in trained.tied
     step = sum(links[link].num_steps for link in own)

@@ -17,7 +17,7 @@ from chainlora.models.finding import from_above, is_same_place, resolve_model
 from chainlora.models.identity import base_files
 from chainlora.registry import plugin_digest
 from chainlora.runs.costs import versions
-from chainlora.runs.history import CONFIG, RESULT, TOKENIZER, Change, Entry, Training
+from chainlora.runs.history import CONFIG, CONTENT, RESULT, TOKENIZER, Change, Entry, Training
 from chainlora.runs.locks import LOCK
 from chainlora.runs.opening import check_base
 from chainlora.runs.state import OpenState
@@ -30,7 +30,7 @@ CHANGEABLE = ("train.lr", "train.max_grad_norm")
 _PLACES = ("model", "data.train", "data.validation", "data.test")
 
 _OF_TRAINING = (RESULT, "checkpoints", "moments")  # what a stage gets after the run its history
-_BEFORE_THE_HISTORY = {LOCK, "stages", "links", "rows", TOKENIZER}
+_BEFORE_THE_HISTORY = {LOCK, "stages", *CONTENT, TOKENIZER}
 
 
 def refuse_if_taken(run: Path) -> None:

@@ -43,7 +43,7 @@ def keep_start_rows(run: str | Path, rows: StartData) -> None:
     if not state.has_run:
         rule = "rows for the start are kept by a run"
         raise RunError(rule, f"a saved chain, {run}", "begin a run on it, with start_data")
-    if begun := drafts_in(run):
+    if begun := drafts_in(run, state.history):
         rule = "a run can be given rows for its start when no stage is half trained"
         got = next(iter(begun.values()))
         raise RunError(rule, got, "finish it by the command that began it")

@@ -77,38 +77,29 @@ def export_gguf(
     is_whole = num_links != 0 and state.is_whole_model
     links = [] if is_whole else switched_on(state.links(num_links))
     made_of = "every weight fine-tuned" if is_whole else f"a chain of {len(links)} LoRA link(s)"
-    terms = state.state.terms if num_links is None else state.sequence[:num_links]
-    on = [state.history.links[term.link].stage for term in terms if term.strength]
-    stage = on[-1] if on else state.stage
+    stage = _last_stage(state, num_links)
     loras = [_lora(part.name, part.stage, part.state.links(), rank, tolerance) for part in parts]
     as_lora = ", each stage as a LoRA" if each else ""
     if as_adapter and not each:
         loras = [_lora("adapter", stage, links, rank, tolerance)]
         as_lora = f", as a LoRA of rank {loras[0].rank} (relative error {loras[0].error:.2e})"
+    wide = None if each or not loras else loras[0].rank
     name = name_for(naming.base or public_name(state.base.model), tokenizer)
     with files.replaced_folder(output) as made:
-        merged = made / "merged"
-        done = export_merged(state, merged, num_links=0 if as_adapter else num_links)
-        kind = kind or {"float16": "f16", "bfloat16": "bf16"}.get(done["dtype"], "f32")
         model = made / ("base.gguf" if as_adapter else "model.gguf")
-        ends = [end for end in ends_of_turn(tokenizer) if end != tokenizer.eos_token_id]
-        write_gguf(merged, tokenizer, model, kind, name, ends)
+        kind = _write_model(model, state, 0 if as_adapter else num_links, tokenizer, kind, name)
+        modelfiles = {"Modelfile": ([f"FROM ./{model.name}"], stage)} if not loras else {}
         for lora in loras:
             pairs = {module: (pair.a, pair.b) for module, pair in lora.factors.items()}
             write_lora_gguf(pairs, config, made / f"{lora.name}.gguf", name)
-            file = made / (f"{lora.name}.Modelfile" if each else "Modelfile")
-            lines = ["FROM ./base.gguf", f"ADAPTER ./{lora.name}.gguf"]
-            _write_modelfile(file, lines, state, lora.stage, tokenizer, config)
-        if not loras:
-            lines = ["FROM ./model.gguf"]
-            _write_modelfile(made / "Modelfile", lines, state, stage, tokenizer, config)
-        copy_licences(merged, made)
-        files.remove(merged)
+            lines = [f"FROM ./{model.name}", f"ADAPTER ./{lora.name}.gguf"]
+            modelfiles[f"{lora.name}.Modelfile" if each else "Modelfile"] = lines, lora.stage
+        for file, (lines, of) in modelfiles.items():
+            _write_modelfile(made / file, lines, state, of, tokenizer, config)
         told = zip(parts, loras, strict=False)  # no parts without `each`
         adapters = [part.told(lora.rank, lora.error) for part, lora in told]
         sheet = write_sheet(made, state, adapters, naming, as_gguf=True) if each else None
         what, base = f"with {made_of} in GGUF ({kind}){as_lora}.", state.base.model
-        wide = None if each or not loras else loras[0].rank
         story = story_of(state, num_links)
         keys = {"kind": kind, "rank": rank, "tolerance": tolerance, "num_links": num_links}
         to: Target = "gguf-adapter" if as_adapter else "gguf"
@@ -120,6 +111,28 @@ def export_gguf(
     if each:
         return done | {"adapters": adapters}
     return done | {"rank": wide, "error": loras[0].error} if as_adapter else done
+
+
+def _last_stage(state: OpenState, num_links: int | None) -> str:
+    """Return the stage of the last link that is exported and switched on."""
+    terms = state.state.terms if num_links is None else state.sequence[:num_links]
+    on = [state.history.links[term.link].stage for term in terms if term.strength]
+    return on[-1] if on else state.stage
+
+
+def _write_model(
+    file: Path, state: OpenState, num_links: int | None, tokenizer: Any, kind: str | None, name: str
+) -> str:
+    """Write a model as GGUF, and beside it the licences of its base; return how its weights are
+    stored."""
+    merged = file.with_name("merged")
+    done = export_merged(state, merged, num_links=num_links)
+    kind = kind or {"float16": "f16", "bfloat16": "bf16"}.get(done["dtype"], "f32")
+    ends = [end for end in ends_of_turn(tokenizer) if end != tokenizer.eos_token_id]
+    write_gguf(merged, tokenizer, file, kind, name, ends)
+    copy_licences(merged, file.parent)
+    files.remove(merged)
+    return kind
 
 
 class _Lora(NamedTuple):

@@ -29,7 +29,6 @@ from chainlora.errors import RunError
 from chainlora.models.finding import from_above
 from chainlora.runs.addresses import begun_stage, find_state
 from chainlora.runs.draft import drafts_in, read_draft
-from chainlora.runs.history import BASE
 from chainlora.runs.locks import refuse_links
 from chainlora.runs.resuming import not_named
 from chainlora.runs.state import OpenState
@@ -52,14 +51,9 @@ def extension(
 ) -> list[Stage]:
     """Return one more stage of a run, which `section` and `overrides` describe.
 
-    It begins on the state that `address` names: what the run is now, or another of its states.
-    With `beside` it begins on what the run began on, and is then combined with what the run is
-    (`evaluation.combination`) and, with `rehearse`, rehearsed. None chooses (`extend`).
-
-    Other keys are inherited from the stage before, with `beside` from the run's first, but for its
-    rows, its links and their lengths, and how its end was chosen; a warning names what it had set
-    and they do not. With `output` it is a fork: a run that begins on the state that `address`
-    names, whose files stay as they are.
+    `beside` and `rehearse` are those of `extend`. Without `beside` the stage begins on the state
+    that `address` names, with `output` in a run of its own. Other keys are inherited from the stage
+    before, with `beside` from the run's first; a warning names those that are not.
 
     Raises:
         ConfigError: a stage without a name, or with keys that a stage cannot have.
@@ -79,27 +73,30 @@ def extension(
     keys = standing({key: own.pop(key) for key in STANDING if key in own}, 1)
     beside = keys["beside"] if beside is None else beside
     name, output = check_name(own.get("name")), own.pop("output", None)
+    output = output if output is None else str(output)
     if beside and (output is not None or on.state != now.state):
         rule, remedy = "a stage beside others begins where RUN began", "leave one out"
         raise RunError(rule, f"--beside with {output or address}", remedy)
     if output is not None:
-        return [_fork(address, on, own, str(output))]
-    refuse_links(run)
-    origin, own_stages = now.at(now.history.origin), now.history.own_stages
-    begun = _begun(now, name, origin if beside else on if named is not None else None)
-    can_choose = named is None and (begun is None or begun.parent.key == origin.key)
-    if beside or (beside is None and can_choose):
-        # not from a stage that may be pruned, or not there when the command is given again
-        last = begun or (now.at(own_stages[0]) if own_stages else _stage_before(origin))
-        stage = replace(_after(last, own, address), after=origin.key, beside=beside)
-        if begun is not None or can_stand(stage, (), now):
-            _tell_left_out(begun, last, own)
-            return [replace(stage, beside=True, rehearse=rehearse and keys["rehearse"])]
-    below = on if begun is None else begun.parent
+        begun, below = begun_stage(Path(expanduser(output)), name), on
+    else:
+        refuse_links(run)
+        origin, own_stages = now.at(now.history.origin), now.history.own_stages
+        begun = _begun(now, name, origin if beside else on if named is not None else None)
+        can_choose = named is None and (begun is None or begun.parent.key == origin.key)
+        if beside or (beside is None and can_choose):
+            # not from a stage that may be pruned, or not there when the command is given again
+            last = begun or (now.at(own_stages[0]) if own_stages else _stage_before(origin))
+            stage = replace(_after(last, own, address), after=origin.key, beside=beside)
+            if begun is not None or can_stand(stage, (), now):
+                _tell_left_out(begun, last, own)
+                return [replace(stage, beside=True, rehearse=rehearse and keys["rehearse"])]
+        below = on if begun is None else begun.parent
     last = _stage_before(below)
-    stage = _after(last, own, address)
+    stage = _after(last, own, address, output)
     _tell_left_out(begun, last, own)
-    return [replace(stage, after=below.key, beside=False, rehearse=False)]
+    after = None if output is not None else below.key
+    return [replace(stage, after=after, beside=False, rehearse=False)]
 
 
 def rehearsal(
@@ -111,15 +108,13 @@ def rehearsal(
     is that was stopped goes on; one that it ended in is returned.
     """
     now = find_state(run)
-    drafts = {name: read_draft(now.run, name).entry for name in drafts_in(now.run, now.history)}
-    head = now.history.head
-    on_now = [entry for entry in drafts.values() if (entry.parents or (BASE,)) == (head,)]
+    drafts = [read_draft(now.run, name).entry for name in drafts_in(now.run, now.history)]
+    on_now = [entry for entry in drafts if entry.parent == now.history.head]
     on_now += [] if now.entry is None else [now.entry]
     begun = [entry.key for entry in on_now if entry.is_rehearsal]
-    taken = {*drafts, *(entry.key for entry in now.history.entries)}
-    numbered = (f"{REHEARSAL}-{number}" for number in count(2))
-    free = (name for name in chain([REHEARSAL], numbered) if name not in taken)
-    own = {"name": begun[0] if begun else next(free)} | dict(section)
+    taken = {entry.key for entry in (*drafts, *now.history.entries)}
+    names = chain(begun, [REHEARSAL], (f"{REHEARSAL}-{number}" for number in count(2)))
+    own = {"name": next(n for n in names if n in begun or n not in taken)} | dict(section)
     for key, value in overrides:
         set_key(own, key, value)
     rows = {"rehearse": True, "replay": None, "new_rows_only": False}
@@ -135,14 +130,6 @@ def rehearsal(
     length = {} if given.keys() & {*LENGTHS} else {"steps": [steps]}
     own |= {"chain": {"ranks": [largest]} | length | given, "train": train}
     return extension(run, own)
-
-
-def _fork(address: str | Path, on: OpenState, own: dict[str, Any], output: str) -> Stage:
-    """Return the stage of a run that begins on a state of another one."""
-    last = _stage_before(on)
-    stage = _after(last, own, address, output)
-    _tell_left_out(begun_stage(Path(expanduser(output)), stage.name), last, own)
-    return stage
 
 
 def _after(

@@ -124,7 +124,7 @@ def can_stand(
         if now is None:
             kept = start.kept
             for link in start.links:
-                need_low_rank_sum(link, "start")
+                need_low_rank_sum(link.config, "start")
         else:
             kept = now.kept()
             need_combinable([now.at(key) for key in now.history.ends(now.key)])

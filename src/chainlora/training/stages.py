@@ -182,15 +182,13 @@ def train_stages(
     plan = make_plan(stages, change)
     run, results = Path(stages[0].config.output or ""), list[TrainResult | None]()
     rehearsed = list[TrainResult | None]()
-    for planned in plan.stages:
+    for place, planned in enumerate(plan.stages):
         tell(StageBegins(planned.step, planned.name, planned.state, bool(planned.stage.beside)))
         if planned.state == "finished":
             Work(run, planned.name, writes=is_first_launched()).tidy()
             results.append(None)
         else:
-            start = plan.start
-            if planned is not plan.stages[0]:
-                start = _start_of(run, planned, plan.stages[: plan.stages.index(planned)])
+            start = _start_of(run, planned, plan.stages[:place]) if place else plan.start
             with naming(planned.stage):
                 results.append(train_stage(planned, start, tell, change=change))
             if is_first_launched():
