@@ -31,7 +31,8 @@ def test_a_mix_that_cannot_be_scored_is_made_all_the_same(config, tmp_path, caps
     assert cli(["mix", str(tmp_path / "run"), "style=0.5"]) == 0
     shown = capsys.readouterr()
     assert shown.out.split() == ["facts=1", "style=0.5"]
-    said = f"{tmp_path / 'run'} is this mix now; next, what it scores\n"  # should it be killed then
+    run = open_run(tmp_path / "run")
+    said = f"{run.run} is now {run.key}; scoring it\n"  # should it be killed then
     assert "the mix was not scored: `model` must be" in shown.err.partition(said)[2]
 
 

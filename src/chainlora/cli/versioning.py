@@ -161,11 +161,11 @@ def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_js
         reads = _say_what_is_averaged(state)
         with evaluation_progress() as progress:
             chosen, after, before = best_mix(state, progress=progress)
-        to_stderr(f"mean of the row {before:.4f} before, {after:.4f} with the best strengths")
+        to_stderr(f"average {before:.4f} before, {after:.4f} with the best strengths")
     state = mix_stages(folder, chosen, reads=reads) if chosen else open_run(folder)
     can_score = bool(chosen and state.keepers)
     if can_score and not no_scores:  # said first: a kill while it scores undoes no mix
-        to_stderr(f"{run} is this mix now; next, what it scores")
+        to_stderr(f"{run} is now {state.key}; scoring it")
     matrix = None
     try:
         if not no_scores:
