@@ -131,8 +131,7 @@ def trees(*scalars: Any, names: Any) -> st.SearchStrategy[Any]:
     return st.recursive(
         st.one_of(st.none(), st.booleans(), WORDS, *scalars),
         lambda inner: st.one_of(
-            st.lists(inner, max_size=4),
-            st.dictionaries(names, inner, max_size=3),
+            st.lists(inner, max_size=4), st.dictionaries(names, inner, max_size=3)
         ),
         max_leaves=6,
     )

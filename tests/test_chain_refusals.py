@@ -14,13 +14,7 @@ from conftest import tiny_model
 from test_laws import config, logits, plain_update, tuned_chain, weights
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
-from chainlora import (
-    Chain,
-    ChainLoRAError,
-    Link,
-    LinkConfig,
-    stack_links,
-)
+from chainlora import Chain, ChainLoRAError, Link, LinkConfig, stack_links
 from chainlora.chain.adapters import Factors
 from chainlora.chain.holding import HOLDINGS
 

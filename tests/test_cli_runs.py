@@ -199,10 +199,7 @@ def test_a_run_says_what_it_is_after_undo_and_redo(chainlora, run):
     before, after = said(f"{run}@main"), said(run)
     assert before != after
     undone = chainlora(f"undo {run}")
-    assert (undone.status, undone.out) == (
-        0,
-        f"{run} is now main; nothing was deleted\nmain=1\n",
-    )
+    assert (undone.status, undone.out) == (0, f"{run} is now main; nothing was deleted\nmain=1\n")
     assert said(run) == before
     assert said(f"{run}@birds") == after
     found = chainlora(f"redo {run} --json").json

@@ -1,6 +1,6 @@
 """Every code block of the documents is at least well-formed: Python compiles, configs are valid,
 commands and their options exist. Most of them also run: test_docs, test_tutorials,
-test_integrations_docs, test_theory, test_optimizers."""
+test_figures, test_optimizers."""
 
 from __future__ import annotations
 

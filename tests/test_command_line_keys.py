@@ -56,8 +56,8 @@ data.shots: 1, data.data_seed: 3, data.new_rows_only: true, data.keep_rows: fals
 # Where the rows and the model come from: given in every run of this file.
 GIVEN = {"model", "output", "train.trackers", "data.task", "data.dir", "data.format"}
 GIVEN |= {"data.train", "data.validation", "data.test", "data.num_test"}
-# test_data_templates.py, test_dpo.py, test_kept_rows.py, test_tasks_splits.py, test_row_formats.py,
-# test_quantized.py, where its packages are, stages, test_start_rows.py, test_beside.py
+# test_data_templates.py, test_dpo.py, test_kept_rows.py, test_tasks.py, test_row_formats.py,
+# test_quantized.py, where its packages are, test_start_rows.py, stages, beside
 GIVEN |= {"data.chat_template", "data.template_arguments", "train.loss", "train.dpo_beta"}
 GIVEN |= {"train.dpo_label_smoothing", "train.orpo_beta", "data.replay", "data.sampling"}
 GIVEN |= {"data.fields", "quantize", "start", "start_data", "data.rehearse"}

@@ -236,9 +236,8 @@ def test_chat_learns_the_assistants_turns_only(template):
     (example,) = encode_examples([{"messages": TALK}], tokenizer, "auto")
     assert scored(example, tokenizer) == [["two dogs</s>", "three</s>"]]
     whole = tokenizer.apply_chat_template(TALK, tokenize=False)
-    assert (
-        tokenizer.decode(example.sequences[0]) == whole
-    )  # the template's own special tokens, none added
+    # the template's own special tokens, none added
+    assert tokenizer.decode(example.sequences[0]) == whole
     assert tokenizer.decode(example.prompt).endswith(
         "and cats?</s>\n<|assistant|>" if template is CHAT else "and cats?</s><|assistant|>"
     )

@@ -7,7 +7,6 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from helpers import (
@@ -24,54 +23,10 @@ from helpers_tasks import write_rows, write_task
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from chainlora import ChainCallback, inspect_run, make_config, train
-from chainlora.config.json_schema import config_sections
 from chainlora.errors import ConfigError, RunError
 from chainlora.knots import numbers
 from chainlora.training import deciding
 from chainlora.training.batches import make_batches
-
-# Keys whose None or `auto` stands for something that is decided, and where the decision is kept.
-# Rows are bound by the digest of their tokens, which a resume compares.
-DECIDED = {
-    "chain.knots": "numbers.knots",
-    "chain.knots.every": "numbers.knots",
-    "chain.knots.share": "numbers.knots",
-    "chain.knots.time_constant": "numbers.knots",
-    "chain.epochs": "numbers.lengths",
-    "chain.steps": "numbers.lengths",
-    "chain.tokens": "numbers.lengths",
-    "train.restart_warmup_steps": "numbers.restart_warmup_steps",
-    "train.select_metric": "numbers.select_metric",
-    "train.speedups": "numbers.path",
-    "data.format": "rows",
-    "data.truncation": "rows",
-    "data.max_length": "rows",
-    "data.chat_template": "rows",
-}
-# Optional keys for which None means off, or which decide nothing that a step sees.
-OFF = {
-    "output", "quantize", "start", "start_data", "start_data.task", "start_data.dir",
-    "start_data.train", "start_data.validation", "start_data.test", "start_data.format",
-    "data.task", "data.dir", "data.train", "data.validation", "data.test",
-    "data.replay", "data.num_train", "data.num_validation", "data.num_test",
-    "chain.exclude_modules", "chain.plateau",
-    "train.max_grad_norm", "train.eval_every", "train.early_stop", "train.save_every",
-    "train.log_every", "train.shard", "train.loss",
-}  # fmt: skip
-
-
-def open_keys() -> set[str]:
-    """Every key of a config that may be left open: None, or `auto`."""
-    return {
-        prefix + key
-        for prefix, section in config_sections().items()
-        for key, field in section.model_fields.items()
-        if type(None) in get_args(field.annotation) or "auto" in get_args(field.annotation)
-    }
-
-
-def test_every_key_that_may_be_left_open_is_decided_or_off():
-    assert open_keys() == DECIDED.keys() | OFF
 
 
 def numbers_of(run: Path) -> dict:

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ARCHITECTURES, make_tiny_folder, tiny_model, write_rows
-from helpers import settings
+from helpers import settings, stop_after
 from helpers_export import FINAL_NORM, IDS, TARGETS, fit, live, logits, on_fresh_base
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from chainlora import Chain, LinkConfig, export_adapter, export_merged, load_run, train
-from chainlora.errors import ChainError
+from chainlora import Chain, LinkConfig, export_adapter, export_merged, load_run, make_config, train
+from chainlora.errors import ChainError, ChainLoRAError, ModelError, RunError
 from chainlora.runs.to_gguf import export_gguf
 
 
@@ -92,13 +92,6 @@ def test_a_merged_checkpoint_has_all_that_its_base_has(runs, folders, tmp_path):
     card = (merged / "README.md").read_text()
     assert f"base_model: {base.name}\nlibrary_name: transformers" in card
     assert "a chain of 3 LoRA link(s) merged" in card
-
-
-def test_a_merged_checkpoint_of_full_fine_tuning_is_its_model(folders, sentiment, tmp_path):
-    run, chain = tmp_path / "run", {"tune": "full", "ranks": [1], "steps": [2]}
-    train(settings(folders["llama"], sentiment, run, chain=chain))
-    export_merged(run, tmp_path / "m")
-    assert torch.equal(logits(load(tmp_path / "m")), live(run))
 
 
 def test_links_k_is_the_chain_after_k_links(tune, folders, tmp_path):
@@ -314,3 +307,71 @@ def test_a_merged_checkpoint_stops_where_its_rows_end(folders, sentiment, tmp_pa
     export_merged(fit(base, sentiment, tmp_path / "run", chain=chain), tmp_path / "m")
     found = GenerationConfig.from_pretrained(tmp_path / "m").eos_token_id
     assert found == [7, AutoTokenizer.from_pretrained(base).eos_token_id]
+
+
+# --- what cannot be exported ---
+
+
+@pytest.mark.parametrize(
+    ("chain", "message"),
+    [
+        (
+            {"tune": "full", "ranks": [1], "steps": [4]},
+            r"full fine-tuning must have ended \(got no model in .*start over",
+        ),
+        (
+            {"ranks": [4], "steps": [4]},
+            r"must have tied its first link \(got none in .*resume it, or take the base",
+        ),
+    ],
+    ids=["full", "chain"],
+)
+def test_a_run_killed_before_it_had_anything_does_not_pass_for_its_base(
+    folders, sentiment, tmp_path, chain, message
+):
+    config = make_config(settings(folders["llama"], sentiment, tmp_path / "run", chain=chain))
+    stop_after(config, 0)
+    for use in (
+        lambda: load_run(tmp_path / "run"),
+        lambda: export_merged(tmp_path / "run", tmp_path / "m"),
+    ):
+        with pytest.raises(RunError, match=message):
+            use()
+    assert not (tmp_path / "m").exists()
+    if chain.get("tune") != "full":  # the chain as it was then: the base, on demand
+        assert torch.equal(
+            live(tmp_path / "run", 0),
+            logits(AutoModelForCausalLM.from_pretrained(folders["llama"])),
+        )
+
+
+def test_a_folder_in_use_is_not_written_into(runs, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for target in (tmp_path, tmp_path / "file", runs["llama"]):
+        for export in (export_adapter, export_merged):
+            with pytest.raises(
+                ChainLoRAError, match=r"`output` must be a new or empty directory \(got .*another"
+            ):
+                export(runs["llama"], target)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_adapter_that_peft_does_not_load_as_it_was_is_not_handed_out(
+    runs, tmp_path, monkeypatch
+):
+    """PEFT renames or leaves out factors of some architectures: here, one is lost on the way."""
+    from chainlora.chain.adapters import adapter_files
+
+    load = adapter_files.peft.PeftModel.from_pretrained
+
+    def losing(model, folder, **keys):
+        loaded = load(model, folder, **keys)
+        name = next(n for n, _ in loaded.named_parameters() if "lora_B" in n)
+        with torch.no_grad():
+            loaded.get_parameter(name).zero_()
+        return loaded
+
+    monkeypatch.setattr(adapter_files.peft.PeftModel, "from_pretrained", losing)
+    with pytest.raises(ModelError, match=r"must load with PEFT as it was \(got another .*lora_B"):
+        export_adapter(runs["llama"], tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []

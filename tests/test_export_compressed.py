@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from test_saved_chain import make_chain, tune
 
 from chainlora import export_adapter
+from chainlora.chain.initialization import generator_for, principal_factors
+from chainlora.chain.low_rank import best_of_rank, compress_together, singular_values
 from chainlora.config.schema import LinkConfig
 
 
@@ -83,3 +85,58 @@ def test_modules_of_unlike_rank_get_one_rank(folders, sentiment, tmp_path):
     torch.testing.assert_close(
         on_fresh_base(folders["llama"], tmp_path / "exact"), live(run), atol=1e-5, rtol=0
     )
+
+
+# --- low-rank sums ---
+
+
+SINGLE = 1e-5  # factors returned in float32, whose rounding is 6e-8 a factor
+
+
+def test_compression_of_a_large_module_never_forms_it():
+    side = 200_000  # dense it would be 320 GB
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, side, generator=generator), torch.randn(side, 2, generator=generator)
+    twice = torch.cat([a, a]), torch.cat([b, b], dim=1)  # which has the rank of one
+    found = best_of_rank(*twice, 2)
+    assert [each.shape for each in found] == [(2, side), (side, 2)]
+    before, after = singular_values(*twice), singular_values(*found)
+    assert float((before[:2] - after).norm() / before.norm()) < SINGLE
+    assert float(before[2:].norm() / before.norm()) < SINGLE
+
+
+@pytest.mark.parametrize(
+    ("size", "is_narrow"), [(1.0, True), (1e-5, True), (1e-12, False), (1e12, False)]
+)
+@pytest.mark.parametrize("tolerance", [3e-3, 1e-2])
+def test_matrices_compressed_together_keep_the_tolerance(size, is_narrow, tolerance):
+    """In values of float16, but for sums whose factors are too large or too small for it."""
+    generator = torch.Generator().manual_seed(0)
+    falling = 0.6 ** torch.arange(40)  # each component 0.6 of the one before, as soft knots give
+    matrices = {}
+    for name, (num_out, num_in) in {"q": (64, 64), "down": (64, 160)}.items():
+        left = torch.linalg.qr(torch.randn(num_out, 40, generator=generator)).Q
+        right = torch.linalg.qr(torch.randn(num_in, 40, generator=generator)).Q
+        matrices[name] = size * (left * falling) @ right.T
+    pairs, error = compress_together(matrices.__getitem__, list(matrices), tolerance)
+    wrong = [(b.double() @ a.double() - matrices[name]).norm() for name, (a, b) in pairs.items()]
+    whole = torch.stack([matrix.double().norm() for matrix in matrices.values()]).norm()
+    # singular values in float32, whose rounding is 6e-8 of the largest: 1e-5 of 3e-3, squared
+    assert float(torch.stack(wrong).norm() / whole) == pytest.approx(error, rel=1e-3)
+    assert 0 < error <= tolerance
+    (rank,) = {a.shape[0] for a, _ in pairs.values()}
+    assert 0.6**rank <= tolerance < 0.6 ** (rank - 2)  # at most one more than it must be
+    for factor in (factor for pair in pairs.values() for factor in pair):
+        assert factor.dtype == torch.float32
+        assert torch.equal(factor.half().float(), factor) == is_narrow
+
+
+def test_decompositions_leave_the_generators_of_all_devices_as_they_were(monkeypatch):
+    """A GPU's drew the same dropout after each checkpoint of a trainer's soft knots."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded"))
+    matrix, before = torch.eye(700), torch.get_rng_state()
+    matrix[4:] = 0  # so large that its leading directions are found by random ones
+    pairs, _ = compress_together(lambda _: matrix, ["m"], 1e-3)
+    assert pairs["m"][0].shape == (4, 700)
+    principal_factors(LinkConfig(rank=2, init="pissa"), matrix, generator_for(0, 0, "m"))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -18,7 +18,7 @@ import chainlora
 from chainlora import ChainCallback, registry
 from chainlora.knots import driver
 from chainlora.training import objectives, optimizers
-from chainlora.training.events import Event, KnotTied, ShareTied, StepDone
+from chainlora.training.events import Event, ShareTied, StepDone
 
 ROOT = Path(chainlora.__file__).parents[2]
 LAYOUT = (ROOT / "docs/layout.md").read_text(encoding="utf-8")
@@ -93,16 +93,7 @@ def doubling(monkeypatch):
     return {"policy": "doubling", "every": 4, "share": 0.5}
 
 
-def test_a_knot_policy_of_ones_own_in_our_loop(tiny_folder, sentiment, doubling):
-    keys = {"ranks": [4], "steps": [20], "knots": doubling}
-    events = events_of(settings(tiny_folder, sentiment, chain=keys))
-    assert [event.step for event in events if isinstance(event, ShareTied)] == [4, 8, 16]
-    (end,) = [event for event in events if isinstance(event, KnotTied)]
-    assert end.step == 20
-    assert end.function_change < 1e-2  # the tolerance of a link with soft knots
-
-
-def test_the_same_knot_policy_in_a_trainer(tiny_folder, doubling, tmp_path, monkeypatch):
+def test_a_knot_policy_of_ones_own_in_a_trainer(tiny_folder, doubling, tmp_path, monkeypatch):
     steps = []
     tie_share = chainlora.Chain.tie_share
 

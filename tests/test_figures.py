@@ -1,21 +1,31 @@
-"""The pictures of docs/figures are those of the committed results, small and legible."""
+"""The pictures of docs/figures are those of the committed results, small and legible; the theory
+scripts run, and what their docstrings and docs/theory.md claim holds."""
 
 from __future__ import annotations
 
 import importlib
+import math
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-FIGURES = Path(__file__).resolve().parents[1] / "docs/figures"
+from chainlora.chain.soft_knot import balance
+
+ROOT = Path(__file__).resolve().parents[1]
+FIGURES, THEORY = ROOT / "docs/figures", ROOT / "examples/theory"
+SCRIPTS = ("frank_wolfe", "rac_counter_example", "residual", "soft_knots")
 NAMES = ("terminal", "history", "stages", "soft-knots-evidence", "speed")
 MOST_BYTES = 150_000
 
 
 @pytest.fixture(autouse=True)
 def _scripts_import_each_other(monkeypatch):
-    monkeypatch.syspath_prepend(str(FIGURES))
+    for folder in (FIGURES, THEORY):
+        monkeypatch.syspath_prepend(str(folder))
 
 
 def script(name: str):
@@ -76,19 +86,61 @@ def test_the_gains_of_soft_knots_are_those_of_the_readme():
     assert [round(x, 3) for x in (real.mean, *real.interval)] == [0.093, 0.090, 0.097]
 
 
-def test_an_output_is_shortened_with_marks():
-    session = script("session")
-    lines = [
-        "run.yaml: links of rank 8",
-        "step 0  before training: validation loss 1.9588, perplexity 7.0905, and so on",
-        "after             main (loss, 12 validation rows)  times (loss, 12 validation rows)",
-        "base                                       1.9588                            4.1377",
-    ]
-    shown = r"step .*training|after  |base"
-    assert list(session.shortened("\n".join(lines), shown)) == [
-        "…",
-        "step 0  before training: validation loss 1.9588, …",
-        "after             main (loss, …)  times (loss, …)",
-        "base                      1.9588           4.1377",
-    ]
-    assert session.losses("\n".join(lines)) == {"base": {"main": "1.9588", "times": "4.1377"}}
+# --- theory, as a user runs it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_prints_a_table_and_writes_one_small_picture(name, tmp_path, monkeypatch, capsys):
+    from matplotlib.image import imread
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "figure.png", "--small"])
+    runpy.run_path(str(THEORY / f"{name}.py"), run_name="__main__")
+    assert len(capsys.readouterr().out.splitlines()) >= 5
+    assert [path.name for path in tmp_path.iterdir()] == ["figure.png"]
+    assert (tmp_path / "figure.png").stat().st_size < MOST_BYTES
+    height, width, _ = imread(tmp_path / "figure.png").shape
+    assert min(height, width) > 400
+
+
+# --- Frank–Wolfe
+
+
+@pytest.mark.parametrize("kind", ["least squares", "bounded"])
+@pytest.mark.parametrize("power_steps", [None, 2])
+def test_the_mean_gap_is_below_the_bound_of_theorem_4_1(kind, power_steps):
+    fw = script("frank_wolfe")
+    problem = fw.make_problem(kind)
+    for steps in (1, 4, 16, 64):
+        row = fw.measure(problem, steps, power_steps)
+        assert 0 < row.gap <= row.from_the_run <= row.derived <= row.theorem
+        assert (row.epsilon < 1e-9) == (power_steps is None)  # rounding of sums near 1e3
+        assert row.theorem - row.epsilon == pytest.approx(
+            2 * math.sqrt(problem.bound * problem.smoothness) * problem.diameter / math.sqrt(steps)
+        )
+
+
+# --- soft knots
+
+
+def a_pair(rank: int = 1, rates: int = 2, seeds: int = 3):
+    knots = script("quadratic")
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(rates, seeds, *shape, generator=draw, dtype=torch.float64)
+
+    a, b = normal(rank, 8), 0.1 * normal(6, rank)
+    moments = [normal(rank, 8), normal(rank, 8) ** 2, normal(6, rank), normal(6, rank) ** 2]
+    scale = torch.full((rates, seeds, 1, 1), 2.0, dtype=torch.float64)
+    return knots.Pair(normal(6, 8), a, b, scale, moments, count=7)
+
+
+def test_the_scales_of_a_soft_knot_are_those_of_the_package():
+    knots, pair = script("quadratic"), a_pair(rank=3, rates=1, seeds=1)
+    pair.b[..., 1] = 0  # a component to be left alone
+    alpha, beta = knots.shrink_factors(pair, 0.7)
+    scales = balance(pair.a[0, 0].float(), pair.b[0, 0].float(), share=0.3)
+    torch.testing.assert_close(alpha.flatten().float(), scales.a, rtol=1e-6, atol=0)  # float32
+    torch.testing.assert_close(beta.flatten().float(), scales.b, rtol=1e-6, atol=0)

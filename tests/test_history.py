@@ -12,7 +12,7 @@ from helpers import settings
 from helpers_cli import Outcome
 
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import log, undo
+from chainlora.runs.changes import undo
 from chainlora.runs.state import OpenState
 from chainlora.training.stages import extension, train_stages
 
@@ -99,18 +99,6 @@ def test_a_stage_does_not_depend_on_what_else_the_run_holds(run, tmp_path, chain
     for place in (one, two):
         assert chainlora(f"extend {place} --on-top {section} --name last").status == 0
     assert_equal(open_run(f"{one}@last"), open_run(f"{two}@last"))
-
-
-def test_nothing_is_lost_but_by_prune(run, chainlora):
-    """Whatever the run is made, each entry stays what it was."""
-    before = {entry["name"]: entry["state"] for entry in log(run)}
-    for words in (f"undo {run} --to base", f"undo {run} --to law", f"mix {run} main=0 --no-scores"):
-        assert chainlora(words).status == 0
-        now = {entry["name"]: entry["state"] for entry in log(run)}
-        assert before.items() <= now.items()
-        for name in before:
-            assert open_run(f"{run}@{name}").verify().state.digest == before[name]
-    assert chainlora(f"undo {run} --to law").status == 0
 
 
 def test_a_stage_that_ends_while_the_run_was_changed_is_published_beside_it(run, chainlora, caplog):

@@ -95,8 +95,7 @@ MODELS = {
         lambda folder: peft.get_peft_model(
             plain_model(folder),
             peft.IA3Config(
-                target_modules=["q_proj", "v_proj", "down_proj"],
-                feedforward_modules=["down_proj"],
+                target_modules=["q_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
             ),
         ),
         "needs a LoRA",

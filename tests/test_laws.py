@@ -17,11 +17,7 @@ from conftest import ARCHITECTURES, tiny_model
 from torch import nn
 
 import chainlora
-from chainlora import (
-    Chain,
-    ChainLoRAError,
-    LinkConfig,
-)
+from chainlora import Chain, ChainLoRAError, LinkConfig
 from chainlora.chain.adapters import LIVE
 from chainlora.chain.base_weights import BaseWeights
 from chainlora.chain.initialization import generator_for, random_factors
@@ -182,9 +178,8 @@ def test_law_4_a_knot_preserves_the_function(architecture, dtype, hold, keys):
         before = logits(model)
         chain.tie()
         torch.testing.assert_close(logits(model), before, atol=LOGITS[dtype], rtol=0)
-        assert (before - start).abs().max() > 3 * LOGITS[
-            torch.float32
-        ]  # the link did change the function
+        # the link did change the function
+        assert (before - start).abs().max() > 3 * LOGITS[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -476,9 +471,8 @@ def test_trained_extra_modules_survive_knots_and_undo(dtype):
         link = chain.tie()
         torch.testing.assert_close(logits(model), before, atol=LOGITS[dtype], rtol=0)
         seen.append(link.extra["model.norm.weight"])
-    assert list(link.extra) == [
-        "model.norm.weight"
-    ]  # and not input_layernorm, whose name ends alike
+    # and not input_layernorm, whose name ends alike
+    assert list(link.extra) == ["model.norm.weight"]
     assert not torch.equal(seen[0], seen[1])  # it went on learning
     assert not torch.equal(seen[0], pristine["model.norm.weight"].float())
     chain.drop()
@@ -499,9 +493,7 @@ def test_a_host_copy_and_the_checkpoint_give_the_same_knots(tmp_path):
         model = AutoModelForCausalLM.from_pretrained(tmp_path)
         chain = Chain(model, checkpoint=checkpoint)
         chain.fit(
-            [config("llama")] * 2,
-            lambda link: range(2),
-            lambda link, c=chain: plain_update(c),
+            [config("llama")] * 2, lambda link: range(2), lambda link, c=chain: plain_update(c)
         )
         chains.append(weights(chain.detach()))
     assert_same_weights(*chains)
@@ -553,6 +545,5 @@ def test_the_gradient_start_finds_the_leading_directions():
     rows = chain.live.layers["proj"].lora_A[LIVE].weight.detach()
     rows = torch.linalg.qr(rows.T).Q.T
     captured = (rows @ v[:, :2]).square().sum() / 2
-    assert (
-        captured > 0.99
-    )  # two sweeps on singular values 9, 3, 1: what is missed is (1/3)^4 or less
+    # two sweeps on singular values 9, 3, 1: what is missed is (1/3)^4 or less
+    assert captured > 0.99

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from conftest import make_tiny_folder, write_rows
 from helpers import sign, stage_dir
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import Chain, LinkConfig, export_adapter, export_merged, train
@@ -44,10 +42,7 @@ def chat_run(tmp_path_factory) -> Path:
     rows = [{"messages": [*CHAT, said], "tools": TOOLS}] * 4
     tree = {
         "model": str(base),
-        "data": {
-            "train": str(write_rows(folder / "rows.jsonl", rows)),
-            "chat_template": "chatml",
-        },
+        "data": {"train": str(write_rows(folder / "rows.jsonl", rows)), "chat_template": "chatml"},
         "chain": {"ranks": [4, 2], "steps": [3, 3]},
         "train": {"lr": 1e-2, "batch_size": 4},
         "output": str(folder / "run"),
@@ -153,28 +148,6 @@ def test_a_card_of_another_tool_is_told_apart(chat_run, tmp_path):
     assert not is_of_another(tmp_path / "out")
     (tmp_path / "README.md").write_text("# By a trainer\n\nLibrary: peft")
     assert is_of_another(tmp_path)
-
-
-@torch.no_grad()
-def test_a_chat_adapter_answers_as_the_merged_model_from_its_own_folder(chat_run, tmp_path):
-    """The prompt's text, tools included, and the greedy answer: plain PEFT and transformers."""
-    export_adapter(chat_run, tmp_path / "adapter")
-    export_merged(chat_run, tmp_path / "merged")
-    base = AutoModelForCausalLM.from_pretrained(chat_run.parent / "base")
-    models = {
-        "adapter": PeftModel.from_pretrained(base, tmp_path / "adapter"),
-        "merged": AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
-    }
-    prompts, answers = set(), set()
-    for name, model in models.items():
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
-        keys = {"tools": TOOLS, "add_generation_prompt": True, "tokenize": False}
-        prompts.add(prompt := tokenizer.apply_chat_template(CHAT, **keys))
-        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        found = model.generate(**ids, max_new_tokens=12, do_sample=False)
-        answers.add(tokenizer.decode(found[0, ids["input_ids"].shape[1] :]))
-    assert len(prompts) == len(answers) == 1
-    assert '"hill"' in prompts.pop()  # the tool
 
 
 # --- doors

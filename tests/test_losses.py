@@ -89,9 +89,8 @@ def adapted(architecture: str, *targets: str) -> nn.Module:
 def assert_same_grads(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert mine.keys() == theirs.keys()
     for name, grad in theirs.items():
-        torch.testing.assert_close(
-            mine[name], grad, rtol=1e-3, atol=1e-6
-        )  # through float32 probabilities
+        # through float32 probabilities
+        torch.testing.assert_close(mine[name], grad, rtol=1e-3, atol=1e-6)
 
 
 def packed(model: nn.Module, examples: list[Example]) -> tuple[Tensor, PackedBatch]:

@@ -117,9 +117,8 @@ def test_scoring_a_model_as_it_is_loaded_runs_no_matmul_in_bfloat16(architecture
     losses = []
     for present in (True, False):
         kernels(present)
-        model = tiny_model(
-            architecture, dtype=torch.bfloat16
-        )  # every weight says it wants a gradient
+        # every weight says it wants a gradient
+        model = tiny_model(architecture, dtype=torch.bfloat16)
         with Engine(model, training=False) as engine, MatmulsSeen() as seen:
             losses.append(evaluate(model, rows, metrics="loss", engine=engine).metrics["loss"])
         assert (torch.bfloat16 in seen.dtypes) is present

@@ -307,14 +307,6 @@ def test_a_state_that_a_resume_could_not_read_is_refused_before_training(monkeyp
         check_optimizer(config_for("remembering"), CPU)
 
 
-@pytest.mark.parametrize("moments", ["carried", "new"])
-def test_schedule_free_has_no_soft_knots(moments):
-    knots = {"knots": {"every": 1, "share": 0.3, "moments": moments}}
-    config = config_for("schedule_free_adamw", chain=knots)
-    with pytest.raises(ConfigError, match=r"keeps two: .* leave chain.knots out"):
-        check_optimizer(config, CPU)
-
-
 @quiet
 def test_eight_bits_have_soft_knots_with_new_moments():
     knots = {"every": 1, "share": 0.3}

@@ -1,20 +1,24 @@
-"""The formats of docs/rows.md: what is learned of each is what TRL learns."""
+"""The formats of docs/rows.md, rows of other tools among them: learned is what TRL learns."""
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from conftest import write_rows
 from helpers import as_row
+from helpers_data import CHAT, TALK, encode_examples, make_tokenizer, scored
 from transformers import AutoModelForCausalLM
 
 from chainlora import train
 from chainlora.config.schema import DataConfig
 from chainlora.data.encoding import detect_format
-from chainlora.data.splits import prepare_splits
+from chainlora.data.splits import check_files, prepare_splits
 from chainlora.errors import DataError
 
 ASK = {"role": "user", "content": "How many legs has a dog?"}
@@ -55,8 +59,8 @@ class Case(NamedTuple):
     name: str
     row: Mapping[str, Any]
     keys: Mapping[str, Any] = {}
-    trl: Mapping[str, Any] = {}
-    """Columns that TRL gets instead of the row's, where it has no such format."""
+    ours: Mapping[str, Any] = {}
+    """A row of our own formats that it means, where it is one of another tool."""
 
 
 def in_parts(turn: Mapping[str, str]) -> dict[str, Any]:
@@ -97,10 +101,12 @@ CASES = [
             "conversations": [
                 {"from": "human", "value": ASK["content"]},
                 {"from": "gpt", "value": ANSWER["content"]},
+                {"from": "user", "value": MORE[0]["content"]},
+                {"from": "assistant", "value": MORE[1]["content"]},
             ],
         },
         CHATML,
-        {"messages": [SYSTEM, ASK, ANSWER]},
+        {"messages": [SYSTEM, ASK, ANSWER, *MORE]},
     ),
     Case(
         "chat in a column `conversations`",
@@ -110,9 +116,9 @@ CASES = [
     ),
     Case(
         "Alpaca, with a chat template",
-        {"instruction": ASK["content"], "input": "", "output": ANSWER["content"]},
+        {"instruction": ASK["content"], "input": "Rex", "output": ANSWER["content"]},
         CHATML,
-        {"messages": [ASK, ANSWER]},
+        {"messages": [ASK | {"content": f"{ASK['content']}\nRex"}, ANSWER]},
     ),
     Case(
         "Alpaca, without one",
@@ -146,29 +152,26 @@ def tokenizer(smollm2_tokenizer, monkeypatch):
     return smollm2_tokenizer
 
 
-@pytest.fixture
-def read(tokenizer, tmp_path):
+def read(case: Case, tokenizer: Any, folder: Path) -> Any:
     """Read a case as a run would, from a file."""
-
-    def call(case: Case) -> Any:
-        keys = dict(case.keys)
-        if "chat_template" in keys and keys["chat_template"] is None:
-            tokenizer.chat_template = keys.pop("chat_template")
-        path = write_rows(tmp_path / "rows.jsonl", [dict(case.row)])
-        (example,) = prepare_splits(DataConfig(train=str(path), **keys), tokenizer, 1024).train
-        return example
-
-    return call
+    keys = dict(case.keys)
+    if "chat_template" in keys and keys["chat_template"] is None:
+        tokenizer.chat_template = keys.pop("chat_template")
+    path = write_rows(folder / "rows.jsonl", [dict(case.row)])
+    (example,) = prepare_splits(DataConfig(train=str(path), **keys), tokenizer, 1024).train
+    return example
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_columns_of_other_names_are_the_same_row(case, read):
+def test_columns_of_other_names_are_the_same_row(case, tmp_path):
     """Also beside columns that have the names of fields, and mean something else."""
+    tokenizer = copy.deepcopy(make_tokenizer("bos"))  # quick to read, which templates are set on
     fields = {name: f"their {name}" for name in case.row if name != "id"}
     row = dict.fromkeys(fields, 7) | {fields.get(k, k): v for k, v in case.row.items()}
-    expected = read(case)
+    expected = read(case, tokenizer, tmp_path)
     for keys in ({"format": detect_format([case.row])}, {}):
-        found = read(case._replace(row=row, keys={**case.keys, "fields": fields, **keys}))
+        named = case._replace(row=row, keys={**case.keys, "fields": fields, **keys})
+        found = read(named, tokenizer, tmp_path)
         assert (found.sequences, found.scored) == (expected.sequences, expected.scored)
 
 
@@ -198,7 +201,7 @@ def trl_labels(tokenizer, tiny_folder, tmp_path):
     def made(case: Case) -> tuple[list[int], list[int]]:
         keys = {key: value for key, value in case.keys.items() if value is not None}
         set_chat_template(tokenizer, DataConfig(train="x", **keys))
-        row = dict(case.trl or case.row)
+        row = dict(case.row)
         is_chat = any(isinstance(row.get(key), list) for key in ("messages", "prompt"))
         trainer = SFTTrainer(
             model=AutoModelForCausalLM.from_pretrained(tiny_folder),
@@ -220,10 +223,97 @@ def trl_labels(tokenizer, tiny_folder, tmp_path):
     return made
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_labels_are_those_of_trl(case, read, trl_labels):
+@pytest.mark.parametrize("case", [c for c in CASES if not c.ours], ids=lambda case: case.name)
+def test_labels_are_those_of_trl(case, tokenizer, trl_labels, tmp_path):
     ids, labels = trl_labels(case)
-    found = read(case)
+    found = read(case, tokenizer, tmp_path)
     assert found.sequences == (tuple(ids),)
     # The first token has no token before it that could predict it: trainers shift labels by one.
     assert as_row(found)["labels"][1:] == labels[1:]
+
+
+# --- rows of other tools are those of our own formats ---
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.ours], ids=lambda case: case.name)
+def test_a_row_of_another_tool_is_the_row_that_it_means(case, tmp_path):
+    tokenizer = copy.deepcopy(make_tokenizer("bos"))
+    found, expected = (
+        read(each, tokenizer, tmp_path) for each in (case, case._replace(row=case.ours))
+    )
+    assert (found.sequences, found.scored) == (expected.sequences, expected.scored)
+    assert found.references == expected.references
+
+
+SHAREGPT = [
+    {"from": "human", "value": "how many dogs?"},
+    {"from": "gpt", "value": "two dogs"},
+    {"from": "user", "value": "and cats?"},
+    {"from": "assistant", "value": "three"},
+]
+RULE = {"role": "system", "content": "count"}
+
+
+def same(row: dict, ours: dict, template: str = CHAT) -> None:
+    """Hold the examples of a row to those of ours, tokens and targets."""
+    tokenizer = make_tokenizer("bos", template)
+    (found,), (expected,) = (encode_examples([r], tokenizer, "auto") for r in (row, ours))
+    assert (found.sequences, found.scored) == (expected.sequences, expected.scored)
+    assert found.references == expected.references
+
+
+@pytest.mark.parametrize("asked", [{"from": "system", "value": "count"}, RULE], ids=str)
+def test_a_system_column_and_a_system_turn_are_one_message(asked):
+    turns = [asked, *(TALK if "role" in asked else SHAREGPT)]
+    for system in ("count", "", None):
+        same({"conversations": turns, "system": system}, {"messages": [RULE, *TALK]})
+    with pytest.raises(DataError, match=r"must have one `system` text \(got .*'other', 'count'"):
+        same({"conversations": turns, "system": "other"}, {"messages": TALK})
+
+
+@pytest.mark.parametrize("thoughts", ["", "hm"])
+def test_turns_of_a_prompt_are_not_learnt_however_often_a_template_marks_them(thoughts):
+    """Thoughts and words are marked apart, and a call not at all."""
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role != 'assistant' %}{{ m.content }}"
+        "{% elif m.tool_calls %}called{% else %}{% generation %}{{ m.thoughts }}{% endgeneration %}"
+        "|{% generation %}{{ m.content }}</s>{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    called = {"role": "assistant", "tool_calls": [{"name": "f"}]}
+    prompt = [*TALK[:2], TALK[0], called, {"role": "tool", "content": "4"}]
+    row = {"prompt": prompt, "completion": [TALK[3] | {"thoughts": thoughts}]}
+    tokenizer = make_tokenizer("", template)
+    (found,) = encode_examples([row], tokenizer, "auto")
+    assert scored(found, tokenizer) == [[*filter(None, [thoughts]), "three</s>"]]
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "said"),
+    [
+        (["pair"], "text", "validation: rows are text, and those trained on completion"),
+        (["text"], "pair", "validation: rows are completion, and those trained on text"),
+        (["pair", "text"], "text", ""),
+        (["pair"], "chat", ""),
+    ],
+)
+def test_text_is_scored_otherwise_than_answers(train, validation, said, tmp_path, caplog):
+    rows = {"pair": {"prompt": "a", "completion": "b"}, "text": {"text": "a"}}
+    rows |= {"chat": {"messages": TALK}}
+    path = {name: str(write_rows(tmp_path / f"{name}.jsonl", [row])) for name, row in rows.items()}
+    data = DataConfig(train=[path[name] for name in train], validation=path[validation])
+    with caplog.at_level(logging.WARNING, logger="chainlora"):
+        check_files(data, None)
+    assert [record.message[: len(said)] for record in caplog.records] == [said] * bool(said)
+    check_files(data.model_copy(update={"format": "text"}), None)
+    assert len(caplog.records) == bool(said)
+
+
+def test_what_was_recognised_is_reported(tmp_path, caplog):
+    tokenizer = make_tokenizer("", CHAT)
+    rows = [{"conversations": SHAREGPT, "id": "a"}] * 2
+    data = DataConfig(train=str(write_rows(tmp_path / "rows.jsonl", rows)))
+    found = prepare_splits(data, tokenizer, 128).report()["train"]
+    assert (found["recognised"], found["rows"], found["unread"]) == ("sharegpt", 2, ["id"])
+    assert "train: nothing reads 'id'" in caplog.text
+    data = data.model_copy(update={"format": "sharegpt"})
+    assert "recognised" not in prepare_splits(data, tokenizer, 128).report()["train"]

@@ -93,9 +93,8 @@ def test_steps_aside(name: str) -> None:
     assert bool(calls) == name.startswith("hook")
     restore(model)
     plain, plain_grads = gradients(model, tree_batch())
-    torch.testing.assert_close(
-        fast, plain, rtol=1e-5, atol=1e-5
-    )  # the norm is float32 in a float64 model
+    # the norm is float32 in a float64 model
+    torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
     assert fast_grads.keys() == plain_grads.keys()
     for name, grad in plain_grads.items():
         torch.testing.assert_close(fast_grads[name], grad, rtol=1e-4, atol=1e-5)

@@ -98,6 +98,5 @@ def test_evaluation_in_threads_is_evaluation_without(two_threads):
     assert one.metrics["accuracy"] == two.metrics["accuracy"]
     for mine, other in zip(two.predictions, one.predictions, strict=True):
         assert mine["row"] == other["row"]
-        torch.testing.assert_close(
-            mine["scores"], other["scores"], rtol=0, atol=1e-5
-        )  # packs of another size
+        # packs of another size
+        torch.testing.assert_close(mine["scores"], other["scores"], rtol=0, atol=1e-5)

@@ -180,9 +180,8 @@ def test_full_fine_tuning_is_evaluated_at_its_end_which_may_be_its_best_point(
     records = records_of(run)
     losses = {r["step"]: r["loss"] for r in records if r["event"] == "eval"}
     assert [r["step"] for r in records if r["event"] == "eval"] == [0, 2, 4, 6, 8]
-    assert (
-        losses[8] == min(losses.values()) == result["metrics"]["validation"]["loss"]
-    )  # small steps, and few
+    # small steps, and few
+    assert losses[8] == min(losses.values()) == result["metrics"]["validation"]["loss"]
     assert (result["best"]["step"], result["best"]["value"]) == (8, losses[8])
     config = json.loads((stage_dir(run) / "model" / "config.json").read_text())
     assert config["use_cache"]  # as the base: without one, generating takes far longer
@@ -225,9 +224,8 @@ def test_demonstrations_that_are_not_there_or_leave_nothing_to_train_on_are_refu
         train(config(32))
     assert not (tmp_path / "run").exists()
     assert train(config(31))["rows"] == 1
-    assert (
-        train(config(32, **nothing).model_copy(update={"output": None}))["rows"] == 0
-    )  # nothing to train
+    # nothing to train
+    assert train(config(32, **nothing).model_copy(update={"output": None}))["rows"] == 0
 
 
 def test_a_tracker_without_a_place_is_told_apart_from_one_that_is_missing(tiny_folder, sentiment):

@@ -133,10 +133,7 @@ def test_an_interrupted_run_leaves_nothing_running(tiny_folder, sentiment, tmp_p
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(
-            settings(tiny_folder, sentiment, tmp_path / "run"),
-            listener=interrupt,
-        )
+        train(settings(tiny_folder, sentiment, tmp_path / "run"), listener=interrupt)
     assert set(threading.enumerate()) == before
 
 

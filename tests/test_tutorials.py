@@ -1,19 +1,26 @@
-"""The tutorials run as they stand, on tiny models in the places that they name."""
+"""Tutorials, notebooks and docs/trainer.md run as they stand, on tiny models in the places that
+they name."""
 
 from __future__ import annotations
 
 import io
 import json
+import re
 import shlex
+import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from heads.models import new_model, rows_of_text
-from test_docs import HUB_ID, ROOT
+from helpers_integrations import chain_of, collator, token_rows
+from test_docs import HUB_ID, README, ROOT
 from test_docs import blocks as blocks_of
+from transformers import AutoTokenizer
 
 from chainlora.cli.main import run
 
@@ -138,3 +145,120 @@ def test_serving(checkout, capsys):
 def test_the_method_in_code():
     (block,) = blocks(ROOT / "docs/method.md", "python")
     exec(block, {"__name__": "method"})
+
+
+# --- notebooks ---
+
+
+NOTEBOOKS = sorted((ROOT / "examples/notebooks").glob("*.ipynb"))
+
+
+def read(path: Path) -> Any:
+    import nbformat
+
+    return nbformat.read(path, as_version=4)
+
+
+def cells_of_code(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def kinds(notebook: Any) -> list[list[tuple]]:
+    """What the cells give, without its text: streams by name, values by how they are shown."""
+    outputs = [cell.outputs for cell in cells_of_code(notebook)]
+    return [[(o.get("name"), *sorted(o.get("data", ()))) for o in each] for each in outputs]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_are_of_one_run_and_short(path):
+    assert path.stat().st_size < 50_000  # with one chart
+    cells = cells_of_code(read(path))
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    for output in [output for cell in cells for output in cell.outputs]:
+        text = output.get("text") or output["data"]["text/plain"]
+        assert len(text.splitlines()) <= 24, text
+        assert not re.search(r"/(tmp|root|home|work)/|Warning|\x1b", str(output)), text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_runs_again(path, tiny_folder, tmp_path, monkeypatch):
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("CHAINLORA_MODEL", str(tiny_folder))
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    for name in ("dates", "times"):
+        shutil.copytree(ROOT / "examples" / name, tmp_path / name)
+    (tmp_path / "notebooks").mkdir()
+    place = {"metadata": {"path": str(tmp_path / "notebooks")}}
+    first, again = read(path), read(path)
+    for notebook in (first, again):
+        NotebookClient(notebook, resources=place, timeout=600, coalesce_streams=True).execute()
+    assert kinds(first) == kinds(read(path))  # the outputs that are committed are of this code
+
+
+# --- docs/trainer.md, and python.md's own loop ---
+
+
+def test_the_loop_of_somebody_else_in_python_md_runs(tiny_folder, tmp_path, capsys):
+    text = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    (block,) = [block for block in blocks_of(text, "python") if "count_step" in block]
+    names: dict[str, Any] = {"folder": tiny_folder, "output": tmp_path}
+    exec(block, names | {"batches": [torch.arange(3, 11)[None]] * 3})
+    printed = capsys.readouterr().out
+    assert "3 steps in the live link" in printed
+    assert "'rank': 4" in printed
+
+
+@pytest.mark.slow
+def test_trainer_md_runs(tiny_folder, tmp_path):
+    """All its blocks in order, and what they leave behind."""
+    pytest.importorskip("trl", reason="TRL is an extra: pip install 'chainlora[trl]'")
+    names: dict[str, Any] = {
+        "model": str(tiny_folder),
+        "output": str(tmp_path),
+        "conversations": [
+            [
+                {"role": "user", "content": f"the {word} sat"},
+                {"role": "assistant", "content": "on a mat"},
+            ]
+            for word in ["cat", "mat", "hill", "birds"] * 8
+        ],
+        "preferences": [
+            {"prompt": f"the {word} was", "chosen": " good", "rejected": " bad"}
+            for word in ["cat", "mat", "hill", "birds"] * 8
+        ],
+        "rows": token_rows(16),
+        "collate": collator(AutoTokenizer.from_pretrained(tiny_folder)),
+    }
+    text = (ROOT / "docs/trainer.md").read_text(encoding="utf-8")
+    for block in blocks_of(text, "python"):
+        for config in ("SFTConfig(", "DPOConfig("):  # TRL's bfloat16 wants a GPU, or to be told
+            block = block.replace(f"args={config}", f"args={config}use_cpu=True, ")
+        exec(block, names)
+    assert (tmp_path / "sft/final/adapter_model.safetensors").is_file()
+    assert isinstance(names["loaded"], peft.PeftModel)
+    chain = names["chain"]
+    assert ([link.num_steps for link in chain.links], chain.live_steps) == ([2], 2)
+    assert type(names["plain"]).__name__ == "LlamaForCausalLM"
+    assert names["trainer"].state.global_step == 6
+
+
+def test_the_one_line_in_the_readme_runs(tiny_folder, tmp_path):
+    from datasets import Dataset
+
+    trl = pytest.importorskip("trl", reason="TRL is an extra: pip install 'chainlora[trl]'")
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=6, max_length=64, use_cpu=True, report_to=[]
+    )
+    rows = [{"text": f"the {word} sat on a mat"} for word in ["cat", "hill", "birds"] * 16]
+    names: dict[str, Any] = {
+        "SFTTrainer": partial(trl.SFTTrainer, args=args),
+        "LoraConfig": peft.LoraConfig,
+        "model": str(tiny_folder),
+        "dataset": Dataset.from_list(rows),
+    }
+    exec(blocks_of(README, "python")[1], names)
+    names["trainer"].train()
+    chain = chain_of(names["trainer"])
+    assert [(link.config.rank, link.num_steps) for link in chain.links] == [(8, 2), (8, 2), (4, 2)]

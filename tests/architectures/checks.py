@@ -24,14 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from architectures.tiny import (
-    CONTEXT,
-    IMPOSSIBLE,
-    VARIANTS,
-    VOCABULARY,
-    model_types,
-    tiny_model,
-)
+from architectures.tiny import CONTEXT, IMPOSSIBLE, VARIANTS, VOCABULARY, model_types, tiny_model
 from chainlora import export_adapter, export_merged, load_run, make_config, train
 from chainlora.chain.adapters.targets import matched_modules
 from chainlora.chain.initialization import generator_for, random_factors

@@ -280,10 +280,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2, small weights": ("lfm2", {"enlarged": False}),
     "qwen3_5_text, small weights": ("qwen3_5_text", {"enlarged": False}),
     "big_bird, full attention": ("big_bird", {"attention_type": "original_full"}),
-    "bigbird_pegasus, full attention": (
-        "bigbird_pegasus",
-        {"attention_type": "original_full"},
-    ),
+    "bigbird_pegasus, full attention": ("bigbird_pegasus", {"attention_type": "original_full"}),
     "llama, eager attention": ("llama", {"attn_implementation": "eager"}),
 }
 

@@ -15,14 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from chainlora import (
-    Chain,
-    ChainCallback,
-    LinkConfig,
-    export_adapter,
-    load_chain,
-    save_chain,
-)
+from chainlora import Chain, ChainCallback, LinkConfig, export_adapter, load_chain, save_chain
 from heads.models import KINDS, ROWS, Batch, load, new_model
 
 # One product W x + s·B A x is summed in another order than (W + s·B A) x: float32 rounding over two

@@ -21,9 +21,8 @@ def test_cells_are_task_by_method_by_grid_by_seed_with_stable_ids(tiny_folder, s
     experiment = make_experiment(
         tree(tiny_folder, sentiment, methods=["lora", "chain3", "zero_shot"])
     )
-    assert (
-        len(Expansion(experiment).tuning()) == 2 * 2
-    )  # two methods that train, two rates, one seed
+    # two methods that train, two rates, one seed
+    assert len(Expansion(experiment).tuning()) == 2 * 2
     everything = expand(experiment)
     # what trains nothing needs neither rate nor second seed
     assert len(everything) == 2 * 2 * 2 + 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_full_disk import files_up_to
+from test_files import files_up_to
 
 from chainlora.errors import FileError, RunError
 from chainlora_lab import make_experiment, read_results, report_experiment, run_cells

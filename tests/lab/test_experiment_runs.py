@@ -44,9 +44,8 @@ def test_a_run_tunes_chooses_and_gathers(done):
     assert cell["config"]["train"]["lr"] == cell["point"]["train.lr"]
     assert sum(cell["link_tokens"]) == cell["tokens"] > 0
     assert {"torch", "python"} <= cell["versions"].keys()
-    assert (
-        len({c["trainable_parameters"] for c in results.finals}) == 1
-    )  # memory of one LoRA, chain or not
+    # memory of one LoRA, chain or not
+    assert len({c["trainable_parameters"] for c in results.finals}) == 1
 
 
 @pytest.mark.parametrize("what", ["rows", "model"])

@@ -39,9 +39,8 @@ def brute_force(values):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(-5, 5).map(lambda value: round(value, 2)), min_size=1, max_size=9))
 def test_the_sign_flip_test_counts_every_assignment(values):
-    assert sign_flip_test(values) == pytest.approx(
-        brute_force(values), abs=1e-12
-    )  # both are counts over 2^n
+    # both are counts over 2^n
+    assert sign_flip_test(values) == pytest.approx(brute_force(values), abs=1e-12)
 
 
 def test_known_p_values(monkeypatch):

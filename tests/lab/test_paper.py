@@ -47,9 +47,8 @@ def test_counted_operations_are_torch_s_own_count(architecture, targets):
         model(ids).logits[0, -1].sum().backward()
     head = 2 * shapes.head_in * shapes.head_out
     # eager attention multiplies the whole square: a context of `length`
-    ours = (
-        length * training_flops(shapes, 4, context=length) + length * 2 * head
-    )  # forward, input's gradient
+    # forward, input's gradient
+    ours = length * training_flops(shapes, 4, context=length) + length * 2 * head
     assert ours == counter.get_total_flops()
 
 
