@@ -231,6 +231,7 @@ ARMS = {  # a study, how the page names it, its exported rank, and its seeds
     "replay": ("primary", "on top, replay", 40, 6),
     "on top rehearsed": ("primary", "on top, rehearsed", 48, 6),
     "on top": ("primary", "on top", 40, 6),
+    "one wide LoRA replay": ("one LoRA of rank 40", "one LoRA, replay, three seeds", 40, 3),
     "one LoRA replay": ("one LoRA", "one LoRA, replay, three seeds", 8, 3),
     "one LoRA rehearsed": ("one LoRA", "one LoRA, rehearsed, three seeds", 8, 3),
     "one LoRA": ("one LoRA", "one LoRA, three seeds", 8, 3),
@@ -313,7 +314,7 @@ def all_at_once_ahead(of: str = "combined twice rehearsed") -> str:
 def one_lora() -> list[str]:
     """The mean difference of one LoRA and of links on top, both with replay, in points."""
     found = []
-    for name in ("one LoRA replay",):
+    for name in ("one LoRA replay", "one wide LoRA replay"):
         study, *_, seeds = ARMS[name]
         pairs = zip(right(arm(name, study, seeds)), right(arm("replay", of=seeds)), strict=True)
         found.append(number(fmean(a - b for a, b in pairs), 1))
@@ -488,8 +489,8 @@ SENTENCES: list[tuple[str, Callable[[], Iterable[str]]]] = [  # a text of the pa
             ahead("combined twice rehearsed", "replay"),
         ],
     ),
-    ("on the same seeds: {} points at rank 8 (equal memory)", one_lora),
-    ("less one LoRA, rehearsed: {} points", lambda: [lead_on_one_lora()]),
+    ("on the same seeds: {} points at rank 8 (equal memory), {} at rank 40", one_lora),
+    ("less one LoRA of rank 8, rehearsed: {} points", lambda: [lead_on_one_lora()]),
     ("all at once is {} points ahead", lambda: [all_at_once_ahead()]),
     ("old rows has {} %; by seed {}, {} and {}, the combination {}, {} and {}.", replayed),
     ("takes {} to {} of its memory at {} to {} times its speed", checkpointing),
