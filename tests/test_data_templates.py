@@ -91,7 +91,7 @@ def test_a_base_model_learns_to_chat(tiny_folder, sentiment, tmp_path, caplog):
     rows = write_rows(tmp_path / "chat.jsonl", [{"messages": TALK}] * 8)
     tree = settings(base, sentiment, tmp_path / "run", chain={"ranks": [2], "steps": [1]})
     tree["data"] = {"train": str(rows)}
-    with pytest.raises(DataError, match=r"give one, as in data.chat_template: zephyr, use a chat"):
+    with pytest.raises(DataError, match=r"begin the run with one, as in data.chat_template"):
         train(tree | {"output": None})
     file = tmp_path / "mine.jinja"
     file.write_text(CHAT)

@@ -36,9 +36,9 @@ class ChatEncoder:
     ) -> None:
         if not reader.tokenizer.chat_template:
             raise DataError(
-                "the tokenizer must have a chat template for rows of `messages` (got none); give "
-                "one, as in data.chat_template: zephyr, use a chat model, or write rows of prompt "
-                "+ completion"
+                "the tokenizer must have a chat template for rows of `messages` (got none); begin "
+                "the run with one, as in data.chat_template: zephyr, use a chat model, or write "
+                "rows of prompt + completion"
             )
         self.reader = reader
         self.turns_before = turns_before  # of the assistant, that are read and not learnt
