@@ -7,7 +7,7 @@ from helpers import Stop, stopping, train_on
 from helpers_data import pair_files
 
 from beside.cases import add, section
-from chainlora import extend
+from chainlora import evaluate_task, extend
 from chainlora.cli.main import run as cli
 from chainlora.errors import DataError
 from chainlora.evaluation.stage_scores import stage_matrix
@@ -42,6 +42,18 @@ def test_a_rehearsal_reads_as_many_rows_of_each_stage(abc, capsys, monkeypatch):
     assert stage_matrix(abc, compute=False).stages == ["a", "b", "c"]  # it has no rows of its own
     assert undo(abc).entry.kind == "combine"
     assert redo(abc).stage == "rehearsal"
+
+
+def test_after_a_rehearsal_rows_are_those_of_the_last_stage(abc, sentiment, tmp_path):
+    def seen(name: str) -> tuple[str, str, str]:
+        own, other = evaluate_task(abc), evaluate_task(abc, data=sentiment / "train.jsonl")
+        assert (own["stage"], own["rows"]) == ("c", 4)
+        assert cli(["export", f"{abc}", "--to", "gguf", "--output", f"{tmp_path / name}"]) == 0
+        return own["task"], other["task"], (tmp_path / name / "Modelfile").read_text()
+
+    before = seen("combined")
+    train_stages(rehearsal(abc, {"chain": {"steps": [1]}}), matrix=False)
+    assert seen("rehearsed") == before  # and so no chat template around prompts
 
 
 def test_a_stopped_rehearsal_of_another_state_stays_as_it_is(abc):

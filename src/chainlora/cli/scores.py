@@ -79,7 +79,7 @@ def evaluate(
 ) -> None:
     """Score a run or a model on a task or on rows.
 
-    A run without --task and --data is scored on the rows that it was configured with.
+    A run without --task and --data is scored on the rows of its last stage.
     """
     if matrix:
         others: dict[str, Any] = {"split": split, "links": links, "stages": stages} | options
@@ -120,7 +120,8 @@ def evaluate(
             **options,
         )
     shown = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
-    name = " ".join(filter(None, (result["task"], result["split"])))
+    parts = (result.get("stage"), result["task"], result["split"])
+    name = " ".join(filter(None, parts))
     show(result, f"{name}: {shown} ({result['rows']} rows)", as_json)
 
 

@@ -47,7 +47,8 @@ def evaluate_task(
     speedups: Speedups = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Return `task`, `split`, `rows` and `metrics` of a run directory's chain, or of any model.
+    """Return `task`, `split`, `rows` and `metrics` of a run directory's chain, or of any model,
+    and as `stage` whose rows they are, of a run with several.
 
     Args:
         run_or_model: a run directory, or a model as `load_model` takes it.
@@ -91,6 +92,8 @@ def evaluate_task(
     is_file = data is not None and not Path(data).is_dir()
     named = task or own_task
     shown = {"task": named and named.name, "split": data if is_file else split}
+    if task is None and data is None and len((state := open_run(run_or_model)).columns) > 1:
+        shown = {"stage": state.with_rows.configured.key} | shown
     return Shown(shown | {"rows": found.num_rows, "metrics": metrics})
 
 
@@ -127,7 +130,7 @@ def _scored(
     assert config is not None
     del model, engine  # one model in memory
     # Pairs are judged by their scores in what the run began on.
-    start = config.model if config.chain.tune == "full" else open_run(run_or_model).parent
+    start = config.model if config.chain.tune == "full" else open_run(run_or_model).with_rows.parent
     model, _ = load_run_or_model(start, dtype=dtype)
     with Engine(to_accelerator(model), speedups=speedups, training=False) as engine:
         reference = engine.scores(rows, progress=progress)

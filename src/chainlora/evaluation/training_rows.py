@@ -61,17 +61,18 @@ def answer_limit(facts: RowFacts | None) -> int:
 
 
 def config_of(run_or_model: Address) -> RunConfig | None:
-    """Return the config of a run, None for a model or a saved chain."""
+    """Return the config of a run's last stage with rows of its own, None for a model or a saved
+    chain."""
     if not isinstance(run_or_model, OpenState) and not is_run(run_or_model):
         return None
     state = open_run(run_or_model)
-    return state.config() if state.has_run else None
+    return state.with_rows.config() if state.has_run else None
 
 
 def divided_by(run: Address) -> tuple[int | None, dict[str, Kept]]:
-    """Return what the stage whose config is a run's held rows out by, None if it keeps none, and
-    what earlier stages kept."""
-    state = open_run(run)
+    """Return what the stage of `config_of` held rows out by, None if it keeps none, and what
+    earlier stages kept."""
+    state = open_run(run).with_rows
     stage = state.configured.key
     kept = state.at(stage).kept()
     own = kept.pop(stage, None)

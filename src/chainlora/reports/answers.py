@@ -23,7 +23,7 @@ from chainlora.evaluation.evaluate import evaluate
 from chainlora.evaluation.generation import generate_greedy
 from chainlora.evaluation.metrics import cross_entropy, exact_match
 from chainlora.evaluation.stage_scores import Scorer, chain_on_base, states_of
-from chainlora.evaluation.training_rows import divided_by
+from chainlora.evaluation.training_rows import config_of, divided_by
 from chainlora.files import reported
 from chainlora.models.text_config import context_length
 from chainlora.reports.page import Answer, Said
@@ -201,7 +201,8 @@ def _candidate(row: Example, index: int, tokenizer: Any) -> str:
 
 def _stop(run: RunFacts, tokenizer: Any) -> str | None:
     """Return where an answer ends: as its task says, or with a line; that of a chat its turn."""
-    if run.config is not None and run.config.data.task is not None:
-        task = load_task(run.config.data.task)
+    config = config_of(run.state)
+    if config is not None and config.data.task is not None:
+        task = load_task(config.data.task)
         return task.stop or (None if task.add_eos else "\n")
     return tokenizer.decode(ends_of_turn(tokenizer)) or None

@@ -49,7 +49,7 @@ def keep_start_rows(run: str | Path, rows: StartData) -> None:
         raise RunError(rule, got, "finish it by the command that began it")
     base = resolve_model(state.base.model)
     tokenizer, context = tokenizer_of(state, base), context_length(load_skeleton(base))
-    own = rows_of_start(rows, state.config().data, tokenizer, context)
+    own = rows_of_start(rows, state.with_rows.config().data, tokenizer, context)
     kept = save_rows(run, own, START)
     before, after = state.history, update_history(run, lambda each: with_start_rows(each, kept))
     named = {entry.kept for entry in after.entries}

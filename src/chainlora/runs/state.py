@@ -153,6 +153,12 @@ class OpenState:
         return self.at(BASE if self.trained is None else self.trained.parent)
 
     @property
+    def with_rows(self) -> OpenState:
+        """Return the end of the last stage that had rows of its own, which a rehearsal has not."""
+        found = [e.key for e in self.lineage if e.kind == "stage" and not e.is_rehearsal]
+        return self.at(found[-1]) if found and self.draft is None else self
+
+    @property
     def first(self) -> int:
         """Return how many links are below those of the stage that was trained last."""
         return sum(facts.stage != self.stage for facts in self.facts)

@@ -114,10 +114,10 @@ def export_gguf(
 
 
 def _last_stage(state: OpenState, num_links: int | None) -> str:
-    """Return the stage of the last link that is exported and switched on."""
+    """Return the stage of the last link that is exported and switched on, and of no rehearsal."""
     terms = state.state.terms if num_links is None else state.sequence[:num_links]
     on = [state.history.links[term.link].stage for term in terms if term.strength]
-    return on[-1] if on else state.stage
+    return next((name for name in reversed(on) if name in state.columns), state.with_rows.stage)
 
 
 def _write_model(
@@ -175,7 +175,7 @@ def _write_modelfile(
     file: Path, lines: list[str], state: OpenState, stage: str, tokenizer: Any, config: Any
 ) -> None:
     """Write a Modelfile that begins with these lines, for the rows of a stage."""
-    longest = (state.config().data.max_length if state.has_run else None) or 0
+    longest = (state.with_rows.config().data.max_length if state.has_run else None) or 0
     room = min(context_of(config), max(_CONTEXT, longest))
     chat = cut_template(tokenizer) if tokenizer.chat_template else None
     if not tokenizer.chat_template or not _is_chat(state, stage, tokenizer):

@@ -86,13 +86,13 @@ def extension(
         can_choose = named is None and (begun is None or begun.parent.key == origin.key)
         if beside or (beside is None and can_choose):
             # not from a stage that may be pruned, or not there when the command is given again
-            last = begun or (now.at(own_stages[0]) if own_stages else _stage_before(origin))
+            last = begun or (now.at(own_stages[0]) if own_stages else origin.with_rows)
             stage = replace(_after(last, own, address), after=origin.key, beside=beside)
             if begun is not None or can_stand(stage, (), now):
                 _tell_left_out(begun, last, own)
                 return [replace(stage, beside=True, rehearse=rehearse and keys["rehearse"])]
         below = on if begun is None else begun.parent
-    last = _stage_before(below)
+    last = below.with_rows
     stage = _after(last, own, address, output)
     _tell_left_out(begun, last, own)
     after = None if output is not None else below.key
@@ -119,7 +119,7 @@ def rehearsal(
         set_key(own, key, value)
     rows = {"rehearse": True, "replay": None, "new_rows_only": False}
     own["data"] = rows | section_of(own, "data")
-    before, kept = _stage_before(now).config().train, now.kept().values()
+    before, kept = now.with_rows.config().train, now.kept().values()
     rate = {} if before.loss in PAIR_LOSSES else {"lr": RATE * before.lr}
     train = {"loss": None} | rate | section_of(own, "train")  # not on pairs
     num_rows = sum(min(ROWS, 2 * len(e.train)) for e in kept if e.loss not in PAIR_LOSSES)
@@ -155,12 +155,6 @@ def _tell_left_out(begun: OpenState | None, last: OpenState, own: Mapping[str, A
     if left_out := not_inherited(last.config(), own):
         what = (own["name"], ", ".join(left_out), last.stage)
         logger.warning("stage %s does not inherit %s from %s", *what)
-
-
-def _stage_before(state: OpenState) -> OpenState:
-    """Return the end of the stage that another one inherits from: not of a rehearsal."""
-    found = [e.key for e in state.lineage if e.kind == "stage" and not e.is_rehearsal]
-    return state.at(found[-1]) if found and state.draft is None else state
 
 
 def _begun(now: OpenState, name: str, on: OpenState | None) -> OpenState | None:
