@@ -223,7 +223,7 @@ def script(path: str) -> ModuleType:
     return module
 
 
-ARMS = {  # a study, how the page names it, its exported rank, and its seeds
+ARMS = {  # of the shared question: a study, how the page names it, its exported rank, and its seeds
     "combined twice rehearsed": ("primary", "beside, combined, rehearsed", 48, 6),
     "combined twice": ("primary", "beside, combined", 40, 6),
     "combined rehearsed": ("primary", "beside, combined in one pass, rehearsed", 48, 6),
@@ -231,11 +231,15 @@ ARMS = {  # a study, how the page names it, its exported rank, and its seeds
     "replay": ("primary", "on top, replay", 40, 6),
     "on top rehearsed": ("primary", "on top, rehearsed", 48, 6),
     "on top": ("primary", "on top", 40, 6),
-    "one wide LoRA replay": ("one LoRA of rank 40", "one LoRA, replay, three seeds", 40, 3),
-    "one LoRA replay": ("one LoRA", "one LoRA, replay, three seeds", 8, 3),
-    "one LoRA rehearsed": ("one LoRA", "one LoRA, rehearsed, three seeds", 8, 3),
-    "one LoRA": ("one LoRA", "one LoRA, three seeds", 8, 3),
-    "all at once": ("all at once", "all at once, three seeds", 40, 3),
+    "summed rehearsed": ("other sums", "beside, summed, rehearsed", 48, 3),
+    "scaled": ("other sums", "beside, summed at a tuned scale", 40, 3),
+    "summed": ("other sums", "beside, summed", 40, 3),
+    "base rehearsed": ("other sums", "the base, rehearsed", 8, 3),
+    "one wide LoRA replay": ("one LoRA of rank 40", "one LoRA, replay", 40, 3),
+    "one LoRA replay": ("one LoRA", "one LoRA, replay", 8, 3),
+    "one LoRA rehearsed": ("one LoRA", "one LoRA, rehearsed", 8, 3),
+    "one LoRA": ("one LoRA", "one LoRA", 8, 3),
+    "all at once": ("all at once", "all at once", 40, 3),
 }
 
 
@@ -254,20 +258,17 @@ def right(cells: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def stages() -> Rows:
-    """The arms of the primary study, and the own question of those that the rules need."""
+    """The arms with one shared question; those of three seeds have no interval."""
     forgetting = script("stages/table.py").forgetting
-    heads = "arm | right, % | forgotten, points | steps | kept rows trained on | exported rank"
-    rows: Rows = [(*heads.split(" | "), "own question, right, %")]
+    heads = "arm | right, % | forgotten, points | kept rows trained on | exported rank"
+    rows: Rows = [heads.split(" | ")]
     for name, (study, shown, rank, seeds) in ARMS.items():
         cells = arm(name, study, seeds)
         lost = [100 * forgetting(cell) for cell in cells if cell["learned"]]
         grams = 32 * 5 if "combined" in name else 0  # of a task, of five, read for Grams
-        old, steps = (fmean(cell[key] for cell in cells) for key in ("old_rows", "steps"))
-        has_own = study == "primary" and (name.endswith("rehearsed") or "twice" in name)
-        own = number(fmean(right(arm(name, "own question"))), 1, "-") if has_own else MISSING
-        counts = f"{steps:.0f}", f"{old - grams:.0f}", f"{rank}", own
+        old = fmean(cell["old_rows"] for cell in cells) - grams
         forgotten = estimate(lost, 1, "-") if lost else MISSING
-        rows.append((shown, estimate(right(cells), 1, "-"), forgotten, *counts))
+        rows.append((shown, estimate(right(cells), 1, "-"), forgotten, f"{old:.0f}", f"{rank}"))
     return rows
 
 
@@ -319,6 +320,10 @@ def one_lora() -> list[str]:
         pairs = zip(right(arm(name, study, seeds)), right(arm("replay", of=seeds)), strict=True)
         found.append(number(fmean(a - b for a, b in pairs), 1))
     return found
+
+
+def own_question(*names: str) -> list[str]:
+    return [number(fmean(right(arm(name, "own question"))), 1, "-") for name in names]
 
 
 def lead_on_one_lora() -> str:
@@ -480,6 +485,11 @@ SENTENCES: list[tuple[str, Callable[[], Iterable[str]]]] = [  # a text of the pa
         "in one pass, rehearsed, less on top, rehearsed: {} points",
         lambda: [ahead("combined rehearsed", "on top rehearsed")],
     ),
+    (
+        "(two seeds), they have {} and {} %",
+        lambda: own_question("combined rehearsed", "on top rehearsed"),
+    ),
+    ("two passes, rehearsed, have {} %", lambda: own_question("combined twice rehearsed")),
     ("on top, rehearsed, less replay: {} points", lambda: [ahead("on top rehearsed", "replay")]),
     (
         "both rehearsed: {} points; without rehearsal: {}; two passes, rehearsed, less replay: {}.",
