@@ -183,6 +183,18 @@ def byte_level(corpus: list[str], special: dict[str, str], post_processor=None):
     return PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
+def byte_tokens(**special: str):
+    """A tokenizer of one token for each byte, the special ones first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = [*special.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tiny_folder):
     from transformers import AutoTokenizer

@@ -197,11 +197,11 @@ def _tie_share(layer, a, b, scaling, share, optimizer) -> None:
 
 
 @torch.no_grad()
-def start_as_ours(model: peft.PeftModel, link: LinkConfig, seed: int) -> None:
-    """Give PEFT's layers the factors that the first link of a chain starts from."""
+def start_as_ours(model: peft.PeftModel, link: LinkConfig, seed: int, index: int = 0) -> None:
+    """Give PEFT's layers the factors that a link of a chain starts from."""
     for name, module in model.base_model.model.named_modules():
         if hasattr(module, "lora_A"):
-            generator = generator_for(seed, 0, name)
+            generator = generator_for(seed, index, name)
             start = random_factors(link, module.in_features, module.out_features, generator)
             module.lora_A["default"].weight.copy_(start.a)
 
@@ -259,6 +259,17 @@ def assert_same_records(one: Path, two: Path) -> None:
         for run in (one, two)
     )
     assert first == second
+
+
+def edit_json(path: Path, **keys: Any) -> None:
+    """Set keys of a JSON object in a file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def flip_last_bit(path: Path) -> None:
+    """Change a file by one bit."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
 class Stop(BaseException):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -12,7 +11,7 @@ import peft
 import pytest
 import torch
 from conftest import WORDS, tiny_model, write_rows
-from helpers import settings
+from helpers import edit_json, settings
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -82,8 +81,7 @@ def save_lora(folder: Path, architecture: str = "llama", model=None, dtype=None,
 
 
 def edit(folder: Path, **keys) -> Path:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    edit_json(folder / "adapter_config.json", **keys)
     return folder
 
 

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from helpers import Stop, assert_same_links, assert_same_records, settings, stage_dir, stop_after
+from helpers import (
+    Stop,
+    assert_same_links,
+    assert_same_records,
+    flip_last_bit,
+    settings,
+    stage_dir,
+    stop_after,
+)
 
 from chainlora import load_run, make_config, train
 from chainlora.config.staging import Stage
@@ -90,11 +98,6 @@ def fail_at_once(event) -> None:
 # --- what changes between a run and its resume
 
 
-def change_a_weight(base: Path) -> None:
-    content = (base / "model.safetensors").read_bytes()
-    (base / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-
-
 def test_a_base_that_changed_is_refused_everywhere(tiny_folder, sentiment, tmp_path):
     """What makes a base what it is: test_identity.py."""
     base = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
@@ -105,7 +108,7 @@ def test_a_base_that_changed_is_refused_everywhere(tiny_folder, sentiment, tmp_p
     )
     train(finished)
     stop_after(stopped, 1)
-    change_a_weight(base)
+    flip_last_bit(base / "model.safetensors")
     for act in (lambda: load_run(tmp_path / "finished"), lambda: train(stopped, resume=True)):
         with pytest.raises(RunError, match=r"\(got another model.safetensors\); restore it, or"):
             act()
@@ -137,7 +140,7 @@ def test_a_run_goes_on_where_its_base_and_rows_lie_now(
         load_run(tmp_path / "run")
     monkeypatch.setenv("CHAINLORA_MODELS", str(tmp_path))
     load_run(tmp_path / "run")
-    change_a_weight(tmp_path / "base")
+    flip_last_bit(tmp_path / "base/model.safetensors")
     with pytest.raises(RunError, match=r"another model\.safetensors"):
         load_run(tmp_path / "run")
 

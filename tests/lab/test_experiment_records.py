@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import edit_json
 from test_files import files_up_to
 
 from chainlora.errors import FileError, RunError
@@ -20,10 +20,6 @@ from lab.cases import tree
 def one(tiny_folder, sentiment):
     """An experiment of one cell."""
     return make_experiment(tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune={}))
-
-
-def edit(path: Path, **keys) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
 
 
 # --- what is recorded ---
@@ -45,7 +41,7 @@ def test_a_cell_says_what_computed_it(done):
 def test_a_result_of_another_version_is_not_taken_for_one_of_this(one, tmp_path):
     run_cells(one, tmp_path, backend="inline")
     (path,) = tmp_path.glob("cells/*/result.json")
-    edit(path, format=3)
+    edit_json(path, format=3)
     (tmp_path / "results.jsonl").unlink()
     with pytest.raises(RunError, match=r"must be of format 2 \(got 3 in "):
         run_cells(one, tmp_path, backend="inline")
@@ -121,8 +117,7 @@ def test_a_torn_last_line_is_left_out_with_a_word(done, tmp_path, caplog, has_ce
 # --- a full disk ---
 
 
-def test_an_experiment_on_a_full_disk_says_so_and_goes_on_later(tiny_folder, sentiment, tmp_path):
-    one = make_experiment(tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune={}))
+def test_an_experiment_on_a_full_disk_says_so_and_goes_on_later(one, tmp_path):
     with files_up_to(100), pytest.raises(FileError, match=r"must be written \(got File too large"):
         run_cells(one, tmp_path / "out", backend="inline")
     with files_up_to(2_000):  # enough for the plan, not for what a run writes
