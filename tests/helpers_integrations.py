@@ -85,7 +85,12 @@ def arguments(output: Path, **keys: Any) -> dict[str, Any]:
 
 
 def make_trainer(
-    model: Any, tokenizer: Any, output: Path, callback: TrainerCallback | None, **keys: Any
+    model: Any,
+    tokenizer: Any,
+    output: Path,
+    callback: TrainerCallback | None,
+    optimizers: Any = (None, None),
+    **keys: Any,
 ) -> Trainer:
     return Trainer(
         model=model,
@@ -94,6 +99,7 @@ def make_trainer(
         eval_dataset=token_rows(8, seed=1),
         data_collator=Recorder(collator(tokenizer)),
         processing_class=tokenizer,
+        optimizers=optimizers,
         callbacks=[callback] if callback is not None else None,
     )
 

@@ -17,7 +17,6 @@ from helpers_integrations import (
     assert_adapter_is_the_model,
     assert_links_agree,
     chain_of,
-    collator,
     logits,
     make_trainer,
     own_loop,
@@ -417,15 +416,8 @@ def test_the_best_model_is_that_of_its_link(tiny_folder, tokenizer, tmp_path):
 def test_an_optimizer_of_the_user_s_own(tiny_folder, tokenizer, tmp_path):
     model = peft_model(tiny_folder)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    callback = ChainCallback([4, 2])
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(**arguments(tmp_path)),
-        train_dataset=make_trainer(model, tokenizer, tmp_path, None).train_dataset,
-        data_collator=collator(tokenizer),
-        optimizers=(optimizer, None),
-        callbacks=[callback],
-    )
+    own = (optimizer, None)
+    trainer = make_trainer(model, tokenizer, tmp_path, ChainCallback([4, 2]), optimizers=own)
     trainer.train()
     links = chain_of(trainer).links
     assert [link.config.rank for link in links] == [4, 2]
