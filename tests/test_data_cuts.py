@@ -123,8 +123,9 @@ LONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("in_memory", [True, False], ids=["memory", "store"])
-@pytest.mark.parametrize("kind", LONG)
+@pytest.mark.parametrize(
+    ("kind", "in_memory"), [*((kind, True) for kind in LONG), ("pairs", False)]
+)
 def test_rows_that_are_too_long_are_left_out_counted_and_told(
     tmp_path, cache, caplog, monkeypatch, kind, in_memory
 ):
@@ -222,8 +223,11 @@ def test_columns_that_nothing_reads_are_named_once(tmp_path, caplog, rows, unrea
     assert splits.report()["train"]["unread"] == [name.strip("'") for name in unread.split(", ")]
 
 
-@pytest.mark.parametrize("in_memory", [2, 2000])
-@pytest.mark.parametrize("kind", ["text", "completion", "pairs", "candidates", "right one"])
+@pytest.mark.parametrize(
+    ("kind", "in_memory"),
+    [(kind, 2000) for kind in ("text", "completion", "pairs", "candidates", "right one")]
+    + [("candidates", 2)],
+)
 def test_rows_to_score_that_are_trained_on_are_named(
     tmp_path, caplog, monkeypatch, kind, in_memory
 ):

@@ -88,7 +88,7 @@ def shown(sentiment, tmp_path_factory):
     """A value of every public class, and of what public functions return, of a model of many
     modules. The run's name would be a tag if somebody forgot to escape it."""
     folder = tmp_path_factory.mktemp("shown")
-    model, run = make_tiny_folder(folder / "model", num_hidden_layers=12), folder / "<script>"
+    model, run = make_tiny_folder(folder / "model", num_hidden_layers=6), folder / "<script>"
     tree = settings(model, sentiment, run, chain={"target_modules": None, "steps": [1, 1, 1]})
     task = chainlora.load_task(sentiment / "task.yaml")
     values = {
@@ -153,5 +153,5 @@ def test_results_are_still_dictionaries(shown):
         value = shown[name]
         assert json.loads(json.dumps(value)) == value
         assert isinstance(value, dict)
-    assert len(shown["Link.factors"]) == 12 * 7
+    assert len(shown["Link.factors"]) == 6 * 7
     assert len(Shown({"text": "x" * 10**6})._repr_html_()) < 1000

@@ -94,17 +94,17 @@ def by_peft(model: Any, folder: Path) -> torch.Tensor:
     return logits(peft.PeftModel.from_pretrained(model, folder))
 
 
-def cases() -> list[tuple[str, str]]:
-    return [
-        (variant, name)
-        for variant, keys in VARIANTS.items()
-        for name in TARGETS
-        if not keys or name in keys
-    ]
+ROUNDED = ("plain", "modules to save", "an embedding", "a bias", "dora")  # in a way of their own
+CASES = [
+    (variant, name, dtype)
+    for variant, keys in VARIANTS.items()
+    for name in TARGETS
+    for dtype in (torch.float32, torch.bfloat16)
+    if (not keys or name in keys) and (dtype == torch.float32 or variant in ROUNDED)
+]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(("variant", "architecture"), cases())
+@pytest.mark.parametrize(("variant", "architecture", "dtype"), CASES, ids=str)
 def test_imported_and_exported_again_is_the_same_function(variant, architecture, dtype, tmp_path):
     keys = VARIANTS[variant].get(architecture, {})
     folder = save_lora(tmp_path / "made", architecture, base(architecture, dtype), **keys)
