@@ -380,10 +380,22 @@ def run_copy(stored_run, tmp_path) -> Path:
 
 
 @pytest.fixture
-def rich_config(tiny_folder, sentiment, tmp_path):
-    """The config of a run with every feature that has state on disk, in tmp_path/run."""
-    from helpers import EVERYTHING, settings
+def configure(tiny_folder, sentiment, tmp_path):
+    """Return a function that makes the config of a run, of its name and of keys by section."""
+    from helpers import settings
 
     from chainlora import make_config
 
-    return make_config(settings(tiny_folder, sentiment, tmp_path / "run", **EVERYTHING))
+    def make(name: str | None = "run", **sections):
+        output = None if name is None else tmp_path / name
+        return make_config(settings(tiny_folder, sentiment, output, **sections))
+
+    return make
+
+
+@pytest.fixture
+def rich_config(configure):
+    """The config of a run with every feature that has state on disk, in tmp_path/run."""
+    from helpers import EVERYTHING
+
+    return configure(**EVERYTHING)

@@ -8,10 +8,12 @@ from typing import Any
 
 import peft
 import torch
+from helpers import as_row, start_as_ours, training_examples
 from helpers_export import logits
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     DataCollatorForSeq2Seq,
     Trainer,
     TrainerCallback,
@@ -102,6 +104,22 @@ def make_trainer(
         optimizers=optimizers,
         callbacks=[callback] if callback is not None else None,
     )
+
+
+def trained_by_peft(
+    config: Any, model: Any, output: Path, **keys: Any
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Train PEFT's LoRA by transformers' Trainer, all rows a step, as a config of one link says;
+    return losses and factors."""
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    rows = [as_row(example) for example in training_examples(config, tokenizer)]
+    start_as_ours(model, config.chain.links()[0], config.train.seed)
+    own = {"max_steps": config.chain.steps[0], "per_device_train_batch_size": len(rows)}
+    args = TrainingArguments(**arguments(output, learning_rate=config.train.lr, **own | keys))
+    trainer = Trainer(model, args, train_dataset=rows, data_collator=collator(tokenizer))
+    trainer.train()
+    losses = [float(each["loss"]) for each in trainer.state.log_history if "loss" in each]
+    return losses, peft.get_peft_model_state_dict(model)
 
 
 def trainer_loss(trainer: Trainer) -> Callable[[Any, Batch], torch.Tensor]:
