@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from helpers import (
 
 from chainlora import load_run, make_config, train
 from chainlora.config.staging import Stage
-from chainlora.errors import ChainLoRAError, FileError, ModelError, RunError
+from chainlora.errors import ChainLoRAError, ModelError, RunError
 from chainlora.runs.addresses import open_run
 from chainlora.runs.documents import write_part
 from chainlora.runs.draft import read_draft
@@ -31,18 +32,9 @@ from chainlora.training.plan import make_plan
 # --- the start
 
 
-def test_output_that_cannot_be_made_is_refused_before_the_model_loads(sentiment, tmp_path):
-    """All that cannot be made: test_files.py."""
-    (tmp_path / "run").symlink_to(tmp_path / "nothing")
-    config = make_config(settings("/no/such/model", sentiment, tmp_path / "run"))
-    with pytest.raises(FileError, match="got "):
-        train(config)
-
-
-def test_a_run_killed_before_its_history_starts_over(tiny_folder, sentiment, tmp_path):
-    keys = {"ranks": [2], "steps": [1]}
+def test_a_run_killed_before_its_history_starts_over(configure, tmp_path):
     run, stage = tmp_path / "run", stage_dir(tmp_path / "run")
-    config = make_config(settings(tiny_folder, sentiment, run, chain=keys))
+    config = configure(chain={"ranks": [2], "steps": [1]})
     (run / "links").mkdir(parents=True)
     stage.mkdir(parents=True)
     (stage / "config.yaml").write_text("model: half")
@@ -57,10 +49,9 @@ def test_a_run_killed_before_its_history_starts_over(tiny_folder, sentiment, tmp
 
 
 def test_full_fine_tuning_killed_before_it_is_published_is_published(
-    tiny_folder, sentiment, tmp_path, monkeypatch
+    configure, tmp_path, monkeypatch
 ):
-    keys = {"tune": "full", "ranks": [1], "steps": [1]}
-    config = make_config(settings(tiny_folder, sentiment, tmp_path / "run", chain=keys))
+    config = configure(chain={"tune": "full", "ranks": [1], "steps": [1]})
 
     def kill(work: Work) -> None:
         raise Stop
@@ -73,12 +64,12 @@ def test_full_fine_tuning_killed_before_it_is_published_is_published(
     assert open_run(tmp_path / "run").is_whole_model
 
 
-def test_what_is_refused_late_leaves_no_run_behind(tiny_folder, sentiment, tmp_path):
+def test_what_is_refused_late_leaves_no_run_behind(configure, tmp_path):
     """Whatever fails before the first step, the corrected command must find its output free."""
-    config = make_config(settings(tiny_folder, sentiment, tmp_path / "run"))
+    config = configure()
 
-    def fail(event) -> None:
-        if event.name == "eval":
+    def fail(event, at: str = "eval") -> None:
+        if event.name == at:
             raise ChainLoRAError("late")
 
     with pytest.raises(ChainLoRAError, match="late"):
@@ -87,12 +78,8 @@ def test_what_is_refused_late_leaves_no_run_behind(tiny_folder, sentiment, tmp_p
     stop_after(config, 2)
     assert (tmp_path / "run").exists()  # something was learned
     with pytest.raises(ChainLoRAError, match="late"):
-        train(config, resume=True, listener=fail_at_once)
+        train(config, resume=True, listener=partial(fail, at="plan"))
     assert (tmp_path / "run" / "history.json").exists()
-
-
-def fail_at_once(event) -> None:
-    raise ChainLoRAError("late")
 
 
 # --- what changes between a run and its resume
@@ -218,15 +205,11 @@ def test_a_run_is_for_one_process_at_a_time(rich_config, tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
-def test_a_disk_that_cannot_lock_is_told_and_used(
-    number, tiny_folder, sentiment, tmp_path, monkeypatch, caplog
-):
+def test_a_disk_that_cannot_lock_is_told_and_used(number, configure, monkeypatch, caplog):
     def refuse(lock: FileLock, *_, **__) -> None:
         Path(lock.lock_file).touch()
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(FileLock, "acquire", refuse)
-    keys = {"ranks": [2], "steps": [1]}
-    config = make_config(settings(tiny_folder, sentiment, tmp_path / "run", chain=keys))
-    assert train(config)["steps"] == 1
+    assert train(configure(chain={"ranks": [2], "steps": [1]}))["steps"] == 1
     assert "cannot be locked; start one process at a time in it" in caplog.text
