@@ -21,7 +21,7 @@ from transformers import (
     get_scheduler,
 )
 
-from chainlora import Chain, ChainCallback, LinkConfig
+from chainlora import Chain, ChainCallback, LinkConfig, carry_moments
 
 TARGETS = ["q_proj", "v_proj"]
 LR, ALPHA = 1e-2, 8
@@ -146,9 +146,10 @@ def own_loop(
     loss: Callable[[Any, Batch], torch.Tensor] | None = None,
     seed: int = 3,
     restart: bool = False,
-    kind: str = "linear",
+    soft: tuple[int, float] | None = None,
 ) -> Chain:
-    """Algorithm 1 with plain PyTorch around it: AdamW, a rate by the step, clipped gradients."""
+    """Algorithm 1 with plain PyTorch around it: AdamW, a rate that falls linearly, clipped
+    gradients; `soft` is the distance of soft knots and their share, which follows the rate."""
     model = plain_model(folder)
     loss = loss or (lambda model, batch: model(**batch).loss)
     chain, total, rest = Chain(model, seed=seed), sum(lengths), iter(batches)
@@ -161,7 +162,7 @@ def own_loop(
     def update(link: int) -> Callable[[Batch], None]:
         optimizer = torch.optim.AdamW(chain.parameters(), lr=LR, weight_decay=0.0, fused=True)
         length = lengths[link] if restart else total
-        schedule = get_scheduler(kind, optimizer, 0, length)
+        schedule = get_scheduler("linear", optimizer, 0, length)
         for _ in range(0 if restart else sum(lengths[:link])):
             schedule.step()
 
@@ -172,6 +173,10 @@ def own_loop(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+            done = chain.live_steps + 1
+            if soft and done < length and done % soft[0] == 0:
+                share = soft[1] * schedule.get_last_lr()[0] / LR
+                carry_moments(optimizer, chain.live, chain.tie_share(share))
 
         return step
 

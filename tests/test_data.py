@@ -146,10 +146,8 @@ def test_a_row_too_long_is_named_with_length_limit_and_remedy(colour, tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text('{"text": "a", "label": 0}\n{"text": "%s", "label": 0}\n' % ("the film " * 50))
     rows, tokenizer = list(find_source(path)), make_tokenizer()
-    with pytest.raises(
-        DataError,
-        match=r"got \d+ tokens for at most 30 at .*long.jsonl line 2.*truncation: cut or drop$",
-    ):
+    said = r"got \d+ tokens for at most 30 at .*long.jsonl line 2.*truncation: cut or drop$"
+    with pytest.raises(DataError, match=said):
         encode_examples(rows, tokenizer, colour(), max_length=30)
     with pytest.raises(DataError, match=r"scored must fit the context .*for at most 2 at .*: drop"):
         encode_examples(

@@ -75,10 +75,8 @@ def test_a_run_on_a_long_text_trains_on_all_of_it_and_says_so(tiny_folder, tmp_p
     data = {"train": {"rows": 1, "examples": result["rows"], "rows_split": 1}}
     assert {k: v for k, v in result["data"]["train"].items() if k != "tokens"} == data["train"]
     assert seen[0]["data"] == result["data"]
-    assert (
-        json.loads((stage_dir(tmp_path / "run") / "result.json").read_text())["data"]
-        == result["data"]
-    )
+    written = json.loads((stage_dir(tmp_path / "run") / "result.json").read_text())
+    assert written["data"] == result["data"]
 
 
 @pytest.mark.parametrize("format", ["text", "completion", "chat"])

@@ -203,9 +203,8 @@ def test_preferences_are_never_trained_on_as_answers(name, format):
     plain = {"completion": {"prompt": "a", "completion": "b"}, "chat": {"messages": TALK}}
     row = PREFERENCES[name]
     for rows in ([row], [plain.get(format, row), row]):
-        with pytest.raises(
-            DataError, match=r"train.loss: dpo|TRL's KTOTrainer and chain"
-        ) as caught:
+        said = r"train.loss: dpo|TRL's KTOTrainer and chain"
+        with pytest.raises(DataError, match=said) as caught:
             encode_examples(rows, make_tokenizer("bos", CHAT), format)
         assert "\n" not in str(caught.value)
 
@@ -243,9 +242,8 @@ def test_a_chat_that_the_assistant_begins_is_learnt(template):
 
 def test_where_an_answer_begins_cannot_be_told_the_other_template_is_named():
     template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
-    with pytest.raises(
-        DataError, match=r"assistant begins must .*chatml, or remove the first turn"
-    ):
+    said = r"assistant begins must .*chatml, or remove the first turn"
+    with pytest.raises(DataError, match=said):
         encode_examples([{"messages": [GREETING, *TALK]}], make_tokenizer("", template), "chat")
 
 

@@ -21,6 +21,7 @@ from helpers_data import (
     scored,
     write_rows,
 )
+from reference_scorer import reference_scores
 from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer
 
@@ -202,15 +203,13 @@ def test_columns_of_other_names_are_the_same_pairs(settings, tmp_path):
 # --- the loss, its reference, and what a run reports ---
 
 
-def log_probabilities(model, examples) -> torch.Tensor:
-    """The sum over an answer's tokens [E, 2], by plain transformers, a sequence at a time."""
-    found = []
-    for example in examples:
-        for ids, ((start, end),) in zip(example.sequences, example.scored, strict=True):
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
-            found.append(logits[range(start - 1, end - 1), ids[start:end]].sum())
-    return torch.stack(found).view(-1, 2)
+def means(model, examples) -> torch.Tensor:
+    """The mean log-probability of an answer's tokens [E, 2], by plain transformers."""
+    return torch.tensor(reference_scores(model, examples), dtype=torch.float64)
+
+
+def lengths(examples) -> torch.Tensor:
+    return torch.tensor([[end - start for ((start, end),) in each.scored] for each in examples])
 
 
 def validation(tree) -> list:
@@ -233,9 +232,8 @@ def test_the_reference_is_the_model_at_the_start_through_links_and_knots(setting
     assert start.metrics == {"loss": math.log(2), "accuracy": 0.5, "margin": 0.0}
 
     rows, run = validation(tree), tree["output"]
-    ours = log_probabilities(load_run(run)[0], rows)
-    base = log_probabilities(load_run(run, num_links=0)[0], rows)
-    rewards = 0.3 * (ours - base)
+    ours, base = (means(load_run(run, num_links=count)[0], rows) for count in (None, 0))
+    rewards = 0.3 * lengths(rows) * (ours - base)
     margin = rewards[:, 0] - rewards[:, 1]
     metrics = result["metrics"]["validation"]
     # a link with soft knots is stored to 3e-3 of its update
@@ -279,11 +277,9 @@ def test_orpo_has_no_reference_and_its_metrics_are_those_of_plain_transformers(s
     metrics = train(tree)["metrics"]["validation"]
     assert not [*Path(tree["output"]).rglob("reference.safetensors")]
     rows, model = validation(tree), load_run(tree["output"])[0]
-    lengths = torch.tensor([[end - start for ((start, end),) in e.scored] for e in rows])
-    chosen, rejected = (log_probabilities(model, rows) / lengths).unbind(1)
+    chosen, rejected = means(model, rows).unbind(1)
     whole = [replace(e, scored=tuple(((1, len(ids)),) for ids in e.sequences)) for e in rows]
-    read = torch.tensor([len(e.sequences[0]) - 1 for e in rows])
-    likelihood = log_probabilities(model, whole)[:, 0] / read
+    likelihood = means(model, whole)[:, 0]
     odds = [(p.exp() / (1 - p.exp())).log() for p in (chosen, rejected)]
     losses = -likelihood - 0.3 * logsigmoid(odds[0] - odds[1])
     expected = {

@@ -340,9 +340,8 @@ def test_a_folder_in_use_is_not_written_into(runs, tmp_path):
     (tmp_path / "file").write_text("mine")
     for target in (tmp_path, tmp_path / "file", runs["llama"]):
         for export in (export_adapter, export_merged):
-            with pytest.raises(
-                ChainLoRAError, match=r"`output` must be a new or empty directory \(got .*another"
-            ):
+            said = r"`output` must be a new or empty directory \(got .*another"
+            with pytest.raises(ChainLoRAError, match=said):
                 export(runs["llama"], target)
     assert (tmp_path / "file").read_text() == "mine"
 

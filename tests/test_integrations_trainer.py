@@ -112,28 +112,7 @@ def test_soft_knots_are_those_of_our_loop(tiny_folder, tokenizer, tmp_path):
     (link,) = chain_of(trainer).links
     assert link.num_steps == 11
     assert 0 < link.error <= 3e-3
-
-    from chainlora import Chain, LinkConfig, carry_moments
-
-    own = Chain(plain_model(tiny_folder), seed=3)
-    own.extend(LinkConfig(rank=4, alpha=8, target_modules=("q_proj", "v_proj")))
-    optimizer = torch.optim.AdamW(own.parameters(), lr=LR, weight_decay=0.0)
-
-    def rate(step):
-        return 1 - step / 11
-
-    def update(batch):
-        optimizer.param_groups[0]["lr"] = LR * rate(own.live_steps)
-        own.model.train()(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(own.parameters()), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        done = own.live_steps + 1
-        if done < 11 and done % 3 == 0:
-            carry_moments(optimizer, own.live, own.tie_share(0.5 * rate(done)))
-
-    own.tune(trainer.data_collator.batches[:11], update)
-    own.tie()
+    own = own_loop(tiny_folder, trainer.data_collator.batches[:11], (4,), (11,), soft=(3, 0.5))
     # A compressed link has no factors of its own to compare: the function is.
     torch.testing.assert_close(logits(trainer.model), logits(own.model), atol=5e-3, rtol=0)
 

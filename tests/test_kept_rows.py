@@ -287,9 +287,8 @@ def test_ranked_rows_are_read_again_as_completions_and_pairs_are_not(
     assert [(*e.sequences, *e.scored) for e in found.train[3:]] == right
     assert "this stage learns by completion, not pairs: dpo" in caplog.text
     for earlier, got in (({}, "none"), ({"pairs": pairs}, "pairs: dpo")):
-        with pytest.raises(
-            ConfigError, match=rf"learned by completion \(got {got}\); leave it out"
-        ):
+        said = rf"learned by completion \(got {got}\); leave it out"
+        with pytest.raises(ConfigError, match=said):
             stage_of(tokenizer, earlier, **keys)
 
 

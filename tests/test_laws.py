@@ -14,6 +14,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
+from helpers_export import TARGETS
 from torch import nn
 
 import chainlora
@@ -23,11 +24,6 @@ from chainlora.chain.base_weights import BaseWeights
 from chainlora.chain.initialization import generator_for, random_factors
 
 DTYPES = (torch.float32, torch.bfloat16)
-TARGETS = {
-    "opt": ("q_proj", "v_proj", "fc1"),
-    "gpt2": ("c_attn", "c_fc"),
-    "llama": ("q_proj", "v_proj", "up_proj"),
-}
 ROWS = torch.randint(3, 131, (4, 12), generator=torch.Generator().manual_seed(0))
 
 # One cast to bfloat16 moves a weight by at most 2^-9 of itself; logits of these models are below 1

@@ -118,11 +118,11 @@ def test_answers_after_each_link_are_those_of_generate(chainlora, finished, tmp_
 
 
 def test_answers_after_full_fine_tuning_are_those_of_generate(
-    chainlora, tiny_folder, sentiment, tmp_path
+    chainlora, configure, tiny_folder, tmp_path
 ):
     chain, keys = {"ranks": [1], "steps": [8], "tune": "full"}, {"dtype": "float32", "lr": 0.1}
     run = tmp_path / "run"
-    train(settings(tiny_folder, sentiment, run, chain=chain, train=keys))
+    train(configure(chain=chain, train=keys))
     (tmp_path / "asked.txt").write_text("the cat sat\n")
     page = tmp_path / "page.html"
     report_runs([run], page, prompts=str(tmp_path / "asked.txt"), max_new_tokens=5)

@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
+from helpers_export import TARGETS
 from safetensors.torch import load_file
-from test_laws import LOGITS, TARGETS, config, logits, loss_of, on_everything, weights
+from test_laws import LOGITS, config, logits, loss_of, on_everything, weights
 
 from chainlora import Chain, ChainLoRAError, LinkConfig
 from chainlora.chain.adapters import LIVE, load_adapter

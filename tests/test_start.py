@@ -180,7 +180,7 @@ def test_a_saved_chain_starts_with_its_live_link(tmp_path):
 
 
 def test_another_name_of_the_base_and_its_revision_are_said(
-    tiny_folder, sentiment, tmp_path, caplog
+    configure, tiny_folder, tmp_path, caplog
 ):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     folder = save_lora(tmp_path / "made", model=model)
@@ -197,9 +197,7 @@ def test_another_name_of_the_base_and_its_revision_are_said(
     notes = start.notes
     assert notes[0] == "the adapter is for revision abc of its base"
     assert notes[1].startswith("the adapter is for another base, some/model, than our/model;")
-    run = make_config(
-        settings(tiny_folder, sentiment, tmp_path / "run", chain={"ranks": [], "steps": []})
-    )
+    run = configure(chain={"ranks": [], "steps": []})
     train(run, start=load_start(folder))
     imported = open_run(f"{run.output}@start")
     assert (imported.entry.kind, imported.strengths) == ("import", {"start": 1.0})

@@ -253,9 +253,8 @@ def test_a_score_of_a_received_run_is_no_terminal_escape(run_copy, chainlora):
 
 def test_what_is_wrong_with_the_links_is_said_before_the_base_is_loaded(run_copy):
     sign(run_copy, lambda tree: tree["base"].update(model="/nowhere"))
-    with pytest.raises(
-        RunError, match=r"^the number of links must be 0 to 3 for this run \(got 4\)"
-    ):
+    said = r"^the number of links must be 0 to 3 for this run \(got 4\)"
+    with pytest.raises(RunError, match=said):
         load_run(run_copy, num_links=4)
     shutil.rmtree(link(run_copy, 2))
     with pytest.raises(RunError, match=r"links/\w+/.*incomplete"):

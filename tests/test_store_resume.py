@@ -102,7 +102,7 @@ def test_a_base_that_changed_is_refused_everywhere(tiny_folder, sentiment, tmp_p
 
 
 def test_a_run_goes_on_where_its_base_and_rows_lie_now(
-    tiny_folder, sentiment, tmp_path, monkeypatch
+    configure, tiny_folder, sentiment, tmp_path, monkeypatch
 ):
     """A run that was copied to another machine could not be resumed, loaded or exported."""
     base, data = tmp_path / "here/base", tmp_path / "here/data"
@@ -118,7 +118,7 @@ def test_a_run_goes_on_where_its_base_and_rows_lie_now(
     now = make_config(settings(base, data, tmp_path / "run", data=task))
     train(now, resume=True)
     assert train(now, resume=True)["steps"] == 11  # nothing to resume
-    train(settings(tiny_folder, sentiment, tmp_path / "whole"))
+    train(configure("whole"))
     assert_same_links(tmp_path / "run", tmp_path / "whole")
     load_run(tmp_path / "run")
 

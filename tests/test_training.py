@@ -183,14 +183,11 @@ def test_demonstrations_that_are_not_there_or_leave_nothing_to_train_on_are_refu
         return configure(data={"shots": shots, "truncation": "left"}, chain=chain)
 
     nothing = {"ranks": [], "steps": []}
-    with pytest.raises(
-        ConfigError,
-        match=r"`data.shots` must be at most .* training rows \(got 33 for 32\); lower it",
-    ):
+    said = r"`data.shots` must be at most .* training rows \(got 33 for 32\); lower it"
+    with pytest.raises(ConfigError, match=said):
         train(config(33, **nothing))
-    with pytest.raises(
-        ConfigError, match=r"training needs rows \(got none beside 32 demonstrations\); lower data"
-    ):
+    said = r"training needs rows \(got none beside 32 demonstrations\); lower data"
+    with pytest.raises(ConfigError, match=said):
         train(config(32))
     assert not (tmp_path / "run").exists()
     assert train(config(31))["rows"] == 1

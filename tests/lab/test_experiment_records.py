@@ -12,14 +12,13 @@ from helpers import edit_json
 from test_files import files_up_to
 
 from chainlora.errors import FileError, RunError
-from chainlora_lab import make_experiment, read_results, report_experiment, run_cells
-from lab.cases import tree
+from chainlora_lab import read_results, report_experiment, run_cells
 
 
 @pytest.fixture
-def one(tiny_folder, sentiment):
+def one(small):
     """An experiment of one cell."""
-    return make_experiment(tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune={}))
+    return small(methods=["lora"], seeds=[0], tune={})
 
 
 # --- what is recorded ---
@@ -73,9 +72,8 @@ def test_a_head_by_which_pairs_are_miscounted_is_refused(done, tmp_path, key):
     head = json.loads(first)
     head[key] = ["lora", "chain3"] if key == "primary" else head[key] * 2
     (tmp_path / "results.jsonl").write_text("\n".join([json.dumps(head), *others]) + "\n")
-    with pytest.raises(
-        RunError, match=rf"must have what reports read \(.*{key}.*results.jsonl line 1"
-    ):
+    said = rf"must have what reports read \(.*{key}.*results.jsonl line 1"
+    with pytest.raises(RunError, match=said):
         report_experiment(tmp_path)
 
 
