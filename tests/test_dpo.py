@@ -8,19 +8,21 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from helpers import Stop, assert_same_links, stage_dir, stop_after
-from helpers_data import (
-    CHAT,
-    MARKED,
-    encode_examples,
-    make_tokenizer,
-    pair_files,
-    pairs,
-    scored,
-    write_rows,
+from conftest import write_rows
+from helpers import (
+    Stop,
+    assert_same_links,
+    links_of,
+    stage_dir,
+    start_as_ours,
+    stop_after,
+    training_examples,
 )
+from helpers_data import CHAT, MARKED, encode_examples, make_tokenizer, pair_files, pairs, scored
+from helpers_integrations import arguments, peft_model
 from reference_scorer import reference_scores
 from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer
@@ -399,10 +401,7 @@ def test_losses_rewards_and_weights_are_those_of_trl(
     gets micro-batches of one.
     """
     trl = pytest.importorskip("trl", reason="TRL is an extra: pip install 'chainlora[trl]'")
-    import peft
     from datasets import Dataset
-    from helpers import links_of, start_as_ours, training_examples
-    from helpers_integrations import arguments, plain_model
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
     rewards: list = []
@@ -422,10 +421,8 @@ def test_losses_rewards_and_weights_are_those_of_trl(
     losses = []
     train(config, listener=lambda e: losses.append(e.loss) if e.name == "step" else None)
 
-    (link,) = config.chain.links()
-    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(link.target_modules))
-    model = peft.get_peft_model(plain_model(tiny_folder), lora)
-    start_as_ours(model, link, 0)
+    model = peft_model(tiny_folder)
+    start_as_ours(model, config.chain.links()[0], 0)
     if loss == "dpo":
         trainer_of, args_of = trl.DPOTrainer, trl.DPOConfig
         own = {"per_device_train_batch_size": 4, "precompute_ref_log_probs": True}

@@ -11,10 +11,13 @@ import pytest
 from conftest import make_tiny_folder, write_rows
 from helpers import flip_last_bit, settings
 
+from chainlora import export_adapter
 from chainlora.config.staging import make_stages
 from chainlora.files import checksums
 from chainlora.runs.changes import mix_stages
+from chainlora.runs.documents import write_part
 from chainlora.runs.history import read_history
+from chainlora.runs.lineage import read_lineage
 from chainlora.training.stages import extension, rehearsal, train_stages
 
 
@@ -45,8 +48,6 @@ def stage(folder: Path, sentiment: Path, name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def exported(made) -> Path:
-    from chainlora import export_adapter
-
     export_adapter(made / "run", made / "adapter")
     return made / "adapter"
 
@@ -140,9 +141,6 @@ def test_a_folder_of_adapters_is_verified_whole(chainlora, made, tmp_path):
 
 def test_a_changed_lineage_is_found(chainlora, made, exported, tmp_path):
     """Its checksum is no signature: with the run, an edit that has a valid one is found too."""
-    from chainlora.runs.documents import write_part
-    from chainlora.runs.lineage import read_lineage
-
     copy = Path(shutil.copytree(exported, tmp_path / "copy"))
     text = (copy / "lineage.json").read_text()
     (copy / "lineage.json").write_text(text.replace('"lr": 0.01', '"lr": 0.02'))
@@ -296,9 +294,6 @@ def test_what_is_no_earlier_state_is_not_overwritten(chainlora, made, sentiment,
 
 
 def test_a_lineage_of_somebody_else_runs_no_code(chainlora, made, exported, sentiment, tmp_path):
-    from chainlora.runs.documents import write_part
-    from chainlora.runs.lineage import read_lineage
-
     lineage = read_lineage(exported)
     mine = tmp_path / "mine.py"
     mine.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")

@@ -17,6 +17,7 @@ from conftest import make_tiny_folder
 from helpers import settings
 
 import chainlora
+from chainlora import errors
 from chainlora.chain.showing import Shown
 
 
@@ -42,13 +43,8 @@ def test_importing_the_package_costs_nothing():
 
 
 def test_every_error_on_purpose_is_of_one_tree():
-    from chainlora import errors
-
-    kinds = [
-        kind
-        for _, kind in inspect.getmembers(errors, inspect.isclass)
-        if issubclass(kind, Exception)
-    ]
+    classes = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
+    kinds = [kind for kind in classes if issubclass(kind, Exception)]
     assert all(issubclass(kind, chainlora.ChainLoRAError) for kind in kinds)
     drawn = set(re.findall(r"\b\w+Error\b", errors.__doc__))  # the tree, in its docstring
     assert {kind.__name__ for kind in kinds} == drawn
