@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import Stop
 
 from chainlora.cli.main import run as command
 from chainlora.config.reading import load_config
@@ -31,6 +30,10 @@ from chainlora.training.loop import train
 from chainlora.training.processes import leave_processes
 
 RANK = int(os.environ["RANK"])
+
+
+class Stop(BaseException):
+    """Ends a job where a kill would."""
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
