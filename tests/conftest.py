@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -92,6 +93,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = left
 
 
+def pytest_collection_finish() -> None:
+    """Leave what was imported and collected out of every later garbage collection: each Trainer
+    makes one, which took most of its time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def own_directory(tmp_path, monkeypatch) -> None:
     """Every test starts in an empty directory: what lies in the checkout, such as the demo's run,
@@ -180,6 +188,18 @@ def byte_level(corpus: list[str], special: dict[str, str], post_processor=None):
     core.train_from_iterator(corpus, trainer)
     if post_processor is not None:
         core.post_processor = post_processor
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+def byte_tokens(**special: str):
+    """A tokenizer of one token for each byte, the special ones first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = [*special.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
@@ -360,10 +380,22 @@ def run_copy(stored_run, tmp_path) -> Path:
 
 
 @pytest.fixture
-def rich_config(tiny_folder, sentiment, tmp_path):
-    """The config of a run with every feature that has state on disk, in tmp_path/run."""
-    from helpers import EVERYTHING, settings
+def configure(tiny_folder, sentiment, tmp_path):
+    """Return a function that makes the config of a run, of its name and of keys by section."""
+    from helpers import settings
 
     from chainlora import make_config
 
-    return make_config(settings(tiny_folder, sentiment, tmp_path / "run", **EVERYTHING))
+    def make(name: str | None = "run", **sections):
+        output = None if name is None else tmp_path / name
+        return make_config(settings(tiny_folder, sentiment, output, **sections))
+
+    return make
+
+
+@pytest.fixture
+def rich_config(configure):
+    """The config of a run with every feature that has state on disk, in tmp_path/run."""
+    from helpers import EVERYTHING
+
+    return configure(**EVERYTHING)

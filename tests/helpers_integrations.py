@@ -8,10 +8,12 @@ from typing import Any
 
 import peft
 import torch
+from helpers import as_row, start_as_ours, training_examples
 from helpers_export import logits
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     DataCollatorForSeq2Seq,
     Trainer,
     TrainerCallback,
@@ -19,7 +21,7 @@ from transformers import (
     get_scheduler,
 )
 
-from chainlora import Chain, ChainCallback, LinkConfig
+from chainlora import Chain, ChainCallback, LinkConfig, carry_moments
 
 TARGETS = ["q_proj", "v_proj"]
 LR, ALPHA = 1e-2, 8
@@ -85,7 +87,12 @@ def arguments(output: Path, **keys: Any) -> dict[str, Any]:
 
 
 def make_trainer(
-    model: Any, tokenizer: Any, output: Path, callback: TrainerCallback | None, **keys: Any
+    model: Any,
+    tokenizer: Any,
+    output: Path,
+    callback: TrainerCallback | None,
+    optimizers: Any = (None, None),
+    **keys: Any,
 ) -> Trainer:
     return Trainer(
         model=model,
@@ -94,8 +101,25 @@ def make_trainer(
         eval_dataset=token_rows(8, seed=1),
         data_collator=Recorder(collator(tokenizer)),
         processing_class=tokenizer,
+        optimizers=optimizers,
         callbacks=[callback] if callback is not None else None,
     )
+
+
+def trained_by_peft(
+    config: Any, model: Any, output: Path, **keys: Any
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Train PEFT's LoRA by transformers' Trainer, all rows a step, as a config of one link says;
+    return losses and factors."""
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    rows = [as_row(example) for example in training_examples(config, tokenizer)]
+    start_as_ours(model, config.chain.links()[0], config.train.seed)
+    own = {"max_steps": config.chain.steps[0], "per_device_train_batch_size": len(rows)}
+    args = TrainingArguments(**arguments(output, learning_rate=config.train.lr, **own | keys))
+    trainer = Trainer(model, args, train_dataset=rows, data_collator=collator(tokenizer))
+    trainer.train()
+    losses = [float(each["loss"]) for each in trainer.state.log_history if "loss" in each]
+    return losses, peft.get_peft_model_state_dict(model)
 
 
 def trainer_loss(trainer: Trainer) -> Callable[[Any, Batch], torch.Tensor]:
@@ -122,9 +146,10 @@ def own_loop(
     loss: Callable[[Any, Batch], torch.Tensor] | None = None,
     seed: int = 3,
     restart: bool = False,
-    kind: str = "linear",
+    soft: tuple[int, float] | None = None,
 ) -> Chain:
-    """Algorithm 1 with plain PyTorch around it: AdamW, a rate by the step, clipped gradients."""
+    """Algorithm 1 with plain PyTorch around it: AdamW, a rate that falls linearly, clipped
+    gradients; `soft` is the distance of soft knots and their share, which follows the rate."""
     model = plain_model(folder)
     loss = loss or (lambda model, batch: model(**batch).loss)
     chain, total, rest = Chain(model, seed=seed), sum(lengths), iter(batches)
@@ -137,7 +162,7 @@ def own_loop(
     def update(link: int) -> Callable[[Batch], None]:
         optimizer = torch.optim.AdamW(chain.parameters(), lr=LR, weight_decay=0.0, fused=True)
         length = lengths[link] if restart else total
-        schedule = get_scheduler(kind, optimizer, 0, length)
+        schedule = get_scheduler("linear", optimizer, 0, length)
         for _ in range(0 if restart else sum(lengths[:link])):
             schedule.step()
 
@@ -148,6 +173,10 @@ def own_loop(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+            done = chain.live_steps + 1
+            if soft and done < length and done % soft[0] == 0:
+                share = soft[1] * schedule.get_last_lr()[0] / LR
+                carry_moments(optimizer, chain.live, chain.tie_share(share))
 
         return step
 

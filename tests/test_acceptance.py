@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
-from helpers import assert_same_links, settings
+from helpers import Stop, assert_same_links, settings
 
 from chainlora import load_run, make_config, train
 from chainlora.data.examples import Example
@@ -38,12 +38,8 @@ def test_a_gain_is_that_of_the_metric():
     found = gain(before, after)
     assert found.mean == pytest.approx(before.metrics["loss"] - after.metrics["loss"], abs=1e-6)
     tokens = np.array([1 + 4 * k for k in range(6)])
-    gains = np.array(
-        [
-            now["scores"][0] - then["scores"][0]
-            for then, now in zip(before.predictions, after.predictions, strict=True)
-        ]
-    )
+    then, now = ([row["scores"][0] for row in each.predictions] for each in (before, after))
+    gains = np.array(now) - np.array(then)
     rest = tokens * (gains - found.mean)  # the delta method, for a ratio of two means
     assert found.standard_error == pytest.approx(rest.std(ddof=1) * 6**0.5 / tokens.sum())
 
@@ -58,14 +54,8 @@ def test_a_pair_whose_answers_are_ranked_the_same_is_right_by_half():
 
 def config(folder, rows, output=None, **train_keys):
     keys = {"lr": 1e-2, "accept_links": "better", "save_every": 1} | train_keys
-    tree = settings(folder, rows, output, train=keys)
-    tree["chain"] |= {"ranks": [4, 4, 4], "steps": [8, 4, 2]}
-    tree["chain"].pop("epochs", None)
-    return make_config(tree)
-
-
-class _DiedError(Exception):
-    pass
+    chain = {"ranks": [4, 4, 4], "steps": [8, 4, 2]}
+    return make_config(settings(folder, rows, output, chain=chain, train=keys))
 
 
 def rejecting(monkeypatch, since=8):
@@ -145,9 +135,9 @@ def test_killed_and_resumed_it_decides_the_same(
 
     def die(event):
         if event.name in ("step", "rejected") and event.step == dies_at:
-            raise _DiedError
+            raise Stop
 
-    with pytest.raises(_DiedError):
+    with pytest.raises(Stop):
         train(config(tiny_folder, sentiment, killed), listener=die)
     result = train(config(tiny_folder, sentiment, killed), resume=True)
     assert result["metrics"] == expected["metrics"]

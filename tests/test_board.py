@@ -15,7 +15,7 @@ import pytest
 from conftest import write_rows
 from helpers import settings, stage_dir, stop_after
 
-from chainlora import export_adapter, load_run, make_config, train
+from chainlora import export_adapter, load_run, train
 from chainlora.board.desk import Desk
 from chainlora.board.watching import find_runs, sections_of, standing_of
 from chainlora.config.staging import make_stages
@@ -121,8 +121,8 @@ def test_who_stops_listening_stops_the_model(run):
     assert heard(desk, mix)  # the desk is free again
 
 
-def test_where_runs_are_is_read_while_they_train(trained, tiny_folder, sentiment, tmp_path):
-    config = make_config(settings(tiny_folder, sentiment, tmp_path / "live"))
+def test_where_runs_are_is_read_while_they_train(trained, configure, tmp_path):
+    config = configure("live")
     stop_after(config, 5)
     shutil.copytree(trained, tmp_path / "done")
     shutil.copytree(tmp_path / "live/stages/main", tmp_path / "done/stages/.main.1-2.new")
@@ -160,10 +160,10 @@ def test_a_stage_that_is_off_does_not_lead(run):
     assert standing_of(run)["stage"] == "birds"
 
 
-def test_a_run_that_is_made_anew_is_shown_and_heard_anew(tiny_folder, sentiment, tmp_path):
+def test_a_run_that_is_made_anew_is_shown_and_heard_anew(configure, tmp_path):
     run, seen = tmp_path / "run", []
     for rate in (1e-2, 2e-2):
-        train(settings(tiny_folder, sentiment, run, train={"lr": rate}))
+        train(configure(train={"lr": rate}))
         seen.append((sections_of({}, run)[-1], Desk(run).what))
         shutil.rmtree(run)
     assert seen[0][0] != seen[1][0]  # the links
@@ -176,12 +176,12 @@ def test_who_looks_at_a_run_keeps_nobody_out(run):
     take_lock(stage_dir(run, "hills")).release()
 
 
-def test_what_cannot_be_shown(chainlora, run, tiny_folder, sentiment, tmp_path, monkeypatch):
+def test_what_cannot_be_shown(chainlora, run, configure, tmp_path, monkeypatch):
     chainlora("board", tmp_path / "hub").refused("RUN must be a run directory")
     monkeypatch.delitem(sys.modules, "chainlora.board.app", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
     chainlora("board", tmp_path).refused("needs Gradio", "pip install 'chainlora[board]'")
-    config = make_config(settings(tiny_folder, sentiment, tmp_path / "live"))
+    config = configure("live")
     stop_after(config, 1)
     with pytest.raises(RunError, match=r"there must be links to mix \(got none in .*live\)"):
         Desk(tmp_path / "live")

@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import write_rows
 from helpers import records_of, settings, stage_dir
 from helpers_tasks import make_split, write_task
 
+from chainlora import train
 from chainlora.data.tasks import load_task, sample_splits
 
 
@@ -165,18 +165,11 @@ def texts(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def written(tiny_folder, sentiment, texts, tmp_path_factory) -> Path:
     """A finished run on files without a task, with its best point kept."""
-    from chainlora.cli.main import run as command
-
-    folder = tmp_path_factory.mktemp("written")
-    tree = settings(tiny_folder, sentiment, folder / "run", train={"keep_best": True})
-    tree["data"] = {
-        "train": str(texts / "train.jsonl"),
-        "validation": str(texts / "held_out.jsonl"),
-        "num_validation": 6,
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    assert command(["train", str(folder / "config.yaml")]) == 0
-    return folder / "run"
+    run = tmp_path_factory.mktemp("written") / "run"
+    files = {"train": str(texts / "train.jsonl"), "validation": str(texts / "held_out.jsonl")}
+    tree = settings(tiny_folder, sentiment, run, train={"keep_best": True})
+    train(tree | {"data": files | {"num_validation": 6}})
+    return run
 
 
 def validation(run: Path) -> dict[str, float]:

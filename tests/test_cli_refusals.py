@@ -105,7 +105,10 @@ def test_output_in_use(chainlora, config, tmp_path):
     )
     assert (tmp_path / "run" / "history.json").read_bytes() == before
     (tmp_path / "file").write_text("mine")
-    chainlora(f"train {config} --output {tmp_path}/file").refused("at or below the file ")
+    beyond = f"train {config} --model no/body --output {tmp_path}"  # looked at before the model
+    chainlora(f"{beyond}/file").refused("at or below the file ")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    chainlora(f"{beyond}/link").refused("symbolic link to nothing")
     for words in ("--output {0}/stages/z", "--output {0}/z --dry-run"):
         inside = chainlora(f"train {config} {words.format(tmp_path / 'run')}")
         inside.refused("`output` must lie outside other runs", f"inside {tmp_path}/run); choose")

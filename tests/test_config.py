@@ -177,19 +177,16 @@ def test_a_key_that_yaml_reads_as_no_text_is_unknown(tmp_path, key, read):
 @pytest.mark.parametrize("key", ["data.validation", "data.test"])
 def test_rows_to_score_go_with_rows_to_train_on(key):
     drawn = ("data.task", "rte"), ("data.train", "null")
-    with pytest.raises(
-        ConfigError,
-        match=r"`data.validation` and `data.test` go with data.train \(got a task .*give",
-    ):
+    said = r"`data.validation` and `data.test` go with data.train \(got a task .*give"
+    with pytest.raises(ConfigError, match=said):
         config(*drawn, (key, "x.jsonl"))
     assert config(*drawn).data.validation is None
     config(("data.task", "rte"), (key, "x.jsonl"))
 
 
 def test_every_problem_is_in_the_one_line():
-    with pytest.raises(
-        ConfigError, match=r"^`chain.ranks` must .* \(got 'x'\).*; unknown key `train.sed`; .*seed'"
-    ):
+    said = r"^`chain.ranks` must .* \(got 'x'\).*; unknown key `train.sed`; .*seed'"
+    with pytest.raises(ConfigError, match=said):
         config(("chain.ranks", "x"), ("train.sed", "1"))
     with pytest.raises(ConfigError) as raised:
         config(("zig", "1"), ("zag", "1"))

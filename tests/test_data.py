@@ -7,7 +7,7 @@ import json
 
 import pytest
 from helpers_data import CHAT, FORGETS, MARKED, TALK, encode_examples, make_tokenizer, scored
-from helpers_tasks import write_task
+from helpers_tasks import PROMPTS, write_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -43,18 +43,11 @@ def test_teacher_forcing_keeps_the_right_candidate_alone(colour):
 
 def test_completions_end_with_the_end_token_where_the_task_says_so():
     tokenizer = make_tokenizer("bos eos")
-    rows = [{"question": "how many dogs?", "answer": "two dogs\n#### 2"}]
-    (example,) = encode_examples(rows, tokenizer, load_task("gsm8k"))
-    assert scored(example, tokenizer) == [[" two dogs\n#### 2</s>"]]
-    assert example.references == ("2",)
-    squad = {
-        "title": "T",
-        "context": "C",
-        "question": "Q",
-        "answers": {"text": ["two dogs"], "answer_start": [0]},
-    }
-    (example,) = encode_examples([squad], tokenizer, load_task("squad"))
-    assert scored(example, tokenizer) == [[" two dogs\n"]]
+    for name, end in (("gsm8k", "</s>"), ("squad", "")):
+        row, _, completion, references = PROMPTS[name]
+        (example,) = encode_examples([row], tokenizer, load_task(name))
+        assert scored(example, tokenizer) == [[f"{completion}{end}"]]
+        assert example.references == references
 
 
 def test_demonstrations_go_before_the_prompt_and_are_cut_first(colour):
@@ -153,10 +146,8 @@ def test_a_row_too_long_is_named_with_length_limit_and_remedy(colour, tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text('{"text": "a", "label": 0}\n{"text": "%s", "label": 0}\n' % ("the film " * 50))
     rows, tokenizer = list(find_source(path)), make_tokenizer()
-    with pytest.raises(
-        DataError,
-        match=r"got \d+ tokens for at most 30 at .*long.jsonl line 2.*truncation: cut or drop$",
-    ):
+    said = r"got \d+ tokens for at most 30 at .*long.jsonl line 2.*truncation: cut or drop$"
+    with pytest.raises(DataError, match=said):
         encode_examples(rows, tokenizer, colour(), max_length=30)
     with pytest.raises(DataError, match=r"scored must fit the context .*for at most 2 at .*: drop"):
         encode_examples(
@@ -222,12 +213,6 @@ def test_an_answer_that_ends_in_one_token_with_what_follows_is_learnt_whole():
     tokenizer.add_tokens(["s\n\n"])
     (example,) = encode_examples([{"messages": TALK}], tokenizer, "auto")
     assert scored(example, tokenizer) == [["two dogs\n\n", "three"]]
-
-
-def test_a_template_that_writes_the_day_writes_the_same_day_ever():
-    tokenizer = make_tokenizer("", "{{ strftime_now('%d %b %Y') }}" + CHAT)
-    (example,) = encode_examples([{"messages": TALK}], tokenizer, "auto")
-    assert tokenizer.decode(example.sequences[0]).startswith("26 Jul 2024<|user|>")
 
 
 @pytest.mark.parametrize("template", [CHAT, MARKED])

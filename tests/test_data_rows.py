@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import assert_same_links
 from helpers_data import CHAT, TALK, make_tokenizer
 from helpers_tasks import write_as, write_rows
 
+from chainlora import train
 from chainlora.data import preparing
 from chainlora.data.encoding import Options
 from chainlora.data.preparing import make_rows
@@ -351,27 +353,17 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_a_run_on_stored_rows_is_the_run_on_rows_in_memory(
-    cache, tmp_path, tiny_folder, sentiment, monkeypatch
-):
-    from helpers import assert_same_links, settings
-
-    from chainlora import make_config, train
-    from chainlora.training.events import RowsEncoded
-
+def test_a_run_on_stored_rows_is_the_run_on_rows_in_memory(cache, tmp_path, configure, monkeypatch):
     monkeypatch.setattr(preparing, "IN_MEMORY", 10)
     seen = []
-    config = make_config(settings(tiny_folder, sentiment, tmp_path / "stored"))
-    stored = train(config, listener=seen.append)
-    told = [event for event in seen if isinstance(event, RowsEncoded)]
+    stored = train(configure("stored"), listener=seen.append)
+    told = [event for event in seen if event.name == "rows"]
     assert seen[: len(told)] == told  # before anything else
-    assert sorted((e.split, e.rows, e.share) for e in told if e.share == 1) == [
-        ("train", 32, 1.0),
-        ("validation", 16, 1.0),
-    ]
+    ended = sorted((event.split, event.rows) for event in told if event.share == 1)
+    assert ended == [("train", 32), ("validation", 16)]
     assert len(stores(cache)) == 2  # train, validation
     monkeypatch.setattr(preparing, "IN_MEMORY", 1000)
-    kept = train(make_config(settings(tiny_folder, sentiment, tmp_path / "kept")))
+    kept = train(configure("kept"))
     assert_same_links(tmp_path / "stored", tmp_path / "kept")
     for result in (stored, kept):
         for key in ("wall_s", "peak_memory_mb"):

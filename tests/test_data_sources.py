@@ -97,9 +97,8 @@ def test_a_folder_with_one_split_in_two_files_is_refused(tmp_path):
 
 
 def test_an_unreachable_hub_dataset_names_the_other_way():
-    with pytest.raises(
-        DataError, match=r"no-such-owner/none .*HF_HUB_OFFLINE is set.*local folder"
-    ):
+    said = r"no-such-owner/none .*HF_HUB_OFFLINE is set.*local folder"
+    with pytest.raises(DataError, match=said):
         list(find_source("no-such-owner/none:config@main", "train"))
 
 

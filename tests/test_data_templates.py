@@ -203,9 +203,8 @@ def test_preferences_are_never_trained_on_as_answers(name, format):
     plain = {"completion": {"prompt": "a", "completion": "b"}, "chat": {"messages": TALK}}
     row = PREFERENCES[name]
     for rows in ([row], [plain.get(format, row), row]):
-        with pytest.raises(
-            DataError, match=r"train.loss: dpo|TRL's KTOTrainer and chain"
-        ) as caught:
+        said = r"train.loss: dpo|TRL's KTOTrainer and chain"
+        with pytest.raises(DataError, match=said) as caught:
             encode_examples(rows, make_tokenizer("bos", CHAT), format)
         assert "\n" not in str(caught.value)
 
@@ -243,9 +242,8 @@ def test_a_chat_that_the_assistant_begins_is_learnt(template):
 
 def test_where_an_answer_begins_cannot_be_told_the_other_template_is_named():
     template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
-    with pytest.raises(
-        DataError, match=r"assistant begins must .*chatml, or remove the first turn"
-    ):
+    said = r"assistant begins must .*chatml, or remove the first turn"
+    with pytest.raises(DataError, match=said):
         encode_examples([{"messages": [GREETING, *TALK]}], make_tokenizer("", template), "chat")
 
 
@@ -269,9 +267,10 @@ def test_a_template_that_fails_is_one_line(template):
     assert "\n" not in str(error.value)
 
 
-def test_rendering_leaves_the_clock_of_the_program_alone():
-    tokenizer = make_tokenizer("bos", "{{ strftime_now('%Y') }}" + CHAT)
+def test_a_template_that_writes_the_day_writes_the_same_day_ever():
+    """The clock of the program is left alone."""
+    tokenizer = make_tokenizer("bos", "{{ strftime_now('%d %b %Y') }}" + CHAT)
     (example,) = encode_examples([{"messages": TALK[:2]}], tokenizer, "chat")
-    assert tokenizer.decode(example.sequences[0]).startswith("2024")
+    assert "26 Jul 2024<|user|>" in tokenizer.decode(example.sequences[0])
     shown = tokenizer.apply_chat_template(TALK[:1], tokenize=False)
-    assert shown.startswith(str(datetime.now().year))
+    assert f" {datetime.now().year}<|user|>" in shown

@@ -14,7 +14,6 @@ from helpers import (
     entry_of,
     history_of,
     records_of,
-    settings,
     stage_dir,
     stop_after,
 )
@@ -22,7 +21,7 @@ from helpers_integrations import StopAt, arguments, collator, make_trainer, peft
 from helpers_tasks import write_rows, write_task
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from chainlora import ChainCallback, inspect_run, make_config, train
+from chainlora import ChainCallback, inspect_run, train
 from chainlora.errors import ConfigError, RunError
 from chainlora.knots import numbers
 from chainlora.training import deciding
@@ -57,12 +56,9 @@ def _other_lengths(*arguments):
     return replace(plan, lengths=tuple(length + 1 for length in plan.lengths))
 
 
-def test_a_resume_takes_what_was_decided_at_the_start(
-    tiny_folder, sentiment, tmp_path, later_version
-):
-    whole = make_config(settings(tiny_folder, sentiment, tmp_path / "whole", **OPEN))
-    killed = make_config(settings(tiny_folder, sentiment, tmp_path / "killed", **OPEN))
-    train(whole)
+def test_a_resume_takes_what_was_decided_at_the_start(configure, tmp_path, later_version):
+    killed = configure("killed", **OPEN)
+    train(configure("whole", **OPEN))
     stop_after(killed, 2)
     later_version()
     train(killed, resume=True)
@@ -93,12 +89,7 @@ def test_soft_knots_are_paced_by_learned_tokens_a_parameter_and_short_runs_are_w
     loss = {"loss": "dpo"} if kind == "pair" else {}
     a_row = 1.5 if kind == "candidates" else 2 + 1  # the end of a completion too
     for rank, steps, is_warned in ((1, 96, False), (3, 48, True)):
-        chain = {
-            "ranks": [rank],
-            "steps": [steps],
-            "knots": "auto",
-            "target_modules": ".*0.*q_proj",
-        }
+        chain = {"ranks": [rank], "steps": [steps], "target_modules": ".*0.*q_proj"}
         keys = {"chain": chain | {"knots": "auto"}, "train": {"batch_size": 8} | loss}
         run = tmp_path / str(rank)
         caplog.clear()
@@ -193,8 +184,8 @@ def test_a_trainer_too(tiny_folder, tmp_path, later_version):
     assert entry_of(one)["files"] == entry_of(two)["files"]
 
 
-def test_a_finished_run_is_answered_at_once(tiny_folder, sentiment, tmp_path, monkeypatch):
-    config = make_config(settings(tiny_folder, sentiment, tmp_path / "run"))
+def test_a_finished_run_is_answered_at_once(configure, tmp_path, monkeypatch):
+    config = configure()
     first = train(config)
     monkeypatch.setattr("chainlora.training.loop.prepare", None)  # nothing is loaded
     events = []

@@ -8,19 +8,22 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from helpers import Stop, assert_same_links, stage_dir, stop_after
-from helpers_data import (
-    CHAT,
-    MARKED,
-    encode_examples,
-    make_tokenizer,
-    pair_files,
-    pairs,
-    scored,
-    write_rows,
+from conftest import write_rows
+from helpers import (
+    Stop,
+    assert_same_links,
+    links_of,
+    stage_dir,
+    start_as_ours,
+    stop_after,
+    training_examples,
 )
+from helpers_data import CHAT, MARKED, encode_examples, make_tokenizer, pair_files, pairs, scored
+from helpers_integrations import arguments, peft_model
+from reference_scorer import reference_scores
 from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer
 
@@ -202,15 +205,13 @@ def test_columns_of_other_names_are_the_same_pairs(settings, tmp_path):
 # --- the loss, its reference, and what a run reports ---
 
 
-def log_probabilities(model, examples) -> torch.Tensor:
-    """The sum over an answer's tokens [E, 2], by plain transformers, a sequence at a time."""
-    found = []
-    for example in examples:
-        for ids, ((start, end),) in zip(example.sequences, example.scored, strict=True):
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
-            found.append(logits[range(start - 1, end - 1), ids[start:end]].sum())
-    return torch.stack(found).view(-1, 2)
+def means(model, examples) -> torch.Tensor:
+    """The mean log-probability of an answer's tokens [E, 2], by plain transformers."""
+    return torch.tensor(reference_scores(model, examples), dtype=torch.float64)
+
+
+def lengths(examples) -> torch.Tensor:
+    return torch.tensor([[end - start for ((start, end),) in each.scored] for each in examples])
 
 
 def validation(tree) -> list:
@@ -233,9 +234,8 @@ def test_the_reference_is_the_model_at_the_start_through_links_and_knots(setting
     assert start.metrics == {"loss": math.log(2), "accuracy": 0.5, "margin": 0.0}
 
     rows, run = validation(tree), tree["output"]
-    ours = log_probabilities(load_run(run)[0], rows)
-    base = log_probabilities(load_run(run, num_links=0)[0], rows)
-    rewards = 0.3 * (ours - base)
+    ours, base = (means(load_run(run, num_links=count)[0], rows) for count in (None, 0))
+    rewards = 0.3 * lengths(rows) * (ours - base)
     margin = rewards[:, 0] - rewards[:, 1]
     metrics = result["metrics"]["validation"]
     # a link with soft knots is stored to 3e-3 of its update
@@ -279,11 +279,9 @@ def test_orpo_has_no_reference_and_its_metrics_are_those_of_plain_transformers(s
     metrics = train(tree)["metrics"]["validation"]
     assert not [*Path(tree["output"]).rglob("reference.safetensors")]
     rows, model = validation(tree), load_run(tree["output"])[0]
-    lengths = torch.tensor([[end - start for ((start, end),) in e.scored] for e in rows])
-    chosen, rejected = (log_probabilities(model, rows) / lengths).unbind(1)
+    chosen, rejected = means(model, rows).unbind(1)
     whole = [replace(e, scored=tuple(((1, len(ids)),) for ids in e.sequences)) for e in rows]
-    read = torch.tensor([len(e.sequences[0]) - 1 for e in rows])
-    likelihood = log_probabilities(model, whole)[:, 0] / read
+    likelihood = means(model, whole)[:, 0]
     odds = [(p.exp() / (1 - p.exp())).log() for p in (chosen, rejected)]
     losses = -likelihood - 0.3 * logsigmoid(odds[0] - odds[1])
     expected = {
@@ -356,7 +354,7 @@ def test_a_run_killed_at_any_step_ends_in_the_same_bits(settings):
     expected = train(whole)["metrics"]
     killed = settings("killed", train=keys, **chain)
     reference = stage_dir(Path(killed["output"])) / "reference.safetensors"
-    for step in range(6):
+    for step in (0, 3, 5):
         stop_after(make_config(killed), step)
         before = reference.stat().st_mtime_ns, reference.read_bytes()
 
@@ -403,10 +401,7 @@ def test_losses_rewards_and_weights_are_those_of_trl(
     gets micro-batches of one.
     """
     trl = pytest.importorskip("trl", reason="TRL is an extra: pip install 'chainlora[trl]'")
-    import peft
     from datasets import Dataset
-    from helpers import links_of, start_as_ours, training_examples
-    from helpers_integrations import arguments, plain_model
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
     rewards: list = []
@@ -426,10 +421,8 @@ def test_losses_rewards_and_weights_are_those_of_trl(
     losses = []
     train(config, listener=lambda e: losses.append(e.loss) if e.name == "step" else None)
 
-    (link,) = config.chain.links()
-    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(link.target_modules))
-    model = peft.get_peft_model(plain_model(tiny_folder), lora)
-    start_as_ours(model, link, 0)
+    model = peft_model(tiny_folder)
+    start_as_ours(model, config.chain.links()[0], 0)
     if loss == "dpo":
         trainer_of, args_of = trl.DPOTrainer, trl.DPOConfig
         own = {"per_device_train_batch_size": 4, "precompute_ref_log_probs": True}

@@ -141,7 +141,7 @@ def test_positions_beside_layers_that_store_in_by_out(tmp_path):
 # --- tied weights ---
 
 
-def test_a_tied_model_is_tied_once_and_stays_tied(tiny_folder, sentiment, tmp_path):
+def test_a_tied_model_is_tied_once_and_stays_tied(configure, tiny_folder, tmp_path):
     """All its linear layers are linked; the head, which is the embedding, is not."""
     chain = Chain(load(tiny_folder), checkpoint=tiny_folder)
     chain.extend(LinkConfig(rank=4, alpha=8))
@@ -154,7 +154,7 @@ def test_a_tied_model_is_tied_once_and_stays_tied(tiny_folder, sentiment, tmp_pa
     assert torch.equal(model.lm_head.weight, load(tiny_folder).lm_head.weight)
 
     keys = {"target_modules": "all-linear"}
-    train(settings(tiny_folder, sentiment, tmp_path / "run", chain=keys))
+    train(configure(chain=keys))
     export_merged(tmp_path / "run", tmp_path / "merged")
     merged = load(tmp_path / "merged")
     assert merged.lm_head.weight is merged.model.embed_tokens.weight

@@ -10,19 +10,21 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
+from helpers_data import encode_examples
 from helpers_tasks import write_task
 from reference_scorer import reference_predictions, reference_scores, reference_scores_of_text
-from transformers import MptConfig, MptForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MptConfig, MptForCausalLM
 
 from chainlora.data.examples import Example
 from chainlora.data.sources import Row
 from chainlora.data.splits import encode_split
-from chainlora.data.tasks import load_task
+from chainlora.data.tasks import load_task, split_source
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError, DataError, ModelError
 from chainlora.evaluation.evaluate import evaluate, values
 from chainlora.evaluation.generation import generate_greedy
 from chainlora.evaluation.metrics import token_f1
+from chainlora.models.loading import load_model
 
 # Float32 log-probabilities near -5 carry rounding of about 5e-7; summing in another order over a
 # few layers stays below 1e-5.
@@ -42,9 +44,8 @@ def classified(
 
 def one_token(rng: random.Random) -> list[Example]:
     labels = [(5,), (9,), (77,)]
-    return [
-        classified(i, words(rng, rng.randint(1, 60)), labels, rng.randrange(3)) for i in range(12)
-    ]
+    prompts = [words(rng, rng.randint(1, 60)) for _ in range(12)]
+    return [classified(i, prompt, labels, rng.randrange(3)) for i, prompt in enumerate(prompts)]
 
 
 def many_tokens(rng: random.Random) -> list[Example]:
@@ -64,11 +65,8 @@ def shared_passages(rng: random.Random) -> list[Example]:
     for passage in (words(rng, 50), words(rng, 30)):
         for question in (words(rng, 9), words(rng, 12)):
             for answer in (words(rng, 4), words(rng, 8)):
-                rows.append(
-                    classified(
-                        len(rows), passage + question + answer, [(7,), (8, 11)], len(rows) % 2
-                    )
-                )
+                prompt, number = passage + question + answer, len(rows)
+                rows.append(classified(number, prompt, [(7,), (8, 11)], number % 2))
     rng.shuffle(rows)
     return rows
 
@@ -206,12 +204,9 @@ def test_states_that_are_not_finite_are_refused():
 
 @pytest.fixture
 def stories(shared_models):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder = shared_models / "stories260k"
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32
-    ).eval(), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 CLASSIFIED = ("sst2", "rte", "cb", "boolq", "wsc", "wic", "multirc", "copa")
@@ -222,10 +217,6 @@ def scored_both_ways(
 ):
     """The first validation rows by the fast scorer with the faster layers, and by the plain one
     from their text; and whether any was cut."""
-    from helpers_data import encode_examples
-
-    from chainlora.data.tasks import load_task, split_source
-
     task = load_task(task_name)
     rows = list(split_source(task, folder, "validation"))[:num_rows]
     texts = task.render_all(rows)
@@ -252,8 +243,6 @@ def test_fast_scores_equal_the_plain_ones_on_every_task(task_name, stories, shar
 
 @pytest.fixture(scope="module")
 def smollm2(smollm2_folder):
-    from chainlora.models.loading import load_model
-
     return load_model(smollm2_folder, torch.float32)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ARCHITECTURES, make_tiny_folder, tiny_model, write_rows
-from helpers import settings, stop_after
+from helpers import edit_json, settings, stop_after
 from helpers_export import FINAL_NORM, IDS, TARGETS, fit, live, logits, on_fresh_base
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -281,32 +281,23 @@ def test_a_chain_that_learned_nothing_exports(tune, folders, tmp_path):
     "stored",
     [
         {"do_sample": False, "temperature": 0.6, "length_penalty": 2.0, "pad_token_id": -1},
-        {"top_p": 0.9, "do_sample": True, "pad_token_id": 0},
+        {"top_p": 0.9, "do_sample": True, "eos_token_id": 7},
     ],
     ids=["transformers refuses to save it", "sampling"],
 )
 def test_the_generation_config_is_the_base_s(folders, sentiment, tmp_path, stored):
+    """But it stops at the tokenizer's end of sequence too, where answers were trained to end."""
     base = tmp_path / "base"
     shutil.copytree(folders["llama"], base)
     (base / "generation_config.json").write_text(json.dumps(stored))
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"use_cache": False}))
+    edit_json(base / "config.json", use_cache=False)
     chain = {"target_modules": ["q_proj"], "ranks": [2], "steps": [1]}
     export_merged(fit(base, sentiment, tmp_path / "run", chain=chain), tmp_path / "m")
     found = GenerationConfig.from_pretrained(tmp_path / "m").to_dict()
+    if "eos_token_id" in stored:
+        stored |= {"eos_token_id": [7, AutoTokenizer.from_pretrained(base).eos_token_id]}
     assert {key: found[key] for key in stored} == stored
     assert json.loads((tmp_path / "m" / "config.json").read_text())["use_cache"] is False
-
-
-def test_a_merged_checkpoint_stops_where_its_rows_end(folders, sentiment, tmp_path):
-    """At the tokenizer's end of sequence, which answers were trained to end with."""
-    base = tmp_path / "base"
-    shutil.copytree(folders["llama"], base)
-    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
-    chain = {"target_modules": ["q_proj"], "ranks": [2], "steps": [1]}
-    export_merged(fit(base, sentiment, tmp_path / "run", chain=chain), tmp_path / "m")
-    found = GenerationConfig.from_pretrained(tmp_path / "m").eos_token_id
-    assert found == [7, AutoTokenizer.from_pretrained(base).eos_token_id]
 
 
 # --- what cannot be exported ---
@@ -349,9 +340,8 @@ def test_a_folder_in_use_is_not_written_into(runs, tmp_path):
     (tmp_path / "file").write_text("mine")
     for target in (tmp_path, tmp_path / "file", runs["llama"]):
         for export in (export_adapter, export_merged):
-            with pytest.raises(
-                ChainLoRAError, match=r"`output` must be a new or empty directory \(got .*another"
-            ):
+            said = r"`output` must be a new or empty directory \(got .*another"
+            with pytest.raises(ChainLoRAError, match=said):
                 export(runs["llama"], target)
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from heads.checks import CHECKS, RATE, outputs, save_base
+from heads.checks import CHECKS, outputs, save_base, tune
 from heads.models import KINDS, config_of, load, new_model, next_tokens
+from helpers import flip_last_bit
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -50,12 +51,7 @@ def tuned(name: str, folder: Path, **keys) -> Chain:
     kind = KINDS[name]
     chain = Chain(load(name, folder, seed=1), checkpoint=folder)
     chain.extend(LinkConfig(rank=4, alpha=8, extra_modules=kind.head, **keys))
-    optimizer = torch.optim.AdamW(chain.parameters(), lr=RATE)
-    for _ in range(2):
-        chain.model(**kind.batch()).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        chain.count_step()
+    tune(chain, kind.batch(), 2)
     return chain
 
 
@@ -117,9 +113,7 @@ def test_commands_take_a_saved_chain_or_say_what_to_do(saved, tmp_path, chainlor
 def test_a_damaged_start_is_refused(saved, tmp_path):
     name = "BertForSequenceClassification"
     folder = saved(name)
-    with (tmp_path / "chain/stages/main/start.safetensors").open("r+b") as file:
-        file.seek(-1, 2)
-        file.write(b"\x7f")
+    flip_last_bit(tmp_path / "chain/stages/main/start.safetensors")
     with pytest.raises(RunError, match=r"start\.safetensors"):
         load_chain(tmp_path / "chain", load(name, folder), checkpoint=folder)
 
@@ -175,9 +169,7 @@ def test_an_embedding_is_trained_whole_where_nothing_is_tied_to_it(tmp_path, dty
     chain = Chain(LlamaForCausalLM(config).to(dtype).eval())
     start = outputs(chain.model, batch)
     chain.extend(whole)
-    optimizer = torch.optim.AdamW(chain.parameters(), lr=RATE)
-    chain.model(**batch).loss.backward()
-    optimizer.step()
+    tune(chain, batch, 1)
     live = outputs(chain.model, batch)
     chain.tie()
     torch.testing.assert_close(outputs(chain.model, batch), live, atol=atol, rtol=0)  # rounding

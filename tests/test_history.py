@@ -11,6 +11,7 @@ import torch
 from helpers import settings
 from helpers_cli import Outcome
 
+from chainlora import extend, train
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import undo
 from chainlora.runs.state import OpenState
@@ -20,21 +21,14 @@ from chainlora.training.stages import extension, train_stages
 @pytest.fixture(scope="module")
 def run(tiny_folder, sentiment, tmp_path_factory) -> Path:
     """A run of two stages, and a mix of them; tests go on from there and come back."""
-    from chainlora.cli.main import run as command
-
     folder = tmp_path_factory.mktemp("history")
-    run = folder / "run"
     keys = {"ranks": [2, 2], "steps": [1, 1]}
-    tree = settings(tiny_folder, sentiment, run, chain=keys, train={"seed": 1})
-    (folder / "run.yaml").write_text(json.dumps(tree))
+    tree = settings(tiny_folder, sentiment, folder / "run", chain=keys, train={"seed": 1})
+    train(tree)
     stage = {"data": tree["data"], "chain": {"ranks": [2], "steps": [1]}}
     (folder / "law.yaml").write_text(json.dumps(stage))
-    for words in (
-        f"train {folder}/run.yaml",
-        f"extend {run} --on-top {folder}/law.yaml --name law",
-    ):
-        assert command(words.split()) == 0
-    return run
+    extend(folder / "run", stage | {"name": "law"}, beside=False)
+    return folder / "run"
 
 
 def added(state: OpenState) -> dict[str, torch.Tensor]:

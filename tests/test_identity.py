@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_model
+from helpers import edit_json
 from safetensors.torch import load_file, save_file
 
 from chainlora import files
@@ -26,10 +26,6 @@ pytestmark = pytest.mark.usefixtures("cache")
 @pytest.fixture
 def folder(tiny_folder, tmp_path) -> Path:
     return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
-
-
-def edit_json(path: Path, **keys: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
 
 
 @pytest.fixture

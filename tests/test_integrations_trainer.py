@@ -17,7 +17,6 @@ from helpers_integrations import (
     assert_adapter_is_the_model,
     assert_links_agree,
     chain_of,
-    collator,
     logits,
     make_trainer,
     own_loop,
@@ -113,28 +112,7 @@ def test_soft_knots_are_those_of_our_loop(tiny_folder, tokenizer, tmp_path):
     (link,) = chain_of(trainer).links
     assert link.num_steps == 11
     assert 0 < link.error <= 3e-3
-
-    from chainlora import Chain, LinkConfig, carry_moments
-
-    own = Chain(plain_model(tiny_folder), seed=3)
-    own.extend(LinkConfig(rank=4, alpha=8, target_modules=("q_proj", "v_proj")))
-    optimizer = torch.optim.AdamW(own.parameters(), lr=LR, weight_decay=0.0)
-
-    def rate(step):
-        return 1 - step / 11
-
-    def update(batch):
-        optimizer.param_groups[0]["lr"] = LR * rate(own.live_steps)
-        own.model.train()(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(own.parameters()), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        done = own.live_steps + 1
-        if done < 11 and done % 3 == 0:
-            carry_moments(optimizer, own.live, own.tie_share(0.5 * rate(done)))
-
-    own.tune(trainer.data_collator.batches[:11], update)
-    own.tie()
+    own = own_loop(tiny_folder, trainer.data_collator.batches[:11], (4,), (11,), soft=(3, 0.5))
     # A compressed link has no factors of its own to compare: the function is.
     torch.testing.assert_close(logits(trainer.model), logits(own.model), atol=5e-3, rtol=0)
 
@@ -417,15 +395,8 @@ def test_the_best_model_is_that_of_its_link(tiny_folder, tokenizer, tmp_path):
 def test_an_optimizer_of_the_user_s_own(tiny_folder, tokenizer, tmp_path):
     model = peft_model(tiny_folder)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    callback = ChainCallback([4, 2])
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(**arguments(tmp_path)),
-        train_dataset=make_trainer(model, tokenizer, tmp_path, None).train_dataset,
-        data_collator=collator(tokenizer),
-        optimizers=(optimizer, None),
-        callbacks=[callback],
-    )
+    own = (optimizer, None)
+    trainer = make_trainer(model, tokenizer, tmp_path, ChainCallback([4, 2]), optimizers=own)
     trainer.train()
     links = chain_of(trainer).links
     assert [link.config.rank for link in links] == [4, 2]

@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from helpers import assert_same_links, assert_same_records, settings
+from helpers import assert_same_links, assert_same_records
 
-from chainlora import make_config, train
+from chainlora import train
 from chainlora.cli.main import run as command
 from chainlora.errors import StoppedError
 from chainlora.runs.addresses import open_run
@@ -43,12 +42,9 @@ def kill(number: int) -> None:
     ("number", "step"),  # inside a link, at a knot, at the last step
     [(signal.SIGINT, 2), (signal.SIGTERM, 4), (signal.SIGINT, 11)],
 )
-def test_the_first_signal_finishes_the_step_and_saves(
-    number, step, tiny_folder, sentiment, tmp_path
-):
-    tree = settings(tiny_folder, sentiment, tmp_path / "run", train=EVERY)
-    config = make_config(tree)
-    train(config.model_copy(update={"output": str(tmp_path / "whole")}))
+def test_the_first_signal_finishes_the_step_and_saves(number, step, configure, tmp_path):
+    config = configure(train=EVERY)
+    train(configure("whole", train=EVERY))
     told: list[int] = []
     with interruptible(told.append) as interrupts:
         listener = listening(interrupts, lambda: kill(number), step)
@@ -97,14 +93,12 @@ BETTER = {"accept_links": "better"}
     ],
 )
 def test_a_signal_during_an_evaluation_stops_after_its_batch(
-    evaluation, step, keys, tiny_folder, sentiment, tmp_path, monkeypatch
+    evaluation, step, keys, configure, tmp_path, monkeypatch
 ):
     """The resume makes the evaluation, and the run is the one that was never stopped."""
-    chain = {"ranks": [4, 4], "steps": [3, 2]}
-    tree = settings(tiny_folder, sentiment, tmp_path / "run", chain=chain)
-    tree["train"] |= EVERY | {"eval_every": 2} | keys
-    config = make_config(tree)
-    whole = config.model_copy(update={"output": str(tmp_path / "whole")})
+    sections = {"chain": {"ranks": [4, 4], "steps": [3, 2]}}
+    sections |= {"train": EVERY | {"eval_every": 2} | keys}
+    config, whole = configure(**sections), configure("whole", **sections)
     monkeypatch.setitem(OBJECTIVES, "candidates", Halted(None))
     expected = train(whole)
     monkeypatch.setitem(OBJECTIVES, "candidates", Halted(evaluation))
@@ -116,8 +110,8 @@ def test_a_signal_during_an_evaluation_stops_after_its_batch(
     assert_same_records(tmp_path / "run", tmp_path / "whole")
 
 
-def test_the_second_signal_stops_at_once(tiny_folder, sentiment, tmp_path):
-    config = make_config(settings(tiny_folder, sentiment, tmp_path / "run", train=EVERY))
+def test_the_second_signal_stops_at_once(configure, tmp_path):
+    config = configure(train=EVERY)
 
     def twice() -> None:
         kill(signal.SIGINT)
@@ -129,20 +123,17 @@ def test_the_second_signal_stops_at_once(tiny_folder, sentiment, tmp_path):
     assert train(config, resume=True)["steps"] == 11
 
 
-def test_without_a_run_directory_a_stop_says_what_is_lost(tiny_folder, sentiment):
-    config = make_config(settings(tiny_folder, sentiment))
+def test_without_a_run_directory_a_stop_says_what_is_lost(configure):
     with interruptible() as interrupts:
         listener = listening(interrupts, lambda: kill(signal.SIGINT), 2)
         with pytest.raises(StoppedError, match="it cannot be resumed"):
-            train(config, listener=listener)
+            train(configure(None), listener=listener)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_command_line_stops_with_the_status_that_shells_expect(
-    number, status, tiny_folder, sentiment, tmp_path, capfd, monkeypatch
+    number, status, config, tmp_path, capfd, monkeypatch
 ):
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(settings(tiny_folder, sentiment, tmp_path / "run")))
     record = Work.record
 
     def killing(self, values, progress) -> None:
@@ -152,7 +143,7 @@ def test_the_command_line_stops_with_the_status_that_shells_expect(
 
     with monkeypatch.context() as patch:
         patch.setattr(Work, "record", killing)
-        assert command(["train", str(path)]) == status
+        assert command(["train", str(config)]) == status
     err = capfd.readouterr().err
     assert "stopping after this step; press Ctrl-C again to stop at once" in err
     assert "chainlora: the run stopped after step 5 of 11" in err
@@ -161,7 +152,7 @@ def test_the_command_line_stops_with_the_status_that_shells_expect(
     assert "unfinished: 1 of 3 link(s) tied; `chainlora train CONFIG` resumes from step 5" in (
         capfd.readouterr().out.replace("\n", "")
     )
-    assert command(["train", str(path)]) == 0
+    assert command(["train", str(config)]) == 0
     assert "resuming after step 5" in capfd.readouterr().err
     assert command(["inspect", str(tmp_path / "run")]) == 0
     assert "unfinished" not in capfd.readouterr().out

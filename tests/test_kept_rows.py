@@ -10,11 +10,13 @@ import pytest
 from helpers import Stop, assert_same_links, settings, stopping
 from helpers_data import make_tokenizer, pair_files
 from helpers_tasks import write_rows, write_task
+from test_data_mixture import row
 
 from chainlora import evaluate_task, make_config, train
 from chainlora.config.schema import DataConfig
 from chainlora.config.staging import make_stages
 from chainlora.data.division import pick
+from chainlora.data.kept import Kept, read_kept, write_kept
 from chainlora.data.mixture import example_hashes, prompt_hashes
 from chainlora.data.rows import MemoryRows, joined
 from chainlora.data.splits import prepare_splits
@@ -287,9 +289,8 @@ def test_ranked_rows_are_read_again_as_completions_and_pairs_are_not(
     assert [(*e.sequences, *e.scored) for e in found.train[3:]] == right
     assert "this stage learns by completion, not pairs: dpo" in caplog.text
     for earlier, got in (({}, "none"), ({"pairs": pairs}, "pairs: dpo")):
-        with pytest.raises(
-            ConfigError, match=rf"learned by completion \(got {got}\); leave it out"
-        ):
+        said = rf"learned by completion \(got {got}\); leave it out"
+        with pytest.raises(ConfigError, match=said):
             stage_of(tokenizer, earlier, **keys)
 
 
@@ -316,10 +317,6 @@ def test_a_stage_with_replay_is_the_same_killed(tiny_folder, sentiment, tmp_path
 
 
 def test_rows_are_written_and_read_as_they_are(tmp_path):
-    from test_data_mixture import row
-
-    from chainlora.data.kept import Kept, read_kept, write_kept
-
     keys = {"label": 1, "references": ("é",), "names": ("a", "b"), "prompt_hash": 2**63 - 1}
     labelled = replace(row(3, (4, 5), (6,), (7, 8)), **keys)
     rows = MemoryRows([labelled, row(4, (), (9,))])

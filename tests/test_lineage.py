@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 from conftest import make_tiny_folder, write_rows
-from helpers import settings
+from helpers import flip_last_bit, settings
 
+from chainlora import export_adapter
 from chainlora.config.staging import make_stages
 from chainlora.files import checksums
 from chainlora.runs.changes import mix_stages
+from chainlora.runs.documents import write_part
 from chainlora.runs.history import read_history
+from chainlora.runs.lineage import read_lineage
 from chainlora.training.stages import extension, rehearsal, train_stages
 
 
@@ -45,8 +48,6 @@ def stage(folder: Path, sentiment: Path, name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def exported(made) -> Path:
-    from chainlora import export_adapter
-
     export_adapter(made / "run", made / "adapter")
     return made / "adapter"
 
@@ -113,9 +114,7 @@ def test_an_export_is_every_byte_of_what_its_run_gives(chainlora, made, tmp_path
 def test_a_changed_file_is_named(chainlora, made, exported, tmp_path):
     copy = Path(shutil.copytree(exported, tmp_path / "copy"))
     assert "have their checksums" in chainlora("verify", copy).out
-    weights = bytearray((copy / "adapter_model.safetensors").read_bytes())
-    weights[-5] ^= 1
-    (copy / "adapter_model.safetensors").write_bytes(weights)
+    flip_last_bit(copy / "adapter_model.safetensors")
     (copy / "tokenizer.json").unlink()
     (copy / "weights.bin").write_text("")
     (copy / ".cache").mkdir()  # as tools of the Hub leave it
@@ -142,9 +141,6 @@ def test_a_folder_of_adapters_is_verified_whole(chainlora, made, tmp_path):
 
 def test_a_changed_lineage_is_found(chainlora, made, exported, tmp_path):
     """Its checksum is no signature: with the run, an edit that has a valid one is found too."""
-    from chainlora.runs.documents import write_part
-    from chainlora.runs.lineage import read_lineage
-
     copy = Path(shutil.copytree(exported, tmp_path / "copy"))
     text = (copy / "lineage.json").read_text()
     (copy / "lineage.json").write_text(text.replace('"lr": 0.01', '"lr": 0.02'))
@@ -171,12 +167,11 @@ def test_another_state_run_or_base_is_named(chainlora, made, exported, finished,
     chainlora("prune", fork, "style", "--yes")
     assert chainlora("verify", exported, fork).out.startswith("another run: ")
     weights = made / "secret/base/model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    flip_last_bit(weights)
     try:
         done = chainlora("verify", exported, made / "run")
     finally:
-        weights.write_bytes(whole)
+        flip_last_bit(weights)
     assert done.status == 1
     assert done.out.startswith("another base: ")
     assert "model.safetensors" in done.out
@@ -208,8 +203,7 @@ def test_other_rows_and_bases_are_refused(chainlora, made, exported, sentiment, 
     rows = [str(other) if "law.jsonl" in word else word for word in own]
     chainlora(*ask, *rows).refused("stage 'law'", "`data.train` must be the rows")
     changed = Path(shutil.copytree(made / "secret/base", tmp_path / "base"))
-    weights = (changed / "model.safetensors").read_bytes()
-    (changed / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    flip_last_bit(changed / "model.safetensors")
     base = [str(changed) if "/base" in word else word for word in own]
     chainlora(*ask, *base).refused("the base model", "another model.safetensors")
     chainlora(*ask, *own, "--train.lr", "1").refused("with other places alone", "train.lr")
@@ -300,9 +294,6 @@ def test_what_is_no_earlier_state_is_not_overwritten(chainlora, made, sentiment,
 
 
 def test_a_lineage_of_somebody_else_runs_no_code(chainlora, made, exported, sentiment, tmp_path):
-    from chainlora.runs.documents import write_part
-    from chainlora.runs.lineage import read_lineage
-
     lineage = read_lineage(exported)
     mine = tmp_path / "mine.py"
     mine.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")

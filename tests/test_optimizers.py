@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import tiny_model
-from helpers import assert_same_links, settings, stop_after
+from helpers import assert_same_links, stop_after
 from test_laws import config as link_config
 from test_laws import loss_of
 from torch import nn
@@ -58,36 +58,27 @@ def config_for(name: str, **sections):
 
 
 def need(config) -> None:
-    plain = config.model_copy(update={"chain": make_chain({"ranks": [4], "steps": [1]})})
+    chain = make_config(config.model_dump() | {"chain": {"ranks": [4], "steps": [1]}}).chain
     try:
-        check_optimizer(plain, CPU)
+        check_optimizer(config.model_copy(update={"chain": chain}), CPU)
     except ConfigError as error:
         if "pip install" not in str(error):
             raise
         pytest.skip(str(error))
 
 
-def make_chain(keys):
-    return make_config({"model": "m", "data": {"task": "rte"}, "chain": keys}).chain
-
-
 @quiet
 @every_optimizer
-def test_it_trains_and_is_resumed_to_the_same_bits(name, tiny_folder, sentiment, tmp_path):
+def test_it_trains_and_is_resumed_to_the_same_bits(name, configure, tmp_path):
     """Killed inside a link, and at a knot: a process that begins a link has a new optimizer."""
     need(config_for(name))
-    tree = settings(
-        tiny_folder,
-        sentiment,
-        chain={"ranks": [4, 4], "steps": [9, 4]},
-        train=train_keys(name) | {"save_every": 2, "eval_every": 3},
-    )
-    whole = make_config(tree | {"output": str(tmp_path / "whole")})
+    keys = {"chain": {"ranks": [4, 4], "steps": [9, 4]}}
+    keys |= {"train": train_keys(name) | {"save_every": 2, "eval_every": 3}}
+    whole, killed = (configure(each, **keys) for each in ("whole", "killed"))
     losses: list[float] = []
     train(whole, listener=lambda e: losses.append(e.loss) if e.name == "step" else None)
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
-    killed = make_config(tree | {"output": str(tmp_path / "killed")})
-    for step in (4, 9, 10):
+    for step in (4, 9):
         stop_after(killed, step)
     train(killed, resume=True)
     assert_same_links(tmp_path / "killed", tmp_path / "whole")

@@ -17,6 +17,7 @@ from conftest import make_tiny_folder
 from helpers import settings
 
 import chainlora
+from chainlora import errors
 from chainlora.chain.showing import Shown
 
 
@@ -42,13 +43,8 @@ def test_importing_the_package_costs_nothing():
 
 
 def test_every_error_on_purpose_is_of_one_tree():
-    from chainlora import errors
-
-    kinds = [
-        kind
-        for _, kind in inspect.getmembers(errors, inspect.isclass)
-        if issubclass(kind, Exception)
-    ]
+    classes = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
+    kinds = [kind for kind in classes if issubclass(kind, Exception)]
     assert all(issubclass(kind, chainlora.ChainLoRAError) for kind in kinds)
     drawn = set(re.findall(r"\b\w+Error\b", errors.__doc__))  # the tree, in its docstring
     assert {kind.__name__ for kind in kinds} == drawn
@@ -88,7 +84,7 @@ def shown(sentiment, tmp_path_factory):
     """A value of every public class, and of what public functions return, of a model of many
     modules. The run's name would be a tag if somebody forgot to escape it."""
     folder = tmp_path_factory.mktemp("shown")
-    model, run = make_tiny_folder(folder / "model", num_hidden_layers=12), folder / "<script>"
+    model, run = make_tiny_folder(folder / "model", num_hidden_layers=6), folder / "<script>"
     tree = settings(model, sentiment, run, chain={"target_modules": None, "steps": [1, 1, 1]})
     task = chainlora.load_task(sentiment / "task.yaml")
     values = {
@@ -153,5 +149,5 @@ def test_results_are_still_dictionaries(shown):
         value = shown[name]
         assert json.loads(json.dumps(value)) == value
         assert isinstance(value, dict)
-    assert len(shown["Link.factors"]) == 12 * 7
+    assert len(shown["Link.factors"]) == 6 * 7
     assert len(Shown({"text": "x" * 10**6})._repr_html_()) < 1000

@@ -11,19 +11,11 @@ import peft
 import pytest
 import torch
 from conftest import write_rows
-from helpers import (
-    as_row,
-    assert_same_links,
-    links_of,
-    settings,
-    start_as_ours,
-    stop_after,
-    training_examples,
-)
-from helpers_integrations import arguments, collator, lora
+from helpers import assert_same_links, links_of, settings, stop_after
+from helpers_integrations import arguments, lora, trained_by_peft
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from chainlora import (
     Chain,
@@ -232,20 +224,12 @@ def test_steps_are_those_of_peft_and_trainer(tiny_folder, tmp_path):
     losses = []
     train(config, listener=lambda e: losses.append(e.loss) if e.name == "step" else None)
 
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    encoded = [as_row(example) for example in training_examples(config, tokenizer)]
     model = peft.get_peft_model(prepared_by_peft(tiny_folder), lora())
-    start_as_ours(model, config.chain.links()[0], config.train.seed)
-    keys = {"max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 0.5}
-    keys |= {"lr_scheduler_type": "constant", "optim": "sgd"}
-    args = TrainingArguments(**arguments(tmp_path / "trainer", **keys))
-    trainer = Trainer(model, args, train_dataset=encoded, data_collator=collator(tokenizer))
-    trainer.train()
-
-    theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses == pytest.approx([float(loss) for loss in theirs], abs=1e-3)  # as it prints them
+    keys = {"lr_scheduler_type": "constant", "optim": "sgd"}
+    told, theirs = trained_by_peft(config, model, tmp_path / "trainer", **keys)
+    assert losses == pytest.approx(told, abs=1e-3)  # as it prints them
     (ours,) = links_of(tmp_path / "run")
-    for name, expected in peft.get_peft_model_state_dict(model).items():
+    for name, expected in theirs.items():
         # the same arithmetic but for the order of sums; hidden states in bfloat16 are 1e-2 away
         assert (ours[name] - expected).norm() < 1e-3 * expected.norm()
 

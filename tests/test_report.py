@@ -38,6 +38,12 @@ def table(page: str, title: str) -> list[list[str]]:
     return [[html.unescape(cell) for cell in row] for row in cells]
 
 
+def page_of(run: Path) -> str:
+    """Make the page of a run."""
+    report_runs([run])
+    return (run / "report.html").read_text(encoding="utf-8")
+
+
 def said(page: str) -> list[list[str]]:
     """The answers to each prompt, in order, without what was expected."""
     articles = re.findall(r'<article class="answer">(.*?)</article>', page, flags=re.DOTALL)
@@ -112,11 +118,11 @@ def test_answers_after_each_link_are_those_of_generate(chainlora, finished, tmp_
 
 
 def test_answers_after_full_fine_tuning_are_those_of_generate(
-    chainlora, tiny_folder, sentiment, tmp_path
+    chainlora, configure, tiny_folder, tmp_path
 ):
     chain, keys = {"ranks": [1], "steps": [8], "tune": "full"}, {"dtype": "float32", "lr": 0.1}
     run = tmp_path / "run"
-    train(settings(tiny_folder, sentiment, run, chain=chain, train=keys))
+    train(configure(chain=chain, train=keys))
     (tmp_path / "asked.txt").write_text("the cat sat\n")
     page = tmp_path / "page.html"
     report_runs([run], page, prompts=str(tmp_path / "asked.txt"), max_new_tokens=5)
@@ -249,9 +255,7 @@ def test_every_kind_of_run_has_a_page(tiny_folder, sentiment, tmp_path):
         train(settings(tiny_folder, sentiment, runs[-1], chain=keys))
     save_chain(own_chain(tiny_folder), tmp_path / "saved")
     runs.append(tmp_path / "saved")
-    for run in runs[2:]:
-        report_runs([run])
-    pages = {run.name: (run / "report.html").read_text(encoding="utf-8") for run in runs[2:]}
+    pages = {run.name: page_of(run) for run in runs[2:]}
     assert "Every weight fine-tuned" in pages["full"]
     assert "What each layer received" not in pages["dora"]
     assert "Rank of each link" in pages["dora"]
@@ -280,8 +284,7 @@ def test_a_run_of_stages_shows_what_each_did_to_every_other(tiny_folder, sentime
     )
     matrix = stage_matrix(run)
     mix_stages(run, {"style": 0.5})  # a state that nobody has scored
-    report_runs([run])
-    page = (run / "report.html").read_text(encoding="utf-8")
+    page = page_of(run)
     heads, *rows = table(page, "What each stage did to the accuracy of every stage")
     assert heads == ["after", "facts", "style"]
     scores = [[short(cell.value) for cell in row] for row in matrix.grid]
@@ -301,8 +304,7 @@ def test_a_run_of_stages_shows_what_each_did_to_every_other(tiny_folder, sentime
 def test_a_run_that_was_stopped_says_so(tiny_folder, sentiment, tmp_path):
     run = tmp_path / "__run__ *1*"
     stop_after(make_config(settings(tiny_folder, sentiment, run, train={"save_every": 1})), 6)
-    report_runs([run])
-    page = (run / "report.html").read_text(encoding="utf-8")
+    page = page_of(run)
     assert "/__run__ *1* is not finished" in page
     assert "1 of 3 links are tied" in page
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -71,73 +72,65 @@ def test_a_stage_names_all_that_its_resume_needs_and_nothing_else_stays(rich_con
 # --- damage
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (
-            lambda run: (run / "history.json").unlink(),
-            r"must hold history.json \(got none in .*\); it is incomplete: copy it whole",
-        ),
-        (
-            lambda run: (run / "history.json").write_text('{"format": 1,'),
-            r"history.json must be JSON of a run \(got .*\); the run is damaged: restore the file",
-        ),
-        (
-            lambda run: (run / "history.json").write_text("[" * 100_000),
-            r"history.json must be JSON of a run \(got ",
-        ),
-        (
-            lambda run: (run / "history.json").write_text("[]"),
-            r"history.json must be JSON of a run \(got ",
-        ),
-        (
-            lambda run: (run / "history.json").write_text('{"format": 1}'),
-            r"must be as the run wrote it \(got another checksum",
-        ),
-        (
-            lambda run: (run / "history.json").write_text('{"format": 9}'),
-            r"history.json must be of format 1 \(got 9 in .*\); use the version of chainlora that "
-            "wrote it",
-        ),
-        (
-            lambda run: shutil.rmtree(link(run, 1)),
-            r"must hold links/\w+/adapter_config.json \(got none in .*incomplete",
-        ),
-        (
-            lambda run: (link(run, 1) / "adapter_model.safetensors").write_bytes(b"a" * 9),
-            r"links/\w+/adapter_model.safetensors must be as the run wrote it \(got other bytes",
-        ),
-        (
-            lambda run: swap(link(run, 0), link(run, 1)),
-            r"links/\w+/adapter_(config.json|model.safetensors) must be as the run wrote it",
-        ),
-        (
-            lambda run: edit(run / "history.json", '"num_steps": 4', '"num_steps": 5'),
-            r"history.json must be as the run wrote it \(got another checksum",
-        ),
-        (
-            lambda run: sign(run, lambda tree: tree["links"].popitem()),
-            r"history.json must hold valid values \(got .* must be there before main, once",
-        ),
-        (
-            lambda run: sign(run, lambda tree: tree["entries"].append(tree["entries"][0])),
-            r"history.json must hold valid values \(got .*main must be there before main, once",
-        ),
-        (
-            lambda run: sign(run, lambda tree: tree["entries"][0].update(parents=["main"])),
-            r"history.json must hold valid values \(got .*main must be there before main, once",
-        ),
-        (
-            lambda run: sign(run, lambda tree: tree.update(head="law")),
-            r"history.json must hold valid values \(got .*law must be an entry",
-        ),
-    ],
-    ids=[
-        "gone", "torn", "deep", "list", "empty", "format", "no-link", "other-bytes", "swapped",
-        "edited", "unknown-link", "twice", "own-parent", "head",
-    ],
-)  # fmt: skip
-def test_damage_is_named(run_copy, damage, message):
+def written(text: str) -> Callable[[Path], object]:
+    return lambda run: (run / "history.json").write_text(text)
+
+
+def changed(change: Callable[[dict], object]) -> Callable[[Path], object]:
+    return lambda run: sign(run, change)
+
+
+NO_JSON = r"history.json must be JSON of a run \(got .*"
+NOT_VALID = r"history.json must hold valid values \(got .*"
+OTHER = "must be as the run wrote it"
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "gone": (
+        lambda run: (run / "history.json").unlink(),
+        r"must hold history.json \(got none in .*\); it is incomplete: copy it whole",
+    ),
+    "torn": (written('{"format": 1,'), rf"{NO_JSON}\); the run is damaged: restore the file"),
+    "deep": (written("[" * 100_000), NO_JSON),
+    "list": (written("[]"), NO_JSON),
+    "empty": (written('{"format": 1}'), rf"{OTHER} \(got another checksum"),
+    "format": (
+        written('{"format": 9}'),
+        r"must be of format 1 \(got 9 in .*\); use the version of chainlora that wrote it",
+    ),
+    "no-link": (
+        lambda run: shutil.rmtree(link(run, 1)),
+        r"must hold links/\w+/adapter_config.json \(got none in .*incomplete",
+    ),
+    "other-bytes": (
+        lambda run: (link(run, 1) / "adapter_model.safetensors").write_bytes(b"a" * 9),
+        rf"links/\w+/adapter_model.safetensors {OTHER} \(got other bytes",
+    ),
+    "swapped": (
+        lambda run: swap(link(run, 0), link(run, 1)),
+        rf"links/\w+/adapter_(config.json|model.safetensors) {OTHER}",
+    ),
+    "edited": (
+        lambda run: edit(run / "history.json", '"num_steps": 4', '"num_steps": 5'),
+        rf"history.json {OTHER} \(got another checksum",
+    ),
+    "unknown-link": (
+        changed(lambda tree: tree["links"].popitem()),
+        f"{NOT_VALID} must be there before main, once",
+    ),
+    "twice": (
+        changed(lambda tree: tree["entries"].append(tree["entries"][0])),
+        f"{NOT_VALID}main must be there before main, once",
+    ),
+    "own-parent": (
+        changed(lambda tree: tree["entries"][0].update(parents=["main"])),
+        f"{NOT_VALID}main must be there before main, once",
+    ),
+    "head": (changed(lambda tree: tree.update(head="law")), f"{NOT_VALID}law must be an entry"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_named(run_copy, what):
+    damage, message = DAMAGE[what]
     damage(run_copy)
     for act in (load_run, inspect_run):
         with pytest.raises(RunError, match=message) as raised:
@@ -260,9 +253,8 @@ def test_a_score_of_a_received_run_is_no_terminal_escape(run_copy, chainlora):
 
 def test_what_is_wrong_with_the_links_is_said_before_the_base_is_loaded(run_copy):
     sign(run_copy, lambda tree: tree["base"].update(model="/nowhere"))
-    with pytest.raises(
-        RunError, match=r"^the number of links must be 0 to 3 for this run \(got 4\)"
-    ):
+    said = r"^the number of links must be 0 to 3 for this run \(got 4\)"
+    with pytest.raises(RunError, match=said):
         load_run(run_copy, num_links=4)
     shutil.rmtree(link(run_copy, 2))
     with pytest.raises(RunError, match=r"links/\w+/.*incomplete"):

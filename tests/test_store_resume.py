@@ -5,15 +5,24 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from helpers import Stop, assert_same_links, assert_same_records, settings, stage_dir, stop_after
+from helpers import (
+    Stop,
+    assert_same_links,
+    assert_same_records,
+    flip_last_bit,
+    settings,
+    stage_dir,
+    stop_after,
+)
 
 from chainlora import load_run, make_config, train
 from chainlora.config.staging import Stage
-from chainlora.errors import ChainLoRAError, FileError, ModelError, RunError
+from chainlora.errors import ChainLoRAError, ModelError, RunError
 from chainlora.runs.addresses import open_run
 from chainlora.runs.documents import write_part
 from chainlora.runs.draft import read_draft
@@ -23,18 +32,9 @@ from chainlora.training.plan import make_plan
 # --- the start
 
 
-def test_output_that_cannot_be_made_is_refused_before_the_model_loads(sentiment, tmp_path):
-    """All that cannot be made: test_files.py."""
-    (tmp_path / "run").symlink_to(tmp_path / "nothing")
-    config = make_config(settings("/no/such/model", sentiment, tmp_path / "run"))
-    with pytest.raises(FileError, match="got "):
-        train(config)
-
-
-def test_a_run_killed_before_its_history_starts_over(tiny_folder, sentiment, tmp_path):
-    keys = {"ranks": [2], "steps": [1]}
+def test_a_run_killed_before_its_history_starts_over(configure, tmp_path):
     run, stage = tmp_path / "run", stage_dir(tmp_path / "run")
-    config = make_config(settings(tiny_folder, sentiment, run, chain=keys))
+    config = configure(chain={"ranks": [2], "steps": [1]})
     (run / "links").mkdir(parents=True)
     stage.mkdir(parents=True)
     (stage / "config.yaml").write_text("model: half")
@@ -49,10 +49,9 @@ def test_a_run_killed_before_its_history_starts_over(tiny_folder, sentiment, tmp
 
 
 def test_full_fine_tuning_killed_before_it_is_published_is_published(
-    tiny_folder, sentiment, tmp_path, monkeypatch
+    configure, tmp_path, monkeypatch
 ):
-    keys = {"tune": "full", "ranks": [1], "steps": [1]}
-    config = make_config(settings(tiny_folder, sentiment, tmp_path / "run", chain=keys))
+    config = configure(chain={"tune": "full", "ranks": [1], "steps": [1]})
 
     def kill(work: Work) -> None:
         raise Stop
@@ -65,12 +64,12 @@ def test_full_fine_tuning_killed_before_it_is_published_is_published(
     assert open_run(tmp_path / "run").is_whole_model
 
 
-def test_what_is_refused_late_leaves_no_run_behind(tiny_folder, sentiment, tmp_path):
+def test_what_is_refused_late_leaves_no_run_behind(configure, tmp_path):
     """Whatever fails before the first step, the corrected command must find its output free."""
-    config = make_config(settings(tiny_folder, sentiment, tmp_path / "run"))
+    config = configure()
 
-    def fail(event) -> None:
-        if event.name == "eval":
+    def fail(event, at: str = "eval") -> None:
+        if event.name == at:
             raise ChainLoRAError("late")
 
     with pytest.raises(ChainLoRAError, match="late"):
@@ -79,20 +78,11 @@ def test_what_is_refused_late_leaves_no_run_behind(tiny_folder, sentiment, tmp_p
     stop_after(config, 2)
     assert (tmp_path / "run").exists()  # something was learned
     with pytest.raises(ChainLoRAError, match="late"):
-        train(config, resume=True, listener=fail_at_once)
+        train(config, resume=True, listener=partial(fail, at="plan"))
     assert (tmp_path / "run" / "history.json").exists()
 
 
-def fail_at_once(event) -> None:
-    raise ChainLoRAError("late")
-
-
 # --- what changes between a run and its resume
-
-
-def change_a_weight(base: Path) -> None:
-    content = (base / "model.safetensors").read_bytes()
-    (base / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
 def test_a_base_that_changed_is_refused_everywhere(tiny_folder, sentiment, tmp_path):
@@ -105,14 +95,14 @@ def test_a_base_that_changed_is_refused_everywhere(tiny_folder, sentiment, tmp_p
     )
     train(finished)
     stop_after(stopped, 1)
-    change_a_weight(base)
+    flip_last_bit(base / "model.safetensors")
     for act in (lambda: load_run(tmp_path / "finished"), lambda: train(stopped, resume=True)):
         with pytest.raises(RunError, match=r"\(got another model.safetensors\); restore it, or"):
             act()
 
 
 def test_a_run_goes_on_where_its_base_and_rows_lie_now(
-    tiny_folder, sentiment, tmp_path, monkeypatch
+    configure, tiny_folder, sentiment, tmp_path, monkeypatch
 ):
     """A run that was copied to another machine could not be resumed, loaded or exported."""
     base, data = tmp_path / "here/base", tmp_path / "here/data"
@@ -128,7 +118,7 @@ def test_a_run_goes_on_where_its_base_and_rows_lie_now(
     now = make_config(settings(base, data, tmp_path / "run", data=task))
     train(now, resume=True)
     assert train(now, resume=True)["steps"] == 11  # nothing to resume
-    train(settings(tiny_folder, sentiment, tmp_path / "whole"))
+    train(configure("whole"))
     assert_same_links(tmp_path / "run", tmp_path / "whole")
     load_run(tmp_path / "run")
 
@@ -137,7 +127,7 @@ def test_a_run_goes_on_where_its_base_and_rows_lie_now(
         load_run(tmp_path / "run")
     monkeypatch.setenv("CHAINLORA_MODELS", str(tmp_path))
     load_run(tmp_path / "run")
-    change_a_weight(tmp_path / "base")
+    flip_last_bit(tmp_path / "base/model.safetensors")
     with pytest.raises(RunError, match=r"another model\.safetensors"):
         load_run(tmp_path / "run")
 
@@ -215,15 +205,11 @@ def test_a_run_is_for_one_process_at_a_time(rich_config, tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
-def test_a_disk_that_cannot_lock_is_told_and_used(
-    number, tiny_folder, sentiment, tmp_path, monkeypatch, caplog
-):
+def test_a_disk_that_cannot_lock_is_told_and_used(number, configure, monkeypatch, caplog):
     def refuse(lock: FileLock, *_, **__) -> None:
         Path(lock.lock_file).touch()
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(FileLock, "acquire", refuse)
-    keys = {"ranks": [2], "steps": [1]}
-    config = make_config(settings(tiny_folder, sentiment, tmp_path / "run", chain=keys))
-    assert train(config)["steps"] == 1
+    assert train(configure(chain={"ranks": [2], "steps": [1]}))["steps"] == 1
     assert "cannot be locked; start one process at a time in it" in caplog.text

@@ -67,9 +67,8 @@ def test_written_answers_are_compared_where_something_ends_them(tmp_path, end):
     [[" True", " False"], [" 1", " 2"], [" true", " x"], [" a", " b", " 0"], [" yes", "yes"]],
 )
 def test_a_list_of_labels_has_no_word_that_reads_as_another_position(tmp_path, words):
-    with pytest.raises(
-        ConfigError, match=r"must mean one of `labels` \(got .*; write a mapping from each value"
-    ):
+    said = r"must mean one of `labels` \(got .*; write a mapping from each value"
+    with pytest.raises(ConfigError, match=said):
         load_task(write_task(tmp_path, labels=words))
 
 

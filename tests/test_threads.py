@@ -6,10 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny_model
-from helpers import assert_same_links, settings
+from helpers import assert_same_links
 
 from chainlora import Chain
-from chainlora.config.reading import make_config
 from chainlora.config.schema import LinkConfig
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
@@ -64,19 +63,14 @@ FROZEN = {"init": "gradient", "train_factors": "B"}  # A is drawn from gradients
 
 
 @pytest.mark.parametrize(("dtype", "chain"), [("bfloat16", {}), ("float32", FROZEN)])
-def test_training_in_threads_is_training_without(
-    tiny_folder, sentiment, tmp_path, two_threads, dtype, chain
-):
+def test_training_in_threads_is_training_without(configure, tmp_path, two_threads, dtype, chain):
     keys = {"train": {"dtype": dtype, "batch_size": 8, "gradient_accumulation": 2}}
     keys["chain"] = {"ranks": [4, 4], "steps": [2, 2]} | chain
     plans, losses = {}, {}
     for name in ("one", "two", "again"):
         torch.set_num_threads(1 if name == "one" else 2)
         records: list[dict] = []
-        train(
-            make_config(settings(tiny_folder, sentiment, tmp_path / name, **keys)),
-            listener=records.append,
-        )
+        train(configure(name, **keys), listener=records.append)
         plans[name] = records[0]["threads"]
         losses[name] = [record["loss"] for record in records if record["event"] == "step"]
     assert plans == {"one": 1, "two": 2, "again": 2}

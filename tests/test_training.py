@@ -8,16 +8,10 @@ import peft
 import pytest
 import torch
 import yaml
-from conftest import write_rows
-from helpers import (
-    assert_trains_as_peft,
-    plain_chain,
-    records_of,
-    settings,
-    stage_dir,
-    training_examples,
-)
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import WORDS, write_rows
+from helpers import links_of, plain_chain, records_of, settings, stage_dir, training_examples
+from helpers_integrations import peft_model, trained_by_peft
+from transformers import AutoModelForCausalLM
 
 from chainlora import export_adapter, load_run, make_config, train
 from chainlora.errors import ChainLoRAError, ConfigError, ModelError
@@ -25,30 +19,24 @@ from chainlora.runs.addresses import open_run
 from chainlora.training.batches import make_batches
 
 
-def test_a_run_from_config_to_result(tiny_folder, sentiment, tmp_path):
-    run = tmp_path / "run"
-    seen = []
-    result = train(settings(tiny_folder, sentiment, run), listener=seen.append)
+def test_a_run_from_config_to_result(configure, tmp_path):
+    run, seen = tmp_path / "run", []
+    result = train(configure(), listener=seen.append)
     assert result["steps"] == 11
     assert result["metrics"]["validation"]["accuracy"] > 0.9  # the word is in the sentence
     assert json.loads((stage_dir(run) / "result.json").read_text()) == result
     records = records_of(run)
     assert [dict(r) for r in seen[1:-1]] == records
     assert [seen[0]["event"], seen[-1]["event"]] == ["plan", "scored"]
-    assert [r["where"] for r in records if r["event"] == "eval"] == [
-        "start",
-        "knot",
-        "knot",
-        "knot",
-    ]
+    scored = [r["where"] for r in records if r["event"] == "eval"]
+    assert scored == ["start", "knot", "knot", "knot"]
     assert all(r["function_change"] < 1e-5 for r in records if r["event"] == "knot")
     assert records[-1]["loss"] < records[0]["loss"]
     links = open_run(run).links()
     assert [link.rank for link in links] == [4, 4, 2]
     assert [link.scaling for link in links] == [2.0, 2.0, 2.0]  # proportional alpha
-    assert make_config(yaml.safe_load((stage_dir(run) / "config.yaml").read_text())) == make_config(
-        settings(tiny_folder, sentiment, run)
-    )
+    written = yaml.safe_load((stage_dir(run) / "config.yaml").read_text())
+    assert make_config(written) == configure()
     model, _ = load_run(run)  # plain: nothing of ours or of PEFT is on it
     assert type(model).__name__ == "LlamaForCausalLM"
     assert not any("lora" in name for name, _ in model.named_parameters())
@@ -65,74 +53,65 @@ def test_every_link_is_an_adapter_that_peft_loads(tiny_folder, stored_run):
     torch.testing.assert_close(base(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
 
 
-def test_law_5_the_schedule_is_where_it_should_be(tiny_folder, sentiment):
+def test_law_5_the_schedule_is_where_it_should_be(configure):
     def rates(**keys) -> list[float]:
         seen = []
-        config = make_config(settings(tiny_folder, sentiment, train=keys))
-        train(
-            config,
-            listener=lambda r: seen.append(r["learning_rate"]) if r["event"] == "step" else None,
-        )
-        return seen
+        train(configure(None, train=keys), listener=seen.append)
+        return [event.learning_rate for event in seen if event.name == "step"]
 
     continuing = rates()
     torch.testing.assert_close(continuing, [1e-2 * (1 - step / 11) for step in range(11)])
-    restarting = rates(restart_schedule=True)
-    torch.testing.assert_close(
-        restarting, [1e-2 * (1 - s / n) for n in (4, 4, 3) for s in range(n)]
-    )
+    restarting = [1e-2 * (1 - s / n) for n in (4, 4, 3) for s in range(n)]
+    torch.testing.assert_close(rates(restart_schedule=True), restarting)
     warm = rates(restart_schedule=True, warmup_steps=2)
     assert warm[0] == warm[4] == warm[8] == 0.0
     assert warm[1] == warm[5] == pytest.approx(5e-3)
 
 
 @pytest.mark.parametrize("speedups", ["auto", "off"])
-def test_law_6_a_chain_of_one_is_peft_lora(tiny_folder, sentiment, tmp_path, speedups):
-    run = tmp_path / "run"
-    tree = settings(
-        tiny_folder,
-        sentiment,
-        run,
-        chain={"ranks": [4], "steps": [6]},
-        train={"seed": 3, "lr": 1e-3, "speedups": speedups},
+def test_law_6_a_chain_of_one_is_peft_lora(tiny_folder, tmp_path, speedups):
+    """The same losses and factors as PEFT's in transformers' Trainer with AdamW."""
+    rows = [{"prompt": f"the {word}", "completion": " sat" * n} for n, word in enumerate(WORDS, 1)]
+    targets = {"target_modules": ["q_proj", "v_proj"]}
+    config = make_config(
+        {
+            "model": str(tiny_folder),
+            "data": {"train": str(write_rows(tmp_path / "rows.jsonl", rows[:8]))},
+            "chain": {"ranks": [4], "alpha": 8, "steps": [6]} | targets,
+            "train": {"seed": 3, "lr": 1e-3, "batch_size": 8, "speedups": speedups},
+            "output": str(tmp_path / "run"),
+        }
     )
-    assert_trains_as_peft(make_config(tree))
+    losses = []
+    train(config, listener=lambda e: losses.append(e.loss) if e.name == "step" else None)
+    expected, theirs = trained_by_peft(config, peft_model(tiny_folder), tmp_path / "trainer")
+    assert losses == pytest.approx(expected, abs=1e-3)  # as it prints them
+    (ours,) = links_of(tmp_path / "run")
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        # Adam divides by the gradient's size, so a rounding error in a tiny gradient moves a weight
+        # by a small share of the learning rate; six steps of 1e-3 moved the weights by up to 4e-3
+        torch.testing.assert_close(ours[name], theirs[name], atol=2e-5, rtol=0)
+        assert (ours[name] - theirs[name]).abs().median() < 1e-7
 
 
 @pytest.mark.parametrize("module", ["mlp", "self_attn"])  # which a fast decoder layer goes into
-def test_a_block_is_trained_whole_in_a_narrow_model_as_its_own_forward_has_it(
-    tiny_folder, sentiment, module
-):
-    losses: dict[str, list[float]] = {"auto": [], "off": []}
-    for speedups, seen in losses.items():
-        keys = {"ranks": [4], "steps": [3], "target_modules": "all-linear"}
-        tree = settings(
-            tiny_folder,
-            sentiment,
-            chain=keys | {"extra_modules": [module]},
-            train={"speedups": speedups, "dtype": "bfloat16", "lr": 1e-3},
-        )
-        train(tree, listener=lambda e, seen=seen: seen.append(e.loss) if e.name == "step" else None)
-    assert losses["auto"] == pytest.approx(losses["off"], abs=5e-3)  # roundings of activations
+def test_a_block_is_trained_whole_in_a_narrow_model_as_its_own_forward_has_it(configure, module):
+    chain = {"ranks": [4], "steps": [3], "target_modules": "all-linear", "extra_modules": [module]}
+    losses = []
+    for speedups in ("auto", "off"):
+        keys, seen = {"speedups": speedups, "dtype": "bfloat16", "lr": 1e-3}, []
+        train(configure(None, chain=chain, train=keys), listener=seen.append)
+        losses.append([event.loss for event in seen if event.name == "step"])
+    assert losses[0] == pytest.approx(losses[1], abs=5e-3)  # roundings of activations
 
 
-def test_the_best_point_over_the_whole_chain_is_kept(tiny_folder, sentiment, tmp_path):
-    run = tmp_path / "run"
+def test_the_best_point_over_the_whole_chain_is_kept(configure, tmp_path):
     # a learning rate that wrecks the model later on: the best point lies inside the chain
-    tree = settings(
-        tiny_folder,
-        sentiment,
-        run,
-        chain={"ranks": [4, 4], "steps": [6, 6]},
-        train={
-            "lr": 3e-2,
-            "schedule": "constant",
-            "keep_best": True,
-            "eval_every": 1,
-            "select_metric": "loss",
-        },
-    )
-    result = train(tree)
+    keys = {"lr": 3e-2, "schedule": "constant", "keep_best": True, "eval_every": 1}
+    keys |= {"select_metric": "loss"}
+    result = train(configure(chain={"ranks": [4, 4], "steps": [6, 6]}, train=keys))
+    run = tmp_path / "run"
     evals = [r for r in records_of(run) if r["event"] == "eval"]
     best = min((r for r in evals if r["where"] != "start"), key=lambda r: r["loss"])
     assert result["best"]["step"] == best["step"]
@@ -170,13 +149,11 @@ def test_a_chain_is_the_loop_written_out_in_float64(tiny_folder, tmp_path, knots
     torch.testing.assert_close(found, model(ids).logits, atol=1e-3 if knots else 1e-5, rtol=0)
 
 
-def test_full_fine_tuning_is_evaluated_at_its_end_which_may_be_its_best_point(
-    tiny_folder, sentiment, tmp_path
-):
+def test_full_fine_tuning_is_evaluated_at_its_end_which_may_be_its_best_point(configure, tmp_path):
     run = tmp_path / "run"
     chain = {"tune": "full", "ranks": [1, 1], "steps": [4, 4]}
     keys = {"lr": 1e-3, "eval_every": 2, "select_metric": "loss"}
-    result = train(settings(tiny_folder, sentiment, run, chain=chain, train=keys))
+    result = train(configure(chain=chain, train=keys))
     records = records_of(run)
     losses = {r["step"]: r["loss"] for r in records if r["event"] == "eval"}
     assert [r["step"] for r in records if r["event"] == "eval"] == [0, 2, 4, 6, 8]
@@ -189,38 +166,28 @@ def test_full_fine_tuning_is_evaluated_at_its_end_which_may_be_its_best_point(
 
 @pytest.mark.parametrize("init", ["gradient", "pissa"])
 def test_a_start_along_more_directions_than_a_layer_has_is_refused_before_the_output_is_claimed(
-    tiny_folder, sentiment, tmp_path, init
+    configure, tmp_path, init
 ):
-    def config(rank):  # v_proj is 16 × 32
-        chain = {"init": init, "ranks": [rank], "steps": [1]}
-        return make_config(settings(tiny_folder, sentiment, tmp_path / "run", chain=chain))
-
-    with pytest.raises(
-        ModelError, match=rf"`init: {init}` .*\(got rank 17 for 16 at .*v_proj\); lower the rank or"
-    ):
-        train(config(17))
+    chain = {"init": init, "steps": [1]}  # v_proj is 16 × 32
+    said = rf"`init: {init}` .*\(got rank 17 for 16 at .*v_proj\); lower the rank or"
+    with pytest.raises(ModelError, match=said):
+        train(configure(chain=chain | {"ranks": [17]}))
     assert not (tmp_path / "run").exists()
-    assert train(config(16))["steps"] == 1
+    assert train(configure(chain=chain | {"ranks": [16]}))["steps"] == 1
 
 
 def test_demonstrations_that_are_not_there_or_leave_nothing_to_train_on_are_refused(
-    tiny_folder, sentiment, tmp_path
+    configure, tmp_path
 ):
     def config(shots, **chain):  # of 32 training rows
-        data = {"shots": shots, "truncation": "left"}
-        return make_config(
-            settings(tiny_folder, sentiment, tmp_path / "run", data=data, chain=chain)
-        )
+        return configure(data={"shots": shots, "truncation": "left"}, chain=chain)
 
     nothing = {"ranks": [], "steps": []}
-    with pytest.raises(
-        ConfigError,
-        match=r"`data.shots` must be at most .* training rows \(got 33 for 32\); lower it",
-    ):
+    said = r"`data.shots` must be at most .* training rows \(got 33 for 32\); lower it"
+    with pytest.raises(ConfigError, match=said):
         train(config(33, **nothing))
-    with pytest.raises(
-        ConfigError, match=r"training needs rows \(got none beside 32 demonstrations\); lower data"
-    ):
+    said = r"training needs rows \(got none beside 32 demonstrations\); lower data"
+    with pytest.raises(ConfigError, match=said):
         train(config(32))
     assert not (tmp_path / "run").exists()
     assert train(config(31))["rows"] == 1
@@ -238,38 +205,23 @@ def test_a_tracker_without_a_place_is_told_apart_from_one_that_is_missing(tiny_f
             train(tree | {"train": tree["train"] | {"trackers": names}})
 
 
-def test_epochs_split_steps_at_the_knots(tiny_folder, sentiment):
-    config = make_config(
-        settings(tiny_folder, sentiment, chain={"steps": None, "epochs": [1, 0.5, 0.5]})
-    )
-    plan = make_batches(
-        config, training_examples(config, AutoTokenizer.from_pretrained(tiny_folder))
-    )
+def test_epochs_split_steps_at_the_knots(configure, tokenizer):
+    config = configure(chain={"steps": None, "epochs": [1, 0.5, 0.5]})
+    examples = training_examples(config, tokenizer)
+    plan = make_batches(config, examples)
     assert plan.lengths == (4, 2, 2)
     rows = [row for step in range(4) for batch in plan.batches(step) for row in batch]
     assert sorted(rows) == list(range(32))  # an epoch sees every row once
+    short = configure(chain={"steps": None, "epochs": [1, 0.01, 1]})
     with pytest.raises(ConfigError, match="at least one step"):
-        make_batches(
-            make_config(
-                settings(tiny_folder, sentiment, chain={"steps": None, "epochs": [1, 0.01, 1]})
-            ),
-            training_examples(config, AutoTokenizer.from_pretrained(tiny_folder)),
-        )
+        make_batches(short, examples)
 
 
-def test_a_link_after_a_pruned_reset_starts_with_steps_of_bounded_size(
-    tiny_folder, sentiment, tmp_path
-):
+def test_a_link_after_a_pruned_reset_starts_with_steps_of_bounded_size(configure, tmp_path):
     """B is 0 there, so the gradient of A is: a first moment kept without its second would be
     divided by eps alone."""
-    tree = settings(
-        tiny_folder,
-        sentiment,
-        output=str(tmp_path / "run"),
-        chain={"steps": [8, 3], "ranks": [4, 4]},
-        train={"optimizer_reset": "prune", "prune_fraction": 0.5, "lr": 1e-2},
-    )
-    train(tree)
+    keys = {"optimizer_reset": "prune", "prune_fraction": 0.5, "lr": 1e-2}
+    train(configure(chain={"steps": [8, 3], "ranks": [4, 4]}, train=keys))
     _, link = open_run(tmp_path / "run").links()
     for factors in link.factors.values():
         # drawn within 1/√32, then three steps of at most lr · 0.1/√0.001 (AdamW's largest, after
@@ -277,10 +229,10 @@ def test_a_link_after_a_pruned_reset_starts_with_steps_of_bounded_size(
         assert factors.a.abs().max() <= 32**-0.5 + 3 * 1e-2 * 0.1 / 0.001**0.5
 
 
-def test_a_run_with_soft_knots(tiny_folder, sentiment, tmp_path):
+def test_a_run_with_soft_knots(tiny_folder, configure, tmp_path):
     soft = {"time_constant": 14}  # a twelfth of it is a knot every step but the last of a link
-    run, keys = tmp_path / "run", {"chain": {"knots": soft, "ranks": [4, 2], "steps": [8, 6]}}
-    result = train(settings(tiny_folder, sentiment, run, **keys))
+    run = tmp_path / "run"
+    result = train(configure(chain={"knots": soft, "ranks": [4, 2], "steps": [8, 6]}))
     records = records_of(run)
     knots = [record for record in records if record["event"] == "soft_knot"]
     assert [record["step"] for record in knots] == [*range(1, 8), *range(9, 14)]

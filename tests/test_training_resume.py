@@ -11,25 +11,23 @@ import torch
 from helpers import Stop, assert_same_links, assert_same_records, settings, stage_dir
 from safetensors.torch import load_file
 
-from chainlora import make_config, train
+from chainlora import train
 from chainlora.errors import TrainingError
 from chainlora.knots.driver import POLICIES
 from chainlora.knots.policy import WHOLE
 
 SOFT = {"knots": {"every": 1, "share": 0.3}}
 BEST = {"keep_best": True}
+HALF = {"dtype": "bfloat16"}
 KILLED = {
     "plain": {},
-    "dropout, gradient": {
-        "chain": {"dropout": 0.1, "init": "gradient"},
-        "train": {"dtype": "bfloat16"},
-    },
+    "dropout, gradient": {"chain": {"dropout": 0.1, "init": "gradient"}, "train": HALF},
     "ReLoRA, best": {"chain": {"ranks": [4, 4, 4]}, "train": BEST | {"optimizer_reset": "prune"}},
     "PiSSA, accumulation": {
         "chain": {"init": "pissa"},
         "train": {"gradient_accumulation": 2, "batch_size": 4},
     },
-    "soft knots, best": {"chain": SOFT, "train": BEST | {"dtype": "bfloat16"}},
+    "soft knots, best": {"chain": SOFT, "train": BEST | HALF},
     "soft knots, carried, SGD": {
         "chain": SOFT | {"hold": "carried"},
         "train": {"optimizer": "sgd"},
@@ -73,67 +71,50 @@ def dies_after(num_records: int):
     return listener
 
 
-def test_a_run_killed_between_its_early_stop_and_the_knot_still_ties_the_link(
-    tiny_folder, sentiment, tmp_path
-):
+def interrupting(event: str):
+    def listener(seen) -> None:
+        if seen["event"] == event:
+            raise KeyboardInterrupt
+
+    return listener
+
+
+def test_a_run_killed_between_its_early_stop_and_the_knot_still_ties_the_link(configure, tmp_path):
     """By a start that reads rows again at the resume."""
     keys = {"lr": 1e-9, "early_stop": 2, "eval_every": 1, "save_every": 1}
     keys = {"train": keys, "chain": {"init": "gradient"}}
-    train(settings(tiny_folder, sentiment, tmp_path / "whole", **keys))
-    config = make_config(settings(tiny_folder, sentiment, tmp_path / "killed", **keys))
-
-    def die(record) -> None:
-        if record["event"] == "knot":
-            raise KeyboardInterrupt
-
+    train(configure("whole", **keys))
+    config = configure("killed", **keys)
     with pytest.raises(KeyboardInterrupt):
-        train(config, listener=die)
+        train(config, listener=interrupting("knot"))
     assert train(config, resume=True)["steps"] == 3
     assert_same_links(tmp_path / "whole", tmp_path / "killed")
 
 
 @pytest.mark.parametrize(("warmup", "good"), [(0, None), (1, 1)])
-def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(
-    tiny_folder, sentiment, tmp_path, warmup, good
-):
-    run = tmp_path / "run"
-    tree = settings(
-        tiny_folder,
-        sentiment,
-        run,
-        train={
-            "lr": 1e3,
-            "optimizer_options": {"weight_decay": 1e38},  # the first update overflows
-            "schedule": "constant",
-            "warmup_steps": warmup,  # the first step of a warm-up has rate 0
-            "max_grad_norm": None,
-            "save_every": 1,
-        },
-    )
-    with pytest.raises(
-        TrainingError, match=r"must be finite \(got .* at step \d+, link \d\).*is kept in"
-    ):
-        train(tree)
+def test_a_non_finite_loss_stops_and_keeps_the_last_good_state(configure, tmp_path, warmup, good):
+    keys = {"lr": 1e3, "schedule": "constant", "max_grad_norm": None, "save_every": 1}
+    keys |= {"optimizer_options": {"weight_decay": 1e38}}  # the first update overflows
+    keys |= {"warmup_steps": warmup}  # the first step of a warm-up has rate 0
+    said = r"must be finite \(got .* at step \d+, link \d\).*is kept in"
+    with pytest.raises(TrainingError, match=said):
+        train(configure(train=keys))
+    checkpoints = stage_dir(tmp_path / "run") / "checkpoints"
     if good is None:  # the first step broke the weights: the run starts over
-        assert not (stage_dir(run) / "checkpoints").exists()
+        assert not checkpoints.exists()
         return
-    (kept,) = (stage_dir(run) / "checkpoints").iterdir()
+    (kept,) = checkpoints.iterdir()
     assert kept.name == f"{good:08d}"
     state = load_file(kept / "link.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
 
 
 @pytest.mark.parametrize("event", ["plan", "step", "knot", "eval"])
-def test_an_interrupted_run_leaves_nothing_running(tiny_folder, sentiment, tmp_path, event):
+def test_an_interrupted_run_leaves_nothing_running(configure, event):
     """Ctrl-C left packing threads, worker threads and trackers behind."""
     before = set(threading.enumerate())
-
-    def interrupt(seen) -> None:
-        if seen["event"] == event:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train(settings(tiny_folder, sentiment, tmp_path / "run"), listener=interrupt)
+        train(configure(), listener=interrupting(event))
     assert set(threading.enumerate()) == before
 
 
@@ -144,13 +125,10 @@ class _EndsEarly:
         return WHOLE if position.link == 0 and position.step == 2 else None
 
 
-def test_a_link_may_end_early_and_the_last_one_makes_up_for_it(
-    tiny_folder, sentiment, tmp_path, monkeypatch
-):
+def test_a_link_may_end_early_and_the_last_one_makes_up_for_it(configure, tmp_path, monkeypatch):
     """Also in a run that dies in the last step of that link, and at its knot."""
     monkeypatch.setitem(POLICIES, "early", lambda knots: _EndsEarly())
-    keys = {"chain": {"knots": {"policy": "early"}}, "train": {"save_every": 1}}
-    config = make_config(settings(tiny_folder, sentiment, tmp_path / "run", **keys))
+    config = configure(chain={"knots": {"policy": "early"}}, train={"save_every": 1})
     for dies_at in (2, "knot"):
 
         def die(event, at=dies_at) -> None:
@@ -162,6 +140,5 @@ def test_a_link_may_end_early_and_the_last_one_makes_up_for_it(
     result = train(config, resume=True)
     assert [link["num_steps"] for link in result["links"]] == [2, 4, 5]
     assert result["steps"] == 11
-    whole = settings(tiny_folder, sentiment, tmp_path / "planned", chain={"steps": [2, 4, 5]})
-    train(whole)
+    train(configure("planned", chain={"steps": [2, 4, 5]}))
     assert_same_links(tmp_path / "run", tmp_path / "planned")  # rates and rows too

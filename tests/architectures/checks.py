@@ -19,7 +19,8 @@ from typing import Any
 
 import peft
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from conftest import byte_tokens
+from helpers import start_as_ours
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
@@ -27,7 +28,6 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from architectures.tiny import CONTEXT, IMPOSSIBLE, VARIANTS, VOCABULARY, model_types, tiny_model
 from chainlora import export_adapter, export_merged, load_run, make_config, train
 from chainlora.chain.adapters.targets import matched_modules
-from chainlora.chain.initialization import generator_for, random_factors
 from chainlora.data.examples import Example
 from chainlora.data.splits import prepare_splits
 from chainlora.engine.engine import Engine
@@ -192,7 +192,7 @@ def _plain_chain(
         wrapped = peft.get_peft_model(
             model, peft.LoraConfig(r=link.rank, lora_alpha=link.alpha, target_modules=targets)
         )
-        _start(wrapped, link, config.train.seed, index)
+        start_as_ours(wrapped, link, config.train.seed, index)
         trained = [p for p in wrapped.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE, momentum=0.9)
         for _ in range(STEPS):
@@ -205,16 +205,6 @@ def _plain_chain(
             losses.append(loss.item())
         model = wrapped.merge_and_unload()
     return losses, model
-
-
-@torch.no_grad()
-def _start(wrapped: Any, link: Any, seed: int, index: int) -> None:
-    """Give PEFT's layers the factors that a link starts from."""
-    for name, module in wrapped.base_model.model.named_modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            generator = generator_for(seed, index, name)
-            start = random_factors(link, module.in_features, module.out_features, generator)
-            module.lora_A["default"].weight.copy_(start.a)
 
 
 # --- differences, each as a share of what it may be ---
@@ -382,16 +372,9 @@ def _save(model: Any, folder: Path) -> None:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer: three special tokens and one for each byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-    assert len(vocabulary) <= VOCABULARY
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+    tokenizer = byte_tokens(pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    assert len(tokenizer) <= VOCABULARY
+    return tokenizer
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from conftest import make_sentiment, make_tiny_folder
-from helpers import settings
+from helpers import EVERYTHING, settings
 from helpers_data import pair_files
 from injection import Injection
 from lives import End, fresh, live
@@ -36,29 +36,12 @@ from chainlora.training.interrupts import interruptible
 from chainlora.training.stages import extension, rehearsal, train_stages
 from chainlora_lab import make_experiment, run_cells
 
-# Every feature that has state on disk.
-EVERYTHING: dict[str, dict[str, Any]] = {
-    "chain": {
-        "ranks": [2, 2, 2],
-        "alpha": 4,
-        "steps": [2, 2, 1],
-        "target_modules": ["q_proj", "v_proj"],
-        "dropout": 0.1,
-        "init": "gradient",
-        "init_batches": 1,
-    },
-    "train": {
-        "lr": 1e-2,
-        "batch_size": 2,
-        "gradient_accumulation": 2,
-        "dtype": "bfloat16",
-        "optimizer_reset": "prune",
-        "prune_fraction": 0.5,
-        "keep_best": True,
-        "select_metric": "loss",
-        "eval_every": 1,
-        "save_every": 1,
-    },
+CHAIN = {"ranks": [2, 2, 2], "alpha": 4, "steps": [2, 2, 1], "target_modules": ["q_proj", "v_proj"]}
+TRAIN = {"lr": 1e-2, "batch_size": 2, "gradient_accumulation": 2, "dtype": "bfloat16"}
+# Every feature that has state on disk, in as few steps as can be.
+SMALL: dict[str, dict[str, Any]] = {
+    "chain": EVERYTHING["chain"] | CHAIN | {"init_batches": 1},
+    "train": EVERYTHING["train"] | TRAIN | {"eval_every": 1},
 }
 
 
@@ -117,7 +100,7 @@ def make_world(folder: Path) -> World:
     assert end.status == 0, end.message
     rows = {key: str(data / f"{key}.jsonl") for key in ("train", "validation")}
     task = {"task": str(data / "task.yaml")}
-    tree = EVERYTHING | {
+    tree = SMALL | {
         "model": str(base),
         "start": str(folder / "adapter"),
         "start_data": task | {"validation": rows["validation"]},

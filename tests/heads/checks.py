@@ -12,6 +12,7 @@ from typing import Any
 
 import peft
 import torch
+from helpers_integrations import arguments, chain_of
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
@@ -54,7 +55,7 @@ def check_own_loop(name: str, work: Path) -> dict[str, float]:
     for rank in (4, 2):
         chain.extend(LinkConfig(rank=rank, alpha=2 * rank, **keys))
         found[f"extend {rank}"] = _difference(outputs(model, batch), states[-1])
-        losses += _tune(chain, batch)
+        losses += tune(chain, batch)
         live = outputs(model, batch)
         if rank == 2:
             save_chain(chain, work / "chain")
@@ -100,8 +101,7 @@ def check_trainer(name: str, work: Path) -> dict[str, float]:
     resumed.train(resume_from_checkpoint=str(work / f"whole/checkpoint-{STEPS + 2}"))
     found["resume"] = _difference(outputs(resumed.model, batch), told, exact=True)
 
-    chain = _chain(resumed)
-    chain.tie()
+    chain = chain_of(resumed)
     found["knot"] = _difference(outputs(chain.model, batch), told)
     chain.drop(2)
     start = outputs(load(name, folder, seed=1), batch)
@@ -115,6 +115,8 @@ def _trainer(name: str, folder: Path, output: Path, seed: int = 1) -> Trainer:
     kind = KINDS[name]
     batch = kind.batch()
     rows = [{key: value[i] for key, value in batch.items()} for i in range(ROWS)]
+    keys = {"max_steps": 2 * STEPS, "per_device_train_batch_size": ROWS, "learning_rate": RATE}
+    keys |= {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": STEPS + 2}
     # PEFT adds heads of classifiers by itself; where it does not know the task, they are named
     lora = peft.LoraConfig(
         r=4,
@@ -125,34 +127,16 @@ def _trainer(name: str, folder: Path, output: Path, seed: int = 1) -> Trainer:
     )
     return Trainer(
         model=peft.get_peft_model(load(name, folder, seed=seed), lora),
-        args=TrainingArguments(
-            output_dir=str(output),
-            max_steps=2 * STEPS,
-            per_device_train_batch_size=len(rows),
-            learning_rate=RATE,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            save_steps=STEPS + 2,
-            report_to=[],
-            disable_tqdm=True,
-            log_level="error",
-            use_cpu=True,
-            seed=3,
-        ),
+        args=TrainingArguments(**arguments(output, **keys)),
         train_dataset=rows,
         callbacks=[ChainCallback(ranks=[4, 2], steps=[STEPS, STEPS])],
     )
 
 
-def _chain(trainer: Trainer) -> Chain:
-    (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, ChainCallback)]
-    return callback.chain
-
-
-def _tune(chain: Chain, batch: Batch) -> list[float]:
+def tune(chain: Chain, batch: Batch, steps: int = STEPS) -> list[float]:
     """Tune the live link on one batch; return the losses."""
     optimizer, losses = torch.optim.AdamW(chain.parameters(), lr=RATE), []
-    for _ in range(STEPS):
+    for _ in range(steps):
         loss = chain.model.train()(**batch).loss
         loss.backward()
         optimizer.step()

@@ -17,10 +17,8 @@ from lab.cases import tree
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_cells_are_task_by_method_by_grid_by_seed_with_stable_ids(tiny_folder, sentiment):
-    experiment = make_experiment(
-        tree(tiny_folder, sentiment, methods=["lora", "chain3", "zero_shot"])
-    )
+def test_cells_are_task_by_method_by_grid_by_seed_with_stable_ids(small):
+    experiment = small(methods=["lora", "chain3", "zero_shot"])
     # two methods that train, two rates, one seed
     assert len(Expansion(experiment).tuning()) == 2 * 2
     everything = expand(experiment)
@@ -130,22 +128,19 @@ def test_a_list_of_names_keeps_what_the_file_says_of_them(tiny_folder, sentiment
     assert few.pairs == (("three", "lora"),)
     other = load_experiment(path, [("methods", "[lora, dora]"), ("comparisons", "[[dora, lora]]")])
     assert (list(other.methods), other.pairs) == (["lora", "dora"], (("dora", "lora"),))
-    with pytest.raises(
-        ConfigError, match=r"must keep a pair that the file compares \(got three, pissa\)"
-    ):
+    said = r"must keep a pair that the file compares \(got three, pissa\)"
+    with pytest.raises(ConfigError, match=said):
         load_experiment(path, [("methods", "[three, pissa]")])
     with pytest.raises(ConfigError, match=r"unknown method 'chian3'.*'chain3'"):
         load_experiment(path, [("methods", "[lora, three, chian3]")])
 
 
-def test_what_is_in_a_file_decides_what_is_done_and_not_where_it_lies(
-    tiny_folder, sentiment, tmp_path
-):
+def test_what_is_in_a_file_decides_what_is_done_and_not_where_it_lies(small, sentiment, tmp_path):
     """An edited prompt is another experiment; a moved file is the same one."""
 
     def ids(folder):
         tasks = {"mood": {"data": {"task": str(folder / "task.yaml")}}}
-        cells = expand(make_experiment(tree(tiny_folder, sentiment, tasks=tasks)))
+        cells = expand(small(tasks=tasks))
         return [cell.id for cell in cells]
 
     for name in ("moved", "edited"):

@@ -5,25 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import edit_json
 from test_files import files_up_to
 
 from chainlora.errors import FileError, RunError
-from chainlora_lab import make_experiment, read_results, report_experiment, run_cells
-from lab.cases import tree
+from chainlora_lab import read_results, report_experiment, run_cells
 
 
 @pytest.fixture
-def one(tiny_folder, sentiment):
+def one(small):
     """An experiment of one cell."""
-    return make_experiment(tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune={}))
-
-
-def edit(path: Path, **keys) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    return small(methods=["lora"], seeds=[0], tune={})
 
 
 # --- what is recorded ---
@@ -45,7 +40,7 @@ def test_a_cell_says_what_computed_it(done):
 def test_a_result_of_another_version_is_not_taken_for_one_of_this(one, tmp_path):
     run_cells(one, tmp_path, backend="inline")
     (path,) = tmp_path.glob("cells/*/result.json")
-    edit(path, format=3)
+    edit_json(path, format=3)
     (tmp_path / "results.jsonl").unlink()
     with pytest.raises(RunError, match=r"must be of format 2 \(got 3 in "):
         run_cells(one, tmp_path, backend="inline")
@@ -77,9 +72,8 @@ def test_a_head_by_which_pairs_are_miscounted_is_refused(done, tmp_path, key):
     head = json.loads(first)
     head[key] = ["lora", "chain3"] if key == "primary" else head[key] * 2
     (tmp_path / "results.jsonl").write_text("\n".join([json.dumps(head), *others]) + "\n")
-    with pytest.raises(
-        RunError, match=rf"must have what reports read \(.*{key}.*results.jsonl line 1"
-    ):
+    said = rf"must have what reports read \(.*{key}.*results.jsonl line 1"
+    with pytest.raises(RunError, match=said):
         report_experiment(tmp_path)
 
 
@@ -121,8 +115,7 @@ def test_a_torn_last_line_is_left_out_with_a_word(done, tmp_path, caplog, has_ce
 # --- a full disk ---
 
 
-def test_an_experiment_on_a_full_disk_says_so_and_goes_on_later(tiny_folder, sentiment, tmp_path):
-    one = make_experiment(tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune={}))
+def test_an_experiment_on_a_full_disk_says_so_and_goes_on_later(one, tmp_path):
     with files_up_to(100), pytest.raises(FileError, match=r"must be written \(got File too large"):
         run_cells(one, tmp_path / "out", backend="inline")
     with files_up_to(2_000):  # enough for the plan, not for what a run writes

@@ -15,13 +15,17 @@ from chainlora_lab.report.curves import difference_curves
 from lab.cases import change, with_curve, write_lines
 
 
+def told(folder, change_line, **head) -> str:
+    """What a report says of made results after a change of each line."""
+    path = change(folder / "results.jsonl", change_line, **head)
+    return report_experiment(path, figures=False).markdown
+
+
 def test_a_report_comes_from_the_results_file_alone(tmp_path):
     path = write_lines(tmp_path / "results.jsonl")
     report = report_experiment(path)
-    assert (
-        "chain3 is better than lora over all tasks: score +2.05 (above 0 is better; "
-        in report.markdown
-    )
+    lead = "chain3 is better than lora over all tasks: score +2.05 (above 0 is better; "
+    assert lead in report.markdown
     assert "by task: 2 too few pairs; ahead on 2 of 2" in report.markdown
     wins = {comparison.task: comparison.difference.verdict for comparison in report.comparisons}
     few = "too few pairs"  # 2 / 2^6, twice: 0.0625
@@ -30,10 +34,9 @@ def test_a_report_comes_from_the_results_file_alone(tmp_path):
     assert "| lora | 62.50 ± 1.87 (6) |" in report.markdown
     names = {file.name for file in report.files}
     assert {"report.md", "scores.csv", "differences.csv", "scores.tex", "differences.tex"} <= names
-    figures = {
-        f"{name}.{suffix}" for name in ("scores", "differences") for suffix in ("png", "svg")
-    }
-    assert figures <= names
+    assert {
+        f"{name}.{kind}" for name in ("scores", "differences") for kind in ("png", "svg")
+    } < names
     assert all(file.stat().st_size > 0 for file in report.files)
     assert r"$\pm$" in (tmp_path / "scores.tex").read_text()
     before = {file: file.read_bytes() for file in report.files}
@@ -44,12 +47,8 @@ def test_a_report_comes_from_the_results_file_alone(tmp_path):
 def test_a_model_may_lie_in_a_long_path(tmp_path):
     """Of a path above 200 characters, no results could be read: neither reported nor resumed."""
     model = "/models" * 40
-    path = change(
-        tmp_path / "results.jsonl",
-        lambda c: c | {"config": c["config"] | {"model": model}},
-        model=model,
-    )
-    assert f"Model: {model}." in report_experiment(path, figures=False).markdown
+    lines = told(tmp_path, lambda c: c | {"config": c["config"] | {"model": model}}, model=model)
+    assert f"Model: {model}." in lines
 
 
 def test_over_all_tasks_each_task_weighs_alike(tmp_path):
@@ -83,8 +82,7 @@ def test_a_pair_that_lacks_a_task_is_judged_on_the_others(tmp_path):
         return None if (cell["task"], cell["method"]) == ("cb", "chain3") else cell
 
     pairs = [["chain3", "lora"], ["zero_shot", "lora"]]
-    path = change(tmp_path / "results.jsonl", lacking, pairs=pairs)
-    text = report_experiment(path, figures=False).markdown
+    text = told(tmp_path, lacking, pairs=pairs)
     assert "- too few pairs to compare chain3 with lora on wsc: " in text
     assert "- zero_shot is worse than lora over all tasks: " in text
 
@@ -103,8 +101,7 @@ def test_methods_are_shown_by_the_keys_of_their_configs_and_not_by_their_names(t
         return cell | {"ranks": [1] * 4, "config": {"chain": chain, "train": train}}
 
     methods = {"lora": "One.", "chain3": "preset `chain3`", "rac_lora": "preset `rac_lora`"}
-    path = change(tmp_path / "results.jsonl", restarted, methods=methods)
-    text = report_experiment(path, figures=False).markdown
+    text = told(tmp_path, restarted, methods=methods)
     assert "- **rac_lora**: preset `rac_lora`.\n" in text  # it has no cell yet
     table = text.partition("### Keys by which methods differ\n\n")[2]
     heads = ("chain.ranks", "chain.steps", "chain.alpha", "chain.knots", "train.lr")
@@ -120,11 +117,9 @@ def test_methods_that_ran_on_different_machines_are_named(tmp_path):
         hardware = {"device": "cpu", "machine": "x86_64", "threads": 1, "cpu_capability": kernels}
         return cell | {"hardware": hardware, "commit": kernels, "versions": {"torch": "2.9"}}
 
-    path = write_lines(tmp_path / "results.jsonl", tasks=["wsc"])
-    assert "across machines" not in report_experiment(path, figures=False).markdown
-    path = change(path, on_two, tasks=["wsc"])
+    assert "across machines" not in told(tmp_path, lambda cell: cell, tasks=["wsc"])
     where = "chain3 on x86_64 CPU, AVX512, threads 1, lora on x86_64 CPU, AVX2, threads 1"
-    text = report_experiment(path, figures=False).markdown
+    text = told(tmp_path, on_two, tasks=["wsc"])
     assert f"**Compared across machines or kernels**: wsc: {where}. Their" in text
     commits = "chain3 on commit AVX512, lora on commit AVX2"
     assert f"**Compared across versions**: wsc: {commits}. One config" in text
@@ -175,10 +170,7 @@ def diverged(cell):
 )
 def test_pairs_that_are_missing_are_said_where_the_others_decide(tmp_path, made, tasks, said):
     """Six seeds of nine were "6 pairs", and one task of two "over all tasks"."""
-    path = change(
-        tmp_path / "results.jsonl", lambda c: made(c) if c["task"] in tasks else None, tasks=tasks
-    )
-    text = report_experiment(path, figures=False).markdown
+    text = told(tmp_path, lambda c: made(c) if c["task"] in tasks else None, tasks=tasks)
     assert said in text
     assert ("over all tasks:" in text) == ("of 12" in said)
 
@@ -244,9 +236,7 @@ def test_a_report_says_whether_rank_binds_and_what_soft_knots_may_then_win(
         ranks = [4 if is_wide else 1] if cell["ranks"] else []
         return cell | {"ranks": ranks, "scored_tokens": 88 * 64, "test": {"loss": loss}}
 
-    head = {"tasks": ["wsc"], "seeds": list(range(num_seeds))}
-    path = change(tmp_path / "results.jsonl", wider, **head)
-    assert said in report_experiment(path, figures=False).markdown
+    assert said in told(tmp_path, wider, tasks=["wsc"], seeds=list(range(num_seeds)))
 
 
 def test_too_few_pairs_are_not_no_difference(tmp_path):
@@ -254,27 +244,20 @@ def test_too_few_pairs_are_not_no_difference(tmp_path):
         swing = 0.05 * (-1) ** cell["seed"] * (cell["method"] == "chain3")
         return cell | {"score": 0.6 + 0.01 * cell["seed"] + swing}
 
-    def told(seeds):
-        path = change(
-            tmp_path / "results.jsonl",
-            lambda c: noisy(c) if c["task"] == "wsc" and c["seed"] < seeds else None,
+    many, few = (
+        told(
+            tmp_path,
+            lambda c, seeds=seeds: noisy(c) if c["task"] == "wsc" and c["seed"] < seeds else None,
             tasks=["wsc"],
             seeds=list(range(seeds)),
         )
-        return report_experiment(path, figures=False)
-
-    many, few = told(6), told(3)
-    assert many.comparisons[0].difference.verdict == "no difference found"
-    assert (
-        "no difference found between chain3 and lora on wsc: accuracy +0.00 (above" in many.markdown
+        for seeds in (6, 3)
     )
-    assert "would be found with 80 % power" in many.markdown
-    assert few.comparisons[0].difference.verdict == "too few pairs"
-    assert "3 pairs: no interval and no verdict from so few" in few.markdown
-    assert (
-        "| wsc | chain3 − lora | 3 | +1.67 | above 0 | 5.77 | – | 1 | 1 | 0.25 | ∞ | too few"
-        in few.markdown
-    )
+    assert "no difference found between chain3 and lora on wsc: accuracy +0.00 (above" in many
+    assert "would be found with 80 % power" in many
+    assert "3 pairs: no interval and no verdict from so few" in few
+    row = "| wsc | chain3 − lora | 3 | +1.67 | above 0 | 5.77 | – | 1 | 1 | 0.25 | ∞ | too few"
+    assert row in few
 
 
 # --- curves ---

@@ -49,30 +49,26 @@ def test_a_run_tunes_chooses_and_gathers(done):
 
 
 @pytest.mark.parametrize("what", ["rows", "model"])
-def test_what_a_later_cell_lacks_is_missed_before_the_first_runs(
-    tiny_folder, sentiment, tmp_path, what
-):
+def test_what_a_later_cell_lacks_is_missed_before_the_first_runs(small, sentiment, tmp_path, what):
     gone = str(tmp_path / ("gone.jsonl" if what == "rows" else "gone.gguf"))
     keys = {"data": {"train": gone}} if what == "rows" else {"model": gone}
     mood = {"data": {"task": str(sentiment / "task.yaml")}}
     tasks = {"mood": mood, "later": mood | keys | {"data": mood["data"] | keys.get("data", {})}}
     with pytest.raises(ChainLoRAError, match=r"task later, method \w+: .*\(got .*gone\."):
         run_cells(
-            make_experiment(tree(tiny_folder, sentiment, tasks=tasks)),
+            small(tasks=tasks),
             tmp_path / "out",
             backend="inline",
         )
     assert not list((tmp_path / "out").glob("cells/*/result.json"))
 
 
-def test_results_without_their_cells_are_resumed_and_none_is_lost(
-    done, tiny_folder, sentiment, tmp_path
-):
+def test_results_without_their_cells_are_resumed_and_none_is_lost(done, small, tmp_path):
     """Committed results come without the cells behind them; so do cells that were once taken from
     elsewhere."""
     experiment, _, outcome = done
     (tmp_path / "results.jsonl").write_text(outcome.results.read_text())
-    fewer = make_experiment(tree(tiny_folder, sentiment, methods=["lora"]))
+    fewer = small(methods=["lora"])
     assert run_cells(fewer, tmp_path, backend="inline", max_cells=1).num_run == 0
     assert run_cells(experiment, tmp_path, backend="inline").num_run == 0
     shutil.rmtree(next((tmp_path / "cells").iterdir()))  # as if killed meanwhile
@@ -99,16 +95,14 @@ def test_what_another_runner_ends_meanwhile_stays(done, tmp_path):
     assert kept == before
 
 
-def test_cells_of_other_rows_or_weights_are_not_put_into_one_table(
-    tiny_folder, sentiment, tmp_path
-):
+def test_cells_of_other_rows_or_weights_are_not_put_into_one_table(small, sentiment, tmp_path):
     folder = tmp_path / "rows" / "mood"
     shutil.copytree(sentiment, folder)
     data = dict.fromkeys(("train", "validation", "test"))
     data |= {"task": str(sentiment / "task.yaml"), "dir": str(folder)}
     data |= {"num_validation": 10, "num_train": 20}
     keys = {"tasks": {"mood": {"data": data}}, "tune": {}, "methods": ["lora"]}
-    one = make_experiment(tree(tiny_folder, sentiment, **keys))
+    one = small(**keys)
     run_cells(one, tmp_path / "out", backend="inline")
     rows = (folder / "train.jsonl").read_text().splitlines()
     (folder / "train.jsonl").write_text("\n".join(rows[::2]) + "\n")
@@ -137,11 +131,11 @@ def test_a_final_run_that_diverged_is_a_failure_however_often_it_is_asked_for(
     assert "Not there yet" not in text
 
 
-def test_a_tuning_cell_that_failed_leaves_nothing_chosen(tiny_folder, sentiment, tmp_path):
+def test_a_tuning_cell_that_failed_leaves_nothing_chosen(small, tmp_path):
     """One rate was never measured: a choice among the others would pass for a choice among all."""
     tune = {"grid": {"data.shots": [0, 10**6]}}  # so many demonstrations leave no rows
     keys = {"methods": ["lora"], "seeds": [0], "tune": tune}
-    experiment = make_experiment(tree(tiny_folder, sentiment, **keys))
+    experiment = small(**keys)
     outcome = run_cells(experiment, tmp_path, backend="inline")
     assert len(outcome.failed) == 1
     assert read_results(tmp_path).choices == []
@@ -149,7 +143,7 @@ def test_a_tuning_cell_that_failed_leaves_nothing_chosen(tiny_folder, sentiment,
 
 
 def test_what_cannot_be_chosen_or_scored_is_refused_before_anything_runs(
-    tiny_folder, sentiment, tmp_path
+    small, tiny_folder, sentiment, tmp_path
 ):
     tune = {"grid": {"train.lr": [1e-3, 1e-2]}, "metric": "acuracy"}
     base = tree(tiny_folder, sentiment)["base"]
@@ -160,17 +154,19 @@ def test_what_cannot_be_chosen_or_scored_is_refused_before_anything_runs(
         ({"tune": tune}, r"`tune.metric` must be one of accuracy, loss \(got 'acuracy'\)"),
         ({"base": base}, "compared on rows they do not train on"),
     ):
-        wrong = make_experiment(tree(tiny_folder, sentiment, **keys))
+        wrong = small(**keys)
         with pytest.raises(ConfigError, match=message):
             run_cells(wrong, tmp_path / "out", backend="inline")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_rate_that_diverges_is_not_chosen_and_not_a_failure(tiny_folder, sentiment, tmp_path):
+def test_a_rate_that_diverges_is_not_chosen_and_not_a_failure(
+    small, tiny_folder, sentiment, tmp_path
+):
     base = tree(tiny_folder, sentiment)["base"] | {"train": WILD}
     tune = {"grid": {"train.lr": [1e3, 1e-3]}}
     keys = {"base": base, "methods": ["lora"], "seeds": [0], "tune": tune}
-    experiment = make_experiment(tree(tiny_folder, sentiment, **keys))
+    experiment = small(**keys)
     assert not run_cells(experiment, tmp_path, backend="inline").failed
     (choice,) = read_results(tmp_path).choices
     assert choice["chosen"] == {"train.lr": 1e-3}
@@ -209,14 +205,12 @@ def test_killed_and_run_again_by_processes(tiny_folder, sentiment, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_grid_is_extended_while_its_end_is_the_best_up_to_the_limit(
-    tiny_folder, sentiment, tmp_path
-):
+def test_a_grid_is_extended_while_its_end_is_the_best_up_to_the_limit(small, tmp_path):
     """Far too small rates: the higher, the better, so every value beyond the top is asked for."""
     tune = {"grid": {"train.lr": [1e-5, 1e-4]}, "extend": {"train.lr": 2}, "metric": "loss"}
     keys = {"methods": ["lora"], "seeds": [0], "tune": tune}
     plans = []
-    experiment = make_experiment(tree(tiny_folder, sentiment, **keys))
+    experiment = small(**keys)
     first = run_cells(experiment, tmp_path, backend="inline", max_cells=3)
     assert (first.num_run, first.num_done) == (3, 3)  # the grid, and one value beyond it
     outcome = run_cells(experiment, tmp_path, backend="inline", listener=plans.append)
@@ -232,11 +226,9 @@ def test_a_grid_is_extended_while_its_end_is_the_best_up_to_the_limit(
 
 
 @pytest.mark.slow
-def test_several_seeds_choose_apart_from_those_compared(tiny_folder, sentiment, tmp_path):
+def test_several_seeds_choose_apart_from_those_compared(small, tmp_path):
     tune = {"grid": {"train.lr": [1e-3, 1e-2]}, "seeds": [10, 11]}
-    experiment = make_experiment(
-        tree(tiny_folder, sentiment, methods=["lora"], seeds=[0], tune=tune)
-    )
+    experiment = small(methods=["lora"], seeds=[0], tune=tune)
     assert run_cells(experiment, tmp_path, backend="inline").num_run == 5
     results = read_results(tmp_path)
     (choice,) = results.choices
@@ -249,11 +241,11 @@ def test_several_seeds_choose_apart_from_those_compared(tiny_folder, sentiment, 
 
 
 def test_tuning_shows_validation_scores_and_never_those_of_the_test_rows(
-    tiny_folder, sentiment, tmp_path, capsys
+    small, tiny_folder, sentiment, tmp_path, capsys
 ):
     base = tree(tiny_folder, sentiment)["base"]
     base["data"] = base["data"] | {"num_test": 5}  # another number: other accuracies
-    experiment = make_experiment(tree(tiny_folder, sentiment, base=base))
+    experiment = small(base=base)
     records = []
     run_cells(experiment, tmp_path, backend="inline", listener=records.append)
     shown = {each["cell"]: each for each in records if each["event"] == "cell"}
@@ -272,11 +264,11 @@ def test_tuning_shows_validation_scores_and_never_those_of_the_test_rows(
     assert said.count("validation accuracy") == 4
 
 
-def test_a_gradient_start_is_paid_for(tiny_folder, sentiment, tmp_path):
+def test_a_gradient_start_is_paid_for(small, tmp_path):
     """Its sweeps read batches that no step counts: three a link, over `init_batches` batches
     each."""
     methods = {"chain3": {}, "chain3_fw": {"chain": {"init_batches": 2}}}
-    experiment = make_experiment(tree(tiny_folder, sentiment, methods=methods, seeds=[0], tune={}))
+    experiment = small(methods=methods, seeds=[0], tune={})
     run_cells(experiment, tmp_path, backend="inline")
     plain, directed = read_results(tmp_path).finals
     assert plain["start_tokens"] == 0

@@ -12,7 +12,7 @@ from conftest import write_rows
 
 from chainlora.data.preparing import IN_MEMORY
 from chainlora.errors import ConfigError
-from chainlora_lab import make_experiment, run_cells
+from chainlora_lab import run_cells
 from chainlora_lab.worker import worker_environment
 from lab.cases import tree
 
@@ -52,14 +52,14 @@ def test_a_large_file_is_encoded_by_processes_of_a_worker(tiny_folder, tmp_path)
     assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 2
 
 
-def test_what_is_no_number_of_workers(tiny_folder, sentiment, tmp_path):
-    experiment = make_experiment(tree(tiny_folder, sentiment))
+def test_what_is_no_number_of_workers(small, tmp_path):
+    experiment = small()
     with pytest.raises(ConfigError, match=r"`workers` must be at least 1 \(got 0\)"):
         run_cells(experiment, tmp_path / "out", workers=0)
     assert not (tmp_path / "out").exists()
 
 
-def test_workers_share_the_cells(tiny_folder, sentiment, tmp_path):
+def test_workers_share_the_cells(small, tmp_path):
     most = []
 
     def listen(record):
@@ -67,7 +67,7 @@ def test_workers_share_the_cells(tiny_folder, sentiment, tmp_path):
             most.append(len(record["running"]))
 
     keys = {"methods": ["lora"], "seeds": [0, 1], "tune": {}}
-    experiment = make_experiment(tree(tiny_folder, sentiment, **keys))
+    experiment = small(**keys)
     outcome = run_cells(experiment, tmp_path, workers=2, listener=listen)
     assert (outcome.num_run, outcome.failed) == (2, {})
     assert max(most) == 2

@@ -10,6 +10,8 @@ import torch
 from conftest import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from chainlora.chain.adapters import attach
+from chainlora.config.schema import LinkConfig
 from chainlora.errors import ConfigError
 from lab.cases import change
 
@@ -31,9 +33,6 @@ from report import report
     ],
 )
 def test_counted_operations_are_torch_s_own_count(architecture, targets):
-    from chainlora.chain.adapters import attach
-    from chainlora.config.schema import LinkConfig
-
     model, length = tiny_model(architecture, attn_implementation="eager"), 24
     names = [
         name
