@@ -43,7 +43,7 @@ def wrong(error: ValidationError, kind: type[BaseModel], prefix: str = "") -> st
         elif item["type"] == "missing":
             said.append(f"`{key}` must be given (got none)")
         else:
-            rule = item["msg"].replace("Input should", "must")
+            rule = item["msg"].replace("Input should", "must").replace("a valid tuple", "a list")
             said.append(f"`{key}` {rule} (got {item['input']!r:.60})")
     return "; ".join(said)
 
