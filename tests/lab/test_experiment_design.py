@@ -38,6 +38,7 @@ WRONG = [
     ({"methods": {"lora": {"recipes": {}}}}, "key `methods.lora.recipes`; did you mean 'recipe'"),
     ({"baseline": "dora"}, "`baseline` must name methods of this file"),
     ({"seeds": [1, 1]}, "must differ"),
+    ({"seeds": []}, r"`seeds` must not be empty \(got \[\]\)"),
     ({"seeds": 3}, r"`seeds` must be a list \(got 3\)"),
     ({"methods": "lora,chain3"}, r"`methods` must be a list or a section of keys \(got 'lora,"),
     ({"tune": {"grid": {"lr": [1]}}}, "config keys such as train.lr"),
