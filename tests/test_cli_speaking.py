@@ -89,6 +89,9 @@ def test_without_a_limit_the_rows_of_a_run_give_one_and_say_how_prompts_end(
     assert right.out == chainlora(*asked, "cat 3 sat on a", "--max-new-tokens", 32).out
     hint = "chainlora: the run's rows have prompts that end in ' sat on a', and this one does not"
     assert chainlora(*asked, "cat 3", "--max-new-tokens", 3).err.startswith(hint)
+    piped = chainlora(*asked, "cat 3 sat on a\r\n", "--max-new-tokens", 3).err  # as `echo` has it
+    assert piped.startswith(hint)
+    assert piped.endswith("no sense; leave out the line break at its end\n")
     off = ("--stages", "main=0", "--max-new-tokens", 3)
     assert chainlora(*asked, "cat 3", *off).err == ""  # the base learned no rows
     rows = [{"prompt": f"the hill {n}:", "completion": " green"} for n in range(9)]

@@ -36,6 +36,7 @@ FIRST = b'{"text": "a"}\n'
 # Files that cannot be read, and what is said of them.
 UNREADABLE = [
     ("bad.jsonl", FIRST + b'{"text": \n', r"must be JSON .*bad.jsonl line 2 column"),
+    ("torn.jsonl", FIRST + b'{"text": "a\n', r"got Invalid control character at \S+torn.jsonl"),
     ("bad.jsonl", FIRST + b'\n["b"]\n', r"row must be an object .*list.*bad.jsonl line 3"),
     ("bad.jsonl", FIRST + b"{}\n", r"row must be an object .*empty object.*line 2"),
     ("bad.jsonl", b"\n \n", r"at least one row .*bad.jsonl"),

@@ -289,6 +289,8 @@ def test_what_is_no_earlier_state_is_not_overwritten(chainlora, made, sentiment,
     (tmp_path / "full").mkdir()
     (tmp_path / "full/own.txt").write_text("mine")
     chainlora("push", run, tmp_path / "full").refused("must be a new or empty directory")
+    for words in (("push", run, run / "sub"), ("pull", there, run / "stages/sub")):
+        chainlora(*words).refused("`output` must lie outside other runs", f"inside {run}")
     chainlora("pull", "me/nothing", tmp_path / "new").refused("a run or repository must be there")
     chainlora("push", run, "me/nothing").refused("a run or repository must be there")
 

@@ -22,8 +22,10 @@ from chainlora import (
     export_adapter,
     load_chain,
     load_run,
+    log,
     make_config,
 )
+from chainlora import train as train_run
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.addresses import open_run
 from chainlora.runs.loading_start import fitted, load_start, put_on
@@ -174,6 +176,22 @@ def test_a_saved_chain_starts_with_its_live_link(tmp_path):
     torch.testing.assert_close(logits(other.model), logits(chain.model), atol=2e-6, rtol=0)
     again = load_chain(tmp_path / "chain", base("llama"))  # the chain itself gives no id twice
     assert ([link.id for link in again.links], again.tie().id) == ([0], 3)
+
+
+def test_a_config_starts_on_a_trainer_s_save_whose_stage_is_called_main(
+    tiny_folder, sentiment, tmp_path
+):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    chain = Chain(model, checkpoint=tiny_folder)
+    chain.extend(LinkConfig(rank=2, target_modules=("q_proj",)))
+    save_chain(chain, tmp_path / "save/chain")  # as a Trainer with a ChainCallback does
+    one = {"chain": {"ranks": [2], "steps": [1]}, "start": str(tmp_path / "save")}
+    train_run(settings(tiny_folder, sentiment, tmp_path / "more", **one))
+    assert [entry["name"] for entry in log(tmp_path / "more")] == ["more", "main"]
+    spaced = settings(tiny_folder, sentiment, tmp_path / "m o r e", **one)
+    with pytest.raises(ChainLoRAError, match=r"output.*name of a stage.*got 'm o r e'.*stages"):
+        train_run(spaced)
+    train_run(spaced | {"stages": [{"name": "other"}]})
 
 
 # --- what is said, what is refused ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -83,11 +84,11 @@ def experiment() -> None:
     """
 
 
-@experiment.command(name="plan", context_settings={"ignore_unknown_options": True})
+@experiment.command(name="plan", cls=WithKeys)
 @click.argument("arguments", metavar=_FILE, nargs=-1, type=click.Path())
 @click.option(
     "--output",
-    type=click.Path(file_okay=False),
+    type=click.Path(file_okay=False, exists=True),
     help="Folder of an earlier run, whose results count as measured.",
 )
 @_REUSE
@@ -122,7 +123,7 @@ def plan(arguments: tuple[str, ...], output: str | None, as_json: bool, **option
     _show(asdict(found) | {"power": power}, "\n".join(lines), as_json)
 
 
-@experiment.command(name="run", context_settings={"ignore_unknown_options": True})
+@experiment.command(name="run", cls=WithKeys)
 @click.argument("arguments", metavar=_FILE, nargs=-1, type=click.Path())
 @_OUTPUT
 @_WORKERS
@@ -151,7 +152,8 @@ def run(arguments: tuple[str, ...], output: str, as_json: bool, **options: Any) 
         {"output": str(done.out), "results": str(done.results)} | counts,
         f"cells: {done.num_run} run, {done.num_done} of {done.num_cells} done"
         + (f", {left} left: call again" if left else "")
-        + f"; results in {done.results}\nnext: chainlora experiment report {done.out}",
+        + f"; results in {done.results}\n"
+        f"next: chainlora experiment report {shlex.quote(str(done.out))}",
         as_json,
     )
 
@@ -265,7 +267,8 @@ def _methods(
     """Return the methods with their own keys (``methods.NAME.KEY``), and the keys of the config."""
     from chainlora.config.reading import set_key
 
-    named: dict[str, dict[str, Any]] = {name.strip(): {} for name in names.split(",")}
+    split = filter(None, map(str.strip, names.split(",")))
+    named: dict[str, dict[str, Any]] = {name: {} for name in split}
     own = [(key.split(".", 2), value) for key, value in given if key.startswith("methods.")]
     if own and (dotted := next((name for name in named if "." in name), None)):
         raise click.UsageError(f"a method with keys must have no dot in its name (got {dotted!r})")

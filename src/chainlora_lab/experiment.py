@@ -88,7 +88,8 @@ class Experiment(Keys):
         if isinstance(value, list | tuple):
             value = {str(name): None for name in value}
         if not isinstance(value, Mapping):
-            return value
+            rule = f"`{info.field_name}` must be a list or a section of keys (got {value!r:.60})"
+            raise ValueError(f"{rule}; e.g. [{value}]")
         for name, keys in value.items():
             if not isinstance(keys, Mapping | None):
                 raise ValueError(

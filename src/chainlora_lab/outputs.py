@@ -42,8 +42,10 @@ def wrong(error: ValidationError, kind: type[BaseModel], prefix: str = "") -> st
             said.append(str(item["ctx"]["error"]))
         elif item["type"] == "missing":
             said.append(f"`{key}` must be given (got none)")
+        elif item["type"] == "too_short":
+            said.append(f"`{key}` must not be empty (got {item['input']!r:.60})")
         else:
-            rule = item["msg"].replace("Input should", "must")
+            rule = item["msg"].replace("Input should", "must").replace("a valid tuple", "a list")
             said.append(f"`{key}` {rule} (got {item['input']!r:.60})")
     return "; ".join(said)
 

@@ -99,14 +99,17 @@ def run_cells(
         raise ConfigError("`workers` must be at least 1", workers)
     if backend not in ("local", "inline"):
         raise ConfigError("`backend` must be local or inline", repr(backend))
+    if backend == "inline" and workers > 1:
+        rule = "the backend `inline` runs one cell at a time"
+        raise ConfigError(rule, f"{workers} workers", "leave out either")
     run = run_inline if backend == "inline" else partial(run_processes, workers=workers)
     expand(experiment)  # refuses what cannot work before anything runs
     session = Session(experiment, out, reuse, listener)
+    _check_at_hand(cell for cell in session.all_cells() if not session.is_done(cell))
     asked = yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
     write_whole(out / "experiment.yaml", asked)
     try:
         session.gather()  # results must go together before more are computed
-        _check_at_hand(cell for cell in session.all_cells() if not session.is_done(cell))
         notes = run_notes(experiment, session.results())
         for todo in _rounds(session, max_cells, notes):
             work = [(cell, session.prepare(cell)) for cell in todo]

@@ -43,6 +43,9 @@ def test_an_experiment_from_the_command_line(chainlora, tiny_folder, sentiment, 
     assert outcome.err.splitlines()[-1].startswith(f"chainlora: error: {told}")
     found = chainlora(*run, "--tasks", "[mood]", "--json")
     assert found.json["run"] == 0  # what was done is not done again
+    spaced = ("--output", tmp_path / "my out", "--reuse", out / "results.jsonl")
+    said = chainlora(*run, "--tasks", "[mood]", *spaced).out
+    assert said.endswith(f"next: chainlora experiment report '{tmp_path}/my out'\n")
 
     report = chainlora(f"experiment report {out}")
     assert report.status == 0
@@ -72,6 +75,9 @@ def test_compare_from_the_command_line(chainlora, config, tmp_path):
     other = f"compare {config} --output {tmp_path}/o --methods"
     chainlora(f"{other} chane2").refused("did you mean 'chain2'")
     chainlora(f"{other} lora,lora").refused("`compare` needs two methods")
+    chainlora(f"{other} lora,").refused("`compare` needs two methods (got lora)")
+    spelled = chainlora(f"{other} lora,chain2 --learning_rates a")  # as keys may be
+    assert spelled.err.endswith("numbers with commas between (got 'a')\n")
     chainlora(f"{other} lora,mine.yaml").refused(
         "got the file 'mine.yaml'", "`methods` of an experiment file"
     )
@@ -151,6 +157,8 @@ def test_plan_and_run_from_the_command_line(done, tiny_folder, sentiment, tmp_pa
     assert (found["num_cells"], found["num_done"], len(found["power"])) == (6, 6, 1)
     assert found["power"][0]["detectable"] is None  # JSON has no infinity
     assert not (tmp_path / "results.jsonl").exists()
+    absent = chainlora(f"{plan} --output {tmp_path}/absent")
+    assert (absent.status, "absent' does not exist" in absent.err) == (2, True)
     once = f"--output {tmp_path}/out --backend inline --reuse {results} --max-cells 1"
     outcome = chainlora(f"experiment run {path} {once} --seeds [0,1,2] --json")
     counts = {key: outcome.json[key] for key in ("cells", "run", "done", "left")}

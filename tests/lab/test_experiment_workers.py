@@ -56,6 +56,8 @@ def test_what_is_no_number_of_workers(small, tmp_path):
     experiment = small()
     with pytest.raises(ConfigError, match=r"`workers` must be at least 1 \(got 0\)"):
         run_cells(experiment, tmp_path / "out", workers=0)
+    with pytest.raises(ConfigError, match=r"`inline` runs one cell at a time \(got 2 workers\)"):
+        run_cells(experiment, tmp_path / "out", workers=2, backend="inline")
     assert not (tmp_path / "out").exists()
 
 

@@ -62,6 +62,7 @@ def test_what_cannot_work_is_refused_in_one_line():
         ({"epochs": 5, "link": 2}, "did you mean 'links'"),
         ({"epochs": 5, "links": 2, "shares": [1]}, "one positive number a link"),
         ({"epochs": 5, "rank": 0}, "recipe.rank"),
+        ({"steps": 2, "links": 3}, r"at least one step a link \(got 2 for 3 links\)"),
     ):
         with pytest.raises(ConfigError, match=words) as error:
             apply_recipe({"recipe": tree})

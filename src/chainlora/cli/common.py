@@ -156,6 +156,14 @@ class WithKeys(click.Command):
 
     ignore_unknown_options = True
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read --dry_run as --dry-run, as keys may be spelled either way."""
+        own = {name for param in self.params for name in param.opts}
+        for place, (name, equals, value) in enumerate(arg.partition("=") for arg in args):
+            if (hyphened := name.replace("_", "-")) in own:
+                args[place] = hyphened + equals + value
+        return super().parse_args(ctx, args)
+
 
 def keys_argument(metavar: str) -> Callable[[Any], Any]:
     """Return the argument of a command that takes config keys as options."""

@@ -81,6 +81,8 @@ def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) 
     speaker, facts = _speaker(run_or_model, **keys)
     if facts is not None and not facts.has(prompt):
         other = "; `chainlora chat` writes it" if facts.is_chat else ""
+        if facts.has(prompt.rstrip("\r\n")):  # which `echo` adds
+            other = "; leave out the line break at its end"
         to_stderr(
             "chainlora: the run's rows have prompts that end in "
             f"{' or '.join(map(repr, facts.endings))}, and this one does not: the answer may make "

@@ -223,8 +223,14 @@ def not_inherited(before: RunConfig, own: Mapping[str, Any]) -> list[str]:
 
 def name_apart(output: str | PathLike[str], taken: Collection[str]) -> str:
     """Return the name of a stage that has none: `main`, or where that is taken the output's."""
+    if "main" not in taken:
+        return "main"
     name = Path(output).name
-    return name if "main" in taken and is_name(name) else "main"
+    if not is_name(name):
+        rule = "`output` must end in the name of a stage if `start` has a stage main"
+        remedy = "rename it, or name the stage: stages: [{name: facts}]"
+        raise ConfigError(rule, repr(name), remedy)
+    return name
 
 
 def is_name(name: object) -> bool:

@@ -173,7 +173,7 @@ def parse_json(content: bytes, origin: str, second: str = _CORRECT) -> Any:
         remedy = second if error.msg == "Extra data" else _CORRECT
         if content.strip() in (b"[", b"{"):  # the first line of what is indented
             remedy = "a file of one JSON value must end in .json"
-        raise bad_row("data must be JSON", error.msg, place, remedy) from None
+        raise bad_row("data must be JSON", error.msg.removesuffix(" at"), place, remedy) from None
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; deep nesting
         reason = str(error).partition(";")[0]
         raise bad_row("data must be JSON that can be read", reason, origin) from None

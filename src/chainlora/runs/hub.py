@@ -18,7 +18,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from chainlora import files
 from chainlora.config.reading import read_tree
-from chainlora.config.staging import HISTORY, exists_in
+from chainlora.config.staging import HISTORY, exists_in, need_apart
 from chainlora.errors import ConfigError, FileError, RunError
 from chainlora.runs.addresses import Address, nothing_at, open_run
 from chainlora.runs.beginning import copy_files
@@ -137,6 +137,7 @@ def _send(source: Path, target: Path, *, rows: bool) -> list[str]:
         if new != known:  # else not even a lock is written
             update_history(target, lambda now: _joined(own, now, rows, target))
         return names
+    need_apart(target)
     target = empty_folder(target)
     history = _joined(own, History(base=own.base, hold=own.hold), rows, target)
     with files.replaced_folder(target) as scratch:

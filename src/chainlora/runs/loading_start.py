@@ -239,10 +239,11 @@ def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
         }
         return whole | own | parts
     state = open_run(source) if is_run(source) else None
-    taken = [] if state is None else [entry.key for entry in state.lineage]
-    own.setdefault("stages", [{"name": name_apart(str(own.get("output")), taken)}])
-    if state is None or not state.has_run:
-        start = load_start(source)
+    has_run = state is not None and state.has_run
+    start = Start(state=state) if has_run else load_start(source)
+    if "stages" not in own:
+        own["stages"] = [{"name": name_apart(str(own.get("output")), start.stages)}]
+    if state is None or not has_run:
         named = start.adapter.base if start.adapter is not None else None
         base = named if start.state is None else start.state.base.model
         if base:

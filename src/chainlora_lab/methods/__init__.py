@@ -101,6 +101,9 @@ class Recipe(Keys):
             raise ValueError(
                 "`recipe.ranks` must name a rank per link (got none); use links: 0 instead"
             )
+        if self.steps is not None and self.steps < self.length:
+            got = f"{self.steps} for {self.length} links"
+            raise ValueError(f"`recipe.steps` must have at least one step a link (got {got})")
         if self.shares is not None and (
             len(self.shares) != self.length or min(self.shares, default=1) <= 0
         ):
