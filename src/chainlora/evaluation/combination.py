@@ -15,7 +15,6 @@ from chainlora import files
 from chainlora.chain.chain import Chain
 from chainlora.chain.combining import Combination, gram_matrices, modules_by_input
 from chainlora.chain.link import Factors, Link, with_a
-from chainlora.config.schema import LinkConfig
 from chainlora.config.staging import is_run, need_apart
 from chainlora.data.kept import Kept
 from chainlora.errors import ChainError, RunError
@@ -25,13 +24,14 @@ from chainlora.runs.beginning import fork, need_same_base, take_in
 from chainlora.runs.changes import whole_run
 from chainlora.runs.export import empty_folder
 from chainlora.runs.history import History, State, Term, read_history, update_history
-from chainlora.runs.links import save_derived
+from chainlora.runs.links import need_low_rank_sum, save_derived
 from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
 
 ROWS, TOKENS = 64, 4_096  # of each stage, at most: more change the Grams little
 FEWER = 4  # times fewer rows show the first pass what the second one needs
+ON_TOP = "train the stages on top of each other"
 _MEMORY = 1 << 31  # bytes of Grams at once; modules that do not fit wait for another pass
 
 Modules = dict[str, Tensor]  # A by module
@@ -175,7 +175,7 @@ def need_combinable(states: Sequence[OpenState]) -> None:
             remedy = "train with data.keep_rows: true; chainlora push takes rows along with --rows"
             raise RunError(rule, f"none for {state}", remedy)
         for facts in state.facts:
-            need_low_rank_sum(facts.link_config(), state.run)
+            need_low_rank_sum(facts.link_config(), state.run, ON_TOP)
 
 
 def _solved(states: Sequence[OpenState], progress: Progress) -> dict[str, Modules | Term]:
@@ -257,21 +257,6 @@ def _parts(
         size += more
     if part:
         yield part
-
-
-def need_low_rank_sum(config: LinkConfig, run: str | Path) -> None:
-    """Raise RunError for a link that is more than B A."""
-    kinds = {
-        "DoRA": config.dora,
-        "a bias of LoRA": config.lora_bias,
-        "modules trained whole": config.extra_modules,
-    }
-    if found := [name for name, is_there in kinds.items() if is_there]:
-        raise RunError(
-            "only links that are low-rank sums are combined",
-            f"{found[0]} in {run}",
-            "train the stages on top of each other",
-        )
 
 
 def _rows_of(state: OpenState) -> list[Tensor]:

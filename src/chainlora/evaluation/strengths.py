@@ -20,16 +20,17 @@ from chainlora.chain.link import stack_links
 from chainlora.data.examples import Example
 from chainlora.data.kept import Kept
 from chainlora.data.rows import MemoryRows
-from chainlora.errors import ChainError, RunError
+from chainlora.errors import RunError
 from chainlora.evaluation.evaluate import Gain, gain
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.stage_scores import Progress, Scorer
 from chainlora.runs.addresses import Address, open_run
+from chainlora.runs.links import need_low_rank_sum
 from chainlora.runs.state import OpenState
 
 ROWS = 16  # of a column, by which strengths are fitted
 _STEPS, _RATE, _TOKENS = 12, 0.1, 1024
-_NO_SUM = "strengths are searched for links that are low-rank sums"
+
 _TRIED = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 
@@ -73,16 +74,13 @@ def best_mix(
 def _fitted(scorer: Scorer, found: OpenState, columns: list[list[Example]]) -> dict[str, float]:
     """Return strengths that descend along the gradient of the mean loss of the columns.
 
-    The base is linear in them, so one model without links is enough: each layer adds those of its
-    links, and the loss is differentiated by the strengths alone.
+    The weights are linear in them, so one model without links is enough: each layer adds those of
+    its links, and the loss is differentiated by the strengths alone.
     """
+    for facts in found.facts:
+        need_low_rank_sum(facts.link_config(), found.run, "name the strengths")
     names, links = found.stages, found.links()
-    if any(link.extra for link in links):
-        raise RunError(_NO_SUM, f"modules trained whole in {found.run}", "name the strengths")
-    try:
-        sums = stack_links([replace(link, strength=1.0) for link in links])
-    except ChainError as error:
-        raise RunError(_NO_SUM, error, "name the strengths") from None
+    sums = stack_links([replace(link, strength=1.0) for link in links])
     model = scorer.model_at(found.with_strengths(dict.fromkeys(names, 0.0)).state)
     model.requires_grad_(False)
     device = next(model.parameters()).device

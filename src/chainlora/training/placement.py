@@ -13,9 +13,10 @@ from chainlora.config.schema import PAIR_LOSSES
 from chainlora.config.staging import Stage
 from chainlora.data.splits import learned_by
 from chainlora.errors import ConfigError, RunError
-from chainlora.evaluation.combination import need_combinable, need_low_rank_sum
+from chainlora.evaluation.combination import ON_TOP, need_combinable
 from chainlora.runs.draft import Draft
 from chainlora.runs.history import History
+from chainlora.runs.links import need_low_rank_sum
 from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.state import OpenState
 
@@ -124,7 +125,7 @@ def can_stand(
         if now is None:
             kept = start.kept
             for link in start.links:
-                need_low_rank_sum(link.config, "start")
+                need_low_rank_sum(link.config, "start", ON_TOP)
         else:
             kept = now.kept()
             need_combinable([now.at(key) for key in now.history.ends(now.key)])
