@@ -128,8 +128,7 @@ def _kept_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Ten
     inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            handle = layer.register_forward_pre_hook(_keeper(inputs[name]))
-            hooks.callback(handle.remove)
+            hooks.enter_context(layer.register_forward_pre_hook(_keeper(inputs[name])))
         yield inputs
 
 

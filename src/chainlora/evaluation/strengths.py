@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -89,12 +90,8 @@ def _fitted(scorer: Scorer, found: OpenState, columns: list[list[Example]]) -> d
     places = [names.index(facts.stage) for facts in found.facts]
 
     def adder(module: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        parts = [
-            (n, link.factors[module])
-            for n, link in zip(places, links, strict=True)
-            if module in link.factors
-        ]
-        of_rank = [n for n, part in parts for _ in range(part.a.shape[0])]
+        parts = [(n, link.factors.get(module)) for n, link in zip(places, links, strict=True)]
+        of_rank = [n for n, part in parts if part is not None for _ in part.a]  # [Σr]
         a, b = sums[module].a.to(device), sums[module].b.to(device)
 
         def add(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -104,13 +101,12 @@ def _fitted(scorer: Scorer, found: OpenState, columns: list[list[Example]]) -> d
 
         return add
 
-    hooks = [
-        base_layer(model.get_submodule(module)).register_forward_hook(adder(module))
-        for module in sums
-    ]
     optimizer = torch.optim.Adam([strengths], lr=_RATE)
     batches = [(batch, len(column)) for column in columns for batch in _batches(column)]
-    try:
+    with ExitStack() as hooks:
+        for module in sums:
+            layer = base_layer(model.get_submodule(module))
+            hooks.enter_context(layer.register_forward_hook(adder(module)))
         for step in range(_STEPS):
             optimizer.zero_grad()
             for batch, count in batches:
@@ -119,9 +115,6 @@ def _fitted(scorer: Scorer, found: OpenState, columns: list[list[Example]]) -> d
             optimizer.step()
             strengths.data.clamp_(0, 1)
             scorer.progress("strengths", step + 1, _STEPS)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {name: round(value, 2) for name, value in zip(names, strengths.tolist(), strict=True)}
 
 
