@@ -83,7 +83,7 @@ class Draft(Document):
     progress: Progress = Progress()
     moments: Annotated[str, Field(pattern=r"^moments/\d{3,}\.safetensors$")] | None = None
     checkpoint: Checkpoint | None = None
-    records: Records | None = None
+    records: Records
     files: Sums = Field(default_factory=dict)
     trained: bool = False
 
