@@ -136,15 +136,16 @@ def _prediction(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> dict[str, Any]:
     """Return what an evaluation tells of a row."""
-    found = {"row": example.row, "label": example.label, "prediction": answer, "scores": scores}
+    found: dict[str, Any] = {"row": example.row, "label": example.label}
+    found |= {"prediction": answer, "scores": scores}
     if example.label is not None:
-        chosen = found["prediction"] = scores.index(max(scores))
+        found["prediction"] = scores.index(max(scores))
     elif scores:
         found["tokens"] = example.num_learned
     if in_words:
         found["references"] = list(example.references)
     if in_words and example.label is not None:
-        found["answer"] = _candidate_text(example, chosen, tokenizer)
+        found["answer"] = _candidate_text(example, found["prediction"], tokenizer)
     return found
 
 
