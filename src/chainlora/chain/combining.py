@@ -115,8 +115,7 @@ def modules_by_input(
 
 
 def _calling(model: nn.Module, layers: Iterable[nn.Module]) -> nn.Module:
-    """Return the part of a causal language model that calls layers: all of it, or all but the
-    head."""
+    """Return the part of a causal language model that calls layers, without its head if it can."""
     body = base_model(model)
     inside = {*body.modules()}
     return body if all(layer in inside for layer in layers) else model

@@ -188,8 +188,7 @@ def _asked(task: Task | None, loss: str | None) -> dict[str, Any]:
 def _picked(
     found: Division, files: list[Rows], scored: list[Rows], data: DataConfig, to_train: bool
 ) -> tuple[list[Rows], list[Rows]]:
-    """Return the rows to train on and those held out, of `files` as they are learned and as they
-    are `scored`."""
+    """Return the rows to train on, as they are `scored` unless `to_train`, and those held out."""
     validation = list(map(aligned, scored, files, found.validation))
     if data.holds_out:
         check_scorable(found.validation, validation)

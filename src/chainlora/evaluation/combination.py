@@ -105,8 +105,7 @@ def _become(
     progress: Progress | None,
     head: str | None = None,
 ) -> bool:
-    """Make a run the combination of states of it and of other runs, if its head still is `head`;
-    say whether it is."""
+    """Make a run the combination of states, if its head still is `head`; say whether it is."""
     keys = [state.key if state.run == run else take_in(run, state) for state in states]
     history = read_history(run)
     states = [state_at(run, history, key) for key in keys]
@@ -179,8 +178,7 @@ def need_combinable(states: Sequence[OpenState]) -> None:
 
 
 def _solved(states: Sequence[OpenState], progress: Progress) -> dict[str, Modules | Term]:
-    """Return the links of a combination, in their order, with their A; the terms of those that are
-    the same in all states."""
+    """Return the A of each link of a combination, in their order; the term of one alike in all."""
     states = sorted(states, key=lambda each: each.state.digest)  # the sums have this order
     terms = [{term.link: term for term in state.state.terms} for state in states]
     alike = {key: term for key, term in terms[0].items() if all(e.get(key) == term for e in terms)}
@@ -242,8 +240,7 @@ def _put(chain: Chain, links: Sequence[Link]) -> None:
 def _parts(
     by_input: Iterable[list[str]], factors: Mapping[str, Factors]
 ) -> Iterator[list[list[str]]]:
-    """Divide modules that share an input into parts whose Grams, of a state and summed, fit into
-    memory."""
+    """Divide modules that share an input into parts whose Grams fit into memory, also summed."""
     part: list[list[str]] = []
     size = 0
     for names in by_input:

@@ -66,8 +66,7 @@ def begins_on(now: OpenState, planned: StagePlan) -> OpenState:
 
 
 def need_below(now: OpenState, ended: Sequence[Stage]) -> None:
-    """Raise RunError unless these stages are in what the run is now, or are to be combined with it
-    after a kill."""
+    """Raise RunError unless these stages are in what the run is, or will be combined with it."""
     run, history = now.run, now.history
     below = {entry.key for entry in now.lineage}
     below |= {stage.name for stage in ended if is_combination_due(history, stage)}
@@ -189,8 +188,7 @@ def _began_beside(stage: Stage, begun: OpenState) -> bool:
 
 
 def is_combination_due(history: History, stage: Stage) -> bool:
-    """Say whether a stage beside others is neither in what the run is, nor in a combination that it
-    has been."""
+    """Say whether a stage beside others is in no combination yet, nor in what the run is."""
     return bool(stage.beside) and stage.name not in _taken_in(history, history.head)
 
 
@@ -207,8 +205,7 @@ def _taken_in(history: History, *heads: str) -> set[str]:
 
 
 def is_rehearsal_due(history: History, stage: Stage) -> bool:
-    """Say whether the run is a combination, with a stage that it was without before, which nothing
-    has rehearsed."""
+    """Say whether the run is a combination with a new stage, which nothing has rehearsed."""
     now = history.find(history.head)
     if not stage.rehearse or now is None or now.kind != "combine":
         return False
