@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from chainlora.chain.adapters import base_layer
 from chainlora.chain.link import stack_links
@@ -139,8 +140,8 @@ def _answer_loss(model: nn.Module, rows: list[Example], device: torch.device) ->
     """Return the sum over rows of the mean loss of the tokens that each teaches."""
     right = [each.label or 0 for each in rows]
     sequences = [each.sequences[n] for each, n in zip(rows, right, strict=True)]
-    width = max(map(len, sequences))  # causal: padding at the right changes nothing before it
-    ids = torch.tensor([[*each, *[0] * (width - len(each))] for each in sequences], device=device)
+    # causal: padding at the right changes nothing before it
+    ids = pad_sequence([torch.tensor(each) for each in sequences], batch_first=True).to(device)
     logits = model(input_ids=ids, use_cache=False).logits
     losses = []
     for place, (each, n) in enumerate(zip(rows, right, strict=True)):
