@@ -313,9 +313,8 @@ class Scorer:
 
 def _scored_on(run: OpenState, stage: str, kept: Kept) -> str:
     """Return the digest of what a score of a stage depends on beside the state that is scored."""
-    own = run.at(stage)
-    assert own.entry is not None
-    return short_digest([own.entry.kept, own.parent.state.digest if kept.loss == "dpo" else ""])
+    reference = run.at(stage).parent.state.digest if kept.loss == "dpo" else ""
+    return short_digest([run.keepers[stage], reference])
 
 
 def _key(cell: Cell) -> tuple[str, str, str]:

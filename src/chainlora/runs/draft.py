@@ -20,8 +20,8 @@ from chainlora.runs.history import CONFIG, Entry, History, LinkFacts
 
 DRAFT = "stage.json"
 REFERENCE = "reference.safetensors"
-# What of a stage goes when it has ended.
-PASSING = (DRAFT, "checkpoints", "moments", "best", REFERENCE)
+GROWING = ("checkpoints", "moments", "best")  # folders whose entries ``stage.json`` names
+PASSING = (DRAFT, *GROWING, REFERENCE)  # what of a stage goes when it has ended
 
 
 class Best(TypedDict):
