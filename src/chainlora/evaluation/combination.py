@@ -264,7 +264,7 @@ def _rows_of(state: OpenState) -> list[Tensor]:
 def _sample(kept: Kept) -> Iterator[Tensor]:
     tokens = 0
     for place, example in enumerate((kept.train or kept.validation).spread(ROWS)):
-        sequence = example.sequences[example.label or 0]
+        (sequence,) = example.right.sequences
         tokens += len(sequence)
         if place and tokens > TOKENS:
             return

@@ -61,7 +61,8 @@ def best_mix(
     chosen = _to_choose_by(kept)
     scorer = Scorer(found, chosen, progress=progress)
     now = found.strengths
-    columns = [sorted(chosen[s].scored[1].spread(ROWS), key=_length) for s in stages]
+    rows = [[row.right for row in chosen[stage].scored[1].spread(ROWS)] for stage in stages]
+    columns = [sorted(each, key=_length) for each in rows]
     best = _fitted(scorer, found, columns)
 
     def average(strengths: Mapping[str, float]) -> float:
@@ -133,19 +134,18 @@ def _batches(rows: list[Example]) -> Iterator[list[Example]]:
 
 
 def _length(row: Example) -> int:
-    return len(row.sequences[row.label or 0])
+    return len(row.sequences[0])
 
 
 def _answer_loss(model: nn.Module, rows: list[Example], device: torch.device) -> Tensor:
     """Return the sum over rows of the mean loss of the tokens that each teaches."""
-    right = [each.label or 0 for each in rows]
-    sequences = [each.sequences[n] for each, n in zip(rows, right, strict=True)]
+    sequences = [torch.tensor(each.sequences[0]) for each in rows]
     # causal: padding at the right changes nothing before it
-    ids = pad_sequence([torch.tensor(each) for each in sequences], batch_first=True).to(device)
+    ids = pad_sequence(sequences, batch_first=True).to(device)
     logits = model(input_ids=ids, use_cache=False).logits
     losses = []
-    for place, (each, n) in enumerate(zip(rows, right, strict=True)):
-        at = [token for start, end in each.scored[n] for token in range(start, end)]
+    for place, each in enumerate(rows):
+        at = [token for start, end in each.scored[0] for token in range(start, end)]
         before = logits[place, [token - 1 for token in at]].float()
         losses.append(functional.cross_entropy(before, ids[place, at]))
     return torch.stack(losses).sum()
