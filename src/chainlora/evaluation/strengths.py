@@ -53,6 +53,8 @@ def best_mix(
     kept = found.kept()
     stages = [stage for stage in found.columns if stage in kept]
     found.need_one_strength(found.stages)
+    for facts in found.facts:
+        need_low_rank_sum(facts.link_config(), found.run, "name the strengths")
     metrics = {kept[stage].metric for stage in stages}
     if len(metrics) != 1:
         each = ", ".join(f"{stage}: {kept[stage].metric}" for stage in stages)
@@ -80,8 +82,6 @@ def _fitted(scorer: Scorer, found: OpenState, columns: list[list[Example]]) -> d
     The weights are linear in them, so one model without links is enough: each layer adds those of
     its links, and the loss is differentiated by the strengths alone.
     """
-    for facts in found.facts:
-        need_low_rank_sum(facts.link_config(), found.run, "name the strengths")
     names, links = found.stages, found.links()
     sums = stack_links([replace(link, strength=1.0) for link in links])
     model = scorer.model_at(found.with_strengths(dict.fromkeys(names, 0.0)).state)
