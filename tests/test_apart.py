@@ -147,8 +147,8 @@ def test_what_does_not_add_up_is_refused(made, folders, sentiment, tmp_path, cha
 
     for number, (keys, said) in enumerate(
         [
-            ({"dora": True}, r"servers add only the factors of LoRA \(got DoRA in more\)"),
-            ({"extra_modules": ["model.norm"]}, r"\(got model.norm, trained whole in more\)"),
+            ({"dora": True}, r"links must be low-rank sums \(got DoRA in more\)"),
+            ({"extra_modules": ["model.norm"]}, r"\(got modules trained whole in more\)"),
         ]
     ):
         run = Path(shutil.copytree(made["chain"], tmp_path / f"run{number}"))

@@ -265,7 +265,7 @@ def test_dora_exports_merged_and_refuses_an_adapter(tune, tmp_path, chainlora):
     export_merged(run, tmp_path / "m")
     assert torch.equal(logits(load(tmp_path / "m")), live(run))
     chainlora(f"export {run} --output {tmp_path}/a --to adapter").refused(
-        "DoRA links are not a low-rank sum", "merged"
+        "links must be low-rank sums (got DoRA", "merged"
     )
     assert not (tmp_path / "a").exists()
 

@@ -283,7 +283,7 @@ def test_what_cannot_be_combined(abc, tiny_folder, sentiment, tmp_path):
     assert "reads rows that stages kept" in refused("a", "d")
     stage = section(sentiment, "dora", dora=True)
     train_on(f"{abc}@start", stage)
-    assert "only links that are low-rank sums are combined (got DoRA" in refused("a", "dora")
+    assert "links must be low-rank sums (got DoRA" in refused("a", "dora")
     other = settings(make_tiny_folder(tmp_path / "base", num_hidden_layers=1), sentiment)
     other["output"] = str(tmp_path / "other")
     other["chain"] = {"ranks": [1], "steps": [1]}

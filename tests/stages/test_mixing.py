@@ -181,7 +181,7 @@ def test_a_best_point_scores_as_itself(config, tmp_path):
 def test_the_best_mix_of_what_is_no_sum_is_refused(config, tmp_path):
     config["stages"][1]["chain"]["dora"] = True
     train_all(config)
-    with pytest.raises(RunError, match=r"links that are low-rank sums .*DoRA.* name the strengths"):
+    with pytest.raises(RunError, match=r"links must be low-rank sums .*DoRA.* name the strengths"):
         best_mix(tmp_path / "run")
 
 

@@ -115,8 +115,7 @@ def modules_by_input(
 
 
 def _calling(model: nn.Module, layers: Iterable[nn.Module]) -> nn.Module:
-    """Return the part of a causal language model that calls layers: all of it, or all but the
-    head."""
+    """Return the part of a causal language model that calls layers, without its head if it can."""
     body = base_model(model)
     inside = {*body.modules()}
     return body if all(layer in inside for layer in layers) else model
@@ -128,8 +127,7 @@ def _kept_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Ten
     inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            handle = layer.register_forward_pre_hook(_keeper(inputs[name]))
-            hooks.callback(handle.remove)
+            hooks.enter_context(layer.register_forward_pre_hook(_keeper(inputs[name])))
         yield inputs
 
 

@@ -13,6 +13,8 @@ from chainlora.chain.showing import Shown
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError
 
+LOW_RANK_SUM = "links must be low-rank sums"  # the rule of what adds them up
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factors:
@@ -131,18 +133,14 @@ def stack_links(links: Sequence[Link]) -> dict[str, Factors]:
     """Return one pair of factors a module with ``B·A = Σ c_j·s_j·B_j·A_j``.
 
     The rank is Σr of the links that are switched on, scalings are folded into B; a bias sums as
-    ``Σ c_j·s_j·b_j``. Raises ChainError for DoRA links, whose update is not a low-rank sum, and for
-    links of models of other shapes.
+    ``Σ c_j·s_j·b_j``. Raises ChainError for DoRA links, and for links of models of other shapes.
     """
     held = switched_on(links)
     stacked: Shown[Factors] = Shown()
     for name in dict.fromkeys(name for link in held for name in link.factors):
         terms = [(link.factors[name], link.scaling) for link in held if name in link.factors]
         if any(factors.magnitude is not None for factors, _ in terms):
-            raise ChainError(
-                f"DoRA links are not a low-rank sum (got one at {name}); export merged weights "
-                "instead"
-            )
+            raise ChainError(LOW_RANK_SUM, f"DoRA at {name}", "export merged weights instead")
         shapes = {f"{factors.b.shape[0]} × {factors.a.shape[1]}" for factors, _ in terms}
         if len(shapes) > 1:
             raise ChainError(

@@ -17,6 +17,7 @@ from chainlora.cli.common import (
     print_json,
     quiet,
     read_strengths,
+    show,
     to_stderr,
     whole_run,
     words_and_overrides,
@@ -187,8 +188,7 @@ def _show_strengths(state: OpenState) -> None:
 
 
 def _say_what_is_averaged(state: OpenState) -> list[str]:
-    """Name the columns that the best mix is searched by, and those before the run without rows;
-    return the former."""
+    """Return the columns that the best mix is searched by; name them, and those without rows."""
     from chainlora.runs.history import START
 
     kept = [*state.keepers]
@@ -369,9 +369,5 @@ def pull(source: str, run: str, as_json: bool) -> None:
 
 
 def _show_sent(names: Sequence[str], source: str, target: str, as_json: bool) -> None:
-    if as_json:
-        print_json({"from": source, "to": target, "files": names})
-    else:
-        click.echo(
-            "\n".join([*names, f"{len(names)} files, and history.json: {source} -> {target}"])
-        )
+    text = "\n".join([*names, f"{len(names)} files, and history.json: {source} -> {target}"])
+    show({"from": source, "to": target, "files": names}, text, as_json)

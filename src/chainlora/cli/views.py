@@ -212,9 +212,8 @@ def export(
         raise click.UsageError("--private is for a repository; use it with --push-to-hub")
     quiet()
     from chainlora.runs.cards import Naming
-    from chainlora.runs.export import export_adapter, export_merged
     from chainlora.runs.hub import check_push, push_folder
-    from chainlora.runs.to_gguf import export_gguf
+    from chainlora.runs.recomputing import EXPORTERS
 
     state = chosen_state(run, stages)
     naming = Naming(repository, base_name, licence)
@@ -223,43 +222,37 @@ def export(
     keys: dict[str, Any] = {"num_links": links, "naming": naming}
     if target.endswith("adapter"):
         keys |= {"rank": rank, "tolerance": tolerance, "each": each}
-    if target == "merged":
-        done = export_merged(state, output, **keys)
-        text = f"merged checkpoint ({done['dtype']}) of {done['links']} link(s) in {done['output']}"
-    elif target == "adapter":
-        done = export_adapter(state, output, **keys)
-        text = _each_text(done) if each else _adapter_text(done)
-    else:
-        is_adapter = target == "gguf-adapter"
-        done = export_gguf(state, output, kind=gguf_type, as_adapter=is_adapter, **keys)
-        text = _each_text(done) if each else _gguf_text(done)
+    if target.startswith("gguf"):
+        keys["kind"] = gguf_type
+    done = EXPORTERS[target](state, output, **keys)
+    text = _export_text(done)
     if repository is not None:
         done["commit"] = push_folder(output, repository, private=private)
         text += f"\npushed to {repository}: {done['commit']}"
     show(done, text, as_json)
 
 
-def _adapter_text(done: Mapping[str, Any]) -> str:
-    kind = "exact" if done["exact"] else f"relative error {done['error']:.3e}"
-    rank, links, output = done["rank"], done["links"], done["output"]
-    made = f"adapter of rank {rank} ({kind}) from {links} link(s) in {output}"
-    base = "" if "/" in done["base"] else "; --base-name lets PEFT find the base by itself"
-    return f"{made}, for the base {done['base']}{base}"
-
-
-def _each_text(done: Mapping[str, Any]) -> str:
-    lines = [
-        f"{each['adapter']}: strength {each['strength']:g}, rank {each['rank']}, relative error "
-        f"{each['error']:.1e}"
-        for each in done["adapters"]
-    ]
-    return "\n".join([*lines, f"how to serve them: {done['output']}/SERVING.md"])
-
-
-def _gguf_text(done: Mapping[str, Any]) -> str:
+def _export_text(done: Mapping[str, Any]) -> str:
+    """Return what was written, in words."""
+    output, of = done["output"], f"{done.get('links')} link(s) in {done['output']}"
+    if "adapters" in done:
+        lines = [
+            f"{each['adapter']}: strength {each['strength']:g}, rank {each['rank']}, relative "
+            f"error {each['error']:.1e}"
+            for each in done["adapters"]
+        ]
+        return "\n".join([*lines, f"how to serve them: {output}/SERVING.md"])
+    if done["to"] == "merged":
+        return f"merged checkpoint ({done['dtype']}) of {of}"
+    if done["to"] == "adapter":
+        kind = "exact" if done["exact"] else f"relative error {done['error']:.3e}"
+        base = "" if "/" in done["base"] else "; --base-name lets PEFT find the base by itself"
+        return (
+            f"adapter of rank {done['rank']} ({kind}) from {of}, for the base {done['base']}{base}"
+        )
     sizes = ", ".join(f"{name} ({size / 1e6:,.1f} MB)" for name, size in done["bytes"].items())
-    made = f"{sizes} in {done['type']} of {done['links']} link(s) in {done['output']}"
-    return f"{made}; for Ollama: ollama create NAME -f {done['output']}/Modelfile"
+    ollama = f"for Ollama: ollama create NAME -f {output}/Modelfile"
+    return f"{sizes} in {done['type']} of {of}; {ollama}"
 
 
 @click.command

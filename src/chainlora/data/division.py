@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,7 +100,7 @@ def rows_again(
             others.append(f"{stage}: {kept.loss}")
             continue
         rows = pick(kept.train, ~np.isin(kept.prompts, np.concatenate(held_out)))
-        again = list(rows) if kept.loss == loss else list(map(_right_one, rows))
+        again = list(rows) if kept.loss == loss else [row.right for row in rows]
         fitting = [each for each in again if max(map(len, each.sequences)) <= max_length]
         long += len(again) - len(fitting)
         if fitting:
@@ -124,13 +124,6 @@ def rows_again(
 def can_read_again(before: str, loss: str) -> bool:
     """Say whether a stage with this loss can read rows again that were learned by another."""
     return before == loss or (before, loss) == ("candidates", "completion")
-
-
-def _right_one(example: Example) -> Example:
-    """Return the right candidate of a row as a completion."""
-    right = example.label or 0
-    sequence, spans = example.sequences[right], example.scored[right]
-    return replace(example, sequences=(sequence,), scored=(spans,), label=None, names=())
 
 
 def rows_in_both(train: Rows, others: Rows) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -45,6 +45,13 @@ class Example:
     def num_learned(self) -> int:
         """Tokens that the row teaches: those scored of its right candidate or chosen answer."""
         return sum(end - start for start, end in self.scored[self.label or 0])
+
+    @property
+    def right(self) -> Example:
+        """The row with its right candidate or chosen answer alone, as a completion."""
+        at = self.label or 0
+        sequence, spans = self.sequences[at], self.scored[at]
+        return replace(self, sequences=(sequence,), scored=(spans,), label=None, names=())
 
     @property
     def prompt(self) -> tuple[int, ...]:

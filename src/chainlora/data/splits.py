@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.data import TrainFile
 from chainlora.config.schema import PAIR_LOSSES, DataConfig
-from chainlora.data.division import aligned, divide, pick, rows_again
+from chainlora.data.division import Division, aligned, divide, pick, rows_again
 from chainlora.data.encoding import Options, detect_format
 from chainlora.data.kept import ASKED, SAMPLE, Kept
 from chainlora.data.mixture import Mixture, example_hashes, prompt_hashes
@@ -125,21 +125,18 @@ def prepare_splits(
 
     Raises DataError or ConfigError before training.
     """
-    options = Options(length_limit(data, context), data.truncation, objective=loss)
+    longest = length_limit(data, context)
+    learned = options = Options(longest, data.truncation, objective=loss)
     set_chat_template(tokenizer, data)
     task = None if data.task is None else load_task(data.task)
     sources = _file_sources(data) if task is None else _task_sources(task, data)
-    asked: dict[str, Any] = {} if loss is None else {"loss": loss}
-    if loss in PAIR_LOSSES:
-        asked["reported"] = _REPORTED_OF_PAIRS
-    learned = options
     if task is not None:
         before, sources["train"] = _demonstrations(task, data, sources["train"])
         learned = replace(options, objective=loss or task.loss, before=before)
         options = replace(learned, reserve=_reserve(task))
         if task.completion is None:
             options = replace(options, objective="candidates")
-        asked = {name: getattr(task, name) for name in _ASKED_OF_A_TASK} | asked
+    asked = _asked(task, loss)
 
     def encode(split: str, options: Options, *, say_lost: bool = True) -> list[Rows]:
         kind = task or data.format
@@ -155,13 +152,7 @@ def prepare_splits(
         found = divide(files, data, list((earlier or {}).values()), bound)
         is_scored_alike = not is_divided or options == learned
         scored = files if is_scored_alike else encode("train", options, say_lost=False)
-        train = found.train if to_score is None else list(map(aligned, scored, files, found.train))
-        validation = list(map(aligned, scored, files, found.validation))
-        if data.holds_out:
-            check_scorable(found.validation, validation)
-        parts["train"] = list(map(pick, files if to_score is None else scored, train))
-        if data.holds_out:
-            parts["validation"] = list(map(pick, scored, validation))
+        parts["train"], parts["validation"] = _picked(found, files, scored, data, to_score is None)
         asked |= {"bound": found.bound, "moved": found.counts}
         if counts := list(map(len, parts["train"])):
             weights = [each.weight for each in data.train_files] or [1.0]
@@ -175,7 +166,6 @@ def prepare_splits(
         tell_in_both(data, rows, sources)
     if to_score is None and (data.rehearse or (data.replay and parts["train"])):
         key, kind = "data.replay" if data.replay else "data.rehearse", learned_by(data, loss)
-        longest = length_limit(data, context)
         again = rows_again(key, earlier or {}, kind, rows["validation"], longest)
         rows["train"] = joined([rows["train"], *again])
         asked |= _mixed_with(again, data.replay, asked)
@@ -183,6 +173,29 @@ def prepare_splits(
         tell_trained_on(rows, earlier)
     asked |= {"digest": _digest(rows, options.before)}
     return Splits(rows["train"], rows["validation"], rows["test"], **asked)
+
+
+def _asked(task: Task | None, loss: str | None) -> dict[str, Any]:
+    """Return what `Splits` says of how the rows are learned and judged."""
+    found = {} if task is None else {name: getattr(task, name) for name in _ASKED_OF_A_TASK}
+    if loss is not None:
+        found["loss"] = loss
+    if loss in PAIR_LOSSES:
+        found["reported"] = _REPORTED_OF_PAIRS
+    return found
+
+
+def _picked(
+    found: Division, files: list[Rows], scored: list[Rows], data: DataConfig, to_train: bool
+) -> tuple[list[Rows], list[Rows]]:
+    """Return the rows to train on, as they are `scored` unless `to_train`, and those held out."""
+    validation = list(map(aligned, scored, files, found.validation))
+    if data.holds_out:
+        check_scorable(found.validation, validation)
+    held_out = list(map(pick, scored, validation)) if data.holds_out else []
+    if to_train:
+        return list(map(pick, files, found.train)), held_out
+    return list(map(pick, scored, map(aligned, scored, files, found.train))), held_out
 
 
 def _mixed_with(again: Sequence[Rows], replay: float | None, asked: Any) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from chainlora import files
 from chainlora.chain.chain import Chain
 from chainlora.chain.combining import Combination, gram_matrices, modules_by_input
 from chainlora.chain.link import Factors, Link, with_a
-from chainlora.config.schema import LinkConfig
 from chainlora.config.staging import is_run, need_apart
 from chainlora.data.kept import Kept
 from chainlora.errors import ChainError, RunError
@@ -25,13 +24,14 @@ from chainlora.runs.beginning import fork, need_same_base, take_in
 from chainlora.runs.changes import whole_run
 from chainlora.runs.export import empty_folder
 from chainlora.runs.history import History, State, Term, read_history, update_history
-from chainlora.runs.links import save_derived
+from chainlora.runs.links import need_low_rank_sum, save_derived
 from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
 
 ROWS, TOKENS = 64, 4_096  # of each stage, at most: more change the Grams little
 FEWER = 4  # times fewer rows show the first pass what the second one needs
+ON_TOP = "train the stages on top of each other"
 _MEMORY = 1 << 31  # bytes of Grams at once; modules that do not fit wait for another pass
 
 Modules = dict[str, Tensor]  # A by module
@@ -105,8 +105,7 @@ def _become(
     progress: Progress | None,
     head: str | None = None,
 ) -> bool:
-    """Make a run the combination of states of it and of other runs, if its head still is `head`;
-    say whether it is."""
+    """Make a run the combination of states, if its head still is `head`; say whether it is."""
     keys = [state.key if state.run == run else take_in(run, state) for state in states]
     history = read_history(run)
     states = [state_at(run, history, key) for key in keys]
@@ -175,12 +174,11 @@ def need_combinable(states: Sequence[OpenState]) -> None:
             remedy = "train with data.keep_rows: true; chainlora push takes rows along with --rows"
             raise RunError(rule, f"none for {state}", remedy)
         for facts in state.facts:
-            need_low_rank_sum(facts.link_config(), state.run)
+            need_low_rank_sum(facts.link_config(), state.run, ON_TOP)
 
 
 def _solved(states: Sequence[OpenState], progress: Progress) -> dict[str, Modules | Term]:
-    """Return the links of a combination, in their order, with their A; the terms of those that are
-    the same in all states."""
+    """Return the A of each link of a combination, in their order; the term of one alike in all."""
     states = sorted(states, key=lambda each: each.state.digest)  # the sums have this order
     terms = [{term.link: term for term in state.state.terms} for state in states]
     alike = {key: term for key, term in terms[0].items() if all(e.get(key) == term for e in terms)}
@@ -242,8 +240,7 @@ def _put(chain: Chain, links: Sequence[Link]) -> None:
 def _parts(
     by_input: Iterable[list[str]], factors: Mapping[str, Factors]
 ) -> Iterator[list[list[str]]]:
-    """Divide modules that share an input into parts whose Grams, of a state and summed, fit into
-    memory."""
+    """Divide modules that share an input into parts whose Grams fit into memory, also summed."""
     part: list[list[str]] = []
     size = 0
     for names in by_input:
@@ -259,21 +256,6 @@ def _parts(
         yield part
 
 
-def need_low_rank_sum(config: LinkConfig, run: str | Path) -> None:
-    """Raise RunError for a link that is more than B A."""
-    kinds = {
-        "DoRA": config.dora,
-        "a bias of LoRA": config.lora_bias,
-        "modules trained whole": config.extra_modules,
-    }
-    if found := [name for name, is_there in kinds.items() if is_there]:
-        raise RunError(
-            "only links that are low-rank sums are combined",
-            f"{found[0]} in {run}",
-            "train the stages on top of each other",
-        )
-
-
 def _rows_of(state: OpenState) -> list[Tensor]:
     """Return token rows (1 × length) of the stages of a state, as many of each: never test rows."""
     return [row for kept in state.kept().values() for row in _sample(kept)]
@@ -282,7 +264,7 @@ def _rows_of(state: OpenState) -> list[Tensor]:
 def _sample(kept: Kept) -> Iterator[Tensor]:
     tokens = 0
     for place, example in enumerate((kept.train or kept.validation).spread(ROWS)):
-        sequence = example.sequences[example.label or 0]
+        (sequence,) = example.right.sequences
         tokens += len(sequence)
         if place and tokens > TOKENS:
             return

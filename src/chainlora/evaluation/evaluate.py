@@ -94,26 +94,19 @@ def evaluate(
     in_words = [name for name in names if name in TEXT_METRICS]
     _check_rows(names, examples, is_labelled=is_labelled)
     is_written = bool(in_words) and not is_labelled
+    is_scored = not is_written or any(name in LOSS_METRICS for name in names)
     tell = progress or (lambda done, rows: None)
 
     def scored(done: int, rows: int) -> None:
         tell(0 if is_written else done, rows)  # answers are still to come
 
-    losses: dict[str, float] = {}
-    columns: dict[str, list[Any]] = {
-        "row": [example.row for example in examples],
-        "label": [example.label for example in examples],
-        "prediction": [None] * len(examples),
-        "scores": [[]] * len(examples),
-    }
+    scores: list[list[float]] = [[]] * len(examples)
+    answers: Sequence[str | None] = [None] * len(examples)
     with nullcontext(engine) if engine else Engine(model, training=False) as runner:
-        if not is_written or any(name in LOSS_METRICS for name in names):
-            columns["scores"] = runner.scores(examples, max_tokens=max_tokens, progress=scored)
-            if not is_labelled:
-                columns["tokens"] = [example.num_learned for example in examples]
-            losses = _losses(columns["scores"], columns.get("tokens"), columns["label"])
+        if is_scored:
+            scores = runner.scores(examples, max_tokens=max_tokens, progress=scored)
         if is_written:
-            columns["prediction"] = _answers(
+            answers = _answers(
                 runner,
                 examples,
                 tell,
@@ -122,31 +115,38 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 stop=stop,
             )
-    if is_labelled:
-        columns["prediction"] = [row.index(max(row)) for row in columns["scores"]]
-    if in_words:
-        columns["references"] = [list(example.references) for example in examples]
-    if in_words and is_labelled:
-        chosen = zip(examples, columns["prediction"], strict=True)
-        columns["answer"] = [_candidate_text(each, index, tokenizer) for each, index in chosen]
-    rows = zip(*columns.values(), strict=True)
-    predictions = [dict(zip(columns, row, strict=True)) for row in rows]
-    pair = columns["label"], columns["prediction"]
+    parts = zip(examples, scores, answers, strict=True)
+    predictions = [_prediction(*each, bool(in_words), tokenizer) for each in parts]
+    pair = [[row[key] for row in predictions] for key in ("label", "prediction")]
     found = {name: INDEX_METRICS[name](*pair) for name in names if name in INDEX_METRICS}
     found |= {name: fmean(_in_words(name, predictions)) for name in in_words}
-    return Evaluation(found | losses, len(examples), predictions)
+    if is_scored:
+        weights = [row.get("tokens", 1) for row in predictions]
+        found["loss"] = _mean([_loss(row) for row in predictions], weights)
+    if is_scored and not is_labelled:
+        found["perplexity"] = perplexity(found["loss"])
+    return Evaluation(found, len(examples), predictions)
 
 
-def _losses(
-    scores: list[list[float]], tokens: list[int] | None, labels: list[int | None]
-) -> dict[str, float]:
-    """Return the loss per token and the perplexity of rows, or of rows with labels the mean over
-    rows of the cross-entropy over candidates."""
-    if tokens is None:
-        return {"loss": fmean(map(cross_entropy, scores, (int(each or 0) for each in labels)))}
-    pairs = zip(scores, tokens, strict=True)
-    loss = math.fsum(-row[0] * count for row, count in pairs) / sum(tokens)
-    return {"loss": loss, "perplexity": perplexity(loss)}
+def _prediction(
+    example: Example,
+    scores: list[float],
+    answer: str | None,
+    in_words: bool,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> dict[str, Any]:
+    """Return what an evaluation tells of a row."""
+    found: dict[str, Any] = {"row": example.row, "label": example.label}
+    found |= {"prediction": answer, "scores": scores}
+    if example.label is not None:
+        found["prediction"] = scores.index(max(scores))
+    elif scores:
+        found["tokens"] = example.num_learned
+    if in_words:
+        found["references"] = list(example.references)
+    if in_words and example.label is not None:
+        found["answer"] = _candidate_text(example, found["prediction"], tokenizer)
+    return found
 
 
 def _answers(

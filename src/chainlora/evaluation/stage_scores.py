@@ -2,9 +2,9 @@
 
     RUN/matrix.jsonl    a JSON object a cell: digests of state and rows, stage, metric, value, …
 
-A state is the base, the end of a stage, or the mix that the run is now. The rows are those that the
-run kept, so that the data files may have changed or gone. The file is a cache: a cell is found by
-the digests of all that its value depends on, and a line that cannot be read is scored again.
+The rows are those that the run kept, so that the data files may have changed or gone. The file is a
+cache: a cell is found by the digests of all that its value depends on, and a line that cannot be
+read is scored again.
 
 R[i, j] is the score of stage j's rows in state i: after i stages, so that row 0 is the base. With T
 stages (Lopez-Paz & Ranzato, arXiv 1706.08840; Chaudhry et al., arXiv 1801.10112):
@@ -188,11 +188,8 @@ def stage_matrix(
             remedy = "tie a link first"
         elif run.entry is None and run.history.entries:
             remedy = f"leave the base by chainlora undo {run.run} --to NAME"
-        raise RunError(
-            "a matrix scores the rows that stages with links kept",
-            f"no {'links' if kept else 'rows'} in {run.run}",
-            remedy,
-        )
+        rule = "a matrix scores the rows that stages with links kept"
+        raise RunError(rule, f"no {'links' if kept else 'rows'} in {run.run}", remedy)
     rows = {stage: _scored_on(run, stage, kept[stage]) for stage in stages}
     missing = {
         name: due
@@ -287,11 +284,8 @@ class Scorer:
     def _add(self, state: State) -> None:
         due = [term for term in state.terms if (term.link, term.derived) not in self._ids]
         first = len(self._ids)
+        links = [replace(link, id=n) for n, link in enumerate(self.run.read(due), first)]
         self._ids |= {(term.link, term.derived): first + n for n, term in enumerate(due)}
-        links = [
-            replace(link, id=self._ids[term.link, term.derived])
-            for term, link in zip(due, self.run.read(due), strict=True)
-        ]
         self.chain.add(*links)
 
     def _engine(self, state: State) -> Engine:
@@ -319,9 +313,8 @@ class Scorer:
 
 def _scored_on(run: OpenState, stage: str, kept: Kept) -> str:
     """Return the digest of what a score of a stage depends on beside the state that is scored."""
-    own = run.at(stage)
-    assert own.entry is not None
-    return short_digest([own.entry.kept, own.parent.state.digest if kept.loss == "dpo" else ""])
+    reference = run.at(stage).parent.state.digest if kept.loss == "dpo" else ""
+    return short_digest([run.keepers[stage], reference])
 
 
 def _key(cell: Cell) -> tuple[str, str, str]:

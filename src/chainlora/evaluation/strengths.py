@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -14,22 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from chainlora.chain.adapters import base_layer
 from chainlora.chain.link import stack_links
 from chainlora.data.examples import Example
 from chainlora.data.kept import Kept
 from chainlora.data.rows import MemoryRows
-from chainlora.errors import ChainError, RunError
+from chainlora.errors import RunError
 from chainlora.evaluation.evaluate import Gain, gain
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.stage_scores import Progress, Scorer
 from chainlora.runs.addresses import Address, open_run
+from chainlora.runs.links import need_low_rank_sum
 from chainlora.runs.state import OpenState
 
 ROWS = 16  # of a column, by which strengths are fitted
 _STEPS, _RATE, _TOKENS = 12, 0.1, 1024
-_NO_SUM = "strengths are searched for links that are low-rank sums"
+
 _TRIED = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 
@@ -50,6 +53,8 @@ def best_mix(
     kept = found.kept()
     stages = [stage for stage in found.columns if stage in kept]
     found.need_one_strength(found.stages)
+    for facts in found.facts:
+        need_low_rank_sum(facts.link_config(), found.run, "name the strengths")
     metrics = {kept[stage].metric for stage in stages}
     if len(metrics) != 1:
         each = ", ".join(f"{stage}: {kept[stage].metric}" for stage in stages)
@@ -58,7 +63,8 @@ def best_mix(
     chosen = _to_choose_by(kept)
     scorer = Scorer(found, chosen, progress=progress)
     now = found.strengths
-    columns = [sorted(chosen[s].scored[1].spread(ROWS), key=_length) for s in stages]
+    rows = [[row.right for row in chosen[stage].scored[1].spread(ROWS)] for stage in stages]
+    columns = [sorted(each, key=_length) for each in rows]
     best = _fitted(scorer, found, columns)
 
     def average(strengths: Mapping[str, float]) -> float:
@@ -73,16 +79,11 @@ def best_mix(
 def _fitted(scorer: Scorer, found: OpenState, columns: list[list[Example]]) -> dict[str, float]:
     """Return strengths that descend along the gradient of the mean loss of the columns.
 
-    The base is linear in them, so one model without links is enough: each layer adds those of its
-    links, and the loss is differentiated by the strengths alone.
+    The weights are linear in them, so one model without links is enough: each layer adds those of
+    its links, and the loss is differentiated by the strengths alone.
     """
     names, links = found.stages, found.links()
-    if any(link.extra for link in links):
-        raise RunError(_NO_SUM, f"modules trained whole in {found.run}", "name the strengths")
-    try:
-        sums = stack_links([replace(link, strength=1.0) for link in links])
-    except ChainError as error:
-        raise RunError(_NO_SUM, error, "name the strengths") from None
+    sums = stack_links([replace(link, strength=1.0) for link in links])
     model = scorer.model_at(found.with_strengths(dict.fromkeys(names, 0.0)).state)
     model.requires_grad_(False)
     device = next(model.parameters()).device
@@ -91,12 +92,8 @@ def _fitted(scorer: Scorer, found: OpenState, columns: list[list[Example]]) -> d
     places = [names.index(facts.stage) for facts in found.facts]
 
     def adder(module: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        parts = [
-            (n, link.factors[module])
-            for n, link in zip(places, links, strict=True)
-            if module in link.factors
-        ]
-        of_rank = [n for n, part in parts for _ in range(part.a.shape[0])]
+        parts = [(n, link.factors.get(module)) for n, link in zip(places, links, strict=True)]
+        of_rank = [n for n, part in parts if part is not None for _ in part.a]  # [Σr]
         a, b = sums[module].a.to(device), sums[module].b.to(device)
 
         def add(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -106,13 +103,12 @@ def _fitted(scorer: Scorer, found: OpenState, columns: list[list[Example]]) -> d
 
         return add
 
-    hooks = [
-        base_layer(model.get_submodule(module)).register_forward_hook(adder(module))
-        for module in sums
-    ]
     optimizer = torch.optim.Adam([strengths], lr=_RATE)
     batches = [(batch, len(column)) for column in columns for batch in _batches(column)]
-    try:
+    with ExitStack() as hooks:
+        for module in sums:
+            layer = base_layer(model.get_submodule(module))
+            hooks.enter_context(layer.register_forward_hook(adder(module)))
         for step in range(_STEPS):
             optimizer.zero_grad()
             for batch, count in batches:
@@ -121,9 +117,6 @@ def _fitted(scorer: Scorer, found: OpenState, columns: list[list[Example]]) -> d
             optimizer.step()
             strengths.data.clamp_(0, 1)
             scorer.progress("strengths", step + 1, _STEPS)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {name: round(value, 2) for name, value in zip(names, strengths.tolist(), strict=True)}
 
 
@@ -141,19 +134,18 @@ def _batches(rows: list[Example]) -> Iterator[list[Example]]:
 
 
 def _length(row: Example) -> int:
-    return len(row.sequences[row.label or 0])
+    return len(row.sequences[0])
 
 
 def _answer_loss(model: nn.Module, rows: list[Example], device: torch.device) -> Tensor:
     """Return the sum over rows of the mean loss of the tokens that each teaches."""
-    right = [each.label or 0 for each in rows]
-    sequences = [each.sequences[n] for each, n in zip(rows, right, strict=True)]
-    width = max(map(len, sequences))  # causal: padding at the right changes nothing before it
-    ids = torch.tensor([[*each, *[0] * (width - len(each))] for each in sequences], device=device)
+    sequences = [torch.tensor(each.sequences[0]) for each in rows]
+    # causal: padding at the right changes nothing before it
+    ids = pad_sequence(sequences, batch_first=True).to(device)
     logits = model(input_ids=ids, use_cache=False).logits
     losses = []
-    for place, (each, n) in enumerate(zip(rows, right, strict=True)):
-        at = [token for start, end in each.scored[n] for token in range(start, end)]
+    for place, each in enumerate(rows):
+        at = [token for start, end in each.scored[0] for token in range(start, end)]
         before = logits[place, [token - 1 for token in at]].float()
         losses.append(functional.cross_entropy(before, ids[place, at]))
     return torch.stack(losses).sum()

@@ -98,12 +98,17 @@ def is_same_place(before: str, now: str, run: Path) -> bool:
     return Path(os.path.expanduser(now)).resolve() in [place.resolve() for place in found]
 
 
+def name_of(model: Any) -> str:
+    """Return what a model in memory was loaded by; nothing where it does not say."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+
+
 def folder_of(model: Any) -> Path | None:
     """Return the folder that a model in memory was loaded from, None where it is not at hand.
 
     A Hub id is looked up in the Hub cache; nothing is downloaded.
     """
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+    name = name_of(model)
     try:
         folder = Path(name)
         if name and not folder.is_dir():

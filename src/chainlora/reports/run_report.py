@@ -66,18 +66,14 @@ def report_runs(
         wanted = read_prompts(prompts, found)
         keys: Any = {"max_new_tokens": max_new_tokens, "progress": progress}
         answered = {run.name: answers(run, wanted, **keys) for run in found}
-    text = render(run_page(found, answered))
     make_folder(path.parent)
-    write_text(path, text)
-    size = len(text.encode("utf-8"))
+    write_text(path, render(run_page(found, answered)))
+    size = path.stat().st_size
     return {"output": str(path), "bytes": size, "runs": [str(run.path) for run in found]}
 
 
 def run_page(runs: Sequence[RunFacts], answered: Mapping[str, Sequence[Answer]]) -> Page:
-    """Return the page about runs, and about what they answered where they were asked.
-
-    A section is an entry of this list.
-    """
+    """Return the page about runs, and about what they answered where they were asked."""
     known = {run.name: _versions(run) for run in runs}
     parts = runs[0].parts if len(runs) == 1 else runs
     costs = {part.name: _costs(part) for part in parts}
@@ -199,7 +195,7 @@ def _score(run: RunFacts, name: str) -> tuple[str, str]:
     """Return a metric of the validation rows at the start, and in the end or at the last look."""
     known = [record for record in run.evaluations if name in record]
     before = [score_text(name, record[name]) for record in known if record["where"] == "start"]
-    final = run.result.get("metrics", {}).get("validation", {}).get(name, known[-1][name])
+    final = run.validation.get(name, known[-1][name])
     return (before or [_NONE])[0], score_text(name, final)
 
 
@@ -237,22 +233,16 @@ def _figures(run: RunFacts) -> list[tuple[str, str]]:
     if name is not None:
         before, after = _score(run, name)
         found += [(f"{name} before", before), (f"{name} after", after)]
-    if (majority := _majority(run)) is not None:
+    if (majority := run.validation.get("majority")) is not None:
         found.append(("commonest answer", score_text("accuracy", majority)))
-    chain = run.inspection["chain"]
     return [
         *found,
         ("steps", f"{run.position.step:,}"),
         ("time", duration(run.position.seconds)),
         ("parameters trained", _whole(result.get("trainable_parameters"))),
         ("peak memory", _memory(result)),
-        ("‖ΔW‖ of the chain", number(chain.get("delta_norm"), 3)),
+        ("‖ΔW‖ of the chain", number(run.inspection["chain"].get("delta_norm"), 3)),
     ]
-
-
-def _majority(run: RunFacts) -> float | None:
-    """Return the accuracy of giving the most frequent answer always, where it was measured."""
-    return run.result.get("metrics", {}).get("validation", {}).get("majority")
 
 
 def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:
@@ -275,7 +265,7 @@ def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:
             f"link{'s' * (count != 1)}{rest}."
         )
     for part in run.parts if is_alone else ():
-        if (majority := _majority(part)) is not None:
+        if (majority := part.validation.get("majority")) is not None:
             share = score_text("accuracy", majority)
             found.append(
                 f"{as_text(part.name)}: the most frequent answer alone would be right on {share}."
@@ -391,8 +381,7 @@ def _configs(runs: Sequence[RunFacts]) -> list[Block]:
 def _versions(run: RunFacts) -> dict[str, str]:
     trained = run.state.trained
     versions = {} if trained is None else trained.training.versions
-    packages = {k: v for k, v in versions.items() if v != "not installed"}
-    return packages | {
+    return versions | {
         "digest of the rows": (trained.training.rows if trained else None) or _NONE,
         "fingerprint of the base": run.state.base.fingerprint[:12],
     }

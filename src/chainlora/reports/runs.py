@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,6 +53,11 @@ class RunFacts:
     @property
     def links(self) -> list[Record]:
         return list(self.inspection["links"])
+
+    @property
+    def validation(self) -> Mapping[str, float]:
+        """Return the final metrics of the validation rows, as far as they were measured."""
+        return dict(self.result.get("metrics", {}).get("validation", {}))
 
     @property
     def score(self) -> str | None:

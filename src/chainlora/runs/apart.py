@@ -22,7 +22,8 @@ from chainlora.errors import ChainError, RunError
 from chainlora.files import write_text
 from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.cards import QUOTING, Naming, place_of, public_name, served_rank
-from chainlora.runs.history import LinkFacts, Term
+from chainlora.runs.history import Term
+from chainlora.runs.links import need_low_rank_sum
 from chainlora.runs.state import OpenState
 
 SHEET = "SERVING.md"
@@ -46,7 +47,7 @@ class Part(NamedTuple):
 def taken_apart(run: Address | Chain, num_links: int | None = None) -> tuple[OpenState, list[Part]]:
     """Return a state, and its stages that are switched on.
 
-    Raises ChainError for what has no stages or does not add up.
+    Raises ChainError for what has no stages, RunError for links that are no low-rank sums.
     """
     if isinstance(run, Chain) or num_links is not None:
         got = "a chain in memory" if isinstance(run, Chain) else f"its first {num_links} links"
@@ -58,7 +59,8 @@ def taken_apart(run: Address | Chain, num_links: int | None = None) -> tuple[Ope
     stages: dict[str, list[Term]] = {}
     for term, facts in state.pairs:
         if term.strength:
-            _check_adds_up(facts)
+            # servers add only the factors of LoRA
+            need_low_rank_sum(facts.link_config(), facts.stage, "export the state merged")
             stages.setdefault(facts.stage, []).append(term)
     if not stages:
         rule, remedy = "an adapter needs at least one link", "switch a stage on, or take the base"
@@ -72,15 +74,6 @@ def taken_apart(run: Address | Chain, num_links: int | None = None) -> tuple[Ope
         name = f"{stage}-{state.state.digest[:8]}"
         parts.append(Part(name, stage, terms[0].strength, part))
     return state, parts
-
-
-def _check_adds_up(facts: LinkFacts) -> None:
-    config = facts.link_config()
-    whole = [f"{name}, trained whole" for name in config.extra_modules]
-    wrong = ["DoRA"] * config.dora + ["a LoRA bias"] * config.lora_bias + whole
-    if wrong:
-        rule = "Cannot take stages apart: servers add only the factors of LoRA"
-        raise ChainError(rule, f"{wrong[0]} in {facts.stage}", "export the state merged")
 
 
 def need_links(state: OpenState) -> None:

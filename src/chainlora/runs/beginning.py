@@ -19,7 +19,7 @@ from chainlora.data.kept import Kept, write_kept
 from chainlora.errors import RunError
 from chainlora.models.identity import tokenizer_files
 from chainlora.registry import plugin_digest
-from chainlora.runs.documents import DAMAGED, now, write_part
+from chainlora.runs.documents import need_file, now, write_part
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import (
     BASE,
@@ -47,10 +47,9 @@ from chainlora.runs.state import OpenState
 
 def begun_history(run: Path, config: RunConfig, base: Base, start: Start, stage: str) -> History:
     """Return the history of a run that begins here, all that it needs written."""
-    keys: dict[str, Any] = {"base": base, "hold": config.chain.hold, "seed": config.train.seed}
-    if start.tokenizer is not None:
-        keys["tokenizer"] = _copy_tokenizer(start.tokenizer, run)
-    history = History(**keys)
+    tokenizer = {} if start.tokenizer is None else _copy_tokenizer(start.tokenizer, run)
+    hold, seed = config.chain.hold, config.train.seed
+    history = History(base=base, hold=hold, seed=seed, tokenizer=tokenizer)
     if start.state is not None:
         history = copy_closure(start.state, run, history)
     if start.adapter is not None:
@@ -81,12 +80,11 @@ def begun_entry(
     parent, state = history.origin, history.state_of(history.origin)
     if on is not None:
         parent, state = on.key, on.state
-    below = [history.find(START), *history.lineage(parent)]
     return Entry(
         key=stage,
         kind="stage",
         parents=() if parent == BASE else (parent,),
-        reads=tuple(dict.fromkeys(e.key for e in below if e is not None and e.kept is not None)),
+        reads=tuple(history.keepers([parent])),
         state=state,
         kept=kept,
         training=Training(
@@ -135,8 +133,8 @@ def copy_closure(state: OpenState, run: Path, history: History) -> History:
 
 def fork(state: OpenState, folder: Path) -> None:
     """Write a run that is in a state of another one; the other is not needed any more."""
-    none = {"entries": (), "links": {}, "head": BASE, "origin": BASE, "past": (), "future": ()}
-    history = state.history.model_copy(update=none | {"base": state.base})
+    update = {"base": state.base, "past": (), "future": ()}
+    history = state.history.model_copy(update=update)
     if (own := state.tokenizer()) is not None:
         _copy_tokenizer(own, folder)
     history = copy_closure(state, folder, history)
@@ -240,11 +238,7 @@ def copy_files(
         is_gone = rest == [RECORDS] and not (source / name).is_file()  # which records may be
         if is_known or is_gone or (there or {}).get(own) == digest:
             continue
-        with files.reported(source / name, "read"):
-            if not files.sha256(source / name).startswith(digest):
-                rule = f"{name} must be as the run wrote it"
-                raise RunError(rule, f"other bytes in {source}", DAMAGED)
-        files.copy_file(source / name, target / own)
+        files.copy_file(need_file(source, name, digest), target / own)
         copied.append(name)
     return copied
 
@@ -264,8 +258,7 @@ def with_start_rows(history: History, kept: str) -> History:
 
 
 def save_rows(run: Path, kept: Kept, stage: str) -> str:
-    """Write the rows that a stage keeps into a run, named by their content; return their
-    SHA-256."""
+    """Write rows that a stage keeps into a run, named by their SHA-256, and return that."""
     files.make_folder(run / "rows")
     with files.new_folder(run / "rows", stage) as scratch:
         write_kept(scratch / "rows", kept)

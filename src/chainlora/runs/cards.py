@@ -73,7 +73,8 @@ def story_of(run: Address, num_links: int | None = None) -> dict[str, Any]:
     config and so no facts; neither has a stage that is off.
     """
     state = open_run(run)
-    if state.trained is None or not state.has_run or state.is_off:
+    is_off = state.strengths.get(state.stage) == 0
+    if state.trained is None or not state.has_run or is_off:
         return {}
     config, training = state.config(), state.trained.training
     data, targets = config.data, config.chain.target_modules

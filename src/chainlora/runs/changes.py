@@ -129,7 +129,7 @@ def log(run: str | Path) -> list[dict[str, Any]]:
             "kind": entry.kind,
             "state": entry.state.digest,
             "parents": list(entry.parents),
-            "strengths": OpenState(folder, history, entry.state, entry).strengths,
+            "strengths": history.strengths_of(entry.state),
             "links": len(entry.state.terms),
             "rows": entry.kept is not None,
             "ended": entry.ended,

@@ -15,7 +15,7 @@ from filelock import FileLock
 from chainlora import files
 from chainlora.config.staging import HISTORY, exists_in, stage_folder
 from chainlora.errors import ChainLoRAError, RunError
-from chainlora.runs.draft import DRAFT, PASSING, REFERENCE
+from chainlora.runs.draft import DRAFT, GROWING, PASSING, REFERENCE
 from chainlora.runs.history import (
     CONFIG,
     CONTENT,
@@ -26,8 +26,6 @@ from chainlora.runs.history import (
     read_history,
 )
 from chainlora.runs.locks import LOCK, is_in_use, take_lock
-
-_GROWING = ("moments", "best", "checkpoints")  # folders whose entries ``stage.json`` names
 
 
 class Claim:
@@ -94,7 +92,7 @@ class Claim:
 
     def remove_scratch(self, *, is_first: bool = False) -> None:
         """Remove what killed writes left; of the whole run, where this is the first in it."""
-        own = [self.folder, *(self.folder / name for name in _GROWING)]
+        own = [self.folder, *(self.folder / name for name in GROWING)]
         shared = [self.run / name for name in CONTENT]  # others write there meanwhile
         for folder in [*own, *shared, *([self.run] if is_first else [])]:
             with files.reported(folder):
@@ -103,7 +101,7 @@ class Claim:
 
     def remove_all_but(self, named: Collection[str]) -> None:
         """Remove what ``stage.json`` names no more."""
-        for folder in (self.folder / name for name in _GROWING):
+        for folder in (self.folder / name for name in GROWING):
             for entry in list(folder.iterdir()) if folder.is_dir() else []:
                 if f"{folder.name}/{entry.name}" not in named:
                     files.remove(entry)

@@ -89,6 +89,19 @@ def write_part(path: Path, part: Document, *, indent: int | None = None) -> None
     files.write_text(path, json.dumps(whole, ensure_ascii=False, indent=indent) + "\n")
 
 
+def need_file(run: Path, name: str, digest: str) -> Path:
+    """Return the path of a file in a run. Raises RunError unless it is as the run wrote it, its
+    SHA-256 beginning with `digest`."""
+    path, name = run / name, name.removeprefix("stages/")
+    if not path.is_file():
+        raise RunError(f"a run must hold {name}", f"none in {run}", INCOMPLETE)
+    with files.reported(path, "read"):
+        found = files.sha256(path)
+    if not found.startswith(digest):
+        raise RunError(f"{name} must be as the run wrote it", f"other bytes in {run}", DAMAGED)
+    return path
+
+
 def short_digest(content: object) -> str:
     """Return 16 hexadecimal digits of what a value says as JSON."""
     return checksum(content)[:16]

@@ -20,8 +20,8 @@ from chainlora.runs.history import CONFIG, Entry, History, LinkFacts
 
 DRAFT = "stage.json"
 REFERENCE = "reference.safetensors"
-# What of a stage goes when it has ended.
-PASSING = (DRAFT, "checkpoints", "moments", "best", REFERENCE)
+GROWING = ("checkpoints", "moments", "best")  # folders whose entries ``stage.json`` names
+PASSING = (DRAFT, *GROWING, REFERENCE)  # what of a stage goes when it has ended
 
 
 class Best(TypedDict):
@@ -83,7 +83,7 @@ class Draft(Document):
     progress: Progress = Progress()
     moments: Annotated[str, Field(pattern=r"^moments/\d{3,}\.safetensors$")] | None = None
     checkpoint: Checkpoint | None = None
-    records: Records | None = None
+    records: Records
     files: Sums = Field(default_factory=dict)
     trained: bool = False
 

@@ -247,6 +247,11 @@ class History(Document):
                 due += entry.parents
         return [entry for entry in self.entries if entry.key in found]
 
+    def keepers(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return the SHA-256 of rows kept by the start, and by what some entries come from."""
+        read = {START, *(entry.key for key in keys for entry in self.lineage(key))}
+        return {e.key: e.kept for e in self.entries if e.key in read and e.kept is not None}
+
     @property
     def own(self) -> list[Entry]:
         """Return what came after the state that the run began on, and its rows."""
@@ -322,11 +327,7 @@ class History(Document):
         """Return this as a run of that state, a combination of entries; a known one is kept."""
         chosen = {*ends}
         parents = tuple(entry.key for entry in self.entries if entry.key in chosen)
-        read = {e.key for end in parents for e in self.lineage(end) if e.kept is not None}
-        if (start := self.find(START)) is not None and start.kept is not None:
-            read.add(START)
-        reads = tuple(e.key for e in self.entries if e.key in read)
-        return self._at(self._computed("combine", parents, state, reads))
+        return self._at(self._computed("combine", parents, state, tuple(self.keepers(parents))))
 
     def _at(self, entry: Entry) -> History:
         """Return this with an entry, which may be there already, as its head."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from chainlora.chain.link import Link, stack_links
 from chainlora.chain.low_rank import effective_rank, singular_values, stable_rank, subspace_overlap
@@ -38,9 +38,8 @@ def inspect_run(run: Address) -> dict[str, Any]:
     state = (run if isinstance(run, OpenState) else find_state(run)).verify()
     links = state.links(len(state.sequence))
     places = [state.history.links[term.link].stage for term in state.sequence]
-    records = {name: state.at(name).records() for name in dict.fromkeys([*places, state.stage])}
-    if state.draft is not None:
-        records[state.stage] = state.records()
+    records = {name: state.at(name).records() for name in {*places} - {state.stage}}
+    records[state.stage] = state.records()
     tuned = [replace(link, strength=1.0) for link in links]
     rows, ends, own = [], dict[str, int](), dict[str, int]()
     for link, tuned_link, stage in zip(links, tuned, places, strict=True):
@@ -114,7 +113,8 @@ def _describe(
     if _is_low_rank(link):
         spectra = _spectra([link])
         row |= _sizes(spectra.values())
-        row["spectrum"] = _mean_spectrum(list(spectra.values()))
+        padded = pad_sequence(list(spectra.values()), batch_first=True)  # [modules, longest]
+        row["spectrum"] = padded.mean(0).tolist()
         row["modules"] = {name: float(s.norm()) for name, s in spectra.items()}
         row["overlap"] = [_overlap(link, other) for other in earlier]
     return row
@@ -138,13 +138,6 @@ def _sizes(spectra: Iterable[Tensor]) -> dict[str, float]:
         "effective_rank": fmean(map(effective_rank, spectra)),
         "stable_rank": fmean(map(stable_rank, spectra)),
     }
-
-
-def _mean_spectrum(spectra: Sequence[Tensor]) -> list[float]:
-    """Return the mean of the modules' singular values, place by place, the largest first."""
-    longest = max(map(len, spectra))
-    padded = [functional.pad(s, (0, longest - len(s))) for s in spectra]
-    return [float(value) for value in torch.stack(padded).mean(0)]
 
 
 def _overlap(link: Link, other: Link) -> float:

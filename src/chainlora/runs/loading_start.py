@@ -33,9 +33,9 @@ from chainlora.config.staging import (
     what_stages_share,
 )
 from chainlora.errors import ChainLoRAError, ConfigError, ModelError, RunError
-from chainlora.models.finding import folder_of, from_hub, hub_id_of, is_same_place
+from chainlora.models.finding import folder_of, from_hub, hub_id_of, is_same_place, name_of
 from chainlora.models.identity import base_files, has_tokenizer
-from chainlora.runs.addresses import nothing_at, open_run, state_at, state_of_draft
+from chainlora.runs.addresses import begun_stage, nothing_at, open_run
 from chainlora.runs.cards import is_hub_id
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import read_history
@@ -108,7 +108,7 @@ def fitted(start: Start, chain: Chain, name: str | None = None) -> Start:
     """
     if start.adapter is not None:
         _check_fit(start.adapter, chain.model)
-        own = str(getattr(getattr(chain.model, "config", None), "_name_or_path", "") or "")
+        own = name_of(chain.model)
         notes = _other_name(start.adapter, name or hub_id_of(own) or own)
         return replace(start, notes=start.notes + notes)
     base = None if start.state is None else start.state.base
@@ -153,9 +153,7 @@ def load_chain(
     if state is not None and not state.has_run:
         restore_chain(chain, read_chain(state))
         return chain
-    is_ended = state is not None and state.draft is None
-    start = start_at(state) if state is not None and is_ended else load_start(directory)
-    for note in put_on(start, chain).notes:
+    for note in put_on(load_start(directory), chain).notes:
         logger.warning(note)
     return chain
 
@@ -269,10 +267,8 @@ def first_stage(run: Path) -> OpenState | None:
     if not exists_in(run):
         return None
     history = read_history(run)
-    if history.own_stages:
-        return state_at(run, history, history.own_stages[0])
-    drafts = drafts_in(run, history)
-    return state_of_draft(run, next(iter(drafts)), history) if drafts else None
+    names = [*history.own_stages, *drafts_in(run, history)]
+    return begun_stage(run, names[0], history) if names else None
 
 
 def _is_same_start(before: str, now: str, begun: OpenState) -> bool:

@@ -102,8 +102,7 @@ def load_run(
 
 
 def tokenizer_of(state: OpenState, base: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that turned the rows of a run into tokens: the base's, or one of its
-    own, with the chat template of its config."""
+    """Return the tokenizer of a run's rows: the base's or its own, with its chat template."""
     return _settled(load_tokenizer(base), state)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +22,7 @@ from chainlora.runs.lineage import LINEAGE, Lineage, read_lineage
 from chainlora.runs.state import OpenState
 from chainlora.runs.to_gguf import export_gguf
 
-_EXPORTERS: Mapping[str, Callable[..., Any]] = {
+EXPORTERS: Mapping[str, Callable[..., Any]] = {
     "merged": export_merged,
     "adapter": export_adapter,
     "gguf": export_gguf,
@@ -47,9 +48,10 @@ def verify_export(export: str | Path, run: str | Path | None = None) -> list[str
     if others := list(_other_origin(lineage, state, split_address(run)[1] is not None)):
         return [*found, *others]
     source = state.at(lineage.history.head)
-    source = source.of(lineage.state) if lineage.exported.get("num_links") is None else source
+    if lineage.exported.get("num_links") is None:
+        source = replace(source, state=lineage.state)
     with TemporaryDirectory() as scratch:
-        exporter, naming = _EXPORTERS[lineage.to], Naming(**lineage.naming)
+        exporter, naming = EXPORTERS[lineage.to], Naming(**lineage.naming)
         exporter(source, scratch, naming=naming, **lineage.exported)
         found += _changes(_checksums(Path(scratch)), now, f"not what {run} gives")
         again = read_lineage(scratch)

@@ -73,24 +73,23 @@ class RecordLog:
             write_bytes(self.path, self._kept)
 
 
-def resumed_log(path: Path, known: Records | None, num_records: int) -> RecordLog:
+def resumed_log(path: Path, known: Records, num_records: int) -> RecordLog:
     """Return the log of a run that resumes from a state with `num_records`. Changes no file.
 
     `known` says which lines there must be. Without the file a run resumes too, with a warning: no
     number is computed from it.
     """
-    if known is not None and known.count and not path.is_file():
+    if known.count and not path.is_file():
         logger.warning("%s is missing; resuming without the records before", path)
         return RecordLog(path)
     check_records(path, known)
     lines = _lines(path.read_bytes()) if path.is_file() else []
-    keep = num_records if known is None else min(num_records, known.count)
-    return RecordLog(path, lines[:keep])
+    return RecordLog(path, lines[: min(num_records, known.count)])
 
 
-def check_records(path: Path, known: Records | None) -> None:
+def check_records(path: Path, known: Records) -> None:
     """Raise RunError if the records that ``stage.json`` knows have changed; none may be there."""
-    if known is None or not path.is_file():
+    if not path.is_file():
         return
     with reported(path, "read"):
         lines = _lines(path.read_bytes())[: known.count]

@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from chainlora import files
-from chainlora.config.schema import RunConfig
+from chainlora.config.schema import DataConfig, RunConfig
 from chainlora.config.staging import OF_START, exists_in
 from chainlora.config.yaml_text import one_value
 from chainlora.data.splits import named_sources, source_digest
@@ -137,22 +137,22 @@ def _compare_start_rows(begun: OpenState, before: RunConfig, now: RunConfig) -> 
 
 def source_digests(config: RunConfig) -> dict[str, list[str]]:
     """Return what names the content of a config's task and files of rows, by their keys."""
-    own = {
-        key: [source_digest(key, each.path, config.data) for each in named]
-        for key, named in named_sources(config.data).items()
-    }
-    return own | start_digests(config)
+    return _digests(config.data) | start_digests(config)
 
 
 def start_digests(config: RunConfig) -> dict[str, list[str]]:
     """Return what names the content of each source of `start_data`, by ``start_KEY``."""
     if config.start_data is None:
         return {}
-    rows = config.start_data.as_data(config.data)
+    found = _digests(config.start_data.as_data(config.data))
+    return {key.replace("data.", "start_", 1): digests for key, digests in found.items()}
+
+
+def _digests(data: DataConfig) -> dict[str, list[str]]:
     return {
-        key.replace("data.", "start_", 1): [source_digest(key, each.path, rows) for each in found]
-        for key, found in named_sources(rows).items()
-        if all(each.path for each in found)
+        key: [source_digest(key, each.path, data) for each in named]
+        for key, named in named_sources(data).items()
+        if all(each.path for each in named)  # those for a start need not have `train`
     }
 
 

@@ -29,6 +29,7 @@ from chainlora.config.schema import LinkConfig
 from chainlora.config.staging import HISTORY, exists_in, stage_folder
 from chainlora.errors import RunError
 from chainlora.knots.numbers import Numbers
+from chainlora.models.finding import name_of
 from chainlora.runs.costs import versions
 from chainlora.runs.documents import Count, Document, Part, now, read_part, write_part
 from chainlora.runs.history import MAIN, Base, Entry, History, State, Term, Training
@@ -178,7 +179,7 @@ def describe_base(chain: Chain) -> Base:
     parameter = next(model.parameters())
     start = chain.start_of_extra()
     return Base(
-        model=getattr(getattr(model, "config", None), "_name_or_path", "") or "",
+        model=name_of(model),
         fingerprint=chain.base_fingerprint,
         body=chain.fingerprint.without(start) if start else None,
         task_type=task_type(model),

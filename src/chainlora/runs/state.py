@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from chainlora import files
 from chainlora.chain.checks import check_strengths
 from chainlora.chain.link import Link
 from chainlora.chain.showing import table
@@ -20,7 +19,7 @@ from chainlora.config.template_names import refuse_paths
 from chainlora.data.kept import Kept, read_kept
 from chainlora.errors import RunError
 from chainlora.models.finding import from_above
-from chainlora.runs.documents import DAMAGED, INCOMPLETE
+from chainlora.runs.documents import need_file
 from chainlora.runs.draft import Draft, read_draft
 from chainlora.runs.history import (
     BASE,
@@ -132,11 +131,6 @@ class OpenState:
         return self.key in (BASE, self.history.origin, START)
 
     @property
-    def is_off(self) -> bool:
-        """Say whether the links of the stage that was trained last are all switched off."""
-        return self.strengths.get(self.stage) == 0
-
-    @property
     def is_as_trained(self) -> bool:
         """Say whether it is what the stage scored when it was trained: no mix, nothing pruned."""
         own = self.trained
@@ -165,8 +159,7 @@ class OpenState:
 
     @property
     def sequence(self) -> list[Term]:
-        """Return the links in the order in which they were tied, also those beyond the best point
-        that the state ends at."""
+        """Return the links in the order in which they were tied, also beyond the best point."""
         trained = self.trained
         if trained is None or not trained.tied:
             return list(self.state.terms)
@@ -182,10 +175,6 @@ class OpenState:
         """Return the state of another entry of the run, by its key, or of the base."""
         history = self.history
         return OpenState(self.run, history, history.state_of(key), history.find(key))
-
-    def of(self, state: State) -> OpenState:
-        """Return this with other links or strengths."""
-        return replace(self, state=state)
 
     def with_strengths(self, strengths: Mapping[str, float]) -> OpenState:
         """Return this with the links of these stages at other strengths.
@@ -205,7 +194,7 @@ class OpenState:
             term.model_copy(update={"strength": float(strengths.get(facts.stage, term.strength))})
             for term, facts in self.pairs
         )
-        return self.of(self.state.model_copy(update={"terms": terms}))
+        return replace(self, state=self.state.model_copy(update={"terms": terms}))
 
     def need_one_strength(self, names: Sequence[str]) -> None:
         """Raise RunError for a stage to which 1 would not give back what was: a chain that was
@@ -255,10 +244,8 @@ class OpenState:
 
     @property
     def keepers(self) -> dict[str, str]:
-        """Return the SHA-256 of the rows that entries kept, those of the run's start first."""
-        start = self.history.find(START)
-        known = [start, *self.lineage] if start is not None else self.lineage
-        return {entry.key: entry.kept for entry in known if entry.kept is not None}
+        """Return the SHA-256 of the rows that the entries of the state kept."""
+        return self.history.keepers([self.key])
 
     def kept(self) -> dict[str, Kept]:
         """Read the rows that the stages of the state kept, by stage in their order."""
@@ -359,14 +346,14 @@ class OpenState:
         point = draft.checkpoint
         inside = {n for n in draft.files if point and n.startswith(f"{point.directory}/")}
         for name in draft.files.keys() - inside:
-            self._need(f"stages/{self.stage}/{name}", draft.files[name])
+            need_file(self.run, f"stages/{self.stage}/{name}", draft.files[name])
         if point is None:
             return self
         try:
             if not inside:
                 raise RunError("its checksums are missing")
             for name in inside:
-                self._need(f"stages/{self.stage}/{name}", draft.files[name])
+                need_file(self.run, f"stages/{self.stage}/{name}", draft.files[name])
         except RunError as error:
             logger.warning(
                 "the checkpoint at step %d cannot be used (%s); the run resumes from step %d",
@@ -380,29 +367,15 @@ class OpenState:
     def _check(self, term: Term) -> None:
         self._need_folder(link_folder(term.link), self.history.links[term.link].files)
         if term.derived is not None:
-            self._need(derived_file(term.derived), term.derived)
+            need_file(self.run, derived_file(term.derived), term.derived)
 
     def _rows(self, digest: str) -> Path:
-        return self._need(rows_file(digest), digest)
+        return need_file(self.run, rows_file(digest), digest)
 
     def _need_own(self, entry: Entry, name: str) -> Path:
-        return self._need(f"stages/{entry.key}/{name}", entry.files[name])
+        return need_file(self.run, f"stages/{entry.key}/{name}", entry.files[name])
 
     def _need_folder(self, folder: str, sums: Mapping[str, str]) -> Path:
         for name, digest in sums.items():
-            self._need(f"{folder}/{name}", digest)
+            need_file(self.run, f"{folder}/{name}", digest)
         return self.run / folder
-
-    def _need(self, name: str, digest: str) -> Path:
-        """Return the path of a file in the run. Raises RunError unless it is as the run wrote it,
-        its SHA-256 beginning with `digest`."""
-        path, name = self.run / name, name.removeprefix("stages/")
-        if not path.is_file():
-            raise RunError(f"a run must hold {name}", f"none in {self.run}", INCOMPLETE)
-        with files.reported(path, "read"):
-            found = files.sha256(path)
-        if not found.startswith(digest):
-            raise RunError(
-                f"{name} must be as the run wrote it", f"other bytes in {self.run}", DAMAGED
-            )
-        return path

@@ -123,8 +123,7 @@ def _last_stage(state: OpenState, num_links: int | None) -> str:
 def _write_model(
     file: Path, state: OpenState, num_links: int | None, tokenizer: Any, kind: str | None, name: str
 ) -> str:
-    """Write a model as GGUF, and beside it the licences of its base; return how its weights are
-    stored."""
+    """Write a model as GGUF and its base's licences; return how its weights are stored."""
     merged = file.with_name("merged")
     done = export_merged(state, merged, num_links=num_links)
     kind = kind or {"float16": "f16", "bfloat16": "bf16"}.get(done["dtype"], "f32")

@@ -153,7 +153,8 @@ class Work:
         entry = begun_entry(history, config, on, self.stage, rows=rows, kept=kept)
         with locked(self.run):
             need_unmoved(self.run, known, entry)
-            self._draft = Draft(entry=entry.model_copy(update={"files": dict(self._hashes)}))
+            entry = entry.model_copy(update={"files": dict(self._hashes)})
+            self._draft = Draft(entry=entry, records=self._log.flushed())
             self._replace()
             if known is None:
                 write_part(self.run / HISTORY, history)

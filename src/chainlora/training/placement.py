@@ -13,9 +13,10 @@ from chainlora.config.schema import PAIR_LOSSES
 from chainlora.config.staging import Stage
 from chainlora.data.splits import learned_by
 from chainlora.errors import ConfigError, RunError
-from chainlora.evaluation.combination import need_combinable, need_low_rank_sum
+from chainlora.evaluation.combination import ON_TOP, need_combinable
 from chainlora.runs.draft import Draft
 from chainlora.runs.history import History
+from chainlora.runs.links import need_low_rank_sum
 from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.state import OpenState
 
@@ -65,8 +66,7 @@ def begins_on(now: OpenState, planned: StagePlan) -> OpenState:
 
 
 def need_below(now: OpenState, ended: Sequence[Stage]) -> None:
-    """Raise RunError unless these stages are in what the run is now, or are to be combined with it
-    after a kill."""
+    """Raise RunError unless these stages are in what the run is, or will be combined with it."""
     run, history = now.run, now.history
     below = {entry.key for entry in now.lineage}
     below |= {stage.name for stage in ended if is_combination_due(history, stage)}
@@ -124,7 +124,7 @@ def can_stand(
         if now is None:
             kept = start.kept
             for link in start.links:
-                need_low_rank_sum(link.config, "start")
+                need_low_rank_sum(link.config, "start", ON_TOP)
         else:
             kept = now.kept()
             need_combinable([now.at(key) for key in now.history.ends(now.key)])
@@ -188,8 +188,7 @@ def _began_beside(stage: Stage, begun: OpenState) -> bool:
 
 
 def is_combination_due(history: History, stage: Stage) -> bool:
-    """Say whether a stage beside others is neither in what the run is, nor in a combination that it
-    has been."""
+    """Say whether a stage beside others is in no combination yet, nor in what the run is."""
     return bool(stage.beside) and stage.name not in _taken_in(history, history.head)
 
 
@@ -206,8 +205,7 @@ def _taken_in(history: History, *heads: str) -> set[str]:
 
 
 def is_rehearsal_due(history: History, stage: Stage) -> bool:
-    """Say whether the run is a combination, with a stage that it was without before, which nothing
-    has rehearsed."""
+    """Say whether the run is a combination with a new stage, which nothing has rehearsed."""
     now = history.find(history.head)
     if not stage.rehearse or now is None or now.kind != "combine":
         return False

@@ -130,10 +130,8 @@ def _need_files(stage: Stage) -> None:
 
 
 def _need_same(stage: Stage, begun: OpenState, change: Collection[str]) -> None:
-    """Raise ChainLoRAError unless a stage that was begun is what its config says, and can resume if
-    it has not ended."""
-    given = begun.history.find(START)
-    if stage.config.start_data is not None and (given is None or given.kept is None):
+    """Raise ChainLoRAError where a begun stage is not what its config says, or cannot resume."""
+    if stage.config.start_data is not None and START not in begun.keepers:
         raise RunError(
             "`start_data` is read when a run begins",
             f"some for {begun.run}, which keeps none",
@@ -159,8 +157,7 @@ def _start_of(first: StagePlan, there: OpenState | None, start: Start) -> Start:
 
 
 def _tell_of_others(now: OpenState, stages: Sequence[Stage], new: str) -> None:
-    """Warn of stages that a run is without, and not in a config whose next one is new: half
-    trained, or ended and not combined."""
+    """Warn of stages in neither run nor config: half trained, or ended and not combined."""
     names = {stage.name for stage in stages}
     for name in sorted(drafts_in(now.run, now.history).keys() - names):
         logger.warning("stage %s is half trained, and %s begins without it", name, new)

@@ -51,8 +51,7 @@ class TrainResult(TypedDict):
 
 
 def needs_judgement(stage: OpenState) -> bool:
-    """Say whether the rows of earlier stages are to choose the strength of a stage
-    (`train.accept_links`)."""
+    """Say whether rows of earlier stages choose a stage's strength (`train.accept_links`)."""
     return isinstance(stage.config().train.accept_links, float) and len(stage.columns) > 1
 
 
@@ -174,8 +173,7 @@ def _keep_point(run: Run, metric: str, value: float) -> None:
 
 
 def finish(run: Run) -> TrainResult:
-    """Score the result and write ``result.json``, return what that holds, and publish the stage
-    unless it is to be judged."""
+    """Score the result, write ``result.json``, publish the stage unless it is to be judged."""
     metrics = _final_metrics(run)
     run.count_seconds()
     result = _result(run, metrics)

@@ -13,9 +13,8 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from chainlora.chain.adapters import prepare_quantized
+from chainlora.chain.adapters import has_fan_in_first, prepare_quantized
 from chainlora.chain.chain import Chain
 from chainlora.chain.holding import holding_named
 from chainlora.config.reading import flatten
@@ -263,7 +262,7 @@ def _base_of(config: RunConfig, chain: Chain, files: dict[str, str]) -> Base:
         fingerprint=chain.base_fingerprint,
         dtype=config.train.dtype,
         files=files,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in chain.model.modules()),
+        fan_in_fan_out=any(map(has_fan_in_first, chain.model.modules())),
         quantize=config.quantize,
     )
 

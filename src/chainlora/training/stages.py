@@ -45,7 +45,7 @@ from chainlora.training.plan import make_plan
 from chainlora.training.processes import is_first_launched, num_launched, wait_for_all
 from chainlora.training.progress import progress_listener
 from chainlora.training.refusing import naming
-from chainlora.training.result import TrainResult, needs_judgement, result_of
+from chainlora.training.result import TrainResult, result_of
 
 logger = logging.getLogger(__name__)
 
@@ -221,8 +221,6 @@ def _judge(run: Path, planned: StagePlan, tell: Listener) -> None:
     if planned.stage.tolerance is None or read_history(run).find(planned.name) is not None:
         return
     trained = state_of_draft(run, planned.name)
-    if not needs_judgement(trained):
-        return
     strength, gains = guard(trained, planned.stage.tolerance, progress=_reader(tell))
     means = {name: found.mean for name, found in gains.items()}
     tell(StageGuarded(0, planned.name, strength, means))
