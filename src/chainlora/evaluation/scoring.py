@@ -91,7 +91,7 @@ def evaluate_task(
         metrics["majority"] = majority_rate(rows, asked.metric)
     is_file = data is not None and not Path(data).is_dir()
     named = task or own_task
-    shown = {"task": named and named.name, "split": data if is_file else split}
+    shown: dict[str, Any] = {"task": named and named.name, "split": data if is_file else split}
     if task is None and data is None and len((state := open_run(run_or_model)).columns) > 1:
         shown = {"stage": state.with_rows.configured.key} | shown
     return Shown(shown | {"rows": found.num_rows, "metrics": metrics})
