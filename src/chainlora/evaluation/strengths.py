@@ -32,7 +32,6 @@ from chainlora.runs.state import OpenState
 
 ROWS = 16  # of a column, by which strengths are fitted
 _STEPS, _RATE, _TOKENS = 12, 0.1, 1024
-
 _TRIED = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 
