@@ -45,6 +45,7 @@ USAGE = {
     "eval run": "'--data': only a run has its own rows, and run does not exist",
     "eval run --task rte --limit 0": "0 is not in the range x>=1",
     "eval run --matrix --split test": "leave --split out",
+    f"eval run --data {__file__} --split test": "--data is a file; leave it out",
     "eval run --task rte --limit few": "'few' is not a valid integer",
     "inspect": "Missing argument 'RUN'",
     "inspect run --jsn": "No such option",

@@ -96,6 +96,8 @@ def evaluate(
         return
     if start_rows is not None:
         raise click.UsageError("--start-rows is for the matrix of a run; use it with --matrix")
+    if split is not None and os.path.isfile(os.path.expanduser(options["data"] or "")):
+        raise click.UsageError("--split names rows of a folder, and --data is a file; leave it out")
     from chainlora.data.tasks import load_task
 
     check_run_or_model(run_or_model, links, stages)
