@@ -236,6 +236,8 @@ ARMS = {  # of the shared question: a study, how the page names it, its exported
     "summed": ("other sums", "beside, summed", 40, 3),
     "base rehearsed": ("other sums", "the base, rehearsed", 8, 3),
     "one wide LoRA replay": ("one LoRA of rank 40", "one LoRA, replay", 40, 3),
+    "one wide LoRA rehearsed": ("one LoRA of rank 40", "one LoRA, rehearsed", 40, 3),
+    "one wide LoRA": ("one LoRA of rank 40", "one LoRA", 40, 3),
     "one LoRA replay": ("one LoRA", "one LoRA, replay", 8, 3),
     "one LoRA rehearsed": ("one LoRA", "one LoRA, rehearsed", 8, 3),
     "one LoRA": ("one LoRA", "one LoRA", 8, 3),
@@ -306,30 +308,15 @@ def rehearsals() -> Rows:
     return rows
 
 
-def all_at_once_ahead(of: str = "combined twice rehearsed") -> str:
-    """The mean difference of all at once and another arm on the seeds of both, in points."""
-    pairs = zip(right(arm("all at once", "all at once")), right(arm(of, of=3)), strict=True)
-    return number(fmean(a - b for a, b in pairs), 1, "-")
-
-
-def one_lora() -> list[str]:
-    """The mean difference of one LoRA and of links on top, both with replay, in points."""
-    found = []
-    for name in ("one LoRA replay", "one wide LoRA replay"):
-        study, *_, seeds = ARMS[name]
-        pairs = zip(right(arm(name, study, seeds)), right(arm("replay", of=seeds)), strict=True)
-        found.append(number(fmean(a - b for a, b in pairs), 1))
-    return found
+def lead(name: str, other: str, sign: str = "+") -> str:
+    """The mean difference of two arms on the seeds of both, in points."""
+    seeds = min(ARMS[name][-1], ARMS[other][-1])
+    pairs = zip(*(right(arm(each, ARMS[each][0], seeds)) for each in (name, other)), strict=True)
+    return number(fmean(a - b for a, b in pairs), 1, sign)
 
 
 def own_question(*names: str) -> list[str]:
     return [number(fmean(right(arm(name, "own question"))), 1, "-") for name in names]
-
-
-def lead_on_one_lora() -> str:
-    """The mean difference of the default and of one LoRA, both rehearsed, in points."""
-    default, other = arm("combined twice rehearsed", of=3), arm("one LoRA rehearsed", "one LoRA")
-    return number(fmean(a - b for a, b in zip(right(default), right(other), strict=True)), 1)
 
 
 def ahead(name: str, other: str) -> str:
@@ -499,9 +486,20 @@ SENTENCES: list[tuple[str, Callable[[], Iterable[str]]]] = [  # a text of the pa
             ahead("combined twice rehearsed", "replay"),
         ],
     ),
-    ("on the same seeds: {} points at rank 8 (equal memory), {} at rank 40", one_lora),
-    ("less one LoRA of rank 8, rehearsed: {} points", lambda: [lead_on_one_lora()]),
-    ("all at once is {} points ahead", lambda: [all_at_once_ahead()]),
+    (
+        "on the same seeds: {} points at rank 8 (equal memory), {} at rank 40",
+        lambda: [lead(f"one {size}LoRA replay", "replay") for size in ("", "wide ")],
+    ),
+    (
+        "less one LoRA, rehearsed: {} points at rank 8, {} at rank 40",
+        lambda: [
+            lead("combined twice rehearsed", f"one {size}LoRA rehearsed") for size in ("", "wide ")
+        ],
+    ),
+    (
+        "all at once is {} points ahead",
+        lambda: [lead("all at once", "combined twice rehearsed", "-")],
+    ),
     ("old rows has {} %; by seed {}, {} and {}, the combination {}, {} and {}.", replayed),
     ("takes {} to {} of its memory at {} to {} times its speed", checkpointing),
     (
