@@ -250,7 +250,7 @@ def _take_in(run: Path, planned: StagePlan, tell: Listener) -> None:
     both = shlex.join([str(run), *others, name])
     logger.warning(
         "%s stays %s, which is without stage %s; to take it: chainlora undo %s --to %s%s",
-        *(run, history.head, name, run, end),
+        *(run, history.head, name, shlex.quote(str(run)), end),
         f"; to have both: chainlora combine {both}" if others else "",
     )
 
