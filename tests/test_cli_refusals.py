@@ -97,8 +97,8 @@ def test_output_in_use(chainlora, config, tmp_path):
     own = "stages/main/config.yaml"
     as_file = f"train {tmp_path}/run/{own}"
     chainlora("train", tmp_path / "run").refused(f"that of a run: chainlora {as_file}")
-    copy = shutil.copytree(tmp_path / "run", tmp_path / "copy")  # it would resume the other one
-    chainlora(f"train {copy}/{own}").refused(f"; add --output {copy}")
+    copy = shutil.copytree(tmp_path / "run", tmp_path / "a copy")  # it would resume the other one
+    chainlora("train", f"{copy}/{own}").refused(f"; add --output '{copy}'")
     chainlora(f"train {config} --train.seed 1").refused(
         f"a run that has ended keeps its config (got train.seed is 1, was 0 in {tmp_path}/run); "
         f"choose another output, or train on top of it: chainlora extend {tmp_path}/run --name NAME"

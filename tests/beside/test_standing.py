@@ -24,7 +24,7 @@ from chainlora.training.plan import make_plan
 from chainlora.training.stages import extension, rehearsal, train_stages
 
 
-def test_extend_stands_beside_and_rehearses_by_default(abc, ac, sentiment, capsys):
+def test_extend_stands_beside_and_rehearses_by_default(abc, ac, sentiment, capsys, caplog):
     more = section(sentiment, "d")
     assert extend(abc, more, progress=False)["stage"] == "d"
     entries = read_history(abc).entries
@@ -34,7 +34,17 @@ def test_extend_stands_beside_and_rehearses_by_default(abc, ac, sentiment, capsy
     undo(abc)
     extend(abc, more, progress=False)  # and rehearses nothing again that was undone
     assert read_history(abc).entries == entries
+    assert "without stage" not in caplog.text
+    undo(abc)
+    extend(abc, more, progress=False)  # nor takes a stage again that was undone
+    assert f"is without stage d; to take it: chainlora undo {abc} --to rehearsal" in caplog.text
+    assert "d" not in open_run(abc).stages
     file = sentiment.with_name("d2.yaml")
+    file.write_text('{"name": "broken"}')
+    wrong = section(sentiment, "d3") | {"data": {"task": f"{file}", "train": "rows.jsonl"}}
+    with pytest.raises(ConfigError, match="task file"):
+        extend(abc, wrong, progress=False)
+    assert "on top of" not in caplog.text
     file.write_text(json.dumps(section(sentiment, "d2")))
     assert cli(["extend", f"{abc}", f"{file}", "--no-rehearsal", "--dry-run"]) == 0
     assert capsys.readouterr().out.endswith(", beside the others\n")

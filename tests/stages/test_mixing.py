@@ -66,6 +66,8 @@ def test_a_fork_of_a_mix_says_the_strengths_that_it_has(config, tmp_path, capsys
 
 def test_undo_and_redo_go_through_what_was_done_and_delete_nothing(two, tmp_path):
     run = tmp_path / "run"
+    mix_stages(run, {"style": 1}, reads=["facts"])  # `--best` has found nothing better
+    assert open_run(run).key == "style"
     mix_stages(run, {"style": 0.5})
     mixed, *others = (open_run(f"{run}{name}").state for name in ("", "@style", "@facts", "@base"))
     before = files_of(run)

@@ -158,13 +158,13 @@ def _stage_of(file: str, output: Any, overrides: Sequence[tuple[str, str]]) -> s
     from chainlora.runs.loading_start import first_stage
 
     is_elsewhere = isinstance(output, str) and run.resolve() != Path(output).expanduser().resolve()
-    first, name = first_stage(run), Path(file).parent.name
+    first, name, there = first_stage(run), Path(file).parent.name, shlex.quote(str(run))
     if "output" not in dict(overrides) and first is not None and first.stage != name:
         rule = "the config of a later stage is no run of its own"
-        raise ConfigError(rule, file, f"go on with it by: chainlora extend {run} --name {name} …")
+        raise ConfigError(rule, file, f"go on with it by: chainlora extend {there} --name {name} …")
     if is_elsewhere and "output" not in dict(overrides):
         rule = "a run that was moved or copied must be told where it is"
-        raise ConfigError(rule, f"output: {output} in {file}", f"add --output {run}")
+        raise ConfigError(rule, f"output: {output} in {file}", f"add --output {there}")
     return "main" if is_elsewhere else name
 
 

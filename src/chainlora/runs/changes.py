@@ -185,12 +185,11 @@ def _planned(run: Path, history: History, name: str) -> tuple[Pruning, History]:
     if not is_left_over and (entry is None or entry.kind not in _WITH_LINKS):
         names = ", ".join(e.key for e in history.entries if e.kind in _WITH_LINKS)
         raise RunError(f"a stage must be one of {names}", f"{name!r} for {run}", "name one")
-    others = [e.key for e in history.entries if e.kind == "stage" and e.key != name]
-    if entry is not None and entry.kind == "stage" and not others:
-        raise RunError("a run must keep a stage", f"{name!r}, its only one", f"delete {run}")
     after, with_it = _without(history, name)
-    _need_sums(run, history, name)
     stay = [each.key for each in after.entries if each.kind == "stage"]
+    if entry is not None and entry.kind == "stage" and not stay:
+        raise RunError("a run must keep a stage", f"{name!r}, its only one", f"delete {run}")
+    _need_sums(run, history, name)
     on_top = [key for key in stay if name in {below.key for below in history.lineage(key)}]
     before = BASE if entry is None else entry.parent
     ends = history.ends(history.head)

@@ -305,12 +305,12 @@ class History(Document):
         return grown.moved(entry.key) if self.head in parents else grown
 
     def mixed(self, state: State, reads: Iterable[str] = ()) -> History:
-        """Return this as a run of that state: a `mix` of its head.
+        """Return this as a run of that state: a `mix` of its head, or as it is.
 
         Where an entry that the head was computed from is that state already, the head moves there.
         """
         chosen, head = tuple(reads), self.find(self.head)
-        if not chosen and state == self.state_of(self.head):
+        if state == self.state_of(self.head):
             return self
         same = (
             e.key

@@ -117,6 +117,7 @@ def can_stand(
     """
     if stage.beside is False:
         return False
+    own = {e.name: learned_by(e.config.data, e.config.train.loss) for e in (stage, *before)}
     try:
         for each in (*before, stage):
             if each is stage or not each.config.data.rehearse:
@@ -129,9 +130,7 @@ def can_stand(
             kept = now.kept()
             need_combinable([now.at(key) for key in now.history.ends(now.key)])
         if stage.beside is None:
-            losses = {name: each.loss for name, each in kept.items()}
-            own = {e.name: learned_by(e.config.data, e.config.train.loss) for e in before}
-            _need_answers(stage, losses | own, now)
+            _need_answers(stage, own | {name: each.loss for name, each in kept.items()}, now)
     except (ConfigError, RunError) as error:
         if stage.beside:
             raise
@@ -160,9 +159,8 @@ def _need_keys(stage: Stage) -> None:
 
 def _need_answers(stage: Stage, losses: Mapping[str, str], now: OpenState | None) -> None:
     """Refuse a stage that builds on others: of pairs, on a mix, which a combination would undo, or
-    one that reads or counts their rows. `losses` are those of the others."""
+    one that reads or counts their rows. `losses` are its own and those of the others."""
     data = stage.config.data
-    losses = {stage.name: learned_by(data, stage.config.train.loss), **losses}
     found = [f"{name}: {loss}" for name, loss in losses.items() if loss in PAIR_LOSSES]
     found += ["data.replay"] * bool(data.replay) + ["data.new_rows_only"] * data.new_rows_only
     if now is not None and now.entry is not None and now.entry.kind == "mix":

@@ -233,17 +233,24 @@ def _take_in(run: Path, planned: StagePlan, tell: Listener) -> None:
     if is_combination_due(history, planned.stage):  # also where a kill came before it
         combine_with(run, name, _reader(tell))
         return
-    inside = {entry.key for entry in history.lineage(history.head)}
-    if planned.stage.beside or planned.state == "finished" or name in inside:
+    if name in {entry.key for entry in history.lineage(history.head)}:
         return
-    judged = (e.key for e in history.entries if e.kind == "mix" and e.parents == (name,))
-    end = next(judged, name)  # at the strength that `accept_links` has chosen
-    below = {entry.key for entry in history.lineage(name)}  # which it brings along
+    wanted = {*history.ends(history.head), name}
+    whole = (
+        each.key
+        for each in reversed(history.entries)
+        if each.kind != "mix" and wanted <= {below.key for below in history.lineage(each.key)}
+    )
+    end = next(whole, name)
+    if planned.stage.tolerance is not None:  # at the strength that `accept_links` has chosen
+        judged = (e.key for e in history.entries if e.kind == "mix" and e.parents == (name,))
+        end = next(judged, end)
+    below = {entry.key for entry in history.lineage(end)}  # which it brings along
     others = [key for key in history.ends(history.head) if key not in below]
     both = shlex.join([str(run), *others, name])
     logger.warning(
         "%s stays %s, which is without stage %s; to take it: chainlora undo %s --to %s%s",
-        *(run, history.head, name, run, end),
+        *(run, history.head, name, shlex.quote(str(run)), end),
         f"; to have both: chainlora combine {both}" if others else "",
     )
 
