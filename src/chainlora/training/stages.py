@@ -25,7 +25,7 @@ from chainlora.evaluation.combination import combine_with
 from chainlora.evaluation.stage_scores import Progress, stage_matrix
 from chainlora.evaluation.strengths import guard
 from chainlora.runs.addresses import find_state, state_at, state_of_draft
-from chainlora.runs.history import read_history
+from chainlora.runs.history import History, read_history
 from chainlora.runs.loading_start import start_at, with_start
 from chainlora.runs.start import Start
 from chainlora.runs.work import Work
@@ -235,16 +235,7 @@ def _take_in(run: Path, planned: StagePlan, tell: Listener) -> None:
         return
     if name in {entry.key for entry in history.lineage(history.head)}:
         return
-    wanted = {*history.ends(history.head), name}
-    whole = (
-        each.key
-        for each in reversed(history.entries)
-        if each.kind != "mix" and wanted <= {below.key for below in history.lineage(each.key)}
-    )
-    end = next(whole, name)
-    if planned.stage.tolerance is not None:  # at the strength that `accept_links` has chosen
-        judged = (e.key for e in history.entries if e.kind == "mix" and e.parents == (name,))
-        end = next(judged, end)
+    end = _entry_with(planned.stage, history)
     below = {entry.key for entry in history.lineage(end)}  # which it brings along
     others = [key for key in history.ends(history.head) if key not in below]
     both = shlex.join([str(run), *others, name])
@@ -253,6 +244,21 @@ def _take_in(run: Path, planned: StagePlan, tell: Listener) -> None:
         *(run, history.head, name, shlex.quote(str(run)), end),
         f"; to have both: chainlora combine {both}" if others else "",
     )
+
+
+def _entry_with(stage: Stage, history: History) -> str:
+    """Return an entry that has a stage: at the strength that `accept_links` has chosen, or with all
+    that the run is now, rehearsed if it was; else the stage itself."""
+    found = [e.key for e in history.entries if e.kind == "mix" and e.parents == (stage.name,)]
+    if stage.tolerance is None:
+        wanted = {*history.ends(history.head), stage.name}
+        found = [
+            each.key
+            for each in history.entries
+            if each.kind != "mix" and wanted <= {e.key for e in history.lineage(each.key)}
+        ]
+        found = [key for key in found if history.ends(key) == history.ends(found[0])]
+    return found[-1] if found else stage.name
 
 
 def _reader(tell: Listener) -> Progress:
