@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from enum import StrEnum
 
 import torch
@@ -80,12 +79,7 @@ def accelerate_model(model: nn.Module) -> int:
 
 def accelerate_lora(model: nn.Module) -> int:
     """The fused forward for every LoRA layer; how many would take it now."""
-    return accelerate_layers(filter(is_lora_layer, model.modules()))
-
-
-def accelerate_layers(layers: Iterable[nn.Module]) -> int:
-    """The fused forward for these layers; how many would take it now."""
-    layers = list(layers)
+    layers = list(filter(is_lora_layer, model.modules()))
     LoraLayers().adapt(layers)
     return sum(bool(installed(layer)) and active_adapter(layer) is not None for layer in layers)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import peft
 import torch
+from helpers import settings
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -28,14 +29,9 @@ IDS = torch.tensor([[5, 9, 30, 7, 11, 60], [8, 200, 17, 6, 44, 3]])
 
 def fit(folder: Path, sentiment: Path, output: Path, **sections) -> Path:
     """Train a chain of ranks (4, 4, 2), large enough steps that every link matters."""
-    tree = {
-        "model": str(folder),
-        "data": {"task": str(sentiment / "task.yaml"), "train": str(sentiment / "train.jsonl")},
-        "chain": {"ranks": [4, 4, 2], "alpha": 8, "steps": [3, 3, 2]} | sections.get("chain", {}),
-        "train": {"lr": 1e-2, "batch_size": 8} | sections.get("train", {}),
-        "output": str(output),
-    }
-    train(tree)
+    chain = {"ranks": [4, 4, 2], "steps": [3, 3, 2]} | sections.get("chain", {})
+    keys = sections | {"chain": chain, "data": {"validation": None}}
+    train(settings(folder, sentiment, output, **keys))
     return output
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers import Stop
 
 from chainlora.cli.main import run as command
 from chainlora.config.reading import load_config
@@ -32,32 +33,18 @@ from chainlora.training.processes import leave_processes
 RANK = int(os.environ["RANK"])
 
 
-class Stop(BaseException):
-    """Ends a job where a kill would."""
-
-
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    losses: list[float] = []
-    evaluations: list[dict[str, Any]] = []
-
-    outcome: dict[str, Any] = {"losses": losses, "evaluations": evaluations}
+    outcome: dict[str, Any] = {}
 
     def listener(event: Any) -> None:
-        if event.name == "plan":
-            outcome["notes"] = event.notes
-        if event.name == "eval":
-            evaluations.append(event.record())
-        if event.name != "step":
-            return
-        losses.append(event.loss)
-        if job.get("kill") == [RANK, event.step]:
+        if event.name == "step" and job.get("kill") == [RANK, event.step]:
             os.kill(os.getpid(), signal.SIGKILL)
-        if event.step == job.get("stop"):
+        if event.name == "step" and event.step == job.get("stop"):
             raise Stop
 
     try:
         start = load_start(job["start"]) if "start" in job else NOTHING
-        outcome["result"] = train(
+        train(
             load_config(job["config"]),
             resume=job.get("resume", False),
             listener=listener,
@@ -112,7 +99,7 @@ def main() -> None:
             continue
         outcome = load(job) if "load" in job else run(job)
         if RANK == 0 or "kill" in job or "load" in job:
-            Path(f"{job['outcome']}.{RANK}").write_text(json.dumps(outcome, default=str))
+            Path(f"{job['outcome']}.{RANK}").write_text(json.dumps(outcome))
     leave_processes()
 
 

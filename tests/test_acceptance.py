@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
-from helpers import Stop, assert_same_links, settings
+from helpers import Stop, assert_same_links
 
-from chainlora import load_run, make_config, train
+from chainlora import load_run, train
 from chainlora.data.examples import Example
 from chainlora.errors import ConfigError
 from chainlora.evaluation.evaluate import Evaluation, evaluate, gain
@@ -52,10 +52,9 @@ def test_a_pair_whose_answers_are_ranked_the_same_is_right_by_half():
     assert (found.mean, before.metrics["accuracy"], after.metrics["accuracy"]) == (0, 0.5, 0.5)
 
 
-def config(folder, rows, output=None, **train_keys):
+def accepting(configure, name: str | None = "run", **train_keys):
     keys = {"lr": 1e-2, "accept_links": "better", "save_every": 1} | train_keys
-    chain = {"ranks": [4, 4, 4], "steps": [8, 4, 2]}
-    return make_config(settings(folder, rows, output, chain=chain, train=keys))
+    return configure(name, chain={"ranks": [4, 4, 4], "steps": [8, 4, 2]}, train=keys)
 
 
 def rejecting(monkeypatch, since=8):
@@ -70,12 +69,10 @@ def rejecting(monkeypatch, since=8):
     monkeypatch.setattr(loop, "rate_factor", rate)
 
 
-def test_a_harmful_link_is_dropped_and_the_chain_ends(
-    tiny_folder, sentiment, tmp_path, monkeypatch
-):
+def test_a_harmful_link_is_dropped_and_the_chain_ends(configure, tmp_path, monkeypatch):
     rejecting(monkeypatch)
     run, seen = tmp_path / "run", []
-    result = train(config(tiny_folder, sentiment, run), listener=seen.append)
+    result = train(accepting(configure), listener=seen.append)
     (rejected,) = [event for event in seen if event.name == "rejected"]
     assert (rejected.step, rejected.link) == (12, 1)
     assert rejected.gain <= rejected.standard_error
@@ -84,7 +81,7 @@ def test_a_harmful_link_is_dropped_and_the_chain_ends(
     assert result["steps"] == 12  # the third link was never begun
     knots = [event for event in seen if event.name == "eval" and event.where == "knot"]
     assert result["metrics"]["validation"]["loss"] == knots[0].metrics["loss"]
-    alone = train(config(tiny_folder, sentiment, tmp_path / "alone", accept_links="all"))
+    alone = train(accepting(configure, "alone", accept_links="all"))
     assert len(alone["links"]) == 3
     model, _ = load_run(run)
     first, _ = load_run(tmp_path / "alone", num_links=1)
@@ -92,11 +89,11 @@ def test_a_harmful_link_is_dropped_and_the_chain_ends(
         assert torch.equal(mine, theirs)  # exactly the weights before the rejected link
 
 
-def test_the_best_point_is_none_of_a_rejected_link(tiny_folder, sentiment, monkeypatch):
+def test_the_best_point_is_none_of_a_rejected_link(configure, monkeypatch):
     """Before the rejected link did harm, it was better for two steps."""
     rejecting(monkeypatch, since=10)
     seen, keys = [], {"eval_every": 1, "select_metric": "loss"}
-    result = train(config(tiny_folder, sentiment, **keys), listener=seen.append)
+    result = train(accepting(configure, None, **keys), listener=seen.append)
     losses = {event.step: event.metrics["loss"] for event in seen if event.name == "eval"}
     assert losses[10] < losses[8] < losses[12]
     kept = {"step": 8, "num_links": 1, "partial": False, "metric": "loss", "value": losses[8]}
@@ -104,19 +101,19 @@ def test_the_best_point_is_none_of_a_rejected_link(tiny_folder, sentiment, monke
 
 
 def test_one_validation_row_is_refused_by_which_every_link_would_be_dropped(
-    tiny_folder, sentiment, tmp_path
+    configure, sentiment, tmp_path
 ):
     rows = (sentiment / "validation.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "one.jsonl").write_text(rows[0])
-    tree = config(tiny_folder, sentiment, tmp_path / "run").model_dump(mode="json")
+    tree = accepting(configure).model_dump(mode="json")
     tree["data"]["validation"] = str(tmp_path / "one.jsonl")
     with pytest.raises(ConfigError, match=r"`accept_links: better` two or more \(got 1\); give"):
         train(tree)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_link_that_learns_nothing_is_dropped(tiny_folder, sentiment, tmp_path, capsys):
-    result = train(config(tiny_folder, sentiment, tmp_path / "run", lr=1e-12))
+def test_a_link_that_learns_nothing_is_dropped(configure, tmp_path, capsys):
+    result = train(accepting(configure, lr=1e-12))
     assert "step     8  link 0 dropped by accept_links: it lowered " in capsys.readouterr().err
     assert (result["links"], result["best"]) == ([], None)
     assert result["steps"] == 8
@@ -126,20 +123,17 @@ def test_a_link_that_learns_nothing_is_dropped(tiny_folder, sentiment, tmp_path,
 
 
 @pytest.mark.parametrize("dies_at", [8, 12])  # at the knot, and where a link is dropped
-def test_killed_and_resumed_it_decides_the_same(
-    tiny_folder, sentiment, tmp_path, monkeypatch, dies_at
-):
+def test_killed_and_resumed_it_decides_the_same(configure, tmp_path, monkeypatch, dies_at):
     rejecting(monkeypatch)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    expected = train(config(tiny_folder, sentiment, whole))
+    expected, killed = train(accepting(configure, "whole")), accepting(configure, "killed")
 
     def die(event):
         if event.name in ("step", "rejected") and event.step == dies_at:
             raise Stop
 
     with pytest.raises(Stop):
-        train(config(tiny_folder, sentiment, killed), listener=die)
-    result = train(config(tiny_folder, sentiment, killed), resume=True)
+        train(killed, listener=die)
+    result = train(killed, resume=True)
     assert result["metrics"] == expected["metrics"]
     assert [link["num_steps"] for link in result["links"]] == [8]
-    assert_same_links(whole, killed)
+    assert_same_links(tmp_path / "whole", tmp_path / "killed")

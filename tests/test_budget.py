@@ -10,22 +10,21 @@ import torch
 import transformers
 from architectures.tiny import tiny_model
 from conftest import write_rows
-from helpers import assert_same_links, settings, stop_after
+from helpers import assert_same_links, stop_after
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chainlora import Chain, LinkConfig, make_config, train
+from chainlora import Chain, LinkConfig, train
 from chainlora.config.schema import TrainConfig
 from chainlora.training.step import rate_factor
 
 
 @pytest.fixture
-def planned(tiny_folder, sentiment, tmp_path):
+def planned(configure):
     """Return a function that makes the config of two links of a length."""
 
     def make(name: str, train: dict | None = None, data: dict | None = None, **chain):
-        sections = {"chain": {"ranks": [2, 2], "steps": None} | chain}
-        sections |= {"train": train or {}, "data": data or {}}
-        return make_config(settings(tiny_folder, sentiment, tmp_path / name, **sections))
+        chain = {"ranks": [2, 2], "steps": None} | chain
+        return configure(name, chain=chain, train=train or {}, data=data or {})
 
     return make
 

@@ -24,12 +24,6 @@ def chain() -> Chain:
     return tuned_chain(tiny_model("opt"), "opt", num_links=2)
 
 
-def with_live(chain: Chain, **keys) -> Chain:
-    chain.extend(config("opt", **keys))
-    chain.tune(range(2), plain_update(chain))
-    return chain
-
-
 def on_meta() -> torch.nn.Module:
     with torch.device("meta"):
         return tiny_model("opt")
@@ -197,7 +191,9 @@ def test_links_of_other_models_are_not_stacked(chain):
 @pytest.mark.parametrize("hold", ["tied", "carried"])
 @pytest.mark.parametrize("damage", ["extra", "missing", "shape", "deposit"])
 def test_the_state_of_another_live_link_is_refused(hold, damage):
-    chain = with_live(Chain(tiny_model("opt"), hold=hold))
+    chain = Chain(tiny_model("opt"), hold=hold)
+    chain.extend(config("opt"))
+    chain.tune(range(2), plain_update(chain))
     chain.tie_share(0.5)
     state = chain.live_state()
     first = next(name for name in state if name.startswith("A/"))

@@ -41,10 +41,7 @@ def test_what_a_run_cannot_do_is_refused_before_it_begins(chainlora, config, tmp
 
 
 @pytest.mark.parametrize("name", ["runs/none", "runs/none@facts", "no/such/run"])
-def test_a_run_that_is_not_there_is_told_with_what_was_looked_for(
-    chainlora, tiny_folder, tmp_path, monkeypatch, task, name
-):
-    monkeypatch.chdir(tmp_path)
+def test_a_run_that_is_not_there_is_told_with_what_was_looked_for(chainlora, tmp_path, task, name):
     looked = f"(got {name}: no {name.partition('@')[0]}/history.json, no such "
     for words in (f"generate {name} --prompt hi", f"eval {name} {task}", f"chat {name}"):
         chainlora(words).refused("a run or model must be there", f"{looked}model on this machine")
@@ -78,6 +75,8 @@ def test_a_dry_run_refuses_what_the_model_and_the_output_tell(chainlora, config,
     for keys in ("--model no/body", "--data.max_length 200", "--chain.target_modules [query]"):
         chainlora(f"{dry} {keys}").refused(WRONG[keys])
     assert chainlora(f"{dry} --resume").status == chainlora(dry).status == 0
+    assert chainlora(f"{dry} --output {tmp_path}/new/run").status == 0
+    assert not (tmp_path / "new").exists()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     chainlora(dry).refused("`output` must be a new or empty directory (got ")
@@ -109,6 +108,7 @@ def test_output_in_use(chainlora, config, tmp_path):
     chainlora(f"{beyond}/file").refused("at or below the file ")
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     chainlora(f"{beyond}/link").refused("symbolic link to nothing")
+    chainlora(f"{beyond}/{'x' * 300}").refused("File name too long for ", "choose a shorter name")
     for words in ("--output {0}/stages/z", "--output {0}/z --dry-run"):
         inside = chainlora(f"train {config} {words.format(tmp_path / 'run')}")
         inside.refused("`output` must lie outside other runs", f"inside {tmp_path}/run); choose")

@@ -29,17 +29,6 @@ def expected(model, tokenizer, text: str, new: int, **keys) -> str:
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-@pytest.fixture(scope="module")
-def spoken(tiny_folder, sentiment, tmp_path_factory) -> Path:
-    """A run whose links learn by heart what comes after a prompt."""
-    folder = tmp_path_factory.mktemp("spoken")
-    rows = [{"prompt": f"the cat sat on {n}", "completion": " red birds fly"} for n in range(32)]
-    data = {"train": str(write_rows(folder / "rows.jsonl", rows))}
-    tree = settings(tiny_folder, sentiment, folder / "run", train={"lr": 3e-2})
-    train(tree | {"data": data})
-    return folder / "run"
-
-
 @pytest.fixture
 def typed(monkeypatch):
     """Let a text stand on stdin, which is then no terminal."""
@@ -50,8 +39,12 @@ def typed(monkeypatch):
     return type_
 
 
-def test_generate_says_what_transformers_says_after_each_link(chainlora, spoken):
-    said = {}
+def test_generate_says_what_transformers_says_after_each_link(chainlora, configure, tmp_path):
+    """The links learn by heart what comes after a prompt."""
+    rows = [{"prompt": f"the cat sat on {n}", "completion": " red birds fly"} for n in range(32)]
+    data = {"task": None, "train": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    train(configure(data=data | {"validation": None}, train={"lr": 3e-2}))
+    spoken, said = tmp_path / "run", {}
     for links in (0, 1, 3):
         call = ("generate", spoken, "--prompt", PROMPT, "--max-new-tokens", 12, "--links", links)
         outcome = chainlora(*call)

@@ -235,18 +235,6 @@ def test_marks_are_not_needed_of_a_tokenizer_that_knows_no_characters():
     assert scored(example, tokenizer) == [["two dogs</s>", "three</s>"]]
 
 
-@pytest.mark.parametrize("special", ["", "bos"])  # which the template does not write
-def test_a_long_chat_loses_its_oldest_turns_when_asked_to(special):
-    tokenizer = make_tokenizer(special, CHAT)
-    rows = [{"messages": TALK}]
-    (whole,) = encode_examples(rows, tokenizer, "chat")
-    (cut,) = encode_examples(rows, tokenizer, "chat", max_length=20, truncation="cut")
-    assert cut.sequences[0] == whole.sequences[0][-20:]
-    assert scored(cut, tokenizer) == [["three</s>"]]
-    with pytest.raises(DataError, match="truncation: cut or drop"):
-        encode_examples(rows, tokenizer, "chat", max_length=20)
-
-
 EMPTY = {"role": "assistant", "content": ""}
 IMAGE = {"type": "image_url", "image_url": "x"}
 TOOL = {"type": "function", "function": {"name": "count", "parameters": {"type": "object"}}}

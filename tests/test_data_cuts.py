@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 from helpers import settings as run_settings
 from helpers import stage_dir
-from helpers_data import CHAT, TALK, encode_examples, make_tokenizer
+from helpers_data import CHAT, TALK, encode_examples, make_tokenizer, scored
 from helpers_tasks import write_rows, write_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -179,9 +179,11 @@ def test_a_cut_chat_keeps_the_start_that_its_template_writes(template):
     for special in ("", "bos"):
         tokenizer = make_tokenizer(special, template)
         (whole,), (cut,) = (
-            encode_examples([{"messages": talk}], tokenizer, "chat", **keys)[0].sequences
-            for keys in ({}, {"max_length": 24, "truncation": "left"})
+            encode_examples([{"messages": talk}], tokenizer, "chat", **keys)
+            for keys in ({}, {"max_length": 24, "truncation": "cut"})
         )
+        assert scored(cut, tokenizer) == [["three</s>"]]  # the oldest turns are gone
+        (whole,), (cut,) = whole.sequences, cut.sequences
         begun = int(template != CHAT)
         assert whole[:1] == cut[:1] or not begun
         assert cut[begun:] == whole[begun - 24 :]

@@ -9,17 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import (
-    assert_same_links,
-    entry_of,
-    history_of,
-    records_of,
-    stage_dir,
-    stop_after,
-)
+from helpers import assert_same_links, entry_of, history_of, records_of, stage_dir, stop_after
 from helpers_integrations import StopAt, arguments, collator, make_trainer, peft_model, token_rows
 from helpers_tasks import write_rows, write_task
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from chainlora import ChainCallback, inspect_run, train
 from chainlora.errors import ConfigError, RunError
@@ -125,8 +118,7 @@ def test_a_link_that_ends_before_its_warm_up_is_named(tiny_folder, tmp_path, cap
     assert warning is None or re.search(warning, found[0])
 
 
-def test_a_trainer_paces_them_by_its_collator_s_labels(tiny_folder, tmp_path, caplog):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+def test_a_trainer_paces_them_by_its_collator_s_labels(tiny_folder, tokenizer, tmp_path, caplog):
     callback = ChainCallback(knots={"moments": "new"})  # no `auto`, which would tie none
     keys = {"gradient_accumulation_steps": 5, "max_steps": 3, "save_strategy": "no"}
     trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, callback, **keys)
@@ -142,7 +134,7 @@ def test_a_trainer_paces_them_by_its_collator_s_labels(tiny_folder, tmp_path, ca
     assert "soft knots break even with plain LoRA near 11 learned tokens" in caplog.text
 
 
-def test_rows_without_places_ask_for_a_time_constant(tiny_folder, tmp_path):
+def test_rows_without_places_ask_for_a_time_constant(tiny_folder, tokenizer, tmp_path):
     from datasets import Dataset
 
     def trainer(**knots) -> Trainer:
@@ -151,7 +143,7 @@ def test_rows_without_places_ask_for_a_time_constant(tiny_folder, tmp_path):
             model=peft_model(tiny_folder),
             args=TrainingArguments(**keys),
             train_dataset=Dataset.from_list(token_rows()).to_iterable_dataset(),
-            data_collator=collator(AutoTokenizer.from_pretrained(tiny_folder)),
+            data_collator=collator(tokenizer),
             callbacks=[ChainCallback(knots=knots or "auto")],
         )
 
@@ -160,8 +152,7 @@ def test_rows_without_places_ask_for_a_time_constant(tiny_folder, tmp_path):
     assert trainer(time_constant=20).train().global_step == 3
 
 
-def test_a_trainer_too(tiny_folder, tmp_path, later_version):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+def test_a_trainer_too(tiny_folder, tokenizer, tmp_path, later_version):
     keys = {"save_strategy": "steps", "save_steps": 5}
 
     def trainer(name: str):

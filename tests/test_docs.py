@@ -56,12 +56,6 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def block_with(text: str, start: str) -> str:
-    """The one fenced block without a language that starts so."""
-    (found,) = [block for block in blocks(text, "") if block.startswith(start)]
-    return found
-
-
 @pytest.fixture(scope="module")
 def checkout(tiny_folder, tmp_path_factory) -> Path:
     """A folder as the README's reader has it: the examples, and a tiny model that lies where the
@@ -121,7 +115,8 @@ def test_the_readme_commands_run_in_order(checkout, monkeypatch, capsys):
         program, *words = arguments(line.removeprefix("$ "))
         assert program == "chainlora"
         assert run(words) == 0, f"{line}: {capsys.readouterr().err}"
-    tree = block_with((ROOT / "docs/run-directory.md").read_text(encoding="utf-8"), "runs/dates/\n")
+    page = (ROOT / "docs/run-directory.md").read_text(encoding="utf-8")
+    (tree,) = [block for block in blocks(page, "") if block.startswith("runs/dates/\n")]
     run_names, stage_names = (
         set(re.findall(rf"^{' ' * depth}([\w.]+)", tree, flags=re.MULTILINE)) for depth in (2, 4)
     )
@@ -146,9 +141,8 @@ def test_a_finished_run_is_resumed_by_its_own_config(checkout, monkeypatch):
     assert checksums(checkout / "runs/dates/links") == before
 
 
-def test_the_shortest_task_in_tasks_md_runs(tiny_folder, tmp_path, monkeypatch):
+def test_the_shortest_task_in_tasks_md_runs(tiny_folder, tmp_path):
     text = (ROOT / "docs/tasks.md").read_text(encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "headlines.yaml").write_text(blocks(text, "yaml")[0], encoding="utf-8")
     (row,) = re.findall(r'`(\{"headline": .*?\})` \(or `"label": 0`\)', text)
     (tmp_path / "headlines").mkdir()

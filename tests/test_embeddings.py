@@ -5,6 +5,7 @@ PEFT adapts an embedding under names of its own, and looks columns of A up by to
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -12,9 +13,11 @@ import pytest
 import torch
 from conftest import make_tiny_folder, tiny_model
 from helpers import settings
+from helpers_export import logits as logits_of
 from helpers_integrations import make_trainer
+from helpers_integrations import plain_model as load
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from chainlora import (
     Chain,
@@ -31,6 +34,7 @@ from chainlora.errors import ModelError
 
 IDS = torch.tensor([[5, 9, 30, 7, 11, 60], [8, 100, 17, 6, 44, 3]])
 LINK = LinkConfig(rank=4, alpha=8, target_modules=("embed_tokens", "q_proj"))
+logits = partial(logits_of, ids=IDS)
 # A token's row W + s·B·A is summed in another order than W and s·B·A by themselves: float32
 # rounding of logits below 10 over two layers.
 ROUNDING = 5e-5
@@ -39,15 +43,6 @@ ROUNDING = 5e-5
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory) -> Path:
     return make_tiny_folder(tmp_path_factory.mktemp("hub") / "untied", tie_word_embeddings=False)
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model.eval()(IDS).logits
-
-
-def load(folder: Path):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def tune(chain: Chain, steps: int = 3, share: float = 0.0) -> None:

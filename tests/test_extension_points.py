@@ -12,7 +12,6 @@ import pytest
 import yaml
 from helpers import records_of, settings, stage_dir
 from helpers_integrations import make_trainer, peft_model
-from transformers import AutoTokenizer
 
 import chainlora
 from chainlora import ChainCallback, registry
@@ -22,24 +21,23 @@ from chainlora.training.events import Event, ShareTied, StepDone
 
 ROOT = Path(chainlora.__file__).parents[2]
 LAYOUT = (ROOT / "docs/layout.md").read_text(encoding="utf-8")
+RECIPES = re.findall(r"```python\n(.*?)```", LAYOUT, re.DOTALL)
 
 
 def run_recipe(word: str) -> None:
     """Run the one Python block of the page that has a word."""
-    found = [b for b in re.findall(r"```python\n(.*?)```", LAYOUT, re.DOTALL) if word in b]
+    found = [block for block in RECIPES if word in block]
     assert len(found) == 1
     exec(compile(found[0], word, "exec", dont_inherit=True), {"__name__": f"recipe_{word}"})
 
 
 @pytest.fixture
-def mine(monkeypatch, tmp_path):
+def mine(tmp_path):
     """A file with all three recipes, in the working directory; what it registers ends with the
     test."""
     tables = driver.POLICIES, objectives.OBJECTIVES, optimizers.OPTIMIZERS
     before = [dict(table) for table in tables]
-    blocks = re.findall(r"```python\n(.*?)```", LAYOUT, re.DOTALL)
-    (tmp_path / "mine.py").write_text("\n\n".join(blocks))
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("\n\n".join(RECIPES))
     yield tmp_path / "mine.py"
     for table, kept in zip(tables, before, strict=True):
         table.clear()
@@ -86,14 +84,9 @@ def test_an_optimizer_of_ones_own(tiny_folder, sentiment, monkeypatch):
     assert sum(isinstance(event, ShareTied) for event in events) == 3
 
 
-@pytest.fixture
-def doubling(monkeypatch):
+def test_a_knot_policy_of_ones_own_in_a_trainer(tiny_folder, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setitem(driver.POLICIES, "doubling", None)
     run_recipe("class DoublingKnots")
-    return {"policy": "doubling", "every": 4, "share": 0.5}
-
-
-def test_a_knot_policy_of_ones_own_in_a_trainer(tiny_folder, doubling, tmp_path, monkeypatch):
     steps = []
     tie_share = chainlora.Chain.tie_share
 
@@ -102,8 +95,7 @@ def test_a_knot_policy_of_ones_own_in_a_trainer(tiny_folder, doubling, tmp_path,
         return tie_share(chain, share)
 
     monkeypatch.setattr(chainlora.Chain, "tie_share", seen)
-    callback = ChainCallback(knots=doubling)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    callback = ChainCallback(knots={"policy": "doubling", "every": 4, "share": 0.5})
     make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, callback, max_steps=20).train()
     assert steps == [(4, 0.5), (8, 0.5), (16, 0.5)]
     assert callback.chain.live_steps == 20

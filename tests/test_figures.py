@@ -94,7 +94,6 @@ def test_the_gains_of_soft_knots_are_those_of_the_readme():
 def test_a_script_prints_a_table_and_writes_one_small_picture(name, tmp_path, monkeypatch, capsys):
     from matplotlib.image import imread
 
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "figure.png", "--small"])
     runpy.run_path(str(THEORY / f"{name}.py"), run_name="__main__")
     assert len(capsys.readouterr().out.splitlines()) >= 5

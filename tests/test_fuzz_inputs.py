@@ -9,7 +9,6 @@ import json
 import shutil
 from copy import deepcopy
 
-import pytest
 import torch
 import yaml
 from fuzzing import JSON, VALUES, WORDS, altered, damaged, fuzz, guarded, refusals
@@ -43,7 +42,7 @@ WRITERS = {
 @given(data=st.data())
 @guarded
 def test_rows_of_any_values_are_refused_or_tokenised(
-    tokenizer, sentiment, tmp_path_factory, monkeypatch_module, data
+    tokenizer, sentiment, tmp_path_factory, cache, data
 ):
     suffix = data.draw(st.sampled_from(list(WRITERS)))
     kind = data.draw(st.sampled_from(range(len(ROWS))))
@@ -64,14 +63,6 @@ def test_rows_of_any_values_are_refused_or_tokenised(
     with refusals(DataError, ConfigError):
         for example in prepare_splits(config.data, tokenizer, 128).train:
             assert all(0 <= t < len(tokenizer) for ids in example.sequences for t in ids)
-
-
-@pytest.fixture(scope="module")
-def monkeypatch_module(tmp_path_factory):
-    """Caches go where the tests write."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CHAINLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield patch
 
 
 # --- tasks

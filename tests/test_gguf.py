@@ -80,10 +80,6 @@ def make_chain(folder: Path, base: Path, target_modules: object = "all-linear", 
     return folder
 
 
-def ids_of(base: Path) -> list[int]:
-    return AutoTokenizer.from_pretrained(base)(TEXT)["input_ids"][:48]
-
-
 @torch.no_grad()
 def logits(model, ids: list[int]) -> torch.Tensor:
     return model.eval()(torch.tensor([ids])).logits[0]
@@ -103,7 +99,7 @@ def test_gguf_is_the_model(name, tmp_path, cache):
     done = export_gguf(run, folder / "merged", kind="f32")
     assert (done["to"], done["type"], done["links"]) == ("gguf", "f32", 2)
     export_gguf(run, folder / "lora", as_adapter=True)
-    ids = ids_of(base)
+    ids = AutoTokenizer.from_pretrained(base)(TEXT)["input_ids"][:48]
     wanted = logits(load_run(run)[0], ids)
     merged, plain = (tensors_of(folder / file) for file in ("merged/model.gguf", "lora/base.gguf"))
     fields = gguf.GGUFReader(folder / "merged" / "model.gguf").fields

@@ -81,7 +81,6 @@ def test_states_of_one_digest_are_equal_to_the_bit(run, tmp_path, chainlora):
 
 
 def test_a_stage_does_not_depend_on_what_else_the_run_holds(run, tmp_path, chainlora):
-    """Trained beside others, on the same state: the same bits."""
     section = f"{run.parent}/law.yaml"
     for output in ("one", "two"):
         words = f"extend {run}@main {section} --name first --output {tmp_path / output}"

@@ -12,7 +12,7 @@ from helpers import entry_of, records_of, settings, stage_dir, stop_after
 from helpers_export import dense_adapter
 from safetensors.numpy import load_file
 
-from chainlora import inspect_run, make_config, train
+from chainlora import inspect_run, train
 from chainlora.errors import RunError
 from chainlora.runs.records import read_records
 
@@ -103,10 +103,10 @@ def test_loss_and_score_are_those_of_the_records(run):
         assert row["scores"] == {"accuracy": knot["accuracy"], "loss": knot["loss"]}
 
 
-def test_a_killed_run_can_be_inspected(run, tiny_folder, sentiment, tmp_path):
+def test_a_killed_run_can_be_inspected(run, configure, tmp_path):
     """Half a last line is what SIGKILL leaves of a record."""
     killed = tmp_path / "run"
-    stop_after(make_config(settings(tiny_folder, sentiment, killed)), 6)
+    stop_after(configure(), 6)
     metrics = stage_dir(killed) / "metrics.jsonl"
     whole, before = metrics.read_text(), inspect_run(killed)["links"]
     metrics.write_text(whole + '{"event": "step", "st')

@@ -37,11 +37,10 @@ def tokenizer():
 
 
 def test_a_run_keeps_a_sample_of_its_rows_and_hashes_of_all(
-    tiny_folder, sentiment, tmp_path, monkeypatch
+    configure, tiny_folder, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("chainlora.data.splits.SAMPLE", 9)
-    keys = {"output": str(tmp_path / "run"), "chain": SHORT}
-    config = make_config(settings(tiny_folder, sentiment, **keys))
+    config = configure(chain=SHORT)
     train(config)
     (kept,) = open_run(tmp_path / "run").kept().values()
     whole = prepare_splits(config.data, load_tokenizer(tiny_folder), 128)
@@ -149,11 +148,11 @@ def test_rows_that_are_shown_leave_the_numbers_of_others_apart(tmp_path, tokeniz
         assert len(found.kept().held_out) == len(found.validation) == validation
 
 
-def test_a_task_over_own_files_holds_rows_out_as_they_are_scored(tiny_folder, sentiment, tmp_path):
-    keys = {"data": {"validation": 0.4}, "chain": SHORT, "output": str(tmp_path / "run")}
-    config = make_config(settings(tiny_folder, sentiment, **keys))
-    tokenizer = load_tokenizer(tiny_folder)
-    found = prepare_splits(config.data, tokenizer, 128)
+def test_a_task_over_own_files_holds_rows_out_as_they_are_scored(
+    configure, tiny_folder, sentiment, tmp_path
+):
+    config = configure(data={"validation": 0.4}, chain=SHORT)
+    found = prepare_splits(config.data, load_tokenizer(tiny_folder), 128)
     assert {len(example.sequences) for example in found.validation} == {2}
     result = train(config)
     assert result["rows"] == len(found.train) == 32 - len(found.validation)
@@ -294,25 +293,21 @@ def test_ranked_rows_are_read_again_as_completions_and_pairs_are_not(
             stage_of(tokenizer, earlier, **keys)
 
 
-def test_a_stage_with_replay_is_the_same_killed(tiny_folder, sentiment, tmp_path):
+def test_a_stage_with_replay_is_the_same_killed(configure, tmp_path):
     """A resume has the rows of earlier stages in its own directory. In two processes:
     test_processes.py."""
-    first = settings(tiny_folder, sentiment, tmp_path / "first", chain=SHORT)
-    train(make_config(first | {"data": first["data"] | {"num_train": 16}}))
+    train(configure("first", chain=SHORT, data={"num_train": 16}))
     start, later = load_start(tmp_path / "first"), {"stage": "later"}
-
-    def config(name):
-        keys = {"data": {"replay": 0.4}, "train": {"save_every": 1}}
-        chain = {"ranks": [2, 2], "steps": [3, 2]}
-        return settings(tiny_folder, sentiment, tmp_path / name, chain=chain, **keys)
-
-    whole = train_run(make_config(config("whole")), start=start, **later)
+    keys = {"data": {"replay": 0.4}, "train": {"save_every": 1}}
+    keys["chain"] = {"ranks": [2, 2], "steps": [3, 2]}
+    killed = configure("killed", **keys)
+    whole = train_run(configure("whole", **keys), start=start, **later)
     assert whole["data"]["train"]["replayed"] == 16
     assert whole["rows"] == 32
     with pytest.raises(Stop):
-        train_run(make_config(config("killed")), start=start, listener=stopping(3), **later)
+        train_run(killed, start=start, listener=stopping(3), **later)
     (tmp_path / "first").rename(tmp_path / "elsewhere")
-    train_run(make_config(config("killed")), resume=True, **later)
+    train_run(killed, resume=True, **later)
     assert_same_links(tmp_path / "whole", tmp_path / "killed")
 
 

@@ -118,6 +118,7 @@ def test_the_card_of_an_adapter_serves_it_on_its_own_base(chat_run, tmp_path):
         assert f"vllm serve {base} --enable-lora" in card
         assert f"--lora-modules chain={adapter}" in card
         assert f'AutoModelForCausalLM.from_pretrained("{base}")' in card
+        assert f'PeftModel.from_pretrained(base, "{adapter}")' in card
 
 
 @pytest.mark.parametrize("name", [None, "me/chain"])

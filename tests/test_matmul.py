@@ -40,10 +40,6 @@ def kernels(monkeypatch) -> Callable[[bool], None]:
     )
 
 
-def numbers(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
-
-
 class MatmulsSeen(TorchDispatchMode):
     """The dtypes that matmuls ran in, attention's among them."""
 

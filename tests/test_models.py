@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -76,33 +75,15 @@ def write_gguf(
     writer.add_unk_token_id(0)
     writer.add_add_bos_token(False)
     writer.add_chat_template(TEMPLATE)
-    names = {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-    }
-    parts = {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for name, weight in model.state_dict().items():
-        if name == "lm_head.weight":
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for module, weight in model.state_dict().items():
+        if module == "lm_head.weight":
             continue  # tied
-        if layer := re.match(r"model\.layers\.(\d+)\.(.+)\.weight", name):
-            part = parts[layer[2]]
-            if part in heads:
-                halves = weight.reshape(heads[part], 2, -1, weight.shape[1])
-                weight = halves.transpose(1, 2).reshape(weight.shape)
-            name = f"blk.{layer[1]}.{part}.weight"
-        else:
-            name = names[name]
+        if count := heads.get(module.split(".")[-2]):
+            halves = weight.reshape(count, 2, -1, weight.shape[1])
+            weight = halves.transpose(1, 2).reshape(weight.shape)
+        name = names.get_name(module, try_suffixes=(".weight",))
         if name != without:
             writer.add_tensor(name, np.ascontiguousarray(weight.numpy()))
     writer.write_header_to_file()

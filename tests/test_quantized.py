@@ -210,17 +210,12 @@ def prepared_by_peft(folder: Path) -> peft.PeftModel:
 def test_steps_are_those_of_peft_and_trainer(tiny_folder, tmp_path):
     words = [["good", "bad"], ["red", "green"], ["cat", "birds"], ["yes", "no"]] * 2
     rows = [{"prompt": f"{a} and {b} and", "completion": f" {a} {b}"} for a, b in words]
-    config = make_config(
-        {
-            "model": {"name": str(tiny_folder), "quantize": "nf4"},
-            "data": {"train": str(write_rows(tmp_path / "rows.jsonl", rows))},
-            "chain": {"ranks": [4], "alpha": 8, "steps": [3], "hold": "carried"}
-            | {"target_modules": ["q_proj", "v_proj"]},
-            "train": {"lr": 0.5, "batch_size": 8, "dtype": "bfloat16", "optimizer": "sgd"}
-            | {"schedule": "constant", "optimizer_options": {"momentum": 0.0}},
-            "output": str(tmp_path / "run"),
-        }
-    )
+    file = str(write_rows(tmp_path / "rows.jsonl", rows))
+    keys = {"data": {"task": None, "train": file, "validation": None}}
+    keys["chain"] = {"ranks": [4], "steps": [3], "target_modules": ["q_proj", "v_proj"]}
+    keys["train"] = {"lr": 0.5, "dtype": "bfloat16", "optimizer": "sgd", "schedule": "constant"}
+    keys["train"]["optimizer_options"] = {"momentum": 0.0}
+    config = config_of("nf4", tiny_folder, tmp_path, tmp_path / "run", **keys)
     losses = []
     train(config, listener=lambda e: losses.append(e.loss) if e.name == "step" else None)
 
@@ -283,14 +278,13 @@ def test_a_checkpoint_that_came_quantised(
     [([], "use hold: carried"), (["--chain.tune", "full"], "which is quantised); take")],
 )
 def test_a_quantised_checkpoint_is_not_merged_into(
-    keys, says, quantised_folder, tmp_path, monkeypatch, chainlora
+    keys, says, quantised_folder, tmp_path, chainlora
 ):
     shutil.copytree(quantised_folder("nf4"), tmp_path / "m-nf4")
     write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
     (tmp_path / "run.yaml").write_text(
         "model: m\ndata: {train: rows.jsonl}\nchain: {ranks: [8, 8], epochs: [1, 1]}\noutput: out\n"
     )
-    monkeypatch.chdir(tmp_path)
     chainlora("train", "run.yaml", "--model", "m-nf4", *keys).refused(says)
 
 

@@ -27,7 +27,6 @@ def test_data_files_of_the_packages_are_installed():
 
 
 def test_ci_runs_the_two_commands_of_the_readme_in_its_order():
-    """The one that runs the main job and the one that passes the tests."""
     commands = re.findall(r"^\$ (make \w+) ", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
     assert commands == ["make demo", "make test"]
     lines = (ROOT / ".ci/run").read_text("utf-8").splitlines()

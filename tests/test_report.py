@@ -162,12 +162,7 @@ def test_answers_to_the_rows_of_a_stage(tiny_folder, sentiment, tmp_path):
 
 
 def test_a_live_link_answers_too(tiny_folder, tmp_path):
-    chain = own_chain(tiny_folder)
-    chain.extend(LinkConfig(rank=2, alpha=4, target_modules=("q_proj",)))
-    with torch.no_grad():
-        for parameter in chain.parameters():
-            parameter.add_(0.01)
-    save_chain(chain, tmp_path / "saved")
+    save_chain(own_chain(tiny_folder, with_live=True), tmp_path / "saved")
     (tmp_path / "asked.txt").write_text("the cat sat\n")
     report_runs([tmp_path / "saved"], prompts=str(tmp_path / "asked.txt"), max_new_tokens=2)
     assert "<dt>after link 2</dt>" in (tmp_path / "saved/report.html").read_text(encoding="utf-8")
@@ -229,14 +224,16 @@ def test_prompts_that_are_none(chainlora, finished, tiny_folder, tmp_path):
     assert not (tmp_path / "x.html").exists()
 
 
-def own_chain(folder) -> Chain:
+def own_chain(folder, *, with_live: bool = False) -> Chain:
+    """A chain of two links, and of a live one."""
     chain = Chain(AutoModelForCausalLM.from_pretrained(folder), checkpoint=folder)
-    for _ in range(2):
+    for number in range(2 + with_live):
         chain.extend(LinkConfig(rank=2, alpha=4, target_modules=("q_proj",)))
         with torch.no_grad():
             for parameter in chain.parameters():
                 parameter.add_(0.01)
-        chain.tie()
+        if number < 2:
+            chain.tie()
     return chain
 
 

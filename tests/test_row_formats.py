@@ -13,12 +13,13 @@ import pytest
 from conftest import write_rows
 from helpers import as_row
 from helpers_data import CHAT, TALK, encode_examples, make_tokenizer, scored
-from transformers import AutoModelForCausalLM
+from helpers_integrations import arguments, plain_model
 
 from chainlora import train
 from chainlora.config.schema import DataConfig
 from chainlora.data.encoding import detect_format
 from chainlora.data.splits import check_files, prepare_splits
+from chainlora.data.templates import set_chat_template
 from chainlora.errors import DataError
 
 ASK = {"role": "user", "content": "How many legs has a dog?"}
@@ -189,43 +190,29 @@ def test_fields_that_the_rows_do_not_have_are_refused(fields, said, tmp_path, ti
         train(tree | {"chain": {"ranks": [2], "steps": [1]}})
 
 
-@pytest.fixture
-def trl_labels(tokenizer, tiny_folder, tmp_path):
-    """Tokens and labels of TRL's SFTTrainer for a case."""
+def labels_of_trl(case: Case, tokenizer: Any, model: Path, output: Path) -> tuple[Any, Any]:
+    """Return tokens and labels of TRL's SFTTrainer."""
     pytest.importorskip("trl", reason="TRL is an extra: pip install 'chainlora[trl]'")
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from chainlora.data.templates import set_chat_template
-
-    def made(case: Case) -> tuple[list[int], list[int]]:
-        keys = {key: value for key, value in case.keys.items() if value is not None}
-        set_chat_template(tokenizer, DataConfig(train="x", **keys))
-        row = dict(case.row)
-        is_chat = any(isinstance(row.get(key), list) for key in ("messages", "prompt"))
-        trainer = SFTTrainer(
-            model=AutoModelForCausalLM.from_pretrained(tiny_folder),
-            args=SFTConfig(
-                output_dir=str(tmp_path),
-                assistant_only_loss=is_chat,
-                max_length=None,
-                report_to=[],
-                use_cpu=True,
-                bf16=False,
-                disable_tqdm=True,
-            ),
-            train_dataset=Dataset.from_list([row]),
-            processing_class=tokenizer,
-        )
-        (found,) = trainer.train_dataset
-        return found["input_ids"], found["labels"]
-
-    return made
+    keys = {key: value for key, value in case.keys.items() if value is not None}
+    set_chat_template(tokenizer, DataConfig(train="x", **keys))
+    is_chat = any(isinstance(case.row.get(key), list) for key in ("messages", "prompt"))
+    own = {"assistant_only_loss": is_chat, "max_length": None, "bf16": False}
+    trainer = SFTTrainer(
+        model=plain_model(model),
+        args=SFTConfig(**arguments(output, **own)),
+        train_dataset=Dataset.from_list([dict(case.row)]),
+        processing_class=tokenizer,
+    )
+    (found,) = trainer.train_dataset
+    return found["input_ids"], found["labels"]
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.ours], ids=lambda case: case.name)
-def test_labels_are_those_of_trl(case, tokenizer, trl_labels, tmp_path):
-    ids, labels = trl_labels(case)
+def test_labels_are_those_of_trl(case, tokenizer, tiny_folder, tmp_path):
+    ids, labels = labels_of_trl(case, tokenizer, tiny_folder, tmp_path)
     found = read(case, tokenizer, tmp_path)
     assert found.sequences == (tuple(ids),)
     # The first token has no token before it that could predict it: trainers shift labels by one.

@@ -52,7 +52,6 @@ def test_a_refusal_says_what_to_do(
 ):
     (tmp_path / "run.yaml").write_text(RUN.replace("model: m", f"model: {tiny_folder}"))
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
-    monkeypatch.chdir(tmp_path)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     if missing is not None:

@@ -29,8 +29,6 @@ def row(index: int, tokens: range | list[int], answer: int = 9) -> Example:
     [("llama", torch.bfloat16), ("opt", torch.float32), ("gpt2", torch.float32)],
 )
 def test_threads_compute_at_the_same_time_what_they_compute_alone(two_threads, architecture, dtype):
-    """Four threads run forward and backward through one model; every one gets the bits it gets by
-    itself."""
     model = tiny_model(architecture, dtype=dtype)
     chain = Chain(model, seed=0)
     link = LinkConfig(rank=4, target_modules="all-linear")

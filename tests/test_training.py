@@ -18,6 +18,8 @@ from chainlora.errors import ChainLoRAError, ConfigError, ModelError
 from chainlora.runs.addresses import open_run
 from chainlora.training.batches import make_batches
 
+NO_TASK = {"task": None, "validation": None}
+
 
 def test_a_run_from_config_to_result(configure, tmp_path):
     run, seen = tmp_path / "run", []
@@ -69,19 +71,12 @@ def test_law_5_the_schedule_is_where_it_should_be(configure):
 
 
 @pytest.mark.parametrize("speedups", ["auto", "off"])
-def test_law_6_a_chain_of_one_is_peft_lora(tiny_folder, tmp_path, speedups):
+def test_law_6_a_chain_of_one_is_peft_lora(configure, tiny_folder, tmp_path, speedups):
     """The same losses and factors as PEFT's in transformers' Trainer with AdamW."""
     rows = [{"prompt": f"the {word}", "completion": " sat" * n} for n, word in enumerate(WORDS, 1)]
-    targets = {"target_modules": ["q_proj", "v_proj"]}
-    config = make_config(
-        {
-            "model": str(tiny_folder),
-            "data": {"train": str(write_rows(tmp_path / "rows.jsonl", rows[:8]))},
-            "chain": {"ranks": [4], "alpha": 8, "steps": [6]} | targets,
-            "train": {"seed": 3, "lr": 1e-3, "batch_size": 8, "speedups": speedups},
-            "output": str(tmp_path / "run"),
-        }
-    )
+    data = NO_TASK | {"train": str(write_rows(tmp_path / "rows.jsonl", rows[:8]))}
+    keys = {"seed": 3, "lr": 1e-3, "speedups": speedups}
+    config = configure(data=data, chain={"ranks": [4], "steps": [6]}, train=keys)
     losses = []
     train(config, listener=lambda e: losses.append(e.loss) if e.name == "step" else None)
     expected, theirs = trained_by_peft(config, peft_model(tiny_folder), tmp_path / "trainer")
@@ -122,20 +117,15 @@ def test_the_best_point_over_the_whole_chain_is_kept(configure, tmp_path):
 
 
 @pytest.mark.parametrize("knots", [None, {"every": 2, "share": 0.3}], ids=["whole", "soft"])
-def test_a_chain_is_the_loop_written_out_in_float64(tiny_folder, tmp_path, knots):
+def test_a_chain_is_the_loop_written_out_in_float64(configure, tmp_path, knots):
     """Two links on rows of unlike lengths, accumulated, clipped and decayed, B at another rate."""
     rows = [{"prompt": "the cat", "completion": " sat" * n} for n in (1, 40, 2, 1, 30, 3, 1)]
-    run, targets = tmp_path / "run", ["q_proj", "down_proj"]
-    chain = {"ranks": [3, 2], "alpha": 6, "steps": [4, 3], "target_modules": targets}
+    data = NO_TASK | {"train": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    chain = {"ranks": [3, 2], "alpha": 6, "steps": [4, 3], "knots": knots}
+    chain["target_modules"] = ["q_proj", "down_proj"]
     keys = {"lr": 5e-3, "lora_plus_ratio": 4, "weight_decay": 0.1, "max_grad_norm": 0.05}
-    tree = {
-        "model": str(tiny_folder),
-        "data": {"train": str(write_rows(tmp_path / "rows.jsonl", rows))},
-        "chain": chain | {"knots": knots},
-        "train": keys | {"batch_size": 2, "gradient_accumulation": 2},
-        "output": str(run),
-    }
-    config = make_config(tree)
+    keys |= {"batch_size": 2, "gradient_accumulation": 2}
+    run, config = tmp_path / "run", configure(data=data, chain=chain, train=keys)
     train(config)
     losses, norms, model = plain_chain(config)
     assert max(norms) > 0.05 > min(norms)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from heads.models import new_model, rows_of_text
 from helpers_integrations import chain_of, collator, token_rows
+from helpers_trl import conversations, preferences
 from test_docs import HUB_ID, README, ROOT
 from test_docs import blocks as blocks_of
 from transformers import AutoTokenizer
@@ -41,12 +42,11 @@ def commands(name: str) -> list[list[str]]:
 
 
 @pytest.fixture
-def checkout(tiny_folder, tmp_path, monkeypatch) -> Path:
+def checkout(tiny_folder, tmp_path) -> Path:
     """A folder as a reader has it, with a tiny model where the Hub id points."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / HUB_ID).parent.mkdir()
     (tmp_path / HUB_ID).symlink_to(tiny_folder)
-    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -212,22 +212,12 @@ def test_the_loop_of_somebody_else_in_python_md_runs(tiny_folder, tmp_path, caps
 
 @pytest.mark.slow
 def test_trainer_md_runs(tiny_folder, tmp_path):
-    """All its blocks in order, and what they leave behind."""
     pytest.importorskip("trl", reason="TRL is an extra: pip install 'chainlora[trl]'")
     names: dict[str, Any] = {
         "model": str(tiny_folder),
         "output": str(tmp_path),
-        "conversations": [
-            [
-                {"role": "user", "content": f"the {word} sat"},
-                {"role": "assistant", "content": "on a mat"},
-            ]
-            for word in ["cat", "mat", "hill", "birds"] * 8
-        ],
-        "preferences": [
-            {"prompt": f"the {word} was", "chosen": " good", "rejected": " bad"}
-            for word in ["cat", "mat", "hill", "birds"] * 8
-        ],
+        "conversations": list(conversations()["messages"]),
+        "preferences": preferences().to_list(),
         "rows": token_rows(16),
         "collate": collator(AutoTokenizer.from_pretrained(tiny_folder)),
     }

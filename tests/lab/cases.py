@@ -49,9 +49,9 @@ def lines(**head):
     } | head
     yield first
     for task, (method, ranks, ahead), seed in itertools.product(
-        ("wsc", "cb"),
+        first["tasks"],
         (("lora", [8], 0.0), ("chain3", [8, 8, 8], 0.02), ("zero_shot", [], -0.1)),
-        range(6),
+        first["seeds"],
     ):
         if method == "zero_shot" and seed:
             continue

@@ -9,7 +9,7 @@ from conftest import write_rows
 
 from chainlora.config.reading import make_config
 from chainlora.errors import ConfigError
-from chainlora_lab import compare, comparison, expand, make_experiment, run_cells
+from chainlora_lab import compare, comparison, expand, run_cells
 from chainlora_lab.cli import _fewest_seeds
 from chainlora_lab.cli import compare as command
 from chainlora_lab.planning import undecidable
@@ -41,28 +41,24 @@ def test_compare_on_a_user_s_own_files(tiny_folder, tmp_path, held_out):
         comparison(config, ["lora"], [0], learning_rates=[1e-3])
 
 
-def test_compare_lets_no_method_choose_among_more_points(tiny_folder, sentiment):
+def test_compare_lets_no_method_choose_among_more_points(configure):
     """With keep_best, a chain would take the best of its knots where LoRA has its end alone."""
-    base = tree(tiny_folder, sentiment)["base"]
     keys = {"keep_best": True, "early_stop": 3, "select_metric": "loss", "lr": 3e-3}
-    chain = {"ranks": [2, 2], "steps": [2, 1]}
-    asked = {"model": base["model"], "data": base["data"], "chain": chain, "train": keys}
-    asked["quantize"] = "int8"  # of the base, and so not for a method to decide
-    chain["hold"] = "carried"
-    (cell, *_) = expand(comparison(make_config(asked), ["lora", "chain2"], [0]))
+    chain = {"ranks": [2, 2], "steps": [2, 1], "hold": "carried"}
+    # of the base, and so not for a method to decide
+    config = configure(None, chain=chain, train=keys, quantize="int8")
+    (cell, *_) = expand(comparison(config, ["lora", "chain2"], [0]))
     train = cell.config.train
     assert (train.keep_best, train.early_stop, train.lr) == (False, None, 3e-3)
     assert cell.config.quantize == "int8"
 
 
-def test_a_method_is_what_its_preset_says_whatever_the_config_sets(tiny_folder, sentiment):
+def test_a_method_is_what_its_preset_says_whatever_the_config_sets(configure):
     """Under `knots: auto`, `lora` and `soft` were one cell, and LoRA of rank 4r had soft knots."""
-    base = tree(tiny_folder, sentiment)["base"]
     chain = {"ranks": [2], "steps": [3], "knots": "auto", "dropout": 0.1}
     keys = {"lora_plus_ratio": 4, "accept_links": "better", "schedule": "cosine"}
-    asked = {"model": base["model"], "data": base["data"], "chain": chain, "train": keys}
     methods = ["lora", "soft", "lora_plus", "relora"]
-    experiment = comparison(make_config(asked), methods, [0])
+    experiment = comparison(configure(None, chain=chain, train=keys), methods, [0])
     assert "left out: chain.knots, train.accept_links, train.lora_plus_ratio." in (
         experiment.description
     )
@@ -74,11 +70,9 @@ def test_a_method_is_what_its_preset_says_whatever_the_config_sets(tiny_folder, 
 
 
 @pytest.mark.parametrize("num_methods", range(2, 7))
-def test_the_seeds_of_a_comparison_can_decide_by_default(num_methods, tiny_folder, sentiment):
+def test_the_seeds_of_a_comparison_can_decide_by_default(num_methods, configure):
     """Six for any number of methods were called too few by the report itself."""
-    base = tree(tiny_folder, sentiment)["base"]
-    chain = {"ranks": [2], "steps": [3]}
-    config = make_config({"model": base["model"], "data": base["data"], "chain": chain})
+    config = configure(None, chain={"ranks": [2], "steps": [3]})
     methods = ["lora", "lora_wide", "chain2", "chain3", "soft", "relora"][:num_methods]
     seeds, why = _fewest_seeds(num_methods - 1)
     assert why.startswith(f"{seeds} seeds: the fewest with which the exact test of ")
@@ -94,24 +88,21 @@ def test_the_help_of_compare_has_the_seeds_of_two_to_four_methods():
 
 
 def test_without_scipy_compare_stops_before_it_runs_and_an_experiment_runs(
-    tiny_folder, sentiment, tmp_path, monkeypatch
+    small, configure, tiny_folder, sentiment, tmp_path, monkeypatch
 ):
     """The report needs it; cells do not."""
     monkeypatch.setitem(sys.modules, "scipy", None)
-    keys = tree(tiny_folder, sentiment, methods=["lora", "chain2"], seeds=list(range(6)), tune={})
-    keys["base"]["recipe"]["steps"] = 2
-    data = keys["base"]["data"] | {"task": str(sentiment / "task.yaml")}
-    chain = {"ranks": [2], "steps": [2], "target_modules": ["q_proj"]}
-    config = make_config({"model": str(tiny_folder), "data": data, "chain": chain})
+    base = tree(tiny_folder, sentiment)["base"]
+    base["recipe"]["steps"] = 2
+    config = configure(None, chain={"ranks": [2], "steps": [2]})
     with pytest.raises(ConfigError, match=r"pip install 'chainlora\[experiments\]'"):
         compare(config, ["lora", "chain2"], [0], tmp_path / "out", backend="inline")
     assert not (tmp_path / "out").exists()
     plans = []
     for _ in range(2):  # the second time there are results, whose spread cannot be judged
-        outcome = run_cells(
-            make_experiment(keys), tmp_path / "out", backend="inline", listener=plans.append
-        )
-        assert not outcome.failed
+        experiment = small(base=base, methods=["lora", "chain2"], seeds=[*range(6)], tune={})
+        done = run_cells(experiment, tmp_path / "out", backend="inline", listener=plans.append)
+        assert not done.failed
     notes = [note for plan in plans if plan["event"] == "plan" for note in plan["notes"]]
     assert any("need scipy" in note for note in notes)
 

@@ -84,8 +84,7 @@ def test_a_file_is_read_with_overrides(tiny_folder, sentiment, tmp_path):
     [*ROOT.glob("examples/experiments/*.yaml"), *ROOT.glob("benchmarks/[ps][am]*/*.yaml")],
     ids=lambda path: path.stem,
 )
-def test_every_shipped_experiment_expands_without_data_or_model(path, monkeypatch, tmp_path, cache):
-    monkeypatch.chdir(tmp_path)
+def test_every_shipped_experiment_expands_without_data_or_model(path, tmp_path, cache):
     experiment = load_experiment(path)
     cells = expand(experiment)
     assert {cell.task for cell in cells} == set(experiment.tasks)
@@ -139,8 +138,6 @@ def test_a_list_of_names_keeps_what_the_file_says_of_them(tiny_folder, sentiment
 
 
 def test_what_is_in_a_file_decides_what_is_done_and_not_where_it_lies(small, sentiment, tmp_path):
-    """An edited prompt is another experiment; a moved file is the same one."""
-
     def ids(folder):
         tasks = {"mood": {"data": {"task": str(folder / "task.yaml")}}}
         cells = expand(small(tasks=tasks))

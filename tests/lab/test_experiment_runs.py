@@ -55,11 +55,7 @@ def test_what_a_later_cell_lacks_is_missed_before_the_first_runs(small, sentimen
     mood = {"data": {"task": str(sentiment / "task.yaml")}}
     tasks = {"mood": mood, "later": mood | keys | {"data": mood["data"] | keys.get("data", {})}}
     with pytest.raises(ChainLoRAError, match=r"task later, method \w+: .*\(got .*gone\."):
-        run_cells(
-            small(tasks=tasks),
-            tmp_path / "out",
-            backend="inline",
-        )
+        run_cells(small(tasks=tasks), tmp_path / "out", backend="inline")
     assert not (tmp_path / "out").exists()  # earlier results there would stay as they are
 
 
@@ -134,8 +130,7 @@ def test_a_final_run_that_diverged_is_a_failure_however_often_it_is_asked_for(
 def test_a_tuning_cell_that_failed_leaves_nothing_chosen(small, tmp_path):
     """One rate was never measured: a choice among the others would pass for a choice among all."""
     tune = {"grid": {"data.shots": [0, 10**6]}}  # so many demonstrations leave no rows
-    keys = {"methods": ["lora"], "seeds": [0], "tune": tune}
-    experiment = small(**keys)
+    experiment = small(methods=["lora"], seeds=[0], tune=tune)
     outcome = run_cells(experiment, tmp_path, backend="inline")
     assert len(outcome.failed) == 1
     assert read_results(tmp_path).choices == []
@@ -154,9 +149,8 @@ def test_what_cannot_be_chosen_or_scored_is_refused_before_anything_runs(
         ({"tune": tune}, r"`tune.metric` must be one of accuracy, loss \(got 'acuracy'\)"),
         ({"base": base}, "compared on rows they do not train on"),
     ):
-        wrong = small(**keys)
         with pytest.raises(ConfigError, match=message):
-            run_cells(wrong, tmp_path / "out", backend="inline")
+            run_cells(small(**keys), tmp_path / "out", backend="inline")
     assert not (tmp_path / "out").exists()
 
 
@@ -165,8 +159,7 @@ def test_a_rate_that_diverges_is_not_chosen_and_not_a_failure(
 ):
     base = tree(tiny_folder, sentiment)["base"] | {"train": WILD}
     tune = {"grid": {"train.lr": [1e3, 1e-3]}}
-    keys = {"base": base, "methods": ["lora"], "seeds": [0], "tune": tune}
-    experiment = small(**keys)
+    experiment = small(base=base, methods=["lora"], seeds=[0], tune=tune)
     assert not run_cells(experiment, tmp_path, backend="inline").failed
     (choice,) = read_results(tmp_path).choices
     assert choice["chosen"] == {"train.lr": 1e-3}
@@ -208,9 +201,7 @@ def test_killed_and_run_again_by_processes(tiny_folder, sentiment, tmp_path):
 def test_a_grid_is_extended_while_its_end_is_the_best_up_to_the_limit(small, tmp_path):
     """Far too small rates: the higher, the better, so every value beyond the top is asked for."""
     tune = {"grid": {"train.lr": [1e-5, 1e-4]}, "extend": {"train.lr": 2}, "metric": "loss"}
-    keys = {"methods": ["lora"], "seeds": [0], "tune": tune}
-    plans = []
-    experiment = small(**keys)
+    experiment, plans = small(methods=["lora"], seeds=[0], tune=tune), []
     first = run_cells(experiment, tmp_path, backend="inline", max_cells=3)
     assert (first.num_run, first.num_done) == (3, 3)  # the grid, and one value beyond it
     outcome = run_cells(experiment, tmp_path, backend="inline", listener=plans.append)

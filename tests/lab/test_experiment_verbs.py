@@ -167,29 +167,20 @@ def test_plan_and_run_from_the_command_line(done, tiny_folder, sentiment, tmp_pa
     assert "note: chain3 − lora on mood: 3 pairs cannot decide it" in outcome.err
 
 
-def test_compare_extends_its_rates(tiny_folder, sentiment, tmp_path, chainlora):
-    base = tree(tiny_folder, sentiment)["base"]
-    chain = {"ranks": [2], "steps": [6], "target_modules": ["q_proj", "v_proj"]}
-    data = base["data"] | {"task": str(sentiment / "task.yaml")}
-    keys = {"model": base["model"], "train": base["train"], "data": data, "chain": chain}
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(keys))
-    command = f"compare {path} --methods lora --seeds 1 --backend inline --output {tmp_path}/out"
+def test_compare_extends_its_rates(chainlora, config, sentiment, tmp_path):
+    keys = f"--data.test {sentiment}/validation.jsonl --chain.ranks 2 --chain.steps 6"
+    command = f"compare {config} {keys} --output {tmp_path}/out"
+    command += " --methods lora --seeds 1 --backend inline"
     assert chainlora(f"{command} --extend 1").status == 2  # nothing to extend
     outcome = chainlora(f"{command} --learning-rates 1e-6,1e-5 --extend 1")
     assert outcome.status == 0
     assert "lr 0.0001 (highest tried)" in outcome.out
 
 
-def test_ctrl_c_says_that_the_same_command_resumes(tiny_folder, sentiment, tmp_path):
+def test_ctrl_c_says_that_the_same_command_resumes(config, tmp_path):
     """`train --resume`, which was the advice, is for a run and not for an experiment."""
-    base = tree(tiny_folder, sentiment)["base"]
-    out, path = tmp_path / "out", tmp_path / "file.yaml"
-    chain = {"ranks": [2], "steps": [100_000], "target_modules": ["q_proj"]}
-    path.write_text(
-        yaml.safe_dump({k: base[k] for k in ("model", "data", "train")} | {"chain": chain})
-    )
-    command = ["compare", str(path), "--methods", "lora,chain2", "--workers", "1"]
+    out, chain = tmp_path / "out", ["--chain.ranks", "2", "--chain.steps", "100000"]
+    command = ["compare", str(config), *chain, "--methods", "lora,chain2", "--workers", "1"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "chainlora", *command, "--output", str(out)],

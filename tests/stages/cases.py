@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from copy import deepcopy
 from pathlib import Path
 
 import torch
+from conftest import write_rows
 from helpers import Stop, settings
 
 from chainlora import load_run
@@ -35,6 +37,12 @@ def two_stages(tiny_folder: Path, sentiment: Path, folder: Path) -> dict:
 def copied(config: dict, folder: Path) -> dict:
     shutil.copytree(config["output"], folder / "run")
     return deepcopy(config) | {"output": str(folder / "run")}
+
+
+def flipped(rows: Path, file: Path) -> Path:
+    """Write rows whose answers are the opposite."""
+    lines = map(json.loads, rows.read_text().splitlines())
+    return write_rows(file, [line | {"label": 1 - line["label"]} for line in lines])
 
 
 def stage_of(config: dict, name: str) -> dict:

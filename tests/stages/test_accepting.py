@@ -22,17 +22,13 @@ from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, prune_stage
 from chainlora.training.interrupts import interruptible
 from chainlora.training.stages import extension
-from stages.cases import logits, one_stage, stage_of, survey
+from stages.cases import flipped, logits, one_stage, stage_of, survey
 
 
 @pytest.fixture
 def harmful(config, tmp_path) -> dict:
     """Return the config with a second stage that learns the opposite of the first."""
-    flipped = []
-    for line in (tmp_path / "rows/train.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        flipped.append(json.dumps(row | {"label": 1 - row["label"]}))
-    (tmp_path / "more.jsonl").write_text("\n".join(flipped) + "\n")
+    flipped(tmp_path / "rows/train.jsonl", tmp_path / "more.jsonl")
     facts, style = config["stages"]
     facts["chain"] |= {"ranks": [4], "steps": [30]}
     style["chain"] |= {"ranks": [4], "steps": [30]}

@@ -50,56 +50,50 @@ def test_every_verb_takes_every_state_or_refuses_it_in_a_line(two, tmp_path, cap
         assert status != 1 or "a stage must be one of facts" in said.splitlines()[-1]
 
 
-def test_the_command_line_goes_from_two_data_sets_to_one_adapter(config, tmp_path, capsys):
+def test_the_command_line_goes_from_two_data_sets_to_one_adapter(config, tmp_path, chainlora):
+    def said(*words: object) -> str:
+        done = chainlora(*words)
+        assert done.status == 0, done.err
+        return done.out
+
     stages, run = config.pop("stages"), tmp_path / "run"
-    file = tmp_path / "mine.yaml"
+    file, style = tmp_path / "mine.yaml", tmp_path / "style.yaml"
     file.write_text(json.dumps(config | {"stages": stages[:1]}))
-    (tmp_path / "style.yaml").write_text(json.dumps(stages[1]))
-    assert cli(["train", str(file), "--dry-run"]) == 0
-    assert "facts: would train links of rank 4, 4, 2" in capsys.readouterr().out
+    style.write_text(json.dumps(stages[1]))
+    assert "facts: would train links of rank 4, 4, 2" in said("train", file, "--dry-run")
     rows = [str(stages[0]["data"]["train"]), str(tmp_path / "more.jsonl")]
     several = json.dumps([rows[0], {"path": rows[1], "weight": 2}])
-    assert cli(["train", str(file), "--dry-run", "--stages.facts.data.train", several]) == 0
-    assert capsys.readouterr().out.endswith(f" rank 4, 4, 2 on {', '.join(rows)}\n")
+    planned = said("train", file, "--dry-run", "--stages.facts.data.train", several)
+    assert planned.endswith(f" rank 4, 4, 2 on {', '.join(rows)}\n")
     assert not run.exists()
-    assert cli(["train", str(file)]) == 0
-    assert cli(["extend", str(run), str(tmp_path / "style.yaml"), "--on-top"]) == 0
-    capsys.readouterr()
-    for command in (
-        ["extend", str(run), str(tmp_path / "style.yaml"), "--on-top"],
-        ["train", str(file)],
-    ):
-        assert cli(command) == 0
-        assert "nothing left to do" in capsys.readouterr().out
-    assert cli(["mix", str(run), "style=0"]) == 0
-    assert cli(["mix", str(run), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["strengths"]["style"] == 0
-    assert cli(["export", str(run), "--to", "adapter", "--output", str(tmp_path / "a")]) == 0
-    assert "from 3 link(s)" in capsys.readouterr().out
-    only = ["--to", "adapter", "--stages", "facts"]
-    assert cli(["export", str(run), *only, "--output", str(tmp_path / "b")]) == 0
+    commands = (f"train {file}", f"extend {run} {style} --on-top")
+    for words in commands:
+        said(words)
+    for words in commands:
+        assert "nothing left to do" in said(words)
+    said(f"mix {run} style=0")
+    assert json.loads(said(f"mix {run} --json"))["strengths"]["style"] == 0
+    to = f"export {run} --to adapter --output {tmp_path}"
+    assert "from 3 link(s)" in said(f"{to}/a")
+    said(f"{to}/b --stages facts")
     assert checksums(tmp_path / "a") == checksums(tmp_path / "b")  # the card too
     assert "Trained on" not in (tmp_path / "a/README.md").read_text()  # a stage that is off
     for name, stages, is_scored in (("c", "facts,style=0.5", False), ("d", "facts,style", True)):
-        only = ["--to", "adapter", "--stages", stages, "--output", str(tmp_path / name)]
-        assert cli(["export", str(run), *only]) == 0
+        said(f"{to}/{name} --stages {stages}")
         card = (tmp_path / name / "README.md").read_text()
         assert ("validation `accuracy`" in card) == is_scored  # scored was another mix
-    assert cli(["mix", str(run), "style=1", "style=0"]) == 1
-    assert "a stage must have one strength (got 'style' twice)" in capsys.readouterr().err
-    assert cli(["eval", str(run), "--matrix", "--stages", "facts"]) == 2
-    assert "--matrix scores the kept rows in all states; leave --stages out" in (
-        capsys.readouterr().err
-    )
+    twice = "a stage must have one strength (got 'style' twice)"
+    chainlora(f"mix {run} style=1 style=0").refused(twice)
+    wrong = chainlora(f"eval {run} --matrix --stages facts")
+    assert wrong.status == 2
+    assert "--matrix scores the kept rows in all states; leave --stages out" in wrong.err
     for address in (f"{run}@facts", f"{run}@style", str(run)):
-        capsys.readouterr()
-        assert cli(["inspect", address]) == 0
         planned = ["3 × 2 steps", *(["2 steps, 3 steps"] if "@facts" not in address else [])]
-        lines = [line for line in capsys.readouterr().out.splitlines() if "planned" in line]
+        lines = [line for line in said(f"inspect {address}").splitlines() if "planned" in line]
         assert [line.partition(": ")[2] for line in lines] == planned
-        assert cli(["eval", address]) == 0
-    assert cli(["train", str(file), "--stages.facts.train.lr", "1"]) == 1
-    assert cli(["eval", f"{run}@nope"]) == 1
+        said(f"eval {address}")
+    assert chainlora(f"train {file} --stages.facts.train.lr 1").status == 1
+    assert chainlora(f"eval {run}@nope").status == 1
 
 
 def test_a_rank_that_no_launcher_has_set_is_none(config, tmp_path, capsys, monkeypatch):

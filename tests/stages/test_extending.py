@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -59,12 +58,11 @@ def test_a_stage_stays_what_it_was(config):
         train_all(config)
 
 
-def test_a_run_goes_on_where_what_it_began_on_lies_now(two, tmp_path, monkeypatch):
+def test_a_run_goes_on_where_what_it_began_on_lies_now(two, tmp_path):
     """By content, as its rows are (test_cli_refusals.py)."""
     run = tmp_path / "run"
     law = stage_of(two, "style") | {"name": "law"}
     fork = {"start": f"{run}@facts", "output": "fork", "stages": [law]}
-    monkeypatch.chdir(tmp_path)
     train(fork)
     (tmp_path / "runs").mkdir()
     run.rename(tmp_path / "runs/moved")
@@ -104,22 +102,16 @@ def test_a_fork_leaves_its_parent_alone(two, tmp_path):
     assert open_run(tmp_path / "fork").stages == ["facts", "law"]
     assert "style" not in (tmp_path / "fork/history.json").read_text()  # what the state needs alone
     shutil.rmtree(parent)
-    config = _only(tmp_path / "fork", two, own)
-    train_all(config | {"start": f"{parent}@facts"})  # it is not needed any more
+    del own["output"]
+    fork = {"start": f"{parent}@facts", "output": str(tmp_path / "fork"), "stages": [own]}
+    train_all(two | fork)  # the parent is not needed any more
     assert not torch.equal(logits(tmp_path / "fork"), logits(tmp_path / "fork", num_links=3))
-
-
-def _only(fork: Path, config: dict, own: dict) -> dict:
-    stage = {key: value for key, value in own.items() if key != "output"}
-    shared = {key: value for key, value in config.items() if key != "stages"}
-    return shared | {"output": str(fork), "stages": [stage]}
 
 
 def test_a_base_beside_the_run_is_found_from_another_folder(config, tmp_path, monkeypatch):
     """To add a stage, in place or as a fork, and to finish one; `load_run` found it already."""
     shutil.copytree(config["model"], tmp_path / "base")
     config |= {"model": "base", "output": "run"}
-    monkeypatch.chdir(tmp_path)
     first, law = one_stage(config), stage_of(config, "style")
     with pytest.raises(Stop):
         train_all(first, listener=stopping(3))

@@ -21,7 +21,7 @@ from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, redo, undo
 from chainlora.runs.inspection import inspect_run
 from chainlora.training.stages import train_stages
-from stages.cases import files_of, one_stage, stage_of
+from stages.cases import files_of, flipped, one_stage, stage_of
 
 
 def test_a_mix_that_cannot_be_scored_is_made_all_the_same(config, tmp_path, capsys):
@@ -86,22 +86,19 @@ def test_undo_and_redo_go_through_what_was_done_and_delete_nothing(two, tmp_path
         redo(run)
 
 
-def _stop_at(cell: str):
-    def progress(what: str, done: int, rows: int) -> None:
-        if what == cell:
-            raise Stop
-
-    return progress
-
-
 def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):
     """Average, transfer and forgetting have tests of their own (test_metrics.py)."""
     run = tmp_path / "run"
     train_stages(make_stages(config))
     (run / "matrix.jsonl").unlink()
     (tmp_path / "run@style").mkdir()  # an export named after the state: no state of the run
+
+    def stop(what: str, done: int, rows: int) -> None:
+        if what == "style: facts":
+            raise Stop
+
     with pytest.raises(Stop):  # what was scored until then is kept
-        stage_matrix(run, progress=_stop_at("style: facts"))
+        stage_matrix(run, progress=stop)
     assert len((run / "matrix.jsonl").read_text().splitlines()) == 4
     found = stage_matrix(run)
     assert found.states == ["base", "facts", "style"]
@@ -191,9 +188,7 @@ def test_the_best_mix_weakens_a_stage_that_harms_the_rows_of_others(config, tmp_
     """Wrong answers, of which no rows are kept, undo what the first stage has learned."""
     facts, style = config["stages"]
     facts["chain"] = {"ranks": [4], "steps": [12]}
-    wrong = tmp_path / "wrong.jsonl"
-    rows = map(json.loads, Path(facts["data"]["train"]).read_text().splitlines())
-    wrong.write_text("".join(json.dumps(r | {"label": 1 - r["label"]}) + "\n" for r in rows))
+    wrong = flipped(Path(facts["data"]["train"]), tmp_path / "wrong.jsonl")
     style["data"] = {"task": facts["data"]["task"], "train": str(wrong), "keep_rows": False}
     style["chain"] = {"ranks": [4], "steps": [12]}
     train_all(config)

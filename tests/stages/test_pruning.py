@@ -154,7 +154,6 @@ def test_a_pruning_from_elsewhere_leaves_the_relative_name_of_the_base(
 ):
     """So that a run that is moved together with its base still finds it."""
     shutil.copytree(tiny_folder, tmp_path / "base")
-    monkeypatch.chdir(tmp_path)
     train_all(config | {"model": "base"})
     monkeypatch.chdir("/")
     prune_stage(tmp_path / "run", "style")
