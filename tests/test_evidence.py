@@ -232,7 +232,8 @@ ARMS = {  # of the shared question: a study, how the page names it, its exported
     "on top rehearsed": ("primary", "on top, rehearsed", 48, 6),
     "on top": ("primary", "on top", 40, 6),
     "summed rehearsed": ("other sums", "beside, summed, rehearsed", 48, 3),
-    "scaled": ("other sums", "beside, summed at a tuned scale", 40, 3),
+    "scaled": ("other sums", "beside, summed, tuned scale", 40, 3),
+    "ties": ("other sums", "beside, TIES, tuned scale", 40, 3),
     "summed": ("other sums", "beside, summed", 40, 3),
     "base rehearsed": ("other sums", "the base, rehearsed", 8, 3),
     "one wide LoRA replay": ("one LoRA of rank 40", "one LoRA, replay", 40, 3),
@@ -242,6 +243,7 @@ ARMS = {  # of the shared question: a study, how the page names it, its exported
     "one LoRA rehearsed": ("one LoRA", "one LoRA, rehearsed", 8, 3),
     "one LoRA": ("one LoRA", "one LoRA", 8, 3),
     "all at once": ("all at once", "all at once", 40, 3),
+    "all at once on kept rows": ("all at once", "all at once on kept rows", 40, 3),
 }
 
 
@@ -270,7 +272,7 @@ def stages() -> Rows:
         grams = 32 * 5 if "combined" in name else 0  # of a task, of five, read for Grams
         old = fmean(cell["old_rows"] for cell in cells) - grams
         forgotten = estimate(lost, 1, "-") if lost else MISSING
-        rows.append((shown, estimate(right(cells), 1, "-"), forgotten, f"{old:.0f}", f"{rank}"))
+        rows.append((shown, estimate(right(cells), 1, "-"), forgotten, f"{old:,.0f}", f"{rank}"))
     return rows
 
 
