@@ -86,6 +86,15 @@ def test_undo_and_redo_go_through_what_was_done_and_delete_nothing(two, tmp_path
         redo(run)
 
 
+def test_a_stage_that_was_undone_is_named_with_the_entry_that_has_it(three, tmp_path, caplog):
+    run = tmp_path / "run"
+    undo(run, to="facts")
+    assert train_all(three) == [None, None, None]
+    assert open_run(run).stages == ["facts"]
+    for name in ("style", "law"):
+        assert f"without stage {name}; to take it: chainlora undo {run} --to {name}" in caplog.text
+
+
 def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):
     """Average, transfer and forgetting have tests of their own (test_metrics.py)."""
     run = tmp_path / "run"

@@ -249,7 +249,7 @@ def _take_in(run: Path, planned: StagePlan, tell: Listener) -> None:
 def _entry_with(stage: Stage, history: History) -> str:
     """Return an entry that has a stage: at the strength that `accept_links` has chosen, or with all
     that the run is now, rehearsed if it was; else the stage itself."""
-    found = [e.key for e in history.entries if e.kind == "mix" and e.parents == (stage.name,)]
+    found = [e.key for e in history.entries if e.kind == "mix" and e.parents == (stage.name,)][:1]
     if stage.tolerance is None:
         wanted = {*history.ends(history.head), stage.name}
         found = [
