@@ -54,8 +54,6 @@ def test_a_config_of_any_values_is_refused_or_comes_back_the_same(tmp_path_facto
     assert make_config(parse_yaml(dump_config(config))) == config
 
 
-# An operating system passes on no argument with a zero byte.
-TYPED = st.text(max_size=6).map(lambda text: text.replace("\0", ""))
 PIECES = st.one_of(
     WORDS,
     st.text(max_size=5),
@@ -76,13 +74,14 @@ def test_a_file_of_any_text_is_refused_or_makes_a_config(tmp_path_factory, piece
 
 
 @fuzz(short=30, full=500)
-@given(st.lists(st.one_of(KEYS.map("--{}".format), WORDS, TYPED), max_size=4))
+@given(st.lists(st.one_of(KEYS.map("--{}".format), WORDS, st.text(max_size=6)), max_size=4))
 @guarded
 def test_arguments_of_any_text_end_with_a_status(tmp_path_factory, capsys, words):
     path = tmp_path_factory.getbasetemp() / "good.yaml"
     path.write_text("model: /no/such/model\ndata: {train: t}\nchain: {ranks: [2], steps: [1]}\n")
     for verb in (["train", str(path), "--output", "/no/such/run", "--resume"], ["inspect"]):
-        status = command([*verb, *words])
+        # no operating system passes on an argument with a zero byte
+        status = command([*verb, *(word.replace("\0", "") for word in words)])
         err = capsys.readouterr().err
         assert status in (0, 1, 2), err
         assert "--debug" not in err
