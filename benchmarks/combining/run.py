@@ -1,7 +1,7 @@
 """Data sets combined layer by layer, with the base as a part: the lab of README.md.
 
-    python benchmarks/combining/run.py --stages ../lab/benchmarks/stages --data path/to/data/sets --output runs/combining
-    python benchmarks/combining/run.py … --only tuning        # or verdict, beside, rivals, rehearsed, tasks
+    python benchmarks/combining/run.py --stages ../lab/benchmarks/stages --data … --output …
+    python benchmarks/combining/run.py … --only tuning        # or verdict, or beside
 
 `--stages` is benchmarks/stages of the revision that plan.yaml names, whose package must be the one
 that is imported. A cell is one line of OUTPUT/results.jsonl. Kill it and start it again at will.
@@ -31,7 +31,7 @@ sys.path.insert(0, str(_STAGES))
 
 import links as L  # noqa: E402
 import run as R  # noqa: E402
-from solve import Factors, Llama, Part, Place, Rows, Settings, combine  # noqa: E402
+from solve import Llama, Part, Place, Rows, Settings, combine  # noqa: E402
 
 NAMES = [each.name for each in fields(Settings)]
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention, silu
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-O, DOWN = ("self_attn.o_proj",), ("mlp.down_proj",)
+OUT, DOWN = ("self_attn.o_proj",), ("mlp.down_proj",)
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _NAME = re.compile(r"((?:layers\.\d+\.[\w.]+|embed_tokens|norm|lm_head)\.weight)$")
 Place = tuple[int, str]  # layer, module
@@ -111,7 +111,7 @@ class Llama:
         for layer in range(self.num_layers):
             name, w = f"layers.{layer}", lambda module: weight(layer, module)  # noqa: B023
             h = self.norm(x, f"{name}.input_layernorm")
-            x = x + self.attend(*(h @ w(m).T for m in QKV), rows) @ w(*O).T
+            x = x + self.attend(*(h @ w(m).T for m in QKV), rows) @ w(*OUT).T
             h = self.norm(x, f"{name}.post_attention_layernorm")
             gate, up = (h @ w(m).T for m in GATE_UP)
             x = x + (silu(gate) * up) @ w(*DOWN).T
@@ -201,8 +201,8 @@ def _groups(
     for each in streams:
         own, combined = outputs(each, QKV)
         each.x_own, each.x = (body.attend(*qkv, each.rows) for qkv in (own, combined))
-    yield O
-    leave(O)
+    yield OUT
+    leave(OUT)
     enter("post_attention_layernorm")
     yield GATE_UP
     for each in streams:
@@ -265,7 +265,7 @@ def _target(each: _Stream, place: Place, w: Tensor, group: Sequence[str], target
     wanted = (source @ factors[0].T) @ factors[1].T if factors else x.new_zeros(len(x), len(w))
     if target in ("full", "stream"):
         wanted += (x_own - x) @ w.T
-    if target == "stream" and group in (O, DOWN):
+    if target == "stream" and group in (OUT, DOWN):
         wanted += (each.own - each.combined).float()
     return wanted
 
