@@ -1,4 +1,4 @@
-# `make demo` is the main job, `make test` the tests. Each target sets up .venv if it is missing: .product is what
+# `make demo` is the main job, `make test` a sample of the tests. Each target sets up .venv if it is missing: .product is what
 # users install, .ready adds the tools of development. Only python3, pip and a package index are needed.
 PYTHON ?= python3
 VENV := .venv

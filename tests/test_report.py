@@ -161,6 +161,16 @@ def test_answers_to_the_rows_of_a_stage(tiny_folder, sentiment, tmp_path):
     assert len(re.findall(r"Prompt: </span>", page)) == 6
 
 
+def test_a_picture_names_the_rows_that_stages_are_scored_on(tiny_folder, sentiment, tmp_path):
+    """Training rows, where a stage has no others."""
+    run = tmp_path / "run"
+    config = settings(tiny_folder, sentiment, run, chain={"ranks": [2], "steps": [1]})
+    task, rows = (str(sentiment / name) for name in ("task.yaml", "train.jsonl"))
+    config["data"] = {"task": task, "train": rows}
+    train_stages(make_stages(config | {"stages": [{"name": "facts"}, {"name": "style"}]}))
+    assert "accuracy on train rows, before training" in page_of(run)
+
+
 def test_a_live_link_answers_too(tiny_folder, tmp_path):
     save_chain(own_chain(tiny_folder, with_live=True), tmp_path / "saved")
     (tmp_path / "asked.txt").write_text("the cat sat\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from types import ModuleType
@@ -24,87 +23,109 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 # --- stages
 
-ARMS = {  # of benchmarks/stages: the commands
-    "combined twice rehearsed": "extend",
-    "combined twice": "extend --no-rehearsal",
-    "replay": "extend with data.replay",
-    "on top rehearsed": "extend --on-top, then rehearse",
-    "on top": "extend --on-top",
-}
-
-
-NOTED = {  # studies of fewer seeds: the arm, and what it is
-    "all at once": ("all at once", "One LoRA on all rows at once"),
-    "second pass, all rows kept, 160 steps": (
-        "combined twice rehearsed",
-        "extend with all rows kept",
-    ),
-}
+ALL_KEPT = "second pass, all rows kept, 160 steps"
+Arm = tuple[str, str, str]  # of benchmarks/stages: a study, its arm, what a reader calls it
+MANY: tuple[Arm, ...] = (  # of all seeds
+    ("primary", "combined twice rehearsed", "extend"),
+    ("primary", "combined twice", "extend --no-rehearsal"),
+    ("primary", "replay", "extend with data.replay"),
+    ("primary", "on top rehearsed", "extend --on-top, then rehearse"),
+    ("primary", "on top", "extend --on-top"),
+)
+FEW: tuple[Arm, ...] = (  # of the first three
+    ("all at once", "all at once", "one LoRA, all rows at once"),
+    (ALL_KEPT, "combined twice rehearsed", "extend, all rows kept"),
+    (ALL_KEPT, "replay", "data.replay, all rows kept"),
+    ("primary", "combined twice rehearsed", "extend (as above)"),
+    ("one LoRA of rank 40", "one wide LoRA replay", "one LoRA of rank 40, replay"),
+    ("one LoRA", "one LoRA rehearsed", "one LoRA of rank 8, rehearsed"),
+    ("one LoRA of rank 40", "one wide LoRA rehearsed", "one LoRA of rank 40, rehearsed"),
+    ("one LoRA", "one LoRA replay", "one LoRA of rank 8, replay"),
+    ("one LoRA of rank 40", "one wide LoRA", "one LoRA of rank 40"),
+    ("one LoRA", "one LoRA", "one LoRA of rank 8"),
+)
+Cells = list[dict[str, Any]]
 
 
 def stages(results: Path = BENCHMARKS / "stages/results.jsonl") -> str:
-    """Return the arms of the primary study as bars: test rows right at the end, a point a seed.
+    """Return the arms as bars: test rows right at the end, a point a seed, intervals of six.
 
-    Only seeds that all five arms have count. Raises ValueError where there is none.
+    Only seeds that all arms of a group have count. Raises ValueError where the first has none.
     """
-    table = _module(BENCHMARKS / "stages/table.py")
     plan = yaml.safe_load((BENCHMARKS / "stages/plan.yaml").read_text(encoding="utf-8"))
-    study = plan["studies"][0]
     cells = lines_of(results)
-    found = {arm: table.of_arm(cells, study, plan["defaults"], arm) for arm in ARMS}
-    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in found.values())))
+    (seeds, many), (few_seeds, few) = (_group(plan, cells, arms) for arms in (MANY, FEW))
     if not seeds:
         raise ValueError(f"{results} has no seed with a test cell of each arm of the primary study")
-    shares = {arm: [table.average(found[arm][seed]) for seed in seeds] for arm in ARMS}
-    planned, tasks, rows = len(study["seeds"]), len(plan["tasks"]), plan["rows"]
-    done = len(seeds) == planned
-    counted = f"{planned} seeds" if done else f"{len(seeds)} of {planned} seeds"
-    note = "Lines: 95 % t intervals." if done else "Each has its own order of tasks."
-    lines = [
-        f"Circles: seeds. {note}",
-        f"Old rows: reads of the {plan['defaults']['kept']} kept rows of each task.",
-        *_notes(table, cells, plan["studies"], plan["defaults"]),
-    ]
-    card = Card(
-        94 + 56 * len(ARMS) + 12 + 20 * len(lines),
-        f"Stages: right answers at the end, {counted}",
-    )
-    card.text(EDGE, 28, f"Right answers after {tasks} stages, {counted}", bold=True, size=16)
-    card.text(EDGE, 50, f"SmolLM2-135M-Instruct learns {tasks} tasks, one after the", kind="soft")
-    text = f"other: {rows['train']} training rows and {rows['test']} test rows each"
-    card.text(EDGE, 68, text, kind="soft")
-    full = WIDTH - 2 * EDGE - 52
-    for place, arm in enumerate(sorted(ARMS, key=lambda arm: -fmean(shares[arm]))):
-        y, mean = 100 + 56 * place, fmean(shares[arm])
-        steps, read = (
-            fmean(found[arm][seed][key] for seed in seeds) for key in ("steps", "old_rows")
-        )
-        card.text(EDGE, y, ARMS[arm])
-        text = f"{steps:.0f} steps, {read:.0f} old rows"
-        card.text(WIDTH - EDGE, y, text, anchor="end", kind="soft")
-        card.bar(EDGE, y + 8, full, 22, "grid")
-        card.bar(EDGE, y + 8, full * mean, 22, "blue")
-        if done:
-            low, high = (EDGE + full * end for end in t_interval(shares[arm]))
-            card.line(low, y + 19, high, y + 19, "ink", 3)
-        for share in shares[arm]:
-            card.dot(EDGE + full * share, y + 19, "ink", radius=4, hollow=True)
-        card.text(WIDTH - EDGE, y + 24, f"{100 * mean:.0f} %", anchor="end", bold=True)
-    for place, text in enumerate(reversed(lines)):
-        card.text(EDGE, card.height - 18 - 20 * place, text, kind="soft")
+    height = 140 + 42 * (1 + len(many) + len(few)) + 26 * bool(few) + 26
+    card = Card(height, f"Stages: right answers, {len(seeds)} and {len(few_seeds)} seeds")
+    _heading(card, plan)
+    text = f"{len(seeds)} seeds, {plan['defaults']['kept']} kept rows of each task"
+    card.text(EDGE, 98, text, bold=True)
+    alone = [fmean(cell["learned"].values()) for cell in many["extend"]]
+    _bar(card, 120, "each stage alone, on its own rows", "no old rows", alone)
+    y = _bars(card, 162, many)
+    if few:
+        card.text(EDGE, y + 4, f"{len(few_seeds)} of these seeds", bold=True)
+        y = _bars(card, y + 26, few)
+    card.text(EDGE, y + 4, "Circles: seeds. Lines: 95 % t intervals, of six seeds.", kind="soft")
+    card.text(EDGE, y + 24, "Old rows: reads of kept rows, to train or to combine.", kind="soft")
     return card.svg()
 
 
-def _notes(
-    table: ModuleType, cells: list[dict[str, Any]], studies: list[Any], defaults: dict[str, Any]
-) -> Iterator[str]:
-    """Yield what studies of fewer seeds have."""
-    for study in studies:
-        arm, text = NOTED.get(study["name"], ("", ""))
-        found = table.of_arm(cells, study, defaults | study.get("change", {}), arm)
-        if found:
-            mean = fmean(map(table.average, found.values()))
-            yield f"{text}: {100 * mean:.0f} % ({len(found)} seeds)."
+def _heading(card: Card, plan: dict[str, Any]) -> None:
+    tasks, rows = len(plan["tasks"]), plan["rows"]
+    card.text(EDGE, 28, f"Right answers after {tasks} data sets", bold=True, size=16)
+    text = f"SmolLM2-135M-Instruct learns {tasks} tasks with one question, one"
+    card.text(EDGE, 50, text, kind="soft")
+    text = f"after the other: {rows['train']} training rows and {rows['test']} test rows each"
+    card.text(EDGE, 68, text, kind="soft")
+
+
+def _group(
+    plan: dict[str, Any], cells: Cells, arms: tuple[Arm, ...]
+) -> tuple[list[int], dict[str, Cells]]:
+    """Return the seeds that all arms have, and by what arms are called their cells, best first."""
+    of_arm = _module(BENCHMARKS / "stages/table.py").of_arm
+    studies = {study["name"]: study for study in plan["studies"]}
+    found = {}
+    for study, arm, text in arms:
+        settings = plan["defaults"] | studies[study].get("change", {})
+        found[text] = of_arm(cells, studies[study], settings, arm)
+    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in found.values())))
+    if not seeds:
+        return [], {}
+    chosen = {text: [by_seed[seed] for seed in seeds] for text, by_seed in found.items()}
+    return seeds, dict(sorted(chosen.items(), key=lambda pair: -fmean(_shares(pair[1]))))
+
+
+def _shares(cells: Cells) -> list[float]:
+    return [fmean(cell["right"].values()) for cell in cells]
+
+
+def _bars(card: Card, y: float, arms: dict[str, Cells]) -> float:
+    """Draw arms from a height down; return the height below them."""
+    for text, cells in arms.items():
+        steps, read = (fmean(cell[key] for cell in cells) for key in ("steps", "old_rows"))
+        _bar(card, y, text, f"{steps:.0f} steps, {read:,.0f} old rows", _shares(cells))
+        y += 42
+    return y
+
+
+def _bar(card: Card, y: float, text: str, cost: str, shares: list[float]) -> None:
+    full = WIDTH - 2 * EDGE - 52
+    card.text(EDGE, y, text)
+    card.text(WIDTH - EDGE, y, cost, anchor="end", kind="soft")
+    card.bar(EDGE, y + 6, full, 18, "grid")
+    card.bar(EDGE, y + 6, full * fmean(shares), 18, "blue")
+    for share in shares:
+        card.dot(EDGE + full * share, y + 11, "ink", radius=3, hollow=True)
+    if len(shares) >= 6:
+        low, high = (EDGE + full * end for end in t_interval(shares))
+        card.line(low, y + 19, high, y + 19, "ink", 3)
+        for end in (low, high):
+            card.line(end, y + 15, end, y + 23, "ink", 2)
+    card.text(WIDTH - EDGE, y + 20, f"{100 * fmean(shares):.0f} %", anchor="end", bold=True)
 
 
 def _module(path: Path) -> ModuleType:

@@ -73,6 +73,21 @@ def test_what_no_input_reaches():
     assert torch.allclose(found["y", "m"], a)
 
 
+def test_a_direction_without_inputs_gets_the_mean_of_the_updates_by_the_traces():
+    torch.manual_seed(0)
+    sums, traces, updates = Combination(), [], []
+    for scale in (1, 4):
+        x, a = torch.randn(10, 3, dtype=torch.float64), torch.randn(2, 3)
+        x[:, 2] = 0  # no input has this direction
+        gram = scale * x.T @ x
+        traces.append(gram.trace().item())
+        updates.append(a[:, 2])
+        sums.add(gram, {(f"{scale}", "m"): a})
+    found = sums.solve()
+    for scale, trace, update in zip((1, 4), traces, updates, strict=True):
+        torch.testing.assert_close(found[f"{scale}", "m"][:, 2], update * trace / sum(traces))
+
+
 def test_an_embedding_has_counts_and_layers_share_the_gram_of_their_input(tiny_folder):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     rows = [torch.tensor([[5, 6, 7]]), torch.tensor([[8, 9]])]

@@ -1,4 +1,4 @@
-"""A stage beside others is pruned as if it had never been there."""
+"""A stage beside others is pruned as if it had never been there, but for names of rehearsals."""
 
 from __future__ import annotations
 

@@ -1,12 +1,18 @@
 """States combined in closed form (RegMean, arXiv 2212.09849): the weights whose outputs are nearest
-to each state's own outputs on its own inputs.
+to those of each state on inputs of its rows.
 
     W = W_0 + Σ_i B_i A'_i,   A'_i = (Σ_j A_i^(j) Ĝ_j) (Σ_j Ĝ_j)⁻¹,   Ĝ_j = G_j + λ (tr G_j / d) I
 
 minimises Σ_j tr[(W − W_j) Ĝ_j (W − W_j)ᵀ]. G_j is the mean of x xᵀ over the inputs x of a layer,
 for rows of state j; A_i^(j) is A of link i in state j, times its strength there, and 0 where the
 state is without the link. Each link keeps its B and its rank. The ridge λ stands in both sums: then
-one state combined is itself, and a direction that no state has seen gets the mean of the updates.
+one state combined is itself, and a direction that no state has seen gets the mean of the updates,
+weighted by tr G_j. A module that no row reaches gets their sum.
+
+Computed again with inputs x in the combination, this is the first iteration of IterIS (arXiv
+2411.15231), but for its targets: outputs of each state on its own inputs. RegMean++ (2508.03121)
+and Chain of Merges (2508.21421) take inputs in the combination layer by layer.
+
 Inputs of some 2,000 tokens are multiplied in float32; their products are added, and the equations
 solved, in float64, on the CPU.
 """

@@ -101,8 +101,11 @@ def _shares_picture(matrix: StageMatrix) -> Picture:
         axes.set_xlim(-0.3, len(states) - 0.7)
         legend_above(axes)
 
-    metrics = dict.fromkeys(cell.metric for cell in matrix.cells)
-    note = f"{', '.join(metrics)} on held-out rows, before training and after each stage"
+    metrics, splits = (
+        ", ".join(dict.fromkeys(getattr(cell, name) for cell in matrix.cells))
+        for name in ("metric", "split")
+    )
+    note = f"{metrics} on {splits} rows, before training and after each stage"
     table = _matrix_table("How well each stage does", matrix)
     return picture("How well each stage does", note, draw, table=table)
 

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 REHEARSAL = "rehearsal"
 RATE = 0.3  # of the last stage's learning rate, and
-ROWS = 256  # that a rehearsal reads of each stage: benchmarks/stages
+ROWS = 256  # of each stage at most; all by the batch size are its steps: benchmarks/stages
 
 
 def extension(
@@ -102,10 +102,10 @@ def extension(
 def rehearsal(
     run: str | Path, section: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = ()
 ) -> list[Stage]:
-    """Return a short stage on rows that all stages of a run kept, as many of each (`rehearse`).
+    """Return a stage on rows that all stages of a run kept, as many of each (`rehearse`).
 
-    By default it reads `ROWS` of each stage, or twice what that kept. A rehearsal of what the run
-    is that was stopped goes on; one that it ended in is returned.
+    By default its steps are those of `ROWS` of each stage, or twice what that kept. A rehearsal of
+    what the run is that was stopped goes on; one that it ended in is returned.
     """
     now = find_state(run)
     drafts = [read_draft(now.run, name).entry for name in drafts_in(now.run, now.history)]

@@ -121,12 +121,14 @@ def rehearse(
     listener: Listener | None = None,
     progress: bool | None = None,
 ) -> TrainResult:
-    """Train a short stage on rows that all stages of a run kept, as many of each.
+    """Train a stage on rows that all stages of a run kept, as many of each.
 
-    `stage` may have sections of a stage, by default one link of the largest rank of the run's, for
-    256 rows of each stage, or twice what that kept, at 0.3 of the last stage's rate. The same call
-    again goes on where it was stopped; where the run ends in a rehearsal, it does nothing. Returns
-    what ``result.json`` holds.
+    `stage` may have sections of a stage, by default one link of the largest rank of the run's, at
+    0.3 of the last stage's rate, other keys as there. Its steps are the sum over stages of 256
+    rows, or twice what a stage kept if that is less, by the batch size; an epoch has up to eight
+    rows of each stage, and no batch spans two. So larger batches than 8 rows can read fewer. The
+    same call again goes on where it was stopped; where the run ends in a rehearsal, it does
+    nothing. Returns what ``result.json`` holds.
     """
     return _of_stages(rehearsal(run, stage or {}), listener, (), progress)
 

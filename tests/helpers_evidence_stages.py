@@ -1,0 +1,232 @@
+"""The numbers of stages in docs/evidence.md and other pages, from benchmarks/stages."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from functools import cache
+from statistics import fmean
+from types import ModuleType
+from typing import Any
+
+from helpers_evidence import (
+    BENCHMARKS,
+    MISSING,
+    Rows,
+    Values,
+    estimate,
+    from_yaml,
+    less,
+    lines,
+    number,
+)
+
+from chainlora.training.extending import ROWS
+
+
+@cache
+def script(path: str) -> ModuleType:
+    """A module of benchmarks/, under a name that no other folder's has."""
+    spec = importlib.util.spec_from_file_location(path.replace("/", "_"), BENCHMARKS / path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ARMS = {  # of the shared question: a study, how the page names it, its exported rank, and its seeds
+    "combined twice rehearsed": ("primary", "beside, combined, rehearsed", 48, 6),
+    "combined twice": ("primary", "beside, combined", 40, 6),
+    "combined rehearsed": ("primary", "beside, combined in one pass, rehearsed", 48, 6),
+    "combined": ("primary", "beside, combined in one pass", 40, 6),
+    "replay": ("primary", "on top, replay", 40, 6),
+    "on top rehearsed": ("primary", "on top, rehearsed", 48, 6),
+    "on top": ("primary", "on top", 40, 6),
+    "summed rehearsed": ("other sums", "beside, summed, rehearsed", 48, 3),
+    "scaled": ("other sums", "beside, summed, tuned scale", 40, 3),
+    "ties": ("other sums", "beside, TIES, tuned scale", 40, 3),
+    "summed": ("other sums", "beside, summed", 40, 3),
+    "base rehearsed": ("other sums", "the base, rehearsed", 8, 3),
+    "one wide LoRA replay": ("one LoRA of rank 40", "one LoRA, replay", 40, 3),
+    "one wide LoRA rehearsed": ("one LoRA of rank 40", "one LoRA, rehearsed", 40, 3),
+    "one wide LoRA": ("one LoRA of rank 40", "one LoRA", 40, 3),
+    "one LoRA replay": ("one LoRA", "one LoRA, replay", 8, 3),
+    "one LoRA rehearsed": ("one LoRA", "one LoRA, rehearsed", 8, 3),
+    "one LoRA": ("one LoRA", "one LoRA", 8, 3),
+    "all at once": ("all at once", "all at once", 40, 3),
+    "all at once on kept rows": ("all at once", "all at once on kept rows", 40, 3),
+}
+
+
+def arm(name: str, study: str = "primary", of: int | None = None) -> list[Mapping[str, Any]]:
+    """The test cells of an arm with the settings of a study, of its first `of` seeds."""
+    plan = from_yaml("stages/plan.yaml")
+    named = next(each for each in plan["studies"] if each["name"] == study)
+    settings, seeds = plan["defaults"] | named.get("change", {}), named["seeds"][:of]
+    found = script("stages/table.py").of_arm(lines("stages/results.jsonl"), named, settings, name)
+    assert {*seeds} <= found.keys()
+    return [found[seed] for seed in seeds]
+
+
+def right(cells: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [100 * fmean(cell["right"].values()) for cell in cells]
+
+
+def alone() -> list[float]:
+    """Each stage on the test rows of its own task, by seed; arms beside each other share them."""
+    found = [
+        [100 * fmean(cell["learned"].values()) for cell in arm(name)]
+        for name, (study, *_) in ARMS.items()
+        if study == "primary" and "combined" in name
+    ]
+    assert all(each == found[0] for each in found)
+    return found[0]
+
+
+def alone_ahead() -> str:
+    pairs = zip(alone(), right(arm("combined twice rehearsed")), strict=True)
+    return estimate([a - b for a, b in pairs], 1)
+
+
+def stages() -> Rows:
+    """The arms with one shared question; those of three seeds have no interval."""
+    forgetting = script("stages/table.py").forgetting
+    heads = "arm | right, % | forgotten, points | kept rows trained on | exported rank"
+    rows: Rows = [heads.split(" | ")]
+    for name, (study, shown, rank, seeds) in ARMS.items():
+        cells = arm(name, study, seeds)
+        lost = [100 * forgetting(cell) for cell in cells if cell["learned"]]
+        grams = 32 * 5 if "combined" in name else 0  # of a task, of five, read for Grams
+        old = fmean(cell["old_rows"] for cell in cells) - grams
+        forgotten = estimate(lost, 1, "-") if lost else MISSING
+        rows.append((shown, estimate(right(cells), 1, "-"), forgotten, f"{old:,.0f}", f"{rank}"))
+    own = estimate(alone(), 1, "-")
+    return [*rows, ("each stage alone, its own rows", own, MISSING, "0", "five of 8")]
+
+
+ALL_KEPT = "second pass, all rows kept"
+LENGTHS = {0: "", 40: "", 80: ", 80 steps", 160: ", 160 steps"}  # rehearsal, the study's name
+
+
+def of_length(steps: int) -> list[Mapping[str, Any]]:
+    name = "combined twice rehearsed" if steps else "combined twice"
+    return arm(name, f"{ALL_KEPT}{LENGTHS[steps]}")
+
+
+def behind(steps: int) -> str:
+    """How far all at once is ahead of a length of rehearsal, in points, on the same seeds."""
+    pairs = zip(right(arm("all at once", "all at once")), right(of_length(steps)), strict=True)
+    return number(fmean(a - b for a, b in pairs), 1, "-")
+
+
+def all_kept() -> dict[str, list[float]]:
+    """By seed: 160 steps of rehearsal, and replay of as many old rows."""
+    replay = arm("replay", f"{ALL_KEPT}{LENGTHS[160]}")
+    return {"extend": right(of_length(160)), "replay": right(replay)}
+
+
+def replayed() -> list[str]:
+    """What replay has, and by seed; by seed the rehearsal."""
+    own, replay = all_kept().values()
+    return [number(value, 1, "-") for value in (fmean(replay), *replay, *own)]
+
+
+def replay_is_ahead() -> list[str]:
+    """On how many of the seeds."""
+    own, replay = all_kept().values()
+    return [WORDS[sum(a < b for a, b in zip(own, replay, strict=True))], WORDS[len(own)]]
+
+
+WORDS = ("none", "one", "two", "three", "four", "five", "six")
+
+
+def all_steps() -> list[str]:
+    """Steps of training: all at once, by one config, by `extend` for one data set after another."""
+    at_once, once = arm("all at once", "all at once")[0]["steps"], of_length(160)[0]["steps"]
+    plan = from_yaml("stages/plan.yaml")
+    tasks, rows = len(plan["tasks"]), plan["rows"]["train"]
+    rehearsed = sum(range(2, tasks + 1)) * min(ROWS, 2 * rows)  # after each but the first
+    return [f"{steps}" for steps in (at_once, once, (tasks * rows + rehearsed) // plan["batch"])]
+
+
+def planned(*keys: str) -> list[int]:
+    plan = from_yaml("stages/plan.yaml")
+    steps = plan["rows"]["train"] // plan["batch"]
+    return [(plan["defaults"] | {"steps": steps})[key] for key in keys]
+
+
+def tuned(name: str, **settings: float) -> list[float]:
+    """Right validation answers of an arm's trials on the tuning seed."""
+    cells = lines("stages/results.jsonl")
+    mine = [c for c in cells if (c["arm"], c["split"]) == (name, "validation")]
+    return right([c for c in mine if settings.items() <= c["settings"].items()])
+
+
+def rates_tried(name: str) -> tuple[str, str, str]:
+    """How many rates an arm tried, how far apart they are, in points, and what it has."""
+    found, chosen = tuned(name), fmean(right(arm(name, ARMS[name][0])))
+    return WORDS[len(found)], *(number(x, 1, "-") for x in (max(found) - min(found), chosen))
+
+
+def tuned_twice() -> list[str]:
+    """Trials of two passes at the rate that was chosen, then rehearsed at two rates."""
+    again = [tuned("combined twice rehearsed", rate=1e-3, again=rate) for rate in (1e-3, 3e-4)]
+    return [number(*each, 1, "-") for each in (tuned("combined twice", rate=1e-3), *again)]
+
+
+def percent(*values: Sequence[float]) -> list[str]:
+    return [number(fmean(each), 0, "-") for each in values]
+
+
+def kept_32(*names: str, of: int | None = None) -> list[str]:
+    return percent(*(right(arm(name, ARMS[name][0], of)) for name in names))
+
+
+def rehearsals() -> Rows:
+    """The combination with all rows kept, by the length of rehearsal."""
+    forgetting = script("stages/table.py").forgetting
+    heads = "steps of rehearsal | all steps | right, % | forgotten, points | behind all at once"
+    rows: Rows = [heads.split(" | ")]
+    for steps in LENGTHS:
+        cells = of_length(steps)
+        lost = [100 * forgetting(cell) for cell in cells]
+        shown = (estimate(values, 1, "-") for values in (right(cells), lost))
+        rows.append((f"{steps}", f"{cells[0]['steps']}", *shown, behind(steps)))
+    return rows
+
+
+def lead(name: str, other: str, sign: str = "+") -> str:
+    """The mean difference of two arms on the seeds of both, in points."""
+    seeds = min(ARMS[name][-1], ARMS[other][-1])
+    pairs = zip(*(right(arm(each, ARMS[each][0], seeds)) for each in (name, other)), strict=True)
+    return number(fmean(a - b for a, b in pairs), 1, sign)
+
+
+def own_question(*names: str) -> list[str]:
+    return [number(fmean(right(arm(name, "own question"))), 1, "-") for name in names]
+
+
+def ahead(name: str, other: str) -> str:
+    """The mean difference of two arms, in points, and its interval."""
+    pairs = zip(right(arm(name)), right(arm(other)), strict=True)
+    return estimate([a - b for a, b in pairs], 1)
+
+
+@cache
+def trial() -> Mapping[str, Values]:
+    """The average of the first trial after the third task, in per cent, by order."""
+    found: dict[str, dict[int, float]] = {}
+    orders: list[list[str]] = []
+    for line in lines("stages/results-2026-11.jsonl"):
+        if len(line["right"]) == 3 and line["arm"] != "together":
+            if line["order"] not in orders:
+                orders.append(line["order"])
+            right = found.setdefault(line["arm"], {})
+            right[orders.index(line["order"])] = 100 * fmean(line["right"].values())
+    return found
+
+
+def orders_less_one_lora() -> str:
+    ours, theirs = (trial()[arm] for arm in ("chain", "one LoRA"))
+    return estimate(less(ours, theirs), 1)
