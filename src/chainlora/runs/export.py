@@ -25,7 +25,7 @@ from chainlora.data.templates import ends_of_turn
 from chainlora.errors import ChainError, ModelError, RunError
 from chainlora.models.checkpoint import save_model
 from chainlora.models.finding import resolve_model
-from chainlora.models.identity import tokenizer_files
+from chainlora.models.identity import base_files, tokenizer_files
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.apart import Part, need_links, taken_apart, write_sheet
@@ -41,7 +41,7 @@ from chainlora.runs.cards import (
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.history import CAUSAL, Base
 from chainlora.runs.lineage import Lineage, lineage_of
-from chainlora.runs.opening import load_run, tokenizer_of
+from chainlora.runs.opening import check_base, load_run, tokenizer_of
 from chainlora.runs.saved_chain import current_links, describe_base
 from chainlora.runs.state import OpenState
 from chainlora.runs.verification import check_adapter, skeleton_like, skeleton_of, stores_transposed
@@ -62,7 +62,7 @@ def export_merged(
     """
     output = empty_folder(output)
     state = open_run(run)
-    base = _base_folder(state.base.model)
+    base = _base_folder(state.base, state)
     model, tokenizer = load_run(state, num_links=num_links)
     _stop_at_turns(model.generation_config, tokenizer)
     is_whole = num_links != 0 and state.is_whole_model
@@ -113,6 +113,8 @@ def export_adapter(
     and the base's licence, if the base is at hand. A base known by its place on this machine is
     named by the last part of that, unless `naming` says how. Returns rank and error; the error is
     ``√(Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖²)`` over all modules, at least that of a live link with soft knots.
+
+    Raises RunError where the base at hand is not the one that the run was trained on.
     """
     check_compression(rank, tolerance)
     output = empty_folder(output)
@@ -121,7 +123,7 @@ def export_adapter(
         return _export_each(state, parts, output, naming, rank=rank, tolerance=tolerance)
     source = run if isinstance(run, Chain) else open_run(run)
     links, base = _links_and_base(source, num_links)
-    folder = _base_folder(base.model)
+    folder = _base_folder(base, source)
     skeleton = skeleton_like(source.model) if isinstance(source, Chain) else skeleton_of(base)
     named = base.model_copy(update={"model": naming.base or public_name(base.model)})
     if skeleton is not None and not isinstance(source, Chain):  # a chain in memory has been asked
@@ -163,7 +165,7 @@ def _export_each(
             adapters.append(part.told(done["rank"], done["error"]))
         write_sheet(scratch, state, adapters, naming, as_gguf=False)
         keys = {**compression, "num_links": None, "each": True}
-        base = _base_folder(state.base.model)
+        base = _base_folder(state.base, state)
         lineage_of(state, base, naming, "adapter", **keys).write(scratch)
     return {"to": "adapter", "output": str(output), "adapters": adapters, "base": done["base"]}
 
@@ -176,15 +178,21 @@ def _save_tokenizer(run: OpenState | Chain, base: Path, output: Path) -> None:
         load_tokenizer(base).save_pretrained(output)
 
 
-def _base_folder(base: str) -> Path | None:
-    """Return where the base lies, its files its own; None where it is not at hand."""
+def _base_folder(base: Base, run: OpenState | Chain) -> Path | None:
+    """Return where the base lies, its files its own; None where it is not at hand.
+
+    Raises RunError for another base than the run was trained on; a chain without a run knows no
+    files of its base.
+    """
     try:
-        folder = resolve_model(base)
+        folder = resolve_model(base.model)
     except ModelError as error:
-        if base:
+        if base.model:
             logger.warning("the export has no licence and no tokenizer beside it: %s", error)
         return None
     _check_own_files(folder)
+    if isinstance(run, OpenState) and base.files is not None:
+        check_base(base, run.run, files=base_files(folder))
     return folder
 
 
