@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tiny_folder
-from helpers import Stop, settings, stopping, train_all, train_on
+from helpers import Stop, settings, sign, stopping, train_all, train_on
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -290,12 +290,19 @@ def test_what_cannot_be_combined(abc, tiny_folder, sentiment, tmp_path):
     del other["data"]
     other["stages"] = [section(sentiment, "c", ranks=[1], steps=[1])]
     train_all(other)
-    assert "must share their base and chat template (got another base model in" in refused(
-        str(other["output"])
+    assert (
+        "must share their base, its precision and the chat template (got another base"
+        in refused(str(other["output"]))
     )
     chats = config_of(tiny_folder, sentiment, tmp_path / "chats")
     train_all(chats | {"data": {"chat_template": "zephyr"}})
     assert "(got another data.chat_template in" in refused(str(tmp_path / "chats"))
+    halves = config_of(tiny_folder, sentiment, tmp_path / "halves")
+    train_all(halves | {"train": halves["train"] | {"dtype": "bfloat16"}})
+    assert "(got another train.dtype in" in refused(str(tmp_path / "halves"))
+    as_nf4 = {"dtype": "float32", "quantize": "nf4"}
+    sign(tmp_path / "halves", lambda tree: tree["base"].update(as_nf4))
+    assert "(got another quantize in" in refused(str(tmp_path / "halves"))
     train_on(f"{abc}@a", section(sentiment, "c2"))
     assert "that no other of them began on (got" in refused("a", "c2")
     with pytest.raises(ConfigError, match="must lie outside other runs"):

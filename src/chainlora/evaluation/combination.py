@@ -52,8 +52,8 @@ def combine(
     are not carried over. With `output` the combination is a new run, and this one stays as it is.
 
     Raises RunError for fewer than two states, for one that another one was trained on, for stages
-    that kept no rows, for links that are no low-rank sum, and for runs with another base or chat
-    template.
+    that kept no rows, for links that are no low-rank sum, and for runs with another base, precision
+    of it or chat template.
     """
     folder = whole_run(run)
     history = read_history(folder)

@@ -150,6 +150,8 @@ def need_same_base(own: OpenState, state: OpenState) -> None:
         name
         for name, here, there in (
             ("base model", history.empty.base, other.empty.base),
+            ("train.dtype", history.base.dtype, other.base.dtype),  # of one digest, too
+            ("quantize", history.base.quantize, other.base.quantize),
             ("tokenizer", _own_tokenizer(history), _own_tokenizer(other)),
             ("chain.hold", history.hold, other.hold),
             *(
@@ -160,7 +162,7 @@ def need_same_base(own: OpenState, state: OpenState) -> None:
         if here != there
     ]
     if differing:
-        rule = "runs that are combined must share their base and chat template"
+        rule = "runs that are combined must share their base, its precision and the chat template"
         raise RunError(rule, f"another {differing[0]} in {state.run}", "train one of them again")
 
 
