@@ -42,6 +42,9 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOTDIR: "choose a path whose parents are folders",
     errno.EIO: "check the disk",
+    **dict.fromkeys(
+        (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP), "choose a folder on a disk with file locks"
+    ),
 }
 
 
