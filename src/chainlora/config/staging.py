@@ -197,6 +197,7 @@ def section_of(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
 def what_stages_share(before: RunConfig) -> dict[str, Any]:
     """Return what a stage has from one before it: not its rows, its links' sizes, its choice."""
     choice = {"keep_best", "early_stop", "accept_links", "select_metric"}
+    choice |= {"trackers"}  # named anew, as plug-ins are: a run may come from somebody else
     of_run: dict[str, Any] = dict.fromkeys(("output", "plugins", *OF_START), True)
     tree = before.model_dump(mode="json", exclude=of_run | {"train": choice})
     kept = (*RUN_WIDE["data"], "max_length", "truncation", "keep_rows", "replay", "new_rows_only")
