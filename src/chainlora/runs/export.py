@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from chainlora.chain.adapters import Factors, save_adapter
 from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link, switched_on
 from chainlora.config.schema import LinkConfig
+from chainlora.config.staging import need_apart
 from chainlora.data.templates import ends_of_turn
 from chainlora.errors import ChainError, ModelError, RunError
 from chainlora.models.checkpoint import save_model
@@ -68,7 +69,7 @@ def export_merged(
     is_whole = num_links != 0 and state.is_whole_model
     links = [] if is_whole else switched_on(state.links(num_links))
     done = f"a chain of {len(links)} LoRA link(s) merged into its weights"
-    with files.replaced_folder(output) as scratch:
+    with filled_folder(output) as scratch:
         save_model(model, tokenizer, scratch)
         if base is not None:
             copy_licences(base, scratch)
@@ -132,7 +133,7 @@ def export_adapter(
     factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
     if isinstance(source, Chain):
         error = max([error, *(link.error for link in links if link.index == len(source))])
-    with files.replaced_folder(output) as scratch:
+    with filled_folder(output) as scratch:
         written, extra = write_adapter(scratch, links, factors, named)
         check_adapter(scratch, skeleton, factors, extra)
         if folder is not None:
@@ -159,7 +160,7 @@ def _export_each(
     state: OpenState, parts: Sequence[Part], output: Path, naming: Naming, **compression: Any
 ) -> dict[str, Any]:
     adapters = []
-    with files.replaced_folder(output) as scratch:
+    with filled_folder(output) as scratch:
         for part in parts:
             done = export_adapter(part.state, scratch / part.name, naming=naming, **compression)
             adapters.append(part.told(done["rank"], done["error"]))
@@ -294,14 +295,33 @@ def write_adapter_card(
 
 
 def empty_folder(output: str | Path) -> Path:
-    """Return a folder to write into. Raises RunError unless it is new or empty."""
+    """Return a folder to write into, outside runs.
+
+    Raises RunError unless it is new or empty, and no other process writes it.
+    """
     output = Path(expanduser(output))
     files.check_writable(output if output.is_dir() else output.parent)
+    need_apart(output)
+    _need_empty(output)
+    with files.reported(output):
+        if (writer := files.writer_of(output)) is not None:
+            rule = "`output` must be written by one process at a time"
+            raise RunError(rule, f"{output}, which process {writer} writes", "choose another")
+        files.remove_scratch(output.parent, output.name)  # of an export that was killed
+    return output
+
+
+@contextmanager
+def filled_folder(output: Path) -> Iterator[Path]:
+    """Give a scratch folder; put it in place of an `empty_folder`, unless that was filled since."""
+    with files.replaced_folder(output) as scratch:
+        yield scratch
+        _need_empty(output)
+
+
+def _need_empty(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         what = "which is not empty" if output.is_dir() else "a file"
         raise RunError(
             "`output` must be a new or empty directory", f"{output}, {what}", "choose another"
         )
-    with files.reported(output):
-        files.remove_scratch(output.parent, output.name)  # of an export that was killed
-    return output
