@@ -203,7 +203,20 @@ def take_in(run: Path, state: OpenState) -> str:
 def _name_there(
     entry: Entry, history: History, run: Path, other: Path, taken: Mapping[str, str]
 ) -> str:
-    """Return the name that an entry of another run gets, or has where it is there already."""
+    """Return the name that an entry of another run gets, or has where it is there already.
+
+    Raises RunError for a stage of this run in another state: a copy of which other links were
+    pruned. A link is of one stage.
+    """
+    for each in history.entries if entry.tied else ():
+        if (each.kind, each.state, each.tied) == (entry.kind, entry.state, entry.tied):
+            return each.key
+        if {*each.tied} & {*entry.tied}:
+            raise RunError(
+                "runs that are combined must hold a stage in one state",
+                f"{each.key} in {run} and {entry.key} in {other}, of which others were pruned",
+                "prune the same stages in both",
+            )
     known = history.find(entry.key)
     is_there = known is not None and (known.kind, known.state) == (entry.kind, entry.state)
     if known is not None and is_there and (entry.key != START or known.kept == entry.kept):
