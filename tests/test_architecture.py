@@ -20,6 +20,7 @@ PUBLIC = {
     "chainlora.errors": {name for name in vars(errors) if name.endswith("Error")} | {"nearest"},
     "chainlora.reports": set(reports.__all__),
     "chainlora.config.reading": {"read_tree", "set_key"},
+    "chainlora.config.staging": {"need_apart"},
     "chainlora.cli.common": {"WithKeys", "file_and_overrides", "keys_argument", "quiet"},
     "chainlora.data.splits": {"check_files"},
     "chainlora.models.finding": {"resolve_model"},

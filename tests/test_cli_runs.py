@@ -11,6 +11,7 @@ from conftest import write_rows
 from helpers import stop_after
 
 from chainlora import load_config
+from chainlora.files import checksums
 from chainlora.runs.changes import log
 
 
@@ -122,6 +123,25 @@ def test_compression_is_for_adapters(chainlora, finished, tmp_path):
     private = chainlora(f"export {finished} --to adapter --output {tmp_path}/m --private")
     assert "use it with --push-to-hub" in private.err
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "report {0} --output {0}/history.json",
+        "report {0} --output {0}/stages/report.html",
+        "eval {0} --predictions {0}/history.json",
+        "export {0} --to adapter --output {0}/exp",
+        "export {0} --to gguf-adapter --each --output {0}/links/exp",
+        "export {0} --to merged --output {0}/exp",
+    ],
+)
+def test_an_output_inside_a_run_is_refused(chainlora, run_copy, words):
+    """It would replace a file that the run needs, or be taken for one of its own."""
+    before = checksums(run_copy)
+    chainlora(words.format(run_copy)).refused("must lie outside other runs", f"inside {run_copy}")
+    assert checksums(run_copy) == before
+    assert chainlora(f"report {run_copy} --output {run_copy}/report.html").status == 0  # its place
 
 
 # --- history ---

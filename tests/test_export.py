@@ -346,6 +346,25 @@ def test_a_folder_in_use_is_not_written_into(runs, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    "to", ["adapter", "adapter --each", "gguf-adapter", "gguf-adapter --each", "merged", "gguf"]
+)
+def test_an_export_needs_the_base_of_its_run(tmp_path, runs, folders, chainlora, to):
+    """Its tokenizer and licence lie beside what is exported."""
+    if "gguf" in to:
+        pytest.importorskip("gguf", reason="no gguf: pip install 'chainlora[gguf]'")
+    words = f"export {runs['llama']} --to {to} --output {tmp_path}/out"
+    path = folders["llama"] / "tokenizer_config.json"
+    kept = path.read_bytes()
+    edit_json(path, bos_token="</s>")
+    try:
+        done = chainlora(words)
+    finally:
+        path.write_bytes(kept)
+    done.refused("the base model must be the one", "(got another tokenizer_config.json)")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_adapter_that_peft_does_not_load_as_it_was_is_not_handed_out(
     runs, tmp_path, monkeypatch
 ):

@@ -5,20 +5,26 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import logging
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
 from conftest import tiny_model
+from helpers import sign
 from test_models import TOKENS, write_gguf
 
-from chainlora import files
+from chainlora import export_adapter, files
 from chainlora.cli.main import run as command
-from chainlora.errors import FileError
+from chainlora.errors import FileError, RunError
 from chainlora.evaluation.stage_scores import Cell, stage_matrix
 from chainlora.models.loading import load_model
 from chainlora.runs.export import empty_folder
@@ -73,10 +79,60 @@ def test_a_folder_without_permission_is_refused_beforehand(tmp_path):
 
 
 def test_what_a_killed_export_left_goes_with_the_next_one(tmp_path):
-    for name in ("out.12-3.new", "out.b.12-3.new"):  # the other one may be at work
+    for name in ("out.99999999-3.new", "out.b.12-3.new"):  # the other one may be at work
         (tmp_path / name).mkdir()
     empty_folder(tmp_path / "out")
     assert [each.name for each in tmp_path.iterdir()] == ["out.b.12-3.new"]
+
+
+EXPORTING = """
+import sys
+from chainlora import export_adapter
+
+run, output = sys.argv[1:]
+told = []
+
+def wait(event, arguments):
+    if event == "open" and str(arguments[0]).startswith(f"{output}.") and not told:
+        told.append(print("writes", flush=True))
+        sys.stdin.readline()
+
+sys.addaudithook(wait)
+export_adapter(run, output)
+"""
+
+
+def test_two_exports_into_one_folder(chainlora, stored_run, tmp_path):
+    """The second one deleted the files that the first one was writing."""
+    words = [sys.executable, "-c", EXPORTING, str(stored_run), str(tmp_path / "out")]
+    with subprocess.Popen(words, stdin=PIPE, stdout=PIPE, text=True) as first:
+        assert first.stdout.readline() == "writes\n"
+        done = chainlora(f"export {stored_run} --to adapter --output {tmp_path}/out")
+        said = f"(got {tmp_path}/out, which process {first.pid} writes); choose another"
+        done.refused("`output` must be written by one process at a time", said)
+        first.communicate("\n")
+    assert first.returncode == 0
+    assert chainlora(f"verify {tmp_path}/out {stored_run}").status == 0
+
+
+def test_an_output_that_was_filled_meanwhile_stays(stored_run, tmp_path, caplog):
+    """A base that is not at hand is told after `output` was looked at, before it is written."""
+    run, other = shutil.copytree(stored_run, tmp_path / "run"), []
+    sign(run, lambda tree: tree["base"].update(model="no/body"))
+
+    def meanwhile(record: logging.LogRecord) -> bool:
+        if not other:
+            other.append(record)
+            export_adapter(run, tmp_path / "out", rank=2)
+        return True
+
+    caplog.handler.addFilter(meanwhile)
+    with pytest.raises(
+        RunError, match=r"must be a new or empty directory \(got .*, which is not e"
+    ):
+        export_adapter(run, tmp_path / "out")
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["r"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
 def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(tmp_path, monkeypatch):

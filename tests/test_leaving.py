@@ -204,6 +204,20 @@ def test_a_saved_config_reads_no_file(chat_run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_a_resume_has_changed_reads_no_file(chat_run, tmp_path):
+    """A history says which keys resumes have changed: only those that a resume can change."""
+    run = Path(shutil.copytree(chat_run, tmp_path / "run"))
+    (tmp_path / "secret").write_text("{{ messages }} secret")
+    change = {"key": "data.chat_template", "before": None, "after": str(tmp_path / "secret")}
+    sign(run, lambda tree: tree["entries"][0]["training"].update(changes=[change | {"step": 1}]))
+    for export in (export_adapter, export_merged):
+        with pytest.raises(
+            RunError, match=r"history.json must hold valid values \(got 'data.chat_"
+        ):
+            export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_tokenizer_is_missed_in_words(chat_run, tmp_path, caplog):
     base = chat_run.parent / "base"
     base.rename(base.with_name("moved"))

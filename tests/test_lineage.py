@@ -295,6 +295,20 @@ def test_what_is_no_earlier_state_is_not_overwritten(chainlora, made, sentiment,
     chainlora("push", run, "me/nothing").refused("a run or repository must be there")
 
 
+def test_a_lineage_of_somebody_else_names_no_trackers(chainlora, made, sentiment, tmp_path, caplog):
+    export_adapter(f"{made}/run@law", tmp_path / "adapter")
+    lineage = read_lineage(tmp_path / "adapter")
+    lineage.stages["law"].config["train"]["trackers"] = ["nobody"]
+    write_part(tmp_path / "lineage.json", lineage)
+    own = [*places(made, sentiment)[:4], "--data.train", f"{made}/secret/law.jsonl"]
+    ask = ["train", tmp_path / "lineage.json", *own, "--output"]
+    done = chainlora(*ask, tmp_path / "out")
+    assert done.status == 0, done.err
+    assert "only where they are named again: --train.trackers '[nobody]'" in caplog.text
+    done = chainlora(*ask, tmp_path / "own", "--train.trackers", "[nobody]")
+    assert "`trackers` must name" in done.err
+
+
 def test_a_lineage_of_somebody_else_runs_no_code(chainlora, made, exported, sentiment, tmp_path):
     lineage = read_lineage(exported)
     mine = tmp_path / "mine.py"

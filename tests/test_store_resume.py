@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 from helpers import (
     Stop,
     assert_same_links,
@@ -22,7 +21,7 @@ from helpers import (
 
 from chainlora import load_run, make_config, train
 from chainlora.config.staging import Stage
-from chainlora.errors import ChainLoRAError, ModelError, RunError
+from chainlora.errors import ChainLoRAError, FileError, ModelError, RunError
 from chainlora.runs.addresses import open_run
 from chainlora.runs.documents import write_part
 from chainlora.runs.draft import read_draft
@@ -204,12 +203,20 @@ def test_a_run_is_for_one_process_at_a_time(rich_config, tmp_path):
     train(rich_config, resume=True)  # free again
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
-def test_a_disk_that_cannot_lock_is_told_and_used(number, configure, monkeypatch, caplog):
-    def refuse(lock: FileLock, *_, **__) -> None:
-        Path(lock.lock_file).touch()
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_disk_that_cannot_lock_is_refused(
+    number, configure, stored_run, tmp_path, chainlora, monkeypatch
+):
+    """Without a lock two processes could train one stage. What only reads a run needs none."""
+
+    def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(FileLock, "acquire", refuse)
-    assert train(configure(chain={"ranks": [2], "steps": [1]}))["steps"] == 1
-    assert "cannot be locked; start one process at a time in it" in caplog.text
+    run = shutil.copytree(stored_run, tmp_path / "copy")
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refuse)
+    with pytest.raises(
+        FileError, match=r"be locked \(got .*; choose a folder on a disk with file l"
+    ):
+        train(configure(chain={"ranks": [2], "steps": [1]}))
+    chainlora("mix", run, "main=0").refused("a file must be locked", f"for {run}/.lock")
+    assert chainlora("log", run).status == chainlora("inspect", run).status == 0

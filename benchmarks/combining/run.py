@@ -43,7 +43,7 @@ class General:
         self.lab, self.data, self.plan = lab, data.parent, plan
         lab.put(())  # the base
         self.body = Llama(lab.model)
-        self._file = output / "general.json"  # what the base has written
+        self._file = HERE / "base_rows.json"  # what the base has written: committed
 
     @cached_property
     def rows(self) -> dict[str, list[list[int]]]:
@@ -191,7 +191,7 @@ class Runner(R.Runner):
         rows = {task: [row.sequences[0] for row in case.rows[task]["kept"]] for task in case.order}
         case.old_rows += sum(map(len, rows.values()))
         recipe = {
-            "kind": "layer by layer, 1",
+            "kind": "layer by layer, 2",
             "of": sorted((ends[task], L._digest(rows[task])) for task in case.order),
             "settings": {name: s[name] for name in (*NAMES, "general", "importance")},
         }
@@ -218,7 +218,7 @@ class Runner(R.Runner):
         link, found = self.lab.link(digest), {}
         for layer, module in self.general._places:
             each = link.factors[name_of(link, layer, module)]
-            found[layer, module] = (each.a * link.strength, each.b)
+            found[layer, module] = (each.a, link.scaling * each.b)
         return Part(Rows(rows), found)
 
     # --- cells ---

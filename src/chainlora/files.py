@@ -29,7 +29,7 @@ from chainlora.errors import FileError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SCRATCH = re.compile(r"\.\d+-\d+\.(new|old)$")
+_SCRATCH = re.compile(r"\.(\d+)-\d+\.(new|old)$")  # of the process of this number
 _counter = itertools.count()
 
 # What to do about the errors that users meet; for others the system's own words must do.
@@ -42,6 +42,9 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOTDIR: "choose a path whose parents are folders",
     errno.EIO: "check the disk",
+    **dict.fromkeys(
+        (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP), "choose a folder on a disk with file locks"
+    ),
 }
 
 
@@ -254,6 +257,24 @@ def remove_scratch(folder: Path, name: str = "") -> None:
         if is_scratch(entry.name) and name in ("", _SCRATCH.sub("", entry.name)):
             is_folder = entry.is_dir() and not entry.is_symlink()
             shutil.rmtree(entry) if is_folder else entry.unlink()
+
+
+def writer_of(path: Path) -> int | None:
+    """Return the number of another process of this machine that writes a file or folder now.
+
+    One that began after the last write is another process, which got the number of a killed one.
+    """
+    import psutil  # takes a while
+
+    for entry in list(path.parent.iterdir()) if path.parent.is_dir() else ():
+        found = _SCRATCH.search(entry.name)
+        if found is not None and entry.name[: found.start()] == path.name:
+            number = int(found[1])
+            with suppress(psutil.Error, OSError):  # neither is there any more
+                is_older = psutil.Process(number).create_time() < entry.stat().st_mtime
+                if is_older and number != os.getpid():
+                    return number
+    return None
 
 
 def is_scratch(name: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from chainlora.config.staging import need_apart
 from chainlora.data.splits import check_files
 from chainlora.errors import ConfigError, DataError, ModelError, RunError
 from chainlora.models.finding import resolve_model
@@ -104,6 +105,7 @@ def run_cells(
         raise ConfigError(rule, f"{workers} workers", "leave out either")
     run = run_inline if backend == "inline" else partial(run_processes, workers=workers)
     expand(experiment)  # refuses what cannot work before anything runs
+    need_apart(out / FILE)
     session = Session(experiment, out, reuse, listener)
     _check_at_hand(cell for cell in session.all_cells() if not session.is_done(cell))
     asked = yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_tiny_folder
-from helpers import Stop, settings, stopping, train_all, train_on
+from helpers import Stop, settings, sign, stopping, train_all, train_on
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +24,7 @@ from chainlora.files import checksums
 from chainlora.reports.run_report import run_page
 from chainlora.reports.runs import read_state
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import mix_stages, prune_stage, undo
+from chainlora.runs.changes import log, mix_stages, prune_stage, undo
 from chainlora.runs.history import read_history
 from chainlora.runs.loading_start import with_start
 from chainlora.training.stages import extension, rehearsal, train_stages
@@ -279,7 +281,36 @@ def test_rows_of_what_another_run_began_on_stay_its_own(tiny_folder, sentiment, 
     assert "start" not in open_run(ac).columns
 
 
+def test_an_adapter_that_two_runs_began_on_is_there_once(sentiment, ac, tmp_path):
+    """Also with other rows for it: a link of two entries could not be pruned."""
+    export_adapter(f"{ac}@a", tmp_path / "adapter")
+    config = {"start": str(tmp_path / "adapter"), "model": open_run(ac).base.model}
+    rows = {"task": str(sentiment / "task.yaml"), "validation": str(sentiment / "validation.jsonl")}
+    for name, keys in {"b": {}, "d": {"start_data": rows}}.items():
+        tree = config | keys | {"output": str(tmp_path / name)}
+        train_all(with_start(tree | {"stages": [section(sentiment, name)]}))
+    assert combine(tmp_path / "b", tmp_path / "d").entry.parents == ("b", "d")
+    assert [entry["name"] for entry in log(tmp_path / "b")][1:] == ["d", "b", "start"]
+    prune_stage(tmp_path / "b", "start")
+    assert open_run(tmp_path / "b@d").stages == ["d"]
+
+
 # --- what is refused ---
+
+
+def test_a_stage_of_a_copy_that_was_pruned_is_refused(sentiment, ac, tmp_path):
+    """Its link would be of two stages."""
+    train_on(f"{ac}@a", section(sentiment, "b"))
+    copy = Path(shutil.copytree(ac, tmp_path / "copy"))
+    prune_stage(copy, "a")
+    before = checksums(ac)
+    with pytest.raises(
+        RunError, match=r"in one state \(got b in .*; prune the same stages in both"
+    ):
+        combine(ac, f"{copy}@b")
+    assert checksums(ac) == before
+    assert combine(ac, f"{copy}@c", output=tmp_path / "out").entry.parents == ("a", "c")
+    prune_stage(ac, "b")
 
 
 def test_what_cannot_be_combined(abc, tiny_folder, sentiment, tmp_path):
@@ -305,12 +336,19 @@ def test_what_cannot_be_combined(abc, tiny_folder, sentiment, tmp_path):
     del other["data"]
     other["stages"] = [section(sentiment, "c", ranks=[1], steps=[1])]
     train_all(other)
-    assert "must share their base and chat template (got another base model in" in refused(
-        str(other["output"])
+    assert (
+        "must share their base, its precision and the chat template (got another base"
+        in refused(str(other["output"]))
     )
     chats = config_of(tiny_folder, sentiment, tmp_path / "chats")
     train_all(chats | {"data": {"chat_template": "zephyr"}})
     assert "(got another data.chat_template in" in refused(str(tmp_path / "chats"))
+    halves = config_of(tiny_folder, sentiment, tmp_path / "halves")
+    train_all(halves | {"train": halves["train"] | {"dtype": "bfloat16"}})
+    assert "(got another train.dtype in" in refused(str(tmp_path / "halves"))
+    as_nf4 = {"dtype": "float32", "quantize": "nf4"}
+    sign(tmp_path / "halves", lambda tree: tree["base"].update(as_nf4))
+    assert "(got another quantize in" in refused(str(tmp_path / "halves"))
     train_on(f"{abc}@a", section(sentiment, "c2"))
     assert "that no other of them began on (got" in refused("a", "c2")
     with pytest.raises(ConfigError, match="must lie outside other runs"):

@@ -62,13 +62,16 @@ def test_an_experiment_from_the_command_line(chainlora, tiny_folder, sentiment, 
     assert chainlora(f"experiment run --output {out}").status == 2
 
 
-def test_compare_from_the_command_line(chainlora, config, tmp_path):
+def test_compare_from_the_command_line(chainlora, config, finished, tmp_path):
     two = f"compare {config} --methods lora,chain2 --seeds 2 --backend inline --output {tmp_path}"
     outcome = chainlora(f"{two}/out")
     assert outcome.status == 0, outcome.err
     assert "too few pairs to compare chain2 with lora" in outcome.out  # two seeds decide nothing
     assert (tmp_path / "out" / "report.md").read_text() == outcome.out.removesuffix("\n")
     assert outcome.err.endswith(f"report: {tmp_path}/out/report.html\n")
+    inside = f"compare {config} --methods lora,chain2 --backend inline --output {finished}"
+    for words in (inside, f"experiment report {tmp_path}/out --output {finished}/out"):
+        chainlora(words).refused("`output` must lie outside other runs")
     chainlora(f"{two}/o --learning-rates 1e-3,1e-2").refused("got no data.test")
     chainlora(f"{two}/o --train.lrr 1").refused("did you mean 'lr'")  # keys as `train` takes them
     chainlora(f"experiment plan {config}").refused("one run); chainlora compare ")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers import train_all, train_on
+from helpers import sign, train_all, train_on
 
 from chainlora import train
 from chainlora.cli.main import run as cli
@@ -163,6 +163,23 @@ def test_a_config_goes_on_where_its_stages_are(two, tmp_path, capsys):
         make_plan(make_stages(two))
     undo(run, to="style")
     assert [each.state for each in survey(make_stages(two))] == ["finished", "finished", "new"]
+
+
+def test_a_received_run_names_no_trackers(two, tmp_path, chainlora, caplog):
+    """They send what a run logs to services, as whoever is logged in there."""
+    run, words = tmp_path / "run", f"--chain.ranks [1] --chain.steps [1] --output {tmp_path}/own"
+    for path in (run / "stages").glob("*/config.yaml"):
+        path.write_text(path.read_text().replace("trackers: []", "trackers: [nobody]"))
+    sign(run)
+    config = run / "stages/facts/config.yaml"
+    done = chainlora(f"train {config} {words}")
+    assert done.status == 0, done.err
+    assert "only where they are named again: --train.trackers '[nobody]'" in caplog.text
+    chainlora(f"train {config} {words}2 --train.trackers [nobody]").refused("`trackers` must name")
+    (tmp_path / "law.yaml").write_text(json.dumps(stage_of(two, "style") | {"name": "law"}))
+    done = chainlora(f"extend {run} {tmp_path}/law.yaml")
+    assert done.status == 0, done.err
+    assert "stage law does not inherit train.trackers from" in caplog.text
 
 
 LINKED = ("links", "rows", "stages", "stages/style", "stages/law")

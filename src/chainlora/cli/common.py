@@ -86,7 +86,7 @@ def picture_if_possible() -> Iterator[None]:
 
 
 def quiet() -> None:
-    """Send our warnings to stderr, a line each, and drop the libraries' unless python -W asks."""
+    """Drop the warnings of libraries unless python -W asks for them."""
     from transformers.utils import logging as transformers_logging
 
     if not sys.warnoptions:
@@ -96,8 +96,6 @@ def quiet() -> None:
     # They tell of kernels that a machine does without, and of what torchao calls in torch.
     for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    level = logging.WARNING if is_first_process() else logging.ERROR
-    logging.basicConfig(stream=sys.stderr, level=level, format="chainlora: %(message)s")
 
 
 def is_first_process() -> bool:

@@ -7,6 +7,7 @@ Imports of torch and of what needs it wait until a verb runs, so that ``--help``
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -118,6 +119,8 @@ def _fail(message: str, debug: bool) -> int:
 @click.pass_context
 def cli(context: click.Context, debug: bool) -> None:
     """Chain of LoRA fine-tuning (arXiv 2401.04151): tune a LoRA, tie a knot, extend the chain."""
+    level = logging.WARNING if is_first_process() else logging.ERROR
+    logging.basicConfig(stream=sys.stderr, level=level, format="chainlora: %(message)s")
     verb, count = context.invoked_subcommand, os.environ.get("WORLD_SIZE", "1")
     if verb not in (None, "train", "extend", "rehearse") and count != "1":
         raise ConfigError(

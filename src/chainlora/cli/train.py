@@ -71,7 +71,7 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
       chain: {ranks: [8, 8], epochs: [1, 1]}
       output: runs/mine
     """
-    from chainlora.config.reading import load_config, read_config, set_key
+    from chainlora.config.reading import make_config, read_config, set_key
     from chainlora.config.staging import Stage, check_alone, has_stages, make_stages
 
     file, overrides = file_and_overrides(list(arguments))
@@ -89,7 +89,9 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
         stages = make_stages(with_start(tree), overrides)
         train_and_show(stages, overrides, dry_run, as_json)
         return
-    settings = check_alone(load_config(file, overrides))
+    for key, value in overrides:  # a config of one run is refused with those of stages
+        set_key(tree, key, value)
+    settings = check_alone(make_config(tree))
     if settings.output is None:
         raise ConfigError(
             "`output` must name a directory for the run (got none); add it to the config or pass "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,11 @@ from pydantic import ValidationError
 
 from chainlora.config.messages import foreign_file, problems
 from chainlora.config.schema import RunConfig
-from chainlora.config.yaml_text import dump_yaml
+from chainlora.config.yaml_text import dump_yaml, one_value
 from chainlora.config.yaml_text import parse_yaml as parse_yaml
 from chainlora.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def load_config(
@@ -55,8 +58,23 @@ def read_config(path: str | Path) -> dict[str, Any]:
             "write these keys in a config of chainlora; docs/keys.md lists them",
         )
     if run_of_config(path) is not None:
-        tree.pop("plugins", None)  # a run may come from somebody else: its code is named anew
+        leave_out_helpers(tree, path)
     return tree
+
+
+def leave_out_helpers(tree: dict[str, Any], path: str | Path) -> None:
+    """Take plug-ins and trackers out of a config that may come from somebody else.
+
+    Plug-ins are code, and trackers send what is logged as whoever is logged in there. Those of this
+    user are named again.
+    """
+    tree.pop("plugins", None)
+    train = tree.get("train")
+    if isinstance(train, dict) and (trackers := train.pop("trackers", None)):
+        again = f"--train.trackers '{one_value(trackers):.60}'"
+        logger.warning(
+            "the trackers in %s are used only where they are named again: %s", path, again
+        )
 
 
 def run_of_config(path: str | Path) -> Path | None:

@@ -121,7 +121,8 @@ class TrainConfig(Section):
     """Share the model between processes: `fsdp2`, or `zero3` of DeepSpeed, with links carried
     ([scale](scale.md#a-model-larger-than-a-gpu)). `null`: each process has a copy."""
     trackers: tuple[str, ...] = ()
-    """Trackers of Accelerate by name, e.g. `[tensorboard]`; install their packages yourself."""
+    """Trackers of Accelerate by name, e.g. `[tensorboard]`; install their packages yourself. Those
+    that a run or a lineage names are used only where they are named again."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

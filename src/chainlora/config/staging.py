@@ -79,16 +79,17 @@ def refuse_older(folder: Path) -> None:
         )
 
 
-def need_apart(output: str | PathLike[str]) -> None:
-    """Raise ConfigError for a new run inside another one, which would take it for its own."""
-    folder = Path(expanduser(output)).resolve()
-    refuse_older(folder)
-    around = next(filter(exists_in, folder.parents), None)
-    if around is not None and not exists_in(folder):
+def need_apart(output: str | PathLike[str], key: str = "output") -> None:
+    """Raise ConfigError for an output inside a run, which would take it for its own, or lose a file
+    to it. A run of its own there is accepted."""
+    place = Path(expanduser(output)).resolve()
+    refuse_older(place)
+    around = next(filter(exists_in, place.parents), None)
+    if around is not None and not exists_in(place):
         raise ConfigError(
-            "`output` must lie outside other runs",
+            f"`{key}` must lie outside other runs",
             f"{output}, inside {around}",
-            f"choose another folder; to add a stage to that run: chainlora extend {around}",
+            "choose another place; chainlora extend adds a stage to a run",
         )
 
 
@@ -197,6 +198,7 @@ def section_of(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
 def what_stages_share(before: RunConfig) -> dict[str, Any]:
     """Return what a stage has from one before it: not its rows, its links' sizes, its choice."""
     choice = {"keep_best", "early_stop", "accept_links", "select_metric"}
+    choice |= {"trackers"}  # named anew, as plug-ins are: a run may come from somebody else
     of_run: dict[str, Any] = dict.fromkeys(("output", "plugins", *OF_START), True)
     tree = before.model_dump(mode="json", exclude=of_run | {"train": choice})
     kept = (*RUN_WIDE["data"], "max_length", "truncation", "keep_rows", "replay", "new_rows_only")

@@ -11,18 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from chainlora import files
 from chainlora.chain.chain import Chain
 from chainlora.chain.combining import Combination, gram_matrices, modules_by_input
 from chainlora.chain.link import Factors, Link, with_a
-from chainlora.config.staging import is_run, need_apart
+from chainlora.config.staging import is_run
 from chainlora.data.kept import Kept
 from chainlora.errors import ChainError, RunError
 from chainlora.evaluation.stage_scores import Progress, chain_on_base
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.beginning import fork, need_same_base, take_in
 from chainlora.runs.changes import whole_run
-from chainlora.runs.export import empty_folder
+from chainlora.runs.export import empty_folder, filled_folder
 from chainlora.runs.history import History, State, Term, read_history, update_history
 from chainlora.runs.links import need_low_rank_sum, save_derived
 from chainlora.runs.state import OpenState
@@ -52,8 +51,8 @@ def combine(
     are not carried over. With `output` the combination is a new run, and this one stays as it is.
 
     Raises RunError for fewer than two states, for one that another one was trained on, for stages
-    that kept no rows, for links that are no low-rank sum, and for runs with another base or chat
-    template.
+    that kept no rows, for links that are no low-rank sum, and for runs with another base, precision
+    of it or chat template.
     """
     folder = whole_run(run)
     history = read_history(folder)
@@ -81,9 +80,8 @@ def combine(
     if output is None:
         _become(folder, outer, progress)
         return open_run(folder)
-    need_apart(output)
     target = empty_folder(output)
-    with files.replaced_folder(target) as scratch:
+    with filled_folder(target) as scratch:
         fork(outer[0], scratch)
         _become(scratch, outer, progress)
     return open_run(target)

@@ -13,6 +13,7 @@ import torch
 
 from chainlora.chain.showing import Shown
 from chainlora.config.schema import DataConfig, RunConfig
+from chainlora.config.staging import need_apart
 from chainlora.data.examples import Example
 from chainlora.data.kept import Kept
 from chainlora.data.sources import Source, find_source
@@ -70,6 +71,7 @@ def evaluate_task(
     if predictions is not None:
         predictions = Path(predictions).expanduser()
         check_writable(predictions.parent)  # before the work
+        need_apart(predictions, "predictions")
     if isinstance(task, str | Path):
         task = load_task(task)
     config = config_of(run_or_model)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chainlora.config.reading import flatten
-from chainlora.config.staging import split_address
+from chainlora.config.staging import exists_in, need_apart, split_address
 from chainlora.config.yaml_text import dump_yaml
 from chainlora.data.tasks import load_task
 from chainlora.errors import ChainLoRAError
@@ -61,6 +61,8 @@ def report_runs(
     found = read_runs(runs)
     folder = split_address(runs[0])[0] if len(runs) == 1 else Path()
     path = Path(expanduser(output)) if output is not None else folder / NAME
+    if not (path.name == NAME and exists_in(path.parent)):
+        need_apart(path)
     answered: dict[str, list[Answer]] = {}
     if prompts is not None:
         wanted = read_prompts(prompts, found)

@@ -150,6 +150,8 @@ def need_same_base(own: OpenState, state: OpenState) -> None:
         name
         for name, here, there in (
             ("base model", history.empty.base, other.empty.base),
+            ("train.dtype", history.base.dtype, other.base.dtype),  # of one digest, too
+            ("quantize", history.base.quantize, other.base.quantize),
             ("tokenizer", _own_tokenizer(history), _own_tokenizer(other)),
             ("chain.hold", history.hold, other.hold),
             *(
@@ -160,7 +162,7 @@ def need_same_base(own: OpenState, state: OpenState) -> None:
         if here != there
     ]
     if differing:
-        rule = "runs that are combined must share their base and chat template"
+        rule = "runs that are combined must share their base, its precision and the chat template"
         raise RunError(rule, f"another {differing[0]} in {state.run}", "train one of them again")
 
 
@@ -201,7 +203,20 @@ def take_in(run: Path, state: OpenState) -> str:
 def _name_there(
     entry: Entry, history: History, run: Path, other: Path, taken: Mapping[str, str]
 ) -> str:
-    """Return the name that an entry of another run gets, or has where it is there already."""
+    """Return the name that an entry of another run gets, or has where it is there already.
+
+    Raises RunError for a stage of this run in another state: a copy of which other links were
+    pruned. A link is of one stage.
+    """
+    for each in history.entries if entry.tied else ():
+        if (each.kind, each.state, each.tied) == (entry.kind, entry.state, entry.tied):
+            return each.key
+        if {*each.tied} & {*entry.tied}:
+            raise RunError(
+                "runs that are combined must hold a stage in one state",
+                f"{each.key} in {run} and {entry.key} in {other}, of which others were pruned",
+                "prune the same stages in both",
+            )
     known = history.find(entry.key)
     is_there = known is not None and (known.kind, known.state) == (entry.kind, entry.state)
     if known is not None and is_there and (entry.key != START or known.kept == entry.kept):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from chainlora.chain.adapters import Factors, save_adapter
 from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link, switched_on
 from chainlora.config.schema import LinkConfig
+from chainlora.config.staging import need_apart
 from chainlora.data.templates import ends_of_turn
 from chainlora.errors import ChainError, ModelError, RunError
 from chainlora.models.checkpoint import save_model
 from chainlora.models.finding import resolve_model
-from chainlora.models.identity import tokenizer_files
+from chainlora.models.identity import base_files, tokenizer_files
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.apart import Part, need_links, taken_apart, write_sheet
@@ -41,7 +42,7 @@ from chainlora.runs.cards import (
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.history import CAUSAL, Base
 from chainlora.runs.lineage import Lineage, lineage_of
-from chainlora.runs.opening import load_run, tokenizer_of
+from chainlora.runs.opening import check_base, load_run, tokenizer_of
 from chainlora.runs.saved_chain import current_links, describe_base
 from chainlora.runs.state import OpenState
 from chainlora.runs.verification import check_adapter, skeleton_like, skeleton_of, stores_transposed
@@ -62,13 +63,13 @@ def export_merged(
     """
     output = empty_folder(output)
     state = open_run(run)
-    base = _base_folder(state.base.model)
+    base = _base_folder(state.base, state)
     model, tokenizer = load_run(state, num_links=num_links)
     _stop_at_turns(model.generation_config, tokenizer)
     is_whole = num_links != 0 and state.is_whole_model
     links = [] if is_whole else switched_on(state.links(num_links))
     done = f"a chain of {len(links)} LoRA link(s) merged into its weights"
-    with files.replaced_folder(output) as scratch:
+    with filled_folder(output) as scratch:
         save_model(model, tokenizer, scratch)
         if base is not None:
             copy_licences(base, scratch)
@@ -113,6 +114,8 @@ def export_adapter(
     and the base's licence, if the base is at hand. A base known by its place on this machine is
     named by the last part of that, unless `naming` says how. Returns rank and error; the error is
     ``√(Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖²)`` over all modules, at least that of a live link with soft knots.
+
+    Raises RunError where the base at hand is not the one that the run was trained on.
     """
     check_compression(rank, tolerance)
     output = empty_folder(output)
@@ -121,7 +124,7 @@ def export_adapter(
         return _export_each(state, parts, output, naming, rank=rank, tolerance=tolerance)
     source = run if isinstance(run, Chain) else open_run(run)
     links, base = _links_and_base(source, num_links)
-    folder = _base_folder(base.model)
+    folder = _base_folder(base, source)
     skeleton = skeleton_like(source.model) if isinstance(source, Chain) else skeleton_of(base)
     named = base.model_copy(update={"model": naming.base or public_name(base.model)})
     if skeleton is not None and not isinstance(source, Chain):  # a chain in memory has been asked
@@ -130,7 +133,7 @@ def export_adapter(
     factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
     if isinstance(source, Chain):
         error = max([error, *(link.error for link in links if link.index == len(source))])
-    with files.replaced_folder(output) as scratch:
+    with filled_folder(output) as scratch:
         written, extra = write_adapter(scratch, links, factors, named)
         check_adapter(scratch, skeleton, factors, extra)
         if folder is not None:
@@ -157,13 +160,13 @@ def _export_each(
     state: OpenState, parts: Sequence[Part], output: Path, naming: Naming, **compression: Any
 ) -> dict[str, Any]:
     adapters = []
-    with files.replaced_folder(output) as scratch:
+    with filled_folder(output) as scratch:
         for part in parts:
             done = export_adapter(part.state, scratch / part.name, naming=naming, **compression)
             adapters.append(part.told(done["rank"], done["error"]))
         write_sheet(scratch, state, adapters, naming, as_gguf=False)
         keys = {**compression, "num_links": None, "each": True}
-        base = _base_folder(state.base.model)
+        base = _base_folder(state.base, state)
         lineage_of(state, base, naming, "adapter", **keys).write(scratch)
     return {"to": "adapter", "output": str(output), "adapters": adapters, "base": done["base"]}
 
@@ -176,15 +179,21 @@ def _save_tokenizer(run: OpenState | Chain, base: Path, output: Path) -> None:
         load_tokenizer(base).save_pretrained(output)
 
 
-def _base_folder(base: str) -> Path | None:
-    """Return where the base lies, its files its own; None where it is not at hand."""
+def _base_folder(base: Base, run: OpenState | Chain) -> Path | None:
+    """Return where the base lies, its files its own; None where it is not at hand.
+
+    Raises RunError for another base than the run was trained on; a chain without a run knows no
+    files of its base.
+    """
     try:
-        folder = resolve_model(base)
+        folder = resolve_model(base.model)
     except ModelError as error:
-        if base:
+        if base.model:
             logger.warning("the export has no licence and no tokenizer beside it: %s", error)
         return None
     _check_own_files(folder)
+    if isinstance(run, OpenState) and base.files is not None:
+        check_base(base, run.run, files=base_files(folder))
     return folder
 
 
@@ -286,14 +295,33 @@ def write_adapter_card(
 
 
 def empty_folder(output: str | Path) -> Path:
-    """Return a folder to write into. Raises RunError unless it is new or empty."""
+    """Return a folder to write into, outside runs.
+
+    Raises RunError unless it is new or empty, and no other process writes it.
+    """
     output = Path(expanduser(output))
     files.check_writable(output if output.is_dir() else output.parent)
+    need_apart(output)
+    _need_empty(output)
+    with files.reported(output):
+        if (writer := files.writer_of(output)) is not None:
+            rule = "`output` must be written by one process at a time"
+            raise RunError(rule, f"{output}, which process {writer} writes", "choose another")
+        files.remove_scratch(output.parent, output.name)  # of an export that was killed
+    return output
+
+
+@contextmanager
+def filled_folder(output: Path) -> Iterator[Path]:
+    """Give a scratch folder; put it in place of an `empty_folder`, unless that was filled since."""
+    with files.replaced_folder(output) as scratch:
+        yield scratch
+        _need_empty(output)
+
+
+def _need_empty(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         what = "which is not empty" if output.is_dir() else "a file"
         raise RunError(
             "`output` must be a new or empty directory", f"{output}, {what}", "choose another"
         )
-    with files.reported(output):
-        files.remove_scratch(output.parent, output.name)  # of an export that was killed
-    return output

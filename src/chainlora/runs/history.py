@@ -120,9 +120,13 @@ class LinkFacts(Part):
 
 
 class Change(Part):
-    """A config key that a resume changed, and from which step on."""
+    """A config key that a resume changed, and from which step on: where something lies, or a key
+    that `resuming.CHANGEABLE` names. A run may come from somebody else."""
 
-    key: Annotated[str, Field(pattern=r"^(model|(data|chain|train)\.\w+)$")]
+    key: Annotated[
+        str,
+        Field(pattern=r"^(model|data\.(task|train|validation|test)|train\.(lr|max_grad_norm))$"),
+    ]
     before: Any
     after: Any
     step: Count

@@ -16,9 +16,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from chainlora import files
 from chainlora.config.reading import read_tree
-from chainlora.config.staging import HISTORY, exists_in, need_apart
+from chainlora.config.staging import HISTORY, exists_in
 from chainlora.errors import ConfigError, FileError, RunError
 from chainlora.runs.addresses import Address, nothing_at, open_run
 from chainlora.runs.beginning import copy_files
@@ -26,7 +25,7 @@ from chainlora.runs.cards import Naming, is_hub_id, public_name
 from chainlora.runs.changes import whole_run
 from chainlora.runs.documents import write_part
 from chainlora.runs.draft import drafts_in
-from chainlora.runs.export import empty_folder
+from chainlora.runs.export import empty_folder, filled_folder
 from chainlora.runs.history import CONFIG, History, read_history, update_history
 from chainlora.runs.lineage import without_places
 from chainlora.runs.locks import LOCK, refuse_links
@@ -137,10 +136,9 @@ def _send(source: Path, target: Path, *, rows: bool) -> list[str]:
         if new != known:  # else not even a lock is written
             update_history(target, lambda now: _joined(own, now, rows, target))
         return names
-    need_apart(target)
     target = empty_folder(target)
     history = _joined(own, History(base=own.base, hold=own.hold), rows, target)
-    with files.replaced_folder(target) as scratch:
+    with filled_folder(target) as scratch:
         names = copy_files(source, scratch, history)
         write_part(scratch / HISTORY, history)
     return names

@@ -3,8 +3,6 @@ what a process held that has ended."""
 
 from __future__ import annotations
 
-import errno
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,31 +14,27 @@ from filelock import FileLock, Timeout
 from chainlora import files
 from chainlora.errors import FileError, RunError
 
-logger = logging.getLogger(__name__)
-
 LOCK = ".lock"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of a network disk that has none
 _PATIENCE = 60.0  # seconds for a history, which is replaced in milliseconds
 
 
 def take_lock(
     folder: Path, wait: float = 0.2, advice: str = "Wait for it, or give the stage another name."
-) -> FileLock | None:
-    """Lock a folder for this process; None on a disk that has no locks.
+) -> FileLock:
+    """Lock a folder for this process.
 
-    Raises RunError where another process holds it for longer than `wait` seconds. A process that
-    checks whether it is in use holds it for a moment.
+    Raises RunError where another process holds it for longer than `wait` seconds: one that checks
+    whether it is in use holds it for a moment. Raises FileError on a disk without file locks. The
+    marker file that filelock takes there instead outlives a killed process.
     """
-    lock = FileLock(str(folder / LOCK), timeout=wait, thread_local=False)
+    place = str(folder / LOCK)
+    lock = FileLock(place, timeout=wait, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
         raise RunError(f"Cannot lock {folder}: another process is using it. {advice}") from None
-    except (NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-            raise files.file_error(error, folder / LOCK) from error
-        logger.warning("%s cannot be locked; start one process at a time in it", folder)
-        return None
+    except OSError as error:
+        raise files.file_error(error, folder / LOCK, "locked") from error
     return lock
 
 
@@ -51,8 +45,7 @@ def locked(run: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if lock is not None:
-            lock.release()
+        lock.release()
 
 
 def is_in_use(folder: Path) -> bool:
@@ -60,13 +53,11 @@ def is_in_use(folder: Path) -> bool:
     if not (folder / LOCK).is_file() or (folder / LOCK).is_symlink():
         return False
     try:
-        lock = take_lock(folder, wait=0)
+        take_lock(folder, wait=0).release()
     except RunError:
         return True
     except FileError:  # not ours to write in: nobody here can tell
-        return False
-    if lock is not None:
-        lock.release()
+        pass
     return False
 
 

@@ -14,7 +14,7 @@ from chainlora.chain.link import Link
 from chainlora.chain.showing import table
 from chainlora.config.reading import make_config, read_tree
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import stage_folder
+from chainlora.config.staging import section_of, stage_folder
 from chainlora.config.template_names import refuse_paths
 from chainlora.data.kept import Kept, read_kept
 from chainlora.errors import RunError
@@ -277,15 +277,14 @@ class OpenState:
     def config(self) -> RunConfig:
         """Return the config of the stage that is `configured`, with what resumes have changed."""
         entry = self.configured
-        path, changes = self._need_own(entry, CONFIG), entry.training.changes
+        path = self._need_own(entry, CONFIG)
         tree = read_tree(path)
-        refuse_paths(tree, path)
-        config = make_config(tree)
-        tree = config.model_dump(mode="json")
-        for change in changes:
-            *section, key = change.key.split(".")
-            (tree[section[0]] if section else tree)[key] = change.after
-        return make_config(tree) if changes else config
+        for change in entry.training.changes:
+            section, _, key = change.key.rpartition(".")
+            changed = {key: change.after}
+            tree |= {section: section_of(tree, section) | changed} if section else changed
+        refuse_paths(tree, path)  # last: also what was changed may come from somebody else
+        return make_config(tree)
 
     def records(self) -> list[Record]:
         """Read ``metrics.jsonl`` of the stage that was trained last; links count within it."""

@@ -34,7 +34,13 @@ from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.apart import taken_apart, write_sheet
 from chainlora.runs.cards import UNNAMED, Card, Naming, public_name, story_of, write_card
 from chainlora.runs.compression import adapter_factors
-from chainlora.runs.export import check_compression, copy_licences, empty_folder, export_merged
+from chainlora.runs.export import (
+    check_compression,
+    copy_licences,
+    empty_folder,
+    export_merged,
+    filled_folder,
+)
 from chainlora.runs.lineage import Target, lineage_of
 from chainlora.runs.opening import tokenizer_of
 from chainlora.runs.state import OpenState
@@ -85,7 +91,7 @@ def export_gguf(
         as_lora = f", as a LoRA of rank {loras[0].rank} (relative error {loras[0].error:.2e})"
     wide = None if each or not loras else loras[0].rank
     name = name_for(naming.base or public_name(state.base.model), tokenizer)
-    with files.replaced_folder(output) as made:
+    with filled_folder(output) as made:
         model = made / ("base.gguf" if as_adapter else "model.gguf")
         kind = _write_model(model, state, 0 if as_adapter else num_links, tokenizer, kind, name)
         modelfiles = {"Modelfile": ([f"FROM ./{model.name}"], stage)} if not loras else {}

@@ -12,7 +12,7 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
-from chainlora.config.reading import make_config, set_key
+from chainlora.config.reading import leave_out_helpers, make_config, set_key
 from chainlora.config.staging import Stage, exists_in
 from chainlora.config.template_names import refuse_paths
 from chainlora.errors import ConfigError, DataError, RunError
@@ -29,7 +29,8 @@ from chainlora.training.refusing import naming
 from chainlora.training.result import TrainResult
 from chainlora.training.stages import train_stages
 
-_PLACES = {"output", "model", "plugins", "task", "dir", "train", "validation", "test"}
+_PLACES = {"output", "model", "task", "dir", "train", "validation", "test"}
+_PLACES |= {"plugins", "trackers"}  # which are named again
 
 
 def stages_of(lineage: Lineage, overrides: Sequence[tuple[str, Any]] = ()) -> list[Stage]:
@@ -43,8 +44,9 @@ def stages_of(lineage: Lineage, overrides: Sequence[tuple[str, Any]] = ()) -> li
     trees: dict[str, dict[str, Any]] = {}
     for name, facts in lineage.stages.items():  # which may come from somebody else
         refuse_paths(facts.config, Path("lineage.json"))
-        left_out = ("plugins", "output", "start")
+        left_out = ("output", "start")
         trees[name] = {k: deepcopy(v) for k, v in facts.config.items() if k not in left_out}
+        leave_out_helpers(trees[name], "lineage.json")
     for key, value in overrides:
         first, _, rest = key.partition(".")
         name, _, inner = rest.partition(".") if first == "stages" else ("", "", key)
@@ -54,7 +56,9 @@ def stages_of(lineage: Lineage, overrides: Sequence[tuple[str, Any]] = ()) -> li
             remedy = f"leave it out; places are {', '.join(sorted(_PLACES))} of {', '.join(trees)}"
             raise ConfigError(rule, key, remedy)
         for tree in [trees[name]] if name else trees.values():
-            if name or not section or (tree.get(section) or {}).get(last):  # rehearsals have none
+            if (
+                name or section != "data" or (tree.get(section) or {}).get(last)
+            ):  # rehearsals have none
                 set_key(tree, inner, value)
     found = []
     for entry in lineage.history.entries:

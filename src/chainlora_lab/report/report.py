@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from chainlora.config.staging import need_apart
 from chainlora.reports import Column, Numbers, Page, Section, Table, markdown, render
 from chainlora_lab.outputs import write_whole
 from chainlora_lab.report.comparisons import Comparison, Facts
@@ -78,6 +79,7 @@ def report_experiment(
     facts = Facts(found)
     path = Path(results)
     folder = Path(out) if out is not None else (path if path.is_dir() else path.parent)
+    need_apart(folder / "report.md")
     title = f"{found.experiment['name']}: {', '.join(found.experiment['tasks'])}"
     page = Page(title, headline(facts.comparisons), [make(facts) for make in sections])
     folder.mkdir(parents=True, exist_ok=True)
