@@ -294,7 +294,9 @@ def _encode(
     *,
     say_lost: bool = True,
 ) -> Rows:
-    """Encode rows, and say what was cut and left out."""
+    """Encode rows, and say how they were read, and what was cut and left out."""
+    if say_lost:
+        source.tell_remark()
     tell = None if progress is None else partial(progress, split)
     rows = make_rows(source, tokenizer, task, options, progress=tell)
     found = rows.summary
