@@ -41,6 +41,12 @@ UNREADABLE = [
     ("bad.jsonl", FIRST + b'{"text": \n', r"must be JSON .*bad.jsonl line 2 column"),
     ("torn.jsonl", FIRST + b'{"text": "a\n', r"got Invalid control character at \S+torn.jsonl"),
     ("bad.jsonl", FIRST + b'\n["b"]\n', r"row must be an object .*list.*bad.jsonl line 3"),
+    (
+        "bad.jsonl",
+        FIRST + b'{"text": "a", "to": [{"b": 1, "b": 1}]}\n',
+        r"a key once \(got 'b' twice at .*bad.jsonl line 2\)",
+    ),
+    ("bad.json", b'[{"a": 1}, {"a": 1, "b": 2, "a": 3}]', r"got 'a' twice at .*bad.json\)"),
     ("bad.jsonl", FIRST + b"{}\n", r"row must be an object .*empty object.*line 2"),
     ("bad.jsonl", b"\n \n", r"at least one row .*bad.jsonl"),
     ("bad.jsonl", b'[\n {"a": 1}\n]\n', r"line 1 column .*; a file of one JSON value must end in"),

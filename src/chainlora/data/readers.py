@@ -215,8 +215,18 @@ READERS: Mapping[str, tuple[Callable[[BinaryIO, Path], Iterator[Record]], str]] 
 
 def parse_json(content: bytes, origin: str, second: str = _CORRECT) -> Any:
     """Return the one value of a text. `second` is what to do where another follows."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):  # Python would take the last one
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise bad_row("a JSON object must have a key once", f"{twice!r:.60} twice", origin)
+        return found
+
     try:
-        values = json.loads(content.removeprefix(codecs.BOM_UTF8).decode())
+        text = content.removeprefix(codecs.BOM_UTF8).decode()
+        values = json.loads(text, object_pairs_hook=once)
         if _SURROGATE.search(content):
             json.dumps(values, ensure_ascii=False).encode("utf-8")
         return values
