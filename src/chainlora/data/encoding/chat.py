@@ -200,7 +200,7 @@ class _Chat:
         self.row, self.place = row, row.origin
         self.messages = _checked_messages(row.get("messages"), self.place)
         self.content = self.messages  # as the digest of the rows takes it
-        self.tools = _checked_tools(row.get("tools"), self.place)
+        self.tools = checked_tools(row.get("tools"), self.place)
         self.arguments = _checked_arguments(row.get("chat_template_kwargs"), reader, self.place)
         self.turns = [at for at, each in enumerate(self.messages) if each["role"] == "assistant"]
 
@@ -336,7 +336,7 @@ def _are_objects(value: Any) -> bool:
     return is_list and all(isinstance(each, Mapping) for each in value)
 
 
-def _checked_tools(tools: Any, place: str) -> list[dict[str, Any]] | None:
+def checked_tools(tools: Any, place: str) -> list[dict[str, Any]] | None:
     """Return the tools of a row, which tables often hold as JSON text; None for none."""
     found = tools
     if isinstance(tools, str):
