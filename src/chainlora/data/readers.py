@@ -19,6 +19,7 @@ _CORRECT = "correct or remove the row"
 _BOM_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _ENCODINGS = {"utf-8-sig": "UTF-8", "utf-16": "UTF-16", "cp1252": "Windows-1252"}
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_BLOCK = 1 << 16  # bytes of a CSV file decoded at a time to find its encoding
 _BATCH = 256  # rows of a Parquet file decoded at a time
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a character, when it stands alone
 
@@ -39,9 +40,10 @@ def not_utf8(error: UnicodeDecodeError, place: str) -> DataError:
 
 
 def _near(error: UnicodeDecodeError) -> str:
-    """Return the text around a byte that is not UTF-8, as Windows-1252."""
-    near = error.object[max(0, error.start - 10) : error.start + 10]
-    return repr(near.decode("cp1252", "replace").strip())
+    """Return the text around a byte that is not UTF-8, as Windows-1252, of its line."""
+    before = error.object[max(0, error.start - 10) : error.start].rpartition(b"\n")[2]
+    after = error.object[error.start : error.start + 10].splitlines()[0]
+    return repr((before + after).decode("cp1252", "replace"))
 
 
 class Record(NamedTuple):
@@ -137,7 +139,8 @@ def _encoding(file: BinaryIO) -> tuple[str, str]:
         return ("utf-16" if head[:2] in _BOM_UTF16 else "utf-8-sig"), ""
     file.seek(0)
     try:
-        deque(codecs.iterdecode(file, "utf-8"), maxlen=0)
+        blocks = iter(lambda: file.read(_BLOCK), b"")
+        deque(codecs.iterdecode(blocks, "utf-8"), maxlen=0)
     except UnicodeDecodeError as error:
         return "cp1252", f" ({_near(error)})"
     return "utf-8-sig", ""
