@@ -4,6 +4,7 @@ says."""
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -124,14 +125,15 @@ def test_a_tokenizer_that_ends_every_text_ends_no_prompt(chainlora, loud, tmp_pa
     assert len({chainlora("generate", f, *asked).out for f in (loud, tmp_path / "model")}) == 1
 
 
-def chatted(folder: Path, turns: list[str]) -> list[str]:
+def chatted(folder: Path, turns: list[str], **keys: object) -> list[str]:
     """The answers to a conversation, by the template and transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     messages, answers = [], []
     for turn in turns:
         messages.append({"role": "user", "content": turn})
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        keys |= {"tokenize": False, "add_generation_prompt": True}
+        text = tokenizer.apply_chat_template(messages, **keys)
         answers.append(expected(model, tokenizer, text, 8, add_special_tokens=False))
         messages.append({"role": "assistant", "content": answers[-1]})
     return answers
@@ -148,6 +150,38 @@ def test_chat_follows_the_template_turn_by_turn(chainlora, loud, typed):
     assert alone != second
     typed("good cat\n/clear\nbad mat\n")
     assert chainlora(*asked).out == f"{first}\n{alone}\n"
+
+
+def test_chat_answers_one_prompt_and_exits(chainlora, loud, typed):
+    typed("never read\n")
+    asked = ("chat", loud, "--max-new-tokens", 8, "--prompt")
+    for prompt in ("good\ncat", "/clear"):
+        (answer,) = chatted(loud, [prompt])
+        outcome = chainlora(*asked, prompt)
+        assert (outcome.status, outcome.out) == (0, f"{answer}\n")
+    chainlora(*asked, "the cat " * 99).refused("must leave room in the context of 128 tokens")
+
+
+def test_chat_shows_tools_as_rows_do(chainlora, tmp_path, loud, typed):
+    tool = {"type": "function", "function": {"name": "count", "parameters": {}}}
+    (tmp_path / "tools.json").write_text(json.dumps([tool]))
+    folder = shutil.copytree(loud, tmp_path / "model")
+    asked = ("chat", folder, "--max-new-tokens", 8, "--prompt", "good cat", "--tools")
+    chainlora(*asked, tmp_path / "tools.json").refused("must show `tools` (got ", "leave --tools")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ tools | tojson }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    said = chainlora(*asked, tmp_path / "tools.json")
+    assert said.status == 0, said.err
+    assert said.out == f"{chatted(folder, ['good cat'], tools=[tool])[0]}\n"
+    assert said.out != chainlora(*asked[:-1]).out
+    (tmp_path / "tools.json").write_text(json.dumps(tool))
+    chainlora(*asked, tmp_path / "tools.json").refused(
+        "must be a list of JSON schemas", "tools.json"
+    )
+    (tmp_path / "tools.json").write_text("[{]")
+    chainlora(*asked, tmp_path / "tools.json").refused("must be JSON", "tools.json line 1 column 3")
+    chainlora(*asked, tmp_path / "none.json").refused("a file must be read", "none.json")
 
 
 @pytest.fixture

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import tracemalloc
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 from helpers_tasks import write_as, write_rows, write_task
 
 from chainlora import evaluate_task
@@ -38,6 +41,12 @@ UNREADABLE = [
     ("bad.jsonl", FIRST + b'{"text": \n', r"must be JSON .*bad.jsonl line 2 column"),
     ("torn.jsonl", FIRST + b'{"text": "a\n', r"got Invalid control character at \S+torn.jsonl"),
     ("bad.jsonl", FIRST + b'\n["b"]\n', r"row must be an object .*list.*bad.jsonl line 3"),
+    (
+        "bad.jsonl",
+        FIRST + b'{"text": "a", "to": [{"b": 1, "b": 1}]}\n',
+        r"a key once \(got 'b' twice at .*bad.jsonl line 2\)",
+    ),
+    ("bad.json", b'[{"a": 1}, {"a": 1, "b": 2, "a": 3}]', r"got 'a' twice at .*bad.json\)"),
     ("bad.jsonl", FIRST + b"{}\n", r"row must be an object .*empty object.*line 2"),
     ("bad.jsonl", b"\n \n", r"at least one row .*bad.jsonl"),
     ("bad.jsonl", b'[\n {"a": 1}\n]\n', r"line 1 column .*; a file of one JSON value must end in"),
@@ -50,16 +59,11 @@ UNREADABLE = [
     ("bad.json", '[{"text": "a"}]'.encode("utf-16"), r"got UTF-16 at .*iconv -f UTF-16 -t UTF-8"),
     (
         "bad.csv",
-        b"text\nok\ncaf\xe9\n",
-        r"Latin-1 or Windows-1252, '.*caf\xe9.* at .*bad.csv after line 0\); convert it",
+        b"text,label\nok,1\nb\x81,1\n",
+        r"UTF-16 or Windows-1252 \(got another one, with the byte 0x81, at .*bad.csv after line ",
     ),
-    ("bad.csv", "text,label\na,1\n".encode("utf-16"), r"got UTF-16 at .*bad.csv after line 0"),
-    (
-        "bad.csv",
-        b"text;label\na,b;1\n",
-        r"separate fields by commas \(got semicolons in the header of .*bad.csv.*sep=';'\)",
-    ),
-    ("bad.csv", b"text\tlabel\na\t1\n", r"got tabs in the header of .*bad.csv.*sep='\\t'\)"),
+    ("bad.csv", b"\xef\xbb\xbftext,label\na\xff,1\n", r"got another one, with the byte 0xff"),
+    ("bad.csv", b"text;label\r\n;\r\n;;\r\na;1;2\r\n", r"2 fields \(got 3 at .*bad.csv line 4"),
     (
         "bad.jsonl",
         rb'{"a": "a\ud83d b"}',
@@ -88,6 +92,68 @@ def test_what_cannot_be_read_is_named_by_file_and_line(tmp_path, name, content, 
         list(find_source(path))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400 + len(str(path))
+
+
+ROWS = [{"prompt": "Köln, „Dom“", "answer": '"1"; 2'}, {"prompt": "a\nb", "answer": "3"}]
+PLAIN = 'prompt,answer\n"Köln, „Dom“","""1""; 2"\n"a\nb",3\n'
+EXCEL = ' prompt;answer \r\n;\r\nKöln, „Dom“;"""1""; 2"\r\n;\r\n;\r\n"a\nb";3\r\n'
+SPELLED = [  # how a file says these rows, and what is told of it
+    (PLAIN.encode(), ""),
+    (PLAIN.encode("utf-8-sig"), ""),
+    (PLAIN.replace("\n", "\n\n", 1).encode(), ""),
+    (
+        EXCEL.encode("cp1252"),
+        "as Windows-1252 ('…Köln…'), separated by semicolons, without the blanks around "
+        "' prompt', 'answer ', without 3 empty rows",
+    ),
+    (
+        EXCEL.replace("; 2", ", 2").replace(";", "\t").replace(", 2", "; 2").encode("utf-16"),
+        "as UTF-16, separated by tabs, without the blanks around ' prompt', 'answer ', without 3 "
+        "empty rows",
+    ),
+    (
+        '"prompt";"answer"\r\n"Köln, „Dom“";"""1""; 2"\r\n"a\nb";"3"'.encode(),
+        "separated by semicolons",
+    ),
+    (PLAIN.replace("\n", "\n,\n", 1).encode(), "without 1 empty row"),
+]
+
+
+@pytest.mark.parametrize(("content", "told"), SPELLED)
+def test_a_csv_file_of_another_program_is_read_and_says_how(tmp_path, content, told):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content)
+    source = find_source(path)
+    assert list(source) == ROWS
+    assert source.num_rows() == 2
+    remark = re.sub(r"\('.*Köln.*?'\)", "('…Köln…')", source.remark())
+    assert remark == (told and f"{path}: read {told}")
+
+
+def test_an_excel_file_trains_and_says_how_it_is_read_once(
+    chainlora, tiny_folder, sentiment, tmp_path, caplog
+):
+    lines = [" prompt;completion ", *(f"the cät {n};{n}" for n in range(8)), ";", "café;x"]
+    path = tmp_path / "rows.csv"
+    path.write_bytes("\r\n".join(lines).encode("cp1252"))
+    tree = {"model": str(tiny_folder), "output": str(tmp_path / "run")}
+    tree |= {"data": {"train": str(path)}, "chain": {"ranks": [2], "steps": [1]}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    done = chainlora("train", tmp_path / "config.yaml")
+    assert done.status == 0, done.err
+    assert caplog.messages == [
+        f"{path}: read as Windows-1252 ('the cät 0;0'), separated by semicolons, without the "
+        "blanks around ' prompt', 'completion ', without 1 empty row"
+    ]
+    caplog.clear()
+    shutil.copy(sentiment / "task.yaml", tmp_path)
+    told = ["text;label", *(f"the cät {n};{n % 2}" for n in range(40))]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.csv").write_bytes("\n".join(told).encode("cp1252"))
+    asked = ("--task", tmp_path / "task.yaml", "--data", tmp_path, "--split", "validation")
+    scored = chainlora("eval", tiny_folder, *asked)
+    assert scored.status == 0, scored.err
+    assert ["validation.csv: read as Windows-1252" in said for said in caplog.messages] == [True]
 
 
 def test_a_folder_with_one_split_in_two_files_is_refused(tmp_path):

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from chainlora import export_merged, load_run, make_config, train
 from chainlora.config.reading import dump_config, parse_yaml
 from chainlora.config.schema import DataConfig
+from chainlora.config.template_names import template_text
 from chainlora.data.templates import set_chat_template
 from chainlora.errors import ConfigError, DataError
 
@@ -256,6 +257,36 @@ def test_calls_without_content_name_the_template_that_shows_them(smollm2_tokeniz
     shows = DEFAULT_SYSTEM.replace("+ '</s>'", "+ (m.tool_calls | tojson if m.tool_calls else '')")
     (found,) = encode_examples([row], make_tokenizer("bos", shows), "chat")
     assert '"what": "dogs"' in scored(found, make_tokenizer("bos", shows))[0][0]
+
+
+READS_TEXT = (  # as Qwen3's
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.arguments if c.function.arguments is string else "
+    "c.function.arguments | tojson }}{% endfor %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [READS_TEXT, template_text("chatml")])
+def test_arguments_of_calls_in_json_are_learnt_without_its_escapes(template):
+    tokenizer = make_tokenizer("bos", template)
+
+    def row(arguments: object) -> dict:
+        call = {"function": {"name": "find", "arguments": arguments}}
+        return {"messages": [TALK[0], {"role": "assistant", "tool_calls": [call]}]}
+
+    (told,) = encode_examples([row({"city": "Köln", "n": 1.5})], tokenizer, "chat")
+    text = '{"city":"K\\u00f6ln",\n"n":1.5}'
+    (found,) = encode_examples([row(text)], tokenizer, "chat")
+    assert found == told
+    assert '"city": "Köln"' in scored(found, tokenizer)[0][0]
+    for wrong, said in {
+        "Köln": r"must be JSON \(got Expecting value at row 0, arguments of a call, line 1",
+        "": r"got Expecting value at row 0, arguments",
+        '["Köln"]': r"the arguments of a call must be a JSON object \(got '.\"Köln\".' at row 0",
+    }.items():
+        with pytest.raises(DataError, match=said):
+            encode_examples([row(wrong)], tokenizer, "chat")
 
 
 @pytest.mark.parametrize(

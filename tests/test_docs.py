@@ -75,6 +75,11 @@ def test_the_readme_blocks_are_the_example_files_and_short():
     assert len(yaml.splitlines()) <= 10
 
 
+def test_the_examples_extend_by_the_command_of_the_readme():
+    (line,) = re.findall(r"^\$ (chainlora extend .+)$", README, flags=re.MULTILINE)
+    assert f"`{line}`" in " ".join((ROOT / "examples/README.md").read_text("utf-8").split())
+
+
 def test_the_readme_python_runs_and_its_adapter_is_the_model(checkout, monkeypatch, capsys):
     monkeypatch.chdir(checkout)
     (checkout / "minimal.py").write_text(blocks(README, "python")[0], encoding="utf-8")

@@ -162,6 +162,22 @@ def test_rows_without_a_pair_are_refused_before_the_model_is_loaded(settings, tm
         train(tree)
 
 
+@pytest.mark.parametrize("loss", ["dpo", "orpo"])
+def test_pairs_of_equal_answers_are_counted_and_refused_where_all_are(
+    settings, tmp_path, loss, caplog
+):
+    tree, path = settings(train={"loss": loss}, steps=[1, 1]), tmp_path / "equal.jsonl"
+    tree["data"]["train"] = str(path)
+    equal = [row | {"rejected": row["chosen"]} for row in pairs(6)]
+    write_rows(path, equal)
+    with pytest.raises(DataError, match=r"must differ \(got the same in all 6 of .*equal.jsonl"):
+        train(tree)
+    write_rows(path, [*equal[:2], *pairs(6)])
+    result = train(tree)
+    assert "train: the chosen and the rejected answer are the same in 2 of 8 " in caplog.text
+    assert result["data"]["train"]["pairs_equal"] == 2
+
+
 @pytest.mark.parametrize("data", [{"task": "sst2"}, {"format": "chat"}, {"format": "text"}])
 def test_a_task_or_a_format_without_pairs_is_refused(data, settings):
     tree = settings()

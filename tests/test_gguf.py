@@ -329,6 +329,20 @@ def test_what_ends_no_turn_stops_nothing(tmp_path):
     assert "PARAMETER stop" not in (tmp_path / "out/Modelfile").read_text()
 
 
+def test_a_chat_template_that_fails_is_left_out_of_the_modelfile(tmp_path, sentiment, caplog):
+    base = make_base(tmp_path / "base", "llama")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + user.name }}{% endfor %}"
+    tokenizer.save_pretrained(base)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "the cat", "completion": " sat"}] * 4)
+    tree = {"model": str(base), "data": {"train": str(rows)}, "output": str(tmp_path / "run")}
+    train(tree | {"chain": {"ranks": [2], "steps": [1], "target_modules": ["q_proj"]}})
+    export_gguf(tmp_path / "run", tmp_path / "out")
+    assert "TEMPLATE" not in (tmp_path / "out/Modelfile").read_text()
+    assert "the Modelfile has no TEMPLATE" in caplog.text
+    assert "'user' is undefined" in caplog.text
+
+
 def test_the_modelfile_is_for_the_rows(chainlora, tiny_folder, sentiment, tmp_path):
     said = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
     chats = write_rows(tmp_path / "rows.jsonl", [{"messages": said}] * 4)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
 from helpers_export import TARGETS
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import chainlora
@@ -131,6 +132,23 @@ def test_law_1_a_pissa_link_is_a_no_op_to_rounding(architecture, dtype):
     before = logits(model)
     Chain(model).extend(config(architecture, init="pissa"))
     torch.testing.assert_close(logits(model), before, atol=LOGITS[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_pissa_link_begins_as_in_peft(architecture):
+    ours, theirs = tiny_model(architecture), tiny_model(architecture)
+    own = config(architecture, init="pissa")
+    names = {"r": own.rank, "lora_alpha": own.alpha, "target_modules": list(own.target_modules)}
+    adapter = Chain(ours).extend(own)
+    names["fan_in_fan_out"] = architecture == "gpt2"
+    get_peft_model(theirs, LoraConfig(**names, init_lora_weights="pissa"))
+    modules = dict(theirs.named_modules())
+    for name, layer in adapter.layers.items():
+        found, wanted = (
+            each.lora_B[key].weight @ each.lora_A[key].weight
+            for each, key in ((layer, LIVE), (modules[name], "default"))
+        )
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
 @on_everything

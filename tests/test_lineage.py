@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import make_tiny_folder, write_rows
-from helpers import flip_last_bit, settings
+from helpers import flip_last_bit, settings, signed
 
 from chainlora import export_adapter
 from chainlora.config.staging import make_stages
@@ -155,6 +155,25 @@ def test_a_changed_lineage_is_found(chainlora, made, exported, tmp_path):
         1,
         f"lineage.json: `stages` is not what {made}/run says",
     )
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "said"),
+    [
+        ("exported", "speed", 2, "got 2 for `exported.speed` in "),
+        ("exported", "num_links", "x", "got 'x' for `exported.num_links` in "),
+        ("exported", "kind", "f16", "must name arguments of an export to adapter (got 'kind' in "),
+        ("naming", "speed", "2", "got 'speed' for `naming.speed."),
+    ],
+)
+def test_a_lineage_with_other_arguments_is_refused(
+    chainlora, made, exported, tmp_path, part, key, value, said
+):
+    copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+    tree = json.loads((copy / "lineage.json").read_text())
+    tree[part][key] = value
+    (copy / "lineage.json").write_text(signed(tree))
+    chainlora("verify", copy, made / "run").refused("lineage.json ", said)
 
 
 def test_another_state_run_or_base_is_named(chainlora, made, exported, finished, tmp_path):

@@ -125,7 +125,7 @@ def test_answers_after_full_fine_tuning_are_those_of_generate(
     train(configure(chain=chain, train=keys))
     (tmp_path / "asked.txt").write_text("the cat sat\n")
     page = tmp_path / "page.html"
-    report_runs([run], page, prompts=str(tmp_path / "asked.txt"), max_new_tokens=5)
+    report_runs([run], page, prompts=tmp_path / "asked.txt", max_new_tokens=5)
     (texts,) = said(page.read_text(encoding="utf-8"))
     keys = ("--prompt", "the cat sat", "--max-new-tokens", "5", "--json")
     for model, text in zip((tiny_folder, run), texts, strict=True):
@@ -135,7 +135,7 @@ def test_answers_after_full_fine_tuning_are_those_of_generate(
 
 
 def test_answers_to_a_run_s_own_rows(finished, sentiment, tmp_path):
-    report_runs([finished], tmp_path / "page.html", prompts="3", max_new_tokens=2)
+    report_runs([finished], tmp_path / "page.html", prompts=3, max_new_tokens=2)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in (sentiment / "validation.jsonl").read_text().splitlines()]
     asked = re.findall(r"Prompt: </span>(.*?)</p>", page)

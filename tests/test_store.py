@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import write_rows
 from helpers import entry_of, history_of, sign, stage_dir, stop_after
 from safetensors.torch import load_file, save_file
 
@@ -249,6 +250,16 @@ def test_a_score_of_a_received_run_is_no_terminal_escape(run_copy, chainlora):
     edit(stage_dir(run_copy) / "metrics.jsonl", '"accuracy"', json.dumps(ESCAPE))
     sign(run_copy)
     chainlora(f"inspect {run_copy}").refused("metrics.jsonl", "a key with control characters")
+
+
+@pytest.mark.parametrize("event", ["step", "eval"])
+def test_a_score_of_a_received_run_is_a_number(run_copy, chainlora, event):
+    path = stage_dir(run_copy) / "metrics.jsonl"
+    records = list(map(json.loads, path.read_text().splitlines()))
+    next(each for each in records if each["event"] == event)["loss"] = {"a": 1}
+    write_rows(path, records)
+    sign(run_copy)
+    chainlora(f"report {run_copy}").refused("must hold numbers (got {'a': 1} for `loss` in ")
 
 
 def test_what_is_wrong_with_the_links_is_said_before_the_base_is_loaded(run_copy):

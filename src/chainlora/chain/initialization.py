@@ -33,6 +33,9 @@ makes no update."""
 _ROW_NORM = 1 / math.sqrt(3)
 # Whatever torch's defaults are in a script, so that links are the same.
 _HOST: Any = {"dtype": torch.float32, "device": "cpu"}
+# The shorter side of a weight that PiSSA decomposes whole: 16 s for 4096 × 4096 on one CPU core,
+# 0.1 s for 576 × 1536. A randomised decomposition misses much of a flat spectrum.
+_DECOMPOSED = 4096
 # Passes of subspace iteration; two fix the leading directions of a decaying spectrum.
 _SWEEPS = 2
 
@@ -73,13 +76,16 @@ def random_factors(
 def principal_factors(config: LinkConfig, weight: Tensor, generator: torch.Generator) -> Factors:
     """PiSSA: split the top singular directions of `weight` (out × in, float32) evenly over B and A.
 
-    ``scaling · B · A`` is the best rank-r approximation of the weight; the caller takes it out of
-    the base.
+    ``scaling · B · A`` is the best rank-r approximation of the weight, up to `_DECOMPOSED` rows or
+    columns; above it is near the best (`randomized_svd`). The caller takes it out of the base.
     """
-    width = min(config.rank + 8, *weight.shape)
-    u, s, v = randomized_svd(weight, width, generator.initial_seed())
+    if min(weight.shape) <= _DECOMPOSED:
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        u, s, v = randomized_svd(weight, config.rank + 8, generator.initial_seed())
+        vh = v.T
     root = (s[: config.rank] / config.scaling).sqrt()
-    a, b = (v[:, : config.rank] * root).T, u[:, : config.rank] * root
+    a, b = root.unsqueeze(1) * vh[: config.rank], u[:, : config.rank] * root
     return Factors(a.contiguous(), b.contiguous())
 
 

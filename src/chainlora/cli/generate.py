@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -104,22 +105,51 @@ def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) 
 
 @click.command
 @_speaking_options
+@click.option("--prompt", help="One question to answer; else turns are read from stdin.")
 @click.option("--system", help="A system message before the conversation.")
-def chat(run_or_model: str, system: str | None, **keys: Any) -> None:
+@click.option(
+    "--tools",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="A JSON list of tools that the model may call, as rows have them.",
+)
+def chat(
+    run_or_model: str, prompt: str | None, system: str | None, tools: Path | None, **keys: Any
+) -> None:
     """Talk with a run or a model by its chat template.
 
-    A line is a turn. /clear forgets the conversation; /exit or Ctrl-D ends it.
+    A line is a turn. /clear forgets the conversation; /exit or Ctrl-D ends it. With --prompt, one
+    question is answered.
     """
     check_run_or_model(run_or_model, keys["links"], keys["stages"])
     keys["max_new_tokens"] = keys["max_new_tokens"] or _MOST
+    known = None if tools is None else _read_tools(tools)
     speaker, _ = _speaker(run_or_model, **keys)
     from chainlora.evaluation.generation import check_chat
 
-    check_chat(speaker.tokenizer, run_or_model)
+    check_chat(speaker.tokenizer, run_or_model, known)
+    speaker.tools = known
     start = [{"role": "system", "content": system}] if system else []
-    messages: list[Message] = list(start)
-    for line in _turns():
-        if line == "/clear":
+    _converse(speaker, start, _turns() if prompt is None else [prompt])
+
+
+def _read_tools(file: Path) -> list[dict[str, Any]] | None:
+    """Return the tools in a file. Raises DataError for one that is no JSON list of objects."""
+    quiet()
+    from chainlora.data.encoding.chat import checked_tools
+    from chainlora.data.readers import parse_json
+    from chainlora.files import reported
+
+    with reported(file, "read"):
+        content = file.read_bytes()
+    return checked_tools(parse_json(content, str(file)), str(file))
+
+
+def _converse(speaker: Speaker, start: list[Message], turns: Iterable[str | None]) -> None:
+    """Answer each turn of a user; None begins a new conversation, with the messages of `start`."""
+    messages = list(start)
+    for line in turns:
+        if line is None:
             messages = list(start)
             continue
         messages.append({"role": "user", "content": line})
@@ -172,8 +202,11 @@ def _stdin() -> TextIO:
     return sys.stdin
 
 
-def _turns() -> Iterator[str]:
-    """Yield what the user says, line by line, asking for it where a person is there to answer."""
+def _turns() -> Iterator[str | None]:
+    """Yield what the user says, line by line, asking for it where a person is there to answer.
+
+    None is /clear.
+    """
     stdin = _stdin()
     is_person = stdin.isatty()
     while True:
@@ -184,4 +217,4 @@ def _turns() -> Iterator[str]:
         if not line or text in ("/exit", "/quit"):
             return
         if text:
-            yield text
+            yield None if text == "/clear" else text

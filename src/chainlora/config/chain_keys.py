@@ -35,7 +35,8 @@ class LinkShape(Section):
     init: Literal["gaussian", "kaiming", "orthogonal", "gradient", "pissa"] = "kaiming"
     """Initialization of a link: `kaiming` or `gaussian` (random A, B = 0), `orthogonal` (A outside
     the row space of the earlier links, B = 0), `gradient` (A along the loss gradient, B = 0),
-    `pissa` (top singular directions of the weight)."""
+    `pissa` (top singular directions of the weight, exact where it has at most 4,096 rows or
+    columns)."""
     lora_bias: bool = False
     """Train a bias on B, merged into the layer's bias; refused for layers without a bias."""
     dora: bool = False

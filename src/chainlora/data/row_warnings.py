@@ -13,7 +13,7 @@ from chainlora.config.schema import DataConfig
 from chainlora.data.division import rows_in_both
 from chainlora.data.kept import Kept
 from chainlora.data.mixture import example_hashes
-from chainlora.data.rows import Rows
+from chainlora.data.rows import Rows, RowsSummary
 from chainlora.data.sources import Source, where
 from chainlora.errors import DataError
 
@@ -39,6 +39,33 @@ def check_scorable(
             "are left out (truncation: drop)",
             count - left,
             count,
+        )
+
+
+def tell_lost(split: str, found: RowsSummary) -> None:
+    """Warn of rows that were cut or left out, and of pairs with the same answer twice."""
+    longer = f"of {found.rows} rows were longer than data.max_length or the context"
+    if found.rows_cut:
+        _log.warning(
+            f"{split}: {found.rows_cut} {longer}; {found.tokens_cut} tokens were cut from their "
+            "beginnings (truncation: cut)"
+        )
+    if found.rows_dropped:
+        _log.warning(f"{split}: {found.rows_dropped} {longer}, and are left out (truncation: drop)")
+    if found.pairs_equal:
+        _log.warning(
+            f"{split}: the chosen and the rejected answer are the same in {found.pairs_equal} of "
+            f"{found.rows} pairs, which teach no preference; remove them"
+        )
+
+
+def check_pairs(found: RowsSummary, source: Source) -> None:
+    """Raise DataError for pairs of preferences that have the same answer twice, all of them."""
+    if found.pairs_equal and found.pairs_equal == found.rows:
+        raise DataError(
+            "the chosen and the rejected answer of a pair must differ",
+            f"the same in all {found.rows} of {source}",
+            "check the columns, and data.fields",
         )
 
 

@@ -22,7 +22,7 @@ from chainlora.data.examples import Example
 
 ARRAYS = ("tokens", "lines", "ends")
 """What `flatten` returns."""
-COUNTED = ("rows", "rows_split", "rows_cut", "rows_dropped", "tokens_cut")
+COUNTED = ("rows", "rows_split", "rows_cut", "rows_dropped", "tokens_cut", "pairs_equal")
 """What is counted of whole files while rows are encoded."""
 SUMMED = ("examples", "tokens", *COUNTED)
 """What a summary adds up."""
@@ -39,6 +39,7 @@ class RowsSummary:
     rows_cut: int = 0
     rows_dropped: int = 0  # longer than the context (data.truncation: drop)
     tokens_cut: int = 0
+    pairs_equal: int = 0  # whose chosen answer is the rejected one
     unread: tuple[str, ...] = ()  # columns that nothing reads
     digest: str = ""
     recognised: str = ""  # the format of another tool that `auto` found

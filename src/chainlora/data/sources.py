@@ -6,8 +6,10 @@ Nothing is loaded whole (but `.json`, which is one value), so a source may be la
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,9 +19,18 @@ from typing import Any
 
 from huggingface_hub import is_offline_mode
 
-from chainlora.data.readers import READERS, Record, bad_row, parse_json, without_filling
+from chainlora.data.readers import (
+    READERS,
+    CsvFile,
+    Record,
+    bad_row,
+    parse_json,
+    without_filling,
+)
 from chainlora.errors import DataError
 from chainlora.files import sha256
+
+_log = logging.getLogger(__name__)
 
 SUFFIXES = tuple(READERS)
 _HUB_ID = re.compile(r"^(?P<path>[\w.-]+/[\w.-]+)(:(?P<name>[\w.-]+))?(@(?P<revision>[\w./-]+))?$")
@@ -72,6 +83,14 @@ class Source(ABC):
     def state(self) -> object:
         """Return a value that changes with the content and costs nothing, None if there is none."""
         return None
+
+    def remark(self) -> str:
+        """Return what is unusual in how the rows are read, "" for nothing. May read all of them."""
+        return ""
+
+    def tell_remark(self) -> None:
+        if remark := self.remark():
+            _log.warning("%s", remark)
 
     def num_rows(self) -> int:
         """Return the number of rows. May read all of them."""
@@ -150,6 +169,17 @@ class FileSource(Source):
         try:
             with self.path.open("rb") as file:
                 yield from read(file, self.path)
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def remark(self) -> str:
+        if self._suffix() != ".csv":
+            return ""
+        try:
+            with self.path.open("rb") as file:
+                table = CsvFile(file, self.path)
+                deque(islice(table.rows(), self.limit), maxlen=0)
+                return table.remark()
         except OSError as error:
             raise self._unreadable(error) from error
 

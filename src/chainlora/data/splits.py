@@ -21,7 +21,14 @@ from chainlora.data.encoding import Options, detect_format
 from chainlora.data.kept import ASKED, SAMPLE, Kept
 from chainlora.data.mixture import Mixture, example_hashes, prompt_hashes
 from chainlora.data.preparing import make_rows
-from chainlora.data.row_warnings import check_scorable, tell_in_both, tell_trained_on, tell_unread
+from chainlora.data.row_warnings import (
+    check_pairs,
+    check_scorable,
+    tell_in_both,
+    tell_lost,
+    tell_trained_on,
+    tell_unread,
+)
 from chainlora.data.rows import COUNTED, MemoryRows, Rows, joined
 from chainlora.data.sources import ListSource, Row, Source, find_source
 from chainlora.data.tasks import (
@@ -294,21 +301,14 @@ def _encode(
     *,
     say_lost: bool = True,
 ) -> Rows:
-    """Encode rows, and say what was cut and left out."""
+    """Encode rows, and say how they were read, and what was cut and left out."""
+    if say_lost:
+        source.tell_remark()
     tell = None if progress is None else partial(progress, split)
     rows = make_rows(source, tokenizer, task, options, progress=tell)
-    found = rows.summary
-    if found.rows_cut and say_lost:
-        _log.warning(
-            f"{split}: {found.rows_cut} of {found.rows} rows were longer than data.max_length or "
-            f"the context; {found.tokens_cut} tokens were cut from their beginnings (truncation: "
-            "cut)"
-        )
-    if found.rows_dropped and say_lost:
-        _log.warning(
-            f"{split}: {found.rows_dropped} of {found.rows} rows were longer than data.max_length "
-            "or the context, and are left out (truncation: drop)"
-        )
+    check_pairs(rows.summary, source)
+    if say_lost:
+        tell_lost(split, rows.summary)
     return rows
 
 

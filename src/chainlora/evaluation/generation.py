@@ -9,7 +9,7 @@ Single answers continue a text, or are turns of a chat by the model's chat templ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -241,6 +241,7 @@ class Speaker:
         self.model = to_accelerator(model)
         self.tokenizer = tokenizer
         self.decoding = decoding or Decoding()
+        self.tools: Sequence[Mapping[str, Any]] | None = None  # that the chat template shows
         self.cut_by: str | None = None  # the last answer: by its `limit`, or by the `context`
         self._generator = torch.Generator().manual_seed(self.decoding.seed)
 
@@ -266,7 +267,7 @@ class Speaker:
         return self._speak(ids, write, ends_of_turn(self.tokenizer))
 
     def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
-        chat = {"messages": messages, "add_generation_prompt": True, "tools": None}
+        chat = {"messages": messages, "add_generation_prompt": True, "tools": self.tools}
         reply = render_chat(self.tokenizer, chat)
         if reply.error:
             remedy = "leave --system out" if messages[0]["role"] == "system" else "begin a new one"
@@ -316,12 +317,20 @@ class _Pieces(TextStreamer):
             self._write(text)
 
 
-def check_chat(tokenizer: Any, name: str) -> None:
+def check_chat(tokenizer: Any, name: str, tools: Sequence[Mapping[str, Any]] | None = None) -> None:
+    """Raise ModelError for a model without a chat template, or with one that ignores the tools."""
     if not tokenizer.chat_template:
         raise ModelError(
             f"a model to chat with must have a chat template (got {name}, which has none); use "
             "`chainlora generate` instead"
         )
+    asked = {"messages": [{"role": "user", "content": "a"}], "add_generation_prompt": True}
+    with_tools, without = (
+        render_chat(tokenizer, asked | {"tools": each}) for each in (tools, None)
+    )
+    if tools and not with_tools.error and with_tools == without:
+        rule, got = "the model's chat template must show `tools`", f"{name}, which ignores them"
+        raise ModelError(rule, got, "leave --tools out")
 
 
 def to_accelerator(model: Any) -> Any:

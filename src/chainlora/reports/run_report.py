@@ -47,7 +47,7 @@ def report_runs(
     runs: str | Path | Sequence[str | Path],
     output: str | Path | None = None,
     *,
-    prompts: str | None = None,
+    prompts: int | str | Path | None = None,
     max_new_tokens: int = 32,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def report_runs(
         need_apart(path)
     answered: dict[str, list[Answer]] = {}
     if prompts is not None:
-        wanted = read_prompts(prompts, found)
+        wanted = read_prompts(str(prompts), found)
         keys: Any = {"max_new_tokens": max_new_tokens, "progress": progress}
         answered = {run.name: answers(run, wanted, **keys) for run in found}
     make_folder(path.parent)

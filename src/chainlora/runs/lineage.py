@@ -12,7 +12,8 @@ import json
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 from chainlora import files
 from chainlora.runs.beginning import closure
@@ -44,6 +45,17 @@ class StageFacts(Part):
     hardware: dict[str, Any] = Field(default={})
 
 
+@with_config(ConfigDict(extra="forbid"))
+class Exported(TypedDict, total=False):
+    """Arguments of the exporters; which one takes which is known by `verify_export`."""
+
+    num_links: int | None
+    rank: int | None
+    tolerance: float | None
+    kind: str | None
+    each: bool
+
+
 class Lineage(Document):
     """What an export says of itself. `exported` are the arguments of the exporter, `state` is what
     was exported, `history` all that it was computed from, `revision` that of a base from the Hub,
@@ -51,8 +63,8 @@ class Lineage(Document):
 
     remedy: ClassVar[str] = "the export is damaged: export the run again"
     to: Target
-    exported: dict[str, Any]
-    naming: dict[str, str | None]
+    exported: Exported
+    naming: dict[Literal["name", "base", "licence"], str | None]
     versions: dict[Text, Text] = Field(default={})
     revision: Text | None = None
     state: State

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from chainlora import files
 from chainlora.config.staging import split_address
+from chainlora.errors import RunError
 from chainlora.models.finding import resolve_model
 from chainlora.models.identity import base_files, changed_files
 from chainlora.runs.addresses import open_run
@@ -50,8 +52,8 @@ def verify_export(export: str | Path, run: str | Path | None = None) -> list[str
     source = state.at(lineage.history.head)
     if lineage.exported.get("num_links") is None:
         source = replace(source, state=lineage.state)
+    exporter, naming = _exporter(lineage, folder), Naming(**lineage.naming)
     with TemporaryDirectory() as scratch:
-        exporter, naming = EXPORTERS[lineage.to], Naming(**lineage.naming)
         exporter(source, scratch, naming=naming, **lineage.exported)
         found += _changes(_checksums(Path(scratch)), now, f"not what {run} gives")
         again = read_lineage(scratch)
@@ -62,6 +64,15 @@ def verify_export(export: str | Path, run: str | Path | None = None) -> list[str
         known = lineage.versions.items() - versions().items()
         found.append(f"exported with {', '.join(f'{k} {v}' for k, v in sorted(known))}, not here")
     return found
+
+
+def _exporter(lineage: Lineage, folder: Path) -> Callable[..., Any]:
+    """Return what made an export. Raises RunError for arguments that it does not take."""
+    exporter = EXPORTERS[lineage.to]
+    for name in lineage.exported.keys() - signature(exporter).parameters.keys():
+        rule, got = f"{LINEAGE} must name arguments of an export to {lineage.to}", f"{name!r:.40}"
+        raise RunError(rule, f"{got} in {folder}", lineage.remedy)
+    return exporter
 
 
 def _checksums(folder: Path) -> dict[str, str]:

@@ -41,6 +41,7 @@ _NOT_SCORES = {
     "majority",
     "candidate_loss",
 }
+_TEXTS = ("event", "where")  # values that are no numbers
 _MOST_SCORES = 3  # curves in one picture; more cannot be told apart
 
 
@@ -118,6 +119,10 @@ def read_records(path: Path) -> list[Record]:
             f"metrics.jsonl must hold one JSON object a line (got {path}: {error}); "
             "remove the broken line"
         ) from None
+    for key, value in chain.from_iterable(map(dict.items, records)):
+        if not isinstance(value, str if key in _TEXTS else int | float):
+            rule, got = "metrics.jsonl must hold numbers", f"{value!r:.40} for `{key}` in {path}"
+            raise RunError(rule, got, "remove the broken line")
     return records
 
 

@@ -15,12 +15,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-
 from chainlora import files
 from chainlora.chain.adapters import Factors
 from chainlora.chain.link import Link, switched_on
-from chainlora.data.templates import ends_of_turn
+from chainlora.data.templates import ends_of_turn, render_chat
 from chainlora.errors import ModelError
 from chainlora.models.gguf_writing import (
     check_convertible,
@@ -200,7 +198,11 @@ def _is_chat(state: OpenState, stage: str, tokenizer: Any) -> bool:
     if kept is None or not len(kept.train):
         return True
     messages = [{"role": "user", "content": "a"}]
-    said = [_rendered(tokenizer, messages, add_generation_prompt=add) for add in (False, True)]
+    try:
+        said = [_rendered(tokenizer, messages, add_generation_prompt=add) for add in (False, True)]
+    except ValueError as error:  # then `cut_template` cuts nothing
+        logger.warning("the chat template fails on a question: %s", error)
+        return True
     opening = said[1].removeprefix(said[0]).strip()
     return opening in tokenizer.decode(list(kept.train[0].sequences[0]))
 
@@ -254,12 +256,12 @@ def cut_template(tokenizer: Any) -> ChatPieces | None:
     marks = ("§1§", "§2§", "§3§")
     try:
         bare = _split(said(marks), marks)
-    except (TemplateError, ValueError):
+    except ValueError:
         return None
     system: list[str] | None
     try:
         system = _split(said(marks, "§0§"), ("§0§", *marks))
-    except (TemplateError, ValueError):
+    except ValueError:
         system = None  # Gemma's refuses one
     befores = [bare[0], bare[2]] + ([system[1]] if system else [])
     endings = (bare[0][i:] for i in range(len(bare[0]) + 1))
@@ -283,7 +285,11 @@ def cut_template(tokenizer: Any) -> ChatPieces | None:
 
 
 def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], **keys: bool) -> str:
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **keys))
+    """Render a chat. Raises ValueError where the template fails."""
+    reply = render_chat(tokenizer, {"messages": messages, **keys})
+    if reply.error:
+        raise ValueError(reply.error)
+    return str(reply.value[0])
 
 
 def _split(text: str, marks: Sequence[str]) -> list[str]:

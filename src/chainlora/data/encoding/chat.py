@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -13,13 +12,12 @@ from typing import Any
 from chainlora.config.data import ROW_FIELDS
 from chainlora.config.template_names import mentions
 from chainlora.data.encoding.tokens import Draft, Ids, Span, TokenReader, common_prefix
-from chainlora.data.readers import bad_row
+from chainlora.data.readers import bad_row, parse_json
 from chainlora.data.sources import Row
 from chainlora.data.templates import Reply, render_chat
 from chainlora.errors import DataError
 
 _COLUMNS = frozenset((*ROW_FIELDS["chat"], "turns_before"))
-_READS_TEXT = re.compile(r"arguments\s+is\s+string")  # of a call, by the template itself
 _NAMES = ("role", "name")  # of a message, beside what it says
 _CHATML = "another chat template, as in data.chat_template: chatml"
 _Messages = list[dict[str, Any]]
@@ -47,7 +45,7 @@ class ChatEncoder:
         self.is_marked = has_marks and reader.tokenizer.is_fast  # others know no characters
 
     def __call__(self, rows: Sequence[Row]) -> list[Draft]:
-        chats = [_Chat(row, self.reader, self.source) for row in rows]
+        chats = [_Chat(row, self.reader) for row in rows]
         for chat in chats:
             chat.whole, chat.marks = self._whole(chat)
             chat.check_answers(self.turns_before(chat.row))
@@ -198,13 +196,11 @@ class _Chat:
     marks: list[Span]
     """The characters of it that the template marks."""
 
-    def __init__(self, row: Row, reader: TokenReader, template: str) -> None:
+    def __init__(self, row: Row, reader: TokenReader) -> None:
         self.row, self.place = row, row.origin
         self.messages = _checked_messages(row.get("messages"), self.place)
-        if not _READS_TEXT.search(template):
-            self.messages = [_with_parsed_calls(message) for message in self.messages]
         self.content = self.messages  # as the digest of the rows takes it
-        self.tools = _checked_tools(row.get("tools"), self.place)
+        self.tools = checked_tools(row.get("tools"), self.place)
         self.arguments = _checked_arguments(row.get("chat_template_kwargs"), reader, self.place)
         self.turns = [at for at, each in enumerate(self.messages) if each["role"] == "assistant"]
 
@@ -281,7 +277,7 @@ def _checked_messages(messages: Any, place: str) -> _Messages:
     if any(role != "assistant" and role.lower() == "assistant" for role in roles):
         rule = "turns to learn have the role assistant, in small letters"
         raise bad_row(rule, f"roles {roles}", place, "rename their roles")
-    return [_without_parts(message, place) for message in messages]
+    return [_with_parsed_calls(_without_parts(message, place), place) for message in messages]
 
 
 def _without_parts(message: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -301,26 +297,27 @@ def _without_parts(message: Mapping[str, Any], place: str) -> dict[str, Any]:
     return found | {"content": "".join(part["text"] for part in content)}
 
 
-def _with_parsed_calls(message: dict[str, Any]) -> dict[str, Any]:
+def _with_parsed_calls(message: dict[str, Any], place: str) -> dict[str, Any]:
     """Return a message whose calls have objects as arguments where they had JSON text.
 
-    A template would quote the text once more.
+    A template would quote the text once more, or write its escapes (`\\u00f6`).
     """
     calls: Any = message.get("tool_calls")
     if not _are_objects(calls):
         return message
-    return message | {"tool_calls": [_parsed_call(call) for call in calls]}
+    return message | {"tool_calls": [_parsed_call(call, place) for call in calls]}
 
 
-def _parsed_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    inner = call.get("function")
+def _parsed_call(call: Mapping[str, Any], place: str) -> dict[str, Any]:
+    inner, text = call.get("function"), call.get("arguments")
     if isinstance(inner, Mapping):
-        return dict(call) | {"function": _parsed_call(inner)}
-    try:
-        found = json.loads(call["arguments"])
-    except (KeyError, TypeError, ValueError, RecursionError):  # none, or no JSON text
+        return dict(call) | {"function": _parsed_call(inner, place)}
+    if not isinstance(text, str):
         return dict(call)
-    return dict(call) | ({"arguments": found} if isinstance(found, dict) else {})
+    found = parse_json(text.encode("utf-8", "surrogatepass"), f"{place}, arguments of a call,")
+    if not isinstance(found, dict):
+        raise bad_row("the arguments of a call must be a JSON object", f"{text!r:.60}", place)
+    return dict(call) | {"arguments": found}
 
 
 def _checked_arguments(arguments: Any, reader: TokenReader, place: str) -> dict[str, Any]:
@@ -339,7 +336,7 @@ def _are_objects(value: Any) -> bool:
     return is_list and all(isinstance(each, Mapping) for each in value)
 
 
-def _checked_tools(tools: Any, place: str) -> list[dict[str, Any]] | None:
+def checked_tools(tools: Any, place: str) -> list[dict[str, Any]] | None:
     """Return the tools of a row, which tables often hold as JSON text; None for none."""
     found = tools
     if isinstance(tools, str):

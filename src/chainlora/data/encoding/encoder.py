@@ -76,6 +76,7 @@ class Counts:
     rows_cut: int = 0
     rows_dropped: int = 0
     tokens_cut: int = 0
+    pairs_equal: int = 0
     rows_too_long: int = 0
     longest: int = 0
     first_too_long: tuple[int, str] | None = None  # its tokens and place, where nothing is cut
@@ -225,10 +226,17 @@ class RowEncoder:
             draft.prompt_hash = hash_of(json.dumps(prompt).encode())
         unread = set().union(*map(self.encoder.unread, rows))
         counts = Counts(unread=sorted(map(str, unread)))
+        counts.pairs_equal = sum(map(_is_equal_pair, drafts))
         examples = [draft.example() for draft in self.fit(drafts, counts)]
         counts.examples = len(examples)
         counts.tokens = sum(len(ids) for example in examples for ids in example.sequences)
         return Encoded(examples, counts, digests)
+
+
+def _is_equal_pair(draft: Draft) -> bool:
+    """Say whether a row is a pair of preferences with the same answer twice."""
+    is_pair = draft.label is None and len(draft.sequences) == 2
+    return is_pair and draft.sequences[0] == draft.sequences[1]
 
 
 def make_row_encoder(

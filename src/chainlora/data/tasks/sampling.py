@@ -112,6 +112,9 @@ class _FlatSource(Source):
             remedy = "correct it or write flat rows"
             raise bad_row(rule, f"no {error}", row.origin, remedy) from None
 
+    def remark(self) -> str:
+        return self.source.remark()
+
     def state(self) -> object:
         return self.source.state()
 
@@ -178,6 +181,7 @@ def unseen_source(
             f"split (got {count} rows); score --split {test.of}, or name the file itself as "
             "--data to score it anyway"
         )
+    source.tell_remark()
     unseen = sorted(_set_aside(count, test.rows))
     _log.warning(
         "%s: no train split in %s, so %r stands in for it: only the %d of its %d rows that no "
@@ -233,6 +237,7 @@ def sample_splits(
     drawn: dict[str, list[Row]] = {}
     for pool, names in pools.items():
         source = split_source(task, dir, stand_in if pool in ("train", _SET_ASIDE) else pool)
+        source.tell_remark()
         count = sum(1 for _ in source)  # also finds a bad row; none is kept
         order, places = _order(pool, count, num_aside, data_seed), {}
         for name in names:
