@@ -252,10 +252,10 @@ def log(run: str, as_json: bool) -> None:
     """
     folder = whole_run(run)
     quiet()
-    from rich.console import Console
     from rich.table import Table
 
     from chainlora.runs.changes import log as entries_of
+    from chainlora.training.progress import Terminal
 
     found = entries_of(folder)
     if as_json:
@@ -275,7 +275,7 @@ def log(run: str, as_json: bool) -> None:
         texts = (mark, entry["name"], entry["kind"], " ".join(entry["parents"]) or "base")
         ended = entry["ended"][:16].replace("T", " ")
         table.add_row(*texts, str(entry["links"]), strengths or "none", ended, entry["state"])
-    console, wide = Console(), Console(width=10_000)
+    console, wide = Terminal(), Terminal(width=10_000)
     if console.is_terminal:  # what is narrower would cut names; it wraps the lines
         wide.width = max(console.width, wide.measure(table).minimum)
     wide.print(table, markup=False)

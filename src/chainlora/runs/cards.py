@@ -20,6 +20,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from chainlora.chain.link import Link
 from chainlora.config.template_names import NAMES
+from chainlora.errors import one_line
 from chainlora.files import reported
 from chainlora.models.finding import hub_id_of
 from chainlora.runs.addresses import Address, open_run
@@ -169,7 +170,7 @@ def place_of(base: str) -> str:
 
 def _plain(text: object) -> str:
     """Return a text on one line without backticks: inside Markdown's code it is no markup."""
-    return " ".join(str(text).split()).replace("`", "'")
+    return one_line(str(text)).replace("`", "'")
 
 
 QUOTING: Mapping[str, Callable[[object], str]] = {

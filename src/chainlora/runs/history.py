@@ -35,7 +35,6 @@ from chainlora.runs.documents import (
     Name,
     Part,
     Sums,
-    Text,
     now,
     read_part,
     short_digest,
@@ -65,7 +64,7 @@ class Term(Part):
 class State(Part):
     """What a model is: a base and the links on it. Its digest is of what adds to the weights."""
 
-    base: Text
+    base: str
     terms: tuple[Term, ...] = ()
 
     @property
@@ -86,14 +85,14 @@ class Base(Part):
     others where it is loaded: a new head.
     """
 
-    model: Text
-    fingerprint: Text
-    body: Text | None = None
-    task_type: Text | None = CAUSAL
+    model: str
+    fingerprint: str
+    body: str | None = None
+    task_type: str | None = CAUSAL
     dtype: Annotated[str, Field(pattern=r"^b?float(16|32|64)$")] = "float32"
     files: dict[str, str] | None = None
     fan_in_fan_out: bool = False
-    quantize: Text | None = None
+    quantize: str | None = None
 
 
 class LinkFacts(Part):
@@ -133,12 +132,12 @@ class Training(Part):
     digests of the task and the files of rows by the keys that name them, `plugins` their SHA-256,
     `numbers` what was decided at its start."""
 
-    rows: Text | None = None
+    rows: str | None = None
     sources: dict[str, list[str]] = Field(default={})
     plugins: dict[str, str] = Field(default={})
     changes: tuple[Change, ...] = ()
     numbers: Numbers | None = None
-    versions: dict[Text, Text] = Field(default={})
+    versions: dict[str, str] = Field(default={})
 
 
 class Entry(Part):
@@ -159,7 +158,7 @@ class Entry(Part):
     kept: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     files: Sums = Field(default={})
     training: Training = Training()
-    ended: Text = ""  # when, in UTC
+    ended: str = ""  # when, in UTC
     pruned: bool = False
 
     def renamed(self, names: Mapping[str, str]) -> Entry:
@@ -196,7 +195,7 @@ class History(Document):
     """
 
     base: Base
-    hold: Text
+    hold: str
     seed: int = 0
     tokenizer: Sums = Field(default={})
     links: dict[Digest, LinkFacts] = Field(default={})

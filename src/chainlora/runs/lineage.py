@@ -23,7 +23,6 @@ from chainlora.runs.documents import (
     Name,
     Part,
     Sums,
-    Text,
     checksum,
     read_part,
     write_part,
@@ -53,8 +52,8 @@ class Lineage(Document):
     to: Target
     exported: dict[str, Any]
     naming: dict[str, str | None]
-    versions: dict[Text, Text] = Field(default={})
-    revision: Text | None = None
+    versions: dict[str, str] = Field(default={})
+    revision: str | None = None
     state: State
     history: History
     stages: dict[Name, StageFacts] = Field(default={})
