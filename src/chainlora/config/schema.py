@@ -121,7 +121,8 @@ class TrainConfig(Section):
     """Share the model between processes: `fsdp2`, or `zero3` of DeepSpeed, with links carried
     ([scale](scale.md#a-model-larger-than-a-gpu)). `null`: each process has a copy."""
     trackers: tuple[str, ...] = ()
-    """Trackers of Accelerate by name, e.g. `[tensorboard]`; install their packages yourself."""
+    """Trackers of Accelerate by name, e.g. `[tensorboard]`; install their packages yourself.
+    Files of `tensorboard` and `aim` lie in the folder of the stage, which `prune` deletes."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
