@@ -56,6 +56,8 @@ First steps:
 
 def run(arguments: list[str]) -> int:
     """Run the command line and return its exit status."""
+    if "_CHAINLORA_COMPLETE" in os.environ:  # a shell asks, by bytes
+        return _run(arguments)
     with prepared_streams():
         return _run(arguments)
 
