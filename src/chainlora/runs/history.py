@@ -262,9 +262,16 @@ class History(Document):
         """Return the names of the stages that the run trained itself, in their order."""
         return [entry.key for entry in self.own if entry.kind == "stage"]
 
+    def in_order(self, terms: Iterable[Term]) -> list[Term]:
+        """Return terms in the order in which their stages ended. A combination, whose sums depend
+        on no time, has another one."""
+        places = {entry.key: place for place, entry in enumerate(self.entries)}
+        return sorted(terms, key=lambda term: places.get(self.links[term.link].stage, -1))
+
     def strengths_of(self, state: State) -> dict[str, float]:
-        """Return the strength of each stage in a state, by the order of their links."""
-        return {self.links[term.link].stage: term.strength for term in state.terms}
+        """Return the strength of each stage in a state, in the order in which they ended."""
+        terms = self.in_order(state.terms)
+        return {self.links[term.link].stage: term.strength for term in terms}
 
     @property
     def files(self) -> dict[str, str]:

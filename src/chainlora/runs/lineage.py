@@ -102,9 +102,7 @@ def lineage_of(
 ) -> Lineage:
     """Return where an export comes from: `to` and `exported` are what was asked for, `base` is the
     folder of the base, where it is at hand."""
-    history, terms = closure(state), state.state.terms
-    if exported["num_links"] is not None:
-        terms = tuple(state.sequence[: exported["num_links"]])
+    history, terms = closure(state), tuple(state.terms(exported["num_links"]))
     own = [e.key for e in history.entries if CONFIG in e.files and state.draft is None]
     stages = {
         key: {
