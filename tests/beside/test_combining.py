@@ -139,7 +139,7 @@ def test_the_order_of_stages_changes_nothing(abc):
 
 
 def test_stages_are_shown_and_counted_in_the_order_in_which_they_were_added(
-    abc, ac, sentiment, chainlora
+    abc, ac, sentiment, chainlora, tmp_path
 ):
     """A combination has the same sums whatever that order is; b came last here."""
     add(sentiment, ac, "b")
@@ -156,6 +156,9 @@ def test_stages_are_shown_and_counted_in_the_order_in_which_they_were_added(
     whole = [link.factors for link in combined.links()]
     for link, other in zip(combined.links(3), whole, strict=True):  # the same sums
         assert all(torch.equal(link.factors[name].a, other[name].a) for name in other)
+    export_adapter(ac, tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8").partition("## Lineage")[0]
+    assert re.findall(r"^\| (\d \w+) \|", card, flags=re.MULTILINE) == ["0 a", "1 c", "2 b"]
     found = chainlora(f"mix {ac} b=0.5 --no-scores")
     assert [line.split("=")[0] for line in found.out.splitlines()] == order
 

@@ -71,6 +71,14 @@ class Lineage(Document):
         return None if found is None else checksum(found)
 
     @property
+    def places(self) -> list[tuple[int, str]]:
+        """Return the number and stage of each exported link, in the order of their sums. Numbers
+        count as `inspect` does, stages in the order in which they ended."""
+        order = [term.link for term in self.history.in_order(self.state.terms)]
+        links = [term.link for term in self.state.terms]
+        return [(order.index(link), self.history.links[link].stage) for link in links]
+
+    @property
     def picture(self) -> str:
         """Return a line for each entry: what it was computed from, its name and kind."""
 
