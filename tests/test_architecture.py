@@ -26,6 +26,7 @@ PUBLIC = {
     "chainlora.models.finding": {"resolve_model"},
     "chainlora.evaluation.metrics": {"is_higher_better"},
     "chainlora.training.objectives": {"check_names"},
+    "chainlora.training.progress": {"console_of_bars", "console_on_stderr"},
     "chainlora.registry": {"plugin_digest"},
 }
 

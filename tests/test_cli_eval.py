@@ -50,6 +50,22 @@ def test_eval_of_the_plain_model_and_of_the_chain_as_it_was(chainlora, finished,
     assert text.out.endswith("(16 rows)\n")
 
 
+def test_eval_says_which_rows_are_not_those_of_the_training(
+    chainlora, tiny_folder, sentiment, tmp_path, caplog
+):
+    rows = shutil.copytree(sentiment, tmp_path / "rows")
+    run, keys = tmp_path / "run", {"chain": {"ranks": [2], "steps": [1]}}
+    train(settings(tiny_folder, rows, run, **keys))
+    before = chainlora(f"eval {run} --json").json
+    assert caplog.text == ""
+    shutil.copy(rows / "train.jsonl", rows / "validation.jsonl")
+    assert chainlora(f"eval {run} --json").json != before
+    assert f"data.validation has changed since the run was trained ({rows}/" in caplog.text
+    assert "data.task" not in caplog.text
+    assert chainlora(f"eval {run} --split train").status == 0
+    assert caplog.text.count("has changed") == 1
+
+
 @pytest.mark.parametrize(
     "keys",
     [

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -199,6 +200,12 @@ def test_log_cuts_nothing(chainlora, run, terminal, monkeypatch):
         monkeypatch.setenv(name, value)
     words = chainlora(f"log {run}").out.split()
     assert {"*", "|", "rehearsal-10", *many["parents"], birds["state"], main["state"]} <= {*words}
+
+
+def test_an_entry_of_the_log_has_the_keys_of_the_page(run):
+    page = Path(__file__).parents[1] / "docs/python.md"
+    said = page.read_text(encoding="utf-8").partition("with the keys ")[2].partition(";")[0]
+    assert re.findall(r"`(\w+)`", said) == list(log(run)[0])
 
 
 def test_log_names_a_stage_that_is_trained(chainlora, config, tmp_path):

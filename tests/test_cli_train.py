@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import yaml
+from conftest import write_rows
 from helpers import Stop, assert_same_links, stage_dir, stop_after, stopping
 
 from chainlora import load_config, train
@@ -144,3 +145,16 @@ def test_next_commands_fit_the_run(chainlora, config, tmp_path):
     told = chainlora(f"{run} --chain.steps 1").out.partition("next:\n")[2]
     assert "--to merged" in told
     assert "--to adapter" not in told
+
+
+def test_what_was_trained_on_conversations_is_to_be_chatted_with(chainlora, tiny_folder, tmp_path):
+    said = [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "mat"}]
+    rows = [{"messages": [{**said[0], "content": word}, said[1]]} for word in ("red", "two")]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    tree = {"model": str(tiny_folder), "data": {"train": "rows.jsonl"}, "output": "run"}
+    (tmp_path / "chat.yaml").write_text(
+        yaml.safe_dump(tree | {"chain": {"ranks": [2], "steps": [1]}})
+    )
+    told = chainlora("train chat.yaml").out.partition("next:\n")[2]
+    assert told.splitlines()[0] == "  chainlora chat run"
+    assert "generate" not in told

@@ -131,7 +131,7 @@ def test_the_readme_commands_run_in_order(checkout, monkeypatch, capsys):
     for stage in ("main", "times"):
         found = names_in(checkout / "runs/dates/stages" / stage)
         assert found <= stage_names - passing
-        assert stage_names - passing - found <= {"model"}
+        assert stage_names - passing - found <= {"chainlora", "model"}  # of some
 
 
 def test_a_finished_run_is_resumed_by_its_own_config(checkout, monkeypatch):

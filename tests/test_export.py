@@ -126,6 +126,8 @@ def test_bfloat16_keeps_its_dtype_and_the_adapter_is_as_near_as_one_cast(
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
     assert torch.equal(logits(merged), live(run))
     export_adapter(run, tmp_path / "a")
+    stored = load_file(tmp_path / "a/adapter_model.safetensors")
+    assert {stored[name].dtype for name in stored if "lora" in name} == {torch.float32}
     exact = logits(load_run(run, dtype="float32")[0])
     assert_close(on_fresh_base(folders[architecture], tmp_path / "a"), exact)  # no cast at all
     # In bfloat16 both models round at every layer: base and product apart in one, their sum in the

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from subprocess import PIPE
 
@@ -25,7 +24,7 @@ from test_models import TOKENS, write_gguf
 from chainlora import export_adapter, files
 from chainlora.cli.main import run as command
 from chainlora.errors import FileError, RunError
-from chainlora.evaluation.stage_scores import Cell, stage_matrix
+from chainlora.evaluation.stage_scores import Cell, line_of, stage_matrix
 from chainlora.models.loading import load_model
 from chainlora.runs.export import empty_folder
 
@@ -181,8 +180,7 @@ def test_what_is_only_looked_at_is_shown(chainlora, run_copy, caplog):
     cells = [
         Cell(f"{n}", "main", "rows", "validation", "accuracy", 0.5, 0.0, 9, 9) for n in range(200)
     ]
-    lines = [json.dumps(asdict(cell)) + "\n" for cell in cells]  # of other states
-    (run_copy / "matrix.jsonl").write_text("".join(lines))
+    (run_copy / "matrix.jsonl").write_text("".join(map(line_of, cells)))  # of other states
     with files_up_to(20_000):
         shown, scored = chainlora("inspect", run_copy), stage_matrix(run_copy)
     assert (shown.status, "overlap" in shown.out) == (0, True)

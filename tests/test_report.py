@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import Chain, LinkConfig, make_config, report_runs, save_chain, train
 from chainlora.config.staging import make_stages
-from chainlora.evaluation.stage_scores import stage_matrix
+from chainlora.evaluation.stage_scores import Cell, StageMatrix, stage_matrix
+from chainlora.reports.chain_charts import stage_pictures
 from chainlora.reports.charts import short
 from chainlora.reports.page import render
 from chainlora.reports.run_charts import training_pictures
@@ -306,6 +307,37 @@ def test_a_run_of_stages_shows_what_each_did_to_every_other(tiny_folder, sentime
     (facts,) = read_runs([run])
     loss = training_pictures(facts.records)[0].svg
     assert re.findall(r">(link \d)<", loss) == ["link 0"]  # records count within the stage
+
+
+@pytest.mark.parametrize(("metric", "best"), [("accuracy", 0.9), ("loss", 0.1)])
+def test_the_best_score_of_a_matrix_is_the_lightest(finished, metric, best):
+    (run,) = read_runs([finished])
+    cell = Cell("", "", "", "validation", metric, 0.0, 0.0, 9, 9)
+    values = [[0.1, 0.3], [0.9, 0.5]]
+    grid = [[dataclasses.replace(cell, value=value) for value in row] for row in values]
+    matrix = StageMatrix(["facts", "style"], ["base", "facts"], grid)
+    *_, picture = stage_pictures(dataclasses.replace(run, matrix=matrix))
+    colours = re.findall(r'style="fill: (#\w{6}); stroke: \1', picture.svg)[:4]
+    lightest = max(range(4), key=lambda place: int(colours[place][3:5], 16))  # by green
+    assert [*values[0], *values[1]][lightest] == best
+
+
+def test_answers_of_a_chat_stand_below_what_was_said(tiny_folder, sentiment, tmp_path):
+    """Not below the markup of the chat template, which the prompt has."""
+    user, answer = {"role": "user", "content": "<cat>"}, {"role": "assistant", "content": "mat"}
+    system = {"role": "system", "content": "be good"}
+    prompts = [[user], [system, user], [user, answer, user], [system, user, answer, user]]
+    rows = [{"prompt": prompt, "completion": [answer]} for prompt in prompts]
+    data = {"train": str(write_rows(tmp_path / "rows.jsonl", rows)), "task": None}
+    chain = {"ranks": [2], "steps": [1]}
+    run = tmp_path / "run"
+    train(settings(tiny_folder, sentiment, run, chain=chain, data=data | {"validation": None}))
+    report_runs([run], prompts="4", max_new_tokens=1)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    shown = re.findall(r"Prompt: </span>(.*?)</p>", page, flags=re.DOTALL)
+    more = "user: <cat>\nassistant: mat\nuser: <cat>"
+    expected = ["<cat>", "system: be good\nuser: <cat>", more, f"system: be good\n{more}"]
+    assert sorted(map(html.unescape, shown)) == sorted(expected)
 
 
 def test_a_run_that_was_stopped_says_so(tiny_folder, sentiment, tmp_path):

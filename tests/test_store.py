@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from chainlora import export_adapter, inspect_run, load_run, train
 from chainlora.errors import ChainLoRAError, RunError
+from chainlora.evaluation.stage_scores import Cell, line_of
 from chainlora.reports.run_report import report_runs
+from chainlora.runs.addresses import open_run
 from chainlora.runs.cards import story_of
+from chainlora.runs.documents import short_digest
 
 # --- what is there
 
@@ -209,22 +213,15 @@ def test_factors_of_another_size_than_the_base_are_refused_in_one_sentence(run_c
         assert "\n" not in str(raised.value)
 
 
-ESCAPE = "\x1b[31mred"
+ESCAPE = "\x1b]0;red\x07\x9b31m"
 OUTSIDE = {"../../secret": "0" * 64}
 RECEIVED = {  # what it says; where
-    "base.model": lambda tree: tree["base"].update(model=ESCAPE),
-    "base.task_type": lambda tree: tree["base"].update(task_type=ESCAPE),
-    "hold": lambda tree: tree.update(hold=ESCAPE),
     "head": lambda tree: tree.update(head="../main"),
     "tokenizer": lambda tree: tree.update(tokenizer=OUTSIDE),
     "entries.0.key": lambda tree: tree["entries"][0].update(key=ESCAPE),
-    "entries.0.ended": lambda tree: tree["entries"][0].update(ended=ESCAPE),
     "entries.0.kept": lambda tree: tree["entries"][0].update(kept="../" * 21 + "a"),
     "entries.0.files": lambda tree: tree["entries"][0].update(files={"/etc/passwd": "0" * 64}),
     "entries.0.tied.0": lambda tree: tree["entries"][0].update(tied=["../../../../main"]),
-    "entries.0.training.versions.torch": lambda tree: tree["entries"][0]["training"][
-        "versions"
-    ].update(torch=ESCAPE),
     "links": lambda tree: tree["links"].update({"../../../elsewhere": {}}),
     "links.A.stage": lambda tree: first_link(tree).update(stage="x" * 81),
     "links.A.files": lambda tree: first_link(tree).update(files=OUTSIDE),
@@ -236,20 +233,34 @@ def first_link(tree: dict) -> dict:
 
 
 @pytest.mark.parametrize("place", RECEIVED)
-def test_a_received_run_names_nothing_outside_and_says_no_terminal_escapes(
-    run_copy, chainlora, place
-):
+def test_a_received_run_names_nothing_outside(run_copy, chainlora, place):
     digest = next(iter(history_of(run_copy)["links"]))
     sign(run_copy, RECEIVED[place])
     found = chainlora(f"inspect {run_copy}")
     found.refused("history.json must hold valid values", f"`{place.replace('A', digest)}")
-    assert "\x1b" not in found.err
 
 
-def test_a_score_of_a_received_run_is_no_terminal_escape(run_copy, chainlora):
+def test_no_text_of_a_received_run_is_a_terminal_escape(run_copy, chainlora, tmp_path):
+    export_adapter(run_copy, tmp_path / "adapter")
+    for path in (tmp_path / "adapter", *(run_copy / name for name in ("links", "rows", "stages"))):
+        (path / f"{ESCAPE}.txt").touch()
     edit(stage_dir(run_copy) / "metrics.jsonl", '"accuracy"', json.dumps(ESCAPE))
-    sign(run_copy)
-    chainlora(f"inspect {run_copy}").refused("metrics.jsonl", "a key with control characters")
+    sign(run_copy, lambda tree: tree["base"].update(model=f"base {ESCAPE}"))
+    state, kept = open_run(run_copy).state.digest, open_run(run_copy).keepers["main"]
+    cell = Cell(state, "main", short_digest([kept, ""]), ESCAPE, ESCAPE, 0.5, 0.0, 9, 9)
+    base = replace(cell, state=open_run(f"{run_copy}@base").state.digest)
+    (run_copy / "matrix.jsonl").write_text("".join(map(line_of, (base, cell))))
+    shown = "\\u001b]0;red\\u0007\\u009b31m"
+    for words, status in {
+        f"inspect {run_copy}": 0,
+        f"eval {run_copy} --matrix": 0,
+        f"eval {run_copy} --matrix --json": 0,
+        f"prune {run_copy} {ESCAPE}": 1,
+        f"verify {tmp_path}/adapter": 1,
+    }.items():
+        found = chainlora(words)
+        assert (found.status, shown in found.out + found.err) == (status, True), found
+        assert not set(found.out + found.err) & set("\x1b\x07\x9b"), words
 
 
 @pytest.mark.parametrize("event", ["step", "eval"])

@@ -23,6 +23,7 @@ are joined in the same way everywhere:
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -112,6 +113,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(words in text for words in _NO_MEMORY)
 
 
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
 def sentence(rule: str, got: object = "", remedy: str = "") -> str:
     """Join what a message says: ``rule (got …); remedy``. What is empty is left out."""
     value = f" (got {got})" if str(got) else ""
@@ -119,9 +123,14 @@ def sentence(rule: str, got: object = "", remedy: str = "") -> str:
 
 
 def one_line(text: str) -> str:
-    """Join lines, and write as escapes what else cannot be printed: users' own keys and values."""
-    joined = " ".join(part for line in text.splitlines() if (part := line.strip()))
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
+    """Join lines, and write as escapes what cannot be printed: users' own keys and values."""
+    return printable(" ".join(part for line in text.splitlines() if (part := line.strip())))
+
+
+def printable(text: str) -> str:
+    """Write control characters but tabs and line ends, which a terminal would obey, as escapes, and
+    halves of surrogate pairs. A text in JSON stays the same JSON."""
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

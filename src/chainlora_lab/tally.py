@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,11 +14,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from chainlora.training.progress import console_of_bars, console_on_stderr
+
 
 def experiment_progress() -> Callable[[Mapping[str, Any]], None]:
     """Return a listener for `run_experiment` that shows progress and time left on stderr."""
-    is_terminal = bool(sys.stderr) and sys.stderr.isatty()  # FORCE_COLOR makes no terminal
-    console = Console(stderr=True, force_jupyter=False, force_terminal=is_terminal)
+    console = console_on_stderr()
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -28,8 +27,8 @@ def experiment_progress() -> Callable[[Mapping[str, Any]], None]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[now]}"),
-        console=console if is_terminal else Console(quiet=True),
-        disable=not is_terminal,
+        console=console_of_bars(console),
+        disable=not console.is_terminal,
         speed_estimate_period=86_400,  # seconds: a cell may take hours
     )
 

@@ -14,7 +14,7 @@ from helpers import Stop, settings, sign, stopping, train_all, train_on
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from beside.cases import begin, config_of, section
+from beside.cases import add, begin, config_of, section
 from chainlora import export_adapter, load_run
 from chainlora.chain.combining import Combination, gram_matrices, modules_by_input
 from chainlora.errors import ChainError, ConfigError, RunError
@@ -26,6 +26,7 @@ from chainlora.reports.runs import read_state
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import log, mix_stages, prune_stage, undo
 from chainlora.runs.history import read_history
+from chainlora.runs.inspection import inspect_run
 from chainlora.runs.loading_start import with_start
 from chainlora.training.stages import extension, rehearsal, train_stages
 
@@ -152,6 +153,31 @@ def test_the_order_of_stages_changes_nothing(abc):
     again = combine(abc, ["c", "a", "b"])
     assert again.state == first
     assert read_history(abc).ends(read_history(abc).head) == ["a", "b", "c"]
+
+
+def test_stages_are_shown_and_counted_in_the_order_in_which_they_were_added(
+    abc, ac, sentiment, chainlora, tmp_path
+):
+    """A combination has the same sums whatever that order is; b came last here."""
+    add(sentiment, ac, "b")
+    assert open_run(ac).state.digest == open_run(abc).state.digest
+    combined, order = open_run(ac), ["a", "c", "b"]
+    assert combined.stages == order
+    assert [row["stage"] for row in inspect_run(ac)["links"]] == order
+    assert stage_matrix(ac, compute=False).stages == order
+    assert stage_matrix(ac, compute=False).states[1:4] == order
+    assert [*log(ac)[0]["strengths"]] == order
+    first = combined.links(2)
+    of = [combined.history.links[term.link].stage for term in combined.terms(2)]
+    assert (len(first), of) == (2, ["a", "c"])
+    whole = [link.factors for link in combined.links()]
+    for link, other in zip(combined.links(3), whole, strict=True):  # the same sums
+        assert all(torch.equal(link.factors[name].a, other[name].a) for name in other)
+    export_adapter(ac, tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8").partition("## Lineage")[0]
+    assert re.findall(r"^\| (\d \w+) \|", card, flags=re.MULTILINE) == ["0 a", "1 c", "2 b"]
+    found = chainlora(f"mix {ac} b=0.5 --no-scores")
+    assert [line.split("=")[0] for line in found.out.splitlines()] == order
 
 
 def test_a_combined_run_is_one_adapter(abc, tiny_folder, tmp_path):

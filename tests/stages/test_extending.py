@@ -175,7 +175,8 @@ def test_a_stage_ends_inside_itself_with_its_best_point(config, tmp_path):
     card = (tmp_path / "whole/README.md").read_text(encoding="utf-8")
     table = card.partition("## Lineage")[0]
     rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")]
-    assert rows == ["| link", "| ---", "| 0", "| 1", "| before", "| 2", "| 3"]  # the last stage
+    links = ["| 0 facts", "| 1 facts", "| before", "| 2 style", "| 3 style"]
+    assert rows == ["| link", "| ---", *links]  # scores are the last stage's
     assert "Links from 2 on were trained on the task `task`" in card
     begun_on = open_run(tmp_path / "run").parent.state
     assert begun_on == first.state

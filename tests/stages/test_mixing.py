@@ -139,8 +139,11 @@ def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):
     assert set(best) == {"facts", "style"}
 
 
-@pytest.mark.parametrize("damage", [b"[" * 50000, b"\xff\xfe", b"null", '"value": "high"'])
+@pytest.mark.parametrize(
+    "damage", [b"[" * 50000, b"\xff\xfe", b"null", '"value": "high"', '"value": 0.987']
+)
 def test_a_damaged_line_of_a_matrix_is_scored_again(two, tmp_path, capsys, damage):
+    """And is no score of a report meanwhile: one with another digit too."""
     run, path = tmp_path / "run", tmp_path / "run/matrix.jsonl"
     grid, whole = stage_matrix(run, compute=False).grid, path.read_bytes()
     lines = whole.splitlines()

@@ -16,6 +16,7 @@ from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
 from chainlora.errors import RunError
 from chainlora.evaluation.stage_scores import stage_matrix
+from chainlora.models.identity import cache_dir
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, prune_stage, redo, undo
 from chainlora.runs.inspection import inspect_run
@@ -56,6 +57,41 @@ def test_a_pruned_stage_is_nowhere_and_later_ones_are_what_they_were_without(thr
     train_stages(rehearsal(run, {"chain": {"steps": [1]}}))  # would go with it
     with pytest.raises(RunError, match=r"must keep a stage.*its only one"):
         prune_stage(run, "law")
+
+
+def test_pages_of_a_killed_report_go_with_a_pruned_stage(two, tmp_path, capsys):
+    """They show rows. The output says what else stays, as JSON too."""
+    run = tmp_path / "run"
+    left = [
+        run / "report.html.123-0.new",
+        run / "other.html.7-12.new",
+        run / "matrix.jsonl.9-1.new",
+    ]
+    for path in left:
+        path.write_text("rows of style")
+    assert cli(["prune", str(run), "style"]) == 1
+    assert f"would delete {left[0]}\n" in capsys.readouterr().out
+    copy = shutil.copytree(run, tmp_path / "copy")
+    assert cli(["prune", str(run), "style", "--yes"]) == 0
+    assert not [path for path in left if path.exists()]
+    told = [line[7:] for line in capsys.readouterr().out.splitlines() if line.startswith("stays: ")]
+    assert cli(["prune", str(copy), "style", "--json", "--yes"]) == 0
+    assert json.loads(capsys.readouterr().out)["stays"] == told
+    assert str(cache_dir() / "rows") in told[-1]
+
+
+def test_what_tensorboard_shows_of_a_stage_goes_with_it(config, tmp_path):
+    pytest.importorskip("tensorboard", reason="no tensorboard: pip install tensorboard")
+    for stage in config["stages"]:
+        stage["train"] = {"trackers": ["tensorboard"]}
+    train_all(config)
+    run = tmp_path / "run"
+    found = {path.relative_to(run).parts[:2] for path in run.rglob("events.out.*")}
+    assert found == {("stages", "facts"), ("stages", "style")}
+    prune_stage(run, "style")
+    found = {path.relative_to(run).parts[:2] for path in run.rglob("events.out.*")}
+    assert found == {("stages", "facts")}
+    assert not any(b"more.jsonl" in path.read_bytes() for path in run.rglob("*") if path.is_file())
 
 
 def test_the_name_of_a_pruned_stage_is_free_again(three, tmp_path):
@@ -172,5 +208,6 @@ def test_what_cannot_be_pruned_is_refused_and_the_command_asks_first(three, tmp_
     assert files_of(run) == before
     assert cli(["prune", str(run), "style", "--yes", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["stays"][0] == "law, tuned on top of it, with data.replay also on its rows"
     assert found["again"] == [f"chainlora extend {run}@facts STAGE.yaml --name law --output FOLDER"]
     assert not any(Path(path).exists() for path in found["files"])

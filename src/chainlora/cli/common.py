@@ -10,10 +10,10 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 from click.shell_completion import CompletionItem
@@ -21,7 +21,7 @@ from click.shell_completion import CompletionItem
 from chainlora.config.staging import is_run as is_run
 from chainlora.config.staging import need_run as need_run
 from chainlora.config.staging import runs_near, split_address
-from chainlora.errors import ConfigError, FileError, RunError
+from chainlora.errors import ConfigError, FileError, RunError, printable
 
 if TYPE_CHECKING:
     from chainlora.runs.addresses import Address
@@ -48,8 +48,36 @@ dtype_option = click.option(
 )
 
 
-def prepare_streams() -> None:
-    """Let any text be printed: as escapes in a locale of few characters, nowhere if closed."""
+class Printer(io.TextIOBase):
+    """A stream that writes control characters as escapes, whoever prints to it.
+
+    Names in files of others may hold them. `unescaped` is the stream below, for a model's words and
+    for consoles that escape texts themselves (`training.progress.Terminal`). It has no `buffer`,
+    which click would write to instead.
+    """
+
+    encoding = ""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.unescaped, self.encoding = stream, stream.encoding
+
+    def write(self, text: str) -> int:
+        return self.unescaped.write(printable(text))
+
+    def flush(self) -> None:
+        self.unescaped.flush()
+
+    def isatty(self) -> bool:
+        return self.unescaped.isatty()
+
+    def fileno(self) -> int:
+        return self.unescaped.fileno()
+
+
+@contextmanager
+def prepared_streams() -> Iterator[None]:
+    """Let any text be printed: without control characters, as escapes in a locale of few
+    characters, nowhere if closed."""
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -57,6 +85,8 @@ def prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    with redirect_stdout(Printer(sys.stdout)), redirect_stderr(Printer(sys.stderr)):
+        yield
 
 
 def print_json(value: Any) -> None:

@@ -192,7 +192,8 @@ def _speaker(
 
 
 def _write(piece: str) -> None:
-    click.echo(piece, nl=False)  # flushes
+    """Print what a model says as it is: that is what was asked for."""
+    click.echo(piece, file=getattr(sys.stdout, "unescaped", None), nl=False)  # flushes
 
 
 def _stdin() -> TextIO:

@@ -16,7 +16,7 @@ import traceback
 import click
 
 from chainlora import __version__
-from chainlora.cli.common import SIGNALLED, Verbs, is_first_process, prepare_streams
+from chainlora.cli.common import SIGNALLED, Verbs, is_first_process, prepared_streams
 from chainlora.cli.doctor import doctor, schema, tasks
 from chainlora.cli.generate import chat, generate
 from chainlora.cli.scores import evaluate
@@ -57,9 +57,15 @@ First steps:
 
 def run(arguments: list[str]) -> int:
     """Run the command line and return its exit status."""
+    if "_CHAINLORA_COMPLETE" in os.environ:  # a shell asks, by bytes
+        return _run(arguments)
+    with prepared_streams():
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    prepare_streams()
     try:
         status = cli.main(arguments, prog_name="chainlora", standalone_mode=False)
         return status if isinstance(status, int) else 0

@@ -8,13 +8,12 @@ from itertools import groupby
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from chainlora.reports.charts import number
-from chainlora.training.progress import console_of_bars, console_on_stderr
+from chainlora.training.progress import Terminal, console_of_bars, console_on_stderr
 
 _COLUMNS = ["link", "rank", "steps", "loss", "validation", "‖ΔW‖", "effective rank"]
 _COLUMNS += ["overlap with earlier"]
@@ -40,9 +39,9 @@ def evaluation_progress() -> Iterator[Callable[..., None]]:
 
 def show_inspection(found: Mapping[str, Any]) -> None:
     """Print what `inspect_run` found: a row a link, and the chain as a whole."""
-    console = Console()
+    console = Terminal()
     # what is narrower would cut numbers; a terminal wraps them
-    console = Console(width=max(80, console.width) if console.is_terminal else 140)
+    console = Terminal(width=max(80, console.width) if console.is_terminal else 140)
     if found["links"]:
         said: list[Any] = [_table(found)]
     else:

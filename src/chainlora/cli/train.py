@@ -32,6 +32,7 @@ from chainlora.errors import ConfigError
 if TYPE_CHECKING:
     from chainlora.config.schema import RunConfig
     from chainlora.config.staging import Stage
+    from chainlora.runs.state import OpenState
     from chainlora.training.events import Event, Listener
     from chainlora.training.placement import StagePlan
     from chainlora.training.result import TrainResult
@@ -248,12 +249,17 @@ def _show_run(config: RunConfig, results: Sequence[TrainResult], are_stages: boo
     if are_stages:
         show_matrix(scored_matrix(run, compute=False))
     click.echo(f"run directory {run}")
-    entry = open_run(run).entry
-    is_combined = entry is not None and entry.kind == "combine"
-    _show_next(shlex.quote(run), results[-1], config, is_combined)
+    _show_next(shlex.quote(run), results[-1], config, open_run(run))
 
 
-def _show_next(run: str, result: TrainResult, config: RunConfig, is_combined: bool) -> None:
+def _show_next(run: str, result: TrainResult, config: RunConfig, state: OpenState) -> None:
+    from chainlora.evaluation.training_rows import training_rows
+    from chainlora.models.finding import resolve_model
+    from chainlora.runs.opening import tokenizer_of
+
+    facts = training_rows(state, tokenizer_of(state, resolve_model(state.base.model)))
+    is_chat = facts is not None and facts.is_chat
+    is_combined = state.entry is not None and state.entry.kind == "combine"
     has_links, report, scored = bool(result["links"]), f"chainlora report {run}", result["metrics"]
     extend = "--name NAME --data.train FILE --chain.ranks 8 --chain.epochs 1"
     if config.plugins:
@@ -261,7 +267,7 @@ def _show_next(run: str, result: TrainResult, config: RunConfig, is_combined: bo
     kind = "adapter" if has_links and not config.chain.dora else "merged"
     split = "" if "validation" in scored else " --split test"
     commands = [
-        f"chainlora generate {run} --prompt TEXT",
+        f"chainlora chat {run}" if is_chat else f"chainlora generate {run} --prompt TEXT",
         f"chainlora eval {run}{split}; {report}" if scored else report,
         *([f"chainlora rehearse {run}"] if is_combined else []),
         *([f"chainlora extend {run} {extend}"] if has_links else []),

@@ -27,6 +27,7 @@ from chainlora.errors import ChainLoRAError, ConfigError
 if TYPE_CHECKING:
     from chainlora.engine.engine import Speedups
     from chainlora.evaluation.stage_scores import StageMatrix
+    from chainlora.runs.changes import Pruning
     from chainlora.runs.state import OpenState
 
 
@@ -253,10 +254,10 @@ def log(run: str, as_json: bool) -> None:
     """
     folder = whole_run(run)
     quiet()
-    from rich.console import Console
     from rich.table import Table
 
     from chainlora.runs.changes import log as entries_of
+    from chainlora.training.progress import Terminal
 
     found = entries_of(folder)
     if as_json:
@@ -276,7 +277,7 @@ def log(run: str, as_json: bool) -> None:
         texts = (mark, entry["name"], entry["kind"], " ".join(entry["parents"]) or "base")
         ended = entry["ended"][:16].replace("T", " ")
         table.add_row(*texts, str(entry["links"]), strengths or "none", ended, entry["state"])
-    console, wide = Console(), Console(width=10_000)
+    console, wide = Terminal(), Terminal(width=10_000)
     if console.is_terminal:  # what is narrower would cut names; it wraps the lines
         wide.width = max(console.width, wide.measure(table).minimum)
     wide.print(table, markup=False)
@@ -307,37 +308,54 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
 
     Stages that were trained on top of it stay, without its links, and so do mixes of these stages
     that were set by hand. Combinations that were computed from it go with it, with all on top of
-    them; so do rehearsals on its rows, and mixes that its rows have chosen (mix --best). RUN is not
-    combined again: `combine` does that. Without --yes nothing is deleted, and the exit status is 1.
-    To switch a stage off, and on again, take mix; to go back to what was before it, take undo.
+    them; so do rehearsals on its rows, mixes that its rows have chosen (mix --best), and RUN's
+    pictures and report. RUN is not combined again: `combine` does that. What stays is listed: data
+    files, forks, exports, copies, and tokenised rows of large files, which are in a cache outside
+    RUN. Without --yes nothing is deleted, and the exit status is 1. To switch a stage off, and on
+    again, take mix; to go back to what was before it, take undo.
     """
     folder = whole_run(run)
     quiet()
-    from chainlora.models.identity import cache_dir
     from chainlora.runs.changes import plan_pruning, prune_stage
 
     found = (prune_stage if yes else plan_pruning)(folder, stage)
     gone = [str(path) for path in found.gone]
     fork = f"chainlora extend {run}@{found.before} STAGE.yaml --name {{0}} --output FOLDER"
     again = [fork.format(name) for name in found.later]
+    stays = _what_stays(found)
     if as_json:
         shown = {"run": run, "stage": stage, "deleted": yes, "files": gone}
-        print_json(shown | {"computed": found.with_it, "again": again, "now": found.now})
+        shown |= {"computed": found.with_it, "again": again, "stays": stays, "now": found.now}
+        print_json(shown)
     else:
         for what in [*gone, *(f"{name}, computed from it" for name in found.with_it)]:
             click.echo(f"{'deleted' if yes else 'would delete'} {what}")
-        if found.later:
-            how = "".join(f"\n  {line}" for line in again)
-            click.echo(f"stays: {', '.join(found.later)}, tuned on top of it; without it:{how}")
+        for what in stays:
+            click.echo(f"stays: {what}")
+        if again:
+            click.echo("\n  ".join(["to train these without it:", *again]))
         if found.now is not None:
             click.echo(f"{run} {'is' if yes else 'would be'} {found.now} now")
         if len(found.left) > 1:
             stages = shlex.join([run, *found.left])
             click.echo(f"to combine the others again: chainlora combine {stages}")
-        click.echo("stays: its data files, forks (prune them too), exports, predictions, reports")
-        click.echo(f"stays: the cache of tokenised rows of all runs, {cache_dir() / 'rows'}")
     if not yes:
         raise ConfigError("Nothing deleted. Add --yes.")
+
+
+def _what_stays(found: Pruning) -> list[str]:
+    """Return what a pruning leaves of a stage, in words."""
+    from chainlora.data.preparing import IN_MEMORY
+    from chainlora.models.identity import cache_dir
+
+    later = ", ".join(found.later)
+    return [
+        *([f"{later}, tuned on top of it, with data.replay also on its rows"] if later else []),
+        "its data files, forks (prune them too), pushed copies, exports, predictions, reports in "
+        "other places, and what trackers keep in other places",
+        f"tokenised rows of files of more than {IN_MEMORY:,} rows, of all runs: "
+        f"{cache_dir() / 'rows'}",
+    ]
 
 
 @click.command

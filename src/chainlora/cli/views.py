@@ -193,7 +193,8 @@ def export(
 ) -> None:
     """Turn RUN into a checkpoint, one PEFT adapter, or GGUF.
 
-    An adapter is exact, with the sum of the links' ranks, unless --rank or --tolerance is given.
+    An adapter is exact, with the sum of the links' ranks, unless --rank or --tolerance is given. It
+    is in float32, as links are trained beside any base; merged weights have the run's data type.
     """
     need_run(run)
     check_run_or_model(run, links, stages)

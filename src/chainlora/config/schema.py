@@ -122,7 +122,8 @@ class TrainConfig(Section):
     ([scale](scale.md#a-model-larger-than-a-gpu)). `null`: each process has a copy."""
     trackers: tuple[str, ...] = ()
     """Trackers of Accelerate by name, e.g. `[tensorboard]`; install their packages yourself. Those
-    that a run or a lineage names are used only where they are named again."""
+    that a run or a lineage names are used only where they are named again. Files of `tensorboard`
+    and `aim` lie in the folder of the stage, which `prune` deletes."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

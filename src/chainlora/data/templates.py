@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, tzinfo
 from functools import lru_cache
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
@@ -214,3 +215,37 @@ def ends_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     _, found, after = text.rpartition(_ANSWER)
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
     return [int(token) for token in ids if token in tokenizer.added_tokens_decoder][:1]
+
+
+def without_markup(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str | None:
+    """Return what is said in a prompt that the chat template wrote, as people read it.
+
+    That is the user's message, or several with their roles. None for another prompt.
+    """
+    around = _markup(tokenizer, "user", "assistant", "user")
+    if len(around) != 4 or not all(around[1:]) or not prompt.endswith(around[3]):
+        return None
+    begin, to_assistant, to_user, end = around
+    prompt, said, begins = prompt.removesuffix(end), list[str](), {begin: ""}
+    system = _markup(tokenizer, "system", "user")
+    begins |= {system[0]: system[1]} if len(system) == 3 else {}
+    found = max((b for b in begins if prompt.startswith(b)), key=len, default=None)
+    if found is None:
+        return None
+    prompt = prompt.removeprefix(found)
+    if begins[found]:
+        first, _, prompt = prompt.partition(begins[found])
+        said.append(f"system: {first}")
+    for role, mark in cycle([("user", to_assistant), ("assistant", to_user)]):
+        message, is_more, prompt = prompt.partition(mark)
+        said.append(f"{role}: {message}")
+        if not is_more:
+            break
+    return "\n".join(said) if said[1:] else said[0].removeprefix("user: ")
+
+
+def _markup(tokenizer: PreTrainedTokenizerBase, *roles: str) -> list[str]:
+    """Return what the chat template writes before, between and after messages of these roles."""
+    messages = [{"role": role, "content": _ANSWER} for role in roles]
+    reply = render_chat(tokenizer, {"messages": messages, "add_generation_prompt": True})
+    return [] if reply.error else str(reply.value[0]).split(_ANSWER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from os.path import expanduser
@@ -17,7 +18,15 @@ from chainlora.config.staging import need_apart
 from chainlora.data.examples import Example
 from chainlora.data.kept import Kept
 from chainlora.data.sources import Source, find_source
-from chainlora.data.splits import SPLITS, Splits, encode_split, prepare_splits, task_split_source
+from chainlora.data.splits import (
+    SPLITS,
+    Splits,
+    encode_split,
+    named_sources,
+    prepare_splits,
+    source_digest,
+    task_split_source,
+)
 from chainlora.data.tasks import Task, load_task
 from chainlora.engine.engine import Engine, Speedups
 from chainlora.errors import ConfigError, DataError, RunError
@@ -30,6 +39,8 @@ from chainlora.files import check_writable, make_folder, write_text
 from chainlora.models.text_config import context_length
 from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.opening import load_run_or_model
+
+logger = logging.getLogger(__name__)
 
 Encode = Callable[[Any, int], tuple[Task | Splits, Sequence[Example]]]
 """From a tokenizer and the model's context to what is asked, and the rows as tokens."""
@@ -181,6 +192,8 @@ def _own_rows(
 
     def encode(tokenizer: Any, context: int) -> tuple[Splits, Sequence[Example]]:
         try:
+            if data is None and whole is not None:
+                _warn_of_change(run, whole.data, split)
             splits = prepare_splits(
                 config, tokenizer, context, None, split, loss, earlier=earlier, bound=bound
             )
@@ -191,3 +204,19 @@ def _own_rows(
         return splits, getattr(splits, split)[:limit]
 
     return encode
+
+
+def _warn_of_change(run: Address, data: DataConfig, split: str) -> None:
+    """Warn of a task or rows whose content is not what the run was trained with."""
+    known = open_run(run).with_rows.configured.training.sources
+    rows = "train" if split == "validation" and data.holds_out else split
+    named = named_sources(data)
+    for key in ("data.task", f"data.{rows}"):
+        now = [source_digest(key, each.path, data) for each in named.get(key, ())]
+        if now != known.get(key, now):
+            logger.warning(
+                "%s has changed since the run was trained (%s): the scores are of what is there "
+                "now; --matrix scores the rows that the run kept",
+                key,
+                ", ".join(each.path for each in named[key]),
+            )

@@ -1,10 +1,11 @@
 """The matrix of a run: rows scored in the base, at the end of each stage and in the current mix.
 
-    RUN/matrix.jsonl    a JSON object a cell: digests of state and rows, stage, metric, value, …
+    RUN/matrix.jsonl    a JSON object a cell: digests of state and rows, stage, metric, value, …,
+                        and a checksum of these
 
 The rows are those that the run kept, so that the data files may have changed or gone. The file is a
-cache: a cell is found by the digests of all that its value depends on, and a line that cannot be
-read is scored again.
+cache: a cell is found by the digests of all that its value depends on, and a line that is not as it
+was written is scored again.
 
 R[i, j] is the score of stage j's rows in state i: after i stages, so that row 0 is the base. With T
 stages (Lopez-Paz & Ranzato, arXiv 1706.08840; Chaudhry et al., arXiv 1801.10112):
@@ -30,7 +31,7 @@ from statistics import fmean
 from typing import Any
 
 from markupsafe import Markup
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from chainlora import files
 from chainlora.chain.chain import Chain
@@ -328,8 +329,16 @@ def _read(run: Path) -> Iterator[Cell]:
     except OSError:  # there is none, or it cannot be read
         return
     for line in lines:
-        with suppress(ValidationError):
-            yield _CELL.validate_json(line, strict=True)
+        with suppress(ValueError, AttributeError, LookupError, RecursionError):
+            values = json.loads(line)
+            if values.pop("checksum") == short_digest(values):
+                yield _CELL.validate_json(line, strict=True)
+
+
+def line_of(cell: Cell) -> str:
+    """Return what is kept of a cell: its values and their checksum."""
+    values = asdict(cell)
+    return json.dumps(values | {"checksum": short_digest(values)}) + "\n"
 
 
 def _write(run: Path, known: Mapping[tuple[str, str, str], Cell]) -> None:
@@ -339,7 +348,7 @@ def _write(run: Path, known: Mapping[tuple[str, str, str], Cell]) -> None:
     try:
         history = read_history(run)
         stages = {entry.key for entry in history.entries} | drafts_in(run, history).keys()
-        lines = [f"{json.dumps(asdict(cell))}\n" for cell in cells if cell.stage in stages]
+        lines = [line_of(cell) for cell in cells if cell.stage in stages]
         files.remove_scratch(run, MATRIX)
         files.write_text(run / MATRIX, "".join(lines))
     except (FileError, RunError) as error:

@@ -17,7 +17,7 @@ from chainlora.data.rows import MemoryRows, Rows
 from chainlora.data.sources import find_source
 from chainlora.data.splits import prepare_splits
 from chainlora.data.tasks import load_task
-from chainlora.data.templates import ends_of_turn
+from chainlora.data.templates import ends_of_turn, without_markup
 from chainlora.errors import DataError
 from chainlora.evaluation.evaluate import evaluate
 from chainlora.evaluation.generation import generate_greedy
@@ -166,13 +166,19 @@ def _prompts(
     own = []
     for stage, found, stop in rows:
         for row in (each for each in found[:wanted] if len(each.prompt) > 1):
-            text = str(tokenizer.decode(row.prompt, skip_special_tokens=True))
             is_free = row.references and row.label is None
             right = row.references if is_free else [_candidate(row, row.label or 0, tokenizer)]
+            text = _shown(row.prompt, tokenizer)
             own.append(Prompt(row.prompt, text, stop, row, stage, " / ".join(right)))
     if not own:
         raise DataError(f"the rows of {run.path} must have prompts (got plain text); {_ASK}")
     return own
+
+
+def _shown(prompt: Sequence[int], tokenizer: Any) -> str:
+    """Return a prompt as people read it: of a chat what is said, without its template's markup."""
+    said = without_markup(tokenizer, str(tokenizer.decode(prompt)))
+    return str(tokenizer.decode(prompt, skip_special_tokens=True)) if said is None else said
 
 
 def _own_rows(run: RunFacts, model: Any, tokenizer: Any) -> Rows:

@@ -116,15 +116,15 @@ def _matrix_table(title: str, matrix: StageMatrix) -> Table:
 
 
 def _matrix_picture(matrix: StageMatrix) -> Picture:
-    """Return the matrix. Cells that were not scored are empty; of several metrics, the colours of a
-    column go from its worst score to its best."""
+    """Return the matrix. Cells that were not scored are empty; a better score is lighter. Of
+    several metrics, the colours of a column go from its worst score to its best."""
     metrics = {cell.stage: cell.metric for cell in matrix.cells}
     kinds = list(dict.fromkeys(metrics.values()))
     values = [[math.nan if cell is None else cell.value for cell in row] for row in matrix.grid]
     keys: Any = {"rows": matrix.states, "columns": matrix.stages}
     if len(kinds) == 1:
-        better = "higher" if is_higher_better(kinds[0]) else "lower"
-        keys["label"] = f"{kinds[0]}, {better} is better"
+        keys["turned"] = not is_higher_better(kinds[0])
+        keys["label"] = f"{kinds[0]}, {'lower' if keys['turned'] else 'higher'} is better"
         grid = values
     else:
         columns = [shades_of(column) for column in zip(*matrix.grid, strict=True)]

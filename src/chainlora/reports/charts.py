@@ -226,18 +226,21 @@ def heat_map(
     label: str,
     least: float = 0.0,
     texts: Sequence[Sequence[str]] | None = None,
+    turned: bool = False,
 ) -> None:
     """Draw a matrix of numbers as colours, the first row above, and as text where it fits.
 
     `rows` and `columns` name them; of many, some are shown, and of long names the beginning. NaN
     cells stay empty. The scale goes to the largest number, or to `least` if that is more; it has no
-    numbers where `texts` stand in the cells instead.
+    numbers where `texts` stand in the cells instead. The largest number is the lightest, or if
+    `turned` the darkest: of scores, the best one is always the lightest.
     """
     top = max([least, *(value for line in grid for value in line if math.isfinite(value))]) or 1.0
     form = "{:.2f}" if top < 10 else "{:.3g}"
     edges = [[place - 0.5 for place in range(len(names) + 1)] for names in (columns, rows)]
+    colours = "cividis_r" if turned else "cividis"
     image = axes.pcolormesh(
-        *edges, grid, cmap="cividis", vmin=0.0, vmax=top, edgecolors="face", linewidth=0.3
+        *edges, grid, cmap=colours, vmin=0.0, vmax=top, edgecolors="face", linewidth=0.3
     )  # edges of the cells' own colour: without them the page shines through in between
     axes.invert_yaxis()
     axes.grid(visible=False)
@@ -247,7 +250,8 @@ def heat_map(
         for row, line in enumerate(grid):
             for column, value in enumerate(line):
                 if not math.isnan(value):
-                    ink = _ON_LIGHT if value > 0.6 * top else _ON_DARK
+                    is_light = value < 0.4 * top if turned else value > 0.6 * top
+                    ink = _ON_LIGHT if is_light else _ON_DARK
                     where = {"ha": "center", "va": "center", "fontsize": SMALL, "color": ink}
                     text = texts[row][column] if texts else form.format(value)
                     axes.text(column, row, text, **where)

@@ -57,7 +57,8 @@ def taken_apart(run: Address | Chain, num_links: int | None = None) -> tuple[Ope
     need_links(state)
     state.need_one_strength(state.stages)
     stages: dict[str, list[Term]] = {}
-    for term, facts in state.pairs:
+    for term in state.history.in_order(state.state.terms):
+        facts = state.history.links[term.link]
         if term.strength:
             # servers add only the factors of LoRA
             need_low_rank_sum(facts.link_config(), facts.stage, "export the state merged")

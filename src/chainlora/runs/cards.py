@@ -20,6 +20,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from chainlora.chain.link import Link
 from chainlora.config.template_names import NAMES
+from chainlora.errors import one_line
 from chainlora.files import reported
 from chainlora.models.finding import hub_id_of
 from chainlora.runs.addresses import Address, open_run
@@ -133,7 +134,7 @@ def write_card(folder: Path, card: Card, lineage: Lineage | None = None) -> None
         pipeline_tag="text-generation" if card.is_causal else None,
         tags=["chain-of-lora", "lora"],
     )
-    scores, rows = _chain_table(links, story)
+    scores, rows = _chain_table(links, story, [] if lineage is None else lineage.places)
     facts = {
         **vars(card),
         **vars(naming),
@@ -169,7 +170,7 @@ def place_of(base: str) -> str:
 
 def _plain(text: object) -> str:
     """Return a text on one line without backticks: inside Markdown's code it is no markup."""
-    return " ".join(str(text).split()).replace("`", "'")
+    return one_line(str(text)).replace("`", "'")
 
 
 QUOTING: Mapping[str, Callable[[object], str]] = {
@@ -181,9 +182,12 @@ QUOTING: Mapping[str, Callable[[object], str]] = {
 
 
 def _chain_table(
-    links: Sequence[Link], story: Mapping[str, Any]
+    links: Sequence[Link], story: Mapping[str, Any], places: Sequence[tuple[int, str]]
 ) -> tuple[list[str], list[list[str]]]:
-    """Return the names of the validation scores, and a row per link that ends with its scores."""
+    """Return the names of the validation scores, and a row per link that ends with its scores.
+
+    `places` are the number and stage of each link; none of a chain in memory.
+    """
     first, evaluations = story.get("first", 0), story.get("evaluations", ())
     names = [*score_names(evaluations), "loss"] if evaluations else []
     own = [link for link in links if link.index >= first]
@@ -197,10 +201,12 @@ def _chain_table(
         values = [evaluation.get(name) for name in names]
         return [f"{value:.4f}" if isinstance(value, int | float) else "–" for value in values]
 
-    rows = []
-    for link in links:
+    rows, are_several = [], len({stage for _, stage in places}) > 1
+    for link in sorted(links, key=lambda each: places[each.index] if places else each.index):
+        place, stage = places[link.index] if places else (link.index, "")
         if before is not None and link.index == first:
             rows.append(["before", "", "", "", *scores(before)])
         numbers = [f"{link.config.rank}", f"{link.scaling:g}", f"{link.num_steps:,}"]
-        rows.append([str(link.index), *numbers, *scores(after.get(link.index - first, {}))])
+        name = f"{place} {stage}" if are_several else f"{place}"
+        rows.append([name, *numbers, *scores(after.get(link.index - first, {}))])
     return names, rows

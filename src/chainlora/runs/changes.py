@@ -15,7 +15,7 @@ from typing import Any
 
 from chainlora import files
 from chainlora.chain.checks import check_strengths
-from chainlora.config.staging import split_address
+from chainlora.config.staging import HISTORY, split_address
 from chainlora.errors import ChainError, FileError, RunError
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.draft import drafts_in, ended_leftovers
@@ -335,11 +335,15 @@ def _unnamed(run: Path, history: History) -> Iterator[Path]:
                 yield path
     yield from ended_leftovers(run, history)
     yield from (run / name for name in _SHOWN if (run / name).exists())
+    # of a killed report, which may hold rows; the history's own go where it is replaced
+    names = (path.name for path in run.iterdir() if files.is_scratch(path.name))
+    yield from (run / name for name in names if not name.startswith(f"{HISTORY}."))
 
 
 def _keep_scores(run: Path, history: History) -> None:
     """Delete the scores of states and rows that are not there any more."""
     path = run / MATRIX
+    files.remove_scratch(run, MATRIX)
     if not path.is_file():
         return
     states = {history.empty.digest, *(entry.state.digest for entry in history.entries)}
@@ -347,7 +351,6 @@ def _keep_scores(run: Path, history: History) -> None:
     with files.reported(path, "read"):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = [line for line in lines if _is_of(line, states, stages)]
-    files.remove_scratch(run, MATRIX)
     files.write_text(path, "".join(f"{line}\n" for line in kept))
 
 

@@ -19,8 +19,6 @@ DAMAGED = "the run is damaged: restore the file from a copy, or start over"
 Count = Annotated[int, Field(ge=0)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,79}$")]
-# What is printed must hold no control characters: a terminal would obey them.
-Text = Annotated[str, Field(pattern=r"^\P{Cc}*$")]
 Kind = TypeVar("Kind", bound="Document")
 
 

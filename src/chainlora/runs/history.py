@@ -35,7 +35,6 @@ from chainlora.runs.documents import (
     Name,
     Part,
     Sums,
-    Text,
     now,
     read_part,
     short_digest,
@@ -65,7 +64,7 @@ class Term(Part):
 class State(Part):
     """What a model is: a base and the links on it. Its digest is of what adds to the weights."""
 
-    base: Text
+    base: str
     terms: tuple[Term, ...] = ()
 
     @property
@@ -86,14 +85,14 @@ class Base(Part):
     others where it is loaded: a new head.
     """
 
-    model: Text
-    fingerprint: Text
-    body: Text | None = None
-    task_type: Text | None = CAUSAL
+    model: str
+    fingerprint: str
+    body: str | None = None
+    task_type: str | None = CAUSAL
     dtype: Annotated[str, Field(pattern=r"^b?float(16|32|64)$")] = "float32"
     files: dict[str, str] | None = None
     fan_in_fan_out: bool = False
-    quantize: Text | None = None
+    quantize: str | None = None
 
 
 class LinkFacts(Part):
@@ -137,12 +136,12 @@ class Training(Part):
     digests of the task and the files of rows by the keys that name them, `plugins` their SHA-256,
     `numbers` what was decided at its start."""
 
-    rows: Text | None = None
+    rows: str | None = None
     sources: dict[str, list[str]] = Field(default={})
     plugins: dict[str, str] = Field(default={})
     changes: tuple[Change, ...] = ()
     numbers: Numbers | None = None
-    versions: dict[Text, Text] = Field(default={})
+    versions: dict[str, str] = Field(default={})
 
 
 class Entry(Part):
@@ -163,7 +162,7 @@ class Entry(Part):
     kept: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     files: Sums = Field(default={})
     training: Training = Training()
-    ended: Text = ""  # when, in UTC
+    ended: str = ""  # when, in UTC
     pruned: bool = False
 
     def renamed(self, names: Mapping[str, str]) -> Entry:
@@ -200,7 +199,7 @@ class History(Document):
     """
 
     base: Base
-    hold: Text
+    hold: str
     seed: int = 0
     tokenizer: Sums = Field(default={})
     links: dict[Digest, LinkFacts] = Field(default={})
@@ -267,9 +266,16 @@ class History(Document):
         """Return the names of the stages that the run trained itself, in their order."""
         return [entry.key for entry in self.own if entry.kind == "stage"]
 
+    def in_order(self, terms: Iterable[Term]) -> list[Term]:
+        """Return terms in the order in which their stages ended. A combination, whose sums depend
+        on no time, has another one."""
+        places = {entry.key: place for place, entry in enumerate(self.entries)}
+        return sorted(terms, key=lambda term: places.get(self.links[term.link].stage, -1))
+
     def strengths_of(self, state: State) -> dict[str, float]:
-        """Return the strength of each stage in a state, by the order of their links."""
-        return {self.links[term.link].stage: term.strength for term in state.terms}
+        """Return the strength of each stage in a state, in the order in which they ended."""
+        terms = self.in_order(state.terms)
+        return {self.links[term.link].stage: term.strength for term in terms}
 
     @property
     def files(self) -> dict[str, str]:

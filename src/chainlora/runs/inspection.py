@@ -36,7 +36,7 @@ def inspect_run(run: Address) -> dict[str, Any]:
     Every file of the run is checked first. Raises RunError for one that is missing or has changed.
     """
     state = (run if isinstance(run, OpenState) else find_state(run)).verify()
-    links = state.links(len(state.sequence))
+    links = state.read(state.sequence)
     places = [state.history.links[term.link].stage for term in state.sequence]
     records = {name: state.at(name).records() for name in {*places} - {state.stage}}
     records[state.stage] = state.records()

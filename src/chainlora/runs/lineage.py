@@ -24,7 +24,6 @@ from chainlora.runs.documents import (
     Name,
     Part,
     Sums,
-    Text,
     checksum,
     read_part,
     write_part,
@@ -65,8 +64,8 @@ class Lineage(Document):
     to: Target
     exported: Exported
     naming: dict[Literal["name", "base", "licence"], str | None]
-    versions: dict[Text, Text] = Field(default={})
-    revision: Text | None = None
+    versions: dict[str, str] = Field(default={})
+    revision: str | None = None
     state: State
     history: History
     stages: dict[Name, StageFacts] = Field(default={})
@@ -82,6 +81,14 @@ class Lineage(Document):
         """Return the SHA-256 of the hashes of the base's files; None where these are unknown."""
         found = self.history.base.files
         return None if found is None else checksum(found)
+
+    @property
+    def places(self) -> list[tuple[int, str]]:
+        """Return the number and stage of each exported link, in the order of their sums. Numbers
+        count as `inspect` does, stages in the order in which they ended."""
+        order = [term.link for term in self.history.in_order(self.state.terms)]
+        links = [term.link for term in self.state.terms]
+        return [(order.index(link), self.history.links[link].stage) for link in links]
 
     @property
     def picture(self) -> str:
@@ -115,9 +122,7 @@ def lineage_of(
 ) -> Lineage:
     """Return where an export comes from: `to` and `exported` are what was asked for, `base` is the
     folder of the base, where it is at hand."""
-    history, terms = closure(state), state.state.terms
-    if exported["num_links"] is not None:
-        terms = tuple(state.sequence[: exported["num_links"]])
+    history, terms = closure(state), tuple(state.terms(exported["num_links"]))
     own = [e.key for e in history.entries if CONFIG in e.files and state.draft is None]
     stages = {
         key: {

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from typing_extensions import TypedDict
 
 from chainlora.errors import RunError
 from chainlora.files import reported, sync_file, write_bytes
-from chainlora.runs.documents import DAMAGED, Text
+from chainlora.runs.documents import DAMAGED
 from chainlora.runs.draft import Records
 
 logger = logging.getLogger(__name__)
@@ -112,14 +111,12 @@ def read_records(path: Path) -> list[Record]:
         records = [json.loads(line) for line in lines]
         if not all(isinstance(record, dict) and "event" in record for record in records):
             raise ValueError("a line without an event")
-        if not all(map(str.isprintable, chain.from_iterable(records))):
-            raise ValueError("a key with control characters")
     except (ValueError, RecursionError) as error:
         raise RunError(
             f"metrics.jsonl must hold one JSON object a line (got {path}: {error}); "
             "remove the broken line"
         ) from None
-    for key, value in chain.from_iterable(map(dict.items, records)):
+    for key, value in (item for record in records for item in record.items()):
         if not isinstance(value, str if key in _TEXTS else int | float):
             rule, got = "metrics.jsonl must hold numbers", f"{value!r:.40} for `{key}` in {path}"
             raise RunError(rule, got, "remove the broken line")
@@ -159,11 +156,11 @@ def _lines(content: bytes) -> list[bytes]:
 class _Result(TypedDict):
     """The keys that reports show."""
 
-    metrics: dict[Text, dict[Text, float]]
+    metrics: dict[str, dict[str, float]]
     trainable_parameters: int
     peak_memory_mb: int | None
     hardware: dict[str, Any]
-    versions: dict[Text, Text]
+    versions: dict[str, str]
 
 
 def read_result(path: Path) -> dict[str, Any]:

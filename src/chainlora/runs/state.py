@@ -67,7 +67,8 @@ class OpenState:
 
     def _repr_html_(self) -> str:
         heads = ("link", "stage", "rank", "steps", "strength")
-        pairs = enumerate(self.pairs)
+        terms = self.history.in_order(self.state.terms)
+        pairs = enumerate((term, self.history.links[term.link]) for term in terms)
         rows = [(n, own.stage, own.rank, own.num_steps, t.strength) for n, (t, own) in pairs]
         return table(heads, rows, str(self))
 
@@ -95,7 +96,7 @@ class OpenState:
 
     @property
     def stages(self) -> list[str]:
-        """Return the names of the stages that links are of, in their order."""
+        """Return the names of the stages that links are of, in the order in which they ended."""
         return list(self.strengths)
 
     @property
@@ -162,12 +163,25 @@ class OpenState:
         """Return the links in the order in which they were tied, also beyond the best point."""
         trained = self.trained
         if trained is None or not trained.tied:
-            return list(self.state.terms)
+            return self.history.in_order(self.state.terms)
         known = {term.link: term for term in self.state.terms}
         strength = self.strengths.get(trained.key, 1.0)
         below = [term for term, facts in self.pairs if facts.stage != trained.key]
         own = [known.get(link, Term(link=link, strength=strength)) for link in trained.tied]
-        return [*below, *own]
+        return [*self.history.in_order(below), *own]
+
+    def terms(self, num_links: int | None = None) -> Sequence[Term]:
+        """Return the links of the state, or the first `num_links` that were tied, in the order of
+        their sums. Raises RunError for more than there are."""
+        terms = self.state.terms
+        if num_links is None:
+            return terms
+        first = self.sequence
+        if not 0 <= num_links <= len(first):
+            rule = f"the number of links must be 0 to {len(first)} for this run"
+            raise RunError(f"{rule} (got {num_links})")
+        places = {term.link: place for place, term in enumerate(terms)}
+        return sorted(first[:num_links], key=lambda each: places.get(each.link, len(terms)))
 
     # --- other states ---
 
@@ -213,14 +227,7 @@ class OpenState:
 
     def links(self, num_links: int | None = None) -> list[Link]:
         """Read the links of the state, or of the first `num_links` that were tied."""
-        terms: Sequence[Term] = self.state.terms
-        if num_links is not None:
-            terms = self.sequence
-            if not 0 <= num_links <= len(terms):
-                rule = f"the number of links must be 0 to {len(terms)} for this run"
-                raise RunError(f"{rule} (got {num_links})")
-            terms = terms[:num_links]
-        links = self.read(terms)
+        links = self.read(self.terms(num_links))
         check_strengths(links)
         return links
 

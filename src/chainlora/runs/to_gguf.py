@@ -119,7 +119,7 @@ def export_gguf(
 
 def _last_stage(state: OpenState, num_links: int | None) -> str:
     """Return the stage of the last link that is exported and switched on, and of no rehearsal."""
-    terms = state.state.terms if num_links is None else state.sequence[:num_links]
+    terms = state.history.in_order(state.terms(num_links))
     on = [state.history.links[term.link].stage for term in terms if term.strength]
     return next((name for name in reversed(on) if name in state.columns), state.with_rows.stage)
 

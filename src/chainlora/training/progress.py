@@ -14,7 +14,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
+from chainlora.errors import printable
 from chainlora.training.events import (
     AlreadyFinished,
     Evaluated,
@@ -51,6 +53,17 @@ def progress_listener() -> Iterator[Listener]:
         listener.bar.stop()
 
 
+class Terminal(Console):
+    """A console of rich that writes control characters in texts as escapes, as `cli` prints."""
+
+    def __init__(self, *, stderr: bool = False, **keys: Any) -> None:
+        stream = sys.stderr if stderr else sys.stdout
+        super().__init__(file=getattr(stream, "unescaped", None), stderr=stderr, **keys)
+
+    def render_str(self, text: str, **keys: Any) -> Text:
+        return super().render_str(printable(text), **keys)
+
+
 def console_on_stderr() -> Console:
     """Return the console for progress, on which bars are drawn only if stderr is a terminal.
 
@@ -58,7 +71,7 @@ def console_on_stderr() -> Console:
     each frame of a bar below the last one.
     """
     isatty = getattr(sys.stderr, "isatty", bool)  # a daemon has no stderr, others put a log there
-    return Console(stderr=True, force_jupyter=False, force_terminal=isatty())
+    return Terminal(stderr=True, force_jupyter=False, force_terminal=isatty())
 
 
 def console_of_bars(console: Console) -> Console:

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from chainlora.chain.chain import Chain
 from chainlora.chain.holding import holding_named
 from chainlora.config.reading import flatten
 from chainlora.config.schema import RunConfig
+from chainlora.config.staging import stage_folder
 from chainlora.data.kept import keeps_rows
 from chainlora.data.splits import Splits, prepare_splits
 from chainlora.engine.engine import Engine
@@ -62,7 +64,7 @@ def prepare(
     config: RunConfig, listener: Listener, change: Collection[str], start: Start, stage: str
 ) -> Run:
     """Load and check everything a stage needs, claim its folder, find where to resume."""
-    accelerator = _make_accelerator(config)
+    accelerator = _make_accelerator(config, stage)
     processes = find_processes(accelerator, share_model=wants_shards(config) is not None)
     work = None
     with ExitStack() as undo:
@@ -194,8 +196,8 @@ def _check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
         )
 
 
-def _make_accelerator(config: RunConfig) -> Accelerator:
-    """Return the accelerator of a run, its trackers checked."""
+def _make_accelerator(config: RunConfig, stage: str) -> Accelerator:
+    """Return the accelerator of a run, its trackers checked: what they write lies in the stage."""
     wanted = list(config.train.trackers)
     missing = [name for name in wanted if name not in LOGGER_TYPE_TO_CLASS]
     if not missing:
@@ -210,7 +212,7 @@ def _make_accelerator(config: RunConfig) -> Accelerator:
             accelerator = Accelerator(
                 cpu=num_launched() > 1 and not torch.accelerator.is_available(),
                 log_with=wanted or None,
-                project_dir=config.output,
+                project_dir=config.output and str(stage_folder(Path(config.output), stage)),
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
             )
         except ValueError as error:  # of some of a launcher's variables without the others
