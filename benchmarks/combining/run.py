@@ -1,7 +1,7 @@
 """Data sets combined layer by layer, with the base as a part: the lab of README.md.
 
     python benchmarks/combining/run.py --stages ../lab/benchmarks/stages --data … --output …
-    python benchmarks/combining/run.py … --only tuning        # or verdict, or beside
+    python benchmarks/combining/run.py … --only tuning        # or a name of STUDIES
 
 `--stages` is benchmarks/stages of the revision that plan.yaml names, whose package must be the one
 that is imported. A cell is one line of OUTPUT/results.jsonl. Kill it and start it again at will.
@@ -33,7 +33,11 @@ import links as L  # noqa: E402
 import run as R  # noqa: E402
 from solve import Llama, Part, Place, Rows, Settings, combine  # noqa: E402
 
+from chainlora.data.examples import Example  # noqa: E402
+
+State = tuple[str, ...]
 NAMES = [each.name for each in fields(Settings)]
+RIVALS = ("replay", "one LoRA", "one wide LoRA", "all at once")  # here with the base's rows
 
 
 class General:
@@ -46,16 +50,20 @@ class General:
         self._file = HERE / "base_rows.json"  # what the base has written: committed
 
     @cached_property
+    def prompts(self) -> dict[str, list[list[int]]]:
+        """The shipped prompts and openings, as tokens."""
+        texts = json.loads((HERE / "general.json").read_text())
+        chats = [[{"role": "user", "content": text}] for text in texts["chat"]]
+        return {
+            "chat": [self._chat(chat, add_generation_prompt=True) for chat in chats],
+            "plain": [self._tokens(text) for text in texts["plain"]],
+        }
+
+    @cached_property
     def rows(self) -> dict[str, list[list[int]]]:
-        """The shipped prompts with 64 tokens by the base (greedy), as tokens."""
+        """The prompts with 64 tokens by the base (greedy)."""
         if not self._file.exists():
-            texts = json.loads((HERE / "general.json").read_text())
-            chat = [[{"role": "user", "content": text}] for text in texts["chat"]]
-            prompts = {
-                "chat": [self._chat(messages, add_generation_prompt=True) for messages in chat],
-                "plain": [self._tokens(text) for text in texts["plain"]],
-            }
-            written = {kind: self._continued(some) for kind, some in prompts.items()}
+            written = {kind: self._continued(some) for kind, some in self.prompts.items()}
             self._file.write_text(json.dumps(written))
         found: dict[str, list[list[int]]] = json.loads(self._file.read_text())
         return found
@@ -63,6 +71,14 @@ class General:
     def some(self, count: int) -> list[list[int]]:
         """Return as many rows, half of each kind."""
         return [row for rows in self.rows.values() for row in rows[: count // 2]]
+
+    def examples(self) -> list[Example]:
+        """Return all rows to train on: what the base wrote is learned."""
+        pairs = [pair for kind, rows in self.rows.items() for pair in zip(self.prompts[kind], rows)]
+        return [
+            Example(place, (tuple(row),), (((len(prompt), len(row)),),))
+            for place, (prompt, row) in enumerate(pairs)
+        ]
 
     def _continued(self, prompts: list[list[int]]) -> list[list[int]]:
         """Return token rows with up to 64 more tokens each, the most probable ones."""
@@ -180,11 +196,11 @@ class Runner(R.Runner):
 
     # --- arms ---
 
-    def alone(self, case: R.Case) -> dict[str, tuple[str, ...]]:
+    def alone(self, case: R.Case) -> dict[str, State]:
         """Return each task's own stage on the base."""
         return {task: case.train((), case.new_rows(task), "rate", task) for task in case.order}
 
-    def layer_by_layer(self, case: R.Case, ends: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    def layer_by_layer(self, case: R.Case, ends: Mapping[str, State]) -> State:
         """Return the combination of stages as one link, made where it is missing."""
         s = case.settings
         settings = Settings(**{name: s[name] for name in NAMES})
@@ -210,10 +226,10 @@ class Runner(R.Runner):
         case.spent.append(info)
         return (name,)
 
-    def _names(self, ends: Mapping[str, tuple[str, ...]]) -> list[str]:
+    def _names(self, ends: Mapping[str, State]) -> list[str]:
         return [*self.lab.link(next(iter(ends.values()))[0]).factors]
 
-    def _part(self, state: tuple[str, ...], rows: Sequence[Sequence[int]]) -> Part:
+    def _part(self, state: State, rows: Sequence[Sequence[int]]) -> Part:
         (digest,) = state
         link, found = self.lab.link(digest), {}
         for layer, module in self.general._places:
@@ -228,13 +244,15 @@ class Runner(R.Runner):
         own = self.plan["defaults"] | self.own["combination"] | {"rate": self.own["rate"]}
         return own | changed
 
-    def measured(self, arm: str, seed: int, split: str, settings: dict[str, Any]) -> dict[str, Any]:
+    def measured(
+        self, arm: str, seed: int, split: str, settings: dict[str, Any], prompt: str = "shared"
+    ) -> dict[str, Any]:
         """Return a cell, computed where it is missing, with general ability beside it."""
-        named = {"arm": arm, "seed": seed, "prompt": "shared", "split": split, "settings": settings}
+        named = {"arm": arm, "seed": seed, "prompt": prompt, "split": split, "settings": settings}
         if (key := R._key(named)) in self.cells:
             return self.cells[key]
-        case, wall = self._case(seed, "shared", settings), time.monotonic()
-        ends = self.alone(case)
+        case, wall = self._case(seed, prompt, settings), time.monotonic()
+        ends = {} if arm in RIVALS else self.alone(case)
         trained = time.monotonic() - wall
         state = self._made(arm, case, ends)
         which = "tuning" if split == "validation" else "verdict"
@@ -245,12 +263,35 @@ class Runner(R.Runner):
             more |= {"learned": right}
         return self._note(case, arm, split, case.right(state, split), **more)
 
-    def _made(self, arm: str, case: R.Case, ends: Mapping[str, Any]) -> tuple[str, ...]:
-        if arm in ("two passes", "default"):
+    def _made(self, arm: str, case: R.Case, ends: Mapping[str, Any]) -> State:
+        if arm == "layer by layer":
+            return self.layer_by_layer(case, ends)
+        if arm == "rehearsed":
+            made = self.layer_by_layer(case, ends), ends
+        elif arm in ("two passes", "default"):
             made = R.beside(case, "combined", passes=2)
-            state: tuple[str, ...] = (R.rehearsed(case, made) if arm == "default" else made)[0]
-            return state
-        return self.layer_by_layer(case, ends)
+        else:
+            return self._rival(arm, case)
+        found: State = made[0] if arm == "two passes" else R.rehearsed(case, made)[0]
+        return found
+
+    def _rival(self, arm: str, case: R.Case) -> State:
+        """Train with the base's rows among the others: as many in each stage as ours reads once."""
+        general, places = self.general.examples(), range(len(case.order))
+        if arm == "all at once":
+            rows = [row for task in sorted(case.order) for row in case.new_rows(task)]
+            rows += case.kept(sorted(case.order), case.num_again, "rehearsal")
+            rows += general * len(case.order)
+            rows = R.dealt(rows, len(rows), f"{case.seed} at once")
+            return case.train((), rows, "rate", "at once", rank=R._wide(case))
+        rank = {"replay": 0, "one LoRA": R._narrow(case), "one wide LoRA": R._wide(case)}[arm]
+        state: State = ()
+        for place in places:
+            task = case.order[place]
+            more = {"rank": rank, "goes_on": place > 0} if rank else {}
+            order = R.dealt(general, len(general), f"{case.seed} {task} general")
+            state = case.train(state, R.mixed(case.replayed(place), order), "rate", task, **more)
+        return state
 
     def _base(self, which: str) -> dict[str, Any]:
         if which not in (known := self.__dict__.setdefault("_bases", {})):
@@ -314,11 +355,75 @@ class Runner(R.Runner):
             for seed in self.own["beside"]["seeds"]:
                 self.measured("layer by layer", seed, "test", settings)
 
+    def rehearsed(self) -> None:
+        """Rehearse the candidate, at the rate that the tuning seed chooses, on the fresh seeds."""
+        settings = self.settings(**self.tune())
+        rates, tuning = self.own["rehearsed"]["again"], self.own["tuning_seed"]
+        cells = [
+            self.measured("rehearsed", tuning, "validation", settings | {"again": rate})
+            for rate in rates
+        ]
+        means = [fmean(cell["right"].values()) for cell in cells]
+        best = rates[means.index(max(means))]
+        for seed in self.own["verdict"]["seeds"]:
+            self.measured("rehearsed", seed, "test", settings | {"again": best})
+
+    def single(self) -> None:
+        """Combine each stage with the base alone."""
+        settings = self.settings(**self.tune())
+        for seed in self.own["beside"]["seeds"]:
+            case = self._case(seed, "shared", settings)
+            for task, end in self.alone(case).items():
+                arm = f"{task} and the base"
+                named = {"arm": arm, "seed": seed, "prompt": "shared", "split": "test"}
+                if R._key(named | {"settings": settings}) in self.cells:
+                    continue
+                rows = case.rows[task]["test"]
+                state = self.layer_by_layer(case, {task: end})
+                self._note(
+                    case,
+                    arm,
+                    "test",
+                    {task: self.lab.right(state, rows)},
+                    learned={task: self.lab.right(end, rows)},
+                    general=self.general.measure(state, "verdict"),
+                    general_alone=self.general.measure(end, "verdict"),
+                    base=self._base("verdict"),
+                )
+
+    def rivals(self) -> None:
+        """Choose each rival's rate as `benchmarks/stages` does, then run it."""
+        for arm in RIVALS:
+            rates = [*self.plan["grids"]["rate"]]
+            best = self._rate_of(arm, rates)
+            if best in (min(rates), max(rates)):
+                beyond = best / 3 if best == min(rates) else best * 3
+                best = self._rate_of(arm, [*rates, float(f"{beyond:.0e}")])
+            for seed in self.own["beside"]["seeds"]:
+                self.measured(arm, seed, "test", self.plan["defaults"] | {"rate": best})
+
+    def _rate_of(self, arm: str, rates: Sequence[float]) -> float:
+        seed, common = self.own["tuning_seed"], self.plan["defaults"]
+        cells = [self.measured(arm, seed, "validation", common | {"rate": rate}) for rate in rates]
+        means = [fmean(cell["right"].values()) for cell in cells]
+        return rates[means.index(max(means))]
+
+    def own_question(self) -> None:
+        """Run the candidate and the default where each task has its own question."""
+        chosen = self.tune()
+        default = self.plan["defaults"] | {"rate": 1e-3, "again": 3e-4}
+        for seed in self.own["beside"]["seeds"]:
+            self.measured("layer by layer", seed, "test", self.settings(**chosen), "own")
+            self.measured("default", seed, "test", default, "own")
+
 
 def ratio(cell: Mapping[str, Any]) -> float:
     """Return perplexity divided by the base's, the geometric mean over kinds of text."""
     own, base = cell["general"]["perplexity"], cell["base"]["perplexity"]
     return math.exp(fmean(math.log(own[kind] / base[kind]) for kind in own))
+
+
+STUDIES = ["verdict", "rehearsed", "beside", "single", "rivals", "own_question"]
 
 
 def main() -> None:
@@ -327,7 +432,7 @@ def main() -> None:
     parser.add_argument("--stages", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="the folder of data sets")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--only", choices=["tuning", "verdict", "beside"])
+    parser.add_argument("--only", choices=["tuning", *STUDIES])
     options = parser.parse_args()
     torch.set_num_threads(1)
     plan = yaml.safe_load((HERE / "plan.yaml").read_text())
@@ -335,10 +440,9 @@ def main() -> None:
     runner = Runner(plan, stages, options.data, options.output)
     if options.only == "tuning":
         print("chosen", runner.tune())
-    if options.only in (None, "verdict"):
-        runner.verdict()
-    if options.only in (None, "beside"):
-        runner.beside()
+    for study in STUDIES:
+        if options.only in (None, study):
+            getattr(runner, study)()
 
 
 if __name__ == "__main__":
