@@ -74,7 +74,11 @@ class General:
 
     def examples(self) -> list[Example]:
         """Return all rows to train on: what the base wrote is learned."""
-        pairs = [pair for kind, rows in self.rows.items() for pair in zip(self.prompts[kind], rows)]
+        pairs = [
+            pair
+            for kind, rows in self.rows.items()
+            for pair in zip(self.prompts[kind], rows, strict=True)
+        ]
         return [
             Example(place, (tuple(row),), (((len(prompt), len(row)),),))
             for place, (prompt, row) in enumerate(pairs)
