@@ -253,12 +253,6 @@ def _show_run(config: RunConfig, results: Sequence[TrainResult], are_stages: boo
 
 
 def _show_next(run: str, result: TrainResult, config: RunConfig, state: OpenState) -> None:
-    from chainlora.evaluation.training_rows import training_rows
-    from chainlora.models.finding import resolve_model
-    from chainlora.runs.opening import tokenizer_of
-
-    facts = training_rows(state, tokenizer_of(state, resolve_model(state.base.model)))
-    is_chat = facts is not None and facts.is_chat
     is_combined = state.entry is not None and state.entry.kind == "combine"
     has_links, report, scored = bool(result["links"]), f"chainlora report {run}", result["metrics"]
     extend = "--name NAME --data.train FILE --chain.ranks 8 --chain.epochs 1"
@@ -267,13 +261,23 @@ def _show_next(run: str, result: TrainResult, config: RunConfig, state: OpenStat
     kind = "adapter" if has_links and not config.chain.dora else "merged"
     split = "" if "validation" in scored else " --split test"
     commands = [
-        f"chainlora chat {run}" if is_chat else f"chainlora generate {run} --prompt TEXT",
+        f"chainlora chat {run}" if _is_chat(state) else f"chainlora generate {run} --prompt TEXT",
         f"chainlora eval {run}{split}; {report}" if scored else report,
         *([f"chainlora rehearse {run}"] if is_combined else []),
         *([f"chainlora extend {run} {extend}"] if has_links else []),
         f"chainlora export {run} --to {kind} --output FOLDER",
     ]
     click.echo("\n  ".join(["next:", *commands]))
+
+
+def _is_chat(state: OpenState) -> bool:
+    """Say whether a chat template wrote prompts of the run's rows."""
+    from chainlora.evaluation.training_rows import training_rows
+    from chainlora.models.finding import resolve_model
+    from chainlora.runs.opening import tokenizer_of
+
+    facts = training_rows(state, tokenizer_of(state, resolve_model(state.base.model)))
+    return facts is not None and facts.is_chat
 
 
 def _show_plan(stages: Sequence[Stage], change: Sequence[str], as_json: bool) -> None:
