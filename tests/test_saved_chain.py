@@ -24,7 +24,6 @@ from chainlora import (
     save_chain,
 )
 from chainlora.errors import RunError
-from chainlora.evaluation.strengths import best_mix
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, undo
 from chainlora.runs.loading_start import load_start, with_start
@@ -97,7 +96,6 @@ def test_a_chain_that_was_mixed_is_loaded_as_the_mix(live, tmp_path):
     save_chain(chain, place)
     for act in (
         lambda: mix_stages(place, {"main": 1}),  # which would not give it back
-        lambda: best_mix(place),  # nor would what it finds, after its work
         lambda: open_run(place, "main"),  # nor is that what was saved
         lambda: export_adapter(place, tmp_path / "more", each=True),
     ):

@@ -1,4 +1,4 @@
-"""Rows for what a run began on: a column for the matrix, the best mix, the guard and replay."""
+"""Rows for what a run began on: a column for the matrix, the guard and replay."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.evaluation.stage_scores import stage_matrix
-from chainlora.evaluation.strengths import best_mix
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import prune_stage
@@ -56,10 +55,6 @@ def test_rows_for_an_adapter_are_given_to_a_run_and_count_from_then_on(
     said = capsys.readouterr()
     assert f"give rows for it: chainlora eval {run} --matrix --start-rows FILE\n" in said.err
     assert "start (no rows kept)" in said.out
-    assert cli(["mix", str(run), "--best", "--no-scores"]) == 0
-    said = capsys.readouterr().err
-    assert "the average is over the rows of main\n" in said
-    assert f"what {run} began on has no rows (start)" in said
     rows = [str(sentiment / "validation.jsonl"), "--task", str(sentiment / "task.yaml")]
     assert cli(["eval", str(run), "--matrix", "--start-rows", *rows]) == 0
     assert "start (accuracy, 16 validation rows)" in capsys.readouterr().out
@@ -70,10 +65,6 @@ def test_rows_for_an_adapter_are_given_to_a_run_and_count_from_then_on(
         assert [cell.value for cell in row] == [score, score]
     (summary,) = found.summaries()
     assert summary.backward_transfer == found.grid[2][0].value - found.grid[1][0].value
-    assert cli(["mix", str(run), "--best", "--no-scores"]) == 0
-    said = capsys.readouterr().err
-    assert "over the rows of start, main\n" in said
-    assert "has no rows" not in said
     law = {"name": "law", "data": settings("", sentiment)["data"] | {"replay": 0.5}, "chain": SHORT}
     with pytest.raises(ChainLoRAError, match="replay` needs rows"):  # `start` has none to train on
         train_stages(extension(f"{run}@start", law | {"output": str(tmp_path / "none")}))
@@ -140,8 +131,6 @@ def test_the_plain_model_is_guarded_and_its_rows_are_replayed(tiny_folder, senti
     found = stage_matrix(tmp_path / "run")
     assert found.stages == ["start", "main"]
     assert found.states[:2] == ["base", "main"]
-    _, after, now = best_mix(tmp_path / "run")
-    assert after >= now
     assert train_stages(stages) == [None]
 
 

@@ -16,12 +16,11 @@ from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
 from chainlora.errors import RunError
 from chainlora.evaluation.stage_scores import stage_matrix
-from chainlora.evaluation.strengths import best_mix
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, redo, undo
 from chainlora.runs.inspection import inspect_run
 from chainlora.training.stages import train_stages
-from stages.cases import files_of, flipped, one_stage, stage_of
+from stages.cases import files_of, one_stage, stage_of
 
 
 def test_a_mix_that_cannot_be_scored_is_made_all_the_same(config, tmp_path, capsys):
@@ -66,7 +65,7 @@ def test_a_fork_of_a_mix_says_the_strengths_that_it_has(config, tmp_path, capsys
 
 def test_undo_and_redo_go_through_what_was_done_and_delete_nothing(two, tmp_path):
     run = tmp_path / "run"
-    mix_stages(run, {"style": 1}, reads=["facts"])  # `--best` has found nothing better
+    mix_stages(run, {"style": 1})  # as it is
     assert open_run(run).key == "style"
     mix_stages(run, {"style": 0.5})
     mixed, *others = (open_run(f"{run}{name}").state for name in ("", "@style", "@facts", "@base"))
@@ -134,9 +133,6 @@ def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):
     (run / "matrix.jsonl").unlink()
     assert stage_matrix(f"{run}@facts").states == ["base", "facts"]  # as that stage ended
     assert stage_matrix(f"{run}@facts").grid == [row[:1] for row in again[:2]]
-    best, after, now = best_mix(run)
-    assert after >= now
-    assert set(best) == {"facts", "style"}
 
 
 @pytest.mark.parametrize(
@@ -170,8 +166,6 @@ def test_a_run_without_links_has_nothing_to_compare(config, tmp_path):
     train(make_stages(one_stage(config))[0].config)
     with pytest.raises(RunError, match=r"got no links in .*; tie a link first"):
         stage_matrix(tmp_path / "run")
-    with pytest.raises(RunError, match="got no rows of links in"):
-        best_mix(tmp_path / "run")
 
 
 def test_a_best_point_scores_as_itself(config, tmp_path):
@@ -187,27 +181,6 @@ def test_a_best_point_scores_as_itself(config, tmp_path):
     assert selected["num_links"] == 0
     assert selected["step"] < 9
     assert stage_matrix(tmp_path / "run").grid[-1][0].state != whole.state
-
-
-def test_the_best_mix_of_what_is_no_sum_is_refused(config, tmp_path):
-    config["stages"][1]["chain"]["dora"] = True
-    train_all(config)
-    with pytest.raises(RunError, match=r"links must be low-rank sums .*DoRA.* name the strengths"):
-        best_mix(tmp_path / "run")
-
-
-def test_the_best_mix_weakens_a_stage_that_harms_the_rows_of_others(config, tmp_path):
-    """Wrong answers, of which no rows are kept, undo what the first stage has learned."""
-    facts, style = config["stages"]
-    facts["chain"] = {"ranks": [4], "steps": [12]}
-    wrong = flipped(Path(facts["data"]["train"]), tmp_path / "wrong.jsonl")
-    style["data"] = {"task": facts["data"]["task"], "train": str(wrong), "keep_rows": False}
-    style["chain"] = {"ranks": [4], "steps": [12]}
-    train_all(config)
-    best, after, now = best_mix(tmp_path / "run")
-    assert best["style"] < 0.5 < best["facts"]
-    assert after > now + 0.2  # accuracy on 16 rows
-    assert open_run(tmp_path / "run").strengths == {"facts": 1, "style": 1}  # only said
 
 
 def test_rows_that_are_not_kept_are_missing_from_the_matrix(config, tmp_path):

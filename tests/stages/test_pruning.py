@@ -114,16 +114,6 @@ def test_what_a_killed_prune_left_is_no_part_of_a_stage_of_that_name(three, tmp_
     assert open_run(run).verify().state == end
 
 
-def test_a_mix_that_the_rows_of_a_stage_have_chosen_goes_with_it(three, tmp_path, capsys):
-    """And one by hand on top of it, which has its other strengths."""
-    run = tmp_path / "run"
-    mix_stages(run, {"style": 0.5}, reads=["facts", "style", "law"])
-    mix_stages(run, {"facts": 0.5})
-    assert cli(["prune", str(run), "law", "--yes"]) == 0
-    assert capsys.readouterr().out.count("deleted mix-") == 2
-    assert open_run(run).strengths == {"facts": 1, "style": 1}
-
-
 def test_what_was_done_before_a_stage_was_pruned_is_not_done_again(two, tmp_path):
     """The same mix of the same stage, trained again, is that mix; heads that went are no steps."""
     run, style = tmp_path / "run", stage_of(two, "style")

@@ -137,10 +137,9 @@ def rehearse(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
 @click.command
 @click.argument("run", type=click.Path())
 @click.argument("strengths", metavar="[STAGE=STRENGTH]...", nargs=-1)
-@click.option("--best", is_flag=True, help="Search the strengths of the best average.")
 @click.option("--no-scores", is_flag=True, help="Do not score the mix on the rows of each stage.")
 @json_option
-def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_json: bool) -> None:
+def mix(run: str, strengths: tuple[str, ...], no_scores: bool, as_json: bool) -> None:
     """Switch stages of RUN off and on, or weaken them: style=0 law=0.5.
 
     Nothing is trained or deleted: strength 1 restores a stage to the bit. From then on RUN is
@@ -148,24 +147,12 @@ def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_js
     are shown. What the mix does to the rows of each stage is scored on those that the run kept.
     """
     folder = whole_run(run)
-    if best and strengths:
-        raise click.UsageError("--best searches the strengths; leave them out")
     chosen = read_strengths(strengths, default=None)
     quiet()
     from chainlora.runs.addresses import open_run
     from chainlora.runs.changes import mix_stages
 
-    reads: list[str] = []
-    if best:
-        from chainlora.cli.screen import evaluation_progress
-        from chainlora.evaluation.strengths import best_mix
-
-        state = mix_stages(folder, {})  # refuses what would refuse the mix that is found
-        reads = _say_what_is_averaged(state)
-        with evaluation_progress() as progress:
-            chosen, after, before = best_mix(state, progress=progress)
-        to_stderr(f"average {before:.4f} before, {after:.4f} with the best strengths")
-    state = mix_stages(folder, chosen, reads=reads) if chosen else open_run(folder)
+    state = mix_stages(folder, chosen) if chosen else open_run(folder)
     can_score = bool(chosen and state.keepers)
     if can_score and not no_scores:  # said first: a kill while it scores undoes no mix
         to_stderr(f"{run} is now {state.key}; scoring it")
@@ -187,23 +174,6 @@ def mix(run: str, strengths: tuple[str, ...], best: bool, no_scores: bool, as_js
 def _show_strengths(state: OpenState) -> None:
     for name, strength in state.strengths.items():
         click.echo(f"{name}={strength:g}")
-
-
-def _say_what_is_averaged(state: OpenState) -> list[str]:
-    """Return the columns that the best mix is searched by; name them, and those without rows."""
-    from chainlora.runs.history import START
-
-    kept = [*state.keepers]
-    rows = [name for name in state.columns if name in kept]
-    to_stderr(f"the average is over the rows of {', '.join(rows) or 'no stage'}")
-    history, run = state.history, state.run
-    before = [*history.strengths_of(history.state_of(history.origin))] or [START]
-    if without := [name for name in before if name not in kept]:
-        to_stderr(
-            f"chainlora: what {run} began on has no rows ({', '.join(without)}), so the best mix "
-            f"may lose it; give some: chainlora eval {run} --matrix --start-rows FILE"
-        )
-    return rows
 
 
 @click.command
@@ -306,13 +276,12 @@ def show_matrix(matrix: StageMatrix, echo: Callable[[str], object] = click.echo)
 def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     """Delete STAGE of RUN for good: links, kept rows, config, records, result, scores.
 
-    Stages that were trained on top of it stay, without its links, and so do mixes of these stages
-    that were set by hand. Combinations that were computed from it go with it, with all on top of
-    them; so do rehearsals on its rows, mixes that its rows have chosen (mix --best), and RUN's
-    pictures and report. RUN is not combined again: `combine` does that. What stays is listed: data
-    files, forks, exports, copies, and tokenised rows of large files, which are in a cache outside
-    RUN. Without --yes nothing is deleted, and the exit status is 1. To switch a stage off, and on
-    again, take mix; to go back to what was before it, take undo.
+    Stages that were trained on top of it stay, without its links, and so do mixes of these stages.
+    Combinations that were computed from it go with it, with all on top of them; so do rehearsals on
+    its rows, and RUN's pictures and report. RUN is not combined again: `combine` does that. What
+    stays is listed: data files, forks, exports, copies, and tokenised rows of large files, which
+    are in a cache outside RUN. Without --yes nothing is deleted, and the exit status is 1. To
+    switch a stage off, and on again, take mix; to go back to what was before it, take undo.
     """
     folder = whole_run(run)
     quiet()

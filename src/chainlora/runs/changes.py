@@ -46,13 +46,11 @@ def whole_run(run: str | Path) -> Path:
 # --- moving the head ---
 
 
-def mix_stages(
-    run: str | Path, strengths: Mapping[str, float], *, reads: Iterable[str] = ()
-) -> OpenState:
+def mix_stages(run: str | Path, strengths: Mapping[str, float]) -> OpenState:
     """Give stages of a run other strengths, 0 for off; the others keep theirs.
 
     From then on the run is this mix wherever it is loaded; 1 gives back what was, to the bit.
-    `reads` are the stages whose rows have chosen them. Returns the state.
+    Returns the state.
 
     Raises RunError: a stage that is not there, or that has no one strength, a strength that its
     links cannot have, or a run whose first stage has not ended.
@@ -67,7 +65,7 @@ def mix_stages(
         mixed = found.with_strengths(strengths)
         found.need_one_strength([*strengths])
         check_strengths(mixed.outlines())
-        return history.mixed(mixed.state, reads)
+        return history.mixed(mixed.state)
 
     update_history(run, change)
     return open_run(run)
