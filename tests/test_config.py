@@ -128,10 +128,6 @@ def test_a_number_that_no_key_can_mean_is_refused_by_name(key):
         ("chain: {init: gradient, train_factors: A}", "`init: gradient` points A along the"),
         ("chain: {knots: auto, dora: true}", "`knots` need plain LoRA links"),
         ("chain: {knots: auto, plateau: {}}", "`plateau.of: norm` watches"),
-        (
-            "chain: {tune: full}",
-            "^unknown key `chain.tune`; there is no such key here: .* transformers' Trainer$",
-        ),
         ("chain: {ranks: [8, 4], steps: [1, 1]}\ntrain: {optimizer_reset: prune}", "all ranks"),
         ("train: {keep_best: true, eval_at_knots: false}", "compare the knots"),
         ("train: {keep_best: true, accept_links: better}", "both choose what is kept"),

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from chainlora.config.schema import RunConfig
 from chainlora.data.tasks import load_task
 from chainlora.models.finding import resolve_model
-from chainlora_lab.rivals import CellConfig
+from chainlora_lab.loops import CellConfig
 
 _FROM_BLOCK_INPUT = frozenset(
     {
@@ -252,7 +252,7 @@ def cell_costs(cell: Mapping[str, Any], run: Path | None = None) -> dict[str, fl
     if not cell["steps"]:
         return {"flops": 0.0, "flops_6nd": 0.0}
     config = CellConfig(**cell["config"])
-    full = config.rival == "full"
+    full = config.loop == "full"
     adapted = adapted_modules(run) if run is not None else frozenset()
     if not adapted and not full:
         raise FileNotFoundError(f"a cell's links say which modules they adapt (got none in {run})")

@@ -164,7 +164,7 @@ def _kind(facts: Facts, summary: Summary) -> str:
     chain, train = config.get("chain", {}), config.get("train", {})
     words = [f"rank {summary.ranks[0]}"]
     words += [chain["init"]] if "init" in chain else []
-    words += [config["rival"]] if "rival" in config else []
+    words += [config["loop"]] if "loop" in config else []
     words += [key for key in ("dora", "rslora") if chain.get(key)]
     words += ["restarts"] if train.get("restart_schedule") else []
     words += [f"trains {chain['train_factors']}"] if "train_factors" in chain else []

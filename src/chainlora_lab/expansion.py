@@ -21,8 +21,8 @@ from chainlora.data.splits import check_files
 from chainlora.errors import ConfigError
 from chainlora.registry import plugin_digest
 from chainlora_lab.experiment import Experiment
+from chainlora_lab.loops import CellConfig
 from chainlora_lab.methods import apply_recipe, merge_trees
-from chainlora_lab.rivals import CellConfig
 
 Pair = tuple[str, str]  # task, method
 Point = tuple[tuple[str, Any], ...]  # the grid's keys and their values, in its order

@@ -30,9 +30,9 @@ from chainlora import train
 from chainlora.config.reading import read_tree
 from chainlora.errors import ChainLoRAError, DivergedError
 from chainlora_lab.expansion import Cell
+from chainlora_lab.loops import CellConfig, fine_tune
 from chainlora_lab.measure import described, summarise
 from chainlora_lab.outputs import write_whole
-from chainlora_lab.rivals import CellConfig, fine_tune
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def _compute(config: CellConfig, run: Path) -> dict[str, Any]:
     """Train a config in `run`, resuming a run that is there, and return the cell's fields."""
     plain = config.plain.model_copy(update={"output": str(run)})
     try:
-        if config.rival is not None:
+        if config.loop is not None:
             result = fine_tune(plain)
         else:
             result = train(plain, resume=run.exists(), progress=False)

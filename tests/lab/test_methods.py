@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from chainlora.errors import ConfigError
 from chainlora.training.batches import make_batches
 from chainlora.training.loop import train
+from chainlora_lab.loops import CellConfig, fine_tune
 from chainlora_lab.methods import apply_recipe, list_methods, load_method, merge_trees, split_total
-from chainlora_lab.rivals import CellConfig, fine_tune
 
 BASE = {"model": "m", "data": {"task": "rte"}, "recipe": {"rank": 8, "epochs": 5}}
 
@@ -83,7 +83,7 @@ def test_each_method_runs(name, tiny_folder, sentiment):
     recipe = {"recipe": {"rank": 2, "steps": 6, "scaling": 2}}
     base = settings(tiny_folder, sentiment, **own)
     config = CellConfig(**apply_recipe(merge_trees(base, recipe, load_method(name).keys)))
-    assert (config.rival is not None) == (name == "full")  # the test below
+    assert (config.loop is not None) == (name == "full")  # the test below
     result = train(config.plain)
     assert result["steps"] == (6 if config.chain.ranks else 0)
     assert 0 <= result["metrics"]["validation"]["accuracy"] <= 1
@@ -123,6 +123,6 @@ def test_full_fine_tuning_starts_over_and_keeps_no_weights(configure, tmp_path):
     first = fine_tune(config)
     assert fine_tune(config)["metrics"] == first["metrics"]
     assert not [*(tmp_path / "run").rglob("model.safetensors")]
-    keys = config.model_dump() | {"rival": "full", "train": {"keep_best": True}}
+    keys = config.model_dump() | {"loop": "full", "train": {"keep_best": True}}
     with pytest.raises(ConfigError, match=r"keeps no best point \(got train.keep_best: true\)"):
         CellConfig(**keys)

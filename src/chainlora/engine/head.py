@@ -83,7 +83,7 @@ def token_logprobs(
     Logits exist for one chunk of rows at a time, in forward and in backward.
     """
     head, transform, hidden = _head(model), logit_transform(model), _for_head(model, hidden)
-    weight = getattr(head, "weight", None)
+    weight: Any = getattr(head, "weight", None)
     is_matrix = isinstance(weight, Tensor)
     vocabulary = weight.shape[0] if is_matrix else int(text_config(model).vocab_size)
     chunks = _chunks(token_row, token_target, hidden.shape[0], vocabulary)

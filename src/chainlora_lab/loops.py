@@ -1,4 +1,4 @@
-"""Rivals that chainlora does not train: each has a loop of its own here.
+"""Training loops of methods that chainlora does not train; a preset names its own by `loop`.
 
 `full` is full fine-tuning: rows, batches, optimizer, schedule and evaluations are those of a run,
 and every step updates all weights of the plain model. The weights are not kept.
@@ -28,27 +28,27 @@ logger = logging.getLogger(__name__)
 
 
 class CellConfig(RunConfig):
-    """The config of a cell: that of a run, and the rival that it is trained as, if any."""
+    """The config of a cell: that of a run, and the loop that trains it instead of chainlora's."""
 
-    rival: Literal["full"] | None = None
+    loop: Literal["full"] | None = None
 
     @model_validator(mode="after")
-    def _check_rival(self) -> CellConfig:
+    def _check_loop(self) -> CellConfig:
         refused = {
             "quantize": self.quantize is not None,
             "train.dtype: bfloat16": self.train.dtype != "float32",
             "train.keep_best: true": self.train.keep_best,
         }
-        if self.rival is not None and any(refused.values()):
+        if self.loop is not None and any(refused.values()):
             got = ", ".join(key for key, is_set in refused.items() if is_set)
-            rule = f"`rival: {self.rival}` trains float32 weights and keeps no best point"
+            rule = f"`loop: {self.loop}` trains float32 weights and keeps no best point"
             raise ValueError(f"{rule} (got {got}); leave it out")
         return self
 
     @property
     def plain(self) -> RunConfig:
         """Return the config of the run alone."""
-        return RunConfig(**self.model_dump(exclude={"rival"}))
+        return RunConfig(**self.model_dump(exclude={"loop"}))
 
 
 @torch.inference_mode(False)
