@@ -165,10 +165,6 @@ def test_what_does_not_add_up_is_refused(made, folders, sentiment, tmp_path, cha
     refused(made["chain"], "got its first 1 links", num_links=1)
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     refused(Chain(model), "got a chain in memory")
-    full = settings(tiny_folder, sentiment, tmp_path / "full", chain={"tune": "full"})
-    full["chain"] |= {"ranks": [1], "steps": [1]}
-    train(full)
-    refused(tmp_path / "full", "a run of full fine-tuning")
     for words in (["gguf"], ["adapter", "--links", "1"], ["adapter", "--push-to-hub", "a/b"]):
         wrong = chainlora("export", made["chain"], "--each", "--output", "x", "--to", *words)
         assert (wrong.status, "--each makes adapters" in wrong.err) == (2, True)

@@ -68,30 +68,6 @@ def test_early_stop_and_the_best_point(chainlora, config, tmp_path):
     assert "selected: best point at step 1" in chainlora(f"inspect {tmp_path}/run").out
 
 
-def test_full_fine_tuning_has_weights_in_place_of_links(chainlora, config, sentiment, tmp_path):
-    run = tmp_path / "run"
-    full = f"train {config} --chain.tune full --chain.ranks [1] --chain.steps [3] --json"
-    result = chainlora(full).json
-    assert result["trainable_parameters"] > 20_000
-    expected = result["metrics"]["validation"]["loss"]
-    task = f"--task {sentiment}/task.yaml --data {sentiment} --json"
-    scored = chainlora(f"eval {run} {task}").json
-    assert scored["metrics"]["loss"] == pytest.approx(expected, abs=1e-5)
-    assert chainlora(f"inspect {run} --json").json["links"] == []
-    assert chainlora(f"inspect {run}").out.startswith(f"{run}: no links on ")
-    assert chainlora(f"export {run} --to merged --output {tmp_path}/m").status == 0
-    assert "every weight fine-tuned" in (tmp_path / "m" / "README.md").read_text()
-    assert chainlora(f"eval {tmp_path}/m {task}").json == scored
-    adapter = f"export {run} --to adapter --output {tmp_path}/a"
-    chainlora(adapter).refused("an adapter is made of links (got ")
-    chainlora(f"eval {run} {task} --links 1").refused(
-        "a number of links needs a chain (got ", "leave it out"
-    )
-    again = chainlora(full.removesuffix(" --json"))
-    assert (again.status, again.out) == (0, f"nothing left to do: {run} has ended\n")
-    assert "chainlora extend" not in chainlora(f"{full} --output {run}2".replace("--json", "")).out
-
-
 def test_the_same_command_does_what_is_left(chainlora, config, tmp_path):
     """It begins, resumes what was killed, and has nothing to do at the end: a job of CI."""
     whole = tmp_path / "the whole"
@@ -122,13 +98,6 @@ def test_the_config_inside_a_run_goes_on_with_its_stage(chainlora, config, tmp_p
     inside = stage_dir(tmp_path / "run", "facts") / "config.yaml"
     assert "resuming after step 4" in chainlora("train", inside).err
     assert chainlora("train", config).out == f"nothing left to do: {tmp_path}/run has ended\n"
-
-
-def test_full_fine_tuning_that_was_killed_is_no_run_to_resume(chainlora, config, tmp_path):
-    full = {"chain.tune": "full", "chain.ranks": [1], "chain.steps": [9]}
-    stop_after(load_config(config, full), 3)
-    words = " ".join(f"--{key} {value}" for key, value in full.items())
-    chainlora(f"train {config} {words}").refused("full fine-tuning cannot resume", "delete that")
 
 
 def test_a_batch_of_more_rows_than_there_are_is_said(config, caplog):

@@ -128,10 +128,6 @@ def test_a_number_that_no_key_can_mean_is_refused_by_name(key):
         ("chain: {init: gradient, train_factors: A}", "`init: gradient` points A along the"),
         ("chain: {knots: auto, dora: true}", "`knots` need plain LoRA links"),
         ("chain: {knots: auto, plateau: {}}", "`plateau.of: norm` watches"),
-        ("chain: {knots: auto, tune: full}", "`knots` tie links"),
-        ("chain: {plateau: {}, tune: full}", "`plateau` ends links"),
-        ("chain: {tune: full}\ntrain: {dtype: bfloat16}", "`tune: full` needs dtype: float32"),
-        ("chain: {tune: full}\ntrain: {keep_best: true}", "`tune: full` keeps no best point"),
         ("chain: {ranks: [8, 4], steps: [1, 1]}\ntrain: {optimizer_reset: prune}", "all ranks"),
         ("train: {keep_best: true, eval_at_knots: false}", "compare the knots"),
         ("train: {keep_best: true, accept_links: better}", "both choose what is kept"),
@@ -148,7 +144,6 @@ def test_a_number_that_no_key_can_mean_is_refused_by_name(key):
         ("data: {task: rte, format: chat}", "`data.format` is that of rows without a task"),
         ("data: {train: [x, y, x]}", "`data.train` must name different files"),
         ("quantize: nf4", r"merged into without loss \(got hold: tied\); set chain.hold: carried"),
-        ("quantize: nf4\nchain: {tune: full}", r"\(got tune: full\); leave chain.tune out, and"),
     ],
 )
 def test_combinations_that_cannot_work_are_refused_before_a_link_begins(keys, message):

@@ -125,6 +125,12 @@ def test_one_foreign_key_is_named_by_ours(tmp_path):
         load_config(file)
 
 
+def test_a_key_of_0_2_that_was_released_is_refused_with_what_does_its_work():
+    said = "^unknown key `chain.tune`; there is no such key here: .* transformers' Trainer$"
+    with pytest.raises(ConfigError, match=said):
+        make_config({"model": "m", "data": {"train": "x"}, "chain": {"tune": "full"}})
+
+
 def test_our_side_of_the_table_exists():
     for key, entry in foreign_keys().items():
         assert entry.tools

@@ -118,23 +118,6 @@ def test_answers_after_each_link_are_those_of_generate(chainlora, finished, tmp_
     assert [len(texts) for texts in found] == [4, 4]
 
 
-def test_answers_after_full_fine_tuning_are_those_of_generate(
-    chainlora, configure, tiny_folder, tmp_path
-):
-    chain, keys = {"ranks": [1], "steps": [8], "tune": "full"}, {"dtype": "float32", "lr": 0.1}
-    run = tmp_path / "run"
-    train(configure(chain=chain, train=keys))
-    (tmp_path / "asked.txt").write_text("the cat sat\n")
-    page = tmp_path / "page.html"
-    report_runs([run], page, prompts=tmp_path / "asked.txt", max_new_tokens=5)
-    (texts,) = said(page.read_text(encoding="utf-8"))
-    keys = ("--prompt", "the cat sat", "--max-new-tokens", "5", "--json")
-    for model, text in zip((tiny_folder, run), texts, strict=True):
-        whole = chainlora("generate", model, *keys).json["text"]
-        assert (text if text != "(nothing)" else "") == whole.partition("\n")[0].strip()
-    assert texts[0] != texts[1]
-
-
 def test_answers_to_a_run_s_own_rows(finished, sentiment, tmp_path):
     report_runs([finished], tmp_path / "page.html", prompts=3, max_new_tokens=2)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -253,7 +236,6 @@ def test_every_kind_of_run_has_a_page(tiny_folder, sentiment, tmp_path):
         "none": {"ranks": [], "steps": []},
         "one": {"ranks": [2], "steps": [2], "target_modules": ["q_proj"]},
         "dora": {"ranks": [2, 2], "steps": [1, 1], "dora": True},
-        "full": {"ranks": [2], "steps": [2], "tune": "full", "hold": None},
         "<i>named": {"ranks": [2, 2], "steps": [2, 2], "knots": {"every": 1, "share": 0.5}},
     }
     runs = []
@@ -264,7 +246,6 @@ def test_every_kind_of_run_has_a_page(tiny_folder, sentiment, tmp_path):
     save_chain(own_chain(tiny_folder), tmp_path / "saved")
     runs.append(tmp_path / "saved")
     pages = {run.name: page_of(run) for run in runs[2:]}
-    assert "Every weight fine-tuned" in pages["full"]
     assert "What each layer received" not in pages["dora"]
     assert "Rank of each link" in pages["dora"]
     assert "<i>named" not in pages["<i>named"]

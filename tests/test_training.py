@@ -139,21 +139,6 @@ def test_a_chain_is_the_loop_written_out_in_float64(configure, tmp_path, knots):
     torch.testing.assert_close(found, model(ids).logits, atol=1e-3 if knots else 1e-5, rtol=0)
 
 
-def test_full_fine_tuning_is_evaluated_at_its_end_which_may_be_its_best_point(configure, tmp_path):
-    run = tmp_path / "run"
-    chain = {"tune": "full", "ranks": [1, 1], "steps": [4, 4]}
-    keys = {"lr": 1e-3, "eval_every": 2, "select_metric": "loss"}
-    result = train(configure(chain=chain, train=keys))
-    records = records_of(run)
-    losses = {r["step"]: r["loss"] for r in records if r["event"] == "eval"}
-    assert [r["step"] for r in records if r["event"] == "eval"] == [0, 2, 4, 6, 8]
-    # small steps, and few
-    assert losses[8] == min(losses.values()) == result["metrics"]["validation"]["loss"]
-    assert (result["best"]["step"], result["best"]["value"]) == (8, losses[8])
-    config = json.loads((stage_dir(run) / "model" / "config.json").read_text())
-    assert config["use_cache"]  # as the base: without one, generating takes far longer
-
-
 @pytest.mark.parametrize("init", ["gradient", "pissa"])
 def test_a_start_along_more_directions_than_a_layer_has_is_refused_before_the_output_is_claimed(
     configure, tmp_path, init

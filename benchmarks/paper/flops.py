@@ -25,10 +25,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from chainlora.config.reading import make_config
 from chainlora.config.schema import RunConfig
 from chainlora.data.tasks import load_task
 from chainlora.models.finding import resolve_model
+from chainlora_lab.loops import CellConfig
 
 _FROM_BLOCK_INPUT = frozenset(
     {
@@ -85,7 +85,7 @@ def forward_flops(shapes: Shapes, context: float) -> float:
 
 
 def training_flops(
-    shapes: Shapes, rank: int, context: float, *, factors: str = "both", tune: str = "lora"
+    shapes: Shapes, rank: int, context: float, *, factors: str = "both", full: bool = False
 ) -> float:
     """Return the operations of one token's forward and backward, without the head.
 
@@ -94,10 +94,10 @@ def training_flops(
         rank: of the link.
         context: mean number of positions a token attends to.
         factors: "both", or "A" or "B" when one factor is trained.
-        tune: "lora", or "full" when every weight is trained.
+        full: whether every weight is trained.
     """
     total = forward_flops(shapes, context)
-    if tune == "full":
+    if full:
         first = min(m.block for m in shapes.matmuls), 0
         weights = sum(2.0 * m.num_in * m.num_out for m in shapes.matmuls)
     else:
@@ -109,10 +109,10 @@ def training_flops(
     inputs = sum(
         2 * m.num_in * m.num_out for m in shapes.matmuls if _needs_input_gradient(m, first)
     )
-    return total + weights + inputs + _attention_backward(shapes, first[0], context, tune)
+    return total + weights + inputs + _attention_backward(shapes, first[0], context, full)
 
 
-def _attention_backward(shapes: Shapes, first: int, context: float, tune: str) -> float:
+def _attention_backward(shapes: Shapes, first: int, context: float, full: bool) -> float:
     """Gradients of queries, keys, values and weights, from the first adapted block upwards."""
     blocks = sorted({m.block for m in shapes.matmuls if m.block >= 0})
     one = 2 * context * shapes.attention_width / len(blocks)
@@ -120,7 +120,7 @@ def _attention_backward(shapes: Shapes, first: int, context: float, tune: str) -
     adapted = {
         m.name.rpartition(".")[2]
         for m in shapes.matmuls
-        if m.block == first and (m.adapted or tune == "full")
+        if m.block == first and (m.adapted or full)
     }
     roles = {
         role
@@ -251,8 +251,8 @@ def cell_costs(cell: Mapping[str, Any], run: Path | None = None) -> dict[str, fl
         return {key: float(cell[key]) for key in ("flops", "flops_6nd")}
     if not cell["steps"]:
         return {"flops": 0.0, "flops_6nd": 0.0}
-    config = make_config(cell["config"])
-    full = config.chain.tune == "full"
+    config = CellConfig(**cell["config"])
+    full = config.loop == "full"
     adapted = adapted_modules(run) if run is not None else frozenset()
     if not adapted and not full:
         raise FileNotFoundError(f"a cell's links say which modules they adapt (got none in {run})")
@@ -262,8 +262,7 @@ def cell_costs(cell: Mapping[str, Any], run: Path | None = None) -> dict[str, fl
     rows = cell["steps"] * config.train.batch_size * config.train.gradient_accumulation
     context = in_steps / rows / 2  # what a token attends to under a causal mask, on average
     per_token = [
-        training_flops(shapes, rank, context, factors=factors, tune=config.chain.tune)
-        for rank in ranks
+        training_flops(shapes, rank, context, factors=factors, full=full) for rank in ranks
     ]
     flops = sum(n * each for n, each in zip(tokens, per_token, strict=True))
     # what a gradient start reads costs what as many tokens cost in training

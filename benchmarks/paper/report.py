@@ -163,7 +163,8 @@ def _kind(facts: Facts, summary: Summary) -> str:
     config = cells_of(facts.results, summary.task, summary.method)[0]["config"]
     chain, train = config.get("chain", {}), config.get("train", {})
     words = [f"rank {summary.ranks[0]}"]
-    words += [f"{chain[key]}" for key in ("init", "tune") if key in chain]
+    words += [chain["init"]] if "init" in chain else []
+    words += [config["loop"]] if "loop" in config else []
     words += [key for key in ("dora", "rslora") if chain.get(key)]
     words += ["restarts"] if train.get("restart_schedule") else []
     words += [f"trains {chain['train_factors']}"] if "train_factors" in chain else []

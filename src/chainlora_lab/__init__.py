@@ -4,13 +4,15 @@
     choice.py      hyper-parameters, on validation  methods/       presets, one small file each
     plan.py        what a run could find            comparing.py   on a user's own data and config
     runner.py      runs the cells: session.py knows what is done and what is next, worker.py runs a
-                   cell in a process of its own, measure.py says what it reached
+                   cell in a process of its own, measure.py says what it reached, loops.py
+                   trains what chainlora does not
     results.py     the lines of results.jsonl, written and read
     statistics/    tests, intervals, verdicts and power
     report/        tables, figures and text from a results file alone
     cli.py         the verbs `compare` and `experiment`
 
-It uses public names of chainlora alone, which never imports it (tests/test_architecture.py).
+But for loops.py it uses public names of chainlora alone, which never imports it
+(tests/test_architecture.py).
 See docs/experiments.md. Files to run are in examples/experiments, results in benchmarks/paper.
 """
 

@@ -19,7 +19,7 @@ Methods = Sequence[str] | Mapping[str, Mapping[str, Any] | None]
 # Keys that make a method what it is, or let it choose among its points: never the config's.
 _OF_METHODS = {
     "data": (),
-    "chain": ("knots", "tune"),
+    "chain": ("knots",),
     "train": ("keep_best", "early_stop", "select_metric", "accept_links"),
 }
 # Keys that some presets set, and that all other methods take from the config.

@@ -16,11 +16,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from chainlora import RunConfig, load_task, make_config
+from chainlora import RunConfig, load_task
 from chainlora.data.splits import check_files
 from chainlora.errors import ConfigError
 from chainlora.registry import plugin_digest
 from chainlora_lab.experiment import Experiment
+from chainlora_lab.loops import CellConfig
 from chainlora_lab.methods import apply_recipe, merge_trees
 
 Pair = tuple[str, str]  # task, method
@@ -36,7 +37,7 @@ class Cell:
     method: str
     seed: int
     point: Point
-    config: RunConfig
+    config: CellConfig
     id: str
     phase: str = "final"
 
@@ -146,7 +147,7 @@ def _trains(experiment: Experiment, method: str) -> bool:
     return recipe is None or recipe.get("links", 1) != 0
 
 
-def _config(experiment: Experiment, task: str, method: str, seed: int, point: Point) -> RunConfig:
+def _config(experiment: Experiment, task: str, method: str, seed: int, point: Point) -> CellConfig:
     own = experiment.tasks[task]
     named = own.get("data") or {}
     data = {} if "task" in named or "train" in named else {"data": {"task": task}}
@@ -156,7 +157,7 @@ def _config(experiment: Experiment, task: str, method: str, seed: int, point: Po
             value = {part: value}
         tree = merge_trees(tree, value)
     try:
-        return make_config(apply_recipe(tree))
+        return CellConfig(**apply_recipe(tree))
     except ConfigError as error:
         raise ConfigError(f"task {task}, method {method}: {error}") from None
 

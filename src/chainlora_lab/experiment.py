@@ -23,10 +23,11 @@ from chainlora.errors import ConfigError, nearest
 from chainlora_lab.methods import load_method, merge_trees
 from chainlora_lab.outputs import Keys, checked
 
-TREE_KEYS = ("model", "quantize", "plugins", "recipe", "data", "chain", "train")
+TREE_KEYS = ("model", "quantize", "plugins", "loop", "recipe", "data", "chain", "train")
 _KINDS: dict[str, tuple[Any, str]] = {
     "model": (str, "a name"),
     "quantize": (str, "a name"),
+    "loop": (str, "a name"),
     "plugins": ((str, list), "a list of files or modules"),
 }  # of the keys that are no sections
 OVERALL = "all tasks"  # the row of all of them in a report

@@ -110,7 +110,7 @@ def with_curve(config: RunConfig, num_points: int) -> RunConfig:
     """
     train, steps = config.train, training_steps(config)
     decided = train.eval_every or train.keep_best or train.early_stop or not train.eval_at_knots
-    if not num_points or decided or not steps or (config.chain.tune == "full" and steps < 2):
+    if not num_points or decided or not steps:
         return config
     every = max(1, round(steps / num_points))
     return config.model_copy(update={"train": train.model_copy(update={"eval_every": every})})

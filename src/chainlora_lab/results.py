@@ -261,6 +261,7 @@ class _Config(_Line):
     data: dict[str, Any] = {}
     chain: dict[str, Any] = {}
     train: dict[str, Any] = {}
+    loop: str | None = None
 
 
 class _Cell(_Line):

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from chainlora import load_config
 from chainlora.errors import ConfigError
 from chainlora_lab.choice import Trial, choose, extensions
 from chainlora_lab.expansion import Cell, Expansion, Pair, Point
@@ -31,7 +30,7 @@ from chainlora_lab.results import (
     results_by_id,
     write_results,
 )
-from chainlora_lab.worker import CONFIG, ERROR, RESULT, RUN, dumped
+from chainlora_lab.worker import CONFIG, ERROR, RESULT, RUN, dumped, load_cell
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +171,7 @@ class Session:
         config = with_curve(cell.config, self.experiment.curve_points)
         if (directory / RUN).exists():  # with the evaluations that this run started with
             try:
-                every = load_config(directory / CONFIG).train.eval_every
+                every = load_cell(directory).train.eval_every
                 train = config.train.model_copy(update={"eval_every": every})
                 config = config.model_copy(update={"train": train})
             except ConfigError:  # of another version: the cell says so, and the others run

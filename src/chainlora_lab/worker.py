@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -27,9 +26,11 @@ from typing import Any
 
 from filelock import FileLock
 
-from chainlora import RunConfig, load_config, train
+from chainlora import train
+from chainlora.config.reading import read_tree
 from chainlora.errors import ChainLoRAError, DivergedError
 from chainlora_lab.expansion import Cell
+from chainlora_lab.loops import CellConfig, fine_tune
 from chainlora_lab.measure import described, summarise
 from chainlora_lab.outputs import write_whole
 
@@ -52,7 +53,7 @@ def work_on(directory: Path) -> int:
         if (directory / RESULT).is_file():
             return 0
         try:
-            found = _compute(load_config(directory / CONFIG), directory / RUN)
+            found = _compute(load_cell(directory), directory / RUN)
             write_whole(directory / RESULT, dumped(found))  # from now on the cell is done
         except Exception as error:
             expected = isinstance(error, ChainLoRAError)
@@ -70,21 +71,22 @@ def dumped(tree: Mapping[str, Any]) -> str:
     return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
 
-def _compute(config: RunConfig, run: Path) -> dict[str, Any]:
+def load_cell(directory: Path) -> CellConfig:
+    """Return the config of the cell in `directory`. Raises ConfigError: not there, or wrong."""
+    return CellConfig(**read_tree(directory / CONFIG))
+
+
+def _compute(config: CellConfig, run: Path) -> dict[str, Any]:
     """Train a config in `run`, resuming a run that is there, and return the cell's fields."""
-    if run.exists() and config.chain.tune == "full":
-        logger.warning("full fine-tuning cannot resume: %s starts over", run)
-        shutil.rmtree(run)
-    config = config.model_copy(update={"output": str(run)})
+    plain = config.plain.model_copy(update={"output": str(run)})
     try:
-        result = train(config, resume=run.exists(), progress=False)
+        if config.loop is not None:
+            result = fine_tune(plain)
+        else:
+            result = train(plain, resume=run.exists(), progress=False)
     except DivergedError as error:
         return described(config, "diverged") | {"message": str(error)}
-    found = summarise(config, result, run)
-    # full fine-tuning keeps its weights there: gigabytes a cell
-    for folder in run.glob("stages/*/model"):
-        shutil.rmtree(folder, ignore_errors=True)
-    return found
+    return summarise(config, result, run)
 
 
 # --- many ---

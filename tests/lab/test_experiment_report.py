@@ -98,17 +98,20 @@ def test_methods_are_shown_by_the_keys_of_their_configs_and_not_by_their_names(t
     def restarted(cell):
         if cell["method"] != "chain3":
             return cell
-        return cell | {"ranks": [1] * 4, "config": {"chain": chain, "train": train}}
+        config = {"chain": chain, "train": train, "loop": "full"}
+        return cell | {"ranks": [1] * 4, "config": config}
 
     methods = {"lora": "One.", "chain3": "preset `chain3`", "rac_lora": "preset `rac_lora`"}
     text = told(tmp_path, restarted, methods=methods)
     assert "- **rac_lora**: preset `rac_lora`.\n" in text  # it has no cell yet
     table = text.partition("### Keys by which methods differ\n\n")[2]
-    heads = ("chain.ranks", "chain.steps", "chain.alpha", "chain.knots", "train.lr")
+    heads = ("chain.ranks", "chain.steps", "chain.alpha", "loop", "chain.knots", "train.lr")
     heads += ("train.restart_schedule", "train.some_new_key")
     assert table.startswith(f"| method | {' | '.join(heads)} |")
-    assert "| lora | 8 | 10 | – | – | – | – | – |\n" in table
-    assert "| chain3 | 4 × 1 | 40, 39, 38, 37 | 2 | every 3 | 0.001 | true | 1\\|2 |\n" in table
+    assert "| lora | 8 | 10 | – | – | – | – | – | – |\n" in table
+    assert (
+        "| chain3 | 4 × 1 | 40, 39, 38, 37 | 2 | full | every 3 | 0.001 | true | 1\\|2 |\n" in table
+    )
 
 
 def test_methods_that_ran_on_different_machines_are_named(tmp_path):

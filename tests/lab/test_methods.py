@@ -5,13 +5,17 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from helpers import settings
+import torch
+from conftest import write_rows
+from helpers import as_row, records_of, settings, training_examples
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
-from chainlora.config.reading import make_config
 from chainlora.errors import ConfigError
+from chainlora.training.batches import make_batches
 from chainlora.training.loop import train
+from chainlora_lab.loops import CellConfig, fine_tune
 from chainlora_lab.methods import apply_recipe, list_methods, load_method, merge_trees, split_total
 
 BASE = {"model": "m", "data": {"task": "rte"}, "recipe": {"rank": 8, "epochs": 5}}
@@ -19,7 +23,7 @@ BASE = {"model": "m", "data": {"task": "rte"}, "recipe": {"rank": 8, "epochs": 5
 
 def config_of(method: str, shared=None, **recipe):
     keys = load_method(method).keys
-    return make_config(apply_recipe(merge_trees(BASE, shared, keys, {"recipe": recipe})))
+    return CellConfig(**apply_recipe(merge_trees(BASE, shared, keys, {"recipe": recipe})))
 
 
 def test_every_method_is_a_config():
@@ -78,8 +82,47 @@ def test_each_method_runs(name, tiny_folder, sentiment):
     own = {"chain": dict.fromkeys(("ranks", "alpha", "steps")), "train": {"lr": 1e-3}}
     recipe = {"recipe": {"rank": 2, "steps": 6, "scaling": 2}}
     base = settings(tiny_folder, sentiment, **own)
-    config = make_config(apply_recipe(merge_trees(base, recipe, load_method(name).keys)))
-    result = train(config)
+    config = CellConfig(**apply_recipe(merge_trees(base, recipe, load_method(name).keys)))
+    assert (config.loop is not None) == (name == "full")  # the test below
+    result = train(config.plain)
     assert result["steps"] == (6 if config.chain.ranks else 0)
     assert 0 <= result["metrics"]["validation"]["accuracy"] <= 1
-    assert len(result["links"]) == (0 if config.chain.tune == "full" else len(config.chain.ranks))
+    assert len(result["links"]) == len(config.chain.ranks)
+
+
+def test_full_fine_tuning_is_the_loop_of_plain_torch(configure, tokenizer, tmp_path):
+    rows = [{"prompt": "the cat", "completion": " sat" * n} for n in (1, 40, 2, 7)]
+    data = {"task": None, "train": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    data |= {"validation": data["train"]}
+    keys = {"lr": 1e-3, "batch_size": 1, "eval_every": 2, "schedule": "constant"}
+    config = configure(data=data, chain={"ranks": [2, 2], "steps": [3, 2]}, train=keys)
+    result, records = fine_tune(config), records_of(tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    examples, losses = training_examples(config, tokenizer), []
+    plan = make_batches(config, examples)
+    for step in range(5):
+        ((row,),) = plan.batches(step)
+        row = {key: torch.tensor([ids]) for key, ids in as_row(examples[row]).items()}
+        loss = model(**row).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    found = [record["loss"] for record in records if record["event"] == "step"]
+    assert found == pytest.approx(losses, abs=2e-5)
+    scored = {r["step"]: r["loss"] for r in records if r["event"] == "eval"}
+    assert [*scored] == [0, 2, 4, 5]
+    assert scored[5] == result["metrics"]["validation"]["loss"] < scored[0]
+    assert result["trainable_parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_full_fine_tuning_starts_over_and_keeps_no_weights(configure, tmp_path):
+    config = configure(chain={"ranks": [2], "steps": [1]})
+    first = fine_tune(config)
+    assert fine_tune(config)["metrics"] == first["metrics"]
+    assert not [*(tmp_path / "run").rglob("model.safetensors")]
+    keys = config.model_dump() | {"loop": "full", "train": {"keep_best": True}}
+    with pytest.raises(ConfigError, match=r"keeps no best point \(got train.keep_best: true\)"):
+        CellConfig(**keys)

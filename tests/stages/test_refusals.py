@@ -31,10 +31,6 @@ from stages.cases import files_of, stage_of, survey
         ({"train": {"seed": 3}}, "`train.seed` must be the same"),
         ({"train": {"lrr": 3}}, "stage 'style': unknown key `train.lrr`"),
         ({"chain": []}, "stage 'style'"),
-        (
-            {"chain": {"tune": "full", "ranks": [2], "steps": [1]}},
-            "stage 'style': stages are links",
-        ),
     ],
 )
 def test_what_a_stage_cannot_say_is_refused_in_a_line(config, change, message):

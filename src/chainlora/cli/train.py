@@ -100,8 +100,7 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
         )
     if is_first_process():  # before seconds of imports
         ranks = ", ".join(map(str, settings.chain.ranks)) or "none"
-        what = "every weight" if settings.chain.tune == "full" else f"links of rank {ranks}"
-        to_stderr(f"{file}: {what} on {settings.model}, to {settings.output}")
+        to_stderr(f"{file}: links of rank {ranks} on {settings.model}, to {settings.output}")
     _train_alone(Stage(stage, settings), [key for key, _ in overrides], dry_run, as_json)
 
 

@@ -198,9 +198,6 @@ class ChainConfig(LinkShape):
     """Tokens that each link reads, prompts included, rounded up to whole steps."""
     hold: Literal["tied", "carried"] = "tied"
     """Earlier links are `tied` into the base weights, or `carried` beside an unchanged base."""
-    tune: Literal["lora", "full"] = "lora"
-    """`lora`, or `full` to train every weight, for comparison (float32, no links, no resume, no
-    `keep_best`)."""
 
     @field_validator("knots", mode="before")
     @classmethod
@@ -256,9 +253,6 @@ class ChainConfig(LinkShape):
             "knots too",
             "use plateau.of: loss",
         )
-        for key, verb in (("plateau", "ends"), ("knots", "tie")):
-            wrong = getattr(self, key) is not None and self.tune == "full"
-            refuse_if(wrong, f"`{key}` {verb} links", "tune: full, which has none", "leave it out")
         try:
             self.links()
         except ConfigError as error:  # here, and not when the link begins

@@ -214,13 +214,11 @@ class RunConfig(Called):
     @model_validator(mode="after")
     def _check_chain(self) -> RunConfig:
         chain, train = self.chain, self.train
-        is_full = chain.tune == "full"
         refuse_if(
-            self.quantize and (chain.hold == "tied" or is_full),
-            f"`quantize: {self.quantize}` weights can be neither trained nor merged into without "
-            "loss",
-            "tune: full" if is_full else "hold: tied",
-            ("leave chain.tune out, and " if is_full else "") + "set chain.hold: carried",
+            self.quantize and chain.hold == "tied",
+            f"`quantize: {self.quantize}` weights cannot be merged into without loss",
+            "hold: tied",
+            "set chain.hold: carried",
         )
         refuse_if(
             chain.ranks and all(getattr(chain, key) is None for key in LENGTHS),
@@ -270,28 +268,4 @@ class RunConfig(Called):
                 f"{other}: {'null' if found is None else found!s:.60}",
                 f"set it, or leave {key} out",
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_full(self) -> RunConfig:
-        if self.chain.tune != "full":
-            return self
-        refuse_if(
-            self.train.dtype != "float32",
-            "`tune: full` needs dtype: float32",
-            "bfloat16, whose weights lose small updates",
-            "set train.dtype",
-        )
-        refuse_if(
-            self.train.keep_best,
-            "`tune: full` keeps no best point, which would be one more copy of the model",
-            "keep_best: true",
-            "leave it out, or use early_stop",
-        )
-        refuse_if(
-            self.train.accept_links != "all",
-            "`accept_links` drops or weakens links, of which `tune: full` has none",
-            "both",
-            "leave it out, or use early_stop",
-        )
         return self

@@ -163,9 +163,6 @@ def make_stage(shared: Mapping[str, Any], section: Mapping[str, Any], place: int
                 raise ConfigError(rule, "one of its own", _SET_FOR_ALL)
             tree[part] = _inherited(section_of(shared, part), own)
         config = make_config(tree)
-        if config.chain.tune == "full":
-            remedy = "train it as a run, and take RUN/stages/main/model as model"
-            raise ConfigError("stages are links", "tune: full", remedy)
     except ConfigError as error:
         raise ConfigError(f"stage {name!r}: {error}") from None
     return Stage(name, config, **on)

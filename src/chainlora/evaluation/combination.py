@@ -142,7 +142,7 @@ def _find_ended(address: str | Path) -> OpenState:
         rule = "what is combined is a stage of RUN, or another run"
         raise RunError(rule, address, "chainlora log RUN lists its stages")
     found = open_run(address)
-    if found.draft is not None or not found.has_run or found.is_whole_model:
+    if found.draft is not None or not found.has_run:
         rule = "a run that is combined has links, and its stages have ended"
         raise RunError(rule, found.run, "finish it by the command that began it")
     return found

@@ -143,8 +143,7 @@ def _scored(
     assert config is not None
     del model, engine  # one model in memory
     # Pairs are judged by their scores in what the run began on.
-    start = config.model if config.chain.tune == "full" else open_run(run_or_model).with_rows.parent
-    model, _ = load_run_or_model(start, dtype=dtype)
+    model, _ = load_run_or_model(open_run(run_or_model).with_rows.parent, dtype=dtype)
     with Engine(to_accelerator(model), speedups=speedups, training=False) as engine:
         reference = engine.scores(rows, progress=progress)
     return asked, rows, judge_pairs(rows, scores, reference, config.train.dpo_beta)

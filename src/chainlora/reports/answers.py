@@ -28,7 +28,6 @@ from chainlora.files import reported
 from chainlora.models.text_config import context_length
 from chainlora.reports.page import Answer, Said
 from chainlora.reports.runs import RunFacts, state_names
-from chainlora.runs.opening import load_run
 
 _ASK = "give a file: a prompt a line, or JSONL rows with a `prompt`"
 
@@ -76,7 +75,7 @@ def answers(
     `wanted` is as `read_prompts` gives it. Own rows are those of the validation data, else of the
     test or training data. Of a run of several stages, as many are asked of each stage, after each
     stage, and in the mix that the run is now. The base is loaded once; links are added one by one.
-    After full fine-tuning there are two states. Raises DataError where rows have no prompts.
+    Raises DataError where rows have no prompts.
     """
     columns: list[list[Said]] = []
     prompts: list[Prompt] = []
@@ -109,9 +108,6 @@ def _states(run: RunFacts) -> Iterator[tuple[str, Any, Any]]:
     for link in run.state.links(len(run.state.sequence)):
         chain.add(link)
         yield f"after link {link.index}", chain.model, tokenizer
-    if run.state.is_whole_model:
-        del chain  # two models at once would need twice the memory
-        yield "after training", load_run(run.state)[0], tokenizer
 
 
 def _said(

@@ -110,7 +110,7 @@ def _lead(runs: Sequence[RunFacts]) -> str:
         return "; ".join(said) + "."
     run = runs[0]
     model = public_name(run.state.base.model) or "a model without a name"
-    if not _was_trained(run):
+    if run.state.is_before_training:
         return f"A language model ({model}) as it was before this run's training."
     said, before = list[str](), ""
     for part in run.parts:
@@ -126,12 +126,6 @@ def _combined(state: OpenState) -> list[str]:
     """Return what is said of a combination."""
     is_one = state.trained is not None and state.trained.kind == "combine"
     return ["The results were combined."] if is_one else []
-
-
-def _was_trained(run: RunFacts) -> bool:
-    """Say whether any training of the run is in the state that is reported on."""
-    is_full = run.config is not None and run.config.chain.tune == "full"
-    return is_full or not run.state.is_before_training
 
 
 def _task(part: RunFacts) -> str:
@@ -168,8 +162,6 @@ def _switched_off(run: RunFacts) -> list[str]:
 
 
 def _what(run: RunFacts) -> str:
-    if run.config is not None and run.config.chain.tune == "full":
-        return "Every weight fine-tuned"
     ranks = [link["rank"] for link in run.links]
     if not ranks:
         return "A chain without links"
@@ -214,7 +206,7 @@ def _overview(runs: Sequence[RunFacts]) -> Section:
 def _tiles(run: RunFacts) -> list[tuple[str, str]]:
     """Return the few numbers of one run to see first; the others are among its costs and links."""
     found = []
-    for part in run.parts if _was_trained(run) else ():
+    for part in run.parts if not run.state.is_before_training else ():
         if part.score is not None:
             before, after = _score(part, part.score)
             of = f"{part.name}: " if run.stages else ""
@@ -272,12 +264,13 @@ def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:
             found.append(
                 f"{as_text(part.name)}: the most frequent answer alone would be right on {share}."
             )
-    if run.matrix is not None and _was_trained(run) and not (is_alone and run.stages):
+    is_trained = not run.state.is_before_training
+    if run.matrix is not None and is_trained and not (is_alone and run.stages):
         found.append(
             f"Score, steps, time, memory and cost of {name} are those of stage "
             f"{run.state.stage} alone; RUN@STAGE reports on another one."
         )
-    if not run.state.is_as_trained and _was_trained(run):
+    if is_trained and not run.state.is_as_trained:
         found.append(
             f"{name} was mixed or pruned since: the scores of its training are not those of "
             "what it is now."

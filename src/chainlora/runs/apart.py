@@ -18,7 +18,7 @@ import jinja2
 
 from chainlora.chain.chain import Chain
 from chainlora.chain.link import switched_on
-from chainlora.errors import ChainError, RunError
+from chainlora.errors import ChainError
 from chainlora.files import write_text
 from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.cards import QUOTING, Naming, place_of, public_name, served_rank
@@ -54,7 +54,6 @@ def taken_apart(run: Address | Chain, num_links: int | None = None) -> tuple[Ope
         rule, remedy = "Cannot take a chain apart: only states of runs have stages", "name one"
         raise ChainError(rule, got, remedy)
     state = open_run(run)
-    need_links(state)
     state.need_one_strength(state.stages)
     stages: dict[str, list[Term]] = {}
     for term in state.history.in_order(state.state.terms):
@@ -75,15 +74,6 @@ def taken_apart(run: Address | Chain, num_links: int | None = None) -> tuple[Ope
         name = f"{stage}-{state.state.digest[:8]}"
         parts.append(Part(name, stage, terms[0].strength, part))
     return state, parts
-
-
-def need_links(state: OpenState) -> None:
-    """Raise RunError for a model of which every weight was fine-tuned."""
-    if state.is_whole_model:
-        raise RunError(
-            f"an adapter is made of links (got {state}, a run of full fine-tuning); export it "
-            "merged"
-        )
 
 
 def write_sheet(

@@ -108,7 +108,7 @@ class Draft(Document):
     @property
     def named(self) -> set[str]:
         """Return the files and folders that the stage needs, by their names in its folder."""
-        named = {CONFIG, "model", REFERENCE}
+        named = {CONFIG, REFERENCE}
         points = [self.progress]
         if self.checkpoint is not None:
             named.add(self.checkpoint.directory)

@@ -29,7 +29,7 @@ from chainlora.models.finding import resolve_model
 from chainlora.models.identity import base_files, tokenizer_files
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.addresses import Address, open_run
-from chainlora.runs.apart import Part, need_links, taken_apart, write_sheet
+from chainlora.runs.apart import Part, taken_apart, write_sheet
 from chainlora.runs.cards import (
     UNNAMED,
     Card,
@@ -66,14 +66,12 @@ def export_merged(
     base = _base_folder(state.base, state)
     model, tokenizer = load_run(state, num_links=num_links)
     _stop_at_turns(model.generation_config, tokenizer)
-    is_whole = num_links != 0 and state.is_whole_model
-    links = [] if is_whole else switched_on(state.links(num_links))
-    done = f"a chain of {len(links)} LoRA link(s) merged into its weights"
+    links = switched_on(state.links(num_links))
     with filled_folder(output) as scratch:
         save_model(model, tokenizer, scratch)
         if base is not None:
             copy_licences(base, scratch)
-        what = f"with {'every weight fine-tuned' if is_whole else done}."
+        what = f"with a chain of {len(links)} LoRA link(s) merged into its weights."
         story = story_of(state, num_links)
         card = Card(what, state.base.model, "transformers", links, naming=naming, story=story)
         lineage = lineage_of(state, base, naming, "merged", num_links=num_links)
@@ -230,7 +228,6 @@ def _links_and_base(run: OpenState | Chain, num_links: int | None) -> tuple[Sequ
         if num_links is not None and not 0 < num_links <= len(links):
             raise ChainError(f"`num_links` must be 1 to {len(links)} here (got {num_links})")
         return switched_on(links[:num_links]), describe_base(run)
-    need_links(run)
     return switched_on(run.links(num_links)), run.base
 
 

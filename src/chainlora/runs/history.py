@@ -184,11 +184,6 @@ class Entry(Part):
         """Say whether it was trained on nothing but rows that earlier stages kept."""
         return REHEARSED in self.training.sources
 
-    @property
-    def is_whole_model(self) -> bool:
-        """Say whether every weight was fine-tuned, so that a model takes the place of links."""
-        return any(name.startswith("model/") for name in self.files)
-
 
 class History(Document):
     """All entries of a run in the order in which they ended.

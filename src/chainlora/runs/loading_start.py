@@ -89,12 +89,6 @@ def load_start(source: str | Path) -> Start:
 
 def start_at(state: OpenState) -> Start:
     """Return what a stage begins on at a state: the links, the best point if it was kept."""
-    if state.is_whole_model:
-        raise RunError(
-            "a chain starts from links",
-            f"a run of full fine-tuning, {state.run}",
-            f"take {state.model_folder()} as the model",
-        )
     extra = {} if state.has_run else read_chain(state).start
     links = tuple(state.links())
     return Start(state=state, links=links, tokenizer=state.tokenizer(), extra=extra)

@@ -69,13 +69,6 @@ def load_run(
             f"load_chain({str(run)!r}, model).detach()"
         )
     kind = dtype or base.dtype
-    if num_links != 0 and state.is_whole_model:
-        if num_links is not None:
-            raise RunError(
-                f"a number of links needs a chain (got {run}, a run of full fine-tuning); leave it "
-                "out, or take the base by 0"
-            )
-        return load_model(state.model_folder(), kind)
     links = state.links(num_links)  # first, since a missing one is found at once
     if not links and num_links is None:
         _refuse_untrained(state)
@@ -120,15 +113,7 @@ def _refuse_untrained(state: OpenState) -> None:
         raise RunError(
             f"a saved chain must have a link (got none in {state.run}); take the base by 0 links"
         )
-    if state.draft is None:
-        return
-    chain = state.config().chain
-    if chain.tune == "full":
-        raise RunError(
-            f"a run of full fine-tuning must have ended (got no model in {state.folder}); start "
-            "over"
-        )
-    if chain.ranks:  # else all may have been rejected
+    if state.draft is not None and state.config().chain.ranks:  # else all may have been rejected
         raise RunError(
             f"a run must have tied its first link (got none in {state.run}); train it again to "
             "resume it, or take the base by --links 0"

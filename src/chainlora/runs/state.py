@@ -138,11 +138,6 @@ class OpenState:
         return own is None or (not own.pruned and own.state.digest == self.state.digest)
 
     @property
-    def is_whole_model(self) -> bool:
-        """Say whether every weight was fine-tuned."""
-        return self.entry is not None and self.entry.is_whole_model
-
-    @property
     def parent(self) -> OpenState:
         """Return the state that the stage began on."""
         return self.at(BASE if self.trained is None else self.trained.parent)
@@ -308,14 +303,6 @@ class OpenState:
         if entry is None or RESULT not in entry.files:
             return None
         return read_result(self._need_own(entry, RESULT))
-
-    def model_folder(self) -> Path:
-        """Return the folder of a model of which every weight was fine-tuned, its files checked."""
-        assert self.entry is not None
-        for name in self.entry.files:
-            if name.startswith("model/"):
-                self._need_own(self.entry, name)
-        return self.folder / "model"
 
     def tokenizer(self) -> Path | None:
         """Return the folder of the run's own tokenizer; None where it has the base's."""

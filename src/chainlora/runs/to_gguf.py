@@ -78,9 +78,7 @@ def export_gguf(
     folder, config, _ = open_folder(state.base.model)
     tokenizer = tokenizer_of(state, folder)
     check_convertible(config, tokenizer)
-    is_whole = num_links != 0 and state.is_whole_model
-    links = [] if is_whole else switched_on(state.links(num_links))
-    made_of = "every weight fine-tuned" if is_whole else f"a chain of {len(links)} LoRA link(s)"
+    links = switched_on(state.links(num_links))
     stage = _last_stage(state, num_links)
     loras = [_lora(part.name, part.stage, part.state.links(), rank, tolerance) for part in parts]
     as_lora = ", each stage as a LoRA" if each else ""
@@ -103,7 +101,8 @@ def export_gguf(
         told = zip(parts, loras, strict=False)  # no parts without `each`
         adapters = [part.told(lora.rank, lora.error) for part, lora in told]
         sheet = write_sheet(made, state, adapters, naming, as_gguf=True) if each else None
-        what, base = f"with {made_of} in GGUF ({kind}){as_lora}.", state.base.model
+        what = f"with a chain of {len(links)} LoRA link(s) in GGUF ({kind}){as_lora}."
+        base = state.base.model
         story = story_of(state, num_links)
         keys = {"kind": kind, "rank": rank, "tolerance": tolerance, "num_links": num_links}
         to: Target = "gguf-adapter" if as_adapter else "gguf"

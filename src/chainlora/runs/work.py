@@ -35,7 +35,6 @@ from chainlora.config.staging import HISTORY, stage_folder
 from chainlora.data.kept import Kept
 from chainlora.errors import RunError
 from chainlora.knots.numbers import Numbers
-from chainlora.models.checkpoint import save_model
 from chainlora.runs.addresses import state_of_draft
 from chainlora.runs.beginning import begun_entry, begun_history, need_unmoved, save_rows
 from chainlora.runs.claim import Claim
@@ -289,13 +288,6 @@ class Work:
         if self.writes:
             self._log.append(values)
             progress.num_records += 1
-
-    def save_model(self, model: Any, tokenizer: Any) -> None:
-        """Write a whole model, the result of full fine-tuning."""
-        if self.writes:
-            with files.replaced_folder(self.folder / "model") as scratch:
-                save_model(model, tokenizer, scratch)
-            self._hash_folder("model")
 
     def end(
         self, result: Mapping[str, Any], progress: Progress, best: tuple[int, Link | None] | None

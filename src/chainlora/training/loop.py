@@ -37,7 +37,6 @@ from chainlora.training.events import (
 )
 from chainlora.training.optimizers import (
     evaluated_weights,
-    from_groups,
     leave_average,
     load_state,
     make_optimizer,
@@ -112,11 +111,8 @@ def train_stage(
     with prepared as run, run.processes.exchanging(), kept_random_state(run.chain.model):
         if run.progress.step == 0:
             evaluate_point(run, "start")
-        if config.chain.tune == "full":
-            _tune_everything(run)
-        else:
-            tune_chain(run)
-            select_best(run)
+        tune_chain(run)
+        select_best(run)
         return finish(run)
 
 
@@ -309,24 +305,3 @@ def _evaluate_inside(run: Run, optimizer: torch.optim.Optimizer) -> None:
         run.save_checkpoint(optimizer)
         raise
     run.progress.evaluation_due = False
-
-
-# --- the rival that trains every weight ---
-
-
-def _tune_everything(run: Run) -> None:
-    """Full fine-tuning: float32 only, no links, no checkpoints."""
-    model, end = run.chain.model, run.batches.num_steps
-    model.requires_grad_(True)
-    optimizer = from_groups([{"params": [*model.parameters()], "ratio": 1.0}], run.train)
-    with closing(steps_ahead(run, 0, end)) as steps:
-        for work in steps:
-            if run.progress.stopped:
-                break
-            update(run, work, optimizer, rate_factor(run.train, run.batches.lengths, work.step))
-            run.last_scored = None
-            if run.progress.step < end:
-                _between_steps(run, optimizer)
-    leave_average(optimizer)
-    model.requires_grad_(False)
-    evaluate_point(run, "knot")

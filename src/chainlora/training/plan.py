@@ -14,7 +14,7 @@ from pathlib import Path
 
 from chainlora.config.staging import Stage, exists_in, need_apart
 from chainlora.data.splits import check_files
-from chainlora.errors import ConfigError, RunError
+from chainlora.errors import RunError
 from chainlora.runs.addresses import begun_stage, state_at
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import MAIN, START, read_history
@@ -140,12 +140,6 @@ def _need_same(stage: Stage, begun: OpenState, change: Collection[str]) -> None:
     compare(begun, stage.config, change, None if stage.name == MAIN else stage.name)
     if begun.draft is not None and not begun.draft.trained:
         check_plugins(begun, stage.config)
-        if stage.config.chain.tune == "full":
-            raise ConfigError(
-                "full fine-tuning cannot resume, since its optimizer state is not saved",
-                begun.run,
-                "delete that folder, or choose another output",
-            )
 
 
 def _start_of(first: StagePlan, there: OpenState | None, start: Start) -> Start:

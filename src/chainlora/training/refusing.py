@@ -70,7 +70,7 @@ def check_due(planned: Sequence[StagePlan], start: Start, now: OpenState | None)
             check_names(config)
             check_optimizer(config, device)
             length_limit(config.data, context_length(model))
-            if each.state == "new" and config.chain.tune == "lora":
+            if each.state == "new":
                 _check_modules(model, config, links)
         links += [Link(len(links), link, {}) for link in config.chain.links()]
         if each.state == "new":

@@ -86,15 +86,15 @@ def evaluate_point(run: Run, where: Literal["start", "step", "knot"]) -> None:
 def score(run: Run, examples: Sequence[Example]) -> Evaluation:
     """Score rows by the metrics of the run's task.
 
-    Where the run can be resumed, a signal stops it after the batch at hand: StoppedError. Several
+    Where the run is written, a signal stops it after the batch at hand: StoppedError. Several
     processes must stop alike, so they finish an evaluation that they have begun.
     """
 
     def between_batches(done: int, rows: int) -> None:
-        if run.is_resumable and run.processes.count == 1 and done < rows:
+        if run.work is not None and run.processes.count == 1 and done < rows:
             run.stop_if_requested()
 
-    if run.is_resumable:
+    if run.work is not None:
         run.stop_if_requested()
     try:
         return run.objective.evaluate(
@@ -177,10 +177,7 @@ def finish(run: Run) -> TrainResult:
     metrics = _final_metrics(run)
     run.count_seconds()
     result = _result(run, metrics)
-    run.engine.close()  # the model's own forwards, before it is saved
     if run.work is not None:
-        if run.config.chain.tune == "full":  # no links: the weights are the result
-            run.work.save_model(run.chain.detach(), run.tokenizer)
         best = run.progress.best
         end: tuple[int, Link | None] | None = None
         if run.train.keep_best and best is not None:
@@ -225,10 +222,6 @@ def _final_metrics(run: Run) -> dict[str, Any]:
 def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
     config, progress = run.config, run.progress
     own = run.chain.links[run.first :]  # without those that it began on
-    if config.chain.tune == "full":
-        trainable = sum(parameter.numel() for parameter in run.chain.model.parameters())
-    else:
-        trainable = max(map(num_trained, own), default=0)
     return {
         "format": RESULT_FORMAT,
         "model": config.model,
@@ -256,7 +249,7 @@ def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
         "base_fingerprint": run.chain.base_fingerprint,
         "wall_s": round(progress.seconds, 2),
         "peak_memory_mb": peak_memory_mb(run.processes.device),
-        "trainable_parameters": trainable,
+        "trainable_parameters": max(map(num_trained, own), default=0),
         "versions": versions(),
         "hardware": hardware(run.processes.device),
     }

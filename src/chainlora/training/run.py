@@ -67,17 +67,12 @@ class Run:
             named = {f"{event.name}/{key}": value for key, value in values.items()}
             self.accelerator.log(named, step=event.step)
 
-    @property
-    def is_resumable(self) -> bool:
-        """Say whether the run can be resumed: whether what it has learned is on disk."""
-        return self.work is not None and self.config.chain.tune == "lora"
-
     def stop_if_requested(self) -> None:
         """Raise StoppedError if a signal asked to stop. The caller has saved the state."""
         number = self.processes.stop_requested()
         if number is None:
             return
-        remedy = "the same command resumes it" if self.is_resumable else "it cannot be resumed"
+        remedy = "the same command resumes it" if self.work else "it cannot be resumed"
         raise StoppedError(
             f"the run stopped after step {self.progress.step} of {self.batches.num_steps} (got "
             f"{signal.Signals(number).name}); {remedy}",

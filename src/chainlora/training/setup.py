@@ -160,24 +160,16 @@ def _load_model(config: RunConfig, processes: Processes) -> Any:
 
 
 def _new_engine(config: RunConfig, model: Any, processes: Processes) -> Engine:
-    """LoRA's dropout draws from one generator, full gradients are as large as the model, and
-    quantised layers keep state of their own."""
-    draws_or_is_large = config.chain.tune == "full" or config.chain.dropout > 0
-    threads = 1 if draws_or_is_large or is_quantized_model(model) else None
+    """LoRA's dropout draws from one generator, and quantised layers keep state of their own."""
+    threads = 1 if config.chain.dropout > 0 or is_quantized_model(model) else None
     speedups = config.train.speedups
     return Engine(model, speedups=speedups, training=True, threads=threads, sharing=processes)
 
 
 def _check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
     """Refuse what the model or the rows cannot do, before the output directory is claimed."""
-    if config.chain.tune == "lora":
-        for link in dict.fromkeys(config.chain.links()):
-            holding_named(config.chain.hold).check_layers(model, link)
-    elif is_quantized_model(model):
-        raise ConfigError(
-            f"full fine-tuning needs weights of 16 or 32 bits (got {config.model}, which is "
-            "quantised); take the checkpoint before quantisation, or tune: lora and hold: carried"
-        )
+    for link in dict.fromkeys(config.chain.links()):
+        holding_named(config.chain.hold).check_layers(model, link)
     metric, reported = config.train.select_metric, splits.reported
     if metric is not None and metric not in reported:
         raise ConfigError(

@@ -23,7 +23,7 @@ from chainlora.errors import ConfigError, nearest
 from chainlora_lab.outputs import Keys, checked
 
 _FOLDER = Path(__file__).parent
-_SECTIONS = ("recipe", "data", "chain", "train")
+_SECTIONS = ("recipe", "data", "chain", "train", "loop")
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ def methods_table(results: Results) -> Table:
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, str]:
-    return {
+    loop = {"loop": config["loop"]} if config.get("loop") else {}
+    return loop | {
         f"{section}.{key}": _plain(value)
         for section in ("chain", "train", "data")
         for key, value in config.get(section, {}).items()
