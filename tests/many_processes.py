@@ -5,7 +5,7 @@ usage: many_processes.py JOBS, a JSON list of jobs: "config" (a file), "resume",
 after which all processes end as if killed), "kill" ([process, step]), "start" (the run to begin
 on), "stage" (its name), "outcome" (where the first process writes what it saw); or "command"
 (arguments of the command line); or "load" (a model folder that all processes load together),
-"dtype", "shard" and "outcome", which each of them writes.
+"dtype" and "outcome", which each of them writes.
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ def load(job: dict[str, Any]) -> dict[str, Any]:
     """Load a model whole and in shares; say how much is held, and whether it is the same model."""
     dtype, count = getattr(torch, job["dtype"]), torch.distributed.get_world_size()
     whole, _ = load_model(job["load"], dtype)
-    shared, _ = load_shards(
-        job["load"], dtype, count, torch.device("cpu"), job.get("shard", "fsdp2")
-    )
+    shared, _ = load_shards(job["load"], dtype, count, torch.device("cpu"))
     rows = {name: local(p) for name, p in shared.named_parameters()}
     theirs, ids = dict(whole.named_parameters()), torch.arange(3, 19)[None]
     buffers = dict(whole.named_buffers())
@@ -78,15 +76,8 @@ def load(job: dict[str, Any]) -> dict[str, Any]:
         and all(torch.equal(gathered(p), theirs[n]) for n, p in shared.named_parameters())
         and all(torch.equal(buffer, buffers[n]) for n, buffer in shared.named_buffers()),
         "same_logits": torch.equal(whole(input_ids=ids).logits, shared(input_ids=ids).logits),
-        "freed": all(_is_freed(p) for p in shared.parameters()),
+        "freed": all(type(p).__name__ == "DTensor" for p in shared.parameters()),
     }
-
-
-def _is_freed(parameter: torch.Tensor) -> bool:
-    """Say whether a process holds its part alone. Under ZeRO-3 vectors stay whole."""
-    if hasattr(parameter, "ds_id"):
-        return len(parameter.ds_shape) < 2 or parameter.numel() == 0
-    return type(parameter).__name__ == "DTensor"
 
 
 def main() -> None:

@@ -1,13 +1,11 @@
-"""Several processes share one model, by FSDP2 or by ZeRO-3: the chain of one process.
+"""Several processes share one model by FSDP2: the chain of one process.
 
-torchrun starts the processes. A start costs seconds, so one or two launches do the jobs of all
-tests. The first import of DeepSpeed on a CPU compiles an extension, for about a minute.
+torchrun starts the processes. A start costs seconds, so two launches do the jobs of all tests.
 """
 
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from chainlora.runs.addresses import open_run
 from chainlora.training.stages import train_stages
 
 pytestmark = pytest.mark.slow  # processes that torchrun starts
-WAYS = ["fsdp2"] + ["zero3"] * bool(find_spec("deepspeed"))
+SHARED = {"shard": "fsdp2"}
 LOADED = ("llama", "opt", "gpt2", "untied")
 JOBS: dict[str, dict[str, Any]] = {
     "llama": {"train": {"gradient_checkpointing": True}},
@@ -47,20 +45,13 @@ EXACT = ("llama", "opt", "gpt2", "uneven", "answers", "pairs")
 BY_ACCELERATE = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-@pytest.fixture(scope="module", params=WAYS)
-def way(request) -> str:
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def launched(way, folders, answers, sentiment, tmp_path_factory) -> Path:
+def launched(folders, answers, sentiment, tmp_path_factory) -> Path:
     """Every job in one process and in two; runs that were stopped, resumed by two and by one.
 
-    By FSDP2 they were stopped in four, which the variables of `accelerate launch` start.
+    They were stopped in four, which the variables of `accelerate launch` start.
     """
-    folder = tmp_path_factory.mktemp(way)
-    hold = {"hold": "carried"} if way == "zero3" else {}
-    shared = {"shard": way}
+    folder = tmp_path_factory.mktemp("fsdp2")
 
     def tree_of(name: str, output: Path, **train_keys: Any) -> dict[str, Any]:
         keys = JOBS[name]
@@ -70,7 +61,7 @@ def launched(way, folders, answers, sentiment, tmp_path_factory) -> Path:
             folders[architecture],
             answers if name == "answers" else sentiment,
             output,
-            chain={"ranks": [4, 4], "steps": [4, 3]} | targets | hold | keys.get("chain", {}),
+            chain={"ranks": [4, 4], "steps": [4, 3]} | targets | keys.get("chain", {}),
             train={"lr": 1e-3, "batch_size": 8, "eval_every": 2, "save_every": 1}
             | keys.get("train", {})
             | train_keys,
@@ -93,23 +84,20 @@ def launched(way, folders, answers, sentiment, tmp_path_factory) -> Path:
         train(tree_of(name, folder / f"{name}-1"))
     train_stages(make_stages(stages("stages-1")))
     stopped = {name: f"{name}-stopped" for name in ("soft", "uneven")}
-    two = [job(name, f"{name}-2", shared) for name in JOBS]
-    if way == "fsdp2":
-        four = [job("llama", "llama-4", {})]
-        four += [job(name, there, {}, stop=6) for name, there in stopped.items()]
-        done = launch(4, folder, four, **BY_ACCELERATE)
-        assert done.returncode == 0, done.stderr[-3000:]
-    else:
-        two += [job(name, there, shared, stop=6) for name, there in stopped.items()]
-    two += [job("soft", stopped["soft"], shared, resume=True)]
-    (folder / "stages.yaml").write_text(yaml.safe_dump(stages("stages-2", **shared)))
+    two = [job(name, f"{name}-2", SHARED) for name in JOBS]
+    four = [job("llama", "llama-4", {})]
+    four += [job(name, there, {}, stop=6) for name, there in stopped.items()]
+    done = launch(4, folder, four, **BY_ACCELERATE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two += [job("soft", stopped["soft"], SHARED, resume=True)]
+    (folder / "stages.yaml").write_text(yaml.safe_dump(stages("stages-2", **SHARED)))
     two += [{"command": ["train", str(folder / "stages.yaml")]}]
     bases = folders | {"untied": make_tiny_folder(folder / "untied", tie_word_embeddings=False)}
     for name in LOADED:
         dtype = "bfloat16" if name == "opt" else "float32"
         told = str(folder / f"load-{name}.json")
-        two += [{"load": str(bases[name]), "dtype": dtype, "outcome": told} | shared]
-    two += [job("llama", "killed", shared, kill=[1, 3])]
+        two += [{"load": str(bases[name]), "dtype": dtype, "outcome": told}]
+    two += [job("llama", "killed", SHARED, kill=[1, 3])]
     done = launch(2, folder, two)
     assert (folder / "killed.json.0").is_file(), done.stderr[-3000:]  # all before it were done
     (folder / "stderr").write_text(done.stderr)
@@ -135,9 +123,8 @@ def test_a_stopped_run_is_resumed_by_one_process(launched):
     assert_close_links(launched / "uneven-1", launched / "uneven-stopped")
 
 
-def test_four_processes_that_accelerate_started_train_the_same_chain(way, launched):
-    if way == "fsdp2":
-        assert_close_links(launched / "llama-1", launched / "llama-4")
+def test_four_processes_that_accelerate_started_train_the_same_chain(launched):
+    assert_close_links(launched / "llama-1", launched / "llama-4")
 
 
 @pytest.mark.parametrize("name", ["llama", "uneven", "answers"])

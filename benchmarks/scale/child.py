@@ -156,7 +156,7 @@ def hold(job: dict[str, Any]) -> dict[str, Any]:
     memory = Memory()
     if count > 1:
         distributed.init_process_group("gloo")
-        model, _ = load_shards(folder, torch.bfloat16, count, torch.device("cpu"), "fsdp2")
+        model, _ = load_shards(folder, torch.bfloat16, count, torch.device("cpu"))
     else:
         model, _ = load_model(folder, torch.bfloat16)
         model.requires_grad_(False)

@@ -19,7 +19,6 @@ _OPTIONAL = {
     "trl": ("chains in TRL's trainers", "trl"),
     "bitsandbytes": ("bases in 4 bits, optimizers in 8", "bitsandbytes"),
     "torchao": ("bases in 8 bits", "torchao"),
-    "deepspeed": ("models that processes share by ZeRO-3", "deepspeed"),
     "schedulefree": ("schedule-free AdamW", "schedulefree"),
 }
 _FAST_PATHS = (

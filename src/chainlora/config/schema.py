@@ -117,9 +117,9 @@ class TrainConfig(Section):
     speedups: Annotated[Literal["auto", "off"], _AutoOrOff] = "auto"
     """`auto` uses faster forwards, packed batches and threads if a probe shows equal results; `off`
     never does."""
-    shard: Literal["fsdp2", "zero3"] | None = None
-    """Share the model between processes: `fsdp2`, or `zero3` of DeepSpeed, with links carried
-    ([scale](scale.md#a-model-larger-than-a-gpu)). `null`: each process has a copy."""
+    shard: Literal["fsdp2"] | None = None
+    """`fsdp2` shares the model between processes ([scale](scale.md#a-model-larger-than-a-gpu)).
+    `null`: each process has a copy."""
     trackers: tuple[str, ...] = ()
     """Trackers of Accelerate by name, e.g. `[tensorboard]`; install their packages yourself. Those
     that a run or a lineage names are used only where they are named again. Files of `tensorboard`

@@ -32,7 +32,7 @@ from chainlora.engine.probes import Facts, examine, forget_lengths
 from chainlora.engine.score_batches import evaluation_batches, pack_size
 from chainlora.errors import DataError, ScoreError
 from chainlora.models.modes import in_mode
-from chainlora.models.shards import at_head, by_module, in_forward, is_sharded, whole_shape
+from chainlora.models.shards import at_head, is_sharded
 from chainlora.models.text_config import base_model, causal_model, text_config
 
 log = logging.getLogger(__name__)
@@ -86,8 +86,7 @@ class Engine:
         sharing: Sharing | None = None,
     ) -> None:
         self.model = model
-        # what is fast reads weights of other modules than the one that is called
-        self.speedups = "off" if by_module(model) else speedups
+        self.speedups = speedups
         self.notes: list[str] = []
         self._sharing = sharing
         self._is_sharded = is_sharded(model)
@@ -98,7 +97,7 @@ class Engine:
                 parameter.requires_grad_(False)
             base_model(model)  # refuses what is not a causal language model
             embedding: Any = causal_model(model).get_input_embeddings()  # type: ignore[operator]
-            self._num_tokens = whole_shape(embedding.weight)[0]
+            self._num_tokens = embedding.weight.shape[0]
             facts = examine(model, training=training)
             if training and getattr(text_config(model), "output_router_logits", False):
                 self.notes.append("auxiliary loss of the router (`output_router_logits`): left out")
@@ -106,8 +105,7 @@ class Engine:
             self._length_from = facts.threshold if facts.length else None
             logit_transform(model)  # refuses a model with other logits; found once, not in a thread
             if self._is_sharded:
-                unit = "module" if by_module(model) else "layer"
-                self.notes.append(f"weights: shared by processes, whole one {unit} at a time")
+                self.notes.append("weights: shared by processes, whole one layer at a time")
             self._take_fast_paths(facts)
         except BaseException:
             self.close()
@@ -209,9 +207,8 @@ class Engine:
         def finish(hidden: Tensor) -> Result:
             return compute(self.model, hidden, batch)
 
-        if not self._is_sharded:
-            return finish(self.hidden(batch))
-        return in_forward(self.model, lambda: at_head(self.model, finish, self.hidden(batch)))
+        hidden = self.hidden(batch)
+        return at_head(self.model, finish, hidden) if self._is_sharded else finish(hidden)
 
     def add_gradients(
         self,

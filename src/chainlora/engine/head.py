@@ -31,7 +31,7 @@ from chainlora.engine.packing import PackedBatch
 from chainlora.engine.patching import is_foreign
 from chainlora.engine.probes import probing
 from chainlora.errors import ModelError
-from chainlora.models.shards import num_hooks, plain_type, whole_shape
+from chainlora.models.shards import num_hooks, plain_type
 from chainlora.models.text_config import base_model, causal_model, text_config
 
 # Logits held at once: 16 MB in float32. Large enough for matmul, and below the 32 MB from where
@@ -83,9 +83,9 @@ def token_logprobs(
     Logits exist for one chunk of rows at a time, in forward and in backward.
     """
     head, transform, hidden = _head(model), logit_transform(model), _for_head(model, hidden)
-    weight = getattr(head, "weight", None)
+    weight: Any = getattr(head, "weight", None)
     is_matrix = isinstance(weight, Tensor)
-    vocabulary = whole_shape(weight)[0] if is_matrix else int(text_config(model).vocab_size)
+    vocabulary = weight.shape[0] if is_matrix else int(text_config(model).vocab_size)
     chunks = _chunks(token_row, token_target, hidden.shape[0], vocabulary)
     compute: Callable[[Tensor, Tensor, Tensor], Tensor] = partial(_logprobs, head, transform)
     if transform is None and _is_frozen_linear(head):

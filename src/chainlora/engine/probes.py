@@ -23,7 +23,6 @@ from chainlora.engine.float32 import TWO_BYTES, computing_in_float32
 from chainlora.engine.packing import PackedBatch, pack, padded_hidden
 from chainlora.errors import ModelError, is_out_of_memory
 from chainlora.models.modes import in_mode, kept_random_state
-from chainlora.models.shards import by_module
 from chainlora.models.text_config import base_model, compute_dtype, context_length, text_config
 
 # A state whose later tokens differ, half of them at least: to rounding in float32, with room for
@@ -188,7 +187,7 @@ def relative_difference(mine: Tensor, theirs: Tensor) -> Tensor:
 def computing_wide(model: nn.Module) -> Any:
     """Return a context in which a model of two-byte weights computes in float32."""
     two_bytes = compute_dtype(model) in TWO_BYTES
-    return computing_in_float32(model) if two_bytes and not by_module(model) else nullcontext()
+    return computing_in_float32(model) if two_bytes else nullcontext()
 
 
 # --- nothing random is drawn, nothing depends on the rest of the batch ---

@@ -8,7 +8,7 @@ Never remote code, never pickle.
 parameters are cut into parts, and each process reads its rows by memory map: none ever holds the
 whole model. Where the tensors of a checkpoint are not the model's parameters one by one (stacked
 experts, weights that transformers converts), each process loads the whole model first and then cuts
-it. By ZeRO-3 the first process reads each weight and sends it to the others.
+it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import logging
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
@@ -290,11 +290,7 @@ def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def load_shards(
-    spec: str | Path,
-    dtype: torch.dtype,
-    count: int,
-    device: torch.device,
-    kind: Literal["fsdp2", "zero3"] = "fsdp2",
+    spec: str | Path, dtype: torch.dtype, count: int, device: torch.device
 ) -> tuple[Any, Any]:
     """Return ``(model, tokenizer)`` as `load_model` does, frozen, cut into `count` parts.
 
@@ -318,10 +314,6 @@ def load_shards(
             model.generation_config = GenerationConfig.from_pretrained(folder)
         settle(model, tokenizer, folder)
     model.requires_grad_(False)
-    if kind == "zero3":
-        read = (lambda name: stored[name].read()) if reason is None else None
-        shards.share_by_zero3(model, read, dtype, device)
-        return model.eval(), tokenizer
     shards.shard(model, count, device)
     if reason is not None:
         model.to(device)

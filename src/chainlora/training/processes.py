@@ -22,8 +22,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from importlib.util import find_spec
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -311,15 +310,15 @@ def is_first_launched() -> bool:
 # --- a model that they share ---
 
 
-def wants_shards(config: RunConfig) -> Literal["fsdp2", "zero3"] | None:
-    """Return how processes are to share the model, by `train.shard` or by `accelerate launch`.
+def wants_shards(config: RunConfig) -> bool:
+    """Say whether processes are to share the model, by `train.shard` or by `accelerate launch`.
 
     Raises ConfigError where Accelerate is set to FSDP1 or DeepSpeed.
     """
     if _is_set("ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(
             "processes share a model by `train.shard` (got an Accelerate config with DeepSpeed); "
-            "launch with torchrun, and set train.shard: zero3, or fsdp2"
+            "launch with torchrun, and set train.shard: fsdp2"
         )
     by_accelerate = _is_set("ACCELERATE_USE_FSDP")
     version = os.environ.get("FSDP_VERSION", "1")
@@ -328,12 +327,7 @@ def wants_shards(config: RunConfig) -> Literal["fsdp2", "zero3"] | None:
             f"FSDP must be FSDP2 (got an Accelerate config with fsdp_version: {version}); set "
             "fsdp_version: 2, or launch with torchrun and set train.shard: fsdp2"
         )
-    if by_accelerate and config.train.shard == "zero3":
-        raise ConfigError(
-            "processes share a model in one way (got train.shard: zero3 and an Accelerate config "
-            "with FSDP2); leave one of them out"
-        )
-    return "fsdp2" if by_accelerate else config.train.shard
+    return by_accelerate or config.train.shard is not None
 
 
 def _is_set(variable: str) -> bool:
@@ -342,17 +336,13 @@ def _is_set(variable: str) -> bool:
 
 def refuse_one_process(config: RunConfig) -> None:
     """Raise ConfigError where one process alone is to share the model."""
-    shard = config.train.shard
-    if shard is None:
-        return
-    is_missing = shard == "zero3" and find_spec("deepspeed") is None
-    install = "pip install 'chainlora[deepspeed]', " if is_missing else ""
-    raise ConfigError(
-        f"`train.shard: {shard}` shares the model between several processes",
-        "one process",
-        f"{install}launch with torchrun --nproc-per-node 2 -m chainlora train CONFIG, or set "
-        "train.shard: null",
-    )
+    if config.train.shard is not None:
+        raise ConfigError(
+            f"`train.shard: {config.train.shard}` shares the model between several processes",
+            "one process",
+            "launch with torchrun --nproc-per-node 2 -m chainlora train CONFIG, or set "
+            "train.shard: null",
+        )
 
 
 def check_shards(config: RunConfig) -> None:
@@ -369,21 +359,8 @@ def check_shards(config: RunConfig) -> None:
             f"processes that share a model train plain LoRA on it (got {found[0]}, which needs "
             "whole weights); leave it out, or train.shard: each process then holds the whole model"
         )
-    writes_base = holding_named(chain.hold).writes_base
-    if chain.knots is not None and writes_base:
+    if chain.knots is not None and holding_named(chain.hold).writes_base:
         raise ConfigError(
             "soft knots on a shared model need hold: carried (got hold: tied, whose exact weights "
             "no single process can save); set chain.hold: carried"
-        )
-    if wants_shards(config) != "zero3":
-        return
-    if writes_base:
-        raise ConfigError(
-            "`train.shard: zero3` cuts flattened weights, not rows that a process could merge into "
-            "(got hold: tied); set chain.hold: carried, or train.shard: fsdp2"
-        )
-    if find_spec("deepspeed") is None:
-        raise ConfigError(
-            "`train.shard: zero3` needs the package deepspeed (got: it is not installed); pip "
-            "install 'chainlora[deepspeed]'"
         )

@@ -96,7 +96,7 @@ def _check_modules(model: Any, config: RunConfig, below: Sequence[Link]) -> None
 
 def _check_processes(config: RunConfig) -> None:
     count = num_launched()
-    if wants_shards(config) is not None and count > 1:
+    if wants_shards(config) and count > 1:
         check_shards(config)
     else:
         refuse_one_process(config)

@@ -65,7 +65,7 @@ def prepare(
 ) -> Run:
     """Load and check everything a stage needs, claim its folder, find where to resume."""
     accelerator = _make_accelerator(config, stage)
-    processes = find_processes(accelerator, share_model=wants_shards(config) is not None)
+    processes = find_processes(accelerator, share_model=wants_shards(config))
     work = None
     with ExitStack() as undo:
         if config.output is not None:
@@ -145,8 +145,7 @@ def _load_model(config: RunConfig, processes: Processes) -> Any:
     dtype, device = getattr(torch, config.train.dtype), processes.device
     model: Any
     if processes.shares_model:
-        kind = wants_shards(config) or "fsdp2"
-        model, _ = load_shards(config.model, dtype, processes.count, device, kind)
+        model, _ = load_shards(config.model, dtype, processes.count, device)
     else:
         model, _ = load_model(config.model, dtype, quantize=config.quantize, device=device)
         model.requires_grad_(False)

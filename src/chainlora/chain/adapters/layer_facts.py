@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from chainlora.models.modes import in_mode, kept_random_state
 from chainlora.models.quantizing import is_packed, is_quantized
-from chainlora.models.shards import local, whole_shape
+from chainlora.models.shards import local
 
 _CALLED: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 
@@ -40,7 +40,7 @@ def has_fan_in_first(module: nn.Module) -> bool:
 def sizes(module: Any) -> tuple[int, int]:
     """Return (in, out) of a layer; an embedding's input is a token."""
     if isinstance(module, Conv1D | nn.Embedding):
-        first, second = whole_shape(module.weight)
+        first, second = module.weight.shape
         return first, second
     return module.in_features, module.out_features  # a quantised weight has another shape
 
