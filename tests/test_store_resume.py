@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from helpers import (
-    Stop,
     assert_same_links,
     assert_same_records,
     flip_last_bit,
@@ -22,10 +21,8 @@ from helpers import (
 from chainlora import load_run, make_config, train
 from chainlora.config.staging import Stage
 from chainlora.errors import ChainLoRAError, FileError, ModelError, RunError
-from chainlora.runs.addresses import open_run
 from chainlora.runs.documents import write_part
 from chainlora.runs.draft import read_draft
-from chainlora.runs.work import Work
 from chainlora.training.plan import make_plan
 
 # --- the start
@@ -45,22 +42,6 @@ def test_a_run_killed_before_its_history_starts_over(configure, tmp_path):
     (stage / ".lock").touch()
     assert train(config, resume=True)["steps"] == 1
     assert not (run / "history.json.1-1.new").exists()
-
-
-def test_full_fine_tuning_killed_before_it_is_published_is_published(
-    configure, tmp_path, monkeypatch
-):
-    config = configure(chain={"tune": "full", "ranks": [1], "steps": [1]})
-
-    def kill(work: Work) -> None:
-        raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Work, "publish", kill)
-        with pytest.raises(Stop):
-            train(config)
-    assert train(config, resume=True)["steps"] == 1
-    assert open_run(tmp_path / "run").is_whole_model
 
 
 def test_what_is_refused_late_leaves_no_run_behind(configure, tmp_path):
