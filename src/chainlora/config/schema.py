@@ -16,7 +16,6 @@ from chainlora.config.chain_keys import LENGTHS as LENGTHS
 from chainlora.config.chain_keys import ChainConfig as ChainConfig
 from chainlora.config.chain_keys import KnotConfig as KnotConfig
 from chainlora.config.chain_keys import LinkConfig as LinkConfig
-from chainlora.config.chain_keys import PlateauConfig as PlateauConfig
 from chainlora.config.chain_keys import Share
 from chainlora.config.data import DataConfig as DataConfig
 from chainlora.config.data import Home
