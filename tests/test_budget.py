@@ -1,9 +1,9 @@
-"""How long links are, and at which rate: tokens, links that end when they have stopped to learn,
-schedules."""
+"""How long links are, and at which rate: tokens, policies that end a link early, schedules."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,7 +14,9 @@ from helpers import assert_same_links, stop_after
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chainlora import Chain, LinkConfig, train
-from chainlora.config.schema import TrainConfig
+from chainlora.config.schema import KnotConfig, TrainConfig
+from chainlora.knots.driver import POLICIES
+from chainlora.knots.policy import WHOLE, Knot, Position
 from chainlora.training.step import rate_factor
 
 
@@ -50,20 +52,35 @@ def test_tokens_are_read_by_whole_steps(planned, tmp_path):
     assert_same_links(tmp_path / "more", tmp_path / "steps")
 
 
-@pytest.mark.parametrize(("of", "dies_at"), [("norm", 3), ("loss", 5)])
-def test_a_link_ends_at_a_plateau(planned, tmp_path, of, dies_at):
-    """With a rate of almost nothing neither the norm nor the loss moves by half: the first link
-    ends at the second comparison, the last one has the rest. Also where the run is killed."""
-    plateau = {"of": of, "patience": 2, "min_change": 0.6}
+@dataclass(frozen=True)
+class Plateau:
+    """End each link but the last when ‖B·A‖ has stopped to grow (as AROMA, arXiv 2504.05343)."""
+
+    knots: KnotConfig
+
+    def knot_after(self, position: Position) -> Knot | None:
+        if position.is_last or position.step % self.knots.every:
+            return None
+        now, before = position.norm(), position.memory.get("norm")
+        position.memory["norm"] = now
+        return WHOLE if before is not None and now < 1.6 * before else None
+
+
+@pytest.mark.parametrize("dies_at", [3, 5])
+def test_a_policy_ends_a_link_early_and_the_last_one_has_the_rest(
+    planned, tmp_path, dies_at, monkeypatch
+):
+    """Also where the run is killed: what the policy notes is saved."""
+    monkeypatch.setitem(POLICIES, "plateau", Plateau)
     slow = {"lr": 1e-6, "save_every": 1, "schedule": "constant"}
     all_rows = {"num_train": 8}  # every step has them, so that the gradient stays the same
-    config = planned("run", slow, all_rows, steps=[8, 3], plateau=plateau)
+    knots = {"policy": "plateau", "every": 2, "share": 0.5}
+    config = planned("run", slow, all_rows, steps=[8, 3], knots=knots)
     stop_after(config, dies_at)
     found = steps_of(train(config, resume=True))
-    assert sum(found) == 11
     # The norm of B·A grows linearly at first (B = 0): from 2 to 4 steps it doubles, from 4 to 6 it
-    # grows by half, which is less than 0.6 of what it was. The loss does not move at all.
-    assert found[0] == {"norm": 6, "loss": 4}[of]
+    # grows by half.
+    assert found == [6, 5]
     train(planned("planned", slow, all_rows, steps=found))
     assert_same_links(tmp_path / "run", tmp_path / "planned")
 

@@ -37,11 +37,7 @@ chain.epochs: [0.5, 0.25], chain.steps: null, train.restart_schedule: true,
 train.restart_warmup_steps: 1, train.dtype: bfloat16, train.gradient_checkpointing: true}
 """,
     "plain": "{train.optimizer: sgd, train.speedups: 'off'}",
-    "plateau": "{chain.plateau: {patience: 2}, train.accept_links: better}",
-    "plateau of": """
-{chain.plateau.of: loss, chain.plateau.patience: 1, chain.plateau.min_change: 0.5,
-train.eval_at_knots: false}
-""",
+    "knots alone": "{train.eval_at_knots: false}",
     "soft knots": """
 {chain.knots.every: 1, chain.knots.share: 0.5, chain.knots.follow_rate: true,
 chain.knots.moments: new, chain.knots.policy: spaced}

@@ -31,8 +31,10 @@ def config(*overrides: tuple[str, object]) -> RunConfig:
 # Key and value by the command line, and how the message begins.
 WRONG = [
     ("chain.rank", "[8]", "unknown key `chain.rank`; did you mean 'ranks'?"),
-    ("train.learning", "1", "unknown key `train.learning`; known: accept_links, batch_size, "),
+    ("train.learning", "1", "unknown key `train.learning`; known: batch_size, "),
     ("model", "{a: x, 0: y}", "`model` must be a name, or a section of name and quantize (got"),
+    ("chain.plateau.of", "loss", "unknown key `chain.plateau`; there is no such key here: a link "),
+    ("train.accept_links", "better", "unknown key `train.accept_links`; there is no such key here"),
     ("lr", "1e-3", "unknown key `lr`; did you mean 'train.lr'?"),
     ("rank", "8", "unknown key `rank`; did you mean 'chain.ranks'?"),
     ("8", "x", "unknown key `8`; known: chain, data, model, output, plugins, quantize, start,"),
@@ -72,7 +74,7 @@ WRONG = [
     ("train.schedule", "lin", "`train.schedule` must be 'linear', 'cosine' or 'constant' (got 'li"),
     ("train.betas", "[0.9]", "`train.betas` must be given (got none at position 1); add it"),
     ("train.betas", "[0.9, 1]", "`train.betas` must be below 1 (got 1 at position 1); its defa"),
-    ("train.keep_best", "true", "`early_stop`, `keep_best` and `accept_links` need validation row"),
+    ("train.keep_best", "true", "`early_stop` and `keep_best` need validation rows (got none); gi"),
     ("data.shots", "2", "`data.shots` are demonstrations of a task (got 2 for files without one)"),
     *(
         ("data.validation", value, "`data.validation` must be a file, a share between 0 and 1, or")
@@ -127,10 +129,8 @@ def test_a_number_that_no_key_can_mean_is_refused_by_name(key):
         ("chain: {init: pissa, train_factors: B}", "`init: pissa` trains both factors"),
         ("chain: {init: gradient, train_factors: A}", "`init: gradient` points A along the"),
         ("chain: {knots: auto, dora: true}", "`knots` need plain LoRA links"),
-        ("chain: {knots: auto, plateau: {}}", "`plateau.of: norm` watches"),
         ("chain: {ranks: [8, 4], steps: [1, 1]}\ntrain: {optimizer_reset: prune}", "all ranks"),
         ("train: {keep_best: true, eval_at_knots: false}", "compare the knots"),
-        ("train: {keep_best: true, accept_links: better}", "both choose what is kept"),
         ("train: {dpo_beta: 0.2}", r"`train.dpo_beta` needs loss: dpo \(got loss: null\); set"),
         ("train: {orpo_beta: 0.2}", "`train.orpo_beta` needs loss: orpo"),
         ("data: {sampling: saner}", r"`data.sampling` needs train: null \(got train: "),

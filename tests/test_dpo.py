@@ -291,7 +291,7 @@ def test_the_loss_of_a_step_is_smoothed_and_that_of_an_evaluation_is_not(setting
 
 
 def test_orpo_has_no_reference_and_its_metrics_are_those_of_plain_transformers(settings):
-    tree = settings("run", train={"loss": "orpo", "orpo_beta": 0.3, "accept_links": "better"})
+    tree = settings("run", train={"loss": "orpo", "orpo_beta": 0.3})
     metrics = train(tree)["metrics"]["validation"]
     assert not [*Path(tree["output"]).rglob("reference.safetensors")]
     rows, model = validation(tree), load_run(tree["output"])[0]

@@ -21,9 +21,10 @@ from chainlora.data.splits import encode_split
 from chainlora.data.tasks import load_task, split_source
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError, DataError, ModelError
-from chainlora.evaluation.evaluate import evaluate, values
+from chainlora.evaluation.evaluate import evaluate, standard_error, values, weights_of
 from chainlora.evaluation.generation import generate_greedy
 from chainlora.evaluation.metrics import token_f1
+from chainlora.evaluation.pair_scores import judge_pairs
 from chainlora.models.loading import load_model
 
 # Float32 log-probabilities near -5 carry rounding of about 5e-7; summing in another order over a
@@ -358,3 +359,24 @@ def test_an_answer_ends_where_the_tokenizer_ends_rows(tokenizer):
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(new[4])
     said = tokenizer.decode(new[: new.index(new[4]) + 1], skip_special_tokens=True).strip()
     assert generate_greedy(model, tokenizer, [prompt], max_new_tokens=12, stop=None) == [said]
+
+
+def test_the_standard_error_of_a_loss_per_token_counts_long_rows_for_more():
+    """By the delta method, for a ratio of two means; on rows of all lengths."""
+    rows = [Example(k, (tuple(range(1, 3 + 4 * k)),), (((1, 2 + 4 * k),),)) for k in range(6)]
+    found = evaluate(tiny_model("llama"), rows, metrics="loss")
+    tokens = torch.tensor([1.0 + 4 * k for k in range(6)])
+    losses = torch.tensor(values(found, "loss"))
+    rest = tokens * (losses - found.metrics["loss"])
+    wanted = (rest.square().sum() * 6 / 5).sqrt() / tokens.sum()
+    got = standard_error(losses.tolist(), weights_of(found, "loss"))
+    assert got == pytest.approx(wanted.item())
+    assert standard_error([1.0], [1]) == math.inf  # one row says nothing
+
+
+def test_a_pair_whose_answers_are_ranked_the_same_is_right_by_half():
+    rows = [Example(0, ((1, 2), (1, 3)), (((1, 2),),) * 2)] * 2
+    same = judge_pairs(rows, [[-1.0, -1.0]] * 2, [[-1.0, -1.0]] * 2, 1.0)
+    one_each = judge_pairs(rows, [[-1.0, -2.0], [-2.0, -1.0]], [[-1.0, -1.0]] * 2, 1.0)
+    assert (values(same, "accuracy"), values(one_each, "accuracy")) == ([0.5, 0.5], [1, 0])
+    assert same.metrics["accuracy"] == one_each.metrics["accuracy"] == 0.5

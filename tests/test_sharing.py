@@ -76,7 +76,7 @@ def launched(folders, answers, sentiment, tmp_path_factory) -> Path:
     def stages(output: str, **train_keys: Any) -> dict[str, Any]:
         tree = tree_of("llama", folder / output, **train_keys)
         chain, data = tree["chain"] | {"ranks": [4], "steps": [3]}, tree.pop("data")
-        later = {"data": data | {"replay": 0.25}, "train": {"accept_links": 1.0, "lr": 2e-3}}
+        later = {"data": data | {"replay": 0.25}, "train": {"lr": 2e-3}}
         both = [{"name": "facts", "data": data}, {"name": "style"} | later]
         return tree | {"chain": chain, "stages": both}
 
@@ -111,7 +111,7 @@ def test_the_chain_is_that_of_one_process(launched, name):
 
 
 def test_stages_are_those_of_one_process(launched):
-    """Two of them, the second with rows of the first, judged by what it does to that one."""
+    """Two of them, the second with rows of the first."""
     one, two = launched / "stages-1", launched / "stages-2"
     assert_close_links(one, two)
     found, known = stage_matrix(two, compute=False), stage_matrix(one, compute=False)

@@ -1,4 +1,4 @@
-"""Rows for what a run began on: a column for the matrix, the guard and replay."""
+"""Rows for what a run began on: a column for the matrix, and replay."""
 
 from __future__ import annotations
 
@@ -106,28 +106,26 @@ def test_what_was_before_a_run_is_an_address(made, sentiment, tmp_path):
         assert cli(["eval", f"{tmp_path}/of-first", "--matrix", "--start-rows", *rows]) == 0
 
 
-def test_the_plain_model_is_guarded_and_its_rows_are_replayed(tiny_folder, sentiment, tmp_path):
-    """A first stage on top of the model alone: what the model could do is what an earlier stage is
-    elsewhere. Killed and resumed, without the files of these rows, it ends in the same bits."""
+def test_rows_of_the_plain_model_are_replayed(tiny_folder, sentiment, tmp_path):
+    """In a first stage, on top of the model alone. Killed and resumed, without the files of these
+    rows, it ends in the same bits."""
     rows = flipped(sentiment / "train.jsonl", tmp_path / "flipped.jsonl")
     tree = settings(tiny_folder, sentiment, tmp_path / "run", chain=SHORT | {"steps": [30]})
     tree["data"] |= {"train": str(rows), "replay": 0.125}
     own = shutil.copytree(sentiment, tmp_path / "own")
     tree |= {"start_data": general(own, "train", "validation")}
-    tree["train"] |= {"accept_links": 0.0, "save_every": 1}
+    tree["train"] |= {"save_every": 1}
     killed = tmp_path / "killed"
     stages = make_stages(tree | {"output": str(killed)})
     with pytest.raises(Stop):
         train_stages(stages, listener=stopping(3))
     (tmp_path / "mine.yaml").write_text(json.dumps(tree))
-    assert cli(["train", str(tmp_path / "mine.yaml"), "--json"]) in (0, 3)
+    assert cli(["train", str(tmp_path / "mine.yaml"), "--json"]) == 0
     (own / "validation.jsonl").unlink()
     train_stages(stages)
     assert_same_links(tmp_path / "run", killed)
     result = json.loads((stage_dir(tmp_path / "run") / "result.json").read_text())
     assert result["data"]["train"]["replayed"] == 32
-    (one,), (other,) = (open_run(run).strengths.values() for run in (tmp_path / "run", killed))
-    assert one == other < 1
     found = stage_matrix(tmp_path / "run")
     assert found.stages == ["start", "main"]
     assert found.states[:2] == ["base", "main"]

@@ -20,7 +20,7 @@ Methods = Sequence[str] | Mapping[str, Mapping[str, Any] | None]
 _OF_METHODS = {
     "data": (),
     "chain": ("knots",),
-    "train": ("keep_best", "early_stop", "select_metric", "accept_links"),
+    "train": ("keep_best", "early_stop", "select_metric"),
 }
 # Keys that some presets set, and that all other methods take from the config.
 _SHARED = {"schedule", "warmup_steps"}
@@ -43,8 +43,8 @@ def compare(
     Left out are soft knots and what else a preset of `methods` sets, so that each is what its
     preset says: under `knots: auto`, `lora` and `soft` would be one method.
 
-    Every method is scored at its end: `keep_best`, `early_stop` and `accept_links` are left out, as
-    they would let a method with more points to look at choose among more.
+    Every method is scored at its end: `keep_best` and `early_stop` are left out, as they would let
+    a method with more points to look at choose among more.
 
     Args:
         config: the run config; `output` is not used.

@@ -106,7 +106,7 @@ def make_world(folder: Path) -> World:
         "start_data": task | {"validation": rows["validation"]},
         "stages": [{"name": "facts", "data": task | rows | {"num_train": 12, "num_validation": 4}}],
     }
-    rule = {"loss": "dpo", "lr": 1e-3, "accept_links": 0.0}
+    rule = {"loss": "dpo", "lr": 1e-3}
     rule |= {"keep_best": False, "select_metric": "loss"}
     pairs = {"name": "taste", "data": pair_files(data), "train": rule}
     return World(folder, tree, pairs | {"chain": {"ranks": [2], "steps": [2], "init": "kaiming"}})
@@ -143,7 +143,7 @@ def train_run(
 
 
 def _extend(world: World, where: Path, listener: Listener = _silent) -> None:
-    """Train a second stage, which the rows of the first one judge."""
+    """Train a second stage, of preferences."""
     train_stages(extension(where / "run", world.pairs), listener=listener)
 
 

@@ -56,17 +56,17 @@ def test_compare_lets_no_method_choose_among_more_points(configure):
 def test_a_method_is_what_its_preset_says_whatever_the_config_sets(configure):
     """Under `knots: auto`, `lora` and `soft` were one cell, and LoRA of rank 4r had soft knots."""
     chain = {"ranks": [2], "steps": [3], "knots": "auto", "dropout": 0.1}
-    keys = {"lora_plus_ratio": 4, "accept_links": "better", "schedule": "cosine"}
+    keys = {"lora_plus_ratio": 4, "keep_best": True, "schedule": "cosine"}
     methods = ["lora", "soft", "lora_plus", "relora"]
     experiment = comparison(configure(None, chain=chain, train=keys), methods, [0])
-    assert "left out: chain.knots, train.accept_links, train.lora_plus_ratio." in (
+    assert "left out: chain.knots, train.keep_best, train.lora_plus_ratio." in (
         experiment.description
     )
     configs = [cell.config for cell in expand(experiment)]
     found = [(c.chain.knots is not None, c.train.lora_plus_ratio) for c in configs]
     assert found == [(False, 1), (True, 1), (False, 16), (False, 1)]
-    shared = {(c.train.accept_links, c.train.schedule, c.chain.dropout) for c in configs}
-    assert shared == {("all", "cosine", 0.1)}
+    shared = {(c.train.keep_best, c.train.schedule, c.chain.dropout) for c in configs}
+    assert shared == {(False, "cosine", 0.1)}
 
 
 @pytest.mark.parametrize("num_methods", range(2, 7))

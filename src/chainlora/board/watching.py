@@ -19,7 +19,7 @@ from chainlora.reports.page import Block, Column, Numbers, Section, Text, Tiles,
 from chainlora.reports.run_charts import training_pictures
 from chainlora.reports.run_report import links_table, stage_blocks
 from chainlora.reports.runs import RunFacts, duration, read_state, run_names, score_text
-from chainlora.runs.addresses import begun_stage, find_state, state_at
+from chainlora.runs.addresses import begun_stage, open_run, state_at
 from chainlora.runs.changes import MATRIX
 from chainlora.runs.draft import DRAFT, drafts_in
 from chainlora.runs.history import RECORDS, read_history
@@ -121,7 +121,7 @@ def _state_of(run: Path, name: str) -> OpenState:
 
 
 def _off(run: Path) -> set[str]:
-    return {name for name, strength in find_state(run).strengths.items() if not strength}
+    return {name for name, strength in open_run(run).strengths.items() if not strength}
 
 
 def _stamp(path: Path) -> int:
@@ -141,7 +141,7 @@ def _curves(run: Path, name: str, stamp: int) -> list[Block]:
 def _links_and_stages(run: Path, last: str, *versions: object) -> tuple[list[Block], list[Block]]:
     """Return tables and pictures; all files of the links are checked first."""
     state = _state_of(run, last)
-    facts = read_state(find_state(run) if state.draft is None else state, run.name)
+    facts = read_state(open_run(run) if state.draft is None else state, run.name)
     return _alone([*links_table(facts), *chain_pictures(facts)]), _alone(stage_blocks(facts))
 
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from chainlora.runs.addresses import Address
 
 _OF_THE_LAB = ("compare", "experiment")
-GUARDED = 3  # a new stage was switched off for what earlier ones would lose
 SIGNALLED = 128  # and the signal's number: the exit status, as shells have it
 
 json_option = click.option(

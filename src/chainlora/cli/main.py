@@ -1,7 +1,6 @@
 """The command line: parse, call, print. Results to stdout, progress and logs to stderr.
 
-Exit status: 0 done, 1 our error in one line, 2 wrong usage, 3 done, but a new stage was switched
-off by `accept_links`. A traceback only with ``--debug``.
+Exit status: 0 done, 1 our error in one line, 2 wrong usage. A traceback only with ``--debug``.
 Imports of torch and of what needs it wait until a verb runs, so that ``--help`` is quick.
 """
 

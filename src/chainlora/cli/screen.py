@@ -52,11 +52,6 @@ def show_inspection(found: Mapping[str, Any]) -> None:
             f"unfinished: {position['links']} of {position['planned_links']} link(s) tied; "
             f"`chainlora train CONFIG` resumes from step {position['step']}"
         )
-    if found["unjudged"] is not None:
-        said.append(
-            f"not judged: stage {escape(found['unjudged'])} is trained but not yet judged by "
-            "accept_links; run the command that trained it again"
-        )
     for stage, numbers in found["numbers"].items():
         if numbers["lengths"]:
             name = f" of {stage}" if len(found["numbers"]) > 1 else ""

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from chainlora.cli.common import (
-    GUARDED,
     SIGNALLED,
     WithKeys,
     file_and_overrides,
@@ -58,8 +57,7 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     The same command again resumes a run that was stopped or killed, to the same bits, and does
     nothing where it has ended. Another config, base or other rows are refused. A file that has
     moved is compared by content; the files of a run that has ended may grow or be deleted. Of a
-    config of `stages`, those that are new are trained. The exit status is 3 where
-    `train.accept_links` switched a new stage off.
+    config of `stages`, those that are new are trained.
 
     The lineage.json of an export is a config too: the same rows and base give the same bits. Name
     their places by --model, --data.train or --stages.NAME.data.train. Other rows are refused.
@@ -187,20 +185,12 @@ def train_and_show(
     from chainlora.cli.versioning import scored_matrix, show_matrix
     from chainlora.config.staging import exists_in
     from chainlora.runs.history import read_history
-    from chainlora.training.events import StageGuarded
     from chainlora.training.stages import train_stages
 
-    off: list[str] = []
-
     def work(tell: Listener) -> list[TrainResult | None]:
-        def listener(event: Event) -> None:
-            if isinstance(event, StageGuarded) and not event.strength:
-                off.append(event.stage)
-            tell(event)
-
         if train is not None:
-            return train(listener=listener)
-        return train_stages(stages, listener=listener, change=named)
+            return train(listener=tell)
+        return train_stages(stages, listener=tell, change=named)
 
     run = stages[0].config.output or ""
     before = read_history(Path(run)).head if exists_in(Path(run)) else None
@@ -211,10 +201,10 @@ def train_and_show(
     for result in new:
         _plot(stages[0].config, result["stage"])
     if as_json:
-        from chainlora.runs.addresses import find_state
+        from chainlora.runs.addresses import open_run
 
         found = dict.fromkeys(stage.name for stage in stages) | {r["stage"]: r for r in new}
-        print_json({"stages": found, "strengths": find_state(run).strengths})
+        print_json({"stages": found, "strengths": open_run(run).strengths})
     elif new:
         _show_run(stages[-1].config, new, are_stages=True)
     elif now != before:  # a kill had come before the combination
@@ -222,9 +212,6 @@ def train_and_show(
         show_matrix(scored_matrix(run, compute=False))
     else:
         click.echo(f"nothing left to do: {run} has ended")
-    if off:
-        click.echo(f"chainlora: switched off by accept_links: {', '.join(off)}", err=True)
-        raise click.exceptions.Exit(GUARDED)
 
 
 def _show_run(config: RunConfig, results: Sequence[TrainResult], are_stages: bool = False) -> None:

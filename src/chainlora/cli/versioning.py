@@ -58,10 +58,10 @@ def extend(
 
     Give at least the name, the rows, the ranks and the length: --name law --data.train law.jsonl
     --chain.ranks 8 --chain.epochs 1. Other keys are inherited from the stage before, beside others
-    from the first, but for how its end was chosen (keep_best, early_stop, select_metric,
-    accept_links). STAGE.yaml may hold the same. With --output FOLDER the stage becomes a fork,
-    which begins on RUN or RUN@STAGE and leaves it as it is. The same command again resumes a stage
-    that was stopped or killed, or does nothing.
+    from the first, but for how its end was chosen (keep_best, early_stop, select_metric).
+    STAGE.yaml may hold the same. With --output FOLDER the stage becomes a fork, which begins on RUN
+    or RUN@STAGE and leaves it as it is. The same command again resumes a stage that was stopped or
+    killed, or does nothing.
     """
     from chainlora.config.reading import read_tree
 

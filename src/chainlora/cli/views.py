@@ -40,10 +40,10 @@ def inspect(run: str, as_json: bool) -> None:
     quiet()
     from chainlora.cli.screen import show_inspection
     from chainlora.reports.chain_charts import plot_chain
-    from chainlora.runs.addresses import find_state
+    from chainlora.runs.addresses import open_run
     from chainlora.runs.inspection import inspect_run
 
-    state = find_state(run)
+    state = open_run(run)
     found = inspect_run(state)
     if found["links"] and not state.is_before_training:
         with picture_if_possible():

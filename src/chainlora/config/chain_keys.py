@@ -154,22 +154,6 @@ class KnotConfig(Section):
         return self
 
 
-class PlateauConfig(Section):
-    """When a link stops learning: every `patience` steps, `of` is compared with its last value.
-
-    The link then ends early, and the last link gets the remaining steps.
-    """
-
-    of: Literal["norm", "loss"] = "norm"
-    """Value to compare: `norm`, ‖B·A‖ of the live link (AROMA, arXiv 2504.05343), or `loss`, the
-    mean over the steps since the last comparison. With soft knots `loss` only."""
-    patience: Count = 50
-    """Steps between comparisons."""
-    min_change: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    """The link ends when the norm has grown, or the loss has fallen, by less than this share since
-    the last comparison."""
-
-
 class ChainConfig(LinkShape):
     """The chain: number, ranks and lengths of its links.
 
@@ -187,9 +171,6 @@ class ChainConfig(LinkShape):
     """Number of steps whose batches `init: gradient` reads."""
     knots: KnotConfig | None = None
     """[Soft knots](#soft-knots) inside each link: `auto`, or a section with the keys below."""
-    plateau: PlateauConfig | None = None
-    """End each link except the last when it stops learning; the last link gets the remaining steps.
-    A section with the keys below."""
     epochs: tuple[Annotated[float, Field(gt=0, le=1e6)], ...] | None = None
     """Epochs of each link, e.g. `[3, 2]`; fractions are allowed."""
     steps: tuple[Count, ...] | None = None
@@ -239,19 +220,13 @@ class ChainConfig(LinkShape):
             (self.init == "pissa", "`init: pissa` takes its start out of the base"),
         ):
             refuse_if(wrong and self.hold == "carried", rule, "hold: carried", "use hold: tied")
-        knots, plateau = self.knots is not None, self.plateau
+        knots = self.knots is not None
         plain = self.init != "pissa" and self.train_factors == "both"
         refuse_if(
             knots and (self.dora or self.lora_bias or not plain),
             "`knots` need plain LoRA links that train both factors",
             "dora, lora_bias, init: pissa or train_factors",
             "leave knots out",
-        )
-        refuse_if(
-            knots and plateau is not None and plateau.of == "norm",
-            "`plateau.of: norm` watches ‖B·A‖, which soft knots keep small",
-            "knots too",
-            "use plateau.of: loss",
         )
         try:
             self.links()

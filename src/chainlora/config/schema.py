@@ -16,7 +16,6 @@ from chainlora.config.chain_keys import LENGTHS as LENGTHS
 from chainlora.config.chain_keys import ChainConfig as ChainConfig
 from chainlora.config.chain_keys import KnotConfig as KnotConfig
 from chainlora.config.chain_keys import LinkConfig as LinkConfig
-from chainlora.config.chain_keys import PlateauConfig as PlateauConfig
 from chainlora.config.chain_keys import Share
 from chainlora.config.data import DataConfig as DataConfig
 from chainlora.config.data import Home
@@ -94,19 +93,14 @@ class TrainConfig(Section):
     eval_every: Count | None = None
     """Also evaluate each time after this many steps."""
     eval_at_knots: bool = True
-    """Evaluate at the start and at every knot, as `keep_best`, `early_stop` and `accept_links`
-    need. The end is always evaluated."""
+    """Evaluate at the start and at every knot, as `keep_best` and `early_stop` need. The end is
+    always evaluated."""
     select_metric: str | None = None
     """Metric that picks the best point; `null` is the task's own, or the loss for files."""
     keep_best: bool = False
     """End with the best evaluated point of the chain, which can lie inside a link."""
     early_stop: Count | None = None
     """Stop after this many evaluations without improvement."""
-    accept_links: Literal["all", "better"] | Annotated[float, Field(ge=0, le=1e6)] = "all"
-    """`all` keeps every link. `better` drops a link, and ends the chain, unless it lowers the
-    validation loss by more than the standard error of the differences row by row; not with
-    `keep_best`. A number is how far a stage may worsen the [metric of earlier
-    rows](stages.md#rules)."""
     save_every: Count | None = 100
     """Steps between checkpoints; `null` saves at knots only."""
     log_every: Count | None = None
@@ -129,22 +123,16 @@ class TrainConfig(Section):
     def _check(self) -> TrainConfig:
         refuse_if(
             self.compares and not self.eval_at_knots,
-            "`keep_best`, `early_stop` and `accept_links` compare the knots",
+            "`keep_best` and `early_stop` compare the knots",
             "eval_at_knots: false",
             "leave it true",
-        )
-        refuse_if(
-            self.keep_best and self.accept_links == "better",
-            "`keep_best` and `accept_links: better` both choose what is kept",
-            "both",
-            "leave one out",
         )
         return self
 
     @property
     def compares(self) -> bool:
         """Say whether the run decides by validation rows."""
-        return self.keep_best or self.early_stop is not None or self.accept_links == "better"
+        return self.keep_best or self.early_stop is not None
 
 
 READ_WITH: Mapping[str, tuple[str, Any]] = {
@@ -232,12 +220,6 @@ class RunConfig(Called):
             list(chain.ranks),
             "use optimizer_reset: full",
         )
-        refuse_if(
-            isinstance(train.accept_links, float) and (chain.dora or chain.extra_modules),
-            "a number as `accept_links` weakens a stage, and DoRA and extra modules are on or off",
-            train.accept_links,
-            "leave it out, or these",
-        )
         return self
 
     @model_validator(mode="after")
@@ -250,7 +232,7 @@ class RunConfig(Called):
         refuse_if(is_pairs and is_plain, rule, f"format: {data.format}", remedy)
         refuse_if(
             self.train.compares and not (data.validation or (data.task and data.train is None)),
-            "`early_stop`, `keep_best` and `accept_links` need validation rows",
+            "`early_stop` and `keep_best` need validation rows",
             "none",
             "give data.validation",
         )

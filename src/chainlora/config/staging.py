@@ -58,12 +58,6 @@ class Stage:
     beside: bool | None = False
     rehearse: bool = False
 
-    @property
-    def tolerance(self) -> float | None:
-        """Return what earlier stages may lose by this one (`accept_links`); None is all of it."""
-        found = self.config.train.accept_links
-        return None if isinstance(found, str) else found
-
 
 def exists_in(folder: Path) -> bool:
     """Say whether a run, or a saved chain, is in a folder."""
@@ -98,13 +92,6 @@ def check_alone(config: RunConfig) -> RunConfig:
     and for an output inside another run."""
     if config.output is not None:
         need_apart(config.output)
-    tolerance = Stage("main", config).tolerance
-    if tolerance is not None:
-        raise ConfigError(
-            "a number as `train.accept_links` is what earlier stages may lose",
-            f"{tolerance:g} in a run without any",
-            "use all or better, give it to a later stage, or add start_data",
-        )
     for key in ("replay", "rehearse"):
         if value := getattr(config.data, key):
             rule, got = f"`data.{key}` reads rows of earlier stages again", f"{value}"
@@ -194,7 +181,7 @@ def section_of(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def what_stages_share(before: RunConfig) -> dict[str, Any]:
     """Return what a stage has from one before it: not its rows, its links' sizes, its choice."""
-    choice = {"keep_best", "early_stop", "accept_links", "select_metric"}
+    choice = {"keep_best", "early_stop", "select_metric"}
     choice |= {"trackers"}  # named anew, as plug-ins are: a run may come from somebody else
     of_run: dict[str, Any] = dict.fromkeys(("output", "plugins", *OF_START), True)
     tree = before.model_dump(mode="json", exclude=of_run | {"train": choice})

@@ -4,8 +4,6 @@ Candidates are compared by the mean log-probability of their tokens (the MeZO pr
 2305.17333); the best wins, the *lowest index* among equals. Language-model rows give loss and
 perplexity per token; free-text answers are generated greedily. The engine runs the
 model; nothing here knows about packs.
-
-Two evaluations are compared row by row, so that differences among rows do not count.
 """
 
 from __future__ import annotations
@@ -31,7 +29,6 @@ from chainlora.evaluation.metrics import (
     TEXT_METRICS,
     check_metrics,
     cross_entropy,
-    is_higher_better,
     perplexity,
 )
 from chainlora.models.text_config import causal_model
@@ -202,33 +199,6 @@ def _candidate_text(example: Example, index: int, tokenizer: PreTrainedTokenizer
         t for start, end in example.scored[index] for t in example.sequences[index][start:end]
     ]
     return str(_required(tokenizer).decode(tokens, skip_special_tokens=True)).strip()
-
-
-@dataclass(frozen=True)
-class Gain:
-    """By how much a change improved a metric, on average over the rows."""
-
-    mean: float
-    standard_error: float  # of that mean; infinite for a single row
-
-    @property
-    def is_clear(self) -> bool:
-        return self.mean > self.standard_error
-
-
-def gain(before: Evaluation, after: Evaluation, metric: str = "loss") -> Gain:
-    """Return what a change brought, from evaluations of the same rows.
-
-    A loss per token weighs rows by their tokens, as the metric does. A metric that is no mean over
-    rows has a gain without standard error.
-    """
-    sign = 1 if is_higher_better(metric) else -1
-    pairs = zip(values(before, metric), values(after, metric), strict=True)
-    gains = [sign * (now - then) for then, now in pairs]
-    if not gains:
-        return Gain(sign * (after.metrics[metric] - before.metrics[metric]), 0.0)
-    weights = weights_of(after, metric)
-    return Gain(_mean(gains, weights), standard_error(gains, weights))
 
 
 def values(found: Evaluation, metric: str) -> list[float]:

@@ -37,7 +37,7 @@ from chainlora.errors import ConfigError, DivergedError, RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.models.finding import folder_of
 from chainlora.models.modes import kept_random_state
-from chainlora.runs.addresses import find_state
+from chainlora.runs.addresses import open_run
 from chainlora.runs.cards import is_of_another
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.export import write_adapter, write_adapter_card
@@ -185,7 +185,7 @@ class WrappedChain:
                 f"a checkpoint must hold a chain (got none in {folder}, which was saved without "
                 "ChainCallback); start over"
             )
-        saved = read_chain(find_state(folder / INSIDE))
+        saved = read_chain(open_run(folder / INSIDE))
         self.numbers = saved.memory.numbers
         with self._putting_in():
             restore_chain(self.chain, saved)

@@ -17,7 +17,6 @@ from chainlora.config.schema import ChainConfig, KnotConfig, LinkConfig
 from chainlora.knots import policies
 from chainlora.knots.moments import carry_moments, check_known
 from chainlora.knots.numbers import Numbers, Spacing
-from chainlora.knots.policies.plateau import PlateauKnots
 from chainlora.knots.policy import WHOLE, Knot, KnotPolicy, Position
 from chainlora.registry import entries, entry
 
@@ -116,12 +115,11 @@ class Knots:
 
 def make_policy(chain: ChainConfig, spacing: Spacing | None) -> KnotPolicy | None:
     """Return what decides inside a link with these numbers; None where nothing does."""
-    found: KnotPolicy | None = None
-    if chain.knots is not None and spacing is not None:
-        keys = {"every": spacing.every, "share": spacing.share, "time_constant": None}
-        make = entry(POLICIES, "chain.knots.policy", chain.knots.policy)
-        found = make(chain.knots.model_copy(update=keys))
-    return found if chain.plateau is None else PlateauKnots(chain.plateau, found)
+    if chain.knots is None or spacing is None:
+        return None
+    keys = {"every": spacing.every, "share": spacing.share, "time_constant": None}
+    make = entry(POLICIES, "chain.knots.policy", chain.knots.policy)
+    return make(chain.knots.model_copy(update=keys))
 
 
 def check_policy(soft: KnotConfig) -> None:

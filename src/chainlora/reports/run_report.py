@@ -247,11 +247,6 @@ def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:
             f"**{name} is not finished**: {position['links']} of {position['planned_links']} "
             f"links are tied, {position['step']} steps done."
         )
-    if (stage := run.inspection["unjudged"]) is not None:
-        found.append(
-            f"**{name} is not judged yet**: stage {as_text(stage)} is trained, and accept_links "
-            "has not chosen its strength."
-        )
     if (selected := run.inspection["selected"]) is not None:
         count, rest = selected["num_links"], " and a part of the next" * selected["partial"]
         found.append(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from chainlora.config.schema import RunConfig
 from chainlora.evaluation.stage_scores import NOW, StageMatrix, stage_matrix
-from chainlora.runs.addresses import find_state
+from chainlora.runs.addresses import open_run
 from chainlora.runs.draft import Progress
 from chainlora.runs.history import BASE
 from chainlora.runs.inspection import inspect_run
@@ -77,7 +77,7 @@ class RunFacts:
 def read_runs(runs: Sequence[str | Path]) -> list[RunFacts]:
     """Read runs and check their files. Raises RunError for one that is damaged or not there."""
     named = zip(runs, run_names(runs), strict=True)
-    return [read_state(find_state(run), name) for run, name in named]
+    return [read_state(open_run(run), name) for run, name in named]
 
 
 def read_state(state: OpenState, name: str) -> RunFacts:

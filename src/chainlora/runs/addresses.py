@@ -33,16 +33,9 @@ def open_run(
         stages: the stages that are switched on, or the strength of each; the others are off.
 
     Raises:
-        RunError: no run, a stage that is not there, that has no one strength, or that is not judged
-            yet.
+        RunError: no run, a stage that is not there, or that has no one strength.
     """
-    found = address if isinstance(address, OpenState) else find_state(address)
-    # Who holds the state itself may judge it.
-    if found is not address and found.draft is not None and found.draft.trained:
-        raise RunError(
-            f"Cannot use {found.run}: stage {found.stage!r} is trained but not yet judged by "
-            "accept_links. Run the command that trained it again."
-        )
+    found = address if isinstance(address, OpenState) else _found(address)
     if stages is None:
         return found
     named = [stages] if isinstance(stages, str) else stages
@@ -52,8 +45,7 @@ def open_run(
     return on.with_strengths({name: 0.0 for name in found.stages if name not in chosen})
 
 
-def find_state(address: str | Path) -> OpenState:
-    """Return the state that an address names, as `open_run` does, even where it is not judged."""
+def _found(address: str | Path) -> OpenState:
     need_run(address)
     run, name = split_address(address)
     history = read_history(run)

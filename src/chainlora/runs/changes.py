@@ -38,7 +38,7 @@ def whole_run(run: str | Path) -> Path:
     folder, name = split_address(run)
     if name is not None:
         raise RunError("This command needs the whole run", run, f"leave @{name} out")
-    open_run(folder)  # refuses what is no run, or not judged
+    open_run(folder)  # refuses what is no run
     refuse_links(folder)
     return folder
 
@@ -149,8 +149,8 @@ def log(run: str | Path) -> list[dict[str, Any]]:
 class Pruning:
     """What a pruning deletes, and what was trained on top of it.
 
-    `gone` are files and folders, `with_it` the entries that its rows have changed: mixes that they
-    have chosen, combinations and what was trained on one, rehearsals. `later` are the stages that
+    `gone` are files and folders, `with_it` the entries that its rows have changed:
+    combinations and what was trained on one, rehearsals. `later` are the stages that
     go on without the links, `before` is the entry that the stage began on, `left` are the states
     that `RUN` is no combination of any more, and `now` is the entry that it becomes, if another.
     """
@@ -257,12 +257,12 @@ def _without(history: History, name: str) -> tuple[History, list[str]]:
         return history, []
     gone, combined = {name: entry.parents}, set[str]()
     for each in history.entries:
-        is_chosen = name in each.reads and (each.kind != "stage" or each.is_rehearsal)
+        has_read = name in each.reads and (each.kind != "stage" or each.is_rehearsal)
         # A combination cannot be cut: all of its derived factors have read rows and links of it.
         is_trained_on = name in {e.key for e in history.lineage(each.key)}
-        if {*each.parents} & combined or (each.kind == "combine" and (is_chosen or is_trained_on)):
+        if {*each.parents} & combined or (each.kind == "combine" and (has_read or is_trained_on)):
             combined.add(each.key)
-        if is_chosen or each.key in combined:
+        if has_read or each.key in combined:
             gone[each.key] = each.parents
     own = {digest for digest, facts in history.links.items() if facts.stage in gone}
 

@@ -73,7 +73,7 @@ class Draft(Document):
 
     `entry` is the stage as it would end now, `links` are the facts of its own links. `progress` is
     that of the last knot; `checkpoint` is a later point, inside a link. `files` are hashes of what
-    a resume needs. With `trained`, the stage has its result and waits for `accept_links`.
+    a resume needs.
     """
 
     model_config = ConfigDict(allow_inf_nan=True)
@@ -85,7 +85,6 @@ class Draft(Document):
     checkpoint: Checkpoint | None = None
     records: Records
     files: Sums = Field(default_factory=dict)
-    trained: bool = False
 
     @property
     def position(self) -> Progress:

@@ -309,24 +309,18 @@ class History(Document):
         parents = entry.parents or (BASE,)
         return grown.moved(entry.key) if self.head in parents else grown
 
-    def mixed(self, state: State, reads: Iterable[str] = ()) -> History:
+    def mixed(self, state: State) -> History:
         """Return this as a run of that state: a `mix` of its head, or as it is.
 
         Where an entry that the head was computed from is that state already, the head moves there.
         """
-        chosen, head = tuple(reads), self.find(self.head)
         if state == self.state_of(self.head):
             return self
-        same = (
-            e.key
-            for e in self.lineage(self.head)
-            if e.state == state and (e.reads == chosen or (e.kind != "mix" and not chosen))
-        )
-        key = next(same, BASE if state == self.empty and not chosen else None)
+        same = (each.key for each in self.lineage(self.head) if each.state == state)
+        key = next(same, BASE if state == self.empty else None)
         if key is not None:
             return self.moved(key)
-        before = head.reads if head is not None and head.kind == "mix" else ()
-        return self._at(self.mix_of(self.head, state, dict.fromkeys((*before, *chosen))))
+        return self._at(self._computed("mix", () if self.head == BASE else (self.head,), state, ()))
 
     def combined(self, state: State, ends: Iterable[str]) -> History:
         """Return this as a run of that state, a combination of entries; a known one is kept."""
@@ -338,10 +332,6 @@ class History(Document):
         """Return this with an entry, which may be there already, as its head."""
         known = self.find(entry.key)
         return (self if known is not None else self.published(entry, {})).moved(entry.key)
-
-    def mix_of(self, parent: str, state: State, reads: Iterable[str]) -> Entry:
-        """Return the entry of a mix; the one that is there, if any."""
-        return self._computed("mix", () if parent == BASE else (parent,), state, tuple(reads))
 
     def _computed(
         self,

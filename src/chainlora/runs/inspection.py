@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from chainlora.chain.link import Link, stack_links
 from chainlora.chain.low_rank import effective_rank, singular_values, stable_rank, subspace_overlap
 from chainlora.chain.showing import Shown
-from chainlora.runs.addresses import Address, find_state
+from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.records import Record, last_loss, of_event
 from chainlora.runs.state import OpenState
 
@@ -30,12 +30,11 @@ def inspect_run(run: Address) -> dict[str, Any]:
     singular values, their mean over modules), and ``modules`` (‖ΔW‖_F of each). ``numbers`` is what
     was decided when each stage began. ``selected`` is the best point that the last stage ends at,
     where that is not its last step. ``finished`` and ``position`` say where the run is: the step of
-    its last stage and the number of whole links that a resume would start from. ``unjudged`` is the
-    stage that `accept_links` has not judged yet.
+    its last stage and the number of whole links that a resume would start from.
 
     Every file of the run is checked first. Raises RunError for one that is missing or has changed.
     """
-    state = (run if isinstance(run, OpenState) else find_state(run)).verify()
+    state = open_run(run).verify()
     links = state.read(state.sequence)
     places = [state.history.links[term.link].stage for term in state.sequence]
     records = {name: state.at(name).records() for name in {*places} - {state.stage}}
@@ -49,7 +48,6 @@ def inspect_run(run: Address) -> dict[str, Any]:
         rows.append(row | {"stage": stage, "place": place, "strength": link.strength})
     is_sum = bool(links) and all(_is_low_rank(link) for link in links)
     whole = _sizes(_spectra(links).values()) if is_sum else {}
-    draft = state.draft
     is_trained = state.trained is not None and state.trained.kind == "stage"
     planned = state.first + len(state.config().chain.ranks) if is_trained else len(links)
     known = {e.key: e.training.model_dump(mode="json")["numbers"] for e in state.lineage}
@@ -58,8 +56,7 @@ def inspect_run(run: Address) -> dict[str, Any]:
         "base": state.base.model,
         "hold": state.history.hold,
         "state": state.state.digest,
-        "finished": draft is None or draft.trained,
-        "unjudged": state.stage if draft is not None and draft.trained else None,
+        "finished": state.draft is None,
         "position": {"step": _step(state), "links": len(links), "planned_links": planned},
         "links": rows,
         "chain": whole | {"links": len(links), "rank": sum(link.rank for link in links)},

@@ -13,7 +13,7 @@
 Nothing that ``stage.json`` names is ever overwritten. What a new point needs is written under names
 of its own and flushed; then ``stage.json`` is replaced; then what it does not name is deleted. So
 at any instant the stage can resume. Links and kept rows go into the run at once, where nothing
-looks at them until the history names them: `publish` does, as the last act of a stage.
+looks at them until the history names them: `end` does, as the last act of a stage.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from chainlora.config.reading import dump_config
 from chainlora.config.schema import LinkConfig, RunConfig
 from chainlora.config.staging import HISTORY, stage_folder
 from chainlora.data.kept import Kept
-from chainlora.errors import RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.runs.addresses import state_of_draft
 from chainlora.runs.beginning import begun_entry, begun_history, need_unmoved, save_rows
@@ -47,10 +46,8 @@ from chainlora.runs.history import (
     RESULT,
     Base,
     Entry,
-    History,
     LinkFacts,
     Term,
-    link_folder,
     update_history,
 )
 from chainlora.runs.links import save_link, write_adapter_of
@@ -230,7 +227,7 @@ class Work:
         """Write ``stage.json`` at a knot: last, after all that it names."""
         if not self.writes:
             return
-        tied = self._tied = self._tied[: progress.link]
+        tied = self._tied
         moments = f"moments/{progress.link - 1:03d}.safetensors"
         self._draft = self.draft.with_training(numbers=numbers)
         self._replace(
@@ -289,11 +286,14 @@ class Work:
             self._log.append(values)
             progress.num_records += 1
 
-    def end(
-        self, result: Mapping[str, Any], progress: Progress, best: tuple[int, Link | None] | None
-    ) -> None:
-        """Write the result. `best` are the links of the stage up to its best point, where the state
-        ends there: whole ones, and a part of the next."""
+    def end(self, result: Mapping[str, Any], best: tuple[int, Link | None] | None) -> None:
+        """Write the result, then make the stage an entry of the history, and what the run is now
+        unless that has moved.
+
+        `best` are the links of the stage up to its best point, where the state ends there: whole
+        ones, and a part of the next. A kill before the history is replaced leaves the stage as its
+        last point did: the resume scores again, and ends it.
+        """
         if not self.writes:
             return
         own = self._tied
@@ -307,44 +307,13 @@ class Work:
         records = self._log.flushed()
         sums = {n: digest for n, digest in self._hashes.items() if not _is_in(n, PASSING)}
         sums |= {RECORDS: records.sha256} if records.count else {}
-        entry = self._entry(self._tied, own).model_copy(update={"files": sums})
-        self._replace(entry=entry, progress=deepcopy(progress), checkpoint=None, trained=True)
-
-    def publish(self, strength: float = 1.0, reads: Sequence[str] = ()) -> None:
-        """Make the stage an entry of the history, and what the run is now unless that has moved.
-
-        A `strength` other than 1, which the rows of the stages `reads` have chosen, becomes a mix
-        on top of it.
-        """
-        if not self.writes:
-            return
-        draft = self.draft
-        entry = draft.entry.model_copy(update={"ended": now()})
-
-        def change(history: History) -> History:
-            after = history.model_copy(update={"base": self.base})
-            after = after.published(entry, draft.links)
-            if strength != 1:
-                found = OpenState(self.run, after, entry.state, entry)
-                weak = found.with_strengths({entry.key: strength}).state
-                after = after.published(after.mix_of(entry.key, weak, reads), {})
-            return after
-
-        update_history(self.run, change)
+        entry = self._entry(self._tied, own).model_copy(update={"files": sums, "ended": now()})
+        base, links = self.base, dict(self._links)
+        update_history(
+            self.run,
+            lambda history: history.model_copy(update={"base": base}).published(entry, links),
+        )
         self._claim.remove_passing()
-
-    def publish_trained(
-        self, config: RunConfig, strength: float = 1.0, reads: Sequence[str] = ()
-    ) -> None:
-        """Take a stage that was trained before, and publish it."""
-        try:
-            self.open(config)
-            if self._draft is None:
-                rule, remedy = "a stage is judged by one process", "give the same command again"
-                raise RunError(rule, self.folder, remedy)
-            self.publish(strength, reads)
-        finally:
-            self.close()
 
     def _entry(self, tied: Sequence[str], own: Sequence[str]) -> Entry:
         """Return the entry with these links: those that were tied, and those that it ends in."""
@@ -357,20 +326,15 @@ class Work:
     def _replace(self, **changed: Any) -> None:
         """Replace ``stage.json`` by one that has `changed`, and delete what it does not name."""
         draft = self.draft.model_copy(update=changed)
-        named = {*draft.named, RESULT} if draft.trained else draft.named
-        used = {*draft.entry.tied, *(term.link for term in draft.entry.state.terms)}
         update = {
-            "links": {digest: facts for digest, facts in self._links.items() if digest in used},
+            "links": dict(self._links),
             "records": self._log.flushed(),
-            "files": {name: sha for name, sha in self._hashes.items() if _is_in(name, named)},
+            "files": {name: sha for name, sha in self._hashes.items() if _is_in(name, draft.named)},
         }
         draft = draft.model_copy(update=update).with_training(versions=versions())
         write_part(self.folder / DRAFT, draft)
         self._draft = draft
         self._claim.remove_all_but(draft.named)
-        for digest in self._links.keys() - draft.links.keys():  # dropped
-            files.remove(self.run / link_folder(digest))
-            del self._links[digest]
 
     def _write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         files.make_folder((self.folder / name).parent)

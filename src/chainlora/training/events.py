@@ -57,7 +57,7 @@ class ReferenceScored(Event):
 
 @dataclass(frozen=True, eq=False)
 class KeptRowsRead(Event):
-    """Rows that stages kept have been read, to judge a stage, combine it or score it, after its
+    """Rows that stages kept have been read, to combine a stage or to score it, after its
     last step; not in ``metrics.jsonl``."""
 
     name = "kept"
@@ -73,20 +73,6 @@ class StageBegins(Event):
     stage: str
     state: Literal["finished", "stopped", "new"]
     beside: bool = False  # the others, with which it is combined when it has ended
-
-
-@dataclass(frozen=True, eq=False)
-class StageGuarded(Event):
-    """A stage got the strength at which earlier ones lose little (`train.accept_links`).
-
-    `gains` are those of earlier stages at strength 1, below 0 what they would have lost; not in
-    ``metrics.jsonl``.
-    """
-
-    name = "guard"
-    stage: str
-    strength: float
-    gains: Mapping[str, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,16 +129,6 @@ class KnotTied(Event):
     name = "knot"
     link: int
     function_change: float
-
-
-@dataclass(frozen=True, eq=False)
-class LinkRejected(Event):
-    """A link was dropped: it did not lower the loss of validation rows by more than chance."""
-
-    name = "rejected"
-    link: int
-    gain: float  # nats a row, of text a token
-    standard_error: float
 
 
 @dataclass(frozen=True, eq=False)

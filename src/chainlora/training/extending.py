@@ -27,7 +27,7 @@ from chainlora.config.staging import (
 )
 from chainlora.errors import RunError
 from chainlora.models.finding import from_above
-from chainlora.runs.addresses import begun_stage, find_state
+from chainlora.runs.addresses import begun_stage, open_run
 from chainlora.runs.draft import drafts_in, read_draft
 from chainlora.runs.locks import refuse_links
 from chainlora.runs.resuming import not_named
@@ -60,7 +60,7 @@ def extension(
         RunError: a stage that was begun on another state, or before the first has ended.
     """
     run, named = split_address(address)
-    now, on = find_state(run), find_state(address)
+    now, on = open_run(run), open_run(address)
     if not now.has_run:
         raise RunError(
             "a stage is added to a run",
@@ -107,7 +107,7 @@ def rehearsal(
     By default its steps are those of `ROWS` of each stage, or twice what that kept. A rehearsal of
     what the run is that was stopped goes on; one that it ended in is returned.
     """
-    now = find_state(run)
+    now = open_run(run)
     drafts = [read_draft(now.run, name).entry for name in drafts_in(now.run, now.history)]
     on_now = [entry for entry in drafts if entry.parent == now.history.head]
     on_now += [] if now.entry is None else [now.entry]

@@ -23,7 +23,6 @@ from chainlora.chain.live import SOFT_LINK_TOLERANCE
 from chainlora.config.schema import RunConfig
 from chainlora.config.staging import Stage
 from chainlora.errors import DivergedError, StoppedError, TrainingError
-from chainlora.evaluation.evaluate import gain
 from chainlora.models.modes import in_mode, kept_random_state
 from chainlora.runs.history import MAIN
 from chainlora.runs.start import NOTHING, Start
@@ -31,7 +30,6 @@ from chainlora.training.events import (
     AlreadyFinished,
     GradientMeasured,
     KnotTied,
-    LinkRejected,
     Listener,
     ShareTied,
 )
@@ -45,15 +43,12 @@ from chainlora.training.optimizers import (
 )
 from chainlora.training.placement import StagePlan
 from chainlora.training.plan import make_plan
-from chainlora.training.processes import own_accelerate, wait_for_all
+from chainlora.training.processes import own_accelerate
 from chainlora.training.result import (
     TrainResult,
     evaluate_point,
     finish,
-    leave_dropped_link,
-    publish_trained,
     result_of,
-    score,
     select_best,
 )
 from chainlora.training.run import Run
@@ -97,16 +92,8 @@ def train(
 def train_stage(
     planned: StagePlan, start: Start, tell: Listener, change: Collection[str] = ()
 ) -> TrainResult:
-    """Train a stage of a plan to its end.
-
-    One that the rows of earlier stages are to judge is not yet published then (`Work.publish`).
-    """
+    """Train a stage of a plan to its end."""
     config = planned.stage.config
-    if planned.trained:
-        wait_for_all()  # until every process has planned the same
-        publish_trained(config, planned.name)
-        wait_for_all()
-        return result_of(config, planned.name)
     prepared = prepare(config, tell, change, start, planned.name)
     with prepared as run, run.processes.exchanging(), kept_random_state(run.chain.model):
         if run.progress.step == 0:
@@ -128,7 +115,7 @@ def tune_chain(run: Run) -> None:
         optimizer = _begin_link(run, moments)
         _tune_link(run, optimizer)
         moments = _end_link(run, optimizer)
-        _judge_link(run)
+        _evaluate_at_knot(run)
 
 
 # --- a link ---
@@ -139,8 +126,6 @@ def _begin_link(run: Run, moments: Moments | None) -> torch.optim.Optimizer:
 
     `moments` are those of the link before.
     """
-    if run.train.accept_links == "better" and run.accepted is None:
-        run.accepted = run.last_scored or score(run, run.splits.validation)
     config = run.knots.next_link
     adapter = run.chain.extend(config, backward=partial(_add_first_gradients, run))
     run.engine.adapt(adapter.layers.values())
@@ -201,8 +186,9 @@ def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> Moments | None:
     return moments
 
 
-def _judge_link(run: Run) -> None:
-    """Evaluate at the knot, then keep the link, or drop it and end the chain before it."""
+def _evaluate_at_knot(run: Run) -> None:
+    """Evaluate, and make the links there are the point to resume from. If a signal stops the
+    evaluation, they are that too: the resume evaluates."""
     try:
         evaluate_point(run, "knot")
     except StoppedError:
@@ -210,11 +196,6 @@ def _judge_link(run: Run) -> None:
         run.save_point()
         raise
     run.progress.evaluation_due = False
-    if not _is_accepted(run):
-        run.chain.drop(1)
-        run.progress.stopped = True
-        run.last_scored = run.accepted
-        leave_dropped_link(run)
     run.save_point()
 
 
@@ -222,25 +203,7 @@ def _return_to_knot(run: Run) -> None:
     """Evaluate at the knot where a signal stopped the evaluation."""
     assert run.chain.adapter is not None
     run.engine.adapt(run.chain.adapter.layers.values())
-    if run.train.accept_links == "better":
-        links = run.chain.drop(1)
-        run.accepted = score(run, run.splits.validation)
-        run.chain.add(*links)
-    _judge_link(run)
-
-
-def _is_accepted(run: Run) -> bool:
-    """Say whether the link just tied is worth keeping, and remember what it scored."""
-    if run.accepted is None:  # all links are
-        return True
-    assert run.last_scored is not None
-    found = gain(run.accepted, run.last_scored)
-    if found.is_clear:
-        run.accepted = run.last_scored
-        return True
-    place = run.knots.index - 1
-    run.record(LinkRejected(run.progress.step, place, found.mean, found.standard_error))
-    return False
+    _evaluate_at_knot(run)
 
 
 def _check_knot(run: Run, link: Link, change: float, tolerance: float) -> None:

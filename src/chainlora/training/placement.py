@@ -47,11 +47,6 @@ class StagePlan:
         """Return the step that a stopped one goes on from."""
         return self.draft.position.step if self.draft else 0
 
-    @property
-    def trained(self) -> bool:
-        """Say whether it was stopped before it was judged or published."""
-        return self.draft is not None and self.draft.trained
-
 
 # --- where it begins ---
 
@@ -149,7 +144,6 @@ def _need_keys(stage: Stage) -> None:
         "chain.extra_modules": bool(chain.extra_modules),
         "data.keep_rows: false": not data.keep_rows,
         "data.rehearse": data.rehearse,
-        "train.accept_links": stage.tolerance is not None,
     }
     if wrong := [key for key, is_set in keys.items() if is_set]:
         rule = "a stage beside others is combined with them"

@@ -138,7 +138,7 @@ def _need_same(stage: Stage, begun: OpenState, change: Collection[str]) -> None:
             f"leave it out, and call chainlora eval {begun.run} --matrix --start-rows FILE",
         )
     compare(begun, stage.config, change, None if stage.name == MAIN else stage.name)
-    if begun.draft is not None and not begun.draft.trained:
+    if begun.draft is not None:
         check_plugins(begun, stage.config)
 
 

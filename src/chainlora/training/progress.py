@@ -23,13 +23,11 @@ from chainlora.training.events import (
     Event,
     KeptRowsRead,
     KnotTied,
-    LinkRejected,
     Listener,
     Planned,
     ReferenceScored,
     RowsEncoded,
     StageBegins,
-    StageGuarded,
     StepDone,
 )
 
@@ -139,23 +137,12 @@ class _Listener:
                 again = f", from step {event.step}" if event.state == "stopped" else ""
                 where = ", beside the others" * event.beside
                 self._say(f"stage {event.stage}{where}{again}")
-            case StageGuarded():
-                gains = ", ".join(f"{name} {gain:+.4f}" for name, gain in event.gains.items())
-                self._say(
-                    f"stage {event.stage}: strength {event.strength:g} by accept_links; at full "
-                    f"strength earlier stages change by {gains} (below 0 is worse)"
-                )
             case AlreadyFinished():
                 self._say(f"{event.run} was finished after step {event.step}: nothing left to do")
             case KnotTied():
                 self._say(
                     f"step {event.step:>5}  link {event.link} tied "
                     f"(rounding changed the function by {event.function_change:.1e})"
-                )
-            case LinkRejected():
-                self._say(
-                    f"step {event.step:>5}  link {event.link} dropped by accept_links: it lowered "
-                    f"the loss by {event.gain:.4f} (standard error {event.standard_error:.4f})"
                 )
         self.heard = time.monotonic()
 

@@ -126,7 +126,7 @@ def rebuild(
         if entry.kind == "stage":
             results += train_stages([by_name[entry.key]], listener=listener, matrix=False)
         elif entry.kind == "mix" and is_new:
-            update_history(run, methodcaller("mixed", entry.state, entry.reads))
+            update_history(run, methodcaller("mixed", entry.state))
         elif entry.kind == "combine" and is_new:
             combine(run, entry.parents)
         if entry.kind != "import":

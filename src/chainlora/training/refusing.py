@@ -138,13 +138,12 @@ def _need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
         got = "none below, since it stands beside the others"
         raise RunError(rule, got, "train it on top, or leave data.new_rows_only out")
     missing = {
-        "train.accept_links": without if stage.tolerance is not None else [],
         "data.new_rows_only": [n for n in without if data.new_rows_only and n != START],
         "data.replay": without if data.replay and len(without) == len(below) else [],
         "data.rehearse": without if data.rehearse and len(without) == len(below) else [],
     }
     for key, names in missing.items():
-        off = {"train.accept_links": "all", "data.new_rows_only": "false"}.get(key, "null")
+        off = "false" if key == "data.new_rows_only" else "null"
         if names:
             raise RunError(
                 f"`{key}` of stage {stage.name!r} needs rows that earlier stages kept",

@@ -17,7 +17,6 @@ from chainlora.evaluation.metrics import INDEX_METRICS, is_higher_better, majori
 from chainlora.runs.addresses import begun_stage
 from chainlora.runs.costs import hardware, num_trained, peak_memory_mb, versions
 from chainlora.runs.draft import Best
-from chainlora.runs.state import OpenState
 from chainlora.runs.work import Work
 from chainlora.training.events import Evaluated, Scored
 from chainlora.training.processes import is_first_launched
@@ -48,11 +47,6 @@ class TrainResult(TypedDict):
     trainable_parameters: int  # of the largest link
     versions: dict[str, str]
     hardware: dict[str, Any]
-
-
-def needs_judgement(stage: OpenState) -> bool:
-    """Say whether rows of earlier stages choose a stage's strength (`train.accept_links`)."""
-    return isinstance(stage.config().train.accept_links, float) and len(stage.columns) > 1
 
 
 # --- while it trains ---
@@ -136,22 +130,6 @@ def select_best(run: Run) -> None:
     run.best_link = partial
 
 
-def leave_dropped_link(run: Run) -> None:
-    """Name the end of the links that are kept, if the best point lay in the one just dropped."""
-    best, step = run.progress.best, run.knots.first_step
-    if best is None or best["step"] <= step:
-        return
-    run.progress.best = None  # as at the start, which is no point to go back to
-    if step and run.accepted is not None:
-        run.progress.best = {
-            "step": step,
-            "num_links": run.knots.index,
-            "partial": False,
-            "metric": best["metric"],
-            "value": run.accepted.metrics[best["metric"]],
-        }
-
-
 def _keep_point(run: Run, metric: str, value: float) -> None:
     is_partial = run.chain.live is not None
     run.progress.evaluations_without_gain = 0
@@ -173,7 +151,7 @@ def _keep_point(run: Run, metric: str, value: float) -> None:
 
 
 def finish(run: Run) -> TrainResult:
-    """Score the result, write ``result.json``, publish the stage unless it is to be judged."""
+    """Score the result, write ``result.json``, publish the stage."""
     metrics = _final_metrics(run)
     run.count_seconds()
     result = _result(run, metrics)
@@ -183,9 +161,7 @@ def finish(run: Run) -> TrainResult:
         if run.train.keep_best and best is not None:
             partial = run.chain.links[-1] if run.best_link is not None else None
             end = best["num_links"], partial  # the run ends at the best point
-        run.work.end(result, run.progress, end)
-        if run.work.writes and not needs_judgement(run.work.opened()):
-            run.work.publish()
+        run.work.end(result, end)
     return result
 
 
@@ -195,13 +171,6 @@ def result_of(config: RunConfig, stage: str) -> TrainResult:
     found = begun_stage(Path(config.output or ""), stage)
     assert found is not None
     return cast(TrainResult, found.result())
-
-
-def publish_trained(config: RunConfig, stage: str) -> None:
-    """Publish a stage that a kill left trained, unless it is to be judged."""
-    work = Work(config.output or "", stage, writes=is_first_launched())
-    if work.writes and not needs_judgement(work.opened()):
-        work.publish_trained(config)
 
 
 def _final_metrics(run: Run) -> dict[str, Any]:

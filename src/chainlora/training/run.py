@@ -49,7 +49,6 @@ class Run:
     knots: Knots = field(init=False)  # from when it has decided its numbers (`training.deciding`)
     best_link: Link | None = None  # the best point, where it lies inside a link
     last_scored: Evaluation | None = None  # of the model as it is; None once it may have changed
-    accepted: Evaluation | None = None  # of the links that are kept; `accept_links: better` alone
     began: float = field(default_factory=time.monotonic)
 
     @property

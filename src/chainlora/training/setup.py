@@ -174,16 +174,9 @@ def _check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
         raise ConfigError(
             f"`select_metric` must be one of {', '.join(reported)} here (got {metric!r})"
         )
-    fewest = 2 if config.train.accept_links == "better" else 1  # one has no standard error
-    if config.train.compares and len(splits.validation) < fewest:
+    if config.train.compares and not splits.validation:
         raise ConfigError(
-            "`early_stop`, `keep_best` and `accept_links` need validation rows, `accept_links: "
-            f"better` two or more (got {len(splits.validation) or 'none'}); give data.validation"
-        )
-    if config.train.accept_links == "better" and "loss" not in reported:
-        raise ConfigError(
-            "`accept_links: better` compares losses (got a task that is judged by "
-            f"{', '.join(reported)} alone); add loss to its metrics, or use early_stop"
+            "`early_stop` and `keep_best` need validation rows (got none); give data.validation"
         )
 
 

@@ -1,6 +1,6 @@
 """`chainlora.train`, `chainlora.extend`, and the stages of a run, which they train.
 
-What has ended is verified, what is new is trained, judged and scored. Each stage is trained by the
+What has ended is verified, what is new is trained and scored. Each stage is trained by the
 loop of a plain run, on the state that the run is now. So what holds for a run holds inside a stage:
 kills, resume to the same bits, the best point, early stop. The same call again goes on where the
 last one was stopped, and does nothing where all is done.
@@ -23,13 +23,12 @@ from chainlora.config.staging import Stage, check_alone, has_stages, make_stages
 from chainlora.errors import StoppedError
 from chainlora.evaluation.combination import combine_with
 from chainlora.evaluation.stage_scores import Progress, stage_matrix
-from chainlora.evaluation.strengths import guard
-from chainlora.runs.addresses import find_state, state_at, state_of_draft
+from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.history import History, read_history
 from chainlora.runs.loading_start import start_at, with_start
 from chainlora.runs.start import Start
 from chainlora.runs.work import Work
-from chainlora.training.events import Event, KeptRowsRead, Listener, StageBegins, StageGuarded
+from chainlora.training.events import Event, KeptRowsRead, Listener, StageBegins
 from chainlora.training.extending import extension, rehearsal
 from chainlora.training.interrupts import stop_requested
 from chainlora.training.loop import train as run_training
@@ -193,8 +192,6 @@ def train_stages(
             start = _start_of(run, planned, plan.stages[:place]) if place else plan.start
             with naming(planned.stage):
                 results.append(train_stage(planned, start, tell, change=change))
-            if is_first_launched():
-                _judge(run, planned, tell)
             wait_for_all()
         if is_first_launched():
             _take_in(run, planned, tell)
@@ -203,7 +200,7 @@ def train_stages(
             named = {"plugins": [*planned.stage.config.plugins]}
             rehearsed += train_stages(rehearsal(run, named), listener=listener, matrix=False)
     if matrix and is_first_launched():
-        state = find_state(run)
+        state = open_run(run)
         if len(state.columns) > 1 and state.keepers:
             stage_matrix(run, progress=_reader(tell))
     wait_for_all()
@@ -218,17 +215,6 @@ def _start_of(run: Path, planned: StagePlan, before: Sequence[StagePlan]) -> Sta
     return start_at(begins_on(now, planned))
 
 
-def _judge(run: Path, planned: StagePlan, tell: Listener) -> None:
-    """Let the rows of earlier stages choose the strength of a stage, if they are to; publish it."""
-    if planned.stage.tolerance is None or read_history(run).find(planned.name) is not None:
-        return
-    trained = state_of_draft(run, planned.name)
-    strength, gains = guard(trained, planned.stage.tolerance, progress=_reader(tell))
-    means = {name: found.mean for name, found in gains.items()}
-    tell(StageGuarded(0, planned.name, strength, means))
-    Work(run, planned.name).publish_trained(planned.stage.config, strength, [*gains])
-
-
 def _take_in(run: Path, planned: StagePlan, tell: Listener) -> None:
     """Combine a stage beside others with what the run is. Warn of one that ended apart from it."""
     name, history = planned.name, read_history(run)
@@ -237,7 +223,7 @@ def _take_in(run: Path, planned: StagePlan, tell: Listener) -> None:
         return
     if name in {entry.key for entry in history.lineage(history.head)}:
         return
-    end = _entry_with(planned.stage, history)
+    end = _entry_with(name, history)
     below = {entry.key for entry in history.lineage(end)}  # which it brings along
     others = [key for key in history.ends(history.head) if key not in below]
     both = shlex.join([str(run), *others, name])
@@ -248,19 +234,17 @@ def _take_in(run: Path, planned: StagePlan, tell: Listener) -> None:
     )
 
 
-def _entry_with(stage: Stage, history: History) -> str:
-    """Return an entry that has a stage: at the strength that `accept_links` has chosen, or with all
-    that the run is now, rehearsed if it was; else the stage itself."""
-    found = [e.key for e in history.entries if e.kind == "mix" and e.parents == (stage.name,)][:1]
-    if stage.tolerance is None:
-        wanted = {*history.ends(history.head), stage.name}
-        found = [
-            each.key
-            for each in history.entries
-            if each.kind != "mix" and wanted <= {e.key for e in history.lineage(each.key)}
-        ]
-        found = [key for key in found if history.ends(key) == history.ends(found[0])]
-    return found[-1] if found else stage.name
+def _entry_with(name: str, history: History) -> str:
+    """Return an entry that has a stage and all that the run is now, rehearsed if it was; else the
+    stage itself."""
+    wanted = {*history.ends(history.head), name}
+    found = [
+        each.key
+        for each in history.entries
+        if each.kind != "mix" and wanted <= {e.key for e in history.lineage(each.key)}
+    ]
+    found = [key for key in found if history.ends(key) == history.ends(found[0])]
+    return found[-1] if found else name
 
 
 def _reader(tell: Listener) -> Progress:

@@ -71,8 +71,7 @@ def _how_chosen(results: Results) -> str:
 def _chooses(cell: Mapping[str, Any]) -> bool:
     """Say whether a run ended at a point that its validation rows chose."""
     train = cell["config"].get("train", {})
-    kept = train.get("keep_best") or train.get("early_stop")
-    return bool(kept) or train.get("accept_links") == "better"
+    return bool(train.get("keep_best") or train.get("early_stop"))
 
 
 # --- verdict ---

@@ -1,0 +1,83 @@
+"""What needs rows of earlier stages, and is refused without."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers import train_all
+from helpers_data import pair_files
+
+from chainlora import export_adapter, train
+from chainlora.cli.main import run as cli
+from chainlora.errors import ChainLoRAError, ConfigError, RunError
+from chainlora.runs.changes import prune_stage
+from chainlora.training.stages import extension
+from stages.cases import one_stage, survey
+
+
+def test_what_needs_earlier_stages_is_refused_without(config, tmp_path, capsys):
+    plain = {key: value for key, value in config.items() if key != "stages"}
+    plain["chain"] |= config["stages"][0]["chain"]
+    plain["data"] = config["stages"][0]["data"] | {"replay": 0.1}
+    (tmp_path / "plain.yaml").write_text(json.dumps(plain))
+    assert cli(["train", str(tmp_path / "plain.yaml")]) == 1
+    assert "0.1 in a run without any" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="without any"):
+        train(plain)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_were_not_kept_are_asked_for_before_any_training(config, tmp_path):
+    config["stages"][0]["data"]["keep_rows"] = False
+    for key, value, off in (("replay", 0.1, "null"), ("new_rows_only", True, "false")):
+        config["stages"][1]["data"][key] = value
+        with pytest.raises(RunError, match=rf"data.{key}.*none of facts.*set data.{key}: {off}"):
+            train_all(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_no_stage_learns_alike_are_not_replayed(config, tmp_path):
+    """Refused before any work: in the first stage, a later one, a fork, and beside a stage that
+    has ended."""
+    facts, style = config["stages"]
+    pairs = style | {"name": "pairs", "train": {"loss": "dpo", "lr": 1e-3}}
+    pairs["data"] = pair_files(tmp_path) | {"replay": 0.1}
+    again = facts | {"data": facts["data"] | {"replay": 0.1}}
+    for stages, got in (
+        ([again, style], "stage 'facts' .*no earlier stage"),
+        ([facts, style, pairs], "learned by dpo .got facts: candidates, style: candidates"),
+    ):
+        with pytest.raises(RunError, match=got):
+            train_all(config | {"stages": stages})
+        assert not (tmp_path / "run").exists()
+    facts["chain"] = {"ranks": [4], "steps": [1]}
+    train_all(one_stage(config))
+    for output in ({}, {"output": str(tmp_path / "fork")}):
+        with pytest.raises(RunError, match=r"learned by dpo .got facts: candidates"):
+            survey(extension(tmp_path / "run", pairs | output))
+    rows = tmp_path / "answers.jsonl"
+    rows.write_text('{"prompt": "the cat", "completion": " was good"}\n')
+    answers = style | {"data": {"train": str(rows), "replay": 0.1}}
+    assert survey(extension(tmp_path / "run", answers))[-1].state == "new"
+
+
+def test_what_a_chain_begins_on_is_asked_for_before_any_training(config, tmp_path):
+    """A PEFT adapter has no rows, and its link a name; a stage that was pruned needs neither."""
+    facts, style = config["stages"]
+    facts["data"]["keep_rows"] = False
+    train_all(config)
+    export_adapter(tmp_path / "run", tmp_path / "adapter")
+    begun = config | {"start": str(tmp_path / "adapter"), "output": str(tmp_path / "begun")}
+    law = style | {"name": "law", "data": style["data"] | {"new_rows_only": True}}
+    for stages, message in (
+        ([style | {"data": style["data"] | {"replay": 0.5}}], "none of start"),
+        ([style, style | {"name": "start"}], "not base, start or now"),
+    ):
+        with pytest.raises(ChainLoRAError, match=message):
+            train_all(begun | {"stages": stages})
+    assert not (tmp_path / "begun").exists()
+    with pytest.raises(RunError, match="none of facts"):
+        survey(extension(tmp_path / "run", law))
+    prune_stage(tmp_path / "run", "facts")
+    assert [found.state for found in survey(extension(tmp_path / "run", law))][-1] == "new"
