@@ -192,18 +192,16 @@ def _base_folder(base: Base, run: OpenState | Chain) -> Path | None:
 
 
 def _check_own_files(base: Path) -> None:
-    """Raise ModelError where an export would hold what lies outside the base's folder.
+    """Raise ModelError for a licence, template or config that is a link out of the base's folder.
 
-    A link can lead a licence, a template or a config to any file of this machine. The Hub's cache
-    has links too, to its own blobs.
+    In the Hub's cache they are links into its blobs.
     """
     licences = [path for path in base.iterdir() if is_licence(path.name)]
     configs = [base / name for name in _CONFIGS]
     blobs = [base.parent.parent / "blobs"] if base.parent.name == "snapshots" else []
     homes = [home.resolve() for home in (base, *blobs)]
     for path in sorted([*licences, *configs, *tokenizer_files(base)]):
-        is_link = path.is_symlink() or path.parent.is_symlink()
-        if is_link and not any(map(path.resolve().is_relative_to, homes)):
+        if path.exists() and not any(map(path.resolve().is_relative_to, homes)):
             raise ModelError(
                 f"what an export copies must lie in the base's folder (got {path.name} in {base}, "
                 f"a link to {path.resolve()}); put a copy in its place"
