@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,6 @@ def mine(tmp_path):
         table.clear()
         table.update(kept)
     registry._load.cache_clear()
-    registry._load_installed.cache_clear()
 
 
 @pytest.fixture
@@ -177,19 +175,6 @@ def test_a_comparison_has_methods_of_ones_own(config, chainlora):
     assert Path("run-compare/report.html").is_file()
     for method in ("lora", "margin", "signum"):
         assert re.search(rf"^\| {method} \| [\d.]+ \(1\) \|$", done.out, re.MULTILINE)
-
-
-def test_installed_plugins_are_found(config, mine, chainlora, monkeypatch, caplog):
-    said = mine.with_name("mine-1.dist-info")
-    said.mkdir()
-    (said / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1\n")
-    (said / "entry_points.txt").write_text("[chainlora.plugins]\nmine = installed\n")
-    mine.rename(mine.with_name("installed.py"))
-    monkeypatch.syspath_prepend(mine.parent)
-    done = chainlora("train", "run.yaml", *OWN)
-    assert done.status == 0, done.err
-    assert "loaded plug-in installed" in caplog.messages
-    sys.modules.pop("installed")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import re
 import peft
 import pytest
 import torch
-from architectures.tiny import tiny_model
 from helpers_integrations import lora, make_trainer, peft_model, plain_model
 from transformers import TrainerCallback
 
@@ -259,11 +258,3 @@ def test_a_second_training_and_a_second_trainer(tiny_folder, tokenizer, tmp_path
         make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, callback)
     with pytest.raises(ChainLoRAError, match="before there is a trainer"):
         ChainCallback(steps=4).chain  # noqa: B018
-
-
-def test_saves_that_peft_loads_to_another_function_are_refused_before_training(tmp_path, tokenizer):
-    """PEFT renames Laguna's shared experts, and would load adapters of them as other weights."""
-    model = peft.get_peft_model(tiny_model("laguna"), lora(target_modules="all-linear"))
-    line = refused(model, tokenizer, tmp_path, ChainCallback(steps=4))
-    assert "must load with PEFT as it was" in line
-    assert "use `chainlora train`" in line

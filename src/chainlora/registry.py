@@ -1,8 +1,7 @@
 """Extension points: tables of names, filled by folders of this package and by plug-ins; extras.
 
 A new file in one of the folders is a new entry, without an edit. A plug-in is a user's own module
-that adds entries to the tables: a file or module that `plugins` of a config names, or an installed
-package with an entry point in the group `chainlora.plugins`.
+that adds entries to the tables: a file or module that `plugins` of a config names.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import warnings
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from pkgutil import iter_modules
@@ -27,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 Entry = TypeVar("Entry")
 
-GROUP = "chainlora.plugins"
-
 
 def entries(package: ModuleType, table: str) -> dict[str, Any]:
     """Return the entries of the tables called `table` in all modules of a package."""
@@ -39,13 +35,7 @@ def entries(package: ModuleType, table: str) -> dict[str, Any]:
 
 
 def entry(table: Mapping[str, Entry], key: str, name: str) -> Entry:
-    """Return the entry that the config key `key` names.
-
-    Installed plug-ins are imported only where the table has no such entry. Raises ConfigError if
-    they have none either.
-    """
-    if name not in table:
-        _load_installed()
+    """Return the entry that the config key `key` names. Raises ConfigError if there is none."""
     if name not in table:
         hint = nearest(name, table)
         raise ConfigError(
@@ -135,19 +125,6 @@ def _run(path: Path, name: str) -> None:
     except BaseException:
         del sys.modules[name]
         raise
-
-
-@cache
-def _load_installed() -> None:
-    """Import what installed packages offer; an entry point of a function is called."""
-    for point in entry_points(group=GROUP):
-        try:
-            found = point.load()
-            if not isinstance(found, ModuleType):
-                found()
-        except Exception as error:
-            raise _unloadable(point.value, error) from error
-        logger.warning("loaded plug-in %s", point.value)
 
 
 def _unloadable(plugin: str, error: Exception) -> ConfigError:

@@ -41,6 +41,8 @@ LEARNING_RATE = 0.2  # of SGD on gradients clipped to norm 1
 # difference between a padded batch and one row a model may be, before training and after it: four
 # steps of Qwen 3.5's recurrence amplify rounding by a thousand, plain or ours.
 HIDDEN, LOSS, OWN = 2e-5, 2e-5, 20.0
+# PEFT 0.21 loads adapters of these without some factors, those that it saved too, and warns of it.
+MISREAD = {"inkling2_loop_text", "inkling2_text", "laguna"}
 
 
 @dataclass
@@ -311,10 +313,9 @@ def _export_differences(
     export_merged(run, work / "merged")
     merged = AutoModelForCausalLM.from_pretrained(work / "merged")
     found["merged"] = abs(_plain_loss(merged, rows) - reference) / reference / largest
-    try:
-        export_adapter(run, work / "adapter")
-    except ModelError:  # PEFT reads it otherwise than it was written
-        result.exports = "merged; adapter refused"
+    export_adapter(run, work / "adapter")
+    if result.name in MISREAD:
+        result.exports = "merged; PEFT misreads the adapter"
         return found
     base = AutoModelForCausalLM.from_pretrained(folder)
     adapted = peft.PeftModel.from_pretrained(base, work / "adapter")

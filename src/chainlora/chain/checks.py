@@ -106,10 +106,10 @@ def _module_fault(link: Link, name: str, model: nn.Module | None) -> str | None:
             return f"a {key} of {list(vector.shape)} for {b.shape[0]} outputs at {name}"
     if not all(part is None or torch.isfinite(part).all() for part in (a, b, bias, magnitude)):
         return f"numbers that are not finite at {name}"
-    return None if model is None else misfit(link.factors[name], model, name)
+    return None if model is None else _misfit(link.factors[name], model, name)
 
 
-def misfit(factors: Factors, model: nn.Module, name: str) -> str | None:
+def _misfit(factors: Factors, model: nn.Module, name: str) -> str | None:
     """Return why factors are none of a model's module, None where they fit it."""
     layer = adapters.linked_layer(model, name)
     if layer is None:

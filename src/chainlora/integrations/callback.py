@@ -137,9 +137,6 @@ class ChainCallback(TrainerCallback):
         self._check_place(state)
         self._trained.take_over(optimizer, self._processes)
         self._check_knots(args, optimizer, scheduler)
-        with self._processes.together():
-            if args.should_save:
-                self._need().check_saves()
         if self.restart_schedule:
             self._restart_schedule(scheduler, args)
 

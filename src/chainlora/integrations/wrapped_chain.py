@@ -13,7 +13,6 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,6 @@ from chainlora.runs.saved_chain import (
     write_chain,
 )
 from chainlora.runs.start import NOTHING, Start
-from chainlora.runs.verification import check_adapter, skeleton_like
 
 logger = logging.getLogger(__name__)
 
@@ -133,33 +131,6 @@ class WrappedChain:
                 "lower learning rate"
             )
 
-    def check_saves(self) -> None:
-        """Raise ModelError unless PEFT loads what `save` writes as the function that it is.
-
-        Checked with factors drawn at random, since those of a new link add nothing.
-        """
-        live, base = self.chain.live_link(), describe_base(self.chain)
-        draw = torch.Generator().manual_seed(0)
-        drawn = {
-            name: replace(
-                pair,
-                a=torch.rand(pair.a.shape, generator=draw),
-                b=torch.rand(pair.b.shape, generator=draw),
-            )
-            for name, pair in live.factors.items()
-        }
-        link = replace(live, factors=drawn)
-        factors, _ = adapter_factors([link])
-        with kept_random_state(self.chain.model), tempfile.TemporaryDirectory() as scratch:
-            _, extra = write_adapter(Path(scratch), [link], factors, base)
-            check_adapter(
-                Path(scratch),
-                skeleton_like(self.chain.model),
-                factors,
-                extra,
-                remedy="use `chainlora train`, whose run exports --to merged",
-            )
-
     def save(self, folder: Path) -> None:
         """Write the chain and its adapter into a folder that may hold other files."""
         if not self._writes:
@@ -169,7 +140,7 @@ class WrappedChain:
         write_chain(self.chain, links, folder / INSIDE, self.numbers)
         factors, _ = adapter_factors(links)
         with files.reported(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
-            rank, _ = write_adapter(Path(scratch), links, factors, base)
+            rank = write_adapter(Path(scratch), links, factors, base)
             if not is_of_another(folder):  # the trainer's own card stays
                 error = sum(link.error for link in links[len(self.chain) :])  # of the live one
                 write_adapter_card(Path(scratch), links, rank, error, base)

@@ -21,7 +21,7 @@ from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.draft import drafts_in, ended_leftovers
 from chainlora.runs.history import BASE, CONTENT, Entry, History, read_history, update_history
 from chainlora.runs.links import outline_of
-from chainlora.runs.locks import is_in_use, refuse_links
+from chainlora.runs.locks import is_in_use
 from chainlora.runs.state import OpenState
 
 MATRIX = "matrix.jsonl"  # scores by digests of states (`evaluation.stage_scores`)
@@ -32,14 +32,12 @@ _WITH_LINKS = ("stage", "import")  # kinds of entries that links or rows were sa
 def whole_run(run: str | Path) -> Path:
     """Return the folder of a run that is to be changed.
 
-    Raises RunError for one of its states, for a saved chain, and for symbolic links in it: a change
-    must see the whole run, and nothing else.
+    Raises RunError for one of its states, and for a saved chain.
     """
     folder, name = split_address(run)
     if name is not None:
         raise RunError("This command needs the whole run", run, f"leave @{name} out")
     open_run(folder)  # refuses what is no run
-    refuse_links(folder)
     return folder
 
 

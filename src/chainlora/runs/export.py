@@ -45,7 +45,6 @@ from chainlora.runs.lineage import Lineage, lineage_of
 from chainlora.runs.opening import check_base, load_run, tokenizer_of
 from chainlora.runs.saved_chain import current_links, describe_base
 from chainlora.runs.state import OpenState
-from chainlora.runs.verification import check_adapter, skeleton_like, skeleton_of, stores_transposed
 
 logger = logging.getLogger(__name__)
 
@@ -123,17 +122,12 @@ def export_adapter(
     source = run if isinstance(run, Chain) else open_run(run)
     links, base = _links_and_base(source, num_links)
     folder = _base_folder(base, source)
-    skeleton = skeleton_like(source.model) if isinstance(source, Chain) else skeleton_of(base)
     named = base.model_copy(update={"model": naming.base or public_name(base.model)})
-    if skeleton is not None and not isinstance(source, Chain):  # a chain in memory has been asked
-        update = {"fan_in_fan_out": stores_transposed(skeleton, links)}
-        named = named.model_copy(update=update)
     factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
     if isinstance(source, Chain):
         error = max([error, *(link.error for link in links if link.index == len(source))])
     with filled_folder(output) as scratch:
-        written, extra = write_adapter(scratch, links, factors, named)
-        check_adapter(scratch, skeleton, factors, extra)
+        written = write_adapter(scratch, links, factors, named)
         if folder is not None:
             copy_licences(folder, scratch)
             _save_tokenizer(source, folder, scratch)
@@ -196,18 +190,16 @@ def _base_folder(base: Base, run: OpenState | Chain) -> Path | None:
 
 
 def _check_own_files(base: Path) -> None:
-    """Raise ModelError where an export would hold what lies outside the base's folder.
+    """Raise ModelError for a licence, template or config that is a link out of the base's folder.
 
-    A link can lead a licence, a template or a config to any file of this machine. The Hub's cache
-    has links too, to its own blobs.
+    In the Hub's cache they are links into its blobs.
     """
     licences = [path for path in base.iterdir() if is_licence(path.name)]
     configs = [base / name for name in _CONFIGS]
     blobs = [base.parent.parent / "blobs"] if base.parent.name == "snapshots" else []
     homes = [home.resolve() for home in (base, *blobs)]
     for path in sorted([*licences, *configs, *tokenizer_files(base)]):
-        is_link = path.is_symlink() or path.parent.is_symlink()
-        if is_link and not any(map(path.resolve().is_relative_to, homes)):
+        if path.exists() and not any(map(path.resolve().is_relative_to, homes)):
             raise ModelError(
                 f"what an export copies must lie in the base's folder (got {path.name} in {base}, "
                 f"a link to {path.resolve()}); put a copy in its place"
@@ -243,8 +235,8 @@ def check_compression(rank: int | None, tolerance: float | None) -> None:
 
 def write_adapter(
     folder: Path, links: Sequence[Link], factors: Mapping[str, Factors], base: Base
-) -> tuple[int, dict[str, Tensor]]:
-    """Write factors of a chain as one adapter; return its rank and the extra weights in it."""
+) -> int:
+    """Write factors of a chain as one adapter; return its rank."""
     rank = max(pair.a.shape[0] for pair in factors.values())
     extra: dict[str, Tensor] = {}
     for link in links:
@@ -267,7 +259,7 @@ def write_adapter(
         fan_in_fan_out=base.fan_in_fan_out,
         task_type=base.task_type,
     )
-    return rank, extra
+    return rank
 
 
 def write_adapter_card(

@@ -40,7 +40,7 @@ from chainlora.runs.documents import (
     short_digest,
     write_part,
 )
-from chainlora.runs.locks import locked
+from chainlora.runs.locks import locked, need_own
 
 CAUSAL = "CAUSAL_LM"  # PEFT's name of the task of causal language models
 MAIN = "main"  # the stage of links where none was named
@@ -354,7 +354,16 @@ class History(Document):
 
 
 def read_history(run: Path) -> History:
-    """Read and check ``history.json``. Raises RunError for none, a damaged one, another format."""
+    """Read and check ``history.json``.
+
+    Every command begins with it, so it refuses folders that lead out of the run, too: nothing there
+    is written or deleted. Raises RunError for these, and for no history, a damaged one, or one of
+    another format.
+    """
+    for places in ("*", "stages/*", "stages/*/*"):
+        for path in run.glob(places):
+            if path.is_dir():  # linked files are safe, since writes replace them
+                need_own(path)
     return read_part(run / HISTORY, History)
 
 

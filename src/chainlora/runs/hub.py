@@ -28,7 +28,7 @@ from chainlora.runs.draft import drafts_in
 from chainlora.runs.export import empty_folder, filled_folder
 from chainlora.runs.history import CONFIG, History, read_history, update_history
 from chainlora.runs.lineage import without_places
-from chainlora.runs.locks import LOCK, refuse_links
+from chainlora.runs.locks import LOCK
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +106,6 @@ def pull_run(source: str, run: str | Path) -> list[str]:
     folder = Path(source).expanduser()
     if _is_repository(source):
         folder = _download(source) or folder  # fetches only what is new, too
-    else:
-        refuse_links(folder)
     return _send(folder, Path(run).expanduser(), rows=True)
 
 
@@ -129,7 +127,6 @@ def _send(source: Path, target: Path, *, rows: bool) -> list[str]:
     """Copy what is new from one folder into another, and then replace its history."""
     own = read_history(source)
     if exists_in(target):
-        refuse_links(target)
         known = read_history(target)
         new = _joined(own, known, rows, target)
         names = copy_files(source, target, new, known.files)

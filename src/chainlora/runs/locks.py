@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -27,8 +26,8 @@ def take_lock(
     whether it is in use holds it for a moment. Raises FileError on a disk without file locks. The
     marker file that filelock takes there instead outlives a killed process.
     """
-    place = str(folder / LOCK)
-    lock = FileLock(place, timeout=wait, thread_local=False, fallback_to_soft=False)
+    need_own(folder / LOCK)
+    lock = FileLock(str(folder / LOCK), timeout=wait, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
@@ -61,13 +60,11 @@ def is_in_use(folder: Path) -> bool:
     return False
 
 
-def refuse_links(run: Path) -> None:
-    """Raise RunError for a symbolic link below a run: what changes a run must not leave it."""
-    for folder, *names in os.walk(run):
-        for path in (Path(folder, name) for name in chain(*names)):
-            if path.is_symlink():
-                raise RunError(
-                    "a run must hold no symbolic links",
-                    f"{path} -> {os.readlink(path)}",
-                    "delete the link, or put a copy in its place",
-                )
+def need_own(path: Path) -> None:
+    """Raise RunError for a symbolic link in a run: changes must not leave the run."""
+    if path.is_symlink():
+        raise RunError(
+            "a run must hold no symbolic links",
+            f"{path} -> {os.readlink(path)}",
+            "delete the link, or put a copy in its place",
+        )

@@ -21,6 +21,7 @@ from chainlora.errors import RunError
 from chainlora.files import reported, sync_file, write_bytes
 from chainlora.runs.documents import DAMAGED
 from chainlora.runs.draft import Records
+from chainlora.runs.locks import need_own
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class RecordLog:
 
     def append(self, values: Mapping[str, Any]) -> None:
         line = json.dumps(values).encode() + b"\n"
+        need_own(self.path)
         with reported(self.path), self.path.open("ab") as file:
             file.write(line)
         self._hash.update(line)

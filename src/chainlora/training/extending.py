@@ -29,7 +29,6 @@ from chainlora.errors import RunError
 from chainlora.models.finding import from_above
 from chainlora.runs.addresses import begun_stage, open_run
 from chainlora.runs.draft import drafts_in, read_draft
-from chainlora.runs.locks import refuse_links
 from chainlora.runs.resuming import not_named
 from chainlora.runs.state import OpenState
 from chainlora.training.placement import can_stand
@@ -80,7 +79,6 @@ def extension(
     if output is not None:
         begun, below = begun_stage(Path(expanduser(output)), name), on
     else:
-        refuse_links(run)
         origin, own_stages = now.at(now.history.origin), now.history.own_stages
         begun = _begun(now, name, origin if beside else on if named is not None else None)
         can_choose = named is None and (begun is None or begun.parent.key == origin.key)

@@ -27,7 +27,6 @@ from chainlora.models.finding import from_above
 from chainlora.models.loading import load_skeleton
 from chainlora.models.text_config import context_length
 from chainlora.runs.history import START
-from chainlora.runs.locks import refuse_links
 from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.state import OpenState
 from chainlora.training.objectives import check_names
@@ -53,7 +52,6 @@ def check_due(planned: Sequence[StagePlan], start: Start, now: OpenState | None)
     place = None if first.output is None else Path(first.output)
     if place is not None:
         files.check_writable(place)
-        refuse_links(place)
     above = None if now is None and start is NOTHING else place  # where the base is found from
     model = load_skeleton(first.model if above is None else from_above(first.model, above))
     has_one, cpu = torch.accelerator.is_available(), torch.device("cpu")

@@ -8,7 +8,7 @@ adapter_files.py  a link on disk, an ordinary PEFT adapter
 importing.py      a LoRA made elsewhere, as a link has it
 """
 
-from chainlora.chain.adapters.adapter_files import load_adapter, reload_adapter, save_adapter
+from chainlora.chain.adapters.adapter_files import load_adapter, save_adapter
 from chainlora.chain.adapters.importing import Imported, import_adapter
 from chainlora.chain.adapters.layer_facts import (
     dequantized,

@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -159,34 +157,3 @@ def damaged(directory: Path, what: object) -> RunError:
         f"a link must be a whole PEFT adapter (got {what} in {directory}); the folder is "
         "incomplete: copy it whole, or start over"
     )
-
-
-def reload_adapter(
-    directory: Path, model: Any, factors: Mapping[str, Factors], extra: Mapping[str, Tensor]
-) -> str | None:
-    """Load a saved adapter onto a plain model with PEFT; return the name of a weight that differs.
-
-    `model` is on the meta device, and is adapted in place. It gets memory that nothing touches:
-    only the adapter's own weights are looked at.
-    """
-    with warnings.catch_warnings(action="ignore"):
-        model = model.to_empty(device="cpu")  # PEFT moves factors to the device of their layer
-        loaded = peft.PeftModel.from_pretrained(model, str(directory))
-    wanted = dict(extra)
-    for name, pair in factors.items():
-        a, b = _names(pair)
-        parts = {a: pair.a, b: pair.b, "lora_B.bias": pair.bias}
-        wanted |= {f"{name}.{key}": part for key, part in parts.items() if part is not None}
-    found = {}
-    for name, parameter in loaded.named_parameters():
-        plain = name.removeprefix(_PREFIX).replace(".default", "").replace(".modules_to_save", "")
-        is_whole = ".modules_to_save." in name  # PEFT adds an untrained head of a classifier too
-        if ".lora_" in name or (is_whole and plain in wanted):
-            found[plain] = parameter
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in wanted or name not in found:
-            return name
-        tensor = found[name].detach().cpu()  # extra modules come in the model's dtype
-        if not torch.equal(tensor, wanted[name].to(tensor.dtype)):
-            return name
-    return None
