@@ -100,7 +100,7 @@ def test_output_in_use(chainlora, config, tmp_path):
     chainlora("train", f"{copy}/{own}").refused(f"; add --output '{copy}'")
     chainlora(f"train {config} --train.seed 1").refused(
         f"a run that has ended keeps its config (got train.seed is 1, was 0 in {tmp_path}/run); "
-        f"choose another output, or train on top of it: chainlora extend {tmp_path}/run --name NAME"
+        f"choose another output, or add a stage to it: chainlora extend {tmp_path}/run FILE"
     )
     assert (tmp_path / "run" / "history.json").read_bytes() == before
     (tmp_path / "file").write_text("mine")

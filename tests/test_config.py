@@ -55,7 +55,6 @@ WRONG = [
     ("chain.ranks", "[8, 8]", "`ranks` and `steps` must be of one length (got 2 and 1); give one"),
     ("chain.ranks", "[8", "the value of `chain.ranks` must be YAML (got '[8': expected ',' or ']'"),
     ("chain.epochs", "[1]", "give one of `epochs`, `steps` and `tokens` (got epochs"),
-    ("chain.steps", "null", "`chain` must say how long each link is tuned (got no epochs, steps"),
     ("chain.alpha", "x", "`chain.alpha` must be a number or a list (got 'x')"),
     ("chain.alpha", "[1, 2]", "`alpha` must be one number or one a link (got (1.0, 2.0) for 1"),
     ("chain.target_modules", "[]", "`target_modules` must name at least one module (got none)"),
@@ -97,6 +96,11 @@ def test_what_is_wrong_is_said_with_rule_value_and_remedy(key, value, message):
         config((key, value))
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
+
+
+def test_each_length_has_a_rank_by_default():
+    for chain, ranks in {"{epochs: [1, 1]}": (8, 8), "{steps: 3}": (8,), "{}": (8,)}.items():
+        assert config(("chain", chain)).chain.ranks == ranks
 
 
 def numbers(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:

@@ -31,13 +31,14 @@ from stages.cases import files_of, stage_of, stopping_after, survey
         ({"train": {"seed": 3}}, "`train.seed` must be the same"),
         ({"train": {"lrr": 3}}, "stage 'style': unknown key `train.lrr`"),
         ({"chain": []}, "stage 'style'"),
+        (
+            {"data": {"task": "sst2"}, "chain": {"ranks": [2]}},
+            "stage 'style': `chain` must say how long",
+        ),
     ],
 )
 def test_what_a_stage_cannot_say_is_refused_in_a_line(config, change, message):
     config["stages"][1] |= change
-    if change.get("chain") == []:
-        config["stages"][1]["chain"] = {"ranks": [2]}
-        message = "must say how long"
     with pytest.raises(ConfigError, match=message) as raised:
         make_stages(config)
     assert "\n" not in str(raised.value)

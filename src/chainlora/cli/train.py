@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 
 
 @click.command(cls=WithKeys)
-@keys_argument("CONFIG")
+@keys_argument("CONFIG|ROWS")
 @click.option(
     "--resume",
     is_flag=True,
@@ -49,7 +49,12 @@ Result = TypeVar("Result")
 @click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
 @json_option
 def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool) -> None:
-    """Fine-tune by a chain of LoRA as CONFIG (YAML) says.
+    """Fine-tune by a chain of LoRA as CONFIG (YAML) says, or on a file of rows.
+
+    A file of ROWS needs no config: chainlora train january.jsonl --model MODEL trains the stage
+    january of the run runs/january. By default it is one link of rank 8 on all linear layers, for
+    one epoch or as many as read 640 rows, at most 10; the command prints what it chose. Keys change
+    it: --name, --output, --chain.ranks 16, --chain.epochs 3.
 
     Any key of the config can be set on the command line: --train.lr 5e-4 --chain.ranks "[8, 8]"
     --output runs/a. Ctrl-C once finishes the step, saves and stops; twice stops at once.
@@ -62,7 +67,7 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     The lineage.json of an export is a config too: the same rows and base give the same bits. Name
     their places by --model, --data.train or --stages.NAME.data.train. Other rows are refused.
 
-    The smallest config; `chainlora schema --markdown` has all keys:
+    A config of two links; `chainlora schema --markdown` has all keys:
 
     \b
       model: HuggingFaceTB/SmolLM2-135M
@@ -72,12 +77,16 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     """
     from chainlora.config.reading import make_config, read_config, set_key
     from chainlora.config.staging import Stage, check_alone, has_stages, make_stages
+    from chainlora.data.readers import is_rows
 
     file, overrides = file_and_overrides(list(arguments))
     if file.endswith("lineage.json"):
         _rebuild(file, overrides, dry_run, as_json)
         return
-    tree = read_config(file)
+    if has_rows := is_rows(file):
+        tree, overrides = _config_of_rows(file, overrides)
+    else:
+        tree = read_config(file)
     for key, value in overrides:
         if not key.startswith("stages."):
             set_key(tree, key, value)
@@ -86,6 +95,8 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
         from chainlora.runs.loading_start import with_start
 
         stages = make_stages(with_start(tree), overrides)
+        if has_rows:
+            _announce(file, stages[0].config)
         train_and_show(stages, overrides, dry_run, as_json)
         return
     for key, value in overrides:  # a config of one run is refused with those of stages
@@ -96,10 +107,30 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
             "`output` must name a directory for the run (got none); add it to the config or pass "
             "--output"
         )
-    if is_first_process():  # before seconds of imports
-        ranks = ", ".join(map(str, settings.chain.ranks)) or "none"
-        to_stderr(f"{file}: links of rank {ranks} on {settings.model}, to {settings.output}")
+    _announce(file, settings)
     _train_alone(Stage(stage, settings), [key for key, _ in overrides], dry_run, as_json)
+
+
+def _config_of_rows(
+    file: str, overrides: Sequence[tuple[str, str]]
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Return a config of one stage, which has the name of its file of rows, and other keys."""
+    from chainlora.config.staging import check_name, name_of_rows
+
+    given, others = dict(overrides), [pair for pair in overrides if pair[0] != "name"]
+    if not given.keys() & {"model", "start"}:
+        rule = "a file of rows needs a model to train"
+        raise ConfigError(rule, f"none for {file}", "add --model NAME, or write a config")
+    name = check_name(given.get("name", name_of_rows(file)))
+    tree = {"stages": [{"name": name, "data": {"train": file}}], "output": f"runs/{name}"}
+    return tree, others
+
+
+def _announce(file: str, config: RunConfig) -> None:
+    """Tell what is about to be trained, before seconds of imports."""
+    if is_first_process():
+        ranks = ", ".join(map(str, config.chain.ranks)) or "none"
+        to_stderr(f"{file}: links of rank {ranks} on {config.model}, to {config.output}")
 
 
 def _train_alone(stage: Stage, change: Sequence[str], dry_run: bool, as_json: bool) -> None:
@@ -241,7 +272,7 @@ def _show_run(config: RunConfig, results: Sequence[TrainResult], are_stages: boo
 def _show_next(run: str, result: TrainResult, config: RunConfig, state: OpenState) -> None:
     is_combined = state.entry is not None and state.entry.kind == "combine"
     has_links, report, scored = bool(result["links"]), f"chainlora report {run}", result["metrics"]
-    extend = "--name NAME --data.train FILE --chain.ranks 8 --chain.epochs 1"
+    extend = "FILE"
     if config.plugins:
         extend += f" --plugins {shlex.quote(str([*config.plugins]))}"
     kind = "adapter" if has_links and not config.chain.dora else "merged"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=WithKeys)
-@keys_argument("RUN[@STAGE] [STAGE.yaml] --name NAME")
+@keys_argument("RUN[@STAGE] [ROWS|STAGE.yaml]")
 @click.option("--resume", is_flag=True, hidden=True, help="Accepted, and not needed.")
 @click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
 @click.option(
@@ -52,29 +52,29 @@ def extend(
 ) -> None:
     """Train one more stage of RUN: new data, fresh links, the same chain.
 
+    A file of ROWS is enough: chainlora extend runs/january february.jsonl trains the stage
+    february. By default it is one link of rank 8, for one epoch or as many as read 640 rows, at
+    most 10; the command prints what it chose. --name, --chain.ranks and --chain.epochs change it.
+
     It is trained beside the others, combined with them in closed form, and rehearsed on rows that
     all stages kept. On top of RUN it is trained with --on-top, on RUN@STAGE, on a mix,
     on pairs, with data.replay or data.new_rows_only, and where it cannot be combined.
 
-    Give at least the name, the rows, the ranks and the length: --name law --data.train law.jsonl
-    --chain.ranks 8 --chain.epochs 1. Other keys are inherited from the stage before, beside others
-    from the first, but for how its end was chosen (keep_best, early_stop, select_metric).
-    STAGE.yaml may hold the same. With --output FOLDER the stage becomes a fork, which begins on RUN
-    or RUN@STAGE and leaves it as it is. The same command again resumes a stage that was stopped or
-    killed, or does nothing.
+    Other keys are inherited from the stage before, beside others from the first, but for how its
+    end was chosen (keep_best, early_stop, select_metric). STAGE.yaml may set keys, too. With
+    --output FOLDER the stage becomes a fork, which begins on RUN or RUN@STAGE and leaves it as it
+    is. The same command again resumes a stage that was stopped or killed, or does nothing.
     """
-    from chainlora.config.reading import read_tree
-
     words, overrides = words_and_overrides(list(arguments))
     if not words or words[2:]:
         got = f"unexpected {words[2]!r}" if words[2:] else "Missing argument 'RUN'"
-        raise click.UsageError(f"{got}; it is chainlora extend RUN [STAGE.yaml] --name NAME …")
+        raise click.UsageError(f"{got}; it is chainlora extend RUN [ROWS|STAGE.yaml] …")
     need_run(words[0])
-    section = read_tree(words[1]) if words[1:] else {}
     quiet()
     from chainlora.cli.train import train_and_show
     from chainlora.training.extending import extension
 
+    section: Any = words[1] if words[1:] else {}
     stages = extension(words[0], section, overrides, beside=beside, rehearse=not no_rehearsal)
     train_and_show(stages, overrides, dry_run, as_json)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -157,11 +157,13 @@ class KnotConfig(Section):
 class ChainConfig(LinkShape):
     """The chain: number, ranks and lengths of its links.
 
-    Give one of `epochs`, `steps` and `tokens`, with one entry for each link.
+    Give one of `epochs`, `steps` and `tokens`, with one entry for each link. Without, `data.train`
+    decides ([defaults](config.md#without-a-config)).
     """
 
-    ranks: tuple[Count, ...] = (8, 8)
-    """Rank of each link, and so the length of the chain; `[]` trains nothing."""
+    ranks: tuple[Count, ...] = (8,)
+    """Rank of each link, and so the length of the chain; `[]` trains nothing. Not given, it is 8
+    for each entry of `epochs`, `steps` or `tokens`."""
     alpha: Alpha | tuple[Alpha, ...] = 16.0
     """LoRA's alpha: one number, or one for each link. The update is scaled by alpha / rank."""
     alpha_policy: Literal["proportional", "fixed"] = "proportional"
@@ -179,6 +181,15 @@ class ChainConfig(LinkShape):
     """Tokens that each link reads, prompts included, rounded up to whole steps."""
     hold: Literal["tied", "carried"] = "tied"
     """Earlier links are `tied` into the base weights, or `carried` beside an unchanged base."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rank_a_length(cls, tree: Any) -> Any:
+        """Give each length without a rank the default one."""
+        if isinstance(tree, Mapping) and "ranks" not in tree:
+            given = [tree[key] for key in LENGTHS if isinstance(tree.get(key), list | tuple)]
+            return dict(tree) | {"ranks": (8,) * max([1, *map(len, given)])}
+        return tree
 
     @field_validator("knots", mode="before")
     @classmethod
@@ -233,6 +244,11 @@ class ChainConfig(LinkShape):
         except ConfigError as error:  # here, and not when the link begins
             raise ValueError(str(error)) from None
         return self
+
+    @property
+    def has_length(self) -> bool:
+        """Say whether one of `epochs`, `steps` and `tokens` is given."""
+        return any(getattr(self, key) is not None for key in LENGTHS)
 
     def links(self) -> list[LinkConfig]:
         """Return one `LinkConfig` a link, scaling policy applied."""

@@ -209,7 +209,7 @@ class RunConfig(Called):
             "set chain.hold: carried",
         )
         refuse_if(
-            chain.ranks and all(getattr(chain, key) is None for key in LENGTHS),
+            chain.ranks and not (chain.has_length or self.data.train),
             "`chain` must say how long each link is tuned",
             "no epochs, steps or tokens",
             f"e.g. epochs: {[1] * len(chain.ranks[:9])}",

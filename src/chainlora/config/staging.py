@@ -17,6 +17,7 @@ Nothing below knows of lists of stages: `make_stages` gives one `RunConfig` for 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -197,10 +198,10 @@ def not_inherited(before: RunConfig, own: Mapping[str, Any]) -> list[str]:
     section sets."""
     found: list[str] = []
     for part in _SECTIONS:
-        section, given = getattr(before, part), section_of(own, part)
-        if any(key in given for key in LENGTHS):
-            given |= dict.fromkeys(LENGTHS)
-        shared = section_of(what_stages_share(before), part).keys() | given.keys()
+        section = getattr(before, part)
+        # A length that is not given is told when it is chosen.
+        told = {*section_of(own, part), *LENGTHS}
+        shared = section_of(what_stages_share(before), part).keys() | told
         default = type(section).model_construct()
         keys = [key for key in type(section).model_fields if key not in shared]
         found += [f"{part}.{k}" for k in keys if getattr(section, k) != getattr(default, k)]
@@ -217,6 +218,18 @@ def name_apart(output: str | PathLike[str], taken: Collection[str]) -> str:
         remedy = "rename it, or name the stage: stages: [{name: facts}]"
         raise ConfigError(rule, repr(name), remedy)
     return name
+
+
+def name_of_rows(path: str | PathLike[str]) -> str:
+    """Return the name of a stage for its file of rows: ``January 2026.csv`` gives January-2026.
+
+    A file called train is one of the splits in a folder, whose name says more.
+    """
+    file = Path(path)
+    stem = file.absolute().parent.name if file.stem == "train" else file.stem
+    letters = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode()
+    name = re.sub(r"\W+", "-", letters).strip("-_")[:64]
+    return name if is_name(name) else f"rows-{name}"[:64].rstrip("-")
 
 
 def is_name(name: object) -> bool:

@@ -213,6 +213,16 @@ READERS: Mapping[str, tuple[Callable[[BinaryIO, Path], Iterator[Record]], str]] 
 """Suffix → reader, and what its numbers count."""
 
 
+def is_rows(path: str | Path) -> bool:
+    """Say whether a path is that of a file of rows by its suffix; a .json is by its first letter,
+    as a config can be an object of JSON."""
+    file = Path(path)
+    if file.suffix.lower() != ".json" or not file.is_file():
+        return file.suffix.lower() in READERS
+    with file.open("rb") as opened:
+        return opened.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
 # --- JSON ---
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,16 @@ def source_digest(key: str, path: str, data: DataConfig) -> str:
         return hashlib.sha256(load_task(path).model_dump_json().encode()).hexdigest()
     split = key.removeprefix("data.")
     return find_source(path, split, getattr(data, f"num_{split}")).identity()
+
+
+def rows_of_an_epoch(data: DataConfig, most: int) -> int:
+    """Return how many rows of its files an epoch reads, `most` or more if it is that many."""
+    found = 0
+    for file, source in zip(data.train_files, _file_sources(data)["train"], strict=True):
+        limit = ceil(most / file.weight)
+        limit = limit if source.limit is None else min(limit, source.limit)
+        found += ceil(file.weight * replace(source, limit=limit).num_rows())
+    return found
 
 
 def check_files(data: DataConfig, loss: str | None) -> None:

@@ -182,7 +182,7 @@ def _check_folder(folder: Path) -> None:
     if (folder / "history.json").is_file():
         raise ModelError(
             f"`model` must be a whole model (got {folder}, a run); "
-            f"to go on from it: chainlora extend {folder} --name NAME"
+            f"to go on from it: chainlora extend {folder} FILE"
         )
     found = sorted(folder.glob("*.gguf"))
     remedy = f"name the file: {found[0]}" if found else "name a folder written by save_pretrained"

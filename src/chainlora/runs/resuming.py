@@ -163,10 +163,10 @@ def _other_config(begun: OpenState, key: str, old: Any, new: Any, stage: str | N
         differs += ", compared by content"
     if stage is not None:
         rule, got = "a stage keeps the config it began with", f"stage {stage!r}: {differs}"
-        remedy = "give what you want to train now a new name"
+        remedy = "give what you want to train now a new name (--name)"
     elif has_ended:
         rule, got = "a run that has ended keeps its config", f"{differs} in {run}"
-        remedy = f"choose another output, or train on top of it: chainlora extend {run} --name NAME"
+        remedy = f"choose another output, or add a stage to it: chainlora extend {run} FILE"
     else:
         rule, got = "a run resumes with the config it began with", f"{differs} in {run}"
         remedy = f"use {begun.folder / CONFIG}, or choose another output"

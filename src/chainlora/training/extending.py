@@ -12,19 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from chainlora.config.chain_keys import LENGTHS
-from chainlora.config.reading import set_key
+from chainlora.config.reading import read_tree, set_key
 from chainlora.config.schema import PAIR_LOSSES
 from chainlora.config.staging import (
     STANDING,
     Stage,
     check_name,
     make_stage,
+    name_of_rows,
     not_inherited,
     section_of,
     split_address,
     standing,
     what_stages_share,
 )
+from chainlora.data.readers import is_rows
 from chainlora.errors import RunError
 from chainlora.models.finding import from_above
 from chainlora.runs.addresses import begun_stage, open_run
@@ -42,13 +44,14 @@ ROWS = 256  # of each stage at most; all by the batch size are its steps: benchm
 
 def extension(
     address: str | Path,
-    section: Mapping[str, Any],
+    section: Mapping[str, Any] | str | Path,
     overrides: Sequence[tuple[str, Any]] = (),
     *,
     beside: bool | None = False,
     rehearse: bool = False,
 ) -> list[Stage]:
-    """Return one more stage of a run, which `section` and `overrides` describe.
+    """Return one more stage of a run, which `section` and `overrides` describe: a mapping, or the
+    path of a file of rows or of YAML. One without a name has that of its file of rows.
 
     `beside` and `rehearse` are those of `extend`. Without `beside` the stage begins on the state
     that `address` names, with `output` in a run of its own. Other keys are inherited from the stage
@@ -66,9 +69,12 @@ def extension(
             f"a saved chain, {run}",
             f"begin a run on it, by start: {run} in its config",
         )
-    own = dict(section)
+    own = _section(section)
     for key, value in overrides:
         set_key(own, key, value)
+    rows = section_of(own, "data").get("train")
+    if own.get("name") is None and isinstance(rows, str | Path):
+        own["name"] = name_of_rows(rows)
     keys = standing({key: own.pop(key) for key in STANDING if key in own}, 1)
     beside = keys["beside"] if beside is None else beside
     name, output = check_name(own.get("name")), own.pop("output", None)
@@ -128,6 +134,12 @@ def rehearsal(
     length = {} if given.keys() & {*LENGTHS} else {"steps": [steps]}
     own |= {"chain": {"ranks": [largest]} | length | given, "train": train}
     return extension(run, own)
+
+
+def _section(given: Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    if isinstance(given, Mapping):
+        return dict(given)
+    return {"data": {"train": str(given)}} if is_rows(given) else read_tree(given)
 
 
 def _after(

@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 
+from chainlora.config.schema import LENGTHS, RunConfig
 from chainlora.config.staging import Stage, exists_in, need_apart
-from chainlora.data.splits import check_files
+from chainlora.data.splits import check_files, rows_of_an_epoch
 from chainlora.errors import RunError
 from chainlora.runs.addresses import begun_stage, state_at
 from chainlora.runs.draft import drafts_in
@@ -32,6 +34,11 @@ from chainlora.training.placement import StagePlan, begins_on, left_out, need_be
 from chainlora.training.refusing import check_due, naming
 
 logger = logging.getLogger(__name__)
+
+# Without a length, a link reads as many rows as one of the study of stages did, 80 steps of 8
+# (benchmarks/stages), or its file once; but no row more often than MOST_EPOCHS.
+ROWS = 640
+MOST_EPOCHS = 10
 
 
 @dataclass(frozen=True)
@@ -72,13 +79,11 @@ def make_plan(
     if there is not None:
         _need_order(there, stages)
     planned = [
-        StagePlan(stage, there and begun_stage(there.run, stage.name, there.history))
+        _with_length(stage, there and begun_stage(there.run, stage.name, there.history))
         for stage in stages
     ]
     for each in planned:
-        if each.begun is None:
-            _need_files(each.stage)
-        else:
+        if each.begun is not None:
             _need_same(each.stage, each.begun, change)
     ended = [each.begun for each in planned if each.begun is not None and each.draft is None]
     now = there if ended else None
@@ -115,9 +120,45 @@ def _need_order(now: OpenState, stages: Sequence[Stage]) -> None:
             need_start(state_at(run, history, known[0]).config(), stages[0].config)
             got = names[place] if place < len(names) else "none"
             raise RunError(
-                f"the stages of a run must be those that it has, in their order (got {got} for "
-                f"{name} in {run}); add new ones below, or choose another output"
+                "the stages of a run must be those that it has, in their order",
+                f"{got} for {name} in {run}",
+                f"add new ones below or by chainlora extend {run}, or choose another output",
             )
+
+
+def _with_length(stage: Stage, begun: OpenState | None) -> StagePlan:
+    """Return a stage whose links have a length: by default the one that it was begun with, else by
+    the number of its rows."""
+    chain = stage.config.chain
+    if begun is None:
+        _need_files(stage)
+    if chain.has_length or not chain.ranks:
+        return StagePlan(stage, begun)
+    if begun is not None:
+        before = begun.config().chain
+        length = {key: getattr(before, key) for key in LENGTHS}
+    else:
+        epochs = min(MOST_EPOCHS, ceil(ROWS / rows_of_an_epoch(stage.config.data, ROWS)))
+        length = {"epochs": (float(epochs),) * len(chain.ranks)}
+    config = stage.config.model_copy(update={"chain": chain.model_copy(update=length)})
+    if begun is None:
+        _tell_length(stage.name, config)
+    return StagePlan(replace(stage, config=config), begun)
+
+
+def _tell_length(name: str, config: RunConfig) -> None:
+    """Log the size and length of a stage whose length was chosen here."""
+    chain, targets = config.chain, config.chain.target_modules
+    ranks = f"rank{'s' * (len(chain.ranks) > 1)} {', '.join(map(str, chain.ranks))}"
+    names = [targets] if isinstance(targets, str) else targets
+    on = "all linear layers" if targets == "all-linear" else ", ".join(names)
+    (epochs, *_) = chain.epochs or ()
+    logger.warning(
+        "%s: %s on %s, %g epoch%s, rate %g%s (change with --chain.ranks, --chain.epochs, "
+        "--train.lr, --data.validation)",
+        *(name, ranks, on, epochs, "s" * (epochs > 1), config.train.lr),
+        "" if config.data.validation else ", no validation rows",
+    )
 
 
 def _need_files(stage: Stage) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from chainlora.chain.showing import Shown
-from chainlora.config.reading import make_config, read_config, read_tree
+from chainlora.config.reading import make_config, read_config
 from chainlora.config.schema import RunConfig
 from chainlora.config.staging import Stage, check_alone, has_stages, make_stages
 from chainlora.errors import StoppedError
@@ -104,12 +104,12 @@ def extend(
     or `data.new_rows_only`, and where a combination is not possible.
 
     `stage`, or the YAML file of that path, has a `name`, and the sections data, chain and train;
-    what it leaves open is as in the stage before, but for rows, ranks, lengths and how the end is
-    chosen: a warning names those keys of the stage before. With `output` it becomes a fork that
-    begins on `run`. The same call again goes on where it was stopped.
+    the path of a file of rows is enough. What it leaves open is as in the stage before, but for
+    rows, ranks, lengths and how the end is chosen: a warning names those keys of the stage before.
+    The name is by default that of the file of rows, the length by their number. With `output` it
+    becomes a fork that begins on `run`. The same call again goes on where it was stopped.
     """
-    section = read_tree(stage) if isinstance(stage, str | Path) else stage
-    stages = extension(run, section, beside=beside, rehearse=rehearse)
+    stages = extension(run, stage, beside=beside, rehearse=rehearse)
     return _of_stages(stages, listener, (), progress)
 
 
