@@ -120,13 +120,10 @@ def test_a_number_that_no_key_can_mean_is_refused_by_name(key):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("chain: {dora: true, hold: carried}", "`dora` cannot be carried"),
-        ("chain: {dora: true, init: pissa}", "`dora` works with init gaussian or kaiming"),
-        ("chain: {dora: true, lora_bias: true}", "`dora` knows no LoRA bias"),
         ("chain: {init: pissa, hold: carried}", "`init: pissa` takes its start out of the base"),
         ("chain: {init: pissa, train_factors: B}", "`init: pissa` trains both factors"),
         ("chain: {init: gradient, train_factors: A}", "`init: gradient` points A along the"),
-        ("chain: {knots: auto, dora: true}", "`knots` need plain LoRA links"),
+        ("chain: {knots: auto, init: pissa}", "`knots` need plain LoRA links"),
         ("chain: {knots: auto, plateau: {}}", "`plateau.of: norm` watches"),
         ("chain: {knots: auto, tune: full}", "`knots` tie links"),
         ("chain: {plateau: {}, tune: full}", "`plateau` ends links"),

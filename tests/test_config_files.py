@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from chainlora import RunConfig, load_config, make_config
+from chainlora import LinkConfig, RunConfig, load_config, make_config
 from chainlora.cli.main import run as command
 from chainlora.config.messages import foreign_keys
 from chainlora.config.reading import dump_config
@@ -123,6 +123,13 @@ def test_one_foreign_key_is_named_by_ours(tmp_path):
     file.write_text("model: m\ndata: {train: x}\nchain: {steps: [1], ranks: [8]}\nlora_r: 8\n")
     with pytest.raises(ConfigError, match=r"^unknown key `lora_r`; here it is `chain.ranks`"):
         load_config(file)
+
+
+def test_keys_that_were_released_say_so():
+    with pytest.raises(ConfigError, match=r"^unknown key `chain.dora`; .*no longer trained"):
+        make_config({"model": "m", "data": {"train": "x"}, "chain": {"dora": True}})
+    with pytest.raises(ConfigError, match=r"^unknown key `dora`; .*no longer trained"):
+        LinkConfig(dora=True)
 
 
 def test_our_side_of_the_table_exists():

@@ -80,7 +80,6 @@ CARRIED = {"hold": "carried"}
     ("sections", "message"),
     [
         ({"chain": {"extra_modules": ["norm"]}}, r"\(got chain.extra_modules, which needs whole"),
-        ({"chain": {"dora": True}}, r"\(got chain.dora, which needs whole weights\)"),
         ({"chain": {"init": "pissa"}}, r"\(got chain.init: pissa, which needs whole weights\)"),
         ({"chain": {"tune": "full"}}, r"\(got chain.tune: full, which needs whole weights\)"),
         ({"quantize": "int8", "chain": CARRIED}, r"\(got quantize, which needs whole"),

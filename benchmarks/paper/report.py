@@ -164,7 +164,7 @@ def _kind(facts: Facts, summary: Summary) -> str:
     chain, train = config.get("chain", {}), config.get("train", {})
     words = [f"rank {summary.ranks[0]}"]
     words += [f"{chain[key]}" for key in ("init", "tune") if key in chain]
-    words += [key for key in ("dora", "rslora") if chain.get(key)]
+    words += ["rslora"] if chain.get("rslora") else []
     words += ["restarts"] if train.get("restart_schedule") else []
     words += [f"trains {chain['train_factors']}"] if "train_factors" in chain else []
     words += [f"reset {train['optimizer_reset']}"] if "optimizer_reset" in train else []

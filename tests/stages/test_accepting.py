@@ -154,7 +154,7 @@ def test_what_a_tolerance_needs_is_asked_for_before_any_training(harmful, tmp_pa
         with pytest.raises(RunError, match=rf"data.{key}.*none of facts.*set data.{key}: {off}"):
             train_all(harmful)
     harmful["stages"][1]["train"]["accept_links"] = 0.0
-    harmful["stages"][1]["chain"]["dora"] = True
+    harmful["stages"][1]["chain"]["extra_modules"] = ["norm"]
     with pytest.raises(ConfigError, match="on or off"):
         make_stages(harmful)
 

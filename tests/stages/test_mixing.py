@@ -190,9 +190,9 @@ def test_a_best_point_scores_as_itself(config, tmp_path):
 
 
 def test_the_best_mix_of_what_is_no_sum_is_refused(config, tmp_path):
-    config["stages"][1]["chain"]["dora"] = True
+    config["stages"][1]["chain"]["extra_modules"] = ["norm"]
     train_all(config)
-    with pytest.raises(RunError, match=r"links must be low-rank sums .*DoRA.* name the strengths"):
+    with pytest.raises(RunError, match=r"links must be low-rank sums .*whole.* name the strengths"):
         best_mix(tmp_path / "run")
 
 

@@ -264,7 +264,7 @@ def _show_next(run: str, result: TrainResult, config: RunConfig, state: OpenStat
     extend = "--name NAME --data.train FILE --chain.ranks 8 --chain.epochs 1"
     if config.plugins:
         extend += f" --plugins {shlex.quote(str([*config.plugins]))}"
-    kind = "adapter" if has_links and not config.chain.dora else "merged"
+    kind = "adapter" if has_links else "merged"
     split = "" if "validation" in scored else " --split test"
     commands = [
         f"chainlora chat {run}" if is_chat else f"chainlora generate {run} --prompt TEXT",

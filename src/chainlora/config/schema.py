@@ -235,8 +235,8 @@ class RunConfig(Called):
             "use optimizer_reset: full",
         )
         refuse_if(
-            isinstance(train.accept_links, float) and (chain.dora or chain.extra_modules),
-            "a number as `accept_links` weakens a stage, and DoRA and extra modules are on or off",
+            isinstance(train.accept_links, float) and chain.extra_modules,
+            "a number as `accept_links` weakens a stage, and extra modules are on or off",
             train.accept_links,
             "leave it out, or these",
         )

@@ -361,7 +361,6 @@ def check_shards(config: RunConfig) -> None:
     refused = {
         "quantize": config.quantize is not None,
         "chain.tune: full": chain.tune == "full",
-        "chain.dora": chain.dora,
         "chain.init: pissa": chain.init == "pissa",
         "chain.extra_modules": bool(chain.extra_modules),
     }
