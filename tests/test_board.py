@@ -99,16 +99,16 @@ def test_a_mix_is_saved_and_exported_as_by_command(run, tmp_path):
 
 
 def test_links_that_are_no_sum_are_on_or_off(tiny_folder, sentiment, tmp_path):
-    tree = settings(tiny_folder, sentiment, tmp_path / "run", chain={"dora": True})
-    train_stages(make_stages(tree | {"stages": [{"name": "dora"}]}))
+    tree = settings(tiny_folder, sentiment, tmp_path / "run", chain={"extra_modules": ["norm"]})
+    train_stages(make_stages(tree | {"stages": [{"name": "norm"}]}))
     desk = Desk(tmp_path / "run")
-    assert not desk.is_sum("dora")
-    with pytest.raises(ChainError, match="with DoRA must be 0 or 1"):
-        heard(desk, {"dora": 0.5})
+    assert not desk.is_sum("norm")
+    with pytest.raises(ChainError, match="with extra modules must be 0 or 1"):
+        heard(desk, {"norm": 0.5})
     for strength in (1, 0):
         model, tokenizer = load_run(tmp_path / "run", num_links=None if strength else 0)
         said = Speaker(model, tokenizer, Decoding(max_new_tokens=12)).complete(PROMPT, len)
-        assert heard(desk, {"dora": strength}) == said
+        assert heard(desk, {"norm": strength}) == said
 
 
 def test_who_stops_listening_stops_the_model(run):

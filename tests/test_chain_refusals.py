@@ -67,7 +67,7 @@ def test_wrong_arguments_say_what_to_write(chain, case):
 def damaged(link: Link, **parts) -> Link:
     """Return a link with other tensors at its first module."""
     name = next(iter(link.factors))
-    kept = {f: getattr(link.factors[name], f) for f in ("a", "b", "bias", "magnitude")}
+    kept = {f: getattr(link.factors[name], f) for f in ("a", "b", "bias")}
     fields = {f: getattr(link, f) for f in ("index", "config", "extra", "num_steps")}
     return Link(factors=link.factors | {name: Factors(**kept | parts)}, **fields)
 
@@ -92,7 +92,6 @@ BAD = {
     "factors [4, 32] and [32, 3]": lambda link: damaged(link, b=torch.zeros(32, 3)),
     "factors [32] and": lambda link: damaged(link, a=torch.zeros(32)),
     "a bias at": lambda link: damaged(link, bias=torch.zeros(32)),
-    "a magnitude at": lambda link: damaged(link, magnitude=torch.ones(32)),
     "numbers that are not finite at": lambda link: damaged(link, a=torch.full((4, 32), math.nan)),
     "which the model lacks": elsewhere,
     "which the link did not train": lambda link: with_norm(link, lm_head__weight=torch.zeros(2)),
@@ -214,17 +213,14 @@ def test_the_state_of_another_live_link_is_refused(hold, damage):
     assert torch.equal(logits(other.model), before)
 
 
-def test_dora_and_pissa_are_refused_by_a_carried_chain_before_they_are_tuned():
+def test_pissa_is_refused_by_a_carried_chain_before_it_is_tuned():
     chain = Chain(tiny_model("opt"), hold="carried")
-    for keys in ({"dora": True}, {"init": "pissa"}):
-        with pytest.raises(ChainLoRAError, match="use hold: tied"):
-            chain.extend(config("opt", **keys))
+    with pytest.raises(ChainLoRAError, match="use hold: tied"):
+        chain.extend(config("opt", init="pissa"))
     chain.extend(config("opt"))
     chain.tie()
     with pytest.raises(ChainLoRAError, match="use hold: tied"):
         chain.extend(config("opt", init="pissa"))  # on layers that are there already
-    with pytest.raises(ChainLoRAError, match="low-rank sums"):
-        chain.add(*tuned_chain(tiny_model("opt"), "opt", num_links=1, dora=True).links)
     assert len(chain) == 1
 
 

@@ -108,14 +108,6 @@ def test_a_batch_of_more_rows_than_there_are_is_said(config, caplog):
         assert (said in caplog.text) == (batch == 33)
 
 
-def test_next_commands_fit_the_run(chainlora, config, tmp_path):
-    """No adapter holds DoRA."""
-    run = f"train {config} --output {tmp_path}/dora --chain.dora true --chain.ranks 2"
-    told = chainlora(f"{run} --chain.steps 1").out.partition("next:\n")[2]
-    assert "--to merged" in told
-    assert "--to adapter" not in told
-
-
 def test_what_was_trained_on_conversations_is_to_be_chatted_with(chainlora, tiny_folder, tmp_path):
     said = [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "mat"}]
     rows = [{"messages": [{**said[0], "content": word}, said[1]]} for word in ("red", "two")]

@@ -126,13 +126,10 @@ def test_a_number_that_no_key_can_mean_is_refused_by_name(key):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("chain: {dora: true, hold: carried}", "`dora` cannot be carried"),
-        ("chain: {dora: true, init: pissa}", "`dora` works with init gaussian or kaiming"),
-        ("chain: {dora: true, lora_bias: true}", "`dora` knows no LoRA bias"),
         ("chain: {init: pissa, hold: carried}", "`init: pissa` takes its start out of the base"),
         ("chain: {init: pissa, train_factors: B}", "`init: pissa` trains both factors"),
         ("chain: {init: gradient, train_factors: A}", "`init: gradient` points A along the"),
-        ("chain: {knots: auto, dora: true}", "`knots` need plain LoRA links"),
+        ("chain: {knots: auto, init: pissa}", "`knots` need plain LoRA links"),
         ("chain: {ranks: [8, 4], steps: [1, 1]}\ntrain: {optimizer_reset: prune}", "all ranks"),
         ("train: {keep_best: true, eval_at_knots: false}", "compare the knots"),
         ("train: {dpo_beta: 0.2}", r"`train.dpo_beta` needs loss: dpo \(got loss: null\); set"),

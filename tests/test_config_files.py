@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from chainlora import RunConfig, load_config, make_config
+from chainlora import LinkConfig, RunConfig, load_config, make_config
 from chainlora.cli.main import run as command
 from chainlora.config.messages import foreign_keys
 from chainlora.config.reading import dump_config
@@ -129,6 +129,13 @@ def test_a_key_of_0_2_that_was_released_is_refused_with_what_does_its_work():
     said = "^unknown key `chain.tune`; there is no such key here: .* transformers' Trainer$"
     with pytest.raises(ConfigError, match=said):
         make_config({"model": "m", "data": {"train": "x"}, "chain": {"tune": "full"}})
+
+
+def test_keys_that_were_released_say_so():
+    with pytest.raises(ConfigError, match=r"^unknown key `chain.dora`; .*no longer trained"):
+        make_config({"model": "m", "data": {"train": "x"}, "chain": {"dora": True}})
+    with pytest.raises(ConfigError, match=r"^unknown key `dora`; .*no longer trained"):
+        LinkConfig(dora=True)
 
 
 def test_our_side_of_the_table_exists():

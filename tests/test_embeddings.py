@@ -179,7 +179,6 @@ def test_one_of_two_that_are_tied_is_refused_until_they_are_not(tiny_folder, tmp
 @pytest.mark.parametrize(
     ("keys", "rule"),
     [
-        ({"dora": True}, r"takes a plain LoRA \(got dora"),
         ({"lora_bias": True}, r"takes a plain LoRA \(got lora_bias"),
         ({"init": "gradient"}, r"takes a plain LoRA \(got init: gradient"),
     ],

@@ -262,16 +262,6 @@ def test_what_is_exported_is_the_best_point_where_the_run_kept_it(folders, senti
     assert not torch.allclose(live(run), live(run, 2), atol=1e-3)
 
 
-def test_dora_exports_merged_and_refuses_an_adapter(tune, tmp_path, chainlora):
-    run = tune("llama", target_modules=["q_proj"], dora=True, ranks=[4, 4], steps=[2, 2])
-    export_merged(run, tmp_path / "m")
-    assert torch.equal(logits(load(tmp_path / "m")), live(run))
-    chainlora(f"export {run} --output {tmp_path}/a --to adapter").refused(
-        "links must be low-rank sums (got DoRA", "merged"
-    )
-    assert not (tmp_path / "a").exists()
-
-
 def test_a_chain_that_learned_nothing_exports(tune, folders, tmp_path):
     run = tune("llama", train={"warmup_steps": 1}, ranks=[4], steps=[1])  # its one rate is zero
     for name, keys in {"exact": {}, "rank": {"rank": 2}, "tolerance": {"tolerance": 0.1}}.items():

@@ -81,7 +81,7 @@ MODELS = {
         lambda folder: peft_model(folder, modules_to_save=["lm_head"]),
         "must not name a tied head",
     ),
-    "dora": (lambda folder: peft_model(folder, use_dora=True), "use_dora=True.*no sum"),
+    "dora": (lambda folder: peft_model(folder, use_dora=True), "use_dora=True.*leave it out"),
     "pissa": (
         lambda folder: peft_model(folder, init_lora_weights="pissa"),
         "init_lora_weights='pissa'.*gaussian",

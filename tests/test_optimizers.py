@@ -239,7 +239,7 @@ def test_lion_is_that_of_bitsandbytes():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"train": {"optimizer": "muon"}, "chain": {"dora": True}}, "trains matrices alone"),
+        ({"train": {"optimizer": "muon"}, "chain": {"lora_bias": True}}, "trains matrices alone"),
         (
             {"train": {"optimizer": "lion", "optimizer_reset": "prune"}},
             r"keeps AdamW's moments \(got train.optimizer: lion\); use adamw",

@@ -78,8 +78,6 @@ def test_every_run_has_a_picture(rows, tmp_path):
     "found",
     [
         inspection(30),
-        # DoRA: no low-rank difference to measure
-        {"links": [{"link": 0, "rank": 8, "scores": {}}]},
         inspection(2, delta_norm=0.0, effective_rank=0.0),
     ],
 )

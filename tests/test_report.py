@@ -235,7 +235,6 @@ def test_every_kind_of_run_has_a_page(tiny_folder, sentiment, tmp_path):
     kinds = {
         "none": {"ranks": [], "steps": []},
         "one": {"ranks": [2], "steps": [2], "target_modules": ["q_proj"]},
-        "dora": {"ranks": [2, 2], "steps": [1, 1], "dora": True},
         "<i>named": {"ranks": [2, 2], "steps": [2, 2], "knots": {"every": 1, "share": 0.5}},
     }
     runs = []
@@ -246,8 +245,6 @@ def test_every_kind_of_run_has_a_page(tiny_folder, sentiment, tmp_path):
     save_chain(own_chain(tiny_folder), tmp_path / "saved")
     runs.append(tmp_path / "saved")
     pages = {run.name: page_of(run) for run in runs[2:]}
-    assert "What each layer received" not in pages["dora"]
-    assert "Rank of each link" in pages["dora"]
     assert "<i>named" not in pages["<i>named"]
     assert "Overlap of the links" not in pages["saved"]  # one number, which the table has
     overlaps = [

@@ -77,7 +77,6 @@ CARRIED = {"hold": "carried"}
     ("sections", "message"),
     [
         ({"chain": {"extra_modules": ["norm"]}}, r"\(got chain.extra_modules, which needs whole"),
-        ({"chain": {"dora": True}}, r"\(got chain.dora, which needs whole weights\)"),
         ({"chain": {"init": "pissa"}}, r"\(got chain.init: pissa, which needs whole weights\)"),
         ({"quantize": "int8", "chain": CARRIED}, r"\(got quantize, which needs whole"),
         ({"chain": {"knots": "auto"}}, r"soft knots on a shared model need hold: carried"),

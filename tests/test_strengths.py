@@ -83,19 +83,12 @@ def test_a_link_is_tuned_on_the_strengths_there_are():
     torch.testing.assert_close(logits(chain.model), before, atol=1e-4, rtol=0)
 
 
-DORA, NORM = {"dora": True}, {"extra_modules": ("final_layer_norm",)}
+NORM = {"extra_modules": ("final_layer_norm",)}
 
 
 @pytest.mark.parametrize(
     ("links", "strengths", "words"),
     [
-        ([DORA], {0: 0.5}, "with DoRA must be 0 or 1 (got 0.5 for link 0)"),
-        (
-            [DORA, {}],
-            {0: 0},
-            "can be 0 only with those above (got 0 for link 0); switch it on, or 1 off",
-        ),
-        ([{}, DORA], {0: 0.5}, "below a DoRA link must be 1 (got 0.5 for link 0); switch 1 off"),
         ([NORM], {0: 2}, "with extra modules must be 0 or 1"),
         (
             [NORM, NORM],
@@ -116,30 +109,21 @@ def test_what_is_no_sum_is_refused(links, strengths, words):
     assert torch.equal(logits(chain.model), before)
 
 
-def test_the_last_dora_link_and_the_last_extra_module_are_switched_off_exactly():
-    for keys in (DORA, NORM):
-        chain = chain_of({}, keys)
-        both, pristine = logits(chain.model), weights(tiny_model("opt"))
-        chain.set_strengths({1: 0})
-        one = Chain(tiny_model("opt"))
-        one.add(chain.links[0])
-        assert torch.equal(logits(chain.model), logits(one.model))
-        chain.set_strengths({0: 0})
-        assert torch.equal(logits(chain.model), logits(tiny_model("opt")))
-        chain.set_strengths({0: 1})
-        chain.set_strengths({1: 1})
-        assert torch.equal(logits(chain.model), both)
-        chain.drop(2)
-        now = weights(chain.detach())
-        assert all(torch.equal(now[name], pristine[name]) for name in pristine)
-
-
-def test_a_dora_link_is_not_begun_on_weakened_links():
-    chain = chain_of({})
-    chain.set_strengths({0: 0.5})
-    with pytest.raises(ChainLoRAError, match="below a DoRA link must be 1"):
-        chain.extend(config("opt", dora=True))
-    chain.extend(config("opt"))
+def test_the_last_extra_module_is_switched_off_exactly():
+    chain = chain_of({}, NORM)
+    both, pristine = logits(chain.model), weights(tiny_model("opt"))
+    chain.set_strengths({1: 0})
+    one = Chain(tiny_model("opt"))
+    one.add(chain.links[0])
+    assert torch.equal(logits(chain.model), logits(one.model))
+    chain.set_strengths({0: 0})
+    assert torch.equal(logits(chain.model), logits(tiny_model("opt")))
+    chain.set_strengths({0: 1})
+    chain.set_strengths({1: 1})
+    assert torch.equal(logits(chain.model), both)
+    chain.drop(2)
+    now = weights(chain.detach())
+    assert all(torch.equal(now[name], pristine[name]) for name in pristine)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

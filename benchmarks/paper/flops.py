@@ -268,7 +268,7 @@ def cell_costs(cell: Mapping[str, Any], run: Path | None = None) -> dict[str, fl
     # what a gradient start reads costs what as many tokens cost in training
     scored = _scored_positions(config, cell, in_steps) * cell["tokens"] / in_steps
     flops += scored * head_flops(shapes, trained=full)
-    # what ranks do not tell (DoRA's magnitudes, biases) every link has alike
+    # what ranks do not tell (biases) every link has alike
     counted = cell["trainable_parameters"]
     trained = [counted if full else _trained(shapes, rank, factors) for rank in ranks]
     trained = [n + counted - max(trained) for n in trained]

@@ -165,7 +165,7 @@ def _kind(facts: Facts, summary: Summary) -> str:
     words = [f"rank {summary.ranks[0]}"]
     words += [chain["init"]] if "init" in chain else []
     words += [config["loop"]] if "loop" in config else []
-    words += [key for key in ("dora", "rslora") if chain.get(key)]
+    words += ["rslora"] if chain.get("rslora") else []
     words += ["restarts"] if train.get("restart_schedule") else []
     words += [f"trains {chain['train_factors']}"] if "train_factors" in chain else []
     words += [f"reset {train['optimizer_reset']}"] if "optimizer_reset" in train else []

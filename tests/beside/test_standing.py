@@ -276,7 +276,7 @@ def test_a_config_is_given_again_whatever_the_run_is(tiny_folder, sentiment, tmp
         (1, {"rehearse": True, "beside": False}, "rehearse: true of one on top"),
         (1, {"rehearse": "yes"}, "'yes'"),
         (1, {"beside": "yes"}, "`beside` must be true or false"),
-        (1, {"chain": {"ranks": [2], "steps": [3], "dora": True}}, "chain.dora of b"),
+        (1, {"chain": {"ranks": [2], "steps": [3], "lora_bias": True}}, "chain.lora_bias of b"),
         (0, {"data": {"keep_rows": False}}, "rows: false of a"),
     ],
 )

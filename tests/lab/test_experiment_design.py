@@ -34,7 +34,7 @@ WRONG = [
     ({"method": []}, "unknown key `method`; did you mean 'methods'"),
     ({"methods": ["lorra"]}, "did you mean 'lora'"),
     ({"methods": {"lora": {"recipes": {}}}}, "key `methods.lora.recipes`; did you mean 'recipe'"),
-    ({"baseline": "dora"}, "`baseline` must name methods of this file"),
+    ({"baseline": "rslora"}, "`baseline` must name methods of this file"),
     ({"seeds": [1, 1]}, "must differ"),
     ({"seeds": []}, r"`seeds` must not be empty \(got \[\]\)"),
     ({"seeds": 3}, r"`seeds` must be a list \(got 3\)"),
@@ -128,8 +128,10 @@ def test_a_list_of_names_keeps_what_the_file_says_of_them(tiny_folder, sentiment
     few = load_experiment(path, [("methods", "[lora, three]")])
     assert few.methods == {"lora": {"train": {"lr": 3e-4}}, "three": {"preset": "chain3"}}
     assert few.pairs == (("three", "lora"),)
-    other = load_experiment(path, [("methods", "[lora, dora]"), ("comparisons", "[[dora, lora]]")])
-    assert (list(other.methods), other.pairs) == (["lora", "dora"], (("dora", "lora"),))
+    other = load_experiment(
+        path, [("methods", "[lora, relora]"), ("comparisons", "[[relora, lora]]")]
+    )
+    assert (list(other.methods), other.pairs) == (["lora", "relora"], (("relora", "lora"),))
     said = r"must keep a pair that the file compares \(got three, pissa\)"
     with pytest.raises(ConfigError, match=said):
         load_experiment(path, [("methods", "[three, pissa]")])

@@ -129,7 +129,7 @@ def test_a_plan_has_one_pair_a_task_of_two_methods_that_train_nothing(tmp_path):
         (3, ["lora", "chain3"], "3 seeds cannot decide anything, "),
         (6, ["lora", "chain3"], None),
         (5, ["lora", "chain3", "chain2"], "5 seeds cannot decide anything, "),
-        (6, ["lora", "chain3", "chain2", "dora"], "anything beside the primary comparison, "),
+        (6, ["lora", "chain3", "chain2", "relora"], "anything beside the primary comparison, "),
     ],
 )
 def test_a_plan_says_what_a_primary_comparison_needs(

@@ -153,7 +153,8 @@ def test_scores_of_pairs_are_scored_again_on_another_reference(config, tmp_path)
 
 
 def test_a_stage_that_others_need_goes_after_them(config, tmp_path):
-    config["stages"][1]["chain"] = {"ranks": [2], "steps": [1], "dora": True}
+    for stage in config["stages"]:
+        stage["chain"] = {"ranks": [2], "steps": [1], "extra_modules": ["norm"]}
     train_all(config)
     before = files_of(tmp_path / "run")
     with pytest.raises(RunError, match="prune the later ones first"):

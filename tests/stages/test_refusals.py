@@ -83,11 +83,13 @@ def test_run_wide_keys_of_an_extension_and_stages_that_are_not_there_are_refused
     assert files_of(run) == before
 
 
+NORM = {"extra_modules": ["norm"]}
+
+
 @pytest.mark.parametrize(
     ("below", "chain", "strengths", "words"),
     [
-        ({"dora": True}, {"dora": False}, {"style": 0}, "DoRA or extra modules can be 0 only"),
-        ({}, {"dora": True}, {"facts": 0.5}, "below a DoRA link must be 1"),
+        (NORM, NORM, {"style": 0}, "with extra modules can be 0 only"),
     ],
 )
 def test_a_stage_that_the_mix_does_not_bear_is_refused_before_any_is_trained(
@@ -101,12 +103,12 @@ def test_a_stage_that_the_mix_does_not_bear_is_refused_before_any_is_trained(
     mix_stages(run, strengths)
     law = style | {"name": "law", "chain": keys | chain}
     tree = config | {"start": str(run), "output": str(tmp_path / "fork")}
-    plain = law | {"name": "plain", "chain": keys | {"dora": bool(below)}}
+    plain = law | {"name": "plain", "chain": keys}
     before = files_of(run)
     for stages in (
         extension(run, law),
         extension(run, law | {"output": str(tmp_path / "fork")}),
-        make_stages(tree | {"stages": [plain | {"chain": keys}, law]}),
+        make_stages(tree | {"stages": [plain, law]}),
     ):
         with pytest.raises(
             RunError, match=f"stage '(law|plain)' cannot be trained on .*{words}.*by `mix`"

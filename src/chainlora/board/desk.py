@@ -2,7 +2,7 @@
 
 The base is loaded when it is first needed. Links are carried beside it, so that another mix takes
 a tenth of a second and no byte of the run changes; a mix is the same function as what `mix_stages`
-makes the run be, to rounding. Links that are no sum (DoRA, modules trained whole) are merged.
+makes the run be, to rounding. Links that are no sum (modules trained whole) are merged.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ class Desk:
     def is_sum(self, stage: str | None = None) -> bool:
         """Say whether a stage, or all of them, can have any strength; else it is on or off."""
         links = [each for each in self.state.facts if stage in (None, each.stage)]
-        configs = [each.link_config() for each in links]
-        return not any(config.dora or config.extra_modules for config in configs)
+        return not any(each.link_config().extra_modules for each in links)
 
     @cached_property
     def tokenizer(self) -> Any:

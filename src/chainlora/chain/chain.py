@@ -130,7 +130,6 @@ class Chain:
         try:
             live.start = initialize(adapter, self.seed, drawn_by, backward, self.links)
             self._holding.take_out(live.start, config.scaling)
-            adapters.reset_magnitudes(adapter)
         except BaseException:
             self._live = None
             self._settle()
@@ -356,8 +355,6 @@ class Chain:
         if self._adapter is not None:
             adapters.zero(self._adapter)
         self._holding.settle(self.links, self._adapter)
-        if self._adapter is not None:
-            adapters.reset_magnitudes(self._adapter)
         adapters.set_extra(self.model, self._adapter, self._holding.extra_after(self.links))
         self._is_settled = True
 

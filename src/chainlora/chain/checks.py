@@ -74,9 +74,9 @@ def shown(value: Any) -> str:
 def link_fault(link: Link, model: nn.Module | None = None) -> str | None:
     """Return what is wrong with the tensors of a link, None where nothing is.
 
-    By themselves: two factors of one rank for each module, a bias with `lora_bias` and a magnitude
-    with `dora` and not otherwise, extra modules that the config names, finite numbers. With a
-    model: sizes that fit its layers.
+    By themselves: two factors of one rank for each module, a bias with `lora_bias` and not
+    otherwise, extra modules that the config names, finite numbers. With a model: sizes that fit
+    its layers.
     """
     faults = (_module_fault(link, name, model) for name in link.factors)
     extras = (_extra_fault(link, path, model) for path in link.extra)
@@ -95,16 +95,14 @@ def _module_fault(link: Link, name: str, model: nn.Module | None) -> str | None:
     a, b = link.factors[name].a, link.factors[name].b
     if a.dim() != 2 or b.dim() != 2 or not a.shape[0] == b.shape[1] == link.rank:
         return f"factors {list(a.shape)} and {list(b.shape)} of rank {link.rank} at {name}"
-    bias, magnitude = link.factors[name].bias, link.factors[name].magnitude
-    vectors = ("bias", bias, link.config.lora_bias), ("magnitude", magnitude, link.config.dora)
-    for key, vector, is_due in vectors:
-        if vector is None and is_due:
-            return f"no {key} at {name}"
-        if vector is not None and not is_due:
-            return f"a {key} at {name}, which the link did not train"
-        if vector is not None and list(vector.shape) != [b.shape[0]]:
-            return f"a {key} of {list(vector.shape)} for {b.shape[0]} outputs at {name}"
-    if not all(part is None or torch.isfinite(part).all() for part in (a, b, bias, magnitude)):
+    bias = link.factors[name].bias
+    if bias is None and link.config.lora_bias:
+        return f"no bias at {name}"
+    if bias is not None and not link.config.lora_bias:
+        return f"a bias at {name}, which the link did not train"
+    if bias is not None and list(bias.shape) != [b.shape[0]]:
+        return f"a bias of {list(bias.shape)} for {b.shape[0]} outputs at {name}"
+    if not all(part is None or torch.isfinite(part).all() for part in (a, b, bias)):
         return f"numbers that are not finite at {name}"
     return None if model is None else _misfit(link.factors[name], model, name)
 
@@ -195,28 +193,24 @@ def with_strengths(links: Sequence[Link], strengths: Mapping[int, float]) -> lis
 def check_strengths(links: Sequence[Link]) -> None:
     """Raise ChainError for strengths of what is no sum.
 
-    DoRA rescales all that is below it, and the last link's extra modules are the model's: such a
-    link is on or off, off only if what builds on it is off too, and nothing below DoRA is weakened.
+    The last link's extra modules are the model's: such a link is on or off, off only if what builds
+    on it is off too.
     """
     for place, link in enumerate(links):
         above = [other for other in links[place + 1 :] if other.strength]
-        dora = [other for other in above if other.config.dora]
         trained = set(link.config.extra_modules)
-        heirs = [o for o in above if link.config.dora or trained & set(o.config.extra_modules)]
+        heirs = [other for other in above if trained & set(other.config.extra_modules)]
         if not abs(link.strength) <= _LARGEST_STRENGTH:  # NaN is not within any range
             raise _strength_error(link, f"must be within ±{_LARGEST_STRENGTH:g}", "use 0 to 1")
-        if link.strength not in (0, 1) and (link.config.dora or link.config.extra_modules):
-            what = "DoRA" if link.config.dora else "extra modules"
-            raise _strength_error(link, f"with {what} must be 0 or 1", "switch it off or on")
+        if link.strength not in (0, 1) and link.config.extra_modules:
+            raise _strength_error(link, "with extra modules must be 0 or 1", "switch it off or on")
         if not link.strength and heirs:
             ids = ", ".join(str(other.id) for other in heirs)
             raise _strength_error(
                 link,
-                "with DoRA or extra modules can be 0 only with those above",
+                "with extra modules can be 0 only with those above",
                 f"switch it on, or {ids} off",
             )
-        if link.strength != 1 and dora:
-            raise _strength_error(link, "below a DoRA link must be 1", f"switch {dora[0].id} off")
 
 
 def _strength_error(link: Link, rule: str, remedy: str) -> ChainError:

@@ -256,11 +256,6 @@ class Carried(Holding):
                 "`init: pissa` takes its initialization out of the base (got hold: carried); "
                 "use hold: tied"
             )
-        if config.dora:
-            raise ChainError(
-                "`dora` cannot be carried, as its update is no low-rank sum (got hold: carried); "
-                "use hold: tied"
-            )
 
     def adopt(self, adapter: Adapter) -> None:
         self.modules |= set(adapter.layers)

@@ -13,21 +13,18 @@ from chainlora.chain.showing import Shown
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError
 
-LOW_RANK_SUM = "links must be low-rank sums"  # the rule of what adds them up
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factors:
     """One module's share of a link, float32 on the CPU: ``A`` (rank × in), ``B`` (out × rank).
 
-    `bias` (out) is LoRA's own bias on B; `magnitude` (out) is DoRA's (arXiv 2402.09353). Of an
-    embedding, A has a column for each token, and PEFT has names of its own for both.
+    `bias` (out) is LoRA's own bias on B. Of an embedding, A has a column for each token, and PEFT
+    has names of its own for both.
     """
 
     a: Tensor
     b: Tensor
     bias: Tensor | None = None
-    magnitude: Tensor | None = None
     of_embedding: bool = False
 
     def __repr__(self) -> str:
@@ -109,13 +106,12 @@ def part_of(factors: Factors, rows: slice, bias_rows: slice, *, transposed: bool
     """Return the factors of some rows of a weight, and of some entries of its bias.
 
     The rows of ``B·A`` are those of B. A layer that stores its weight (in × out) has the columns of
-    A for rows; DoRA's magnitudes go with the rows of B.
+    A for rows.
     """
     bias = None if factors.bias is None else factors.bias[bias_rows]
     if transposed:
         return replace(factors, a=factors.a[:, rows], bias=bias)
-    magnitude = None if factors.magnitude is None else factors.magnitude[rows]
-    return Factors(factors.a, factors.b[rows], bias, magnitude)
+    return Factors(factors.a, factors.b[rows], bias)
 
 
 def with_a(link: Link, a: Mapping[str, Tensor]) -> Link:
@@ -133,14 +129,12 @@ def stack_links(links: Sequence[Link]) -> dict[str, Factors]:
     """Return one pair of factors a module with ``B·A = Σ c_j·s_j·B_j·A_j``.
 
     The rank is Σr of the links that are switched on, scalings are folded into B; a bias sums as
-    ``Σ c_j·s_j·b_j``. Raises ChainError for DoRA links, and for links of models of other shapes.
+    ``Σ c_j·s_j·b_j``. Raises ChainError for links of models of other shapes.
     """
     held = switched_on(links)
     stacked: Shown[Factors] = Shown()
     for name in dict.fromkeys(name for link in held for name in link.factors):
         terms = [(link.factors[name], link.scaling) for link in held if name in link.factors]
-        if any(factors.magnitude is not None for factors, _ in terms):
-            raise ChainError(LOW_RANK_SUM, f"DoRA at {name}", "export merged weights instead")
         shapes = {f"{factors.b.shape[0]} × {factors.a.shape[1]}" for factors, _ in terms}
         if len(shapes) > 1:
             raise ChainError(
@@ -170,12 +164,7 @@ def merge_(weight: Tensor, bias: Tensor | None, factors: Factors, scaling: float
     """Add ``s·B·A`` to a wide `weight` (out × in), and LoRA's bias to `bias`, in place.
 
     The update of a row needs only that row of B, so a shard of rows is merged without the others.
-    A DoRA link (arXiv 2402.09353, eq. 5) is not a sum: it rescales the rows of ``W + s·B·A`` to
-    its magnitude.
     """
     weight.addmm_(factors.b.to(weight), factors.a.to(weight), alpha=scaling)
-    if factors.magnitude is not None:
-        norms = torch.linalg.norm(weight, dim=1)
-        weight.mul_((factors.magnitude.to(weight) / norms).unsqueeze(1))
     if factors.bias is not None and bias is not None:
         bias.add_(factors.bias.to(weight), alpha=scaling)

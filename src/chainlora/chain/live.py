@@ -21,7 +21,7 @@ from chainlora.errors import ChainError
 # see (benchmarks/numerics), and each factor of three more would cost a third more of disk.
 SOFT_LINK_TOLERANCE = 3e-3
 
-_PARTS = ("A", "B", "bias", "magnitude")  # of a module, in the order of `Factors`
+_PARTS = ("A", "B", "bias")  # of a module, in the order of `Factors`
 
 
 @dataclass
@@ -100,8 +100,7 @@ def load_state(adapter: Adapter, holding: Holding, state: Mapping[str, Tensor]) 
     holding.restore(parts["deposit"], adapter)
     for name in adapter.layers:
         a, b = parts["A"][name], parts["B"][name]
-        factors = Factors(a, b, parts["bias"].get(name), parts["magnitude"].get(name))
-        adapters.set_factors(adapter, name, factors)
+        adapters.set_factors(adapter, name, Factors(a, b, parts["bias"].get(name)))
     adapters.set_extra(holding.model, adapter, parts["extra"])
 
 
@@ -109,7 +108,7 @@ def _tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     state = {f"extra/{path}": weight for path, weight in adapters.get_extra(adapter).items()}
     for name, layer in adapter.layers.items():
         factors = adapters.copied_factors(layer)
-        parts = (factors.a, factors.b, factors.bias, factors.magnitude)
+        parts = (factors.a, factors.b, factors.bias)
         for key, part in zip(_PARTS, parts, strict=True):
             if part is not None:
                 state[f"{key}/{name}"] = part

@@ -104,9 +104,9 @@ def _table(found: Mapping[str, Any]) -> Table:
             str(row["steps"]),
             number(row["loss"], 4),
             scores or "–",
-            number(row.get("delta_norm"), 4),
-            number(row.get("effective_rank")),
-            ", ".join(f"{value:.2f}" for value in row.get("overlap", [])) or "–",
+            number(row["delta_norm"], 4),
+            number(row["effective_rank"]),
+            ", ".join(f"{value:.2f}" for value in row["overlap"]) or "–",
         )
     whole = found["chain"]
     table.add_section()

@@ -275,7 +275,7 @@ def _show_next(run: str, result: TrainResult, config: RunConfig, state: OpenStat
     extend = "FILE"
     if config.plugins:
         extend += f" --plugins {shlex.quote(str([*config.plugins]))}"
-    kind = "adapter" if has_links and not config.chain.dora else "merged"
+    kind = "adapter" if has_links else "merged"
     split = "" if "validation" in scored else " --split test"
     commands = [
         f"chainlora chat {run}" if _is_chat(state) else f"chainlora generate {run} --prompt TEXT",

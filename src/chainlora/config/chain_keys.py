@@ -39,8 +39,6 @@ class LinkShape(Section):
     columns)."""
     lora_bias: bool = False
     """Train a bias on B, merged into the layer's bias; refused for layers without a bias."""
-    dora: bool = False
-    """DoRA (arXiv 2402.09353); such a chain can only be exported as a merged checkpoint."""
     target_modules: Names | str = "all-linear"
     """Names of modules, a regular expression, or `all-linear`; Linear, Conv1D and (by name)
     Embedding layers."""
@@ -102,14 +100,6 @@ class LinkConfig(Called, LinkShape):
             f"`init: {self.init}` points A {aim.get(self.init)} and trains B",
             "train_factors: A",
             "use train_factors: both or B",
-        )
-        both, remedy = self.dora and self.lora_bias, "set one of them to false"
-        refuse_if(both, "`dora` knows no LoRA bias", "lora_bias: true", remedy)
-        refuse_if(
-            self.dora and (self.init == "pissa" or factors != "both"),
-            "`dora` works with init gaussian or kaiming and train_factors: both",
-            f"{self.init}, {factors}",
-            "change these, or leave dora out",
         )
         return self
 
@@ -226,17 +216,15 @@ class ChainConfig(LinkShape):
 
     @model_validator(mode="after")
     def _check(self) -> ChainConfig:
-        for wrong, rule in (
-            (self.dora, "`dora` cannot be carried, its update is not low-rank"),
-            (self.init == "pissa", "`init: pissa` takes its start out of the base"),
-        ):
-            refuse_if(wrong and self.hold == "carried", rule, "hold: carried", "use hold: tied")
+        is_carried = self.init == "pissa" and self.hold == "carried"
+        rule = "`init: pissa` takes its start out of the base"
+        refuse_if(is_carried, rule, "hold: carried", "use hold: tied")
         knots = self.knots is not None
         plain = self.init != "pissa" and self.train_factors == "both"
         refuse_if(
-            knots and (self.dora or self.lora_bias or not plain),
+            knots and (self.lora_bias or not plain),
             "`knots` need plain LoRA links that train both factors",
-            "dora, lora_bias, init: pissa or train_factors",
+            "lora_bias, init: pissa or train_factors",
             "leave knots out",
         )
         try:

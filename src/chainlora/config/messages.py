@@ -130,10 +130,12 @@ def _unknown_key(keys: Sequence[str], value: Any, root: type[BaseModel]) -> str:
         close = difflib.get_close_matches(last, [key for key, _ in inside], n=1, cutoff=0.8)
         elsewhere = [place for key, place in inside if key in close and last not in known]
     hint = f"; did you mean {elsewhere[0]!r}?" if len(elsewhere) == 1 else None
-    if hint is None and {"model", "chain", "train"} <= root.model_fields.keys():
+    foreign = foreign_keys().get(last)
+    is_whole = {"model", "chain", "train"} <= root.model_fields.keys()
+    if hint is None and foreign is not None and (is_whole or foreign.ours is None):
         hint = foreign_hint(last, value)
-    if hint is None and last in foreign_keys():
-        ours = (foreign_keys()[last].ours or "").rpartition(".")[2]
+    elif hint is None and foreign is not None:
+        ours = (foreign.ours or "").rpartition(".")[2]
         meant = [name for name in (ours, ours.removesuffix("s")) if name in known]
         hint = f"; did you mean {meant[0]!r}?" if meant else None
     hint = nearest(last, known) if hint is None else hint

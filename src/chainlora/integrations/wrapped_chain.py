@@ -29,7 +29,7 @@ from chainlora.chain.adapters import (
     take_off,
 )
 from chainlora.chain.chain import Chain
-from chainlora.chain.link import Link, stack_links
+from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.config.staging import exists_in
 from chainlora.errors import ConfigError, DivergedError, RunError
@@ -105,7 +105,6 @@ class WrappedChain:
                 logger.warning(note)
         if trained is not None:
             chain.add(Link(0, config, *trained))
-        stack_links(chain.links)  # one adapter holds them all
         chain.detach()  # modules trained whole too are then what they are with the adapter off
         vars(model)[_CHAIN] = self.chain
         self.first = len(self.chain)

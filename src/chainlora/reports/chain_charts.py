@@ -57,18 +57,17 @@ def plot_chain(inspection: Mapping[str, Any], out_png: str | Path) -> None:
 def chain_pictures(run: RunFacts) -> list[Picture]:
     """Return what each link became: size, rank, spectrum, where it went, overlap."""
     links = run.links
-    panels = _sizes(links) if links else []
-    if links and all("modules" in link for link in links):
-        note = "mean over the modules, the largest first"
-        panels += [
-            Panel("Singular spectrum of each link", note, partial(_draw_spectra, links=links)),
-            *_received("What each layer received", links, layer_of, "layer"),
-            *_received("What each kind of module received", links, kind_of, ""),
-        ]
-    return [
-        picture(panel.title, panel.note, panel.draw, table=panel.table)
-        for panel in [*panels, *_overlap(links)]
+    if not links:
+        return []
+    note = "mean over the modules, the largest first"
+    panels = [
+        *_sizes(links),
+        Panel("Singular spectrum of each link", note, partial(_draw_spectra, links=links)),
+        *_received("What each layer received", links, layer_of, "layer"),
+        *_received("What each kind of module received", links, kind_of, ""),
+        *_overlap(links),
     ]
+    return [picture(panel.title, panel.note, panel.draw, table=panel.table) for panel in panels]
 
 
 def stage_pictures(run: RunFacts) -> list[Picture]:
@@ -153,16 +152,15 @@ def _matrix_picture(matrix: StageMatrix) -> Picture:
 
 
 def _sizes(links: Sequence[Record]) -> list[Panel]:
-    """Return size and rank of each link; size where it can be measured, which DoRA's cannot."""
-    norms = [link.get("delta_norm", math.nan) for link in links]
+    """Return size and rank of each link."""
 
     def draw_norms(axes: Any) -> None:
-        _bars(axes, norms, color=BLUE)
+        _bars(axes, [link["delta_norm"] for link in links], color=BLUE)
         axes.set_ylabel("‖ΔW‖ (Frobenius)")
 
     def draw_ranks(axes: Any) -> None:
         ranks = [link["rank"] for link in links]
-        used = [link.get("effective_rank", math.nan) for link in links]
+        used = [link["effective_rank"] for link in links]
         frame = {"facecolor": "none", "edgecolor": GREY, "linestyle": "--"}
         axes.bar(range(len(links)), ranks, width=0.7, label="rank", **frame)
         _bars(axes, used, color=GREEN, label="effective rank", inside=True)
@@ -170,17 +168,17 @@ def _sizes(links: Sequence[Record]) -> list[Panel]:
         axes.set_ylabel("mean over modules")
         axes.legend(loc="upper right", ncols=2)
 
-    found = [Panel("Rank of each link", "how many directions it uses", draw_ranks)]
-    if not any(map(math.isnan, norms)):
-        note = "Frobenius norm of its update, over all modules"
-        found.insert(0, Panel("Size of each link", note, draw_norms))
-    return found
+    note = "Frobenius norm of its update, over all modules"
+    return [
+        Panel("Size of each link", note, draw_norms),
+        Panel("Rank of each link", "how many directions it uses", draw_ranks),
+    ]
 
 
 def _bars(axes: Any, values: Sequence[float], *, inside: bool = False, **keys: Any) -> None:
     bars = axes.bar(range(len(values)), values, width=0.7, **keys)
     if len(values) <= MOST_LABELS:
-        shown = ["" if math.isnan(value) else f"{value:.3g}" for value in values]
+        shown = [f"{value:.3g}" for value in values]
         where, ink = ("center", "#FFFFFF") if inside else ("edge", "#222222")
         axes.bar_label(bars, shown, label_type=where, padding=2, fontsize=SMALL, color=ink)
     axes.margins(y=0.15)
@@ -202,7 +200,7 @@ def _draw_spectra(axes: Any, links: Sequence[Record]) -> None:
     """Draw the singular values of each link's update, their mean over the modules."""
     longest = 0
     for place, link in enumerate(links):
-        values = link.get("spectrum", ())
+        values = link["spectrum"]
         longest = max(longest, len(values))
         style = line_style(place) | {"marker": "o", "markersize": 4, "linewidth": 1.5}
         axes.plot(range(1, len(values) + 1), values, label=f"link {link['link']}", **style)
@@ -217,10 +215,10 @@ def _draw_spectra(axes: Any, links: Sequence[Record]) -> None:
 def _overlap(links: Sequence[Record]) -> list[Panel]:
     """Return the overlap of each link but the first (rows) with each earlier one (columns): the
     lower triangle of a matrix."""
-    if len(links) < 3 or not any(link.get("overlap") for link in links):
+    if len(links) < 3:
         return []  # of two links it is one number, which the table has
     empty, names = [math.nan] * len(links), [str(link["link"]) for link in links]
-    grid = [[*link.get("overlap", ()), *empty][: len(links) - 1] for link in links[1:]]
+    grid = [[*link["overlap"], *empty][: len(links) - 1] for link in links[1:]]
 
     def draw(axes: Any) -> None:
         sides: Any = {"rows": names[1:], "columns": names[:-1]}

@@ -292,11 +292,11 @@ def links_table(run: RunFacts) -> list[Block]:
         row |= {"rank": str(link["rank"]), "scaling": f"{link['scaling']:g}"}
         row |= {"steps": f"{link['steps']:,}", "training loss": number(link["loss"], 4)}
         row |= {f"validation {name}": number(link["scores"].get(name), 4) for name in names}
-        row["‖ΔW‖"] = number(link.get("delta_norm"), 4)
-        overlaps = ", ".join(number(overlap) for overlap in link.get("overlap", ()))
+        row["‖ΔW‖"] = number(link["delta_norm"], 4)
+        overlaps = ", ".join(number(overlap) for overlap in link["overlap"])
         row["overlap with earlier links"] = overlaps or _NONE
-        row["effective rank"] = number(link.get("effective_rank"))
-        row["stable rank"] = number(link.get("stable_rank"))
+        row["effective rank"] = number(link["effective_rank"])
+        row["stable rank"] = number(link["stable_rank"])
         rows.append(row)
     note = "Training loss: mean of the last tenth of the link's steps. Ranks: means over modules."
     return [Numbers(table_of("Each link", rows, note))]

@@ -23,7 +23,7 @@ def num_trained(link: Link) -> int:
             (config.train_factors != "B") * pair.a.shape[1]
             + (config.train_factors != "A") * pair.b.shape[0]
         )
-        total += sum(part.numel() for part in (pair.bias, pair.magnitude) if part is not None)
+        total += 0 if pair.bias is None else pair.bias.numel()
     return total
 
 

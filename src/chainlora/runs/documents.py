@@ -44,7 +44,7 @@ class Document(Part):
     """All that a JSON file says. `remedy` is for one that is damaged."""
 
     remedy: ClassVar[str] = DAMAGED
-    format: ClassVar[int] = 1
+    format: ClassVar[int] = 2
 
 
 def read_part(path: Path, kind: type[Kind]) -> Kind:

@@ -46,8 +46,7 @@ def inspect_run(run: Address) -> dict[str, Any]:
         place = own[stage] = own.get(stage, -1) + 1
         row = _describe(tuned_link, tuned[: link.index], records.get(stage, []), place, end)
         rows.append(row | {"stage": stage, "place": place, "strength": link.strength})
-    is_sum = bool(links) and all(_is_low_rank(link) for link in links)
-    whole = _sizes(_spectra(links).values()) if is_sum else {}
+    whole = _sizes(_spectra(links).values()) if links else {}
     is_trained = state.trained is not None and state.trained.kind == "stage"
     planned = state.first + len(state.config().chain.ranks) if is_trained else len(links)
     known = {e.key: e.training.model_dump(mode="json")["numbers"] for e in state.lineage}
@@ -107,18 +106,14 @@ def _describe(
         "loss": last_loss(of_event(own, "step")),
         "scores": {k: v for k, v in last[-1].items() if k not in keys} if last else {},
     }
-    if _is_low_rank(link):
-        spectra = _spectra([link])
-        row |= _sizes(spectra.values())
-        padded = pad_sequence(list(spectra.values()), batch_first=True)  # [modules, longest]
-        row["spectrum"] = padded.mean(0).tolist()
-        row["modules"] = {name: float(s.norm()) for name, s in spectra.items()}
-        row["overlap"] = [_overlap(link, other) for other in earlier]
-    return row
-
-
-def _is_low_rank(link: Link) -> bool:
-    return all(pair.magnitude is None for pair in link.factors.values())
+    spectra = _spectra([link])
+    padded = pad_sequence(list(spectra.values()), batch_first=True)  # [modules, longest]
+    return row | {
+        **_sizes(spectra.values()),
+        "spectrum": padded.mean(0).tolist(),
+        "modules": {name: float(s.norm()) for name, s in spectra.items()},
+        "overlap": [_overlap(link, other) for other in earlier],
+    }
 
 
 def _spectra(links: Sequence[Link]) -> dict[str, Tensor]:

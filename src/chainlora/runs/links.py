@@ -12,7 +12,7 @@ from torch import Tensor
 from chainlora import files
 from chainlora.chain.adapters import load_adapter, save_adapter
 from chainlora.chain.checks import link_fault
-from chainlora.chain.link import LOW_RANK_SUM, Link, with_a
+from chainlora.chain.link import Link, with_a
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import RunError
 from chainlora.runs.documents import DAMAGED
@@ -101,12 +101,11 @@ def read_link(folder: Path, facts: LinkFacts, index: int, strength: float) -> Li
 def need_low_rank_sum(config: LinkConfig, where: object, remedy: str) -> None:
     """Raise RunError for a link that is more than B·A."""
     beside = {
-        "DoRA": config.dora,
         "a LoRA bias": config.lora_bias,
         "modules trained whole": config.extra_modules,
     }
     if found := [name for name, is_there in beside.items() if is_there]:
-        raise RunError(LOW_RANK_SUM, f"{found[0]} in {where}", remedy)
+        raise RunError("links must be low-rank sums", f"{found[0]} in {where}", remedy)
 
 
 def outline_of(facts: LinkFacts, index: int, strength: float) -> Link:

@@ -8,6 +8,7 @@ model; `fitted` checks that a model is the right one, and `put_on` puts the link
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from os.path import expanduser
@@ -17,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chainlora.chain.adapters import Imported, import_adapter, linked_layer
+from chainlora.chain.adapters import Imported, dequantized, import_adapter, linked_layer
 from chainlora.chain.chain import Chain
+from chainlora.chain.checks import check_link
 from chainlora.chain.holding import hold_for
-from chainlora.chain.link import Link
+from chainlora.chain.initialization import generator_for, principal_factors
+from chainlora.chain.link import Factors, Link
 from chainlora.config.schema import with_flat_model
 from chainlora.config.staging import (
     HISTORY,
@@ -35,6 +38,7 @@ from chainlora.config.staging import (
 from chainlora.errors import ChainLoRAError, ConfigError, ModelError, RunError
 from chainlora.models.finding import folder_of, from_hub, hub_id_of, is_same_place, name_of
 from chainlora.models.identity import base_files, has_tokenizer
+from chainlora.models.shards import is_shard
 from chainlora.runs.addresses import begun_stage, nothing_at, open_run
 from chainlora.runs.cards import is_hub_id
 from chainlora.runs.draft import drafts_in
@@ -100,11 +104,12 @@ def fitted(start: Start, chain: Chain, name: str | None = None) -> Start:
     `name` is what the model is called; by default, what it calls itself. Raises ModelError or
     RunError for a model that the links are not for.
     """
-    if start.adapter is not None:
-        _check_fit(start.adapter, chain.model)
+    if (adapter := start.adapter) is not None:
+        _check_fit(adapter, chain.model)
         own = name_of(chain.model)
-        notes = _other_name(start.adapter, name or hub_id_of(own) or own)
-        return replace(start, notes=start.notes + notes)
+        notes = _other_name(adapter, name or hub_id_of(own) or own)
+        start = replace(start, notes=start.notes + notes)
+        return _without_dora(start, adapter.magnitudes, chain.model)
     base = None if start.state is None else start.state.base
     if base is not None and base.body != chain.fingerprint.without(start.extra):
         folder = folder_of(chain.model)
@@ -172,6 +177,40 @@ def _check_fit(adapter: Imported, model: nn.Module) -> None:
                 f"{weight.shape[0]} rows for {rows}, or other values, at {path}",
                 _MERGE,
             )
+
+
+def _without_dora(start: Start, magnitudes: Mapping[str, Tensor], model: nn.Module) -> Start:
+    """Return a start from a DoRA adapter (arXiv 2402.09353) as the nearest LoRA of its rank.
+
+    DoRA scales the rows of ``W + s·B·A`` to its magnitudes, which changes W by a matrix of full
+    rank. The link keeps the leading singular directions of that change.
+    """
+    if not magnitudes:
+        return start
+    (link,), factors, change, left = start.links, dict[str, Factors](), 0.0, 0.0
+    check_link(link, model)
+    for name, magnitude in magnitudes.items():
+        layer = linked_layer(model, name)
+        if is_shard(layer.weight):
+            raise ModelError("a DoRA adapter needs whole weights", f"a share of {name}", _MERGE)
+        weight = dequantized(layer)
+        tuned = weight + link.delta_weight(name)
+        update = tuned * (magnitude / tuned.norm(dim=1)).unsqueeze(1) - weight
+        if not update.isfinite().all():
+            raise ModelError(
+                "a DoRA adapter must leave finite weights", f"others at {name}", _MERGE
+            )
+        pair = principal_factors(link.config, update, generator_for(0, "dora", name))
+        factors[name] = pair
+        change += float(update.square().sum())
+        left += float((update - link.scaling * pair.b @ pair.a).square().sum())
+    error = math.sqrt(left / change) if change else 0.0
+    note = (
+        f"the adapter is DoRA, whose update is not low-rank: the link is the nearest LoRA of rank "
+        f"{link.rank}, with a relative error of {error:.2g}"
+    )
+    link = replace(link, factors=factors, error=error)
+    return replace(start, links=(link,), notes=(*start.notes, note))
 
 
 def _same_values(own: Tensor, stored: Tensor) -> bool:
@@ -287,7 +326,7 @@ def _is_same_link(one: Link, two: Link) -> bool:
 def _tensors(link: Link) -> dict[tuple[str, str], Tensor]:
     found = {(name, ""): tensor for name, tensor in link.extra.items()}
     for name, factors in link.factors.items():
-        parts = {part: getattr(factors, part) for part in ("a", "b", "bias", "magnitude")}
+        parts = {part: getattr(factors, part) for part in ("a", "b", "bias")}
         found |= {(name, part): tensor for part, tensor in parts.items() if tensor is not None}
     return found
 

@@ -160,8 +160,8 @@ def _check_factors(factors: Mapping[str, Factors], extra: set[str]) -> None:
     """Raise ModelError for what llama.cpp does not add to a model from a LoRA."""
     wrong = [f"{name}, trained whole" for name in sorted(extra)]
     for name, pair in factors.items():
-        if pair.bias is not None or pair.magnitude is not None:
-            wrong.append(f"{name}, with a bias or DoRA")
+        if pair.bias is not None:
+            wrong.append(f"{name}, with a bias")
         if ".layers." not in name:
             wrong.append(f"{name}, an embedding or head")
     if wrong:

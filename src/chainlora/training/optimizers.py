@@ -31,7 +31,7 @@ def check_optimizer(config: RunConfig, device: torch.device) -> None:
     """Raise ConfigError unless the optimizer is known and can do what the config asks of it."""
     train, chain = config.train, config.chain
     optimizer = _stepped(train, device)
-    if chain.dora or chain.lora_bias or chain.extra_modules:
+    if chain.lora_bias or chain.extra_modules:
         _check_vectors(train, device)
     state: dict[str, Any] = next(iter(optimizer.state.values()), {})  # SGD's can be empty
     if train.optimizer_reset == "prune" and not {"exp_avg", "exp_avg_sq"} <= set(state):
@@ -82,7 +82,7 @@ def _check_vectors(train: TrainConfig, device: torch.device) -> None:
         from_groups([{"params": [vector], "ratio": 1.0}], train)
     except ValueError:
         raise ConfigError(
-            f"`train.optimizer: {train.optimizer}` trains matrices alone (got dora, lora_bias or "
+            f"`train.optimizer: {train.optimizer}` trains matrices alone (got lora_bias or "
             "extra_modules, which have vectors too); use adamw, or leave them out"
         ) from None
 

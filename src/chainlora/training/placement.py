@@ -139,7 +139,6 @@ def _need_keys(stage: Stage) -> None:
     """Refuse a stage whose keys make it one that cannot be combined with others."""
     data, chain = stage.config.data, stage.config.chain
     keys = {
-        "chain.dora": chain.dora,
         "chain.lora_bias": chain.lora_bias,
         "chain.extra_modules": bool(chain.extra_modules),
         "data.keep_rows: false": not data.keep_rows,

@@ -350,7 +350,6 @@ def check_shards(config: RunConfig) -> None:
     chain = config.chain
     refused = {
         "quantize": config.quantize is not None,
-        "chain.dora": chain.dora,
         "chain.init: pissa": chain.init == "pissa",
         "chain.extra_modules": bool(chain.extra_modules),
     }

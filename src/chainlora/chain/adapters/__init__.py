@@ -32,7 +32,6 @@ from chainlora.chain.adapters.layers import (
     linked_layer,
     live_factors,
     lora_layers,
-    reset_magnitudes,
     same_shape,
     set_config,
     set_dropouts,

@@ -25,6 +25,7 @@ _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _OF_LINEAR = ("lora_A.weight", "lora_B.weight")
 _OF_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+MAGNITUDE = ".lora_magnitude_vector"  # of DoRA, which `import_adapter` reads
 _HEADS = {"classifier", "score", "qa_outputs"}  # that PEFT wants whole, by the task
 
 
@@ -62,8 +63,6 @@ def save_adapter(
         tensors[f"{_PREFIX}{name}.{b}"] = _stored(share.b)
         if share.bias is not None:
             tensors[f"{_PREFIX}{name}.lora_B.bias"] = share.bias
-        if share.magnitude is not None:
-            tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = share.magnitude
     for path, weight in (extra or {}).items():
         tensors[f"{_PREFIX}{path}"] = weight.contiguous()
     save_tensors(directory / _WEIGHTS, tensors, metadata={"format": "pt"})
@@ -121,13 +120,12 @@ def load_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor]
         if b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
             raise damaged(directory, f"no pair of factors for {name}")
         bias = tensors.pop(f"{name}.lora_B.bias", None)
-        magnitude = tensors.pop(f"{name}.lora_magnitude_vector", None)
-        of_embedding = kind is _OF_EMBEDDING
-        bias, magnitude = (None if part is None else part.float() for part in (bias, magnitude))
-        factors[name] = Factors(a.float(), b.float(), bias, magnitude, of_embedding)
+        bias, of_embedding = None if bias is None else bias.float(), kind is _OF_EMBEDDING
+        factors[name] = Factors(a.float(), b.float(), bias, of_embedding)
     if not factors:
         raise damaged(directory, "no factors")
-    left = [name for name in tensors if ".lora_" in name]
+    modules_left = ((name, name.removesuffix(MAGNITUDE)) for name in tensors if ".lora_" in name)
+    left = [name for name, module in modules_left if module not in factors]
     if left:
         raise damaged(directory, f"{left[0]} without its factors")
     return factors, tensors

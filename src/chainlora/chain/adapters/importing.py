@@ -2,7 +2,8 @@
 
 PEFT gives a module a rank and an alpha of its own (`rank_pattern`, `alpha_pattern`). Here smaller
 ranks are filled up with zeros and other scalings are folded into B: the same function to rounding.
-Which modules are adapted is read from the weights, whatever pattern chose them.
+Which modules are adapted is read from the weights, whatever pattern chose them. A DoRA adapter
+becomes a link where its base is at hand (`runs.loading_start`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ import peft
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from chainlora.chain.adapters.adapter_files import damaged, load_adapter, read_config
+from chainlora.chain.adapters.adapter_files import (
+    MAGNITUDE,
+    damaged,
+    load_adapter,
+    read_config,
+)
 from chainlora.chain.link import Factors, padded
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ModelError
@@ -69,6 +75,7 @@ class Imported:
     factors: dict[str, Factors]
     extra: dict[str, Tensor]  # of modules that it trained whole
     kept: dict[str, Tensor]  # of embeddings that PEFT stored beside it, which must be the base's
+    magnitudes: dict[str, Tensor]  # of DoRA, by module; of LoRA none
     stored: dict[str, Any]  # PEFT's config
 
     @property
@@ -86,11 +93,24 @@ def import_adapter(folder: Path) -> Imported:
         names = tuple(stored.get("modules_to_save") or ())
         whole = {path: module for path in beside if (module := _saved_module(path, names))}
         config, factors = _as_one(stored, factors, tuple(sorted(set(whole.values()))))
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, re.error) as error:
+        scaled = factors if stored.get("use_dora") else {}
+        magnitudes = {
+            name: beside.pop(f"{name}{MAGNITUDE}").float().expand(share.b.shape[0])
+            for name, share in scaled.items()
+        }
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        re.error,
+    ) as error:
         raise damaged(folder, f"an adapter_config.json with {error}") from None
     extra = {path: beside.pop(path) for path in whole}
     kept = {path.replace(".base_layer.", "."): weight for path, weight in beside.items()}
-    return Imported(config, factors, extra, kept, stored)
+    return Imported(config, factors, extra, kept, magnitudes, stored)
 
 
 def odd_field(config: Mapping[str, Any], known: set[str]) -> tuple[str, object] | None:
@@ -144,7 +164,6 @@ def _as_one(
         rslora=rslora,
         dropout=stored.get("lora_dropout", 0.0),
         lora_bias=bool(stored.get("lora_bias")),
-        dora=bool(stored.get("use_dora")),
         target_modules=tuple(sorted(factors)),
         extra_modules=whole,
     )

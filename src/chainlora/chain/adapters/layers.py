@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from chainlora.chain.adapters.layer_facts import is_linear, is_transposed
+from chainlora.chain.adapters.layer_facts import is_linear
 from chainlora.chain.adapters.targets import check_targets, named_modules, peft_config, task_type
 from chainlora.chain.link import Factors
 from chainlora.config.schema import LinkConfig
@@ -47,7 +47,7 @@ class Adapter:
             yield from module.parameters()
 
     def named_factor(self, factor: str) -> list[nn.Parameter]:
-        """Return the trained parameters of factor A, or of B with its bias and magnitude."""
+        """Return the trained parameters of factor A, or of B with its bias."""
         picked = []
         for layer in self.layers.values():
             a = factors_in(layer, LIVE).a
@@ -77,8 +77,6 @@ def _trained(layer: Any, config: LinkConfig) -> Iterator[nn.Parameter]:
         yield a
     if config.train_factors != "A":
         yield from (p for p in (b, bias) if p is not None)
-    if LIVE in layer.lora_magnitude_vector:
-        yield from layer.lora_magnitude_vector[LIVE].parameters()
 
 
 def base_layer(layer: nn.Module) -> Any:
@@ -119,7 +117,6 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
     for layer in adapter.layers.values():
         for part in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B):
             part.float()
-        layer.lora_magnitude_vector.float()
         layer.train(layer.get_base_layer().training)  # no dropout in a model that is evaluated
     for module in adapter.extra.values():
         _train_in_float32(module)
@@ -195,8 +192,6 @@ def set_factors(adapter: Adapter, name: str, factors: Factors) -> None:
     b.copy_(factors.b)
     if bias is not None:
         bias.copy_(torch.zeros(()) if factors.bias is None else factors.bias)
-    if LIVE in layer.lora_magnitude_vector and factors.magnitude is not None:
-        layer.lora_magnitude_vector[LIVE].weight.copy_(factors.magnitude)
 
 
 def live_factors(adapter: Adapter, name: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -208,9 +203,8 @@ def live_factors(adapter: Adapter, name: str) -> tuple[nn.Parameter, nn.Paramete
 def copied_factors(layer: Any) -> Factors:
     """Copy the factors of a tuner layer to float32 on the CPU."""
     a, b, bias = factors_in(layer, LIVE)
-    vectors, of_embedding = layer.lora_magnitude_vector, LIVE in layer.lora_embedding_A
-    magnitude = host(vectors[LIVE].weight) if LIVE in vectors else None
-    return Factors(host(a), host(b), None if bias is None else host(bias), magnitude, of_embedding)
+    of_embedding = LIVE in layer.lora_embedding_A
+    return Factors(host(a), host(b), None if bias is None else host(bias), of_embedding)
 
 
 def set_config(adapter: Adapter, config: LinkConfig) -> None:
@@ -244,17 +238,6 @@ def zero(adapter: Adapter) -> None:
         for parameter in factors_in(layer, LIVE):
             if parameter is not None:
                 parameter.zero_()
-
-
-def reset_magnitudes(adapter: Adapter) -> None:
-    """Set DoRA's magnitudes to the row norms of the weights as they are: the link adds nothing."""
-    for layer in adapter.layers.values():
-        if LIVE in layer.lora_magnitude_vector:
-            base = layer.get_base_layer()
-            weight = base.weight.detach().float()
-            norms = torch.linalg.norm(weight, dim=0 if is_transposed(base) else 1)
-            with torch.no_grad():
-                layer.lora_magnitude_vector[LIVE].weight.copy_(norms)
 
 
 def extra_parameters(adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:

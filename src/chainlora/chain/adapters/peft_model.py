@@ -48,8 +48,6 @@ _READ = {
     "modules_to_save",
 }
 _REMEDIES = {
-    "use_dora": "what DoRA learns is no sum that one adapter could hold: leave it out, or use "
-    "`chainlora train` with chain.dora",
     "init_lora_weights": "leave it out, or set it to 'gaussian'",
 }
 

@@ -48,7 +48,6 @@ def peft_config(config: LinkConfig, **overrides: Any) -> peft.LoraConfig:
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
-        "use_dora": config.dora,
         "lora_bias": config.lora_bias,
         "target_modules": listed(config.target_modules),
         "exclude_modules": listed(config.exclude_modules),
@@ -293,7 +292,7 @@ def _check_kind(model: nn.Module, name: str, module: nn.Module) -> None:
 def _check_settings(config: LinkConfig, name: str, module: Any) -> None:
     """Raise if a link's initialization or bias does not suit a layer."""
     if isinstance(module, nn.Embedding):
-        chosen = {"dora": config.dora, "lora_bias": config.lora_bias}
+        chosen = {"lora_bias": config.lora_bias}
         chosen |= {f"init: {config.init}": config.init not in ("kaiming", "gaussian")}
         if found := [key for key, is_set in chosen.items() if is_set]:
             raise ModelError(

@@ -2,7 +2,7 @@
 
 A LoRA layer becomes one autograd function, ``y = x Wᵀ + c + s · (x Aᵀ) Bᵀ``. PEFT's own forward
 stays where the layer is anything else, asked anew at each call: other adapters active, merged,
-disabled, dropout, DoRA and other variants, a bias on B, a base layer that is not exactly Linear or
+disabled, dropout, variants of LoRA, a bias on B, a base layer that is not exactly Linear or
 Conv1D (quantised, sharded, hooked) or is itself trained, autocast.
 
 A layer of the model itself in bfloat16 runs as a float32 matmul that is rounded once, on CPUs
@@ -98,7 +98,6 @@ def active_adapter(layer: Any) -> str | None:
         and b.bias is None
         and a.bias is None
         and (type(dropout) is nn.Identity or not layer.training)
-        and name not in layer.lora_magnitude_vector
         and name not in getattr(layer, "lora_variant", ())
         and not any(m._forward_hooks or m._forward_pre_hooks or is_foreign(m) for m in (base, a, b))
     )
