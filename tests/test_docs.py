@@ -76,7 +76,7 @@ def test_the_readme_blocks_are_the_example_files_and_short():
 
 
 def test_the_examples_extend_by_the_command_of_the_readme():
-    (line,) = re.findall(r"^\$ (chainlora extend .+)$", README, flags=re.MULTILINE)
+    (line,) = re.findall(r"^\$ (chainlora extend .+?)(?: +#.*)?$", README, flags=re.MULTILINE)
     assert f"`{line}`" in " ".join((ROOT / "examples/README.md").read_text("utf-8").split())
 
 

@@ -365,8 +365,8 @@ def test_the_standard_error_of_a_loss_per_token_counts_long_rows_for_more():
     """By the delta method, for a ratio of two means; on rows of all lengths."""
     rows = [Example(k, (tuple(range(1, 3 + 4 * k)),), (((1, 2 + 4 * k),),)) for k in range(6)]
     found = evaluate(tiny_model("llama"), rows, metrics="loss")
-    tokens = torch.tensor([1.0 + 4 * k for k in range(6)])
-    losses = torch.tensor(values(found, "loss"))
+    tokens = torch.tensor([1.0 + 4 * k for k in range(6)]).double()
+    losses = torch.tensor(values(found, "loss")).double()
     rest = tokens * (losses - found.metrics["loss"])
     wanted = (rest.square().sum() * 6 / 5).sqrt() / tokens.sum()
     got = standard_error(losses.tolist(), weights_of(found, "loss"))

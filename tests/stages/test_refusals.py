@@ -30,7 +30,6 @@ from stages.cases import files_of, stage_of, stopping_after, survey
         ({"chain": {"hold": "carried"}}, "`chain.hold` must be the same"),
         ({"train": {"seed": 3}}, "`train.seed` must be the same"),
         ({"train": {"lrr": 3}}, "stage 'style': unknown key `train.lrr`"),
-        ({"chain": []}, "stage 'style'"),
         (
             {"data": {"task": "sst2"}, "chain": {"ranks": [2]}},
             "stage 'style': `chain` must say how long",
