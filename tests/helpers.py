@@ -19,9 +19,12 @@ from chainlora.chain.initialization import generator_for, random_factors
 from chainlora.config.schema import LinkConfig
 from chainlora.config.staging import make_stages
 from chainlora.files import sha256
+from chainlora.registry import load_plugins
 from chainlora.runs.addresses import open_run
 from chainlora.training.batches import make_batches
 from chainlora.training.stages import extension, train_stages
+
+load_plugins(["chainlora_lab.relora"])  # the optimizer of EVERYTHING
 
 
 def settings(tiny_folder, sentiment, output=None, **sections) -> dict:
@@ -264,8 +267,8 @@ def sign(run: Path, change: Callable[[dict[str, Any]], object] = lambda tree: No
 EVERYTHING = {
     "chain": {"ranks": [4, 4, 4], "steps": [4, 4, 3], "dropout": 0.1, "init": "gradient"},
     "train": {
-        "optimizer_reset": "prune",
-        "prune_fraction": 0.5,
+        "optimizer": "relora",
+        "optimizer_options": {"prune": 0.5, "rise": 2},
         "keep_best": True,
         "select_metric": "loss",
         "eval_every": 2,

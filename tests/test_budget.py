@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import pytest
@@ -162,20 +161,3 @@ def test_restarting_gives_each_link_its_own(kind):
         *links[1],
         *links[2],
     ]
-
-
-def test_jagged_cosine_rises_from_zero_to_the_cosine_of_the_whole_run():
-    num_steps, warmup, rise = 60, 4, 5
-    cosine = reference("cosine", num_steps, warmup)
-    config = TrainConfig(schedule="cosine", warmup_steps=warmup, restart_warmup_steps=rise)
-    found = [rate_factor(config, [20] * 3, step) for step in range(num_steps)]
-    for step in range(num_steps):
-        within = step % 20
-        if step < 20 or within >= rise:
-            assert found[step] == pytest.approx(cosine[step], abs=1e-12)
-        else:
-            assert found[step] == pytest.approx(
-                within / rise * cosine[step - within + rise], abs=1e-12
-            )
-    assert found[20] == found[40] == 0
-    assert found[45] == pytest.approx(0.5 * (1 + math.cos(math.pi * 41 / 56)))

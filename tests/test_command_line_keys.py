@@ -27,7 +27,7 @@ train.log_every: 1}
 """,
     "stops": """
 {chain.hold: carried, chain.tokens: [500, 300], chain.steps: null,
-train.optimizer_reset: prune, train.prune_fraction: 0.5, train.eval_every: 1,
+train.eval_every: 1,
 train.select_metric: loss, train.keep_best: true, train.early_stop: 1, train.save_every: 1,
 train.lora_plus_ratio: 4}
 """,

@@ -103,7 +103,10 @@ def test_soft_knots_are_paced_by_learned_tokens_a_parameter_and_short_runs_are_w
     [
         ({"warmup_steps": 4}, "the chain never reaches `train.lr`: its warm-up takes 4 of 4 steps"),
         ({"warmup_steps": 1, "restart_schedule": True}, "link 1 .* 1 of 1 steps; lower train.warm"),
-        ({"restart_warmup_steps": 2}, "link 1 .* 2 of 1 steps; lower train.restart_warmup_steps"),
+        (
+            {"restart_warmup_steps": 2, "restart_schedule": True},
+            "link 1 .* 2 of 1 steps; lower train.restart_warmup_steps",
+        ),
         ({"warmup_steps": 3}, None),
         ({}, None),
     ],

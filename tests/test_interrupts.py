@@ -84,7 +84,7 @@ class Halted(LanguageModelling):
         (1, 0, {}),  # before training
         (2, 2, {"keep_best": True, "early_stop": 1}),
         (3, 3, {}),  # at a knot
-        (3, 3, {"optimizer_reset": "prune"}),
+        (3, 3, {"optimizer": "relora"}),
         (5, 5, {"keep_best": True}),  # at the last one
     ],
 )

@@ -241,8 +241,8 @@ def test_lion_is_that_of_bitsandbytes():
     [
         ({"train": {"optimizer": "muon"}, "chain": {"lora_bias": True}}, "trains matrices alone"),
         (
-            {"train": {"optimizer": "lion", "optimizer_reset": "prune"}},
-            r"keeps AdamW's moments \(got train.optimizer: lion\); use adamw",
+            {"train": {"optimizer": "relora"}, "chain": {"ranks": [4, 2], "steps": [1, 1]}},
+            r"all ranks must be equal \(got \[4, 2\]\); use adamw",
         ),
         (
             {"train": {"optimizer": "lion", "optimizer_options": {"betas": [2.0, 0.9]}}},

@@ -195,7 +195,7 @@ def test_epochs_split_steps_at_the_knots(configure, tokenizer):
 def test_a_link_after_a_pruned_reset_starts_with_steps_of_bounded_size(configure, tmp_path):
     """B is 0 there, so the gradient of A is: a first moment kept without its second would be
     divided by eps alone."""
-    keys = {"optimizer_reset": "prune", "prune_fraction": 0.5, "lr": 1e-2}
+    keys = {"optimizer": "relora", "optimizer_options": {"prune": 0.5}, "lr": 1e-2}
     train(configure(chain={"steps": [8, 3], "ranks": [4, 4]}, train=keys))
     _, link = open_run(tmp_path / "run").links()
     for factors in link.factors.values():

@@ -18,11 +18,12 @@ from chainlora.knots.policy import WHOLE
 
 SOFT = {"knots": {"every": 1, "share": 0.3}}
 BEST = {"keep_best": True}
+RELORA = {"optimizer": "relora", "optimizer_options": {"rise": 3}}
 HALF = {"dtype": "bfloat16"}
 KILLED = {
     "plain": {},
     "dropout, gradient": {"chain": {"dropout": 0.1, "init": "gradient"}, "train": HALF},
-    "ReLoRA, best": {"chain": {"ranks": [4, 4, 4]}, "train": BEST | {"optimizer_reset": "prune"}},
+    "ReLoRA, best": {"chain": {"ranks": [4, 4, 4]}, "train": BEST | RELORA},
     "PiSSA, accumulation": {
         "chain": {"init": "pissa"},
         "train": {"gradient_accumulation": 2, "batch_size": 4},

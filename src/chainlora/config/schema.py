@@ -22,6 +22,7 @@ from chainlora.config.data import Home
 from chainlora.config.data import StartData as StartData
 from chainlora.config.messages import Called
 from chainlora.config.section import Count, Number, Section, refuse_if
+from chainlora.config.yaml_text import one_value
 
 PAIR_LOSSES = ("dpo", "orpo")
 """Those of `train.loss` whose rows are preferences."""
@@ -58,8 +59,7 @@ class TrainConfig(Section):
     warmup_steps: Number = 0
     """Warm-up steps (from 0) at the start of the chain."""
     restart_warmup_steps: Number | None = None
-    """Warm-up steps of later links; `null` is `warmup_steps` if the schedule restarts, otherwise
-    0."""
+    """Warm-up steps of later links, whose schedule restarts; `null` is `warmup_steps`."""
     batch_size: Count = 8
     """Rows (or pairs) in a micro-batch, of all [processes](scale.md#many-processes) together."""
     gradient_accumulation: Count = 1
@@ -85,11 +85,6 @@ class TrainConfig(Section):
     """Epsilon of AdamW and its variants."""
     max_grad_norm: Annotated[float, Field(ge=1e-12, le=1e12)] | None = 1.0
     """Clip the gradient to this norm; `null` is off."""
-    optimizer_reset: Literal["full", "prune"] = "full"
-    """At a whole knot: `full` makes a new optimizer; `prune` keeps the largest moments and the step
-    count, as ReLoRA does (`adamw` and equal ranks only). Give `restart_warmup_steps` with it."""
-    prune_fraction: Annotated[float, Field(gt=0, le=1)] = 0.99
-    """Share of the moments that `prune` sets to 0."""
     eval_every: Count | None = None
     """Also evaluate each time after this many steps."""
     eval_at_knots: bool = True
@@ -138,7 +133,7 @@ class TrainConfig(Section):
 READ_WITH: Mapping[str, tuple[str, Any]] = {
     "data.sampling": ("train", None),
     "chain.init_batches": ("init", "gradient"),
-    "train.prune_fraction": ("optimizer_reset", "prune"),
+    "train.restart_warmup_steps": ("restart_schedule", True),
     "train.dpo_beta": ("loss", "dpo"),
     "train.dpo_label_smoothing": ("loss", "dpo"),
     "train.orpo_beta": ("loss", "orpo"),
@@ -201,7 +196,7 @@ class RunConfig(Called):
 
     @model_validator(mode="after")
     def _check_chain(self) -> RunConfig:
-        chain, train = self.chain, self.train
+        chain = self.chain
         refuse_if(
             self.quantize and chain.hold == "tied",
             f"`quantize: {self.quantize}` weights cannot be merged into without loss",
@@ -213,12 +208,6 @@ class RunConfig(Called):
             "`chain` must say how long each link is tuned",
             "no epochs, steps or tokens",
             f"e.g. epochs: {[1] * len(chain.ranks[:9])}",
-        )
-        refuse_if(
-            train.optimizer_reset == "prune" and len(set(chain.ranks)) > 1,
-            "`optimizer_reset: prune` keeps moments over a knot, so all ranks must be equal",
-            list(chain.ranks),
-            "use optimizer_reset: full",
         )
         return self
 
@@ -246,7 +235,7 @@ class RunConfig(Called):
             found, default = getattr(section, other), type(section).model_fields[key].default
             refuse_if(
                 getattr(section, key) != default and found != value,
-                f"`{name}` needs {other}: {value or 'null'}",
+                f"`{name}` needs {other}: {one_value(value)}",
                 f"{other}: {'null' if found is None else found!s:.60}",
                 f"set it, or leave {key} out",
             )

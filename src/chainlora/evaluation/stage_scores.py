@@ -253,6 +253,19 @@ class Scorer:
 
     def score(self, name: str, state: State, stages: Sequence[str]) -> Iterator[Cell]:
         """Yield a cell for each of `stages` in a state, which is shown by its name."""
+        for stage, found in self.evaluations(name, state, stages):
+            kept = self.kept[stage]
+            split, metric = kept.scored[0], kept.metric
+            each, weights = values(found, metric), weights_of(found, metric)
+            error = standard_error(each, weights) if len(each) > 1 else 0.0
+            counts = len(found.predictions), kept.counts[split]
+            score, on = found.metrics[metric], _scored_on(self.run, stage, kept)
+            yield Cell(state.digest, stage, on, split, metric, score, error, *counts)
+
+    def evaluations(
+        self, name: str, state: State, stages: Sequence[str]
+    ) -> Iterator[tuple[str, Evaluation]]:
+        """Yield what the rows of each of `stages` come to in a state."""
         for stage in stages:
             if self.kept[stage].loss == "dpo" and stage not in self._references:
                 # what pairs score in the state that their stage began on
@@ -260,16 +273,7 @@ class Scorer:
                     self._references[stage] = engine.scores(self.kept[stage].scored[1][:])
         with self._engine(state) as engine:
             for stage in stages:
-                yield self._cell(state, stage, self._evaluate(engine, f"{name}: {stage}", stage))
-
-    def _cell(self, state: State, stage: str, found: Evaluation) -> Cell:
-        kept = self.kept[stage]
-        split, metric = kept.scored[0], kept.metric
-        each, weights = values(found, metric), weights_of(found, metric)
-        error = standard_error(each, weights) if len(each) > 1 else 0.0
-        counts = len(found.predictions), kept.counts[split]
-        score, on = found.metrics[metric], _scored_on(self.run, stage, kept)
-        return Cell(state.digest, stage, on, split, metric, score, error, *counts)
+                yield stage, self._evaluate(engine, f"{name}: {stage}", stage)
 
     def model_at(self, state: State) -> Any:
         self._add(state)

@@ -6,7 +6,7 @@ dropout) is a pure function of the config and the step's number, so a killed run
 bits.
 
 Each link gets a new optimizer. Two exceptions, each a function of its own: a soft knot carries the
-moments (`knots.moments`), and ReLoRA keeps some of them (`prune_moments`).
+moments (`knots.moments`), and one of a plug-in may take over what the one before held.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from chainlora.training.optimizers import (
     leave_average,
     load_state,
     make_optimizer,
-    prune_moments,
     state_tensors,
+    takes_over,
 )
 from chainlora.training.placement import StagePlan
 from chainlora.training.plan import make_plan
@@ -130,11 +130,11 @@ def _begin_link(run: Run, moments: Moments | None) -> torch.optim.Optimizer:
     adapter = run.chain.extend(config, backward=partial(_add_first_gradients, run))
     run.engine.adapt(adapter.layers.values())
     optimizer = make_optimizer(adapter, run.train)
-    if run.knots.index and run.train.optimizer_reset == "prune":
+    if run.knots.index and takes_over(optimizer):
         if moments is None:
             assert run.work is not None
             moments = run.work.load_moments()
-        load_state(optimizer, prune_moments(moments, run.train.prune_fraction))
+        optimizer.take_over(moments)  # type: ignore[attr-defined]
     saved = run.work.load_checkpoint(run.progress) if run.work else None
     if saved is not None:
         state, tensors = saved
@@ -168,7 +168,7 @@ def _tune_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> Moments | None:
-    """Tie the link and write it; return what ReLoRA keeps of its optimizer."""
+    """Tie the link and write it; return what the next optimizer takes over of this one."""
     leave_average(optimizer)
     run.processes.check_same(run.chain.parameters())
     is_soft, before = run.chain.live_soft_knots > 0, _probed(run)
@@ -177,7 +177,7 @@ def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> Moments | None:
     _check_knot(run, link, change, _SOFT_KNOT_TOLERANCE if is_soft else _KNOT_TOLERANCE)
     run.progress.soft_knots = 0
     run.progress.memory.clear()
-    moments = state_tensors(optimizer) if run.train.optimizer_reset == "prune" else None
+    moments = state_tensors(optimizer) if takes_over(optimizer) else None
     if run.work is not None:
         run.work.save_link(link)
         if moments is not None:

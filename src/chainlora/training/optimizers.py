@@ -1,4 +1,5 @@
-"""The optimizer of one link: a new one for each, so that it knows nothing of the links before.
+"""The optimizer of one link: a new one for each, so that it knows nothing of the links before,
+unless it takes over what the one before held.
 
 The factories are in `optimizer_kinds`. What of an optimizer's state is proportional to gradients
 must be in `knots.moments.MOMENTS`, so that soft knots can carry it.
@@ -33,11 +34,10 @@ def check_optimizer(config: RunConfig, device: torch.device) -> None:
     optimizer = _stepped(train, device)
     if chain.lora_bias or chain.extra_modules:
         _check_vectors(train, device)
-    state: dict[str, Any] = next(iter(optimizer.state.values()), {})  # SGD's can be empty
-    if train.optimizer_reset == "prune" and not {"exp_avg", "exp_avg_sq"} <= set(state):
+    if takes_over(optimizer) and len(set(chain.ranks)) > 1:
         raise ConfigError(
-            "`optimizer_reset: prune` keeps AdamW's moments (got train.optimizer: "
-            f"{train.optimizer}); use adamw, or optimizer_reset: full"
+            f"`train.optimizer: {train.optimizer}` goes on from link to link, so all ranks must be "
+            f"equal (got {list(chain.ranks)}); use adamw, or equal ranks"
         )
     if chain.knots is not None and _has_average(optimizer):
         raise ConfigError(
@@ -156,6 +156,11 @@ def load_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) 
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
+def takes_over(optimizer: torch.optim.Optimizer) -> bool:
+    """Say whether an optimizer begins with what that of the link before held (`take_over`)."""
+    return callable(getattr(optimizer, "take_over", None))
+
+
 def _has_average(optimizer: torch.optim.Optimizer) -> bool:
     """Say whether an optimizer evaluates other weights than those it steps from (schedule-free)."""
     return callable(getattr(optimizer, "eval", None))
@@ -183,28 +188,3 @@ def evaluated_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         optimizer.train()  # type: ignore[attr-defined]
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.copy_(value)
-
-
-def prune_moments(state: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
-    """Zero the smallest `fraction` of each moment: ReLoRA's partial reset (arXiv 2307.05695, §3).
-
-    `state` maps ``"<parameter>.<key>"`` to AdamW's tensors, as `state_tensors` gives them. A first
-    moment is kept only where the second is as well: while B = 0 the gradient of A is 0, so AdamW
-    would divide what is left of the first by its ``eps`` alone, and the step would have no bound.
-    """
-    pruned = dict(state)
-    for name in [name for name in state if name.endswith(".exp_avg_sq")]:
-        first = name.removesuffix("_sq")
-        kept = _largest(state[name], fraction)
-        pruned[name] = state[name] * kept
-        pruned[first] = state[first] * (kept & _largest(state[first], fraction))
-    return pruned
-
-
-def _largest(moment: Tensor, fraction: float) -> Tensor:
-    """Mark the entries that are left when the smallest `fraction` is pruned."""
-    num_pruned = int(fraction * moment.numel())
-    if not num_pruned:
-        return torch.ones_like(moment, dtype=torch.bool)
-    magnitudes = moment.abs()
-    return magnitudes > magnitudes.flatten().kthvalue(num_pruned).values

@@ -2,8 +2,7 @@
 
 Its learning rate is `train.lr` times a pure function of the step (`rate_factor`). The shapes are
 those of transformers' ``get_linear_schedule_with_warmup`` and its neighbours, which begin once for
-the whole chain, or anew at each link; or ReLoRA's jagged schedule, which goes on over the whole
-chain and rises again from 0 after each knot (arXiv 2307.05695, section 3).
+the whole chain, or anew at each link.
 """
 
 from __future__ import annotations
@@ -141,19 +140,15 @@ def rate_factor(config: TrainConfig, lengths: Sequence[int], step: int) -> float
     """Return the share of `train.lr` at `step` of a chain of links of `lengths` steps.
 
     Steps count from 0 over the whole chain; step 0 of a warm-up has factor 0, as in transformers.
-    With `restart_schedule` each link has the whole schedule for itself. Otherwise later links rise
-    from 0, over `restart_warmup_steps`, to where the schedule of the whole chain stands when the
-    rise ends (with "cosine", ReLoRA's jagged cosine).
+    With `restart_schedule` each link has the whole schedule for itself.
     """
-    kind, warmup, rise = config.schedule, config.warmup_steps, restart_warmup(config)
+    kind, warmup = config.schedule, config.warmup_steps
     ends = list(accumulate(lengths))
+    if not config.restart_schedule:
+        return _factor(step, ends[-1], kind, warmup)
     link = min(bisect_right(ends, step), len(ends) - 1)  # past the end, the last link goes on
     within = step - (ends[link] - lengths[link])
-    if config.restart_schedule:
-        return _factor(within, lengths[link], kind, rise if link else warmup)
-    if link and within < rise:
-        return _factor(step - within + rise, ends[-1], kind, warmup) * within / rise
-    return _factor(step, ends[-1], kind, warmup)
+    return _factor(within, lengths[link], kind, restart_warmup(config) if link else warmup)
 
 
 def restart_warmup(config: TrainConfig) -> int:
@@ -164,11 +159,11 @@ def restart_warmup(config: TrainConfig) -> int:
 
 def say_what_stays_low(config: TrainConfig, lengths: Sequence[int]) -> None:
     """Warn of a link that ends before its warm-up does, or of a whole chain."""
-    rooms = lengths if config.restart_schedule else [sum(lengths), *lengths[1:]]
+    rooms = lengths if config.restart_schedule else [sum(lengths)]
     for link, room in enumerate(rooms):
         rise = restart_warmup(config) if link else config.warmup_steps
         if 0 < room <= rise:
-            place = f"link {link}" if link or config.restart_schedule else "the chain"
+            place = f"link {link}" if config.restart_schedule else "the chain"
             key = "restart_" if link and config.restart_warmup_steps is not None else ""
             logger.warning(
                 f"{place} never reaches `train.lr`: its warm-up takes {rise} of {room} steps; "

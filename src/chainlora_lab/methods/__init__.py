@@ -23,7 +23,7 @@ from chainlora.errors import ConfigError, nearest
 from chainlora_lab.outputs import Keys, checked
 
 _FOLDER = Path(__file__).parent
-_SECTIONS = ("recipe", "data", "chain", "train", "loop")
+_SECTIONS = ("plugins", "recipe", "data", "chain", "train", "loop")
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,17 @@ def load_method(name: str) -> Method:
 
 
 def merge_trees(*trees: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Merge nested mappings into a new one; later ones win, lists and values are replaced."""
+    """Merge nested mappings into a new one; later ones win, lists and values are replaced. Only
+    plug-ins are added to each other."""
     merged: dict[str, Any] = {}
     for tree in trees:
         for key, value in (tree or {}).items():
             if isinstance(value, Mapping):
                 before = merged.get(key)
                 merged[key] = merge_trees(before if isinstance(before, Mapping) else None, value)
+            elif key == "plugins":
+                named = [value] if isinstance(value, str) else value
+                merged[key] = [*dict.fromkeys([*merged.get(key, ()), *named])]
             else:
                 merged[key] = value
     return merged

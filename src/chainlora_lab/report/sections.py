@@ -133,13 +133,14 @@ def _never_warm(facts: Facts) -> Iterator[str]:
         for cell in cells_of(facts.results, each.task, each.method)[:1]:
             train, later = cell["config"].get("train", {}), cell.get("link_steps", [])[1:]
             rise, shortest = train.get("restart_warmup_steps"), min(later, default=0)
-            if rise is None:
-                rise = train.get("warmup_steps", 0) if train.get("restart_schedule") else 0
+            if rise is None and train.get("restart_schedule"):
+                rise = train.get("warmup_steps")
+            rise = rise or train.get("optimizer_options", {}).get("rise", 0)
             if 0 < shortest <= rise:
                 yield (
                     f"**{each.method} on {each.task} is no fair rival**: links of {shortest} steps "
                     f"end within the warm-up of {rise} after each knot; train longer, or lower "
-                    "train.restart_warmup_steps."
+                    "the warm-up."
                 )
 
 
