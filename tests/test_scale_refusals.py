@@ -79,7 +79,6 @@ CARRIED = {"hold": "carried"}
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"chain": {"extra_modules": ["norm"]}}, r"\(got chain.extra_modules, which needs whole"),
         ({"chain": {"init": "pissa"}}, r"\(got chain.init: pissa, which needs whole weights\)"),
         ({"chain": {"tune": "full"}}, r"\(got chain.tune: full, which needs whole weights\)"),
         ({"quantize": "int8", "chain": CARRIED}, r"\(got quantize, which needs whole"),

@@ -353,9 +353,6 @@ def test_what_cannot_be_combined(abc, tiny_folder, sentiment, tmp_path):
     stage["data"]["keep_rows"] = False
     train_on(f"{abc}@start", stage)
     assert "reads rows that stages kept" in refused("a", "d")
-    stage = section(sentiment, "dnorm", extra_modules=["norm"])
-    train_on(f"{abc}@start", stage)
-    assert "links must be low-rank sums (got modules" in refused("a", "dnorm")
     other = settings(make_tiny_folder(tmp_path / "base", num_hidden_layers=1), sentiment)
     other["output"] = str(tmp_path / "other")
     other["chain"] = {"ranks": [1], "steps": [1]}

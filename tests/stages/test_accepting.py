@@ -15,7 +15,6 @@ from helpers_data import pair_files
 
 from chainlora import export_adapter, train
 from chainlora.cli.main import run as cli
-from chainlora.config.staging import make_stages
 from chainlora.errors import ChainLoRAError, ConfigError, RunError, StoppedError
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.runs.addresses import open_run
@@ -153,10 +152,6 @@ def test_what_a_tolerance_needs_is_asked_for_before_any_training(harmful, tmp_pa
         harmful["stages"][1]["data"][key] = value
         with pytest.raises(RunError, match=rf"data.{key}.*none of facts.*set data.{key}: {off}"):
             train_all(harmful)
-    harmful["stages"][1]["train"]["accept_links"] = 0.0
-    harmful["stages"][1]["chain"]["extra_modules"] = ["norm"]
-    with pytest.raises(ConfigError, match="on or off"):
-        make_stages(harmful)
 
 
 def test_rows_that_no_stage_learns_alike_are_not_replayed(harmful, tmp_path):

@@ -189,13 +189,6 @@ def test_a_best_point_scores_as_itself(config, tmp_path):
     assert stage_matrix(tmp_path / "run").grid[-1][0].state != whole.state
 
 
-def test_the_best_mix_of_what_is_no_sum_is_refused(config, tmp_path):
-    config["stages"][1]["chain"]["extra_modules"] = ["norm"]
-    train_all(config)
-    with pytest.raises(RunError, match=r"links must be low-rank sums .*whole.* name the strengths"):
-        best_mix(tmp_path / "run")
-
-
 def test_the_best_mix_weakens_a_stage_that_harms_the_rows_of_others(config, tmp_path):
     """Wrong answers, of which no rows are kept, undo what the first stage has learned."""
     facts, style = config["stages"]

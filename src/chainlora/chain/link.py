@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,7 +45,6 @@ class Link:
     module paths to A (rank × in) and B (out × rank). `config` is what the link was tuned with. The
     stored rank can be larger than the tuned one: a PiSSA link stores ``[B, −B₀]·[A; A₀]``, a link
     with soft knots the sum of what it tied on the way, compressed to the relative error `error`.
-    `extra` holds the weights, by parameter path, of trained modules that are not LoRA.
 
     `index` is its place in the chain, from 0. `id` names it for good: no other link of its chain
     gets the same one, even after this link was dropped.
@@ -54,7 +53,6 @@ class Link:
     index: int
     config: LinkConfig
     factors: dict[str, Factors]
-    extra: dict[str, Tensor] = field(default_factory=dict)
     num_steps: int = 0
     error: float = 0.0
     id: int = -1  # by default, the index

@@ -44,8 +44,6 @@ class LinkShape(Section):
     Embedding layers."""
     exclude_modules: Names | str | None = None
     """Names or a regular expression to leave out."""
-    extra_modules: Names = ()
-    """Modules that are trained whole beside LoRA, across all links."""
     train_factors: Literal["both", "A", "B"] = "both"
     """`both`, or only one factor: `A`, `B` (RAC-LoRA, arXiv 2410.08305)."""
 

@@ -234,12 +234,6 @@ class RunConfig(Called):
             list(chain.ranks),
             "use optimizer_reset: full",
         )
-        refuse_if(
-            isinstance(train.accept_links, float) and chain.extra_modules,
-            "a number as `accept_links` weakens a stage, and extra modules are on or off",
-            train.accept_links,
-            "leave it out, or these",
-        )
         return self
 
     @model_validator(mode="after")

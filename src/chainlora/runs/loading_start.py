@@ -80,7 +80,7 @@ def load_start(source: str | Path) -> Start:
         return replace(start, tokenizer=tokenizer or start.tokenizer)
     if (folder / "adapter_config.json").is_file():
         found = import_adapter(folder)
-        link = Link(0, found.config, found.factors, found.extra)
+        link = Link(0, found.config, found.factors)
         revision = found.stored.get("revision")
         notes = (f"the adapter is for revision {revision} of its base",) if revision else ()
         return Start(links=(link,), adapter=found, tokenizer=tokenizer, notes=notes)
@@ -99,9 +99,7 @@ def start_at(state: OpenState) -> Start:
             f"a run of full fine-tuning, {state.run}",
             f"take {state.model_folder()} as the model",
         )
-    extra = {} if state.has_run else read_chain(state).start
-    links = tuple(state.links())
-    return Start(state=state, links=links, tokenizer=state.tokenizer(), extra=extra)
+    return Start(state=state, links=tuple(state.links()), tokenizer=state.tokenizer())
 
 
 def fitted(start: Start, chain: Chain, name: str | None = None) -> Start:
@@ -110,14 +108,14 @@ def fitted(start: Start, chain: Chain, name: str | None = None) -> Start:
     `name` is what the model is called; by default, what it calls itself. Raises ModelError or
     RunError for a model that the links are not for.
     """
-    if start.adapter is not None:
-        _check_fit(start.adapter, chain.model)
+    if (adapter := start.adapter) is not None:
+        _check_fit(adapter, chain.model)
         own = name_of(chain.model)
-        notes = _other_name(start.adapter, name or hub_id_of(own) or own)
+        notes = _other_name(adapter, name or hub_id_of(own) or own)
         start = replace(start, notes=start.notes + notes)
-        return _without_dora(start, start.adapter.magnitudes, chain.model)
+        return _without_dora(start, adapter.magnitudes, chain.model)
     base = None if start.state is None else start.state.base
-    if base is not None and base.body != chain.fingerprint.without(start.extra):
+    if base is not None:
         folder = folder_of(chain.model)
         files = base_files(folder) if folder and base.files is not None else None
         fingerprint = chain.base_fingerprint
@@ -131,7 +129,6 @@ def put_on(start: Start, chain: Chain) -> Start:
     Nothing changes where the model is refused.
     """
     start = fitted(start, chain)
-    chain.set_start_of_extra(start.extra)
     chain.add(*start.links)
     return start
 
@@ -330,7 +327,7 @@ def _is_same_link(one: Link, two: Link) -> bool:
 
 
 def _tensors(link: Link) -> dict[tuple[str, str], Tensor]:
-    found = {(name, ""): tensor for name, tensor in link.extra.items()}
+    found: dict[tuple[str, str], Tensor] = {}
     for name, factors in link.factors.items():
         parts = {part: getattr(factors, part) for part in ("a", "b", "bias")}
         found |= {(name, part): tensor for part, tensor in parts.items() if tensor is not None}

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from chainlora.chain.adapters import Factors, has_fan_in_first, linked_layer, reload_adapter
@@ -29,7 +29,6 @@ def check_adapter(
     folder: Path,
     skeleton: nn.Module | None,
     factors: Mapping[str, Factors],
-    extra: Mapping[str, Tensor],
     *,
     remedy: str = "export --to merged",
 ) -> None:
@@ -44,7 +43,7 @@ def check_adapter(
             raise ModelError(
                 f"links must fit their base (got {fault}); restore the run's files, or the base"
             )
-    wrong = reload_adapter(folder, skeleton, factors, extra)
+    wrong = reload_adapter(folder, skeleton, factors)
     if wrong is not None:
         raise ModelError(
             f"an adapter must load with PEFT as it was (got another {wrong}); please report it "

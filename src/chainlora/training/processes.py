@@ -362,7 +362,6 @@ def check_shards(config: RunConfig) -> None:
         "quantize": config.quantize is not None,
         "chain.tune: full": chain.tune == "full",
         "chain.init: pissa": chain.init == "pissa",
-        "chain.extra_modules": bool(chain.extra_modules),
     }
     if found := [key for key, is_set in refused.items() if is_set]:
         raise ConfigError(

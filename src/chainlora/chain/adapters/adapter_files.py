@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from chainlora.chain.adapters.targets import peft_config, trained_module
+from chainlora.chain.adapters.targets import peft_config
 from chainlora.chain.link import Factors
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import RunError
@@ -28,7 +28,6 @@ _PREFIX = "base_model.model."
 _OF_LINEAR = ("lora_A.weight", "lora_B.weight")
 _OF_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 MAGNITUDE = ".lora_magnitude_vector"  # of DoRA, which `import_adapter` reads
-_HEADS = {"classifier", "score", "qa_outputs"}  # that PEFT wants whole, by the task
 
 
 def save_adapter(
@@ -39,7 +38,6 @@ def save_adapter(
     rank: int,
     alpha: float,
     base: str,
-    extra: Mapping[str, Tensor] | None = None,
     fan_in_fan_out: bool = False,
     task_type: str | None = "CAUSAL_LM",
 ) -> None:
@@ -50,14 +48,9 @@ def save_adapter(
     Args:
         rank: of the stored factors; a PiSSA link stores twice its tuned rank.
         alpha: of the stored factors.
-        extra: weights of trained extra modules by parameter path.
         fan_in_fan_out: whether the adapted layers store their weights (in × out), as GPT-2 does.
-        task_type: PEFT's name of what the model is for; left out where PEFT would miss the head of
-            a classifier, which was not trained whole.
+        task_type: PEFT's name of what the model is for.
     """
-    heads = [path for path in extra or {} if _HEADS.intersection(path.split("."))]
-    if task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and not heads:
-        task_type = None
     tensors: dict[str, Tensor] = {}
     for name, share in factors.items():
         a, b = _names(share)
@@ -65,8 +58,6 @@ def save_adapter(
         tensors[f"{_PREFIX}{name}.{b}"] = _stored(share.b)
         if share.bias is not None:
             tensors[f"{_PREFIX}{name}.lora_B.bias"] = share.bias
-    for path, weight in (extra or {}).items():
-        tensors[f"{_PREFIX}{path}"] = weight.contiguous()
     save_tensors(directory / _WEIGHTS, tensors, metadata={"format": "pt"})
     written = peft_config(
         config,
@@ -76,7 +67,6 @@ def save_adapter(
         inference_mode=True,
         target_modules=sorted(factors),
         exclude_modules=None,
-        modules_to_save=sorted({trained_module(path, config) for path in extra or {}}) or None,
         init_lora_weights=True,
         fan_in_fan_out=fan_in_fan_out,
         task_type=task_type,
@@ -101,8 +91,16 @@ def _names(share: Factors) -> tuple[str, str]:
     return _OF_EMBEDDING if share.of_embedding else _OF_LINEAR
 
 
-def load_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor]]:
-    """Read a saved adapter: factors by module, extra weights by parameter path.
+def load_adapter(directory: Path) -> dict[str, Factors]:
+    """Read the factors of a link by module. Raises RunError unless they are all that is there."""
+    factors, beside = read_adapter(directory)
+    if beside:
+        raise damaged(directory, f"weights beside factors, at {min(beside)}")
+    return factors
+
+
+def read_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    """Read a saved adapter: factors by module, and other tensors in it by parameter path.
 
     Raises RunError unless it is whole: every module has both factors, of one rank.
     """
@@ -159,9 +157,7 @@ def damaged(directory: Path, what: object) -> RunError:
     )
 
 
-def reload_adapter(
-    directory: Path, model: Any, factors: Mapping[str, Factors], extra: Mapping[str, Tensor]
-) -> str | None:
+def reload_adapter(directory: Path, model: Any, factors: Mapping[str, Factors]) -> str | None:
     """Load a saved adapter onto a plain model with PEFT; return the name of a weight that differs.
 
     `model` is on the meta device, and is adapted in place. It gets memory that nothing touches:
@@ -170,21 +166,19 @@ def reload_adapter(
     with warnings.catch_warnings(action="ignore"):
         model = model.to_empty(device="cpu")  # PEFT moves factors to the device of their layer
         loaded = peft.PeftModel.from_pretrained(model, str(directory))
-    wanted = dict(extra)
+    wanted: dict[str, Tensor] = {}
     for name, pair in factors.items():
         a, b = _names(pair)
         parts = {a: pair.a, b: pair.b, "lora_B.bias": pair.bias}
         wanted |= {f"{name}.{key}": part for key, part in parts.items() if part is not None}
     found = {}
     for name, parameter in loaded.named_parameters():
-        plain = name.removeprefix(_PREFIX).replace(".default", "").replace(".modules_to_save", "")
-        is_whole = ".modules_to_save." in name  # PEFT adds an untrained head of a classifier too
-        if ".lora_" in name or (is_whole and plain in wanted):
-            found[plain] = parameter
+        if ".lora_" in name:
+            found[name.removeprefix(_PREFIX).replace(".default", "")] = parameter
     for name in sorted(wanted.keys() | found.keys()):
         if name not in wanted or name not in found:
             return name
-        tensor = found[name].detach().cpu()  # extra modules come in the model's dtype
+        tensor = found[name].detach().cpu()
         if not torch.equal(tensor, wanted[name].to(tensor.dtype)):
             return name
     return None

@@ -28,18 +28,12 @@ from chainlora.chain.adapters.layer_facts import (
 )
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ModelError
-from chainlora.models.quantizing import is_packed, is_quantized
+from chainlora.models.quantizing import is_packed
 from chainlora.models.shards import is_shard
 
 log = logging.getLogger(__name__)
 
 _SAID: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-
-_TASKS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
 
 
 def peft_config(config: LinkConfig, **overrides: Any) -> peft.LoraConfig:
@@ -51,7 +45,6 @@ def peft_config(config: LinkConfig, **overrides: Any) -> peft.LoraConfig:
         "lora_bias": config.lora_bias,
         "target_modules": listed(config.target_modules),
         "exclude_modules": listed(config.exclude_modules),
-        "modules_to_save": list(config.extra_modules) or None,
     }
     return peft.LoraConfig(**keys | overrides)
 
@@ -62,11 +55,10 @@ def listed(value: Sequence[str] | str | None) -> list[str] | str | None:
 
 
 def task_type(model: nn.Module) -> str | None:
-    """Return PEFT's name of what a model is for, None where it has none."""
-    name = type(model).__name__
-    for ending, task in _TASKS.items():
-        if name.endswith(ending):
-            return task
+    """Return PEFT's name of what a generating model is for; None for other models.
+
+    For a classifier's task PEFT would train its head whole.
+    """
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         return None
     if not model.config.is_encoder_decoder:
@@ -90,8 +82,6 @@ def target_candidates(model: nn.Module) -> list[str]:
 def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module]:
     """Return the modules a link would adapt, by path, as PEFT itself picks them.
 
-    What `extra_modules` trains whole is not adapted as well.
-
     ``all-linear`` is every Linear and Conv1D layer but the head, and but those where a LoRA would
     do nothing or PEFT has none: layers that the model never calls on text (vision towers, weights
     that are read directly), and names that PEFT takes for stacked experts. Linear layers that show
@@ -107,11 +97,10 @@ def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module
     takes_all = str(config.target_modules).lower() == "all-linear"
     if takes_all:
         resolved.target_modules |= {n for n, module in model.named_modules() if is_packed(module)}
-    trained_whole = inside(model, config.extra_modules)
     matched = {
         name: module
         for name, module in model.named_modules()
-        if name and name not in trained_whole and check_target_module_exists(resolved, name)
+        if name and check_target_module_exists(resolved, name)
     }
     if not takes_all:
         return matched
@@ -138,44 +127,6 @@ def _warn_once(model: nn.Module, text: str) -> None:
     if text not in said:
         said.add(text)
         log.warning("%s", text)
-
-
-def named_modules(model: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
-    """Return (path, module) of all modules whose path is, or ends in, one of `names`."""
-    return [
-        (path, module)
-        for path, module in model.named_modules()
-        if any(is_named(path, name) for name in names)
-    ]
-
-
-def trained_module(path: str, config: LinkConfig) -> str:
-    """Return the extra module that a parameter belongs to, by path; it may lie deep inside.
-
-    What PEFT trains because its path ends like another's (`pre_classifier`, `classifier`) is a
-    module of its own.
-    """
-    parts = path.split(".")[:-1]
-    for size in range(1, len(parts) + 1):
-        module = ".".join(parts[:size])
-        if any(is_named(module, name) for name in config.extra_modules):
-            return module
-    return ".".join(parts)
-
-
-def is_extra(path: str, config: LinkConfig) -> bool:
-    """Say whether a parameter belongs to a module that the config trains whole."""
-    module = trained_module(path, config)
-    return any(is_named(module, name) for name in config.extra_modules)
-
-
-def inside(model: nn.Module, names: Sequence[str]) -> set[str]:
-    """Return the paths of the modules that `named_modules` finds, and of all within them."""
-    return {
-        f"{path}.{below}".rstrip(".")
-        for path, module in named_modules(model, names)
-        for below, _ in module.named_modules()
-    }
 
 
 def is_named(path: str, last: str) -> bool:
@@ -219,8 +170,6 @@ def check_targets(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module]:
             f"the model must call the layers that are adapted (got {idle}, whose weight it reads "
             f"directly, or not at all on text); candidates: {', '.join(target_candidates(model))}"
         )
-    for extra in config.extra_modules:
-        _check_extra(model, extra, (head, embedding))
     narrow = {name: side for name in matched if (side := min(sizes(matched[name]))) < config.rank}
     if narrow:
         first = min(narrow, key=lambda name: narrow[name])
@@ -244,9 +193,8 @@ def _check_names(model: nn.Module, config: LinkConfig, matched: Mapping[str, nn.
             "all-linear"
         )
     names = config.target_modules if isinstance(config.target_modules, tuple) else ()
-    trained_whole = inside(model, config.extra_modules)
     for target in names:
-        if not any(is_named(name, target) for name in (*matched, *trained_whole)):
+        if not any(is_named(name, target) for name in matched):
             raise ModelError(
                 f"every name in `target_modules` must match (got {target!r}, which matches "
                 f"nothing); candidates: {candidates}"
@@ -324,25 +272,3 @@ def _idle_target(
         if mine and uncalled.issuperset(mine):
             return mine[0]
     return None
-
-
-def _check_extra(model: nn.Module, extra: str, tied: tuple[nn.Module | None, ...]) -> None:
-    """Raise if the extra modules of a name are not there, or cannot be trained by themselves."""
-    found = named_modules(model, (extra,))
-    if not found:
-        known = dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules() if name)
-        named = ", ".join(name for name in known if not name.isdigit())
-        raise ModelError(
-            f"`extra_modules` must match a module (got {extra!r}, which matches nothing); "
-            f"known: {named}"
-        )
-    if any(is_quantized(part) for _, module in found for part in module.modules()):
-        raise ModelError(
-            f"`extra_modules` must not name quantised layers (got {extra!r}): they cannot be "
-            "trained; leave it out"
-        )
-    if any(module in tied for _, module in found):
-        raise ModelError(
-            f"`extra_modules` must not name a tied head or embedding (got {extra!r}): training one "
-            "would change the other; untie the weights first"
-        )
