@@ -49,9 +49,6 @@ VARIANTS: dict[str, Any] = {
     },
     "all-linear": {name: {"target_modules": "all-linear"} for name in TARGETS},
     "one layer": {name: {"layers_to_transform": [1]} for name in TARGETS},
-    "an embedding": {
-        "llama": {"target_modules": ["embed_tokens", "q_proj"], "rank_pattern": {"q_proj": 2}}
-    },
     "a bias": {"gpt2": {"lora_bias": True, "alpha_pattern": {"c_attn": 1}}},
     "eva": {"llama": {"init_lora_weights": "eva"}},  # which leaves the base as it is
 }
@@ -91,7 +88,7 @@ def by_peft(model: Any, folder: Path) -> torch.Tensor:
     return logits(peft.PeftModel.from_pretrained(model, folder))
 
 
-ROUNDED = ("plain", "an embedding", "a bias")  # in a way of their own
+ROUNDED = ("plain", "a bias")  # in a way of their own
 CASES = [
     (variant, name, dtype)
     for variant, keys in VARIANTS.items()
@@ -160,6 +157,12 @@ def test_a_run_starts_on_a_dora_adapter_and_resumes(configure, tiny_folder, tmp_
         assert torch.equal(pair.a, alone.factors[name].a)
     assert link.error == alone.error > 0
     export_adapter(open_run(run.output), tmp_path / "both")
+
+
+def test_an_adapter_on_an_embedding_is_refused(tmp_path):
+    folder = save_lora(tmp_path / "made", target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(ChainLoRAError, match=r"on linear layers .*embed_tokens.*merge it with PEFT"):
+        load_chain(folder, base("llama"))
 
 
 def test_a_link_is_tuned_on_an_adapter_and_both_become_one(tmp_path):

@@ -18,14 +18,12 @@ from chainlora.errors import ChainError
 class Factors:
     """One module's share of a link, float32 on the CPU: ``A`` (rank × in), ``B`` (out × rank).
 
-    `bias` (out) is LoRA's own bias on B. Of an embedding, A has a column for each token, and PEFT
-    has names of its own for both.
+    `bias` (out) is LoRA's own bias on B.
     """
 
     a: Tensor
     b: Tensor
     bias: Tensor | None = None
-    of_embedding: bool = False
 
     def __repr__(self) -> str:
         return f"<Factors: A {tuple(self.a.shape)}, B {tuple(self.b.shape)}>"
@@ -144,7 +142,6 @@ def stack_links(links: Sequence[Link]) -> dict[str, Factors]:
             torch.cat([factors.a for factors, _ in terms]),
             torch.cat([scaling * factors.b for factors, scaling in terms], dim=1),
             torch.stack(biases).sum(0) if biases else None,
-            of_embedding=any(factors.of_embedding for factors, _ in terms),
         )
     return stacked
 

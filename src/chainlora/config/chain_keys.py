@@ -40,8 +40,7 @@ class LinkShape(Section):
     lora_bias: bool = False
     """Train a bias on B, merged into the layer's bias; refused for layers without a bias."""
     target_modules: Names | str = "all-linear"
-    """Names of modules, a regular expression, or `all-linear`; Linear, Conv1D and (by name)
-    Embedding layers."""
+    """Names of modules, a regular expression, or `all-linear`; Linear and Conv1D layers."""
     exclude_modules: Names | str | None = None
     """Names or a regular expression to leave out."""
     train_factors: Literal["both", "A", "B"] = "both"

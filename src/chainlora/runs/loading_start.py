@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chainlora.chain.adapters import Imported, dequantized, import_adapter, linked_layer
+from chainlora.chain.adapters import MERGE, Imported, dequantized, import_adapter, linked_layer
 from chainlora.chain.chain import Chain
 from chainlora.chain.checks import check_link
 from chainlora.chain.holding import hold_for
@@ -49,8 +49,6 @@ from chainlora.runs.start import Start
 from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
-
-_MERGE = "merge it with PEFT, and take the result as the model"
 
 
 def load_start(source: str | Path) -> Start:
@@ -178,7 +176,7 @@ def _check_fit(adapter: Imported, model: nn.Module) -> None:
             raise ModelError(
                 "the vocabulary of an adapter must be that of its base",
                 f"{weight.shape[0]} rows for {rows}, or other values, at {path}",
-                _MERGE,
+                MERGE,
             )
 
 
@@ -195,14 +193,12 @@ def _without_dora(start: Start, magnitudes: Mapping[str, Tensor], model: nn.Modu
     for name, magnitude in magnitudes.items():
         layer = linked_layer(model, name)
         if is_shard(layer.weight):
-            raise ModelError("a DoRA adapter needs whole weights", f"a share of {name}", _MERGE)
+            raise ModelError("a DoRA adapter needs whole weights", f"a share of {name}", MERGE)
         weight = dequantized(layer)
         tuned = weight + link.delta_weight(name)
         update = tuned * (magnitude / tuned.norm(dim=1)).unsqueeze(1) - weight
         if not update.isfinite().all():
-            raise ModelError(
-                "a DoRA adapter must leave finite weights", f"others at {name}", _MERGE
-            )
+            raise ModelError("a DoRA adapter must leave finite weights", f"others at {name}", MERGE)
         pair = principal_factors(link.config, update, generator_for(0, "dora", name))
         factors[name] = pair
         change += float(update.square().sum())

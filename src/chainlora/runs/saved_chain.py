@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from chainlora import files
-from chainlora.chain.adapters import base_layer, has_fan_in_first, set_config, task_type
+from chainlora.chain.adapters import base_layer, is_transposed, set_config, task_type
 from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
@@ -172,7 +172,7 @@ def describe_base(chain: Chain) -> Base:
         fingerprint=chain.base_fingerprint,
         task_type=task_type(model),
         dtype=str(parameter.dtype).removeprefix("torch."),
-        fan_in_fan_out=any(has_fan_in_first(base_layer(module)) for module in model.modules()),
+        fan_in_fan_out=any(is_transposed(base_layer(module)) for module in model.modules()),
     )
 
 

@@ -164,7 +164,7 @@ def _check_factors(factors: Mapping[str, Factors]) -> None:
         if pair.bias is not None:
             wrong.append(f"{name}, with a bias")
         if ".layers." not in name:
-            wrong.append(f"{name}, an embedding or head")
+            wrong.append(f"{name}, a head")
     if wrong:
         raise ModelError(
             "a LoRA of llama.cpp must be on linear maps of layers alone", wrong[0], "use --to gguf"

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from chainlora.chain.adapters import Factors, has_fan_in_first, linked_layer, reload_adapter
+from chainlora.chain.adapters import Factors, is_transposed, linked_layer, reload_adapter
 from chainlora.chain.checks import check_link, misfit
 from chainlora.chain.link import Link
 from chainlora.errors import ChainLoRAError, ModelError
@@ -59,7 +59,7 @@ def stores_transposed(skeleton: nn.Module, links: Sequence[Link]) -> bool:
     for link in links:
         check_link(link, skeleton)
     names = {name for link in links for name in link.factors}
-    return any(has_fan_in_first(linked_layer(skeleton, name)) for name in names)
+    return any(is_transposed(linked_layer(skeleton, name)) for name in names)
 
 
 def skeleton_like(model: nn.Module) -> nn.Module | None:

@@ -15,7 +15,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from torch import nn
 
-from chainlora.chain.adapters import has_fan_in_first, prepare_quantized
+from chainlora.chain.adapters import is_transposed, prepare_quantized
 from chainlora.chain.chain import Chain
 from chainlora.chain.holding import holding_named
 from chainlora.config.reading import flatten
@@ -258,7 +258,7 @@ def _base_of(config: RunConfig, chain: Chain, files: dict[str, str]) -> Base:
         fingerprint=chain.base_fingerprint,
         dtype=config.train.dtype,
         files=files,
-        fan_in_fan_out=any(map(has_fan_in_first, chain.model.modules())),
+        fan_in_fan_out=any(map(is_transposed, chain.model.modules())),
         quantize=config.quantize,
     )
 

@@ -9,6 +9,7 @@ importing.py      a LoRA made elsewhere, as a link has it
 """
 
 from chainlora.chain.adapters.adapter_files import (
+    MERGE,
     load_adapter,
     reload_adapter,
     save_adapter,
@@ -16,7 +17,6 @@ from chainlora.chain.adapters.adapter_files import (
 from chainlora.chain.adapters.importing import Imported, import_adapter
 from chainlora.chain.adapters.layer_facts import (
     dequantized,
-    has_fan_in_first,
     is_transposed,
     num_trained,
     prepare_quantized,

@@ -19,14 +19,14 @@ from torch import Tensor
 from chainlora.chain.adapters.targets import peft_config
 from chainlora.chain.link import Factors
 from chainlora.config.schema import LinkConfig
-from chainlora.errors import RunError
+from chainlora.errors import ModelError, RunError
 from chainlora.files import reported, save_tensors
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_OF_LINEAR = ("lora_A.weight", "lora_B.weight")
-_OF_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+MERGE = "merge it with PEFT, and take the result as the model"
 MAGNITUDE = ".lora_magnitude_vector"  # of DoRA, which `import_adapter` reads
 
 
@@ -53,9 +53,8 @@ def save_adapter(
     """
     tensors: dict[str, Tensor] = {}
     for name, share in factors.items():
-        a, b = _names(share)
-        tensors[f"{_PREFIX}{name}.{a}"] = _stored(share.a)
-        tensors[f"{_PREFIX}{name}.{b}"] = _stored(share.b)
+        tensors[f"{_PREFIX}{name}{_A}"] = _stored(share.a)
+        tensors[f"{_PREFIX}{name}{_B}"] = _stored(share.b)
         if share.bias is not None:
             tensors[f"{_PREFIX}{name}.lora_B.bias"] = share.bias
     save_tensors(directory / _WEIGHTS, tensors, metadata={"format": "pt"})
@@ -87,10 +86,6 @@ def _stored(factor: Tensor) -> Tensor:
     return (narrow if torch.equal(narrow.float(), factor) else factor).contiguous()
 
 
-def _names(share: Factors) -> tuple[str, str]:
-    return _OF_EMBEDDING if share.of_embedding else _OF_LINEAR
-
-
 def load_adapter(directory: Path) -> dict[str, Factors]:
     """Read the factors of a link by module. Raises RunError unless they are all that is there."""
     factors, beside = read_adapter(directory)
@@ -102,26 +97,22 @@ def load_adapter(directory: Path) -> dict[str, Factors]:
 def read_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor]]:
     """Read a saved adapter: factors by module, and other tensors in it by parameter path.
 
-    Raises RunError unless it is whole: every module has both factors, of one rank.
+    Raises RunError unless it is whole: every module has both factors, of one rank. Raises
+    ModelError for a LoRA on an embedding.
     """
     with _whole(directory):
         tensors = load_file(directory / _WEIGHTS)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
-    modules = [
-        (name.removesuffix(f".{kind[0]}"), kind)
-        for name in tensors
-        for kind in (_OF_LINEAR, _OF_EMBEDDING)
-        if name.endswith(f".{kind[0]}")
-    ]
+    if embeddings := [name for name in tensors if ".lora_embedding_" in name]:
+        rule, got = "an adapter must be on linear layers", f"{embeddings[0]} in {directory}"
+        raise ModelError(rule, got, MERGE)
     factors = {}
-    for name, kind in modules:
-        a = tensors.pop(f"{name}.{kind[0]}")
-        b = tensors.pop(f"{name}.{kind[1]}", None)
+    for name in [name.removesuffix(_A) for name in tensors if name.endswith(_A)]:
+        a, b = tensors.pop(f"{name}{_A}"), tensors.pop(f"{name}{_B}", None)
         if b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
             raise damaged(directory, f"no pair of factors for {name}")
         bias = tensors.pop(f"{name}.lora_B.bias", None)
-        bias, of_embedding = None if bias is None else bias.float(), kind is _OF_EMBEDDING
-        factors[name] = Factors(a.float(), b.float(), bias, of_embedding)
+        factors[name] = Factors(a.float(), b.float(), None if bias is None else bias.float())
     if not factors:
         raise damaged(directory, "no factors")
     modules_left = ((name, name.removesuffix(MAGNITUDE)) for name in tensors if ".lora_" in name)
@@ -168,9 +159,8 @@ def reload_adapter(directory: Path, model: Any, factors: Mapping[str, Factors]) 
         loaded = peft.PeftModel.from_pretrained(model, str(directory))
     wanted: dict[str, Tensor] = {}
     for name, pair in factors.items():
-        a, b = _names(pair)
-        parts = {a: pair.a, b: pair.b, "lora_B.bias": pair.bias}
-        wanted |= {f"{name}.{key}": part for key, part in parts.items() if part is not None}
+        parts = {_A: pair.a, _B: pair.b, ".lora_B.bias": pair.bias}
+        wanted |= {f"{name}{key}": part for key, part in parts.items() if part is not None}
     found = {}
     for name, parameter in loaded.named_parameters():
         if ".lora_" in name:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from chainlora.chain.adapters.adapter_files import (
     MAGNITUDE,
+    MERGE,
     damaged,
     read_adapter,
     read_config,
@@ -59,7 +60,6 @@ _READ = {
 _CHOICE = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 # These leave the base's weights as they are; PiSSA, OLoRA, CorDA, LoftQ and others do not.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-_MERGE = "merge it with PEFT, and take the result as the model"
 _CONVERT = (
     "save it as a plain LoRA first (PEFT: save_pretrained with "
     "path_initial_model_for_weight_conversion), or merge it and take the result as the model"
@@ -121,10 +121,10 @@ def odd_field(config: Mapping[str, Any], known: set[str]) -> tuple[str, object] 
 def _check(config: dict[str, Any], folder: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise ModelError("an adapter must be a LoRA", f"{kind!r:.40} in {folder}", _MERGE)
+        raise ModelError("an adapter must be a LoRA", f"{kind!r:.40} in {folder}", MERGE)
     if odd := odd_field(config, _READ | _CHOICE):
         got = f"`{odd[0]}: {odd[1]!r:.60}` in {folder}"
-        raise ModelError("an adapter must be LoRA or DoRA and no more", got, _MERGE)
+        raise ModelError("an adapter must be LoRA or DoRA and no more", got, MERGE)
     if (init := config.get("init_lora_weights")) not in _INITS:
         got = f"`init_lora_weights: {init!r:.40}` in {folder}"
         raise ModelError("an adapter must be for the base as it is", got, _CONVERT)

@@ -60,9 +60,7 @@ class FactorsIn(NamedTuple):
 
 
 def factors_in(layer: Any, name: str) -> FactorsIn:
-    """Return an adapter's parameters in a tuner layer; PEFT keeps an embedding's elsewhere."""
-    if name in layer.lora_embedding_A:
-        return FactorsIn(layer.lora_embedding_A[name], layer.lora_embedding_B[name], None)
+    """Return an adapter's parameters in a tuner layer."""
     b = layer.lora_B[name]
     return FactorsIn(layer.lora_A[name].weight, b.weight, b.bias)
 
@@ -86,7 +84,7 @@ def linked_layer(model: nn.Module, name: str) -> Any:
         layer = base_layer(model.get_submodule(name))
     except AttributeError:
         return None
-    return layer if is_linear(layer) or isinstance(layer, nn.Embedding) else None
+    return layer if is_linear(layer) else None
 
 
 @torch.inference_mode(False)  # in which nothing is made that can be trained
@@ -94,7 +92,7 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
     """Put a fresh LoRA on `model` in place: adapter weights in float32, the rest frozen.
 
     Factors hold PEFT's own start; the caller sets them. Raises ModelError when nothing matches,
-    when a matched layer is neither Linear, Conv1D nor Embedding, when a target shares its storage
+    when a matched layer is neither Linear nor Conv1D, when a target shares its storage
     (tied head), or `lora_bias` finds no bias.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -106,8 +104,8 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
         tuner = peft.LoraModel(model, peft_config(config, target_modules=targets, **keys), LIVE)
     adapter = Adapter(tuner, config, lora_layers(model), trainable=trainable)
     for layer in adapter.layers.values():
-        for part in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B):
-            part.float()
+        layer.lora_A.float()
+        layer.lora_B.float()
         layer.train(layer.get_base_layer().training)  # no dropout in a model that is evaluated
     train_only(adapter)
     return adapter
@@ -158,8 +156,7 @@ def live_factors(adapter: Adapter, name: str) -> tuple[nn.Parameter, nn.Paramete
 def copied_factors(layer: Any) -> Factors:
     """Copy the factors of a tuner layer to float32 on the CPU."""
     a, b, bias = factors_in(layer, LIVE)
-    of_embedding = LIVE in layer.lora_embedding_A
-    return Factors(host(a), host(b), None if bias is None else host(bias), of_embedding)
+    return Factors(host(a), host(b), None if bias is None else host(bias))
 
 
 def set_config(adapter: Adapter, config: LinkConfig) -> None:
@@ -243,9 +240,7 @@ def _put_on_branch(adapter: Adapter, modules: list[str], rank: int, with_bias: b
         tuner.inject_adapter(tuner.model, CARRIED)
         tuner.set_adapter([CARRIED, LIVE])
     adapter.branch = {
-        name: layer
-        for name, layer in lora_layers(tuner.model).items()
-        if CARRIED in layer.lora_A or CARRIED in layer.lora_embedding_A
+        name: layer for name, layer in lora_layers(tuner.model).items() if CARRIED in layer.lora_A
     }
     for layer in adapter.branch.values():
         for parameter in factors_in(layer, CARRIED):

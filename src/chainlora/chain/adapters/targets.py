@@ -17,11 +17,10 @@ from chainlora.chain.adapters.layer_facts import (
     has_own_forward,
     is_linear,
     kind_of,
-    looks_up,
     shared_weights,
     sizes,
     stacked_experts,
-    tied_pair,
+    tied_head,
     uncalled_modules,
     why_no_lora,
     why_no_lora_by_name,
@@ -29,7 +28,6 @@ from chainlora.chain.adapters.layer_facts import (
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ModelError
 from chainlora.models.quantizing import is_packed
-from chainlora.models.shards import is_shard
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +69,7 @@ def target_candidates(model: nn.Module) -> list[str]:
     """Return the last path parts of all layers that can be linked, most frequent first, for
     `target_modules`."""
     counts: dict[str, int] = {}
-    head, _ = tied_pair(model)
+    head = tied_head(model)
     for name, module in model.named_modules():
         if is_linear(module) and module is not head:
             last = name.rpartition(".")[2]
@@ -142,16 +140,16 @@ def check_targets(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module]:
     they match cannot be linked and merged."""
     matched = matched_modules(model, config)
     _check_names(model, config, matched)
-    head, embedding = tied_pair(model)
+    head = tied_head(model)
     shared = shared_weights(model)
     fused = stacked_experts(model, matched)
     uncalled = uncalled_modules(model, matched)
     for name, module in matched.items():
         _check_kind(model, name, module)
-        if module is head or module is embedding:
+        if module is head:
             raise ModelError(
-                "`target_modules` must not name a head or embedding that are tied (got "
-                f"{name}): its merge would change the other too; exclude it, or untie the weights"
+                "`target_modules` must not name a head that is tied to the embedding (got "
+                f"{name}): its merge would change both; exclude it, or untie the weights"
             )
         if name in shared:
             raise ModelError(
@@ -202,11 +200,11 @@ def _check_names(model: nn.Module, config: LinkConfig, matched: Mapping[str, nn.
 
 
 def _check_kind(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Raise unless a layer is a plain linear map, of states or tokens, that PEFT has a LoRA for."""
+    """Raise unless a layer is a plain linear map that PEFT has a LoRA for."""
     kind = type(module).__name__
-    if not is_linear(module) and not isinstance(module, nn.Embedding):
+    if not is_linear(module):
         raise ModelError(
-            f"only Linear, Conv1D and Embedding layers can be linked (got {kind} at {name}); "
+            f"only Linear and Conv1D layers can be linked (got {kind} at {name}); "
             f"candidates: {', '.join(target_candidates(model))}"
         )
     if is_packed(module) and (reason := why_no_lora(module)):
@@ -220,34 +218,12 @@ def _check_kind(model: nn.Module, name: str, module: nn.Module) -> None:
             f"only layers that compute x Wᵀ + c can be linked (got {kind} at {name}, which "
             "computes something else); leave it out, or use all-linear"
         )
-    if is_linear(module) and (reason := why_no_lora_by_name(model, name)):
+    if reason := why_no_lora_by_name(model, name):
         raise ModelError(f"PEFT must have a LoRA for each layer (got {name}: {reason})")
-    if not isinstance(module, nn.Embedding):
-        return
-    if is_shard(module.weight):
-        raise ModelError(
-            f"an embedding that processes share cannot be linked (got {kind} at {name}); leave it "
-            "out, or let each process hold the whole model"
-        )
-    if module.max_norm is not None or module.sparse or not looks_up(module):
-        raise ModelError(
-            "an embedding that is linked must look up rows of its weight and do no more (got "
-            f"{kind} at {name}, with max_norm, sparse gradients or a forward of its own); leave it "
-            "out"
-        )
 
 
 def _check_settings(config: LinkConfig, name: str, module: Any) -> None:
     """Raise if a link's initialization or bias does not suit a layer."""
-    if isinstance(module, nn.Embedding):
-        chosen = {"lora_bias": config.lora_bias}
-        chosen |= {f"init: {config.init}": config.init not in ("kaiming", "gaussian")}
-        if found := [key for key, is_set in chosen.items() if is_set]:
-            raise ModelError(
-                f"an embedding takes a plain LoRA (got {found[0]} with {name} in target_modules); "
-                "leave one of them out"
-            )
-        return
     shorter = min(sizes(module))
     if config.init in ("gradient", "pissa") and config.rank > shorter:
         raise ModelError(
