@@ -42,7 +42,7 @@ def preferences() -> Dataset:
     )
 
 
-def sft(folder, tokenizer, output: Path, callback, whole=None, **keys) -> SFTTrainer:
+def sft(folder, tokenizer, output: Path, callback, **keys) -> SFTTrainer:
     from trl import SFTConfig, SFTTrainer
 
     return SFTTrainer(
@@ -51,19 +51,19 @@ def sft(folder, tokenizer, output: Path, callback, whole=None, **keys) -> SFTTra
         train_dataset=conversations(),
         eval_dataset=conversations().select(range(8)),
         processing_class=tokenizer,
-        peft_config=lora(task_type=None, modules_to_save=whole),
+        peft_config=lora(task_type=None),
         callbacks=[callback],
     )
 
 
 def dpo(
-    folder, tokenizer, output: Path, callback, model=None, ref_model=None, whole=None, **keys
+    folder, tokenizer, output: Path, callback, model=None, ref_model=None, **keys
 ) -> DPOTrainer:
     """The reference is computed before, unless `keys` say otherwise: knots would move it."""
     from trl import DPOConfig, DPOTrainer
 
     keys = {"precompute_ref_log_probs": True} | keys
-    wrap = {} if model is not None else {"peft_config": lora(task_type=None, modules_to_save=whole)}
+    wrap = {} if model is not None else {"peft_config": lora(task_type=None)}
     return DPOTrainer(
         model=model or plain_model(folder),
         ref_model=ref_model,

@@ -19,7 +19,7 @@ from chainlora import export_adapter, load_run, train
 from chainlora.board.desk import Desk
 from chainlora.board.watching import find_runs, sections_of, standing_of
 from chainlora.config.staging import make_stages
-from chainlora.errors import ChainError, RunError
+from chainlora.errors import RunError
 from chainlora.evaluation.generation import Decoding, Speaker
 from chainlora.evaluation.stage_scores import Scorer, stage_matrix
 from chainlora.files import checksums
@@ -96,19 +96,6 @@ def test_a_mix_is_saved_and_exported_as_by_command(run, tmp_path):
     assert open_run(run).strengths == mix
     desk.save({"birds": 1.0, "hills": 1.0})
     assert open_run(run).entry.key == "hills"  # as trained: that entry again, and no mix
-
-
-def test_links_that_are_no_sum_are_on_or_off(tiny_folder, sentiment, tmp_path):
-    tree = settings(tiny_folder, sentiment, tmp_path / "run", chain={"extra_modules": ["norm"]})
-    train_stages(make_stages(tree | {"stages": [{"name": "norm"}]}))
-    desk = Desk(tmp_path / "run")
-    assert not desk.is_sum("norm")
-    with pytest.raises(ChainError, match="with extra modules must be 0 or 1"):
-        heard(desk, {"norm": 0.5})
-    for strength in (1, 0):
-        model, tokenizer = load_run(tmp_path / "run", num_links=None if strength else 0)
-        said = Speaker(model, tokenizer, Decoding(max_new_tokens=12)).complete(PROMPT, len)
-        assert heard(desk, {"norm": strength}) == said
 
 
 def test_who_stops_listening_stops_the_model(run):

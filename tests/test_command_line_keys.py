@@ -31,8 +31,8 @@ train.eval_every: 1,
 train.select_metric: loss, train.keep_best: true, train.early_stop: 1, train.save_every: 1,
 train.lora_plus_ratio: 4}
 """,
-    "extra modules": """
-{chain.ranks: [4, 2], chain.alpha_policy: fixed, chain.extra_modules: [norm],
+    "epochs": """
+{chain.ranks: [4, 2], chain.alpha_policy: fixed,
 chain.epochs: [0.5, 0.25], chain.steps: null, train.restart_schedule: true,
 train.restart_warmup_steps: 1, train.dtype: bfloat16, train.gradient_checkpointing: true}
 """,

@@ -255,12 +255,11 @@ def test_one_value_where_a_list_is_due_is_a_list_of_one():
         ("chain.steps", "5"),
         ("chain.target_modules", "q_proj"),
         ("chain.exclude_modules", "layers.0.v_proj"),
-        ("chain.extra_modules", "lm_head"),
         ("train.trackers", "wandb"),
     )
     chain = found.chain
     assert (chain.ranks, chain.steps, chain.alpha) == ((8,), (5,), 16.0)
-    assert (chain.target_modules, chain.extra_modules) == (("q_proj",), ("lm_head",))
+    assert chain.target_modules == ("q_proj",)
     assert (chain.exclude_modules, found.train.trackers) == (("layers.0.v_proj",), ("wandb",))
     for pattern in ("all-linear", ".*q_proj", "(q|v)_proj"):  # no names
         assert config(("chain.target_modules", pattern)).chain.target_modules == pattern

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, make_tiny_folder, tiny_model, write_rows
 from helpers import edit_json, settings, stop_after
-from helpers_export import FINAL_NORM, IDS, TARGETS, fit, live, logits, on_fresh_base
+from helpers_export import IDS, TARGETS, fit, live, logits, on_fresh_base
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -118,9 +118,7 @@ def test_links_k_is_the_chain_after_k_links(tune, folders, tmp_path):
 def test_bfloat16_keeps_its_dtype_and_the_adapter_is_as_near_as_one_cast(
     tune, folders, tmp_path, architecture
 ):
-    """A norm that is trained whole survives too."""
-    norm = FINAL_NORM[architecture]
-    run = tune(architecture, train={"dtype": "bfloat16"}, extra_modules=[norm])
+    run = tune(architecture, train={"dtype": "bfloat16"})
     assert export_merged(run, tmp_path / "m")["dtype"] == "bfloat16"
     merged = load(tmp_path / "m")
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
@@ -139,21 +137,16 @@ def test_bfloat16_keeps_its_dtype_and_the_adapter_is_as_near_as_one_cast(
 
 
 @pytest.mark.parametrize("architecture", ["opt", "gpt2"])
-def test_extra_modules_and_lora_bias_survive(tune, folders, tmp_path, architecture):
-    norm = FINAL_NORM[architecture]
-    run = tune(architecture, extra_modules=[norm], lora_bias=True)
+def test_lora_bias_survives(tune, folders, tmp_path, architecture):
+    run = tune(architecture, lora_bias=True)
     export_adapter(run, tmp_path / "a")
     stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert any(name.endswith("lora_B.bias") and stored[name].any() for name in stored)
-    assert f"base_model.model.{norm}.weight" in stored
     assert "vllm serve" not in (tmp_path / "a" / "README.md").read_text()  # which refuses these
     assert_close(on_fresh_base(folders[architecture], tmp_path / "a"), live(run))
     export_merged(run, tmp_path / "m")
-    merged = load(tmp_path / "m")
-    assert torch.equal(logits(merged), live(run))
-    base = load(folders[architecture])
-    assert not torch.equal(merged.get_submodule(norm).weight, base.get_submodule(norm).weight)
-    # compression leaves biases and extra modules whole
+    assert torch.equal(logits(load(tmp_path / "m")), live(run))
+    # compression leaves biases whole
     assert export_adapter(run, tmp_path / "c", rank=2)["error"] > 0
     small = load_file(tmp_path / "c" / "adapter_model.safetensors")
     for name in stored:

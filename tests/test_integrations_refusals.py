@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from helpers_integrations import lora, make_trainer, peft_model, plain_model
-from transformers import TrainerCallback
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from chainlora import ChainCallback, ChainLoRAError
 
@@ -71,15 +71,22 @@ MODELS = {
     "a merged adapter": (merged, "needs an adapter beside the base"),
     "a norm that is trained too": (
         lambda folder: trained_otherwise(folder, "model.norm", is_trained=True),
-        r"model\.norm\.weight, which is trained too\); freeze it, or name its module",
+        r"model\.norm\.weight, which is trained too\); freeze it",
     ),
     "A that is frozen": (
         lambda folder: trained_otherwise(folder, "lora_A", is_trained=False),
         r"lora_A\.default\.weight, which is frozen\).*train_factors",
     ),
-    "a tied head in modules_to_save": (
-        lambda folder: peft_model(folder, modules_to_save=["lm_head"]),
-        "must not name a tied head",
+    "the head of a classifier": (
+        lambda folder: peft.get_peft_model(
+            AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2),
+            peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules=["q_proj"]),
+        ),
+        "modules_to_save=.*leave it out, and task_type of a classifier",
+    ),
+    "a module trained whole": (
+        lambda folder: peft_model(folder, modules_to_save=["norm"]),
+        r"modules_to_save=\['norm'\].*leave it out",
     ),
     "dora": (lambda folder: peft_model(folder, use_dora=True), "use_dora=True.*leave it out"),
     "pissa": (

@@ -22,7 +22,7 @@ from helpers_integrations import (
 from helpers_trl import dpo, preferences, sft
 from torch.nn.functional import log_softmax, logsigmoid
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers import TrainerCallback
 
 from chainlora import ChainCallback, load_chain
 from chainlora.errors import ConfigError
@@ -184,12 +184,9 @@ def test_a_resume_has_the_reference_that_the_run_began_with(tiny_folder, tokeniz
     assert torch.equal(logits(resumed.model), logits(whole.model))
 
 
-# --- rewards ---
-
-
 def test_dropout_that_trl_switches_off_stays_off(tiny_folder, tokenizer, tmp_path):
-    """DPOTrainer does it on the chain's layers, RewardTrainer before there is a chain."""
-    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+    """DPOTrainer does it on the chain's layers."""
+    from trl import DPOConfig, DPOTrainer
 
     seen = set()
 
@@ -198,46 +195,13 @@ def test_dropout_that_trl_switches_off_stays_off(tiny_folder, tokenizer, tmp_pat
             seen.update(m.p for m in model.modules() if isinstance(m, torch.nn.Dropout))
 
     settings = {"r": 4, "target_modules": TARGETS, "lora_dropout": 0.5}
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=1)
-    for make, config, base, task, more in (
-        (RewardTrainer, RewardConfig, model, "SEQ_CLS", {}),
-        (DPOTrainer, DPOConfig, plain_model(tiny_folder), None, {"precompute_ref_log_probs": True}),
-    ):
-        keys = arguments(tmp_path, max_steps=2, max_length=64, bf16=False) | more
-        make(
-            model=base,
-            args=config(**keys),
-            train_dataset=preferences().select(range(8)),
-            processing_class=tokenizer,
-            peft_config=peft.LoraConfig(**settings, task_type=task),
-            callbacks=[ChainCallback([4, 2]), Look()],
-        ).train()
-        assert seen == {0}
-
-
-def test_a_reward_model_is_a_chain_with_its_head(tiny_folder, tokenizer, tmp_path):
-    """As TRL's documentation has it: the head is named in `modules_to_save`."""
-    from trl import RewardConfig, RewardTrainer
-
-    def scorer() -> torch.nn.Module:
-        return AutoModelForSequenceClassification.from_pretrained(
-            tiny_folder, num_labels=1, dtype=torch.float32
-        )
-
-    keys = arguments(tmp_path, max_steps=6, max_length=64, bf16=False)
-    trainer = RewardTrainer(
-        model=scorer(),
-        args=RewardConfig(**keys),
-        train_dataset=preferences(),
+    keys = {"max_steps": 2, "max_length": 64, "bf16": False, "precompute_ref_log_probs": True}
+    DPOTrainer(
+        model=plain_model(tiny_folder),
+        args=DPOConfig(**arguments(tmp_path, **keys)),
+        train_dataset=preferences().select(range(8)),
         processing_class=tokenizer,
-        peft_config=peft.LoraConfig(
-            r=4, task_type="SEQ_CLS", target_modules=TARGETS, modules_to_save=["score"]
-        ),
-        callbacks=[ChainCallback(steps=3)],
-    )
-    trainer.train()
-    trainer.save_model(str(tmp_path / "final"))
-    loaded = peft.PeftModel.from_pretrained(scorer(), tmp_path / "final")
-    torch.testing.assert_close(logits(loaded), logits(trainer.model), atol=ROUNDING, rtol=0)
-    (first, last) = chain_of(trainer).links
-    assert not torch.equal(first.extra["score.weight"], last.extra["score.weight"])
+        peft_config=peft.LoraConfig(**settings),
+        callbacks=[ChainCallback([4, 2]), Look()],
+    ).train()
+    assert seen == {0}

@@ -460,32 +460,6 @@ def test_a_rejected_link_leaves_no_trace(architecture, dtype):
     assert torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_trained_extra_modules_survive_knots_and_undo(dtype):
-    model = tiny_model("llama", dtype=dtype)
-    pristine = weights(model)
-    chain = Chain(model)
-    seen = []
-    for _ in range(2):
-        chain.extend(config("llama", extra_modules=("norm",)))
-        chain.tune(range(3), plain_update(chain))
-        before = logits(model)
-        link = chain.tie()
-        torch.testing.assert_close(logits(model), before, atol=LOGITS[dtype], rtol=0)
-        seen.append(link.extra["model.norm.weight"])
-    # and not input_layernorm, whose name ends alike
-    assert list(link.extra) == ["model.norm.weight"]
-    assert not torch.equal(seen[0], seen[1])  # it went on learning
-    assert not torch.equal(seen[0], pristine["model.norm.weight"].float())
-    chain.drop()
-    after = weights(chain.detach())
-    torch.testing.assert_close(
-        after["model.norm.weight"].float(), seen[0].to(dtype).float(), atol=0, rtol=0
-    )
-    chain.drop()
-    assert_same_weights(pristine, weights(chain.detach()))
-
-
 def test_a_host_copy_and_the_checkpoint_give_the_same_knots(tmp_path):
     from transformers import AutoModelForCausalLM
 

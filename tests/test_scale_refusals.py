@@ -76,7 +76,6 @@ CARRIED = {"hold": "carried"}
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"chain": {"extra_modules": ["norm"]}}, r"\(got chain.extra_modules, which needs whole"),
         ({"chain": {"init": "pissa"}}, r"\(got chain.init: pissa, which needs whole weights\)"),
         ({"quantize": "int8", "chain": CARRIED}, r"\(got quantize, which needs whole"),
         ({"chain": {"knots": "auto"}}, r"soft knots on a shared model need hold: carried"),

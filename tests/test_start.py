@@ -49,13 +49,6 @@ VARIANTS: dict[str, Any] = {
     },
     "all-linear": {name: {"target_modules": "all-linear"} for name in TARGETS},
     "one layer": {name: {"layers_to_transform": [1]} for name in TARGETS},
-    "modules to save": {  # PEFT takes every module whose path ends so: input_layernorm too
-        "llama": {"modules_to_save": ["norm"]},
-        "gpt2": {"modules_to_save": ["ln_f", "ln_1"]},
-    },
-    "an embedding": {
-        "llama": {"target_modules": ["embed_tokens", "q_proj"], "rank_pattern": {"q_proj": 2}}
-    },
     "a bias": {"gpt2": {"lora_bias": True, "alpha_pattern": {"c_attn": 1}}},
     "eva": {"llama": {"init_lora_weights": "eva"}},  # which leaves the base as it is
 }
@@ -73,10 +66,10 @@ def save_lora(folder: Path, architecture: str = "llama", model=None, dtype=None,
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "original_module" not in name:
+            if parameter.requires_grad:
                 noise = 0.1 * torch.randn(parameter.shape, generator=draw)
-                is_whole = "lora_A" not in name and "lora_B" not in name and "embedding" not in name
-                parameter.copy_(parameter * (1 + noise) if is_whole else 2 * noise)
+                of_dora = "magnitude" in name
+                parameter.copy_(parameter * (1 + noise) if of_dora else 2 * noise)
     model.save_pretrained(folder)
     return folder
 
@@ -95,7 +88,7 @@ def by_peft(model: Any, folder: Path) -> torch.Tensor:
     return logits(peft.PeftModel.from_pretrained(model, folder))
 
 
-ROUNDED = ("plain", "modules to save", "an embedding", "a bias")  # in a way of their own
+ROUNDED = ("plain", "a bias")  # in a way of their own
 CASES = [
     (variant, name, dtype)
     for variant, keys in VARIANTS.items()
@@ -166,8 +159,16 @@ def test_a_run_starts_on_a_dora_adapter_and_resumes(configure, tiny_folder, tmp_
     export_adapter(open_run(run.output), tmp_path / "both")
 
 
+def test_an_adapter_on_an_embedding_is_refused(tmp_path):
+    folder = save_lora(tmp_path / "made", target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(
+        ChainLoRAError, match=r"on linear layers .*embed_tokens.*merge it with PEFT"
+    ):
+        load_chain(folder, base("llama"))
+
+
 def test_a_link_is_tuned_on_an_adapter_and_both_become_one(tmp_path):
-    folder = save_lora(tmp_path / "made", modules_to_save=["lm_head"])
+    folder = save_lora(tmp_path / "made")
     chain = load_chain(folder, base("llama"))
     before = logits(chain.model)
     chain.extend(LinkConfig(rank=3, target_modules=("v_proj",)))
@@ -312,6 +313,10 @@ def with_rows(count: int):
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "another tuner": ({"peft_type": "IA3"}, "must be a LoRA .got 'IA3'"),
+    "modules trained whole": (
+        {"modules_to_save": ["lm_head"]},
+        r"LoRA or DoRA and no more .got `modules_to_save: \['lm_head'\]`.*merge it with PEFT",
+    ),
     "biases": ({"bias": "all"}, "`bias: 'all'`.*merge it"),
     "tokens": ({"trainable_token_indices": [1]}, "`trainable_token_indices: .1.`"),
     "layers made twice": ({"layer_replication": [[0, 2]]}, "`layer_replication"),

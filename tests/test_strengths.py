@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from conftest import tiny_model
-from test_laws import config, logits, plain_update, tuned_chain, weights
+from test_laws import config, logits, plain_update, tuned_chain
 
 from chainlora import Chain, ChainLoRAError, export_adapter, load_chain, save_chain
 from chainlora.chain.adapters import live_factors
@@ -58,18 +58,6 @@ def test_an_adapter_is_exported_at_the_strengths(links, hold, tmp_path):
     torch.testing.assert_close(logits(loaded), logits(chain.model), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("hold", ["tied", "carried"])
-def test_all_links_adapt_a_module_or_train_it_whole(hold):
-    whole = {"target_modules": ("q_proj",), "extra_modules": ("fc2",)}
-    for keys in ((whole, {"target_modules": ("fc2",)}), ({"target_modules": ("fc2",)}, whole)):
-        chain = chain_of(keys[0], hold=hold)
-        before = logits(chain.model)
-        with pytest.raises(ChainLoRAError, match=r"both for model.decoder.layers.0.fc2"):
-            chain.extend(config("opt", **keys[1]))
-        assert torch.equal(logits(chain.model), before)
-        chain.extend(config("opt", **keys[0]))
-
-
 def test_a_link_is_tuned_on_the_strengths_there_are():
     chain = chain_of({}, {})
     chain.set_strengths({0: 0})
@@ -83,47 +71,21 @@ def test_a_link_is_tuned_on_the_strengths_there_are():
     torch.testing.assert_close(logits(chain.model), before, atol=1e-4, rtol=0)
 
 
-NORM = {"extra_modules": ("final_layer_norm",)}
-
-
 @pytest.mark.parametrize(
     ("links", "strengths", "words"),
     [
-        ([NORM], {0: 2}, "with extra modules must be 0 or 1"),
-        (
-            [NORM, NORM],
-            {0: 0},
-            "can be 0 only with those above (got 0 for link 0); switch it on, or 1 off",
-        ),
         ([{}], {0: float("nan")}, "must be within ±1e+06 (got nan for link 0)"),
         ([{}], {0: 1e300}, "must be within ±1e+06 (got 1e+300 for link 0)"),
         ([{}], {7: 1}, "strengths are of the links' ids, [0] (got 7)"),
     ],
 )
-def test_what_is_no_sum_is_refused(links, strengths, words):
+def test_what_is_no_strength_is_refused(links, strengths, words):
     chain = chain_of(*links)
     before = logits(chain.model)
     with pytest.raises(ChainLoRAError) as error:
         chain.set_strengths(strengths)
     assert words in str(error.value)
     assert torch.equal(logits(chain.model), before)
-
-
-def test_the_last_extra_module_is_switched_off_exactly():
-    chain = chain_of({}, NORM)
-    both, pristine = logits(chain.model), weights(tiny_model("opt"))
-    chain.set_strengths({1: 0})
-    one = Chain(tiny_model("opt"))
-    one.add(chain.links[0])
-    assert torch.equal(logits(chain.model), logits(one.model))
-    chain.set_strengths({0: 0})
-    assert torch.equal(logits(chain.model), logits(tiny_model("opt")))
-    chain.set_strengths({0: 1})
-    chain.set_strengths({1: 1})
-    assert torch.equal(logits(chain.model), both)
-    chain.drop(2)
-    now = weights(chain.detach())
-    assert all(torch.equal(now[name], pristine[name]) for name in pristine)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

@@ -16,7 +16,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from heads.models import new_model, rows_of_text
 from helpers_integrations import chain_of, collator, token_rows
 from helpers_trl import conversations, preferences
 from test_docs import HUB_ID, README, ROOT
@@ -99,32 +98,6 @@ def test_compare(checkout, capsys):
         assert run([*words, *short]) == 0, capsys.readouterr().err
     for folder in ("own-compare", "chains", "lion"):
         assert (checkout / "runs" / folder / "report.html").is_file()
-
-
-def test_classification(tmp_path, capsys):
-    name = "BertForSequenceClassification"
-    encoder = tmp_path / "encoder"
-    new_model(name).base_model.save_pretrained(encoder)
-    batch = rows_of_text()
-    rows = [{key: value[i] for key, value in batch.items()} for i in range(len(batch["labels"]))]
-    names: dict[str, Any] = {
-        "encoder": str(encoder),
-        "output": str(tmp_path),
-        "rows": rows,
-        "batches": [batch] * 4,
-    }
-    with_trainer, loading, own_loop = blocks(TUTORIALS / "classification.md", "python")
-    exec(with_trainer, names)
-    exec(loading, names)
-    with torch.no_grad():
-        told, again = (names[key].eval()(**batch).logits for key in ("model", "loaded"))
-    # one product is summed in another order, in float32 over two layers
-    torch.testing.assert_close(again, told, atol=5e-5, rtol=0)
-    exec(own_loop, names)
-    assert not any("lora" in name for name, _ in names["plain"].named_parameters())
-    assert [link.num_steps for link in names["chain"].links] == [4, 4]
-    (words,) = commands("classification.md")
-    assert run(words) == 0
 
 
 def test_serving(checkout, capsys):

@@ -152,17 +152,6 @@ def test_scores_of_pairs_are_scored_again_on_another_reference(config, tmp_path)
     assert stage_matrix(run).grid == found
 
 
-def test_a_stage_that_others_need_goes_after_them(config, tmp_path):
-    for stage in config["stages"]:
-        stage["chain"] = {"ranks": [2], "steps": [1], "extra_modules": ["norm"]}
-    train_all(config)
-    before = files_of(tmp_path / "run")
-    with pytest.raises(RunError, match="prune the later ones first"):
-        prune_stage(tmp_path / "run", "facts")
-    assert files_of(tmp_path / "run") == before
-    prune_stage(tmp_path / "run", "style")
-
-
 def test_a_fork_is_pruned_of_its_parents_stage(three, tmp_path):
     run, fork = tmp_path / "run", tmp_path / "fork"
     own = stage_of(three, "law") | {"name": "new", "output": str(fork)}

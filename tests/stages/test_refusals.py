@@ -14,7 +14,6 @@ from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.files import sha256
 from chainlora.runs.changes import mix_stages, undo
 from chainlora.training.plan import make_plan
-from chainlora.training.stages import extension
 from stages.cases import files_of, stage_of, stopping_after, survey
 
 
@@ -82,40 +81,6 @@ def test_run_wide_keys_of_an_extension_and_stages_that_are_not_there_are_refused
     assert files_of(run) == before
 
 
-NORM = {"extra_modules": ["norm"]}
-
-
-@pytest.mark.parametrize(
-    ("below", "chain", "strengths", "words"),
-    [
-        (NORM, NORM, {"style": 0}, "with extra modules can be 0 only"),
-    ],
-)
-def test_a_stage_that_the_mix_does_not_bear_is_refused_before_any_is_trained(
-    config, tmp_path, below, chain, strengths, words
-):
-    """In the run, in a fork, and where another new stage comes first."""
-    run, style = tmp_path / "run", stage_of(config, "style")
-    keys = {"ranks": [2], "steps": [1]}
-    config["stages"][1] = style | {"chain": keys | below}
-    train_all(config)
-    mix_stages(run, strengths)
-    law = style | {"name": "law", "chain": keys | chain}
-    tree = config | {"start": str(run), "output": str(tmp_path / "fork")}
-    plain = law | {"name": "plain", "chain": keys}
-    before = files_of(run)
-    for stages in (
-        extension(run, law),
-        extension(run, law | {"output": str(tmp_path / "fork")}),
-        make_stages(tree | {"stages": [plain, law]}),
-    ):
-        with pytest.raises(
-            RunError, match=f"stage '(law|plain)' cannot be trained on .*{words}.*by `mix`"
-        ):
-            survey(stages)
-    assert files_of(run) == before
-
-
 def test_a_stage_that_cannot_be_trained_is_refused_before_the_stages_before_it(config, tmp_path):
     config["stages"][1]["data"] |= {"train": str(tmp_path / "none.jsonl")}
     with pytest.raises(ChainLoRAError, match=r"stage 'style': .*none.jsonl"):
@@ -125,7 +90,6 @@ def test_a_stage_that_cannot_be_trained_is_refused_before_the_stages_before_it(c
     for change, message in (
         ({"chain": style["chain"] | {"target_modules": ["q_pro"]}}, "got .'q_pro'.*; candidates"),
         ({"data": data | {"max_length": 10_000}}, "must fit the model's context"),
-        ({"chain": style["chain"] | {"extra_modules": ["q_proj"]}}, "chain adapt a module, or"),
         ({"train": {"optimizer": "adamm"}}, "`train.optimizer` must be one of"),
         ({"chain": style["chain"] | {"knots": {"policy": "space", "every": 1}}}, "policy` must be"),
     ):

@@ -197,9 +197,8 @@ def _sliders(desk: Desk, side: str, strengths: Mapping[str, float]) -> list[Any]
         gr.Markdown(f"### {side}")
         for stage, now in strengths.items():
             keys: Any = {"interactive": True, "elem_id": f"{side}-{stage}", "label": stage}
-            step = 0.05 if desk.is_sum(stage) else 1
             least, most = min(0, now), max(1, now)  # `mix` takes any number
-            found.append(gr.Slider(least, most, now, step=step, **keys))
+            found.append(gr.Slider(least, most, now, step=0.05, **keys))
     return found
 
 

@@ -2,7 +2,7 @@
 
 The base is loaded when it is first needed. Links are carried beside it, so that another mix takes
 a tenth of a second and no byte of the run changes; a mix is the same function as what `mix_stages`
-makes the run be, to rounding. Links that are no sum (modules trained whole) are merged.
+makes the run be, to rounding.
 """
 
 from __future__ import annotations
@@ -48,11 +48,6 @@ class Desk:
         self.what = (self.run, [term.link for term in self.state.state.terms])
         self._one_at_a_time = Lock()
 
-    def is_sum(self, stage: str | None = None) -> bool:
-        """Say whether a stage, or all of them, can have any strength; else it is on or off."""
-        links = [each for each in self.state.facts if stage in (None, each.stage)]
-        return not any(each.link_config().extra_modules for each in links)
-
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer that the rows of the run had."""
@@ -71,8 +66,7 @@ class Desk:
 
     @cached_property
     def _scorer(self) -> Scorer:
-        hold = "carried" if self.is_sum() else None
-        return Scorer(self.state, self.state.kept(), hold=hold)
+        return Scorer(self.state, self.state.kept(), hold="carried")
 
     def release(self) -> None:
         """Let go of the model; it is loaded again when it is needed."""

@@ -12,9 +12,6 @@ it holds (`models.shards`), without the others'.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -87,49 +84,18 @@ class BaseWeights:
         """Set a parameter, or its rows at hand, cast to its dtype: the one rounding of a knot."""
         shards.local(parameter).copy_(value)
 
-    def replace(self, path: str, value: Tensor) -> None:
-        """Take a value as the pristine one of a parameter, as a copy."""
-        self._stored.pop(path, None)
-        self._copies[path] = value.detach().to("cpu", copy=True)
 
-    @property
-    def paths(self) -> list[str]:
-        """Paths of every remembered parameter."""
-        return [*self._stored, *self._copies]
-
-    @property
-    def copied(self) -> list[str]:
-        """Paths of the parameters held as host copies, because no checkpoint has them."""
-        return list(self._copies)
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """A digest of a model's weights, as a whole and by tensor."""
-
-    whole: str
-    parts: dict[str, str]
-
-    def without(self, paths: Iterable[str]) -> str:
-        """Return a digest of all tensors but these."""
-        left = {name: part for name, part in self.parts.items() if name not in set(paths)}
-        return hashlib.sha256(json.dumps(left).encode()).hexdigest()
-
-
-def fingerprints(model: nn.Module) -> Fingerprint:
-    """Return digests of a model's weights that are the same in float32 and in bfloat16.
+def fingerprint(model: nn.Module) -> str:
+    """Return a digest of a model's weights that is the same in float32 and in bfloat16.
 
     Hashes name, shape and up to 4096 evenly spaced values (rounded to bfloat16) of every parameter
     and buffer that is saved; needs no full pass over a large model.
     """
-    digest, parts = hashlib.sha256(), {}
+    digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        title = f"{name}{tuple(tensor.shape)}".encode()
-        data = _sample(plain_tensor(tensor))
-        digest.update(title)
-        digest.update(data)
-        parts[name] = hashlib.sha256(title + data).hexdigest()
-    return Fingerprint(digest.hexdigest(), parts)
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(_sample(plain_tensor(tensor)))
+    return digest.hexdigest()
 
 
 def _sample(tensor: Tensor) -> bytes:

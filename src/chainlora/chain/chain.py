@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from chainlora.chain import adapters, checks, showing
 from chainlora.chain.adapters import Adapter
-from chainlora.chain.base_weights import BaseWeights, fingerprints
+from chainlora.chain.base_weights import BaseWeights, fingerprint
 from chainlora.chain.holding import holding_named
 from chainlora.chain.initialization import Backward, initialize
 from chainlora.chain.link import Link
@@ -78,7 +78,7 @@ class Chain:
         self.next_id = 0  # of the live link, else of the next one; an id is never given twice
         self.stage, self.first_id = "", 0  # what links are drawn by (`begin_stage`)
         self.weights = BaseWeights(checkpoint)
-        self.fingerprint = fingerprints(model)  # of the model as it came
+        self.base_fingerprint = fingerprint(model)  # of the model as it came
         self._holding = holding(model, self.weights)
         self._adapter: Adapter | None = None  # the LoRA layers on the model
         self._live: Live | None = None  # None between links: the layers then add nothing
@@ -86,11 +86,6 @@ class Chain:
 
     def __len__(self) -> int:
         return len(self.links)
-
-    @property
-    def base_fingerprint(self) -> str:
-        """Digest of the model as it came."""
-        return self.fingerprint.whole
 
     def __repr__(self) -> str:
         return showing.line(self)
@@ -110,20 +105,16 @@ class Chain:
         """Put a fresh LoRA on the model.
 
         The function is unchanged, and the gradient of B is alive at once. ``init: gradient`` needs
-        `backward`, a callable that runs forward and backward over a few batches. Trained extra
-        modules continue from where the last link left them.
+        `backward`, a callable that runs forward and backward over a few batches.
         """
         checks.check_config(config)
         self._need_no_live("extend")
         self._holding.check_config(config)
-        fresh = Link(len(self.links), config, {}, id=self.next_id)
-        checks.check_strengths([*self.links, fresh])
         adapter = self._adapter
         if adapter is not None and adapters.same_shape(adapter, config):
             adapters.set_config(adapter, config)  # compiled graphs survive
         else:
             adapter = self._put_on(config)
-        adapters.set_extra(self.model, adapter, self._holding.extra_after(self.links))
         self._live = live = Live(adapter)
         place = f"{self.next_id - self.first_id}"
         drawn_by = f"{self.stage}/{place}" if self.stage else place
@@ -283,7 +274,7 @@ class Chain:
         placed = replace(link, index=len(self.links), id=self.next_id if taken else link.id)
         checks.check_strengths([*self.links, placed])
         adapter = self._adapter
-        if adapter is None or link.extra or link.factors.keys() - adapter.layers:
+        if adapter is None or link.factors.keys() - adapter.layers:
             adapter = self._put_on(link.config)
         if link.factors.keys() - adapter.layers:  # where it was tuned, its config matched more
             named = {"target_modules": tuple(sorted(link.factors)), "exclude_modules": None}
@@ -324,28 +315,7 @@ class Chain:
         self._need_no_live("detach")
         self._holding.detach()  # refuses bases that cannot be merged into, before anything changes
         self._take_off()
-        adapters.set_extra(self.model, None, self._holding.extra_after(self.links))
         return self.model
-
-    # --- extra modules, trained whole beside the links ---
-
-    def start_of_extra(self) -> dict[str, Tensor]:
-        """Return what extra modules were before the first link, where no checkpoint holds it.
-
-        A new classification head is drawn when its model is loaded, and only the chain knows it.
-        """
-        copied = set(self.weights.copied)
-        paths = self._holding.extra_paths()
-        return {path: self.weights.read(path) for path in paths if path in copied}
-
-    def set_start_of_extra(self, start: Mapping[str, Tensor]) -> None:
-        """Take other values as what extra modules were before the first link."""
-        self._need_no_live("set_start_of_extra")
-        checks.check_values(self.model, start)
-        for path, value in start.items():
-            self.weights.replace(path, value)
-        if start:
-            self._settle()
 
     # --- what the verbs share ---
 
@@ -355,7 +325,6 @@ class Chain:
         if self._adapter is not None:
             adapters.zero(self._adapter)
         self._holding.settle(self.links, self._adapter)
-        adapters.set_extra(self.model, self._adapter, self._holding.extra_after(self.links))
         self._is_settled = True
 
     def _put_on(self, config: LinkConfig) -> Adapter:
@@ -365,9 +334,6 @@ class Chain:
         try:
             checks.check_plain(self.model)
             self._holding.check_layers(self.model, config)
-            adapted = {name for link in self.links for name in link.factors}
-            whole = {path.rpartition(".")[0] for link in self.links for path in link.extra}
-            checks.check_apart(adapted, whole, self.model, config)
             self._adapter = adapter = adapters.attach(self.model, config)
         except BaseException:
             if before is not None:
@@ -375,8 +341,6 @@ class Chain:
                 self._settle()
             raise
         self._holding.adopt(adapter)
-        for path, parameter in adapters.extra_parameters(adapter):
-            self.weights.remember(path, parameter)
         return adapter
 
     def _take_off(self) -> None:

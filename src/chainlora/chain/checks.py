@@ -75,12 +75,10 @@ def link_fault(link: Link, model: nn.Module | None = None) -> str | None:
     """Return what is wrong with the tensors of a link, None where nothing is.
 
     By themselves: two factors of one rank for each module, a bias with `lora_bias` and not
-    otherwise, extra modules that the config names, finite numbers. With a model: sizes that fit
-    its layers.
+    otherwise, finite numbers. With a model: sizes that fit its layers.
     """
     faults = (_module_fault(link, name, model) for name in link.factors)
-    extras = (_extra_fault(link, path, model) for path in link.extra)
-    return next(filter(None, (*faults, *extras)), None)
+    return next(filter(None, faults), None)
 
 
 def check_link(link: Link, model: nn.Module) -> None:
@@ -118,31 +116,6 @@ def _misfit(factors: Factors, model: nn.Module, name: str) -> str | None:
     return None
 
 
-def _extra_fault(link: Link, path: str, model: nn.Module | None) -> str | None:
-    weight = link.extra[path]
-    if not adapters.is_extra(path, link.config):
-        return f"weights at {path}, which the link did not train"
-    if not torch.isfinite(weight).all():
-        return f"numbers that are not finite at {path}"
-    return None if model is None else _value_fault(model, path, weight)
-
-
-def check_apart(adapted: set[str], whole: set[str], model: nn.Module, config: LinkConfig) -> None:
-    """Raise ChainError for a link that trains whole what others adapt, or the other way round.
-
-    One of the two would be lost at the next knot. `adapted` and `whole` are the modules of others.
-    """
-    both = adapted & adapters.inside(model, config.extra_modules)
-    if whole:
-        both |= whole & adapters.matched_modules(model, config).keys()
-    if both:
-        raise ChainError(
-            "all links of a chain adapt a module, or all that touch it train it whole",
-            f"both for {min(both)}",
-            "leave it out of this link, by exclude_modules or extra_modules",
-        )
-
-
 def check_deposits(state: Mapping[str, Tensor], num_soft_knots: int) -> None:
     """Raise ChainError unless a live link's state has deposits where it had soft knots."""
     has_some = any(name.startswith("deposit/") for name in state)
@@ -152,26 +125,6 @@ def check_deposits(state: Mapping[str, Tensor], num_soft_knots: int) -> None:
             f"{num_soft_knots} {'with' if has_some else 'without'} deposits",
             "give live_soft_knots of the chain that it is from",
         )
-
-
-def check_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Raise ChainError unless values by path fit the parameters of a model."""
-    for path, value in values.items():
-        if fault := _value_fault(model, path, value):
-            raise ChainError(
-                f"extra modules must start from weights of this model (got {fault}); take "
-                "start_of_extra() of a chain on it"
-            )
-
-
-def _value_fault(model: nn.Module, path: str, value: Tensor) -> str | None:
-    """Return why a value is none for a parameter of a model, None where it is one."""
-    try:
-        wanted = list(model.get_parameter(path).shape)
-    except AttributeError:
-        return f"weights at {path}, which the model lacks"
-    found = list(value.shape)
-    return None if found == wanted else f"weights of {found} for {wanted} at {path}"
 
 
 # --- strengths ---
@@ -191,29 +144,11 @@ def with_strengths(links: Sequence[Link], strengths: Mapping[int, float]) -> lis
 
 
 def check_strengths(links: Sequence[Link]) -> None:
-    """Raise ChainError for strengths of what is no sum.
-
-    The last link's extra modules are the model's: such a link is on or off, off only if what builds
-    on it is off too.
-    """
-    for place, link in enumerate(links):
-        above = [other for other in links[place + 1 :] if other.strength]
-        trained = set(link.config.extra_modules)
-        heirs = [other for other in above if trained & set(other.config.extra_modules)]
+    """Raise ChainError for strengths that no scaling can have."""
+    for link in links:
         if not abs(link.strength) <= _LARGEST_STRENGTH:  # NaN is not within any range
-            raise _strength_error(link, f"must be within ±{_LARGEST_STRENGTH:g}", "use 0 to 1")
-        if link.strength not in (0, 1) and link.config.extra_modules:
-            raise _strength_error(link, "with extra modules must be 0 or 1", "switch it off or on")
-        if not link.strength and heirs:
-            ids = ", ".join(str(other.id) for other in heirs)
-            raise _strength_error(
-                link,
-                "with extra modules can be 0 only with those above",
-                f"switch it on, or {ids} off",
+            raise ChainError(
+                f"the strength of a link must be within ±{_LARGEST_STRENGTH:g}",
+                f"{link.strength:g} for link {link.id}",
+                "use 0 to 1",
             )
-
-
-def _strength_error(link: Link, rule: str, remedy: str) -> ChainError:
-    return ChainError(
-        f"the strength of a link {rule} (got {link.strength:g} for link {link.id}); {remedy}"
-    )

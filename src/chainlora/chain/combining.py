@@ -50,34 +50,27 @@ class Combination:
         self._known = {**factors, **self._known}
         if gram is None:
             return
-        diagonal = _diagonal(gram)
+        diagonal = gram.diagonal()
         diagonal += self.ridge * diagonal.mean()  # λ (tr G / d) I
         for place, a in factors.items():
-            part = a.double() * gram if gram.dim() == 1 else a.double() @ gram
+            part = a.double() @ gram
             self._parts[place] = self._parts[place] + part if place in self._parts else part
         self._whole = gram if self._whole is None else self._whole.add_(gram)
 
     def solve(self) -> dict[Place, Tensor]:
         """Return A' (rank × in, float32) of each link; A where no state has an input."""
         whole = self._whole
-        if whole is None or not _diagonal(whole).any():
+        if whole is None or not whole.diagonal().any():
             return self._known
-        if whole.dim() > 1:
-            torch.linalg.cholesky(whole, out=whole)  # in place: it is not needed any more
+        torch.linalg.cholesky(whole, out=whole)  # in place: it is not needed any more
         found = {}
         for place, a in self._known.items():
             part = self._parts.get(place)
             if part is None:  # only states without the link use the modules
                 found[place] = torch.zeros_like(a)
-            elif whole.dim() == 1:
-                found[place] = (part / whole).float()
             else:
                 found[place] = torch.cholesky_solve(part.T, whole).T.float().contiguous()
         return found
-
-
-def _diagonal(gram: Tensor) -> Tensor:
-    return gram if gram.dim() == 1 else gram.diagonal()
 
 
 def gram_matrices(
@@ -85,7 +78,7 @@ def gram_matrices(
 ) -> dict[str, Tensor]:
     """Return the mean of x xᵀ (float64) over the inputs of modules for rows of tokens (1 × length).
 
-    It is (in × in), of an embedding its diagonal (tokens); none of a module that no row reaches.
+    It is (in × in); none of a module that no row reaches.
     Rows are read one by one, without padding. Raises ChainError for inputs that are not finite.
     """
     layers = {name: base_layer(model.get_submodule(name)) for name in modules}
@@ -97,11 +90,11 @@ def gram_matrices(
             called(input_ids=row, use_cache=False)
             count, pending = count + row.numel(), pending + row.numel()
             if pending >= _AT_ONCE:
-                _add_products(sums, inputs, layers)
+                _add_products(sums, inputs)
                 pending = 0
-        _add_products(sums, inputs, layers)
+        _add_products(sums, inputs)
     for name, total in sums.items():
-        if not _diagonal(total.div_(count)).isfinite().all():  # what else is not, has one there
+        if not total.div_(count).diagonal().isfinite().all():  # what else is not, has one there
             raise ChainError("inputs of a layer must be finite", f"others of {name}")
     return sums
 
@@ -144,21 +137,16 @@ def _keeper(kept: list[Tensor]) -> Any:
     return lambda module, args: kept.append(args[0].detach())
 
 
-def _add_products(
-    sums: dict[str, Tensor], inputs: Mapping[str, list[Tensor]], layers: Mapping[str, nn.Module]
-) -> None:
+def _add_products(sums: dict[str, Tensor], inputs: Mapping[str, list[Tensor]]) -> None:
     """Add what inputs give to the sums, and forget them."""
     for name, parts in inputs.items():
         if parts:  # else an expert that no token was sent to
-            product = _product(parts, layers[name])
+            product = _product(parts)
             sums[name] = sums[name].add_(product) if name in sums else product
         parts.clear()
 
 
-def _product(parts: list[Tensor], layer: Any) -> Tensor:
-    if isinstance(layer, nn.Embedding):
-        tokens = torch.cat([part.flatten() for part in parts]).cpu()
-        return torch.bincount(tokens, minlength=layer.num_embeddings).double()
+def _product(parts: list[Tensor]) -> Tensor:
     x = torch.cat([part.flatten(0, -2) for part in parts]).cpu()
     x = x.to(torch.promote_types(x.dtype, torch.float32))  # half the time of float64
     return (x.T @ x).double()

@@ -98,17 +98,6 @@ class Holding(ABC):
     def detach(self) -> None:
         """Leave the links merged into the plain model."""
 
-    def extra_paths(self) -> list[str]:
-        """Return the paths of the parameters that links train whole."""
-        return [path for path in self.weights.paths if path.rpartition(".")[0] not in self.modules]
-
-    def extra_after(self, links: Sequence[Link]) -> dict[str, Tensor]:
-        """Return the weights of extra modules after these links, or the pristine ones."""
-        latest = {path: self.weights.read(path) for path in self.extra_paths()}
-        for link in links:
-            latest |= link.extra if link.strength else {}
-        return latest
-
     def base_of(self, module: str) -> Any:
         """Return the base layer of a module, below its LoRA if it has one."""
         return adapters.base_layer(self.model.get_submodule(module))

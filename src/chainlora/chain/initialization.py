@@ -46,25 +46,17 @@ def generator_for(seed: int, link: int | str, module: str) -> torch.Generator:
 
 
 def random_factors(
-    config: LinkConfig,
-    in_features: int,
-    out_features: int,
-    generator: torch.Generator,
-    *,
-    of_embedding: bool = False,
+    config: LinkConfig, in_features: int, out_features: int, generator: torch.Generator
 ) -> Factors:
     """Draw one factor and set the other to zero, so that ``B·A = 0``.
 
     The drawn factor is A (rank × in), or B (out × rank) where only A is trained (arXiv 2410.08305).
-    `gaussian` is N(0, 1/rank²) and `kaiming` uniform in ±1/√fan_in, both as in PEFT. Of an
-    embedding PEFT draws B, from N(0, 1): a token's column of A meets nothing to sum over.
+    `gaussian` is N(0, 1/rank²) and `kaiming` uniform in ±1/√fan_in, both as in PEFT.
     """
     rank = config.rank
-    draws_b = config.train_factors == "A" or (of_embedding and config.train_factors == "both")
+    draws_b = config.train_factors == "A"
     shape = (out_features, rank) if draws_b else (rank, in_features)
-    if of_embedding:
-        drawn = torch.randn(shape, generator=generator, **_HOST)
-    elif config.init == "gaussian":
+    if config.init == "gaussian":
         drawn = torch.randn(shape, generator=generator, **_HOST) / rank
     else:
         drawn = (torch.rand(shape, generator=generator, **_HOST) * 2 - 1) / math.sqrt(shape[1])
@@ -114,9 +106,8 @@ def initialize(
         if config.init == "pissa":
             start[name] = principal_factors(config, dequantized(base_layer(layer)), generator)
         else:
-            of_embedding = isinstance(base_layer(layer), nn.Embedding)
             sides = layer.in_features, layer.out_features
-            start[name] = random_factors(config, *sides, generator, of_embedding=of_embedding)
+            start[name] = random_factors(config, *sides, generator)
         if config.init == "orthogonal":
             start[name] = replace(start[name], a=_away_from(earlier, name, start[name].a))
     for name, factors in start.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,14 +18,12 @@ from chainlora.errors import ChainError
 class Factors:
     """One module's share of a link, float32 on the CPU: ``A`` (rank × in), ``B`` (out × rank).
 
-    `bias` (out) is LoRA's own bias on B. Of an embedding, A has a column for each token, and PEFT
-    has names of its own for both.
+    `bias` (out) is LoRA's own bias on B.
     """
 
     a: Tensor
     b: Tensor
     bias: Tensor | None = None
-    of_embedding: bool = False
 
     def __repr__(self) -> str:
         return f"<Factors: A {tuple(self.a.shape)}, B {tuple(self.b.shape)}>"
@@ -45,7 +43,6 @@ class Link:
     module paths to A (rank × in) and B (out × rank). `config` is what the link was tuned with. The
     stored rank can be larger than the tuned one: a PiSSA link stores ``[B, −B₀]·[A; A₀]``, a link
     with soft knots the sum of what it tied on the way, compressed to the relative error `error`.
-    `extra` holds the weights, by parameter path, of trained modules that are not LoRA.
 
     `index` is its place in the chain, from 0. `id` names it for good: no other link of its chain
     gets the same one, even after this link was dropped.
@@ -54,7 +51,6 @@ class Link:
     index: int
     config: LinkConfig
     factors: dict[str, Factors]
-    extra: dict[str, Tensor] = field(default_factory=dict)
     num_steps: int = 0
     error: float = 0.0
     id: int = -1  # by default, the index
@@ -146,7 +142,6 @@ def stack_links(links: Sequence[Link]) -> dict[str, Factors]:
             torch.cat([factors.a for factors, _ in terms]),
             torch.cat([scaling * factors.b for factors, scaling in terms], dim=1),
             torch.stack(biases).sum(0) if biases else None,
-            of_embedding=any(factors.of_embedding for factors, _ in terms),
         )
     return stacked
 

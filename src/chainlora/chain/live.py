@@ -42,8 +42,7 @@ def link_of(live: Live, holding: Holding) -> Link:
     """
     adapter = live.adapter
     factors, error = _factors_of(live, adapter, holding)
-    extra = adapters.get_extra(adapter)
-    return Link(0, adapter.config, factors, extra, live.num_steps, error)
+    return Link(0, adapter.config, factors, live.num_steps, error)
 
 
 def _factors_of(live: Live, adapter: Adapter, holding: Holding) -> tuple[dict[str, Factors], float]:
@@ -76,7 +75,7 @@ def norm_of(adapter: Adapter) -> float:
 
 
 def state_of(adapter: Adapter, holding: Holding) -> dict[str, Tensor]:
-    """Return ``A/<module>``, ``B/<module>``, …, ``extra/<path>``, and soft knots' ``deposit/…``."""
+    """Return ``A/<module>``, ``B/<module>``, …, and soft knots' ``deposit/…``."""
     return _tensors_of(adapter) | {f"deposit/{k}": value for k, value in holding.state().items()}
 
 
@@ -85,7 +84,7 @@ def load_state(adapter: Adapter, holding: Holding, state: Mapping[str, Tensor]) 
 
     Raises ChainError, before anything changes, unless every tensor is there, of its shape.
     """
-    parts: dict[str, dict[str, Tensor]] = {key: {} for key in (*_PARTS, "extra", "deposit")}
+    parts: dict[str, dict[str, Tensor]] = {key: {} for key in (*_PARTS, "deposit")}
     for key, tensor in state.items():
         part, _, name = key.partition("/")
         parts.setdefault(part, {})[name] = tensor
@@ -101,11 +100,10 @@ def load_state(adapter: Adapter, holding: Holding, state: Mapping[str, Tensor]) 
     for name in adapter.layers:
         a, b = parts["A"][name], parts["B"][name]
         adapters.set_factors(adapter, name, Factors(a, b, parts["bias"].get(name)))
-    adapters.set_extra(holding.model, adapter, parts["extra"])
 
 
 def _tensors_of(adapter: Adapter) -> dict[str, Tensor]:
-    state = {f"extra/{path}": weight for path, weight in adapters.get_extra(adapter).items()}
+    state = {}
     for name, layer in adapter.layers.items():
         factors = adapters.copied_factors(layer)
         parts = (factors.a, factors.b, factors.bias)

@@ -40,12 +40,9 @@ class LinkShape(Section):
     lora_bias: bool = False
     """Train a bias on B, merged into the layer's bias; refused for layers without a bias."""
     target_modules: Names | str = "all-linear"
-    """Names of modules, a regular expression, or `all-linear`; Linear, Conv1D and (by name)
-    Embedding layers."""
+    """Names of modules, a regular expression, or `all-linear`; Linear and Conv1D layers."""
     exclude_modules: Names | str | None = None
     """Names or a regular expression to leave out."""
-    extra_modules: Names = ()
-    """Modules that are trained whole beside LoRA, across all links."""
     train_factors: Literal["both", "A", "B"] = "both"
     """`both`, or only one factor: `A`, `B` (RAC-LoRA, arXiv 2410.08305)."""
 

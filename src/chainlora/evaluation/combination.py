@@ -242,9 +242,7 @@ def _parts(
     part: list[list[str]] = []
     size = 0
     for names in by_input:
-        first = factors[names[0]]
-        width = first.a.shape[1]
-        more = 2 * 8 * (width if first.of_embedding else width**2)
+        more = 2 * 8 * factors[names[0]].a.shape[1] ** 2
         if part and size + more > _MEMORY:
             yield part
             part, size = [], 0

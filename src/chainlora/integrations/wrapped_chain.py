@@ -94,7 +94,7 @@ class WrappedChain:
                 plain = take_off(model)
                 folder = folder_of(plain)
                 if folder is not None:
-                    _warn_of_vocabulary(plain, folder, config)
+                    _warn_of_vocabulary(plain, folder)
                 earlier = Chain(plain, seed=seed, checkpoint=folder)
             self.chain = chain = earlier
             if chain.live is not None:  # of an earlier trainer
@@ -104,8 +104,8 @@ class WrappedChain:
             for note in put_on(start, chain).notes:
                 logger.warning(note)
         if trained is not None:
-            chain.add(Link(0, config, *trained))
-        chain.detach()  # modules trained whole too are then what they are with the adapter off
+            chain.add(Link(0, config, trained))
+        chain.detach()
         vars(model)[_CHAIN] = self.chain
         self.first = len(self.chain)
         self.numbers: Numbers | None = None  # of the run, saved and loaded with the chain
@@ -139,7 +139,7 @@ class WrappedChain:
         write_chain(self.chain, links, folder / INSIDE, self.numbers)
         factors, _ = adapter_factors(links)
         with files.reported(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
-            rank = write_adapter(Path(scratch), links, factors, base)
+            rank = write_adapter(Path(scratch), factors, base)
             if not is_of_another(folder):  # the trainer's own card stays
                 error = sum(link.error for link in links[len(self.chain) :])  # of the live one
                 write_adapter_card(Path(scratch), links, rank, error, base)
@@ -188,8 +188,8 @@ def settings_of(model: Any) -> dict[str, Any]:
     return settings
 
 
-def _warn_of_vocabulary(model: Any, folder: Path, config: LinkConfig) -> None:
-    """Warn of embeddings that were resized after loading, unless the links train them whole.
+def _warn_of_vocabulary(model: Any, folder: Path) -> None:
+    """Warn of embeddings that were resized after loading.
 
     PEFT would save them, a chain does not; and no resume would draw the new rows as they were.
     """
@@ -198,9 +198,7 @@ def _warn_of_vocabulary(model: Any, folder: Path, config: LinkConfig) -> None:
         getattr(getattr(each, "text_config", each), "vocab_size", None)
         for each in (model.config, stored)
     )
-    trained = [model.get_submodule(name) for name in config.extra_modules]
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if now != before and any(end is not None and end not in trained for end in ends):
+    if now != before:
         logger.warning(
             "the embeddings were resized after loading (got %s for %s in %s), and no save of the "
             "chain holds them; save the resized model by save_pretrained, and begin on that",

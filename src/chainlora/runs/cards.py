@@ -158,7 +158,7 @@ def write_card(folder: Path, card: Card, lineage: Lineage | None = None) -> None
 
 def served_rank(links: Sequence[Link], rank: int) -> int | None:
     """Return the least `--max-lora-rank` of vLLM for an adapter; None if vLLM refuses it."""
-    if any(link.extra or link.config.lora_bias for link in links):
+    if any(link.config.lora_bias for link in links):
         return None
     return next((served for served in _SERVED_RANKS if served >= rank), None)
 

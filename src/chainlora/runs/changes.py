@@ -16,11 +16,10 @@ from typing import Any
 from chainlora import files
 from chainlora.chain.checks import check_strengths
 from chainlora.config.staging import HISTORY, split_address
-from chainlora.errors import ChainError, FileError, RunError
+from chainlora.errors import FileError, RunError
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.draft import drafts_in, ended_leftovers
 from chainlora.runs.history import BASE, CONTENT, Entry, History, read_history, update_history
-from chainlora.runs.links import outline_of
 from chainlora.runs.locks import is_in_use
 from chainlora.runs.state import OpenState
 
@@ -185,7 +184,6 @@ def _planned(run: Path, history: History, name: str) -> tuple[Pruning, History]:
     stay = [each.key for each in after.entries if each.kind == "stage"]
     if entry is not None and entry.kind == "stage" and not stay:
         raise RunError("a run must keep a stage", f"{name!r}, its only one", f"delete {run}")
-    _need_sums(run, history, name)
     on_top = [key for key in stay if name in {below.key for below in history.lineage(key)}]
     before = BASE if entry is None else entry.parent
     ends = history.ends(history.head)
@@ -305,21 +303,6 @@ def _without(history: History, name: str) -> tuple[History, list[str]]:
     }
     found = history.model_copy(update=update)
     return found, [key for key in gone if key != name]
-
-
-def _need_sums(run: Path, history: History, name: str) -> None:
-    """Raise RunError where another state is no sum without the links of a stage."""
-    for entry in history.entries if history.find(name) is not None else ():
-        facts = [history.links[term.link] for term in entry.state.terms]
-        links = [outline_of(each, n, float(each.stage != name)) for n, each in enumerate(facts)]
-        try:
-            check_strengths(links if entry.key != name else [])
-        except ChainError as error:
-            raise RunError(
-                "a stage can be pruned only where the later ones are a sum without it",
-                f"{error} in {run}@{entry.key}",
-                "prune the later ones first",
-            ) from None
 
 
 def _unnamed(run: Path, history: History) -> Iterator[Path]:

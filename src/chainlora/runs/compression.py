@@ -51,9 +51,6 @@ def _with_biases(stacked: Mapping[str, Factors]) -> dict[str, Factors]:
     """Return factors with a bias on all layers if one has it: PEFT adapts that of all or none."""
     if all(share.bias is None for share in stacked.values()):
         return dict(stacked)
-    if embeddings := [name for name, share in stacked.items() if share.of_embedding]:
-        rule = "an adapter with biases must have none of an embedding"
-        raise ChainError(rule, f"LoRA on {embeddings[0]}", "export --to merged")
     return {
         name: replace(share, bias=torch.zeros(share.b.shape[0])) if share.bias is None else share
         for name, share in stacked.items()

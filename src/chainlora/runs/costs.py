@@ -16,8 +16,8 @@ from chainlora.chain.link import Link
 
 
 def num_trained(link: Link) -> int:
-    """Return how many parameters a link trained: of factors, LoRA's biases, extra modules."""
-    config, total = link.config, sum(weight.numel() for weight in link.extra.values())
+    """Return how many parameters a link trained: of factors and LoRA's biases."""
+    config, total = link.config, 0
     for pair in link.factors.values():
         total += config.rank * (
             (config.train_factors != "B") * pair.a.shape[1]

@@ -14,8 +14,6 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from chainlora import files
 from chainlora.chain.adapters import Factors, save_adapter
 from chainlora.chain.chain import Chain
@@ -127,7 +125,7 @@ def export_adapter(
     if isinstance(source, Chain):
         error = max([error, *(link.error for link in links if link.index == len(source))])
     with filled_folder(output) as scratch:
-        written = write_adapter(scratch, links, factors, named)
+        written = write_adapter(scratch, factors, named)
         if folder is not None:
             copy_licences(folder, scratch)
             _save_tokenizer(source, folder, scratch)
@@ -233,19 +231,13 @@ def check_compression(rank: int | None, tolerance: float | None) -> None:
         raise ChainError(f"`tolerance` is a relative error between 0 and 1 (got {tolerance})")
 
 
-def write_adapter(
-    folder: Path, links: Sequence[Link], factors: Mapping[str, Factors], base: Base
-) -> int:
+def write_adapter(folder: Path, factors: Mapping[str, Factors], base: Base) -> int:
     """Write factors of a chain as one adapter; return its rank."""
     rank = max(pair.a.shape[0] for pair in factors.values())
-    extra: dict[str, Tensor] = {}
-    for link in links:
-        extra |= link.extra
     config = LinkConfig(
         rank=rank,
         alpha=rank,
         target_modules=tuple(sorted(factors)),
-        extra_modules=links[-1].config.extra_modules,
         lora_bias=any(pair.bias is not None for pair in factors.values()),
     )
     save_adapter(
@@ -255,7 +247,6 @@ def write_adapter(
         rank=rank,
         alpha=rank,
         base=base.model,
-        extra=extra,
         fan_in_fan_out=base.fan_in_fan_out,
         task_type=base.task_type,
     )

@@ -80,14 +80,10 @@ class State(Part):
 class Base(Part):
     """The model that links belong to. `files` are hashes of all that makes it what it is; a chain
     saved without a run has none.
-
-    `body` is the fingerprint without the parameters that the chain holds itself, which may be
-    others where it is loaded: a new head.
     """
 
     model: str
     fingerprint: str
-    body: str | None = None
     task_type: str | None = CAUSAL
     dtype: Annotated[str, Field(pattern=r"^b?float(16|32|64)$")] = "float32"
     files: dict[str, str] | None = None

@@ -29,7 +29,6 @@ def write_adapter_of(folder: Path, link: Link, base: Base) -> None:
         rank=link.rank,
         alpha=link.config.scaling * link.rank**power,
         base=base.model,
-        extra=link.extra,
         fan_in_fan_out=base.fan_in_fan_out,
         task_type=base.task_type,
     )
@@ -83,12 +82,11 @@ def read_link(folder: Path, facts: LinkFacts, index: int, strength: float) -> Li
 
     Raises RunError unless the adapter holds what such a link has and nothing else.
     """
-    factors, extra = load_adapter(folder)
+    factors = load_adapter(folder)
     link = Link(
         index=index,
         config=facts.link_config(),
         factors=factors,
-        extra=extra,
         num_steps=facts.num_steps,
         error=facts.error,
         strength=strength,
@@ -100,12 +98,8 @@ def read_link(folder: Path, facts: LinkFacts, index: int, strength: float) -> Li
 
 def need_low_rank_sum(config: LinkConfig, where: object, remedy: str) -> None:
     """Raise RunError for a link that is more than B·A."""
-    beside = {
-        "a LoRA bias": config.lora_bias,
-        "modules trained whole": config.extra_modules,
-    }
-    if found := [name for name, is_there in beside.items() if is_there]:
-        raise RunError("links must be low-rank sums", f"{found[0]} in {where}", remedy)
+    if config.lora_bias:
+        raise RunError("links must be low-rank sums", f"a LoRA bias in {where}", remedy)
 
 
 def outline_of(facts: LinkFacts, index: int, strength: float) -> Link:

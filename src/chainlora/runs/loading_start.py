@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chainlora.chain.adapters import Imported, dequantized, import_adapter, linked_layer
+from chainlora.chain.adapters import MERGE, Imported, dequantized, import_adapter, linked_layer
 from chainlora.chain.chain import Chain
 from chainlora.chain.checks import check_link
 from chainlora.chain.holding import hold_for
@@ -50,8 +50,6 @@ from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
 
-_MERGE = "merge it with PEFT, and take the result as the model"
-
 
 def load_start(source: str | Path) -> Start:
     """Read what a stage can begin on.
@@ -80,7 +78,7 @@ def load_start(source: str | Path) -> Start:
         return replace(start, tokenizer=tokenizer or start.tokenizer)
     if (folder / "adapter_config.json").is_file():
         found = import_adapter(folder)
-        link = Link(0, found.config, found.factors, found.extra)
+        link = Link(0, found.config, found.factors)
         revision = found.stored.get("revision")
         notes = (f"the adapter is for revision {revision} of its base",) if revision else ()
         return Start(links=(link,), adapter=found, tokenizer=tokenizer, notes=notes)
@@ -93,9 +91,7 @@ def load_start(source: str | Path) -> Start:
 
 def start_at(state: OpenState) -> Start:
     """Return what a stage begins on at a state: the links, the best point if it was kept."""
-    extra = {} if state.has_run else read_chain(state).start
-    links = tuple(state.links())
-    return Start(state=state, links=links, tokenizer=state.tokenizer(), extra=extra)
+    return Start(state=state, links=tuple(state.links()), tokenizer=state.tokenizer())
 
 
 def fitted(start: Start, chain: Chain, name: str | None = None) -> Start:
@@ -111,7 +107,7 @@ def fitted(start: Start, chain: Chain, name: str | None = None) -> Start:
         start = replace(start, notes=start.notes + notes)
         return _without_dora(start, adapter.magnitudes, chain.model)
     base = None if start.state is None else start.state.base
-    if base is not None and base.body != chain.fingerprint.without(start.extra):
+    if base is not None:
         folder = folder_of(chain.model)
         files = base_files(folder) if folder and base.files is not None else None
         fingerprint = chain.base_fingerprint
@@ -125,7 +121,6 @@ def put_on(start: Start, chain: Chain) -> Start:
     Nothing changes where the model is refused.
     """
     start = fitted(start, chain)
-    chain.set_start_of_extra(start.extra)
     chain.add(*start.links)
     return start
 
@@ -175,7 +170,7 @@ def _check_fit(adapter: Imported, model: nn.Module) -> None:
             raise ModelError(
                 "the vocabulary of an adapter must be that of its base",
                 f"{weight.shape[0]} rows for {rows}, or other values, at {path}",
-                _MERGE,
+                MERGE,
             )
 
 
@@ -192,14 +187,12 @@ def _without_dora(start: Start, magnitudes: Mapping[str, Tensor], model: nn.Modu
     for name, magnitude in magnitudes.items():
         layer = linked_layer(model, name)
         if is_shard(layer.weight):
-            raise ModelError("a DoRA adapter needs whole weights", f"a share of {name}", _MERGE)
+            raise ModelError("a DoRA adapter needs whole weights", f"a share of {name}", MERGE)
         weight = dequantized(layer)
         tuned = weight + link.delta_weight(name)
         update = tuned * (magnitude / tuned.norm(dim=1)).unsqueeze(1) - weight
         if not update.isfinite().all():
-            raise ModelError(
-                "a DoRA adapter must leave finite weights", f"others at {name}", _MERGE
-            )
+            raise ModelError("a DoRA adapter must leave finite weights", f"others at {name}", MERGE)
         pair = principal_factors(link.config, update, generator_for(0, "dora", name))
         factors[name] = pair
         change += float(update.square().sum())
@@ -324,7 +317,7 @@ def _is_same_link(one: Link, two: Link) -> bool:
 
 
 def _tensors(link: Link) -> dict[tuple[str, str], Tensor]:
-    found = {(name, ""): tensor for name, tensor in link.extra.items()}
+    found: dict[tuple[str, str], Tensor] = {}
     for name, factors in link.factors.items():
         parts = {part: getattr(factors, part) for part in ("a", "b", "bias")}
         found |= {(name, part): tensor for part, tensor in parts.items() if tensor is not None}

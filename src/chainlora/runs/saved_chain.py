@@ -4,8 +4,6 @@
     DIR/links/DIGEST/            each an ordinary PEFT adapter; the live link too, as it is now
     DIR/stages/main/chain.json   what only a chain that goes on needs to know
     DIR/stages/main/live.safetensors    the state of the live link, if there is one
-    DIR/stages/main/start.safetensors   extra modules before the first link, where the base's files
-                                        have none (a new head)
 
 Whoever reads a run (`load_run`, the exports, `chainlora eval`) reads this too, the live link
 included. A folder is replaced as a whole, so it is never partly of one chain and partly of another.
@@ -22,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from chainlora import files
-from chainlora.chain.adapters import base_layer, has_fan_in_first, set_config, task_type
+from chainlora.chain.adapters import base_layer, is_transposed, set_config, task_type
 from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
@@ -40,7 +38,7 @@ from chainlora.runs.state import OpenState
 # Where a checkpoint of a trainer keeps its chain, beside the adapter.
 INSIDE = "chain"
 
-_CHAIN, _LIVE, _START = "chain.json", "live.safetensors", "start.safetensors"
+_CHAIN, _LIVE = "chain.json", "live.safetensors"
 
 
 class Live(Part):
@@ -71,7 +69,6 @@ class SavedChain:
     memory: Memory
     links: list[Link]
     live: dict[str, Tensor]
-    start: dict[str, Tensor]
 
 
 def save_chain(chain: Chain, directory: str | Path) -> None:
@@ -92,8 +89,6 @@ def write_chain(
         saved = [(save_link(scratch, link, base, MAIN), link.strength) for link in links]
         folder = stage_folder(scratch, MAIN)
         folder.mkdir(parents=True)
-        if start := chain.start_of_extra():
-            files.save_tensors(folder / _START, start)
         if chain.live is not None:
             files.save_tensors(folder / _LIVE, chain.live_state())
         write_part(folder / _CHAIN, _memory(chain, numbers))
@@ -120,12 +115,10 @@ def read_chain(state: OpenState) -> SavedChain:
     if known is None or _CHAIN not in known.files:
         raise RunError("a saved chain was to be read", f"a run, {state.run}", "name a saved chain")
     memory = read_part(folder / _CHAIN, Memory)
-    found = {
-        name: load_file(folder / name) if name in known.files else {} for name in (_LIVE, _START)
-    }
+    live = load_file(folder / _LIVE) if _LIVE in known.files else {}
     links = state.read(state.state.terms[: len(memory.ids)])
     links = [replace(link, id=id) for link, id in zip(links, memory.ids, strict=True)]
-    return SavedChain(state, memory, links, found[_LIVE], found[_START])
+    return SavedChain(state, memory, links, live)
 
 
 def restore_chain(chain: Chain, saved: SavedChain) -> None:
@@ -142,13 +135,10 @@ def restore_chain(chain: Chain, saved: SavedChain) -> None:
             f"{strength:g} in {run}",
             f"restore it first: chainlora mix {run} {MAIN}=1",
         )
-    body = saved.state.base.body
-    if body is None or body != chain.fingerprint.without(saved.start):
-        check_base(saved.state.base, run, fingerprint=chain.base_fingerprint)
+    check_base(saved.state.base, run, fingerprint=chain.base_fingerprint)
     if chain.live is not None:
         chain.discard()
     chain.drop(len(chain))
-    chain.set_start_of_extra(saved.start)
     chain.add(*saved.links)
     memory = saved.memory
     chain.next_id, chain.stage, chain.first_id = memory.next_id, memory.stage, memory.first_id
@@ -177,14 +167,12 @@ def describe_base(chain: Chain) -> Base:
     """Describe the base model of a chain for ``history.json``."""
     model: Any = chain.model
     parameter = next(model.parameters())
-    start = chain.start_of_extra()
     return Base(
         model=name_of(model),
         fingerprint=chain.base_fingerprint,
-        body=chain.fingerprint.without(start) if start else None,
         task_type=task_type(model),
         dtype=str(parameter.dtype).removeprefix("torch."),
-        fan_in_fan_out=any(has_fan_in_first(base_layer(module)) for module in model.modules()),
+        fan_in_fan_out=any(is_transposed(base_layer(module)) for module in model.modules()),
     )
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor
 
 from chainlora.chain.adapters import Imported
 from chainlora.chain.link import Link
@@ -21,15 +18,14 @@ class Start:
 
     It is a `state` of the stage's own run, of another run or a saved chain, or an imported
     `adapter`, of which the base is known by its name alone. `rows` are those given for it. What was
-    read from elsewhere comes with more: `extra`, extra modules before the first link that the
-    base's files lack; `tokenizer`, the folder of one of its own; `notes` for the user.
+    read from elsewhere comes with more: `tokenizer`, the folder of one of its own; `notes` for the
+    user.
     """
 
     state: OpenState | None = None
     links: tuple[Link, ...] = ()
     adapter: Imported | None = None
     rows: Kept | None = None
-    extra: Mapping[str, Tensor] = field(default_factory=dict)
     tokenizer: Path | None = None
     notes: tuple[str, ...] = ()
 

@@ -152,18 +152,18 @@ def _lora(
     name: str, stage: str, links: Sequence[Link], rank: int | None, tolerance: float | None
 ) -> _Lora:
     factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
-    _check_factors(factors, {name for link in links for name in link.extra})
+    _check_factors(factors)
     return _Lora(name, stage, factors, max(len(pair.a) for pair in factors.values()), error)
 
 
-def _check_factors(factors: Mapping[str, Factors], extra: set[str]) -> None:
+def _check_factors(factors: Mapping[str, Factors]) -> None:
     """Raise ModelError for what llama.cpp does not add to a model from a LoRA."""
-    wrong = [f"{name}, trained whole" for name in sorted(extra)]
+    wrong = []
     for name, pair in factors.items():
         if pair.bias is not None:
             wrong.append(f"{name}, with a bias")
         if ".layers." not in name:
-            wrong.append(f"{name}, an embedding or head")
+            wrong.append(f"{name}, a head")
     if wrong:
         raise ModelError(
             "a LoRA of llama.cpp must be on linear maps of layers alone", wrong[0], "use --to gguf"

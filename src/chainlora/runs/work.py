@@ -219,7 +219,7 @@ class Work:
         return self.opened().read([Term(link=digest) for digest in self.draft.entry.tied])
 
     def load_best(self, config: LinkConfig, directory: str) -> Link:
-        return Link(0, config, *load_adapter(self.folder / directory))
+        return Link(0, config, load_adapter(self.folder / directory))
 
     # --- writing a point: its files, and then ``stage.json``, which names them ---
 

@@ -32,7 +32,7 @@ def check_optimizer(config: RunConfig, device: torch.device) -> None:
     """Raise ConfigError unless the optimizer is known and can do what the config asks of it."""
     train, chain = config.train, config.chain
     optimizer = _stepped(train, device)
-    if chain.lora_bias or chain.extra_modules:
+    if chain.lora_bias:
         _check_vectors(train, device)
     if takes_over(optimizer) and len(set(chain.ranks)) > 1:
         raise ConfigError(
@@ -82,8 +82,8 @@ def _check_vectors(train: TrainConfig, device: torch.device) -> None:
         from_groups([{"params": [vector], "ratio": 1.0}], train)
     except ValueError:
         raise ConfigError(
-            f"`train.optimizer: {train.optimizer}` trains matrices alone (got lora_bias or "
-            "extra_modules, which have vectors too); use adamw, or leave them out"
+            f"`train.optimizer: {train.optimizer}` trains matrices alone (got lora_bias, which has "
+            "vectors too); use adamw, or leave it out"
         ) from None
 
 
@@ -95,11 +95,9 @@ def make_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.Optimiz
 
     Factor B's rate is `lora_plus_ratio` times A's (arXiv 2402.12354).
     """
-    extra = [p for module in adapter.extra.values() for p in module.parameters()]
     groups = [
         {"params": adapter.named_factor("A"), "ratio": 1.0},
         {"params": adapter.named_factor("B"), "ratio": config.lora_plus_ratio},
-        {"params": extra, "ratio": 1.0},
     ]
     return from_groups([group for group in groups if group["params"]], config)
 

@@ -140,7 +140,6 @@ def _need_keys(stage: Stage) -> None:
     data, chain = stage.config.data, stage.config.chain
     keys = {
         "chain.lora_bias": chain.lora_bias,
-        "chain.extra_modules": bool(chain.extra_modules),
         "data.keep_rows: false": not data.keep_rows,
         "data.rehearse": data.rehearse,
     }

@@ -351,7 +351,6 @@ def check_shards(config: RunConfig) -> None:
     refused = {
         "quantize": config.quantize is not None,
         "chain.init: pissa": chain.init == "pissa",
-        "chain.extra_modules": bool(chain.extra_modules),
     }
     if found := [key for key, is_set in refused.items() if is_set]:
         raise ConfigError(

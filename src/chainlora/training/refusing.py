@@ -9,20 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from chainlora import files
-from chainlora.chain.adapters import check_targets, inside, matched_modules
-from chainlora.chain.checks import check_apart, check_strengths
-from chainlora.chain.link import Link
+from chainlora.chain.adapters import check_targets
 from chainlora.config.schema import RunConfig
 from chainlora.config.staging import Stage
 from chainlora.data.division import can_read_again
 from chainlora.data.kept import keeps_rows
 from chainlora.data.splits import learned_by, length_limit
-from chainlora.errors import ChainError, ChainLoRAError, ConfigError, RunError
+from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.models.finding import from_above
 from chainlora.models.loading import load_skeleton
 from chainlora.models.text_config import context_length
@@ -59,8 +56,6 @@ def check_due(planned: Sequence[StagePlan], start: Start, now: OpenState | None)
     begun = start if now is None else Start(state=now.at(now.history.origin))
     origin = _losses(begun) | _given(first, start, due[0].state == "new")
     below = dict(origin) if now is None else _losses(Start(state=now))
-    state = start.state if now is None else now
-    links = list(start.links) if state is None else state.outlines()
     for each in due:
         config = each.stage.config
         with naming(each.stage if len(planned) > 1 else None):
@@ -69,27 +64,16 @@ def check_due(planned: Sequence[StagePlan], start: Start, now: OpenState | None)
             check_optimizer(config, device)
             length_limit(config.data, context_length(model))
             if each.state == "new":
-                _check_modules(model, config, links)
-        links += [Link(len(links), link, {}) for link in config.chain.links()]
+                for link in dict.fromkeys(config.chain.links()):
+                    check_targets(model, link)
         if each.state == "new":
             if each.name in start.stages:
                 got = f"{each.name!r}, which is there"
                 raise RunError("a stage must have a name of its own", got, "choose another")
             _need_rows(each.stage, origin if each.stage.beside else below)
-            _need_sum(each.stage, links)
         if not config.data.rehearse:
             loss = learned_by(config.data, config.train.loss)
             below[each.name] = loss if keeps_rows(config.data) else None
-
-
-def _check_modules(model: Any, config: RunConfig, below: Sequence[Link]) -> None:
-    """Refuse links for modules that the model lacks, or that links below train otherwise."""
-    tuned = dict.fromkeys(link.config for link in below)
-    adapted = {name for other in tuned for name in matched_modules(model, other)}
-    whole = {name for other in tuned for name in inside(model, other.extra_modules)}
-    for link in dict.fromkeys(config.chain.links()):
-        check_targets(model, link)
-        check_apart(adapted, whole, model, link)
 
 
 def _check_processes(config: RunConfig) -> None:
@@ -158,18 +142,6 @@ def _need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
             ", ".join(f"{name}: {loss}" for name, loss in losses.items()) or "no earlier stage",
             "leave data.replay out" if again == "replay" else "train it on rows of its own",
         )
-
-
-def _need_sum(stage: Stage, links: Sequence[Link]) -> None:
-    """Refuse a stage on links of a strength that it cannot be tuned on."""
-    try:
-        check_strengths(links)
-    except ChainError as error:
-        raise RunError(
-            f"stage {stage.name!r} cannot be trained on these strengths",
-            error,
-            "restore that one by `mix`, or prune it",
-        ) from None
 
 
 @contextmanager

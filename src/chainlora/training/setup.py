@@ -15,7 +15,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from torch import nn
 
-from chainlora.chain.adapters import has_fan_in_first, prepare_quantized
+from chainlora.chain.adapters import is_transposed, prepare_quantized
 from chainlora.chain.chain import Chain
 from chainlora.chain.holding import holding_named
 from chainlora.config.reading import flatten
@@ -24,7 +24,7 @@ from chainlora.config.staging import stage_folder
 from chainlora.data.kept import keeps_rows
 from chainlora.data.splits import Splits, prepare_splits
 from chainlora.engine.engine import Engine
-from chainlora.errors import ConfigError, RunError
+from chainlora.errors import ConfigError
 from chainlora.models.finding import from_above, resolve_model
 from chainlora.models.identity import base_files
 from chainlora.models.loading import (
@@ -229,12 +229,6 @@ def _checkpoint_activations(model: Any) -> None:
 
 def _begun_on(start: Start, chain: Chain, config: RunConfig) -> Start:
     """Put the links on the model that the run begins on, and say what it should know of them."""
-    if start.extra:
-        raise RunError(
-            "a stage begins on a base whose files hold all of it",
-            f"{len(start.extra)} parameters beside it, such as {next(iter(start.extra))}",
-            "continue in Python, by load_chain",
-        )
     start = fitted(start, chain, config.model)
     for note in start.notes:
         logger.warning("%s", note)
@@ -248,7 +242,7 @@ def _base_of(config: RunConfig, chain: Chain, files: dict[str, str]) -> Base:
         fingerprint=chain.base_fingerprint,
         dtype=config.train.dtype,
         files=files,
-        fan_in_fan_out=any(map(has_fan_in_first, chain.model.modules())),
+        fan_in_fan_out=any(map(is_transposed, chain.model.modules())),
         quantize=config.quantize,
     )
 

@@ -8,11 +8,10 @@ adapter_files.py  a link on disk, an ordinary PEFT adapter
 importing.py      a LoRA made elsewhere, as a link has it
 """
 
-from chainlora.chain.adapters.adapter_files import load_adapter, save_adapter
+from chainlora.chain.adapters.adapter_files import MERGE, load_adapter, save_adapter
 from chainlora.chain.adapters.importing import Imported, import_adapter
 from chainlora.chain.adapters.layer_facts import (
     dequantized,
-    has_fan_in_first,
     is_transposed,
     num_trained,
     prepare_quantized,
@@ -26,16 +25,13 @@ from chainlora.chain.adapters.layers import (
     carry,
     copied_factors,
     detach,
-    extra_parameters,
     get_dropouts,
-    get_extra,
     linked_layer,
     live_factors,
     lora_layers,
     same_shape,
     set_config,
     set_dropouts,
-    set_extra,
     set_factors,
     zero,
 )
@@ -48,8 +44,6 @@ from chainlora.chain.adapters.peft_model import (
 )
 from chainlora.chain.adapters.targets import (
     check_targets,
-    inside,
-    is_extra,
     matched_modules,
     target_candidates,
     task_type,

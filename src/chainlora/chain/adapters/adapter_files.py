@@ -14,19 +14,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from chainlora.chain.adapters.targets import peft_config, trained_module
+from chainlora.chain.adapters.targets import peft_config
 from chainlora.chain.link import Factors
 from chainlora.config.schema import LinkConfig
-from chainlora.errors import RunError
+from chainlora.errors import ModelError, RunError
 from chainlora.files import reported, save_tensors
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_OF_LINEAR = ("lora_A.weight", "lora_B.weight")
-_OF_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+MERGE = "merge it with PEFT, and take the result as the model"
 MAGNITUDE = ".lora_magnitude_vector"  # of DoRA, which `import_adapter` reads
-_HEADS = {"classifier", "score", "qa_outputs"}  # that PEFT wants whole, by the task
 
 
 def save_adapter(
@@ -37,7 +36,6 @@ def save_adapter(
     rank: int,
     alpha: float,
     base: str,
-    extra: Mapping[str, Tensor] | None = None,
     fan_in_fan_out: bool = False,
     task_type: str | None = "CAUSAL_LM",
 ) -> None:
@@ -48,23 +46,15 @@ def save_adapter(
     Args:
         rank: of the stored factors; a PiSSA link stores twice its tuned rank.
         alpha: of the stored factors.
-        extra: weights of trained extra modules by parameter path.
         fan_in_fan_out: whether the adapted layers store their weights (in × out), as GPT-2 does.
-        task_type: PEFT's name of what the model is for; left out where PEFT would miss the head of
-            a classifier, which was not trained whole.
+        task_type: PEFT's name of what the model is for.
     """
-    heads = [path for path in extra or {} if _HEADS.intersection(path.split("."))]
-    if task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and not heads:
-        task_type = None
     tensors: dict[str, Tensor] = {}
     for name, share in factors.items():
-        a, b = _names(share)
-        tensors[f"{_PREFIX}{name}.{a}"] = _stored(share.a)
-        tensors[f"{_PREFIX}{name}.{b}"] = _stored(share.b)
+        tensors[f"{_PREFIX}{name}{_A}"] = _stored(share.a)
+        tensors[f"{_PREFIX}{name}{_B}"] = _stored(share.b)
         if share.bias is not None:
             tensors[f"{_PREFIX}{name}.lora_B.bias"] = share.bias
-    for path, weight in (extra or {}).items():
-        tensors[f"{_PREFIX}{path}"] = weight.contiguous()
     save_tensors(directory / _WEIGHTS, tensors, metadata={"format": "pt"})
     written = peft_config(
         config,
@@ -74,7 +64,6 @@ def save_adapter(
         inference_mode=True,
         target_modules=sorted(factors),
         exclude_modules=None,
-        modules_to_save=sorted({trained_module(path, config) for path in extra or {}}) or None,
         init_lora_weights=True,
         fan_in_fan_out=fan_in_fan_out,
         task_type=task_type,
@@ -95,33 +84,33 @@ def _stored(factor: Tensor) -> Tensor:
     return (narrow if torch.equal(narrow.float(), factor) else factor).contiguous()
 
 
-def _names(share: Factors) -> tuple[str, str]:
-    return _OF_EMBEDDING if share.of_embedding else _OF_LINEAR
+def load_adapter(directory: Path) -> dict[str, Factors]:
+    """Read the factors of a link by module. Raises RunError unless they are all that is there."""
+    factors, beside = read_adapter(directory)
+    if beside:
+        raise damaged(directory, f"weights beside factors, at {min(beside)}")
+    return factors
 
 
-def load_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor]]:
-    """Read a saved adapter: factors by module, extra weights by parameter path.
+def read_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    """Read a saved adapter: factors by module, and other tensors in it by parameter path.
 
-    Raises RunError unless it is whole: every module has both factors, of one rank.
+    Raises RunError unless it is whole: every module has both factors, of one rank. Raises
+    ModelError for a LoRA on an embedding.
     """
     with _whole(directory):
         tensors = load_file(directory / _WEIGHTS)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
-    modules = [
-        (name.removesuffix(f".{kind[0]}"), kind)
-        for name in tensors
-        for kind in (_OF_LINEAR, _OF_EMBEDDING)
-        if name.endswith(f".{kind[0]}")
-    ]
+    if embeddings := [name for name in tensors if ".lora_embedding_" in name]:
+        rule, got = "an adapter must be on linear layers", f"{embeddings[0]} in {directory}"
+        raise ModelError(rule, got, MERGE)
     factors = {}
-    for name, kind in modules:
-        a = tensors.pop(f"{name}.{kind[0]}")
-        b = tensors.pop(f"{name}.{kind[1]}", None)
+    for name in [name.removesuffix(_A) for name in tensors if name.endswith(_A)]:
+        a, b = tensors.pop(f"{name}{_A}"), tensors.pop(f"{name}{_B}", None)
         if b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
             raise damaged(directory, f"no pair of factors for {name}")
         bias = tensors.pop(f"{name}.lora_B.bias", None)
-        bias, of_embedding = None if bias is None else bias.float(), kind is _OF_EMBEDDING
-        factors[name] = Factors(a.float(), b.float(), bias, of_embedding)
+        factors[name] = Factors(a.float(), b.float(), None if bias is None else bias.float())
     if not factors:
         raise damaged(directory, "no factors")
     modules_left = ((name, name.removesuffix(MAGNITUDE)) for name in tensors if ".lora_" in name)

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from chainlora.chain.adapters.adapter_files import (
     MAGNITUDE,
+    MERGE,
     damaged,
-    load_adapter,
+    read_adapter,
     read_config,
 )
 from chainlora.chain.link import Factors, padded
@@ -54,13 +55,11 @@ _READ = {
     "lora_bias",
     "lora_dropout",
     "init_lora_weights",
-    "modules_to_save",
 }
 # They chose the modules, which the weights name.
 _CHOICE = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 # These leave the base's weights as they are; PiSSA, OLoRA, CorDA, LoftQ and others do not.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-_MERGE = "merge it with PEFT, and take the result as the model"
 _CONVERT = (
     "save it as a plain LoRA first (PEFT: save_pretrained with "
     "path_initial_model_for_weight_conversion), or merge it and take the result as the model"
@@ -73,7 +72,6 @@ class Imported:
 
     config: LinkConfig
     factors: dict[str, Factors]
-    extra: dict[str, Tensor]  # of modules that it trained whole
     kept: dict[str, Tensor]  # of embeddings that PEFT stored beside it, which must be the base's
     magnitudes: dict[str, Tensor]  # of DoRA, by module; of LoRA none
     stored: dict[str, Any]  # PEFT's config
@@ -88,11 +86,9 @@ def import_adapter(folder: Path) -> Imported:
     """Read an adapter that PEFT has saved. Raises ModelError for what cannot become a link."""
     stored = read_config(folder)
     _check(stored, folder)
-    factors, beside = load_adapter(folder)
+    factors, beside = read_adapter(folder)
     try:
-        names = tuple(stored.get("modules_to_save") or ())
-        whole = {path: module for path in beside if (module := _saved_module(path, names))}
-        config, factors = _as_one(stored, factors, tuple(sorted(set(whole.values()))))
+        config, factors = _as_one(stored, factors)
         scaled = factors if stored.get("use_dora") else {}
         magnitudes = {
             name: beside.pop(f"{name}{MAGNITUDE}").float().expand(share.b.shape[0])
@@ -108,9 +104,8 @@ def import_adapter(folder: Path) -> Imported:
         re.error,
     ) as error:
         raise damaged(folder, f"an adapter_config.json with {error}") from None
-    extra = {path: beside.pop(path) for path in whole}
     kept = {path.replace(".base_layer.", "."): weight for path, weight in beside.items()}
-    return Imported(config, factors, extra, kept, magnitudes, stored)
+    return Imported(config, factors, kept, magnitudes, stored)
 
 
 def odd_field(config: Mapping[str, Any], known: set[str]) -> tuple[str, object] | None:
@@ -126,10 +121,10 @@ def odd_field(config: Mapping[str, Any], known: set[str]) -> tuple[str, object] 
 def _check(config: dict[str, Any], folder: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise ModelError("an adapter must be a LoRA", f"{kind!r:.40} in {folder}", _MERGE)
+        raise ModelError("an adapter must be a LoRA", f"{kind!r:.40} in {folder}", MERGE)
     if odd := odd_field(config, _READ | _CHOICE):
         got = f"`{odd[0]}: {odd[1]!r:.60}` in {folder}"
-        raise ModelError("an adapter must be LoRA or DoRA and no more", got, _MERGE)
+        raise ModelError("an adapter must be LoRA or DoRA and no more", got, MERGE)
     if (init := config.get("init_lora_weights")) not in _INITS:
         got = f"`init_lora_weights: {init!r:.40}` in {folder}"
         raise ModelError("an adapter must be for the base as it is", got, _CONVERT)
@@ -142,15 +137,8 @@ def _check(config: dict[str, Any], folder: Path) -> None:
         )
 
 
-def _saved_module(path: str, names: tuple[str, ...]) -> str | None:
-    """Return the module trained whole that a parameter belongs to; PEFT goes by its path's end."""
-    parts = path.split(".")
-    outer = (".".join(parts[:size]) for size in range(1, len(parts)))
-    return next((module for module in outer if module.endswith(names)), None)
-
-
 def _as_one(
-    stored: Mapping[str, Any], factors: Mapping[str, Factors], whole: tuple[str, ...]
+    stored: Mapping[str, Any], factors: Mapping[str, Factors]
 ) -> tuple[LinkConfig, dict[str, Factors]]:
     """Return the config of a link, and factors of its rank and scaling."""
     rslora = bool(stored.get("use_rslora"))
@@ -165,7 +153,6 @@ def _as_one(
         dropout=stored.get("lora_dropout", 0.0),
         lora_bias=bool(stored.get("lora_bias")),
         target_modules=tuple(sorted(factors)),
-        extra_modules=whole,
     )
     found = {}
     for name, share in factors.items():

@@ -27,19 +27,13 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Say whether the module stores its weight (in × out): GPT-2's Conv1D, or an embedding, whose
-    input is a token."""
-    return isinstance(module, Conv1D | nn.Embedding)
-
-
-def has_fan_in_first(module: nn.Module) -> bool:
-    """Say whether PEFT must be told that a module stores its weight (in × out)."""
+    """Say whether the module stores its weight (in × out), as GPT-2's Conv1D does."""
     return isinstance(module, Conv1D)
 
 
 def sizes(module: Any) -> tuple[int, int]:
-    """Return (in, out) of a layer; an embedding's input is a token."""
-    if isinstance(module, Conv1D | nn.Embedding):
+    """Return (in, out) of a layer."""
+    if isinstance(module, Conv1D):
         first, second = module.weight.shape
         return first, second
     return module.in_features, module.out_features  # a quantised weight has another shape
@@ -50,26 +44,11 @@ def num_trained(rank: int, modules: Mapping[str, Any]) -> int:
     return rank * sum(sum(sizes(module)) for module in modules.values())
 
 
-def looks_up(module: nn.Embedding) -> bool:
-    """Say whether a forward is a look-up, times `embed_scale` where there is one, as in PEFT.
-
-    Of a layer on the meta device this and `has_own_forward` see the shape alone; the loaded model
-    is checked again.
-    """
-    if type(module).forward is nn.Embedding.forward:
-        return True
-    ids = torch.arange(min(3, module.num_embeddings), device=module.weight.device)[None]
-    try:
-        with torch.no_grad():
-            own, rows = module(ids), nn.functional.embedding(ids, module.weight)
-    except (RuntimeError, TypeError):
-        return False
-    rows = rows * getattr(module, "embed_scale", 1.0)
-    return isinstance(own, Tensor) and own.shape == rows.shape and _are_close(own, rows)
-
-
 def has_own_forward(module: nn.Module) -> bool:
-    """Say whether a subclass of Linear computes anything but ``x Wᵀ + c`` (grouped, rounded)."""
+    """Say whether a subclass of Linear computes anything but ``x Wᵀ + c`` (grouped, rounded).
+
+    Of a layer on the meta device this sees the shape alone; the loaded model is checked again.
+    """
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return False
     if is_quantized(module):  # it dequantises first
@@ -83,11 +62,7 @@ def has_own_forward(module: nn.Module) -> bool:
         return True
     if not isinstance(own, Tensor) or own.shape != plain.shape:
         return True
-    return not _are_close(own, plain, 1e-3, 1e-3)
-
-
-def _are_close(x: Tensor, y: Tensor, relative: float = 1e-5, absolute: float = 1e-8) -> bool:
-    return x.is_meta or torch.allclose(x, y, relative, absolute)
+    return not (own.is_meta or torch.allclose(own, plain, 1e-3, 1e-3))
 
 
 def why_no_lora(module: nn.Module) -> str | None:
@@ -196,14 +171,14 @@ def shared_weights(model: nn.Module) -> dict[str, str]:
     return shared
 
 
-def tied_pair(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
-    """Return (head, embedding) when they share one weight, else (None, None)."""
+def tied_head(model: Any) -> nn.Module | None:
+    """Return the head of a model if its weight is the embedding's, else None."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     weight = getattr(head, "weight", None)
     if weight is None or embedding is None or weight is not embedding.weight:
-        return None, None
-    return head, embedding
+        return None
+    return head
 
 
 # --- bases in few bits ---

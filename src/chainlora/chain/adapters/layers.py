@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from chainlora.chain.adapters.layer_facts import is_linear
-from chainlora.chain.adapters.targets import check_targets, named_modules, peft_config, task_type
+from chainlora.chain.adapters.targets import check_targets, peft_config, task_type
 from chainlora.chain.link import Factors
 from chainlora.config.schema import LinkConfig
 
@@ -27,12 +26,11 @@ LIVE = "default"  # the name that PEFT gives, and that its users and TRL expect
 
 @dataclass
 class Adapter:
-    """A LoRA that sits on the model: its tuner layers by path, and the extra modules it trains."""
+    """A LoRA that sits on the model: its tuner layers by path."""
 
     tuner: peft.LoraModel
     config: LinkConfig
     layers: dict[str, Any]  # PEFT's LoraLayer, whose attributes are untyped
-    extra: dict[str, nn.Module] = field(default_factory=dict)
     branch: dict[str, Any] = field(default_factory=dict)  # layers with a frozen branch beside them
     trainable: list[nn.Parameter] = field(default_factory=list)  # what was so without it
 
@@ -43,8 +41,6 @@ class Adapter:
         """Yield the parameters this link trains."""
         for layer in self.layers.values():
             yield from _trained(layer, self.config)
-        for module in self.extra.values():
-            yield from module.parameters()
 
     def named_factor(self, factor: str) -> list[nn.Parameter]:
         """Return the trained parameters of factor A, or of B with its bias."""
@@ -64,9 +60,7 @@ class FactorsIn(NamedTuple):
 
 
 def factors_in(layer: Any, name: str) -> FactorsIn:
-    """Return an adapter's parameters in a tuner layer; PEFT keeps an embedding's elsewhere."""
-    if name in layer.lora_embedding_A:
-        return FactorsIn(layer.lora_embedding_A[name], layer.lora_embedding_B[name], None)
+    """Return an adapter's parameters in a tuner layer."""
     b = layer.lora_B[name]
     return FactorsIn(layer.lora_A[name].weight, b.weight, b.bias)
 
@@ -90,7 +84,7 @@ def linked_layer(model: nn.Module, name: str) -> Any:
         layer = base_layer(model.get_submodule(name))
     except AttributeError:
         return None
-    return layer if is_linear(layer) or isinstance(layer, nn.Embedding) else None
+    return layer if is_linear(layer) else None
 
 
 @torch.inference_mode(False)  # in which nothing is made that can be trained
@@ -98,28 +92,21 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
     """Put a fresh LoRA on `model` in place: adapter weights in float32, the rest frozen.
 
     Factors hold PEFT's own start; the caller sets them. Raises ModelError when nothing matches,
-    when a matched layer is neither Linear, Conv1D nor Embedding, when a target shares its storage
+    when a matched layer is neither Linear nor Conv1D, when a target shares its storage
     (tied head), or `lora_bias` finds no bias.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     targets = sorted(check_targets(model, config))
     with warnings.catch_warnings(action="ignore"):
-        # PEFT would take every module whose path *ends* in the name, `input_layernorm` for `norm`:
-        # give it whole paths
-        extra = [name for name, _ in named_modules(model, config.extra_modules)] or None
-        whole = {"modules_to_save": extra, "exclude_modules": None, "task_type": task_type(model)}
+        keys: dict[str, Any] = {"exclude_modules": None, "task_type": task_type(model)}
         if config.init == "gaussian":  # for whoever reads of the tuner what a link is
-            whole["init_lora_weights"] = "gaussian"
-        tuner = peft.LoraModel(model, peft_config(config, target_modules=targets, **whole), LIVE)
-    whole_modules = trained_whole(model).items()
-    copies = {name: wrapper.modules_to_save[LIVE] for name, wrapper in whole_modules}
-    adapter = Adapter(tuner, config, lora_layers(model), copies, trainable=trainable)
+            keys["init_lora_weights"] = "gaussian"
+        tuner = peft.LoraModel(model, peft_config(config, target_modules=targets, **keys), LIVE)
+    adapter = Adapter(tuner, config, lora_layers(model), trainable=trainable)
     for layer in adapter.layers.values():
-        for part in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B):
-            part.float()
+        layer.lora_A.float()
+        layer.lora_B.float()
         layer.train(layer.get_base_layer().training)  # no dropout in a model that is evaluated
-    for module in adapter.extra.values():
-        _train_in_float32(module)
     train_only(adapter)
     return adapter
 
@@ -132,50 +119,16 @@ def train_only(adapter: Adapter) -> None:
         parameter.requires_grad_(True)
 
 
-def _train_in_float32(module: nn.Module) -> None:
-    """Keep an extra module in float32, with casts at its borders: bfloat16 loses small updates."""
-    if all(parameter.dtype == torch.float32 for parameter in module.parameters()):
-        return
-    own = next(module.parameters()).dtype
-    module.float()
-    outside: list[torch.dtype] = []  # the dtype that it is given, or its own where that is ids
-
-    def widen(_: nn.Module, inputs: Any, named: Any) -> tuple[Any, Any]:
-        first = next(iter((*inputs, *named.values())))
-        outside[:] = [first.dtype if first.is_floating_point() else own]
-        return _as(torch.float32, inputs), {k: _as(torch.float32, v) for k, v in named.items()}
-
-    module.register_forward_pre_hook(widen, with_kwargs=True)
-    module.register_forward_hook(lambda _, __, output: _as(outside[0], output))
-
-
-def _as(dtype: torch.dtype, value: Any) -> Any:
-    """Return a value with the floating-point tensors that are in it cast."""
-    if isinstance(value, tuple):
-        return tuple(_as(dtype, each) for each in value)
-    is_float = torch.is_tensor(value) and value.is_floating_point()
-    return value.to(dtype) if is_float else value
-
-
 def detach(adapter: Adapter) -> None:
-    """Take the LoRA off in place: plain layers again, and the extra modules as they were before."""
+    """Take the LoRA off in place: plain layers again."""
     model = adapter.tuner.model
-    unload(adapter.tuner, model)
+    adapter.tuner.unload()
     for attribute in ("peft_config", "peft_type"):
         if attribute in vars(model):
             delattr(model, attribute)
     for parameter in adapter.trainable:
         parameter.requires_grad_(True)
-    adapter.layers, adapter.extra, adapter.branch = {}, {}, {}
-
-
-def unload(tuner: Any, model: nn.Module) -> None:
-    """Take all LoRA off a plain model in place, and give it its own modules for those that PEFT
-    trains whole: copies would no longer be tied to what they were tied to."""
-    originals = {name: wrapper.original_module for name, wrapper in trained_whole(model).items()}
-    tuner.unload()
-    for name, module in originals.items():
-        model.set_submodule(name, module)
+    adapter.layers, adapter.branch = {}, {}
 
 
 def same_shape(adapter: Adapter, config: LinkConfig) -> bool:
@@ -203,8 +156,7 @@ def live_factors(adapter: Adapter, name: str) -> tuple[nn.Parameter, nn.Paramete
 def copied_factors(layer: Any) -> Factors:
     """Copy the factors of a tuner layer to float32 on the CPU."""
     a, b, bias = factors_in(layer, LIVE)
-    of_embedding = LIVE in layer.lora_embedding_A
-    return Factors(host(a), host(b), None if bias is None else host(bias), of_embedding)
+    return Factors(host(a), host(b), None if bias is None else host(bias))
 
 
 def set_config(adapter: Adapter, config: LinkConfig) -> None:
@@ -240,26 +192,6 @@ def zero(adapter: Adapter) -> None:
                 parameter.zero_()
 
 
-def extra_parameters(adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield (path on the plain model, parameter) of the extra modules that a LoRA trains."""
-    for name, module in adapter.extra.items():
-        for key, parameter in module.named_parameters():
-            yield f"{name}.{key}", parameter
-
-
-def get_extra(adapter: Adapter) -> dict[str, Tensor]:
-    """Copy the trained extra modules' weights, by plain path, to float32 on the CPU."""
-    return {path: host(parameter) for path, parameter in extra_parameters(adapter)}
-
-
-def set_extra(model: nn.Module, adapter: Adapter | None, weights: Mapping[str, Tensor]) -> None:
-    """Write extra modules' weights, into the adapter's copies of them if it has some."""
-    copies = dict(extra_parameters(adapter)) if adapter else {}
-    with torch.no_grad():
-        for path, weight in weights.items():
-            (copies[path] if path in copies else model.get_parameter(path)).copy_(weight)
-
-
 def host(tensor: Tensor) -> Tensor:
     """Copy a tensor to float32 on the CPU."""
     return tensor.detach().to("cpu", torch.float32, copy=True)
@@ -268,15 +200,6 @@ def host(tensor: Tensor) -> Tensor:
 def lora_layers(model: nn.Module) -> dict[str, Any]:
     """Return the layers of a model that a LoRA of PEFT is on, by path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-
-
-def trained_whole(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
-    """Return the modules that PEFT trains whole (`modules_to_save`), by path on the plain model.
-
-    Some are there because of the task: PEFT adds the head of a classifier by itself.
-    """
-    found = model.named_modules()
-    return {name: module for name, module in found if isinstance(module, ModulesToSaveWrapper)}
 
 
 # --- a low-rank sum beside the base, frozen: how a chain carries its earlier links ---
@@ -317,9 +240,7 @@ def _put_on_branch(adapter: Adapter, modules: list[str], rank: int, with_bias: b
         tuner.inject_adapter(tuner.model, CARRIED)
         tuner.set_adapter([CARRIED, LIVE])
     adapter.branch = {
-        name: layer
-        for name, layer in lora_layers(tuner.model).items()
-        if CARRIED in layer.lora_A or CARRIED in layer.lora_embedding_A
+        name: layer for name, layer in lora_layers(tuner.model).items() if CARRIED in layer.lora_A
     }
     for layer in adapter.branch.values():
         for parameter in factors_in(layer, CARRIED):

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from chainlora.chain.adapters.importing import odd_field
 from chainlora.chain.adapters.layers import (
@@ -23,10 +22,7 @@ from chainlora.chain.adapters.layers import (
     Adapter,
     copied_factors,
     factors_in,
-    host,
     lora_layers,
-    trained_whole,
-    unload,
 )
 from chainlora.chain.link import Factors
 from chainlora.errors import ModelError
@@ -45,9 +41,9 @@ _READ = {
     "layers_to_transform",
     "layers_pattern",
     "init_lora_weights",
-    "modules_to_save",
 }
 _REMEDIES = {
+    "modules_to_save": "leave it out, and task_type of a classifier, by which PEFT trains its head",
     "init_lora_weights": "leave it out, or set it to 'gaussian'",
 }
 
@@ -73,7 +69,6 @@ def read_settings(model: nn.Module) -> dict[str, Any]:
         "lora_bias": config.lora_bias,
         "init": _INITS[config.init_lora_weights],
         "target_modules": targets if isinstance(targets, str) else tuple(sorted(targets)),
-        "extra_modules": tuple(trained_whole(plain)),
     }
 
 
@@ -119,13 +114,11 @@ def _check_fields(config: Any) -> None:
 def _check_trained(model: nn.Module) -> None:
     """Refuse a choice of what is trained that links would undo: they train the LoRA, all of it."""
     lora = {p for layer in lora_layers(model).values() for p in factors_in(layer, LIVE)}
-    for wrapper in trained_whole(model).values():
-        lora |= set(wrapper.modules_to_save[LIVE].parameters())
     named = dict(model.named_parameters())
     trained = {name for name, parameter in named.items() if parameter.requires_grad}
     own = {name for name, parameter in named.items() if parameter in lora}
     if trained - own:
-        got, remedy = "is trained too", "freeze it, or name its module in modules_to_save"
+        got, remedy = "is trained too", "freeze it"
     elif trained and own - trained:  # an adapter that was loaded to be used is frozen as a whole
         got, remedy = "is frozen", "unfreeze it, or use `chainlora train` with chain.train_factors"
     else:
@@ -134,33 +127,26 @@ def _check_trained(model: nn.Module) -> None:
     raise ModelError(rule, f"{min(trained ^ own)}, which {got}", remedy)
 
 
-def read_trained(model: Any) -> tuple[dict[str, Factors], dict[str, Tensor]] | None:
-    """Return what a PEFT model's LoRA has learned; None of a fresh one, which adds nothing.
-
-    It is factors by module, and the weights that it trains whole, by path.
+def read_trained(model: Any) -> dict[str, Factors] | None:
+    """Return the factors of a PEFT model's LoRA by module; None of a fresh one, which adds nothing.
 
     Raises ModelError for one that is merged.
     """
     plain = model.get_base_model()
-    layers, whole = lora_layers(plain), trained_whole(plain)
+    layers = lora_layers(plain)
     if merged := [name for name, layer in layers.items() if layer.merged]:
         raise ModelError(
             f"a chain needs an adapter beside the base (got a merged one at {merged[0]}); call "
             "model.unmerge_adapter(), or load both anew"
         )
     factors = {name: copied_factors(layer) for name, layer in layers.items()}
-    adds, extra = any(share.adds for share in factors.values()), {}
-    for name, wrapper in whole.items():
-        for key, now in wrapper.modules_to_save[LIVE].named_parameters():
-            extra[f"{name}.{key}"] = host(now)
-            adds = adds or not torch.equal(wrapper.original_module.get_parameter(key), now)
-    return (factors, extra) if adds else None
+    return factors if any(share.adds for share in factors.values()) else None
 
 
 def take_off(model: Any) -> nn.Module:
     """Take every LoRA off a PEFT model, in place, and return the plain model inside it."""
     plain: nn.Module = model.get_base_model()
-    unload(model.base_model, plain)
+    model.base_model.unload()
     return plain
 
 

@@ -17,29 +17,21 @@ from chainlora.chain.adapters.layer_facts import (
     has_own_forward,
     is_linear,
     kind_of,
-    looks_up,
     shared_weights,
     sizes,
     stacked_experts,
-    tied_pair,
+    tied_head,
     uncalled_modules,
     why_no_lora,
     why_no_lora_by_name,
 )
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ModelError
-from chainlora.models.quantizing import is_packed, is_quantized
-from chainlora.models.shards import is_shard
+from chainlora.models.quantizing import is_packed
 
 log = logging.getLogger(__name__)
 
 _SAID: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-
-_TASKS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
 
 
 def peft_config(config: LinkConfig, **overrides: Any) -> peft.LoraConfig:
@@ -51,7 +43,6 @@ def peft_config(config: LinkConfig, **overrides: Any) -> peft.LoraConfig:
         "lora_bias": config.lora_bias,
         "target_modules": listed(config.target_modules),
         "exclude_modules": listed(config.exclude_modules),
-        "modules_to_save": list(config.extra_modules) or None,
     }
     return peft.LoraConfig(**keys | overrides)
 
@@ -62,11 +53,10 @@ def listed(value: Sequence[str] | str | None) -> list[str] | str | None:
 
 
 def task_type(model: nn.Module) -> str | None:
-    """Return PEFT's name of what a model is for, None where it has none."""
-    name = type(model).__name__
-    for ending, task in _TASKS.items():
-        if name.endswith(ending):
-            return task
+    """Return PEFT's name of what a generating model is for; None for other models.
+
+    For a classifier's task PEFT would train its head whole.
+    """
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         return None
     if not model.config.is_encoder_decoder:
@@ -79,7 +69,7 @@ def target_candidates(model: nn.Module) -> list[str]:
     """Return the last path parts of all layers that can be linked, most frequent first, for
     `target_modules`."""
     counts: dict[str, int] = {}
-    head, _ = tied_pair(model)
+    head = tied_head(model)
     for name, module in model.named_modules():
         if is_linear(module) and module is not head:
             last = name.rpartition(".")[2]
@@ -89,8 +79,6 @@ def target_candidates(model: nn.Module) -> list[str]:
 
 def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module]:
     """Return the modules a link would adapt, by path, as PEFT itself picks them.
-
-    What `extra_modules` trains whole is not adapted as well.
 
     ``all-linear`` is every Linear and Conv1D layer but the head, and but those where a LoRA would
     do nothing or PEFT has none: layers that the model never calls on text (vision towers, weights
@@ -107,11 +95,10 @@ def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module
     takes_all = str(config.target_modules).lower() == "all-linear"
     if takes_all:
         resolved.target_modules |= {n for n, module in model.named_modules() if is_packed(module)}
-    trained_whole = inside(model, config.extra_modules)
     matched = {
         name: module
         for name, module in model.named_modules()
-        if name and name not in trained_whole and check_target_module_exists(resolved, name)
+        if name and check_target_module_exists(resolved, name)
     }
     if not takes_all:
         return matched
@@ -140,44 +127,6 @@ def _warn_once(model: nn.Module, text: str) -> None:
         log.warning("%s", text)
 
 
-def named_modules(model: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
-    """Return (path, module) of all modules whose path is, or ends in, one of `names`."""
-    return [
-        (path, module)
-        for path, module in model.named_modules()
-        if any(is_named(path, name) for name in names)
-    ]
-
-
-def trained_module(path: str, config: LinkConfig) -> str:
-    """Return the extra module that a parameter belongs to, by path; it may lie deep inside.
-
-    What PEFT trains because its path ends like another's (`pre_classifier`, `classifier`) is a
-    module of its own.
-    """
-    parts = path.split(".")[:-1]
-    for size in range(1, len(parts) + 1):
-        module = ".".join(parts[:size])
-        if any(is_named(module, name) for name in config.extra_modules):
-            return module
-    return ".".join(parts)
-
-
-def is_extra(path: str, config: LinkConfig) -> bool:
-    """Say whether a parameter belongs to a module that the config trains whole."""
-    module = trained_module(path, config)
-    return any(is_named(module, name) for name in config.extra_modules)
-
-
-def inside(model: nn.Module, names: Sequence[str]) -> set[str]:
-    """Return the paths of the modules that `named_modules` finds, and of all within them."""
-    return {
-        f"{path}.{below}".rstrip(".")
-        for path, module in named_modules(model, names)
-        for below, _ in module.named_modules()
-    }
-
-
 def is_named(path: str, last: str) -> bool:
     """Say whether a path is, or ends in, a name."""
     return path == last or path.endswith("." + last)
@@ -191,16 +140,16 @@ def check_targets(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module]:
     they match cannot be linked and merged."""
     matched = matched_modules(model, config)
     _check_names(model, config, matched)
-    head, embedding = tied_pair(model)
+    head = tied_head(model)
     shared = shared_weights(model)
     fused = stacked_experts(model, matched)
     uncalled = uncalled_modules(model, matched)
     for name, module in matched.items():
         _check_kind(model, name, module)
-        if module is head or module is embedding:
+        if module is head:
             raise ModelError(
-                "`target_modules` must not name a head or embedding that are tied (got "
-                f"{name}): its merge would change the other too; exclude it, or untie the weights"
+                "`target_modules` must not name a head that is tied to the embedding (got "
+                f"{name}): its merge would change both; exclude it, or untie the weights"
             )
         if name in shared:
             raise ModelError(
@@ -219,8 +168,6 @@ def check_targets(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module]:
             f"the model must call the layers that are adapted (got {idle}, whose weight it reads "
             f"directly, or not at all on text); candidates: {', '.join(target_candidates(model))}"
         )
-    for extra in config.extra_modules:
-        _check_extra(model, extra, (head, embedding))
     narrow = {name: side for name in matched if (side := min(sizes(matched[name]))) < config.rank}
     if narrow:
         first = min(narrow, key=lambda name: narrow[name])
@@ -244,9 +191,8 @@ def _check_names(model: nn.Module, config: LinkConfig, matched: Mapping[str, nn.
             "all-linear"
         )
     names = config.target_modules if isinstance(config.target_modules, tuple) else ()
-    trained_whole = inside(model, config.extra_modules)
     for target in names:
-        if not any(is_named(name, target) for name in (*matched, *trained_whole)):
+        if not any(is_named(name, target) for name in matched):
             raise ModelError(
                 f"every name in `target_modules` must match (got {target!r}, which matches "
                 f"nothing); candidates: {candidates}"
@@ -254,11 +200,11 @@ def _check_names(model: nn.Module, config: LinkConfig, matched: Mapping[str, nn.
 
 
 def _check_kind(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Raise unless a layer is a plain linear map, of states or tokens, that PEFT has a LoRA for."""
+    """Raise unless a layer is a plain linear map that PEFT has a LoRA for."""
     kind = type(module).__name__
-    if not is_linear(module) and not isinstance(module, nn.Embedding):
+    if not is_linear(module):
         raise ModelError(
-            f"only Linear, Conv1D and Embedding layers can be linked (got {kind} at {name}); "
+            f"only Linear and Conv1D layers can be linked (got {kind} at {name}); "
             f"candidates: {', '.join(target_candidates(model))}"
         )
     if is_packed(module) and (reason := why_no_lora(module)):
@@ -272,34 +218,12 @@ def _check_kind(model: nn.Module, name: str, module: nn.Module) -> None:
             f"only layers that compute x Wᵀ + c can be linked (got {kind} at {name}, which "
             "computes something else); leave it out, or use all-linear"
         )
-    if is_linear(module) and (reason := why_no_lora_by_name(model, name)):
+    if reason := why_no_lora_by_name(model, name):
         raise ModelError(f"PEFT must have a LoRA for each layer (got {name}: {reason})")
-    if not isinstance(module, nn.Embedding):
-        return
-    if is_shard(module.weight):
-        raise ModelError(
-            f"an embedding that processes share cannot be linked (got {kind} at {name}); leave it "
-            "out, or let each process hold the whole model"
-        )
-    if module.max_norm is not None or module.sparse or not looks_up(module):
-        raise ModelError(
-            "an embedding that is linked must look up rows of its weight and do no more (got "
-            f"{kind} at {name}, with max_norm, sparse gradients or a forward of its own); leave it "
-            "out"
-        )
 
 
 def _check_settings(config: LinkConfig, name: str, module: Any) -> None:
     """Raise if a link's initialization or bias does not suit a layer."""
-    if isinstance(module, nn.Embedding):
-        chosen = {"lora_bias": config.lora_bias}
-        chosen |= {f"init: {config.init}": config.init not in ("kaiming", "gaussian")}
-        if found := [key for key, is_set in chosen.items() if is_set]:
-            raise ModelError(
-                f"an embedding takes a plain LoRA (got {found[0]} with {name} in target_modules); "
-                "leave one of them out"
-            )
-        return
     shorter = min(sizes(module))
     if config.init in ("gradient", "pissa") and config.rank > shorter:
         raise ModelError(
@@ -324,25 +248,3 @@ def _idle_target(
         if mine and uncalled.issuperset(mine):
             return mine[0]
     return None
-
-
-def _check_extra(model: nn.Module, extra: str, tied: tuple[nn.Module | None, ...]) -> None:
-    """Raise if the extra modules of a name are not there, or cannot be trained by themselves."""
-    found = named_modules(model, (extra,))
-    if not found:
-        known = dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules() if name)
-        named = ", ".join(name for name in known if not name.isdigit())
-        raise ModelError(
-            f"`extra_modules` must match a module (got {extra!r}, which matches nothing); "
-            f"known: {named}"
-        )
-    if any(is_quantized(part) for _, module in found for part in module.modules()):
-        raise ModelError(
-            f"`extra_modules` must not name quantised layers (got {extra!r}): they cannot be "
-            "trained; leave it out"
-        )
-    if any(module in tied for _, module in found):
-        raise ModelError(
-            f"`extra_modules` must not name a tied head or embedding (got {extra!r}): training one "
-            "would change the other; untie the weights first"
-        )

@@ -178,11 +178,9 @@ def _has_shape(layer: Any) -> bool:
 
 
 def _quiet(module: nn.Module) -> bool:
-    """Say whether nobody waits for this module to be called, by a hook or in its place, nor for one
-    that PEFT trains whole."""
+    """Say whether nobody waits for this module to be called, by a hook or in its place."""
     return not (
-        hasattr(module, "modules_to_save")
-        or is_foreign(module)
+        is_foreign(module)
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

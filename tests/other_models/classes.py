@@ -1,4 +1,4 @@
-"""Tiny models of each kind: classifiers, encoders, encoder-decoders, vision, speech, experts."""
+"""Tiny models of each kind: encoders, encoder-decoders, speech, experts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-VOCABULARY, LABELS, ROWS, LENGTH = 96, 3, 6, 7
+VOCABULARY, ROWS, LENGTH = 96, 6, 7
 _LAYERS = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -22,7 +22,6 @@ _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _STEADY = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _ENCODER = _TEXT | _STEADY | {"pad_token_id": 0}
 _DECODER = _TEXT | _SPECIAL | {"num_key_value_heads": 2}
-_VISION = _LAYERS | _STEADY | {"image_size": 16, "patch_size": 4, "num_channels": 3}
 _EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
 _T5 = {
     "vocab_size": VOCABULARY,
@@ -52,17 +51,6 @@ _SPEECH = _ENCODER_DECODER | {
     "max_target_positions": 16,
     "decoder_start_token_id": 1,
 }
-_DISTIL = {
-    "vocab_size": VOCABULARY,
-    "dim": 32,
-    "hidden_dim": 64,
-    "n_layers": 2,
-    "n_heads": 4,
-    "max_position_embeddings": 64,
-    "dropout": 0.0,
-    "attention_dropout": 0.0,
-    "seq_classif_dropout": 0.0,
-}
 Batch = dict[str, Tensor]
 
 
@@ -70,25 +58,6 @@ def _ids() -> Batch:
     ids = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
     ids[:, -1] = 2  # some read what they say of a row at its end
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def rows_of_text() -> Batch:
-    """Token ids, and one label a row."""
-    return _ids() | {"labels": torch.arange(ROWS) % LABELS}
-
-
-def labelled_tokens() -> Batch:
-    """Token ids, and one label a token."""
-    ids = _ids()
-    return ids | {"labels": ids["input_ids"] % LABELS}
-
-
-def answers() -> Batch:
-    """Token ids, and where an answer begins and ends."""
-    return _ids() | {
-        "start_positions": torch.arange(ROWS) % 3,
-        "end_positions": torch.full((ROWS,), 4),
-    }
 
 
 def next_tokens() -> Batch:
@@ -100,12 +69,6 @@ def next_tokens() -> Batch:
 def pairs_of_text() -> Batch:
     """Token ids of a source, and those of a target."""
     return _ids() | {"labels": _ids()["input_ids"][:, :4].contiguous()}
-
-
-def images() -> Batch:
-    """Images, and one label each."""
-    pixels = torch.randn(ROWS, 3, 16, 16, generator=torch.Generator().manual_seed(2))
-    return {"pixel_values": pixels, "labels": torch.arange(ROWS) % LABELS}
 
 
 def speech() -> Batch:
@@ -122,49 +85,18 @@ class Kind:
     keys: dict[str, Any]
     batch: Callable[[], Batch]
     task: str | None = None  # of PEFT
-    head: tuple[str, ...] = ()  # what a new model of the class draws, and a chain trains whole
     targets: str | tuple[str, ...] = "all-linear"
 
 
-_CLASSIFY = {"task": "SEQ_CLS", "batch": rows_of_text}
-_LABEL = {"task": "TOKEN_CLS", "batch": labelled_tokens}
 _TRANSLATE = {"task": "SEQ_2_SEQ_LM", "batch": pairs_of_text}
 _CAUSAL = {"task": "CAUSAL_LM", "batch": next_tokens}
-_SEE = {"batch": images}
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")  # beside experts, which are stacked
 
 KINDS: dict[str, Kind] = {
-    "BertForSequenceClassification": Kind(
-        "BertConfig", _ENCODER, head=("classifier",), **_CLASSIFY
-    ),
-    "RobertaForSequenceClassification": Kind(
-        "RobertaConfig", _ENCODER, head=("classifier",), **_CLASSIFY
-    ),
-    "DistilBertForSequenceClassification": Kind(
-        "DistilBertConfig", _DISTIL, head=("pre_classifier", "classifier"), **_CLASSIFY
-    ),
-    "DebertaV2ForSequenceClassification": Kind(
-        "DebertaV2Config", _ENCODER, head=("pooler", "classifier"), **_CLASSIFY
-    ),
-    "ModernBertForSequenceClassification": Kind(
-        "ModernBertConfig", _ENCODER, head=("head", "classifier"), **_CLASSIFY
-    ),
-    "LlamaForSequenceClassification": Kind("LlamaConfig", _DECODER, head=("score",), **_CLASSIFY),
-    "MixtralForSequenceClassification": Kind(
-        "MixtralConfig", _DECODER | _EXPERTS, head=("score",), targets=_ATTENTION, **_CLASSIFY
-    ),
-    "BertForTokenClassification": Kind("BertConfig", _ENCODER, head=("classifier",), **_LABEL),
-    "RobertaForTokenClassification": Kind(
-        "RobertaConfig", _ENCODER, head=("classifier",), **_LABEL
-    ),
-    "BertForQuestionAnswering": Kind(
-        "BertConfig", _ENCODER, answers, "QUESTION_ANS", head=("qa_outputs",)
-    ),
     "BertForMaskedLM": Kind("BertConfig", _ENCODER, next_tokens),
     "T5ForConditionalGeneration": Kind("T5Config", _T5, **_TRANSLATE),
     "BartForConditionalGeneration": Kind("BartConfig", _BART, **_TRANSLATE),
     "WhisperForConditionalGeneration": Kind("WhisperConfig", _SPEECH, speech),
-    "ViTForImageClassification": Kind("ViTConfig", _VISION, head=("classifier",), **_SEE),
     "MixtralForCausalLM": Kind("MixtralConfig", _DECODER | _EXPERTS, targets=_ATTENTION, **_CAUSAL),
     "Qwen2MoeForCausalLM": Kind(
         "Qwen2MoeConfig",
@@ -174,22 +106,14 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def config_of(name: str) -> Any:
-    """Return the config of a class, tiny."""
-    kind = KINDS[name]
-    labels = {"num_labels": LABELS} if kind.head and kind.task != "QUESTION_ANS" else {}
-    return getattr(transformers, kind.config)(**kind.keys | labels)
-
-
 def new_model(name: str, seed: int = 0) -> Any:
     """Return a model of a class, every weight drawn from a seed."""
     torch.manual_seed(seed)
-    return getattr(transformers, name)(config_of(name)).eval()
+    kind = KINDS[name]
+    config = getattr(transformers, kind.config)(**kind.keys)
+    return getattr(transformers, name)(config).eval()
 
 
-def load(name: str, folder: Any, seed: int = 0) -> Any:
-    """Return the model of a class on the weights of a folder; a head that it lacks is drawn."""
-    torch.manual_seed(seed)
-    kind = getattr(transformers, name)
-    labels = {"num_labels": LABELS} if KINDS[name].head and "Answering" not in name else {}
-    return kind.from_pretrained(folder, **labels).eval()
+def load(name: str, folder: Any) -> Any:
+    """Return the model of a class on the weights of a folder."""
+    return getattr(transformers, name).from_pretrained(folder).eval()

@@ -1,9 +1,9 @@
 """Chains on models that are no causal language models: what works, in which loop.
 
-    python benchmarks/heads/run.py            all; writes results.md
-    python benchmarks/heads/run.py NAME …     these, printed only
+    python benchmarks/other_models/run.py            all; writes results.md
+    python benchmarks/other_models/run.py NAME …     these, printed only
 
-What is checked is in tests/heads/checks.py; tests/test_heads.py runs a sample of it.
+What is checked is in tests/other_models/checks.py; tests/test_other_models.py runs a sample of it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from heads.checks import CHECKS  # noqa: E402
-from heads.models import KINDS  # noqa: E402
+from other_models.checks import CHECKS  # noqa: E402
+from other_models.classes import KINDS  # noqa: E402
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     rows = []
     for name in names or KINDS:
         cells = [run(name, engine) for engine in CHECKS]
-        rows.append(f"| {name} | {', '.join(KINDS[name].head) or '–'} | {' | '.join(cells)} |")
+        rows.append(f"| {name} | {' | '.join(cells)} |")
         print(rows[-1], flush=True)
     if not names:
         (HERE / "results.md").write_text(table(rows), encoding="utf-8")
@@ -66,17 +66,16 @@ def table(rows: list[str]) -> str:
         "# Chains on other models",
         "",
         f"transformers {transformers.__version__}, peft {peft.__version__}, torch "
-        f"{torch.__version__}. Tiny models with random weights, two links on all linear layers, "
-        "the head trained whole.",
+        f"{torch.__version__}. Tiny models with random weights, two links on all linear layers.",
         "",
         "*Right* is: the loss falls; extending and tying change nothing but rounding (the number "
         "is the largest difference, as a share of what it may be); undo, save and load, and the "
-        "merged checkpoint in transformers give the same bits; the adapter in PEFT, on a base "
-        "whose new head is another one, gives the same outputs to rounding. In the Trainer: resume "
-        "across a knot gives the same bits. Only this page is kept, no raw results.",
+        "merged checkpoint in transformers give the same bits; the adapter in PEFT "
+        "gives the same outputs to rounding. In the Trainer: resume across a knot gives the same "
+        "bits. Only this page is kept, no raw results.",
         "",
-        "| class | head | loop of one's own | `Trainer` with `ChainCallback` |",
-        "|---|---|---|---|",
+        "| class | loop of one's own | `Trainer` with `ChainCallback` |",
+        "|---|---|---|",
     ]
     return "\n".join([*lines, *rows]) + "\n"
 
