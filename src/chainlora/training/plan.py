@@ -35,8 +35,9 @@ from chainlora.training.refusing import check_due, naming
 
 logger = logging.getLogger(__name__)
 
-# Without a length, a link reads as many rows as one of the study of stages did, 80 steps of 8
-# (benchmarks/stages), or its file once; but no row more often than MOST_EPOCHS.
+# Without a length, a link reads at least as many rows as one of the study of stages did: 80 steps
+# of 8 (benchmarks/stages). A row is read at most 10 times: on the 48 rows of examples/times, the
+# validation loss of SmolLM2-135M-Instruct was 0.36 after 4 epochs and 0.27 after 10.
 ROWS = 640
 MOST_EPOCHS = 10
 
@@ -79,12 +80,9 @@ def make_plan(
     if there is not None:
         _need_order(there, stages)
     planned = [
-        _with_length(stage, there and begun_stage(there.run, stage.name, there.history))
+        _planned(stage, there and begun_stage(there.run, stage.name, there.history), change)
         for stage in stages
     ]
-    for each in planned:
-        if each.begun is not None:
-            _need_same(each.stage, each.begun, change)
     ended = [each.begun for each in planned if each.begun is not None and each.draft is None]
     now = there if ended else None
     if ended:
@@ -126,14 +124,22 @@ def _need_order(now: OpenState, stages: Sequence[Stage]) -> None:
             )
 
 
-def _with_length(stage: Stage, begun: OpenState | None) -> StagePlan:
+def _planned(stage: Stage, begun: OpenState | None, change: Collection[str]) -> StagePlan:
+    """Return a stage with its length and what of it was begun, and check both."""
+    if begun is None:
+        _need_files(stage)
+        return StagePlan(_with_length(stage, None))
+    stage = _with_length(stage, begun)
+    _need_same(stage, begun, change)
+    return StagePlan(stage, begun)
+
+
+def _with_length(stage: Stage, begun: OpenState | None) -> Stage:
     """Return a stage whose links have a length: by default the one that it was begun with, else by
     the number of its rows."""
     chain = stage.config.chain
-    if begun is None:
-        _need_files(stage)
     if chain.has_length or not chain.ranks:
-        return StagePlan(stage, begun)
+        return stage
     if begun is not None:
         before = begun.config().chain
         length = {key: getattr(before, key) for key in LENGTHS}
@@ -143,7 +149,7 @@ def _with_length(stage: Stage, begun: OpenState | None) -> StagePlan:
     config = stage.config.model_copy(update={"chain": chain.model_copy(update=length)})
     if begun is None:
         _tell_length(stage.name, config)
-    return StagePlan(replace(stage, config=config), begun)
+    return replace(stage, config=config)
 
 
 def _tell_length(name: str, config: RunConfig) -> None:
