@@ -16,8 +16,8 @@ from helpers_export import IDS, TARGETS, fit, live, logits, on_fresh_base
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from chainlora import Chain, LinkConfig, export_adapter, export_merged, load_run, make_config, train
-from chainlora.errors import ChainError, ChainLoRAError, RunError
+from chainlora import export_adapter, export_merged, load_run, make_config, train
+from chainlora.errors import ChainLoRAError, RunError
 from chainlora.runs.to_gguf import export_gguf
 
 
@@ -179,17 +179,6 @@ def test_a_merged_chat_model_stops_where_its_template_ends_turns(tmp_path):
     export_gguf(tmp_path / "own", tmp_path / "gguf")
     fields = gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").fields
     assert fields["tokenizer.ggml.eot_token_id"].contents() == end
-
-
-def test_a_bias_beside_an_embedding_is_no_adapter(folders, tmp_path):
-    """PEFT has no bias for an embedding, and a bias for all layers of an adapter or none."""
-    chain = Chain(load(folders["gpt2"]), checkpoint=folders["gpt2"])
-    for keys in ({"target_modules": ["c_attn"], "lora_bias": True}, {"target_modules": ["wpe"]}):
-        chain.extend(LinkConfig(rank=2, **keys))
-        next(chain.parameters()).data += 0.1
-        chain.tie()
-    with pytest.raises(ChainError, match=r"must have none of an embedding .*wpe.*--to merged"):
-        export_adapter(chain, tmp_path / "a")
 
 
 @pytest.mark.parametrize(
