@@ -149,8 +149,7 @@ def test_a_reference_that_knots_would_move_is_refused_before_the_first_step(
 
 
 def test_one_link_has_what_it_began_on_as_its_reference(tiny_folder, tokenizer, tmp_path):
-    """Modules that it trained whole are a part of that."""
-    keys = {"whole": ["norm"], "learning_rate": 0.1, "max_steps": 4}
+    keys = {"learning_rate": 0.1, "max_steps": 4}
     first = sft(tiny_folder, tokenizer, tmp_path / "sft", ChainCallback([4, 4]), **keys)
     first.train()
     first.save_model(str(tmp_path / "final"))

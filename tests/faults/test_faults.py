@@ -209,7 +209,10 @@ def test_a_damaged_or_missing_file_of_an_ended_stage_is_refused_in_a_line(world)
     stages = make_stages(tree)
     files = checksums(where)
     unharmed, said = set(), ""
+    used = {term.link for term in open_run(where / "run").state.terms}
     for name in files:
+        if "/links/" in name and name.split("/")[2] not in used:
+            continue  # tied after the best point: no later stage depends on it
         path, whole = where / name, (where / name).read_bytes()
         for harm, content in (("missing", None), ("cut", whole[: len(whole) // 2])):
             path.unlink()

@@ -84,8 +84,14 @@ def prepared_streams() -> Iterator[None]:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    with redirect_stdout(Printer(sys.stdout)), redirect_stderr(Printer(sys.stderr)):
-        yield
+    try:
+        with redirect_stdout(Printer(sys.stdout)), redirect_stderr(Printer(sys.stderr)):
+            yield
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # its reader went away: Python would tell of it at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_json(value: Any) -> None:

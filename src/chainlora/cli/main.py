@@ -88,7 +88,6 @@ def _run(arguments: list[str]) -> int:
         click.echo("chainlora: interrupted", err=True)
         return SIGNALLED + signal.SIGINT
     except BrokenPipeError:  # the reader of our output went away: chainlora tasks | head -1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ChainLoRAError as error:
         return _fail(str(error), debug)
