@@ -18,7 +18,7 @@ from chainlora.config.yaml_text import one_value, parse_yaml
 RUNS = {
     "factors": """
 {chain.ranks: [3, 2], chain.alpha: [4, 2], chain.rslora: true, chain.dropout: 0.1,
-chain.init: gradient, chain.init_batches: 1, chain.lora_bias: false, chain.train_factors: B,
+chain.init: gradient, chain.init_batches: 1, chain.lora_bias: false,
 chain.target_modules: all-linear, chain.exclude_modules: [v_proj], chain.steps: [1, 2],
 train.lr: 2e-3, train.schedule: cosine, train.warmup_steps: 1, train.batch_size: 4,
 train.gradient_accumulation: 2, train.group_by_length: true, train.seed: 7,

@@ -132,8 +132,6 @@ def test_a_number_that_no_key_can_mean_is_refused_by_name(key):
     ("keys", "message"),
     [
         ("chain: {init: pissa, hold: carried}", "`init: pissa` takes its start out of the base"),
-        ("chain: {init: pissa, train_factors: B}", "`init: pissa` trains both factors"),
-        ("chain: {init: gradient, train_factors: A}", "`init: gradient` points A along the"),
         ("chain: {knots: auto, init: pissa}", "`knots` need plain LoRA links"),
         ("train: {keep_best: true, eval_at_knots: false}", "compare the knots"),
         ("train: {dpo_beta: 0.2}", r"`train.dpo_beta` needs loss: dpo \(got loss: null\); set"),

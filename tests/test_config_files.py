@@ -136,6 +136,8 @@ def test_keys_that_were_released_say_so():
         make_config({"model": "m", "data": {"train": "x"}, "chain": {"dora": True}})
     with pytest.raises(ConfigError, match=r"^unknown key `dora`; .*no longer trained"):
         LinkConfig(dora=True)
+    with pytest.raises(ConfigError, match=r"^unknown key `train_factors`; .*optimizer: rac_lora"):
+        LinkConfig(train_factors="B")
     with pytest.raises(ConfigError, match=r"^unknown key `extra_modules`; .*no longer trained wh"):
         LinkConfig(extra_modules=["norm"])
 

@@ -75,7 +75,7 @@ MODELS = {
     ),
     "A that is frozen": (
         lambda folder: trained_otherwise(folder, "lora_A", is_trained=False),
-        r"lora_A\.default\.weight, which is frozen\).*train_factors",
+        r"lora_A\.default\.weight, which is frozen\); unfreeze it",
     ),
     "the head of a classifier": (
         lambda folder: peft.get_peft_model(

@@ -34,7 +34,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "plain": {},
     "soft": {"chain": {"knots": {"every": 2, "share": 0.3}}, "train": {"keep_best": True}},
     "gradient": {
-        "chain": {"init": "gradient", "train_factors": "B"},
+        "chain": {"init": "gradient"},
         "train": {"gradient_accumulation": 2},
     },
     # one row is left for the last batch of an epoch: one of the processes has none

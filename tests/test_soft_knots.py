@@ -232,7 +232,7 @@ def test_carried_links_of_other_modules_stay():
 
 @pytest.mark.parametrize(
     "keys",
-    [{"lora_bias": True}, {"init": "pissa"}, {"train_factors": "B"}],
+    [{"lora_bias": True}, {"init": "pissa"}],
     ids=str,
 )
 def test_links_that_are_no_plain_product_are_refused(keys):

@@ -84,16 +84,13 @@ def forward_flops(shapes: Shapes, context: float) -> float:
     )
 
 
-def training_flops(
-    shapes: Shapes, rank: int, context: float, *, factors: str = "both", full: bool = False
-) -> float:
+def training_flops(shapes: Shapes, rank: int, context: float, *, full: bool = False) -> float:
     """Return the operations of one token's forward and backward, without the head.
 
     Args:
         shapes: the model's matmuls, those adapted marked.
         rank: of the link.
         context: mean number of positions a token attends to.
-        factors: "both", or "A" or "B" when one factor is trained.
         full: whether every weight is trained.
     """
     total = forward_flops(shapes, context)
@@ -103,9 +100,7 @@ def training_flops(
     else:
         adapted = [m for m in shapes.matmuls if m.adapted]
         first = min(((m.block, _stage(m)) for m in adapted), default=(0, 0))
-        weights = sum(
-            _lora_flops(m, rank, factors, flows=_needs_input_gradient(m, first)) for m in adapted
-        )
+        weights = sum(_lora_flops(m, rank, flows=_needs_input_gradient(m, first)) for m in adapted)
     inputs = sum(
         2 * m.num_in * m.num_out for m in shapes.matmuls if _needs_input_gradient(m, first)
     )
@@ -149,18 +144,11 @@ def _needs_input_gradient(matmul: Matmul, first: tuple[int, int]) -> bool:
     return (matmul.block, _stage(matmul)) > first
 
 
-def _lora_flops(matmul: Matmul, rank: int, factors: str, *, flows: bool) -> float:
-    """Forward through both factors, gradients of the trained ones, gradients on the way down."""
+def _lora_flops(matmul: Matmul, rank: int, *, flows: bool) -> float:
+    """Forward through both factors, their gradients, gradients on the way down."""
     a, b = 2 * rank * matmul.num_in, 2 * rank * matmul.num_out
-    # needed by A's own gradient, or by what lies below
-    through_b = b if factors != "B" or flows else 0
-    return (
-        (a + b)
-        + (a if factors != "B" else 0)
-        + (b if factors != "A" else 0)
-        + through_b
-        + (a if flows else 0)
-    )
+    through_b = b  # needed by A's own gradient
+    return 2 * (a + b) + through_b + (a if flows else 0)
 
 
 def head_flops(shapes: Shapes, *, trained: bool = False) -> float:
@@ -257,30 +245,20 @@ def cell_costs(cell: Mapping[str, Any], run: Path | None = None) -> dict[str, fl
     if not adapted and not full:
         raise FileNotFoundError(f"a cell's links say which modules they adapt (got none in {run})")
     shapes = model_shapes(config.model, adapted)
-    ranks, factors, tokens = config.chain.ranks, config.chain.train_factors, cell["link_tokens"]
+    ranks, tokens = config.chain.ranks, cell["link_tokens"]
     in_steps = cell["tokens"] - cell["start_tokens"]
     rows = cell["steps"] * config.train.batch_size * config.train.gradient_accumulation
     context = in_steps / rows / 2  # what a token attends to under a causal mask, on average
-    per_token = [
-        training_flops(shapes, rank, context, factors=factors, full=full) for rank in ranks
-    ]
+    per_token = [training_flops(shapes, rank, context, full=full) for rank in ranks]
     flops = sum(n * each for n, each in zip(tokens, per_token, strict=True))
     # what a gradient start reads costs what as many tokens cost in training
     scored = _scored_positions(config, cell, in_steps) * cell["tokens"] / in_steps
     flops += scored * head_flops(shapes, trained=full)
     # what ranks do not tell (biases) every link has alike
     counted = cell["trainable_parameters"]
-    trained = [counted if full else _trained(shapes, rank, factors) for rank in ranks]
+    trained = [counted if full else lora_parameters(shapes, rank) for rank in ranks]
     trained = [n + counted - max(trained) for n in trained]
     return {"flops": flops, "flops_6nd": paper_flops(trained, tokens)}
-
-
-def _trained(shapes: Shapes, rank: int, factors: str) -> int:
-    if factors == "both":
-        return lora_parameters(shapes, rank)
-    return sum(
-        rank * (m.num_in if factors == "A" else m.num_out) for m in shapes.matmuls if m.adapted
-    )
 
 
 def _scored_positions(config: RunConfig, cell: Mapping[str, Any], in_steps: int) -> float:

@@ -159,7 +159,7 @@ def draw_chain_length(axes: Any, facts: Facts, task: str) -> None:
 
 
 def _kind(facts: Facts, summary: Summary) -> str:
-    """Return what a chain is beside its length: rank, start, schedule, factors."""
+    """Return what a chain is beside its length: rank, start, schedule."""
     config = cells_of(facts.results, summary.task, summary.method)[0]["config"]
     chain, train = config.get("chain", {}), config.get("train", {})
     words = [f"rank {summary.ranks[0]}"]
@@ -167,7 +167,6 @@ def _kind(facts: Facts, summary: Summary) -> str:
     words += [config["loop"]] if "loop" in config else []
     words += ["rslora"] if chain.get("rslora") else []
     words += ["restarts"] if train.get("restart_schedule") else []
-    words += [f"trains {chain['train_factors']}"] if "train_factors" in chain else []
     words += [f"reset {train['optimizer_reset']}"] if "optimizer_reset" in train else []
     return ", ".join(words)
 

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from chainlora.chain.initialization import generator_for, random_factors
 from chainlora.errors import ConfigError
+from chainlora.runs.addresses import open_run
 from chainlora.training.batches import make_batches
 from chainlora.training.loop import train
 from chainlora_lab.loops import CellConfig, fine_tune
@@ -34,7 +36,6 @@ def test_every_method_is_a_config():
         assert method.source
         config = config_of(name)
         assert sum(config.chain.epochs or ()) == (5 if config.chain.ranks else 0)
-    assert config_of("rac_lora").chain.train_factors == "B"
     assert config_of("lora_plus").train.lora_plus_ratio == 16
 
 
@@ -126,3 +127,20 @@ def test_full_fine_tuning_starts_over_and_keeps_no_weights(configure, tmp_path):
     keys = config.model_dump() | {"loop": "full", "train": {"keep_best": True}}
     with pytest.raises(ConfigError, match=r"keeps no best point \(got train.keep_best: true\)"):
         CellConfig(**keys)
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gradient"])
+def test_rac_lora_trains_b_alone(tiny_folder, sentiment, tmp_path, init):
+    own = {"chain": {**dict.fromkeys(("ranks", "alpha", "steps")), "init": init}}
+    recipe = {"recipe": {"rank": 2, "steps": 6, "scaling": 2}, "train": {"lr": 1e-3}}
+    base = settings(tiny_folder, sentiment, tmp_path / "run", **own)
+    tree = apply_recipe(merge_trees(base, recipe, load_method("rac_lora").keys))
+    train(CellConfig(**tree).plain)
+    links = open_run(tmp_path / "run").links()
+    assert len(links) == 3
+    for place, link in enumerate(links):
+        for name, pair in link.factors.items():
+            sides, draw = (pair.a.shape[1], pair.b.shape[0]), generator_for(0, place, name)
+            is_as_drawn = torch.equal(pair.a, random_factors(link.config, *sides, draw).a)
+            assert is_as_drawn == (init == "kaiming")
+            assert pair.b.any()

@@ -48,20 +48,15 @@ def generator_for(seed: int, link: int | str, module: str) -> torch.Generator:
 def random_factors(
     config: LinkConfig, in_features: int, out_features: int, generator: torch.Generator
 ) -> Factors:
-    """Draw one factor and set the other to zero, so that ``B·A = 0``.
+    """Draw A (rank × in) and set B (out × rank) to zero, so that ``B·A = 0``.
 
-    The drawn factor is A (rank × in), or B (out × rank) where only A is trained (arXiv 2410.08305).
-    `gaussian` is N(0, 1/rank²) and `kaiming` uniform in ±1/√fan_in, both as in PEFT.
+    `gaussian` is N(0, 1/rank²) and `kaiming` uniform in ±1/√in, both as in PEFT.
     """
-    rank = config.rank
-    draws_b = config.train_factors == "A"
-    shape = (out_features, rank) if draws_b else (rank, in_features)
+    rank, shape = config.rank, (config.rank, in_features)
     if config.init == "gaussian":
         drawn = torch.randn(shape, generator=generator, **_HOST) / rank
     else:
-        drawn = (torch.rand(shape, generator=generator, **_HOST) * 2 - 1) / math.sqrt(shape[1])
-    if draws_b:
-        return Factors(torch.zeros(rank, in_features, **_HOST), drawn)
+        drawn = (torch.rand(shape, generator=generator, **_HOST) * 2 - 1) / math.sqrt(in_features)
     return Factors(drawn, torch.zeros(out_features, rank, **_HOST))
 
 
@@ -180,9 +175,6 @@ def _gradients(
     for name, layer in adapter.layers.items():
         set_factors(adapter, name, factors[name])
         weights[name] = getattr(layer, factor)[LIVE].weight
-    frozen = [weight for weight in weights.values() if not weight.requires_grad]
-    for weight in frozen:
-        weight.requires_grad_(True)
     for parameter in adapter.parameters():
         parameter.grad = None
     backward()
@@ -195,8 +187,6 @@ def _gradients(
             )
         gradients[name] = weight.grad.detach().float().cpu()
         weight.grad = None
-    for weight in frozen:
-        weight.requires_grad_(False)
     for parameter in adapter.parameters():
         parameter.grad = None
     return gradients

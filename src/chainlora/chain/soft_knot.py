@@ -64,8 +64,9 @@ def share_out(adapter: Adapter, share: float) -> tuple[dict[str, Balance], dict[
 
 def check_soft_knots(config: LinkConfig) -> None:
     """Raise ChainError for links whose update is not a product that can be shared out."""
-    if config.lora_bias or config.init == "pissa" or config.train_factors != "both":
+    if config.lora_bias or config.init == "pissa":
         raise ChainError(
-            "soft knots need plain LoRA links that train both factors (got lora_bias, init: "
-            "pissa or train_factors); tie whole links instead"
+            "soft knots need plain LoRA links",
+            "lora_bias or init: pissa",
+            "tie whole links instead",
         )

@@ -43,8 +43,6 @@ class LinkShape(Section):
     """Names of modules, a regular expression, or `all-linear`; Linear and Conv1D layers."""
     exclude_modules: Names | str | None = None
     """Names or a regular expression to leave out."""
-    train_factors: Literal["both", "A", "B"] = "both"
-    """`both`, or only one factor: `A`, `B` (RAC-LoRA, arXiv 2410.08305)."""
 
 
 class LinkConfig(Called, LinkShape):
@@ -80,24 +78,6 @@ class LinkConfig(Called, LinkShape):
                 refuse_if(True, rule, f"{modules!r}: {error}", remedy)
         is_all = targets in ("all", ("all",))
         refuse_if(is_all, "`target_modules` must name modules", "all", "say all-linear")
-        return self
-
-    @model_validator(mode="after")
-    def _check_method(self) -> LinkConfig:
-        factors = self.train_factors
-        refuse_if(
-            self.init == "pissa" and factors != "both",
-            "`init: pissa` trains both factors",
-            f"train_factors: {factors}",
-            "use init: kaiming or train_factors: both",
-        )
-        aim = {"gradient": "along the gradient", "orthogonal": "away from earlier links"}
-        refuse_if(
-            self.init in aim and factors == "A",
-            f"`init: {self.init}` points A {aim.get(self.init)} and trains B",
-            "train_factors: A",
-            "use train_factors: both or B",
-        )
         return self
 
 
@@ -217,11 +197,10 @@ class ChainConfig(LinkShape):
         rule = "`init: pissa` takes its start out of the base"
         refuse_if(is_carried, rule, "hold: carried", "use hold: tied")
         knots = self.knots is not None
-        plain = self.init != "pissa" and self.train_factors == "both"
         refuse_if(
-            knots and (self.lora_bias or not plain),
-            "`knots` need plain LoRA links that train both factors",
-            "lora_bias, init: pissa or train_factors",
+            knots and (self.lora_bias or self.init == "pissa"),
+            "`knots` need plain LoRA links",
+            "lora_bias or init: pissa",
             "leave knots out",
         )
         try:

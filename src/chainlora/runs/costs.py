@@ -19,10 +19,7 @@ def num_trained(link: Link) -> int:
     """Return how many parameters a link trained: of factors and LoRA's biases."""
     config, total = link.config, 0
     for pair in link.factors.values():
-        total += config.rank * (
-            (config.train_factors != "B") * pair.a.shape[1]
-            + (config.train_factors != "A") * pair.b.shape[0]
-        )
+        total += config.rank * (pair.a.shape[1] + pair.b.shape[0])
         total += 0 if pair.bias is None else pair.bias.numel()
     return total
 

@@ -230,12 +230,10 @@ def _add_first_gradients(run: Run) -> None:
     """Add the gradients of the first batches that the live link will see: `init: gradient`."""
     assert run.chain.live is not None
     run.engine.adapt(run.chain.live.layers.values())  # the forward of training: same bits
-    first, model = run.knots.first_step, run.chain.model
-    # not `chain.parameters()`: of a factor that is not trained the gradient is wanted too
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    first, parameters = run.knots.first_step, [*run.chain.parameters()]
     last = min(first + run.config.chain.init_batches, run.batches.num_steps)
     tokens = 0
-    with in_mode(model), closing(steps_ahead(run, first, last)) as steps:
+    with in_mode(run.chain.model), closing(steps_ahead(run, first, last)) as steps:
         for work in steps:
             tokens += add_gradients(run, work, parameters).num_tokens
     run.processes.sum_gradients(parameters)

@@ -99,7 +99,7 @@ def make_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.Optimiz
         {"params": adapter.named_factor("A"), "ratio": 1.0},
         {"params": adapter.named_factor("B"), "ratio": config.lora_plus_ratio},
     ]
-    return from_groups([group for group in groups if group["params"]], config)
+    return from_groups(groups, config)
 
 
 def from_groups(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:

@@ -40,14 +40,14 @@ class Adapter:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters this link trains."""
         for layer in self.layers.values():
-            yield from _trained(layer, self.config)
+            yield from _trained(layer)
 
     def named_factor(self, factor: str) -> list[nn.Parameter]:
         """Return the trained parameters of factor A, or of B with its bias."""
         picked = []
         for layer in self.layers.values():
             a = factors_in(layer, LIVE).a
-            picked += [p for p in _trained(layer, self.config) if (p is a) == (factor == "A")]
+            picked += [p for p in _trained(layer) if (p is a) == (factor == "A")]
         return picked
 
 
@@ -65,12 +65,8 @@ def factors_in(layer: Any, name: str) -> FactorsIn:
     return FactorsIn(layer.lora_A[name].weight, b.weight, b.bias)
 
 
-def _trained(layer: Any, config: LinkConfig) -> Iterator[nn.Parameter]:
-    a, b, bias = factors_in(layer, LIVE)
-    if config.train_factors != "B":
-        yield a
-    if config.train_factors != "A":
-        yield from (p for p in (b, bias) if p is not None)
+def _trained(layer: Any) -> Iterator[nn.Parameter]:
+    yield from (p for p in factors_in(layer, LIVE) if p is not None)
 
 
 def base_layer(layer: nn.Module) -> Any:

@@ -120,7 +120,7 @@ def _check_trained(model: nn.Module) -> None:
     if trained - own:
         got, remedy = "is trained too", "freeze it"
     elif trained and own - trained:  # an adapter that was loaded to be used is frozen as a whole
-        got, remedy = "is frozen", "unfreeze it, or use `chainlora train` with chain.train_factors"
+        got, remedy = "is frozen", "unfreeze it"
     else:
         return
     rule = "a chain trains the model's LoRA, all of it and nothing else"

@@ -1,0 +1,17 @@
+"""RAC-LoRA's optimizer (arXiv 2410.08305, Algorithm 1), a plug-in: name it by `plugins`."""
+
+from __future__ import annotations
+
+import torch
+
+from chainlora.config.schema import TrainConfig
+from chainlora.training.optimizer_kinds import Groups
+from chainlora.training.optimizers import OPTIMIZERS
+
+
+def rac_lora(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
+    """Return AdamW for B, the last group. A stays as it was drawn."""
+    return OPTIMIZERS["adamw"](groups[-1:], config)
+
+
+OPTIMIZERS["rac_lora"] = rac_lora
