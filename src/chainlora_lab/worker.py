@@ -174,8 +174,7 @@ def main() -> int:
 def _die_with_parent() -> None:
     """End when the runner's end of our standard input closes: no orphan keeps computing.
 
-    `sys.stdin` is not touched: a read of it holds its lock, and processes that are forked
-    meanwhile, to encode rows, would wait for that lock for ever as they close it.
+    `sys.stdin` is not touched: a read of it holds its lock, for which a forked process waits.
     """
     while os.read(0, 1):
         pass

@@ -96,24 +96,17 @@ class Source(ABC):
         """Return the number of rows. May read all of them."""
         return sum(1 for _ in self._records())
 
-    def rows(self, first: int = 0) -> Iterator[Row]:
-        """Yield the rows from `first` on.
-
-        Raises DataError that names a bad one, or if there are none at all.
-        """
-        index = first - 1
-        for index, record in enumerate(self._records(first), first):
+    def __iter__(self) -> Iterator[Row]:
+        """Yield the rows. Raises DataError that names a bad one, or if there are none at all."""
+        index = -1
+        for index, record in enumerate(self._records()):
             yield self._row(record, index)
         if index < 0:
             raise DataError("data must hold at least one row", f"none in {self}", "check the file")
 
-    def __iter__(self) -> Iterator[Row]:
-        return self.rows()
-
-    def _records(self, first: int = 0) -> Iterator[Record]:
-        first += self.skip
-        most = None if self.limit is None else max(0, self.limit - first)
-        return islice(self.records(first), most)
+    def _records(self) -> Iterator[Record]:
+        most = None if self.limit is None else max(0, self.limit - self.skip)
+        return islice(self.records(self.skip), most)
 
     def _row(self, record: Record, index: int) -> Row:
         values, origin = record.payload, f"{self.place}{record.number}"

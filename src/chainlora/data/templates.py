@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -31,10 +30,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _ANSWER = "§answer§"  # in no template
 _clock = threading.Lock()  # clock and random state are the program's: one row at a time has them
-if hasattr(os, "register_at_fork"):  # a worker is not forked while another thread holds it
-    os.register_at_fork(
-        before=_clock.acquire, after_in_parent=_clock.release, after_in_child=_clock.release
-    )
 
 Part = Callable[[Any, Mapping[str, Any]], Any]
 """Renders one key of an item, which it gets with the values of the keys before."""

@@ -207,7 +207,7 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """Encodes rows, in chunks and in any process."""
+    """Encodes rows, in chunks."""
 
     encoder: Encoder
     fit: Fit
