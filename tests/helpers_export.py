@@ -19,11 +19,6 @@ TARGETS = {
     "gpt2": ["c_attn", "c_fc"],
     "llama": ["q_proj", "v_proj", "up_proj"],
 }
-FINAL_NORM = {
-    "opt": "model.decoder.final_layer_norm",
-    "gpt2": "transformer.ln_f",
-    "llama": "model.norm",
-}
 IDS = torch.tensor([[5, 9, 30, 7, 11, 60], [8, 200, 17, 6, 44, 3]])
 
 

@@ -7,9 +7,7 @@ import random
 import resource
 import statistics
 import sys
-import threading
 import time
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -72,8 +70,6 @@ def tokenise(path: Path, model: Path) -> dict[str, Any]:
     from chainlora.data.sources import FileSource
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    peak = [0.0]
-    threading.Thread(target=watch_children, args=(peak,), daemon=True).start()
     before, start = cpu_s(), time.perf_counter()
     rows = make_rows(FileSource(path), tokenizer, "text", Options())
     made, used = time.perf_counter(), cpu_s()
@@ -90,23 +86,9 @@ def tokenise(path: Path, model: Path) -> dict[str, Any]:
         "batch_us": round(1e6 * read / READ_BATCHES, 1),
         "resident_mb": round(resident_mb()),
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "workers_mb": round(peak[0]),
         "digest": rows.summary.digest,
         "tokens": sum(len(ids) for example in first for ids in example.sequences),
     }
-
-
-def watch_children(peak: list[float]) -> None:
-    """Keep the most memory of all children together, what they share counted once."""
-    while True:
-        found = 0.0
-        for thread in Path("/proc/self/task").glob("*/children"):
-            for child in thread.read_text().split():
-                with suppress(OSError):
-                    lines = Path(f"/proc/{child}/smaps_rollup").read_text().splitlines()
-                    found += sum(int(x.split()[1]) / 1024 for x in lines if x.startswith("Pss:"))
-        peak[0] = max(peak[0], found)
-        time.sleep(0.5)
 
 
 def resident_mb() -> float:

@@ -160,7 +160,6 @@ COLUMNS = {
         "rows_s": "rows, s",
         "rows_cpu_s": "CPU time, s",
         "peak_mb": "peak, MB",
-        "workers_mb": "workers, MB",
         "first_batch_ms": "first batch, ms",
         "batch_us": "8 random rows, µs",
     },
@@ -179,8 +178,7 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"Rows of {TOKENS} tokens, {results['machine']['cores']} cores, batches of 2; "
         "`python benchmarks/rows/run.py`. Medians where a process was repeated. The machine was "
-        "shared: the load before each process is in results.json. Peak and resident memory are of "
-        "the main process; of the workers it is the sum of all.",
+        "shared: the load before each process is in results.json.",
     ]
     for what, columns in COLUMNS.items():
         lines += ["", f"| rows | cache | version | {' | '.join(columns.values())} |"]

@@ -36,7 +36,7 @@ from chainlora.reports.run_charts import comparing_pictures, training_pictures
 from chainlora.reports.runs import RunFacts, duration, read_runs, score_text, together
 from chainlora.runs.cards import public_name
 from chainlora.runs.history import MAIN
-from chainlora.runs.records import Record, of_event
+from chainlora.runs.records import Record
 from chainlora.runs.state import OpenState
 
 NAME = "report.html"
@@ -270,8 +270,6 @@ def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:
             f"{name} was mixed or pruned since: the scores of its training are not those of "
             "what it is now."
         )
-    if rejected := of_event(run.records, "rejected"):
-        found.append(f"{name}: link {rejected[-1]['link']} was dropped, as it brought nothing.")
     return [Text(text) for text in found]
 
 

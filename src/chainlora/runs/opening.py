@@ -113,7 +113,7 @@ def _refuse_untrained(state: OpenState) -> None:
         raise RunError(
             f"a saved chain must have a link (got none in {state.run}); take the base by 0 links"
         )
-    if state.draft is not None and state.config().chain.ranks:  # else all may have been rejected
+    if state.draft is not None and state.config().chain.ranks:  # a run may plan none
         raise RunError(
             f"a run must have tied its first link (got none in {state.run}); train it again to "
             "resume it, or take the base by --links 0"
