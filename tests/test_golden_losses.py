@@ -146,6 +146,7 @@ def machine() -> dict[str, Any]:
         "units": sorted(units & {*cpu.get("flags", "").split()}),
         "kernels": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "accelerator": str(torch.accelerator.current_accelerator()),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
