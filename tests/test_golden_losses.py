@@ -135,7 +135,7 @@ def result_of(config: dict[str, Any]) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What decides which kernels run, and so the last bits."""
-    info = Path("/proc/cpuinfo")
+    info, has_device = Path("/proc/cpuinfo"), torch.accelerator.is_available()
     text = info.read_text() if info.is_file() else ""
     told = [line.partition(":") for line in text.partition("\n\n")[0].splitlines()]
     cpu = {key.strip(): value.strip() for key, _, value in told}
@@ -146,7 +146,7 @@ def machine() -> dict[str, Any]:
         "units": sorted(units & {*cpu.get("flags", "").split()}),
         "kernels": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "accelerator": str(torch.accelerator.current_accelerator()),
+        "accelerator": has_device and str(torch.accelerator.current_accelerator()),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
