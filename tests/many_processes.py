@@ -23,7 +23,7 @@ from helpers import Stop
 from chainlora.cli.main import run as command
 from chainlora.config.reading import load_config
 from chainlora.errors import ChainLoRAError
-from chainlora.models.loading import load_model, load_shards
+from chainlora.models.loading import load_model, load_shards, open_folder
 from chainlora.models.shards import gathered, local
 from chainlora.runs.loading_start import load_start
 from chainlora.runs.start import NOTHING
@@ -64,7 +64,7 @@ def load(job: dict[str, Any]) -> dict[str, Any]:
     """Load a model whole and in shares; say how much is held, and whether it is the same model."""
     dtype, count = getattr(torch, job["dtype"]), torch.distributed.get_world_size()
     whole, _ = load_model(job["load"], dtype)
-    shared, _ = load_shards(job["load"], dtype, count, torch.device("cpu"))
+    shared = load_shards(open_folder(job["load"]), dtype, count, torch.device("cpu"))
     rows = {name: local(p) for name, p in shared.named_parameters()}
     theirs, ids = dict(whole.named_parameters()), torch.arange(3, 19)[None]
     buffers = dict(whole.named_buffers())

@@ -23,7 +23,7 @@ from torch import nn
 from chainlora import Chain, ChainLoRAError, export_adapter
 from chainlora.chain.adapters import check_targets
 from chainlora.config.schema import LinkConfig
-from chainlora.models.loading import load_shards
+from chainlora.models.loading import load_shards, open_folder
 
 ALL = LinkConfig(rank=4, alpha=8, target_modules="all-linear")
 KNOT = 1e-5  # of the logits: the same float32 sums in another order
@@ -158,8 +158,9 @@ def checkpoint_of(kind, tmp_path):
 
 
 def test_processes_do_not_share_it(tmp_path):
+    opened = open_folder(checkpoint_of("gptq", tmp_path))
     with pytest.raises(ChainLoRAError, match=r"quantization_config\); leave train.shard out"):
-        load_shards(checkpoint_of("gptq", tmp_path), torch.float32, 2, torch.device("cpu"))
+        load_shards(opened, torch.float32, 2, torch.device("cpu"))
 
 
 @pytest.mark.skipif(bool(find_spec("gptqmodel")), reason="gptqmodel is there")

@@ -39,6 +39,13 @@ class BaseWeights:
         self._samples: dict[str, bytes] = {}  # of what is stored
         self._copies: dict[str, Tensor] = {}
         self._rows: dict[str, slice] = {}
+        self._fingerprint: str | None = None
+
+    def fingerprint(self, model: nn.Module) -> str:
+        """Return `fingerprint` of the model as it came: it is computed once, before any change."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(model)
+        return self._fingerprint
 
     def remember(self, path: str, parameter: Tensor) -> None:
         """Note a parameter before anything changes it; later calls for the same path do nothing."""

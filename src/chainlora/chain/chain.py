@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from chainlora.chain import adapters, checks, showing
 from chainlora.chain.adapters import Adapter
-from chainlora.chain.base_weights import BaseWeights, fingerprint
+from chainlora.chain.base_weights import BaseWeights
 from chainlora.chain.holding import holding_named
 from chainlora.chain.initialization import Backward, initialize
 from chainlora.chain.link import Link
@@ -59,6 +59,8 @@ class Chain:
             cannot be merged. Both are the same function.
         checkpoint: folder that the model was loaded from. Its safetensors then serve as pristine
             weights; otherwise a host copy does.
+        weights: `Chain.weights` of an earlier chain on the same model, which gave it back
+            (`give_back`): its files and values are not read again. In place of `checkpoint`.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Chain:
         seed: int = 0,
         hold: str = "tied",
         checkpoint: str | Path | None = None,
+        weights: BaseWeights | None = None,
     ) -> None:
         holding = holding_named(hold)
         checks.check_model(model, checkpoint)
@@ -77,8 +80,8 @@ class Chain:
         self.links: list[Link] = []
         self.next_id = 0  # of the live link, else of the next one; an id is never given twice
         self.stage, self.first_id = "", 0  # what links are drawn by (`begin_stage`)
-        self.weights = BaseWeights(checkpoint)
-        self.base_fingerprint = fingerprint(model)  # of the model as it came
+        self.weights = weights or BaseWeights(checkpoint)
+        self.base_fingerprint = self.weights.fingerprint(model)
         self._holding = holding(model, self.weights)
         self._adapter: Adapter | None = None  # the LoRA layers on the model
         self._live: Live | None = None  # None between links: the layers then add nothing
@@ -314,6 +317,17 @@ class Chain:
         """
         self._need_no_live("detach")
         self._holding.detach()  # refuses bases that cannot be merged into, before anything changes
+        self._take_off()
+        return self.model
+
+    def give_back(self) -> nn.Module:
+        """Drop all links, the live one too, and return the plain model, as it came to the bit.
+
+        Nothing is merged, so a quantised model can be given back too.
+        """
+        if self._live is not None:
+            self.discard()
+        self.drop(len(self))
         self._take_off()
         return self.model
 

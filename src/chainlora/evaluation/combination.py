@@ -17,13 +17,15 @@ from chainlora.chain.link import Factors, Link, with_a
 from chainlora.config.staging import is_run
 from chainlora.data.kept import Kept
 from chainlora.errors import ChainError, RunError
-from chainlora.evaluation.stage_scores import Progress, chain_on_base
+from chainlora.evaluation.stage_scores import Progress
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.beginning import fork, need_same_base, take_in
 from chainlora.runs.changes import whole_run
 from chainlora.runs.export import empty_folder, filled_folder
 from chainlora.runs.history import History, State, Term, read_history, update_history
 from chainlora.runs.links import need_low_rank_sum, save_derived
+from chainlora.runs.open_base import OpenBase
+from chainlora.runs.opening import chain_on_base
 from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
@@ -175,7 +177,9 @@ def need_combinable(states: Sequence[OpenState]) -> None:
             need_low_rank_sum(facts.link_config(), state.run, ON_TOP)
 
 
-def _solved(states: Sequence[OpenState], progress: Progress) -> dict[str, Modules | Term]:
+def _solved(
+    states: Sequence[OpenState], progress: Progress, base: OpenBase | None = None
+) -> dict[str, Modules | Term]:
     """Return the A of each link of a combination, in their order; the term of one alike in all."""
     states = sorted(states, key=lambda each: each.state.digest)  # the sums have this order
     terms = [{term.link: term for term in state.state.terms} for state in states]
@@ -185,7 +189,7 @@ def _solved(states: Sequence[OpenState], progress: Progress) -> dict[str, Module
     facts, place = states[0].history.links, {k: n for own in held for n, k in enumerate(own)}
     order = sorted(links, key=lambda each: (facts[each].stage, place[each]))
     new = [{k: link for k, link in own.items() if k not in alike} for own in held]
-    chain, _ = chain_on_base(states[0])
+    chain, _ = chain_on_base(states[0], base=base)
     device = next(chain.model.parameters()).device
     rows = [_rows_of(state) for state in states]
     changed = [links[key].factors for key in order if key not in alike]

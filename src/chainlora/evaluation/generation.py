@@ -27,6 +27,7 @@ from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.templates import ends_of_turn, render_chat
 from chainlora.engine.probes import first_line, forget_lengths, length_dependence
 from chainlora.errors import ConfigError, DataError, ModelError
+from chainlora.models.loading import accelerator
 from chainlora.models.shards import is_sharded
 from chainlora.models.text_config import compute_dtype, context_length, text_config
 
@@ -335,6 +336,4 @@ def check_chat(tokenizer: Any, name: str, tools: Sequence[Mapping[str, Any]] | N
 
 def to_accelerator(model: Any) -> Any:
     """Return the model on the machine's accelerator, if there is one; quantised ones stay."""
-    if getattr(model, "hf_quantizer", None) is not None or not torch.accelerator.is_available():
-        return model
-    return model.to(torch.accelerator.current_accelerator())
+    return model if getattr(model, "hf_quantizer", None) is not None else model.to(accelerator())

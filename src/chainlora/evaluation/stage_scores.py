@@ -34,23 +34,20 @@ from markupsafe import Markup
 from pydantic import TypeAdapter
 
 from chainlora import files
-from chainlora.chain.chain import Chain
-from chainlora.chain.holding import hold_for
 from chainlora.chain.showing import table
 from chainlora.data.kept import Kept
 from chainlora.engine.engine import Engine, Speedups
 from chainlora.errors import FileError, RunError
 from chainlora.evaluation.evaluate import Evaluation, evaluate, standard_error, values, weights_of
-from chainlora.evaluation.generation import to_accelerator
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.pair_scores import judge_odds, judge_pairs
-from chainlora.models.finding import resolve_model
 from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.changes import MATRIX
 from chainlora.runs.documents import Digest, short_digest
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import BASE, State, read_history
-from chainlora.runs.opening import load_run
+from chainlora.runs.open_base import OpenBase
+from chainlora.runs.opening import chain_on_base
 from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
@@ -170,10 +167,11 @@ def stage_matrix(
     speedups: Speedups = "auto",
     progress: Progress | None = None,
     compute: bool = True,
+    base: OpenBase | None = None,
 ) -> StageMatrix:
     """Return the matrix of a run; cells that were never scored are, if `compute`, and are kept.
 
-    That of ``RUN@STAGE`` ends with that stage.
+    That of ``RUN@STAGE`` ends with that stage. The base is opened here unless it is given.
 
     Raises RunError for a run that kept no rows, and what loading it raises.
     """
@@ -197,7 +195,7 @@ def stage_matrix(
         if (due := [each for each in stages if (state.digest, each, rows[each]) not in known])
     }
     if compute and missing:
-        scorer = Scorer(run, kept, speedups, progress)
+        scorer = Scorer(run, kept, speedups, progress, base=base)
         try:
             for name, due in missing.items():
                 for cell in scorer.score(name, states[name], due):
@@ -223,17 +221,10 @@ def states_of(run: OpenState) -> Iterator[tuple[str, State]]:
         yield NOW, run.state
 
 
-def chain_on_base(run: OpenState, hold: str | None = None) -> tuple[Chain, Any]:
-    """Return a chain of no links on the base of a run, and the tokenizer of its rows."""
-    model, tokenizer = load_run(run, num_links=0, as_trained=True)
-    base = resolve_model(run.base.model)
-    return Chain(to_accelerator(model), hold=hold or hold_for(model), checkpoint=base), tokenizer
-
-
 class Scorer:
     """Scores the kept rows of stages in states of one run, whose base is loaded once.
 
-    `hold` is that of its chain; by default what suits the model.
+    `hold` is that of its chain; by default what suits the model. `base` is opened here by default.
     """
 
     def __init__(
@@ -243,10 +234,11 @@ class Scorer:
         speedups: Speedups = "auto",
         progress: Progress | None = None,
         hold: str | None = None,
+        base: OpenBase | None = None,
     ) -> None:
         self.run, self.kept, self.speedups = run, kept, speedups
         self.progress = progress or (lambda what, done, rows: None)
-        self.chain, self.tokenizer = chain_on_base(run, hold)
+        self.chain, self.tokenizer = chain_on_base(run, hold, base)
         self._ids: dict[tuple[Digest, Digest | None], int] = {}  # of links on the chain
         self._references: dict[str, list[list[float]]] = {}
         self._add(run.state)

@@ -17,7 +17,7 @@ import json
 import logging
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -72,11 +72,27 @@ def load_model(
     Raises ModelError if nothing is there, if it would need remote code or pickle, if it is not a
     causal language model, or if weights or tokenizer are missing; ConfigError for another dtype.
     """
+    found, opened = named_dtype(dtype), open_folder(spec)
+    return load_weights(opened, found, quantize=quantize, device=device), opened.tokenizer
+
+
+def named_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return a dtype of weights. Raises ConfigError for another one."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ConfigError("`dtype` must be a floating dtype of torch", repr(dtype), "e.g. bfloat16")
-    dtype = found
-    folder, config, tokenizer = open_folder(spec)
+    return found
+
+
+def load_weights(
+    opened: Opened,
+    dtype: torch.dtype,
+    *,
+    quantize: str | None = None,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """Return the model of an opened folder, as `load_model` does."""
+    folder, config, tokenizer = opened
     keys: dict[str, Any] = {}
     is_quantized = getattr(config, "quantization_config", None) is not None
     if quantize is not None and is_quantized:
@@ -105,16 +121,30 @@ def load_model(
     _check_whole(model, report, folder, is_quantized)
     settle(model, tokenizer, folder)
     settle_kernels(model)
-    return model.eval(), tokenizer
+    return model.eval()
 
 
-def open_folder(spec: str | Path) -> tuple[Path, Any, Any]:
-    """Return the folder of a model, its config and its tokenizer, before any weight is loaded."""
+class Opened(NamedTuple):
+    """What is known of a model before any weight is loaded."""
+
+    folder: Path
+    config: Any
+    tokenizer: Any
+
+
+def open_folder(spec: str | Path) -> Opened:
+    """Read config and tokenizer of a model, and check that there are weights for them."""
     folder = resolve_model(spec)
     config = _load_config(folder)
     _refuse_pickle(folder)
     _check_layers(config, folder)
-    return folder, config, load_tokenizer(folder)
+    return Opened(folder, config, load_tokenizer(folder))
+
+
+def accelerator() -> torch.device:
+    """Return the accelerator of this machine, or its CPU where there is none."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
 
 
 def settle(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -289,26 +319,24 @@ def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
 # --- into several processes ---
 
 
-def load_shards(
-    spec: str | Path, dtype: torch.dtype, count: int, device: torch.device
-) -> tuple[Any, Any]:
-    """Return ``(model, tokenizer)`` as `load_model` does, frozen, cut into `count` parts.
+def load_shards(opened: Opened, dtype: torch.dtype, count: int, device: torch.device) -> Any:
+    """Return a model as `load_weights` does, frozen, cut into `count` parts.
 
-    Raises ModelError as `load_model` does, and where what cuts it does not suit the model.
+    Raises ModelError as `load_weights` does, and where what cuts it does not suit the model.
     """
-    folder, config, tokenizer = open_folder(spec)
+    folder, config, tokenizer = opened
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
             f"processes share weights of 16 or 32 bits (got {folder}, whose config.json has a "
             "quantization_config); leave train.shard out: each process then holds the whole model"
         )
     with init_empty_weights(include_buffers=False):
-        model = make_model(config, spec, dtype=dtype)
+        model = make_model(config, folder, dtype=dtype)
     model.tie_weights()
     stored, reason = _find_tensors(model, folder, dtype)
     if reason is not None:
         logger.warning("each process loads all of %s before it keeps its share: %s", folder, reason)
-        model, tokenizer = load_model(spec, dtype)
+        model = load_weights(opened, dtype)
     else:
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -323,7 +351,7 @@ def load_shards(
             for name, tensor in _weights(model).items():
                 shards.local(tensor).copy_(stored[name].read(shards.rows(tensor)))
     shards.start(model)
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 def _find_tensors(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,17 @@ def in_mode(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def switch_activation_checkpointing(model: Any, *, is_on: bool) -> None:
+    """Let a model recompute activations in the backward, or no longer.
+
+    Raises ValueError for a class that is not made for it.
+    """
+    end = "enable" if is_on else "disable"
+    before = getattr(model, f"gradient_checkpointing_{end}")  # its name in older transformers
+    switch = getattr(model, f"activation_checkpointing_{end}", before)
+    switch(*([{"use_reentrant": False}] if is_on else []))
 
 
 def seeded(name: str) -> torch.Generator:

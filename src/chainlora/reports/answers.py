@@ -22,12 +22,13 @@ from chainlora.errors import DataError
 from chainlora.evaluation.evaluate import evaluate
 from chainlora.evaluation.generation import generate_greedy
 from chainlora.evaluation.metrics import cross_entropy, exact_match
-from chainlora.evaluation.stage_scores import Scorer, chain_on_base, states_of
+from chainlora.evaluation.stage_scores import Scorer, states_of
 from chainlora.evaluation.training_rows import config_of, divided_by
 from chainlora.files import reported
 from chainlora.models.text_config import context_length
 from chainlora.reports.page import Answer, Said
 from chainlora.reports.runs import RunFacts, state_names
+from chainlora.runs.opening import chain_on_base
 
 _ASK = "give a file: a prompt a line, or JSONL rows with a `prompt`"
 

@@ -6,22 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chainlora.chain.adapters import prepare_quantized
+import torch
+
 from chainlora.chain.chain import Chain
-from chainlora.chain.holding import hold_for
 from chainlora.config.staging import is_run
 from chainlora.data.templates import set_chat_template
 from chainlora.errors import ModelError, RunError
 from chainlora.models.finding import names_a_file, resolve_model
-from chainlora.models.identity import base_files, changed_files
+from chainlora.models.identity import changed_files
 from chainlora.models.loading import load_model, load_tokenizer
 from chainlora.models.quantizing import is_quantized_model
 from chainlora.runs.addresses import Address, nothing_at, open_run
 from chainlora.runs.history import CAUSAL, Base
+from chainlora.runs.open_base import OpenBase
 from chainlora.runs.state import OpenState
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
     from chainlora.models.loading import CausalModel
@@ -61,47 +61,65 @@ def load_run(
     ConfigError for a dtype that no weights have.
     """
     state = open_run(run)
+    _need_causal(state)
+    links = state.links(num_links)  # first, since a missing one is found at once
+    if not links and num_links is None:
+        _refuse_untrained(state)
+    base = state.base
+    quantize = base.quantize if as_trained else None
+    opened = OpenBase(base.model, dtype or base.dtype, quantize)
+    chain, tokenizer = _chain_on(opened, state, device=torch.device("cpu"))
+    model: Any = chain.model
+    is_quantized = is_quantized_model(model)
+    if is_quantized and not as_trained:
+        raise RunError(
+            f"links are merged into weights of 16 or 32 bits (got {base.model}, whose "
+            "checkpoint is quantised); use --to adapter, which PEFT loads on this base, or "
+            "merges onto the one before quantisation"
+        )
+    chain.add(*links)
+    if not is_quantized:
+        chain.detach()
+    return model, tokenizer
+
+
+def chain_on_base(
+    state: OpenState, hold: str | None = None, base: OpenBase | None = None
+) -> tuple[Chain, Any]:
+    """Return a chain of no links on the base of a run, and the tokenizer of its rows.
+
+    `hold` is by default what suits the model, `base` is opened here by default. Raises RunError
+    where it is not the base that the run was trained on.
+    """
+    _need_causal(state)
+    return _chain_on(OpenBase.of_state(state).or_shared(base), state, hold=hold)
+
+
+def _chain_on(base: OpenBase, state: OpenState, **keys: Any) -> tuple[Chain, Any]:
+    if state.base.files is not None:
+        check_base(state.base, state.run, files=base.files)
+    chain = base.chain(**keys)
+    if state.base.files is None:  # a saved chain, which knows no files
+        check_base(state.base, state.run, fingerprint=chain.base_fingerprint)
+    return chain, _settled(base.tokenizer(state.tokenizer()), state)
+
+
+def _need_causal(state: OpenState) -> None:
     base = state.base
     if base.task_type != CAUSAL:
         raise RunError(
             "only chains on causal language models bring their model with them (got one on "
-            f"{base.task_type or 'another model'} in {run}); load its model and call "
-            f"load_chain({str(run)!r}, model).detach()"
+            f"{base.task_type or 'another model'} in {state.run}); load its model and call "
+            f"load_chain({str(state.run)!r}, model).detach()"
         )
-    kind = dtype or base.dtype
-    links = state.links(num_links)  # first, since a missing one is found at once
-    if not links and num_links is None:
-        _refuse_untrained(state)
-    folder = resolve_model(base.model)
-    if base.files is not None:
-        check_base(base, state.run, files=base_files(folder))
-    quantize = base.quantize if as_trained else None
-    model, tokenizer = load_model(folder, kind, quantize=quantize)
-    is_quantized = is_quantized_model(model)
-    if is_quantized:
-        if not as_trained:
-            raise RunError(
-                f"links are merged into weights of 16 or 32 bits (got {base.model}, whose "
-                "checkpoint is quantised); use --to adapter, which PEFT loads on this base, or "
-                "merges onto the one before quantisation"
-            )
-        prepare_quantized(model)
-    chain = Chain(model, hold=hold_for(model), checkpoint=folder)
-    if base.files is None:  # a saved chain, which knows no files
-        check_base(base, state.run, fingerprint=chain.base_fingerprint)
-    chain.add(*links)
-    plain: Any = model if is_quantized else chain.detach()
-    return plain, _settled(tokenizer, state)
 
 
 def tokenizer_of(state: OpenState, base: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a run's rows: the base's or its own, with its chat template."""
-    return _settled(load_tokenizer(base), state)
+    return _settled(load_tokenizer(state.tokenizer() or base), state)
 
 
 def _settled(tokenizer: Any, state: OpenState) -> Any:
-    if (own := state.tokenizer()) is not None:
-        tokenizer = load_tokenizer(own)
     if state.has_run:
         set_chat_template(tokenizer, state.config().data)
     return tokenizer

@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from chainlora import files
 from chainlora.chain.adapters import check_targets
 from chainlora.config.schema import RunConfig
@@ -20,10 +18,9 @@ from chainlora.data.division import can_read_again
 from chainlora.data.kept import keeps_rows
 from chainlora.data.splits import learned_by, length_limit
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
-from chainlora.models.finding import from_above
-from chainlora.models.loading import load_skeleton
-from chainlora.models.text_config import context_length
+from chainlora.models.loading import accelerator
 from chainlora.runs.history import START
+from chainlora.runs.open_base import OpenBase
 from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.state import OpenState
 from chainlora.training.objectives import check_names
@@ -39,10 +36,16 @@ from chainlora.training.processes import (
 _GIVE_ROWS = "give some as `start_data`, or to a run by eval --matrix --start-rows FILE"
 
 
-def check_due(planned: Sequence[StagePlan], start: Start, now: OpenState | None) -> None:
+def check_due(
+    planned: Sequence[StagePlan],
+    start: Start,
+    now: OpenState | None,
+    base: OpenBase | None = None,
+) -> None:
     """Refuse what the stages that are due cannot do, before the first of them is trained.
 
-    `now` is what the run is, None before its first stage has ended, which begins on `start`.
+    `now` is what the run is, None before its first stage has ended, which begins on `start`. `base`
+    is opened here by default.
     """
     due = [each for each in planned if each.state != "finished"]
     first = due[0].stage.config
@@ -50,9 +53,7 @@ def check_due(planned: Sequence[StagePlan], start: Start, now: OpenState | None)
     if place is not None:
         files.check_writable(place)
     above = None if now is None and start is NOTHING else place  # where the base is found from
-    model = load_skeleton(first.model if above is None else from_above(first.model, above))
-    has_one, cpu = torch.accelerator.is_available(), torch.device("cpu")
-    device = (torch.accelerator.current_accelerator() if has_one else None) or cpu
+    base = OpenBase.of_config(first, above).or_shared(base)
     begun = start if now is None else Start(state=now.at(now.history.origin))
     origin = _losses(begun) | _given(first, start, due[0].state == "new")
     below = dict(origin) if now is None else _losses(Start(state=now))
@@ -61,11 +62,11 @@ def check_due(planned: Sequence[StagePlan], start: Start, now: OpenState | None)
         with naming(each.stage if len(planned) > 1 else None):
             _check_processes(config)
             check_names(config)
-            check_optimizer(config, device)
-            length_limit(config.data, context_length(model))
+            check_optimizer(config, accelerator())
+            length_limit(config.data, base.context)
             if each.state == "new":
                 for link in dict.fromkeys(config.chain.links()):
-                    check_targets(model, link)
+                    check_targets(base.skeleton, link)
         if each.state == "new":
             if each.name in start.stages:
                 got = f"{each.name!r}, which is there"

@@ -15,7 +15,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from torch import nn
 
-from chainlora.chain.adapters import is_transposed, prepare_quantized
+from chainlora.chain.adapters import is_transposed
 from chainlora.chain.chain import Chain
 from chainlora.chain.holding import holding_named
 from chainlora.config.reading import flatten
@@ -25,22 +25,13 @@ from chainlora.data.kept import keeps_rows
 from chainlora.data.splits import Splits, prepare_splits
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError
-from chainlora.models.finding import from_above, resolve_model
-from chainlora.models.identity import base_files
-from chainlora.models.loading import (
-    check_vocabulary,
-    load_model,
-    load_shards,
-    load_skeleton,
-    load_tokenizer,
-    open_folder,
-)
+from chainlora.models.loading import check_vocabulary
 from chainlora.models.modes import kept_random_state
 from chainlora.models.quantizing import is_quantized_model
-from chainlora.models.text_config import context_length
 from chainlora.runs.draft import Progress
 from chainlora.runs.history import Base
 from chainlora.runs.loading_start import fitted
+from chainlora.runs.open_base import OpenBase
 from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.start_rows import rows_of_start
 from chainlora.runs.work import Work
@@ -61,9 +52,17 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(
-    config: RunConfig, listener: Listener, change: Collection[str], start: Start, stage: str
+    config: RunConfig,
+    listener: Listener,
+    change: Collection[str],
+    start: Start,
+    stage: str,
+    base: OpenBase | None = None,
 ) -> Run:
-    """Load and check everything a stage needs, claim its folder, find where to resume."""
+    """Load and check everything a stage needs, claim its folder, find where to resume.
+
+    `base` is the one that this process has open; several processes open their own.
+    """
     accelerator = _make_accelerator(config, stage)
     processes = find_processes(accelerator, share_model=wants_shards(config))
     work = None
@@ -74,50 +73,38 @@ def prepare(
         with processes.together():
             # asked once: the first process may begin a stage while others still read rows
             begun = None if work is None else work.begun()
-            here = config  # as its base is found from here
-            if work is not None and (begun is not None or start is not NOTHING):
-                here = config.model_copy(update={"model": from_above(config.model, work.run)})
+            is_of_run = begun is not None or start is not NOTHING
+            own = OpenBase.of_config(config, work.run if work is not None and is_of_run else None)
+            base = own.or_shared(base if processes.count == 1 else None)
             with processes.in_turn():
-                if work is not None:
-                    work.open(config, change)  # and lock it
-                folder = resolve_model(here.model)
-                files = base_files(folder)
-                if work is not None:
-                    work.check_base_files(files)  # before they are loaded
-            _, _, tokenizer = open_folder(here.model)
-            if start.tokenizer is not None:  # instead of the base's
-                tokenizer = load_tokenizer(start.tokenizer)
+                _open_files(base, work, config, change)
+            tokenizer = base.tokenizer(start.tokenizer)
             with processes.in_turn():  # a bad row is told before the model is loaded
-                context = context_length(load_skeleton(here.model))
-                if begun is None and config.start_data is not None:
-                    rows = rows_of_start(config.start_data, config.data, tokenizer, context)
-                    start = replace(start, rows=rows)
+                if begun is None:
+                    start = _with_rows(start, config, tokenizer, base.context)
                 earlier = start.kept if begun is None else begun.kept()
                 earlier.pop(stage, None)  # a stage that is resumed has its own beside them
                 splits = prepare_splits(
                     config.data,
                     tokenizer,
-                    context,
+                    base.context,
                     lambda split, rows, share: listener(RowsEncoded(0, split, rows, share)),
                     loss=config.train.loss,
                     earlier=earlier,
                     compare=processes.is_first and begun is None,
                 )
-            model = _load_model(here, processes)
-            check_vocabulary(model, tokenizer, start.tokenizer or folder)
+            chain = _put_chain_on(base, config, processes)
+            if start.tokenizer is not None:
+                check_vocabulary(chain.model, tokenizer, start.tokenizer)
             batches = make_batches(config, splits.train, splits.mixture)
-            _check(config, model, splits)
-            chain = Chain(model, seed=config.train.seed, hold=config.chain.hold, checkpoint=folder)
-            engine = _new_engine(config, model, processes)
+            _check(config, chain.model, splits)
+            engine = _new_engine(config, chain.model, processes)
             undo.callback(engine.close)
             if begun is None:
                 start = _begun_on(start, chain, config)
-            progress = Progress()
-            if work is not None:
-                base = _base_of(config, chain, files)
-                keep = splits.kept if keeps_rows(config.data) else None
-                with processes.in_turn():
-                    progress = work.begin(config, base, rows=splits.digest, start=start, keep=keep)
+            with processes.in_turn():
+                tuned = _base_of(config, chain, base.files)
+                progress = _claim(work, config, tuned, splits, start)
             run = Run(
                 config=config,
                 batches=batches,
@@ -140,22 +127,36 @@ def prepare(
     return run
 
 
-def _load_model(config: RunConfig, processes: Processes) -> Any:
-    """Return the model, frozen. Links train their own factors."""
-    dtype, device = getattr(torch, config.train.dtype), processes.device
-    model: Any
-    if processes.shares_model:
-        model, _ = load_shards(config.model, dtype, processes.count, device)
-    else:
-        model, _ = load_model(config.model, dtype, quantize=config.quantize, device=device)
-        model.requires_grad_(False)
-        if is_quantized_model(model):
-            prepare_quantized(model)
-        else:
-            model.to(device)
+def _open_files(
+    base: OpenBase, work: Work | None, config: RunConfig, change: Collection[str]
+) -> None:
+    """Lock a stage that is resumed; find, and check, the files of its base: nothing is loaded."""
+    if work is not None:
+        work.open(config, change)
+    files = base.files  # which may be downloaded
+    if work is not None:
+        work.check_base_files(files)
+
+
+def _with_rows(start: Start, config: RunConfig, tokenizer: Any, context: int) -> Start:
+    """Return what a new stage begins on with the rows that its config gives for that."""
+    if config.start_data is None:
+        return start
+    return replace(start, rows=rows_of_start(config.start_data, config.data, tokenizer, context))
+
+
+def _put_chain_on(base: OpenBase, config: RunConfig, processes: Processes) -> Chain:
+    """Return a chain of no links on the model, which is frozen: links train their own factors."""
+    chain = base.chain(
+        seed=config.train.seed,
+        hold=config.chain.hold,
+        device=processes.device,
+        shares=processes.count if processes.shares_model else 1,
+    )
+    chain.model.requires_grad_(False)
     if config.train.gradient_checkpointing:
-        _checkpoint_activations(model)
-    return model
+        base.checkpoint_activations()
+    return chain
 
 
 def _new_engine(config: RunConfig, model: Any, processes: Processes) -> Engine:
@@ -215,18 +216,6 @@ def _make_accelerator(config: RunConfig, stage: str) -> Accelerator:
     return accelerator
 
 
-def _checkpoint_activations(model: Any) -> None:
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    try:
-        enable({"use_reentrant": False})
-    except ValueError as error:  # a class that is not made for it
-        raise ConfigError(
-            "`train.gradient_checkpointing` needs a model that has it",
-            type(model).__name__,
-            "leave it out",
-        ) from error
-
-
 def _begun_on(start: Start, chain: Chain, config: RunConfig) -> Start:
     """Put the links on the model that the run begins on, and say what it should know of them."""
     start = fitted(start, chain, config.model)
@@ -257,6 +246,16 @@ def _put_links_on(run: Run, start: Start) -> None:
         if run.splits.loss == "dpo":
             take_reference(run)
         decide(run)
+
+
+def _claim(
+    work: Work | None, config: RunConfig, base: Base, splits: Splits, start: Start
+) -> Progress:
+    """Claim the folder of a stage, or find where to resume."""
+    if work is None:
+        return Progress()
+    keep = splits.kept if keeps_rows(config.data) else None
+    return work.begin(config, base, rows=splits.digest, start=start, keep=keep)
 
 
 def _announce(run: Run) -> None:

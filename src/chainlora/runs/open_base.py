@@ -1,0 +1,173 @@
+"""The base of a run while a command uses it: each part is opened when it is first asked for, once.
+
+Trainings, combinations and scores of one process follow each other on one model: a `Chain` for each
+of them, and the next one takes off what the last one has put on.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from chainlora.chain.adapters import prepare_quantized
+from chainlora.chain.base_weights import BaseWeights
+from chainlora.chain.chain import Chain
+from chainlora.chain.holding import hold_for
+from chainlora.config.schema import RunConfig
+from chainlora.errors import ConfigError
+from chainlora.models.finding import from_above, resolve_model
+from chainlora.models.identity import base_files
+from chainlora.models.loading import (
+    Opened,
+    accelerator,
+    load_shards,
+    load_skeleton,
+    load_tokenizer,
+    load_weights,
+    named_dtype,
+    open_folder,
+)
+from chainlora.models.modes import switch_activation_checkpointing
+from chainlora.models.quantizing import is_quantized_model
+from chainlora.models.text_config import context_length
+from chainlora.runs.state import OpenState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class OpenBase:
+    """A base model, opened part by part.
+
+    Args:
+        model: Hub id, folder or GGUF file, as `resolve_model` takes it.
+        dtype: of its weights.
+        quantize: how its linear layers are quantised while they load.
+    """
+
+    def __init__(
+        self, model: str, dtype: str | torch.dtype = "float32", quantize: str | None = None
+    ) -> None:
+        self.name, self.dtype, self.quantize = model, named_dtype(dtype), quantize
+        self._tokenizers: dict[Path, tuple[Any, Any]] = {}  # and the chat template each came with
+        self._model: Any = None
+        self._chain: Chain | None = None  # the last one that was put on the model
+        self._checkpoints = False  # it recomputes activations
+
+    @classmethod
+    def of_config(cls, config: RunConfig, run: Path | None = None) -> OpenBase:
+        """Return the base that a config names; `run` names it too, where it has begun."""
+        name = config.model if run is None else from_above(config.model, run)
+        return cls(name, config.train.dtype, config.quantize)
+
+    @classmethod
+    def of_state(cls, state: OpenState) -> OpenBase:
+        base = state.base
+        return cls(base.model, base.dtype, base.quantize)
+
+    def or_shared(self, base: OpenBase | None) -> OpenBase:
+        """Return the base that is open already, where there is one, in place of this one."""
+        if base is None:
+            return self
+        alike = (base.dtype, base.quantize) == (self.dtype, self.quantize)
+        assert alike, "dtype and quantize are those of the whole run"
+        return base
+
+    # --- without weights ---
+
+    @cached_property
+    def folder(self) -> Path:
+        return resolve_model(self.name)
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """The hash of each file that makes it what it is."""
+        return base_files(self.folder)
+
+    @cached_property
+    def skeleton(self) -> Any:
+        """The model without weights."""
+        return load_skeleton(self.folder)
+
+    @property
+    def context(self) -> int:
+        return context_length(self.skeleton)
+
+    @cached_property
+    def _opened(self) -> Opened:
+        return open_folder(self.folder)
+
+    def tokenizer(self, own: Path | None = None) -> PreTrainedTokenizerBase:
+        """Return the base's tokenizer, or that of a folder, with the chat template it came with.
+
+        It is one object for all who ask: a template that somebody has set is taken back.
+        """
+        folder = own or self.folder
+        if folder not in self._tokenizers:
+            found: Any = self._opened.tokenizer if own is None else load_tokenizer(folder)
+            self._tokenizers[folder] = found, found.chat_template
+        tokenizer, template = self._tokenizers[folder]
+        tokenizer.chat_template = template
+        return tokenizer  # type: ignore[no-any-return]
+
+    # --- with weights ---
+
+    @torch.inference_mode(False)  # a stage trains on what was loaded for scores
+    def chain(
+        self,
+        *,
+        seed: int = 0,
+        hold: str | None = None,
+        device: torch.device | None = None,
+        shares: int = 1,
+    ) -> Chain:
+        """Return a chain of no links on the model, which is loaded when it is first asked for.
+
+        The chain before is taken off: only one is on the model. `hold` is by default what suits the
+        model, `device` the accelerator. With `shares`, that many processes hold a part each.
+        """
+        self.give_back()
+        if self._model is None:
+            self._model = self._load(device or accelerator(), shares)
+            self._weights = BaseWeights(self.folder)
+        model = self._model
+        if shares == 1 and not is_quantized_model(model):
+            model.to(device or accelerator())
+        hold = hold or hold_for(model)
+        self._chain = Chain(model, seed=seed, hold=hold, weights=self._weights)
+        return self._chain
+
+    def _load(self, device: torch.device, shares: int) -> Any:
+        if shares > 1:
+            return load_shards(self._opened, self.dtype, shares, device)
+        model = load_weights(self._opened, self.dtype, quantize=self.quantize, device=device)
+        if is_quantized_model(model):
+            prepare_quantized(model)
+        return model
+
+    def checkpoint_activations(self) -> None:
+        """Let the model recompute activations in the backward, until it is given back."""
+        try:
+            switch_activation_checkpointing(self._model, is_on=True)
+        except ValueError as error:  # a class that is not made for it
+            raise ConfigError(
+                "`train.gradient_checkpointing` needs a model that has it",
+                type(self._model).__name__,
+                "leave it out",
+            ) from error
+        self._checkpoints = True
+
+    def give_back(self) -> None:
+        """Take off what was put on the model: it is what was loaded, to the bit.
+
+        An `Engine` on it must be closed before. Called before each new chain.
+        """
+        if self._chain is not None:
+            self._chain.give_back()
+            self._chain = None
+        if self._checkpoints:
+            switch_activation_checkpointing(self._model, is_on=False)
+            self._checkpoints = False
