@@ -32,6 +32,8 @@ def switch_activation_checkpointing(model: Any, *, is_on: bool) -> None:
     before = getattr(model, f"gradient_checkpointing_{end}")  # its name in older transformers
     switch = getattr(model, f"activation_checkpointing_{end}", before)
     switch(*([{"use_reentrant": False}] if is_on else []))
+    if not is_on and hasattr(model, "_require_grads_hook"):  # which enabling has put on, newly
+        model.disable_input_require_grads()
 
 
 def seeded(name: str) -> torch.Generator:

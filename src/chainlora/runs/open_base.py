@@ -165,9 +165,10 @@ class OpenBase:
 
         An `Engine` on it must be closed before. Called before each new chain.
         """
-        if self._chain is not None:
-            self._chain.give_back()
-            self._chain = None
+        if self._chain is None:
+            return
+        self._chain.give_back().eval()  # training has left its mode
+        self._chain = None
         if self._checkpoints:
             switch_activation_checkpointing(self._model, is_on=False)
             self._checkpoints = False
