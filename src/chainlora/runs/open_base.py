@@ -111,7 +111,7 @@ class OpenBase:
             self._tokenizers[folder] = found, found.chat_template
         tokenizer, template = self._tokenizers[folder]
         tokenizer.chat_template = template
-        return tokenizer  # type: ignore[no-any-return]
+        return tokenizer
 
     # --- with weights ---
 
