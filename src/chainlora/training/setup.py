@@ -84,15 +84,8 @@ def prepare(
                     start = _with_rows(start, config, tokenizer, base.context)
                 earlier = start.kept if begun is None else begun.kept()
                 earlier.pop(stage, None)  # a stage that is resumed has its own beside them
-                splits = prepare_splits(
-                    config.data,
-                    tokenizer,
-                    base.context,
-                    lambda split, rows, share: listener(RowsEncoded(0, split, rows, share)),
-                    loss=config.train.loss,
-                    earlier=earlier,
-                    compare=processes.is_first and begun is None,
-                )
+                keys = {"earlier": earlier, "compare": processes.is_first and begun is None}
+                splits = _read_rows(config, tokenizer, base.context, listener, **keys)
             chain = _put_chain_on(base, config, processes)
             if start.tokenizer is not None:
                 check_vocabulary(chain.model, tokenizer, start.tokenizer)
@@ -143,6 +136,17 @@ def _with_rows(start: Start, config: RunConfig, tokenizer: Any, context: int) ->
     if config.start_data is None:
         return start
     return replace(start, rows=rows_of_start(config.start_data, config.data, tokenizer, context))
+
+
+def _read_rows(
+    config: RunConfig, tokenizer: Any, context: int, listener: Listener, **keys: Any
+) -> Splits:
+    """Return the rows of a stage; `keys` are of `prepare_splits`."""
+
+    def tell(split: str, rows: int, share: float) -> None:
+        listener(RowsEncoded(0, split, rows, share))
+
+    return prepare_splits(config.data, tokenizer, context, tell, loss=config.train.loss, **keys)
 
 
 def _put_chain_on(base: OpenBase, config: RunConfig, processes: Processes) -> Chain:
