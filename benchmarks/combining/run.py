@@ -14,7 +14,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
 from itertools import product
@@ -310,34 +310,31 @@ class Runner(R.Runner):
         chosen: dict[str, Any] = {}
         for grid in self.own["tuning"]:
             grid = {key: [*values] for key, values in grid.items()}
-            best = self._best_of(chosen, grid)
+            choose = gentlest if "general" in grid else most_right
+            best = self._best_of(chosen, grid, choose)
             for key in ("ridge", "rate"):  # an edge adds one value beyond it, once
                 if key in grid and best[key] in (low := min(grid[key]), max(grid[key])):
                     factor = {"ridge": 10, "rate": 3}[key]
                     beyond = best[key] / factor if best[key] == low else best[key] * factor
                     others = {k: [best[k]] for k in grid if k != key}
                     more = {key: [best[key], float(f"{beyond:.0e}")], **others}
-                    best = self._best_of(chosen, {k: more[k] for k in grid})
+                    best = self._best_of(chosen, {k: more[k] for k in grid}, choose)
             chosen |= best
         return chosen
 
-    def _best_of(self, chosen: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the values of the most right answers that keep general perplexity.
-
-        Of those within 1.05 times the base, or else of those with the smallest ratio; of values
-        within one answer of the best, the first of the grid.
-        """
+    def _best_of(
+        self, chosen: Mapping[str, Any], grid: Mapping[str, Any], choose: Callable[..., int]
+    ) -> dict[str, Any]:
+        """Return the values of a grid that the tuning seed chooses."""
         choices = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
         seed = self.own["tuning_seed"]
         cells = [
             self.measured("layer by layer", seed, "validation", self.settings(**chosen, **each))
             for each in choices
         ]
-        ratios, rights = [ratio(c) for c in cells], [fmean(c["right"].values()) for c in cells]
-        allowed = [n for n, r in enumerate(ratios) if r <= max(1.05, min(ratios))]
         row = 1 / (len(self.plan["tasks"]) * self.plan["rows"]["validation"])
-        most = max(rights[n] for n in allowed)
-        return choices[next(n for n in allowed if rights[n] >= most - row - 1e-9)]
+        rights = [fmean(c["right"].values()) for c in cells]
+        return choices[choose(rights, [ratio(c) for c in cells], row)]
 
     def verdict(self) -> None:
         """Run the fresh seeds of the primary comparison."""
@@ -419,6 +416,17 @@ class Runner(R.Runner):
         for seed in self.own["beside"]["seeds"]:
             self.measured("layer by layer", seed, "test", self.settings(**chosen), "own")
             self.measured("default", seed, "test", default, "own")
+
+
+def most_right(rights: Sequence[float], ratios: Sequence[float], row: float) -> int:
+    """Return the place of the most right answers; of those within one answer, the first."""
+    return next(n for n, right in enumerate(rights) if right >= max(rights) - row - 1e-9)
+
+
+def gentlest(rights: Sequence[float], ratios: Sequence[float], row: float) -> int:
+    """Return the place of the smallest ratio among those within a point of the most right."""
+    allowed = [n for n, right in enumerate(rights) if right >= max(rights) - 0.01 - 1e-9]
+    return min(allowed, key=lambda n: ratios[n])
 
 
 def ratio(cell: Mapping[str, Any]) -> float:
