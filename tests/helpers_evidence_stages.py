@@ -21,7 +21,7 @@ from helpers_evidence import (
     number,
 )
 
-from chainlora.training.extending import ROWS
+from chainlora.training.rehearsing import ROWS
 
 
 @cache

@@ -25,10 +25,8 @@ from chainlora.config.reading import load_config
 from chainlora.errors import ChainLoRAError
 from chainlora.models.loading import load_model, load_shards, open_folder
 from chainlora.models.shards import gathered, local
-from chainlora.runs.loading_start import load_start
-from chainlora.runs.start import NOTHING
-from chainlora.training.loop import train
 from chainlora.training.processes import leave_processes
+from chainlora.training.stages import train_run as train
 
 RANK = int(os.environ["RANK"])
 
@@ -43,12 +41,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             raise Stop
 
     try:
-        start = load_start(job["start"]) if "start" in job else NOTHING
         train(
             load_config(job["config"]),
             resume=job.get("resume", False),
             listener=listener,
-            start=start,
             stage=job.get("stage", "main"),
         )
     except Stop:

@@ -58,7 +58,7 @@ from helpers_evidence_stages import (
 )
 
 from chainlora.config.schema import TrainConfig
-from chainlora.training.extending import ROWS
+from chainlora.training.rehearsing import ROWS
 
 EVIDENCE = ROOT / "docs/evidence.md"
 ONE_LORA = [f"one {wide}LoRA {how}" for wide in ("", "wide ") for how in ("rehearsed", "replay")]

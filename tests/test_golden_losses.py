@@ -69,7 +69,6 @@ CASES: dict[str, dict[str, Any]] = {
     "pissa": {"chain": {"init": "pissa", "alpha": [4, 4, 2]}, "train": {"lr": 1e-3}},
     "orthogonal": {"chain": {"init": "orthogonal", "target_modules": ALL}},
     "gradient": {"chain": {"init": "gradient", "rslora": True}, "train": {"lora_plus_ratio": 4}},
-    "gaussian, one factor": {"chain": {"init": "gaussian", "train_factors": "B"}},
     "opt, biases": {"model": "opt", "chain": OPT},
     "gpt2": {"model": "gpt2", "chain": {"target_modules": ["c_attn", "c_fc"]}},
     **{

@@ -23,10 +23,8 @@ from chainlora.data.splits import prepare_splits
 from chainlora.errors import ConfigError, RunError
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.addresses import open_run
-from chainlora.runs.loading_start import load_start
 from chainlora.training.batches import make_batches
-from chainlora.training.loop import train as train_run
-from chainlora.training.stages import train_stages
+from chainlora.training.stages import train_run, train_stages
 
 SHORT = {"ranks": [2], "steps": [1]}
 
@@ -59,8 +57,8 @@ def test_a_stage_holds_the_rows_of_those_before_it(tiny_folder, sentiment, tmp_p
     train(make_config(whole))
     data = {"data": whole["data"] | {"keep_rows": False}}
     for before, name in (("a", "b"), ("b", "c")):
-        config = make_config(whole | data | {"output": str(tmp_path / name)})
-        train_run(config, stage=name, start=load_start(tmp_path / before))
+        places = {"output": str(tmp_path / name), "start": str(tmp_path / before)}
+        train_run(make_config(whole | data | places), stage=name)
         data = {}
     assert list(open_run(tmp_path / "b").kept()) == ["main"]
     assert list(open_run(tmp_path / "c").kept()) == ["main", "c"]
@@ -297,15 +295,16 @@ def test_a_stage_with_replay_is_the_same_killed(configure, tmp_path):
     """A resume has the rows of earlier stages in its own directory. In two processes:
     test_processes.py."""
     train(configure("first", chain=SHORT, data={"num_train": 16}))
-    start, later = load_start(tmp_path / "first"), {"stage": "later"}
+    later = {"stage": "later"}
     keys = {"data": {"replay": 0.4}, "train": {"save_every": 1}}
     keys["chain"] = {"ranks": [2, 2], "steps": [3, 2]}
-    killed = configure("killed", **keys)
-    whole = train_run(configure("whole", **keys), start=start, **later)
+    start = {"start": str(tmp_path / "first")}
+    killed = configure("killed", **keys).model_copy(update=start)
+    whole = train_run(configure("whole", **keys).model_copy(update=start), **later)
     assert whole["data"]["train"]["replayed"] == 16
     assert whole["rows"] == 32
     with pytest.raises(Stop):
-        train_run(killed, start=start, listener=stopping(3), **later)
+        train_run(killed, listener=stopping(3), **later)
     (tmp_path / "first").rename(tmp_path / "elsewhere")
     train_run(killed, resume=True, **later)
     assert_same_links(tmp_path / "whole", tmp_path / "killed")

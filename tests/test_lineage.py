@@ -16,7 +16,7 @@ from chainlora.config.staging import make_stages
 from chainlora.files import checksums
 from chainlora.runs.changes import mix_stages
 from chainlora.runs.documents import write_part
-from chainlora.runs.history import read_history
+from chainlora.runs.history import Unbuilt, read_history, update_history
 from chainlora.runs.lineage import read_lineage
 from chainlora.training.stages import extension, rehearsal, train_stages
 
@@ -299,8 +299,8 @@ def test_what_is_no_earlier_state_is_not_overwritten(chainlora, made, sentiment,
     assert chainlora("extend", run, "--name", "new", *stage_words(made, sentiment)).status == 0
     assert chainlora("push", run, there).status == 0
     chainlora("push", ahead, there).refused("must be earlier than the source", "another new in")
-    (ahead / "stages/new").mkdir()
-    (ahead / "stages/new/stage.json").write_text("half trained")
+    declared = Unbuilt(key="new", kind="stage")
+    update_history(ahead, lambda history: history.declared([declared], "new"))
     chainlora("pull", there, ahead).refused("must be earlier than the source", "another new in")
     link = next((there / "links").iterdir()) / "adapter_model.safetensors"
     link.write_bytes(link.read_bytes()[:-1] + b"?")

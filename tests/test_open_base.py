@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ from helpers import assert_same_links, settings, stop_after
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import extend, make_config, open_run, train
-from chainlora.evaluation import combination
 from chainlora.models.quantizing import plain_tensor
 from chainlora.runs.open_base import OpenBase
-from chainlora.training import loop, plan, stages
+from chainlora.training import stages
 
 SOFT = {"ranks": [4], "steps": [8], "knots": {"every": 3, "share": 0.3}}
 KINDS: dict[str, dict[str, Any]] = {
@@ -41,12 +39,9 @@ NEEDS = {"nf4": "bitsandbytes", "int8": "torchao"}
 @pytest.fixture
 def shared(monkeypatch):
     """Returns a function that lets all of a command take one base."""
-    users = [(loop, "prepare"), (plan, "check_due"), (stages, "stage_matrix")]
-    users += [(combination, "_solved")]
 
     def share(base: OpenBase) -> OpenBase:
-        for module, name in users:
-            monkeypatch.setattr(module, name, partial(getattr(module, name), base=base))
+        monkeypatch.setattr(stages, "base_of", lambda config: base)
         return base
 
     return share

@@ -24,9 +24,8 @@ from helpers_processes import assert_close_links, assert_close_updates, launch, 
 
 from chainlora import ChainLoRAError, make_config, train
 from chainlora.runs.addresses import open_run
-from chainlora.runs.loading_start import load_start
-from chainlora.training.loop import train as train_run
 from chainlora.training.processes import find_processes
+from chainlora.training.stages import train_run
 
 CHAIN = {"ranks": [4, 4], "steps": [4, 3]}
 TRAIN = {"lr": 1e-3, "batch_size": 8, "eval_every": 2, "save_every": 1}
@@ -62,8 +61,11 @@ def launched(tiny_folder, sentiment, tmp_path_factory) -> Path:
     """Every job in one process and in two; a run of two, stopped, resumed by one."""
     folder = tmp_path_factory.mktemp("processes")
 
+    def begun(name: str) -> dict[str, Any]:
+        return {"start": str(folder / "first")} if name == "replay" else {}
+
     def job(name: str, output: str, **keys: Any) -> dict[str, Any]:
-        tree = tree_of(name, tiny_folder, sentiment, folder / output)
+        tree = tree_of(name, tiny_folder, sentiment, folder / output) | begun(name)
         tree["train"] |= keys.pop("train", {})
         path = folder / f"{output}.yaml"
         path.write_text(yaml.safe_dump(tree))
@@ -71,11 +73,10 @@ def launched(tiny_folder, sentiment, tmp_path_factory) -> Path:
 
     first = settings(tiny_folder, sentiment, folder / "first", chain={"ranks": [2], "steps": [1]})
     train(make_config(first | {"data": first["data"] | {"num_train": 16}}))
-    later = {"replay": {"start": str(folder / "first"), "stage": "later"}}
+    later = {"replay": {"stage": "later"}}
     for name in JOBS:
-        config = make_config(tree_of(name, tiny_folder, sentiment, folder / f"{name}-1"))
-        start = {"start": load_start(folder / "first")} if name in later else {}
-        train_run(config, **later.get(name, {}) | start)
+        tree = tree_of(name, tiny_folder, sentiment, folder / f"{name}-1")
+        train_run(make_config(tree | begun(name)), **later.get(name, {}))
     two = [job(name, f"{name}-2", **later.get(name, {})) for name in JOBS]
     two += [job("soft", "stopped", stop=6)]
     two += [job("plain", "odd", train={"batch_size": 9})]

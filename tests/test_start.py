@@ -30,8 +30,7 @@ from chainlora.models.loading import load_tokenizer
 from chainlora.runs.addresses import open_run
 from chainlora.runs.loading_start import fitted, load_start, put_on
 from chainlora.runs.saved_chain import save_chain
-from chainlora.runs.start import NOTHING, Start
-from chainlora.training.loop import train
+from chainlora.training.stages import train_run as train
 
 IDS = torch.randint(3, 131, (2, 12), generator=torch.Generator().manual_seed(0))
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
@@ -150,7 +149,8 @@ def test_a_run_starts_on_a_dora_adapter_and_resumes(configure, tiny_folder, tmp_
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     folder = save_lora(tmp_path / "made", model=model, use_dora=True)
     run = configure(chain={"ranks": [2], "steps": [1]})
-    train(run, start=load_start(folder))
+    run = run.model_copy(update={"start": str(folder)})
+    train(run)
     (link, _) = open_run(run.output).links()
     alone = load_chain(folder, AutoModelForCausalLM.from_pretrained(tiny_folder)).links[0]
     for name, pair in link.factors.items():
@@ -255,7 +255,7 @@ def test_another_name_of_the_base_and_its_revision_are_said(
     assert notes[0] == "the adapter is for revision abc of its base"
     assert notes[1].startswith("the adapter is for another base, some/model, than our/model;")
     run = configure(chain={"ranks": [], "steps": []})
-    train(run, start=load_start(folder))
+    train(run.model_copy(update={"start": str(folder)}))
     imported = open_run(f"{run.output}@start")
     assert (imported.entry.kind, imported.strengths) == ("import", {"start": 1.0})
     assert all(words in caplog.text for words in (notes[0], "another base, some/model, than /"))
@@ -277,16 +277,16 @@ def test_a_tokenizer_of_its_own_is_used(tiny_folder, tmp_path):
         "validation": None,
     }
 
-    def train_in(name: str, start: Start, stage: str = "main"):
+    def train_in(name: str, start: Path | None, stage: str = "main"):
         config = make_config(settings(tiny_folder, tmp_path, tmp_path / name, data=data))
-        train(config, start=start, stage=stage)
+        train(config.model_copy(update={"start": start and str(start)}), stage=stage)
         return open_run(tmp_path / name)
 
-    run, plain = train_in("run", load_start(folder)), train_in("plain", NOTHING)
+    run, plain = train_in("run", folder), train_in("plain", None)
     assert run.result()["tokens"] != plain.result()["tokens"]
     assert [facts.stage for facts in run.facts] == ["start", "main", "main", "main"]
     export_adapter(run, tmp_path / "out")
-    again = train_in("again", load_start(run.run), "next")
+    again = train_in("again", run.run, "next")
     for tokens in (load_run(run)[1], load_run(again)[1], load_tokenizer(tmp_path / "out")):
         assert tokens.chat_template == tokenizer.chat_template
     train(run.config(), resume=True)
@@ -294,7 +294,7 @@ def test_a_tokenizer_of_its_own_is_used(tiny_folder, tmp_path):
     tokenizer.add_tokens([f"<{k}>" for k in range(9)])
     tokenizer.save_pretrained(folder)
     with pytest.raises(ChainLoRAError, match="the embedding must have a row per token"):
-        train_in("more", load_start(folder))
+        train_in("more", folder)
     assert not (tmp_path / "more").exists()
 
 

@@ -14,7 +14,7 @@ from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
 from chainlora.engine.fast.threads import make_pool, map_in_threads
 from chainlora.evaluation.evaluate import evaluate
-from chainlora.training.loop import train
+from chainlora.training.stages import train_run as train
 
 
 def row(index: int, tokens: range | list[int], answer: int = 9) -> Example:

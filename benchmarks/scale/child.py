@@ -26,8 +26,8 @@ from chainlora.config.reading import load_config
 from chainlora.config.schema import LinkConfig
 from chainlora.models.checkpoint import Stored
 from chainlora.models.loading import load_model, load_shards
-from chainlora.training.loop import train
 from chainlora.training.processes import leave_processes
+from chainlora.training.stages import train_run as train
 
 RANK = int(os.environ["RANK"])
 # what FSDP2 calls: by another name since torch 2.13

@@ -75,8 +75,8 @@ class Card:
         self.path(curve, "soft", 1.5, f'{dashes} marker-end="url(#soft)"')
 
     def bow(self, x: float, y: float, to_x: float, to_y: float) -> None:
-        """Draw an arrow that goes out to the right and back."""
-        curve = f"M{x:g} {y:g}C{x + 40:g} {y:g} {x + 40:g} {to_y:g} {to_x + 4:g} {to_y:g}"
+        """Draw an arrow up; it leaves sideways and arrives upright."""
+        curve = f"M{x:g} {y:g}C{to_x:g} {y:g} {to_x:g} {y:g} {to_x:g} {to_y + 4:g}"
         self.path(curve, "blue", 2, ' marker-end="url(#blue)"')
 
     def dot(

@@ -59,7 +59,7 @@ SESSION = (
         _MATRIX,
         "a row for each state, a column for each data set",
     ),
-    Command("exactly as before the rehearsal", "undo runs/mine", "."),
+    Command("exactly as before extend", "undo runs/mine", "."),
 )
 
 
@@ -145,7 +145,7 @@ def narrow(lines: Sequence[str]) -> Iterator[str]:
         cells = re.split(r"  +", line.strip())
         if line.startswith("after  "):
             cells = [re.sub(r", \d+ validation rows\)", ", …)", cell) for cell in cells]
-            widths = [len("combine-00000000"), *map(len, cells[1:])]
+            widths = [len("after-times"), *map(len, cells[1:])]
         if len(cells) == len(widths) and re.match(_MATRIX, line):
             first, *rest = zip(cells, widths, strict=True)
             yield "  ".join([first[0].ljust(first[1]), *(cell.rjust(w) for cell, w in rest)])
@@ -243,12 +243,11 @@ def history() -> str:
     for state in found:
         _box(card, state, *places[state.name])
     current = next(state for state in found if state.mark == "*")
-    for state in found:
-        if current.name in state.on and not state.mark:
-            x, y = places[state.name]
-            edge = x + BOX / 2
-            card.bow(edge, y + HIGH / 2, edge, places[current.name][1] + HIGH / 2)
-            card.text(edge + 34, y - (STEP - HIGH) / 2 + 5, "undo", bold=True, kind="blue")
+    (x, y), (left, top) = places[found[-1].name], places[current.name]
+    if not found[-1].mark:  # the last state was undone
+        left += EDGE * 2 - BOX / 2
+        card.bow(x - BOX / 2, y + HIGH / 2, left, top + HIGH)
+        card.text(left + 8, (y + top + HIGH) / 2 + 5, "undo", bold=True, kind="blue")
     card.text(EDGE, height - 16, "undo and redo move between states, exactly.", kind="soft")
     return card.svg()
 
@@ -259,10 +258,13 @@ def _box(card: Card, state: State, x: float, y: float) -> None:
     ink = "ink" if state.mark else "soft"
     card.box(x - BOX / 2, y, BOX, HIGH, kind)
     card.text(x, y + 25, state.name, anchor="middle", bold=True, kind=ink)
-    tag, tag_ink = {"*": ("current", "blue"), "": ("undone, kept", "soft")}.get(
-        state.mark, ("", "")
-    )
-    if tag:
-        card.text(x - BOX / 2 - 10, y + HIGH / 2 + 5, tag, anchor="end", kind=tag_ink)
+    tags = {"*": ("current", "blue"), "": ("undone, kept", "soft")}
+    tag, tag_ink = tags.get(state.mark, ("", ""))
+    if tag and x == WIDTH / 2:
+        card.text(x + BOX / 2 + 10, y + HIGH / 2 + 5, tag, kind=tag_ink)
+    elif tag:  # there is no room beside it
+        is_left = x < WIDTH / 2
+        corner, anchor = (x - BOX / 2, "start") if is_left else (x + BOX / 2, "end")
+        card.text(corner, y - 6, tag, anchor=anchor, kind=tag_ink)
     scores = " · ".join(f"{name} {loss}" for name, loss in state.losses.items())
     card.text(x, y + 47, scores, anchor="middle", kind=ink)

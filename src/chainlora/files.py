@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -135,6 +136,8 @@ def _replaced(path: Path) -> Iterator[Path]:
     with reported(path):
         try:
             yield scratch
+            stamp = time.time_ns()  # finer than most systems' own: readers know versions by it
+            os.utime(scratch, ns=(stamp, stamp))
             scratch.replace(path)
         except BaseException:
             with suppress(OSError):
@@ -144,8 +147,11 @@ def _replaced(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replaced_folder(path: Path) -> Iterator[Path]:
-    """Give an empty scratch folder; put it in place of `path` at the end, or remove it."""
+def replaced_folder(path: Path, *, only_empty: bool = False) -> Iterator[Path]:
+    """Give an empty scratch folder; put it in place of `path` at the end, or remove it.
+
+    With `only_empty`, raise FileError at the end for a path that is there and is not empty.
+    """
     path = path.resolve() if path.is_symlink() else path
     scratch = _scratch(path, ".new")
     with reported(path):
@@ -155,7 +161,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
             yield scratch
             _set_modes(scratch)
             sync_tree(scratch)
-            _swap(scratch, path)
+            _swap(scratch, path, only_empty)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
@@ -169,11 +175,11 @@ def _set_modes(folder: Path) -> None:
             path.chmod(mode)
 
 
-def _swap(scratch: Path, path: Path) -> None:
+def _swap(scratch: Path, path: Path, only_empty: bool) -> None:
     old = _scratch(path, ".old")
     if path.exists():
         try:
-            path.rename(old)
+            path.rmdir() if only_empty else path.rename(old)
         except OSError as error:
             if error.errno != errno.EBUSY or any(path.iterdir()):
                 raise

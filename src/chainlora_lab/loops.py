@@ -12,16 +12,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import model_validator
 
 from chainlora import RunConfig
-from chainlora.runs.history import MAIN
-from chainlora.runs.start import NOTHING
 from chainlora.training.optimizers import from_groups, leave_average
-from chainlora.training.processes import own_accelerate
 from chainlora.training.result import TrainResult, evaluate_point, finish
-from chainlora.training.setup import prepare
+from chainlora.training.run import Run
+from chainlora.training.stages import train_run
 from chainlora.training.step import rate_factor, steps_ahead, update
 
 logger = logging.getLogger(__name__)
@@ -51,8 +48,6 @@ class CellConfig(RunConfig):
         return RunConfig(**self.model_dump(exclude={"loop"}))
 
 
-@torch.inference_mode(False)
-@own_accelerate()
 def fine_tune(config: RunConfig) -> TrainResult:
     """Train every weight for as many steps as the links of `config` have together."""
     assert config.output is not None
@@ -61,23 +56,26 @@ def fine_tune(config: RunConfig) -> TrainResult:
         shutil.rmtree(config.output)
     # fast paths take weights as frozen, and each of their threads has gradients of its own
     slow = config.model_copy(update={"train": config.train.model_copy(update={"speedups": "off"})})
-    with prepare(slow, lambda event: None, (), NOTHING, MAIN) as run:
-        model, end = run.chain.model, run.batches.num_steps
-        evaluate_point(run, "start")
-        model.requires_grad_(True)
-        optimizer = from_groups([{"params": [*model.parameters()], "ratio": 1.0}], run.train)
-        with closing(steps_ahead(run, 0, end)) as steps:
-            for work in steps:
-                update(run, work, optimizer, rate_factor(run.train, run.batches.lengths, work.step))
-                run.last_scored = None
-                every, step = run.train.eval_every, run.progress.step
-                if every and step % every == 0 and step < end:
-                    evaluate_point(run, "step")
-                if run.progress.stopped:  # by `early_stop`
-                    break
-        leave_average(optimizer)
-        model.requires_grad_(False)
-        evaluate_point(run, "knot")
-        result = finish(run)
-        result["trainable_parameters"] = sum(p.numel() for p in model.parameters())
+    return train_run(slow, loop=_all_weights)
+
+
+def _all_weights(run: Run) -> TrainResult:
+    model, end = run.chain.model, run.batches.num_steps
+    evaluate_point(run, "start")
+    model.requires_grad_(True)
+    optimizer = from_groups([{"params": [*model.parameters()], "ratio": 1.0}], run.train)
+    with closing(steps_ahead(run, 0, end)) as steps:
+        for work in steps:
+            update(run, work, optimizer, rate_factor(run.train, run.batches.lengths, work.step))
+            run.last_scored = None
+            every, step = run.train.eval_every, run.progress.step
+            if every and step % every == 0 and step < end:
+                evaluate_point(run, "step")
+            if run.progress.stopped:  # by `early_stop`
+                break
+    leave_average(optimizer)
+    model.requires_grad_(False)
+    evaluate_point(run, "knot")
+    result = finish(run)
+    result["trainable_parameters"] = sum(p.numel() for p in model.parameters())
     return result

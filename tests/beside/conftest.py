@@ -12,9 +12,9 @@ from beside.cases import add, begin
 
 @pytest.fixture(scope="session")
 def made(tiny_folder, sentiment, tmp_path_factory) -> dict[str, Path]:
-    """Runs whose stages a, b, c stand beside each other: all, and without b."""
+    """Runs whose stages a, b, c stand beside each other: all, without b, and a alone."""
     first = begin(tiny_folder, sentiment, tmp_path_factory.mktemp("beside") / "run")
-    found = {}
+    found = {"a": first}
     for names in ("abc", "ac"):
         found[names] = Path(shutil.copytree(first, tmp_path_factory.mktemp(names) / "run"))
         for name in names[1:]:
@@ -30,3 +30,8 @@ def abc(made, tmp_path) -> Path:
 @pytest.fixture
 def ac(made, tmp_path) -> Path:
     return Path(shutil.copytree(made["ac"], tmp_path / "ac"))
+
+
+@pytest.fixture
+def only_a(made, tmp_path) -> Path:
+    return Path(shutil.copytree(made["a"], tmp_path / "a"))

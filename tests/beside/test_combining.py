@@ -18,7 +18,7 @@ from beside.cases import add, begin, config_of, section
 from chainlora import export_adapter, load_run
 from chainlora.chain.combining import Combination, gram_matrices, modules_by_input
 from chainlora.errors import ChainError, ConfigError, RunError
-from chainlora.evaluation.combination import combine, combine_with
+from chainlora.evaluation.combination import combine
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.files import checksums
 from chainlora.reports.run_report import run_page
@@ -213,18 +213,6 @@ def test_a_report_says_what_was_trained_apart(abc):
         "Then it was trained on rows",
     ]
     assert leads[1].count("trained on") == 1
-
-
-def test_stages_that_end_at_the_same_time_are_all_combined(abc):
-    undo(abc, "a")
-
-    def progress(what: str, done: int, rows: int) -> None:
-        if len(read_history(abc).past) == past:
-            combine(abc, ["a", "c"])
-
-    past = len(read_history(abc).past)
-    combine_with(abc, "b", progress)
-    assert open_run(abc).entry.parents == ("a", "b", "c")
 
 
 def test_a_stage_pruned_meanwhile_leaves_no_trace(abc):

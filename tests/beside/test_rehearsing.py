@@ -9,11 +9,13 @@ from helpers_data import pair_files
 from beside.cases import add, section
 from chainlora import evaluate_task, extend
 from chainlora.cli.main import run as cli
+from chainlora.config.staging import Stage
 from chainlora.errors import DataError
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import redo, undo
-from chainlora.training import extending
+from chainlora.training import rehearsing
+from chainlora.training.rehearsing import with_steps
 from chainlora.training.stages import extension, rehearsal, train_stages
 
 
@@ -21,17 +23,19 @@ def test_a_rehearsal_reads_as_many_rows_of_each_stage(abc, capsys, monkeypatch):
     assert cli(["rehearse", f"{abc}", "--dry-run"]) == 0
     assert capsys.readouterr().out == "rehearsal: would train links of rank 2 on kept rows\n"
     (stage,) = rehearsal(abc, {})
-    assert (stage.name, stage.config.chain.ranks, stage.config.chain.steps) == (
-        "rehearsal",
-        (2,),
-        (9,),  # 12, 12 and 12 training rows, each twice, 8 at once
-    )
+    kept = open_run(abc).kept().values()
+
+    def steps(stage: Stage) -> tuple[int, ...] | None:
+        return with_steps(stage.config, kept).chain.steps
+
+    assert (stage.name, stage.config.chain.ranks) == ("rehearsal", (2,))
+    assert steps(stage) == (9,)  # 12, 12 and 12 training rows, each twice, 8 at once
     assert stage.config.train.lr == pytest.approx(0.3 * open_run(f"{abc}@c").config().train.lr)
-    monkeypatch.setattr(extending, "ROWS", 16)  # where stages keep more
-    assert rehearsal(abc, {})[0].config.chain.steps == (6,)
+    monkeypatch.setattr(rehearsing, "ROWS", 16)  # where stages keep more
+    assert steps(stage) == (6,)
     monkeypatch.undo()
     (stage,) = rehearsal(abc, {"train": {"batch_size": 24, "lr": 1e-4}})
-    assert (stage.config.chain.steps, stage.config.train.lr) == ((3,), 1e-4)
+    assert (steps(stage), stage.config.train.lr) == ((3,), 1e-4)
     short = {"chain": {"steps": [2]}}
     (result,) = train_stages(rehearsal(abc, short), matrix=False)
     assert result is not None

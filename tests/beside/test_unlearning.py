@@ -19,13 +19,6 @@ from chainlora.runs.history import read_history
 from chainlora.training.stages import rehearsal, train_stages
 
 
-def test_a_stage_beside_others_has_the_same_bits_without_them(abc, ac):
-    for name in ("a", "c"):
-        one, two = (open_run(f"{run}@{name}") for run in (abc, ac))
-        assert one.state == two.state
-        assert one.entry.kept == two.entry.kept
-
-
 def test_a_pruned_stage_leaves_no_trace(abc, ac, capsys):
     """Combine, mix, rehearse, score; prune; again: all is as in a run that never had it."""
     for run in (abc, ac):
@@ -35,9 +28,9 @@ def test_a_pruned_stage_leaves_no_trace(abc, ac, capsys):
     assert cli(["prune", str(abc), "b"]) == 1
     said = capsys.readouterr().out
     assert "would delete rehearsal, computed from it" in said
-    assert f"{abc} would be a now\nto combine the others again: chainlora combine {abc} a c" in said
+    assert f"{abc} would be a now\nwould combine the others again: a, c" in said
     assert "rehearsal" in names
-    assert len([name for name in names if name.startswith("combine")]) == 2  # of a b, and a b c
+    assert {"after-b", "after-c"} <= names  # of a b, and a b c
     gone = open_run(f"{abc}@b")
     prune_stage(abc, "b")
     for run in (abc, ac):

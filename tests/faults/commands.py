@@ -18,8 +18,6 @@ from typing import Any, Literal
 from conftest import make_sentiment, make_tiny_folder
 from helpers import EVERYTHING, settings
 from helpers_data import pair_files
-from injection import Injection
-from lives import End, fresh, live
 
 from chainlora import export_adapter, export_merged, make_config, train
 from chainlora.config.staging import is_run, make_stages
@@ -33,8 +31,10 @@ from chainlora.runs.history import BASE, read_history
 from chainlora.runs.hub import pull_run, push_run
 from chainlora.runs.loading_start import with_start
 from chainlora.training.interrupts import interruptible
-from chainlora.training.stages import extension, rehearsal, train_stages
+from chainlora.training.stages import build_run, extension, rehearsal, train_stages
 from chainlora_lab import make_experiment, run_cells
+from faults.injection import Injection
+from faults.lives import End, fresh, live
 
 CHAIN = {"ranks": [2, 2, 2], "alpha": 4, "steps": [2, 2, 1], "target_modules": ["q_proj", "v_proj"]}
 TRAIN = {"lr": 1e-2, "batch_size": 2, "gradient_accumulation": 2, "dtype": "bfloat16"}
@@ -77,6 +77,9 @@ class World:
                 self.whole(maker)
                 shutil.copytree(self.folder / f"whole-{maker}", self.folder / source)
             shutil.copytree(self.folder / source / "run", where / "run")
+        if name == "build":  # of a stage that was killed
+            place = 2 * len(self.whole("beside").operations) // 3
+            live(partial(_beside, self, where), Injection(where, "kill", place))
         return where
 
 
@@ -152,12 +155,27 @@ def _fork(world: World, where: Path, listener: Listener = _silent) -> None:
     train_stages(stages, listener=listener)
 
 
-def _beside(world: World, where: Path, listener: Listener = _silent) -> None:
-    """Train a stage beside the first one, and combine them."""
-    own = world.tree["stages"][0]["data"] | {"num_train": 8}
+def _beside(
+    world: World, where: Path, listener: Listener = _silent, name: str = "law", rows: int = 8
+) -> None:
+    """Train a stage beside the others, and combine them."""
+    own = world.tree["stages"][0]["data"] | {"num_train": rows}
     chain = {"ranks": [2], "steps": [2]}
-    stages = extension(where / "run", {"name": "law", "data": own, "chain": chain}, beside=True)
+    stages = extension(where / "run", {"name": name, "data": own, "chain": chain}, beside=True)
     train_stages(stages, listener=listener)
+
+
+def _two_at_once(world: World, where: Path, listener: Listener = _silent) -> None:
+    """Train a stage, and in its first step begin and end another one, as another process does."""
+    begun: list[Any] = []
+
+    def extend(event: Any) -> None:
+        listener(event)
+        if event.name == "step" and not begun:
+            begun.append(event)
+            _beside(world, where, name="style", rows=6)
+
+    _beside(world, where, extend)
 
 
 def _rehearse(world: World, where: Path, listener: Listener = _silent) -> None:
@@ -200,6 +218,8 @@ COMMANDS = {
     "extend": Command(_extend, "one"),
     "fork": Command(_fork, "one"),
     "beside": Command(_beside, "one"),
+    "build": Command(lambda _, at, *__: build_run(at / "run"), "one"),
+    "two at once": Command(_two_at_once, "one"),
     "rehearse": Command(_rehearse, "beside"),
     "forget": Command(lambda _, at, *__: prune_stage(at / "run", "law"), "rehearsed", "refused"),
     "combine": Command(
@@ -272,7 +292,7 @@ def files_of(where: Path) -> dict[str, Any]:
 
 
 _TIMES = {"seconds", "wall_s", "peak_memory_mb", "peak_rss_mb", "setup_s", "checksum", "files"}
-_TIMES |= {"ended", "hardware"}
+_TIMES |= {"ended", "hardware", "output", "start"}
 
 
 def _timeless(text: str) -> Any:

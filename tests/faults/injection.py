@@ -61,9 +61,15 @@ class Injection:
             self._operation("open", arguments[0])
         elif event in _NAMES:
             self._operation(event, arguments[0])
-            if event == "os.rename" and os.path.basename(arguments[1]) == "history.json":
-                run = os.path.basename(os.path.dirname(arguments[1]))
-                self.histories.append((run, Path(arguments[0]).read_text()))
+            if event == "os.rename":
+                self._note_history(Path(arguments[0]), Path(arguments[1]))
+
+    def _note_history(self, old: Path, new: Path) -> None:
+        """Note a history that a rename makes a run's: it alone, or with the folder of a new run."""
+        if new.name == "history.json":
+            self.histories.append((new.parent.name, old.read_text()))
+        elif (old / "history.json").is_file():
+            self.histories.append((new.name, (old / "history.json").read_text()))
 
     def _operation(self, name: str, path: Any, tear: Callable[[], None] | None = None) -> None:
         found = self._below(path)

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from injection import Injection
 
 from chainlora.errors import ChainLoRAError
+from faults.injection import Injection
 
 
 @dataclass

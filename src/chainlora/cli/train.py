@@ -25,22 +25,23 @@ from chainlora.cli.common import (
     print_json,
     quiet,
     to_stderr,
+    whole_run,
 )
 from chainlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from chainlora.config.schema import RunConfig
     from chainlora.config.staging import Stage
+    from chainlora.runs.open_base import OpenBase
     from chainlora.runs.state import OpenState
     from chainlora.training.events import Event, Listener
-    from chainlora.training.placement import StagePlan
     from chainlora.training.result import TrainResult
 
 Result = TypeVar("Result")
 
 
 @click.command(cls=WithKeys)
-@keys_argument("CONFIG|ROWS")
+@keys_argument("CONFIG|ROWS|RUN")
 @click.option(
     "--resume",
     is_flag=True,
@@ -64,6 +65,8 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     moved is compared by content; the files of a run that has ended may grow or be deleted. Of a
     config of `stages`, those that are new are trained.
 
+    With RUN alone, all entries of RUN that were declared and are not built are built.
+
     The lineage.json of an export is a config too: the same rows and base give the same bits. Name
     their places by --model, --data.train or --stages.NAME.data.train. Other rows are refused.
 
@@ -80,6 +83,9 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     from chainlora.data.readers import is_rows
 
     file, overrides = file_and_overrides(list(arguments))
+    if is_run(file):
+        _build(file, overrides, dry_run, as_json)
+        return
     if file.endswith("lineage.json"):
         _rebuild(file, overrides, dry_run, as_json)
         return
@@ -139,18 +145,20 @@ def _train_alone(stage: Stage, change: Sequence[str], dry_run: bool, as_json: bo
     if dry_run:
         _show_plan([stage], change, as_json)
         return
-    from chainlora.training.loop import train as run_training
+    from chainlora.training.stages import base_of, train_run
 
+    base = base_of(stage.config)
     ended: list[Event] = []
 
     def work(tell: Listener) -> TrainResult:
         def listener(event: Event) -> None:
             (ended.append if event.name == "finished" else tell)(event)
 
-        keys: Any = {"resume": True, "listener": listener, "change": change, "stage": stage.name}
-        return run_training(stage.config, **keys)
+        keys: Any = {"resume": True, "listener": listener, "change": change}
+        keys |= {"stage": stage.name, "base": base}
+        return train_run(stage.config, **keys)
 
-    result = _with_progress(stage.config, work)
+    result = _with_progress(stage.config.output, work)
     if not is_first_process():
         return
     if not ended:
@@ -160,7 +168,7 @@ def _train_alone(stage: Stage, change: Sequence[str], dry_run: bool, as_json: bo
     elif ended:
         click.echo(f"nothing left to do: {stage.config.output} has ended")
     else:
-        _show_run(stage.config, [result])
+        _show_run(stage.config, [result], base)
 
 
 def _rebuild(file: str, overrides: Sequence[tuple[str, str]], dry_run: bool, as_json: bool) -> None:
@@ -174,6 +182,34 @@ def _rebuild(file: str, overrides: Sequence[tuple[str, str]], dry_run: bool, as_
     train_and_show(stages, (), dry_run, as_json, work)
     if not dry_run:
         to_stderr(f"rebuilt {lineage.state.digest}: the links have the bits that {file} names")
+
+
+def _build(run: str, overrides: Sequence[tuple[str, str]], dry_run: bool, as_json: bool) -> None:
+    """Build what was declared in a run and is not built."""
+    if overrides or dry_run:
+        rule = "chainlora train RUN goes on with what the run has declared"
+        got = "--dry-run" if dry_run else f"--{overrides[0][0]}"
+        raise ConfigError(rule, got, f"leave it out; chainlora log {shlex.quote(run)} shows what")
+    folder = whole_run(run)
+    quiet()
+    from chainlora.runs.addresses import open_run
+    from chainlora.runs.open_base import OpenBase
+    from chainlora.training.stages import build_run
+
+    before = open_run(folder)
+    base = OpenBase.of_state(before)
+    results = _with_progress(run, lambda tell: build_run(folder, listener=tell, base=base))
+    if not is_first_process():
+        return
+    now = open_run(folder)
+    if as_json:
+        print_json({"stages": {r["stage"]: r for r in results}, "strengths": now.strengths})
+    elif results:
+        config = now.config().model_copy(update={"output": run})
+        _show_run(config, results, base, are_stages=True)
+    else:
+        is_same = now.key == before.key
+        click.echo(f"nothing left to do: {run} has ended" if is_same else f"{run} is {now.key} now")
 
 
 def _stage_of(file: str, output: Any, overrides: Sequence[tuple[str, str]]) -> str:
@@ -216,16 +252,16 @@ def train_and_show(
     from chainlora.cli.versioning import scored_matrix, show_matrix
     from chainlora.config.staging import exists_in
     from chainlora.runs.history import read_history
-    from chainlora.training.stages import train_stages
+    from chainlora.training.stages import base_of, train_stages
 
     def work(tell: Listener) -> list[TrainResult | None]:
         if train is not None:
             return train(listener=tell)
-        return train_stages(stages, listener=tell, change=named)
+        return train_stages(stages, listener=tell, change=named, base=base)
 
-    run = stages[0].config.output or ""
+    run, base = stages[0].config.output or "", base_of(stages[0].config)
     before = read_history(Path(run)).head if exists_in(Path(run)) else None
-    results = _with_progress(stages[0].config, work)
+    results = _with_progress(run, work)
     if not is_first_process():
         return
     new, now = [each for each in results if each is not None], read_history(Path(run)).head
@@ -237,7 +273,7 @@ def train_and_show(
         found = dict.fromkeys(stage.name for stage in stages) | {r["stage"]: r for r in new}
         print_json({"stages": found, "strengths": open_run(run).strengths})
     elif new:
-        _show_run(stages[-1].config, new, are_stages=True)
+        _show_run(stages[-1].config, new, base, are_stages=True)
     elif now != before:  # a kill had come before the combination
         click.echo(f"{run} is {now} now")
         show_matrix(scored_matrix(run, compute=False))
@@ -245,7 +281,9 @@ def train_and_show(
         click.echo(f"nothing left to do: {run} has ended")
 
 
-def _show_run(config: RunConfig, results: Sequence[TrainResult], are_stages: bool = False) -> None:
+def _show_run(
+    config: RunConfig, results: Sequence[TrainResult], base: OpenBase, are_stages: bool = False
+) -> None:
     """Print the links of a run that has ended, the scores of its new stages, and what is next."""
     from chainlora.cli.screen import show_inspection
     from chainlora.cli.versioning import scored_matrix, show_matrix
@@ -266,10 +304,13 @@ def _show_run(config: RunConfig, results: Sequence[TrainResult], are_stages: boo
     if are_stages:
         show_matrix(scored_matrix(run, compute=False))
     click.echo(f"run directory {run}")
-    _show_next(shlex.quote(run), results[-1], config, open_run(run))
+    is_chat = _is_chat(open_run(run), base)
+    _show_next(shlex.quote(run), results[-1], config, open_run(run), is_chat)
 
 
-def _show_next(run: str, result: TrainResult, config: RunConfig, state: OpenState) -> None:
+def _show_next(
+    run: str, result: TrainResult, config: RunConfig, state: OpenState, is_chat: bool
+) -> None:
     is_combined = state.entry is not None and state.entry.kind == "combine"
     has_links, report, scored = bool(result["links"]), f"chainlora report {run}", result["metrics"]
     extend = "FILE"
@@ -278,7 +319,7 @@ def _show_next(run: str, result: TrainResult, config: RunConfig, state: OpenStat
     kind = "adapter" if has_links else "merged"
     split = "" if "validation" in scored else " --split test"
     commands = [
-        f"chainlora chat {run}" if _is_chat(state) else f"chainlora generate {run} --prompt TEXT",
+        f"chainlora chat {run}" if is_chat else f"chainlora generate {run} --prompt TEXT",
         f"chainlora eval {run}{split}; {report}" if scored else report,
         *([f"chainlora rehearse {run}"] if is_combined else []),
         *([f"chainlora extend {run} {extend}"] if has_links else []),
@@ -287,13 +328,12 @@ def _show_next(run: str, result: TrainResult, config: RunConfig, state: OpenStat
     click.echo("\n  ".join(["next:", *commands]))
 
 
-def _is_chat(state: OpenState) -> bool:
+def _is_chat(state: OpenState, base: OpenBase) -> bool:
     """Say whether a chat template wrote prompts of the run's rows."""
     from chainlora.evaluation.training_rows import training_rows
-    from chainlora.models.finding import resolve_model
     from chainlora.runs.opening import tokenizer_of
 
-    facts = training_rows(state, tokenizer_of(state, resolve_model(state.base.model)))
+    facts = training_rows(state, tokenizer_of(state, base))
     return facts is not None and facts.is_chat
 
 
@@ -301,34 +341,24 @@ def _show_plan(stages: Sequence[Stage], change: Sequence[str], as_json: bool) ->
     """Say of each stage whether it has ended, goes on or is new, if the model can bear it."""
     from chainlora.training.plan import make_plan
 
-    found = make_plan(stages, change).stages
+    plan = make_plan(stages, change)
+    found = plan.stages
     if as_json:
         print_json({"stages": [{"name": f.name, "state": f.state, "step": f.step} for f in found]})
         return
     for where in found:
-        stage, left = where.stage, _left_to_do(where)
+        stage = where.stage
+        then = "".join(f", then a {what}" for what in plan.after(where.name))
         ranks = ", ".join(map(str, stage.config.chain.ranks))
         data = stage.config.data
         rows = ", ".join(each.path for each in data.train_files) or data.task or "kept rows"
         does = {
-            "finished": f"finished, {left or 'nothing to do'}",
+            "finished": "finished" + (then or ", nothing to do"),
             "stopped": f"goes on from step {where.step}",
             "new": f"would train links of rank {ranks or 'none'} on {rows}",
         }
-        then = ", beside the others" * bool(stage.beside) + ", then a rehearsal" * stage.rehearse
-        click.echo(f"{stage.name}: {does[where.state]}{then * (where.state != 'finished')}")
-
-
-def _left_to_do(where: StagePlan) -> str:
-    """Say what is due after a stage that has ended."""
-    from chainlora.training.placement import is_combination_due, is_rehearsal_due
-
-    if where.begun is None or where.state != "finished":
-        return ""
-    history, stage = where.begun.history, where.stage
-    if is_combination_due(history, stage):
-        return "then a combination" + ", then a rehearsal" * stage.rehearse
-    return "then a rehearsal" * is_rehearsal_due(history, stage)
+        beside = ", beside the others" * bool(stage.beside) + then
+        click.echo(f"{stage.name}: {does[where.state]}{beside * (where.state != 'finished')}")
 
 
 def _plot(settings: RunConfig, stage: str) -> None:
@@ -343,7 +373,7 @@ def _plot(settings: RunConfig, stage: str) -> None:
             plot_training(records, folder / "training.png")
 
 
-def _with_progress(settings: RunConfig, work: Callable[[Listener], Result]) -> Result:
+def _with_progress(run: str | None, work: Callable[[Listener], Result]) -> Result:
     """Train with a progress bar. A signal stops the run after its step, once there is one."""
     from chainlora.training.events import Planned
     from chainlora.training.interrupts import interruptible
@@ -360,7 +390,7 @@ def _with_progress(settings: RunConfig, work: Callable[[Listener], Result]) -> R
         try:
             return work(listener)
         except KeyboardInterrupt:
-            is_saved = is_run(settings.output or "")
+            is_saved = is_run(run or "")
             hint = "; the same command continues from what was saved last" if is_saved else ""
             click.echo(f"chainlora: interrupted{hint}", err=True)
             raise click.exceptions.Exit(SIGNALLED + (interrupts.last or signal.SIGINT)) from None

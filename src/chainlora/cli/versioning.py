@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +128,7 @@ def rehearse(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     whole_run(words[0])
     quiet()
     from chainlora.cli.train import train_and_show
-    from chainlora.training.extending import rehearsal
+    from chainlora.training.rehearsing import rehearsal
 
     train_and_show(rehearsal(words[0], {}, overrides), overrides, dry_run, as_json)
 
@@ -183,7 +182,8 @@ def _show_strengths(state: OpenState) -> None:
 def undo(run: str, to: str | None, as_json: bool) -> None:
     """Make RUN what it was before its last mix, combination or stage.
 
-    Nothing is deleted: the rows and links of what is undone stay in RUN (`prune` deletes them).
+    A stage goes back together with its combination and rehearsal. Nothing is deleted: the rows and
+    links of what is undone stay in RUN (`prune` deletes them).
     With --to, RUN becomes any state of its history. `redo` goes forward
     again; after `undo --to`, `undo` goes back.
     """
@@ -239,8 +239,9 @@ def log(run: str, as_json: bool) -> None:
         is_list = head in ("on", "strengths")
         table.add_column(head, no_wrap=not is_list, min_width=least.get(head))
     for entry in found:
-        if entry["kind"] == "training":
-            table.add_row("", entry["name"], "in training", "", "", "", "", "")
+        if entry["kind"] in ("training", "declared"):
+            kind = "in training" if entry["kind"] == "training" else "declared"
+            table.add_row("", entry["name"], kind, "", "", "", "", "")
             continue
         mark = "*" if entry["now"] else "|" if entry["before"] else ""
         strengths = " ".join(f"{name}={value:g}" for name, value in entry["strengths"].items())
@@ -278,13 +279,14 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
 
     Stages that were trained on top of it stay, without its links, and so do mixes of these stages.
     Combinations that were computed from it go with it, with all on top of them; so do rehearsals on
-    its rows, and RUN's pictures and report. RUN is not combined again: `combine` does that. What
+    its rows, and RUN's pictures and report. What is left is combined again, as it was. What
     stays is listed: data files, forks, exports, copies, and tokenised rows of large files, which
     are in a cache outside RUN. Without --yes nothing is deleted, and the exit status is 1. To
     switch a stage off, and on again, take mix; to go back to what was before it, take undo.
     """
     folder = whole_run(run)
     quiet()
+    from chainlora.runs.addresses import open_run
     from chainlora.runs.changes import plan_pruning, prune_stage
 
     found = (prune_stage if yes else plan_pruning)(folder, stage)
@@ -305,11 +307,17 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
             click.echo("\n  ".join(["to train these without it:", *again]))
         if found.now is not None:
             click.echo(f"{run} {'is' if yes else 'would be'} {found.now} now")
-        if len(found.left) > 1:
-            stages = shlex.join([run, *found.left])
-            click.echo(f"to combine the others again: chainlora combine {stages}")
+        if len(found.left) > 1 and not yes:
+            click.echo(f"would combine the others again: {', '.join(found.left)}")
     if not yes:
         raise ConfigError("Nothing deleted. Add --yes.")
+    if len(found.left) > 1:
+        from chainlora.training.progress import progress_listener
+        from chainlora.training.stages import combine_again
+
+        with progress_listener() as listener:
+            combine_again(folder, found, listener=listener)
+        to_stderr(f"{run} is {open_run(folder).key} now, of {', '.join(found.left)}")
 
 
 def _what_stays(found: Pruning) -> list[str]:

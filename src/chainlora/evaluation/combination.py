@@ -21,8 +21,18 @@ from chainlora.evaluation.stage_scores import Progress
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.beginning import fork, need_same_base, take_in
 from chainlora.runs.changes import whole_run
+from chainlora.runs.documents import now as ended_now
 from chainlora.runs.export import empty_folder, filled_folder
-from chainlora.runs.history import History, State, Term, read_history, update_history
+from chainlora.runs.history import (
+    Declared,
+    Entry,
+    History,
+    State,
+    Term,
+    Unbuilt,
+    read_history,
+    update_history,
+)
 from chainlora.runs.links import need_low_rank_sum, save_derived
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import chain_on_base
@@ -80,8 +90,7 @@ def combine(
         )
     need_combinable(outer)
     if output is None:
-        _become(folder, outer, progress)
-        return open_run(folder)
+        return _become(folder, outer, progress)
     target = empty_folder(output)
     with filled_folder(target) as scratch:
         fork(outer[0], scratch)
@@ -89,53 +98,73 @@ def combine(
     return open_run(target)
 
 
-def combine_with(run: Path, name: str, progress: Progress) -> None:
-    """Combine a stage with what a run is, which others may change meanwhile."""
-    is_done = False
-    while not is_done:
-        history = read_history(run)
-        keys = dict.fromkeys([*history.ends(history.head), name])
-        states = _outer([state_at(run, history, key) for key in keys])
-        is_done = _become(run, states, progress, history.head)
-
-
-def _become(
-    run: Path,
-    states: Sequence[OpenState],
-    progress: Progress | None,
-    head: str | None = None,
-) -> bool:
-    """Make a run the combination of states, if its head still is `head`; say whether it is."""
+def _become(run: Path, states: Sequence[OpenState], progress: Progress | None) -> OpenState:
+    """Make a run the combination of states, those of other runs taken in; return that."""
     keys = [state.key if state.run == run else take_in(run, state) for state in states]
-    history = read_history(run)
-    states = [state_at(run, history, key) for key in keys]
-    solved = _solved(states, progress or (lambda *done: None)) if len(keys) > 1 else {}
-    is_done = False
+    before, key = read_history(run), ""
 
     def change(history: History) -> History:
-        nonlocal is_done
-        here = [entry.state for entry in map(history.find, keys) if entry is not None]
-        if here != [state.state for state in states]:
+        nonlocal key
+        order = [entry.key for entry in history.entries if entry.key in keys]
+        known = history.combination(order)
+        key = history.name_after(order) if known is None else known.key
+        unit = known.unit if known is not None else key
+        new = Unbuilt(key=key, kind="combine", parents=tuple(order), unit=unit)
+        return history.declared([new] if known is None else [], key)
+
+    history = update_history(run, change)
+    if history.find(key) is None:
+        build_combination(run, key, progress)
+    tell_left_out(run, before, key)
+    return open_run(run)
+
+
+def build_combination(
+    run: Path, key: str, progress: Progress | None = None, base: OpenBase | None = None
+) -> None:
+    """Solve a combination that was declared, and give its entry its state.
+
+    Raises RunError where it is not declared any more, or what it is of has changed.
+    """
+    history = read_history(run)
+    declared = history.find_unbuilt(key)
+    if declared is None:  # another process was faster
+        return
+    states = [state_at(run, history, name) for name in declared.parents]
+    try:
+        solved = _solved(states, progress or (lambda *done: None), base)
+    except RunError:  # it would fail again
+        update_history(run, lambda now: now.withdrawn([key]))
+        raise
+
+    def change(now: History) -> History:
+        if now.find(key) is not None:
+            return now
+        here = [now.state_of(name) for name in declared.parents]
+        if now.find_unbuilt(key) != declared or here != [state.state for state in states]:
             raise RunError("a run was changed meanwhile", f"{run}", "start again")
-        if head not in (None, history.head):
-            return history
-        is_done = True
-        if len(keys) == 1:  # the run is no more than what the stage began on
-            return history.moved(keys[0])
-        terms = (
+        terms = tuple(
             Term(link=link, derived=save_derived(run, a)) if isinstance(a, dict) else a
             for link, a in solved.items()
         )
-        return history.combined(State(base=history.base.fingerprint, terms=tuple(terms)), keys)
+        entry = Entry(
+            **{name: getattr(declared, name) for name in Declared.model_fields},
+            reads=tuple(now.keepers(declared.parents)),
+            state=State(base=now.base.fingerprint, terms=terms),
+            ended=ended_now(),
+        )
+        return now.built(entry, {})
 
     update_history(run, change)
-    inside = {entry.key for key in keys for entry in history.lineage(key)}
-    left = [entry for entry in history.lineage(history.head) if entry.key not in inside]
-    # `extend` rehearses again
-    told = [e.key for e in left if e.kind == "mix" or (head is None and e.is_rehearsal)]
-    if is_done and told:
+
+
+def tell_left_out(run: Path, before: History, key: str, *, rehearsals: bool = True) -> None:
+    """Warn of what a run was, and what it has become is not made of: a mix, or a rehearsal."""
+    inside = read_history(run).below(key)
+    left = [entry for entry in before.lineage(before.head) if entry.key not in inside]
+    told = [e.key for e in left if e.kind == "mix" or (rehearsals and e.is_rehearsal)]
+    if told:
         logger.warning("%s was %s, which is not in the combination", run, told[-1])
-    return is_done
 
 
 def _find_ended(address: str | Path) -> OpenState:
@@ -178,7 +207,7 @@ def need_combinable(states: Sequence[OpenState]) -> None:
 
 
 def _solved(
-    states: Sequence[OpenState], progress: Progress, base: OpenBase | None = None
+    states: Sequence[OpenState], progress: Progress, base: OpenBase | None
 ) -> dict[str, Modules | Term]:
     """Return the A of each link of a combination, in their order; the term of one alike in all."""
     states = sorted(states, key=lambda each: each.state.digest)  # the sums have this order

@@ -14,7 +14,7 @@ from chainlora.config.staging import HISTORY, exists_in, need_run, split_address
 from chainlora.errors import RunError
 from chainlora.runs.documents import DAMAGED
 from chainlora.runs.draft import DRAFT, drafts_in, read_draft
-from chainlora.runs.history import BASE, START, History, read_history
+from chainlora.runs.history import BASE, CONFIG, START, History, read_history
 from chainlora.runs.state import OpenState
 
 _SHORTEST = 4  # digits of a digest that name a state
@@ -71,12 +71,17 @@ def state_at(run: Path, history: History, name: str | None = None) -> OpenState:
 def state_of_draft(run: Path, stage: str, history: History | None = None) -> OpenState:
     """Return what a stage that is trained has tied so far."""
     history, draft = history or read_history(run), read_draft(run, stage)
-    grown = history.published(draft.entry, draft.links)
+    declared = history.find_unbuilt(stage)
+    if declared is None or history.below(declared.parent) & {e.key for e in history.unbuilt}:
+        raise RunError(f"{DRAFT} must be of its run", f"{stage} in {run}", DAMAGED)
+    sums = {name: digest for name, digest in draft.files.items() if name == CONFIG}
+    entry = draft.entry(declared, history, draft.tied, files=sums)
+    grown = history.added(entry, draft.links)
     try:
         grown.need_names()
     except ValueError as error:
         raise RunError(f"{DRAFT} must be of its run", f"{error} in {run}", DAMAGED) from None
-    return OpenState(run, grown, draft.entry.state, draft.entry, draft)
+    return OpenState(run, grown, entry.state, entry, draft)
 
 
 def begun_stage(run: Path, name: str, history: History | None = None) -> OpenState | None:
@@ -91,7 +96,7 @@ def begun_stage(run: Path, name: str, history: History | None = None) -> OpenSta
 
 def _no_such(run: Path, history: History, name: str) -> RunError:
     names = [entry.key for entry in history.entries if entry.kind != "mix"]
-    begun = ", which has not ended," if name in drafts_in(run, history) else ""
+    begun = ", which has not ended," if history.find_unbuilt(name) is not None else ""
     return RunError(
         f"a stage must be one of {', '.join(names) or BASE}",
         f"{name!r}{begun} for {run}",

@@ -1,7 +1,7 @@
-"""How a run and its stages begin: the history of the state that a run begins on, and all files that
-it needs; the entry of a stage.
+"""Copy a state of a run, what it was computed from and their files into another run.
 
-A fork gets a copy of what its first state was computed from, an imported adapter becomes a link.
+A fork gets a copy of what its first state was computed from; a combination takes in what stages of
+other runs were computed from.
 """
 
 from __future__ import annotations
@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from chainlora import files
-from chainlora.config.schema import RunConfig
-from chainlora.config.staging import HISTORY, RUN_WIDE, exists_in, is_name
+from chainlora.config.staging import HISTORY, RUN_WIDE, is_name
 from chainlora.data.kept import Kept, write_kept
 from chainlora.errors import RunError
 from chainlora.models.identity import tokenizer_files
-from chainlora.registry import plugin_digest
 from chainlora.runs.documents import need_file, now, write_part
-from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import (
     BASE,
     CONFIG,
@@ -29,87 +26,21 @@ from chainlora.runs.history import (
     RESULT,
     START,
     TOKENIZER,
-    Base,
     Entry,
     History,
-    State,
-    Term,
-    Training,
     read_history,
     rows_file,
     update_history,
 )
-from chainlora.runs.links import save_link
-from chainlora.runs.resuming import source_digests
-from chainlora.runs.start import Start
 from chainlora.runs.state import OpenState
-
-
-def begun_history(run: Path, config: RunConfig, base: Base, start: Start, stage: str) -> History:
-    """Return the history of a run that begins here, all that it needs written."""
-    tokenizer = {} if start.tokenizer is None else _copy_tokenizer(start.tokenizer, run)
-    hold, seed = config.chain.hold, config.train.seed
-    history = History(base=base, hold=hold, seed=seed, tokenizer=tokenizer)
-    if start.state is not None:
-        history = copy_closure(start.state, run, history)
-    if start.adapter is not None:
-        digest, facts = save_link(run, start.links[0], base, START)
-        state = State(base=base.fingerprint, terms=(Term(link=digest),))
-        imported = Entry(key=START, kind="import", state=state, tied=(digest,), ended=now())
-        history = history.published(imported, {digest: facts})
-        history = history.model_copy(update={"origin": START, "past": ()})
-    if start.rows is not None:
-        history = with_start_rows(history, save_rows(run, start.rows, stage))
-    return history
-
-
-def begun_entry(
-    history: History,
-    config: RunConfig,
-    on: OpenState | None,
-    stage: str,
-    *,
-    rows: str,
-    kept: str | None,
-) -> Entry:
-    """Return the entry of a stage that begins `on` a state of its run, or on the run's origin.
-
-    It has no links of its own yet. `rows` is the digest of its rows. It `reads` the rows that
-    entries below it kept: what they held out is left out of its own rows.
-    """
-    parent, state = history.origin, history.state_of(history.origin)
-    if on is not None:
-        parent, state = on.key, on.state
-    return Entry(
-        key=stage,
-        kind="stage",
-        parents=() if parent == BASE else (parent,),
-        reads=tuple(history.keepers([parent])),
-        state=state,
-        kept=kept,
-        training=Training(
-            rows=rows,
-            sources=source_digests(config),
-            plugins={name: plugin_digest(name) for name in config.plugins},
-        ),
-    )
-
-
-def need_unmoved(run: Path, known: History | None, entry: Entry) -> None:
-    """Raise RunError where a run has changed, since it was `known`, below a stage that begins."""
-    if not exists_in(run):
-        return
-    if known is None or read_history(run).state_of(entry.parent) != entry.state:
-        rule = "what a stage begins on must stay as it is"
-        raise RunError(rule, f"another {run} now", "give the same command again")
 
 
 def closure(state: OpenState) -> History:
     """Return the history of a state alone: the entries that it needs, with their links."""
     due = {*state.keepers, *(entry.key for entry in state.lineage)}
     found = _part(state.history, [e for e in state.history.entries if e.key in due])
-    moves = {"head": state.key, "origin": state.key, "past": (), "future": ()}
-    return found.model_copy(update=moves)
+    moves = {"head": state.key, "origin": state.key, "past": (), "future": (), "target": None}
+    return found.model_copy(update={**moves, "unbuilt": ()})
 
 
 def _part(history: History, entries: Sequence[Entry]) -> History:
@@ -119,27 +50,21 @@ def _part(history: History, entries: Sequence[Entry]) -> History:
     return history.model_copy(update={"entries": tuple(entries), "links": links})
 
 
-def copy_closure(state: OpenState, run: Path, history: History) -> History:
-    """Copy all that a state of another run needs into a run that begins on it, and nothing else.
-
-    Returns the history with its entries.
-    """
+def own_closure(state: OpenState) -> History:
+    """Return the history of a state alone as another run begins with it."""
     found = closure(state)
-    entries = tuple(map(_own, found.entries))
-    copy_files(state.run, run, found.model_copy(update={"entries": entries, "tokenizer": {}}))
-    update = {"entries": entries, "links": found.links, "head": found.head, "origin": found.head}
-    return history.model_copy(update=update)
+    return found.model_copy(update={"entries": tuple(map(_own, found.entries)), "tokenizer": {}})
 
 
 def fork(state: OpenState, folder: Path) -> None:
     """Write a run that is in a state of another one; the other is not needed any more."""
-    update = {"base": state.base, "past": (), "future": ()}
-    history = state.history.model_copy(update=update)
-    if (own := state.tokenizer()) is not None:
-        _copy_tokenizer(own, folder)
-    history = copy_closure(state, folder, history)
+    history = own_closure(state)
     origin = START if history.find(START) is not None else BASE
-    write_part(folder / HISTORY, history.model_copy(update={"origin": origin}))
+    update: dict[str, Any] = {"base": state.base, "origin": origin}
+    if (own := state.tokenizer()) is not None:
+        update["tokenizer"] = copy_tokenizer(own, folder)
+    copy_files(state.run, folder, history)
+    write_part(folder / HISTORY, history.model_copy(update=update))
 
 
 def need_same_base(own: OpenState, state: OpenState) -> None:
@@ -222,7 +147,7 @@ def _name_there(
     if known is not None and is_there and (entry.key != START or known.kept == entry.kept):
         return entry.key
     used = {START, *taken.values(), *(each.key for each in history.entries)}
-    used |= drafts_in(run, history).keys()
+    used |= {each.key for each in history.unbuilt}
     names = chain([entry.key, other.resolve().name], (f"{entry.key}-{k}" for k in count(2)))
     return next(name for name in names if is_name(name) and name not in used)
 
@@ -249,13 +174,18 @@ def copy_files(
     for name, digest in history.files.items():
         kind, key, *rest = name.split("/")
         own = "/".join((kind, (names or {}).get(key, key) if kind == "stages" else key, *rest))
-        is_known = kind in CONTENT and (target / own).is_file()  # by its name
+        is_known = kind in CONTENT and _holds(target / own, digest)
         is_gone = rest == [RECORDS] and not (source / name).is_file()  # which records may be
         if is_known or is_gone or (there or {}).get(own) == digest:
             continue
         files.copy_file(need_file(source, name, digest), target / own)
         copied.append(name)
     return copied
+
+
+def _holds(path: Path, digest: str) -> bool:
+    """Say whether a file is there, and what its name says."""
+    return path.is_file() and files.sha256(path).startswith(digest)
 
 
 def with_start_rows(history: History, kept: str) -> History:
@@ -266,10 +196,9 @@ def with_start_rows(history: History, kept: str) -> History:
         entries = tuple(new if entry.key == START else entry for entry in history.entries)
         return history.model_copy(update={"entries": entries})
     new = Entry(key=START, kind="import", state=history.empty, kept=kept, ended=now())
-    update: dict[str, Any] = {"entries": (new, *history.entries)}
     if history.origin == history.head == BASE and not history.entries:
-        update |= {"origin": START, "head": START}
-    return history.model_copy(update=update)
+        history = history.model_copy(update={"origin": START})
+    return history.built(new, {})
 
 
 def save_rows(run: Path, kept: Kept, stage: str) -> str:
@@ -283,7 +212,8 @@ def save_rows(run: Path, kept: Kept, stage: str) -> str:
     return digest
 
 
-def _copy_tokenizer(folder: Path, run: Path) -> dict[str, str]:
+def copy_tokenizer(folder: Path, run: Path) -> dict[str, str]:
+    """Copy the files of a tokenizer into a run; return their checksums."""
     with files.replaced_folder(run / TOKENIZER) as scratch:
         for path in tokenizer_files(folder):
             (scratch / path.relative_to(folder)).parent.mkdir(exist_ok=True)

@@ -18,8 +18,18 @@ from chainlora.chain.checks import check_strengths
 from chainlora.config.staging import HISTORY, split_address
 from chainlora.errors import FileError, RunError
 from chainlora.runs.addresses import open_run, state_at
+from chainlora.runs.documents import now
 from chainlora.runs.draft import drafts_in, ended_leftovers
-from chainlora.runs.history import BASE, CONTENT, Entry, History, read_history, update_history
+from chainlora.runs.history import (
+    BASE,
+    CONTENT,
+    Declared,
+    Entry,
+    History,
+    Unbuilt,
+    read_history,
+    update_history,
+)
 from chainlora.runs.locks import is_in_use
 from chainlora.runs.state import OpenState
 
@@ -68,6 +78,24 @@ def mix_stages(run: str | Path, strengths: Mapping[str, float]) -> OpenState:
     return open_run(run)
 
 
+def build_mix(run: Path, key: str) -> None:
+    """Give a mix that was declared its state."""
+
+    def change(history: History) -> History:
+        declared = history.find_unbuilt(key)
+        if declared is None:
+            return history
+        below = state_at(run, history, declared.parent)
+        entry = Entry(
+            **{name: getattr(declared, name) for name in Declared.model_fields},
+            state=below.with_strengths(declared.strengths).state,
+            ended=now(),
+        )
+        return history.built(entry, {})
+
+    update_history(run, change)
+
+
 def undo(run: str | Path, to: str | None = None) -> OpenState:
     """Make a run what it was before its last `mix` or stage, or what an entry of its history is.
 
@@ -86,7 +114,8 @@ def undo(run: str | Path, to: str | None = None) -> OpenState:
             raise RunError("there must be something to undo", f"nothing in {run}", remedy)
         *past, head = history.past
         future = (history.head, *history.future)
-        return history.model_copy(update={"head": head, "past": tuple(past), "future": future})
+        update = {"head": head, "past": tuple(past), "future": future, "target": None}
+        return history.model_copy(update=update)
 
     update_history(run, change)
     return open_run(run)
@@ -102,14 +131,16 @@ def redo(run: str | Path) -> OpenState:
             raise RunError("there must be something to redo", f"nothing in {run}", remedy)
         head, *future = history.future
         past = (*history.past, history.head)
-        return history.model_copy(update={"head": head, "past": past, "future": tuple(future)})
+        update = {"head": head, "past": past, "future": tuple(future), "target": None}
+        return history.model_copy(update=update)
 
     update_history(run, change)
     return open_run(run)
 
 
 def log(run: str | Path) -> list[dict[str, Any]]:
-    """Return the entries of a run, the latest first, and the stages that are trained.
+    """Return the entries of a run, the latest first; before them those that are ``declared`` and
+    not built, and stages in ``training``.
 
     Each has its ``name``, ``kind``, ``state`` (a digest), ``parents``, ``strengths`` of the stages
     in it, the number of ``links``, whether it kept ``rows``, when it ``ended``, whether it is what
@@ -133,10 +164,12 @@ def log(run: str | Path) -> list[dict[str, Any]]:
         }
         for entry in reversed(history.entries)
     ]
-    begun: list[dict[str, Any]] = [
-        {"name": name, "kind": "training"} for name in drafts_in(folder, history)
+    begun = drafts_in(folder, history)
+    due: list[dict[str, Any]] = [
+        {"name": entry.key, "kind": "training" if entry.key in begun else "declared"}
+        for entry in reversed(history.unbuilt)
     ]
-    return begun + found
+    return due + found
 
 
 # --- deleting ---
@@ -159,6 +192,7 @@ class Pruning:
     before: str
     left: list[str] = field(default_factory=list)
     now: str | None = None
+    rehearsed: bool = False
 
 
 def plan_pruning(run: str | Path, name: str) -> Pruning:
@@ -173,32 +207,35 @@ def plan_pruning(run: str | Path, name: str) -> Pruning:
 
 def _planned(run: Path, history: History, name: str) -> tuple[Pruning, History]:
     """Return what deleting a stage deletes, and the history without it."""
-    _need_idle(run, history)
+    _need_idle(run, history, name)
     entry = history.find(name)
     left_over = {path.name.partition(".")[0] for path in (run / "stages").glob("*")}
+    left_over |= {each.key for each in history.unbuilt}
     is_left_over = entry is None and name in left_over  # by a kill, perhaps by a scratch name
     if not is_left_over and (entry is None or entry.kind not in _WITH_LINKS):
         names = ", ".join(e.key for e in history.entries if e.kind in _WITH_LINKS)
         raise RunError(f"a stage must be one of {names}", f"{name!r} for {run}", "name one")
     after, with_it = _without(history, name)
     stay = [each.key for each in after.entries if each.kind == "stage"]
-    if entry is not None and entry.kind == "stage" and not stay:
+    declared = history.find_unbuilt(name)
+    stay += [each.key for each in after.unbuilt if declared is not None and each.kind == "stage"]
+    begun = declared if entry is None else entry if entry.kind == "stage" else None
+    if begun is not None and begun.kind in _WITH_LINKS and not stay:
         raise RunError("a run must keep a stage", f"{name!r}, its only one", f"delete {run}")
     on_top = [key for key in stay if name in {below.key for below in history.lineage(key)}]
     before = BASE if entry is None else entry.parent
     ends = history.ends(history.head)
-    left = _outer(history, (end for key in ends for end in _left_of(key, history, after)))
+    left = history.outer(end for key in ends for end in _left_of(key, history, after))
     left = left if left != after.ends(after.head) else []
-    now = None if after.head == history.head else after.head
-    plan = Pruning(name, sorted(_unnamed(run, after)), with_it, on_top, before, left, now)
-    return plan, after
-
-
-def _outer(history: History, keys: Iterable[str]) -> list[str]:
-    """Return those of some entries that no other of them was computed from, once each."""
-    found = [*dict.fromkeys(keys)]
-    below = {entry.key for key in found for entry in history.lineage(key) if entry.key != key}
-    return [key for key in found if key not in below]
+    if len(left) > 1:  # what is left is combined again
+        key = after.name_after(left)
+        again = Unbuilt(key=key, kind="combine", parents=tuple(left), unit=key)
+        after = after.declared([again], key)
+    now, head = None if after.head == history.head else after.head, history.find(history.head)
+    rehearsed = head is not None and head.is_rehearsal
+    # its own folder last: as long as that is there, the same command goes on after a kill
+    gone = sorted(_unnamed(run, after), key=lambda path: (path == run / "stages" / name, path))
+    return Pruning(name, gone, with_it, on_top, before, left, now, rehearsed), after
 
 
 def _left_of(key: str, history: History, after: History) -> list[str]:
@@ -225,32 +262,39 @@ def prune_stage(run: str | Path, name: str) -> Pruning:
         plan, after = _planned(folder, history, name)  # another process may have changed it
         return after
 
-    _keep_scores(folder, update_history(folder, change))
-    for path in plan.gone:
-        files.remove(path)
-        if path.exists():
-            raise FileError("a file must be deleted", path, "check its permissions")
-    for parent in {path.parent for path in plan.gone}:
-        with files.reported(parent, "deleted"):
-            files.remove_scratch(parent)
-            files.sync_folder(parent)
+    def delete() -> None:
+        _keep_scores(folder, read_history(folder))
+        for path in plan.gone:
+            files.remove(path)
+            if path.exists():
+                raise FileError("a file must be deleted", path, "check its permissions")
+        for parent in {path.parent for path in plan.gone}:
+            with files.reported(parent, "deleted"):
+                files.remove_scratch(parent)
+                files.sync_folder(parent)
+
+    update_history(folder, change, delete)
     return plan
 
 
-def _need_idle(run: Path, history: History) -> None:
-    """Raise RunError where a stage is half trained, or a process is about to begin one."""
+def _need_idle(run: Path, history: History, name: str) -> None:
+    """Raise RunError where a stage is half trained that is not the one to be deleted, or a process
+    is about to begin one."""
     others = (p for p in (run / "stages").glob("[!.]*") if history.find(p.name) is None)
-    begun = [*drafts_in(run, history).values(), *filter(is_in_use, others)]
+    half = [folder for key, folder in drafts_in(run, history).items() if key != name]
+    begun = [*half, *filter(is_in_use, others)]
     if begun:
         rule = f"Cannot prune: stage {begun[0].name} is half trained"
-        raise RunError(rule, begun[0], "finish it, or delete that folder when no process uses it")
+        raise RunError(rule, begun[0], f"finish it, or prune {begun[0].name} first")
 
 
 def _without(history: History, name: str) -> tuple[History, list[str]]:
     """Return a history that names nothing of a stage, and the entries that went with it."""
     entry = history.find(name)
     if entry is None:
-        return history, []
+        after = history.withdrawn([name])
+        left = {name, *(each.key for each in after.unbuilt)}
+        return after, [each.key for each in history.unbuilt if each.key not in left]
     gone, combined = {name: entry.parents}, set[str]()
     for each in history.entries:
         has_read = name in each.reads and (each.kind != "stage" or each.is_rehearsal)
@@ -283,7 +327,7 @@ def _without(history: History, name: str) -> tuple[History, list[str]]:
     def nearest(key: str) -> str:
         """Return an entry, or if it goes, what is left of it: a combination of all that it was
         computed from, or the first of these."""
-        left = _outer(history, (key for key in stays([key]) if key != BASE)) or [BASE]
+        left = history.outer(key for key in stays([key]) if key != BASE) or [BASE]
         same = (e.key for e in history.entries if e.kind == "combine" and [*e.parents] == left)
         return next((key for key in same if key not in gone), left[0])
 
@@ -301,8 +345,9 @@ def _without(history: History, name: str) -> tuple[History, list[str]]:
         "past": tuple(way[:-1]),
         "future": tuple(path([way[-1], *history.future])[1:]),
     }
-    found = history.model_copy(update=update)
-    return found, [key for key in gone if key != name]
+    due = [each.key for each in history.unbuilt if gone.keys() & history.below(each.key)]
+    found = history.withdrawn(due).model_copy(update=update)
+    return found, [*(key for key in gone if key != name), *due]
 
 
 def _unnamed(run: Path, history: History) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""Who may train a stage: one process, which holds a lock, and what goes when it gives the stage up.
+"""Lock a stage for one process, and remove its files when that process gives it up.
 
 Links and kept rows are shared by all stages of a run, which others may train meanwhile: only what
 this stage wrote is removed there.
@@ -13,19 +13,11 @@ from pathlib import Path
 from filelock import FileLock
 
 from chainlora import files
-from chainlora.config.staging import HISTORY, exists_in, stage_folder
-from chainlora.errors import ChainLoRAError, RunError
-from chainlora.runs.draft import DRAFT, GROWING, PASSING, REFERENCE
-from chainlora.runs.history import (
-    CONFIG,
-    CONTENT,
-    RECORDS,
-    RESULT,
-    TOKENIZER,
-    History,
-    read_history,
-)
-from chainlora.runs.locks import LOCK, is_in_use, take_lock
+from chainlora.config.staging import stage_folder
+from chainlora.errors import ChainLoRAError
+from chainlora.runs.draft import DRAFT, GROWING, PASSING
+from chainlora.runs.history import CONFIG, CONTENT, RECORDS, RESULT, read_history
+from chainlora.runs.locks import LOCK, take_lock
 
 
 class Claim:
@@ -35,42 +27,37 @@ class Claim:
         self.run, self.stage = run, stage
         self.folder = stage_folder(run, stage)
         self._lock: FileLock | None = None
-        self._is_new_run = self._is_new = False  # begun by this process
 
     @property
-    def exists(self) -> bool:
-        """Say whether the stage was begun and has not ended."""
-        return exists_in(self.run) and (self.folder / DRAFT).is_file()
+    def is_begun(self) -> bool:
+        """Say whether the stage was begun, or has ended and left what only its training needed."""
+        return (self.folder / DRAFT).is_file()
 
     def take(self) -> None:
         """Lock the stage. Raises RunError where another process trains it."""
         if self._lock is None:
+            files.make_folder(self.folder)
             self._lock = take_lock(self.folder)
 
-    def take_new(self) -> History | None:
-        """Lock the folder of a stage that begins; return the history of a run that is there.
-
-        Raises RunError where another process has begun the stage.
-        """
-        self._is_new_run = not exists_in(self.run)
-        files.make_folder(self.folder)
-        self.take()
-        known = None if self._is_new_run else read_history(self.run)
-        if self.exists or (known is not None and known.find(self.stage) is not None):
-            rule = "Another process has begun this stage"
-            raise RunError(rule, self.folder, "give the same command again")
-        self._is_new = True
-        self.remove_scratch(is_first=self._is_new_run)  # of a process that was killed before
-        for name in (*PASSING, RECORDS, RESULT):  # of that one, or of a stage that was pruned
+    def clear(self) -> None:
+        """Remove what a process that was killed before left of a stage that begins, or one of the
+        same name that was pruned."""
+        self.remove_scratch()
+        for name in (*PASSING, RECORDS, RESULT):
             files.remove(self.folder / name)
-        return known
 
-    def release(self, *, undo: bool = False) -> None:
-        """Let other processes train the stage; with `undo`, remove one that this process began."""
+    def undo(self) -> None:
+        """Remove the files of a stage that this process has begun."""
+        for name in (*PASSING, RECORDS, CONFIG):
+            files.remove(self.folder / name)
+
+    def release(self) -> None:
+        """Let other processes train the stage; a folder with nothing but the lock goes."""
         if self._lock is None:
             return
-        if undo and self._is_new:
-            self._remove_all()
+        with suppress(OSError):
+            if [entry.name for entry in self.folder.iterdir()] == [LOCK]:
+                files.remove(self.folder)
         self._lock.release()
         self._lock = None
 
@@ -79,7 +66,7 @@ class Claim:
         has_ended = read_history(self.run).find(self.stage) is not None
         if not has_ended or not any((self.folder / name).exists() for name in PASSING):
             return
-        with suppress(ChainLoRAError):  # whoever publishes it does so, or nobody can write here
+        with suppress(ChainLoRAError):  # another process ends the stage, or nobody can write here
             self.take()
             self.remove_passing()
         self.release()
@@ -90,14 +77,13 @@ class Claim:
         for name in PASSING:
             files.remove(self.folder / name)
 
-    def remove_scratch(self, *, is_first: bool = False) -> None:
-        """Remove what killed writes left; of the whole run, where this is the first in it."""
+    def remove_scratch(self) -> None:
+        """Remove what killed writes of this stage left."""
         own = [self.folder, *(self.folder / name for name in GROWING)]
         shared = [self.run / name for name in CONTENT]  # others write there meanwhile
-        for folder in [*own, *shared, *([self.run] if is_first else [])]:
+        for folder in (*own, *shared):
             with files.reported(folder):
-                name = self.stage if folder in shared and not is_first else ""
-                files.remove_scratch(folder, name)
+                files.remove_scratch(folder, self.stage if folder in shared else "")
 
     def remove_all_but(self, named: Collection[str]) -> None:
         """Remove what ``stage.json`` names no more."""
@@ -107,37 +93,3 @@ class Claim:
                     files.remove(entry)
             with suppress(OSError):  # there is none, or it holds what is named
                 folder.rmdir()
-
-    def _is_shared(self) -> bool:
-        """Say whether another process has begun or ended a stage in this run."""
-        others = set((self.run / "stages").glob("[!.]*")) - {self.folder}
-        if any((path / DRAFT).exists() or is_in_use(path) for path in others):
-            return True
-        try:
-            return exists_in(self.run) and bool(read_history(self.run).own)
-        except RunError:
-            return True
-
-    def _remove_all(self) -> None:
-        """Remove the stage, and first the run where it is new: then nothing names the rest.
-
-        The lock goes last. Where something could not be removed, it says that the rest is a run's.
-        """
-        is_alone = self._is_new_run and not self._is_shared()
-        made = [self.run / name for name in (HISTORY, *CONTENT, TOKENIZER)]
-        for path in made if is_alone else ():
-            files.remove(path)
-        for name in (DRAFT, RECORDS, REFERENCE, CONFIG):
-            files.remove(self.folder / name)
-        if is_alone and any(path.exists() for path in made):
-            return
-        with suppress(OSError):
-            if [entry.name for entry in self.folder.iterdir()] == [LOCK]:
-                files.remove(self.folder / LOCK)
-                self.folder.rmdir()
-            if is_alone:
-                for path in set((self.run / "stages").iterdir()) - {self.folder}:
-                    files.remove(path)  # copied for a fork
-                (self.run / "stages").rmdir()
-                files.remove(self.run / LOCK)
-                self.run.rmdir()

@@ -1,12 +1,11 @@
-"""``stages/NAME/stage.json``: a stage while it is trained, and where it resumes.
+"""``stages/NAME/stage.json``: how far a stage is that is trained, and where it resumes.
 
-It holds the entry that the history gets when the stage ends. Nothing else reads it but who resumes
-or shows the stage.
+The history declares what the stage is. Only code that resumes or shows a stage reads this file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -16,7 +15,7 @@ from typing_extensions import TypedDict
 
 from chainlora.config.staging import stage_folder
 from chainlora.runs.documents import Count, Digest, Document, Part, Sums, read_part
-from chainlora.runs.history import CONFIG, Entry, History, LinkFacts
+from chainlora.runs.history import CONFIG, Entry, History, LinkFacts, Term, Training, Unbuilt
 
 DRAFT = "stage.json"
 REFERENCE = "reference.safetensors"
@@ -71,20 +70,45 @@ class Records(Part):
 class Draft(Document):
     """All that ``stage.json`` says.
 
-    `entry` is the stage as it would end now, `links` are the facts of its own links. `progress` is
-    that of the last knot; `checkpoint` is a later point, inside a link. `files` are hashes of what
-    a resume needs.
+    `training` and `kept` are what the entry gets, `tied` are the links so far, `links` their facts.
+    `progress` is that of the last knot; `checkpoint` is a later point, inside a link. `files` are
+    hashes of what a resume needs.
     """
 
     model_config = ConfigDict(allow_inf_nan=True)
 
-    entry: Entry
+    training: Training = Training()
+    kept: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    tied: tuple[Digest, ...] = ()
     links: dict[Digest, LinkFacts] = Field(default_factory=dict)
     progress: Progress = Progress()
     moments: Annotated[str, Field(pattern=r"^moments/\d{3,}\.safetensors$")] | None = None
     checkpoint: Checkpoint | None = None
     records: Records
     files: Sums = Field(default_factory=dict)
+
+    @property
+    def has_learned(self) -> bool:
+        """Say whether a resume would go on from a link or a checkpoint."""
+        return bool(self.tied) or self.checkpoint is not None
+
+    def entry(self, declared: Unbuilt, history: History, own: Sequence[str], **more: Any) -> Entry:
+        """Return the entry of a declared stage that ends in these links; it has read the rows that
+        entries below it kept: what they held out is left out of its own rows."""
+        below = history.state_of(declared.parent)
+        terms = (*below.terms, *(Term(link=digest) for digest in own))
+        return Entry(
+            key=declared.key,
+            kind="stage",
+            parents=declared.parents,
+            unit=declared.unit,
+            reads=tuple(history.keepers([declared.parent])),
+            state=below.model_copy(update={"terms": terms}),
+            tied=self.tied,
+            kept=self.kept,
+            training=self.training,
+            **more,
+        )
 
     @property
     def position(self) -> Progress:
@@ -100,9 +124,8 @@ class Draft(Document):
 
     def with_training(self, **changed: Any) -> Draft:
         """Return this with other facts of `Training`."""
-        training = self.entry.training.model_copy(update=changed)
-        entry = self.entry.model_copy(update={"training": training})
-        return self.model_copy(update={"entry": entry})
+        training = self.training.model_copy(update=changed)
+        return self.model_copy(update={"training": training})
 
     @property
     def named(self) -> set[str]:
@@ -126,8 +149,8 @@ def read_draft(run: Path, stage: str) -> Draft:
 
 def drafts_in(run: Path, history: History) -> dict[str, Path]:
     """Return the folders of the stages that were begun and have not ended, by their names."""
-    found = sorted((run / "stages").glob(f"[!.]*/{DRAFT}"), key=lambda path: path.parent.name)
-    return {p.parent.name: p.parent for p in found if history.find(p.parent.name) is None}
+    folders = {entry.key: stage_folder(run, entry.key) for entry in history.unbuilt}
+    return {key: folder for key, folder in folders.items() if (folder / DRAFT).is_file()}
 
 
 def ended_leftovers(run: Path, history: History) -> Iterator[Path]:

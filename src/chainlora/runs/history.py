@@ -1,4 +1,5 @@
-"""``history.json``: every state that a run has been in, and which of them it is now.
+"""``history.json``: every state that a run has been in, which of them it is now, and what it is to
+become.
 
     RUN/history.json              this file; it is replaced as a whole
     RUN/links/DIGEST/             a link: an ordinary PEFT adapter, stored once
@@ -8,15 +9,17 @@
                                   trained, its checkpoint too (`runs.work`)
     RUN/tokenizer/                one that is not the base's, if the run began with it
 
+An entry is declared before it is computed: it then has a recipe and no state, and is `unbuilt`.
 Rows are named by their content, links by their stage, config and tensors; they are never
-overwritten. What a new entry needs is written first; then this file is replaced under a lock. So a
+overwritten. What a state needs is written first; then this file is replaced under a lock. So a
 kill leaves the history before or after, and readers never meet half an entry. A file that no entry
 names is ignored until `prune` deletes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -140,24 +143,51 @@ class Training(Part):
     versions: dict[str, str] = Field(default={})
 
 
-class Entry(Part):
-    """A state that the run has been in, and how it came about.
+class Declared(Part):
+    """What an entry is from the moment it is declared.
 
-    `parents` are the entries that it was computed from, `reads` those whose rows or scores it used.
-    `tied` are the links that a stage tied, in their order: `state` may end at an earlier, best
-    point. `kept` names a file in ``rows``, `files` lie in ``stages/KEY``. With `pruned`, links that
-    the state was trained on were deleted since.
+    `parents` are the entries that it is computed from. Entries of one `unit`, a stage and what
+    follows from it, are undone together. Of a stage, `training` has the digests of its rows and
+    plug-ins.
     """
 
     key: Name
     kind: Literal["stage", "mix", "combine", "import"]
     parents: tuple[Name, ...] = ()
+    unit: str = ""
+    training: Training = Training()
+
+    @property
+    def parent(self) -> str:
+        """Return the entry that a stage or a mix begins on."""
+        return self.parents[0] if self.parents else BASE
+
+    @property
+    def is_rehearsal(self) -> bool:
+        """Say whether it is trained on nothing but rows that earlier stages kept."""
+        return REHEARSED in self.training.sources
+
+
+class Unbuilt(Declared):
+    """An entry without a state. `config` is that of a stage, `strengths` are those of a mix."""
+
+    config: dict[str, Any] = Field(default={})
+    strengths: dict[Name, float] = Field(default={})
+
+
+class Entry(Declared):
+    """A state that the run has been in, and how it came about.
+
+    `reads` are the entries whose rows or scores it used. `tied` are the links that a stage tied, in
+    their order: `state` may end at an earlier, best point. `kept` names a file in ``rows``, `files`
+    lie in ``stages/KEY``. With `pruned`, links that the state was trained on were deleted since.
+    """
+
     reads: tuple[Name, ...] = ()
     state: State
     tied: tuple[Digest, ...] = ()
     kept: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     files: Sums = Field(default={})
-    training: Training = Training()
     ended: str = ""  # when, in UTC
     pruned: bool = False
 
@@ -170,23 +200,14 @@ class Entry(Part):
         }
         return self.model_copy(update=update)
 
-    @property
-    def parent(self) -> str:
-        """Return the entry that a stage or a mix began on."""
-        return self.parents[0] if self.parents else BASE
-
-    @property
-    def is_rehearsal(self) -> bool:
-        """Say whether it was trained on nothing but rows that earlier stages kept."""
-        return REHEARSED in self.training.sources
-
 
 class History(Document):
-    """All entries of a run in the order in which they ended.
+    """All entries of a run in the order in which they ended, then those that are `unbuilt` in the
+    order in which they were declared.
 
-    `head` is the entry that the run is now, ``base`` for none; `past` and `future` are the heads
-    that `undo` and `redo` go to. `origin` is the entry that the run began on, with its ancestors,
-    of another run or imported.
+    `head` is the entry that the run is now, ``base`` for none; `target` is an unbuilt one that is
+    to become the head. `past` and `future` are the heads that `undo` and `redo` go to. `origin` is
+    the entry that the run began on, with its ancestors, of another run or imported.
     """
 
     base: Base
@@ -195,8 +216,10 @@ class History(Document):
     tokenizer: Sums = Field(default={})
     links: dict[Digest, LinkFacts] = Field(default={})
     entries: tuple[Entry, ...] = ()
+    unbuilt: tuple[Unbuilt, ...] = ()
     origin: Name = BASE
     head: Name = BASE
+    target: Name | None = None
     past: tuple[Name, ...] = ()
     future: tuple[Name, ...] = ()
 
@@ -208,17 +231,29 @@ class History(Document):
     def need_names(self) -> None:
         """Raise ValueError for links and entries that are not there; parents end earlier."""
         known = {BASE}
-        for entry in self.entries:
-            links = {*entry.tied, *(term.link for term in entry.state.terms)} - self.links.keys()
-            if wrong := [*links, *({*entry.parents} - known), *({entry.key} & known)]:
+        for entry in (*self.entries, *self.unbuilt):
+            used = set[str]()
+            if isinstance(entry, Entry):
+                used = {*entry.tied, *(term.link for term in entry.state.terms)}
+            missing = used - self.links.keys()
+            if wrong := [*missing, *({*entry.parents} - known), *({entry.key} & known)]:
                 raise ValueError(f"{wrong[0]} must be there before {entry.key}, once")
             known.add(entry.key)
-        if wrong := [*({self.head, self.origin, *self.past, *self.future} - known)]:
+        ahead = {self.origin, *([] if self.target is None else [self.target])} - known
+        built = {BASE, *(entry.key for entry in self.entries)}
+        if wrong := [*ahead, *({self.head, *self.past, *self.future} - built)]:
             raise ValueError(f"{wrong[0]} must be an entry")
 
     def find(self, key: str) -> Entry | None:
-        """Return the entry of a key, None where there is none."""
+        """Return the entry of a key that has a state, None where there is none."""
         return next((entry for entry in self.entries if entry.key == key), None)
+
+    def find_unbuilt(self, key: str) -> Unbuilt | None:
+        return next((entry for entry in self.unbuilt if entry.key == key), None)
+
+    def known(self, key: str) -> Entry | Unbuilt | None:
+        """Return the entry of a key, built or not."""
+        return self.find(key) or self.find_unbuilt(key)
 
     @property
     def empty(self) -> State:
@@ -230,15 +265,20 @@ class History(Document):
         entry = self.find(key)
         return self.empty if entry is None else entry.state
 
-    def lineage(self, key: str) -> list[Entry]:
-        """Return an entry and all that it was computed from, in the order in which they ended."""
+    def below(self, key: str) -> set[str]:
+        """Return the key of an entry, and those of all that it is computed from, built or not."""
         found, due = set[str](), [key]
         while due:
             name = due.pop()
-            entry = self.find(name)
+            entry = self.known(name)
             if entry is not None and name not in found:
                 found.add(name)
                 due += entry.parents
+        return found
+
+    def lineage(self, key: str) -> list[Entry]:
+        """Return an entry and all that it was computed from, in the order in which they ended."""
+        found = self.below(key)
         return [entry for entry in self.entries if entry.key in found]
 
     def keepers(self, keys: Iterable[str]) -> dict[str, str]:
@@ -280,9 +320,15 @@ class History(Document):
             found |= {} if entry.kept is None else {rows_file(entry.kept): entry.kept}
         return found
 
+    def outer(self, keys: Iterable[str]) -> list[str]:
+        """Return those of some entries that no other of them is computed from, once each."""
+        found = [*dict.fromkeys(keys)]
+        inside = {below for key in found for below in self.below(key) - {key}}
+        return [key for key in found if key not in inside]
+
     def ends(self, key: str) -> list[str]:
         """Return the entries that an entry is combined of; itself, where it is no combination."""
-        entry = self.find(key)
+        entry = self.known(key)
         if entry is None:
             return []
         if entry.kind == "combine":
@@ -291,19 +337,79 @@ class History(Document):
             return [end for parent in entry.parents for end in self.ends(parent)]
         return [key]
 
-    def moved(self, key: str) -> History:
-        """Return this with another head, from which `undo` comes back."""
-        if key == self.head:
-            return self
-        past = (*self.past, self.head)
-        return self.model_copy(update={"head": key, "past": past, "future": ()})
+    # --- moving the head, and adding entries ---
 
-    def published(self, entry: Entry, links: Mapping[str, LinkFacts]) -> History:
-        """Return this with one more entry, which becomes the head if the head is its parent."""
-        update = {"entries": (*self.entries, entry), "links": {**self.links, **links}}
-        grown = self.model_copy(update=update)
-        parents = entry.parents or (BASE,)
-        return grown.moved(entry.key) if self.head in parents else grown
+    def moved(self, key: str) -> History:
+        """Return this with another head, from which `undo` comes back, and no target."""
+        if key == self.head:
+            return self.model_copy(update={"target": None})
+        past = (*self.past, self.head)
+        update = {"head": key, "past": past, "future": (), "target": None}
+        return self.model_copy(update=update)
+
+    def declared(self, new: Iterable[Unbuilt], target: str | None) -> History:
+        """Return this with more unbuilt entries, in place of those of the same keys and of what
+        was to be computed of these.
+
+        `target` is what the run is to become; it becomes that now if the entry has a state. An
+        unbuilt combination is dropped where a new one has all its parts and more, or belongs to the
+        same unit, unless another entry is to be computed from it.
+        """
+        new = [*new]
+        before = self.withdrawn(e.key for e in new if self.find_unbuilt(e.key) not in (None, e))
+        more = {entry.key: entry for entry in new if before.find_unbuilt(entry.key) is None}
+        whole = (*before.unbuilt, *more.values())
+        combined = [entry for entry in more.values() if entry.kind == "combine"]
+        old = {
+            e.key
+            for e in whole
+            for one in combined
+            if e.kind == "combine" and ({*e.parents} < {*one.parents} or e.unit == one.unit)
+        } - more.keys()
+        old |= {e.key for e in whole if e.is_rehearsal and old & {*e.parents}}
+        left = tuple(entry for entry in whole if entry.key not in old)
+        if any(old & {*entry.parents} for entry in left):  # something else stands on one
+            left, old = whole, set()
+        kept = None if before.target in old else before.target
+        grown = self.model_copy(update={"unbuilt": left, "target": target or kept})
+        return grown.moved(target) if target is not None and self.find(target) else grown
+
+    def withdrawn(self, keys: Iterable[str]) -> History:
+        """Return this without some unbuilt entries, and those that were to be computed of them."""
+        gone = {*keys} & {entry.key for entry in self.unbuilt}
+        gone |= {entry.key for entry in self.unbuilt if gone & self.below(entry.key)}
+        left = tuple(entry for entry in self.unbuilt if entry.key not in gone)
+        target = None if self.target in gone else self.target
+        origin = BASE if self.origin in gone else self.origin
+        return self.model_copy(update={"unbuilt": left, "target": target, "origin": origin})
+
+    def added(self, entry: Entry, links: Mapping[str, LinkFacts]) -> History:
+        """Return this with one more entry that has a state. The entry `start` comes first."""
+        unbuilt = tuple(each for each in self.unbuilt if each.key != entry.key)
+        entries = (entry, *self.entries) if entry.key == START else (*self.entries, entry)
+        update = {"entries": entries, "links": {**self.links, **links}}
+        return self.model_copy(update=update | {"unbuilt": unbuilt})
+
+    def built(self, entry: Entry, links: Mapping[str, LinkFacts]) -> History:
+        """Return this with one more entry; the head moves there or not.
+
+        It moves to the target, and on the way there from an entry to one computed from it. `undo`
+        takes a unit back as a whole.
+        """
+        grown, target = self.added(entry, links), self.target
+        is_next = self.head in (entry.parents or (BASE,))
+        if entry.key == self.origin:
+            return grown.model_copy(update={"head": entry.key}) if self.head == BASE else grown
+        if target is None or (
+            entry.key != target and not (is_next and entry.key in self.below(target))
+        ):
+            return grown
+        before = self.find(self.head)
+        moved = grown.moved(entry.key)
+        update: dict[str, Any] = {"target": None if entry.key == target else target}
+        if before is not None and before.unit and before.unit == entry.unit:
+            update["past"] = self.past
+        return moved.model_copy(update=update)
 
     def mixed(self, state: State) -> History:
         """Return this as a run of that state: a `mix` of its head, or as it is.
@@ -316,69 +422,106 @@ class History(Document):
         key = next(same, BASE if state == self.empty else None)
         if key is not None:
             return self.moved(key)
-        return self._at(self._computed("mix", () if self.head == BASE else (self.head,), state, ()))
+        parents = () if self.head == BASE else (self.head,)
+        shown = [[term.link, term.strength, term.derived] for term in state.terms]
+        key = f"mix-{short_digest([[*parents], shown, []])[:8]}"
+        while (known := self.known(key)) is not None:
+            if isinstance(known, Entry) and (known.parents, known.state) == (parents, state):
+                return self.moved(key)
+            key = f"mix-{short_digest(key)[:8]}"  # that one was another before a prune
+        entry = Entry(key=key, kind="mix", parents=parents, state=state, ended=now())
+        return self.added(entry, {}).moved(key)
 
-    def combined(self, state: State, ends: Iterable[str]) -> History:
-        """Return this as a run of that state, a combination of entries; a known one is kept."""
-        chosen = {*ends}
-        parents = tuple(entry.key for entry in self.entries if entry.key in chosen)
-        return self._at(self._computed("combine", parents, state, tuple(self.keepers(parents))))
+    def name_after(self, parts: Sequence[str]) -> str:
+        """Return the name of a combination: ``after-`` the last of its parts, a number where that
+        is taken."""
+        name = f"after-{parts[-1]}"[:72]
+        names = chain([name], (f"{name}-{number}" for number in count(2)))
+        return next(each for each in names if self.known(each) is None)
 
-    def _at(self, entry: Entry) -> History:
-        """Return this with an entry, which may be there already, as its head."""
-        known = self.find(entry.key)
-        return (self if known is not None else self.published(entry, {})).moved(entry.key)
-
-    def _computed(
-        self,
-        kind: Literal["mix", "combine"],
-        parents: tuple[str, ...],
-        state: State,
-        reads: tuple[str, ...],
-    ) -> Entry:
-        """Return an entry that nothing was trained for: its key is of its content."""
-        shown = [[t.link, t.strength, t.derived] for t in state.terms]
-        key = f"{kind}-{short_digest([[*parents], shown, [*reads]])[:8]}"
-        while (known := self.find(key)) is not None:
-            if (known.parents, known.state, known.reads) == (parents, state, reads):
-                return known
-            key = f"{kind}-{short_digest(key)[:8]}"  # that one was another before a prune
-        return Entry(key=key, kind=kind, parents=parents, reads=reads, state=state, ended=now())
+    def combination(self, parts: Iterable[str]) -> Entry | Unbuilt | None:
+        """Return the entry that is the combination of these, built or not."""
+        wanted = {*parts}
+        known: list[Entry | Unbuilt] = [*self.entries, *self.unbuilt]
+        same = (e for e in known if e.kind == "combine" and {*e.parents} == wanted)
+        return next(same, None)
 
 
 # --- the file ---
 
 
-def read_history(run: Path) -> History:
-    """Read and check ``history.json``.
+_READ: dict[Path, tuple[tuple[int, ...], History]] = {}  # what was read last, and its version
 
-    Every command begins with it, so it refuses folders that lead out of the run, too: nothing there
-    is written or deleted. Raises RunError for these, and for no history, a damaged one, or one of
-    another format.
+
+def read_history(run: Path) -> History:
+    """Read and check ``history.json``, unless it is as this process has read or written it last.
+
+    Each version is a file of its own, known by number, size and the time that its writer gave it.
+    Folders that lead out of the run are refused: nothing there is written or deleted. Raises
+    RunError for these, and for no history, a damaged one, or one of another format.
     """
+    path, version = (run / HISTORY).absolute(), _version(run)
+    known = _READ.get(path)
+    if known is not None and version is not None and known[0] == version:
+        return known[1]
+    need_own_folders(run)
+    history = read_part(run / HISTORY, History)
+    if version is not None and version == _version(run):
+        _READ[path] = version, history
+    return history
+
+
+def write_history(run: Path, history: History) -> None:
+    """Replace ``history.json``; the caller holds the run's lock."""
+    write_part(run / HISTORY, history)
+    if (version := _version(run)) is not None:
+        _READ[(run / HISTORY).absolute()] = version, history
+
+
+def _version(run: Path) -> tuple[int, ...] | None:
+    try:
+        found = (run / HISTORY).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def need_own_folders(run: Path) -> None:
+    """Raise RunError for folders in a run that lead out of it."""
     for places in ("*", "stages/*", "stages/*/*"):
         for path in run.glob(places):
             if path.is_dir():  # linked files are safe, since writes replace them
                 need_own(path)
-    return read_part(run / HISTORY, History)
 
 
-def update_history(run: Path, change: Callable[[History], History]) -> History:
+def update_history(
+    run: Path,
+    change: Callable[[History], History],
+    then: Callable[[], object] = lambda: None,
+) -> History:
     """Replace the history of a run by what `change` makes of it, and return that.
 
-    Other processes wait meanwhile: milliseconds. `change` does nothing long.
+    Other processes wait meanwhile: milliseconds. `change` does nothing long; `then` deletes what is
+    not named any more, before others can name it. Raises RunError where a file that the history is
+    to name was deleted meanwhile.
     """
     with locked(run):
+        need_own_folders(run)
         before = read_history(run)
         after = change(before)
         if after != before:
+            new = after.files.keys() - before.files.keys()
+            gone = [name for name in new if not (run / name).exists()]
             try:
                 after.need_names()
+                if gone := [name for name in gone if not name.endswith(f"/{RECORDS}")]:
+                    raise ValueError(f"{gone[0]} must be there")
             except ValueError as error:  # of what another process has deleted meanwhile
                 raise RunError("a run was changed meanwhile", error, "start again") from None
             with files.reported(run):
                 files.remove_scratch(run, HISTORY)
-            write_part(run / HISTORY, after)
+            write_history(run, after)
+        then()
     return after
 
 

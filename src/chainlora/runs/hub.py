@@ -24,7 +24,6 @@ from chainlora.runs.beginning import copy_files
 from chainlora.runs.cards import Naming, is_hub_id, public_name
 from chainlora.runs.changes import whole_run
 from chainlora.runs.documents import write_part
-from chainlora.runs.draft import drafts_in
 from chainlora.runs.export import empty_folder, filled_folder
 from chainlora.runs.history import CONFIG, History, read_history, update_history
 from chainlora.runs.lineage import without_places
@@ -143,8 +142,12 @@ def _send(source: Path, target: Path, *, rows: bool) -> list[str]:
 
 def _joined(own: History, known: History, rows: bool, target: Path) -> History:
     """Return a history as a target gets it: without kept rows, unless `rows`, or the target has
-    some already. Raises RunError where the target is not an earlier state of the run."""
-    for key in [*(entry.key for entry in known.entries), *drafts_in(target, known)]:
+    some already. Raises RunError where the target is not an earlier state of the run, or that has
+    none."""
+    if not own.entries:
+        rule, remedy = "what is sent has an entry that is built", "chainlora train RUN builds them"
+        raise RunError(rule, f"none for {target}", remedy)
+    for key in [entry.key for entry in (*known.entries, *known.unbuilt)]:
         mine, there = own.find(key), known.find(key)
         if mine is None or there is None or mine.state != there.state:
             rule, remedy = "the target must be earlier than the source", "choose another target"
@@ -154,4 +157,5 @@ def _joined(own: History, known: History, rows: bool, target: Path) -> History:
         entry.model_copy(update={"kept": (rows and entry.kept) or kept.get(entry.key)})
         for entry in own.entries
     )
-    return own.model_copy(update={"entries": entries})
+    # what is not built does not travel: nobody's plug-ins run because a run was received
+    return own.model_copy(update={"entries": entries, "unbuilt": (), "target": None})

@@ -1,7 +1,7 @@
 """The base of a run while a command uses it: each part is opened when it is first asked for, once.
 
-Trainings, combinations and scores of one process follow each other on one model: a `Chain` for each
-of them, and the next one takes off what the last one has put on.
+Trainings, combinations and scores of one process use one model in turn. Each puts a `Chain` on it,
+after the one before was taken off.
 """
 
 from __future__ import annotations

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from chainlora.chain.adapters import is_transposed
 from chainlora.chain.chain import Chain
+from chainlora.config.schema import RunConfig
 from chainlora.config.staging import is_run
 from chainlora.data.templates import set_chat_template
 from chainlora.errors import ModelError, RunError
@@ -114,9 +116,11 @@ def _need_causal(state: OpenState) -> None:
         )
 
 
-def tokenizer_of(state: OpenState, base: Path) -> PreTrainedTokenizerBase:
+def tokenizer_of(state: OpenState, base: Path | OpenBase) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a run's rows: the base's or its own, with its chat template."""
-    return _settled(load_tokenizer(state.tokenizer() or base), state)
+    own = state.tokenizer()
+    found = base.tokenizer(own) if isinstance(base, OpenBase) else load_tokenizer(own or base)
+    return _settled(found, state)
 
 
 def _settled(tokenizer: Any, state: OpenState) -> Any:
@@ -136,6 +140,18 @@ def _refuse_untrained(state: OpenState) -> None:
             f"a run must have tied its first link (got none in {state.run}); train it again to "
             "resume it, or take the base by --links 0"
         )
+
+
+def noted_base(config: RunConfig, chain: Chain, files: dict[str, str]) -> Base:
+    """Return what a run notes of the model that it is tuned on; `files` are their hashes."""
+    return Base(
+        model=config.model,
+        fingerprint=chain.base_fingerprint,
+        dtype=config.train.dtype,
+        files=files,
+        fan_in_fan_out=any(map(is_transposed, chain.model.modules())),
+        quantize=config.quantize,
+    )
 
 
 def check_base(

@@ -17,8 +17,7 @@ from chainlora.models.finding import from_above, is_same_place, resolve_model
 from chainlora.models.identity import base_files
 from chainlora.registry import plugin_digest
 from chainlora.runs.costs import versions
-from chainlora.runs.history import CONFIG, CONTENT, RESULT, TOKENIZER, Change, Entry, Training
-from chainlora.runs.locks import LOCK
+from chainlora.runs.history import CONFIG, Change, Entry, Training
 from chainlora.runs.opening import check_base
 from chainlora.runs.state import OpenState
 
@@ -29,18 +28,14 @@ CHANGEABLE = ("train.lr", "train.max_grad_norm")
 # Keys that say where something lies. A resume reads it, and checks that it is the same.
 _PLACES = ("model", "data.train", "data.validation", "data.test")
 
-_OF_TRAINING = (RESULT, "checkpoints", "moments")  # what a stage gets after the run its history
-_BEFORE_THE_HISTORY = {LOCK, "stages", *CONTENT, TOKENIZER}
-
 
 def refuse_if_taken(run: Path) -> None:
     """Raise RunError where something else than an empty directory is."""
     if not run.is_dir():
         return
     with files.reported(run, "read"):
-        entries = {entry.name for entry in run.iterdir()}
-    if entries <= {LOCK}:
-        return
+        if not any(run.iterdir()):
+            return
     what, remedy = (
         ("holds a run", "pass resume=True to resume it, or ")
         if exists_in(run)
@@ -53,20 +48,8 @@ def refuse_if_taken(run: Path) -> None:
 
 
 def refuse_if_other(run: Path) -> None:
-    """Raise RunError where something is that is neither a run nor the place for a new one.
-
-    A run that was killed before it had a history starts over: nothing in it is worth keeping. Its
-    stage has a lock and was not trained, or it has no file yet; else files of the same names are
-    somebody's own, or those of a run whose history was deleted.
-    """
-    if exists_in(run) or not run.is_dir():
-        return
-    names = {entry.name for entry in run.iterdir() if not files.is_scratch(entry.name)}
-    is_empty = not any(path.is_file() for path in run.rglob("*"))  # asked first: a lock comes first
-    locked = [path.parent for path in (run / "stages").glob(f"*/{LOCK}")]
-    is_trained = any((each / name).exists() for each in locked for name in _OF_TRAINING)
-    is_begun = is_empty or (bool(locked) and not is_trained)
-    if not (exists_in(run) or (is_begun and names <= _BEFORE_THE_HISTORY)):
+    """Raise RunError where something is that is neither a run nor the place for a new one."""
+    if not exists_in(run):
         refuse_if_taken(run)
 
 

@@ -102,8 +102,8 @@ def write_chain(
             ended=now(),
         )
         history = History(base=base, hold=chain.hold, seed=chain.seed)
-        whole = history.published(entry, dict(link for link, _ in saved))
-        write_part(scratch / HISTORY, whole.model_copy(update={"past": ()}))
+        whole = history.added(entry, dict(link for link, _ in saved))
+        write_part(scratch / HISTORY, whole.model_copy(update={"head": MAIN}))
 
 
 def read_chain(state: OpenState) -> SavedChain:

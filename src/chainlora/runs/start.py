@@ -17,23 +17,20 @@ class Start:
     """What a stage begins on; by default the base alone.
 
     It is a `state` of the stage's own run, of another run or a saved chain, or an imported
-    `adapter`, of which the base is known by its name alone. `rows` are those given for it. What was
-    read from elsewhere comes with more: `tokenizer`, the folder of one of its own; `notes` for the
-    user.
+    `adapter`, of which the base is known by its name alone. What was read from elsewhere comes with
+    more: `tokenizer`, the folder of one of its own; `notes` for the user.
     """
 
     state: OpenState | None = None
     links: tuple[Link, ...] = ()
     adapter: Imported | None = None
-    rows: Kept | None = None
     tokenizer: Path | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def kept(self) -> dict[str, Kept]:
         """Return the rows that earlier stages kept, by stage in their order."""
-        found = {} if self.state is None else self.state.kept()
-        return found if self.rows is None else {START: self.rows, **found}
+        return {} if self.state is None else self.state.kept()
 
     @property
     def stages(self) -> list[str]:

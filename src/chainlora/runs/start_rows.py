@@ -1,16 +1,18 @@
-"""Rows for what a run began on: they are kept as those of an entry named `start`.
+"""Build the entry `start`: import the adapter, and keep the rows, that a run begins with.
 
-A config gives them as `start_data`, and the run then keeps them when it begins; to a run that has
-begun they are given by `keep_start_rows`.
+A config names them as `start` and `start_data`; to a run that has begun, rows are given by
+`keep_start_rows`.
 """
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from chainlora import files
-from chainlora.config.schema import DataConfig, StartData
+from chainlora.config.reading import make_config
+from chainlora.config.schema import DataConfig, RunConfig, StartData
 from chainlora.data.kept import Kept
 from chainlora.data.splits import prepare_splits
 from chainlora.errors import RunError
@@ -20,9 +22,29 @@ from chainlora.models.text_config import context_length
 from chainlora.runs.addresses import open_run
 from chainlora.runs.beginning import save_rows, with_start_rows
 from chainlora.runs.changes import whole_run
+from chainlora.runs.claim import Claim
+from chainlora.runs.documents import now
 from chainlora.runs.draft import drafts_in
-from chainlora.runs.history import START, rows_file, update_history
-from chainlora.runs.opening import tokenizer_of
+from chainlora.runs.history import (
+    CONTENT,
+    START,
+    TOKENIZER,
+    Declared,
+    Entry,
+    State,
+    Term,
+    Unbuilt,
+    read_history,
+    rows_file,
+    update_history,
+)
+from chainlora.runs.links import save_link
+from chainlora.runs.loading_start import fitted, load_start
+from chainlora.runs.open_base import OpenBase
+from chainlora.runs.opening import noted_base, tokenizer_of
+from chainlora.runs.start import Start
+
+logger = logging.getLogger(__name__)
 
 
 def rows_of_start(rows: StartData, own: DataConfig, tokenizer: Any, context: int) -> Kept:
@@ -31,6 +53,52 @@ def rows_of_start(rows: StartData, own: DataConfig, tokenizer: Any, context: int
     Raises DataError or ConfigError for rows that cannot be read.
     """
     return prepare_splits(rows.as_data(own), tokenizer, context).kept()
+
+
+def build_start(run: Path, declared: Unbuilt, base: OpenBase | None = None) -> None:
+    """Import the adapter that a run begins on, and keep the rows that are given for it.
+
+    Raises ModelError for a base that the adapter is not for, what its rows raise, and RunError
+    where another process does it.
+    """
+    config = make_config(declared.config)
+    own = OpenBase.of_config(config, run).or_shared(base)
+    claim = Claim(run, declared.unit)  # of the first stage: its process imports what it begins on
+    claim.take()
+    try:
+        for folder in (run / name for name in CONTENT):
+            files.remove_scratch(folder, START)  # of a process that was killed
+        if read_history(run).find(START) is None:
+            _import(run, declared, config, own)
+    finally:
+        claim.release()
+
+
+def _import(run: Path, declared: Unbuilt, config: RunConfig, base: OpenBase) -> None:
+    history = read_history(run)
+    is_adapter = history.origin == START and config.start is not None
+    start = load_start(str(config.start)) if is_adapter else Start()
+    chain = base.chain(seed=config.train.seed, hold=config.chain.hold)
+    start = fitted(start, chain, config.model)
+    for note in start.notes:
+        logger.warning("%s", note)
+    kept = None
+    if config.start_data is not None:
+        tokenizer = base.tokenizer(run / TOKENIZER if history.tokenizer else None)
+        rows = rows_of_start(config.start_data, config.data, tokenizer, base.context)
+        kept = save_rows(run, rows, START)
+    known = noted_base(config, chain, base.files)
+    links = dict(save_link(run, link, known, START) for link in start.links)
+    entry = Entry(
+        **{name: getattr(declared, name) for name in Declared.model_fields},
+        state=State(base=known.fingerprint, terms=tuple(Term(link=digest) for digest in links)),
+        tied=tuple(links),
+        kept=kept,
+        ended=now(),
+    )
+    update_history(
+        run, lambda history: history.model_copy(update={"base": known}).built(entry, links)
+    )
 
 
 def keep_start_rows(run: str | Path, rows: StartData) -> None:

@@ -124,7 +124,8 @@ class OpenState:
     @property
     def has_run(self) -> bool:
         """Say whether a run trained it; a saved chain has no config."""
-        return any(entry.kind == "stage" for entry in self.history.entries)
+        known = (*self.history.entries, *self.history.unbuilt)
+        return any(entry.kind == "stage" for entry in known)
 
     @property
     def is_before_training(self) -> bool:
@@ -272,6 +273,9 @@ class OpenState:
         combination, its last one. Raises RunError for a saved chain."""
         others = [*reversed(self.lineage), *self.history.entries]
         entry = next((e for e in others if CONFIG in e.files), None)
+        if entry is None and self.has_run:
+            rule, remedy = "a run must have begun a stage", "give the command again that began it"
+            raise RunError(rule, f"none in {self.run}", remedy)
         if entry is None:
             raise RunError("a saved chain has no config", self.run, "name a run")
         return entry

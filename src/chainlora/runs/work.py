@@ -10,15 +10,16 @@
     RUN/stages/NAME/result.json              written last
     RUN/stages/NAME/.lock                    held by the process that trains
 
-Nothing that ``stage.json`` names is ever overwritten. What a new point needs is written under names
-of its own and flushed; then ``stage.json`` is replaced; then what it does not name is deleted. So
-at any instant the stage can resume. Links and kept rows go into the run at once, where nothing
-looks at them until the history names them: `end` does, as the last act of a stage.
+The history declares the stage before it begins. Nothing that ``stage.json`` names is ever
+overwritten. What a new point needs is written under names of its own and flushed; then
+``stage.json`` is replaced; then what it does not name is deleted. So at any instant the stage can
+resume. Links and kept rows go into the run at once, where nothing looks at them until the history
+names them: `end` gives the entry its state, as the last act of a stage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,11 +32,12 @@ from chainlora.chain.adapters import load_adapter
 from chainlora.chain.link import Link
 from chainlora.config.reading import dump_config
 from chainlora.config.schema import LinkConfig, RunConfig
-from chainlora.config.staging import HISTORY, stage_folder
+from chainlora.config.staging import stage_folder
 from chainlora.data.kept import Kept
+from chainlora.errors import RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.runs.addresses import state_of_draft
-from chainlora.runs.beginning import begun_entry, begun_history, need_unmoved, save_rows
+from chainlora.runs.beginning import save_rows
 from chainlora.runs.claim import Claim
 from chainlora.runs.costs import versions
 from chainlora.runs.documents import now, write_part
@@ -45,17 +47,17 @@ from chainlora.runs.history import (
     RECORDS,
     RESULT,
     Base,
-    Entry,
+    History,
     LinkFacts,
     Term,
+    Unbuilt,
+    read_history,
     update_history,
 )
 from chainlora.runs.links import save_link, write_adapter_of
-from chainlora.runs.locks import locked
 from chainlora.runs.opening import check_base
 from chainlora.runs.records import RecordLog, resumed_log
-from chainlora.runs.resuming import check_resumed, compare
-from chainlora.runs.start import Start
+from chainlora.runs.resuming import check_resumed, compare, source_digests
 from chainlora.runs.state import OpenState
 
 # Of a checkpoint: the live link (`Chain.live_state`), and its optimizer.
@@ -74,6 +76,7 @@ class Work:
         self.folder = stage_folder(self.run, stage)
         self._claim = Claim(self.run, stage)
         self._draft: Draft | None = None
+        self._is_new = False  # begun by this process
         self._hashes: dict[str, str] = {}  # of files that this process has written or verified
         self._links: dict[str, LinkFacts] = {}  # that this process has written
         self._tied: list[str] = []
@@ -92,69 +95,71 @@ class Work:
 
     def begun(self) -> OpenState | None:
         """Return the stage where it was begun and has not ended."""
-        return self.opened() if self._claim.exists else None
+        return self.opened() if self._claim.is_begun else None
 
     # --- opening and closing ---
 
     def open(self, config: RunConfig, change: Collection[str] = ()) -> None:
-        """Lock and check a stage that is to be resumed, if it is here, before anything is loaded.
+        """Lock the stage, and check it where it is to be resumed, before anything is loaded.
 
         `change` names config keys that a resume may change.
         """
-        if not self.writes or not self.folder.is_dir():
+        if not self.writes:
             return
         self._claim.take()
+        if read_history(self.run).find_unbuilt(self.stage) is None:
+            rule = "Another process has changed this run"
+            raise RunError(rule, f"{self.stage} of {self.run}", "give the same command again")
         begun = self.begun()
         if begun is None:
             return
         begun = begun.verify()
         assert begun.draft is not None
-        changes = begun.draft.entry.training.changes + tuple(compare(begun, config, change))
+        changes = begun.draft.training.changes + tuple(compare(begun, config, change))
         self._take(begun.draft.with_training(changes=changes), begun.history.base)
 
     def _take(self, draft: Draft, base: Base) -> None:
         self._draft, self.base = draft, base
-        self._tied, self._links = list(draft.entry.tied), dict(draft.links)
+        self._tied, self._links = list(draft.tied), dict(draft.links)
         self._hashes = dict(draft.files)
 
     def begin(
-        self,
-        config: RunConfig,
-        base: Base,
-        *,
-        rows: str,
-        start: Start,
-        keep: Callable[[], Kept] | None,
+        self, config: RunConfig, base: Base, *, rows: str, keep: Callable[[], Kept] | None
     ) -> Progress:
-        """Claim the folder for a stage, or find the point to resume from.
+        """Begin the stage, or find the point to resume from.
 
         Args:
             rows: digest of the rows (`Splits.digest`).
-            start: what the stage begins on. A new run gets all that this state needs.
             keep: makes the rows that a stage keeps which begins. None keeps none.
 
-        Raises RunError: not empty; other rows; in use by another process.
+        Raises RunError for other rows than those that it was begun with.
         """
         if not self.writes:
             return self._follow()
         if self._draft is not None:
             return self._resume(self._draft, base, rows)
-        known = self._claim.take_new()
+        declared = self._declared(read_history(self.run))
+        if source_digests(config) != declared.training.sources:
+            rule = "files of rows must stay as they are until their stage begins"
+            remedy = f"give its command again, or chainlora prune {self.run} {self.stage}"
+            raise RunError(rule, f"others for {self.stage}", remedy)
+        self._is_new = True
+        self._claim.clear()
         self.base = base
         files.write_text(self.folder / CONFIG, dump_config(config))
         self._hash(CONFIG)
         kept = None if keep is None else save_rows(self.run, keep(), self.stage)
-        history = known or begun_history(self.run, config, base, start, self.stage)
-        on = None if known is None else start.state
-        entry = begun_entry(history, config, on, self.stage, rows=rows, kept=kept)
-        with locked(self.run):
-            need_unmoved(self.run, known, entry)
-            entry = entry.model_copy(update={"files": dict(self._hashes)})
-            self._draft = Draft(entry=entry, records=self._log.flushed())
-            self._replace()
-            if known is None:
-                write_part(self.run / HISTORY, history)
+        training = declared.training.model_copy(update={"rows": rows})
+        self._draft = Draft(training=training, kept=kept, records=self._log.flushed())
+        self._replace()
         return deepcopy(self.draft.progress)
+
+    def _declared(self, history: History) -> Unbuilt:
+        found = history.find_unbuilt(self.stage)
+        if found is None:
+            rule = "a run was changed meanwhile"
+            raise RunError(rule, f"{self.run} without {self.stage}", "give the same command again")
+        return found
 
     def tidy(self) -> None:
         """Remove what the training of a stage needed that has ended, where a kill left it."""
@@ -164,11 +169,13 @@ class Work:
     def close(self, *, undo: bool = False) -> None:
         """Let other processes use the folder.
 
-        With `undo`, a stage that this process began, and that has no link and no checkpoint yet, is
-        removed: what was refused late must not be in the way of the corrected config.
+        With `undo`, the files of a stage that this process began, and that has no link and no
+        checkpoint yet, are removed: what was refused late must not be in the way of the corrected
+        config.
         """
-        learned = self._draft and (self._draft.entry.tied or self._draft.checkpoint)
-        self._claim.release(undo=undo and not learned)
+        if undo and self._is_new and not (self._draft is not None and self._draft.has_learned):
+            self._claim.undo()
+        self._claim.release()
 
     def _follow(self) -> Progress:
         """Read where the first process begins or resumes; call it after that one's `begin`."""
@@ -178,7 +185,7 @@ class Work:
         return deepcopy(self.draft.position)
 
     def _resume(self, draft: Draft, base: Base, rows: str) -> Progress:
-        check_resumed(draft.entry.training, rows)
+        check_resumed(draft.training, rows)
         self.base = base
         draft = self._draft = draft.with_training(rows=rows)
         self._claim.remove_scratch()
@@ -216,7 +223,7 @@ class Work:
         return load_file(self.folder / REFERENCE) if REFERENCE in self.draft.files else None
 
     def load_links(self) -> list[Link]:
-        return self.opened().read([Term(link=digest) for digest in self.draft.entry.tied])
+        return self.opened().read([Term(link=digest) for digest in self.draft.tied])
 
     def load_best(self, config: LinkConfig, directory: str) -> Link:
         return Link(0, config, load_adapter(self.folder / directory))
@@ -227,11 +234,10 @@ class Work:
         """Write ``stage.json`` at a knot: last, after all that it names."""
         if not self.writes:
             return
-        tied = self._tied
         moments = f"moments/{progress.link - 1:03d}.safetensors"
         self._draft = self.draft.with_training(numbers=numbers)
         self._replace(
-            entry=self._entry(tied, tied),
+            tied=tuple(self._tied),
             moments=moments if moments in self._hashes else None,
             checkpoint=None,
             progress=deepcopy(progress),
@@ -287,8 +293,7 @@ class Work:
             progress.num_records += 1
 
     def end(self, result: Mapping[str, Any], best: tuple[int, Link | None] | None) -> None:
-        """Write the result, then make the stage an entry of the history, and what the run is now
-        unless that has moved.
+        """Write the result, then give the entry of the stage its state.
 
         `best` are the links of the stage up to its best point, where the state ends there: whole
         ones, and a part of the next. A kill before the history is replaced leaves the stage as its
@@ -307,21 +312,16 @@ class Work:
         records = self._log.flushed()
         sums = {n: digest for n, digest in self._hashes.items() if not _is_in(n, PASSING)}
         sums |= {RECORDS: records.sha256} if records.count else {}
-        entry = self._entry(self._tied, own).model_copy(update={"files": sums, "ended": now()})
-        base, links = self.base, dict(self._links)
-        update_history(
-            self.run,
-            lambda history: history.model_copy(update={"base": base}).published(entry, links),
-        )
-        self._claim.remove_passing()
+        draft = self.draft.model_copy(update={"tied": tuple(self._tied)})
 
-    def _entry(self, tied: Sequence[str], own: Sequence[str]) -> Entry:
-        """Return the entry with these links: those that were tied, and those that it ends in."""
-        entry = self.draft.entry
-        below = [term for term in entry.state.terms if term.link not in self._links]
-        terms = (*below, *(Term(link=digest) for digest in own))
-        state = entry.state.model_copy(update={"terms": terms})
-        return entry.model_copy(update={"tied": tuple(tied), "state": state})
+        def change(history: History) -> History:
+            known = history.model_copy(update={"base": self.base})
+            declared = self._declared(known)
+            entry = draft.entry(declared, known, own, files=sums, ended=now())
+            return known.built(entry, self._links)
+
+        update_history(self.run, change)
+        self._claim.remove_passing()
 
     def _replace(self, **changed: Any) -> None:
         """Replace ``stage.json`` by one that has `changed`, and delete what it does not name."""

@@ -30,7 +30,7 @@ _CHUNK = 2000  # rows of a reference in memory at once
 
 def decide(run: Run) -> None:
     """Give a run its numbers: those that it began with, or new ones, which are recorded."""
-    known = run.work.draft.entry.training.numbers if run.work is not None else None
+    known = run.work.draft.training.numbers if run.work is not None else None
     numbers = known or _new_numbers(run)
     if numbers.path != str(run.engine.path):
         logger.warning(

@@ -76,6 +76,17 @@ class StageBegins(Event):
 
 
 @dataclass(frozen=True, eq=False)
+class EntryBuilt(Event):
+    """An entry has its state: a stage was trained, or states were combined; not in
+    ``metrics.jsonl``."""
+
+    name = "built"
+    entry: str
+    kind: str  # of the entry
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
 class Planned(Event):
     """A run is about to start or to resume; not part of ``metrics.jsonl``."""
 
@@ -89,6 +100,7 @@ class Planned(Event):
     data: Mapping[str, Mapping[str, Any]]  # what became of each split's rows (`Splits.report`)
     evaluations: Sequence[int] = ()  # steps, in order, after which the validation rows are scored
     log_every: int | None = None  # `train.log_every`
+    estimate: float | None = None  # seconds, at the speed of the stage before
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,19 +1,15 @@
-"""What one more stage of a run is: its config, and what it begins on."""
+"""Make the config of one more stage of a run, and find the state that it begins on."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, count
-from math import ceil
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-from chainlora.config.chain_keys import LENGTHS
 from chainlora.config.reading import read_tree, set_key
-from chainlora.config.schema import PAIR_LOSSES
 from chainlora.config.staging import (
     STANDING,
     Stage,
@@ -30,16 +26,11 @@ from chainlora.data.readers import is_rows
 from chainlora.errors import RunError
 from chainlora.models.finding import from_above
 from chainlora.runs.addresses import begun_stage, open_run
-from chainlora.runs.draft import drafts_in, read_draft
 from chainlora.runs.resuming import not_named
 from chainlora.runs.state import OpenState
 from chainlora.training.placement import can_stand
 
 logger = logging.getLogger(__name__)
-
-REHEARSAL = "rehearsal"
-RATE = 0.3  # of the last stage's learning rate, and
-ROWS = 256  # of each stage at most; all by the batch size are its steps: benchmarks/stages
 
 
 def extension(
@@ -103,39 +94,6 @@ def extension(
     return [replace(stage, after=after, beside=False, rehearse=False)]
 
 
-def rehearsal(
-    run: str | Path, section: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = ()
-) -> list[Stage]:
-    """Return a stage on rows that all stages of a run kept, as many of each (`rehearse`).
-
-    By default its steps are those of `ROWS` of each stage, or twice what that kept. A rehearsal of
-    what the run is that was stopped goes on; one that it ended in is returned.
-    """
-    now = open_run(run)
-    drafts = [read_draft(now.run, name).entry for name in drafts_in(now.run, now.history)]
-    on_now = [entry for entry in drafts if entry.parent == now.history.head]
-    on_now += [] if now.entry is None else [now.entry]
-    begun = [entry.key for entry in on_now if entry.is_rehearsal]
-    taken = {entry.key for entry in (*drafts, *now.history.entries)}
-    names = chain(begun, [REHEARSAL], (f"{REHEARSAL}-{number}" for number in count(2)))
-    own = {"name": next(n for n in names if n in begun or n not in taken)} | dict(section)
-    for key, value in overrides:
-        set_key(own, key, value)
-    rows = {"rehearse": True, "replay": None, "new_rows_only": False}
-    own["data"] = rows | section_of(own, "data")
-    before, kept = now.with_rows.config().train, now.kept().values()
-    rate = {} if before.loss in PAIR_LOSSES else {"lr": RATE * before.lr}
-    train = {"loss": None} | rate | section_of(own, "train")  # not on pairs
-    num_rows = sum(min(ROWS, 2 * len(e.train)) for e in kept if e.loss not in PAIR_LOSSES)
-    size = train.get("batch_size", before.batch_size)
-    is_size = isinstance(size, int) and size > 0  # else it is refused below
-    steps = max(1, ceil(num_rows / size)) if is_size else 1
-    given, largest = section_of(own, "chain"), max((facts.rank for facts in now.facts), default=8)
-    length = {} if given.keys() & {*LENGTHS} else {"steps": [steps]}
-    own |= {"chain": {"ranks": [largest]} | length | given, "train": train}
-    return extension(run, own)
-
-
 def _section(given: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     if isinstance(given, Mapping):
         return dict(given)
@@ -170,7 +128,7 @@ def _tell_left_out(begun: OpenState | None, last: OpenState, own: Mapping[str, A
 def _begun(now: OpenState, name: str, on: OpenState | None) -> OpenState | None:
     """Return the stage of this name, None where it is new. Raises RunError for something else, and
     for one that was begun on another state than `on`, if that is given."""
-    if now.draft is not None:
+    if now.draft is not None or (now.history.unbuilt and not now.history.own_stages):
         rule = "a stage is added to a run whose first stage has ended"
         raise RunError(rule, now.run, "finish it by the command that began it")
     begun = begun_stage(now.run, name, now.history)

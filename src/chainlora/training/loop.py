@@ -1,9 +1,9 @@
 """Fine-tune a model by a chain of LoRA: the training loop, top to bottom.
 
-`train` is the one call: check and load everything, then for each link extend, tune and tie, with
-evaluation, the best point, checkpoints and resume around it. What a step sees (rows, learning rate,
-dropout) is a pure function of the config and the step's number, so a killed run resumes to the same
-bits.
+`train_stage` is the one call: check and load everything, then for each link extend, tune and tie,
+with evaluation, the best point, checkpoints and resume around it. What a step sees (rows, learning
+rate, dropout) is a pure function of the config and the step's number, so a killed run resumes to
+the same bits.
 
 Each link gets a new optimizer. Two exceptions, each a function of its own: a soft knot carries the
 moments (`knots.moments`), and one of a plug-in may take over what the one before held.
@@ -11,7 +11,7 @@ moments (`knots.moments`), and one of a plug-in may take over what the one befor
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import closing
 from functools import partial
 
@@ -21,13 +21,11 @@ from torch import Tensor
 from chainlora.chain.link import Link
 from chainlora.chain.live import SOFT_LINK_TOLERANCE
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import Stage
 from chainlora.errors import DivergedError, StoppedError, TrainingError
 from chainlora.models.modes import in_mode, kept_random_state
-from chainlora.runs.history import MAIN
-from chainlora.runs.start import NOTHING, Start
+from chainlora.runs.open_base import OpenBase
+from chainlora.runs.start import Start
 from chainlora.training.events import (
-    AlreadyFinished,
     GradientMeasured,
     KnotTied,
     Listener,
@@ -41,14 +39,11 @@ from chainlora.training.optimizers import (
     state_tensors,
     takes_over,
 )
-from chainlora.training.placement import StagePlan
-from chainlora.training.plan import make_plan
 from chainlora.training.processes import own_accelerate
 from chainlora.training.result import (
     TrainResult,
     evaluate_point,
     finish,
-    result_of,
     select_best,
 )
 from chainlora.training.run import Run
@@ -56,6 +51,7 @@ from chainlora.training.setup import prepare
 from chainlora.training.step import add_gradients, rate_factor, steps_ahead, update
 
 Moments = dict[str, Tensor]
+Loop = Callable[[Run], TrainResult]
 
 # Of the hidden states, in float32. Rounding of a 30-layer model stays below 1e-4. A link with soft
 # knots is stored to a relative error of its update, which layers can amplify.
@@ -63,44 +59,35 @@ _KNOT_TOLERANCE = 1e-3
 _SOFT_KNOT_TOLERANCE = 10 * SOFT_LINK_TOLERANCE
 
 
-def train(
-    config: RunConfig,
-    *,
-    resume: bool = False,
-    listener: Listener | None = None,
-    change: Collection[str] = (),
-    start: Start = NOTHING,
-    stage: str = MAIN,
-) -> TrainResult:
-    """Run a config from data to result and return what ``result.json`` holds.
-
-    What `chainlora.train` (`training.stages`) is made of, which shows progress too; this prints
-    nothing. The run begins on `start`, by default on what the config names or the base. With
-    `resume`, a run that is in `output` goes on, or if it has ended gives its result.
-    """
-    tell = listener or (lambda event: None)
-    plan = make_plan([Stage(stage, config)], change, resume=resume, start=start)
-    if not plan.due:
-        found = result_of(config, stage)
-        tell(AlreadyFinished(found["steps"], str(config.output)))
-        return found
-    return train_stage(plan.stages[0], plan.start, tell, change=change)
-
-
 @torch.inference_mode(False)  # wherever it is called, gradients are recorded
 @own_accelerate()
 def train_stage(
-    planned: StagePlan, start: Start, tell: Listener, change: Collection[str] = ()
+    name: str,
+    config: RunConfig,
+    start: Start,
+    tell: Listener,
+    *,
+    change: Collection[str] = (),
+    base: OpenBase | None = None,
+    loop: Loop | None = None,
 ) -> TrainResult:
-    """Train a stage of a plan to its end."""
-    config = planned.stage.config
-    prepared = prepare(config, tell, change, start, planned.name)
+    """Train a stage on `start` to its end, by this loop or another; resume one that was stopped.
+
+    It was declared (`runs.declaring`), unless it has no output. `change` names config keys that a
+    resume may change.
+    """
+    prepared = prepare(config, tell, change, start, name, base)
     with prepared as run, run.processes.exchanging(), kept_random_state(run.chain.model):
-        if run.progress.step == 0:
-            evaluate_point(run, "start")
-        tune_chain(run)
-        select_best(run)
-        return finish(run)
+        return (loop or tuned)(run)
+
+
+def tuned(run: Run) -> TrainResult:
+    """Tune all links of a run, and score what it comes to."""
+    if run.progress.step == 0:
+        evaluate_point(run, "start")
+    tune_chain(run)
+    select_best(run)
+    return finish(run)
 
 
 def tune_chain(run: Run) -> None:

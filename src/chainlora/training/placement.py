@@ -1,24 +1,30 @@
-"""Where a stage stands: beside the others, on what the run began on, or on top of them; and what
-is due when one beside others has ended.
+"""Where the stages of a command stand, and the entries that are declared for them.
+
+A stage stands beside the others, on what the run began on, or on top of them. After the last of
+those beside each other comes their combination, and a rehearsal of that.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
 from typing import Literal
 
-from chainlora.config.schema import PAIR_LOSSES
+from chainlora.config.schema import PAIR_LOSSES, RunConfig
 from chainlora.config.staging import Stage
 from chainlora.data.splits import learned_by
 from chainlora.errors import ConfigError, RunError
 from chainlora.evaluation.combination import ON_TOP, need_combinable
+from chainlora.runs.declaring import stage_entry
 from chainlora.runs.draft import Draft
-from chainlora.runs.history import History
+from chainlora.runs.history import History, Unbuilt
 from chainlora.runs.links import need_low_rank_sum
 from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.state import OpenState
+from chainlora.training.rehearsing import rehearsal_name, rehearsal_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,31 +54,7 @@ class StagePlan:
         return self.draft.position.step if self.draft else 0
 
 
-# --- where it begins ---
-
-
-def begins_on(now: OpenState, planned: StagePlan) -> OpenState:
-    """Return the state of a run, which is `now`, that a stage begins on or has begun on."""
-    if planned.begun is not None:
-        return planned.begun.parent
-    stage, history = planned.stage, now.history
-    key = history.origin if stage.beside else stage.after
-    return now if key is None else now.at(key)
-
-
-def need_below(now: OpenState, ended: Sequence[Stage]) -> None:
-    """Raise RunError unless these stages are in what the run is, or will be combined with it."""
-    run, history = now.run, now.history
-    below = {entry.key for entry in now.lineage}
-    below |= {stage.name for stage in ended if is_combination_due(history, stage)}
-    if missing := [stage.name for stage in ended if stage.name not in below]:
-        names = {stage.name for stage in ended}
-        whole = [e.key for e in history.entries if names <= {a.key for a in history.lineage(e.key)}]
-        raise RunError(
-            f"Cannot begin a stage on {history.head}, which {run} is now: it is without "
-            f"{missing[-1]}. Run chainlora undo {run} --to {[*missing, *whole][-1]}, then the same "
-            "command."
-        )
+# --- beside or on top ---
 
 
 def placed(planned: Sequence[StagePlan], now: OpenState | None, start: Start) -> list[StagePlan]:
@@ -80,13 +62,12 @@ def placed(planned: Sequence[StagePlan], now: OpenState | None, start: Start) ->
 
     A stage that was begun stays where it was. A new one stands where its key `beside` says, by
     default beside the others if it can be combined with them and their rows are answers; else a
-    warning says why. After the last of those that stand beside each other comes a rehearsal, unless
-    there is no other. `now` is what the run is, None before its first stage has ended, which begins
+    warning says why. `now` is what the run is, None before its first stage has ended, which begins
     on `start`.
 
     Raises ConfigError or RunError for what was begun elsewhere, or cannot be combined.
     """
-    stages = [planned[0].stage]
+    found = [planned[0]]
     for place, each in enumerate(planned[1:], 1):
         stage, is_beside = each.stage, each.stage.beside
         if each.begun is not None and stage.after is None:
@@ -94,11 +75,7 @@ def placed(planned: Sequence[StagePlan], now: OpenState | None, start: Start) ->
         elif stage.after is None:
             before = [other.stage for other in planned[:place] if other.state != "finished"]
             is_beside = can_stand(stage, before, now, start)
-        stages.append(replace(stage, beside=is_beside))
-    found, is_alone = [], len(stages) == 1 and now is not None and now.key == now.history.origin
-    for each, stage, then in zip(planned, stages, [*stages[1:], None], strict=True):
-        is_last = bool(stage.beside) and not is_alone and (then is None or not then.beside)
-        found.append(replace(each, stage=replace(stage, rehearse=stage.rehearse and is_last)))
+        found.append(replace(each, stage=replace(stage, beside=is_beside)))
     return found
 
 
@@ -174,32 +151,144 @@ def _began_beside(stage: Stage, begun: OpenState) -> bool:
     return is_beside
 
 
-# --- what is due when it has ended ---
+def need_below(now: OpenState, ended: Sequence[Stage], due: Collection[str]) -> None:
+    """Raise RunError unless these stages are in what the run is, or among those that are `due` to
+    be combined with it."""
+    run, history = now.run, now.history
+    below = {*history.below(now.key), *due}
+    if missing := [stage.name for stage in ended if stage.name not in below]:
+        names = {stage.name for stage in ended}
+        whole = [e.key for e in history.entries if names <= history.below(e.key)]
+        raise RunError(
+            f"Cannot begin a stage on {history.head}, which {run} is now: it is without "
+            f"{missing[-1]}. Run chainlora undo {run} --to {[*missing, *whole][-1]}, then the same "
+            "command."
+        )
+
+
+# --- what is declared for them ---
+
+
+@dataclass
+class Declaring:
+    """The entries of a command: those that are `new`, and by `keys` all that it is about, with the
+    `configs` of its stages. `history` has the new ones too.
+
+    `top` is what a stage on top of the others stands on, and in the end what the run is to become.
+    """
+
+    history: History
+    run: Path
+    new: list[Unbuilt] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    configs: dict[str, RunConfig] = field(default_factory=dict)
+    _group: list[Stage] = field(default_factory=list)  # beside each other, not combined yet
+
+    def __post_init__(self) -> None:
+        history = self.history
+        self.before = history
+        is_due = history.find_unbuilt(history.origin) is not None
+        self.top = self._first = history.origin if is_due else history.head
+        self.keys += [history.origin] * is_due
+
+    @property
+    def target(self) -> str | None:
+        """Return what the run is to become, None where it is that already."""
+        return None if self.top == self._first else self.top
+
+    def add_all(self, planned: Sequence[StagePlan]) -> None:
+        for each in planned:
+            if each.stage.beside:
+                self._add_beside(each)
+            else:
+                self._combine()
+                self._add_on_top(each)
+        self._combine()
+
+    def _add_on_top(self, planned: StagePlan) -> None:
+        stage = planned.stage
+        on = self.top if stage.after is None else stage.after
+        if planned.begun is not None and planned.begun.entry is not None:
+            on = planned.begun.entry.parent
+        self._add(planned, on)
+        if planned.state != "finished" and on == self.top:
+            self.top = stage.name
+
+    def _add_beside(self, planned: StagePlan) -> None:
+        name = planned.name
+        self._add(planned, self.history.origin)
+        is_awaited = any(name in self.history.below(each.key) for each in self.history.unbuilt)
+        if is_awaited or is_combination_due(self.history, planned.stage):
+            self._group.append(planned.stage)
+
+    def _add(self, planned: StagePlan, parent: str) -> None:
+        name, config = planned.name, planned.stage.config
+        self.keys.append(name)
+        self.configs[name] = config
+        if planned.state == "new":
+            entry = stage_entry(name, config, parent, name)
+            if entry != self.history.find_unbuilt(name):
+                self._declare(entry)
+
+    def _declare(self, entry: Unbuilt) -> None:
+        self.new.append(entry)
+        self.history = self.history.declared([entry], None)
+
+    def _combine(self) -> None:
+        """Combine the stages of the group with what the run is, or is about to be."""
+        if not self._group:
+            return
+        history, last, names = self.history, self._group[-1], [each.name for each in self._group]
+        self._group = []
+        parts = history.outer([*history.ends(self.top), *names])
+        known = [e for e in history.unbuilt if e.kind == "combine" and {*parts} <= {*e.parents}]
+        if known:  # by this command when it was given before, or by one that came later
+            parts = list(known[0].parents)
+        elif (target := self.before.target) is not None:  # of another command, or of a replaced one
+            ahead = [key for key in self.before.ends(target) if history.known(key) is not None]
+            ahead = [key for key in ahead if not {*names} & (history.below(key) - {key})]
+            parts = history.outer([*parts, *ahead])
+        if len(parts) == 1:  # the run is no more than what the stage began on
+            self.top = parts[0]
+        else:
+            self.combine(parts, last)
+
+    def combine(self, parts: Sequence[str], last: Stage) -> None:
+        """Combine entries, one of them the `last` stage, and rehearse that if the stage says so."""
+        history, known = self.history, self.history.combination(parts)
+        if known is None:
+            order = [e.key for e in (*history.entries, *history.unbuilt) if e.key in parts]
+            key = history.name_after(order)
+            known = Unbuilt(key=key, kind="combine", parents=tuple(order), unit=last.name)
+            self._declare(known)
+        self.keys.append(known.key)
+        self.top = known.key
+        if last.rehearse:
+            self._rehearse(last, known.unit)
+
+    def _rehearse(self, last: Stage, unit: str) -> None:
+        """Let a rehearsal follow the combination."""
+        history, on = self.history, (self.top,)
+        known = (*history.entries, *history.unbuilt)
+        name = next((e.key for e in known if e.is_rehearsal and e.parents == on), None)
+        if name is None:
+            name = rehearsal_name(history)
+            own = {"name": name, "plugins": [*last.config.plugins]}
+            stage = rehearsal_of(last.config, own, self._largest_rank(), self.run)
+            self.configs[name] = stage.config
+            self._declare(stage_entry(name, stage.config, self.top, unit))
+        self.keys.append(name)
+        self.top = name
+
+    def _largest_rank(self) -> int:
+        parts, links = self.history.ends(self.top), self.history.links
+        below = [term for key in parts for term in self.history.state_of(key).terms]
+        due = [self.configs[key].chain.ranks for key in parts if key in self.configs]
+        return max((*(links[term.link].rank for term in below), *chain(*due)), default=8)
 
 
 def is_combination_due(history: History, stage: Stage) -> bool:
-    """Say whether a stage beside others is in no combination yet, nor in what the run is."""
-    return bool(stage.beside) and stage.name not in _taken_in(history, history.head)
-
-
-def left_out(history: History) -> list[str]:
-    """Return the stages that have ended and never were in what the run was, as after a kill."""
-    inside = _taken_in(history, history.head, *history.past, *history.future)
-    return [name for name in history.own_stages if name not in inside]
-
-
-def _taken_in(history: History, *heads: str) -> set[str]:
-    """Return what has been in a combination, and all that some entries were computed from."""
-    found = {key for each in history.entries if each.kind == "combine" for key in each.parents}
-    return found | {entry.key for head in heads for entry in history.lineage(head)}
-
-
-def is_rehearsal_due(history: History, stage: Stage) -> bool:
-    """Say whether the run is a combination with a new stage, which nothing has rehearsed."""
-    now = history.find(history.head)
-    if not stage.rehearse or now is None or now.kind != "combine":
-        return False
-    before = history.ends(history.past[-1]) if history.past else []
-    is_new = stage.name in now.parents and stage.name not in before
-    is_done = any(each.is_rehearsal and each.parents == (now.key,) for each in history.entries)
-    return is_new and not is_done
+    """Say whether a stage beside others is in no combination, and not in what the run is."""
+    known = (*history.entries, *history.unbuilt)
+    combined = {key for each in known if each.kind == "combine" for key in each.parents}
+    return bool(stage.beside) and stage.name not in combined | history.below(history.head)

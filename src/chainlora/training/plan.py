@@ -1,16 +1,16 @@
-"""The plan of a run: what of it is left to do.
+"""The plan of a command: its stages, what of them is left to do, and the entries to declare.
 
 It is made and checked once (`training.refusing`), before anything is done. `--dry-run` shows it,
-and every stage is trained by it.
+`runs.declaring` writes it, and `training.building` does what it declares.
 """
 
 from __future__ import annotations
 
 import logging
-import shlex
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import ceil
+from os.path import expanduser
 from pathlib import Path
 
 from chainlora.config.schema import LENGTHS, RunConfig
@@ -18,9 +18,11 @@ from chainlora.config.staging import Stage, exists_in, need_apart
 from chainlora.data.splits import check_files, rows_of_an_epoch
 from chainlora.errors import RunError
 from chainlora.runs.addresses import begun_stage, state_at
+from chainlora.runs.declaring import history_of_start
 from chainlora.runs.draft import drafts_in
-from chainlora.runs.history import MAIN, START, read_history
+from chainlora.runs.history import MAIN, START, Base, History, Unbuilt, read_history
 from chainlora.runs.loading_start import load_start, start_at
+from chainlora.runs.open_base import OpenBase
 from chainlora.runs.resuming import (
     check_plugins,
     compare,
@@ -30,7 +32,7 @@ from chainlora.runs.resuming import (
 )
 from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.state import OpenState
-from chainlora.training.placement import StagePlan, begins_on, left_out, need_below, placed
+from chainlora.training.placement import Declaring, StagePlan, need_below, placed
 from chainlora.training.refusing import check_due, naming
 
 logger = logging.getLogger(__name__)
@@ -42,17 +44,46 @@ ROWS = 640
 MOST_EPOCHS = 10
 
 
+def _nothing() -> History:
+    return History(base=Base(model="", fingerprint=""), hold="")
+
+
 @dataclass(frozen=True)
 class Plan:
-    """The stages of a run in their order. `start` is what the first one begins on, or has begun on
-    if it was stopped."""
+    """The stages of a command in their order, and the entries that it declares for them.
+
+    `start` is what a new run begins on, `history` is what the run's is, or what it begins with.
+    `keys` are all entries that the command is about, `configs` those of stages, `target` is what
+    the run is to become. Without a run there are stages alone.
+    """
 
     stages: tuple[StagePlan, ...]
     start: Start = NOTHING
+    run: Path = Path()
+    history: History = field(default_factory=_nothing)
+    new: tuple[Unbuilt, ...] = ()
+    keys: tuple[str, ...] = ()
+    configs: Mapping[str, RunConfig] = field(default_factory=dict)
+    target: str | None = None
 
     @property
     def due(self) -> list[StagePlan]:
         return [each for each in self.stages if each.state != "finished"]
+
+    @property
+    def combined(self) -> set[str]:
+        """Return the keys of all entries below the combinations that are to be built."""
+        history = self.history.declared(self.new, None)
+        due = (history.find_unbuilt(key) for key in self.keys)
+        keys = [entry.key for entry in due if entry is not None and entry.kind == "combine"]
+        return {name for key in keys for name in history.below(key)}
+
+    def after(self, name: str) -> list[str]:
+        """Say what is to be computed when a stage has ended."""
+        known = [self.history.find_unbuilt(key) for key in self.keys]
+        found = {entry.key: entry for entry in (*known, *self.new) if entry is not None}
+        left = [entry for entry in found.values() if entry.unit == name != entry.key]
+        return ["rehearsal" if entry.is_rehearsal else "combination" for entry in left]
 
 
 def make_plan(
@@ -60,20 +91,19 @@ def make_plan(
     change: Collection[str] = (),
     *,
     resume: bool = True,
-    start: Start = NOTHING,
+    base: OpenBase | None = None,
 ) -> Plan:
-    """Say where each stage is, and check the files that the last ended one and a new one depend on.
-    Trains nothing.
+    """Say where each stage is, what is to be declared, and check the files that the last ended one
+    and a new one depend on. Writes and trains nothing.
 
-    Without `resume`, a run in the output is refused. `start` is what a run begins on whose config
-    does not name it.
+    Without `resume`, a run in the output is refused.
 
     Raises ChainLoRAError for what the run holds otherwise, and for all that a config, the model,
     this machine or the files of rows tell that cannot be trained.
     """
     output, there = stages[0].config.output, None
     if output is not None:
-        run = Path(output)
+        run = Path(expanduser(output))
         need_apart(run)
         refuse_if_other(run) if resume else refuse_if_taken(run)
         there = state_at(run, read_history(run)) if exists_in(run) else None
@@ -87,17 +117,50 @@ def make_plan(
     now = there if ended else None
     if ended:
         ended[-1].verify()
+    start = NOTHING
     if planned[0].state != "finished":
-        start = _start_of(planned[0], there, start)
+        start = _start_of(planned[0], there)
     plan = Plan(tuple(placed(planned, now, start)), start)
+    if output is not None:
+        plan = _with_entries(plan, run, there)
     new = [each.name for each in plan.due if each.state == "new"]
     if there is not None and new:
-        _tell_of_others(there, stages, new[0])
+        names = {*plan.combined, *(stage.name for stage in stages)}
+        for name in sorted(drafts_in(there.run, there.history).keys() - names):
+            logger.warning("stage %s is half trained, and %s begins without it", name, new[0])
     if now is not None and new:
-        need_below(now.verify(), [each.stage for each in plan.stages if each.state == "finished"])
+        below = [each.stage for each in plan.stages if each.state == "finished"]
+        need_below(now.verify(), below, plan.combined)
     if plan.due:
-        check_due(plan.stages, start, now)
+        check_due(plan.stages, start, now, base)
     return plan
+
+
+def _with_entries(plan: Plan, run: Path, there: OpenState | None) -> Plan:
+    """Return a plan with the entries that it declares."""
+    first = plan.stages[0]
+    if there is not None:
+        history = there.history
+    else:
+        config, known = first.stage.config, plan.start.state
+        base = known.base if known is not None else Base(model=config.model, fingerprint="")
+        history = history_of_start(plan.start, base, config, first.name)
+    found = Declaring(history, run)
+    found.add_all(plan.stages)
+    return replace(plan_of(found), stages=plan.stages, start=plan.start)
+
+
+def plan_of(found: Declaring) -> Plan:
+    """Return the plan of a run whose entries are declared so, without a stage of a config."""
+    return Plan(
+        (),
+        run=found.run,
+        history=found.before,
+        new=tuple(found.new),
+        keys=tuple(found.keys),
+        configs=found.configs,
+        target=found.target,
+    )
 
 
 def _need_order(now: OpenState, stages: Sequence[Stage]) -> None:
@@ -138,7 +201,7 @@ def _with_length(stage: Stage, begun: OpenState | None) -> Stage:
     """Return a stage whose links have a length: by default the one that it was begun with, else by
     the number of its rows."""
     chain = stage.config.chain
-    if chain.has_length or not chain.ranks:
+    if chain.has_length or not chain.ranks or stage.config.data.rehearse:
         return stage
     if begun is not None:
         before = begun.config().chain
@@ -189,23 +252,15 @@ def _need_same(stage: Stage, begun: OpenState, change: Collection[str]) -> None:
         check_plugins(begun, stage.config)
 
 
-def _start_of(first: StagePlan, there: OpenState | None, start: Start) -> Start:
+def _start_of(first: StagePlan, there: OpenState | None) -> Start:
     """Return what the first stage begins on, or has begun on."""
-    if there is not None and (first.begun is not None or there.history.entries):
-        return start_at(begins_on(there, first))
-    source = first.stage.config.start
-    return start if source is None else load_start(source)
-
-
-def _tell_of_others(now: OpenState, stages: Sequence[Stage], new: str) -> None:
-    """Warn of stages in neither run nor config: half trained, or ended and not combined."""
-    names = {stage.name for stage in stages}
-    for name in sorted(drafts_in(now.run, now.history).keys() - names):
-        logger.warning("stage %s is half trained, and %s begins without it", name, new)
-    for name in left_out(now.history):
-        if name not in names:
-            both = shlex.join([str(now.run), *now.history.ends(now.key), name])
-            logger.warning(
-                "stage %s has ended and is not in %s; to have it: chainlora combine %s",
-                *(name, now.run, both),
-            )
+    if there is None:
+        source = first.stage.config.start
+        return NOTHING if source is None else load_start(source)
+    if first.begun is not None:
+        return start_at(first.begun.parent)
+    history = there.history
+    if history.find_unbuilt(history.origin) is not None and first.stage.config.start is not None:
+        return load_start(first.stage.config.start)  # it was declared, and is not imported yet
+    key = history.origin if first.stage.beside else first.stage.after
+    return start_at(there if key is None else there.at(key))

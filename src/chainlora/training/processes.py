@@ -299,7 +299,26 @@ def wait_for_all() -> None:
     """Let all processes come here: the first one writes what the others read next."""
     if num_launched() > 1:
         cpu = not torch.accelerator.is_available()
-        PartialState(cpu=cpu, timeout=PATIENCE).wait_for_everyone()
+        with finding_each_other():
+            state = PartialState(cpu=cpu, timeout=PATIENCE)
+        state.wait_for_everyone()
+
+
+@contextmanager
+def finding_each_other() -> Iterator[None]:
+    """Say what is missing where Accelerate has some of a launcher's variables without the others.
+
+    Nothing of the attempt is left: another one says the same.
+    """
+    try:
+        yield
+    except ValueError as error:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        raise ConfigError(
+            "Accelerate must find the processes that the environment names",
+            error,
+            "launch with torchrun, or unset LOCAL_RANK and WORLD_SIZE",
+        ) from error
 
 
 def is_first_launched() -> bool:

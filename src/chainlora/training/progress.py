@@ -19,6 +19,7 @@ from rich.text import Text
 from chainlora.errors import printable
 from chainlora.training.events import (
     AlreadyFinished,
+    EntryBuilt,
     Evaluated,
     Event,
     KeptRowsRead,
@@ -137,6 +138,10 @@ class _Listener:
                 again = f", from step {event.step}" if event.state == "stopped" else ""
                 where = ", beside the others" * event.beside
                 self._say(f"stage {event.stage}{where}{again}")
+            case EntryBuilt(kind="combine"):
+                self._say(f"{event.entry}: combined in {_duration(event.seconds)}")
+            case EntryBuilt(kind="stage"):
+                self._say(f"stage {event.entry}: trained in {_duration(event.seconds)}")
             case AlreadyFinished():
                 self._say(f"{event.run} was finished after step {event.step}: nothing left to do")
             case KnotTied():
@@ -167,7 +172,10 @@ class _Listener:
         lengths = " + ".join(map(str, event.lengths))
         resumed = f", resuming after step {event.step}" if event.step else ""
         rows = f"{event.rows} training row{'s' * (event.rows != 1)}"
-        self._say(f"{rows}, {event.num_steps} steps ({lengths or 'no link'}){resumed}")
+        about = ""
+        if event.estimate is not None and not event.step:
+            about = f", about {_duration(event.estimate)} at the speed of the stage before"
+        self._say(f"{rows}, {event.num_steps} steps ({lengths or 'no link'}){resumed}{about}")
         for split, found in event.data.items():
             for line in _what_became_of(found):
                 self._say(f"{split}: {line}")

@@ -1,12 +1,12 @@
 """Train again what an export says that it was made of: the same bits from lineage, rows and base.
 
-The entries of its history are made again in their order: stages are trained, mixes and combinations
-computed. Each must end in the state that it had.
+The entries of its history are declared in another run, and built. Each must end in the state that
+it had.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from operator import methodcaller
 from pathlib import Path
@@ -16,18 +16,31 @@ from chainlora.config.reading import leave_out_helpers, make_config, set_key
 from chainlora.config.staging import Stage, exists_in
 from chainlora.config.template_names import refuse_paths
 from chainlora.errors import ConfigError, DataError, RunError
-from chainlora.evaluation.combination import combine
 from chainlora.models.finding import resolve_model
 from chainlora.models.identity import base_files
-from chainlora.runs.history import Entry, read_history, update_history
+from chainlora.runs.addresses import begun_stage, state_at
+from chainlora.runs.declaring import history_of_start, stage_entry
+from chainlora.runs.history import (
+    Base,
+    Declared,
+    Entry,
+    History,
+    Unbuilt,
+    read_history,
+    update_history,
+)
 from chainlora.runs.lineage import Lineage
+from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import check_base
-from chainlora.runs.resuming import CHANGEABLE, source_digests
+from chainlora.runs.resuming import CHANGEABLE, compare, source_digests
+from chainlora.runs.start import NOTHING
+from chainlora.training.building import carry_out
 from chainlora.training.events import Listener
+from chainlora.training.placement import StagePlan
+from chainlora.training.plan import Plan
 from chainlora.training.processes import num_launched
-from chainlora.training.refusing import naming
+from chainlora.training.refusing import check_due, naming
 from chainlora.training.result import TrainResult
-from chainlora.training.stages import train_stages
 
 _PLACES = {"output", "model", "task", "dir", "train", "validation", "test"}
 _PLACES |= {"plugins", "trackers"}  # which are named again
@@ -105,36 +118,69 @@ def _check_rows(entry: Entry, stage: Stage) -> None:
 def rebuild(
     lineage: Lineage, stages: Sequence[Stage], *, listener: Listener | None = None
 ) -> list[TrainResult | None]:
-    """Train and compute the entries of a lineage again; return the result of each stage.
+    """Declare the entries of a lineage in another run and build them; return the result of each
+    stage.
 
     The same call again goes on where the last one was stopped. Raises RunError at the first entry
     that ends in other bits.
     """
-    run, results = Path(stages[0].config.output or "").expanduser(), list[TrainResult | None]()
-    wanted, by_name = lineage.history, {stage.name: stage for stage in stages}
+    run, wanted = Path(stages[0].config.output or "").expanduser(), lineage.history
     if num_launched() > 1:
         raise ConfigError("a lineage is trained again by one process", num_launched())
+    known = None
     if exists_in(run):
-        own = [entry.key for entry in read_history(run).entries if entry.kind != "mix"]
+        known = read_history(run)
+        own = [entry.key for entry in (*known.entries, *known.unbuilt) if entry.kind != "mix"]
         if strange := [key for key in own if wanted.find(key) is None]:
             rule, got = "`output` must be new, or of this lineage", f"{strange[0]} in {run}"
             raise RunError(rule, got, "choose another output")
-    for entry in wanted.entries:
-        is_new = not exists_in(run) or read_history(run).find(entry.key) is None
-        if is_new and exists_in(run):
-            update_history(run, methodcaller("moved", entry.parent))
-        if entry.kind == "stage":
-            results += train_stages([by_name[entry.key]], listener=listener, matrix=False)
-        elif entry.kind == "mix" and is_new:
-            update_history(run, methodcaller("mixed", entry.state))
-        elif entry.kind == "combine" and is_new:
-            combine(run, entry.parents)
-        if entry.kind != "import":
-            _check_bits(run, entry)
+    plan = _plan(lineage, stages, run, known)
+    base = OpenBase.of_config(stages[0].config, None if known is None else run)
+    if plan.due:
+        check_due(plan.stages, NOTHING, None if known is None else state_at(run, known), base)
+
+    def check(entry: Entry) -> None:
+        found = wanted.find(entry.key)
+        assert found is not None
+        _check_bits(run, found)
+
+    results = carry_out(plan, listener or (lambda event: None), base=base, after=check)
     update_history(run, methodcaller("moved", wanted.head))
     if lineage.exported.get("num_links") is None:
         update_history(run, methodcaller("mixed", lineage.state))
-    return results
+    return [results.get(stage.name) for stage in stages]
+
+
+def _plan(lineage: Lineage, stages: Sequence[Stage], run: Path, known: History | None) -> Plan:
+    """Return the plan of a run that gets the entries of a lineage."""
+    wanted, by_name = lineage.history, {stage.name: stage for stage in stages}
+    first = stages[0].config
+    begun = [StagePlan(s, None if known is None else begun_stage(run, s.name)) for s in stages]
+    for each in begun:
+        if each.begun is not None:
+            compare(each.begun, each.stage.config, (), each.name)
+    history = known or history_of_start(
+        NOTHING, Base(model=first.model, fingerprint=""), first, stages[0].name
+    )
+    new = [
+        _declared(entry, by_name, wanted)
+        for entry in wanted.entries
+        if history.known(entry.key) is None
+    ]
+    keys = tuple(entry.key for entry in wanted.entries)
+    configs = {stage.name: stage.config for stage in stages}
+    target = wanted.head if new else None
+    return Plan(tuple(begun), NOTHING, run, history, tuple(new), keys, configs, target)
+
+
+def _declared(entry: Entry, stages: Mapping[str, Stage], wanted: History) -> Unbuilt:
+    """Return an entry of a lineage as it is declared."""
+    if entry.kind == "stage":
+        found = stage_entry(entry.key, stages[entry.key].config, entry.parent, entry.key)
+        return found.model_copy(update={"unit": entry.unit})
+    strengths = wanted.strengths_of(entry.state) if entry.kind == "mix" else {}
+    known = {name: getattr(entry, name) for name in Declared.model_fields}
+    return Unbuilt(**known, strengths=strengths)
 
 
 def _check_bits(run: Path, wanted: Entry) -> None:

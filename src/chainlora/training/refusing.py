@@ -13,7 +13,7 @@ from pathlib import Path
 from chainlora import files
 from chainlora.chain.adapters import check_targets
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import Stage
+from chainlora.config.staging import Stage, exists_in
 from chainlora.data.division import can_read_again
 from chainlora.data.kept import keeps_rows
 from chainlora.data.splits import learned_by, length_limit
@@ -68,7 +68,7 @@ def check_due(
                 for link in dict.fromkeys(config.chain.links()):
                     check_targets(base.skeleton, link)
         if each.state == "new":
-            if each.name in start.stages:
+            if each.name in start.stages and now is None:
                 got = f"{each.name!r}, which is there"
                 raise RunError("a stage must have a name of its own", got, "choose another")
             _need_rows(each.stage, origin if each.stage.beside else below)
@@ -104,6 +104,9 @@ def _given(first: RunConfig, start: Start, is_new: bool) -> dict[str, str | None
     """Return what the rows are learned by that a config gives for what its run begins on."""
     if first.start_data is None or not is_new:
         return {}
+    is_own = start.state is not None and exists_in(Path(first.output or "").expanduser())
+    if START in start.kept and is_own:
+        return {}  # of the same run, which has kept them already
     if START in start.kept:
         got = f"some, and those of {first.start or 'the base'}"
         raise RunError("`start_data` is for a start without such rows", got, "leave it out")

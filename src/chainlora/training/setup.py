@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from contextlib import ExitStack
-from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from torch import nn
 
-from chainlora.chain.adapters import is_transposed
 from chainlora.chain.chain import Chain
 from chainlora.chain.holding import holding_named
 from chainlora.config.reading import flatten
@@ -28,12 +26,13 @@ from chainlora.errors import ConfigError
 from chainlora.models.loading import check_vocabulary
 from chainlora.models.modes import kept_random_state
 from chainlora.models.quantizing import is_quantized_model
+from chainlora.runs.addresses import state_at
 from chainlora.runs.draft import Progress
-from chainlora.runs.history import Base
+from chainlora.runs.history import RESULT, read_history
 from chainlora.runs.loading_start import fitted
 from chainlora.runs.open_base import OpenBase
+from chainlora.runs.opening import noted_base
 from chainlora.runs.start import NOTHING, Start
-from chainlora.runs.start_rows import rows_of_start
 from chainlora.runs.work import Work
 from chainlora.training.batches import make_batches
 from chainlora.training.deciding import decide, take_reference
@@ -43,9 +42,11 @@ from chainlora.training.processes import (
     PATIENCE,
     Processes,
     find_processes,
+    finding_each_other,
     num_launched,
     wants_shards,
 )
+from chainlora.training.rehearsing import with_steps
 from chainlora.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -80,8 +81,6 @@ def prepare(
                 _open_files(base, work, config, change)
             tokenizer = base.tokenizer(start.tokenizer)
             with processes.in_turn():  # a bad row is told before the model is loaded
-                if begun is None:
-                    start = _with_rows(start, config, tokenizer, base.context)
                 earlier = start.kept if begun is None else begun.kept()
                 earlier.pop(stage, None)  # a stage that is resumed has its own beside them
                 keys = {"earlier": earlier, "compare": processes.is_first and begun is None}
@@ -89,15 +88,21 @@ def prepare(
             chain = _put_chain_on(base, config, processes)
             if start.tokenizer is not None:
                 check_vocabulary(chain.model, tokenizer, start.tokenizer)
+            declared, config = config, with_steps(config, earlier.values())
             batches = make_batches(config, splits.train, splits.mixture)
             _check(config, chain.model, splits)
             engine = _new_engine(config, chain.model, processes)
             undo.callback(engine.close)
             if begun is None:
-                start = _begun_on(start, chain, config)
+                start = fitted(start, chain, config.model)
+                for note in start.notes:
+                    logger.warning("%s", note)
+            progress = Progress()
             with processes.in_turn():
-                tuned = _base_of(config, chain, base.files)
-                progress = _claim(work, config, tuned, splits, start)
+                if work is not None:
+                    known = noted_base(config, chain, base.files)
+                    keep = splits.kept if keeps_rows(config.data) else None
+                    progress = work.begin(declared, known, rows=splits.digest, keep=keep)
             run = Run(
                 config=config,
                 batches=batches,
@@ -123,19 +128,12 @@ def prepare(
 def _open_files(
     base: OpenBase, work: Work | None, config: RunConfig, change: Collection[str]
 ) -> None:
-    """Lock a stage that is resumed; find, and check, the files of its base: nothing is loaded."""
+    """Lock a stage; find, and check, the files of its base: nothing is loaded."""
     if work is not None:
         work.open(config, change)
     files = base.files  # which may be downloaded
     if work is not None:
         work.check_base_files(files)
-
-
-def _with_rows(start: Start, config: RunConfig, tokenizer: Any, context: int) -> Start:
-    """Return what a new stage begins on with the rows that its config gives for that."""
-    if config.start_data is None:
-        return start
-    return replace(start, rows=rows_of_start(config.start_data, config.data, tokenizer, context))
 
 
 def _read_rows(
@@ -197,19 +195,13 @@ def _make_accelerator(config: RunConfig, stage: str) -> Accelerator:
                     f"{name!r} in `trackers` and no output",
                     "give output, or remove it",
                 )
-        try:
+        with finding_each_other():
             accelerator = Accelerator(
                 cpu=num_launched() > 1 and not torch.accelerator.is_available(),
                 log_with=wanted or None,
                 project_dir=config.output and str(stage_folder(Path(config.output), stage)),
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
             )
-        except ValueError as error:  # of some of a launcher's variables without the others
-            raise ConfigError(
-                "Accelerate must find the processes that the environment names",
-                error,
-                "launch with torchrun, or unset LOCAL_RANK and WORLD_SIZE",
-            ) from error
         known = [str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with]
         missing = [name for name in wanted if name not in known]
     if missing:
@@ -218,26 +210,6 @@ def _make_accelerator(config: RunConfig, stage: str) -> Accelerator:
             f"{missing[0]!r}); pip install it or remove it"
         )
     return accelerator
-
-
-def _begun_on(start: Start, chain: Chain, config: RunConfig) -> Start:
-    """Put the links on the model that the run begins on, and say what it should know of them."""
-    start = fitted(start, chain, config.model)
-    for note in start.notes:
-        logger.warning("%s", note)
-    return start
-
-
-def _base_of(config: RunConfig, chain: Chain, files: dict[str, str]) -> Base:
-    """Return what a run notes of the model that it is tuned on; `files` are their hashes."""
-    return Base(
-        model=config.model,
-        fingerprint=chain.base_fingerprint,
-        dtype=config.train.dtype,
-        files=files,
-        fan_in_fan_out=any(map(is_transposed, chain.model.modules())),
-        quantize=config.quantize,
-    )
 
 
 def _put_links_on(run: Run, start: Start) -> None:
@@ -250,16 +222,6 @@ def _put_links_on(run: Run, start: Start) -> None:
         if run.splits.loss == "dpo":
             take_reference(run)
         decide(run)
-
-
-def _claim(
-    work: Work | None, config: RunConfig, base: Base, splits: Splits, start: Start
-) -> Progress:
-    """Claim the folder of a stage, or find where to resume."""
-    if work is None:
-        return Progress()
-    keep = splits.kept if keeps_rows(config.data) else None
-    return work.begin(config, base, rows=splits.digest, start=start, keep=keep)
 
 
 def _announce(run: Run) -> None:
@@ -279,8 +241,26 @@ def _announce(run: Run) -> None:
             data=run.splits.report(),
             evaluations=_evaluations(run),
             log_every=run.train.log_every,
+            estimate=_estimate(run),
         )
     )
+
+
+def _estimate(run: Run) -> float | None:
+    """Return how many seconds the stage takes at the speed of the one that it stands on, or of the
+    last one that ended; evaluations are counted as those were."""
+    if run.work is None:
+        return None
+    history = read_history(run.work.run)
+    ended = [entry.key for entry in history.entries if RESULT in entry.files]
+    if not ended or not len(run.splits.train):
+        return None
+    before = state_at(run.work.run, history, ended[-1]).result() or {}
+    if not before.get("tokens"):
+        return None
+    rows = run.batches.num_steps * run.train.batch_size * run.train.gradient_accumulation
+    tokens = rows * float(run.batches.row_lengths.mean())
+    return float(before["wall_s"] * tokens / before["tokens"])
 
 
 def _evaluations(run: Run) -> list[int]:

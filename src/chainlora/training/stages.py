@@ -1,16 +1,11 @@
-"""`chainlora.train`, `chainlora.extend`, and the stages of a run, which they train.
+"""`chainlora.train`, `chainlora.extend` and `chainlora.rehearse`: plan, declare, build, score.
 
-What has ended is verified, what is new is trained and scored. Each stage is trained by the
-loop of a plain run, on the state that the run is now. So what holds for a run holds inside a stage:
-kills, resume to the same bits, the best point, early stop. The same call again goes on where the
-last one was stopped, and does nothing where all is done.
+What has ended is verified, what is new is declared, then trained and scored. The same call again
+declares nothing: it builds what is left, and does nothing where all is done.
 """
 
 from __future__ import annotations
 
-import logging
-import shlex
-import signal
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,34 +14,24 @@ from typing import Any, cast
 from chainlora.chain.showing import Shown
 from chainlora.config.reading import make_config, read_config
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import Stage, check_alone, has_stages, make_stages
-from chainlora.errors import StoppedError
-from chainlora.evaluation.combination import combine_with
-from chainlora.evaluation.stage_scores import Progress, stage_matrix
-from chainlora.runs.addresses import open_run, state_at
-from chainlora.runs.history import History, read_history
-from chainlora.runs.loading_start import start_at, with_start
-from chainlora.runs.start import Start
-from chainlora.runs.work import Work
-from chainlora.training.events import Event, KeptRowsRead, Listener, StageBegins
-from chainlora.training.extending import extension, rehearsal
-from chainlora.training.interrupts import stop_requested
-from chainlora.training.loop import train as run_training
-from chainlora.training.loop import train_stage
-from chainlora.training.placement import (
-    StagePlan,
-    begins_on,
-    is_combination_due,
-    is_rehearsal_due,
-    need_below,
-)
-from chainlora.training.plan import make_plan
-from chainlora.training.processes import is_first_launched, num_launched, wait_for_all
+from chainlora.config.staging import Stage, check_alone, exists_in, has_stages, make_stages
+from chainlora.errors import RunError
+from chainlora.evaluation.stage_scores import stage_matrix
+from chainlora.runs.addresses import open_run
+from chainlora.runs.changes import Pruning, whole_run
+from chainlora.runs.history import MAIN, read_history
+from chainlora.runs.loading_start import with_start
+from chainlora.runs.open_base import OpenBase
+from chainlora.training.building import carry_out, reader
+from chainlora.training.events import AlreadyFinished, EntryBuilt, Event, Listener, StageBegins
+from chainlora.training.extending import extension
+from chainlora.training.loop import Loop, train_stage, tuned
+from chainlora.training.placement import Declaring
+from chainlora.training.plan import make_plan, plan_of
+from chainlora.training.processes import is_first_launched, wait_for_all
 from chainlora.training.progress import progress_listener
-from chainlora.training.refusing import naming
+from chainlora.training.rehearsing import rehearsal
 from chainlora.training.result import TrainResult, result_of
-
-logger = logging.getLogger(__name__)
 
 
 def train(
@@ -82,7 +67,7 @@ def train(
         return _of_stages(stages, listener, change, progress)
     checked = check_alone(config if isinstance(config, RunConfig) else make_config(config))
     with _shown(listener, progress) as tell:
-        found = run_training(checked, resume=resume, listener=tell, change=change)
+        found = train_run(checked, resume=resume, listener=tell, change=change)
     return cast(TrainResult, Shown(found))
 
 
@@ -160,7 +145,7 @@ def _shown(listener: Listener | None, progress: bool | None) -> Iterator[Listene
         yield tell
 
 
-# --- stages ---
+# --- plans ---
 
 
 def train_stages(
@@ -169,6 +154,7 @@ def train_stages(
     listener: Listener | None = None,
     change: Collection[str] = (),
     matrix: bool = True,
+    base: OpenBase | None = None,
 ) -> list[TrainResult | None]:
     """Train what is new of the stages of a run; return a result for each, None of what had ended,
     and those of rehearsals after them.
@@ -179,86 +165,94 @@ def train_stages(
 
     Raises RunError where a stage that has ended is another one now, and what `train` raises.
     """
+    tell, base = listener or (lambda event: None), base or base_of(stages[0].config)
+    plan = make_plan(stages, change, base=base)
+    results = carry_out(plan, tell, change, base=base)
+    if matrix:
+        _score(plan.run, tell, base)
+    names = [stage.name for stage in stages]
+    return [*map(results.get, names), *(r for key, r in results.items() if key not in names)]
+
+
+def base_of(config: RunConfig) -> OpenBase:
+    """Return the base of a config, for all of a command."""
+    run = None if config.output is None else Path(config.output).expanduser()
+    return OpenBase.of_config(config, run if run is not None and exists_in(run) else None)
+
+
+def train_run(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    listener: Listener | None = None,
+    change: Collection[str] = (),
+    stage: str = MAIN,
+    loop: Loop = tuned,
+    base: OpenBase | None = None,
+) -> TrainResult:
+    """Run a config from data to result and return what ``result.json`` holds.
+
+    Like `chainlora.train`, but without showing progress. With `resume`,
+    a run that is in `output` goes on, or if it has ended gives its result. `loop` trains it.
+    """
+    tell, base = listener or (lambda event: None), base or base_of(config)
+    plan = make_plan([Stage(stage, config)], change, resume=resume, base=base)
+    if config.output is None:
+        return train_stage(stage, config, plan.start, tell, base=base, loop=loop)
+
+    def of_the_run(event: Event) -> None:  # it has one stage: nothing is to be told of that
+        if not isinstance(event, StageBegins | EntryBuilt):
+            tell(event)
+
+    found = carry_out(plan, of_the_run, change, base=base, loop=loop).get(stage)
+    if found is None:
+        found = result_of(config, stage)
+        tell(AlreadyFinished(found["steps"], str(config.output)))
+    return found
+
+
+def combine_again(run: str | Path, pruned: Pruning, *, listener: Listener | None = None) -> None:
+    """Combine what a pruning has left of a run, and rehearse it if it was."""
+    now = open_run(run)
+    left = pruned.left or (now.history.ends(now.key) if pruned.rehearsed else [])
+    if len(left) < 2:
+        return
+    name = now.at(left[-1]).configured.key
+    stage = Stage(name, now.at(name).config(), beside=True, rehearse=pruned.rehearsed)
+    found = Declaring(now.history, now.run)
+    found.combine(left, stage)
+    base = OpenBase.of_state(now)
+    carry_out(plan_of(found), listener or (lambda event: None), base=base)
+
+
+def build_run(
+    run: str | Path, *, listener: Listener | None = None, base: OpenBase | None = None
+) -> list[TrainResult]:
+    """Build all that was declared in a run and is not built; return the results of its stages.
+
+    Raises RunError for a stage with plug-ins: the command that began it names these.
+    """
+    folder = whole_run(run)
+    found = Declaring(read_history(folder), folder)
+    for entry in found.history.unbuilt:
+        if plugins := entry.config.get("plugins"):
+            rule, got = (
+                "chainlora train RUN runs no plug-ins",
+                f"{', '.join(plugins)} for {entry.key}",
+            )
+            raise RunError(rule, got, f"give the command that declared {entry.key} again")
+    found.keys = [entry.key for entry in found.history.unbuilt]
+    plan = plan_of(found)
     tell = listener or (lambda event: None)
-    plan = make_plan(stages, change)
-    run, results = Path(stages[0].config.output or ""), list[TrainResult | None]()
-    rehearsed = list[TrainResult | None]()
-    for place, planned in enumerate(plan.stages):
-        tell(StageBegins(planned.step, planned.name, planned.state, bool(planned.stage.beside)))
-        if planned.state == "finished":
-            Work(run, planned.name, writes=is_first_launched()).tidy()
-            results.append(None)
-        else:
-            start = _start_of(run, planned, plan.stages[:place]) if place else plan.start
-            with naming(planned.stage):
-                results.append(train_stage(planned, start, tell, change=change))
-            wait_for_all()
-        if is_first_launched():
-            _take_in(run, planned, tell)
-        wait_for_all()
-        if is_rehearsal_due(read_history(run), planned.stage):
-            named = {"plugins": [*planned.stage.config.plugins]}
-            rehearsed += train_stages(rehearsal(run, named), listener=listener, matrix=False)
-    if matrix and is_first_launched():
+    results = [*carry_out(plan, tell, base=base).values()]
+    _score(folder, tell, base)
+    return results
+
+
+def _score(run: Path, tell: Listener, base: OpenBase | None) -> None:
+    """Score the rows that stages kept in the states where they were not yet."""
+    if is_first_launched():
         state = open_run(run)
         if len(state.columns) > 1 and state.keepers:
-            stage_matrix(run, progress=_reader(tell))
+            stage_matrix(state, progress=reader(tell), base=base)
     wait_for_all()
-    return results + rehearsed
-
-
-def _start_of(run: Path, planned: StagePlan, before: Sequence[StagePlan]) -> Start:
-    """Return what a stage after the first begins on now, or a stopped one has begun on."""
-    now = state_at(run, read_history(run))
-    if planned.state == "new":
-        need_below(now, [each.stage for each in before])
-    return start_at(begins_on(now, planned))
-
-
-def _take_in(run: Path, planned: StagePlan, tell: Listener) -> None:
-    """Combine a stage beside others with what the run is. Warn of one that ended apart from it."""
-    name, history = planned.name, read_history(run)
-    if is_combination_due(history, planned.stage):  # also where a kill came before it
-        combine_with(run, name, _reader(tell))
-        return
-    if name in {entry.key for entry in history.lineage(history.head)}:
-        return
-    end = _entry_with(name, history)
-    below = {entry.key for entry in history.lineage(end)}  # which it brings along
-    others = [key for key in history.ends(history.head) if key not in below]
-    both = shlex.join([str(run), *others, name])
-    logger.warning(
-        "%s stays %s, which is without stage %s; to take it: chainlora undo %s --to %s%s",
-        *(run, history.head, name, shlex.quote(str(run)), end),
-        f"; to have both: chainlora combine {both}" if others else "",
-    )
-
-
-def _entry_with(name: str, history: History) -> str:
-    """Return an entry that has a stage and all that the run is now, rehearsed if it was; else the
-    stage itself."""
-    wanted = {*history.ends(history.head), name}
-    found = [
-        each.key
-        for each in history.entries
-        if each.kind != "mix" and wanted <= {e.key for e in history.lineage(each.key)}
-    ]
-    found = [key for key in found if history.ends(key) == history.ends(found[0])]
-    return found[-1] if found else name
-
-
-def _reader(tell: Listener) -> Progress:
-    """Return what is called while kept rows are read, which the same command does again: it tells,
-    and raises StoppedError if asked to stop.
-
-    Several processes must stop alike, so they finish what they have begun.
-    """
-
-    def read(what: str, done: int, rows: int) -> None:
-        number = stop_requested()
-        if number is not None and num_launched() == 1:
-            got = f"{signal.Signals(number).name} while kept rows were read, {what}"
-            raise StoppedError(f"the run stopped (got {got}); the same command goes on", number)
-        tell(KeptRowsRead(0, done, done / rows))
-
-    return read

@@ -1,0 +1,139 @@
+"""Declare entries of a run before they are computed, and withdraw them.
+
+A declaration is one replacement of ``history.json``, under the run's lock. A new run appears with
+it, whole: its folder is filled beside its place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from chainlora import files
+from chainlora.config.schema import RunConfig
+from chainlora.config.staging import HISTORY, exists_in, stage_folder
+from chainlora.errors import FileError, RunError
+from chainlora.registry import plugin_digest
+from chainlora.runs.beginning import copy_files, copy_tokenizer, own_closure
+from chainlora.runs.documents import write_part
+from chainlora.runs.draft import DRAFT
+from chainlora.runs.history import (
+    BASE,
+    START,
+    Base,
+    History,
+    Training,
+    Unbuilt,
+    update_history,
+)
+from chainlora.runs.locks import is_in_use
+from chainlora.runs.resuming import source_digests
+from chainlora.runs.start import Start
+
+logger = logging.getLogger(__name__)
+
+
+def stage_entry(name: str, config: RunConfig, parent: str, unit: str) -> Unbuilt:
+    """Return the declaration of a stage; its files of rows and plug-ins are read for digests."""
+    return Unbuilt(
+        key=name,
+        kind="stage",
+        parents=() if parent == BASE else (parent,),
+        unit=unit,
+        training=Training(
+            sources=source_digests(config),
+            plugins={name: plugin_digest(name) for name in config.plugins},
+        ),
+        config=config.model_dump(mode="json"),
+    )
+
+
+def history_of_start(start: Start, base: Base, config: RunConfig, unit: str) -> History:
+    """Return the history of a run that begins on `start`: what is copied is named, and what is
+    given from elsewhere is declared. Nothing is written."""
+    history = History(base=base, hold=config.chain.hold, seed=config.train.seed)
+    if start.state is not None:
+        found = own_closure(start.state)
+        keys = ("entries", "links", "head", "origin")
+        history = history.model_copy(update={key: getattr(found, key) for key in keys})
+    if start.adapter is None and config.start_data is None:
+        return history
+    given = Unbuilt(key=START, kind="import", unit=unit, config=config.model_dump(mode="json"))
+    origin = START if start.state is None else history.origin
+    return history.model_copy(update={"unbuilt": (given,), "origin": origin})
+
+
+def declare(
+    run: Path, planned: History, new: Sequence[Unbuilt], target: str | None, start: Start
+) -> None:
+    """Write entries into the history of a run, or begin the run that is `planned` on `start`.
+
+    Raises RunError where the run has changed since it was planned.
+    """
+    if exists_in(run):
+        update_history(run, lambda now: _added(run, now, planned, new, target))
+        return
+    with files.reported(run):
+        if files.writer_of(run) is not None:
+            raise changed(run)
+        files.remove_scratch(run.parent, run.name)  # of a process that was killed
+    try:
+        with files.replaced_folder(run, only_empty=True) as scratch:
+            _begin(scratch, planned.declared(new, target), start)
+    except FileError:
+        if exists_in(run):
+            raise changed(run) from None
+        raise
+
+
+def _begin(folder: Path, history: History, start: Start) -> None:
+    if start.tokenizer is not None:
+        sums = copy_tokenizer(start.tokenizer, folder)
+        history = history.model_copy(update={"tokenizer": sums})
+    if start.state is not None:
+        copy_files(start.state.run, folder, own_closure(start.state))
+    write_part(folder / HISTORY, history)
+
+
+def _added(
+    run: Path, now: History, planned: History, new: Sequence[Unbuilt], target: str | None
+) -> History:
+    """Return a history with what a command declares, if it is still there what this is made of."""
+    _need_replaceable(run, now, new)
+    taken = [e.key for e in new if now.known(e.key) != planned.known(e.key)]
+    used = {parent for entry in new for parent in entry.parents} - {entry.key for entry in new}
+    moved = [key for key in used if now.state_of(key) != planned.state_of(key)]
+    ahead = target is not None and (now.head, now.target) != (planned.head, planned.target)
+    if taken or moved or ahead or now.origin != planned.origin:
+        raise changed(run)
+    return now.declared(new, target)
+
+
+def _need_replaceable(run: Path, now: History, new: Sequence[Unbuilt]) -> None:
+    """Raise RunError for a stage that was declared otherwise, and that a process has begun."""
+    for entry in new:
+        if now.find_unbuilt(entry.key) in (None, entry):
+            continue
+        folder = stage_folder(run, entry.key)
+        if is_in_use(folder) or (folder / DRAFT).exists():
+            rule = "another process has begun this stage with other keys or rows"
+            raise RunError(rule, f"{entry.key} of {run}", "wait for it, or choose another name")
+        if not entry.is_rehearsal:  # else another command goes on with it
+            logger.warning("%s of %s, which had not begun, is declared anew", entry.key, run)
+
+
+def changed(run: Path) -> RunError:
+    rule = "Another process has changed this run"
+    return RunError(rule, run, "give the same command again")
+
+
+def withdraw(run: Path, keys: Iterable[str], *, is_new_run: bool) -> None:
+    """Take back entries that were declared and not begun; with `is_new_run`, the run too, if it
+    holds nothing else."""
+    after = update_history(run, lambda history: history.withdrawn(keys))
+    if not is_new_run or after.unbuilt or after.own:
+        return
+    with suppress(FileError):  # else it is a run without a stage, which the next command begins
+        files.remove(run)

@@ -1,0 +1,431 @@
+"""The rules of decision 34: entries are declared, then built."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults.injection import Injection
+from faults.lives import live
+from helpers import sign, train_all, train_on
+from safetensors.torch import load_file, save_file
+
+from beside.cases import add, config_of, section
+from chainlora import export_adapter
+from chainlora.errors import ChainLoRAError, RunError
+from chainlora.evaluation.combination import combine
+from chainlora.files import checksums
+from chainlora.runs.addresses import open_run
+from chainlora.runs.changes import log, mix_stages, prune_stage, redo, undo
+from chainlora.runs.history import read_history
+from chainlora.runs.hub import pull_run, push_run
+from chainlora.runs.loading_start import with_start
+from chainlora.runs.locks import take_lock
+from chainlora.training.stages import build_run, combine_again, rehearsal, train_stages
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
+
+
+def at(event: str, act: Callable[[], object], stage: str = "") -> Callable[[Any], None]:
+    """Return a listener that does something once, at an event of a stage."""
+    now, done = [""], []
+
+    def listener(found: Any) -> None:
+        now[0] = found.stage if found.name == "stage" else now[0]
+        if found.name == event and stage in ("", now[0]) and not done:
+            done.append(event)
+            act()
+
+    return listener
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(event: str, address: Path | str, own: dict[str, Any], **keys: Any) -> None:
+    """Add a stage in another process, which is killed at an event."""
+    keys = {"beside": True} | keys
+    end = live(lambda: train_on(address, own, listener=at(event, die), **keys))
+    assert end.status == -9, end.message
+
+
+def unbuilt(run: Path) -> list[str]:
+    return [entry.key for entry in read_history(run).unbuilt]
+
+
+def test_rule_1_what_is_not_built_is_not_what_the_run_is(only_a, sentiment, tmp_path, chainlora):
+    before = open_run(only_a).state
+    export_adapter(only_a, tmp_path / "before")
+    seen = []
+
+    def look() -> None:
+        now = read_history(only_a)
+        seen.append((now.head, now.target, open_run(only_a).state, unbuilt(only_a)))
+        export_adapter(only_a, tmp_path / "meanwhile")
+
+    own = section(sentiment, "b")
+    train_on(only_a, own, beside=True, rehearse=True, listener=at("step", look))
+    assert seen == [("a", "rehearsal", before, ["b", "after-b", "rehearsal"])]
+    assert checksums(tmp_path / "meanwhile") == checksums(tmp_path / "before")
+    assert open_run(only_a).key == "rehearsal"
+    killed("stage", only_a, section(sentiment, "c"))
+    chainlora("generate", f"{only_a}@c", "--prompt", "x").refused("'c', which has not ended,")
+    names = [(each["name"], each["kind"]) for each in log(only_a)][:2]
+    assert names == [("after-c", "declared"), ("c", "declared")]
+
+
+def test_rule_2_a_command_builds_its_own_entries_and_what_they_come_from(
+    ac, sentiment, chainlora, caplog
+):
+    killed("stage", f"{ac}@a", section(sentiment, "d-top"), beside=None)
+    killed("step", ac, section(sentiment, "b"))
+    add(sentiment, ac, "d")  # combined with b, which goes on
+    assert open_run(ac).entry.parents == ("a", "c", "b", "d")
+    assert "begins without it" not in caplog.text
+    assert unbuilt(ac) == ["d-top"]
+    assert chainlora("train", ac).status == 0  # all that is left
+    assert read_history(ac).find("d-top").parents == ("a",)
+    assert open_run(ac).entry.parents == ("a", "c", "b", "d")
+    assert "nothing left to do" in chainlora("train", ac).out
+
+
+def test_rule_2_plugins_that_nobody_named_are_not_run(
+    only_a, sentiment, tmp_path, chainlora, caplog
+):
+    """Before anything else is trained; another stage does not need them."""
+    plugin = tmp_path / "mine.py"
+    plugin.write_text("ran = True\n")
+    killed("stage", only_a, section(sentiment, "b") | {"plugins": [str(plugin)]})
+    killed("stage", only_a, section(sentiment, "d"))
+    before = read_history(only_a)
+    chainlora("train", only_a).refused(
+        f"got {plugin} for b); give the command that declared b again"
+    )
+    assert read_history(only_a) == before
+    add(sentiment, only_a, "c")
+    assert read_history(only_a).find("c") is not None
+    assert "b is left to the command that names its plug-ins" in caplog.text
+    assert f"after-c of {only_a} waits for b" in caplog.text
+    train_on(only_a, section(sentiment, "b") | {"plugins": [str(plugin)]}, beside=True)
+    assert open_run(only_a).stages == ["a", "c", "d", "b"]
+
+
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_rule_3_whoever_ends_last_builds_the_combination_of_all(
+    only_a, sentiment, tmp_path, rehearse, caplog
+):
+    """The other one extends in the middle of a stage, and leaves that one alone."""
+    other = Path(shutil.copytree(only_a, tmp_path / "other"))
+    b, c = (section(sentiment, name) for name in "bc")
+    b["train"] = {"lr": 1e-3}
+    keys = {"beside": True, "rehearse": rehearse}
+    seen = []
+
+    def extend() -> None:
+        train_on(only_a, c, **keys)
+        seen.append((open_run(only_a).key, read_history(only_a).find("c") is not None))
+
+    train_on(only_a, b, listener=at("step", extend), **keys)
+    assert seen == [("a", True)]
+    assert "b is left to the process that trains it" in caplog.text
+    now = open_run(only_a)
+    assert set(read_history(only_a).ends(now.key)) == {"a", "b", "c"}
+    assert (now.entry.is_rehearsal, unbuilt(only_a)) == (rehearse, [])
+    train_on(other, b, beside=True)  # one after the other
+    train_on(other, c, **keys)
+    one, two = (open_run(run) for run in (only_a, other))
+    if rehearse:
+        assert one.config().train == two.config().train  # that of c, not of b
+        one, two = one.parent, two.parent
+    assert one.state == two.state
+    assert undo(only_a).key == "a"
+
+
+def test_rule_3_also_after_the_other_died(only_a, sentiment, tmp_path):
+    other = Path(shutil.copytree(only_a, tmp_path / "other"))
+    killed("step", only_a, section(sentiment, "b"))
+    add(sentiment, other, "b")
+    for run in (only_a, other):
+        train_on(run, section(sentiment, "c"), beside=True, rehearse=True)
+    assert open_run(only_a).parent.state == open_run(other).parent.state
+    assert undo(only_a).key == "a"
+
+
+def test_rule_3_two_processes_never_build_one_entry(tiny_folder, only_a, sentiment, tmp_path):
+    """Nor replace it: from its lock on, long before there is a checkpoint."""
+    killed("stage", only_a, section(sentiment, "b"))
+    declared = read_history(only_a)
+    lock = take_lock(only_a / "stages/b")
+    for ranks in ([2], [3]):
+        with pytest.raises(RunError, match="another process"):
+            train_on(only_a, section(sentiment, "b", ranks=ranks), beside=True)
+        assert read_history(only_a) == declared
+    lock.release()
+    # what is imported for a start
+    export_adapter(f"{only_a}@a", tmp_path / "adapter")
+    tree = {"start": str(tmp_path / "adapter"), "model": str(tiny_folder)}
+    tree |= {"output": str(tmp_path / "two"), "stages": [section(sentiment, "b")]}
+    ends = [live(lambda: train_all(with_start(tree))) for _ in range(2)]
+    assert [end.status for end in ends] == [0, 0]
+
+
+def test_rule_4_a_declaration_is_replaced_until_its_stage_begins(only_a, sentiment, caplog):
+    killed("stage", only_a, section(sentiment, "b"))
+    assert unbuilt(only_a) == ["b", "after-b"]
+    killed("step", only_a, section(sentiment, "b", ranks=[3]))
+    declared = read_history(only_a).find_unbuilt("b")
+    assert declared.config["chain"]["ranks"] == [3]
+    with pytest.raises(RunError, match=r"stage .b.: chain.ranks is .4., was .3."):
+        train_on(only_a, section(sentiment, "b", ranks=[4]), beside=True)
+    own = section(sentiment, "b", ranks=[3]) | {"train": {"lr": 1e-4}}
+    with pytest.raises(RunError, match=r"pass --train\.lr VALUE"):
+        train_on(only_a, own, beside=True)
+    assert read_history(only_a).find_unbuilt("b") == declared
+    train_on(only_a, section(sentiment, "b", ranks=[3]), beside=True)
+    assert open_run(only_a).entry.parents == ("a", "b")
+
+
+def test_rule_4_what_is_refused_before_it_learns_is_not_declared_any_more(
+    only_a, sentiment, tiny_folder, tmp_path
+):
+    own, before = section(sentiment, "b"), read_history(only_a)
+    rows = Path(own["data"]["train"])
+    rows.write_text(rows.read_text() + '{"text": "no label"}\n')
+    with pytest.raises(ChainLoRAError, match="label"):
+        train_on(only_a, own, beside=True, rehearse=True)
+    assert read_history(only_a) == before
+    assert not (only_a / "stages/b").exists()
+    config = config_of(tiny_folder, sentiment, tmp_path / "new", own)
+    config["stages"] = config["stages"][1:]
+    rows.write_text(rows.read_text() + '{"text": "no label"}\n')
+    with pytest.raises(ChainLoRAError, match="label"):
+        train_all(config)
+    assert not (tmp_path / "new").exists()
+    add(sentiment, only_a, "b")  # whose rows are written again
+
+
+def test_rule_5_files_are_digested_before_and_verified_when_the_entry_is_built(only_a, sentiment):
+    own = section(sentiment, "b")
+    rows, whole = Path(own["data"]["train"]), Path(own["data"]["train"]).read_bytes()
+
+    def change() -> None:
+        rows.write_bytes(b"".join(whole.splitlines(keepends=True)[::-1]))
+
+    with pytest.raises(RunError, match=r"must stay as they are until their stage begins .* for b"):
+        train_on(only_a, own, beside=True, listener=at("stage", change))
+    assert unbuilt(only_a) == []
+    train_on(only_a, own, beside=True)  # as they are now
+    rows.write_bytes(whole)
+    assert open_run(only_a).entry.parents == ("a", "b")
+
+
+def test_rule_5_rows_of_a_stage_that_was_killed_have_changed(only_a, sentiment, chainlora):
+    """Another stage is trained all the same; `prune` takes the declaration back."""
+    own = section(sentiment, "b")
+    rows, whole = Path(own["data"]["train"]), Path(own["data"]["train"]).read_bytes()
+    killed("stage", only_a, own)
+    rows.write_bytes(b"".join(whole.splitlines(keepends=True)[::-1]))
+    with pytest.raises(RunError, match=f"for b.*chainlora prune {only_a} b"):
+        add(sentiment, only_a, "c")
+    rows.write_bytes(whole)
+    assert read_history(only_a).find("c") is not None
+    assert unbuilt(only_a) == ["b", "after-c"]
+    assert chainlora("prune", only_a, "b", "--yes").status == 0
+    add(sentiment, only_a, "c")
+    assert open_run(only_a).entry.parents == ("a", "c")
+
+
+def test_rule_6_an_equal_recipe_is_not_computed_again(abc, ac, sentiment):
+    for _ in range(2):
+        before = checksums(abc)
+        assert train_on(abc, section(sentiment, "b"), beside=True) == [None]
+        assert combine(abc, ["a", "b", "c"]).key == "after-c"
+        assert checksums(abc) == before
+    prune_stage(abc, "b")
+    combine(abc)
+    assert open_run(abc).state == open_run(ac).state
+    names = ("links", "derived", "rows")
+    one, two = ({k: v for k, v in checksums(r).items() if k.startswith(names)} for r in (abc, ac))
+    assert one == two  # equal digests, equal bits
+
+
+def test_rule_7_undo_moves_the_target_and_redo_builds_nothing(abc, sentiment, caplog):
+    def back() -> None:
+        assert undo(abc).key == "after-b"
+
+    train_on(abc, section(sentiment, "d"), beside=True, listener=at("step", back))
+    assert open_run(abc).key == "after-b"
+    assert f"{abc} stays after-b, which is without stage d; to take it" in caplog.text
+    assert read_history(abc).find("after-d").parents == ("a", "b", "c", "d")
+    killed("stage", abc, section(sentiment, "d2"))
+    undo(abc, to="after-d")
+    undo(abc)
+    assert read_history(abc).target is None
+    assert redo
+    before = unbuilt(abc)
+    build_run(abc)
+    assert (before, unbuilt(abc)) == (["d2", "after-d2"], [])
+    assert open_run(abc).key == "after-b"
+
+
+def test_rule_7_a_stage_in_use_is_not_pruned(only_a, sentiment):
+    said = []
+
+    def prune() -> None:
+        for name in "ba":
+            with pytest.raises(RunError, match="b is half trained") as raised:
+                prune_stage(only_a, name)
+            said.append(raised)
+
+    train_on(only_a, section(sentiment, "b"), beside=True, listener=at("plan", prune))
+    assert len(said) == 2
+    assert open_run(only_a).entry.parents == ("a", "b")
+
+
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_rule_7_prune_combines_the_rest_again_and_rehearses_it_if_it_was(
+    abc, ac, rehearse, chainlora
+):
+    for run in (abc, ac) if rehearse else ():
+        train_stages(rehearsal(run, {}), matrix=False)
+    if rehearse:
+        assert chainlora("prune", abc, "b", "--yes").status == 0
+    else:
+        combine_again(abc, prune_stage(abc, "b"))
+    assert open_run(abc).entry.is_rehearsal == rehearse
+    assert open_run(abc).state == open_run(ac).state
+
+
+@pytest.mark.parametrize("event", ["stage", "step"])
+def test_rule_7_a_stage_that_is_not_built_is_pruned(only_a, sentiment, event, chainlora):
+    killed(event, only_a, section(sentiment, "b"), rehearse=True)
+    assert unbuilt(only_a) == ["b", "after-b", "rehearsal"]
+    found = chainlora("prune", only_a, "b", "--yes")
+    assert found.status == 0, found.err
+    assert "deleted after-b, computed from it" in found.out
+    assert (unbuilt(only_a), open_run(only_a).key) == ([], "a")
+    assert not (only_a / "stages/b").exists()
+    assert read_history(only_a).target is None
+    add(sentiment, only_a, "b")
+    assert open_run(only_a).entry.parents == ("a", "b")
+
+
+def test_rule_8_what_is_not_built_does_not_travel(ac, abc, sentiment, tmp_path):
+    killed("step", ac, section(sentiment, "d"), rehearse=True)
+    before = checksums(ac)
+    push_run(ac, str(tmp_path / "pushed"), rows=True)
+    pull_run(str(tmp_path / "pushed"), tmp_path / "pulled")
+    train_on(f"{ac}@c", section(sentiment, "d") | {"output": str(tmp_path / "fork")})
+    for name in ("pushed", "pulled", "fork"):
+        assert unbuilt(tmp_path / name) == []
+        assert not (tmp_path / name / "stages/d/stage.json").exists()
+        assert open_run(tmp_path / name).verify()
+    combine(abc, [ac])
+    assert unbuilt(abc) == []
+    assert checksums(ac) == before
+    add(sentiment, ac, "d")
+    push_run(ac, str(tmp_path / "pushed"), rows=True)
+    assert open_run(tmp_path / "pushed").state == open_run(ac).state
+
+
+def test_rule_9_where_a_stage_stands_follows_at_its_declaration(abc, sentiment, caplog):
+    """Not from what the run has become when it is built."""
+    killed("stage", abc, section(sentiment, "d"), beside=False)
+    killed("stage", abc, section(sentiment, "d2"))
+    mix_stages(abc, {"b": 0.5})
+    build_run(abc)
+    history = read_history(abc)
+    assert [history.find(key).parents for key in ("d", "d2")] == [("after-c",), ()]
+    assert history.find("after-d2").parents == ("d", "d2")
+
+
+def test_rule_10_what_is_decided_while_building_is_in_the_result(only_a, sentiment):
+    own = section(sentiment, "b") | {"train": {"speedups": "auto"}}
+    declared = []
+    listener = at("plan", lambda: declared.append(read_history(only_a).find_unbuilt("b")))
+    train_on(only_a, own, beside=True, rehearse=True, listener=listener)
+    entry = read_history(only_a).find("b")
+    (before,) = declared
+    assert before.training.numbers is None
+    assert entry.training.numbers is not None
+    assert (before.training.sources, before.config["train"]["speedups"]) == (
+        entry.training.sources,
+        "auto",
+    )
+    assert open_run(f"{only_a}@rehearsal").config().chain.steps is None
+    assert open_run(f"{only_a}@rehearsal").result()["steps"] > 0
+
+
+def test_rule_11_one_undo_takes_a_command_back(ac, only_a, sentiment):
+    train_on(ac, section(sentiment, "b"), beside=True, rehearse=True)
+    history = read_history(ac)
+    assert {history.find(key).unit for key in ("b", "after-b", "rehearsal")} == {"b"}
+    assert undo(ac).key == "after-c"
+    assert redo(ac).key == "rehearsal"
+    killed("step", only_a, section(sentiment, "b"), rehearse=True)
+    killed("step", only_a, section(sentiment, "c"), rehearse=True)
+    assert unbuilt(only_a) == ["b", "c", "after-c", "rehearsal"]  # not after-b
+    build_run(only_a)
+    assert undo(only_a).key == "a"
+
+
+def test_rule_12_a_rebuild_says_what_is_missing_before_it_begins(
+    ac, sentiment, tmp_path, chainlora
+):
+    export_adapter(ac, tmp_path / "adapter")
+    words = ("train", tmp_path / "adapter/lineage.json", "--output", tmp_path / "new")
+    chainlora(*words).refused("task file must be readable")
+    task = ("--data.task", sentiment / "task.yaml", "--model", open_run(ac).base.model)
+    chainlora(*words, *task).refused(f"{sentiment.name}-a.jsonl")
+    assert not (tmp_path / "new").exists()
+
+
+def test_rule_12_another_run_format_is_refused(only_a, chainlora):
+    for format in (0, 99):
+        sign(only_a, lambda tree, format=format: tree.update(format=format))
+        said = chainlora("log", only_a).refused("format")
+        chainlora("train", only_a).refused("format")
+        assert "version" in said
+
+
+# --- what a run begins on ---
+
+
+@pytest.fixture
+def on_adapter(only_a, tiny_folder, sentiment, tmp_path) -> dict[str, Any]:
+    """A config of a new run on an adapter."""
+    export_adapter(only_a, tmp_path / "adapter")
+    tree = {"start": str(tmp_path / "adapter"), "model": str(tiny_folder)}
+    return tree | {"output": str(tmp_path / "new/run"), "stages": [section(sentiment, "b")]}
+
+
+def test_rule_4_a_start_that_is_refused_leaves_no_run(on_adapter, tmp_path):
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    right = load_file(path)
+    save_file({key.replace("layers.0", "layers.7"): value for key, value in right.items()}, path)
+    with pytest.raises(ChainLoRAError, match="must have the layers that an adapter is for"):
+        train_all(with_start(on_adapter))
+    assert not (tmp_path / "new/run").exists()
+    save_file(right, path)
+    train_all(with_start(on_adapter))
+    assert open_run(tmp_path / "new/run").stages == ["start", "b"]
+
+
+def test_rule_8_a_run_that_has_built_nothing_is_not_sent(on_adapter, tmp_path, chainlora):
+    folder, run = tmp_path / "new", tmp_path / "new/run"
+    whole = live(lambda: train_all(with_start(on_adapter)), Injection(folder))
+    shutil.rmtree(folder)
+    place = next(n for n, what in enumerate(whole.operations) if "run/links" in what)
+    end = live(lambda: train_all(with_start(on_adapter)), Injection(folder, "kill", place))
+    assert (end.status, unbuilt(run), read_history(run).entries) == (-9, ["start", "b"], ())
+    chainlora("push", run, tmp_path / "sent").refused("an entry that is built")
+    for name in ("start", "b"):
+        chainlora("prune", run, name, "--yes").refused("a run must keep a stage")
+    assert chainlora("train", run).status == 0
+    assert open_run(run).stages == ["start", "b"]
