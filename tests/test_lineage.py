@@ -16,7 +16,8 @@ from chainlora.config.staging import make_stages
 from chainlora.files import checksums
 from chainlora.runs.changes import mix_stages
 from chainlora.runs.documents import write_part
-from chainlora.runs.history import Unbuilt, read_history, update_history
+from chainlora.runs.history import Unbuilt
+from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.lineage import read_lineage
 from chainlora.training.stages import extension, rehearsal, train_stages
 

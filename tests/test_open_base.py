@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import extend, make_config, open_run, train
 from chainlora.models.quantizing import plain_tensor
-from chainlora.runs import history
+from chainlora.runs import history_file
 from chainlora.runs.open_base import OpenBase
 from chainlora.training import stages
 
@@ -138,13 +138,13 @@ def config_of(folder: Path, sentiment: Path, run: Path, hold: str) -> dict[str, 
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often transformers is asked for a model or a tokenizer, and a history is read."""
     found: Counter[str] = Counter()
-    read = history.read_part
+    read = history_file.read_part
 
     def counted_read(path: Path, kind: Any) -> Any:
-        found["history"] += kind is history.History
+        found["history"] += kind is history_file.History
         return read(path, kind)
 
-    monkeypatch.setattr(history, "read_part", counted_read)
+    monkeypatch.setattr(history_file, "read_part", counted_read)
     for name, kind in (("model", AutoModelForCausalLM), ("tokenizer", AutoTokenizer)):
 
         def load(*args: Any, name=name, load=kind.from_pretrained, **keys: Any) -> Any:

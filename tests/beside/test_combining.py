@@ -25,7 +25,7 @@ from chainlora.reports.run_report import run_page
 from chainlora.reports.runs import read_state
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import log, mix_stages, prune_stage, undo
-from chainlora.runs.history import read_history
+from chainlora.runs.history_file import read_history
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.loading_start import with_start
 from chainlora.training.stages import extension, rehearsal, train_stages

@@ -22,11 +22,13 @@ from chainlora.evaluation.combination import combine
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import log, mix_stages, prune_stage, redo, undo
-from chainlora.runs.history import read_history
+from chainlora.runs.declaring import declare
+from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import pull_run, push_run
 from chainlora.runs.loading_start import with_start
 from chainlora.runs.locks import take_lock
-from chainlora.training.stages import build_run, combine_again, rehearsal, train_stages
+from chainlora.training.plan import make_plan
+from chainlora.training.stages import build_run, combine_again, extension, rehearsal, train_stages
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
 
@@ -114,6 +116,15 @@ def test_rule_2_plugins_that_nobody_named_are_not_run(
     assert f"after-c of {only_a} waits for b" in caplog.text
     train_on(only_a, section(sentiment, "b") | {"plugins": [str(plugin)]}, beside=True)
     assert open_run(only_a).stages == ["a", "c", "d", "b"]
+
+
+def test_rule_2_trackers_that_nobody_named_are_not_told(only_a, sentiment):
+    """A run may come from somebody else. These would be refused: the package is not there."""
+    own = section(sentiment, "b") | {"train": {"trackers": ["comet_ml"]}}
+    plan = make_plan(extension(only_a, own, beside=True))
+    declare(only_a, plan.history, plan.new, plan.target, plan.start)
+    build_run(only_a)
+    assert open_run(only_a).stages == ["a", "b"]
 
 
 @pytest.mark.parametrize("rehearse", [False, True])

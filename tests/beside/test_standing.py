@@ -17,7 +17,7 @@ from chainlora.evaluation.combination import combine
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, prune_stage, undo
-from chainlora.runs.history import read_history
+from chainlora.runs.history_file import read_history
 from chainlora.training.events import Event, KeptRowsRead, StageBegins
 from chainlora.training.plan import make_plan
 from chainlora.training.stages import extension, rehearsal, train_stages

@@ -15,7 +15,7 @@ from chainlora.evaluation.combination import combine
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import log, mix_stages, plan_pruning, prune_stage
-from chainlora.runs.history import read_history
+from chainlora.runs.history_file import read_history
 from chainlora.training.stages import rehearsal, train_stages
 
 

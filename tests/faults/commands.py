@@ -27,7 +27,8 @@ from chainlora.models.identity import tokenizer_files
 from chainlora.runs.addresses import state_at, state_of_draft
 from chainlora.runs.changes import mix_stages, prune_stage, redo, undo
 from chainlora.runs.draft import drafts_in
-from chainlora.runs.history import BASE, read_history
+from chainlora.runs.history import BASE
+from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import pull_run, push_run
 from chainlora.runs.loading_start import with_start
 from chainlora.training.interrupts import interruptible

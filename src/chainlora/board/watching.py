@@ -22,7 +22,8 @@ from chainlora.reports.runs import RunFacts, duration, read_state, run_names, sc
 from chainlora.runs.addresses import begun_stage, open_run, state_at
 from chainlora.runs.changes import MATRIX
 from chainlora.runs.draft import DRAFT, drafts_in
-from chainlora.runs.history import RECORDS, read_history
+from chainlora.runs.history import RECORDS
+from chainlora.runs.history_file import read_history
 from chainlora.runs.locks import is_in_use
 from chainlora.runs.state import OpenState
 

@@ -251,7 +251,7 @@ def train_and_show(
         return
     from chainlora.cli.versioning import scored_matrix, show_matrix
     from chainlora.config.staging import exists_in
-    from chainlora.runs.history import read_history
+    from chainlora.runs.history_file import read_history
     from chainlora.training.stages import base_of, train_stages
 
     def work(tell: Listener) -> list[TrainResult | None]:

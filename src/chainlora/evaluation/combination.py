@@ -21,18 +21,9 @@ from chainlora.evaluation.stage_scores import Progress
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.beginning import fork, need_same_base, take_in
 from chainlora.runs.changes import whole_run
-from chainlora.runs.documents import now as ended_now
 from chainlora.runs.export import empty_folder, filled_folder
-from chainlora.runs.history import (
-    Declared,
-    Entry,
-    History,
-    State,
-    Term,
-    Unbuilt,
-    read_history,
-    update_history,
-)
+from chainlora.runs.history import History, State, Term, Unbuilt
+from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.links import need_low_rank_sum, save_derived
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import chain_on_base
@@ -147,13 +138,8 @@ def build_combination(
             Term(link=link, derived=save_derived(run, a)) if isinstance(a, dict) else a
             for link, a in solved.items()
         )
-        entry = Entry(
-            **{name: getattr(declared, name) for name in Declared.model_fields},
-            reads=tuple(now.keepers(declared.parents)),
-            state=State(base=now.base.fingerprint, terms=terms),
-            ended=ended_now(),
-        )
-        return now.built(entry, {})
+        state = State(base=now.base.fingerprint, terms=terms)
+        return now.built(declared.built(state, reads=tuple(now.keepers(declared.parents))), {})
 
     update_history(run, change)
 

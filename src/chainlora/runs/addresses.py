@@ -14,7 +14,8 @@ from chainlora.config.staging import HISTORY, exists_in, need_run, split_address
 from chainlora.errors import RunError
 from chainlora.runs.documents import DAMAGED
 from chainlora.runs.draft import DRAFT, drafts_in, read_draft
-from chainlora.runs.history import BASE, CONFIG, START, History, read_history
+from chainlora.runs.history import BASE, CONFIG, START, History
+from chainlora.runs.history_file import read_history
 from chainlora.runs.state import OpenState
 
 _SHORTEST = 4  # digits of a digest that name a state
@@ -75,7 +76,7 @@ def state_of_draft(run: Path, stage: str, history: History | None = None) -> Ope
     if declared is None or history.below(declared.parent) & {e.key for e in history.unbuilt}:
         raise RunError(f"{DRAFT} must be of its run", f"{stage} in {run}", DAMAGED)
     sums = {name: digest for name, digest in draft.files.items() if name == CONFIG}
-    entry = draft.entry(declared, history, draft.tied, files=sums)
+    entry = draft.entry(declared, history, draft.tied, files=sums, ended="")
     grown = history.added(entry, draft.links)
     try:
         grown.need_names()

@@ -28,10 +28,9 @@ from chainlora.runs.history import (
     TOKENIZER,
     Entry,
     History,
-    read_history,
     rows_file,
-    update_history,
 )
+from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.state import OpenState
 
 

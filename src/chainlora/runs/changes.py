@@ -18,18 +18,9 @@ from chainlora.chain.checks import check_strengths
 from chainlora.config.staging import HISTORY, split_address
 from chainlora.errors import FileError, RunError
 from chainlora.runs.addresses import open_run, state_at
-from chainlora.runs.documents import now
 from chainlora.runs.draft import drafts_in, ended_leftovers
-from chainlora.runs.history import (
-    BASE,
-    CONTENT,
-    Declared,
-    Entry,
-    History,
-    Unbuilt,
-    read_history,
-    update_history,
-)
+from chainlora.runs.history import BASE, CONTENT, Entry, History, Unbuilt
+from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.locks import is_in_use
 from chainlora.runs.state import OpenState
 
@@ -86,12 +77,8 @@ def build_mix(run: Path, key: str) -> None:
         if declared is None:
             return history
         below = state_at(run, history, declared.parent)
-        entry = Entry(
-            **{name: getattr(declared, name) for name in Declared.model_fields},
-            state=below.with_strengths(declared.strengths).state,
-            ended=now(),
-        )
-        return history.built(entry, {})
+        state = below.with_strengths(declared.strengths).state
+        return history.built(declared.built(state), {})
 
     update_history(run, change)
 

@@ -19,15 +19,8 @@ from chainlora.registry import plugin_digest
 from chainlora.runs.beginning import copy_files, copy_tokenizer, own_closure
 from chainlora.runs.documents import write_part
 from chainlora.runs.draft import DRAFT
-from chainlora.runs.history import (
-    BASE,
-    START,
-    Base,
-    History,
-    Training,
-    Unbuilt,
-    update_history,
-)
+from chainlora.runs.history import BASE, START, Base, History, Training, Unbuilt
+from chainlora.runs.history_file import update_history
 from chainlora.runs.locks import is_in_use
 from chainlora.runs.resuming import source_digests
 from chainlora.runs.start import Start

@@ -15,7 +15,15 @@ from typing_extensions import TypedDict
 
 from chainlora.config.staging import stage_folder
 from chainlora.runs.documents import Count, Digest, Document, Part, Sums, read_part
-from chainlora.runs.history import CONFIG, Entry, History, LinkFacts, Term, Training, Unbuilt
+from chainlora.runs.history import (
+    CONFIG,
+    Entry,
+    History,
+    LinkFacts,
+    Term,
+    Training,
+    Unbuilt,
+)
 
 DRAFT = "stage.json"
 REFERENCE = "reference.safetensors"
@@ -97,13 +105,9 @@ class Draft(Document):
         entries below it kept: what they held out is left out of its own rows."""
         below = history.state_of(declared.parent)
         terms = (*below.terms, *(Term(link=digest) for digest in own))
-        return Entry(
-            key=declared.key,
-            kind="stage",
-            parents=declared.parents,
-            unit=declared.unit,
+        return declared.built(
+            below.model_copy(update={"terms": terms}),
             reads=tuple(history.keepers([declared.parent])),
-            state=below.model_copy(update={"terms": terms}),
             tied=self.tied,
             kept=self.kept,
             training=self.training,

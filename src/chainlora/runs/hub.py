@@ -25,7 +25,8 @@ from chainlora.runs.cards import Naming, is_hub_id, public_name
 from chainlora.runs.changes import whole_run
 from chainlora.runs.documents import write_part
 from chainlora.runs.export import empty_folder, filled_folder
-from chainlora.runs.history import CONFIG, History, read_history, update_history
+from chainlora.runs.history import CONFIG, History
+from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.lineage import without_places
 from chainlora.runs.locks import LOCK
 

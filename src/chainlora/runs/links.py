@@ -16,7 +16,13 @@ from chainlora.chain.link import Link, with_a
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import RunError
 from chainlora.runs.documents import DAMAGED
-from chainlora.runs.history import WEIGHTS, Base, LinkFacts, derived_file, link_folder
+from chainlora.runs.history import (
+    WEIGHTS,
+    Base,
+    LinkFacts,
+    derived_file,
+    link_folder,
+)
 
 
 def write_adapter_of(folder: Path, link: Link, base: Base) -> None:

@@ -42,7 +42,7 @@ from chainlora.models.shards import is_shard
 from chainlora.runs.addresses import begun_stage, nothing_at, open_run
 from chainlora.runs.cards import is_hub_id
 from chainlora.runs.draft import drafts_in
-from chainlora.runs.history import read_history
+from chainlora.runs.history_file import read_history
 from chainlora.runs.opening import check_base
 from chainlora.runs.saved_chain import chain_folder, read_chain, restore_chain
 from chainlora.runs.start import Start

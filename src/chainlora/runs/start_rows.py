@@ -23,21 +23,17 @@ from chainlora.runs.addresses import open_run
 from chainlora.runs.beginning import save_rows, with_start_rows
 from chainlora.runs.changes import whole_run
 from chainlora.runs.claim import Claim
-from chainlora.runs.documents import now
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import (
     CONTENT,
     START,
     TOKENIZER,
-    Declared,
-    Entry,
     State,
     Term,
     Unbuilt,
-    read_history,
     rows_file,
-    update_history,
 )
+from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.links import save_link
 from chainlora.runs.loading_start import fitted, load_start
 from chainlora.runs.open_base import OpenBase
@@ -89,13 +85,8 @@ def _import(run: Path, declared: Unbuilt, config: RunConfig, base: OpenBase) -> 
         kept = save_rows(run, rows, START)
     known = noted_base(config, chain, base.files)
     links = dict(save_link(run, link, known, START) for link in start.links)
-    entry = Entry(
-        **{name: getattr(declared, name) for name in Declared.model_fields},
-        state=State(base=known.fingerprint, terms=tuple(Term(link=digest) for digest in links)),
-        tied=tuple(links),
-        kept=kept,
-        ended=now(),
-    )
+    state = State(base=known.fingerprint, terms=tuple(Term(link=digest) for digest in links))
+    entry = declared.built(state, tied=tuple(links), kept=kept)
     update_history(
         run, lambda history: history.model_copy(update={"base": known}).built(entry, links)
     )

@@ -40,7 +40,7 @@ from chainlora.runs.addresses import state_of_draft
 from chainlora.runs.beginning import save_rows
 from chainlora.runs.claim import Claim
 from chainlora.runs.costs import versions
-from chainlora.runs.documents import now, write_part
+from chainlora.runs.documents import write_part
 from chainlora.runs.draft import DRAFT, PASSING, REFERENCE, Checkpoint, Draft, Progress
 from chainlora.runs.history import (
     CONFIG,
@@ -51,9 +51,8 @@ from chainlora.runs.history import (
     LinkFacts,
     Term,
     Unbuilt,
-    read_history,
-    update_history,
 )
+from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.links import save_link, write_adapter_of
 from chainlora.runs.opening import check_base
 from chainlora.runs.records import RecordLog, resumed_log
@@ -317,7 +316,7 @@ class Work:
         def change(history: History) -> History:
             known = history.model_copy(update={"base": self.base})
             declared = self._declared(known)
-            entry = draft.entry(declared, known, own, files=sums, ended=now())
+            entry = draft.entry(declared, known, own, files=sums)
             return known.built(entry, self._links)
 
         update_history(self.run, change)

@@ -25,7 +25,8 @@ from chainlora.runs.addresses import begun_stage, state_at
 from chainlora.runs.changes import build_mix
 from chainlora.runs.declaring import changed, declare, withdraw
 from chainlora.runs.draft import DRAFT, ended_leftovers
-from chainlora.runs.history import START, Entry, History, Unbuilt, read_history
+from chainlora.runs.history import START, Entry, History, Unbuilt
+from chainlora.runs.history_file import read_history
 from chainlora.runs.loading_start import start_at
 from chainlora.runs.locks import is_in_use
 from chainlora.runs.open_base import OpenBase

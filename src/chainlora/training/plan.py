@@ -20,7 +20,8 @@ from chainlora.errors import RunError
 from chainlora.runs.addresses import begun_stage, state_at
 from chainlora.runs.declaring import history_of_start
 from chainlora.runs.draft import drafts_in
-from chainlora.runs.history import MAIN, START, Base, History, Unbuilt, read_history
+from chainlora.runs.history import MAIN, START, Base, History, Unbuilt
+from chainlora.runs.history_file import read_history
 from chainlora.runs.loading_start import load_start, start_at
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.resuming import (

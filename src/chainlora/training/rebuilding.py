@@ -20,15 +20,8 @@ from chainlora.models.finding import resolve_model
 from chainlora.models.identity import base_files
 from chainlora.runs.addresses import begun_stage, state_at
 from chainlora.runs.declaring import history_of_start, stage_entry
-from chainlora.runs.history import (
-    Base,
-    Declared,
-    Entry,
-    History,
-    Unbuilt,
-    read_history,
-    update_history,
-)
+from chainlora.runs.history import Base, Declared, Entry, History, Unbuilt
+from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.lineage import Lineage
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import check_base

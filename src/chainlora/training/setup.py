@@ -28,7 +28,8 @@ from chainlora.models.modes import kept_random_state
 from chainlora.models.quantizing import is_quantized_model
 from chainlora.runs.addresses import state_at
 from chainlora.runs.draft import Progress
-from chainlora.runs.history import RESULT, read_history
+from chainlora.runs.history import RESULT
+from chainlora.runs.history_file import read_history
 from chainlora.runs.loading_start import fitted
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import noted_base
@@ -247,8 +248,8 @@ def _announce(run: Run) -> None:
 
 
 def _estimate(run: Run) -> float | None:
-    """Return how many seconds the stage takes at the speed of the one that it stands on, or of the
-    last one that ended; evaluations are counted as those were."""
+    """Return how many seconds the stage takes at the speed of the one that ended last, with as many
+    evaluations a step."""
     if run.work is None:
         return None
     history = read_history(run.work.run)

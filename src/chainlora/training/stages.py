@@ -19,7 +19,8 @@ from chainlora.errors import RunError
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import Pruning, whole_run
-from chainlora.runs.history import MAIN, read_history
+from chainlora.runs.history import MAIN
+from chainlora.runs.history_file import read_history
 from chainlora.runs.loading_start import with_start
 from chainlora.runs.open_base import OpenBase
 from chainlora.training.building import carry_out, reader
@@ -192,8 +193,8 @@ def train_run(
 ) -> TrainResult:
     """Run a config from data to result and return what ``result.json`` holds.
 
-    Like `chainlora.train`, but without showing progress. With `resume`,
-    a run that is in `output` goes on, or if it has ended gives its result. `loop` trains it.
+    Like `chainlora.train`, but without showing progress. With `resume`, a run that is in `output`
+    goes on, or if it has ended gives its result. `loop` trains it.
     """
     tell, base = listener or (lambda event: None), base or base_of(config)
     plan = make_plan([Stage(stage, config)], change, resume=resume, base=base)
@@ -236,10 +237,8 @@ def build_run(
     found = Declaring(read_history(folder), folder)
     for entry in found.history.unbuilt:
         if plugins := entry.config.get("plugins"):
-            rule, got = (
-                "chainlora train RUN runs no plug-ins",
-                f"{', '.join(plugins)} for {entry.key}",
-            )
+            rule = "chainlora train RUN runs no plug-ins"
+            got = f"{', '.join(plugins)} for {entry.key}"
             raise RunError(rule, got, f"give the command that declared {entry.key} again")
     found.keys = [entry.key for entry in found.history.unbuilt]
     plan = plan_of(found)
