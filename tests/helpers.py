@@ -30,6 +30,7 @@ load_plugins(["chainlora_lab.relora"])  # the optimizer of EVERYTHING
 def settings(tiny_folder, sentiment, output=None, **sections) -> dict:
     tree = {
         "model": str(tiny_folder),
+        "start_data": "none",  # what a model writes has tests of its own (test_start_rows.py)
         "data": {
             "task": str(sentiment / "task.yaml"),
             "train": str(sentiment / "train.jsonl"),

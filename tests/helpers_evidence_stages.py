@@ -1,4 +1,5 @@
-"""The numbers of stages in docs/evidence.md and other pages, from benchmarks/stages."""
+"""The numbers of stages in docs/evidence.md and other pages, from benchmarks/stages and
+benchmarks/combining."""
 
 from __future__ import annotations
 
@@ -230,3 +231,48 @@ def trial() -> Mapping[str, Values]:
 def orders_less_one_lora() -> str:
     ours, theirs = (trial()[arm] for arm in ("chain", "one LoRA"))
     return estimate(less(ours, theirs), 1)
+
+
+# --- combined layer by layer
+
+
+@cache
+def fresh(name: str) -> list[Mapping[str, Any]]:
+    """The cells of an arm of benchmarks/combining on the seeds of its verdict, in their order."""
+    seeds = from_yaml("combining/plan.yaml")["verdict"]["seeds"]
+    cells = [c for c in lines("combining/results.jsonl") if c["prompt"] == "shared"]
+    found = {c["seed"]: c for c in cells if c["arm"] == name and c["seed"] in seeds}
+    return [found[seed] for seed in sorted(found)]
+
+
+def combining() -> Rows:
+    """The arms of the verdict."""
+    table = script("combining/table.py")
+    rows: Rows = [["arm", "right, %", "perplexity", "facts", "exported rank"]]
+    shown = {"layer by layer": ("layer by layer", 16), "default": ("two passes, rehearsed", 48)}
+    for name, (text, rank) in shown.items():
+        cells = fresh(name)
+        ratios = estimate([*map(table.ratio, cells)], 3, "-")
+        facts = number(fmean(map(table.facts, cells)), 2, "-")
+        rows.append((text, estimate(right(cells), 1, "-"), ratios, facts, f"{rank}"))
+    own = estimate([*map(table.alone, fresh("layer by layer"))], 1, "-")
+    return [*rows, ("each stage alone, its own rows", own, MISSING, MISSING, "five of 8")]
+
+
+def layerwise_in_short() -> list[str]:
+    table, cells = script("combining/table.py"), fresh("layer by layer")
+    above = 100 * (fmean(map(table.ratio, cells)) - 1)
+    shares = percent(right(cells), [*map(table.alone, cells)])
+    return [WORDS[len(cells)], *shares, number(above, 0, "-")]
+
+
+def registered() -> list[str]:
+    """The comparisons that were named beforehand: right answers less the earlier default's, less
+    each stage alone, and the ratio of perplexity."""
+    table = script("combining/table.py")
+    cells, others = fresh("layer by layer"), {c["seed"]: c for c in fresh("default")}
+    pairs = [(cell, others[cell["seed"]]) for cell in cells if cell["seed"] in others]
+    primary = [table.right(own) - table.right(other) for own, other in pairs]
+    second = [table.right(own) - table.alone(own) for own in cells]
+    ratios = estimate([*map(table.ratio, cells)], 3, "-")
+    return [estimate(primary, 1), estimate(second, 1, "-"), ratios]

@@ -29,21 +29,18 @@ TOLERANCE = 1e-5  # of logits: float32's rounding near 1 is about 1e-6
 
 
 @pytest.fixture(scope="module")
-def made(tiny_folder, sentiment, tmp_path_factory) -> dict[str, Path]:
-    """Runs of two stages: the second on top of the first at strength ½, or beside it, combined."""
-    found = {}
-    for name, beside in {"chain": False, "combined": True}.items():
-        run = tmp_path_factory.mktemp("apart") / name
-        tree = settings(tiny_folder, sentiment, run)
-        first = {"name": "facts", "data": tree.pop("data"), "chain": {"ranks": [4, 2]}}
-        first["chain"] |= {"steps": [3, 2]}
-        tree["chain"] = {"alpha": 8, "target_modules": ["q_proj", "down_proj"]}
-        train(tree | {"stages": [first]})
-        more = {"name": "style", "data": first["data"], "chain": {"ranks": [3], "steps": [3]}}
-        extend(run, more, beside=beside, rehearse=False)
-        found[name] = run
-    mix_stages(found["chain"], {"style": 0.5})
-    return found
+def made(tiny_folder, sentiment, tmp_path_factory) -> Path:
+    """A run of two stages: the second on top of the first at strength ½."""
+    run = tmp_path_factory.mktemp("apart") / "chain"
+    tree = settings(tiny_folder, sentiment, run)
+    first = {"name": "facts", "data": tree.pop("data"), "chain": {"ranks": [4, 2]}}
+    first["chain"] |= {"steps": [3, 2]}
+    tree["chain"] = {"alpha": 8, "target_modules": ["q_proj", "down_proj"]}
+    train(tree | {"stages": [first]})
+    more = {"name": "style", "data": first["data"], "chain": {"ranks": [3], "steps": [3]}}
+    extend(run, more, beside=False)
+    mix_stages(run, {"style": 0.5})
+    return run
 
 
 def served(base: Path, folder: Path, strengths: dict[str, float]) -> torch.Tensor:
@@ -61,15 +58,14 @@ def served(base: Path, folder: Path, strengths: dict[str, float]) -> torch.Tenso
     return logits(model)
 
 
-@pytest.mark.parametrize("name", ["chain", "combined"])
-def test_the_stages_add_up_to_the_state(made, tiny_folder, tmp_path, name, monkeypatch):
-    run = made[name]
+def test_the_stages_add_up_to_the_state(made, tiny_folder, tmp_path, monkeypatch):
+    run = made
     state = open_run(run)
     done = export_adapter(run, tmp_path / "each", each=True)
     digits = state.state.digest[:8]
     names = [f"facts-{digits}", f"style-{digits}"]
     strengths = {each["adapter"]: each["strength"] for each in done["adapters"]}
-    assert strengths == dict(zip(names, [1.0, 0.5 if name == "chain" else 1.0], strict=True))
+    assert strengths == dict(zip(names, [1.0, 0.5], strict=True))
     assert [each["rank"] for each in done["adapters"]] == [6, 3]
     for scales in (list(strengths.values()), [1.0, 0.0], [0.0, 0.5], [0.5, 0.0]):
         mixed = state.with_strengths(dict(zip(["facts", "style"], scales, strict=True)))
@@ -88,12 +84,11 @@ def test_the_stages_add_up_to_the_state(made, tiny_folder, tmp_path, name, monke
     assert f"chainlora export RUN@{state.entry.key} --to adapter" in sheet
 
 
-@pytest.mark.parametrize("name", ["chain", "combined"])
-def test_stages_in_gguf_add_up_too(made, chainlora, tmp_path, name):
+def test_stages_in_gguf_add_up_too(made, chainlora, tmp_path):
     gguf = pytest.importorskip("gguf", reason="no gguf: pip install 'chainlora[gguf]'")
-    to = ("export", made[name], "--to", "gguf-adapter", "--output")
+    to = ("export", made, "--to", "gguf-adapter", "--output")
     done = chainlora(*to, tmp_path / "each", "--each", "--json").json
-    export_gguf(made[name], tmp_path / "one", as_adapter=True)
+    export_gguf(made, tmp_path / "one", as_adapter=True)
 
     def update(file: Path) -> dict[str, np.ndarray]:
         found = {t.name: t.data for t in gguf.GGUFReader(file).tensors}
@@ -112,8 +107,7 @@ def test_stages_in_gguf_add_up_too(made, chainlora, tmp_path, name):
     assert base.read_bytes() == one.read_bytes()
     first, second = (each["adapter"] for each in done["adapters"])
     sheet = (tmp_path / "each/SERVING.md").read_text(encoding="utf-8")
-    scale = "0.5" if name == "chain" else "1.0"
-    assert f"--lora-scaled {first}.gguf:1.0,{second}.gguf:{scale}\n" in sheet
+    assert f"--lora-scaled {first}.gguf:1.0,{second}.gguf:0.5\n" in sheet
     (request,) = re.findall(r"-d '(.*)'", sheet)
     assert json.loads(request)["lora"] == [{"id": 0, "scale": 1.0}, {"id": 1, "scale": 0}]
     lines = (tmp_path / f"each/{second}.Modelfile").read_text(encoding="utf-8")
@@ -123,7 +117,7 @@ def test_stages_in_gguf_add_up_too(made, chainlora, tmp_path, name):
 
 def test_a_stage_that_is_off_is_no_part(made, tmp_path, chainlora):
     """Strengths that no entry has are said by `--stages`; other states have other names."""
-    run = made["chain"]
+    run = made
     to = ("export", run, "--to", "adapter", "--each", "--output")
     assert chainlora(*to, tmp_path / "a", "--stages", "style=0.25").status == 0
     assert chainlora(*to, tmp_path / "b").status == 0
@@ -147,21 +141,20 @@ def test_what_does_not_add_up_is_refused(made, folders, sentiment, tmp_path, cha
 
     keys = {"target_modules": ["q_proj"], "lora_bias": True, "ranks": [1], "steps": [1]}
     refused(fit(folders["opt"], sentiment, tmp_path / "opt", chain=keys), "got a LoRA bias in main")
-    refused(open_run(made["chain"], []), "at least one link")
-    refused(made["chain"], "got its first 1 links", num_links=1)
+    refused(open_run(made, []), "at least one link")
+    refused(made, "got its first 1 links", num_links=1)
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     refused(Chain(model), "got a chain in memory")
     for words in (["gguf"], ["adapter", "--links", "1"], ["adapter", "--push-to-hub", "a/b"]):
-        wrong = chainlora("export", made["chain"], "--each", "--output", "x", "--to", *words)
+        wrong = chainlora("export", made, "--each", "--output", "x", "--to", *words)
         assert (wrong.status, "--each makes adapters" in wrong.err) == (2, True)
 
 
-@pytest.mark.parametrize("name", ["chain", "combined"])
-def test_llama_server_is_held_to_the_run(made, name, monkeypatch, capsys):
+def test_llama_server_is_held_to_the_run(made, monkeypatch, capsys):
     """Where it is installed; else the example says what it needs."""
     pytest.importorskip("gguf", reason="no gguf: pip install 'chainlora[gguf]'")
     example = Path(__file__).resolve().parents[1] / "examples/serve_check.py"
-    monkeypatch.setattr(sys, "argv", ["serve_check.py", str(made[name])])
+    monkeypatch.setattr(sys, "argv", ["serve_check.py", str(made)])
     if shutil.which("llama-server") is None:
         with pytest.raises(SystemExit, match="No llama-server found"):
             runpy.run_path(str(example))

@@ -1,10 +1,9 @@
-"""What lies beside the package: its imports from the package exist; rows of benchmarks/stages."""
+"""What lies beside the package: its imports from the package exist."""
 
 from __future__ import annotations
 
 import ast
 import importlib
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,25 +32,3 @@ def test_what_is_imported_from_the_package_exists(file):
         assert find_spec(module), module
         if name is not None and not hasattr(importlib.import_module(module), name):
             assert find_spec(f"{module}.{name}"), f"{module}.{name}"
-
-
-STAGES = ROOT / "benchmarks/stages"
-
-
-@pytest.fixture
-def run(monkeypatch):
-    monkeypatch.syspath_prepend(STAGES)
-    names = ("links", "run")  # other folders have files of such names, too
-    for name in names:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module("run")
-    for name in names:
-        sys.modules.pop(name, None)
-
-
-def test_rows_are_dealt_balanced_and_mixed(run):
-    assert sorted(run.dealt("abc", 6, "k")) == list("aabbcc")
-    assert run.dealt("abcdef", 6, "k") != run.dealt("abcdef", 6, "other")
-    turns = run.balanced(["aaa", "bbb"], 8, "k")
-    assert turns == list("abababab")
-    assert "".join(run.mixed("nnnnnnnn", "oo")) == "nnonnnnonn"

@@ -46,7 +46,8 @@ chain.knots.moments: new, chain.knots.policy: spaced}
     "automatic knots": "{chain.knots: auto}",
     "rows": """
 {data.num_train: 16, data.num_validation: 4, data.max_length: 64, data.truncation: left,
-data.shots: 1, data.data_seed: 3, data.new_rows_only: true, data.keep_rows: false}
+data.shots: 1, data.data_seed: 3, data.new_rows_only: true, data.keep_rows: false,
+data.keep_conflicts: true}
 """,
 }
 # Where the rows and the model come from: given in every run of this file.

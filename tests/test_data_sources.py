@@ -136,7 +136,7 @@ def test_an_excel_file_trains_and_says_how_it_is_read_once(
     lines = [" prompt;completion ", *(f"the cät {n};{n}" for n in range(8)), ";", "café;x"]
     path = tmp_path / "rows.csv"
     path.write_bytes("\r\n".join(lines).encode("cp1252"))
-    tree = {"model": str(tiny_folder), "output": str(tmp_path / "run")}
+    tree = {"model": str(tiny_folder), "output": str(tmp_path / "run"), "start_data": "none"}
     tree |= {"data": {"train": str(path)}, "chain": {"ranks": [2], "steps": [1]}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     done = chainlora("train", tmp_path / "config.yaml")

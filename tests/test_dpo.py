@@ -65,6 +65,7 @@ def settings(tiny_folder, tmp_path):
             | chain,
             "train": {"loss": "dpo", "lr": 1e-2, "batch_size": 4} | dict(train),
             "output": output and str(tmp_path / output),
+            "start_data": "none",
         }
 
     return make

@@ -40,8 +40,8 @@ OPT = {"target_modules": ["q_proj", "fc1"], "lora_bias": True}
 
 
 def more(name: str, *, beside: bool, **data: Any) -> dict[str, Any]:
-    """A later stage of one link, on rows of its own."""
-    data |= {"train": "other.jsonl", "task": None}
+    """A later stage of one link, on rows of its own: other answers to prompts of the first one."""
+    data |= {"train": "other.jsonl", "task": None, "keep_conflicts": True}
     return {"name": name, "beside": beside, "data": data, "chain": {"ranks": [4], "steps": [4]}}
 
 
@@ -76,7 +76,7 @@ CASES: dict[str, dict[str, Any]] = {
         for name, rate in {"sgd": 0.3, "adafactor": 0.3, "lion": 3e-3, "muon": 5e-2}.items()
     },
     "replay on top": {"stages": [more("top", beside=False, replay=0.5)]},
-    "beside": {"stages": [more("side", beside=True)]},
+    "beside": {"stages": [more("side", beside=True) | {"rehearse": True}]},
 }
 
 

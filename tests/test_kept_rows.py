@@ -315,7 +315,8 @@ def test_rows_are_written_and_read_as_they_are(tmp_path):
     labelled = replace(row(3, (4, 5), (6,), (7, 8)), **keys)
     rows = MemoryRows([labelled, row(4, (), (9,))])
     hashes = np.array([1, 2**62], np.int64)
-    told = ({"train": 7}, hashes, hashes, hashes[:1], {"loss": "candidates"}, 2**62)
+    answers = np.array([[1, 2], [1, 3]], np.int64)
+    told = ({"train": 7}, hashes, hashes, hashes[:1], answers, {"loss": "candidates"}, 2**62)
     kept = Kept(rows, MemoryRows(), rows, *told)
     write_kept(tmp_path / "rows.safetensors", kept)
     found = read_kept(tmp_path / "rows.safetensors")
@@ -325,6 +326,7 @@ def test_rows_are_written_and_read_as_they_are(tmp_path):
     assert example_hashes(again).tolist() == example_hashes(rows)[[1, 0, 1]].tolist()
     assert (found.counts, found.loss, found.bound) == (kept.counts, kept.loss, kept.bound)
     assert (found.seen.tolist(), found.held_out.tolist()) == ([1, 2**62], [1])
+    assert found.answers.tolist() == [[1, 2], [1, 3]]
     (tmp_path / "rows.safetensors").write_bytes(b"{}")
     with pytest.raises(RunError, match=r"must be readable \(got .*restore the file"):
         read_kept(tmp_path / "rows.safetensors")

@@ -46,6 +46,7 @@ def chat_run(tmp_path_factory) -> Path:
         "chain": {"ranks": [4, 2], "steps": [3, 3]},
         "train": {"lr": 1e-2, "batch_size": 4},
         "output": str(folder / "run"),
+        "start_data": "none",
     }
     train(tree)
     sign(folder / "run", lambda tree: _versions(tree).update(torch=MARKUP))

@@ -37,7 +37,7 @@ def made(sentiment, tmp_path_factory) -> Path:
     beside = extension(folder / "run", stage(folder, sentiment, "style"), beside=True)
     train_stages(beside, matrix=False)
     train_stages(rehearsal(folder / "run", {"chain": {"ranks": [2], "steps": [2]}}), matrix=False)
-    mix_stages(folder / "run", {"law": 0.5})
+    mix_stages(folder / "run", {"combined": 0.5})
     return folder
 
 
@@ -96,7 +96,7 @@ def test_a_lineage_says_where_an_export_comes_from(made, exported, sentiment):
         "--to merged",
         "--to gguf",
         "--to gguf-adapter",
-        "--to adapter --stages style=0.3",
+        "--to adapter --stages combined=0.3",
         "--to adapter --links 1",
         "--to adapter --each",
         "--to gguf-adapter --each",
@@ -131,7 +131,7 @@ def test_a_changed_file_is_named(chainlora, made, exported, tmp_path):
 def test_a_folder_of_adapters_is_verified_whole(chainlora, made, tmp_path):
     run, out = made / "run", tmp_path / "out"
     assert chainlora("export", run, "--to", "adapter", "--each", "--output", out).status == 0
-    law, other, _ = sorted(path.name for path in out.iterdir() if path.is_dir())
+    law, other = sorted(path.name for path in out.iterdir() if path.is_dir())
     assert chainlora("verify", out / other, run).status == 0  # each by itself, too
     (out / law / "README.md").write_text("")
     (out / "SERVING.md").unlink()

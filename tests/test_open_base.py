@@ -114,7 +114,7 @@ def test_a_command_loads_the_model_once(
         if name == "shared":
             shared(base)
         train(config_of(tiny_folder, sentiment, run, hold))
-        extend(run, section(sentiment, "b"), rehearse=False)
+        extend(run, section(sentiment, "b"))
         if name == "shared":
             assert loads["history"] <= 2 * 3  # of two commands
             assert (loads["model"], loads["tokenizer"]) == (1, 1)

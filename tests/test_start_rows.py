@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_tiny_folder, write_rows
 from helpers import Stop, assert_same_links, history_of, settings, stage_dir, stopping
 from stages.cases import flipped, logits
 
-from chainlora import evaluate_task, export_adapter, train
+from chainlora import evaluate_task, export_adapter, load_run, train
 from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
@@ -111,7 +112,7 @@ def test_rows_of_the_plain_model_are_replayed(tiny_folder, sentiment, tmp_path):
     rows, it ends in the same bits."""
     rows = flipped(sentiment / "train.jsonl", tmp_path / "flipped.jsonl")
     tree = settings(tiny_folder, sentiment, tmp_path / "run", chain=SHORT | {"steps": [30]})
-    tree["data"] |= {"train": str(rows), "replay": 0.125}
+    tree["data"] |= {"train": str(rows), "replay": 0.125, "keep_conflicts": True}
     own = shutil.copytree(sentiment, tmp_path / "own")
     tree |= {"start_data": general(own, "train", "validation")}
     tree["train"] |= {"save_every": 1}
@@ -127,7 +128,7 @@ def test_rows_of_the_plain_model_are_replayed(tiny_folder, sentiment, tmp_path):
     result = json.loads((stage_dir(tmp_path / "run") / "result.json").read_text())
     assert result["data"]["train"]["replayed"] == 32
     found = stage_matrix(tmp_path / "run")
-    assert found.stages == ["start", "main"]
+    assert found.stages == ["base", "main"]
     assert found.states[:2] == ["base", "main"]
     assert train_stages(stages) == [None]
 
@@ -198,3 +199,137 @@ def test_what_was_before_a_first_stage_that_was_pruned(made, sentiment, chainlor
     tree["model"] = history_of(run)["base"]["model"]
     config.write_text(json.dumps(tree))
     chainlora("train", config).refused("in their order (got main for more")
+
+
+# --- rows that the model writes ---
+
+
+@pytest.fixture(scope="module")
+def roomy(tmp_path_factory) -> Path:
+    """A model folder whose context holds all prompts and what is written after them."""
+    folder = tmp_path_factory.mktemp("hub") / "roomy"
+    return make_tiny_folder(folder, max_position_embeddings=256)
+
+
+OPENING = "It was raining when"
+
+
+def written(address: str, text: str) -> tuple[int, ...]:
+    """Return the tokens of a text and of what the model of a run writes after it."""
+    model, tokenizer = load_run(address)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    said = model.generate(**ids, max_new_tokens=64, do_sample=False)
+    return tuple(said[0].tolist())
+
+
+def of_rows(folder: Path, sentiment: Path, output: Path, **keys) -> dict:
+    """Return a config of one stage that says nothing of rows for its start."""
+    tree = settings(folder, sentiment, output, chain=SHORT) | keys
+    return {key: value for key, value in tree.items() if key != "start_data" or key in keys}
+
+
+def test_a_run_keeps_what_its_base_writes(roomy, tokenizer, sentiment, tmp_path, caplog):
+    """Questions as a chat has them, whose answers alone are learned, and openings of plain text."""
+    tree = of_rows(roomy, sentiment, tmp_path / "run")
+    with pytest.raises(Stop):
+        train(tree, listener=stopping(1))  # the rows are kept before the first step
+    train(tree, resume=True)
+    train(tree | {"output": str(tmp_path / "again")})
+    assert caplog.text.count("what the base writes after 80 prompts is kept as rows of `base`") == 2
+    run, again = open_run(tmp_path / "run"), open_run(tmp_path / "again")
+    assert run.keepers == again.keepers
+    kept = run.kept()["start"]
+    assert (len(kept.train), len(kept.validation), kept.loss) == (64, 16, "completion")
+    asked = "<s>user\nWhat do bees do in winter?</s>\n<s>assistant\n"
+    rows = {row.sequences[0]: row.scored[0] for row in kept.validation[:]}
+    said = written(f"{tmp_path}/run@base", asked)
+    num_asked = len(tokenizer(asked, add_special_tokens=False)["input_ids"])
+    assert rows[said] == ((num_asked, len(said)),)
+    said = written(f"{tmp_path}/run@base", OPENING)
+    assert rows[said] == ((1, len(said)),)
+    found = stage_matrix(run, compute=False)  # was scored when the stage had ended
+    assert (found.stages, found.states) == (["base", "main"], ["base", "main"])
+    assert {cell.stage for cell in found.cells} == {"base"}  # main has scored its own rows
+    assert found.as_dict()["states"]["base"][0]["metric"] == "loss"
+
+
+def test_without_a_chat_template_all_prompts_are_plain_text(roomy, sentiment, tmp_path):
+    folder = shutil.copytree(roomy, tmp_path / "plain")
+    (folder / "chat_template.jinja").unlink()
+    train(of_rows(folder, sentiment, tmp_path / "run"))
+    kept = open_run(tmp_path / "run").kept()["start"]
+    assert len(kept.train) == 64
+    assert {row.scored[0][0][0] for row in kept.train[:]} == {1}
+
+
+def test_what_keeps_no_rows_of_the_base(roomy, sentiment, tmp_path, chainlora):
+    data = settings("", sentiment)["data"]
+    ways = {
+        "none": {"start_data": "none"},
+        "no-rows": {"data": data | {"keep_rows": False}},
+        "fork": {"start": str(tmp_path / "none")},
+    }
+    for name, keys in ways.items():
+        train(of_rows(roomy, sentiment, tmp_path / name, **keys))
+        assert open_run(tmp_path / name).history.find("start") is None
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(of_rows(roomy, sentiment, tmp_path / "none")))
+    assert "nothing left to do" in chainlora("train", config, "--general", "none").out
+    assert "nothing left to do" in chainlora("train", config).out
+    given = chainlora("train", config, "--general", sentiment / "validation.jsonl")
+    given.refused("which keeps none")
+    extended = ("extend", tmp_path / "none", sentiment / "train.jsonl", "--general", "none")
+    chainlora(*extended).refused("`start_data` is read when a run begins")
+
+
+def test_rows_of_the_base_are_given_by_a_file(roomy, sentiment, tmp_path, chainlora):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"it was {n}"} for n in range(10)])
+    answers = write_rows(tmp_path / "a.jsonl", [{"prompt": "the", "completion": " cat"}] * 8)
+    words = ("train", answers, "--model", roomy, "--chain.steps", "[1]", "--output", "run")
+    done = chainlora(*words, "--general", rows)
+    assert done.status == 0, done.err
+    assert "base (loss, 2 validation rows)" in done.out
+    assert len(open_run("run").kept()["start"].train) == 8
+    assert "nothing left to do" in chainlora(*words, "--general", rows).out
+    chainlora(*words, "--general", "none").refused("got none for run")
+    forked = ("extend", "run", answers, "--name", "b", "--chain.steps", "[1]", "--output", "fork")
+    chainlora(*forked, "--general", rows).refused("for a start without such rows")
+    assert chainlora(*forked).status == 0
+    assert open_run("fork").keepers["start"] == open_run("run").keepers["start"]
+
+
+def test_with_an_adapter_the_model_writes_as_the_adapter_does(made, sentiment, tmp_path):
+    tree = of_rows(made, sentiment, tmp_path / "run", start=str(made / "adapter"))
+    tree["model"] = history_of(made / "first")["base"]["model"]
+    train(tree | {"start": str(made / "adapter")})
+    found = stage_matrix(tmp_path / "run")
+    assert found.stages == ["start", "main"]
+    rows = open_run(tmp_path / "run").kept()["start"].validation[:]
+    said = {state: written(f"{tmp_path}/run@{state}", OPENING) for state in ("start", "base")}
+    assert said["start"] != said["base"]
+    assert said["start"] in [row.sequences[0] for row in rows]
+
+
+def test_a_run_whose_general_ability_has_fallen_is_told(roomy, sentiment, tmp_path, caplog):
+    tree = of_rows(roomy, sentiment, tmp_path / "run", train={"lr": 0.3, "batch_size": 8})
+    train(tree)
+    column = [row[0] for row in stage_matrix(tmp_path / "run").grid]
+    first, last = (torch.tensor(cell.value).exp().item() for cell in column)
+    assert last > 1.1 * first
+    said = f"perplexity of base's rows rose from {first:.3g} to {last:.3g}: general"
+    assert said in caplog.text
+    assert f"chainlora combine {tmp_path}/run combines it with the base" in caplog.text
+    caplog.clear()
+    train(tree | {"output": str(tmp_path / "mild"), "train": {"lr": 1e-6, "batch_size": 8}})
+    assert "general ability" not in caplog.text
+
+
+def test_a_lineage_is_rebuilt_whatever_the_base_writes(roomy, sentiment, tmp_path, chainlora):
+    train(of_rows(roomy, sentiment, tmp_path / "run"))
+    export_adapter(tmp_path / "run", tmp_path / "out")
+    data = [f"--data.{key}={value}" for key, value in settings("", sentiment)["data"].items()]
+    again = ("train", tmp_path / "out/lineage.json", "--model", roomy, "--output", "new", *data)
+    done = chainlora(*again)
+    assert done.status == 0, done.err
+    assert len(open_run("new").kept()["start"].train) == 64
+    assert open_run("new").state == open_run(tmp_path / "run").state

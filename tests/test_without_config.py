@@ -21,6 +21,12 @@ def rows(path: str | Path, count: int = 12, word: str = "good") -> Path:
     return write_rows(Path(path), pairs)
 
 
+@pytest.fixture(autouse=True)
+def short_rows_of_the_base(monkeypatch) -> None:
+    """Nothing here is about what the base writes (test_start_rows.py)."""
+    monkeypatch.setattr("chainlora.evaluation.general_rows.NEW_TOKENS", 2)
+
+
 @pytest.fixture
 def january(tiny_folder, chainlora) -> Path:
     """A run of one stage, without a config."""
@@ -58,7 +64,7 @@ def test_two_files_become_a_run_of_two_stages(tiny_folder, chainlora, caplog):
         assert length in caplog.text
         assert "does not inherit" not in caplog.text
     assert chain_of(run, "february")["epochs"] == [2]
-    assert [*open_run(run).stages] == ["January-2026", "february", "rehearsal"]
+    assert [*open_run(run).shares] == ["January-2026", "february"]
     before = history_of(run)
     caplog.clear()
     rows("february.jsonl", 700)  # a file that has been read may grow
@@ -174,5 +180,5 @@ def test_from_python_and_as_a_list_of_json(tiny_folder, chainlora):
     table = [json.loads(line) for line in rows("b.jsonl", word="bad").read_text().splitlines()]
     Path("b.json").write_text(json.dumps(table, indent=1))
     assert extend("run", "b.json", progress=False)["stage"] == "b"
-    assert {*open_run("run").stages} == {"main", "b", "rehearsal"}
+    assert {*open_run("run").shares} == {"main", "b"}
     assert chain_of(Path("run"), "b")["epochs"] == [10]

@@ -26,17 +26,17 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 ALL_KEPT = "second pass, all rows kept, 160 steps"
 Arm = tuple[str, str, str]  # of benchmarks/stages: a study, its arm, what a reader calls it
 MANY: tuple[Arm, ...] = (  # of all seeds
-    ("primary", "combined twice rehearsed", "extend"),
-    ("primary", "combined twice", "extend --no-rehearsal"),
-    ("primary", "replay", "extend with data.replay"),
-    ("primary", "on top rehearsed", "extend --on-top, then rehearse"),
-    ("primary", "on top", "extend --on-top"),
+    ("primary", "combined twice rehearsed", "beside, two passes, rehearsed"),
+    ("primary", "combined twice", "beside, two passes"),
+    ("primary", "replay", "on top, replay"),
+    ("primary", "on top rehearsed", "on top, rehearsed"),
+    ("primary", "on top", "on top"),
 )
 FEW: tuple[Arm, ...] = (  # of the first three
     ("all at once", "all at once", "one LoRA, all rows at once"),
-    (ALL_KEPT, "combined twice rehearsed", "extend, all rows kept"),
-    (ALL_KEPT, "replay", "data.replay, all rows kept"),
-    ("primary", "combined twice rehearsed", "extend (as above)"),
+    (ALL_KEPT, "combined twice rehearsed", "beside, two passes, rehearsed, all rows kept"),
+    (ALL_KEPT, "replay", "on top, replay, all rows kept"),
+    ("primary", "combined twice rehearsed", "beside, two passes, rehearsed (as above)"),
     ("one LoRA of rank 40", "one wide LoRA replay", "one LoRA of rank 40, replay"),
     ("one LoRA", "one LoRA rehearsed", "one LoRA of rank 8, rehearsed"),
     ("one LoRA of rank 40", "one wide LoRA rehearsed", "one LoRA of rank 40, rehearsed"),
@@ -62,14 +62,14 @@ def stages(results: Path = BENCHMARKS / "stages/results.jsonl") -> str:
     _heading(card, plan)
     text = f"{len(seeds)} seeds, {plan['defaults']['kept']} kept rows of each task"
     card.text(EDGE, 98, text, bold=True)
-    alone = [fmean(cell["learned"].values()) for cell in many["extend"]]
+    alone = [fmean(cell["learned"].values()) for cell in many[MANY[0][-1]]]
     _bar(card, 120, "each stage alone, on its own rows", "no old rows", alone)
     y = _bars(card, 162, many)
     if few:
         card.text(EDGE, y + 4, f"{len(few_seeds)} of these seeds", bold=True)
         y = _bars(card, y + 26, few)
     card.text(EDGE, y + 4, "Circles: seeds. Lines: 95 % t intervals, of six seeds.", kind="soft")
-    card.text(EDGE, y + 24, "Old rows: reads of kept rows, to train or to combine.", kind="soft")
+    card.text(EDGE, y + 24, "Beside: combined as before, in two passes. Old rows: reads of kept rows.", kind="soft")
     return card.svg()
 
 

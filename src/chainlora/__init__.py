@@ -22,6 +22,7 @@ _WHERE = {
     "train": "chainlora.training.stages",
     "combine": "chainlora.evaluation.combination",
     "extend": "chainlora.training.stages",
+    "add": "chainlora.training.stages",
     "rehearse": "chainlora.training.stages",
     "open_run": "chainlora.runs.addresses",
     "mix_stages": "chainlora.runs.changes",
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from chainlora.runs.opening import load_run as load_run
     from chainlora.runs.saved_chain import save_chain as save_chain
     from chainlora.training.result import TrainResult as TrainResult
+    from chainlora.training.stages import add as add
     from chainlora.training.stages import extend as extend
     from chainlora.training.stages import rehearse as rehearse
     from chainlora.training.stages import train as train

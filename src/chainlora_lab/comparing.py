@@ -80,7 +80,8 @@ def comparison(
     extend: int = 0,
 ) -> Experiment:
     """Return the experiment that `compare` runs."""
-    begun_on: dict[str, Any] = {"start": config.start, "start_data": config.start_data}
+    rows = None if config.start_data == "none" else config.start_data
+    begun_on: dict[str, Any] = {"start": config.start, "start_data": rows}
     begun_on["data.replay"] = config.data.replay
     if given := [key for key, value in begun_on.items() if value is not None]:
         raise ConfigError("`compare` trains from the bare base", ", ".join(given), "leave it out")
@@ -152,5 +153,6 @@ def _base(config: RunConfig, unit: str, methods: Sequence[str]) -> tuple[dict[st
     alpha = config.chain.alpha
     tree["chain"]["alpha"] = alpha if isinstance(alpha, float) else alpha[0]
     tree["recipe"] = {"rank": config.chain.ranks[0], unit: sum(lengths)}
-    tree.pop("output", None)
+    for key in ("output", "start_data"):  # of a run: cells have their own
+        tree.pop(key, None)
     return tree, left_out

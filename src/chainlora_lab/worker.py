@@ -78,7 +78,9 @@ def load_cell(directory: Path) -> CellConfig:
 
 def _compute(config: CellConfig, run: Path) -> dict[str, Any]:
     """Train a config in `run`, resuming a run that is there, and return the cell's fields."""
-    plain = config.plain.model_copy(update={"output": str(run)})
+    plain = config.plain
+    rows = plain.start_data or "none"  # a cell is one stage, scored on its own rows
+    plain = plain.model_copy(update={"output": str(run), "start_data": rows})
     try:
         if config.loop is not None:
             result = fine_tune(plain)

@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from beside.cases import add, begin, config_of, section
 from chainlora import export_adapter, load_run
-from chainlora.chain.combining import Combination, gram_matrices, modules_by_input
-from chainlora.errors import ChainError, ConfigError, RunError
+from chainlora.chain.combining import Part
+from chainlora.chain.link import stack_links
+from chainlora.chain.solving import combine as solve
+from chainlora.errors import ConfigError, RunError
 from chainlora.evaluation.combination import combine
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.files import checksums
@@ -28,120 +30,43 @@ from chainlora.runs.changes import log, mix_stages, prune_stage, undo
 from chainlora.runs.history_file import read_history
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.loading_start import with_start
-from chainlora.training.stages import extension, rehearsal, train_stages
+from chainlora.training.stages import combine_again, extension, rehearsal, train_stages
 
 
-def test_a_combination_is_the_least_squares_solution():
-    """Against an independent solution: the normal equations of the loss, in float64."""
-    torch.manual_seed(0)
-    double = torch.float64
-    b = {name: torch.randn(5, 2, dtype=double) for name in "xyz"}
-    a = {name: torch.randn(2, 7, dtype=double) for name in "xyz"}
-    inputs = [torch.randn(50, 7, dtype=double) for _ in range(3)]
-    holds = [["x"], ["y"], ["x", "z"]]  # one state goes on from another
-    sums = Combination(ridge=0.0)
-    for rows, own in zip(inputs, holds, strict=True):
-        sums.add(rows.T @ rows / len(rows), {(name, "m"): a[name] for name in own})
-    found = sum(b[name] @ part.double() for (name, _), part in sums.solve().items())
-    # The rows of [√w·X] W ≈ [√w·X W_j] in least squares.
-    rows = torch.cat([each / len(each) ** 0.5 for each in inputs])
-    wanted = [
-        each / len(each) ** 0.5 @ sum(b[name] @ a[name] for name in own).T
-        for each, own in zip(inputs, holds, strict=True)
-    ]
-    solution = torch.linalg.lstsq(rows, torch.cat(wanted)).solution.T
-    # A' is stored in float32: 24 bits.
-    torch.testing.assert_close(found, solution, rtol=1e-5, atol=1e-5)
+def test_a_combination_is_that_of_its_parts(abc):
+    """What a run keeps is what the solver gives for the stages' links and the rows they kept."""
+    parts = []
+    for name in sorted("abc", key=lambda name: open_run(f"{abc}@{name}").state.digest):
+        found = open_run(f"{abc}@{name}")
+        rows = [[*row.sequences[row.label or 0]] for row in found.kept()[name].train]
+        parts.append(Part(name, rows, stack_links(found.links())))
+    solved = solve(load_run(f"{abc}@base")[0], parts, 16)
+    (link,) = open_run(abc).links()
+    assert (link.rank, link.error) == (16, solved.error)
+    for module, factors in solved.factors.items():
+        assert torch.equal(link.delta_weight(module), factors.b @ factors.a)
+    assert open_run(abc).entry.distances == pytest.approx(solved.distances)
+    assert all(0 < away < 1 for away in solved.distances.values())
 
 
-@pytest.mark.parametrize("inputs", [3, 0])  # fewer than dimensions, and none
-def test_one_state_combined_is_itself(inputs):
-    torch.manual_seed(0)
-    x, a = torch.randn(inputs, 40, dtype=torch.float64), torch.randn(2, 40)
-    sums = Combination()
-    sums.add(x.T @ x, {("x", "m"): a})
-    torch.testing.assert_close(sums.solve()["x", "m"], a, rtol=1e-5, atol=1e-6)  # float32
-
-
-def test_what_no_input_reaches():
-    """A of a module that no state uses stays; of one that only others use goes."""
-    a, gram = torch.ones(1, 2), torch.eye(2, dtype=torch.float64)
-    unused, used = Combination(), Combination()
-    unused.add(None, {("x", "n"): a})
-    used.add(None, {("x", "m"): a})
-    used.add(gram, {("y", "m"): a})
-    assert torch.equal(unused.solve()["x", "n"], a)
-    found = used.solve()
-    assert not found["x", "m"].any()
-    assert torch.allclose(found["y", "m"], a)
-
-
-def test_a_direction_without_inputs_gets_the_mean_of_the_updates_by_the_traces():
-    torch.manual_seed(0)
-    sums, traces, updates = Combination(), [], []
-    for scale in (1, 4):
-        x, a = torch.randn(10, 3, dtype=torch.float64), torch.randn(2, 3)
-        x[:, 2] = 0  # no input has this direction
-        gram = scale * x.T @ x
-        traces.append(gram.trace().item())
-        updates.append(a[:, 2])
-        sums.add(gram, {(f"{scale}", "m"): a})
-    found = sums.solve()
-    for scale, trace, update in zip((1, 4), traces, updates, strict=True):
-        torch.testing.assert_close(found[f"{scale}", "m"][:, 2], update * trace / sum(traces))
-
-
-def test_layers_share_the_gram_of_their_input(tiny_folder):
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    rows = [torch.tensor([[5, 6, 7]]), torch.tensor([[8, 9]])]
-    attention = [f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"]
-    assert [*modules_by_input(model, attention, rows[0])] == [attention[:3], attention[3:]]
-    model.model.embed_tokens.weight.data[5] = torch.nan
-    with pytest.raises(ChainError, match=rf"must be finite .got others of {attention[0]}"):
-        gram_matrices(model, attention, rows)
-
-
-def test_a_combination_is_that_of_its_formula(abc):
-    """Computed apart, in float64: with inputs of each stage's own model, then of the first
-    combination. The first reads every fourth row."""
-    updates, tokens, models = {}, {}, {}
-    for name in "abc":
-        (link,) = open_run(f"{abc}@{name}").links()
-        updates[name] = {m: link.delta_weight(m).double() for m in link.factors}
-        kept = open_run(abc).kept()[name].train
-        tokens[name] = [row.sequences[row.label or 0][:-1] for row in kept]
-        models[name] = load_run(f"{abc}@{name}")[0]
-    combined, _ = load_run(f"{abc}@base")
-    base = {m: combined.get_submodule(m).weight.detach().clone() for m in updates["a"]}
-    for step in (4, 1):
-        sums = [dict.fromkeys(base, 0.0), dict.fromkeys(base, 0.0)]
-        for name, model in models.items():
-            grams = means_of_inputs(model, [*base], tokens[name][::step])
-            for module, gram in grams.items():
-                gram += 0.001 * gram.diagonal().mean() * torch.eye(len(gram))
-                sums[0][module] = sums[0][module] + updates[name][module] @ gram
-                sums[1][module] = sums[1][module] + gram
-        found = {m: sums[0][m] @ sums[1][m].inverse() for m in base}
-        for module, update in found.items():
-            combined.get_submodule(module).weight.data = base[module] + update.float()
-        models = dict.fromkeys("abc", combined)
-    links = open_run(abc).links()
-    for module, update in found.items():
-        own = sum(link.delta_weight(module).double() for link in links)
-        # A' is stored in float32, and the first of both models was computed in it.
-        torch.testing.assert_close(own, update, rtol=1e-3, atol=1e-3 * float(update.abs().max()))
-
-
-def means_of_inputs(model: Any, modules: list[str], rows: Any) -> dict[str, torch.Tensor]:
-    seen: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
-    for name, parts in seen.items():
-        keep = lambda _, args, parts=parts: parts.append(args[0].detach()[0].double())  # noqa: E731
-        model.get_submodule(name).register_forward_pre_hook(keep)
-    with torch.no_grad():
-        for row in rows:
-            model(input_ids=torch.tensor([row]))
-    found = {name: torch.cat(parts) for name, parts in seen.items()}
-    return {name: x.T @ x / len(x) for name, x in found.items()}
+def test_a_rank_and_an_importance_are_chosen(abc, chainlora):
+    """They stay when a stage is added or pruned, and are gone when it is combined anew."""
+    found = chainlora(f"combine {abc} b a=3 c --rank 2 --no-scores")
+    assert re.search(r"rank 2, which leaves out [\d.]+%; distance to . 0\.\d\d", found.err)
+    weighed = open_run(abc)
+    assert weighed.facts[0].rank == 2
+    assert weighed.entry.recipe.importance == {"a": 3}
+    even = combine(abc, rank=2)
+    assert weighed.entry.distances["a"] < even.entry.distances["a"]
+    undo(abc)
+    combine_again(abc, prune_stage(abc, "b"))
+    assert open_run(abc).entry.recipe == weighed.entry.recipe
+    assert open_run(abc).facts[0].rank == 2
+    assert not combine(abc).entry.recipe.importance
+    with pytest.raises(RunError, match="importance is given to parts, a, c, start"):
+        combine(abc, importance={"b": 2})
+    with pytest.raises(RunError, match="an importance is a number above 0"):
+        combine(abc, importance={"a": 0})
 
 
 def test_the_order_of_stages_changes_nothing(abc):
@@ -158,23 +83,18 @@ def test_stages_are_shown_and_counted_in_the_order_in_which_they_were_added(
     """A combination has the same sums whatever that order is; b came last here."""
     add(sentiment, ac, "b")
     assert open_run(ac).state.digest == open_run(abc).state.digest
-    combined, order = open_run(ac), ["a", "c", "b"]
-    assert combined.stages == order
-    assert [row["stage"] for row in inspect_run(ac)["links"]] == order
+    order = ["a", "c", "b"]
+    assert [*open_run(ac).shares] == order
+    assert [row["stage"] for row in inspect_run(ac)["links"]] == ["combined"]
     assert stage_matrix(ac, compute=False).stages == order
     assert stage_matrix(ac, compute=False).states[1:4] == order
-    assert [*log(ac)[0]["strengths"]] == order
-    first = combined.links(2)
-    of = [combined.history.links[term.link].stage for term in combined.terms(2)]
-    assert (len(first), of) == (2, ["a", "c"])
-    whole = [link.factors for link in combined.links()]
-    for link, other in zip(combined.links(3), whole, strict=True):  # the same sums
-        assert all(torch.equal(link.factors[name].a, other[name].a) for name in other)
+    assert log(ac)[0]["parents"] == order
+    assert chainlora(f"undo {ac} --to after-b").out.splitlines()[-1] == "combined=1 of a, c, b"
     export_adapter(ac, tmp_path / "out")
-    card = (tmp_path / "out/README.md").read_text(encoding="utf-8").partition("## Lineage")[0]
-    assert re.findall(r"^\| (\d \w+) \|", card, flags=re.MULTILINE) == ["0 a", "1 c", "2 b"]
-    found = chainlora(f"mix {ac} b=0.5 --no-scores")
-    assert [line.split("=")[0] for line in found.out.splitlines()] == order
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8").partition("## Lineage")[2]
+    assert re.findall(r"^\| `(\w)` \| 1 \|", card, flags=re.MULTILINE) == order
+    rule = f"has no strength of its own (got 'b' for {ac}); chainlora combine {ac} a c is"
+    chainlora(f"mix {ac} b=0.5 --no-scores").refused(rule)
 
 
 def test_a_combined_run_is_one_adapter(abc, tiny_folder, tmp_path):
@@ -193,8 +113,7 @@ def test_a_combined_run_is_one_adapter(abc, tiny_folder, tmp_path):
     assert not torch.allclose(before, own, rtol=1e-2, atol=1e-3)
     states = stage_matrix(abc, compute=False).states
     assert states == ["base", "a", "b", "c", open_run(abc).entry.key]
-    strengths = mix_stages(abc, {"b": 0.0}).strengths
-    assert strengths == {"a": 1, "b": 0, "c": 1}
+    assert mix_stages(abc, {"combined": 0.5}).strengths == {"combined": 0.5}
     assert not torch.allclose(logits(*load_run(abc)), own, rtol=1e-4, atol=1e-5)
 
 
@@ -217,15 +136,15 @@ def test_a_report_says_what_was_trained_apart(abc):
 
 def test_a_stage_pruned_meanwhile_leaves_no_trace(abc):
     undo(abc, "a")
-    derived = sorted((abc / "derived").iterdir())
+    links = {*(abc / "links").iterdir()}
 
     def progress(what: str, done: int, rows: int) -> None:
-        if done == rows:
+        if done == rows and (abc / "stages/b").exists():
             prune_stage(abc, "b")
 
     with pytest.raises(RunError, match="a run was changed meanwhile"):
         combine(abc, ["b", "c"], progress=progress)
-    assert set((abc / "derived").iterdir()) < {*derived}
+    assert {*(abc / "links").iterdir()} < links
     assert open_run(abc).entry.key == "a"
 
 
@@ -260,7 +179,7 @@ def test_a_stage_of_another_run_gets_its_folder_as_a_name(tiny_folder, sentiment
     train_all(tree)
     found = combine(ac, str(tmp_path / "law"))  # one name alone
     assert found.entry.parents == ("a", "c", "law")
-    assert found.stages == ["a", "c", "law"]
+    assert [*found.shares] == ["a", "c", "law"]
     assert open_run(f"{ac}@law").config().output == str(tmp_path / "law")
 
 

@@ -83,9 +83,9 @@ def test_a_stage_after_a_rehearsal_has_the_config_of_a_stage(abc, sentiment):
 def test_a_stage_that_is_combined_after_a_later_one_is_rehearsed(ac, sentiment):
     train_on(f"{ac}@start", section(sentiment, "d"))  # then a kill
     add(sentiment, ac, "b")
-    extend(ac, section(sentiment, "d"), progress=False)
+    extend(ac, section(sentiment, "d"), rehearse=True, progress=False)
     assert open_run(ac).entry.is_rehearsal
-    assert open_run(ac).stages == ["a", "c", "d", "b", "rehearsal"]  # as they ended
+    assert [*open_run(ac).shares] == ["a", "c", "d", "b", "rehearsal"]  # as they ended
 
 
 def test_a_rehearsal_takes_no_loss_of_pairs(abc, tmp_path, caplog):

@@ -115,7 +115,7 @@ def test_rule_2_plugins_that_nobody_named_are_not_run(
     assert "b is left to the command that names its plug-ins" in caplog.text
     assert f"after-c of {only_a} waits for b" in caplog.text
     train_on(only_a, section(sentiment, "b") | {"plugins": [str(plugin)]}, beside=True)
-    assert open_run(only_a).stages == ["a", "c", "d", "b"]
+    assert [*open_run(only_a).shares] == ["a", "c", "d", "b"]
 
 
 def test_rule_2_trackers_that_nobody_named_are_not_told(only_a, sentiment):
@@ -124,7 +124,7 @@ def test_rule_2_trackers_that_nobody_named_are_not_told(only_a, sentiment):
     plan = make_plan(extension(only_a, own, beside=True))
     declare(only_a, plan.history, plan.new, plan.target, plan.start)
     build_run(only_a)
-    assert open_run(only_a).stages == ["a", "b"]
+    assert [*open_run(only_a).shares] == ["a", "b"]
 
 
 @pytest.mark.parametrize("rehearse", [False, True])
@@ -349,7 +349,7 @@ def test_rule_9_where_a_stage_stands_follows_at_its_declaration(abc, sentiment, 
     """Not from what the run has become when it is built."""
     killed("stage", abc, section(sentiment, "d"), beside=False)
     killed("stage", abc, section(sentiment, "d2"))
-    mix_stages(abc, {"b": 0.5})
+    mix_stages(abc, {"combined": 0.5})
     build_run(abc)
     history = read_history(abc)
     assert [history.find(key).parents for key in ("d", "d2")] == [("after-c",), ()]

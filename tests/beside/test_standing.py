@@ -23,8 +23,8 @@ from chainlora.training.plan import make_plan
 from chainlora.training.stages import extension, rehearsal, train_stages
 
 
-def test_extend_stands_beside_and_rehearses_by_default(abc, ac, sentiment, capsys, caplog):
-    more = section(sentiment, "d")
+def test_extend_stands_beside_and_rehearses_if_asked(abc, ac, sentiment, capsys, caplog):
+    more = section(sentiment, "d") | {"rehearse": True}
     assert extend(abc, more, progress=False)["stage"] == "d"
     entries = read_history(abc).entries
     assert [entry.key for entry in entries[-3:]] == ["d", entries[-2].key, "rehearsal"]
@@ -42,7 +42,7 @@ def test_extend_stands_beside_and_rehearses_by_default(abc, ac, sentiment, capsy
     extend(abc, more, progress=False)  # nor takes a stage again that was undone
     assert read_history(abc).entries == entries
     assert f"is without stage d; to take it: chainlora undo {abc} --to rehearsal" in caplog.text
-    assert "d" not in open_run(abc).stages
+    assert "d" not in open_run(abc).shares
     file = sentiment.with_name("d2.yaml")
     file.write_text('{"name": "broken"}')
     wrong = section(sentiment, "d3") | {"data": {"task": f"{file}", "train": "rows.jsonl"}}
@@ -50,7 +50,7 @@ def test_extend_stands_beside_and_rehearses_by_default(abc, ac, sentiment, capsy
         extend(abc, wrong, progress=False)
     assert "on top of" not in caplog.text
     file.write_text(json.dumps(section(sentiment, "d2")))
-    assert cli(["extend", f"{abc}", f"{file}", "--no-rehearsal", "--dry-run"]) == 0
+    assert cli(["extend", f"{abc}", f"{file}", "--dry-run"]) == 0
     assert capsys.readouterr().out.endswith(", beside the others, then a combination\n")
 
 
@@ -69,7 +69,7 @@ def test_what_extend_trains_on_top(why, abc, sentiment, tmp_path, caplog):
     if why == "new":
         stage["data"]["new_rows_only"] = True
     if why == "mix":
-        mix_stages(abc, {"b": 0})
+        mix_stages(abc, {"combined": 0.5})
     below = open_run(abc).entry.key if why != "named" else "a"
     address = {"named": f"{abc}@a", "head": f"{abc}@{below}"}.get(why, abc)
     (found,) = extension(address, stage, beside=False if why == "on top" else None)
@@ -103,7 +103,7 @@ def test_a_stage_goes_on_from_any_state(abc, sentiment, tmp_path):
     found = combine(abc, ["a", "d"])
     assert apart.state == found.state
     assert found.entry.parents == ("a", "d")
-    assert found.stages == ["a", "b", "d"]
+    assert [*found.shares] == ["a", "b", "d"]
 
 
 def test_a_stage_beside_nothing_is_what_the_run_becomes(abc, sentiment):
@@ -132,7 +132,7 @@ def test_a_fork_without_stages_of_its_own_is_extended(abc, sentiment, tmp_path):
     train_on(f"{abc}@b", section(sentiment, "d") | {"output": str(fork)})
     prune_stage(fork, "d")
     train_on(fork, section(sentiment, "c"), beside=None)
-    assert open_run(fork).stages == ["b", "c"]
+    assert [*open_run(fork).shares] == ["b", "c"]
 
 
 def test_a_fork_of_a_combination_is_begun_again(abc, sentiment, tmp_path):
@@ -147,7 +147,7 @@ def test_a_fork_of_a_combination_is_begun_again(abc, sentiment, tmp_path):
         train_stages(stages, listener=stop)
     assert not fork.exists()
     train_stages(stages, matrix=False)
-    assert open_run(fork).stages == ["a", "b", "c", "d"]
+    assert [*open_run(fork).shares] == ["a", "b", "c", "d"]
 
 
 def test_a_fork_of_a_damaged_run_is_refused(abc, sentiment, tmp_path):
@@ -174,11 +174,11 @@ def test_what_a_combination_leaves_is_named(abc, sentiment, caplog):
     train_stages(rehearsal(abc, {"chain": {"steps": [1]}}), matrix=False)
     combine(abc)
     assert f"{abc} was rehearsal, which is not in the combination" in caplog.text
-    mix_stages(abc, {"a": 0.5})
+    mix_stages(abc, {"combined": 0.5})
     mix = open_run(abc).entry.key
     combine(abc)
     assert f"{abc} was {mix}, which is not in the combination" in caplog.text
-    mix_stages(abc, {"b": 0.5})
+    mix_stages(abc, {"combined": 0.25})
     below = open_run(abc).entry.key
     train_stages(rehearsal(abc, {"chain": {"steps": [1]}}), matrix=False)
     add(sentiment, abc, "d2")
@@ -187,7 +187,7 @@ def test_what_a_combination_leaves_is_named(abc, sentiment, caplog):
     combine(abc, [*"abc"])
     train_on(f"{abc}@b", section(sentiment, "d"))
     assert f"chainlora combine {abc} a c d" in caplog.text
-    assert combine(abc, ["a", "c", "d"]).stages == ["a", "b", "c", "d"]
+    assert [*combine(abc, ["a", "c", "d"]).shares] == ["a", "b", "c", "d"]
 
 
 def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, capsys, caplog):
@@ -198,7 +198,7 @@ def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, cap
     file.with_name("b.yaml").write_text(other)
     assert cli(["extend", f"{ac}", f"{file.with_name('b.yaml')}", "--dry-run"]) == 0
     capsys.readouterr()
-    ask = ["extend", f"{ac}", f"{file}", "--no-rehearsal"]
+    ask = ["extend", f"{ac}", f"{file}"]
     assert cli([*ask, "--dry-run"]) == 0
     assert capsys.readouterr().out == "d: finished, then a combination\n"
     assert cli(ask) == 0
@@ -216,7 +216,7 @@ def test_stages_of_a_config_stand_beside_each_other(tiny_folder, sentiment, abc,
     """As those of `extend`; one of pairs stands on all of them, rehearsed."""
     pairs = {"name": "pairs", "data": pair_files(tmp_path), "train": {"loss": "dpo"}}
     pairs |= {"chain": {"ranks": [2], "steps": [1]}}
-    others = section(sentiment, "b"), section(sentiment, "c")
+    others = section(sentiment, "b"), section(sentiment, "c") | {"rehearse": True}
     config = config_of(tiny_folder, sentiment, tmp_path / "run", *others, pairs)
 
     def stop(event: Event) -> None:
@@ -243,7 +243,7 @@ def test_a_config_is_given_again_whatever_the_run_is(tiny_folder, sentiment, tmp
     """Nothing is trained where all has ended; where something new would begin on less than it has,
     the command that the error names leads there."""
     run, more = tmp_path / "run", section(sentiment, "c")
-    config = config_of(tiny_folder, sentiment, run, section(sentiment, "b"))
+    config = config_of(tiny_folder, sentiment, run, section(sentiment, "b") | {"rehearse": True})
     train_all(config)
     longer = config | {"stages": [*config["stages"], more]}
     for place in ("b", "a", "rehearsal"):
@@ -253,7 +253,7 @@ def test_a_config_is_given_again_whatever_the_run_is(tiny_folder, sentiment, tmp
     with pytest.raises(RunError, match="--to rehearsal"):
         train_all(longer)
     undo(run, to="rehearsal")
-    extend(run, section(sentiment, "d"), rehearse=False, progress=False)
+    extend(run, section(sentiment, "d"), progress=False)
     assert train_all(config) == [None, None]  # no rehearsal is due
     again = section(sentiment, "c")
     again["data"] |= {"new_rows_only": True}  # reads what stages kept: not combinations

@@ -72,7 +72,7 @@ def test_what_a_chain_begins_on_is_asked_for_before_any_training(config, tmp_pat
     law = style | {"name": "law", "data": style["data"] | {"new_rows_only": True}}
     for stages, message in (
         ([style | {"data": style["data"] | {"replay": 0.5}}], "none of start"),
-        ([style, style | {"name": "start"}], "not base, start or now"),
+        ([style, style | {"name": "start"}], "not base, start, now or combined"),
     ):
         with pytest.raises(ChainLoRAError, match=message):
             train_all(begun | {"stages": stages})

@@ -22,7 +22,7 @@ from stages.cases import files_of, stage_of, stopping_after, survey
     [
         ({"name": "facts"}, "every stage must have a name of its own"),
         ({"name": "x²"}, "must have a `name`"),
-        ({"name": "base"}, "not base, start or now"),
+        ({"name": "base"}, "not base, start, now or combined"),
         ({"model": "m"}, "nothing of the whole run .*`model`"),
         ({"rehearsal": False}, "unknown key `rehearsal`; did you mean 'rehearse'"),
         ({"data": {"chat_template": "chatml"}}, "`data.chat_template` must be the same"),

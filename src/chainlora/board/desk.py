@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
@@ -99,12 +100,14 @@ class Desk:
         """
         with self._one_at_a_time:
             scorer = self._scorer
-            stages = [stage for stage in self.state.columns if stage in scorer.kept]
+            names = {stage: name for name, stage in self.state.columns.items()}
+            stages = [stage for stage in names if stage in scorer.kept]
             if not stages:
                 rule = "a mix is scored on the rows that stages kept"
                 raise RunError(rule, f"none in {self.run}", "train with data.keep_rows: true")
             states = [self.state.with_strengths(mix).state for mix in mixes]
-            return [list(scorer.score("mix", state, stages)) for state in states]
+            found = [scorer.score("mix", state, stages) for state in states]
+            return [[replace(cell, stage=names[cell.stage]) for cell in row] for row in found]
 
     def save(self, mix: Mix) -> None:
         """Make the run this mix, as `chainlora mix` does."""

@@ -109,7 +109,7 @@ def _details(run: Path) -> list[Section]:
 def _stages(run: Path) -> list[str]:
     """Return the stages of a run: those that are off first, and last one that is trained."""
     history = read_history(run)
-    ended = [entry.key for entry in history.lineage(history.head) if entry.kind == "stage"]
+    ended = [entry.key for entry in history.lineage(history.head) if entry.has_config]
     off = _off(run)
     names = [*sorted(ended, key=lambda name: name not in off), *drafts_in(run, history)]
     return names or [history.head]

@@ -1,152 +1,157 @@
-"""States combined in closed form (RegMean, arXiv 2212.09849): the weights whose outputs are nearest
-to those of each state on inputs of its rows.
+"""The equations of a combination: what update of a module suits several states at once, best of a
+rank.
 
-    W = W_0 + Σ_i B_i A'_i,   A'_i = (Σ_j A_i^(j) Ĝ_j) (Σ_j Ĝ_j)⁻¹,   Ĝ_j = G_j + λ (tr G_j / d) I
+Each part j is a state, by its total update ΔW_j, with rows for which it answers. For a module with
+base weight W_0 (out × in), X̃_j are its inputs in the combined model (n_j tokens × in) for rows of
+part j, and T_j is what its update must add to give what the part's own model gives
+(`chain.solving`):
 
-minimises Σ_j tr[(W − W_j) Ĝ_j (W − W_j)ᵀ]. G_j is the mean of x xᵀ over the inputs x of a layer,
-for rows of state j; A_i^(j) is A of link i in state j, times its strength there, and 0 where the
-state is without the link. Each link keeps its B and its rank. The ridge λ stands in both sums: then
-one state combined is itself, and a direction that no state has seen gets the mean of the updates,
-weighted by tr G_j. A module that no row reaches gets their sum.
+    G_j = w_j X̃_jᵀX̃_j / n_j,  λ_j = λ · mean diagonal of G_j,  S = Σ_j (G_j + λ_j I)
+    K   = Σ_j (w_j T_jᵀX̃_j / n_j + λ_j ΔW_j),  ΔW = K S⁻¹
+    S = L Lᵀ,  B = first R left singular vectors of ΔW L = K L⁻ᵀ,  A = Bᵀ ΔW
 
-Computed again with inputs x in the combination, this is the first iteration of IterIS (arXiv
-2411.15231), but for its targets: outputs of each state on its own inputs. RegMean++ (2508.03121)
-and Chain of Merges (2508.21421) take inputs in the combination layer by layer.
+w_j is the importance of a part. The last line is reduced-rank regression: of all updates of rank R
+the best for the same equations. In a direction that no row has, ΔW is the mean of the parts'
+updates weighted by λ_j; in a module that no row reaches, by w_j. One part alone is itself. The base
+is a part too, by ΔW = 0 and rows of its own: without it nothing holds what no part was taught.
 
-Inputs of some 2,000 tokens are multiplied in float32; their products are added, and the equations
-solved, in float64, on the CPU.
+Kin: RegMean (arXiv 2212.09849); layer by layer, RegMean++ (2508.03121); outputs of the parts' own
+models and inputs of the combined one, IterIS (2411.15231).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from chainlora.chain.adapters import base_layer
-from chainlora.errors import ChainError
-from chainlora.models.text_config import base_model
+from chainlora.chain.link import Factors
+from chainlora.chain.low_rank import leading_left
 
-RIDGE = 0.001
-Place = tuple[str, str]
-"""A link and a module of it."""
+RIDGE = 0.1  # λ, chosen on the tuning seed of benchmarks/combining
 
 
-class Combination:
-    """The sums over states for modules that share an input; `add` each state, then `solve`."""
+@dataclass(frozen=True)
+class Part:
+    """A state, by its total update (A times B, its scalings in B), with the rows of tokens for
+    which it answers. The base has no update."""
 
-    def __init__(self, ridge: float = RIDGE) -> None:
-        self.ridge = ridge
-        self._whole: Tensor | None = None  # Σ_j Ĝ_j
-        self._parts: dict[Place, Tensor] = {}  # Σ_j A_i^(j) Ĝ_j
-        self._known: dict[Place, Tensor] = {}  # A of links
-
-    def add(self, gram: Tensor | None, factors: Mapping[Place, Tensor]) -> None:
-        """Add a state: the Gram of its input, which is used up, None where the modules have none;
-        and A of its links (rank × in)."""
-        self._known = {**factors, **self._known}
-        if gram is None:
-            return
-        diagonal = gram.diagonal()
-        diagonal += self.ridge * diagonal.mean()  # λ (tr G / d) I
-        for place, a in factors.items():
-            part = a.double() @ gram
-            self._parts[place] = self._parts[place] + part if place in self._parts else part
-        self._whole = gram if self._whole is None else self._whole.add_(gram)
-
-    def solve(self) -> dict[Place, Tensor]:
-        """Return A' (rank × in, float32) of each link; A where no state has an input."""
-        whole = self._whole
-        if whole is None or not whole.diagonal().any():
-            return self._known
-        torch.linalg.cholesky(whole, out=whole)  # in place: it is not needed any more
-        found = {}
-        for place, a in self._known.items():
-            part = self._parts.get(place)
-            if part is None:  # only states without the link use the modules
-                found[place] = torch.zeros_like(a)
-            else:
-                found[place] = torch.cholesky_solve(part.T, whole).T.float().contiguous()
-        return found
+    name: str
+    rows: Sequence[Sequence[int]]
+    update: Mapping[str, Factors]
+    importance: float = 1.0
 
 
-def gram_matrices(
-    model: nn.Module, modules: Iterable[str], rows: Iterable[Tensor]
-) -> dict[str, Tensor]:
-    """Return the mean of x xᵀ (float64) over the inputs of modules for rows of tokens (1 × length).
+@dataclass(frozen=True)
+class Combined:
+    """A combination: factors by module, all of one rank.
 
-    It is (in × in); none of a module that no row reaches.
-    Rows are read one by one, without padding. Raises ChainError for inputs that are not finite.
+    `error` is what the rank leaves out of the solution of any rank, a share of its norm in the
+    inputs. `distances` say how far the hidden states that enter the head are from those of each
+    part's own model, on its rows, a share of their norm.
     """
-    layers = {name: base_layer(model.get_submodule(name)) for name in modules}
-    sums: dict[str, Tensor] = {}
-    count = pending = 0
-    called = _calling(model, layers.values())
-    with _kept_inputs(layers) as inputs, torch.no_grad():
-        for row in rows:
-            called(input_ids=row, use_cache=False)
-            count, pending = count + row.numel(), pending + row.numel()
-            if pending >= _AT_ONCE:
-                _add_products(sums, inputs)
-                pending = 0
-        _add_products(sums, inputs)
-    for name, total in sums.items():
-        if not total.div_(count).diagonal().isfinite().all():  # what else is not, has one there
-            raise ChainError("inputs of a layer must be finite", f"others of {name}")
-    return sums
+
+    factors: dict[str, Factors]
+    error: float
+    distances: dict[str, float]
 
 
-def modules_by_input(
-    model: nn.Module, modules: Collection[str], row: Tensor
-) -> Iterable[list[str]]:
-    """Return modules, those that share an input for a row of tokens (1 × length) together."""
-    found: dict[object, list[str]] = {}
-    layers = {name: base_layer(model.get_submodule(name)) for name in modules}
-    with _kept_inputs(layers) as inputs, torch.no_grad():
-        model(input_ids=row, use_cache=False)
-        for name, parts in inputs.items():
-            same = tuple((part.data_ptr(), part.shape, part.stride()) for part in parts)
-            found.setdefault(same or name, []).append(name)
-    return found.values()
+class Sums:
+    """Products over the tokens of one part: X̃ᵀX̃ (in × in), and TᵀX̃ (out × in) by module.
+
+    They are computed in float32, and added in float64 on the CPU.
+    """
+
+    def __init__(self) -> None:
+        self.gram: Tensor | None = None
+        self.cross: dict[str, Tensor] = {}
+
+    def add(self, x: Tensor, targets: Mapping[str, Tensor]) -> None:
+        """Add tokens: inputs (tokens × in), and by module what is to be added (tokens × out)."""
+        if not x.numel():  # an expert that no token was sent to
+            return
+        x = x.float()
+        self.gram = _plus(self.gram, x.T @ x)
+        for name, target in targets.items():
+            self.cross[name] = _plus(self.cross.get(name), target.float().T @ x)
+
+    def are_finite(self) -> bool:
+        """Say whether all that was added is."""
+        sums = [*self.cross.values()] if self.gram is None else [self.gram, *self.cross.values()]
+        return all(bool(each.sum().isfinite()) for each in sums)
 
 
-def _calling(model: nn.Module, layers: Iterable[nn.Module]) -> nn.Module:
-    """Return the part of a causal language model that calls layers, without its head if it can."""
-    body = base_model(model)
-    inside = {*body.modules()}
-    return body if all(layer in inside for layer in layers) else model
+class Solved(NamedTuple):
+    """Factors of the best update of a rank; squared norms, in the inputs, of the update of any rank
+    and of what is left out of it."""
+
+    factors: Factors
+    whole: float
+    left_out: float
 
 
-@contextmanager
-def _kept_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
-    """Keep what layers are called with."""
-    inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
-    with ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.enter_context(layer.register_forward_pre_hook(_keeper(inputs[name])))
-        yield inputs
+@dataclass
+class Equations:
+    """S and K of modules that share an input, over the parts that were added."""
+
+    _s: Tensor | None = None
+    _k: dict[str, Tensor] = field(default_factory=dict)
+    _parts: list[tuple[Mapping[str, Factors], float]] = field(default_factory=list)
+
+    def add(
+        self, sums: Sums, num_tokens: int, updates: Mapping[str, Factors], importance: float = 1.0
+    ) -> None:
+        """Add a part: its sums, which are used up, the number of its tokens, and its updates."""
+        self._parts.append((updates, importance))
+        if sums.gram is None:
+            return
+        gram = sums.gram.mul_(importance / num_tokens)
+        diagonal = gram.diagonal()
+        ridge = RIDGE * float(diagonal.mean())
+        diagonal += ridge
+        for name, cross in sums.cross.items():
+            cross = cross.mul_(importance / num_tokens)
+            if name in updates:
+                _add_update(cross, updates[name], ridge)
+            self._k[name] = self._k[name].add_(cross) if name in self._k else cross
+        self._s = gram if self._s is None else self._s.add_(gram)
+
+    def solve(self, rank: int) -> dict[str, Solved]:
+        """Return the solution of each module; the sums are used up."""
+        if self._s is None or not self._s.diagonal().any():
+            self._without_inputs()
+        assert self._s is not None
+        root = torch.linalg.cholesky(self._s, out=self._s)
+        return {name: _best_of_rank(k, root, rank) for name, k in self._k.items()}
+
+    def _without_inputs(self) -> None:
+        total = sum(importance for _, importance in self._parts)
+        self._k = {}
+        for updates, importance in self._parts:
+            for name, each in updates.items():
+                shape = each.b.shape[0], each.a.shape[1]
+                mean = self._k.setdefault(name, torch.zeros(shape, dtype=torch.float64))
+                _add_update(mean, each, importance / total)
+                self._s = torch.eye(shape[1], dtype=torch.float64)
 
 
-_AT_ONCE = 2048  # tokens whose inputs wait for one product
+def _plus(total: Tensor | None, product: Tensor) -> Tensor:
+    found = product.cpu().double()
+    return found if total is None else total.add_(found)
 
 
-def _keeper(kept: list[Tensor]) -> Any:
-    return lambda module, args: kept.append(args[0].detach())
+def _add_update(total: Tensor, factors: Factors, scale: float) -> None:
+    total.addmm_(factors.b.cpu().double(), factors.a.cpu().double(), alpha=scale)
 
 
-def _add_products(sums: dict[str, Tensor], inputs: Mapping[str, list[Tensor]]) -> None:
-    """Add what inputs give to the sums, and forget them."""
-    for name, parts in inputs.items():
-        if parts:  # else an expert that no token was sent to
-            product = _product(parts)
-            sums[name] = sums[name].add_(product) if name in sums else product
-        parts.clear()
-
-
-def _product(parts: list[Tensor]) -> Tensor:
-    x = torch.cat([part.flatten(0, -2) for part in parts]).cpu()
-    x = x.to(torch.promote_types(x.dtype, torch.float32))  # half the time of float64
-    return (x.T @ x).double()
+def _best_of_rank(k: Tensor, root: Tensor, rank: int) -> Solved:
+    """Return the best factors of a rank for K and the Cholesky factor of S."""
+    seen = torch.linalg.solve_triangular(root, k.T, upper=False).T  # ΔW L
+    b, kept = leading_left(seen, rank)
+    a = torch.cholesky_solve((b.T @ k).T, root).T
+    whole = float(seen.square().sum())
+    factors = Factors(a.float().contiguous(), b.float().contiguous())
+    return Solved(factors, whole, max(0.0, whole - kept))

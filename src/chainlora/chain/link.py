@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -108,12 +108,6 @@ def part_of(factors: Factors, rows: slice, bias_rows: slice, *, transposed: bool
     if transposed:
         return replace(factors, a=factors.a[:, rows], bias=bias)
     return Factors(factors.a, factors.b[rows], bias)
-
-
-def with_a(link: Link, a: Mapping[str, Tensor]) -> Link:
-    """Return a link with another A (rank × in) of some modules."""
-    factors = {n: replace(each, a=a[n]) if n in a else each for n, each in link.factors.items()}
-    return replace(link, factors=factors)
 
 
 def switched_on(links: Sequence[Link]) -> list[Link]:

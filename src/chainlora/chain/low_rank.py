@@ -19,6 +19,8 @@ from torch.nn import functional
 _LEFT_OUT = 0.95  # of a tolerance; the rest is for rounding to float16, some 2e-4 of a sum
 _DECOMPOSED_WHOLE = 640  # shorter side; a full decomposition then takes well under a second
 
+_SOLVED_WHOLE = 1_024  # smaller side; eigenvectors of all of it then take some tenths of a second
+
 Pair = tuple[Tensor, Tensor]  # A [rank, in], B [out, rank]
 
 
@@ -40,6 +42,21 @@ def randomized_svd(matrix: Tensor, width: int, seed: int) -> tuple[Tensor, Tenso
         torch.default_generator.manual_seed(seed)
         u, s, v = torch.svd_lowrank(matrix, q=width, niter=4)
     return u, s, v
+
+
+def leading_left(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
+    """Return a matrix's first left singular vectors (rows × rank or less), and the squared norm of
+    what they keep. By eigenvectors of its smaller side; of a large one by a randomized range."""
+    small = min(matrix.shape)
+    rank = min(rank, small)
+    if small > _SOLVED_WHOLE:
+        u, s, _ = randomized_svd(matrix, min(rank + 32, small), seed=0)
+        return u[:, :rank], float(s[:rank].square().sum())
+    is_wide = matrix.shape[0] <= matrix.shape[1]
+    gram = matrix @ matrix.T if is_wide else matrix.T @ matrix
+    values, vectors = torch.linalg.eigh(gram)
+    kept, u = float(values[-rank:].clamp(min=0).sum()), vectors[:, -rank:]
+    return (u if is_wide else torch.linalg.qr(matrix @ u).Q), kept
 
 
 def best_of_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,21 @@ dtype_option = click.option(
     type=click.Choice(["float32", "bfloat16"]),
     help="Data type of the weights. Default: the run's, or float32.",
 )
+general_option = click.option(
+    "--general",
+    metavar="FILE|none",
+    help="Of a new run: rows of general ability, a fifth of them to measure it; or none. Default: "
+    "what the model writes after prompts of chainlora's.",
+)
+
+
+def general_keys(general: str | None) -> list[tuple[str, str]]:
+    """Return the config keys that ``--general`` stands for."""
+    if general is None:
+        return []
+    if general == "none":
+        return [("start_data", general)]
+    return [("start_data.train", general), ("start_data.validation", "0.2")]
 
 
 class Printer(io.TextIOBase):

@@ -72,6 +72,7 @@ def run_demo(output: str, echo: Callable[[str], object], listener: Any) -> dict[
         "chain": {"ranks": [8, 8], "target_modules": ["q_proj", "v_proj"], "epochs": [1, 1]},
         "train": {"restart_schedule": True},
         "output": output,
+        "start_data": "none",
     }
     echo(
         f"SmolLM2-135M-Instruct (dequantised from a Q4_1 file) learns to name the topic of BBC "

@@ -21,6 +21,7 @@ from chainlora.cli.generate import chat, generate
 from chainlora.cli.scores import evaluate
 from chainlora.cli.train import demo, train
 from chainlora.cli.versioning import (
+    add,
     combine,
     extend,
     log,
@@ -133,7 +134,7 @@ def cli(context: click.Context, debug: bool) -> None:
         )
 
 
-for _verb in (demo, train, extend, combine, rehearse, mix, undo, redo, log, prune, push, pull):
+for _verb in (demo, train, extend, add, combine, rehearse, mix, undo, redo, log, prune, push, pull):
     cli.add_command(_verb)
 for _verb in (evaluate, generate, chat, inspect, report, board, export, verify, tasks):
     cli.add_command(_verb)

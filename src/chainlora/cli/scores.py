@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     "--start-rows",
     type=click.Path(),
     help="With --matrix: a file of rows for what RUN began on, its base or an adapter. RUN keeps "
-    "them as the column `start`; --task says how they are read.",
+    "them as the column `base`, or `start` of an adapter; --task says how they are read.",
 )
 @json_option
 def evaluate(
@@ -132,10 +132,12 @@ def _keep_start_rows(run: str, file: str, task: str | None) -> None:
     folder = whole_run(run)
     quiet()
     from chainlora.config.schema import StartData
-    from chainlora.runs.start_rows import keep_start_rows
+    from chainlora.evaluation.start_rows import keep_start_rows
+    from chainlora.runs.addresses import open_run
 
     keep_start_rows(folder, StartData(validation=file, task=task))
-    to_stderr(f"{run} keeps these rows: from now on they are the column start of its matrix")
+    column = next(iter(open_run(folder).columns))
+    to_stderr(f"{run} keeps these rows: from now on they are the column {column} of its matrix")
 
 
 def _score_matrix(run: str, as_json: bool, speedups: Speedups) -> None:

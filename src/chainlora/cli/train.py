@@ -17,6 +17,8 @@ from chainlora.cli.common import (
     SIGNALLED,
     WithKeys,
     file_and_overrides,
+    general_keys,
+    general_option,
     is_first_process,
     is_run,
     json_option,
@@ -48,8 +50,11 @@ Result = TypeVar("Result")
     help="Accepted, and not needed: a run that was stopped or killed always resumes.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
+@general_option
 @json_option
-def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool) -> None:
+def train(
+    arguments: tuple[str, ...], resume: bool, dry_run: bool, general: str | None, as_json: bool
+) -> None:
     """Fine-tune by a chain of LoRA as CONFIG (YAML) says, or on a file of rows.
 
     A file of ROWS needs no config: chainlora train january.jsonl --model MODEL trains the stage
@@ -83,6 +88,7 @@ def train(arguments: tuple[str, ...], resume: bool, dry_run: bool, as_json: bool
     from chainlora.data.readers import is_rows
 
     file, overrides = file_and_overrides(list(arguments))
+    overrides += general_keys(general)
     if is_run(file):
         _build(file, overrides, dry_run, as_json)
         return
@@ -158,7 +164,7 @@ def _train_alone(stage: Stage, change: Sequence[str], dry_run: bool, as_json: bo
         keys |= {"stage": stage.name, "base": base}
         return train_run(stage.config, **keys)
 
-    result = _with_progress(stage.config.output, work)
+    result = with_progress(stage.config.output, work)
     if not is_first_process():
         return
     if not ended:
@@ -198,7 +204,7 @@ def _build(run: str, overrides: Sequence[tuple[str, str]], dry_run: bool, as_jso
 
     before = open_run(folder)
     base = OpenBase.of_state(before)
-    results = _with_progress(run, lambda tell: build_run(folder, listener=tell, base=base))
+    results = with_progress(run, lambda tell: build_run(folder, listener=tell, base=base))
     if not is_first_process():
         return
     now = open_run(folder)
@@ -261,7 +267,7 @@ def train_and_show(
 
     run, base = stages[0].config.output or "", base_of(stages[0].config)
     before = read_history(Path(run)).head if exists_in(Path(run)) else None
-    results = _with_progress(run, work)
+    results = with_progress(run, work)
     if not is_first_process():
         return
     new, now = [each for each in results if each is not None], read_history(Path(run)).head
@@ -286,7 +292,8 @@ def _show_run(
 ) -> None:
     """Print the links of a run that has ended, the scores of its new stages, and what is next."""
     from chainlora.cli.screen import show_inspection
-    from chainlora.cli.versioning import scored_matrix, show_matrix
+    from chainlora.cli.versioning import show_matrix
+    from chainlora.evaluation.stage_scores import columns_after_training, stage_matrix
     from chainlora.runs.addresses import open_run
     from chainlora.runs.inspection import inspect_run
 
@@ -301,8 +308,8 @@ def _show_run(
             f"{prefix}{result['steps']} steps, {result['tokens']} tokens, "
             f"{result['wall_s']:.0f} s, peak memory {result['peak_memory_mb']} MiB"
         )
-    if are_stages:
-        show_matrix(scored_matrix(run, compute=False))
+    of = columns_after_training(open_run(run))
+    show_matrix(stage_matrix(run, compute=False, of=of))
     click.echo(f"run directory {run}")
     is_chat = _is_chat(open_run(run), base)
     _show_next(shlex.quote(run), results[-1], config, open_run(run), is_chat)
@@ -373,7 +380,7 @@ def _plot(settings: RunConfig, stage: str) -> None:
             plot_training(records, folder / "training.png")
 
 
-def _with_progress(run: str | None, work: Callable[[Listener], Result]) -> Result:
+def with_progress(run: str | None, work: Callable[[Listener], Result]) -> Result:
     """Train with a progress bar. A signal stops the run after its step, once there is one."""
     from chainlora.training.events import Planned
     from chainlora.training.interrupts import interruptible

@@ -1,8 +1,9 @@
-"""The verbs of stages and of a run's history: `extend`, `combine`, `rehearse`, `mix`, `undo`,
-`redo`, `log`, `prune`, `push`, `pull`."""
+"""The verbs of stages and of a run's history: `extend`, `add`, `combine`, `rehearse`, `mix`,
+`undo`, `redo`, `log`, `prune`, `push`, `pull`."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,9 @@ import click
 
 from chainlora.cli.common import (
     WithKeys,
+    general_keys,
+    general_option,
+    is_run,
     json_option,
     keys_argument,
     need_run,
@@ -39,14 +43,22 @@ if TYPE_CHECKING:
     default=None,
     help="Beside the others and combined with them, or on what RUN is. Default: beside, if it can.",
 )
-@click.option("--no-rehearsal", is_flag=True, help="Do not rehearse a stage beside others.")
+@click.option("--rehearse", is_flag=True, help="Rehearse the combination of a stage beside others.")
+@click.option(
+    "--keep-conflicts",
+    is_flag=True,
+    help="Read earlier rows again also if this stage has another answer to their prompt.",
+)
+@general_option
 @json_option
 def extend(
     arguments: tuple[str, ...],
     resume: bool,
     dry_run: bool,
     beside: bool | None,
-    no_rehearsal: bool,
+    rehearse: bool,
+    keep_conflicts: bool,
+    general: str | None,
     as_json: bool,
 ) -> None:
     """Train one more stage of RUN: new data, fresh links, the same chain.
@@ -55,9 +67,12 @@ def extend(
     february. By default it is one link of rank 8, for one epoch or as many as read 640 rows, at
     most 10; the command prints what it chose. --name, --chain.ranks and --chain.epochs change it.
 
-    It is trained beside the others, combined with them in closed form, and rehearsed on rows that
-    all stages kept. On top of RUN it is trained with --on-top, on RUN@STAGE, on a mix,
-    on pairs, with data.replay or data.new_rows_only, and where it cannot be combined.
+    It is trained beside the others and combined with them in closed form. On top of RUN it is
+    trained with --on-top, on RUN@STAGE, on a mix, on pairs, with data.replay or data.new_rows_only,
+    and where it cannot be combined.
+
+    If it has another answer to a prompt of an earlier stage, a warning names one, and the newest
+    answer counts: no earlier row with that prompt is read again.
 
     Other keys are inherited from the stage before, beside others from the first, but for how its
     end was chosen (keep_best, early_stop, select_metric). STAGE.yaml may set keys, too. With
@@ -65,6 +80,7 @@ def extend(
     is. The same command again resumes a stage that was stopped or killed, or does nothing.
     """
     words, overrides = words_and_overrides(list(arguments))
+    overrides += general_keys(general)
     if not words or words[2:]:
         got = f"unexpected {words[2]!r}" if words[2:] else "Missing argument 'RUN'"
         raise click.UsageError(f"{got}; it is chainlora extend RUN [ROWS|STAGE.yaml] …")
@@ -74,41 +90,137 @@ def extend(
     from chainlora.training.extending import extension
 
     section: Any = words[1] if words[1:] else {}
-    stages = extension(words[0], section, overrides, beside=beside, rehearse=not no_rehearsal)
+    overrides += [("data.keep_conflicts", "true")] * keep_conflicts
+    stages = extension(words[0], section, overrides, beside=beside, rehearse=rehearse)
     train_and_show(stages, overrides, dry_run, as_json)
+
+
+@click.command(cls=WithKeys)
+@keys_argument("RUN ADAPTER")
+@click.option("--rows", metavar="FILE", help="Some of the rows that ADAPTER was trained on.")
+@click.option("--name", help="Name of the entry. Default: that of FILE.")
+@click.option("--model", help="Base of a new run. Default: the one that ADAPTER names.")
+@json_option
+def add(
+    arguments: tuple[str, ...],
+    rows: str | None,
+    name: str | None,
+    model: str | None,
+    as_json: bool,
+) -> None:
+    """Add a LoRA that was trained elsewhere to RUN, and combine it with what RUN is.
+
+    ADAPTER is the folder or Hub id of a LoRA that PEFT, TRL, Unsloth, Axolotl or another tool has
+    saved, for the base of RUN. Nothing is trained. A sample of FILE is kept in RUN: combinations
+    and scores read it. The entry is undone, pruned and exported like a stage. Where no RUN is, it
+    becomes a new one.
+
+    Keys say how FILE is read: --data.format, --data.fields, --data.task, --data.validation 0.1. A
+    new run also takes --train.dtype, --quantize, --chain.hold and --data.chat_template. The same
+    command again goes on after a kill, or does nothing.
+    """
+    words, overrides = words_and_overrides(list(arguments))
+    if len(words) != 2:
+        raise click.UsageError("it is chainlora add RUN ADAPTER --rows FILE [--KEY VALUE]…")
+    quiet()
+    from chainlora.cli.train import with_progress
+    from chainlora.config.reading import set_key
+    from chainlora.runs.addresses import open_run
+    from chainlora.training.stages import add as add_to
+
+    run, adapter = words
+    before = open_run(run).key if is_run(run) else None
+    keys: dict[str, Any] = {}
+    for key, value in overrides:
+        set_key(keys, key, value)
+    given: Any = {"name": name, "model": model, "config": keys}
+    state = with_progress(run, lambda tell: add_to(run, adapter, rows, listener=tell, **given))
+    matrix = scored_matrix(run, compute=False) if state.keepers else None
+    if as_json:
+        shown = {"run": run, "now": state.key, "strengths": state.strengths}
+        print_json(shown | {"matrix": matrix and matrix.as_dict()})
+    elif state.key == before:
+        click.echo(f"{run} is {before}, as before")
+    else:
+        click.echo(f"{run} is {state.key} now{_parts(state)}")
+        if matrix is not None:
+            show_matrix(matrix)
+
+
+def _parts(state: OpenState) -> str:
+    """Return what a combination is of, in words."""
+    is_combined = state.entry is not None and state.entry.kind == "combine"
+    return f", of {', '.join(state.entry.parents)}" if state.entry and is_combined else ""
 
 
 @click.command
 @click.argument("run", type=click.Path())
-@click.argument("names", metavar="[STAGE|OTHER_RUN]...", nargs=-1)
+@click.argument("names", metavar="[STAGE|OTHER_RUN][=IMPORTANCE]...", nargs=-1)
+@click.option("--rank", type=click.IntRange(min=1), help="Rank of the combination.  [default: 16]")
+@click.option("--no-general", is_flag=True, help="Leave out what RUN began on, and its rows.")
+@click.option("--keep-conflicts", is_flag=True, help="Read old answers too, not the newest alone.")
 @click.option("--output", type=click.Path(), help="Folder of a new run; RUN stays as it is.")
 @click.option("--no-scores", is_flag=True, help="Do not score it on the rows of each stage.")
 @json_option
 def combine(
-    run: str, names: tuple[str, ...], output: str | None, no_scores: bool, as_json: bool
+    run: str,
+    names: tuple[str, ...],
+    rank: int | None,
+    no_general: bool,
+    keep_conflicts: bool,
+    output: str | None,
+    no_scores: bool,
+    as_json: bool,
 ) -> None:
-    """Combine stages of RUN that were trained beside each other, in closed form.
+    """Combine stages of RUN in closed form, layer by layer.
 
-    Nothing is trained: the weights are those whose outputs are nearest to each stage's own on a
-    few of its kept rows. Without names, RUN is combined again of what it was, or of all stages that
-    no other was trained on. Stages of other runs on the same base are copied into RUN, or --output.
+    Nothing is trained. Each layer is solved so that it gives what the stages' own models give on
+    rows that they kept, and what the base gives on general rows. facts=2 counts the rows of the
+    stage facts twice. Without names, RUN is combined again of what it was, or of all stages that no
+    other was trained on. Stages of other runs on the same base are copied into RUN, or --output.
     What `mix` set is not carried over; `undo` takes the combination back.
     """
     folder = whole_run(run)
     quiet()
     from chainlora.cli.screen import evaluation_progress
     from chainlora.evaluation.combination import combine as combined
+    from chainlora.evaluation.combination import told
 
+    keys, importance = _weighed(names)
     with evaluation_progress() as progress:
-        state = combined(folder, names, output=output, progress=progress)
+        state = combined(
+            folder,
+            keys,
+            rank=rank,
+            importance=importance,
+            general=not no_general,
+            keep_conflicts=keep_conflicts,
+            output=output,
+            progress=progress,
+        )
     assert state.entry is not None
     to_stderr(f"{state.run} is {state.key} now, of {', '.join(state.entry.parents)}")
+    to_stderr(told(state.history, state.key))
     matrix = None if no_scores else scored_matrix(str(state.run))
     if as_json:
         shown = {"run": str(state.run), "now": state.key, "of": state.entry.parents}
         print_json(shown | {"matrix": matrix and matrix.as_dict()})
     elif matrix is not None:
         show_matrix(matrix)
+
+
+def _weighed(names: Sequence[str]) -> tuple[list[str], dict[str, float]]:
+    """Return the names, and the importance of those that say one."""
+    from chainlora.runs.history import START  # which is a part without being named
+
+    pairs = [
+        name.rpartition("=")[::2] if _IMPORTANCE.search(name) else (name, "") for name in names
+    ]
+    keys = [name for name, _ in pairs if name != START]
+    return keys, {name: float(value) for name, value in pairs if value}
+
+
+_IMPORTANCE = re.compile(r"=\d*\.?\d+\Z")
 
 
 @click.command(cls=WithKeys)
@@ -171,8 +283,11 @@ def mix(run: str, strengths: tuple[str, ...], no_scores: bool, as_json: bool) ->
 
 
 def _show_strengths(state: OpenState) -> None:
+    from chainlora.runs.history import COMBINED
+
+    parts = ", ".join(state.history.ends(state.key))
     for name, strength in state.strengths.items():
-        click.echo(f"{name}={strength:g}")
+        click.echo(f"{name}={strength:g}" + (f" of {parts}" if name == COMBINED else ""))
 
 
 @click.command
@@ -328,8 +443,8 @@ def _what_stays(found: Pruning) -> list[str]:
     later = ", ".join(found.later)
     return [
         *([f"{later}, tuned on top of it, with data.replay also on its rows"] if later else []),
-        "its data files, forks (prune them too), pushed copies, exports, predictions, reports in "
-        "other places, and what trackers keep in other places",
+        "its data files or adapter, forks (prune them too), pushed copies, exports, predictions, "
+        "reports in other places, and what trackers keep in other places",
         f"tokenised rows of files of more than {IN_MEMORY:,} rows, of all runs: "
         f"{cache_dir() / 'rows'}",
     ]

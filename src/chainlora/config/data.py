@@ -102,6 +102,10 @@ class DataConfig(Section):
     new_rows_only: bool = False
     """Leave out training rows that an earlier stage was trained on. Rows are compared by their
     tokens, so a row cut by another `max_length` counts as new."""
+    keep_conflicts: bool = False
+    """Read rows of earlier stages again also if this stage or a later one has another answer to
+    their prompt. `false` leaves them out of `replay`, `rehearse` and combinations: the newest
+    answer counts ([changed facts](changed-facts.md))."""
     keep_rows: bool = True
     """Keep [a sample of the rows](run-directory.md#what-is-in-it), and hashes of all, in the run
     directory. Later stages need them for `replay`, `rehearse`, `new_rows_only`, held-out

@@ -173,9 +173,10 @@ class RunConfig(Called):
     """State to begin on instead of the bare base: a run, a stage as `RUN@STAGE`, or the folder or
     Hub id of a PEFT adapter ([stages](stages.md)). `model` and [keys of the whole
     run](stages.md#rules) default to those of that run."""
-    start_data: StartData | None = None
-    """Rows for `start` or the bare base: the column `start` of the
-    [matrix](stages.md#earlier-abilities)."""
+    start_data: StartData | Literal["none"] | None = None
+    """Rows for the bare base or an adapter in `start`: the column `base` or `start` of the
+    [matrix](stages.md#earlier-abilities). Left out, a new run that keeps rows has its model write
+    them after 80 prompts of chainlora's. `none`: no such rows."""
     data: DataConfig
     """The rows, and how they are read."""
     chain: ChainConfig = ChainConfig()

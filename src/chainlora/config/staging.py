@@ -43,7 +43,7 @@ STANDING = ("beside", "rehearse")
 _SECTIONS = ("data", "chain", "train")
 _SET_FOR_ALL = "set it beside `stages`, for all of them; `extend` takes it from the run"
 # `base`, `start` and `now` are states of the matrix that are no stages.
-_NAME = re.compile(r"(?!(?:base|start|now)\Z)[A-Za-z][\w-]{0,63}", re.ASCII)
+_NAME = re.compile(r"(?!(?:base|start|now|combined)\Z)[A-Za-z][\w-]{0,63}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def check_alone(config: RunConfig) -> RunConfig:
 
 def has_stages(tree: Mapping[str, Any]) -> bool:
     """Say whether a config has stages, or rows or links before its only one."""
-    return "stages" in tree or any(tree.get(key) is not None for key in OF_START)
+    return "stages" in tree or any(tree.get(key) not in (None, "none") for key in OF_START)
 
 
 def make_stages(tree: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = ()) -> list[Stage]:
@@ -169,7 +169,7 @@ def standing(section: Mapping[str, Any], place: int) -> dict[str, Any]:
         rule = "a rehearsal follows stages beside each other"
         got = f"rehearse: true of {'one on top' if place else 'the first'}"
         raise ConfigError(rule, got, "leave it out; chainlora rehearse RUN trains one")
-    return {"beside": beside, "rehearse": rehearse is not False} if place else {}
+    return {"beside": beside, "rehearse": bool(rehearse)} if place else {}
 
 
 def section_of(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -187,6 +187,7 @@ def what_stages_share(before: RunConfig) -> dict[str, Any]:
     of_run: dict[str, Any] = dict.fromkeys(("output", "plugins", *OF_START), True)
     tree = before.model_dump(mode="json", exclude=of_run | {"train": choice})
     kept = (*RUN_WIDE["data"], "max_length", "truncation", "keep_rows", "replay", "new_rows_only")
+    kept += ("keep_conflicts",)
     tree["data"] = {key: tree["data"][key] for key in kept}
     of_links = {"ranks", *LENGTHS} | ({"alpha"} if isinstance(before.chain.alpha, tuple) else set())
     tree["chain"] = {k: v for k, v in tree["chain"].items() if k not in of_links}
@@ -242,7 +243,7 @@ def check_name(name: object, taken: Sequence[str] = ()) -> str:
     if not isinstance(name, str) or not is_name(name):
         raise ConfigError(
             "a stage must have a `name` of at most 64 letters a to z, digits, - and _, a letter "
-            "first, and not base, start or now",
+            "first, and not base, start, now or combined",
             f"{name!r:.40}" if name is not None else "none",
             "e.g. name: facts",
         )

@@ -109,9 +109,11 @@ def rows_again(
             found[-1].summary = RowsSummary(digest=hashlib.sha256(hashes).hexdigest())
     lost = f"{long} rows of more than {max_length} tokens"
     if not found:
+        changed = [name for name, k in earlier.items() if k.counts["train"] and not k.train]
+        got = [*others, *[lost] * bool(long), *(f"later answers to all of {n}" for n in changed)]
         raise ConfigError(
             f"`{key}` needs rows that an earlier stage kept and that are learned by {loss}",
-            ", ".join(others + [lost] * bool(long)) or "none",
+            ", ".join(got) or "none",
             "leave it out",
         )
     if others:

@@ -5,8 +5,9 @@ what was trained on, and is scored on all of them, on a machine without the data
 
 A file of kept rows is safetensors: of each split, as ``train.tokens`` and so on, the arrays of
 `chainlora.data.rows.flatten`; ``seen`` and ``held_out``, the sorted hashes (int64) of all training
-examples and of the prompts of all validation rows (`chainlora.data.mixture`); ``prompts``, those of
-the prompts of ``train``.
+examples and of the prompts of all validation rows (`chainlora.data.mixture`); ``answers``, those of
+the prompts and answers of all training rows (`chainlora.data.conflicts`); ``prompts``, those of the
+prompts of ``train``.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from chainlora import files
-from chainlora.config.schema import PAIR_LOSSES, DataConfig
+from chainlora.config.schema import PAIR_LOSSES, DataConfig, RunConfig
 from chainlora.data.rows import ARRAYS, Rows, StoredRows, flatten
 from chainlora.errors import RunError
 
 SAMPLE = 1000
 """Examples kept of each split: a few MB, and accuracy to 1.6 % (one standard error)."""
 ASKED = ("loss", "metrics", "metric", "stop", "max_new_tokens")
-_SPLITS = ("train", "validation", "test")
-_HASHES = ("prompts", "seen", "held_out")
-_FORMAT = 1
+SPLITS = ("train", "validation", "test")
+_HASHES = ("prompts", "seen", "held_out", "answers")
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ class Kept:
 
     `train` are the training examples of the smallest hashes, and `prompts` the hashes of their
     prompts; `validation` and `test` are the first ones in file order; `counts` says how many there
-    were of each split. `asked` is what `Splits` says of how they are scored (`ASKED`), `bound` what
-    `data.validation` held out (`held_out_bound`), None where it was a file.
+    were of each split. `answers` are the `answer_hashes` of all training examples, each once.
+    `asked` is what `Splits` says of how they are scored (`ASKED`), `bound` what `data.validation`
+    held out (`held_out_bound`), None where it was a file.
     """
 
     train: Rows
@@ -52,6 +54,7 @@ class Kept:
     prompts: NDArray[np.int64]
     seen: NDArray[np.int64]
     held_out: NDArray[np.int64]
+    answers: NDArray[np.int64]
     asked: Mapping[str, Any]
     bound: int | None = None
 
@@ -76,10 +79,15 @@ def keeps_rows(data: DataConfig) -> bool:
     return data.keep_rows and not data.rehearse
 
 
+def keeps_general(config: RunConfig) -> bool:
+    """Say whether a run that begins with this config keeps what its model writes (`start_data`)."""
+    return config.start_data is None and keeps_rows(config.data)
+
+
 def write_kept(path: Path, kept: Kept) -> None:
     """Write kept rows, whole or not at all."""
     arrays = {name: getattr(kept, name) for name in _HASHES}
-    for split in _SPLITS:
+    for split in SPLITS:
         found = flatten(getattr(kept, split)[:])
         arrays |= {f"{split}.{name}": array for name, array in found.items()}
     said = {"format": _FORMAT, "counts": dict(kept.counts), "asked": dict(kept.asked)}
@@ -97,7 +105,7 @@ def read_kept(path: Path) -> Kept:
         if said["format"] != _FORMAT:
             raise ValueError(f"format {said['format']}")
         train, validation, test = (
-            StoredRows({name: arrays[f"{split}.{name}"] for name in ARRAYS}) for split in _SPLITS
+            StoredRows({name: arrays[f"{split}.{name}"] for name in ARRAYS}) for split in SPLITS
         )
         hashes = {name: arrays[name] for name in _HASHES}
         said = {name: said[name] for name in ("counts", "asked", "bound")}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chainlora.config.schema import DataConfig
+from chainlora.data.conflicts import changed_answers
 from chainlora.data.division import rows_in_both
+from chainlora.data.examples import Example
 from chainlora.data.kept import Kept
 from chainlora.data.mixture import example_hashes
 from chainlora.data.rows import Rows, RowsSummary
@@ -20,6 +24,7 @@ from chainlora.errors import DataError
 _log = logging.getLogger(__name__)
 
 _SCORED = ("validation", "test")
+_WIDTH = 60  # characters of a text that a warning shows
 
 
 def check_scorable(
@@ -113,3 +118,40 @@ def tell_trained_on(rows: Mapping[str, Rows], earlier: Mapping[str, Kept]) -> No
                 "that scores on them are too good; give other rows, or hold out no more of a file "
                 "than that stage did"
             )
+
+
+def tell_changed(
+    stage: str, rows: Rows, earlier: Mapping[str, Kept], tokenizer: Any, keeps: bool
+) -> None:
+    """Warn of prompts of a stage that have other answers than in earlier stages."""
+    found = changed_answers(rows, earlier)
+    if not found.prompts:
+        return
+    shown = ""
+    if found.example is not None:
+        new, old = (_answer_of(example, tokenizer) for example in found.example)
+        asked = _shown(tokenizer, found.example[0].prompt, end=True)
+        shown = f", e.g. {asked} (was {old}, now {new})"
+    many = found.prompts > 1
+    _log.warning(
+        "%s: %d prompt%s other answers than in %s%s; %s",
+        *(stage, found.prompts, "s have" if many else " has", ", ".join(found.stages), shown),
+        "both count (data.keep_conflicts)"
+        if keeps
+        else "the newest answer counts (keep both by --keep-conflicts)",
+    )
+
+
+def _answer_of(example: Example, tokenizer: Any) -> str:
+    """Return the last answer of a row, as it is shown."""
+    right = example.right
+    start, end = right.scored[0][-1]
+    return _shown(tokenizer, right.sequences[0][start:end])
+
+
+def _shown(tokenizer: Any, tokens: Sequence[int], *, end: bool = False) -> str:
+    """Return the beginning of a text, or its end, in quotes and on one line."""
+    words = " ".join(str(tokenizer.decode(tokens, skip_special_tokens=True)).split())
+    if len(words) > _WIDTH:
+        words = f"…{words[-_WIDTH:]}" if end else f"{words[:_WIDTH]}…"
+    return json.dumps(words, ensure_ascii=False)

@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.data import TrainFile
 from chainlora.config.schema import PAIR_LOSSES, DataConfig
+from chainlora.data.conflicts import answer_hashes, newest
 from chainlora.data.division import Division, aligned, divide, pick, rows_again
 from chainlora.data.encoding import Options, detect_format
-from chainlora.data.kept import ASKED, SAMPLE, Kept
+from chainlora.data.kept import ASKED, SAMPLE, SPLITS, Kept
 from chainlora.data.mixture import Mixture, example_hashes, prompt_hashes
 from chainlora.data.preparing import make_rows
 from chainlora.data.row_warnings import (
@@ -48,7 +49,6 @@ from chainlora.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation", "test")
 _REHEARSED = 8  # rows of each stage in an epoch of a rehearsal
 _ASKED_OF_A_TASK = ("loss", "metrics", "reported", "metric", "stop", "max_new_tokens")
 _REPORTED_OF_PAIRS = ("loss", "accuracy", "margin")
@@ -80,20 +80,27 @@ class Splits:
     bound: int | None = None  # of what `data.validation` held out (`held_out_bound`)
     moved: Mapping[str, int] = field(default_factory=dict)  # `Division.counts`
 
+    @property
+    def own(self) -> Rows:
+        """Return the training rows without those of earlier stages that `data.replay` adds."""
+        count = len(self.train) if self.mixture is None else self.mixture.num_rows
+        return pick(self.train, np.arange(len(self.train)) < count)
+
     def kept(self) -> Kept:
         """Return what a run keeps of these rows: not those that it reads again itself."""
-        own = len(self.train) if self.mixture is None else self.mixture.num_rows
-        hashes = example_hashes(self.train)[:own]
+        own = self.own
+        hashes, answers = example_hashes(own), answer_hashes(own)
         smallest = np.argsort(hashes, kind="stable")[:SAMPLE].tolist()
-        sample = [self.train[index] for index in smallest]
+        sample = [own[index] for index in smallest]
         return Kept(
             MemoryRows(sample),
             MemoryRows(self.validation[:SAMPLE]),
             MemoryRows(self.test[:SAMPLE]),
-            counts={name: len(getattr(self, name)) for name in SPLITS} | {"train": own},
+            counts={name: len(getattr(self, name)) for name in SPLITS} | {"train": len(own)},
             prompts=prompt_hashes(sample),
             seen=np.unique(hashes),
             held_out=np.unique(prompt_hashes(self.validation)),
+            answers=answers[np.unique(answers[:, 1], return_index=True)[1]],
             asked={name: getattr(self, name) for name in ASKED},
             bound=self.bound,
         )
@@ -174,7 +181,10 @@ def prepare_splits(
         tell_in_both(data, rows, sources)
     if to_score is None and (data.rehearse or (data.replay and parts["train"])):
         key, kind = "data.replay" if data.replay else "data.rehearse", learned_by(data, loss)
-        again = rows_again(key, earlier or {}, kind, rows["validation"], longest)
+        old: Mapping[str, Kept] = earlier or {}
+        if not data.keep_conflicts:
+            old = newest(old, answer_hashes(rows["train"]))
+        again = rows_again(key, old, kind, rows["validation"], longest)
         rows["train"] = joined([rows["train"], *again])
         asked |= _mixed_with(again, data.replay, asked)
     if earlier and to_score is None and compare:

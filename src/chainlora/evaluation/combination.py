@@ -1,20 +1,21 @@
-"""States of a run, trained beside each other, combined in closed form (`chain.combining`) on rows
-that their stages kept. Nothing is trained, and no strengths are searched."""
+"""States of a run combined layer by layer (`chain.solving`), on rows that their stages kept; what
+the run began on is one more part. Nothing is trained."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from chainlora.chain.chain import Chain
-from chainlora.chain.combining import Combination, gram_matrices, modules_by_input
-from chainlora.chain.link import Factors, Link, with_a
+from chainlora import files
+from chainlora.chain.combining import Combined, Part
+from chainlora.chain.link import Link, stack_links, stacked_rank
+from chainlora.chain.solving import combine as solve
+from chainlora.config.schema import LinkConfig
 from chainlora.config.staging import is_run
+from chainlora.data.conflicts import newest
 from chainlora.data.kept import Kept
 from chainlora.errors import ChainError, RunError
 from chainlora.evaluation.stage_scores import Progress
@@ -22,27 +23,29 @@ from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.beginning import fork, need_same_base, take_in
 from chainlora.runs.changes import whole_run
 from chainlora.runs.export import empty_folder, filled_folder
-from chainlora.runs.history import History, State, Term, Unbuilt
+from chainlora.runs.history import COMBINED, START, History, Recipe, State, Term, Unbuilt
 from chainlora.runs.history_file import read_history, update_history
-from chainlora.runs.links import need_low_rank_sum, save_derived
+from chainlora.runs.links import need_low_rank_sum, save_link
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import chain_on_base
 from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
 
-ROWS, TOKENS = 64, 4_096  # of each stage, at most: more change the Grams little
-FEWER = 4  # times fewer rows show the first pass what the second one needs
+ROWS, TOKENS = 64, 16_384  # of each stage, at most
+RANK = 16  # of a combination, if no part has more
+GENERAL = 4.0  # importance of what the run began on; both were chosen in benchmarks/combining
 ON_TOP = "train the stages on top of each other"
-_MEMORY = 1 << 31  # bytes of Grams at once; modules that do not fit wait for another pass
-
-Modules = dict[str, Tensor]  # A by module
 
 
 def combine(
     run: str | Path,
     names: str | Path | Sequence[str | Path] = (),
     *,
+    rank: int | None = None,
+    importance: Mapping[str, float] | None = None,
+    general: bool = True,
+    keep_conflicts: bool = False,
     output: str | Path | None = None,
     progress: Progress | None = None,
 ) -> OpenState:
@@ -53,9 +56,14 @@ def combine(
     if it is no combination, all stages that no other was trained on. Strengths that a `mix` has set
     are not carried over. With `output` the combination is a new run, and this one stays as it is.
 
-    Raises RunError for fewer than two states, for one that another one was trained on, for stages
-    that kept no rows, for links that are no low-rank sum, and for runs with another base, precision
-    of it or chat template.
+    The combination is one link of a `rank`, by default 16 or the largest of its parts. `importance`
+    says by name what the rows of a part count, 1 by default. With `general`, what the run began on
+    is a part too, by the rows that were kept for it. With `keep_conflicts`, rows count whose prompt
+    has another answer in a later stage.
+
+    Raises RunError for fewer than two parts, for one that another one was trained on, for stages
+    that kept no rows, for links that are no low-rank sum, for models that cannot be solved layer by
+    layer, and for runs with another base, precision of it or chat template.
     """
     folder = whole_run(run)
     history = read_history(folder)
@@ -73,34 +81,56 @@ def combine(
     if inner := [state for state in states[: len(own)] if state.state.digest not in digests]:
         rule, remedy = "a combination is of states that no other of them began on", "leave it out"
         raise RunError(rule, f"{inner[0]}", remedy)
-    if len(outer) < 2:
+    has_general = general and _general_of(history) is not None
+    if len(outer) + has_general < 2:
         raise RunError(
-            "two states or more are combined",
+            "two states or more are combined, what the run began on is one if it has rows",
             ", ".join(map(str, outer)) or "none",
             "add a stage by chainlora extend --beside, or name others",
         )
     need_combinable(outer)
+    weights = dict(importance or {})
+    _need_weights(weights, {START, *(state.key for state in outer)})
+    recipe = Recipe(rank=rank, importance=weights, general=general, keep_conflicts=keep_conflicts)
     if output is None:
-        return _become(folder, outer, progress)
+        return _become(folder, outer, recipe, progress)
     target = empty_folder(output)
     with filled_folder(target) as scratch:
         fork(outer[0], scratch)
-        _become(scratch, outer, progress)
+        _become(scratch, outer, recipe, progress)
     return open_run(target)
 
 
-def _become(run: Path, states: Sequence[OpenState], progress: Progress | None) -> OpenState:
+def _need_weights(importance: Mapping[str, float], parts: Collection[str]) -> None:
+    for name, value in importance.items():
+        if name not in parts:
+            rule = f"importance is given to parts, {', '.join(sorted(parts))}"
+            raise RunError(rule, repr(name), "leave it out")
+        if not 0 < value < math.inf:
+            rule, remedy = (
+                "an importance is a number above 0",
+                "to leave a stage out, name the others",
+            )
+            raise RunError(rule, f"{value:g} for {name}", remedy)
+
+
+def _become(
+    run: Path, states: Sequence[OpenState], recipe: Recipe, progress: Progress | None
+) -> OpenState:
     """Make a run the combination of states, those of other runs taken in; return that."""
     keys = [state.key if state.run == run else take_in(run, state) for state in states]
+    named = {state.key: key for state, key in zip(states, keys, strict=True)}
+    weights = {named.get(key, key): value for key, value in recipe.importance.items()}
+    recipe = recipe.model_copy(update={"importance": weights})
     before, key = read_history(run), ""
 
     def change(history: History) -> History:
         nonlocal key
         order = [entry.key for entry in history.entries if entry.key in keys]
-        known = history.combination(order)
+        known = history.combination(order, recipe)
         key = history.name_after(order) if known is None else known.key
         unit = known.unit if known is not None else key
-        new = Unbuilt(key=key, kind="combine", parents=tuple(order), unit=unit)
+        new = Unbuilt(key=key, kind="combine", parents=tuple(order), unit=unit, recipe=recipe)
         return history.declared([new] if known is None else [], key)
 
     history = update_history(run, change)
@@ -123,10 +153,13 @@ def build_combination(
         return
     states = [state_at(run, history, name) for name in declared.parents]
     try:
-        solved = _solved(states, progress or (lambda *done: None), base)
+        solved = _solved(states, declared.recipe, progress or (lambda *done: None), base)
     except RunError:  # it would fail again
         update_history(run, lambda now: now.withdrawn([key]))
         raise
+    rank = max(each.a.shape[0] for each in solved.factors.values())
+    config = LinkConfig(rank=rank, alpha=float(rank))
+    link = Link(0, config, solved.factors, error=solved.error)
 
     def change(now: History) -> History:
         if now.find(key) is not None:
@@ -134,14 +167,25 @@ def build_combination(
         here = [now.state_of(name) for name in declared.parents]
         if now.find_unbuilt(key) != declared or here != [state.state for state in states]:
             raise RunError("a run was changed meanwhile", f"{run}", "start again")
-        terms = tuple(
-            Term(link=link, derived=save_derived(run, a)) if isinstance(a, dict) else a
-            for link, a in solved.items()
-        )
-        state = State(base=now.base.fingerprint, terms=terms)
-        return now.built(declared.built(state, reads=tuple(now.keepers(declared.parents))), {})
+        files.remove_scratch(run / "links", COMBINED)  # of a kill: this is done under the lock
+        digest, facts = save_link(run, link, now.base, COMBINED)
+        state = State(base=now.base.fingerprint, terms=(Term(link=digest),))
+        reads = tuple(now.keepers(declared.parents))
+        entry = declared.built(state, reads=reads, distances=solved.distances)
+        return now.built(entry, {digest: facts})
 
     update_history(run, change)
+
+
+def told(history: History, key: str) -> str:
+    """Say of a combination its rank, what that left out, and how far it is from each part; of
+    another entry nothing."""
+    entry = history.find(key)
+    if entry is None or entry.kind != "combine":
+        return ""
+    facts = history.links[entry.state.terms[0].link]
+    away = ", ".join(f"{name} {value:.2f}" for name, value in entry.distances.items())
+    return f"rank {facts.rank}, which leaves out {facts.error:.1%}; distance to {away}"
 
 
 def tell_left_out(run: Path, before: History, key: str, *, rehearsals: bool = True) -> None:
@@ -184,7 +228,7 @@ def _outer(states: Sequence[OpenState]) -> list[OpenState]:
 def need_combinable(states: Sequence[OpenState]) -> None:
     """Raise RunError for a state that cannot be combined with others."""
     for state in states:
-        if not state.keepers:
+        if not _with_rows(state):
             rule = "a combination reads rows that stages kept"
             remedy = "train with data.keep_rows: true; chainlora push takes rows along with --rows"
             raise RunError(rule, f"none for {state}", remedy)
@@ -192,95 +236,59 @@ def need_combinable(states: Sequence[OpenState]) -> None:
             need_low_rank_sum(facts.link_config(), state.run, ON_TOP)
 
 
+def _with_rows(state: OpenState) -> list[str]:
+    """Return the entries for whose rows a part answers: all in it that kept some. Those of what the
+    run began on are its own part's."""
+    return [key for key in state.keepers if (key == START) == (state.key == START)]
+
+
+def _general_of(history: History) -> str | None:
+    """Return the SHA-256 of the rows kept for what a run began on, None where there are none."""
+    start = history.find(START)
+    return None if start is None else start.kept
+
+
 def _solved(
-    states: Sequence[OpenState], progress: Progress, base: OpenBase | None
-) -> dict[str, Modules | Term]:
-    """Return the A of each link of a combination, in their order; the term of one alike in all."""
+    states: Sequence[OpenState], recipe: Recipe, progress: Progress, base: OpenBase | None
+) -> Combined:
+    """Return the combination of states, with what the run began on unless that is one of them."""
     states = sorted(states, key=lambda each: each.state.digest)  # the sums have this order
-    terms = [{term.link: term for term in state.state.terms} for state in states]
-    alike = {key: term for key, term in terms[0].items() if all(e.get(key) == term for e in terms)}
-    held = [dict(zip(own, e.links(), strict=True)) for own, e in zip(terms, states, strict=True)]
-    links = {key: link for own in held for key, link in own.items()}
-    facts, place = states[0].history.links, {k: n for own in held for n, k in enumerate(own)}
-    order = sorted(links, key=lambda each: (facts[each].stage, place[each]))
-    new = [{k: link for k, link in own.items() if k not in alike} for own in held]
-    chain, _ = chain_on_base(states[0], base=base)
-    device = next(chain.model.parameters()).device
-    rows = [_rows_of(state) for state in states]
-    changed = [links[key].factors for key in order if key not in alike]
-    shapes = {name: each for factors in changed for name, each in factors.items()}
-    by_input = modules_by_input(chain.model, shapes, rows[0][0][:, :16].to(device))
-    parts = list(_parts(by_input, shapes))
-    passes = [own[::FEWER] for own in rows], rows
-    done, due = 0, len(parts) * sum(len(own) for some in passes for own in some)
-
-    def read(tokens: Sequence[Tensor], name: str) -> Iterator[Tensor]:
-        nonlocal done
-        for row in tokens:
-            yield row.to(device)
-            done += 1
-            progress(name, done, due)
-
-    models = [[*own.values()] for own in held]
-    for some in passes:
-        derived: dict[str, Modules] = {}
-        for part in parts:
-            sums = [Combination() for _ in part]
-            firsts = [names[0] for names in part]
-            for state, own, model, tokens in zip(states, new, models, some, strict=True):
-                _put(chain, model)
-                try:
-                    grams = gram_matrices(chain.model, firsts, read(tokens, state.stage))
-                except ChainError as error:
-                    rule = "states that are combined must have finite activations"
-                    raise RunError(rule, f"{error}, {state}", "leave it out") from None
-                for each, names in zip(sums, part, strict=True):
-                    pairs = [(key, n) for key in own for n in names if n in own[key].factors]
-                    factors = {(k, n): own[k].strength * own[k].factors[n].a for k, n in pairs}
-                    each.add(grams.get(names[0]), factors)
-            for each in sums:
-                for (key, module), a in each.solve().items():
-                    derived.setdefault(key, {})[module] = a
-        found = {key: replace(with_a(links[key], a), strength=1.0) for key, a in derived.items()}
-        models = [[found.get(key, links[key]) for key in order]] * len(states)
-    return {key: alike[key] if key in alike else derived[key] for key in order}
+    first, history = states[0], states[0].history
+    if recipe.general and _general_of(history) and all(each.key != START for each in states):
+        states.append(first.at(START))
+    links = [state.links() for state in states]
+    parts = [
+        Part(state.key, own, stack_links(held), _importance(state, recipe))
+        for state, own, held in zip(states, _rows_of(states, recipe), links, strict=True)
+    ]
+    for part in (part for part in parts if not part.rows):
+        logger.warning("%s is left out: later stages have other answers to all of it", part.name)
+    parts = [part for part in parts if part.rows]
+    rank = recipe.rank or max(RANK, *map(stacked_rank, links))
+    chain, _ = chain_on_base(first, base=base)
+    tell = partial(progress, " + ".join(part.name for part in parts))
+    try:
+        return solve(chain.model, parts, rank, tell)
+    except ChainError as error:
+        raise RunError(f"Cannot combine: {error}") from None
 
 
-def _put(chain: Chain, links: Sequence[Link]) -> None:
-    """Give a chain other links; without LoRA layers, where they are merged, which add nothing."""
-    chain.drop(len(chain))
-    chain.add(*(replace(link, index=place, id=place) for place, link in enumerate(links)))
-    if chain.hold == "tied":
-        chain.detach()
+def _importance(state: OpenState, recipe: Recipe) -> float:
+    return recipe.importance.get(state.key, GENERAL if state.key == START else 1.0)
 
 
-def _parts(
-    by_input: Iterable[list[str]], factors: Mapping[str, Factors]
-) -> Iterator[list[list[str]]]:
-    """Divide modules that share an input into parts whose Grams fit into memory, also summed."""
-    part: list[list[str]] = []
-    size = 0
-    for names in by_input:
-        more = 2 * 8 * factors[names[0]].a.shape[1] ** 2
-        if part and size + more > _MEMORY:
-            yield part
-            part, size = [], 0
-        part.append(names)
-        size += more
-    if part:
-        yield part
+def _rows_of(states: Sequence[OpenState], recipe: Recipe) -> list[list[list[int]]]:
+    """Return token rows for each state: of the stages in it, as many of each, never test rows."""
+    kept = states[0].kept([state.key for state in states])
+    kept = kept if recipe.keep_conflicts else newest(kept)
+    return [[row for key in _with_rows(state) for row in _sample(kept[key])] for state in states]
 
 
-def _rows_of(state: OpenState) -> list[Tensor]:
-    """Return token rows (1 × length) of the stages of a state, as many of each: never test rows."""
-    return [row for kept in state.kept().values() for row in _sample(kept)]
-
-
-def _sample(kept: Kept) -> Iterator[Tensor]:
+def _sample(kept: Kept) -> Iterator[list[int]]:
     tokens = 0
     for place, example in enumerate((kept.train or kept.validation).spread(ROWS)):
         (sequence,) = example.right.sequences
         tokens += len(sequence)
         if place and tokens > TOKENS:
             return
-        yield torch.tensor([sequence[:-1] or sequence], dtype=torch.long)
+        yield [*sequence]

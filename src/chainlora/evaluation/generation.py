@@ -60,16 +60,11 @@ def generate_greedy(
 ) -> list[str]:
     """Return the greedy continuation of each prompt up to the first `stop`, stripped.
 
-    Each prompt gets the answer it would get alone: prompts of unlike length share a batch, padded
-    on the left, only where that changes nothing (`_padding_shows`).
-
     A prompt (token ids) that leaves no room for `max_new_tokens` in the model's context is cut from
-    the left, its beginning-of-sequence token kept. `max_tokens` bounds the padded tokens of a
-    batch, new ones included; `progress(n)` is told the number of prompts just done. `most` returns
-    the largest of the numbers of all processes that share a model, which make as many forwards.
+    the left, its beginning-of-sequence token kept. Other keys are those of `continue_greedily`.
 
-    `model` is a transformers causal language model. Raises DataError on an empty prompt and
-    ConfigError when `max_new_tokens` does not fit the context.
+    Raises DataError on an empty prompt and ConfigError when `max_new_tokens` does not fit the
+    context.
     """
     context = context_length(model)
     if not 0 < max_new_tokens < context:
@@ -79,15 +74,42 @@ def generate_greedy(
         )
     room, bos = context - max_new_tokens, tokenizer.bos_token_id
     cut = [_cut_left(prompt, room, bos, row) for row, prompt in enumerate(prompts)]
+    keys: Any = {"stop": stop, "max_tokens": max_tokens, "progress": progress, "most": most}
     config = greedy_config(model, tokenizer, max_new_tokens)
-    texts = [""] * len(cut)
-    lengths = [len(prompt) for prompt in cut]
+    found = continue_greedily(model, tokenizer, cut, config, **keys)
+    texts = tokenizer.batch_decode(found, skip_special_tokens=True)
+    return [(text.split(stop, 1)[0] if stop else text).strip() for text in texts]
+
+
+def continue_greedily(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    *,
+    stop: str | None = None,
+    max_tokens: int = 4096,
+    progress: Callable[[int], None] | None = None,
+    most: Callable[[int], int] = int,
+) -> list[list[int]]:
+    """Return the tokens that follow each prompt, up to the one that ends it.
+
+    Each prompt gets the answer it would get alone: prompts of unlike length share a batch, padded
+    on the left, only where that changes nothing (`_padding_shows`). `max_tokens` bounds the padded
+    tokens of a batch, new ones included; `progress(n)` is told the number of prompts just done.
+    `most` returns the largest of the numbers of all processes that share a model, which make as
+    many forwards. `model` is a transformers causal language model.
+    """
+    found: list[list[int]] = [[] for _ in prompts]
+    lengths, new = [len(prompt) for prompt in prompts], int(config.max_new_tokens or 0)
     alike = most(len(set(lengths))) > 1 and _padding_shows(model, config)
-    batches = list(_batches(lengths, max_new_tokens, max_tokens, alike=alike))
+    batches = list(_batches(lengths, new, max_tokens, alike=alike))
     batches += batches[:1] * (most(len(batches)) - len(batches))
+    ends = {*(config.eos_token_id or [])}
     for batch in batches:
         forget_lengths(model)
-        ids, mask = _left_padded([cut[i] for i in batch], int(config.pad_token_id), model.device)
+        rows = [prompts[i] for i in batch]
+        ids, mask = _left_padded(rows, int(config.pad_token_id), model.device)
         criteria = StoppingCriteriaList([_StopAt(tokenizer, stop, ids.shape[1])] if stop else [])
         output = run_generate(
             model,
@@ -97,12 +119,12 @@ def generate_greedy(
             stopping_criteria=criteria,
             synced_gpus=is_sharded(model),
         )
-        answers = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-        for index, answer in zip(batch, answers, strict=True):
-            texts[index] = (answer.split(stop, 1)[0] if stop else answer).strip()
+        for index, answer in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
+            last = next((at for at, token in enumerate(answer) if token in ends), len(answer))
+            found[index] = answer[: last + 1]
         if progress is not None:
             progress(len(batch))
-    return texts
+    return found
 
 
 def run_generate(model: Any, config: GenerationConfig, **inputs: Any) -> Any:

@@ -16,10 +16,9 @@ from chainlora.chain.showing import Shown
 from chainlora.config.schema import DataConfig, RunConfig
 from chainlora.config.staging import need_apart
 from chainlora.data.examples import Example
-from chainlora.data.kept import Kept
+from chainlora.data.kept import SPLITS, Kept
 from chainlora.data.sources import Source, find_source
 from chainlora.data.splits import (
-    SPLITS,
     Splits,
     encode_split,
     named_sources,
@@ -105,7 +104,7 @@ def evaluate_task(
     is_file = data is not None and not Path(data).is_dir()
     named = task or own_task
     shown: dict[str, Any] = {"task": named and named.name, "split": data if is_file else split}
-    if task is None and data is None and len((state := open_run(run_or_model)).columns) > 1:
+    if task is None and data is None and len((state := open_run(run_or_model)).shares) > 1:
         shown = {"stage": state.with_rows.configured.key} | shown
     return Shown(shown | {"rows": found.num_rows, "metrics": metrics})
 

@@ -14,7 +14,8 @@ stages (Lopez-Paz & Ranzato, arXiv 1706.08840; Chaudhry et al., arXiv 1801.10112
     backward transfer   mean over j < T of R[T, j] − R[j, j]
     forgetting          mean over j < T of max over 0 < i < T of R[i, j], less R[T, j]
 
-Rows of what was there before the first stage are a column of their own, learned in row 0.
+Rows of what was there before the first stage are a column of their own, learned in row 0: ``base``,
+or ``start`` where that is an imported adapter.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -45,7 +46,7 @@ from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.changes import MATRIX
 from chainlora.runs.documents import Digest, short_digest
 from chainlora.runs.draft import drafts_in
-from chainlora.runs.history import BASE, State
+from chainlora.runs.history import BASE, START, State
 from chainlora.runs.history_file import read_history
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import chain_on_base
@@ -54,6 +55,7 @@ from chainlora.runs.state import OpenState
 logger = logging.getLogger(__name__)
 
 NOW = "now"
+WORSE = 1.1  # times a score: general ability has fallen
 
 Progress = Callable[[str, int, int], None]
 """Told (state and stage, rows done, rows) as cells are scored."""
@@ -87,7 +89,8 @@ class StageMatrix:
 
     `states` are the base, the ends of stages, and ``now`` where the run is another mix than the
     last end; `grid` has a row for each, and a column for each stage, None where it kept no rows.
-    The first column is ``start`` where there are rows for what the run began on.
+    The first column is ``base``, or ``start`` after an imported adapter, where there are rows for
+    what the run began on.
     """
 
     stages: list[str]
@@ -142,6 +145,31 @@ class StageMatrix:
         metrics = [cell.metric for cell in whole[0]]
         return summarise_matrix(values, self.stages, metrics, learned)
 
+    def of(self, stages: Collection[str]) -> StageMatrix:
+        """Return this with some columns alone."""
+        places = [place for place, name in enumerate(self.stages) if name in stages]
+        grid = [[row[place] for place in places] for row in self.grid]
+        return StageMatrix([self.stages[place] for place in places], self.states, grid)
+
+    def harm(self) -> str:
+        """Say how much worse the rows of what the run began on score now, if that is a tenth: of a
+        loss, of its perplexity. Else nothing."""
+        name = next((each for each in self.stages if each in (BASE, START)), None)
+        if name is None or name not in self.states:
+            return ""
+        column = self.stages.index(name)
+        before, now = self.grid[self.states.index(name)][column], self.grid[-1][column]
+        if before is None or now is None:
+            return ""
+        metric, first, last = before.metric, before.value, now.value
+        if metric == "loss":
+            metric, first, last = "perplexity", math.exp(min(first, 700)), math.exp(min(last, 700))
+        low, high = (last, first) if is_higher_better(before.metric) else (first, last)
+        if not high > WORSE * low:
+            return ""
+        verb = "rose" if last > first else "fell"
+        return f"{metric} of {name}'s rows {verb} from {first:.3g} to {last:.3g}"
+
     def as_dict(self) -> dict[str, Any]:
         cells = [[cell and asdict(cell) for cell in row] for row in self.grid]
         return {
@@ -168,19 +196,21 @@ def stage_matrix(
     speedups: Speedups = "auto",
     progress: Progress | None = None,
     compute: bool = True,
+    of: Collection[str] | None = None,
     base: OpenBase | None = None,
 ) -> StageMatrix:
     """Return the matrix of a run; cells that were never scored are, if `compute`, and are kept.
 
-    That of ``RUN@STAGE`` ends with that stage. The base is opened here unless it is given.
+    That of ``RUN@STAGE`` ends with that stage. `of` are the columns, by default all. The base is
+    opened here unless it is given.
 
     Raises RunError for a run that kept no rows, and what loading it raises.
     """
     run = open_run(run)
     kept, states = run.kept(), dict(states_of(run))
     known = {_key(cell): cell for cell in _read(run.run)}
-    names = run.columns
-    stages = [stage for stage in names if stage in kept]
+    columns = {name: key for name, key in run.columns.items() if of is None or name in of}
+    stages = [stage for stage in columns.values() if stage in kept]
     if compute and not stages:
         remedy = "train with data.keep_rows: true, and push with --rows"
         if kept:
@@ -204,18 +234,29 @@ def stage_matrix(
         finally:  # a signal loses one cell at most
             _write(run.run, known)
     grid = [
-        [known.get((state.digest, stage, rows.get(stage, ""))) for stage in names]
+        [
+            cell and replace(cell, stage=name)
+            for name, stage in columns.items()
+            for cell in [known.get((state.digest, stage, rows.get(stage, "")))]
+        ]
         for state in states.values()
     ]
-    return StageMatrix(names, list(states), grid)
+    return StageMatrix(list(columns), list(states), grid)
+
+
+def columns_after_training(run: OpenState) -> list[str] | None:
+    """Return the columns that are scored after training, None for all: of a run of one stage, which
+    has scored its own rows, those of the start alone."""
+    start = [name for name, key in run.columns.items() if key == START]
+    return start if START in run.keepers and len(run.columns) == 2 else None
 
 
 def states_of(run: OpenState) -> Iterator[tuple[str, State]]:
     """Yield the states of a run by name: the base, the end of each stage, the mix it is now."""
     yield BASE, run.history.empty
-    last, names = run.history.empty, run.stages
+    last, shares = run.history.empty, run.shares
     for entry in run.lineage:
-        if entry.kind == "combine" or (entry.key in names and entry.kind != "mix"):
+        if entry.kind == "combine" or entry.key in shares:
             last = entry.state
             yield entry.key, last
     if run.state.digest != last.digest:
@@ -240,7 +281,7 @@ class Scorer:
         self.run, self.kept, self.speedups = run, kept, speedups
         self.progress = progress or (lambda what, done, rows: None)
         self.chain, self.tokenizer = chain_on_base(run, hold, base)
-        self._ids: dict[tuple[Digest, Digest | None], int] = {}  # of links on the chain
+        self._ids: dict[Digest, int] = {}  # of links on the chain
         self._references: dict[str, list[list[float]]] = {}
         self._add(run.state)
 
@@ -270,15 +311,15 @@ class Scorer:
 
     def model_at(self, state: State) -> Any:
         self._add(state)
-        on = {self._ids[term.link, term.derived]: term.strength for term in state.terms}
+        on = {self._ids[term.link]: term.strength for term in state.terms}
         self.chain.set_strengths({id: on.get(id, 0.0) for id in self.chain.strengths})
         return self.chain.model
 
     def _add(self, state: State) -> None:
-        due = [term for term in state.terms if (term.link, term.derived) not in self._ids]
+        due = [term for term in state.terms if term.link not in self._ids]
         first = len(self._ids)
         links = [replace(link, id=n) for n, link in enumerate(self.run.read(due), first)]
-        self._ids |= {(term.link, term.derived): first + n for n, term in enumerate(due)}
+        self._ids |= {term.link: first + n for n, term in enumerate(due)}
         self.chain.add(*links)
 
     def _engine(self, state: State) -> Engine:

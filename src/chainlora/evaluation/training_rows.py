@@ -42,7 +42,9 @@ def training_rows(run_or_model: Address, tokenizer: Any) -> RowFacts | None:
         kept = state.kept()
     except RunError:  # nobody asked for them
         return None
-    on = [kept[name].train[:_ROWS] for name, c in state.strengths.items() if c and name in kept]
+    on = [
+        kept[name].train[:_ROWS] for name, share in state.shares.items() if share and name in kept
+    ]
     stages = [found for rows in on if (found := [row for row in rows if len(row.prompt) > 1])]
     if not stages:
         return None

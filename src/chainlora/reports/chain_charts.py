@@ -30,6 +30,7 @@ from chainlora.reports.charts import (
     whole_steps,
 )
 from chainlora.reports.runs import RunFacts, is_share, state_names
+from chainlora.runs.history import BASE, START
 from chainlora.runs.records import Record
 
 
@@ -75,8 +76,10 @@ def stage_pictures(run: RunFacts) -> list[Picture]:
     shares, and as a matrix."""
     if run.matrix is None or not run.matrix.cells:
         return []
-    is_shares = all(is_share(cell.metric, cell.value) for cell in run.matrix.cells)
-    return [*([_shares_picture(run.matrix)] if is_shares else []), _matrix_picture(run.matrix)]
+    stages = run.matrix.of([name for name in run.matrix.stages if name not in (BASE, START)])
+    is_shares = all(is_share(cell.metric, cell.value) for cell in stages.cells)
+    shares = [_shares_picture(stages)] if is_shares and stages.cells else []
+    return [*shares, _matrix_picture(run.matrix)]
 
 
 def _shares_picture(matrix: StageMatrix) -> Picture:

@@ -117,7 +117,7 @@ def _lead(runs: Sequence[RunFacts]) -> str:
         is_on_top = before in {entry.key for entry in part.state.lineage}
         then = [*_combined(part.state.parent), "Then it"] if is_on_top else ["Separately, it"]
         who = " ".join(then) if said else f"A language model ({model})"
-        said.append(f"{who} was trained on {_task(part)}{_gain(part)}.")
+        said.append(f"{who} {_learned(part)}.")
         before = part.state.stage
     return " ".join([*said, *_combined(run.state), *_switched_off(run)])
 
@@ -126,6 +126,13 @@ def _combined(state: OpenState) -> list[str]:
     """Return what is said of a combination."""
     is_one = state.trained is not None and state.trained.kind == "combine"
     return ["The results were combined."] if is_one else []
+
+
+def _learned(part: RunFacts) -> str:
+    """Return where a part comes from, in words."""
+    if part.state.trained is not None and part.state.trained.kind == "import":
+        return f"got the adapter {part.state.stage}, which was trained elsewhere"
+    return f"was trained on {_task(part)}{_gain(part)}"
 
 
 def _task(part: RunFacts) -> str:

@@ -83,7 +83,7 @@ def read_runs(runs: Sequence[str | Path]) -> list[RunFacts]:
 def read_state(state: OpenState, name: str) -> RunFacts:
     """Read what there is to say of a state, its files checked."""
     found = _part(state, name)
-    parts = [entry for entry in state.lineage if entry.kind == "stage"]
+    parts = [entry for entry in state.lineage if entry.has_config]
     is_one = len({*state.columns, *(entry.key for entry in parts)}) < 2
     stages = [_part(state.at(entry.key), entry.key) for entry in parts]
     if state.draft is not None and stages:

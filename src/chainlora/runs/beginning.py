@@ -143,11 +143,14 @@ def _name_there(
             )
     known = history.find(entry.key)
     is_there = known is not None and (known.kind, known.state) == (entry.kind, entry.state)
-    if known is not None and is_there and (entry.key != START or known.kept == entry.kept):
+    is_base = not entry.state.terms  # whose rows are those of the run, if it has some
+    has_rows = is_base or entry.key != START or (known is not None and known.kept == entry.kept)
+    if known is not None and is_there and has_rows:
         return entry.key
     used = {START, *taken.values(), *(each.key for each in history.entries)}
     used |= {each.key for each in history.unbuilt}
-    names = chain([entry.key, other.resolve().name], (f"{entry.key}-{k}" for k in count(2)))
+    folder = other.resolve().name + f"-{entry.key}" * is_base
+    names = chain([entry.key, folder], (f"{entry.key}-{k}" for k in count(2)))
     return next(name for name in names if is_name(name) and name not in used)
 
 

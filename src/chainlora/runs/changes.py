@@ -203,10 +203,10 @@ def _planned(run: Path, history: History, name: str) -> tuple[Pruning, History]:
         names = ", ".join(e.key for e in history.entries if e.kind in _WITH_LINKS)
         raise RunError(f"a stage must be one of {names}", f"{name!r} for {run}", "name one")
     after, with_it = _without(history, name)
-    stay = [each.key for each in after.entries if each.kind == "stage"]
+    stay = [each.key for each in after.entries if each.has_config]
     declared = history.find_unbuilt(name)
-    stay += [each.key for each in after.unbuilt if declared is not None and each.kind == "stage"]
-    begun = declared if entry is None else entry if entry.kind == "stage" else None
+    stay += [each.key for each in after.unbuilt if declared is not None and each.has_config]
+    begun = declared if entry is None else entry if entry.has_config else None
     if begun is not None and begun.kind in _WITH_LINKS and not stay:
         raise RunError("a run must keep a stage", f"{name!r}, its only one", f"delete {run}")
     on_top = [key for key in stay if name in {below.key for below in history.lineage(key)}]
@@ -216,7 +216,8 @@ def _planned(run: Path, history: History, name: str) -> tuple[Pruning, History]:
     left = left if left != after.ends(after.head) else []
     if len(left) > 1:  # what is left is combined again
         key = after.name_after(left)
-        again = Unbuilt(key=key, kind="combine", parents=tuple(left), unit=key)
+        recipe = history.recipe_of(history.head).of_parts(left)
+        again = Unbuilt(key=key, kind="combine", parents=tuple(left), unit=key, recipe=recipe)
         after = after.declared([again], key)
     now, head = None if after.head == history.head else after.head, history.find(history.head)
     rehearsed = head is not None and head.is_rehearsal
@@ -285,7 +286,7 @@ def _without(history: History, name: str) -> tuple[History, list[str]]:
     gone, combined = {name: entry.parents}, set[str]()
     for each in history.entries:
         has_read = name in each.reads and (each.kind != "stage" or each.is_rehearsal)
-        # A combination cannot be cut: all of its derived factors have read rows and links of it.
+        # A combination cannot be cut: its link was solved from rows and links of all its parts.
         is_trained_on = name in {e.key for e in history.lineage(each.key)}
         if {*each.parents} & combined or (each.kind == "combine" and (has_read or is_trained_on)):
             combined.add(each.key)
@@ -324,9 +325,10 @@ def _without(history: History, name: str) -> tuple[History, list[str]]:
 
     way = path([*history.past, history.head])
     entries = tuple(cut(e) for e in history.entries if e.key not in gone)
+    used = {d for e in entries for d in (*e.tied, *(term.link for term in e.state.terms))}
     update = {
         "entries": entries,
-        "links": {d: facts for d, facts in history.links.items() if d not in own},
+        "links": {d: facts for d, facts in history.links.items() if d in used},
         "head": way[-1],
         "origin": stays([history.origin])[0],
         "past": tuple(way[:-1]),

@@ -12,8 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from chainlora import files
+from chainlora.config.reading import make_config
 from chainlora.config.schema import RunConfig
 from chainlora.config.staging import HISTORY, exists_in, stage_folder
+from chainlora.config.template_names import refuse_paths
+from chainlora.data.kept import keeps_general
 from chainlora.errors import FileError, RunError
 from chainlora.registry import plugin_digest
 from chainlora.runs.beginning import copy_files, copy_tokenizer, own_closure
@@ -43,15 +46,23 @@ def stage_entry(name: str, config: RunConfig, parent: str, unit: str) -> Unbuilt
     )
 
 
+def declared_config(run: Path, entry: Unbuilt) -> RunConfig:
+    """Return the config that an entry was declared with. Raises ConfigError for paths in names."""
+    tree = entry.config | {"output": str(run)}
+    refuse_paths(tree, run / HISTORY)
+    return make_config(tree)
+
+
 def history_of_start(start: Start, base: Base, config: RunConfig, unit: str) -> History:
     """Return the history of a run that begins on `start`: what is copied is named, and what is
-    given from elsewhere is declared. Nothing is written."""
+    given from elsewhere, or written by the model, is declared. Nothing is written."""
     history = History(base=base, hold=config.chain.hold, seed=config.train.seed)
     if start.state is not None:
         found = own_closure(start.state)
         keys = ("entries", "links", "head", "origin")
         history = history.model_copy(update={key: getattr(found, key) for key in keys})
-    if start.adapter is None and config.start_data is None:
+    is_general = start.state is None and keeps_general(config)
+    if start.adapter is None and not is_general and config.start_data in (None, "none"):
         return history
     given = Unbuilt(key=START, kind="import", unit=unit, config=config.model_dump(mode="json"))
     origin = START if start.state is None else history.origin

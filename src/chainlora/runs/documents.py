@@ -44,7 +44,7 @@ class Document(Part):
     """All that a JSON file says. `remedy` is for one that is damaged."""
 
     remedy: ClassVar[str] = DAMAGED
-    format: ClassVar[int] = 3
+    format: ClassVar[int] = 4
 
 
 def read_part(path: Path, kind: type[Kind]) -> Kind:

@@ -3,7 +3,6 @@ become.
 
     RUN/history.json              this file; it is replaced as a whole
     RUN/links/DIGEST/             a link: an ordinary PEFT adapter, stored once
-    RUN/derived/DIGEST.safetensors  A of a link in a combination, stored once
     RUN/rows/DIGEST.safetensors   the rows that a stage kept
     RUN/stages/NAME/              what a stage wrote: its config, records and result; while it is
                                   trained, its checkpoint too (`runs.work`)
@@ -18,7 +17,7 @@ names is ignored until `prune` deletes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain, count
 from typing import Annotated, Any, Literal
 
@@ -47,15 +46,15 @@ REHEARSED = "data.rehearse"  # what stands for the rows of a stage that has none
 CONFIG, RECORDS, RESULT = "config.yaml", "metrics.jsonl", "result.json"
 TOKENIZER = "tokenizer"
 WEIGHTS = "adapter_model.safetensors"
-CONTENT = ("links", "derived", "rows")  # folders whose files are named by their content
+COMBINED = "combined"  # the stage of the link of every combination: equal parts give equal bits
+CONTENT = ("links", "rows")  # folders whose files are named by their content
 
 
 class Term(Part):
-    """A link in a state, at a strength; with a factor A of its own where it was `derived`."""
+    """A link in a state, at a strength."""
 
     link: Digest
     strength: float = 1.0
-    derived: Digest | None = None
 
 
 class State(Part):
@@ -67,7 +66,7 @@ class State(Part):
     @property
     def digest(self) -> str:
         """Return 16 hexadecimal digits. States of one digest are equal to the bit."""
-        on = [[t.link, t.strength, t.derived] for t in self.terms if t.strength]
+        on = [[t.link, t.strength] for t in self.terms if t.strength]
         return short_digest([self.base, on])
 
 
@@ -137,12 +136,34 @@ class Training(Part):
     versions: dict[str, str] = Field(default={})
 
 
+class Recipe(Part):
+    """What a combination depends on beside its parts.
+
+    `rank` is by default the largest of a part, at least 16. `importance` multiplies what rows of a
+    part count. With `general`, what the run began on is a part, by the rows of the entry ``start``.
+    With `keep_conflicts`, rows count whose prompt has another answer in a later stage.
+    """
+
+    rank: Annotated[int, Field(gt=0)] | None = None
+    importance: dict[Name, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default={})
+    general: bool = True
+    keep_conflicts: bool = False
+
+    def of_parts(self, keys: Collection[str]) -> Recipe:
+        """Return this for some parts: without the importance of others."""
+        own = {key: value for key, value in self.importance.items() if key in (START, *keys)}
+        return self.model_copy(update={"importance": own})
+
+
+_BY_DEFAULT = Recipe()
+
+
 class Declared(Part):
     """What an entry is from the moment it is declared.
 
     `parents` are the entries that it is computed from. Entries of one `unit`, a stage and what
     follows from it, are undone together. Of a stage, `training` has the digests of its rows and
-    plug-ins.
+    plug-ins; of a combination, `recipe` says how it is made.
     """
 
     key: Name
@@ -150,6 +171,7 @@ class Declared(Part):
     parents: tuple[Name, ...] = ()
     unit: str = ""
     training: Training = Training()
+    recipe: Recipe = Recipe()
 
     @property
     def parent(self) -> str:
@@ -161,9 +183,15 @@ class Declared(Part):
         """Say whether it is trained on nothing but rows that earlier stages kept."""
         return REHEARSED in self.training.sources
 
+    @property
+    def has_config(self) -> bool:
+        """Say whether it is a stage, or an adapter that is added like one (`runs.adding`)."""
+        return self.kind == "stage" or (self.kind == "import" and self.key != START)
+
 
 class Unbuilt(Declared):
-    """An entry without a state. `config` is that of a stage, `strengths` are those of a mix."""
+    """An entry without a state. `config` is that of a stage or of an import, `strengths` are those
+    of a mix."""
 
     config: dict[str, Any] = Field(default={})
     strengths: dict[Name, float] = Field(default={})
@@ -180,6 +208,7 @@ class Entry(Declared):
     `reads` are the entries whose rows or scores it used. `tied` are the links that a stage tied, in
     their order: `state` may end at an earlier, best point. `kept` names a file in ``rows``, `files`
     lie in ``stages/KEY``. With `pruned`, links that the state was trained on were deleted since.
+    `distances`, of a combination, are those from its parts (`chain.combining.Combined`).
     """
 
     reads: tuple[Name, ...] = ()
@@ -189,6 +218,12 @@ class Entry(Declared):
     files: Sums = Field(default={})
     ended: str = ""  # when, in UTC
     pruned: bool = False
+    distances: dict[Name, float] = Field(default={})
+
+    @property
+    def has_config(self) -> bool:
+        """Say whether it is a stage, or an adapter that was added like one (`runs.adding`)."""
+        return CONFIG in self.files
 
     def renamed(self, names: Mapping[str, str]) -> Entry:
         """Return this with other names of entries."""
@@ -196,6 +231,7 @@ class Entry(Declared):
             "key": names.get(self.key, self.key),
             "parents": tuple(names.get(key, key) for key in self.parents),
             "reads": tuple(names.get(key, key) for key in self.reads),
+            "distances": {names.get(k, k): value for k, value in self.distances.items()},
         }
         return self.model_copy(update=update)
 
@@ -297,8 +333,7 @@ class History(Document):
         return [entry.key for entry in self.own if entry.kind == "stage"]
 
     def in_order(self, terms: Iterable[Term]) -> list[Term]:
-        """Return terms in the order in which their stages ended. A combination, whose sums depend
-        on no time, has another one."""
+        """Return terms in the order in which their stages ended, that of a combination first."""
         places = {entry.key: place for place, entry in enumerate(self.entries)}
         return sorted(terms, key=lambda term: places.get(self.links[term.link].stage, -1))
 
@@ -315,7 +350,6 @@ class History(Document):
             found |= {f"{link_folder(key)}/{name}": d for name, d in facts.files.items()}
         for entry in self.entries:
             found |= {f"stages/{entry.key}/{name}": d for name, d in entry.files.items()}
-            found |= {derived_file(t.derived): t.derived for t in entry.state.terms if t.derived}
             found |= {} if entry.kept is None else {rows_file(entry.kept): entry.kept}
         return found
 
@@ -335,6 +369,13 @@ class History(Document):
         if entry.kind == "mix" or entry.is_rehearsal:
             return [end for parent in entry.parents for end in self.ends(parent)]
         return [key]
+
+    def recipe_of(self, key: str) -> Recipe:
+        """Return how the combination that an entry is, or was trained on, is made."""
+        entry = self.known(key)
+        if entry is not None and (entry.kind == "mix" or entry.is_rehearsal):
+            return self.recipe_of(entry.parent)
+        return _BY_DEFAULT if entry is None else entry.recipe
 
     # --- moving the head, and adding entries ---
 
@@ -422,7 +463,7 @@ class History(Document):
         if key is not None:
             return self.moved(key)
         parents = () if self.head == BASE else (self.head,)
-        shown = [[term.link, term.strength, term.derived] for term in state.terms]
+        shown = [[term.link, term.strength] for term in state.terms]
         key = f"mix-{short_digest([[*parents], shown, []])[:8]}"
         while (known := self.known(key)) is not None:
             if isinstance(known, Entry) and (known.parents, known.state) == (parents, state):
@@ -438,12 +479,14 @@ class History(Document):
         names = chain([name], (f"{name}-{number}" for number in count(2)))
         return next(each for each in names if self.known(each) is None)
 
-    def combination(self, parts: Iterable[str]) -> Entry | Unbuilt | None:
-        """Return the entry that is the combination of these, built or not."""
+    def combination(
+        self, parts: Iterable[str], recipe: Recipe = _BY_DEFAULT
+    ) -> Entry | Unbuilt | None:
+        """Return the entry that is the combination of these by a recipe, built or not."""
         wanted = {*parts}
         known: list[Entry | Unbuilt] = [*self.entries, *self.unbuilt]
-        same = (e for e in known if e.kind == "combine" and {*e.parents} == wanted)
-        return next(same, None)
+        combined = (e for e in known if e.kind == "combine" and e.recipe == recipe)
+        return next((e for e in combined if {*e.parents} == wanted), None)
 
 
 # --- places ---
@@ -452,11 +495,6 @@ class History(Document):
 def link_folder(digest: str) -> str:
     """Return where a link lies in the run."""
     return f"links/{digest}"
-
-
-def derived_file(digest: str) -> str:
-    """Return where A of a link in a combination lies in the run; its SHA-256 begins so."""
-    return f"derived/{digest}.safetensors"
 
 
 def rows_file(digest: str) -> str:

@@ -28,7 +28,7 @@ from chainlora.runs.documents import (
     read_part,
     write_part,
 )
-from chainlora.runs.history import CONFIG, Entry, History, State
+from chainlora.runs.history import COMBINED, Entry, History, State
 from chainlora.runs.state import OpenState
 
 LINEAGE = "lineage.json"
@@ -105,10 +105,11 @@ class Lineage(Document):
     def table(self) -> list[list[str]]:
         """Return of each stage its name, strength, rows and links."""
         links, strengths = self.history.links.items(), self.history.strengths_of(self.state)
+        otherwise = strengths.get(COMBINED, 0)  # of stages that are parts of a combination
         return [
             [
                 entry.key,
-                f"{strengths.get(entry.key, 0):g}",
+                f"{strengths.get(entry.key, otherwise):g}",
                 entry.training.rows or "",
                 " ".join(digest for digest, facts in links if facts.stage == entry.key),
             ]
@@ -123,7 +124,7 @@ def lineage_of(
     """Return where an export comes from: `to` and `exported` are what was asked for, `base` is the
     folder of the base, where it is at hand."""
     history, terms = closure(state), tuple(state.terms(exported["num_links"]))
-    own = [e.key for e in history.entries if CONFIG in e.files and state.draft is None]
+    own = [e.key for e in history.entries if e.has_config and state.draft is None]
     stages = {
         key: {
             "config": state.at(key).config().model_dump(mode="json", exclude=_OF_A_PLACE),

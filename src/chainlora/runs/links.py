@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from chainlora import files
 from chainlora.chain.adapters import load_adapter, save_adapter
 from chainlora.chain.checks import link_fault
-from chainlora.chain.link import Link, with_a
+from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import RunError
 from chainlora.runs.documents import DAMAGED
 from chainlora.runs.history import (
-    WEIGHTS,
     Base,
     LinkFacts,
-    derived_file,
     link_folder,
 )
 
@@ -58,29 +51,6 @@ def save_link(run: Path, link: Link, base: Base, stage: str) -> tuple[str, LinkF
         )
         files.put_folder(scratch, run / link_folder(facts.digest))
     return facts.digest, facts
-
-
-def save_derived(run: Path, factors: Mapping[str, Tensor]) -> str:
-    """Write A (rank × in) by module, as a link has it in a combination; return its digest."""
-    files.make_folder(run / "derived")
-    files.remove_scratch(run / "derived", "combine")  # of a kill: this is done under the lock
-    with files.new_folder(run / "derived", "combine") as scratch:
-        files.write_tensors(scratch / WEIGHTS, factors)
-        digest = files.sha256(scratch / WEIGHTS)[:16]
-        (scratch / WEIGHTS).replace(run / derived_file(digest))
-        files.sync_folder(run / "derived")
-    return digest
-
-
-def with_derived(link: Link, path: Path) -> Link:
-    """Return a link with A as it is in a combination, read from its file."""
-    try:
-        link = with_a(link, load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise RunError("a combination must be readable", f"{path}: {error}", DAMAGED) from None
-    if (wrong := link_fault(link)) is not None:
-        raise RunError("a combination must be as its run wrote it", f"{wrong} in {path}", DAMAGED)
-    return link
 
 
 def read_link(folder: Path, facts: LinkFacts, index: int, strength: float) -> Link:

@@ -64,12 +64,7 @@ def load_start(source: str | Path) -> Start:
             rule = "a chain starts from a finished run"
             raise RunError(rule, state.run, "finish it by the command that began it")
         return start_at(state)
-    folder = Path(expanduser(source))
-    if not folder.exists():
-        try:
-            folder = from_hub(str(source))
-        except ModelError as error:
-            raise nothing_at(source, "adapter") from error
+    folder = start_folder(source)
     refuse_older(folder)
     tokenizer = folder if has_tokenizer(folder) else None
     inside = chain_folder(folder)
@@ -87,6 +82,20 @@ def load_start(source: str | Path) -> Start:
         f"no {HISTORY} and no adapter_config.json in {folder}",
         "name another folder, or give a whole model as the model",
     )
+
+
+def start_folder(source: str | Path) -> Path:
+    """Return the folder of an adapter or a saved chain; that of a Hub id lies in the Hub's cache.
+
+    Raises RunError where there is none.
+    """
+    folder = Path(expanduser(source))
+    if folder.exists():
+        return folder
+    try:
+        return from_hub(str(source))
+    except ModelError as error:
+        raise nothing_at(source, "adapter") from error
 
 
 def start_at(state: OpenState) -> Start:
@@ -154,14 +163,7 @@ def load_chain(
 
 def _check_fit(adapter: Imported, model: nn.Module) -> None:
     """Raise ModelError unless a model has the layers, and the embeddings, of an adapter."""
-    lacking = sorted(name for name in adapter.factors if linked_layer(model, name) is None)
-    if lacking:
-        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
-        raise ModelError(
-            "a model must have the layers that an adapter is for",
-            f"none at {', '.join(lacking[:3])}{more}",
-            f"take the base of the adapter, {adapter.base or 'which it does not name'}",
-        )
+    need_layers(adapter, model)
     found = dict(model.named_parameters(remove_duplicate=False))
     for path, weight in adapter.kept.items():
         own = found.get(path)
@@ -172,6 +174,18 @@ def _check_fit(adapter: Imported, model: nn.Module) -> None:
                 f"{weight.shape[0]} rows for {rows}, or other values, at {path}",
                 MERGE,
             )
+
+
+def need_layers(adapter: Imported, model: nn.Module) -> None:
+    """Raise ModelError unless a model, with or without weights, has the layers of an adapter."""
+    lacking = sorted(name for name in adapter.factors if linked_layer(model, name) is None)
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        raise ModelError(
+            "a model must have the layers that an adapter is for",
+            f"none at {', '.join(lacking[:3])}{more}",
+            f"take the base of the adapter, {adapter.base or 'which it does not name'}",
+        )
 
 
 def _without_dora(start: Start, magnitudes: Mapping[str, Tensor], model: nn.Module) -> Start:
@@ -289,11 +303,13 @@ def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_stage(run: Path) -> OpenState | None:
-    """Return the first stage that a run trained itself, ended or not; None where there is none."""
+    """Return the first stage that a run trained itself, ended or not, else the first adapter that
+    was added to it; None where there is none."""
     if not exists_in(run):
         return None
     history = read_history(run)
     names = [*history.own_stages, *drafts_in(run, history)]
+    names += [entry.key for entry in history.own if entry.has_config]
     return begun_stage(run, names[0], history) if names else None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from chainlora import files
-from chainlora.config.schema import DataConfig, RunConfig
+from chainlora.config.schema import DataConfig, RunConfig, StartData
 from chainlora.config.staging import OF_START, exists_in
 from chainlora.config.yaml_text import one_value
 from chainlora.data.splits import named_sources, source_digest
@@ -17,7 +17,7 @@ from chainlora.models.finding import from_above, is_same_place, resolve_model
 from chainlora.models.identity import base_files
 from chainlora.registry import plugin_digest
 from chainlora.runs.costs import versions
-from chainlora.runs.history import CONFIG, Change, Entry, Training
+from chainlora.runs.history import CONFIG, START, Change, Entry, Training
 from chainlora.runs.opening import check_base
 from chainlora.runs.state import OpenState
 
@@ -104,18 +104,26 @@ def _entry(begun: OpenState) -> Entry:
 
 def _compare_start_rows(begun: OpenState, before: RunConfig, now: RunConfig) -> None:
     """Raise RunError for other rows of the start than those that the run keeps."""
-    if now.start_data is None or before.start_data in (None, now.start_data):
+    if now.start_data in (None, before.start_data):
         return
-    was, rows = before.start_data.model_dump(), now.start_data.model_dump()
-    for key in (key for key in rows if rows[key] != was[key]):
-        digest = _entry(begun).training.sources.get(f"start_{key}")
-        if digest is None or digest != start_digests(now).get(f"start_{key}"):
-            raise RunError(
-                "`start_data` is read when a run begins",
-                f"another start_data.{key}, {rows[key]!r:.60}, for {begun.run}",
-                "leave it as it was, or replace the rows: "
-                f"chainlora eval {begun.run} --matrix --start-rows FILE",
-            )
+    if now.start_data == "none" and START in begun.keepers:
+        raise _other_rows(begun, "none")
+    was, rows = (
+        (each if isinstance(each, StartData) else StartData.model_construct()).model_dump()
+        for each in (before.start_data, now.start_data)
+    )
+    known, own = _entry(begun).training.sources, start_digests(now)
+    changed = {key: rows[key] for key in rows if rows[key] != was[key]}
+    for key in changed:
+        digest = known.get(f"start_{key}")
+        if digest is None or digest != own.get(f"start_{key}"):
+            raise _other_rows(begun, f"another start_data.{key}, {rows[key]!r:.60},")
+
+
+def _other_rows(begun: OpenState, got: str) -> RunError:
+    remedy = f"leave it as it was, or replace the rows: chainlora eval {begun.run} --matrix"
+    rule = "`start_data` is read when a run begins"
+    return RunError(rule, f"{got} for {begun.run}", f"{remedy} --start-rows FILE")
 
 
 def source_digests(config: RunConfig) -> dict[str, list[str]]:
@@ -125,7 +133,7 @@ def source_digests(config: RunConfig) -> dict[str, list[str]]:
 
 def start_digests(config: RunConfig) -> dict[str, list[str]]:
     """Return what names the content of each source of `start_data`, by ``start_KEY``."""
-    if config.start_data is None:
+    if not isinstance(config.start_data, StartData):
         return {}
     found = _digests(config.start_data.as_data(config.data))
     return {key.replace("data.", "start_", 1): digests for key, digests in found.items()}

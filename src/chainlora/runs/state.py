@@ -23,6 +23,7 @@ from chainlora.runs.documents import need_file
 from chainlora.runs.draft import Draft, read_draft
 from chainlora.runs.history import (
     BASE,
+    COMBINED,
     CONFIG,
     RECORDS,
     RESULT,
@@ -34,11 +35,10 @@ from chainlora.runs.history import (
     LinkFacts,
     State,
     Term,
-    derived_file,
     link_folder,
     rows_file,
 )
-from chainlora.runs.links import outline_of, read_link, with_derived
+from chainlora.runs.links import outline_of, read_link
 from chainlora.runs.records import Record, check_records, read_records, read_result
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,16 @@ class OpenState:
         return self.history.strengths_of(self.state)
 
     @property
+    def shares(self) -> dict[str, float]:
+        """Return the strength of each stage that has a share in the state, in the order in which
+        they ended: that of its own links, or of a combination that it is a part of."""
+        own = self.strengths
+        whole = own.pop(COMBINED, None)
+        entries = [e for e in self.lineage if e.kind in ("stage", "import") and e.state.terms]
+        shares = {e.key: own.pop(e.key, whole) for e in entries}
+        return {key: share for key, share in shares.items() if share is not None} | own
+
+    @property
     def lineage(self) -> list[Entry]:
         """Return the entries that the state was computed from, and its own."""
         return self.history.lineage(self.key)
@@ -123,9 +133,8 @@ class OpenState:
 
     @property
     def has_run(self) -> bool:
-        """Say whether a run trained it; a saved chain has no config."""
-        known = (*self.history.entries, *self.history.unbuilt)
-        return any(entry.kind == "stage" for entry in known)
+        """Say whether a run holds it; a saved chain has no config."""
+        return any(e.has_config for e in (*self.history.entries, *self.history.unbuilt))
 
     @property
     def is_before_training(self) -> bool:
@@ -146,7 +155,7 @@ class OpenState:
     @property
     def with_rows(self) -> OpenState:
         """Return the end of the last stage that had rows of its own, which a rehearsal has not."""
-        found = [e.key for e in self.lineage if e.kind == "stage" and not e.is_rehearsal]
+        found = [e.key for e in self.lineage if e.has_config and not e.is_rehearsal]
         return self.at(found[-1]) if found and self.draft is None else self
 
     @property
@@ -193,6 +202,11 @@ class OpenState:
         """
         known = self.stages
         for name in strengths:
+            if name in self.shares and name not in known:
+                rule = "a stage in a combination has no strength of its own"
+                others = " ".join(key for key in self.history.ends(self.key) if key != name)
+                remedy = f"chainlora combine {self.run} {others} is without it"
+                raise RunError(rule, f"{name!r} for {self.run}", remedy)
             if name not in known:
                 rule = f"a stage must be one of {', '.join(known)}"
                 raise RunError(
@@ -234,10 +248,7 @@ class OpenState:
         found = []
         for place, term in enumerate(terms):
             facts, folder = self.history.links[term.link], self.run / link_folder(term.link)
-            link = read_link(folder, facts, place, term.strength)
-            if term.derived is not None:
-                link = with_derived(link, self.run / derived_file(term.derived))
-            found.append(link)
+            found.append(read_link(folder, facts, place, term.strength))
         return found
 
     def outlines(self) -> list[Link]:
@@ -250,17 +261,21 @@ class OpenState:
         """Return the SHA-256 of the rows that the entries of the state kept."""
         return self.history.keepers([self.key])
 
-    def kept(self) -> dict[str, Kept]:
-        """Read the rows that the stages of the state kept, by stage in their order."""
-        return {key: read_kept(self._rows(digest)) for key, digest in self.keepers.items()}
+    def kept(self, keys: Sequence[str] = ()) -> dict[str, Kept]:
+        """Read the rows that stages kept, in the order in which they ended: the stages of the
+        state, or of entries of the run."""
+        keepers = self.history.keepers(keys or [self.key])
+        return {key: read_kept(self._rows(digest)) for key, digest in keepers.items()}
 
     @property
-    def columns(self) -> list[str]:
-        """Return what a matrix scores: the rows given for the start, and those of each stage."""
+    def columns(self) -> dict[str, str]:
+        """Return what a matrix scores: by the name of a column, the entry with its rows. Rows of
+        the start come first, as those of `base` where no adapter was imported; then each stage."""
         start = [START] if START in self.keepers else []
         rehearsals = {entry.key for entry in self.history.entries if entry.is_rehearsal}
-        own = [name for name in self.stages if name not in rehearsals]
-        return list(dict.fromkeys([*start, *own]))
+        own = [name for name in self.shares if name not in rehearsals]
+        is_base = not self.history.state_of(START).terms
+        return {BASE if key == START and is_base else key: key for key in (*start, *own)}
 
     @property
     def folder(self) -> Path:
@@ -272,7 +287,7 @@ class OpenState:
         """Return the stage that was trained last; of what a run began on, its first stage; of a
         combination, its last one. Raises RunError for a saved chain."""
         others = [*reversed(self.lineage), *self.history.entries]
-        entry = next((e for e in others if CONFIG in e.files), None)
+        entry = next((e for e in others if e.has_config), None)
         if entry is None and self.has_run:
             rule, remedy = "a run must have begun a stage", "give the command again that began it"
             raise RunError(rule, f"none in {self.run}", remedy)
@@ -319,7 +334,7 @@ class OpenState:
 
         A damaged checkpoint is left out with a warning: a stage can resume from its last knot.
         """
-        for term in {(t.link, t.derived): t for t in (*self.state.terms, *self.sequence)}.values():
+        for term in {t.link: t for t in (*self.state.terms, *self.sequence)}.values():
             self._check(term)
         for digest in self.keepers.values():
             self._rows(digest)
@@ -363,8 +378,6 @@ class OpenState:
 
     def _check(self, term: Term) -> None:
         self._need_folder(link_folder(term.link), self.history.links[term.link].files)
-        if term.derived is not None:
-            need_file(self.run, derived_file(term.derived), term.derived)
 
     def _rows(self, digest: str) -> Path:
         return need_file(self.run, rows_file(digest), digest)

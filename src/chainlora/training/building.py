@@ -14,16 +14,15 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from chainlora.config.reading import make_config
-from chainlora.config.schema import RunConfig
-from chainlora.config.staging import HISTORY, exists_in, stage_folder
-from chainlora.config.template_names import refuse_paths
+from chainlora.config.staging import exists_in, stage_folder
 from chainlora.errors import ChainLoRAError, RunError, StoppedError, TrainingError
-from chainlora.evaluation.combination import build_combination, tell_left_out
+from chainlora.evaluation.combination import build_combination, tell_left_out, told
 from chainlora.evaluation.stage_scores import Progress
+from chainlora.evaluation.start_rows import build_start
+from chainlora.runs.adding import build_import
 from chainlora.runs.addresses import begun_stage, state_at
 from chainlora.runs.changes import build_mix
-from chainlora.runs.declaring import changed, declare, withdraw
+from chainlora.runs.declaring import changed, declare, declared_config, withdraw
 from chainlora.runs.draft import DRAFT, ended_leftovers
 from chainlora.runs.history import START, Entry, History, Unbuilt
 from chainlora.runs.history_file import read_history
@@ -31,7 +30,6 @@ from chainlora.runs.loading_start import start_at
 from chainlora.runs.locks import is_in_use
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.resuming import not_named
-from chainlora.runs.start_rows import build_start
 from chainlora.runs.work import Work
 from chainlora.training.events import EntryBuilt, KeptRowsRead, Listener, StageBegins
 from chainlora.training.interrupts import stop_requested
@@ -68,8 +66,8 @@ def carry_out(
         tell(StageBegins(each.step, each.name, each.state, bool(each.stage.beside)))
     for name in {path.parent.name for path in ended_leftovers(run, before)}:
         Work(run, name, writes=is_first_launched()).tidy()
-    told: set[str] = set()
-    while (entry := _next_due(plan, told)) is not None:
+    said: set[str] = set()
+    while (entry := _next_due(plan, said)) is not None:
         began = time.monotonic()
         with _withdrawing(plan, entry, is_new_run):
             if entry.kind == "stage":
@@ -79,7 +77,8 @@ def carry_out(
         wait_for_all()
         found = read_history(run).find(entry.key)
         assert found is not None
-        tell(EntryBuilt(0, entry.key, entry.kind, time.monotonic() - began))
+        seconds, what = time.monotonic() - began, told(read_history(run), entry.key)
+        tell(EntryBuilt(0, entry.key, entry.kind, seconds, what))
         after(found)
     if is_first_launched():
         _tell_where_it_is(plan, before)
@@ -114,11 +113,11 @@ def _withdrawing(plan: Plan, entry: Unbuilt, is_new_run: bool) -> Iterator[None]
         raise
 
 
-def _next_due(plan: Plan, told: set[str]) -> Unbuilt | None:
+def _next_due(plan: Plan, said: set[str]) -> Unbuilt | None:
     """Return the first entry that is due: of those of a command, then of what they are computed
     from, and what is computed from them on the way to the target; all its parents are built.
 
-    `told` are those of which it was told why they are not.
+    `said` are those of which it was said why they are not.
     """
     history, own = read_history(plan.run), {START, *plan.keys}
     wanted = own | {name for key in plan.keys for name in history.below(key)}
@@ -132,9 +131,9 @@ def _next_due(plan: Plan, told: set[str]) -> Unbuilt | None:
         whose = None if entry.key in own else _left_to(plan.run, entry)
         if whose is None:
             return entry
-        if entry.key not in told:
+        if entry.key not in said:
             logger.warning("%s is left to the %s", entry.key, whose)
-            told.add(entry.key)
+            said.add(entry.key)
     return None
 
 
@@ -166,7 +165,7 @@ def _train(
         raise changed(run)
     config = plan.configs.get(name) if is_own else None
     if config is None:
-        config = _declared_config(run, entry) if begun is None else begun.config()
+        config = declared_config(run, entry) if begun is None else begun.config()
         config = config.model_copy(update={"train": config.train.model_copy(update=_NO_TRACKERS)})
         if config.plugins:
             raise RunError(not_named(f"train {name} of {run}", config.plugins))
@@ -177,19 +176,15 @@ def _train(
 _NO_TRACKERS = {"trackers": ()}  # a run may come from somebody else: they are named again
 
 
-def _declared_config(run: Path, entry: Unbuilt) -> RunConfig:
-    """Return the config that a stage was declared with. Raises ConfigError for paths in names."""
-    tree = entry.config | {"output": str(run)}
-    refuse_paths(tree, run / HISTORY)
-    return make_config(tree)
-
-
 def _compute(run: Path, entry: Unbuilt, tell: Listener, base: OpenBase | None) -> None:
     """Give an entry its state for which nothing is trained."""
     if entry.kind == "combine":
         build_combination(run, entry.key, reader(tell), base)
     elif entry.kind == "import":
-        build_start(run, entry, base)
+        if entry.key == START:
+            build_start(run, entry, base, reader(tell, "writing general rows"))
+        else:
+            build_import(run, entry, base)
     else:
         build_mix(run, entry.key)
 
@@ -226,9 +221,9 @@ def _entry_with(name: str, history: History) -> str:
     return found[-1] if found else name
 
 
-def reader(tell: Listener) -> Progress:
-    """Return what is called while kept rows are read, which the same command does again: it tells,
-    and raises StoppedError if asked to stop.
+def reader(tell: Listener, doing: str = "reading kept rows") -> Progress:
+    """Return what is called while kept rows are read or written, which the same command does again:
+    it tells, and raises StoppedError if asked to stop.
 
     Several processes must stop alike, so they finish what they have begun.
     """
@@ -236,8 +231,8 @@ def reader(tell: Listener) -> Progress:
     def read(what: str, done: int, rows: int) -> None:
         number = stop_requested()
         if number is not None and num_launched() == 1:
-            got = f"{signal.Signals(number).name} while kept rows were read, {what}"
+            got = f"{signal.Signals(number).name} while {doing}, {what}"
             raise StoppedError(f"the run stopped (got {got}); the same command goes on", number)
-        tell(KeptRowsRead(0, done, done / rows))
+        tell(KeptRowsRead(0, done, done / rows, doing))
 
     return read

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from chainlora.chain.adapters.layer_facts import num_trained
 from chainlora.chain.adapters.targets import matched_modules
+from chainlora.data.kept import SPLITS
 from chainlora.data.rows import ReferencedRows, Rows
-from chainlora.data.splits import SPLITS
 from chainlora.knots.driver import Knots
 from chainlora.knots.numbers import Numbers, Spacings, say_what_to_expect, some_of, spacings
 from chainlora.training.events import ReferenceScored

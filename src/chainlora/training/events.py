@@ -58,11 +58,12 @@ class ReferenceScored(Event):
 @dataclass(frozen=True, eq=False)
 class KeptRowsRead(Event):
     """Rows that stages kept have been read, to combine a stage or to score it, after its
-    last step; not in ``metrics.jsonl``."""
+    last step; or the model has written some. Not in ``metrics.jsonl``."""
 
     name = "kept"
     rows: int  # so far
     share: float  # of what is due
+    doing: str = "reading kept rows"
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +85,7 @@ class EntryBuilt(Event):
     entry: str
     kind: str  # of the entry
     seconds: float
+    told: str = ""  # of a combination: its rank, and how far it is from its parts
 
 
 @dataclass(frozen=True, eq=False)

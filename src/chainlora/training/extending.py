@@ -66,6 +66,11 @@ def extension(
     rows = section_of(own, "data").get("train")
     if own.get("name") is None and isinstance(rows, str | Path):
         own["name"] = name_of_rows(rows)
+    given = own.pop("start_data", None)
+    if given is not None and own.get("output") is None:
+        rule = "`start_data` is read when a run begins"
+        remedy = f"leave it out, or call chainlora eval {run} --matrix --start-rows FILE"
+        raise RunError(rule, f"some for {run}", f"{remedy}; --output begins a run")
     keys = standing({key: own.pop(key) for key in STANDING if key in own}, 1)
     beside = keys["beside"] if beside is None else beside
     name, output = check_name(own.get("name")), own.pop("output", None)
@@ -85,10 +90,10 @@ def extension(
             stage = replace(_after(last, own, address), after=origin.key, beside=beside)
             if begun is not None or can_stand(stage, (), now):
                 _tell_left_out(begun, last, own)
-                return [replace(stage, beside=True, rehearse=rehearse and keys["rehearse"])]
+                return [replace(stage, beside=True, rehearse=rehearse or keys["rehearse"])]
         below = on if begun is None else begun.parent
     last = below.with_rows
-    stage = _after(last, own, address, output)
+    stage = _after(last, own, address, output, given)
     _tell_left_out(begun, last, own)
     after = None if output is not None else below.key
     return [replace(stage, after=after, beside=False, rehearse=False)]
@@ -101,7 +106,11 @@ def _section(given: Mapping[str, Any] | str | Path) -> dict[str, Any]:
 
 
 def _after(
-    last: OpenState, own: Mapping[str, Any], address: str | Path, fork: str | None = None
+    last: OpenState,
+    own: Mapping[str, Any],
+    address: str | Path,
+    fork: str | None = None,
+    start_data: Any = None,
 ) -> Stage:
     """Return a stage that inherits from another one, in the same run or a fork."""
     before, run = last.config(), last.run
@@ -113,7 +122,8 @@ def _after(
     if fork is None:
         return make_stage(shared, section, 1)
     base = from_above(shared["model"], run)
-    return make_stage(shared | {"model": base, "start": str(address), "output": fork}, section, 0)
+    shared |= {"model": base, "start": str(address), "start_data": start_data, "output": fork}
+    return make_stage(shared, section, 0)
 
 
 def _tell_left_out(begun: OpenState | None, last: OpenState, own: Mapping[str, Any]) -> None:
@@ -128,7 +138,7 @@ def _tell_left_out(begun: OpenState | None, last: OpenState, own: Mapping[str, A
 def _begun(now: OpenState, name: str, on: OpenState | None) -> OpenState | None:
     """Return the stage of this name, None where it is new. Raises RunError for something else, and
     for one that was begun on another state than `on`, if that is given."""
-    if now.draft is not None or (now.history.unbuilt and not now.history.own_stages):
+    if now.draft is not None or (now.history.unbuilt and not now.history.own):
         rule = "a stage is added to a run whose first stage has ended"
         raise RunError(rule, now.run, "finish it by the command that began it")
     begun = begun_stage(now.run, name, now.history)

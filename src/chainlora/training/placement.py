@@ -20,21 +20,23 @@ from chainlora.errors import ConfigError, RunError
 from chainlora.evaluation.combination import ON_TOP, need_combinable
 from chainlora.runs.declaring import stage_entry
 from chainlora.runs.draft import Draft
-from chainlora.runs.history import History, Unbuilt
+from chainlora.runs.history import History, Recipe, Unbuilt
 from chainlora.runs.links import need_low_rank_sum
 from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.state import OpenState
-from chainlora.training.rehearsing import rehearsal_name, rehearsal_of
+from chainlora.training.rehearsing import largest_rank, rehearsal_name, rehearsal_of
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage of a run, and what of it was begun before."""
+    """A stage of a run, and what of it was begun before; `declared` is an adapter that is added
+    like one."""
 
     stage: Stage
     begun: OpenState | None = None
+    declared: Unbuilt | None = None
 
     @property
     def name(self) -> str:
@@ -226,7 +228,7 @@ class Declaring:
         self.keys.append(name)
         self.configs[name] = config
         if planned.state == "new":
-            entry = stage_entry(name, config, parent, name)
+            entry = planned.declared or stage_entry(name, config, parent, name)
             if entry != self.history.find_unbuilt(name):
                 self._declare(entry)
 
@@ -253,13 +255,21 @@ class Declaring:
         else:
             self.combine(parts, last)
 
-    def combine(self, parts: Sequence[str], last: Stage) -> None:
-        """Combine entries, one of them the `last` stage, and rehearse that if the stage says so."""
-        history, known = self.history, self.history.combination(parts)
+    def combine(self, parts: Sequence[str], last: Stage, recipe: Recipe | None = None) -> None:
+        """Combine entries, one of them the `last` stage, and rehearse that if the stage says so.
+
+        By default they are combined as what the run is, with conflicts as the last stage says.
+        """
+        history, keeps = self.history, {"keep_conflicts": last.config.data.keep_conflicts}
+        recipe = recipe or history.recipe_of(self.top).model_copy(update=keeps)
+        recipe = recipe.of_parts(parts)
+        known = history.combination(parts, recipe)
         if known is None:
             order = [e.key for e in (*history.entries, *history.unbuilt) if e.key in parts]
             key = history.name_after(order)
-            known = Unbuilt(key=key, kind="combine", parents=tuple(order), unit=last.name)
+            known = Unbuilt(
+                key=key, kind="combine", parents=tuple(order), unit=last.name, recipe=recipe
+            )
             self._declare(known)
         self.keys.append(known.key)
         self.top = known.key
@@ -281,10 +291,9 @@ class Declaring:
         self.top = name
 
     def _largest_rank(self) -> int:
-        parts, links = self.history.ends(self.top), self.history.links
-        below = [term for key in parts for term in self.history.state_of(key).terms]
+        parts = self.history.ends(self.top)
         due = [self.configs[key].chain.ranks for key in parts if key in self.configs]
-        return max((*(links[term.link].rank for term in below), *chain(*due)), default=8)
+        return max([largest_rank(self.history, parts), *chain(*due)])
 
 
 def is_combination_due(history: History, stage: Stage) -> bool:

@@ -13,8 +13,9 @@ from math import ceil
 from os.path import expanduser
 from pathlib import Path
 
-from chainlora.config.schema import LENGTHS, RunConfig
+from chainlora.config.schema import LENGTHS, RunConfig, StartData
 from chainlora.config.staging import Stage, exists_in, need_apart
+from chainlora.data.kept import keeps_general
 from chainlora.data.splits import check_files, rows_of_an_epoch
 from chainlora.errors import RunError
 from chainlora.runs.addresses import begun_stage, state_at
@@ -34,6 +35,7 @@ from chainlora.runs.resuming import (
 from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.state import OpenState
 from chainlora.training.placement import Declaring, StagePlan, need_below, placed
+from chainlora.training.processes import num_launched, wants_shards
 from chainlora.training.refusing import check_due, naming
 
 logger = logging.getLogger(__name__)
@@ -83,7 +85,7 @@ class Plan:
         """Say what is to be computed when a stage has ended."""
         known = [self.history.find_unbuilt(key) for key in self.keys]
         found = {entry.key: entry for entry in (*known, *self.new) if entry is not None}
-        left = [entry for entry in found.values() if entry.unit == name != entry.key]
+        left = [e for e in found.values() if e.unit == name and e.key not in (name, START)]
         return ["rehearsal" if entry.is_rehearsal else "combination" for entry in left]
 
 
@@ -110,6 +112,8 @@ def make_plan(
         there = state_at(run, read_history(run)) if exists_in(run) else None
     if there is not None:
         _need_order(there, stages)
+    else:
+        stages = [_without_general(stages[0]), *stages[1:]]
     planned = [
         _planned(stage, there and begun_stage(there.run, stage.name, there.history), change)
         for stage in stages
@@ -170,9 +174,12 @@ def _need_order(now: OpenState, stages: Sequence[Stage]) -> None:
         return
     run, history = now.run, now.history
     lineage = now.lineage
-    known = [
-        e.key for e in history.own if e in lineage and e.kind == "stage" and not e.is_rehearsal
-    ]
+    own = [e for e in history.own if e in lineage and e.has_config and not e.is_rehearsal]
+    known = [entry.key for entry in own if entry.kind == "stage"]
+    if own and not known and stages[0].name not in {entry.key for entry in own}:
+        rule = "the first stage of a config begins a run"
+        remedy = f"add it by chainlora extend {run}, or choose another output"
+        raise RunError(rule, f"{run}, which has {own[0].key}", remedy)
     last = stages[-1].name
     names = [e.name for e in stages if e.name in known or history.find(e.name) is None]
     if history.find(last) is not None:
@@ -196,6 +203,18 @@ def _planned(stage: Stage, begun: OpenState | None, change: Collection[str]) -> 
     stage = _with_length(stage, begun)
     _need_same(stage, begun, change)
     return StagePlan(stage, begun)
+
+
+def _without_general(first: Stage) -> Stage:
+    """Return the first stage of a new run, without rows that the model writes (`start_data`) where
+    several processes share it: the first one, which writes them alone, need not have room."""
+    config = first.config
+    if config.output is None or not keeps_general(config):
+        return first
+    if num_launched() < 2 or not wants_shards(config):
+        return first
+    logger.warning("no rows of `base` are kept, since processes share the model")
+    return replace(first, config=config.model_copy(update={"start_data": "none"}))
 
 
 def _with_length(stage: Stage, begun: OpenState | None) -> Stage:
@@ -236,13 +255,13 @@ def _need_files(stage: Stage) -> None:
     config = stage.config
     with naming(stage):
         check_files(config.data, config.train.loss)
-        if config.start_data is not None:
+        if isinstance(config.start_data, StartData):
             check_files(config.start_data.as_data(config.data), None)
 
 
 def _need_same(stage: Stage, begun: OpenState, change: Collection[str]) -> None:
     """Raise ChainLoRAError where a begun stage is not what its config says, or cannot resume."""
-    if stage.config.start_data is not None and START not in begun.keepers:
+    if isinstance(stage.config.start_data, StartData) and START not in begun.keepers:
         raise RunError(
             "`start_data` is read when a run begins",
             f"some for {begun.run}, which keeps none",

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from chainlora.errors import printable
+from chainlora.runs.history import START
 from chainlora.training.events import (
     AlreadyFinished,
     EntryBuilt,
@@ -125,7 +126,7 @@ class _Listener:
             case ReferenceScored():
                 self._read(f"scoring {event.split}", event)
             case KeptRowsRead():
-                self._read("reading kept rows", event)
+                self._read(event.doing, event)
             case Planned():
                 self._plan(event)
             case StepDone():
@@ -139,7 +140,10 @@ class _Listener:
                 where = ", beside the others" * event.beside
                 self._say(f"stage {event.stage}{where}{again}")
             case EntryBuilt(kind="combine"):
-                self._say(f"{event.entry}: combined in {_duration(event.seconds)}")
+                took = _duration(event.seconds)
+                self._say(f"{event.entry}: combined in {took}; {event.told}")
+            case EntryBuilt(kind="import") if event.entry != START:
+                self._say(f"{event.entry}: imported in {_duration(event.seconds)}")
             case EntryBuilt(kind="stage"):
                 self._say(f"stage {event.entry}: trained in {_duration(event.seconds)}")
             case AlreadyFinished():

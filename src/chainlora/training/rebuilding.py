@@ -1,7 +1,8 @@
 """Train again what an export says that it was made of: the same bits from lineage, rows and base.
 
 The entries of its history are declared in another run, and built. Each must end in the state that
-it had.
+it had. Rows of the start are read or written again, and are not compared: only what is trained or
+computed from them must have the same bits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from chainlora.config.reading import leave_out_helpers, make_config, set_key
+from chainlora.config.schema import RunConfig
 from chainlora.config.staging import Stage, exists_in
 from chainlora.config.template_names import refuse_paths
 from chainlora.errors import ConfigError, DataError, RunError
@@ -20,7 +22,7 @@ from chainlora.models.finding import resolve_model
 from chainlora.models.identity import base_files
 from chainlora.runs.addresses import begun_stage, state_at
 from chainlora.runs.declaring import history_of_start, stage_entry
-from chainlora.runs.history import Base, Declared, Entry, History, Unbuilt
+from chainlora.runs.history import START, Base, Declared, Entry, History, Unbuilt
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.lineage import Lineage
 from chainlora.runs.open_base import OpenBase
@@ -71,7 +73,7 @@ def stages_of(lineage: Lineage, overrides: Sequence[tuple[str, Any]] = ()) -> li
         links = [(d, f) for d, f in lineage.history.links.items() if f.stage == entry.key]
         changed = [change.key for change in entry.training.changes if change.key in CHANGEABLE]
         reasons = {
-            "it was imported": links and entry.key not in trees,
+            "it was imported": links and entry.kind == "import",
             "links below it were pruned": entry.pruned,
             "its run had another name for it": any(facts.digest != d for d, facts in links),
             f"{', '.join(changed)} changed while it was trained": changed,
@@ -84,10 +86,6 @@ def stages_of(lineage: Lineage, overrides: Sequence[tuple[str, Any]] = ()) -> li
             with naming(stage):
                 _check_rows(entry, stage)
             found.append(stage)
-    made = {term.derived for entry in lineage.history.entries for term in entry.state.terms}
-    if {term.derived for term in lineage.state.terms if term.derived} - made:
-        rule = "Cannot rebuild one stage of a combination by itself"
-        raise RunError(rule, "factors of another state", "take lineage.json of the folder above")
     if not found or found[0].config.output is None:
         rule = "a lineage is trained again by stages, into a new folder"
         raise ConfigError(rule, "none", "add --output" if found else "export another state")
@@ -152,11 +150,13 @@ def _plan(lineage: Lineage, stages: Sequence[Stage], run: Path, known: History |
     for each in begun:
         if each.begun is not None:
             compare(each.begun, each.stage.config, (), each.name)
+    if wanted.find(START) is None:
+        first = first.model_copy(update={"start_data": "none"})
     history = known or history_of_start(
         NOTHING, Base(model=first.model, fingerprint=""), first, stages[0].name
     )
     new = [
-        _declared(entry, by_name, wanted)
+        _declared(entry, by_name, wanted, first)
         for entry in wanted.entries
         if history.known(entry.key) is None
     ]
@@ -166,14 +166,17 @@ def _plan(lineage: Lineage, stages: Sequence[Stage], run: Path, known: History |
     return Plan(tuple(begun), NOTHING, run, history, tuple(new), keys, configs, target)
 
 
-def _declared(entry: Entry, stages: Mapping[str, Stage], wanted: History) -> Unbuilt:
-    """Return an entry of a lineage as it is declared."""
+def _declared(
+    entry: Entry, stages: Mapping[str, Stage], wanted: History, first: RunConfig
+) -> Unbuilt:
+    """Return an entry of a lineage as it is declared; `first` is the config of a run's start."""
     if entry.kind == "stage":
         found = stage_entry(entry.key, stages[entry.key].config, entry.parent, entry.key)
         return found.model_copy(update={"unit": entry.unit})
     strengths = wanted.strengths_of(entry.state) if entry.kind == "mix" else {}
     known = {name: getattr(entry, name) for name in Declared.model_fields}
-    return Unbuilt(**known, strengths=strengths)
+    config = first.model_dump(mode="json") if entry.kind == "import" else {}
+    return Unbuilt(**known, strengths=strengths, config=config)
 
 
 def _check_bits(run: Path, wanted: Entry) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from chainlora import files
 from chainlora.chain.adapters import check_targets
-from chainlora.config.schema import RunConfig
+from chainlora.config.schema import RunConfig, StartData
 from chainlora.config.staging import Stage, exists_in
 from chainlora.data.division import can_read_again
-from chainlora.data.kept import keeps_rows
+from chainlora.data.kept import keeps_general, keeps_rows
 from chainlora.data.splits import learned_by, length_limit
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.models.loading import accelerator
@@ -55,7 +55,7 @@ def check_due(
     above = None if now is None and start is NOTHING else place  # where the base is found from
     base = OpenBase.of_config(first, above).or_shared(base)
     begun = start if now is None else Start(state=now.at(now.history.origin))
-    origin = _losses(begun) | _given(first, start, due[0].state == "new")
+    origin = _losses(begun) | _given(first, start, due[0].state == "new" and now is None)
     below = dict(origin) if now is None else _losses(Start(state=now))
     for each in due:
         config = each.stage.config
@@ -101,9 +101,12 @@ def _losses(below: Start) -> dict[str, str | None]:
 
 
 def _given(first: RunConfig, start: Start, is_new: bool) -> dict[str, str | None]:
-    """Return what the rows are learned by that a config gives for what its run begins on."""
-    if first.start_data is None or not is_new:
-        return {}
+    """Return what the rows are learned by that a config gives for what its run begins on, or that
+    the model writes."""
+    if not isinstance(first.start_data, StartData) or not is_new:
+        begun = None if start.state is None else start.state.history
+        is_due = begun is None or begun.find_unbuilt(START) is not None
+        return {START: "completion"} if is_new and is_due and keeps_general(first) else {}
     is_own = start.state is not None and exists_in(Path(first.output or "").expanduser())
     if START in start.kept and is_own:
         return {}  # of the same run, which has kept them already

@@ -42,7 +42,7 @@ def rehearsal(
     before = now.with_rows.config()
     if "plugins" not in own and before.plugins:
         raise RunError(not_named(f"rehearse {run}", before.plugins) + ", or --plugins [] without")
-    largest = max((facts.rank for facts in now.facts), default=8)
+    largest = largest_rank(history, [now.key])
     stage = rehearsal_of(before, own, largest, now.run)
     return [Stage(stage.name, stage.config, after=after)]
 
@@ -55,11 +55,17 @@ def rehearsal_of(before: RunConfig, own: Mapping[str, Any], largest: int, run: P
     section = dict(own) | {
         "data": rows | section_of(own, "data"),
         "train": {"loss": None} | rate | section_of(own, "train"),  # not on pairs
-        "chain": {"ranks": [largest]} | section_of(own, "chain"),
+        "chain": {"ranks": [largest or 8]} | section_of(own, "chain"),
     }
     shared = what_stages_share(before) | {"plugins": section.pop("plugins", ())}
     shared["output"] = str(run)
     return make_stage(shared, section, 1)
+
+
+def largest_rank(history: History, keys: Iterable[str]) -> int:
+    """Return the largest rank of a link of the stages that entries come from, 0 where none is."""
+    tied = (link for key in keys for entry in history.lineage(key) for link in entry.tied)
+    return max((history.links[link].rank for link in tied), default=0)
 
 
 def rehearsal_name(history: History) -> str:

@@ -19,7 +19,9 @@ from chainlora.chain.holding import holding_named
 from chainlora.config.reading import flatten
 from chainlora.config.schema import RunConfig
 from chainlora.config.staging import stage_folder
-from chainlora.data.kept import keeps_rows
+from chainlora.data.conflicts import newest
+from chainlora.data.kept import Kept, keeps_rows
+from chainlora.data.row_warnings import tell_changed
 from chainlora.data.splits import Splits, prepare_splits
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError
@@ -86,10 +88,14 @@ def prepare(
                 earlier.pop(stage, None)  # a stage that is resumed has its own beside them
                 keys = {"earlier": earlier, "compare": processes.is_first and begun is None}
                 splits = _read_rows(config, tokenizer, base.context, listener, **keys)
+                if keys["compare"] and not config.data.rehearse:
+                    others = earlier if work is None else _kept_beside(work.run, stage)
+                    tell_changed(stage, splits.own, others, tokenizer, config.data.keep_conflicts)
             chain = _put_chain_on(base, config, processes)
             if start.tokenizer is not None:
                 check_vocabulary(chain.model, tokenizer, start.tokenizer)
-            declared, config = config, with_steps(config, earlier.values())
+            read = earlier if config.data.keep_conflicts else newest(earlier)
+            declared, config = config, with_steps(config, read.values())
             batches = make_batches(config, splits.train, splits.mixture)
             _check(config, chain.model, splits)
             engine = _new_engine(config, chain.model, processes)
@@ -146,6 +152,14 @@ def _read_rows(
         listener(RowsEncoded(0, split, rows, share))
 
     return prepare_splits(config.data, tokenizer, context, tell, loss=config.train.loss, **keys)
+
+
+def _kept_beside(run: Path, stage: str) -> dict[str, Kept]:
+    """Return the rows that stages kept which a new stage is trained on or combined with."""
+    history = read_history(run)
+    ahead = history.target
+    keys = [stage] if ahead is None or stage not in history.below(ahead) else [stage, ahead]
+    return state_at(run, history, history.head).kept(keys)
 
 
 def _put_chain_on(base: OpenBase, config: RunConfig, processes: Processes) -> Chain:

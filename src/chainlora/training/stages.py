@@ -1,4 +1,4 @@
-"""`chainlora.train`, `chainlora.extend` and `chainlora.rehearse`: plan, declare, build, score.
+"""`chainlora.train`, `extend`, `rehearse` and `add`: plan, declare, build, score.
 
 What has ended is verified, what is new is declared, then trained and scored. The same call again
 declares nothing: it builds what is left, and does nothing where all is done.
@@ -6,6 +6,8 @@ declares nothing: it builds what is left, and does nothing where all is done.
 
 from __future__ import annotations
 
+import logging
+import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,15 +16,24 @@ from typing import Any, cast
 from chainlora.chain.showing import Shown
 from chainlora.config.reading import make_config, read_config
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import Stage, check_alone, exists_in, has_stages, make_stages
+from chainlora.config.staging import (
+    Stage,
+    check_alone,
+    exists_in,
+    has_stages,
+    make_stages,
+    section_of,
+)
 from chainlora.errors import RunError
-from chainlora.evaluation.stage_scores import stage_matrix
+from chainlora.evaluation.stage_scores import columns_after_training, stage_matrix
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import Pruning, whole_run
 from chainlora.runs.history import MAIN
 from chainlora.runs.history_file import read_history
 from chainlora.runs.loading_start import with_start
 from chainlora.runs.open_base import OpenBase
+from chainlora.runs.state import OpenState
+from chainlora.training.addition import addition
 from chainlora.training.building import carry_out, reader
 from chainlora.training.events import AlreadyFinished, EntryBuilt, Event, Listener, StageBegins
 from chainlora.training.extending import extension
@@ -33,6 +44,8 @@ from chainlora.training.processes import is_first_launched, wait_for_all
 from chainlora.training.progress import progress_listener
 from chainlora.training.rehearsing import rehearsal
 from chainlora.training.result import TrainResult, result_of
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -77,7 +90,7 @@ def extend(
     stage: Mapping[str, Any] | str | Path,
     *,
     beside: bool | None = None,
-    rehearse: bool = True,
+    rehearse: bool = False,
     listener: Listener | None = None,
     progress: bool | None = None,
 ) -> TrainResult:
@@ -116,6 +129,44 @@ def rehearse(
     nothing. Returns what ``result.json`` holds.
     """
     return _of_stages(rehearsal(run, stage or {}), listener, (), progress)
+
+
+def add(
+    run: str | Path,
+    adapter: str | Path,
+    rows: str | Path | Mapping[str, Any] | None = None,
+    *,
+    name: str | None = None,
+    model: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    listener: Listener | None = None,
+    progress: bool | None = None,
+) -> OpenState:
+    """Add an adapter that was trained elsewhere to a run, and return what the run is then.
+
+    It is combined with what the run is (`combine`), as a stage beside the others is; nothing is
+    trained. Where no run is, it begins one, whose base is `model`, by default the one that the
+    adapter names.
+
+    Args:
+        adapter: the folder or Hub id of a LoRA that PEFT has saved, for the base of the run.
+        rows: a file with some of the rows that it was trained on, or a mapping of keys of `data`;
+            the run keeps a sample.
+        name: of the entry; by default that of the file of rows.
+        config: what a new run has one of, such as ``{"train": {"dtype": "bfloat16"}}``.
+
+    The same call again goes on where it was stopped, or does nothing. Raises ChainLoRAError for a
+    run that did not begin on its base, for an adapter of another base, and without rows.
+    """
+    keys = dict(config or {}) | ({} if model is None else {"model": str(model)})
+    own = rows if isinstance(rows, Mapping) else {} if rows is None else {"train": str(rows)}
+    keys["data"] = section_of(keys, "data") | dict(own)
+    with _shown(listener, progress) as tell:
+        plan = addition(run, adapter, name, keys)
+        base = base_of(plan.stages[0].stage.config)
+        carry_out(plan, tell, base=base)
+        _score(plan.run, tell, base)
+    return open_run(plan.run)
 
 
 def _of_stages(
@@ -206,6 +257,7 @@ def train_run(
             tell(event)
 
     found = carry_out(plan, of_the_run, change, base=base, loop=loop).get(stage)
+    _score(plan.run, tell, base)
     if found is None:
         found = result_of(config, stage)
         tell(AlreadyFinished(found["steps"], str(config.output)))
@@ -221,7 +273,7 @@ def combine_again(run: str | Path, pruned: Pruning, *, listener: Listener | None
     name = now.at(left[-1]).configured.key
     stage = Stage(name, now.at(name).config(), beside=True, rehearse=pruned.rehearsed)
     found = Declaring(now.history, now.run)
-    found.combine(left, stage)
+    found.combine(left, stage, now.history.recipe_of(now.history.target or now.key))
     base = OpenBase.of_state(now)
     carry_out(plan_of(found), listener or (lambda event: None), base=base)
 
@@ -249,9 +301,22 @@ def build_run(
 
 
 def _score(run: Path, tell: Listener, base: OpenBase | None) -> None:
-    """Score the rows that stages kept in the states where they were not yet."""
+    """Score the rows that stages kept in the states where they were not yet, and warn where general
+    ability has fallen."""
     if is_first_launched():
         state = open_run(run)
         if len(state.columns) > 1 and state.keepers:
-            stage_matrix(state, progress=reader(tell), base=base)
+            matrix = stage_matrix(
+                state, progress=reader(tell), of=columns_after_training(state), base=base
+            )
+            if harm := matrix.harm():
+                logger.warning("%s: general ability has fallen; %s", harm, _remedy(state))
     wait_for_all()
+
+
+def _remedy(state: OpenState) -> str:
+    """Say what gives back what stages took from the base."""
+    place = shlex.quote(str(state.run))
+    if any(entry.kind == "combine" for entry in state.lineage):
+        return f"chainlora undo {place} takes the last step back"
+    return f"chainlora combine {place} combines it with the base"

@@ -1,7 +1,7 @@
 """Build the entry `start`: import the adapter, and keep the rows, that a run begins with.
 
-A config names them as `start` and `start_data`; to a run that has begun, rows are given by
-`keep_start_rows`.
+A config names them as `start` and `start_data`; without rows, the model writes some
+(`general_rows`). To a run that has begun, rows are given by `keep_start_rows`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from typing import Any
 from chainlora import files
 from chainlora.config.reading import make_config
 from chainlora.config.schema import DataConfig, RunConfig, StartData
-from chainlora.data.kept import Kept
-from chainlora.data.splits import prepare_splits
+from chainlora.data.kept import Kept, keeps_general
+from chainlora.data.splits import length_limit, prepare_splits
+from chainlora.data.templates import set_chat_template
 from chainlora.errors import RunError
+from chainlora.evaluation.general_rows import general_rows
+from chainlora.evaluation.stage_scores import Progress
 from chainlora.models.finding import resolve_model
 from chainlora.models.loading import load_skeleton
 from chainlora.models.text_config import context_length
@@ -25,6 +28,7 @@ from chainlora.runs.changes import whole_run
 from chainlora.runs.claim import Claim
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import (
+    BASE,
     CONTENT,
     START,
     TOKENIZER,
@@ -51,8 +55,11 @@ def rows_of_start(rows: StartData, own: DataConfig, tokenizer: Any, context: int
     return prepare_splits(rows.as_data(own), tokenizer, context).kept()
 
 
-def build_start(run: Path, declared: Unbuilt, base: OpenBase | None = None) -> None:
-    """Import the adapter that a run begins on, and keep the rows that are given for it.
+def build_start(
+    run: Path, declared: Unbuilt, base: OpenBase | None = None, progress: Progress | None = None
+) -> None:
+    """Import the adapter that a run begins on, and keep rows for it: those that are given, or what
+    the model writes.
 
     Raises ModelError for a base that the adapter is not for, what its rows raise, and RunError
     where another process does it.
@@ -65,12 +72,14 @@ def build_start(run: Path, declared: Unbuilt, base: OpenBase | None = None) -> N
         for folder in (run / name for name in CONTENT):
             files.remove_scratch(folder, START)  # of a process that was killed
         if read_history(run).find(START) is None:
-            _import(run, declared, config, own)
+            _import(run, declared, config, own, progress or (lambda *done: None))
     finally:
         claim.release()
 
 
-def _import(run: Path, declared: Unbuilt, config: RunConfig, base: OpenBase) -> None:
+def _import(
+    run: Path, declared: Unbuilt, config: RunConfig, base: OpenBase, progress: Progress
+) -> None:
     history = read_history(run)
     is_adapter = history.origin == START and config.start is not None
     start = load_start(str(config.start)) if is_adapter else Start()
@@ -78,12 +87,17 @@ def _import(run: Path, declared: Unbuilt, config: RunConfig, base: OpenBase) -> 
     start = fitted(start, chain, config.model)
     for note in start.notes:
         logger.warning("%s", note)
-    kept = None
-    if config.start_data is not None:
-        tokenizer = base.tokenizer(run / TOKENIZER if history.tokenizer else None)
-        rows = rows_of_start(config.start_data, config.data, tokenizer, base.context)
-        kept = save_rows(run, rows, START)
     known = noted_base(config, chain, base.files)
+    tokenizer = base.tokenizer(run / TOKENIZER if history.tokenizer else None)
+    rows: Kept | None = None
+    if isinstance(config.start_data, StartData):
+        rows = rows_of_start(config.start_data, config.data, tokenizer, base.context)
+    elif keeps_general(config):
+        chain.add(*start.links)
+        set_chat_template(tokenizer, config.data)
+        longest, column = length_limit(config.data, base.context), START if start.links else BASE
+        rows = general_rows(chain.model, tokenizer, longest, column, progress)
+    kept = None if rows is None else save_rows(run, rows, START)
     links = dict(save_link(run, link, known, START) for link in start.links)
     state = State(base=known.fingerprint, terms=tuple(Term(link=digest) for digest in links))
     entry = declared.built(state, tied=tuple(links), kept=kept)

@@ -1,0 +1,176 @@
+"""Adapters that were trained elsewhere, as entries of a run: they stand beside its stages.
+
+Such an entry has links, kept rows and a config, as a stage has, but no records and no result. Its
+config names the adapter as `start` and its rows as `data`.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from chainlora import files
+from chainlora.chain.checks import check_link
+from chainlora.config.reading import dump_config
+from chainlora.config.schema import RunConfig
+from chainlora.config.staging import is_run, stage_folder
+from chainlora.data.kept import Kept
+from chainlora.data.splits import Splits, prepare_splits
+from chainlora.errors import ChainLoRAError, DataError, RunError
+from chainlora.models.loading import load_tokenizer
+from chainlora.runs.beginning import save_rows
+from chainlora.runs.claim import Claim
+from chainlora.runs.declaring import changed, declared_config
+from chainlora.runs.history import (
+    BASE,
+    CONFIG,
+    TOKENIZER,
+    WEIGHTS,
+    Base,
+    History,
+    State,
+    Term,
+    Training,
+    Unbuilt,
+)
+from chainlora.runs.history_file import read_history, update_history
+from chainlora.runs.links import save_link
+from chainlora.runs.loading_start import fitted, load_start, need_layers, start_folder
+from chainlora.runs.open_base import OpenBase
+from chainlora.runs.opening import check_base, noted_base
+from chainlora.runs.resuming import source_digests
+from chainlora.runs.start import Start
+
+logger = logging.getLogger(__name__)
+
+ADAPTER = "start"  # the key of a config, and of its sources, that an adapter has
+
+
+def import_entry(name: str, config: RunConfig, origin: str) -> Unbuilt:
+    """Return the declaration of an adapter; it and its files of rows are read for digests."""
+    return Unbuilt(
+        key=name,
+        kind="import",
+        parents=() if origin == BASE else (origin,),
+        unit=name,
+        training=Training(sources=_sources(config)),
+        config=config.model_dump(mode="json"),
+    )
+
+
+def adapter_digests(adapter: str) -> list[str]:
+    """Return the SHA-256 of the config and the weights of an adapter, wherever it lies."""
+    folder = start_folder(adapter)
+    names = ("adapter_config.json", WEIGHTS)
+    with files.reported(folder, "read"):
+        return [files.sha256(folder / name) for name in names]
+
+
+def _sources(config: RunConfig) -> dict[str, list[str]]:
+    return source_digests(config) | {ADAPTER: adapter_digests(str(config.start))}
+
+
+def read_adapter(source: str) -> Start:
+    """Read an adapter. Raises ChainLoRAError for none, and for what cannot become a link."""
+    if is_run(source):
+        rule, remedy = "an adapter is added to a run", "chainlora combine RUN OTHER takes runs"
+        raise RunError(rule, f"{source}, a run or a saved chain", remedy)
+    folder = start_folder(source)
+    if not (folder / "adapter_config.json").is_file():
+        rule, remedy = "an adapter must be a folder of PEFT", "name another folder"
+        raise RunError(rule, f"no adapter_config.json in {folder}", remedy)
+    found = load_start(source)
+    if found.adapter is None:
+        rule, remedy = "an adapter is added to a run", "export it: chainlora export --to adapter"
+        raise RunError(rule, f"{source}, which holds a chain", remedy)
+    return found
+
+
+def check_adapter(start: Start, base: OpenBase) -> None:
+    """Raise ModelError or ChainError for a base with other layers; its weights are not read."""
+    assert start.adapter is not None
+    need_layers(start.adapter, base.skeleton)
+    for link in start.links:
+        check_link(link, base.skeleton)
+
+
+def build_import(run: Path, declared: Unbuilt, base: OpenBase | None = None) -> None:
+    """Import an adapter that was declared, keep rows of it, and give its entry its state.
+
+    Raises what the adapter and its rows raise, and RunError where they are others than declared,
+    and where another process does it.
+    """
+    claim = Claim(run, declared.key)
+    claim.take()
+    try:
+        if read_history(run).find(declared.key) is None:
+            claim.clear()
+            _import(run, declared, base)
+    except ChainLoRAError:
+        claim.undo()
+        raise
+    finally:
+        claim.release()
+
+
+def _import(run: Path, declared: Unbuilt, base: OpenBase | None) -> None:
+    config, history, key = declared_config(run, declared), read_history(run), declared.key
+    if _sources(config) != declared.training.sources:
+        rule = "an adapter and its files of rows must stay as they are until it is imported"
+        remedy = f"give its command again, or chainlora prune {run} {key}"
+        raise RunError(rule, f"others for {key}", remedy)
+    base = OpenBase.of_config(config, run).or_shared(base)
+    start, known = _fitted(run, config, history, base)
+    rows, kept = _rows_of(config, base, run / TOKENIZER if history.tokenizer else None, start)
+    links = dict(save_link(run, link, known, key) for link in start.links)
+    path = stage_folder(run, key) / CONFIG
+    more: dict[str, Any] = {
+        "tied": tuple(links),
+        "kept": save_rows(run, kept, key),
+        "training": declared.training.model_copy(update={"rows": rows.digest}),
+    }
+    files.write_text(path, dump_config(config))
+    state = State(base=known.fingerprint, terms=tuple(Term(link=digest) for digest in links))
+    entry = declared.built(state, files={CONFIG: files.sha256(path)}, **more)
+
+    def change(now: History) -> History:
+        if now.find_unbuilt(key) != declared:
+            raise changed(run)
+        return now.model_copy(update={"base": known}).built(entry, links)
+
+    update_history(run, change)
+
+
+def _fitted(run: Path, config: RunConfig, history: History, base: OpenBase) -> tuple[Start, Base]:
+    """Return the adapter as a link of the base of a run, and what the run notes of that."""
+    if history.base.files is not None:
+        check_base(history.base, run, files=base.files)
+    start = load_start(str(config.start))
+    chain = base.chain(seed=config.train.seed, hold=config.chain.hold)
+    start = fitted(start, chain, config.model)
+    for link in start.links:
+        check_link(link, chain.model)
+    for note in start.notes:
+        logger.warning("%s", note)
+    return start, noted_base(config, chain, base.files)
+
+
+def _rows_of(
+    config: RunConfig, base: OpenBase, tokenizer: Path | None, start: Start
+) -> tuple[Splits, Kept]:
+    """Return the rows of an adapter, and what of them the run keeps.
+
+    Warns of another chat template than that of the run. Raises DataError for no rows.
+    """
+    own = base.tokenizer(tokenizer)
+    if start.tokenizer is not None and config.data.chat_template is None:
+        theirs = load_tokenizer(start.tokenizer).chat_template
+        if theirs is not None and theirs != own.chat_template:
+            what = "the adapter has another chat template than the run, which reads its rows"
+            logger.warning("%s", what)
+    rows = prepare_splits(config.data, own, base.context)
+    if not rows.train:
+        rule = "a combination reads training rows of an adapter"
+        raise DataError(rule, "none that can be read", "give some of what it was trained on")
+    return rows, rows.kept()

@@ -1,0 +1,356 @@
+"""Adapters that were trained elsewhere, added to a run beside its stages (`chainlora.add`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from conftest import WORDS, make_tiny_folder, write_rows
+from faults.injection import Injection
+from faults.lives import live
+from helpers import edit_json, stage_dir
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import chainlora as public
+from beside.test_rules import unbuilt
+from chainlora import add, load_run, open_run, stage_matrix, undo
+from chainlora.errors import ChainLoRAError
+from chainlora.files import checksums
+from chainlora.runs.changes import prune_stage, redo
+from chainlora.runs.history_file import read_history
+from chainlora.runs.hub import pull_run, push_run
+from chainlora.runs.locks import take_lock
+from chainlora.training.stages import build_run, combine_again
+
+SHORT = {"ranks": [2], "steps": [2]}
+
+
+def rows_of(path: Path, first: int, count: int = 12) -> str:
+    """Write rows that ask the same with other words."""
+    words = WORDS[first : first + count]
+    write_rows(path, [{"prompt": f"say {w}:", "completion": f" {w}"} for w in words])
+    return str(path)
+
+
+def save_lora(folder: Path, base: Path, seed: int = 0, **keys: Any) -> str:
+    """Save a LoRA of plain PEFT, with drawn weights, and the tokenizer, as trainers do."""
+    keys = {"target_modules": ["q_proj", "down_proj"], "r": 4, "lora_alpha": 6} | keys
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **keys))
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def made(tiny_folder, tmp_path_factory) -> Path:
+    """Adapters x and y, their rows, a run of one stage, and one of both adapters alone."""
+    folder = tmp_path_factory.mktemp("adding")
+    for place, name in enumerate("xyz"):
+        rows_of(folder / f"{name}.jsonl", 3 * place)
+    for seed, name in enumerate("xy"):
+        save_lora(folder / name, tiny_folder, seed)
+    data = {"train": str(folder / "z.jsonl"), "validation": 3}
+    tree = {"model": str(tiny_folder), "stages": [{"name": "z", "data": data, "chain": SHORT}]}
+    tree |= {"output": str(folder / "run"), "start_data": "none"}
+    public.train(tree, progress=False)
+    for name in "xy":
+        add(folder / "both", folder / name, folder / f"{name}.jsonl")
+    return folder
+
+
+@pytest.fixture
+def run(made, tmp_path) -> Path:
+    return Path(shutil.copytree(made / "run", tmp_path / "run"))
+
+
+@pytest.fixture
+def both(made, tmp_path) -> Path:
+    return Path(shutil.copytree(made / "both", tmp_path / "both"))
+
+
+IDS = torch.randint(3, 131, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(IDS).logits.float()
+
+
+def by_peft(base: Path, adapter: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    return logits(peft.PeftModel.from_pretrained(model, adapter))
+
+
+def test_an_adapter_stands_beside_a_stage(made, run, tiny_folder, tmp_path):
+    before = open_run(run)
+    data = {"train": str(made / "x.jsonl"), "validation": 3}
+    state = add(run, made / "x", data, name="law")
+    history = read_history(run)
+    entry = history.find("law")
+    assert (entry.kind, entry.parents, len(entry.tied)) == ("import", (), 1)
+    assert (state.key, state.entry.parents) == ("after-law", ("z", "law"))
+    assert history.state_of("z") == before.state
+    counts = open_run(f"{run}@law").kept()["law"].counts
+    assert counts["train"] + counts["validation"] == 12
+    torch.testing.assert_close(logits(load_run(f"{run}@law")[0]), by_peft(tiny_folder, made / "x"))
+    found = stage_matrix(run)
+    assert (found.stages, found.states) == (["z", "law"], ["base", "z", "law", "after-law"])
+    assert all(cell is not None for row in found.grid for cell in row)
+    public.export_adapter(run, tmp_path / "out")
+    wanted = logits(load_run(run)[0])
+    torch.testing.assert_close(by_peft(tiny_folder, tmp_path / "out"), wanted, atol=2e-5, rtol=0)
+    before = checksums(run)
+    assert add(run, made / "x", data, name="law").state == state.state
+    assert checksums(run) == before
+    assert undo(run).key == "z"
+    assert redo(run).key == "after-law"
+    assert open_run(run).verify().with_rows.key == "law"
+
+
+def test_what_was_pruned_is_as_if_it_had_never_been_added(made, run, both, tmp_path):
+    add(run, made / "x", made / "x.jsonl")
+    wanted = checksums(run)
+    state = add(run, made / "y", made / "y.jsonl")
+    assert state.entry.parents == ("z", "x", "y")
+    combine_again(run, prune_stage(run, "y"))
+    now = checksums(run)
+    kept = {name for name in wanted if name.split("/")[0] in ("links", "rows")}
+    assert {name: now.get(name) for name in kept} == {name: wanted[name] for name in kept}
+    assert not stage_dir(run, "y").exists()
+    assert [*open_run(run).shares] == ["z", "x"]
+    prune_stage(run, "z")
+    with pytest.raises(ChainLoRAError, match="a run must keep a stage"):
+        prune_stage(run, "x")
+
+
+def test_a_run_can_begin_with_an_adapter(made, both, tiny_folder):
+    """By default on the base that the adapter names, with its tokenizer."""
+    state = open_run(both)
+    assert ([*state.shares], state.key, state.base.model) == (
+        ["x", "y"],
+        "after-y",
+        str(tiny_folder),
+    )
+    assert undo(both).key == "x"
+    torch.testing.assert_close(logits(load_run(both)[0]), by_peft(tiny_folder, made / "x"))
+    assert read_history(both).origin == "start"  # the base, with its general rows
+
+
+def test_a_run_of_adapters_alone_is_a_run(made, both, tmp_path, chainlora, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        f"log {both}",
+        f"inspect {both}",
+        f"report {both}",
+        f"eval {both} --matrix",
+        f"eval {both} --split train",
+        f"generate {both} --prompt say --max-new-tokens 2",
+        f"export {both} --to adapter --output adapter",
+        f"export {both} --to adapter --each --output each",
+        f"export {both} --to merged --output merged",
+        f"verify adapter {both}",
+        f"mix {both} combined=0.5",
+        f"undo {both}",
+    ):
+        found = chainlora(words)
+        assert found.status == 0, found.err
+    assert "got the adapter x, which was trained elsewhere" in (both / "report.html").read_text()
+    chainlora("train adapter/lineage.json --output new").refused("x of the lineage", "was imported")
+    push_run(both, "pushed", rows=True)
+    pull_run("pushed", "pulled")
+    assert open_run("pulled").verify().state == open_run(both).state
+    config = stage_dir(both, "x") / "config.yaml"
+    assert "nothing left to do" in chainlora("train", config, "--output", both).out
+
+
+def test_a_stage_is_trained_after_adapters(made, both, tmp_path, chainlora):
+    stage = {"data": {"train": str(made / "z.jsonl")}, "chain": SHORT}
+    public.extend(both, stage | {"name": "fork", "output": str(tmp_path / "fork")}, progress=False)
+    assert [*open_run(tmp_path / "fork").shares] == ["x", "y", "fork"]
+    with pytest.raises(ChainLoRAError, match="that began on the base itself"):
+        add(tmp_path / "fork", made / "x", made / "x.jsonl", name="more")
+    found = chainlora("train", made / "z.jsonl", "--model", "m", "--output", both)
+    found.refused("the first stage of a config begins a run")
+    public.extend(both, stage, progress=False, rehearse=False)
+    assert open_run(both).entry.parents == ("x", "y", "z")
+    combine_again(both, prune_stage(both, "x"))
+    assert open_run(both).entry.parents == ("y", "z")
+    other = add(tmp_path / "other", made / "x", made / "x.jsonl")
+    both_runs = public.combine(both, [other.run])
+    assert both_runs.entry.parents == ("y", "z", "x")
+    assert public.rehearse(both, {"chain": {"steps": [1]}}, progress=False)["steps"] == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_kill_at_any_file_operation(made, run, tmp_path, is_new):
+    """At some of them: the same command, or `train RUN`, goes on to the same bits."""
+    folder = tmp_path / "work"
+
+    def begin() -> Path:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder / "run" if is_new else Path(shutil.copytree(run, folder / "run"))
+
+    def work() -> None:
+        add(folder / "run", made / "x", made / "x.jsonl")
+
+    begin()
+    whole = live(work, Injection(folder))
+    assert whole.status == 0, whole.message
+    wanted = open_run(folder / "run").verify().state
+    for at in range(0, len(whole.operations), max(1, len(whole.operations) // 5)):
+        begin()
+        assert live(work, Injection(folder, "kill", at)).status == -9
+        due = unbuilt(folder / "run") if (folder / "run").is_dir() else []
+        (build_run if due and at % 2 else lambda _: work())(folder / "run")
+        assert open_run(folder / "run").verify().state == wanted
+        assert unbuilt(folder / "run") == []
+        assert not [p for p in (folder / "run").rglob("*.new*") if p.name != ".lock"]
+
+
+def declared(made: Path, run: Path) -> None:
+    """Add x to a run, and stop before it is imported."""
+    lock = run / "stages/x"
+    lock.mkdir(parents=True)
+    held = take_lock(lock)
+    try:
+        end = live(lambda: add(run, made / "x", made / "x.jsonl"))
+    finally:
+        held.release()
+    assert "another process is using it" in end.message
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
+def test_what_is_declared_is_pruned_or_changed(made, run, tmp_path, chainlora):
+    own = Path(shutil.copytree(made, tmp_path / "own"))
+    declared(own, run)
+    assert (unbuilt(run), open_run(run).key) == (["x", "after-x"], "z")
+    rows_of(own / "x.jsonl", 5)
+    chainlora("train", run).refused("must stay as they are until it is imported (got others for x)")
+    assert add(run, own / "x", own / "x.jsonl").key == "after-x"
+    edit_json(own / "x/adapter_config.json", lora_alpha=1)
+    with pytest.raises(ChainLoRAError, match="an entry keeps the adapter"):
+        add(run, own / "x", own / "x.jsonl")
+    shutil.rmtree(own / "x")
+    assert add(run, own / "x", own / "x.jsonl").key == "after-x"  # nothing to do
+    prune_stage(run, "x")
+    declared(made, run)
+    assert chainlora("prune", run, "x", "--yes").status == 0
+    assert (unbuilt(run), read_history(run).target) == ([], None)
+    assert not stage_dir(run, "x").exists()
+
+
+def test_dora_becomes_the_nearest_lora(made, run, tiny_folder, tmp_path, caplog):
+    adapter = save_lora(tmp_path / "dora", tiny_folder, use_dora=True)
+    add(run, adapter, made / "x.jsonl")
+    assert "the link is the nearest LoRA of rank 4" in caplog.text
+    assert open_run(f"{run}@x").facts[0].error > 0
+
+
+def of_other_layers(folder: Path, base: Path) -> str:
+    path = Path(save_lora(folder, base)) / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({k.replace("layers.0", "layers.7"): v for k, v in tensors.items()}, path)
+    return str(folder)
+
+
+def of_another_base(folder: Path, base: Path) -> str:
+    return save_lora(folder, make_tiny_folder(folder / "base", intermediate_size=48))
+
+
+ADAPTERS: dict[str, tuple[Callable[[Path, Path], str], str]] = {
+    "other layers": (of_other_layers, "must have the layers that an adapter is for"),
+    "other shapes": (of_another_base, "a link must fit the model (got an update of"),
+    "a head": (
+        lambda folder, base: save_lora(folder, base, modules_to_save=["lm_head"]),
+        "modules_to_save",
+    ),
+    "an embedding": (
+        lambda folder, base: save_lora(folder, base, target_modules=["embed_tokens"]),
+        "an adapter must be on linear layers",
+    ),
+    "a bias": (
+        lambda folder, base: save_lora(folder, base, lora_bias=True),
+        "links must be low-rank sums",
+    ),
+    "none": (lambda folder, base: str(folder / "none"), "a run or adapter must be there"),
+    "a model": (lambda folder, base: str(base), "no adapter_config.json in"),
+    "a run": (lambda folder, base: str(folder.parent / "run"), "a run or a saved chain"),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+@pytest.mark.parametrize("is_new", [False, True])
+def test_an_adapter_that_does_not_fit_is_refused(
+    case, is_new, made, run, tiny_folder, tmp_path, chainlora
+):
+    make, got = ADAPTERS[case]
+    adapter, before = make(tmp_path / "made", tiny_folder), checksums(run)
+    target = tmp_path / "new" if is_new else run
+    words = ("--rows", made / "x.jsonl", "--model", tiny_folder)
+    chainlora("add", target, adapter, *words).refused(got)
+    assert checksums(run) == before
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "got"),
+    [
+        ("", "a combination reads rows (got none); give some of what the adapter was trained on"),
+        ("--rows none.jsonl", "none.jsonl"),
+        ("--rows empty.jsonl", "empty.jsonl"),
+        ("--rows long.jsonl --data.max_length 4 --data.truncation drop", "x"),
+        ("--rows ok.jsonl --name z", "an adapter must have a name of its own (got 'z'"),
+        ("--rows ok.jsonl --name base", "a stage must have a `name`"),
+        ("--rows ok.jsonl --model other", "`model` must be that of the run"),
+        ("--rows ok.jsonl --train.dtype bfloat16", "`train.dtype` must be that of the run"),
+        ("--rows ok.jsonl --train.lr 1", "an adapter is added as it was trained (got `train.lr`)"),
+        ("--rows ok.jsonl --data.replay 0.5", "(got `data.replay`)"),
+        ("--rows ok.jsonl --data.nonsense 1", "nonsense"),
+    ],
+)
+def test_bad_calls_change_nothing(words, got, made, run, tmp_path, chainlora, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows_of(tmp_path / "ok.jsonl", 0)
+    rows_of(tmp_path / "long.jsonl", 0)
+    (tmp_path / "empty.jsonl").touch()
+    before = read_history(run)
+    chainlora("add", run, made / "x", *words.split()).refused(got)
+    assert read_history(run) == before
+    assert not [path for path in (run / "stages").iterdir() if path.name != "z"]
+
+
+def test_the_command_line(made, run, tmp_path, chainlora):
+    words = ("add", run, made / "x", "--rows", made / "x.jsonl", "--data.validation", "3")
+    found = chainlora(*words, "--json").json
+    assert (found["now"], found["strengths"]) == ("after-x", {"combined": 1.0})
+    assert list(found["matrix"]["states"]) == ["base", "z", "x", "after-x"]
+    assert "is after-x, as before" in chainlora(*words).out
+    edit_json(made / "y/adapter_config.json", base_model_name_or_path="")
+    try:
+        new = ("add", tmp_path / "new", made / "y", "--rows", made / "y.jsonl")
+        chainlora(*new).refused("a new run needs a model", "add --model NAME")
+        model = open_run(run).base.model
+        found = chainlora(*new, "--model", model, "--train.dtype", "bfloat16")
+        assert f"{tmp_path / 'new'} is y now" in found.out, found.err
+    finally:
+        edit_json(made / "y/adapter_config.json", base_model_name_or_path=model)
+    assert read_history(tmp_path / "new").base.dtype == "bfloat16"
+    assert json.loads(chainlora("log", tmp_path / "new", "--json").out)["entries"][0]["kind"] == (
+        "import"
+    )

@@ -1,0 +1,279 @@
+"""Changed facts: of answers to one prompt in several stages, the newest counts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_rows
+from fuzzing import fuzz
+from helpers_data import TALK, make_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from test_data_mixture import row
+
+from chainlora.config.schema import DataConfig
+from chainlora.data import splits
+from chainlora.data.conflicts import answer_hashes, changed_answers, newest
+from chainlora.data.kept import Kept
+from chainlora.data.rows import MemoryRows
+from chainlora.data.splits import prepare_splits
+from chainlora.errors import ConfigError
+from chainlora.runs.addresses import open_run
+from chainlora.training.rehearsing import rehearsal
+from chainlora.training.stages import train_stages
+
+ONE = ("--chain.ranks", "[2]", "--chain.steps", "[2]", "--chain.target_modules", "q_proj")
+NONE = np.empty(0, np.int64)
+
+
+def of(*pairs: tuple[int, int]) -> Kept:
+    """What a stage keeps of rows with a prompt and an answer, each a token, and another one."""
+    found = [row(n, (3, 4, 5 + asked), (50 + said,)) for n, (asked, said) in enumerate(pairs)]
+    rows = MemoryRows([replace(e, references=("x",), prompt_hash=e.prompt[-1]) for e in found])
+    hashes, asked = answer_hashes(rows), np.array([each.prompt_hash for each in rows], np.int64)
+    answers = np.unique(hashes, axis=0)
+    told = ({"train": len(rows)}, asked, NONE, NONE, answers, {"loss": "completion"})
+    return Kept(rows, MemoryRows(), MemoryRows(), *told)
+
+
+def pairs_of(kept: Kept) -> list[tuple[int, int]]:
+    assert [each.prompt_hash for each in kept.train] == kept.prompts.tolist()
+    return [(each.prompt[-1] - 5, each.sequences[0][-1] - 50) for each in kept.train]
+
+
+@pytest.mark.parametrize(
+    ("stages", "left"),
+    [
+        ([[(1, 1), (2, 2)], [(1, 9)]], [[(2, 2)], [(1, 9)]]),
+        ([[(1, 1), (1, 2)], [(1, 2), (1, 3)]], [[(1, 2)], [(1, 2), (1, 3)]]),  # several answers
+        ([[(1, 1)], [(1, 2)], [(1, 1)]], [[(1, 1)], [], [(1, 1)]]),  # changed, and changed back
+        ([[(1, 1)], [], [(1, 2)]], [[], [], [(1, 2)]]),
+    ],
+)
+def test_the_last_stage_with_a_prompt_says_what_its_answers_are(stages, left):
+    kept = {str(n): of(*pairs) for n, pairs in enumerate(stages)}
+    found = newest(kept)
+    assert [*found] == [*kept]
+    assert [pairs_of(each) for each in found.values()] == left
+    for name, each in found.items():
+        assert each.answers is kept[name].answers
+        assert (each is kept[name]) == (len(each.train) == len(kept[name].train))
+
+
+_PAIRS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), max_size=6)
+_STAGES = st.lists(_PAIRS, min_size=1, max_size=4)
+
+
+@fuzz(60, 1000)
+@given(stages=_STAGES, others=_STAGES, place=st.integers(0, 4))
+def test_laws_of_the_newest_answer(stages, others, place):
+    kept = {f"{n}": of(*pairs) for n, pairs in enumerate(stages)}
+    found = newest(kept)
+    last = [*kept][-1]
+    assert found[last] is kept[last]
+    assert [*map(pairs_of, newest(found).values())] == [*map(pairs_of, found.values())]
+    answers: dict[int, set[int]] = {}  # the rule, again, in plain Python
+    for name, pairs in reversed([*enumerate(stages)]):
+        own = [p for p in pairs if p[0] not in answers or p[1] in answers[p[0]]]
+        assert pairs_of(found[f"{name}"]) == own
+        asked = {p[0] for p in pairs} - answers.keys()
+        answers |= {prompt: {a for p, a in pairs if p == prompt} for prompt in asked}
+    # stages without a shared prompt change nothing, wherever they stand
+    more = {f"other {n}": of(*((10 + p, a) for p, a in e)) for n, e in enumerate(others)}
+    items = [*kept.items()]
+    mixed = newest(dict([*items[:place], *more.items(), *items[place:]]))
+    assert [pairs_of(mixed[name]) for name in kept] == [*map(pairs_of, found.values())]
+
+
+# --- rows as they are read
+
+
+@pytest.fixture
+def tokenizer():
+    chat = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    return make_tokenizer("bos", chat + "{% if add_generation_prompt %}assistant: {% endif %}")
+
+
+def splits_of(tokenizer, *rows, loss=None, earlier=None, **data):
+    path = write_rows(Path("rows.jsonl"), rows)
+    config = DataConfig(train=str(path), **data)
+    return prepare_splits(config, tokenizer, 128, loss=loss, earlier=earlier)
+
+
+def asked(answer, prompt="How much is it?"):
+    return {"prompt": prompt, "completion": f" {answer}"}
+
+
+def test_what_a_prompt_is_in_each_format(tokenizer):
+    """A text and an empty prompt have none; of a dialogue, it is all before the last answer; of a
+    pair, the chosen answer counts."""
+
+    def conflicts(old, new, loss=None, **data):
+        kept = splits_of(tokenizer, old, loss=loss, **data).kept()
+        again = splits_of(tokenizer, new, loss=loss).kept()
+        return len(newest({"old": kept, "new": again})["old"].train) < len(kept.train)
+
+    def talk(first, last):
+        said = [TALK[0], TALK[1] | {"content": first}, TALK[2], TALK[3] | {"content": last}]
+        return {"messages": said}
+
+    def pair(chosen, rejected="none"):
+        return {"prompt": "Q:", "chosen": f" {chosen}", "rejected": f" {rejected}"}
+
+    assert conflicts(asked("ten"), asked("twelve"))
+    assert not conflicts(asked("ten"), asked("ten"))
+    assert not conflicts(asked("ten"), asked("twelve", "How many are they?"))
+    assert not conflicts(asked("ten", ""), asked("twelve", ""))
+    assert not conflicts({"text": "the film was great " * 9}, {"text": "the film was terrible"})
+    assert not conflicts({"text": "the film " * 30}, {"text": "the film " * 30}, max_length=9)
+    assert conflicts(talk("two", "three"), talk("two", "two"))
+    assert not conflicts(talk("two", "three"), talk("three", "two"))
+    assert conflicts(pair("ten"), pair("twelve"), loss="dpo")
+    assert not conflicts(pair("ten"), pair("ten", "other"), loss="dpo")
+
+
+def test_answers_count_of_rows_that_were_not_kept(tokenizer, monkeypatch):
+    monkeypatch.setattr(splits, "SAMPLE", 3)
+    old = [asked(f"{n}", f"number {n}?") for n in range(9)]
+    new = [asked("none", f"number {n}?") for n in range(9)]
+    earlier = {"old": splits_of(tokenizer, *old).kept(), "new": splits_of(tokenizer, *new).kept()}
+    assert [len(each.train) for each in earlier.values()] == [3, 3]
+    assert [len(each.train) for each in newest(earlier).values()] == [0, 3]
+    found = changed_answers(splits_of(tokenizer, *old).train, {"new": earlier["new"]})
+    assert (found.prompts, found.stages) == (9, ("new",))
+
+
+def test_held_out_rows_with_an_old_answer_are_not_read_either(tokenizer):
+    """A combination reads validation rows of a stage without training rows."""
+    file = write_rows(Path("held.jsonl"), [asked("ten")])
+    kept = splits_of(tokenizer, asked("one", "a film?"), validation=str(file), test=str(file))
+    found = newest({"old": kept.kept()}, answer_hashes(splits_of(tokenizer, asked("two")).train))
+    assert [len(getattr(found["old"], name)) for name in splits.SPLITS] == [1, 0, 0]
+    assert len(found["old"].held_out) == 1
+
+
+def test_replay_reads_no_old_answer(tokenizer):
+    """Of earlier stages, also of rows that a stage between them has answered otherwise."""
+    earlier = {
+        "january": splits_of(tokenizer, *(asked(n, f"film {n}?") for n in "abc")).kept(),
+        "february": splits_of(tokenizer, asked("B", "film b?")).kept(),
+    }
+
+    def answers(**data):
+        found = splits_of(
+            tokenizer, asked("C", "film c?"), replay=0.5, earlier=dict(earlier), **data
+        )
+        assert len(found.own) == 1
+        assert len(found.kept().answers) == 1
+        return [each.references[0].strip() for each in found.train]
+
+    assert answers() == ["C", "a", "B"]
+    assert answers(keep_conflicts=True)[0] == "C"
+    assert sorted(answers(keep_conflicts=True)) == sorted("CabcB")
+    with pytest.raises(ConfigError, match=r"\(got later answers to all of january\)"):
+        splits_of(
+            tokenizer,
+            *(asked("x", f"film {n}?") for n in "abc"),
+            earlier={"january": earlier["january"]},
+            replay=0.5,
+        )
+
+
+# --- the command line
+
+
+@pytest.fixture
+def months(tiny_folder, chainlora):
+    """Files of three months; a run of the first one. April changes an answer of both others."""
+    same = [asked("yes", f"is the cat {word}?") for word in ("red", "green", "good", "bad")]
+    files = {
+        "january": [*same, asked("two birds")],
+        "february": [asked("no", "is it over?"), asked("two birds")],
+        "april": [asked("no cat"), asked("yes", "is the cat red?")],
+    }
+    for name, rows in files.items():
+        write_rows(Path(f"{name}.jsonl"), rows)
+    done = chainlora(
+        "train",
+        "january.jsonl",
+        "--model",
+        tiny_folder,
+        *ONE,
+        "--output",
+        "run",
+        "--general",
+        "none",
+    )
+    assert done.status == 0, done.err
+    assert "other answer" not in done.err
+    return Path("run")
+
+
+def words_read(run, tiny_folder, stage):
+    """Return the answers to the changed prompt that a stage would read."""
+    from chainlora.models.loading import load_tokenizer
+
+    found = prepare_splits(
+        stage.config.data, load_tokenizer(tiny_folder), 128, earlier=open_run(run).kept()
+    )
+    asked = {each.references[0].strip() for each in found.train}
+    return asked & {"two birds", "no cat"}
+
+
+TOLD = (
+    'april: 1 prompt has other answers than in january, february, e.g. "How much is it?" '
+    '(was "two birds", now "no cat"); '
+)
+
+
+def test_a_changed_answer_is_told_once_and_beside_others_not_rehearsed(
+    months, tiny_folder, chainlora, caplog
+):
+    done = chainlora("extend", months, "february.jsonl", *ONE)
+    assert done.status == 0, done.err
+    assert "other answer" not in caplog.text
+    done = chainlora("extend", months, "april.jsonl", *ONE, "--rehearse")
+    assert done.status == 0, done.err
+    assert caplog.text.count(f"{TOLD}the newest answer counts (keep both by --keep-conf") == 1
+    now = open_run(months)
+    assert now.entry.is_rehearsal
+    # 4, 1 and 2 rows are left of 5, 2 and 2, each read twice in batches of 8
+    assert (now.result()["steps"], now.result()["rows"]) == (2, 7)
+    assert [len(each.train) for each in now.kept().values()] == [5, 2, 2]  # and scored as before
+    (stage,) = rehearsal(f"{months}@after-april", {"name": "again"})
+    assert words_read(months, tiny_folder, stage) == {"no cat"}
+    (both,) = rehearsal(months, {"name": "both", "data": {"keep_conflicts": True}})
+    assert words_read(months, tiny_folder, both) == {"two birds", "no cat"}
+    assert both.config.data.keep_conflicts
+    (result,) = train_stages([both], matrix=False)
+    assert result["rows"] == 9
+
+
+def test_on_top_both_answers_count_if_told(months, chainlora, caplog):
+    words = ("--on-top", "--data.replay", "0.5", *ONE, "--json")
+    rows = {}
+    for name, more in (("newest", ()), ("both", ("--keep-conflicts",))):
+        found = chainlora(
+            *("extend", months, "april.jsonl", "--output", name, "--name", "april"), *words, *more
+        )
+        told = found.json["stages"]["april"]["data"]["train"]
+        rows[name] = told["replayed"]
+        assert open_run(name).config().data.keep_conflicts == bool(more)
+    assert rows == {"newest": 4, "both": 5}
+    assert caplog.text.count("april: 1 prompt has other answers than in january, e.g. ") == 2
+    assert caplog.text.count("; both count (data.keep_conflicts)") == 1
+    found = chainlora("extend", "both", "february.jsonl", "--dry-run", *ONE)
+    assert found.status == 0, found.err
+
+
+def test_a_combination_is_declared_with_what_its_last_stage_says(months, chainlora):
+    for file, more in (("february", ()), ("april", ("--keep-conflicts",))):
+        done = chainlora("extend", months, f"{file}.jsonl", *ONE, *more)
+        assert done.status == 0, done.err
+    history = json.loads((months / "history.json").read_text())
+    found = [e.get("recipe", {}) for e in history["entries"] if e["kind"] == "combine"]
+    assert [each.get("keep_conflicts", False) for each in found] == [False, True]
