@@ -26,17 +26,17 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 ALL_KEPT = "second pass, all rows kept, 160 steps"
 Arm = tuple[str, str, str]  # of benchmarks/stages: a study, its arm, what a reader calls it
 MANY: tuple[Arm, ...] = (  # of all seeds
-    ("primary", "combined twice rehearsed", "beside, two passes, rehearsed"),
-    ("primary", "combined twice", "beside, two passes"),
+    ("primary", "combined twice rehearsed", "two passes, rehearsed"),
+    ("primary", "combined twice", "two passes"),
     ("primary", "replay", "on top, replay"),
     ("primary", "on top rehearsed", "on top, rehearsed"),
     ("primary", "on top", "on top"),
 )
 FEW: tuple[Arm, ...] = (  # of the first three
     ("all at once", "all at once", "one LoRA, all rows at once"),
-    (ALL_KEPT, "combined twice rehearsed", "beside, two passes, rehearsed, all rows kept"),
-    (ALL_KEPT, "replay", "on top, replay, all rows kept"),
-    ("primary", "combined twice rehearsed", "beside, two passes, rehearsed (as above)"),
+    (ALL_KEPT, "combined twice rehearsed", "rehearsed, all rows kept"),
+    (ALL_KEPT, "replay", "replay, all rows kept"),
+    ("primary", "combined twice rehearsed", "rehearsed (as above)"),
     ("one LoRA of rank 40", "one wide LoRA replay", "one LoRA of rank 40, replay"),
     ("one LoRA", "one LoRA rehearsed", "one LoRA of rank 8, rehearsed"),
     ("one LoRA of rank 40", "one wide LoRA rehearsed", "one LoRA of rank 40, rehearsed"),
@@ -69,7 +69,7 @@ def stages(results: Path = BENCHMARKS / "stages/results.jsonl") -> str:
         card.text(EDGE, y + 4, f"{len(few_seeds)} of these seeds", bold=True)
         y = _bars(card, y + 26, few)
     card.text(EDGE, y + 4, "Circles: seeds. Lines: 95 % t intervals, of six seeds.", kind="soft")
-    card.text(EDGE, y + 24, "Beside: combined as before, in two passes. Old rows: reads of kept rows.", kind="soft")
+    card.text(EDGE, y + 24, "Two passes: the combination as it was. Old rows: reads of kept rows.", kind="soft")
     return card.svg()
 
 
