@@ -54,7 +54,7 @@ class Command:
 SESSION = (
     Command("48 dates: 5 March 2021 becomes 2021-03-05", "train run.yaml", "step .*after link"),
     Command(
-        "48 times of day: beside main, combined, and rehearsed",
+        "48 times of day: beside main, then combined",
         "extend runs/mine times.yaml",
         _MATRIX,
         "a row for each state, a column for each data set",
