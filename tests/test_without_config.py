@@ -14,6 +14,7 @@ from helpers import Stop, history_of, stage_dir
 from chainlora import extend, train
 from chainlora.config.staging import name_of_rows
 from chainlora.runs.addresses import open_run
+from chainlora.training.events import Planned
 
 
 def rows(path: str | Path, count: int = 12, word: str = "good") -> Path:
@@ -172,6 +173,15 @@ def test_what_is_missing_is_named(chainlora):
 )
 def test_a_stage_has_the_name_of_its_rows(path, name):
     assert name_of_rows(path) == name
+
+
+def test_a_stage_of_equal_rows_is_said_to_take_as_long_as_the_one_before(january):
+    """Twelve rows are a batch of eight and one of four: two batches of eight were counted."""
+    seen, before = [], json.loads((stage_dir(january, "january") / "result.json").read_text())
+    stage = {"name": "again", "data": {"train": "january.jsonl"}, "chain": {"epochs": [10]}}
+    extend(january, stage, listener=seen.append)
+    (plan,) = (event for event in seen if isinstance(event, Planned))
+    assert plan.estimate == pytest.approx(before["wall_s"], rel=0.2)
 
 
 def test_from_python_and_as_a_list_of_json(tiny_folder, chainlora):

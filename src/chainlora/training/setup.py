@@ -273,7 +273,9 @@ def _estimate(run: Run) -> float | None:
     before = state_at(run.work.run, history, ended[-1]).result() or {}
     if not before.get("tokens"):
         return None
-    rows = run.batches.num_steps * run.train.batch_size * run.train.gradient_accumulation
+    steps = run.batches.steps_per_epoch  # the last one of an epoch may have fewer rows
+    first, last = (sum(map(len, run.batches.batches(step))) for step in (0, steps - 1))
+    rows = run.batches.num_steps * (first + (last - first) / steps)
     tokens = rows * float(run.batches.row_lengths.mean())
     return float(before["wall_s"] * tokens / before["tokens"])
 
