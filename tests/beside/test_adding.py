@@ -354,3 +354,10 @@ def test_the_command_line(made, run, tmp_path, chainlora):
     assert json.loads(chainlora("log", tmp_path / "new", "--json").out)["entries"][0]["kind"] == (
         "import"
     )
+
+
+def test_the_first_adapter_of_a_run_is_scored_on_its_rows(made, tmp_path, chainlora):
+    """Its column said that no rows were kept, as after a trained stage, which has scored them."""
+    said = chainlora("add", tmp_path / "new", made / "y", "--rows", made / "y.jsonl")
+    assert said.status == 0, said.err
+    assert "y (loss, 12 train rows)" in said.out

@@ -246,9 +246,10 @@ def stage_matrix(
 
 def columns_after_training(run: OpenState) -> list[str] | None:
     """Return the columns that are scored after training, None for all: of a run of one stage, which
-    has scored its own rows, those of the start alone."""
+    has scored its own rows, those of the start alone. An adapter that was added has scored none."""
     start = [name for name, key in run.columns.items() if key == START]
-    return start if START in run.keepers and len(run.columns) == 2 else None
+    is_trained = all(e.kind != "import" for e in run.lineage if e.key in run.shares)
+    return start if START in run.keepers and len(run.columns) == 2 and is_trained else None
 
 
 def states_of(run: OpenState) -> Iterator[tuple[str, State]]:
