@@ -73,7 +73,7 @@ def test_second_data_set(checkout, capsys):
         said += capsys.readouterr().out
     plan, *_, again = blocks(file, "")  # without numbers, which are another model's
     assert set((plan + again).splitlines()) <= set(said.splitlines())
-    for name, rank in {"both": 24, "half": 16}.items():
+    for name, rank in {"both": 16, "times": 8}.items():
         config = json.loads((checkout / f"out/{name}/adapter_config.json").read_text())
         assert config["r"] == rank
 

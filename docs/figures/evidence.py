@@ -69,7 +69,8 @@ def stages(results: Path = BENCHMARKS / "stages/results.jsonl") -> str:
         card.text(EDGE, y + 4, f"{len(few_seeds)} of these seeds", bold=True)
         y = _bars(card, y + 26, few)
     card.text(EDGE, y + 4, "Circles: seeds. Lines: 95 % t intervals, of six seeds.", kind="soft")
-    card.text(EDGE, y + 24, "Two passes: the combination as it was. Old rows: reads of kept rows.", kind="soft")
+    text = "Two passes: the combination as it was. Old rows: reads of kept rows."
+    card.text(EDGE, y + 24, text, kind="soft")
     return card.svg()
 
 
