@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from chainlora import evaluate_task, export_adapter, load_run, train
 from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
+from chainlora.evaluation.combination import combine
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
@@ -251,6 +253,25 @@ def test_a_run_keeps_what_its_base_writes(roomy, tokenizer, sentiment, tmp_path,
     assert (found.stages, found.states) == (["base", "main"], ["base", "main"])
     assert {cell.stage for cell in found.cells} == {"base"}  # main has scored its own rows
     assert found.as_dict()["states"]["base"][0]["metric"] == "loss"
+
+
+def test_one_stage_is_combined_with_what_the_run_began_on(roomy, sentiment, tmp_path, chainlora):
+    """Its rows hold the base: they score better than after the stage, and more if they count more;
+    without them one stage is nothing to combine."""
+    keys = {"chain": {"ranks": [4], "steps": [12]}}
+    train(of_rows(roomy, sentiment, run := tmp_path / "run", **keys))
+    with pytest.raises(RunError, match="two states or more are combined"):
+        combine(run, general=False)
+    found = chainlora(f"combine {run} --json")
+    assert found.status == 0, found.err
+    assert re.search(r"distance to main 0\.\d\d, start 0\.\d\d", found.err)
+    states = {name: row[0]["value"] for name, row in found.json["matrix"]["states"].items()}
+    assert states["base"] < states["after-main"] < states["main"]
+    light = open_run(run).entry
+    chainlora(f"combine {run} main start=64 --no-scores")
+    heavy = open_run(run).entry
+    assert heavy.parents == light.parents == ("main",)
+    assert heavy.distances["start"] < light.distances["start"]
 
 
 def test_without_a_chat_template_all_prompts_are_plain_text(roomy, sentiment, tmp_path):

@@ -283,3 +283,8 @@ def test_other_models_are_refused(model_type):
     names = [name for name in names if "layers." in name or "transformer." in name]
     with pytest.raises(ChainLoRAError):
         combine(model, [Part("one", rows_of(1, [5]), update(model, names, 1))], 2)
+
+
+def test_parts_without_links_are_refused(llama):
+    """As of a stage whose best point is before its first step."""
+    assert "a part with links (got none)" in refusal(llama, [Part("base", rows_of(1, [5]), {})])

@@ -37,9 +37,7 @@ from chainlora.chain.link import Factors, padded
 from chainlora.errors import ChainError
 
 _AT_ONCE = 2_048  # tokens of a batch
-_REMEMBERED = (
-    1 << 31
-)  # bytes of outputs inside one layer; where there are more, all are computed again
+_REMEMBERED = 1 << 31  # bytes of outputs inside one layer; of more, all are computed again
 _SHORT = 16  # tokens of the row by which layers are looked into
 
 Told = Callable[[int, int], None]
@@ -91,6 +89,8 @@ def _check(parts: Sequence[Part], modules: Sequence[str], layers: Layers) -> Non
         if not (part.rows and all(part.rows)):
             rule = "parts of a combination must have rows of tokens"
             raise ChainError(rule, f"none, {part.name}", "leave it out")
+    if not modules:
+        raise ChainError("a combination needs a part with links", "none", "train a stage")
     for name in modules:
         if not any(name.startswith(f"{path}.") for path in layers.blocks):
             rule = "states are combined whose links are on modules of decoder layers"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -213,14 +212,15 @@ def _weighed(names: Sequence[str]) -> tuple[list[str], dict[str, float]]:
     """Return the names, and the importance of those that say one."""
     from chainlora.runs.history import START  # which is a part without being named
 
-    pairs = [
-        name.rpartition("=")[::2] if _IMPORTANCE.search(name) else (name, "") for name in names
-    ]
-    keys = [name for name, _ in pairs if name != START]
-    return keys, {name: float(value) for name, value in pairs if value}
-
-
-_IMPORTANCE = re.compile(r"=\d*\.?\d+\Z")
+    keys, importance = list[str](), dict[str, float]()
+    for name in names:
+        key, _, value = name.rpartition("=")
+        try:
+            importance[key] = float(value)
+        except ValueError:  # a name alone
+            key = name
+        keys += [key] * (key != START)
+    return keys, importance
 
 
 @click.command(cls=WithKeys)

@@ -84,7 +84,7 @@ def combine(
     has_general = general and _general_of(history) is not None
     if len(outer) + has_general < 2:
         raise RunError(
-            "two states or more are combined, what the run began on is one if it has rows",
+            "two states or more are combined; one of them can be what the run began on, with rows",
             ", ".join(map(str, outer)) or "none",
             "add a stage by chainlora extend --beside, or name others",
         )
@@ -107,11 +107,8 @@ def _need_weights(importance: Mapping[str, float], parts: Collection[str]) -> No
             rule = f"importance is given to parts, {', '.join(sorted(parts))}"
             raise RunError(rule, repr(name), "leave it out")
         if not 0 < value < math.inf:
-            rule, remedy = (
-                "an importance is a number above 0",
-                "to leave a stage out, name the others",
-            )
-            raise RunError(rule, f"{value:g} for {name}", remedy)
+            remedy = "to leave a stage out, name the others"
+            raise RunError("an importance is a number above 0", f"{value:g} for {name}", remedy)
 
 
 def _become(
@@ -185,7 +182,7 @@ def told(history: History, key: str) -> str:
         return ""
     facts = history.links[entry.state.terms[0].link]
     away = ", ".join(f"{name} {value:.2f}" for name, value in entry.distances.items())
-    return f"rank {facts.rank}, which leaves out {facts.error:.1%}; distance to {away}"
+    return f"rank {facts.rank}, error of the rank {facts.error:.2f}; distance to {away}"
 
 
 def tell_left_out(run: Path, before: History, key: str, *, rehearsals: bool = True) -> None:

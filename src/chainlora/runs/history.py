@@ -155,9 +155,6 @@ class Recipe(Part):
         return self.model_copy(update={"importance": own})
 
 
-_BY_DEFAULT = Recipe()
-
-
 class Declared(Part):
     """What an entry is from the moment it is declared.
 
@@ -375,7 +372,7 @@ class History(Document):
         entry = self.known(key)
         if entry is not None and (entry.kind == "mix" or entry.is_rehearsal):
             return self.recipe_of(entry.parent)
-        return _BY_DEFAULT if entry is None else entry.recipe
+        return Recipe() if entry is None else entry.recipe
 
     # --- moving the head, and adding entries ---
 
@@ -479,14 +476,12 @@ class History(Document):
         names = chain([name], (f"{name}-{number}" for number in count(2)))
         return next(each for each in names if self.known(each) is None)
 
-    def combination(
-        self, parts: Iterable[str], recipe: Recipe = _BY_DEFAULT
-    ) -> Entry | Unbuilt | None:
+    def combination(self, parts: Iterable[str], recipe: Recipe) -> Entry | Unbuilt | None:
         """Return the entry that is the combination of these by a recipe, built or not."""
         wanted = {*parts}
         known: list[Entry | Unbuilt] = [*self.entries, *self.unbuilt]
-        combined = (e for e in known if e.kind == "combine" and e.recipe == recipe)
-        return next((e for e in combined if {*e.parents} == wanted), None)
+        asked = ("combine", recipe, wanted)
+        return next((e for e in known if (e.kind, e.recipe, {*e.parents}) == asked), None)
 
 
 # --- places ---
