@@ -54,9 +54,20 @@ def leading_left(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
         return u[:, :rank], float(s[:rank].square().sum())
     is_wide = matrix.shape[0] <= matrix.shape[1]
     gram = matrix @ matrix.T if is_wide else matrix.T @ matrix
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = _eigenvectors(gram)
     kept, u = float(values[-rank:].clamp(min=0).sum()), vectors[:, -rank:]
     return (u if is_wide else torch.linalg.qr(matrix @ u).Q), kept
+
+
+def _eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """By one thread: several wait for each other, on busy cores six times as long as one needs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        values, vectors = torch.linalg.eigh(gram)
+    finally:
+        torch.set_num_threads(threads)
+    return values, vectors
 
 
 def best_of_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
