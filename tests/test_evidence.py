@@ -137,21 +137,6 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
             "(float32 weights, in their smaller roundings: {:.1f})",
             errors,
         ),
-        ("Of {} [faults]), none ended in lost or wrong results", lambda: [faults()]),
-        ("a schedule for each ({})", lambda: [restarted()]),
-    ],
-    "README.md": [
-        (
-            "32 kept rows of each, {} seeds ([tables])): {} % right answers in one adapter of rank "
-            "16; each stage alone, on its own rows, {} %. Perplexity of other text: {} % above",
-            layerwise_in_short,
-        ),
-        (
-            "replay on top {} %; one LoRA of rank 40 on all rows at once {} %; on top of each "
-            "other without kept rows {} %",
-            lambda: kept_32("replay", "all at once", "on top"),
-        ),
-        ("in [all {} comparisons])", lambda: [all_behind()]),
         ("Six seeds: each stage alone on its own rows {} %;", lambda: percent(alone())),
         (
             "beside in two passes and rehearsed {} %, not rehearsed {} %, on top with replay {} %, "
@@ -168,6 +153,20 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
                 *percent(all_kept()["extend"]),
                 *kept_32("combined twice rehearsed", "one LoRA", "one wide LoRA replay", of=3),
             ],
+        ),
+        ("Of {} [faults]), none ended in lost or wrong results", lambda: [faults()]),
+        ("a schedule for each ({})", lambda: [restarted()]),
+    ],
+    "README.md": [
+        (
+            "32 kept rows of each, {} seeds ([tables])): {} % right answers in one adapter of rank "
+            "16; each stage alone, on its own rows, {} %. Perplexity of other text: {} % above",
+            layerwise_in_short,
+        ),
+        (
+            "one LoRA on all rows at once: on other seeds ([tables])) {} %, at rank 40; replay on "
+            "top {} %; on top of each other without kept rows {} %",
+            lambda: kept_32("all at once", "replay", "on top"),
         ),
         (
             "is {} to {} times as fast as `transformers.Trainer` with PEFT, in {} to {} of its "

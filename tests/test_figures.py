@@ -18,7 +18,7 @@ from chainlora.chain.soft_knot import balance
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES, THEORY = ROOT / "docs/figures", ROOT / "examples/theory"
 SCRIPTS = ("frank_wolfe", "rac_counter_example", "residual", "soft_knots")
-NAMES = ("terminal", "history", "stages", "soft-knots-evidence", "speed")
+NAMES = ("demo", "history", "stages", "soft-knots-evidence", "speed")
 MOST_BYTES = 150_000
 
 

