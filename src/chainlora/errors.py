@@ -8,6 +8,7 @@
     ├── ChainError              a chain asked to do what its state does not allow
     ├── FileError               a file or folder that cannot be read or written
     ├── RunError                a run directory that is missing, incomplete, damaged or in use
+    ├── ForgettingError         what was added made a run forget too much; exit status 3
     └── TrainingError           training that must not continue
         ├── DivergedError       the loss, its gradient or the weights are no longer finite
         ├── ToldError           of several processes, another one says what went wrong
@@ -61,6 +62,10 @@ class FileError(ChainLoRAError):
 
 class RunError(ChainLoRAError):
     """A run directory that is missing, incomplete, damaged or in use."""
+
+
+class ForgettingError(ChainLoRAError):
+    """What was added made a run forget more than was allowed; the run is what it was before."""
 
 
 class TrainingError(ChainLoRAError):

@@ -1,6 +1,7 @@
 """The command line: parse, call, print. Results to stdout, progress and logs to stderr.
 
-Exit status: 0 done, 1 our error in one line, 2 wrong usage. A traceback only with ``--debug``.
+Exit status: 0 done, 1 our error in one line, 2 wrong usage, 3 a stage forgot more than
+``--max-forgetting``, 128 and its number for a signal. A traceback only with ``--debug``.
 Imports of torch and of what needs it wait until a verb runs, so that ``--help`` is quick.
 """
 
@@ -38,6 +39,7 @@ from chainlora.errors import (
     ChainLoRAError,
     ConfigError,
     DivergedError,
+    ForgettingError,
     StoppedError,
     ToldError,
     is_out_of_memory,
@@ -46,6 +48,7 @@ from chainlora.errors import (
 )
 from chainlora.files import file_error
 
+FORGOT = 3  # the exit status of `--max-forgetting`
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 _FIRST_STEPS = """\b
 First steps:
@@ -83,6 +86,9 @@ def _run(arguments: list[str]) -> int:
         return SIGNALLED + error.signal
     except ToldError:
         return 1
+    except ForgettingError as error:
+        _fail(str(error), debug)
+        return FORGOT
     except DivergedError as error:
         return _fail(str(error), debug) if is_first_process() else 1
     except (KeyboardInterrupt, click.exceptions.Abort):  # click makes the one the other

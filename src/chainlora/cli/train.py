@@ -247,6 +247,7 @@ def train_and_show(
     dry_run: bool,
     as_json: bool,
     train: Callable[..., list[TrainResult | None]] | None = None,
+    max_forgetting: float | None = None,
 ) -> None:
     """Train what is new of a chain's stages, and show what each came to. `train` is called with a
     listener, by default for `train_stages`."""
@@ -263,7 +264,8 @@ def train_and_show(
     def work(tell: Listener) -> list[TrainResult | None]:
         if train is not None:
             return train(listener=tell)
-        return train_stages(stages, listener=tell, change=named, base=base)
+        keys: Any = {"change": named, "base": base, "max_forgetting": max_forgetting}
+        return train_stages(stages, listener=tell, **keys)
 
     run, base = stages[0].config.output or "", base_of(stages[0].config)
     before = read_history(Path(run)).head if exists_in(Path(run)) else None

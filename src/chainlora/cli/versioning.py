@@ -33,6 +33,16 @@ if TYPE_CHECKING:
     from chainlora.runs.state import OpenState
 
 
+forgetting_option = click.option(
+    "--max-forgetting",
+    type=click.FloatRange(min=0),
+    metavar="SHARE",
+    help="The most that rows which RUN kept before may score worse: an accuracy by this "
+    "difference, the perplexity of a loss by this share of it. If one is worse, RUN goes back to "
+    "what it was, `redo` takes the addition, and the exit status is 3.",
+)
+
+
 @click.command(cls=WithKeys)
 @keys_argument("RUN[@STAGE] [ROWS|STAGE.yaml]")
 @click.option("--resume", is_flag=True, hidden=True, help="Accepted, and not needed.")
@@ -48,6 +58,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Read earlier rows again also if this stage has another answer to their prompt.",
 )
+@forgetting_option
 @general_option
 @json_option
 def extend(
@@ -57,6 +68,7 @@ def extend(
     beside: bool | None,
     rehearse: bool,
     keep_conflicts: bool,
+    max_forgetting: float | None,
     general: str | None,
     as_json: bool,
 ) -> None:
@@ -91,7 +103,7 @@ def extend(
     section: Any = words[1] if words[1:] else {}
     overrides += [("data.keep_conflicts", "true")] * keep_conflicts
     stages = extension(words[0], section, overrides, beside=beside, rehearse=rehearse)
-    train_and_show(stages, overrides, dry_run, as_json)
+    train_and_show(stages, overrides, dry_run, as_json, max_forgetting=max_forgetting)
 
 
 @click.command(cls=WithKeys)
@@ -99,12 +111,14 @@ def extend(
 @click.option("--rows", metavar="FILE", help="Some of the rows that ADAPTER was trained on.")
 @click.option("--name", help="Name of the entry. Default: that of FILE.")
 @click.option("--model", help="Base of a new run. Default: the one that ADAPTER names.")
+@forgetting_option
 @json_option
 def add(
     arguments: tuple[str, ...],
     rows: str | None,
     name: str | None,
     model: str | None,
+    max_forgetting: float | None,
     as_json: bool,
 ) -> None:
     """Add a LoRA that was trained elsewhere to RUN, and combine it with what RUN is.
@@ -132,7 +146,7 @@ def add(
     keys: dict[str, Any] = {}
     for key, value in overrides:
         set_key(keys, key, value)
-    given: Any = {"name": name, "model": model, "config": keys}
+    given: Any = {"name": name, "model": model, "config": keys, "max_forgetting": max_forgetting}
     state = with_progress(run, lambda tell: add_to(run, adapter, rows, listener=tell, **given))
     matrix = scored_matrix(run, compute=False) if state.keepers else None
     if as_json:

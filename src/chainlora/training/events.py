@@ -89,6 +89,14 @@ class EntryBuilt(Event):
 
 
 @dataclass(frozen=True, eq=False)
+class ForgettingHeld(Event):
+    """No column of the matrix lost more than `max_forgetting`; not in ``metrics.jsonl``."""
+
+    name = "held"
+    told: str
+
+
+@dataclass(frozen=True, eq=False)
 class Planned(Event):
     """A run is about to start or to resume; not part of ``metrics.jsonl``."""
 

@@ -23,6 +23,7 @@ from chainlora.training.events import (
     EntryBuilt,
     Evaluated,
     Event,
+    ForgettingHeld,
     KeptRowsRead,
     KnotTied,
     Listener,
@@ -146,6 +147,8 @@ class _Listener:
                 self._say(f"{event.entry}: imported in {_duration(event.seconds)}")
             case EntryBuilt(kind="stage"):
                 self._say(f"stage {event.entry}: trained in {_duration(event.seconds)}")
+            case ForgettingHeld():
+                self._say(event.told)
             case AlreadyFinished():
                 self._say(f"{event.run} was finished after step {event.step}: nothing left to do")
             case KnotTied():

@@ -25,6 +25,7 @@ from chainlora.config.staging import (
     section_of,
 )
 from chainlora.errors import RunError
+from chainlora.evaluation.forgetting import check_forgetting, need_scored_rows
 from chainlora.evaluation.stage_scores import columns_after_training, stage_matrix
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import Pruning, whole_run
@@ -35,11 +36,18 @@ from chainlora.runs.open_base import OpenBase
 from chainlora.runs.state import OpenState
 from chainlora.training.addition import addition
 from chainlora.training.building import carry_out, reader
-from chainlora.training.events import AlreadyFinished, EntryBuilt, Event, Listener, StageBegins
+from chainlora.training.events import (
+    AlreadyFinished,
+    EntryBuilt,
+    Event,
+    ForgettingHeld,
+    Listener,
+    StageBegins,
+)
 from chainlora.training.extending import extension
 from chainlora.training.loop import Loop, train_stage, tuned
 from chainlora.training.placement import Declaring
-from chainlora.training.plan import make_plan, plan_of
+from chainlora.training.plan import Plan, make_plan, plan_of
 from chainlora.training.processes import is_first_launched, wait_for_all
 from chainlora.training.progress import progress_listener
 from chainlora.training.rehearsing import rehearsal
@@ -91,6 +99,7 @@ def extend(
     *,
     beside: bool | None = None,
     rehearse: bool = False,
+    max_forgetting: float | None = None,
     listener: Listener | None = None,
     progress: bool | None = None,
 ) -> TrainResult:
@@ -107,9 +116,13 @@ def extend(
     rows, ranks, lengths and how the end is chosen: a warning names those keys of the stage before.
     The name is by default that of the file of rows, the length by their number. With `output` it
     becomes a fork that begins on `run`. The same call again goes on where it was stopped.
+
+    With `max_forgetting`, rows that the run kept before are scored before and after. Where a score
+    such as accuracy has fallen by more, or the perplexity of a loss risen by more than this share,
+    the run becomes what it was before, and ForgettingError is raised; `redo` takes the stage.
     """
     stages = extension(run, stage, beside=beside, rehearse=rehearse)
-    return _of_stages(stages, listener, (), progress)
+    return _of_stages(stages, listener, (), progress, max_forgetting)
 
 
 def rehearse(
@@ -139,6 +152,7 @@ def add(
     name: str | None = None,
     model: str | Path | None = None,
     config: Mapping[str, Any] | None = None,
+    max_forgetting: float | None = None,
     listener: Listener | None = None,
     progress: bool | None = None,
 ) -> OpenState:
@@ -154,6 +168,7 @@ def add(
             the run keeps a sample.
         name: of the entry; by default that of the file of rows.
         config: what a new run has one of, such as ``{"train": {"dtype": "bfloat16"}}``.
+        max_forgetting: as of `extend`.
 
     The same call again goes on where it was stopped, or does nothing. Raises ChainLoRAError for a
     run that did not begin on its base, for an adapter of another base, and without rows.
@@ -164,8 +179,7 @@ def add(
     with _shown(listener, progress) as tell:
         plan = addition(run, adapter, name, keys)
         base = base_of(plan.stages[0].stage.config)
-        carry_out(plan, tell, base=base)
-        _score(plan.run, tell, base)
+        _build(plan, tell, base, max_forgetting)
     return open_run(plan.run)
 
 
@@ -174,10 +188,12 @@ def _of_stages(
     listener: Listener | None,
     change: Collection[str],
     progress: bool | None,
+    max_forgetting: float | None = None,
 ) -> TrainResult:
     """Train what is new, and return the last stage's result."""
+    keys: Any = {"change": change, "max_forgetting": max_forgetting}
     with _shown(listener, progress) as tell:
-        last = train_stages(stages, listener=tell, change=change)[len(stages) - 1]
+        last = train_stages(stages, listener=tell, **keys)[len(stages) - 1]
     found = last or result_of(stages[-1].config, stages[-1].name)
     return cast(TrainResult, Shown(found))
 
@@ -207,23 +223,47 @@ def train_stages(
     change: Collection[str] = (),
     matrix: bool = True,
     base: OpenBase | None = None,
+    max_forgetting: float | None = None,
 ) -> list[TrainResult | None]:
     """Train what is new of the stages of a run; return a result for each, None of what had ended,
     and those of rehearsals after them.
 
     `change` names keys that the resume of a stopped stage may change
     (`runs.resuming.CHANGEABLE`). With `matrix`, the rows that stages kept are scored in the states
-    where they were not yet (`evaluation.stage_scores`).
+    where they were not yet (`evaluation.stage_scores`). `max_forgetting` is that of `extend`.
 
     Raises RunError where a stage that has ended is another one now, and what `train` raises.
     """
     tell, base = listener or (lambda event: None), base or base_of(stages[0].config)
     plan = make_plan(stages, change, base=base)
+    results = _build(plan, tell, base, max_forgetting, change, matrix)
+    names = [stage.name for stage in stages]
+    return [*map(results.get, names), *(r for key, r in results.items() if key not in names)]
+
+
+def _build(
+    plan: Plan,
+    tell: Listener,
+    base: OpenBase,
+    max_forgetting: float | None = None,
+    change: Collection[str] = (),
+    matrix: bool = True,
+) -> dict[str, TrainResult]:
+    """Build what a plan names, score it, and undo it where it forgets too much."""
+    if max_forgetting is not None:
+        need_scored_rows(plan.run, plan.history, max_forgetting)
+        if plan.due and plan.target is None:
+            rule = "--max-forgetting compares what the run is with what it becomes"
+            raise RunError(rule, f"{plan.run}, which does not change", "leave it out")
     results = carry_out(plan, tell, change, base=base)
     if matrix:
         _score(plan.run, tell, base)
-    names = [stage.name for stage in stages]
-    return [*map(results.get, names), *(r for key, r in results.items() if key not in names)]
+    if max_forgetting is not None and is_first_launched():
+        names = [each.name for each in plan.stages]
+        read = reader(tell, "scoring kept rows")
+        if held := check_forgetting(plan.run, names, max_forgetting, read, base):
+            tell(ForgettingHeld(0, held))
+    return results
 
 
 def base_of(config: RunConfig) -> OpenBase:
