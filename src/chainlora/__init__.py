@@ -41,6 +41,7 @@ _WHERE = {
     "export_adapter": "chainlora.runs.export",
     "export_merged": "chainlora.runs.export",
     "inspect_run": "chainlora.runs.inspection",
+    "diff": "chainlora.reports.difference",
     "report_runs": "chainlora.reports.run_report",
     "load_model": "chainlora.models.loading",
     "load_task": "chainlora.data.tasks",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from chainlora.integrations.callback import ChainCallback as ChainCallback
     from chainlora.knots.moments import carry_moments as carry_moments
     from chainlora.models.loading import load_model as load_model
+    from chainlora.reports.difference import diff as diff
     from chainlora.reports.run_report import report_runs as report_runs
     from chainlora.runs.addresses import open_run as open_run
     from chainlora.runs.cards import Naming as Naming

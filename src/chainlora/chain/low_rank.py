@@ -164,6 +164,12 @@ def _leading_triplets(matrix: Tensor, tolerance: float) -> _Triplets:
     return found.first(next((k for k in ranks if found.tail(k) <= allowed), len(found.s)))
 
 
+def numerical_rank(s: Tensor, size: int) -> int:
+    """Return how many singular values s of a matrix, whose longer side is `size`, are above the
+    rounding of float32, which factors are stored in."""
+    return int((s > s[:1] * size * torch.finfo(torch.float32).eps).sum())
+
+
 def effective_rank(s: Tensor) -> float:
     """Return exp(entropy of σ/Σσ) of singular values (Roy & Vetterli 2007), 0 if all are zero."""
     s = s.double()
@@ -194,5 +200,4 @@ def row_basis(a: Tensor) -> Tensor:
     """Return orthonormal rows [rank, in] that span the row space, null directions left out."""
     _, s, vh = torch.linalg.svd(a.double(), full_matrices=False)
     # The factors were float32 or narrower: what lies below their rounding is no direction of theirs
-    floor = s[:1] * max(a.shape) * torch.finfo(torch.float32).eps
-    return vh[s > floor]
+    return vh[: numerical_rank(s, max(a.shape))]

@@ -64,6 +64,38 @@ def show_inspection(found: Mapping[str, Any]) -> None:
         console.print(each, highlight=False)
 
 
+def show_difference(found: Mapping[str, Any]) -> None:
+    """Print what `chainlora.diff` found: a row a module, all together, and answers that differ."""
+    table = Table(box=SIMPLE_HEAD, padding=0)
+    for head in ("module", "‖a‖", "‖b‖", "‖a − b‖", "relative", "rank"):
+        table.add_column(head, justify="left" if head == "module" else "right", no_wrap=True)
+    for name, row in found["modules"].items():
+        table.add_row(escape(name), *_norms(row))
+    table.add_section()
+    table.add_row("all", *_norms(found["total"]))
+    console = Terminal()
+    wide = Terminal(width=max(console.width, 140))
+    said: list[Any] = [f"a: {found['a']}, b: {found['b']}, on {found['base']}", table]
+    for stage, row in found["answers"].items():
+        said.append(_answered(stage, row))
+        for each in row["differ"]:
+            said += [f"  {name}: {' '.join(str(each[name]).split())}" for name in each]
+            said.append("")
+    for each in said:
+        wide.print(each, highlight=False, markup=False, soft_wrap=isinstance(each, str))
+
+
+def _norms(row: Mapping[str, Any]) -> list[str]:
+    norms = [number(row[key], 4) for key in ("norm_a", "norm_b", "difference")]
+    return [*norms, f"{row['relative']:.1%}", str(row["rank"])]
+
+
+def _answered(stage: str, row: Mapping[str, Any]) -> str:
+    right = "" if row["right_a"] is None else f"; right: a {row['right_a']}, b {row['right_b']}"
+    name = f"{stage}: " if stage else ""
+    return f"{name}{len(row['differ'])} of {row['asked']} answers differ{right}"
+
+
 def _decided(numbers: Mapping[str, Any]) -> str:
     """Say what was decided when a stage began: steps of each link, its soft knots."""
     lengths = _repeated([_steps(steps) for steps in numbers["lengths"]])

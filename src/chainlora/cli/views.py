@@ -1,4 +1,5 @@
-"""The verbs that show a run or write it out: `inspect`, `report`, `board`, `export`, `verify`."""
+"""The verbs that show a run or write it out: `inspect`, `diff`, `report`, `board`, `export`,
+`verify`."""
 
 from __future__ import annotations
 
@@ -52,6 +53,40 @@ def inspect(run: str, as_json: bool) -> None:
         print_json(found)
     else:
         show_inspection(found)
+
+
+@click.command
+@click.argument("a", metavar="RUN[@NAME]", type=click.Path())
+@click.argument("b", metavar="RUN[@NAME]", type=click.Path())
+@click.option(
+    "--prompts",
+    type=click.IntRange(min=0),
+    help="Answer so many of the rows that each stage kept; 0: none, without loading the base.  "
+    "[default: 3, or all of --data]",
+)
+@click.option("--data", type=click.Path(), help="Answer rows of this file in place of kept rows.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=32, help="Most tokens of an answer."
+)
+@json_option
+def diff(a: str, b: str, as_json: bool, **options: Any) -> None:
+    """Show how two states on one base differ, in their weights and in their answers.
+
+    They are of one run, or of two: chainlora diff runs/mine@facts runs/mine. RUN@base is the base.
+    For each module the table has the Frobenius norms of both updates and of their difference, that
+    relative to the larger one, and the rank of the difference.
+    """
+    for run in (a, b):
+        need_run(run)
+    quiet()
+    from chainlora.cli.screen import show_difference
+    from chainlora.reports.difference import diff as differences
+
+    found = differences(a, b, progress=to_stderr, **options)
+    if as_json:
+        print_json(found)
+    else:
+        show_difference(found)
 
 
 @click.command

@@ -85,15 +85,7 @@ def evaluate_task(
     if isinstance(task, str | Path):
         task = load_task(task)
     config = config_of(run_or_model)
-    own = None if config is None else config.data
-    own_task = load_task(own.task) if task is None and own is not None and own.task else None
-    task = own_task if task is None and data is not None else task
-    encode: Encode
-    if task is None:
-        encode = _own_rows(run_or_model, config, data, split, limit)
-    else:
-        source = task_split_source(task, data, split, limit)
-        encode = partial(_rows_of_task, task, source, own)
+    encode, named = rows_to_score(run_or_model, task, data=data, split=split, limit=limit)
     keys: Any = {"num_links": num_links, "dtype": dtype, "speedups": speedups}
     asked, rows, found = _scored(run_or_model, config, encode, progress, **keys)
     if predictions is not None:
@@ -102,7 +94,6 @@ def evaluate_task(
     if asked.metric in INDEX_METRICS:
         metrics["majority"] = majority_rate(rows, asked.metric)
     is_file = data is not None and not Path(data).is_dir()
-    named = task or own_task
     shown: dict[str, Any] = {"task": named and named.name, "split": data if is_file else split}
     if task is None and data is None and len((state := open_run(run_or_model)).shares) > 1:
         shown = {"stage": state.with_rows.configured.key} | shown
@@ -146,6 +137,25 @@ def _scored(
     with Engine(to_accelerator(model), speedups=speedups, training=False) as engine:
         reference = engine.scores(rows, progress=progress)
     return asked, rows, judge_pairs(rows, scores, reference, config.train.dpo_beta)
+
+
+def rows_to_score(
+    run_or_model: Address,
+    task: Task | None = None,
+    *,
+    data: str | None = None,
+    split: str = "validation",
+    limit: int | None = None,
+) -> tuple[Encode, Task | None]:
+    """Find rows as `evaluate_task` names them; return what tokenises them, and their task."""
+    config = config_of(run_or_model)
+    own = None if config is None else config.data
+    own_task = load_task(own.task) if task is None and own is not None and own.task else None
+    asked = own_task if task is None and data is not None else task
+    if asked is None:
+        return _own_rows(run_or_model, config, data, split, limit), own_task
+    source = task_split_source(asked, data, split, limit)
+    return partial(_rows_of_task, asked, source, own), asked
 
 
 def _write_predictions(file: Path, found: Evaluation) -> None:

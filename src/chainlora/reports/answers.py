@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.examples import Example
@@ -44,6 +44,14 @@ class Prompt:
     row: Example | None = None
     stage: str = ""
     expected: str | None = None
+
+
+class Source(NamedTuple):
+    """Rows of a stage to ask for, and which text ends an answer."""
+
+    stage: str
+    rows: Sequence[Example]
+    stop: str | None
 
 
 def read_prompts(wanted: str, runs: Sequence[RunFacts]) -> int | list[str]:
@@ -84,17 +92,25 @@ def answers(
         if progress is not None:
             progress(f"{run.name}: answers {when}")
         prompts = prompts or _prompts(run, wanted, model, tokenizer)
-        columns.append([Said(when)] * len(prompts))
-        for stop in dict.fromkeys(prompt.stop for prompt in prompts):
-            asked = [place for place, prompt in enumerate(prompts) if prompt.stop == stop]
-            keys = {"stop": stop, "max_new_tokens": max_new_tokens}
-            said = _said(when, model, tokenizer, [prompts[place] for place in asked], **keys)
-            for place, each in zip(asked, said, strict=True):
-                columns[-1][place] = each
+        columns.append(answer(when, model, tokenizer, prompts, max_new_tokens))
     return [
         Answer(prompt.text, prompt.expected, said, prompt.stage)
         for prompt, *said in zip(prompts, *columns, strict=True)
     ]
+
+
+def answer(
+    when: str, model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int
+) -> list[Said]:
+    """Answer prompts greedily, those of one end of an answer together."""
+    found = [Said(when)] * len(prompts)
+    for stop in dict.fromkeys(prompt.stop for prompt in prompts):
+        asked = [place for place, prompt in enumerate(prompts) if prompt.stop == stop]
+        keys = {"stop": stop, "max_new_tokens": max_new_tokens}
+        said = _said(when, model, tokenizer, [prompts[place] for place in asked], **keys)
+        for place, each in zip(asked, said, strict=True):
+            found[place] = each
+    return found
 
 
 def _states(run: RunFacts) -> Iterator[tuple[str, Any, Any]]:
@@ -157,19 +173,26 @@ def _prompts(
         return [Prompt(tuple(ids), text, stop) for ids, text in asked]
     kept = run.state.kept() if run.stages else {}
     if kept:
-        rows = [(stage, each.scored[1], each.asked["stop"]) for stage, each in kept.items()]
+        rows = [Source(name, k.scored[1][:wanted], k.asked["stop"]) for name, k in kept.items()]
     else:
-        rows = [("", _own_rows(run, model, tokenizer), _stop(run, tokenizer))]
-    own = []
-    for stage, found, stop in rows:
-        for row in (each for each in found[:wanted] if len(each.prompt) > 1):
-            is_free = row.references and row.label is None
-            right = row.references if is_free else [_candidate(row, row.label or 0, tokenizer)]
-            text = _shown(row.prompt, tokenizer)
-            own.append(Prompt(row.prompt, text, stop, row, stage, " / ".join(right)))
+        own_rows = _own_rows(run, model, tokenizer)[:wanted]
+        rows = [Source("", own_rows, _stop(run, tokenizer))]
+    own = prompts_of(rows, tokenizer)
     if not own:
         raise DataError(f"the rows of {run.path} must have prompts (got plain text); {_ASK}")
     return own
+
+
+def prompts_of(sources: Sequence[Source], tokenizer: Any) -> list[Prompt]:
+    """Return the prompts of rows; plain text has none."""
+    found = []
+    for stage, rows, stop in sources:
+        for row in (each for each in rows if len(each.prompt) > 1):
+            is_free = row.references and row.label is None
+            right = row.references if is_free else [_candidate(row, row.label or 0, tokenizer)]
+            text = _shown(row.prompt, tokenizer)
+            found.append(Prompt(row.prompt, text, stop, row, stage, " / ".join(right)))
+    return found
 
 
 def _shown(prompt: Sequence[int], tokenizer: Any) -> str:

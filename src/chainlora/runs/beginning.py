@@ -67,7 +67,7 @@ def fork(state: OpenState, folder: Path) -> None:
 
 
 def need_same_base(own: OpenState, state: OpenState) -> None:
-    """Raise RunError where a state of another run cannot be combined with that of a run."""
+    """Raise RunError where a state of another run cannot be combined or compared with one."""
     history, other = own.history, state.history
     data, others = own.config().data, state.config().data
     differing = [
@@ -86,7 +86,7 @@ def need_same_base(own: OpenState, state: OpenState) -> None:
         if here != there
     ]
     if differing:
-        rule = "runs that are combined must share their base, its precision and the chat template"
+        rule = "such runs must share their base, its precision and the chat template"
         raise RunError(rule, f"another {differing[0]} in {state.run}", "train one of them again")
 
 
