@@ -182,7 +182,7 @@ def _speaker(
     quiet()
     from chainlora.evaluation.generation import Decoding, Speaker
     from chainlora.evaluation.training_rows import answer_limit, training_rows
-    from chainlora.runs.opening import load_run_or_model
+    from chainlora.runs.exported import load_run_or_model
 
     state = chosen_state(run_or_model, stages)
     model, tokenizer = load_run_or_model(state, num_links=links, dtype=dtype)

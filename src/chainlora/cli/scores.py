@@ -1,4 +1,4 @@
-"""`chainlora eval`: scores of a run or a model."""
+"""`chainlora eval`: scores of a run, a model or an export."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @click.command(name="eval")
-@click.argument("run_or_model", metavar="RUN|MODEL", type=click.Path())
+@click.argument("run_or_model", metavar="RUN|MODEL|EXPORT", type=click.Path())
 @click.option(
     "--task", help="Task name (see `chainlora tasks`) or a task file. Default: the run's own rows."
 )
@@ -77,9 +77,11 @@ def evaluate(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Score a run or a model on a task or on rows.
+    """Score a run, a model or an export on a task or on rows.
 
-    A run without --task and --data is scored on the rows of its last stage.
+    A run without --task and --data is scored on the rows of its last stage. An export, a folder or
+    a .gguf file that `export` wrote, reads rows as its run does. An adapter is scored on the base
+    that its adapter_config.json names; CHAINLORA_MODELS is a folder to look for it in.
     """
     if matrix:
         others: dict[str, Any] = {"split": split, "links": links, "stages": stages} | options

@@ -14,7 +14,7 @@ import torch
 
 from chainlora.chain.showing import Shown
 from chainlora.config.schema import DataConfig, RunConfig
-from chainlora.config.staging import need_apart
+from chainlora.config.staging import is_run, need_apart
 from chainlora.data.examples import Example
 from chainlora.data.kept import SPLITS, Kept
 from chainlora.data.sources import Source, find_source
@@ -37,7 +37,8 @@ from chainlora.evaluation.training_rows import config_of, divided_by
 from chainlora.files import check_writable, make_folder, write_text
 from chainlora.models.text_config import context_length
 from chainlora.runs.addresses import Address, open_run
-from chainlora.runs.opening import load_run_or_model
+from chainlora.runs.exported import load_run_or_model
+from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ def evaluate_task(
     and as `stage` whose rows they are, of a run with several.
 
     Args:
-        run_or_model: a run directory, or a model as `load_model` takes it.
+        run_or_model: a run directory, a model as `load_model` takes it, or an export: an adapter is
+            scored on the base that it names, and rows are read as its run reads them.
         task: what is asked, or its name or file. A run reads its own task as it did in training:
             length, truncation and demonstrations. None: the run's own rows, read as in training.
         data: a folder or file of rows; None: the run's, or the Hub's. Without a task, rows of the
@@ -86,6 +88,8 @@ def evaluate_task(
         task = load_task(task)
     config = config_of(run_or_model)
     encode, named = rows_to_score(run_or_model, task, data=data, split=split, limit=limit)
+    if named is None and config is not None and config.train.loss == "dpo":
+        _need_start(run_or_model)
     keys: Any = {"num_links": num_links, "dtype": dtype, "speedups": speedups}
     asked, rows, found = _scored(run_or_model, config, encode, progress, **keys)
     if predictions is not None:
@@ -139,6 +143,13 @@ def _scored(
     return asked, rows, judge_pairs(rows, scores, reference, config.train.dpo_beta)
 
 
+def _need_start(run_or_model: Address) -> None:
+    """Raise RunError for an export, of which nobody knows what its pairs are judged by."""
+    if not isinstance(run_or_model, OpenState) and not is_run(run_or_model):
+        rule = "pairs are judged by what their stage began on, which a run has"
+        raise RunError(rule, f"an export, {run_or_model}", "score the run, or name a task")
+
+
 def rows_to_score(
     run_or_model: Address,
     task: Task | None = None,
@@ -150,7 +161,13 @@ def rows_to_score(
     """Find rows as `evaluate_task` names them; return what tokenises them, and their task."""
     config = config_of(run_or_model)
     own = None if config is None else config.data
-    own_task = load_task(own.task) if task is None and own is not None and own.task else None
+    own_task = None
+    if task is None and own is not None and own.task:
+        try:
+            own_task = load_task(own.task)
+        except ConfigError as error:  # an export knows its task file by the last part of its path
+            error.args = (f"{error}, or name the task file by --task",)
+            raise
     asked = own_task if task is None and data is not None else task
     if asked is None:
         return _own_rows(run_or_model, config, data, split, limit), own_task
@@ -188,7 +205,8 @@ def _own_rows(
             f"{run}); name another split, or a file as data, or take --matrix (kept rows)"
         )
     if data is not None:
-        given = {"validation": None, split: data, f"num_{split}": limit}
+        given = {"train": data, "num_train": None, "validation": None, "test": None}
+        given |= {split: data, f"num_{split}": limit}  # the run's own files may be gone
         config = config.model_copy(update=given)
         find_source(data, split)  # before the model is loaded
     bound, earlier = None, dict[str, Kept]()

@@ -11,6 +11,7 @@ from chainlora.config.staging import is_run
 from chainlora.data.kept import Kept
 from chainlora.errors import RunError
 from chainlora.runs.addresses import Address, open_run
+from chainlora.runs.exported import config_of_export
 from chainlora.runs.state import OpenState
 
 MOST_TOKENS = 256  # of an answer, as transformers' own text generation has it
@@ -62,10 +63,10 @@ def answer_limit(facts: RowFacts | None) -> int:
 
 
 def config_of(run_or_model: Address) -> RunConfig | None:
-    """Return the config of a run's last stage with rows of its own, None for a model or a saved
-    chain."""
+    """Return the config of the last stage with rows of its own, of a run or an export of one; None
+    for a model or a saved chain."""
     if not isinstance(run_or_model, OpenState) and not is_run(run_or_model):
-        return None
+        return config_of_export(run_or_model)
     state = open_run(run_or_model)
     return state.with_rows.config() if state.has_run else None
 

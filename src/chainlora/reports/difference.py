@@ -16,10 +16,10 @@ from chainlora.reports.answers import Prompt, Source, answer, prompts_of
 from chainlora.reports.page import Said
 from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.beginning import need_same_base
-from chainlora.runs.weight_difference import need_one_base, weight_difference
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import chain_on_base
 from chainlora.runs.state import OpenState
+from chainlora.runs.weight_difference import need_one_base, weight_difference
 
 PROMPTS = 3  # of each stage
 
@@ -44,9 +44,9 @@ def diff(
         max_new_tokens: most tokens of an answer.
         progress: told what is being answered.
 
-    Returns ``modules`` and ``total`` (`runs.weight_difference.weight_difference`), and ``answers``, by
-    stage: how many rows were ``asked``, how many were ``right_a`` and ``right_b`` where that is
-    known, and those that ``differ``, each with its prompt, what is expected, and both answers.
+    Returns ``modules`` and ``total`` (`runs.weight_difference`), and ``answers``, by stage: how
+    many rows were ``asked``, how many were ``right_a`` and ``right_b`` where that is known, and
+    those that ``differ``, each with its prompt, what is expected, and both answers.
 
     Raises RunError for states of different bases, and with a LoRA bias.
     """

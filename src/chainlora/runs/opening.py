@@ -11,14 +11,12 @@ import torch
 from chainlora.chain.adapters import is_transposed
 from chainlora.chain.chain import Chain
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import is_run
 from chainlora.data.templates import set_chat_template
-from chainlora.errors import ModelError, RunError
-from chainlora.models.finding import names_a_file, resolve_model
+from chainlora.errors import RunError
 from chainlora.models.identity import changed_files
-from chainlora.models.loading import load_model, load_tokenizer
+from chainlora.models.loading import load_tokenizer
 from chainlora.models.quantizing import is_quantized_model
-from chainlora.runs.addresses import Address, nothing_at, open_run
+from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.history import CAUSAL, Base
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.state import OpenState
@@ -27,24 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from chainlora.models.loading import CausalModel
-
-
-def load_run_or_model(
-    run_or_model: Address, *, num_links: int | None = None, dtype: str | torch.dtype | None = None
-) -> tuple[CausalModel, PreTrainedTokenizerBase]:
-    """Return ``(model, tokenizer)`` of a run's chain, or of a model as `load_model` takes it.
-
-    `num_links` takes a run's chain as it was then; `dtype` defaults to the run's own, or float32.
-    """
-    if isinstance(run_or_model, OpenState) or is_run(run_or_model):
-        return load_run(run_or_model, num_links=num_links, dtype=dtype, as_trained=True)
-    try:
-        folder = resolve_model(str(run_or_model))
-    except ModelError as error:
-        if names_a_file(str(run_or_model)):
-            raise
-        raise nothing_at(run_or_model, "model") from error
-    return load_model(folder, dtype or "float32")
 
 
 def load_run(
