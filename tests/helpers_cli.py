@@ -6,7 +6,9 @@ import json
 import re
 from dataclasses import dataclass
 
-ANNOUNCED = re.compile(r"\S+: (links of rank [\w, ]+|every weight) on .+, to .+")
+ANNOUNCED = re.compile(
+    r"\S+: (links of rank [\w, ]+|one LoRA of rank \d+|every weight) on .+, to .+"
+)
 
 
 @dataclass

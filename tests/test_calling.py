@@ -43,8 +43,8 @@ def test_train_takes_a_config_a_mapping_and_a_path(tree, tmp_path, capsys):
         assert result.keys() == get_type_hints(TrainResult).keys()
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.count("32 training rows, 20 steps (20)\n") == 4
-    assert shown.err.count("step    20  link 0: loss ") == 4
+    assert shown.err.count("32 training rows, 20 steps\n") == 4
+    assert shown.err.count("step    20  loss ") == 4
     with pytest.raises(ConfigError, match=r"unknown key `lora_r`; here it is `chain.ranks`"):
         train(tree | {"lora_r": 8})
 
@@ -54,7 +54,7 @@ def test_progress_is_shown_unless_somebody_listens(tree, capsys):
     train(tree, listener=seen.append)
     assert "training rows" not in capsys.readouterr().err  # transformers shows a bar of its own
     train(tree, listener=seen.append, progress=True)
-    assert "link 0 tied (rounding changed the function by " in capsys.readouterr().err
+    assert "step    20  loss " in capsys.readouterr().err
     assert [event.name for event in seen].count("plan") == 2
     train(tree, progress=False)
     assert "training rows" not in capsys.readouterr().err
@@ -104,7 +104,7 @@ def test_random_state_is_kept_by_a_resume_behind_the_first_link(tree, tmp_path):
 
 
 def lines_of_steps(err: str) -> list[int]:
-    words = [line.split() for line in err.splitlines() if ": loss " in line]
+    words = [line.split() for line in err.splitlines() if "  loss " in line]
     return [int(line[1]) for line in words]
 
 
@@ -112,7 +112,6 @@ def test_a_log_has_a_line_every_so_many_steps(tree, capsys):
     train(tree | {"train": tree["train"] | {"log_every": 6}})
     err = capsys.readouterr().err
     assert lines_of_steps(err) == [6, 12, 18]
-    assert " (smoothed), lr " in err
     assert " tokens/s, 0:0" in err
     train(tree)
     assert lines_of_steps(capsys.readouterr().err) == [*range(2, 21, 2)]  # a tenth of the run
@@ -164,7 +163,7 @@ def test_what_a_stage_shows_is_its_own(capsys):
     first, *second = [line for line in capsys.readouterr().err.splitlines() if "loss" in line]
     assert "loss 9.0000" in first
     assert len(second) == 5
-    assert all("loss 1.0000 (smoothed), lr 1.0e-03, 10 tokens/s" in line for line in second)
+    assert all("loss 1.0000 (smoothed), 10 tokens/s" in line for line in second)
     assert ["left" in line for line in second] == [False, False, True, True, True]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 
 import pytest
 import yaml
 from conftest import write_rows
-from helpers import Stop, assert_same_links, stage_dir, stop_after, stopping
+from helpers import Stop, assert_same_links, records_of, stage_dir, stop_after, stopping
 
 from chainlora import load_config, train
 from chainlora.config.staging import make_stages
@@ -18,7 +19,7 @@ from chainlora.training.stages import train_stages
 
 
 def test_train_writes_a_run_directory_and_shows_its_links(chainlora, config, tmp_path):
-    done = chainlora("train", config)
+    done = chainlora("train", config, "--verbose")
     assert done.status == 0
     assert (stage_dir(tmp_path / "run") / "training.png").read_bytes().startswith(b"\x89PNG")
     for shown in ("validation: accuracy 1.0000", "majority", "11 steps", "‖ΔW‖", "overlap"):
@@ -26,6 +27,30 @@ def test_train_writes_a_run_directory_and_shows_its_links(chainlora, config, tmp
     assert "32 training rows, 11 steps (4 + 4 + 3)" in done.err  # progress goes to stderr
     assert "after link 2: validation accuracy 1.0000" in done.err
     assert "training rows" not in done.out
+
+
+def test_a_newcomer_sees_rows_steps_loss_and_scores(chainlora, config, tmp_path):
+    """Links, rates, rounding and norms were the first things shown."""
+    one = ("train", config, "--chain.ranks", "[2]", "--chain.steps", "[10]")
+    brief = chainlora(*one, "--output", tmp_path / "brief")
+    said = brief.err.splitlines()
+    assert said[0].startswith(f"{config}: one LoRA of rank 2 on ")
+    assert "32 training rows, 10 steps" in said
+    assert any(re.match(r"step +10  loss [.\d]+ \(smoothed\), [\d,]+ tokens/s, ", s) for s in said)
+    assert re.match(r"step +10  after training: validation accuracy", said[-1])
+    for word in ("link", "tied", "‖ΔW‖", "overlap", "rounding", "lr "):
+        assert word not in brief.err + brief.out
+    whole = chainlora(*one, "--output", tmp_path / "whole", "--verbose")
+    for words in ("link 0: loss", ", lr ", "steps (10)", "link 0 tied (rounding changed the func"):
+        assert words in whole.err
+    assert "effective rank" in whole.out
+    assert [record["event"] for record in records_of(tmp_path / "brief")] == [
+        record["event"] for record in records_of(tmp_path / "whole")
+    ]
+    several = chainlora("train", config, "--output", tmp_path / "several").err
+    assert "11 steps (4 + 4 + 3)" in several
+    assert "link 1: loss " in several
+    assert "after link 2: validation " in several
 
 
 def test_any_key_can_be_set_in_any_order_and_either_spelling(chainlora, config, tmp_path):
@@ -50,7 +75,7 @@ def test_a_name_with_a_number_sign_is_taken_whole(chainlora, config, tmp_path):
     keys = ("--chain.ranks", lengths, "--chain.steps", lengths, "--output", "'quoted' # so")
     refused = chainlora("train", config, *keys, "--model", f"{tmp_path}/base #1")
     refused.refused(f"{tmp_path}/base #1")
-    announced = f"{config}: links of rank 1 on {tmp_path}/base #1, to quoted"
+    announced = f"{config}: one LoRA of rank 1 on {tmp_path}/base #1, to quoted"
     assert refused.err.splitlines()[0] == announced
 
 

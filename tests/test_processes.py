@@ -128,7 +128,7 @@ def test_a_killed_process_ends_the_others_with_one_sentence(launched):
 
 def test_the_command_line_prints_once(launched):
     assert (launched / "stdout").read_text().count("7 steps, ") == 1
-    assert (launched / "stderr").read_text().count("link 0 tied") == 1
+    assert (launched / "stderr").read_text().count("training rows, 7 steps") == 1
     assert (stage_dir(launched / "command") / "result.json").is_file()
 
 

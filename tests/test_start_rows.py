@@ -262,7 +262,7 @@ def test_one_stage_is_combined_with_what_the_run_began_on(roomy, sentiment, tmp_
     train(of_rows(roomy, sentiment, run := tmp_path / "run", **keys))
     with pytest.raises(RunError, match="two states or more are combined"):
         combine(run, general=False)
-    found = chainlora(f"combine {run} --json")
+    found = chainlora(f"combine {run} --json --verbose")
     assert found.status == 0, found.err
     assert re.search(r"distance to main 0\.\d\d, start 0\.\d\d", found.err)
     states = {name: row[0]["value"] for name, row in found.json["matrix"]["states"].items()}

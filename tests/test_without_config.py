@@ -52,7 +52,7 @@ def test_two_files_become_a_run_of_two_stages(tiny_folder, chainlora, caplog):
     assert caplog.text.count(f"January-2026: {chosen}") == 1
     assert not Path("runs").exists()
     done, run = chainlora(*begin), Path("runs/January-2026")
-    assert "links of rank 8" in done.err
+    assert "one LoRA of rank 8" in done.err
     assert caplog.text.count(f"January-2026: {chosen}") == 2
     assert chain_of(run, "January-2026")["epochs"] == [10]
     assert chain_of(run, "January-2026")["ranks"] == [8]

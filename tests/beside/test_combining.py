@@ -51,7 +51,7 @@ def test_a_combination_is_that_of_its_parts(abc):
 
 def test_a_rank_and_an_importance_are_chosen(abc, chainlora):
     """They stay when a stage is added or pruned, and are gone when it is combined anew."""
-    found = chainlora(f"combine {abc} b a=3 c --rank 2 --no-scores")
+    found = chainlora(f"combine {abc} b a=3 c --rank 2 --no-scores --verbose")
     assert re.search(r"rank 2, error of the rank 0\.\d\d; distance to . 0\.\d\d", found.err)
     weighed = open_run(abc)
     assert weighed.facts[0].rank == 2

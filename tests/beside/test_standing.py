@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from helpers import Stop, stage_dir, stopping, train_all, train_on
@@ -18,7 +19,7 @@ from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, prune_stage, undo
 from chainlora.runs.history_file import read_history
-from chainlora.training.events import Event, KeptRowsRead, StageBegins
+from chainlora.training.events import Event, LayerSolved, StageBegins
 from chainlora.training.plan import make_plan
 from chainlora.training.stages import extension, rehearsal, train_stages
 
@@ -84,9 +85,9 @@ def test_a_stage_beside_others_has_its_config_from_the_first(abc, ac, sentiment)
     other = section(sentiment, "d") | {"train": {"lr": 1e-4}}
     events: list[Event] = []
     train_on(abc, other, beside=True, listener=events.append)
-    shares = [event.share for event in events if isinstance(event, KeptRowsRead)]
-    assert shares == sorted({*shares})
-    assert shares[-1] == 1
+    solved = [event for event in events if isinstance(event, LayerSolved)]
+    assert [event.layer for event in solved] == [*range(solved[0].layers + 1)]
+    assert {*solved[0].parts.split(" + ")} == {"a", "b", "c", "d"}
     for run in (abc, ac):
         (stage,) = extension(run, section(sentiment, "d2"), beside=True)
         assert stage.config.train.lr == 1e-2
@@ -202,7 +203,10 @@ def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, cap
     assert cli([*ask, "--dry-run"]) == 0
     assert capsys.readouterr().out == "d: finished, then a combination\n"
     assert cli(ask) == 0
-    assert capsys.readouterr().out.startswith(f"{ac} is after-d now")
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"{ac} is after-d now")
+    assert re.search(r"^combining [acd + ]+: layer 1 of 2$", shown.err, re.MULTILINE)
+    assert "distance" not in shown.err  # which --verbose shows
     assert open_run(ac).entry.parents == ("a", "c", "d")
     undo(ac, "base")
     assert cli(["eval", f"{ac}", "--matrix"]) == 1

@@ -52,9 +52,9 @@ def combine(
 ) -> Combined:
     """Return the combination of parts, in the order of their sums.
 
-    `model` is the base, without links; `tell` is called after each layer with how many are done.
-    Raises ChainError for modules outside of decoder layers, models that cannot be solved layer by
-    layer, and activations that are not finite.
+    `model` is the base, without links; `tell` is called before the first layer, and after each,
+    with how many are done. Raises ChainError for modules outside of decoder layers, models that
+    cannot be solved layer by layer, and activations that are not finite.
     """
     modules = [*dict.fromkeys(name for part in parts for name in part.update)]
     layers = Layers(model, modules)
@@ -65,6 +65,7 @@ def combine(
     rows = [_entered(layers, part) for part in parts]
     found: dict[str, Factors] = {}
     whole = left_out = 0.0
+    tell(0, len(layers.blocks))
     for place, (path, block) in enumerate(layers.blocks.items()):
         inner = [name.removeprefix(f"{path}.") for name in modules if name.startswith(f"{path}.")]
         with in_float32(block) as exact:

@@ -45,6 +45,29 @@ dtype_option = click.option(
     type=click.Choice(["float32", "bfloat16"]),
     help="Data type of the weights. Default: the run's, or float32.",
 )
+
+
+def _note_verbose(context: click.Context, param: click.Parameter, value: bool) -> None:
+    context.meta[_VERBOSE] = value
+
+
+_VERBOSE = "chainlora.verbose"  # the key of `context.meta`
+verbose_option = click.option(
+    "--verbose",
+    is_flag=True,
+    expose_value=False,
+    callback=_note_verbose,
+    help="Also show learning rates, knots, a table of links, and how far a combination is from its "
+    "parts.",
+)
+
+
+def is_verbose() -> bool:
+    """Say whether the command has --verbose."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(_VERBOSE))
+
+
 general_option = click.option(
     "--general",
     metavar="FILE|none",

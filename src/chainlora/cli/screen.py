@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -13,18 +14,19 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from chainlora.reports.charts import number
-from chainlora.training.progress import Terminal, console_of_bars, console_on_stderr
+from chainlora.training.progress import OFTEN, Terminal, console_of_bars, console_on_stderr
 
 _COLUMNS = ["link", "rank", "steps", "loss", "validation", "‖ΔW‖", "effective rank"]
 _COLUMNS += ["overlap with earlier"]
 
 
 @contextmanager
-def evaluation_progress() -> Iterator[Callable[..., None]]:
-    """Give a ``progress([what,] rows_done, rows)`` that draws a bar on stderr, if a terminal."""
+def evaluation_progress(line: str = "scoring {}: row {} of {}") -> Iterator[Callable[..., None]]:
+    """Give a ``progress([what,] done, total)`` that draws a bar on stderr if it is a terminal, else
+    prints a line now and then."""
     console = console_on_stderr()
     bar = Progress(
-        TextColumn("rows"),
+        TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         TextColumn("{task.completed}/{task.total}"),
         TimeRemainingColumn(),
@@ -32,18 +34,33 @@ def evaluation_progress() -> Iterator[Callable[..., None]]:
         disable=not console.is_terminal,
         transient=True,
     )
-    task = bar.add_task("rows", total=None)
+    task = bar.add_task("", total=None)
+    said = time.monotonic()
+
+    def progress(*told: Any) -> None:
+        nonlocal said
+        *what, done, total = told
+        shown = line.format(what[0] if what else "rows", done, total)
+        bar.update(task, description=shown.partition(":")[0], completed=done, total=total)
+        is_late = done < total and time.monotonic() - said >= OFTEN
+        if not console.is_terminal and is_late:
+            said = time.monotonic()
+            console.print(shown, highlight=False, markup=False, soft_wrap=True)
+
     with bar:
-        yield lambda *told: bar.update(task, completed=told[-2], total=told[-1])
+        yield progress
 
 
-def show_inspection(found: Mapping[str, Any]) -> None:
-    """Print what `inspect_run` found: a row a link, and the chain as a whole."""
+def show_inspection(found: Mapping[str, Any], *, is_whole: bool = True) -> None:
+    """Print what `inspect_run` found: a row a link, and the chain as a whole; else only what is
+    not as it was planned."""
     console = Terminal()
     # what is narrower would cut numbers; a terminal wraps them
     console = Terminal(width=max(80, console.width) if console.is_terminal else 140)
-    if found["links"]:
-        said: list[Any] = [_table(found)]
+    if not is_whole:
+        said: list[Any] = []
+    elif found["links"]:
+        said = [_table(found)]
     else:
         said = [f"{found['run']}: no links on {found['base']}"]
     if not found["finished"]:
@@ -53,7 +70,7 @@ def show_inspection(found: Mapping[str, Any]) -> None:
             f"`chainlora train CONFIG` resumes from step {position['step']}"
         )
     for stage, numbers in found["numbers"].items():
-        if numbers["lengths"]:
+        if is_whole and numbers["lengths"]:
             name = f" of {stage}" if len(found["numbers"]) > 1 else ""
             said.append(f"planned{name}: {_decided(numbers)}")
     if (selected := found["selected"]) is not None:

@@ -21,12 +21,14 @@ from chainlora.cli.common import (
     general_option,
     is_first_process,
     is_run,
+    is_verbose,
     json_option,
     keys_argument,
     picture_if_possible,
     print_json,
     quiet,
     to_stderr,
+    verbose_option,
     whole_run,
 )
 from chainlora.errors import ConfigError
@@ -51,6 +53,7 @@ Result = TypeVar("Result")
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
 @general_option
+@verbose_option
 @json_option
 def train(
     arguments: tuple[str, ...], resume: bool, dry_run: bool, general: str | None, as_json: bool
@@ -141,8 +144,10 @@ def _config_of_rows(
 def _announce(file: str, config: RunConfig) -> None:
     """Tell what is about to be trained, before seconds of imports."""
     if is_first_process():
-        ranks = ", ".join(map(str, config.chain.ranks)) or "none"
-        to_stderr(f"{file}: links of rank {ranks} on {config.model}, to {config.output}")
+        ranks = config.chain.ranks
+        what = f"links of rank {', '.join(map(str, ranks)) or 'none'}"
+        what = f"one LoRA of rank {ranks[0]}" if len(ranks) == 1 else what
+        to_stderr(f"{file}: {what} on {config.model}, to {config.output}")
 
 
 def _train_alone(stage: Stage, change: Sequence[str], dry_run: bool, as_json: bool) -> None:
@@ -300,7 +305,7 @@ def _show_run(
     from chainlora.runs.inspection import inspect_run
 
     run = config.output or ""
-    show_inspection(inspect_run(run))
+    show_inspection(inspect_run(run), is_whole=is_verbose())
     for result in results:
         prefix = f"{result['stage']}: " if are_stages else ""
         for split, metrics in result["metrics"].items():
@@ -311,7 +316,7 @@ def _show_run(
             f"{result['wall_s']:.0f} s, peak memory {result['peak_memory_mb']} MiB"
         )
     of = columns_after_training(open_run(run))
-    show_matrix(stage_matrix(run, compute=False, of=of))
+    show_matrix(stage_matrix(run, compute=False, of=of), has_notes=is_verbose())
     click.echo(f"run directory {run}")
     is_chat = _is_chat(open_run(run), base)
     _show_next(shlex.quote(run), results[-1], config, open_run(run), is_chat)
@@ -388,7 +393,8 @@ def with_progress(run: str | None, work: Callable[[Listener], Result]) -> Result
     from chainlora.training.interrupts import interruptible
     from chainlora.training.progress import progress_listener
 
-    shown = progress_listener() if is_first_process() else nullcontext(lambda event: None)
+    nothing = nullcontext(lambda event: None)
+    shown = progress_listener(is_verbose()) if is_first_process() else nothing
     with shown as show, interruptible(_say_stopping) as interrupts:
 
         def listener(event: Event) -> None:

@@ -13,6 +13,7 @@ from chainlora.cli.common import (
     general_keys,
     general_option,
     is_run,
+    is_verbose,
     json_option,
     keys_argument,
     need_run,
@@ -21,6 +22,7 @@ from chainlora.cli.common import (
     read_strengths,
     show,
     to_stderr,
+    verbose_option,
     whole_run,
     words_and_overrides,
 )
@@ -60,6 +62,7 @@ forgetting_option = click.option(
 )
 @forgetting_option
 @general_option
+@verbose_option
 @json_option
 def extend(
     arguments: tuple[str, ...],
@@ -112,6 +115,7 @@ def extend(
 @click.option("--name", help="Name of the entry. Default: that of FILE.")
 @click.option("--model", help="Base of a new run. Default: the one that ADAPTER names.")
 @forgetting_option
+@verbose_option
 @json_option
 def add(
     arguments: tuple[str, ...],
@@ -174,6 +178,7 @@ def _parts(state: OpenState) -> str:
 @click.option("--keep-conflicts", is_flag=True, help="Read old answers too, not the newest alone.")
 @click.option("--output", type=click.Path(), help="Folder of a new run; RUN stays as it is.")
 @click.option("--no-scores", is_flag=True, help="Do not score it on the rows of each stage.")
+@verbose_option
 @json_option
 def combine(
     run: str,
@@ -200,7 +205,7 @@ def combine(
     from chainlora.evaluation.combination import told
 
     keys, importance = _weighed(names)
-    with evaluation_progress() as progress:
+    with evaluation_progress("combining {}: layer {} of {}") as progress:
         state = combined(
             folder,
             keys,
@@ -213,7 +218,8 @@ def combine(
         )
     assert state.entry is not None
     to_stderr(f"{state.run} is {state.key} now, of {', '.join(state.entry.parents)}")
-    to_stderr(told(state.history, state.key))
+    if is_verbose():
+        to_stderr(told(state.history, state.key))
     matrix = None if no_scores else scored_matrix(str(state.run))
     if as_json:
         shown = {"run": str(state.run), "now": state.key, "of": state.entry.parents}
@@ -240,6 +246,7 @@ def _weighed(names: Sequence[str]) -> tuple[list[str], dict[str, float]]:
 @click.command(cls=WithKeys)
 @keys_argument("RUN")
 @click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
+@verbose_option
 @json_option
 def rehearse(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Train a stage on rows that all stages of RUN kept, as many of each.
@@ -392,10 +399,12 @@ def scored_matrix(run: str, speedups: Speedups = "auto", *, compute: bool = True
         return stage_matrix(run, speedups=speedups, progress=progress, compute=compute)
 
 
-def show_matrix(matrix: StageMatrix, echo: Callable[[str], object] = click.echo) -> None:
-    """Print a row a state and a column a stage; nothing where no cell was scored."""
+def show_matrix(
+    matrix: StageMatrix, echo: Callable[[str], object] = click.echo, *, has_notes: bool = True
+) -> None:
+    """Print a row a state and a column a stage, and summaries; nothing where no cell was scored."""
     if matrix.cells:
-        echo(str(matrix))
+        echo(str(matrix) if has_notes else matrix.in_lines())
 
 
 @click.command

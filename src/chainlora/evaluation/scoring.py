@@ -205,7 +205,7 @@ def _own_rows(
             f"{run}); name another split, or a file as data, or take --matrix (kept rows)"
         )
     if data is not None:
-        given = {"train": data, "num_train": None, "validation": None, "test": None}
+        given: dict[str, Any] = {"train": data, "num_train": None, "validation": None, "test": None}
         given |= {split: data, f"num_{split}": limit}  # the run's own files may be gone
         config = config.model_copy(update=given)
         find_source(data, split)  # before the model is loaded

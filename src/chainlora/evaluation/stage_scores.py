@@ -98,13 +98,17 @@ class StageMatrix:
     grid: list[list[Cell | None]]
 
     def __repr__(self) -> str:
+        return "\n".join([self.in_lines(), *self.notes()])
+
+    def in_lines(self) -> str:
+        """Return the scores as a table, without summaries."""
         lines = [self._heads(), *self._lines()]
         (width, *widths) = (max(map(len, column)) for column in zip(*lines, strict=True))
-        texts = [
+        texts = (
             "  ".join([state.ljust(width), *map(str.rjust, values, widths)])
             for state, *values in lines
-        ]
-        return "\n".join([*texts, *self.notes()])
+        )
+        return "\n".join(texts)
 
     def _repr_html_(self) -> str:
         columns = [shades_of(column) for column in zip(*self.grid, strict=True)]

@@ -31,7 +31,7 @@ from chainlora.runs.locks import is_in_use
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.resuming import not_named
 from chainlora.runs.work import Work
-from chainlora.training.events import EntryBuilt, KeptRowsRead, Listener, StageBegins
+from chainlora.training.events import EntryBuilt, KeptRowsRead, LayerSolved, Listener, StageBegins
 from chainlora.training.interrupts import stop_requested
 from chainlora.training.loop import Loop, train_stage, tuned
 from chainlora.training.plan import Plan
@@ -179,7 +179,7 @@ _NO_TRACKERS = {"trackers": ()}  # a run may come from somebody else: they are n
 def _compute(run: Path, entry: Unbuilt, tell: Listener, base: OpenBase | None) -> None:
     """Give an entry its state for which nothing is trained."""
     if entry.kind == "combine":
-        build_combination(run, entry.key, reader(tell), base)
+        build_combination(run, entry.key, _solver(tell), base)
     elif entry.kind == "import":
         if entry.key == START:
             build_start(run, entry, base, reader(tell, "writing general rows"))
@@ -221,18 +221,32 @@ def _entry_with(name: str, history: History) -> str:
     return found[-1] if found else name
 
 
-def reader(tell: Listener, doing: str = "reading kept rows") -> Progress:
-    """Return what is called while kept rows are read or written, which the same command does again:
-    it tells, and raises StoppedError if asked to stop.
+def reader(tell: Listener, doing: str = "scoring kept rows") -> Progress:
+    """Return what is called while kept rows are scored or written: it tells, and may stop."""
+
+    def read(what: str, done: int, rows: int) -> None:
+        _stop_if_asked(f"{doing}, {what}")
+        tell(KeptRowsRead(0, done, done / rows, doing, what))
+
+    return read
+
+
+def _solver(tell: Listener) -> Progress:
+    """Return what is called while a combination is solved: it tells, and may stop."""
+
+    def solved(parts: str, layer: int, layers: int) -> None:
+        _stop_if_asked(f"combining {parts}")
+        tell(LayerSolved(0, parts, layer, layers))
+
+    return solved
+
+
+def _stop_if_asked(doing: str) -> None:
+    """Raise StoppedError if asked to stop in what the same command does again.
 
     Several processes must stop alike, so they finish what they have begun.
     """
-
-    def read(what: str, done: int, rows: int) -> None:
-        number = stop_requested()
-        if number is not None and num_launched() == 1:
-            got = f"{signal.Signals(number).name} while {doing}, {what}"
-            raise StoppedError(f"the run stopped (got {got}); the same command goes on", number)
-        tell(KeptRowsRead(0, done, done / rows, doing))
-
-    return read
+    number = stop_requested()
+    if number is not None and num_launched() == 1:
+        got = f"{signal.Signals(number).name} while {doing}"
+        raise StoppedError(f"the run stopped (got {got}); the same command goes on", number)

@@ -57,13 +57,24 @@ class ReferenceScored(Event):
 
 @dataclass(frozen=True, eq=False)
 class KeptRowsRead(Event):
-    """Rows that stages kept have been read, to combine a stage or to score it, after its
-    last step; or the model has written some. Not in ``metrics.jsonl``."""
+    """Rows that stages kept have been scored, after the last step; or the model has written some.
+    Not in ``metrics.jsonl``."""
 
     name = "kept"
     rows: int  # so far
     share: float  # of what is due
-    doing: str = "reading kept rows"
+    doing: str = "scoring kept rows"
+    what: str = ""  # whose rows, in which state
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSolved(Event):
+    """A layer of a combination was solved; at first, none is yet. Not in ``metrics.jsonl``."""
+
+    name = "layer"
+    parts: str  # of the combination, joined
+    layer: int  # how many are solved
+    layers: int
 
 
 @dataclass(frozen=True, eq=False)

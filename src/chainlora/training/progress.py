@@ -26,6 +26,7 @@ from chainlora.training.events import (
     ForgettingHeld,
     KeptRowsRead,
     KnotTied,
+    LayerSolved,
     Listener,
     Planned,
     ReferenceScored,
@@ -37,16 +38,18 @@ from chainlora.training.events import (
 _LINES = 10  # of steps in a run, where nobody says how many
 _RECENT, _ENOUGH = 25, 5  # steps whose median tells the time left: the first ones are slow
 _SILENCE = 60.0  # seconds after which a line is due all the same
+OFTEN = 10.0  # seconds between lines where nothing else is said
 
 
 @contextmanager
-def progress_listener() -> Iterator[Listener]:
-    """Give a listener for `train` that shows loss, rate, tokens/s and time left on stderr.
+def progress_listener(is_verbose: bool = False) -> Iterator[Listener]:
+    """Give a listener for `train` that shows loss, tokens/s and time left on stderr.
 
     On a terminal that is a bar, which goes when the context ends, however it ends. In a log file or
-    a notebook it is a line every `train.log_every` steps.
+    a notebook it is a line every `train.log_every` steps. `is_verbose` adds rates, knots, and how
+    far combinations are from their parts.
     """
-    listener = _Listener()
+    listener = _Listener(is_verbose)
     try:
         yield listener
     finally:
@@ -82,7 +85,8 @@ def console_of_bars(console: Console) -> Console:
 
 
 class _Listener:
-    def __init__(self) -> None:
+    def __init__(self, is_verbose: bool) -> None:
+        self.is_verbose, self.num_links = is_verbose, 1
         self.console = console_on_stderr()
         self.log_every: int | None = None
         bars: Any = {
@@ -90,11 +94,10 @@ class _Listener:
             "disable": not self.console.is_terminal,
         }
         self.bar = Progress(
-            TextColumn("link {task.fields[link]}"),
+            TextColumn("{task.fields[link]}step"),
             BarColumn(bar_width=24),
             TextColumn("{task.completed}/{task.total}"),
-            TextColumn("loss {task.fields[loss]} (smoothed)"),
-            TextColumn("lr {task.fields[rate]:.1e}"),
+            TextColumn("loss {task.fields[loss]} (smoothed){task.fields[rate]}"),
             TextColumn("{task.fields[speed]:.0f} tokens/s"),
             TextColumn("{task.fields[left]}"),
             **bars,
@@ -102,7 +105,7 @@ class _Listener:
         self.reading = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[rows]:,} rows"),
+            TextColumn("{task.fields[told]}"),
             TimeRemainingColumn(),
             transient=True,
             **bars,
@@ -123,11 +126,16 @@ class _Listener:
     def __call__(self, event: Event) -> None:
         match event:
             case RowsEncoded():
-                self._read(f"tokenising {event.split}", event)
+                self._read(f"tokenising {event.split}", f"{event.rows:,} rows", event.share)
             case ReferenceScored():
-                self._read(f"scoring {event.split}", event)
+                self._read(f"scoring {event.split}", f"{event.rows:,} rows", event.share)
             case KeptRowsRead():
-                self._read(event.doing, event)
+                whose = f"{event.what}, " if event.what else ""
+                self._read(event.doing, f"{whose}{event.rows:,} rows", event.share)
+            case LayerSolved():
+                told = f"layer {event.layer or 1} of {event.layers}"
+                share = event.layer / event.layers
+                self._read(f"combining {event.parts}", told, share, is_first=event.layer == 0)
             case Planned():
                 self._plan(event)
             case StepDone():
@@ -142,7 +150,8 @@ class _Listener:
                 self._say(f"stage {event.stage}{where}{again}")
             case EntryBuilt(kind="combine"):
                 took = _duration(event.seconds)
-                self._say(f"{event.entry}: combined in {took}; {event.told}")
+                told = f"; {event.told}" if self.is_verbose else ""
+                self._say(f"{event.entry}: combined in {took}{told}")
             case EntryBuilt(kind="import") if event.entry != START:
                 self._say(f"{event.entry}: imported in {_duration(event.seconds)}")
             case EntryBuilt(kind="stage"):
@@ -151,18 +160,23 @@ class _Listener:
                 self._say(event.told)
             case AlreadyFinished():
                 self._say(f"{event.run} was finished after step {event.step}: nothing left to do")
-            case KnotTied():
+            case KnotTied() if self.is_verbose:
                 self._say(
                     f"step {event.step:>5}  link {event.link} tied "
                     f"(rounding changed the function by {event.function_change:.1e})"
                 )
         self.heard = time.monotonic()
 
-    def _read(self, what: str, event: RowsEncoded | ReferenceScored | KeptRowsRead) -> None:
+    def _read(self, what: str, told: str, share: float, is_first: bool = False) -> None:
+        """Show what is done between trainings: by a bar, else by a line now and then."""
         if what not in self.splits:
-            self.splits[what] = self.reading.add_task(what, total=1.0, rows=0)
+            self.splits[what] = self.reading.add_task(what, total=1.0, told=told)
             self.reading.start()
-        self.reading.update(self.splits[what], completed=event.share, rows=event.rows)
+        self.reading.update(self.splits[what], completed=share, told=told)
+        is_late = share < 1 and time.monotonic() - self.said >= OFTEN
+        if not self.console.is_terminal and (is_first or is_late):
+            self.said = time.monotonic()
+            self._say(f"{what}: {told}")
 
     def _plan(self, event: Planned) -> None:
         # losses, seconds and bars of the stage before say nothing of this one
@@ -176,13 +190,14 @@ class _Listener:
                 bar.remove_task(task)
         self.log_every = event.log_every
         self.total, self.evaluations = event.num_steps, event.evaluations
-        lengths = " + ".join(map(str, event.lengths))
+        self.num_links = len(event.lengths)
+        lengths = self._lengths(event.lengths)
         resumed = f", resuming after step {event.step}" if event.step else ""
         rows = f"{event.rows} training row{'s' * (event.rows != 1)}"
         about = ""
         if event.estimate is not None and not event.step:
             about = f", about {_duration(event.estimate)} at the speed of the stage before"
-        self._say(f"{rows}, {event.num_steps} steps ({lengths or 'no link'}){resumed}{about}")
+        self._say(f"{rows}, {event.num_steps} steps{lengths}{resumed}{about}")
         for split, found in event.data.items():
             for line in _what_became_of(found):
                 self._say(f"{split}: {line}")
@@ -191,25 +206,36 @@ class _Listener:
             "train",
             total=event.num_steps,
             completed=event.step,
-            link=0,
+            link=self._link(0),
             loss="–",
-            rate=0.0,
+            rate="",
             speed=0.0,
             left="",
         )
         self.bar.start()
+
+    def _lengths(self, lengths: Sequence[int]) -> str:
+        """Return the steps of each link, where there are several, or somebody wants to know."""
+        each = " + ".join(map(str, lengths)) or "no link"
+        return f" ({each})" if self.is_verbose or len(lengths) != 1 else ""
+
+    def _link(self, link: int) -> str:
+        """Return which link is trained, where there are several."""
+        return f"link {link}: " if self.is_verbose or self.num_links > 1 else ""
 
     def _step(self, event: StepDone) -> None:
         self.seconds.append(event.seconds)
         left = self._left(event.step)
         self.loss = _smoothed(self.loss, event.loss)
         self.speed = _smoothed(self.speed, event.tokens / max(event.seconds, 1e-9))
+        link = self._link(event.link)
+        rate = f", lr {event.learning_rate:.1e}" if self.is_verbose else ""
         self.bar.update(
             self.task,
             completed=event.step,
-            link=event.link,
+            link=link,
             loss=f"{self.loss:.4f}",
-            rate=event.learning_rate,
+            rate=rate,
             speed=self.speed,
             left=left,
         )
@@ -220,9 +246,8 @@ class _Listener:
         if not self.console.is_terminal and (is_late or event.step % every == 0):
             self.said = time.monotonic()
             self._say(
-                f"step {event.step:>5}  link {event.link}: loss {self.loss:.4f} (smoothed), "
-                f"lr {event.learning_rate:.1e}, {self.speed:,.0f} tokens/s"
-                + (f", {left}" if left else "")
+                f"step {event.step:>5}  {link}loss {self.loss:.4f} (smoothed){rate}, "
+                f"{self.speed:,.0f} tokens/s" + (f", {left}" if left else "")
             )
 
     def _left(self, step: int) -> str:
@@ -238,9 +263,10 @@ class _Listener:
     def _evaluated(self, event: Evaluated) -> None:
         self.evaluation_seconds.append(time.monotonic() - self.heard)
         scores = ", ".join(f"{name} {value:.4f}" for name, value in event.metrics.items())
-        places = {"start": "before training", "knot": f"after link {event.link}"}
-        place = places.get(event.where, f"link {event.link}")
-        self._say(f"step {event.step:>5}  {place}: validation {scores}")
+        end = f"after {self._link(event.link)}" if self._link(0) else "after training: "
+        places = {"start": "before training: ", "knot": end}
+        place = places.get(event.where, self._link(event.link))
+        self._say(f"step {event.step:>5}  {place}validation {scores}")
 
 
 def _what_became_of(found: Mapping[str, Any]) -> Iterator[str]:

@@ -260,8 +260,7 @@ def _build(
         _score(plan.run, tell, base)
     if max_forgetting is not None and is_first_launched():
         names = [each.name for each in plan.stages]
-        read = reader(tell, "scoring kept rows")
-        if held := check_forgetting(plan.run, names, max_forgetting, read, base):
+        if held := check_forgetting(plan.run, names, max_forgetting, reader(tell), base):
             tell(ForgettingHeld(0, held))
     return results
 
