@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from chainlora import Chain, LinkConfig, make_config, report_runs, save_chain, train
 from chainlora.config.staging import make_stages
 from chainlora.evaluation.stage_scores import Cell, StageMatrix, stage_matrix
-from chainlora.reports.chain_charts import stage_pictures
+from chainlora.reports.chain_charts import chain_pictures, stage_pictures
 from chainlora.reports.charts import short
 from chainlora.reports.page import render
 from chainlora.reports.run_charts import training_pictures
@@ -285,6 +285,32 @@ def test_a_run_of_stages_shows_what_each_did_to_every_other(tiny_folder, sentime
     (facts,) = read_runs([run])
     loss = training_pictures(facts.records)[0].svg
     assert re.findall(r">(link \d)<", loss) == ["link 0"]  # records count within the stage
+
+
+def test_right_answers_come_first_and_a_colour_means_one_thing(finished):
+    """The loss came first, validation was green or orange, and so were stages and links."""
+    (run,) = read_runs([finished])
+    scores, loss, rate = training_pictures(run.records)
+    assert (scores.title, loss.title) == ("Validation scores over the steps", "Loss over the steps")
+
+    def lines(picture) -> set[str]:
+        return {*re.findall(r"stroke: var\(--(\w+)\)", picture.svg)} - {"soft", "grey", "grid"}
+
+    validation, training = "vermilion", "blue"
+    assert [lines(each) - {"ink"} for each in (scores, loss, rate)] == [
+        {validation},
+        {validation, training},
+        {training},
+    ]
+    for picture in chain_pictures(run):
+        used = {*re.findall(r"var\(--(\w+)\)", picture.svg)}
+        assert not used & {validation, training}, picture.title
+    page = page_of(finished)
+    heads = table(page, "Each link")[0]
+    assert heads.index("validation accuracy") < heads.index("training loss")
+    folded = re.findall(r'<section id="(\w+)"[^>]*>\s*<h2[^>]*>\w+</h2>\s*<details>', page)
+    assert folded == ["links", "config", "versions"]
+    assert "‖ΔW‖" not in page.split('<section id="links"')[0]
 
 
 @pytest.mark.parametrize(("metric", "best"), [("accuracy", 0.9), ("loss", 0.1)])

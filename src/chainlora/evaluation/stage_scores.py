@@ -423,7 +423,7 @@ def summarise_matrix(
     metrics: Sequence[str],
     learned: Sequence[int],
 ) -> list[MatrixSummary]:
-    """Return a summary for each metric, in the order in which metrics occur.
+    """Return a summary for each metric, those of which more is better before losses.
 
     Args:
         scores: R, [T + 1][columns].
@@ -442,4 +442,4 @@ def summarise_matrix(
         average, names = fmean(column[j][last] for j in own), tuple(stages[j] for j in own)
         means = [fmean(values) if values else None for values in (transfers, losses)]
         found.append(MatrixSummary(metric, names, sign < 0, average, *means))
-    return found
+    return sorted(found, key=lambda each: each.is_turned)

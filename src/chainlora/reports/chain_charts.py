@@ -12,9 +12,8 @@ from chainlora.errors import RunError
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.stage_scores import StageMatrix, shades_of
 from chainlora.reports.charts import (
-    BLUE,
-    GREEN,
     GREY,
+    INK,
     MOST_LABELS,
     SMALL,
     Panel,
@@ -23,14 +22,14 @@ from chainlora.reports.charts import (
     grid_table,
     heat_map,
     legend_above,
-    line_style,
     name_places,
     picture,
     save,
+    stage_style,
     whole_steps,
 )
 from chainlora.reports.runs import RunFacts, is_share, state_names
-from chainlora.runs.history import BASE, START
+from chainlora.runs.history import BASE, COMBINED, START
 from chainlora.runs.records import Record
 
 
@@ -44,7 +43,8 @@ def plot_chain(inspection: Mapping[str, Any], out_png: str | Path) -> None:
         raise RunError(
             "a picture of a chain needs at least one link", "none", "train the run first"
         )
-    panels = [*_sizes(links), *_overlap(links)]
+    styles = _styles(links, [link.get("stage", "") for link in links])
+    panels = [*_sizes(links, styles), *_overlap(links)]
 
     def fill(figure: Any) -> None:
         grid = figure.subplots(1, len(panels), squeeze=False)
@@ -61,9 +61,11 @@ def chain_pictures(run: RunFacts) -> list[Picture]:
     if not links:
         return []
     note = "mean over the modules, the largest first"
+    styles = _styles(links, run.stage_names)
+    spectra = partial(_draw_spectra, links=links, styles=styles)
     panels = [
-        *_sizes(links),
-        Panel("Singular spectrum of each link", note, partial(_draw_spectra, links=links)),
+        *_sizes(links, styles),
+        Panel("Singular spectrum of each link", note, spectra),
         *_received("What each layer received", links, layer_of, "layer"),
         *_received("What each kind of module received", links, kind_of, ""),
         *_overlap(links),
@@ -78,21 +80,22 @@ def stage_pictures(run: RunFacts) -> list[Picture]:
         return []
     stages = run.matrix.of([name for name in run.matrix.stages if name not in (BASE, START)])
     is_shares = all(is_share(cell.metric, cell.value) for cell in stages.cells)
-    shares = [_shares_picture(stages)] if is_shares and stages.cells else []
+    shares = [_shares_picture(stages, run.stage_names)] if is_shares and stages.cells else []
     return [*shares, _matrix_picture(run.matrix)]
 
 
-def _shares_picture(matrix: StageMatrix) -> Picture:
+def _shares_picture(matrix: StageMatrix, names: Sequence[str]) -> Picture:
     """Return a line for each stage: its score before training, after each stage, and now."""
     from matplotlib.ticker import PercentFormatter
 
     states = state_names(matrix.states)
+    order = [*dict.fromkeys([*names, *matrix.stages])]  # a matrix may have a stage of another state
 
     def draw(axes: Any) -> None:
         columns = zip(matrix.stages, zip(*matrix.grid, strict=True), strict=True)
-        for place, (stage, column) in enumerate(columns):
+        for stage, column in columns:
             known = [(at, cell.value) for at, cell in enumerate(column) if cell is not None]
-            style = line_style(place) | {"marker": "o", "linewidth": 1.8}
+            style = stage_style(order.index(stage)) | {"marker": "o", "linewidth": 1.8}
             axes.plot([at for at, _ in known], [value for _, value in known], label=stage, **style)
             for at, value in known if len(matrix.stages) <= 2 else ():
                 where = {"textcoords": "offset points", "ha": "center", "fontsize": SMALL}
@@ -154,11 +157,26 @@ def _matrix_picture(matrix: StageMatrix) -> Picture:
 # --- links ---
 
 
-def _sizes(links: Sequence[Record]) -> list[Panel]:
+def _styles(links: Sequence[Record], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the style of each link: the colour of its stage, that of a combination dark; links of
+    one stage by their dashes."""
+    places = {name: place for place, name in enumerate(dict.fromkeys(names)) if name != COMBINED}
+    found = []
+    for link in links:
+        known = places.get(link.get("stage", ""))
+        color = INK if known is None else stage_style(known)["color"]
+        found.append(
+            {"color": color, "linestyle": ("-", "--", ":", "-.")[link.get("place", 0) % 4]}
+        )
+    return found
+
+
+def _sizes(links: Sequence[Record], styles: Sequence[Mapping[str, Any]]) -> list[Panel]:
     """Return size and rank of each link."""
+    colours = [style["color"] for style in styles]
 
     def draw_norms(axes: Any) -> None:
-        _bars(axes, [link["delta_norm"] for link in links], color=BLUE)
+        _bars(axes, [link["delta_norm"] for link in links], color=colours)
         axes.set_ylabel("‖ΔW‖ (Frobenius)")
 
     def draw_ranks(axes: Any) -> None:
@@ -166,7 +184,7 @@ def _sizes(links: Sequence[Record]) -> list[Panel]:
         used = [link["effective_rank"] for link in links]
         frame = {"facecolor": "none", "edgecolor": GREY, "linestyle": "--"}
         axes.bar(range(len(links)), ranks, width=0.7, label="rank", **frame)
-        _bars(axes, used, color=GREEN, label="effective rank", inside=True)
+        _bars(axes, used, color=colours, label="effective rank", inside=True)
         axes.set_ylim(top=1.3 * max(ranks))
         axes.set_ylabel("mean over modules")
         axes.legend(loc="upper right", ncols=2)
@@ -199,13 +217,13 @@ def _number_links(axis: Any, places: range) -> None:
         whole_steps(axis)
 
 
-def _draw_spectra(axes: Any, links: Sequence[Record]) -> None:
+def _draw_spectra(axes: Any, links: Sequence[Record], styles: Sequence[Mapping[str, Any]]) -> None:
     """Draw the singular values of each link's update, their mean over the modules."""
     longest = 0
-    for place, link in enumerate(links):
+    for link, own in zip(links, styles, strict=True):
         values = link["spectrum"]
         longest = max(longest, len(values))
-        style = line_style(place) | {"marker": "o", "markersize": 4, "linewidth": 1.5}
+        style = {**own, "marker": "o", "markersize": 4, "linewidth": 1.5}
         axes.plot(range(1, len(values) + 1), values, label=f"link {link['link']}", **style)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("direction")

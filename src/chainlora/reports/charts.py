@@ -20,7 +20,9 @@ from chainlora.files import write_bytes
 # Okabe–Ito: told apart by every kind of vision
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 SKY, PURPLE, GREY = "#56B4E9", "#CC79A7", "#777777"
-INK = "#222222"
+ORANGE, INK = "#E69F00", "#222222"
+TRAINING, VALIDATION, PLAIN = BLUE, VERMILION, GREY  # in every chart; plain is the base
+_OF_STAGES = (GREEN, PURPLE, ORANGE, SKY)  # and of runs beside each other: one of these throughout
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY, GREY)
 SMALL = 9  # points; the smallest text of a page's chart
 PAGE_SIZE = (4.0, 2.9)  # inches
@@ -68,6 +70,7 @@ _THEME = {
     "#009e73": "green",
     "#1a7f37": "green",
     "#cc79a7": "purple",
+    "#e69f00": "orange",
 }
 _ON_LIGHT, _ON_DARK = "#0A0A0A", "#F8F8F8"  # text in a cell, whatever the page's colours
 
@@ -209,6 +212,13 @@ def line_style(place: int) -> dict[str, Any]:
     """Return colour and dashes of one of several lines."""
     dashes = ("-", "--", ":")[place // len(COLOURS) % 3]
     return {"color": COLOURS[place % len(COLOURS)], "linestyle": dashes}
+
+
+def stage_style(place: int) -> dict[str, Any]:
+    """Return colour and dashes of a stage, by its place among those of a run: in every chart the
+    same, and neither of those of training and validation."""
+    dashes = ("-", "--", ":")[place // len(_OF_STAGES) % 3]
+    return {"color": _OF_STAGES[place % len(_OF_STAGES)], "linestyle": dashes}
 
 
 def legend_above(axes: Any, **keys: Any) -> None:

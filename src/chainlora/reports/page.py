@@ -85,10 +85,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Section:
-    """A section. Its columns stand side by side where the screen is wide enough."""
+    """A section. Its columns stand side by side where the screen is wide enough. One that is for
+    specialists is folded."""
 
     title: str
     columns: Sequence[Column]
+    is_folded: bool = False
 
     @property
     def anchor(self) -> str:
@@ -99,10 +101,10 @@ class Section:
         return [block for column in self.columns for block in column.blocks]
 
 
-def section(title: str, *blocks: Block | None) -> Section:
+def section(title: str, *blocks: Block | None, is_folded: bool = False) -> Section:
     """Return a section of one column, with the blocks that have something in them."""
     kept = [b for b in blocks if b and not (isinstance(b, Numbers) and not b.table.rows)]
-    return Section(title, [Column("", kept)])
+    return Section(title, [Column("", kept)], is_folded)
 
 
 @dataclass(frozen=True)

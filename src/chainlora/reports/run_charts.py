@@ -11,21 +11,18 @@ from typing import Any
 
 from chainlora.errors import RunError
 from chainlora.reports.charts import (
-    BLUE,
-    GREEN,
     GREY,
     MOST_LABELS,
-    PURPLE,
-    SKY,
     SMALL,
-    VERMILION,
+    TRAINING,
+    VALIDATION,
     Draw,
     Panel,
     Picture,
     legend_above,
-    line_style,
     picture,
     save,
+    stage_style,
     whole_steps,
 )
 from chainlora.reports.runs import RunFacts
@@ -76,7 +73,7 @@ def comparing_pictures(runs: Sequence[RunFacts]) -> list[Picture]:
     """Return the curves of several runs in one chart each: validation, and training loss."""
     found = []
     scores = {run.score for run in runs if run.score}
-    names = ["loss", *scores] if len(scores) == 1 else ["loss"]
+    names = [*scores, "loss"] if len(scores) == 1 else ["loss"]
     for name in dict.fromkeys(names):
         if any(_known(run.evaluations, name) for run in runs):
             draw = partial(_draw_runs, runs=runs, name=name)
@@ -97,7 +94,7 @@ def _draw_runs(axes: Any, runs: Sequence[RunFacts], name: str | None) -> None:
         knots = {record["step"] for record in of_event(run.records, "knot")}
         at = [record["step"] for record in records]
         marked = [i for i, step in enumerate(at) if step in knots]
-        style = line_style(place) | {"marker": "o", "markevery": marked, "linewidth": 1.6}
+        style = stage_style(place) | {"marker": "o", "markevery": marked, "linewidth": 1.6}
         axes.plot(at, values, label=run.name, **style)
     whole_steps(axes.xaxis)
     axes.set_xlabel("step")
@@ -132,13 +129,13 @@ def _training(records: Sequence[Record]) -> list[Panel]:
     some, width = thinned(steps)
     each = "each step" if width == 1 else f"mean of {width} steps"
     found = []
+    if names := score_names(evals):  # right answers come before losses
+        draw = partial(_draw_scores, evals=evals, names=names)
+        found.append(Panel("Validation scores over the steps", "", draw, 2.0))
     if steps or _known(evals, "loss"):
         draw = partial(_draw_loss, steps=some, evals=evals, each=each)
         note = "in nats; vertical lines are knots"
         found.append(Panel("Loss over the steps", note, draw, 3.0))
-    if names := score_names(evals):
-        draw = partial(_draw_scores, evals=evals, names=names)
-        found.append(Panel("Validation scores over the steps", "", draw, 2.0))
     if steps:
         draw = partial(_draw_rate, steps=some)
         found.append(Panel("Learning rate over the steps", "", draw))
@@ -161,16 +158,16 @@ def _draw_loss(axes: Any, steps: Sequence[Record], evals: Sequence[Record], each
     losses = [r["loss"] for r in finite]
     if finite:
         at, smoothed = [r["step"] for r in finite], smooth(losses, span=max(9, len(losses) / 12))
-        axes.plot(at, losses, color=SKY, alpha=0.5, linewidth=0.8, label=each)
-        axes.plot(at, smoothed, color=BLUE, linewidth=1.8, label="smoothed")
+        axes.plot(at, losses, color=TRAINING, alpha=0.35, linewidth=0.8, label=each)
+        axes.plot(at, smoothed, color=TRAINING, linewidth=1.8, label="smoothed")
     if held_out:
         at, values = [r["step"] for r in held_out], [r["loss"] for r in held_out]
-        style = {"color": VERMILION, "linewidth": 1.2, "marker": "o", "markersize": 5}
+        style = {"color": VALIDATION, "linewidth": 1.2, "marker": "o", "markersize": 5}
         axes.plot(at, values, label="validation", **style)
     axes.set_ylabel("loss")
     narrow = {"handlelength": 1.2, "columnspacing": 0.8, "handletextpad": 0.4}
     for handle in axes.legend(loc="upper right", ncols=3, **narrow).get_lines():
-        handle.set(alpha=1, linewidth=1.8)
+        handle.set_linewidth(1.8)
     # single spikes, the highest half per cent, are cut off; the legend gets room above
     ordered = sorted(losses[len(losses) // 50 :])
     shown = [*ordered[: int(len(ordered) * 0.995) + 1], *(r["loss"] for r in held_out)]
@@ -184,10 +181,11 @@ def _draw_scores(axes: Any, evals: Sequence[Record], names: Sequence[str]) -> No
     from matplotlib.ticker import PercentFormatter
 
     everything = []
-    for name, color, marker in zip(names, (GREEN, VERMILION, PURPLE), "osD", strict=False):
+    for name, dashes, marker in zip(names, ("-", "--", ":"), "osD", strict=False):
         points = [(r["step"], r[name]) for r in _known(evals, name)]
         everything += [value for _, value in points]
-        style = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.5}
+        style = {"color": VALIDATION, "linestyle": dashes, "marker": marker}
+        style |= {"markersize": 5, "linewidth": 1.5}
         axes.plot(*zip(*points, strict=True), label=name, **style)
     fractions = "margin" not in names and all(0 <= value <= 1 for value in everything)
     if fractions:
@@ -221,7 +219,7 @@ def _label_points(axes: Any, evals: Sequence[Record], name: str, form: str) -> N
 def _draw_rate(axes: Any, steps: Sequence[Record]) -> None:
     for link, own in groupby(steps, key=lambda record: record["link"]):  # a restart is a gap
         points = [(r["step"], r.get("learning_rate", math.nan)) for r in own]
-        axes.plot(*zip(*points, strict=True), color=PURPLE, linewidth=1.5, label=f"link {link}")
+        axes.plot(*zip(*points, strict=True), color=TRAINING, linewidth=1.5, label=f"link {link}")
     axes.set_ylabel("learning\nrate")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
     axes.set_ylim(bottom=0)

@@ -84,10 +84,10 @@ def run_page(runs: Sequence[RunFacts], answered: Mapping[str, Sequence[Answer]])
         _each("Stages", runs, stage_blocks),
         _each("Answers", runs, lambda run: _answers(answered.get(run.name, ()))),
         _each("Training", parts, lambda part: training_pictures(part.records)),
-        _each("Links", runs, lambda run: [*chain_pictures(run), *links_table(run)]),
         section("Cost", Numbers(_side_by_side("What it cost", costs))),
-        section("Config", *_configs(parts)),
-        section("Versions", Numbers(_side_by_side("Versions", known))),
+        replace(_each("Links", runs, links_blocks), is_folded=True),
+        section("Config", *_configs(parts), is_folded=True),
+        section("Versions", Numbers(_side_by_side("Versions", known)), is_folded=True),
     ]
     return Page(" · ".join(run.name for run in runs), _lead(runs), sections)
 
@@ -242,7 +242,6 @@ def _figures(run: RunFacts) -> list[tuple[str, str]]:
         ("time", duration(run.position.seconds)),
         ("parameters trained", _whole(result.get("trainable_parameters"))),
         ("peak memory", _memory(result)),
-        ("‖ΔW‖ of the chain", number(run.inspection["chain"].get("delta_norm"), 3)),
     ]
 
 
@@ -283,11 +282,17 @@ def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:
 # --- links, answers ---
 
 
+def links_blocks(run: RunFacts) -> list[Block]:
+    """Return what specialists want to know of links: sizes, directions, overlap, scores."""
+    return [*chain_pictures(run), *links_table(run)]
+
+
 def links_table(run: RunFacts) -> list[Block]:
     links = run.links
     if not links:
         return []
-    names = list(dict.fromkeys(name for link in links for name in link["scores"]))
+    known = dict.fromkeys(name for link in links for name in link["scores"])
+    names = sorted(known, key=lambda name: not is_higher_better(name))  # right answers come first
     are_several = len({link["stage"] for link in links}) > 1
     rows = []
     for link in links:
@@ -295,8 +300,9 @@ def links_table(run: RunFacts) -> list[Block]:
         if are_several:
             row |= {"stage": link["stage"], "strength": f"{link['strength']:g}"}
         row |= {"rank": str(link["rank"]), "scaling": f"{link['scaling']:g}"}
-        row |= {"steps": f"{link['steps']:,}", "training loss": number(link["loss"], 4)}
+        row["steps"] = f"{link['steps']:,}"
         row |= {f"validation {name}": number(link["scores"].get(name), 4) for name in names}
+        row["training loss"] = number(link["loss"], 4)
         row["‖ΔW‖"] = number(link["delta_norm"], 4)
         overlaps = ", ".join(number(overlap) for overlap in link["overlap"])
         row["overlap with earlier links"] = overlaps or _NONE

@@ -43,6 +43,11 @@ class RunFacts:
         return self.stages or [self]
 
     @property
+    def stage_names(self) -> list[str]:
+        """Return the stages of the run in their order, by which charts colour them."""
+        return [*self.state.shares]
+
+    @property
     def steps(self) -> list[Record]:
         return of_event(self.records, "step")
 
@@ -117,8 +122,9 @@ def run_names(runs: Sequence[str | Path]) -> list[str]:
 
 
 def state_names(states: Sequence[str]) -> list[str]:
-    """Return states of a run in words: before training, after each stage, now."""
+    """Return states of a run in words: before training, after each stage, combined, now."""
     words = {BASE: "before training", NOW: "now"}
+    words |= {state: state for state in states if state.startswith("after-")}  # combinations
     return [words.get(state, f"after {state}") for state in states]
 
 
