@@ -184,7 +184,7 @@ def _draw_scores(axes: Any, evals: Sequence[Record], names: Sequence[str]) -> No
     for name, dashes, marker in zip(names, ("-", "--", ":"), "osD", strict=False):
         points = [(r["step"], r[name]) for r in _known(evals, name)]
         everything += [value for _, value in points]
-        style = {"color": VALIDATION, "linestyle": dashes, "marker": marker}
+        style: dict[str, Any] = {"color": VALIDATION, "linestyle": dashes, "marker": marker}
         style |= {"markersize": 5, "linewidth": 1.5}
         axes.plot(*zip(*points, strict=True), label=name, **style)
     fractions = "margin" not in names and all(0 <= value <= 1 for value in everything)
