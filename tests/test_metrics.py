@@ -75,7 +75,7 @@ def test_three_stages():
 def test_metrics_stand_apart_and_losses_are_turned():
     scores = [[3.0, 0.2, 2.0], [1.0, 0.3, 2.5], [2.0, 0.8, 2.0], [4.0, 0.7, 1.0]]
     metrics = ["loss", "accuracy", "loss"]
-    loss, accuracy = summarise_matrix(scores, ["a", "b", "c"], metrics, [1, 2, 3])
+    accuracy, loss = summarise_matrix(scores, ["a", "b", "c"], metrics, [1, 2, 3])
     assert (loss.stages, accuracy.stages) == (("a", "c"), ("b",))
     assert loss == MatrixSummary("loss", ("a", "c"), True, -2.5, -3.0, 3.0)
     assert str(loss).startswith("minus the loss: average -2.5000, ")
