@@ -74,6 +74,14 @@ general_option = click.option(
     help="Of a new run: rows of general ability, a fifth of them to measure it; or none. Default: "
     "what the model writes after prompts of chainlora's.",
 )
+forgetting_option = click.option(
+    "--max-forgetting",
+    type=click.FloatRange(min=0),
+    metavar="SHARE",
+    help="The most that rows which RUN kept before may score worse: an accuracy by this "
+    "difference, the perplexity of a loss by this share of it. If one is worse, RUN goes back to "
+    "what it was, `redo` takes the addition, and the exit status is 3.",
+)
 
 
 def general_keys(general: str | None) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ import click
 
 from chainlora.cli.common import (
     WithKeys,
+    forgetting_option,
     general_keys,
     general_option,
     is_run,
@@ -33,16 +34,6 @@ if TYPE_CHECKING:
     from chainlora.evaluation.stage_scores import StageMatrix
     from chainlora.runs.changes import Pruning
     from chainlora.runs.state import OpenState
-
-
-forgetting_option = click.option(
-    "--max-forgetting",
-    type=click.FloatRange(min=0),
-    metavar="SHARE",
-    help="The most that rows which RUN kept before may score worse: an accuracy by this "
-    "difference, the perplexity of a loss by this share of it. If one is worse, RUN goes back to "
-    "what it was, `redo` takes the addition, and the exit status is 3.",
-)
 
 
 @click.command(cls=WithKeys)
