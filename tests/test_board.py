@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import gc
+import json
 import re
 import shutil
+import signal
 import sys
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread, Timer
 
@@ -15,18 +20,20 @@ import pytest
 from conftest import write_rows
 from helpers import settings, stage_dir, stop_after
 
-from chainlora import export_adapter, load_run, train
-from chainlora.board.desk import Desk
+from chainlora import export_adapter, extend, load_run, train
+from chainlora.board.desk import Desk, Mix
+from chainlora.board.training import Trainer, command_of
 from chainlora.board.watching import find_runs, sections_of, standing_of
 from chainlora.config.staging import make_stages
-from chainlora.errors import RunError
+from chainlora.errors import ConfigError, DataError, RunError
 from chainlora.evaluation.generation import Decoding, Speaker
 from chainlora.evaluation.stage_scores import Scorer, stage_matrix
 from chainlora.files import checksums
 from chainlora.reports.page import render_part
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import mix_stages
+from chainlora.runs.changes import mix_stages, undo
 from chainlora.runs.locks import take_lock
+from chainlora.runs.state import OpenState
 from chainlora.training.stages import train_stages
 
 PROMPT = "the cat sat on 3"
@@ -54,9 +61,14 @@ def run(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def heard(desk: Desk, mix: dict[str, float]) -> str:
-    turns = [{"role": "user", "content": PROMPT}]
+def heard(desk: Desk, strengths: dict[str, float]) -> str:
+    turns, mix = [{"role": "user", "content": PROMPT}], Mix("hills", strengths)
     return list(desk.answer(mix, turns, Decoding(max_new_tokens=12), as_chat=False))[-1]
+
+
+def said_by(state: OpenState) -> str:
+    model, tokenizer = load_run(state)
+    return Speaker(model, tokenizer, Decoding(max_new_tokens=12)).complete(PROMPT, len)
 
 
 def test_a_mix_is_heard_and_scored_as_what_it_makes_the_run_be(run):
@@ -65,12 +77,9 @@ def test_a_mix_is_heard_and_scored_as_what_it_makes_the_run_be(run):
     for strengths in ((1, 0), (0.35, 0.6), (0, 0), (1, 1)):
         mix = dict(zip(SAID, strengths, strict=True))
         answers[strengths] = heard(desk, mix)
-        (scored,) = desk.scores([mix])
+        (scored,) = desk.scores([Mix("hills", mix)])
         assert checksums(run) == before  # nothing that is heard changes the run
-        model, tokenizer = load_run(open_run(run, mix))
-        decoding = Decoding(max_new_tokens=12)
-        said = Speaker(model, tokenizer, decoding).complete(PROMPT, len)
-        assert answers[strengths] == said
+        assert answers[strengths] == said_by(open_run(run, mix))
         row = stage_matrix_of(run, mix)
         assert [cell.value for cell in scored] == pytest.approx(row, abs=1e-5)
     assert len(set(answers.values())) > 2
@@ -86,26 +95,55 @@ def stage_matrix_of(run: Path, strengths: dict[str, float]) -> list[float]:
     return [cell.value for cell in matrix.grid[matrix.states.index(where)]]
 
 
+def test_any_state_of_a_run_is_asked_scored_and_made_the_run(run, tmp_path):
+    """Of a combination, which has no strengths but its own, and of the base."""
+    rows = [{"prompt": f"the cat sat on {n}", "completion": " blue lakes"} for n in range(32)]
+    file = write_rows(tmp_path / "lakes.jsonl", rows)
+    extend(run, {"data": {"train": str(file)}, "chain": {"ranks": [4], "steps": [15]}}, beside=True)
+    desk = Desk(run)
+    names = ["now: after-lakes (hills, lakes)", "lakes", "hills (birds, hills)", "birds", "base"]
+    assert list(desk.entries) == names
+    assert (desk.now.key, desk.before) == ("after-lakes", "hills")
+    assert desk.strengths("after-lakes") == {"combined": 1.0}
+    assert desk.strengths("base") == {}
+    turns, decoding, matrix = [{"role": "user", "content": PROMPT}], Decoding(max_new_tokens=12), {}
+    for key in desk.entries.values():
+        answer = list(desk.answer(Mix(key), turns, decoding, as_chat=False))[-1]
+        assert answer == said_by(open_run(f"{run}@{key}"))
+        (matrix[key],) = desk.scores([Mix(key)])
+    found = stage_matrix(run)
+    for state, row in zip(found.states, found.grid, strict=True):
+        own = [cell.value for cell in matrix[state]]
+        assert own == pytest.approx([cell.value for cell in row], abs=1e-5)
+    desk.export(Mix("hills"), tmp_path / "hills", "gguf")
+    assert (tmp_path / "hills/Modelfile").is_file()
+    desk.save(Mix("hills", {"birds": 0.5, "hills": 1.0}))
+    assert open_run(run).strengths == {"birds": 0.5, "hills": 1.0}
+    undo(run, "base")
+    desk.look_again(open_run(run))
+    assert desk.before in desk.entries.values()
+    assert [cell.stage for cell in desk.scores([Mix("base")])[0]]
+
+
 def test_a_mix_is_saved_and_exported_as_by_command(run, tmp_path):
     desk, mix = Desk(run), {"birds": 0.5, "hills": 1.0}
-    desk.export(mix, tmp_path / "desk", "adapter")
+    desk.export(Mix("hills", mix), tmp_path / "desk", "adapter")
     assert open_run(run).strengths == {"birds": 1.0, "hills": 1.0}
     export_adapter(open_run(run, mix), tmp_path / "command")
     assert checksums(tmp_path / "desk") == checksums(tmp_path / "command")
-    desk.save(mix)
+    desk.save(Mix("hills", mix))
     assert open_run(run).strengths == mix
-    desk.save({"birds": 1.0, "hills": 1.0})
+    desk.save(Mix("hills", {"birds": 1.0, "hills": 1.0}))
     assert open_run(run).entry.key == "hills"  # as trained: that entry again, and no mix
 
 
 def test_who_stops_listening_stops_the_model(run):
     desk = Desk(run)
     turns = [{"role": "user", "content": PROMPT}]
-    mix = open_run(run).strengths
-    answer = desk.answer(mix, turns, Decoding(max_new_tokens=100), as_chat=True)
+    answer = desk.answer(Mix("hills"), turns, Decoding(max_new_tokens=100), as_chat=True)
     assert next(answer) != ""
     answer.close()
-    assert heard(desk, mix)  # the desk is free again
+    assert heard(desk, {})  # the desk is free again
 
 
 def test_where_runs_are_is_read_while_they_train(trained, configure, tmp_path):
@@ -167,11 +205,85 @@ def test_what_cannot_be_shown(chainlora, run, configure, tmp_path, monkeypatch):
     chainlora("board", tmp_path / "hub").refused("RUN must be a run directory")
     monkeypatch.delitem(sys.modules, "chainlora.board.app", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
-    chainlora("board", tmp_path).refused("needs Gradio", "pip install 'chainlora[board]'")
+    for places in ((tmp_path,), (tmp_path / "empty",), ()):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        chainlora("board", *places).refused("needs Gradio", "pip install 'chainlora[board]'")
     config = configure("live")
     stop_after(config, 1)
-    with pytest.raises(RunError, match=r"there must be links to mix \(got none in .*live\)"):
+    with pytest.raises(RunError, match=r"there must be links to ask \(got none in .*live\)"):
         Desk(tmp_path / "live")
+
+
+# --- training ---
+
+
+def test_what_is_uploaded_is_rows_and_its_name_stays_in_the_folder(tmp_path, run):
+    place, row = tmp_path / "place", '{"prompt": "a", "completion": " b"}'
+
+    def file(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    rows = file("My lakes 1.jsonl", row)
+    words = command_of(place, rows, model="--x", settings={"chain.ranks": 4, "chain.epochs": None})
+    name, copy = "My-lakes-1", Path(words[1])
+    assert words[2:] == [
+        f"--name={name}",
+        "--chain.ranks=4",
+        "--model=--x",
+        f"--output={place / name}",
+    ]
+    assert copy.read_text() == row
+    assert copy.parent == place / ".uploads"
+    assert command_of(place, rows, run=run)[:2] == ["extend", str(run)]
+    for name in ("../x", "a/b", ".x", "-x", "base", "/x"):
+        with pytest.raises(ConfigError, match="a stage must have a `name`"):
+            command_of(place, rows, model="m", name=name)
+    code = f"plugins: [{file('evil.py', '')}]"
+    for name, text in (("a.yaml", code), ("lineage.json", "{}"), ("b.json", f"{{{code!r}: 1}}")):
+        with pytest.raises(DataError, match=f"a file of rows must end in .* \\(got {name}\\)"):
+            command_of(place, file(name, text), model="m")
+    for text, rule in (
+        (f"{row}\n{{", "data must be JSON"),
+        ("", "at least one row"),
+        ("[1]", "a row"),
+    ):
+        with pytest.raises(DataError, match=rule):
+            command_of(place, file("c.jsonl", text), model="m")
+    assert "lineage.json" not in command_of(place, file("lineage.json", f"[{row}]"), model="m")[1]
+    with pytest.raises(ConfigError, match="a new run needs a model"):
+        command_of(place, rows)
+    with pytest.raises(ConfigError, match="training needs a file of rows"):
+        command_of(place, None, run=run)  # which has ended
+    assert not list(place.glob("[!.]*"))
+
+
+def test_a_training_is_stopped_and_resumed_and_what_fails_is_said(tiny_folder, tmp_path):
+    rows = [{"prompt": f"the cat sat on {n}", "completion": " blue lakes"} for n in range(64)]
+    file = write_rows(tmp_path / "lakes.jsonl", rows)
+    settings = {"chain.epochs": 60, "start_data": "none"}
+    command = command_of(tmp_path, file, model=str(tiny_folder), settings=settings)
+    trainer, other = Trainer(), Trainer()
+    assert (trainer.standing, trainer.lines(), trainer.is_training) == ("", [], False)
+    trainer.start(command)
+    with pytest.raises(RunError, match="one training runs at a time"):
+        trainer.start(command)
+    while trainer.is_training and not any("step" in line for line in trainer.lines()):
+        time.sleep(0.05)
+    trainer.stop()
+    assert trainer.wait() == 128 + signal.SIGTERM
+    assert trainer.standing == "Stopped. Train resumes it."
+    state = standing_of(tmp_path / "lakes")
+    assert state["state"] == "interrupted"
+    other.start(command_of(tmp_path, None, run=tmp_path / "lakes"))
+    assert other.wait() == 0
+    assert any("resuming after step" in line for line in other.lines(100))
+    assert other.standing.startswith("Trained.")
+    trainer.start(command_of(tmp_path, file, model="no/model", name="other"))
+    assert trainer.wait() == 1
+    assert trainer.standing == "Not trained:"
+    assert trainer.lines()[-1].startswith("error: ")
 
 
 # --- in a browser ---
@@ -179,25 +291,26 @@ def test_what_cannot_be_shown(chainlora, run, configure, tmp_path, monkeypatch):
 
 def test_a_run_that_goes_and_strengths_beyond_a_slider(run, trained, tmp_path):
     gradio = pytest.importorskip("gradio", reason="no gradio: pip install 'chainlora[board]'")
-    from chainlora.board import app
+    from chainlora.board import app, tabs
 
     mix_stages(run, {"birds": 1.5, "hills": -0.5})
     desk = Desk(run)
     with gradio.Blocks():
-        for slider in app._sliders(desk, "A", open_run(run).strengths)[::2]:
+        choice = gradio.Dropdown([*desk.entries.items()], value=desk.now.key)
+        for slider in tabs._sliders(desk, "A", choice):
             assert slider.preprocess(slider.value) == open_run(run).strengths[slider.label]
-    blocks = app.page_of([run, run.parent])
+    blocks = app.page_of([run, run.parent], Trainer())
     look = next(each.fn for each in blocks.fns.values() if each.name == "look")
     shutil.rmtree(run)
-    choices, page = look(str(run))
+    choices, _, page, *_ = look(str(run), None)
     assert choices.preprocess(str(run)) == str(run)  # else Gradio refuses it, every few seconds
     assert "cannot be read" in page
     for folder in ("a", "b"):
         shutil.copytree(trained, tmp_path / folder / "run")
-    blocks = app.page_of([tmp_path / "a", tmp_path / "b"])
+    blocks = app.page_of([tmp_path / "a", tmp_path / "b"], Trainer())
     look = next(each.fn for each in blocks.fns.values() if each.name == "look")
     shutil.rmtree(tmp_path / "a")
-    choices, _ = look(str(tmp_path / "a/run"))  # the one that is left has its name alone now
+    choices, *_ = look(str(tmp_path / "a/run"), None)  # the one that is left has its name alone now
     assert {value for _, value in choices.choices} == {str(tmp_path / f"{x}/run") for x in "ab"}
 
 
@@ -206,21 +319,27 @@ def test_pages_that_were_closed_hold_no_model(run):
     from chainlora.board import app
 
     other = shutil.copytree(run, run.parent / "other")
-    (mixing,) = app.page_of([run.parent]).renderables
+    (asking,) = app.page_of([run.parent], Trainer()).renderables
     pages = []
     for shown in (run, other):
         with gradio.Blocks() as page:
-            mixing.fn(str(shown))
+            asking.fn(str(shown), "")
         pages.append(page)
         (score,) = (each.fn for each in page.fns.values() if each.name == "score")
         mix = (1.0, 1.0)
-        assert "What the mixes score" in score(*mix, *mix)
+        assert "What hills and base score" in score("hills", "base", *mix, *mix)
     gc.collect()
     assert sum(type(each) is Scorer for each in gc.get_objects()) == 1
 
 
 @pytest.fixture
 def served(run, monkeypatch):
+    with serving(run, monkeypatch) as address:
+        yield address
+
+
+@contextmanager
+def serving(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of the board, where a check of it by its own server would fail: Gradio's goes
     through a proxy, and through a busy machine."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
@@ -234,12 +353,14 @@ def served(run, monkeypatch):
             away.append(arguments)
 
     sys.addaudithook(watch)
-    server, listening, address = server_of([run], "127.0.0.1", None)
-    serving = Thread(target=server.run, args=[[listening]])
-    serving.start()
-    yield address
-    server.should_exit = True
-    serving.join()
+    server, listening, address = server_of([place], "127.0.0.1", None)
+    thread = Thread(target=server.run, args=[[listening]])
+    thread.start()
+    try:
+        yield address
+    finally:
+        server.should_exit = True
+        thread.join()
     assert away == []
 
 
@@ -265,9 +386,11 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run):
     assert "done" in page.inner_text(".tiles")
     assert page.locator("svg:has-text('rows of stage')").count() == 1  # the matrix
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    page.get_by_role("tab", name="Mix and talk").click()
-    page.wait_for_selector(f"h2:has-text({run.name!r}) >> visible=true")
-    parts = ("#prompt", "#chat-A", "#chat-B", "#A-hills", "#B-hills")
+    page.get_by_role("tab", name="Ask").click()
+    page.get_by_role("button", name="Strengths").click()
+    parts = ("#state-A", "#state-B", "#prompt", "#chat-A", "#chat-B", "#A-hills", "#B-birds")
+    page.wait_for_selector("#B-birds >> visible=true")
+    assert not page.locator("#B-hills").is_visible()  # B is the state before
     tops = [page.locator(part).bounding_box()["y"] for part in parts]
     assert tops == sorted(tops)  # answers come before sliders
     page.fill("#A-hills input[type=number]", "0.8")
@@ -277,7 +400,7 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run):
     answers = []
     desk = Desk(run)
     for side, strength in (("A", 0.8), ("B", 0.0)):
-        mix = {"birds": 1.0, "hills": strength}
+        mix = Mix("hills", {"birds": 1.0, "hills": strength})
         turns, decoding = [{"role": "user", "content": PROMPT}], Decoding(max_new_tokens=32)
         answer = list(desk.answer(mix, turns, decoding, as_chat=False))[-1].strip()
         answers.append(re.split("[^ -~]", answer)[0])  # a page shows no control characters
@@ -290,12 +413,15 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run):
     page.wait_for_selector("#chat-B .bot >> nth=1")
     page.wait_for_function("document.querySelector('#prompt textarea').value === ''")
     page.get_by_role("button", name="Score A and B").click()
-    page.wait_for_selector("text=What the mixes score")
-    page.get_by_text("Save or export").click()
-    page.get_by_label("B", exact=True).check()
+    page.wait_for_selector("text=What hills and birds score")
+    page.get_by_text("Export or save").click()
+    page.get_by_role("radio", name="B", exact=True).check()
     page.get_by_role("button", name="Save: the run").click()
-    page.wait_for_selector("#outcome:has-text('hills=0')")
-    assert open_run(run).strengths == {"birds": 1.0, "hills": 0.0}
+    page.wait_for_selector("#now:has-text('now: birds')")
+    assert open_run(run).strengths == {"birds": 1.0}
+    page.get_by_role("button", name="Undo").click()
+    page.wait_for_selector("#now:has-text('now: hills')")
+    assert open_run(run).strengths == {"birds": 1.0, "hills": 1.0}
     assert page.locator("input:disabled, textarea:disabled").count() == 0
     for width in (390, 1280):
         page.set_viewport_size({"width": width, "height": 900})
@@ -317,3 +443,62 @@ def test_no_other_site_may_call_it_and_it_may_call_none(served, run, chainlora):
     chainlora("board", run, "--port", port).refused(f"--port must be free (got {port})")
     for host in ("999.1.1.1", "::1", "a..b"):
         chainlora("board", run, "--host", host).refused("--host must be a name or an IPv4", host)
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch) -> Iterator[tuple[str, Path]]:
+    """The address of a board about an empty folder, and that."""
+    place = tmp_path / "place"
+    place.mkdir()
+    with serving(place, monkeypatch) as address:
+        yield address, place
+
+
+def test_a_person_trains_in_an_empty_folder(browser, empty, tiny_folder, tmp_path):
+    rows = [{"prompt": f"the cat sat on {n}", "completion": SAID["birds"]} for n in range(32)]
+    file, (address, place) = write_rows(tmp_path / "birds.jsonl", rows), empty
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.set_default_timeout(120_000)
+    page.goto(address)
+    train = page.get_by_role("button", name="Train", exact=True)
+    train.click()
+    page.wait_for_selector("text=training needs a file of rows")
+    page.locator(".toast-close").click()
+    page.set_input_files("#rows input[type=file]", file)
+    page.wait_for_function("document.querySelector('#name input, #name textarea').value")
+    page.fill("#model input", str(tiny_folder))
+    page.keyboard.press("Tab")
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Rank").fill("4")
+    train.click()
+    page.wait_for_selector("#step:has-text('Training')")
+    page.wait_for_selector("#step:has-text('Trained.')")
+    page.wait_for_selector("#now:has-text('birds')")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert [facts.rank for facts in open_run(place / "birds").facts] == [4]
+    page.get_by_role("tab", name="Watch").click()
+    page.wait_for_selector(".tiles >> visible=true")
+    page.get_by_role("tab", name="Ask").click()
+    page.get_by_text("Export or save").click()
+    page.get_by_text("GGUF: ").click()
+    field = "document.querySelector('#folder textarea, #folder input')"
+    page.wait_for_function(f"{field}.value.endsWith('gguf')")
+    page.get_by_role("button", name="Export", exact=True).click()
+    page.wait_for_selector("#outcome:has-text('Exported to')")
+    assert (place / "birds-gguf/Modelfile").is_file()
+
+
+def test_only_what_was_uploaded_is_trained_on(empty, tiny_folder, tmp_path):
+    address, place = empty
+    secret = write_rows(tmp_path / "secret.jsonl", [{"text": "a"}])
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
+    body = {"data": [file, "", str(tiny_folder), "x", "", "", ""]}
+    headers = {"Content-Type": "application/json"}
+    call = f"{address}gradio_api/call/train"
+    asked = urllib.request.Request(call, json.dumps(body).encode(), headers)
+    with direct.open(asked, timeout=60) as answer:
+        event = json.load(answer)["event_id"]
+    with direct.open(f"{call}/{event}", timeout=60) as answer:
+        assert "event: error" in answer.read().decode()
+    assert not list(place.iterdir())

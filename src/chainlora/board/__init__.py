@@ -1,6 +1,8 @@
-"""`chainlora board`: a local page to watch runs, and to mix stages and links while one talks.
+"""`chainlora board`: a local page to train runs, watch them, ask their states, undo and export.
 
+training.py   the command that trains on an uploaded file, in a process of its own
 watching.py   what runs look like to somebody who reads their files alone
-desk.py       the links of one run, at strengths of one's own, heard and scored
-app.py        the page, by Gradio, and the only file that imports it
+desk.py       the states of one run, at strengths of one's own, asked and scored
+tabs.py       what the tabs Train and Ask hold, by Gradio
+app.py        the page, its server and its guard, by Gradio
 """

@@ -1,6 +1,6 @@
-"""The stages of a run on its base, each at a strength of one's own, heard and scored.
+"""The states of a run on its base, with stages at chosen strengths, to be asked and scored.
 
-The base is loaded when it is first needed. Links are carried beside it, so that another mix takes
+The base is loaded when it is first needed. Links are carried beside it, so that another state takes
 a tenth of a second and no byte of the run changes; a mix is the same function as what `mix_stages`
 makes the run be, to rounding.
 """
@@ -14,8 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock
-from typing import Any
+from typing import Any, NamedTuple
 
+from chainlora.chain.checks import check_strengths
 from chainlora.config.staging import split_address
 from chainlora.errors import RunError
 from chainlora.evaluation.generation import Decoding, Message, Speaker
@@ -23,31 +24,93 @@ from chainlora.evaluation.stage_scores import Cell, Scorer
 from chainlora.evaluation.training_rows import RowFacts, training_rows
 from chainlora.models.finding import resolve_model
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import mix_stages
-from chainlora.runs.export import export_adapter, export_merged
+from chainlora.runs.changes import mix_stages, undo
+from chainlora.runs.history import BASE, COMBINED, History
 from chainlora.runs.opening import tokenizer_of
+from chainlora.runs.recomputing import EXPORTERS
+from chainlora.runs.state import OpenState
 
-EXPORTS = {"adapter": export_adapter, "merged": export_merged}
+
+class Mix(NamedTuple):
+    """An entry of the run's history, or ``base``, and the strengths of stages in it."""
+
+    entry: str
+    strengths: dict[str, float] = {}  # noqa: RUF012
 
 
-Mix = dict[str, float]
-"""The strength of each stage."""
+def words_of(history: History, key: str) -> str:
+    """Return the name of an entry, and the stages in it with strengths other than 1."""
+    parts, strengths = [], history.strengths_of(history.state_of(key))
+    for name, strength in strengths.items():
+        own = history.ends(key) if name == COMBINED else [name]
+        parts += [each if strength == 1 else f"{each} at {strength:g}" for each in own if strength]
+    is_own = parts == [key] or not strengths
+    return key if is_own else f"{key} ({', '.join(parts) or 'all off'})"
 
 
 class Desk:
-    """One run, the mixes that somebody tries, and the model that answers in each of them.
+    """One run, the states that somebody tries, and the model that answers in each of them.
 
     Raises RunError for a run that has no links, or none yet.
     """
 
     def __init__(self, run: str | Path) -> None:
         self.run, _ = split_address(run)
-        self.state = open_run(self.run)
-        if not self.state.facts:
-            remedy = "wait for a knot" if self.state.draft is not None else "choose another run"
-            raise RunError("there must be links to mix", f"none in {run}", remedy)
-        self.what = (self.run, [term.link for term in self.state.state.terms])
+        self.now = open_run(self.run)
+        history = self.now.history
+        if not history.links:
+            remedy = "wait for a knot" if self.now.draft is not None else "choose another run"
+            raise RunError("there must be links to ask", f"none in {run}", remedy)
+        self.what = (self.run, [*history.links])
         self._one_at_a_time = Lock()
+
+    @property
+    def history(self) -> History:
+        """The history of the run, with a first stage that has not ended."""
+        return self.now.history
+
+    @property
+    def state(self) -> OpenState:
+        """The state whose rows are scored: what the run is, or of the base the last entry."""
+        return self.now if self.now.facts else self.now.at(self.history.entries[-1].key)
+
+    def look_again(self, now: OpenState) -> None:
+        """Take over what the run has become, of the same links."""
+        with self._one_at_a_time:
+            self.now = now
+            if "_scorer" in vars(self):
+                self._scorer.run, self._scorer.kept = self.state, self.state.kept()
+
+    @property
+    def entries(self) -> dict[str, str]:
+        """The entries of the history in words, the latest first, and then the base."""
+        entries = reversed(self.history.entries)  # rows of the start alone are the base
+        keys = [*(entry.key for entry in entries if entry.state.terms), BASE]
+        texts = {key: words_of(self.history, key) for key in keys}
+        return {"now: " * (key == self.now.key) + text: key for key, text in texts.items()}
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that have a strength in an entry."""
+        found = [self.strengths(key) for key in reversed(self.entries.values())]
+        return list(dict.fromkeys(name for each in found for name in each))
+
+    def strengths(self, entry: str) -> dict[str, float]:
+        """Return the strength of each stage in an entry."""
+        return self.history.strengths_of(self.history.state_of(entry))
+
+    @property
+    def before(self) -> str:
+        """The entry that `undo` goes back to; where the run is the base, the one to `redo`."""
+        history = self.history
+        if history.head == BASE and self.now.draft is None:
+            return next(iter(history.future), history.entries[-1].key)
+        return history.past[-1] if history.past else BASE
+
+    def at(self, mix: Mix) -> OpenState:
+        """Return a mix as a state. Raises RunError for stages that are not there."""
+        state = self.now if mix.entry == self.now.key else self.now.at(mix.entry)
+        return state.with_strengths(mix.strengths)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -83,7 +146,7 @@ class Desk:
         model stops.
         """
         with self._one_at_a_time:
-            model = self._scorer.model_at(self.state.with_strengths(mix).state)
+            model = self._scorer.model_at(self.at(mix).state)
             speaker = Speaker(model, self.tokenizer, decoding)
 
             def speak(write: Callable[[str], None]) -> str:
@@ -105,17 +168,23 @@ class Desk:
             if not stages:
                 rule = "a mix is scored on the rows that stages kept"
                 raise RunError(rule, f"none in {self.run}", "train with data.keep_rows: true")
-            states = [self.state.with_strengths(mix).state for mix in mixes]
+            states = [self.at(mix).state for mix in mixes]
             found = [scorer.score("mix", state, stages) for state in states]
             return [[replace(cell, stage=names[cell.stage]) for cell in row] for row in found]
 
     def save(self, mix: Mix) -> None:
-        """Make the run this mix, as `chainlora mix` does."""
-        mix_stages(self.run, mix)
+        """Make the run this mix, as `chainlora undo --to` and `chainlora mix` do."""
+        check_strengths(self.at(mix).outlines())
+        if mix.entry != open_run(self.run).key:
+            undo(self.run, mix.entry)
+        if mix.strengths != self.strengths(mix.entry):
+            mix_stages(self.run, mix.strengths)
 
     def export(self, mix: Mix, output: str | Path, to: str) -> dict[str, Any]:
-        """Write this mix, as `chainlora export --stages` does; the run stays what it is."""
-        return EXPORTS[to](open_run(self.run, mix), output)
+        """Write this mix, as `chainlora export` does; the run stays what it is."""
+        state = self.at(mix)
+        state.need_one_strength([name for name, value in mix.strengths.items() if value])
+        return EXPORTERS[to](state, output)
 
 
 def _growing(speak: Callable[[Callable[[str], None]], str]) -> Iterator[str]:

@@ -24,7 +24,7 @@ from chainlora.cli.common import (
     stages_option,
     to_stderr,
 )
-from chainlora.config.staging import HISTORY
+from chainlora.config.staging import refuse_older
 from chainlora.errors import ConfigError
 
 
@@ -123,21 +123,23 @@ def report(runs: tuple[str, ...], output: str | None, as_json: bool, **options: 
 
 
 @click.command
-@click.argument("runs", metavar="RUN [RUN ...]", nargs=-1, required=True, type=click.Path())
+@click.argument("runs", metavar="[RUN ...]", nargs=-1, type=click.Path())
 @click.option(
     "--host",
     default="127.0.0.1",
-    help="Address to serve at. Whoever reaches it can mix, save and export.",
+    help="Address to serve at. Whoever reaches it can train, save and export.",
 )
 @click.option("--port", type=click.IntRange(1, 65535), help="Default: 7860, or the next free.")
 def board(runs: tuple[str, ...], host: str, port: int | None) -> None:
-    """Watch runs in a browser while they train, and mix their stages while you talk to them.
+    """Train in a browser: watch runs, ask them before and after, undo and export.
 
-    RUN is a run, or a folder of runs. Two mixes answer the same prompt side by side. The page loads
-    nothing from the network.
+    RUN is a run, or a folder, also an empty one, for new runs and those in it. Default: runs, which
+    is made. Two states of a run answer the same prompt side by side. The page loads nothing from
+    the network. A training ends with the board, saved; the same command or Train resumes it.
     """
     for run in runs:
-        if not any(Path(run).glob(f"[!.]*/{HISTORY}")):
+        refuse_older(Path(run))
+        if not Path(run).is_dir() or (Path(run) / "links").is_dir():
             need_run(run)
     quiet()
     try:
@@ -148,7 +150,7 @@ def board(runs: tuple[str, ...], host: str, port: int | None) -> None:
         rule, remedy = "`board` needs Gradio", "pip install 'chainlora[board]'"
         raise ConfigError(rule, "none installed", remedy) from None
     try:
-        server, listening, address = server_of(runs, host, port)
+        server, listening, address = server_of(runs or ["runs"], host, port)
     except (OSError, UnicodeError) as error:
         if getattr(error, "errno", 0) in (errno.EADDRINUSE, errno.EACCES):
             got = port or "none of 7860 to 7959"

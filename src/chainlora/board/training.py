@@ -1,0 +1,150 @@
+"""Training from the page: `chainlora train` or `extend` in a process of its own.
+
+So the page stays responsive, and the run is like any other: after a stop, or a kill of the board,
+the same command resumes it. An uploaded file is copied below the folder of the run, under a name
+made here, and is read as rows only: never as a config, which could name plug-ins.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from chainlora import files
+from chainlora.config.data import DataConfig
+from chainlora.config.staging import check_name, name_of_rows
+from chainlora.data.readers import is_rows
+from chainlora.data.sources import FileSource
+from chainlora.data.splits import check_files
+from chainlora.errors import ConfigError, DataError, RunError, printable
+from chainlora.runs.history_file import read_history
+
+MODELS = (
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "Qwen/Qwen2.5-0.5B-Instruct",
+)
+UPLOADS = ".uploads"  # no run: its name begins with a dot
+_SHOWN = 1 << 16  # bytes of the log that are read to show its end
+
+
+def command_of(
+    place: str | Path,
+    rows: str | Path | None,
+    *,
+    run: str | Path | None = None,
+    model: str | None = None,
+    name: str | None = None,
+    settings: Mapping[str, Any] = {},
+) -> list[str]:
+    """Return the words of the command that trains on a file of rows.
+
+    It begins a run below the folder `place`, or adds a stage to `run`; `settings` are config keys,
+    None for the default. Without rows, it resumes `run`. The file is copied.
+
+    Raises ConfigError, DataError or FileError for what the command line would refuse, or would not
+    read as rows.
+    """
+    if rows is None:
+        if run is None or not read_history(Path(run)).unbuilt:
+            raise ConfigError("training needs a file of rows", "none", "choose one")
+        return ["train", str(Path(run).resolve())]
+    if run is None and not model:
+        raise ConfigError("a new run needs a model to train", "none", "choose one, or type a name")
+    name = check_name(name or name_of_rows(rows))
+    keys = {"name": name, **settings}
+    file = _copied(Path(rows), Path(place) if run is None else Path(run).parent)
+    if run is not None:
+        words = ["extend", str(Path(run).resolve()), str(file)]
+    else:
+        check_files(DataConfig(train=str(file)), None)
+        words = ["train", str(file)]
+        keys |= {"model": model, "output": Path(place).resolve() / name}
+    return [*words, *(f"--{key}={value}" for key, value in keys.items() if value is not None)]
+
+
+def _copied(rows: Path, place: Path) -> Path:
+    """Return a copy of a file of rows below a folder, named after its name and content."""
+    if not is_rows(rows):
+        rule = "a file of rows must end in .jsonl, .csv or .parquet, or be a .json of a list"
+        raise DataError(rule, rows.name, "convert it")
+    name = f"{name_of_rows(rows)}-{files.sha256(rows)[:8]}{rows.suffix.lower()}"
+    path = place.resolve() / UPLOADS / name
+    if not path.is_file():
+        files.copy_file(rows, path)
+    deque(FileSource(path), maxlen=0)  # a bad row is told at once
+    return path
+
+
+class Trainer:
+    """Runs one command that trains at a time, and shows what it says."""
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[bytes] | None = None
+        self._is_stopping = False
+        self._folder = TemporaryDirectory(prefix="chainlora-", ignore_cleanup_errors=True)
+
+    @property
+    def _log(self) -> Path:
+        return Path(self._folder.name) / "log"
+
+    @property
+    def is_training(self) -> bool:
+        """Say whether a command runs."""
+        return self._child is not None and self._child.poll() is None
+
+    def start(self, words: list[str]) -> None:
+        """Run a command of chainlora. Raises RunError where one runs."""
+        if self.is_training:
+            raise RunError("one training runs at a time", "another", "stop it, or wait for its end")
+        self._is_stopping = False
+        # A session of its own: else Ctrl-C in the terminal of the board would stop it a second
+        # time. A file and no pipe: it goes on where the board is killed.
+        with self._log.open("wb") as log:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "chainlora", *words],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def stop(self) -> None:
+        """Stop it after its step, saved; the second time at once."""
+        if self.is_training and self._child is not None:
+            self._child.terminate()
+            self._is_stopping = True
+
+    def wait(self) -> int | None:
+        """Wait for the end, and return the exit status; None where nothing was started."""
+        return None if self._child is None else self._child.wait()
+
+    @property
+    def standing(self) -> str:
+        """Where the training is, in words; nothing before the first."""
+        if self._child is None:
+            return ""
+        status = self._child.poll()
+        if status is None:
+            return "Stopping after this step …" if self._is_stopping else "Training …"
+        if status == 0:
+            return "Trained. Ask it, or look at its curves under Watch."
+        if status < 0 or status > 128:  # by a signal
+            return "Stopped. Train resumes it."
+        return "Not trained:"
+
+    def lines(self, count: int = 12) -> list[str]:
+        """Return the last lines that the command wrote."""
+        if self._child is None:
+            return []
+        with self._log.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _SHOWN))
+            texts = log.read().decode("utf-8", "replace").splitlines()
+        found = [printable(line.removeprefix("chainlora: ")) for line in texts]
+        return [line for line in found if line.strip()][-count:]
