@@ -45,7 +45,10 @@ FACTORS = {  # of a value beyond an edge; 0: none
 
 @dataclass
 class Made:
-    """What an arm has made: models, the state right after each task was learned, and its cost."""
+    """What an arm has made: models, the state right after each task was learned, and its cost.
+
+    `of_stages` says that this state is each stage's own model, as of all that merges them.
+    """
 
     models: Models
     rank: int | None  # exported; None: as wide as the modules
@@ -54,6 +57,7 @@ class Made:
     cpu: float
     ends: Mapping[str, Update] = field(default_factory=dict)
     adapters: int = 1
+    of_stages: bool = False
 
 
 @dataclass
@@ -136,7 +140,7 @@ def ours(case: Case) -> Made:
         case.steps,
         sum(map(len, case.kept.values())) + 64,
         sum(costs.values()),
-        dict(case.links),
+        of_stages=True,
     )
 
 
@@ -173,7 +177,8 @@ def router(case: Case) -> Made:
     route = nearest(features, prompts)
     cpu = case.trained_in + time.process_time() - began
     old = sum(map(len, prompts.values()))
-    return Made(Models(dict(case.links), route), 8, case.steps, old, cpu, adapters=len(case.order))
+    models, count = Models(dict(case.links), route), len(case.order)
+    return Made(models, 8, case.steps, old, cpu, adapters=count, of_stages=True)
 
 
 def at_once(case: Case) -> Made:
@@ -225,7 +230,7 @@ def merged(merge: Callable[[Sequence[Link], float], Mapping[str, torch.Tensor]])
         links, began = [link for each in case.links.values() for link in each], time.process_time()
         update = merge(links, case.settings["scale"])
         cpu = case.trained_in + time.process_time() - began
-        return Made(Models({"": update}), None, case.steps, 0, cpu)
+        return Made(Models({"": update}), None, case.steps, 0, cpu, of_stages=True)
 
     return arm
 
@@ -240,7 +245,8 @@ def solved(merge: Callable[..., dict[str, torch.Tensor]], key: str) -> Callable[
         began = time.process_time()
         update = merge(scored.model, links, rows, case.settings[key])
         cpu = case.trained_in + time.process_time() - began
-        return Made(Models({"": update}), None, case.steps, sum(map(len, rows.values())), cpu)
+        old = sum(map(len, rows.values()))
+        return Made(Models({"": update}), None, case.steps, old, cpu, of_stages=True)
 
     return arm
 
@@ -272,7 +278,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "RegMean++": {"off_diagonal": 0.9},
     "IterIS": {"passes": 1},
 }
-FIRST = ("ours", "alone", "replay", "router")
+FIRST = ("alone", "ours", "replay", "router")
 
 
 class Runner:
@@ -339,6 +345,8 @@ class Runner:
                 task: self._right(case, Models({"": end}), task)[task]
                 for task, end in made.ends.items()
             }
+            if made.of_stages:
+                learned = self.cell("alone", seed, {}, split)["right"]
             cell |= {"learned": learned, "most": {t: most(r) for t, r in case.scored.items()}}
             if arm != "alone":
                 cell |= {"general": general(self.scored, made.models)}
