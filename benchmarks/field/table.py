@@ -27,12 +27,13 @@ def learned_tasks(alone: Collection[Cell]) -> list[str]:
 
 def right(cell: Cell, tasks: Collection[str]) -> float:
     """Right answers in percent, the mean over tasks."""
-    return 100 * fmean(cell["right"][task] for task in tasks)
+    return 100 * fmean([cell["right"][task] for task in tasks] or [math.nan])
 
 
 def forgotten(cell: Cell, tasks: Collection[str]) -> float:
     """Points lost since a task was learned, the mean over tasks."""
-    return 100 * fmean(cell["learned"][task] - cell["right"][task] for task in tasks)
+    lost = [cell["learned"][task] - cell["right"][task] for task in tasks]
+    return 100 * fmean(lost or [math.nan])
 
 
 def ratio(cell: Cell, base: Cell, kinds: Collection[str]) -> float:
