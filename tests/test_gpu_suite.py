@@ -29,5 +29,7 @@ def test_the_gpu_suite_runs_without_a_gpu(tmp_path):
     assert not any(laws.values())
     # equal operations on a CPU; on a GPU sums run in another order
     assert parts["training as on a CPU"]["largest relative difference of a loss"] < 1e-4
+    assert parts["combining as on a CPU"]["largest relative difference of an update"] == 0
+    assert parts["combining tiny Llama"]["combination seconds"] > 0
     assert parts["speed tiny Llama"]["times as fast"] > 0
     assert list(tmp_path.glob("results-*.md"))

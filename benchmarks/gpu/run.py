@@ -9,6 +9,7 @@ depend on them.
     speed    tokens a second, share of the device's matmul peak, peak memory, time of a knot, host
              synchronisations a step: our engine beside PEFT's layers in a plain loop, which is what
              `Trainer` runs in a step, on the same rows
+    combining  a combination of four states equal to that of a CPU, its seconds and peak memory
     carried  a 4-bit base, where bitsandbytes is there: one link and eight, beside plain QLoRA
 
 A part that fails is a result; the others go on. Writes results-DEVICE.json and .md to --out.
@@ -37,6 +38,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 from transformers.pytorch_utils import Conv1D
 
 from chainlora import Chain, LinkConfig
+from chainlora.chain.combining import Part
+from chainlora.chain.link import Factors
+from chainlora.chain.solving import combine
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
 
@@ -107,11 +111,15 @@ def main() -> None:
         for name, config in TINY.items():
             suite.part(f"laws {name} {_short(dtype)}", lambda c=config, d=dtype: laws(c, d, device))
     suite.part("training as on a CPU", lambda: same_training(device))
+    suite.part("combining as on a CPU", lambda: same_combination(device))
     shapes = {"tiny Llama": TINY["llama"]} if is_small else LARGE
     rows, length, steps = (4, 32, 3) if is_small else (8, 512, 12)
     for name, config in shapes.items():
         suite.part(f"speed {name}", lambda c=config: speed(c, rows, length, steps, device))
         _free()
+    name, config = next(iter(shapes.items()))
+    suite.part(f"combining {name}", lambda: combining(config, rows * 8, length // 8, device))
+    _free()
     if not is_small:
         suite.part("carried, 4 bits", lambda: carried(LARGE["OPT-1.3B"], rows, length, steps))
     suite.write(options.out)
@@ -335,6 +343,53 @@ def carried(config: Any, rows: int, length: int, steps: int) -> dict[str, Any]:
             )
             found[f"{name} s/step"] = statistics.median([s for _, s in run][1:])
     return {name: _rounded(value) for name, value in found.items()}
+
+
+# --- combining ---
+
+
+def same_combination(device: torch.device) -> dict[str, float]:
+    """Return how far a combination on this device is from that of a CPU, as a share of its norm."""
+    found = []
+    for place in (torch.device("cpu"), device):
+        model = _model(TINY["llama"], torch.float32, torch.device("cpu")).to(place)
+        found.append(combine(model, _parts(model, 4, 16), 4).factors)
+    off = max(_difference(b.b.cpu() @ b.a.cpu(), a.b @ a.a) for a, b in _pairs(*found))
+    return {"largest relative difference of an update": off}
+
+
+def combining(config: Any, rows: int, length: int, device: torch.device) -> dict[str, Any]:
+    """Measure the combination of four random states, in bfloat16."""
+    model = _model(config, torch.bfloat16, device)
+    parts = _parts(model, rows, length)
+    _forget_peak(device)
+    began = _now(model)
+    combine(model, parts, 16)
+    found = {"combination seconds": _now(model) - began, "peak GB": _peak(device)}
+    return {name: _rounded(value) for name, value in found.items()}
+
+
+def _parts(model: Any, rows: int, length: int) -> list[Part]:
+    """Return four random states, drawn on the CPU, so that all devices have the same."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = {
+        name: module.weight.shape
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    }
+
+    def factors(out: int, into: int) -> Factors:
+        a, b = (torch.randn(shape, generator=draw) for shape in ((4, into), (out, 4)))
+        return Factors(a / into**0.5, 0.05 * b)
+
+    tokens = torch.randint(0, 256, (4, rows, length), generator=draw).tolist()
+    updates = [{name: factors(*shape) for name, shape in shapes.items()} for _ in tokens]
+    pairs = zip(tokens, updates, strict=True)
+    return [Part(f"part {place}", own, update) for place, (own, update) in enumerate(pairs)]
+
+
+def _pairs(one: dict[str, Factors], other: dict[str, Factors]) -> list[tuple[Factors, Factors]]:
+    return [(one[name], other[name]) for name in one]
 
 
 # --- models, rows, measures ---
