@@ -6,9 +6,7 @@ import gc
 import json
 import re
 import shutil
-import signal
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -101,7 +99,13 @@ def test_any_state_of_a_run_is_asked_scored_and_made_the_run(run, tmp_path):
     file = write_rows(tmp_path / "lakes.jsonl", rows)
     extend(run, {"data": {"train": str(file)}, "chain": {"ranks": [4], "steps": [15]}}, beside=True)
     desk = Desk(run)
-    names = ["now: after-lakes (hills, lakes)", "lakes", "hills (birds, hills)", "birds", "base"]
+    names = [
+        "now: after-lakes (hills + lakes)",
+        "lakes",
+        "before: hills (birds + hills)",
+        "birds",
+        "base",
+    ]
     assert list(desk.entries) == names
     assert (desk.now.key, desk.before) == ("after-lakes", "hills")
     assert desk.strengths("after-lakes") == {"combined": 1.0}
@@ -119,6 +123,7 @@ def test_any_state_of_a_run_is_asked_scored_and_made_the_run(run, tmp_path):
     assert (tmp_path / "hills/Modelfile").is_file()
     desk.save(Mix("hills", {"birds": 0.5, "hills": 1.0}))
     assert open_run(run).strengths == {"birds": 0.5, "hills": 1.0}
+    assert undo(run).key == "after-lakes"  # another entry and strengths: one step all the same
     undo(run, "base")
     desk.look_again(open_run(run))
     assert desk.before in desk.entries.values()
@@ -172,7 +177,9 @@ def test_where_runs_are_is_read_while_they_train(trained, configure, tmp_path):
     assert "history.json must be" in render_part(sections_of(runs, runs["broken"]))
     live = render_part(sections_of(runs, runs["live"]))
     assert live.count("<svg") > 4
-    assert "<details" not in live
+    assert re.findall("<summary>(.*?)<", live) == ["Show learning rate", "Show links"]
+    assert "**Continue**" not in live  # as Markdown
+    assert "Training was interrupted. <strong>Continue" in live
     done = render_part(sections_of({}, runs["done"]))
     assert all(f">{name}</h3>" in done for name in SAID)
     assert done.index("What each stage did to the loss") < done.index("Loss over the steps")
@@ -181,7 +188,7 @@ def test_where_runs_are_is_read_while_they_train(trained, configure, tmp_path):
 def test_a_stage_that_is_off_does_not_lead(run):
     mix_stages(run, {"hills": 0})
     page = render_part(sections_of({}, run))
-    assert re.findall(r"<h3>(.*?)</h3>", page) == ["birds", "hills (off)"]
+    assert re.findall(r"<h3>(.*?)</h3>", page) == ["birds", "hills (off)"] * 2  # losses, rates
     assert standing_of(run)["stage"] == "birds"
 
 
@@ -245,7 +252,7 @@ def test_what_is_uploaded_is_rows_and_its_name_stays_in_the_folder(tmp_path, run
         with pytest.raises(DataError, match=f"a file of rows must end in .* \\(got {name}\\)"):
             command_of(place, file(name, text), model="m")
     for text, rule in (
-        (f"{row}\n{{", "data must be JSON"),
+        (f"{row}\n{{", r"^Line 2 of c.jsonl cannot be read: data must be JSON \(got [^/]*$"),
         ("", "at least one row"),
         ("[1]", "a row"),
     ):
@@ -257,31 +264,6 @@ def test_what_is_uploaded_is_rows_and_its_name_stays_in_the_folder(tmp_path, run
     with pytest.raises(ConfigError, match="training needs a file of rows"):
         command_of(place, None, run=run)  # which has ended
     assert not list(place.glob("[!.]*"))
-
-
-def test_a_training_is_stopped_and_resumed_and_what_fails_is_said(tiny_folder, tmp_path):
-    rows = [{"prompt": f"the cat sat on {n}", "completion": " blue lakes"} for n in range(64)]
-    file = write_rows(tmp_path / "lakes.jsonl", rows)
-    settings = {"chain.epochs": 60, "start_data": "none"}
-    command = command_of(tmp_path, file, model=str(tiny_folder), settings=settings)
-    trainer, other = Trainer(), Trainer()
-    trainer.start(command)
-    with pytest.raises(RunError, match="one training runs at a time"):
-        trainer.start(command)
-    while trainer.is_training and not any("step" in line for line in trainer.lines()):
-        time.sleep(0.05)
-    trainer.stop()
-    assert trainer.wait() == 128 + signal.SIGTERM
-    assert trainer.standing == "Stopped. Train resumes it."
-    assert standing_of(tmp_path / "lakes")["state"] == "interrupted"
-    other.start(command_of(tmp_path, None, run=tmp_path / "lakes"))
-    assert other.wait() == 0
-    assert any("resuming after step" in line for line in other.lines(100))
-    assert other.standing.startswith("Trained.")
-    trainer.start(command_of(tmp_path, file, model="no/model", name="other"))
-    assert trainer.wait() == 1
-    assert trainer.standing == "Not trained:"
-    assert trainer.lines()[-1].startswith("error: ")
 
 
 # --- in a browser ---
@@ -325,7 +307,7 @@ def test_pages_that_were_closed_hold_no_model(run):
         pages.append(page)
         (score,) = (each.fn for each in page.fns.values() if each.name == "score")
         mix = (1.0, 1.0)
-        assert "What hills and base score" in score("hills", "base", *mix, *mix)
+        assert "What hills (birds + hills) and base score" in score("hills", "base", *mix, *mix)
     gc.collect()
     assert sum(type(each) is Scorer for each in gc.get_objects()) == 1
 
@@ -386,18 +368,26 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.get_by_role("tab", name="Ask").click()
     page.get_by_role("button", name="Strengths").click()
-    parts = ("#state-A", "#state-B", "#prompt", "#chat-A", "#chat-B", "#A-hills", "#B-birds")
-    page.wait_for_selector("#B-birds >> visible=true")
-    assert not page.locator("#B-hills").is_visible()  # B is the state before
+    sides = ("Left", "Right")
+    chats = [f"#chat-{side}" for side in sides]
+    parts = (
+        *(f"#state-{side}" for side in sides),
+        "#prompt",
+        *chats,
+        "#Left-hills",
+        "#Right-birds",
+    )
+    page.wait_for_selector("#Right-birds >> visible=true")
+    assert not page.locator("#Right-hills").is_visible()  # that is the state before
     tops = [page.locator(part).bounding_box()["y"] for part in parts]
     assert tops == sorted(tops)  # answers come before sliders
-    page.fill("#A-hills input[type=number]", "0.8")
+    page.fill("#Left-hills input[type=number]", "0.8")
     page.keyboard.press("Tab")
     page.fill("#prompt textarea", PROMPT)
     page.get_by_role("button", name="Ask").click()
     answers = []
     desk = Desk(run)
-    for side, strength in (("A", 0.8), ("B", 0.0)):
+    for side, strength in (("Left", 0.8), ("Right", 0.0)):
         mix = Mix("hills", {"birds": 1.0, "hills": strength})
         turns, decoding = [{"role": "user", "content": PROMPT}], Decoding(max_new_tokens=32)
         answer = list(desk.answer(mix, turns, decoding, as_chat=False))[-1].strip()
@@ -408,17 +398,23 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run):
     page.get_by_label("Most tokens").fill("")  # the default, then
     page.get_by_label("Chat template").check()
     page.get_by_role("button", name="Ask").click()
-    page.wait_for_selector("#chat-B .bot >> nth=1")
+    page.wait_for_selector("#chat-Right .bot >> nth=1")
     page.wait_for_function("document.querySelector('#prompt textarea').value === ''")
-    page.get_by_role("button", name="Score A and B").click()
-    page.wait_for_selector("text=What hills and birds score")
-    page.get_by_text("Export or save").click()
-    page.get_by_role("radio", name="B", exact=True).check()
-    page.get_by_role("button", name="Save: the run").click()
-    page.wait_for_selector("#now:has-text('now: birds')")
+    page.get_by_role("button", name="Test both").click()
+    page.wait_for_selector("text=What hills (birds + hills at 0.8) and birds score")
+    heads = page.locator("#scores th[scope=col]").all_inner_texts()
+    assert heads == ["rows of", "hills (birds + hills at 0.8)", "birds", "±"]
+    page.fill("#Left-hills input[type=number]", "0.7")
+    page.keyboard.press("Tab")
+    page.wait_for_selector("#scores table", state="hidden")  # they were another pair's
+    page.get_by_text("Export or use").click()
+    page.get_by_role("radio", name="Right", exact=True).check()
+    page.get_by_role("button", name="Use Right from now on (Undo").click()
+    page.wait_for_selector("#now >> text=/^In use: birds$/")
     assert open_run(run).strengths == {"birds": 1.0}
-    page.get_by_role("button", name="Undo").click()
-    page.wait_for_selector("#now:has-text('now: hills')")
+    page.get_by_role("button", name="Undo", exact=True).click()
+    page.wait_for_selector("#now:has-text('In use: birds + hills')")
+    page.wait_for_selector("button:has-text('Undo: hills')")
     assert open_run(run).strengths == {"birds": 1.0, "hills": 1.0}
     assert page.locator("input:disabled, textarea:disabled").count() == 0
     for width in (390, 1280):
@@ -475,7 +471,7 @@ def test_a_person_trains_in_an_empty_folder(browser, empty, tiny_folder, tmp_pat
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert [facts.rank for facts in open_run(place / "birds").facts] == [4]
     page.get_by_role("tab", name="Ask").click()
-    page.get_by_text("Export or save").click()
+    page.get_by_text("Export or use").click()
     page.get_by_text("GGUF: ").click()
     field = "document.querySelector('#folder textarea, #folder input')"
     page.wait_for_function(f"{field}.value.endsWith('gguf')")

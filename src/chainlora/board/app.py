@@ -10,6 +10,7 @@ import errno
 import logging
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -22,19 +23,20 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from chainlora.board.desk import Desk, words_of
+from chainlora.board.desk import Desk, added, in_use
 from chainlora.board.tabs import ask_tab, choices, standing, targets, told, train_tab
 from chainlora.board.training import Trainer
 from chainlora.board.watching import find_runs, sections_of
 from chainlora.config.staging import is_run
 from chainlora.errors import ChainLoRAError
-from chainlora.reports.page import as_text, part_style, render_part
+from chainlora.reports.page import Section, as_text, part_style, render_part
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import redo, undo
 from chainlora.runs.state import OpenState
 
 _SECONDS = 4  # between two looks at the files; what has not changed is not drawn again
 _NO_RUN = "There is no run yet. Train one."
+_SPECIALISTS = "For specialists: learning rate and links"
 _READING = "Reading the run…"
 _PORTS = range(7860, 7960)
 _LOCAL = ("127.0.0.1", "localhost")
@@ -49,8 +51,10 @@ footer { display: none !important; }
 #ask:not(:has(button, p))::before { content: "Reading the run…"; }
 #now, #step { min-height: 0; }
 #now p { margin: 0; }
-[role=listbox] { text-overflow: ellipsis; }
+input[role=listbox] { padding-right: 2.5rem !important; text-overflow: ellipsis; }
 #scores:not(:has(table)) { display: none; }
+#step .warning { border-left: 4px solid #b7791f; padding-left: 0.7rem; font-weight: 600; }
+#example :is(pre, code) { white-space: pre-wrap !important; overflow-wrap: anywhere; }
 #step pre { margin: 0.4rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.8rem; }
 .chainlora { background: none !important; }
 .chainlora section:first-child h2 { margin-top: 0; }
@@ -162,9 +166,12 @@ def page_of(places: Sequence[str | Path], trainer: Trainer) -> gr.Blocks:
             forth = gr.Button("Redo", size="sm", min_width=90, scale=0, visible=bool(first))
         with gr.Tabs(selected="watch" if first else "train"):
             with gr.Tab("Train", id="train"):
-                widgets = train_tab(trainer, folder, before, wanted)
+                widgets = train_tab(trainer, folder, before, run, wanted)
             with gr.Tab("Watch", id="watch"):
                 view = gr.HTML(f"<p>{_READING if first else _NO_RUN}</p>", apply_default_css=False)
+                # no folds of HTML, which would close whenever the page is drawn again
+                with gr.Accordion(_SPECIALISTS, open=False, visible=bool(first)) as fold:
+                    more = gr.HTML(apply_default_css=False)
             with gr.Tab("Ask", id="ask", elem_id="ask"):
                 desk_of = _one_desk()
 
@@ -179,18 +186,20 @@ def page_of(places: Sequence[str | Path], trainer: Trainer) -> gr.Blocks:
             runs = find_runs(places)
             new = [str(each) for each in runs.values() if wish and each.resolve() == Path(wish)]
             shown = next(iter([*new, *([shown] if shown else map(str, runs.values()))]), None)
-            page = _NO_RUN if shown is None else render_part(sections_of(runs, Path(shown)))
+            parts = (_NO_RUN, "") if shown is None else _parts(sections_of(runs, Path(shown)))
+            pages = (*parts, gr.Accordion(visible=bool(parts[1])))
             there, known = gr.skip(), gr.skip()
             if shown is not None and (runs != before or new):
                 gone = {} if Path(shown) in runs.values() else {shown: Path(shown)}
                 there = gr.Dropdown(choices(runs | gone), value=shown, visible=len(runs) > 1)
                 known = gr.Dropdown(targets(folder, runs))
-            return there, None if new else wish, page, *_now(shown), known, *standing(trainer)
+            left = (*_now(shown), known, *standing(trainer, shown))
+            return there, None if new else wish, *pages, *left
 
         looking: Any = {
             "fn": look,
             "inputs": [run, wanted],
-            "outputs": [run, wanted, view, version, now, back, forth, *widgets],
+            "outputs": [run, wanted, view, more, fold, version, now, back, forth, *widgets],
             "show_progress": "hidden",
         }
         for button, change in ((back, undo), (forth, redo)):
@@ -221,7 +230,7 @@ def _moving(change: Callable[[str], OpenState]) -> Callable[[str], None]:
 
     def move(run: str) -> None:
         state = change(run)
-        gr.Info(f"Now {escape(words_of(state.history, state.key))}. Nothing was deleted.")
+        gr.Info(f"In use: {escape(in_use(state.history, state.key))}. Nothing was deleted.")
 
     return move
 
@@ -238,7 +247,19 @@ def _now(run: str | None) -> tuple[Any, ...]:
     history = state.history
     entries = [(entry.key, entry.state.digest) for entry in history.entries]
     version = f"{run} {state.key} {entries} {bool(state.facts)}"
-    name, what = Path(run).resolve().name, words_of(history, state.key)
-    ways = (history.past, history.future)
-    buttons = (gr.Button(visible=True, interactive=bool(way)) for way in ways)
-    return version, f"Run **{as_text(name)}**, now: {as_text(what)}", *buttons
+    back, forth = history.past[-1:], history.future[:1]
+    names = [
+        f"Undo: {added(history, back[0], state.key)}" if back else "Undo",
+        f"Redo: {added(history, state.key, forth[0])}" if forth else "Redo",
+    ]
+    ways = zip(names, (back, forth), strict=True)
+    keys: Any = {"visible": True}
+    buttons = (gr.Button(name.removesuffix(": "), interactive=bool(w), **keys) for name, w in ways)
+    return version, f"In use: **{as_text(in_use(history, state.key))}**", *buttons
+
+
+def _parts(sections: Sequence[Section]) -> tuple[str, str]:
+    """Return sections as HTML: those for all, and those for specialists."""
+    plain = [each for each in sections if not each.is_folded]
+    rest = [replace(each, is_folded=False) for each in sections if each.is_folded and each.blocks]
+    return render_part(plain), render_part(rest) if rest else ""

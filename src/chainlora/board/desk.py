@@ -7,7 +7,7 @@ makes the run be, to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -16,7 +16,6 @@ from queue import SimpleQueue
 from threading import Event, Lock
 from typing import Any, NamedTuple
 
-from chainlora.chain.checks import check_strengths
 from chainlora.config.staging import split_address
 from chainlora.errors import RunError
 from chainlora.evaluation.generation import Decoding, Message, Speaker
@@ -38,14 +37,32 @@ class Mix(NamedTuple):
     strengths: dict[str, float] = {}  # noqa: RUF012
 
 
-def words_of(history: History, key: str) -> str:
-    """Return the name of an entry, and the stages in it with strengths other than 1."""
-    parts, strengths = [], history.strengths_of(history.state_of(key))
-    for name, strength in strengths.items():
+def parts_of(history: History, key: str, strengths: Mapping[str, float] | None = None) -> list[str]:
+    """Return the stages in an entry, with strengths other than 1."""
+    own_strengths = history.strengths_of(history.state_of(key))
+    parts = []
+    for name, strength in (own_strengths | dict(strengths or {})).items():
         own = history.ends(key) if name == COMBINED else [name]
         parts += [each if strength == 1 else f"{each} at {strength:g}" for each in own if strength]
-    is_own = parts == [key] or not strengths
-    return key if is_own else f"{key} ({', '.join(parts) or 'all off'})"
+    return parts
+
+
+def words_of(history: History, key: str, strengths: Mapping[str, float] | None = None) -> str:
+    """Return the name of an entry, and the stages in it with strengths other than 1."""
+    parts = parts_of(history, key, strengths)
+    is_own = parts == [key] or not history.state_of(key).terms
+    return key if is_own else f"{key} ({' + '.join(parts) or 'all off'})"
+
+
+def in_use(history: History, key: str) -> str:
+    """Return what a run is: its stages in one line."""
+    return " + ".join(parts_of(history, key)) or BASE
+
+
+def added(history: History, before: str, after: str) -> str:
+    """Return the stages that are in an entry and not in another one, in words; maybe nothing."""
+    known = parts_of(history, before)
+    return " + ".join(part for part in parts_of(history, after) if part not in known)
 
 
 class Desk:
@@ -87,7 +104,14 @@ class Desk:
         entries = reversed(self.history.entries)  # rows of the start alone are the base
         keys = [*(entry.key for entry in entries if entry.state.terms), BASE]
         texts = {key: words_of(self.history, key) for key in keys}
-        return {"now: " * (key == self.now.key) + text: key for key, text in texts.items()}
+        marks = {self.now.key: "now: "}
+        if self.now.key != BASE:
+            marks[self.before] = "before: "
+        return {marks.get(key, "") + text: key for key, text in texts.items()}
+
+    def words(self, mix: Mix) -> str:
+        """Return a mix in words."""
+        return words_of(self.history, mix.entry, mix.strengths)
 
     @property
     def stages(self) -> list[str]:
@@ -173,12 +197,14 @@ class Desk:
             return [[replace(cell, stage=names[cell.stage]) for cell in row] for row in found]
 
     def save(self, mix: Mix) -> None:
-        """Make the run this mix, as `chainlora undo --to` and `chainlora mix` do."""
-        check_strengths(self.at(mix).outlines())
-        if mix.entry != open_run(self.run).key:
-            undo(self.run, mix.entry)
+        """Make the run this mix, as `chainlora undo --to` and `chainlora mix` do.
+
+        One `undo` takes it back.
+        """
         if mix.strengths != self.strengths(mix.entry):
-            mix_stages(self.run, mix.strengths)
+            mix_stages(self.run, mix.strengths, of=mix.entry)
+        elif mix.entry != open_run(self.run).key:
+            undo(self.run, mix.entry)
 
     def export(self, mix: Mix, output: str | Path, to: str) -> dict[str, Any]:
         """Write this mix, as `chainlora export` does; the run stays what it is."""

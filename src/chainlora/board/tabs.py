@@ -11,7 +11,8 @@ from typing import Any
 import gradio as gr
 
 from chainlora.board.desk import Desk, Mix
-from chainlora.board.training import MODELS, Trainer, command_of
+from chainlora.board.training import MODELS, Offer, Trainer, command_of, continuing
+from chainlora.board.watching import standing_of
 from chainlora.config.staging import name_of_rows
 from chainlora.data.sources import SUFFIXES
 from chainlora.errors import ChainLoRAError
@@ -20,11 +21,33 @@ from chainlora.evaluation.training_rows import answer_limit
 from chainlora.reports.charts import Table, number
 from chainlora.reports.page import Numbers, as_text, render_part, section
 
-_SIDES = ("A", "B")
+_SIDES = ("Left", "Right")
 _EXPORTS = (
-    ("Adapter: a LoRA for PEFT, vLLM", "adapter"),
-    ("Model: base and training in one", "merged"),
-    ("GGUF: for Ollama, llama.cpp", "gguf"),
+    ("Adapter: for people who serve with PEFT or vLLM", "adapter"),
+    ("Merged: a whole model folder, for transformers", "merged"),
+    ("GGUF: one file, for Ollama and llama.cpp", "gguf"),
+)
+_NEXT = {
+    "adapter": "Next: give this folder and the base model to PEFT or vLLM.",
+    "merged": "Next: load this folder with transformers, as any model.",
+    "gguf": "Next, in this folder: `ollama create NAME -f Modelfile`, then `ollama run NAME`.",
+}
+_ROWS = """
+Each row is one question and the answer that you want. As CSV, which spreadsheets save:
+```
+instruction,output
+When do you open?,"Tuesday to Saturday, from 9 to 17."
+Do you repair lamps?,"Yes, for 15 euros."
+```
+The same as JSONL:
+```
+{"instruction": "When do you open?", "output": "Tuesday to Saturday, from 9 to 17."}
+{"instruction": "Do you repair lamps?", "output": "Yes, for 15 euros."}
+```
+You get a model that answers as your rows do; you can try it under Ask, undo it and export it.
+"""
+_STRENGTHS = (
+    "How much of each training is in an answer: 1 is all of it, 0 is none. No file changes."
 )
 _MODEL: Any = {"concurrency_id": "model", "concurrency_limit": 1}  # there is one
 
@@ -43,24 +66,57 @@ def targets(folder: Path | None, runs: Mapping[str, Path]) -> list[tuple[str, st
     return [*new, *choices(runs)]
 
 
-def standing(trainer: Trainer) -> tuple[Any, ...]:
-    """Return where the training is, and the buttons that begin and stop one."""
-    lines = "\n".join(trainer.lines())
-    text = f"<p>{escape(trainer.standing)}</p>" + (f"<pre>{escape(lines)}</pre>" if lines else "")
-    is_on = trainer.is_training
-    buttons = gr.Button(interactive=not is_on), gr.Button(visible=is_on)
-    return text if trainer.standing else "", *buttons
+def standing(trainer: Trainer, shown: str | None = None) -> tuple[Any, ...]:
+    """Return where the training is, and the buttons that begin, stop and continue one."""
+    is_on, offer = trainer.is_training, _offer(trainer, shown)
+    goes_on = gr.Button(offer.label if offer else "Continue", visible=offer is not None)
+    return _told_of(trainer), gr.Button(interactive=not is_on), gr.Button(visible=is_on), goes_on
+
+
+def _offer(trainer: Trainer, shown: str | None) -> Offer | None:
+    """Return what to do next about the last command, or a run that was interrupted before."""
+    if trainer.is_training or trainer.offer:
+        return trainer.offer
+    is_left = shown is not None and standing_of(Path(shown))["state"] == "interrupted"
+    return continuing(shown) if shown and is_left else None
+
+
+def _told_of(trainer: Trainer) -> str:
+    said, harm = trainer.standing, trainer.harm
+    lines = [line for line in trainer.lines() if line != harm]
+    text = f"<p>{escape(said)}</p>"
+    if harm and not trainer.is_training:
+        text += f'<p class="warning">⚠ {escape(_in_plain_words(harm))}</p>'
+    listing = f"<pre>{escape(chr(10).join(lines))}</pre>" if lines else ""
+    if "cannot be read: " in said:
+        listing = f"<details><summary>Details</summary>{listing}</details>"
+    return text + listing if said else ""
+
+
+def _in_plain_words(harm: str) -> str:
+    can_combine = "chainlora combine" in harm
+    cure = (
+        "Combine keeps what it has learned and gives back most of what it could do."
+        if can_combine
+        else "Undo takes this training back."
+    )
+    return (
+        f"The model has become worse at what it could do before this training. {cure} "
+        f"({harm.removeprefix('warning: ').partition(':')[0]})"
+    )
 
 
 def train_tab(
-    trainer: Trainer, folder: Path | None, runs: Mapping[str, Path], wanted: Any
+    trainer: Trainer, folder: Path | None, runs: Mapping[str, Path], run: Any, wanted: Any
 ) -> list[Any]:
     """Put what begins and stops a training on the page. Returns what `targets` and `standing` are
-    shown by; `wanted` becomes the run that is trained."""
-    label = f"Your data: a file of rows ({', '.join(SUFFIXES)})"
-    rows = gr.File(label=label, file_types=[*SUFFIXES], height=140, elem_id="rows")
+    shown by; `run` is the one shown, and `wanted` becomes the one that is trained."""
+    gr.Markdown(f"**Your data**: a file of rows ({', '.join(SUFFIXES)})")
+    keys: Any = {"file_types": [*SUFFIXES], "height": 140, "show_label": False}
+    rows = gr.File(label="Your data", elem_id="rows", **keys)
+    gr.Markdown(_ROWS, elem_id="example")
     with gr.Row():
-        keys: Any = {"interactive": True, "min_width": 240}
+        keys = {"interactive": True, "min_width": 240}
         into = gr.Dropdown(targets(folder, runs), label="Train into", elem_id="into", **keys)
         model = gr.Dropdown(
             [*MODELS],
@@ -79,6 +135,7 @@ def train_tab(
     with gr.Row():
         begin = gr.Button("Train", variant="primary", min_width=120, elem_id="begin")
         stop = gr.Button("Stop", min_width=120, visible=trainer.is_training, elem_id="stop")
+        further = gr.Button("Continue", min_width=120, visible=False, elem_id="further")
     step = gr.HTML(elem_id="step")
 
     @told()
@@ -94,19 +151,25 @@ def train_tab(
             name=_given(called),
             settings=dict(zip(names, map(_given, values), strict=True)),
         )
-        trainer.start(command)
-        own = [word.removeprefix("--output=") for word in command if word.startswith("--output=")]
-        return str(Path(own[0] if own else to).resolve()), *standing(trainer)
+        trainer.start(command, Path(file).name if file else "")
+        return str(trainer.run.resolve()), *standing(trainer)
+
+    @told()
+    def go_on(shown: str | None) -> tuple[Any, ...]:
+        if offer := _offer(trainer, shown):
+            trainer.start(offer.words)
+        return standing(trainer)
 
     def end() -> tuple[Any, ...]:
         trainer.stop()
         return standing(trainer)
 
-    shown = [step, begin, stop]
+    shown = [step, begin, stop, further]
     rows.upload(lambda file: name_of_rows(file), rows, name, show_progress="hidden")
     into.input(lambda to: gr.Dropdown(visible=not to), into, model, show_progress="hidden")
     begin.click(train, [rows, into, model, name, *settings], [wanted, *shown])
     stop.click(end, None, shown)
+    further.click(go_on, run, shown)
     return [into, *shown]
 
 
@@ -189,9 +252,10 @@ def _talking(desk: Desk) -> list[Any]:
     """
     rows, has_template = desk.rows, bool(desk.tokenizer.chat_template)
     is_chat = has_template and (rows is None or rows.is_chat)
-    keys: Any = {"lines": 2, "max_lines": 8, "placeholder": "Shift+Enter asks A, and then B"}
+    keys: Any = {"lines": 2, "max_lines": 8}
     states = _choosing(desk)
-    prompt = gr.Textbox(label="Prompt", elem_id="prompt", key=(str(desk.run), "prompt"), **keys)
+    keys |= {"label": "Question or prompt", "key": (str(desk.run), "prompt")}
+    prompt = gr.Textbox(elem_id="prompt", **keys)
     with gr.Row():
         ask = gr.Button("Ask", variant="primary", min_width=90)
         stop, clear = gr.Button("Stop", min_width=90), gr.Button("Clear", min_width=90)
@@ -202,8 +266,10 @@ def _talking(desk: Desk) -> list[Any]:
         chats = [
             gr.Chatbot(label=f"{side} says", elem_id=f"chat-{side}", **keys) for side in _SIDES
         ]
-    with gr.Accordion("Strengths", open=False), gr.Row():
-        sliders = [_sliders(desk, *each) for each in zip(_SIDES, states, strict=True)]
+    with gr.Accordion("Strengths", open=False):
+        gr.Markdown(_STRENGTHS)
+        with gr.Row():
+            sliders = [_sliders(desk, *each) for each in zip(_SIDES, states, strict=True)]
     widgets = [*states, *sliders[0], *sliders[1]]
     with gr.Accordion("How to answer", open=False), gr.Row():
         as_chat = gr.Checkbox(is_chat, label="Chat template", visible=has_template)
@@ -254,7 +320,7 @@ def _answered(turns: Sequence[Any]) -> list[dict[str, str]]:
 
 
 def _scoring(desk: Desk, widgets: list[Any]) -> None:
-    button = gr.Button("Score A and B")
+    button = gr.Button("Test both on the data's questions")
     view = gr.HTML(apply_default_css=False, elem_id="scores")
 
     @told()
@@ -266,38 +332,43 @@ def _scoring(desk: Desk, widgets: list[Any]) -> None:
             error = max(one.error, two.error) or None
             texts = [number(value, 4) for value in (one.value, two.value, error)]
             rows.append((f"{one.stage}, {one.metric} of {one.rows} {one.split}", *texts))
-        heads, note = ("rows of", "A", "B", "±"), "±: standard error over the rows."
-        table = Table(
-            "What {} and {} score".format(*(mix.entry for mix in mixes)), heads, tuple(rows), note
-        )
+        names, note = [desk.words(mix) for mix in mixes], "±: standard error over the rows."
+        title = "What {} and {} score".format(*names)
+        table = Table(title, ("rows of", *names, "±"), tuple(rows), note)
         return render_part([section("Scores", Numbers(table))])
 
     button.click(score, widgets, view, **_MODEL)
+    # at once, in the browser: another pair has other scores
+    gr.on([each.change for each in widgets], None, None, view, js="() => ''")
 
 
 def _keeping(desk: Desk, widgets: list[Any]) -> None:
-    with gr.Accordion("Export or save", open=False):
+    with gr.Accordion("Export or use", open=False):
         keys: Any = {"interactive": True}  # what has a value is else shown only
-        side = gr.Radio(list(_SIDES), value="A", label="Which", **keys)
+        side = gr.Radio(list(_SIDES), value=_SIDES[0], label="Which", **keys)
         kind = gr.Radio(_EXPORTS, value="adapter", label="Export as", **keys)
         folder = gr.Textbox(f"{desk.run}-adapter", label="New folder", elem_id="folder", **keys)
         with gr.Row():
             export = gr.Button("Export")
-            save = gr.Button("Save: the run is this from now on")
+            save = gr.Button(_using(_SIDES[0]), elem_id="use")
         outcome = gr.Markdown(elem_id="outcome", key=(str(desk.run), "outcome"))
 
     @told()
     def save_mix(which: str, *values: Any) -> str:
         mix = _mixes(desk, values)[_SIDES.index(which)]
         desk.save(mix)
-        words = " ".join(f"{stage}={strength:g}" for stage, strength in mix.strengths.items())
-        return f"Saved: the run is {as_text(f'{mix.entry} {words}'.strip())}. Undo takes it back."
+        return f"In use: {as_text(desk.words(mix))}. Undo takes it back."
 
     @told()
     def export_mix(which: str, to: str, output: str, *values: Any) -> str:
         done = desk.export(_mixes(desk, values)[_SIDES.index(which)], output, to)
-        return f"Exported to `{Path(done['output']).resolve()}`."
+        return f"Exported to `{Path(done['output']).resolve()}`. {_NEXT[to]}"
 
     kind.input(lambda to: f"{desk.run}-{to}", kind, folder, show_progress="hidden")
+    side.input(_using, side, save, show_progress="hidden")
     save.click(save_mix, [side, *widgets], outcome)
     export.click(export_mix, [side, kind, folder, *widgets], outcome)
+
+
+def _using(side: str) -> str:
+    return f"Use {side} from now on (Undo takes it back)"

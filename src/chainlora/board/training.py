@@ -8,22 +8,25 @@ made here, and is read as rows only: never as a config, which could name plug-in
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from chainlora import files
+from chainlora.board.watching import AS_BEFORE
 from chainlora.config.data import DataConfig
-from chainlora.config.staging import check_name, name_of_rows
+from chainlora.config.staging import check_name, is_run, name_of_rows
 from chainlora.data.readers import is_rows
 from chainlora.data.sources import FileSource
 from chainlora.data.splits import check_files
 from chainlora.errors import ConfigError, DataError, RunError, printable
 from chainlora.runs.history_file import read_history
+from chainlora.training.stages import HARM
 
 MODELS = (
     "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -78,8 +81,32 @@ def _copied(rows: Path, place: Path) -> Path:
     path = place.resolve() / UPLOADS / name
     if not path.is_file():
         files.copy_file(rows, path)
-    deque(FileSource(path), maxlen=0)  # a bad row is told at once
+    try:
+        deque(FileSource(path), maxlen=0)  # a bad row is told at once
+    except DataError as error:
+        raise DataError(as_uploaded(str(error), path, rows.name)) from None
     return path
+
+
+def as_uploaded(text: str, copy: str | Path, name: str) -> str:
+    """Return a message about a copy as one about the file `name`, which names a row first."""
+    found = re.search(rf" at {re.escape(str(copy))} (line|row) (\d+)", text)
+    if found:
+        place = f"{found[1].capitalize()} {found[2]} of {name} cannot be read: "
+        text = place + text.removeprefix("error: ").replace(found[0], "")
+    return text.replace(str(copy), name)
+
+
+class Offer(NamedTuple):
+    """What a button does next: its word, and the words of the command."""
+
+    label: str
+    words: list[str]
+
+
+def continuing(run: str | Path) -> Offer:
+    """Return what resumes a run."""
+    return Offer("Continue", ["train", str(Path(run).resolve())])
 
 
 class Trainer:
@@ -87,6 +114,8 @@ class Trainer:
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
+        self._words: list[str] = []
+        self._name = ""
         self._is_stopping = False
         self._folder = TemporaryDirectory(prefix="chainlora-", ignore_cleanup_errors=True)
 
@@ -99,11 +128,14 @@ class Trainer:
         """Say whether a command runs."""
         return self._child is not None and self._child.poll() is None
 
-    def start(self, words: list[str]) -> None:
-        """Run a command of chainlora. Raises RunError where one runs."""
+    def start(self, words: list[str], name: str = "") -> None:
+        """Run a command of chainlora. `name` is the one that its file of rows had.
+
+        Raises RunError where one runs.
+        """
         if self.is_training:
             raise RunError("one training runs at a time", "another", "stop it, or wait for its end")
-        self._is_stopping = False
+        self._is_stopping, self._words, self._name = False, words, name
         # A session of its own: else Ctrl-C in the terminal of the board would stop it a second
         # time. A file and no pipe: it goes on where the board is killed.
         with self._log.open("wb") as log:
@@ -134,10 +166,42 @@ class Trainer:
         if status is None:
             return "Stopping after this step …" if self._is_stopping else "Training …"
         if status == 0:
-            return "Trained. Ask it, or look at its curves under Watch."
-        if status < 0 or status > 128:  # by a signal
-            return "Stopped. Train resumes it."
-        return "Not trained:"
+            done = "Combined" if self._words[0] == "combine" else "Trained"
+            return f"{done}. Ask it, or look at its curves under Watch."
+        if self._is_stopped:
+            return f"Stopped, and saved.{self._as_before} Continue goes on with the training."
+        found = [line for line in self.lines() if "cannot be read: " in line]
+        return f"Not trained. {found[-1]}" if found else "Not trained:"
+
+    @property
+    def _is_stopped(self) -> bool:
+        status = None if self._child is None else self._child.poll()
+        return status is not None and (status < 0 or status > 128)  # by a signal
+
+    @property
+    def run(self) -> Path:
+        """The run that the last command was about."""
+        own = [word for word in self._words if word.startswith("--output=")]
+        return Path(own[0].removeprefix("--output=") if own else self._words[1])
+
+    @property
+    def _as_before(self) -> str:
+        has_more = is_run(self.run) and read_history(self.run).links
+        return AS_BEFORE if has_more else ""
+
+    @property
+    def harm(self) -> str:
+        """The line that says that general ability has fallen; nothing where it has not."""
+        return next((line for line in self.lines() if HARM in line), "")
+
+    @property
+    def offer(self) -> Offer | None:
+        """What can be done about how the last command ended."""
+        if self._is_stopped and self._words[0] != "combine":
+            return continuing(self.run)
+        if not self.is_training and "chainlora combine" in self.harm:
+            return Offer("Combine", ["combine", str(self.run)])
+        return None
 
     def lines(self, count: int = 12) -> list[str]:
         """Return the last lines that the command wrote."""
@@ -147,4 +211,7 @@ class Trainer:
             log.seek(max(0, log.seek(0, os.SEEK_END) - _SHOWN))
             texts = log.read().decode("utf-8", "replace").splitlines()
         found = [printable(line.removeprefix("chainlora: ")) for line in texts]
+        copy = next((word for word in self._words if Path(word).parent.name == UPLOADS), None)
+        if copy and self._name:
+            found = [as_uploaded(line, copy, self._name) for line in found]
         return [line for line in found if line.strip()][-count:]

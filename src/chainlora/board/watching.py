@@ -13,11 +13,10 @@ from statistics import median
 
 from chainlora.config.staging import HISTORY, is_run, split_address, stage_folder
 from chainlora.errors import ChainLoRAError
-from chainlora.reports.chain_charts import chain_pictures
 from chainlora.reports.charts import Picture, table_of
 from chainlora.reports.page import Block, Column, Numbers, Section, Text, Tiles, as_text, section
-from chainlora.reports.run_charts import training_pictures
-from chainlora.reports.run_report import links_table, stage_blocks
+from chainlora.reports.run_charts import RATE, training_pictures
+from chainlora.reports.run_report import links_blocks, stage_blocks
 from chainlora.reports.runs import RunFacts, duration, read_state, run_names, score_text
 from chainlora.runs.addresses import begun_stage, open_run, state_at
 from chainlora.runs.changes import MATRIX
@@ -29,6 +28,8 @@ from chainlora.runs.state import OpenState
 
 _RECENT = 25  # steps whose median tells the time left, as on the command line
 _NONE = "–"
+_INTERRUPTED = "Training was interrupted.{} **Continue** under Train goes on with it."
+AS_BEFORE = " The run is what it was before."
 
 
 def find_runs(places: Sequence[str | Path]) -> dict[str, Path]:
@@ -46,7 +47,10 @@ def sections_of(runs: Mapping[str, Path], shown: Path) -> list[Section]:
     rows = [{"run": name, **standing_of(run)} for name, run in runs.items()]
     table = [Numbers(table_of("Where they are", rows))] if len(runs) > 1 else []
     known = [(what, value) for what, value in standing_of(shown).items() if value != _NONE]
-    found = [section("Runs", *table), section(shown.name, Tiles(known))]
+    said = []
+    if ("state", "interrupted") in known:
+        said.append(Text(_INTERRUPTED.format(AS_BEFORE * bool(read_history(shown).links))))
+    found = [section("Runs", *table), section(shown.name, Tiles(known), *said)]
     try:
         return [*found, *_details(shown)]
     except ChainLoRAError as error:
@@ -93,17 +97,26 @@ def _standing(run: Path, name: str, *stamps: int) -> tuple[str, ...]:
 
 def _details(run: Path) -> list[Section]:
     names, off = _stages(run), _off(run)
-    curves = []
+    curves, rates = [], []
     for name in reversed(names):
-        head = f"{name} (off)" if name in off else name
+        head = (f"{name} (off)" if name in off else name) if len(names) > 1 else ""
         blocks = _curves(run, name, _stamp(stage_folder(run, name) / RECORDS))
-        curves.append(Column(head if len(names) > 1 else "", blocks))
+        is_rate = [isinstance(block, Picture) and block.title == RATE for block in blocks]
+        curves.append(
+            Column(head, [b for b, rate in zip(blocks, is_rate, strict=True) if not rate])
+        )
+        rates.append(Column(head, [b for b, rate in zip(blocks, is_rate, strict=True) if rate]))
     last = names[-1]
     state = _state_of(run, last)
     knots = sum(record.get("where") == "knot" for record in state.records())
     stamps = (_stamp(run / HISTORY), _stamp(run / MATRIX), state.state.digest, knots)
     links, stages = _links_and_stages(run, last, *stamps)
-    return [section("Stages", *stages), Section("Training", curves), section("Links", *links)]
+    return [
+        section("Stages", *stages),
+        Section("Training", curves),
+        Section("Learning rate", rates, is_folded=True),
+        section("Links", *links, is_folded=True),
+    ]
 
 
 def _stages(run: Path) -> list[str]:
@@ -143,7 +156,7 @@ def _links_and_stages(run: Path, last: str, *versions: object) -> tuple[list[Blo
     """Return tables and pictures; all files of the links are checked first."""
     state = _state_of(run, last)
     facts = read_state(open_run(run) if state.draft is None else state, run.name)
-    return _alone([*links_table(facts), *chain_pictures(facts)]), _alone(stage_blocks(facts))
+    return _alone(links_blocks(facts)), _alone(stage_blocks(facts))
 
 
 def _alone(blocks: Sequence[Block]) -> list[Block]:

@@ -28,6 +28,7 @@ from chainlora.reports.charts import (
 from chainlora.reports.runs import RunFacts
 from chainlora.runs.records import Record, of_event, score_names
 
+RATE = "Learning rate over the steps"
 _MOST_POINTS = 400  # of a curve; a page is as wide as about a thousand pixels
 
 
@@ -138,7 +139,7 @@ def _training(records: Sequence[Record]) -> list[Panel]:
         found.append(Panel("Loss over the steps", note, draw, 3.0))
     if steps:
         draw = partial(_draw_rate, steps=some)
-        found.append(Panel("Learning rate over the steps", "", draw))
+        found.append(Panel(RATE, "", draw))
     return found
 
 

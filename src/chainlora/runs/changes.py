@@ -44,10 +44,11 @@ def whole_run(run: str | Path) -> Path:
 # --- moving the head ---
 
 
-def mix_stages(run: str | Path, strengths: Mapping[str, float]) -> OpenState:
+def mix_stages(run: str | Path, strengths: Mapping[str, float], of: str | None = None) -> OpenState:
     """Give stages of a run other strengths, 0 for off; the others keep theirs.
 
     From then on the run is this mix wherever it is loaded; 1 gives back what was, to the bit.
+    With `of`, an entry of its history is mixed, as after `undo` to it; one `undo` takes both back.
     Returns the state.
 
     Raises RunError: a stage that is not there, or that has no one strength, a strength that its
@@ -59,11 +60,15 @@ def mix_stages(run: str | Path, strengths: Mapping[str, float]) -> OpenState:
         raise RunError(rule, run, "finish it by the command that began it")
 
     def change(history: History) -> History:
-        found = state_at(run, history)
+        there = history if of is None else history.moved(state_at(run, history, of).key)
+        found = state_at(run, there)
         mixed = found.with_strengths(strengths)
         found.need_one_strength([*strengths])
         check_strengths(mixed.outlines())
-        return history.mixed(mixed.state)
+        done = there.mixed(mixed.state)
+        return (
+            done if of is None else done.model_copy(update={"past": history.moved(done.head).past})
+        )
 
     update_history(run, change)
     return open_run(run)

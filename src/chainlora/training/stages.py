@@ -55,6 +55,8 @@ from chainlora.training.result import TrainResult, result_of
 
 logger = logging.getLogger(__name__)
 
+HARM = "general ability has fallen"  # of a warning that the board looks for
+
 
 def train(
     config: RunConfig | Mapping[str, Any] | str | Path,
@@ -349,7 +351,7 @@ def _score(run: Path, tell: Listener, base: OpenBase | None) -> None:
                 state, progress=reader(tell), of=columns_after_training(state), base=base
             )
             if harm := matrix.harm():
-                logger.warning("%s: general ability has fallen; %s", harm, _remedy(state))
+                logger.warning("%s: %s; %s", harm, HARM, _remedy(state))
     wait_for_all()
 
 

@@ -1,0 +1,52 @@
+"""The board's training: it is stopped, continued and combined, and what fails is said."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+from conftest import write_rows
+
+from chainlora.board.training import Trainer, command_of
+from chainlora.board.watching import standing_of
+from chainlora.errors import RunError
+from chainlora.runs.addresses import open_run
+
+
+def test_a_training_is_stopped_and_resumed_and_what_fails_is_said(tiny_folder, tmp_path):
+    rows = [{"prompt": f"the cat sat on {n}", "completion": " blue lakes"} for n in range(64)]
+    file = write_rows(tmp_path / "lakes.jsonl", rows)
+    general = [{"prompt": f"{n} red birds", "completion": " fly over it"} for n in range(32)]
+    start = write_rows(tmp_path / "general.jsonl", general)
+    settings = {"chain.epochs": 20, "start_data.train": start, "start_data.validation": 0.25}
+    settings["train.lr"] = 1  # much is forgotten
+    command = command_of(tmp_path, file, model=str(tiny_folder), settings=settings)
+    trainer, other = Trainer(), Trainer()
+    trainer.start(command)
+    with pytest.raises(RunError, match="one training runs at a time"):
+        trainer.start(command)
+    while trainer.is_training and not any("step" in line for line in trainer.lines()):
+        time.sleep(0.05)
+    trainer.stop()
+    assert trainer.wait() == 128 + signal.SIGTERM
+    assert trainer.standing == "Stopped, and saved. Continue goes on with the training."
+    assert standing_of(tmp_path / "lakes")["state"] == "interrupted"
+    assert command_of(tmp_path, None, run=tmp_path / "lakes") == trainer.offer.words
+    other.start(trainer.offer.words)
+    assert other.wait() == 0
+    assert any("resuming after step" in line for line in other.lines(100))
+    assert other.standing.startswith("Trained.")
+    assert "general ability has fallen; chainlora combine" in other.harm, other.lines()
+    other.start(other.offer.words)
+    assert other.wait() == 0
+    assert other.standing.startswith("Combined.")
+    assert open_run(tmp_path / "lakes").entry.kind == "combine"
+    bad = write_rows(tmp_path / "bad.jsonl", [*rows, {"promt": "a"}])
+    other.start(command_of(tmp_path, bad, model=str(tiny_folder)), bad.name)
+    assert other.wait() == 1
+    assert other.standing.startswith("Not trained. Line 65 of bad.jsonl cannot be read: ")
+    trainer.start(command_of(tmp_path, file, model="no/model", name="other"))
+    assert trainer.wait() == 1
+    assert trainer.standing == "Not trained:"
+    assert trainer.lines()[-1].startswith("error: ")
