@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from conftest import write_rows
+from conftest import make_tiny_folder, write_rows
 
 from chainlora.board.training import Trainer, command_of
 from chainlora.board.watching import standing_of
@@ -14,14 +14,12 @@ from chainlora.errors import RunError
 from chainlora.runs.addresses import open_run
 
 
-def test_a_training_is_stopped_and_resumed_and_what_fails_is_said(tiny_folder, tmp_path):
+def test_a_training_is_stopped_and_resumed_and_what_fails_is_said(tmp_path):
     rows = [{"prompt": f"the cat sat on {n}", "completion": " blue lakes"} for n in range(64)]
     file = write_rows(tmp_path / "lakes.jsonl", rows)
-    general = [{"prompt": f"{n} red birds", "completion": " fly over it"} for n in range(32)]
-    start = write_rows(tmp_path / "general.jsonl", general)
-    settings = {"chain.epochs": 20, "start_data.train": start, "start_data.validation": 0.25}
-    settings["train.lr"] = 1  # much is forgotten
-    command = command_of(tmp_path, file, model=str(tiny_folder), settings=settings)
+    roomy = make_tiny_folder(tmp_path / "roomy", max_position_embeddings=256)  # for general rows
+    settings = {"chain.epochs": 20, "train.lr": 0.3}  # much is forgotten
+    command = command_of(tmp_path, file, model=str(roomy), settings=settings)
     trainer, other = Trainer(), Trainer()
     trainer.start(command)
     with pytest.raises(RunError, match="one training runs at a time"):
@@ -37,13 +35,13 @@ def test_a_training_is_stopped_and_resumed_and_what_fails_is_said(tiny_folder, t
     assert other.wait() == 0
     assert any("resuming after step" in line for line in other.lines(100))
     assert other.standing.startswith("Trained.")
-    assert "general ability has fallen; chainlora combine" in other.harm, other.lines()
+    assert "general ability has fallen; chainlora combine" in other.harm
     other.start(other.offer.words)
     assert other.wait() == 0
     assert other.standing.startswith("Combined.")
     assert open_run(tmp_path / "lakes").entry.kind == "combine"
     bad = write_rows(tmp_path / "bad.jsonl", [*rows, {"promt": "a"}])
-    other.start(command_of(tmp_path, bad, model=str(tiny_folder)), bad.name)
+    other.start(command_of(tmp_path, bad, model=str(roomy)), bad.name)
     assert other.wait() == 1
     assert other.standing.startswith("Not trained. Line 65 of bad.jsonl cannot be read: ")
     trainer.start(command_of(tmp_path, file, model="no/model", name="other"))

@@ -96,7 +96,7 @@ def _told_of(trainer: Trainer) -> str:
 def _in_plain_words(harm: str) -> str:
     can_combine = "chainlora combine" in harm
     cure = (
-        "Combine keeps what it has learned and gives back most of what it could do."
+        "Combine tries to keep both: what it has learned, and what it could do."
         if can_combine
         else "Undo takes this training back."
     )
