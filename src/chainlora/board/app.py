@@ -51,7 +51,7 @@ footer { display: none !important; }
 #ask:not(:has(button, p))::before { content: "Reading the run…"; }
 #now, #step { min-height: 0; }
 #now p { margin: 0; }
-input[role=listbox] { padding-right: 2.5rem !important; text-overflow: ellipsis; }
+input[role=combobox] { padding-right: 2.5rem !important; text-overflow: ellipsis; }
 #scores:not(:has(table)) { display: none; }
 #step .warning { border-left: 4px solid #b7791f; padding-left: 0.7rem; font-weight: 600; }
 #example :is(pre, code) { white-space: pre-wrap !important; overflow-wrap: anywhere; }
