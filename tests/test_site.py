@@ -50,7 +50,7 @@ def test_every_command_and_public_name_has_its_place(site):
         for name in cli.list_commands(click.Context(cli))
         if f"$ chainlora {name}" not in commands
     ] == []
-    assert "can mix, save and export. [default: 127.0.0.1]" in commands
+    assert "can train, save and export. [default: 127.0.0.1]" in commands
     names = (site / "reference/names.html").read_text(encoding="utf-8")
     missing = [n for n in chainlora.__all__ if n != "__version__" and f".{n}" not in names]
     assert missing == []

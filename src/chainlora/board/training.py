@@ -25,8 +25,8 @@ from chainlora.data.readers import is_rows
 from chainlora.data.sources import FileSource
 from chainlora.data.splits import check_files
 from chainlora.errors import ConfigError, DataError, RunError, printable
+from chainlora.evaluation.stage_scores import HARM
 from chainlora.runs.history_file import read_history
-from chainlora.training.stages import HARM
 
 MODELS = (
     "HuggingFaceTB/SmolLM2-135M-Instruct",

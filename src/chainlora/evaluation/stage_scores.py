@@ -56,6 +56,7 @@ logger = logging.getLogger(__name__)
 
 NOW = "now"
 WORSE = 1.1  # times a score: general ability has fallen
+HARM = "general ability has fallen"  # of the warning, which the board looks for
 
 Progress = Callable[[str, int, int], None]
 """Told (state and stage, rows done, rows) as cells are scored."""

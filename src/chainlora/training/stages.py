@@ -26,7 +26,7 @@ from chainlora.config.staging import (
 )
 from chainlora.errors import RunError
 from chainlora.evaluation.forgetting import check_forgetting, need_scored_rows
-from chainlora.evaluation.stage_scores import columns_after_training, stage_matrix
+from chainlora.evaluation.stage_scores import HARM, columns_after_training, stage_matrix
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import Pruning, whole_run
 from chainlora.runs.history import MAIN
@@ -54,8 +54,6 @@ from chainlora.training.rehearsing import rehearsal
 from chainlora.training.result import TrainResult, result_of
 
 logger = logging.getLogger(__name__)
-
-HARM = "general ability has fallen"  # of a warning that the board looks for
 
 
 def train(
