@@ -101,7 +101,7 @@ def test_compare(checkout, capsys):
 
 
 def test_serving(checkout, capsys):
-    lengths = ["--chain.steps", "[2, 2, 2]", "--chain.epochs", "null"]
+    lengths = ["--chain.steps", "[6]", "--chain.epochs", "null"]
     assert run(["train", "examples/dates.yaml", *lengths]) == 0, capsys.readouterr().err
     for words in commands("serving.md"):
         assert run(words) == 0, capsys.readouterr().err
