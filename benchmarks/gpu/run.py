@@ -354,7 +354,8 @@ def same_combination(device: torch.device) -> dict[str, float]:
     for place in (torch.device("cpu"), device):
         model = _model(TINY["llama"], torch.float32, torch.device("cpu")).to(place)
         found.append(combine(model, _parts(model, 4, 16), 4).factors)
-    off = max(_difference(b.b.cpu() @ b.a.cpu(), a.b @ a.a) for a, b in _pairs(*found))
+    pairs = [(found[0][name], found[1][name]) for name in found[0]]
+    off = max(_difference(b.b.cpu() @ b.a.cpu(), a.b @ a.a) for a, b in pairs)
     return {"largest relative difference of an update": off}
 
 
@@ -386,10 +387,6 @@ def _parts(model: Any, rows: int, length: int) -> list[Part]:
     updates = [{name: factors(*shape) for name, shape in shapes.items()} for _ in tokens]
     pairs = zip(tokens, updates, strict=True)
     return [Part(f"part {place}", own, update) for place, (own, update) in enumerate(pairs)]
-
-
-def _pairs(one: dict[str, Factors], other: dict[str, Factors]) -> list[tuple[Factors, Factors]]:
-    return [(one[name], other[name]) for name in one]
 
 
 # --- models, rows, measures ---
