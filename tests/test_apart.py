@@ -23,7 +23,7 @@ from chainlora import Chain, export_adapter, extend, load_run, train
 from chainlora.errors import ChainLoRAError
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages
-from chainlora.runs.to_gguf import export_gguf
+from chainlora_gguf.to_gguf import export_gguf
 
 TOLERANCE = 1e-5  # of logits: float32's rounding near 1 is about 1e-6
 

@@ -15,8 +15,8 @@ from pydantic import BaseModel
 
 from chainlora import LinkConfig, RunConfig, load_config, make_config
 from chainlora.config.reading import set_key
-from chainlora.config.staging import split_address
 from chainlora.errors import ConfigError
+from chainlora.runs.paths import split_address
 
 TREE = {"model": "m", "data": {"train": "x.jsonl"}, "chain": {"ranks": [8], "steps": [1]}}
 

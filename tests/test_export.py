@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from chainlora import export_adapter, export_merged, load_run, make_config, train
 from chainlora.errors import ChainLoRAError, RunError
-from chainlora.runs.to_gguf import export_gguf
+from chainlora_gguf.to_gguf import export_gguf
 
 
 @pytest.fixture

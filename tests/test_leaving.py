@@ -24,7 +24,7 @@ from chainlora.config.template_names import template_text
 from chainlora.errors import ModelError, RunError
 from chainlora.models.gguf import build_tokenizer, read_metadata
 from chainlora.runs.cards import Naming, is_of_another
-from chainlora.runs.to_gguf import export_gguf
+from chainlora_gguf.to_gguf import export_gguf
 
 TOOLS = [{"type": "function", "function": {"name": "hill", "parameters": {"type": "object"}}}]
 CHAT = [{"role": "user", "content": "the cat sat on a green hill"}]

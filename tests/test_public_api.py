@@ -18,7 +18,8 @@ from helpers import settings
 
 import chainlora
 from chainlora import errors
-from chainlora.chain.showing import Shown
+from chainlora.showing import Shown
+from chainlora_pages import report_runs
 
 
 def test_no_other_names_are_shown():
@@ -62,7 +63,7 @@ def test_a_tilde_is_home_in_every_path(tiny_folder, sentiment, tmp_path, monkeyp
     chainlora.mix_stages("~/run", {"main": 0.5})
     asked = {"data": "~/rows/validation.jsonl", "predictions": "~/said.jsonl", "limit": 2}
     assert chainlora.evaluate_task("~/run", "~/rows/task.yaml", **asked)["rows"] == 2
-    chainlora.report_runs("~/run", "~/page.html")
+    report_runs("~/run", "~/page.html")
     chainlora.export_merged(chainlora.open_run("~/run", "main"), "~/merged")
     chain = chainlora.load_chain("~/run", chainlora.load_model(tiny_folder)[0], checkpoint="~")
     chainlora.export_adapter(chain, "~/adapter")
@@ -98,7 +99,7 @@ def shown(sentiment, tmp_path_factory):
         "load_task": task,
         "export_adapter": chainlora.export_adapter(run, folder / "adapter"),
         "export_merged": chainlora.export_merged(run, folder / "merged"),
-        "report_runs": chainlora.report_runs([run], folder / "page.html"),
+        "report_runs": report_runs([run], folder / "page.html"),
         "ChainCallback": chainlora.ChainCallback(ranks=[8, 8]),
         "ChainLoRAError": chainlora.ChainLoRAError("a rule", "a value", "a remedy"),
         "LinkConfig": chainlora.LinkConfig(rank=4),

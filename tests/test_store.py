@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from chainlora import export_adapter, inspect_run, load_run, train
 from chainlora.errors import ChainLoRAError, RunError
 from chainlora.evaluation.stage_scores import Cell, line_of
-from chainlora.reports.run_report import report_runs
 from chainlora.runs.addresses import open_run
 from chainlora.runs.cards import story_of
 from chainlora.runs.documents import short_digest
+from chainlora_pages import report_runs
 
 # --- what is there
 

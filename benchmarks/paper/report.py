@@ -23,16 +23,6 @@ from flops import cell_costs  # noqa: E402
 
 from chainlora.config.reading import read_tree  # noqa: E402
 from chainlora.errors import ConfigError, nearest  # noqa: E402
-from chainlora.reports import (  # noqa: E402
-    Numbers,
-    Section,
-    Table,
-    Text,
-    line_style,
-    number,
-    section,
-    whole_steps,
-)
 from chainlora_lab import report_experiment  # noqa: E402
 from chainlora_lab.report.comparisons import Facts  # noqa: E402
 from chainlora_lab.report.pictures import (  # noqa: E402
@@ -45,6 +35,16 @@ from chainlora_lab.report.pictures import (  # noqa: E402
 from chainlora_lab.report.report import Report  # noqa: E402
 from chainlora_lab.report.sections import SECTIONS  # noqa: E402
 from chainlora_lab.report.values import Summary, big, cells_of  # noqa: E402
+from chainlora_pages import (  # noqa: E402
+    Numbers,
+    Section,
+    Table,
+    Text,
+    line_style,
+    number,
+    section,
+    whole_steps,
+)
 
 PRINTED: Mapping[str, Any] = read_tree(HERE / "printed/tables.yaml", "tables")
 _DIAMOND: dict[str, Any] = {"marker": "D", "color": "#BF8700", "markersize": 5, "fillstyle": "none"}

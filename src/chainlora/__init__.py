@@ -41,8 +41,7 @@ _WHERE = {
     "export_adapter": "chainlora.runs.export",
     "export_merged": "chainlora.runs.export",
     "inspect_run": "chainlora.runs.inspection",
-    "diff": "chainlora.reports.difference",
-    "report_runs": "chainlora.reports.run_report",
+    "diff": "chainlora.evaluation.difference",
     "load_model": "chainlora.models.loading",
     "load_task": "chainlora.data.tasks",
     "list_tasks": "chainlora.data.tasks",
@@ -63,13 +62,12 @@ if TYPE_CHECKING:
     from chainlora.data.tasks import load_task as load_task
     from chainlora.errors import ChainLoRAError as ChainLoRAError
     from chainlora.evaluation.combination import combine as combine
+    from chainlora.evaluation.difference import diff as diff
     from chainlora.evaluation.scoring import evaluate_task as evaluate_task
     from chainlora.evaluation.stage_scores import stage_matrix as stage_matrix
     from chainlora.integrations.callback import ChainCallback as ChainCallback
     from chainlora.knots.moments import carry_moments as carry_moments
     from chainlora.models.loading import load_model as load_model
-    from chainlora.reports.difference import diff as diff
-    from chainlora.reports.run_report import report_runs as report_runs
     from chainlora.runs.addresses import open_run as open_run
     from chainlora.runs.cards import Naming as Naming
     from chainlora.runs.changes import log as log

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chainlora.errors import ConfigError
-from chainlora.reports import Table, number, table_of
 from chainlora_lab.experiment import OVERALL, Experiment, load_experiment
 from chainlora_lab.report.comparisons import compare_all
 from chainlora_lab.report.values import digits
@@ -20,6 +19,7 @@ from chainlora_lab.results import Results
 from chainlora_lab.session import Session
 from chainlora_lab.statistics.power import LEVEL, POWER, detectable, pairs_needed
 from chainlora_lab.statistics.sign_flip import least_pairs
+from chainlora_pages import Table, number, table_of
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import Any
 
 import yaml
 
-from chainlora.config.staging import need_apart
 from chainlora.data.splits import check_files
 from chainlora.errors import ConfigError, DataError, ModelError, RunError
 from chainlora.models.finding import resolve_model
+from chainlora.runs.paths import need_apart
 from chainlora.training.objectives import check_names
 from chainlora_lab.expansion import Cell, expand
 from chainlora_lab.experiment import Experiment, load_experiment

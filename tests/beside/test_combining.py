@@ -23,14 +23,14 @@ from chainlora.errors import ConfigError, RunError
 from chainlora.evaluation.combination import combine
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.files import checksums
-from chainlora.reports.run_report import run_page
-from chainlora.reports.runs import read_state
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import log, mix_stages, prune_stage, undo
 from chainlora.runs.history_file import read_history
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.loading_start import with_start
 from chainlora.training.stages import combine_again, extension, rehearsal, train_stages
+from chainlora_pages.run_report import run_page
+from chainlora_pages.runs import read_state
 
 
 def test_a_combination_is_that_of_its_parts(abc):

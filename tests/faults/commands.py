@@ -20,7 +20,7 @@ from helpers import EVERYTHING, settings
 from helpers_data import pair_files
 
 from chainlora import export_adapter, export_merged, make_config, train
-from chainlora.config.staging import is_run, make_stages
+from chainlora.config.staging import make_stages
 from chainlora.evaluation.combination import combine
 from chainlora.files import checksums
 from chainlora.models.identity import tokenizer_files
@@ -31,6 +31,7 @@ from chainlora.runs.history import BASE
 from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import pull_run, push_run
 from chainlora.runs.loading_start import with_start
+from chainlora.runs.paths import is_run
 from chainlora.training.interrupts import interruptible
 from chainlora.training.stages import build_run, extension, rehearsal, train_stages
 from chainlora_lab import make_experiment, run_cells

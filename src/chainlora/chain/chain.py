@@ -29,7 +29,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from chainlora.chain import adapters, checks, showing
+from chainlora.chain import adapters, checks
 from chainlora.chain.adapters import Adapter
 from chainlora.chain.base_weights import BaseWeights
 from chainlora.chain.holding import holding_named
@@ -39,6 +39,7 @@ from chainlora.chain.live import Live, link_of, load_state, norm_of, state_of
 from chainlora.chain.soft_knot import Balance, check_soft_knots, share_out
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError
+from chainlora.showing import Shown, table
 
 Step = TypeVar("Step")
 
@@ -91,10 +92,26 @@ class Chain:
         return len(self.links)
 
     def __repr__(self) -> str:
-        return showing.line(self)
+        ranks = "+".join(str(link.rank) for link in self.links[:8]) + "+…" * (len(self) > 8)
+        links = f"{len(self)} links" + (f" of rank {ranks}" if self.links else "")
+        return f"<{self._title()}, {', '.join([links, *self._live_facts()])}>"
 
     def _repr_html_(self) -> str:
-        return showing.page(self)
+        heads = ("link", "id", "rank", "modules", "steps", "strength")
+        rows = [
+            (link.index, link.id, link.rank, len(link.factors), link.num_steps, link.strength)
+            for link in self.links
+        ]
+        return table(heads, rows, self._title(), below=self._live_facts())
+
+    def _title(self) -> str:
+        return f"Chain: {type(self.model).__name__}, {self.hold}"
+
+    def _live_facts(self) -> list[str]:
+        if self.live is None:
+            return []
+        on = f"rank {self.live.config.rank} on {len(self.live.layers)} modules"
+        return [f"a live link of {on} after {self.live_steps} steps"]
 
     # --- the paper's verbs ---
 
@@ -170,7 +187,7 @@ class Chain:
         scales, tied = share_out(live.adapter, share)
         self._holding.deposit(tied, live.adapter)
         live.num_soft_knots += 1
-        return showing.Shown(scales)
+        return Shown(scales)
 
     def fit(
         self,
@@ -228,7 +245,7 @@ class Chain:
 
     def live_state(self) -> dict[str, Tensor]:
         """Return all that the live link is made of, as tensors, for `load_live_state`."""
-        return showing.Shown(state_of(self._need_live("live_state").adapter, self._holding))
+        return Shown(state_of(self._need_live("live_state").adapter, self._holding))
 
     def load_live_state(
         self, state: Mapping[str, Tensor], num_steps: int, num_soft_knots: int = 0

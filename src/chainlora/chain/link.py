@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from chainlora.chain.showing import Shown
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError
+from chainlora.showing import Shown
 
 
 @dataclass(frozen=True, slots=True, eq=False)

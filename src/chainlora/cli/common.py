@@ -13,20 +13,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 from click.shell_completion import CompletionItem
 
-from chainlora.config.staging import is_run as is_run
-from chainlora.config.staging import need_run as need_run
-from chainlora.config.staging import runs_near, split_address
 from chainlora.errors import ConfigError, FileError, RunError, printable
+from chainlora.runs.paths import is_run as is_run
+from chainlora.runs.paths import need_run as need_run
+from chainlora.runs.paths import runs_near, split_address
 
 if TYPE_CHECKING:
     from chainlora.runs.addresses import Address
 
-_OF_THE_LAB = ("compare", "experiment")
+# verbs of packages that depend on this one
+_VERBS_OF_DEPENDENTS = {"report": "chainlora_pages.verbs", "board": "chainlora_pages.verbs"}
+_VERBS_OF_DEPENDENTS |= {"compare": "chainlora_lab.cli", "experiment": "chainlora_lab.cli"}
 SIGNALLED = 128  # and the signal's number: the exit status, as shells have it
 
 json_option = click.option(
@@ -179,6 +182,11 @@ def quiet() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
+def import_dependent(module: str) -> ModuleType:
+    """Import a module of a package that depends on this one: no other code here imports one."""
+    return import_module(module)
+
+
 def is_first_process() -> bool:
     """Say whether this is the process that prints, of those that a launcher started."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
@@ -204,15 +212,15 @@ def file_and_overrides(
 
 
 class Verbs(click.Group):
-    """A group that finds the lab's verbs by name, and names the nearest verb for an unknown one."""
+    """The group of all verbs; it names the nearest verb for an unknown one."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*super().list_commands(ctx), *_OF_THE_LAB})
+        return sorted({*super().list_commands(ctx), *_VERBS_OF_DEPENDENTS})
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """Return a verb. Those of the lab are imported here: this package uses none of its code."""
-        if name in _OF_THE_LAB and name not in self.commands:
-            self.add_command(getattr(import_module("chainlora_lab.cli"), name))
+        """Return a verb. Those of packages that depend on this one are imported here."""
+        if name in _VERBS_OF_DEPENDENTS and name not in self.commands:
+            self.add_command(getattr(import_dependent(_VERBS_OF_DEPENDENTS[name]), name))
         return super().get_command(ctx, name)
 
     def resolve_command(

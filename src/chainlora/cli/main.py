@@ -34,7 +34,7 @@ from chainlora.cli.versioning import (
     rehearse,
     undo,
 )
-from chainlora.cli.views import board, diff, export, inspect, report, verify
+from chainlora.cli.views import diff, export, inspect, verify
 from chainlora.errors import (
     ChainLoRAError,
     ConfigError,
@@ -142,7 +142,7 @@ def cli(context: click.Context, debug: bool) -> None:
 
 for _verb in (demo, train, extend, add, combine, rehearse, mix, undo, redo, log, prune, push, pull):
     cli.add_command(_verb)
-for _verb in (evaluate, generate, chat, inspect, diff, report, board, export, verify, tasks):
+for _verb in (evaluate, generate, chat, inspect, diff, export, verify, tasks):
     cli.add_command(_verb)
 for _verb in (doctor, schema):
     cli.add_command(_verb)

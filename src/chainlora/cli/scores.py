@@ -145,9 +145,9 @@ def _keep_start_rows(run: str, file: str, task: str | None) -> None:
 def _score_matrix(run: str, as_json: bool, speedups: Speedups) -> None:
     need_run(run)
     quiet()
-    from chainlora.cli.versioning import scored_matrix, show_matrix
-    from chainlora.config.staging import split_address
+    from chainlora.cli.screen import scored_matrix, show_matrix
     from chainlora.runs.history import START
+    from chainlora.runs.paths import split_address
 
     found = scored_matrix(run, speedups)
     if as_json:

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
+import click
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from chainlora.reports.charts import number
+from chainlora.engine.engine import Speedups
+from chainlora.evaluation.stage_scores import StageMatrix, stage_matrix
+from chainlora.showing import number
 from chainlora.training.progress import OFTEN, Terminal, console_of_bars, console_on_stderr
 
 _COLUMNS = ["link", "rank", "steps", "loss", "validation", "‖ΔW‖", "effective rank"]
@@ -163,3 +166,17 @@ def _table(found: Mapping[str, Any]) -> Table:
     sizes = number(whole.get("delta_norm"), 4), number(whole.get("effective_rank"))
     table.add_row("all", str(whole["rank"]), steps, "", "", *sizes, "")
     return table
+
+
+def scored_matrix(run: str, speedups: Speedups = "auto", *, compute: bool = True) -> StageMatrix:
+    """Return the matrix of a run; cells that are missing are scored, with a bar on a terminal."""
+    with evaluation_progress() as progress:
+        return stage_matrix(run, speedups=speedups, progress=progress, compute=compute)
+
+
+def show_matrix(
+    matrix: StageMatrix, echo: Callable[[str], object] = click.echo, *, has_notes: bool = True
+) -> None:
+    """Print a row a state and a column a stage, and summaries; nothing where no cell was scored."""
+    if matrix.cells:
+        echo(str(matrix) if has_notes else matrix.in_lines())

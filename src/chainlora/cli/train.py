@@ -19,6 +19,7 @@ from chainlora.cli.common import (
     file_and_overrides,
     general_keys,
     general_option,
+    import_dependent,
     is_first_process,
     is_run,
     is_verbose,
@@ -261,9 +262,9 @@ def train_and_show(
     if dry_run:
         _show_plan(stages, named, as_json)
         return
-    from chainlora.cli.versioning import scored_matrix, show_matrix
-    from chainlora.config.staging import exists_in
+    from chainlora.cli.screen import scored_matrix, show_matrix
     from chainlora.runs.history_file import read_history
+    from chainlora.runs.paths import exists_in
     from chainlora.training.stages import base_of, train_stages
 
     def work(tell: Listener) -> list[TrainResult | None]:
@@ -298,8 +299,7 @@ def _show_run(
     config: RunConfig, results: Sequence[TrainResult], base: OpenBase, are_stages: bool = False
 ) -> None:
     """Print the links of a run that has ended, the scores of its new stages, and what is next."""
-    from chainlora.cli.screen import show_inspection
-    from chainlora.cli.versioning import show_matrix
+    from chainlora.cli.screen import show_inspection, show_matrix
     from chainlora.evaluation.stage_scores import columns_after_training, stage_matrix
     from chainlora.runs.addresses import open_run
     from chainlora.runs.inspection import inspect_run
@@ -376,15 +376,16 @@ def _show_plan(stages: Sequence[Stage], change: Sequence[str], as_json: bool) ->
 
 
 def _plot(settings: RunConfig, stage: str) -> None:
-    from chainlora.config.staging import stage_folder
-    from chainlora.reports.run_charts import plot_training
+    from chainlora.runs.paths import stage_folder
     from chainlora.runs.records import read_records
 
     folder = stage_folder(Path(settings.output or ""), stage)
     records = read_records(folder / "metrics.jsonl")
     if records:  # none where nothing is trained and nothing held out
         with picture_if_possible():
-            plot_training(records, folder / "training.png")
+            import_dependent("chainlora_pages.run_charts").plot_training(
+                records, folder / "training.png"
+            )
 
 
 def with_progress(run: str | None, work: Callable[[Listener], Result]) -> Result:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -30,8 +30,6 @@ from chainlora.cli.common import (
 from chainlora.errors import ChainLoRAError, ConfigError
 
 if TYPE_CHECKING:
-    from chainlora.engine.engine import Speedups
-    from chainlora.evaluation.stage_scores import StageMatrix
     from chainlora.runs.changes import Pruning
     from chainlora.runs.state import OpenState
 
@@ -131,6 +129,7 @@ def add(
     if len(words) != 2:
         raise click.UsageError("it is chainlora add RUN ADAPTER --rows FILE [--KEY VALUE]…")
     quiet()
+    from chainlora.cli.screen import scored_matrix, show_matrix
     from chainlora.cli.train import with_progress
     from chainlora.config.reading import set_key
     from chainlora.runs.addresses import open_run
@@ -191,7 +190,7 @@ def combine(
     """
     folder = whole_run(run)
     quiet()
-    from chainlora.cli.screen import evaluation_progress
+    from chainlora.cli.screen import evaluation_progress, scored_matrix, show_matrix
     from chainlora.evaluation.combination import combine as combined
     from chainlora.evaluation.combination import told
 
@@ -272,6 +271,7 @@ def mix(run: str, strengths: tuple[str, ...], no_scores: bool, as_json: bool) ->
     folder = whole_run(run)
     chosen = read_strengths(strengths, default=None)
     quiet()
+    from chainlora.cli.screen import scored_matrix, show_matrix
     from chainlora.runs.addresses import open_run
     from chainlora.runs.changes import mix_stages
 
@@ -379,23 +379,6 @@ def log(run: str, as_json: bool) -> None:
     if console.is_terminal:  # what is narrower would cut names; it wraps the lines
         wide.width = max(console.width, wide.measure(table).minimum)
     wide.print(table, markup=False)
-
-
-def scored_matrix(run: str, speedups: Speedups = "auto", *, compute: bool = True) -> StageMatrix:
-    """Return the matrix of a run; cells that are missing are scored, with a bar on a terminal."""
-    from chainlora.cli.screen import evaluation_progress
-    from chainlora.evaluation.stage_scores import stage_matrix
-
-    with evaluation_progress() as progress:
-        return stage_matrix(run, speedups=speedups, progress=progress, compute=compute)
-
-
-def show_matrix(
-    matrix: StageMatrix, echo: Callable[[str], object] = click.echo, *, has_notes: bool = True
-) -> None:
-    """Print a row a state and a column a stage, and summaries; nothing where no cell was scored."""
-    if matrix.cells:
-        echo(str(matrix) if has_notes else matrix.in_lines())
 
 
 @click.command

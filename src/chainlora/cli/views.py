@@ -1,12 +1,8 @@
-"""The verbs that show a run or write it out: `inspect`, `diff`, `report`, `board`, `export`,
-`verify`."""
+"""The verbs that show a run or write it out: `inspect`, `diff`, `export`, `verify`."""
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import click
@@ -14,6 +10,7 @@ import click
 from chainlora.cli.common import (
     check_run_or_model,
     chosen_state,
+    import_dependent,
     json_option,
     links_option,
     need_run,
@@ -24,8 +21,6 @@ from chainlora.cli.common import (
     stages_option,
     to_stderr,
 )
-from chainlora.config.staging import refuse_older
-from chainlora.errors import ConfigError
 
 
 @click.command
@@ -40,7 +35,6 @@ def inspect(run: str, as_json: bool) -> None:
     need_run(run)
     quiet()
     from chainlora.cli.screen import show_inspection
-    from chainlora.reports.chain_charts import plot_chain
     from chainlora.runs.addresses import open_run
     from chainlora.runs.inspection import inspect_run
 
@@ -48,7 +42,9 @@ def inspect(run: str, as_json: bool) -> None:
     found = inspect_run(state)
     if found["links"] and not state.is_before_training:
         with picture_if_possible():
-            plot_chain(found, state.run / "chain.png")
+            import_dependent("chainlora_pages.chain_charts").plot_chain(
+                found, state.run / "chain.png"
+            )
     if as_json:
         print_json(found)
     else:
@@ -80,88 +76,13 @@ def diff(a: str, b: str, as_json: bool, **options: Any) -> None:
         need_run(run)
     quiet()
     from chainlora.cli.screen import show_difference
-    from chainlora.reports.difference import diff as differences
+    from chainlora.evaluation.difference import diff as differences
 
     found = differences(a, b, progress=to_stderr, **options)
     if as_json:
         print_json(found)
     else:
         show_difference(found)
-
-
-@click.command
-@click.argument("runs", metavar="RUN [RUN ...]", nargs=-1, required=True, type=click.Path())
-@click.option(
-    "--output",
-    type=click.Path(dir_okay=False),
-    help="File to write. Default: report.html, in RUN, or here for several.",
-)
-@click.option(
-    "--prompts",
-    metavar="N|FILE",
-    help="Show answers after 0, 1, ... links, or after each stage: to the first N rows of each of "
-    "the run's data sets, or to a file's prompts (one a line, or JSONL rows with a `prompt`). "
-    "Loads the model.",
-)
-@click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=32, help="Most tokens of an answer."
-)
-@json_option
-def report(runs: tuple[str, ...], output: str | None, as_json: bool, **options: Any) -> None:
-    """Write one HTML file about one run or several.
-
-    It has curves, what each link became and received, costs, config and versions; several runs
-    stand side by side. The file needs nothing but itself.
-    """
-    for run in runs:
-        need_run(run)
-    quiet()
-    from chainlora.reports.run_report import report_runs
-
-    written = report_runs(runs, output, progress=to_stderr, **options)
-    show(written, f"{written['output']} ({written['bytes'] / 1000:.0f} kB)", as_json)
-
-
-@click.command
-@click.argument("runs", metavar="[RUN ...]", nargs=-1, type=click.Path())
-@click.option(
-    "--host",
-    default="127.0.0.1",
-    help="Address to serve at. Whoever reaches it can train, save and export.",
-)
-@click.option("--port", type=click.IntRange(1, 65535), help="Default: 7860, or the next free.")
-def board(runs: tuple[str, ...], host: str, port: int | None) -> None:
-    """Train in a browser: watch runs, ask them before and after, undo and export.
-
-    RUN is a run, or a folder, also an empty one, for new runs and those in it. Default: runs, which
-    is made. Two states of a run answer the same prompt side by side. The page loads nothing from
-    the network. A training ends with the board, saved; the same command or Train resumes it.
-    """
-    for run in runs:
-        refuse_older(Path(run))
-        if not Path(run).is_dir() or (Path(run) / "links").is_dir():
-            need_run(run)
-    quiet()
-    try:
-        from chainlora.board.app import server_of
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        rule, remedy = "`board` needs Gradio", "pip install 'chainlora[board]'"
-        raise ConfigError(rule, "none installed", remedy) from None
-    try:
-        server, listening, address = server_of(runs or ["runs"], host, port)
-    except (OSError, UnicodeError) as error:
-        if getattr(error, "errno", 0) in (errno.EADDRINUSE, errno.EACCES):
-            got = port or "none of 7860 to 7959"
-            raise ConfigError(
-                "--port must be free", got, "leave it out, or take another"
-            ) from error
-        rule = "--host must be a name or an IPv4 address of this machine"
-        raise ConfigError(rule, host, "leave it out, or take 0.0.0.0 for all") from error
-    click.echo(f"{address}  (Ctrl-C ends it)")
-    with suppress(KeyboardInterrupt):
-        server.run([listening])
 
 
 @click.command
@@ -251,7 +172,7 @@ def export(
     quiet()
     from chainlora.runs.cards import Naming
     from chainlora.runs.hub import check_push, push_folder
-    from chainlora.runs.recomputing import EXPORTERS
+    from chainlora.runs.recomputing import exporter_to
 
     state = chosen_state(run, stages)
     naming = Naming(repository, base_name, licence)
@@ -262,7 +183,7 @@ def export(
         keys |= {"rank": rank, "tolerance": tolerance, "each": each}
     if target.startswith("gguf"):
         keys["kind"] = gguf_type
-    done = EXPORTERS[target](state, output, **keys)
+    done = exporter_to(target)(state, output, **keys)
     text = _export_text(done)
     if repository is not None:
         done["commit"] = push_folder(output, repository, private=private)

@@ -22,14 +22,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from os import PathLike
-from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 from chainlora.config.reading import make_config, set_key
 from chainlora.config.schema import LENGTHS, READ_WITH, RunConfig
-from chainlora.errors import ConfigError, RunError, nearest
-from chainlora.files import reported
+from chainlora.errors import ConfigError, nearest
 
 # What an export has one of, or the base has one of: a stage cannot say otherwise.
 RUN_WIDE = {
@@ -37,7 +35,6 @@ RUN_WIDE = {
     "chain": ("hold",),
     "train": ("dtype", "seed", "shard"),
 }
-HISTORY = "history.json"  # what makes a folder a run
 OF_START = ("start", "start_data")  # read by the first stage alone
 STANDING = ("beside", "rehearse")
 _SECTIONS = ("data", "chain", "train")
@@ -60,39 +57,8 @@ class Stage:
     rehearse: bool = False
 
 
-def exists_in(folder: Path) -> bool:
-    """Say whether a run, or a saved chain, is in a folder."""
-    return (folder / HISTORY).is_file()
-
-
-def refuse_older(folder: Path) -> None:
-    """Raise RunError for a run that an earlier version wrote, which this one does not read."""
-    if (folder / "chain.json").is_file() and not exists_in(folder):
-        raise RunError(
-            f"Cannot read the run {folder}: version 0.2 or a development version wrote it. Use "
-            "that version, or train again into another folder."
-        )
-
-
-def need_apart(output: str | PathLike[str], key: str = "output") -> None:
-    """Raise ConfigError for an output inside a run, which would take it for its own, or lose a file
-    to it. A run of its own there is accepted."""
-    place = Path(expanduser(output)).resolve()
-    refuse_older(place)
-    around = next(filter(exists_in, place.parents), None)
-    if around is not None and not exists_in(place):
-        raise ConfigError(
-            f"`{key}` must lie outside other runs",
-            f"{output}, inside {around}",
-            "choose another place; chainlora extend adds a stage to a run",
-        )
-
-
 def check_alone(config: RunConfig) -> RunConfig:
-    """Return the config of a run without stages. Raises ConfigError for what needs earlier ones,
-    and for an output inside another run."""
-    if config.output is not None:
-        need_apart(config.output)
+    """Return the config of a run without stages. Raises ConfigError for what needs earlier ones."""
     for key in ("replay", "rehearse"):
         if value := getattr(config.data, key):
             rule, got = f"`data.{key}` reads rows of earlier stages again", f"{value}"
@@ -250,55 +216,6 @@ def check_name(name: object, taken: Sequence[str] = ()) -> str:
     if name in taken:
         raise ConfigError("every stage must have a name of its own", f"{name!r} twice", "rename it")
     return name
-
-
-def stage_folder(run: Path, name: str) -> Path:
-    """Return where the files of a stage lie that are not links or rows."""
-    return run / "stages" / name
-
-
-def split_address(address: str | PathLike[str]) -> tuple[Path, str | None]:
-    """Return the run and the stage that ``RUN@STAGE`` names; a folder with an @ is itself."""
-    if not isinstance(address, str | PathLike):
-        got, remedy = f"a {type(address).__name__}", "save_chain writes a Chain"
-        raise ConfigError("a run, or a model, is named by its path", got, remedy)
-    path = Path(expanduser(address))
-    head, at, name = str(path).rpartition("@")
-    if not at or path.exists() or not exists_in(Path(head)):
-        return path, None
-    return Path(head), name
-
-
-def is_run(address: str | PathLike[str]) -> bool:
-    """Say whether a run directory, or a saved chain, is there."""
-    return exists_in(split_address(address)[0])
-
-
-def need_run(address: str | PathLike[str]) -> None:
-    """Raise RunError for what is neither a run directory nor a saved chain."""
-    run, _ = split_address(address)
-    with reported(run, "read"):
-        if exists_in(run):
-            return
-    refuse_older(run)
-    if (run / "links").is_dir():
-        raise RunError(
-            f"a run directory must hold {HISTORY} (got none in {run}); it is incomplete: copy it "
-            "whole, or start over"
-        )
-    what = f"holds no {HISTORY}" if run.is_dir() else "is a file" if run.exists() else None
-    runs = runs_near(run)
-    near = ", ".join(runs[:8]) + ", …" * (len(runs) > 8)
-    raise RunError(
-        f"RUN must be a run directory (got {run}, which {what or 'does not exist'}); it is the "
-        f"`output` of chainlora train{f', here one of {near}' if near else ''}"
-    )
-
-
-def runs_near(folder: Path) -> list[str]:
-    """Return the runs in a folder, or beside one that does not exist."""
-    around = folder if folder.exists() else folder.parent
-    return sorted(str(path.parent) for path in around.glob(f"[!.]*/{HISTORY}"))
 
 
 def _inherited(shared: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

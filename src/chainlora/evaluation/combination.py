@@ -14,7 +14,6 @@ from chainlora.chain.combining import Combined, Part
 from chainlora.chain.link import Link, stack_links, stacked_rank
 from chainlora.chain.solving import combine as solve
 from chainlora.config.schema import LinkConfig
-from chainlora.config.staging import is_run
 from chainlora.data.conflicts import newest
 from chainlora.data.kept import Kept
 from chainlora.errors import ChainError, RunError
@@ -28,6 +27,7 @@ from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.links import need_low_rank_sum, save_link
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import chain_on_base
+from chainlora.runs.paths import is_run
 from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 
-from chainlora.chain.showing import Shown
 from chainlora.config.schema import DataConfig, RunConfig
-from chainlora.config.staging import is_run, need_apart
 from chainlora.data.examples import Example
 from chainlora.data.kept import SPLITS, Kept
 from chainlora.data.sources import Source, find_source
@@ -38,7 +36,9 @@ from chainlora.files import check_writable, make_folder, write_text
 from chainlora.models.text_config import context_length
 from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.exported import load_run_or_model
+from chainlora.runs.paths import is_run, need_apart
 from chainlora.runs.state import OpenState
+from chainlora.showing import Shown
 
 logger = logging.getLogger(__name__)
 

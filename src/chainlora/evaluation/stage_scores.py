@@ -35,7 +35,6 @@ from markupsafe import Markup
 from pydantic import TypeAdapter
 
 from chainlora import files
-from chainlora.chain.showing import table
 from chainlora.data.kept import Kept
 from chainlora.engine.engine import Engine, Speedups
 from chainlora.errors import FileError, RunError
@@ -51,6 +50,7 @@ from chainlora.runs.history_file import read_history
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import chain_on_base
 from chainlora.runs.state import OpenState
+from chainlora.showing import table
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import is_run
 from chainlora.data.kept import Kept
 from chainlora.errors import RunError
 from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.exported import config_of_export
+from chainlora.runs.paths import is_run
 from chainlora.runs.state import OpenState
 
 MOST_TOKENS = 256  # of an answer, as transformers' own text generation has it

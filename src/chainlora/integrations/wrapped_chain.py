@@ -31,7 +31,6 @@ from chainlora.chain.adapters import (
 from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
-from chainlora.config.staging import exists_in
 from chainlora.errors import ConfigError, DivergedError, RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.models.finding import folder_of
@@ -41,6 +40,7 @@ from chainlora.runs.cards import is_of_another
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.export import write_adapter, write_adapter_card
 from chainlora.runs.loading_start import put_on
+from chainlora.runs.paths import exists_in
 from chainlora.runs.saved_chain import (
     INSIDE,
     current_links,

@@ -14,7 +14,6 @@ from chainlora import files
 from chainlora.chain.checks import check_link
 from chainlora.config.reading import dump_config
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import is_run, stage_folder
 from chainlora.data.kept import Kept
 from chainlora.data.splits import Splits, prepare_splits
 from chainlora.errors import ChainLoRAError, DataError, RunError
@@ -39,6 +38,7 @@ from chainlora.runs.links import save_link
 from chainlora.runs.loading_start import fitted, load_start, need_layers, start_folder
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import check_base, noted_base
+from chainlora.runs.paths import is_run, stage_folder
 from chainlora.runs.resuming import source_digests
 from chainlora.runs.start import Start
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from chainlora.config.staging import HISTORY, exists_in, need_run, split_address
 from chainlora.errors import RunError
 from chainlora.runs.documents import DAMAGED
 from chainlora.runs.draft import DRAFT, drafts_in, read_draft
 from chainlora.runs.history import BASE, CONFIG, START, History
 from chainlora.runs.history_file import read_history
+from chainlora.runs.paths import HISTORY, exists_in, need_run, split_address
 from chainlora.runs.state import OpenState
 
 _SHORTEST = 4  # digits of a digest that name a state

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from chainlora import files
-from chainlora.config.staging import HISTORY, RUN_WIDE, is_name
+from chainlora.config.staging import RUN_WIDE, is_name
 from chainlora.data.kept import Kept, write_kept
 from chainlora.errors import RunError
 from chainlora.models.identity import tokenizer_files
@@ -31,6 +31,7 @@ from chainlora.runs.history import (
     rows_file,
 )
 from chainlora.runs.history_file import read_history, update_history
+from chainlora.runs.paths import HISTORY
 from chainlora.runs.state import OpenState
 
 

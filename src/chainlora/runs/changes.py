@@ -15,13 +15,13 @@ from typing import Any
 
 from chainlora import files
 from chainlora.chain.checks import check_strengths
-from chainlora.config.staging import HISTORY, split_address
 from chainlora.errors import FileError, RunError
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.draft import drafts_in, ended_leftovers
 from chainlora.runs.history import BASE, CONTENT, Entry, History, Unbuilt
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.locks import is_in_use
+from chainlora.runs.paths import HISTORY, split_address
 from chainlora.runs.state import OpenState
 
 MATRIX = "matrix.jsonl"  # scores by digests of states (`evaluation.stage_scores`)

@@ -13,12 +13,12 @@ from pathlib import Path
 from filelock import FileLock
 
 from chainlora import files
-from chainlora.config.staging import stage_folder
 from chainlora.errors import ChainLoRAError
 from chainlora.runs.draft import DRAFT, GROWING, PASSING
 from chainlora.runs.history import CONFIG, CONTENT, RECORDS, RESULT
 from chainlora.runs.history_file import read_history
 from chainlora.runs.locks import LOCK, take_lock
+from chainlora.runs.paths import stage_folder
 
 
 class Claim:

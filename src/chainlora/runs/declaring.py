@@ -14,7 +14,6 @@ from pathlib import Path
 from chainlora import files
 from chainlora.config.reading import make_config
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import HISTORY, exists_in, stage_folder
 from chainlora.config.template_names import refuse_paths
 from chainlora.data.kept import keeps_general
 from chainlora.errors import FileError, RunError
@@ -25,6 +24,7 @@ from chainlora.runs.draft import DRAFT
 from chainlora.runs.history import BASE, START, Base, History, Training, Unbuilt
 from chainlora.runs.history_file import update_history
 from chainlora.runs.locks import is_in_use
+from chainlora.runs.paths import HISTORY, exists_in, stage_folder
 from chainlora.runs.resuming import source_digests
 from chainlora.runs.start import Start
 

@@ -13,7 +13,6 @@ from typing import Annotated, Any, NotRequired
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
-from chainlora.config.staging import stage_folder
 from chainlora.runs.documents import Count, Digest, Document, Part, Sums, read_part
 from chainlora.runs.history import (
     CONFIG,
@@ -24,6 +23,7 @@ from chainlora.runs.history import (
     Training,
     Unbuilt,
 )
+from chainlora.runs.paths import stage_folder
 
 DRAFT = "stage.json"
 REFERENCE = "reference.safetensors"

@@ -19,7 +19,6 @@ from chainlora.chain.adapters import Factors, save_adapter
 from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link, switched_on
 from chainlora.config.schema import LinkConfig
-from chainlora.config.staging import need_apart
 from chainlora.data.templates import ends_of_turn
 from chainlora.errors import ChainError, ModelError, RunError
 from chainlora.models.checkpoint import save_model
@@ -41,6 +40,7 @@ from chainlora.runs.compression import adapter_factors
 from chainlora.runs.history import CAUSAL, Base
 from chainlora.runs.lineage import Lineage, lineage_of
 from chainlora.runs.opening import check_base, load_run, tokenizer_of
+from chainlora.runs.paths import need_apart
 from chainlora.runs.saved_chain import current_links, describe_base
 from chainlora.runs.state import OpenState
 

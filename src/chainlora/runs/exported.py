@@ -16,7 +16,6 @@ import torch
 
 from chainlora.config.reading import leave_out_helpers, make_config
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import is_run
 from chainlora.config.template_names import refuse_paths
 from chainlora.errors import ModelError, RunError
 from chainlora.models.finding import from_above, names_a_file, resolve_model
@@ -27,6 +26,7 @@ from chainlora.runs.lineage import LINEAGE, Lineage, read_lineage
 from chainlora.runs.loading_start import load_start, put_on
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import check_base, load_run
+from chainlora.runs.paths import is_run
 from chainlora.runs.state import OpenState
 
 if TYPE_CHECKING:

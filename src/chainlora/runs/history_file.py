@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from chainlora import files
-from chainlora.config.staging import HISTORY
 from chainlora.errors import RunError
 from chainlora.runs.documents import read_part, write_part
 from chainlora.runs.history import RECORDS, History
 from chainlora.runs.locks import locked, need_own
+from chainlora.runs.paths import HISTORY
 
 _READ: dict[Path, tuple[tuple[int, ...], History]] = {}  # what was read last, and its version
 

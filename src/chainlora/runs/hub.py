@@ -17,7 +17,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from chainlora.config.reading import read_tree
-from chainlora.config.staging import HISTORY, exists_in
 from chainlora.errors import ConfigError, FileError, RunError
 from chainlora.runs.addresses import Address, nothing_at, open_run
 from chainlora.runs.beginning import copy_files
@@ -29,6 +28,7 @@ from chainlora.runs.history import CONFIG, History
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.lineage import without_places
 from chainlora.runs.locks import LOCK
+from chainlora.runs.paths import HISTORY, exists_in
 
 logger = logging.getLogger(__name__)
 

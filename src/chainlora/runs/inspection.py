@@ -13,10 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from chainlora.chain.link import Link, stack_links
 from chainlora.chain.low_rank import effective_rank, singular_values, stable_rank, subspace_overlap
-from chainlora.chain.showing import Shown
 from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.records import Record, last_loss, of_event
 from chainlora.runs.state import OpenState
+from chainlora.showing import Shown
 
 
 def inspect_run(run: Address) -> dict[str, Any]:

@@ -25,16 +25,7 @@ from chainlora.chain.holding import hold_for
 from chainlora.chain.initialization import generator_for, principal_factors
 from chainlora.chain.link import Factors, Link
 from chainlora.config.schema import with_flat_model
-from chainlora.config.staging import (
-    HISTORY,
-    RUN_WIDE,
-    exists_in,
-    is_run,
-    name_apart,
-    refuse_older,
-    section_of,
-    what_stages_share,
-)
+from chainlora.config.staging import RUN_WIDE, name_apart, section_of, what_stages_share
 from chainlora.errors import ChainLoRAError, ConfigError, ModelError, RunError
 from chainlora.models.finding import folder_of, from_hub, hub_id_of, is_same_place, name_of
 from chainlora.models.identity import base_files, has_tokenizer
@@ -44,6 +35,7 @@ from chainlora.runs.cards import is_hub_id
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history_file import read_history
 from chainlora.runs.opening import check_base
+from chainlora.runs.paths import HISTORY, exists_in, is_run, refuse_older
 from chainlora.runs.saved_chain import chain_folder, read_chain, restore_chain
 from chainlora.runs.start import Start
 from chainlora.runs.state import OpenState

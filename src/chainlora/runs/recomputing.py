@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from chainlora import files
-from chainlora.config.staging import split_address
 from chainlora.errors import RunError
 from chainlora.models.finding import resolve_model
 from chainlora.models.identity import base_files, changed_files
@@ -21,15 +21,19 @@ from chainlora.runs.costs import versions
 from chainlora.runs.export import export_adapter, export_merged
 from chainlora.runs.history import BASE
 from chainlora.runs.lineage import LINEAGE, Lineage, read_lineage
+from chainlora.runs.paths import split_address
 from chainlora.runs.state import OpenState
-from chainlora.runs.to_gguf import export_gguf
 
-EXPORTERS: Mapping[str, Callable[..., Any]] = {
-    "merged": export_merged,
-    "adapter": export_adapter,
-    "gguf": export_gguf,
-    "gguf-adapter": partial(export_gguf, as_adapter=True),
-}
+
+def exporter_to(target: str) -> Callable[..., Any]:
+    """Return the function that exports to a `lineage.Target`.
+
+    GGUF is written by a package that is built on this one, so that is imported by name.
+    """
+    if target.startswith("gguf"):
+        is_adapter = target == "gguf-adapter"
+        return partial(import_module("chainlora_gguf").export_gguf, as_adapter=is_adapter)
+    return {"merged": export_merged, "adapter": export_adapter}[target]
 
 
 def verify_export(export: str | Path, run: str | Path | None = None) -> list[str]:
@@ -68,7 +72,7 @@ def verify_export(export: str | Path, run: str | Path | None = None) -> list[str
 
 def _exporter(lineage: Lineage, folder: Path) -> Callable[..., Any]:
     """Return what made an export. Raises RunError for arguments that it does not take."""
-    exporter = EXPORTERS[lineage.to]
+    exporter = exporter_to(lineage.to)
     for name in lineage.exported.keys() - signature(exporter).parameters.keys():
         rule, got = f"{LINEAGE} must name arguments of an export to {lineage.to}", f"{name!r:.40}"
         raise RunError(rule, f"{got} in {folder}", lineage.remedy)

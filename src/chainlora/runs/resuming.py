@@ -9,7 +9,7 @@ from typing import Any
 
 from chainlora import files
 from chainlora.config.schema import DataConfig, RunConfig, StartData
-from chainlora.config.staging import OF_START, exists_in
+from chainlora.config.staging import OF_START
 from chainlora.config.yaml_text import one_value
 from chainlora.data.splits import named_sources, source_digest
 from chainlora.errors import RunError
@@ -19,6 +19,7 @@ from chainlora.registry import plugin_digest
 from chainlora.runs.costs import versions
 from chainlora.runs.history import CONFIG, START, Change, Entry, Training
 from chainlora.runs.opening import check_base
+from chainlora.runs.paths import exists_in
 from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)

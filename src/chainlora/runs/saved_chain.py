@@ -24,7 +24,6 @@ from chainlora.chain.adapters import base_layer, is_transposed, set_config, task
 from chainlora.chain.chain import Chain
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
-from chainlora.config.staging import HISTORY, exists_in, stage_folder
 from chainlora.errors import RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.models.finding import name_of
@@ -33,6 +32,7 @@ from chainlora.runs.documents import Count, Document, Part, now, read_part, writ
 from chainlora.runs.history import MAIN, Base, Entry, History, State, Term, Training
 from chainlora.runs.links import save_link
 from chainlora.runs.opening import check_base
+from chainlora.runs.paths import HISTORY, exists_in, stage_folder
 from chainlora.runs.state import OpenState
 
 # Where a checkpoint of a trainer keeps its chain, beside the adapter.

@@ -11,10 +11,9 @@ from pathlib import Path
 
 from chainlora.chain.checks import check_strengths
 from chainlora.chain.link import Link
-from chainlora.chain.showing import table
 from chainlora.config.reading import make_config, read_tree
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import section_of, stage_folder
+from chainlora.config.staging import section_of
 from chainlora.config.template_names import refuse_paths
 from chainlora.data.kept import Kept, read_kept
 from chainlora.errors import RunError
@@ -39,7 +38,9 @@ from chainlora.runs.history import (
     rows_file,
 )
 from chainlora.runs.links import outline_of, read_link
+from chainlora.runs.paths import stage_folder
 from chainlora.runs.records import Record, check_records, read_records, read_result
+from chainlora.showing import table
 
 logger = logging.getLogger(__name__)
 

@@ -32,7 +32,6 @@ from chainlora.chain.adapters import load_adapter
 from chainlora.chain.link import Link
 from chainlora.config.reading import dump_config
 from chainlora.config.schema import LinkConfig, RunConfig
-from chainlora.config.staging import stage_folder
 from chainlora.data.kept import Kept
 from chainlora.errors import RunError
 from chainlora.knots.numbers import Numbers
@@ -55,6 +54,7 @@ from chainlora.runs.history import (
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.links import save_link, write_adapter_of
 from chainlora.runs.opening import check_base
+from chainlora.runs.paths import stage_folder
 from chainlora.runs.records import RecordLog, resumed_log
 from chainlora.runs.resuming import check_resumed, compare, source_digests
 from chainlora.runs.state import OpenState

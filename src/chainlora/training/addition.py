@@ -10,16 +10,7 @@ from typing import Any
 from chainlora import files
 from chainlora.config.reading import make_config
 from chainlora.config.schema import RunConfig, with_flat_model
-from chainlora.config.staging import (
-    RUN_WIDE,
-    Stage,
-    check_name,
-    exists_in,
-    name_of_rows,
-    need_apart,
-    section_of,
-    split_address,
-)
+from chainlora.config.staging import RUN_WIDE, Stage, check_name, name_of_rows, section_of
 from chainlora.data.splits import check_files, length_limit
 from chainlora.errors import ConfigError, RunError
 from chainlora.models.finding import is_same_place
@@ -36,6 +27,7 @@ from chainlora.runs.declaring import declared_config, history_of_start
 from chainlora.runs.history import BASE, Base
 from chainlora.runs.history_file import read_history
 from chainlora.runs.open_base import OpenBase
+from chainlora.runs.paths import exists_in, need_apart, split_address
 from chainlora.runs.resuming import compare, refuse_if_other
 from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.state import OpenState

@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from chainlora.config.staging import exists_in, stage_folder
 from chainlora.errors import ChainLoRAError, RunError, StoppedError, TrainingError
 from chainlora.evaluation.combination import build_combination, tell_left_out, told
 from chainlora.evaluation.stage_scores import Progress
@@ -29,6 +28,7 @@ from chainlora.runs.history_file import read_history
 from chainlora.runs.loading_start import start_at
 from chainlora.runs.locks import is_in_use
 from chainlora.runs.open_base import OpenBase
+from chainlora.runs.paths import exists_in, stage_folder
 from chainlora.runs.resuming import not_named
 from chainlora.runs.work import Work
 from chainlora.training.events import EntryBuilt, KeptRowsRead, LayerSolved, Listener, StageBegins

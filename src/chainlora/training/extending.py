@@ -18,7 +18,6 @@ from chainlora.config.staging import (
     name_of_rows,
     not_inherited,
     section_of,
-    split_address,
     standing,
     what_stages_share,
 )
@@ -26,6 +25,7 @@ from chainlora.data.readers import is_rows
 from chainlora.errors import RunError
 from chainlora.models.finding import from_above
 from chainlora.runs.addresses import begun_stage, open_run
+from chainlora.runs.paths import split_address
 from chainlora.runs.resuming import not_named
 from chainlora.runs.state import OpenState
 from chainlora.training.placement import can_stand

@@ -14,7 +14,7 @@ from os.path import expanduser
 from pathlib import Path
 
 from chainlora.config.schema import LENGTHS, RunConfig, StartData
-from chainlora.config.staging import Stage, exists_in, need_apart
+from chainlora.config.staging import Stage
 from chainlora.data.kept import keeps_general
 from chainlora.data.splits import check_files, rows_of_an_epoch
 from chainlora.errors import RunError
@@ -25,6 +25,7 @@ from chainlora.runs.history import MAIN, START, Base, History, Unbuilt
 from chainlora.runs.history_file import read_history
 from chainlora.runs.loading_start import load_start, start_at
 from chainlora.runs.open_base import OpenBase
+from chainlora.runs.paths import exists_in, need_apart
 from chainlora.runs.resuming import (
     check_plugins,
     compare,

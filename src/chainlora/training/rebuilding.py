@@ -15,7 +15,7 @@ from typing import Any
 
 from chainlora.config.reading import leave_out_helpers, make_config, set_key
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import Stage, exists_in
+from chainlora.config.staging import Stage
 from chainlora.config.template_names import refuse_paths
 from chainlora.errors import ConfigError, DataError, RunError
 from chainlora.models.finding import resolve_model
@@ -27,6 +27,7 @@ from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.lineage import Lineage
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import check_base
+from chainlora.runs.paths import exists_in
 from chainlora.runs.resuming import CHANGEABLE, compare, source_digests
 from chainlora.runs.start import NOTHING
 from chainlora.training.building import carry_out

@@ -13,7 +13,7 @@ from pathlib import Path
 from chainlora import files
 from chainlora.chain.adapters import check_targets
 from chainlora.config.schema import RunConfig, StartData
-from chainlora.config.staging import Stage, exists_in
+from chainlora.config.staging import Stage
 from chainlora.data.division import can_read_again
 from chainlora.data.kept import keeps_general, keeps_rows
 from chainlora.data.splits import learned_by, length_limit
@@ -21,6 +21,7 @@ from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.models.loading import accelerator
 from chainlora.runs.history import START
 from chainlora.runs.open_base import OpenBase
+from chainlora.runs.paths import exists_in
 from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.state import OpenState
 from chainlora.training.objectives import check_names

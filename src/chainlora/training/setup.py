@@ -18,7 +18,6 @@ from chainlora.chain.chain import Chain
 from chainlora.chain.holding import holding_named
 from chainlora.config.reading import flatten
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import stage_folder
 from chainlora.data.conflicts import newest
 from chainlora.data.kept import Kept, keeps_rows
 from chainlora.data.row_warnings import tell_changed
@@ -35,6 +34,7 @@ from chainlora.runs.history_file import read_history
 from chainlora.runs.loading_start import fitted
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import noted_base
+from chainlora.runs.paths import stage_folder
 from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.work import Work
 from chainlora.training.batches import make_batches

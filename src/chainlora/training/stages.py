@@ -13,17 +13,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-from chainlora.chain.showing import Shown
 from chainlora.config.reading import make_config, read_config
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import (
-    Stage,
-    check_alone,
-    exists_in,
-    has_stages,
-    make_stages,
-    section_of,
-)
+from chainlora.config.staging import Stage, check_alone, has_stages, make_stages, section_of
 from chainlora.errors import RunError
 from chainlora.evaluation.forgetting import check_forgetting, need_scored_rows
 from chainlora.evaluation.stage_scores import HARM, columns_after_training, stage_matrix
@@ -33,7 +25,9 @@ from chainlora.runs.history import MAIN
 from chainlora.runs.history_file import read_history
 from chainlora.runs.loading_start import with_start
 from chainlora.runs.open_base import OpenBase
+from chainlora.runs.paths import exists_in
 from chainlora.runs.state import OpenState
+from chainlora.showing import Shown
 from chainlora.training.addition import addition
 from chainlora.training.building import carry_out, reader
 from chainlora.training.events import (

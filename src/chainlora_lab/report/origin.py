@@ -7,9 +7,9 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from chainlora.reports import Table, table_of
 from chainlora_lab.report.values import Cell, cells_of
 from chainlora_lab.results import Results
+from chainlora_pages import Table, table_of
 
 _NOT_KNOWN = "not recorded"
 _LINKS = ("chain.ranks", "chain.epochs", "chain.steps", "chain.alpha")

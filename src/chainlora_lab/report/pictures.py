@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from chainlora.evaluation.metrics import is_higher_better
-from chainlora.reports import (
+from chainlora_lab.report.comparisons import Facts
+from chainlora_lab.report.curves import Curve, difference_curves, loss_curves
+from chainlora_lab.report.values import Summary, by_seed, digits
+from chainlora_lab.results import Results
+from chainlora_lab.statistics.pairs import VERDICTS
+from chainlora_pages import (
     Picture,
     Table,
     legend_above,
@@ -24,11 +29,6 @@ from chainlora.reports import (
     save,
     whole_steps,
 )
-from chainlora_lab.report.comparisons import Facts
-from chainlora_lab.report.curves import Curve, difference_curves, loss_curves
-from chainlora_lab.report.values import Summary, by_seed, digits
-from chainlora_lab.results import Results
-from chainlora_lab.statistics.pairs import VERDICTS
 
 Curves = Callable[[Results, str], list[Curve]]
 PAGE_SIZE, SMALL = (4.0, 2.9), 9  # of a chart: inches, and points of its smallest text

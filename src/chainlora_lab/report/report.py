@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from chainlora.config.staging import need_apart
-from chainlora.reports import Column, Numbers, Page, Section, Table, markdown, render
+from chainlora.runs.paths import need_apart
 from chainlora_lab.outputs import write_whole
 from chainlora_lab.report.comparisons import Comparison, Facts
 from chainlora_lab.report.pictures import CHARTS, Chart, asked_for, pictures, save_charts
@@ -19,6 +18,7 @@ from chainlora_lab.report.sections import SECTIONS
 from chainlora_lab.report.values import Summary, finite
 from chainlora_lab.report.verdicts import headline
 from chainlora_lab.results import check_alike, read_results
+from chainlora_pages import Column, Numbers, Page, Section, Table, markdown, render
 
 _LATEX = {each: f"\\{each}" for each in "&%_#${}"} | {
     "\\": r"\textbackslash{}",

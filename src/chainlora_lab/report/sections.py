@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from chainlora.evaluation.metrics import is_higher_better
-from chainlora.reports import Numbers, Section, Table, Text, number, section, table_of
 from chainlora_lab.report.comparisons import Facts
 from chainlora_lab.report.origin import base_note, methods_table, mixed_origins, provenance
 from chainlora_lab.report.values import (
@@ -23,6 +22,7 @@ from chainlora_lab.report.values import (
 )
 from chainlora_lab.report.verdicts import differences_table, does_rank_bind, tied_none, verdicts
 from chainlora_lab.results import Results
+from chainlora_pages import Numbers, Section, Table, Text, number, section, table_of
 
 # --- question ---
 

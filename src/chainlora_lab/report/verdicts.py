@@ -6,11 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from chainlora.reports import Table, number, table_of
 from chainlora_lab.experiment import OVERALL
 from chainlora_lab.report.comparisons import Comparison, Facts
 from chainlora_lab.report.values import cells_of, digits
 from chainlora_lab.statistics.pairs import VERDICTS
+from chainlora_pages import Table, number, table_of
 
 # Learned tokens per trained parameter near which soft knots break even with LoRA of the same rank.
 # Above, they closed up to 0.13 of the gap to rank 4r at every doubling (benchmarks/lab/README.md).

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from chainlora.errors import RunError
-from chainlora.reports.charts import (
+from chainlora.runs.records import Record, of_event, score_names
+from chainlora_pages.charts import (
     GREY,
     MOST_LABELS,
     SMALL,
@@ -25,8 +26,7 @@ from chainlora.reports.charts import (
     stage_style,
     whole_steps,
 )
-from chainlora.reports.runs import RunFacts
-from chainlora.runs.records import Record, of_event, score_names
+from chainlora_pages.runs import RunFacts
 
 RATE = "Learning rate over the steps"
 _MOST_POINTS = 400  # of a curve; a page is as wide as about a thousand pixels

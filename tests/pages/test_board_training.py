@@ -8,10 +8,10 @@ import time
 import pytest
 from conftest import make_tiny_folder, write_rows
 
-from chainlora.board.training import Trainer, command_of
-from chainlora.board.watching import standing_of
 from chainlora.errors import RunError
 from chainlora.runs.addresses import open_run
+from chainlora_pages.board.training import Trainer, command_of
+from chainlora_pages.board.watching import standing_of
 
 
 def test_a_training_is_stopped_and_resumed_and_what_fails_is_said(tmp_path):

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from chainlora.reports.charts import OWN, Picture, Table
+from chainlora.evaluation.answers import Said
+from chainlora_pages.charts import OWN, Picture, Table
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,6 @@ class Listing:
 
     title: str
     text: str
-
-
-class Said(NamedTuple):
-    """An answer: when it was given, a note such as its probability, and whether it is right."""
-
-    when: str
-    text: str = ""
-    note: str = ""
-    is_right: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -180,5 +172,5 @@ def _environment() -> jinja2.Environment:
 
 
 def _file(name: str) -> Markup:
-    folder = resources.files("chainlora.reports") / "assets"
+    folder = resources.files("chainlora_pages") / "assets"
     return Markup((folder / name).read_text(encoding="utf-8"))

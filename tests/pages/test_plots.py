@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-import chainlora
+import chainlora_pages
 from chainlora.errors import RunError
-from chainlora.reports.chain_charts import chain_pictures, plot_chain
-from chainlora.reports.charts import _ON_DARK, _ON_LIGHT, _THEME, heat_map
-from chainlora.reports.run_charts import _draw_loss, plot_training, training_pictures
-from chainlora.reports.runs import read_runs
+from chainlora_pages.chain_charts import chain_pictures, plot_chain
+from chainlora_pages.charts import _ON_DARK, _ON_LIGHT, _THEME, heat_map
+from chainlora_pages.run_charts import _draw_loss, plot_training, training_pictures
+from chainlora_pages.runs import read_runs
 
 
 def records(lengths=(6, 4), metrics=("accuracy",)) -> list[dict]:
@@ -104,12 +104,12 @@ def test_a_validation_loss_is_never_cut_off_like_a_spike_of_training():
 
 
 def test_every_colour_of_a_chart_follows_its_page_into_the_dark():
-    package = Path(chainlora.__file__).parent
+    package = Path(chainlora_pages.__file__).parent
     texts = [path.read_text(encoding="utf-8") for path in package.rglob("*charts.py")]
     drawn = set(re.findall(r'"(#[0-9A-Fa-f]{6})"', "".join(texts))) - {_ON_DARK, _ON_LIGHT}
     assert len(drawn) > 9
     assert {colour.lower() for colour in drawn} <= _THEME.keys()
-    css = (package / "reports/assets/page.css").read_text(encoding="utf-8")
+    css = (package / "assets/page.css").read_text(encoding="utf-8")
     assert all(css.count(f"--{name}: ") == 2 for name in _THEME.values())
 
 

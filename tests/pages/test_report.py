@@ -18,17 +18,18 @@ from helpers import entry_of, records_of, settings, stop_after
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chainlora import Chain, LinkConfig, make_config, report_runs, save_chain, train
+from chainlora import Chain, LinkConfig, make_config, save_chain, train
 from chainlora.config.staging import make_stages
 from chainlora.evaluation.stage_scores import Cell, StageMatrix, stage_matrix
-from chainlora.reports.chain_charts import chain_pictures, stage_pictures
-from chainlora.reports.charts import short
-from chainlora.reports.page import render
-from chainlora.reports.run_charts import training_pictures
-from chainlora.reports.run_report import run_page
-from chainlora.reports.runs import read_runs
 from chainlora.runs.changes import mix_stages
 from chainlora.training.stages import train_stages
+from chainlora_pages import report_runs
+from chainlora_pages.chain_charts import chain_pictures, stage_pictures
+from chainlora_pages.charts import short
+from chainlora_pages.page import render
+from chainlora_pages.run_charts import training_pictures
+from chainlora_pages.run_report import run_page
+from chainlora_pages.runs import read_runs
 
 
 def table(page: str, title: str) -> list[list[str]]:

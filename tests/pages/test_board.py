@@ -19,20 +19,20 @@ from conftest import write_rows
 from helpers import settings, stage_dir, stop_after
 
 from chainlora import export_adapter, extend, load_run, train
-from chainlora.board.desk import Desk, Mix
-from chainlora.board.training import Trainer, command_of
-from chainlora.board.watching import find_runs, sections_of, standing_of
 from chainlora.config.staging import make_stages
 from chainlora.errors import ConfigError, DataError, RunError
 from chainlora.evaluation.generation import Decoding, Speaker
 from chainlora.evaluation.stage_scores import Scorer, stage_matrix
 from chainlora.files import checksums
-from chainlora.reports.page import render_part
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, undo
 from chainlora.runs.locks import take_lock
 from chainlora.runs.state import OpenState
 from chainlora.training.stages import train_stages
+from chainlora_pages.board.desk import Desk, Mix
+from chainlora_pages.board.training import Trainer, command_of
+from chainlora_pages.board.watching import find_runs, sections_of, standing_of
+from chainlora_pages.page import render_part
 
 PROMPT = "the cat sat on 3"
 SAID = {"birds": " red birds fly over it", "hills": " a green hill and a good mat"}
@@ -210,7 +210,7 @@ def test_who_looks_at_a_run_keeps_nobody_out(run):
 
 def test_what_cannot_be_shown(chainlora, run, configure, tmp_path, monkeypatch):
     chainlora("board", tmp_path / "hub").refused("RUN must be a run directory")
-    monkeypatch.delitem(sys.modules, "chainlora.board.app", raising=False)
+    monkeypatch.delitem(sys.modules, "chainlora_pages.board.app", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
     for places in ((tmp_path,), (tmp_path / "empty",), ()):
         (tmp_path / "empty").mkdir(exist_ok=True)
@@ -271,7 +271,7 @@ def test_what_is_uploaded_is_rows_and_its_name_stays_in_the_folder(tmp_path, run
 
 def test_a_run_that_goes_and_strengths_beyond_a_slider(run, trained, tmp_path):
     gradio = pytest.importorskip("gradio", reason="no gradio: pip install 'chainlora[board]'")
-    from chainlora.board import app, tabs
+    from chainlora_pages.board import app, tabs
 
     mix_stages(run, {"birds": 1.5, "hills": -0.5})
     desk = Desk(run)
@@ -296,7 +296,7 @@ def test_a_run_that_goes_and_strengths_beyond_a_slider(run, trained, tmp_path):
 
 def test_pages_that_were_closed_hold_no_model(run):
     gradio = pytest.importorskip("gradio", reason="no gradio: pip install 'chainlora[board]'")
-    from chainlora.board import app
+    from chainlora_pages.board import app
 
     other = shutil.copytree(run, run.parent / "other")
     (asking,) = app.page_of([run.parent], Trainer()).renderables
@@ -324,7 +324,7 @@ def serving(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     through a proxy, and through a busy machine."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     pytest.importorskip("gradio", reason="no gradio: pip install 'chainlora[board]'")
-    from chainlora.board.app import server_of
+    from chainlora_pages.board.app import server_of
 
     away = []
 

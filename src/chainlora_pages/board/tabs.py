@@ -10,16 +10,17 @@ from typing import Any
 
 import gradio as gr
 
-from chainlora.board.desk import Desk, Mix
-from chainlora.board.training import MODELS, Offer, Trainer, command_of, continuing
-from chainlora.board.watching import standing_of
 from chainlora.config.staging import name_of_rows
 from chainlora.data.sources import SUFFIXES
 from chainlora.errors import ChainLoRAError
 from chainlora.evaluation.generation import Decoding
 from chainlora.evaluation.training_rows import answer_limit
-from chainlora.reports.charts import Table, number
-from chainlora.reports.page import Numbers, as_text, render_part, section
+from chainlora.showing import number
+from chainlora_pages.board.desk import Desk, Mix
+from chainlora_pages.board.training import MODELS, Offer, Trainer, command_of, continuing
+from chainlora_pages.board.watching import standing_of
+from chainlora_pages.charts import Table
+from chainlora_pages.page import Numbers, as_text, render_part, section
 
 _SIDES = ("Left", "Right")
 _EXPORTS = (

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from chainlora.config.reading import flatten
-from chainlora.config.staging import exists_in, need_apart, split_address
 from chainlora.config.yaml_text import dump_yaml
 from chainlora.data.tasks import load_task
 from chainlora.errors import ChainLoRAError
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.files import make_folder, write_text
-from chainlora.reports.answers import answers, read_prompts
-from chainlora.reports.chain_charts import chain_pictures, stage_pictures
-from chainlora.reports.charts import Table, number, table_of
-from chainlora.reports.page import (
+from chainlora.runs.cards import public_name
+from chainlora.runs.history import MAIN
+from chainlora.runs.paths import exists_in, need_apart, split_address
+from chainlora.runs.records import Record
+from chainlora.runs.state import OpenState
+from chainlora.showing import number
+from chainlora_pages.chain_charts import chain_pictures, stage_pictures
+from chainlora_pages.charts import Table, table_of
+from chainlora_pages.page import (
     Answer,
     Block,
     Column,
@@ -32,12 +36,9 @@ from chainlora.reports.page import (
     render,
     section,
 )
-from chainlora.reports.run_charts import comparing_pictures, training_pictures
-from chainlora.reports.runs import RunFacts, duration, read_runs, score_text, together
-from chainlora.runs.cards import public_name
-from chainlora.runs.history import MAIN
-from chainlora.runs.records import Record
-from chainlora.runs.state import OpenState
+from chainlora_pages.run_answers import answers, read_prompts
+from chainlora_pages.run_charts import comparing_pictures, training_pictures
+from chainlora_pages.runs import RunFacts, duration, read_runs, score_text, together
 
 NAME = "report.html"
 _NONE = "–"

@@ -11,7 +11,9 @@ from typing import Any
 from chainlora.errors import RunError
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.stage_scores import StageMatrix, shades_of
-from chainlora.reports.charts import (
+from chainlora.runs.history import BASE, COMBINED, START
+from chainlora.runs.records import Record
+from chainlora_pages.charts import (
     GREY,
     INK,
     MOST_LABELS,
@@ -28,9 +30,7 @@ from chainlora.reports.charts import (
     stage_style,
     whole_steps,
 )
-from chainlora.reports.runs import RunFacts, is_share, state_names
-from chainlora.runs.history import BASE, COMBINED, START
-from chainlora.runs.records import Record
+from chainlora_pages.runs import RunFacts, is_share, state_names
 
 
 def plot_chain(inspection: Mapping[str, Any], out_png: str | Path) -> None:

@@ -23,16 +23,16 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from chainlora.board.desk import Desk, added, in_use
-from chainlora.board.tabs import ask_tab, choices, standing, targets, told, train_tab
-from chainlora.board.training import Trainer
-from chainlora.board.watching import find_runs, sections_of
-from chainlora.config.staging import is_run
 from chainlora.errors import ChainLoRAError
-from chainlora.reports.page import Section, as_text, part_style, render_part
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import redo, undo
+from chainlora.runs.paths import is_run
 from chainlora.runs.state import OpenState
+from chainlora_pages.board.desk import Desk, added, in_use
+from chainlora_pages.board.tabs import ask_tab, choices, standing, targets, told, train_tab
+from chainlora_pages.board.training import Trainer
+from chainlora_pages.board.watching import find_runs, sections_of
+from chainlora_pages.page import Section, as_text, part_style, render_part
 
 _SECONDS = 4  # between two looks at the files; what has not changed is not drawn again
 _NO_RUN = "There is no run yet. Train one."

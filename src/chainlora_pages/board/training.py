@@ -18,15 +18,16 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from chainlora import files
-from chainlora.board.watching import AS_BEFORE
 from chainlora.config.data import DataConfig
-from chainlora.config.staging import check_name, is_run, name_of_rows
+from chainlora.config.staging import check_name, name_of_rows
 from chainlora.data.readers import is_rows
 from chainlora.data.sources import FileSource
 from chainlora.data.splits import check_files
 from chainlora.errors import ConfigError, DataError, RunError, printable
 from chainlora.evaluation.stage_scores import HARM
 from chainlora.runs.history_file import read_history
+from chainlora.runs.paths import is_run
+from chainlora_pages.board.watching import AS_BEFORE
 
 MODELS = (
     "HuggingFaceTB/SmolLM2-135M-Instruct",

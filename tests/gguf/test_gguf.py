@@ -19,7 +19,8 @@ from chainlora.config.template_names import NAMES, template_text
 from chainlora.errors import ModelError
 from chainlora.models.loading import load_model
 from chainlora.runs.changes import mix_stages
-from chainlora.runs.to_gguf import cut_template, export_gguf
+from chainlora_gguf import export_gguf
+from chainlora_gguf.modelfile import cut_template
 
 gguf = pytest.importorskip("gguf", reason="no gguf: pip install 'chainlora[gguf]'")
 

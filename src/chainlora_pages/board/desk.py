@@ -16,7 +16,6 @@ from queue import SimpleQueue
 from threading import Event, Lock
 from typing import Any, NamedTuple
 
-from chainlora.config.staging import split_address
 from chainlora.errors import RunError
 from chainlora.evaluation.generation import Decoding, Message, Speaker
 from chainlora.evaluation.stage_scores import Cell, Scorer
@@ -26,7 +25,8 @@ from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, undo
 from chainlora.runs.history import BASE, COMBINED, History
 from chainlora.runs.opening import tokenizer_of
-from chainlora.runs.recomputing import EXPORTERS
+from chainlora.runs.paths import split_address
+from chainlora.runs.recomputing import exporter_to
 from chainlora.runs.state import OpenState
 
 
@@ -210,7 +210,7 @@ class Desk:
         """Write this mix, as `chainlora export` does; the run stays what it is."""
         state = self.at(mix)
         state.need_one_strength([name for name, value in mix.strengths.items() if value])
-        return EXPORTERS[to](state, output)
+        return exporter_to(to)(state, output)
 
 
 def _growing(speak: Callable[[Callable[[str], None]], str]) -> Iterator[str]:

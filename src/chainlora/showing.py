@@ -1,15 +1,13 @@
-"""How a chain, and whatever else is found, is shown: a line, and a small table in a notebook."""
+"""Results on a screen and in a notebook: a short line, and a small table."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import islice, zip_longest
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from markupsafe import Markup
-
-if TYPE_CHECKING:
-    from chainlora.chain.chain import Chain
 
 _MOST = 24  # keys or rows: a screen of a terminal has so many lines
 _FEW = 3  # entries of what stands inside
@@ -34,6 +32,7 @@ def table(
     rows: Sequence[Sequence[object]],
     caption: str = "",
     shades: Sequence[Sequence[float]] = (),
+    below: Sequence[str] = (),
 ) -> Markup:
     """Return a table as HTML that loads nothing; of many rows the first ones.
 
@@ -42,6 +41,7 @@ def table(
         rows: of cells; all but `Markup` is escaped.
         caption: what stands above.
         shades: of each cell, 0 to 1: how dark its background is.
+        below: paragraphs below the table.
     """
     parts = [Markup("<caption>{}</caption>").format(caption)] if caption else []
     parts += [_row("th", heads)] if heads else []
@@ -49,7 +49,9 @@ def table(
         parts.append(_row("td", cells, shades_of))
     if len(rows) > _MOST:
         parts.append(_row("td", [f"… {len(rows) - _MOST} more"]))
-    return Markup("<table>{}</table>").format(Markup("").join(parts))
+    paragraphs = [Markup("<p>{}</p>").format(each) for each in below]
+    whole = Markup("<table>{}</table>").format(Markup("").join(parts))
+    return whole + Markup("").join(paragraphs)
 
 
 def _row(tag: str, cells: Sequence[object], shades: Sequence[float] = ()) -> Markup:
@@ -108,30 +110,12 @@ def _joined(entries: Sequence[str], count: int) -> str:
     return ", ".join([*entries, f"… {left} more"] if left else entries)
 
 
-# --- a chain ---
-
-
-def line(chain: Chain) -> str:
-    """Return a chain in one line: model, links, the live link."""
-    ranks = "+".join(str(link.rank) for link in chain.links[:8])
-    more = "+…" if len(chain) > 8 else ""
-    links = f"{len(chain)} links" + (f" of rank {ranks}{more}" if ranks else "")
-    live = f", {_live(chain)}" if chain.live else ""
-    return f"<Chain: {type(chain.model).__name__}, {chain.hold}, {links}{live}>"
-
-
-def page(chain: Chain) -> str:
-    """Return a chain as an HTML table, a row a link."""
-    heads = ("link", "id", "rank", "modules", "steps", "strength")
-    rows = [
-        (link.index, link.id, link.rank, len(link.factors), link.num_steps, link.strength)
-        for link in chain.links
-    ]
-    found = table(heads, rows, f"Chain: {type(chain.model).__name__}, {chain.hold}")
-    return found + Markup("<p>{}</p>").format(_live(chain)) if chain.live else found
-
-
-def _live(chain: Chain) -> str:
-    assert chain.live is not None
-    rank, modules = chain.live.config.rank, len(chain.live.layers)
-    return f"a live link of rank {rank} on {modules} modules after {chain.live_steps} steps"
+def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
+    """Return a number for a table; a dash for none, and for what is not a number."""
+    if value is None or math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    value = 0.0 if round(value, digits) == 0 else value  # no −0.00
+    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+    return text.replace("-", "−")

@@ -11,20 +11,20 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import median
 
-from chainlora.config.staging import HISTORY, is_run, split_address, stage_folder
 from chainlora.errors import ChainLoRAError
-from chainlora.reports.charts import Picture, table_of
-from chainlora.reports.page import Block, Column, Numbers, Section, Text, Tiles, as_text, section
-from chainlora.reports.run_charts import RATE, training_pictures
-from chainlora.reports.run_report import links_blocks, stage_blocks
-from chainlora.reports.runs import RunFacts, duration, read_state, run_names, score_text
 from chainlora.runs.addresses import begun_stage, open_run, state_at
 from chainlora.runs.changes import MATRIX
 from chainlora.runs.draft import DRAFT, drafts_in
 from chainlora.runs.history import RECORDS
 from chainlora.runs.history_file import read_history
 from chainlora.runs.locks import is_in_use
+from chainlora.runs.paths import HISTORY, is_run, split_address, stage_folder
 from chainlora.runs.state import OpenState
+from chainlora_pages.charts import Picture, table_of
+from chainlora_pages.page import Block, Column, Numbers, Section, Text, Tiles, as_text, section
+from chainlora_pages.run_charts import RATE, training_pictures
+from chainlora_pages.run_report import links_blocks, stage_blocks
+from chainlora_pages.runs import RunFacts, duration, read_state, run_names, score_text
 
 _RECENT = 25  # steps whose median tells the time left, as on the command line
 _NONE = "–"

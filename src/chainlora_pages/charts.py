@@ -104,17 +104,6 @@ def table_of(title: str, records: Sequence[Mapping[str, str]], note: str = "") -
     return Table(title, heads, tuple(tuple(record.values()) for record in records), note)
 
 
-def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
-    """Return a number for a table; a dash for none, and for what is not a number."""
-    if value is None or math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    value = 0.0 if round(value, digits) == 0 else value  # no −0.00
-    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
-    return text.replace("-", "−")
-
-
 @dataclass(frozen=True)
 class Picture:
     """A chart of a page, with its numbers as a table where they are in no other."""
