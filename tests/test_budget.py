@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from chainlora import Chain, LinkConfig, train
 from chainlora.config.schema import KnotConfig, TrainConfig
-from chainlora.knots.driver import POLICIES
-from chainlora.knots.policy import WHOLE, Knot, Position
+from chainlora.knots.policy import POLICIES, WHOLE, Knot, Position
 from chainlora.training.step import rate_factor
 
 

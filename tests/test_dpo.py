@@ -39,7 +39,7 @@ from chainlora.runs.changes import mix_stages
 from chainlora.runs.opening import load_run
 from chainlora.training import objectives
 from chainlora.training.batches import make_batches
-from chainlora.training.objective_kinds.preferences import DPO
+from chainlora.training.objectives import DPO
 from chainlora.training.stages import train_run as train_stage
 
 

@@ -14,7 +14,7 @@ from helpers_integrations import make_trainer, peft_model
 
 import chainlora
 from chainlora import ChainCallback, registry
-from chainlora.knots import driver
+from chainlora.knots import policy
 from chainlora.training import objectives, optimizers
 from chainlora.training.events import Event, ShareTied, StepDone
 
@@ -34,7 +34,7 @@ def run_recipe(word: str) -> None:
 def mine(tmp_path):
     """A file with all three recipes, in the working directory; what it registers ends with the
     test."""
-    tables = driver.POLICIES, objectives.OBJECTIVES, optimizers.OPTIMIZERS
+    tables = policy.POLICIES, objectives.OBJECTIVES, optimizers.OPTIMIZERS
     before = [dict(table) for table in tables]
     (tmp_path / "mine.py").write_text("\n\n".join(RECIPES))
     yield tmp_path / "mine.py"
@@ -83,7 +83,7 @@ def test_an_optimizer_of_ones_own(tiny_folder, sentiment, monkeypatch):
 
 
 def test_a_knot_policy_of_ones_own_in_a_trainer(tiny_folder, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setitem(driver.POLICIES, "doubling", None)
+    monkeypatch.setitem(policy.POLICIES, "doubling", None)
     run_recipe("class DoublingKnots")
     steps = []
     tie_share = chainlora.Chain.tie_share

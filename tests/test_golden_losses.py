@@ -24,8 +24,7 @@ from helpers import settings
 from helpers_data import pair_files
 
 from chainlora import open_run, train
-from chainlora.knots.driver import POLICIES
-from chainlora.knots.policy import WHOLE
+from chainlora.knots.policy import POLICIES, WHOLE
 
 GOLDEN = Path(__file__).parent / "assets" / "golden_losses.json"
 # Relative differences of losses and of norms, by dtype: five times or more of what kernels for AVX2

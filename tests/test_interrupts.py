@@ -18,8 +18,7 @@ from chainlora.errors import StoppedError
 from chainlora.runs.addresses import open_run
 from chainlora.runs.work import Work
 from chainlora.training.interrupts import interruptible, stop_requested
-from chainlora.training.objective_kinds.likelihood import LanguageModelling
-from chainlora.training.objectives import OBJECTIVES
+from chainlora.training.objectives import OBJECTIVES, LanguageModelling
 
 EVERY = {"save_every": None}  # a stop saves although nothing else does
 

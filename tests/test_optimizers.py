@@ -18,9 +18,9 @@ from torch import nn
 from chainlora import Chain, make_config, train
 from chainlora.errors import ConfigError
 from chainlora.knots.moments import carry_moments, unknown_moments
-from chainlora.training.optimizer_kinds.lion import Lion
 from chainlora.training.optimizers import (
     OPTIMIZERS,
+    Lion,
     check_optimizer,
     evaluated_weights,
     leave_average,

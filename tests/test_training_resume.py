@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 
 from chainlora import train
 from chainlora.errors import TrainingError
-from chainlora.knots.driver import POLICIES
-from chainlora.knots.policy import WHOLE
+from chainlora.knots.policy import POLICIES, WHOLE
 
 SOFT = {"knots": {"every": 1, "share": 0.3}}
 BEST = {"keep_best": True}

@@ -1,7 +1,7 @@
-"""Extension points: tables of names, filled by folders of this package and by plug-ins; extras.
+"""Extension points: tables of names, to which plug-ins add; and extras.
 
-A new file in one of the folders is a new entry, without an edit. A plug-in is a user's own module
-that adds entries to the tables: a file or module that `plugins` of a config names.
+A plug-in is a user's own module that adds entries to the tables: a file or module that `plugins` of
+a config names.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from pkgutil import iter_modules
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from chainlora.errors import ChainLoRAError, ConfigError, nearest
 from chainlora.files import sha256
@@ -24,14 +23,6 @@ from chainlora.files import sha256
 logger = logging.getLogger(__name__)
 
 Entry = TypeVar("Entry")
-
-
-def entries(package: ModuleType, table: str) -> dict[str, Any]:
-    """Return the entries of the tables called `table` in all modules of a package."""
-    found: dict[str, Any] = {}
-    for module in iter_modules(package.__path__):
-        found |= getattr(import_module(f"{package.__name__}.{module.name}"), table, {})
-    return found
 
 
 def entry(table: Mapping[str, Entry], key: str, name: str) -> Entry:

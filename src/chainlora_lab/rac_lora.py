@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from chainlora.config.schema import TrainConfig
-from chainlora.training.optimizer_kinds import Groups
-from chainlora.training.optimizers import OPTIMIZERS
+from chainlora.training.optimizers import OPTIMIZERS, Groups
 
 
 def rac_lora(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:

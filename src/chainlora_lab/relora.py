@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from chainlora.config.schema import TrainConfig
-from chainlora.training.optimizer_kinds import Groups, adam_keys
-from chainlora.training.optimizers import OPTIMIZERS, load_state
+from chainlora.training.optimizers import OPTIMIZERS, Groups, adam_keys, load_state
 
 
 class ReLoRA(torch.optim.AdamW):

@@ -23,7 +23,7 @@ from chainlora.chain.link import Factors
 from chainlora.config.schema import TrainConfig
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
-from chainlora.training.objective_kinds.likelihood import LanguageModelling
+from chainlora.training.objectives import LanguageModelling
 from chainlora.training.optimizers import make_optimizer
 from chainlora.training.step import rate_factor
 from rivals.penalties import Anchors, orthogonality

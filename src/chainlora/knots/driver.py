@@ -7,21 +7,16 @@ link is due calls `tie_share`. Where the link is to end, the loop ties it, and e
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from chainlora.chain.chain import Chain
 from chainlora.config.schema import ChainConfig, KnotConfig, LinkConfig
-from chainlora.knots import policies
 from chainlora.knots.moments import carry_moments, check_known
 from chainlora.knots.numbers import Numbers, Spacing
-from chainlora.knots.policy import WHOLE, Knot, KnotPolicy, Position
-from chainlora.registry import entries, entry
-
-# By the name in `chain.knots.policy`. A factory gets that section, its `every` and `share` set.
-POLICIES: dict[str, Callable[[KnotConfig], KnotPolicy]] = entries(policies, "POLICIES")
+from chainlora.knots.policy import POLICIES, WHOLE, Knot, KnotPolicy, Position
+from chainlora.registry import entry
 
 
 class Knots:

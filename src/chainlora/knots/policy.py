@@ -1,10 +1,12 @@
-"""What a knot policy is told after a step, and what it answers."""
+"""Knot policies: what one is told after a step, what it answers, and those that a config names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
+
+from chainlora.config.schema import KnotConfig
 
 
 @dataclass(frozen=True)
@@ -46,3 +48,25 @@ class KnotPolicy(Protocol):
 
     def knot_after(self, position: Position) -> Knot | None:
         """Return the knot to tie now, or None."""
+
+
+@dataclass(frozen=True)
+class SpacedKnots:
+    """Tie the same share every so many steps; `every` and `share` are set."""
+
+    knots: KnotConfig
+
+    def knot_after(self, position: Position) -> Knot | None:
+        """Return the knot to tie now, or None."""
+        every, share = self.knots.every, self.knots.share
+        assert every is not None
+        assert share is not None
+        if position.step % every:
+            return None
+        factor = position.rate if self.knots.follow_rate else 1.0
+        return Knot(share * factor, self.knots.moments)
+
+
+# By the name in `chain.knots.policy`. A factory gets that section, its `every` and `share` set. A
+# plug-in adds one of your own (`registry`).
+POLICIES: dict[str, Callable[[KnotConfig], KnotPolicy]] = {"spaced": SpacedKnots}

@@ -1,7 +1,6 @@
 """What a run learns: how examples become a batch, a batch a loss, and how the result is scored.
 
-An objective is found by the name that data or `train.loss` give it (`Splits.loss`). A new one is a
-file in `objective_kinds`, or comes from a plug-in.
+An objective is found by the name that data or `train.loss` give it (`Splits.loss`).
 """
 
 from __future__ import annotations
@@ -10,17 +9,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from chainlora.config.schema import RunConfig, TrainConfig
 from chainlora.data.examples import Example
 from chainlora.data.splits import learned_by
 from chainlora.data.tasks import load_task
-from chainlora.engine.engine import Engine
+from chainlora.engine.engine import Engine, Kind, num_terms
+from chainlora.engine.head import candidate_scores
+from chainlora.engine.packing import PackedBatch
 from chainlora.errors import ConfigError
-from chainlora.evaluation.evaluate import Evaluation
+from chainlora.evaluation.evaluate import Evaluation, evaluate
+from chainlora.evaluation.pair_scores import judge_odds, judge_pairs, orpo_losses, with_whole_row
 from chainlora.knots.driver import check_policy
-from chainlora.registry import entries, entry, load_plugins
-from chainlora.training import objective_kinds
+from chainlora.registry import entry, load_plugins
 from chainlora.training.optimizers import OPTIMIZERS
 
 
@@ -43,11 +45,84 @@ class Objective(Protocol):
         """
 
 
-# By the name in `Splits.loss`: an objective, or the class of one that reads keys of `train`. One of
-# your own is added by a plug-in (`registry`).
-OBJECTIVES: dict[str, Objective | Callable[[TrainConfig], Objective]] = entries(
-    objective_kinds, "OBJECTIVES"
-)
+class LanguageModelling:
+    """Next-token likelihood: of whole completions, or of the right candidate against the others."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+
+    def collate(self, engine: Engine, examples: Sequence[Example]) -> list[Any]:
+        return [engine.pack(shard) for shard in engine.split(examples)]
+
+    def count(self, batch: Any) -> int:
+        return num_terms(batch, self.kind)
+
+    def loss(self, engine: Engine, batch: Any) -> Tensor:
+        return engine.loss(batch, self.kind)[0]
+
+    def evaluate(self, engine: Engine, examples: Sequence[Example], **options: Any) -> Evaluation:
+        return evaluate(engine.model, examples, engine=engine, **options)
+
+
+class DPO(LanguageModelling):
+    """The chosen answer of a pair must gain more on its reference than the rejected one.
+
+    The reference is the start of the run (arXiv 2305.18290, equation 7).
+
+    With the rewards r of `rewards` and the smoothing ε, the loss of a pair is
+    −(1 − ε)·log σ(r_chosen − r_rejected) − ε·log σ(r_rejected − r_chosen).
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__("candidates")  # terms are counted by examples
+        self.beta, self.smoothing = config.dpo_beta, config.dpo_label_smoothing
+
+    def rewards(self, engine: Engine, batch: PackedBatch) -> Tensor:
+        """Return β·log(π/π_ref) [E, 2], float32, of the chosen and the rejected answers."""
+        gains = engine.at_head(candidate_scores, batch) - batch.reference  # of a token, on average
+        return self.beta * (gains * batch.sequence_length).view(-1, 2)
+
+    def loss(self, engine: Engine, batch: PackedBatch) -> Tensor:
+        chosen, rejected = self.rewards(engine, batch).unbind(1)
+        margin = chosen - rejected
+        right, wrong = F.logsigmoid(margin), F.logsigmoid(-margin)
+        return -((1 - self.smoothing) * right + self.smoothing * wrong).sum()
+
+    def evaluate(self, engine: Engine, examples: Sequence[Example], **options: Any) -> Evaluation:
+        scores = engine.scores(examples, progress=options["progress"])
+        return judge_pairs(examples, scores, [each.reference for each in examples], self.beta)
+
+
+class ORPO(LanguageModelling):
+    """The chosen row is learned, and its answer must have larger odds than the rejected one.
+
+    The loss of a pair is that of `orpo_losses` (arXiv 2403.07691); there is no reference.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__("candidates")  # terms are counted by examples
+        self.beta = config.orpo_beta
+
+    def collate(self, engine: Engine, examples: Sequence[Example]) -> list[Any]:
+        """Return a micro-batch as packed batches, in which a pair is three sequences."""
+        return super().collate(engine, list(map(with_whole_row, examples)))
+
+    def loss(self, engine: Engine, batch: PackedBatch) -> Tensor:
+        scores = engine.at_head(candidate_scores, batch).view(-1, 3)
+        return orpo_losses(scores, self.beta).sum()
+
+    def evaluate(self, engine: Engine, examples: Sequence[Example], **options: Any) -> Evaluation:
+        return judge_odds(engine, examples, self.beta, options["progress"])
+
+
+# By the name in `Splits.loss`: an objective, or the class of one that reads keys of `train`. A
+# plug-in adds one of your own (`registry`).
+OBJECTIVES: dict[str, Objective | Callable[[TrainConfig], Objective]] = {
+    "completion": LanguageModelling("completion"),
+    "candidates": LanguageModelling("candidates"),
+    "dpo": DPO,
+    "orpo": ORPO,
+}
 
 
 def make_objective(name: str, config: TrainConfig) -> Objective:

@@ -1,14 +1,16 @@
 """The optimizer of one link: a new one for each, so that it knows nothing of the links before,
 unless it takes over what the one before held.
 
-The factories are in `optimizer_kinds`. What of an optimizer's state is proportional to gradients
-must be in `knots.moments.MOMENTS`, so that soft knots can carry it.
+A factory gets parameter groups, each with its `ratio` of the learning rate, and the `train`
+section. `optimizer_options` override what other keys say. What of an optimizer's state is
+proportional to gradients must be in `knots.moments.MOMENTS`, so that soft knots can carry it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +20,115 @@ from chainlora.chain.adapters import Adapter
 from chainlora.config.schema import RunConfig, TrainConfig
 from chainlora.errors import ConfigError
 from chainlora.knots.moments import unknown_moments
-from chainlora.registry import entries, entry
-from chainlora.training import optimizer_kinds
-from chainlora.training.optimizer_kinds import Factory, Groups
+from chainlora.registry import entry, import_optional
 
-# By the name in `train.optimizer`; one of your own is added by a plug-in (`registry`).
-OPTIMIZERS: dict[str, Factory] = entries(optimizer_kinds, "OPTIMIZERS")
+Groups = list[dict[str, Any]]
+Factory = Callable[[Groups, TrainConfig], torch.optim.Optimizer]
+
+
+def adam_keys(config: TrainConfig) -> dict[str, Any]:
+    """Return the arguments that all of Adam's relatives take."""
+    return {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+
+
+def adamw(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101), fused."""
+    keys = adam_keys(config) | {"fused": True}
+    return torch.optim.AdamW(groups, config.lr, **keys | config.optimizer_options)
+
+
+def sgd(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
+    """Stochastic gradient descent with momentum."""
+    keys: dict[str, Any] = {"momentum": 0.9, "weight_decay": config.weight_decay}
+    return torch.optim.SGD(groups, config.lr, **keys | config.optimizer_options)
+
+
+def adafactor(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
+    """Adafactor (arXiv 1804.04235): its rate is relative to the size of a factor."""
+    keys: dict[str, Any] = {"weight_decay": config.weight_decay}
+    return torch.optim.Adafactor(groups, config.lr, **keys | config.optimizer_options)
+
+
+def muon(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
+    """Muon (kellerjordan.github.io/posts/muon), which torch has from version 2.9 on."""
+    found: Any = getattr(torch.optim, "Muon", None)
+    if found is None:
+        raise ConfigError(
+            f"`train.optimizer: muon` needs torch 2.9 or later (got {torch.__version__}); upgrade "
+            "torch, or use adamw"
+        )
+    keys: dict[str, Any] = {"weight_decay": config.weight_decay}
+    optimizer: torch.optim.Optimizer = found(groups, config.lr, **keys | config.optimizer_options)
+    return optimizer
+
+
+def schedule_free_adamw(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
+    """Schedule-free AdamW (arXiv 2405.15682), of the package schedulefree."""
+    if config.schedule != "constant":
+        raise ConfigError(
+            "`train.optimizer: schedule_free_adamw` averages weights where others lower the rate "
+            f"(got schedule: {config.schedule}); set train.schedule: constant"
+        )
+    package = import_optional("schedulefree", f"`train.optimizer: {config.optimizer}`")
+    optimizer = package.AdamWScheduleFree(
+        groups, config.lr, **adam_keys(config) | config.optimizer_options
+    )
+    optimizer.train()
+    return optimizer
+
+
+def adamw_8bit(name: str, groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW with moments of 8 bits (arXiv 2110.02861), of the package bitsandbytes."""
+    package = import_optional("bitsandbytes.optim", f"`train.optimizer: {config.optimizer}`")
+    return getattr(package, name)(groups, config.lr, **adam_keys(config) | config.optimizer_options)
+
+
+def lion(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
+    """Lion. Its betas are its own, (0.9, 0.99), unless options say otherwise."""
+    keys: dict[str, Any] = {"weight_decay": config.weight_decay}
+    return Lion(groups, config.lr, **keys | config.optimizer_options)
+
+
+class Lion(torch.optim.Optimizer):
+    """The sign of an interpolated first moment (arXiv 2302.06675)."""
+
+    def __init__(
+        self,
+        groups: Groups,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ) -> None:
+        fast, slow = betas
+        if not (0 <= fast < 1 and 0 <= slow < 1):
+            raise ValueError(f"betas must be in [0, 1), got {betas}")
+        super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            fast, slow = group["betas"]
+            for p in [p for p in group["params"] if p.grad is not None]:
+                if "exp_avg" not in self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+                moment = self.state[p]["exp_avg"]
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(torch.lerp(p.grad, moment, fast).sign_(), alpha=group["lr"])
+                moment.lerp_(p.grad, 1 - slow)
+
+
+# By the name in `train.optimizer`; a plug-in adds one of your own (`registry`).
+OPTIMIZERS: dict[str, Factory] = {
+    "adamw": adamw,
+    "sgd": sgd,
+    "adafactor": adafactor,
+    "muon": muon,
+    "schedule_free_adamw": schedule_free_adamw,
+    "adamw_8bit": partial(adamw_8bit, "AdamW8bit"),
+    "paged_adamw_8bit": partial(adamw_8bit, "PagedAdamW8bit"),  # a GPU pages moments to the host,
+    "lion": lion,
+}
+
 
 # --- what can be refused before training ---
 

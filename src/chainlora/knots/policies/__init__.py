@@ -1,1 +1,0 @@
-"""Knot policies, by the name in `chain.knots.policy`: files here with a table `POLICIES`."""

@@ -1,1 +1,0 @@
-"""Objectives, by the name that data gives them: each file here has a table `OBJECTIVES`."""
