@@ -19,7 +19,7 @@ from chainlora.evaluation import start_rows
 FIELD = Path(__file__).resolve().parents[1] / "benchmarks" / "field"
 TASKS = ("rte", "sst2")  # 20 rows to train on, of which 4 validate, and 6 to test on
 KEPT, BATCH = 4, 4
-TRAINED = 16 * len(TASKS)
+NEUTRAL = WORDS[: WORDS.index("yes")]
 SETTINGS: dict[str, dict[str, Any]] = {
     **{"base": {}, "alone": {}, "ours": {}, "router": {"layer": 1}},
     **{"replay": {"replay": 0.5, "rate": 0.01}, "all at once": {"rate": 0.01, "rank": 4}},
@@ -42,17 +42,17 @@ def made_up(data: Path) -> Path:
     draw = random.Random(0)
 
     def text(length: int = 6) -> str:
-        return " ".join(draw.choices(WORDS, k=length))
+        return " ".join(draw.choices(NEUTRAL, k=length))
 
     for split, count in (("train", 20), ("validation", 6)):
-        labels = [n % 2 for n in range(count)]
-        nli = [("not_entailment", "entailment")[label] for label in labels]
-        pairs = [{"premise": f"{text()} {n}", "hypothesis": text(), "label": nli[n]} for n in labels]
-        pairs = [pair | {"premise": f"{split} {n} {text()}"} for n, pair in enumerate(pairs)]
-        write_rows(data / f"rte/{split}.jsonl", pairs)
-        said = [f"{split} {n} {text()} {('bad', 'good')[label]}" for n, label in enumerate(labels)]
-        rows = [{"sentence": s, "label": label} for s, label in zip(said, labels, strict=True)]
-        write_rows(data / f"sst2/{split}.jsonl", rows)
+        nli, sentiment = [], []
+        for n in range(count):
+            word, label = ("no", "yes")[n % 2], ("not_entailment", "entailment")[n % 2]
+            nli.append({"premise": f"{split} {n} {text()}", "hypothesis": word, "label": label})
+            said = f"{split} {n} {text()} it was {('bad', 'good')[n % 2]}"
+            sentiment.append({"sentence": said, "label": n % 2})
+        write_rows(data / f"rte/{split}.jsonl", nli)
+        write_rows(data / f"sst2/{split}.jsonl", sentiment)
     write_rows(data / "gsm8k/test.jsonl", [{"question": text(), "answer": text()}])
     write_rows(data / "dialogsum/test.jsonl", [{"dialogue": text()}])
     write_rows(data / "boolq/validation.jsonl", [{"passage": text()}])
@@ -88,10 +88,38 @@ def test_an_arm_makes_a_cell_that_is_not_computed_again(field: Any, runner: Any,
     assert cell["order"] == [*TASKS]
     assert {*cell["right"]} == {*cell["most"]} == {*TASKS}
     assert all(share * 6 == pytest.approx(round(share * 6)) for share in cell["right"].values())
-    assert cell["most"] == {task: 0.5 for task in TASKS}
+    assert cell["most"] == dict.fromkeys(TASKS, 0.5)
     costs = tuple(cell[key] for key in ("rank", "adapters", "steps", "old_rows"))
     assert costs == COSTS[arm]
     without = arm in ("base", "alone", "all at once")
     assert {*cell["learned"]} == (set() if without else {*TASKS})
     again = field.Runner(runner.plan, Path("nowhere"), runner.results.parent)
     assert again.cell(arm, 0, SETTINGS[arm], "test") == json.loads(json.dumps(cell))
+
+
+def test_one_lora_on_all_rows_at_once_learns_every_task(field: Any, runner: Any) -> None:
+    folder = runner.results.parent / "long"
+    long = field.Runner(runner.plan | {"epochs": 30}, runner.data, folder)
+    cell = long.cell("all at once", 1, {"rate": 0.01, "rank": 8}, "test")
+    assert min(cell["right"].values()) > 0.75  # chance: 0.5
+
+
+def test_the_share_that_the_router_gives_to_the_right_task_is_computed_afterwards(
+    field: Any, runner: Any
+) -> None:
+    """Their prompts end in other words, so all rows go to their own task's model."""
+    cells = [runner.cell(arm, 0, SETTINGS[arm], "test") for arm in ("router", "alone")]
+    shares = importlib.import_module("routed").routed(runner, cells[0])
+    assert shares == dict.fromkeys(TASKS, 1.0)
+    assert cells[0]["right"] == cells[1]["right"]
+
+
+def test_cells_of_all_arms_make_a_table(field: Any, runner: Any) -> None:
+    for arm, settings in SETTINGS.items():
+        runner.cell(arm, 0, settings, "test")
+    table = script("field/table.py")
+    assert {*table.ARMS} == {*field.ARMS} == {*SETTINGS}
+    lines = [*table.report(table.read(runner.results), [{"seed": 0, "routed": {"rte": 0.5}}])]
+    assert "not run: none" in lines
+    assert "router, seed 0: 50.0 % to the right task" in lines
+    assert {line.split(" | ")[0].removeprefix("| ") for line in lines} >= {*SETTINGS}
