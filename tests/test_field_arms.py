@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,14 @@ def field() -> Iterator[Any]:
         patch.syspath_prepend(str(FIELD))
         patch.setattr(splits, "SAMPLE", splits.SAMPLE)
         patch.setattr(start_rows, "general_rows", start_rows.general_rows)
+        names = ("run", "tasks", "model", "product", "routed")  # other folders have such files too
+        before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
         run = importlib.import_module("run")
         patch.setattr(run.T, "PAPER", TASKS)
         yield run
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -140,3 +142,32 @@ def test_partial_results(
     assert expected.get(name, "ours less replay, –") in said
     is_short = ("ours", 0) in PARTS[name] and ("ours", 1) not in PARTS[name]
     assert ("ours: seeds [1, 2] have not run" in said) == is_short
+
+
+# --- the picture ---
+
+
+def test_the_picture_shows_means_intervals_and_what_has_not_run(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "docs/figures"))
+    picture = importlib.import_module("field")
+    svg = picture.field(write_rows(tmp_path / "results.jsonl", full()))
+    texts = re.findall(r">([^<>]+)</text>", svg)
+    names = [
+        "router, 14 adapters",
+        "80.0 (3)",
+        "chainlora",
+        "70.0 (3)",
+        "links, replay",
+        "50.0 (3)",
+    ]
+    assert [text for text in texts if text in names] == names  # best first
+    assert {"each stage alone 90.0", "the base 10.0"} <= {*texts}
+    assert next(text for text in texts if "Not run" in text).startswith("Not run: mean of updates")
+    (dot,) = re.findall(r'cx="([\d.]+)" cy="[\d.]+" r="6" class="blue"', svg)
+    (low, high) = re.findall(r'd="M([\d.]+) [\d.]+L([\d.]+) [\d.]+" class="blue-line"', svg)[0]
+    places = [picture.LEFT + (picture.RIGHT - picture.LEFT) * x for x in (0.7, 0.452, 0.948)]
+    assert [float(x) for x in (dot, low, high)] == pytest.approx(places, abs=0.2)
+    with pytest.raises(ValueError, match="no verdict cells of `ours`, or no task"):
+        picture.field(write_rows(tmp_path / "few.jsonl", full()[:2]))

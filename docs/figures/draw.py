@@ -1,8 +1,9 @@
 """Draw the pictures of README and documents from a real run and from committed results.
 
-    python docs/figures/draw.py                            # all five, ten minutes on two cores
+    python docs/figures/draw.py                            # all six, ten minutes on two cores
     python docs/figures/draw.py --only stages              # one; the option can be repeated
     python docs/figures/draw.py --only stages --stages runs/stages/results.jsonl
+    python docs/figures/draw.py --only field --field runs/field/results.jsonl --output /tmp
 
 | name | from |
 |---|---|
@@ -11,8 +12,9 @@
 | stages | benchmarks/stages/results.jsonl |
 | soft-knots-evidence | cells of benchmarks/lab and benchmarks/smollm2 |
 | speed | benchmarks/speed/results |
+| field | benchmarks/field/results.jsonl; there is none until it has verdict cells |
 
-The last three need `pip install -e .[experiments]` and give the same bytes from the same results
+The last four need `pip install -e .[experiments]` and give the same bytes from the same results
 (tests/test_figures.py). The pictures of docs/theory.md are those of examples/theory.
 """
 
@@ -22,6 +24,7 @@ import argparse
 from pathlib import Path
 
 import evidence
+import field
 import gains
 import session
 import shop
@@ -33,6 +36,7 @@ PICTURES = {
     "stages": evidence.stages,
     "soft-knots-evidence": gains.soft_knots,
     "speed": evidence.speed,
+    "field": field.field,
 }
 
 
@@ -43,11 +47,16 @@ def main() -> None:
         "--only", action="append", choices=PICTURES, metavar="NAME", help="repeatable"
     )
     parser.add_argument("--output", type=Path, default=HERE, help="a folder")
-    parser.add_argument("--stages", type=Path, help="other results for the picture `stages`")
+    for name in ("stages", "field"):
+        parser.add_argument(f"--{name}", type=Path, help=f"other results for the picture `{name}`")
     options = parser.parse_args()
     for name in options.only or PICTURES:
-        draw = PICTURES[name]
-        svg = draw(options.stages) if name == "stages" and options.stages else draw()
+        other = getattr(options, name, None)
+        try:
+            svg = PICTURES[name](*[other] if other else [])
+        except ValueError as error:  # no verdict cells yet
+            print(f"{name}: {error}")
+            continue
         path = options.output / f"{name}.svg"
         path.write_text(svg, encoding="utf-8")
         print(f"{path}: {path.stat().st_size / 1000:.1f} kB")

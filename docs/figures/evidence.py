@@ -87,7 +87,7 @@ def _group(
     plan: dict[str, Any], cells: Cells, arms: tuple[Arm, ...]
 ) -> tuple[list[int], dict[str, Cells]]:
     """Return the seeds that all arms have, and by what arms are called their cells, best first."""
-    of_arm = _module(BENCHMARKS / "stages/table.py").of_arm
+    of_arm = module_of(BENCHMARKS / "stages/table.py").of_arm
     studies = {study["name"]: study for study in plan["studies"]}
     found = {}
     for study, arm, text in arms:
@@ -129,7 +129,7 @@ def _bar(card: Card, y: float, text: str, cost: str, shares: list[float]) -> Non
     card.text(WIDTH - EDGE, y + 20, f"{100 * fmean(shares):.0f} %", anchor="end", bold=True)
 
 
-def _module(path: Path) -> ModuleType:
+def module_of(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
     assert spec
     assert spec.loader
