@@ -134,7 +134,7 @@ def test_partial_results(
     table.main()
     said = capsys.readouterr().out
     assert "nan" not in said
-    assert "IterIS: 1 trials\n" in said
+    assert "IterIS: 1 trials here\n" in said
     there = {arm for arm, _ in PARTS[name]}
     assert f"not run: {', '.join(arm for arm in table.ARMS if arm not in there)}\n" in said
     assert ("is not known: no cell of `alone`" in said) == ("alone" not in there)

@@ -221,7 +221,9 @@ def settings(cells: Collection[Cell], arms: Arms) -> Iterator[str]:
     for arm in ARMS:
         cell = next(iter(arms.get(arm, {}).values()), None)
         if cell or trials[arm]:
-            yield f"{arm}: {trials[arm]} trials" + (f", chosen {cell['settings']}" if cell else "")
+            yield f"{arm}: {trials[arm]} trials here" + (
+                f", chosen {cell['settings']}" if cell else ""
+            )
 
 
 def routed(lines: Collection[Mapping[str, Any]]) -> Iterator[str]:
