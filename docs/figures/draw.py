@@ -15,7 +15,7 @@
 | field | benchmarks/field/results.jsonl; there is none until it has verdict cells |
 
 The last four need `pip install -e .[experiments]` and give the same bytes from the same results
-(tests/test_figures.py). The pictures of docs/theory.md are those of examples/theory.
+(tests/benchmarks/test_figures.py). The pictures of docs/theory.md are those of examples/theory.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import math
 import re
 
 import pytest
-from test_report import table
+from pages.test_report import table
 
 from chainlora_lab import read_results, report_experiment
 from chainlora_lab.report.curves import difference_curves

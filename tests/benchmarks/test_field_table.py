@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from conftest import write_rows
-from helpers_evidence_stages import script
+
+from benchmarks.helpers_evidence_stages import script
 
 TASKS = script("field/tasks.py").PAPER
 EASY = ("agnews", "dbpedia", "imdb", "sst2", "cb", "wic")  # learned by each stage alone
@@ -150,7 +151,7 @@ def test_partial_results(
 def test_the_picture_shows_means_intervals_and_what_has_not_run(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "docs/figures"))
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "docs/figures"))
     picture = importlib.import_module("field")
     svg = picture.field(write_rows(tmp_path / "results.jsonl", full()))
     texts = re.findall(r">([^<>]+)</text>", svg)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(
     file for room in ("benchmarks", "examples", "site") for file in (ROOT / room).rglob("*.py")
 )

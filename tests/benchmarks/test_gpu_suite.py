@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-RUN = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu" / "run.py"
+RUN = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu" / "run.py"
 
 
 @pytest.mark.slow

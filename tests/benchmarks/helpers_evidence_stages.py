@@ -10,7 +10,8 @@ from statistics import fmean
 from types import ModuleType
 from typing import Any
 
-from helpers_evidence import (
+from chainlora.training.rehearsing import ROWS
+from benchmarks.helpers_evidence import (
     BENCHMARKS,
     MISSING,
     Rows,
@@ -21,8 +22,6 @@ from helpers_evidence import (
     lines,
     number,
 )
-
-from chainlora.training.rehearsing import ROWS
 
 
 @cache

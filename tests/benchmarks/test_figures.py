@@ -15,7 +15,7 @@ import torch
 
 from chainlora.chain.soft_knot import balance
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FIGURES, THEORY = ROOT / "docs/figures", ROOT / "examples/theory"
 SCRIPTS = ("frank_wolfe", "rac_counter_example", "residual", "soft_knots")
 NAMES = sorted(path.stem for path in FIGURES.glob("*.svg"))

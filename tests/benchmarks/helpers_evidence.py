@@ -20,7 +20,7 @@ from chainlora_lab.report.values import by_seed
 from chainlora_lab.results import read_results
 from chainlora_lab.statistics.intervals import MIN_FOR_INTERVAL, mean_interval
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 MISSING = "–"
 Values = dict[int, float]  # by seed

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_evidence_stages import script
+
+from benchmarks.helpers_evidence_stages import script
 
 
 @pytest.fixture

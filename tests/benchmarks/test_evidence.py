@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("scipy", reason="no package scipy")
 
-from helpers_evidence import (
+from benchmarks.helpers_evidence import (
     ROOT,
     Rows,
     against_trainer,
@@ -34,7 +34,7 @@ from helpers_evidence import (
     speed,
     whole,
 )
-from helpers_evidence_stages import (
+from benchmarks.helpers_evidence_stages import (
     LENGTHS,
     ahead,
     all_kept,
