@@ -10,7 +10,6 @@ from statistics import fmean
 from types import ModuleType
 from typing import Any
 
-from chainlora.training.rehearsing import ROWS
 from benchmarks.helpers_evidence import (
     BENCHMARKS,
     MISSING,
@@ -22,6 +21,7 @@ from benchmarks.helpers_evidence import (
     lines,
     number,
 )
+from chainlora.training.rehearsing import ROWS
 
 
 @cache

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from conftest import WORDS, write_rows
 
+from benchmarks.helpers_evidence_stages import script
 from chainlora.data import splits
 from chainlora.evaluation import start_rows
-from benchmarks.helpers_evidence_stages import script
 
 FIELD = Path(__file__).resolve().parents[2] / "benchmarks" / "field"
 TASKS = ("rte", "sst2")  # 20 rows to train on, of which 4 validate, and 6 to test on
