@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from chainlora_lab.report.report import Report
 
 _FILE = "FILE [--KEY.SUB VALUE]..."
-_PRESETS = sorted(path.stem for path in Path(__file__).with_name("methods").glob("*.yaml"))
+_FOLDER = Path(__file__).with_name("methods")
+_PRESETS, _WAYS = (sorted(p.stem for p in _FOLDER.glob(each)) for each in ("*.yaml", "ways/*.yaml"))
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout."
@@ -181,8 +182,9 @@ def report(results: str, output: str | None, as_json: bool) -> None:
 @click.option(
     "--methods",
     required=True,
-    help=f"Comma-separated; the first is the baseline. Of {', '.join(_PRESETS)}; or names of your "
-    "own, which are lora with other keys: --methods.mine.train.optimizer lion",
+    help=f"Comma-separated; the first is the baseline. Of {', '.join(_PRESETS)}; for a config with "
+    f"stages, of {', '.join(_WAYS)}, and what plug-ins add; or names of your own, which are lora or "
+    "combine with other keys: --methods.mine.train.optimizer lion",
 )
 @click.option(
     "--seeds",
@@ -221,10 +223,11 @@ def compare(
     """Compare methods on CONFIG's model and data.
 
     CONFIG is one for `chainlora train`, and its keys can be set as there: --train.lr 5e-4. All
-    methods get the same rows, steps and seeds. The report, Markdown and HTML, has intervals and
-    exact paired tests.
+    methods get the same rows, steps and seeds. If it has stages, ways to add their data sets are
+    compared. The report, Markdown and HTML, has intervals and exact paired tests.
     """
     from chainlora import load_config
+    from chainlora.config.reading import read_config
     from chainlora_lab import compare as run_compare
     from chainlora_lab import experiment_progress
 
@@ -234,8 +237,10 @@ def compare(
     if extend and not rates:
         raise click.UsageError("--extend goes with --learning-rates (got none)")
     quiet()
-    config = load_config(file, keys)
-    output = output or f"{config.output or Path('runs', Path(file).stem)}-compare"
+    tree = read_config(file)
+    config: Any = _sequence(tree, keys) if "stages" in tree else load_config(file, keys)
+    own = tree.get("output") if "stages" in tree else config.output
+    output = output or f"{own or Path('runs', Path(file).stem)}-compare"
     said = [f"cells and report in {output}"]
     if seeds is None:
         seeds, why = _fewest_seeds(len(named) - 1)
@@ -277,8 +282,27 @@ def _methods(
             raise click.UsageError(
                 f"--methods.NAME.KEY must name one of --methods {names} (got {name!r})"
             )
-        set_key(named[name], rest[0], value)
+        if rest[0].startswith("grid."):  # whose keys have dots of their own
+            grid = named[name].setdefault("grid", {})
+            set_key(found := {}, "values", value)
+            grid[rest[0].removeprefix("grid.")] = found["values"]
+        else:
+            set_key(named[name], rest[0], value)
     return named, [(key, value) for key, value in given if not key.startswith("methods.")]
+
+
+def _sequence(tree: dict[str, Any], keys: list[tuple[str, str]]) -> dict[str, Any]:
+    """Return a config with stages, and keys of all stages or of one changed."""
+    from chainlora.config.reading import set_key
+    from chainlora.config.staging import make_stages
+
+    make_stages({**tree, "output": "-"}, keys)  # refuses a key without effect
+    for key, value in keys:
+        _, name, rest = [*key.split(".", 2), "", ""][:3]
+        own = [each for each in tree["stages"] if each["name"] == name]
+        is_of_one = key.startswith("stages.")
+        set_key(own[0] if is_of_one else tree, rest if is_of_one else key, value)
+    return tree
 
 
 def _fewest_seeds(num_comparisons: int) -> tuple[int, str]:

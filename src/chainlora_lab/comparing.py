@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from chainlora import RunConfig
+from chainlora.config.staging import make_stages
 from chainlora.errors import ConfigError
+from chainlora.registry import load_plugins
 from chainlora_lab.experiment import Experiment, make_experiment
-from chainlora_lab.methods import list_methods, load_method
+from chainlora_lab.methods import list_methods, list_ways, load_method
 from chainlora_lab.report.report import Report, report_experiment
 from chainlora_lab.runner import run_cells
 from chainlora_lab.statistics.intervals import scipy_stats
@@ -27,7 +29,7 @@ _SHARED = {"schedule", "warmup_steps"}
 
 
 def compare(
-    config: RunConfig,
+    config: RunConfig | Mapping[str, Any],
     methods: Methods,
     seeds: Sequence[int],
     out: str | Path,
@@ -72,7 +74,7 @@ def compare(
 
 
 def comparison(
-    config: RunConfig,
+    config: RunConfig | Mapping[str, Any],
     methods: Methods,
     seeds: Sequence[int],
     *,
@@ -80,31 +82,80 @@ def comparison(
     extend: int = 0,
 ) -> Experiment:
     """Return the experiment that `compare` runs."""
+    if not isinstance(config, RunConfig):
+        return _of_sequence(config, methods, seeds, learning_rates, extend)
     rows = None if config.start_data == "none" else config.start_data
     begun_on: dict[str, Any] = {"start": config.start, "start_data": rows}
     begun_on["data.replay"] = config.data.replay
     if given := [key for key, value in begun_on.items() if value is not None]:
         raise ConfigError("`compare` trains from the bare base", ", ".join(given), "leave it out")
-    tune: dict[str, Any] = {}
     if learning_rates:
         _check_rows(config)
-        grown = {"train.lr": extend} if extend else {}
-        tune = {"grid": {"train.lr": list(learning_rates)}, "extend": grown}
     data = config.model_dump(mode="json", exclude_defaults=True)["data"]
     name = Path(config.data.task).stem if config.data.task else "data"
     unit = "epochs" if config.chain.epochs else "steps"
-    named = {name: _method(name, methods) for name in methods}
+    named = {name: _method(name, methods, "lora") for name in methods}
     presets = [str(keys.get("preset", name)) for name, keys in named.items()]
     base, left_out = _base(config, unit, presets)
     said = f"{', '.join(methods)} at equal {unit}, each scored at its end"
     said += f"; of the config left out: {', '.join(left_out)}" * bool(left_out)
+    task = {"data": {key: data[key] for key in ("task", "train") if key in data}}
+    return _experiment(said, base, {name: task}, named, seeds, learning_rates, extend)
+
+
+def _of_sequence(
+    config: Mapping[str, Any],
+    methods: Methods,
+    seeds: Sequence[int],
+    learning_rates: Sequence[float],
+    extend: int,
+) -> Experiment:
+    """Return the experiment of a config with stages: ways to add their data sets."""
+    if config.get("start") is not None:
+        raise ConfigError("`compare` trains from the bare base", "start", "leave it out")
+    stages = make_stages({**config, "output": "-"})  # refuses what is wrong in them
+    if learning_rates:
+        for stage in stages:
+            _check_rows(stage.config)
+    load_plugins(stages[0].config.plugins)  # which may add ways
+    base = {key: value for key, value in config.items() if key != "output"}
+    base["stages"] = [dict(section) for section in base["stages"]]
+    left_out = set()
+    for tree in (base, *base["stages"]):
+        train = tree.get("train") or {}
+        decided = {f"train.{key}" for key in _OF_METHODS["train"] if key in train}
+        left_out |= decided | ({"beside", "rehearse"} & tree.keys())
+        kept = {key: value for key, value in train.items() if f"train.{key}" not in decided}
+        tree |= {"train": kept} if train else {}
+        for key in ("beside", "rehearse"):
+            tree.pop(key, None)
+    names = ", ".join(stage.name for stage in stages)
+    said = f"{', '.join(methods)} on {names}, one after the other, scored at the end"
+    said += f"; of the config left out: {', '.join(sorted(left_out))}" * bool(left_out)
+    named = {name: _method(name, methods, "combine") for name in methods}
+    return _experiment(said, base, {"sequence": {}}, named, seeds, learning_rates, extend)
+
+
+def _experiment(
+    said: str,
+    base: Mapping[str, Any],
+    tasks: Mapping[str, Any],
+    methods: Mapping[str, Any],
+    seeds: Sequence[int],
+    learning_rates: Sequence[float],
+    extend: int,
+) -> Experiment:
+    tune: dict[str, Any] = {}
+    if learning_rates:
+        grown = {"train.lr": extend} if extend else {}
+        tune = {"grid": {"train.lr": list(learning_rates)}, "extend": grown}
     experiment = make_experiment(
         {
             "name": "compare",
             "description": f"{said}.",
             "base": base,
-            "tasks": {name: {"data": {key: data[key] for key in ("task", "train") if key in data}}},
-            "methods": named,
+            "tasks": tasks,
+            "methods": methods,
             "seeds": list(seeds),
             "tune": tune,
         }
@@ -114,10 +165,11 @@ def comparison(
     return experiment
 
 
-def _method(name: str, methods: Methods) -> dict[str, Any]:
-    """Return the keys of a method; one of the user's own is LoRA unless it names its preset."""
+def _method(name: str, methods: Methods, preset: str) -> dict[str, Any]:
+    """Return the keys of a method; one of the user's own is `preset` unless it names another."""
     keys = dict(methods[name] or {}) if isinstance(methods, Mapping) else {}
-    return {"preset": "lora"} | keys if keys and name not in list_methods() else keys
+    is_known = name in list_methods() or name in list_ways()
+    return {"preset": preset} | keys if keys and not is_known else keys
 
 
 def _check_rows(config: RunConfig) -> None:

@@ -16,13 +16,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from chainlora import RunConfig, load_task
+from chainlora import RunConfig, load_task, make_config
+from chainlora.config.staging import make_stages
 from chainlora.data.splits import check_files
 from chainlora.errors import ConfigError
 from chainlora.registry import plugin_digest
 from chainlora_lab.experiment import Experiment
 from chainlora_lab.loops import CellConfig
-from chainlora_lab.methods import apply_recipe, merge_trees
+from chainlora_lab.methods import apply_recipe, list_methods, list_ways, merge_trees
 
 Pair = tuple[str, str]  # task, method
 Point = tuple[tuple[str, Any], ...]  # the grid's keys and their values, in its order
@@ -102,7 +103,8 @@ class Expansion:
         key = (task, method, seed, repr(point))
         if key not in self._cells:
             config = _config(self.experiment, task, method, seed, point)
-            self._check(task, config, chooses=len(self.points[task, method]) > 1)
+            for part in config.parts:
+                self._check(task, part, chooses=len(self.points[task, method]) > 1)
             self._cells[key] = Cell(task, method, seed, point, config, config_id(config))
         return self._cells[key]
 
@@ -143,23 +145,47 @@ def _unique(cells: Iterable[Cell]) -> list[Cell]:
 
 
 def _trains(experiment: Experiment, method: str) -> bool:
-    recipe = merge_trees(experiment.base, experiment.method_tree(method)).get("recipe")
-    return recipe is None or recipe.get("links", 1) != 0
+    tree = merge_trees(experiment.base, experiment.method_tree(method))
+    recipe = tree.get("recipe")
+    return tree.get("way") != "base" and (recipe is None or recipe.get("links", 1) != 0)
 
 
 def _config(experiment: Experiment, task: str, method: str, seed: int, point: Point) -> CellConfig:
     own = experiment.tasks[task]
     named = own.get("data") or {}
     data = {} if "task" in named or "train" in named else {"data": {"task": task}}
-    tree = merge_trees(experiment.base, data, own, experiment.method_tree(method))
+    shared, given = merge_trees(experiment.base, own), experiment.method_tree(method)
     for key, value in [*point, *((key, seed) for key in experiment.seed_keys)]:
         for part in reversed(key.split(".")):
             value = {part: value}
-        tree = merge_trees(tree, value)
+        given = merge_trees(given, value)
     try:
-        return CellConfig(**apply_recipe(tree))
+        if "stages" in shared or "way" in given:
+            return _sequence(shared, given, method)
+        return CellConfig(**apply_recipe(merge_trees(experiment.base, data, own, given)))
     except ConfigError as error:
         raise ConfigError(f"task {task}, method {method}: {error}") from None
+
+
+def _sequence(shared: Mapping[str, Any], given: Mapping[str, Any], method: str) -> CellConfig:
+    """Return the config of a sequence, whose stages all get the keys of the method."""
+    if "stages" not in shared:
+        rule = f"{method} is a way to add data sets, and needs a config with stages"
+        raise ConfigError(rule, "none", f"add some, or name one of {', '.join(list_methods())}")
+    if "way" not in given:
+        rule = f"a config with stages is learned in a way to add data sets, and {method} is none"
+        raise ConfigError(rule, method, f"name some of {', '.join(list_ways())}")
+    keys = {key: value for key, value in given.items() if key not in ("way", "settings")}
+    stages = []
+    for stage in make_stages({**shared, "output": "-"}):
+        own = stage.config.model_dump(mode="json", exclude_defaults=True, exclude={"output"})
+        whole = merge_trees(own, keys)
+        if not stages and whole.get("start_data") == "none":
+            whole["data"].pop("replay", None)  # there is nothing to replay yet
+        stages.append((stage.name, make_config(whole)))
+    first = stages[0][1].model_dump(mode="json", exclude_defaults=True)
+    ways = {key: given[key] for key in ("way", "settings") if key in given}
+    return CellConfig(**first, **ways, stages=stages)
 
 
 # --- names of cells ---
@@ -173,6 +199,13 @@ def config_id(config: RunConfig) -> str:
     plug-in) counts by its content. Of a shipped task only the name counts.
     """
     tree = compact_config(config)
+    for each in (tree, *(stage for _, stage in tree.get("stages", ()))):
+        _by_content(each)
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _by_content(tree: dict[str, Any]) -> None:
+    """Replace files by digests of their content, and leave out what only watches."""
     files = [(tree["data"], key) for key in ("task", "train", "validation", "test")]
     train = tree["data"].get("train")
     files += [(each, "path") for each in train] if isinstance(train, list) else []
@@ -181,10 +214,9 @@ def config_id(config: RunConfig) -> str:
         if path.is_file():
             section[key] = _content(path, path.stat().st_mtime_ns)
     if "plugins" in tree:
-        tree["plugins"] = [plugin_digest(name)[:16] or name for name in config.plugins]
+        tree["plugins"] = [plugin_digest(name)[:16] or name for name in tree["plugins"]]
     for key in ("save_every", "log_every", "trackers"):
         tree.get("train", {}).pop(key, None)
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @lru_cache(maxsize=64)
@@ -196,6 +228,7 @@ def _content(path: Path, changed: int) -> str:
 def compact_config(config: RunConfig) -> dict[str, Any]:
     """Return the config's values other than the defaults, without the places of this machine."""
     tree = config.model_dump(mode="json", exclude_defaults=True)
-    tree.pop("output", None)
-    tree["data"].pop("dir", None)
+    for each in (tree, *(stage for _, stage in tree.get("stages", ()))):
+        each.pop("output", None)
+        each["data"].pop("dir", None)
     return tree

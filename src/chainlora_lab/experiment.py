@@ -20,14 +20,19 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from chainlora.config.reading import read_tree, set_key
 from chainlora.errors import ConfigError, nearest
+from chainlora.registry import load_plugins
 from chainlora_lab.methods import load_method, merge_trees
 from chainlora_lab.outputs import Keys, checked
 
 TREE_KEYS = ("model", "quantize", "plugins", "loop", "recipe", "data", "chain", "train")
+TREE_KEYS += ("stages", "start_data", "way", "settings")  # of a sequence of data sets
 _KINDS: dict[str, tuple[Any, str]] = {
     "model": (str, "a name"),
     "quantize": (str, "a name"),
     "loop": (str, "a name"),
+    "way": (str, "a name"),
+    "stages": (list, "a list of stages"),
+    "start_data": ((str, Mapping), "none or a section of keys"),
     "plugins": ((str, list), "a list of files or modules"),
 }  # of the keys that are no sections
 OVERALL = "all tasks"  # the row of all of them in a report
@@ -226,6 +231,8 @@ def make_experiment(tree: Mapping[str, Any]) -> Experiment:
     """
     experiment = checked(Experiment, tree)
     check_keys("base", experiment.base)
+    named = merge_trees(experiment.base, *experiment.methods.values()).get("plugins", ())
+    load_plugins(named)  # which may add methods
     for name, keys in experiment.tasks.items():
         check_keys(f"tasks.{name}", keys)
     for name in experiment.methods:

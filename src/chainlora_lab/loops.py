@@ -10,7 +10,7 @@ import logging
 import shutil
 from contextlib import closing
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
@@ -25,9 +25,16 @@ logger = logging.getLogger(__name__)
 
 
 class CellConfig(RunConfig):
-    """The config of a cell: that of a run, and the loop that trains it instead of chainlora's."""
+    """The config of a cell: that of a run, and the loop that trains it instead of chainlora's.
+
+    Of a sequence of data sets, it is that of the first of its `stages` (`sequences`): names and
+    whole configs. `way` says how they are learned, `settings` are what that takes.
+    """
 
     loop: Literal["full"] | None = None
+    way: str | None = None
+    settings: dict[str, Any] = {}
+    stages: tuple[tuple[str, RunConfig], ...] = ()
 
     @model_validator(mode="after")
     def _check_loop(self) -> CellConfig:
@@ -45,7 +52,12 @@ class CellConfig(RunConfig):
     @property
     def plain(self) -> RunConfig:
         """Return the config of the run alone."""
-        return RunConfig(**self.model_dump(exclude={"loop"}))
+        return RunConfig(**self.model_dump(exclude={"loop", "way", "settings", "stages"}))
+
+    @property
+    def parts(self) -> list[RunConfig]:
+        """Return the configs of all stages, which are this one where there are no others."""
+        return [config for _, config in self.stages] or [self]
 
 
 def fine_tune(config: RunConfig) -> TrainResult:

@@ -34,7 +34,6 @@ def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[s
     metrics = result["metrics"]
     split = "test" if "test" in metrics else "validation"
     metric = task_metric(config)
-    hardware = result["hardware"]
     return described(config, "done") | {
         "score_split": split,
         "score": metrics.get(split, {}).get(metric),
@@ -59,6 +58,13 @@ def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[s
             {key: value for key, value in each.items() if key not in ("event", "seconds")}
             for each in found["eval"]
         ],
+    } | origin(config, result)
+
+
+def origin(config: RunConfig, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that say what a cell was computed from, and by what."""
+    hardware = result["hardware"]
+    return {
         "rows_digest": _digest(result["rows_digest"]),
         "base_fingerprint": _digest(result["base_fingerprint"]),
         "base_file": base_file(config.model),
@@ -110,7 +116,7 @@ def with_curve(config: RunConfig, num_points: int) -> RunConfig:
     """
     train, steps = config.train, training_steps(config)
     decided = train.eval_every or train.keep_best or train.early_stop or not train.eval_at_knots
-    if not num_points or decided or not steps:
+    if not num_points or decided or not steps or getattr(config, "stages", ()):
         return config
     every = max(1, round(steps / num_points))
     return config.model_copy(update={"train": train.model_copy(update={"eval_every": every})})

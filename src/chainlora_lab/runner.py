@@ -25,6 +25,7 @@ from chainlora_lab.experiment import Experiment, load_experiment
 from chainlora_lab.outputs import write_whole
 from chainlora_lab.planning import run_notes
 from chainlora_lab.results import FILE
+from chainlora_lab.sequences import way_of
 from chainlora_lab.session import Listener, Session
 from chainlora_lab.worker import run_inline, run_processes
 
@@ -144,14 +145,16 @@ def _check_at_hand(cells: Iterable[Cell]) -> None:
     """Raise unless model, rows and plug-ins of every cell are there, before any of them runs."""
     checked: set[tuple[str, str]] = set()
     for cell in cells:
-        config = cell.config
-        check_names(config)
         try:
-            if ("model", config.model) not in checked:
-                resolve_model(config.model)
-            if ("data", repr(config.data)) not in checked:
-                check_files(config.data, config.train.loss)
-        except (DataError, ModelError) as error:
+            for config in cell.config.parts:
+                check_names(config)
+                if ("model", config.model) not in checked:
+                    resolve_model(config.model)
+                if ("data", repr(config.data)) not in checked:
+                    check_files(config.data, config.train.loss)
+                checked |= {("model", config.model), ("data", repr(config.data))}
+            if cell.config.stages:
+                way_of(cell.config)
+        except (ConfigError, DataError, ModelError) as error:
             what = f"task {cell.task}, method {cell.method}: {error}"
             raise type(error)(what) from None
-        checked |= {("model", config.model), ("data", repr(config.data))}

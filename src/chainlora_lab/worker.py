@@ -29,10 +29,12 @@ from filelock import FileLock
 from chainlora import train
 from chainlora.config.reading import read_tree
 from chainlora.errors import ChainLoRAError, DivergedError
+from chainlora.registry import load_plugins
 from chainlora_lab.expansion import Cell
 from chainlora_lab.loops import CellConfig, fine_tune
-from chainlora_lab.measure import described, summarise
+from chainlora_lab.measure import described, origin, summarise
 from chainlora_lab.outputs import write_whole
+from chainlora_lab.sequences import learn_sequence
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,8 @@ def load_cell(directory: Path) -> CellConfig:
 
 def _compute(config: CellConfig, run: Path) -> dict[str, Any]:
     """Train a config in `run`, resuming a run that is there, and return the cell's fields."""
+    if config.stages:
+        return _learn(config, run)
     plain = config.plain
     rows = plain.start_data or "none"  # a cell is one stage, scored on its own rows
     plain = plain.model_copy(update={"output": str(run), "start_data": rows})
@@ -89,6 +93,16 @@ def _compute(config: CellConfig, run: Path) -> dict[str, Any]:
     except DivergedError as error:
         return described(config, "diverged") | {"message": str(error)}
     return summarise(config, result, run)
+
+
+def _learn(config: CellConfig, run: Path) -> dict[str, Any]:
+    """Learn a sequence of data sets, resuming what is there, and return the cell's fields."""
+    load_plugins(config.plugins)
+    try:
+        fields, first = learn_sequence(config, run)
+    except DivergedError as error:
+        return described(config, "diverged") | {"message": str(error)}
+    return described(config, "done") | origin(config, first) | fields
 
 
 # --- many ---

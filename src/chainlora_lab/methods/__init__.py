@@ -23,7 +23,8 @@ from chainlora.errors import ConfigError, nearest
 from chainlora_lab.outputs import Keys, checked
 
 _FOLDER = Path(__file__).parent
-_SECTIONS = ("plugins", "recipe", "data", "chain", "train", "loop")
+_WAYS = _FOLDER / "ways"  # presets that add data sets
+_SECTIONS = ("plugins", "recipe", "data", "chain", "train", "loop", "way", "settings")
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,15 @@ class Method:
 
 
 def list_methods() -> list[str]:
-    """Return the names of the presets."""
+    """Return the names of the presets that train on one data set."""
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def list_ways() -> list[str]:
+    """Return the names of the ways to add data sets: presets, and what plug-ins have added."""
+    from chainlora_lab.ways import COMBINERS, REGULARISERS  # which import torch
+
+    return sorted({*(path.stem for path in _WAYS.glob("*.yaml")), *COMBINERS, *REGULARISERS})
 
 
 @cache
@@ -50,9 +58,14 @@ def load_method(name: str) -> Method:
             "`methods` of an experiment file, e.g. mine: {preset: chain, recipe: {links: 4}}, "
             "and call `chainlora experiment run`"
         )
-    if name not in list_methods():
-        raise ConfigError(f"unknown method {name!r}{nearest(name, list_methods())}")
-    tree = read_tree(_FOLDER / f"{name}.yaml")
+    known = [*list_methods(), *list_ways()]
+    if name not in known:
+        remedy = "; if a file of yours registers it, name that file in `plugins`"
+        raise ConfigError(f"unknown method {name!r}{nearest(name, known)}{remedy}")
+    path = next(_FOLDER.rglob(f"{name}.yaml"), None)
+    if path is None:
+        return Method(name, "", "of a plug-in", {"way": name})
+    tree = read_tree(path)
     keys = {section: tree[section] for section in _SECTIONS if section in tree}
     return Method(name, tree["description"], tree["source"], keys)
 

@@ -51,10 +51,10 @@ def methods_table(results: Results) -> Table:
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, str]:
-    loop = {"loop": config["loop"]} if config.get("loop") else {}
-    return loop | {
+    named = {key: config[key] for key in ("loop", "way") if config.get(key)}
+    return named | {
         f"{section}.{key}": _plain(value)
-        for section in ("chain", "train", "data")
+        for section in ("settings", "chain", "train", "data")
         for key, value in config.get(section, {}).items()
     }
 

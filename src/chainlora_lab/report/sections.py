@@ -5,7 +5,9 @@ A table with a `name` is written as LaTeX too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from chainlora.evaluation.metrics import is_higher_better
@@ -19,6 +21,7 @@ from chainlora_lab.report.values import (
     diverged_finals,
     missing_cells,
     nothing_chosen,
+    scale,
 )
 from chainlora_lab.report.verdicts import differences_table, does_rank_bind, tied_none, verdicts
 from chainlora_lab.results import Results
@@ -172,6 +175,46 @@ def _others_table(summaries: Sequence[Summary]) -> Table:
     return table_of("Further metrics", rows)
 
 
+# --- stages ---
+
+
+def stages(facts: Facts) -> Section:
+    """Return what ways to add data sets came to on each stage: means over seeds."""
+    found = [(each, cells_of(facts.results, each.task, each.method)) for each in facts.summaries]
+    note = (
+        "At the end (right after the stage itself). Forgetting: how much worse the end is, mean "
+        "over stages. General: perplexity of general rows at the end, divided by the base's. Rank: "
+        "of the exported adapter; full: as wide as the modules."
+    )
+    rows = [_stages_row(each, cells) for each, cells in found if "stages" in cells[0]]
+    heads = dict.fromkeys(key for row in rows for key in row)
+    rows = [{key: row.get(key, "–") for key in heads} for row in rows]
+    return section("By stage", Numbers(table_of("By stage", rows, note), name="stages"))
+
+
+def _stages_row(summary: Summary, cells: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    times, places = scale(summary.metric), digits(summary.metric)
+    row = {"task and method": f"{summary.task} {summary.method}"}
+    lost = []
+    for stage in [each["stage"] for each in cells[0]["stages"]]:
+        own = [each for cell in cells for each in cell["stages"] if each["stage"] == stage]
+        end = times * fmean(each["end"] for each in own)
+        row[stage] = number(end, places)
+        if all(each["own"] is not None for each in own):
+            after = times * fmean(each["own"] for each in own)
+            row[stage] += f" ({number(after, places)})"
+            lost.append((after - end) * (1 if is_higher_better(summary.metric) else -1))
+    row["forgetting"] = number(fmean(lost) if lost else None, places, sign=True)
+    general = [cell["general"] for cell in cells if cell.get("general")]
+    ratios = [math.exp(min(700, each["end"] - each["base"])) for each in general]
+    row["general"] = number(fmean(ratios) if ratios else None, 3)
+    rank, adapters = cells[0]["exported_rank"], cells[0]["adapters"]
+    dense = "full" if adapters == 1 else f"{adapters} adapters"
+    row["rank"] = dense if rank is None else str(rank)
+    row["steps"] = big(fmean(cell["steps"] for cell in cells))
+    return row
+
+
 def curves(facts: Facts) -> Section:
     """Return where the charts of loss against steps stand."""
     return section("Loss against steps")
@@ -288,6 +331,7 @@ SECTIONS: tuple[Callable[[Facts], Section], ...] = (
     question,
     verdict,
     scores,
+    stages,
     curves,
     cost,
     choices,

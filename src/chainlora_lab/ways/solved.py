@@ -22,11 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chainlora import Link
 from chainlora.chain.layerwise import Layers, run
+from chainlora_lab.ways.merging import Links, Rows, added, sums, weight_of
 
-Rows = Mapping[str, Sequence[Sequence[int]]]
-Links = Mapping[str, Sequence[Link]]
 ALPHA, MIXED = 1e-7, 5e-4  # of IterIS, its authors' values
 
 
@@ -48,7 +46,9 @@ def averaged(grams: Sequence[Tensor], updates: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def regmean(model: Any, links: Links, rows: Rows, off_diagonal: float) -> dict[str, Tensor]:
+def regmean(
+    model: Any, links: Links, rows: Rows, off_diagonal: float = 0.9
+) -> dict[str, Tensor]:
     """Merge layer by layer; `model` is the base, and is that again afterwards."""
     modules = [*next(iter(links.values()))[0].factors]
     layers, found = Layers(model, modules), {}
@@ -57,16 +57,16 @@ def regmean(model: Any, links: Links, rows: Rows, off_diagonal: float) -> dict[s
         inner = [name for name in modules if name.startswith(f"{path}.")]
         grams: dict[str, list[Tensor]] = {name: [] for name in inner}
         for task, own in batches.items():
-            with _put(model, _sums(links[task], inner)), _inputs(model, inner) as seen:
+            with added(model, sums(links[task], inner)), _inputs(model, inner) as seen:
                 for batch in own:
                     run(block, batch, place)
             for name in inner:
                 x = torch.cat(seen[name])
                 grams[name].append(reduced((x.T @ x / len(x)).double(), off_diagonal))
-        deltas = {task: _sums(own, inner) for task, own in links.items()}
+        deltas = {task: sums(own, inner) for task, own in links.items()}
         for name in inner:
             found[name] = averaged(grams[name], [deltas[task][name] for task in batches])
-        with _put(model, {name: found[name] for name in inner}):
+        with added(model, {name: found[name] for name in inner}):
             for own in batches.values():
                 for batch in own:
                     batch.hidden = run(block, batch, place)
@@ -104,20 +104,20 @@ def _raised(product: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def iteris(model: Any, links: Links, rows: Rows, passes: int) -> dict[str, Tensor]:
+def iteris(model: Any, links: Links, rows: Rows, passes: int = 1) -> dict[str, Tensor]:
     """Merge in so many passes; `model` is the base, and is that again afterwards."""
     modules = [*next(iter(links.values()))[0].factors]
-    base = {name: model.get_submodule(name).weight.detach().clone() for name in modules}
+    base = {name: weight_of(model, name).detach().clone() for name in modules}
     found: dict[str, Tensor] = {}
     for _ in range(passes):
-        sums = {name: Aligned() for name in modules}
+        totals = {name: Aligned() for name in modules}
         for task, own in rows.items():
-            deltas = _sums(links[task], modules)
+            deltas = sums(links[task], modules)
             x = _seen(model, deltas, modules, own)
             merged = _seen(model, found, modules, own) if found else x
             for name in modules:
-                sums[name].add(x[name], merged[name], deltas[name], base[name] + deltas[name])
-        found = {name: sums.pop(name).solve() for name in modules}
+                totals[name].add(x[name], merged[name], deltas[name], base[name] + deltas[name])
+        found = {name: totals.pop(name).solve() for name in modules}
     return found
 
 
@@ -125,33 +125,14 @@ def _seen(
     model: Any, update: Mapping[str, Tensor], modules: Sequence[str], rows: Sequence[Sequence[int]]
 ) -> dict[str, Tensor]:
     """Return the inputs of modules for rows, in the base with an update."""
-    with _put(model, update), _inputs(model, modules) as seen:
+    with added(model, update), _inputs(model, modules) as seen:
         for row in rows:
-            model.model(input_ids=torch.tensor([[*row]]), use_cache=False)
+            ids = torch.tensor([[*row]], device=model.device)
+            model.base_model(input_ids=ids, use_cache=False)
     return {name: torch.cat(some) for name, some in seen.items()}
 
 
 # --- a model ---
-
-
-def _sums(links: Sequence[Link], modules: Sequence[str]) -> dict[str, Tensor]:
-    return {
-        name: torch.stack([link.delta_weight(name) for link in links]).sum(0) for name in modules
-    }
-
-
-@contextmanager
-def _put(model: Any, update: Mapping[str, Tensor]) -> Iterator[None]:
-    """Add updates to weights for a while."""
-    weights = {name: model.get_submodule(name).weight for name in update}
-    before = {name: weight.clone() for name, weight in weights.items()}
-    for name, weight in weights.items():
-        weight.add_(update[name])
-    try:
-        yield
-    finally:
-        for name, weight in weights.items():
-            weight.copy_(before[name])
 
 
 @contextmanager
