@@ -1,4 +1,4 @@
-"""What the package does of the study: stages, combinations and replay, by its own configs.
+"""What is trained in the study: stages, combinations, replay and tasks in turn, by configs.
 
 Two constants are set: a stage keeps 32 rows (the package: up to 1,000), and what the base writes as
 general rows is written once for all runs, which are the same 64 rows for each.
@@ -13,15 +13,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from chainlora import open_run
-from chainlora.config.staging import make_stages
+from chainlora import Link, open_run
+from chainlora.config.staging import Stage, make_stages
 from chainlora.data import splits
 from chainlora.data.examples import Example
 from chainlora.data.kept import Kept, read_kept, write_kept
 from chainlora.evaluation import start_rows
+from chainlora.runs.open_base import OpenBase
 from chainlora.runs.state import OpenState
 from chainlora.training.events import EntryBuilt, Event
 from chainlora.training.stages import train_stages
+from chainlora_lab.in_turn import learn_in_turn
+from chainlora_lab.ways.regularisers import Regulariser
 
 HERE = Path(__file__).parent
 _WRITE_GENERAL, _ALL = start_rows.general_rows, splits.SAMPLE
@@ -89,19 +92,43 @@ class Runs:
         section = {"name": "all", "data": {"train": files}}
         return self._run(name, {"stages": [section], "start_data": "none"}, seed, rate, rank)
 
+    def in_turn(
+        self,
+        name: str,
+        rows: Mapping[str, Sequence[Mapping[str, str]]],
+        seed: int,
+        rate: float,
+        regulariser: Regulariser,
+    ) -> dict[str, Sequence[Link]]:
+        """Return the links right after each task, learned one after the other by a LoRA with
+        something added to its loss; no general rows."""
+        sections = [
+            {"name": task, "data": {"train": str(self._file(seed, task, own))}}
+            for task, own in rows.items()
+        ]
+        stages = self._stages(name, {"stages": sections, "start_data": "none"}, seed, rate, 8)
+        base, listener = OpenBase.of_config(stages[0].config), self._timed(name)
+        states = learn_in_turn(stages, self.folder / name, regulariser, base, listener)
+        return {task: state.links() for task, state in states.items()}
+
     def _run(
         self, name: str, more: Mapping[str, Any], seed: int, rate: float, rank: int
     ) -> OpenState:
-        folder = self.folder / name
+        stages = self._stages(name, more, seed, rate, rank)
+        train_stages(stages, listener=self._timed(name), matrix=False)
+        return open_run(self.folder / name)
+
+    def _stages(
+        self, name: str, more: Mapping[str, Any], seed: int, rate: float, rank: int
+    ) -> list[Stage]:
         tree = self.model | {
             "data": {"task": str(HERE / "field.yaml")},
             "chain": {"ranks": [rank], "alpha": 2.0 * rank, "epochs": [self.model["epochs"]]},
             "train": dict(self.model["train"]) | {"lr": rate, "seed": seed},
-            "output": str(folder),
+            "output": str(self.folder / name),
         }
         del tree["epochs"]
-        train_stages(make_stages(tree | more), listener=self._timed(name), matrix=False)
-        return open_run(folder)
+        return make_stages(tree | more)
 
     def _file(self, seed: int, task: str, rows: Sequence[Mapping[str, str]]) -> Path:
         path = self.folder.parent / "rows" / f"{seed}-{len(rows)}" / f"{task}.jsonl"

@@ -26,15 +26,15 @@ import torch
 import yaml
 from model import Models, Scored, Update, general, right_by_task
 from product import Runs, kept_rows
-from rivals import merging
-from rivals.router import nearest
-from rivals.sequence import InTurn
-from rivals.solved import iteris, regmean
+from router import nearest
 
-from chainlora import Link, load_model
+from chainlora import Link
 from chainlora.data.examples import Example
 from chainlora.runs.costs import hardware, versions
 from chainlora.runs.state import OpenState
+from chainlora_lab.ewc import EWC
+from chainlora_lab.ways import COMBINERS
+from chainlora_lab.ways.regularisers import OLoRA, Regulariser
 
 HERE = Path(__file__).parent
 FACTORS = {  # of a value beyond an edge; 0: none
@@ -195,55 +195,39 @@ def base(case: Case) -> Made:
     return Made(Models({"": []}), 0, 0, 0, 0.0)
 
 
-# --- arms: one task after the other, without the package ---
+# --- arms: one task after the other, by the lab's regularisers ---
 
 
-def in_turn(*keys: str) -> Callable[[Case], Made]:
-    """Return the arm of one LoRA that goes on, or with `orthogonal` O-LoRA, with `penalty` EWC."""
+def in_turn(make: Callable[..., Regulariser], *keys: str) -> Callable[[Case], Made]:
+    """Return the arm of a regulariser, of which `keys` are settings."""
 
     def arm(case: Case) -> Made:
-        s, plan = case.settings, case.runner.plan
-        folder = case.runner.runs.folder / "-".join(
-            [str(case.seed), *keys, *(f"{s[key]:g}" for key in sorted(s))]
-        )
-        encode = case.runner.scored.encode
-        rows = {task: encode(own) for task, own in case.train.items()}
-        trained = InTurn(lambda: load_model(plan["model"])[0], case.seed, s["rate"], plan["train"])
-        more = {key: s[key] for key in keys}
-        kept = case.kept if "penalty" in keys else {}
-        ends = trained.run(rows, folder, **more, kept=kept)
+        s, runs = case.settings, case.runner.runs
+        name = "-".join([str(case.seed), *keys, *(f"{s[key]:g}" for key in sorted(s))])
+        regulariser = make(**{key: s[key] for key in keys})
+        ends = runs.in_turn(name, case.train, case.seed, s["rate"], regulariser)
         links = ends[case.order[-1]]
-        old = sum(map(len, kept.values()))  # once, for the Fisher information
-        rank = sum(link.rank for link in links)
-        return Made(Models({"": links}), rank, case.in_turn, old, trained.seconds, ends)
+        # once, for the Fisher information
+        old = sum(map(len, case.kept.values())) if "penalty" in keys else 0
+        rank, cpu = sum(link.rank for link in links), sum(runs.costs(name).values())
+        return Made(Models({"": links}), rank, case.in_turn, old, cpu, ends)
 
     return arm
 
 
-# --- arms: merged without the package ---
+# --- arms: merged by the lab's combiners ---
 
 
-def merged(merge: Callable[[Sequence[Link], float], Mapping[str, torch.Tensor]]) -> Any:
-    """Return the arm of a merging method with a scale."""
-
-    def arm(case: Case) -> Made:
-        links, began = [link for each in case.links.values() for link in each], time.process_time()
-        update = merge(links, case.settings["scale"])
-        cpu = case.trained_in + time.process_time() - began
-        return Made(Models({"": update}), None, case.steps, 0, cpu, of_stages=True)
-
-    return arm
-
-
-def solved(merge: Callable[..., dict[str, torch.Tensor]], key: str) -> Callable[[Case], Made]:
-    """Return the arm of a merging method that reads kept rows."""
+def merged(name: str, key: str) -> Callable[[Case], Made]:
+    """Return the arm of a combiner, of which `key` is the setting."""
 
     def arm(case: Case) -> Made:
-        links, scored = case.links, case.runner.scored
-        rows = {task: [row.sequences[0] for row in some] for task, some in case.kept.items()}
+        scored, reads = case.runner.scored, key != "scale"
+        kept = case.kept if reads else {}
+        rows = {task: [row.sequences[0] for row in some] for task, some in kept.items()}
         scored.put({})
         began = time.process_time()
-        update = merge(scored.model, links, rows, case.settings[key])
+        update = COMBINERS[name](scored.model, case.links, rows, **{key: case.settings[key]})
         cpu = case.trained_in + time.process_time() - began
         old = sum(map(len, rows.values()))
         return Made(Models({"": update}), None, case.steps, old, cpu, of_stages=True)
@@ -257,14 +241,14 @@ ARMS: dict[str, Callable[[Case], Made]] = {
     "replay": replay,
     "alone": alone,
     "router": router,
-    "mean": merged(merging.mean),
-    "ties": merged(merging.ties),
-    "one LoRA": in_turn(),
+    "mean": merged("mean", "scale"),
+    "ties": merged("ties", "scale"),
+    "one LoRA": in_turn(Regulariser),
     "all at once": at_once,
-    "O-LoRA": in_turn("orthogonal"),
-    "EWC": in_turn("penalty"),
-    "RegMean++": solved(regmean, "off_diagonal"),
-    "IterIS": solved(iteris, "passes"),
+    "O-LoRA": in_turn(OLoRA, "orthogonal"),
+    "EWC": in_turn(EWC, "penalty"),
+    "RegMean++": merged("regmean", "off_diagonal"),
+    "IterIS": merged("iteris", "passes"),
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "replay": {"replay": 0.5, "rate": 1e-3},

@@ -182,9 +182,9 @@ def report(results: str, output: str | None, as_json: bool) -> None:
 @click.option(
     "--methods",
     required=True,
-    help=f"Comma-separated; the first is the baseline. Of {', '.join(_PRESETS)}; for a config with "
-    f"stages, of {', '.join(_WAYS)}, and what plug-ins add; or names of your own, which are lora or "
-    "combine with other keys: --methods.mine.train.optimizer lion",
+    help=f"Comma-separated; the first is the baseline. Of {', '.join(_PRESETS)}; or names of your "
+    "own, which are lora with other keys: --methods.mine.train.optimizer lion. For a config with "
+    f"stages, of {', '.join(_WAYS)}; names of your own are combine.",
 )
 @click.option(
     "--seeds",
@@ -283,9 +283,9 @@ def _methods(
                 f"--methods.NAME.KEY must name one of --methods {names} (got {name!r})"
             )
         if rest[0].startswith("grid."):  # whose keys have dots of their own
-            grid = named[name].setdefault("grid", {})
-            set_key(found := {}, "values", value)
-            grid[rest[0].removeprefix("grid.")] = found["values"]
+            grid: dict[str, Any] = named[name].setdefault("grid", {})
+            set_key(grid, "values", value)
+            grid[rest[0].removeprefix("grid.")] = grid.pop("values")
         else:
             set_key(named[name], rest[0], value)
     return named, [(key, value) for key, value in given if not key.startswith("methods.")]

@@ -176,7 +176,7 @@ def _sequence(shared: Mapping[str, Any], given: Mapping[str, Any], method: str) 
         rule = f"a config with stages is learned in a way to add data sets, and {method} is none"
         raise ConfigError(rule, method, f"name some of {', '.join(list_ways())}")
     keys = {key: value for key, value in given.items() if key not in ("way", "settings")}
-    stages = []
+    stages = list[tuple[str, RunConfig]]()
     for stage in make_stages({**shared, "output": "-"}):
         own = stage.config.model_dump(mode="json", exclude_defaults=True, exclude={"output"})
         whole = merge_trees(own, keys)

@@ -24,8 +24,9 @@ from chainlora.registry import load_plugins
 from chainlora_lab.methods import load_method, merge_trees
 from chainlora_lab.outputs import Keys, checked
 
+_OF_SEQUENCES = ("stages", "start_data", "way", "settings")
 TREE_KEYS = ("model", "quantize", "plugins", "loop", "recipe", "data", "chain", "train")
-TREE_KEYS += ("stages", "start_data", "way", "settings")  # of a sequence of data sets
+TREE_KEYS = (*TREE_KEYS, *_OF_SEQUENCES)
 _KINDS: dict[str, tuple[Any, str]] = {
     "model": (str, "a name"),
     "quantize": (str, "a name"),

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import Parameter
 
 from chainlora import open_run
 from chainlora.chain.link import Link
@@ -150,12 +151,12 @@ def gradients(run: Run, rows: Sequence[Example]) -> Iterator[dict[str, Tensor]]:
     for row in rows:
         run.engine.add_gradients(
             [run.objective.collate(run.engine, [row])],
-            [*named.values()],  # type: ignore[arg-type]
+            [cast(Parameter, p) for p in named.values()],
             loss=partial(run.objective.loss, run.engine),
             count=run.objective.count,
             terms=1,
         )
-        yield {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
+        yield {name: p.grad for name, p in named.items() if p.grad is not None}
         for p in named.values():
             p.grad = None
 

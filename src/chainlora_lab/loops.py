@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from chainlora import RunConfig
 from chainlora.training.optimizers import from_groups, leave_average
@@ -33,7 +33,7 @@ class CellConfig(RunConfig):
 
     loop: Literal["full"] | None = None
     way: str | None = None
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default={})
     stages: tuple[tuple[str, RunConfig], ...] = ()
 
     @model_validator(mode="after")

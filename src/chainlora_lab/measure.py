@@ -34,31 +34,36 @@ def summarise(config: RunConfig, result: Mapping[str, Any], run: Path) -> dict[s
     metrics = result["metrics"]
     split = "test" if "test" in metrics else "validation"
     metric = task_metric(config)
-    return described(config, "done") | {
-        "score_split": split,
-        "score": metrics.get(split, {}).get(metric),
-        "validation": metrics.get("validation"),
-        "test": metrics.get("test"),
-        "majority": metrics.get(split, {}).get("majority"),
-        "train_loss": sum(step["loss"] for step in tail) / len(tail) if tail else None,
-        "steps": result["steps"],
-        "tokens": result["tokens"] + sum(started),
-        "start_tokens": sum(started),
-        "scored_tokens": result.get("scored_tokens"),
-        "rows": result.get("rows"),
-        "trainable_parameters": result["trainable_parameters"] if steps else 0,
-        "wall_s": result["wall_s"],
-        "peak_rss_mb": result["peak_memory_mb"],
-        "link_steps": [
-            sum(step["link"] == link for step in steps) for link in range(len(config.chain.ranks))
-        ],
-        "link_tokens": [a + b for a, b in zip(_by_link(steps, config), started, strict=True)],
-        "soft_knots": len(found["soft_knot"]),
-        "curve": [
-            {key: value for key, value in each.items() if key not in ("event", "seconds")}
-            for each in found["eval"]
-        ],
-    } | origin(config, result)
+    return (
+        described(config, "done")
+        | {
+            "score_split": split,
+            "score": metrics.get(split, {}).get(metric),
+            "validation": metrics.get("validation"),
+            "test": metrics.get("test"),
+            "majority": metrics.get(split, {}).get("majority"),
+            "train_loss": sum(step["loss"] for step in tail) / len(tail) if tail else None,
+            "steps": result["steps"],
+            "tokens": result["tokens"] + sum(started),
+            "start_tokens": sum(started),
+            "scored_tokens": result.get("scored_tokens"),
+            "rows": result.get("rows"),
+            "trainable_parameters": result["trainable_parameters"] if steps else 0,
+            "wall_s": result["wall_s"],
+            "peak_rss_mb": result["peak_memory_mb"],
+            "link_steps": [
+                sum(step["link"] == link for step in steps)
+                for link in range(len(config.chain.ranks))
+            ],
+            "link_tokens": [a + b for a, b in zip(_by_link(steps, config), started, strict=True)],
+            "soft_knots": len(found["soft_knot"]),
+            "curve": [
+                {key: value for key, value in each.items() if key not in ("event", "seconds")}
+                for each in found["eval"]
+            ],
+        }
+        | origin(config, result)
+    )
 
 
 def origin(config: RunConfig, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +121,7 @@ def with_curve(config: RunConfig, num_points: int) -> RunConfig:
     """
     train, steps = config.train, training_steps(config)
     decided = train.eval_every or train.keep_best or train.early_stop or not train.eval_at_knots
-    if not num_points or decided or not steps or getattr(config, "stages", ()):
+    if not num_points or decided or not steps or getattr(config, "stages", None):
         return config
     every = max(1, round(steps / num_points))
     return config.model_copy(update={"train": train.model_copy(update={"eval_every": every})})

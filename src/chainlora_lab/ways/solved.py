@@ -42,13 +42,11 @@ def averaged(grams: Sequence[Tensor], updates: Sequence[Tensor]) -> Tensor:
     products = sum(gram @ each.T.double() for gram, each in zip(grams, updates, strict=True))
     # where no row reaches, the inverse does not exist: a floor of the size of rounding
     total.diagonal().add_(1e-8 * float(total.diagonal().mean()))
-    return torch.linalg.solve(total, products).T.float()  # type: ignore[arg-type]
+    return torch.linalg.solve(total, products).T.float()
 
 
 @torch.no_grad()
-def regmean(
-    model: Any, links: Links, rows: Rows, off_diagonal: float = 0.9
-) -> dict[str, Tensor]:
+def regmean(model: Any, links: Links, rows: Rows, off_diagonal: float = 0.9) -> dict[str, Tensor]:
     """Merge layer by layer; `model` is the base, and is that again afterwards."""
     modules = [*next(iter(links.values()))[0].factors]
     layers, found = Layers(model, modules), {}
