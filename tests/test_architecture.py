@@ -26,11 +26,12 @@ PUBLIC = {
         *("WithKeys", "file_and_overrides", "json_option", "keys_argument", "need_run", "quiet"),
         *("show", "to_stderr"),
     },
-    "chainlora.config.reading": {"read_tree", "set_key"},
+    "chainlora.config.reading": {"read_config", "read_tree", "set_key"},
+    "chainlora.config.staging": {"make_stages"},
     "chainlora.data.splits": {"check_files"},
     "chainlora.evaluation.metrics": {"is_higher_better"},
     "chainlora.models.finding": {"resolve_model"},
-    "chainlora.registry": {"plugin_digest"},
+    "chainlora.registry": {"load_plugins", "plugin_digest"},
     "chainlora.runs.paths": {"exists_in", "is_run", "need_apart", "refuse_older", "split_address"},
     "chainlora.showing": {"number"},
     "chainlora.training.objectives": {"check_names"},
@@ -105,8 +106,9 @@ MORE: dict[str, dict[str, set[str]]] = {
     },
     "chainlora_lab": {"chainlora_pages": set(chainlora_pages.__all__)},
 }
-# a training loop and an optimizer, made of what ours are made of
-RIVALS = {SOURCES / "chainlora_lab" / name for name in ("loops.py", "rac_lora.py", "relora.py")}
+# training loops, optimizers and ways to merge, made of what ours are made of
+_RIVALS = ("loops", "rac_lora", "relora", "in_turn", "sequences", "ways/merging", "ways/solved")
+RIVALS = {SOURCES / "chainlora_lab" / f"{name}.py" for name in _RIVALS}
 
 # From the bottom up. A room imports from itself and from rooms before it, never from one behind it.
 ROOMS = [

@@ -180,7 +180,8 @@ def _sequence(shared: Mapping[str, Any], given: Mapping[str, Any], method: str) 
     for stage in make_stages({**shared, "output": "-"}):
         own = stage.config.model_dump(mode="json", exclude_defaults=True, exclude={"output"})
         whole = merge_trees(own, keys)
-        if not stages and whole.get("start_data") == "none":
+        general = whole.get("start_data") or {"train": "what the model writes"}
+        if not stages and "train" not in general:
             whole["data"].pop("replay", None)  # there is nothing to replay yet
         stages.append((stage.name, make_config(whole)))
     first = stages[0][1].model_dump(mode="json", exclude_defaults=True)

@@ -25,8 +25,8 @@ from chainlora_lab.methods import load_method, merge_trees
 from chainlora_lab.outputs import Keys, checked
 
 _OF_SEQUENCES = ("stages", "start_data", "way", "settings")
-TREE_KEYS = ("model", "quantize", "plugins", "loop", "recipe", "data", "chain", "train")
-TREE_KEYS = (*TREE_KEYS, *_OF_SEQUENCES)
+_OF_RUNS = ("model", "quantize", "plugins", "loop", "recipe", "data", "chain", "train")
+TREE_KEYS = (*_OF_RUNS, *_OF_SEQUENCES)
 _KINDS: dict[str, tuple[Any, str]] = {
     "model": (str, "a name"),
     "quantize": (str, "a name"),

@@ -161,7 +161,7 @@ def _without_links(case: Case) -> list[Stage]:
 def _of_all(case: Case) -> RunConfig:
     """Return the config of one stage on the rows of all, as long as all of them."""
     configs = [config for _, config in case.config.stages]
-    files = tuple(file for each in configs for file in each.data.train_files)
+    files = [file for each in configs for file in each.data.train_files]
     rows = {"train": files, "validation": None, "test": None, "replay": None}
     kinds = [each.data.model_copy(update=rows) for each in configs]
     rule = "all_at_once learns the rows of all stages as one data set"

@@ -6,6 +6,8 @@ import hashlib
 import itertools
 import json
 
+from conftest import write_rows
+
 
 def tree(tiny_folder, sentiment, **keys):
     """A small experiment: two methods, two rates, two seeds, on rows that are learnt in a few
@@ -27,6 +29,27 @@ def tree(tiny_folder, sentiment, **keys):
         "methods": ["lora", "chain3"],
         "seeds": [0, 1],
         "tune": {"grid": {"train.lr": [1e-3, 1e-2]}},
+    } | keys
+
+
+def sequence(tiny_folder, folder, **keys):
+    """A config of two small data sets, one after the other, with rows to score."""
+    words = {"facts": ["cat", "mat", "red"], "style": ["hill", "fly", "saw"]}
+    stages = []
+    for (name, own), answer in zip(words.items(), (" yes", " no"), strict=True):
+        rows = [{"prompt": f"the {a} {b}", "completion": answer} for a in own for b in own]
+        held_out = [{"prompt": f"the {a} on", "completion": answer} for a in own]
+        data = {
+            "train": str(write_rows(folder / f"{name}.jsonl", rows)),
+            "validation": str(write_rows(folder / f"{name}-held-out.jsonl", held_out)),
+        }
+        stages.append({"name": name, "data": data})
+    return {
+        "model": str(tiny_folder),
+        "chain": {"ranks": [2], "steps": [4], "target_modules": ["q_proj", "v_proj"]},
+        "train": {"batch_size": 4, "lr": 1e-2},
+        "start_data": "none",
+        "stages": stages,
     } | keys
 
 

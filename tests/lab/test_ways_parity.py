@@ -1,9 +1,8 @@
-"""Rivals of benchmarks/field against their formulas, in independent float64."""
+"""The ways of the two registries against their formulas, in independent float64."""
 
 from __future__ import annotations
 
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +10,20 @@ import pytest
 import torch
 from conftest import tiny_model
 from helpers import _row_loss
+from helpers_evidence_stages import script
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from chainlora import Link, LinkConfig
 from chainlora.chain.link import Factors
-from chainlora.data.examples import Example
-
-FIELD = Path(__file__).resolve().parents[1] / "benchmarks" / "field"
-if str(FIELD) not in sys.path:
-    sys.path.append(str(FIELD))
-
-from rivals.merging import mean, ties  # noqa: E402
-from rivals.penalties import Anchors, orthogonality  # noqa: E402
-from rivals.router import nearest  # noqa: E402
-from rivals.sequence import InTurn  # noqa: E402
-from rivals.solved import Aligned, averaged, iteris, reduced, regmean  # noqa: E402
-
-TRAIN = {"batch_size": 2, "warmup_steps": 0}
+from chainlora.config.staging import make_stages
+from chainlora.runs.open_base import OpenBase
+from chainlora_lab.ewc import EWC
+from chainlora_lab.in_turn import learn_in_turn
+from chainlora_lab.ways.merging import mean, ties
+from chainlora_lab.ways.regularisers import OLoRA, Regulariser, orthogonality
+from chainlora_lab.ways.solved import Aligned, averaged, iteris, reduced, regmean
+from lab.cases import sequence
 
 
 def matrices(*shape: int, count: int = 3) -> list[torch.Tensor]:
@@ -51,7 +48,8 @@ def test_mean_and_ties_are_those_of_the_papers() -> None:
     mean of the entries that have it."""
     some = links()
     deltas = np.stack([2 * (link.factors["m"].b @ link.factors["m"].a).numpy() for link in some])
-    np.testing.assert_allclose(mean(some, 2.0)["m"], 2 * deltas.mean(0), rtol=1e-5)
+    stages = {str(n): [link] for n, link in enumerate(some)}
+    np.testing.assert_allclose(mean(None, stages, {}, 2.0)["m"], 2 * deltas.mean(0), rtol=1e-5)
     kept = np.zeros_like(deltas)
     for place, each in enumerate(deltas):
         largest = np.argsort(-np.abs(each).ravel())[: int(0.2 * each.size)]
@@ -59,12 +57,12 @@ def test_mean_and_ties_are_those_of_the_papers() -> None:
     sign = np.where(kept.sum(0) >= 0, 1, -1)
     agreeing = (np.sign(kept) == sign) & (kept != 0)
     wanted = (kept * agreeing).sum(0) / np.maximum(agreeing.sum(0), 1)
-    np.testing.assert_allclose(ties(some, 1.5)["m"], 1.5 * wanted, rtol=1e-5)
+    np.testing.assert_allclose(ties(None, stages, {}, 1.5)["m"], 1.5 * wanted, rtol=1e-5)
 
 
 def test_a_router_names_the_nearest_centroid() -> None:
     places = {1: [1.0, 0.0], 2: [0.9, 0.2], 3: [0.0, 1.0], 4: [3.0, 1.0], 5: [0.1, 0.2]}
-    route = nearest(
+    route = script("field/router.py").nearest(
         lambda rows: torch.tensor([places[row[0]] for row in rows]),
         {"one": [[1], [2]], "two": [[3]]},
     )
@@ -87,79 +85,85 @@ def test_orthogonality_is_the_sum_of_absolute_products() -> None:
     assert float(orthogonality(old, new)) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_anchors_pull_as_the_quadratic_penalty_of_all_tasks() -> None:
-    """EWC, equation 3: the gradient of ½ Σ_k F_k (θ − θ_k)²."""
+def test_ewc_pulls_as_the_quadratic_penalty_of_all_stages() -> None:
+    """EWC, equation 3: the gradient of λ/2 Σ_k F_k (θ − θ_k)²."""
     first, second, now = matrices(3, 4)
-    fishers = [each.square() for each in matrices(3, 4, count=2)]
-    anchors = Anchors()
-    anchors.add([fishers[0]], [first])
-    anchors.add([fishers[1]], [second])
+    rows = matrices(3, 4, count=5)
+    ewc = EWC(penalty=3.0)
+    memory = ewc.remember({}, {"m": first}, iter([{"m": row} for row in rows[:2]]))
+    memory = ewc.remember(memory, {"m": second}, iter([{"m": row} for row in rows[2:]]))
     theta = now.double().requires_grad_()
+    fishers = [torch.stack(some).double().square().mean(0) for some in (rows[:2], rows[2:])]
     pairs = zip(fishers, (first, second), strict=True)
-    sum((f.double() * (theta - old.double()).square()).sum() / 2 for f, old in pairs).backward()
-    torch.testing.assert_close(anchors.gradients([now])[0], theta.grad.float())
+    sum(3 * (f * (theta - old.double()).square()).sum() / 2 for f, old in pairs).backward()
+    live = now.clone().requires_grad_()
+    ewc.penalty({"m": live}, memory, []).backward()
+    torch.testing.assert_close(live.grad, theta.grad.float())
+    assert ewc.penalty({"m": live}, {}, []) == 0.0
 
 
-# --- one task after the other ---
+# --- one stage after the other ---
 
 
-def example(seed: int) -> Example:
-    tokens = random.Random(seed).sample(range(3, 131), 9)
-    return Example(seed, (tuple(tokens),), (((6, 9),),))
+@pytest.fixture
+def learn(tiny_folder, tmp_path):
+    """Return a function that learns two stages with a regulariser, in a folder of this name."""
+
+    def call(name, regulariser, **keys):
+        tree = sequence(tiny_folder, tmp_path, output=str(tmp_path / name), **keys)
+        stages = make_stages(tree)
+        base = OpenBase.of_config(stages[0].config)
+        return learn_in_turn(stages, tmp_path / name, regulariser, base)
+
+    return call
 
 
-ROWS = {"one": [example(n) for n in range(4)], "two": [example(n) for n in range(4, 8)]}
-
-
-def in_turn(folder: Path, **keys: float) -> tuple[InTurn, dict[str, list[Link]]]:
-    trained = InTurn(lambda: tiny_model("llama"), 3, 0.03, TRAIN)
-    return trained, trained.run(ROWS, folder, **keys, kept=ROWS)
-
-
-def test_one_lora_goes_on_and_o_lora_adds_one_that_is_more_orthogonal(tmp_path: Path) -> None:
-    _, ends = in_turn(tmp_path / "one")
-    assert [len(each) for each in ends.values()] == [1, 1]
-    _, again = in_turn(tmp_path / "one")  # from its files
-    factors = [each["two"][0].factors for each in (ends, again)]
-    assert all(torch.equal(factors[0][n].a, factors[1][n].a) for n in factors[0])
+def test_one_lora_goes_on_and_o_lora_adds_one_that_is_more_orthogonal(learn) -> None:
+    ends = learn("one", Regulariser())
+    first, second = (state.links() for state in ends.values())
+    assert [len(first), len(second)] == [1, 1]
+    apart = {
+        n: float((each.a - first[0].factors[n].a).abs().max())
+        for n, each in second[0].factors.items()
+    }
+    assert all(0 < each < 4 * 1.1e-2 for each in apart.values())  # four steps of AdamW from there
 
     def overlap(weight: float) -> float:
-        _, ends = in_turn(tmp_path / f"{weight}", orthogonal=weight)
-        old, new = (link.factors for link in ends["two"])
+        state = learn(f"{weight}", OLoRA(weight), train={"batch_size": 4, "lr": 0.05})["style"]
+        old, new = (link.factors for link in state.links())
         return float(orthogonality([old[n].a for n in old], [new[n].a for n in old]))
 
-    assert overlap(1.0) < 0.8 * overlap(1e-6)
+    assert overlap(1.0) < 0.9 * overlap(1e-6)
 
 
-def test_fisher_information_is_the_mean_squared_gradient_of_rows(tmp_path: Path) -> None:
-    """The diagonal of a module's B at the end of the first task, by plain autograd."""
-    in_turn(tmp_path, penalty=1.0)
-    trained = InTurn(lambda: tiny_model("llama"), 3, 0.03, TRAIN)
-    trained.penalty = 1.0
-    link, model = trained._read(tmp_path / "one.safetensors"), tiny_model("llama").double()
-    deltas = {}
-    for name, each in link.factors.items():
-        a, b = (x.double().requires_grad_() for x in (each.a, each.b))
-        deltas[name] = (a, b)
+def test_fisher_information_is_the_mean_squared_gradient_of_rows(learn, tmp_path: Path) -> None:
+    """The diagonal at the end of the first stage, by plain autograd."""
+    states = learn("ewc", EWC(1.0))
+    (link,), kept = states["facts"].links(), states["facts"].kept(["facts"])["facts"].train
     found: dict[str, torch.Tensor] = {}
-    for row in ROWS["one"]:
-        hooks = [
-            model.get_submodule(n).register_forward_hook(
-                lambda layer, args, output, a=a, b=b: output + 2 * args[0] @ a.T @ b.T
-            )
-            for n, (a, b) in deltas.items()
-        ]
+    model = AutoModelForCausalLM.from_pretrained(states["facts"].base.model).double()
+    live = {
+        name: [x.double().requires_grad_() for x in (each.a, each.b)]
+        for name, each in link.factors.items()
+    }
+    for name, (a, b) in live.items():
+        model.get_submodule(name).register_forward_hook(
+            lambda layer, args, out, a=a, b=b: out + link.config.scaling * args[0] @ a.T @ b.T
+        )
+    for row in kept[:]:
+        ((start, end),) = row.scored[0]
         ids = [*row.sequences[0]]
-        _row_loss(model, {"input_ids": ids, "labels": [-100] * 6 + ids[6:]}).backward()
-        for hook in hooks:
-            hook.remove()
-        for name, (_, b) in deltas.items():
-            found[name] = found.get(name, 0) + b.grad.square() / len(ROWS["one"])
-        for a, b in deltas.values():
-            a.grad = b.grad = None
-    wanted = sorted(float(each.sum()) for each in found.values())
-    sums = [each for each in trained.anchors.fisher if each.shape[1] == 8 and each.shape[0] != 8]
-    assert sorted(float(each.sum()) for each in sums) == pytest.approx(wanted, rel=1e-3)
+        labels = [-100] * start + ids[start:end] + [-100] * (len(ids) - end)
+        _row_loss(model, {"input_ids": ids, "labels": labels}).backward()
+        for name, pair in live.items():
+            for part, x in zip("AB", pair, strict=True):
+                key = f"F/{part}/{name}"
+                found[key] = found.get(key, 0) + x.grad.square() / len(kept)
+                x.grad = None
+    memory = load_file(tmp_path / "ewc" / "style.safetensors")
+    assert {key for key in memory if key.startswith("F/")} == {*found}
+    for key, wanted in found.items():
+        torch.testing.assert_close(memory[key].double(), wanted, rtol=1e-3, atol=1e-9)
 
 
 # --- in closed form ---
@@ -209,7 +213,7 @@ def test_one_task_merged_is_itself_and_two_are_layer_by_layer() -> None:
             factors[name] = Factors(0.1 * a, 0.1 * b)
         return Link(index, LinkConfig(rank=2, alpha=2.0), factors)
 
-    tasks = {name: [link(n)] for n, name in enumerate(ROWS)}
+    tasks = {name: [link(n)] for n, name in enumerate(("one", "two"))}
     rows = {
         t: [random.Random(f"{t} {n}").choices(range(3, 131), k=40) for n in range(4)] for t in tasks
     }

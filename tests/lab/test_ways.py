@@ -1,0 +1,188 @@
+"""`compare` on a config with stages: ways to add data sets, of the lab and of plug-ins."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import write_rows
+
+import chainlora_lab.ewc
+from chainlora import open_run, stage_matrix
+from chainlora.config.reading import make_config
+from chainlora.errors import ConfigError
+from chainlora_lab import compare, comparison, expand, read_results
+from lab.cases import sequence, tree
+
+
+@pytest.fixture
+def stages(tiny_folder, tmp_path):
+    """Return a function that writes a config with two stages, and returns its path."""
+
+    def write(**keys):
+        path = tmp_path / "stages.yaml"
+        path.write_text(yaml.safe_dump(sequence(tiny_folder, tmp_path, **keys)))
+        return path
+
+    return write
+
+
+def finals(out: Path) -> dict[tuple[str, int], dict]:
+    return {(cell["method"], cell["seed"]): cell for cell in read_results(out).finals}
+
+
+def test_ways_are_compared_by_the_matrix_s_scores_and_resume(chainlora, stages, tmp_path):
+    general = [{"text": f"the {a} and the {b}"} for a in ("cat", "mat") for b in ("hill", "two")]
+    rows = str(write_rows(tmp_path / "general.jsonl", general))
+    config, out = stages(start_data={"validation": rows}), tmp_path / "out"
+    words = ["compare", config, "--methods", "combine,replay,ewc", "--seeds", "2"]
+    words += ["--backend", "inline", "--output", out]
+    shown = chainlora(*words)
+    assert shown.status == 0, shown.err
+    assert "| sequence | ewc − combine | 2 |" in shown.out
+    assert "## By stage" in shown.out
+    found = finals(out)
+    assert {*found} == {(way, seed) for way in ("combine", "replay", "ewc") for seed in (0, 1)}
+    (ours,) = (run for run in (out / "beside").glob("*/history.json") if _seed(run.parent) == 0)
+    matrix = stage_matrix(ours.parent)
+    cell = found["combine", 0]
+    for stage in cell["stages"]:
+        column = matrix.stages.index(stage["stage"])
+        own = matrix.grid[matrix.states.index(stage["stage"])][column].value
+        assert stage["own"] == pytest.approx(own, rel=1e-5)
+        assert stage["end"] == pytest.approx(matrix.grid[-1][column].value, rel=1e-5)
+    base, *_, last = (row[0].value for row in matrix.grid)
+    assert cell["general"] == pytest.approx({"base": base, "end": last}, rel=1e-5)
+    assert [found[way, 0]["exported_rank"] for way in ("combine", "replay", "ewc")] == [16, 4, 2]
+
+    one = found["ewc", 1]  # as if killed while the second stage was trained
+    folder = out / "cells" / one["cell"]
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "run" / "style")
+    for name in ("results.jsonl", "run/style.safetensors"):
+        (out / name if name == "results.jsonl" else folder / name).unlink()
+    first = (folder / "run" / "facts" / "history.json").stat().st_mtime_ns
+    assert "1 to run" in chainlora(*words).err
+    again = finals(out)["ewc", 1]
+    assert again["score"] == one["score"]
+    assert (folder / "run" / "facts" / "history.json").stat().st_mtime_ns == first
+
+
+def _seed(run: Path) -> int:
+    return open_run(run).config().train.seed
+
+
+def test_ways_that_merge_nothing_are_what_they_say(stages, tmp_path):
+    config = yaml.safe_load(stages(chain={"ranks": [2], "epochs": [2]}).read_text())
+    for stage in config["stages"]:
+        stage["data"]["validation"] = 0.25  # which `all_at_once` must not learn
+    names = ["one_lora", "all_at_once", "alone", "base", "mean"]
+    report = compare(config, names, [0], tmp_path / "out", backend="inline")
+    cells = {name: cell for (name, _), cell in finals(tmp_path / "out").items()}
+    assert [s.method for s in report.summaries] == names
+    ends, owns = (
+        {n: [each[key] for each in cell["stages"]] for n, cell in cells.items()}
+        for key in ("end", "own")
+    )
+    assert ends["alone"] == owns["alone"] == owns["mean"]
+    assert owns["base"] == owns["all_at_once"] == [None, None]
+    assert owns["one_lora"][1] == ends["one_lora"][1]
+    assert min(ends["base"]) > max(ends["all_at_once"])  # it has learned both
+    assert cells["base"]["ranks"] == []
+    run = open_run(tmp_path / "out" / "cells" / cells["all_at_once"]["cell"] / "run")
+    kept = [run.kept([name])[name] for name in ("facts", "style", "all_at_once")]
+    counts = [each.counts["train"] for each in kept]
+    assert counts[2] == counts[0] + counts[1] < 18  # of both files
+    adapters = [cells[name]["adapters"] for name in names]
+    ranks = [cells[name]["exported_rank"] for name in names]
+    assert (adapters, ranks) == ([1, 1, 2, 1, 1], [2, 2, None, 0, None])
+
+
+COMBINER = '''
+from chainlora_lab.ways import COMBINERS
+
+
+def first(model, links, rows, share=1.0):
+    """The first stage alone, at a share."""
+    assert all(rows[stage] for stage in links)
+    (link,) = links["facts"]
+    return {name: share * link.delta_weight(name) for name in link.factors}
+
+
+COMBINERS["first"] = first
+'''
+
+
+def test_a_combiner_and_a_regulariser_of_one_file_each(chainlora, stages, tmp_path):
+    """EWC is such a file: a copy of it under another name is what the shipped one is."""
+    own = Path(chainlora_lab.ewc.__file__).read_text().replace('["ewc"]', '["held"]')
+    (tmp_path / "held.py").write_text(own)
+    (tmp_path / "mine.py").write_text(COMBINER)
+    words = ["compare", stages(), "--plugins", f"[{tmp_path}/held.py, {tmp_path}/mine.py]"]
+    words += ["--methods", "held,ewc,first,none,alone", "--methods.none.preset", "first"]
+    words += ["--methods.none.settings.share", "0", "--methods.held.settings.penalty", "10"]
+    words += ["--methods.ewc.settings.penalty", "10", "--seeds", "1", "--backend", "inline"]
+    shown = chainlora(*words, "--output", tmp_path / "out")
+    assert shown.status == 0, shown.err
+    found = {name: cell for (name, _), cell in finals(tmp_path / "out").items()}
+    assert found["held"]["stages"] == found["ewc"]["stages"]
+    facts = {name: cell["stages"][0] for name, cell in found.items()}
+    assert facts["first"]["end"] == pytest.approx(facts["alone"]["end"], rel=1e-5)
+    assert facts["none"]["end"] > facts["first"]["end"]
+    assert found["first"]["config"]["way"] == "first"
+
+
+@pytest.mark.parametrize(
+    ("keys", "methods", "said"),
+    [
+        ({}, "combine,lora", "lora is none .*name some of all_at_once"),
+        ({}, "combine,combin", "unknown method 'combin'.*did you mean.*`plugins`"),
+        ({}, "combine,ewc --methods.ewc.settings.strength 1", "must be those of ewc .*strength"),
+        ({}, "combine,one_lora --stages.style.chain.ranks [4]", "one link in each stage"),
+        ({}, "combine,all_at_once --stages.style.data.max_length 9", "read in different ways"),
+        ({"start": "runs/other"}, "combine,replay", "trains from the bare base"),
+        ({"train": {"loss": "dpo"}}, "combine,replay", "answers to rows .*pairs in facts"),
+        ({"quantize": "int8"}, "combine,mean --chain.hold carried", "adds to the weights"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_any_cell(
+    chainlora, stages, tmp_path, keys, methods, said
+):
+    words = ["--seeds", "2", "--backend", "inline", "--output", tmp_path / "out"]
+    config = stages(**keys)
+    if keys.get("train"):
+        pairs = [{"prompt": "the cat", "chosen": " yes", "rejected": " no"}] * 4
+        for name in ("facts", "facts-held-out", "style", "style-held-out"):
+            write_rows(tmp_path / f"{name}.jsonl", pairs)
+    shown = chainlora("compare", config, "--methods", *methods.split(), *words)
+    assert shown.status != 0
+    assert not (tmp_path / "out" / "cells").exists()
+    with pytest.raises(AssertionError, match=f"(?s){said}"):
+        raise AssertionError(shown.err)
+
+
+def test_a_way_needs_stages(tiny_folder, sentiment):
+    base = tree(tiny_folder, sentiment)["base"] | {"chain": {"ranks": [2], "steps": [2]}}
+    del base["recipe"]
+    base["data"] |= {"task": str(sentiment / "task.yaml")}
+    with pytest.raises(ConfigError, match="replay is a way to add data sets, and needs a config"):
+        expand(comparison(make_config(base), ["lora", "replay"], [0, 1]))
+
+
+def test_settings_and_keys_of_a_way_have_grids(stages):
+    """And keys of a method hold for all stages, but for a replay before there are rows."""
+    config = yaml.safe_load(stages().read_text())
+    methods = {
+        "ewc": {"grid": {"settings.penalty": [1.0, 10.0]}},
+        "replay": {"data": {"replay": 0.25}, "chain": {"ranks": [4]}},
+    }
+    cells = expand(comparison(config, methods, [0]))
+    tuned = [cell.config.settings["penalty"] for cell in cells if cell.method == "ewc"]
+    assert tuned == [1.0, 10.0]
+    (replay,) = (cell.config for cell in cells if cell.method == "replay")
+    assert [part.data.replay for part in replay.parts] == [None, 0.25]
+    assert [part.chain.ranks for part in replay.parts] == [(4,), (4,)]
+    assert json.loads(replay.model_dump_json(exclude_defaults=True))["stages"][1][0] == "style"
