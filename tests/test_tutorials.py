@@ -91,12 +91,15 @@ def test_chat(checkout, monkeypatch, capsys):
 
 def test_compare(checkout, capsys):
     pytest.importorskip("scipy", reason="needs chainlora[experiments]")
-    (text,) = blocks(TUTORIALS / "compare.md", "yaml")
-    (checkout / "run.yaml").write_text(text, encoding="utf-8")
+    texts = blocks(TUTORIALS / "compare.md", "yaml")
+    for name, text in zip(("run.yaml", "stages.yaml"), texts, strict=True):
+        (checkout / name).write_text(text, encoding="utf-8")
     short = ["--seeds", "2", "--chain.steps", "[3]", "--backend", "inline"]
+    lengths = ["--chain.epochs", "null", "--start_data", "none"]
     for words in commands("compare.md"):
-        assert run([*words, *short]) == 0, capsys.readouterr().err
-    for folder in ("own-compare", "chains", "lion"):
+        more = lengths if "stages.yaml" in words else []
+        assert run([*words, *short, *more]) == 0, capsys.readouterr().err
+    for folder in ("own-compare", "chains", "lion", "both-compare", "ewc"):
         assert (checkout / "runs" / folder / "report.html").is_file()
 
 

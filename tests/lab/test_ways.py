@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -101,38 +102,25 @@ def test_ways_that_merge_nothing_are_what_they_say(stages, tmp_path):
     assert (adapters, ranks) == ([1, 1, 2, 1, 1], [2, 2, None, 0, None])
 
 
-COMBINER = '''
-from chainlora_lab.ways import COMBINERS
-
-
-def first(model, links, rows, share=1.0):
-    """The first stage alone, at a share."""
-    assert all(rows[stage] for stage in links)
-    (link,) = links["facts"]
-    return {name: share * link.delta_weight(name) for name in link.factors}
-
-
-COMBINERS["first"] = first
-'''
-
-
 def test_a_combiner_and_a_regulariser_of_one_file_each(chainlora, stages, tmp_path):
     """EWC is such a file: a copy of it under another name is what the shipped one is."""
     own = Path(chainlora_lab.ewc.__file__).read_text().replace('["ewc"]', '["held"]')
     (tmp_path / "held.py").write_text(own)
-    (tmp_path / "mine.py").write_text(COMBINER)
+    page = Path(chainlora_lab.__file__).parents[2] / "docs/experiments.md"
+    block = re.search(r"```python\n(.*?)```", page.read_text(), re.DOTALL)[1]
+    (tmp_path / "mine.py").write_text(block)
     words = ["compare", stages(), "--plugins", f"[{tmp_path}/held.py, {tmp_path}/mine.py]"]
-    words += ["--methods", "held,ewc,first,none,alone", "--methods.none.preset", "first"]
+    words += ["--methods", "held,ewc,last,none,alone", "--methods.none.preset", "last"]
     words += ["--methods.none.settings.share", "0", "--methods.held.settings.penalty", "10"]
     words += ["--methods.ewc.settings.penalty", "10", "--seeds", "1", "--backend", "inline"]
     shown = chainlora(*words, "--output", tmp_path / "out")
     assert shown.status == 0, shown.err
     found = {name: cell for (name, _), cell in finals(tmp_path / "out").items()}
     assert found["held"]["stages"] == found["ewc"]["stages"]
-    facts = {name: cell["stages"][0] for name, cell in found.items()}
-    assert facts["first"]["end"] == pytest.approx(facts["alone"]["end"], rel=1e-5)
-    assert facts["none"]["end"] > facts["first"]["end"]
-    assert found["first"]["config"]["way"] == "first"
+    style = {name: cell["stages"][1]["end"] for name, cell in found.items()}
+    assert style["last"] == pytest.approx(style["alone"], rel=1e-5)
+    assert style["none"] > style["last"]
+    assert found["last"]["config"]["way"] == "last"
 
 
 @pytest.mark.parametrize(
