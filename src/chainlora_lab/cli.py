@@ -298,10 +298,10 @@ def _sequence(tree: dict[str, Any], keys: list[tuple[str, str]]) -> dict[str, An
 
     make_stages({**tree, "output": "-"}, keys)  # refuses a key without effect
     for key, value in keys:
-        _, name, rest = [*key.split(".", 2), "", ""][:3]
-        own = [each for each in tree["stages"] if each["name"] == name]
-        is_of_one = key.startswith("stages.")
-        set_key(own[0] if is_of_one else tree, rest if is_of_one else key, value)
+        first, _, rest = key.partition(".")
+        name, _, own = rest.partition(".")
+        where = next((s for s in tree["stages"] if first == "stages" and s["name"] == name), None)
+        set_key(tree, key, value) if where is None else set_key(where, own, value)
     return tree
 
 

@@ -11,7 +11,7 @@ from chainlora.config.staging import make_stages
 from chainlora.errors import ConfigError
 from chainlora.registry import load_plugins
 from chainlora_lab.experiment import Experiment, make_experiment
-from chainlora_lab.methods import list_methods, list_ways, load_method
+from chainlora_lab.methods import list_methods, list_ways, load_method, merge_trees
 from chainlora_lab.report.report import Report, report_experiment
 from chainlora_lab.runner import run_cells
 from chainlora_lab.statistics.intervals import scipy_stats
@@ -23,6 +23,12 @@ _OF_METHODS = {
     "data": (),
     "chain": ("knots",),
     "train": ("keep_best", "early_stop", "select_metric"),
+}
+# The same of ways to add data sets.
+_OF_WAYS = {
+    "": ("beside", "rehearse"),
+    "data": ("replay", "new_rows_only"),
+    "train": _OF_METHODS["train"],
 }
 # Keys that some presets set, and that all other methods take from the config.
 _SHARED = {"schedule", "warmup_steps"}
@@ -118,22 +124,26 @@ def _of_sequence(
         for stage in stages:
             _check_rows(stage.config)
     load_plugins(stages[0].config.plugins)  # which may add ways
-    base = {key: value for key, value in config.items() if key != "output"}
-    base["stages"] = [dict(section) for section in base["stages"]]
-    left_out = set()
-    for tree in (base, *base["stages"]):
-        train = tree.get("train") or {}
-        decided = {f"train.{key}" for key in _OF_METHODS["train"] if key in train}
-        left_out |= decided | ({"beside", "rehearse"} & tree.keys())
-        kept = {key: value for key, value in train.items() if f"train.{key}" not in decided}
-        tree |= {"train": kept} if train else {}
-        for key in ("beside", "rehearse"):
-            tree.pop(key, None)
+    base, left_out = _decided_by_ways(config)
     names = ", ".join(stage.name for stage in stages)
     said = f"{', '.join(methods)} on {names}, one after the other, scored at the end"
     said += f"; of the config left out: {', '.join(sorted(left_out))}" * bool(left_out)
     named = {name: _method(name, methods, "combine") for name in methods}
     return _experiment(said, base, {"sequence": {}}, named, seeds, learning_rates, extend)
+
+
+def _decided_by_ways(config: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """Return a config with stages without the keys that ways decide instead, and these."""
+    base = merge_trees({key: value for key, value in config.items() if key != "output"})
+    base["stages"] = [merge_trees(section) for section in base["stages"]]
+    left_out = set[str]()
+    for tree in (base, *base["stages"]):
+        for section, keys in _OF_WAYS.items():
+            own = tree if not section else tree.get(section) or {}
+            for key in [key for key in keys if key in own]:
+                del own[key]
+                left_out.add(f"{section}.{key}" if section else key)
+    return base, left_out
 
 
 def _experiment(
@@ -145,21 +155,17 @@ def _experiment(
     learning_rates: Sequence[float],
     extend: int,
 ) -> Experiment:
-    tune: dict[str, Any] = {}
+    tree: dict[str, Any] = {
+        "name": "compare",
+        "description": f"{said}.",
+        "base": base,
+        "tasks": tasks,
+    }
+    tree |= {"methods": methods, "seeds": list(seeds)}
     if learning_rates:
         grown = {"train.lr": extend} if extend else {}
-        tune = {"grid": {"train.lr": list(learning_rates)}, "extend": grown}
-    experiment = make_experiment(
-        {
-            "name": "compare",
-            "description": f"{said}.",
-            "base": base,
-            "tasks": tasks,
-            "methods": methods,
-            "seeds": list(seeds),
-            "tune": tune,
-        }
-    )
+        tree["tune"] = {"grid": {"train.lr": list(learning_rates)}, "extend": grown}
+    experiment = make_experiment(tree)
     if len(experiment.methods) < 2 and not learning_rates:
         raise ConfigError("`compare` needs two methods", ", ".join(methods), "name a rival")
     return experiment

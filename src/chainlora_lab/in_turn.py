@@ -66,15 +66,14 @@ def check_in_turn(stages: Sequence[Stage]) -> None:
     """Raise ConfigError unless one LoRA can go on through all stages."""
     chains = [stage.config.chain for stage in stages]
     kinds = {(c.ranks, c.alpha, c.rslora, str(c.target_modules)) for c in chains}
-    if len(kinds) > 1 or len(chains[0].ranks) != 1:
-        got = "; ".join(f"ranks {[*c.ranks]}, alpha {c.alpha}" for c in chains)
-        rule = "one LoRA that goes on needs one link in each stage, of one size"
-        raise ConfigError(rule, got, "set chain.ranks, alpha and target_modules for all stages")
-    for chain in chains:
-        wrong = {"init: pissa": chain.init == "pissa", "lora_bias": chain.lora_bias}
-        if given := [key for key, is_set in (wrong | {"knots": chain.knots}).items() if is_set]:
-            rule = "one LoRA that goes on keeps its rank, and is all that it adds"
-            raise ConfigError(rule, f"chain.{given[0]}", "leave it out")
+    is_more = any(c.lora_bias or c.knots or c.init == "pissa" for c in chains)
+    if is_more or len(kinds) > 1 or len(chains[0].ranks) != 1:
+        raise ConfigError(
+            "one LoRA that goes on needs one link in each stage, all of one size, without "
+            "lora_bias, knots and init: pissa",
+            "; ".join(f"ranks {[*c.ranks]}, alpha {c.alpha}" for c in chains),
+            "set `chain` beside `stages`, for all of them",
+        )
 
 
 def _train(

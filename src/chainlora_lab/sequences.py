@@ -150,35 +150,30 @@ def all_at_once(case: Case) -> Learned:
 
 def _without_links(case: Case) -> list[Stage]:
     none = dict.fromkeys(LENGTHS) | {"ranks": (), "alpha": 16.0}
-    data = [config.data.model_copy(update={"replay": None}) for _, config in case.config.stages]
-    stages = case.stages(chain=case.config.chain.model_copy(update=none))
-    return [
-        replace(each, config=each.config.model_copy(update={"data": own}))
-        for each, own in zip(stages, data, strict=True)
-    ]
+    return case.stages(chain=case.config.chain.model_copy(update=none))
 
 
 def _of_all(case: Case) -> RunConfig:
     """Return the config of one stage on the rows of all, as long as all of them."""
     configs = [config for _, config in case.config.stages]
-    files = [file for each in configs for file in each.data.train_files]
-    rows = {"train": files, "validation": None, "test": None, "replay": None}
-    kinds = [each.data.model_copy(update=rows) for each in configs]
-    rule = "all_at_once learns the rows of all stages as one data set"
-    if not all(each.data.train_files for each in configs) or any(k != kinds[0] for k in kinds):
-        remedy = "set files alone in the data of a stage, all else beside `stages`"
-        raise ConfigError(rule, "stages whose rows are read in different ways", remedy)
-    length = {}
-    for key in LENGTHS:
-        lengths = [getattr(each.chain, key) or () for each in configs]
-        if len({*map(len, lengths)}) > 1 or (key == "epochs" and len({*lengths}) > 1):
-            raise ConfigError(rule, f"chain.{key}: {lengths}", "give all stages the same length")
-        if lengths[0] and key != "epochs":
-            length[key] = tuple(map(sum, zip(*lengths, strict=True)))
-    keys = {"data": kinds[0], "chain": configs[0].chain.model_copy(update=length)}
-    return configs[0].model_copy(
-        update={**keys, "output": str(case.run), "start_data": None}  # the first stage's
-    )
+    first, files = configs[0], [file for each in configs for file in each.data.train_files]
+    rows = {"train": files, "validation": None, "test": None}
+    data = [each.data.model_copy(update=rows) for each in configs]
+    lengths = [[getattr(each.chain, key) for key in LENGTHS] for each in configs]
+    if not all(each.data.train_files for each in configs) or any(
+        (own, length) != (data[0], lengths[0]) for own, length in zip(data, lengths, strict=True)
+    ):
+        rule = "all_at_once learns the rows of all stages as one data set"
+        remedy = "give stages files of their own, and set all else beside `stages`"
+        raise ConfigError(rule, "stages with other keys of data, or of other lengths", remedy)
+    whole = {
+        key: tuple(len(configs) * each for each in getattr(first.chain, key))
+        for key in ("steps", "tokens")
+        if getattr(first.chain, key) is not None
+    }
+    chain = first.chain.model_copy(update=whole)
+    keys = {"data": data[0], "chain": chain, "output": str(case.run), "start_data": None}
+    return first.model_copy(update=keys)
 
 
 # --- ways of the two registries ---
@@ -217,11 +212,9 @@ def way_of(config: CellConfig) -> Callable[[Case], Learned]:
     it does not take, and for stages that it cannot learn."""
     name, case = str(config.way), Case(config)
     found = entry({**REGULARISERS, **COMBINERS, **WAYS}, "way", name)
-    taken = {"model": 0, "links": 0, "rows": 0} if name in COMBINERS else {"case": 0}
-    if name in REGULARISERS:
-        taken = {}
+    count = 1 if name in WAYS else 3 if name in COMBINERS else 0  # arguments before settings
     try:
-        inspect.signature(found).bind(*taken.values(), **config.settings)
+        inspect.signature(found).bind(*[None] * count, **config.settings)
     except TypeError as error:
         rule = f"`settings` must be those of {name}"
         raise ConfigError(rule, f"{config.settings}: {error}", "correct them") from None

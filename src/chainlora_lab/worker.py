@@ -80,12 +80,14 @@ def load_cell(directory: Path) -> CellConfig:
 
 def _compute(config: CellConfig, run: Path) -> dict[str, Any]:
     """Train a config in `run`, resuming a run that is there, and return the cell's fields."""
-    if config.stages:
-        return _learn(config, run)
     plain = config.plain
     rows = plain.start_data or "none"  # a cell is one stage, scored on its own rows
     plain = plain.model_copy(update={"output": str(run), "start_data": rows})
     try:
+        if config.stages:
+            load_plugins(config.plugins)
+            fields, first = learn_sequence(config, run)
+            return described(config, "done") | origin(config, first) | fields
         if config.loop is not None:
             result = fine_tune(plain)
         else:
@@ -93,16 +95,6 @@ def _compute(config: CellConfig, run: Path) -> dict[str, Any]:
     except DivergedError as error:
         return described(config, "diverged") | {"message": str(error)}
     return summarise(config, result, run)
-
-
-def _learn(config: CellConfig, run: Path) -> dict[str, Any]:
-    """Learn a sequence of data sets, resuming what is there, and return the cell's fields."""
-    load_plugins(config.plugins)
-    try:
-        fields, first = learn_sequence(config, run)
-    except DivergedError as error:
-        return described(config, "diverged") | {"message": str(error)}
-    return described(config, "done") | origin(config, first) | fields
 
 
 # --- many ---

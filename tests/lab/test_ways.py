@@ -130,7 +130,7 @@ def test_a_combiner_and_a_regulariser_of_one_file_each(chainlora, stages, tmp_pa
         ({}, "combine,combin", "unknown method 'combin'.*did you mean.*`plugins`"),
         ({}, "combine,ewc --methods.ewc.settings.strength 1", "must be those of ewc .*strength"),
         ({}, "combine,one_lora --stages.style.chain.ranks [4]", "one link in each stage"),
-        ({}, "combine,all_at_once --stages.style.data.max_length 9", "read in different ways"),
+        ({}, "combine,all_at_once --stages.style.data.max_length 9", "other keys of data"),
         ({"start": "runs/other"}, "combine,replay", "trains from the bare base"),
         ({"train": {"loss": "dpo"}}, "combine,replay", "answers to rows .*pairs in facts"),
         ({"quantize": "int8"}, "combine,mean --chain.hold carried", "adds to the weights"),
