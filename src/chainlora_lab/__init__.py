@@ -6,12 +6,14 @@
     runner.py      runs the cells: session.py knows what is done and what is next, worker.py runs a
                    cell in a process of its own, measure.py says what it reached, loops.py
                    trains what chainlora does not
+    sequences.py   data sets one after the other, learned in ways: those of chainlora, and two
+                   tables of names in ways/; in_turn.py trains one LoRA through all of them
     results.py     the lines of results.jsonl, written and read
     statistics/    tests, intervals, verdicts and power
     report/        tables, figures and text from a results file alone
     cli.py         the verbs `compare` and `experiment`
 
-But for loops.py it uses public names of chainlora alone, which never imports it
+But for what trains and merges it uses public names of chainlora alone, which never imports it
 (tests/test_architecture.py).
 See docs/experiments.md. Files to run are in examples/experiments, results in benchmarks/paper.
 """

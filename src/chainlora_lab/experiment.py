@@ -7,6 +7,8 @@ methods: {lora: , four: {preset: chain, recipe: {links: 4}}}
 tune: {grid: {train.lr: [1e-3, 5e-4]}, extend: {train.lr: 2}, seeds: [100, 101]}
 seeds: [0, 1, 2, 3, 4, 5]
 baseline: lora
+
+With `stages` in `base` or in a task, methods are ways to add data sets (`sequences`).
 """
 
 from __future__ import annotations

@@ -16,6 +16,9 @@ A cell's line is its labels and its ``result.json``:
     wall_s, peak_rss_mb                       time and memory
     trainable_parameters, ranks
     config                                    values other than the defaults
+    stages, general                           of a sequence: scores of each stage's rows, right
+                                              after it (own) and at the end; loss of general rows
+    exported_rank, adapters                   of a sequence: the rank is None where it is full
     rows_digest, base_fingerprint             what was trained on; compared between cells
     base_file                                 the GGUF file that the base was dequantised from
     versions, commit, hardware                packages, commit of this one, kernels, threads

@@ -122,7 +122,8 @@ def combine(case: Case, rehearse: bool = False) -> Learned:
     if rehearse:
         *stages, last = case.stages(beside=True)
         run = case.trained([*stages, replace(last, rehearse=True)])
-    seconds = sum(map(float, _seconds_file(run.run).read_text(encoding="utf-8").split()))
+    noted = _seconds_file(run.run)
+    seconds = sum(map(float, noted.read_text("utf-8").split())) if noted.exists() else 0.0
     return Learned(run.links(), case.states(run), [run] if rehearse else [], seconds)
 
 

@@ -15,7 +15,7 @@ import chainlora_lab.ewc
 from chainlora import open_run, stage_matrix
 from chainlora.config.reading import make_config
 from chainlora.errors import ConfigError
-from chainlora_lab import compare, comparison, expand, read_results
+from chainlora_lab import compare, comparison, expand, make_experiment, read_results
 from lab.cases import sequence, tree
 
 
@@ -173,4 +173,13 @@ def test_settings_and_keys_of_a_way_have_grids(stages):
     (replay,) = (cell.config for cell in cells if cell.method == "replay")
     assert [part.data.replay for part in replay.parts] == [None, 0.25]
     assert [part.chain.ranks for part in replay.parts] == [(4,), (4,)]
+    orders = {"ab": {"stages": config.pop("stages")}}
+    orders["ba"] = {"stages": orders["ab"]["stages"][::-1]}
+    tree = {"name": "orders", "base": config, "tasks": orders, "methods": ["ewc"], "seeds": [0]}
+    cells += (both := expand(make_experiment(tree)))
+    assert [[name for name, _ in cell.config.stages] for cell in both] == [
+        ["facts", "style"],
+        ["style", "facts"],
+    ]
+    assert len({cell.id for cell in cells}) == len(cells)
     assert json.loads(replay.model_dump_json(exclude_defaults=True))["stages"][1][0] == "style"
