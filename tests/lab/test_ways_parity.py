@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
-from helpers import _row_loss
+from helpers import Stop, _row_loss, stopping
 from helpers_evidence_stages import script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -109,11 +109,11 @@ def test_ewc_pulls_as_the_quadratic_penalty_of_all_stages() -> None:
 def learn(tiny_folder, tmp_path):
     """Return a function that learns two stages with a regulariser, in a folder of this name."""
 
-    def call(name, regulariser, **keys):
+    def call(name, regulariser, listener=lambda event: None, **keys):
         tree = sequence(tiny_folder, tmp_path, output=str(tmp_path / name), **keys)
         stages = make_stages(tree)
         base = OpenBase.of_config(stages[0].config)
-        return learn_in_turn(stages, tmp_path / name, regulariser, base)
+        return learn_in_turn(stages, tmp_path / name, regulariser, base, listener)
 
     return call
 
@@ -134,6 +134,27 @@ def test_one_lora_goes_on_and_o_lora_adds_one_that_is_more_orthogonal(learn) -> 
         return float(orthogonality([old[n].a for n in old], [new[n].a for n in old]))
 
     assert overlap(1.0) < 0.9 * overlap(1e-6)
+
+
+@pytest.mark.parametrize("kind", [EWC, OLoRA])
+def test_a_stage_that_was_stopped_goes_on_to_the_same_bits(learn, kind) -> None:
+    """In the second stage, whose penalty and start are not in its checkpoint."""
+    train = {"batch_size": 4, "lr": 1e-2, "save_every": 1}
+    whole = learn("whole", kind(), train=train)["style"].links()
+    built = []
+
+    def listener(event) -> None:
+        built.extend([event.entry] if event.name == "built" else [])
+        if built:
+            stopping(2)(event)
+
+    with pytest.raises(Stop):
+        learn("again", kind(), listener, train=train)
+    again = learn("again", kind(), train=train)["style"].links()
+    for one, other in zip(whole, again, strict=True):
+        for name, own in one.factors.items():
+            assert torch.equal(own.a, other.factors[name].a)
+            assert torch.equal(own.b, other.factors[name].b)
 
 
 def test_fisher_information_is_the_mean_squared_gradient_of_rows(learn, tmp_path: Path) -> None:
