@@ -207,7 +207,10 @@ def config_id(config: RunConfig) -> str:
 
 def _by_content(tree: dict[str, Any]) -> None:
     """Replace files by digests of their content, and leave out what only watches."""
-    files = [(tree["data"], key) for key in ("task", "train", "validation", "test")]
+    start = tree.get("start_data")
+    general: dict[str, Any] = start if isinstance(start, dict) else {}
+    keys = ("task", "train", "validation", "test")
+    files = [(section, key) for section in (tree["data"], general) for key in keys]
     train = tree["data"].get("train")
     files += [(each, "path") for each in train] if isinstance(train, list) else []
     for section, key in files:

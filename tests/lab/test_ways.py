@@ -152,6 +152,21 @@ def test_what_cannot_be_compared_is_refused_before_any_cell(
         raise AssertionError(shown.err)
 
 
+def test_a_cell_is_named_by_the_rows_of_all_stages_and_of_the_start(stages, tmp_path):
+    general = write_rows(tmp_path / "general.jsonl", [{"text": "the cat"}])
+    config = yaml.safe_load(stages(start_data={"validation": str(general)}).read_text())
+
+    def named() -> str:
+        return expand(comparison(config, ["combine", "base"], [0]))[0].id
+
+    seen = {named()}
+    for file in (general, tmp_path / "style.jsonl"):
+        with file.open("a") as rows:
+            rows.write('{"prompt": "two", "completion": " no", "text": "two"}\n')
+        seen.add(named())
+    assert len(seen) == 3
+
+
 def test_a_way_needs_stages(tiny_folder, sentiment):
     base = tree(tiny_folder, sentiment)["base"] | {"chain": {"ranks": [2], "steps": [2]}}
     del base["recipe"]
