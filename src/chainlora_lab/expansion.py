@@ -214,7 +214,8 @@ def _by_content(tree: dict[str, Any]) -> None:
     train = tree["data"].get("train")
     files += [(each, "path") for each in train] if isinstance(train, list) else []
     for section, key in files:
-        path = Path(section.get(key) if isinstance(section.get(key), str) else "")
+        name = section.get(key)
+        path = Path(name if isinstance(name, str) else "")
         if path.is_file():
             section[key] = _content(path, path.stat().st_mtime_ns)
     if "plugins" in tree:
