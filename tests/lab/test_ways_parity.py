@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks.helpers_evidence_stages import script
 from conftest import tiny_model
 from helpers import Stop, _row_loss, stopping
-from helpers_evidence_stages import script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
