@@ -1,8 +1,8 @@
 """The lab: methods compared over tasks and seeds, and what can be concluded from them.
 
-    schema.py      an experiment's file             expansion.py   its cells
+    experiment.py  an experiment's file             expansion.py   its cells
     choice.py      hyper-parameters, on validation  methods/       presets, one small file each
-    plan.py        what a run could find            comparing.py   on a user's own data and config
+    planning.py    what a run could find            comparing.py   on a user's own data and config
     runner.py      runs the cells: session.py knows what is done and what is next, worker.py runs a
                    cell in a process of its own, measure.py says what it reached, loops.py
                    trains what chainlora does not
