@@ -33,9 +33,9 @@ def on_meta() -> torch.nn.Module:
 WRONG = [
     (lambda _: Chain("gpt2"), "`model` must be a loaded model (got 'gpt2'); load it first"),
     (lambda c: Chain(on_meta()), "`model` must be a loaded model (got a OPTForCausalLM); load it"),
-    (lambda c: Chain(torch.compile(c.model)), "needs the model itself (got a OptimizedModule)"),
+    (lambda c: Chain(torch.compile(c.model)), "needs the unwrapped model (got a OptimizedModule)"),
     (lambda c: Chain(torch.nn.DataParallel(c.model)), "wrap it after chain.extend"),
-    (lambda c: Chain(c.model), "without adapters (got a OPTForCausalLM); take them off: detach()"),
+    (lambda c: Chain(c.model), "adapters (got a OPTForCausalLM); remove them: chain.detach()"),
     (lambda c: Chain(c.model, hold=1), "`hold` must be tied or carried (got 1)"),
     (
         lambda c: Chain(c.model, checkpoint="my/model"),
@@ -43,7 +43,7 @@ WRONG = [
     ),
     (lambda c: c.extend(8), "`config` must be a LinkConfig (got 8); write extend(LinkConfig("),
     (lambda c: c.extend({"rank": 8}), "`config` must be a LinkConfig (got a dict)"),
-    (lambda c: c.tie_share(1), "`share` must be in [0, 1) (got 1); tie() ties all of the link"),
+    (lambda c: c.tie_share(1), "`share` must be in [0, 1) (got 1); use tie() to tie"),
     (lambda c: c.drop(-1), "drop can drop 0 to 2 links (got -1)"),
     (lambda c: c.drop(9), "drop can drop 0 to 2 links (got 9); drop fewer"),
     (lambda c: c.tie(), "tie needs a live link (got none); call extend first"),
@@ -84,7 +84,7 @@ BAD = {
     "factors [4, 32] and [32, 3]": lambda link: damaged(link, b=torch.zeros(32, 3)),
     "factors [32] and": lambda link: damaged(link, a=torch.zeros(32)),
     "a bias at": lambda link: damaged(link, bias=torch.zeros(32)),
-    "numbers that are not finite at": lambda link: damaged(link, a=torch.full((4, 32), math.nan)),
+    "infinite or NaN values at": lambda link: damaged(link, a=torch.full((4, 32), math.nan)),
     "which the model lacks": elsewhere,
 }
 
@@ -172,7 +172,7 @@ def test_weights_of_one_byte_are_not_merged_into():
 def test_links_of_other_models_are_not_stacked(chain):
     factors = Factors(torch.zeros(4, 8), torch.zeros(8, 4))
     other = Link(0, config("opt"), dict.fromkeys(chain.links[0].factors, factors))
-    with pytest.raises(ChainLoRAError, match="links of a chain must be of one model"):
+    with pytest.raises(ChainLoRAError, match="links must belong to one model"):
         stack_links([chain.links[0], other])
 
 

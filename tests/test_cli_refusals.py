@@ -26,7 +26,7 @@ WRONG = {
     "--model no/body": "`model` must be an existing folder or a Hub id within reach (got 'no/body'",
     "--chain.target_modules [query]": "candidates: down_proj, gate_proj, k_proj, o_proj, q_proj, u",
     "--chain.target_modules [q_proj,vproj]": "every name in `target_modules` must match (got 'vpro",
-    "--chain.lora_bias true": "`lora_bias` needs a bias in the layer it is merged into (got ",
+    "--chain.lora_bias true": "`lora_bias` needs adapted layers with a bias (got ",
     "--train.select_metric f1": "`select_metric` must be one of ",
     "--train.trackers [notebook]": "`trackers` must name ",  # nobody knows it
     "--train.trackers [aim]": "`trackers` must name ",  # it is not installed

@@ -61,8 +61,8 @@ def trained_otherwise(folder, name: str, *, is_trained: bool) -> peft.PeftModel:
 
 
 MODELS = {
-    "full fine-tuning": (plain_model, "needs a model of PEFT"),
-    "no model of PEFT": (injected, "needs a model of PEFT .*with an adapter"),
+    "full fine-tuning": (plain_model, "needs a PeftModel"),
+    "no model of PEFT": (injected, "needs a PeftModel .*with an adapter"),
     "two adapters": (two_adapters, "needs one adapter.*; merge or delete the others"),
     "another name": (
         lambda folder: peft.get_peft_model(plain_model(folder), lora(), adapter_name="mine"),

@@ -315,7 +315,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "another tuner": ({"peft_type": "IA3"}, "must be a LoRA .got 'IA3'"),
     "modules trained whole": (
         {"modules_to_save": ["lm_head"]},
-        r"LoRA or DoRA and no more .got `modules_to_save: \['lm_head'\]`.*merge it with PEFT",
+        r"a plain LoRA or DoRA .got `modules_to_save: \['lm_head'\]`.*merge it with PEFT",
     ),
     "biases": ({"bias": "all"}, "`bias: 'all'`.*merge it"),
     "tokens": ({"trainable_token_indices": [1]}, "`trainable_token_indices: .1.`"),
@@ -324,8 +324,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4.*plain LoRA first"),
     "loftq": ({"init_lora_weights": "loftq"}, "loftq.*plain LoRA first"),
     "another rank": ({"rank_pattern": {"q_proj": 3}}, "rank 3 for factors of rank 4 at .*q_proj"),
-    "no rank": ({"r": "four"}, "whole PEFT adapter"),
-    "DoRA without magnitudes": ({"use_dora": True}, "whole PEFT adapter.*magnitude"),
+    "no rank": ({"r": "four"}, "complete PEFT adapter"),
+    "DoRA without magnitudes": ({"use_dora": True}, "complete PEFT adapter.*magnitude"),
 }
 FILES: dict[str, tuple[Any, str]] = {
     "pickle": (without_weights, "must be safetensors.*only adapter_model.bin"),

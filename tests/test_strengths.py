@@ -76,7 +76,7 @@ def test_a_link_is_tuned_on_the_strengths_there_are():
     [
         ([{}], {0: float("nan")}, "must be within ±1e+06 (got nan for link 0)"),
         ([{}], {0: 1e300}, "must be within ±1e+06 (got 1e+300 for link 0)"),
-        ([{}], {7: 1}, "strengths are of the links' ids, [0] (got 7)"),
+        ([{}], {7: 1}, "strengths are set by link id, one of [0] (got 7)"),
     ],
 )
 def test_what_is_no_strength_is_refused(links, strengths, words):

@@ -11,7 +11,7 @@ from architectures.tiny import IMPOSSIBLE, model_types, tiny_model
 from chainlora import ChainLoRAError, LinkConfig
 from chainlora.chain.adapters import check_targets
 from chainlora.chain.combining import Part
-from chainlora.chain.layerwise import Layers, look_inside, run
+from chainlora.chain.layerwise import Layers, inspect_layer, run
 from chainlora.chain.solving import combine
 from combining.cases import FAMILIES, model_of, modules_of, parts_of, products, rows_of, update
 from combining.independent import solution
@@ -48,7 +48,7 @@ def test_what_is_found_in_the_layers_of_each_family(name):
     experts = {name for group in family.experts for name in group}
     for place, block in enumerate(layers.blocks.values()):
         names = [name for group in [*family.groups, *family.experts] for name in group]
-        inside = look_inside(block, names, batch, place)
+        inside = inspect_layer(block, names, batch, place)
         batch.hidden = run(block, batch, place)
         assert [group for group in inside.groups if group[0] not in experts] == family.groups
         assert inside.points == {name: point for name, (point, _) in family.writers.items()}

@@ -77,7 +77,7 @@ def test_order_and_batches_change_nothing_but_rounding(llama, order, rank, batch
     found = combine(llama, parts, rank)
     shuffled = [replace(parts[n], rows=[*reversed(parts[n].rows)]) for n in order]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solving, "_AT_ONCE", batch)  # 1: no row is padded
+        patch.setattr(solving, "_BATCH_TOKENS", batch)  # 1: no row is padded
         other = combine(llama, shuffled, rank)
     assert away(other, found.factors) < NEAR
     assert other.error == pytest.approx(found.error, abs=NEAR)
@@ -134,7 +134,7 @@ def test_experts_get_no_padding():
     parts = parts_of(model, modules)
     found = combine(model, parts, 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solving, "_AT_ONCE", 1)
+        patch.setattr(solving, "_BATCH_TOKENS", 1)
         alone = combine(model, parts, 3)
     assert away(found, alone.factors) < NEAR
 
@@ -207,7 +207,7 @@ def test_less_memory_gives_the_same(name, monkeypatch):
     model = model_of(family)
     parts = parts_of(model, modules_of(family))
     remembered = combine(model, parts, 3)
-    monkeypatch.setattr(solving, "_REMEMBERED", 0)
+    monkeypatch.setattr(solving, "_CACHE_BYTES", 0)
     assert same_bits(combine(model, parts, 3), remembered)
 
 

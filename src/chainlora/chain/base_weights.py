@@ -1,12 +1,12 @@
-"""Base weights: reads pristine values to compute every knot from, writes merged ones.
+"""Base weights: read the pristine values of a model, write merged ones.
 
-A chain never subtracts: ``W_k`` is rebuilt from ``W_0``. So the weights that links will touch must
-stay readable as they were. Where the model came from a safetensors checkpoint they are re-read from
-it by memory map, one module at a time (no memory of their own); a module whose weight is not
-bit-identical to the checkpoint's, or a model without one, gets a host copy.
+A chain never subtracts updates: it rebuilds ``W_k`` from ``W_0``. So the original weights of all
+adapted modules must stay readable. They are read from the safetensors checkpoint by memory map, one
+module at a time, at no cost in memory. Without a checkpoint, or if a weight differs from it, the
+weight is copied to host memory.
 
-Merging is row-local: of a weight that processes share, each reads, merges and writes the rows that
-it holds (`models.shards`), without the others'.
+Merging is row-local: if several processes share a weight, each one reads, merges and writes only
+its own rows (`models.shards`).
 """
 
 from __future__ import annotations
@@ -30,73 +30,77 @@ class BaseWeights:
     """The parameters of a model that links may change, by path on the plain model.
 
     Args:
-        checkpoint: folder with the safetensors that the model was loaded from, if there is one.
+        checkpoint: folder with the safetensors that the model was loaded from, or None.
     """
 
     def __init__(self, checkpoint: str | Path | None = None) -> None:
         self._checkpoint = Checkpoint(Path(checkpoint).expanduser() if checkpoint else None)
         self._stored: dict[str, Stored] = {}
-        self._samples: dict[str, bytes] = {}  # of what is stored
+        self._samples: dict[str, bytes] = {}  # of each stored parameter
         self._copies: dict[str, Tensor] = {}
         self._rows: dict[str, slice] = {}
         self._fingerprint: str | None = None
 
     def fingerprint(self, model: nn.Module) -> str:
-        """Return `fingerprint` of the model as it came: it is computed once, before any change."""
+        """Return the fingerprint of the unchanged model; computed once, by the first call."""
         if self._fingerprint is None:
             self._fingerprint = fingerprint(model)
         return self._fingerprint
 
     def remember(self, path: str, parameter: Tensor) -> None:
-        """Note a parameter before anything changes it; later calls for the same path do nothing."""
+        """Record where to read a parameter from, before any change; later calls do nothing."""
         if path in self._stored or path in self._copies:
             return
         rows, held = shards.rows(parameter), shards.local(parameter).detach()
         self._rows[path] = rows
         for stored in self._checkpoint.find(path, tuple(parameter.shape)):
-            found = stored.read(rows)
-            if torch.equal(found.to(held.dtype), held.cpu()):
-                self._stored[path], self._samples[path] = stored, _sample(found)
+            value = stored.read(rows)
+            if torch.equal(value.to(held.dtype), held.cpu()):
+                self._stored[path], self._samples[path] = stored, _sample(value)
                 return
         self._copies[path] = held.to("cpu", copy=True)
 
     def read(self, path: str) -> Tensor:
-        """Return a copy of the pristine parameter, or its rows at hand, wide and on the CPU.
+        """Return a copy of the pristine parameter, or of this process's rows, float32 on the CPU.
 
-        Raises ModelError where the checkpoint was overwritten or deleted since.
+        A float64 parameter stays float64.
+
+        Raises:
+            ModelError: the checkpoint was overwritten or deleted.
         """
-        if path in self._copies:
-            found, wrong = self._copies[path], None
-        else:
-            try:
-                found = self._stored[path].read(self._rows[path])
-                wrong = None if _sample(found) == self._samples[path] else "other values"
-            except (OSError, SafetensorError) as error:
-                wrong = str(error)
-        if wrong is not None:
+        value = self._copies[path] if path in self._copies else self._read_stored(path)
+        return value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
+
+    def _read_stored(self, path: str) -> Tensor:
+        try:
+            value = self._stored[path].read(self._rows[path])
+            fault = None if _sample(value) == self._samples[path] else "other values"
+        except (OSError, SafetensorError) as error:
+            fault = str(error)
+        if fault is not None:
             raise ModelError(
-                "the files of a base must stay while a chain is on it",
-                f"{wrong} for {path} in {self._stored[path].file}",
+                "the files of a base must not change while a chain uses it",
+                f"{fault} for {path} in {self._stored[path].file}",
                 "restore them",
             )
-        return found.to(torch.promote_types(found.dtype, torch.float32), copy=True)
+        return value
 
     def rows(self, path: str) -> slice:
-        """Return the rows of a parameter that are at hand: all of them unless it is shared."""
+        """Return the rows of a parameter on this process: all rows unless it is sharded."""
         return self._rows[path]
 
     @staticmethod
     @torch.no_grad()
     def write(parameter: Tensor, value: Tensor) -> None:
-        """Set a parameter, or its rows at hand, cast to its dtype: the one rounding of a knot."""
+        """Write a parameter, or its rows on this process; the cast is a knot's only rounding."""
         shards.local(parameter).copy_(value)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a digest of a model's weights that is the same in float32 and in bfloat16.
+    """Return a digest of a model's weights that is equal in float32 and bfloat16.
 
-    Hashes name, shape and up to 4096 evenly spaced values (rounded to bfloat16) of every parameter
-    and buffer that is saved; needs no full pass over a large model.
+    Hashes the name, the shape and about 4096 evenly spaced values, rounded to bfloat16, of every
+    parameter and saved buffer. So it needs no full pass over a large model.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -106,7 +110,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _sample(tensor: Tensor) -> bytes:
-    """Return evenly spaced values of a tensor, the same in float32 and in bfloat16."""
+    """Return evenly spaced values of a tensor as bytes, equal in float32 and bfloat16."""
     flat = tensor.detach().reshape(-1)
     sample = flat[:: max(1, flat.numel() // _SAMPLES)].to("cpu")
     if sample.is_floating_point():

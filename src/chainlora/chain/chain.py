@@ -5,19 +5,20 @@
         chain.tune(steps, ...)   ordinary LoRA training of (A, B), all else frozen     (lines 6-8)
         chain.tie()              the link joins the chain; base weights become W_k     (line 3)
 
-The one invariant, and the reason why the links are kept:
+One invariant holds after every call:
 
     W_k = cast(W_0 + Σ_{j≤k} c_j · s_j · B_j · A_j)
 
-It is computed in float32 from the *pristine* base weight and rounded once; merging in place loses
-the update in bfloat16. So a knot is a pure function of (base, links), undo means dropping a link,
-and nothing is ever subtracted. A link's strength c is 1 unless `set_strengths` says otherwise.
+W_k is computed in float32 from the *pristine* base weight W_0, and rounded once to the model's
+dtype. Merging in place, link after link, would lose updates in bfloat16. So the chain keeps its
+links: a knot is a pure function of (base, links), dropping a link is exact, and no update is ever
+subtracted. c is the strength of a link, 1 by default (`set_strengths`); s is its scaling.
 
-A knot need not be whole. ``chain.tie_share(share)`` ties a share of the live link and continues
-from the rest (`soft_knot`): tie is share 1 with a fresh link after it, plain LoRA has no knot.
+A soft knot, ``chain.tie_share(share)``, ties a share of the live link and continues from the rest
+(`soft_knot`). `tie` is share 1 followed by a fresh link; plain LoRA never ties.
 
-There is no optimizer here. Whoever tunes a link makes a new one from ``chain.parameters()``; it
-knows nothing of earlier links.
+This module has no optimizer. Make a new one from ``chain.parameters()`` for each link, so that it
+starts without the state of earlier links.
 """
 
 from __future__ import annotations
@@ -47,21 +48,31 @@ Step = TypeVar("Step")
 class Chain:
     """A model and the links tuned on it so far.
 
-    The model stays the caller's object and is adapted in place. What cannot work raises ChainError,
-    or, for layers and files of the model, ModelError.
+    The chain adapts the caller's model in place. Its methods raise ChainError for a call that the
+    state of the chain does not allow, and ModelError for layers or files of the model that cannot
+    be used. Both leave the chain as it was.
 
     Args:
-        model: any module whose linear layers are to be adapted: a language model, an encoder, a
+        model: the module to adapt, with Linear or Conv1D layers: a language model, an encoder, a
             classifier, a vision model.
-        seed: every initialization is drawn from (seed, stage, place within the stage, module)
-            alone (`begin_stage`).
-        hold: where tied links live. ``"tied"``: in the base weights, no cost per step.
+        seed: seed of all initializations. Each one depends only on (seed, stage, place within the
+            stage, module); see `begin_stage`.
+        hold: where tied links are stored. ``"tied"``: in the base weights, at no cost per step.
             ``"carried"``: in a frozen low-rank branch beside an untouched base, for bases that
-            cannot be merged. Both are the same function.
-        checkpoint: folder that the model was loaded from. Its safetensors then serve as pristine
-            weights; otherwise a host copy does.
-        weights: `Chain.weights` of an earlier chain on the same model, which gave it back
-            (`give_back`): its files and values are not read again. In place of `checkpoint`.
+            cannot be merged. Both give the same function.
+        checkpoint: folder that the model was loaded from. The chain reads pristine weights from
+            its safetensors; without a folder it keeps a copy in host memory.
+        weights: `Chain.weights` of an earlier chain on the same model, after its `give_back`. The
+            new chain then reads no file or value again. Replaces `checkpoint`.
+
+    Attributes:
+        links: the tied links, in order.
+        next_id: id of the live link, or of the next link. The chain never reuses an id.
+        base_fingerprint: digest of the base (`base_weights.fingerprint`).
+
+    Raises:
+        ChainError: the model is not loaded, is wrapped (DataParallel, torch.compile) or has LoRA
+            layers; `hold` or `checkpoint` is invalid.
     """
 
     def __init__(
@@ -79,14 +90,14 @@ class Chain:
         self.seed = int(seed)
         self.hold = hold
         self.links: list[Link] = []
-        self.next_id = 0  # of the live link, else of the next one; an id is never given twice
-        self.stage, self.first_id = "", 0  # what links are drawn by (`begin_stage`)
+        self.next_id = 0
+        self.stage, self.first_id = "", 0  # set by `begin_stage`; initializations depend on them
         self.weights = weights or BaseWeights(checkpoint)
         self.base_fingerprint = self.weights.fingerprint(model)
         self._holding = holding(model, self.weights)
         self._adapter: Adapter | None = None  # the LoRA layers on the model
         self._live: Live | None = None  # None between links: the layers then add nothing
-        self._is_settled = True  # False where an exception came while weights were written
+        self._is_settled = True  # False after an exception in the middle of writing weights
 
     def __len__(self) -> int:
         return len(self.links)
@@ -110,22 +121,39 @@ class Chain:
     def _live_facts(self) -> list[str]:
         if self.live is None:
             return []
-        on = f"rank {self.live.config.rank} on {len(self.live.layers)} modules"
-        return [f"a live link of {on} after {self.live_steps} steps"]
+        size = f"rank {self.live.config.rank} on {len(self.live.layers)} modules"
+        return [f"a live link of {size} after {self.live_steps} steps"]
 
-    # --- the paper's verbs ---
+    # --- Algorithm 1 ---
 
     def begin_stage(self, name: str) -> None:
-        """Begin a stage: its links are drawn by its name and their place in it, whatever links came
-        before. A chain that was never told is one stage of no name, and so is ``main``."""
+        """Begin a stage: the next links are initialized by its name and their place within it.
+
+        So their initialization does not depend on the links before the stage. A chain without
+        stages counts as one unnamed stage, as does a stage named ``main``.
+
+        Raises:
+            ChainError: there is a live link.
+        """
         self._need_no_live("begin_stage")
         self.stage, self.first_id = "" if name == "main" else name, self.next_id
 
     def extend(self, config: LinkConfig, *, backward: Backward | None = None) -> Adapter:
-        """Put a fresh LoRA on the model.
+        """Begin a link: put a fresh LoRA on the model (Algorithm 1, lines 3-4).
 
-        The function is unchanged, and the gradient of B is alive at once. ``init: gradient`` needs
-        `backward`, a callable that runs forward and backward over a few batches.
+        The model's outputs stay the same, since B·A = 0. The gradient of B is nonzero from the
+        first step. Layers of an earlier link are reused if `config` has the same shape.
+
+        Args:
+            config: rank, scaling, initialization and modules of the link.
+            backward: runs forward and backward over a few batches; ``init: gradient`` needs it.
+
+        Returns:
+            The LoRA layers, which `parameters` yields for the optimizer.
+
+        Raises:
+            ChainError: there is a live link, or `config` does not suit this chain.
+            ModelError: `config` matches no module, or a module that cannot be adapted.
         """
         checks.check_config(config)
         self._need_no_live("extend")
@@ -137,9 +165,9 @@ class Chain:
             adapter = self._put_on(config)
         self._live = live = Live(adapter)
         place = f"{self.next_id - self.first_id}"
-        drawn_by = f"{self.stage}/{place}" if self.stage else place
+        link = f"{self.stage}/{place}" if self.stage else place
         try:
-            live.start = initialize(adapter, self.seed, drawn_by, backward, self.links)
+            live.start = initialize(adapter, self.seed, link, backward, self.links)
             self._holding.take_out(live.start, config.scaling)
         except BaseException:
             self._live = None
@@ -148,7 +176,18 @@ class Chain:
         return adapter
 
     def tune(self, steps: Iterable[Step], update: Callable[[Step], object]) -> int:
-        """Run `update` (forward, backward, optimizer step) on each of `steps`; return how many."""
+        """Tune the live link: call `update` once per step (Algorithm 1, lines 6-8).
+
+        Args:
+            steps: one item per optimizer step, for example batches.
+            update: runs forward, backward and the optimizer step on one item.
+
+        Returns:
+            The number of steps made.
+
+        Raises:
+            ChainError: there is no live link.
+        """
         live = self._need_live("tune")
         before = live.num_steps
         for step in steps:
@@ -157,14 +196,20 @@ class Chain:
         return live.num_steps - before
 
     def count_step(self) -> None:
-        """Count a step that somebody else's loop has made, as `tune` does with its own."""
+        """Count one optimizer step of your own training loop; `tune` counts its steps itself."""
         self._need_live("count_step").num_steps += 1
 
     def tie(self) -> Link:
-        """End the live link: it joins the chain, and the base becomes ``W_k``.
+        """End the live link: append it to the chain and merge it, so that the base becomes ``W_k``.
 
-        Works one module at a time, so peak memory does not rise. The model's function is unchanged
-        to rounding (one cast in bfloat16), or to `Link.error` after soft knots.
+        The model's outputs stay the same up to rounding (one cast in bfloat16), or up to
+        `Link.error` after soft knots. Merges one module at a time, so peak memory does not rise.
+
+        Returns:
+            The new link.
+
+        Raises:
+            ChainError: there is no live link.
         """
         self._need_live("tie")
         link = self.live_link()
@@ -175,13 +220,23 @@ class Chain:
         return link
 
     def tie_share(self, share: float) -> dict[str, Balance]:
-        """Tie a share of the live link and continue from the rest, balanced (a soft knot).
+        """Tie a share of the live link and continue from the balanced rest (a soft knot).
 
-        The function is unchanged to rounding. Returns the scales by module: multiply the
-        optimizer's moments by them (`soft_knot`), or make a new optimizer.
+        The model's outputs stay the same up to rounding.
+
+        Args:
+            share: fraction of the live link to tie, in [0, 1).
+
+        Returns:
+            Scales by module. Multiply the optimizer's moments by them
+            (`knots.moments.carry_moments`), or make a new optimizer.
+
+        Raises:
+            ChainError: there is no live link, it has a bias or PiSSA factors, or `share` is out of
+                range.
         """
         if not 0 <= share < 1:
-            raise ChainError("`share` must be in [0, 1)", share, "tie() ties all of the link")
+            raise ChainError("`share` must be in [0, 1)", share, "use tie() to tie the whole link")
         live = self._need_live("tie_share")
         check_soft_knots(live.adapter.config)
         scales, tied = share_out(live.adapter, share)
@@ -197,9 +252,17 @@ class Chain:
         *,
         backward: Backward | None = None,
     ) -> list[Link]:
-        """Algorithm 1 whole: for each config extend, tune on ``steps(link)``, tie.
+        """Run Algorithm 1: for each config extend, tune and tie.
 
-        ``update(link)`` is called once a link, after it was extended: make the optimizer there.
+        Args:
+            configs: one config per link.
+            steps: returns the steps of a link by its index.
+            update: returns the update function of a link by its index. It is called after
+                `extend`: make the optimizer there.
+            backward: see `extend`.
+
+        Returns:
+            The new links.
         """
         tied = []
         for index, config in enumerate(configs, start=len(self)):
@@ -231,7 +294,7 @@ class Chain:
         return 0 if self._live is None else self._live.num_soft_knots
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield what the live link trains: give these, and nothing else, to a fresh optimizer."""
+        """Yield the trained parameters of the live link, for a new optimizer."""
         return self._need_live("parameters").adapter.parameters()
 
     def live_norm(self) -> float:
@@ -239,42 +302,51 @@ class Chain:
         return norm_of(self._need_live("live_norm").adapter)
 
     def live_link(self) -> Link:
-        """Return the live link as it is now: what tying it would add. Changes nothing."""
+        """Return the link that `tie` would append now, without changing anything."""
         link = link_of(self._need_live("live_link"), self._holding)
         return replace(link, index=len(self.links), id=self.next_id)
 
     def live_state(self) -> dict[str, Tensor]:
-        """Return all that the live link is made of, as tensors, for `load_live_state`."""
+        """Return the state of the live link as tensors, for `load_live_state`."""
         return Shown(state_of(self._need_live("live_state").adapter, self._holding))
 
     def load_live_state(
         self, state: Mapping[str, Tensor], num_steps: int, num_soft_knots: int = 0
     ) -> None:
-        """Continue a live link, just extended or further on, from `live_state`, to the same bits.
+        """Set the live link to a saved state, bit for bit.
 
-        `num_soft_knots` is `live_soft_knots` as it was then.
+        Args:
+            state: `live_state` of this link.
+            num_steps: `live_steps` at that time.
+            num_soft_knots: `live_soft_knots` at that time.
+
+        Raises:
+            ChainError: there is no live link, or the state belongs to another link.
         """
         live = self._need_live("load_live_state")
         checks.check_deposits(state, num_soft_knots)
         load_state(live.adapter, self._holding, state)
-        if live.num_soft_knots and not num_soft_knots:  # what they have deposited since then
+        if live.num_soft_knots and not num_soft_knots:  # remove later deposits
             self._holding.settle(self.links, live.adapter)
         live.num_steps, live.num_soft_knots = num_steps, num_soft_knots
 
     def discard(self) -> None:
-        """Reject the live link: the model is what it was before `extend`."""
+        """Drop the live link and restore the model to its state before `extend`."""
         self._need_live("discard")
         self._live = None
         self.next_id += 1
         self._settle()
 
-    # --- the links that are tied ---
+    # --- tied links ---
 
     def add(self, *links: Link) -> None:
-        """Append links tuned before (from disk, or dropped), as `tie` would have.
+        """Append finished links, loaded from disk or dropped before.
 
-        A link keeps its id, unless one of the chain has the same. Weights are rebuilt once, after
-        the last of them. Where one is refused, none is added.
+        A link keeps its id unless a link of the chain has that id already. The weights are rebuilt
+        once, at the end. If one link is refused, none is added.
+
+        Raises:
+            ChainError: there is a live link, or a link or its strength does not fit the model.
         """
         self._need_no_live("add")
         before = self.links, self.next_id
@@ -296,14 +368,18 @@ class Chain:
         adapter = self._adapter
         if adapter is None or link.factors.keys() - adapter.layers:
             adapter = self._put_on(link.config)
-        if link.factors.keys() - adapter.layers:  # where it was tuned, its config matched more
+        if link.factors.keys() - adapter.layers:  # its config matches fewer modules here
             named = {"target_modules": tuple(sorted(link.factors)), "exclude_modules": None}
             self._put_on(link.config.model_copy(update=named))
         self.links.append(placed)
         self.next_id = max(self.next_id, placed.id + 1)
 
     def drop(self, num_links: int = 1) -> list[Link]:
-        """Undo: drop the last links and return them; the weights are exactly the earlier ones."""
+        """Drop the last links and return them; the weights are exactly those before these links.
+
+        Raises:
+            ChainError: there is a live link, or the chain has fewer links.
+        """
         self._need_no_live("drop")
         keep = len(self.links) - num_links
         if not 0 <= keep <= len(self):
@@ -314,23 +390,29 @@ class Chain:
 
     @property
     def strengths(self) -> dict[int, float]:
-        """The strength of each link by its id."""
+        """Strength of each link by id."""
         return {link.id: link.strength for link in self.links}
 
     def set_strengths(self, strengths: Mapping[int, float]) -> None:
-        """Weaken, strengthen or switch off (0) links by id; the others stay as they are.
+        """Set the strengths of some links by id; 0 switches a link off.
 
-        The weights are rebuilt as ``cast(W_0 + Σ c·s·B·A)``. Nothing of a link changes, so that the
-        same strengths always give the same bits.
+        Rebuilds the weights as ``cast(W_0 + Σ c·s·B·A)``. The factors of a link do not change, so
+        the same strengths always give the same bits.
+
+        Raises:
+            ChainError: there is a live link, an id is unknown, or a strength is out of range.
         """
         self._need_no_live("set_strengths")
         self.links = checks.with_strengths(self.links, strengths)
         self._settle()
 
     def detach(self) -> nn.Module:
-        """Take the adapters off and return the plain model, holding ``W_k``.
+        """Remove the adapters and return the plain model with weights ``W_k``.
 
-        A live link must be tied first. What was trainable before the first link is so again.
+        Parameters that were trainable before the first link become trainable again.
+
+        Raises:
+            ChainError: there is a live link, or the base cannot be merged into (quantised).
         """
         self._need_no_live("detach")
         self._holding.detach()  # refuses bases that cannot be merged into, before anything changes
@@ -338,9 +420,9 @@ class Chain:
         return self.model
 
     def give_back(self) -> nn.Module:
-        """Drop all links, the live one too, and return the plain model, as it came to the bit.
+        """Drop all links, also the live one, and return the original model, bit for bit.
 
-        Nothing is merged, so a quantised model can be given back too.
+        Merges nothing, so it works for a quantised model too.
         """
         if self._live is not None:
             self.discard()
@@ -348,10 +430,10 @@ class Chain:
         self._take_off()
         return self.model
 
-    # --- what the verbs share ---
+    # --- shared steps ---
 
     def _settle(self) -> None:
-        """Make the model ``W_k`` for the links there are."""
+        """Zero the LoRA layers and set the model to ``W_k`` for the current links."""
         self._is_settled = False
         if self._adapter is not None:
             adapters.zero(self._adapter)
@@ -359,7 +441,7 @@ class Chain:
         self._is_settled = True
 
     def _put_on(self, config: LinkConfig) -> Adapter:
-        """Put new layers on; the ones before, and what they hold, stay where that is refused."""
+        """Replace the LoRA layers by new ones; restore the old ones if that is refused."""
         before = self._adapter
         self._take_off()
         try:

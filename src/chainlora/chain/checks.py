@@ -1,4 +1,4 @@
-"""Errors of a chain, raised before anything changes: models, links, strengths that do not fit."""
+"""Checks of a chain's models, links and strengths, before anything changes."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError
 
-# A strength multiplies a scaling; more than this is a slip, and 1e39 of it is no float32.
+# A larger strength is a typing error, and would soon exceed the range of float32.
 _LARGEST_STRENGTH = 1e6
 
 
 def check_model(model: Any, checkpoint: str | Path | None) -> None:
-    """Raise ChainError for a model that no chain can be put on, or a folder that is not there."""
+    """Raise ChainError for a model that cannot have a chain, or a missing checkpoint folder."""
     if not isinstance(model, nn.Module) or any(p.is_meta for p in model.parameters()):
         raise ChainError(
             "`model` must be a loaded model",
             shown(model),
             "load it first: AutoModelForCausalLM.from_pretrained(…)",
         )
+    # Parameters have other names in a wrapper.
     parallel = nn.DataParallel | nn.parallel.DistributedDataParallel
-    if hasattr(model, "_orig_mod") or isinstance(model, parallel):  # other names of its parameters
+    if hasattr(model, "_orig_mod") or isinstance(model, parallel):
         raise ChainError(
-            "a chain needs the model itself",
+            "a chain needs the unwrapped model",
             shown(model),
             "wrap it after chain.extend, e.g. torch.compile(chain.model)",
         )
@@ -39,30 +40,30 @@ def check_model(model: Any, checkpoint: str | Path | None) -> None:
         raise ChainError(
             "`checkpoint` must be the path of a folder",
             shown(checkpoint),
-            "leave it out if the model has none",
+            "leave it out if there is no folder",
         )
     check_plain(model)
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raise ChainError for a model that has LoRA layers already."""
+    """Raise ChainError for a model that already has LoRA layers."""
     if adapters.lora_layers(model):
         raise ChainError(
             "a chain needs a model without adapters",
             shown(model),
-            "take them off: detach() of its chain, or merge_and_unload() of PEFT",
+            "remove them: chain.detach(), or merge_and_unload() of PEFT",
         )
 
 
 def check_config(config: Any) -> None:
-    """Raise ChainError for what is no config of a link, such as a dict."""
+    """Raise ChainError unless `config` is a LinkConfig."""
     if not isinstance(config, LinkConfig):
         remedy = "write extend(LinkConfig(rank=8))"
         raise ChainError("`config` must be a LinkConfig", shown(config), remedy)
 
 
 def shown(value: Any) -> str:
-    """Return a plain value as it is written, and another one by its type."""
+    """Return a value for a message: the repr of a plain value, else the name of its type."""
     if value is None or isinstance(value, str | bytes | bool | int | float | Path):
         return f"{value!r:.60}"
     return f"a {type(value).__name__}"
@@ -72,17 +73,17 @@ def shown(value: Any) -> str:
 
 
 def link_fault(link: Link, model: nn.Module | None = None) -> str | None:
-    """Return what is wrong with the tensors of a link, None where nothing is.
+    """Return the first fault of a link's tensors as text, or None.
 
-    By themselves: two factors of one rank for each module, a bias with `lora_bias` and not
-    otherwise, finite numbers. With a model: sizes that fit its layers.
+    Every module needs two factors of the same rank, finite numbers, and a bias if and only if
+    `lora_bias` is set. With a `model`, the sizes must also fit its layers.
     """
     faults = (_module_fault(link, name, model) for name in link.factors)
     return next(filter(None, faults), None)
 
 
 def check_link(link: Link, model: nn.Module) -> None:
-    """Raise ChainError for a link that does not fit a model."""
+    """Raise ChainError for a link that does not fit the model."""
     if fault := link_fault(link, model):
         raise ChainError(
             f"a link must fit the model (got {fault}); take a link that was tuned on this model"
@@ -101,12 +102,12 @@ def _module_fault(link: Link, name: str, model: nn.Module | None) -> str | None:
     if bias is not None and list(bias.shape) != [b.shape[0]]:
         return f"a bias of {list(bias.shape)} for {b.shape[0]} outputs at {name}"
     if not all(part is None or torch.isfinite(part).all() for part in (a, b, bias)):
-        return f"numbers that are not finite at {name}"
+        return f"infinite or NaN values at {name}"
     return None if model is None else _misfit(link.factors[name], model, name)
 
 
 def _misfit(factors: Factors, model: nn.Module, name: str) -> str | None:
-    """Return why factors are none of a model's module, None where they fit it."""
+    """Return why factors do not fit a module of the model, or None."""
     layer = adapters.linked_layer(model, name)
     if layer is None:
         return f"factors for {name}, which the model lacks"
@@ -117,13 +118,13 @@ def _misfit(factors: Factors, model: nn.Module, name: str) -> str | None:
 
 
 def check_deposits(state: Mapping[str, Tensor], num_soft_knots: int) -> None:
-    """Raise ChainError unless a live link's state has deposits where it had soft knots."""
-    has_some = any(name.startswith("deposit/") for name in state)
-    if has_some != (num_soft_knots > 0):
+    """Raise ChainError unless a state has deposits exactly if its link had soft knots."""
+    has_deposits = any(name.startswith("deposit/") for name in state)
+    if has_deposits != (num_soft_knots > 0):
         raise ChainError(
-            "`num_soft_knots` must be that of the state",
-            f"{num_soft_knots} {'with' if has_some else 'without'} deposits",
-            "give live_soft_knots of the chain that it is from",
+            "`num_soft_knots` must match the state",
+            f"{num_soft_knots} for a state {'with' if has_deposits else 'without'} deposits",
+            "pass live_soft_knots of the chain that saved the state",
         )
 
 
@@ -131,22 +132,22 @@ def check_deposits(state: Mapping[str, Tensor], num_soft_knots: int) -> None:
 
 
 def with_strengths(links: Sequence[Link], strengths: Mapping[int, float]) -> list[Link]:
-    """Return links at other strengths, by id. Raises ChainError for those that are refused."""
+    """Return links with new strengths by id. Raises ChainError for an unknown id or a bad value."""
     known = {link.id: link.strength for link in links}
-    for each in strengths:
-        if each not in known:
-            ids, remedy = list(known), "see chain.strengths"
-            raise ChainError(f"strengths are of the links' ids, {ids}", shown(each), remedy)
-    now = known | {each: float(strength) for each, strength in strengths.items()}
-    changed = [replace(link, strength=now[link.id]) for link in links]
+    for link_id in strengths:
+        if link_id not in known:
+            rule = f"strengths are set by link id, one of {list(known)}"
+            raise ChainError(rule, shown(link_id), "see chain.strengths")
+    merged = known | {link_id: float(strength) for link_id, strength in strengths.items()}
+    changed = [replace(link, strength=merged[link.id]) for link in links]
     check_strengths(changed)
     return changed
 
 
 def check_strengths(links: Sequence[Link]) -> None:
-    """Raise ChainError for strengths that no scaling can have."""
+    """Raise ChainError for strengths that are out of range or NaN."""
     for link in links:
-        if not abs(link.strength) <= _LARGEST_STRENGTH:  # NaN is not within any range
+        if not abs(link.strength) <= _LARGEST_STRENGTH:  # also true for NaN
             raise ChainError(
                 f"the strength of a link must be within ±{_LARGEST_STRENGTH:g}",
                 f"{link.strength:g} for link {link.id}",

@@ -1,22 +1,21 @@
-"""The equations of a combination: what update of a module suits several states at once, best of a
-rank.
+"""Equations of a combination: the rank-R update of a module that fits several states best.
 
-Each part j is a state, by its total update ΔW_j, with rows for which it answers. For a module with
-base weight W_0 (out × in), X̃_j are its inputs in the combined model (n_j tokens × in) for rows of
-part j, and T_j is what its update must add to give what the part's own model gives
-(`chain.solving`):
+Part j is a state: its total update ΔW_j, and rows on which the combined model should match it. For
+a module with base weight W_0 [out, in], X̃_j [n_j tokens, in] are the inputs of the module in the
+combined model on the rows of part j. T_j [n_j tokens, out] is what the update must add there to
+give the output of the part's own model (`chain.solving`):
 
     G_j = w_j X̃_jᵀX̃_j / n_j,  λ_j = λ · mean diagonal of G_j,  S = Σ_j (G_j + λ_j I)
     K   = Σ_j (w_j T_jᵀX̃_j / n_j + λ_j ΔW_j),  ΔW = K S⁻¹
     S = L Lᵀ,  B = first R left singular vectors of ΔW L = K L⁻ᵀ,  A = Bᵀ ΔW
 
-w_j is the importance of a part. The last line is reduced-rank regression: of all updates of rank R
-the best for the same equations. In a direction that no row has, ΔW is the mean of the parts'
-updates weighted by λ_j; in a module that no row reaches, by w_j. One part alone is itself. The base
-is a part too, by ΔW = 0 and rows of its own: without it nothing holds what no part was taught.
+w_j is the importance of a part. The last line is reduced-rank regression: the best update of rank R
+for the same equations. In a direction without inputs, ΔW is the mean of the parts' updates with
+weights λ_j; in a module without inputs, with weights w_j. A single part is returned unchanged up to
+its rank. The base can be a part too, with ΔW = 0 and its own rows: it keeps what no stage trained.
 
-Kin: RegMean (arXiv 2212.09849); layer by layer, RegMean++ (2508.03121); outputs of the parts' own
-models and inputs of the combined one, IterIS (2411.15231).
+Related work: RegMean (arXiv 2212.09849); layer by layer: RegMean++ (2508.03121); outputs of the
+parts' own models with inputs of the combined model: IterIS (2411.15231).
 """
 
 from __future__ import annotations
@@ -31,13 +30,19 @@ from torch import Tensor
 from chainlora.chain.link import Factors
 from chainlora.chain.low_rank import leading_left
 
-RIDGE = 0.1  # λ, chosen on the tuning seed of benchmarks/combining
+RIDGE = 0.1  # λ, selected on the tuning seed of benchmarks/combining
 
 
 @dataclass(frozen=True)
 class Part:
-    """A state, by its total update (A times B, its scalings in B), with the rows of tokens for
-    which it answers. The base has no update."""
+    """A state to combine.
+
+    Args:
+        name: its name, for messages and results.
+        rows: rows of token ids on which the combined model should match this state.
+        update: total update ``B·A`` by module path, scalings in B; empty for the base.
+        importance: weight w_j of the part.
+    """
 
     name: str
     rows: Sequence[Sequence[int]]
@@ -49,9 +54,12 @@ class Part:
 class Combined:
     """A combination: factors by module, all of one rank.
 
-    `error` is what the rank leaves out of the solution of any rank, a share of its norm in the
-    inputs. `distances` say how far the hidden states that enter the head are from those of each
-    part's own model, on its rows, a share of their norm.
+    Args:
+        factors: A [rank, in] and B [out, rank] by module path.
+        error: relative error of the rank-R update against the solution of full rank, in the norm
+            of its outputs.
+        distances: by part, relative distance of the input of the head from that in the part's own
+            model, on the rows of the part.
     """
 
     factors: dict[str, Factors]
@@ -60,18 +68,15 @@ class Combined:
 
 
 class Sums:
-    """Products over the tokens of one part: X̃ᵀX̃ (in × in), and TᵀX̃ (out × in) by module.
-
-    They are computed in float32, and added in float64 on the CPU.
-    """
+    """Sums over the tokens of one part: products in float32, added in float64 on the CPU."""
 
     def __init__(self) -> None:
-        self.gram: Tensor | None = None
-        self.cross: dict[str, Tensor] = {}
+        self.gram: Tensor | None = None  # X̃ᵀX̃ [in, in]
+        self.cross: dict[str, Tensor] = {}  # TᵀX̃ [out, in] by module
 
     def add(self, x: Tensor, targets: Mapping[str, Tensor]) -> None:
-        """Add tokens: inputs (tokens × in), and by module what is to be added (tokens × out)."""
-        if not x.numel():  # an expert that no token was sent to
+        """Add inputs x [tokens, in] and targets T [tokens, out] by module."""
+        if not x.numel():  # an expert without tokens
             return
         x = x.float()
         self.gram = _plus(self.gram, x.T @ x)
@@ -79,32 +84,38 @@ class Sums:
             self.cross[name] = _plus(self.cross.get(name), target.float().T @ x)
 
     def are_finite(self) -> bool:
-        """Say whether all that was added is."""
+        """Return whether all sums are finite."""
         sums = [*self.cross.values()] if self.gram is None else [self.gram, *self.cross.values()]
-        return all(bool(each.sum().isfinite()) for each in sums)
+        return all(bool(total.sum().isfinite()) for total in sums)
 
 
 class Solved(NamedTuple):
-    """Factors of the best update of a rank; squared norms, in the inputs, of the update of any rank
-    and of what is left out of it."""
+    """The best update of a rank for one module."""
 
     factors: Factors
-    whole: float
-    left_out: float
+    whole: float  # squared norm ‖ΔW·L‖_F² of the solution of full rank
+    left_out: float  # squared norm of its difference from the update of the given rank
 
 
 @dataclass
 class Equations:
-    """S and K of modules that share an input, over the parts that were added."""
+    """S and K of modules that share an input, summed over parts."""
 
-    _s: Tensor | None = None
-    _k: dict[str, Tensor] = field(default_factory=dict)
+    _s: Tensor | None = None  # [in, in]
+    _k: dict[str, Tensor] = field(default_factory=dict)  # [out, in] by module
     _parts: list[tuple[Mapping[str, Factors], float]] = field(default_factory=list)
 
     def add(
         self, sums: Sums, num_tokens: int, updates: Mapping[str, Factors], importance: float = 1.0
     ) -> None:
-        """Add a part: its sums, which are used up, the number of its tokens, and its updates."""
+        """Add a part, in place of its sums.
+
+        Args:
+            sums: sums over the part's tokens; overwritten.
+            num_tokens: n_j.
+            updates: ΔW_j by module.
+            importance: w_j.
+        """
         self._parts.append((updates, importance))
         if sums.gram is None:
             return
@@ -120,27 +131,28 @@ class Equations:
         self._s = gram if self._s is None else self._s.add_(gram)
 
     def solve(self, rank: int) -> dict[str, Solved]:
-        """Return the solution of each module; the sums are used up."""
+        """Return the solution of each module; overwrites S."""
         if self._s is None or not self._s.diagonal().any():
-            self._without_inputs()
+            self._set_mean()
         assert self._s is not None
         root = torch.linalg.cholesky(self._s, out=self._s)
         return {name: _best_of_rank(k, root, rank) for name, k in self._k.items()}
 
-    def _without_inputs(self) -> None:
+    def _set_mean(self) -> None:
+        """Set the equations of modules without inputs: ΔW is the weighted mean of the updates."""
         total = sum(importance for _, importance in self._parts)
         self._k = {}
         for updates, importance in self._parts:
-            for name, each in updates.items():
-                shape = each.b.shape[0], each.a.shape[1]
+            for name, update in updates.items():
+                shape = update.b.shape[0], update.a.shape[1]
                 mean = self._k.setdefault(name, torch.zeros(shape, dtype=torch.float64))
-                _add_update(mean, each, importance / total)
+                _add_update(mean, update, importance / total)
                 self._s = torch.eye(shape[1], dtype=torch.float64)
 
 
 def _plus(total: Tensor | None, product: Tensor) -> Tensor:
-    found = product.cpu().double()
-    return found if total is None else total.add_(found)
+    wide = product.cpu().double()
+    return wide if total is None else total.add_(wide)
 
 
 def _add_update(total: Tensor, factors: Factors, scale: float) -> None:
@@ -148,10 +160,10 @@ def _add_update(total: Tensor, factors: Factors, scale: float) -> None:
 
 
 def _best_of_rank(k: Tensor, root: Tensor, rank: int) -> Solved:
-    """Return the best factors of a rank for K and the Cholesky factor of S."""
-    seen = torch.linalg.solve_triangular(root, k.T, upper=False).T  # ΔW L
-    b, kept = leading_left(seen, rank)
+    """Return the best factors of a rank for K [out, in] and the Cholesky factor L of S."""
+    weighted = torch.linalg.solve_triangular(root, k.T, upper=False).T  # ΔW L [out, in]
+    b, kept = leading_left(weighted, rank)
     a = torch.cholesky_solve((b.T @ k).T, root).T
-    whole = float(seen.square().sum())
+    whole = float(weighted.square().sum())
     factors = Factors(a.float().contiguous(), b.float().contiguous())
     return Solved(factors, whole, max(0.0, whole - kept))

@@ -1,10 +1,10 @@
-"""Where the earlier links live while the next one is tuned. Two ways, one function:
+"""Storage of earlier links while the next link is tuned. Both kinds give the same function:
 
 tied      in the base weights: ``W_k = cast(W_0 + Σ c·s·B·A)``. No cost per step.
-carried   beside an untouched base, stacked as one frozen low-rank branch. For bases that cannot be
-          merged, or not without loss.
+carried   in one frozen low-rank branch beside an untouched base. For bases that cannot be merged
+          into, or only with a loss (quantised).
 
-Another way is a subclass of `Holding` and a line in `HOLDINGS`.
+To add a kind, write a subclass of `Holding` and an entry in `HOLDINGS`.
 """
 
 from __future__ import annotations
@@ -26,21 +26,26 @@ from chainlora.errors import ChainError, ModelError
 from chainlora.models.quantizing import is_quantized, is_quantized_model
 from chainlora.models.shards import is_shard
 
-# Deposits of the live link are stacked up to this rank, or this many times the link's. Beyond it
-# they are compressed to half: they turn slowly, so that little is lost.
+# Deposits of the live link are stacked up to a limit, then compressed to half of it: the larger of
+# this rank and this multiple of the link's rank. Directions turn slowly, so little is lost.
 _DEPOSIT_RANK = 64
-_DEPOSIT_RANKS = 8
+_DEPOSIT_MULTIPLE = 8
 
 
 class Holding(ABC):
-    """A place for the earlier links of a chain.
+    """Storage of the earlier links of a chain.
 
-    `links` are those that the model holds now, each at its strength; `modules` are the paths of all
-    modules that a link has touched.
+    Args:
+        model: the model of the chain.
+        weights: its pristine base weights.
+
+    Attributes:
+        links: the links that the model contains now, each at its strength.
+        modules: paths of all modules that a link has adapted.
     """
 
     writes_base: ClassVar[bool]
-    """Whether base weights change: such a model must hold them whole, and in 16 bits or more."""
+    """Whether base weights change. Then adapted layers must be stored in 16 bits or more."""
 
     def __init__(self, model: nn.Module, weights: BaseWeights) -> None:
         self.model, self.weights = model, weights
@@ -50,71 +55,72 @@ class Holding(ABC):
     @staticmethod
     @abstractmethod
     def check_config(config: LinkConfig) -> None:
-        """Raise ChainError for a link that cannot be tuned on links that are held here."""
+        """Raise ChainError for a link that this holding cannot support."""
 
     @classmethod
     def check_layers(cls, model: nn.Module, config: LinkConfig) -> None:
-        """Raise ModelError if a link adapts layers that cannot hold it."""
+        """Raise ModelError if a link adapts layers that cannot store it."""
         for name, module in adapters.matched_modules(model, config).items():
             if cls.writes_base and is_quantized(module):
                 raise ModelError(
                     f"a quantised layer cannot hold merged links (got {type(module).__name__} at "
-                    f"{name}); use hold: carried (with ChainCallback, which has none: `chainlora "
-                    "train`, or a base that is not quantised)"
+                    f"{name}); use hold: carried. ChainCallback has no `hold`: use `chainlora "
+                    "train`, or a base that is not quantised"
                 )
 
     @abstractmethod
     def adopt(self, adapter: Adapter) -> None:
-        """Take in LoRA layers that were just put on the model: hold the same links under them."""
+        """Register LoRA layers that were just attached; the model keeps the same links."""
 
     @abstractmethod
     def settle(self, links: Sequence[Link], adapter: Adapter | None) -> None:
-        """Make the model hold `links`, and nothing else."""
+        """Make the model contain exactly `links`; deposits are removed."""
 
     @abstractmethod
     def take_out(self, start: Mapping[str, Factors], scaling: float) -> None:
-        """Subtract the product that the live link starts from: the function is unchanged."""
+        """Subtract the initial product of the live link, so that the function stays the same."""
 
     @abstractmethod
     def deposit(self, deposits: Mapping[str, Factors], adapter: Adapter) -> None:
-        """Add ``B·A`` to what each module holds (a soft knot)."""
+        """Add ``B·A`` to the stored links of each module (a soft knot)."""
 
     @abstractmethod
     def deposited(self, module: str) -> Tensor | None:
-        """Return what was deposited since the last `settle`, dense float32 [out, in], or None."""
+        """Return the sum of deposits since the last `settle`, float32 [out, in], or None."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """Return the deposits as tensors from which `restore` continues to the same bits."""
+        """Return the deposits as tensors, for `restore`."""
 
     @abstractmethod
     def restore(self, state: Mapping[str, Tensor], adapter: Adapter) -> None:
-        """Continue from `state`, on a model that was settled on the same links.
+        """Set the deposits, bit for bit, on a model that contains the same links.
 
-        Raises ChainError, before anything changes, for the state of another link.
+        Raises:
+            ChainError: the state belongs to another link; nothing has changed.
         """
 
     @abstractmethod
     def detach(self) -> None:
-        """Leave the links merged into the plain model."""
+        """Merge the links into the plain model."""
 
     def base_of(self, module: str) -> Any:
-        """Return the base layer of a module, below its LoRA if it has one."""
+        """Return the base layer of a module, without its LoRA."""
         return adapters.base_layer(self.model.get_submodule(module))
 
 
 class Tied(Holding):
-    """Links are merged into the base: every knot rebuilds the weights from the pristine ones.
+    """Merges links into the base weights; every knot rebuilds them from the pristine weights.
 
-    Soft knots go into one float32 weight a module, the *exact* one. In a float32 model that is the
-    parameter itself; in a narrower one it is a copy, which is cast into the parameter.
+    Soft knots add to one float32 weight per module, the *exact* weight. In a float32 model it is
+    the parameter itself; otherwise it is a copy that is cast into the parameter.
     """
 
     writes_base = True
 
     def __init__(self, model: nn.Module, weights: BaseWeights) -> None:
         super().__init__(model, weights)
-        self._exact: dict[str, Tensor] = {}  # of modules with deposits
+        self._exact: dict[str, Tensor] = {}  # by module with deposits
 
     @staticmethod
     def check_config(config: LinkConfig) -> None:
@@ -142,7 +148,7 @@ class Tied(Holding):
 
     @torch.no_grad()
     def deposit(self, deposits: Mapping[str, Factors], adapter: Adapter) -> None:
-        """Add ``B·A`` to the exact weights, each rounded once into the model's dtype."""
+        """Add ``B·A`` to the exact weights and cast each one into the model's dtype."""
         for name, factors in deposits.items():
             exact = self._exact_weight(name)
             self._out_by_in(name, exact).addmm_(factors.b.to(exact), factors.a.to(exact))
@@ -162,7 +168,7 @@ class Tied(Holding):
         for name, exact in state.items():
             if name not in self.modules or exact.shape != self.base_of(name).weight.shape:
                 raise ChainError(
-                    "soft knots must have the weights of this link's modules (got "
+                    "the weights of soft knots must fit the modules of this link (got "
                     f"{list(exact.shape)} for {name}); they belong to another link"
                 )
         for name, exact in state.items():
@@ -173,22 +179,22 @@ class Tied(Holding):
         self.settle(self.links, None)
 
     def _exact_weight(self, name: str) -> Tensor:
-        """Return the exact weight of a module, which begins as the one that was settled."""
+        """Return the exact weight of a module, created from its settled weight if needed."""
         if name not in self._exact:
             parameter = self.base_of(name).weight
             if is_shard(parameter):
                 raise ChainError(
-                    "soft knots tie into whole weights (got a share of one, of the model of "
-                    "several processes); use hold: carried"
+                    "soft knots need unsharded weights (got a weight that several processes "
+                    "share); use hold: carried"
                 )
             is_copy = parameter.dtype != torch.float32
             self._exact[name] = self._settled(name)[0] if is_copy else parameter.detach()
         return self._exact[name]
 
     def _show(self, name: str) -> None:
-        """Round an exact weight into the parameter, unless it is the parameter.
+        """Cast an exact weight into the parameter, unless both are the same tensor.
 
-        It no longer is after a move to another device or dtype, and in a copy of the chain.
+        They differ after a move to another device or dtype, and in a copy of the chain.
         """
         parameter, exact = self.base_of(name).weight, self._exact[name]
         if exact.data_ptr() == parameter.data_ptr():
@@ -198,7 +204,7 @@ class Tied(Holding):
             self._exact[name] = parameter.detach()
 
     def _settled(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """Return ``W_0 + Σ c·s·B·A`` and the bias of a module, wide: the rows at hand."""
+        """Return ``W_0 + Σ c·s·B·A`` and the bias of a module, float32, rows of this process."""
         weight, bias = self.weights.read(f"{name}.weight"), None
         if getattr(self.base_of(name), "bias", None) is not None:
             bias = self.weights.read(f"{name}.bias")
@@ -210,7 +216,7 @@ class Tied(Holding):
     def _merge(
         self, name: str, weight: Tensor, bias: Tensor | None, factors: Factors, scaling: float
     ) -> None:
-        """Add ``s·B·A`` to a module's weight, in place: of a shard, the rows that are at hand."""
+        """Add ``s·B·A`` to a module's weight, in place; to a shard only its own rows."""
         rows = self.weights.rows(f"{name}.weight")
         bias_rows = rows if bias is None else self.weights.rows(f"{name}.bias")
         transposed = adapters.is_transposed(self.base_of(name))
@@ -224,26 +230,26 @@ class Tied(Holding):
             self.weights.write(module.bias, bias)
 
     def _out_by_in(self, name: str, weight: Tensor) -> Tensor:
-        """Return a view [out, in] of a weight in its module's layout (Conv1D stores in × out)."""
+        """Return a view [out, in] of a weight in its module's layout (Conv1D: [in, out])."""
         return weight.T if adapters.is_transposed(self.base_of(name)) else weight
 
 
 class Carried(Holding):
-    """Links are stacked into one frozen low-rank branch on the LoRA layers."""
+    """Stacks links into one frozen low-rank branch on the LoRA layers."""
 
     writes_base = False
 
     def __init__(self, model: nn.Module, weights: BaseWeights) -> None:
         super().__init__(model, weights)
         self._deposits: dict[str, Factors] = {}
-        self._merged: Tied | None = None  # what holds the links of a plain model, after `detach`
+        self._merged: Tied | None = None  # holds the links after `detach`
 
     @staticmethod
     def check_config(config: LinkConfig) -> None:
         if config.init == "pissa":
             raise ChainError(
-                "`init: pissa` takes its initialization out of the base (got hold: carried); "
-                "use hold: tied"
+                "`init: pissa` subtracts its initialization from the base weights (got hold: "
+                "carried); use hold: tied"
             )
 
     def adopt(self, adapter: Adapter) -> None:
@@ -251,7 +257,7 @@ class Carried(Holding):
         self.settle(self.links, adapter)
 
     def settle(self, links: Sequence[Link], adapter: Adapter | None) -> None:
-        """Make the branch hold `links`: of the same links at other strengths, only B changes."""
+        """Fill the branch with `links`; if only strengths differ, only B changes."""
         self.links, self._deposits = list(links), {}
         if self._merged is not None:
             self._merged.settle(links if adapter is None else [], None)
@@ -260,21 +266,21 @@ class Carried(Holding):
             adapters.carry(adapter, stack_links(links), stacked_rank(links))
 
     def take_out(self, start: Mapping[str, Factors], scaling: float) -> None:
-        pass  # no link that starts from a product passes `check_config`
+        pass  # `check_config` refuses links with a nonzero initial product
 
     def deposit(self, deposits: Mapping[str, Factors], adapter: Adapter) -> None:
-        """Stack ``B·A`` on the deposits so far, and bring them into the branch."""
+        """Stack ``B·A`` on the earlier deposits and refill the branch."""
         for name, factors in deposits.items():
             new = Factors(factors.a.float().cpu(), factors.b.float().cpu())
-            found = stacked(self._deposits[name], new) if name in self._deposits else new
-            if found.a.shape[0] > (room := _room(adapter)):
-                found = Factors(*best_of_rank(found.a, found.b, room // 2))
-            self._deposits[name] = found
+            total = stacked(self._deposits[name], new) if name in self._deposits else new
+            if total.a.shape[0] > (limit := _deposit_limit(adapter)):
+                total = Factors(*best_of_rank(total.a, total.b, limit // 2))
+            self._deposits[name] = total
         self._fill_branch(adapter)
 
     def deposited(self, module: str) -> Tensor | None:
-        found = self._deposits.get(module)
-        return None if found is None else found.b @ found.a
+        factors = self._deposits.get(module)
+        return None if factors is None else factors.b @ factors.a
 
     def state(self) -> dict[str, Tensor]:
         return {
@@ -285,14 +291,14 @@ class Carried(Holding):
 
     def restore(self, state: Mapping[str, Tensor], adapter: Adapter) -> None:
         if not state:
-            return  # a branch with room for deposits sums in another order
+            return  # a branch padded for deposits would sum in another order: other bits
         names = sorted({key.rpartition(".")[0] for key in state})
         for name in names:
             a, b = state.get(f"{name}.A"), state.get(f"{name}.B")
             if name not in self.modules or not _is_pair(a, b, self.base_of(name)):
                 raise ChainError(
-                    "soft knots must have two factors for each module of this link (got others "
-                    f"at {name}); they belong to another link"
+                    "soft knots must have two factors that fit each module of this link (got "
+                    f"others at {name}); they belong to another link"
                 )
         self._deposits = {n: Factors(state[f"{n}.A"], state[f"{n}.B"]) for n in names}
         self._fill_branch(adapter)
@@ -308,24 +314,24 @@ class Carried(Holding):
                     "keep the chain on the model, or merge onto the base before quantisation"
                 )
             for key, parameter in module.named_parameters(recurse=False):
-                self.weights.remember(f"{name}.{key}", parameter)  # untouched until now
+                self.weights.remember(f"{name}.{key}", parameter)  # still pristine
         merged.settle(self.links, None)
         self._merged = merged
 
     def _fill_branch(self, adapter: Adapter) -> None:
-        held = stack_links(self.links)
+        branch = stack_links(self.links)
         for name, deposits in self._deposits.items():
-            held[name] = stacked(held[name], deposits) if name in held else deposits
-        adapters.carry(adapter, held, stacked_rank(self.links) + _room(adapter))
+            branch[name] = stacked(branch[name], deposits) if name in branch else deposits
+        adapters.carry(adapter, branch, stacked_rank(self.links) + _deposit_limit(adapter))
 
 
-def _room(adapter: Adapter) -> int:
+def _deposit_limit(adapter: Adapter) -> int:
     """Return the largest rank of stacked deposits."""
-    return max(_DEPOSIT_RANK, _DEPOSIT_RANKS * adapter.config.rank)
+    return max(_DEPOSIT_RANK, _DEPOSIT_MULTIPLE * adapter.config.rank)
 
 
 def _is_pair(a: Tensor | None, b: Tensor | None, layer: nn.Module) -> bool:
-    """Say whether two tensors are factors of an update of a layer."""
+    """Return whether two tensors are factors A and B of an update of a layer."""
     if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
         return False
     return (a.shape[1], b.shape[0]) == adapters.sizes(layer)
@@ -335,7 +341,7 @@ HOLDINGS: dict[str, type[Holding]] = {"tied": Tied, "carried": Carried}
 
 
 def holding_named(name: str) -> type[Holding]:
-    """Return the holding of a name. Raises ChainError for another name."""
+    """Return a holding by name. Raises ChainError for an unknown name."""
     if name not in HOLDINGS:
         known = " or ".join(HOLDINGS)
         raise ChainError(f"`hold` must be {known} (got {name!r:.60}); leave it out for tied")
@@ -343,5 +349,5 @@ def holding_named(name: str) -> type[Holding]:
 
 
 def hold_for(model: nn.Module) -> str:
-    """Return the name of the holding that suits a model: merged where nothing is lost by it."""
+    """Return the name of the holding for a model: tied unless merging would lose precision."""
     return "carried" if is_quantized_model(model) else "tied"

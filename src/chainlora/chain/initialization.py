@@ -1,10 +1,10 @@
 """Initialization of a link: the factors that a fresh LoRA starts from.
 
-Random ones are drawn from a generator seeded by (seed, link, module), so every process draws the
-same numbers whatever its own generator has consumed. The link is named by its stage and its place
-there (`Chain.begin_stage`), so it does not matter which links came before. Data-driven ones look at
-the model: `gradient` at the loss gradient (the Frank–Wolfe reading of arXiv 2401.04151, Algorithm
-2), `pissa` at the weight itself (arXiv 2404.02948). `orthogonal` looks at the earlier links.
+Random factors come from a generator seeded by (seed, link, module). So all processes draw the same
+numbers, whatever the state of their global generators. `link` names the stage and the place within
+it (`Chain.begin_stage`), so the links before the stage do not matter. Three kinds use more than
+random numbers: `gradient` the loss gradient (the Frank–Wolfe view of arXiv 2401.04151, Algorithm
+2), `pissa` the weight (arXiv 2404.02948), `orthogonal` the earlier links.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from chainlora.errors import ChainError
 from chainlora.models.modes import seeded
 
 Backward = Callable[[], object]
-"""Runs forward and backward over a few batches, adding up gradients in the trained parameters;
-makes no update."""
+"""Runs forward and backward over a few batches and accumulates gradients, without an update."""
 
-# A row of PEFT's Kaiming-uniform A (bound 1/√in) has expected norm √(in · 1/(3·in)); a directed row
-# gets the same one, so that the learning rate means the same for every start.
+# A row of PEFT's Kaiming-uniform A (bound 1/√in) has RMS norm √(in · 1/(3·in)). Rows of
+# `gradient` get the same norm, so that a learning rate has the same meaning for every `init`.
 _ROW_NORM = 1 / math.sqrt(3)
-# Whatever torch's defaults are in a script, so that links are the same.
+# Explicit, so that torch's default dtype and device in a script do not change the links.
 _HOST: Any = {"dtype": torch.float32, "device": "cpu"}
-# The shorter side of a weight that PiSSA decomposes whole: 16 s for 4096 × 4096 on one CPU core,
-# 0.1 s for 576 × 1536. A randomised decomposition misses much of a flat spectrum.
-_DECOMPOSED = 4096
-# Passes of subspace iteration; two fix the leading directions of a decaying spectrum.
+# Longest shorter side for a full SVD in PiSSA: 16 s for 4096 × 4096 on one CPU core, 0.1 s for
+# 576 × 1536. A randomized SVD is inaccurate if singular values decay slowly.
+_MOST_FOR_SVD = 4096
+# Passes of subspace iteration; two find the leading directions if singular values decay.
 _SWEEPS = 2
 
 
 def generator_for(seed: int, link: int | str, module: str) -> torch.Generator:
-    """Return a CPU generator that depends on (seed, link, module) alone."""
+    """Return a CPU generator that depends only on (seed, link, module)."""
     return seeded(f"{seed}/{link}/{module}")
 
 
 def random_factors(
     config: LinkConfig, in_features: int, out_features: int, generator: torch.Generator
 ) -> Factors:
-    """Draw A (rank × in) and set B (out × rank) to zero, so that ``B·A = 0``.
+    """Return random A [rank, in] and zero B [out, rank], so that ``B·A = 0``.
 
-    `gaussian` is N(0, 1/rank²) and `kaiming` uniform in ±1/√in, both as in PEFT.
+    Entries of A: ``gaussian`` draws from N(0, 1/rank²); all others, as ``kaiming``, uniformly from
+    ±1/√in. Both are PEFT's.
     """
     rank, shape = config.rank, (config.rank, in_features)
     if config.init == "gaussian":
@@ -61,12 +61,13 @@ def random_factors(
 
 
 def principal_factors(config: LinkConfig, weight: Tensor, generator: torch.Generator) -> Factors:
-    """PiSSA: split the top singular directions of `weight` (out × in, float32) evenly over B and A.
+    """Return PiSSA's factors (arXiv 2404.02948): the leading singular triplets of a weight.
 
-    ``scaling · B · A`` is the best rank-r approximation of the weight, up to `_DECOMPOSED` rows or
-    columns; above it is near the best (`randomized_svd`). The caller takes it out of the base.
+    ``scaling · B · A`` is the best rank-r approximation of `weight` [out, in], float32; A and B
+    share the singular values evenly. Beyond `_MOST_FOR_SVD` it is close to the best
+    (`randomized_svd`). The caller must subtract it from the base.
     """
-    if min(weight.shape) <= _DECOMPOSED:
+    if min(weight.shape) <= _MOST_FOR_SVD:
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     else:
         u, s, v = randomized_svd(weight, config.rank + 8, generator.initial_seed())
@@ -83,11 +84,22 @@ def initialize(
     backward: Backward | None = None,
     earlier: Sequence[Link] = (),
 ) -> dict[str, Factors]:
-    """Give a fresh adapter its initial factors, in place.
+    """Set the initial factors of a fresh adapter, in place.
 
-    Returns the factors whose product is *not* zero (PiSSA), by module; the caller must subtract
-    them from the base so that the function is unchanged. Empty for every other initialization.
-    `link` is what it is drawn by; of the links `earlier`, `orthogonal` avoids those that are on.
+    Args:
+        adapter: the new LoRA; its config names the initialization.
+        seed: seed of the chain.
+        link: name of the link for the generator: its stage and its place within it.
+        backward: for ``init: gradient``.
+        earlier: the tied links; ``init: orthogonal`` avoids those that are switched on.
+
+    Returns:
+        By module, the factors whose product is *not* zero (PiSSA): the caller must subtract them
+        from the base to keep the function. Empty for every other initialization.
+
+    Raises:
+        ChainError: ``init: gradient`` gets no `backward` or no finite gradient, or earlier links
+            leave too few free directions for ``init: orthogonal``.
     """
     config = adapter.config
     if config.init == "gradient" and backward is None:
@@ -104,7 +116,7 @@ def initialize(
             sides = layer.in_features, layer.out_features
             start[name] = random_factors(config, *sides, generator)
         if config.init == "orthogonal":
-            start[name] = replace(start[name], a=_away_from(earlier, name, start[name].a))
+            start[name] = replace(start[name], a=_orthogonal_to(earlier, name, start[name].a))
     for name, factors in start.items():
         set_factors(adapter, name, factors)
     if backward is not None and config.init == "gradient":
@@ -112,11 +124,11 @@ def initialize(
     return start if config.init == "pissa" else {}
 
 
-def _away_from(earlier: Sequence[Link], name: str, a: Tensor) -> Tensor:
-    """Turn the rows of A [rank, in] out of what earlier links read, their norms unchanged.
+def _orthogonal_to(earlier: Sequence[Link], name: str, a: Tensor) -> Tensor:
+    """Project the rows of A [rank, in] orthogonal to the rows of earlier links; keep their norms.
 
-    Their inputs ``A_j·x`` are then no inputs of the new link (in the spirit of O-LoRA, arXiv
-    2310.14152, which penalises the overlap instead).
+    The new link then reads other input directions than earlier links. O-LoRA (arXiv 2310.14152)
+    penalises the overlap during training instead.
     """
     links = [link for link in earlier if link.strength and name in link.factors]
     if not links:
@@ -124,9 +136,8 @@ def _away_from(earlier: Sequence[Link], name: str, a: Tensor) -> Tensor:
     taken = row_basis(torch.cat([link.factors[name].a for link in links]))
     if len(taken) + len(a) > a.shape[1]:
         raise ChainError(
-            f"`init: orthogonal` needs directions that earlier links leave free (got {len(taken)} "
-            f"of {a.shape[1]} taken at {name}, for rank {len(a)}); lower the rank, or use init: "
-            "kaiming"
+            f"`init: orthogonal` needs {len(a)} input directions that no earlier link uses (got "
+            f"{len(taken)} of {a.shape[1]} in use at {name}); lower the rank, or use init: kaiming"
         )
     rows = a.double()
     free = rows - (rows @ taken.T) @ taken
@@ -134,24 +145,24 @@ def _away_from(earlier: Sequence[Link], name: str, a: Tensor) -> Tensor:
 
 
 def _point_along_gradient(adapter: Adapter, seed: int, link: str, backward: Backward) -> None:
-    """Let each A span the top right singular directions of the loss gradient G, with B = 0.
+    """Set each A to the leading right singular vectors of the loss gradient G, and B to zero.
 
-    Subspace iteration in which LoRA's own gradients are the products with G, so the dense gradient
-    is never formed: with A = 0 the function is the base's whatever B is and dL/dA = s·Bᵀ·G; with B
-    = 0, dL/dB = s·G·Aᵀ.
+    Subspace iteration, without forming the dense gradient G [out, in]: LoRA's own gradients are its
+    products. With A = 0 the model computes the base's function for any B, and dL/dA = s·Bᵀ·G. With
+    B = 0, dL/dB = s·G·Aᵀ.
     """
     rank, layers = adapter.config.rank, adapter.layers
 
     def with_zero_b(name: str, a: Tensor) -> Factors:
         return Factors(a, torch.zeros(layers[name].out_features, rank, **_HOST))
 
-    left: dict[str, Tensor] = {}  # out × rank
+    left: dict[str, Tensor] = {}  # [out, rank]
     for name, layer in layers.items():
         generator = generator_for(seed, link, f"{name}/sketch")
         left[name] = _orthonormal(
             torch.randn(layer.out_features, rank, generator=generator, **_HOST)
         )
-    right: dict[str, Tensor] = {}  # rank × in
+    right: dict[str, Tensor] = {}  # [rank, in]
     for sweep in range(_SWEEPS):
         start = {
             name: Factors(torch.zeros(rank, layers[name].in_features, **_HOST), b)
@@ -170,7 +181,7 @@ def _point_along_gradient(adapter: Adapter, seed: int, link: str, backward: Back
 def _gradients(
     adapter: Adapter, factors: Mapping[str, Factors], factor: str, backward: Backward
 ) -> dict[str, Tensor]:
-    """Return the loss gradient of one factor of every module, where the factors are as given."""
+    """Return the loss gradient of one factor of every module, at given values of the factors."""
     weights: dict[str, nn.Parameter] = {}
     for name, layer in adapter.layers.items():
         set_factors(adapter, name, factors[name])
@@ -183,7 +194,7 @@ def _gradients(
         if weight.grad is None or not torch.isfinite(weight.grad).all():
             raise ChainError(
                 "`init: gradient` needs a finite loss gradient in every adapted layer (got none "
-                f"at {name}); check that `backward` runs the loss of this model"
+                f"at {name}); `backward` must compute the loss of this model"
             )
         gradients[name] = weight.grad.detach().float().cpu()
         weight.grad = None
@@ -193,5 +204,5 @@ def _gradients(
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """Return orthonormal columns with the span of `columns`, completed where they are dependent."""
+    """Return orthonormal columns that span `columns`, also where these are dependent."""
     return torch.linalg.qr(columns.double()).Q.float()

@@ -1,4 +1,4 @@
-"""One link of a chain, and sums of links: data and pure functions, no model."""
+"""Links of a chain and sums of links: data and pure functions, without a model."""
 
 from __future__ import annotations
 
@@ -16,36 +16,39 @@ from chainlora.showing import Shown
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factors:
-    """One module's share of a link, float32 on the CPU: ``A`` (rank × in), ``B`` (out × rank).
+    """Factors of one module's update ``s·B·A``, float32 on the CPU."""
 
-    `bias` (out) is LoRA's own bias on B.
-    """
-
-    a: Tensor
-    b: Tensor
-    bias: Tensor | None = None
+    a: Tensor  # A [rank, in]
+    b: Tensor  # B [out, rank]
+    bias: Tensor | None = None  # LoRA's own bias on B [out] (`lora_bias`)
 
     def __repr__(self) -> str:
         return f"<Factors: A {tuple(self.a.shape)}, B {tuple(self.b.shape)}>"
 
     @property
     def adds(self) -> bool:
-        """Whether the layer computes anything else with them."""
+        """Whether these factors change the output of their layer."""
         has_bias = self.bias is not None and bool(self.bias.any())
         return has_bias or bool(self.a.any() and self.b.any())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Link:
-    """One trained LoRA of the chain, immutable, on the CPU in float32.
+    """One trained LoRA of a chain, immutable, float32 on the CPU.
 
-    Its part of the weights is ``c·s·B·A``: strength times scaling times factors. `factors` maps
-    module paths to A (rank × in) and B (out × rank). `config` is what the link was tuned with. The
-    stored rank can be larger than the tuned one: a PiSSA link stores ``[B, −B₀]·[A; A₀]``, a link
-    with soft knots the sum of what it tied on the way, compressed to the relative error `error`.
+    It adds ``c·s·B·A`` to the weight of each module: strength times scaling times factors. The
+    stored rank can exceed the tuned rank: a PiSSA link stores ``[B, −B₀]·[A; A₀]``, and a link with
+    soft knots stores the compressed sum of all shares that it tied.
 
-    `index` is its place in the chain, from 0. `id` names it for good: no other link of its chain
-    gets the same one, even after this link was dropped.
+    Args:
+        index: place in the chain, from 0.
+        config: settings that the link was tuned with.
+        factors: A [rank, in] and B [out, rank] by module path.
+        num_steps: number of optimizer steps.
+        error: relative error of the stored update (Frobenius norm); 0 without soft knots.
+        id: permanent number of the link in its chain, never given to another link; by default the
+            index.
+        strength: c; 0 switches the link off.
     """
 
     index: int
@@ -53,8 +56,8 @@ class Link:
     factors: dict[str, Factors]
     num_steps: int = 0
     error: float = 0.0
-    id: int = -1  # by default, the index
-    strength: float = 1.0  # 0: switched off
+    id: int = -1
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "factors", Shown(self.factors))
@@ -62,9 +65,9 @@ class Link:
             object.__setattr__(self, "id", self.index)
 
     def __repr__(self) -> str:
-        at = "" if self.strength == 1 else f" at strength {self.strength:g}"
+        strength = "" if self.strength == 1 else f" at strength {self.strength:g}"
         size = f"rank {self.rank} on {len(self.factors)} modules"
-        return f"<Link {self.id}: {size}, {self.num_steps} steps{at}>"
+        return f"<Link {self.id}: {size}, {self.num_steps} steps{strength}>"
 
     @property
     def rank(self) -> int:
@@ -77,17 +80,21 @@ class Link:
         return self.strength * self.config.scaling
 
     def delta_weight(self, module: str) -> Tensor:
-        """Return ``c·s·B·A`` (out × in), float32, of a module by path; KeyError for any other."""
+        """Return ``c·s·B·A`` [out, in] of a module, float32.
+
+        Raises:
+            KeyError: the link does not adapt this module.
+        """
         return self.scaling * (self.factors[module].b @ self.factors[module].a)
 
 
 def stacked(one: Factors, other: Factors) -> Factors:
-    """Return factors of the sum of two products; what is beside A and B is that of the first."""
+    """Return factors of ``one + other``, of ranks r_1 + r_2; the bias comes from `one`."""
     return replace(one, a=torch.cat([one.a, other.a]), b=torch.cat([one.b, other.b], dim=1))
 
 
 def padded(factors: Factors, rank: int) -> Factors:
-    """Widen factors with zeros to a rank (a link, vLLM and others have one rank an adapter)."""
+    """Pad factors with zeros to a rank: links, and servers such as vLLM, need one rank."""
     missing = rank - factors.a.shape[0]
     if missing <= 0:
         return factors
@@ -99,10 +106,10 @@ def padded(factors: Factors, rank: int) -> Factors:
 
 
 def part_of(factors: Factors, rows: slice, bias_rows: slice, *, transposed: bool) -> Factors:
-    """Return the factors of some rows of a weight, and of some entries of its bias.
+    """Return the factors that update some rows of a stored weight and some entries of its bias.
 
-    The rows of ``B·A`` are those of B. A layer that stores its weight (in × out) has the columns of
-    A for rows.
+    A weight [out, in] takes its rows from B. A `transposed` weight [in, out] takes its rows from
+    the columns of A.
     """
     bias = None if factors.bias is None else factors.bias[bias_rows]
     if transposed:
@@ -116,19 +123,22 @@ def switched_on(links: Sequence[Link]) -> list[Link]:
 
 
 def stack_links(links: Sequence[Link]) -> dict[str, Factors]:
-    """Return one pair of factors a module with ``B·A = Σ c_j·s_j·B_j·A_j``.
+    """Return one pair of factors per module with ``B·A = Σ c_j·s_j·B_j·A_j``.
 
-    The rank is Σr of the links that are switched on, scalings are folded into B; a bias sums as
-    ``Σ c_j·s_j·b_j``. Raises ChainError for links of models of other shapes.
+    The rank is the sum of the ranks of all links that are switched on. B contains strength and
+    scaling; the bias is ``Σ c_j·s_j·b_j``.
+
+    Raises:
+        ChainError: the links belong to models of different shapes.
     """
-    held = switched_on(links)
+    active = switched_on(links)
     stacked: Shown[Factors] = Shown()
-    for name in dict.fromkeys(name for link in held for name in link.factors):
-        terms = [(link.factors[name], link.scaling) for link in held if name in link.factors]
+    for name in dict.fromkeys(name for link in active for name in link.factors):
+        terms = [(link.factors[name], link.scaling) for link in active if name in link.factors]
         shapes = {f"{factors.b.shape[0]} × {factors.a.shape[1]}" for factors, _ in terms}
         if len(shapes) > 1:
             raise ChainError(
-                "links of a chain must be of one model (got updates of "
+                "links must belong to one model (got updates of "
                 f"{' and '.join(sorted(shapes))} at {name}); take the links of one run"
             )
         biases = [scaling * factors.bias for factors, scaling in terms if factors.bias is not None]
@@ -141,7 +151,7 @@ def stack_links(links: Sequence[Link]) -> dict[str, Factors]:
 
 
 def stacked_rank(links: Sequence[Link]) -> int:
-    """Return the largest Σr of a module, over all links, switched on or off."""
+    """Return the largest sum of ranks of a module, over all links, switched on or off."""
     ranks: dict[str, int] = {}
     for link in links:
         for name, factors in link.factors.items():
@@ -150,10 +160,7 @@ def stacked_rank(links: Sequence[Link]) -> int:
 
 
 def merge_(weight: Tensor, bias: Tensor | None, factors: Factors, scaling: float) -> None:
-    """Add ``s·B·A`` to a wide `weight` (out × in), and LoRA's bias to `bias`, in place.
-
-    The update of a row needs only that row of B, so a shard of rows is merged without the others.
-    """
+    """Add ``s·B·A`` to a float32 `weight` [out, in] and LoRA's bias to `bias` [out], in place."""
     weight.addmm_(factors.b.to(weight), factors.a.to(weight), alpha=scaling)
     if factors.bias is not None and bias is not None:
         bias.add_(factors.bias.to(weight), alpha=scaling)

@@ -1,17 +1,17 @@
-"""The balanced soft knot: tie a share of the live link, and continue from the rest.
+"""The balanced soft knot: tie a share of the live link and continue from the rest.
 
 With ρ = 1 − share, for each rank-one component i of a module, x = ‖A_i‖ and y = ‖B_i‖:
 
     tied      W += s·(1−ρ)·B_i·A_i
     rest      A_i ← α·A_i,  B_i ← β·B_i     with α = √(ρ·y/x), β = √(ρ·x/y), so α·β = ρ
 
-The function is unchanged, and both factors of the rest have the same norm √(ρ·x·y). A component
-with x = 0 or y = 0 ties nothing and stays as it is.
+The model's function stays the same, and both factors of the rest get the norm √(ρ·x·y). A component
+with x = 0 or y = 0 stays as it is and ties nothing.
 
-The gradient of A is proportional to B, and that of B to A. So had the factors been the rest all
-along, the gradients would have been β and α times what they were, and Adam's moments are carried
-exactly by m_A ← β·m_A, v_A ← β²·v_A, m_B ← α·m_B, v_B ← α²·v_B. (A neighbouring rule with other
-scales: ScaLoRA, arXiv 2510.23818.)
+The gradient of A is proportional to B, and the gradient of B is proportional to A. So with the new
+factors, past gradients of A would have been β times as large, and those of B α times as large. That
+gives Adam's moments exactly: m_A ← β·m_A, v_A ← β²·v_A, m_B ← α·m_B, v_B ← α²·v_B. ScaLoRA (arXiv
+2510.23818) has a similar rule with other scales.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from chainlora.errors import ChainError
 
 
 class Balance(NamedTuple):
-    """Scales of one module's components [rank] at a soft knot, float32 on the factors' device."""
+    """Scales of a module's rank-one components at a soft knot, each [rank], float32."""
 
-    a: Tensor  # α: A is multiplied by it, gradients of B with it
-    b: Tensor  # β: B is multiplied by it, gradients of A with it
-    tied: Tensor  # share of s·B_i·A_i that goes into the base weight
+    a: Tensor  # α, multiplies A and the gradient of B
+    b: Tensor  # β, multiplies B and the gradient of A
+    tied: Tensor  # share of s·B_i·A_i that is added to the base weight: 1 − ρ, or 0
 
 
 def balance(a: Tensor, b: Tensor, share: float) -> Balance:
@@ -48,22 +48,24 @@ def balance(a: Tensor, b: Tensor, share: float) -> Balance:
 
 @torch.no_grad()
 def share_out(adapter: Adapter, share: float) -> tuple[dict[str, Balance], dict[str, Factors]]:
-    """Leave the rest of a live link on the model, in place; return scales and what is to be tied.
+    """Scale the live link to its rest, in place, and return the tied share.
 
-    What is to be tied is ``B·A``, scaling included, by module.
+    Returns:
+        The scales by module, and by module the factors A [rank, in] and B [out, rank] of the tied
+        share ``B·A``; B contains the scaling.
     """
     scales, tied = {}, {}
     for name in adapter.layers:
         a, b = live_factors(adapter, name)
-        scales[name] = found = balance(a, b, share)
-        tied[name] = Factors(a.detach().clone(), b * (found.tied * adapter.config.scaling))
-        a.mul_(found.a.unsqueeze(1))
-        b.mul_(found.b)
+        scales[name] = scale = balance(a, b, share)
+        tied[name] = Factors(a.detach().clone(), b * (scale.tied * adapter.config.scaling))
+        a.mul_(scale.a.unsqueeze(1))
+        b.mul_(scale.b)
     return scales, tied
 
 
 def check_soft_knots(config: LinkConfig) -> None:
-    """Raise ChainError for links whose update is not a product that can be shared out."""
+    """Raise ChainError for links that soft knots cannot divide: with a bias or PiSSA factors."""
     if config.lora_bias or config.init == "pissa":
         raise ChainError(
             "soft knots need plain LoRA links",

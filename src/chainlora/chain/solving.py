@@ -1,14 +1,14 @@
-"""States combined layer by layer: each module is solved for inputs in the model that is combined so
-far, in the order of the forward pass.
+"""Combine states layer by layer: solve each module for its inputs in the model combined so far.
 
-What a module's update must add (T_j of `chain.combining`) is, on rows of part j,
+The modules are solved in the order of the forward pass. The update of a module must add T_j
+(`chain.combining`) on the rows of part j. T_j is one of
 
-    Y_j − X̃_j W_0ᵀ             Y_j: the module's output in the part's own model
-    H_j − (H̃_j + X̃_j W_0ᵀ)     where it alone adds to the residual stream: H_j is the stream behind
-                               it in the part's own model, H̃_j without what it adds
-    X̃_j ΔW_jᵀ                  in an expert, which gets other tokens in both models
+    Y_j − X̃_j W_0ᵀ             by default; Y_j: output of the module in the part's own model
+    H_j − (H̃_j + X̃_j W_0ᵀ)     if the module alone adds to the residual stream; H_j: the stream
+                               behind it in the part's own model, H̃_j: the combined one without it
+    X̃_j ΔW_jᵀ                  in an expert, which gets other tokens in each of the two models
 
-Kept are the hidden states of all rows in both models, and outputs inside one layer.
+Memory holds the hidden states of all rows in both models, and the outputs inside one layer.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from torch import Tensor, nn
 from chainlora.chain.adapters import base_layer, sizes
 from chainlora.chain.combining import Combined, Equations, Part, Solved, Sums
 from chainlora.chain.layerwise import (
-    Acting,
     Batch,
-    Inside,
     Layers,
-    Reached,
-    acting,
+    LayerStructure,
+    OutputHook,
+    StopForward,
+    hooked_inputs,
+    hooked_outputs,
     in_float32,
-    look_inside,
+    inspect_layer,
     run,
-    watching,
 )
 from chainlora.chain.link import Factors, padded
 from chainlora.errors import ChainError
 
-_AT_ONCE = 2_048  # tokens of a batch
-_REMEMBERED = 1 << 31  # bytes of outputs inside one layer; of more, all are computed again
-_SHORT = 16  # tokens of the row by which layers are looked into
+_BATCH_TOKENS = 2_048  # tokens of a batch, with padding
+_CACHE_BYTES = 1 << 31  # outputs inside one layer; if they need more, they are computed again
+_SAMPLE_TOKENS = 16  # length of the row that shows the structure of each layer
 
-Told = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
 
 
 @torch.no_grad()
@@ -48,102 +48,117 @@ def combine(
     model: nn.Module,
     parts: Sequence[Part],
     rank: int,
-    tell: Told = lambda done, layers: None,
+    tell: Progress = lambda done, layers: None,
 ) -> Combined:
-    """Return the combination of parts, in the order of their sums.
+    """Return the combination of several states of one base.
 
-    `model` is the base, without links; `tell` is called before the first layer, and after each,
-    with how many are done. Raises ChainError for modules outside of decoder layers, models that
-    cannot be solved layer by layer, and activations that are not finite.
+    Args:
+        model: the base, without links, in evaluation mode.
+        parts: the states, with rows of tokens. Sums are added in their order.
+        rank: rank of the combined update.
+        tell: called before the first layer and after each one, with the number of finished layers
+            and of all layers.
+
+    Raises:
+        ChainError: a module is outside the decoder layers, the model cannot be run layer by layer,
+            a part has no rows, or an activation is not finite.
     """
     modules = [*dict.fromkeys(name for part in parts for name in part.update)]
     layers = Layers(model, modules)
     _check(parts, modules, layers)
-    sample = [*max((row for part in parts for row in part.rows), key=len)][:_SHORT]
-    layers.check(sample)
-    looking = layers.enter([sample])
-    rows = [_entered(layers, part) for part in parts]
-    found: dict[str, Factors] = {}
+    sample_row = [*max((row for part in parts for row in part.rows), key=len)][:_SAMPLE_TOKENS]
+    layers.check(sample_row)
+    sample = layers.enter([sample_row])
+    pairs = [_entered(layers, part) for part in parts]
+    factors: dict[str, Factors] = {}
     whole = left_out = 0.0
     tell(0, len(layers.blocks))
-    for place, (path, block) in enumerate(layers.blocks.items()):
+    for index, (path, block) in enumerate(layers.blocks.items()):
         inner = [name.removeprefix(f"{path}.") for name in modules if name.startswith(f"{path}.")]
         with in_float32(block) as exact:
-            inside = look_inside(exact, inner, looking, place)
-            if inside.routed:
-                rows = [[one for each in own for one in _unpadded(layers, each)] for own in rows]
-            layer = _Layer(exact, place, inside, path, parts, rows)
-            for group in inside.groups:
+            structure = inspect_layer(exact, inner, sample, index)
+            if structure.routed:
+                pairs = [_without_padding(layers, batches) for batches in pairs]
+            layer = _Layer(exact, index, structure, path, parts, pairs)
+            for group in structure.groups:
                 for name, solved in layer.solve(group, rank).items():
-                    found[f"{path}.{name}"] = padded(solved.factors, rank)
+                    factors[f"{path}.{name}"] = padded(solved.factors, rank)
                     whole, left_out = whole + solved.whole, left_out + solved.left_out
             layer.leave()
-            looking.hidden = run(exact, looking, place)
-        tell(place + 1, len(layers.blocks))
+            sample.hidden = run(exact, sample, index)
+        tell(index + 1, len(layers.blocks))
     error = (left_out / whole) ** 0.5 if whole else 0.0
-    pairs = zip(parts, rows, strict=True)
-    return Combined(found, error, {part.name: _distance(layers, own) for part, own in pairs})
+    of_parts = zip(parts, pairs, strict=True)
+    distances = {part.name: _distance(layers, batches) for part, batches in of_parts}
+    return Combined(factors, error, distances)
 
 
 def _check(parts: Sequence[Part], modules: Sequence[str], layers: Layers) -> None:
     for part in parts:
         if not (part.rows and all(part.rows)):
-            rule = "parts of a combination must have rows of tokens"
+            rule = "every part of a combination must have rows of tokens"
             raise ChainError(rule, f"none, {part.name}", "leave it out")
     if not modules:
         raise ChainError("a combination needs a part with links", "none", "train a stage")
     for name in modules:
         if not any(name.startswith(f"{path}.") for path in layers.blocks):
-            rule = "states are combined whose links are on modules of decoder layers"
+            rule = "states can be combined only if all their links are inside decoder layers"
             raise ChainError(rule, name, "train the stages on top of each other")
 
 
 @dataclass
-class _Rows:
-    """Rows of a part in its own model and in the combined one, with what modules of one layer gave
-    there: `bases` by the base's weights, for inputs in the combined model. `streams` are those of
-    the own model by point."""
+class _BatchPair:
+    """One batch of a part's rows: in the part's own model and in the combined model.
+
+    The dictionaries cache tensors of the current layer.
+    """
 
     own: Batch
     combined: Batch
-    own_outputs: dict[str, Tensor] = field(default_factory=dict)
-    streams: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    bases: dict[str, Tensor] = field(default_factory=dict)
+    own_outputs: dict[str, Tensor] = field(default_factory=dict)  # of modules in the own model
+    streams: dict[str, Tensor] = field(default_factory=dict)  # of the own model, by point
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # of solved modules, combined model
+    bases: dict[str, Tensor] = field(default_factory=dict)  # X̃ W_0ᵀ + bias, by module
 
     def tokens(self, x: Tensor) -> Tensor:
-        """Return tokens × … of what a module is given or gives."""
-        x, inside = x.reshape(-1, x.shape[-1]), self.own.inside
-        return x if bool(inside.all()) else x[inside.flatten()]
+        """Return the rows of x [..., width] that are no padding: [tokens, width]."""
+        x, mask = x.reshape(-1, x.shape[-1]), self.own.mask
+        return x if bool(mask.all()) else x[mask.flatten()]
 
     def forget(self) -> None:
-        for each in (self.own_outputs, self.streams, self.outputs, self.bases):
-            each.clear()
+        """Empty the caches."""
+        for cache in (self.own_outputs, self.streams, self.outputs, self.bases):
+            cache.clear()
 
 
-def _entered(layers: Layers, part: Part) -> list[_Rows]:
+def _entered(layers: Layers, part: Part) -> list[_BatchPair]:
     """Return the rows of a part before the first layer."""
     batches = map(layers.enter, _batches(part.rows))
-    return [_Rows(batch, replace(batch)) for batch in batches]
+    return [_BatchPair(batch, replace(batch)) for batch in batches]
 
 
-def _unpadded(layers: Layers, rows: _Rows) -> Iterator[_Rows]:
-    """Yield rows one by one where some are padded: experts would get the padding too."""
-    if bool(rows.own.inside.all()):
-        yield rows
-        return
-    for place, count in enumerate(rows.own.inside.sum(1).tolist()):
-        alone = layers.enter([rows.own.tokens[place, :count].tolist()])
-        pair = (rows.own.hidden, rows.combined.hidden)
-        own, combined = (replace(alone, hidden=x[place : place + 1, :count]) for x in pair)
-        yield _Rows(own, combined)
+def _without_padding(layers: Layers, pairs: Sequence[_BatchPair]) -> list[_BatchPair]:
+    """Split padded batches into single rows: experts would get the padding too."""
+    split: list[_BatchPair] = []
+    for pair in pairs:
+        is_padded = not bool(pair.own.mask.all())
+        split += _single_rows(layers, pair) if is_padded else [pair]
+    return split
+
+
+def _single_rows(layers: Layers, pair: _BatchPair) -> Iterator[_BatchPair]:
+    for row, count in enumerate(pair.own.mask.sum(1).tolist()):
+        alone = layers.enter([pair.own.tokens[row, :count].tolist()])
+        hidden = (pair.own.hidden, pair.combined.hidden)
+        own, combined = (replace(alone, hidden=x[row : row + 1, :count]) for x in hidden)
+        yield _BatchPair(own, combined)
 
 
 def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Yield rows of about one length, up to `_AT_ONCE` tokens with their padding."""
+    """Yield batches of rows of similar length, with up to `_BATCH_TOKENS` tokens and padding."""
     batch: list[Sequence[int]] = []
     for row in sorted(rows, key=lambda row: (len(row), [*row])):
-        if batch and (len(batch) + 1) * len(row) > _AT_ONCE:
+        if batch and (len(batch) + 1) * len(row) > _BATCH_TOKENS:
             yield batch
             batch = []
         batch.append(row)
@@ -151,86 +166,94 @@ def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
         yield batch
 
 
-def _distance(layers: Layers, rows: Sequence[_Rows]) -> float:
-    """Return how far the last hidden states are from those of the own model, as a share."""
-    away = norm = 0.0
-    for each in rows:
-        own = layers.leave(each.own)
-        away += float((layers.leave(each.combined) - own).square().sum())
+def _distance(layers: Layers, pairs: Sequence[_BatchPair]) -> float:
+    """Return the relative distance of the last hidden states from those of the part's own model."""
+    squared = norm = 0.0
+    for pair in pairs:
+        own = layers.leave(pair.own)
+        squared += float((layers.leave(pair.combined) - own).square().sum())
         norm += float(own.square().sum())
-    return (away / norm) ** 0.5 if norm else 0.0
+    return (squared / norm) ** 0.5 if norm else 0.0
 
 
 class _Layer:
-    """One decoder layer while its modules are solved, with the rows of all parts before it."""
+    """One decoder layer while its modules are solved.
+
+    Args:
+        block: the layer, in float32.
+        index: its number.
+        structure: the modules that run in it.
+        path: its path in the model.
+        parts: the states to combine.
+        pairs: the batches of each part, before this layer.
+    """
 
     def __init__(
         self,
         block: nn.Module,
-        place: int,
-        inside: Inside,
+        index: int,
+        structure: LayerStructure,
         path: str,
         parts: Sequence[Part],
-        rows: Sequence[Sequence[_Rows]],
+        pairs: Sequence[Sequence[_BatchPair]],
     ) -> None:
-        self.block, self.place, self.inside, self.path = block, place, inside, path
-        self.parts, self.rows = parts, rows
-        self._device = rows[0][0].own.hidden.device
-        self._modules = [name for group in inside.groups for name in group]
+        self.block, self.index, self.structure, self.path = block, index, structure, path
+        self.parts, self.pairs = parts, pairs
+        self._device = pairs[0][0].own.hidden.device
+        self._modules = [name for group in structure.groups for name in group]
         self._updates = [
             {
-                n: self._here(p.update[f"{path}.{n}"])
-                for n in self._modules
-                if f"{path}.{n}" in p.update
+                name: self._on_device(part.update[f"{path}.{name}"])
+                for name in self._modules
+                if f"{path}.{name}" in part.update
             }
-            for p in parts
+            for part in parts
         ]
         self._solved: dict[str, Factors] = {}
-        tokens = sum(each.own.inside.numel() for own in rows for each in own)
+        tokens = sum(pair.own.mask.numel() for batches in pairs for pair in batches)
         widths = sum(sizes(base_layer(block.get_submodule(name)))[1] for name in self._modules)
-        self._remembers = 2 * 4 * tokens * widths <= _REMEMBERED
+        self._keeps_outputs = 2 * 4 * tokens * widths <= _CACHE_BYTES  # two models, float32
 
-    def _here(self, factors: Factors) -> Factors:
+    def _on_device(self, factors: Factors) -> Factors:
         return Factors(factors.a.to(self._device), factors.b.to(self._device))
 
     def solve(self, group: Sequence[str], rank: int) -> dict[str, Solved]:
-        """Return the solution of modules that share an input."""
+        """Solve the modules of a group, which share an input."""
         equations = Equations()
-        for part, updates, rows in zip(self.parts, self._updates, self.rows, strict=True):
+        for part, updates, pairs in zip(self.parts, self._updates, self.pairs, strict=True):
             sums = Sums()
-            for each in rows:
-                sums.add(*self._observed(each, updates, group))
-                if not self._remembers:
-                    each.forget()
+            for pair in pairs:
+                sums.add(*self._inputs_and_targets(pair, updates, group))
+                if not self._keeps_outputs:
+                    pair.forget()
             if not sums.are_finite():
                 raise _not_finite(f"at {self.path}.{group[0]}", part)
-            count = sum(int(each.own.inside.sum()) for each in rows)
-            own = {name: updates[name] for name in group if name in updates}
-            equations.add(sums, count, own, part.importance)
-        found = equations.solve(rank)
-        self._solved |= {name: self._here(each.factors) for name, each in found.items()}
-        return found
+            count = sum(int(pair.own.mask.sum()) for pair in pairs)
+            of_group = {name: updates[name] for name in group if name in updates}
+            equations.add(sums, count, of_group, part.importance)
+        solutions = equations.solve(rank)
+        self._solved |= {name: self._on_device(s.factors) for name, s in solutions.items()}
+        return solutions
 
     def leave(self) -> None:
-        """Bring all rows behind the layer."""
-        for part, updates, rows in zip(self.parts, self._updates, self.rows, strict=True):
-            for each in rows:
-                own = self._own(each, updates)[""]
-                combined = self._passed(each.combined, self._combined(each), "")
-                each.own.hidden, each.combined.hidden = own, combined
-                each.forget()
-                if not bool(each.tokens(own).isfinite().all()):
+        """Advance all batches, in both models, to the input of the next layer."""
+        for part, updates, pairs in zip(self.parts, self._updates, self.pairs, strict=True):
+            for pair in pairs:
+                own = self._run_own(pair, updates)[""]
+                combined = self._run_to(pair.combined, self._combined_outputs(pair), "")
+                pair.own.hidden, pair.combined.hidden = own, combined
+                pair.forget()
+                if not bool(pair.tokens(own).isfinite().all()):
                     raise _not_finite(f"behind {self.path}", part)
 
-    def _observed(
-        self, rows: _Rows, updates: Mapping[str, Factors], group: Sequence[str]
+    def _inputs_and_targets(
+        self, pair: _BatchPair, updates: Mapping[str, Factors], group: Sequence[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return inputs of a group in the combined model (tokens × in), and what the update of each
-        of its modules must add (tokens × out)."""
-        inputs, base = dict[str, Tensor](), rows.bases
-        point = self.inside.points.get(group[0])
+        """Return X̃ [tokens, in] of a group, and by module T [tokens, out]."""
+        inputs, base = dict[str, Tensor](), pair.bases
+        point = self.structure.points.get(group[0])
         until = group if point is None else ()
-        combined = self._combined(rows)
+        combined = self._combined_outputs(pair)
 
         def observe(name: str, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
             if name not in group:
@@ -238,94 +261,98 @@ class _Layer:
             inputs[name], base[name] = x, forward(x)
             return base[name].clone()
 
-        if group[0] in self.inside.routed:
-            self._passed(rows.combined, _ending(observe, until), point)
-            x = inputs.get(group[0], torch.empty(0))  # none, where no token was sent to it
-            return x, {n: _added(x, each) for n, each in updates.items() if n in inputs}
-        streams = self._own(rows, updates)
-        now = self._passed(rows.combined, _ending(observe, until), point)
-        x = rows.tokens(inputs[group[0]])
+        if group[0] in self.structure.routed:
+            self._run_to(pair.combined, _stopping(observe, until), point)
+            x = inputs.get(group[0], torch.empty(0))  # empty: no token was sent to the expert
+            return x, {n: _product(x, update) for n, update in updates.items() if n in inputs}
+        streams = self._run_own(pair, updates)
+        stream = self._run_to(pair.combined, _stopping(observe, until), point)
+        x = pair.tokens(inputs[group[0]])
         if point is not None:
-            return x, {group[0]: rows.tokens(streams[point] - now)}
-        pairs = {name: rows.own_outputs[name].float() - base[name].float() for name in group}
-        return x, {name: rows.tokens(each) for name, each in pairs.items()}
+            return x, {group[0]: pair.tokens(streams[point] - stream)}
+        targets = {name: pair.own_outputs[name].float() - base[name].float() for name in group}
+        return x, {name: pair.tokens(target) for name, target in targets.items()}
 
-    def _own(self, rows: _Rows, updates: Mapping[str, Factors]) -> dict[str, Tensor]:
-        """Run the layer in the part's own model, once; return its streams by point."""
-        if not rows.streams:
-            points = {*self.inside.points.values()}
+    def _run_own(self, pair: _BatchPair, updates: Mapping[str, Factors]) -> dict[str, Tensor]:
+        """Run the layer in the part's own model, unless cached; return its streams by point."""
+        if not pair.streams:
+            points = {*self.structure.points.values()}
 
-            def see(name: str, x: Tensor) -> None:
+            def record(name: str, x: Tensor) -> None:
                 if name in points:
-                    rows.streams[name] = x.clone()
+                    pair.streams[name] = x.clone()
 
-            act = _remembering(rows.own_outputs, updates)
-            with acting(self.block, self._modules, act), watching(self.block, see):
-                rows.streams[""] = run(self.block, rows.own, self.place)
-        return rows.streams
+            hook = _updated_outputs(pair.own_outputs, updates)
+            with hooked_outputs(self.block, self._modules, hook), hooked_inputs(self.block, record):
+                pair.streams[""] = run(self.block, pair.own, self.index)
+        return pair.streams
 
-    def _combined(self, rows: _Rows) -> Acting:
-        """Let modules give what they give in the combined model; those that are not solved yet,
-        what they give in the part's own model: the stream behind the module that is solved then
-        differs by that module alone. Experts get other tokens there."""
-        solved = _remembering(rows.outputs, self._solved)
+    def _combined_outputs(self, pair: _BatchPair) -> OutputHook:
+        """Return a hook that gives modules their outputs in the combined model.
 
-        def act(name: str, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        A module that is not solved yet gets its output in the part's own model. So the stream
+        behind the module being solved differs by that module alone. Experts compute theirs: they
+        get other tokens in the part's own model.
+        """
+        solved = _updated_outputs(pair.outputs, self._solved)
+
+        def hook(name: str, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
             if name in self._solved:
-                base = rows.bases.pop(name, None)  # where it has been computed for its equations
+                base = pair.bases.pop(name, None)  # cached when the module was solved
                 return solved(name, x, forward if base is None else lambda x: base)
-            if name in rows.own_outputs and name not in self.inside.routed:
-                return rows.own_outputs[name].clone()
+            if name in pair.own_outputs and name not in self.structure.routed:
+                return pair.own_outputs[name].clone()
             return forward(x)
 
-        return act
+        return hook
 
-    def _passed(self, batch: Batch, act: Acting, point: str | None) -> Tensor:
-        """Run the layer up to a point of the stream, and return what is there."""
+    def _run_to(self, batch: Batch, hook: OutputHook, point: str | None) -> Tensor:
+        """Run the layer up to a point of the stream, and return the stream there."""
         seen = [batch.hidden]
 
-        def see(name: str, x: Tensor) -> None:
+        def stop(name: str, x: Tensor) -> None:
             if name == point:
                 seen.append(x)
-                raise Reached
+                raise StopForward
 
-        with acting(self.block, self._modules, act), watching(self.block, see):
+        with hooked_outputs(self.block, self._modules, hook), hooked_inputs(self.block, stop):
             try:
-                return run(self.block, batch, self.place)
-            except Reached:
+                return run(self.block, batch, self.index)
+            except StopForward:
                 return seen[-1]
 
 
 def _not_finite(where: str, part: Part) -> ChainError:
-    rule = "states that are combined must have finite activations"
-    return ChainError(rule, f"others {where}, {part.name}", "leave it out")
+    rule = "states to combine must have finite activations"
+    return ChainError(rule, f"infinite or NaN {where}, {part.name}", "leave it out")
 
 
-def _remembering(outputs: dict[str, Tensor], updates: Mapping[str, Factors]) -> Acting:
-    """Let modules add updates to what they give, once each."""
+def _updated_outputs(outputs: dict[str, Tensor], updates: Mapping[str, Factors]) -> OutputHook:
+    """Return a hook that adds updates to the outputs of modules; `outputs` caches the sums."""
 
-    def act(name: str, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+    def hook(name: str, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
         if name not in outputs:
-            found = forward(x)
-            outputs[name] = found + _added(x, updates[name]) if name in updates else found
+            output = forward(x)
+            outputs[name] = output + _product(x, updates[name]) if name in updates else output
         return outputs[name].clone()  # Falcon adds to it in place
 
-    return act
+    return hook
 
 
-def _added(x: Tensor, factors: Factors) -> Tensor:
+def _product(x: Tensor, factors: Factors) -> Tensor:
+    """Return ``x Aᵀ Bᵀ`` [..., out] in float32."""
     return (x.float() @ factors.a.T) @ factors.b.T
 
 
-def _ending(act: Acting, modules: Sequence[str]) -> Acting:
-    """End the forward pass where all of some modules have been called."""
-    due = {*modules}
+def _stopping(hook: OutputHook, modules: Sequence[str]) -> OutputHook:
+    """Return a hook that ends the forward pass after the last call of `modules`, if any."""
+    missing = {*modules}
 
-    def ending(name: str, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
-        found = act(name, x, forward)
-        due.discard(name)
-        if modules and not due:
-            raise Reached
-        return found
+    def stopping(name: str, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        output = hook(name, x, forward)
+        missing.discard(name)
+        if modules and not missing:
+            raise StopForward
+        return output
 
-    return ending
+    return stopping

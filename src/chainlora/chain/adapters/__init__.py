@@ -1,11 +1,11 @@
 """PEFT wrapper; the only package that imports `peft`.
 
-layer_facts.py    what is known of a layer before a link goes on it
-targets.py        which modules a link adapts, and which are refused
-layers.py         a LoRA on a model: put on, read, written, taken off; a frozen sum beside it
-peft_model.py     a chain inside PEFT's own model, for loops that know PEFT alone
-adapter_files.py  a link on disk, an ordinary PEFT adapter
-importing.py      a LoRA made elsewhere, as a link has it
+layer_facts.py    properties of a layer, before a link adapts it
+targets.py        selects the modules that a link adapts, and checks them
+layers.py         attaches, reads, writes and removes a LoRA, and the frozen branch beside it
+peft_model.py     a chain inside a PeftModel, for training loops that only support PEFT
+adapter_files.py  reads and writes links on disk, as ordinary PEFT adapters
+importing.py      converts an adapter from PEFT into a link
 """
 
 from chainlora.chain.adapters.adapter_files import MERGE, load_adapter, save_adapter

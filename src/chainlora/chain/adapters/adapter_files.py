@@ -1,5 +1,4 @@
-"""A link on disk: an ordinary PEFT adapter, ``adapter_config.json`` and
-``adapter_model.safetensors``."""
+"""Read and write links as PEFT adapters: adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
@@ -24,8 +23,8 @@ _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-MERGE = "merge it with PEFT, and take the result as the model"
-MAGNITUDE = ".lora_magnitude_vector"  # of DoRA, which `import_adapter` reads
+MERGE = "merge it with PEFT, and use the result as the model"
+MAGNITUDE = ".lora_magnitude_vector"  # DoRA
 
 
 def save_adapter(
@@ -39,22 +38,27 @@ def save_adapter(
     fan_in_fan_out: bool = False,
     task_type: str | None = "CAUSAL_LM",
 ) -> None:
-    """Write an ordinary PEFT adapter: ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-    Equal links give equal bytes. Write into a scratch folder (`files.replaced_folder`).
+    """Write a PEFT adapter; equal links give equal bytes.
 
     Args:
-        rank: of the stored factors; a PiSSA link stores twice its tuned rank.
-        alpha: of the stored factors.
-        fan_in_fan_out: whether the adapted layers store their weights (in × out), as GPT-2 does.
-        task_type: PEFT's name of what the model is for.
+        directory: a scratch folder (`files.replaced_folder`).
+        factors: A [rank, in] and B [out, rank] by module path.
+        config: settings that the link was tuned with.
+        rank: rank of the stored factors; a PiSSA link stores twice its tuned rank.
+        alpha: alpha of the stored factors.
+        base: name of the base model.
+        fan_in_fan_out: whether the adapted layers store their weights as [in, out], as GPT-2 does.
+        task_type: PEFT's task type.
+
+    Raises:
+        FileError: the folder cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    for name, share in factors.items():
-        tensors[f"{_PREFIX}{name}{_A}"] = _stored(share.a)
-        tensors[f"{_PREFIX}{name}{_B}"] = _stored(share.b)
-        if share.bias is not None:
-            tensors[f"{_PREFIX}{name}.lora_B.bias"] = share.bias
+    for name, pair in factors.items():
+        tensors[f"{_PREFIX}{name}{_A}"] = _stored(pair.a)
+        tensors[f"{_PREFIX}{name}{_B}"] = _stored(pair.b)
+        if pair.bias is not None:
+            tensors[f"{_PREFIX}{name}.lora_B.bias"] = pair.bias
     save_tensors(directory / _WEIGHTS, tensors, metadata={"format": "pt"})
     written = peft_config(
         config,
@@ -68,7 +72,7 @@ def save_adapter(
         fan_in_fan_out=fan_in_fan_out,
         task_type=task_type,
     )
-    # PEFT's own writer lists sets in whatever order the process has them in.
+    # The order of sets differs between processes; PEFT's own writer keeps it.
     tree = {
         key: sorted(value) if isinstance(value, set | frozenset) else value
         for key, value in written.to_dict().items()
@@ -79,26 +83,31 @@ def save_adapter(
 
 
 def _stored(factor: Tensor) -> Tensor:
-    """Return a factor in float16 if that holds its values, as it does those of soft knots."""
+    """Return a factor in float16 if that changes no value (soft knots round to float16)."""
     narrow = factor.half()
     return (narrow if torch.equal(narrow.float(), factor) else factor).contiguous()
 
 
 def load_adapter(directory: Path) -> dict[str, Factors]:
-    """Read the factors of a link by module. Raises RunError unless they are all that is there."""
-    factors, beside = read_adapter(directory)
-    if beside:
-        raise damaged(directory, f"weights beside factors, at {min(beside)}")
+    """Read the factors of a link by module. Raises RunError if the file has other tensors too."""
+    factors, others = read_adapter(directory)
+    if others:
+        raise damaged(directory, f"weights other than factors, such as {min(others)},")
     return factors
 
 
 def read_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor]]:
-    """Read a saved adapter: factors by module, and other tensors in it by parameter path.
+    """Read a saved adapter.
 
-    Raises RunError unless it is whole: every module has both factors, of one rank. Raises
-    ModelError for a LoRA on an embedding.
+    Returns:
+        Factors A [rank, in] and B [out, rank] by module, float32, and all other tensors by
+        parameter path.
+
+    Raises:
+        RunError: the files are missing or damaged, or a module lacks two factors of one rank.
+        ModelError: the LoRA adapts an embedding.
     """
-    with _whole(directory):
+    with _damage_reported(directory):
         tensors = load_file(directory / _WEIGHTS)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     if embeddings := [name for name in tensors if ".lora_embedding_" in name]:
@@ -116,13 +125,13 @@ def read_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor]
     modules_left = ((name, name.removesuffix(MAGNITUDE)) for name in tensors if ".lora_" in name)
     left = [name for name, module in modules_left if module not in factors]
     if left:
-        raise damaged(directory, f"{left[0]} without its factors")
+        raise damaged(directory, f"{left[0]} without factors")
     return factors, tensors
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """Read PEFT's config of a saved adapter. Raises RunError unless it is a JSON object."""
-    with _whole(directory):
+    with _damage_reported(directory):
         config = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise damaged(directory, "an adapter_config.json that is not an object")
@@ -130,7 +139,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _whole(directory: Path) -> Iterator[None]:
+def _damage_reported(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -140,7 +149,8 @@ def _whole(directory: Path) -> Iterator[None]:
 
 
 def damaged(directory: Path, what: object) -> RunError:
+    """Return the error of an adapter folder that is incomplete or damaged."""
     return RunError(
-        f"a link must be a whole PEFT adapter (got {what} in {directory}); the folder is "
-        "incomplete: copy it whole, or start over"
+        f"a link must be a complete PEFT adapter (got {what} in {directory}); copy the folder "
+        "again, or start over"
     )

@@ -1,9 +1,9 @@
-"""A LoRA made elsewhere, as a link has it: factors of one rank, with one scaling.
+"""Convert an adapter from PEFT into a link: factors of one rank with one scaling.
 
-PEFT gives a module a rank and an alpha of its own (`rank_pattern`, `alpha_pattern`). Here smaller
-ranks are filled up with zeros and other scalings are folded into B: the same function to rounding.
-Which modules are adapted is read from the weights, whatever pattern chose them. A DoRA adapter
-becomes a link where its base is at hand (`runs.loading_start`).
+PEFT allows a rank and an alpha per module (`rank_pattern`, `alpha_pattern`). The import pads
+smaller ranks with zeros and folds other scalings into B: the same function up to rounding. It takes
+the adapted modules from the weights, whatever pattern selected them. A DoRA adapter needs its base
+to become a link (`runs.loading_start`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from chainlora.chain.link import Factors, padded
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ModelError
 
-# Fields that say nothing of what is computed.
+# Fields without an effect on the function.
 SILENT = {
     "task_type",
     "peft_type",
@@ -56,43 +56,57 @@ _READ = {
     "lora_dropout",
     "init_lora_weights",
 }
-# They chose the modules, which the weights name.
-_CHOICE = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
-# These leave the base's weights as they are; PiSSA, OLoRA, CorDA, LoftQ and others do not.
+# These fields select modules; the weights name them already.
+_SELECTION = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+# These initializations keep the base weights; PiSSA, OLoRA, CorDA, LoftQ and others change them.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _CONVERT = (
     "save it as a plain LoRA first (PEFT: save_pretrained with "
-    "path_initial_model_for_weight_conversion), or merge it and take the result as the model"
+    "path_initial_model_for_weight_conversion), or merge it and use the result as the model"
 )
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A LoRA of PEFT, read from its folder; tensors are by parameter path."""
+    """An adapter read from a PEFT folder.
+
+    Args:
+        config: settings of the link.
+        factors: A [rank, in] and B [out, rank] by module path.
+        kept: other stored weights by parameter path, such as embeddings; they must equal those of
+            the base.
+        magnitudes: DoRA's magnitudes [out] by module path; empty for a LoRA.
+        stored: PEFT's config.
+    """
 
     config: LinkConfig
     factors: dict[str, Factors]
-    kept: dict[str, Tensor]  # of embeddings that PEFT stored beside it, which must be the base's
-    magnitudes: dict[str, Tensor]  # of DoRA, by module; of LoRA none
-    stored: dict[str, Any]  # PEFT's config
+    kept: dict[str, Tensor]
+    magnitudes: dict[str, Tensor]
+    stored: dict[str, Any]
 
     @property
     def base(self) -> str:
-        """Return the name of its base, which may be empty."""
+        """Name of the base model; may be empty."""
         return str(self.stored.get("base_model_name_or_path") or "")
 
 
 def import_adapter(folder: Path) -> Imported:
-    """Read an adapter that PEFT has saved. Raises ModelError for what cannot become a link."""
+    """Read an adapter saved by PEFT.
+
+    Raises:
+        ModelError: it cannot become a link.
+        RunError: its files are damaged.
+    """
     stored = read_config(folder)
     _check(stored, folder)
-    factors, beside = read_adapter(folder)
+    factors, others = read_adapter(folder)
     try:
-        config, factors = _as_one(stored, factors)
+        config, factors = _with_one_rank(stored, factors)
         scaled = factors if stored.get("use_dora") else {}
         magnitudes = {
-            name: beside.pop(f"{name}{MAGNITUDE}").float().expand(share.b.shape[0])
-            for name, share in scaled.items()
+            name: others.pop(f"{name}{MAGNITUDE}").float().expand(pair.b.shape[0])
+            for name, pair in scaled.items()
         }
     except (
         TypeError,
@@ -104,16 +118,17 @@ def import_adapter(folder: Path) -> Imported:
         re.error,
     ) as error:
         raise damaged(folder, f"an adapter_config.json with {error}") from None
-    kept = {path.replace(".base_layer.", "."): weight for path, weight in beside.items()}
+    kept = {path.replace(".base_layer.", "."): weight for path, weight in others.items()}
     return Imported(config, factors, kept, magnitudes, stored)
 
 
-def odd_field(config: Mapping[str, Any], known: set[str]) -> tuple[str, object] | None:
-    """Return the first field of a LoRA's config that is neither PEFT's default nor known."""
-    plain = {each.name: getattr(peft.LoraConfig(), each.name) for each in fields(peft.LoraConfig)}
+def unknown_field(config: Mapping[str, Any], known: set[str]) -> tuple[str, object] | None:
+    """Return name and value of the first config field that is not known and not PEFT's default."""
+    defaults = peft.LoraConfig()
+    plain = {field.name: getattr(defaults, field.name) for field in fields(peft.LoraConfig)}
     for key, value in config.items():
-        is_plain = value == plain.get(key) or (not value and not plain.get(key))
-        if not is_plain and key not in known | SILENT:
+        is_default = value == plain.get(key) or (not value and not plain.get(key))
+        if not is_default and key not in known | SILENT:
             return key, value
     return None
 
@@ -122,53 +137,53 @@ def _check(config: dict[str, Any], folder: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ModelError("an adapter must be a LoRA", f"{kind!r:.40} in {folder}", MERGE)
-    if odd := odd_field(config, _READ | _CHOICE):
+    if odd := unknown_field(config, _READ | _SELECTION):
         got = f"`{odd[0]}: {odd[1]!r:.60}` in {folder}"
-        raise ModelError("an adapter must be LoRA or DoRA and no more", got, MERGE)
+        raise ModelError("an adapter must be a plain LoRA or DoRA", got, MERGE)
     if (init := config.get("init_lora_weights")) not in _INITS:
         got = f"`init_lora_weights: {init!r:.40}` in {folder}"
-        raise ModelError("an adapter must be for the base as it is", got, _CONVERT)
+        raise ModelError("an adapter must be trained on the unchanged base", got, _CONVERT)
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     if pickles and not any(folder.glob("*.safetensors")):
         raise ModelError(
             "weights must be safetensors, since pickle can run code",
             f"only {pickles[0]} in {folder}",
-            "load a copy that you trust with PEFT, and save it by save_pretrained",
+            "load a trusted copy with PEFT and call save_pretrained",
         )
 
 
-def _as_one(
+def _with_one_rank(
     stored: Mapping[str, Any], factors: Mapping[str, Factors]
 ) -> tuple[LinkConfig, dict[str, Factors]]:
-    """Return the config of a link, and factors of its rank and scaling."""
+    """Return the config of a link, and the factors converted to its rank and scaling."""
     rslora = bool(stored.get("use_rslora"))
-    rank = max(share.a.shape[0] for share in factors.values())
-    own = stored["r"], stored["lora_alpha"]
+    rank = max(pair.a.shape[0] for pair in factors.values())
+    stored_rank, stored_alpha = stored["r"], stored["lora_alpha"]
     power = 0.5 if rslora else 1.0
-    scaling = own[1] / own[0] ** power
+    scaling = stored_alpha / stored_rank**power
     config = LinkConfig(
         rank=rank,
-        alpha=own[1] if rank == own[0] else scaling * rank**power,
+        alpha=stored_alpha if rank == stored_rank else scaling * rank**power,
         rslora=rslora,
         dropout=stored.get("lora_dropout", 0.0),
         lora_bias=bool(stored.get("lora_bias")),
         target_modules=tuple(sorted(factors)),
     )
-    found = {}
-    for name, share in factors.items():
-        ratio = _of(stored, name, share, power) / scaling
-        if not math.isclose(ratio, 1.0, rel_tol=1e-12):  # folded into B and its bias
-            bias = None if share.bias is None else share.bias * ratio
-            share = replace(share, b=share.b * ratio, bias=bias)
-        found[name] = padded(share, rank)
-    return config, found
+    converted = {}
+    for name, pair in factors.items():
+        ratio = _module_scaling(stored, name, pair, power) / scaling
+        if not math.isclose(ratio, 1.0, rel_tol=1e-12):  # fold it into B and its bias
+            bias = None if pair.bias is None else pair.bias * ratio
+            pair = replace(pair, b=pair.b * ratio, bias=bias)
+        converted[name] = padded(pair, rank)
+    return config, converted
 
 
-def _of(stored: Mapping[str, Any], name: str, share: Factors, power: float) -> float:
-    """Return the scaling of a module. Raises ValueError where its factors have another rank."""
+def _module_scaling(stored: Mapping[str, Any], name: str, pair: Factors, power: float) -> float:
+    """Return the scaling of a module. Raises ValueError if its factors have another rank."""
     ranks, alphas = stored.get("rank_pattern") or {}, stored.get("alpha_pattern") or {}
     rank = ranks.get(get_pattern_key(list(ranks), name), stored["r"])
     alpha = alphas.get(get_pattern_key(list(alphas), name), stored["lora_alpha"])
-    if rank != share.a.shape[0]:
-        raise ValueError(f"rank {rank} for factors of rank {share.a.shape[0]} at {name}")
+    if rank != pair.a.shape[0]:
+        raise ValueError(f"rank {rank} for factors of rank {pair.a.shape[0]} at {name}")
     return alpha / rank**power

@@ -1,5 +1,8 @@
-"""What is known of a layer before a link goes on it: its kind, its forward, whether its weight is
-another's too, whether a model calls it, and whether PEFT has a LoRA for it."""
+"""Properties of layers that decide whether a link can adapt them.
+
+These are the kind, sizes and forward of a layer, whether it shares its weight, whether the model
+calls it, and whether PEFT has a LoRA for it.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,17 @@ _CALLED: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Say whether a layer is a Linear or Conv1D, packed ones (GPTQ, AWQ) among them."""
+    """Return whether a layer is a Linear or Conv1D, or a packed linear layer (GPTQ, AWQ)."""
     return isinstance(module, nn.Linear | Conv1D) or is_packed(module)
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Say whether the module stores its weight (in × out), as GPT-2's Conv1D does."""
+    """Return whether the module stores its weight as [in, out], as GPT-2's Conv1D does."""
     return isinstance(module, Conv1D)
 
 
 def sizes(module: Any) -> tuple[int, int]:
-    """Return (in, out) of a layer."""
+    """Return the numbers of inputs and outputs of a linear layer."""
     if isinstance(module, Conv1D):
         first, second = module.weight.shape
         return first, second
@@ -40,33 +43,34 @@ def sizes(module: Any) -> tuple[int, int]:
 
 
 def num_trained(rank: int, modules: Mapping[str, Any]) -> int:
-    """Return how many parameters a LoRA of this rank on these layers has."""
+    """Return the number of parameters of a LoRA of this rank on these layers."""
     return rank * sum(sum(sizes(module)) for module in modules.values())
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Say whether a subclass of Linear computes anything but ``x Wᵀ + c`` (grouped, rounded).
+    """Return whether a subclass of Linear computes another function than ``x Wᵀ + c``.
 
-    Of a layer on the meta device this sees the shape alone; the loaded model is checked again.
+    Examples are grouped and rounded layers. On the meta device only the output's shape is compared;
+    the loaded model is checked again.
     """
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return False
-    if is_quantized(module):  # it dequantises first
+    if is_quantized(module):  # its forward only dequantises
         return False
     x = torch.linspace(-1, 1, 3 * module.in_features, dtype=module.weight.dtype)
     x = x.view(1, 3, -1).to(module.weight.device)
     try:
         with torch.no_grad():
-            own, plain = module(x), nn.functional.linear(x, module.weight, module.bias)
+            actual, plain = module(x), nn.functional.linear(x, module.weight, module.bias)
     except (RuntimeError, TypeError):
         return True
-    if not isinstance(own, Tensor) or own.shape != plain.shape:
+    if not isinstance(actual, Tensor) or actual.shape != plain.shape:
         return True
-    return not (own.is_meta or torch.allclose(own, plain, 1e-3, 1e-3))
+    return not (actual.is_meta or torch.allclose(actual, plain, 1e-3, 1e-3))
 
 
 def why_no_lora(module: nn.Module) -> str | None:
-    """Return why PEFT has no LoRA for a layer that shows no weight, None where it has one."""
+    """Return why PEFT has no LoRA for a packed layer, or None if it has one."""
     with warnings.catch_warnings(action="ignore"):
         try:
             peft.LoraModel._create_new_module(peft.LoraConfig(), "probe", module, r=1, lora_alpha=1)
@@ -76,7 +80,7 @@ def why_no_lora(module: nn.Module) -> str | None:
 
 
 def why_no_lora_by_name(model: nn.Module, name: str) -> str | None:
-    """Return why PEFT refuses a layer of this name (Mamba's `out_proj`), None where it does not."""
+    """Return why PEFT refuses a layer with this name (such as Mamba's `out_proj`), or None."""
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 
     try:
@@ -87,11 +91,11 @@ def why_no_lora_by_name(model: nn.Module, name: str) -> str | None:
 
 
 def stacked_experts(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Return which of `names` PEFT takes for projections of experts.
+    """Return those `names` that PEFT treats as projections of stacked experts.
 
-    Transformers 5 holds the experts of Mixtral, DeepSeek and their like in stacked parameters. PEFT
-    reads a target such as ``gate_proj`` as theirs, in layers too that have a plain Linear of that
-    name, and reads an adapter from disk in the same way.
+    Transformers 5 stores the experts of Mixtral, DeepSeek and similar models in stacked parameters.
+    PEFT applies a target such as ``gate_proj`` to them, even in layers with a plain Linear of that
+    name. It does the same when it loads an adapter.
     """
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
@@ -108,9 +112,9 @@ def stacked_experts(model: nn.Module, names: Iterable[str]) -> set[str]:
 
 
 def uncalled_modules(model: nn.Module, matched: Mapping[str, nn.Module]) -> set[str]:
-    """Return which modules a model never calls on text, none of their kind being called either.
+    """Return the matched modules that the model never calls on text.
 
-    An expert counts as called if any sibling is.
+    A module counts as called if any module of its kind is, for example another expert.
     """
     called = _called_modules(model)
     if called is None:
@@ -120,26 +124,26 @@ def uncalled_modules(model: nn.Module, matched: Mapping[str, nn.Module]) -> set[
 
 
 def kind_of(name: str) -> str:
-    """Return a module's path without its numbers: one for all layers in the same place."""
+    """Return a module's path with "*" for its numbers: equal for the same module of all layers."""
     return re.sub(r"\d+", "*", name)
 
 
 def _called_modules(model: nn.Module) -> frozenset[str] | None:
-    """Return the paths of modules that run in a forward over a few tokens; None if it fails."""
+    """Return the paths of modules that run in a forward pass on a few tokens; None if it fails."""
     if model not in _CALLED:
         seen: set[nn.Module] = set()
         handles = [
-            module.register_forward_pre_hook(lambda each, _: seen.add(each))
+            module.register_forward_pre_hook(lambda called, _: seen.add(called))
             for module in model.modules()
         ]
         device = next(model.parameters()).device
         try:
             with in_mode(model), kept_random_state(model), torch.no_grad():
                 ids = torch.arange(1, 9, device=device)[None]
-                is_both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-                both = {"decoder_input_ids": ids} if is_both else {}
-                model(input_ids=ids, use_cache=False, **both)
-        except Exception:  # a model that cannot run is refused where it is to run
+                has_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+                keys = {"decoder_input_ids": ids} if has_decoder else {}
+                model(input_ids=ids, use_cache=False, **keys)
+        except Exception:  # a later, real use of the model reports the error
             return None
         finally:
             for handle in handles:
@@ -150,14 +154,14 @@ def _called_modules(model: nn.Module) -> frozenset[str] | None:
 
 
 def shared_weights(model: nn.Module) -> dict[str, str]:
-    """Return, by path, another module that holds the same weight: writing one writes the other."""
+    """Return, by path, another module with the same weight: writing one writes the other."""
     owners: dict[tuple[int, int], str] = {}
     shared: dict[str, str] = {}
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.device.type == "meta":
             continue
-        if is_quantized(module):  # never written, and its storage may be hidden
+        if is_quantized(module):  # never written; its storage may be hidden
             continue
         weight = local(weight)
         if not weight.numel():
@@ -172,7 +176,7 @@ def shared_weights(model: nn.Module) -> dict[str, str]:
 
 
 def tied_head(model: Any) -> nn.Module | None:
-    """Return the head of a model if its weight is the embedding's, else None."""
+    """Return the model's head if it shares its weight with the embedding, else None."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     weight = getattr(head, "weight", None)
@@ -181,21 +185,21 @@ def tied_head(model: Any) -> nn.Module | None:
     return head
 
 
-# --- bases in few bits ---
+# --- quantised bases ---
 
 
 def prepare_quantized(model: Any) -> None:
-    """Prepare a quantised model for links in place, as PEFT does for one LoRA.
+    """Prepare a quantised model for links, in place, as PEFT does for a LoRA.
 
-    Everything is frozen. Beside layers of bitsandbytes, what is not quantised becomes float32: the
-    embedding, norms and the head, and so hidden states and logits. Quantised layers multiply in
-    their compute dtype as before. Other kinds of layers keep the model's dtype.
+    Freezes all parameters. In a bitsandbytes model, parameters that are not quantised become
+    float32 (embedding, norms, head), and so do hidden states and logits; quantised layers keep
+    their compute dtype. Models of other kinds of quantisation keep their dtype.
     """
     peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
 def dequantized(layer: nn.Module) -> Tensor:
-    """Return the weight of a linear layer as it computes with it, [out, in] float32 on the CPU."""
+    """Return the dequantised weight of a linear layer, [out, in], float32 on the CPU."""
     from peft.utils.integrations import dequantize_module_weight
 
     weight: Any = dequantize_module_weight(layer) if is_quantized(layer) else layer.weight

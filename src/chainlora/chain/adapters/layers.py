@@ -1,6 +1,6 @@
-"""A LoRA on a model: put on, read, written, taken off, always in place.
+"""Attach a LoRA to a model, read it, write it and remove it, always in place.
 
-A layer is asked whether it is adapted (`isinstance`), names are never matched by substring.
+`isinstance` tells whether a layer is adapted; names are never matched by substring.
 """
 
 from __future__ import annotations
@@ -20,25 +20,33 @@ from chainlora.chain.adapters.targets import check_targets, peft_config, task_ty
 from chainlora.chain.link import Factors
 from chainlora.config.schema import LinkConfig
 
-CARRIED = "carried"  # PEFT's name of the branch that holds a chain's earlier links
-LIVE = "default"  # the name that PEFT gives, and that its users and TRL expect
+CARRIED = "carried"  # PEFT adapter with a chain's earlier links
+LIVE = "default"  # PEFT adapter of the live link; PEFT's default name, which TRL expects
 
 
 @dataclass
 class Adapter:
-    """A LoRA that sits on the model: its tuner layers by path."""
+    """A LoRA on a model.
+
+    Args:
+        tuner: PEFT's wrapper of the model.
+        config: settings of the link.
+        layers: PEFT's LoraLayer by module path; its attributes are untyped.
+        branch: the layers with a frozen branch, by module path.
+        trainable: the parameters that were trainable before it was attached.
+    """
 
     tuner: peft.LoraModel
     config: LinkConfig
-    layers: dict[str, Any]  # PEFT's LoraLayer, whose attributes are untyped
-    branch: dict[str, Any] = field(default_factory=dict)  # layers with a frozen branch beside them
-    trainable: list[nn.Parameter] = field(default_factory=list)  # what was so without it
+    layers: dict[str, Any]
+    branch: dict[str, Any] = field(default_factory=dict)
+    trainable: list[nn.Parameter] = field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"<Adapter: rank {self.config.rank} on {len(self.layers)} modules>"
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters this link trains."""
+        """Yield the trained parameters."""
         for layer in self.layers.values():
             yield from _trained(layer)
 
@@ -52,7 +60,7 @@ class Adapter:
 
 
 class FactorsIn(NamedTuple):
-    """The parameters of an adapter in one tuner layer: A [rank, in], B [out, rank], B's bias."""
+    """Parameters of an adapter in one LoRA layer: A [rank, in], B [out, rank], B's bias [out]."""
 
     a: nn.Parameter
     b: nn.Parameter
@@ -60,7 +68,7 @@ class FactorsIn(NamedTuple):
 
 
 def factors_in(layer: Any, name: str) -> FactorsIn:
-    """Return an adapter's parameters in a tuner layer."""
+    """Return the parameters of a named adapter in a LoRA layer."""
     b = layer.lora_B[name]
     return FactorsIn(layer.lora_A[name].weight, b.weight, b.bias)
 
@@ -70,12 +78,12 @@ def _trained(layer: Any) -> Iterator[nn.Parameter]:
 
 
 def base_layer(layer: nn.Module) -> Any:
-    """Return the frozen layer below a tuner layer, or the layer itself when it is not adapted."""
+    """Return the frozen layer inside a LoRA layer, or the layer itself if it is not adapted."""
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
 
 def linked_layer(model: nn.Module, name: str) -> Any:
-    """Return the layer that a link's factors of a name are for, None where there is none."""
+    """Return the base layer of a module, or None if the model has no linear layer of that name."""
     try:
         layer = base_layer(model.get_submodule(name))
     except AttributeError:
@@ -83,32 +91,33 @@ def linked_layer(model: nn.Module, name: str) -> Any:
     return layer if is_linear(layer) else None
 
 
-@torch.inference_mode(False)  # in which nothing is made that can be trained
+@torch.inference_mode(False)  # parameters made in inference mode cannot be trained
 def attach(model: nn.Module, config: LinkConfig) -> Adapter:
-    """Put a fresh LoRA on `model` in place: adapter weights in float32, the rest frozen.
+    """Attach a fresh LoRA to `model`, in place: factors in float32, all other parameters frozen.
 
-    Factors hold PEFT's own start; the caller sets them. Raises ModelError when nothing matches,
-    when a matched layer is neither Linear nor Conv1D, when a target shares its storage
-    (tied head), or `lora_bias` finds no bias.
+    The caller must set the factors, which have PEFT's own initialization.
+
+    Raises:
+        ModelError: no module matches, or a module cannot be adapted (`targets.check_targets`).
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     targets = sorted(check_targets(model, config))
     with warnings.catch_warnings(action="ignore"):
         keys: dict[str, Any] = {"exclude_modules": None, "task_type": task_type(model)}
-        if config.init == "gaussian":  # for whoever reads of the tuner what a link is
+        if config.init == "gaussian":  # readers of PEFT's config see it
             keys["init_lora_weights"] = "gaussian"
         tuner = peft.LoraModel(model, peft_config(config, target_modules=targets, **keys), LIVE)
     adapter = Adapter(tuner, config, lora_layers(model), trainable=trainable)
     for layer in adapter.layers.values():
         layer.lora_A.float()
         layer.lora_B.float()
-        layer.train(layer.get_base_layer().training)  # no dropout in a model that is evaluated
+        layer.train(layer.get_base_layer().training)  # new layers start in training mode
     train_only(adapter)
     return adapter
 
 
 def train_only(adapter: Adapter) -> None:
-    """Let a LoRA be trained, and nothing else of its model."""
+    """Make the LoRA trainable, and freeze all other parameters of its model."""
     for parameter in adapter.tuner.model.parameters():
         parameter.requires_grad_(False)
     for parameter in adapter.parameters():
@@ -116,7 +125,7 @@ def train_only(adapter: Adapter) -> None:
 
 
 def detach(adapter: Adapter) -> None:
-    """Take the LoRA off in place: plain layers again."""
+    """Remove the LoRA in place and restore the plain layers."""
     model = adapter.tuner.model
     adapter.tuner.unload()
     for attribute in ("peft_config", "peft_type"):
@@ -128,13 +137,13 @@ def detach(adapter: Adapter) -> None:
 
 
 def same_shape(adapter: Adapter, config: LinkConfig) -> bool:
-    """Say whether the next link fits into this one's tensors (then compiled graphs live on)."""
+    """Return whether the next link can reuse these layers, so that compiled graphs stay valid."""
     return adapter.config.model_copy(update={"alpha": config.alpha, "init": config.init}) == config
 
 
 @torch.no_grad()
 def set_factors(adapter: Adapter, name: str, factors: Factors) -> None:
-    """Write one module's factors, in place."""
+    """Set the factors of one module, in place."""
     layer = adapter.layers[name]
     a, b, bias = factors_in(layer, LIVE)
     a.copy_(factors.a)
@@ -144,19 +153,19 @@ def set_factors(adapter: Adapter, name: str, factors: Factors) -> None:
 
 
 def live_factors(adapter: Adapter, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return one module's A [rank, in] and B [out, rank] themselves, not copies."""
-    found = factors_in(adapter.layers[name], LIVE)
-    return found.a, found.b
+    """Return the parameters A [rank, in] and B [out, rank] of one module, not copies."""
+    a, b, _ = factors_in(adapter.layers[name], LIVE)
+    return a, b
 
 
 def copied_factors(layer: Any) -> Factors:
-    """Copy the factors of a tuner layer to float32 on the CPU."""
+    """Copy the factors of a LoRA layer to float32 on the CPU."""
     a, b, bias = factors_in(layer, LIVE)
     return Factors(host(a), host(b), None if bias is None else host(bias))
 
 
 def set_config(adapter: Adapter, config: LinkConfig) -> None:
-    """Give a reused adapter the next link's scaling and settings."""
+    """Set the scaling and settings of the next link on a reused adapter."""
     for layer in adapter.layers.values():
         layer.scaling[LIVE] = config.scaling
         layer.lora_alpha[LIVE] = config.alpha
@@ -164,24 +173,24 @@ def set_config(adapter: Adapter, config: LinkConfig) -> None:
 
 
 def get_dropouts(model: nn.Module) -> dict[str, float]:
-    """Return the dropout of each tuner layer that has one, by path; an owner may have set it."""
-    found = {
+    """Return the dropout of each LoRA layer that has one, by path; user code may have set it."""
+    modules = {
         name: layer.lora_dropout[LIVE]
         for name, layer in lora_layers(model).items()
         if LIVE in layer.lora_dropout
     }
-    return {name: each.p for name, each in found.items() if isinstance(each, nn.Dropout)}
+    return {name: module.p for name, module in modules.items() if isinstance(module, nn.Dropout)}
 
 
 def set_dropouts(adapter: Adapter, dropouts: Mapping[str, float]) -> None:
-    """Set the dropout of tuner layers that have one."""
+    """Set the dropout of LoRA layers that have one."""
     for name in get_dropouts(adapter.tuner.model).keys() & dropouts.keys():
         adapter.layers[name].lora_dropout[LIVE].p = dropouts[name]
 
 
 @torch.no_grad()
 def zero(adapter: Adapter) -> None:
-    """Make the adapter add nothing: both factors and the bias to zero, in place."""
+    """Set both factors and the bias to zero, in place, so that the adapter adds nothing."""
     for layer in adapter.layers.values():
         for parameter in factors_in(layer, LIVE):
             if parameter is not None:
@@ -194,35 +203,39 @@ def host(tensor: Tensor) -> Tensor:
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
-    """Return the layers of a model that a LoRA of PEFT is on, by path."""
+    """Return the layers of a model with a PEFT LoRA, by path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-# --- a low-rank sum beside the base, frozen: how a chain carries its earlier links ---
+# --- the frozen branch of `hold: carried` ---
 
 
 def carry(adapter: Adapter, stacked: Mapping[str, Factors], room: int = 0) -> None:
-    """Hold a low-rank sum beside the base as one frozen branch, in place.
+    """Set the frozen branch beside the base to a low-rank sum, in place.
 
-    Scalings are folded into B and the bias. The branch has the rank of the sum, or `room` where
-    that is more, and keeps its tensors as long as that rank stays the same.
+    The branch keeps its tensors while its rank stays the same.
+
+    Args:
+        adapter: the LoRA layers.
+        stacked: factors of the sum by module path, with scalings in B and the bias.
+        room: smallest rank of the branch; smaller sums are padded with zeros.
     """
     rank = max([factors.a.shape[0] for factors in stacked.values()] + [room])
     with_bias = any(factors.bias is not None for factors in stacked.values())
-    there = [factors_in(layer, CARRIED) for layer in adapter.branch.values()]
+    current = [factors_in(layer, CARRIED) for layer in adapter.branch.values()]
     fits = (
-        rank == max((each.a.shape[0] for each in there), default=0)
+        rank == max((parameters.a.shape[0] for parameters in current), default=0)
         and stacked.keys() <= adapter.branch.keys()
-        and (not with_bias or any(each.bias is not None for each in there))
+        and (not with_bias or any(parameters.bias is not None for parameters in current))
     )
     if not fits:
         modules = dict.fromkeys([*adapter.layers, *stacked])
-        _put_on_branch(adapter, list(modules), rank, with_bias)
+        _attach_branch(adapter, list(modules), rank, with_bias)
     for name, layer in adapter.branch.items():
         _fill_branch(layer, stacked.get(name))
 
 
-def _put_on_branch(adapter: Adapter, modules: list[str], rank: int, with_bias: bool) -> None:
+def _attach_branch(adapter: Adapter, modules: list[str], rank: int, with_bias: bool) -> None:
     tuner = adapter.tuner
     if CARRIED in tuner.peft_config:
         tuner.delete_adapter(CARRIED)

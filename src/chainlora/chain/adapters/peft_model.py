@@ -1,9 +1,9 @@
-"""A chain inside PEFT's own model, for loops that know PEFT and nothing of chains.
+"""Put a chain inside a `PeftModel`, for training loops that only support PEFT.
 
-A `PeftModel` is a shell around a tuner. The LoRA that its owner put on is read (`read_settings`)
-and taken off (`take_off`), and what it has learned becomes a link (`read_trained`); the chain puts
-its own on the plain model inside, and the shell is given that tuner (`put_in`). Saving and loading,
-which the shell would do for one adapter, are redirected (`redirect`).
+A `PeftModel` wraps a tuner with one LoRA. This module reads the settings of that LoRA
+(`read_settings`) and its trained factors, which become a link (`read_trained`), and removes it
+(`take_off`). The chain attaches its own LoRA to the plain model, and the `PeftModel` gets the
+chain's tuner (`put_in`). Its methods to save and load call the chain (`redirect`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import peft
 from torch import nn
 
-from chainlora.chain.adapters.importing import odd_field
+from chainlora.chain.adapters.importing import unknown_field
 from chainlora.chain.adapters.layers import (
     LIVE,
     Adapter,
@@ -27,7 +27,7 @@ from chainlora.chain.adapters.layers import (
 from chainlora.chain.link import Factors
 from chainlora.errors import ModelError
 
-# TRL's DPOTrainer adds a copy of a fresh adapter under this name, as its reference.
+# TRL's DPOTrainer adds a copy of the fresh adapter with this name, as its reference.
 _REFERENCE = "ref"
 _INITS = {True: "kaiming", "gaussian": "gaussian"}
 _READ = {
@@ -43,15 +43,16 @@ _READ = {
     "init_lora_weights",
 }
 _REMEDIES = {
-    "modules_to_save": "leave it out, and task_type of a classifier, by which PEFT trains its head",
+    "modules_to_save": "leave it out, and a classifier's task_type, for which PEFT trains the head",
     "init_lora_weights": "leave it out, or set it to 'gaussian'",
 }
 
 
 def read_settings(model: nn.Module) -> dict[str, Any]:
-    """Return what a model's LoRA says, by the keys of `LinkConfig`.
+    """Return the settings of a PeftModel's LoRA, by the keys of `LinkConfig`.
 
-    Raises ModelError unless it is a PEFT model with one plain LoRA.
+    Raises:
+        ModelError: the model is not a PeftModel with one plain LoRA.
     """
     tuned = _peft_model(model)
     config = tuned.peft_config[LIVE]
@@ -60,7 +61,7 @@ def read_settings(model: nn.Module) -> dict[str, Any]:
     _check_trained(plain)
     targets = config.target_modules
     if config.exclude_modules or config.layers_to_transform is not None:
-        targets = lora_layers(plain)  # PEFT lists all linear layers, also what is excluded
+        targets = lora_layers(plain)  # PEFT also lists excluded layers
     return {
         "rank": config.r,
         "alpha": config.lora_alpha,
@@ -75,9 +76,9 @@ def read_settings(model: nn.Module) -> dict[str, Any]:
 def _peft_model(model: nn.Module) -> Any:
     if not isinstance(model, peft.PeftModel):
         has_lora = bool(lora_layers(model))
-        beside = " with an adapter" if has_lora else ", all of whose weights would be tuned"
+        kind = " with an adapter" if has_lora else " without a LoRA"
         raise ModelError(
-            f"a chain needs a model of PEFT (got {type(model).__name__}{beside}); wrap it by "
+            f"a chain needs a PeftModel (got {type(model).__name__}{kind}); wrap the model with "
             "peft.get_peft_model, or pass peft_config to a trainer of TRL"
         )
     names = [name for name in model.peft_config if name != _REFERENCE]
@@ -85,7 +86,7 @@ def _peft_model(model: nn.Module) -> Any:
     if names != [LIVE] or active != [LIVE]:
         remedy = "merge or delete the others" if len(names) > 1 else "leave adapter_name out"
         raise ModelError(
-            f"a chain needs one adapter, of PEFT's name {LIVE!r} (got {', '.join(names)}; active: "
+            f"a chain needs one adapter with the name {LIVE!r} (got {', '.join(names)}; active: "
             f"{', '.join(active)}); {remedy}"
         )
     if model.peft_config[LIVE].peft_type != peft.PeftType.LORA:
@@ -95,63 +96,65 @@ def _peft_model(model: nn.Module) -> Any:
 
 
 def _check_fields(config: Any) -> None:
-    """Refuse every field that would be lost when the next link begins."""
+    """Refuse config fields that links do not support: the next link would lose them."""
     if config.target_parameters:
         raise ModelError(
             "stacked experts cannot be linked (got PEFT's LoRA on the parameters "
             f"{', '.join(sorted(config.target_parameters)[:3])}, which all-linear includes); name "
             "linear layers in target_modules, such as q_proj and v_proj"
         )
-    told = {each.name: getattr(config, each.name) for each in fields(config)}
-    odd = odd_field(told, _READ)
-    if odd is None and config.init_lora_weights not in _INITS:
-        odd = "init_lora_weights", config.init_lora_weights
-    if odd is not None:
-        remedy = _REMEDIES.get(odd[0], "leave it out")
-        raise ModelError(f"a chain needs a plain LoRA (got `{odd[0]}={odd[1]!r:.60}`); {remedy}")
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    unknown = unknown_field(values, _READ)
+    if unknown is None and config.init_lora_weights not in _INITS:
+        unknown = "init_lora_weights", config.init_lora_weights
+    if unknown is not None:
+        key, value = unknown
+        remedy = _REMEDIES.get(key, "leave it out")
+        raise ModelError(f"a chain needs a plain LoRA (got `{key}={value!r:.60}`); {remedy}")
 
 
 def _check_trained(model: nn.Module) -> None:
-    """Refuse a choice of what is trained that links would undo: they train the LoRA, all of it."""
+    """Refuse other trained parameters than the LoRA: links would freeze or unfreeze them."""
     lora = {p for layer in lora_layers(model).values() for p in factors_in(layer, LIVE)}
     named = dict(model.named_parameters())
     trained = {name for name, parameter in named.items() if parameter.requires_grad}
-    own = {name for name, parameter in named.items() if parameter in lora}
-    if trained - own:
+    of_lora = {name for name, parameter in named.items() if parameter in lora}
+    if trained - of_lora:
         got, remedy = "is trained too", "freeze it"
-    elif trained and own - trained:  # an adapter that was loaded to be used is frozen as a whole
+    elif trained and of_lora - trained:  # PEFT freezes an adapter loaded for inference as a whole
         got, remedy = "is frozen", "unfreeze it"
     else:
         return
-    rule = "a chain trains the model's LoRA, all of it and nothing else"
-    raise ModelError(rule, f"{min(trained ^ own)}, which {got}", remedy)
+    rule = "a chain must train all parameters of the LoRA and no others"
+    raise ModelError(rule, f"{min(trained ^ of_lora)}, which {got}", remedy)
 
 
 def read_trained(model: Any) -> dict[str, Factors] | None:
-    """Return the factors of a PEFT model's LoRA by module; None of a fresh one, which adds nothing.
+    """Return the factors of a PeftModel's LoRA by module, or None if the LoRA adds nothing.
 
-    Raises ModelError for one that is merged.
+    Raises:
+        ModelError: the LoRA is merged.
     """
     plain = model.get_base_model()
     layers = lora_layers(plain)
     if merged := [name for name, layer in layers.items() if layer.merged]:
         raise ModelError(
-            f"a chain needs an adapter beside the base (got a merged one at {merged[0]}); call "
-            "model.unmerge_adapter(), or load both anew"
+            f"a chain needs an unmerged adapter (got a merged one at {merged[0]}); call "
+            "model.unmerge_adapter(), or load base and adapter again"
         )
     factors = {name: copied_factors(layer) for name, layer in layers.items()}
-    return factors if any(share.adds for share in factors.values()) else None
+    return factors if any(pair.adds for pair in factors.values()) else None
 
 
 def take_off(model: Any) -> nn.Module:
-    """Take every LoRA off a PEFT model, in place, and return the plain model inside it."""
+    """Remove every LoRA of a PeftModel, in place, and return the plain model inside it."""
     plain: nn.Module = model.get_base_model()
     model.base_model.unload()
     return plain
 
 
 def put_in(model: Any, adapter: Adapter) -> None:
-    """Let a PEFT model hold a chain's LoRA, which sits on its plain model already."""
+    """Set the tuner of a PeftModel to a chain's LoRA, which is on its plain model already."""
     model.base_model = adapter.tuner
     model.active_adapter = LIVE
 
@@ -162,11 +165,17 @@ def redirect(
     load: Callable[[Path], None],
     switch_off: Callable[[], None],
 ) -> None:
-    """Have a PEFT model save and load by the functions given, in place.
+    """Replace the methods of a PeftModel that save, load and disable its adapter, in place.
 
-    Whoever saves it (Trainer, TRL, a push to the Hub) calls ``save_pretrained``; resume and the
-    best model come by ``load_adapter``. Adapters of other names are left to PEFT. `switch_off` is
-    called before ``disable_adapter``, by which TRL has its reference model.
+    Trainer, TRL and a push to the Hub save with ``save_pretrained``, and load a checkpoint or the
+    best model with ``load_adapter``. TRL computes its reference inside ``disable_adapter``. PEFT
+    still handles adapters with other names.
+
+    Args:
+        model: the PeftModel.
+        save: called with the folder in place of ``save_pretrained``.
+        load: called with the folder in place of ``load_adapter``.
+        switch_off: called before ``disable_adapter``.
     """
     redirected = _Redirected(model, save, load, switch_off)
     model.save_pretrained = redirected.save_pretrained
@@ -176,8 +185,7 @@ def redirect(
 
 @dataclass
 class _Redirected:
-    """The methods that a PEFT model gets. Methods, and not functions, as a copy of the model then
-    has its own."""
+    """The new methods of a PeftModel; bound methods, so that `deepcopy` rebinds them to a copy."""
 
     model: Any
     save: Callable[[Path], None]

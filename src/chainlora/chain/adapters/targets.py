@@ -1,5 +1,8 @@
-"""Which modules a link adapts: PEFT's own matching, less what a LoRA would do nothing on, and why a
-module that is named cannot be adapted."""
+"""Select the modules that a link adapts, and check them.
+
+PEFT's own matching, without modules where a LoRA would have no effect; and the errors for named
+modules that cannot be adapted.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +34,11 @@ from chainlora.models.quantizing import is_packed
 
 log = logging.getLogger(__name__)
 
-_SAID: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_WARNED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def peft_config(config: LinkConfig, **overrides: Any) -> peft.LoraConfig:
+    """Return the PEFT config of a link."""
     keys: dict[str, Any] = {
         "r": config.rank,
         "lora_alpha": config.alpha,
@@ -48,26 +52,28 @@ def peft_config(config: LinkConfig, **overrides: Any) -> peft.LoraConfig:
 
 
 def listed(value: Sequence[str] | str | None) -> list[str] | str | None:
-    """Return the names of a config's key as PEFT takes them and messages show them."""
+    """Return module names of a config as PEFT and messages need them: a list, a string or None."""
     return value if value is None or isinstance(value, str) else list(value)
 
 
 def task_type(model: nn.Module) -> str | None:
-    """Return PEFT's name of what a generating model is for; None for other models.
+    """Return PEFT's task type of a generative model; None for other models.
 
-    For a classifier's task PEFT would train its head whole.
+    With a classifier's task type PEFT would train the whole head.
     """
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         return None
     if not model.config.is_encoder_decoder:
         return "CAUSAL_LM"
-    # PEFT's model of this task takes token ids and nothing else: not Whisper's
+    # PEFT's model for this task accepts only token ids, so not Whisper's features.
     return "SEQ_2_SEQ_LM" if model.main_input_name == "input_ids" else None
 
 
 def target_candidates(model: nn.Module) -> list[str]:
-    """Return the last path parts of all layers that can be linked, most frequent first, for
-    `target_modules`."""
+    """Return names for `target_modules`: the last path parts of all layers that can be adapted.
+
+    The most frequent name comes first.
+    """
     counts: dict[str, int] = {}
     head = tied_head(model)
     for name, module in model.named_modules():
@@ -78,12 +84,12 @@ def target_candidates(model: nn.Module) -> list[str]:
 
 
 def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module]:
-    """Return the modules a link would adapt, by path, as PEFT itself picks them.
+    """Return the modules that a link would adapt, by path, as PEFT selects them.
 
-    ``all-linear`` is every Linear and Conv1D layer but the head, and but those where a LoRA would
-    do nothing or PEFT has none: layers that the model never calls on text (vision towers, weights
-    that are read directly), and names that PEFT takes for stacked experts. Linear layers that show
-    no weight (GPTQ, AWQ) count among them, which PEFT itself leaves out.
+    ``all-linear`` selects every Linear and Conv1D layer except the head. It also skips layers where
+    a LoRA would have no effect or PEFT has none: layers that the model never calls on text (vision
+    towers, weights that are read directly) and names that PEFT treats as stacked experts. Unlike
+    PEFT it includes packed linear layers (GPTQ, AWQ).
     """
     from peft.tuners.tuners_utils import (
         _maybe_include_all_linear_layers,
@@ -102,12 +108,18 @@ def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module
     }
     if not takes_all:
         return matched
-    left_out = stacked_experts(model, matched) | uncalled_modules(model, matched)
-    left_out |= {name for name in matched if why_no_lora_by_name(model, name)}
-    left_out |= {name for name, module in matched.items() if has_own_forward(module)}
-    if left_out:
-        kinds = ", ".join(sorted({kind_of(name) for name in left_out}))
-        _warn_once(model, f"all-linear leaves out {len(left_out)} layers: {kinds}")
+    skipped = _without_effect(model, matched)
+    return {name: module for name, module in matched.items() if name not in skipped}
+
+
+def _without_effect(model: nn.Module, matched: Mapping[str, nn.Module]) -> set[str]:
+    """Return the modules that ``all-linear`` skips, and log them."""
+    skipped = stacked_experts(model, matched) | uncalled_modules(model, matched)
+    skipped |= {name for name in matched if why_no_lora_by_name(model, name)}
+    skipped |= {name for name, module in matched.items() if has_own_forward(module)}
+    if skipped:
+        kinds = ", ".join(sorted({kind_of(name) for name in skipped}))
+        _warn_once(model, f"all-linear leaves out {len(skipped)} layers: {kinds}")
     stacked = {
         kind_of(name)
         for name, module in model.named_modules()
@@ -117,71 +129,85 @@ def matched_modules(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module
     if stacked:
         text = f"all-linear leaves out stacked parameters: {', '.join(sorted(stacked))}"
         _warn_once(model, text)
-    return {name: module for name, module in matched.items() if name not in left_out}
+    return skipped
 
 
 def _warn_once(model: nn.Module, text: str) -> None:
-    said = _SAID.setdefault(model, set())
-    if text not in said:
-        said.add(text)
+    warned = _WARNED.setdefault(model, set())
+    if text not in warned:
+        warned.add(text)
         log.warning("%s", text)
 
 
 def is_named(path: str, last: str) -> bool:
-    """Say whether a path is, or ends in, a name."""
+    """Return whether a path equals a name or ends in it."""
     return path == last or path.endswith("." + last)
 
 
-# --- what is refused ---
+# --- checks ---
 
 
 def check_targets(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module]:
-    """Return the modules that a link adapts. Raises ModelError if its names match nothing, or what
-    they match cannot be linked and merged."""
+    """Return the modules that a link adapts, by path.
+
+    Raises:
+        ModelError: a name matches no module, or a matched module cannot be adapted or merged.
+    """
     matched = matched_modules(model, config)
     _check_names(model, config, matched)
-    head = tied_head(model)
     shared = shared_weights(model)
     fused = stacked_experts(model, matched)
-    uncalled = uncalled_modules(model, matched)
     for name, module in matched.items():
         _check_kind(model, name, module)
-        if module is head:
-            raise ModelError(
-                "`target_modules` must not name a head that is tied to the embedding (got "
-                f"{name}): its merge would change both; exclude it, or untie the weights"
-            )
-        if name in shared:
-            raise ModelError(
-                "`target_modules` must not match layers that share their weights (got "
-                f"{name} and {shared[name]}): each would have an update of its own, and one weight "
-                f"cannot hold both; add {name.rpartition('.')[2]!r} to exclude_modules"
-            )
+        _check_weight(model, name, module, shared)
         if name in fused:
             raise ModelError(
-                f"stacked experts cannot be linked (got {name}, which PEFT takes for a projection "
+                f"stacked experts cannot be linked (got {name}, which PEFT treats as a projection "
                 "of experts that share one parameter); leave it out, or use all-linear"
             )
         _check_settings(config, name, module)
-    if idle := _idle_target(config, matched, uncalled):
+    if idle := _uncalled_target(config, matched, uncalled_modules(model, matched)):
         raise ModelError(
-            f"the model must call the layers that are adapted (got {idle}, whose weight it reads "
-            f"directly, or not at all on text); candidates: {', '.join(target_candidates(model))}"
+            f"the model must call the adapted layers (got {idle}, which it never calls on text: it "
+            "reads the weight directly, or not at all); candidates: "
+            f"{', '.join(target_candidates(model))}"
         )
+    _warn_of_narrow_layers(model, config, matched)
+    return matched
+
+
+def _warn_of_narrow_layers(
+    model: nn.Module, config: LinkConfig, matched: Mapping[str, nn.Module]
+) -> None:
+    """Log layers whose shorter side is below the rank."""
     narrow = {name: side for name in matched if (side := min(sizes(matched[name]))) < config.rank}
     if narrow:
         first = min(narrow, key=lambda name: narrow[name])
         _warn_once(
             model,
             f"rank {config.rank} is above the shorter side of {len(narrow)} of {len(matched)} "
-            f"adapted layers ({narrow[first]} at {first}), which bounds the rank of an update; "
-            f"rank {max(narrow.values())} suffices for them",
+            f"adapted layers ({narrow[first]} at {first}), which limits the rank of their update; "
+            f"rank {max(narrow.values())} is enough for them",
         )
-    return matched
+
+
+def _check_weight(model: nn.Module, name: str, module: nn.Module, shared: dict[str, str]) -> None:
+    """Raise if a module shares its weight with the embedding or another module."""
+    if module is tied_head(model):
+        raise ModelError(
+            "`target_modules` must not name a head that is tied to the embedding (got "
+            f"{name}): a merge would change both; exclude it, or untie the weights"
+        )
+    if name in shared:
+        raise ModelError(
+            "`target_modules` must not match layers that share their weights (got "
+            f"{name} and {shared[name]}): one weight cannot store two different updates; add "
+            f"{name.rpartition('.')[2]!r} to exclude_modules"
+        )
 
 
 def _check_names(model: nn.Module, config: LinkConfig, matched: Mapping[str, nn.Module]) -> None:
-    """Raise unless something matches, and every name that is listed does."""
+    """Raise unless every name in `target_modules` matches a module."""
     candidates = ", ".join(target_candidates(model))
     if not matched:
         without = f" without {listed(config.exclude_modules)}" if config.exclude_modules else ""
@@ -200,7 +226,7 @@ def _check_names(model: nn.Module, config: LinkConfig, matched: Mapping[str, nn.
 
 
 def _check_kind(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Raise unless a layer is a plain linear map that PEFT has a LoRA for."""
+    """Raise unless a layer is a plain linear map for which PEFT has a LoRA."""
     kind = type(module).__name__
     if not is_linear(module):
         raise ModelError(
@@ -209,42 +235,41 @@ def _check_kind(model: nn.Module, name: str, module: nn.Module) -> None:
         )
     if is_packed(module) and (reason := why_no_lora(module)):
         raise ModelError(
-            f"PEFT must have a LoRA for each layer (got {kind} at {name}: {reason}); install what "
-            "PEFT needs for it (GPTQ and AWQ: gptqmodel and optimum), or take the checkpoint "
-            "before quantisation, with quantize: nf4"
+            f"PEFT must have a LoRA for each layer (got {kind} at {name}: {reason}); install the "
+            "packages it needs (GPTQ and AWQ: gptqmodel and optimum), or use the checkpoint from "
+            "before quantisation with quantize: nf4"
         )
     if has_own_forward(module):
         raise ModelError(
-            f"only layers that compute x Wᵀ + c can be linked (got {kind} at {name}, which "
-            "computes something else); leave it out, or use all-linear"
+            f"only layers that compute x Wᵀ + c can be linked (got {kind} at {name} with another "
+            "function); leave it out, or use all-linear"
         )
     if reason := why_no_lora_by_name(model, name):
         raise ModelError(f"PEFT must have a LoRA for each layer (got {name}: {reason})")
 
 
 def _check_settings(config: LinkConfig, name: str, module: Any) -> None:
-    """Raise if a link's initialization or bias does not suit a layer."""
+    """Raise if a layer cannot support the initialization or bias of a link."""
     shorter = min(sizes(module))
     if config.init in ("gradient", "pissa") and config.rank > shorter:
         raise ModelError(
-            f"`init: {config.init}` takes singular directions, of which a layer has as many as its "
-            f"shorter side (got rank {config.rank} for {shorter} at {name}); lower the rank or use "
-            "init: kaiming"
+            f"`init: {config.init}` needs a rank of at most the shorter side of each layer (got "
+            f"rank {config.rank} for {shorter} at {name}); lower the rank or use init: kaiming"
         )
     if config.lora_bias and getattr(module, "bias", None) is None:
         raise ModelError(
-            f"`lora_bias` needs a bias in the layer it is merged into (got {name} without one); "
+            f"`lora_bias` needs adapted layers with a bias (got {name} without one); "
             "set lora_bias: false"
         )
 
 
-def _idle_target(
+def _uncalled_target(
     config: LinkConfig, matched: Mapping[str, nn.Module], uncalled: set[str]
 ) -> str | None:
-    """Return a module of a target whose matches are none of them called, None if there is none."""
+    """Return a module of the first target of which the model calls no match, or None."""
     targets = config.target_modules
     for target in targets if isinstance(targets, tuple) else ("",):
-        mine = [name for name in matched if not target or is_named(name, target)]
-        if mine and uncalled.issuperset(mine):
-            return mine[0]
+        of_target = [name for name in matched if not target or is_named(name, target)]
+        if of_target and uncalled.issuperset(of_target):
+            return of_target[0]
     return None
