@@ -228,8 +228,8 @@ def test_a_rank_that_no_layer_can_have_is_said_once(caplog):
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert record.getMessage() == (
         "rank 1000 is above the shorter side of 4 of 4 adapted layers (16 at "
-        "model.layers.0.self_attn.k_proj), which bounds the rank of an update; rank 32 suffices "
-        "for them"
+        "model.layers.0.self_attn.k_proj), which limits the rank of their update; rank 32 is "
+        "enough for them"
     )
 
 

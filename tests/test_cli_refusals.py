@@ -23,7 +23,7 @@ WRONG = {
     "--data.max_length 200": "must fit the model's context of 128 tokens (got 200); lower",
     "--data.max_length 5": " tokens); shorten it or raise data.max_length, or set data.truncation:",
     "--model nowhere/at/all": "`model` must be a Hub id, an existing folder or a .gguf file (got '",
-    "--model no/body": "`model` must be an existing folder or a Hub id within reach (got 'no/body'",
+    "--model no/body": "`model` must be an existing folder or an accessible Hub id (got 'no/body'",
     "--chain.target_modules [query]": "candidates: down_proj, gate_proj, k_proj, o_proj, q_proj, u",
     "--chain.target_modules [q_proj,vproj]": "every name in `target_modules` must match (got 'vpro",
     "--chain.lora_bias true": "`lora_bias` needs adapted layers with a bias (got ",

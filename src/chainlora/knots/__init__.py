@@ -1,7 +1,7 @@
-"""When knots are tied, and tying them: the same for every loop.
+"""Decide when knots are tied, and tie them, in every training loop.
 
-numbers.py   what a config leaves open, as numbers, decided once at the start of a run
-policy.py    what a policy is told after a step, what it answers, and those that a config can name
-driver.py    `Knots`: what is due after a step, done to chain and optimizer
-moments.py   an optimizer's moments carried over a soft knot
+numbers.py   open values of a config, decided once at the start of a run
+policy.py    the interface of knot policies, and the table of their names
+driver.py    `Knots`: asks the policy after each step, and ties shares
+moments.py   carries an optimizer's moments over a soft knot
 """

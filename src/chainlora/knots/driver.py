@@ -1,8 +1,8 @@
-"""One driver of knots for every loop: what is due after a step, done to chain and optimizer.
+"""The driver of knots that every training loop uses.
 
-A loop makes a `Knots` at its start, asks `after_step` after each step, and where a share of the
-link is due calls `tie_share`. Where the link is to end, the loop ties it, and extends the chain by
-`next_link`.
+A loop makes one `Knots` at its start and calls `after_step` after each step. If the returned knot
+ends the link, the loop ties it and extends the chain by `next_link`; otherwise it calls
+`tie_share`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ class Knots:
     """The knots of a chain while it is tuned.
 
     Args:
-        numbers: lengths and soft knots of each link, decided at the start.
-        policy: decides inside every link, instead of what `config` says.
-        memory: what a policy notes of a link, where the loop can save it.
-        first: links that were on the chain before: places, lengths and steps count from there.
+        chain: the chain.
+        config: the planned links, and the policy of their soft knots.
+        numbers: length and soft knots of each link, decided at the start.
+        policy: replaces the policy of `config`.
+        memory: a dictionary that the loop saves with its checkpoints, for the policy's notes on
+            the live link; None if the loop cannot save it.
+        first: number of links that the chain had before. Indices, lengths and steps count from
+            there.
     """
 
     def __init__(
@@ -43,34 +47,34 @@ class Knots:
         self.links: list[LinkConfig] = config.links()
         self.num_steps = sum(numbers.lengths)  # of the whole chain
         soft: tuple[Spacing | None, ...] = numbers.knots or (None,) * len(self.links)
-        self._policies = [policy or make_policy(config, each) for each in soft]
+        self._policies = [policy or make_policy(config, spacing) for spacing in soft]
 
     @property
     def index(self) -> int:
-        """Return the place of the live or next link among those that are planned."""
+        """Index of the live or next link among the planned links."""
         return len(self.chain) - self.first
 
     @property
     def is_last(self) -> bool:
-        """Say whether the live link is the last one that is planned."""
+        """Whether the live or next link is the last planned one."""
         return self.index + 1 == len(self.links)
 
     @property
     def next_link(self) -> LinkConfig:
-        """Return the config of the link to extend the chain by."""
+        """Config of the link to extend the chain by."""
         return self.links[self.index]
 
     @property
     def first_step(self) -> int:
-        """Return the number of the live or next link's first step."""
+        """Number of the first step of the live or next link."""
         return sum(link.num_steps for link in self.chain.links[self.first :])
 
     @property
     def length(self) -> int:
-        """Return the steps of the live or next link.
+        """Number of steps of the live or next link.
 
-        A policy may end a link early. The last link then makes up for it, so that the whole chain
-        has the steps that were planned.
+        A policy may end a link early. The last link then gets the missing steps, so that the chain
+        has the planned number of steps.
         """
         if self.is_last:
             return self.num_steps - self.first_step
@@ -78,14 +82,16 @@ class Knots:
 
     @property
     def lengths(self) -> list[int]:
-        """Return steps as a schedule needs them: before the live link, its own, after it."""
-        before, own = self.first_step, self.length
-        return [steps for steps in (before, own, self.num_steps - before - own) if steps]
+        """Numbers of steps before, in and after the live link, without zeros, for a schedule."""
+        before, length = self.first_step, self.length
+        return [steps for steps in (before, length, self.num_steps - before - length) if steps]
 
     def after_step(self, loss: float, rate: float) -> Knot | None:
-        """Return the knot that is due after the live link's last step.
+        """Return the knot to tie after the last step of the live link, or None.
 
-        `rate` is the next step's learning rate, as a share of the schedule's highest.
+        Args:
+            loss: loss of that step's batch.
+            rate: learning rate of the next step, as a fraction of the schedule's highest rate.
         """
         index, step, length = self.index, self.chain.live_steps, self.length
         if step >= length:
@@ -97,19 +103,23 @@ class Knots:
         return policy.knot_after(position)
 
     def tie_share(self, knot: Knot, optimizer: torch.optim.Optimizer) -> None:
-        """Tie a share of the live link; its optimizer keeps the moments, or is as new."""
+        """Tie a share of the live link, and carry or clear the moments of its optimizer.
+
+        Raises:
+            ConfigError: the optimizer's moments cannot be carried.
+        """
         if knot.moments == "carried":
-            check_known(optimizer)  # before anything is changed
+            check_known(optimizer)  # before anything changes
         adapter: Any = self.chain.live
         scales = self.chain.tie_share(knot.share)
         if knot.moments == "carried":
             carry_moments(optimizer, adapter, scales)
         else:
-            optimizer.state.clear()  # step counts too: the next update is a new optimizer's
+            optimizer.state.clear()  # moments and step counts, as in a new optimizer
 
 
 def make_policy(chain: ChainConfig, spacing: Spacing | None) -> KnotPolicy | None:
-    """Return what decides inside a link with these numbers; None where nothing does."""
+    """Return the knot policy of a link, or None without soft knots."""
     if chain.knots is None or spacing is None:
         return None
     keys = {"every": spacing.every, "share": spacing.share, "time_constant": None}
@@ -118,5 +128,5 @@ def make_policy(chain: ChainConfig, spacing: Spacing | None) -> KnotPolicy | Non
 
 
 def check_policy(soft: KnotConfig) -> None:
-    """Raise ConfigError for a policy that is not known."""
+    """Raise ConfigError for an unknown policy."""
     entry(POLICIES, "chain.knots.policy", soft.policy)

@@ -1,6 +1,6 @@
-"""What a config leaves open, as numbers: decided once at the start of a run, and kept with it.
+"""Open values of a config, decided once at the start of a run and stored with it.
 
-A resumed run takes the numbers that it began with, whatever this version would decide.
+A resumed run uses its stored values, even if this version would decide otherwise.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from chainlora.config.schema import KnotConfig
 logger = logging.getLogger(__name__)
 Row = TypeVar("Row")
 
-# `knots: auto`: τ = 1.4·√(n·m), for a link of n steps that learns as many tokens as it trains
-# parameters in m steps (docs/decisions/0029). The number of knots in that time is a choice that has
-# not been measured: more cost time, fewer are coarser.
+# `knots: auto`: τ = 1.4·√(n·m) for a link of n steps; in m steps it learns as many tokens as it has
+# trained parameters (docs/decisions/0029). The number of knots per τ was chosen without a
+# measurement: more knots cost time, fewer are coarser.
 _TIME_CONSTANT = 1.4
 _KNOTS_PER_TIME_CONSTANT = 12
 
-# Learned tokens per trained parameter near which soft knots break even with LoRA of the same rank
-# (benchmarks/lab/README.md, "When to expect anything"); `knots: auto` turns them off below it. The
-# shortest gains of `auto` that were shown have 22 (rank 2), 44 (ranks 1 and 4) and 89 (rank 8).
+# Near this number of learned tokens per trained parameter, soft knots break even with LoRA of the
+# same rank (benchmarks/lab/README.md, "When to expect anything"). Below it `knots: auto` turns them
+# off. The smallest numbers with a measured gain are 22 (rank 2), 44 (ranks 1 and 4), 89 (rank 8).
 BREAK_EVEN = 11.0
 
 
 class Spacing(NamedTuple):
-    """Soft knots of a link: steps between them, and the share of the link tied at each."""
+    """Soft knots of a link: steps between them, and the share that each one ties."""
 
     every: int
     share: float
@@ -40,22 +40,24 @@ Spacings = tuple[Spacing | None, ...]
 
 @dataclass(frozen=True)
 class Numbers:
-    """All that a run decides at its start because its config leaves it open."""
+    """Values that a run decides at its start because its config leaves them open."""
 
-    lengths: tuple[int, ...]  # steps of each link, as planned
-    knots: Spacings = ()  # of each link, where the config asks for soft knots
+    lengths: tuple[int, ...]  # planned steps of each link
+    knots: Spacings = ()  # per link, if the config asks for soft knots
     restart_warmup_steps: int | None = None
     select_metric: str | None = None
     path: str | None = None  # how batches run through the model
 
 
 def spacing(soft: KnotConfig, num_steps: int, learned: float) -> Spacing | None:
-    """Return the soft knots of a link of `num_steps` steps; None where `auto` expects nothing.
+    """Return the soft knots of a link; None if `knots: auto` turns them off.
 
-    With the time constant τ and a distance I, in steps, the share is 1 − exp(−I/τ).
+    With a time constant τ and a distance I, in steps, the share is 1 − exp(−I/τ).
 
     Args:
-        learned: tokens a step, divided by the link's trained parameters.
+        soft: the config.
+        num_steps: steps of the link.
+        learned: learned tokens per step and trained parameter of the link.
     """
     if soft == KnotConfig() and num_steps * learned < BREAK_EVEN:
         return None
@@ -66,21 +68,22 @@ def spacing(soft: KnotConfig, num_steps: int, learned: float) -> Spacing | None:
 
 def spacings(soft: KnotConfig, lengths: Sequence[int], learned: Sequence[float]) -> Spacings:
     """Return the soft knots of each link."""
-    return tuple(spacing(soft, *link) for link in zip(lengths, learned, strict=True))
+    pairs = zip(lengths, learned, strict=True)
+    return tuple(spacing(soft, num_steps, tokens) for num_steps, tokens in pairs)
 
 
 def asks_for_tokens(soft: KnotConfig) -> bool:
-    """Say whether the soft knots of a link depend on the tokens that it learns."""
+    """Return whether the soft knots of a link depend on its number of learned tokens."""
     return soft.time_constant is None and None in (soft.every, soft.share)
 
 
 def some_of(rows: Sequence[Row]) -> list[Row]:
-    """Return at most 64 rows, evenly spread, whose learned tokens stand for those of all."""
+    """Return at most 64 evenly spaced rows, to estimate the learned tokens of all rows."""
     return [rows[i] for i in range(0, len(rows), math.ceil(len(rows) / 64))]
 
 
 def say_what_to_expect(soft: KnotConfig, learned: float) -> None:
-    """Warn of a first link that learns too few tokens for soft knots to break even."""
+    """Log a warning if the first link learns too few tokens for soft knots to break even."""
     if learned < BREAK_EVEN:
         logger.warning(
             "soft knots break even with plain LoRA near %.0f learned tokens per trained parameter "

@@ -1,4 +1,4 @@
-"""Knot policies: what one is told after a step, what it answers, and those that a config names."""
+"""Knot policies: their interface, the built-in policy, and the table of names."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from chainlora.config.schema import KnotConfig
 
 @dataclass(frozen=True)
 class Position:
-    """Where a chain is after a step."""
+    """The state of a chain after a step, for a knot policy."""
 
-    link: int
-    step: int  # steps of the link that are done
+    link: int  # index among the planned links
+    step: int  # finished steps of the link
     num_steps: int  # steps planned for the link
     loss: float  # of the step's batch
-    rate: float  # the next step's learning rate, as a share of the schedule's highest
-    is_last: bool  # whether no link comes after this one
+    rate: float  # learning rate of the next step, as a fraction of the schedule's highest rate
+    is_last: bool  # whether this is the last planned link
     norm: Callable[[], float]  # ‖s·B·A‖_F over all modules of the live link
-    # What a policy notes of a link, saved with every checkpoint; None where that cannot be done.
+    # the policy's notes on the link, saved with every checkpoint; None if the loop cannot save them
     memory: dict[str, float] | None = None
 
 
@@ -29,11 +29,11 @@ class Knot:
     """Tie `share` of the live link; 1 ends it."""
 
     share: float
-    moments: str = "carried"  # of the optimizer, where the link continues: "carried" or "new"
+    moments: str = "carried"  # of the optimizer if the link continues: "carried" or "new"
 
     @property
     def ends_link(self) -> bool:
-        """Say whether nothing of the link is left to continue from."""
+        """Whether this knot ties the whole link."""
         return self.share >= 1
 
 
@@ -41,9 +41,10 @@ WHOLE = Knot(1.0)
 
 
 class KnotPolicy(Protocol):
-    """Decides after every step inside a link whether a knot is tied.
+    """Decides after every step of a link whether to tie a knot.
 
-    A pure function of what it is told. The planned end of a link is a knot without it.
+    Must be a pure function of `position`. It is not asked at the planned end of a link, which is
+    always a knot.
     """
 
     def knot_after(self, position: Position) -> Knot | None:
@@ -52,7 +53,7 @@ class KnotPolicy(Protocol):
 
 @dataclass(frozen=True)
 class SpacedKnots:
-    """Tie the same share every so many steps; `every` and `share` are set."""
+    """Ties the same share at a fixed distance; the config must set `every` and `share`."""
 
     knots: KnotConfig
 
@@ -67,6 +68,6 @@ class SpacedKnots:
         return Knot(share * factor, self.knots.moments)
 
 
-# By the name in `chain.knots.policy`. A factory gets that section, its `every` and `share` set. A
-# plug-in adds one of your own (`registry`).
+# Factories by the name in `chain.knots.policy`. A factory gets that section, with `every` and
+# `share` set. Plug-ins can add entries (`registry`).
 POLICIES: dict[str, Callable[[KnotConfig], KnotPolicy]] = {"spaced": SpacedKnots}

@@ -1,7 +1,7 @@
-"""A checkpoint of transformers: written, and its tensors read, whole or some rows of them.
+"""Write a transformers checkpoint, and read its tensors, whole or some of their rows.
 
-Tensors go by the names that a model has for them. They are read by memory map: no memory but that
-of what is asked for.
+Tensors are found by their names in the model. Reading uses memory maps, so it needs memory only for
+the requested rows.
 """
 
 from __future__ import annotations
@@ -29,26 +29,27 @@ class Stored:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor, from the file's header."""
         with safe_open(self.file, framework="pt") as reader:
             return tuple(reader.get_slice(self.key).get_shape())
 
     @property
     def dtype(self) -> str:
-        """Its dtype as safetensors calls it, from the file's header."""
+        """Name of the dtype in safetensors, from the file's header."""
         with safe_open(self.file, framework="pt") as reader:
             return str(reader.get_slice(self.key).get_dtype())
 
     def read(self, rows: slice = ALL) -> Tensor:
-        """Return it, or rows of it, in the dtype that it is stored in."""
+        """Return the tensor, or some of its rows, in its stored dtype."""
         with safe_open(self.file, framework="pt") as reader:
             if rows == ALL:
                 return reader.get_tensor(self.key)
-            found: Tensor = reader.get_slice(self.key)[rows]
-            return found
+            part: Tensor = reader.get_slice(self.key)[rows]
+            return part
 
 
 class Checkpoint:
-    """The tensors of a folder of safetensors; of None, none."""
+    """The tensors of a folder of safetensors; empty for None."""
 
     def __init__(self, folder: Path | None) -> None:
         self._files: dict[str, Path] = {}
@@ -58,11 +59,14 @@ class Checkpoint:
                     self._files |= dict.fromkeys(reader.keys(), file)
 
     def all(self) -> dict[str, Stored]:
+        """Return all tensors by name."""
         return {key: Stored(file, key) for key, file in self._files.items()}
 
     def find(self, path: str, shape: tuple[int, ...]) -> Iterator[Stored]:
-        """Yield the tensors of this shape that may be the parameter `path` of a model: names differ
-        by the prefix of the model's body."""
+        """Yield the tensors that may be the parameter `path` of a model, by name and shape.
+
+        Names in files may lack the prefix of the model's body, or have another one.
+        """
         tail = path.partition(".")[2]
         prefixed = (f"{prefix}.{path}" for prefix in ("model", "transformer"))
         for key in (path, tail, *prefixed):
@@ -73,8 +77,8 @@ class Checkpoint:
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a model and its tokenizer as a transformers checkpoint.
 
-    The generation config is written as it is: transformers reads flags that contradict each other,
-    sampling values without do_sample among them, and refuses to write them.
+    Writes the generation config without validation: transformers reads contradictory flags, such
+    as sampling values without do_sample, but refuses to write them.
     """
     generation = model.generation_config
     try:
@@ -82,7 +86,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
         model.save_pretrained(folder)
         generation.to_json_file(folder / "generation_config.json")
         tokenizer.save_pretrained(folder)
-    except SafetensorError as error:  # how it reports a full disk
+    except SafetensorError as error:  # safetensors reports a full disk with it
         raise unwritable(error, folder) from error
     finally:
         model.generation_config = generation

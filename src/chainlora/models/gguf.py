@@ -1,14 +1,13 @@
-"""Convert a GGUF file, once, into an ordinary safetensors folder with a right tokenizer.
+"""Convert a GGUF file once into a safetensors folder with a correct tokenizer.
 
-transformers reads the tensors, dequantised to float32: that is what a GGUF file means, and any
-other dtype is one cast away. Four things it leaves wrong are put right here: scaled RoPE, the
-``quantization_config`` that makes the model impossible to save, control tokens missing among the
-special ones, and the pre-tokenizer that ``tokenizer.ggml.pre`` names (SmolLM2 splits digits off
-before anything else). A byte-level BPE tokenizer is therefore built from the file's metadata alone;
-its rules follow llama.cpp's ``llama-vocab.cpp``.
+transformers reads the tensors and dequantises them to float32, which is exact for a GGUF file. This
+module corrects four things that transformers gets wrong: scaled RoPE; a ``quantization_config``
+that prevents saving; control tokens that are missing among the special tokens; and the
+pre-tokenizer named by ``tokenizer.ggml.pre`` (SmolLM2 first splits off digits). Therefore it builds
+byte-level BPE tokenizers from the file's metadata, by the rules of llama.cpp's ``llama-vocab.cpp``.
 
-A conversion lives under the user's cache directory, named by the file's content; it appears by one
-rename, so that whoever sees the folder sees all of it.
+A converted folder is in the user's cache, under a name with the file's digest. It appears by one
+rename, so it is never seen incomplete.
 """
 
 from __future__ import annotations
@@ -40,29 +39,29 @@ _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 _SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 _OTHER = "use the model's safetensors checkpoint"
-_CONVERSION = 2  # another number where a file no longer becomes what it became before
-_NUM_TENSORS = "GGUF.tensor_count"  # as the package gguf calls it
-_LLAMA3 = {  # of every Llama from 3.1 on
+_CONVERSION = 2  # version of the result: increase it when a file converts differently
+_NUM_TENSORS = "GGUF.tensor_count"  # the name in the package gguf
+_LLAMA3 = {  # the same in every Llama since 3.1
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
 
-# `tokenizer.ggml.pre` -> how text is cut before the merges (llama-vocab.cpp).
+# Names in `tokenizer.ggml.pre`, by their pre-tokenizer (llama-vocab.cpp).
 _GPT2 = ["gpt-2", "default", "phi-2", "mpt", "olmo", "jais", "trillion", "roberta-bpe", "gigachat"]
 _DIGITS_FIRST = ["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"]
-# Those that look a whole piece up before merging (`ignore_merges`); BOS comes first unless the file
-# says no.
+# These look up a whole piece before merging (`ignore_merges`), and add BOS by default.
 _WHOLE_WORDS_FIRST = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken"}
 
 
 def converted_folder(file: Path) -> Path:
-    """Return the folder a GGUF file was converted to, converting it first if no earlier call has.
+    """Return the folder with the converted model of a GGUF file; convert it if needed.
 
-    Safe to call from several processes at once: one converts, the others wait for it.
+    Several processes may call it at once: one converts, the others wait.
 
-    Raises ModelError if the file is no GGUF model that can be converted.
+    Raises:
+        ModelError: the file is not a GGUF model that can be converted.
     """
     digest = hash_file(file)
     name = f"{file.stem}-{file.stat().st_size}-{digest[:16]}-v{_CONVERSION}"
@@ -73,7 +72,9 @@ def converted_folder(file: Path) -> Path:
     with reported(folder.parent), FileLock(folder.parent / f".{name}.lock"):
         if folder.is_dir():
             return folder
-        remove_scratch(folder.parent, name)  # of a killed conversion; the lock makes it ours
+        remove_scratch(
+            folder.parent, name
+        )  # left by a killed conversion; the lock excludes a running one
         with replaced_folder(folder) as scratch:
             _convert(file, scratch, digest)
     return folder
@@ -86,9 +87,9 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
         raise ModelError("a GGUF model must be one file", f"part of {parts}: {file}", remedy)
     architecture, tensors = metadata.get("general.architecture"), metadata[_NUM_TENSORS]
     blocks = metadata.get(f"{architecture}.block_count")
-    if isinstance(blocks, int) and blocks > tensors:  # making them takes all time, then all memory
+    if isinstance(blocks, int) and blocks > tensors:  # would take hours, then all memory
         raise ModelError(
-            "a GGUF file must hold the tensors of its blocks",
+            "a GGUF file must have the tensors of its blocks",
             f"{blocks} blocks and {tensors} tensors in {file}",
             "download it again",
         )
@@ -96,7 +97,7 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
     with explained("a GGUF file must describe its tokenizer", f"in {file}", "download it again"):
         tokenizer = build_tokenizer(file, metadata)
     logger.info("converting %s once to %s", file, folder.parent)
-    rule = "a GGUF file must hold an architecture that transformers can read"
+    rule = "transformers must be able to read the architecture of a GGUF file"
     with explained(rule, f"for {architecture!r} in {file}", _OTHER):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
@@ -104,7 +105,7 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         got = f"none for {missing[0]} in {file}"
-        raise ModelError("a GGUF file must hold every weight of its model", got, _OTHER)
+        raise ModelError("a GGUF file must have every weight of its model", got, _OTHER)
     if hasattr(model.config, "quantization_config"):  # the weights are float32 now
         del model.config.quantization_config  # saving refuses otherwise
     model.hf_quantizer = None
@@ -114,52 +115,56 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
     _scale_rope(model.config, rope, file, metadata)
     held = sum(parameter.numel() for parameter in model.parameters())
     if (left := sum(int(tensor.n_elements) for tensor in stored.values()) - held) > 0:
-        logger.warning("%d values in %s are not the model's and are left out", left, file)
+        logger.warning("%d values in %s are not the model's and are ignored", left, file)
     save_model(model, tokenizer, folder)
     source = {"file": file.name, "sha256": digest, "transformers": transformers.__version__}
     (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n")
 
 
 def _scale_rope(config: Any, tensors: dict[str, Any], file: Path, metadata: dict[str, Any]) -> None:
-    """Give a config the scaled RoPE of its file, which transformers leaves out.
+    """Set the scaled RoPE of a file in the config; transformers ignores it.
 
-    Of Llama 3's, the file's tensors say what each frequency is divided by, not what that came from.
-    Raises ModelError for RoPE that is not known here.
+    For Llama 3 the file stores the divisor of each frequency but not the parameters behind it:
+    they are set, and must give the same divisors.
+
+    Raises:
+        ModelError: the kind of RoPE is not supported.
     """
     if not getattr(config, "rope_parameters", None):
         return
     rope, prefix = ropes_of(config)["full_attention"], f"{metadata['general.architecture']}.rope"
     if rope.get("rope_type", "default") != "default":
-        return  # it was read
+        return  # transformers has read it
     kind = metadata.get(f"{prefix}.scaling.type", "linear")
     factor = metadata.get(f"{prefix}.scaling.factor") or metadata.get(f"{prefix}.scale_linear") or 1
     divisors = tensors.pop("rope_freqs.weight", None)
     is_known = kind in ("none", "linear") and not tensors
     if divisors is not None:
         rope |= _LLAMA3 | {"factor": float(divisors.max())}
-        found = rope_factors(config)
-        is_known &= factor == 1 and found.shape == divisors.shape
-        is_known = is_known and np.allclose(found, divisors, rtol=1e-3)
+        computed = rope_factors(config)
+        is_known &= factor == 1 and computed.shape == divisors.shape
+        is_known = is_known and np.allclose(computed, divisors, rtol=1e-3)
     elif kind == "linear" and factor != 1:
         rope |= {"rope_type": "linear", "factor": factor}
     if not is_known:
         got = f"{kind}, {', '.join(tensors) or 'with other frequencies'} in {file}"
-        rule = "a GGUF file must have RoPE that is plain, linear or Llama 3's"
+        rule = "the RoPE of a GGUF file must be plain, linear or Llama 3's"
         raise ModelError(rule, got, _OTHER)
 
 
 def ropes_of(config: Any) -> dict[str, Any]:
-    """Return the RoPE parameters of each kind of layer; of most models there is one kind."""
-    found = config.rope_parameters
-    return found if "full_attention" in found else {"full_attention": found}
+    """Return the RoPE parameters by kind of layer; most models have one kind."""
+    parameters = config.rope_parameters
+    return parameters if "full_attention" in parameters else {"full_attention": parameters}
 
 
 def head_size(config: Any) -> int:
+    """Return the width of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def rope_factors(config: Any) -> Any:
-    """Return what Llama 3's RoPE divides each frequency by (head size / 2), or None."""
+    """Return the divisors of RoPE's frequencies [head size / 2] of Llama 3, or None."""
     rope = ropes_of(config)["full_attention"]
     if rope.get("rope_type") != "llama3":
         return None
@@ -170,19 +175,19 @@ def rope_factors(config: Any) -> Any:
 
 
 def import_gguf() -> Any:
+    """Return the package gguf. Raises ModelError if it is not installed."""
     return import_optional("gguf", "a GGUF file", ModelError)
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
     """Return a GGUF file's key-value pairs (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 
-    Raises ModelError if the file is not GGUF of version 2 or 3, little-endian.
+    Raises:
+        ModelError: the file is not a little-endian GGUF file of version 2 or 3.
     """
     with open(file, "rb") as stream:
         if stream.read(4) != b"GGUF":
-            raise ModelError(
-                f"a .gguf file must begin with GGUF (got {file}); is the download complete?"
-            )
+            raise ModelError(f"a .gguf file must begin with GGUF (got {file}); download it again")
         position, pairs = 4, dict[str, Any]()
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
@@ -199,7 +204,7 @@ def read_metadata(file: Path) -> dict[str, Any]:
                     pairs[key], position = _read_value(data, position + 4, kind)
             except (struct.error, LookupError, ValueError, OverflowError, MemoryError) as error:
                 raise ModelError(
-                    f"a GGUF file must be whole (got {file}, unreadable at byte {position}); "
+                    f"a GGUF file must be complete (got {file}, unreadable at byte {position}); "
                     f"download it again"
                 ) from error
             return pairs
@@ -219,7 +224,7 @@ def _read_value(data: mmap.mmap, position: int, kind: int) -> tuple[Any, int]:
         layout = f"<{length}{_SCALARS[inner]}"
         return list(struct.unpack_from(layout, data, position)), position + struct.calcsize(layout)
     if inner == _ARRAY:
-        raise ValueError("an array of arrays")  # no GGUF writer makes one; nesting has no end
+        raise ValueError("an array of arrays")  # no writer makes one; nesting would have no limit
     values = []
     for _ in range(length):
         value, position = _read_value(data, position, inner)
@@ -228,9 +233,10 @@ def _read_value(data: mmap.mmap, position: int, kind: int) -> tuple[Any, int]:
 
 
 def build_tokenizer(file: Path, metadata: dict[str, Any]) -> Any:
-    """Return the tokenizer a GGUF file describes; every control token is one special token.
+    """Return the tokenizer of a GGUF file; every control token is one special token.
 
-    Raises ModelError if the file has no tokenizer, or one whose rules are not known here.
+    Raises:
+        ModelError: the file has no tokenizer, or one that is not supported.
     """
     if "tokenizer.ggml.tokens" not in metadata:
         raise ModelError("a GGUF file must hold its tokenizer", f"none in {file}", _OTHER)
@@ -241,7 +247,7 @@ def build_tokenizer(file: Path, metadata: dict[str, Any]) -> Any:
         plain = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _USER_DEFINED]
         tokenizer = _byte_level_tokenizer(file, metadata, control, plain)
     else:
-        # transformers knows the tokenizer of Gemma 1 in GGUF, and not its config
+        # transformers supports the tokenizer of Gemma 1 in GGUF, but not its config
         is_gemma = metadata.get("general.architecture") == "gemma"
         reader: Any = PreTrainedTokenizerFast if is_gemma else AutoTokenizer
         tokenizer = reader.from_pretrained(file.parent, gguf_file=file.name)
@@ -255,7 +261,7 @@ def build_tokenizer(file: Path, metadata: dict[str, Any]) -> Any:
 
 
 def _chat_template(metadata: dict[str, Any]) -> Any:
-    """Return the chat template, or several by name, the default among them."""
+    """Return the chat template, or all templates by name if the file has several."""
     default, key = metadata.get("tokenizer.chat_template"), "tokenizer.chat_template"
     named = {name: metadata[f"{key}.{name}"] for name in metadata.get(f"{key}s", [])}
     return named | ({"default": default} if default else {}) if named else default
@@ -276,7 +282,7 @@ def _byte_level_tokenizer(
     backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=whole_first))
     if pre not in (known := known_pre_tokenizers()):
         got, remedy = f"{pre!r} in {file}", f"{_OTHER}, or a newer transformers"
-        raise ModelError("a GGUF file's pre-tokenizer must be known", got, remedy)
+        raise ModelError("the pre-tokenizer of a GGUF file must be known", got, remedy)
     backend.pre_tokenizer = known[pre][0]
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(_added(control, special=True))
@@ -301,15 +307,15 @@ def _byte_level_tokenizer(
 
 
 def known_pre_tokenizers() -> dict[str, tuple[Any, bool]]:
-    """Return by name how texts are cut before the merges, and whether pieces are looked up whole.
+    """Return by name a pre-tokenizer, and whether whole pieces are looked up before merging.
 
-    Of names that mean the same, the first is the one that llama.cpp's own converter writes most.
+    Of names with the same meaning, the first one is the most common in files of llama.cpp.
     """
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import (
             GGUF_PRE_TOKENIZER_SPLITS as splits,
         )
-    except ImportError:  # transformers below 5.20 or so has no such table
+    except ImportError:  # older transformers, below about 5.20
         splits = {}
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])

@@ -1,13 +1,12 @@
-"""What makes a model folder the base that a run was trained on: a hash of each file that counts.
+"""Identify a base model by hashes of its files, so that a run finds its exact base again.
 
-Counted are all bytes of the weights, the tokenizer's files, and the keys of ``config.json`` and
-``generation_config.json`` that decide what is computed. Not counted: where the model came from,
-versions, and the dtype that it is stored or loaded in, which a run states by itself.
+The hashes cover all bytes of the weights, the tokenizer's files, and the keys of ``config.json``
+and ``generation_config.json`` that affect outputs. They do not cover the source of the model,
+versions and the dtype; a run records its own dtype.
 
-Hashes are remembered in the cache folder, so that a file is read once. A hash holds for a path as
-long as the file has the size and the times that it had. A file changed less than two seconds ago is
-not remembered, since a second change within the resolution of its times could go unseen (Git calls
-such entries racily clean).
+A cache stores the hashes, so that each file is read once. An entry is valid while size and times of
+the file stay the same. A file that changed less than two seconds ago is not cached: another change
+within the resolution of its times would not be seen (Git calls such entries racily clean).
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _TOKENIZERS = (
     "tekken.json",
     "sentencepiece*.model",
 )
-_BESIDE_TOKENIZERS = (
+_TOKENIZER_EXTRAS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -49,7 +48,7 @@ _BESIDE_TOKENIZERS = (
     "additional_chat_templates/*.jinja",
 )
 _CONFIGS = ("config.json", "generation_config.json")
-_NOT_COUNTED = {
+_IGNORED_KEYS = {
     "_name_or_path",
     "_commit_hash",
     "_from_model_config",
@@ -62,24 +61,24 @@ _INDEX = "model.safetensors.index.json"
 
 
 def base_files(folder: Path) -> dict[str, str]:
-    """Return the SHA-256, by name within the folder, of every file that makes a model what it is.
+    """Return the SHA-256 of every file that defines a model, by name within the folder.
 
-    Large files are read once while they are unchanged. Of JSON configs, the keys that
-    count are hashed, in sorted order.
+    JSON configs are hashed without ignored keys, in sorted order. Hashes of unchanged files come
+    from the cache.
     """
     hashed = [*weight_files(folder), *tokenizer_files(folder)]
     with reported(folder, "read"):
         names = [path.relative_to(folder).as_posix() for path in hashed]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
-            found = dict(zip(names, pool.map(hash_file, hashed), strict=True))
+            digests = dict(zip(names, pool.map(hash_file, hashed), strict=True))
         for name in _CONFIGS:
             if (folder / name).is_file():
-                found[name] = _config_digest(folder / name)
-    return dict(sorted(found.items()))
+                digests[name] = _config_digest(folder / name)
+    return dict(sorted(digests.items()))
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold a model's weights: those that transformers reads."""
+    """Return the weight files of a model folder that transformers would read."""
     index = folder / _INDEX
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
@@ -102,16 +101,18 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def has_tokenizer(folder: Path) -> bool:
+    """Return whether a model folder has a tokenizer."""
     return any(next(folder.glob(pattern), None) for pattern in _TOKENIZERS)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    patterns = (*_TOKENIZERS, *_BESIDE_TOKENIZERS)
+    """Return all files of a folder that a tokenizer reads."""
+    patterns = (*_TOKENIZERS, *_TOKENIZER_EXTRAS)
     return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
 
 def changed_files(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Return the names of files that differ, are missing or are new, in order."""
+    """Return the sorted names of files that differ, are missing or are new."""
     return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
 
@@ -122,15 +123,17 @@ def _config_digest(path: Path) -> str:
         raise ModelError(
             f"{path.name} must be JSON (got {error} in {path.parent}); download it again"
         ) from error
-    text = json.dumps(_counted(tree), sort_keys=True, ensure_ascii=True)
+    text = json.dumps(_without_ignored(tree), sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _counted(tree: Any) -> Any:
-    """Leave out keys that do not count, in nested configs too."""
+def _without_ignored(tree: Any) -> Any:
+    """Remove ignored keys, also from nested configs."""
     if isinstance(tree, dict):
-        return {key: _counted(value) for key, value in tree.items() if key not in _NOT_COUNTED}
-    return [_counted(value) for value in tree] if isinstance(tree, list) else tree
+        return {
+            key: _without_ignored(value) for key, value in tree.items() if key not in _IGNORED_KEYS
+        }
+    return [_without_ignored(value) for value in tree] if isinstance(tree, list) else tree
 
 
 # --- hashes of large files ---
@@ -138,31 +141,33 @@ def _counted(tree: Any) -> Any:
 
 def cache_dir() -> Path:
     """Return ``$CHAINLORA_CACHE``, ``$XDG_CACHE_HOME/chainlora`` or ``~/.cache/chainlora``."""
-    if own := os.environ.get("CHAINLORA_CACHE"):
-        return Path(own).expanduser()
+    if folder := os.environ.get("CHAINLORA_CACHE"):
+        return Path(folder).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base).expanduser() / "chainlora"
 
 
 def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file, remembered while the file is unchanged."""
+    """Return the SHA-256 of a file; cached while the file is unchanged."""
     before = _state(path)
-    note = cache_dir() / "hashes" / hashlib.sha256(before.encode()).hexdigest()
-    with suppress(OSError, ValueError):  # none yet, or a damaged one
-        if len(known := note.read_text(encoding="utf-8")) == 64:
+    entry = cache_dir() / "hashes" / hashlib.sha256(before.encode()).hexdigest()
+    with suppress(OSError, ValueError):  # no entry yet, or a damaged one
+        if len(known := entry.read_text(encoding="utf-8")) == 64:
             return known
     digest = sha256(path)
     status = path.stat()
-    age = time.time() - max(status.st_mtime, status.st_ctime)  # below 0 where the clock was set
+    age = time.time() - max(
+        status.st_mtime, status.st_ctime
+    )  # negative after the clock was set back
     if _state(path) == before and age > _RACY_SECONDS:
         try:
-            make_folder(note.parent)
-            write_text(note, digest)
-        except (FileError, OSError) as error:  # the file is read again next time
-            logger.debug("a hash is not remembered: %s", error)
+            make_folder(entry.parent)
+            write_text(entry, digest)
+        except (FileError, OSError) as error:  # the next call hashes the file again
+            logger.debug("cannot cache a hash: %s", error)
     return digest
 
 
 def _state(path: Path) -> str:
-    found = path.stat()  # with ctime, as an mtime can be copied
-    return f"{path.resolve()} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+    status = path.stat()  # including ctime: tools can copy an mtime
+    return f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"

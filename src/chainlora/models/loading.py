@@ -1,14 +1,13 @@
-"""Load a causal language model and its tokenizer: Hub id, folder, GGUF file, or a GGUF inside a pip
-package.
+"""Load a causal language model and its tokenizer.
 
-All of them become a folder of safetensors first (`finding.py`), so that there is one way to load.
-Never remote code, never pickle.
+The source is a Hub id, a folder, a GGUF file or a pip package with a GGUF file. `finding.py` first
+turns each of them into a folder of safetensors, so that there is one way to load. Remote code and
+pickle are never used.
 
-`load_shards` loads a model into several processes. The model is made without weights, its
-parameters are cut into parts, and each process reads its rows by memory map: none ever holds the
-whole model. Where the tensors of a checkpoint are not the model's parameters one by one (stacked
-experts, weights that transformers converts), each process loads the whole model first and then cuts
-it.
+`load_shards` loads a model into several processes. It makes the model without weights and cuts its
+parameters into parts; each process then reads its rows by memory map, so none holds the whole
+model. If the tensors of the checkpoint do not match the parameters one to one (stacked experts,
+weights that transformers converts), each process first loads the whole model.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
-_MANY_LAYERS = 1000  # more than any model has; so many are made in seconds
+_MANY_LAYERS = 1000  # more than any model has; transformers makes as many in seconds
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -61,27 +60,35 @@ def load_model(
     quantize: str | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[CausalModel, PreTrainedTokenizerBase]:
-    """Return ``(model, tokenizer)`` in eval mode, weights cast to a dtype of torch, or of its name.
+    """Load a causal language model and its tokenizer.
 
-    spec: Hub id, local folder, ``.gguf`` file, or ``pip:PACKAGE`` for a GGUF file in an installed
-    package. quantize: how its linear layers are quantised while they load (`quantizing`). device:
-    where a quantised model is loaded, by `quantize` or by its checkpoint; others are on the CPU.
+    Args:
+        spec: Hub id, folder, ``.gguf`` file, or ``pip:PACKAGE`` for the GGUF file in an installed
+            package.
+        dtype: dtype of the weights, or its name: a floating-point dtype of torch.
+        quantize: ``"nf4"`` or ``"int8"`` to quantise linear layers while they load (`quantizing`);
+            None to load them as they are.
+        device: where to load a quantised model. Other models are loaded on the CPU.
 
-    The tokenizer pads with a token it already has; the vocabulary is left as it is.
+    Returns:
+        The model in evaluation mode, and its tokenizer. The tokenizer pads with a token of its
+        vocabulary, which does not change.
 
-    Raises ModelError if nothing is there, if it would need remote code or pickle, if it is not a
-    causal language model, or if weights or tokenizer are missing; ConfigError for another dtype.
+    Raises:
+        ModelError: nothing is at `spec`; it needs remote code or pickle; it is not a causal
+            language model; or weights or tokenizer are missing.
+        ConfigError: the dtype is invalid.
     """
-    found, opened = named_dtype(dtype), open_folder(spec)
-    return load_weights(opened, found, quantize=quantize, device=device), opened.tokenizer
+    torch_dtype, opened = named_dtype(dtype), open_folder(spec)
+    return load_weights(opened, torch_dtype, quantize=quantize, device=device), opened.tokenizer
 
 
 def named_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """Return a dtype of weights. Raises ConfigError for another one."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    """Return a floating-point dtype by name. Raises ConfigError for any other value."""
+    value = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
         raise ConfigError("`dtype` must be a floating dtype of torch", repr(dtype), "e.g. bfloat16")
-    return found
+    return value
 
 
 def load_weights(
@@ -91,21 +98,21 @@ def load_weights(
     quantize: str | None = None,
     device: torch.device | str = "cpu",
 ) -> Any:
-    """Return the model of an opened folder, as `load_model` does."""
+    """Return the model of an opened folder; see `load_model`."""
     folder, config, tokenizer = opened
     keys: dict[str, Any] = {}
     is_quantized = getattr(config, "quantization_config", None) is not None
     if quantize is not None and is_quantized:
         raise ModelError(
-            f"`quantize` needs a checkpoint that is not quantised yet (got {folder}, whose "
-            "config.json has a quantization_config); leave quantize out"
+            "`quantize` needs a checkpoint that is not quantised (got a quantization_config in "
+            f"{folder / 'config.json'}); leave quantize out"
         )
     if quantize is not None:
         keys["quantization_config"] = quantization(quantize, dtype)
     if quantize is not None or is_quantized:
         keys["device_map"] = {"": device}
-    # a config can break it anywhere (0 heads divide by 0), a quantised one can need a package
-    remedy = "install what it names, correct it or download it again"
+    # Any error can come from a bad config (0 heads: a division by 0) or from a missing package.
+    remedy = "install the package that it names, or correct or download the folder again"
     with explained("a model folder must load with transformers", f"in {folder}", remedy):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -125,7 +132,7 @@ def load_weights(
 
 
 class Opened(NamedTuple):
-    """What is known of a model before any weight is loaded."""
+    """A model folder with its config and tokenizer, before any weight is loaded."""
 
     folder: Path
     config: Any
@@ -133,7 +140,7 @@ class Opened(NamedTuple):
 
 
 def open_folder(spec: str | Path) -> Opened:
-    """Read config and tokenizer of a model, and check that there are weights for them."""
+    """Read the config and tokenizer of a model, and check that the folder has weights."""
     folder = resolve_model(spec)
     config = _load_config(folder)
     _refuse_pickle(folder)
@@ -142,13 +149,13 @@ def open_folder(spec: str | Path) -> Opened:
 
 
 def accelerator() -> torch.device:
-    """Return the accelerator of this machine, or its CPU where there is none."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
+    """Return the accelerator of this machine, or the CPU."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device or torch.device("cpu")
 
 
 def settle(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Check a model against its folder and its tokenizer, and let it pad as that does."""
+    """Check a model against its folder and tokenizer, and give it the tokenizer's pad token."""
     _refuse_integers(model, folder)
     check_vocabulary(model, tokenizer, folder)
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
@@ -156,17 +163,20 @@ def settle(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def load_skeleton(spec: str | Path) -> Any:
-    """Return a model without weights (on the meta device): its modules, names and shapes.
+    """Return a model on the meta device: modules, names and shapes, without weights.
 
-    Raises ModelError if nothing is there, or it cannot be made.
+    Raises:
+        ModelError: nothing is at `spec`, or transformers cannot make the model.
     """
-    config = _load_config(resolve_model(spec))  # first: a GGUF file may have to be converted
+    # Outside of the meta device: a GGUF file may have to be converted.
+    config = _load_config(resolve_model(spec))
     with torch.device("meta"):
         return make_model(config, spec)
 
 
 def make_model(config: Any, spec: str | Path, **keys: Any) -> Any:
-    rule = "a model must be one that transformers can make"
+    """Return a model of a config, without loading weights. Raises ModelError if it fails."""
+    rule = "transformers must be able to make the model"
     with explained(rule, f"for {spec}", "check its config.json"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **keys)
 
@@ -182,13 +192,13 @@ def _load_config(folder: Path) -> Any:
         kind, has_code = stated.get("model_type"), "auto_map" in stated
         if isinstance(kind, str) and kind in CONFIG_MAPPING and not has_code:
             raise ModelError(
-                "config.json must be one that transformers can read",
+                "transformers must be able to read config.json",
                 f"{type(error).__name__}: {error!s:.200} in {folder}",
                 "correct or download it again",
             ) from error
-        code = ", with code of its own, which is never run" if has_code else ""
+        code = ", with remote code, which is never run" if has_code else ""
         raise ModelError(
-            "config.json must name an architecture that transformers has",
+            "config.json must name an architecture of transformers",
             f"{kind!r} in {folder}{code}",
             "use another model, or a newer transformers",
         ) from error
@@ -212,53 +222,56 @@ def _refuse_pickle(folder: Path) -> None:
     if pickles:
         raise ModelError(
             f"weights must be safetensors, since pickle can run code (got only {pickles[0]} in "
-            f"{folder}); convert a copy you trust with transformers' save_pretrained, or use a "
-            f"safetensors revision"
+            f"{folder}); load a trusted copy with transformers and call save_pretrained, or use a "
+            f"revision with safetensors"
         )
     raise ModelError(
-        f"a model folder must hold *.safetensors (got none in {folder}); download it again"
+        f"a model folder must have *.safetensors (got none in {folder}); download it again"
     )
 
 
 def _check_layers(config: Any, folder: Path) -> None:
-    """Raise ModelError where config.json names more layers than there can be weights for: making
-    them takes all time there is, and then all memory."""
+    """Raise ModelError if config.json names more layers than the folder has tensors.
+
+    Such a model would take very long to make, and then all memory.
+    """
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if not isinstance(layers, int) or layers <= _MANY_LAYERS:
         return
     try:
         tensors = len(Checkpoint(folder).all())
-    except SafetensorError:  # a damaged file holds none that can be read
+    except SafetensorError:  # a damaged file has no readable tensor
         tensors = 0
     if layers > tensors:
         raise ModelError(
-            f"config.json must describe the weights beside it (got num_hidden_layers {layers} for "
-            f"{tensors} tensors in {folder}); correct or download it again"
+            f"config.json must match the weights in its folder (got num_hidden_layers {layers} "
+            f"and {tensors} tensors in {folder}); correct or download it again"
         )
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer of a model folder, padding with a token it has.
+    """Return the tokenizer of a model folder, with a pad token of its vocabulary.
 
-    Raises ModelError if there is none, or it does not load.
+    Raises:
+        ModelError: the folder has no tokenizer, or it does not load.
     """
     if not has_tokenizer(folder):
         raise ModelError(
-            f"a model folder must hold its tokenizer (got no tokenizer.json or the like in "
-            f"{folder}); save the tokenizer beside the weights"
+            f"a model folder must hold its tokenizer (got no tokenizer.json or similar file in "
+            f"{folder}); save the tokenizer into this folder"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # tokenizers raises bare Exception for a broken file
-        hint = "save it again beside the weights"
+        hint = "save it again into this folder"
         if "trust_remote_code" in str(error):
-            hint = "it brings code of its own, which is never run; use one that transformers has"
+            hint = "remote code is never run; use a tokenizer of transformers"
         raise ModelError(
             f"the tokenizer must load with transformers (got {error!s:.200} in {folder}); {hint}"
         ) from error
-    for key in ("is_local", "local_files_only"):  # how it was loaded here, which it would save
+    for key in ("is_local", "local_files_only"):  # keys of this call, which it would save
         tokenizer.init_kwargs.pop(key, None)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
@@ -267,25 +280,27 @@ def load_tokenizer(folder: Path) -> Any:
 
 def _check_whole(model: Any, report: dict[str, Any], folder: Path, is_quantized: bool) -> None:
     missing = sorted(report["missing_keys"])
-    if is_quantized:  # weights of linear layers and experts may be stored under other names
+    if is_quantized:  # its linear layers and experts may have other names in the file
         linear = {name for name, module in model.named_modules() if hasattr(module, "in_features")}
         missing = [name for name in missing if name.endswith(".weight")]
         missing = [name for name in missing if name.removesuffix(".weight") not in linear]
     if missing:
         raise ModelError(
-            f"a checkpoint must hold every weight (got {len(missing)} missing in {folder}, "
-            f"first {missing[0]}); use one saved from a causal language model"
+            f"a checkpoint must have every weight of the model (got {len(missing)} missing in "
+            f"{folder}, first {missing[0]}); use a checkpoint of a causal language model"
         )
     if unexpected := sorted(report["unexpected_keys"]):
         count, first = len(unexpected), unexpected[0]
         logger.warning(
-            "%d weights in %s are not the model's and are left out, first %s", count, folder, first
+            "%d weights in %s are not the model's and are ignored, first %s", count, folder, first
         )
 
 
 def _refuse_integers(model: Any, folder: Path) -> None:
-    """Raise ModelError where a weight is stored in integers and no quantisation says what they
-    mean: transformers would cast them."""
+    """Raise ModelError for integer weights without a quantization_config.
+
+    transformers would cast the integers to floats without an error.
+    """
     if getattr(model.config, "quantization_config", None) is not None:
         return
     prefix = f"{model.base_model_prefix}."
@@ -301,13 +316,16 @@ def _refuse_integers(model: Any, folder: Path) -> None:
 
 
 def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Raise ModelError where a tokenizer, of this folder, writes tokens that a model has no row of.
+    """Raise ModelError if the tokenizer can write tokens without a row in the embedding.
 
-    Special ones may lie beyond, as those of images do in text models (Gemma 3 1B).
+    Special tokens may lie beyond the embedding, for example image tokens of text models (Gemma 3
+    1B), except those that texts get: bos, eos, unk and pad.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     beyond = {index for index in tokenizer.get_vocab().values() if index >= rows}
-    added = tokenizer.added_tokens_decoder if beyond else {}  # Mistral's own tokenizer has none
+    added = (
+        tokenizer.added_tokens_decoder if beyond else {}
+    )  # Mistral's tokenizer lacks the attribute
     written = {getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     if wrong := beyond - ({key for key, token in added.items() if token.special} - written):
         raise ModelError(
@@ -316,26 +334,27 @@ def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
         )
 
 
-# --- into several processes ---
+# --- several processes ---
 
 
 def load_shards(opened: Opened, dtype: torch.dtype, count: int, device: torch.device) -> Any:
-    """Return a model as `load_weights` does, frozen, cut into `count` parts.
+    """Return a frozen model whose weights are cut into `count` parts, one per process.
 
-    Raises ModelError as `load_weights` does, and where what cuts it does not suit the model.
+    Raises:
+        ModelError: as `load_weights`; or the model is quantised, or FSDP2 cannot shard it.
     """
     folder, config, tokenizer = opened
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
-            f"processes share weights of 16 or 32 bits (got {folder}, whose config.json has a "
-            "quantization_config); leave train.shard out: each process then holds the whole model"
+            "`train.shard` needs weights of 16 or 32 bits (got a quantization_config in "
+            f"{folder / 'config.json'}); leave it out: each process then holds the whole model"
         )
     with init_empty_weights(include_buffers=False):
         model = make_model(config, folder, dtype=dtype)
     model.tie_weights()
     stored, reason = _find_tensors(model, folder, dtype)
     if reason is not None:
-        logger.warning("each process loads all of %s before it keeps its share: %s", folder, reason)
+        logger.warning("each process first loads the whole model %s: %s", folder, reason)
         model = load_weights(opened, dtype)
     else:
         if (folder / "generation_config.json").is_file():
@@ -357,31 +376,31 @@ def load_shards(opened: Opened, dtype: torch.dtype, count: int, device: torch.de
 def _find_tensors(
     model: Any, folder: Path, dtype: torch.dtype
 ) -> tuple[dict[str, Stored], str | None]:
-    """Return the stored tensor of every parameter, or why the rows cannot be read one by one."""
-    for change in get_model_conversion_mapping(model):  # most change names alone
+    """Return the stored tensor of every parameter, or why rows cannot be read directly."""
+    for change in get_model_conversion_mapping(model):  # most entries only change names
         if isinstance(change, WeightConverter):
             kind = type(change).__name__
-            return {}, f"its weights are converted while they load ({kind})"
+            return {}, f"transformers converts its weights while loading ({kind})"
     if dtype != torch.float32 and getattr(model, "_keep_in_fp32_modules_strict", None):
         return {}, "some of its weights stay in float32"
-    checkpoint, found = Checkpoint(folder), {}
+    checkpoint, tensors = Checkpoint(folder), {}
     for name, tensor in _weights(model).items():
         match = next(checkpoint.find(name, tuple(tensor.shape)), None)
         if match is None:
-            return {}, f"the checkpoint has no tensor of the name and shape of {name}"
-        found[name] = match
-    return found, None
+            return {}, f"the checkpoint has no tensor with the name and shape of {name}"
+        tensors[name] = match
+    return tensors, None
 
 
 def _weights(model: Any) -> dict[str, Tensor]:
-    """Return the parameters and saved buffers of a model, those that are tied once."""
+    """Return the parameters and saved buffers of a model; tied parameters once."""
     saved = set(model.state_dict())
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
     return dict(model.named_parameters()) | buffers
 
 
 def _materialise(model: Any, device: torch.device) -> None:
-    """Give a model on the meta device memory for the rows that this process holds."""
+    """Allocate memory on `device` for the rows of this process; keep the values of buffers."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.to_empty(device=device)
     for name, buffer in model.named_buffers():

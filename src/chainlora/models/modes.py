@@ -1,4 +1,4 @@
-"""Run a model in another mode for a while and leave it as it was; draw beside torch's own state."""
+"""Change the mode of a model or the state of generators for a while, and restore it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool = False) -> Iterator[None]:
-    """Switch every module to evaluation (or training) mode, and give each its own mode back."""
+    """Set every module to evaluation (or training) mode, and restore its mode at the end."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.train(training)
@@ -24,27 +24,28 @@ def in_mode(model: nn.Module, *, training: bool = False) -> Iterator[None]:
 
 
 def switch_activation_checkpointing(model: Any, *, is_on: bool) -> None:
-    """Let a model recompute activations in the backward, or no longer.
+    """Switch the recomputation of activations in the backward pass on or off.
 
-    Raises ValueError for a class that is not made for it.
+    Raises:
+        ValueError: the model class does not support it.
     """
     end = "enable" if is_on else "disable"
     before = getattr(model, f"gradient_checkpointing_{end}")  # its name in older transformers
     switch = getattr(model, f"activation_checkpointing_{end}", before)
     switch(*([{"use_reentrant": False}] if is_on else []))
-    if not is_on and hasattr(model, "_require_grads_hook"):  # which enabling has put on, newly
+    if not is_on and hasattr(model, "_require_grads_hook"):  # newer versions add it when enabling
         model.disable_input_require_grads()
 
 
 def seeded(name: str) -> torch.Generator:
-    """Return a generator on the CPU that draws the same for the same name."""
+    """Return a CPU generator seeded by a name: equal names draw equal numbers."""
     digest = hashlib.sha256(name.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @contextmanager
 def kept_random_state(model: nn.Module) -> Iterator[None]:
-    """Put torch's generators, on the CPU and on the model's device, back at the end."""
+    """Restore torch's generators, on the CPU and the model's device, at the end."""
     device = next(model.parameters()).device
     devices = [device] if device.type not in ("cpu", "meta") else []
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):

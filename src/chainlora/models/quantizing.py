@@ -1,4 +1,4 @@
-"""Weights in few bits: how a base is quantised while it is loaded, and how to tell that it is.
+"""Quantise a base while it loads, and detect quantised layers.
 
 A quantised weight cannot hold a merged link without loss, so links are carried beside it.
 """
@@ -18,10 +18,17 @@ _PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
 
 
 def quantization(kind: str, dtype: torch.dtype) -> Any:
-    """Return what transformers' `from_pretrained` takes as its `quantization_config`.
+    """Return the `quantization_config` for transformers' `from_pretrained`.
 
-    nf4: 4-bit NormalFloat in blocks of 64 (arXiv 2305.14314), of bitsandbytes. int8: integers with
-    a scale for each row, of torchao. Both quantise weights alone; matmuls run in `dtype`.
+    Only weights are quantised; matmuls run in `dtype`.
+
+    Args:
+        kind: ``nf4``, 4-bit NormalFloat in blocks of 64 by bitsandbytes (arXiv 2305.14314), or
+            ``int8``, integers with one scale per row by torchao.
+        dtype: dtype of computations.
+
+    Raises:
+        ModelError: the package is not installed.
     """
     import_optional(_PACKAGES[kind], f"`quantize: {kind}`", ModelError)
     if kind == "int8":
@@ -40,10 +47,10 @@ def quantization(kind: str, dtype: torch.dtype) -> Any:
 
 
 def settle_kernels(model: nn.Module) -> None:
-    """Let quantised layers compute the same in training and in evaluation.
+    """Make quantised layers compute the same in training and in evaluation.
 
-    On CPUs with AVX-512 for bfloat16, bitsandbytes repacks weights in place for evaluation, and
-    then multiplies in bfloat16 whatever the input is.
+    On CPUs with AVX-512 for bfloat16, bitsandbytes repacks weights for evaluation, and then
+    multiplies in bfloat16 for any input dtype. This switches that off.
     """
     layers: list[Any] = list(model.modules())
     for layer in layers:
@@ -52,9 +59,9 @@ def settle_kernels(model: nn.Module) -> None:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Say whether a layer's weight is not an ordinary tensor of floating-point numbers.
+    """Return whether a layer's weight is not a plain floating-point tensor.
 
-    Those of one byte need a scale, which a layer keeps beside them.
+    One-byte floats count as quantised too: the layer stores a scale for them.
     """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
@@ -63,34 +70,33 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Say whether a module is a linear map that shows no weight, but holds integers.
+    """Return whether a module is a linear layer that stores integers and has no `weight`.
 
-    GPTQ, AWQ, HQQ and their like keep codes and scales under names of their own.
+    GPTQ, AWQ, HQQ and similar layers store codes and scales under other names.
     """
     sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
     if not all(isinstance(size, int) for size in sizes):
         return False
     if isinstance(getattr(module, "weight", None), Tensor):
         return False
-    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return any(not tensor.is_floating_point() for tensor in own)
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return any(not tensor.is_floating_point() for tensor in tensors)
 
 
 def is_quantized_model(model: nn.Module) -> bool:
-    """Say whether a model has quantised layers, wherever they come from."""
+    """Return whether a model has quantised layers of any kind."""
     return any(is_quantized(module) for module in model.modules())
 
 
 def plain_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor that indexing and casting work on: quantised ones as what they stand for,
-    and one that processes share as a whole."""
+    """Return a plain tensor with all values: dequantised, and gathered from all processes."""
     if is_shard(tensor):
         return gathered(tensor)
     return tensor.dequantize() if _is_special(tensor) else tensor
 
 
 def _is_special(tensor: Tensor) -> bool:
-    """Say whether a tensor is of a class of its own, as torchao's are."""
+    """Return whether a tensor is of a special class, such as torchao's."""
     if is_shard(tensor):
         return False
     return type(tensor) not in (nn.Parameter, Tensor) and hasattr(tensor, "__tensor_flatten__")

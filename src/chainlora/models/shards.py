@@ -1,12 +1,12 @@
-"""A model of which each process holds a share: every weight is cut into rows, one part a process.
+"""Shard a model: every process stores some rows of each weight.
 
-`shard` is PyTorch's FSDP2 (`fully_shard`). Between forwards a weight is a DTensor that is cut along
-its first dimension. While a layer runs, forward or backward, its weights are whole; then they are
-freed again. Each such layer is an exchange between all processes, so all of them must make the same
-forwards in the same order.
+`shard` uses PyTorch's FSDP2 (`fully_shard`). Between forward passes a weight is a DTensor, cut
+along its first dimension. While a layer runs, forward or backward, its weights are gathered;
+afterwards they are freed. All processes take part in each gather, so all must run the same forward
+passes in the same order.
 
-Whoever reads or writes weights between forwards asks here: `local` (the rows at hand), `rows`
-(which ones they are), `gathered` (all of them, from all processes).
+To read or write weights between forward passes, use `local` (the rows on this process), `rows`
+(their indices) and `gathered` (all rows, from all processes).
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _INSIDE = "_chainlora_inside"  # name of the method that `inside` calls
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Say whether a tensor is held in parts, one in each process."""
+    """Return whether several processes store parts of this tensor."""
     return hasattr(tensor, "full_tensor")
 
 
 def local(tensor: Any) -> Tensor:
-    """Return the rows that this process holds, in place: writing them writes the weight."""
+    """Return a view of the rows on this process: writing it writes the weight."""
     return tensor.detach().to_local() if is_shard(tensor) else tensor
 
 
 def rows(tensor: Any) -> slice:
-    """Return which rows `local` holds: all of them where the tensor is whole."""
+    """Return the row indices of `local`: all rows unless the tensor is sharded."""
     if not is_shard(tensor):
         return ALL
     mesh, total = tensor.device_mesh, int(tensor.shape[0])
@@ -51,7 +51,7 @@ def rows(tensor: Any) -> slice:
 
 
 def gathered(tensor: Any) -> Tensor:
-    """Return the whole tensor. All processes must ask for the same one."""
+    """Return the whole tensor. All processes must call it for the same tensor."""
     return tensor.full_tensor() if is_shard(tensor) else tensor
 
 
@@ -59,38 +59,42 @@ def gathered(tensor: Any) -> Tensor:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Say whether a module gathers its weights when it runs, and frees them afterwards."""
+    """Return whether a module gathers its weights when it runs."""
     return hasattr(module, "_get_fsdp_state")
 
 
 def num_hooks(module: nn.Module) -> int:
-    """Return how many hooks of a module's forward gather and free its weights."""
+    """Return the number of forward hooks that gather and free a module's weights."""
     return 2 if is_sharded(module) else 0
 
 
 def plain_type(module: nn.Module) -> type:
-    """Return the class of a module as it was before `shard`."""
+    """Return the class of a module before `shard`."""
     return type(module).__mro__[2] if is_sharded(module) else type(module)
 
 
 def inside(module: nn.Module, compute: Callable[..., Result], *inputs: Tensor) -> Result:
-    """Return ``compute(*inputs)``, computed while the module's own weights are whole.
+    """Return ``compute(*inputs)``, computed while the weights of a module are gathered.
 
-    As in a forward of the module, they are whole again in the backward of the result. `module` is
-    a sharded model or its head.
+    They are gathered again in the backward pass of the result, as for a forward of the module.
+
+    Args:
+        module: a sharded model or its head, after `start`.
+        compute: a function that uses the module's weights.
+        inputs: its arguments.
     """
-    found: Result = getattr(module, _INSIDE)(compute, *inputs)
-    return found
+    result: Result = getattr(module, _INSIDE)(compute, *inputs)
+    return result
 
 
 def at_head(model: Any, compute: Callable[..., Result], *inputs: Tensor) -> Result:
-    """Return ``compute(*inputs)``, computed while the weights of the head are whole."""
-    return inside(_own_head(model) or model, compute, *inputs)
+    """Return ``compute(*inputs)``, computed while the weights of the head are gathered."""
+    return inside(_head_of(model) or model, compute, *inputs)
 
 
 @contextmanager
 def whole(module: Any) -> Iterator[None]:
-    """Hold a layer's weights whole, on all processes."""
+    """Gather a layer's weights on all processes, and free them at the end."""
     if not is_sharded(module):
         yield
         return
@@ -105,16 +109,24 @@ def whole(module: Any) -> Iterator[None]:
 
 
 def shard(model: Any, count: int, device: torch.device) -> None:
-    """Cut the weights of a frozen model into parts, in place, one for each of `count` processes.
+    """Cut the weights of a frozen model into parts, in place, one per process.
 
-    Gathered together are the weights of one decoder layer, of the embedding, of the head, and the
-    few that are left. Weights on the meta device stay there.
+    The weights of each decoder layer, of the embedding, of the head and of the remaining modules
+    are gathered together. Weights on the meta device stay there.
+
+    Args:
+        model: the whole model.
+        count: number of processes.
+        device: device of this process.
+
+    Raises:
+        ModelError: FSDP2 cannot shard the model.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (count,))
-    body, head = _innermost(base_model(model)), _own_head(model)
+    body, head = _innermost(base_model(model)), _head_of(model)
     embedding = model.get_input_embeddings()
     try:
         for unit in [*_layers(body), *_ends(embedding, head), body, model]:
@@ -124,10 +136,14 @@ def shard(model: Any, count: int, device: torch.device) -> None:
 
 
 def start(model: Any) -> None:
-    """Let a sharded model with weights settle which of its modules gathers what."""
+    """Finish a sharded model once it has weights: register `inside`, and initialize FSDP2.
+
+    Raises:
+        ModelError: FSDP2 cannot shard the model.
+    """
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    for module in {model, _own_head(model) or model}:
+    for module in {model, _head_of(model) or model}:
         setattr(module, _INSIDE, _call)
         register_fsdp_forward_method(module, _INSIDE)
     try:
@@ -140,15 +156,15 @@ def _call(compute: Callable[..., Result], *inputs: Tensor) -> Result:
     return compute(*inputs)
 
 
-def _own_head(model: Any) -> nn.Module | None:
-    """Return the head where it is one linear layer right below the model."""
+def _head_of(model: Any) -> nn.Module | None:
+    """Return the head if it is a linear layer and a direct child of the model, else None."""
     head = model.get_output_embeddings()
-    is_own = isinstance(head, nn.Linear) and any(child is head for child in model.children())
-    return head if is_own else None
+    is_child = isinstance(head, nn.Linear) and any(child is head for child in model.children())
+    return head if is_child else None
 
 
 def _ends(embedding: nn.Module, head: nn.Module | None) -> list[Any]:
-    """Return embedding and head, together where they are one weight."""
+    """Return embedding and head as units to gather: one unit if they share their weight."""
     if head is None:
         return []
     if head.weight is embedding.weight:
@@ -157,16 +173,15 @@ def _ends(embedding: nn.Module, head: nn.Module | None) -> list[Any]:
 
 
 def _innermost(body: nn.Module) -> nn.Module:
-    """Return the module below that holds all there is: some models call it past the one above
-    (OPT)."""
+    """Return the innermost module with all parameters: OPT calls it without its wrapper."""
     inner = [child for child in body.children() if any(True for _ in child.parameters())]
-    is_shell = len(inner) == 1 and not isinstance(inner[0], nn.ModuleList)
-    has_own = any(True for _ in body.parameters(recurse=False))
-    return _innermost(inner[0]) if is_shell and not has_own else body
+    is_wrapper = len(inner) == 1 and not isinstance(inner[0], nn.ModuleList)
+    has_parameters = any(True for _ in body.parameters(recurse=False))
+    return _innermost(inner[0]) if is_wrapper and not has_parameters else body
 
 
 def _layers(body: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules of the outermost lists: decoder layers."""
+    """Yield the modules of the outermost module lists: the decoder layers."""
     for child in body.children():
         if isinstance(child, nn.ModuleList):
             yield from (module for module in child if any(True for _ in module.parameters()))
@@ -176,6 +191,6 @@ def _layers(body: nn.Module) -> Iterator[nn.Module]:
 
 def _unsuited(model: nn.Module, error: Exception) -> ModelError:
     return ModelError(
-        f"fully_shard must suit the model (got {error!s:.200} from "
-        f"{type(model).__name__}); leave train.shard out: each process then holds all of it"
+        f"`train.shard` needs a model that fully_shard supports (got {error!s:.200} from "
+        f"{type(model).__name__}); leave it out: each process then holds the whole model"
     )

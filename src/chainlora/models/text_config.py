@@ -1,4 +1,4 @@
-"""The parts of a transformers model: text config, causal model, body, context."""
+"""Access parts of a transformers model: text config, causal model, body, context length."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from chainlora.errors import ModelError
 
-# tokens; for architectures without a limit of their own (ALiBi, recurrent)
+# Tokens, for architectures without a limit (ALiBi, recurrent).
 UNLIMITED_CONTEXT = 1 << 30
 _CONTEXTS = (
     "max_position_embeddings",
@@ -16,12 +16,12 @@ _CONTEXTS = (
     "n_ctx",
     "max_seq_len",
     "seq_length",
-    "max_target_positions",  # of Whisper's decoder
+    "max_target_positions",  # Whisper's decoder
 )
 
 
 def text_config(model: nn.Module) -> Any:
-    """Return the config of the text decoder: a multimodal model nests it, others are it."""
+    """Return the config of the text decoder, which multimodal models nest in their config."""
     config: Any = causal_model(model).config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
@@ -32,11 +32,11 @@ def causal_model(model: nn.Module) -> nn.Module:
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """Return the part of a causal model that ends in hidden states, without the head."""
+    """Return a causal model without its head: it returns hidden states."""
     model = causal_model(model)
     base = getattr(model, getattr(model, "base_model_prefix", "") or "_", None)
     if not isinstance(base, nn.Module) and hasattr(model, "lm_head"):
-        base = getattr(model, "model", None)  # Llama 4, Mllama: the prefix is the checkpoint's
+        base = getattr(model, "model", None)  # Llama 4, Mllama: the prefix is another
     if not isinstance(base, nn.Module):
         raise ModelError(
             f"the model must be a transformers causal language model (got {type(model).__name__})"
@@ -45,18 +45,17 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def compute_dtype(model: nn.Module) -> Any:
-    """Return the dtype the model computes in: that of its input embedding."""
+    """Return the dtype of the model's computations, the dtype of its input embedding."""
     return causal_model(model).get_input_embeddings().weight.dtype  # type: ignore[operator]
 
 
 def context_length(model: nn.Module) -> int:
-    """Return how many tokens the model can read at once; `UNLIMITED_CONTEXT` where no limit is
-    stated."""
+    """Return the context length in tokens; `UNLIMITED_CONTEXT` if the config has no limit."""
     config = text_config(model)
     for name in _CONTEXTS:
         if isinstance(length := getattr(config, name, None), int) and length > 0:
             tables: Any = [m for n, m in model.named_modules() if n.endswith("position_embeddings")]
             padding = (getattr(table, "padding_idx", None) for table in tables)
-            # RoBERTa's table of positions begins behind the one of padding
+            # RoBERTa's positions begin behind its padding position.
             return length - next((index + 1 for index in padding if index is not None), 0)
     return UNLIMITED_CONTEXT
