@@ -49,21 +49,25 @@ WRONG = [
     ("sample_packing", "true", "unknown key `sample_packing`; there is no such key here: not need"),
     ("optim", "adamw_bnb_8bit", "unknown key `optim`; here it is `train.optimizer: adamw_8bit`"),
     ("load_in_4bit", "true", "unknown key `load_in_4bit`; here it is `quantize: nf4`"),
-    ("chain.target_modules", "all", "`target_modules` must name modules (got all); say all-linear"),
-    ("data.fields", "{question: prompt}", "`data.fields` must have fields of format auto: prom"),
-    ("data", "{train: x, format: text, fields: {prompt: q}}", "`data.fields` must have fields of"),
-    ("data", "{task: sst2, fields: {text: q}}", "`data.fields` are those of a format, and a task"),
+    ("chain.target_modules", "all", "`target_modules` must name modules (got all); use all-linear"),
+    ("data.fields", "{question: prompt}", "`data.fields` must name fields of format auto: prom"),
+    ("data", "{train: x, format: text, fields: {prompt: q}}", "`data.fields` must name fields of"),
+    ("data", "{task: sst2, fields: {text: q}}", "`data.fields` cannot be used with a task, whose"),
     ("data.chat_template", "qwen", "`data.chat_template` must be a name, a file or a Jinja text ("),
     ("fp16", "true", "unknown key `fp16`; there is no such key here: train.dtype is float32"),
     ("chain.ranks", "[8, a]", "`chain.ranks` must be a whole number (got 'a' at position 1)"),
     ("chain.ranks", "[0]", "`chain.ranks` must be at least 1 (got 0 at position 0)"),
-    ("chain.ranks", "[8, 8]", "`ranks` and `steps` must be of one length (got 2 and 1); give one"),
+    ("chain.ranks", "[8, 8]", "`ranks` and `steps` must have the same length (got 2 and 1); give"),
     ("chain.ranks", "[8", "the value of `chain.ranks` must be YAML (got '[8': expected ',' or ']'"),
     ("chain.epochs", "[1]", "give one of `epochs`, `steps` and `tokens` (got epochs"),
     ("chain.alpha", "x", "`chain.alpha` must be a number or a list (got 'x')"),
-    ("chain.alpha", "[1, 2]", "`alpha` must be one number or one a link (got (1.0, 2.0) for 1"),
+    ("chain.alpha", "[1, 2]", "`alpha` must be one number, or one per link (got (1.0, 2.0) for"),
     ("chain.target_modules", "[]", "`target_modules` must name at least one module (got none)"),
-    ("chain.target_modules", "['']", "`target_modules` must hold names (got an empty one); remove"),
+    (
+        "chain.target_modules",
+        "['']",
+        "`target_modules` must hold names (got an empty name); remove",
+    ),
     ("chain.target_modules", "'*proj('", "`target_modules` must be a list of names, all-linear or"),
     ("chain.hold", "tide", "`chain.hold` must be 'tied' or 'carried' (got 'tide'); its"),
     ("chain.knots", "bogus", "`chain.knots` must be auto, null or a section of keys (got 'bogus')"),
@@ -79,12 +83,12 @@ WRONG = [
     ("train.betas", "[0.9]", "`train.betas` must be given (got none at position 1); add it"),
     ("train.betas", "[0.9, 1]", "`train.betas` must be below 1 (got 1 at position 1); its defa"),
     ("train.keep_best", "true", "`early_stop` and `keep_best` need validation rows (got none); gi"),
-    ("data.shots", "2", "`data.shots` are demonstrations of a task (got 2 for files without one)"),
+    ("data.shots", "2", "`data.shots` needs a task, whose rows are the demonstrations (got 2"),
     *(
         ("data.validation", value, "`data.validation` must be a file, a share between 0 and 1, or")
         for value in ("0", "true", "1.5")
     ),
-    ("data", "{train: a, validation: 9, num_validation: 3}", "`data.validation` of a share or num"),
+    ("data", "{train: a, validation: 9, num_validation: 3}", "`data.validation` as a share or num"),
     ("data.train", "[]", "`data.train` must name a file (got an empty list); e.g. [my.jsonl]"),
     ("data.train", "5", "`data.train` must be a text or a list (got 5)"),
     ("data.train", "[a, {path: b, weight: 0}]", "`data.train.weight` must be above 0 (got 0 at p"),
@@ -131,9 +135,9 @@ def test_a_number_that_no_key_can_mean_is_refused_by_name(key):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("chain: {init: pissa, hold: carried}", "`init: pissa` takes its start out of the base"),
+        ("chain: {init: pissa, hold: carried}", "`init: pissa` subtracts its init"),
         ("chain: {knots: auto, init: pissa}", "`knots` need plain LoRA links"),
-        ("train: {keep_best: true, eval_at_knots: false}", "compare the knots"),
+        ("train: {keep_best: true, eval_at_knots: false}", "need evaluations at knots"),
         ("train: {dpo_beta: 0.2}", r"`train.dpo_beta` needs loss: dpo \(got loss: null\); set"),
         ("train: {orpo_beta: 0.2}", "`train.orpo_beta` needs loss: orpo"),
         ("data: {sampling: saner}", r"`data.sampling` needs train: null \(got train: "),
@@ -146,10 +150,13 @@ def test_a_number_that_no_key_can_mean_is_refused_by_name(key):
             "needs restart_schedule: true .got restart_schedule: ",
         ),
         ("data: {dir: x}", "exclude each other"),
-        ("data: {train: null, dir: x}", "`data` must name a `task` or a `train` file .got `dir`"),
-        ("data: {task: rte, format: chat}", "`data.format` is that of rows without a task"),
+        (
+            "data: {train: null, dir: x}",
+            "`data` must name a `task` or a `train` file .got only `dir`",
+        ),
+        ("data: {task: rte, format: chat}", "`data.format` cannot be used with a task"),
         ("data: {train: [x, y, x]}", "`data.train` must name different files"),
-        ("quantize: nf4", r"merged into without loss \(got hold: tied\); set chain.hold: carried"),
+        ("quantize: nf4", r"merged links without loss \(got hold: tied\); set chain.hold: carried"),
     ],
 )
 def test_combinations_that_cannot_work_are_refused_before_a_link_begins(keys, message):
@@ -176,7 +183,7 @@ def test_a_key_that_yaml_reads_as_no_text_is_unknown(tmp_path, key, read):
 @pytest.mark.parametrize("key", ["data.validation", "data.test"])
 def test_rows_to_score_go_with_rows_to_train_on(key):
     drawn = ("data.task", "rte"), ("data.train", "null")
-    said = r"`data.validation` and `data.test` go with data.train \(got a task .*give"
+    said = r"`data.validation` and `data.test` need data.train \(got a task, .*add"
     with pytest.raises(ConfigError, match=said):
         config(*drawn, (key, "x.jsonl"))
     assert config(*drawn).data.validation is None
@@ -201,7 +208,7 @@ def test_every_problem_is_in_the_one_line():
         ({"lora_alpha": 8}, "^unknown key `lora_alpha`; did you mean 'alpha'"),
         ({"rank": 0}, r"^`rank` must be at least 1 \(got 0\); its default is 8"),
         ({"alpha": 1e300}, r"^`alpha` must be at most 1e\+06 \(got 1e\+300\)"),
-        ({"target_modules": "all"}, "say all-linear"),
+        ({"target_modules": "all"}, "use all-linear"),
     ],
 )
 def test_a_link_of_its_own_is_refused_in_the_same_words(keys, message):
@@ -275,7 +282,9 @@ def test_one_value_where_a_list_is_due_is_a_list_of_one():
 )
 def test_files_that_are_no_config(tmp_path, content, message):
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
-    with pytest.raises(ConfigError, match=r"rows of data\); name the rows there, as data: \{train"):
+    with pytest.raises(
+        ConfigError, match=r"rows of data\); name the rows in a config: data: \{train"
+    ):
         load_config(tmp_path / "rows.jsonl")
     file = tmp_path / "c.yaml"
     file.write_bytes(content)

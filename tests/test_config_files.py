@@ -114,7 +114,8 @@ def test_a_whole_foreign_file_is_told_from_a_wrong_key(chainlora, tmp_path, tool
     file = tmp_path / "theirs.yaml"
     file.write_text(FILES[tool])
     chainlora("train", file).refused(
-        f"config file must have chainlora's keys (got {file} with ", "write these keys in a config"
+        f"config file must have chainlora's keys (got {file} with ",
+        "write a config with chainlora's keys",
     )
 
 

@@ -182,7 +182,7 @@ def test_pairs_of_equal_answers_are_counted_and_refused_where_all_are(
 def test_a_task_or_a_format_without_pairs_is_refused(data, settings):
     tree = settings()
     tree["data"] = {"train": tree["data"]["train"]} | data
-    with pytest.raises(ConfigError, match="learns from pairs of answers"):
+    with pytest.raises(ConfigError, match="needs pairs of answers"):
         make_config(tree)
 
 

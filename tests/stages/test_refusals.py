@@ -20,10 +20,10 @@ from stages.cases import files_of, stage_of, stopping_after, survey
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "facts"}, "every stage must have a name of its own"),
+        ({"name": "facts"}, "the names of stages must be different"),
         ({"name": "x²"}, "must have a `name`"),
         ({"name": "base"}, "not base, start, now or combined"),
-        ({"model": "m"}, "nothing of the whole run .*`model`"),
+        ({"model": "m"}, "can set only its name, data, chain and train .*`model`"),
         ({"rehearsal": False}, "unknown key `rehearsal`; did you mean 'rehearse'"),
         ({"data": {"chat_template": "chatml"}}, "`data.chat_template` must be the same"),
         ({"chain": {"hold": "carried"}}, "`chain.hold` must be the same"),
@@ -31,7 +31,7 @@ from stages.cases import files_of, stage_of, stopping_after, survey
         ({"train": {"lrr": 3}}, "stage 'style': unknown key `train.lrr`"),
         (
             {"data": {"task": "sst2"}, "chain": {"ranks": [2]}},
-            "stage 'style': `chain` must say how long",
+            "stage 'style': `chain` must set the length",
         ),
     ],
 )
@@ -59,7 +59,7 @@ def test_run_wide_keys_of_an_extension_and_stages_that_are_not_there_are_refused
     mixed = mix_stages(run, {"style": 0.5}).entry.key
     undo(run)
     cases = [
-        (run, {"model": "m"}, "nothing of the whole run"),
+        (run, {"model": "m"}, "can set only its name, data, chain and train"),
         (run, {"train": {"seed": 1}}, "`train.seed` .*`extend` takes it from the run"),
         (run, {"name": "facts"}, "stage 'facts': "),
         (run, {"name": mixed}, "name of its own"),
@@ -136,7 +136,7 @@ def test_a_received_run_names_no_trackers(two, tmp_path, chainlora, caplog):
     config = run / "stages/facts/config.yaml"
     done = chainlora(f"train {config} {words}")
     assert done.status == 0, done.err
-    assert "only where they are named again: --train.trackers '[nobody]'" in caplog.text
+    assert "ignored unless you name them again: --train.trackers '[nobody]'" in caplog.text
     chainlora(f"train {config} {words}2 --train.trackers [nobody]").refused("`trackers` must name")
     (tmp_path / "law.yaml").write_text(json.dumps(stage_of(two, "style") | {"name": "law"}))
     done = chainlora(f"extend {run} {tmp_path}/law.yaml")

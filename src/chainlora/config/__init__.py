@@ -1,1 +1,1 @@
-"""What a run is: every key, its default, its checks. Imports no tensor library."""
+"""The keys of a config, their defaults and their checks. Imports no tensor library."""

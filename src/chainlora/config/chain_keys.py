@@ -1,4 +1,4 @@
-"""What a chain is: the keys of `chain` in a config, and of each link."""
+"""The keys of `chain` in a config, and of each link."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from chainlora.config.messages import Called
 from chainlora.config.section import Count, Section, refuse_if
 from chainlora.errors import ConfigError
 
-# How long a link can be said to be; the keys of `ChainConfig`, of which a config gives one.
+# Keys for the length of links, of which a config sets at most one.
 LENGTHS = ("epochs", "steps", "tokens")
 
 if TYPE_CHECKING:
-    Names = Sequence[str]  # what scripts may give
+    Names = Sequence[str]  # accepted from scripts
 else:
-    Names = tuple[str, ...]  # what it becomes
+    Names = tuple[str, ...]  # stored
 Share = Annotated[float, Field(ge=0, lt=1)]
-# Outside of it, products in float32 overflow or vanish.
+# Outside of this range, products in float32 overflow or vanish.
 Alpha = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 
 class LinkShape(Section):
-    """What a link and a chain say in the same words."""
+    """Keys that a link and a chain share."""
 
     rslora: bool = False
     """Scale by alpha / √rank instead (arXiv 2312.03732)."""
@@ -48,8 +48,11 @@ class LinkShape(Section):
 class LinkConfig(Called, LinkShape):
     """One LoRA of the chain.
 
-    The update is ``scaling · B · A`` with ``A`` (rank × in) and ``B`` (out × rank); ``scaling =
-    alpha / rank``, or ``alpha / √rank`` with `rslora`.
+    The update is ``scaling · B · A`` with A [rank, in] and B [out, rank] (arXiv 2106.09685);
+    ``scaling = alpha / rank``, or ``alpha / √rank`` with `rslora`.
+
+    Raises:
+        ConfigError: a keyword is unknown or its value is wrong.
     """
 
     rank: Count = 8
@@ -69,7 +72,7 @@ class LinkConfig(Called, LinkShape):
         for key in ("target_modules", "exclude_modules"):
             modules = getattr(self, key)
             has_empty = isinstance(modules, tuple) and "" in modules  # every path ends with it
-            refuse_if(has_empty, f"`{key}` must hold names", "an empty one", "remove it")
+            refuse_if(has_empty, f"`{key}` must hold names", "an empty name", "remove it")
             try:
                 re.compile(modules if isinstance(modules, str) else "")
             except re.error as error:
@@ -77,7 +80,7 @@ class LinkConfig(Called, LinkShape):
                 remedy = "give a list such as [q_proj, v_proj]"
                 refuse_if(True, rule, f"{modules!r}: {error}", remedy)
         is_all = targets in ("all", ("all",))
-        refuse_if(is_all, "`target_modules` must name modules", "all", "say all-linear")
+        refuse_if(is_all, "`target_modules` must name modules", "all", "use all-linear")
         return self
 
 
@@ -115,7 +118,7 @@ class KnotConfig(Section):
         refuse_if(
             tau is not None and -math.expm1(-every / tau) >= 1,
             "`knots.time_constant` must leave a part of the link at each soft knot",
-            f"{tau}, with which a knot after {every} step(s) ties all of it",
+            f"{tau}: a knot after {every} step(s) would tie the whole link",
             "raise it, or lower knots.every",
         )
         return self
@@ -124,7 +127,7 @@ class KnotConfig(Section):
 class ChainConfig(LinkShape):
     """The chain: number, ranks and lengths of its links.
 
-    Give one of `epochs`, `steps` and `tokens`, with one entry for each link. Without, `data.train`
+    Give one of `epochs`, `steps` and `tokens`, with one entry per link. Otherwise `data.train`
     decides ([defaults](config.md#without-a-config)).
     """
 
@@ -152,7 +155,7 @@ class ChainConfig(LinkShape):
     @model_validator(mode="before")
     @classmethod
     def _rank_a_length(cls, tree: Any) -> Any:
-        """Give each length without a rank the default one."""
+        """Set the default rank for each length if no ranks are given."""
         if isinstance(tree, Mapping) and "ranks" not in tree:
             given = [tree[key] for key in LENGTHS if isinstance(tree.get(key), list | tuple)]
             return dict(tree) | {"ranks": (8,) * max([1, *map(len, given)])}
@@ -179,22 +182,22 @@ class ChainConfig(LinkShape):
             lengths = getattr(self, key)
             refuse_if(
                 len(lengths) != len(self.ranks),
-                f"`ranks` and `{key}` must be of one length",
+                f"`ranks` and `{key}` must have the same length",
                 f"{len(self.ranks)} and {len(lengths)}",
-                "give one entry a link",
+                "give one entry per link",
             )
         refuse_if(
             isinstance(self.alpha, tuple) and len(self.alpha) != len(self.ranks),
-            "`alpha` must be one number or one a link",
+            "`alpha` must be one number, or one per link",
             f"{self.alpha} for {len(self.ranks)} ranks",
-            "give as many as there are ranks",
+            "give as many numbers as ranks",
         )
         return self
 
     @model_validator(mode="after")
     def _check(self) -> ChainConfig:
         is_carried = self.init == "pissa" and self.hold == "carried"
-        rule = "`init: pissa` takes its start out of the base"
+        rule = "`init: pissa` subtracts its initialization from the base weights"
         refuse_if(is_carried, rule, "hold: carried", "use hold: tied")
         knots = self.knots is not None
         refuse_if(
@@ -205,17 +208,17 @@ class ChainConfig(LinkShape):
         )
         try:
             self.links()
-        except ConfigError as error:  # here, and not when the link begins
+        except ConfigError as error:  # already here, not when the link begins
             raise ValueError(str(error)) from None
         return self
 
     @property
     def has_length(self) -> bool:
-        """Say whether one of `epochs`, `steps` and `tokens` is given."""
+        """Whether `epochs`, `steps` or `tokens` is given."""
         return any(getattr(self, key) is not None for key in LENGTHS)
 
     def links(self) -> list[LinkConfig]:
-        """Return one `LinkConfig` a link, scaling policy applied."""
+        """Return one `LinkConfig` per link, with `alpha_policy` applied."""
         shared = {
             key: getattr(self, key)
             for key in LinkConfig.model_fields
@@ -224,7 +227,7 @@ class ChainConfig(LinkShape):
         shapes = [(rank, self._alpha(k, rank)) for k, rank in enumerate(self.ranks)]
         made = {
             (rank, alpha): LinkConfig(rank=rank, alpha=alpha, **shared)
-            for rank, alpha in dict.fromkeys(shapes)  # thousands of links are often of one shape
+            for rank, alpha in dict.fromkeys(shapes)  # thousands of links often have few shapes
         }
         return [made[shape] for shape in shapes]
 

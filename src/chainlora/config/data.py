@@ -1,4 +1,4 @@
-"""What rows are: the keys of `data` in a config."""
+"""The keys of `data` and `start_data` in a config."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ROW_FIELDS: Mapping[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "input", "output", "system"),
     "conversational": ("prompt", "completion", "tools", "chat_template_kwargs"),
 }
-"""What is read of a row, by format; of pairs also `chosen` and `rejected`."""
+"""Fields of a row that are read, by format; preference pairs also have `chosen` and `rejected`."""
 
 
 Home = AfterValidator(lambda value: expanduser(value) if isinstance(value, str) else value)
-"""A path in which ``~`` is the user's home, as in shells."""
+"""A path; ``~`` becomes the user's home."""
 Arguments = Annotated[dict[str, Argument], AfterValidator(checked_arguments)]
 
 
@@ -114,7 +114,7 @@ class DataConfig(Section):
     @field_validator("train", mode="before")
     @classmethod
     def _files(cls, value: Any) -> Any:
-        """Take one file for a list, and give one of no other weight as its path."""
+        """Accept one file for a list; store a single file without a weight as its path."""
         files = [value] if isinstance(value, Mapping) else value
         if not isinstance(files, list | tuple):
             return value
@@ -137,45 +137,55 @@ class DataConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _check(self) -> DataConfig:
+    def _check_sources(self) -> DataConfig:
         task, train = self.task, self.train
         refuse_if(
             self.rehearse and bool(task or train or self.validation or self.test or self.replay),
-            "`data.rehearse` is for a stage without rows of its own",
-            "others beside it",
-            "leave them out, or take data.replay",
+            "a stage with `data.rehearse` cannot have other rows",
+            "other rows",
+            "leave them out, or use data.replay",
         )
         refuse_if(
             task is None and train is None and not self.rehearse,
             "`data` must name a `task` or a `train` file",
-            "neither" if self.dir is None else "`dir`, which holds the rows of a task",
+            "neither" if self.dir is None else "only `dir`, the folder of a task's rows",
             "e.g. data: {train: my.jsonl}",
         )
+        return self
+
+    @model_validator(mode="after")
+    def _check_task(self) -> DataConfig:
+        task = self.task
         refuse_if(
             self.shots and task is None,
-            "`data.shots` are demonstrations of a task",
-            f"{self.shots} for files without one",
+            "`data.shots` needs a task, whose rows are the demonstrations",
+            f"{self.shots} without a task",
             "name a task, or leave it out",
         )
         refuse_if(
             self.fields and task is not None,
-            "`data.fields` are those of a format, and a task names columns itself",
+            "`data.fields` cannot be used with a task, whose file names the columns",
             f"task: {task}",
             "leave one out",
         )
         check_fields(self.fields, self.format)
         refuse_if(
             self.format != "auto" and task is not None,
-            "`data.format` is that of rows without a task, whose file says how they are read",
+            "`data.format` cannot be used with a task, whose file describes its rows",
             f"format: {self.format} and task: {task}",
             "leave one out",
         )
-        paths = [each.path for each in self.train_files]
+        return self
+
+    @model_validator(mode="after")
+    def _check_files(self) -> DataConfig:
+        task, train = self.task, self.train
+        paths = [file.path for file in self.train_files]
         refuse_if(
             len(set(paths)) < len(paths),
             "`data.train` must name different files",
             ", ".join(paths),
-            "to read one twice an epoch, give it weight: 2",
+            "to read a file twice per epoch, set its weight: 2",
         )
         refuse_if(
             train is not None and self.dir is not None,
@@ -185,26 +195,26 @@ class DataConfig(Section):
         )
         refuse_if(
             task is not None and train is None and (self.validation or self.test),
-            "`data.validation` and `data.test` go with data.train",
-            "a task whose rows are drawn",
-            "give data.train beside them, or leave them out",
+            "`data.validation` and `data.test` need data.train",
+            "a task, which draws its rows itself",
+            "add data.train, or leave them out",
         )
         refuse_if(
             self.holds_out and self.num_validation,
-            "`data.validation` of a share or number says how many rows there are",
-            f"num_validation: {self.num_validation} beside it",
+            "`data.validation` as a share or number already sets the number of rows",
+            f"also num_validation: {self.num_validation}",
             "leave one out",
         )
         return self
 
     @property
     def train_files(self) -> list[TrainFile]:
-        """The files of training rows; none for a task whose rows are drawn."""
+        """The files of training rows; empty for a task that draws its rows."""
         return [TrainFile(path=self.train)] if isinstance(self.train, str) else self.train or []
 
     @property
     def holds_out(self) -> bool:
-        """Say whether validation rows are held out of the training files."""
+        """Whether validation rows are held out of the training files."""
         return isinstance(self.validation, int | float)
 
 
@@ -241,9 +251,9 @@ class StartData(Section):
         )
         refuse_if(
             isinstance(self.validation, int | float) and self.train is None,
-            "`start_data.validation` of a share or number is held out of start_data.train",
+            "`start_data.validation` as a share or number needs start_data.train",
             f"{self.validation} without it",
-            "give start_data.train, or name a file",
+            "add start_data.train, or name a file",
         )
         try:
             self.as_data()
@@ -254,7 +264,7 @@ class StartData(Section):
         return self
 
     def as_data(self, own: DataConfig | None = None) -> DataConfig:
-        """Return the section that reads these rows, beside the rows of the run's `own` section."""
+        """Return these rows as a `data` section, with shared keys from the run's section `own`."""
         tree = self.model_dump()
         if self.train is None and not (self.task and not self.validation and not self.test):
             tree["train"] = ""  # no file
@@ -264,13 +274,13 @@ class StartData(Section):
 
 
 def check_fields(fields: Iterable[str], kind: str) -> None:
-    """Raise ValueError for a field that is none of a format, or of any where it is `auto`."""
+    """Raise ValueError for a field that the format, or with `auto` every format, lacks."""
     kinds = ROW_FIELDS if kind == "auto" else [kind]
-    known = dict.fromkeys(field for each in kinds for field in ROW_FIELDS[each])
+    known = dict.fromkeys(field for kind in kinds for field in ROW_FIELDS[kind])
     known |= dict.fromkeys(("chosen", "rejected"))
     refuse_if(
         wrong := [field for field in fields if field not in known],
-        f"`data.fields` must have fields of format {kind}: {', '.join(known)}",
+        f"`data.fields` must name fields of format {kind}: {', '.join(known)}",
         ", ".join(wrong),
         "write FIELD: NAME IN THE FILE, e.g. {prompt: question, completion: answer}",
     )

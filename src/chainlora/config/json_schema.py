@@ -1,6 +1,6 @@
-"""What a config can say, for editors and for people: from the sections and what stands below keys.
+"""Describe all config keys: a JSON Schema for editors, and a Markdown page for docs/config.md.
 
-A docstring below a key says what it means. It is read when it is asked for: a config loads without.
+The meaning of a key is the docstring below it, which is parsed from the source only here.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from chainlora.config.yaml_text import one_value
 
 
 def config_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a config file."""
     schema = RunConfig.model_json_schema()
     schema |= {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "chainlora"}
     properties = {RunConfig.__name__: schema["properties"]}
     properties |= {name: part["properties"] for name, part in schema["$defs"].items()}
     for model in config_sections().values():
-        meant = meanings(model)
-        for key, what in properties[model.__name__].items():
-            what.pop("title", None)
-            what["description"] = _plain(meant[key])
-            _take_one_for_a_list(what)
-    _take_short_forms(properties)
-    _take_stages(schema)
+        meaning_of = meanings(model)
+        for key, schema_of_key in properties[model.__name__].items():
+            schema_of_key.pop("title", None)
+            schema_of_key["description"] = _plain(meaning_of[key])
+            _allow_scalar(schema_of_key)
+    _allow_short_forms(properties)
+    _allow_stages(schema)
     return schema
 
 
 def config_page() -> str:
-    """Return every key with its default and meaning, in Markdown: the keys of docs/config.md."""
+    """Return every key with its default and meaning in Markdown, for docs/config.md."""
     lines = []
     for prefix, model in config_sections().items():
         if prefix.count(".") > 1:  # inside another section's list
@@ -50,10 +51,10 @@ def config_page() -> str:
 
 
 def _list_of_keys(prefix: str, model: type[BaseModel], width: int = 100) -> Iterator[str]:
-    """Yield the keys of a section, its own before those that it shares with another."""
-    meant = meanings(model)
-    own = model.__annotations__
-    for key, field in sorted(model.model_fields.items(), key=lambda item: item[0] not in own):
+    """Yield lines for the keys of a section, inherited keys last."""
+    meaning_of = meanings(model)
+    declared = model.__annotations__
+    for key, field in sorted(model.model_fields.items(), key=lambda item: item[0] not in declared):
         inner = _sections_in(field.annotation) if prefix else []
         if field.is_required():
             default = "required"
@@ -61,7 +62,7 @@ def _list_of_keys(prefix: str, model: type[BaseModel], width: int = 100) -> Iter
             default = "a section"
         else:
             default = f"`{one_value(field.default)}`"
-        text = f"- `{prefix}{key}` ({default}): {meant[key]}"
+        text = f"- `{prefix}{key}` ({default}): {meaning_of[key]}"
         yield from textwrap.wrap(
             text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
         )
@@ -71,27 +72,27 @@ def _list_of_keys(prefix: str, model: type[BaseModel], width: int = 100) -> Iter
 
 
 def meanings(model: type[BaseModel]) -> dict[str, str]:
-    """Return what stands below each key of a section."""
-    found: dict[str, str] = {}
+    """Return the docstring below each key of a section."""
+    texts: dict[str, str] = {}
     for kind in reversed(model.__mro__):
         if not issubclass(kind, Section) or kind is Section:
             continue
         (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
         for key, text in pairwise(getattr(body, "body", [])):
             if isinstance(key, ast.AnnAssign) and isinstance(text, ast.Expr):
-                found[ast.unparse(key.target)] = " ".join(ast.literal_eval(text.value).split())
-    return found
+                texts[ast.unparse(key.target)] = " ".join(ast.literal_eval(text.value).split())
+    return texts
 
 
 def config_sections(
     prefix: str = "", model: type[BaseModel] = RunConfig
 ) -> dict[str, type[BaseModel]]:
     """Return the sections of a config by the prefix of their keys: ``""``, ``"data."``, …"""
-    found = {prefix: model}
+    sections = {prefix: model}
     for key, field in model.model_fields.items():
         for kind in _sections_in(field.annotation):
-            found |= config_sections(f"{prefix}{key}.", kind)
-    return found
+            sections |= config_sections(f"{prefix}{key}.", kind)
+    return sections
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:
@@ -99,28 +100,30 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
-def _take_one_for_a_list(what: dict[str, Any]) -> None:
-    """Allow one value where a list of any length is due, as configs do."""
-    choices = what.get("anyOf", [what])
+def _allow_scalar(key: dict[str, Any]) -> None:
+    """Allow a scalar where a list of any length is expected, as configs do."""
+    choices = key.get("anyOf", [key])
     items = [c["items"] for c in choices if c.get("type") == "array" and "items" in c]
     missing = [item for item in items if item not in choices]
     if not missing:
         return
-    if "anyOf" not in what:
-        taken = {key: what.pop(key) for key in ("type", "items") if key in what}
-        what["anyOf"] = [taken]
-    what["anyOf"] += missing
+    if "anyOf" not in key:
+        key["anyOf"] = [{name: key.pop(name) for name in ("type", "items") if name in key}]
+    key["anyOf"] += missing
 
 
-def _take_short_forms(properties: Mapping[str, dict[str, Any]]) -> None:
-    """Allow what validators allow: ``knots: auto``, ``speedups: off``, a model as a section, paths
-    among files of a weight."""
+def _allow_short_forms(properties: Mapping[str, dict[str, Any]]) -> None:
+    """Allow the short forms of validators.
+
+    These are ``knots: auto``, ``speedups: off``, `model` as a section, and paths in a list of
+    weighted files.
+    """
     top, chain, train = (properties[name] for name in ("RunConfig", "ChainConfig", "TrainConfig"))
     (files,) = [c for c in properties["DataConfig"]["train"]["anyOf"] if c.get("type") == "array"]
     files["items"] = {"anyOf": [files["items"], {"type": "string"}]}
     chain["knots"]["anyOf"].append({"const": "auto"})
     train["speedups"].pop("type")
-    train["speedups"]["enum"] += [True, False]  # YAML reads a bare `off` so
+    train["speedups"]["enum"] += [True, False]  # YAML reads a bare `off` as false
     name = {"type": "string"}
     section = {
         "type": "object",
@@ -131,7 +134,7 @@ def _take_short_forms(properties: Mapping[str, dict[str, Any]]) -> None:
     top["model"] = {"anyOf": [name, section], "description": top["model"].get("description", "")}
 
 
-def _take_stages(schema: dict[str, Any]) -> None:
+def _allow_stages(schema: dict[str, Any]) -> None:
     """Allow a list of stages in place of `data`, and `start` in place of `model`."""
     top = schema["properties"]
     keys = {"name": {"type": "string"}} | {key: {"type": ["boolean", "null"]} for key in STANDING}
@@ -141,13 +144,13 @@ def _take_stages(schema: dict[str, Any]) -> None:
         "required": ["name"],
         "additionalProperties": False,
     }
-    what = "Stages of one chain, each with its own data; keys beside it are of all stages."
-    top["stages"] = {"type": "array", "items": stage, "minItems": 1, "description": what}
+    text = "Stages of one chain, each with its own data. Keys beside `stages` apply to all of them."
+    top["stages"] = {"type": "array", "items": stage, "minItems": 1, "description": _plain(text)}
     del schema["required"]
     either = (("data", "stages"), ("model", "start"))
     schema["allOf"] = [{"anyOf": [{"required": [key]} for key in pair]} for pair in either]
 
 
 def _plain(text: str) -> str:
-    """Return Markdown without links and marks of code."""
+    """Return Markdown as plain text, without links and code marks."""
     return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text).replace("`", "")

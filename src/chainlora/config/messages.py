@@ -1,7 +1,7 @@
-"""What is wrong with a file or keywords, as one line: rule, value, remedy.
+"""Error messages for config files and keywords, in one line: rule, value, remedy.
 
-Keys of other tools (Axolotl, LLaMA-Factory, TRL, PEFT, torchtune, litgpt) are told what they are
-here (``foreign_keys.yaml``).
+For keys of other tools (Axolotl, LLaMA-Factory, TRL, PEFT, torchtune, litgpt), messages name the
+key of chainlora (``foreign_keys.yaml``).
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _RULES = {
 
 
 class Called(Section):
-    """A section that scripts make by keywords: what is wrong with them is a ConfigError."""
+    """A section that scripts create by keywords; invalid keywords raise ConfigError."""
 
-    if not TYPE_CHECKING:  # type checkers read the keys
+    if not TYPE_CHECKING:  # type checkers derive the arguments from the keys
 
         def __init__(self, **keys: Any) -> None:
             try:
@@ -49,39 +49,43 @@ class Called(Section):
 
 
 def problems(error: ValidationError, root: type[BaseModel]) -> str:
-    """Say everything that is wrong in one line, the members of a union in one sentence."""
-    found: dict[tuple[str, str, str], list[str]] = {}
-    for item in _meant(error.errors()):
-        if item["type"] in ("extra_forbidden", "invalid_key"):
-            *above, key = map(str, item["loc"])  # members of unions have a "[", as may the key
-            keys = [*(part for part in above if "[" not in part), key]
-            found[_unknown_key(keys, item["input"], root), "", ""] = []
-        elif item["type"] == "value_error":
-            found[str(item["ctx"]["error"]), "", ""] = []
-        elif item["type"] == "missing":
-            keys = [part for part in item["loc"] if isinstance(part, str) and "[" not in part]
-            at = item["loc"][-1]
-            got = f"none at position {at}" if isinstance(at, int) else "none"
-            found[f"`{'.'.join(keys)}` must be given", got, "add it"] = []
-        else:
-            key, remedy = _named(item["loc"], root)
-            place = "".join(f" at position {part}" for part in item["loc"] if isinstance(part, int))
-            got = f"{item['input']!r:.60}{place}"
-            place_and_value = f"`{key}` must be", got, remedy
-            found.setdefault(place_and_value, []).append(_rule(item))
-    said = [
+    """Return all problems in one line; rules for the members of a union share a sentence."""
+    rules_of: dict[tuple[str, str, str], list[str]] = {}  # by begin, value and remedy
+    for item in _relevant(error.errors()):
+        begin_value_remedy, rules = _problem(item, root)
+        rules_of.setdefault(begin_value_remedy, []).extend(rules)
+    texts = [
         sentence(" ".join([begin, " or ".join(rules)]).strip(), got, remedy)
-        for (begin, got, remedy), rules in found.items()
+        for (begin, got, remedy), rules in rules_of.items()
     ]
-    lists = [text.partition("; known: ")[2] for text in said]
+    # A list of known keys is given once, after the last unknown key.
+    lists = [text.partition("; known: ")[2] for text in texts]
     return "; ".join(
         text.partition("; known: ")[0] if known and known in lists[place + 1 :] else text
-        for place, (text, known) in enumerate(zip(said, lists, strict=True))
+        for place, (text, known) in enumerate(zip(texts, lists, strict=True))
     )
 
 
-def _meant(errors: Sequence[Any]) -> Iterator[Any]:
-    """Yield errors, without those of a union's plain members where another one comes closer."""
+def _problem(item: Any, root: type[BaseModel]) -> tuple[tuple[str, str, str], list[str]]:
+    """Return the begin, value and remedy of a pydantic error, and the rule in words."""
+    if item["type"] in ("extra_forbidden", "invalid_key"):
+        *above, key = map(str, item["loc"])  # members of unions have a "[", as may the key
+        keys = [*(part for part in above if "[" not in part), key]
+        return (_unknown_key(keys, item["input"], root), "", ""), []
+    if item["type"] == "value_error":
+        return (str(item["ctx"]["error"]), "", ""), []
+    if item["type"] == "missing":
+        keys = [part for part in item["loc"] if isinstance(part, str) and "[" not in part]
+        last = item["loc"][-1]
+        got = f"none at position {last}" if isinstance(last, int) else "none"
+        return (f"`{'.'.join(keys)}` must be given", got, "add it"), []
+    key, remedy = _key_and_default(item["loc"], root)
+    place = "".join(f" at position {part}" for part in item["loc"] if isinstance(part, int))
+    return (f"`{key}` must be", f"{item['input']!r:.60}{place}", remedy), [_rule(item)]
+
+
+def _relevant(errors: Sequence[Any]) -> Iterator[Any]:
+    """Yield errors; skip a union's plain member if the error of another member goes deeper."""
     for item in errors:
         place, member = item["loc"][:-1], item["loc"][-1:]
         depth = len(place)
@@ -98,8 +102,8 @@ def _rule(item: Any) -> str:
     return rule.format(**values) if rule else item["msg"][:1].lower() + item["msg"][1:]
 
 
-def _named(place: Sequence[int | str], root: type[BaseModel]) -> tuple[str, str]:
-    """Return a key's dotted name, and its default in words."""
+def _key_and_default(place: Sequence[int | str], root: type[BaseModel]) -> tuple[str, str]:
+    """Return a key's dotted name, and a remedy that names its default."""
     model, keys, remedy = root, [], ""
     for part in place:
         field = model.model_fields.get(str(part))
@@ -119,6 +123,23 @@ def _unknown_key(keys: Sequence[str], value: Any, root: type[BaseModel]) -> str:
         if part in model.model_fields:
             model = next(_models(model.model_fields[part].annotation))
     known, last = list(model.model_fields), keys[-1]
+    hint = _other_section(last, known, root, is_top=len(keys) == 1)
+    foreign = foreign_keys().get(last)
+    is_run = {"model", "chain", "train"} <= root.model_fields.keys()
+    if hint is None and foreign is not None and (is_run or foreign.ours is None):
+        hint = foreign_hint(last, value)
+    elif hint is None and foreign is not None:
+        ours = (foreign.ours or "").rpartition(".")[2]
+        likely = [name for name in (ours, ours.removesuffix("s")) if name in known]
+        hint = f"; did you mean {likely[0]!r}?" if likely else None
+    hint = nearest(last, known) if hint is None else hint
+    return f"unknown key `{'.'.join(keys)}`{hint}"
+
+
+def _other_section(
+    last: str, known: Sequence[str], root: type[BaseModel], *, is_top: bool
+) -> str | None:
+    """Return a hint if exactly one section has a key of this name, or nearly of this name."""
     inside = [
         (key, f"{name}.{key}")
         for name, field in root.model_fields.items()
@@ -126,24 +147,14 @@ def _unknown_key(keys: Sequence[str], value: Any, root: type[BaseModel]) -> str:
         for key in section.model_fields
     ]
     elsewhere = [place for key, place in inside if key == last]
-    if not elsewhere and len(keys) == 1:
+    if not elsewhere and is_top:
         close = difflib.get_close_matches(last, [key for key, _ in inside], n=1, cutoff=0.8)
         elsewhere = [place for key, place in inside if key in close and last not in known]
-    hint = f"; did you mean {elsewhere[0]!r}?" if len(elsewhere) == 1 else None
-    foreign = foreign_keys().get(last)
-    is_whole = {"model", "chain", "train"} <= root.model_fields.keys()
-    if hint is None and foreign is not None and (is_whole or foreign.ours is None):
-        hint = foreign_hint(last, value)
-    elif hint is None and foreign is not None:
-        ours = (foreign.ours or "").rpartition(".")[2]
-        meant = [name for name in (ours, ours.removesuffix("s")) if name in known]
-        hint = f"; did you mean {meant[0]!r}?" if meant else None
-    hint = nearest(last, known) if hint is None else hint
-    return f"unknown key `{'.'.join(keys)}`{hint}"
+    return f"; did you mean {elsewhere[0]!r}?" if len(elsewhere) == 1 else None
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Return the models in an annotation such as ``Section``, also in a union or a tuple."""
+    """Yield the models in an annotation, also inside a union or a tuple."""
     kinds = (kind for kind in types_in(annotation) if isinstance(kind, type))
     return (kind for kind in kinds if issubclass(kind, BaseModel))
 
@@ -152,7 +163,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 class ForeignKey(BaseModel):
-    """One key of other tools (`foreign_keys.yaml` says what each field means)."""
+    """A key of other tools; `foreign_keys.yaml` explains the fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -164,40 +175,41 @@ class ForeignKey(BaseModel):
 
 @cache
 def foreign_keys() -> Mapping[str, ForeignKey]:
+    """Return all known keys of other tools, by name."""
     text = files("chainlora.config").joinpath("foreign_keys.yaml").read_text(encoding="utf-8")
-    found = {}
+    foreign = {}
     for row in parse_yaml(text):
         meaning = {name: value for name, value in row.items() if name != "keys"}
         for key, tools in row["keys"].items():
-            found[key] = ForeignKey(tools=tools.split(), **meaning)
-    return found
+            foreign[key] = ForeignKey(tools=tools.split(), **meaning)
+    return foreign
 
 
 def foreign_hint(key: str, value: Any = None) -> str | None:
-    """Return what to say of a key of another tool and its value; None for a key of none."""
-    found = foreign_keys().get(key)
-    if found is None:
+    """Return a hint for a key and value of another tool; None if no tool has this key."""
+    foreign = foreign_keys().get(key)
+    if foreign is None:
         return None
-    if found.ours is None:
-        return f"; there is no such key here: {found.say}"
-    is_known = isinstance(value, bool | str) and value in found.values
-    ours = f"{found.ours}: {found.values[value]}" if is_known else found.ours
-    return f"; here it is `{ours}`" + (f" ({found.say})" if found.say else "")
+    if foreign.ours is None:
+        return f"; there is no such key here: {foreign.say}"
+    is_known = isinstance(value, bool | str) and value in foreign.values
+    ours = f"{foreign.ours}: {foreign.values[value]}" if is_known else foreign.ours
+    return f"; here it is `{ours}`" + (f" ({foreign.say})" if foreign.say else "")
 
 
 def foreign_file(tree: Mapping[Any, Any], known: Iterable[str]) -> str | None:
-    """Return which keys of a file are another tool's; None for a file with fewer than three."""
+    """Return the keys of other tools in a file, as text; None if there are fewer than three."""
     keys = foreign_keys()
-    found = [key for key in _flat(tree) if key in keys and key.split(".")[0] not in set(known)]
-    if len(found) < 3:
+    foreign = [key for key in _flat(tree) if key in keys and key.split(".")[0] not in set(known)]
+    if len(foreign) < 3:
         return None
-    ours = ((key, keys[key].ours) for key in found)
+    ours = ((key, keys[key].ours) for key in foreign)
     named = [f"{key} (here {here})" if here else f"{key} (none)" for key, here in ours]
-    return f"{len(found)} keys of other tools: {', '.join(named)}"
+    return f"{len(foreign)} keys of other tools: {', '.join(named)}"
 
 
 def _flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of a tree; of a list of sections, those of the first."""
+    """Yield the dotted keys of a tree; in a list of sections, only of the first section."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, list) and value and isinstance(value[0], Mapping):

@@ -1,4 +1,4 @@
-"""From a YAML file, command-line overrides or a mapping to a checked config, and back to YAML."""
+"""Read a YAML file, overrides or a mapping into a checked config, and write it as YAML."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ logger = logging.getLogger(__name__)
 def load_config(
     path: str | Path, overrides: Mapping[str, Any] | Sequence[tuple[str, Any]] = ()
 ) -> RunConfig:
-    """Read a YAML file, change some of its keys, and check it.
+    """Read a YAML file, override some of its keys, and check it.
 
     Args:
         path: the file.
-        overrides: keys by their dotted names and their values, as a mapping or as pairs, of which a
-            later one wins: ``{"train.lr": 5e-4, "chain.ranks": [8, 4]}``. A text is read as YAML,
-            as on the command line: ``("chain.ranks", "[8, 4]")``, ``("train.early_stop", "null")``.
+        overrides: values by dotted key, as a mapping or as pairs; of equal keys the last one wins:
+            ``{"train.lr": 5e-4, "chain.ranks": [8, 4]}``. A string is parsed as YAML, as on the
+            command line: ``("chain.ranks", "[8, 4]")``, ``("train.early_stop", "null")``.
+
+    Returns:
+        The frozen config.
 
     Raises:
-        ConfigError: unreadable file, unknown key (nearest named), wrong value.
+        ConfigError: the file cannot be read, a key is unknown, or a value is wrong.
     """
     tree = read_config(path)
     for key, value in overrides.items() if isinstance(overrides, Mapping) else overrides:
@@ -41,7 +44,7 @@ def load_config(
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Read the keys of a config file, unchecked. Raises ConfigError for another tool's."""
+    """Read the keys of a config file, unchecked. Raises ConfigError for a file of another tool."""
     tree = read_tree(path)
     if tree.keys() >= {"base", "methods"}:
         raise ConfigError(
@@ -55,7 +58,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             "config file must have chainlora's keys",
             f"{path} with {foreign}",
-            "write these keys in a config of chainlora; docs/keys.md lists them",
+            "write a config with chainlora's keys; docs/keys.md lists them by tool",
         )
     if run_of_config(path) is not None:
         leave_out_helpers(tree, path)
@@ -63,22 +66,20 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def leave_out_helpers(tree: dict[str, Any], path: str | Path) -> None:
-    """Take plug-ins and trackers out of a config that may come from somebody else.
+    """Remove plug-ins and trackers from a config that another person may have written.
 
-    Plug-ins are code, and trackers send what is logged as whoever is logged in there. Those of this
-    user are named again.
+    Plug-ins are code, and trackers send logs with the login of the current user. The user must name
+    them again to use them.
     """
     tree.pop("plugins", None)
     train = tree.get("train")
     if isinstance(train, dict) and (trackers := train.pop("trackers", None)):
         again = f"--train.trackers '{one_value(trackers):.60}'"
-        logger.warning(
-            "the trackers in %s are used only where they are named again: %s", path, again
-        )
+        logger.warning("the trackers in %s are ignored unless you name them again: %s", path, again)
 
 
 def run_of_config(path: str | Path) -> Path | None:
-    """Return the run that a config lies in, as ``RUN/stages/NAME/config.yaml``; None for others."""
+    """Return the run of a config at ``RUN/stages/NAME/config.yaml``, or None for other paths."""
     path = Path(path).expanduser().absolute()
     run = path.parents[2] if len(path.parents) > 2 else path
     is_inside = path.name == "config.yaml" and path.parent.parent.name == "stages"
@@ -86,23 +87,23 @@ def run_of_config(path: str | Path) -> Path | None:
 
 
 def read_tree(path: str | Path, what: str = "config file") -> dict[str, Any]:
-    """Read a YAML file that holds a mapping. Raises ConfigError for any other, naming `what`."""
+    """Read a YAML file with a mapping. Raises ConfigError, which calls the file `what`."""
     path = Path(os.path.expanduser(path))
     if path.suffix in (".jsonl", ".csv", ".parquet"):
         raise ConfigError(
-            f"{what} must be YAML (got {path}, rows of data); name the rows there, as "
+            f"{what} must be YAML (got {path}, rows of data); name the rows in a config: "
             f"data: {{train: {path}}}"
         )
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
         raise ConfigError(
-            f"{what} must be UTF-8 text (got other bytes in {path}); is it a YAML file?"
+            f"{what} must be UTF-8 text (got other bytes in {path}); name a YAML file"
         ) from None
     except (OSError, ValueError) as error:  # a ValueError: a NUL or half a surrogate in the path
         remedy = "check the path"
-        if os.path.isfile(own := path / "stages/main/config.yaml"):
-            remedy = f"that of a run: chainlora train {own}"
+        if os.path.isfile(config := path / "stages/main/config.yaml"):
+            remedy = f"to use the config of this run: chainlora train {config}"
         got = f"{path}: {getattr(error, 'strerror', error)}"
         raise ConfigError(f"{what} must be readable", got, remedy) from None
     except yaml.YAMLError as error:
@@ -119,7 +120,7 @@ def read_tree(path: str | Path, what: str = "config file") -> dict[str, Any]:
 
 
 def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set ``tree["a"]["b"]`` from ``"a.b"``; a text is parsed as YAML, but without comments."""
+    """Set ``tree["a"]["b"]`` from ``"a.b"``; a string is parsed as YAML, without comments."""
     *parents, last = dotted.split(".")
     for part in parents:
         if tree.get(part) is None:
@@ -130,25 +131,25 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
                 f"`{dotted}` must name a key inside a section (got {part!r}, which is a value)"
             )
     try:
-        found = parse_yaml(value) if isinstance(value, str) else value
+        parsed = parse_yaml(value) if isinstance(value, str) else value
     except yaml.YAMLError as error:
         raise ConfigError(
             f"the value of `{dotted}` must be YAML (got {value!r}: "
             f"{getattr(error, 'problem', error)}); "
             "quote lists in the shell, e.g. '[8, 8]'"
         ) from None
-    if isinstance(found, str) and value.partition(" #")[0].strip() == found:
-        found = value.strip()  # a name such as ``runs/try #2``
-    tree[last] = found
+    if isinstance(parsed, str) and value.partition(" #")[0].strip() == parsed:
+        parsed = value.strip()  # a name such as ``runs/try #2``
+    tree[last] = parsed
 
 
 def make_config(tree: Mapping[str, Any]) -> RunConfig:
-    """Return the frozen config of a mapping. Raises ConfigError with every problem in one line."""
+    """Return the frozen config of a mapping. Raises ConfigError with all problems in one line."""
     if "stages" in tree:
         raise ConfigError(
-            "a config of one run must have no `stages`", "some", "give it to `chainlora train`"
+            "the config of one run must not have `stages`", "some", "use `chainlora train`"
         )
-    if isinstance(tree, Mapping):  # YAML reads `on:` and `8:` as keys that are no texts
+    if isinstance(tree, Mapping):  # YAML reads the keys `on:` and `8:` as other types
         tree = {str(key): value for key, value in tree.items()}
     try:
         return RunConfig.model_validate(tree)
@@ -157,12 +158,12 @@ def make_config(tree: Mapping[str, Any]) -> RunConfig:
 
 
 def dump_config(config: RunConfig) -> str:
-    """Return the resolved config as YAML; loading it gives the same config."""
+    """Return a config as YAML; loading it gives the same config."""
     return dump_yaml(config.model_dump(mode="json"))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return a nested config as ``{"train.lr": "0.001", …}``, as trackers and tables take it."""
+    """Return a nested config as ``{"train.lr": "0.001", …}``, for trackers and tables."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         nested = isinstance(value, Mapping)

@@ -1,8 +1,8 @@
-"""What a run is: every key a config file or a keyword can set, with its default and its reason.
+"""The config of a run: every key that a file or a keyword can set, with default and meaning.
 
-A config is frozen, refuses keys it does not know, and is complete once loaded: `None` means off. It
-imports no tensor library, so that the command line can check a file in milliseconds. The keys of
-`chain` are in `config.chain_keys`, those of `data` in `config.data`.
+A config is frozen, rejects unknown keys, and is complete once loaded: `None` means off. This
+package imports no tensor library, so that the command line can check a file in milliseconds. The
+keys of `chain` are in `config.chain_keys`, the keys of `data` in `config.data`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from chainlora.config.section import Count, Number, Section, refuse_if
 from chainlora.config.yaml_text import one_value
 
 PAIR_LOSSES = ("dpo", "orpo")
-"""Those of `train.loss` whose rows are preferences."""
+"""Values of `train.loss` that need preference rows."""
 
 
 # YAML reads a bare ``off`` as a boolean.
@@ -118,7 +118,7 @@ class TrainConfig(Section):
     def _check(self) -> TrainConfig:
         refuse_if(
             self.compares and not self.eval_at_knots,
-            "`keep_best` and `early_stop` compare the knots",
+            "`keep_best` and `early_stop` need evaluations at knots",
             "eval_at_knots: false",
             "leave it true",
         )
@@ -126,7 +126,7 @@ class TrainConfig(Section):
 
     @property
     def compares(self) -> bool:
-        """Say whether the run decides by validation rows."""
+        """Whether the run compares points by their validation rows."""
         return self.keep_best or self.early_stop is not None
 
 
@@ -138,13 +138,14 @@ READ_WITH: Mapping[str, tuple[str, Any]] = {
     "train.dpo_label_smoothing": ("loss", "dpo"),
     "train.orpo_beta": ("loss", "orpo"),
 }
-"""Keys that are read only where another one of their section has a value."""
+"""Keys that have an effect only if another key of their section has a certain value."""
 
 
 def with_flat_model(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an unchecked config with ``model: {name: …, quantize: nf4}`` as the two keys.
+    """Return an unchecked config with a ``model: {name: …, quantize: …}`` section as two keys.
 
-    Raises ValueError, as validators do, for a section of other keys.
+    Raises:
+        ValueError: the section has other keys.
     """
     if not isinstance(tree.get("model"), Mapping):
         return dict(tree)
@@ -152,7 +153,7 @@ def with_flat_model(tree: Mapping[str, Any]) -> dict[str, Any]:
     refuse_if(
         not {"name"} <= section.keys() <= {"name", "quantize"},
         "`model` must be a name, or a section of name and quantize",
-        ", ".join(sorted(map(str, section))) or "an empty one",
+        ", ".join(sorted(map(str, section))) or "an empty section",
         "e.g. model: {name: m, quantize: nf4}",
     )
     return dict(tree) | {"model": section.pop("name")} | section
@@ -200,13 +201,13 @@ class RunConfig(Called):
         chain = self.chain
         refuse_if(
             self.quantize and chain.hold == "tied",
-            f"`quantize: {self.quantize}` weights cannot be merged into without loss",
+            f"`quantize: {self.quantize}` weights cannot store merged links without loss",
             "hold: tied",
             "set chain.hold: carried",
         )
         refuse_if(
             chain.ranks and not (chain.has_length or self.data.train or self.data.rehearse),
-            "`chain` must say how long each link is tuned",
+            "`chain` must set the length of each link",
             "no epochs, steps or tokens",
             f"e.g. epochs: {[1] * len(chain.ranks[:9])}",
         )
@@ -214,8 +215,8 @@ class RunConfig(Called):
 
     @model_validator(mode="after")
     def _check_rows(self) -> RunConfig:
-        data, remedy = self.data, "give files of preferences as data.train, and no task or format"
-        rule = f"`train.loss: {self.train.loss}` learns from pairs of answers"
+        data, remedy = self.data, "set data.train to files of preferences, without task or format"
+        rule = f"`train.loss: {self.train.loss}` needs pairs of answers"
         is_pairs = self.train.loss in PAIR_LOSSES
         refuse_if(is_pairs and data.task is not None, rule, f"task: {data.task}", remedy)
         is_plain = data.format in ("chat", "text")
@@ -233,11 +234,11 @@ class RunConfig(Called):
         for name, (other, value) in READ_WITH.items():
             part, _, key = name.partition(".")
             section = getattr(self, part)
-            found, default = getattr(section, other), type(section).model_fields[key].default
+            actual, default = getattr(section, other), type(section).model_fields[key].default
             refuse_if(
-                getattr(section, key) != default and found != value,
+                getattr(section, key) != default and actual != value,
                 f"`{name}` needs {other}: {one_value(value)}",
-                f"{other}: {'null' if found is None else found!s:.60}",
+                f"{other}: {'null' if actual is None else actual!s:.60}",
                 f"set it, or leave {key} out",
             )
         return self

@@ -1,6 +1,7 @@
-"""What all sections of a config share: frozen, strict about keys, lenient about lists.
+"""Base classes of all config sections: frozen, strict about keys, lenient about lists.
 
-What a key means stands below it, in Markdown: docs/config.md and `chainlora schema` are made of it.
+A Markdown docstring below each key explains it. docs/config.md and `chainlora schema` are generated
+from these docstrings.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from pydantic_core import PydanticCustomError
 
 from chainlora.errors import sentence
 
-LARGEST = 2**31  # of what counts rows or steps, or sizes a tensor; far larger numbers are no floats
+# Limit of counts and sizes: far larger integers cannot become floats.
+LARGEST = 2**31
 Count = Annotated[int, Field(ge=1, lt=LARGEST)]
 Number = Annotated[int, Field(ge=0, lt=LARGEST)]
-_NAMES = re.compile(r"[\w.]+(\s*,\s*[\w.]+)+")
+_COMMA_LIST = re.compile(r"[\w.]+(\s*,\s*[\w.]+)+")
 
 
 class Frozen(BaseModel):
-    """What a file says: frozen, and strict about keys."""
+    """A model of a file: frozen, and strict about keys."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
@@ -33,16 +35,18 @@ class Section(Frozen):
     """A part of a config. `None` means off."""
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        """Yield the keys that are not at their default, for a repr of a few lines."""
+        """Yield only keys that differ from their default, for a short repr."""
         for key, value in super().__repr_args__():
             if key is None or value != type(self).model_fields[key].get_default():
                 yield key, value
 
     @field_validator("*", mode="before")
     @classmethod
-    def _as_people_write_it(cls, value: Any, info: ValidationInfo) -> Any:
-        """Take ``ranks: 8`` for ``[8]``, and a `Path` for its text; refuse ``lr: true``, which
-        pydantic takes for 1.0."""
+    def _normalize(cls, value: Any, info: ValidationInfo) -> Any:
+        """Accept a scalar for a list, ``a, b`` for a list of names, and a `Path` for a string.
+
+        Refuses ``lr: true``, which pydantic would read as 1.0.
+        """
         if isinstance(value, PathLike):
             value = fspath(value)
         field = cls.model_fields[str(info.field_name)]
@@ -50,13 +54,13 @@ class Section(Frozen):
         parts = value if isinstance(value, list | tuple) else [value]
         if kinds & {int, float} and bool not in kinds and any(isinstance(p, bool) for p in parts):
             raise PydanticCustomError("number", "a number")
-        if isinstance(value, str) and _NAMES.fullmatch(value) and _is_due_a_list(field, "a"):
+        if isinstance(value, str) and _COMMA_LIST.fullmatch(value) and _expects_list(field, "a"):
             return [name.strip() for name in value.split(",")]
-        return [value] if _is_due_a_list(field, value) else value
+        return [value] if _expects_list(field, value) else value
 
 
 def refuse_if(wrong: object, rule: str, got: object, remedy: str = "") -> None:
-    """Raise ValueError, as validators do, where something is wrong."""
+    """Raise ValueError, for use in validators, if a condition is wrong."""
     if wrong:
         raise ValueError(sentence(rule, got, remedy))
 
@@ -68,15 +72,18 @@ def types_in(annotation: Any) -> Iterator[Any]:
         yield from types_in(part)
 
 
-def _is_due_a_list(field: Any, value: Any) -> bool:
-    """Say whether a value stands alone where several may stand; a plain name is no pattern."""
+def _expects_list(field: Any, value: Any) -> bool:
+    """Return whether a scalar must become a list of one.
+
+    A string that is no plain name stays a string if the field accepts one: it can be a pattern.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return False
     kinds = set(types_in(field.annotation))
     if Ellipsis not in kinds:
         return False
     members = () if get_origin(field.annotation) is tuple else get_args(field.annotation)
-    alone = {kind for each in members if get_origin(each) is not tuple for kind in types_in(each)}
+    alone = {kind for part in members if get_origin(part) is not tuple for kind in types_in(part)}
     if isinstance(value, str):
         return str in kinds and (re.fullmatch(r"[\w.]+", value) is not None or str not in alone)
     return bool(kinds & {int, float}) and not alone & {int, float}

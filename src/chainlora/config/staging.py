@@ -1,7 +1,7 @@
-"""A config of several stages: one chain over several data sets, each stage a config of its own.
+"""Configs of several stages: one chain over several data sets, with one config per stage.
 
     model: …
-    train: {batch_size: 8}                      # of every stage that does not say otherwise
+    train: {batch_size: 8}                      # for every stage that does not override it
     stages:
       - name: facts
         data: {train: facts.jsonl}
@@ -11,7 +11,7 @@
         chain: {ranks: [8], epochs: [1]}
     output: runs/mine
 
-Nothing below knows of lists of stages: `make_stages` gives one `RunConfig` for each.
+`make_stages` returns one `RunConfig` per stage; other modules never see the list.
 """
 
 from __future__ import annotations
@@ -29,26 +29,32 @@ from chainlora.config.reading import make_config, set_key
 from chainlora.config.schema import LENGTHS, READ_WITH, RunConfig
 from chainlora.errors import ConfigError, nearest
 
-# What an export has one of, or the base has one of: a stage cannot say otherwise.
+# Keys of the base or the export, of which a run has one: a stage cannot override them.
 RUN_WIDE = {
     "data": ("chat_template", "template_arguments"),
     "chain": ("hold",),
     "train": ("dtype", "seed", "shard"),
 }
-OF_START = ("start", "start_data")  # read by the first stage alone
+OF_START = ("start", "start_data")  # only the first stage reads them
 STANDING = ("beside", "rehearse")
 _SECTIONS = ("data", "chain", "train")
 _SET_FOR_ALL = "set it beside `stages`, for all of them; `extend` takes it from the run"
-# `base`, `start` and `now` are states of the matrix that are no stages.
+# The matrix uses the other names for states that are no stages.
 _NAME = re.compile(r"(?!(?:base|start|now|combined)\Z)[A-Za-z][\w-]{0,63}", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the chain: its name, and the config of the run that tunes it. `after` is the entry
-    of the run that an extension begins on. One `beside` the others is combined with them when it
-    has ended, and then, with `rehearse`, rows that all stages kept are rehearsed; None of a stage
-    of a config leaves that to its plan (`training.placement`)."""
+    """One stage of a chain.
+
+    Args:
+        name: its name in the run.
+        config: the config that tunes it.
+        after: entry of the run that an extension begins on.
+        beside: whether it is trained beside the other stages and then combined with them; None
+            leaves that to the plan (`training.placement`).
+        rehearse: whether kept rows of all stages are rehearsed after the combination.
+    """
 
     name: str
     config: RunConfig
@@ -58,25 +64,30 @@ class Stage:
 
 
 def check_alone(config: RunConfig) -> RunConfig:
-    """Return the config of a run without stages. Raises ConfigError for what needs earlier ones."""
+    """Return the config of a run with one stage. Raises ConfigError if it needs earlier stages."""
     for key in ("replay", "rehearse"):
         if value := getattr(config.data, key):
-            rule, got = f"`data.{key}` reads rows of earlier stages again", f"{value}"
-            remedy = "give it to a later stage, or add start_data"
-            raise ConfigError(rule, f"{got} in a run without any", remedy)
+            rule = f"`data.{key}` needs rows of earlier stages"
+            remedy = "set it in a later stage, or add start_data"
+            raise ConfigError(rule, f"{value} in a run without earlier stages", remedy)
     return config
 
 
 def has_stages(tree: Mapping[str, Any]) -> bool:
-    """Say whether a config has stages, or rows or links before its only one."""
+    """Return whether a config has a list of stages, `start` or `start_data`."""
     return "stages" in tree or any(tree.get(key) not in (None, "none") for key in OF_START)
 
 
 def make_stages(tree: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = ()) -> list[Stage]:
-    """Return the stages of a config, each with what the config says of all of them.
+    """Return the stages of a config, each with the keys that they share.
 
-    All write to the run in `output`. `overrides` are keys by their dotted names: ``train.lr`` of
-    all stages, ``stages.NAME.train.lr`` of one. A config without `stages` is one stage, `main`.
+    Args:
+        tree: the unchecked config. Without `stages` it is one stage, `main`.
+        overrides: values by dotted key: ``train.lr`` for all stages, ``stages.NAME.train.lr`` for
+            one.
+
+    Raises:
+        ConfigError: a key or value is wrong, or `output` is missing.
     """
     shared = {key: deepcopy(value) for key, value in tree.items() if key != "stages"}
     sections = list(_sections(tree["stages"])) if "stages" in tree else []
@@ -84,7 +95,7 @@ def make_stages(tree: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = 
         _override(shared, sections, key, value)
     if shared.get("output") is None:
         raise ConfigError(
-            "`output` must name a directory for a config of stages", "none", "add it, or --output"
+            "a config with stages must have an `output` directory", "none", "add it, or --output"
         )
     if "stages" not in tree:
         sections = [{"name": "main"}]
@@ -94,62 +105,64 @@ def make_stages(tree: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = 
 
 
 def make_stage(shared: Mapping[str, Any], section: Mapping[str, Any], place: int) -> Stage:
-    """Return the stage of a section; `shared` says what is the same in all of them."""
+    """Return the stage of a section; `shared` are the keys that all stages share."""
     name = section["name"]
     tree = {key: value for key, value in shared.items() if place == 0 or key not in OF_START}
     try:
-        on = standing(section, place)
+        flags = standing(section, place)
         unknown = [key for key in section if key not in ("name", *STANDING, *_SECTIONS)]
         if unknown and unknown[0] not in RunConfig.model_fields:
             hint = nearest(unknown[0], ("name", *STANDING, *_SECTIONS))
             raise ConfigError(f"unknown key `{unknown[0]}`{hint}")
         if unknown:
             raise ConfigError(
-                "a stage must say its name, data, chain and train, and nothing of the whole run",
+                "a stage can set only its name, data, chain and train",
                 f"`{unknown[0]}`",
                 _SET_FOR_ALL,
             )
         for part in _SECTIONS:
-            own = section_of(section, part)
-            if fixed := [key for key in RUN_WIDE[part] if key in own]:
-                key = f"`{part}.{fixed[0]}`"
-                rule = f"{key} must be the same in all stages, since the chain has one"
-                raise ConfigError(rule, "one of its own", _SET_FOR_ALL)
-            tree[part] = _inherited(section_of(shared, part), own)
+            keys = section_of(section, part)
+            if fixed := [key for key in RUN_WIDE[part] if key in keys]:
+                rule = f"`{part}.{fixed[0]}` must be the same in all stages of a chain"
+                raise ConfigError(rule, "a value for one stage", _SET_FOR_ALL)
+            tree[part] = _inherited(section_of(shared, part), keys)
         config = make_config(tree)
     except ConfigError as error:
         raise ConfigError(f"stage {name!r}: {error}") from None
-    return Stage(name, config, **on)
+    return Stage(name, config, **flags)
 
 
 def standing(section: Mapping[str, Any], place: int) -> dict[str, Any]:
-    """Return what a section says of where its stage stands."""
+    """Return the flags `beside` and `rehearse` of a section, checked; empty for the first stage."""
     for key in STANDING:
         if section.get(key) not in (True, False, None):
             raise ConfigError(f"`{key}` must be true or false", f"{section[key]!r:.40}")
     beside, rehearse = map(section.get, STANDING)
     if beside and not place:
-        rule = "a stage beside others comes after the first"
+        rule = "the first stage cannot be beside others"
         raise ConfigError(rule, "beside: true", "leave it out")
     if rehearse and (beside is False or not place):
-        rule = "a rehearsal follows stages beside each other"
-        got = f"rehearse: true of {'one on top' if place else 'the first'}"
+        rule = "only a stage beside others can have a rehearsal"
+        got = f"rehearse: true for {'a stage on top' if place else 'the first stage'}"
         raise ConfigError(rule, got, "leave it out; chainlora rehearse RUN trains one")
     return {"beside": beside, "rehearse": bool(rehearse)} if place else {}
 
 
 def section_of(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return a section of an unchecked config. Raises ConfigError for what is none."""
-    found = tree.get(name) or {}
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"`{name}` must be a section of keys", f"{found!r:.60}")
-    return dict(found)
+    """Return a section of an unchecked config. Raises ConfigError if it is no mapping."""
+    section = tree.get(name) or {}
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"`{name}` must be a section of keys", f"{section!r:.60}")
+    return dict(section)
 
 
 def what_stages_share(before: RunConfig) -> dict[str, Any]:
-    """Return what a stage has from one before it: not its rows, its links' sizes, its choice."""
+    """Return the keys that a stage inherits from the stage before it.
+
+    It inherits neither rows, nor sizes of links, nor keys that select the best point.
+    """
     choice = {"keep_best", "early_stop", "select_metric"}
-    choice |= {"trackers"}  # named anew, as plug-ins are: a run may come from somebody else
+    choice |= {"trackers"}  # named again, as plug-ins: another person may have made the run
     of_run: dict[str, Any] = dict.fromkeys(("output", "plugins", *OF_START), True)
     tree = before.model_dump(mode="json", exclude=of_run | {"train": choice})
     kept = (*RUN_WIDE["data"], "max_length", "truncation", "keep_rows", "replay", "new_rows_only")
@@ -161,36 +174,38 @@ def what_stages_share(before: RunConfig) -> dict[str, Any]:
 
 
 def not_inherited(before: RunConfig, own: Mapping[str, Any]) -> list[str]:
-    """Return the keys that a stage has set, and that neither one after it inherits nor its `own`
-    section sets."""
-    found: list[str] = []
+    """Return the keys set in the stage before that a new stage loses.
+
+    The new stage neither inherits them nor sets them in its section `own`.
+    """
+    lost: list[str] = []
     for part in _SECTIONS:
         section = getattr(before, part)
-        # A length that is not given is told when it is chosen.
-        told = {*section_of(own, part), *LENGTHS}
-        shared = section_of(what_stages_share(before), part).keys() | told
+        # A missing length is logged when it is chosen.
+        covered = {*section_of(own, part), *LENGTHS}
+        shared = section_of(what_stages_share(before), part).keys() | covered
         default = type(section).model_construct()
         keys = [key for key in type(section).model_fields if key not in shared]
-        found += [f"{part}.{k}" for k in keys if getattr(section, k) != getattr(default, k)]
-    return found
+        lost += [f"{part}.{k}" for k in keys if getattr(section, k) != getattr(default, k)]
+    return lost
 
 
 def name_apart(output: str | PathLike[str], taken: Collection[str]) -> str:
-    """Return the name of a stage that has none: `main`, or where that is taken the output's."""
+    """Return the name of an unnamed stage: `main`, or the name of `output` if `main` is taken."""
     if "main" not in taken:
         return "main"
     name = Path(output).name
     if not is_name(name):
-        rule = "`output` must end in the name of a stage if `start` has a stage main"
+        rule = "the last part of `output` must be a valid stage name if `start` has a stage main"
         remedy = "rename it, or name the stage: stages: [{name: facts}]"
         raise ConfigError(rule, repr(name), remedy)
     return name
 
 
 def name_of_rows(path: str | PathLike[str]) -> str:
-    """Return the name of a stage for its file of rows: ``January 2026.csv`` gives January-2026.
+    """Return a stage name for a file of rows: ``January 2026.csv`` gives January-2026.
 
-    A file called train is one of the splits in a folder, whose name says more.
+    For a file called train, which is one split in a folder, it is the name of the folder.
     """
     file = Path(path)
     stem = file.absolute().parent.name if file.stem == "train" else file.stem
@@ -200,51 +215,51 @@ def name_of_rows(path: str | PathLike[str]) -> str:
 
 
 def is_name(name: object) -> bool:
-    """Say whether a stage can have a name."""
+    """Return whether a value is a valid stage name."""
     return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
 def check_name(name: object, taken: Sequence[str] = ()) -> str:
-    """Return the name of a new stage. Raises ConfigError for one that is none, or is taken."""
+    """Return the name of a new stage. Raises ConfigError if it is invalid or taken."""
     if not isinstance(name, str) or not is_name(name):
         raise ConfigError(
-            "a stage must have a `name` of at most 64 letters a to z, digits, - and _, a letter "
-            "first, and not base, start, now or combined",
+            "a stage must have a `name` of at most 64 characters: letters a to z, digits, - and _, "
+            "a letter first, but not base, start, now or combined",
             f"{name!r:.40}" if name is not None else "none",
             "e.g. name: facts",
         )
     if name in taken:
-        raise ConfigError("every stage must have a name of its own", f"{name!r} twice", "rename it")
+        raise ConfigError("the names of stages must be different", f"{name!r} twice", "rename one")
     return name
 
 
 def _inherited(shared: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a section of a stage: its own keys, and below them what all stages share.
+    """Return a section of a stage: its own keys over the shared keys.
 
-    A stage that says its own length inherits no other, one of another objective not the learning
-    rate, and none a key that it does not read.
+    A stage does not inherit a length if it sets one, the learning rate if it has another objective,
+    nor a key that has no effect on it.
     """
-    below, whole = dict(shared), shared | dict(own)
+    inherited, merged = dict(shared), shared | dict(own)
     if any(key in own for key in LENGTHS):
-        below = {key: value for key, value in below.items() if key not in LENGTHS}
-    if whole.get("loss") != shared.get("loss"):
-        below.pop("lr", None)
+        inherited = {key: value for key, value in inherited.items() if key not in LENGTHS}
+    if merged.get("loss") != shared.get("loss"):
+        inherited.pop("lr", None)
     for name, (other, value) in READ_WITH.items():
-        if whole.get(other) != value:
-            below.pop(name.partition(".")[2], None)
-    return below | dict(own)
+        if merged.get(other) != value:
+            inherited.pop(name.partition(".")[2], None)
+    return inherited | dict(own)
 
 
 def _refuse_unread(shared: Mapping[str, Any], stages: Sequence[Stage]) -> None:
-    """Refuse a key of all stages that none of them reads."""
+    """Refuse a shared key that has no effect on any stage."""
     for name, (other, value) in READ_WITH.items():
         part, _, key = name.partition(".")
         sections = [getattr(stage.config, part) for stage in stages]
         default = type(sections[0]).model_fields[key].default
         is_given = section_of(shared, part).get(key, default) != default
-        if is_given and all(getattr(each, other) != value for each in sections):
+        if is_given and all(getattr(section, other) != value for section in sections):
             rule, got = f"`{name}` needs {other}: {value or 'null'}", "no stage with it"
-            raise ConfigError(rule, got, f"set it in one, or leave {key} out")
+            raise ConfigError(rule, got, f"set it in a stage, or leave {key} out")
 
 
 def _sections(stages: object) -> Iterator[dict[str, Any]]:
@@ -264,23 +279,27 @@ def _sections(stages: object) -> Iterator[dict[str, Any]]:
 def _override(
     shared: dict[str, Any], sections: Sequence[dict[str, Any]], key: str, value: Any
 ) -> None:
-    """Set a key of all stages, or of one; refuse one that would have no effect on a stage."""
+    """Set a key of all stages, or of one stage.
+
+    Refuses a key of all stages that one of them overrides: it would have no effect there.
+    """
     first, _, rest = key.partition(".")
     if first != "stages":
         inner = rest.partition(".")[0]
         alike = LENGTHS if inner in LENGTHS else (inner,)
         for section in sections if first in _SECTIONS else ():
-            if hidden := [own for own in alike if own in section_of(section, first)]:
+            if hidden := [key for key in alike if key in section_of(section, first)]:
                 name = f"stages.{section['name']}.{first}"
                 rule = f"`{first}.{inner}` must have an effect on all stages"
-                raise ConfigError(rule, f"`{name}.{hidden[0]}` beside it", f"set {name}.{inner}")
+                got = f"`{name}.{hidden[0]}`, which overrides it"
+                raise ConfigError(rule, got, f"set {name}.{inner}")
         set_key(shared, key, value)
         return
     name, _, rest = rest.partition(".")
-    found = [section for section in sections if section["name"] == name]
-    if not found or not rest:
+    named = [section for section in sections if section["name"] == name]
+    if not named or not rest:
         names = ", ".join(section["name"] for section in sections)
         raise ConfigError(
             f"`stages.NAME.KEY` must name a stage (got `{key}`; the stages are {names})"
         )
-    set_key(found[0], rest, value)
+    set_key(named[0], rest, value)

@@ -1,8 +1,8 @@
-"""Chat templates that a config gives to a model: by name, from a file, or as text.
+"""Chat templates of a config: a name, a file, or a Jinja text.
 
-What a config holds once it is loaded is a name or a text, so that a run directory needs no file
-beside it. Arguments of a template become its defaults: whoever renders it later, in a chat or a
-server, gets them too.
+A loaded config contains a name or a text, never a path, so that a run directory needs no other
+file. Template arguments become defaults inside the template, so that a chat or a server that
+renders it later uses them too.
 """
 
 from __future__ import annotations
@@ -21,17 +21,21 @@ Argument = bool | int | float | str | None
 
 NAMES = ("alpaca", "chatml", "llama3", "zephyr")
 ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
-"""What ends a turn in a template, where that is not the tokenizer's own end of sequence."""
-_GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # by whoever renders it
+"""End of a turn by template, if it is not the tokenizer's end of sequence."""
+_RESERVED = ("messages", "tools", "documents", "add_generation_prompt")  # set by the renderer
 
 
 def is_resolved(value: str) -> bool:
-    """Say whether a value is the name or the text of a template, not a path."""
+    """Return whether a value is the name or the text of a template, not a path."""
     return value in NAMES or _is_template(value)
 
 
 def resolved_template(value: str) -> str:
-    """Return a name as it is, and the text of a file or of a template. Raises ValueError."""
+    """Return a name or a text unchanged, and a path as the text of its file.
+
+    Raises:
+        ValueError: the file does not exist or is not a template.
+    """
     if is_resolved(value):
         return value
     path = Path(expanduser(value))
@@ -53,22 +57,23 @@ def _is_template(text: str) -> bool:
 
 
 def mentions(template: object, name: str) -> bool:
-    """Say whether a template, or one of several, has a name as a word of its own."""
+    """Return whether a template, or one of several, contains a name as a whole word."""
     return re.search(rf"\b{re.escape(name)}\b", str(template)) is not None
 
 
 def checked_arguments(arguments: dict[str, Argument]) -> dict[str, Argument]:
-    """Return arguments. Raises ValueError for a name that is none of a template."""
+    """Return template arguments. Raises ValueError for an invalid or reserved name."""
     for name in arguments:
-        if not re.fullmatch(r"[A-Za-z_]\w*", name) or name in _GIVEN:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name) or name in _RESERVED:
             raise ValueError(
-                "`data.template_arguments` must be names that a chat template reads, such as "
-                f"enable_thinking (got {name!r:.40}); correct or remove it"
+                "the keys of `data.template_arguments` must be variables of the chat template, "
+                f"such as enable_thinking (got {name!r:.40}); correct or remove it"
             )
     return arguments
 
 
 def template_text(template: str) -> str:
+    """Return the Jinja text of a template, given by name or as text."""
     if template not in NAMES:
         return template
     folder = files("chainlora.config").joinpath("chat_templates")
@@ -76,7 +81,7 @@ def template_text(template: str) -> str:
 
 
 def with_defaults(template: str, arguments: Mapping[str, Argument]) -> str:
-    """Return a template in which arguments have these values unless others are given."""
+    """Return a template with default values for some arguments."""
     defaults = "".join(
         f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif -%}}"
         for name, value in arguments.items()
@@ -85,12 +90,12 @@ def with_defaults(template: str, arguments: Mapping[str, Argument]) -> str:
 
 
 def _literal(value: Argument) -> str:
-    """Return a value as Jinja writes it."""
+    """Return a value as a Jinja literal."""
     return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def refuse_paths(tree: Mapping[str, Any], path: Path) -> None:
-    """Raise RunError where a saved config would have a file of this machine read."""
+    """Raise RunError if a saved config names a template file, which could be any local file."""
     data = tree.get("data")
     template = data.get("chat_template") if isinstance(data, Mapping) else None
     if isinstance(template, str) and not is_resolved(template):
