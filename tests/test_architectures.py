@@ -133,7 +133,7 @@ def test_words_in_a_config_are_no_factors_and_what_is_left_out_is_said() -> None
     with Engine(tiny_model("mpt", logit_scale="inv_sqrt_d_model"), training=True) as engine:
         assert not any("router" in note for note in engine.notes)
     with Engine(tiny_model("mixtral", output_router_logits=True), training=True) as engine:
-        assert engine.notes[0] == "auxiliary loss of the router (`output_router_logits`): left out"
+        assert engine.notes[0] == "auxiliary loss of the router (`output_router_logits`): not used"
 
 
 def test_gradient_checkpointing_is_refused_where_a_class_has_none(tmp_path: Path) -> None:

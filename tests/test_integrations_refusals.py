@@ -68,7 +68,7 @@ MODELS = {
         lambda folder: peft.get_peft_model(plain_model(folder), lora(), adapter_name="mine"),
         "needs one adapter.*; leave adapter_name out",
     ),
-    "a merged adapter": (merged, "needs an adapter beside the base"),
+    "a merged adapter": (merged, "needs an unmerged adapter"),
     "a norm that is trained too": (
         lambda folder: trained_otherwise(folder, "model.norm", is_trained=True),
         r"model\.norm\.weight, which is trained too\); freeze it",
@@ -82,7 +82,7 @@ MODELS = {
             AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2),
             peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules=["q_proj"]),
         ),
-        "modules_to_save=.*leave it out, and task_type of a classifier",
+        "modules_to_save=.*leave it out, and a classifier.s task_type",
     ),
     "a module trained whole": (
         lambda folder: peft_model(folder, modules_to_save=["norm"]),

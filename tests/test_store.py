@@ -176,9 +176,9 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 # What else a link's tensors cannot be is told of links in memory (test_chain_refusals.py).
 TENSORS = {
     "none": (lambda t: {}, "got no factors"),
-    "without A": (lambda t: {k: v for k, v in t.items() if k != A}, "without its"),
+    "without A": (lambda t: {k: v for k, v in t.items() if k != A}, "without factors"),
     "half of A": (lambda t: {**t, A: t[A][:2]}, "no pair of factors"),
-    "not finite": (lambda t: {**t, A: t[A] * torch.nan}, "not finite"),
+    "not finite": (lambda t: {**t, A: t[A] * torch.nan}, "infinite or NaN"),
     "a flat A": (lambda t: {**t, A: t[A].flatten()}, "no pair of factors"),
 }
 

@@ -112,7 +112,7 @@ def test_an_orthogonal_start_reads_nothing_that_earlier_links_read(architecture)
 
 def test_an_orthogonal_start_needs_free_directions():
     chain = chain_of({"rank": 20})
-    with pytest.raises(ChainLoRAError, match=r"20 of 32 taken at .* for rank 16"):
+    with pytest.raises(ChainLoRAError, match=r"16 input directions .*got 20 of 32 in use at"):
         chain.extend(config("opt", rank=16, init="orthogonal"))
     chain.set_strengths({0: 0})  # what is switched off takes nothing
     chain.extend(config("opt", rank=16, init="orthogonal"))

@@ -245,7 +245,7 @@ def test_modules_outside_of_decoder_layers_are_refused():
     for name, module in (("llama", "lm_head"), ("opt, projected", "model.decoder.project_out")):
         model = model_of(FAMILIES[name])
         part = Part("one", rows_of(1, [5]), update(model, [module], 1))
-        assert f"on modules of decoder layers (got {module})" in refusal(model, [part])
+        assert f"inside decoder layers (got {module})" in refusal(model, [part])
 
 
 def test_a_model_that_is_trained_is_refused(llama):
@@ -272,7 +272,7 @@ def test_activations_that_are_not_finite_are_refused():
     assert "layers.0" in said
     with torch.no_grad():
         model.model.embed_tokens.weight[5] = torch.nan
-    where = "others at model.layers.0.self_attn.q_proj, two"
+    where = "infinite or NaN at model.layers.0.self_attn.q_proj, two"
     assert where in refusal(model, [one, replace(two, rows=[[5]]), base])
 
 

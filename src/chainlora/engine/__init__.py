@@ -1,1 +1,1 @@
-"""A batch through a model: hidden states, losses and scores, fast and the same to rounding."""
+"""Run batches through a model: hidden states, losses and scores, equal up to rounding, and fast."""

@@ -1,14 +1,15 @@
-"""A model, and the fastest way to run it that is the same function.
+"""Run a model in the fastest way that computes the same function.
 
     with Engine(model, training=True) as engine:
-        engine.adapt(lora_layers)                        # after a LoRA was put on the model
+        engine.adapt(lora_layers)                        # after a LoRA is attached to the model
         loss, count = engine.loss(engine.pack(examples), "completion")
         scores = engine.scores(examples)
 
-This file is the plain engine: a batch through the model's own forward (`packing.padded_hidden`),
-then losses and scores at its head (`head`), one micro-batch after the other. Faster ways are
-plug-ins (`fast`), each tried at the start by a probe on the model itself. Where a probe does not
-agree, the plain way is taken and `notes` says why. `close` leaves the model as it was.
+This file is the plain engine. It runs a batch through the model's own forward
+(`packing.padded_hidden`) and computes losses and scores at the head (`head`), one micro-batch after
+the other. Fast paths are plug-ins (`fast`). At the start, a probe compares each one with the plain
+forward of this model; if they differ, the engine does not use it, and `notes` has the reason.
+`close` restores the model.
 """
 
 from __future__ import annotations
@@ -39,41 +40,45 @@ log = logging.getLogger(__name__)
 
 Kind = Literal["candidates", "completion"]
 Speedups = Literal["auto", "off"]
-ScoringProgress = Callable[[int, int], None]  # told (rows done, rows) after each batch
+ScoringProgress = Callable[
+    [int, int], None
+]  # called after each batch with (finished rows, all rows)
 Batch = TypeVar("Batch")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Sharing(Protocol):
-    """Several processes that share the work of an engine (`training.processes`)."""
+    """Processes that share the work of an engine (`training.processes`)."""
 
     def spread(
         self, items: Sequence[Item], compute: Callable[[Sequence[Item]], list[Result]]
     ) -> list[Result]:
-        """Return what `compute` returns for all items, each computed by one process."""
+        """Return the results of `compute` for all items; each process computes some of them."""
 
     def most(self, number: int) -> int:
-        """Return the largest of the numbers that all processes have here."""
+        """Return the maximum of a number over all processes."""
 
 
 class Engine:
-    """A model and the fastest way to run it that computes the same function to rounding.
+    """Runs a model by the fastest paths that compute the same function up to rounding.
+
+    The engine changes the model in place. `close`, which a ``with`` block calls, restores it.
 
     Args:
-        model: a transformers causal language model, frozen but for what is trained.
-        speedups: ``auto`` takes every fast path whose probe agrees; ``off`` takes none: the padded
-            path, plain forwards, one thread, no packing.
-        training: whether gradients will be asked for. Without, every parameter is frozen until
-            `close`.
-        threads: most threads; None is one a core, up to a few.
-        sharing: the processes that share the work; None computes everything here.
+        model: a transformers causal language model; only trained parameters require gradients.
+        speedups: ``auto`` uses every fast path whose probe succeeds; ``off`` uses none, so padded
+            batches, plain forwards and one thread.
+        training: whether gradients are needed. Otherwise all parameters are frozen until `close`.
+        threads: largest number of threads; None for one per core, up to `MOST_THREADS`.
+        sharing: the processes that share the work; None if this process computes everything.
+
+    Attributes:
+        notes: one line per fast path: used, or the reason why not.
 
     Raises:
-        ModelError: a model that this package cannot score: it does not run on token ids alone, is
-            not causal, draws random numbers in evaluation, or has logits that are not its head's.
-
-    The model is changed in place and is itself again after `close`, which a ``with`` block calls.
+        ModelError: the model cannot be scored. It does not run on token ids alone, is not causal,
+            draws random numbers in evaluation, or has logits that are not its head's output.
     """
 
     def __init__(
@@ -95,17 +100,17 @@ class Engine:
         try:
             for parameter in self._frozen:
                 parameter.requires_grad_(False)
-            base_model(model)  # refuses what is not a causal language model
+            base_model(model)  # raises unless this is a causal language model
             embedding: Any = causal_model(model).get_input_embeddings()  # type: ignore[operator]
             self._num_tokens = embedding.weight.shape[0]
             facts = examine(model, training=training)
             if training and getattr(text_config(model), "output_router_logits", False):
-                self.notes.append("auxiliary loss of the router (`output_router_logits`): left out")
+                self.notes.append("auxiliary loss of the router (`output_router_logits`): not used")
             facts.most_threads, facts.is_shared = threads, self._is_sharded
             self._length_from = facts.threshold if facts.length else None
-            logit_transform(model)  # refuses a model with other logits; found once, not in a thread
+            logit_transform(model)  # raises for other logits; cached here, before threads start
             if self._is_sharded:
-                self.notes.append("weights: shared by processes, whole one layer at a time")
+                self.notes.append("weights: sharded over processes, gathered one layer at a time")
             self._take_fast_paths(facts)
         except BaseException:
             self.close()
@@ -114,7 +119,7 @@ class Engine:
             log.info("%s", note)
 
     def _take_fast_paths(self, facts: Facts) -> None:
-        """Apply every registered path whose probe agrees; note which, and why not the others."""
+        """Apply every registered path whose probe succeeds, and note the result of each."""
         paths = [make() for make in fast.FAST_PATHS]
         if self.speedups == "auto":
             facts.watched = [module for path in paths for module in path.watched(self.model)]
@@ -132,18 +137,18 @@ class Engine:
 
     @property
     def path(self) -> Literal["packed", "padded"]:
-        """How batches run: sequences side by side in one row, or each in a padded row."""
+        """How batches run: all sequences in one packed row, or one padded row per sequence."""
         return "packed" if any(path.name == PACKED for path in self._fast) else "padded"
 
     @property
     def num_threads(self) -> int:
-        """The number of threads that train."""
+        """Number of threads in training."""
         return max((path.num_threads for path in self._fast), default=1)
 
     # --- batches ---
 
     def adapt(self, layers: Iterable[nn.Module]) -> None:
-        """Make LoRA layers fast that were put on the model; safe to call again."""
+        """Use fast forwards for LoRA layers on the model; may be called again."""
         layers = list(layers)
         for path in self._fast:
             path.adapt(layers)
@@ -151,21 +156,22 @@ class Engine:
     def pack(self, examples: Sequence[Example]) -> PackedBatch:
         """Return examples as one batch on the model's device.
 
-        Raises DataError where there is a token that the model does not have.
+        Raises:
+            DataError: a token is not in the model's vocabulary.
         """
         batch = pack(examples, share_prefixes=self.speedups == "auto")
         last = int(max(batch.input_ids.max(), batch.token_target.max()))
         if last >= self._num_tokens:
-            row = next(each.row for each in examples if last in {*chain(*each.sequences)})
+            row = next(e.row for e in examples if last in {*chain(*e.sequences)})
             raise DataError(
-                "the model must have the tokens of a row",
-                f"token {last} in row {row}, and {self._num_tokens} tokens",
+                "the tokens of a row must be in the model's vocabulary",
+                f"token {last} in row {row}, and a vocabulary of {self._num_tokens}",
                 "drop the row",
             )
         return batch.to(next(self.model.parameters()).device)
 
     def split(self, examples: Sequence[Example]) -> list[list[Example]]:
-        """Cut a micro-batch into the shards of `add_gradients`, always the same."""
+        """Cut a micro-batch into shards for `add_gradients`; equal examples give equal shards."""
         for path in self._fast:
             if (shards := path.split(examples)) is not None:
                 return [[examples[place] for place in shard] for shard in shards]
@@ -174,13 +180,13 @@ class Engine:
     def _map(
         self, function: Callable[[Item], Result], items: Iterable[Item], *, training: bool
     ) -> Iterator[Result]:
-        """Return ``function(item)`` in the order of the items, perhaps from other threads."""
+        """Return ``function(item)`` in the order of the items; threads may compute it."""
         for path in self._fast:
             if (results := path.map(function, items, training=training)) is not None:
                 return results
         return map(function, items)
 
-    # --- what the model computes ---
+    # --- forward, loss and gradient ---
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Return the hidden states [R, d] at `batch.rows`, after the final norm, differentiable."""
@@ -192,17 +198,22 @@ class Engine:
         return padded_hidden(self.model, batch)
 
     def loss(self, batch: PackedBatch, kind: Kind) -> tuple[Tensor, int]:
-        """Return the summed loss of a batch, a scalar, and the number of terms in the sum.
+        """Return the summed loss of a batch and the number of terms in the sum.
 
-        ``candidates``: cross-entropy over each example's candidates; ``completion``: negative
-        log-likelihood of each scored token.
+        Args:
+            batch: the result of `pack`.
+            kind: ``candidates`` for the cross-entropy over each example's candidates,
+                ``completion`` for the negative log-likelihood of each scored token.
+
+        Returns:
+            A scalar, differentiable, and the number of examples or scored tokens.
         """
         if kind == "candidates":
             return self.at_head(candidate_loss, batch), batch.num_examples
         return self.at_head(completion_loss, batch)
 
     def at_head(self, compute: Callable[..., Result], batch: PackedBatch) -> Result:
-        """Return ``compute(model, hidden states, batch)``, which may use the head's weights."""
+        """Return ``compute(model, hidden states [R, d], batch)``; it may use the head's weights."""
 
         def finish(hidden: Tensor) -> Result:
             return compute(self.model, hidden, batch)
@@ -219,12 +230,17 @@ class Engine:
         count: Callable[[Batch], int],
         terms: float | None = None,
     ) -> float:
-        """Add the gradient of a step's mean loss to ``parameter.grad`` of each; return that loss.
+        """Add the gradient of a step's mean loss to ``parameter.grad``; return the mean loss.
 
-        `batches` holds the micro-batches of the step, each as its shards; ``loss(shard)`` is summed
-        over ``count(shard)`` terms. Losses and gradients are summed in the order of the shards, so
-        equal work gives equal bits. `terms` is the number in the whole step, where these batches
-        are a part of it.
+        Losses and gradients are summed in the order of the shards, so equal batches give equal
+        bits.
+
+        Args:
+            batches: the micro-batches of the step, each one as its shards.
+            parameters: the trained parameters.
+            loss: returns the summed loss of a shard.
+            count: returns the number of terms in that sum.
+            terms: number of terms in the whole step, if `batches` are only a part of it.
         """
         if terms is None:
             terms = sum(count(batch) for shards in batches for batch in shards)
@@ -257,15 +273,20 @@ class Engine:
     ) -> list[list[float]]:
         """Return, per example, the mean log-probability per token of each of its sequences.
 
-        `max_tokens` bounds what is computed at once, in all threads together. Raises ScoreError
-        when a score is not a number.
+        Args:
+            examples: the examples.
+            max_tokens: largest number of tokens that all threads together compute at once.
+            progress: called after each batch with the numbers of finished and of all rows.
+
+        Raises:
+            ScoreError: a score is not a number.
         """
         return self.spread(examples, lambda part: self._scores(part, max_tokens, progress))
 
     def _scores(
         self, examples: Sequence[Example], max_tokens: int, progress: ScoringProgress | None
     ) -> list[list[float]]:
-        # what a sequence is may depend on the longest one beside it: then each is a unit of its own
+        # If scores depend on the longest sequence of a batch, sequences of one length are batched.
         units = list(examples)
         if self._length_from is not None:
             units = [
@@ -275,7 +296,7 @@ class Engine:
             ]
         scores: list[list[float]] = [[] for _ in units]
         batches: Iterable[list[int]] = self._scoring_batches(units, max_tokens)
-        if self._is_sharded:  # in step with a process that has more batches
+        if self._is_sharded:  # all processes must run the same number of forward passes
             batches = list(batches)
             batches += batches[:1] * (self.most(len(batches)) - len(batches))
 
@@ -292,20 +313,21 @@ class Engine:
                     scores[index], flat = flat[:count], flat[count:]
                     if any(map(math.isnan, scores[index])):
                         raise ScoreError(
-                            f"scores must be numbers (got nan at row {units[index].row}); the "
-                            "model's weights or its dtype are at fault, try float32"
+                            f"scores must be numbers (got nan at row {units[index].row}); check "
+                            "the model's weights, or use dtype float32"
                         )
                 done += len(indices)
                 if progress is not None:
                     share = min(done, len(units)) * len(examples) // len(units)
                     progress(share, len(examples))
-        found = (score for unit in scores for score in unit)
-        return [[next(found) for _ in example.sequences] for example in examples]
+        flat_scores = (score for unit in scores for score in unit)
+        return [[next(flat_scores) for _ in example.sequences] for example in examples]
 
     def _scoring_batches(self, units: Sequence[Example], max_tokens: int) -> Iterator[list[int]]:
-        """Yield the indices of the units that are scored together.
+        """Yield the indices of units to score together.
 
-        Where lengths show, these are of one length; below the threshold all are alike.
+        If scores depend on the longest row of a batch, all units of a batch have one length; all
+        lengths up to the threshold count as one.
         """
         threads = max((path.num_scoring_threads for path in self._fast), default=1)
         size = pack_size(units, max_tokens, threads)
@@ -317,18 +339,18 @@ class Engine:
             groups.setdefault(length, []).append(index)
         for group in groups.values():
             packed = self.path == "packed"
-            mine = [units[index] for index in group]
-            for batch in evaluation_batches(mine, max_tokens=size, packed=packed):
+            members = [units[index] for index in group]
+            for batch in evaluation_batches(members, max_tokens=size, packed=packed):
                 yield [group[place] for place in batch]
 
     @contextmanager
     def plain(self) -> Iterator[nn.Module]:
-        """Yield the model for calls of its own forward or `generate`, in inference mode."""
+        """Yield the model in inference mode, for its own forward or `generate`."""
         with in_mode(self.model), self._no_gradients():
             yield self.model
 
     def _no_gradients(self) -> AbstractContextManager[Any]:
-        """Inference mode, in which weights that are gathered could not be trained on later."""
+        """Inference mode; no_grad for a sharded model, which gathers weights inside the block."""
         return torch.no_grad() if self._is_sharded else torch.inference_mode()
 
     # --- other processes ---
@@ -336,20 +358,20 @@ class Engine:
     def spread(
         self, items: Sequence[Item], compute: Callable[[Sequence[Item]], list[Result]]
     ) -> list[Result]:
-        """Return what `compute` returns for all items; processes share the work."""
+        """Return the results of `compute` for all items; processes share the work."""
         return compute(items) if self._sharing is None else self._sharing.spread(items, compute)
 
     def most(self, number: int) -> int:
-        """Return the largest of the numbers that processes have which share the model."""
+        """Return the maximum of a number over the processes that share a sharded model."""
         if self._sharing is None or not self._is_sharded:
             return number
         return self._sharing.most(number)
 
-    # --- its end ---
+    # --- close ---
 
     def close(self) -> None:
-        """Give the model everything back; safe to call twice."""
-        with ExitStack() as stack:  # all of it, whatever one of them raises
+        """Restore the model; safe to call twice."""
+        with ExitStack() as stack:  # runs every callback, even if one raises
             for parameter in self._frozen:
                 stack.callback(parameter.requires_grad_, True)
             for path in self._fast:
@@ -364,7 +386,7 @@ class Engine:
 
 
 def num_terms(batch: PackedBatch, kind: Kind) -> int:
-    """Return how many terms the loss of a batch sums: examples, or scored tokens."""
+    """Return the number of terms in the loss of a batch: examples, or scored tokens."""
     return batch.num_examples if kind == "candidates" else batch.num_scored_tokens
 
 

@@ -1,8 +1,8 @@
-"""Let a model of two-byte weights compute in float32 for a while, one module's weights at a time.
+"""Compute with a two-byte model in float32, casting the weights of one module at a time.
 
-In bfloat16 a layer of another formula and a layer whose sums ran in another order differ by about
-as much; in float32 rounding is a thousand times smaller than any mistake. A float32 copy of a whole
-model would be twice its memory, so weights are widened as they are used.
+Probes need float32: in bfloat16, a wrong formula and another order of sums can change results by
+the same amount; in float32, rounding is a thousand times smaller. Weights are cast when a module
+runs, because a float32 copy of the model would need twice its memory.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ TWO_BYTES = (torch.bfloat16, torch.float16)
 
 @contextmanager
 def widened(module: nn.Module) -> Iterator[None]:
-    """Hold the two-byte weights and buffers of `module`, all of them, in float32."""
+    """Cast all two-byte weights and buffers of a module to float32, and restore them at the end."""
     with _held_in_float32(_two_byte_tensors(module, recurse=True)):
         yield
 
 
 @contextmanager
 def computing_in_float32(model: nn.Module) -> Iterator[None]:
-    """Let every module widen its own two-byte weights while it runs.
+    """Cast every module's own two-byte weights to float32 while the module runs.
 
-    An embedding's output is widened instead of its table. A module that reads another's weights
-    may trip over two dtypes; whoever probes takes that for a no.
+    For an embedding the output is cast, not the table. A module that reads another module's weights
+    may fail with two dtypes; a probe treats that error as a difference.
     """
     contexts: dict[nn.Module, Any] = {}
 

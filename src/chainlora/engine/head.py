@@ -1,14 +1,13 @@
-"""From hidden states to scores and losses, without the full logits.
+"""Compute scores and losses from hidden states, without the full logits.
 
-Over a vocabulary of 49k the logits of every position cost a fifth of a training step, and more
-memory than anything else. Here the head is applied only to the rows of a batch whose next token is
-scored, in chunks, and only to label rows of the head where labels are single tokens (the rest of
-the softmax cancels in the loss). Losses are sums, so that a trainer can normalise over accumulated
-batches. All log-probabilities are float32.
+With a vocabulary of 49k, the logits of all positions cost a fifth of a training step and most of
+its memory. This module applies the head in chunks, only to rows whose next token is scored. If all
+candidates are single tokens, it uses only their rows of the head, since the rest of the softmax
+cancels in the loss. Losses are sums, so that a trainer can normalise over accumulated batches. All
+log-probabilities are float32.
 
-The head's weight is used directly where that is what the model computes: a plain, frozen Linear,
-with the softcap or scale that a probe confirms. A head that is trained or LoRA-adapted is called as
-a module, so that it gets its gradient.
+A plain, frozen linear head is computed from its weight, with the softcap or scale that a probe
+confirms. A trained or LoRA-adapted head is called as a module, so that it gets its gradient.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ from chainlora.errors import ModelError
 from chainlora.models.shards import num_hooks, plain_type
 from chainlora.models.text_config import base_model, causal_model, text_config
 
-# Logits held at once: 16 MB in float32. Large enough for matmul, and below the 32 MB from where
-# glibc gives every allocation fresh pages, whose faults cost more than the arithmetic on them.
+# Logits per chunk: 16 MB in float32. Large enough for an efficient matmul. From 32 MB on, glibc
+# allocates fresh pages each time, and page faults cost more than the arithmetic.
 CHUNK_ELEMENTS = 2**22
 
 Transform = Callable[[Tensor], Tensor]
@@ -44,17 +43,17 @@ _HEADS: WeakKeyDictionary[nn.Module, tuple[FindHead, Transform | None]] = WeakKe
 
 
 def candidate_scores(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tensor:
-    """Return each sequence's mean log-probability per token [S], float32, from `hidden` [R, d]."""
+    """Return the mean log-probability per token of each sequence [S], from `hidden` [R, d]."""
     logprobs = token_logprobs(model, hidden, batch.token_row, batch.token_target)
     totals = logprobs.new_zeros(batch.num_sequences).index_add(0, batch.token_sequence, logprobs)
     return totals / batch.sequence_length
 
 
 def candidate_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tensor:
-    """Return the sum over examples of the cross-entropy over their candidates' scores, float32.
+    """Return the cross-entropy over each example's candidates, summed over examples.
 
-    Where every candidate is one token after the same prompt, scores differ from logits by a
-    constant only, and just those tokens' rows of the head are used.
+    If every candidate is one token after the same prompt, scores differ from logits only by a
+    constant, so only these tokens' rows of the head are used.
     """
     hidden = _for_head(model, hidden)
     score = _label_logits if batch.one_position else candidate_scores
@@ -65,7 +64,7 @@ def candidate_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tens
 
 
 def completion_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, int]:
-    """Return the summed negative log-likelihood of the scored tokens, float32, and their number."""
+    """Return the summed negative log-likelihood of the scored tokens, and their number."""
     head, hidden = _head(model), _for_head(model, hidden)
     if logit_transform(model) is None and _is_frozen_linear(head):
         chunks = _chunks(batch.token_row, batch.token_target, hidden.shape[0], head.weight.shape[0])
@@ -78,9 +77,15 @@ def completion_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> tup
 def token_logprobs(
     model: nn.Module, hidden: Tensor, token_row: Tensor, token_target: Tensor
 ) -> Tensor:
-    """Return log p(target | row) [N], float32, for N pairs of a row of `hidden` [R, d] and a token.
+    """Return log p(target | row) [N], float32.
 
-    Logits exist for one chunk of rows at a time, in forward and in backward.
+    Forward and backward compute the logits of one chunk of rows at a time.
+
+    Args:
+        model: the model.
+        hidden: hidden states [R, d].
+        token_row: row of `hidden` for each token [N].
+        token_target: the tokens [N].
     """
     head, transform, hidden = _head(model), logit_transform(model), _for_head(model, hidden)
     weight: Any = getattr(head, "weight", None)
@@ -99,15 +104,16 @@ def token_logprobs(
 
 
 def logit_transform(model: nn.Module) -> Transform | None:
-    """Return what the model does to the output of its head to make its logits, None for nothing.
+    """Return the function from the head's output to the logits, or None if they are equal.
 
-    Raises ModelError for a model whose logits are something else.
+    Raises:
+        ModelError: the logits are no known function of the head's output.
     """
     return _head_and_transform(model)[1]
 
 
 def _head_and_transform(model: nn.Module) -> tuple[FindHead, Transform | None]:
-    """Return where the head is and the transform, found by comparing logits, once per model."""
+    """Return how to find the head, and its transform; probed once per model."""
     model = causal_model(model)
     if model not in _HEADS:
         _HEADS[model] = _probe_head(model)
@@ -115,6 +121,7 @@ def _head_and_transform(model: nn.Module) -> tuple[FindHead, Transform | None]:
 
 
 def _probe_head(model: nn.Module) -> tuple[FindHead, Transform | None]:
+    """Compare the model's logits with each candidate for head and transform."""
     config, device = text_config(model), next(model.parameters()).device
     ids = torch.arange(1, 5, device=device)[None] % config.vocab_size
     states: list[Any] = []
@@ -125,25 +132,27 @@ def _probe_head(model: nn.Module) -> tuple[FindHead, Transform | None]:
             theirs = getattr(model(input_ids=ids, use_cache=False), "logits", None)
         finally:
             keep.remove()
-        if not states:  # a model that calls its base's parts (OPT)
+        if not states:  # OPT calls the parts of its base, not the base
             states.append(base_model(model)(input_ids=ids, use_cache=False))
         hidden = states[0].last_hidden_state
-        for find in (_enclosing_head, lambda each: nn.Sequential(*_after_the_base(each))):
-            with suppress(RuntimeError, TypeError, NotImplementedError):  # not made for one another
+        for find in (_enclosing_head, lambda model: nn.Sequential(*_after_the_base(model))):
+            with suppress(RuntimeError, TypeError, NotImplementedError):  # not this model's head
                 ours.append((find, find(model)(_for_head(model, hidden))))
     best: tuple[FindHead, Transform | None] = (_enclosing_head, None)
     error = math.inf
     for find, logits in ours:
         for transform in _known_transforms(config):
-            found = _difference(logits, theirs, transform)
-            if found < error / 2:  # a softcap is stated, and rounding hides it in small logits
-                best, error = (find, transform), found
-    # a scale may be applied before or after a two-byte rounding
+            difference = _difference(logits, theirs, transform)
+            # Half: rounding hides a softcap in small logits, so the config's softcap, which is
+            # tried first, wins a near tie.
+            if difference < error / 2:
+                best, error = (find, transform), difference
+    # Models apply a scale before or after rounding to two bytes.
     if error <= (1e-5 if hidden.dtype in (torch.float32, torch.float64) else 2e-2):
         return best
     raise ModelError(
-        f"logits must be the head of the hidden states, up to a known softcap or scale (got "
-        f"{type(model).__name__}, whose logits are something else); this model is not supported"
+        f"logits must be the head's output, up to a known softcap or scale (got another function "
+        f"in {type(model).__name__}); this model is not supported"
     )
 
 
@@ -156,11 +165,13 @@ def _difference(ours: Any, theirs: Any, transform: Transform | None) -> float:
 
 
 def _known_transforms(config: Any) -> list[Transform | None]:
-    """Return what the config may mean: a softcap (Gemma 2), nothing, a factor, a divisor."""
+    """Return the transforms that the config can mean: softcap (Gemma 2), none, factor, divisor."""
 
     def numbers(*names: str) -> list[float]:
-        found = [getattr(config, name, None) for name in names]
-        return [x for x in found if isinstance(x, int | float) and x]  # MPT's scale may be a word
+        values = [getattr(config, name, None) for name in names]
+        return [
+            x for x in values if isinstance(x, int | float) and x
+        ]  # MPT's scale can be a string
 
     caps = numbers("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     scales = numbers("logit_scale", "lm_head_multiplier")
@@ -182,14 +193,14 @@ def _head(model: nn.Module) -> Any:
 
 
 def _for_head(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Return hidden states in the head's dtype: some models keep them in float32 (Mamba)."""
+    """Return hidden states in the head's dtype; Mamba keeps them in float32."""
     weight = getattr(_output_embedding(causal_model(model)), "weight", None)
     floating = isinstance(weight, Tensor) and weight.is_floating_point()
     return hidden.to(weight.dtype) if floating else hidden  # type: ignore[union-attr]
 
 
 def _enclosing_head(model: nn.Module) -> nn.Module:
-    """Return the output embedding, or the module around it (BERT transforms the states first)."""
+    """Return the output embedding, or the module around it: BERT's also transforms the states."""
     output = _output_embedding(model)
     around = [
         child for child in _after_the_base(model) if any(m is output for m in child.modules())
@@ -198,7 +209,7 @@ def _enclosing_head(model: nn.Module) -> nn.Module:
 
 
 def _after_the_base(model: nn.Module) -> list[nn.Module]:
-    """Return the modules beside the base: in a row, they may be the head (ModernBERT's decoder)."""
+    """Return the modules beside the base; in sequence they can be the head (ModernBERT)."""
     return [child for child in model.children() if child is not base_model(model)]
 
 
@@ -210,15 +221,18 @@ def _output_embedding(model: Any) -> nn.Module:
 
 
 def _is_frozen_linear(head: Any) -> bool:
-    """Say whether the head is exactly ``x @ W.T + b`` with a frozen W: no subclass, no adapter, no
-    hook but those that gather its weight, which is whole here."""
-    found = len(head._forward_hooks) + len(head._forward_pre_hooks)
-    is_linear = plain_type(head) is nn.Linear and found == num_hooks(head) and not is_foreign(head)
+    """Return whether the head is exactly ``x Wᵀ + b`` with a frozen W.
+
+    So it is no subclass, has no adapter, and no hooks except those that gather a sharded weight,
+    which is gathered here.
+    """
+    hooks = len(head._forward_hooks) + len(head._forward_pre_hooks)
+    is_linear = plain_type(head) is nn.Linear and hooks == num_hooks(head) and not is_foreign(head)
     return is_linear and not head.weight.requires_grad
 
 
 def _label_logits(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tensor:
-    """Return the logit [S] of each one-token candidate, float32."""
+    """Return the logit of each one-token candidate [S], float32."""
     head, transform = _head(model), logit_transform(model)
     if _is_frozen_linear(head):
         weight = head.weight[batch.token_target].float()
@@ -235,9 +249,9 @@ class _Chunk(NamedTuple):
 
     first: int
     last: int
-    tokens: Tensor  # their index among all scored tokens
-    rows: Tensor  # row of each, from `first`
-    targets: Tensor
+    tokens: Tensor  # [n] index among all scored tokens
+    rows: Tensor  # [n] row of each token, relative to `first`
+    targets: Tensor  # [n]
 
 
 def _chunks(
@@ -266,7 +280,7 @@ def _logprobs(
 
 
 class _TargetLogprobs(torch.autograd.Function):
-    """log softmax(x Wᵀ + b) at (row, target) for a frozen W; backward computes logits again."""
+    """log softmax(x Wᵀ + b) at (row, target) for a frozen W; backward recomputes the logits."""
 
     @staticmethod
     def forward(
@@ -292,9 +306,9 @@ class _TargetLogprobs(torch.autograd.Function):
 class _SummedLoss(torch.autograd.Function):
     """−Σ log softmax(x Wᵀ + b) at the targets, for a frozen W.
 
-    The gradient of a sum is known while its logits are there, so forward makes it too, chunk by
-    chunk: one matmul less than making logits again (as Liger's fused cross-entropy does, arXiv
-    2410.10989). Each logit is exponentiated once, for loss and gradient.
+    Forward also computes the gradient, chunk by chunk, because it needs the same logits: one matmul
+    less than recomputing them, as in Liger's fused cross-entropy (arXiv 2410.10989). Loss and
+    gradient share the exponentials.
     """
 
     @staticmethod
@@ -305,8 +319,8 @@ class _SummedLoss(torch.autograd.Function):
         ctx.grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight = widened(weight)
         for chunk in chunks:
-            made = linear(hidden[chunk.first : chunk.last], weight, bias)
-            logits = made.float()  # in float32 the same tensor, from here on changed in place
+            raw = linear(hidden[chunk.first : chunk.last], weight, bias)
+            logits = raw.float()  # in float32 no copy; changed in place below
             at_targets = logits[chunk.rows, chunk.targets]
             largest = logits.amax(dim=-1)
             exponentials = logits.sub_(largest[:, None]).exp_()
@@ -318,7 +332,7 @@ class _SummedLoss(torch.autograd.Function):
             counts = torch.zeros_like(sums).index_add_(0, chunk.rows, ones)
             grad = exponentials.mul_((counts / sums)[:, None])
             grad.index_put_((chunk.rows, chunk.targets), -ones, accumulate=True)
-            ctx.grad[chunk.first : chunk.last] = product(made.copy_(grad), weight)
+            ctx.grad[chunk.first : chunk.last] = product(raw.copy_(grad), weight)
         return total
 
     @staticmethod

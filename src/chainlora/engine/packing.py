@@ -1,13 +1,12 @@
-"""Sequences to one row of tokens: no padding, and every common prefix stored once.
+"""Pack token sequences into one row, without padding and with each common prefix stored once.
 
-A batch of token sequences is a tree: sequences that begin alike share their beginning. The tree's
-nodes are laid out one after another as *segments* of a single row; a token attends causally inside
-its own segment and wholly to every ancestor segment, so each sequence sees exactly the tokens it
-would see alone. Three savings fall out of it without any knowledge of tasks: no padding; candidates
-of one prompt whose labels are one token have identical inputs, so one pass scores them all; prompts
-on one passage compute the passage once.
+A batch of sequences is a prefix tree. Its nodes are *segments* of one row, in depth-first order. A
+token attends causally inside its own segment and to all tokens of its ancestor segments, so each
+sequence sees exactly its own tokens. This saves three kinds of work, for any task: padding; a
+common passage of several prompts, which is computed once; and candidates of one token, which have
+identical inputs, so that one pass scores them all.
 
-The last target of a sequence is never an input, so inputs are cut there.
+The last target of a sequence is never an input, so it is cut off.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from chainlora.data.examples import Example
 from chainlora.errors import DataError
 from chainlora.models.text_config import base_model, text_config
 
-# fewest common tokens worth a segment: it costs an attention call, as much as computing a handful
+# Shortest common prefix that becomes a segment, which costs one attention call.
 MIN_SHARED = 8
 
 _Tokens = tuple[int, ...]
@@ -32,7 +31,7 @@ _Chain = list[tuple[int, int]]  # (first position, packed start) of each segment
 
 
 class Segment(NamedTuple):
-    """Tokens ``[start, end)`` of the packed row; `parent` is the segment they continue, or -1."""
+    """Tokens ``[start, end)`` of the packed row, which continue the segment `parent`, or -1."""
 
     start: int
     end: int
@@ -43,48 +42,49 @@ class Segment(NamedTuple):
 class PackedBatch:
     """Several examples as one row of T tokens without padding; common prefixes are stored once.
 
-    Segments come in depth-first order: a parent before its children, a whole tree contiguous. E
-    examples have S sequences, which have N scored tokens, predicted from R distinct positions.
+    Segments are in depth-first order: a parent comes before its children, and each tree is
+    contiguous. E examples have S sequences with N scored tokens, which are predicted from R
+    distinct positions.
     """
 
     input_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64, position of each token in its own sequence
     segments: tuple[Segment, ...]
     rows: Tensor  # [R] packed positions whose next-token logits are needed, unique, ascending
-    token_row: Tensor  # [N] index into `rows`, per scored token
-    token_target: Tensor  # [N] the token to predict
-    token_sequence: Tensor  # [N] the sequence it belongs to
-    sequence_example: Tensor  # [S] example index
-    sequence_slot: Tensor  # [S] place among the sequences of its example
+    token_row: Tensor  # [N] index into `rows` of each scored token
+    token_target: Tensor  # [N] token to predict
+    token_sequence: Tensor  # [N] index of its sequence
+    sequence_example: Tensor  # [S] index of its example
+    sequence_slot: Tensor  # [S] index among the sequences of its example
     sequence_length: Tensor  # [S] number of scored tokens, float32
     labels: Tensor  # [E] index of the right candidate, or -1
     reference: Tensor  # [S] score of each sequence at the start of the run, float32; else [0]
-    max_sequences: int  # most sequences an example has
-    one_position: bool  # each example's candidates are single tokens predicted from one position
+    max_sequences: int  # largest number of sequences per example
+    one_position: bool  # whether candidates are single tokens, predicted from one position
 
     @property
     def num_tokens(self) -> int:
-        """T, the tokens computed."""
+        """T, the number of computed tokens."""
         return self.input_ids.shape[0]
 
     @property
     def num_examples(self) -> int:
-        """E."""
+        """E, the number of examples."""
         return self.labels.shape[0]
 
     @property
     def num_sequences(self) -> int:
-        """S."""
+        """S, the number of sequences."""
         return self.sequence_example.shape[0]
 
     @property
     def num_scored_tokens(self) -> int:
-        """N."""
+        """N, the number of scored tokens."""
         return self.token_row.shape[0]
 
     @property
     def longest(self) -> int:
-        """Length of the longest sequence of inputs."""
+        """Length of the longest input sequence."""
         depths: list[int] = []
         for start, end, parent in self.segments:
             depths.append(end - start + (depths[parent] if parent >= 0 else 0))
@@ -98,38 +98,30 @@ class PackedBatch:
 
 
 def paths(segments: Sequence[Segment]) -> list[list[int]]:
-    """Return, for each segment, the packed positions of its whole sequence up to its end."""
-    found: list[list[int]] = []
+    """Return, for each segment, the packed positions of its sequence from the start to its end."""
+    positions: list[list[int]] = []
     for start, end, parent in segments:
-        found.append((found[parent] if parent >= 0 else []) + list(range(start, end)))
-    return found
+        positions.append((positions[parent] if parent >= 0 else []) + list(range(start, end)))
+    return positions
 
 
 def pack(
     examples: Sequence[Example], *, share_prefixes: bool = True, min_shared: int = MIN_SHARED
 ) -> PackedBatch:
-    """Lay the sequences of `examples` out as one row.
+    """Pack the sequences of examples into one row.
 
     Args:
-        examples: one at least; their order is kept in every per-example and per-sequence tensor.
-        share_prefixes: store common prefixes once, else every sequence is its own segment.
-        min_shared: fewest common tokens that make a segment of their own. A sequence that is a
-            prefix of another is always stored inside it, as that costs nothing.
+        examples: at least one. Per-example and per-sequence tensors keep their order.
+        share_prefixes: store common prefixes once; otherwise every sequence is one segment.
+        min_shared: shortest common prefix that becomes a segment. A sequence that is a prefix of
+            another one is always stored inside it, at no cost.
 
     Raises:
-        DataError: a sequence without a scored token, or a span outside its sequence.
+        DataError: a sequence has no scored token, or a span outside of it.
     """
     inputs = [sequence for example in examples for sequence in input_sequences(example)]
     tree = _Tree(inputs, share_prefixes, min_shared)
-    positions: list[list[int]] = []  # per sequence: packed position that predicts each scored token
-    targets: list[list[int]] = []
-    chains = iter(tree.chains)
-    for example in examples:
-        for tokens, spans in zip(example.sequences, example.scored, strict=True):
-            scored, where = [p for start, end in spans for p in range(start, end)], next(chains)
-            _check(example, scored, tokens)
-            positions.append([_place(where, p - 1) for p in scored])
-            targets.append([tokens[p] for p in scored])
+    positions, targets = _scored_tokens(examples, tree.chains)
     rows = sorted({p for per_sequence in positions for p in per_sequence})
     row_of = {position: row for row, position in enumerate(rows)}
     counts = [len(example.sequences) for example in examples]
@@ -156,17 +148,41 @@ def pack(
     )
 
 
+def _scored_tokens(
+    examples: Sequence[Example], chains: Sequence[_Chain]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return, per sequence, the packed position that predicts each scored token, and the token."""
+    positions: list[list[int]] = []
+    targets: list[list[int]] = []
+    chain_of_each = iter(chains)
+    for example in examples:
+        for tokens, spans in zip(example.sequences, example.scored, strict=True):
+            scored = [p for start, end in spans for p in range(start, end)]
+            chain = next(chain_of_each)
+            _check(example, scored, tokens)
+            positions.append([_packed_position(chain, p - 1) for p in scored])
+            targets.append([tokens[p] for p in scored])
+    return positions, targets
+
+
 def input_sequences(example: Example) -> Iterator[tuple[int, ...]]:
-    """Yield the tokens of each sequence that must be read: all before its last target."""
+    """Yield the input tokens of each sequence: all tokens before its last target."""
     for tokens, spans in zip(example.sequences, example.scored, strict=True):
         yield tokens[: max(max((end for _, end in spans), default=1) - 1, 0)]
 
 
 def fresh_tokens(inputs: Sequence[tuple[int, ...]], last: tuple[int, ...] = ()) -> tuple[int, int]:
-    """Return how many tokens sorted `inputs` add after `last` in a pack, and how many the first
-    shares with it.
+    """Return an upper bound of the tokens that `pack` adds for some inputs.
 
-    An upper bound of what `pack` stores: each sequence is compared with the one before it.
+    Each sequence is compared only with the one before it.
+
+    Args:
+        inputs: sorted sequences.
+        last: the sequence before them in the pack.
+
+    Returns:
+        The number of added tokens, and the length of the prefix that the first input shares with
+        `last`, 0 if it is too short to be stored once.
     """
     fresh, first = 0, 0
     for place, sequence in enumerate(inputs):
@@ -193,24 +209,25 @@ def _check(example: Example, scored: list[int], tokens: tuple[int, ...]) -> None
 def _one_position(counts: list[int], positions: list[list[int]]) -> bool:
     first = 0
     for count in counts:
-        mine = positions[first : first + count]
-        if any(len(p) != 1 or p != mine[0] for p in mine):
+        of_example = positions[first : first + count]
+        if any(len(p) != 1 or p != of_example[0] for p in of_example):
             return False
         first += count
     return True
 
 
-def _place(chain: _Chain, position: int) -> int:
-    """Return the packed place of a token."""
+def _packed_position(chain: _Chain, position: int) -> int:
+    """Return the packed position of a token, from its position in the sequence."""
     first, start = chain[bisect_right(chain, position, key=lambda link: link[0]) - 1]
     return start + position - first
 
 
 class _Tree:
-    """The prefix tree of `inputs`, laid out depth first.
+    """The prefix tree of some sequences, in depth-first order.
 
-    Sorted sequences put common prefixes side by side: the common prefix of a run is that of its
-    first and last member, and a sequence that is a prefix of any other is one of its successor.
+    Sorting puts sequences with a common prefix side by side. The common prefix of a run is then the
+    one of its first and last member, and a sequence that is a prefix of any other sequence is a
+    prefix of its successor.
     """
 
     def __init__(self, inputs: Sequence[tuple[int, ...]], share: bool, min_shared: int) -> None:
@@ -237,9 +254,9 @@ class _Tree:
             self.chains[index] = self.chains[leaf]
 
     def _branch(self, sequences: list[_Tokens], owners: list[int], min_shared: int) -> None:
-        """Lay out sorted `sequences`, none of which is a prefix of another."""
+        """Add sorted sequences to the tree; no sequence may be a prefix of another."""
         todo: list[tuple[int, int, int, int, _Chain]] = [(0, len(sequences), 0, -1, [])]
-        while todo:  # a stack: depth first, and no recursion limit
+        while todo:  # a stack: depth first, without a recursion limit
             low, high, depth, parent, chain = todo.pop()
             if high - low == 1:
                 self.chains[owners[low]] = self._add(sequences[low], depth, parent, chain)
@@ -265,8 +282,10 @@ class _Tree:
 
 
 def _common_prefix(a: tuple[int, ...], b: tuple[int, ...], known: int = 0) -> int:
-    """Return the length of the common prefix, `known` at least, by bisection over slices (compared
-    at C speed)."""
+    """Return the length of the common prefix, at least `known`.
+
+    Bisects over slices, which Python compares faster than single items.
+    """
     low, high = known, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
@@ -277,13 +296,13 @@ def _common_prefix(a: tuple[int, ...], b: tuple[int, ...], known: int = 0) -> in
     return low
 
 
-# --- the plain way to hidden states, which every fast path is held to ---
+# --- the plain forward, the reference for every fast path ---
 
 
 def padded_hidden(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """Return [R, d] at `batch.rows`, from one right-padded row per leaf of the prefix tree."""
+    """Return hidden states [R, d] at `batch.rows`, with one padded row per leaf of the tree."""
     index, mask, place = unpacked(batch)
-    # some find padding by its token; others say -1 for none
+    # Some models find padding by its token. Some configs have -1 for no pad token.
     pad = max(getattr(text_config(model), "pad_token_id", None) or 0, 0)
     ids = torch.where(mask.bool(), batch.input_ids[index], pad)
     output = base_model(model)(input_ids=ids, attention_mask=mask, use_cache=False)
@@ -291,7 +310,12 @@ def padded_hidden(model: nn.Module, batch: PackedBatch) -> Tensor:
 
 
 def unpacked(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return packed positions by leaf [L, longest], their mask, and where each needed row is."""
+    """Return the padded form of a batch.
+
+    Returns:
+        Packed positions by leaf [L, longest], their mask [L, longest], and the place of each of
+        `batch.rows` in the flattened array [R].
+    """
     parents = {segment.parent for segment in batch.segments}
     leaves = [path for i, path in enumerate(paths(batch.segments)) if i not in parents]
     longest = max(map(len, leaves))

@@ -1,9 +1,8 @@
-"""Changes to a model that is not ours: put on once a run, recognised, taken back.
+"""Patch a caller's model, and restore it.
 
-Two kinds: a module's forward is replaced by a function of this package, and the model's attention
-implementation is set to ours. `Patches` records what it changed and restores exactly that, so two
-of them on one model do not undo each other. A forward that somebody else replaced before is left
-alone.
+There are two kinds of patches: a function of this package replaces a module's forward, and the
+model's attention implementation is set to ours. `Patches` restores exactly its own changes, so two
+of them can work on one model. It never replaces a forward that another library has replaced.
 """
 
 from __future__ import annotations
@@ -21,33 +20,33 @@ Forward = Callable[..., Any]
 
 
 def replacement(function: Forward) -> Forward:
-    """Mark a function ``f(module, *inputs)`` as a forward that `Patches` may put on a module."""
+    """Mark a function ``f(module, *inputs)`` as a forward for `Patches.replace_forward`."""
     setattr(function, _MARK, True)
     return function
 
 
 def installed(module: nn.Module) -> Forward | None:
-    """Return the function of ours that runs as the module's forward, or None."""
+    """Return the marked function that replaces the module's forward, or None."""
     forward = vars(module).get("forward")
     return getattr(forward, "__func__", None) if getattr(forward, _MARK, False) else None
 
 
 def is_foreign(module: nn.Module) -> bool:
-    """Say whether somebody else has replaced the module's forward."""
+    """Return whether another library has replaced the module's forward."""
     return "forward" in vars(module) and installed(module) is None
 
 
 class Patches:
-    """Changes to models that are taken back together."""
+    """Patches that are restored together."""
 
     def __init__(self) -> None:
-        self._modules: WeakSet[nn.Module] = WeakSet()  # adapters come and go: hold none of them
+        self._modules: WeakSet[nn.Module] = WeakSet()  # weak: adapters are removed in between
         self._attention: list[tuple[Any, str | None]] = []
 
     def replace_forward(self, module: nn.Module, function: Forward) -> bool:
-        """Let `function` run as the module's forward; return whether it does now.
+        """Replace the module's forward by `function`; return whether it is replaced now.
 
-        False where another library has replaced the forward: ours would bypass it.
+        It is not if another library has replaced the forward, which ours would bypass.
         """
         if installed(module) is function:
             return True
@@ -58,9 +57,11 @@ class Patches:
         return True
 
     def set_attention(self, model: nn.Module, rename: Callable[[str | None], str]) -> None:
-        """Set the attention implementation in every config that a module of `model` reads.
+        """Set the attention implementation in every config that a module of the model reads.
 
-        `rename` returns the new name for the one that is set.
+        Args:
+            model: the model.
+            rename: returns the new name for the current one.
         """
         for config in _configs(model):
             before = config._attn_implementation_internal
@@ -69,7 +70,7 @@ class Patches:
                 config._attn_implementation_internal = rename(before)
 
     def restore(self) -> None:
-        """Take every change back; safe to call twice."""
+        """Undo all changes; safe to call twice."""
         for module in list(self._modules):
             if installed(module):
                 del module.forward
@@ -80,13 +81,13 @@ class Patches:
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:
-    """Yield each distinct transformers config below `model`, with the configs nested in it."""
-    found: dict[int, Any] = {}
+    """Yield each distinct transformers config of the model's modules, nested configs included."""
+    configs: dict[int, Any] = {}
     todo = [vars(module).get("config") for module in model.modules()]
     while todo:
         config = todo.pop()
-        if id(config) in found or not hasattr(config, "_attn_implementation_internal"):
+        if id(config) in configs or not hasattr(config, "_attn_implementation_internal"):
             continue
-        found[id(config)] = config
+        configs[id(config)] = config
         todo += [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
-    yield from found.values()
+    yield from configs.values()

@@ -1,8 +1,8 @@
-"""What a model does, found by running it on some forty tokens of plain transformers.
+"""Probe a model: run plain transformers on about forty tokens to find its properties.
 
-Everything fast rests on a property that many models have and some do not: that a position sees
-nothing after it, that nothing random is drawn, that a row does not depend on the longest one of its
-batch. Each is asked of the model itself, in float32 at rounding tolerance.
+Fast paths need properties that most models have: a position does not see later positions, nothing
+random is drawn, and a row does not depend on the longest row of its batch. Each property is tested
+on the model itself, in float32, up to rounding.
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ from chainlora.errors import ModelError, is_out_of_memory
 from chainlora.models.modes import in_mode, kept_random_state
 from chainlora.models.text_config import base_model, compute_dtype, context_length, text_config
 
-# A state whose later tokens differ, half of them at least: to rounding in float32, with room for
+# Largest median change of states when later tokens change: rounding in float32, with a margin for
 # experts in two bytes.
 _CAUSAL, _CAUSAL_TWO_BYTES = 1e-4, 0.1
-_ALONE = 0.05  # of a row beside others: another mask moves it more, 8-bit activations less
+# Largest median change of a row between alone and padded: another mask changes it more, 8-bit
+# activations less.
+_ALONE = 0.05
 UNLIMITED = 2**62
-_FARTHEST = 2**20  # positions; for models that state no context
-_SHORT_THRESHOLD = 128  # tokens; a row beyond a longer one would take long on a CPU
+_FARTHEST = 2**20  # positions, for models without a context length
+_SHORT_THRESHOLD = 128  # tokens; rows beyond a longer threshold would take long on a CPU
 
 
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
-    """Run without gradients and dropout; put every training flag and the random state back."""
+    """Run without gradients and dropout; restore training flags and generators at the end."""
     with kept_random_state(model), torch.no_grad(), in_mode(model):
         yield
 
@@ -46,26 +48,33 @@ Calls = dict[nn.Module, tuple[Tensor, dict[str, Any]]]
 
 @dataclass
 class Facts:
-    """What fast paths are told: how the model is to run, and what probes found."""
+    """Results of probes, and how the model will be used; the input of fast paths' probes."""
 
-    states: Tensor  # hidden states [N, d] of `probe_batch`, each sequence by itself
-    failure: str | None  # why those are not in float32; None where they are
-    random: str | None  # what draws random numbers while it is trained
-    length: str | None  # what depends on the longest row of a batch
-    threshold: int  # tokens up to which it does not
-    is_trained: bool  # gradients will be asked for
-    most_threads: int | None = None  # that the caller allows
-    is_shared: bool = False  # each process holds a part of the weights
-    watched: list[nn.Module] = field(default_factory=list)  # whose packed calls are noted
-    calls: Calls = field(default_factory=dict)  # their last ones, in float32
-    taken: list[str] = field(default_factory=list)  # names of the paths that were applied so far
+    states: Tensor  # hidden states [N, d] of the unpacked `probe_batch`
+    failure: str | None  # why they are not in float32, or None
+    random: str | None  # why training draws random numbers, or None
+    length: str | None  # what depends on the longest row of a batch, or None
+    threshold: int  # longest row, in tokens, without such an effect
+    is_trained: bool  # whether gradients are needed
+    most_threads: int | None = None  # the caller's limit
+    is_shared: bool = False  # whether weights are sharded over processes
+    watched: list[nn.Module] = field(
+        default_factory=list
+    )  # modules whose packed calls are recorded
+    calls: Calls = field(default_factory=dict)  # the last packed call of each, in float32
+    taken: list[str] = field(default_factory=list)  # names of the paths applied so far
 
 
 def examine(model: nn.Module, *, training: bool) -> Facts:
-    """Probe a model; its weights, modes, random state and config are as before on return.
+    """Probe a model; weights, modes, generators and config are unchanged on return.
+
+    Args:
+        model: a causal language model.
+        training: whether it will be trained.
 
     Raises:
-        ModelError: it does not run on token ids alone, is not causal, or is random in evaluation.
+        ModelError: the model does not run on token ids alone, is not causal, draws random numbers
+            in evaluation, has states that are not finite, or rows that depend on other rows.
     """
     states, failure = _plain_states(model)
     drawn = random_in_training(model) if training else None
@@ -73,18 +82,17 @@ def examine(model: nn.Module, *, training: bool) -> Facts:
     return Facts(states, failure, drawn, *length_dependence(model), is_trained=training)
 
 
-# --- what plain transformers computes, and whether it can be scored at all ---
+# --- the reference: hidden states of plain transformers ---
 
 
 def _plain_states(model: nn.Module) -> tuple[Tensor, str | None]:
-    """Return the hidden states of every token of the probe, each sequence by itself in a padded
-    batch, and why they are not in float32, None where they are."""
+    """Return the hidden states [N, d] of the unpacked probe, and why they are not in float32."""
     name = type(model).__name__
     if getattr(text_config(model), "attention_type", None) == "block_sparse":  # BigBird
         raise ModelError(
-            "a row must be computed alike whatever came before it (got `attention_type: "
-            f"block_sparse` from {name}, which becomes full attention for good after a short row); "
-            "set `attention_type: original_full` in its config.json"
+            "a row must not depend on earlier rows (got `attention_type: block_sparse` from "
+            f"{name}, which a short row switches to full attention for good); set "
+            "`attention_type: original_full` in its config.json"
         )
     batch = probe_batch(model, packed=False)
     failure = None
@@ -104,33 +112,40 @@ def _plain_states(model: nn.Module) -> tuple[Tensor, str | None]:
         _run_past_short_thresholds(model)
     if drawn:
         raise ModelError(
-            f"a model must give the same scores twice (got {name}, which draws random numbers in "
-            "evaluation); configure it without, or use another"
+            f"a model must give equal scores in every run (got {name}, which draws random numbers "
+            "in evaluation); change its config, or use another model"
         )
+    _check_states(name, batch, states, alone)
+    return states, failure
+
+
+def _check_states(name: str, batch: PackedBatch, states: Tensor, alone: Tensor) -> None:
+    """Raise ModelError unless states [N, d] are finite, causal, and the same for a row alone."""
     if not torch.isfinite(states).all():
         raise ModelError(
-            f"hidden states must be finite (got others from {name}); the weights or their dtype "
-            "are at fault, try float32"
+            f"hidden states must be finite (got infinite or NaN from {name}); check the weights, "
+            "or use dtype float32"
         )
     first, second = (states[batch.token_sequence == i][: _SHARED - 1] for i in (0, 1))
     allowed = _CAUSAL_TWO_BYTES if states.dtype in TWO_BYTES else _CAUSAL
     if relative_difference(first, second).median() > allowed:
         raise ModelError(
-            f"the model must be causal (got {name}, where a position sees the tokens after it); "
-            "use a decoder, or set `is_decoder` in its config if it was trained as one"
+            f"the model must be causal (got {name}, whose positions see later tokens); use a "
+            "decoder, or set `is_decoder` in its config if it was trained as one"
         )
     if relative_difference(states[batch.token_sequence == 0], alone).median() > _ALONE:
         raise ModelError(
-            "a row must be computed alike whatever is beside it",
-            f"{name}, for which it is another one where nothing is padded",
-            "configure it otherwise (`use_bidirectional_attention`), or use another",
+            "a row must not depend on the other rows of its batch",
+            f"{name}, with other states without padding",
+            "change its config (`use_bidirectional_attention`), or use another model",
         )
-    return states, failure
 
 
 def _run_past_short_thresholds(model: nn.Module) -> None:
-    """Run one row beyond a threshold of up to 128 tokens: hashed and block-sparse attention of
-    that size draw random numbers only there."""
+    """Run one row beyond a short threshold of the config, if there is one.
+
+    Hashed and block-sparse attention draw random numbers only beyond it.
+    """
     longest = max(_LENGTHS)
     thresholds = [
         value
@@ -143,7 +158,7 @@ def _run_past_short_thresholds(model: nn.Module) -> None:
 
 
 def _states(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """Return the hidden states of every token, and those of the first sequence by itself."""
+    """Return the hidden states of every token [N, d], and of the first sequence run alone."""
     rows = batch.rows[batch.token_row[batch.token_sequence == 0]]
     ids = batch.input_ids[rows][None]
     alone = base_model(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
@@ -155,14 +170,14 @@ def _states(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
 
 _SHARED = 6
 _LENGTHS = (_SHARED + 3, _SHARED + 4, 6, 5)  # of the probe's sequences
-FAR = 3  # the one that ends where the model's context does
+FAR = 3  # index of the sequence at the end of the model's context
 
 
 def probe_batch(model: nn.Module, *, packed: bool = True) -> PackedBatch:
-    """Return two sequences with a common beginning and two more, every token scored.
+    """Return two sequences with a common prefix and two others; every token is scored.
 
-    Packed, the last one stands where the model's context ends, past every threshold of positions;
-    else each is by itself, from position 0.
+    Packed, the last sequence has positions at the end of the model's context, beyond every
+    threshold. Otherwise each sequence starts at position 0.
     """
     vocabulary = min(int(text_config(model).vocab_size), 50_000)
     generator = torch.Generator().manual_seed(0)
@@ -179,25 +194,25 @@ def probe_batch(model: nn.Module, *, packed: bool = True) -> PackedBatch:
 
 
 def relative_difference(mine: Tensor, theirs: Tensor) -> Tensor:
-    """Return each row's difference relative to its norm, on the CPU: MPS has no float64."""
+    """Return the relative difference of each row [R], on the CPU because MPS has no float64."""
     mine, theirs = mine.cpu().double(), theirs.cpu().double()
     return (mine - theirs).norm(dim=-1) / theirs.norm(dim=-1)
 
 
 def computing_wide(model: nn.Module) -> Any:
-    """Return a context in which a model of two-byte weights computes in float32."""
+    """Return a context in which a two-byte model computes in float32."""
     two_bytes = compute_dtype(model) in TWO_BYTES
     return computing_in_float32(model) if two_bytes else nullcontext()
 
 
-# --- nothing random is drawn, nothing depends on the rest of the batch ---
+# --- random numbers, and dependence on other rows ---
 
 
 def random_in_training(model: nn.Module) -> str | None:
-    """Return that the model draws random numbers in training mode, whatever for; None if not.
+    """Return text if the model draws random numbers in training mode, else None.
 
-    Dropout, noise on a router and skipped layers all take from a generator, and that is what is
-    looked at: not names.
+    Compares the states of generators. That detects dropout, router noise and skipped layers alike,
+    without their names.
     """
     ids = torch.arange(1, 9, device=next(model.parameters()).device)[None]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -216,18 +231,18 @@ def random_in_training(model: nn.Module) -> str | None:
 
 @contextmanager
 def _watching_generators(model: nn.Module) -> Iterator[list[str]]:
-    """Yield a list that names, at the end, the generators that were drawn from."""
+    """Yield a list that at the end contains the names of the generators that were used."""
     device = next(model.parameters()).device
 
     def states() -> dict[str, Any]:
-        found: dict[str, Any] = {
+        current: dict[str, Any] = {
             "torch": torch.random.get_rng_state().numpy().tobytes(),
             "random": random.getstate(),
             "numpy": str(numpy.random.get_state()),
         }
         if device.type == "cuda":
-            found["cuda"] = torch.cuda.get_rng_state(device).numpy().tobytes()
-        return found
+            current["cuda"] = torch.cuda.get_rng_state(device).numpy().tobytes()
+        return current
 
     drawn: list[str] = []
     before = states()
@@ -237,28 +252,32 @@ def _watching_generators(model: nn.Module) -> Iterator[list[str]]:
 
 
 def length_dependence(model: nn.Module) -> tuple[str | None, int]:
-    """Return what depends on the longest row of a batch (None: nothing), and from which length.
+    """Return what depends on the longest row of a batch, or None, and beyond which length.
 
-    Dynamic and LongRoPE rotary embeddings turn by angles that the longest position decides, so a
-    short row is computed differently beside a long one.
+    Dynamic and LongRoPE rotary embeddings use angles that depend on the longest position, so a long
+    row changes the states of short rows in its batch.
     """
     config = text_config(model).to_dict()
-    found = sorted({"dynamic", "longrope"} & set(map(str, _values(config, "rope_type"))))
-    if not found:
+    kinds = sorted({"dynamic", "longrope"} & set(map(str, _values(config, "rope_type"))))
+    if not kinds:
         return None, 0
     names = _A_LENGTH, "max_position_embeddings"
     values = (value for name in names for value in _values(config, name))
     first = min((value for value in values if isinstance(value, int)), default=0)
-    return f"its rotary embedding ({found[0]}) changes with the longest row", first
+    return f"its rotary embedding ({kinds[0]}) changes with the longest row", first
 
 
 def forget_lengths(model: nn.Module) -> None:
-    """Let dynamic rotary embeddings forget the longest row so far, which they would go on using."""
+    """Reset dynamic rotary embeddings, which otherwise keep the frequencies of the longest row."""
     for module in model.modules():
         first: Any = getattr(module, "original_max_seq_len", None)
         for name in [] if first is None else [*vars(module), *module._buffers]:
-            prefix, found, after = name.rpartition("original_inv_freq")
-            if not found or after or getattr(module, f"{prefix}max_seq_len_cached", first) == first:
+            prefix, separator, after = name.rpartition("original_inv_freq")
+            if (
+                not separator
+                or after
+                or getattr(module, f"{prefix}max_seq_len_cached", first) == first
+            ):
                 continue
             device = getattr(module, f"{prefix}inv_freq").device
             original = getattr(module, name).to(device).clone()
@@ -275,18 +294,18 @@ def _values(tree: Any, name: str) -> Iterator[Any]:
 
 
 def first_line(error: Exception) -> str:
-    """Return an error's first line; raise it again if memory ran out, which is not the model's."""
+    """Return the first line of an error; raise it again if it is out of memory."""
     if is_out_of_memory(error):
         raise error
     return f"{type(error).__name__}: {error}".splitlines()[0][:160]
 
 
-# --- lengths from which a model may behave in another way, by its config ---
+# --- limits of packing from the model's config ---
 
-# A probe runs some forty tokens. What a model does past a window, a chunk or a number of keys it
-# picks shows only beyond that. So windows and chunks of attention limit a *sequence*: below it they
-# mask nothing. Any other number limits the whole packed *row*, unless its name says that it counts
-# something else: a field that this package has never heard of makes a model slower, never wrong.
+# A probe runs about forty tokens, so it cannot see the effect of an attention window, a chunk or a
+# number of selected keys beyond that. Windows and chunks limit a *sequence*: shorter ones are not
+# masked. Any other integer of the config limits the packed *row*, unless its name shows that it is
+# no length. So an unknown field can make a model slower, but never wrong.
 _WINDOWS = {
     "sliding_window",
     "sliding_window_size",
@@ -295,8 +314,8 @@ _WINDOWS = {
     "attention_chunk_size",
     "local_attention",
 }
-# Names of what is no length: widths, counts, ids, and the context itself, whose end is no threshold
-# because every token is given its position.
+# Fields that are no lengths: widths, counts, ids. The context length is no threshold either,
+# because every token gets its own position.
 _NO_LENGTH = re.compile(
     r"(num|n|d|dim)_\w+|hidden_size\w*|intermediate_size\w*|\w*vocab\w*|\w*(rope|emb)_theta"
     r"|(\w+_)?(hidden|inner|intermediate|embed\w*|ffn|expert|state|model|output|input|proj)_(size|dim)"
@@ -309,15 +328,15 @@ _A_LENGTH = "original_max_position_embeddings"
 
 
 class Limits(NamedTuple):
-    """The longest sequence and the longest row that may be packed, in tokens."""
+    """Longest sequence and longest row that may be packed, in tokens."""
 
     sequence: int
     row: int
-    row_field: str  # the field of the config that limits the row
+    row_field: str  # field of the config that limits the row
 
 
 def packing_limits(model: nn.Module, probed: int) -> Limits:
-    """Return the limits that a model's config sets, beyond the `probed` tokens of a probe."""
+    """Return the limits in a model's config that are beyond the `probed` number of tokens."""
     sequence, row, field = UNLIMITED, UNLIMITED, ""
     for name, value in _integers(text_config(model).to_dict()):
         if name in _WINDOWS and value > 0:
@@ -332,11 +351,11 @@ def _may_be_a_length(name: str) -> bool:
 
 
 def _integers(values: Mapping[Any, Any]) -> Iterator[tuple[str, int]]:
-    """Yield (name, value) of every integer of a config, those in nested tables and lists too."""
+    """Yield name and value of every integer in a config, also in nested tables and lists."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _integers(value)
             continue
-        for each in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(each, int) and not isinstance(each, bool):
-                yield str(name), each
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, int) and not isinstance(item, bool):
+                yield str(name), item

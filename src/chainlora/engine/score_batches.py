@@ -1,8 +1,7 @@
-"""Which examples are scored together: packs that share what they can, of a size that pays.
+"""Choose the examples to score together: packs that share prefixes, of an efficient size.
 
-Examples are put in the order of their tokens before they are packed, so that rows on one passage
-(MultiRC, BoolQ) and the candidates of one row meet in the same pack, where what they share is
-computed once.
+Examples are sorted by their tokens before they are packed. So rows on one passage (MultiRC, BoolQ)
+and candidates of one row come into the same pack, which computes their common prefix once.
 """
 
 from __future__ import annotations
@@ -13,16 +12,17 @@ from collections.abc import Iterator, Sequence
 from chainlora.data.examples import Example
 from chainlora.engine.packing import fresh_tokens, input_sequences
 
-# Attention inside a tree of sequences is square in its size. At this many tokens it costs as much
-# as all the rest: a 135M Llama in float32 on one core takes 2.3 + 1.2·n/1000 ms a token in trees of
-# n = 570 to 3990.
+# Attention costs the square of the size of a prefix tree. At this size, in tokens, it costs as much
+# as all other operations: a 135M Llama in float32 on one core takes 2.3 + 1.2·n/1000 ms per token
+# for trees of n = 570 to 3990 tokens.
 _EVEN_TREE = 1900
 _PACKS_A_THREAD = 6
-_SMALL_TREE = 512  # where attention adds a quarter at most, and a pack is worth its overhead
+# Tokens; attention then adds at most a quarter, and a pack is worth its overhead.
+_SMALL_TREE = 512
 
 
 def pack_size(examples: Sequence[Example], max_tokens: int, num_threads: int) -> int:
-    """Return the tokens of one pack: so few that threads end at about the same time."""
+    """Return the tokens per pack: so few that all threads end at about the same time."""
     if num_threads == 1:
         return max_tokens
     tokens = sum(len(tokens) for example in examples for tokens in set(input_sequences(example)))
@@ -33,11 +33,14 @@ def pack_size(examples: Sequence[Example], max_tokens: int, num_threads: int) ->
 def evaluation_batches(
     examples: Sequence[Example], *, max_tokens: int, packed: bool
 ) -> Iterator[list[int]]:
-    """Yield lists of example indices, each a pack of at most `max_tokens`, or a single example.
+    """Yield lists of example indices: packs of at most `max_tokens`, or single examples.
 
-    Packed: in the order of tokens, so that neighbours share all they can; a run of sequences with a
-    common beginning is cut off at a length where its attention would cost more than reading the
-    beginning again. Padded: longest first, counting the padding.
+    Args:
+        examples: the examples.
+        max_tokens: largest number of computed tokens; padding counts.
+        packed: sort by tokens, so that neighbours share prefixes, and cut a run with a common
+            prefix when its attention costs more than computing the prefix again. Otherwise, sort
+            by length, longest first.
     """
     return (_packed_batches if packed else _padded_batches)(examples, max_tokens)
 
@@ -45,7 +48,7 @@ def evaluation_batches(
 def _packed_batches(examples: Sequence[Example], max_tokens: int) -> Iterator[list[int]]:
     inputs = [sorted(set(input_sequences(example))) for example in examples]
     batch: list[int] = []
-    # of the pack, of its last tree, and of the beginning that this tree shares
+    # tokens of the pack, of its last tree, and of the common prefix of this tree
     tokens = tree = trunk = 0
     last: tuple[int, ...] = ()
     for index in sorted(range(len(examples)), key=lambda i: (inputs[i][0], i)):
@@ -64,10 +67,11 @@ def _packed_batches(examples: Sequence[Example], max_tokens: int) -> Iterator[li
 
 
 def _largest_tree(trunk: int) -> int:
-    """Return the tokens of a tree past which reading its trunk again in another pack is cheaper.
+    """Return the size of a tree beyond which computing its trunk again in another pack is cheaper.
 
-    With n tokens to a tree of trunk p, and attention as dear as the rest at e tokens, one beside
-    the trunk costs (n + n²/e) / (n − p): least at n = p + √(p² + p·e).
+    With n tokens in a tree, p tokens in its trunk, and attention as expensive as the rest at e
+    tokens, the cost per token beside the trunk is (n + n²/e) / (n − p). It is lowest at
+    n = p + √(p² + p·e).
     """
     return max(_SMALL_TREE, int(trunk + math.sqrt(trunk**2 + trunk * _EVEN_TREE)))
 

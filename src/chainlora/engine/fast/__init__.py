@@ -1,15 +1,15 @@
-"""Fast paths: plug-ins that make the engine faster where a probe shows the same function.
+"""Fast paths: plug-ins of the engine that a probe must find equal to the plain forward.
 
-Each is a class with three verbs (`plugin.FastPath`): probe, apply, undo. To add one, write a file
-and name its class in `FAST_PATHS`; the engine is not edited.
+A fast path is a class with three methods, probe, apply and undo (`plugin.FastPath`). To add one,
+write a file and add its class to `FAST_PATHS`.
 
-    packed_rows.py     every device  sequences side by side in one row, beginnings stored once;
+    packed_rows.py     every device  all sequences in one row, common prefixes computed once;
                                      on CPUs attention by plain matmuls (`packed_attention.py`)
-    decoder_layers.py  every device  layers of Llama's shape; both halves as one autograd function
-                                     each on CPUs (`decoder_halves.py`), the MLP's half elsewhere
+    decoder_layers.py  every device  layers of Llama's shape: on CPUs one autograd function per
+                                     half (`decoder_halves.py`), elsewhere one for the MLP half
     linear_layers.py   every device  a LoRA layer as one autograd function
-                          CPUs only  matmuls of bfloat16 where the CPU has none of its own
-    threads.py            CPUs only  micro-batches side by side on the cores
+                          CPUs only  bfloat16 matmuls in float32, if the CPU has no kernel
+    threads.py            CPUs only  shards of a micro-batch in parallel threads
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from chainlora.engine.fast.packed_rows import PackedSequences
 from chainlora.engine.fast.plugin import FastPath
 from chainlora.engine.fast.threads import CoreThreads
 
-# in the order in which an engine tries them
+# in the order in which the engine probes them
 FAST_PATHS: list[type[FastPath]] = [
     PackedSequences,
     Bfloat16Linears,

@@ -1,15 +1,15 @@
-"""The two halves of a decoder layer of Llama's shape, each as one autograd function.
+"""The two halves of a decoder layer of Llama's shape, each one autograd function.
 
-Both add something to a row x [T, d]: attention ``o(attend(q(n), k(n), v(n)))`` and MLP
-``D(silu(G n) · U n)``, with ``n = rmsnorm(x)``. Projections are frozen maps with or without a LoRA
-(`projection`). Composed of a function a part, the same half costs Python and autograd four times as
-many calls, which is what short rows wait for.
+The halves add to a row x [T, d]: attention ``o(attend(q(n), k(n), v(n)))`` and MLP
+``D(silu(G n) · U n)``, with ``n = rmsnorm(x)``. Projections are frozen, with or without a LoRA
+(`projection`). As separate functions, a half needs four times as many calls of Python and autograd,
+which dominate the time of short rows.
 
-With `again`, a half keeps its input alone and computes the rest again in backward.
+With `recompute`, a half stores only its input and computes the rest again in backward.
 
-The element-wise parts are written out by hand as well, for frozen weights: composed of single
-operations, autograd runs three times the passes over memory and keeps float32 copies. Tensors are
-rows [T, width].
+Element-wise parts have hand-written gradients too, for frozen weights: from single operations,
+autograd makes three times as many passes over memory and stores float32 copies. Tensors are rows
+[T, width].
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ Kept = list[Tensor | None]
 
 
 def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return ``w · x / rms(x)`` for x [T, d], and ``1 / rms(x)`` [T, 1] in float32 (float64 for
-    float64)."""
+    """Return ``w · x / rms(x)`` [T, d], and ``1 / rms(x)`` [T, 1], float32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
     inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -78,17 +77,15 @@ class RmsNorm(torch.autograd.Function):
 
 
 class Turn(NamedTuple):
-    """Tables of a rotation, [T, 1, size]: ``out = x · cos + swapped(x) · sin``, and `back` for the
-    gradient."""
+    """Tables of a rotation, each [T, 1, size]: ``out = x · cos + swapped(x) · sin``."""
 
     cos: Tensor
     sin: Tensor
-    back: Tensor
+    back: Tensor  # in place of `sin` in the gradient
 
 
 def make_turn(cos: Tensor, sin: Tensor) -> Turn:
-    """Return the tables of a rotation from transformers' cos and sin [T, size], made once for all
-    layers."""
+    """Return the tables of a rotation from transformers' cos and sin [T, size]."""
     half = sin.shape[-1] // 2
     signed = torch.cat([-sin[..., :half], sin[..., half:]], -1)
     return Turn(cos[:, None], signed[:, None], torch.roll(signed, half, -1)[:, None])
@@ -121,53 +118,53 @@ class Rotary(torch.autograd.Function):
 
 
 class Attention(NamedTuple):
-    """What the attention half is made of; `rows` are the positions asked for, None: all."""
+    """Weights and layout of the attention half."""
 
-    norm: Tensor
+    norm: Tensor  # [d]
     eps: float
     projections: Sequence[Projection]  # q, k, v, o
     scaling: float
     turn: Turn
     layout: Layout
-    rows: Rows | None
+    rows: Rows | None  # positions to compute; None for all
 
 
 class Mlp(NamedTuple):
-    """What the MLP half is made of."""
+    """Weights of the MLP half."""
 
-    norm: Tensor
+    norm: Tensor  # [d]
     eps: float
     projections: Sequence[Projection]  # gate, up, down
 
 
-def attention_block(x: Tensor, half: Attention, *, again: bool = False) -> Tensor:
+def attention_block(x: Tensor, half: Attention, *, recompute: bool = False) -> Tensor:
     """Return ``x + attention(x)`` [T, d], or [R, d] at `half.rows`."""
-    return _AttentionBlock.apply(x, half, again, *_factors(half.projections))
+    return _AttentionBlock.apply(x, half, recompute, *_factors(half.projections))
 
 
-def mlp_block(x: Tensor, half: Mlp, *, again: bool = False) -> Tensor:
+def mlp_block(x: Tensor, half: Mlp, *, recompute: bool = False) -> Tensor:
     """Return ``x + mlp(x)`` [T, d]."""
-    return _MlpBlock.apply(x, half, again, *_factors(half.projections))
+    return _MlpBlock.apply(x, half, recompute, *_factors(half.projections))
 
 
 class _AttentionBlock(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, half: Attention, again: bool, *factors: Tensor | None
+        ctx: Any, x: Tensor, half: Attention, recompute: bool, *factors: Tensor | None
     ) -> Tensor:
-        ctx.half, ctx.again = half, again
-        ctx.own, ctx.wanted = _prepare(ctx, x, half.projections)
-        out, kept = _attention(x, half, ctx.own, keep=any(ctx.needs_input_grad) and not again)
-        ctx.save_for_backward(x, *([] if again else kept))
+        ctx.half, ctx.recompute = half, recompute
+        ctx.parts, ctx.wanted = _prepare(ctx, x, half.projections)
+        out, kept = _attention(x, half, ctx.parts, keep=any(ctx.needs_input_grad) and not recompute)
+        ctx.save_for_backward(x, *([] if recompute else kept))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad, half, (q, k, v, o) = grads[0], ctx.half, ctx.own
+        grad, half, (q, k, v, o) = grads[0], ctx.half, ctx.parts
         x, *kept = ctx.saved_tensors
-        if ctx.again:
-            kept = _attention(x, half, ctx.own, keep=True)[1]
+        if ctx.recompute:
+            kept = _attention(x, half, ctx.parts, keep=True)[1]
         normed, inverse, query, key, value, mixed, *rest = kept
         downs, probabilities = rest[:4], rest[4:]
         normed_rows, turn, layout = _at_rows(normed, half)
@@ -197,10 +194,10 @@ class _AttentionBlock(torch.autograd.Function):
 
 
 def _attention(
-    x: Tensor, half: Attention, own: Sequence[Computed], *, keep: bool
+    x: Tensor, half: Attention, parts: Sequence[Computed], *, keep: bool
 ) -> tuple[Tensor, Kept]:
-    """Return the half's output and what its backward needs."""
-    q, k, v, o = own
+    """Return the output of the half, and the tensors that its backward needs."""
+    q, k, v, o = parts
     normed, inverse = normalise(x, half.norm, half.eps)
     size = half.turn.cos.shape[-1]
     key, down_k = project(normed, k)
@@ -219,7 +216,7 @@ def _attention(
 
 
 def _at_rows(normed: Tensor, half: Attention) -> tuple[Tensor, Turn, Layout]:
-    """Return the normed rows, tables and layout of the positions that are asked for."""
+    """Return the normed rows, rotation tables and layout at `half.rows`."""
     if half.rows is None:
         return normed, half.turn, half.layout
     index = half.rows.index
@@ -229,20 +226,20 @@ def _at_rows(normed: Tensor, half: Attention) -> tuple[Tensor, Turn, Layout]:
 
 class _MlpBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, half: Mlp, again: bool, *factors: Tensor | None) -> Tensor:
-        ctx.half, ctx.again = half, again
-        ctx.own, ctx.wanted = _prepare(ctx, x, half.projections)
-        out, kept = _mlp(x, half, ctx.own, ctx.wanted)
-        ctx.save_for_backward(x, *([] if again else kept))
+    def forward(ctx: Any, x: Tensor, half: Mlp, recompute: bool, *factors: Tensor | None) -> Tensor:
+        ctx.half, ctx.recompute = half, recompute
+        ctx.parts, ctx.wanted = _prepare(ctx, x, half.projections)
+        out, kept = _mlp(x, half, ctx.parts, ctx.wanted)
+        ctx.save_for_backward(x, *([] if recompute else kept))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad, half, (gate, up, down) = grads[0], ctx.half, ctx.own
+        grad, half, (gate, up, down) = grads[0], ctx.half, ctx.parts
         x, *kept = ctx.saved_tensors
-        if ctx.again:
-            kept = _mlp(x, half, ctx.own, ctx.wanted)[1]
+        if ctx.recompute:
+            kept = _mlp(x, half, ctx.parts, ctx.wanted)[1]
         normed, inverse, gated, upped, active, *downs = kept
         needs_x = ctx.needs_input_grad[0]
         inner = active * upped if ctx.wanted[2].a else None
@@ -261,10 +258,10 @@ class _MlpBlock(torch.autograd.Function):
 
 
 def _mlp(
-    x: Tensor, half: Mlp, own: Sequence[Computed], wanted: Sequence[Wanted]
+    x: Tensor, half: Mlp, parts: Sequence[Computed], wanted: Sequence[Wanted]
 ) -> tuple[Tensor, Kept]:
-    """Return the half's output and what its backward needs."""
-    gate, up, down = own
+    """Return the output of the half, and the tensors that its backward needs."""
+    gate, up, down = parts
     normed, inverse = normalise(x, half.norm, half.eps)
     gated, down_g = project(normed, gate)
     upped, down_u = project(normed, up)
@@ -275,8 +272,8 @@ def _mlp(
 
 
 def _factors(projections: Sequence[Projection]) -> list[Tensor | None]:
-    """Return all A and B in order, as autograd wants to see them."""
-    return [factor for own in projections for factor in (own.a, own.b)]
+    """Return all A and B in order: autograd needs them as arguments of the function."""
+    return [factor for parts in projections for factor in (parts.a, parts.b)]
 
 
 def _prepare(
@@ -284,7 +281,7 @@ def _prepare(
 ) -> tuple[list[Computed], list[Wanted]]:
     needs = ctx.needs_input_grad[3:]
     wanted = [
-        Wanted(x.dtype if own.a is None else own.a.dtype, needs[2 * i], needs[2 * i + 1])
-        for i, own in enumerate(projections)
+        Wanted(x.dtype if parts.a is None else parts.a.dtype, needs[2 * i], needs[2 * i + 1])
+        for i, parts in enumerate(projections)
     ]
-    return [own.as_computed(x.dtype) for own in projections], wanted
+    return [parts.as_computed(x.dtype) for parts in projections], wanted

@@ -1,16 +1,15 @@
-"""A faster forward for decoder layers of Llama's shape, put on in place where a probe shows that it
-is the same.
+"""A faster forward for decoder layers of Llama's shape.
 
-The layer is Llama's (also Mistral's, Qwen2's and SmolLM's): pre-norm, rotary attention, SwiGLU. Its
-two halves become one autograd function each (`decoder_halves`), attention reads the packed row
-without transposes, and the last layer computes queries and MLP only for the rows whose hidden
-states are used. Where a projection is more than a frozen matrix with a LoRA (quantised, hooked,
-with dropout), or attention is not by matmuls, only the element-wise parts do, and projections stay
-the model's own modules.
+The shape is Llama's, also Mistral's, Qwen2's and SmolLM's: pre-norm, rotary attention, SwiGLU. Each
+half of the layer becomes one autograd function (`decoder_halves`). Attention reads the packed row
+without transposes. The last layer computes queries and MLP only for the rows that are used. If a
+projection is more than a frozen matrix with a LoRA (quantised, hooked, with dropout), or attention
+does not run by matmuls, only the element-wise parts are replaced, and the model's own projections
+run.
 
-The layer's own forward runs whenever something is different from what the probe saw: no packed
-layout, a hook on an inner module, a trained norm or bias, another dtype, autocast. Under gradient
-checkpointing the halves keep their input alone and compute the rest again in backward.
+The layer's own forward runs for every call that differs from the probe: without a packed layout,
+with a hook on an inner module, a trained norm or bias, another dtype, or autocast. Under gradient
+checkpointing, the halves store only their input and recompute the rest in backward.
 """
 
 from __future__ import annotations
@@ -50,14 +49,15 @@ _CHILDREN = {
     "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
     "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
 }
-# Of what the layer adds to its input, and of the gradient: some twenty roundings of 2⁻²⁴, and
-# Llama's own norm is float32 in a float64 model. A layer of another formula is off by 0.01 or more.
+# Largest relative difference of the layer's update and gradient: about twenty roundings of 2⁻²⁴;
+# Llama's norm is float32 even in a float64 model. A layer with another formula differs by 0.01 or
+# more.
 _SAME = 1e-4
-_TURN = "turn"  # where a layout keeps the rotation's tables
+_TURN = "turn"  # key of the rotation's tables in a layout
 
 
 class DecoderLayers(FastPath):
-    """A faster forward for every decoder layer of Llama's shape, in a packed row."""
+    """Uses a faster forward for decoder layers of Llama's shape, in packed rows."""
 
     name = "fast decoder layers"
     needs = PACKED
@@ -67,10 +67,10 @@ class DecoderLayers(FastPath):
         self._watched: list[nn.Module] = []
 
     def watched(self, model: nn.Module) -> Sequence[nn.Module]:
-        """Return one layer of each kind, and the last; none where a layer is not of the shape.
+        """Return one layer of each kind, and the last one; nothing if a layer has another shape.
 
-        Layers of one model can differ (every fourth layer of SmolLM3 has no rotary embedding);
-        alike are those that do not differ in anything but their weights.
+        Layers of one model can differ: every fourth layer of SmolLM3 has no rotary embedding.
+        Layers are of one kind if they differ only in their weights.
         """
         layers = _layers(model)
         if layers and all(map(_has_shape, layers)):
@@ -79,10 +79,11 @@ class DecoderLayers(FastPath):
         return self._watched
 
     def probe(self, model: nn.Module, facts: Facts) -> str | None:
-        """Return why the layers must keep their own forward, None where ours is the same function.
+        """Return why the layers must keep their own forward, or None.
 
-        Asked of the `watched` layers, in float32, with what each was called with in a packed row
-        whose positions begin and end the model's context; in training mode if it is to be trained.
+        Compares both forwards of the `watched` layers in float32, with the arguments of their last
+        packed call, at positions at the start and the end of the model's context. Uses training
+        mode if the model will be trained.
         """
         if facts.random is not None:
             return facts.random
@@ -93,11 +94,11 @@ class DecoderLayers(FastPath):
         try:
             for layer, (hidden, kwargs) in calls.items():
                 with whole(layer):
-                    found = _difference(layer, hidden, kwargs, facts.is_trained)
-                if not found <= _SAME:
+                    error = _difference(layer, hidden, kwargs, facts.is_trained)
+                if not error <= _SAME:
                     index = layers.index(layer)
-                    return f"the fast forward of layer {index} differs by {found:.1g} of its output"
-        except Exception as error:  # whatever an architecture trips over, its own forward is right
+                    return f"the fast forward of layer {index} differs by {error:.1g} of its output"
+        except Exception as error:  # any error of an architecture: use its own forward
             return f"the probe failed ({first_line(error)})"
         return None
 
@@ -109,7 +110,7 @@ class DecoderLayers(FastPath):
 
 
 def _distinct(layers: list[Any], config: Any) -> list[Any]:
-    """Return the layers that differ from all before them in class, fields, shapes or config."""
+    """Return the first layer of each kind, by class, fields, shapes and config."""
     per_layer = [
         value
         for value in config.to_dict().values()
@@ -132,8 +133,11 @@ def _distinct(layers: list[Any], config: Any) -> list[Any]:
 
 
 def _difference(layer: Any, hidden: Tensor, kwargs: dict[str, Any], training: bool) -> float:
-    """Return the larger relative difference, of what the layer adds and of the gradient of its
-    input, between the fast forward and its own."""
+    """Return the relative difference between the fast forward and the layer's own.
+
+    It is the larger one of two: of the update that the layer adds, and of the gradient of its
+    input.
+    """
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(hidden.shape, generator=generator).to(hidden)
     results = []
@@ -144,8 +148,8 @@ def _difference(layer: Any, hidden: Tensor, kwargs: dict[str, Any], training: bo
             if is_fast:
                 layout = kwargs[LAYOUT]
                 turn = _turn(layout, kwargs["position_embeddings"])
-                out = _compute(layer, leaf[0], layout, turn, None, again=False)
-                assert out is not None  # the layer's own forward would agree with itself
+                out = _compute(layer, leaf[0], layout, turn, None, recompute=False)
+                assert out is not None  # None would compare the layer with itself
                 out = out[None]
             else:
                 out = type(layer).forward(layer, leaf, **kwargs)
@@ -153,8 +157,8 @@ def _difference(layer: Any, hidden: Tensor, kwargs: dict[str, Any], training: bo
             gradient = torch.autograd.grad((out * direction).sum(), leaf)[0]
             results.append((out.detach() - hidden, gradient - direction))
     return max(
-        relative_difference(mine.flatten(), own.flatten()).item()
-        for own, mine in zip(*results, strict=True)
+        relative_difference(fast.flatten(), plain.flatten()).item()
+        for plain, fast in zip(*results, strict=True)
     )
 
 
@@ -177,8 +181,8 @@ def _has_shape(layer: Any) -> bool:
         return False
 
 
-def _quiet(module: nn.Module) -> bool:
-    """Say whether nobody waits for this module to be called, by a hook or in its place."""
+def _is_bypassable(module: nn.Module) -> bool:
+    """Return whether a module has no hooks and no replaced forward, so that we can bypass it."""
     return not (
         is_foreign(module)
         or module._forward_hooks
@@ -188,7 +192,8 @@ def _quiet(module: nn.Module) -> bool:
     )
 
 
-def _ready(layer: Any, hidden: Tensor) -> bool:
+def _is_ready(layer: Any, hidden: Tensor) -> bool:
+    """Return whether the fast forward may run on the layer now."""
     bypassed = (
         layer.input_layernorm,
         layer.post_attention_layernorm,
@@ -198,7 +203,7 @@ def _ready(layer: Any, hidden: Tensor) -> bool:
     )
     norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
     return (
-        all(_quiet(module) for module in bypassed)
+        all(_is_bypassable(module) for module in bypassed)
         and not any(w.requires_grad or w.dtype != hidden.dtype for w in norms)
         and not torch.is_autocast_enabled(hidden.device.type)
         and not (layer.training and getattr(layer.self_attn, "attention_dropout", 0.0))
@@ -218,45 +223,48 @@ def _last_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) 
 def _faster(
     layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], *, last: bool
 ) -> Tensor:
-    """Return the layer's output, by its own forward where something is not as the probe saw it:
-    [1, T, d], of the `last` layer [1, R, d] at the layout's rows if it names some."""
+    """Return the layer's output [1, T, d], by its own forward if the fast one may not run.
+
+    The `last` layer returns [1, R, d], at the rows of the layout, if it has any.
+    """
     layout, rotary, out = kwargs.get(LAYOUT), kwargs.get("position_embeddings"), None
-    if not (layout is None or rotary is None or args) and _ready(layer, hidden):
-        again = layer.training and getattr(layer, "gradient_checkpointing", False)
+    if not (layout is None or rotary is None or args) and _is_ready(layer, hidden):
+        recompute = layer.training and getattr(layer, "gradient_checkpointing", False)
         rows, turn = layout.rows if last else None, _turn(layout, rotary)
-        out = _compute(layer, hidden[0], layout, turn, rows, again=again)
+        out = _compute(layer, hidden[0], layout, turn, rows, recompute=recompute)
     if out is None:
-        own: Tensor = type(layer).forward(layer, hidden, *args, **kwargs)
-        return own
-    # no view: FSDP2 puts a hook of autograd on a layer's output
-    found: Tensor = torch.ops.aten._unsafe_view(out, [1, *out.shape])
-    return found
+        plain: Tensor = type(layer).forward(layer, hidden, *args, **kwargs)
+        return plain
+    # not a view: FSDP2 adds an autograd hook to a layer's output
+    batched: Tensor = torch.ops.aten._unsafe_view(out, [1, *out.shape])
+    return batched
 
 
 def _compute(
-    layer: Any, x: Tensor, layout: Layout, turn: Turn, rows: Rows | None, *, again: bool
+    layer: Any, x: Tensor, layout: Layout, turn: Turn, rows: Rows | None, *, recompute: bool
 ) -> Tensor | None:
-    """Return the layer's output at `rows` (None: all), from x [T, d].
+    """Return the layer's output [R, d] at `rows`, or [T, d] if they are None, from x [T, d].
 
-    None where checkpointing (`again`) asks for what single parts cannot do: to keep nothing.
+    Returns None if checkpointing (`recompute`) must store only the input, but a half would run by
+    parts, which store more.
     """
     attention, mlp, norm = layer.self_attn, layer.mlp, layer.input_layernorm
     parts = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
     of_attention = _projections(parts, x.dtype) if layout.by_matmul else None
     of_mlp = _projections((mlp.gate_proj, mlp.up_proj, mlp.down_proj), x.dtype)
-    if again and (of_attention is None or of_mlp is None):
+    if recompute and (of_attention is None or of_mlp is None):
         return None
     if of_attention is None:
         x = _attention_by_parts(layer, x, layout, turn, rows)
     else:
         eps, scaling = norm.variance_epsilon, attention.scaling
         half = Attention(norm.weight, eps, of_attention, scaling, turn, layout, rows)
-        x = attention_block(x, half, again=again)
+        x = attention_block(x, half, recompute=recompute)
     norm = layer.post_attention_layernorm
     if of_mlp is None:
         normed = RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
         return x + mlp.down_proj(F.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
-    return mlp_block(x, Mlp(norm.weight, norm.variance_epsilon, of_mlp), again=again)
+    return mlp_block(x, Mlp(norm.weight, norm.variance_epsilon, of_mlp), recompute=recompute)
 
 
 def _attention_by_parts(
@@ -277,18 +285,18 @@ def _attention_by_parts(
 
 
 def _projections(modules: Iterable[nn.Module], dtype: torch.dtype) -> list[Projection] | None:
-    """Return what the modules compute, None where one of them needs its own forward."""
-    found = []
+    """Return the projections of some modules, or None if one of them must run its own forward."""
+    projections = []
     for module in modules:
-        own = _projection(module)
-        if own is None or own.weight.dtype != dtype:
+        projection = _projection(module)
+        if projection is None or projection.weight.dtype != dtype:
             return None
-        found.append(own)
-    return found
+        projections.append(projection)
+    return projections
 
 
 def _projection(module: Any) -> Projection | None:
-    if not _quiet(module):
+    if not _is_bypassable(module):
         return None
     if is_lora_layer(module):
         return projection_of(module) if installed(module) else None
@@ -300,7 +308,7 @@ def _projection(module: Any) -> Projection | None:
 
 
 def _turn(layout: Layout, rotary: tuple[Tensor, Tensor]) -> Turn:
-    """Return the rotation's tables, made by the first layer of a forward and kept in its layout."""
+    """Return the rotation's tables; the first layer of a forward stores them in the layout."""
     cos, sin = rotary
     made_from, turn = layout.plans.get(_TURN, (None, None))
     if made_from is not cos:

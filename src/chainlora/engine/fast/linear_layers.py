@@ -1,12 +1,12 @@
 """Faster forwards of linear layers: with a LoRA, and in bfloat16 on CPUs without a kernel for it.
 
-A LoRA layer becomes one autograd function, ``y = x Wᵀ + c + s · (x Aᵀ) Bᵀ``. PEFT's own forward
-stays where the layer is anything else, asked anew at each call: other adapters active, merged,
-disabled, dropout, variants of LoRA, a bias on B, a base layer that is not exactly Linear or
-Conv1D (quantised, sharded, hooked) or is itself trained, autocast.
+A LoRA layer becomes one autograd function, ``y = x Wᵀ + c + s · (x Aᵀ) Bᵀ``. Each call checks that
+the layer computes exactly this, and otherwise uses PEFT's forward: for other active adapters, a
+merged or disabled adapter, dropout, variants of LoRA, a bias on B, autocast, and a base layer that
+is trained or not exactly Linear or Conv1D (quantised, sharded, hooked).
 
-A layer of the model itself in bfloat16 runs as a float32 matmul that is rounded once, on CPUs
-without a kernel for bfloat16 (`engine.matmul` says why this is the same function).
+On CPUs without a bfloat16 kernel, a bfloat16 layer of the model runs as a float32 matmul that is
+rounded once. `engine.matmul` explains why this is the same function.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from chainlora.engine.probes import Facts
 
 
 class Bfloat16Linears(FastPath):
-    """Every Linear and Conv1D whose own forward is slow computes in float32."""
+    """Computes slow bfloat16 Linear and Conv1D layers in float32."""
 
     name = "bfloat16 matmuls by float32"
 
@@ -41,7 +41,7 @@ class Bfloat16Linears(FastPath):
     def note(self, reason: str | None) -> str | None:
         if reason is not None:
             return None
-        return f"{self.name}: yes, in {self._count} layers; this CPU has none of its own"
+        return f"{self.name}: yes, in {self._count} layers; this CPU has no bfloat16 kernel"
 
 
 def _slow_layers(model: nn.Module) -> Iterator[nn.Module]:
@@ -60,15 +60,15 @@ def _wide_forward(layer: Any, x: Tensor) -> Tensor:
 
 
 class LoraLayers(FastPath):
-    """The fused forward for LoRA layers, which come and go while a chain is trained."""
+    """Uses the fused forward for LoRA layers, which are attached after the probe."""
 
     name = "LoRA layers"
 
     def probe(self, model: nn.Module, facts: Facts) -> str | None:
-        return None  # every call asks anew whether it is the same function
+        return None  # each call checks that it is the same function
 
     def note(self, reason: str | None) -> str | None:
-        return None  # there is no LoRA on the model yet
+        return None  # the model has no LoRA yet
 
     def adapt(self, layers: Sequence[nn.Module]) -> None:
         for layer in layers:
@@ -76,15 +76,14 @@ class LoraLayers(FastPath):
 
 
 def is_lora_layer(module: nn.Module) -> bool:
-    """Say whether the module is a LoRA layer over a linear map."""
+    """Return whether the module is a LoRA layer over a linear layer."""
     return all(
         hasattr(module, name) for name in ("base_layer", "lora_A", "lora_B", "active_adapters")
     )
 
 
 def active_adapter(layer: Any) -> str | None:
-    """Return the one adapter the fused forward would compute, None where PEFT's own forward is
-    needed."""
+    """Return the adapter that the fused forward can compute, or None if PEFT's must run."""
     base = layer.base_layer
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) != 1 or layer.disable_adapters or layer.merged:
@@ -101,7 +100,7 @@ def active_adapter(layer: Any) -> str | None:
         and name not in getattr(layer, "lora_variant", ())
         and not any(m._forward_hooks or m._forward_pre_hooks or is_foreign(m) for m in (base, a, b))
     )
-    # ordinary floating tensors: no shard, no quantised storage
+    # plain floating-point tensors: not sharded, not quantised
     weights = (base.weight, a.weight, b.weight) if plain else ()
     ordinary = all(type(w) in (nn.Parameter, Tensor) and w.is_floating_point() for w in weights)
     if not plain or not ordinary:
@@ -114,14 +113,14 @@ def active_adapter(layer: Any) -> str | None:
 @replacement
 def _lora_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     plain = args or kwargs or torch.is_autocast_enabled(x.device.type)
-    own = None if plain else projection_of(layer)
-    if own is None or x.dtype != own.weight.dtype:
+    projection = None if plain else projection_of(layer)
+    if projection is None or x.dtype != projection.weight.dtype:
         return type(layer).forward(layer, x, *args, **kwargs)
-    return ProjectionFunction.apply(x, *own)
+    return ProjectionFunction.apply(x, *projection)
 
 
 def projection_of(layer: Any) -> Projection | None:
-    """Return what a LoRA layer computes, None where PEFT's own forward is needed."""
+    """Return the projection that a LoRA layer computes, or None if PEFT's forward must run."""
     name = active_adapter(layer)
     if name is None:
         return None

@@ -1,12 +1,12 @@
-"""Attention over a packed row: each token sees its own sequence and nothing else.
+"""Attention over a packed row: each token sees only its own sequence.
 
-Registered with transformers under the name ``chainlora_packed``, so any architecture that looks its
-attention up there can run packed. A call without a layout is the implementation that the model had
-before, mask included: a model set to ours still generates and scores as before.
+It is registered with transformers as ``chainlora_packed``, so it works in every architecture that
+looks its attention up there. A call without a layout runs the model's previous implementation with
+its mask, so the model still generates and scores as before.
 
-By the layout's batches of small attentions: on a CPU plain matmuls (torch's fused kernel needs five
-times as long for the backward of a short bfloat16 sequence); elsewhere, for long float32 sequences,
-and under dropout, SDPA.
+Attention runs in the batches of the layout. On a CPU it uses plain matmuls, since torch's fused
+kernel takes five times as long for the backward of a short bfloat16 sequence. On other devices, for
+long float32 sequences and with dropout it uses SDPA.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from chainlora.engine.matmul import is_slow
 
 NAME = "chainlora_packed"
 LAYOUT = "packed_layout"
-Probabilities = list[Tensor | None]  # by group; None where they are made again in backward
-# What an architecture adds to attention by these arguments cannot be left out silently. Where it is
-# neither eager nor SDPA, `indices` stand for the mask of the keys that DeepSeek V3.2 picks.
+Probabilities = list[Tensor | None]  # by group; None if backward computes them again
+# Arguments by which architectures change attention, so packed attention must not ignore them.
+# `indices` are the keys that DeepSeek V3.2 selects, when its attention is neither eager nor SDPA.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "indices", "block_indices")
 
 
 class CannotPackError(Exception):
-    """Attention of a kind that a packed row does not have."""
+    """Packed attention does not support an argument of the model."""
 
 
 def packed_attention(
@@ -53,36 +53,47 @@ def packed_attention(
     plain: str = "sdpa",
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """Attend by `packed_layout`: query, key, value [1, heads, T, size] → [1, T, heads, size].
+    """Compute attention with the signature of transformers.
 
-    Without a layout, `plain` names the implementation of transformers that computes instead.
+    Args:
+        module: the attention module.
+        query: [1, heads, T, size].
+        key: [1, key heads, T, size].
+        value: [1, key heads, T, size].
+        attention_mask: ignored with a layout if it has one element.
+        dropout: probability of dropout.
+        scaling: factor of the scores; None for 1/√size.
+        packed_layout: layout of the packed row.
+        plain: name of transformers' implementation for calls without a layout.
+
+    Returns:
+        [1, T, heads, size], and None for the weights.
 
     Raises:
-        CannotPackError: the architecture asks for something this function does not compute.
+        CannotPackError: the architecture passes an unsupported argument or its own mask.
     """
     if packed_layout is None:
         attention: Any = sdpa_attention_forward
-        if plain == "eager":  # not registered: each modeling file has its own
+        if plain == "eager":  # not registered: each modeling file defines it
             attention = sys.modules[type(module).__module__].eager_attention_forward
         elif plain != "sdpa":
             attention = ALL_ATTENTION_FUNCTIONS[plain]
         return attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    asked = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
-    if asked:
-        raise CannotPackError(f"packed attention does not compute {asked[0]}")
+    unsupported = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    if unsupported:
+        raise CannotPackError(f"packed attention does not support {unsupported[0]}")
     if attention_mask is not None and attention_mask.numel() > 1:
-        raise CannotPackError("packed attention does not compute a mask of the model's own")
+        raise CannotPackError("packed attention does not support the model's own mask")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return attend(q, k, v, packed_layout, scaling, dropout)[None], None
 
 
 def packed_name(before: str | None) -> str:
-    """Return the name of the packed implementation for a model that is set to `before`.
+    """Return the name of the packed implementation for a model set to `before`; register it.
 
-    Each one is registered once; it differs from the others in what computes a call without a
-    layout, and in the mask of that call.
+    Each name has its own implementation and mask for calls without a layout: those of `before`.
     """
     before = before or "eager"
     if before.startswith(NAME):
@@ -104,8 +115,19 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attend over a packed row: query [T, heads, size], key [T, key heads, size], value [T, key
-    heads, own size] → [T, heads, own size]."""
+    """Compute attention over a packed row.
+
+    Args:
+        query: [T, heads, size].
+        key: [T, key heads, size].
+        value: [T, key heads, value size].
+        layout: layout of the row.
+        scaling: factor of the scores; None for 1/√size.
+        dropout: probability of dropout.
+
+    Returns:
+        [T, heads, value size].
+    """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layout.by_matmul and not dropout:
         return MatmulAttention.apply(query, key, value, layout, scaling)
@@ -140,15 +162,16 @@ AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-# --- batched matmuls: softmax(s·Q Kᵀ + mask) V, heads that share a key head in one matmul ---
+# --- batched matmuls: softmax(s·Q Kᵀ + mask) V; heads with a common key head share a matmul ---
 
 
 def attend_forward(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, *, keep: bool
 ) -> tuple[Tensor, Probabilities]:
-    """Attend: query [T, heads, size], key [T, key heads, size], value [T, key heads, own size].
+    """Compute attention by matmuls; shapes as in `attend`.
 
-    Returns [T, heads, own size], and what `attend_backward` wants to have kept, if `keep`.
+    Returns:
+        [T, heads, value size], and the probabilities for `attend_backward` if `keep` is set.
     """
     if is_slow(query):
         wide = query.float(), key.float(), value.float()
@@ -175,7 +198,7 @@ def attend_backward(
     layout: Layout,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value, from that of the result."""
+    """Return the gradients of query, key and value from the gradient of the result."""
     if is_slow(query):
         wide = grad.float(), query.float(), key.float(), value.float()
         grads = attend_backward(*wide, probabilities, layout, scaling)
@@ -204,7 +227,7 @@ def attend_backward(
 
 
 class MatmulAttention(torch.autograd.Function):
-    """`attend_forward` with its gradient."""
+    """`attend_forward` as an autograd function."""
 
     @staticmethod
     def forward(
@@ -219,13 +242,13 @@ class MatmulAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors  # once: gradient checkpointing counts
-        found = attend_backward(grads[0], query, key, value, kept, ctx.layout, ctx.scaling)
-        return *found, None, None
+        query, key, value, *kept = ctx.saved_tensors  # read once: checkpointing counts reads
+        gradients = attend_backward(grads[0], query, key, value, kept, ctx.layout, ctx.scaling)
+        return *gradients, None, None
 
 
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """Return softmax(s·q kᵀ + mask) [B, Tq, Tk]; the mask is that of the last keys."""
+    """Return softmax(s·q kᵀ + mask) [B, Tq, Tk]; the mask covers the last keys."""
     if mask.shape[-1] == k.shape[1]:
         return torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scaling), -1)
     scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scaling)
@@ -243,41 +266,49 @@ def _gather(
 
 
 def _to_keys(parts: list[Tensor], plan: _Plan, layout: Layout, shape: torch.Size) -> Tensor:
-    """Bring gradients of gathered keys, by group [B · key heads, Tk, size], back to [T, key heads,
-    size]; a key seen by several segments sums them."""
+    """Scatter gradients of keys back to the packed row, and sum those of keys used several times.
+
+    Args:
+        parts: by group [B · key heads, Tk, size].
+        plan: the plan of the layout.
+        layout: the layout.
+        shape: the result's, [T, key heads, size].
+    """
     if plan.back_keys is not None:
         whole = parts[0] if len(parts) == 1 else torch.cat([part.flatten(0, 1) for part in parts])
         return whole.flatten(0, -2).index_select(0, plan.back_keys).view(shape)
-    # summed in float32: a shared passage has many terms
+    # in float32: a shared passage sums many terms
     wide = torch.promote_types(parts[0].dtype, torch.float32)
     total = torch.zeros(shape, dtype=wide, device=parts[0].device)
     for group, rows, part in zip(layout.groups, plan.keys, parts, strict=True):
         if group.spans is None:
             total.view(-1, shape[-1]).index_add_(0, rows, part.flatten(0, 1).to(wide))
             continue
-        for keys, own in zip(group.spans, part.unflatten(0, (-1, shape[1])), strict=True):
-            total[keys.start : keys.stop] += own[:, : len(keys)].transpose(0, 1)
+        for keys, gradient in zip(group.spans, part.unflatten(0, (-1, shape[1])), strict=True):
+            total[keys.start : keys.stop] += gradient[:, : len(keys)].transpose(0, 1)
     return total.to(parts[0].dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Row indices for given head counts: tensors are seen as rows (token, head) of one head's
-    size."""
+    """Row indices for given numbers of heads; a row is one head of one token.
 
-    queries: tuple[Tensor, ...]  # by group: rows of the query in the order (b, key head, repeat, i)
-    keys: tuple[Tensor, ...]  # by group: rows of key and value in the order (b, key head, j)
-    masks: tuple[Tensor, ...]  # by group: 0 or -inf, [1 or B · key heads, repeats · Tq, Tk − first]
-    padding: tuple[Tensor, ...]  # by group: rows of padded queries in the above order
-    back: Tensor  # where each query row lies in the groups' results laid end to end
-    back_keys: Tensor | None  # the same for key rows, where each lies in one group only
+    The first four fields have one tensor per group.
+    """
+
+    queries: tuple[Tensor, ...]  # rows of the query in the order (b, key head, repeat, i)
+    keys: tuple[Tensor, ...]  # rows of key and value in the order (b, key head, j)
+    masks: tuple[Tensor, ...]  # 0 or -inf, [1 or B · key heads, repeats · Tq, Tk − first]
+    padding: tuple[Tensor, ...]  # indices of padded queries in that order
+    back: Tensor  # index of each query row in the concatenated results of all groups
+    back_keys: Tensor | None  # the same for key rows, if each one is in one group only
 
 
 def make_plan(layout: Layout, heads: int, key_heads: int, dtype: torch.dtype) -> _Plan:
-    """Return the row indices for these numbers of heads, made once a layout."""
-    wanted = (heads, key_heads, dtype)
-    if wanted in layout.plans:
-        return layout.plans[wanted]
+    """Return the row indices for these numbers of heads; the layout caches them."""
+    cache_key = (heads, key_heads, dtype)
+    if cache_key in layout.plans:
+        return layout.plans[cache_key]
     device = layout.groups[0].queries.device
     repeats = heads // key_heads
     head, key_head = torch.arange(heads, device=device), torch.arange(key_heads, device=device)
@@ -295,12 +326,12 @@ def make_plan(layout: Layout, heads: int, key_heads: int, dtype: torch.dtype) ->
     back = _inverse(queries, layout.num_queries * heads, padding)
     back_keys = _inverse(keys, layout.num_tokens * key_heads, None) if layout.flat else None
     plan = _Plan(tuple(queries), tuple(keys), tuple(masks), tuple(padding), back, back_keys)
-    layout.plans[wanted] = plan
+    layout.plans[cache_key] = plan
     return plan
 
 
 def _inverse(rows: list[Tensor], size: int, padding: list[Tensor] | None) -> Tensor:
-    """Return for each row where it lies in `rows` laid end to end, padded places not counted."""
+    """Return the index of each row in the concatenated `rows`, without padding."""
     flat = torch.cat(rows)
     place = torch.arange(flat.shape[0], device=flat.device)
     if padding is not None:
@@ -311,6 +342,6 @@ def _inverse(rows: list[Tensor], size: int, padding: list[Tensor] | None) -> Ten
         real = torch.ones_like(flat, dtype=torch.bool)
         real[torch.cat(dropped)] = False
         flat, place = flat[real], place[real]
-    else:  # padded keys repeat a last token, whose first place is the real one: write it last
+    else:  # padded keys repeat the last token: reversed, its real index is written last
         flat, place = flat.flip(0), place.flip(0)
     return torch.zeros(size, dtype=torch.int64, device=flat.device).index_copy_(0, flat, place)

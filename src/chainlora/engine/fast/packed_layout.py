@@ -1,12 +1,12 @@
-"""How the attention of a packed row is computed: which queries see which keys, in which batches.
+"""The attention layout of a packed row: which queries see which keys, in which batches.
 
-A segment's queries see the keys of its ancestors and its own up to themselves. Segments of like
-shape are gathered into one padded batch of small attentions. On a CPU the queries of a long
-sequence are cut into pieces, each with the keys up to its end: half of the square is never
-computed, and the scores of one piece stay in the cache.
+The queries of a segment see the keys of its ancestors, and its own keys up to their position.
+Segments of similar shape are batched, with padding. On a CPU, the queries of a long sequence are
+cut into pieces, each with the keys up to its end: half of the score matrix is never computed, and
+the scores of a piece stay in the cache.
 
-The layout of a batch is computed once and travels to every layer as a keyword argument of the
-model's forward (and so survives gradient checkpointing, where layers run again during backward).
+The layout of a batch is computed once. Every layer gets it as a keyword argument of the model's
+forward, so it also reaches layers that gradient checkpointing runs again in backward.
 """
 
 from __future__ import annotations
@@ -22,43 +22,45 @@ from torch import Tensor
 
 from chainlora.engine.packing import Segment, paths
 
-# Whole vector registers: a bfloat16 softmax over 85 keys takes longer than over 96.
+# Fills vector registers: a bfloat16 softmax over 85 keys takes longer than over 96.
 KEYS_MULTIPLE = 16
-# Beyond, probabilities are made again in backward: kept, they would outweigh all else.
+# Longest sequence whose probabilities are kept for backward; longer ones would need most of the
+# memory and are computed again.
 LONGEST_KEPT = 384
-PIECE = 128  # queries of a piece of a sequence beyond that
-# Beyond this length SDPA's own blocks win: measured, one core, forward and backward, 9 heads of 64.
+PIECE = 128  # queries per piece of a longer sequence
+# Beyond this length SDPA is faster. Measured with one core, forward and backward, 9 heads of 64:
 # bfloat16 at 4,096 tokens: pieces 0.76 s, SDPA 0.99 s; float32 at 1,024: 0.085 and 0.108 s, at
 # 4,096: 1.35 and 1.05 s.
 LONGEST_BY_MATMUL = {torch.bfloat16: math.inf}
 LONGEST_BY_MATMUL_ELSE = 2048
-# Fixed cost of one batch of attentions, in scores (queries × keys) of one head: about 25 small
-# calls.
+# Fixed cost of one batch, about 25 small calls, in scores (queries × keys) of one head.
 _CALL_COST = {"cpu": 1_000}
 _CALL_COST_ELSEWHERE = 200_000
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Segments gathered into one batch: B rows of `queries` and `keys` packed positions, padded.
+    """A batch of B segments: packed positions of their queries and keys, padded.
 
-    Key j is the j-th token of the sequence; query i is its token ``depth[b, i]``, and so sees keys
-    j ≤ that. Padded keys lie behind every real query; padded queries are dropped on the way out.
+    Key j is token j of the sequence. Query i is token ``depth[b, i]`` and sees the keys j up to it.
+    Padded keys come after every real query; the results of padded queries are dropped.
     """
 
     queries: Tensor  # [B, Tq]
     keys: Tensor  # [B, Tk]
     depth: Tensor  # [B, Tq]
-    padding: Tensor  # places of padded queries among B · Tq
-    causal: bool  # query i is token i of every row
-    alike: bool  # query i is the same token of every row
-    first: int  # keys before this one are seen by every query
-    keep: bool  # keep the probabilities for backward
-    spans: tuple[range, ...] | None  # the keys of each row, where they lie side by side
+    padding: Tensor  # indices of padded queries among B · Tq
+    causal: bool  # whether query i is token i in every row
+    alike: bool  # whether all rows have equal depths
+    first: int  # every query sees all keys before this one
+    keep: bool  # whether to keep probabilities for backward
+    spans: tuple[range, ...] | None  # keys of each row, if they are contiguous in the packed row
 
     def visible(self) -> Tensor:
-        """Return which keys from `first` on each query sees, bool [B, Tq, Tk − first], or [1, …]
-        where all rows agree."""
+        """Return which keys from `first` on each query sees: bool [B or 1, Tq, Tk − first].
+
+        The first dimension is 1 if all rows are alike.
+        """
         depth = self.depth[:1] if self.alike else self.depth
         keys = torch.arange(self.first, self.keys.shape[1], device=depth.device)
         return keys <= depth[:, :, None]
@@ -66,24 +68,23 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Positions of the packed row [R], and the layout that has queries at these alone."""
+    """Some positions of the packed row, and the layout with queries only there."""
 
-    index: Tensor
+    index: Tensor  # [R]
     layout: Layout
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the attention of a packed row of `num_tokens` is computed; `plans` fills up as head
-    counts are met."""
+    """The attention layout of a packed row."""
 
     groups: tuple[Group, ...]
     num_queries: int
     num_tokens: int
-    by_matmul: bool  # by plain matmuls, SDPA where not
-    flat: bool  # every token is a key of one group
-    rows: Rows | None = None  # for a last layer of which only some positions are used
-    plans: dict[Any, Any] = field(default_factory=dict)
+    by_matmul: bool  # plain matmuls, otherwise SDPA
+    flat: bool  # whether every token is a key in exactly one row of a group
+    rows: Rows | None = None  # for a last layer that is used only at some positions
+    plans: dict[Any, Any] = field(default_factory=dict)  # cache, by numbers of heads and dtype
 
 
 def make_layout(
@@ -92,8 +93,14 @@ def make_layout(
     dtype: torch.dtype,
     rows: Tensor | None = None,
 ) -> Layout:
-    """Compute the layout of a packed row, for attention in `dtype` on `device`; with `rows`
-    (ascending), also that of these positions alone."""
+    """Return the attention layout of a packed row.
+
+    Args:
+        segments: the segments of the row.
+        device: device of the attention.
+        dtype: dtype of the attention.
+        rows: ascending positions [R]; if given, the layout also has one with queries only there.
+    """
     whole, num_tokens = paths(segments), segments[-1].end
     limit = LONGEST_BY_MATMUL.get(dtype, LONGEST_BY_MATMUL_ELSE)
     by_matmul = torch.device(device).type == "cpu" and max(map(len, whole)) <= limit
@@ -106,13 +113,14 @@ def make_layout(
 
 
 class _Unit(NamedTuple):
-    queries: Sequence[int]  # their place among all queries
-    depths: Sequence[int]  # their place in the sequence
+    """Some queries of one sequence, and the keys that they see."""
+
+    queries: Sequence[int]  # index among all queries
+    depths: Sequence[int]  # position in the sequence
     keys: list[int]
 
     def pieces(self) -> Iterator[_Unit]:
-        """Yield the unit, or where its sequence is long, parts of its queries with the keys that
-        these see."""
+        """Yield the unit; for a long sequence, yield pieces of its queries with their keys."""
         if len(self.keys) <= LONGEST_KEPT:
             yield self
             return
@@ -124,7 +132,7 @@ class _Unit(NamedTuple):
 def _units(
     segments: Sequence[Segment], whole: Sequence[list[int]], rows: Sequence[int]
 ) -> list[_Unit]:
-    """Return the queries at `rows` of each segment that has some, and the keys that they see."""
+    """Return, for each segment with queries at `rows`, these queries and the keys they see."""
     units = []
     for (start, end, _), path in zip(segments, whole, strict=True):
         low, high = bisect_left(rows, start), bisect_left(rows, end)
@@ -148,16 +156,20 @@ def _layout(
     cost = _CALL_COST.get(torch.device(device).type, _CALL_COST_ELSEWHERE)
     groups = []
     for causal in (True, False):
-        mine = [u for u in units if (len(u.queries) == len(u.keys)) == causal]
-        mine.sort(key=lambda u: (len(u.queries), len(u.keys)))
-        for low, high in _partition([(len(u.queries), len(u.keys)) for u in mine], cost):
-            groups.append(_group(mine[low:high], causal, device))
+        of_kind = [u for u in units if (len(u.queries) == len(u.keys)) == causal]
+        of_kind.sort(key=lambda u: (len(u.queries), len(u.keys)))
+        for low, high in _partition([(len(u.queries), len(u.keys)) for u in of_kind], cost):
+            groups.append(_group(of_kind[low:high], causal, device))
     flat = sum(len(unit.keys) for unit in units) == num_tokens
     return Layout(tuple(groups), num_queries, num_tokens, by_matmul, flat, rows)
 
 
 def _partition(shapes: list[tuple[int, int]], call_cost: int) -> list[tuple[int, int]]:
-    """Cut sorted (queries, keys) into runs so that calls and padding together cost least."""
+    """Cut sorted sizes (queries, keys) into runs with the least cost of calls and padding.
+
+    Dynamic programming: ``best[i]`` is the least cost of the first i sizes, and the start of their
+    last run.
+    """
     best: list[tuple[float, int]] = [(0.0, 0)]
     for high in range(1, len(shapes) + 1):
         options = []
@@ -167,7 +179,7 @@ def _partition(shapes: list[tuple[int, int]], call_cost: int) -> list[tuple[int,
             padded = (high - low) * shapes[high - 1][0] * keys
             options.append((best[low][0] + call_cost + padded, low))
             if padded > options[0][0] - best[high - 1][0] + call_cost * (high - low):
-                break  # already dearer than one call each
+                break  # already more expensive than one call per unit
         best.append(min(options))
     cuts, high = [], len(shapes)
     while high:

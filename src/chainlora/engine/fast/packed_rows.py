@@ -1,8 +1,8 @@
-"""The packed path: one row through a model whose attention keeps the sequences in it apart.
+"""The packed path: one row of several sequences, which attention keeps separate.
 
-Its probe compares hidden states with those of plain transformers, in float32, through all layers,
-at positions of the beginning and of the end of the model's context; and it changes the neighbours
-of a sequence, which must then stay what it is.
+Its probe compares hidden states with plain transformers in float32, through all layers, at
+positions at the start and at the end of the model's context. It also changes neighbouring
+sequences: the states of a sequence must not change with them.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from chainlora.engine.probes import (
 )
 from chainlora.models.text_config import base_model
 
-# Of the norm of a hidden state. Packed and padded rows sum the same numbers in another order: some
-# 1e-6 in float32 over thirty layers (norms are float32 in a float64 model too), with a margin for
-# states that cancel. Another formula is off by a hundred times that.
+# Largest relative difference of a hidden state. Packed and padded rows add the same numbers in
+# another order: about 1e-6 in float32 over thirty layers, with a margin for states that cancel. A
+# wrong formula differs by a hundred times this tolerance.
 _SAME = 1e-4
-# A row whose neighbours change goes through the same operations on the same numbers. Experts alone
-# see their tokens in groups of another size.
+# If its neighbours change, a sequence goes through the same operations on the same numbers; only
+# experts get groups of tokens of another size.
 _UNTOUCHED = 1e-6
-_SMALLEST_ROW = 1024  # tokens; a model that must stay below is not worth packing
+_SMALLEST_ROW = 1024  # tokens; packing into shorter rows does not pay
 
 
 class PackedSequences(FastPath):
-    """Sequences of a batch side by side in one row, no padding, common beginnings once."""
+    """Packs the sequences of a batch into one row: no padding, each common prefix once."""
 
     name = PACKED
     longest_sequence: int = UNLIMITED
 
     def probe(self, model: nn.Module, facts: Facts) -> str | None:
-        """Return why a packed row would give other hidden states; note calls of watched layers."""
+        """Return why packing changes hidden states, or None; record calls of watched layers."""
         if facts.failure is not None:
             return facts.failure
         batch = probe_batch(model)
@@ -63,8 +63,8 @@ class PackedSequences(FastPath):
             return f"its attention window is {limits.sequence} tokens"
         if limits.row < _SMALLEST_ROW:
             return (
-                f"it may behave in another way beyond {limits.row} tokens (`{limits.row_field}` in "
-                "its config)"
+                f"it may compute another function beyond {limits.row} tokens "
+                f"(`{limits.row_field}` in its config)"
             )
         with _recording(facts.watched, facts.calls):
             reason = _why_not_packed(model, batch, facts.states)
@@ -83,30 +83,30 @@ class PackedSequences(FastPath):
         return ", ".join([str(super().note(reason)), *within])
 
     def hidden(self, model: nn.Module, batch: PackedBatch) -> Tensor | None:
-        """Return [R, d] by one row; None for one that is longer than the model allows."""
+        """Return hidden states [R, d] from one packed row, or None if the row is too long."""
         if batch.num_tokens > self.longest_row or batch.longest > self.longest_sequence:
             return None
         try:
             return packed_hidden(model, batch)
-        except CannotPackError:  # a mask of the model's own, which no probe has met
+        except CannotPackError:  # a mask of the model that the probe did not use
             return None
 
 
 def packed_hidden(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """Return [R, d] of a model that is set to packed attention."""
+    """Return hidden states [R, d] at `batch.rows`, from a model set to packed attention."""
     device, dtype = batch.input_ids.device, next(model.parameters()).dtype
     layout = make_layout(batch.segments, device, dtype, batch.rows)
     output = base_model(model)(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
         use_cache=False,
-        # transformers takes a mask of four dimensions as it is, so none is built; packed
+        # transformers passes a mask of four dimensions on without building its own; packed
         # attention ignores it
         attention_mask=batch.input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool),
         **{LAYOUT: layout},
     )
     hidden = output.last_hidden_state[0]
-    if hidden.shape[0] == batch.rows.shape[0]:  # the last layer computed these rows alone
+    if hidden.shape[0] == batch.rows.shape[0]:  # the fast last layer computes only these rows
         return hidden
     return hidden.index_select(0, batch.rows)
 
@@ -116,7 +116,7 @@ def packed_hidden(model: nn.Module, batch: PackedBatch) -> Tensor:
 
 @contextmanager
 def _recording(layers: Sequence[nn.Module], calls: Calls) -> Iterator[None]:
-    """Note the last packed call of each layer: its hidden states and its other arguments."""
+    """Record the last packed call of each layer: its hidden states and other arguments."""
 
     def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if LAYOUT in kwargs:
@@ -132,14 +132,14 @@ def _recording(layers: Sequence[nn.Module], calls: Calls) -> Iterator[None]:
 
 
 def _why_not_packed(model: nn.Module, batch: PackedBatch, plain: Tensor) -> str | None:
-    """Compare the packed row with `plain`, the states of every token in a padded batch."""
+    """Return why packed states differ from `plain` [N, d], the padded states, or None."""
     patches = Patches()
     try:
         with probing(model), computing_wide(model):
             far = _at_far_positions(model, batch)
             patches.set_attention(base_model(model), packed_name)
             packed = packed_hidden(model, batch)
-            # other tokens in its second branch and its third sequence
+            # change the tokens of the second and third sequence
             kept = (batch.token_sequence == 0) | (batch.token_sequence == FAR)
             untouched = torch.zeros_like(batch.rows, dtype=torch.bool)
             untouched[batch.token_row[kept]] = True
@@ -147,7 +147,7 @@ def _why_not_packed(model: nn.Module, batch: PackedBatch, plain: Tensor) -> str 
             changed[batch.rows[untouched]] = False
             ids = torch.where(changed, batch.input_ids.flip(0).roll(1), batch.input_ids)
             disturbed = packed_hidden(model, replace(batch, input_ids=ids))
-    except Exception as error:  # whatever an architecture trips over, the plain path is right
+    except Exception as error:  # any error of an architecture: use the plain path
         return f"it does not run packed ({first_line(error)})"
     finally:
         patches.restore()
@@ -161,8 +161,10 @@ def _why_not_packed(model: nn.Module, batch: PackedBatch, plain: Tensor) -> str 
 
 
 def _at_far_positions(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """Return [N, d], filled for the tokens of the last sequence: plain transformers, told where
-    they stand."""
+    """Return states [N, d] from plain transformers, for the tokens of the far sequence only.
+
+    The model gets their positions; all other rows are zero.
+    """
     tokens = batch.token_sequence == FAR
     places = batch.rows[batch.token_row[tokens]]
     ids, positions = batch.input_ids[places][None], batch.position_ids[places][None]

@@ -1,4 +1,4 @@
-"""What a fast path is: three verbs, and what it may do in place of the plain engine."""
+"""The base class of fast paths: three methods to install it, and hooks into the engine."""
 
 from __future__ import annotations
 
@@ -12,53 +12,53 @@ from chainlora.engine.packing import PackedBatch
 from chainlora.engine.patching import Patches
 from chainlora.engine.probes import UNLIMITED, Facts
 
-PACKED = "packed sequences"  # the path that others build on
+PACKED = "packed sequences"  # name of the path that others need
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class FastPath:
-    """A faster way to run a model, taken where it computes the same function to rounding.
+    """A faster way to run a model that computes the same function up to rounding.
 
-    An engine makes one of each class, asks `probe`, calls `apply` where nothing speaks against it,
-    and `undo` when it is closed. A path changes the model by `patches` alone, so that `undo` need
-    not be written again.
+    The engine creates one object per class and calls `probe`, then `apply` if the probe returns
+    None, and `undo` when it closes. A path that changes the model only through `patches` inherits
+    `undo`.
 
-    The methods below the verbs stand in for the plain engine; None says that the plain way is to
-    be taken. All of them do so here, and a path overrides what it is made for.
+    The other methods replace a step of the plain engine. If they return None, as they do here, the
+    engine uses the plain step.
     """
 
-    name: ClassVar[str]  # as notes call it
-    needs: ClassVar[str | None] = None  # the name of another path; without it this one is not tried
-    longest_row: int = UNLIMITED  # most tokens that are to be computed at once
-    num_threads: int = 1  # that micro-batches are trained in
+    name: ClassVar[str]  # its name in notes
+    needs: ClassVar[str | None] = None  # name of a path that must be in use
+    longest_row: int = UNLIMITED  # largest number of tokens to compute at once
+    num_threads: int = 1  # in training
     num_scoring_threads: int = 1
 
     def __init__(self) -> None:
         self.patches = Patches()
 
-    # --- the verbs ---
+    # --- install and remove ---
 
     def probe(self, model: nn.Module, facts: Facts) -> str | None:
-        """Return why this path would not be the same function, None where it is."""
+        """Return why this path cannot be used on the model, or None if it is the same function."""
         raise NotImplementedError
 
     def apply(self, model: nn.Module) -> None:
-        """Put the path on the model, in place."""
+        """Install the path on the model, in place."""
 
     def undo(self) -> None:
-        """Take it off again; safe to call twice."""
+        """Remove the path from the model; safe to call twice."""
         self.patches.restore()
 
     def note(self, reason: str | None) -> str | None:
-        """Return what a user is told: that the path is taken, or the reason why not."""
+        """Return a line for the user: the path is used, or the `reason` why not."""
         return f"{self.name}: {'yes' if reason is None else 'no, ' + reason}"
 
-    # --- in place of the plain engine ---
+    # --- steps of the engine ---
 
     def watched(self, model: nn.Module) -> Sequence[nn.Module]:
-        """Return the modules whose calls in a packed row `probe` wants to see (`Facts.calls`)."""
+        """Return the modules whose packed calls `probe` needs (`Facts.calls`)."""
         return ()
 
     def hidden(self, model: nn.Module, batch: PackedBatch) -> Tensor | None:
@@ -66,7 +66,7 @@ class FastPath:
         return None
 
     def adapt(self, layers: Sequence[nn.Module]) -> None:
-        """Do what is to be done to LoRA layers that were put on the model."""
+        """Adapt LoRA layers that were attached to the model."""
 
     def split(self, examples: Sequence[Example]) -> list[list[int]] | None:
         """Return the shards of a micro-batch, each as the indices of its examples."""
@@ -77,6 +77,6 @@ class FastPath:
     ) -> Iterator[Result] | None:
         """Return ``function(item)`` in the order of the items.
 
-        Gradient and inference mode belong to a thread: `function` sets what it needs.
+        Each thread has its own gradient and inference mode, so `function` must set them.
         """
         return None

@@ -1,11 +1,11 @@
-"""For CPUs only: micro-batches side by side on the cores, instead of all cores on every matmul.
+"""Run shards of a micro-batch in parallel threads, on CPUs only.
 
-Cores that share each matmul of a small model wait for one another between any two: on two cores a
-step of a 135M Llama keeps 1.6 of them busy. Here a thread with its share of the cores takes whole
-sequences through forward and backward alone, one shard of the batch at a time. Gradients are summed
-in the order of the shards, so the same run gives the same bits, whichever thread ends first.
+If all cores share each matmul of a small model, they wait for each other after every matmul: on two
+cores, a step of a 135M Llama keeps 1.6 cores busy. Here each thread gets its share of the cores and
+runs forward and backward of one shard at a time, alone. Gradients are summed in the order of the
+shards, so results do not depend on which thread ends first.
 
-One thread, the calling one, remains wherever several could be wrong or do not pay
+Only the calling thread computes if several threads could change results or would not be faster
 (`CoreThreads.probe`, `split`).
 """
 
@@ -25,21 +25,20 @@ from chainlora.engine.probes import Facts
 
 _Inputs = list[tuple[int, ...]]
 
-# Between operations Python runs one thread at a time: many would wait for that. Two were measured;
-# four is a guess, and threads of a larger machine have several cores each.
+# Python runs one thread at a time between operations, so many threads would wait for each other.
+# Two threads were measured, four are a guess. On larger machines each thread has several cores.
 MOST_THREADS = 4
-# Tokens of one shard. Matmuls of 300 rows run at 95 % of the rate of 600 (bfloat16, one core), and
-# the activations of a shard are gone before its thread takes the next, so memory does not grow with
-# the batch.
+# Tokens per shard. Matmuls of 300 rows reach 95 % of the rate of 600 rows (bfloat16, one core). A
+# thread frees the activations of a shard before the next one, so memory does not grow with the
+# batch.
 _SHARD = 384
-# Side by side, threads compute about 1.2 times the tokens a second (docs/decisions/0003). Shards
-# that compute more than this share of the whole (prefixes read twice, a thread with nothing to do)
-# are not worth it.
+# Parallel threads compute about 1.2 times the tokens per second (docs/decisions/0003). Sharding
+# does not pay if it costs more than this factor: prefixes computed twice, or an idle thread.
 _WORTH = 1.15
 
 
 class CoreThreads(FastPath):
-    """Threads that take the shards of a micro-batch, or the packs to be scored, one by one."""
+    """Computes the shards of a micro-batch, or the packs to score, in several threads."""
 
     name = "threads"
 
@@ -49,9 +48,9 @@ class CoreThreads(FastPath):
         self._why_one: str | None = None
 
     def probe(self, model: nn.Module, facts: Facts) -> str | None:
-        """Return why one thread computes everything.
+        """Return why one thread must compute everything, or None.
 
-        What is random in training alone leaves one thread to train and several to score in between.
+        If only training draws random numbers, one thread trains and several threads score.
         """
         if facts.is_shared:
             return "processes share the weights"
@@ -87,24 +86,24 @@ class CoreThreads(FastPath):
         count = self.num_threads if training else self.num_scoring_threads
         if count == 1:
             return None
-        self._pool = self._pool or make_pool(count)  # where several train, so many score
+        self._pool = self._pool or make_pool(count)  # both counts are equal unless one is 1
         return map_in_threads(self._pool, count, function, items)
 
 
 def make_pool(count: int) -> ThreadPoolExecutor:
-    """Return `count` threads, each with its share of this thread's cores."""
+    """Return a pool of `count` threads, each with an equal share of this thread's cores."""
     share = max(torch.get_num_threads() // count, 1)
-    # torch's number of threads belongs to the thread that sets it: the caller keeps its own
+    # torch stores the number of threads per calling thread: the caller keeps its own number
     return ThreadPoolExecutor(count, "chainlora", torch.set_num_threads, (share,))
 
 
 def map_in_threads(
     pool: ThreadPoolExecutor, count: int, function: Callable[[Item], Result], items: Iterable[Item]
 ) -> Iterator[Result]:
-    """Yield ``function(item)`` in the order of items, at most two items a thread ahead of the
-    caller.
+    """Yield ``function(item)`` in the order of the items.
 
-    Gradient and inference mode belong to a thread: `function` sets what it needs.
+    At most two items per thread are submitted ahead of the caller. Each thread has its own gradient
+    and inference mode, so `function` must set them.
     """
     waiting = iter(items)
     ahead = [pool.submit(function, item) for item in islice(waiting, 2 * count)]
@@ -119,11 +118,13 @@ def map_in_threads(
 
 
 def split(examples: Sequence[Example], count: int) -> list[list[int]]:
-    """Cut examples into shards for `count` threads; return the indices of each, ascending.
+    """Cut examples into shards for `count` threads.
 
-    Two ways are tried, and the one that computes less is taken: examples with a common beginning
-    kept together, and every example for itself. One shard, for all cores together, where several
-    would not pay.
+    Tries two plans, examples with a common prefix kept together and every example by itself, and
+    uses the one that computes less. If neither plan pays, all examples are one shard.
+
+    Returns:
+        The ascending indices of each shard.
     """
     everything = list(range(len(examples)))
     if count == 1 or len(examples) == 1:
@@ -143,7 +144,7 @@ def split(examples: Sequence[Example], count: int) -> list[list[int]]:
 
 
 def _spread(inputs: list[_Inputs], units: list[list[int]], number: int) -> list[list[int]]:
-    """Put the largest unit into the emptiest of `number` shards, and so on."""
+    """Distribute units over `number` shards: the largest unit first, into the emptiest shard."""
     sizes = [_tokens(inputs, unit) for unit in units]
     shards: list[list[int]] = [[] for _ in range(min(number, len(units)))]
     filled = [0] * len(shards)
@@ -155,7 +156,7 @@ def _spread(inputs: list[_Inputs], units: list[list[int]], number: int) -> list[
 
 
 def _families(inputs: list[_Inputs]) -> list[list[int]]:
-    """Return the examples with a common beginning, which `pack` would store once, by family."""
+    """Group examples with a common prefix that `pack` would store once."""
     families: list[list[int]] = []
     last: tuple[int, ...] = ()
     for index in sorted(range(len(inputs)), key=lambda i: inputs[i]):
@@ -169,5 +170,5 @@ def _families(inputs: list[_Inputs]) -> list[list[int]]:
 
 
 def _tokens(inputs: list[_Inputs], indices: Iterable[int]) -> int:
-    """Return how many tokens a pack of these examples computes."""
+    """Return the number of tokens that a pack of these examples computes."""
     return fresh_tokens(sorted(sequence for index in indices for sequence in inputs[index]))[0]
