@@ -107,7 +107,7 @@ def test_output_in_use(chainlora, config, tmp_path):
     beyond = f"train {config} --model no/body --output {tmp_path}"  # looked at before the model
     chainlora(f"{beyond}/file").refused("at or below the file ")
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
-    chainlora(f"{beyond}/link").refused("symbolic link to nothing")
+    chainlora(f"{beyond}/link").refused("broken symbolic link")
     chainlora(f"{beyond}/{'x' * 300}").refused("File name too long for ", "choose a shorter name")
     for words in ("--output {0}/stages/z", "--output {0}/z --dry-run"):
         inside = chainlora(f"train {config} {words.format(tmp_path / 'run')}")

@@ -184,7 +184,7 @@ def test_a_comparison_has_methods_of_ones_own(config, chainlora):
         ("mine.py", "import nothing_here", "(ModuleNotFoundError: No module named 'nothing_here')"),
         ("mine.py", "x = (", "(SyntaxError: '(' was never closed"),
         ("no_such.module", None, "(ModuleNotFoundError: No module named 'no_such'); correct it"),
-        ("no_such", None, "there is no such module; a file is named with its .py); correct it"),
+        ("no_such", None, "no such module; write a file with its .py); correct it"),
     ],
 )
 def test_a_plugin_that_cannot_be_loaded_is_named(name, text, says, config, mine, chainlora):

@@ -167,7 +167,9 @@ def test_a_live_link_continues_from_its_state_to_the_same_bits(architecture, dty
     other = Chain(tiny_model(architecture, dtype=dtype), hold=hold)
     other.extend(config(architecture))
     fresh, untouched = other.live_state(), logits(other.model)
-    with pytest.raises(ChainLoRAError, match=r"num_soft_knots.* \(got 0 for a state with deposits\)"):
+    with pytest.raises(
+        ChainLoRAError, match=r"num_soft_knots.* \(got 0 for a state with deposits\)"
+    ):
         other.load_live_state(state, num_steps=6)  # whose deposits tie() would forget
     other.load_live_state(state, num_steps=6, num_soft_knots=3)
     other.load_live_state(fresh, num_steps=0)  # back to before any soft knot

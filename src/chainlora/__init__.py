@@ -1,7 +1,7 @@
 """Chain of LoRA fine-tuning (arXiv 2401.04151): tune a LoRA, tie a knot, extend the chain.
 
-The heart is `Chain` with its verbs; `train` runs a whole config. Names load on first use, so that
-importing the package costs nothing.
+`Chain` has the steps of the method as methods; `train` runs a whole config. Names are imported on
+first use, so that importing the package takes no time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 
-_WHERE = {
+_MODULES = {  # module of each public name
     "Chain": "chainlora.chain.chain",
     "Link": "chainlora.chain.link",
     "stack_links": "chainlora.chain.link",
@@ -48,7 +48,7 @@ _WHERE = {
     "ChainLoRAError": "chainlora.errors",
 }
 
-__all__ = ["__version__", *sorted(_WHERE)]
+__all__ = ["__version__", *sorted(_MODULES)]
 
 if TYPE_CHECKING:
     from chainlora.chain.chain import Chain as Chain
@@ -88,9 +88,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module 'chainlora' has no attribute {name!r}")
-    value = getattr(import_module(_WHERE[name]), name)
+    value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

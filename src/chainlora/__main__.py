@@ -1,4 +1,4 @@
-"""``chainlora`` and ``python -m chainlora``: the command line."""
+"""Entry point of the commands ``chainlora`` and ``python -m chainlora``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import sys
 def main() -> None:
     """Run the command line and exit with its status."""
     try:
-        from chainlora.cli.main import run  # Ctrl-C while modules load is caught too
+        from chainlora.cli.main import run  # inside `try`: catches Ctrl-C during imports
 
         status = run(sys.argv[1:])
     except KeyboardInterrupt:
         print("chainlora: interrupted", file=sys.stderr)
         status = 130
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # one of several, as a launcher says
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # a launcher started several processes
         from chainlora.training.processes import leave_processes
 
         leave_processes(status)

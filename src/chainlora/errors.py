@@ -1,21 +1,21 @@
-"""Every exception chainlora raises on purpose.
+"""All exceptions that chainlora raises on purpose.
 
-    ChainLoRAError              our error: one line, exit status 1
-    ├── ConfigError             a key, value or combination that cannot work
-    ├── DataError               rows that cannot be read, rendered or fit
-    ├── ModelError              a model that cannot be loaded, adapted or matched
-    │   └── ScoreError          a model whose scores are not numbers
-    ├── ChainError              a chain asked to do what its state does not allow
-    ├── FileError               a file or folder that cannot be read or written
-    ├── RunError                a run directory that is missing, incomplete, damaged or in use
-    ├── ForgettingError         what was added made a run forget too much; exit status 3
-    └── TrainingError           training that must not continue
+    ChainLoRAError              base class: one line, exit status 1
+    ├── ConfigError             a key, value or combination of values is invalid
+    ├── DataError               rows cannot be read, rendered, tokenised or fitted
+    ├── ModelError              a model cannot be loaded, adapted or matched
+    │   └── ScoreError          the scores of a model are not numbers
+    ├── ChainError              the state of a chain does not allow the call
+    ├── FileError               a file or folder cannot be read or written
+    ├── RunError                a run directory is missing, incomplete, damaged or in use
+    ├── ForgettingError         an addition made a run forget too much; exit status 3
+    └── TrainingError           training cannot continue
         ├── DivergedError       the loss, its gradient or the weights are no longer finite
-        ├── ToldError           of several processes, another one says what went wrong
-        └── StoppedError        a signal asked the run to stop; its state is saved
+        ├── ToldError           another process failed and reports the error
+        └── StoppedError        a signal stopped the run; its state is saved
 
-A message is one line that names the rule, the value and the remedy. Give the three apart, and they
-are joined in the same way everywhere:
+A message is one line with the rule, the value and the remedy. Pass the three parts separately, so
+that all messages have the same form:
 
     raise ConfigError("`rank` must be at least 1", got=0, remedy="give 1 or more")
     # `rank` must be at least 1 (got 0); give 1 or more
@@ -30,58 +30,61 @@ from contextlib import contextmanager
 
 
 class ChainLoRAError(Exception):
-    """Base of all errors raised on purpose. The message becomes one line that can be printed."""
+    """Base class of all errors that chainlora raises on purpose.
+
+    The message is one line without control characters: ``rule (got got); remedy``.
+    """
 
     def __init__(self, rule: str = "", got: object = "", remedy: str = "") -> None:
         super().__init__(one_line(sentence(rule, got, remedy)))
 
 
 class ConfigError(ChainLoRAError):
-    """A key, value or combination of values that cannot work."""
+    """A key, value or combination of values is invalid."""
 
 
 class DataError(ChainLoRAError):
-    """Rows that cannot be read, rendered, tokenised or fit."""
+    """Rows cannot be read, rendered, tokenised or fitted into the context."""
 
 
 class ModelError(ChainLoRAError):
-    """A model that cannot be loaded, adapted or matched to its fingerprint."""
+    """A model cannot be loaded or adapted, or does not match a fingerprint."""
 
 
 class ScoreError(ModelError):
-    """A model whose scores are not numbers."""
+    """The scores of a model are not numbers."""
 
 
 class ChainError(ChainLoRAError):
-    """A chain asked to do what its state does not allow."""
+    """The state of a chain does not allow the call."""
 
 
 class FileError(ChainLoRAError):
-    """A file or folder that cannot be read or written."""
+    """A file or folder cannot be read or written."""
 
 
 class RunError(ChainLoRAError):
-    """A run directory that is missing, incomplete, damaged or in use."""
+    """A run directory is missing, incomplete, damaged or in use."""
 
 
 class ForgettingError(ChainLoRAError):
-    """What was added made a run forget more than was allowed; the run is what it was before."""
+    """An addition made a run forget more than was allowed; the run is unchanged."""
 
 
 class TrainingError(ChainLoRAError):
-    """Training that must not continue."""
+    """Training cannot continue."""
 
 
 class DivergedError(TrainingError):
-    """The loss, its gradient or the weights are no longer finite: a result of the learning rate."""
+    """The loss, its gradient or the weights are no longer finite, e.g. if the rate is too high."""
 
 
 class ToldError(TrainingError):
-    """Another process of the run failed, and the first one says how."""
+    """Another process of the run failed and reports the error."""
 
 
 class StoppedError(TrainingError):
-    """A signal asked the run to stop, and its state is saved; `signal` is the signal's number."""
+    """A signal stopped the run, and its state is saved; `signal` is the signal's number."""
 
     def __init__(self, message: str, signal: int = 2) -> None:
         super().__init__(message)
@@ -90,7 +93,7 @@ class StoppedError(TrainingError):
 
 @contextmanager
 def explained(rule: str, place: str, remedy: str) -> Iterator[None]:
-    """Turn what a library raises inside the block, of any kind, into a ModelError."""
+    """Turn any exception of a library inside the block into a ModelError."""
     try:
         yield
     except ChainLoRAError:
@@ -100,7 +103,7 @@ def explained(rule: str, place: str, remedy: str) -> Iterator[None]:
         raise ModelError(rule, got, remedy) from error
 
 
-# What torch, its allocators and the system call it, on CPUs and accelerators.
+# Messages of torch, its allocators and the system, on CPUs and accelerators.
 _NO_MEMORY = (
     "not enough memory",
     "can't allocate memory",
@@ -111,7 +114,7 @@ _NO_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether memory ran out: by Python's own error, or by the words of torch's."""
+    """Return whether memory ran out: a MemoryError, or an error of torch with such a message."""
     if not isinstance(error, RuntimeError | OSError):
         return isinstance(error, MemoryError)
     text = str(error).lower()
@@ -122,24 +125,26 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def sentence(rule: str, got: object = "", remedy: str = "") -> str:
-    """Join what a message says: ``rule (got …); remedy``. What is empty is left out."""
+    """Return a message ``rule (got …); remedy``, without empty parts."""
     value = f" (got {got})" if str(got) else ""
     return f"{rule}{value}" + (f"; {remedy}" if remedy else "")
 
 
 def one_line(text: str) -> str:
-    """Join lines, and write as escapes what cannot be printed: users' own keys and values."""
+    """Return a text as one line, with escapes for control characters of users' keys and values."""
     return printable(" ".join(part for line in text.splitlines() if (part := line.strip())))
 
 
 def printable(text: str) -> str:
-    """Write control characters but tabs and line ends, which a terminal would obey, as escapes, and
-    halves of surrogate pairs. A text in JSON stays the same JSON."""
-    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    """Return a text with escapes for control characters, which a terminal would obey.
+
+    Also escapes halves of surrogate pairs; keeps tabs and line ends. JSON stays the same JSON.
+    """
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a hint such as ``; did you mean 'rank'?``, or the known words where none is near."""
+    """Return a hint ``; did you mean 'rank'?``, or all known words if no word is near."""
     known = sorted(set(known))
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

@@ -1,13 +1,13 @@
-"""Files that are whole or absent: atomic writes, checksums, safe deletion.
+"""Atomic writes, checksums and safe deletion: a file is complete or absent.
 
-A write goes to a scratch file beside its target, is flushed to disk, and is renamed into place;
-then the folder is flushed. So a kill at any instant leaves the old file or the new one, and after
-the call returns a power loss does too. A folder is written in the same way, and renamed before it
-is deleted: whoever sees a folder by its name sees all of it. Where a folder replaces another, there
-is an instant without either.
+A write goes to a scratch file beside its target, is flushed to disk and renamed to the target; then
+the folder is flushed. So a kill at any time leaves the old or the new file, and after the call has
+returned, so does a power loss. Folders are written in the same way, and renamed before they are
+deleted, so a folder under its name is always complete. If a folder replaces another one, for an
+instant there is neither.
 
-Scratch names end as in ``NAME.123-4.new`` or ``.old``; `remove_scratch` clears what a killed
-process left.
+Scratch names look like ``NAME.123-4.new`` or ``.old``, with the number of the process;
+`remove_scratch` deletes those that a killed process left.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from chainlora.errors import FileError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SCRATCH = re.compile(r"\.(\d+)-\d+\.(new|old)$")  # of the process of this number
+_SCRATCH = re.compile(r"\.(\d+)-\d+\.(new|old)$")  # the first number is the process
 _counter = itertools.count()
 
-# What to do about the errors that users meet; for others the system's own words must do.
+# Remedies by error number. Other errors have only the system's message.
 _REMEDIES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
@@ -59,7 +59,7 @@ def reported(path: str | Path, verb: str = "written") -> Iterator[None]:
 
 
 def file_error(error: OSError, path: str | Path, verb: str = "written") -> FileError:
-    """Return a FileError in one line for an OSError about `path`."""
+    """Return a FileError with a remedy for an OSError about `path`."""
     remedy = _REMEDIES.get(error.errno or 0, "check the path")
     reason = error.strerror or " ".join(str(error).split())
     return FileError(f"a file must be {verb} (got {reason} for {path}); {remedy}")
@@ -98,22 +98,22 @@ def write_tensors(
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file as it comes: into a scratch folder, which is flushed as a whole."""
+    """Write a safetensors file directly, into a scratch folder that is flushed later."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
         with reported(path):
             path.touch()
-            mode = path.stat().st_mode  # as the umask has it; safetensors gives others no rights
+            mode = path.stat().st_mode  # from the umask; safetensors would allow only the owner
             save_file(dict(tensors), path, metadata=metadata)
             path.chmod(mode)
-    except SafetensorError as error:  # how it reports a full disk
+    except SafetensorError as error:  # safetensors reports a full disk with it
         raise unwritable(error, path) from error
 
 
 def unwritable(error: Exception, path: Path) -> FileError:
-    """Return a FileError for what safetensors raises when it cannot write."""
+    """Return a FileError for an error of safetensors while writing."""
     return FileError(
         f"a file must be written (got {error} for {path}); free some space, or choose a folder "
         "that can be written"
@@ -121,7 +121,7 @@ def unwritable(error: Exception, path: Path) -> FileError:
 
 
 def copy_file(source: Path, path: Path) -> None:
-    """Put a copy of a file at a path, atomically and durably."""
+    """Copy a file to a path, atomically and durably."""
     make_folder(path.parent)
     remove_scratch(path.parent, path.name)
     with _replaced(path) as scratch:
@@ -131,12 +131,14 @@ def copy_file(source: Path, path: Path) -> None:
 
 @contextmanager
 def _replaced(path: Path) -> Iterator[Path]:
-    """Give a scratch path; rename it to `path` at the end, or remove it after an error."""
+    """Yield a scratch path; rename it to `path` at the end, or delete it after an error."""
     scratch = _scratch(path, ".new")
     with reported(path):
         try:
             yield scratch
-            stamp = time.time_ns()  # finer than most systems' own: readers know versions by it
+            stamp = (
+                time.time_ns()
+            )  # finer than most file systems' clocks: readers detect changes by it
             os.utime(scratch, ns=(stamp, stamp))
             scratch.replace(path)
         except BaseException:
@@ -148,9 +150,10 @@ def _replaced(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replaced_folder(path: Path, *, only_empty: bool = False) -> Iterator[Path]:
-    """Give an empty scratch folder; put it in place of `path` at the end, or remove it.
+    """Yield an empty scratch folder; rename it to `path` at the end, or delete it after an error.
 
-    With `only_empty`, raise FileError at the end for a path that is there and is not empty.
+    Raises:
+        FileError: writing failed; or, with `only_empty`, `path` exists and is not empty.
     """
     path = path.resolve() if path.is_symlink() else path
     scratch = _scratch(path, ".new")
@@ -168,7 +171,7 @@ def replaced_folder(path: Path, *, only_empty: bool = False) -> Iterator[Path]:
 
 
 def _set_modes(folder: Path) -> None:
-    """Give all files below a new folder the rights that the umask gives: other libraries differ."""
+    """Set the permissions of all files below a new folder by the umask, as libraries may not."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
@@ -176,6 +179,7 @@ def _set_modes(folder: Path) -> None:
 
 
 def _swap(scratch: Path, path: Path, only_empty: bool) -> None:
+    """Rename a scratch folder to `path`, and delete the folder that was there."""
     old = _scratch(path, ".old")
     if path.exists():
         try:
@@ -183,7 +187,7 @@ def _swap(scratch: Path, path: Path, only_empty: bool) -> None:
         except OSError as error:
             if error.errno != errno.EBUSY or any(path.iterdir()):
                 raise
-            for entry in list(scratch.iterdir()):  # a mount point keeps its name
+            for entry in list(scratch.iterdir()):  # a mount point cannot be renamed
                 shutil.move(entry, path / entry.name)
             sync_tree(path)
             scratch.rmdir()
@@ -200,9 +204,9 @@ def _swap(scratch: Path, path: Path, only_empty: bool) -> None:
 
 @contextmanager
 def new_folder(around: Path, name: str) -> Iterator[Path]:
-    """Give an empty scratch folder in a folder; what is left of it at the end is removed.
+    """Yield an empty scratch folder inside `around`; delete it at the end, unless it was renamed.
 
-    `name` says whose it is, so that `remove_scratch` clears what a kill of that one left.
+    `remove_scratch` with the same `name` deletes folders that a killed process left.
     """
     scratch = _scratch(around / name, ".new")
     with reported(around):
@@ -214,8 +218,10 @@ def new_folder(around: Path, name: str) -> Iterator[Path]:
 
 
 def put_folder(scratch: Path, path: Path) -> None:
-    """Give a folder that was filled its name, which is of its content: one that is there and whole
-    stays."""
+    """Rename a filled scratch folder to a name that depends on its content.
+
+    An existing folder with the same files stays, since it is the same content.
+    """
     with reported(path):
         if path.is_dir():
             if checksums(path) == checksums(scratch):
@@ -228,21 +234,22 @@ def put_folder(scratch: Path, path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents, durably; one that is there already is left as it is."""
+    """Make a folder and its parents, durably, unless they exist."""
     with reported(path):
-        missing = [each for each in (path, *path.parents) if not each.exists()]
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
-        for each in missing:
-            sync_folder(each.parent)
+        for folder in missing:
+            sync_folder(folder.parent)
 
 
 # --- removing ---
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder, if it is there. A folder is renamed first, so it is never partial.
+    """Delete a file or folder, if it exists.
 
-    What cannot be deleted stays under a scratch name, for `remove_scratch`.
+    A folder is renamed first, so it is never incomplete under its name. Files that cannot be
+    deleted keep the scratch name, for `remove_scratch`.
     """
     if path.is_dir() and not path.is_symlink():
         old = _scratch(path, ".old")
@@ -255,9 +262,10 @@ def remove(path: Path) -> None:
 
 
 def remove_scratch(folder: Path, name: str = "") -> None:
-    """Delete what killed writes left directly in a folder that nobody else writes to now.
+    """Delete the scratch files and folders of killed writes directly inside a folder.
 
-    With `name`, what writes of that file left, which nobody else writes now.
+    Nobody else may write to the folder now; with `name`, nobody else may write that file, and only
+    its scratch files are deleted.
     """
     for entry in list(folder.iterdir()) if folder.is_dir() else ():
         if is_scratch(entry.name) and name in ("", _SCRATCH.sub("", entry.name)):
@@ -266,17 +274,17 @@ def remove_scratch(folder: Path, name: str = "") -> None:
 
 
 def writer_of(path: Path) -> int | None:
-    """Return the number of another process of this machine that writes a file or folder now.
+    """Return the id of another process of this machine that is writing a file or folder, or None.
 
-    One that began after the last write is another process, which got the number of a killed one.
+    A process that began after the last write does not count: it got the id of a killed process.
     """
-    import psutil  # takes a while
+    import psutil  # a slow import
 
     for entry in list(path.parent.iterdir()) if path.parent.is_dir() else ():
-        found = _SCRATCH.search(entry.name)
-        if found is not None and entry.name[: found.start()] == path.name:
-            number = int(found[1])
-            with suppress(psutil.Error, OSError):  # neither is there any more
+        match = _SCRATCH.search(entry.name)
+        if match is not None and entry.name[: match.start()] == path.name:
+            number = int(match[1])
+            with suppress(psutil.Error, OSError):  # the process or the file no longer exists
                 is_older = psutil.Process(number).create_time() < entry.stat().st_mtime
                 if is_older and number != os.getpid():
                     return number
@@ -284,15 +292,17 @@ def writer_of(path: Path) -> int | None:
 
 
 def is_scratch(name: str) -> bool:
-    """Say whether a file name is one that a killed write can leave."""
+    """Return whether a file name is a scratch name."""
     return _SCRATCH.search(name) is not None
 
 
 def _scratch(path: Path, ending: str) -> Path:
-    """Return a name beside `path` that no other process or call uses, nor a killed one has used: in
-    containers, all have the same number."""
+    """Return an unused scratch path beside `path`.
+
+    Checks that it does not exist: in containers, all processes can have the same id.
+    """
     names = (f"{path.name}.{os.getpid()}-{number}{ending}" for number in _counter)
-    return next(each for each in map(path.with_name, names) if not os.path.lexists(each))
+    return next(scratch for scratch in map(path.with_name, names) if not os.path.lexists(scratch))
 
 
 # --- flushing to disk ---
@@ -300,18 +310,18 @@ def _scratch(path: Path, ending: str) -> Path:
 
 def sync_file(path: Path) -> None:
     """Flush a file's content to disk."""
-    with path.open("r+b") as file:  # Windows flushes no file that is open for reading alone
+    with path.open("r+b") as file:  # Windows only flushes files opened for writing
         os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
-    """Flush a folder's entries to disk, where the system can (Windows cannot open a folder)."""
+    """Flush a folder's entries to disk; does nothing on Windows, which cannot open folders."""
     if os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError as error:  # some network file systems sync no folders
+    except OSError as error:  # some network file systems cannot
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -319,7 +329,7 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush all files and folders below `folder`, and itself."""
+    """Flush a folder with all files and folders below it to disk."""
     for entry in folder.iterdir():
         sync_tree(entry) if entry.is_dir() else sync_file(entry)
     sync_folder(folder)
@@ -329,33 +339,33 @@ def sync_tree(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes in hexadecimal digits."""
+    """Return the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checksums(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file below a folder, by its path within it."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in found}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
 
 def check_writable(path: Path) -> None:
-    """Raise FileError unless a folder can be made at `path`, or be written to if it is there."""
+    """Raise FileError unless a folder can be made at `path`, or written to if it exists."""
     with reported(path):
         if path.is_symlink() and not path.exists():
             raise FileError(
-                f"a folder must not be a symbolic link to nothing (got {path}); "
-                "remove the link or make its target"
+                f"a folder must not be a broken symbolic link (got {path}); remove the link or "
+                "make its target"
             )
-        there = next(each for each in (path, *path.absolute().parents) if each.exists())
-    if not there.is_dir():
+        existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not existing.is_dir():
         raise FileError(
-            f"a folder must lie in folders (got {path}, at or below the file {there}); "
-            "choose another"
+            f"the parents of a folder must be folders (got {path}, at or below the file "
+            f"{existing}); choose another path"
         )
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not os.access(existing, os.W_OK | os.X_OK):
         raise FileError(
-            f"a folder must be writable (got {there}, which is not); choose another or change "
+            f"a folder must be writable (got {existing}, which is not); choose another or change "
             "its permissions"
         )

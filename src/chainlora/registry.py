@@ -1,7 +1,7 @@
-"""Extension points: tables of names, to which plug-ins add; and extras.
+"""Look up entries of extension tables, load plug-ins, and import optional packages.
 
-A plug-in is a user's own module that adds entries to the tables: a file or module that `plugins` of
-a config names.
+A plug-in is a user's file or module that adds entries to the tables; the key `plugins` of a config
+names it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Entry = TypeVar("Entry")
 
 
 def entry(table: Mapping[str, Entry], key: str, name: str) -> Entry:
-    """Return the entry that the config key `key` names. Raises ConfigError if there is none."""
+    """Return the entry `name` of a table. Raises ConfigError, which names the config key `key`."""
     if name not in table:
         hint = nearest(name, table)
         raise ConfigError(
             f"`{key}` must be one of {', '.join(sorted(table))} (got {name!r}"
-            f"{hint if 'did you mean' in hint else ''}); if a file of yours registers it, name "
-            "that file in `plugins`"
+            f"{hint if 'did you mean' in hint else ''}); if your own file adds it, name the file "
+            "in `plugins`"
         )
     return table[name]
 
@@ -40,7 +40,11 @@ def entry(table: Mapping[str, Entry], key: str, name: str) -> Entry:
 def import_optional(
     module: str, needed_by: str, kind: type[ChainLoRAError] = ConfigError
 ) -> ModuleType:
-    """Import a module of a package that an extra of its name installs. Raises `kind` without it."""
+    """Import a module of an optional package, which the extra of the same name installs.
+
+    Raises:
+        kind: the package is not installed or cannot be imported.
+    """
     package = module.partition(".")[0]
     try:
         with warnings.catch_warnings():
@@ -58,16 +62,17 @@ def import_optional(
 
 
 def load_plugins(plugins: Iterable[str]) -> None:
-    """Import files (``my.py``) and modules (``package.module``), each once in a process.
+    """Import plug-ins, files (``my.py``) and modules (``package.module``), once per process.
 
-    Raises ConfigError for one that cannot be imported.
+    Raises:
+        ConfigError: a plug-in cannot be imported.
     """
     for name in plugins:
         _load(name, plugin_digest(name))
 
 
 def plugin_digest(plugin: str) -> str:
-    """Return the SHA-256 of a plug-in's file; empty where a module has none."""
+    """Return the SHA-256 of a plug-in's file; empty for a module without a file."""
     path = _file_of(plugin)
     try:
         return "" if path is None else sha256(path)
@@ -80,10 +85,10 @@ def _file_of(plugin: str) -> Path | None:
         return Path(plugin).expanduser()
     try:
         spec = find_spec(plugin)
-    except Exception as error:  # the parent packages are imported
+    except Exception as error:  # `find_spec` imports the parent packages, which can raise anything
         raise _unloadable(plugin, error) from error
     if spec is None:
-        got = ModuleNotFoundError("there is no such module; a file is named with its .py")
+        got = ModuleNotFoundError("no such module; write a file with its .py")
         raise _unloadable(plugin, got)
     return Path(spec.origin) if spec.has_location and spec.origin else None
 
@@ -94,7 +99,7 @@ def _is_file(plugin: str) -> bool:
 
 @cache
 def _load(plugin: str, digest: str) -> None:
-    """Import a plug-in; a file that has changed since, once more."""
+    """Import a plug-in; the digest is part of the cache key, so a changed file loads again."""
     try:
         if _is_file(plugin):
             _run(Path(plugin).expanduser().resolve(), f"chainlora_plugin_{digest[:16]}")
@@ -106,7 +111,7 @@ def _load(plugin: str, digest: str) -> None:
 
 
 def _run(path: Path, name: str) -> None:
-    """Import a file as a module of this name (the documented way, as of importlib)."""
+    """Import a file as a module of this name, by the recipe in the documentation of importlib."""
     spec = spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError("it is not a Python file")

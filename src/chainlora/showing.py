@@ -1,4 +1,4 @@
-"""Results on a screen and in a notebook: a short line, and a small table."""
+"""Show results in a terminal and a notebook: a short line, and a small HTML table."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any, TypeVar
 
 from markupsafe import Markup
 
-_MOST = 24  # keys or rows: a screen of a terminal has so many lines
-_FEW = 3  # entries of what stands inside
+_MOST = 24  # keys or rows: about the lines of a terminal
+_FEW = 3  # entries of a nested value
 _LONGEST = 60  # characters of a text
-_BLUE = "11, 92, 173"  # seen on white and on black, with the text on it
+_BLUE = "11, 92, 173"  # visible on white and black, with readable text on it
 
 Value = TypeVar("Value")
 
 
 class Shown(dict[str, Value]):
-    """A dictionary that is shown on a screen at most, whatever is in it."""
+    """A dictionary whose repr fits on a screen, whatever its size."""
 
     def __repr__(self) -> str:
         return _short(self, _MOST)
@@ -34,13 +34,13 @@ def table(
     shades: Sequence[Sequence[float]] = (),
     below: Sequence[str] = (),
 ) -> Markup:
-    """Return a table as HTML that loads nothing; of many rows the first ones.
+    """Return a table as HTML without external resources; shows at most `_MOST` rows.
 
     Args:
-        heads: of the columns, none for a table without.
-        rows: of cells; all but `Markup` is escaped.
-        caption: what stands above.
-        shades: of each cell, 0 to 1: how dark its background is.
+        heads: column heads; empty for a table without heads.
+        rows: the cells of each row; everything except `Markup` is escaped.
+        caption: text above the table.
+        shades: darkness of the background of each cell, 0 to 1.
         below: paragraphs below the table.
     """
     parts = [Markup("<caption>{}</caption>").format(caption)] if caption else []
@@ -49,7 +49,7 @@ def table(
         parts.append(_row("td", cells, shades_of))
     if len(rows) > _MOST:
         parts.append(_row("td", [f"… {len(rows) - _MOST} more"]))
-    paragraphs = [Markup("<p>{}</p>").format(each) for each in below]
+    paragraphs = [Markup("<p>{}</p>").format(text) for text in below]
     whole = Markup("<table>{}</table>").format(Markup("").join(parts))
     return whole + Markup("").join(paragraphs)
 
@@ -63,14 +63,14 @@ def _row(tag: str, cells: Sequence[object], shades: Sequence[float] = ()) -> Mar
 
 
 def _cell(value: Any) -> object:
-    """Return a value for a table: records as a table inside it, all else in a few words."""
+    """Return the cell of a value: a nested table for records, otherwise a short text."""
     if isinstance(value, Mapping) and value and all(map(_is_record, value.values())):
         value = [{"": name} | dict(record) for name, record in value.items()]
     if isinstance(value, list | tuple) and value and all(map(_is_record, value)):
-        heads = [key for key, each in value[0].items() if not _is_long(each)]
+        heads = [key for key, item in value[0].items() if not _is_long(item)]
         return table(heads, [[_cell(record.get(key, "")) for key in heads] for record in value])
     if isinstance(value, Mapping):
-        few = [f"{key} {_text(each)}" for key, each in islice(value.items(), _FEW)]
+        few = [f"{key} {_text(item)}" for key, item in islice(value.items(), _FEW)]
         return ", ".join(few + ["…"] * (len(value) > len(few)))
     most = 10 * _LONGEST
     return f"{value[:most]}…" if isinstance(value, str) and len(value) > most else value
@@ -85,20 +85,20 @@ def _is_long(value: object) -> bool:
 
 
 def _text(value: object) -> object:
-    """Return what stands for a value between others: texts as they are, numbers with few digits."""
+    """Return a short form of a value: text unchanged, numbers with four digits."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return value if isinstance(value, str) else _short(value)
 
 
 def _short(value: Any, most: int = _FEW) -> str:
-    """Return the repr of a value with its first entries, and "…" for the others."""
+    """Return a repr with the first entries of a value, and "…" for the others."""
     if isinstance(value, Mapping):
-        entries = [f"{key!r}: {_short(each)}" for key, each in islice(value.items(), most)]
+        entries = [f"{key!r}: {_short(item)}" for key, item in islice(value.items(), most)]
         return f"{{{_joined(entries, len(value))}}}"
     if isinstance(value, list | tuple):
         left, right = "[]" if isinstance(value, list) else "()"
-        return f"{left}{_joined([_short(each) for each in value[:most]], len(value))}{right}"
+        return f"{left}{_joined([_short(item) for item in value[:most]], len(value))}{right}"
     if hasattr(value, "shape"):
         return f"<{type(value).__name__} {' × '.join(map(str, value.shape))}>"
     text = repr(value)
@@ -111,7 +111,7 @@ def _joined(entries: Sequence[str], count: int) -> str:
 
 
 def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
-    """Return a number for a table; a dash for none, and for what is not a number."""
+    """Return a number as text for a table; a dash for None and NaN."""
     if value is None or math.isnan(value):
         return "–"
     if math.isinf(value):
