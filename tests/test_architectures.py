@@ -124,7 +124,7 @@ def test_the_context_is_what_a_table_of_positions_holds(name: str) -> None:
 
 def test_attention_that_is_causal_only_beside_padding_is_refused() -> None:
     model = tiny_model("gemma", use_bidirectional_attention=True)
-    with pytest.raises(ModelError, match=r"computed alike .*\(got GemmaForCausalLM"):
+    with pytest.raises(ModelError, match=r"must not depend on .*\(got GemmaForCausalLM"):
         Engine(model, training=False)
 
 

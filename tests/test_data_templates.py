@@ -155,8 +155,8 @@ def test_a_template_may_lie_at_home(tmp_path, monkeypatch, encoding):
             r"without \{\{",
         ),
         ({"chat_template": str(Path(__file__).parent)}, "no such file"),
-        ({"template_arguments": {"messages": 1}}, r"names that a chat template reads.*'messages'"),
-        ({"template_arguments": {"a b": 1}}, r"names that a chat template reads.*'a b'"),
+        ({"template_arguments": {"messages": 1}}, r"variables of the chat template.*'messages'"),
+        ({"template_arguments": {"a b": 1}}, r"variables of the chat template.*'a b'"),
     ],
 )
 def test_templates_and_arguments_that_are_refused(keys, message):

@@ -121,6 +121,8 @@ def test_integer_buffers_are_no_weights(tmp_path, folder):
 @pytest.mark.parametrize("heads", [0, -1, 3, "four", 1e300])
 def test_a_config_that_breaks_transformers_is_refused_in_one_line(folder, heads):
     edit_json(folder / "config.json", num_attention_heads=heads, num_key_value_heads=heads)
-    with pytest.raises(ModelError, match=r"must (load with|be one that) transformers") as raised:
+    with pytest.raises(
+        ModelError, match=r"(must load with transformers|transformers must be able to)"
+    ) as raised:
         load_model(folder, torch.float32)
     assert "\n" not in str(raised.value)

@@ -324,7 +324,7 @@ def test_a_lineage_of_somebody_else_names_no_trackers(chainlora, made, sentiment
     ask = ["train", tmp_path / "lineage.json", *own, "--output"]
     done = chainlora(*ask, tmp_path / "out")
     assert done.status == 0, done.err
-    assert "only where they are named again: --train.trackers '[nobody]'" in caplog.text
+    assert "ignored unless you name them again: --train.trackers '[nobody]'" in caplog.text
     done = chainlora(*ask, tmp_path / "own", "--train.trackers", "[nobody]")
     assert "`trackers` must name" in done.err
 

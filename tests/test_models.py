@@ -268,7 +268,7 @@ DAMAGE = {
     ),
     "no tokenizer": (
         lambda f: (f / "tokenizer.json").unlink(),
-        ("tokenizer", "save the tokenizer beside the weights"),
+        ("tokenizer", "save the tokenizer into this folder"),
     ),
     "a smaller embedding": (
         lambda f: tiny_model("llama", vocab_size=200).save_pretrained(f),
@@ -278,7 +278,7 @@ DAMAGE = {
     **{
         f"{layers} layers": (
             lambda f, layers=layers: edit_json(f / "config.json", num_hidden_layers=layers),
-            (f"num_hidden_layers {layers} for 20 tensors", "download it again"),
+            (f"num_hidden_layers {layers} and 20 tensors", "download it again"),
         )
         for layers in (2**31, 10**30)
     },
@@ -344,7 +344,7 @@ def test_folder_of_another_kind(folder, tmp_path):
     (folder / "x.gguf").touch()
     fails(folder, "name the file", "x.gguf")
     (folder / "adapter_config.json").write_text("{}")
-    fails(folder, "adapter", "name its base as `model`")
+    fails(folder, "adapter", "set `model` to its base")
 
 
 def test_special_tokens_may_lie_beyond_the_embedding_but_not_in_rows(folder):
@@ -358,7 +358,7 @@ def test_special_tokens_may_lie_beyond_the_embedding_but_not_in_rows(folder):
     rows = [Example(0, ((5, 6),), (((1, 2),),)), Example(7, ((5, image),), (((1, 2),),))]
     with Engine(model, training=False) as engine:
         engine.scores(rows[:1])
-        with pytest.raises(DataError, match="token 300 in row 7, and 300 tokens"):
+        with pytest.raises(DataError, match="token 300 in row 7, and a vocabulary of 300"):
             engine.scores(rows)
     tokenizer.pad_token = "<image>"
     tokenizer.save_pretrained(folder)
@@ -377,14 +377,14 @@ def test_bad_gguf(tmp_path, cache, gguf_model):
     fails(broken, "begin with GGUF", "broken.gguf")
     whole = write_gguf(tmp_path / "whole.gguf", gguf_model).read_bytes()
     broken.write_bytes(whole[:1000])
-    fails(broken, "whole", "download it again")
+    fails(broken, "must be complete", "download it again")
     new = write_gguf(tmp_path / "new.gguf", gguf_model, pre="next-year")
     fails(new, "pre-tokenizer", "next-year")
     ropes = [{"scaling": "yarn"}, {"rope_factors_long.weight": [1, 2]}]
     ropes += [{"scaling": "linear", "rope_freqs.weight": [1, 1, 2, 9]}]
     for number, keys in enumerate(ropes):
         scaled = write_gguf(tmp_path / f"{number}.gguf", gguf_model, **keys)
-        fails(scaled, "RoPE that is plain, linear or Llama 3's", scaled.name)
+        fails(scaled, "must be plain, linear or Llama 3's", scaled.name)
     less = write_gguf(tmp_path / "less.gguf", gguf_model, without="blk.1.ffn_up.weight")
     fails(less, "every weight of its model (got none for model.layers.1.mlp.up_proj.weight")
     broken.write_bytes(whole[: len(whole) - 20000])

@@ -228,7 +228,7 @@ def test_a_config_starts_on_a_trainer_s_save_whose_stage_is_called_main(
     train_run(settings(tiny_folder, sentiment, tmp_path / "more", **one))
     assert [entry["name"] for entry in log(tmp_path / "more")] == ["more", "main"]
     spaced = settings(tiny_folder, sentiment, tmp_path / "m o r e", **one)
-    with pytest.raises(ChainLoRAError, match=r"output.*name of a stage.*got 'm o r e'.*stages"):
+    with pytest.raises(ChainLoRAError, match=r"output.*stage name.*got 'm o r e'.*stages"):
         train_run(spaced)
     train_run(spaced | {"stages": [{"name": "other"}]})
 

@@ -87,7 +87,7 @@ def test_a_run_goes_on_where_its_base_and_rows_lie_now(
     load_run(tmp_path / "run")
 
     base.rename(tmp_path / "base")
-    with pytest.raises(ModelError, match="set CHAINLORA_MODELS to the folder that holds it now"):
+    with pytest.raises(ModelError, match="set CHAINLORA_MODELS to the folder that contains it now"):
         load_run(tmp_path / "run")
     monkeypatch.setenv("CHAINLORA_MODELS", str(tmp_path))
     load_run(tmp_path / "run")

@@ -272,8 +272,8 @@ def test_a_config_is_given_again_whatever_the_run_is(tiny_folder, sentiment, tmp
     ("place", "change", "message"),
     [
         (0, {"beside": True}, "beside: true"),
-        (0, {"rehearse": True}, "rehearse: true of the first"),
-        (1, {"rehearse": True, "beside": False}, "rehearse: true of one on top"),
+        (0, {"rehearse": True}, "rehearse: true for the first"),
+        (1, {"rehearse": True, "beside": False}, "rehearse: true for a stage on top"),
         (1, {"rehearse": "yes"}, "'yes'"),
         (1, {"beside": "yes"}, "`beside` must be true or false"),
         (1, {"chain": {"ranks": [2], "steps": [3], "lora_bias": True}}, "chain.lora_bias of b"),

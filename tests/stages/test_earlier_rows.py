@@ -22,8 +22,8 @@ def test_what_needs_earlier_stages_is_refused_without(config, tmp_path, capsys):
     plain["data"] = config["stages"][0]["data"] | {"replay": 0.1}
     (tmp_path / "plain.yaml").write_text(json.dumps(plain))
     assert cli(["train", str(tmp_path / "plain.yaml")]) == 1
-    assert "0.1 in a run without any" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="without any"):
+    assert "0.1 in a run without earlier stages" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="without earlier stages"):
         train(plain)
     assert not (tmp_path / "run").exists()
 

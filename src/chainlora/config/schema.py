@@ -110,9 +110,9 @@ class TrainConfig(Section):
     """`fsdp2` shares the model between processes ([scale](scale.md#a-model-larger-than-a-gpu)).
     `null`: each process has a copy."""
     trackers: tuple[str, ...] = ()
-    """Trackers of Accelerate by name, e.g. `[tensorboard]`; install their packages yourself. Those
-    that a run or a lineage names are used only where they are named again. Files of `tensorboard`
-    and `aim` lie in the folder of the stage, which `prune` deletes."""
+    """Trackers of Accelerate by name, e.g. `[tensorboard]`; install their packages yourself.
+    Trackers that a run or a lineage names are ignored unless you name them again. `tensorboard` and
+    `aim` write into the folder of the stage, which `prune` deletes."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

@@ -112,7 +112,7 @@ def load_weights(
     if quantize is not None or is_quantized:
         keys["device_map"] = {"": device}
     # Any error can come from a bad config (0 heads: a division by 0) or from a missing package.
-    remedy = "install the package that it names, or correct or download the folder again"
+    remedy = "install the package that it names, correct the folder or download it again"
     with explained("a model folder must load with transformers", f"in {folder}", remedy):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
