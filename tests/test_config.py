@@ -45,7 +45,7 @@ WRONG = [
     ("8", "x", "unknown key `8`; known: chain, data, model, output, plugins, quantize, start,"),
     ("chain.ranks", "x", "`chain.ranks` must be a list (got 'x')"),
     ("train.betas", "0.9", "`train.betas` must be a list (got 0.9)"),  # of two
-    ("chain.lora_r", "8", "unknown key `chain.lora_r`; here it is `chain.ranks` (one rank a"),
+    ("chain.lora_r", "8", "unknown key `chain.lora_r`; here it is `chain.ranks` (one rank p"),
     ("sample_packing", "true", "unknown key `sample_packing`; there is no such key here: not need"),
     ("optim", "adamw_bnb_8bit", "unknown key `optim`; here it is `train.optimizer: adamw_8bit`"),
     ("load_in_4bit", "true", "unknown key `load_in_4bit`; here it is `quantize: nf4`"),

@@ -50,7 +50,7 @@ class Chain:
 
     The chain adapts the caller's model in place. Its methods raise ChainError for a call that the
     state of the chain does not allow, and ModelError for layers or files of the model that cannot
-    be used. Both leave the chain as it was.
+    be used.
 
     Args:
         model: the module to adapt, with Linear or Conv1D layers: a language model, an encoder, a
@@ -141,15 +141,16 @@ class Chain:
     def extend(self, config: LinkConfig, *, backward: Backward | None = None) -> Adapter:
         """Begin a link: put a fresh LoRA on the model (Algorithm 1, lines 3-4).
 
-        The model's outputs stay the same, since B·A = 0. The gradient of B is nonzero from the
-        first step. Layers of an earlier link are reused if `config` has the same shape.
+        The model's outputs stay the same: B·A is zero, or subtracted from the base (PiSSA). The
+        gradient of B is nonzero from the first step. Layers of an earlier link are reused if
+        `config` has the same shape.
 
         Args:
             config: rank, scaling, initialization and modules of the link.
             backward: runs forward and backward over a few batches; ``init: gradient`` needs it.
 
         Returns:
-            The LoRA layers, which `parameters` yields for the optimizer.
+            The LoRA on the model; `parameters` yields its parameters for the optimizer.
 
         Raises:
             ChainError: there is a live link, or `config` does not suit this chain.

@@ -97,7 +97,7 @@ class KnotConfig(Section):
     """Share tied at each soft knot, from 0 (only balancing) to below 1; `null` follows from the
     other two."""
     time_constant: Annotated[float, Field(ge=1, le=1e9)] | None = None
-    """Steps until 1 − 1/e of a step's change is tied; `null` is that of `auto`."""
+    """Steps until 1 − 1/e of a step's change is tied; `null`: as with `auto`."""
     follow_rate: bool = False
     """Make shares proportional to the learning rate, so that late steps can still be corrected."""
     moments: Literal["carried", "new"] = "carried"

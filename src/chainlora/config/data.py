@@ -219,7 +219,7 @@ class DataConfig(Section):
 
 
 class StartData(Section):
-    """Rows that measure what the model could do before its first stage.
+    """Rows that measure the abilities of the model before its first stage.
 
     They count as rows of an earlier stage named `start`. Keys are as in `data`, whose `max_length`,
     `truncation` and chat template they share.

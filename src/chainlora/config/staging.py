@@ -29,7 +29,7 @@ from chainlora.config.reading import make_config, set_key
 from chainlora.config.schema import LENGTHS, READ_WITH, RunConfig
 from chainlora.errors import ConfigError, nearest
 
-# Keys of the base or the export, of which a run has one: a stage cannot override them.
+# Keys that concern the base or the export: a stage cannot override them.
 RUN_WIDE = {
     "data": ("chat_template", "template_arguments"),
     "chain": ("hold",),

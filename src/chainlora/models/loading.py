@@ -319,7 +319,7 @@ def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
     """Raise ModelError if the tokenizer can write tokens without a row in the embedding.
 
     Special tokens may lie beyond the embedding, for example image tokens of text models (Gemma 3
-    1B), except those that texts get: bos, eos, unk and pad.
+    1B), except bos, eos, unk and pad, which texts contain.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     beyond = {index for index in tokenizer.get_vocab().values() if index >= rows}

@@ -266,7 +266,7 @@ def _check_settings(config: LinkConfig, name: str, module: Any) -> None:
 def _uncalled_target(
     config: LinkConfig, matched: Mapping[str, nn.Module], uncalled: set[str]
 ) -> str | None:
-    """Return a module of the first target of which the model calls no match, or None."""
+    """Return a match of the first target whose matches the model never calls, or None."""
     targets = config.target_modules
     for target in targets if isinstance(targets, tuple) else ("",):
         of_target = [name for name in matched if not target or is_named(name, target)]
