@@ -221,7 +221,7 @@ def test_a_run_says_what_it_is_after_undo_and_redo(chainlora, run):
     assert (undone.status, undone.out) == (0, f"{run} is now main; nothing was deleted\nmain=1\n")
     found = chainlora(f"redo {run} --json").json
     assert found == {"run": str(run), "now": "birds", "strengths": {"main": 1.0, "birds": 1.0}}
-    chainlora(f"redo {run}").refused("must be something to redo (got nothing in ", "its states")
+    chainlora(f"redo {run}").refused("Nothing to redo in ", "its states")
 
 
 def test_undo_to_makes_a_run_any_state_of_its_history(chainlora, run):
@@ -241,4 +241,4 @@ def test_undo_to_makes_a_run_any_state_of_its_history(chainlora, run):
     chainlora(f"undo {run} --to bird").refused(one_of, f"chainlora log {run} shows all states")
     before = [chainlora(f"undo {run} --json").json["now"] for _ in range(6)]
     assert before == ["base", "main", mix["name"], "birds", "main", "base"]
-    chainlora(f"undo {run}").refused("must be something to undo (got nothing in ", "its states")
+    chainlora(f"undo {run}").refused("Nothing to undo in ", "its states")

@@ -19,7 +19,7 @@ from chainlora.config.schema import DataConfig
 from chainlora.data import preparing
 from chainlora.data.splits import prepare_splits
 from chainlora.errors import DataError
-from chainlora.training.progress import _what_became_of
+from chainlora.training.progress import _lines_of_split
 
 
 @settings(max_examples=80, deadline=None)
@@ -56,11 +56,11 @@ def test_what_is_held_out_of_a_long_text_counts_among_its_blocks(tmp_path):
     rows = [{"text": f"{k} dogs " * 40} for k in range(4)]
     data = DataConfig(train=str(write_rows(tmp_path / "rows.jsonl", rows)), validation=1)
     found = prepare_splits(data, make_tokenizer("bos"), 64)
-    (held_out, said) = _what_became_of(found.report()["train"])
+    (held_out, said) = _lines_of_split(found.report()["train"])
     assert f"{len(found.validation)} held out" in held_out
     assert said.startswith("4 of 4 texts")
     assert f": {len(found.train) + len(found.validation)} blocks" in said
-    assert not list(_what_became_of(found.report()["validation"]))
+    assert not list(_lines_of_split(found.report()["validation"]))
 
 
 def test_a_run_on_a_long_text_trains_on_all_of_it_and_says_so(tiny_folder, tmp_path, capsys):

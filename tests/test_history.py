@@ -103,6 +103,6 @@ def test_a_stage_that_ends_while_the_run_was_changed_is_published_beside_it(run,
             undo(run, to="main")
 
     train_stages(extension(run, section), listener=meanwhile)
-    assert f"to take it: chainlora undo {run} --to late" in caplog.text
+    assert f"to take the stage: chainlora undo {run} --to late" in caplog.text
     assert open_run(run).entry.key == "main"
     assert open_run(f"{run}@late").stages == ["main", "law", "late"]

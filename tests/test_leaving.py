@@ -226,6 +226,6 @@ def test_the_tokenizer_is_missed_in_words(chat_run, tmp_path, caplog):
         export_adapter(chat_run, tmp_path / "out")
     finally:
         base.with_name("moved").rename(base)
-    assert "the export has no licence and no tokenizer beside it" in caplog.text
+    assert "the export gets no licence and no tokenizer" in caplog.text
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "base"

@@ -226,7 +226,7 @@ def test_other_rows_and_bases_are_refused(chainlora, made, exported, sentiment, 
     flip_last_bit(changed / "model.safetensors")
     base = [str(changed) if "/base" in word else word for word in own]
     chainlora(*ask, *base).refused("the base model", "another model.safetensors")
-    chainlora(*ask, *own, "--train.lr", "1").refused("with other places alone", "train.lr")
+    chainlora(*ask, *own, "--train.lr", "1").refused("only places may change", "train.lr")
     chainlora(*ask[:2], *own).refused("into a new folder", "add --output")
     assert not (tmp_path / "again").exists()
     assert chainlora(*ask[:3], made / "run", *own).status == 0  # nothing is left to do

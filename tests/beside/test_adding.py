@@ -241,7 +241,9 @@ def test_what_is_declared_is_pruned_or_changed(made, run, tmp_path, chainlora):
     declared(own, run)
     assert (unbuilt(run), open_run(run).key) == (["x", "after-x"], "z")
     rows_of(own / "x.jsonl", 5)
-    chainlora("train", run).refused("must stay as they are until it is imported (got others for x)")
+    chainlora("train", run).refused(
+        "must not change before it is imported (got changed ones for x)"
+    )
     assert add(run, own / "x", own / "x.jsonl").key == "after-x"
     edit_json(own / "x/adapter_config.json", lora_alpha=1)
     with pytest.raises(ChainLoRAError, match="an entry keeps the adapter"):

@@ -73,7 +73,7 @@ def test_the_order_of_stages_changes_nothing(abc):
     undo(abc, "a")
     again = combine(abc, ["c", "a", "b"])
     assert again.state == first
-    assert read_history(abc).ends(read_history(abc).head) == ["a", "b", "c"]
+    assert read_history(abc).parts(read_history(abc).head) == ["a", "b", "c"]
 
 
 def test_stages_are_shown_and_counted_in_the_order_in_which_they_were_added(
@@ -141,7 +141,7 @@ def test_a_stage_pruned_meanwhile_leaves_no_trace(abc):
         if done == rows and (abc / "stages/b").exists():
             prune_stage(abc, "b")
 
-    with pytest.raises(RunError, match="a run was changed meanwhile"):
+    with pytest.raises(RunError, match="Another process has changed this run"):
         combine(abc, ["b", "c"], progress=progress)
     assert {*(abc / "links").iterdir()} < links
     assert open_run(abc).entry.key == "a"

@@ -106,9 +106,7 @@ def test_rule_2_plugins_that_nobody_named_are_not_run(
     killed("stage", only_a, section(sentiment, "b") | {"plugins": [str(plugin)]})
     killed("stage", only_a, section(sentiment, "d"))
     before = read_history(only_a)
-    chainlora("train", only_a).refused(
-        f"got {plugin} for b); give the command that declared b again"
-    )
+    chainlora("train", only_a).refused(f"got {plugin} for b); repeat the command that declared b")
     assert read_history(only_a) == before
     add(sentiment, only_a, "c")
     assert read_history(only_a).find("c") is not None
@@ -146,7 +144,7 @@ def test_rule_3_whoever_ends_last_builds_the_combination_of_all(
     assert seen == [("a", True)]
     assert "b is left to the process that trains it" in caplog.text
     now = open_run(only_a)
-    assert set(read_history(only_a).ends(now.key)) == {"a", "b", "c"}
+    assert set(read_history(only_a).parts(now.key)) == {"a", "b", "c"}
     assert (now.entry.is_rehearsal, unbuilt(only_a)) == (rehearse, [])
     train_on(other, b, beside=True)  # one after the other
     train_on(other, c, **keys)
@@ -228,7 +226,7 @@ def test_rule_5_files_are_digested_before_and_verified_when_the_entry_is_built(o
     def change() -> None:
         rows.write_bytes(b"".join(whole.splitlines(keepends=True)[::-1]))
 
-    with pytest.raises(RunError, match=r"must stay as they are until their stage begins .* for b"):
+    with pytest.raises(RunError, match=r"must not change before their stage begins .* for b"):
         train_on(only_a, own, beside=True, listener=at("stage", change))
     assert unbuilt(only_a) == []
     train_on(only_a, own, beside=True)  # as they are now
@@ -272,7 +270,7 @@ def test_rule_7_undo_moves_the_target_and_redo_builds_nothing(abc, sentiment, ca
 
     train_on(abc, section(sentiment, "d"), beside=True, listener=at("step", back))
     assert open_run(abc).key == "after-b"
-    assert f"{abc} stays after-b, which is without stage d; to take it" in caplog.text
+    assert f"{abc} stays after-b, which does not include stage d; to take the stage" in caplog.text
     assert read_history(abc).find("after-d").parents == ("a", "b", "c", "d")
     killed("stage", abc, section(sentiment, "d2"))
     undo(abc, to="after-d")
@@ -290,7 +288,7 @@ def test_rule_7_a_stage_in_use_is_not_pruned(only_a, sentiment):
 
     def prune() -> None:
         for name in "ba":
-            with pytest.raises(RunError, match="b is half trained") as raised:
+            with pytest.raises(RunError, match="b is unfinished") as raised:
                 prune_stage(only_a, name)
             said.append(raised)
 

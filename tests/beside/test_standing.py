@@ -42,7 +42,10 @@ def test_extend_stands_beside_and_rehearses_if_asked(abc, ac, sentiment, capsys,
     assert read_history(abc).head == entries[-4].key
     extend(abc, more, progress=False)  # nor takes a stage again that was undone
     assert read_history(abc).entries == entries
-    assert f"is without stage d; to take it: chainlora undo {abc} --to rehearsal" in caplog.text
+    assert (
+        f"does not include stage d; to take the stage: chainlora undo {abc} --to rehearsal"
+        in caplog.text
+    )
     assert "d" not in open_run(abc).shares
     file = sentiment.with_name("d2.yaml")
     file.write_text('{"name": "broken"}')
@@ -124,7 +127,7 @@ def test_a_stage_that_began_on_top_is_not_beside_others(abc, sentiment):
     stage = section(sentiment, "d")
     train_on(abc, stage)
     undo(abc, "base")
-    with pytest.raises(RunError, match=r"stage 'd' must go on from where it was begun"):
+    with pytest.raises(RunError, match=r"stage 'd' must resume on the state that it was begun on"):
         extension(abc, stage, beside=True)
 
 

@@ -136,7 +136,7 @@ def test_in_place_a_stage_begins_on_the_state_that_is_named(two, tmp_path):
     assert open_run(f"{run}@law").strengths == {"facts": 1, "style": 1, "law": 1}
     for address in (f"{run}@style", run):
         assert train_on(address, law) == [None]
-    with pytest.raises(RunError, match="stage 'law' must go on from where it was begun"):
+    with pytest.raises(RunError, match="stage 'law' must resume on the state that it was begun on"):
         extension(f"{run}@facts", law)
 
 
@@ -212,14 +212,14 @@ def test_stages_that_are_half_trained_leave_the_run_alone(config, tmp_path, capl
     with pytest.raises(Stop):
         train_on(run, style, listener=stopping_after(8))
     for act in (lambda: prune_stage(run, "facts"), lambda: open_run(f"{run}@style")):
-        with pytest.raises(RunError, match=r"style is half trained|'style', which has not ended,"):
+        with pytest.raises(RunError, match=r"style is unfinished|'style', which has not ended,"):
             act()
     assert torch.equal(logits(run), facts)
     (run / "stages/.ipynb_checkpoints").mkdir()  # what looks at folders leaves is no stage
     both = config | {"stages": [*config["stages"], style | {"name": "law"}]}
     assert [each.state for each in survey(make_stages(both))] == ["finished", "stopped", "new"]
     train_on(run, style | {"name": "law"})
-    assert "stage style is half trained, and law begins without it" in caplog.text
+    assert "stage style is unfinished; law does not include it" in caplog.text
     law = logits(run)
     train_on(run, style)
     assert f"chainlora undo {run} --to style" in caplog.text
@@ -234,7 +234,7 @@ def test_a_mix_while_a_stage_is_trained_does_not_reach_it(config, tmp_path, capl
         train_on(run, style, listener=stopping_after(7))
     mix_stages(run, {"facts": 0.5})
     train_on(run, style)
-    assert "which is without stage style" in caplog.text
+    assert "which does not include stage style" in caplog.text
     assert open_run(run).strengths == {"facts": 0.5}
     assert open_run(f"{run}@style").strengths == {"facts": 1.0, "style": 1.0}
     undo(run, to="style")

@@ -71,17 +71,17 @@ def test_undo_and_redo_go_through_what_was_done_and_delete_nothing(two, tmp_path
     mixed, *others = (open_run(f"{run}{name}").state for name in ("", "@style", "@facts", "@base"))
     before = files_of(run)
     assert [undo(run).state for _ in others] == others
-    with pytest.raises(RunError, match="must be something to undo"):
+    with pytest.raises(RunError, match="Nothing to undo"):
         undo(run)
     assert [redo(run).state for _ in others] == [*others[-2::-1], mixed]
-    with pytest.raises(RunError, match="must be something to redo"):
+    with pytest.raises(RunError, match="Nothing to redo"):
         redo(run)
     after = files_of(run)
     assert [name for name in before if after[name] != before[name]] in ([], ["history.json"])
     undo(run)
     train_on(run, stage_of(two, "style") | {"name": "law"})
     assert open_run(run).stages == ["facts", "style", "law"]
-    with pytest.raises(RunError, match="must be something to redo"):
+    with pytest.raises(RunError, match="Nothing to redo"):
         redo(run)
 
 
@@ -91,7 +91,10 @@ def test_a_stage_that_was_undone_is_named_with_the_entry_that_has_it(three, tmp_
     assert train_all(three) == [None, None, None]
     assert open_run(run).stages == ["facts"]
     for name in ("style", "law"):
-        assert f"without stage {name}; to take it: chainlora undo {run} --to {name}" in caplog.text
+        assert (
+            f"does not include stage {name}; to take the stage: chainlora undo {run} --to {name}"
+            in caplog.text
+        )
 
 
 def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):

@@ -297,7 +297,7 @@ def mix(run: str, strengths: tuple[str, ...], no_scores: bool, as_json: bool) ->
 def _show_strengths(state: OpenState) -> None:
     from chainlora.runs.history import COMBINED
 
-    parts = ", ".join(state.history.ends(state.key))
+    parts = ", ".join(state.history.parts(state.key))
     for name, strength in state.strengths.items():
         click.echo(f"{name}={strength:g}" + (f" of {parts}" if name == COMBINED else ""))
 

@@ -70,12 +70,12 @@ def combine(
     names = [names] if isinstance(names, str | Path) else names
     own = [str(name) for name in names if history.find(str(name)) is not None]
     others = [_find_ended(name) for name in names if str(name) not in own]
-    ends = history.ends(history.head)
+    ends = history.parts(history.head)
     keys = own or (ends if others or len(ends) > 1 else _stages_of(history))
     states = [state_at(folder, history, key) for key in keys]
     for other in others:
         need_same_base(state_at(folder, history), other)
-        states += [other.at(end) for end in other.history.ends(other.key)]
+        states += [other.at(end) for end in other.history.parts(other.key)]
     outer = _outer(states)
     digests = {state.state.digest for state in outer}
     if inner := [state for state in states[: len(own)] if state.state.digest not in digests]:

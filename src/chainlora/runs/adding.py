@@ -1,6 +1,6 @@
-"""Adapters that were trained elsewhere, as entries of a run: they stand beside its stages.
+"""Import adapters that were trained elsewhere, as entries beside the stages of a run.
 
-Such an entry has links, kept rows and a config, as a stage has, but no records and no result. Its
+Such an entry has links, kept rows and a config, like a stage, but no records and no result. Its
 config names the adapter as `start` and its rows as `data`.
 """
 
@@ -44,11 +44,11 @@ from chainlora.runs.start import Start
 
 logger = logging.getLogger(__name__)
 
-ADAPTER = "start"  # the key of a config, and of its sources, that an adapter has
+ADAPTER = "start"  # the key of the adapter, in a config and in its sources
 
 
 def import_entry(name: str, config: RunConfig, origin: str) -> Unbuilt:
-    """Return the declaration of an adapter; it and its files of rows are read for digests."""
+    """Return the declaration of an adapter, with digests of the adapter and its files of rows."""
     return Unbuilt(
         key=name,
         kind="import",
@@ -60,7 +60,7 @@ def import_entry(name: str, config: RunConfig, origin: str) -> Unbuilt:
 
 
 def adapter_digests(adapter: str) -> list[str]:
-    """Return the SHA-256 of the config and the weights of an adapter, wherever it lies."""
+    """Return the SHA-256 of the config and of the weights of an adapter."""
     folder = start_folder(adapter)
     names = ("adapter_config.json", WEIGHTS)
     with files.reported(folder, "read"):
@@ -72,7 +72,7 @@ def _sources(config: RunConfig) -> dict[str, list[str]]:
 
 
 def read_adapter(source: str) -> Start:
-    """Read an adapter. Raises ChainLoRAError for none, and for what cannot become a link."""
+    """Read an adapter. Raises ChainLoRAError for a folder without one, or a kind unlike LoRA."""
     if is_run(source):
         rule, remedy = "an adapter is added to a run", "chainlora combine RUN OTHER takes runs"
         raise RunError(rule, f"{source}, a run or a saved chain", remedy)
@@ -80,15 +80,15 @@ def read_adapter(source: str) -> Start:
     if not (folder / "adapter_config.json").is_file():
         rule, remedy = "an adapter must be a folder of PEFT", "name another folder"
         raise RunError(rule, f"no adapter_config.json in {folder}", remedy)
-    found = load_start(source)
-    if found.adapter is None:
+    start = load_start(source)
+    if start.adapter is None:
         rule, remedy = "an adapter is added to a run", "export it: chainlora export --to adapter"
         raise RunError(rule, f"{source}, which holds a chain", remedy)
-    return found
+    return start
 
 
 def check_adapter(start: Start, base: OpenBase) -> None:
-    """Raise ModelError or ChainError for a base with other layers; its weights are not read."""
+    """Raise ModelError or ChainError unless the base has the adapter's layers; read no weights."""
     assert start.adapter is not None
     need_layers(start.adapter, base.skeleton)
     for link in start.links:
@@ -96,10 +96,10 @@ def check_adapter(start: Start, base: OpenBase) -> None:
 
 
 def build_import(run: Path, declared: Unbuilt, base: OpenBase | None = None) -> None:
-    """Import an adapter that was declared, keep rows of it, and give its entry its state.
+    """Import a declared adapter, keep a sample of its rows, and give its entry its state.
 
-    Raises what the adapter and its rows raise, and RunError where they are others than declared,
-    and where another process does it.
+    Raises RunError if the adapter or its rows have changed since the declaration, or if another
+    process imports it; ChainLoRAError if they cannot be read.
     """
     claim = Claim(run, declared.key)
     claim.take()
@@ -117,33 +117,33 @@ def build_import(run: Path, declared: Unbuilt, base: OpenBase | None = None) -> 
 def _import(run: Path, declared: Unbuilt, base: OpenBase | None) -> None:
     config, history, key = declared_config(run, declared), read_history(run), declared.key
     if _sources(config) != declared.training.sources:
-        rule = "an adapter and its files of rows must stay as they are until it is imported"
-        remedy = f"give its command again, or chainlora prune {run} {key}"
-        raise RunError(rule, f"others for {key}", remedy)
+        rule = "an adapter and its files of rows must not change before it is imported"
+        remedy = f"repeat its command, or chainlora prune {run} {key}"
+        raise RunError(rule, f"changed ones for {key}", remedy)
     base = OpenBase.of_config(config, run).or_shared(base)
-    start, known = _fitted(run, config, history, base)
+    start, base_facts = _fitted(run, config, history, base)
     rows, kept = _rows_of(config, base, run / TOKENIZER if history.tokenizer else None, start)
-    links = dict(save_link(run, link, known, key) for link in start.links)
+    links = dict(save_link(run, link, base_facts, key) for link in start.links)
     path = stage_folder(run, key) / CONFIG
-    more: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "tied": tuple(links),
         "kept": save_rows(run, kept, key),
         "training": declared.training.model_copy(update={"rows": rows.digest}),
     }
     files.write_text(path, dump_config(config))
-    state = State(base=known.fingerprint, terms=tuple(Term(link=digest) for digest in links))
-    entry = declared.built(state, files={CONFIG: files.sha256(path)}, **more)
+    state = State(base=base_facts.fingerprint, terms=tuple(Term(link=digest) for digest in links))
+    entry = declared.built(state, files={CONFIG: files.sha256(path)}, **fields)
 
-    def change(now: History) -> History:
-        if now.find_unbuilt(key) != declared:
+    def change(current: History) -> History:
+        if current.find_unbuilt(key) != declared:
             raise changed(run)
-        return now.model_copy(update={"base": known}).built(entry, links)
+        return current.model_copy(update={"base": base_facts}).built(entry, links)
 
     update_history(run, change)
 
 
 def _fitted(run: Path, config: RunConfig, history: History, base: OpenBase) -> tuple[Start, Base]:
-    """Return the adapter as a link of the base of a run, and what the run notes of that."""
+    """Return the adapter as a link of the run's base, and the facts of that base."""
     if history.base.files is not None:
         check_base(history.base, run, files=base.files)
     start = load_start(str(config.start))
@@ -159,18 +159,19 @@ def _fitted(run: Path, config: RunConfig, history: History, base: OpenBase) -> t
 def _rows_of(
     config: RunConfig, base: OpenBase, tokenizer: Path | None, start: Start
 ) -> tuple[Splits, Kept]:
-    """Return the rows of an adapter, and what of them the run keeps.
+    """Return the rows of an adapter, and the sample that the run keeps.
 
-    Warns of another chat template than that of the run. Raises DataError for no rows.
+    Warns if the adapter has another chat template than the run. Raises DataError without rows.
     """
-    own = base.tokenizer(tokenizer)
+    run_tokenizer = base.tokenizer(tokenizer)
     if start.tokenizer is not None and config.data.chat_template is None:
-        theirs = load_tokenizer(start.tokenizer).chat_template
-        if theirs is not None and theirs != own.chat_template:
-            what = "the adapter has another chat template than the run, which reads its rows"
-            logger.warning("%s", what)
-    rows = prepare_splits(config.data, own, base.context)
+        template = load_tokenizer(start.tokenizer).chat_template
+        if template is not None and template != run_tokenizer.chat_template:
+            logger.warning(
+                "the adapter has another chat template than the run; the run's template is used"
+            )
+    rows = prepare_splits(config.data, run_tokenizer, base.context)
     if not rows.train:
         rule = "a combination reads training rows of an adapter"
-        raise DataError(rule, "none that can be read", "give some of what it was trained on")
+        raise DataError(rule, "none that can be read", "give some of its training rows")
     return rows, rows.kept()

@@ -1,8 +1,8 @@
-"""Addresses: from ``RUN``, ``RUN@NAME`` or a state itself to the state that a command is about.
+"""Find the state at an address: ``RUN``, ``RUN@NAME``, or a state itself.
 
-``RUN`` is what the run is now, ``RUN@STAGE`` the end of a stage (or another entry of `chainlora
-log`, by its name or the first digits of its digest), ``RUN@start`` what the run began on, and
-``RUN@base`` the model without links.
+``RUN`` is the head of the run. ``RUN@STAGE`` is the end of a stage, or another entry of `chainlora
+log`, by its name or the first digits of its digest. ``RUN@start`` is the origin, and ``RUN@base``
+the model without links.
 """
 
 from __future__ import annotations
@@ -18,35 +18,39 @@ from chainlora.runs.history_file import read_history
 from chainlora.runs.paths import HISTORY, exists_in, need_run, split_address
 from chainlora.runs.state import OpenState
 
-_SHORTEST = 4  # digits of a digest that name a state
+_SHORTEST = 4  # digits of a digest, at least, to name a state
 
 Address = str | Path | OpenState
-"""What names a state: ``RUN``, ``RUN@NAME``, or the state itself."""
+"""A state, or its name: ``RUN`` or ``RUN@NAME``."""
 
 
 def open_run(
     address: Address, stages: str | Sequence[str] | Mapping[str, float] | None = None
 ) -> OpenState:
-    """Return the state that an address names; all that loads, scores or exports takes it too.
+    """Return the state at an address. Functions that load, score or export accept it.
 
     Args:
-        address: a run, as it is now, ``RUN@STAGE``, ``RUN@start`` or ``RUN@base``.
-        stages: the stages that are switched on, or the strength of each; the others are off.
+        address: the head of ``RUN``, or ``RUN@STAGE``, ``RUN@start`` or ``RUN@base``.
+        stages: the stages to switch on, or the strength of each; all others are switched off.
+
+    Returns:
+        The state, frozen; its files are checked when they are read.
 
     Raises:
-        RunError: no run, a stage that is not there, or that has no one strength.
+        RunError: no run, an unknown stage, or a stage whose links have different strengths.
     """
-    found = address if isinstance(address, OpenState) else _found(address)
+    state = address if isinstance(address, OpenState) else _state_of(address)
     if stages is None:
-        return found
-    named = [stages] if isinstance(stages, str) else stages
-    chosen = named if isinstance(named, Mapping) else dict.fromkeys(named, 1.0)
-    on = found.with_strengths(chosen)
-    found.need_one_strength([name for name, value in chosen.items() if value])
-    return on.with_strengths({name: 0.0 for name in found.stages if name not in chosen})
+        return state
+    names = [stages] if isinstance(stages, str) else stages
+    strengths = names if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
+    chosen = state.with_strengths(strengths)
+    state.need_one_strength([name for name, value in strengths.items() if value])
+    return chosen.with_strengths({name: 0.0 for name in state.stages if name not in strengths})
 
 
-def _found(address: str | Path) -> OpenState:
+def _state_of(address: str | Path) -> OpenState:
+    """Return the state that an address names; of a run in its first stage, that stage so far."""
     need_run(address)
     run, name = split_address(address)
     history = read_history(run)
@@ -57,36 +61,41 @@ def _found(address: str | Path) -> OpenState:
 
 
 def state_at(run: Path, history: History, name: str | None = None) -> OpenState:
-    """Return the state of an entry by its name or the first digits of its digest; by default the
-    head. Raises RunError for one that is not there."""
+    """Return the state of an entry, by its name or the first digits of its digest.
+
+    By default it is the state of the head. Raises RunError for an unknown name.
+    """
     key = history.head if name is None else history.origin if name == START else name
     entry = history.find(key)
     if entry is None and len(key) >= _SHORTEST:
-        found = {e.state.digest: e for e in history.entries if e.state.digest.startswith(key)}
-        entry = next(iter(found.values())) if len(found) == 1 else None
+        states = {e.state.digest: e for e in history.entries if e.state.digest.startswith(key)}
+        entry = next(iter(states.values())) if len(states) == 1 else None
     if entry is None and key != BASE:
-        raise _no_such(run, history, key)
+        raise _unknown(run, history, key)
     return OpenState(run, history, history.empty if entry is None else entry.state, entry)
 
 
 def state_of_draft(run: Path, stage: str, history: History | None = None) -> OpenState:
-    """Return what a stage that is trained has tied so far."""
+    """Return the state of a stage in training, with the links tied so far.
+
+    Raises RunError if its ``stage.json`` does not fit the history.
+    """
     history, draft = history or read_history(run), read_draft(run, stage)
     declared = history.find_unbuilt(stage)
     if declared is None or history.below(declared.parent) & {e.key for e in history.unbuilt}:
         raise RunError(f"{DRAFT} must be of its run", f"{stage} in {run}", DAMAGED)
     sums = {name: digest for name, digest in draft.files.items() if name == CONFIG}
     entry = draft.entry(declared, history, draft.tied, files=sums, ended="")
-    grown = history.added(entry, draft.links)
+    history = history.added(entry, draft.links)
     try:
-        grown.need_names()
+        history.need_names()
     except ValueError as error:
         raise RunError(f"{DRAFT} must be of its run", f"{error} in {run}", DAMAGED) from None
-    return OpenState(run, grown, entry.state, entry, draft)
+    return OpenState(run, history, entry.state, entry, draft)
 
 
 def begun_stage(run: Path, name: str, history: History | None = None) -> OpenState | None:
-    """Return a stage that was begun, ended or not; None where there is none."""
+    """Return the state of a finished stage, or of one in training; None if it was not begun."""
     if history is None and not exists_in(run):
         return None
     history = history or read_history(run)
@@ -95,18 +104,19 @@ def begun_stage(run: Path, name: str, history: History | None = None) -> OpenSta
     return state_of_draft(run, name, history) if name in drafts_in(run, history) else None
 
 
-def _no_such(run: Path, history: History, name: str) -> RunError:
+def _unknown(run: Path, history: History, name: str) -> RunError:
+    """Return the error for a name without a state in a run."""
     names = [entry.key for entry in history.entries if entry.kind != "mix"]
-    begun = ", which has not ended," if history.find_unbuilt(name) is not None else ""
+    unbuilt = ", which has not ended," if history.find_unbuilt(name) is not None else ""
     return RunError(
         f"a stage must be one of {', '.join(names) or BASE}",
-        f"{name!r}{begun} for {run}",
+        f"{name!r}{unbuilt} for {run}",
         f"name one; chainlora log {run} shows all states",
     )
 
 
 def nothing_at(address: object, what: str) -> RunError:
-    """Return the error for a name that is neither a run nor `what`, on this machine or the Hub."""
+    """Return the error for a name that is neither a run nor `what` (model, adapter, repository)."""
     run, _, stage = str(address).rpartition("@")
     run = run or stage
     return RunError(

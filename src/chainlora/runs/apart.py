@@ -1,9 +1,9 @@
-"""A state taken apart: each stage as an adapter of its own, for servers that add adapters at scales
-chosen with a request; ``serving_template.jinja`` is the sheet that says how to serve them.
+"""Split a state into one adapter for each stage, for servers that set a scale for each request.
 
-Each adapter has its stage at strength 1, so that a server's scale is a strength. At the strengths
-of the state they add up to its one adapter. Their names end in digits of the state's digest: a
-server that caches by name then never takes another state's adapter for one of these.
+Each adapter has its stage at strength 1, so a server's scale is the strength of the stage. At the
+strengths of the state, the adapters sum to its single adapter. Their names end in digits of the
+state's digest, so that a server that caches by name never confuses adapters of two states.
+``serving_template.jinja`` has the text that explains how to serve them.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ _TEMPLATE = Path(__file__).with_name("serving_template.jinja")
 
 
 class Part(NamedTuple):
-    """A stage of a state: its adapter's name, its strength there, and the stage alone at 1."""
+    """A stage of a state."""
 
-    name: str
+    name: str  # of its adapter
     stage: str
-    strength: float
-    state: OpenState
+    strength: float  # in the whole state
+    state: OpenState  # the stage alone, at strength 1
 
     def told(self, rank: int, error: float) -> dict[str, Any]:
-        """Return what an export tells of it."""
-        known = {"stage": self.stage, "adapter": self.name, "strength": self.strength}
-        return {**known, "rank": rank, "error": error}
+        """Return the facts of its adapter, for the result of an export."""
+        facts = {"stage": self.stage, "adapter": self.name, "strength": self.strength}
+        return {**facts, "rank": rank, "error": error}
 
 
 def taken_apart(run: Address | Chain, num_links: int | None = None) -> tuple[OpenState, list[Part]]:
     """Return a state, and its stages that are switched on.
 
-    Raises ChainError for what has no stages, RunError for links that are no low-rank sums.
+    Raises ChainError for a chain without stages, RunError for links that are not low-rank sums.
     """
     if isinstance(run, Chain) or num_links is not None:
         got = "a chain in memory" if isinstance(run, Chain) else f"its first {num_links} links"
@@ -59,7 +59,7 @@ def taken_apart(run: Address | Chain, num_links: int | None = None) -> tuple[Ope
     for term in state.history.in_order(state.state.terms):
         facts = state.history.links[term.link]
         if term.strength:
-            # servers add only the factors of LoRA
+            # servers can add only LoRA factors
             need_low_rank_sum(facts.link_config(), facts.stage, "export the state merged")
             stages.setdefault(facts.stage, []).append(term)
     if not stages:
@@ -67,10 +67,10 @@ def taken_apart(run: Address | Chain, num_links: int | None = None) -> tuple[Ope
         raise ChainError(rule, "a chain of none", remedy)
     parts = []
     for stage, terms in stages.items():
-        whole = tuple(term.model_copy(update={"strength": 1.0}) for term in terms)
-        alone = state.state.model_copy(update={"terms": whole})
-        trained = state.history.find(stage) or state.entry  # has its config and tokenizer
-        part = replace(state, state=alone, entry=trained)
+        full = tuple(term.model_copy(update={"strength": 1.0}) for term in terms)
+        alone = state.state.model_copy(update={"terms": full})
+        entry = state.history.find(stage) or state.entry  # its config and tokenizer are exported
+        part = replace(state, state=alone, entry=entry)
         name = f"{stage}-{state.state.digest[:8]}"
         parts.append(Part(name, stage, terms[0].strength, part))
     return state, parts
@@ -84,12 +84,15 @@ def write_sheet(
     *,
     as_gguf: bool,
 ) -> str:
-    """Write the commands by which servers add these adapters (`Part.told`); return its name."""
+    """Write ``SERVING.md``, with commands to serve these adapters; return its name.
+
+    `adapters` are the facts by `Part.told`.
+    """
     base = naming.base or public_name(state.base.model)
-    strengths = {each["adapter"]: each["strength"] for each in adapters}
+    strengths = {adapter["adapter"]: adapter["strength"] for adapter in adapters}
     scales = [{"id": place, "scale": scale} for place, scale in enumerate(strengths.values())]
     scales[-1]["scale"] = 0
-    chosen = ",".join(f"{each['stage']}={each['strength']}" for each in adapters)
+    chosen = ",".join(f"{adapter['stage']}={adapter['strength']}" for adapter in adapters)
     is_mixed = state.state != state.history.state_of(state.key)
     text = _TEMPLATE.read_text(encoding="utf-8")
     sheet = jinja2.Template(text, trim_blocks=True, keep_trailing_newline=True).render(

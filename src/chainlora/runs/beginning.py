@@ -1,7 +1,6 @@
-"""Copy a state of a run, what it was computed from and their files into another run.
+"""Copy a state, its ancestors and their files into another run.
 
-A fork gets a copy of what its first state was computed from; a combination takes in what stages of
-other runs were computed from.
+A fork begins with such a copy; a combination with stages of other runs takes them in.
 """
 
 from __future__ import annotations
@@ -36,46 +35,50 @@ from chainlora.runs.state import OpenState
 
 
 def closure(state: OpenState) -> History:
-    """Return the history of a state alone: the entries that it needs, with their links."""
-    due = {*state.keepers, *(entry.key for entry in state.lineage)}
-    found = _part(state.history, [e for e in state.history.entries if e.key in due])
+    """Return the history of a state alone: its entry, the ancestors, and their links."""
+    needed = {*state.keepers, *(entry.key for entry in state.lineage)}
+    part = _part(state.history, [e for e in state.history.entries if e.key in needed])
     moves = {"head": state.key, "origin": state.key, "past": (), "future": (), "target": None}
-    return found.model_copy(update={**moves, "unbuilt": ()})
+    return part.model_copy(update={**moves, "unbuilt": ()})
 
 
 def _part(history: History, entries: Sequence[Entry]) -> History:
-    """Return a history of some entries, with their links."""
+    """Return a history with some entries only, and their links."""
     digests = (d for e in entries for d in (*(term.link for term in e.state.terms), *e.tied))
     links = {digest: history.links[digest] for digest in digests}
     return history.model_copy(update={"entries": tuple(entries), "links": links})
 
 
 def own_closure(state: OpenState) -> History:
-    """Return the history of a state alone as another run begins with it."""
-    found = closure(state)
-    return found.model_copy(update={"entries": tuple(map(_own, found.entries)), "tokenizer": {}})
+    """Return the history of a state alone, with the files that another run gets."""
+    part = closure(state)
+    entries = tuple(map(_with_copied_files, part.entries))
+    return part.model_copy(update={"entries": entries, "tokenizer": {}})
 
 
 def fork(state: OpenState, folder: Path) -> None:
-    """Write a run that is in a state of another one; the other is not needed any more."""
+    """Write a new run with a state of another one as its head; copy all files it needs."""
     history = own_closure(state)
     origin = START if history.find(START) is not None else BASE
     update: dict[str, Any] = {"base": state.base, "origin": origin}
-    if (own := state.tokenizer()) is not None:
-        update["tokenizer"] = copy_tokenizer(own, folder)
+    if (tokenizer := state.tokenizer()) is not None:
+        update["tokenizer"] = copy_tokenizer(tokenizer, folder)
     copy_files(state.run, folder, history)
     write_part(folder / HISTORY, history.model_copy(update=update))
 
 
 def need_same_base(own: OpenState, state: OpenState) -> None:
-    """Raise RunError where a state of another run cannot be combined or compared with one."""
+    """Raise RunError if a state of another run cannot be combined or compared with `own`.
+
+    Both need the same base, precision, tokenizer and chat template.
+    """
     history, other = own.history, state.history
     data, others = own.config().data, state.config().data
     differing = [
         name
         for name, here, there in (
             ("base model", history.empty.base, other.empty.base),
-            ("train.dtype", history.base.dtype, other.base.dtype),  # of one digest, too
+            ("train.dtype", history.base.dtype, other.base.dtype),  # the digest does not cover it
             ("quantize", history.base.quantize, other.base.quantize),
             ("tokenizer", _own_tokenizer(history), _own_tokenizer(other)),
             ("chain.hold", history.hold, other.hold),
@@ -92,23 +95,29 @@ def need_same_base(own: OpenState, state: OpenState) -> None:
 
 
 def _own_tokenizer(history: History) -> dict[str, str]:
-    """Return the files of a tokenizer that is not the base's; an adapter may come with that."""
+    """Return the files of the run's own tokenizer; none if it equals the base's.
+
+    An adapter may come with a copy of the base's tokenizer.
+    """
     is_of_base = history.tokenizer.items() <= (history.base.files or {}).items()
     return {} if is_of_base else history.tokenizer
 
 
 def take_in(run: Path, state: OpenState) -> str:
-    """Copy a state of another run, and what it was computed from, beside the entries of a run.
+    """Copy a state of another run and its ancestors into a run; return the new name of its entry.
 
-    Returns the name of its entry there: its own, or that of the other run's folder where a stage of
-    this run has the name.
+    An entry keeps its name if it is free. Otherwise it gets the name of the other run's folder.
     """
     history, other = read_history(run), state.history
     state.verify()
     names: dict[str, str] = {}
     for entry in state.lineage:
-        names[entry.key] = _name_there(entry, history, run, state.run, names)
-    new = [_own(entry) for entry in state.lineage if history.find(names[entry.key]) is None]
+        names[entry.key] = _new_name(entry, history, run, state.run, names)
+    new = [
+        _with_copied_files(entry)
+        for entry in state.lineage
+        if history.find(names[entry.key]) is None
+    ]
     part = _part(other, new).model_copy(update={"tokenizer": {}})
     copy_files(state.run, run, part, names=names)
 
@@ -125,38 +134,38 @@ def take_in(run: Path, state: OpenState) -> str:
     return names[state.key]
 
 
-def _name_there(
+def _new_name(
     entry: Entry, history: History, run: Path, other: Path, taken: Mapping[str, str]
 ) -> str:
-    """Return the name that an entry of another run gets, or has where it is there already.
+    """Return the name that an entry of another run gets in this run, or has there already.
 
-    Raises RunError for a stage of this run in another state: a copy of which other links were
-    pruned. A link is of one stage.
+    Raises RunError if this run has the same stage in another state, because other stages below it
+    were pruned: a link can belong to one stage only.
     """
-    for each in history.entries if entry.tied else ():
-        if (each.kind, each.state, each.tied) == (entry.kind, entry.state, entry.tied):
-            return each.key
-        if {*each.tied} & {*entry.tied}:
+    for known in history.entries if entry.tied else ():
+        if (known.kind, known.state, known.tied) == (entry.kind, entry.state, entry.tied):
+            return known.key
+        if {*known.tied} & {*entry.tied}:
             raise RunError(
-                "runs that are combined must hold a stage in one state",
-                f"{each.key} in {run} and {entry.key} in {other}, of which others were pruned",
+                "combined runs must hold a stage in one state",
+                f"{known.key} in {run} and {entry.key} in {other}, below which others were pruned",
                 "prune the same stages in both",
             )
-    known = history.find(entry.key)
-    is_there = known is not None and (known.kind, known.state) == (entry.kind, entry.state)
-    is_base = not entry.state.terms  # whose rows are those of the run, if it has some
-    has_rows = is_base or entry.key != START or (known is not None and known.kept == entry.kept)
-    if known is not None and is_there and has_rows:
+    same = history.find(entry.key)
+    is_equal = same is not None and (same.kind, same.state) == (entry.kind, entry.state)
+    is_base = not entry.state.terms  # its rows are those of this run, if it has some
+    has_rows = is_base or entry.key != START or (same is not None and same.kept == entry.kept)
+    if is_equal and has_rows:
         return entry.key
-    used = {START, *taken.values(), *(each.key for each in history.entries)}
-    used |= {each.key for each in history.unbuilt}
+    used = {START, *taken.values(), *(known.key for known in history.entries)}
+    used |= {unbuilt.key for unbuilt in history.unbuilt}
     folder = other.resolve().name + f"-{entry.key}" * is_base
     names = chain([entry.key, folder], (f"{entry.key}-{k}" for k in count(2)))
     return next(name for name in names if is_name(name) and name not in used)
 
 
-def _own(entry: Entry) -> Entry:
-    """Return an entry with the files that go with it into another run."""
+def _with_copied_files(entry: Entry) -> Entry:
+    """Return an entry with those of its files that are copied into another run."""
     names = [name for name in (CONFIG, RECORDS, RESULT) if name in entry.files]
     return entry.model_copy(update={"files": {name: entry.files[name] for name in names}})
 
@@ -165,34 +174,34 @@ def copy_files(
     source: Path,
     target: Path,
     history: History,
-    there: Mapping[str, str] | None = None,
+    existing: Mapping[str, str] | None = None,
     names: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Copy what a history names from one run into another, each file checked; return the files.
+    """Copy the files that a history names from one run into another, checked; return their names.
 
-    `there` are files that the other run names, each with its SHA-256, and `names` are those that
-    entries get in it.
+    `existing` are files that the target has, each with its SHA-256. `names` are new names of
+    entries in the target.
     """
     copied = []
     for name, digest in history.files.items():
         kind, key, *rest = name.split("/")
-        own = "/".join((kind, (names or {}).get(key, key) if kind == "stages" else key, *rest))
-        is_known = kind in CONTENT and _holds(target / own, digest)
-        is_gone = rest == [RECORDS] and not (source / name).is_file()  # which records may be
-        if is_known or is_gone or (there or {}).get(own) == digest:
+        new = "/".join((kind, (names or {}).get(key, key) if kind == "stages" else key, *rest))
+        is_known = kind in CONTENT and _holds(target / new, digest)
+        is_gone = rest == [RECORDS] and not (source / name).is_file()  # records may be missing
+        if is_known or is_gone or (existing or {}).get(new) == digest:
             continue
-        files.copy_file(need_file(source, name, digest), target / own)
+        files.copy_file(need_file(source, name, digest), target / new)
         copied.append(name)
     return copied
 
 
 def _holds(path: Path, digest: str) -> bool:
-    """Say whether a file is there, and what its name says."""
+    """Say whether a file exists and has this SHA-256, or one that begins so."""
     return path.is_file() and files.sha256(path).startswith(digest)
 
 
 def with_start_rows(history: History, kept: str) -> History:
-    """Return a history that keeps rows for what the run began on, in place of earlier ones."""
+    """Return a history whose entry ``start`` has these kept rows, in place of earlier ones."""
     start = history.find(START)
     if start is not None:
         new = start.model_copy(update={"kept": kept})
@@ -205,7 +214,7 @@ def with_start_rows(history: History, kept: str) -> History:
 
 
 def save_rows(run: Path, kept: Kept, stage: str) -> str:
-    """Write rows that a stage keeps into a run, named by their SHA-256, and return that."""
+    """Write kept rows of a stage into a run, named by their SHA-256; return the SHA-256."""
     files.make_folder(run / "rows")
     with files.new_folder(run / "rows", stage) as scratch:
         write_kept(scratch / "rows", kept)

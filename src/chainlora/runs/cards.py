@@ -37,10 +37,12 @@ _LICENCE = re.compile(r"(licen[cs]e|notice|use_policy)([.-].*)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Naming:
-    """The names of an export and its base where it is published.
+    """The public names of an export.
 
-    `name` is its repository on the Hub, None for a folder; `base` replaces the run's name for its
-    base; `licence` is an identifier of the Hub.
+    Args:
+        name: its repository on the Hub, None for a folder.
+        base: the name of the base, in place of the run's name for it.
+        licence: an identifier of a licence on the Hub.
     """
 
     name: str | None = None
@@ -53,25 +55,24 @@ UNNAMED = Naming()
 
 @dataclass(frozen=True)
 class Card:
-    """Facts about an export. `what` continues a sentence that begins with the base's name, `model`
-    is the run's name for the base, and `story` is that of `story_of`."""
+    """Facts about an export."""
 
-    what: str
-    model: str
+    what: str  # continues a sentence that begins with the name of the base
+    model: str  # the run's name for the base
     library: str
     links: Sequence[Link] = ()
     rank: int | None = None
     naming: Naming = UNNAMED
-    story: Mapping[str, Any] | None = None
+    story: Mapping[str, Any] | None = None  # by `story_of`
     is_causal: bool = True
-    sheet: str | None = None  # the file that tells how to serve it, if not the card
+    sheet: str | None = None  # the file with instructions to serve it; None: the card
 
 
 def story_of(run: Address, num_links: int | None = None) -> dict[str, Any]:
-    """Return facts about the training of a run of which `num_links` are exported, by default all.
+    """Return facts about the training of a run, for the card of its first `num_links` links.
 
-    Scores are those of the current mix, if it is the mix that was trained. A saved chain has no
-    config and so no facts; neither has a stage that is off.
+    Scores are included only if the exported strengths are those that were scored. A saved chain has
+    no config, and so no facts; the same holds for a stage that is switched off.
     """
     state = open_run(run)
     is_off = state.strengths.get(state.stage) == 0
@@ -79,11 +80,11 @@ def story_of(run: Address, num_links: int | None = None) -> dict[str, Any]:
         return {}
     config, training = state.config(), state.trained.training
     data, targets = config.data, config.chain.target_modules
-    is_told = state.trained.kind == "stage" and (num_links is None or num_links > state.first)
-    records = state.records() if is_told and state.is_as_trained else ()
+    is_exported = state.trained.kind == "stage" and (num_links is None or num_links > state.first)
+    records = state.records() if is_exported and state.is_as_trained else ()
     return {
         "first": state.first,
-        "is_told": is_told,  # whether any of its own links are exported
+        "is_told": is_exported,  # at least one link of the last stage is exported
         "train": config.train,
         "task": Path(data.task).stem if data.task else None,
         "modules": targets if isinstance(targets, str) else ", ".join(targets),
@@ -101,32 +102,36 @@ def is_hub_id(name: str) -> bool:
 
 
 def is_licence(name: str) -> bool:
+    """Say whether a file name is that of a licence or notice."""
     return _LICENCE.fullmatch(name) is not None
 
 
 def public_name(base: str) -> str:
-    """Return a name for a base without its place on this machine: of a path, the last part.
+    """Return a name for a base that shows no path of this machine.
 
-    A folder in the Hub's cache has its Hub id.
+    A path is replaced by its last part, and a folder in the Hub's cache by its Hub id.
     """
     base = hub_id_of(base) or base
     is_place = base.startswith(("~", ".")) or os.path.exists(base)
     if is_hub_id(base) and not is_place:
         return base
-    return PureWindowsPath(base).name  # knows the separators of all systems
+    return PureWindowsPath(base).name  # accepts / and \ as separators
 
 
 def is_of_another(folder: Path) -> bool:
-    """Say whether a folder has a card without the signature, which is the template's last line."""
+    """Say whether a folder has a card that chainlora did not write.
+
+    Our cards end with a signature, the last line of the template.
+    """
     path, signature = folder / "README.md", _TEMPLATE.read_text(encoding="utf-8").splitlines()[-1]
     return path.exists() and signature not in path.read_text(encoding="utf-8", errors="replace")
 
 
 def write_card(folder: Path, card: Card, lineage: Lineage | None = None) -> None:
-    """Write a card as ``README.md``, and then the lineage, which has the checksums of all files."""
+    """Write a card as ``README.md``, then the lineage, which has the checksums of all files."""
     naming, links, story = card.naming, card.links, card.story or {}
     base = naming.base or public_name(card.model)
-    is_named = is_hub_id(base) or (base and not naming.name)  # a card on the Hub names only ids
+    is_named = is_hub_id(base) or (base and not naming.name)  # the Hub accepts only ids there
     data = ModelCardData(
         base_model=base if is_named else None,
         library_name=card.library,
@@ -149,27 +154,27 @@ def write_card(folder: Path, card: Card, lineage: Lineage | None = None) -> None
         **QUOTING,
     }
     with reported(folder / "README.md"):
-        written = ModelCard.from_template(data, str(_TEMPLATE), **facts)
-        written.text = "\n" + re.sub(r"\n{3,}", "\n\n", written.text).strip() + "\n"
-        written.save(folder / "README.md")
+        model_card = ModelCard.from_template(data, str(_TEMPLATE), **facts)
+        model_card.text = "\n" + re.sub(r"\n{3,}", "\n\n", model_card.text).strip() + "\n"
+        model_card.save(folder / "README.md")
     if lineage is not None:
         lineage.write(folder)
 
 
 def served_rank(links: Sequence[Link], rank: int) -> int | None:
-    """Return the least `--max-lora-rank` of vLLM for an adapter; None if vLLM refuses it."""
+    """Return the smallest `--max-lora-rank` of vLLM for an adapter, None if vLLM refuses it."""
     if any(link.config.lora_bias for link in links):
         return None
     return next((served for served in _SERVED_RANKS if served >= rank), None)
 
 
 def place_of(base: str) -> str:
-    """Return what loads a base by its public name: a Hub id, or what stands for a folder."""
+    """Return the Hub id of a base, or a placeholder for its folder, for commands in a card."""
     return base if "/" in base and not base.endswith(".gguf") else "FOLDER_OF_THE_BASE"
 
 
 def _plain(text: object) -> str:
-    """Return a text on one line without backticks: inside Markdown's code it is no markup."""
+    """Return a text on one line without backticks, safe inside Markdown code."""
     return one_line(str(text)).replace("`", "'")
 
 
@@ -178,35 +183,35 @@ QUOTING: Mapping[str, Callable[[object], str]] = {
     "python": lambda text: json.dumps(_plain(text), ensure_ascii=False),
     "shell": lambda text: shlex.quote(_plain(text)),
 }
-"""How templates write values from a run's files: as text, never as markup."""
+"""Functions by which templates write values from a run's files: as text, never as markup."""
 
 
 def _chain_table(
     links: Sequence[Link], story: Mapping[str, Any], places: Sequence[tuple[int, str]]
 ) -> tuple[list[str], list[list[str]]]:
-    """Return the names of the validation scores, and a row per link that ends with its scores.
+    """Return the names of the validation scores, and a table row for each link with its scores.
 
-    `places` are the number and stage of each link; none of a chain in memory.
+    `places` are the number and stage of each link; it is empty for a chain in memory.
     """
     first, evaluations = story.get("first", 0), story.get("evaluations", ())
     names = [*score_names(evaluations), "loss"] if evaluations else []
     own = [link for link in links if link.index >= first]
     steps = accumulate(link.num_steps for link in own)
     ends = {(link.index - first, step) for link, step in zip(own, steps, strict=True)}
-    found = [e for e in evaluations if (e.get("link"), e.get("step")) in ends]
-    after = {e["link"]: e for e in found if e.get("where") != "start"}
+    at_ends = [e for e in evaluations if (e.get("link"), e.get("step")) in ends]
+    after = {e["link"]: e for e in at_ends if e.get("where") != "start"}
     before = next((e for e in evaluations if e.get("where") == "start"), None)
 
     def scores(evaluation: Mapping[str, Any]) -> list[str]:
         values = [evaluation.get(name) for name in names]
         return [f"{value:.4f}" if isinstance(value, int | float) else "–" for value in values]
 
-    rows, are_several = [], len({stage for _, stage in places}) > 1
-    for link in sorted(links, key=lambda each: places[each.index] if places else each.index):
+    rows, has_several_stages = [], len({stage for _, stage in places}) > 1
+    for link in sorted(links, key=lambda link: places[link.index] if places else link.index):
         place, stage = places[link.index] if places else (link.index, "")
         if before is not None and link.index == first:
             rows.append(["before", "", "", "", *scores(before)])
         numbers = [f"{link.config.rank}", f"{link.scaling:g}", f"{link.num_steps:,}"]
-        name = f"{place} {stage}" if are_several else f"{place}"
+        name = f"{place} {stage}" if has_several_stages else f"{place}"
         rows.append([name, *numbers, *scores(after.get(link.index - first, {}))])
     return names, rows

@@ -1,6 +1,6 @@
-"""What changes a run without training: `mix`, `undo`, `redo`, `prune`.
+"""Change a run without training: `mix`, `undo`, `redo`, `prune`.
 
-Each is one replacement of ``history.json``. All but `prune` delete nothing; that deletes after it:
+Each is one replacement of ``history.json``. Only `prune` deletes files, after the replacement:
 scores of the matrix, then links, rows and pictures.
 """
 
@@ -30,14 +30,14 @@ _WITH_LINKS = ("stage", "import")  # kinds of entries that links or rows were sa
 
 
 def whole_run(run: str | Path) -> Path:
-    """Return the folder of a run that is to be changed.
+    """Return the folder of a run, for a command that changes it.
 
-    Raises RunError for one of its states, and for a saved chain.
+    Raises RunError for a state ``RUN@NAME``, and for a folder without a run.
     """
     folder, name = split_address(run)
     if name is not None:
         raise RunError("This command needs the whole run", run, f"leave @{name} out")
-    open_run(folder)  # refuses what is no run
+    open_run(folder)  # raises RunError for a folder without a run
     return folder
 
 
@@ -45,37 +45,43 @@ def whole_run(run: str | Path) -> Path:
 
 
 def mix_stages(run: str | Path, strengths: Mapping[str, float], of: str | None = None) -> OpenState:
-    """Give stages of a run other strengths, 0 for off; the others keep theirs.
+    """Change the strengths of stages of a run. The mix becomes the run's head.
 
-    From then on the run is this mix wherever it is loaded; 1 gives back what was, to the bit.
-    With `of`, an entry of its history is mixed, as after `undo` to it; one `undo` takes both back.
-    Returns the state.
+    Args:
+        run: the run.
+        strengths: the new strength of each stage, 0 for off; other stages keep theirs. Strength 1
+            restores the trained weights to the bit.
+        of: an entry to mix in place of the head. One `undo` takes back the move and the mix.
 
-    Raises RunError: a stage that is not there, or that has no one strength, a strength that its
-    links cannot have, or a run whose first stage has not ended.
+    Returns:
+        The new state.
+
+    Raises:
+        RunError: an unknown stage, a stage whose links have different strengths, a strength that
+            its links cannot have, or a run whose first stage has not ended.
     """
     run = whole_run(run)
     if open_run(run).draft is not None:
         rule = "Cannot mix: the first stage has not ended"
-        raise RunError(rule, run, "finish it by the command that began it")
+        raise RunError(rule, run, "finish that stage: repeat the command that began it")
 
     def change(history: History) -> History:
-        there = history if of is None else history.moved(state_at(run, history, of).key)
-        found = state_at(run, there)
-        mixed = found.with_strengths(strengths)
-        found.need_one_strength([*strengths])
+        at_entry = history if of is None else history.moved(state_at(run, history, of).key)
+        state = state_at(run, at_entry)
+        mixed = state.with_strengths(strengths)
+        state.need_one_strength([*strengths])
         check_strengths(mixed.outlines())
-        done = there.mixed(mixed.state)
-        return (
-            done if of is None else done.model_copy(update={"past": history.moved(done.head).past})
-        )
+        after = at_entry.mixed(mixed.state)
+        if of is None:
+            return after
+        return after.model_copy(update={"past": history.moved(after.head).past})  # one `undo`
 
     update_history(run, change)
     return open_run(run)
 
 
 def build_mix(run: Path, key: str) -> None:
-    """Give a mix that was declared its state."""
+    """Give a declared mix its state."""
 
     def change(history: History) -> History:
         declared = history.find_unbuilt(key)
@@ -89,12 +95,12 @@ def build_mix(run: Path, key: str) -> None:
 
 
 def undo(run: str | Path, to: str | None = None) -> OpenState:
-    """Make a run what it was before its last `mix` or stage, or what an entry of its history is.
+    """Move the head back to the state before the last `mix` or stage, or to the entry `to`.
 
-    Nothing is deleted: the rows and links of what is undone stay in the run. `redo` goes forward
-    again; after an `undo` with `to`, `undo` goes back. Returns the state that the run is now.
+    Nothing is deleted: rows and links stay in the run. `redo` takes an `undo` back; an `undo` with
+    `to` is taken back by another `undo`. Returns the new state.
 
-    Raises RunError where there is nothing to undo.
+    Raises RunError if there is nothing to undo.
     """
     run = whole_run(run)
 
@@ -102,8 +108,7 @@ def undo(run: str | Path, to: str | None = None) -> OpenState:
         if to is not None:
             return history.moved(state_at(run, history, to).key)
         if not history.past:
-            remedy = f"chainlora log {run} lists its states"
-            raise RunError("there must be something to undo", f"nothing in {run}", remedy)
+            raise RunError(f"Nothing to undo in {run}. chainlora log {run} lists its states.")
         *past, head = history.past
         future = (history.head, *history.future)
         update = {"head": head, "past": tuple(past), "future": future, "target": None}
@@ -114,13 +119,15 @@ def undo(run: str | Path, to: str | None = None) -> OpenState:
 
 
 def redo(run: str | Path) -> OpenState:
-    """Take the last `undo` without `to` back. Raises RunError where there is none."""
+    """Take back the last `undo` without `to`. Returns the new state.
+
+    Raises RunError if there is nothing to redo.
+    """
     run = whole_run(run)
 
     def change(history: History) -> History:
         if not history.future:
-            remedy = f"chainlora log {run} lists its states"
-            raise RunError("there must be something to redo", f"nothing in {run}", remedy)
+            raise RunError(f"Nothing to redo in {run}. chainlora log {run} lists its states.")
         head, *future = history.future
         past = (*history.past, history.head)
         update = {"head": head, "past": past, "future": tuple(future), "target": None}
@@ -131,17 +138,17 @@ def redo(run: str | Path) -> OpenState:
 
 
 def log(run: str | Path) -> list[dict[str, Any]]:
-    """Return the entries of a run, the latest first; before them those that are ``declared`` and
-    not built, and stages in ``training``.
+    """Return the entries of a run, the latest first.
 
-    Each has its ``name``, ``kind``, ``state`` (a digest), ``parents``, ``strengths`` of the stages
-    in it, the number of ``links``, whether it kept ``rows``, when it ``ended``, whether it is what
-    the run is ``now``, and whether it is ``before`` that: part of how that came about.
+    Unbuilt entries come first, with a ``name`` and the ``kind`` "declared" or "training". A built
+    entry has its ``name``, ``kind``, ``state`` (a digest), ``parents``, the ``strengths`` of its
+    stages, the number of its ``links``, whether it kept ``rows``, and the time when it ``ended``;
+    ``now`` marks the head, ``before`` its ancestors.
     """
     folder, _ = split_address(run)
     history = read_history(folder)
     before = {entry.key for entry in history.lineage(history.head)}
-    found = [
+    built = [
         {
             "name": entry.key,
             "kind": entry.kind,
@@ -157,11 +164,11 @@ def log(run: str | Path) -> list[dict[str, Any]]:
         for entry in reversed(history.entries)
     ]
     begun = drafts_in(folder, history)
-    due: list[dict[str, Any]] = [
+    unbuilt: list[dict[str, Any]] = [
         {"name": entry.key, "kind": "training" if entry.key in begun else "declared"}
         for entry in reversed(history.unbuilt)
     ]
-    return due + found
+    return unbuilt + built
 
 
 # --- deleting ---
@@ -169,29 +176,22 @@ def log(run: str | Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Pruning:
-    """What a pruning deletes, and what was trained on top of it.
-
-    `gone` are files and folders, `with_it` the entries that its rows have changed:
-    combinations and what was trained on one, rehearsals. `later` are the stages that
-    go on without the links, `before` is the entry that the stage began on, `left` are the states
-    that `RUN` is no combination of any more, and `now` is the entry that it becomes, if another.
-    """
+    """What a pruning deletes and changes."""
 
     stage: str
-    gone: list[Path]
-    with_it: list[str]
-    later: list[str]
-    before: str
-    left: list[str] = field(default_factory=list)
-    now: str | None = None
-    rehearsed: bool = False
+    gone: list[Path]  # files and folders to delete
+    with_it: list[str]  # entries to delete, since they used its rows: combinations, rehearsals, …
+    later: list[str]  # stages on top of it, which continue without its links
+    before: str  # the entry that the stage began on
+    left: list[str] = field(default_factory=list)  # parts to combine again
+    now: str | None = None  # the new head, if it changes
+    rehearsed: bool = False  # the head was a rehearsal
 
 
 def plan_pruning(run: str | Path, name: str) -> Pruning:
-    """Say what deleting a stage would delete; change nothing.
+    """Return what deleting a stage would delete; change nothing.
 
-    Raises RunError for one that is not there, for the only one, and where a stage is half trained
-    or is no sum without the links.
+    Raises RunError for an unknown stage, for the only one, and while a stage is in training.
     """
     run = whole_run(run)
     return _planned(run, read_history(run), name)[0]
@@ -200,59 +200,78 @@ def plan_pruning(run: str | Path, name: str) -> Pruning:
 def _planned(run: Path, history: History, name: str) -> tuple[Pruning, History]:
     """Return what deleting a stage deletes, and the history without it."""
     _need_idle(run, history, name)
+    _need_prunable(run, history, name)
+    entry, declared = history.find(name), history.find_unbuilt(name)
+    after, with_it = _without(history, name)
+    remaining = [e.key for e in after.entries if e.has_config]
+    remaining += [e.key for e in after.unbuilt if declared is not None and e.has_config]
+    begun = declared if entry is None else entry if entry.has_config else None
+    if begun is not None and begun.kind in _WITH_LINKS and not remaining:
+        raise RunError("a run must keep a stage", f"{name!r}, its only one", f"delete {run}")
+    on_top = [key for key in remaining if name in {below.key for below in history.lineage(key)}]
+    before = BASE if entry is None else entry.parent
+    after, parts = _with_combination(history, after)
+    new_head = None if after.head == history.head else after.head
+    head = history.find(history.head)
+    rehearsed = head is not None and head.is_rehearsal
+    # the stage's own folder is deleted last: while it exists, a killed command can be repeated
+    gone = sorted(_unnamed(run, after), key=lambda path: (path == run / "stages" / name, path))
+    return Pruning(name, gone, with_it, on_top, before, parts, new_head, rehearsed), after
+
+
+def _need_prunable(run: Path, history: History, name: str) -> None:
+    """Raise RunError unless a name is that of a stage or import, or of leftovers of one."""
     entry = history.find(name)
-    left_over = {path.name.partition(".")[0] for path in (run / "stages").glob("*")}
-    left_over |= {each.key for each in history.unbuilt}
-    is_left_over = entry is None and name in left_over  # by a kill, perhaps by a scratch name
-    if not is_left_over and (entry is None or entry.kind not in _WITH_LINKS):
+    leftovers = {path.name.partition(".")[0] for path in (run / "stages").glob("*")}  # of a kill
+    leftovers |= {unbuilt.key for unbuilt in history.unbuilt}
+    is_leftover = entry is None and name in leftovers
+    if not is_leftover and (entry is None or entry.kind not in _WITH_LINKS):
         names = ", ".join(e.key for e in history.entries if e.kind in _WITH_LINKS)
         raise RunError(f"a stage must be one of {names}", f"{name!r} for {run}", "name one")
-    after, with_it = _without(history, name)
-    stay = [each.key for each in after.entries if each.has_config]
-    declared = history.find_unbuilt(name)
-    stay += [each.key for each in after.unbuilt if declared is not None and each.has_config]
-    begun = declared if entry is None else entry if entry.has_config else None
-    if begun is not None and begun.kind in _WITH_LINKS and not stay:
-        raise RunError("a run must keep a stage", f"{name!r}, its only one", f"delete {run}")
-    on_top = [key for key in stay if name in {below.key for below in history.lineage(key)}]
-    before = BASE if entry is None else entry.parent
-    ends = history.ends(history.head)
-    left = history.outer(end for key in ends for end in _left_of(key, history, after))
-    left = left if left != after.ends(after.head) else []
-    if len(left) > 1:  # what is left is combined again
-        key = after.name_after(left)
-        recipe = history.recipe_of(history.head).of_parts(left)
-        again = Unbuilt(key=key, kind="combine", parents=tuple(left), unit=key, recipe=recipe)
+
+
+def _with_combination(history: History, after: History) -> tuple[History, list[str]]:
+    """Declare a combination of the head's surviving parts; return the history and these parts.
+
+    No parts are returned if the new head consists of them already. `after` is the pruned history.
+    """
+    parts = history.without_ancestors(
+        survivor
+        for part in history.parts(history.head)
+        for survivor in _surviving_parts(part, history, after)
+    )
+    if parts == after.parts(after.head):
+        return after, []
+    if len(parts) > 1:
+        key = after.name_after(parts)
+        recipe = history.recipe_of(history.head).of_parts(parts)
+        again = Unbuilt(key=key, kind="combine", parents=tuple(parts), unit=key, recipe=recipe)
         after = after.declared([again], key)
-    now, head = None if after.head == history.head else after.head, history.find(history.head)
-    rehearsed = head is not None and head.is_rehearsal
-    # its own folder last: as long as that is there, the same command goes on after a kill
-    gone = sorted(_unnamed(run, after), key=lambda path: (path == run / "stages" / name, path))
-    return Pruning(name, gone, with_it, on_top, before, left, now, rehearsed), after
+    return after, parts
 
 
-def _left_of(key: str, history: History, after: History) -> list[str]:
-    """Return what is left of an end of a combination: it, or the ends of what it began on."""
+def _surviving_parts(key: str, history: History, after: History) -> list[str]:
+    """Return a part, or if it was pruned, its nearest surviving ancestors."""
     entry = history.find(key)
     if entry is None or after.find(key) is not None:
         return [key]
-    below = (end for parent in entry.parents for end in history.ends(parent))
-    return [left for end in below for left in _left_of(end, history, after)]
+    below = (part for parent in entry.parents for part in history.parts(parent))
+    return [survivor for part in below for survivor in _surviving_parts(part, history, after)]
 
 
 def prune_stage(run: str | Path, name: str) -> Pruning:
     """Delete a stage for good: links, rows, config, records, result, scores. Return what went.
 
-    The history is replaced first, then what it does not name is deleted. So a kill leaves a run
-    that can be read, and the same call again deletes what is left.
+    The history is replaced first, then files that it does not name are deleted. So a kill leaves a
+    readable run, and the same call again deletes the rest.
 
-    Raises what `plan_pruning` does, and FileError for what cannot be deleted.
+    Raises what `plan_pruning` raises, and FileError for a file that cannot be deleted.
     """
     plan, (folder, _) = plan_pruning(run, name), split_address(run)
 
     def change(history: History) -> History:
         nonlocal plan
-        plan, after = _planned(folder, history, name)  # another process may have changed it
+        plan, after = _planned(folder, history, name)  # another process may have changed the run
         return after
 
     def delete() -> None:
@@ -271,81 +290,100 @@ def prune_stage(run: str | Path, name: str) -> Pruning:
 
 
 def _need_idle(run: Path, history: History, name: str) -> None:
-    """Raise RunError where a stage is half trained that is not the one to be deleted, or a process
-    is about to begin one."""
-    others = (p for p in (run / "stages").glob("[!.]*") if history.find(p.name) is None)
-    half = [folder for key, folder in drafts_in(run, history).items() if key != name]
-    begun = [*half, *filter(is_in_use, others)]
-    if begun:
-        rule = f"Cannot prune: stage {begun[0].name} is half trained"
+    """Raise RunError if another stage is unfinished, or a process is about to begin one."""
+    unknown = (p for p in (run / "stages").glob("[!.]*") if history.find(p.name) is None)
+    unfinished = [folder for key, folder in drafts_in(run, history).items() if key != name]
+    if begun := [*unfinished, *filter(is_in_use, unknown)]:
+        rule = f"Cannot prune: stage {begun[0].name} is unfinished"
         raise RunError(rule, begun[0], f"finish it, or prune {begun[0].name} first")
 
 
 def _without(history: History, name: str) -> tuple[History, list[str]]:
-    """Return a history that names nothing of a stage, and the entries that went with it."""
-    entry = history.find(name)
-    if entry is None:
+    """Return a history without a stage, and the keys of the entries that were deleted with it."""
+    if history.find(name) is None:
         after = history.withdrawn([name])
-        left = {name, *(each.key for each in after.unbuilt)}
-        return after, [each.key for each in history.unbuilt if each.key not in left]
-    gone, combined = {name: entry.parents}, set[str]()
-    for each in history.entries:
-        has_read = name in each.reads and (each.kind != "stage" or each.is_rehearsal)
-        # A combination cannot be cut: its link was solved from rows and links of all its parts.
-        is_trained_on = name in {e.key for e in history.lineage(each.key)}
-        if {*each.parents} & combined or (each.kind == "combine" and (has_read or is_trained_on)):
-            combined.add(each.key)
-        if has_read or each.key in combined:
-            gone[each.key] = each.parents
-    own = {digest for digest, facts in history.links.items() if facts.stage in gone}
+        left = {name, *(entry.key for entry in after.unbuilt)}
+        return after, [entry.key for entry in history.unbuilt if entry.key not in left]
+    deleted = _deleted_with(history, name)
+    cut = _Cut(history, name, deleted)
+    entries = tuple(cut.without_links(e) for e in history.entries if e.key not in deleted)
+    used = {d for e in entries for d in (*e.tied, *(term.link for term in e.state.terms))}
+    *past, head = cut.heads([*history.past, history.head])
+    update = {
+        "entries": entries,
+        "links": {d: facts for d, facts in history.links.items() if d in used},
+        "head": head,
+        "origin": cut.survivors([history.origin])[0],
+        "past": tuple(past),
+        "future": tuple(cut.heads([head, *history.future])[1:]),
+    }
+    unbuilt = [e.key for e in history.unbuilt if deleted.keys() & history.below(e.key)]
+    after = history.withdrawn(unbuilt).model_copy(update=update)
+    return after, [*(key for key in deleted if key != name), *unbuilt]
 
-    def stays(keys: Iterable[str]) -> tuple[str, ...]:
-        """Return entries, those that go replaced by what they were computed from."""
-        found: list[str] = []
+
+def _deleted_with(history: History, name: str) -> dict[str, tuple[str, ...]]:
+    """Return a stage and all entries that must go with it, each with its parents.
+
+    A combination cannot be shortened: its link was solved from rows and links of all its parts.
+    Rehearsals that read rows of the stage go too, and so does every entry on a deleted combination.
+    """
+    deleted, combined = dict[str, tuple[str, ...]](), set[str]()
+    for entry in history.entries:
+        has_read = name in entry.reads and (entry.kind != "stage" or entry.is_rehearsal)
+        is_above = name in {below.key for below in history.lineage(entry.key)}
+        is_combination = entry.kind == "combine" and (has_read or is_above)
+        if {*entry.parents} & combined or is_combination:
+            combined.add(entry.key)
+        if entry.key == name or has_read or entry.key in combined:
+            deleted[entry.key] = entry.parents
+    return deleted
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A history, and the entries to delete from it, each with its parents."""
+
+    history: History
+    stage: str
+    deleted: Mapping[str, tuple[str, ...]]
+
+    def survivors(self, keys: Iterable[str]) -> tuple[str, ...]:
+        """Return entries; deleted ones are replaced by their nearest surviving ancestors."""
+        kept: list[str] = []
         for key in keys:
-            found += stays(gone[key] or (BASE,)) if key in gone else [key]
-        return tuple(dict.fromkeys(found))
+            is_deleted = key in self.deleted
+            kept += self.survivors(self.deleted[key] or (BASE,)) if is_deleted else [key]
+        return tuple(dict.fromkeys(kept))
 
-    def cut(entry: Entry) -> Entry:
-        terms = tuple(term for term in entry.state.terms if term.link not in own)
+    def without_links(self, entry: Entry) -> Entry:
+        """Return a surviving entry without deleted parents and links."""
+        links = self.history.links
+        terms = tuple(t for t in entry.state.terms if links[t.link].stage not in self.deleted)
         is_shorter = len(terms) < len(entry.state.terms)
         update: dict[str, Any] = {
-            "parents": tuple(key for key in stays(entry.parents) if key != BASE),
-            "reads": tuple(key for key in entry.reads if key != name),
+            "parents": tuple(key for key in self.survivors(entry.parents) if key != BASE),
+            "reads": tuple(key for key in entry.reads if key != self.stage),
             "state": entry.state.model_copy(update={"terms": terms}),
             "pruned": entry.pruned or is_shorter,
         }
         return entry.model_copy(update=update)
 
-    def nearest(key: str) -> str:
-        """Return an entry, or if it goes, what is left of it: a combination of all that it was
-        computed from, or the first of these."""
-        left = history.outer(key for key in stays([key]) if key != BASE) or [BASE]
+    def heads(self, keys: Iterable[str]) -> list[str]:
+        """Return heads in their order, with surviving entries, without repetitions."""
+        return [key for key, _ in groupby(map(self._head, keys))]
+
+    def _head(self, key: str) -> str:
+        """Return an entry; for a deleted one, a combination of its survivors, or the first one."""
+        history = self.history
+        survivors = (survivor for survivor in self.survivors([key]) if survivor != BASE)
+        left = history.without_ancestors(survivors) or [BASE]
         same = (e.key for e in history.entries if e.kind == "combine" and [*e.parents] == left)
-        return next((key for key in same if key not in gone), left[0])
-
-    def path(keys: Iterable[str]) -> list[str]:
-        """Return heads in their order, one for each run of equal ones."""
-        return [key for key, _ in groupby(map(nearest, keys))]
-
-    way = path([*history.past, history.head])
-    entries = tuple(cut(e) for e in history.entries if e.key not in gone)
-    used = {d for e in entries for d in (*e.tied, *(term.link for term in e.state.terms))}
-    update = {
-        "entries": entries,
-        "links": {d: facts for d, facts in history.links.items() if d in used},
-        "head": way[-1],
-        "origin": stays([history.origin])[0],
-        "past": tuple(way[:-1]),
-        "future": tuple(path([way[-1], *history.future])[1:]),
-    }
-    due = [each.key for each in history.unbuilt if gone.keys() & history.below(each.key)]
-    found = history.withdrawn(due).model_copy(update=update)
-    return found, [*(key for key in gone if key != name), *due]
+        return next((combined for combined in same if combined not in self.deleted), left[0])
 
 
 def _unnamed(run: Path, history: History) -> Iterator[Path]:
-    """Yield what of a run its history does not name, and pictures of what it was."""
+    """Yield files and folders that the history does not name, and outdated pictures of the run."""
     named = {"/".join(name.split("/")[:2]) for name in history.files}
     for folder in (*CONTENT, "stages"):
         for path in (run / folder).glob("*"):
@@ -353,13 +391,13 @@ def _unnamed(run: Path, history: History) -> Iterator[Path]:
                 yield path
     yield from ended_leftovers(run, history)
     yield from (run / name for name in _SHOWN if (run / name).exists())
-    # of a killed report, which may hold rows; the history's own go where it is replaced
+    # scratch files of a killed report may hold rows; those of the history go when it is replaced
     names = (path.name for path in run.iterdir() if files.is_scratch(path.name))
     yield from (run / name for name in names if not name.startswith(f"{HISTORY}."))
 
 
 def _keep_scores(run: Path, history: History) -> None:
-    """Delete the scores of states and rows that are not there any more."""
+    """Delete scores of states and rows that were deleted."""
     path = run / MATRIX
     files.remove_scratch(run, MATRIX)
     if not path.is_file():
@@ -368,12 +406,12 @@ def _keep_scores(run: Path, history: History) -> None:
     stages = {entry.key for entry in history.entries}
     with files.reported(path, "read"):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = [line for line in lines if _is_of(line, states, stages)]
+    kept = [line for line in lines if _is_valid(line, states, stages)]
     files.write_text(path, "".join(f"{line}\n" for line in kept))
 
 
-def _is_of(line: str, states: Collection[str], stages: Collection[str]) -> bool:
-    """Say whether a line of scores is of a state and of rows that are there."""
+def _is_valid(line: str, states: Collection[str], stages: Collection[str]) -> bool:
+    """Say whether the state and the rows of a score exist."""
     try:
         cell = json.loads(line)
         return cell["state"] in states and cell["stage"] in stages

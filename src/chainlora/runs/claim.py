@@ -1,7 +1,7 @@
-"""Lock a stage for one process, and remove its files when that process gives it up.
+"""Lock a stage for one process, and remove its training files.
 
-Links and kept rows are shared by all stages of a run, which others may train meanwhile: only what
-this stage wrote is removed there.
+Links and kept rows of all stages share folders, in which other processes may write at the same
+time. Only files of this stage are removed there.
 """
 
 from __future__ import annotations
@@ -31,18 +31,20 @@ class Claim:
 
     @property
     def is_begun(self) -> bool:
-        """Say whether the stage was begun, or has ended and left what only its training needed."""
+        """Say whether the stage has a ``stage.json``: it was begun, or a kill has left the file."""
         return (self.folder / DRAFT).is_file()
 
     def take(self) -> None:
-        """Lock the stage. Raises RunError where another process trains it."""
+        """Lock the stage. Raises RunError if another process trains it."""
         if self._lock is None:
             files.make_folder(self.folder)
             self._lock = take_lock(self.folder)
 
     def clear(self) -> None:
-        """Remove what a process that was killed before left of a stage that begins, or one of the
-        same name that was pruned."""
+        """Remove leftovers of a killed process, or of a pruned stage of the same name.
+
+        Called before a stage begins.
+        """
         self.remove_scratch()
         for name in (*PASSING, RECORDS, RESULT):
             files.remove(self.folder / name)
@@ -53,7 +55,7 @@ class Claim:
             files.remove(self.folder / name)
 
     def release(self) -> None:
-        """Let other processes train the stage; a folder with nothing but the lock goes."""
+        """Release the lock; remove the folder if it contains only the lock."""
         if self._lock is None:
             return
         with suppress(OSError):
@@ -63,34 +65,34 @@ class Claim:
         self._lock = None
 
     def tidy(self) -> None:
-        """Remove what the training of a stage needed that has ended, where a kill left it."""
+        """Remove training files of a finished stage that a kill has left."""
         has_ended = read_history(self.run).find(self.stage) is not None
         if not has_ended or not any((self.folder / name).exists() for name in PASSING):
             return
-        with suppress(ChainLoRAError):  # another process ends the stage, or nobody can write here
+        with suppress(ChainLoRAError):  # another process holds the stage, or the disk is read-only
             self.take()
             self.remove_passing()
         self.release()
 
     def remove_passing(self) -> None:
-        """Remove what only the training of the stage needed."""
+        """Remove files that only training needs."""
         self.remove_scratch()
         for name in PASSING:
             files.remove(self.folder / name)
 
     def remove_scratch(self) -> None:
-        """Remove what killed writes of this stage left."""
+        """Remove scratch files of this stage that a kill has left."""
         own = [self.folder, *(self.folder / name for name in GROWING)]
-        shared = [self.run / name for name in CONTENT]  # others write there meanwhile
+        shared = [self.run / name for name in CONTENT]  # other stages write there at the same time
         for folder in (*own, *shared):
             with files.reported(folder):
                 files.remove_scratch(folder, self.stage if folder in shared else "")
 
     def remove_all_but(self, named: Collection[str]) -> None:
-        """Remove what ``stage.json`` names no more."""
+        """Remove checkpoints, moments and best points that ``stage.json`` does not name."""
         for folder in (self.folder / name for name in GROWING):
             for entry in list(folder.iterdir()) if folder.is_dir() else []:
                 if f"{folder.name}/{entry.name}" not in named:
                     files.remove(entry)
-            with suppress(OSError):  # there is none, or it holds what is named
+            with suppress(OSError):  # the folder does not exist, or is not empty
                 folder.rmdir()

@@ -1,7 +1,7 @@
-"""A chain as one low-rank pair a module: exact, or compressed to a rank or a relative error.
+"""Turn a chain into one pair of factors per module: exact, or compressed.
 
-The best approximation of a rank is found by QR and a small SVD of the stacked factors; the dense
-update is never formed.
+Compression is to a rank or to a relative error. The best approximation of a rank comes from QR and
+a small SVD of the stacked factors (`chain.low_rank`); the dense update is never computed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from chainlora.errors import ChainError
 def adapter_factors(
     links: Sequence[Link], *, rank: int | None = None, tolerance: float | None = None
 ) -> tuple[dict[str, Factors], float]:
-    """Return one pair of factors a module for a chain, all of one rank, with scaling 1, and the
-    relative error.
+    """Return one pair of factors per module, all of one rank with scaling 1, and the error.
 
-    A `rank` above what there is is reached with zeros: the function stays the exact one.
+    The error is ``√(Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖²)`` over all modules. A `rank` above that of the chain is
+    filled up with zeros, which is exact. `tolerance` is the largest accepted error.
+
+    Raises ChainError for a chain without links.
     """
     if not links:
         rule = "an adapter needs at least one link"
@@ -35,7 +37,7 @@ def adapter_factors(
         return {name: padded(share, rank or widest) for name, share in stacked.items()}, 0.0
     spectra = {name: singular_values(share.a, share.b) for name, share in stacked.items()}
     longest = max(len(s) for s in spectra.values())
-    # squared norms of what each rank leaves out
+    # tails[r]: squared norm of the singular values that rank r leaves out
     tails = [sum(float((s[r:] ** 2).sum()) for s in spectra.values()) for r in range(longest + 1)]
     if tolerance is not None:
         rank = next(r for r, tail in enumerate(tails) if r and tail <= tolerance**2 * tails[0])
@@ -48,7 +50,7 @@ def adapter_factors(
 
 
 def _with_biases(stacked: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Return factors with a bias on all layers if one has it: PEFT adapts that of all or none."""
+    """Return factors with a bias on all layers if one has it; PEFT knows only all or none."""
     if all(share.bias is None for share in stacked.values()):
         return dict(stacked)
     return {

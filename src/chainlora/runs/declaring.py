@@ -1,7 +1,7 @@
 """Declare entries of a run before they are computed, and withdraw them.
 
-A declaration is one replacement of ``history.json``, under the run's lock. A new run appears with
-it, whole: its folder is filled beside its place.
+A declaration is one replacement of ``history.json``, under the run's lock. A new run is filled in a
+scratch folder and then renamed, so it appears complete, with its first entries.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def stage_entry(name: str, config: RunConfig, parent: str, unit: str) -> Unbuilt:
-    """Return the declaration of a stage; its files of rows and plug-ins are read for digests."""
+    """Return the declaration of a stage, with digests of its files of rows and plug-ins."""
     return Unbuilt(
         key=name,
         kind="stage",
@@ -47,20 +47,23 @@ def stage_entry(name: str, config: RunConfig, parent: str, unit: str) -> Unbuilt
 
 
 def declared_config(run: Path, entry: Unbuilt) -> RunConfig:
-    """Return the config that an entry was declared with. Raises ConfigError for paths in names."""
+    """Return the config of a declared entry. Raises ConfigError for paths in template names."""
     tree = entry.config | {"output": str(run)}
     refuse_paths(tree, run / HISTORY)
     return make_config(tree)
 
 
 def history_of_start(start: Start, base: Base, config: RunConfig, unit: str) -> History:
-    """Return the history of a run that begins on `start`: what is copied is named, and what is
-    given from elsewhere, or written by the model, is declared. Nothing is written."""
+    """Return the first history of a run that begins on `start`; write nothing.
+
+    It names the entries and links to copy from another run. An imported adapter, or general rows,
+    are declared as the entry ``start``.
+    """
     history = History(base=base, hold=config.chain.hold, seed=config.train.seed)
     if start.state is not None:
-        found = own_closure(start.state)
+        copied = own_closure(start.state)
         keys = ("entries", "links", "head", "origin")
-        history = history.model_copy(update={key: getattr(found, key) for key in keys})
+        history = history.model_copy(update={key: getattr(copied, key) for key in keys})
     is_general = start.state is None and keeps_general(config)
     if start.adapter is None and not is_general and config.start_data in (None, "none"):
         return history
@@ -72,9 +75,10 @@ def history_of_start(start: Start, base: Base, config: RunConfig, unit: str) -> 
 def declare(
     run: Path, planned: History, new: Sequence[Unbuilt], target: str | None, start: Start
 ) -> None:
-    """Write entries into the history of a run, or begin the run that is `planned` on `start`.
+    """Write new entries and a target into the history of a run; create a new run on `start`.
 
-    Raises RunError where the run has changed since it was planned.
+    `planned` is the history that the plan was made for. Raises RunError if another process has
+    changed the entries that the plan depends on.
     """
     if exists_in(run):
         update_history(run, lambda now: _added(run, now, planned, new, target))
@@ -93,6 +97,7 @@ def declare(
 
 
 def _begin(folder: Path, history: History, start: Start) -> None:
+    """Fill the folder of a new run; its history is written last."""
     if start.tokenizer is not None:
         sums = copy_tokenizer(start.tokenizer, folder)
         history = history.model_copy(update={"tokenizer": sums})
@@ -104,7 +109,7 @@ def _begin(folder: Path, history: History, start: Start) -> None:
 def _added(
     run: Path, now: History, planned: History, new: Sequence[Unbuilt], target: str | None
 ) -> History:
-    """Return a history with what a command declares, if it is still there what this is made of."""
+    """Return a history with new entries. Raises RunError if their parents have changed."""
     _need_replaceable(run, now, new)
     taken = [e.key for e in new if now.known(e.key) != planned.known(e.key)]
     used = {parent for entry in new for parent in entry.parents} - {entry.key for entry in new}
@@ -116,7 +121,7 @@ def _added(
 
 
 def _need_replaceable(run: Path, now: History, new: Sequence[Unbuilt]) -> None:
-    """Raise RunError for a stage that was declared otherwise, and that a process has begun."""
+    """Raise RunError for a new stage if another process has begun a different one of its name."""
     for entry in new:
         if now.find_unbuilt(entry.key) in (None, entry):
             continue
@@ -124,20 +129,19 @@ def _need_replaceable(run: Path, now: History, new: Sequence[Unbuilt]) -> None:
         if is_in_use(folder) or (folder / DRAFT).exists():
             rule = "another process has begun this stage with other keys or rows"
             raise RunError(rule, f"{entry.key} of {run}", "wait for it, or choose another name")
-        if not entry.is_rehearsal:  # else another command goes on with it
-            logger.warning("%s of %s, which had not begun, is declared anew", entry.key, run)
+        if not entry.is_rehearsal:  # other commands may redeclare a rehearsal and continue it
+            logger.warning("%s of %s had not begun and is replaced", entry.key, run)
 
 
 def changed(run: Path) -> RunError:
-    rule = "Another process has changed this run"
-    return RunError(rule, run, "give the same command again")
+    """Return the error for a run that has changed since it was planned."""
+    return RunError("Another process has changed this run", run, "repeat the command")
 
 
 def withdraw(run: Path, keys: Iterable[str], *, is_new_run: bool) -> None:
-    """Take back entries that were declared and not begun; with `is_new_run`, the run too, if it
-    holds nothing else."""
+    """Remove declared entries; with `is_new_run`, delete a run without other entries too."""
     after = update_history(run, lambda history: history.withdrawn(keys))
     if not is_new_run or after.unbuilt or after.own:
         return
-    with suppress(FileError):  # else it is a run without a stage, which the next command begins
+    with suppress(FileError):  # if it stays, it is a run without stages; the next command uses it
         files.remove(run)

@@ -29,11 +29,11 @@ def _inside(name: str) -> str:
 
 
 Sums = dict[Annotated[str, AfterValidator(_inside)], str]
-"""SHA-256 of files by their names in a folder, which none of them leaves."""
+"""SHA-256 of files by their names, all inside one folder."""
 
 
 class Part(BaseModel):
-    """A part of a JSON file that a run writes: frozen, of exact types."""
+    """A part of a JSON file of a run: frozen, with strict types."""
 
     model_config = ConfigDict(
         strict=True, frozen=True, extra="ignore", allow_inf_nan=False, protected_namespaces=()
@@ -41,30 +41,33 @@ class Part(BaseModel):
 
 
 class Document(Part):
-    """All that a JSON file says. `remedy` is for one that is damaged."""
+    """The content of a JSON file of a run; `remedy` is the advice for a damaged one."""
 
     remedy: ClassVar[str] = DAMAGED
     format: ClassVar[int] = 4
 
 
 def read_part(path: Path, kind: type[Kind]) -> Kind:
-    """Read a JSON file that `write_part` wrote."""
+    """Read a JSON file that `write_part` wrote.
+
+    Raises RunError for a damaged file, another format, or invalid values.
+    """
     name = path.name
     try:
         with files.reported(path, "read"):
             text = path.read_bytes()
         tree = json.loads(text)
-        found, known = tree.pop("format"), tree.pop("checksum", None)
+        file_format, file_checksum = tree.pop("format"), tree.pop("checksum", None)
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         rule = f"{name} must be JSON of a run"
         raise RunError(rule, f"{path}: {error}", kind.remedy) from None
-    if found != kind.format:
+    if file_format != kind.format:
         raise RunError(
             f"{name} must be of format {kind.format}",
-            f"{found!r:.40} in {path.parent}",
+            f"{file_format!r:.40} in {path.parent}",
             "use the version of chainlora that wrote it",
         )
-    if known != checksum(tree):
+    if file_checksum != checksum(tree):
         raise RunError(
             f"{name} must be as the run wrote it", f"another checksum in {path.parent}", kind.remedy
         )
@@ -78,9 +81,9 @@ def read_part(path: Path, kind: type[Kind]) -> Kind:
 
 
 def write_part(path: Path, part: Document, *, indent: int | None = None) -> None:
-    """Replace a JSON file, whole or not at all, its format first and its checksum last.
+    """Replace a JSON file atomically; write its format first and its checksum last.
 
-    Defaults are left out: the states of a long run name many links.
+    Default values are left out, because the states of a long run name many links.
     """
     tree = part.model_dump(mode="json", exclude_defaults=True)
     whole = {"format": part.format, **tree, "checksum": checksum(tree)}
@@ -88,25 +91,24 @@ def write_part(path: Path, part: Document, *, indent: int | None = None) -> None
 
 
 def need_file(run: Path, name: str, digest: str) -> Path:
-    """Return the path of a file in a run. Raises RunError unless it is as the run wrote it, its
-    SHA-256 beginning with `digest`."""
+    """Return the path of a file in a run. Raise RunError unless `digest` begins its SHA-256."""
     path, name = run / name, name.removeprefix("stages/")
     if not path.is_file():
         raise RunError(f"a run must hold {name}", f"none in {run}", INCOMPLETE)
     with files.reported(path, "read"):
-        found = _sha256(path)
-    if not found.startswith(digest):
+        actual = _sha256(path)
+    if not actual.startswith(digest):
         raise RunError(f"{name} must be as the run wrote it", f"other bytes in {run}", DAMAGED)
     return path
 
 
-_SUMS: dict[Path, tuple[tuple[int, ...], str]] = {}  # of files that this process has read
+_SUMS: dict[Path, tuple[tuple[int, ...], str]] = {}  # version and SHA-256 of files read before
 
 
 def _sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, read again where it is not as it was."""
-    found = path.stat()
-    version = found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    """Return the SHA-256 of a file; read the file only if it has changed since the last time."""
+    stat = path.stat()
+    version = stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
     known = _SUMS.get(path.absolute())
     if known is None or known[0] != version:
         known = _SUMS[path.absolute()] = version, files.sha256(path)
@@ -114,16 +116,16 @@ def _sha256(path: Path) -> str:
 
 
 def short_digest(content: object) -> str:
-    """Return 16 hexadecimal digits of what a value says as JSON."""
+    """Return the first 16 hexadecimal digits of the SHA-256 of a value as JSON."""
     return checksum(content)[:16]
 
 
 def checksum(content: object) -> str:
-    """Return the SHA-256 of what a value says as JSON."""
+    """Return the SHA-256 of a value as JSON."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def now() -> str:
-    """Return the time as a run's files note it."""
+    """Return the current time in UTC, as text for files of a run."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,6 +1,7 @@
-"""``stages/NAME/stage.json``: how far a stage is that is trained, and where it resumes.
+"""``stages/NAME/stage.json``: the progress of a stage in training, and where it resumes.
 
-The history declares what the stage is. Only code that resumes or shows a stage reads this file.
+Only code that resumes or shows a stage reads this file. The declaration of the stage is in the
+history.
 """
 
 from __future__ import annotations
@@ -28,27 +29,27 @@ from chainlora.runs.paths import stage_folder
 DRAFT = "stage.json"
 REFERENCE = "reference.safetensors"
 GROWING = ("checkpoints", "moments", "best")  # folders whose entries ``stage.json`` names
-PASSING = (DRAFT, *GROWING, REFERENCE)  # what of a stage goes when it has ended
+PASSING = (DRAFT, *GROWING, REFERENCE)  # deleted when the stage has ended
 
 
 class Best(TypedDict):
-    """The best point of a stage so far. `directory` holds its partial link, if it has one."""
+    """The best point of a stage so far."""
 
     step: Count
-    num_links: Count  # of the stage
-    partial: bool
+    num_links: Count  # whole links of the stage
+    partial: bool  # it lies inside the next link
     metric: str
     value: float
-    directory: NotRequired[Annotated[str, Field(pattern=r"^best/\d{8,}$")]]
-    error: NotRequired[Annotated[float, Field(ge=0)]]  # of that link, as `Link.error`
+    directory: NotRequired[Annotated[str, Field(pattern=r"^best/\d{8,}$")]]  # of the partial link
+    error: NotRequired[Annotated[float, Field(ge=0)]]  # of the partial link, as `Link.error`
 
 
 @dataclass
 class Progress:
-    """Where a stage is, and what its trainer remembers: all that a resume must know again."""
+    """The progress of a stage, and the memory of its loop; a resume restores both."""
 
-    step: Count = 0
-    link: Count = 0  # of the stage
+    step: Count = 0  # steps done
+    link: Count = 0  # links tied, of the stage
     tokens: Count = 0
     scored_tokens: Count = 0
     seconds: float = 0.0
@@ -58,7 +59,7 @@ class Progress:
     stopped: bool = False
     soft_knots: Count = 0  # in the live link so far
     memory: dict[str, float] = field(default_factory=dict)  # of the knot policy (`Position`)
-    evaluation_due: bool = False  # a signal stopped the evaluation here: it is made on resume
+    evaluation_due: bool = False  # a signal stopped the evaluation here; the resume evaluates
 
 
 class Checkpoint(Part):
@@ -69,71 +70,71 @@ class Checkpoint(Part):
 
 
 class Records(Part):
-    """The first `count` lines of ``metrics.jsonl``, by the hash of their bytes."""
+    """The first `count` lines of ``metrics.jsonl``, and the SHA-256 of their bytes."""
 
     count: Count
     sha256: str
 
 
 class Draft(Document):
-    """All that ``stage.json`` says.
-
-    `training` and `kept` are what the entry gets, `tied` are the links so far, `links` their facts.
-    `progress` is that of the last knot; `checkpoint` is a later point, inside a link. `files` are
-    hashes of what a resume needs.
-    """
+    """The content of ``stage.json``."""
 
     model_config = ConfigDict(allow_inf_nan=True)
 
-    training: Training = Training()
-    kept: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    tied: tuple[Digest, ...] = ()
+    training: Training = Training()  # of the future entry
+    kept: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None  # of the future entry
+    tied: tuple[Digest, ...] = ()  # links so far
     links: dict[Digest, LinkFacts] = Field(default_factory=dict)
-    progress: Progress = Progress()
+    progress: Progress = Progress()  # at the last knot
     moments: Annotated[str, Field(pattern=r"^moments/\d{3,}\.safetensors$")] | None = None
-    checkpoint: Checkpoint | None = None
+    checkpoint: Checkpoint | None = None  # a later point, inside a link
     records: Records
-    files: Sums = Field(default_factory=dict)
+    files: Sums = Field(default_factory=dict)  # that a resume needs
 
     @property
     def has_learned(self) -> bool:
-        """Say whether a resume would go on from a link or a checkpoint."""
+        """Say whether there is a tied link or a checkpoint to resume from."""
         return bool(self.tied) or self.checkpoint is not None
 
-    def entry(self, declared: Unbuilt, history: History, own: Sequence[str], **more: Any) -> Entry:
-        """Return the entry of a declared stage that ends in these links; it has read the rows that
-        entries below it kept: what they held out is left out of its own rows."""
+    def entry(
+        self, declared: Unbuilt, history: History, links: Sequence[str], **fields: Any
+    ) -> Entry:
+        """Return the entry of a declared stage that ends in these links.
+
+        It has read the kept rows of all entries below, because their validation rows are left out
+        of its own rows.
+        """
         below = history.state_of(declared.parent)
-        terms = (*below.terms, *(Term(link=digest) for digest in own))
+        terms = (*below.terms, *(Term(link=digest) for digest in links))
         return declared.built(
             below.model_copy(update={"terms": terms}),
             reads=tuple(history.keepers([declared.parent])),
             tied=self.tied,
             kept=self.kept,
             training=self.training,
-            **more,
+            **fields,
         )
 
     @property
     def position(self) -> Progress:
-        """Return where the stage resumes."""
+        """Return the progress at which the stage resumes."""
         return self.progress if self.checkpoint is None else self.checkpoint.progress
 
     def has_checkpoint(self, progress: Progress) -> bool:
-        """Say whether there is a checkpoint of exactly this progress."""
+        """Say whether the checkpoint has exactly this step and link."""
         if self.checkpoint is None:
             return False
-        found = self.checkpoint.progress
-        return (found.step, found.link) == (progress.step, progress.link)
+        point = self.checkpoint.progress
+        return (point.step, point.link) == (progress.step, progress.link)
 
     def with_training(self, **changed: Any) -> Draft:
-        """Return this with other facts of `Training`."""
+        """Return a copy with changed fields of `Training`."""
         training = self.training.model_copy(update=changed)
         return self.model_copy(update={"training": training})
 
     @property
     def named(self) -> set[str]:
-        """Return the files and folders that the stage needs, by their names in its folder."""
+        """Return the names of the files and folders that a resume needs, in the stage's folder."""
         named = {CONFIG, REFERENCE}
         points = [self.progress]
         if self.checkpoint is not None:
@@ -148,17 +149,18 @@ class Draft(Document):
 
 
 def read_draft(run: Path, stage: str) -> Draft:
+    """Read ``stage.json``. Raises RunError for a damaged one."""
     return read_part(stage_folder(run, stage) / DRAFT, Draft)
 
 
 def drafts_in(run: Path, history: History) -> dict[str, Path]:
-    """Return the folders of the stages that were begun and have not ended, by their names."""
+    """Return the folders of stages in training, by name."""
     folders = {entry.key: stage_folder(run, entry.key) for entry in history.unbuilt}
     return {key: folder for key, folder in folders.items() if (folder / DRAFT).is_file()}
 
 
 def ended_leftovers(run: Path, history: History) -> Iterator[Path]:
-    """Yield what a kill left of the training of stages that have ended."""
+    """Yield training files of finished stages that a kill has left."""
     for entry in history.entries:
         folder = stage_folder(run, entry.key)
         yield from (folder / name for name in PASSING if (folder / name).exists())

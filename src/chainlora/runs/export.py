@@ -1,4 +1,4 @@
-"""What a finished chain can become: a merged checkpoint, or one PEFT adapter.
+"""Export a chain: as a merged checkpoint, or as one PEFT adapter.
 
 A merged checkpoint loads with `transformers` alone, an adapter with `peft` on the base. Both are
 written into a scratch folder and then moved into place. They contain no path of this machine.
@@ -47,16 +47,26 @@ from chainlora.runs.state import OpenState
 logger = logging.getLogger(__name__)
 
 _CONFIGS = ("config.json", "generation_config.json")
-_WIDEST = 2**14  # far beyond what servers take, and still small
+_WIDEST = 2**14  # largest rank: far more than servers accept, and adapters stay small
 
 
 def export_merged(
     run: Address, output: str | Path, *, num_links: int | None = None, naming: Naming = UNNAMED
 ) -> dict[str, Any]:
-    """Write the run's model, links merged, as a transformers checkpoint in the base's dtype.
+    """Write a run's model with merged links as a transformers checkpoint in the base's dtype.
 
-    Returns its folder, the number of links in it, and the dtype. Raises RunError unless `output` is
-    new or empty.
+    Args:
+        run: an address, or a state (`open_run`).
+        output: a new or empty folder.
+        num_links: merge only the first links; by default all.
+        naming: public names for the model card.
+
+    Returns:
+        A mapping with ``to``, ``output``, the number of ``links``, and ``dtype``.
+
+    Raises:
+        RunError: `output` is not empty, or the run or its base is damaged.
+        ModelError: the base cannot be loaded.
     """
     output = empty_folder(output)
     state = open_run(run)
@@ -78,12 +88,15 @@ def export_merged(
 
 
 def _stop_at_turns(generation: Any, tokenizer: Any) -> None:
-    """Let a model stop where its rows end, too: at the tokenizer's end of sequence, or a turn's."""
-    own = generation.eos_token_id
-    own = own if isinstance(own, list) else [own]
-    known = dict.fromkeys([*own, tokenizer.eos_token_id, *ends_of_turn(tokenizer)])
+    """Add the tokens that end training rows to the stop tokens of a model.
+
+    They are the tokenizer's end of sequence, and ends of turns in its chat template.
+    """
+    stops = generation.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    known = dict.fromkeys([*stops, tokenizer.eos_token_id, *ends_of_turn(tokenizer)])
     ends = [end for end in known if end is not None]
-    if ends != own:
+    if ends != stops:
         generation.eos_token_id = ends or None
 
 
@@ -99,18 +112,27 @@ def export_adapter(
 ) -> dict[str, Any]:
     """Write a chain as one PEFT adapter: exact, or compressed to `rank` or to `tolerance`.
 
-    With `each`, write each stage of a run by itself, at strength 1, into a folder of its own, and
-    ``SERVING.md`` about them; returns stage, name, strength, rank and error of each `adapters`.
+    If the base is on this machine, the folder also gets the tokenizer, with the chat template of
+    the rows, and the licence of the base.
 
-    `tolerance` is a relative error. A `rank` above the chain's is filled up with zeros.
+    Args:
+        run: an address or a state (`open_run`), or a `Chain` in memory with its live link.
+        output: a new or empty folder.
+        rank: the rank of the adapter; one above the chain's is filled up with zeros.
+        tolerance: the largest relative error, in place of `rank`.
+        num_links: export only the first links; by default all.
+        naming: public names. By default a base in a folder is named by the last part of its path.
+        each: write each stage at strength 1 as an adapter in a folder of its own, and
+            ``SERVING.md`` with commands to serve them.
 
-    `run` is a run directory, a saved chain, or a `Chain` in memory, of which the live link is
-    written as it is now. Beside the adapter lie the tokenizer of its rows, chat template included,
-    and the base's licence, if the base is at hand. A base known by its place on this machine is
-    named by the last part of that, unless `naming` says how. Returns rank and error; the error is
-    ``√(Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖²)`` over all modules, at least that of a live link with soft knots.
+    Returns:
+        A mapping with ``to``, ``output``, ``links``, ``rank``, ``error``, ``exact`` and ``base``.
+        The error is ``√(Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖²)`` over all modules, at least that of a live link with
+        soft knots. With `each`, ``adapters`` has stage, name, strength, rank and error of each.
 
-    Raises RunError where the base at hand is not the one that the run was trained on.
+    Raises:
+        ChainError: `rank` and `tolerance` are invalid, or there is no link.
+        RunError: `output` is not empty, or the base differs from that of the run.
     """
     check_compression(rank, tolerance)
     output = empty_folder(output)
@@ -125,7 +147,7 @@ def export_adapter(
     if isinstance(source, Chain):
         error = max([error, *(link.error for link in links if link.index == len(source))])
     with filled_folder(output) as scratch:
-        written = write_adapter(scratch, factors, named)
+        actual_rank = write_adapter(scratch, factors, named)
         if folder is not None:
             copy_licences(folder, scratch)
             _save_tokenizer(source, folder, scratch)
@@ -134,12 +156,12 @@ def export_adapter(
             keys = {"rank": rank, "tolerance": tolerance, "num_links": num_links}
             facts["lineage"] = lineage_of(source, folder, naming, "adapter", **keys)
             facts["story"] = story_of(source, num_links)
-        write_adapter_card(scratch, links, written, error, named, **facts)
+        write_adapter_card(scratch, links, actual_rank, error, named, **facts)
     return {
         "to": "adapter",
         "output": str(output),
         "links": len(links),
-        "rank": written,
+        "rank": actual_rank,
         "error": error,
         "exact": tolerance is None and error == 0.0,
         "base": named.model,
@@ -149,37 +171,39 @@ def export_adapter(
 def _export_each(
     state: OpenState, parts: Sequence[Part], output: Path, naming: Naming, **compression: Any
 ) -> dict[str, Any]:
+    """Export each stage as an adapter in a folder of its own, with ``SERVING.md`` and a lineage."""
     adapters = []
     with filled_folder(output) as scratch:
         for part in parts:
-            done = export_adapter(part.state, scratch / part.name, naming=naming, **compression)
-            adapters.append(part.told(done["rank"], done["error"]))
+            result = export_adapter(part.state, scratch / part.name, naming=naming, **compression)
+            adapters.append(part.told(result["rank"], result["error"]))
         write_sheet(scratch, state, adapters, naming, as_gguf=False)
         keys = {**compression, "num_links": None, "each": True}
         base = _base_folder(state.base, state)
         lineage_of(state, base, naming, "adapter", **keys).write(scratch)
-    return {"to": "adapter", "output": str(output), "adapters": adapters, "base": done["base"]}
+    return {"to": "adapter", "output": str(output), "adapters": adapters, "base": result["base"]}
 
 
 def _save_tokenizer(run: OpenState | Chain, base: Path, output: Path) -> None:
+    """Write the tokenizer of a run's rows, or for a chain without a run, that of the base."""
     if not isinstance(run, Chain) and run.has_run:
         tokenizer_of(run, base).save_pretrained(output)
         return
-    with suppress(ModelError):  # the folder of a chain without a run may have none
+    with suppress(ModelError):  # the base of a chain without a run may have no tokenizer
         load_tokenizer(base).save_pretrained(output)
 
 
 def _base_folder(base: Base, run: OpenState | Chain) -> Path | None:
-    """Return where the base lies, its files its own; None where it is not at hand.
+    """Return the folder of the base, with a warning None if it is not on this machine.
 
-    Raises RunError for another base than the run was trained on; a chain without a run knows no
-    files of its base.
+    Raises RunError for another base than the run's. A chain without a run has no file hashes to
+    compare.
     """
     try:
         folder = resolve_model(base.model)
     except ModelError as error:
         if base.model:
-            logger.warning("the export has no licence and no tokenizer beside it: %s", error)
+            logger.warning("the export gets no licence and no tokenizer: %s", error)
         return None
     _check_own_files(folder)
     if isinstance(run, OpenState) and base.files is not None:
@@ -188,31 +212,32 @@ def _base_folder(base: Base, run: OpenState | Chain) -> Path | None:
 
 
 def _check_own_files(base: Path) -> None:
-    """Raise ModelError for a licence, template or config that is a link out of the base's folder.
+    """Raise ModelError if a file to copy is a symbolic link out of the base's folder.
 
-    In the Hub's cache they are links into its blobs.
+    Otherwise an export could contain any file of this machine. In the Hub's cache, links into its
+    blobs are allowed.
     """
     licences = [path for path in base.iterdir() if is_licence(path.name)]
     configs = [base / name for name in _CONFIGS]
     blobs = [base.parent.parent / "blobs"] if base.parent.name == "snapshots" else []
-    homes = [home.resolve() for home in (base, *blobs)]
+    allowed = [folder.resolve() for folder in (base, *blobs)]
     for path in sorted([*licences, *configs, *tokenizer_files(base)]):
-        if path.exists() and not any(map(path.resolve().is_relative_to, homes)):
+        if path.exists() and not any(map(path.resolve().is_relative_to, allowed)):
             raise ModelError(
-                f"what an export copies must lie in the base's folder (got {path.name} in {base}, "
-                f"a link to {path.resolve()}); put a copy in its place"
+                f"files that an export copies must lie in the base's folder (got {path.name} in "
+                f"{base}, a link to {path.resolve()}); put a copy in its place"
             )
 
 
 def copy_licences(base: Path, output: Path) -> None:
-    """Copy the texts of a base's licences into an export."""
+    """Copy the licence files of a base into an export."""
     for path in sorted(base.iterdir()):
         if path.is_file() and is_licence(path.name):
             shutil.copyfile(path, output / path.name)
 
 
 def _links_and_base(run: OpenState | Chain, num_links: int | None) -> tuple[Sequence[Link], Base]:
-    """Return the links to export, those that are switched on, and their base."""
+    """Return the links to export, without those that are switched off, and their base."""
     if isinstance(run, Chain):
         links = current_links(run)
         if num_links is not None and not 0 < num_links <= len(links):
@@ -222,7 +247,7 @@ def _links_and_base(run: OpenState | Chain, num_links: int | None) -> tuple[Sequ
 
 
 def check_compression(rank: int | None, tolerance: float | None) -> None:
-    """Raise ChainError unless an adapter can be compressed in this way."""
+    """Raise ChainError for an invalid `rank` or `tolerance`, or both."""
     if rank is not None and tolerance is not None:
         raise ChainError("an adapter has a `rank` or a `tolerance` (got both); leave one out")
     if rank is not None and not 0 < rank <= _WIDEST:
@@ -232,7 +257,7 @@ def check_compression(rank: int | None, tolerance: float | None) -> None:
 
 
 def write_adapter(folder: Path, factors: Mapping[str, Factors], base: Base) -> int:
-    """Write factors of a chain as one adapter; return its rank."""
+    """Write the factors of a chain as one PEFT adapter; return its rank."""
     rank = max(pair.a.shape[0] for pair in factors.values())
     config = LinkConfig(
         rank=rank,
@@ -264,7 +289,7 @@ def write_adapter_card(
     story: Mapping[str, Any] | None = None,
     lineage: Lineage | None = None,
 ) -> None:
-    """Write the model card of a chain as one adapter, and its lineage."""
+    """Write the model card of an adapter, and its lineage."""
     kind = f"relative error {error:.2e}" if error else "exact"
     what = f"with a chain of {len(links)} LoRA link(s) as one adapter of rank {rank} ({kind})."
     is_causal = base.task_type == CAUSAL
@@ -275,9 +300,9 @@ def write_adapter_card(
 
 
 def empty_folder(output: str | Path) -> Path:
-    """Return a folder to write into, outside runs.
+    """Return the path of a new or empty folder to write into, outside runs.
 
-    Raises RunError unless it is new or empty, and no other process writes it.
+    Raises RunError for any other path, and if another process writes it.
     """
     output = Path(expanduser(output))
     files.check_writable(output if output.is_dir() else output.parent)
@@ -287,13 +312,13 @@ def empty_folder(output: str | Path) -> Path:
         if (writer := files.writer_of(output)) is not None:
             rule = "`output` must be written by one process at a time"
             raise RunError(rule, f"{output}, which process {writer} writes", "choose another")
-        files.remove_scratch(output.parent, output.name)  # of an export that was killed
+        files.remove_scratch(output.parent, output.name)  # left by a killed export
     return output
 
 
 @contextmanager
 def filled_folder(output: Path) -> Iterator[Path]:
-    """Give a scratch folder; put it in place of an `empty_folder`, unless that was filled since."""
+    """Yield a scratch folder, then move it to `output`. Raises RunError if `output` is filled."""
     with files.replaced_folder(output) as scratch:
         yield scratch
         _need_empty(output)
@@ -301,7 +326,7 @@ def filled_folder(output: Path) -> Iterator[Path]:
 
 def _need_empty(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        what = "which is not empty" if output.is_dir() else "a file"
+        problem = "which is not empty" if output.is_dir() else "a file"
         raise RunError(
-            "`output` must be a new or empty directory", f"{output}, {what}", "choose another"
+            "`output` must be a new or empty directory", f"{output}, {problem}", "choose another"
         )

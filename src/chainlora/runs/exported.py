@@ -1,6 +1,6 @@
-"""What commands take in place of a run: a model, or an export of one, with what its lineage says.
+"""Load a model or an export in place of a run, with the facts in its lineage.
 
-An export is scored as its run is: its rows are read by the config in ``lineage.json``, and an
+An export is scored like its run: its rows are read by the config in ``lineage.json``, and an
 adapter is put on the base that it names.
 """
 
@@ -42,11 +42,10 @@ Loaded = tuple["CausalModel", "PreTrainedTokenizerBase"]
 def load_run_or_model(
     run_or_model: Address, *, num_links: int | None = None, dtype: str | torch.dtype | None = None
 ) -> Loaded:
-    """Return ``(model, tokenizer)`` of a run's chain, of an adapter on its base, or of a model as
-    `load_model` takes it.
+    """Return ``(model, tokenizer)`` of a run, of an adapter on its base, or of a model.
 
-    `num_links` takes a run's chain as it was then; `dtype` defaults to that of the run, also of one
-    that was exported, or float32.
+    `num_links` takes only the first links of a run. `dtype` is by default that of the run, also for
+    its export; float32 for other models.
     """
     if isinstance(run_or_model, OpenState) or is_run(run_or_model):
         return load_run(run_or_model, num_links=num_links, dtype=dtype, as_trained=True)
@@ -66,25 +65,27 @@ def load_run_or_model(
 
 
 def _is_adapter(folder: Path) -> bool:
+    """Say whether a folder holds an adapter and no model."""
     has = [(folder / name).is_file() for name in ("adapter_config.json", "config.json")]
     return has == [True, False]
 
 
 def _adapter_on_base(folder: Path, lineage: Lineage | None, dtype: str | torch.dtype) -> Loaded:
-    """Return an adapter on the base that it names. Raises RunError where that is not at hand."""
+    """Return an adapter on the base that it names. Raises RunError if the base is not found."""
     start = load_start(folder)
-    named = "" if start.adapter is None else start.adapter.base
-    known = None if lineage is None else lineage.history.base
-    base = OpenBase(from_above(named, folder), dtype, None if known is None else known.quantize)
+    name = "" if start.adapter is None else start.adapter.base
+    base_facts = None if lineage is None else lineage.history.base
+    quantize = None if base_facts is None else base_facts.quantize
+    base = OpenBase(from_above(name, folder), dtype, quantize)
     try:
         files = base.files
     except ModelError as error:
         rule = "the base of an adapter must be at hand"
         remedy = "set CHAINLORA_MODELS to the folder that holds it, or name it in that file"
-        got = f"{named or 'none'} in {folder / 'adapter_config.json'}, which is not found"
+        got = f"{name or 'none'} in {folder / 'adapter_config.json'}, which is not found"
         raise RunError(rule, got, remedy) from error
-    if known is not None:
-        check_base(known, folder, files=files)
+    if base_facts is not None:
+        check_base(base_facts, folder, files=files)
     chain = base.chain(device=torch.device("cpu"))
     for note in put_on(start, chain).notes:
         logger.warning("%s", note)
@@ -94,27 +95,29 @@ def _adapter_on_base(folder: Path, lineage: Lineage | None, dtype: str | torch.d
     return model, base.tokenizer(start.tokenizer)
 
 
-# --- what the lineage of an export says ---
+# --- the lineage of an export ---
 
 
 def lineage_at(place: str | Path) -> Lineage | None:
-    """Return the lineage of an export, a folder or a GGUF file in one; None of another model."""
+    """Return the lineage of an export (its folder, or a GGUF file in it); None of another model."""
     path = Path(expanduser(str(place)))
     folder = path.parent if path.suffix.lower() == ".gguf" else path
     return read_lineage(folder) if (folder / LINEAGE).is_file() else None
 
 
 def config_of_export(place: str | Path) -> RunConfig | None:
-    """Return the config of the last stage with rows of its own, as a run gives it; None of another
-    model, and of a saved chain."""
+    """Return the config of the last exported stage with rows of its own.
+
+    Returns None for another model, and for the export of a saved chain.
+    """
     lineage = lineage_at(place)
     if lineage is None:
         return None
-    found = [e.key for e in lineage.history.entries if not e.is_rehearsal]
-    names = [key for key in found if key in lineage.stages]
+    keys = [e.key for e in lineage.history.entries if not e.is_rehearsal]
+    names = [key for key in keys if key in lineage.stages]
     if not names:
         return None
-    tree = deepcopy(lineage.stages[names[-1]].config)  # it may come from somebody else
-    refuse_paths(tree, Path(LINEAGE))
+    tree = deepcopy(lineage.stages[names[-1]].config)
+    refuse_paths(tree, Path(LINEAGE))  # the export may come from somebody else
     leave_out_helpers(tree, LINEAGE)
     return make_config(tree)

@@ -1,18 +1,21 @@
-"""``history.json``: every state that a run has been in, which of them it is now, and what it is to
-become.
+"""The history of a run, ``history.json``: all its states, the current one and the planned one.
 
     RUN/history.json              this file; it is replaced as a whole
     RUN/links/DIGEST/             a link: an ordinary PEFT adapter, stored once
-    RUN/rows/DIGEST.safetensors   the rows that a stage kept
-    RUN/stages/NAME/              what a stage wrote: its config, records and result; while it is
-                                  trained, its checkpoint too (`runs.work`)
-    RUN/tokenizer/                one that is not the base's, if the run began with it
+    RUN/rows/DIGEST.safetensors   the kept rows of a stage
+    RUN/stages/NAME/              config, records and result of a stage; in training, its checkpoint
+                                  too (`runs.work`)
+    RUN/tokenizer/                only if the run began with another tokenizer than the base's
 
-An entry is declared before it is computed: it then has a recipe and no state, and is `unbuilt`.
+The words: an *entry* has a state, and was computed from its *parents*: a stage, a combination, a
+mix or an import. The *head* is the entry that the run is now. The *origin* is the entry that it
+began on. An entry is declared before it is computed: until then it is *unbuilt* and has no state.
+The *target* is an unbuilt entry that will become the head.
+
 Rows are named by their content, links by their stage, config and tensors; they are never
-overwritten. What a state needs is written first; then this file is replaced under a lock. So a
-kill leaves the history before or after, and readers never meet half an entry. A file that no entry
-names is ignored until `prune` deletes it.
+overwritten. The files of a state are written first; then this file is replaced under a lock. So a
+kill leaves the history before or after the change, and readers never see half an entry. Files that
+no entry names are ignored, and deleted by `prune`.
 """
 
 from __future__ import annotations
@@ -39,10 +42,10 @@ from chainlora.runs.documents import (
 )
 
 CAUSAL = "CAUSAL_LM"  # PEFT's name of the task of causal language models
-MAIN = "main"  # the stage of links where none was named
-START = "start"  # what a run began on: an imported adapter, or rows given for it
-BASE = "base"  # the state of no links
-REHEARSED = "data.rehearse"  # what stands for the rows of a stage that has none of its own
+MAIN = "main"  # the name of a stage without one
+START = "start"  # the entry of an imported adapter that a run began on, or of rows of its origin
+BASE = "base"  # the state without links
+REHEARSED = "data.rehearse"  # marks the sources of a rehearsal, which has no rows of its own
 CONFIG, RECORDS, RESULT = "config.yaml", "metrics.jsonl", "result.json"
 TOKENIZER = "tokenizer"
 WEIGHTS = "adapter_model.safetensors"
@@ -58,24 +61,28 @@ class Term(Part):
 
 
 class State(Part):
-    """What a model is: a base and the links on it. Its digest is of what adds to the weights."""
+    """A base and the links on it."""
 
     base: str
     terms: tuple[Term, ...] = ()
 
     @property
     def digest(self) -> str:
-        """Return 16 hexadecimal digits. States of one digest are equal to the bit."""
-        on = [[t.link, t.strength] for t in self.terms if t.strength]
-        return short_digest([self.base, on])
+        """Return 16 hexadecimal digits. States with equal digests are equal to the bit.
+
+        Links at strength 0 do not count.
+        """
+        active = [[t.link, t.strength] for t in self.terms if t.strength]
+        return short_digest([self.base, active])
 
 
-# --- what the history says ---
+# --- the parts of the history ---
 
 
 class Base(Part):
-    """The model that links belong to. `files` are hashes of all that makes it what it is; a chain
-    saved without a run has none.
+    """The model that links belong to.
+
+    `files` are the hashes of its files; they are None for a chain saved without a run.
     """
 
     model: str
@@ -88,7 +95,7 @@ class Base(Part):
 
 
 class LinkFacts(Part):
-    """What is known of a link beside its tensors; `files` are those of its folder."""
+    """The facts of a link beside its tensors; `files` are the SHA-256 of its adapter's files."""
 
     stage: Name
     rank: Count
@@ -99,11 +106,15 @@ class LinkFacts(Part):
 
     @property
     def digest(self) -> str:
-        """Return the digest of the stage, config and tensors. The link has the one of its first
-        stage: another run may have taken it in under another name."""
+        """Return the digest of stage, config and tensors.
+
+        A link that was copied into another run keeps its name there, although its stage may have
+        got another name; then this digest differs from its name.
+        """
         return short_digest([self.stage, self.config, self.files.get(WEIGHTS)])
 
     def link_config(self) -> LinkConfig:
+        """Return the config. Raises RunError for an invalid one."""
         try:
             return LinkConfig(**self.config)
         except (ConfigError, TypeError) as error:
@@ -111,8 +122,10 @@ class LinkFacts(Part):
 
 
 class Change(Part):
-    """A config key that a resume changed, and from which step on: where something lies, or a key
-    that `resuming.CHANGEABLE` names. A run may come from somebody else."""
+    """A config key that a resume changed, and from which step on.
+
+    Only places and `resuming.CHANGEABLE` keys are valid, because a run may come from somebody else.
+    """
 
     key: Annotated[
         str,
@@ -124,24 +137,24 @@ class Change(Part):
 
 
 class Training(Part):
-    """What a stage was trained with: `rows` is the digest of its rows in their order, `sources` are
-    digests of the task and the files of rows by the keys that name them, `plugins` their SHA-256,
-    `numbers` what was decided at its start."""
+    """The inputs of a stage's training."""
 
-    rows: str | None = None
-    sources: dict[str, list[str]] = Field(default={})
-    plugins: dict[str, str] = Field(default={})
+    rows: str | None = None  # digest of the rows in their order
+    sources: dict[str, list[str]] = Field(
+        default={}
+    )  # digests of task and row files, by config key
+    plugins: dict[str, str] = Field(default={})  # SHA-256 of each
     changes: tuple[Change, ...] = ()
-    numbers: Numbers | None = None
+    numbers: Numbers | None = None  # decided before the first step (`training.deciding`)
     versions: dict[str, str] = Field(default={})
 
 
 class Recipe(Part):
-    """What a combination depends on beside its parts.
+    """The settings of a combination, beside its parts.
 
-    `rank` is by default the largest of a part, at least 16. `importance` multiplies what rows of a
-    part count. With `general`, what the run began on is a part, by the rows of the entry ``start``.
-    With `keep_conflicts`, rows count whose prompt has another answer in a later stage.
+    `rank` is by default the largest rank of a part, at least 16. `importance` weights the rows of a
+    part. With `general`, the origin is a part too, by the rows of the entry ``start``. With
+    `keep_conflicts`, rows are used even if their prompt has another answer in a later stage.
     """
 
     rank: Annotated[int, Field(gt=0)] | None = None
@@ -150,25 +163,20 @@ class Recipe(Part):
     keep_conflicts: bool = False
 
     def of_parts(self, keys: Collection[str]) -> Recipe:
-        """Return this for some parts: without the importance of others."""
-        own = {key: value for key, value in self.importance.items() if key in (START, *keys)}
-        return self.model_copy(update={"importance": own})
+        """Return the recipe with the importance of these parts only."""
+        importance = {key: value for key, value in self.importance.items() if key in (START, *keys)}
+        return self.model_copy(update={"importance": importance})
 
 
 class Declared(Part):
-    """What an entry is from the moment it is declared.
-
-    `parents` are the entries that it is computed from. Entries of one `unit`, a stage and what
-    follows from it, are undone together. Of a stage, `training` has the digests of its rows and
-    plug-ins; of a combination, `recipe` says how it is made.
-    """
+    """The part of an entry that is known when it is declared."""
 
     key: Name
     kind: Literal["stage", "mix", "combine", "import"]
-    parents: tuple[Name, ...] = ()
-    unit: str = ""
-    training: Training = Training()
-    recipe: Recipe = Recipe()
+    parents: tuple[Name, ...] = ()  # the entries that it is computed from; none: the base
+    unit: str = ""  # a stage with its combination and rehearsal: `undo` takes them back together
+    training: Training = Training()  # of a stage or an import
+    recipe: Recipe = Recipe()  # of a combination
 
     @property
     def parent(self) -> str:
@@ -177,7 +185,7 @@ class Declared(Part):
 
     @property
     def is_rehearsal(self) -> bool:
-        """Say whether it is trained on nothing but rows that earlier stages kept."""
+        """Say whether it is trained only on kept rows of earlier stages."""
         return REHEARSED in self.training.sources
 
     @property
@@ -187,35 +195,30 @@ class Declared(Part):
 
 
 class Unbuilt(Declared):
-    """An entry without a state. `config` is that of a stage or of an import, `strengths` are those
-    of a mix."""
+    """An entry without a state."""
 
-    config: dict[str, Any] = Field(default={})
-    strengths: dict[Name, float] = Field(default={})
+    config: dict[str, Any] = Field(default={})  # of a stage or an import
+    strengths: dict[Name, float] = Field(default={})  # of a mix
 
     def built(self, state: State, **more: Any) -> Entry:
-        """Return the entry with its state, and more of its fields; it ends now."""
-        known = {name: getattr(self, name) for name in Declared.model_fields}
-        return Entry(**known | {"state": state, "ended": now()} | more)
+        """Return the entry with its state, other fields, and the current time as its end."""
+        declared = {name: getattr(self, name) for name in Declared.model_fields}
+        return Entry(**declared | {"state": state, "ended": now()} | more)
 
 
 class Entry(Declared):
-    """A state that the run has been in, and how it came about.
+    """A built entry: a state, and how it was computed."""
 
-    `reads` are the entries whose rows or scores it used. `tied` are the links that a stage tied, in
-    their order: `state` may end at an earlier, best point. `kept` names a file in ``rows``, `files`
-    lie in ``stages/KEY``. With `pruned`, links that the state was trained on were deleted since.
-    `distances`, of a combination, are those from its parts (`chain.combining.Combined`).
-    """
-
-    reads: tuple[Name, ...] = ()
+    reads: tuple[Name, ...] = ()  # entries whose kept rows were used
     state: State
-    tied: tuple[Digest, ...] = ()
-    kept: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    files: Sums = Field(default={})
+    tied: tuple[
+        Digest, ...
+    ] = ()  # all links of a stage; its state may end at an earlier, best point
+    kept: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None  # SHA-256 of its kept rows
+    files: Sums = Field(default={})  # in ``stages/KEY``
     ended: str = ""  # when, in UTC
-    pruned: bool = False
-    distances: dict[Name, float] = Field(default={})
+    pruned: bool = False  # links below it were deleted after it was trained
+    distances: dict[Name, float] = Field(default={})  # of a combination, from each part
 
     @property
     def has_config(self) -> bool:
@@ -223,7 +226,7 @@ class Entry(Declared):
         return CONFIG in self.files
 
     def renamed(self, names: Mapping[str, str]) -> Entry:
-        """Return this with other names of entries."""
+        """Return the entry with new names of entries; `names` maps old ones to new ones."""
         update = {
             "key": names.get(self.key, self.key),
             "parents": tuple(names.get(key, key) for key in self.parents),
@@ -234,26 +237,20 @@ class Entry(Declared):
 
 
 class History(Document):
-    """All entries of a run in the order in which they ended, then those that are `unbuilt` in the
-    order in which they were declared.
-
-    `head` is the entry that the run is now, ``base`` for none; `target` is an unbuilt one that is
-    to become the head. `past` and `future` are the heads that `undo` and `redo` go to. `origin` is
-    the entry that the run began on, with its ancestors, of another run or imported.
-    """
+    """All entries of a run, and its current state. Methods return changed copies."""
 
     base: Base
     hold: str
     seed: int = 0
     tokenizer: Sums = Field(default={})
     links: dict[Digest, LinkFacts] = Field(default={})
-    entries: tuple[Entry, ...] = ()
-    unbuilt: tuple[Unbuilt, ...] = ()
-    origin: Name = BASE
+    entries: tuple[Entry, ...] = ()  # in the order in which they were built
+    unbuilt: tuple[Unbuilt, ...] = ()  # in the order in which they were declared
+    origin: Name = BASE  # copied from another run with its ancestors, or imported
     head: Name = BASE
     target: Name | None = None
-    past: tuple[Name, ...] = ()
-    future: tuple[Name, ...] = ()
+    past: tuple[Name, ...] = ()  # earlier heads, for `undo`: the latest is last
+    future: tuple[Name, ...] = ()  # heads for `redo`: the next is first
 
     @model_validator(mode="after")
     def _checked(self) -> History:
@@ -261,7 +258,7 @@ class History(Document):
         return self
 
     def need_names(self) -> None:
-        """Raise ValueError for links and entries that are not there; parents end earlier."""
+        """Raise ValueError unless all named links and entries exist, parents before children."""
         known = {BASE}
         for entry in (*self.entries, *self.unbuilt):
             used = set[str]()
@@ -277,19 +274,20 @@ class History(Document):
             raise ValueError(f"{wrong[0]} must be an entry")
 
     def find(self, key: str) -> Entry | None:
-        """Return the entry of a key that has a state, None where there is none."""
+        """Return the built entry of a key, or None."""
         return next((entry for entry in self.entries if entry.key == key), None)
 
     def find_unbuilt(self, key: str) -> Unbuilt | None:
+        """Return the unbuilt entry of a key, or None."""
         return next((entry for entry in self.unbuilt if entry.key == key), None)
 
     def known(self, key: str) -> Entry | Unbuilt | None:
-        """Return the entry of a key, built or not."""
+        """Return the entry of a key, built or unbuilt, or None."""
         return self.find(key) or self.find_unbuilt(key)
 
     @property
     def empty(self) -> State:
-        """Return the state of no links."""
+        """Return the state without links."""
         return State(base=self.base.fingerprint)
 
     def state_of(self, key: str) -> State:
@@ -298,31 +296,31 @@ class History(Document):
         return self.empty if entry is None else entry.state
 
     def below(self, key: str) -> set[str]:
-        """Return the key of an entry, and those of all that it is computed from, built or not."""
-        found, due = set[str](), [key]
+        """Return the keys of an entry and of all its ancestors, built or unbuilt."""
+        below, due = set[str](), [key]
         while due:
             name = due.pop()
             entry = self.known(name)
-            if entry is not None and name not in found:
-                found.add(name)
+            if entry is not None and name not in below:
+                below.add(name)
                 due += entry.parents
-        return found
+        return below
 
     def lineage(self, key: str) -> list[Entry]:
-        """Return an entry and all that it was computed from, in the order in which they ended."""
-        found = self.below(key)
-        return [entry for entry in self.entries if entry.key in found]
+        """Return an entry and its ancestors that are built, in the order of `entries`."""
+        below = self.below(key)
+        return [entry for entry in self.entries if entry.key in below]
 
     def keepers(self, keys: Iterable[str]) -> dict[str, str]:
-        """Return the SHA-256 of rows kept by the start, and by what some entries come from."""
+        """Return the SHA-256 of the kept rows of entries and their ancestors, and of the start."""
         read = {START, *(entry.key for key in keys for entry in self.lineage(key))}
         return {e.key: e.kept for e in self.entries if e.key in read and e.kept is not None}
 
     @property
     def own(self) -> list[Entry]:
-        """Return what came after the state that the run began on, and its rows."""
-        begun_with = {entry.key for entry in self.lineage(self.origin)} | {START}
-        return [entry for entry in self.entries if entry.key not in begun_with]
+        """Return the entries of this run alone: without the origin, its ancestors and its rows."""
+        copied = {entry.key for entry in self.lineage(self.origin)} | {START}
+        return [entry for entry in self.entries if entry.key not in copied]
 
     @property
     def own_stages(self) -> list[str]:
@@ -330,45 +328,48 @@ class History(Document):
         return [entry.key for entry in self.own if entry.kind == "stage"]
 
     def in_order(self, terms: Iterable[Term]) -> list[Term]:
-        """Return terms in the order in which their stages ended, that of a combination first."""
+        """Return terms in the order of their stages; the term of a combination comes first."""
         places = {entry.key: place for place, entry in enumerate(self.entries)}
         return sorted(terms, key=lambda term: places.get(self.links[term.link].stage, -1))
 
     def strengths_of(self, state: State) -> dict[str, float]:
-        """Return the strength of each stage in a state, in the order in which they ended."""
+        """Return the strength of each stage in a state, in the order of `entries`."""
         terms = self.in_order(state.terms)
         return {self.links[term.link].stage: term.strength for term in terms}
 
     @property
     def files(self) -> dict[str, str]:
-        """Return all files that the history names, each with its SHA-256 or the first digits."""
-        found = {f"{TOKENIZER}/{name}": digest for name, digest in self.tokenizer.items()}
+        """Return all files that the history names, each with its SHA-256 or its first digits."""
+        named = {f"{TOKENIZER}/{name}": digest for name, digest in self.tokenizer.items()}
         for key, facts in self.links.items():
-            found |= {f"{link_folder(key)}/{name}": d for name, d in facts.files.items()}
+            named |= {f"{link_folder(key)}/{name}": d for name, d in facts.files.items()}
         for entry in self.entries:
-            found |= {f"stages/{entry.key}/{name}": d for name, d in entry.files.items()}
-            found |= {} if entry.kept is None else {rows_file(entry.kept): entry.kept}
-        return found
+            named |= {f"stages/{entry.key}/{name}": d for name, d in entry.files.items()}
+            named |= {} if entry.kept is None else {rows_file(entry.kept): entry.kept}
+        return named
 
-    def outer(self, keys: Iterable[str]) -> list[str]:
-        """Return those of some entries that no other of them is computed from, once each."""
-        found = [*dict.fromkeys(keys)]
-        inside = {below for key in found for below in self.below(key) - {key}}
-        return [key for key in found if key not in inside]
+    def without_ancestors(self, keys: Iterable[str]) -> list[str]:
+        """Return the keys once each, without ancestors of another one of them."""
+        unique = [*dict.fromkeys(keys)]
+        ancestors = {below for key in unique for below in self.below(key) - {key}}
+        return [key for key in unique if key not in ancestors]
 
-    def ends(self, key: str) -> list[str]:
-        """Return the entries that an entry is combined of; itself, where it is no combination."""
+    def parts(self, key: str) -> list[str]:
+        """Return the parts of a combination, or of the one below a mix or a rehearsal.
+
+        Another entry is its own part.
+        """
         entry = self.known(key)
         if entry is None:
             return []
         if entry.kind == "combine":
             return list(entry.parents)
         if entry.kind == "mix" or entry.is_rehearsal:
-            return [end for parent in entry.parents for end in self.ends(parent)]
+            return [part for parent in entry.parents for part in self.parts(parent)]
         return [key]
 
     def recipe_of(self, key: str) -> Recipe:
-        """Return how the combination that an entry is, or was trained on, is made."""
+        """Return the recipe of a combination, also below a mix or rehearsal."""
         entry = self.known(key)
         if entry is not None and (entry.kind == "mix" or entry.is_rehearsal):
             return self.recipe_of(entry.parent)
@@ -377,7 +378,7 @@ class History(Document):
     # --- moving the head, and adding entries ---
 
     def moved(self, key: str) -> History:
-        """Return this with another head, from which `undo` comes back, and no target."""
+        """Return the history with another head and no target; `undo` returns to the old head."""
         if key == self.head:
             return self.model_copy(update={"target": None})
         past = (*self.past, self.head)
@@ -385,34 +386,34 @@ class History(Document):
         return self.model_copy(update=update)
 
     def declared(self, new: Iterable[Unbuilt], target: str | None) -> History:
-        """Return this with more unbuilt entries, in place of those of the same keys and of what
-        was to be computed of these.
+        """Return the history with new unbuilt entries and a new target.
 
-        `target` is what the run is to become; it becomes that now if the entry has a state. An
-        unbuilt combination is dropped where a new one has all its parts and more, or belongs to the
-        same unit, unless another entry is to be computed from it.
+        New entries replace unbuilt ones with the same keys, and the descendants of these. If the
+        target is built already, it becomes the head. An unbuilt combination is dropped if a new one
+        has all its parts and more, or belongs to the same unit; its rehearsal is dropped too. Both
+        are kept if another entry descends from them.
         """
         new = [*new]
         before = self.withdrawn(e.key for e in new if self.find_unbuilt(e.key) not in (None, e))
-        more = {entry.key: entry for entry in new if before.find_unbuilt(entry.key) is None}
-        whole = (*before.unbuilt, *more.values())
-        combined = [entry for entry in more.values() if entry.kind == "combine"]
-        old = {
-            e.key
-            for e in whole
+        added = {entry.key: entry for entry in new if before.find_unbuilt(entry.key) is None}
+        unbuilt = (*before.unbuilt, *added.values())
+        combined = [entry for entry in added.values() if entry.kind == "combine"]
+        dropped = {
+            old.key
+            for old in unbuilt
             for one in combined
-            if e.kind == "combine" and ({*e.parents} < {*one.parents} or e.unit == one.unit)
-        } - more.keys()
-        old |= {e.key for e in whole if e.is_rehearsal and old & {*e.parents}}
-        left = tuple(entry for entry in whole if entry.key not in old)
-        if any(old & {*entry.parents} for entry in left):  # something else stands on one
-            left, old = whole, set()
-        kept = None if before.target in old else before.target
-        grown = self.model_copy(update={"unbuilt": left, "target": target or kept})
-        return grown.moved(target) if target is not None and self.find(target) else grown
+            if old.kind == "combine" and ({*old.parents} < {*one.parents} or old.unit == one.unit)
+        } - added.keys()
+        dropped |= {e.key for e in unbuilt if e.is_rehearsal and dropped & {*e.parents}}
+        left = tuple(entry for entry in unbuilt if entry.key not in dropped)
+        if any(dropped & {*entry.parents} for entry in left):
+            left, dropped = unbuilt, set()
+        old_target = None if before.target in dropped else before.target
+        after = self.model_copy(update={"unbuilt": left, "target": target or old_target})
+        return after.moved(target) if target is not None and self.find(target) else after
 
     def withdrawn(self, keys: Iterable[str]) -> History:
-        """Return this without some unbuilt entries, and those that were to be computed of them."""
+        """Return the history without some unbuilt entries and their descendants."""
         gone = {*keys} & {entry.key for entry in self.unbuilt}
         gone |= {entry.key for entry in self.unbuilt if gone & self.below(entry.key)}
         left = tuple(entry for entry in self.unbuilt if entry.key not in gone)
@@ -421,77 +422,75 @@ class History(Document):
         return self.model_copy(update={"unbuilt": left, "target": target, "origin": origin})
 
     def added(self, entry: Entry, links: Mapping[str, LinkFacts]) -> History:
-        """Return this with one more entry that has a state. The entry `start` comes first."""
-        unbuilt = tuple(each for each in self.unbuilt if each.key != entry.key)
+        """Return the history with one more built entry. The entry ``start`` is placed first."""
+        unbuilt = tuple(other for other in self.unbuilt if other.key != entry.key)
         entries = (entry, *self.entries) if entry.key == START else (*self.entries, entry)
         update = {"entries": entries, "links": {**self.links, **links}}
         return self.model_copy(update=update | {"unbuilt": unbuilt})
 
     def built(self, entry: Entry, links: Mapping[str, LinkFacts]) -> History:
-        """Return this with one more entry; the head moves there or not.
+        """Return the history with one more built entry, and move the head if it must.
 
-        It moves to the target, and on the way there from an entry to one computed from it. `undo`
-        takes a unit back as a whole.
+        The head moves to the target, and on the way to the target to a child of the head. Moves
+        inside a unit are not recorded, so that `undo` takes the whole unit back.
         """
-        grown, target = self.added(entry, links), self.target
-        is_next = self.head in (entry.parents or (BASE,))
+        after, target = self.added(entry, links), self.target
         if entry.key == self.origin:
-            return grown.model_copy(update={"head": entry.key}) if self.head == BASE else grown
+            return after.model_copy(update={"head": entry.key}) if self.head == BASE else after
+        is_child = self.head in (entry.parents or (BASE,))
         if target is None or (
-            entry.key != target and not (is_next and entry.key in self.below(target))
+            entry.key != target and not (is_child and entry.key in self.below(target))
         ):
-            return grown
+            return after
         before = self.find(self.head)
-        moved = grown.moved(entry.key)
+        moved = after.moved(entry.key)
         update: dict[str, Any] = {"target": None if entry.key == target else target}
         if before is not None and before.unit and before.unit == entry.unit:
             update["past"] = self.past
         return moved.model_copy(update=update)
 
     def mixed(self, state: State) -> History:
-        """Return this as a run of that state: a `mix` of its head, or as it is.
+        """Return the history with a state at its head: a new mix, or an entry with that state.
 
-        Where an entry that the head was computed from is that state already, the head moves there.
+        If the head or one of its ancestors has the state already, no mix is added.
         """
         if state == self.state_of(self.head):
             return self
-        same = (each.key for each in self.lineage(self.head) if each.state == state)
+        same = (entry.key for entry in self.lineage(self.head) if entry.state == state)
         key = next(same, BASE if state == self.empty else None)
         if key is not None:
             return self.moved(key)
         parents = () if self.head == BASE else (self.head,)
-        shown = [[term.link, term.strength] for term in state.terms]
-        key = f"mix-{short_digest([[*parents], shown, []])[:8]}"
+        terms = [[term.link, term.strength] for term in state.terms]
+        key = f"mix-{short_digest([[*parents], terms, []])[:8]}"
         while (known := self.known(key)) is not None:
             if isinstance(known, Entry) and (known.parents, known.state) == (parents, state):
                 return self.moved(key)
-            key = f"mix-{short_digest(key)[:8]}"  # that one was another before a prune
+            key = f"mix-{short_digest(key)[:8]}"  # taken by a mix whose state a prune has changed
         entry = Entry(key=key, kind="mix", parents=parents, state=state, ended=now())
         return self.added(entry, {}).moved(key)
 
     def name_after(self, parts: Sequence[str]) -> str:
-        """Return the name of a combination: ``after-`` the last of its parts, a number where that
-        is taken."""
+        """Return a free name for a combination: ``after-`` and its last part, perhaps a number."""
         name = f"after-{parts[-1]}"[:72]
         names = chain([name], (f"{name}-{number}" for number in count(2)))
-        return next(each for each in names if self.known(each) is None)
+        return next(free for free in names if self.known(free) is None)
 
     def combination(self, parts: Iterable[str], recipe: Recipe) -> Entry | Unbuilt | None:
-        """Return the entry that is the combination of these by a recipe, built or not."""
-        wanted = {*parts}
+        """Return the combination of these parts by a recipe, built or unbuilt, or None."""
         known: list[Entry | Unbuilt] = [*self.entries, *self.unbuilt]
-        asked = ("combine", recipe, wanted)
-        return next((e for e in known if (e.kind, e.recipe, {*e.parents}) == asked), None)
+        wanted = ("combine", recipe, {*parts})
+        return next((e for e in known if (e.kind, e.recipe, {*e.parents}) == wanted), None)
 
 
 # --- places ---
 
 
 def link_folder(digest: str) -> str:
-    """Return where a link lies in the run."""
+    """Return the folder of a link in a run."""
     return f"links/{digest}"
 
 
 def rows_file(digest: str) -> str:
-    """Return where kept rows of this SHA-256 lie in the run."""
+    """Return the file of kept rows in a run, by their SHA-256."""
     return f"rows/{digest[:16]}.safetensors"

@@ -1,4 +1,4 @@
-"""Read and replace ``history.json``: the file of `runs.history`, under the lock of its run."""
+"""Read ``history.json`` (`runs.history`), and replace it under the lock of its run."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from chainlora.runs.history import RECORDS, History
 from chainlora.runs.locks import locked, need_own
 from chainlora.runs.paths import HISTORY
 
-_READ: dict[Path, tuple[tuple[int, ...], History]] = {}  # what was read last, and its version
+_READ: dict[Path, tuple[tuple[int, ...], History]] = {}  # cache: version and content by path
 
 
 def read_history(run: Path) -> History:
-    """Read and check ``history.json``, unless it is as this process has read or written it last.
+    """Read and check ``history.json``, or return the cached one if the file has not changed.
 
-    Each version is a file of its own, known by number, size and the time that its writer gave it.
-    Folders that lead out of the run are refused: nothing there is written or deleted. Raises
-    RunError for these, and for no history, a damaged one, or one of another format.
+    Every replacement is a new file, so inode, size and times identify a version. Raises RunError
+    for a missing or damaged history, another format, and for folders that are symbolic links:
+    nothing outside the run may be written or deleted.
     """
     path, version = (run / HISTORY).absolute(), _version(run)
-    known = _READ.get(path)
-    if known is not None and version is not None and known[0] == version:
-        return known[1]
+    cached = _READ.get(path)
+    if cached is not None and version is not None and cached[0] == version:
+        return cached[1]
     need_own_folders(run)
     history = read_part(run / HISTORY, History)
     if version is not None and version == _version(run):
@@ -42,17 +42,17 @@ def write_history(run: Path, history: History) -> None:
 
 def _version(run: Path) -> tuple[int, ...] | None:
     try:
-        found = (run / HISTORY).stat()
+        stat = (run / HISTORY).stat()
     except OSError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def need_own_folders(run: Path) -> None:
-    """Raise RunError for folders in a run that lead out of it."""
-    for places in ("*", "stages/*", "stages/*/*"):
-        for path in run.glob(places):
-            if path.is_dir():  # linked files are safe, since writes replace them
+    """Raise RunError if a folder in a run is a symbolic link."""
+    for pattern in ("*", "stages/*", "stages/*/*"):
+        for path in run.glob(pattern):
+            if path.is_dir():  # linked files are safe, because writes replace the link
                 need_own(path)
 
 
@@ -61,11 +61,12 @@ def update_history(
     change: Callable[[History], History],
     then: Callable[[], object] = lambda: None,
 ) -> History:
-    """Replace the history of a run by what `change` makes of it, and return that.
+    """Replace the history of a run with the result of `change`, under the lock; return the result.
 
-    Other processes wait meanwhile: milliseconds. `change` does nothing long; `then` deletes what is
-    not named any more, before others can name it. Raises RunError where a file that the history is
-    to name was deleted meanwhile.
+    `change` must be fast, because other processes wait. `then` is called under the same lock, to
+    delete files that are no longer named before another process can name them again.
+
+    Raises RunError if another process has deleted a file that the new history names.
     """
     with locked(run):
         need_own_folders(run)
@@ -73,13 +74,14 @@ def update_history(
         after = change(before)
         if after != before:
             new = after.files.keys() - before.files.keys()
-            gone = [name for name in new if not (run / name).exists()]
+            missing = [name for name in new if not (run / name).exists()]
             try:
                 after.need_names()
-                if gone := [name for name in gone if not name.endswith(f"/{RECORDS}")]:
-                    raise ValueError(f"{gone[0]} must be there")
-            except ValueError as error:  # of what another process has deleted meanwhile
-                raise RunError("a run was changed meanwhile", error, "start again") from None
+                if missing := [name for name in missing if not name.endswith(f"/{RECORDS}")]:
+                    raise ValueError(f"{missing[0]} must exist")
+            except ValueError as error:  # another process has deleted a file or an entry
+                rule = "Another process has changed this run"
+                raise RunError(rule, error, "repeat the command") from None
             with files.reported(run):
                 files.remove_scratch(run, HISTORY)
             write_history(run, after)

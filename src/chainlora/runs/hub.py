@@ -1,7 +1,7 @@
-"""The Hub: an export becomes a repository's new commit, and runs are pushed and pulled.
+"""Push exports to the Hub; push and pull runs, to and from the Hub or a folder.
 
-A run is pushed as the files that its history names, without those that are there already, and then
-the history. A folder is pushed to in the same way, without the Hub.
+Pushing a run copies the new files that its history names, and then the history. An export becomes a
+commit of a repository.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ logger = logging.getLogger(__name__)
 
 
 def check_push(run: Address, target: str, naming: Naming) -> None:
-    """Raise ConfigError unless an export can be pushed.
+    """Raise ConfigError unless an export can be pushed to the Hub.
 
-    Its repository has a name, and an adapter a base that others can load.
+    It needs the name of a repository, and an adapter needs a base that others can load.
     """
     if not is_hub_id(naming.name or ""):
         raise ConfigError(
@@ -53,10 +53,10 @@ def check_push(run: Address, target: str, naming: Naming) -> None:
 def push_folder(
     folder: str | Path, name: str, *, private: bool = False, remedy: str | None = None
 ) -> str:
-    """Upload a folder's files to a model repository, made if need be; return the address.
+    """Upload a folder to a model repository, which is created if needed; return its address.
 
-    Logs in as huggingface_hub does: by ``HF_TOKEN``, or as ``hf auth login`` left it. Raises
-    FileError where the Hub refuses or cannot be reached; the folder stays.
+    The login is that of huggingface_hub: ``HF_TOKEN``, or ``hf auth login``. Raises FileError if
+    the Hub refuses the upload or cannot be reached; the folder is kept.
     """
     from huggingface_hub import HfApi
 
@@ -64,27 +64,27 @@ def push_folder(
     try:
         api.create_repo(name, private=private or None, exist_ok=True)
         message = "A chain of LoRA, by chainlora"
-        done = api.upload_folder(
+        commit = api.upload_folder(
             repo_id=name, folder_path=folder, commit_message=message, ignore_patterns=LOCK
         )
-    except Exception as error:  # its own, and those of whichever HTTP library it has
+    except Exception as error:  # errors of huggingface_hub and of its HTTP library
         by_hand = f"it is written to {folder}: log in with `hf auth login`, and push it by "
         raise FileError(
-            "what is pushed must reach the Hub",
+            "a push must reach the Hub",
             f"{type(error).__name__}: {error!s:.200} for {name}",
             remedy or f"{by_hand}`hf upload {name} {folder}`",
         ) from error
-    return str(done.commit_url)
+    return str(commit.commit_url)
 
 
 # --- runs ---
 
 
 def push_run(run: str | Path, target: str, *, rows: bool = False) -> list[str]:
-    """Send to a folder, or a repository of the Hub, what it lacks of a run; return these files.
+    """Copy the new files of a run to a folder or a repository of the Hub; return their names.
 
-    Rows that stages kept are sent only with `rows`, or where they were sent before. A repository
-    that is new becomes private. Raises RunError where the target has entries that the run has not.
+    Kept rows are sent only with `rows`, or if they were sent before. A new repository is private.
+    Raises RunError if the target has entries that the run does not have.
     """
     folder, is_remote = whole_run(run), _is_repository(target)
     with TemporaryDirectory() if is_remote else nullcontext(expanduser(target)) as made:
@@ -92,9 +92,11 @@ def push_run(run: str | Path, target: str, *, rows: bool = False) -> list[str]:
             _download(target, allow_patterns=HISTORY, local_dir=made)
         names = _send(folder, Path(made), rows=rows)
         trees = {name: read_tree(folder / name) for name in names if Path(name).name == CONFIG}
-        if told := [name for name, tree in trees.items() if without_places(tree) != tree]:
-            shown = ", ".join(told)
-            logger.warning("%s name paths of this machine: share %s with care", shown, target)
+        if with_paths := [name for name, tree in trees.items() if without_places(tree) != tree]:
+            names_with_paths = ", ".join(with_paths)
+            logger.warning(
+                "%s name paths of this machine: share %s with care", names_with_paths, target
+            )
         if is_remote:
             remedy = f"log in with `hf auth login`, or for a folder write ./{target}"
             push_folder(made, target, private=True, remedy=remedy)
@@ -102,15 +104,15 @@ def push_run(run: str | Path, target: str, *, rows: bool = False) -> list[str]:
 
 
 def pull_run(source: str, run: str | Path) -> list[str]:
-    """Copy into a run, or a new one, what it lacks of one that was pushed; return these files."""
+    """Copy the new files of a pushed run into a run, or into a new one; return their names."""
     folder = Path(source).expanduser()
     if _is_repository(source):
-        folder = _download(source) or folder  # fetches only what is new, too
+        folder = _download(source) or folder  # downloads only new files
     return _send(folder, Path(run).expanduser(), rows=True)
 
 
 def _download(name: str, **keys: Any) -> Path | None:
-    """Return a folder with files of a repository; None where there is no such repository."""
+    """Return a folder with files of a repository, None if there is no such repository."""
     try:
         return Path(snapshot_download(name, **keys))
     except RepositoryNotFoundError:
@@ -124,39 +126,42 @@ def _is_repository(name: str) -> bool:
 
 
 def _send(source: Path, target: Path, *, rows: bool) -> list[str]:
-    """Copy what is new from one folder into another, and then replace its history."""
-    own = read_history(source)
+    """Copy the new files of a run from one folder into another, then replace its history."""
+    source_history = read_history(source)
     if exists_in(target):
-        known = read_history(target)
-        new = _joined(own, known, rows, target)
-        names = copy_files(source, target, new, known.files)
-        if new != known:  # else not even a lock is written
-            update_history(target, lambda now: _joined(own, now, rows, target))
+        before = read_history(target)
+        new = _joined(source_history, before, rows, target)
+        names = copy_files(source, target, new, before.files)
+        if new != before:  # otherwise nothing is written, not even a lock file
+            update_history(target, lambda now: _joined(source_history, now, rows, target))
         return names
     target = empty_folder(target)
-    history = _joined(own, History(base=own.base, hold=own.hold), rows, target)
+    empty = History(base=source_history.base, hold=source_history.hold)
+    history = _joined(source_history, empty, rows, target)
     with filled_folder(target) as scratch:
         names = copy_files(source, scratch, history)
         write_part(scratch / HISTORY, history)
     return names
 
 
-def _joined(own: History, known: History, rows: bool, target: Path) -> History:
-    """Return a history as a target gets it: without kept rows, unless `rows`, or the target has
-    some already. Raises RunError where the target is not an earlier state of the run, or that has
-    none."""
-    if not own.entries:
-        rule, remedy = "what is sent has an entry that is built", "chainlora train RUN builds them"
+def _joined(source: History, before: History, rows: bool, target: Path) -> History:
+    """Return the history that a target gets, in place of the one `before`.
+
+    Without `rows`, it names only kept rows that the target has already. Raises RunError if the
+    target is not an earlier version of the source, or if the source has no built entry.
+    """
+    if not source.entries:
+        rule, remedy = "a run needs a built entry to be sent", "chainlora train RUN builds them"
         raise RunError(rule, f"none for {target}", remedy)
-    for key in [entry.key for entry in (*known.entries, *known.unbuilt)]:
-        mine, there = own.find(key), known.find(key)
-        if mine is None or there is None or mine.state != there.state:
+    for key in [entry.key for entry in (*before.entries, *before.unbuilt)]:
+        sent, existing = source.find(key), before.find(key)
+        if sent is None or existing is None or sent.state != existing.state:
             rule, remedy = "the target must be earlier than the source", "choose another target"
             raise RunError(rule, f"another {key} in {target}", remedy)
-    kept = {entry.key: entry.kept for entry in known.entries}
+    kept = {entry.key: entry.kept for entry in before.entries}
     entries = tuple(
         entry.model_copy(update={"kept": (rows and entry.kept) or kept.get(entry.key)})
-        for entry in own.entries
+        for entry in source.entries
     )
-    # what is not built does not travel: nobody's plug-ins run because a run was received
-    return own.model_copy(update={"entries": entries, "unbuilt": (), "target": None})
+    # unbuilt entries are not sent: a received run must not make a command run plug-ins
+    return source.model_copy(update={"entries": entries, "unbuilt": (), "target": None})

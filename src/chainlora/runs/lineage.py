@@ -1,9 +1,8 @@
-"""``lineage.json``: where an export comes from, and the checksums of its files.
+"""``lineage.json``: the origin of an export, and the checksums of its files.
 
-It holds the part of the run's history that the exported state was computed from, the config and
-hardware of each stage, and how it was exported. So `runs.recomputing` can export it again from the
-run, and `training.rebuilding` can train it again from its rows. It has no rows, and of places on
-this machine only the last part.
+It has the history of the exported state, the config and hardware of each stage, and the arguments
+of the export. So `runs.recomputing` can export it again from the run, and `training.rebuilding` can
+train it again from the rows. It contains no rows, and only the last part of each path.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _OF_A_PLACE: Any = {"output": True, "start": True, "plugins": True, "train": {"t
 
 
 class StageFacts(Part):
-    """The config of a stage, and the hardware that it was trained on."""
+    """The config of a stage, and the hardware of its training."""
 
     config: dict[str, Any]
     hardware: dict[str, Any] = Field(default={})
@@ -46,7 +45,7 @@ class StageFacts(Part):
 
 @with_config(ConfigDict(extra="forbid"))
 class Exported(TypedDict, total=False):
-    """Arguments of the exporters; which one takes which is known by `verify_export`."""
+    """Arguments of the exporters; `verify_export` checks which exporter takes which."""
 
     num_links: int | None
     rank: int | None
@@ -56,60 +55,61 @@ class Exported(TypedDict, total=False):
 
 
 class Lineage(Document):
-    """What an export says of itself. `exported` are the arguments of the exporter, `state` is what
-    was exported, `history` all that it was computed from, `revision` that of a base from the Hub,
-    `files` are those beside this one."""
+    """The content of ``lineage.json``."""
 
     remedy: ClassVar[str] = "the export is damaged: export the run again"
     to: Target
-    exported: Exported
+    exported: Exported  # arguments of the exporter
     naming: dict[Literal["name", "base", "licence"], str | None]
     versions: dict[str, str] = Field(default={})
-    revision: str | None = None
-    state: State
-    history: History
+    revision: str | None = None  # of a base from the Hub
+    state: State  # the exported one
+    history: History  # its entry and all ancestors
     stages: dict[Name, StageFacts] = Field(default={})
-    files: Sums = Field(default={})
+    files: Sums = Field(default={})  # of the export, without this file
 
     def write(self, folder: Path) -> None:
-        """Write it into an export, the last of its files."""
+        """Write the file into an export, with checksums of all other files, which must exist."""
         whole = self.model_copy(update={"files": files.checksums(folder)})
         write_part(folder / LINEAGE, whole, indent=1)
 
     @property
     def base_digest(self) -> str | None:
-        """Return the SHA-256 of the hashes of the base's files; None where these are unknown."""
-        found = self.history.base.files
-        return None if found is None else checksum(found)
+        """Return a SHA-256 of the hashes of the base's files, None if these are unknown."""
+        hashes = self.history.base.files
+        return None if hashes is None else checksum(hashes)
 
     @property
     def places(self) -> list[tuple[int, str]]:
-        """Return the number and stage of each exported link, in the order of their sums. Numbers
-        count as `inspect` does, stages in the order in which they ended."""
+        """Return the number and stage of each exported link, in the order of summation.
+
+        Numbers are those of `inspect`: in the order of the stages.
+        """
         order = [term.link for term in self.history.in_order(self.state.terms)]
         links = [term.link for term in self.state.terms]
         return [(order.index(link), self.history.links[link].stage) for link in links]
 
     @property
     def picture(self) -> str:
-        """Return a line for each entry: what it was computed from, its name and kind."""
+        """Return a line for each entry: its parents, name and kind, and the strengths of a mix."""
 
         def line(entry: Entry) -> str:
-            own = self.history.strengths_of(entry.state) if entry.kind == "mix" else {}
-            shown = "".join(f" {stage}={value:g}" for stage, value in own.items())
-            return f"{' + '.join(entry.parents) or 'base'} --> {entry.key} ({entry.kind}{shown})"
+            mixed = self.history.strengths_of(entry.state) if entry.kind == "mix" else {}
+            strengths = "".join(f" {stage}={value:g}" for stage, value in mixed.items())
+            parents = " + ".join(entry.parents) or "base"
+            return f"{parents} --> {entry.key} ({entry.kind}{strengths})"
 
         return "\n".join(map(line, self.history.entries))
 
     @property
     def table(self) -> list[list[str]]:
-        """Return of each stage its name, strength, rows and links."""
+        """Return the name, strength, digest of rows, and links of each stage."""
         links, strengths = self.history.links.items(), self.history.strengths_of(self.state)
-        otherwise = strengths.get(COMBINED, 0)  # of stages that are parts of a combination
+        combined = strengths.get(COMBINED, 0)  # the strength of stages in a combination
         return [
             [
                 entry.key,
-                f"{strengths.get(entry.key, otherwise):g}",
+                f"{strengths.get(entry.key, combined):g}",
                 entry.training.rows or "",
                 " ".join(digest for digest, facts in links if facts.stage == entry.key),
             ]
@@ -121,21 +121,24 @@ class Lineage(Document):
 def lineage_of(
     state: OpenState, base: Path | None, naming: Naming, to: Target, **exported: Any
 ) -> Lineage:
-    """Return where an export comes from: `to` and `exported` are what was asked for, `base` is the
-    folder of the base, where it is at hand."""
+    """Return the lineage of an export of a state.
+
+    `base` is the folder of the base, None if it is not on this machine. `to` and `exported` are the
+    target and the arguments of the export.
+    """
     history, terms = closure(state), tuple(state.terms(exported["num_links"]))
-    own = [e.key for e in history.entries if e.has_config and state.draft is None]
+    configured = [e.key for e in history.entries if e.has_config and state.draft is None]
     stages = {
         key: {
             "config": state.at(key).config().model_dump(mode="json", exclude=_OF_A_PLACE),
             "hardware": (state.at(key).result() or {}).get("hardware", {}),
         }
-        for key in own
+        for key in configured
     }
-    # Without times, of which a rebuild has others, and files of rows, which a copy may lack.
-    known = history.model_dump(mode="json", exclude={"entries": {"__all__": {"kept", "ended"}}})
-    known["base"]["model"] = public_name(history.base.model)
-    for entry in known["entries"]:
+    # Leave out times, since a rebuild has others, and kept rows, since a copy may not have them.
+    facts = history.model_dump(mode="json", exclude={"entries": {"__all__": {"kept", "ended"}}})
+    facts["base"]["model"] = public_name(history.base.model)
+    for entry in facts["entries"]:
         entry["files"] = {name: sha for name, sha in entry["files"].items() if "/" in name}
     tree = {
         "to": to,
@@ -144,28 +147,28 @@ def lineage_of(
         "versions": versions(),
         "revision": base.name if base is not None and base.parent.name == "snapshots" else None,
         "state": State(base=state.state.base, terms=terms).model_dump(mode="json"),
-        **without_places({"history": known, "stages": stages}),
+        **without_places({"history": facts, "stages": stages}),
     }
     return Lineage.model_validate_json(json.dumps(tree))
 
 
 def without_places(value: Any) -> Any:
-    """Return a tree with the last part of each absolute path in it, keys included."""
+    """Return a JSON tree in which each absolute path, also as a key, is cut to its last part."""
     if isinstance(value, dict):
-        return {without_places(key): without_places(each) for key, each in value.items()}
+        return {without_places(key): without_places(child) for key, child in value.items()}
     if isinstance(value, list):
-        return [without_places(each) for each in value]
+        return [without_places(child) for child in value]
     if isinstance(value, str) and "\n" not in value:
-        windows = PureWindowsPath(value)  # knows the separators of all systems
+        windows = PureWindowsPath(value)  # accepts / and \ as separators
         if windows.is_absolute() or PurePosixPath(value).is_absolute():
             return windows.name
     return value
 
 
 def read_lineage(path: str | Path) -> Lineage:
-    """Read and check the lineage in the folder of an export, or in a file of that kind.
+    """Read and check the lineage of an export: its folder, or the file itself.
 
-    Raises RunError for none, a damaged one, another format.
+    Raises RunError for a missing or damaged one, or another format.
     """
     path = Path(path).expanduser()
     return read_part(path / LINEAGE if path.is_dir() else path, Lineage)

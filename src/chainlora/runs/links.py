@@ -1,4 +1,4 @@
-"""Links on disk: each an ordinary PEFT adapter in a folder named by its content."""
+"""Read and write links: each is an ordinary PEFT adapter in a folder named by its content."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from chainlora.runs.history import (
 
 
 def write_adapter_of(folder: Path, link: Link, base: Base) -> None:
-    """Write a link as a PEFT adapter, its scaling the tuned one whatever rank is stored."""
+    """Write a link as a PEFT adapter, with the scaling that it was tuned at.
+
+    The stored rank can differ from the tuned one (PiSSA, soft knots), so alpha is adjusted.
+    """
     power = 0.5 if link.config.rslora else 1
     save_adapter(
         folder,
@@ -34,9 +37,9 @@ def write_adapter_of(folder: Path, link: Link, base: Base) -> None:
 
 
 def save_link(run: Path, link: Link, base: Base, stage: str) -> tuple[str, LinkFacts]:
-    """Write a link into a run, unless it is there; return its digest and what is known of it.
+    """Write a link into a run unless it exists; return its digest and its facts.
 
-    The digest is that of its stage, its config and its tensors.
+    The digest covers its stage, config and tensors.
     """
     files.make_folder(run / "links")
     with files.new_folder(run / "links", stage) as scratch:
@@ -54,9 +57,9 @@ def save_link(run: Path, link: Link, base: Base, stage: str) -> tuple[str, LinkF
 
 
 def read_link(folder: Path, facts: LinkFacts, index: int, strength: float) -> Link:
-    """Read a link back from its PEFT adapter and what is known of it.
+    """Read a link from its PEFT adapter and its facts.
 
-    Raises RunError unless the adapter holds what such a link has and nothing else.
+    Raises RunError if the tensors do not fit the facts.
     """
     factors = load_adapter(folder)
     link = Link(
@@ -73,11 +76,11 @@ def read_link(folder: Path, facts: LinkFacts, index: int, strength: float) -> Li
 
 
 def need_low_rank_sum(config: LinkConfig, where: object, remedy: str) -> None:
-    """Raise RunError for a link that is more than B·A."""
+    """Raise RunError for a link that is more than s·B·A, because it has LoRA biases."""
     if config.lora_bias:
         raise RunError("links must be low-rank sums", f"a LoRA bias in {where}", remedy)
 
 
 def outline_of(facts: LinkFacts, index: int, strength: float) -> Link:
-    """Return a link without its tensors."""
+    """Return a link without tensors."""
     return Link(index, facts.link_config(), {}, strength=strength)

@@ -1,8 +1,8 @@
-"""Where a chain can begin: a finished run, a saved chain, or a LoRA that PEFT has saved elsewhere.
+"""Load the start of a chain: a finished run, a saved chain, or a LoRA that PEFT has saved.
 
-`with_start` fills in a config that begins there, and `load_start` reads it, both before there is a
-model; `fitted` checks that a model is the right one, and `put_on` puts the links on too.
-`load_chain` is all of it, for Python.
+`with_start` completes a config with `start`, and `load_start` reads the start, both without a
+model. `fitted` checks a start against a model, and `put_on` also adds its links. `load_chain` does
+all of this for Python callers.
 """
 
 from __future__ import annotations
@@ -44,17 +44,21 @@ logger = logging.getLogger(__name__)
 
 
 def load_start(source: str | Path) -> Start:
-    """Read what a stage can begin on.
+    """Read a start.
 
-    `source` is a run, or a state of it; a saved chain, or a trainer's checkpoint, which has one
-    inside; or the folder or Hub id of a LoRA that PEFT has saved. Raises ChainLoRAError for what
-    has no links, or cannot become links.
+    Args:
+        source: a run or ``RUN@STAGE``; a saved chain, or a trainer's checkpoint with one inside; or
+            the folder or Hub id of a LoRA that PEFT has saved.
+
+    Raises:
+        RunError: none of these, an unfinished run, or a damaged one.
+        ChainLoRAError: an adapter that cannot become links.
     """
     if is_run(source):
         state = open_run(source)
         if state.draft is not None:
             rule = "a chain starts from a finished run"
-            raise RunError(rule, state.run, "finish it by the command that began it")
+            raise RunError(rule, state.run, "finish it: repeat the command that began it")
         return start_at(state)
     folder = start_folder(source)
     refuse_older(folder)
@@ -64,11 +68,11 @@ def load_start(source: str | Path) -> Start:
         start = start_at(open_run(inside))
         return replace(start, tokenizer=tokenizer or start.tokenizer)
     if (folder / "adapter_config.json").is_file():
-        found = import_adapter(folder)
-        link = Link(0, found.config, found.factors)
-        revision = found.stored.get("revision")
+        adapter = import_adapter(folder)
+        link = Link(0, adapter.config, adapter.factors)
+        revision = adapter.stored.get("revision")
         notes = (f"the adapter is for revision {revision} of its base",) if revision else ()
-        return Start(links=(link,), adapter=found, tokenizer=tokenizer, notes=notes)
+        return Start(links=(link,), adapter=adapter, tokenizer=tokenizer, notes=notes)
     raise RunError(
         "a chain starts from a run, a saved chain or an adapter",
         f"no {HISTORY} and no adapter_config.json in {folder}",
@@ -77,9 +81,9 @@ def load_start(source: str | Path) -> Start:
 
 
 def start_folder(source: str | Path) -> Path:
-    """Return the folder of an adapter or a saved chain; that of a Hub id lies in the Hub's cache.
+    """Return the folder of an adapter or a saved chain; a Hub id is downloaded into the cache.
 
-    Raises RunError where there is none.
+    Raises RunError if it is not found.
     """
     folder = Path(expanduser(source))
     if folder.exists():
@@ -91,20 +95,21 @@ def start_folder(source: str | Path) -> Path:
 
 
 def start_at(state: OpenState) -> Start:
-    """Return what a stage begins on at a state: the links, the best point if it was kept."""
+    """Return the start at a state, with its links read."""
     return Start(state=state, links=tuple(state.links()), tokenizer=state.tokenizer())
 
 
 def fitted(start: Start, chain: Chain, name: str | None = None) -> Start:
-    """Return a start with the notes that the model of a chain completes.
+    """Check a start against the model of a chain; return it with notes about the model.
 
-    `name` is what the model is called; by default, what it calls itself. Raises ModelError or
-    RunError for a model that the links are not for.
+    A DoRA adapter is converted to LoRA here, because this needs the base weights. `name` is the
+    name of the model; by default its own. Raises ModelError or RunError for another model than the
+    links were tuned on.
     """
     if (adapter := start.adapter) is not None:
         _check_fit(adapter, chain.model)
-        own = name_of(chain.model)
-        notes = _other_name(adapter, name or hub_id_of(own) or own)
+        model_name = name_of(chain.model)
+        notes = _other_name(adapter, name or hub_id_of(model_name) or model_name)
         start = replace(start, notes=start.notes + notes)
         return _without_dora(start, adapter.magnitudes, chain.model)
     base = None if start.state is None else start.state.base
@@ -117,9 +122,9 @@ def fitted(start: Start, chain: Chain, name: str | None = None) -> Start:
 
 
 def put_on(start: Start, chain: Chain) -> Start:
-    """Add the links to a chain of none; return the start as `fitted` does.
+    """Add the links of a start to a chain without links; return the start as `fitted` does.
 
-    Nothing changes where the model is refused.
+    Nothing changes if the model is refused.
     """
     start = fitted(start, chain)
     chain.add(*start.links)
@@ -131,20 +136,29 @@ def load_chain(
 ) -> Chain:
     """Return a chain on the model that it was tuned on.
 
-    `directory` is a saved chain, whose live link goes on to the same bits; a trainer's checkpoint;
-    a finished run, or ``RUN@STAGE``; or the folder or Hub id of a LoRA that PEFT has saved, which
-    becomes one link. `checkpoint` is the folder that the model was loaded from, as for `Chain`; by
-    default the one that the model names, if it is at hand. Raises ChainLoRAError for a damaged
-    folder or another base.
+    Args:
+        directory: a saved chain, whose live link continues to the same bits; a trainer's
+            checkpoint; a finished run or ``RUN@STAGE``; or the folder or Hub id of a LoRA that PEFT
+            has saved, which becomes one link.
+        model: the base model; its links are added in place.
+        checkpoint: the folder that the model was loaded from, as for `Chain`; by default the folder
+            that the model names, if it exists.
+
+    Returns:
+        The chain.
+
+    Raises:
+        RunError: a damaged folder, an unfinished run, or another base than that of the chain.
+        ModelError: an adapter for another model.
     """
-    place = checkpoint or folder_of(model)
-    found = directory if is_run(directory) else chain_folder(Path(expanduser(directory)))
-    state = open_run(found) if is_run(found) else None
+    weights = checkpoint or folder_of(model)
+    address = directory if is_run(directory) else chain_folder(Path(expanduser(directory)))
+    state = open_run(address) if is_run(address) else None
     if state is None:
-        chain = Chain(model, hold=hold_for(model), checkpoint=place)
+        chain = Chain(model, hold=hold_for(model), checkpoint=weights)
     else:
         history = state.history
-        chain = Chain(model, seed=history.seed, hold=history.hold, checkpoint=place)
+        chain = Chain(model, seed=history.seed, hold=history.hold, checkpoint=weights)
     if state is not None and not state.has_run:
         restore_chain(chain, read_chain(state))
         return chain
@@ -154,13 +168,17 @@ def load_chain(
 
 
 def _check_fit(adapter: Imported, model: nn.Module) -> None:
-    """Raise ModelError unless a model has the layers, and the embeddings, of an adapter."""
+    """Raise ModelError unless a model has the layers of an adapter, and its saved embeddings."""
     need_layers(adapter, model)
-    found = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for path, weight in adapter.kept.items():
-        own = found.get(path)
-        if own is None or own.shape != weight.shape or not _same_values(own, weight):
-            rows = 0 if own is None else own.shape[0]
+        parameter = parameters.get(path)
+        if (
+            parameter is None
+            or parameter.shape != weight.shape
+            or not _same_values(parameter, weight)
+        ):
+            rows = 0 if parameter is None else parameter.shape[0]
             raise ModelError(
                 "the vocabulary of an adapter must be that of its base",
                 f"{weight.shape[0]} rows for {rows}, or other values, at {path}",
@@ -181,10 +199,11 @@ def need_layers(adapter: Imported, model: nn.Module) -> None:
 
 
 def _without_dora(start: Start, magnitudes: Mapping[str, Tensor], model: nn.Module) -> Start:
-    """Return a start from a DoRA adapter (arXiv 2402.09353) as the nearest LoRA of its rank.
+    """Return a start in which a DoRA adapter (arXiv 2402.09353) is the nearest LoRA of its rank.
 
     DoRA scales the rows of ``W + s·B·A`` to its magnitudes, which changes W by a matrix of full
-    rank. The link keeps the leading singular directions of that change.
+    rank. The link keeps the largest singular values of that change. Without `magnitudes`, the
+    adapter is not DoRA, and the start is returned unchanged.
     """
     if not magnitudes:
         return start
@@ -194,7 +213,7 @@ def _without_dora(start: Start, magnitudes: Mapping[str, Tensor], model: nn.Modu
         layer = linked_layer(model, name)
         if is_shard(layer.weight):
             raise ModelError("a DoRA adapter needs whole weights", f"a share of {name}", MERGE)
-        weight = dequantized(layer)
+        weight = dequantized(layer)  # [out, in]
         tuned = weight + link.delta_weight(name)
         update = tuned * (magnitude / tuned.norm(dim=1)).unsqueeze(1) - weight
         if not update.isfinite().all():
@@ -213,90 +232,103 @@ def _without_dora(start: Start, magnitudes: Mapping[str, Tensor], model: nn.Modu
 
 
 def _same_values(own: Tensor, stored: Tensor) -> bool:
-    """Compare a parameter with what was saved of one, in the narrower of their dtypes."""
+    """Compare a parameter with a saved one, in the narrower of their dtypes."""
     return torch.equal(own.detach().cpu().to(stored.dtype).to(own.dtype), stored.to(own.dtype))
 
 
 def _other_name(adapter: Imported, name: str) -> tuple[str, ...]:
-    """Return a note where a model has another name than the base of an adapter.
+    """Return a note if a model has another name than the base of an adapter.
 
-    Folders are known by the last part of their path.
+    Folders are compared by the last part of their path.
     """
     names = [adapter.base, name]
     if not all(map(is_hub_id, names)):
-        names = [PureWindowsPath(each).name for each in names]  # knows both separators
+        names = [PureWindowsPath(path).name for path in names]  # accepts / and \ as separators
     if not all(names) or names[0] == names[1]:
         return ()
     return (
-        f"the adapter is for another base, {adapter.base}, than {name}; their shapes agree, what "
-        "they compute may not",
+        f"the adapter is for another base, {adapter.base}, than {name}; their shapes agree, but "
+        "their outputs may differ",
     )
 
 
 def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with what is left out beside `start`: the base, and what the run has one of.
+    """Return a config completed by its `start`: the base, the stages, and keys that a run shares.
 
-    A run that has begun says it itself, and what its stage is called, so that a resume does not
-    need what it began on. Raises ConfigError for a key of the whole run that says otherwise than
-    the run that is begun on, and for another `start` than a run had.
+    If the run in `output` has begun, these keys come from that run, so that a resume does not need
+    the start. Otherwise they come from the run in `start`.
+
+    Raises ConfigError if the config contradicts the run in `start`, or names another `start` than
+    the run in `output` had.
     """
     try:
-        own, source = with_flat_model(tree), tree.get("start")
+        config, source = with_flat_model(tree), tree.get("start")
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if isinstance(source, Path):
-        source = own["start"] = str(source)
-    begun = first_stage(Path(expanduser(str(own.get("output")))))
-    if not isinstance(source, str):  # none, or what the config will refuse
+        source = config["start"] = str(source)
+    begun = first_stage(Path(expanduser(str(config.get("output")))))
+    if not isinstance(source, str):  # no start, or a value that the schema will refuse
         if source is None and begun is not None:
-            own.setdefault("stages", [{"name": begun.stage}])
-        return own
+            config.setdefault("stages", [{"name": begun.stage}])
+        return config
     if begun is not None:
-        config = begun.config()
-        before = config.start or "the base"
-        if source != before and not _is_same_start(before, source, begun):
-            raise ConfigError(
-                "`start` must be what the run began on",
-                f"{source}, and {before} for {begun.run}",
-                "choose another output",
-            )
-        shared = what_stages_share(config)
-        whole = {key: shared[key] for key in ("model", "quantize")}
-        whole["stages"] = [{"name": begun.stage}]
-        parts = {
-            section: {key: shared[section][key] for key in keys} | section_of(own, section)
-            for section, keys in RUN_WIDE.items()
-        }
-        return whole | own | parts
+        return _completed_by_begun(config, source, begun)
     state = open_run(source) if is_run(source) else None
     has_run = state is not None and state.has_run
     start = Start(state=state) if has_run else load_start(source)
-    if "stages" not in own:
-        own["stages"] = [{"name": name_apart(str(own.get("output")), start.stages)}]
-    if state is None or not has_run:
-        named = start.adapter.base if start.adapter is not None else None
-        base = named if start.state is None else start.state.base.model
-        if base:
-            own.setdefault("model", base)
-        return own
+    if "stages" not in config:
+        config["stages"] = [{"name": name_apart(str(config.get("output")), start.stages)}]
+    if state is not None and has_run:
+        return _completed_by_start(config, state)
+    adapter_base = start.adapter.base if start.adapter is not None else None
+    if base := adapter_base if start.state is None else start.state.base.model:
+        config.setdefault("model", base)
+    return config
+
+
+def _completed_by_begun(config: dict[str, Any], source: str, begun: OpenState) -> dict[str, Any]:
+    """Return a config completed by a run that has begun. Raises ConfigError for another start."""
+    first = begun.config()
+    before = first.start or "the base"
+    if source != before and not _is_same_start(before, source, begun):
+        raise ConfigError(
+            "`start` must be what the run began on",
+            f"{source}, and {before} for {begun.run}",
+            "choose another output",
+        )
+    shared = what_stages_share(first)
+    defaults = {key: shared[key] for key in ("model", "quantize")}
+    defaults["stages"] = [{"name": begun.stage}]
+    sections = {
+        section: {key: shared[section][key] for key in keys} | section_of(config, section)
+        for section, keys in RUN_WIDE.items()
+    }
+    return defaults | config | sections
+
+
+def _completed_by_start(config: dict[str, Any], state: OpenState) -> dict[str, Any]:
+    """Return a config completed by the run in its `start`. Raise ConfigError if they contradict."""
     shared = what_stages_share(state.config())
-    given, model = own.get("model"), state.base.model  # found from the run
-    if isinstance(given, str) and (
-        given == shared["model"] or is_same_place(shared["model"], given, state.run)
+    model, base = config.get("model"), state.base.model  # `base` is resolved from the run
+    if isinstance(model, str) and (
+        model == shared["model"] or is_same_place(shared["model"], model, state.run)
     ):
-        own["model"] = model
-    _agree(own, "model", model, "model")
-    _agree(own, "quantize", shared["quantize"], "quantize")
+        config["model"] = base
+    _set_or_compare(config, "model", base, "model")
+    _set_or_compare(config, "quantize", shared["quantize"], "quantize")
     for section, keys in RUN_WIDE.items():
-        own[section] = section_of(own, section)
+        config[section] = section_of(config, section)
         for key in keys:
-            _agree(own[section], key, shared[section][key], f"{section}.{key}")
-    return own
+            _set_or_compare(config[section], key, shared[section][key], f"{section}.{key}")
+    return config
 
 
 def first_stage(run: Path) -> OpenState | None:
-    """Return the first stage that a run trained itself, ended or not, else the first adapter that
-    was added to it; None where there is none."""
+    """Return the first stage that a run trained itself, finished or in training, or None.
+
+    In a run without one, it is the first adapter that was added.
+    """
     if not exists_in(run):
         return None
     history = read_history(run)
@@ -305,16 +337,16 @@ def first_stage(run: Path) -> OpenState | None:
     return begun_stage(run, names[0], history) if names else None
 
 
-def _is_same_start(before: str, now: str, begun: OpenState) -> bool:
-    """Say whether a run began on what `now` names: at the same place, or of the same links."""
-    if is_same_place(before, now, begun.run):
+def _is_same_start(before: str, source: str, begun: OpenState) -> bool:
+    """Say whether a run began on `source`: the same place as `before`, or the same links."""
+    if is_same_place(before, source, begun.run):
         return True
     try:
-        links = load_start(now).links
+        links = load_start(source).links
     except ChainLoRAError:
         return False
-    own = begun.at(begun.history.origin).links()
-    return len(own) == len(links) and all(map(_is_same_link, own, links))
+    origin = begun.at(begun.history.origin).links()
+    return len(origin) == len(links) and all(map(_is_same_link, origin, links))
 
 
 def _is_same_link(one: Link, two: Link) -> bool:
@@ -325,17 +357,19 @@ def _is_same_link(one: Link, two: Link) -> bool:
 
 
 def _tensors(link: Link) -> dict[tuple[str, str], Tensor]:
-    found: dict[tuple[str, str], Tensor] = {}
+    """Return the tensors of a link by module and part (a, b, bias)."""
+    tensors: dict[tuple[str, str], Tensor] = {}
     for name, factors in link.factors.items():
         parts = {part: getattr(factors, part) for part in ("a", "b", "bias")}
-        found |= {(name, part): tensor for part, tensor in parts.items() if tensor is not None}
-    return found
+        tensors |= {(name, part): tensor for part, tensor in parts.items() if tensor is not None}
+    return tensors
 
 
-def _agree(own: dict[str, Any], key: str, value: Any, name: str) -> None:
-    if own.setdefault(key, value) != value:
+def _set_or_compare(section: dict[str, Any], key: str, value: Any, name: str) -> None:
+    """Set a missing key. Raise ConfigError if it has another value."""
+    if section.setdefault(key, value) != value:
         raise ConfigError(
             f"`{name}` must equal the value in the `start` run",
-            f"{own[key]!r:.60}, and {value!r:.60} there",
+            f"{section[key]!r:.60}, and {value!r:.60} there",
             "leave it out",
         )

@@ -1,5 +1,7 @@
-"""Locks: one process trains a stage, and one at a time replaces the history. The system unlocks
-what a process held that has ended."""
+"""Locks: one process trains a stage, and one process at a time replaces the history.
+
+The operating system releases the locks of a process that ends.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from chainlora import files
 from chainlora.errors import FileError, RunError
 
 LOCK = ".lock"
-_PATIENCE = 60.0  # seconds for a history, which is replaced in milliseconds
+_PATIENCE = 60.0  # seconds to wait for the history, whose replacement takes milliseconds
 
 
 def take_lock(
@@ -22,9 +24,9 @@ def take_lock(
 ) -> FileLock:
     """Lock a folder for this process.
 
-    Raises RunError where another process holds it for longer than `wait` seconds: one that checks
-    whether it is in use holds it for a moment. Raises FileError on a disk without file locks. The
-    marker file that filelock takes there instead outlives a killed process.
+    Raises RunError if another process holds the lock for longer than `wait` seconds (`is_in_use`
+    holds it for a moment). Raises FileError on a disk without file locks: the marker file that
+    filelock would use there stays after a kill.
     """
     need_own(folder / LOCK)
     lock = FileLock(str(folder / LOCK), timeout=wait, thread_local=False, fallback_to_soft=False)
@@ -39,7 +41,7 @@ def take_lock(
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Keep a run locked for a moment."""
+    """Lock a run inside the context, which must be short."""
     lock = take_lock(run, _PATIENCE, "Wait for it.")
     try:
         yield
@@ -48,20 +50,20 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def is_in_use(folder: Path) -> bool:
-    """Say whether another process holds a folder."""
+    """Say whether another process holds the lock of a folder."""
     if not (folder / LOCK).is_file() or (folder / LOCK).is_symlink():
         return False
     try:
         take_lock(folder, wait=0).release()
     except RunError:
         return True
-    except FileError:  # not ours to write in: nobody here can tell
+    except FileError:  # no permission to lock, so the lock cannot be tested
         pass
     return False
 
 
 def need_own(path: Path) -> None:
-    """Raise RunError for a symbolic link in a run: changes must not leave the run."""
+    """Raise RunError for a symbolic link, by which a change could reach files outside the run."""
     if path.is_symlink():
         raise RunError(
             "a run must hold no symbolic links",

@@ -1,7 +1,7 @@
-"""The base of a run while a command uses it: each part is opened when it is first asked for, once.
+"""`OpenBase`: the base of a run while a command uses it; each part is opened on first use, once.
 
-Trainings, combinations and scores of one process use one model in turn. Each puts a `Chain` on it,
-after the one before was taken off.
+Trainings, combinations and scores of one process use the same model in turn. Each puts a `Chain` on
+it, after the chain before was removed.
 """
 
 from __future__ import annotations
@@ -43,33 +43,34 @@ class OpenBase:
     """A base model, opened part by part.
 
     Args:
-        model: Hub id, folder or GGUF file, as `resolve_model` takes it.
-        dtype: of its weights.
-        quantize: how its linear layers are quantised while they load.
+        model: Hub id, folder or GGUF file (`resolve_model`).
+        dtype: dtype of the weights.
+        quantize: quantisation of the linear layers while they load, None for none.
     """
 
     def __init__(
         self, model: str, dtype: str | torch.dtype = "float32", quantize: str | None = None
     ) -> None:
         self.name, self.dtype, self.quantize = model, named_dtype(dtype), quantize
-        self._tokenizers: dict[Path, tuple[Any, Any]] = {}  # and the chat template each came with
+        self._tokenizers: dict[Path, tuple[Any, Any]] = {}  # each with its original chat template
         self._model: Any = None
-        self._chain: Chain | None = None  # the last one that was put on the model
-        self._checkpoints = False  # it recomputes activations
+        self._chain: Chain | None = None  # the chain on the model
+        self._checkpoints = False  # whether the model recomputes activations
 
     @classmethod
     def of_config(cls, config: RunConfig, run: Path | None = None) -> OpenBase:
-        """Return the base that a config names; `run` names it too, where it has begun."""
+        """Return the base of a config; a relative name is resolved from the folder `run`."""
         name = config.model if run is None else from_above(config.model, run)
         return cls(name, config.train.dtype, config.quantize)
 
     @classmethod
     def of_state(cls, state: OpenState) -> OpenBase:
+        """Return the base of a state."""
         base = state.base
         return cls(base.model, base.dtype, base.quantize)
 
     def or_shared(self, base: OpenBase | None) -> OpenBase:
-        """Return the base that is open already, where there is one, in place of this one."""
+        """Return the open `base` in place of this one, or this one if it is None."""
         if base is None:
             return self
         alike = (base.dtype, base.quantize) == (self.dtype, self.quantize)
@@ -84,7 +85,7 @@ class OpenBase:
 
     @cached_property
     def files(self) -> dict[str, str]:
-        """The hash of each file that makes it what it is."""
+        """The hash of each file of the model (`models.identity`)."""
         return base_files(self.folder)
 
     @cached_property
@@ -101,21 +102,21 @@ class OpenBase:
         return open_folder(self.folder)
 
     def tokenizer(self, own: Path | None = None) -> PreTrainedTokenizerBase:
-        """Return the base's tokenizer, or that of a folder, with the chat template it came with.
+        """Return the tokenizer of the base, or of the folder `own`, with its own chat template.
 
-        It is one object for all who ask: a template that somebody has set is taken back.
+        Every call returns the same object and resets its template, which a caller may have changed.
         """
         folder = own or self.folder
         if folder not in self._tokenizers:
-            found: Any = self._opened.tokenizer if own is None else load_tokenizer(folder)
-            self._tokenizers[folder] = found, found.chat_template
+            loaded: Any = self._opened.tokenizer if own is None else load_tokenizer(folder)
+            self._tokenizers[folder] = loaded, loaded.chat_template
         tokenizer, template = self._tokenizers[folder]
         tokenizer.chat_template = template
         return tokenizer
 
     # --- with weights ---
 
-    @torch.inference_mode(False)  # a stage trains on what was loaded for scores
+    @torch.inference_mode(False)  # weights loaded for scoring may be trained on later
     def chain(
         self,
         *,
@@ -124,10 +125,10 @@ class OpenBase:
         device: torch.device | None = None,
         shares: int = 1,
     ) -> Chain:
-        """Return a chain of no links on the model, which is loaded when it is first asked for.
+        """Return a chain without links on the model; the first call loads the model.
 
-        The chain before is taken off: only one is on the model. `hold` is by default what suits the
-        model, `device` the accelerator. With `shares`, that many processes hold a part each.
+        The chain before is removed. `hold` is by default chosen by the model (`hold_for`), `device`
+        is by default the accelerator. `shares` is the number of processes that shard the model.
         """
         self.give_back()
         if self._model is None:
@@ -149,10 +150,10 @@ class OpenBase:
         return model
 
     def checkpoint_activations(self) -> None:
-        """Let the model recompute activations in the backward, until it is given back."""
+        """Recompute activations in the backward pass, until `give_back`."""
         try:
             switch_activation_checkpointing(self._model, is_on=True)
-        except ValueError as error:  # a class that is not made for it
+        except ValueError as error:  # the class does not support it
             raise ConfigError(
                 "`train.gradient_checkpointing` needs a model that has it",
                 type(self._model).__name__,
@@ -161,13 +162,13 @@ class OpenBase:
         self._checkpoints = True
 
     def give_back(self) -> None:
-        """Take off what was put on the model: it is what was loaded, to the bit.
+        """Remove the chain from the model, whose weights are then the loaded ones, to the bit.
 
-        An `Engine` on it must be closed before. Called before each new chain.
+        An `Engine` on the model must be closed before. `chain` calls this before each new chain.
         """
         if self._chain is None:
             return
-        self._chain.give_back().eval()  # training has left its mode
+        self._chain.give_back().eval()  # training leaves the model in training mode
         self._chain = None
         if self._checkpoints:
             switch_activation_checkpointing(self._model, is_on=False)

@@ -1,4 +1,4 @@
-"""A run on disk as a live model: its base, its links, and the tokenizer that its rows had."""
+"""Load a run as a live model: its base, its links, and the tokenizer of its rows."""
 
 from __future__ import annotations
 
@@ -34,17 +34,25 @@ def load_run(
     dtype: str | torch.dtype | None = None,
     as_trained: bool = False,
 ) -> tuple[CausalModel, PreTrainedTokenizerBase]:
-    """Load a run's base, put its chain on, and return (plain transformers model, tokenizer).
+    """Load a run as a plain transformers model with merged links, and its tokenizer.
 
-    The chain is that of the state that `run` names, or the first `num_links` links (0: the base);
-    `dtype` defaults to the run's own. The links of a quantised base are merged into it as it was
-    before; with `as_trained` they are left on the quantised one, in adapter layers. Raises RunError
-    when a file of the run or the base has changed, or the run was killed before it had anything;
-    ConfigError for a dtype that no weights have.
+    Args:
+        run: an address or a state (`open_run`).
+        num_links: merge only the first links (0: the base); by default all of the state.
+        dtype: dtype of the model; by default that of the run.
+        as_trained: keep a base that was quantised while loading quantised, with links in adapter
+            layers. By default links are merged into its unquantised weights.
+
+    Returns:
+        ``(model, tokenizer)``.
+
+    Raises:
+        RunError: a file of the run or the base has changed, or the run has tied no link yet.
+        ConfigError: an unknown dtype.
     """
     state = open_run(run)
     _need_causal(state)
-    links = state.links(num_links)  # first, since a missing one is found at once
+    links = state.links(num_links)  # before the model: a missing link is found at once
     if not links and num_links is None:
         _refuse_untrained(state)
     base = state.base
@@ -68,54 +76,57 @@ def load_run(
 def chain_on_base(
     state: OpenState, hold: str | None = None, base: OpenBase | None = None
 ) -> tuple[Chain, Any]:
-    """Return a chain of no links on the base of a run, and the tokenizer of its rows.
+    """Return a chain without links on the base of a run, and the tokenizer of its rows.
 
-    `hold` is by default what suits the model, `base` is opened here by default. Raises RunError
-    where it is not the base that the run was trained on.
+    `hold` is by default chosen by the model; `base` is opened here by default. Raises RunError for
+    another base than the run's.
     """
     _need_causal(state)
     return _chain_on(OpenBase.of_state(state).or_shared(base), state, hold=hold)
 
 
 def _chain_on(base: OpenBase, state: OpenState, **keys: Any) -> tuple[Chain, Any]:
+    """Return a chain on a checked base, and the tokenizer; `keys` are those of `OpenBase.chain`."""
     if state.base.files is not None:
         check_base(state.base, state.run, files=base.files)
     chain = base.chain(**keys)
-    if state.base.files is None:  # a saved chain, which knows no files
+    if state.base.files is None:  # a saved chain has no file hashes
         check_base(state.base, state.run, fingerprint=chain.base_fingerprint)
-    return chain, _settled(base.tokenizer(state.tokenizer()), state)
+    return chain, _with_template(base.tokenizer(state.tokenizer()), state)
 
 
 def _need_causal(state: OpenState) -> None:
+    """Raise RunError for a chain on another kind of model, which only its user can load."""
     base = state.base
     if base.task_type != CAUSAL:
         raise RunError(
-            "only chains on causal language models bring their model with them (got one on "
+            "only chains on causal language models load their model themselves (got one on "
             f"{base.task_type or 'another model'} in {state.run}); load its model and call "
             f"load_chain({str(state.run)!r}, model).detach()"
         )
 
 
 def tokenizer_of(state: OpenState, base: Path | OpenBase) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a run's rows: the base's or its own, with its chat template."""
+    """Return the tokenizer of a run's rows: the base's or its own, with the run's chat template."""
     own = state.tokenizer()
-    found = base.tokenizer(own) if isinstance(base, OpenBase) else load_tokenizer(own or base)
-    return _settled(found, state)
+    loaded = base.tokenizer(own) if isinstance(base, OpenBase) else load_tokenizer(own or base)
+    return _with_template(loaded, state)
 
 
-def _settled(tokenizer: Any, state: OpenState) -> Any:
+def _with_template(tokenizer: Any, state: OpenState) -> Any:
+    """Return a tokenizer with the chat template of the run's config, if it names one."""
     if state.has_run:
         set_chat_template(tokenizer, state.config().data)
     return tokenizer
 
 
 def _refuse_untrained(state: OpenState) -> None:
-    """Refuse a run that was to train something and has not yet: the base would pass for it."""
+    """Raise RunError for a run without a tied link: its model would be just the base."""
     if not state.has_run:
         raise RunError(
             f"a saved chain must have a link (got none in {state.run}); take the base by 0 links"
         )
-    if state.draft is not None and state.config().chain.ranks:  # a run may plan none
+    if state.draft is not None and state.config().chain.ranks:  # a run may have no links at all
         raise RunError(
             f"a run must have tied its first link (got none in {state.run}); train it again to "
             "resume it, or take the base by --links 0"
@@ -123,7 +134,7 @@ def _refuse_untrained(state: OpenState) -> None:
 
 
 def noted_base(config: RunConfig, chain: Chain, files: dict[str, str]) -> Base:
-    """Return what a run notes of the model that it is tuned on; `files` are their hashes."""
+    """Return the facts of a base, for a run's history; `files` are the hashes of its files."""
     return Base(
         model=config.model,
         fingerprint=chain.base_fingerprint,
@@ -141,9 +152,10 @@ def check_base(
     files: Mapping[str, str] | None = None,
     fingerprint: str | None = None,
 ) -> None:
-    """Raise RunError unless the model at hand is the one the run was trained on.
+    """Raise RunError unless a model is the base that `run` was trained on.
 
-    It is known by its `files` (`models.identity`), or in chains without a run by its `fingerprint`.
+    Models are compared by the hashes of their `files` (`models.identity`), or for a chain without a
+    run by their `fingerprint`.
     """
     wrong = ""
     if before.files is not None and files is not None:

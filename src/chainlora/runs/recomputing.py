@@ -1,4 +1,4 @@
-"""Verify an export: the checksums of its files, and every byte against the run that it is of."""
+"""Verify an export: check its files by checksums, or compare every byte with a new export."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from chainlora.runs.state import OpenState
 def exporter_to(target: str) -> Callable[..., Any]:
     """Return the function that exports to a `lineage.Target`.
 
-    GGUF is written by a package that is built on this one, so that is imported by name.
+    GGUF is written by a package that depends on this one, so it is imported by name.
     """
     if target.startswith("gguf"):
         is_adapter = target == "gguf-adapter"
@@ -37,41 +37,49 @@ def exporter_to(target: str) -> Callable[..., Any]:
 
 
 def verify_export(export: str | Path, run: str | Path | None = None) -> list[str]:
-    """Return what differs, a line each: files of an export from their checksums, and with a `run`
-    the export from what that run gives.
+    """Compare an export with its checksums, and with a new export of a `run`.
 
-    The state is looked for in the whole history of `run`; ``RUN@NAME`` must be the state itself.
-    Names that begin with a dot, as tools of the Hub leave them, are not looked at.
+    Names that begin with a dot are skipped; tools of the Hub create such files.
 
-    Raises RunError for a folder without a lineage, and what exporting raises.
+    Args:
+        export: the folder of the export.
+        run: the run that it was exported from. The state is searched in its whole history;
+            ``RUN@NAME`` must be the state itself.
+
+    Returns:
+        The differences, one line each.
+
+    Raises:
+        RunError: a folder without a lineage.
+        ChainLoRAError: the run cannot be exported.
     """
     folder, lineage = Path(export).expanduser(), read_lineage(export)
-    now = _checksums(folder)
-    found = list(_changes(lineage.files, now, "not as it was exported"))
+    checksums = _checksums(folder)
+    differences = list(_changes(lineage.files, checksums, "not as it was exported"))
     if run is None:
-        return found
+        return differences
     state = open_run(run)
     if others := list(_other_origin(lineage, state, split_address(run)[1] is not None)):
-        return [*found, *others]
+        return [*differences, *others]
     source = state.at(lineage.history.head)
     if lineage.exported.get("num_links") is None:
         source = replace(source, state=lineage.state)
     exporter, naming = _exporter(lineage, folder), Naming(**lineage.naming)
     with TemporaryDirectory() as scratch:
         exporter(source, scratch, naming=naming, **lineage.exported)
-        found += _changes(_checksums(Path(scratch)), now, f"not what {run} gives")
-        again = read_lineage(scratch)
+        differences += _changes(_checksums(Path(scratch)), checksums, f"not what {run} gives")
+        new_lineage = read_lineage(scratch)
     for name in ("state", "history", "stages"):
-        if getattr(again, name) != getattr(lineage, name):
-            found.append(f"{LINEAGE}: `{name}` is not what {run} says")
-    if found and lineage.versions != versions():
-        known = lineage.versions.items() - versions().items()
-        found.append(f"exported with {', '.join(f'{k} {v}' for k, v in sorted(known))}, not here")
-    return found
+        if getattr(new_lineage, name) != getattr(lineage, name):
+            differences.append(f"{LINEAGE}: `{name}` is not what {run} says")
+    if differences and lineage.versions != versions():
+        others = sorted(lineage.versions.items() - versions().items())
+        differences.append(f"exported with {', '.join(f'{k} {v}' for k, v in others)}, not here")
+    return differences
 
 
 def _exporter(lineage: Lineage, folder: Path) -> Callable[..., Any]:
-    """Return what made an export. Raises RunError for arguments that it does not take."""
+    """Return the function that made an export. Raises RunError for arguments it does not have."""
     exporter = exporter_to(lineage.to)
     for name in lineage.exported.keys() - signature(exporter).parameters.keys():
         rule, got = f"{LINEAGE} must name arguments of an export to {lineage.to}", f"{name!r:.40}"
@@ -80,26 +88,30 @@ def _exporter(lineage: Lineage, folder: Path) -> Callable[..., Any]:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    found = files.checksums(folder)
-    return {name: d for name, d in found.items() if name != LINEAGE and not name.startswith(".")}
+    """Return the checksums of the files of an export, without its lineage."""
+    sums = files.checksums(folder)
+    return {name: d for name, d in sums.items() if name != LINEAGE and not name.startswith(".")}
 
 
-def _changes(before: Mapping[str, str], now: Mapping[str, str], what: str) -> Iterator[str]:
-    for name in changed_files(before, now):
-        yield f"{name}: {'missing' if name not in now else 'added' if name not in before else what}"
+def _changes(before: Mapping[str, str], after: Mapping[str, str], change: str) -> Iterator[str]:
+    """Yield a line for each file that is missing, added, or changed (described by `change`)."""
+    for name in changed_files(before, after):
+        kind = "missing" if name not in after else "added" if name not in before else change
+        yield f"{name}: {kind}"
 
 
 def _other_origin(lineage: Lineage, state: OpenState, is_named: bool) -> Iterator[str]:
-    """Yield why an export is not of a run, or of the state that was named."""
-    known, own, run = lineage.history, state.history, state.run
-    if known.base.files is not None:  # a saved chain has none
-        place = resolve_model(state.base.model)
-        for there, where in ((own.base.files, run), (base_files(place), place)):
-            if changed := changed_files(known.base.files, there or {}):
-                yield f"another base: {where} has another {', '.join(changed)}"
+    """Yield the reason why an export is not of this run, or not of the named state."""
+    exported, history, run = lineage.history, state.history, state.run
+    if exported.base.files is not None:  # a saved chain has no hashes
+        folder = resolve_model(state.base.model)
+        for hashes, place in ((history.base.files, run), (base_files(folder), folder)):
+            if changed := changed_files(exported.base.files, hashes or {}):
+                yield f"another base: {place} has another {', '.join(changed)}"
                 return
-    if known.head != BASE and own.state_of(known.head) != known.state_of(known.head):
-        yield f"another run: {run} has no state {known.head} of these links"
-    elif is_named and state.entry != own.find(known.head):
-        own_state = f"{known.head}, {known.state_of(known.head).digest}"
-        yield f"another state: {state} is {state.state.digest}, the export is of {own_state}"
+    head = exported.head
+    if head != BASE and history.state_of(head) != exported.state_of(head):
+        yield f"another run: {run} has no state {head} of these links"
+    elif is_named and state.entry != history.find(head):
+        exported_state = f"{head}, {exported.state_of(head).digest}"
+        yield f"another state: {state} is {state.state.digest}, the export is of {exported_state}"

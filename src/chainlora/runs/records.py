@@ -1,8 +1,7 @@
-"""``metrics.jsonl``: one JSON object a line, appended while a run goes on, not edited in place; and
-``result.json``: what the run came to, as far as others read it.
+"""Read and write ``metrics.jsonl``, one JSON object per line, and read ``result.json``.
 
-``stage.json`` holds the number of lines that belong to the point it describes, and the hash of
-their bytes. A resume keeps exactly those lines.
+Lines are only appended. ``stage.json`` has the number of lines up to its point, and the hash of
+their bytes; a resume keeps exactly these lines.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ _NOT_SCORES = {
     "majority",
     "candidate_loss",
 }
-_TEXTS = ("event", "where")  # values that are no numbers
-_MOST_SCORES = 3  # curves in one picture; more cannot be told apart
+_TEXTS = ("event", "where")  # keys with text; all others are numbers
+_MOST_SCORES = 3  # curves in one picture; more are hard to distinguish
 
 
 class RecordLog:
-    """The records of a run that is writing them; `lines` are those that it has already."""
+    """The records of a run that writes them; `lines` exist already."""
 
     def __init__(self, path: Path, lines: Sequence[bytes] = ()) -> None:
         self.path = path
@@ -55,6 +54,7 @@ class RecordLog:
         self.count = len(lines)
 
     def append(self, values: Mapping[str, Any]) -> None:
+        """Append a line, without a flush to disk."""
         line = json.dumps(values).encode() + b"\n"
         need_own(self.path)
         with reported(self.path), self.path.open("ab") as file:
@@ -63,26 +63,26 @@ class RecordLog:
         self.count += 1
 
     def flushed(self) -> Records:
-        """Flush the records to disk and say which they are."""
+        """Flush the records to disk; return their number and hash."""
         if self.count:
             with reported(self.path):
                 sync_file(self.path)
         return Records(count=self.count, sha256=self._hash.hexdigest())
 
     def cut(self) -> None:
-        """Remove from the file what comes after the lines that the log was made with."""
+        """Remove all lines from the file that the log was not made with."""
         if self.path.is_file() and self.path.stat().st_size != len(self._kept):
             write_bytes(self.path, self._kept)
 
 
 def resumed_log(path: Path, known: Records, num_records: int) -> RecordLog:
-    """Return the log of a run that resumes from a state with `num_records`. Changes no file.
+    """Return the log of a run that resumes at `num_records`; change no file.
 
-    `known` says which lines there must be. Without the file a run resumes too, with a warning: no
-    number is computed from it.
+    `known` are the lines that the file must have. If the file is missing, the run resumes with a
+    warning, because nothing is computed from records.
     """
     if known.count and not path.is_file():
-        logger.warning("%s is missing; resuming without the records before", path)
+        logger.warning("%s is missing; resuming without earlier records", path)
         return RecordLog(path)
     check_records(path, known)
     lines = _lines(path.read_bytes()) if path.is_file() else []
@@ -90,7 +90,7 @@ def resumed_log(path: Path, known: Records, num_records: int) -> RecordLog:
 
 
 def check_records(path: Path, known: Records) -> None:
-    """Raise RunError if the records that ``stage.json`` knows have changed; none may be there."""
+    """Raise RunError if the `known` records have changed; a missing file is accepted."""
     if not path.is_file():
         return
     with reported(path, "read"):
@@ -98,14 +98,14 @@ def check_records(path: Path, known: Records) -> None:
     if len(lines) < known.count or hashlib.sha256(b"".join(lines)).hexdigest() != known.sha256:
         raise RunError(
             f"metrics.jsonl must be as the run wrote it (got other bytes in {path}); restore it, "
-            "or move it away to do without these records"
+            "or move it away to resume without these records"
         )
 
 
 def read_records(path: Path) -> list[Record]:
-    """Read ``metrics.jsonl``; empty when there is none. Half a last line, of a kill, is left out.
+    """Read ``metrics.jsonl``; return no records if it is missing.
 
-    Raises RunError if another line is not a record.
+    An incomplete last line, left by a kill, is skipped. Raises RunError for any other invalid line.
     """
     with reported(path, "read"):
         lines = _lines(path.read_bytes()) if path.is_file() else []
@@ -126,17 +126,18 @@ def read_records(path: Path) -> list[Record]:
 
 
 def of_event(records: Iterable[Record], event: str) -> list[Record]:
+    """Return the records of one event."""
     return [record for record in records if record["event"] == event]
 
 
 def last_loss(steps: Sequence[Record]) -> float | None:
-    """Return the mean training loss over the last tenth of the steps; None if there were none."""
+    """Return the mean training loss over the last tenth of the steps, None without steps."""
     tail = steps[-max(1, len(steps) // 10) :]
     return sum(step["loss"] for step in tail) / len(tail) if tail else None
 
 
 def score_names(evaluations: Sequence[Record]) -> list[str]:
-    """Return the metrics that are worth a curve, the one that a task is judged by first."""
+    """Return the metrics to draw as curves; the main metric of the task is first."""
     names = {
         name: None
         for record in evaluations
@@ -147,7 +148,7 @@ def score_names(evaluations: Sequence[Record]) -> list[str]:
 
 
 def _lines(content: bytes) -> list[bytes]:
-    """Return the whole lines of a file, ends included."""
+    """Return the complete lines of a file, with their line ends."""
     return [line + b"\n" for line in content.split(b"\n")[:-1]]
 
 
@@ -166,7 +167,7 @@ class _Result(TypedDict):
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Read a ``result.json``. Raises RunError unless it holds values of the kinds that it must."""
+    """Read a ``result.json``. Raises RunError for missing keys or values of a wrong type."""
     with reported(path, "read"):
         content = path.read_bytes()
     try:

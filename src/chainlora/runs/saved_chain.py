@@ -1,12 +1,12 @@
-"""A chain on disk without a run around it: for loops of one's own, and for those of others.
+"""Save a chain without a run, for your own training loops and for other trainers.
 
-    DIR/history.json             the same as a run's, with one entry: the chain
-    DIR/links/DIGEST/            each an ordinary PEFT adapter; the live link too, as it is now
-    DIR/stages/main/chain.json   what only a chain that goes on needs to know
+    DIR/history.json             as in a run, with one entry: the chain
+    DIR/links/DIGEST/            each link as an ordinary PEFT adapter; also the live link
+    DIR/stages/main/chain.json   facts that only a continued chain needs
     DIR/stages/main/live.safetensors    the state of the live link, if there is one
 
-Whoever reads a run (`load_run`, the exports, `chainlora eval`) reads this too, the live link
-included. A folder is replaced as a whole, so it is never partly of one chain and partly of another.
+Functions that read a run (`load_run`, the exports, `chainlora eval`) read such a folder too. The
+folder is replaced as a whole, so it never mixes two chains.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from chainlora.runs.opening import check_base
 from chainlora.runs.paths import HISTORY, exists_in, stage_folder
 from chainlora.runs.state import OpenState
 
-# Where a checkpoint of a trainer keeps its chain, beside the adapter.
+# The folder of the chain in a trainer's checkpoint, beside the adapter.
 INSIDE = "chain"
 
 _CHAIN, _LIVE = "chain.json", "live.safetensors"
 
 
 class Live(Part):
-    """A link that was being tuned when its chain was saved, but for its tensors."""
+    """The live link of a saved chain, without its tensors."""
 
     config: dict[str, Any]
     num_steps: Count
@@ -50,20 +50,19 @@ class Live(Part):
 
 
 class Memory(Document):
-    """What a chain that goes on needs to know: the `ids` of its links, that of the next one, what
-    its links are drawn by, and the numbers of its run."""
+    """The facts that only a continued chain needs (``chain.json``)."""
 
-    ids: tuple[Count, ...] = ()
+    ids: tuple[Count, ...] = ()  # of its links
     next_id: Count = 0
-    stage: str = ""
-    first_id: Count = 0
+    stage: str = ""  # new links are drawn by stage and id
+    first_id: Count = 0  # of the stage
     live: Live | None = None
-    numbers: Numbers | None = None
+    numbers: Numbers | None = None  # of a trainer's run
 
 
 @dataclass(frozen=True)
 class SavedChain:
-    """A chain as it is on disk, read and checked. `links` are without the live one."""
+    """A chain read from disk and checked; `links` are without the live one."""
 
     state: OpenState
     memory: Memory
@@ -72,9 +71,15 @@ class SavedChain:
 
 
 def save_chain(chain: Chain, directory: str | Path) -> None:
-    """Write a chain, the live link included, so that `load_chain` continues to the same bits.
+    """Write a chain with its live link, so that `load_chain` continues to the same bits.
 
-    Raises RunError where something else than a saved chain lies.
+    Args:
+        chain: the chain.
+        directory: a new or empty folder, or one with a saved chain, which is replaced.
+
+    Raises:
+        RunError: `directory` holds something else.
+        FileError: the folder cannot be written.
     """
     write_chain(chain, current_links(chain), Path(directory).expanduser())
 
@@ -82,7 +87,7 @@ def save_chain(chain: Chain, directory: str | Path) -> None:
 def write_chain(
     chain: Chain, links: Sequence[Link], directory: Path, numbers: Numbers | None = None
 ) -> None:
-    """Write a chain whose `current_links` are known, and the numbers of its run."""
+    """Write a chain; `links` are its `current_links`, `numbers` those of a trainer's run."""
     _refuse_if_taken(directory)
     base = describe_base(chain)
     with files.replaced_folder(directory) as scratch:
@@ -107,31 +112,35 @@ def write_chain(
 
 
 def read_chain(state: OpenState) -> SavedChain:
-    """Read a saved chain and check all its files. Changes no model."""
+    """Read a saved chain and check all its files.
+
+    Raises RunError for a damaged one, and for a run or the base.
+    """
     if state.entry is None:
-        raise RunError("a saved chain goes on from its links", state.run, "take the model itself")
+        rule, remedy = "a saved chain is restored with its links", "load the model itself"
+        raise RunError(rule, f"the base of {state.run}", remedy)
     state.verify()
-    folder, known = stage_folder(state.run, MAIN), state.at(MAIN).entry
-    if known is None or _CHAIN not in known.files:
-        raise RunError("a saved chain was to be read", f"a run, {state.run}", "name a saved chain")
+    folder, entry = stage_folder(state.run, MAIN), state.at(MAIN).entry
+    if entry is None or _CHAIN not in entry.files:
+        raise RunError("the folder must hold a saved chain", f"a run, {state.run}", "name another")
     memory = read_part(folder / _CHAIN, Memory)
-    live = load_file(folder / _LIVE) if _LIVE in known.files else {}
+    live = load_file(folder / _LIVE) if _LIVE in entry.files else {}
     links = state.read(state.state.terms[: len(memory.ids)])
     links = [replace(link, id=id) for link, id in zip(links, memory.ids, strict=True)]
     return SavedChain(state, memory, links, live)
 
 
 def restore_chain(chain: Chain, saved: SavedChain) -> None:
-    """Make a chain what was saved, whatever it is now; its model must be the one of the save.
+    """Replace the links of a chain by the saved ones.
 
-    Raises RunError for another model, and for a live link that was weakened by `mix`.
+    Raises RunError for another model, and for a live link whose strength was changed by `mix`.
     """
     live, run = saved.memory.live, saved.state.run
-    of_live = saved.state.state.terms[len(saved.links) :]
-    strength = of_live[0].strength if of_live else 1.0
+    live_terms = saved.state.state.terms[len(saved.links) :]
+    strength = live_terms[0].strength if live_terms else 1.0
     if strength != 1:
         raise RunError(
-            "a link that goes on being tuned is at full strength",
+            "a link can be tuned further only at strength 1",
             f"{strength:g} in {run}",
             f"restore it first: chainlora mix {run} {MAIN}=1",
         )
@@ -144,7 +153,7 @@ def restore_chain(chain: Chain, saved: SavedChain) -> None:
     chain.next_id, chain.stage, chain.first_id = memory.next_id, memory.stage, memory.first_id
     if live is not None:
         config = LinkConfig(**live.config)
-        # what the loss said at its start is in the tensors
+        # a gradient initialization is not repeated: its result is in the saved tensors
         init = "kaiming" if config.init == "gradient" else config.init
         adapter = chain.extend(config.model_copy(update={"init": init}))
         set_config(adapter, config)
@@ -152,9 +161,9 @@ def restore_chain(chain: Chain, saved: SavedChain) -> None:
 
 
 def current_links(chain: Chain) -> list[Link]:
-    """Return the links that make the model what it is now: the live one too, if it adds anything.
+    """Return all links of the model, with the live one if it changes the model.
 
-    A chain of no other links gives its live link in any case, so that there is one to write.
+    A chain with only a live link returns it in any case, so that there is a link to write.
     """
     if chain.live is None:
         return list(chain.links)
@@ -208,6 +217,6 @@ def _memory(chain: Chain, numbers: Numbers | None) -> Memory:
 
 
 def chain_folder(directory: Path) -> Path:
-    """Return where the chain lies: in the folder itself, or inside a trainer's checkpoint."""
+    """Return the folder of a chain: the folder itself, or the one inside a trainer's checkpoint."""
     inside = directory / INSIDE
     return inside if not exists_in(directory) and exists_in(inside) else directory

@@ -1,4 +1,4 @@
-"""What a stage begins on, read before there is a model."""
+"""`Start`: the state or adapter that a stage begins on, read before a model is loaded."""
 
 from __future__ import annotations
 
@@ -14,27 +14,22 @@ from chainlora.runs.state import OpenState
 
 @dataclass(frozen=True)
 class Start:
-    """What a stage begins on; by default the base alone.
+    """The start of a stage; by default the base alone."""
 
-    It is a `state` of the stage's own run, of another run or a saved chain, or an imported
-    `adapter`, of which the base is known by its name alone. What was read from elsewhere comes with
-    more: `tokenizer`, the folder of one of its own; `notes` for the user.
-    """
-
-    state: OpenState | None = None
+    state: OpenState | None = None  # of the same run, another run or a saved chain
     links: tuple[Link, ...] = ()
-    adapter: Imported | None = None
-    tokenizer: Path | None = None
-    notes: tuple[str, ...] = ()
+    adapter: Imported | None = None  # whose base is known only by its name
+    tokenizer: Path | None = None  # folder of another tokenizer than the base's
+    notes: tuple[str, ...] = ()  # warnings for the user
 
     @property
     def kept(self) -> dict[str, Kept]:
-        """Return the rows that earlier stages kept, by stage in their order."""
+        """Return the kept rows of earlier stages, by stage in their order."""
         return {} if self.state is None else self.state.kept()
 
     @property
     def stages(self) -> list[str]:
-        """Return the names of the stages that are there: none of them names a new one."""
+        """Return the names of earlier stages; a new stage cannot have one of them."""
         if self.adapter is not None:
             return [START]
         if self.state is None:

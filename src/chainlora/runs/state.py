@@ -1,5 +1,6 @@
-"""The state of a run that a command is about: found once (`runs.addresses`), frozen, and taken by
-all that loads, scores, shows, exports or goes on from it. Every file is checked before it is used.
+"""`OpenState`: a state of a run, for code that loads, scores, shows, exports or continues it.
+
+`runs.addresses` finds it once for a command. It is frozen, and every file is checked before use.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, repr=False, eq=False)
 class OpenState:
-    """A state of a run: the base, or what an `entry` of its history is, perhaps at other strengths.
+    """A state of a run: the base, or the state of an `entry`, perhaps at other strengths.
 
-    Of a stage that is trained, it is what has been tied so far, with its `draft`; the history then
-    holds the entry that the stage would get.
+    For a stage in training, the state has the links tied so far, `draft` is set, and `history` also
+    has the entry that the stage would get now.
     """
 
     run: Path
@@ -70,14 +71,16 @@ class OpenState:
         heads = ("link", "stage", "rank", "steps", "strength")
         terms = self.history.in_order(self.state.terms)
         pairs = enumerate((term, self.history.links[term.link]) for term in terms)
-        rows = [(n, own.stage, own.rank, own.num_steps, t.strength) for n, (t, own) in pairs]
+        rows = [
+            (n, facts.stage, facts.rank, facts.num_steps, t.strength) for n, (t, facts) in pairs
+        ]
         return table(heads, rows, str(self))
 
-    # --- what it is ---
+    # --- base, links and entries ---
 
     @property
     def base(self) -> Base:
-        """Return the base, named as it is found from here."""
+        """Return the base; a relative name is resolved from the run's folder."""
         base = self.history.base
         return base.model_copy(update={"model": from_above(base.model, self.run)})
 
@@ -87,17 +90,17 @@ class OpenState:
 
     @property
     def pairs(self) -> list[tuple[Term, LinkFacts]]:
-        """Return each link of the state, and what is known of it."""
+        """Return each link of the state with its facts."""
         return [(term, self.history.links[term.link]) for term in self.state.terms]
 
     @property
     def facts(self) -> list[LinkFacts]:
-        """Return what is known of each link of the state."""
+        """Return the facts of each link of the state."""
         return [facts for _, facts in self.pairs]
 
     @property
     def stages(self) -> list[str]:
-        """Return the names of the stages that links are of, in the order in which they ended."""
+        """Return the names of the stages with links in the state, in the order of the history."""
         return list(self.strengths)
 
     @property
@@ -106,79 +109,83 @@ class OpenState:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Return the strength of each stage that has a share in the state, in the order in which
-        they ended: that of its own links, or of a combination that it is a part of."""
-        own = self.strengths
-        whole = own.pop(COMBINED, None)
+        """Return the strength of each stage in the state, in the order of the history.
+
+        A part of a combination has the strength of the combination.
+        """
+        strengths = self.strengths
+        combined = strengths.pop(COMBINED, None)
         entries = [e for e in self.lineage if e.kind in ("stage", "import") and e.state.terms]
-        shares = {e.key: own.pop(e.key, whole) for e in entries}
-        return {key: share for key, share in shares.items() if share is not None} | own
+        shares = {e.key: strengths.pop(e.key, combined) for e in entries}
+        return {key: share for key, share in shares.items() if share is not None} | strengths
 
     @property
     def lineage(self) -> list[Entry]:
-        """Return the entries that the state was computed from, and its own."""
+        """Return the entry of the state and its ancestors, in the order of the history."""
         return self.history.lineage(self.key)
 
     @property
     def trained(self) -> Entry | None:
-        """Return the entry whose training or import ended in this state, before any `mix`."""
-        found = self.entry
-        while found is not None and found.kind == "mix":
-            found = self.history.find(found.parent)
-        return found
+        """Return the entry of the state, or the one below if that is a mix; None for the base."""
+        entry = self.entry
+        while entry is not None and entry.kind == "mix":
+            entry = self.history.find(entry.parent)
+        return entry
 
     @property
     def stage(self) -> str:
-        """Return the name of the stage that was trained last, before any `mix`."""
+        """Return the key of the `trained` entry, ``base`` for none."""
         return BASE if self.trained is None else self.trained.key
 
     @property
     def has_run(self) -> bool:
-        """Say whether a run holds it; a saved chain has no config."""
+        """Say whether the folder is a run; a saved chain has no config."""
         return any(e.has_config for e in (*self.history.entries, *self.history.unbuilt))
 
     @property
     def is_before_training(self) -> bool:
-        """Say whether it is what a run began on, of which the config of the run tells nothing."""
+        """Say whether it is the base or the origin, which the run's config does not describe."""
         return self.key in (BASE, self.history.origin, START)
 
     @property
     def is_as_trained(self) -> bool:
-        """Say whether it is what the stage scored when it was trained: no mix, nothing pruned."""
-        own = self.trained
-        return own is None or (not own.pruned and own.state.digest == self.state.digest)
+        """Say whether recorded scores are those of this state: no mix, and nothing pruned."""
+        trained = self.trained
+        return trained is None or (not trained.pruned and trained.state.digest == self.state.digest)
 
     @property
     def parent(self) -> OpenState:
-        """Return the state that the stage began on."""
+        """Return the state that the `trained` entry began on."""
         return self.at(BASE if self.trained is None else self.trained.parent)
 
     @property
     def with_rows(self) -> OpenState:
-        """Return the end of the last stage that had rows of its own, which a rehearsal has not."""
-        found = [e.key for e in self.lineage if e.has_config and not e.is_rehearsal]
-        return self.at(found[-1]) if found and self.draft is None else self
+        """Return the state of the last stage with rows of its own: not a rehearsal."""
+        keys = [e.key for e in self.lineage if e.has_config and not e.is_rehearsal]
+        return self.at(keys[-1]) if keys and self.draft is None else self
 
     @property
     def first(self) -> int:
-        """Return how many links are below those of the stage that was trained last."""
+        """Return the number of links below those of the `trained` entry."""
         return sum(facts.stage != self.stage for facts in self.facts)
 
     @property
     def sequence(self) -> list[Term]:
-        """Return the links in the order in which they were tied, also beyond the best point."""
+        """Return the links in the order of tying, with those after the best point."""
         trained = self.trained
         if trained is None or not trained.tied:
             return self.history.in_order(self.state.terms)
         known = {term.link: term for term in self.state.terms}
         strength = self.strengths.get(trained.key, 1.0)
         below = [term for term, facts in self.pairs if facts.stage != trained.key]
-        own = [known.get(link, Term(link=link, strength=strength)) for link in trained.tied]
-        return [*self.history.in_order(below), *own]
+        tied = [known.get(link, Term(link=link, strength=strength)) for link in trained.tied]
+        return [*self.history.in_order(below), *tied]
 
     def terms(self, num_links: int | None = None) -> Sequence[Term]:
-        """Return the links of the state, or the first `num_links` that were tied, in the order of
-        their sums. Raises RunError for more than there are."""
+        """Return the links of the state, or the first `num_links` of `sequence`.
+
+        Their order is that in which they are summed. Raises RunError for more links than exist.
+        """
         terms = self.state.terms
         if num_links is None:
             return terms
@@ -187,7 +194,7 @@ class OpenState:
             rule = f"the number of links must be 0 to {len(first)} for this run"
             raise RunError(f"{rule} (got {num_links})")
         places = {term.link: place for place, term in enumerate(terms)}
-        return sorted(first[:num_links], key=lambda each: places.get(each.link, len(terms)))
+        return sorted(first[:num_links], key=lambda term: places.get(term.link, len(terms)))
 
     # --- other states ---
 
@@ -197,21 +204,21 @@ class OpenState:
         return OpenState(self.run, history, history.state_of(key), history.find(key))
 
     def with_strengths(self, strengths: Mapping[str, float]) -> OpenState:
-        """Return this with the links of these stages at other strengths.
+        """Return the state with the links of these stages at other strengths.
 
-        Raises RunError for stages that are not there.
+        Raises RunError for unknown stages, and for parts of a combination.
         """
         known = self.stages
         for name in strengths:
             if name in self.shares and name not in known:
                 rule = "a stage in a combination has no strength of its own"
-                others = " ".join(key for key in self.history.ends(self.key) if key != name)
-                remedy = f"chainlora combine {self.run} {others} is without it"
+                others = " ".join(key for key in self.history.parts(self.key) if key != name)
+                remedy = f"chainlora combine {self.run} {others} makes one without it"
                 raise RunError(rule, f"{name!r} for {self.run}", remedy)
             if name not in known:
                 rule = f"a stage must be one of {', '.join(known)}"
                 raise RunError(
-                    rule if known else "there must be a stage, and this state has no links",
+                    rule if known else "this state has no links, and so no stages",
                     f"{name!r} for {self.run}",
                     "name one" if known else "name another state",
                 )
@@ -222,82 +229,91 @@ class OpenState:
         return replace(self, state=self.state.model_copy(update={"terms": terms}))
 
     def need_one_strength(self, names: Sequence[str]) -> None:
-        """Raise RunError for a stage to which 1 would not give back what was: a chain that was
-        saved with links of several strengths."""
+        """Raise RunError for a stage whose links have different strengths.
+
+        Only a chain saved by Python code can have one. Strength 1 would not restore such a stage.
+        """
         for name in names:
-            found = {term.strength for term, facts in self.pairs if facts.stage == name}
-            if len(found) > 1:
-                shown = ", ".join(f"{each:g}" for each in sorted(found))
+            strengths = {term.strength for term, facts in self.pairs if facts.stage == name}
+            if len(strengths) > 1:
+                shown = ", ".join(f"{strength:g}" for strength in sorted(strengths))
                 raise RunError(
                     "Cannot weigh a stage whose links have different strengths",
                     f"{shown} in {name!r} of {self.run}",
-                    "take Chain.set_strengths, and save the chain",
+                    "set them by Chain.set_strengths, and save the chain",
                 )
 
-    # --- what it holds, read and checked ---
+    # --- files, read and checked ---
 
     def links(self, num_links: int | None = None) -> list[Link]:
-        """Read the links of the state, or of the first `num_links` that were tied."""
+        """Read the links of the state, or its first `num_links` tied links."""
         links = self.read(self.terms(num_links))
         check_strengths(links)
         return links
 
     def read(self, terms: Sequence[Term]) -> list[Link]:
-        """Read links, each checked; their places and ids are those in `terms`."""
+        """Read and check links; `Link.index` is the place in `terms`."""
         for term in terms:
             self._check(term)
-        found = []
+        links = []
         for place, term in enumerate(terms):
             facts, folder = self.history.links[term.link], self.run / link_folder(term.link)
-            found.append(read_link(folder, facts, place, term.strength))
-        return found
+            links.append(read_link(folder, facts, place, term.strength))
+        return links
 
     def outlines(self) -> list[Link]:
-        """Return the links without their tensors."""
+        """Return the links of the state without tensors."""
         pairs = enumerate(self.pairs)
         return [outline_of(facts, place, term.strength) for place, (term, facts) in pairs]
 
     @property
     def keepers(self) -> dict[str, str]:
-        """Return the SHA-256 of the rows that the entries of the state kept."""
+        """Return the SHA-256 of the kept rows of the state's entries."""
         return self.history.keepers([self.key])
 
     def kept(self, keys: Sequence[str] = ()) -> dict[str, Kept]:
-        """Read the rows that stages kept, in the order in which they ended: the stages of the
-        state, or of entries of the run."""
+        """Read the kept rows of the state's entries, in the order of the history.
+
+        `keys` name other entries of the run, whose ancestors are read too.
+        """
         keepers = self.history.keepers(keys or [self.key])
         return {key: read_kept(self._rows(digest)) for key, digest in keepers.items()}
 
     @property
     def columns(self) -> dict[str, str]:
-        """Return what a matrix scores: by the name of a column, the entry with its rows. Rows of
-        the start come first, as those of `base` where no adapter was imported; then each stage."""
+        """Return the columns of the matrix of scores: the entry with the rows, by column name.
+
+        Rows of the start come first, in a column named `base` unless they belong to an imported
+        adapter; then each stage.
+        """
         start = [START] if START in self.keepers else []
         rehearsals = {entry.key for entry in self.history.entries if entry.is_rehearsal}
-        own = [name for name in self.shares if name not in rehearsals]
+        stages = [name for name in self.shares if name not in rehearsals]
         is_base = not self.history.state_of(START).terms
-        return {BASE if key == START and is_base else key: key for key in (*start, *own)}
+        return {BASE if key == START and is_base else key: key for key in (*start, *stages)}
 
     @property
     def folder(self) -> Path:
-        """Return where the files of the stage lie that was trained last."""
+        """Return the folder of the `trained` entry."""
         return stage_folder(self.run, self.stage)
 
     @property
     def configured(self) -> Entry:
-        """Return the stage that was trained last; of what a run began on, its first stage; of a
-        combination, its last one. Raises RunError for a saved chain."""
+        """Return the latest entry of the lineage with a config; for an origin, the run's first.
+
+        Raises RunError for a saved chain.
+        """
         others = [*reversed(self.lineage), *self.history.entries]
         entry = next((e for e in others if e.has_config), None)
         if entry is None and self.has_run:
-            rule, remedy = "a run must have begun a stage", "give the command again that began it"
+            rule, remedy = "a run must have begun a stage", "repeat the command that declared it"
             raise RunError(rule, f"none in {self.run}", remedy)
         if entry is None:
             raise RunError("a saved chain has no config", self.run, "name a run")
         return entry
 
     def config(self) -> RunConfig:
-        """Return the config of the stage that is `configured`, with what resumes have changed."""
+        """Return the config of the `configured` entry, with changes by resumes."""
         entry = self.configured
         path = self._need_own(entry, CONFIG)
         tree = read_tree(path)
@@ -305,11 +321,11 @@ class OpenState:
             section, _, key = change.key.rpartition(".")
             changed = {key: change.after}
             tree |= {section: section_of(tree, section) | changed} if section else changed
-        refuse_paths(tree, path)  # last: also what was changed may come from somebody else
+        refuse_paths(tree, path)  # after the changes, which may come from somebody else too
         return make_config(tree)
 
     def records(self) -> list[Record]:
-        """Read ``metrics.jsonl`` of the stage that was trained last; links count within it."""
+        """Read ``metrics.jsonl`` of the `trained` entry; links count from its first one."""
         path = self.folder / RECORDS
         if self.draft is not None:
             check_records(path, self.draft.records)
@@ -318,22 +334,23 @@ class OpenState:
         return read_records(path)
 
     def result(self) -> Record | None:
-        """Read ``result.json`` of the stage that was trained last; None of one that has none."""
+        """Read ``result.json`` of the `trained` entry, None without one."""
         entry = self.trained
         if entry is None or RESULT not in entry.files:
             return None
         return read_result(self._need_own(entry, RESULT))
 
     def tokenizer(self) -> Path | None:
-        """Return the folder of the run's own tokenizer; None where it has the base's."""
+        """Return the folder of the run's own tokenizer, None if it uses the base's."""
         if not self.history.tokenizer:
             return None
         return self._need_folder(TOKENIZER, self.history.tokenizer)
 
     def verify(self) -> OpenState:
-        """Check every file that the state depends on, and return it.
+        """Check every file that the state depends on, and return the state.
 
-        A damaged checkpoint is left out with a warning: a stage can resume from its last knot.
+        A damaged checkpoint is left out with a warning, because a stage can resume from its last
+        knot.
         """
         for term in {t.link: t for t in (*self.state.terms, *self.sequence)}.values():
             self._check(term)
@@ -349,12 +366,14 @@ class OpenState:
         try:
             return self._with_files_of(self.draft)
         except RunError:
-            now = read_draft(self.run, self.stage)
-            if now == self.draft:
+            # another process trains the stage, and has replaced some files meanwhile
+            current = read_draft(self.run, self.stage)
+            if current == self.draft:
                 raise
-            return replace(self, draft=now)._with_files_of(now)  # it goes on, and has removed some
+            return replace(self, draft=current)._with_files_of(current)
 
     def _with_files_of(self, draft: Draft) -> OpenState:
+        """Check the files of a stage in training; leave a damaged checkpoint out."""
         check_records(self.folder / RECORDS, draft.records)
         point = draft.checkpoint
         inside = {n for n in draft.files if point and n.startswith(f"{point.directory}/")}

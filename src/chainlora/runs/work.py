@@ -1,7 +1,7 @@
-"""One stage on disk while it is trained: what is written, in which order.
+"""A stage on disk while it is trained: its files, and the order in which they are written.
 
     RUN/stages/NAME/config.yaml              resolved config
-    RUN/stages/NAME/stage.json               where to resume, hashes of all that counts
+    RUN/stages/NAME/stage.json               where to resume, and hashes of the files for it
     RUN/stages/NAME/moments/000.safetensors  optimizer state kept over the last knot
     RUN/stages/NAME/reference.safetensors    scores of pairs before the first step (train.loss: dpo)
     RUN/stages/NAME/best/00000120/           the best point, when it lies inside a link
@@ -10,11 +10,14 @@
     RUN/stages/NAME/result.json              written last
     RUN/stages/NAME/.lock                    held by the process that trains
 
-The history declares the stage before it begins. Nothing that ``stage.json`` names is ever
-overwritten. What a new point needs is written under names of its own and flushed; then
-``stage.json`` is replaced; then what it does not name is deleted. So at any instant the stage can
-resume. Links and kept rows go into the run at once, where nothing looks at them until the history
-names them: `end` gives the entry its state, as the last act of a stage.
+The history declares the stage before it begins. A file that ``stage.json`` names is never
+overwritten. A new point is saved in three steps:
+1. write its files under new names, and flush them;
+2. replace ``stage.json``;
+3. delete the files that it does not name.
+So the stage can resume after a kill at any moment. Links and kept rows are written into the run at
+once; nothing reads them before the history names them. Last of all, `end` gives the entry its state
+in the history.
 """
 
 from __future__ import annotations
@@ -59,15 +62,14 @@ from chainlora.runs.records import RecordLog, resumed_log
 from chainlora.runs.resuming import check_resumed, compare, source_digests
 from chainlora.runs.state import OpenState
 
-# Of a checkpoint: the live link (`Chain.live_state`), and its optimizer.
+# The files of a checkpoint: the live link (`Chain.live_state`), and its optimizer.
 _LINK, _OPTIMIZER = "link.safetensors", "optimizer.safetensors"
 
 
 class Work:
-    """A stage that this process trains, or with `writes` false sees another process write.
+    """A stage in training, which this process writes, or only reads if `writes` is false.
 
-    `open` comes before anything is loaded, `begin` once base and rows are known, `close` at the
-    end.
+    Call `open` before anything is loaded, `begin` when base and rows are known, `close` at the end.
     """
 
     def __init__(self, run: str | Path, stage: str, *, writes: bool = True) -> None:
@@ -77,38 +79,39 @@ class Work:
         self._draft: Draft | None = None
         self._is_new = False  # begun by this process
         self._hashes: dict[str, str] = {}  # of files that this process has written or verified
-        self._links: dict[str, LinkFacts] = {}  # that this process has written
+        self._links: dict[str, LinkFacts] = {}  # of links that this process has written
         self._tied: list[str] = []
         self._log = RecordLog(self.folder / RECORDS)
-        self.base: Base  # that the stage is tuned on, once it began
+        self.base: Base  # set when the stage begins
 
     @property
     def draft(self) -> Draft:
-        """The point that this process has read or written last. There is one once it began."""
+        """Return the point that this process has read or written last, after `begin`."""
         assert self._draft is not None
         return self._draft
 
     def opened(self) -> OpenState:
-        """Return what has been tied so far."""
+        """Return the state with the links tied so far."""
         return state_of_draft(self.run, self.stage)
 
     def begun(self) -> OpenState | None:
-        """Return the stage where it was begun and has not ended."""
+        """Return the state of the stage, None if it was not begun."""
         return self.opened() if self._claim.is_begun else None
 
     # --- opening and closing ---
 
     def open(self, config: RunConfig, change: Collection[str] = ()) -> None:
-        """Lock the stage, and check it where it is to be resumed, before anything is loaded.
+        """Lock the stage; if it was begun, check its files and config.
 
-        `change` names config keys that a resume may change.
+        `change` names config keys that a resume may change. Raises RunError for a stage that
+        another process trains or has withdrawn, a damaged one, and for another config.
         """
         if not self.writes:
             return
         self._claim.take()
         if read_history(self.run).find_unbuilt(self.stage) is None:
             rule = "Another process has changed this run"
-            raise RunError(rule, f"{self.stage} of {self.run}", "give the same command again")
+            raise RunError(rule, f"{self.stage} of {self.run}", "repeat the command")
         begun = self.begun()
         if begun is None:
             return
@@ -125,13 +128,16 @@ class Work:
     def begin(
         self, config: RunConfig, base: Base, *, rows: str, keep: Callable[[], Kept] | None
     ) -> Progress:
-        """Begin the stage, or find the point to resume from.
+        """Begin the stage, or find the point to resume from. Return its progress.
 
         Args:
+            config: the declared config of the stage.
+            base: facts of the base.
             rows: digest of the rows (`Splits.digest`).
-            keep: makes the rows that a stage keeps which begins. None keeps none.
+            keep: returns the rows that a new stage keeps; None keeps no rows.
 
-        Raises RunError for other rows than those that it was begun with.
+        Raises:
+            RunError: the rows changed after the stage was declared or begun.
         """
         if not self.writes:
             return self._follow()
@@ -139,9 +145,9 @@ class Work:
             return self._resume(self._draft, base, rows)
         declared = self._declared(read_history(self.run))
         if source_digests(config) != declared.training.sources:
-            rule = "files of rows must stay as they are until their stage begins"
-            remedy = f"give its command again, or chainlora prune {self.run} {self.stage}"
-            raise RunError(rule, f"others for {self.stage}", remedy)
+            rule = "files of rows must not change before their stage begins"
+            remedy = f"repeat its command, or chainlora prune {self.run} {self.stage}"
+            raise RunError(rule, f"changed ones for {self.stage}", remedy)
         self._is_new = True
         self._claim.clear()
         self.base = base
@@ -154,22 +160,23 @@ class Work:
         return deepcopy(self.draft.progress)
 
     def _declared(self, history: History) -> Unbuilt:
-        found = history.find_unbuilt(self.stage)
-        if found is None:
-            rule = "a run was changed meanwhile"
-            raise RunError(rule, f"{self.run} without {self.stage}", "give the same command again")
-        return found
+        """Return the declaration of the stage. Raises RunError if it was withdrawn meanwhile."""
+        declared = history.find_unbuilt(self.stage)
+        if declared is None:
+            rule = "Another process has changed this run"
+            raise RunError(rule, f"{self.run} without {self.stage}", "repeat the command")
+        return declared
 
     def tidy(self) -> None:
-        """Remove what the training of a stage needed that has ended, where a kill left it."""
+        """Remove training files of a finished stage that a kill has left."""
         if self.writes:
             self._claim.tidy()
 
     def close(self, *, undo: bool = False) -> None:
-        """Let other processes use the folder.
+        """Release the lock of the stage.
 
-        With `undo`, the files of a stage that this process began, and that has no link and no
-        checkpoint yet, are removed: what was refused late must not be in the way of the corrected
+        `undo` removes the files of a stage that this process began, if it has no link and no
+        checkpoint. Otherwise a stage that was refused late would be in the way of the corrected
         config.
         """
         if undo and self._is_new and not (self._draft is not None and self._draft.has_learned):
@@ -177,13 +184,14 @@ class Work:
         self._claim.release()
 
     def _follow(self) -> Progress:
-        """Read where the first process begins or resumes; call it after that one's `begin`."""
-        found = self.opened().verify()
-        assert found.draft is not None
-        self._take(found.draft, found.history.base)
+        """Read the progress that the first process has written; call it after its `begin`."""
+        state = self.opened().verify()
+        assert state.draft is not None
+        self._take(state.draft, state.history.base)
         return deepcopy(self.draft.position)
 
     def _resume(self, draft: Draft, base: Base, rows: str) -> Progress:
+        """Return the progress to resume from; cut the records that came after it."""
         check_resumed(draft.training, rows)
         self.base = base
         draft = self._draft = draft.with_training(rows=rows)
@@ -191,34 +199,35 @@ class Work:
         progress = deepcopy(draft.position)
         self._log = resumed_log(self._log.path, draft.records, progress.num_records)
         progress.num_records = self._log.count
-        self._replace()  # before records are cut that ``stage.json`` may know
+        # Replace ``stage.json`` first: the old one may count the records that are cut.
+        self._replace()
         self._log.cut()
         return progress
 
-    # --- what a resume reads ---
+    # --- files that a resume reads ---
 
-    def check_base_files(self, found: Mapping[str, str]) -> None:
-        """Refuse to resume on another base than the run's, before it is loaded."""
+    def check_base_files(self, files: Mapping[str, str]) -> None:
+        """Raise RunError if a resumed stage has another base, before it is loaded."""
         if self._draft is not None:
-            check_base(self.base, self.run, files=found)
+            check_base(self.base, self.run, files=files)
 
     def load_checkpoint(
         self, progress: Progress
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-        """Read the live link's and the optimizer's state at this progress, None at a knot."""
-        found = self.draft.checkpoint
-        if found is None or not self.draft.has_checkpoint(progress):
+        """Read the state of the live link and of the optimizer; None if the progress is a knot."""
+        checkpoint = self.draft.checkpoint
+        if checkpoint is None or not self.draft.has_checkpoint(progress):
             return None
-        folder = self.folder / found.directory
+        folder = self.folder / checkpoint.directory
         return load_file(folder / _LINK), load_file(folder / _OPTIMIZER)
 
     def load_moments(self) -> dict[str, Tensor]:
-        """Read the optimizer state that the last link's knot kept."""
+        """Read the optimizer state at the end of the last link."""
         assert self.draft.moments is not None
         return load_file(self.folder / self.draft.moments)
 
     def load_reference(self) -> dict[str, Tensor] | None:
-        """Read what the pairs of each split scored before the first step; None where it is due."""
+        """Read the scores of each split's pairs before the first step, None if not computed yet."""
         return load_file(self.folder / REFERENCE) if REFERENCE in self.draft.files else None
 
     def load_links(self) -> list[Link]:
@@ -227,10 +236,10 @@ class Work:
     def load_best(self, config: LinkConfig, directory: str) -> Link:
         return Link(0, config, load_adapter(self.folder / directory))
 
-    # --- writing a point: its files, and then ``stage.json``, which names them ---
+    # --- writing a point: its files first, then ``stage.json``, which names them ---
 
     def save_point(self, progress: Progress, numbers: Numbers) -> None:
-        """Write ``stage.json`` at a knot: last, after all that it names."""
+        """Write ``stage.json`` at a knot, after all files that it names."""
         if not self.writes:
             return
         moments = f"moments/{progress.link - 1:03d}.safetensors"
@@ -243,6 +252,7 @@ class Work:
         )
 
     def save_link(self, link: Link) -> None:
+        """Write a tied link into the run."""
         if self.writes:
             self._tied.append(self._save_link(link))
 
@@ -251,7 +261,7 @@ class Work:
         return digest
 
     def save_best(self, link: Link, progress: Progress) -> None:
-        """Write the best point, a part of a link, and note in the progress where it lies."""
+        """Write the partial link of the best point, and note its folder in the progress."""
         if not self.writes:
             return
         assert progress.best is not None
@@ -262,12 +272,12 @@ class Work:
         progress.best["directory"] = directory
 
     def save_moments(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the optimizer state of the link that is being tied over its knot."""
+        """Write the optimizer state of the link that is being tied, for the next optimizer."""
         if self.writes:
             self._write_tensors(f"moments/{len(self._tied) - 1:03d}.safetensors", tensors)
 
     def save_reference(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep what the pairs of each split score before the first step."""
+        """Write the scores of each split's pairs before the first step."""
         if self.writes:
             self._write_tensors(REFERENCE, tensors)
             self._replace()
@@ -275,7 +285,7 @@ class Work:
     def save_checkpoint(
         self, state: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], progress: Progress
     ) -> None:
-        """Write the live link's and the optimizer's state, and name them as the point to resume."""
+        """Write the state of the live link and the optimizer as the point to resume from."""
         if not self.writes or self.draft.has_checkpoint(progress):
             return
         directory = f"checkpoints/{progress.step:08d}"
@@ -292,20 +302,20 @@ class Work:
             progress.num_records += 1
 
     def end(self, result: Mapping[str, Any], best: tuple[int, Link | None] | None) -> None:
-        """Write the result, then give the entry of the stage its state.
+        """Write the result, then give the stage its state in the history.
 
-        `best` are the links of the stage up to its best point, where the state ends there: whole
-        ones, and a part of the next. A kill before the history is replaced leaves the stage as its
-        last point did: the resume scores again, and ends it.
+        `best` is the best point, if the state ends there: the number of whole links of the stage,
+        and a part of the next one. After a kill before the history is replaced, a resume scores
+        again and ends the stage.
         """
         if not self.writes:
             return
-        own = self._tied
+        links = self._tied
         if best is not None:
             num_links, partial = best
-            own = self._tied[:num_links]
+            links = self._tied[:num_links]
             if partial is not None:
-                own = [*own, self._save_link(partial)]
+                links = [*links, self._save_link(partial)]
         files.write_json(self.folder / RESULT, result)
         self._hash(RESULT)
         records = self._log.flushed()
@@ -314,16 +324,15 @@ class Work:
         draft = self.draft.model_copy(update={"tied": tuple(self._tied)})
 
         def change(history: History) -> History:
-            known = history.model_copy(update={"base": self.base})
-            declared = self._declared(known)
-            entry = draft.entry(declared, known, own, files=sums)
-            return known.built(entry, self._links)
+            history = history.model_copy(update={"base": self.base})
+            entry = draft.entry(self._declared(history), history, links, files=sums)
+            return history.built(entry, self._links)
 
         update_history(self.run, change)
         self._claim.remove_passing()
 
     def _replace(self, **changed: Any) -> None:
-        """Replace ``stage.json`` by one that has `changed`, and delete what it does not name."""
+        """Replace ``stage.json`` with `changed` fields, then delete files that it does not name."""
         draft = self.draft.model_copy(update=changed)
         update = {
             "links": dict(self._links),
@@ -344,10 +353,10 @@ class Work:
         self._hashes[name] = files.sha256(self.folder / name)
 
     def _hash_folder(self, directory: str) -> None:
-        found = files.checksums(self.folder / directory)
-        self._hashes |= {f"{directory}/{name}": digest for name, digest in found.items()}
+        sums = files.checksums(self.folder / directory)
+        self._hashes |= {f"{directory}/{name}": digest for name, digest in sums.items()}
 
 
 def _is_in(name: str, named: Collection[str]) -> bool:
-    """Say whether a file, or a folder that it lies in, is among those named."""
+    """Say whether `named` has a file, or a folder that contains it."""
     return name in named or any(str(parent) in named for parent in PurePosixPath(name).parents)

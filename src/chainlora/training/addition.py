@@ -1,4 +1,4 @@
-"""The plan of `chainlora.add`: an adapter from elsewhere, beside the stages of a run."""
+"""The plan of `chainlora.add`: import an adapter as an entry beside the stages of a run."""
 
 from __future__ import annotations
 
@@ -40,45 +40,48 @@ _OF_TRAINING = ("replay", "rehearse", "new_rows_only", "keep_rows")  # keys of `
 def addition(
     run: str | Path, adapter: str | Path, name: str | None, keys: Mapping[str, Any]
 ) -> Plan:
-    """Return the plan of an adapter as an entry `name` of a run, or of a new run.
+    """Return the plan that adds an adapter as the entry `name` to a run, or to a new run.
 
-    `keys` are those of its rows (`data`), and those that a run has one of: model, quantize and
-    `RUN_WIDE`. All that can be refused without weights is refused here.
+    `keys` are keys of the adapter's rows (`data`), and keys that all stages of a run share: model,
+    quantize and `RUN_WIDE`. Everything that needs no weights is checked here.
 
     Raises:
-        ConfigError: keys that are not read, or no rows.
-        RunError: no adapter, a name that is taken, a run that does not begin on its base.
-        ModelError: an adapter for another base.
+        ConfigError: unknown keys, or no rows.
+        RunError: no adapter, a name that is taken, or a run that does not begin on its base.
+        ModelError: an adapter of another base.
     """
-    folder, there = _place(run)
-    given = _checked(keys)
-    train = given["data"].get("train")
+    folder, head = _open(run)
+    keys = _checked(keys)
+    train = keys["data"].get("train")
     name = check_name(name or (name_of_rows(train) if isinstance(train, str) else None))
-    begun = None if there is None else _begun(there, name)
+    built = None if head is None else _built(head, name)
     source = str(adapter)
-    found = read_adapter(source) if begun is None else NOTHING
-    config = _config(folder, there, name, source, found, given)
-    if begun is not None:
-        _need_same(begun, config, source)
-    history = None if there is None else there.history
+    imported = read_adapter(source) if built is None else NOTHING
+    config = _config(folder, head, name, source, imported, keys)
+    if built is not None:
+        _need_same(built, config, source)
+    history = None if head is None else head.history
     stage = Stage(name, config, after=BASE if history is None else history.origin, beside=True)
-    planned = StagePlan(stage, begun)
-    if begun is None:
-        _check(stage, found, there, OpenBase.of_config(config, folder if there else None))
+    planned = StagePlan(stage, built)
+    if built is None:
+        _check(stage, imported, head, OpenBase.of_config(config, folder if head else None))
     if history is None:
-        # without `start`: the run begins on the base
-        own = config.model_copy(update={"start": None})
-        history = history_of_start(NOTHING, Base(model=config.model, fingerprint=""), own, name)
-    if begun is None:
+        # without `start`: the new run begins on the base, not on the adapter
+        first = config.model_copy(update={"start": None})
+        history = history_of_start(NOTHING, Base(model=config.model, fingerprint=""), first, name)
+    if built is None:
         planned = replace(planned, declared=import_entry(name, config, history.origin))
     declaring = Declaring(history, folder)
     declaring.add_all([planned])
-    start = Start(tokenizer=found.tokenizer) if there is None else NOTHING
+    start = Start(tokenizer=imported.tokenizer) if head is None else NOTHING
     return replace(plan_of(declaring), stages=(planned,), start=start)
 
 
-def _place(run: str | Path) -> tuple[Path, OpenState | None]:
-    """Return where a run is, and what it is now, None where there is none."""
+def _open(run: str | Path) -> tuple[Path, OpenState | None]:
+    """Return the folder of a run and the state at its head, None for a new run.
+
+    Raises RunError for a run that cannot get an adapter.
+    """
     folder, _ = split_address(run)
     if not exists_in(folder):
         need_apart(folder)
@@ -86,23 +89,23 @@ def _place(run: str | Path) -> tuple[Path, OpenState | None]:
         files.check_writable(folder)
         return folder, None
     history = read_history(whole_run(run))
-    there = state_at(folder, history)
-    if not there.has_run and history.entries:
+    head = state_at(folder, history)
+    if not head.has_run and history.entries:
         rule, remedy = "an adapter is added to a run", "begin a run in another folder"
         raise RunError(rule, f"a saved chain, {folder}", remedy)
     if not history.own and any(entry.kind == "stage" for entry in history.unbuilt):
         rule = "an adapter is added to a run whose first stage has ended"
-        raise RunError(rule, folder, "finish it by the command that began it")
+        raise RunError(rule, folder, "finish that stage: repeat the command that began it")
     origin = history.find_unbuilt(history.origin)
     if history.state_of(history.origin).terms or (origin and origin.config.get("start")):
         rule = "an adapter is added to a run that began on the base itself"
         remedy = "begin another run with it: chainlora add NEW_RUN ADAPTER"
         raise RunError(rule, f"{folder}, which began on other links", remedy)
-    return folder, there
+    return folder, head
 
 
 def _checked(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Return keys with a section `data`. Raises ConfigError for those that nothing here reads."""
+    """Return a copy of the keys with all sections. Raise ConfigError for unknown keys."""
     tree = with_flat_model(keys)
     data = tree["data"] = section_of(tree, "data")
     known = {"model": None, "quantize": None, "data": None, **RUN_WIDE}
@@ -117,98 +120,100 @@ def _checked(keys: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(data.get("train"), Path):
         data["train"] = str(data["train"])
     if not (data.get("train") or data.get("task")):
-        remedy = "give some of what the adapter was trained on, --rows FILE"
+        remedy = "give some of the adapter's training rows, --rows FILE"
         raise ConfigError("a combination reads rows", "none", remedy)
     return tree
 
 
-def _begun(there: OpenState, name: str) -> OpenState | None:
-    """Return the entry of a name, None where it is not built. Raises RunError for a stage."""
-    known = there.history.known(name)
+def _built(head: OpenState, name: str) -> OpenState | None:
+    """Return the state of a built entry, None if it is new or unbuilt.
+
+    Raises RunError if the name belongs to anything but an imported adapter.
+    """
+    known = head.history.known(name)
     if known is not None and not (known.kind == "import" and known.has_config):
         rule = "an adapter must have a name of its own"
-        raise RunError(rule, f"{name!r}, which {there.run} has", "choose another, --name NAME")
-    return None if there.history.find(name) is None else there.at(name)
+        raise RunError(rule, f"{name!r}, which {head.run} has", "choose another, --name NAME")
+    return None if head.history.find(name) is None else head.at(name)
 
 
-def _is_changed(begun: OpenState, adapter: str) -> bool:
-    """Say whether an adapter is another one than an entry was imported from; one that is gone since
-    is the same where its name is."""
-    assert begun.entry is not None
+def _is_changed(built: OpenState, adapter: str) -> bool:
+    """Say whether an adapter differs from the imported one; compare names if it is gone."""
+    assert built.entry is not None
     try:
-        now = adapter_digests(adapter)
+        digests = adapter_digests(adapter)
     except RunError:
-        return adapter != begun.config().start
-    return now != begun.entry.training.sources.get(ADAPTER)
+        return adapter != built.config().start
+    return digests != built.entry.training.sources.get(ADAPTER)
 
 
-def _need_same(begun: OpenState, config: RunConfig, adapter: str) -> None:
-    if _is_changed(begun, adapter):
+def _need_same(built: OpenState, config: RunConfig, adapter: str) -> None:
+    """Raise RunError if a built entry was imported from another adapter, or with other keys."""
+    if _is_changed(built, adapter):
         rule = "an entry keeps the adapter that it was imported from"
-        raise RunError(rule, f"another one for {begun.key}", "choose another name, --name NAME")
-    compare(begun, config, (), begun.key)
+        raise RunError(rule, f"another one for {built.key}", "choose another name, --name NAME")
+    compare(built, config, (), built.key)
 
 
 def _config(
     run: Path,
-    there: OpenState | None,
+    head: OpenState | None,
     name: str,
     adapter: str,
-    found: Start,
-    given: Mapping[str, Any],
+    imported: Start,
+    keys: Mapping[str, Any],
 ) -> RunConfig:
-    """Return the config of an adapter: its rows, and what its run has one of."""
-    tree = dict(given)
-    if there is not None:
-        tree = _of_run(_first(there, name), given, run)
+    """Return the config of an adapter: its rows, and the keys that its run shares."""
+    tree = dict(keys)
+    if head is not None:
+        tree = _with_shared_keys(keys, _first_config(head, name), run)
     elif tree.get("model") is None:
-        named = found.adapter.base if found.adapter is not None else ""
-        if not named:
+        base = imported.adapter.base if imported.adapter is not None else ""
+        if not base:
             rule = "a new run needs a model"
-            raise ConfigError(rule, f"none, and none that {adapter} names", "add --model NAME")
-        tree["model"] = named
+            raise ConfigError(rule, f"none, and {adapter} names none", "add --model NAME")
+        tree["model"] = base
     tree["chain"] = tree["chain"] | {"ranks": []}  # nothing is trained
     return make_config(tree | {"start": adapter, "output": str(run)})
 
 
-def _first(there: OpenState, name: str) -> RunConfig:
-    """Return the config that says what a run has one of."""
-    declared = there.history.find_unbuilt(name)
-    if declared is not None and not there.history.own:
-        return declared_config(there.run, declared)
-    return there.at(BASE).config()
+def _first_config(head: OpenState, name: str) -> RunConfig:
+    """Return the config of a run's first entry, which has the keys that all entries share."""
+    declared = head.history.find_unbuilt(name)
+    if declared is not None and not head.history.own:
+        return declared_config(head.run, declared)
+    return head.at(BASE).config()
 
 
-def _of_run(before: RunConfig, given: Mapping[str, Any], run: Path) -> dict[str, Any]:
-    """Return keys with what the run has one of. Raises ConfigError where they say otherwise."""
-    tree: dict[str, Any] = {"model": before.model, "quantize": before.quantize}
-    model = given.get("model")
-    if model not in (None, before.model) and not is_same_place(before.model, str(model), run):
-        raise _other("model", model, before.model)
-    if given.get("quantize") not in (None, before.quantize):
-        raise _other("quantize", given["quantize"], before.quantize)
-    for part, keys in RUN_WIDE.items():
-        shared = {key: getattr(getattr(before, part), key) for key in keys}
-        if differing := [k for k in keys if k in given[part] and given[part][k] != shared[k]]:
+def _with_shared_keys(keys: Mapping[str, Any], first: RunConfig, run: Path) -> dict[str, Any]:
+    """Return the keys with those that the run shares. Raise ConfigError if they contradict."""
+    tree: dict[str, Any] = {"model": first.model, "quantize": first.quantize}
+    model = keys.get("model")
+    if model not in (None, first.model) and not is_same_place(first.model, str(model), run):
+        raise _differs("model", model, first.model)
+    if keys.get("quantize") not in (None, first.quantize):
+        raise _differs("quantize", keys["quantize"], first.quantize)
+    for part, names in RUN_WIDE.items():
+        shared = {key: getattr(getattr(first, part), key) for key in names}
+        if differing := [k for k in names if k in keys[part] and keys[part][k] != shared[k]]:
             key = differing[0]
-            raise _other(f"{part}.{key}", given[part][key], shared[key])
-        tree[part] = {**given[part], **shared}
-    limits = {key: getattr(before.data, key) for key in ("max_length", "truncation")}
+            raise _differs(f"{part}.{key}", keys[part][key], shared[key])
+        tree[part] = {**keys[part], **shared}
+    limits = {key: getattr(first.data, key) for key in ("max_length", "truncation")}
     tree["data"] = limits | tree["data"]
     return tree
 
 
-def _other(key: str, given: object, before: object) -> ConfigError:
+def _differs(key: str, value: object, of_run: object) -> ConfigError:
     rule = f"`{key}` must be that of the run"
-    return ConfigError(rule, f"{given!r:.60}, and {before!r:.60} there", "leave it out")
+    return ConfigError(rule, f"{value!r:.60}, and {of_run!r:.60} in the run", "leave it out")
 
 
-def _check(stage: Stage, found: Start, there: OpenState | None, base: OpenBase) -> None:
-    """Refuse an adapter that cannot be combined with the run, is for another base, or has no rows
-    that can be read."""
-    can_stand(stage, (), None, Start(links=found.links))
-    if there is not None:
-        can_stand(stage, (), there)
-    check_adapter(found, base)
+def _check(stage: Stage, imported: Start, head: OpenState | None, base: OpenBase) -> None:
+    """Raise ChainLoRAError unless the adapter fits the base, can be combined, and has rows."""
+    can_stand(stage, (), None, Start(links=imported.links))
+    if head is not None:
+        can_stand(stage, (), head)
+    check_adapter(imported, base)
     length_limit(stage.config.data, base.context)
     check_files(stage.config.data, None)

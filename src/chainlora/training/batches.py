@@ -36,7 +36,7 @@ class Batches:
         return sum(self.lengths)
 
     def batches(self, step: int) -> list[list[int]]:
-        """Row indices of each micro-batch of a step."""
+        """Return the row indices of each micro-batch of a step."""
         epoch, within = divmod(step, self.steps_per_epoch)
         order, count = self._order(epoch), self.config.gradient_accumulation
         places = range(within * count, min((within + 1) * count, len(order)))
@@ -46,9 +46,9 @@ class Batches:
         ]
 
     def steps_of(self, num_tokens: float) -> int:
-        """Return the number of steps, from the start, that have read `num_tokens` tokens.
+        """Return the number of steps, from the start, that read `num_tokens` tokens.
 
-        Those of earlier stages' rows are not counted.
+        Tokens in rows of earlier stages are not counted.
         """
         epoch, rest = 0, num_tokens
         if self.mixture.is_even:
@@ -64,38 +64,41 @@ class Batches:
         return step
 
     def _tokens(self, rows: Sequence[int] | NDArray[np.integer]) -> int:
-        own = np.asarray(rows)
-        return int(self.row_lengths[own[own < self.mixture.num_rows]].sum())
+        indices = np.asarray(rows)
+        own = indices[indices < self.mixture.num_rows]  # the others are rows of earlier stages
+        return int(self.row_lengths[own].sum())
 
     @cached_property
     def _order(self) -> Callable[[int], EpochOrder]:
         train = self.config
 
-        # the epoch in progress, the next one (steps are packed ahead), and the first one (whose
-        # first batch is the probe of every knot)
+        # three epochs: the current one, the next one (steps are packed ahead), and the first one
+        # (its first batch is the probe of every knot)
         @lru_cache(maxsize=3)
-        def order(epoch: int) -> EpochOrder:
+        def order_of(epoch: int) -> EpochOrder:
             rows = self.mixture.epoch(train.seed, epoch)
-            found = epoch_order(
+            order = epoch_order(
                 self.row_lengths[rows], train.batch_size, train.seed, epoch, train.group_by_length
             )
-            return replace(found, rows=rows[found.rows])
+            return replace(order, rows=rows[order.rows])
 
-        return order
+        return order_of
 
 
 def make_batches(config: RunConfig, examples: Rows, mixture: Mixture | None = None) -> Batches:
-    """Turn what the config says of each link's length into steps.
+    """Return the batches of a run, with the length of each link in steps.
 
-    `mixture` says which of the examples an epoch reads; by default all, once.
-    Fractional epochs and tokens round at the knots, the total exactly.
+    `mixture` says which examples an epoch reads; by default all, once. Lengths in epochs or tokens
+    are cumulated before rounding, so the total is exact to one step.
+
+    Raises ConfigError for a run without rows, and for a link shorter than one step.
     """
     chain, train = config.chain, config.train
     mixture = mixture or Mixture((len(examples),), (1.0,))
     if chain.ranks and not mixture.num_rows:
         raise ConfigError(
             f"training needs rows (got none beside {config.data.shots} demonstrations); lower "
-            "data.shots or give more"
+            "data.shots, or give more rows"
         )
     num_batches = math.ceil(mixture.per_epoch / train.batch_size)
     per_epoch = math.ceil(num_batches / train.gradient_accumulation)
@@ -107,17 +110,17 @@ def make_batches(config: RunConfig, examples: Rows, mixture: Mixture | None = No
         )
     plan = Batches((1,) * len(chain.ranks), per_epoch, examples.lengths, train, mixture)
     if chain.steps is not None:
-        lengths, said = chain.steps, "steps"
+        lengths, unit = chain.steps, "steps"
     elif chain.tokens is not None:
         ends = [plan.steps_of(end) for end in accumulate(chain.tokens)]
-        lengths, said = between(ends), "tokens"
+        lengths, unit = between(ends), "tokens"
     else:
         ends = [round(end * per_epoch) for end in accumulate(chain.epochs or ())]
-        lengths, said = between(ends), "epochs"
+        lengths, unit = between(ends), "epochs"
     if any(length < 1 for length in lengths):
         raise ConfigError(
-            f"every link must have at least one step (got {list(lengths)} from {said} "
-            f"{list(getattr(chain, said) or ())} of {per_epoch} steps an epoch); give it a larger "
+            f"every link must have at least one step (got {list(lengths)} from {unit} "
+            f"{list(getattr(chain, unit) or ())} of {per_epoch} steps an epoch); give it a larger "
             "share"
         )
     return replace(plan, lengths=lengths)

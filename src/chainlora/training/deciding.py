@@ -1,8 +1,8 @@
-"""What a run settles before its first step, and keeps when it is resumed.
+"""Decide the open numbers of a run before its first step; compute the reference of DPO.
 
-These are the numbers that its config leaves open (`knots.numbers`), and for DPO the reference: the
-scores of every pair by the model as the run begins. The reference is computed once and kept in the
-run directory, so no second model is in memory.
+Open numbers are lengths, soft knots, warm-up and metric (`knots.numbers`). The reference is the
+score of every pair before training. Both are saved in the run directory, so that a resume uses the
+same ones and no second model is needed in memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from chainlora.knots.driver import Knots
 from chainlora.knots.numbers import Numbers, Spacings, say_what_to_expect, some_of, spacings
 from chainlora.training.events import ReferenceScored
 from chainlora.training.run import Run
-from chainlora.training.step import restart_warmup, say_what_stays_low
+from chainlora.training.step import restart_warmup, warn_of_long_warmup
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +29,13 @@ _CHUNK = 2000  # rows of a reference in memory at once
 
 
 def decide(run: Run) -> None:
-    """Give a run its numbers: those that it began with, or new ones, which are recorded."""
+    """Give a run its numbers: the saved ones, or new ones, which are saved."""
     known = run.work.draft.training.numbers if run.work is not None else None
     numbers = known or _new_numbers(run)
     if numbers.path != str(run.engine.path):
         logger.warning(
-            f"the run began with batches {numbers.path} and goes on with batches "
-            f"{run.engine.path}: the same to rounding, not to bits"
+            f"the run began with batches {numbers.path} and resumes with batches "
+            f"{run.engine.path}: results are equal up to rounding, not to the bit"
         )
     decided = {
         "restart_warmup_steps": numbers.restart_warmup_steps,
@@ -53,10 +53,10 @@ def decide(run: Run) -> None:
 def _new_numbers(run: Run) -> Numbers:
     chain, train = run.config.chain, run.train
     lengths = run.batches.lengths
-    say_what_stays_low(train, lengths)
+    warn_of_long_warmup(train, lengths)
     soft: Spacings = ()
     if chain.knots is not None and lengths:
-        learned = _learned_a_step(run)
+        learned = _tokens_per_parameter(run)
         say_what_to_expect(chain.knots, lengths[0] * learned[0])
         soft = spacings(chain.knots, lengths, learned)
     return Numbers(
@@ -68,20 +68,22 @@ def _new_numbers(run: Run) -> Numbers:
     )
 
 
-def _learned_a_step(run: Run) -> list[float]:
-    """Return the tokens that a step learns, as some rows have them, by trained parameter of each
-    link."""
+def _tokens_per_parameter(run: Run) -> list[float]:
+    """Return the training tokens of a step per trained parameter, for each link.
+
+    The tokens per row are the mean of a sample.
+    """
     rows = run.batches.mixture.epoch(run.train.seed, 0).tolist()
-    some = some_of(rows)
-    tokens = sum(run.splits.train[row].num_learned for row in some) / len(some)
-    # the last step of an epoch may have few rows
-    a_step = tokens * len(rows) / run.batches.steps_per_epoch
+    sample = some_of(rows)
+    per_row = sum(run.splits.train[row].num_learned for row in sample) / len(sample)
+    # not `batch_size`: the last step of an epoch may have few rows
+    per_step = per_row * len(rows) / run.batches.steps_per_epoch
     model, links = run.chain.model, run.config.chain.links()
-    return [a_step / num_trained(link.rank, matched_modules(model, link)) for link in links]
+    return [per_step / num_trained(link.rank, matched_modules(model, link)) for link in links]
 
 
 def take_reference(run: Run) -> None:
-    """Give each row of a run its reference, from disk where the run has begun."""
+    """Give each row of a run its reference; a resumed run reads it from disk."""
     splits: dict[str, Rows] = {name: getattr(run.splits, name) for name in SPLITS}
     known = run.work.load_reference() if run.work is not None else None
     if known is None:
@@ -96,11 +98,11 @@ def take_reference(run: Run) -> None:
 
 def _scores(run: Run, split: str, rows: Rows) -> Tensor:
     """Return the mean log-probability per token of both answers of each pair, [rows, 2] float32."""
-    found: list[list[float]] = []
+    scores: list[list[float]] = []
     for first in range(0, len(rows), _CHUNK):
 
-        def tell(done: int, _: int, first: int = first) -> None:
+        def report(done: int, _: int, first: int = first) -> None:
             run.listener(ReferenceScored(0, split, first + done, (first + done) / len(rows)))
 
-        found += run.engine.scores(rows[first : first + _CHUNK], progress=tell)
-    return torch.tensor(found, dtype=torch.float32)
+        scores += run.engine.scores(rows[first : first + _CHUNK], progress=report)
+    return torch.tensor(scores, dtype=torch.float32)

@@ -1,6 +1,6 @@
-"""What happens in a run, one type an event: what listeners get and ``metrics.jsonl`` holds.
+"""Events of a run: listeners get them, and ``metrics.jsonl`` stores them.
 
-An event is a mapping of its record, ``event["step"]``; a listener ignores types it does not know.
+An event can be read as a mapping, ``event["step"]``. A listener must ignore unknown types.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any, ClassVar, Literal
 
 @dataclass(frozen=True, eq=False)
 class Event(Mapping[str, Any]):
-    """One event; read it by its attributes, or as the mapping that is its record."""
+    """An event; read its attributes, or use it as a mapping."""
 
     name: ClassVar[str]
     step: int  # optimizer steps done
 
     def record(self) -> dict[str, Any]:
-        """Return the JSON object that stands for the event."""
+        """Return the event as a JSON object."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {"event": self.name} | values
 
@@ -57,59 +57,58 @@ class ReferenceScored(Event):
 
 @dataclass(frozen=True, eq=False)
 class KeptRowsRead(Event):
-    """Rows that stages kept have been scored, after the last step; or the model has written some.
-    Not in ``metrics.jsonl``."""
+    """Kept rows have been scored, after the last step, or the model has written general rows; not
+    in ``metrics.jsonl``."""
 
     name = "kept"
     rows: int  # so far
-    share: float  # of what is due
+    share: float  # of the task, in 0…1
     doing: str = "scoring kept rows"
     what: str = ""  # whose rows, in which state
 
 
 @dataclass(frozen=True, eq=False)
 class LayerSolved(Event):
-    """A layer of a combination was solved; at first, none is yet. Not in ``metrics.jsonl``."""
+    """A layer of a combination was solved, or its solution begins; not in ``metrics.jsonl``."""
 
     name = "layer"
-    parts: str  # of the combination, joined
-    layer: int  # how many are solved
-    layers: int
+    parts: str  # names of the combined entries, joined
+    layer: int  # number of solved layers; 0 at the beginning
+    layers: int  # in total
 
 
 @dataclass(frozen=True, eq=False)
 class StageBegins(Event):
-    """A stage is looked at: it has ended, goes on, or begins; not in ``metrics.jsonl``."""
+    """A stage begins, resumes, or was finished before; not in ``metrics.jsonl``."""
 
     name = "stage"
     stage: str
     state: Literal["finished", "stopped", "new"]
-    beside: bool = False  # the others, with which it is combined when it has ended
+    beside: bool = False  # beside the others: it is combined with them when it has ended
 
 
 @dataclass(frozen=True, eq=False)
 class EntryBuilt(Event):
-    """An entry has its state: a stage was trained, or states were combined; not in
-    ``metrics.jsonl``."""
+    """An entry was built: trained, combined, mixed or imported; not in ``metrics.jsonl``."""
 
     name = "built"
     entry: str
-    kind: str  # of the entry
+    kind: str  # of the entry: stage, combine, mix, import
     seconds: float
-    told: str = ""  # of a combination: its rank, and how far it is from its parts
+    told: str = ""  # of a combination: its rank, and its distances from the parts
 
 
 @dataclass(frozen=True, eq=False)
 class ForgettingHeld(Event):
-    """No column of the matrix lost more than `max_forgetting`; not in ``metrics.jsonl``."""
+    """The check of `max_forgetting` passed; not in ``metrics.jsonl``."""
 
     name = "held"
-    told: str
+    told: str  # the scores before and after, as a sentence
 
 
 @dataclass(frozen=True, eq=False)
 class Planned(Event):
-    """A run is about to start or to resume; not part of ``metrics.jsonl``."""
+    """A run starts or resumes; not in ``metrics.jsonl``."""
 
     name = "plan"
     num_steps: int
@@ -117,8 +116,8 @@ class Planned(Event):
     rows: int
     path: str  # how batches run through the model
     threads: int
-    notes: list[str]  # which fast paths apply, and why not the others
-    data: Mapping[str, Mapping[str, Any]]  # what became of each split's rows (`Splits.report`)
+    notes: list[str]  # which fast paths are used, and why the others are not
+    data: Mapping[str, Mapping[str, Any]]  # counts of rows by split (`Splits.report`)
     evaluations: Sequence[int] = ()  # steps, in order, after which the validation rows are scored
     log_every: int | None = None  # `train.log_every`
     estimate: float | None = None  # seconds, at the speed of the stage before
@@ -180,16 +179,16 @@ class Evaluated(Event):
 
 @dataclass(frozen=True, eq=False)
 class Scored(Event):
-    """A split was scored at the end; not part of ``metrics.jsonl``."""
+    """A split was scored at the end; not in ``metrics.jsonl``."""
 
     name = "scored"
     split: str
-    predictions: list[dict[str, Any]]  # one a row (`Evaluation.predictions`)
+    predictions: list[dict[str, Any]]  # one for each row (`Evaluation.predictions`)
 
 
 @dataclass(frozen=True, eq=False)
 class AlreadyFinished(Event):
-    """A run that was to be resumed was finished: nothing is computed, no other event follows."""
+    """A run to resume was finished before: nothing is computed, and no other event follows."""
 
     name = "finished"
     run: str  # its directory

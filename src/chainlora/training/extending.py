@@ -1,4 +1,8 @@
-"""Make the config of one more stage of a run, and find the state that it begins on."""
+"""Turn the section of a new stage into a stage of a run or of a fork.
+
+A new stage inherits the keys that it leaves open from a stage before it. If it was begun already
+(the same command again), it inherits from itself and stays where it was begun.
+"""
 
 from __future__ import annotations
 
@@ -41,111 +45,158 @@ def extension(
     beside: bool | None = False,
     rehearse: bool = False,
 ) -> list[Stage]:
-    """Return one more stage of a run, which `section` and `overrides` describe: a mapping, or the
-    path of a file of rows or of YAML. One without a name has that of its file of rows.
+    """Return one more stage of a run, or the first stage of a fork.
 
-    `beside` and `rehearse` are those of `extend`. Without `beside` the stage begins on the state
-    that `address` names, with `output` in a run of its own. Other keys are inherited from the stage
-    before, with `beside` from the run's first; a warning names those that are not.
+    Args:
+        address: the run, or ``RUN@STAGE``.
+        section: keys of the stage: a mapping, or the path of a file of rows or of YAML.
+        overrides: keys and values that replace those of `section`.
+        beside: see `extend`; None chooses.
+        rehearse: see `extend`.
+
+    Returns:
+        A list of one stage, for `train_stages`.
 
     Raises:
         ConfigError: a stage without a name, or with keys that a stage cannot have.
-        RunError: a stage that was begun on another state, or before the first has ended.
+        RunError: the stage was begun on another state, or the run's first stage has not ended.
     """
     run, named = split_address(address)
-    now, on = open_run(run), open_run(address)
-    if not now.has_run:
+    head, on = open_run(run), open_run(address)
+    if not head.has_run:
         raise RunError(
             "a stage is added to a run",
             f"a saved chain, {run}",
             f"begin a run on it, by start: {run} in its config",
         )
-    own = _section(section)
-    for key, value in overrides:
-        set_key(own, key, value)
-    rows = section_of(own, "data").get("train")
-    if own.get("name") is None and isinstance(rows, str | Path):
-        own["name"] = name_of_rows(rows)
-    given = own.pop("start_data", None)
-    if given is not None and own.get("output") is None:
-        rule = "`start_data` is read when a run begins"
-        remedy = f"leave it out, or call chainlora eval {run} --matrix --start-rows FILE"
-        raise RunError(rule, f"some for {run}", f"{remedy}; --output begins a run")
-    keys = standing({key: own.pop(key) for key in STANDING if key in own}, 1)
-    beside = keys["beside"] if beside is None else beside
-    name, output = check_name(own.get("name")), own.pop("output", None)
-    output = output if output is None else str(output)
-    if beside and (output is not None or on.state != now.state):
+    keys = _section(section, overrides, run)
+    placing = standing({key: keys.pop(key) for key in STANDING if key in keys}, 1)
+    beside = placing["beside"] if beside is None else beside
+    name = keys["name"] = check_name(keys.get("name"))
+    start_data, output = keys.pop("start_data", None), keys.pop("output", None)
+    if beside and (output is not None or on.state != head.state):
         rule, remedy = "a stage beside others begins where RUN began", "leave one out"
         raise RunError(rule, f"--beside with {output or address}", remedy)
     if output is not None:
-        begun, below = begun_stage(Path(expanduser(output)), name), on
+        return [_fork(on, keys, address, str(output), start_data)]
+    origin = head.history.origin
+    required = head.at(origin) if beside else on if named is not None else None
+    begun = _begun(head, name, required)
+    can_choose = named is None and (begun is None or begun.parent.key == origin)
+    if beside or (beside is None and can_choose):
+        stage = _beside(head, begun, keys, address, beside)
+        if stage is not None:
+            return [replace(stage, rehearse=rehearse or placing["rehearse"])]
+    return [_on_top(on if begun is None else begun.parent, begun, keys, address)]
+
+
+def _section(
+    section: Mapping[str, Any] | str | Path, overrides: Sequence[tuple[str, Any]], run: Path
+) -> dict[str, Any]:
+    """Return the keys of a new stage; a file of rows also gives its name."""
+    if isinstance(section, Mapping):
+        keys = dict(section)
+    elif is_rows(section):
+        keys = {"data": {"train": str(section)}}
     else:
-        origin, own_stages = now.at(now.history.origin), now.history.own_stages
-        begun = _begun(now, name, origin if beside else on if named is not None else None)
-        can_choose = named is None and (begun is None or begun.parent.key == origin.key)
-        if beside or (beside is None and can_choose):
-            # not from a stage that may be pruned, or not there when the command is given again
-            last = begun or (now.at(own_stages[0]) if own_stages else origin.with_rows)
-            stage = replace(_after(last, own, address), after=origin.key, beside=beside)
-            if begun is not None or can_stand(stage, (), now):
-                _tell_left_out(begun, last, own)
-                return [replace(stage, beside=True, rehearse=rehearse or keys["rehearse"])]
-        below = on if begun is None else begun.parent
-    last = below.with_rows
-    stage = _after(last, own, address, output, given)
-    _tell_left_out(begun, last, own)
-    after = None if output is not None else below.key
-    return [replace(stage, after=after, beside=False, rehearse=False)]
+        keys = read_tree(section)
+    for key, value in overrides:
+        set_key(keys, key, value)
+    rows = section_of(keys, "data").get("train")
+    if keys.get("name") is None and isinstance(rows, str | Path):
+        keys["name"] = name_of_rows(rows)
+    if keys.get("start_data") is not None and keys.get("output") is None:
+        rule = "`start_data` is read when a run begins"
+        remedy = f"leave it out, or call chainlora eval {run} --matrix --start-rows FILE"
+        raise RunError(rule, f"some for {run}", f"{remedy}; --output begins a run")
+    return keys
 
 
-def _section(given: Mapping[str, Any] | str | Path) -> dict[str, Any]:
-    if isinstance(given, Mapping):
-        return dict(given)
-    return {"data": {"train": str(given)}} if is_rows(given) else read_tree(given)
-
-
-def _after(
-    last: OpenState,
-    own: Mapping[str, Any],
+def _beside(
+    head: OpenState,
+    begun: OpenState | None,
+    keys: Mapping[str, Any],
     address: str | Path,
-    fork: str | None = None,
-    start_data: Any = None,
+    beside: bool | None,
+) -> Stage | None:
+    """Return a stage beside the others, None if it must be placed on top of them."""
+    origin, own_stages = head.at(head.history.origin), head.history.own_stages
+    # Inherit from the run's first stage: a later one may be pruned, or may not exist when the
+    # command is repeated.
+    last = begun or (head.at(own_stages[0]) if own_stages else origin.with_rows)
+    stage = replace(_inheriting(last, keys, address), after=origin.key, beside=beside)
+    if begun is None and not can_stand(stage, (), head):
+        return None
+    if begun is None:
+        _warn_of_open_keys(last, keys)
+    return replace(stage, beside=True)
+
+
+def _on_top(
+    parent: OpenState, begun: OpenState | None, keys: Mapping[str, Any], address: str | Path
 ) -> Stage:
-    """Return a stage that inherits from another one, in the same run or a fork."""
-    before, run = last.config(), last.run
-    section = dict(own)
+    """Return a stage on top of `parent`."""
+    last = parent.with_rows
+    stage = _inheriting(last, keys, address)
+    if begun is None:
+        _warn_of_open_keys(last, keys)
+    return replace(stage, after=parent.key, beside=False, rehearse=False)
+
+
+def _fork(
+    parent: OpenState, keys: Mapping[str, Any], address: str | Path, output: str, start_data: Any
+) -> Stage:
+    """Return the first stage of a new run in `output`, which starts at `address`."""
+    last = parent.with_rows
+    stage = _inheriting(last, keys, address, {"start_data": start_data, "output": output})
+    if begun_stage(Path(expanduser(output)), keys["name"]) is None:
+        _warn_of_open_keys(last, keys)
+    return replace(stage, after=None, beside=False, rehearse=False)
+
+
+def _inheriting(
+    last: OpenState,
+    keys: Mapping[str, Any],
+    address: str | Path,
+    fork: dict[str, Any] | None = None,
+) -> Stage:
+    """Return a stage that inherits open keys from the stage `last`; `fork`: keys of a new run."""
+    before, section = last.config(), dict(keys)
     plugins = section.pop("plugins", None)
     if plugins is None and before.plugins:
         raise RunError(not_named(f"extend {address}", before.plugins) + ", or --plugins [] without")
-    shared = what_stages_share(before) | {"plugins": plugins or (), "output": str(run)}
+    shared = what_stages_share(before) | {"plugins": plugins or (), "output": str(last.run)}
     if fork is None:
         return make_stage(shared, section, 1)
-    base = from_above(shared["model"], run)
-    shared |= {"model": base, "start": str(address), "start_data": start_data, "output": fork}
-    return make_stage(shared, section, 0)
+    base = from_above(shared["model"], last.run)
+    return make_stage(shared | {"model": base, "start": str(address)} | fork, section, 0)
 
 
-def _tell_left_out(begun: OpenState | None, last: OpenState, own: Mapping[str, Any]) -> None:
-    """Warn of keys of the stage before that a new one neither inherits nor sets."""
-    if begun is not None or section_of(own, "data").get("rehearse", False):
+def _warn_of_open_keys(last: OpenState, keys: Mapping[str, Any]) -> None:
+    """Warn of keys that the stage before sets, and that a new one neither inherits nor sets."""
+    if section_of(keys, "data").get("rehearse", False):
         return
-    if left_out := not_inherited(last.config(), own):
-        what = (own["name"], ", ".join(left_out), last.stage)
-        logger.warning("stage %s does not inherit %s from %s", *what)
+    if left_out := not_inherited(last.config(), keys):
+        names = (keys["name"], ", ".join(left_out), last.stage)
+        logger.warning("stage %s does not inherit %s from %s", *names)
 
 
-def _begun(now: OpenState, name: str, on: OpenState | None) -> OpenState | None:
-    """Return the stage of this name, None where it is new. Raises RunError for something else, and
-    for one that was begun on another state than `on`, if that is given."""
-    if now.draft is not None or (now.history.unbuilt and not now.history.own):
+def _begun(head: OpenState, name: str, required: OpenState | None) -> OpenState | None:
+    """Return the begun stage of a name, None if it is new.
+
+    Raises RunError for an entry of another kind, and for a stage that was begun on another state
+    than `required`.
+    """
+    if head.draft is not None or (head.history.unbuilt and not head.history.own):
         rule = "a stage is added to a run whose first stage has ended"
-        raise RunError(rule, now.run, "finish it by the command that began it")
-    begun = begun_stage(now.run, name, now.history)
+        raise RunError(rule, head.run, "finish that stage: repeat the command that began it")
+    begun = begun_stage(head.run, name, head.history)
     if begun is not None and begun.entry is not None and begun.entry.kind != "stage":
         rule = "a stage must have a name of its own"
-        raise RunError(rule, f"{name!r}, a {begun.entry.kind} of {now.run}", "choose another")
-    if begun is not None and on is not None and begun.parent.state != on.state:
-        rule = f"stage {name!r} must go on from where it was begun"
-        raise RunError(rule, f"{on}, and {begun.parent}", "name that, or another stage")
+        raise RunError(rule, f"{name!r}, a {begun.entry.kind} of {head.run}", "choose another")
+    if begun is not None and required is not None and begun.parent.state != required.state:
+        rule = f"stage {name!r} must resume on the state that it was begun on"
+        raise RunError(
+            rule, f"{required}, and {begun.parent}", f"name {begun.parent}, or another stage"
+        )
     return begun

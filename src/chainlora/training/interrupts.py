@@ -1,9 +1,10 @@
-"""Stop a run by SIGINT (Ctrl-C) or SIGTERM: once, after the step, saved; twice, at once.
+"""Stop a run by SIGINT (Ctrl-C) or SIGTERM.
 
-The loop asks `stop_requested` between steps, and between the batches of an evaluation. While there
-is nothing to save yet, the first signal stops at once too. Signals are handled only while
-`interruptible` is open, and only in the main thread, the one that Python delivers them to; without
-it `stop_requested` returns None.
+The first signal stops it after the current step, with its state saved; a second one stops it at
+once. Before training, when there is nothing to save, the first signal also stops it at once. The
+loop calls `stop_requested` between steps, and between the batches of an evaluation. Signals are
+handled only inside `interruptible`, and only in the main thread, because Python delivers them
+there; elsewhere `stop_requested` returns None.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """What signals have asked for; `tell` is called with the number of the first one deferred."""
+    """The signals received; `notify` is called with the number of the first deferred one."""
 
-    def __init__(self, tell: Callable[[int], object]) -> None:
+    def __init__(self, notify: Callable[[int], object]) -> None:
         self.requested: int | None = None  # the signal that asked to stop
         self.last: int | None = None
-        self._tell = tell
+        self._notify = notify
         self._is_deferring = False
 
     def defer(self) -> None:
-        """From now on, let the first signal wait until the loop asks."""
+        """Let the first signal wait until the loop calls `stop_requested`, from now on."""
         self._is_deferring = True
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Note the first signal; raise KeyboardInterrupt at the second, or if none is deferred."""
+        """Note the first signal; raise KeyboardInterrupt at the second, or before `defer`."""
         self.last = number
         if self.requested is not None or not self._is_deferring:
             raise KeyboardInterrupt
         self.requested = number
-        self._tell(number)
+        self._notify(number)
 
 
 _open: Interrupts | None = None
@@ -48,10 +49,10 @@ def stop_requested() -> int | None:
 
 
 @contextmanager
-def interruptible(tell: Callable[[int], object] = lambda number: None) -> Iterator[Interrupts]:
-    """Handle signals as this module says; `tell` must do no more than a signal handler may."""
+def interruptible(notify: Callable[[int], object] = lambda number: None) -> Iterator[Interrupts]:
+    """Handle signals as the module docstring says; `notify` runs inside the signal handler."""
     global _open
-    interrupts = Interrupts(tell)
+    interrupts = Interrupts(notify)
     if threading.current_thread() is not threading.main_thread():
         yield interrupts
         return

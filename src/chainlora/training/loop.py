@@ -1,12 +1,12 @@
 """Fine-tune a model by a chain of LoRA: the training loop, top to bottom.
 
-`train_stage` is the one call: check and load everything, then for each link extend, tune and tie,
-with evaluation, the best point, checkpoints and resume around it. What a step sees (rows, learning
-rate, dropout) is a pure function of the config and the step's number, so a killed run resumes to
-the same bits.
+`train_stage` is the entry point: prepare the stage, then extend, tune and tie each link, with
+evaluation, the best point, checkpoints and resume around it. The rows, learning rate and dropout of
+a step are a pure function of the config and the step's number, so a killed run resumes to the same
+bits.
 
-Each link gets a new optimizer. Two exceptions, each a function of its own: a soft knot carries the
-moments (`knots.moments`), and one of a plug-in may take over what the one before held.
+Each link gets a new optimizer, with two exceptions: a soft knot keeps the optimizer and scales its
+moments (`knots.moments`), and an optimizer of a plug-in may take over the state of the one before.
 """
 
 from __future__ import annotations
@@ -53,36 +53,37 @@ from chainlora.training.step import add_gradients, rate_factor, steps_ahead, upd
 Moments = dict[str, Tensor]
 Loop = Callable[[Run], TrainResult]
 
-# Of the hidden states, in float32. Rounding of a 30-layer model stays below 1e-4. A link with soft
-# knots is stored to a relative error of its update, which layers can amplify.
+# Largest relative change of the hidden states by a knot, in float32. Rounding of a 30-layer model
+# stays below 1e-4. A link with soft knots is stored with a relative error of its update
+# (`SOFT_LINK_TOLERANCE`), which layers can amplify.
 _KNOT_TOLERANCE = 1e-3
 _SOFT_KNOT_TOLERANCE = 10 * SOFT_LINK_TOLERANCE
 
 
-@torch.inference_mode(False)  # wherever it is called, gradients are recorded
+@torch.inference_mode(False)  # record gradients, also inside a caller's inference mode
 @own_accelerate()
 def train_stage(
     name: str,
     config: RunConfig,
     start: Start,
-    tell: Listener,
+    listener: Listener,
     *,
     change: Collection[str] = (),
     base: OpenBase | None = None,
     loop: Loop | None = None,
 ) -> TrainResult:
-    """Train a stage on `start` to its end, by this loop or another; resume one that was stopped.
+    """Train a stage on `start` to its end, or resume it.
 
-    It was declared (`runs.declaring`), unless it has no output. `change` names config keys that a
-    resume may change.
+    With an output, the stage must have been declared (`runs.declaring`). `change` names config keys
+    that a resume may change; `loop` replaces `tuned`.
     """
-    prepared = prepare(config, tell, change, start, name, base)
+    prepared = prepare(config, listener, change, start, name, base)
     with prepared as run, run.processes.exchanging(), kept_random_state(run.chain.model):
         return (loop or tuned)(run)
 
 
 def tuned(run: Run) -> TrainResult:
-    """Tune all links of a run, and score what it comes to."""
+    """Tune all links of a run, restore the best point, and score the result."""
     if run.progress.step == 0:
         evaluate_point(run, "start")
     tune_chain(run)
@@ -91,7 +92,10 @@ def tuned(run: Run) -> TrainResult:
 
 
 def tune_chain(run: Run) -> None:
-    """Extend, tune and tie, from where the run is, until all links are tied or it is to stop."""
+    """Extend, tune and tie links, from the run's progress on, until all are tied or it stops early.
+
+    This is Algorithm 1 of arXiv 2401.04151, with early stopping and resume.
+    """
     moments: Moments | None = None
     if run.progress.evaluation_due and not run.is_inside_link:
         _return_to_knot(run)
@@ -109,9 +113,9 @@ def tune_chain(run: Run) -> None:
 
 
 def _begin_link(run: Run, moments: Moments | None) -> torch.optim.Optimizer:
-    """Extend the chain, make an optimizer, and find the state of a run that was stopped here.
+    """Extend the chain, make an optimizer, and load the state of a run that was stopped here.
 
-    `moments` are those of the link before.
+    `moments` is the optimizer state at the end of the link before.
     """
     config = run.knots.next_link
     adapter = run.chain.extend(config, backward=partial(_add_first_gradients, run))
@@ -132,7 +136,7 @@ def _begin_link(run: Run, moments: Moments | None) -> torch.optim.Optimizer:
 
 
 def _tune_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """Step until the link's end, and do what is due after each step."""
+    """Train a link to its end; after each step tie a soft knot, evaluate and save if due."""
     if run.progress.evaluation_due:
         _evaluate_inside(run, optimizer)
     knots, factor = run.knots, partial(rate_factor, run.train, run.knots.lengths)
@@ -147,7 +151,7 @@ def _tune_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
             rate = factor(run.progress.step)
             knot = knots.after_step(loss, rate)
             if knot is not None and knot.ends_link:
-                return  # no checkpoint, from which a link that ends early would go on
+                return  # without a checkpoint: a resume would train the link further
             if knot is not None:
                 knots.tie_share(knot, optimizer)
                 run.record(ShareTied(run.progress.step, knots.index, knot.share))
@@ -155,7 +159,7 @@ def _tune_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> Moments | None:
-    """Tie the link and write it; return what the next optimizer takes over of this one."""
+    """Tie the link and write it; return the optimizer state that the next optimizer takes over."""
     leave_average(optimizer)
     run.processes.check_same(run.chain.parameters())
     is_soft, before = run.chain.live_soft_knots > 0, _probed(run)
@@ -174,8 +178,10 @@ def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> Moments | None:
 
 
 def _evaluate_at_knot(run: Run) -> None:
-    """Evaluate, and make the links there are the point to resume from. If a signal stops the
-    evaluation, they are that too: the resume evaluates."""
+    """Evaluate, then save the tied links as the point to resume from.
+
+    They are saved too if a signal stops the evaluation; the resume evaluates again.
+    """
     try:
         evaluate_point(run, "knot")
     except StoppedError:
@@ -194,29 +200,33 @@ def _return_to_knot(run: Run) -> None:
 
 
 def _check_knot(run: Run, link: Link, change: float, tolerance: float) -> None:
+    """Raise TrainingError if tying a link changed the function by more than rounding.
+
+    `change` is relative, of the hidden states.
+    """
     if not change < float("inf"):
         raise DivergedError(
-            f"a link must leave finite weights (got others after step {run.progress.step}, link "
-            f"{link.index}); the links before it are kept; lower train.lr"
+            f"the weights must be finite after a link (got others after step {run.progress.step}, "
+            f"link {link.index}); the links before it are kept; lower train.lr"
         )
     if change > tolerance and run.train.dtype == "float32":
-        # what a link with soft knots is stored without shows where its update is very large
+        # a link with soft knots has a storage error, which shows if its update is very large
         remedy = "lower train.lr" if link.error else "this is a bug, please report the model's name"
         got = f"a relative change of {change:.1e} after link {link.index}"
         raise TrainingError("a knot must preserve the function", got, remedy)
 
 
 def _probed(run: Run) -> Tensor:
-    """Return the hidden states of two rows, by which a knot is judged."""
+    """Return the hidden states of two rows, to measure how a knot changes the function."""
     rows = [run.splits.train[row] for row in run.batches.batches(0)[0][:2]]
     with run.engine.plain():
         return run.engine.hidden(run.engine.pack(rows)).float()
 
 
 def _add_first_gradients(run: Run) -> None:
-    """Add the gradients of the first batches that the live link will see: `init: gradient`."""
+    """Add the gradients of the live link's first batches, for `init: gradient`."""
     assert run.chain.live is not None
-    run.engine.adapt(run.chain.live.layers.values())  # the forward of training: same bits
+    run.engine.adapt(run.chain.live.layers.values())  # the same forward as in training: equal bits
     first, parameters = run.knots.first_step, [*run.chain.parameters()]
     last = min(first + run.config.chain.init_batches, run.batches.num_steps)
     tokens = 0
@@ -224,7 +234,7 @@ def _add_first_gradients(run: Run) -> None:
         for work in steps:
             tokens += add_gradients(run, work, parameters).num_tokens
     run.processes.sum_gradients(parameters)
-    if run.progress.step == first:  # not again where a stopped run resumes inside the link
+    if run.progress.step == first:  # do not record it again when a run resumes inside the link
         run.record(GradientMeasured(first, run.knots.index, tokens))
 
 
@@ -232,6 +242,7 @@ def _add_first_gradients(run: Run) -> None:
 
 
 def _between_steps(run: Run, optimizer: torch.optim.Optimizer) -> None:
+    """Evaluate and save a checkpoint if they are due; stop if a signal asked for it."""
     every = run.train.eval_every
     if every and run.progress.step % every == 0:
         _evaluate_inside(run, optimizer)
@@ -244,7 +255,8 @@ def _between_steps(run: Run, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _evaluate_inside(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """Evaluate inside a link. If a signal stops that, save the state: the resume evaluates."""
+    """Evaluate inside a link. If a signal stops the evaluation, save the state; the resume
+    evaluates again."""
     run.progress.evaluation_due = True
     try:
         with evaluated_weights(optimizer):

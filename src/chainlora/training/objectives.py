@@ -1,6 +1,6 @@
-"""What a run learns: how examples become a batch, a batch a loss, and how the result is scored.
+"""Objectives: turn examples into batches, a batch into a loss, and score the result.
 
-An objective is found by the name that data or `train.loss` give it (`Splits.loss`).
+The name of an objective comes from the data or from `train.loss` (`Splits.loss`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from chainlora.training.optimizers import OPTIMIZERS
 
 
 class Objective(Protocol):
-    """What the loop asks of an objective."""
+    """The interface of an objective."""
 
     def collate(self, engine: Engine, examples: Sequence[Example]) -> list[Any]:
-        """Return a micro-batch as the batches that threads take one by one."""
+        """Return a micro-batch as packed batches; threads take one at a time."""
 
     def count(self, batch: Any) -> int:
         """Return the number of terms in the batch's loss."""
@@ -41,7 +41,7 @@ class Objective(Protocol):
     def evaluate(self, engine: Engine, examples: Sequence[Example], **options: Any) -> Evaluation:
         """Return the metrics of `examples`; `options` are those of `evaluation.evaluate`.
 
-        Its ``progress(rows_done, rows)`` is called after each batch.
+        The option ``progress(rows_done, rows)`` is called after each batch.
         """
 
 
@@ -65,12 +65,11 @@ class LanguageModelling:
 
 
 class DPO(LanguageModelling):
-    """The chosen answer of a pair must gain more on its reference than the rejected one.
+    """Raise the chosen answer of a pair above the rejected one, relative to a reference model.
 
-    The reference is the start of the run (arXiv 2305.18290, equation 7).
-
-    With the rewards r of `rewards` and the smoothing ε, the loss of a pair is
-    −(1 − ε)·log σ(r_chosen − r_rejected) − ε·log σ(r_rejected − r_chosen).
+    The reference is the model before the stage. With the rewards r of `rewards` and the smoothing
+    ε, the loss of a pair is −(1 − ε)·log σ(r_chosen − r_rejected) − ε·log σ(r_rejected − r_chosen)
+    (arXiv 2305.18290, equation 7).
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -78,8 +77,10 @@ class DPO(LanguageModelling):
         self.beta, self.smoothing = config.dpo_beta, config.dpo_label_smoothing
 
     def rewards(self, engine: Engine, batch: PackedBatch) -> Tensor:
-        """Return β·log(π/π_ref) [E, 2], float32, of the chosen and the rejected answers."""
-        gains = engine.at_head(candidate_scores, batch) - batch.reference  # of a token, on average
+        """Return β·log(π/π_ref) of the chosen and the rejected answers, [pairs, 2] float32."""
+        gains = (
+            engine.at_head(candidate_scores, batch) - batch.reference
+        )  # mean of an answer's tokens
         return self.beta * (gains * batch.sequence_length).view(-1, 2)
 
     def loss(self, engine: Engine, batch: PackedBatch) -> Tensor:
@@ -90,13 +91,13 @@ class DPO(LanguageModelling):
 
     def evaluate(self, engine: Engine, examples: Sequence[Example], **options: Any) -> Evaluation:
         scores = engine.scores(examples, progress=options["progress"])
-        return judge_pairs(examples, scores, [each.reference for each in examples], self.beta)
+        return judge_pairs(examples, scores, [row.reference for row in examples], self.beta)
 
 
 class ORPO(LanguageModelling):
-    """The chosen row is learned, and its answer must have larger odds than the rejected one.
+    """Learn the chosen row, and raise its odds above those of the rejected one (arXiv 2403.07691).
 
-    The loss of a pair is that of `orpo_losses` (arXiv 2403.07691); there is no reference.
+    The loss of a pair is `orpo_losses`. No reference is needed.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -104,19 +105,19 @@ class ORPO(LanguageModelling):
         self.beta = config.orpo_beta
 
     def collate(self, engine: Engine, examples: Sequence[Example]) -> list[Any]:
-        """Return a micro-batch as packed batches, in which a pair is three sequences."""
+        """Return a micro-batch as packed batches; a pair becomes three sequences."""
         return super().collate(engine, list(map(with_whole_row, examples)))
 
     def loss(self, engine: Engine, batch: PackedBatch) -> Tensor:
-        scores = engine.at_head(candidate_scores, batch).view(-1, 3)
+        scores = engine.at_head(candidate_scores, batch).view(-1, 3)  # [pairs, 3]
         return orpo_losses(scores, self.beta).sum()
 
     def evaluate(self, engine: Engine, examples: Sequence[Example], **options: Any) -> Evaluation:
         return judge_odds(engine, examples, self.beta, options["progress"])
 
 
-# By the name in `Splits.loss`: an objective, or the class of one that reads keys of `train`. A
-# plug-in adds one of your own (`registry`).
+# Objectives by the name in `Splits.loss`. A class is made with the config's `train` section.
+# Plug-ins add entries (`registry`).
 OBJECTIVES: dict[str, Objective | Callable[[TrainConfig], Objective]] = {
     "completion": LanguageModelling("completion"),
     "candidates": LanguageModelling("candidates"),
@@ -126,14 +127,15 @@ OBJECTIVES: dict[str, Objective | Callable[[TrainConfig], Objective]] = {
 
 
 def make_objective(name: str, config: TrainConfig) -> Objective:
-    found = entry(OBJECTIVES, "train.loss", name)
-    return found(config) if callable(found) else found
+    """Return the objective of a name. Raises ConfigError for an unknown one."""
+    objective = entry(OBJECTIVES, "train.loss", name)
+    return objective(config) if callable(objective) else objective
 
 
 def check_names(config: RunConfig) -> None:
-    """Load the plug-ins of a config, and look for its objective, optimizer and knot policy.
+    """Load the plug-ins of a config, and look up its objective, optimizer and knot policy.
 
-    Raises ConfigError for a plug-in that cannot be loaded, and for a name that nobody registered.
+    Raises ConfigError for a plug-in that cannot be loaded, and for unknown names.
     """
     load_plugins(config.plugins)
     data, loss = config.data, config.train.loss

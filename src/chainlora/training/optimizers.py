@@ -1,9 +1,9 @@
-"""The optimizer of one link: a new one for each, so that it knows nothing of the links before,
-unless it takes over what the one before held.
+"""Optimizers: each link gets a new one, without the state of the link before.
 
-A factory gets parameter groups, each with its `ratio` of the learning rate, and the `train`
-section. `optimizer_options` override what other keys say. What of an optimizer's state is
-proportional to gradients must be in `knots.moments.MOMENTS`, so that soft knots can carry it.
+An optimizer with a method `take_over` gets that state nevertheless. A factory gets parameter
+groups, each with its `ratio` of the learning rate, and the `train` section. `optimizer_options`
+override other keys. State that is proportional to a power of the gradients must be listed in
+`knots.moments.MOMENTS`, so that soft knots can scale it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Factory = Callable[[Groups, TrainConfig], torch.optim.Optimizer]
 
 
 def adam_keys(config: TrainConfig) -> dict[str, Any]:
-    """Return the arguments that all of Adam's relatives take."""
+    """Return the arguments that all variants of Adam take."""
     return {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
 
 
@@ -44,21 +44,23 @@ def sgd(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 def adafactor(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adafactor (arXiv 1804.04235): its rate is relative to the size of a factor."""
+    """Adafactor (arXiv 1804.04235): its learning rate is relative to the norm of a factor."""
     keys: dict[str, Any] = {"weight_decay": config.weight_decay}
     return torch.optim.Adafactor(groups, config.lr, **keys | config.optimizer_options)
 
 
 def muon(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
-    """Muon (kellerjordan.github.io/posts/muon), which torch has from version 2.9 on."""
-    found: Any = getattr(torch.optim, "Muon", None)
-    if found is None:
+    """Muon (kellerjordan.github.io/posts/muon), in torch 2.9 or later."""
+    muon_class: Any = getattr(torch.optim, "Muon", None)
+    if muon_class is None:
         raise ConfigError(
             f"`train.optimizer: muon` needs torch 2.9 or later (got {torch.__version__}); upgrade "
             "torch, or use adamw"
         )
     keys: dict[str, Any] = {"weight_decay": config.weight_decay}
-    optimizer: torch.optim.Optimizer = found(groups, config.lr, **keys | config.optimizer_options)
+    optimizer: torch.optim.Optimizer = muon_class(
+        groups, config.lr, **keys | config.optimizer_options
+    )
     return optimizer
 
 
@@ -66,7 +68,7 @@ def schedule_free_adamw(groups: Groups, config: TrainConfig) -> torch.optim.Opti
     """Schedule-free AdamW (arXiv 2405.15682), of the package schedulefree."""
     if config.schedule != "constant":
         raise ConfigError(
-            "`train.optimizer: schedule_free_adamw` averages weights where others lower the rate "
+            "`train.optimizer: schedule_free_adamw` averages weights and needs a constant rate "
             f"(got schedule: {config.schedule}); set train.schedule: constant"
         )
     package = import_optional("schedulefree", f"`train.optimizer: {config.optimizer}`")
@@ -84,7 +86,7 @@ def adamw_8bit(name: str, groups: Groups, config: TrainConfig) -> torch.optim.Op
 
 
 def lion(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
-    """Lion. Its betas are its own, (0.9, 0.99), unless options say otherwise."""
+    """Lion, with its own default betas (0.9, 0.99), not those of `train.betas`."""
     keys: dict[str, Any] = {"weight_decay": config.weight_decay}
     return Lion(groups, config.lr, **keys | config.optimizer_options)
 
@@ -117,7 +119,7 @@ class Lion(torch.optim.Optimizer):
                 moment.lerp_(p.grad, 1 - slow)
 
 
-# By the name in `train.optimizer`; a plug-in adds one of your own (`registry`).
+# Factories by the name in `train.optimizer`. Plug-ins add entries (`registry`).
 OPTIMIZERS: dict[str, Factory] = {
     "adamw": adamw,
     "sgd": sgd,
@@ -125,29 +127,29 @@ OPTIMIZERS: dict[str, Factory] = {
     "muon": muon,
     "schedule_free_adamw": schedule_free_adamw,
     "adamw_8bit": partial(adamw_8bit, "AdamW8bit"),
-    "paged_adamw_8bit": partial(adamw_8bit, "PagedAdamW8bit"),  # a GPU pages moments to the host,
+    "paged_adamw_8bit": partial(adamw_8bit, "PagedAdamW8bit"),  # moments are paged to the host
     "lion": lion,
 }
 
 
-# --- what can be refused before training ---
+# --- checks before training ---
 
 
 def check_optimizer(config: RunConfig, device: torch.device) -> None:
-    """Raise ConfigError unless the optimizer is known and can do what the config asks of it."""
+    """Raise ConfigError unless the optimizer is known and supports the keys of the config."""
     train, chain = config.train, config.chain
     optimizer = _stepped(train, device)
     if chain.lora_bias:
         _check_vectors(train, device)
     if takes_over(optimizer) and len(set(chain.ranks)) > 1:
         raise ConfigError(
-            f"`train.optimizer: {train.optimizer}` goes on from link to link, so all ranks must be "
-            f"equal (got {list(chain.ranks)}); use adamw, or equal ranks"
+            f"`train.optimizer: {train.optimizer}` keeps its state from link to link, so all ranks "
+            f"must be equal (got {list(chain.ranks)}); use adamw, or equal ranks"
         )
     if chain.knots is not None and _has_average(optimizer):
         raise ConfigError(
-            "soft knots tie a share of one set of weights (got train.optimizer: "
-            f"{train.optimizer}, which keeps two: those it steps from, and their average); leave "
+            "soft knots need an optimizer with one set of weights (got train.optimizer: "
+            f"{train.optimizer}, which has two: the current ones, and their average); leave "
             "chain.knots out"
         )
     unknown = unknown_moments(optimizer)
@@ -159,17 +161,20 @@ def check_optimizer(config: RunConfig, device: torch.device) -> None:
 
 
 def _stepped(train: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    """Return the optimizer of one matrix after two steps, so that its state can be looked at."""
+    """Return the optimizer of one matrix after two steps, so that its state can be inspected.
+
+    Raises ConfigError for options that it refuses, or that give weights that are not finite.
+    """
     matrix = nn.Parameter(torch.zeros(64, 64, device=device))
-    low = train.model_copy(update={"lr": min(train.lr, 1.0)})  # it is not to overflow by its rate
+    low = train.model_copy(update={"lr": min(train.lr, 1.0)})  # a large rate is not tested here
     try:
         optimizer = from_groups([{"params": [matrix], "ratio": 1.0}], low)
-        matrix.grad = torch.ones_like(matrix).tril()  # with zeros, as that of A has at first
+        matrix.grad = torch.ones_like(matrix).tril()  # with zeros, like the first gradient of A
         optimizer.step()
         if not matrix.isfinite().all():
             raise ValueError("weights that are not finite where gradients are 0, as by eps: 0")
-        optimizer.step()  # some options count from the second one on
-        load_state(optimizer, state_tensors(optimizer))  # as a resume does
+        optimizer.step()  # some options take effect in the second step
+        load_state(optimizer, state_tensors(optimizer))  # a resume does this
     except ConfigError:
         raise
     except Exception as error:
@@ -182,23 +187,24 @@ def _stepped(train: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
 
 
 def _check_vectors(train: TrainConfig, device: torch.device) -> None:
+    """Raise ConfigError for an optimizer that trains matrices only (Muon)."""
     vector = nn.Parameter(torch.zeros(2, device=device))
     try:
         from_groups([{"params": [vector], "ratio": 1.0}], train)
     except ValueError:
         raise ConfigError(
             f"`train.optimizer: {train.optimizer}` trains matrices alone (got lora_bias, which has "
-            "vectors too); use adamw, or leave it out"
+            "vectors too); use adamw, or leave lora_bias out"
         ) from None
 
 
-# --- made new for each link ---
+# --- an optimizer for each link ---
 
 
 def make_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.Optimizer:
     """Return a new optimizer for a link.
 
-    Factor B's rate is `lora_plus_ratio` times A's (arXiv 2402.12354).
+    The learning rate of B is `lora_plus_ratio` times that of A (LoRA+, arXiv 2402.12354).
     """
     groups = [
         {"params": adapter.named_factor("A"), "ratio": 1.0},
@@ -208,20 +214,21 @@ def make_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.Optimiz
 
 
 def from_groups(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
+    """Return the optimizer that `train.optimizer` names."""
     return entry(OPTIMIZERS, "train.optimizer", config.optimizer)(groups, config)
 
 
-# --- its state, on disk and over knots ---
+# --- the state of an optimizer, on disk and over knots ---
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return an optimizer's state as flat tensors, ``"<parameter>.<key>"``.
+    """Return an optimizer's state as flat tensors, named ``"<parameter>.<key>"``.
 
-    What changes in a parameter group is ``"<group>.group:<key>"``. A number becomes a tensor
-    without dimensions, its name ends in ``.number``.
+    Changed values of a parameter group are named ``"<group>.group:<key>"``. A number becomes a
+    tensor without dimensions, and its name ends in ``.number``.
     """
     tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()  # tables that all parameters share are written for each
+    seen: set[int] = set()  # addresses: safetensors refuses a tensor that parameters share
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for position, parameter in enumerate(parameters):
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -260,17 +267,17 @@ def load_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) 
 
 
 def takes_over(optimizer: torch.optim.Optimizer) -> bool:
-    """Say whether an optimizer begins with what that of the link before held (`take_over`)."""
+    """Say whether an optimizer takes over the state of the link before (method `take_over`)."""
     return callable(getattr(optimizer, "take_over", None))
 
 
 def _has_average(optimizer: torch.optim.Optimizer) -> bool:
-    """Say whether an optimizer evaluates other weights than those it steps from (schedule-free)."""
+    """Say whether an optimizer evaluates other weights than the trained ones (schedule-free)."""
     return callable(getattr(optimizer, "eval", None))
 
 
 def leave_average(optimizer: torch.optim.Optimizer) -> None:
-    """End training: leave the weights to be evaluated and kept, which differ in few optimizers."""
+    """Replace the trained weights by the evaluated ones, at the end of a link (schedule-free)."""
     if _has_average(optimizer):
         optimizer.eval()  # type: ignore[attr-defined]
 
@@ -278,16 +285,16 @@ def leave_average(optimizer: torch.optim.Optimizer) -> None:
 @contextmanager
 @torch.no_grad()
 def evaluated_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Put the weights to be evaluated in place for a while; then those it steps from."""
+    """Use the evaluated weights inside the context, and restore the trained ones after it."""
     if not _has_average(optimizer):
         yield
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    kept = [p.detach().clone() for p in parameters]
+    trained = [p.detach().clone() for p in parameters]
     leave_average(optimizer)
     try:
         yield
     finally:
         optimizer.train()  # type: ignore[attr-defined]
-        for parameter, value in zip(parameters, kept, strict=True):
+        for parameter, value in zip(parameters, trained, strict=True):
             parameter.copy_(value)

@@ -1,7 +1,8 @@
-"""Where the stages of a command stand, and the entries that are declared for them.
+"""Place the stages of a command beside the others or on top, and list the entries to declare.
 
-A stage stands beside the others, on what the run began on, or on top of them. After the last of
-those beside each other comes their combination, and a rehearsal of that.
+A stage beside others is trained on the run's origin; a stage on top is trained on the head. Stages
+beside each other are followed by one combination, and by its rehearsal if the last stage asks for
+one (docs/stages.md).
 """
 
 from __future__ import annotations
@@ -31,12 +32,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage of a run, and what of it was begun before; `declared` is an adapter that is added
-    like one."""
+    """A stage of a command, and how far it has come."""
 
     stage: Stage
-    begun: OpenState | None = None
-    declared: Unbuilt | None = None
+    begun: OpenState | None = None  # None: new
+    declared: Unbuilt | None = None  # of an imported adapter, which is added like a stage
 
     @property
     def name(self) -> str:
@@ -52,70 +52,71 @@ class StagePlan:
 
     @property
     def step(self) -> int:
-        """Return the step that a stopped one goes on from."""
+        """Return the step at which a stopped stage resumes."""
         return self.draft.position.step if self.draft else 0
 
 
 # --- beside or on top ---
 
 
-def placed(planned: Sequence[StagePlan], now: OpenState | None, start: Start) -> list[StagePlan]:
-    """Return the stages of a config, each beside those before it or on top of them.
+def placed(planned: Sequence[StagePlan], head: OpenState | None, start: Start) -> list[StagePlan]:
+    """Return the stages of a config, each with `beside` decided.
 
-    A stage that was begun stays where it was. A new one stands where its key `beside` says, by
-    default beside the others if it can be combined with them and their rows are answers; else a
-    warning says why. `now` is what the run is, None before its first stage has ended, which begins
-    on `start`.
+    A begun stage keeps its place. A new stage follows its key `beside`. Without this key, it is
+    placed beside the others if it can be combined with them and their rows are answers; otherwise
+    on top, with a warning. `head` is None before the run's first stage has ended; then `start` is
+    the start of that stage.
 
-    Raises ConfigError or RunError for what was begun elsewhere, or cannot be combined.
+    Raises ConfigError or RunError for a stage that was begun elsewhere, or cannot be combined.
     """
-    found = [planned[0]]
-    for place, each in enumerate(planned[1:], 1):
-        stage, is_beside = each.stage, each.stage.beside
-        if each.begun is not None and stage.after is None:
-            is_beside = _began_beside(stage, each.begun)
+    result = [planned[0]]
+    for place, current in enumerate(planned[1:], 1):
+        stage, is_beside = current.stage, current.stage.beside
+        if current.begun is not None and stage.after is None:
+            is_beside = _began_beside(stage, current.begun)
         elif stage.after is None:
             before = [other.stage for other in planned[:place] if other.state != "finished"]
-            is_beside = can_stand(stage, before, now, start)
-        found.append(replace(each, stage=replace(stage, beside=is_beside)))
-    return found
+            is_beside = can_stand(stage, before, head, start)
+        result.append(replace(current, stage=replace(stage, beside=is_beside)))
+    return result
 
 
 def can_stand(
-    stage: Stage, before: Sequence[Stage], now: OpenState | None, start: Start = NOTHING
+    stage: Stage, before: Sequence[Stage], head: OpenState | None, start: Start = NOTHING
 ) -> bool:
-    """Say whether a new stage stands beside the others; raise if it must, and cannot.
+    """Say whether a new stage is placed beside the others. Raise if it must be, and cannot.
 
-    `before` are others that have not ended, `now` is what the run is, None where it begins on
-    `start`.
+    `before` are unfinished stages of the same command. `head` and `start` are those of `placed`.
     """
     if stage.beside is False:
         return False
-    own = {e.name: learned_by(e.config.data, e.config.train.loss) for e in (stage, *before)}
+    losses = {s.name: learned_by(s.config.data, s.config.train.loss) for s in (stage, *before)}
     try:
-        for each in (*before, stage):
-            if each is stage or not each.config.data.rehearse:
-                _need_keys(each)
-        if now is None:
+        for other in before:
+            if not other.config.data.rehearse:
+                _need_keys(other)
+        _need_keys(stage)
+        if head is None:
             kept = start.kept
             for link in start.links:
                 need_low_rank_sum(link.config, "start", ON_TOP)
         else:
-            kept = now.kept()
-            need_combinable([now.at(key) for key in now.history.ends(now.key)])
+            kept = head.kept()
+            need_combinable([head.at(key) for key in head.history.parts(head.key)])
         if stage.beside is None:
-            _need_answers(stage, own | {name: each.loss for name, each in kept.items()}, now)
+            losses |= {name: rows.loss for name, rows in kept.items()}
+            _need_answers(stage, losses, head)
     except (ConfigError, RunError) as error:
         if stage.beside:
             raise
-        below = before[-1].name if now is None or before else now.history.head
+        below = before[-1].name if head is None or before else head.history.head
         logger.warning("stage %s is trained on top of %s: %s", stage.name, below, error)
         return False
     return True
 
 
 def _need_keys(stage: Stage) -> None:
-    """Refuse a stage whose keys make it one that cannot be combined with others."""
+    """Raise ConfigError for a stage with keys that prevent a combination."""
     data, chain = stage.config.data, stage.config.chain
     keys = {
         "chain.lora_bias": chain.lora_bias,
@@ -128,23 +129,28 @@ def _need_keys(stage: Stage) -> None:
         raise ConfigError(rule, got, "leave it out, or train it on top")
 
 
-def _need_answers(stage: Stage, losses: Mapping[str, str], now: OpenState | None) -> None:
-    """Refuse a stage that builds on others: of pairs, on a mix, which a combination would undo, or
-    one that reads or counts their rows. `losses` are its own and those of the others."""
+def _need_answers(stage: Stage, losses: Mapping[str, str], head: OpenState | None) -> None:
+    """Raise RunError for a stage that depends on the others, so that it belongs on top of them.
+
+    It depends on them if it learns pairs, reads or leaves out their rows, or if the head is a mix:
+    a combination would not keep its strengths. `losses` are those of the stage and of the others,
+    by name.
+    """
     data = stage.config.data
-    found = [f"{name}: {loss}" for name, loss in losses.items() if loss in PAIR_LOSSES]
-    found += ["data.replay"] * bool(data.replay) + ["data.new_rows_only"] * data.new_rows_only
-    if now is not None and now.entry is not None and now.entry.kind == "mix":
-        found += [f"{now.entry.key}, whose strengths would be lost"]
-    if found:
+    reasons = [f"{name}: {loss}" for name, loss in losses.items() if loss in PAIR_LOSSES]
+    reasons += ["data.replay"] * bool(data.replay) + ["data.new_rows_only"] * data.new_rows_only
+    if head is not None and head.entry is not None and head.entry.kind == "mix":
+        reasons += [f"{head.entry.key}, whose strengths would be lost"]
+    if reasons:
         rule = "by default a stage with answers of its own stands beside others"
-        remedy = "--beside, or beside: true, does it all the same"
-        if found[0].startswith("data."):  # a stage beside others reads nothing of them
+        remedy = "--beside, or beside: true, places it beside them"
+        if reasons[0].startswith("data."):  # a stage beside others cannot read their rows
             remedy = "leave it out to train beside them"
-        raise RunError(rule, found[0], remedy)
+        raise RunError(rule, reasons[0], remedy)
 
 
 def _began_beside(stage: Stage, begun: OpenState) -> bool:
+    """Say whether a begun stage stands on the origin. Raise RunError if its config contradicts."""
     is_beside = begun.parent.key == begun.history.origin
     if stage.beside not in (None, is_beside):
         rule = f"stage {stage.name!r} must stay where it was begun"
@@ -153,74 +159,75 @@ def _began_beside(stage: Stage, begun: OpenState) -> bool:
     return is_beside
 
 
-def need_below(now: OpenState, ended: Sequence[Stage], due: Collection[str]) -> None:
-    """Raise RunError unless these stages are in what the run is, or among those that are `due` to
-    be combined with it."""
-    run, history = now.run, now.history
-    below = {*history.below(now.key), *due}
-    if missing := [stage.name for stage in ended if stage.name not in below]:
-        names = {stage.name for stage in ended}
+def need_below(head: OpenState, finished: Sequence[Stage], combined: Collection[str]) -> None:
+    """Raise RunError unless the head includes all finished stages of a command.
+
+    Stages in `combined` need not be included: an unbuilt combination will include them.
+    """
+    run, history = head.run, head.history
+    below = {*history.below(head.key), *combined}
+    if missing := [stage.name for stage in finished if stage.name not in below]:
+        names = {stage.name for stage in finished}
         whole = [e.key for e in history.entries if names <= history.below(e.key)]
         raise RunError(
-            f"Cannot begin a stage on {history.head}, which {run} is now: it is without "
-            f"{missing[-1]}. Run chainlora undo {run} --to {[*missing, *whole][-1]}, then the same "
-            "command."
+            f"Cannot begin a stage on {history.head}, the current state of {run}: it does not "
+            f"include {missing[-1]}. Run chainlora undo {run} --to {[*missing, *whole][-1]}, then "
+            "repeat the command."
         )
 
 
-# --- what is declared for them ---
+# --- the entries to declare ---
 
 
 @dataclass
 class Declaring:
-    """The entries of a command: those that are `new`, and by `keys` all that it is about, with the
-    `configs` of its stages. `history` has the new ones too.
+    """The entries of a command, collected one stage after the other."""
 
-    `top` is what a stage on top of the others stands on, and in the end what the run is to become.
-    """
-
-    history: History
+    history: History  # with the new entries
     run: Path
     new: list[Unbuilt] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
-    configs: dict[str, RunConfig] = field(default_factory=dict)
+    keys: list[str] = field(default_factory=list)  # all entries of the command
+    configs: dict[str, RunConfig] = field(default_factory=dict)  # by the key of a stage
     _group: list[Stage] = field(default_factory=list)  # beside each other, not combined yet
 
     def __post_init__(self) -> None:
         history = self.history
         self.before = history
-        is_due = history.find_unbuilt(history.origin) is not None
-        self.top = self._first = history.origin if is_due else history.head
-        self.keys += [history.origin] * is_due
+        is_unbuilt = history.find_unbuilt(history.origin) is not None
+        # the next stage on top begins here; in the end, the target
+        self.top = self._first = history.origin if is_unbuilt else history.head
+        self.keys += [history.origin] * is_unbuilt
 
     @property
     def target(self) -> str | None:
-        """Return what the run is to become, None where it is that already."""
+        """Return the future head, None if the head stays."""
         return None if self.top == self._first else self.top
 
     def add_all(self, planned: Sequence[StagePlan]) -> None:
-        for each in planned:
-            if each.stage.beside:
-                self._add_beside(each)
+        """Add stages in order; combine those beside each other before the next one on top."""
+        for stage_plan in planned:
+            if stage_plan.stage.beside:
+                self._add_beside(stage_plan)
             else:
                 self._combine()
-                self._add_on_top(each)
+                self._add_on_top(stage_plan)
         self._combine()
 
     def _add_on_top(self, planned: StagePlan) -> None:
         stage = planned.stage
-        on = self.top if stage.after is None else stage.after
+        parent = self.top if stage.after is None else stage.after
         if planned.begun is not None and planned.begun.entry is not None:
-            on = planned.begun.entry.parent
-        self._add(planned, on)
-        if planned.state != "finished" and on == self.top:
+            parent = planned.begun.entry.parent
+        self._add(planned, parent)
+        if planned.state != "finished" and parent == self.top:
             self.top = stage.name
 
     def _add_beside(self, planned: StagePlan) -> None:
         name = planned.name
         self._add(planned, self.history.origin)
-        is_awaited = any(name in self.history.below(each.key) for each in self.history.unbuilt)
-        if is_awaited or is_combination_due(self.history, planned.stage):
+        history = self.history
+        is_parent = any(name in history.below(entry.key) for entry in history.unbuilt)
+        if is_parent or is_combination_due(history, planned.stage):
             self._group.append(planned.stage)
 
     def _add(self, planned: StagePlan, parent: str) -> None:
@@ -237,31 +244,32 @@ class Declaring:
         self.history = self.history.declared([entry], None)
 
     def _combine(self) -> None:
-        """Combine the stages of the group with what the run is, or is about to be."""
+        """Combine the stages of the group with the parts of the current or future head."""
         if not self._group:
             return
-        history, last, names = self.history, self._group[-1], [each.name for each in self._group]
+        history, last, names = self.history, self._group[-1], [s.name for s in self._group]
         self._group = []
-        parts = history.outer([*history.ends(self.top), *names])
+        parts = history.without_ancestors([*history.parts(self.top), *names])
         known = [e for e in history.unbuilt if e.kind == "combine" and {*parts} <= {*e.parents}]
-        if known:  # by this command when it was given before, or by one that came later
+        if known:  # this command was stopped before, or a later command declared it
             parts = list(known[0].parents)
         elif (target := self.before.target) is not None:  # of another command, or of a replaced one
-            ahead = [key for key in self.before.ends(target) if history.known(key) is not None]
-            ahead = [key for key in ahead if not {*names} & (history.below(key) - {key})]
-            parts = history.outer([*parts, *ahead])
-        if len(parts) == 1:  # the run is no more than what the stage began on
+            future = [key for key in self.before.parts(target) if history.known(key) is not None]
+            future = [key for key in future if not {*names} & (history.below(key) - {key})]
+            parts = history.without_ancestors([*parts, *future])
+        if len(parts) == 1:  # the head is still the origin: there is nothing to combine with
             self.top = parts[0]
         else:
             self.combine(parts, last)
 
     def combine(self, parts: Sequence[str], last: Stage, recipe: Recipe | None = None) -> None:
-        """Combine entries, one of them the `last` stage, and rehearse that if the stage says so.
+        """Declare a combination of entries, and its rehearsal if the `last` stage asks for one.
 
-        By default they are combined as what the run is, with conflicts as the last stage says.
+        `last` is one of the parts. The recipe is by default that of the current top, with
+        `keep_conflicts` of the last stage.
         """
-        history, keeps = self.history, {"keep_conflicts": last.config.data.keep_conflicts}
-        recipe = recipe or history.recipe_of(self.top).model_copy(update=keeps)
+        history, update = self.history, {"keep_conflicts": last.config.data.keep_conflicts}
+        recipe = recipe or history.recipe_of(self.top).model_copy(update=update)
         recipe = recipe.of_parts(parts)
         known = history.combination(parts, recipe)
         if known is None:
@@ -277,27 +285,27 @@ class Declaring:
             self._rehearse(last, known.unit)
 
     def _rehearse(self, last: Stage, unit: str) -> None:
-        """Let a rehearsal follow the combination."""
-        history, on = self.history, (self.top,)
+        """Declare a rehearsal on top of the combination."""
+        history, parents = self.history, (self.top,)
         known = (*history.entries, *history.unbuilt)
-        name = next((e.key for e in known if e.is_rehearsal and e.parents == on), None)
+        name = next((e.key for e in known if e.is_rehearsal and e.parents == parents), None)
         if name is None:
             name = rehearsal_name(history)
-            own = {"name": name, "plugins": [*last.config.plugins]}
-            stage = rehearsal_of(last.config, own, self._largest_rank(), self.run)
+            section = {"name": name, "plugins": [*last.config.plugins]}
+            stage = rehearsal_of(last.config, section, self._largest_rank(), self.run)
             self.configs[name] = stage.config
             self._declare(stage_entry(name, stage.config, self.top, unit))
         self.keys.append(name)
         self.top = name
 
     def _largest_rank(self) -> int:
-        parts = self.history.ends(self.top)
+        parts = self.history.parts(self.top)
         due = [self.configs[key].chain.ranks for key in parts if key in self.configs]
         return max([largest_rank(self.history, parts), *chain(*due)])
 
 
 def is_combination_due(history: History, stage: Stage) -> bool:
-    """Say whether a stage beside others is in no combination, and not in what the run is."""
+    """Say whether a stage beside others is neither part of a combination nor below the head."""
     known = (*history.entries, *history.unbuilt)
-    combined = {key for each in known if each.kind == "combine" for key in each.parents}
+    combined = {key for entry in known if entry.kind == "combine" for key in entry.parents}
     return bool(stage.beside) and stage.name not in combined | history.below(history.head)

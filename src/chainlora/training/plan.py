@@ -1,7 +1,7 @@
-"""The plan of a command: its stages, what of them is left to do, and the entries to declare.
+"""The plan of a command: its stages, how far each has come, and the entries to declare.
 
-It is made and checked once (`training.refusing`), before anything is done. `--dry-run` shows it,
-`runs.declaring` writes it, and `training.building` does what it declares.
+A plan is made and checked (`training.refusing`) before anything is written. `--dry-run` shows it,
+`runs.declaring` writes its entries, and `training.building` builds them.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from chainlora.training.refusing import check_due, naming
 
 logger = logging.getLogger(__name__)
 
-# Without a length, a link reads at least as many rows as one of the study of stages did: 80 steps
-# of 8 (benchmarks/stages). A row is read at most 10 times: on the 48 rows of examples/times, the
-# validation loss of SmolLM2-135M-Instruct was 0.36 after 4 epochs and 0.27 after 10.
+# The default length of a link: at least as many rows as in benchmarks/stages (80 steps of 8 rows),
+# but at most 10 epochs: on the 48 rows of examples/times, the validation loss of
+# SmolLM2-135M-Instruct was 0.36 after 4 epochs and 0.27 after 10.
 ROWS = 640
 MOST_EPOCHS = 10
 
@@ -56,38 +56,40 @@ def _nothing() -> History:
 class Plan:
     """The stages of a command in their order, and the entries that it declares for them.
 
-    `start` is what a new run begins on, `history` is what the run's is, or what it begins with.
-    `keys` are all entries that the command is about, `configs` those of stages, `target` is what
-    the run is to become. Without a run there are stages alone.
+    Without an output there is no run, and only `stages` and `start` are set.
     """
 
     stages: tuple[StagePlan, ...]
-    start: Start = NOTHING
+    start: Start = NOTHING  # of a new run
     run: Path = Path()
-    history: History = field(default_factory=_nothing)
-    new: tuple[Unbuilt, ...] = ()
-    keys: tuple[str, ...] = ()
-    configs: Mapping[str, RunConfig] = field(default_factory=dict)
-    target: str | None = None
+    history: History = field(
+        default_factory=_nothing
+    )  # before the command; of a new run, its first
+    new: tuple[Unbuilt, ...] = ()  # entries to declare
+    keys: tuple[str, ...] = ()  # all entries of the command, also those declared before
+    configs: Mapping[str, RunConfig] = field(default_factory=dict)  # by the key of a stage
+    target: str | None = None  # the future head, if it changes
+    change: Collection[str] = ()  # config keys that a resume may change
 
     @property
     def due(self) -> list[StagePlan]:
-        return [each for each in self.stages if each.state != "finished"]
+        """Return the stages that are not finished."""
+        return [planned for planned in self.stages if planned.state != "finished"]
 
     @property
     def combined(self) -> set[str]:
-        """Return the keys of all entries below the combinations that are to be built."""
+        """Return the keys of unbuilt combinations and of their ancestors."""
         history = self.history.declared(self.new, None)
-        due = (history.find_unbuilt(key) for key in self.keys)
-        keys = [entry.key for entry in due if entry is not None and entry.kind == "combine"]
+        unbuilt = (history.find_unbuilt(key) for key in self.keys)
+        keys = [entry.key for entry in unbuilt if entry is not None and entry.kind == "combine"]
         return {name for key in keys for name in history.below(key)}
 
     def after(self, name: str) -> list[str]:
-        """Say what is to be computed when a stage has ended."""
+        """Return what is computed after a stage: "combination", "rehearsal"."""
         known = [self.history.find_unbuilt(key) for key in self.keys]
-        found = {entry.key: entry for entry in (*known, *self.new) if entry is not None}
-        left = [e for e in found.values() if e.unit == name and e.key not in (name, START)]
-        return ["rehearsal" if entry.is_rehearsal else "combination" for entry in left]
+        entries = {entry.key: entry for entry in (*known, *self.new) if entry is not None}
+        later = [e for e in entries.values() if e.unit == name and e.key not in (name, START)]
+        return ["rehearsal" if entry.is_rehearsal else "combination" for entry in later]
 
 
 def make_plan(
@@ -97,92 +99,105 @@ def make_plan(
     resume: bool = True,
     base: OpenBase | None = None,
 ) -> Plan:
-    """Say where each stage is, what is to be declared, and check the files that the last ended one
-    and a new one depend on. Writes and trains nothing.
+    """Plan the stages of a command and check them; write and train nothing.
 
-    Without `resume`, a run in the output is refused.
+    The files of the last finished stage are verified; so are those of the head, if a new stage
+    depends on it. Without `resume`, an existing run in the output is refused.
 
-    Raises ChainLoRAError for what the run holds otherwise, and for all that a config, the model,
-    this machine or the files of rows tell that cannot be trained.
+    Raises:
+        ConfigError, DataError, ModelError: a stage that cannot be trained, by its config, its files
+            of rows, the model or this machine.
+        RunError: the run differs from the config, or is damaged.
     """
-    output, there = stages[0].config.output, None
+    # 1. Find the run, and how far each stage has come.
+    output, existing = stages[0].config.output, None
     if output is not None:
         run = Path(expanduser(output))
         need_apart(run)
         refuse_if_other(run) if resume else refuse_if_taken(run)
-        there = state_at(run, read_history(run)) if exists_in(run) else None
-    if there is not None:
-        _need_order(there, stages)
+        existing = state_at(run, read_history(run)) if exists_in(run) else None
+    if existing is not None:
+        _need_order(existing, stages)
     else:
         stages = [_without_general(stages[0]), *stages[1:]]
-    planned = [
-        _planned(stage, there and begun_stage(there.run, stage.name, there.history), change)
-        for stage in stages
-    ]
-    ended = [each.begun for each in planned if each.begun is not None and each.draft is None]
-    now = there if ended else None
-    if ended:
-        ended[-1].verify()
+    planned = [_planned(stage, existing, change) for stage in stages]
+    finished = [p.begun for p in planned if p.begun is not None and p.draft is None]
+    head = existing if finished else None
+    if finished:
+        finished[-1].verify()
+    # 2. Place each stage beside the others or on top, and list the entries to declare.
     start = NOTHING
     if planned[0].state != "finished":
-        start = _start_of(planned[0], there)
-    plan = Plan(tuple(placed(planned, now, start)), start)
+        start = _start_of(planned[0], existing)
+    plan = Plan(tuple(placed(planned, head, start)), start)
     if output is not None:
-        plan = _with_entries(plan, run, there)
-    new = [each.name for each in plan.due if each.state == "new"]
-    if there is not None and new:
-        names = {*plan.combined, *(stage.name for stage in stages)}
-        for name in sorted(drafts_in(there.run, there.history).keys() - names):
-            logger.warning("stage %s is half trained, and %s begins without it", name, new[0])
-    if now is not None and new:
-        below = [each.stage for each in plan.stages if each.state == "finished"]
-        need_below(now.verify(), below, plan.combined)
+        plan = _with_entries(plan, run, existing)
+    # 3. Refuse what cannot be trained.
+    _check_new(plan, existing, head)
     if plan.due:
-        check_due(plan.stages, start, now, base)
-    return plan
+        check_due(plan.stages, start, head, base)
+    return replace(plan, change=change)
 
 
-def _with_entries(plan: Plan, run: Path, there: OpenState | None) -> Plan:
-    """Return a plan with the entries that it declares."""
+def _check_new(plan: Plan, existing: OpenState | None, head: OpenState | None) -> None:
+    """Warn of unfinished stages that new ones do not include; verify the head below new stages.
+
+    `head` is None before the first stage of the run has ended.
+    """
+    new = [planned.name for planned in plan.due if planned.state == "new"]
+    if existing is not None and new:
+        names = {*plan.combined, *(planned.name for planned in plan.stages)}
+        for name in sorted(drafts_in(existing.run, existing.history).keys() - names):
+            logger.warning("stage %s is unfinished; %s does not include it", name, new[0])
+    if head is not None and new:
+        finished = [planned.stage for planned in plan.stages if planned.state == "finished"]
+        need_below(head.verify(), finished, plan.combined)
+
+
+def _with_entries(plan: Plan, run: Path, existing: OpenState | None) -> Plan:
+    """Return a plan with the entries to declare."""
     first = plan.stages[0]
-    if there is not None:
-        history = there.history
+    if existing is not None:
+        history = existing.history
     else:
-        config, known = first.stage.config, plan.start.state
-        base = known.base if known is not None else Base(model=config.model, fingerprint="")
+        config, state = first.stage.config, plan.start.state
+        base = state.base if state is not None else Base(model=config.model, fingerprint="")
         history = history_of_start(plan.start, base, config, first.name)
-    found = Declaring(history, run)
-    found.add_all(plan.stages)
-    return replace(plan_of(found), stages=plan.stages, start=plan.start)
+    declaring = Declaring(history, run)
+    declaring.add_all(plan.stages)
+    return replace(plan_of(declaring), stages=plan.stages, start=plan.start)
 
 
-def plan_of(found: Declaring) -> Plan:
-    """Return the plan of a run whose entries are declared so, without a stage of a config."""
+def plan_of(declaring: Declaring) -> Plan:
+    """Return a plan that declares entries, without stages of a config."""
     return Plan(
         (),
-        run=found.run,
-        history=found.before,
-        new=tuple(found.new),
-        keys=tuple(found.keys),
-        configs=found.configs,
-        target=found.target,
+        run=declaring.run,
+        history=declaring.before,
+        new=tuple(declaring.new),
+        keys=tuple(declaring.keys),
+        configs=declaring.configs,
+        target=declaring.target,
     )
 
 
-def _need_order(now: OpenState, stages: Sequence[Stage]) -> None:
-    """Raise RunError unless the stages of a config begin with those that the run has trained."""
+def _need_order(head: OpenState, stages: Sequence[Stage]) -> None:
+    """Raise RunError unless the stages of a config begin with the run's trained stages, in order.
+
+    A stage of `extend` or `rehearse` has `after` set and is not compared.
+    """
     if stages[0].after is not None:
         return
-    run, history = now.run, now.history
-    lineage = now.lineage
-    own = [e for e in history.own if e in lineage and e.has_config and not e.is_rehearsal]
-    known = [entry.key for entry in own if entry.kind == "stage"]
-    if own and not known and stages[0].name not in {entry.key for entry in own}:
+    run, history = head.run, head.history
+    lineage = head.lineage
+    entries = [e for e in history.own if e in lineage and e.has_config and not e.is_rehearsal]
+    known = [entry.key for entry in entries if entry.kind == "stage"]
+    if entries and not known and stages[0].name not in {entry.key for entry in entries}:
         rule = "the first stage of a config begins a run"
         remedy = f"add it by chainlora extend {run}, or choose another output"
-        raise RunError(rule, f"{run}, which has {own[0].key}", remedy)
+        raise RunError(rule, f"{run}, which has {entries[0].key}", remedy)
     last = stages[-1].name
-    names = [e.name for e in stages if e.name in known or history.find(e.name) is None]
+    names = [s.name for s in stages if s.name in known or history.find(s.name) is None]
     if history.find(last) is not None:
         known = known[: len(names)]
     for place, name in enumerate(known):
@@ -190,14 +205,15 @@ def _need_order(now: OpenState, stages: Sequence[Stage]) -> None:
             need_start(state_at(run, history, known[0]).config(), stages[0].config)
             got = names[place] if place < len(names) else "none"
             raise RunError(
-                "the stages of a run must be those that it has, in their order",
+                "`stages` must list the run's stages in their order, then new ones",
                 f"{got} for {name} in {run}",
                 f"add new ones below or by chainlora extend {run}, or choose another output",
             )
 
 
-def _planned(stage: Stage, begun: OpenState | None, change: Collection[str]) -> StagePlan:
-    """Return a stage with its length and what of it was begun, and check both."""
+def _planned(stage: Stage, existing: OpenState | None, change: Collection[str]) -> StagePlan:
+    """Return a stage with its length, and with its state if it was begun; check both."""
+    begun = existing and begun_stage(existing.run, stage.name, existing.history)
     if begun is None:
         _need_files(stage)
         return StagePlan(_with_length(stage, None))
@@ -207,8 +223,11 @@ def _planned(stage: Stage, begun: OpenState | None, change: Collection[str]) -> 
 
 
 def _without_general(first: Stage) -> Stage:
-    """Return the first stage of a new run, without rows that the model writes (`start_data`) where
-    several processes share it: the first one, which writes them alone, need not have room."""
+    """Return the first stage of a new run, without general rows (`start_data`) if the model is
+    sharded.
+
+    The first process would write these rows alone, and may lack the memory for the whole model.
+    """
     config = first.config
     if config.output is None or not keeps_general(config):
         return first
@@ -219,8 +238,10 @@ def _without_general(first: Stage) -> Stage:
 
 
 def _with_length(stage: Stage, begun: OpenState | None) -> Stage:
-    """Return a stage whose links have a length: by default the one that it was begun with, else by
-    the number of its rows."""
+    """Return a stage whose links have a length.
+
+    Without one in the config, a begun stage keeps its own, and a new one gets it from its rows.
+    """
     chain = stage.config.chain
     if chain.has_length or not chain.ranks or stage.config.data.rehearse:
         return stage
@@ -237,7 +258,7 @@ def _with_length(stage: Stage, begun: OpenState | None) -> Stage:
 
 
 def _tell_length(name: str, config: RunConfig) -> None:
-    """Log the size and length of a stage whose length was chosen here."""
+    """Log the ranks, the chosen length and the learning rate of a stage."""
     chain, targets = config.chain, config.chain.target_modules
     ranks = f"rank{'s' * (len(chain.ranks) > 1)} {', '.join(map(str, chain.ranks))}"
     names = [targets] if isinstance(targets, str) else targets
@@ -252,7 +273,7 @@ def _tell_length(name: str, config: RunConfig) -> None:
 
 
 def _need_files(stage: Stage) -> None:
-    """Raise ChainLoRAError unless the files of rows of a new stage can be read."""
+    """Raise ChainLoRAError unless the row files of a new stage can be read."""
     config = stage.config
     with naming(stage):
         check_files(config.data, config.train.loss)
@@ -261,7 +282,7 @@ def _need_files(stage: Stage) -> None:
 
 
 def _need_same(stage: Stage, begun: OpenState, change: Collection[str]) -> None:
-    """Raise ChainLoRAError where a begun stage is not what its config says, or cannot resume."""
+    """Raise ChainLoRAError if a begun stage differs from its config, or cannot resume."""
     if isinstance(stage.config.start_data, StartData) and START not in begun.keepers:
         raise RunError(
             "`start_data` is read when a run begins",
@@ -273,15 +294,15 @@ def _need_same(stage: Stage, begun: OpenState, change: Collection[str]) -> None:
         check_plugins(begun, stage.config)
 
 
-def _start_of(first: StagePlan, there: OpenState | None) -> Start:
-    """Return what the first stage begins on, or has begun on."""
-    if there is None:
+def _start_of(first: StagePlan, existing: OpenState | None) -> Start:
+    """Return the start of the first stage: where it begins, or where it was begun."""
+    if existing is None:
         source = first.stage.config.start
         return NOTHING if source is None else load_start(source)
     if first.begun is not None:
         return start_at(first.begun.parent)
-    history = there.history
+    history = existing.history
     if history.find_unbuilt(history.origin) is not None and first.stage.config.start is not None:
-        return load_start(first.stage.config.start)  # it was declared, and is not imported yet
+        return load_start(first.stage.config.start)  # declared, but not imported yet
     key = history.origin if first.stage.beside else first.stage.after
-    return start_at(there if key is None else there.at(key))
+    return start_at(existing if key is None else existing.at(key))

@@ -1,16 +1,15 @@
-"""Several processes that train one chain: each computes a share of every batch.
+"""Train one chain in several processes, started by `torchrun` or `accelerate launch`.
 
-`torchrun` or `accelerate launch` start them. Every process holds the whole model and draws the same
-links (`chain.initialization` depends on the seed alone). Of each micro-batch it takes every n-th
-row; the gradients of the links are summed over all processes before each update, so that a step is
-what one process would have made of the whole batch, to rounding. The first process alone writes.
+Each process holds the whole model and draws the same links (`chain.initialization` depends only on
+the seed). It computes every n-th row of a micro-batch. Gradients are summed over all processes
+before each update, so a step equals the step of one process with the whole batch, up to rounding.
+Only the first process writes files.
 
-Or they share the model (`models.shards`): each holds some rows of every weight, and a forward is an
-exchange between all of them. Then all must make equally many forwards, so a process without rows of
-its own computes a row of others (`idle`) and drops the result.
+Processes can also shard the model (`models.shards`): each holds some rows of every weight, and a
+forward pass exchanges them. All processes must then make the same number of forward passes. A
+process without rows computes a row of another one (`idle`) and drops the result.
 
-For one process, each method here is the plain thing. What processes tell each other are numbers and
-JSON, never pickles.
+With one process, no method here communicates. Processes exchange numbers and JSON, never pickles.
 """
 
 from __future__ import annotations
@@ -35,20 +34,20 @@ from chainlora.errors import ChainLoRAError, ConfigError, ToldError, TrainingErr
 from chainlora.training.interrupts import SIGNALS, stop_requested
 
 Item = TypeVar("Item")
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 # The first process may encode a large data set, or score all stages, while the others wait.
 PATIENCE = timedelta(hours=6)
 
 
 class Processes:
-    """The processes of a run, seen from one of them.
+    """The processes of a run, as seen by one of them.
 
     Args:
-        rank: which of them this is; 0 is the first, which writes.
-        count: how many there are.
-        device: where this process computes, and its numbers are summed.
-        shares_model: whether each holds a share of the model, and not all of it.
+        rank: number of this process; process 0 writes files.
+        count: number of processes.
+        device: device of this process, on which numbers are summed too.
+        shares_model: whether the model is sharded over the processes.
     """
 
     def __init__(
@@ -56,8 +55,8 @@ class Processes:
     ) -> None:
         self.rank, self.count, self.device = rank, count, device
         self.shares_model = shares_model
-        self._asked_to_stop: int | None = None  # by a signal that all processes know of
-        self._is_over = False  # a problem is known to all
+        self._agreed_signal: int | None = None  # a signal to stop, known to all processes
+        self._has_failed = False  # a problem of one process is known to all
 
     @property
     def is_first(self) -> bool:
@@ -71,109 +70,114 @@ class Processes:
         return items[self.rank :: self.count] if self.count > 1 else items
 
     def idle(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return what this process computes for nothing: an item, where it has none of its own.
+        """Return one item if this process has no share, to compute and drop.
 
-        Processes that share a model make equally many forwards.
+        Only for a sharded model, in which all processes make the same number of forward passes.
         """
         return items[:1] if self.shares_model and not self.share(items) else items[:0]
 
     def spread(
-        self, items: Sequence[Item], compute: Callable[[Sequence[Item]], list[Found]]
-    ) -> list[Found]:
-        """Return what `compute` returns for all items, each computed by one process.
+        self, items: Sequence[Item], compute: Callable[[Sequence[Item]], list[Result]]
+    ) -> list[Result]:
+        """Return the results of `compute` for all items; each process computes a share.
 
-        The results must be what JSON can hold.
+        Results must be JSON values.
         """
         if self.count == 1:
             return compute(items)
-        mine, idle = self.share(items), self.idle(items)
+        share, idle = self.share(items), self.idle(items)
         if idle:
             compute(idle)
-        parts = self._gather(compute(mine) if mine else [])
-        found: list[Any] = [None] * len(items)
+        parts = self._gather(compute(share) if share else [])
+        results: list[Any] = [None] * len(items)
         for rank, part in enumerate(parts):
-            found[rank :: self.count] = part
-        return found
+            results[rank :: self.count] = part
+        return results
 
     def seed(self, seed: int, step: int) -> None:
-        """Seed the generator of a step: dropout depends on seed, step and process alone."""
+        """Seed torch for a step, so that dropout depends only on seed, step and process."""
         torch.manual_seed((seed << 32) + step)
-        if self.rank > 0:  # other rows must not get the same mask
+        if self.rank > 0:  # each process has other rows, and must draw another mask
             torch.manual_seed(int(torch.randint(2**62, (self.count,))[self.rank]))
 
     def most(self, number: int) -> int:
-        """Return the largest of the numbers that all processes have here."""
+        """Return the largest number over all processes."""
         return number if self.count == 1 else max(self._gather(number))
 
     # --- one result ---
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
-        """Return the sums over all processes, and agree on whether a signal asked to stop."""
+        """Return the sums over all processes, and agree whether a signal asked to stop."""
         if self.count == 1:
             return list(numbers)
-        asked = stop_requested()
-        flags = [float(asked == number) for number in SIGNALS]
+        requested = stop_requested()
+        flags = [float(requested == number) for number in SIGNALS]
         tensor = torch.tensor([*numbers, *flags], dtype=torch.float64, device=self.device)
         self._all_reduce(tensor)
-        *sums, _, _ = found = tensor.tolist()
-        said = [number for number, flag in zip(SIGNALS, found[-2:], strict=True) if flag]
-        self._asked_to_stop = said[0] if said else None
+        totals = tensor.tolist()
+        sums, counts = totals[: len(numbers)], totals[len(numbers) :]
+        signals = [number for number, count in zip(SIGNALS, counts, strict=True) if count]
+        self._agreed_signal = signals[0] if signals else None
         return sums
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: float = 0.0) -> float:
-        """Sum ``parameter.grad`` over all processes, None where no process has one, and `loss`."""
+        """Sum ``parameter.grad`` over all processes, in place; return the sum of `loss`.
+
+        A gradient stays None if no process has it.
+        """
         if self.count == 1:
             return loss
+        # one exchange: all gradients, then the loss and a flag for each gradient
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        told = [loss, *(float(p.grad is not None) for p in parameters)]
-        ends = torch.tensor(told, dtype=torch.float32, device=self.device)
-        flat = torch.cat([*(part.float().flatten() for part in parts), ends])
+        values = [loss, *(float(p.grad is not None) for p in parameters)]
+        tail = torch.tensor(values, dtype=torch.float32, device=self.device)
+        flat = torch.cat([*(part.float().flatten() for part in parts), tail])
         self._all_reduce(flat)
-        *sums, ends = flat.split([*(part.numel() for part in parts), len(told)])
-        total, *is_there = ends.tolist()
-        for parameter, value, any_has in zip(parameters, sums, is_there, strict=True):
-            if any_has:
+        *sums, tail = flat.split([*(part.numel() for part in parts), len(values)])
+        total, *num_gradients = tail.tolist()
+        for parameter, value, count in zip(parameters, sums, num_gradients, strict=True):
+            if count:
                 parameter.grad = value.view_as(parameter).to(parameter.dtype)
         return float(total)
 
     def stop_requested(self) -> int | None:
-        """Return the signal that asked the run to stop, once all processes know of it."""
-        return stop_requested() if self.count == 1 else self._asked_to_stop
+        """Return the signal that asked the run to stop, once all processes know it."""
+        return stop_requested() if self.count == 1 else self._agreed_signal
 
     def check_same(self, parameters: Iterable[Tensor]) -> None:
-        """Raise TrainingError unless all processes hold the same link, to the same bits."""
+        """Raise TrainingError unless all processes hold the same link, to the bit."""
         if self.count == 1:
             return
         sums = [p.detach().double().sum() for p in parameters]
         digest = [math.fsum(map(float, sums)), float(torch.stack(sums).norm()) if sums else 0.0]
-        found = self._gather(digest)
-        if any(each != found[0] for each in found):
+        digests = self._gather(digest)
+        if any(other != digests[0] for other in digests):
             raise TrainingError(
                 "all processes must hold the same link (got sums "
-                f"{', '.join(str(each[0]) for each in found)}); use like machines and versions for "
-                "all of them"
+                f"{', '.join(str(total) for total, _ in digests)}); use machines of one kind and "
+                "the same versions for all of them"
             )
 
     # --- before training ---
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Do what may be refused: what one process refuses ends all, and the first one says it.
+        """Stop all processes if one of them raises; the first process reports the error.
 
-        Inside, processes must meet in `in_turn` only.
+        Inside, processes must communicate only by `in_turn`.
         """
         try:
             yield
         except ChainLoRAError as error:
-            if not self._is_over:
+            if not self._has_failed:
                 self._meet(str(error))
             raise
         self._meet()
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """Let the first process do something before the others: claim, download, encode."""
+        """Let the first process go before the others: claim, download, encode."""
         if not self.is_first:
             self._meet()
         yield
@@ -181,7 +185,11 @@ class Processes:
             self._meet()
 
     def _meet(self, problem: str | None = None) -> None:
-        """Wait for all processes; raise where one of them has a problem that is not said here."""
+        """Wait for all processes, and exchange their problems.
+
+        If one of them has a problem, all raise: a process other than the first raises ToldError,
+        which it need not report, and the first one a TrainingError, or its own error in the caller.
+        """
         if self.count == 1:
             return
         try:
@@ -189,18 +197,18 @@ class Processes:
         except TrainingError:
             if problem is None:
                 raise
-            return  # what is wrong here comes first
-        told = [f"{text} (process {rank})" for rank, text in enumerate(problems) if text]
-        self._is_over = bool(told)
-        if told and not self.is_first:
-            raise ToldError(told[0])
-        if told and problem is None:
-            raise TrainingError(told[0])
+            return  # the caller raises the error of this process
+        errors = [f"{text} (process {rank})" for rank, text in enumerate(problems) if text]
+        self._has_failed = bool(errors)
+        if errors and not self.is_first:
+            raise ToldError(errors[0])
+        if errors and problem is None:
+            raise TrainingError(errors[0])
 
-    # --- how they talk ---
+    # --- communication ---
 
     def _gather(self, value: Any) -> list[Any]:
-        """Return the value of each process, in their order."""
+        """Return the values of all processes, by rank; they are sent as JSON."""
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = torch.zeros(self.count, dtype=torch.int64, device=self.device)
         sizes[self.rank] = len(data)
@@ -220,7 +228,7 @@ class Processes:
 
     @contextmanager
     def exchanging(self) -> Iterator[None]:
-        """Say it where a forward of a shared model finds that another process is gone."""
+        """Raise a clear error if a forward pass of a sharded model loses another process."""
         try:
             yield
         except RuntimeError as error:
@@ -233,13 +241,13 @@ class Processes:
         reason = " ".join(str(error).split())
         return TrainingError(
             f"the {self.count} processes of a run must go on together (process {self.rank} lost "
-            f"another one: {reason[:120]}); see what the other one says, then resume"
+            f"another one: {reason[:120]}); read the error of the other one, then resume"
         )
 
 
 @contextmanager
 def own_accelerate() -> Iterator[None]:
-    """Leave Accelerate as it was, which one process can set up once: a script may want another."""
+    """Reset Accelerate at the end: a process can set it up only once, and a script may need it."""
     is_new = not AcceleratorState._shared_state
     try:
         yield
@@ -251,11 +259,14 @@ def own_accelerate() -> Iterator[None]:
 def find_processes(
     accelerator: Accelerator | AcceleratorState, *, share_model: bool = False
 ) -> Processes:
-    """Return the processes that Accelerate has found; several can share the model."""
+    """Return the processes that Accelerate has found; with `share_model`, several shard the model.
+
+    Raises ConfigError for an unsupported kind, and for processes that have not found each other.
+    """
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", *(["FSDP"] if share_model else [])):
         raise ConfigError(
-            "processes must hold the whole model each, or share it by FSDP2 (got an Accelerate "
+            "each process must hold the whole model, or share it by FSDP2 (got an Accelerate "
             f"config for {kind}); launch with torchrun, or `accelerate launch` without DeepSpeed, "
             "Megatron or TPU"
         )
@@ -276,13 +287,13 @@ def find_processes(
 def leave_processes(status: int = 0) -> None:
     """End this process with `status` if it is one of several; do nothing if it is the only one.
 
-    Threads of Gloo may still let go of what they exchanged, and while the interpreter is torn down
-    that aborts the process, after all its work. `destroy_process_group` does
-    not end them, since meshes keep the group. So there is no teardown.
+    The process exits without teardown of the interpreter. Threads of Gloo may still release
+    buffers, which would abort the process in the teardown; `destroy_process_group` does not end
+    these threads, because device meshes keep the group.
     """
     if not distributed.is_initialized():
         return
-    if status == 0:  # else others may be gone, and it would wait for them
+    if status == 0:  # after an error others may be gone, and this call would wait for them
         distributed.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -290,13 +301,13 @@ def leave_processes(status: int = 0) -> None:
 
 
 def num_launched() -> int:
-    """Return how many processes a launcher says it has started."""
+    """Return the number of processes that a launcher has started, by WORLD_SIZE."""
     count = os.environ.get("WORLD_SIZE", "1")
     return int(count) if count.isdecimal() else 1
 
 
 def wait_for_all() -> None:
-    """Let all processes come here: the first one writes what the others read next."""
+    """Wait for all processes: the first one writes files that the others read next."""
     if num_launched() > 1:
         cpu = not torch.accelerator.is_available()
         with finding_each_other():
@@ -306,9 +317,9 @@ def wait_for_all() -> None:
 
 @contextmanager
 def finding_each_other() -> Iterator[None]:
-    """Say what is missing where Accelerate has some of a launcher's variables without the others.
+    """Raise ConfigError if some variables of a launcher are missing; then reset Accelerate.
 
-    Nothing of the attempt is left: another one says the same.
+    After the reset, a second attempt raises the same error.
     """
     try:
         yield
@@ -322,17 +333,17 @@ def finding_each_other() -> Iterator[None]:
 
 
 def is_first_launched() -> bool:
-    """Say whether this is the process that shows things, of those that a launcher has started."""
+    """Say whether this is the first process of a launcher, which shows progress."""
     return num_launched() < 2 or os.environ.get("RANK", "0") == "0"
 
 
-# --- a model that they share ---
+# --- a sharded model ---
 
 
 def wants_shards(config: RunConfig) -> bool:
-    """Say whether processes are to share the model, by `train.shard` or by `accelerate launch`.
+    """Say whether `train.shard` or `accelerate launch` asks to shard the model.
 
-    Raises ConfigError where Accelerate is set to FSDP1 or DeepSpeed.
+    Raises ConfigError if Accelerate is set to FSDP1 or DeepSpeed.
     """
     if _is_set("ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(
@@ -354,7 +365,7 @@ def _is_set(variable: str) -> bool:
 
 
 def refuse_one_process(config: RunConfig) -> None:
-    """Raise ConfigError where one process alone is to share the model."""
+    """Raise ConfigError if a single process is asked to shard the model."""
     if config.train.shard is not None:
         raise ConfigError(
             f"`train.shard: {config.train.shard}` shares the model between several processes",
@@ -365,16 +376,17 @@ def refuse_one_process(config: RunConfig) -> None:
 
 
 def check_shards(config: RunConfig) -> None:
-    """Raise ConfigError for what a shared model cannot do."""
+    """Raise ConfigError for keys that a sharded model does not support."""
     chain = config.chain
-    refused = {
+    unsupported = {
         "quantize": config.quantize is not None,
         "chain.init: pissa": chain.init == "pissa",
     }
-    if found := [key for key, is_set in refused.items() if is_set]:
+    if keys := [key for key, is_set in unsupported.items() if is_set]:
         raise ConfigError(
-            f"processes that share a model train plain LoRA on it (got {found[0]}, which needs "
-            "whole weights); leave it out, or train.shard: each process then holds the whole model"
+            f"processes that share a model train plain LoRA on it (got {keys[0]}, which needs "
+            "whole weights); leave it out, or leave train.shard out: each process then holds the "
+            "whole model"
         )
     if chain.knots is not None and holding_named(chain.hold).writes_base:
         raise ConfigError(

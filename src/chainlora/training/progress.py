@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a progress bar on a terminal, lines everywhere else."""
+"""Show the progress of a run: a bar on a terminal, lines in a notebook or a log file."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ from chainlora.training.events import (
     StepDone,
 )
 
-_LINES = 10  # of steps in a run, where nobody says how many
-_RECENT, _ENOUGH = 25, 5  # steps whose median tells the time left: the first ones are slow
-_SILENCE = 60.0  # seconds after which a line is due all the same
-OFTEN = 10.0  # seconds between lines where nothing else is said
+_LINES = 10  # lines in a run without `train.log_every`
+_RECENT, _ENOUGH = 25, 5  # most and fewest steps for the time left, a median: first steps are slow
+_SILENCE = 60.0  # seconds after which a line is printed in any case
+OFTEN = 10.0  # seconds between lines while rows are read or layers solved
 
 
 @contextmanager
 def progress_listener(is_verbose: bool = False) -> Iterator[Listener]:
-    """Give a listener for `train` that shows loss, tokens/s and time left on stderr.
+    """Yield a listener for `train` that shows loss, tokens/s and time left on stderr.
 
-    On a terminal that is a bar, which goes when the context ends, however it ends. In a log file or
-    a notebook it is a line every `train.log_every` steps. `is_verbose` adds rates, knots, and how
-    far combinations are from their parts.
+    A terminal shows a bar, which is removed at the end, also after an error. A log file or notebook
+    gets a line every `train.log_every` steps. `is_verbose` adds learning rates, knots, and the
+    distances of combinations from their parts.
     """
     listener = _Listener(is_verbose)
     try:
@@ -58,7 +58,7 @@ def progress_listener(is_verbose: bool = False) -> Iterator[Listener]:
 
 
 class Terminal(Console):
-    """A console of rich that writes control characters in texts as escapes, as `cli` prints."""
+    """A rich console that writes control characters as escapes, like the output of `cli`."""
 
     def __init__(self, *, stderr: bool = False, **keys: Any) -> None:
         stream = sys.stderr if stderr else sys.stdout
@@ -69,18 +69,20 @@ class Terminal(Console):
 
 
 def console_on_stderr() -> Console:
-    """Return the console for progress, on which bars are drawn only if stderr is a terminal.
+    """Return the console for progress. It draws bars only if stderr is a terminal.
 
-    A notebook is none, though it sets FORCE_COLOR: rich would need widgets there, or would print
-    each frame of a bar below the last one.
+    A notebook is no terminal, although it sets FORCE_COLOR: rich would need widgets there, or print
+    each frame of a bar on a new line.
     """
-    isatty = getattr(sys.stderr, "isatty", bool)  # a daemon has no stderr, others put a log there
+    isatty = getattr(sys.stderr, "isatty", bool)  # stderr may be None, or any object
     return Terminal(stderr=True, force_jupyter=False, force_terminal=isatty())
 
 
 def console_of_bars(console: Console) -> Console:
-    """Return the console that bars are drawn on: a silent one where they are disabled, for which
-    rich before 14.3 writes an empty line."""
+    """Return the console for bars: a silent one if bars are disabled.
+
+    Otherwise rich before 14.3 writes an empty line for each disabled bar.
+    """
     return console if console.is_terminal else Console(quiet=True)
 
 
@@ -105,7 +107,7 @@ class _Listener:
         self.reading = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[told]}"),
+            TextColumn("{task.fields[detail]}"),
             TimeRemainingColumn(),
             transient=True,
             **bars,
@@ -118,9 +120,9 @@ class _Listener:
         self.seconds: deque[float] = deque(maxlen=_RECENT)
         self.evaluations: Sequence[int] = ()
         self.evaluation_seconds: deque[float] = deque(maxlen=_RECENT)
-        self.heard = self.said = time.monotonic()
+        self.last_event = self.last_line = time.monotonic()
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def __call__(self, event: Event) -> None:
@@ -130,56 +132,63 @@ class _Listener:
             case ReferenceScored():
                 self._read(f"scoring {event.split}", f"{event.rows:,} rows", event.share)
             case KeptRowsRead():
-                whose = f"{event.what}, " if event.what else ""
-                self._read(event.doing, f"{whose}{event.rows:,} rows", event.share)
+                name = f"{event.what}, " if event.what else ""
+                self._read(event.doing, f"{name}{event.rows:,} rows", event.share)
             case LayerSolved():
-                told = f"layer {event.layer or 1} of {event.layers}"
+                detail = f"layer {event.layer or 1} of {event.layers}"
                 share = event.layer / event.layers
-                self._read(f"combining {event.parts}", told, share, is_first=event.layer == 0)
+                self._read(f"combining {event.parts}", detail, share, is_first=event.layer == 0)
             case Planned():
                 self._plan(event)
             case StepDone():
                 self._step(event)
             case Evaluated():
                 self._evaluated(event)
-            case StageBegins(state="finished"):
-                self._say(f"stage {event.stage}: finished before, its files are as they were")
-            case StageBegins():
-                again = f", from step {event.step}" if event.state == "stopped" else ""
-                where = ", beside the others" * event.beside
-                self._say(f"stage {event.stage}{where}{again}")
-            case EntryBuilt(kind="combine"):
-                took = _duration(event.seconds)
-                told = f"; {event.told}" if self.is_verbose else ""
-                self._say(f"{event.entry}: combined in {took}{told}")
-            case EntryBuilt(kind="import") if event.entry != START:
-                self._say(f"{event.entry}: imported in {_duration(event.seconds)}")
-            case EntryBuilt(kind="stage"):
-                self._say(f"stage {event.entry}: trained in {_duration(event.seconds)}")
-            case ForgettingHeld():
-                self._say(event.told)
-            case AlreadyFinished():
-                self._say(f"{event.run} was finished after step {event.step}: nothing left to do")
             case KnotTied() if self.is_verbose:
-                self._say(
+                self._print(
                     f"step {event.step:>5}  link {event.link} tied "
                     f"(rounding changed the function by {event.function_change:.1e})"
                 )
-        self.heard = time.monotonic()
+            case StageBegins() | EntryBuilt() | ForgettingHeld() | AlreadyFinished():
+                if line := self._line_of(event):
+                    self._print(line)
+        self.last_event = time.monotonic()
 
-    def _read(self, what: str, told: str, share: float, is_first: bool = False) -> None:
-        """Show what is done between trainings: by a bar, else by a line now and then."""
+    def _line_of(self, event: Event) -> str | None:
+        """Return the line for an event of a whole stage or entry."""
+        match event:
+            case StageBegins(state="finished"):
+                return f"stage {event.stage}: finished before, its files are as they were"
+            case StageBegins():
+                resumed = f", from step {event.step}" if event.state == "stopped" else ""
+                return f"stage {event.stage}{', beside the others' * event.beside}{resumed}"
+            case EntryBuilt(kind="combine"):
+                details = f"; {event.told}" if self.is_verbose else ""
+                return f"{event.entry}: combined in {_duration(event.seconds)}{details}"
+            case EntryBuilt(kind="import") if event.entry != START:
+                return f"{event.entry}: imported in {_duration(event.seconds)}"
+            case EntryBuilt(kind="stage"):
+                return f"stage {event.entry}: trained in {_duration(event.seconds)}"
+            case ForgettingHeld():
+                return event.told
+            case AlreadyFinished():
+                return f"{event.run} was finished after step {event.step}: nothing left to do"
+        return None
+
+    def _read(self, what: str, detail: str, share: float, is_first: bool = False) -> None:
+        """Show progress outside training, a bar or a line every `OFTEN` seconds; share in 0…1."""
         if what not in self.splits:
-            self.splits[what] = self.reading.add_task(what, total=1.0, told=told)
+            self.splits[what] = self.reading.add_task(what, total=1.0, detail=detail)
             self.reading.start()
-        self.reading.update(self.splits[what], completed=share, told=told)
-        is_late = share < 1 and time.monotonic() - self.said >= OFTEN
+        self.reading.update(self.splits[what], completed=share, detail=detail)
+        is_late = share < 1 and time.monotonic() - self.last_line >= OFTEN
         if not self.console.is_terminal and (is_first or is_late):
-            self.said = time.monotonic()
-            self._say(f"{what}: {told}")
+            self.last_line = time.monotonic()
+            self._print(f"{what}: {detail}")
 
     def _plan(self, event: Planned) -> None:
-        # losses, seconds and bars of the stage before say nothing of this one
+        """Print the rows and steps of a stage, and start its bar."""
+        # forget losses, seconds and bars of the stage before
         self.loss = self.speed = None
         self.seconds.clear()
         self.evaluation_seconds.clear()
@@ -194,14 +203,14 @@ class _Listener:
         lengths = self._lengths(event.lengths)
         resumed = f", resuming after step {event.step}" if event.step else ""
         rows = f"{event.rows} training row{'s' * (event.rows != 1)}"
-        about = ""
+        estimate = ""
         if event.estimate is not None and not event.step:
-            about = f", about {_duration(event.estimate)} at the speed of the stage before"
-        self._say(f"{rows}, {event.num_steps} steps{lengths}{resumed}{about}")
-        for split, found in event.data.items():
-            for line in _what_became_of(found):
-                self._say(f"{split}: {line}")
-        self.said = time.monotonic()
+            estimate = f", about {_duration(event.estimate)} at the speed of the stage before"
+        self._print(f"{rows}, {event.num_steps} steps{lengths}{resumed}{estimate}")
+        for split, counts in event.data.items():
+            for line in _lines_of_split(counts):
+                self._print(f"{split}: {line}")
+        self.last_line = time.monotonic()
         self.task = self.bar.add_task(
             "train",
             total=event.num_steps,
@@ -215,15 +224,16 @@ class _Listener:
         self.bar.start()
 
     def _lengths(self, lengths: Sequence[int]) -> str:
-        """Return the steps of each link, where there are several, or somebody wants to know."""
-        each = " + ".join(map(str, lengths)) or "no link"
-        return f" ({each})" if self.is_verbose or len(lengths) != 1 else ""
+        """Return the steps of each link, if there are several or the output is verbose."""
+        steps = " + ".join(map(str, lengths)) or "no link"
+        return f" ({steps})" if self.is_verbose or len(lengths) != 1 else ""
 
     def _link(self, link: int) -> str:
-        """Return which link is trained, where there are several."""
+        """Return the number of the link, if there are several or the output is verbose."""
         return f"link {link}: " if self.is_verbose or self.num_links > 1 else ""
 
     def _step(self, event: StepDone) -> None:
+        """Update the bar, or print a line if one is due."""
         self.seconds.append(event.seconds)
         left = self._left(event.step)
         self.loss = _smoothed(self.loss, event.loss)
@@ -242,49 +252,50 @@ class _Listener:
         if event.step >= self.total:
             self.bar.stop()
         every = self.log_every or math.ceil(self.total / _LINES)
-        is_late = self.log_every is None and time.monotonic() - self.said >= _SILENCE
+        is_late = self.log_every is None and time.monotonic() - self.last_line >= _SILENCE
         if not self.console.is_terminal and (is_late or event.step % every == 0):
-            self.said = time.monotonic()
-            self._say(
+            self.last_line = time.monotonic()
+            self._print(
                 f"step {event.step:>5}  {link}loss {self.loss:.4f} (smoothed){rate}, "
                 f"{self.speed:,.0f} tokens/s" + (f", {left}" if left else "")
             )
 
     def _left(self, step: int) -> str:
-        """Return how long steps and evaluations that are left take, once enough were seen."""
+        """Return the estimated time of the remaining steps and evaluations, "" after few steps."""
         if len(self.seconds) < min(_ENOUGH, self.total):
             return ""
         seconds = median(self.seconds) * (self.total - step)
         if self.evaluation_seconds:
-            due = len(self.evaluations) - bisect_left(self.evaluations, step)
-            seconds += median(self.evaluation_seconds) * due
+            remaining = len(self.evaluations) - bisect_left(self.evaluations, step)
+            seconds += median(self.evaluation_seconds) * remaining
         return f"{_duration(seconds)} left"
 
     def _evaluated(self, event: Evaluated) -> None:
-        self.evaluation_seconds.append(time.monotonic() - self.heard)
+        """Print the validation scores, and when they were measured."""
+        self.evaluation_seconds.append(time.monotonic() - self.last_event)
         scores = ", ".join(f"{name} {value:.4f}" for name, value in event.metrics.items())
         end = f"after {self._link(event.link)}" if self._link(0) else "after training: "
         places = {"start": "before training: ", "knot": end}
         place = places.get(event.where, self._link(event.link))
-        self._say(f"step {event.step:>5}  {place}validation {scores}")
+        self._print(f"step {event.step:>5}  {place}validation {scores}")
 
 
-def _what_became_of(found: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a person should know of the rows of a split."""
-    if "recognised" in found:
-        yield f"rows recognised as {found['recognised']} (data.format)"
-    if "held_out" in found:
-        yield f"{found['held_out']:,} held out for validation (data.validation)"
-    if "left_out" in found:
-        yield f"{found['left_out']:,} left out: validation rows of earlier stages"
-    if "seen" in found:
-        yield f"{found['seen']:,} left out: trained on by earlier stages (data.new_rows_only)"
-    if "replayed" in found:
-        yield f"{found['replayed']:,} rows of earlier stages to read again (data.replay)"
-    if "rows_split" in found:
-        blocks = sum(found.get(each, 0) for each in ("examples", "held_out", "left_out", "seen"))
+def _lines_of_split(counts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each notable count of a split's rows (`Splits.report`)."""
+    if "recognised" in counts:
+        yield f"rows recognised as {counts['recognised']} (data.format)"
+    if "held_out" in counts:
+        yield f"{counts['held_out']:,} held out for validation (data.validation)"
+    if "left_out" in counts:
+        yield f"{counts['left_out']:,} left out: validation rows of earlier stages"
+    if "seen" in counts:
+        yield f"{counts['seen']:,} left out: trained on by earlier stages (data.new_rows_only)"
+    if "replayed" in counts:
+        yield f"{counts['replayed']:,} rows of earlier stages to read again (data.replay)"
+    if "rows_split" in counts:
+        blocks = sum(counts.get(key, 0) for key in ("examples", "held_out", "left_out", "seen"))
         yield (
-            f"{found['rows_split']:,} of {found['rows']:,} texts were longer than the context or "
+            f"{counts['rows_split']:,} of {counts['rows']:,} texts were longer than the context or "
             f"data.max_length: {blocks:,} blocks, no token lost"
         )
 

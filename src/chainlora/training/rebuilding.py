@@ -1,8 +1,8 @@
-"""Train again what an export says that it was made of: the same bits from lineage, rows and base.
+"""Rebuild an export from its lineage: the same bits from ``lineage.json``, the rows and the base.
 
-The entries of its history are declared in another run, and built. Each must end in the state that
-it had. Rows of the start are read or written again, and are not compared: only what is trained or
-computed from them must have the same bits.
+The entries of the lineage are declared in a new run, and built. Each must get the state that it
+had. Rows of the start are read or written again; they are not compared, but the states that are
+computed from them are.
 """
 
 from __future__ import annotations
@@ -39,20 +39,39 @@ from chainlora.training.refusing import check_due, naming
 from chainlora.training.result import TrainResult
 
 _PLACES = {"output", "model", "task", "dir", "train", "validation", "test"}
-_PLACES |= {"plugins", "trackers"}  # which are named again
+_PLACES |= {"plugins", "trackers"}  # never taken from a lineage: the user names them again
 
 
 def stages_of(lineage: Lineage, overrides: Sequence[tuple[str, Any]] = ()) -> list[Stage]:
-    """Return the stages of a lineage, each with its rows and base checked.
+    """Return the stages of a lineage; check their rows and the base.
 
-    `overrides` say where the run, rows and base are: ``output``, ``model``, ``data.train`` of all
-    stages, ``stages.NAME.data.train`` of one.
+    `overrides` name the places of the run, rows and base: ``output``, ``model``, ``data.train`` of
+    all stages, ``stages.NAME.data.train`` of one.
 
-    Raises ChainLoRAError for another base, other rows, and for what cannot be trained again.
+    Raises ChainLoRAError for another base, other rows, and entries that cannot be rebuilt.
     """
+    configs = _configs(lineage, overrides)
+    stages = []
+    for entry in lineage.history.entries:
+        _need_rebuildable(lineage, entry)
+        if entry.kind == "stage":
+            stage = Stage(entry.key, make_config(configs[entry.key]), after=entry.parent)
+            with naming(stage):
+                _check_rows(entry, stage)
+            stages.append(stage)
+    if not stages or stages[0].config.output is None:
+        rule = "a lineage is trained again by stages, into a new folder"
+        raise ConfigError(rule, "none", "add --output" if stages else "export another state")
+    for model in {stage.config.model for stage in stages}:
+        check_base(lineage.history.base, "the lineage", files=base_files(resolve_model(model)))
+    return stages
+
+
+def _configs(lineage: Lineage, overrides: Sequence[tuple[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the config of each stage of a lineage, with the places in `overrides`."""
     trees: dict[str, dict[str, Any]] = {}
-    for name, facts in lineage.stages.items():  # which may come from somebody else
-        refuse_paths(facts.config, Path("lineage.json"))
+    for name, facts in lineage.stages.items():
+        refuse_paths(facts.config, Path("lineage.json"))  # a lineage may come from somebody else
         left_out = ("output", "start")
         trees[name] = {k: deepcopy(v) for k, v in facts.config.items() if k not in left_out}
         leave_out_helpers(trees[name], "lineage.json")
@@ -61,42 +80,32 @@ def stages_of(lineage: Lineage, overrides: Sequence[tuple[str, Any]] = ()) -> li
         name, _, inner = rest.partition(".") if first == "stages" else ("", "", key)
         section, _, last = inner.rpartition(".")
         if last not in _PLACES or (name and name not in trees):
-            rule = "a lineage is trained again with other places alone"
+            rule = "only places may change when a lineage is trained again"
             remedy = f"leave it out; places are {', '.join(sorted(_PLACES))} of {', '.join(trees)}"
             raise ConfigError(rule, key, remedy)
         for tree in [trees[name]] if name else trees.values():
-            if (
-                name or section != "data" or (tree.get(section) or {}).get(last)
-            ):  # rehearsals have none
+            # a key of all stages is skipped in rehearsals, which have no files of rows
+            if name or section != "data" or (tree.get(section) or {}).get(last):
                 set_key(tree, inner, value)
-    found = []
-    for entry in lineage.history.entries:
-        links = [(d, f) for d, f in lineage.history.links.items() if f.stage == entry.key]
-        changed = [change.key for change in entry.training.changes if change.key in CHANGEABLE]
-        reasons = {
-            "it was imported": links and entry.kind == "import",
-            "links below it were pruned": entry.pruned,
-            "its run had another name for it": any(facts.digest != d for d, facts in links),
-            f"{', '.join(changed)} changed while it was trained": changed,
-        }
-        if why := [reason for reason, holds in reasons.items() if holds]:
-            raise RunError(f"Cannot train {entry.key} of the lineage again: {why[0]}")
-        if entry.kind == "stage":
-            after = entry.parent
-            stage = Stage(entry.key, make_config(trees[entry.key]), after=after)
-            with naming(stage):
-                _check_rows(entry, stage)
-            found.append(stage)
-    if not found or found[0].config.output is None:
-        rule = "a lineage is trained again by stages, into a new folder"
-        raise ConfigError(rule, "none", "add --output" if found else "export another state")
-    for model in {stage.config.model for stage in found}:
-        check_base(lineage.history.base, "the lineage", files=base_files(resolve_model(model)))
-    return found
+    return trees
+
+
+def _need_rebuildable(lineage: Lineage, entry: Entry) -> None:
+    """Raise RunError for an entry that cannot get the same bits again."""
+    links = [(d, facts) for d, facts in lineage.history.links.items() if facts.stage == entry.key]
+    changed = [change.key for change in entry.training.changes if change.key in CHANGEABLE]
+    reasons = {
+        "it was imported": links and entry.kind == "import",
+        "links below it were pruned": entry.pruned,
+        "its run had another name for it": any(facts.digest != d for d, facts in links),
+        f"{', '.join(changed)} changed while it was trained": changed,
+    }
+    if true := [reason for reason, is_true in reasons.items() if is_true]:
+        raise RunError(f"Cannot train {entry.key} of the lineage again: {true[0]}")
 
 
 def _check_rows(entry: Entry, stage: Stage) -> None:
-    """Raise DataError for rows of other files."""
+    """Raise DataError unless the files of rows have the content that the lineage names."""
     known, now = entry.training.sources, source_digests(stage.config)
     for key in known.keys() | now.keys():
         if known.get(key) != now.get(key):
@@ -110,11 +119,10 @@ def _check_rows(entry: Entry, stage: Stage) -> None:
 def rebuild(
     lineage: Lineage, stages: Sequence[Stage], *, listener: Listener | None = None
 ) -> list[TrainResult | None]:
-    """Declare the entries of a lineage in another run and build them; return the result of each
-    stage.
+    """Declare the entries of a lineage in a new run, build them, and return the stages' results.
 
-    The same call again goes on where the last one was stopped. Raises RunError at the first entry
-    that ends in other bits.
+    Repeat a call that was stopped to resume it. Raises RunError at the first entry with other bits
+    than in the lineage.
     """
     run, wanted = Path(stages[0].config.output or "").expanduser(), lineage.history
     if num_launched() > 1:
@@ -122,19 +130,19 @@ def rebuild(
     known = None
     if exists_in(run):
         known = read_history(run)
-        own = [entry.key for entry in (*known.entries, *known.unbuilt) if entry.kind != "mix"]
-        if strange := [key for key in own if wanted.find(key) is None]:
-            rule, got = "`output` must be new, or of this lineage", f"{strange[0]} in {run}"
+        keys = [entry.key for entry in (*known.entries, *known.unbuilt) if entry.kind != "mix"]
+        if others := [key for key in keys if wanted.find(key) is None]:
+            rule, got = "`output` must be new, or of this lineage", f"{others[0]} in {run}"
             raise RunError(rule, got, "choose another output")
     plan = _plan(lineage, stages, run, known)
     base = OpenBase.of_config(stages[0].config, None if known is None else run)
     if plan.due:
         check_due(plan.stages, NOTHING, None if known is None else state_at(run, known), base)
 
-    def check(entry: Entry) -> None:
-        found = wanted.find(entry.key)
-        assert found is not None
-        _check_bits(run, found)
+    def check(built: Entry) -> None:
+        entry = wanted.find(built.key)
+        assert entry is not None
+        _check_bits(run, entry)
 
     results = carry_out(plan, listener or (lambda event: None), base=base, after=check)
     update_history(run, methodcaller("moved", wanted.head))
@@ -144,13 +152,13 @@ def rebuild(
 
 
 def _plan(lineage: Lineage, stages: Sequence[Stage], run: Path, known: History | None) -> Plan:
-    """Return the plan of a run that gets the entries of a lineage."""
+    """Return a plan that declares the entries of a lineage; `known` is the run's history."""
     wanted, by_name = lineage.history, {stage.name: stage for stage in stages}
     first = stages[0].config
-    begun = [StagePlan(s, None if known is None else begun_stage(run, s.name)) for s in stages]
-    for each in begun:
-        if each.begun is not None:
-            compare(each.begun, each.stage.config, (), each.name)
+    planned = [StagePlan(s, None if known is None else begun_stage(run, s.name)) for s in stages]
+    for stage_plan in planned:
+        if stage_plan.begun is not None:
+            compare(stage_plan.begun, stage_plan.stage.config, (), stage_plan.name)
     if wanted.find(START) is None:
         first = first.model_copy(update={"start_data": "none"})
     history = known or history_of_start(
@@ -164,16 +172,16 @@ def _plan(lineage: Lineage, stages: Sequence[Stage], run: Path, known: History |
     keys = tuple(entry.key for entry in wanted.entries)
     configs = {stage.name: stage.config for stage in stages}
     target = wanted.head if new else None
-    return Plan(tuple(begun), NOTHING, run, history, tuple(new), keys, configs, target)
+    return Plan(tuple(planned), NOTHING, run, history, tuple(new), keys, configs, target)
 
 
 def _declared(
     entry: Entry, stages: Mapping[str, Stage], wanted: History, first: RunConfig
 ) -> Unbuilt:
-    """Return an entry of a lineage as it is declared; `first` is the config of a run's start."""
+    """Return the declaration of an entry; `first` is the config of the run's first stage."""
     if entry.kind == "stage":
-        found = stage_entry(entry.key, stages[entry.key].config, entry.parent, entry.key)
-        return found.model_copy(update={"unit": entry.unit})
+        declared = stage_entry(entry.key, stages[entry.key].config, entry.parent, entry.key)
+        return declared.model_copy(update={"unit": entry.unit})
     strengths = wanted.strengths_of(entry.state) if entry.kind == "mix" else {}
     known = {name: getattr(entry, name) for name in Declared.model_fields}
     config = first.model_dump(mode="json") if entry.kind == "import" else {}
@@ -181,12 +189,13 @@ def _declared(
 
 
 def _check_bits(run: Path, wanted: Entry) -> None:
-    found = read_history(run).find(wanted.key)
-    files = {} if found is None else found.files
-    if found is None or wanted.state != found.state or not wanted.files.items() <= files.items():
-        known = ", ".join(f"{name} {number}" for name, number in wanted.training.versions.items())
+    """Raise RunError unless a built entry has the state and files of the lineage."""
+    built = read_history(run).find(wanted.key)
+    files = {} if built is None else built.files
+    if built is None or wanted.state != built.state or not wanted.files.items() <= files.items():
+        versions = ", ".join(f"{name} {value}" for name, value in wanted.training.versions.items())
         raise RunError(
             f"Cannot rebuild: {wanted.key} came to other bits than the lineage's",
             f"another state than {wanted.state.digest} in {run}",
-            f"use a machine of the same kind, as many threads and the same versions: {known}",
+            f"use a machine of the same kind, as many threads and the same versions: {versions}",
         )

@@ -1,7 +1,7 @@
-"""All that can be refused before the stages of a plan are trained.
+"""Refuse stages that cannot be trained, before the first one is trained.
 
-It is told from configs, what a run holds, and the model without its weights. What only a stage that
-begins can know, its rows and its weights, is refused by `training.setup`.
+The checks use the configs, the run on disk, and the model without weights. Problems that show only
+in rows or weights are refused later, by `training.setup`.
 """
 
 from __future__ import annotations
@@ -40,45 +40,51 @@ _GIVE_ROWS = "give some as `start_data`, or to a run by eval --matrix --start-ro
 def check_due(
     planned: Sequence[StagePlan],
     start: Start,
-    now: OpenState | None,
+    head: OpenState | None,
     base: OpenBase | None = None,
 ) -> None:
-    """Refuse what the stages that are due cannot do, before the first of them is trained.
+    """Raise ChainLoRAError for unfinished stages of a plan that cannot be trained.
 
-    `now` is what the run is, None before its first stage has ended, which begins on `start`. `base`
-    is opened here by default.
+    `head` is None before the run's first stage has ended; that stage begins on `start`. `base` is
+    opened here by default.
     """
-    due = [each for each in planned if each.state != "finished"]
+    due = [stage_plan for stage_plan in planned if stage_plan.state != "finished"]
     first = due[0].stage.config
-    place = None if first.output is None else Path(first.output)
-    if place is not None:
-        files.check_writable(place)
-    above = None if now is None and start is NOTHING else place  # where the base is found from
-    base = OpenBase.of_config(first, above).or_shared(base)
-    begun = start if now is None else Start(state=now.at(now.history.origin))
-    origin = _losses(begun) | _given(first, start, due[0].state == "new" and now is None)
-    below = dict(origin) if now is None else _losses(Start(state=now))
-    for each in due:
-        config = each.stage.config
-        with naming(each.stage if len(planned) > 1 else None):
-            _check_processes(config)
-            check_names(config)
-            check_optimizer(config, accelerator())
-            length_limit(config.data, base.context)
-            if each.state == "new":
-                for link in dict.fromkeys(config.chain.links()):
-                    check_targets(base.skeleton, link)
-        if each.state == "new":
-            if each.name in start.stages and now is None:
-                got = f"{each.name!r}, which is there"
+    run = None if first.output is None else Path(first.output)
+    if run is not None:
+        files.check_writable(run)
+    is_new_run = head is None and start is NOTHING  # otherwise the base is named relative to it
+    base = OpenBase.of_config(first, None if is_new_run else run).or_shared(base)
+    origin = start if head is None else Start(state=head.at(head.history.origin))
+    losses = _losses(origin) | _given(first, start, due[0].state == "new" and head is None)
+    below = dict(losses) if head is None else _losses(Start(state=head))
+    for stage_plan in due:
+        config, is_new = stage_plan.stage.config, stage_plan.state == "new"
+        with naming(stage_plan.stage if len(planned) > 1 else None):
+            _check_config(config, base, is_new)
+        if is_new:
+            if stage_plan.name in start.stages and head is None:
+                got = f"{stage_plan.name!r}, which the start has"
                 raise RunError("a stage must have a name of its own", got, "choose another")
-            _need_rows(each.stage, origin if each.stage.beside else below)
+            _need_rows(stage_plan.stage, losses if stage_plan.stage.beside else below)
         if not config.data.rehearse:
             loss = learned_by(config.data, config.train.loss)
-            below[each.name] = loss if keeps_rows(config.data) else None
+            below[stage_plan.name] = loss if keeps_rows(config.data) else None
+
+
+def _check_config(config: RunConfig, base: OpenBase, is_new: bool) -> None:
+    """Raise ConfigError for a config that this machine, the plug-ins or the base do not support."""
+    _check_processes(config)
+    check_names(config)
+    check_optimizer(config, accelerator())
+    length_limit(config.data, base.context)
+    if is_new:
+        for link in dict.fromkeys(config.chain.links()):
+            check_targets(base.skeleton, link)
 
 
 def _check_processes(config: RunConfig) -> None:
+    """Raise ConfigError unless the launched processes can train the config together."""
     count = num_launched()
     if wants_shards(config) and count > 1:
         check_shards(config)
@@ -86,15 +92,17 @@ def _check_processes(config: RunConfig) -> None:
         refuse_one_process(config)
     if config.train.batch_size % count:
         raise ConfigError(
-            "`train.batch_size` is that of all processes together, and must be a multiple of their "
-            f"number (got {config.train.batch_size} for {count} processes); start another number "
-            "of them, or change it"
+            "`train.batch_size` counts the rows of all processes together, and must be a multiple "
+            f"of their number (got {config.train.batch_size} for {count} processes); change it, or "
+            "start another number of processes"
         )
 
 
 def _losses(below: Start) -> dict[str, str | None]:
-    """Return what the rows are learned by that the stages below kept, and what a run began on; None
-    of those that kept none. Combinations and rehearsals have no rows of their own."""
+    """Return the loss of the kept rows of each stage below, and of the start; None without rows.
+
+    Combinations and rehearsals have no rows of their own.
+    """
     lineage, kept = [] if below.state is None else below.state.lineage, below.kept
     names = [e.key for e in lineage if e.kind in ("stage", "import") and not e.is_rehearsal]
     names += [START] if START in kept or below.adapter is not None else []
@@ -102,15 +110,17 @@ def _losses(below: Start) -> dict[str, str | None]:
 
 
 def _given(first: RunConfig, start: Start, is_new: bool) -> dict[str, str | None]:
-    """Return what the rows are learned by that a config gives for what its run begins on, or that
-    the model writes."""
+    """Return the loss of the rows that a new run gets for its start, given or written by the model.
+
+    Raises RunError for `start_data` if the start has such rows already.
+    """
     if not isinstance(first.start_data, StartData) or not is_new:
-        begun = None if start.state is None else start.state.history
-        is_due = begun is None or begun.find_unbuilt(START) is not None
+        history = None if start.state is None else start.state.history
+        is_due = history is None or history.find_unbuilt(START) is not None
         return {START: "completion"} if is_new and is_due and keeps_general(first) else {}
-    is_own = start.state is not None and exists_in(Path(first.output or "").expanduser())
-    if START in start.kept and is_own:
-        return {}  # of the same run, which has kept them already
+    is_same_run = start.state is not None and exists_in(Path(first.output or "").expanduser())
+    if START in start.kept and is_same_run:
+        return {}  # the run has kept them already
     if START in start.kept:
         got = f"some, and those of {first.start or 'the base'}"
         raise RunError("`start_data` is for a start without such rows", got, "leave it out")
@@ -118,9 +128,9 @@ def _given(first: RunConfig, start: Start, is_new: bool) -> dict[str, str | None
 
 
 def _need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
-    """Refuse what needs rows of earlier stages that are not there.
+    """Raise RunError for keys that need earlier rows if no stage below kept such rows.
 
-    Imported adapters have no recorded rows.
+    `below` has the loss of each stage's kept rows, None without rows (imported adapters).
     """
     data, without = stage.config.data, [name for name, loss in below.items() if loss is None]
     if data.new_rows_only and stage.beside and not below.keys() - {START}:
@@ -142,19 +152,20 @@ def _need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
                 + (f", or set {key}: {off}" if key != "data.rehearse" else ""),
             )
     losses = {name: loss for name, loss in below.items() if loss is not None}
-    own = learned_by(data, stage.config.train.loss)
-    again = "replay" if data.replay else "rehearse" if data.rehearse else None
-    if again is not None and not any(can_read_again(loss, own) for loss in losses.values()):
+    own_loss = learned_by(data, stage.config.train.loss)
+    reads_earlier = data.replay or data.rehearse
+    if reads_earlier and not any(can_read_again(loss, own_loss) for loss in losses.values()):
         raise RunError(
-            f"`data.{again}` of stage {stage.name!r} needs earlier rows that are learned by {own}",
+            f"`data.{'replay' if data.replay else 'rehearse'}` of stage {stage.name!r} needs "
+            f"earlier rows that are learned by {own_loss}",
             ", ".join(f"{name}: {loss}" for name, loss in losses.items()) or "no earlier stage",
-            "leave data.replay out" if again == "replay" else "train it on rows of its own",
+            "leave data.replay out" if data.replay else "train it on rows of its own",
         )
 
 
 @contextmanager
 def naming(stage: Stage | None) -> Iterator[None]:
-    """Begin an error's message with the name of a stage."""
+    """Prefix the messages of errors with the name of a stage."""
     try:
         yield
     except ChainLoRAError as error:

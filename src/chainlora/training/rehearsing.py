@@ -1,4 +1,4 @@
-"""A rehearsal: a short stage on rows that all stages of a run kept, as many of each."""
+"""Rehearsals: short stages on kept rows of all stages of a run, equally many of each."""
 
 from __future__ import annotations
 
@@ -18,44 +18,47 @@ from chainlora.runs.history import History
 from chainlora.runs.resuming import not_named
 
 REHEARSAL = "rehearsal"
-RATE = 0.3  # of the last stage's learning rate, and
-ROWS = 256  # of each stage at most; all by the batch size are its steps: benchmarks/stages
+# both measured in benchmarks/stages
+RATE = 0.3  # learning rate, as a share of the last stage's
+ROWS = 256  # rows of each stage at most; all rows divided by the batch size give the steps
 
 
 def rehearsal(
     run: str | Path, section: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = ()
 ) -> list[Stage]:
-    """Return a stage on rows that all stages of a run kept, as many of each (`rehearse`).
+    """Return the stage that rehearses the head of a run (`chainlora.rehearse`).
 
-    A rehearsal of what the run is that was declared is returned again, and one that it ended in.
+    If that rehearsal is declared already, or if the head is a rehearsal, it is returned again.
     """
-    now = open_run(run)
-    history = now.history
+    head = open_run(run)
+    history = head.history
     known = [e.key for e in history.unbuilt if e.is_rehearsal and e.parent == history.head]
-    after = now.key
-    if now.entry is not None and now.entry.is_rehearsal:
-        known.append(now.key)
-        after = now.entry.parent if known == [now.key] else now.key
-    own = {"name": known[0] if known else rehearsal_name(history)} | dict(section)
+    after = head.key
+    if head.entry is not None and head.entry.is_rehearsal:
+        known.append(head.key)
+        after = head.entry.parent if known == [head.key] else head.key
+    keys = {"name": known[0] if known else rehearsal_name(history)} | dict(section)
     for key, value in overrides:
-        set_key(own, key, value)
-    before = now.with_rows.config()
-    if "plugins" not in own and before.plugins:
+        set_key(keys, key, value)
+    before = head.with_rows.config()
+    if "plugins" not in keys and before.plugins:
         raise RunError(not_named(f"rehearse {run}", before.plugins) + ", or --plugins [] without")
-    largest = largest_rank(history, [now.key])
-    stage = rehearsal_of(before, own, largest, now.run)
+    largest = largest_rank(history, [head.key])
+    stage = rehearsal_of(before, keys, largest, head.run)
     return [Stage(stage.name, stage.config, after=after)]
 
 
-def rehearsal_of(before: RunConfig, own: Mapping[str, Any], largest: int, run: Path) -> Stage:
-    """Return a rehearsal after a stage with the config `before`; `own` are keys that it has
-    otherwise, `largest` is the largest rank of a link."""
+def rehearsal_of(before: RunConfig, keys: Mapping[str, Any], rank: int, run: Path) -> Stage:
+    """Return a rehearsal that inherits from a stage with the config `before`.
+
+    `keys` replace inherited ones; `rank` is the default rank of its link, 0 for 8.
+    """
     rows = {"rehearse": True, "replay": None, "new_rows_only": False}
     rate = {} if before.train.loss in PAIR_LOSSES else {"lr": RATE * before.train.lr}
-    section = dict(own) | {
-        "data": rows | section_of(own, "data"),
-        "train": {"loss": None} | rate | section_of(own, "train"),  # not on pairs
-        "chain": {"ranks": [largest or 8]} | section_of(own, "chain"),
+    section = dict(keys) | {
+        "data": rows | section_of(keys, "data"),
+        "train": {"loss": None} | rate | section_of(keys, "train"),  # not on pairs
+        "chain": {"ranks": [rank or 8]} | section_of(keys, "chain"),
     }
     shared = what_stages_share(before) | {"plugins": section.pop("plugins", ())}
     shared["output"] = str(run)
@@ -63,7 +66,7 @@ def rehearsal_of(before: RunConfig, own: Mapping[str, Any], largest: int, run: P
 
 
 def largest_rank(history: History, keys: Iterable[str]) -> int:
-    """Return the largest rank of a link of the stages that entries come from, 0 where none is."""
+    """Return the largest rank of all links below some entries, 0 without links."""
     tied = (link for key in keys for entry in history.lineage(key) for link in entry.tied)
     return max((history.links[link].rank for link in tied), default=0)
 
@@ -75,11 +78,14 @@ def rehearsal_name(history: History) -> str:
 
 
 def with_steps(config: RunConfig, kept: Iterable[Kept]) -> RunConfig:
-    """Return the config of a rehearsal with its number of steps, where it does not say one: those
-    of `ROWS` of each stage, or twice what that kept."""
+    """Return the config of a rehearsal with its number of steps, unless it has one.
+
+    Each stage counts `ROWS` rows, or twice its kept rows if that is less. Other configs are
+    returned unchanged.
+    """
     if not config.data.rehearse or config.chain.has_length or not config.chain.ranks:
         return config
-    num_rows = sum(min(ROWS, 2 * len(e.train)) for e in kept if e.loss not in PAIR_LOSSES)
+    num_rows = sum(min(ROWS, 2 * len(k.train)) for k in kept if k.loss not in PAIR_LOSSES)
     steps = max(1, ceil(num_rows / config.train.batch_size))
     lengths = {"steps": (steps,) * len(config.chain.ranks)}
     return config.model_copy(update={"chain": config.chain.model_copy(update=lengths)})

@@ -1,4 +1,4 @@
-"""Scores of a run: while it trains, of its best point, and at its end, in ``result.json``."""
+"""Score a run in training, select its best point, and write ``result.json`` at its end."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ RESULT_FORMAT = 1  # of result.json
 
 
 class TrainResult(TypedDict):
-    """What a run came to: what `train` returns and ``result.json`` holds."""
+    """The result of a stage: `train` returns it, and ``result.json`` stores it."""
 
     format: int
     model: str
     task: str | None
     stage: str
     metrics: dict[str, dict[str, float]]  # by split: validation, test
-    best: Best | None  # the best point, where points were compared
-    links: list[dict[str, Any]]
+    best: Best | None  # the best point, if points were compared
+    links: list[dict[str, Any]]  # of this stage
     steps: int
-    tokens: int  # computed, prompts included
-    scored_tokens: int  # of those, what the loss is on
-    rows: int  # of training
+    tokens: int  # read by the model, prompts included
+    scored_tokens: int  # tokens in the loss
+    rows: int  # training rows
     rows_digest: str
-    data: dict[str, dict[str, Any]]  # by split: rows, tokens, what was cut or split, not read
+    data: dict[str, dict[str, Any]]  # by split: counts of rows and tokens (`Splits.report`)
     base_fingerprint: str
-    wall_s: float  # seconds, those before a resume included
+    wall_s: float  # seconds, with those before a resume
     peak_memory_mb: int | None  # MiB, of the GPU or of the process
     trainable_parameters: int  # of the largest link
     versions: dict[str, str]
     hardware: dict[str, Any]
 
 
-# --- while it trains ---
+# --- in training ---
 
 
 def evaluate_point(run: Run, where: Literal["start", "step", "knot"]) -> None:
-    """Score the model as it is on the validation rows and record it; note whether it is the best.
+    """Score the current model on the validation rows, record the scores, and keep the best point.
 
-    After `early_stop` evaluations without improvement the run is to stop.
+    After `early_stop` evaluations without improvement, the progress is marked as stopped.
     """
     if not run.splits.validation or (where != "step" and not run.train.eval_at_knots):
         return
@@ -80,8 +80,8 @@ def evaluate_point(run: Run, where: Literal["start", "step", "knot"]) -> None:
 def score(run: Run, examples: Sequence[Example]) -> Evaluation:
     """Score rows by the metrics of the run's task.
 
-    Where the run is written, a signal stops it after the batch at hand: StoppedError. Several
-    processes must stop alike, so they finish an evaluation that they have begun.
+    In a run with an output, a signal stops the evaluation after the current batch (StoppedError).
+    Several processes must stop at the same point, so they finish an evaluation first.
     """
 
     def between_batches(done: int, rows: int) -> None:
@@ -118,7 +118,7 @@ def select_best(run: Run) -> None:
     run.last_scored = None
     if best["partial"]:
         partial = run.best_link
-        if partial is None:  # the run was stopped since then
+        if partial is None:  # the run was resumed since then
             assert run.work is not None
             partial = run.work.load_best(run.knots.links[count], best["directory"])
         before = sum(link.num_steps for link in run.chain.links[run.first : run.first + count])
@@ -131,6 +131,7 @@ def select_best(run: Run) -> None:
 
 
 def _keep_point(run: Run, metric: str, value: float) -> None:
+    """Note the current point as the best one; write its live link if the config keeps it."""
     is_partial = run.chain.live is not None
     run.progress.evaluations_without_gain = 0
     run.progress.best = {
@@ -147,11 +148,11 @@ def _keep_point(run: Run, metric: str, value: float) -> None:
             run.work.save_best(run.best_link, run.progress)
 
 
-# --- at its end ---
+# --- at the end ---
 
 
 def finish(run: Run) -> TrainResult:
-    """Score the result, write ``result.json``, publish the stage."""
+    """Score the final model, write ``result.json``, and give the stage its state in the history."""
     metrics = _final_metrics(run)
     run.count_seconds()
     result = _result(run, metrics)
@@ -166,14 +167,15 @@ def finish(run: Run) -> TrainResult:
 
 
 def result_of(config: RunConfig, stage: str) -> TrainResult:
-    """Return the result of a stage that has ended, its file checked, and tidy up after it."""
+    """Return the checked result of a finished stage, and delete leftovers of its training."""
     Work(config.output or "", stage, writes=is_first_launched()).tidy()
-    found = begun_stage(Path(config.output or ""), stage)
-    assert found is not None
-    return cast(TrainResult, found.result())
+    finished = begun_stage(Path(config.output or ""), stage)
+    assert finished is not None
+    return cast(TrainResult, finished.result())
 
 
 def _final_metrics(run: Run) -> dict[str, Any]:
+    """Return the metrics of the validation and test rows, with the rate of the majority class."""
     metrics: dict[str, Any] = {}
     for name in ("validation", "test"):
         examples: Rows = getattr(run.splits, name)
@@ -190,7 +192,7 @@ def _final_metrics(run: Run) -> dict[str, Any]:
 
 def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
     config, progress = run.config, run.progress
-    own = run.chain.links[run.first :]  # without those that it began on
+    links = run.chain.links[run.first :]  # of this stage
     return {
         "format": RESULT_FORMAT,
         "model": config.model,
@@ -207,7 +209,7 @@ def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
                 "error": link.error,
                 "config": link.config.model_dump(mode="json"),
             }
-            for place, link in enumerate(own)
+            for place, link in enumerate(links)
         ],
         "steps": progress.step,
         "tokens": progress.tokens,
@@ -218,7 +220,7 @@ def _result(run: Run, metrics: dict[str, Any]) -> TrainResult:
         "base_fingerprint": run.chain.base_fingerprint,
         "wall_s": round(progress.seconds, 2),
         "peak_memory_mb": peak_memory_mb(run.processes.device),
-        "trainable_parameters": max(map(num_trained, own), default=0),
+        "trainable_parameters": max(map(num_trained, links), default=0),
         "versions": versions(),
         "hardware": hardware(run.processes.device),
     }

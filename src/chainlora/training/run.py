@@ -1,4 +1,4 @@
-"""A run while it runs: all that its loop holds, and how it is recorded."""
+"""`Run`: the objects of a stage while it is trained, and how its events and points are saved."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from chainlora.training.processes import Processes
 
 @dataclass
 class Run:
-    """All that a run holds while it runs; as a context manager, it gives everything back."""
+    """A stage in training. As a context manager, it closes what it holds."""
 
     config: RunConfig
     batches: Batches
@@ -41,14 +41,14 @@ class Run:
     tokenizer: Any
     accelerator: Accelerator
     processes: Processes
-    work: Work | None  # where it is written
+    work: Work | None  # the stage on disk; None without an output
     progress: Progress
     listener: Listener
     stage: str  # its name
-    first: int  # links that it began on, below its own
-    knots: Knots = field(init=False)  # from when it has decided its numbers (`training.deciding`)
-    best_link: Link | None = None  # the best point, where it lies inside a link
-    last_scored: Evaluation | None = None  # of the model as it is; None once it may have changed
+    first: int  # number of links below the stage
+    knots: Knots = field(init=False)  # set by `training.deciding.decide`
+    best_link: Link | None = None  # the best point, if it lies inside a link
+    last_scored: Evaluation | None = None  # of the current weights; None after a step
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -71,7 +71,7 @@ class Run:
         number = self.processes.stop_requested()
         if number is None:
             return
-        remedy = "the same command resumes it" if self.work else "it cannot be resumed"
+        remedy = "repeat the command to resume it" if self.work else "it cannot be resumed"
         raise StoppedError(
             f"the run stopped after step {self.progress.step} of {self.batches.num_steps} (got "
             f"{signal.Signals(number).name}); {remedy}",
@@ -79,13 +79,14 @@ class Run:
         )
 
     def save_point(self) -> None:
-        """Make the links there are the point from which the run resumes."""
+        """Save the tied links as the point to resume from."""
         self.progress.link = self.knots.index
         self.count_seconds()
         if self.work is not None:
             self.work.save_point(self.progress, self.knots.numbers)
 
     def save_checkpoint(self, optimizer: torch.optim.Optimizer) -> None:
+        """Save the live link and the optimizer as the point to resume from."""
         if self.work is not None and self.chain.live is not None:
             self.count_seconds()
             self.progress.soft_knots = self.chain.live_soft_knots
@@ -95,19 +96,19 @@ class Run:
 
     @property
     def is_inside_link(self) -> bool:
-        """Say whether a run that was stopped resumes inside a link, which must still be tied."""
+        """Say whether a stopped run resumes inside a link, which must still be tied."""
         return self.work is not None and self.work.draft.has_checkpoint(self.progress)
 
     def count_seconds(self) -> None:
-        """Add to the progress what the run has taken since it was counted last."""
+        """Add the seconds since the last count to the progress."""
         now = time.monotonic()
         self.progress.seconds += now - self.began
         self.began = now
 
     def close(self, *, undo: bool = False) -> None:
-        """End threads and trackers, unlock the stage, give the model its own forwards back.
+        """End threads and trackers, unlock the stage, restore the model's own forward functions.
 
-        With `undo`, a stage in which nothing was learned yet is removed.
+        `undo` removes a stage that has made no step.
         """
         try:
             self.engine.close()

@@ -1,10 +1,15 @@
-"""From a stage of a plan to a run that can start: what rows and weights tell is refused here."""
+"""Prepare a stage for training: load rows, model and links, claim the folder, find where to resume.
+
+Problems that show only in rows or weights are refused here; all others were refused earlier, by
+`training.refusing`.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -36,6 +41,7 @@ from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import noted_base
 from chainlora.runs.paths import stage_folder
 from chainlora.runs.start import NOTHING, Start
+from chainlora.runs.state import OpenState
 from chainlora.runs.work import Work
 from chainlora.training.batches import make_batches
 from chainlora.training.deciding import decide, take_reference
@@ -55,6 +61,19 @@ from chainlora.training.run import Run
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class _Setup:
+    """A stage while it is prepared."""
+
+    config: RunConfig
+    start: Start
+    stage: str
+    listener: Listener
+    processes: Processes
+    work: Work | None = None  # None: the stage has no output
+    begun: OpenState | None = None  # None: the stage is new
+
+
 def prepare(
     config: RunConfig,
     listener: Listener,
@@ -65,105 +84,148 @@ def prepare(
 ) -> Run:
     """Load and check everything a stage needs, claim its folder, find where to resume.
 
-    `base` is the one that this process has open; several processes open their own.
+    `base` is the one that this process has open; several processes open their own. If an error is
+    raised, the folder is released, and removed if the stage is new.
     """
     accelerator = _make_accelerator(config, stage)
     processes = find_processes(accelerator, share_model=wants_shards(config))
-    work = None
+    setup = _Setup(config, start, stage, listener, processes)
     with ExitStack() as undo:
         if config.output is not None:
-            work = Work(config.output, stage, writes=processes.is_first)
-            undo.callback(work.close, undo=True)
+            setup.work = Work(config.output, stage, writes=processes.is_first)
+            undo.callback(setup.work.close, undo=True)
         with processes.together():
-            # asked once: the first process may begin a stage while others still read rows
-            begun = None if work is None else work.begun()
-            is_of_run = begun is not None or start is not NOTHING
-            own = OpenBase.of_config(config, work.run if work is not None and is_of_run else None)
-            base = own.or_shared(base if processes.count == 1 else None)
-            with processes.in_turn():
-                _open_files(base, work, config, change)
-            tokenizer = base.tokenizer(start.tokenizer)
-            with processes.in_turn():  # a bad row is told before the model is loaded
-                earlier = start.kept if begun is None else begun.kept()
-                earlier.pop(stage, None)  # a stage that is resumed has its own beside them
-                keys = {"earlier": earlier, "compare": processes.is_first and begun is None}
-                splits = _read_rows(config, tokenizer, base.context, listener, **keys)
-                if keys["compare"] and not config.data.rehearse:
-                    others = earlier if work is None else _kept_beside(work.run, stage)
-                    tell_changed(stage, splits.own, others, tokenizer, config.data.keep_conflicts)
-            chain = _put_chain_on(base, config, processes)
-            if start.tokenizer is not None:
-                check_vocabulary(chain.model, tokenizer, start.tokenizer)
-            read = earlier if config.data.keep_conflicts else newest(earlier)
-            declared, config = config, with_steps(config, read.values())
-            batches = make_batches(config, splits.train, splits.mixture)
-            _check(config, chain.model, splits)
-            engine = _new_engine(config, chain.model, processes)
-            undo.callback(engine.close)
-            if begun is None:
-                start = fitted(start, chain, config.model)
-                for note in start.notes:
-                    logger.warning("%s", note)
-            progress = Progress()
-            with processes.in_turn():
-                if work is not None:
-                    known = noted_base(config, chain, base.files)
-                    keep = splits.kept if keeps_rows(config.data) else None
-                    progress = work.begin(declared, known, rows=splits.digest, keep=keep)
-            run = Run(
-                config=config,
-                batches=batches,
-                splits=splits,
-                objective=make_objective(splits.loss, config.train),
-                chain=chain,
-                engine=engine,
-                tokenizer=tokenizer,
-                accelerator=accelerator,
-                processes=processes,
-                work=work,
-                progress=progress,
-                listener=listener,
-                stage=stage,
-                first=len(start.links),
-            )
-            _put_links_on(run, start)
-            _announce(run)
+            run = _prepared(setup, change, base, accelerator, undo)
         undo.pop_all()
     return run
+
+
+def _prepared(
+    setup: _Setup,
+    change: Collection[str],
+    base: OpenBase | None,
+    accelerator: Accelerator,
+    undo: ExitStack,
+) -> Run:
+    """Return a prepared run. All processes execute this together; `undo` gets what to close."""
+    config, start, processes, work = setup.config, setup.start, setup.processes, setup.work
+    # 1. The folder and the files of the base: nothing is loaded yet.
+    # `begun` is read once, because the first process may begin the stage while others read rows.
+    begun = setup.begun = None if work is None else work.begun()
+    base = _open_base(setup, base)
+    with processes.in_turn():
+        _open_files(base, work, config, change)
+    # 2. Rows, before the model: a bad row is reported early.
+    tokenizer = base.tokenizer(start.tokenizer)
+    with processes.in_turn():
+        earlier = start.kept if begun is None else begun.kept()
+        earlier.pop(setup.stage, None)  # a resumed stage has its own rows beside them
+        splits = _read_rows(setup, tokenizer, base.context, earlier)
+    # 3. The model, and the number of steps.
+    chain = _put_chain_on(base, config, processes)
+    if start.tokenizer is not None:
+        check_vocabulary(chain.model, tokenizer, start.tokenizer)
+    rehearsed = earlier if config.data.keep_conflicts else newest(earlier)
+    config = with_steps(config, rehearsed.values())
+    batches = make_batches(config, splits.train, splits.mixture)
+    _check(config, chain.model, splits)
+    engine = _new_engine(config, chain.model, processes)
+    undo.callback(engine.close)
+    if begun is None:
+        start = fitted(start, chain, config.model)
+        for note in start.notes:
+            logger.warning("%s", note)
+    # 4. The stage on disk, which begins or resumes; then the links of the chain.
+    with processes.in_turn():
+        progress = _begin_work(setup, chain, base, splits)
+    run = Run(
+        config=config,
+        batches=batches,
+        splits=splits,
+        objective=make_objective(splits.loss, config.train),
+        chain=chain,
+        engine=engine,
+        tokenizer=tokenizer,
+        accelerator=accelerator,
+        processes=processes,
+        work=work,
+        progress=progress,
+        listener=setup.listener,
+        stage=setup.stage,
+        first=len(start.links),
+    )
+    _put_links_on(run, start)
+    _announce(run)
+    return run
+
+
+def _begin_work(setup: _Setup, chain: Chain, base: OpenBase, splits: Splits) -> Progress:
+    """Begin or resume the stage on disk, and return its progress.
+
+    The recorded config is the declared one, without the steps that a rehearsal gets from its rows.
+    """
+    if setup.work is None:
+        return Progress()
+    noted = noted_base(setup.config, chain, base.files)
+    keep = splits.kept if keeps_rows(setup.config.data) else None
+    return setup.work.begin(setup.config, noted, rows=splits.digest, keep=keep)
+
+
+def _open_base(setup: _Setup, shared: OpenBase | None) -> OpenBase:
+    """Return the base of a stage; one process uses the `shared` one if it is the same."""
+    is_of_run = setup.begun is not None or setup.start is not NOTHING
+    run = setup.work.run if setup.work is not None and is_of_run else None
+    base = OpenBase.of_config(setup.config, run)
+    return base.or_shared(shared if setup.processes.count == 1 else None)
 
 
 def _open_files(
     base: OpenBase, work: Work | None, config: RunConfig, change: Collection[str]
 ) -> None:
-    """Lock a stage; find, and check, the files of its base: nothing is loaded."""
+    """Lock the stage, then find and check the files of its base, without loading them."""
     if work is not None:
         work.open(config, change)
-    files = base.files  # which may be downloaded
+    files = base.files  # may download them
     if work is not None:
         work.check_base_files(files)
 
 
-def _read_rows(
-    config: RunConfig, tokenizer: Any, context: int, listener: Listener, **keys: Any
-) -> Splits:
-    """Return the rows of a stage; `keys` are of `prepare_splits`."""
+def _read_rows(setup: _Setup, tokenizer: Any, context: int, earlier: dict[str, Kept]) -> Splits:
+    """Return the rows of a stage; the first process warns if they contradict earlier rows.
 
-    def tell(split: str, rows: int, share: float) -> None:
-        listener(RowsEncoded(0, split, rows, share))
+    `earlier` are the rows that stages below kept, by stage.
+    """
 
-    return prepare_splits(config.data, tokenizer, context, tell, loss=config.train.loss, **keys)
+    def report(split: str, rows: int, share: float) -> None:
+        setup.listener(RowsEncoded(0, split, rows, share))
+
+    data, stage = setup.config.data, setup.stage
+    is_compared = setup.processes.is_first and setup.begun is None
+    splits = prepare_splits(
+        data,
+        tokenizer,
+        context,
+        report,
+        loss=setup.config.train.loss,
+        earlier=earlier,
+        compare=is_compared,
+    )
+    if is_compared and not data.rehearse:
+        others = earlier if setup.work is None else _kept_beside(setup.work.run, stage)
+        tell_changed(stage, splits.own, others, tokenizer, data.keep_conflicts)
+    return splits
 
 
 def _kept_beside(run: Path, stage: str) -> dict[str, Kept]:
-    """Return the rows that stages kept which a new stage is trained on or combined with."""
+    """Return the kept rows of all stages that a new stage is trained on or combined with."""
     history = read_history(run)
-    ahead = history.target
-    keys = [stage] if ahead is None or stage not in history.below(ahead) else [stage, ahead]
+    target = history.target
+    keys = [stage] if target is None or stage not in history.below(target) else [stage, target]
     return state_at(run, history, history.head).kept(keys)
 
 
 def _put_chain_on(base: OpenBase, config: RunConfig, processes: Processes) -> Chain:
-    """Return a chain of no links on the model, which is frozen: links train their own factors."""
+    """Return a chain without links on the frozen model; only factors of links are trained."""
     chain = base.chain(
         seed=config.train.seed,
         hold=config.chain.hold,
@@ -177,14 +239,17 @@ def _put_chain_on(base: OpenBase, config: RunConfig, processes: Processes) -> Ch
 
 
 def _new_engine(config: RunConfig, model: Any, processes: Processes) -> Engine:
-    """LoRA's dropout draws from one generator, and quantised layers keep state of their own."""
+    """Return the engine of a run: one thread if threads would share state.
+
+    LoRA's dropout draws from one generator, and quantised layers keep state.
+    """
     threads = 1 if config.chain.dropout > 0 or is_quantized_model(model) else None
     speedups = config.train.speedups
     return Engine(model, speedups=speedups, training=True, threads=threads, sharing=processes)
 
 
 def _check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
-    """Refuse what the model or the rows cannot do, before the output directory is claimed."""
+    """Raise ConfigError for keys that this model or these rows do not support."""
     for link in dict.fromkeys(config.chain.links()):
         holding_named(config.chain.hold).check_layers(model, link)
     metric, reported = config.train.select_metric, splits.reported
@@ -199,7 +264,7 @@ def _check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
 
 
 def _make_accelerator(config: RunConfig, stage: str) -> Accelerator:
-    """Return the accelerator of a run, its trackers checked: what they write lies in the stage."""
+    """Return the accelerator of a run, with checked trackers that write to the stage's folder."""
     wanted = list(config.train.trackers)
     missing = [name for name in wanted if name not in LOGGER_TYPE_TO_CLASS]
     if not missing:
@@ -228,11 +293,11 @@ def _make_accelerator(config: RunConfig, stage: str) -> Accelerator:
 
 
 def _put_links_on(run: Run, start: Start) -> None:
-    """Give the model the links below the stage and those it has tied; decide the run's numbers."""
-    with kept_random_state(run.chain.model):  # PEFT draws in layers that it puts on
+    """Put the links below the stage and its own tied links on the model; decide open numbers."""
+    with kept_random_state(run.chain.model):  # PEFT draws random numbers for new layers
         run.chain.add(*start.links)
         run.chain.begin_stage(run.stage)
-        if run.work is not None:  # those that it had tied when it was stopped
+        if run.work is not None:  # links tied before the stage was stopped
             run.chain.add(*run.work.load_links())
         if run.splits.loss == "dpo":
             take_reference(run)
@@ -240,7 +305,7 @@ def _put_links_on(run: Run, start: Start) -> None:
 
 
 def _announce(run: Run) -> None:
-    """Start the trackers, and tell the listener what is about to happen."""
+    """Start the trackers, and send the event `Planned`."""
     if run.train.trackers:
         settings = flatten(run.config.model_dump(mode="json"))
         run.accelerator.init_trackers("chainlora", config=settings)
@@ -262,8 +327,10 @@ def _announce(run: Run) -> None:
 
 
 def _estimate(run: Run) -> float | None:
-    """Return how many seconds the stage takes at the speed of the one that ended last, with as many
-    evaluations a step."""
+    """Estimate the seconds of the stage by the speed of the last finished one, or return None.
+
+    The estimate assumes as many evaluations per step.
+    """
     if run.work is None:
         return None
     history = read_history(run.work.run)
@@ -273,7 +340,7 @@ def _estimate(run: Run) -> float | None:
     before = state_at(run.work.run, history, ended[-1]).result() or {}
     if not before.get("tokens"):
         return None
-    steps = run.batches.steps_per_epoch  # the last one of an epoch may have fewer rows
+    steps = run.batches.steps_per_epoch  # the last step of an epoch may have fewer rows
     first, last = (sum(map(len, run.batches.batches(step))) for step in (0, steps - 1))
     rows = run.batches.num_steps * (first + (last - first) / steps)
     tokens = rows * float(run.batches.row_lengths.mean())
@@ -281,7 +348,10 @@ def _estimate(run: Run) -> float | None:
 
 
 def _evaluations(run: Run) -> list[int]:
-    """Return the steps after which validation rows are scored; so many test rows count as one."""
+    """Return the steps after which rows are scored, one for each evaluation.
+
+    Scoring the test rows counts as an evaluation for each multiple of the validation rows.
+    """
     if not run.splits.validation:
         return []
     ends, last = list(accumulate(run.batches.lengths)), run.batches.num_steps

@@ -1,7 +1,13 @@
-"""`chainlora.train`, `extend`, `rehearse` and `add`: plan, declare, build, score.
+"""Train the stages of a run: `chainlora.train`, `extend`, `rehearse` and `add`.
 
-What has ended is verified, what is new is declared, then trained and scored. The same call again
-declares nothing: it builds what is left, and does nothing where all is done.
+Every call takes four steps:
+1. plan: `make_plan` verifies finished stages and refuses bad input before anything is written;
+2. declare: `runs.declaring.declare` writes the new entries into ``history.json``, without a state;
+3. build: `building.carry_out` trains stages and solves combinations, so that each gets its state;
+4. score: `_score` scores kept rows in the new states.
+
+Repeat a call that was stopped: it declares nothing again and builds only the missing entries.
+Design: docs/decisions/0034-entries-are-declared-then-built.md.
 """
 
 from __future__ import annotations
@@ -58,21 +64,31 @@ def train(
     change: Collection[str] = (),
     progress: bool | None = None,
 ) -> TrainResult:
-    """Run a config from data to result and return what ``result.json`` holds.
+    """Train a config and return its result, the content of ``result.json``.
 
     Args:
-        config: a config, the path of a YAML file, or a mapping of its keys. One with `stages`
-            trains those that are new, and gives the result of the last one.
-        resume: resume a run in `output` that was stopped or killed, to the same bits, and return
-            the result of one that has ended; where no run is, begin. Without, a run in `output` is
-            refused. Stages always resume.
-        listener: gets every event (`training.events`): `Planned` before the first step, and before
-            it `RowsEncoded` while a large data set is tokenised.
-        change: keys that a resume may change (`runs.resuming.CHANGEABLE`).
-        progress: whether to show it on stderr: a bar on a terminal, lines in a notebook or a log
-            file. None: unless there is a listener.
+        config: a config, the path of a YAML file, or a mapping of config keys. With `stages`, the
+            call trains the new stages and returns the result of the last one.
+        resume: resume a stopped or killed run in `output`, to the same bits. Return the result of
+            a finished run, and begin a missing one. Without `resume`, an existing run in `output`
+            is refused. Configs with `stages` always resume.
+        listener: gets every event (`training.events`): `Planned` before the first step, and
+            `RowsEncoded` while a large data set is tokenised before that.
+        change: config keys that a resume may change (`runs.resuming.CHANGEABLE`).
+        progress: show progress on stderr: a bar on a terminal, lines in a notebook or a log file.
+            By default it is shown unless `listener` is given.
 
-    Everything that can be refused is refused before training. Raises ChainLoRAError subclasses.
+    Returns:
+        The result of the run, or of its last stage (`TrainResult`).
+
+    Raises:
+        ConfigError: the config cannot be trained, with this model or on this machine.
+        DataError: rows that cannot be read.
+        ModelError: a model that cannot be loaded, or another base than the run's.
+        RunError: `output` holds another run, or one that is damaged.
+        TrainingError: training diverged (DivergedError) or was stopped (StoppedError).
+
+    Bad input is refused before training.
     """
     if isinstance(config, str | Path):
         config = read_config(config)
@@ -80,11 +96,11 @@ def train(
         config = config.model_dump(mode="json")
     if isinstance(config, Mapping) and has_stages(config):
         stages = make_stages(with_start(config))
-        return _of_stages(stages, listener, change, progress)
+        return _train_last(stages, listener, change, progress)
     checked = check_alone(config if isinstance(config, RunConfig) else make_config(config))
-    with _shown(listener, progress) as tell:
-        found = train_run(checked, resume=resume, listener=tell, change=change)
-    return cast(TrainResult, Shown(found))
+    with _with_progress(listener, progress) as shown:
+        result = train_run(checked, resume=resume, listener=shown, change=change)
+    return cast(TrainResult, Shown(result))
 
 
 def extend(
@@ -97,26 +113,40 @@ def extend(
     listener: Listener | None = None,
     progress: bool | None = None,
 ) -> TrainResult:
-    """Train one more stage of a run, and return what its ``result.json`` holds.
+    """Train one more stage of a run and return its result, the content of ``result.json``.
 
-    With `beside` it begins on what the run began on, and is then combined with what the run is
-    (`combine`), and with `rehearse` rehearsed (`rehearse`). Without, it begins on what `run` names:
-    what the run is now, or ``RUN@STAGE``. By default it stands beside the others if their rows are
-    answers, and on top of a named state, and with a warning for pairs, on a mix, with `data.replay`
-    or `data.new_rows_only`, and where a combination is not possible.
+    Args:
+        run: the run, or ``RUN@STAGE`` to begin on another state than its head.
+        stage: a mapping, or the path of a YAML file, with `name` and the sections data, chain and
+            train. The path of a file of rows is enough: its name becomes the name of the stage,
+            and the number of rows gives the length. Other open keys are inherited from the stage
+            before. Rows, ranks, lengths and the choice of the best point are not inherited; a
+            warning names them. With `output`, the stage becomes a fork that begins on `run`.
+        beside: train the stage on the run's origin, then combine it with the head (`combine`).
+            False: train it on the state that `run` names. By default a stage with answers is
+            trained beside the others. It is trained on top, with a warning, for pairs, on a mix,
+            with `data.replay` or `data.new_rows_only`, or if a combination is not possible; and
+            without one if `run` names a state.
+        rehearse: rehearse the combination (`rehearse`).
+        max_forgetting: score the rows that the run kept, before and after. If a score such as
+            accuracy falls by more than this, or the perplexity of a loss rises by more than this
+            share, undo the stage and raise ForgettingError. `redo` keeps the stage after all.
+        listener: see `train`.
+        progress: see `train`.
 
-    `stage`, or the YAML file of that path, has a `name`, and the sections data, chain and train;
-    the path of a file of rows is enough. What it leaves open is as in the stage before, but for
-    rows, ranks, lengths and how the end is chosen: a warning names those keys of the stage before.
-    The name is by default that of the file of rows, the length by their number. With `output` it
-    becomes a fork that begins on `run`. The same call again goes on where it was stopped.
+    Returns:
+        The result of the stage (`TrainResult`).
 
-    With `max_forgetting`, rows that the run kept before are scored before and after. Where a score
-    such as accuracy has fallen by more, or the perplexity of a loss risen by more than this share,
-    the run becomes what it was before, and ForgettingError is raised; `redo` takes the stage.
+    Raises:
+        ConfigError: a stage without a name, or keys that a stage cannot have.
+        RunError: the stage was begun on another state, or the run's first stage has not ended.
+        ForgettingError: see `max_forgetting`.
+        ChainLoRAError: for everything that `train` refuses.
+
+    Repeat a call that was stopped to resume it.
     """
     stages = extension(run, stage, beside=beside, rehearse=rehearse)
-    return _of_stages(stages, listener, (), progress, max_forgetting)
+    return _train_last(stages, listener, (), progress, max_forgetting)
 
 
 def rehearse(
@@ -126,16 +156,28 @@ def rehearse(
     listener: Listener | None = None,
     progress: bool | None = None,
 ) -> TrainResult:
-    """Train a stage on rows that all stages of a run kept, as many of each.
+    """Train a short stage on kept rows of all stages, equally many of each, on top of the head.
 
-    `stage` may have sections of a stage, by default one link of the largest rank of the run's, at
-    0.3 of the last stage's rate, other keys as there. Its steps are the sum over stages of 256
-    rows, or twice what a stage kept if that is less, by the batch size; an epoch has up to eight
-    rows of each stage, and no batch spans two. So larger batches than 8 rows can read fewer. The
-    same call again goes on where it was stopped; where the run ends in a rehearsal, it does
-    nothing. Returns what ``result.json`` holds.
+    Args:
+        run: the run.
+        stage: sections of a stage. By default one link of the run's largest rank, at 0.3 of the
+            last stage's learning rate; other keys are inherited from that stage. The number of
+            steps is the number of rows divided by the batch size, where every stage counts 256
+            rows, or twice its kept rows if that is less. An epoch has up to eight rows of each
+            stage, and no batch mixes stages, so batches over 8 rows are not filled.
+        listener: see `train`.
+        progress: see `train`.
+
+    Returns:
+        The result of the rehearsal (`TrainResult`).
+
+    Raises:
+        RunError: no stage kept rows, or the run needs plug-ins that `stage` does not name.
+        ChainLoRAError: for everything that `train` refuses.
+
+    Repeat a call that was stopped to resume it. If the head is a rehearsal, nothing is trained.
     """
-    return _of_stages(rehearsal(run, stage or {}), listener, (), progress)
+    return _train_last(rehearsal(run, stage or {}), listener, (), progress)
 
 
 def add(
@@ -150,61 +192,76 @@ def add(
     listener: Listener | None = None,
     progress: bool | None = None,
 ) -> OpenState:
-    """Add an adapter that was trained elsewhere to a run, and return what the run is then.
+    """Add an adapter that was trained elsewhere to a run, and return the run's new state.
 
-    It is combined with what the run is (`combine`), as a stage beside the others is; nothing is
-    trained. Where no run is, it begins one, whose base is `model`, by default the one that the
-    adapter names.
+    The adapter is combined with the head (`combine`), like a stage beside the others. Nothing is
+    trained.
 
     Args:
-        adapter: the folder or Hub id of a LoRA that PEFT has saved, for the base of the run.
-        rows: a file with some of the rows that it was trained on, or a mapping of keys of `data`;
-            the run keeps a sample.
-        name: of the entry; by default that of the file of rows.
-        config: what a new run has one of, such as ``{"train": {"dtype": "bfloat16"}}``.
-        max_forgetting: as of `extend`.
+        run: the run; a missing one is created.
+        adapter: the folder or Hub id of a LoRA saved by PEFT, for the base of the run.
+        rows: a file with some of the adapter's training rows, or a mapping of keys of `data`. The
+            run keeps a sample.
+        name: name of the new entry; by default the name of the file of rows.
+        model: base of a new run; by default the base that the adapter names.
+        config: keys that all stages of a new run share: ``{"train": {"dtype": "bfloat16"}}``.
+        max_forgetting: see `extend`.
+        listener: see `train`.
+        progress: see `train`.
 
-    The same call again goes on where it was stopped, or does nothing. Raises ChainLoRAError for a
-    run that did not begin on its base, for an adapter of another base, and without rows.
+    Returns:
+        The state at the run's head.
+
+    Raises:
+        ConfigError: unknown keys, or no rows.
+        RunError: no adapter, a name that is taken, or a run that did not begin on its base.
+        ModelError: an adapter of another base.
+        ForgettingError: see `extend`.
+
+    Repeat a call that was stopped to resume it. A finished call does nothing.
     """
     keys = dict(config or {}) | ({} if model is None else {"model": str(model)})
-    own = rows if isinstance(rows, Mapping) else {} if rows is None else {"train": str(rows)}
-    keys["data"] = section_of(keys, "data") | dict(own)
-    with _shown(listener, progress) as tell:
+    data = rows if isinstance(rows, Mapping) else {} if rows is None else {"train": str(rows)}
+    keys["data"] = section_of(keys, "data") | dict(data)
+    with _with_progress(listener, progress) as shown:
         plan = addition(run, adapter, name, keys)
         base = base_of(plan.stages[0].stage.config)
-        _build(plan, tell, base, max_forgetting)
+        _build_and_score(plan, shown, base, max_forgetting)
     return open_run(plan.run)
 
 
-def _of_stages(
+def _train_last(
     stages: Sequence[Stage],
     listener: Listener | None,
     change: Collection[str],
     progress: bool | None,
     max_forgetting: float | None = None,
 ) -> TrainResult:
-    """Train what is new, and return the last stage's result."""
+    """Train the new stages and return the result of the last one."""
     keys: Any = {"change": change, "max_forgetting": max_forgetting}
-    with _shown(listener, progress) as tell:
-        last = train_stages(stages, listener=tell, **keys)[len(stages) - 1]
-    found = last or result_of(stages[-1].config, stages[-1].name)
-    return cast(TrainResult, Shown(found))
+    with _with_progress(listener, progress) as shown:
+        last = train_stages(stages, listener=shown, **keys)[len(stages) - 1]
+    result = last or result_of(stages[-1].config, stages[-1].name)
+    return cast(TrainResult, Shown(result))
 
 
 @contextmanager
-def _shown(listener: Listener | None, progress: bool | None) -> Iterator[Listener]:
-    """Give what tells the listener, and shows progress where it is wanted."""
+def _with_progress(listener: Listener | None, progress: bool | None) -> Iterator[Listener]:
+    """Yield a listener that also shows progress, in the first process, unless it is off."""
     is_shown = (listener is None) if progress is None else progress
     is_shown &= is_first_launched()
-    with progress_listener() if is_shown else nullcontext(lambda event: None) as show:
+    with progress_listener() if is_shown else nullcontext(_ignore) as show:
 
-        def tell(event: Event) -> None:
+        def show_and_forward(event: Event) -> None:
             show(event)
             if listener is not None:
                 listener(event)
 
-        yield tell
+        yield show_and_forward
+
+
+def _ignore(event: Event) -> None:
+    """Be the listener of a call without one."""
 
 
 # --- plans ---
@@ -219,48 +276,55 @@ def train_stages(
     base: OpenBase | None = None,
     max_forgetting: float | None = None,
 ) -> list[TrainResult | None]:
-    """Train what is new of the stages of a run; return a result for each, None of what had ended,
-    and those of rehearsals after them.
+    """Train the new stages of a run.
 
-    `change` names keys that the resume of a stopped stage may change
-    (`runs.resuming.CHANGEABLE`). With `matrix`, the rows that stages kept are scored in the states
-    where they were not yet (`evaluation.stage_scores`). `max_forgetting` is that of `extend`.
+    Args:
+        stages: all stages of a config, or the one of `extend` or `rehearse`.
+        listener: gets every event.
+        change: keys that a stopped stage may change when it resumes (`runs.resuming.CHANGEABLE`).
+        matrix: score kept rows in all states without a score (`evaluation.stage_scores`).
+        base: the base, if it is open already.
+        max_forgetting: see `extend`.
 
-    Raises RunError where a stage that has ended is another one now, and what `train` raises.
+    Returns:
+        The result of each stage, None for those finished before; then results of rehearsals.
+
+    Raises:
+        RunError: a finished stage differs from the config.
+        ChainLoRAError: for everything that `train` refuses.
     """
-    tell, base = listener or (lambda event: None), base or base_of(stages[0].config)
+    listener, base = listener or _ignore, base or base_of(stages[0].config)
     plan = make_plan(stages, change, base=base)
-    results = _build(plan, tell, base, max_forgetting, change, matrix)
+    results = _build_and_score(plan, listener, base, max_forgetting, matrix)
     names = [stage.name for stage in stages]
     return [*map(results.get, names), *(r for key, r in results.items() if key not in names)]
 
 
-def _build(
+def _build_and_score(
     plan: Plan,
-    tell: Listener,
+    listener: Listener,
     base: OpenBase,
     max_forgetting: float | None = None,
-    change: Collection[str] = (),
     matrix: bool = True,
 ) -> dict[str, TrainResult]:
-    """Build what a plan names, score it, and undo it where it forgets too much."""
+    """Build the entries of a plan, score them, and undo them if they forget too much."""
     if max_forgetting is not None:
         need_scored_rows(plan.run, plan.history, max_forgetting)
         if plan.due and plan.target is None:
-            rule = "--max-forgetting compares what the run is with what it becomes"
+            rule = "--max-forgetting compares the run before and after a command"
             raise RunError(rule, f"{plan.run}, which does not change", "leave it out")
-    results = carry_out(plan, tell, change, base=base)
+    results = carry_out(plan, listener, base=base)
     if matrix:
-        _score(plan.run, tell, base)
+        _score(plan.run, listener, base)
     if max_forgetting is not None and is_first_launched():
-        names = [each.name for each in plan.stages]
-        if held := check_forgetting(plan.run, names, max_forgetting, reader(tell), base):
-            tell(ForgettingHeld(0, held))
+        names = [planned.name for planned in plan.stages]
+        if held := check_forgetting(plan.run, names, max_forgetting, reader(listener), base):
+            listener(ForgettingHeld(0, held))
     return results
 
 
 def base_of(config: RunConfig) -> OpenBase:
-    """Return the base of a config, for all of a command."""
+    """Return the base of a config; one command opens it once."""
     run = None if config.output is None else Path(config.output).expanduser()
     return OpenBase.of_config(config, run if run is not None and exists_in(run) else None)
 
@@ -275,72 +339,70 @@ def train_run(
     loop: Loop = tuned,
     base: OpenBase | None = None,
 ) -> TrainResult:
-    """Run a config from data to result and return what ``result.json`` holds.
+    """Train a config of one stage and return its result, like `chainlora.train`.
 
-    Like `chainlora.train`, but without showing progress. With `resume`, a run that is in `output`
-    goes on, or if it has ended gives its result. `loop` trains it.
+    It shows no progress. With `resume`, a run in `output` is resumed, or its result returned if it
+    is finished. `loop` trains the stage.
     """
-    tell, base = listener or (lambda event: None), base or base_of(config)
+    listener, base = listener or _ignore, base or base_of(config)
     plan = make_plan([Stage(stage, config)], change, resume=resume, base=base)
     if config.output is None:
-        return train_stage(stage, config, plan.start, tell, base=base, loop=loop)
+        return train_stage(stage, config, plan.start, listener, base=base, loop=loop)
 
-    def of_the_run(event: Event) -> None:  # it has one stage: nothing is to be told of that
+    def without_stages(event: Event) -> None:  # the run has a single stage
         if not isinstance(event, StageBegins | EntryBuilt):
-            tell(event)
+            listener(event)
 
-    found = carry_out(plan, of_the_run, change, base=base, loop=loop).get(stage)
-    _score(plan.run, tell, base)
-    if found is None:
-        found = result_of(config, stage)
-        tell(AlreadyFinished(found["steps"], str(config.output)))
-    return found
+    result = carry_out(plan, without_stages, base=base, loop=loop).get(stage)
+    _score(plan.run, listener, base)
+    if result is None:
+        result = result_of(config, stage)
+        listener(AlreadyFinished(result["steps"], str(config.output)))
+    return result
 
 
 def combine_again(run: str | Path, pruned: Pruning, *, listener: Listener | None = None) -> None:
-    """Combine what a pruning has left of a run, and rehearse it if it was."""
-    now = open_run(run)
-    left = pruned.left or (now.history.ends(now.key) if pruned.rehearsed else [])
-    if len(left) < 2:
+    """Combine the remaining parts of a pruned run, and rehearse them if the run was rehearsed."""
+    head = open_run(run)
+    parts = pruned.left or (head.history.parts(head.key) if pruned.rehearsed else [])
+    if len(parts) < 2:
         return
-    name = now.at(left[-1]).configured.key
-    stage = Stage(name, now.at(name).config(), beside=True, rehearse=pruned.rehearsed)
-    found = Declaring(now.history, now.run)
-    found.combine(left, stage, now.history.recipe_of(now.history.target or now.key))
-    base = OpenBase.of_state(now)
-    carry_out(plan_of(found), listener or (lambda event: None), base=base)
+    name = head.at(parts[-1]).configured.key
+    stage = Stage(name, head.at(name).config(), beside=True, rehearse=pruned.rehearsed)
+    declaring = Declaring(head.history, head.run)
+    declaring.combine(parts, stage, head.history.recipe_of(head.history.target or head.key))
+    base = OpenBase.of_state(head)
+    carry_out(plan_of(declaring), listener or _ignore, base=base)
 
 
 def build_run(
     run: str | Path, *, listener: Listener | None = None, base: OpenBase | None = None
 ) -> list[TrainResult]:
-    """Build all that was declared in a run and is not built; return the results of its stages.
+    """Build all declared entries of a run that have no state; return the results of its stages.
 
-    Raises RunError for a stage with plug-ins: the command that began it names these.
+    Raises RunError for a stage with plug-ins: only the command that declared it names them.
     """
     folder = whole_run(run)
-    found = Declaring(read_history(folder), folder)
-    for entry in found.history.unbuilt:
+    declaring = Declaring(read_history(folder), folder)
+    for entry in declaring.history.unbuilt:
         if plugins := entry.config.get("plugins"):
             rule = "chainlora train RUN runs no plug-ins"
             got = f"{', '.join(plugins)} for {entry.key}"
-            raise RunError(rule, got, f"give the command that declared {entry.key} again")
-    found.keys = [entry.key for entry in found.history.unbuilt]
-    plan = plan_of(found)
-    tell = listener or (lambda event: None)
-    results = [*carry_out(plan, tell, base=base).values()]
-    _score(folder, tell, base)
+            raise RunError(rule, got, f"repeat the command that declared {entry.key}")
+    declaring.keys = [entry.key for entry in declaring.history.unbuilt]
+    listener = listener or _ignore
+    results = [*carry_out(plan_of(declaring), listener, base=base).values()]
+    _score(folder, listener, base)
     return results
 
 
-def _score(run: Path, tell: Listener, base: OpenBase | None) -> None:
-    """Score the rows that stages kept in the states where they were not yet, and warn where general
-    ability has fallen."""
+def _score(run: Path, listener: Listener, base: OpenBase | None) -> None:
+    """Score kept rows in all states without a score; warn if general ability fell."""
     if is_first_launched():
         state = open_run(run)
         if len(state.columns) > 1 and state.keepers:
             matrix = stage_matrix(
-                state, progress=reader(tell), of=columns_after_training(state), base=base
+                state, progress=reader(listener), of=columns_after_training(state), base=base
             )
             if harm := matrix.harm():
                 logger.warning("%s: %s; %s", harm, HARM, _remedy(state))
@@ -348,7 +410,7 @@ def _score(run: Path, tell: Listener, base: OpenBase | None) -> None:
 
 
 def _remedy(state: OpenState) -> str:
-    """Say what gives back what stages took from the base."""
+    """Return the command that restores the lost ability."""
     place = shlex.quote(str(state.run))
     if any(entry.kind == "combine" for entry in state.lineage):
         return f"chainlora undo {place} takes the last step back"

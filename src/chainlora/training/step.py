@@ -1,8 +1,8 @@
-"""One optimizer step: its rows packed ahead of time, the gradient of their loss, the update.
+"""One optimizer step: pack rows, add gradients, update the factors.
 
-Its learning rate is `train.lr` times a pure function of the step (`rate_factor`). The shapes are
-those of transformers' ``get_linear_schedule_with_warmup`` and its neighbours, which begin once for
-the whole chain, or anew at each link.
+Rows are packed in a thread while the step before runs. The learning rate is `train.lr` times a pure
+function of the step (`rate_factor`): the schedules of transformers, such as
+``get_linear_schedule_with_warmup``, once for the whole chain or again for each link.
 """
 
 from __future__ import annotations
@@ -30,16 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 class StepWork(NamedTuple):
-    """What a step computes: for every micro-batch, its batches, one a thread at a time.
-
-    `idle` are micro-batches that are computed for nothing (`Processes.idle`), `num_scored_tokens`
-    those of the rows (`Example.num_learned`).
-    """
+    """The packed rows of a step."""
 
     step: int
-    batches: list[list[Any]]
-    idle: list[list[Any]]
-    num_scored_tokens: int
+    batches: list[list[Any]]  # of each micro-batch; a thread takes one batch at a time
+    idle: list[list[Any]]  # micro-batches whose result is dropped (`Processes.idle`)
+    num_scored_tokens: int  # sum of `Example.num_learned`
 
     @property
     def num_tokens(self) -> int:
@@ -47,7 +43,7 @@ class StepWork(NamedTuple):
 
 
 def steps_ahead(run: Run, begin: int, end: int) -> Generator[StepWork, None, None]:
-    """Yield the work of steps [begin, end), each packed while the step before it runs."""
+    """Yield the work of steps [begin, end); each is packed while the step before it runs."""
 
     def pack(step: int) -> StepWork:
         batches = run.batches.batches(step)
@@ -77,9 +73,12 @@ class Computed(NamedTuple):
 
 
 def add_gradients(run: Run, work: StepWork, parameters: list[nn.Parameter]) -> Computed:
-    """Add this process's part of the gradient of the step's mean loss to ``parameter.grad``."""
-    own = sum(run.objective.count(batch) for shards in work.batches for batch in shards)
-    counts = run.processes.sum([own, work.num_tokens, work.num_scored_tokens])
+    """Add this process's part of the gradient of the step's mean loss to ``parameter.grad``.
+
+    The mean is over the terms of all processes.
+    """
+    local_terms = sum(run.objective.count(batch) for shards in work.batches for batch in shards)
+    counts = run.processes.sum([local_terms, work.num_tokens, work.num_scored_tokens])
     terms, num_tokens, num_scored_tokens = map(int, counts)
     compute = partial(
         run.engine.add_gradients,
@@ -88,7 +87,7 @@ def add_gradients(run: Run, work: StepWork, parameters: list[nn.Parameter]) -> C
         count=run.objective.count,
     )
     loss = compute(work.batches, terms=terms)
-    compute(work.idle, terms=math.inf)  # of no weight
+    compute(work.idle, terms=math.inf)  # weight 1/terms = 0
     return Computed(loss, num_tokens, num_scored_tokens)
 
 
@@ -103,8 +102,8 @@ def update(run: Run, work: StepWork, optimizer: torch.optim.Optimizer, rate: flo
     for group in optimizer.param_groups:
         group["lr"] = run.train.lr * rate * group["ratio"]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    own_loss, num_tokens, num_scored_tokens = add_gradients(run, work, parameters)
-    loss = run.processes.sum_gradients(parameters, own_loss)
+    local_loss, num_tokens, num_scored_tokens = add_gradients(run, work, parameters)
+    loss = run.processes.sum_gradients(parameters, local_loss)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     _check_finite(run, step, "the loss and the norm of its gradient", loss, norm)
     if run.train.max_grad_norm is not None:
@@ -122,14 +121,14 @@ def update(run: Run, work: StepWork, optimizer: torch.optim.Optimizer, rate: flo
 
 
 def _check_finite(run: Run, step: int, what: str, *values: float | Tensor) -> None:
-    """Raise DivergedError unless all values are finite. What is on disk stays as it is."""
+    """Raise DivergedError unless all values are finite. Files on disk stay unchanged."""
     if all(math.isfinite(value) for value in values):
         return
     got = ", ".join(str(float(value)) for value in values)
     kept = f"; the last good state is kept in {run.work.folder}" if run.work else ""
     raise DivergedError(
         f"{what} must be finite (got {got} at step {step + 1}, link {run.knots.index}){kept}; "
-        "lower train.lr or check the rows of that step"
+        "lower train.lr, or check the rows of this step"
     )
 
 
@@ -139,8 +138,8 @@ def _check_finite(run: Run, step: int, what: str, *values: float | Tensor) -> No
 def rate_factor(config: TrainConfig, lengths: Sequence[int], step: int) -> float:
     """Return the share of `train.lr` at `step` of a chain of links of `lengths` steps.
 
-    Steps count from 0 over the whole chain; step 0 of a warm-up has factor 0, as in transformers.
-    With `restart_schedule` each link has the whole schedule for itself.
+    Steps count from 0 over the whole chain. Step 0 of a warm-up has factor 0, as in transformers.
+    With `restart_schedule`, the schedule starts again at each link.
     """
     kind, warmup = config.schedule, config.warmup_steps
     ends = list(accumulate(lengths))
@@ -152,27 +151,29 @@ def rate_factor(config: TrainConfig, lengths: Sequence[int], step: int) -> float
 
 
 def restart_warmup(config: TrainConfig) -> int:
+    """Return the number of warm-up steps of every link after the first."""
     if config.restart_warmup_steps is not None:
         return config.restart_warmup_steps
     return config.warmup_steps if config.restart_schedule else 0
 
 
-def say_what_stays_low(config: TrainConfig, lengths: Sequence[int]) -> None:
-    """Warn of a link that ends before its warm-up does, or of a whole chain."""
-    rooms = lengths if config.restart_schedule else [sum(lengths)]
-    for link, room in enumerate(rooms):
-        rise = restart_warmup(config) if link else config.warmup_steps
-        if 0 < room <= rise:
+def warn_of_long_warmup(config: TrainConfig, lengths: Sequence[int]) -> None:
+    """Warn if a link, or the whole chain, ends before its warm-up."""
+    schedules = lengths if config.restart_schedule else [sum(lengths)]
+    for link, num_steps in enumerate(schedules):
+        warmup = restart_warmup(config) if link else config.warmup_steps
+        if 0 < num_steps <= warmup:
             place = f"link {link}" if config.restart_schedule else "the chain"
             key = "restart_" if link and config.restart_warmup_steps is not None else ""
             logger.warning(
-                f"{place} never reaches `train.lr`: its warm-up takes {rise} of {room} steps; "
-                f"lower train.{key}warmup_steps"
+                f"{place} never reaches `train.lr`: its warm-up takes {warmup} of {num_steps} "
+                f"steps; lower train.{key}warmup_steps"
             )
             return
 
 
 def _factor(step: int, num_steps: int, kind: str, warmup_steps: int) -> float:
+    """Return the factor of one schedule: linear from 0 in the warm-up, then by `kind`."""
     if step < warmup_steps:
         return step / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))

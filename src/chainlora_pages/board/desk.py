@@ -42,7 +42,7 @@ def parts_of(history: History, key: str, strengths: Mapping[str, float] | None =
     own_strengths = history.strengths_of(history.state_of(key))
     parts = []
     for name, strength in (own_strengths | dict(strengths or {})).items():
-        own = history.ends(key) if name == COMBINED else [name]
+        own = history.parts(key) if name == COMBINED else [name]
         parts += [each if strength == 1 else f"{each} at {strength:g}" for each in own if strength]
     return parts
 
