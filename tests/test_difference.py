@@ -91,7 +91,7 @@ def test_two_runs_and_their_bases(run, tiny_folder, sentiment, tmp_path, chainlo
     other = make_tiny_folder(tmp_path / "other-base", num_hidden_layers=1)
     tree = settings(other, sentiment, tmp_path / "other", chain={"ranks": [2], "steps": [1]})
     train_all(tree)
-    chainlora("diff", run, tmp_path / "other").refused("must be on one base", "other-base")
+    chainlora("diff", run, tmp_path / "other").refused("must have the same base", "other-base")
     chainlora("diff", run, tmp_path / "none").refused("none")
     shutil.rmtree(other)
     addresses = [f"{tmp_path / 'other'}@{name}" for name in ("base", "main")]

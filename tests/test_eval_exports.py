@@ -86,7 +86,9 @@ def test_other_adapters_and_what_has_no_scores(made, tiny_folder, sentiment, tmp
     train(tree | {"train": {"loss": "dpo", "lr": 1e-3}}, progress=False)
     export_merged(tmp_path / "pairs", tmp_path / "out")
     words = ("eval", tmp_path / "out", "--data", tree["data"]["train"])
-    chainlora(*words).refused("pairs are judged by what their stage began on", "score the run")
+    chainlora(*words).refused(
+        "pairs need the model before their stage as a reference", "score the run"
+    )
     export_adapter(made / "task", tmp_path / "task")
     words = ("eval", tmp_path / "task", "--data", sentiment / "validation.jsonl")
     chainlora(*words).refused("task.yaml", "--task")

@@ -237,7 +237,12 @@ def test_a_run_keeps_what_its_base_writes(roomy, tokenizer, sentiment, tmp_path,
         train(tree, listener=stopping(1))  # the rows are kept before the first step
     train(tree, resume=True)
     train(tree | {"output": str(tmp_path / "again")})
-    assert caplog.text.count("what the base writes after 80 prompts is kept as rows of `base`") == 2
+    assert (
+        caplog.text.count(
+            "the base writes texts after 80 prompts, which are kept as rows of `base`"
+        )
+        == 2
+    )
     run, again = open_run(tmp_path / "run"), open_run(tmp_path / "again")
     assert run.keepers == again.keepers
     kept = run.kept()["start"]
@@ -260,7 +265,7 @@ def test_one_stage_is_combined_with_what_the_run_began_on(roomy, sentiment, tmp_
     without them one stage is nothing to combine."""
     keys = {"chain": {"ranks": [4], "steps": [12]}}
     train(of_rows(roomy, sentiment, run := tmp_path / "run", **keys))
-    with pytest.raises(RunError, match="two states or more are combined"):
+    with pytest.raises(RunError, match="a combination needs two parts or more"):
         combine(run, general=False)
     found = chainlora(f"combine {run} --json --verbose")
     assert found.status == 0, found.err

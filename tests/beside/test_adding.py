@@ -313,7 +313,7 @@ def test_an_adapter_that_does_not_fit_is_refused(
 @pytest.mark.parametrize(
     ("words", "got"),
     [
-        ("", "a combination reads rows (got none); give some of what the adapter was trained on"),
+        ("", "a combination reads rows (got none); give some of the adapter's training rows"),
         ("--rows none.jsonl", "none.jsonl"),
         ("--rows empty.jsonl", "empty.jsonl"),
         ("--rows long.jsonl --data.max_length 4 --data.truncation drop", "x"),

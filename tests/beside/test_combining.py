@@ -249,13 +249,13 @@ def test_what_cannot_be_combined(abc, tiny_folder, sentiment, tmp_path):
         assert not (tmp_path / "out").exists()
         return str(error.value)
 
-    assert "two states or more are combined" in refused("a")
-    assert "two states or more are combined" in refused("a", "a")
+    assert "a combination needs two parts or more" in refused("a")
+    assert "a combination needs two parts or more" in refused("a", "a")
     assert "a stage of RUN, or another run" in refused("a", "nothing")
     stage = section(sentiment, "d")
     stage["data"]["keep_rows"] = False
     train_on(f"{abc}@start", stage)
-    assert "reads rows that stages kept" in refused("a", "d")
+    assert "reads kept rows of its parts" in refused("a", "d")
     other = settings(make_tiny_folder(tmp_path / "base", num_hidden_layers=1), sentiment)
     other["output"] = str(tmp_path / "other")
     other["chain"] = {"ranks": [1], "steps": [1]}

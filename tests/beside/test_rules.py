@@ -89,7 +89,7 @@ def test_rule_2_a_command_builds_its_own_entries_and_what_they_come_from(
     killed("step", ac, section(sentiment, "b"))
     add(sentiment, ac, "d")  # combined with b, which goes on
     assert open_run(ac).entry.parents == ("a", "c", "b", "d")
-    assert "begins without it" not in caplog.text
+    assert "does not include it" not in caplog.text
     assert unbuilt(ac) == ["d-top"]
     assert chainlora("train", ac).status == 0  # all that is left
     assert read_history(ac).find("d-top").parents == ("a",)
@@ -433,7 +433,7 @@ def test_rule_8_a_run_that_has_built_nothing_is_not_sent(on_adapter, tmp_path, c
     place = next(n for n, what in enumerate(whole.operations) if "run/links" in what)
     end = live(lambda: train_all(with_start(on_adapter)), Injection(folder, "kill", place))
     assert (end.status, unbuilt(run), read_history(run).entries) == (-9, ["start", "b"], ())
-    chainlora("push", run, tmp_path / "sent").refused("an entry that is built")
+    chainlora("push", run, tmp_path / "sent").refused("a run needs a built entry")
     for name in ("start", "b"):
         chainlora("prune", run, name, "--yes").refused("a run must keep a stage")
     assert chainlora("train", run).status == 0

@@ -34,7 +34,7 @@ def test_extend_stands_beside_and_rehearses_if_asked(abc, ac, sentiment, capsys,
     undo(abc, to=entries[-2].key)
     extend(abc, more, progress=False)  # and rehearses nothing again that was undone
     assert read_history(abc).entries == entries
-    assert "without stage" not in caplog.text
+    assert "does not include stage" not in caplog.text
     undo(abc, to="rehearsal")
     undo(abc)  # to the entry before
     undo(abc)  # to the rehearsal

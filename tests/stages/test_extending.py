@@ -50,7 +50,7 @@ def test_the_same_call_again_trains_what_is_new(config, tmp_path):
 def test_a_stage_stays_what_it_was(config):
     train_all(one_stage(config))
     config["stages"][0]["chain"]["steps"] = [2, 2, 3]
-    with pytest.raises(RunError, match=r"stage 'facts': chain.steps.*a new name"):
+    with pytest.raises(RunError, match=r"stage 'facts': chain.steps.*another name"):
         train_all(config)
     config["stages"][0] = config["stages"][0] | {"name": "other"}
     with pytest.raises(RunError, match="in their order"):

@@ -121,7 +121,7 @@ def test_a_config_goes_on_where_its_stages_are(two, tmp_path, capsys):
     run, law = tmp_path / "run", stage_of(two, "style") | {"name": "law"}
     two["stages"].append(law)
     undo(run)
-    with pytest.raises(RunError, match=rf"without style. Run chainlora undo {run} --to style,"):
+    with pytest.raises(RunError, match=rf"include style. Run chainlora undo {run} --to style,"):
         make_plan(make_stages(two))
     undo(run, to="style")
     assert [each.state for each in survey(make_stages(two))] == ["finished", "finished", "new"]

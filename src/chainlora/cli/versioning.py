@@ -192,7 +192,7 @@ def combine(
     quiet()
     from chainlora.cli.screen import evaluation_progress, scored_matrix, show_matrix
     from chainlora.evaluation.combination import combine as combined
-    from chainlora.evaluation.combination import told
+    from chainlora.evaluation.combination import summary_of
 
     keys, importance = _weighed(names)
     with evaluation_progress("combining {}: layer {} of {}") as progress:
@@ -209,7 +209,7 @@ def combine(
     assert state.entry is not None
     to_stderr(f"{state.run} is {state.key} now, of {', '.join(state.entry.parents)}")
     if is_verbose():
-        to_stderr(told(state.history, state.key))
+        to_stderr(summary_of(state.history, state.key))
     matrix = None if no_scores else scored_matrix(str(state.run))
     if as_json:
         shown = {"run": str(state.run), "now": state.key, "of": state.entry.parents}

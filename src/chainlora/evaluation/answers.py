@@ -1,6 +1,6 @@
-"""Prompts and their answers, as people read them: of rows, or of a text.
+"""Answer prompts of rows or texts, and return the answers as readable text.
 
-Rows with candidates are answered as they are scored: by the candidate of the highest probability.
+A row with candidates is answered by the candidate with the highest probability, as it is scored.
 """
 
 from __future__ import annotations
@@ -19,53 +19,51 @@ from chainlora.evaluation.metrics import cross_entropy, exact_match
 
 @dataclass(frozen=True)
 class Prompt:
-    """Tokens to continue, their text, and the row that they are of, if any: of which stage, what is
-    right there, and which text ends an answer."""
+    """A prompt to answer."""
 
-    ids: tuple[int, ...]
+    ids: tuple[int, ...]  # tokens
     text: str
-    stop: str | None
-    row: Example | None = None
-    stage: str = ""
-    expected: str | None = None
+    stop: str | None  # the text that ends an answer
+    row: Example | None = None  # the row that it comes from
+    stage: str = ""  # of the row
+    expected: str | None = None  # the right answer, if known
 
 
 class Source(NamedTuple):
-    """Rows of a stage to ask for, and which text ends an answer."""
+    """Rows of a stage, to answer."""
 
     stage: str
     rows: Sequence[Example]
-    stop: str | None
+    stop: str | None  # the text that ends an answer
 
 
 class Said(NamedTuple):
-    """An answer: when it was given, a note such as its probability, and whether it is right."""
+    """An answer of a model."""
 
-    when: str
+    when: str  # the state of the model
     text: str = ""
-    note: str = ""
-    is_right: bool | None = None
+    note: str = ""  # such as its probability
+    is_right: bool | None = None  # None: not known
 
 
 def answer(
     when: str, model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int
 ) -> list[Said]:
-    """Answer prompts greedily, those of one end of an answer together."""
-    found = [Said(when)] * len(prompts)
+    """Answer prompts greedily; prompts with the same `stop` are generated together."""
+    answers = [Said(when)] * len(prompts)
     for stop in dict.fromkeys(prompt.stop for prompt in prompts):
-        asked = [place for place, prompt in enumerate(prompts) if prompt.stop == stop]
+        places = [place for place, prompt in enumerate(prompts) if prompt.stop == stop]
         keys = {"stop": stop, "max_new_tokens": max_new_tokens}
-        said = _said(when, model, tokenizer, [prompts[place] for place in asked], **keys)
-        for place, each in zip(asked, said, strict=True):
-            found[place] = each
-    return found
+        group = _answers(when, model, tokenizer, [prompts[place] for place in places], **keys)
+        for place, said in zip(places, group, strict=True):
+            answers[place] = said
+    return answers
 
 
-def _said(
+def _answers(
     when: str, model: Any, tokenizer: Any, prompts: Sequence[Prompt], **keys: Any
 ) -> Iterator[Said]:
-    """Yield the answer to each prompt: where candidates are ranked, the one of the highest
-    probability."""
+    """Yield the answer to each prompt; a row with candidates gets the most probable one."""
     ranked = [prompt.row for prompt in prompts if prompt.row and prompt.row.label is not None]
     choices = iter(evaluate(model, ranked, metrics="accuracy").predictions if ranked else [])
     free = [p.ids for p in prompts if p.row is None or p.row.label is None]
@@ -73,8 +71,9 @@ def _said(
     for prompt in prompts:
         if prompt.row is None or prompt.row.label is None:
             text = next(texts)
-            known = prompt.row.references if prompt.row else ()
-            yield Said(when, text, "", exact_match(text, known) == 1 if known else None)
+            references = prompt.row.references if prompt.row else ()
+            is_right = exact_match(text, references) == 1 if references else None
+            yield Said(when, text, "", is_right)
         else:
             choice = next(choices)
             chosen = choice["prediction"]
@@ -84,24 +83,24 @@ def _said(
 
 
 def prompts_of(sources: Sequence[Source], tokenizer: Any) -> list[Prompt]:
-    """Return the prompts of rows; plain text has none."""
-    found = []
+    """Return the prompts of rows; rows of plain text have no prompt and are skipped."""
+    prompts = []
     for stage, rows, stop in sources:
-        for row in (each for each in rows if len(each.prompt) > 1):
+        for row in (row for row in rows if len(row.prompt) > 1):
             is_free = row.references and row.label is None
             right = row.references if is_free else [_candidate(row, row.label or 0, tokenizer)]
-            text = _shown(row.prompt, tokenizer)
-            found.append(Prompt(row.prompt, text, stop, row, stage, " / ".join(right)))
-    return found
+            text = _readable(row.prompt, tokenizer)
+            prompts.append(Prompt(row.prompt, text, stop, row, stage, " / ".join(right)))
+    return prompts
 
 
-def _shown(prompt: Sequence[int], tokenizer: Any) -> str:
-    """Return a prompt as people read it: of a chat what is said, without its template's markup."""
-    said = without_markup(tokenizer, str(tokenizer.decode(prompt)))
-    return str(tokenizer.decode(prompt, skip_special_tokens=True)) if said is None else said
+def _readable(prompt: Sequence[int], tokenizer: Any) -> str:
+    """Return a prompt as text, without the markup of a chat template."""
+    text = without_markup(tokenizer, str(tokenizer.decode(prompt)))
+    return str(tokenizer.decode(prompt, skip_special_tokens=True)) if text is None else text
 
 
 def _candidate(row: Example, index: int, tokenizer: Any) -> str:
-    """Return a candidate, or the completion, in words."""
+    """Return a candidate, or the completion, as text."""
     tokens = row.sequences[index][len(row.prompt) :]
     return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()

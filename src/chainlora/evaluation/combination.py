@@ -1,5 +1,7 @@
-"""States of a run combined layer by layer (`chain.solving`), on rows that their stages kept; what
-the run began on is one more part. Nothing is trained."""
+"""Combine states of a run layer by layer (`chain.solving`), on kept rows of their stages.
+
+Nothing is trained. The origin of the run is one more part, if it has kept rows (decision 36).
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,7 @@ from chainlora.evaluation.stage_scores import Progress
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.beginning import fork, need_same_base, take_in
 from chainlora.runs.changes import whole_run
+from chainlora.runs.declaring import changed
 from chainlora.runs.export import empty_folder, filled_folder
 from chainlora.runs.history import COMBINED, START, History, Recipe, State, Term, Unbuilt
 from chainlora.runs.history_file import read_history, update_history
@@ -32,9 +35,10 @@ from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
 
-ROWS, TOKENS = 64, 16_384  # of each stage, at most
-RANK = 16  # of a combination, if no part has more
-GENERAL = 4.0  # importance of what the run began on; both were chosen in benchmarks/combining
+ROWS, TOKENS = 64, 16_384  # the most rows and tokens of each stage
+# both chosen in benchmarks/combining
+RANK = 16  # of a combination, if no part has a larger one
+GENERAL = 4.0  # importance of the origin
 ON_TOP = "train the stages on top of each other"
 
 
@@ -49,59 +53,75 @@ def combine(
     output: str | Path | None = None,
     progress: Progress | None = None,
 ) -> OpenState:
-    """Make a run the combination of some of its states, and of other runs; return that.
+    """Combine states of a run, and other runs. The combination becomes the run's head.
 
-    `names` are stages of the run, each with all that it was trained on, and other runs on the same
-    base, whose stages are copied into this one. By default they are what the run is combined of, or
-    if it is no combination, all stages that no other was trained on. Strengths that a `mix` has set
-    are not carried over. With `output` the combination is a new run, and this one stays as it is.
+    Args:
+        run: the run.
+        names: stages of the run, each with its ancestors, and other runs on the same base, whose
+            stages are copied into this run. By default the parts of the head are combined; if it is
+            not a combination, all stages that no other stage was trained on.
+        rank: rank of the combination, which is one link; by default the largest rank of a part, at
+            least 16.
+        importance: a weight for the rows of a part, by name; by default 1.
+        general: combine the origin too, by the rows that were kept for it.
+        keep_conflicts: use rows even if their prompt has another answer in a later stage.
+        output: a new folder: the combination becomes a new run, and this one does not change.
+        progress: called as ``progress(parts, layers_done, layers)``.
 
-    The combination is one link of a `rank`, by default 16 or the largest of its parts. `importance`
-    says by name what the rows of a part count, 1 by default. With `general`, what the run began on
-    is a part too, by the rows that were kept for it. With `keep_conflicts`, rows count whose prompt
-    has another answer in a later stage.
+    Returns:
+        The new state. Strengths set by `mix` are not kept.
 
-    Raises RunError for fewer than two parts, for one that another one was trained on, for stages
-    that kept no rows, for links that are no low-rank sum, for models that cannot be solved layer by
-    layer, and for runs with another base, precision of it or chat template.
+    Raises:
+        RunError: fewer than two parts, a part that another one was trained on, stages without kept
+            rows, links that are not low-rank sums, a model that cannot be solved layer by layer, or
+            runs with another base, precision, tokenizer or chat template.
     """
     folder = whole_run(run)
     history = read_history(folder)
-    names = [names] if isinstance(names, str | Path) else names
-    own = [str(name) for name in names if history.find(str(name)) is not None]
-    others = [_find_ended(name) for name in names if str(name) not in own]
-    ends = history.parts(history.head)
-    keys = own or (ends if others or len(ends) > 1 else _stages_of(history))
-    states = [state_at(folder, history, key) for key in keys]
-    for other in others:
-        need_same_base(state_at(folder, history), other)
-        states += [other.at(end) for end in other.history.parts(other.key)]
-    outer = _outer(states)
-    digests = {state.state.digest for state in outer}
-    if inner := [state for state in states[: len(own)] if state.state.digest not in digests]:
-        rule, remedy = "a combination is of states that no other of them began on", "leave it out"
-        raise RunError(rule, f"{inner[0]}", remedy)
+    parts = _parts(folder, history, [names] if isinstance(names, str | Path) else names)
     has_general = general and _general_of(history) is not None
-    if len(outer) + has_general < 2:
+    if len(parts) + has_general < 2:
         raise RunError(
-            "two states or more are combined; one of them can be what the run began on, with rows",
-            ", ".join(map(str, outer)) or "none",
+            "a combination needs two parts or more; the origin of the run counts if it has rows",
+            ", ".join(map(str, parts)) or "none",
             "add a stage by chainlora extend --beside, or name others",
         )
-    need_combinable(outer)
+    need_combinable(parts)
     weights = dict(importance or {})
-    _need_weights(weights, {START, *(state.key for state in outer)})
+    _need_weights(weights, {START, *(state.key for state in parts)})
     recipe = Recipe(rank=rank, importance=weights, general=general, keep_conflicts=keep_conflicts)
     if output is None:
-        return _become(folder, outer, recipe, progress)
+        return _become(folder, parts, recipe, progress)
     target = empty_folder(output)
     with filled_folder(target) as scratch:
-        fork(outer[0], scratch)
-        _become(scratch, outer, recipe, progress)
+        fork(parts[0], scratch)
+        _become(scratch, parts, recipe, progress)
     return open_run(target)
 
 
+def _parts(folder: Path, history: History, names: Sequence[str | Path]) -> list[OpenState]:
+    """Return the states to combine, of the run in `folder` and of other runs.
+
+    Raises RunError for a named state that another one was trained on, and for unsuitable runs.
+    """
+    keys = [str(name) for name in names if history.find(str(name)) is not None]
+    others = [_other_run(name) for name in names if str(name) not in keys]
+    of_head = history.parts(history.head)
+    default = of_head if others or len(of_head) > 1 else _stages_of(history)
+    states = [state_at(folder, history, key) for key in keys or default]
+    for other in others:
+        need_same_base(state_at(folder, history), other)
+        states += [other.at(part) for part in other.history.parts(other.key)]
+    parts = _without_ancestors(states)
+    digests = {state.state.digest for state in parts}
+    if below := [state for state in states[: len(keys)] if state.state.digest not in digests]:
+        rule = "Cannot combine a state with one that was trained on it"
+        raise RunError(rule, f"{below[0]}", "leave it out")
+    return parts
+
+
 def _need_weights(importance: Mapping[str, float], parts: Collection[str]) -> None:
+    """Raise RunError for an importance of an unknown part, or one that is not positive."""
     for name, value in importance.items():
         if name not in parts:
             rule = f"importance is given to parts, {', '.join(sorted(parts))}"
@@ -114,10 +134,10 @@ def _need_weights(importance: Mapping[str, float], parts: Collection[str]) -> No
 def _become(
     run: Path, states: Sequence[OpenState], recipe: Recipe, progress: Progress | None
 ) -> OpenState:
-    """Make a run the combination of states, those of other runs taken in; return that."""
+    """Combine states in a run, after copying those of other runs; return the new head."""
     keys = [state.key if state.run == run else take_in(run, state) for state in states]
-    named = {state.key: key for state, key in zip(states, keys, strict=True)}
-    weights = {named.get(key, key): value for key, value in recipe.importance.items()}
+    new_names = {state.key: key for state, key in zip(states, keys, strict=True)}
+    weights = {new_names.get(key, key): value for key, value in recipe.importance.items()}
     recipe = recipe.model_copy(update={"importance": weights})
     before, key = read_history(run), ""
 
@@ -133,16 +153,17 @@ def _become(
     history = update_history(run, change)
     if history.find(key) is None:
         build_combination(run, key, progress)
-    tell_left_out(run, before, key)
+    warn_of_left_out(run, before, key)
     return open_run(run)
 
 
 def build_combination(
     run: Path, key: str, progress: Progress | None = None, base: OpenBase | None = None
 ) -> None:
-    """Solve a combination that was declared, and give its entry its state.
+    """Solve a declared combination, and give its entry its state.
 
-    Raises RunError where it is not declared any more, or what it is of has changed.
+    Raises RunError if its parts have changed meanwhile, or if it cannot be solved; then it is
+    withdrawn.
     """
     history = read_history(run)
     declared = history.find_unbuilt(key)
@@ -151,96 +172,103 @@ def build_combination(
     states = [state_at(run, history, name) for name in declared.parents]
     try:
         solved = _solved(states, declared.recipe, progress or (lambda *done: None), base)
-    except RunError:  # it would fail again
-        update_history(run, lambda now: now.withdrawn([key]))
+    except RunError:  # a second try would fail too
+        update_history(run, lambda current: current.withdrawn([key]))
         raise
-    rank = max(each.a.shape[0] for each in solved.factors.values())
+    rank = max(factors.a.shape[0] for factors in solved.factors.values())
     config = LinkConfig(rank=rank, alpha=float(rank))
     link = Link(0, config, solved.factors, error=solved.error)
 
-    def change(now: History) -> History:
-        if now.find(key) is not None:
-            return now
-        here = [now.state_of(name) for name in declared.parents]
-        if now.find_unbuilt(key) != declared or here != [state.state for state in states]:
-            raise RunError("a run was changed meanwhile", f"{run}", "start again")
-        files.remove_scratch(run / "links", COMBINED)  # of a kill: this is done under the lock
-        digest, facts = save_link(run, link, now.base, COMBINED)
-        state = State(base=now.base.fingerprint, terms=(Term(link=digest),))
-        reads = tuple(now.keepers(declared.parents))
+    def change(current: History) -> History:
+        if current.find(key) is not None:
+            return current
+        parents = [current.state_of(name) for name in declared.parents]
+        if current.find_unbuilt(key) != declared or parents != [s.state for s in states]:
+            raise changed(run)
+        files.remove_scratch(run / "links", COMBINED)  # left by a kill; safe under the lock
+        digest, facts = save_link(run, link, current.base, COMBINED)
+        state = State(base=current.base.fingerprint, terms=(Term(link=digest),))
+        reads = tuple(current.keepers(declared.parents))
         entry = declared.built(state, reads=reads, distances=solved.distances)
-        return now.built(entry, {digest: facts})
+        return current.built(entry, {digest: facts})
 
     update_history(run, change)
 
 
-def told(history: History, key: str) -> str:
-    """Say of a combination its rank, what that left out, and how far it is from each part; of
-    another entry nothing."""
+def summary_of(history: History, key: str) -> str:
+    """Return a line about a combination: its rank, the error of this rank, distances from parts.
+
+    For another entry, the line is empty.
+    """
     entry = history.find(key)
     if entry is None or entry.kind != "combine":
         return ""
     facts = history.links[entry.state.terms[0].link]
-    away = ", ".join(f"{name} {value:.2f}" for name, value in entry.distances.items())
-    return f"rank {facts.rank}, error of the rank {facts.error:.2f}; distance to {away}"
+    distances = ", ".join(f"{name} {value:.2f}" for name, value in entry.distances.items())
+    return f"rank {facts.rank}, error of the rank {facts.error:.2f}; distance to {distances}"
 
 
-def tell_left_out(run: Path, before: History, key: str, *, rehearsals: bool = True) -> None:
-    """Warn of what a run was, and what it has become is not made of: a mix, or a rehearsal."""
-    inside = read_history(run).below(key)
-    left = [entry for entry in before.lineage(before.head) if entry.key not in inside]
-    told = [e.key for e in left if e.kind == "mix" or (rehearsals and e.is_rehearsal)]
-    if told:
-        logger.warning("%s was %s, which is not in the combination", run, told[-1])
+def warn_of_left_out(run: Path, before: History, key: str, *, rehearsals: bool = True) -> None:
+    """Warn if a new head does not include a mix, or a rehearsal, that the run had before.
+
+    `before` is the history before the change, `key` the new head.
+    """
+    included = read_history(run).below(key)
+    lost = [entry for entry in before.lineage(before.head) if entry.key not in included]
+    names = [e.key for e in lost if e.kind == "mix" or (rehearsals and e.is_rehearsal)]
+    if names:
+        logger.warning("%s was %s, which is not in the combination", run, names[-1])
 
 
-def _find_ended(address: str | Path) -> OpenState:
-    """Return a state of another run. Raises RunError where there is none, or it has not ended."""
+def _other_run(address: str | Path) -> OpenState:
+    """Return a state of another run. Raises RunError for no run, or an unfinished one."""
     if not is_run(address):
-        rule = "what is combined is a stage of RUN, or another run"
+        rule = "a part must be a stage of RUN, or another run"
         raise RunError(rule, address, "chainlora log RUN lists its stages")
-    found = open_run(address)
-    if found.draft is not None or not found.has_run:
-        rule = "a run that is combined has links, and its stages have ended"
-        raise RunError(rule, found.run, "finish it by the command that began it")
-    return found
+    state = open_run(address)
+    if state.draft is not None or not state.has_run:
+        rule = "only a run with a finished stage can be combined"
+        raise RunError(rule, state.run, "finish its stage: repeat the command that began it")
+    return state
 
 
 def _stages_of(history: History) -> list[str]:
-    """Return the stages of a run, and imported adapters, that can be parts of a combination."""
-    found = (e for e in history.entries if e.kind in ("stage", "import") and e.state.terms)
-    return [entry.key for entry in found if not entry.is_rehearsal]
+    """Return the stages and imported adapters of a run that can be parts of a combination."""
+    entries = (e for e in history.entries if e.kind in ("stage", "import") and e.state.terms)
+    return [entry.key for entry in entries if not entry.is_rehearsal]
 
 
-def _outer(states: Sequence[OpenState]) -> list[OpenState]:
-    """Return the states that no other one was trained on, once each."""
+def _without_ancestors(states: Sequence[OpenState]) -> list[OpenState]:
+    """Return the states once each, without those that another one was trained on."""
     below = {e.state.digest for s in states for e in s.lineage if e is not s.entry}
-    found: dict[str, OpenState] = {}
+    unique: dict[str, OpenState] = {}
     for state in states:
         if state.state.digest not in below:
-            found.setdefault(state.state.digest, state)
-    return [*found.values()]
+            unique.setdefault(state.state.digest, state)
+    return [*unique.values()]
 
 
 def need_combinable(states: Sequence[OpenState]) -> None:
-    """Raise RunError for a state that cannot be combined with others."""
+    """Raise RunError for states without kept rows, or with links that are not low-rank sums."""
     for state in states:
-        if not _with_rows(state):
-            rule = "a combination reads rows that stages kept"
-            remedy = "train with data.keep_rows: true; chainlora push takes rows along with --rows"
+        if not _entries_with_rows(state):
+            rule = "a combination reads kept rows of its parts"
+            remedy = "train with data.keep_rows: true; chainlora push sends rows with --rows"
             raise RunError(rule, f"none for {state}", remedy)
         for facts in state.facts:
             need_low_rank_sum(facts.link_config(), state.run, ON_TOP)
 
 
-def _with_rows(state: OpenState) -> list[str]:
-    """Return the entries for whose rows a part answers: all in it that kept some. Those of what the
-    run began on are its own part's."""
+def _entries_with_rows(state: OpenState) -> list[str]:
+    """Return the entries whose kept rows a part is solved on.
+
+    Rows of the start belong to the origin, which is a part of its own.
+    """
     return [key for key in state.keepers if (key == START) == (state.key == START)]
 
 
 def _general_of(history: History) -> str | None:
-    """Return the SHA-256 of the rows kept for what a run began on, None where there are none."""
+    """Return the SHA-256 of the rows kept for the origin, None without such rows."""
     start = history.find(START)
     return None if start is None else start.kept
 
@@ -248,24 +276,25 @@ def _general_of(history: History) -> str | None:
 def _solved(
     states: Sequence[OpenState], recipe: Recipe, progress: Progress, base: OpenBase | None
 ) -> Combined:
-    """Return the combination of states, with what the run began on unless that is one of them."""
-    states = sorted(states, key=lambda each: each.state.digest)  # the sums have this order
+    """Return the combination of states, and of the origin if the recipe asks for it."""
+    # sorted: the order of summation, and so the bits, must not depend on the order of names
+    states = sorted(states, key=lambda state: state.state.digest)
     first, history = states[0], states[0].history
-    if recipe.general and _general_of(history) and all(each.key != START for each in states):
+    if recipe.general and _general_of(history) and all(state.key != START for state in states):
         states.append(first.at(START))
     links = [state.links() for state in states]
     parts = [
-        Part(state.key, own, stack_links(held), _importance(state, recipe))
-        for state, own, held in zip(states, _rows_of(states, recipe), links, strict=True)
+        Part(state.key, rows, stack_links(state_links), _importance(state, recipe))
+        for state, rows, state_links in zip(states, _rows_of(states, recipe), links, strict=True)
     ]
     for part in (part for part in parts if not part.rows):
-        logger.warning("%s is left out: later stages have other answers to all of it", part.name)
+        logger.warning("%s is left out: later stages answer all its prompts otherwise", part.name)
     parts = [part for part in parts if part.rows]
     rank = recipe.rank or max(RANK, *map(stacked_rank, links))
     chain, _ = chain_on_base(first, base=base)
-    tell = partial(progress, " + ".join(part.name for part in parts))
+    report = partial(progress, " + ".join(part.name for part in parts))
     try:
-        return solve(chain.model, parts, rank, tell)
+        return solve(chain.model, parts, rank, report)
     except ChainError as error:
         raise RunError(f"Cannot combine: {error}") from None
 
@@ -275,13 +304,16 @@ def _importance(state: OpenState, recipe: Recipe) -> float:
 
 
 def _rows_of(states: Sequence[OpenState], recipe: Recipe) -> list[list[list[int]]]:
-    """Return token rows for each state: of the stages in it, as many of each, never test rows."""
+    """Return the token rows of each state: a sample of each of its stages, never test rows."""
     kept = states[0].kept([state.key for state in states])
     kept = kept if recipe.keep_conflicts else newest(kept)
-    return [[row for key in _with_rows(state) for row in _sample(kept[key])] for state in states]
+    return [
+        [row for key in _entries_with_rows(state) for row in _sample(kept[key])] for state in states
+    ]
 
 
 def _sample(kept: Kept) -> Iterator[list[int]]:
+    """Yield up to `ROWS` rows with up to `TOKENS` tokens, at least one row."""
     tokens = 0
     for place, example in enumerate((kept.train or kept.validation).spread(ROWS)):
         (sequence,) = example.right.sequences

@@ -1,8 +1,8 @@
-"""`chainlora.diff`: how two states on one base differ, in their weights and in their answers.
+"""Compare two states on one base, by their weights and their answers (`chainlora.diff`).
 
-The updates of states are sums of links, so their difference is one too, from factors alone: a link
-that both states have counts by the difference of its strengths, and cancels exactly where these are
-equal.
+The update of a state is a sum of links, so the difference of two updates is one too, and needs only
+factors. A link of both states has the difference of its strengths; with equal strengths it cancels
+exactly.
 """
 
 from __future__ import annotations
@@ -41,22 +41,26 @@ def diff(
     max_new_tokens: int = 32,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Say how two states on one base differ: of one run, or of two.
+    """Compare two states on one base, of one run or of two.
 
     Args:
-        a: a run, or one of its states.
+        a: a run, or one of its states (`open_run`).
         b: another one; either may be the base, ``RUN@base``.
-        prompts: how many of the rows that each stage kept are answered by both. None: 3, or all of
-            `data`. 0: none, and the base is not loaded.
-        data: a file of rows to answer in their place, as the rows of `a` are read.
-        max_new_tokens: most tokens of an answer.
-        progress: told what is being answered.
+        prompts: number of kept rows of each stage that both states answer; by default 3, or all
+            rows of `data`. With 0, the base is not loaded.
+        data: a file of rows to answer in place of kept rows, read like the rows of `a`.
+        max_new_tokens: the most tokens of an answer.
+        progress: called with a description of the current work.
 
-    Returns ``modules`` and ``total`` (`weight_difference`), and ``answers``, by stage: how
-    many rows were ``asked``, how many were ``right_a`` and ``right_b`` where that is known, and
-    those that ``differ``, each with its prompt, what is expected, and both answers.
+    Returns:
+        A mapping with ``modules`` and ``total`` (`weight_difference`), and ``answers`` by stage:
+        the numbers of rows that were ``asked`` and answered right (``right_a``, ``right_b``; None
+        if unknown), and the answers that ``differ``, each with ``prompt``, ``expected``, ``a`` and
+        ``b``.
 
-    Raises RunError for states of different bases, and with a LoRA bias.
+    Raises:
+        ConfigError: `prompts` is negative.
+        RunError: states on different bases, or links with a LoRA bias.
     """
     if prompts is not None and prompts < 0:
         raise ConfigError("`prompts` must be 0 or more", prompts, "give 3, for example")
@@ -64,43 +68,45 @@ def diff(
     need_one_base(one, other)
     if prompts != 0 and one.run != other.run:
         need_same_base(one, other)
-    found = {"a": str(a), "b": str(b), "base": one.base.model} | weight_difference(one, other)
+    result = {"a": str(a), "b": str(b), "base": one.base.model} | weight_difference(one, other)
     sources = _sources(one, other, data, prompts)
-    tell = progress or (lambda what: None)
-    asked = _answers(one, other, sources, max_new_tokens, tell) if sources else {}
-    return Shown(found | {"answers": asked})
+    report = progress or (lambda what: None)
+    answers = _answers(one, other, sources, max_new_tokens, report) if sources else {}
+    return Shown(result | {"answers": answers})
 
 
-MakeSource = Callable[[Any, int], Source]  # from a tokenizer and the model's context
+MakeSource = Callable[[Any, int], Source]
+"""Returns rows to answer; called with the tokenizer and the model's context in tokens."""
 
 
 def _sources(
-    a: OpenState, b: OpenState, data: str | Path | None, wanted: int | None
+    a: OpenState, b: OpenState, data: str | Path | None, limit: int | None
 ) -> list[MakeSource]:
-    """Return the rows to ask for, of each stage or of a file, before the base is loaded."""
-    if wanted == 0:
+    """Find the rows to answer, of each stage or of a file, before the base is loaded."""
+    if limit == 0:
         return []
     if data is not None:
-        encode, _ = rows_to_score(a, data=str(data), limit=wanted)
+        encode, _ = rows_to_score(a, data=str(data), limit=limit)
 
         def of_file(tokenizer: Any, context: int) -> Source:
-            asked, rows = encode(tokenizer, context)
-            return Source("", rows, asked.stop)
+            task, rows = encode(tokenizer, context)
+            return Source("", rows, task.stop)
 
         return [of_file]
-    known = dict[str, Source]()
+    sources = dict[str, Source]()  # by the SHA-256 of the rows
     for state in (a, b):
         kept = state.kept()
         for name, key in state.columns.items():
-            if key in kept and state.keepers[key] not in known:
-                taken = name in {source.stage for source in known.values()}
-                stage = f"{name} of {state.run}" if taken else name
-                rows = kept[key].scored[1][: PROMPTS if wanted is None else wanted]
-                known[state.keepers[key]] = Source(stage, rows, kept[key].asked["stop"])
-    return [partial(_as_it_is, source) for source in known.values()]
+            if key in kept and state.keepers[key] not in sources:
+                is_taken = name in {source.stage for source in sources.values()}
+                stage = f"{name} of {state.run}" if is_taken else name
+                rows = kept[key].scored[1][: PROMPTS if limit is None else limit]
+                sources[state.keepers[key]] = Source(stage, rows, kept[key].asked["stop"])
+    return [partial(_tokenised, source) for source in sources.values()]
 
 
-def _as_it_is(source: Source, tokenizer: Any, context: int) -> Source:
+def _tokenised(source: Source, tokenizer: Any, context: int) -> Source:
+    """Return kept rows, which are tokenised already."""
     return source
 
 
@@ -109,47 +115,49 @@ def _answers(
     b: OpenState,
     sources: Sequence[MakeSource],
     max_new_tokens: int,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Answer rows in both states, on a base that is loaded once."""
+    """Answer rows in both states, on a base that is loaded once; return a comparison by stage."""
     base = OpenBase.of_state(a)
     prompts: list[Prompt] = []
-    said: list[list[Said]] = []
+    answers: list[list[Said]] = []
     for state in (a, b):
-        tell(f"answers of {state}")
+        report(f"answers of {state}")
         chain, tokenizer = chain_on_base(state, base=base)
         chain.add(*state.links())
         if not prompts:
             context = context_length(chain.model)
-            made = [make(tokenizer, context) for make in sources]
-            prompts = prompts_of(made, tokenizer)
+            rows = [make(tokenizer, context) for make in sources]
+            prompts = prompts_of(rows, tokenizer)
             if not prompts:
-                rule, remedy = "rows that are answered have prompts", "--prompts 0 asks for none"
-                raise RunError(
-                    rule, f"none in {', '.join(s.stage or 'the file' for s in made)}", remedy
-                )
-        said.append(answer(str(state), chain.model, tokenizer, prompts, max_new_tokens))
-    asked = zip(prompts, *said, strict=True)
-    by_stage = groupby(asked, lambda each: each[0].stage)
-    return {stage: _compared([*rows]) for stage, rows in by_stage}
+                rule, remedy = "only rows with prompts can be answered", "give --prompts 0"
+                stages = ", ".join(source.stage or "the file" for source in rows)
+                raise RunError(rule, f"none in {stages}", remedy)
+        answers.append(answer(str(state), chain.model, tokenizer, prompts, max_new_tokens))
+    triples = zip(prompts, *answers, strict=True)
+    by_stage = groupby(triples, lambda triple: triple[0].stage)
+    return {stage: _compared([*of_stage]) for stage, of_stage in by_stage}
 
 
-def _compared(asked: Sequence[tuple[Prompt, Said, Said]]) -> dict[str, Any]:
+def _compared(triples: Sequence[tuple[Prompt, Said, Said]]) -> dict[str, Any]:
+    """Return the comparison of both answers to the prompts of a stage."""
     return {
-        "asked": len(asked),
-        "right_a": _right([said for _, said, _ in asked]),
-        "right_b": _right([said for _, _, said in asked]),
-        "differ": [*_differing(asked)],
+        "asked": len(triples),
+        "right_a": _num_right([said for _, said, _ in triples]),
+        "right_b": _num_right([said for _, _, said in triples]),
+        "differ": [*_differing(triples)],
     }
 
 
-def _right(said: Sequence[Said]) -> int | None:
-    known = [each.is_right for each in said if each.is_right is not None]
+def _num_right(answers: Sequence[Said]) -> int | None:
+    """Return the number of right answers, None if it is not known of any."""
+    known = [said.is_right for said in answers if said.is_right is not None]
     return sum(known) if known else None
 
 
-def _differing(asked: Sequence[tuple[Prompt, Said, Said]]) -> Iterator[dict[str, Any]]:
-    for prompt, a, b in asked:
+def _differing(triples: Sequence[tuple[Prompt, Said, Said]]) -> Iterator[dict[str, Any]]:
+    """Yield the prompts with two different answers."""
+    for prompt, a, b in triples:
         if a.text != b.text:
             yield {"prompt": prompt.text, "expected": prompt.expected, "a": a.text, "b": b.text}
 
@@ -160,7 +168,7 @@ def _differing(asked: Sequence[tuple[Prompt, Said, Said]]) -> Iterator[dict[str,
 def need_one_base(a: OpenState, b: OpenState) -> None:
     """Raise RunError for states on different bases, or with links that are more than B·A."""
     if a.history.empty.base != b.history.empty.base:
-        rule = "states that are compared must be on one base"
+        rule = "states to compare must have the same base"
         got = f"{a} on {a.base.model}, {b} on {b.base.model}, which are different"
         raise RunError(rule, got, "name others")
     for state in (a, b):
@@ -169,13 +177,16 @@ def need_one_base(a: OpenState, b: OpenState) -> None:
 
 
 def weight_difference(a: OpenState, b: OpenState) -> dict[str, Any]:
-    """Return the `modules` and their `total`: of each the Frobenius norms of the updates of a and b
-    (`norm_a`, `norm_b`) and of their `difference`, which is also `relative` to the larger of these,
-    and its numerical `rank`; of the total, that is the largest."""
+    """Compare the updates of two states, by module and in `total`.
+
+    Each has the Frobenius norms of both updates (`norm_a`, `norm_b`) and of their `difference`,
+    which is also given `relative` to the larger norm, and the numerical `rank` of the difference.
+    The rank of the total is the largest of a module.
+    """
     links = [_links(state) for state in (a, b)]
-    sums = [stack_links([*each.values()]) for each in (*links, _less(*links))]
-    names = dict.fromkeys(name for each in sums[:2] for name in each)
-    modules = {name: _described(*(each.get(name) for each in sums)) for name in names}
+    updates = [stack_links([*part.values()]) for part in (*links, _difference(*links))]
+    names = dict.fromkeys(name for update in updates[:2] for name in update)
+    modules = {name: _described(*(update.get(name) for update in updates)) for name in names}
     return {"modules": modules, "total": _total(modules)}
 
 
@@ -185,33 +196,34 @@ def _links(state: OpenState) -> dict[str, Link]:
     return {term.link: link for term, link in zip(terms, state.links(), strict=True)}
 
 
-def _less(a: Mapping[str, Link], b: Mapping[str, Link]) -> dict[str, Link]:
-    """Return the links of the difference of two sums, by digests."""
-
-    def found() -> Iterator[tuple[str, Link]]:
-        for digest, link in {**b, **a}.items():
-            strengths = [side[digest].strength if digest in side else 0.0 for side in (a, b)]
-            yield digest, replace(link, strength=strengths[0] - strengths[1])
-
-    return dict(found())
+def _difference(a: Mapping[str, Link], b: Mapping[str, Link]) -> dict[str, Link]:
+    """Return the links of a − b, by their digests."""
+    links = dict[str, Link]()
+    for digest, link in {**b, **a}.items():
+        strengths = [side[digest].strength if digest in side else 0.0 for side in (a, b)]
+        links[digest] = replace(link, strength=strengths[0] - strengths[1])
+    return links
 
 
-def _described(a: Factors | None, b: Factors | None, less: Factors | None) -> dict[str, Any]:
-    norms = [0.0 if each is None else frobenius_norm(each.a, each.b) for each in (a, b)]
+def _described(a: Factors | None, b: Factors | None, difference: Factors | None) -> dict[str, Any]:
+    """Return the comparison of two updates of a module; None is an update of 0."""
+    norms = [0.0 if side is None else frobenius_norm(side.a, side.b) for side in (a, b)]
     row = {"norm_a": norms[0], "norm_b": norms[1]}
-    if less is None:  # the same links
+    if difference is None:  # both states have the same links
         return row | {"difference": 0.0, "relative": 0.0, "rank": 0}
-    s = singular_values(less.a, less.b)
-    size = max(less.b.shape[0], less.a.shape[1])
+    s = singular_values(difference.a, difference.b)
+    size = max(difference.b.shape[0], difference.a.shape[1])
     return row | _relative(float(s.norm()), norms) | {"rank": numerical_rank(s, size)}
 
 
 def _relative(difference: float, norms: list[float]) -> dict[str, float]:
+    """Return a difference, and its ratio to the larger norm."""
     larger = max(norms)
     return {"difference": difference, "relative": difference / larger if larger else 0.0}
 
 
 def _total(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the comparison over all modules."""
     keys = ("norm_a", "norm_b", "difference")
     norms = {key: math.hypot(*(row[key] for row in modules.values())) for key in keys}
     relative = _relative(norms["difference"], [norms["norm_a"], norms["norm_b"]])

@@ -1,9 +1,8 @@
-"""Evaluation: examples in, metrics and one prediction a row out; the weights are never touched.
+"""Evaluate a model on examples: metrics, and one prediction for each row.
 
-Candidates are compared by the mean log-probability of their tokens (the MeZO protocol, arXiv
-2305.17333); the best wins, the *lowest index* among equals. Language-model rows give loss and
-perplexity per token; free-text answers are generated greedily. The engine runs the
-model; nothing here knows about packs.
+Candidates are compared by the mean log-probability of their tokens (as in MeZO, arXiv 2305.17333);
+the best one is the prediction, the one with the *lowest index* among equals. Language-model rows
+give loss and perplexity per token. Free-text answers are generated greedily. Weights never change.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ from chainlora.models.text_config import causal_model
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """The result of an evaluation.
 
-    `predictions` has one dict a row, in the order of the examples: `row`, `label` (right candidate
-    or None), `prediction` (chosen candidate, generated text, or None for language-model rows) and
-    `scores` (mean log-probability per token of each sequence, natural logarithm); rows without
-    candidates also have `tokens`, how many are scored. Answers that are compared in words have
-    their `references`, and a chosen candidate its words as `answer`.
+    `predictions` has one dict per row, in the order of the examples: `row`, `label` (right
+    candidate or None), `prediction` (chosen candidate, generated text, or None for language-model
+    rows) and `scores` (mean log-probability per token of each sequence, natural logarithm). Rows
+    without candidates also have `tokens`, the number of scored tokens. For text metrics, rows have
+    their `references`, and a chosen candidate its text as `answer`.
     """
 
     metrics: dict[str, float]
@@ -62,94 +61,109 @@ def evaluate(
     stop: str | None = "\n",
     progress: ScoringProgress | None = None,
 ) -> Evaluation:
-    """Score `examples` and return the metrics asked for, with a prediction for every row.
+    """Score `examples`, and return the metrics and a prediction for every row.
 
     Args:
-        model: the model, in any mode; modes are as before on return, weights are never changed.
+        model: the model, in any mode; the mode is restored, and weights never change.
         examples: candidate rows (with a label) or language-model rows (without), not both.
         metrics: of `accuracy`, `f1` (macro), `em`, `token_f1`, `loss`, `perplexity`. Candidate rows
-            always get `loss`, the mean over rows of the cross-entropy over candidates;
-            language-model rows get `loss` per token (natural logarithm) and `perplexity`, unless
-            only `em` and `token_f1`, which generate, are asked for.
-        tokenizer: for `em` and `token_f1`, unless candidates have names.
-        engine: what runs the model; without one, one is made for the call.
-        max_tokens: tokens computed in one forward, shared ones counted once; a larger row goes
-            alone.
-        max_new_tokens: bound of a generated answer (default 50, as in MeZO).
-        stop: text that ends a generated answer, beside the end-of-sequence token; None is that
-            token alone.
+            always get `loss`, the mean over rows of the cross-entropy over candidates.
+            Language-model rows get `loss` per token (natural logarithm) and `perplexity`, unless
+            all metrics are `em` and `token_f1`, which generate answers.
+        tokenizer: needed for `em` and `token_f1`, unless candidates have names.
+        engine: runs the model; by default a new one is made for the call.
+        max_tokens: the most tokens of one forward pass, shared ones counted once; a longer row is
+            computed alone.
+        max_new_tokens: the most tokens of a generated answer (default 50, as in MeZO).
+        stop: text that ends a generated answer, beside the end-of-sequence token; None: only that
+            token.
         progress: called as ``progress(rows_done, rows)`` after each pack.
 
+    Returns:
+        Metrics, the number of rows, and predictions (`Evaluation`).
+
     Raises:
-        ConfigError: an unknown metric, or one that these rows cannot give.
+        ConfigError: an unknown metric, or one that does not fit these rows.
         DataError: no examples.
         ModelError: the model gives scores that are not numbers.
     """
     names = check_metrics(metrics)
     examples = list(examples)
     is_labelled = bool(examples) and examples[0].label is not None
-    in_words = [name for name in names if name in TEXT_METRICS]
     _check_rows(names, examples, is_labelled=is_labelled)
-    is_written = bool(in_words) and not is_labelled
-    is_scored = not is_written or any(name in LOSS_METRICS for name in names)
-    tell = progress or (lambda done, rows: None)
-
-    def scored(done: int, rows: int) -> None:
-        tell(0 if is_written else done, rows)  # answers are still to come
-
+    has_text = any(name in TEXT_METRICS for name in names)
+    is_generated = has_text and not is_labelled
+    is_scored = not is_generated or any(name in LOSS_METRICS for name in names)
+    report = progress or (lambda done, rows: None)
     scores: list[list[float]] = [[]] * len(examples)
     answers: Sequence[str | None] = [None] * len(examples)
     with nullcontext(engine) if engine else Engine(model, training=False) as runner:
         if is_scored:
-            scores = runner.scores(examples, max_tokens=max_tokens, progress=scored)
-        if is_written:
+            # a row is done only after its answer, if answers follow
+            first = (lambda done, rows: report(0, rows)) if is_generated else report
+            scores = runner.scores(examples, max_tokens=max_tokens, progress=first)
+        if is_generated:
             answers = _answers(
                 runner,
                 examples,
-                tell,
+                report,
                 tokenizer=_required(tokenizer),
                 max_tokens=max_tokens,
                 max_new_tokens=max_new_tokens,
                 stop=stop,
             )
-    parts = zip(examples, scores, answers, strict=True)
-    predictions = [_prediction(*each, bool(in_words), tokenizer) for each in parts]
-    pair = [[row[key] for row in predictions] for key in ("label", "prediction")]
-    found = {name: INDEX_METRICS[name](*pair) for name in names if name in INDEX_METRICS}
-    found |= {name: fmean(_in_words(name, predictions)) for name in in_words}
+    columns = zip(examples, scores, answers, strict=True)
+    predictions = [_prediction(*row, has_text, tokenizer) for row in columns]
+    results = _metrics(names, predictions, is_scored=is_scored, is_labelled=is_labelled)
+    return Evaluation(results, len(examples), predictions)
+
+
+def _metrics(
+    names: Sequence[str],
+    predictions: Sequence[dict[str, Any]],
+    *,
+    is_scored: bool,
+    is_labelled: bool,
+) -> dict[str, float]:
+    """Return the metrics of all rows; `loss` is always there if rows were scored."""
+    labels, chosen = ([row[key] for row in predictions] for key in ("label", "prediction"))
+    results = {name: INDEX_METRICS[name](labels, chosen) for name in names if name in INDEX_METRICS}
+    results |= {
+        name: fmean(_text_scores(name, predictions)) for name in names if name in TEXT_METRICS
+    }
     if is_scored:
         weights = [row.get("tokens", 1) for row in predictions]
-        found["loss"] = _mean([_loss(row) for row in predictions], weights)
+        results["loss"] = _mean([_loss(row) for row in predictions], weights)
     if is_scored and not is_labelled:
-        found["perplexity"] = perplexity(found["loss"])
-    return Evaluation(found, len(examples), predictions)
+        results["perplexity"] = perplexity(results["loss"])
+    return results
 
 
 def _prediction(
     example: Example,
     scores: list[float],
     answer: str | None,
-    in_words: bool,
+    has_text: bool,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> dict[str, Any]:
-    """Return what an evaluation tells of a row."""
-    found: dict[str, Any] = {"row": example.row, "label": example.label}
-    found |= {"prediction": answer, "scores": scores}
+    """Return the prediction of a row (`Evaluation`); `has_text` adds what text metrics need."""
+    prediction: dict[str, Any] = {"row": example.row, "label": example.label}
+    prediction |= {"prediction": answer, "scores": scores}
     if example.label is not None:
-        found["prediction"] = scores.index(max(scores))
+        prediction["prediction"] = scores.index(max(scores))
     elif scores:
-        found["tokens"] = example.num_learned
-    if in_words:
-        found["references"] = list(example.references)
-    if in_words and example.label is not None:
-        found["answer"] = _candidate_text(example, found["prediction"], tokenizer)
-    return found
+        prediction["tokens"] = example.num_learned
+    if has_text:
+        prediction["references"] = list(example.references)
+    if has_text and example.label is not None:
+        prediction["answer"] = _candidate_text(example, prediction["prediction"], tokenizer)
+    return prediction
 
 
 def _answers(
     engine: Engine, examples: Sequence[Example], progress: ScoringProgress, **options: Any
 ) -> list[str]:
-    """Let the model answer each prompt, with `options` of `generate_greedy`."""
+    """Generate an answer to each prompt; `options` are those of `generate_greedy`."""
     done = 0
 
     def advance(number: int) -> None:
@@ -168,7 +182,7 @@ def _answers(
 
 
 def _check_rows(names: Sequence[str], examples: Sequence[Example], *, is_labelled: bool) -> None:
-    """Raise for no rows, and for a metric that they cannot give: by label, or by gold answers."""
+    """Raise DataError for no rows; ConfigError or DataError for a metric that does not fit them."""
     if not examples:
         remedy = "check the split and --limit"
         raise DataError("an evaluation needs at least one example", "none", remedy)
@@ -192,7 +206,7 @@ def _required(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerB
 
 
 def _candidate_text(example: Example, index: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Return what a candidate stands for, else its own words."""
+    """Return the name of a candidate, or if it has none, its tokens as text."""
     if example.names:
         return example.names[index]
     tokens = [
@@ -201,36 +215,37 @@ def _candidate_text(example: Example, index: int, tokenizer: PreTrainedTokenizer
     return str(_required(tokenizer).decode(tokens, skip_special_tokens=True)).strip()
 
 
-def values(found: Evaluation, metric: str) -> list[float]:
-    """Return what is averaged over rows by `weights_of`; nothing of a metric that is no such mean.
+def values(evaluation: Evaluation, metric: str) -> list[float]:
+    """Return the value of each row, whose mean by `weights_of` is the metric; [] if it is no mean.
 
-    The loss of a row is that of its right candidate among all, or a token's on average.
+    The loss of a row is the cross-entropy of its right candidate, or the mean loss per token.
     """
-    rows = found.predictions
-    if metric == "accuracy":  # a half of a pair whose answers are ranked the same
-        chosen = [(row["prediction"], row["label"]) for row in rows]
-        return [0.5 if found is None else float(found == label) for found, label in chosen]
+    rows = evaluation.predictions
+    if metric == "accuracy":  # 0.5 for a pair whose answers have equal rewards
+        pairs = [(row["prediction"], row["label"]) for row in rows]
+        return [0.5 if chosen is None else float(chosen == label) for chosen, label in pairs]
     if metric == "loss":
         return [_loss(row) for row in rows]
-    return _in_words(metric, rows) if metric in TEXT_METRICS else []
+    return _text_scores(metric, rows) if metric in TEXT_METRICS else []
 
 
-def _in_words(metric: str, rows: Sequence[dict[str, Any]]) -> list[float]:
+def _text_scores(metric: str, rows: Sequence[dict[str, Any]]) -> list[float]:
+    """Return a text metric of each row."""
     judge = TEXT_METRICS[metric]
     return [judge(row.get("answer", row["prediction"]), row["references"]) for row in rows]
 
 
-def weights_of(found: Evaluation, metric: str) -> list[int]:
-    """Return how much each row counts in the mean: of a loss per token, its tokens."""
-    return [row.get("tokens", 1) if metric == "loss" else 1 for row in found.predictions]
+def weights_of(evaluation: Evaluation, metric: str) -> list[int]:
+    """Return the weight of each row in the mean of a metric: for a loss per token, its tokens."""
+    return [row.get("tokens", 1) if metric == "loss" else 1 for row in evaluation.predictions]
 
 
 def standard_error(numbers: Sequence[float], weights: Sequence[int]) -> float:
-    """Return that of a weighted mean, by linearisation; infinite for a single number."""
+    """Return the standard error of a weighted mean, by linearisation; inf for a single number."""
     if len(numbers) < 2:
         return math.inf
     mean, pairs = _mean(numbers, weights), zip(numbers, weights, strict=True)
-    squares = math.fsum((weight * (each - mean)) ** 2 for each, weight in pairs)
+    squares = math.fsum((weight * (number - mean)) ** 2 for number, weight in pairs)
     return math.sqrt(squares * len(numbers) / (len(numbers) - 1)) / sum(weights)
 
 
@@ -239,6 +254,7 @@ def _mean(numbers: Sequence[float], weights: Sequence[int]) -> float:
 
 
 def _loss(row: dict[str, Any]) -> float:
+    """Return the loss of a prediction: given, per token, or of its right candidate."""
     scores, label = row["scores"], row["label"]
     if "loss" in row:
         return float(row["loss"])

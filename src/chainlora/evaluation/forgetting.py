@@ -1,7 +1,7 @@
-"""A gate: what a command has added to a run is undone if earlier rows score worse with it.
+"""Undo the stage of a command if earlier rows score worse with it (`--max-forgetting`).
 
-The row of the matrix (`evaluation.stage_scores`) of the new state is compared with that of the
-state before, in each column that this has.
+The rows of the matrix (`evaluation.stage_scores`) for the states before and after are compared, in
+each column of the state before.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ logger = logging.getLogger(__name__)
 
 
 def need_scored_rows(run: Path, history: History, limit: float) -> None:
-    """Raise ConfigError for a limit that is none, and RunError for a run, as it is before a command
-    adds to it, that has no rows to compare scores of."""
+    """Raise ConfigError for an invalid limit, RunError for a run without kept rows to score.
+
+    Called with the history before the command.
+    """
     if not 0 <= limit < math.inf:
         raise ConfigError("--max-forgetting must be 0 or more", limit, "give 0.02, for example")
     state = state_at(run, history)
     if not state.keepers.keys() & {*state.columns.values()}:
-        rule = "--max-forgetting compares scores of rows that the run kept before"
+        rule = "--max-forgetting compares scores of rows that the run has kept before"
         got = f"none in {run}" if history.entries else "a new run"
         raise RunError(rule, got, "leave it out, or train earlier stages with data.keep_rows: true")
 
@@ -43,12 +45,12 @@ def check_forgetting(
     progress: Progress | None = None,
     base: OpenBase | None = None,
 ) -> str:
-    """Compare a run before and after the last of some stages, and say that it held.
+    """Compare a run before and after stages of these names; return a sentence about the result.
 
-    `limit` is the most that a column may lose (`loss_of`). Without such a stage at the head of the
-    run, or just undone there, nothing is compared, and nothing said.
+    `limit` is the largest accepted loss of a column (`loss_of`). Stages are compared only if they
+    are at the head of the run, or were undone last; otherwise the sentence is empty.
 
-    Raises ForgettingError where a column has lost more; the run is then what it was before.
+    Raises ForgettingError if a column has lost more; then the stages are undone.
     """
     history = read_history(run)
     before, after = _before_and_after(history, names)
@@ -60,37 +62,38 @@ def check_forgetting(
         for key in (before, after)
     ]
     pairs = [(a, b) for a, b in zip(*rows, strict=True) if a is not None and b is not None]
-    fallen = [_in_words(a, b) for a, b in pairs if not loss_of(a, b) <= limit]
-    what = f"{after} instead of {before}"
-    if not fallen:
+    worse = [_sentence(a, b) for a, b in pairs if not loss_of(a, b) <= limit]  # also if NaN
+    change = f"{after} instead of {before}"
+    if not worse:
         columns = ", ".join(a.stage for a, _ in pairs)
-        return f"no column of {columns} lost more than {limit:g} by {what}"
+        return f"no column of {columns} lost more than {limit:g} by {change}"
     if read_history(run).head == after:
         undo(run)
     raise ForgettingError(
-        f"{what} forgets more than --max-forgetting {limit:g}",
-        "; ".join(fallen),
+        f"{change} forgets more than --max-forgetting {limit:g}",
+        "; ".join(worse),
         f"{run} is {before}, as before; chainlora redo {shlex.quote(str(run))} takes {after}",
     )
 
 
 def _before_and_after(history: History, names: Collection[str]) -> tuple[str | None, str | None]:
-    """Return the states of a run before and after stages of these names, if they are its head or
-    were undone last."""
+    """Return the entries before and after stages of these names.
 
-    def is_of_them(key: str) -> bool:
+    Both are None unless the stages are at the head, or were undone last.
+    """
+
+    def is_of_stages(key: str) -> bool:
         entry = history.find(key)
         return entry is not None and entry.unit in names
 
-    if is_of_them(history.head):
+    if is_of_stages(history.head):
         return (history.past[-1] if history.past else None), history.head
     undone = history.future[0] if history.future else None
-    return (history.head, undone) if undone and is_of_them(undone) else (None, None)
+    return (history.head, undone) if undone and is_of_stages(undone) else (None, None)
 
 
 def loss_of(before: Cell, after: Cell) -> float:
-    """Return how much worse a score has become: the difference of an accuracy, or of a loss the
-    relative rise of its perplexity."""
+    """Return the loss of a score: its decrease, or for a loss the relative rise of perplexity."""
     if is_higher_better(before.metric):
         return before.value - after.value
     if before.metric == "loss":
@@ -98,7 +101,7 @@ def loss_of(before: Cell, after: Cell) -> float:
     return after.value / before.value - 1
 
 
-def _in_words(before: Cell, after: Cell) -> str:
+def _sentence(before: Cell, after: Cell) -> str:
     verb = "fell" if is_higher_better(before.metric) else "rose"
     rise = "" if verb == "fell" else f", perplexity by {loss_of(before, after):.1%}"
     values = f"from {before.value:.4f} to {after.value:.4f}"

@@ -1,6 +1,6 @@
-"""General rows: what a model writes after prompts that the package has (``data/general.json``).
+"""General rows: texts that a model writes after prompts of the package (``data/general.json``).
 
-A run keeps them of what it begins on, to measure and to hold what the model could do before.
+A run keeps general rows of its origin, to measure and to preserve the abilities of the base.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from chainlora.evaluation.generation import continue_greedily, greedy_config
 logger = logging.getLogger(__name__)
 
 NEW_TOKENS = 64
-"""A model writes at most so many, and at most half of what a row can have."""
+"""The most tokens that a model writes for a row; also at most half of a row's length limit."""
 
 Prompt = tuple[Ids, bool]
-"""Token ids, and whether they are learned: those of plain text are, those of a question not."""
+"""Token ids, and whether they are learned: plain text is, a question is not."""
 
 
 def general_rows(
@@ -39,26 +39,26 @@ def general_rows(
     column: str,
     progress: Callable[[str, int, int], None],
 ) -> Kept | None:
-    """Return prompts with what the model writes after them, as a run keeps rows.
+    """Return prompts with the texts that a model writes after them, as kept rows.
 
-    A row has at most `longest` tokens; None where no prompt is short enough. Nothing is drawn: the
-    same model on the same machine writes the same. `column` is what the rows are called.
+    Rows have at most `longest` tokens; the result is None if no prompt is short enough. Decoding is
+    greedy, so the same model on the same machine writes the same rows. `column` is their name.
     """
     new = min(NEW_TOKENS, longest // 2)
     texts = json.loads(files("chainlora.data").joinpath("general.json").read_text("utf-8"))
     prompts = {split: _prompts(tokenizer, kinds, longest - new) for split, kinds in texts.items()}
-    ids = [read for read, _ in chain.from_iterable(prompts.values())]
+    ids = [tokens for tokens, _ in chain.from_iterable(prompts.values())]
     if not ids or not new:
         logger.warning("no row of `%s` is kept: its prompts are over %d tokens", column, longest)
         return None
     logger.warning(
-        "what the %s writes after %d prompts is kept as rows of `%s` (start_data: none leaves "
-        "them out)",
+        "the %s writes texts after %d prompts, which are kept as rows of `%s` (start_data: none "
+        "leaves them out)",
         *("base" if column == "base" else "model", len(ids), column),
     )
     done = 0
 
-    def tell(count: int) -> None:
+    def advance(count: int) -> None:
         nonlocal done
         done += count
         progress(column, done, len(ids))
@@ -66,13 +66,15 @@ def general_rows(
     progress(column, 0, len(ids))
     config = greedy_config(model, tokenizer, new, ends_of_turn(tokenizer))
     try:
-        written = iter(continue_greedily(model, tokenizer, ids, config, progress=tell))
-    except ModelError as error:  # one that can be trained all the same
+        written = iter(continue_greedily(model, tokenizer, ids, config, progress=advance))
+    except ModelError as error:  # a model that cannot generate can still be trained
         logger.warning("no row of `%s` is kept: %s", column, error)
         return None
     rows = {
-        split: MemoryRows([_example(n, *each, next(written)) for n, each in enumerate(some)])
-        for split, some in prompts.items()
+        split: MemoryRows(
+            [_example(row, *prompt, next(written)) for row, prompt in enumerate(of_split)]
+        )
+        for split, of_split in prompts.items()
     }
     return Splits(rows["train"], rows["validation"], MemoryRows()).kept()
 
@@ -80,28 +82,31 @@ def general_rows(
 def _prompts(
     tokenizer: PreTrainedTokenizerBase, kinds: Mapping[str, Sequence[str]], longest: int
 ) -> list[Prompt]:
-    """Return prompts as rows have them. Questions are plain text where there is no chat template
-    that renders them."""
+    """Return the prompts of at most `longest` tokens.
+
+    Questions are rendered by the chat template; without one that can, they are plain text.
+    """
     reader = TokenReader(tokenizer)
-    asked = [_asked(tokenizer, text) for text in kinds["chat"]]
-    if None in asked:
-        plain, found = [*kinds["chat"], *kinds["plain"]], []
+    questions = [_rendered(tokenizer, text) for text in kinds["chat"]]
+    if None in questions:
+        plain, prompts = [*kinds["chat"], *kinds["plain"]], []
     else:
-        plain, found = [*kinds["plain"]], [(ids, False) for ids in reader.bare(asked)]
-    found += [(ids, True) for ids in reader.ids(plain)]
-    return [(ids, is_text) for ids, is_text in found if 0 < len(ids) <= longest]
+        plain, prompts = [*kinds["plain"]], [(ids, False) for ids in reader.bare(questions)]
+    prompts += [(ids, True) for ids in reader.ids(plain)]
+    return [(ids, is_text) for ids, is_text in prompts if 0 < len(ids) <= longest]
 
 
-def _asked(tokenizer: PreTrainedTokenizerBase, text: str) -> Any:
-    """Return a question as the chat template renders it, None where that is not possible."""
+def _rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> Any:
+    """Return a question rendered by the chat template, None if that is not possible."""
     messages = [{"role": "user", "content": text}]
     reply = render_chat(tokenizer, {"messages": messages, "add_generation_prompt": True})
     return None if reply.error else reply.value[0]
 
 
 def _example(row: int, prompt: Ids, is_text: bool, written: Ids) -> Example:
+    """Return a row: all of a plain text is learned, but only the answer to a question."""
     ids = [*prompt, *written]
     start = 1 if is_text else len(prompt)
-    alone = [ids] if is_text else prompt
-    hashed = hash_of(json.dumps(alone).encode())
+    identity = [ids] if is_text else prompt
+    hashed = hash_of(json.dumps(identity).encode())
     return Example(row, (tuple(ids),), (((start, len(ids)),),), prompt_hash=hashed)

@@ -1,10 +1,10 @@
-"""Generation: greedy in batches, or one answer at a time that is given out piece by piece.
+"""Generate text: greedily in batches, or single answers that are streamed.
 
-Batches are for tasks whose answer is free text (SQuAD, DROP). Prompts of like length share one,
-padded on the left, and go through the model's own `generate`; a row ends at its first line break
-(or another `stop`) or end-of-sequence token, as in MeZO (arXiv 2305.17333).
+Batches are for tasks with free-text answers (SQuAD, DROP). Prompts of similar length share a batch,
+padded on the left, and are continued by the model's own `generate`. A row ends at its first line
+break (or another `stop`) or end-of-sequence token, as in MeZO (arXiv 2305.17333).
 
-Single answers continue a text, or are turns of a chat by the model's chat template.
+A single answer continues a text, or is a turn of a chat.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from chainlora.models.text_config import compute_dtype, context_length, text_con
 
 
 class _StopAt(StoppingCriteria):
-    """Ends a row once the text after its prompt has `stop` in it."""
+    """End a row when the text after its prompt contains `stop`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: str, prompt_width: int) -> None:
         self.tokenizer = tokenizer
@@ -60,11 +60,10 @@ def generate_greedy(
 ) -> list[str]:
     """Return the greedy continuation of each prompt up to the first `stop`, stripped.
 
-    A prompt (token ids) that leaves no room for `max_new_tokens` in the model's context is cut from
-    the left, its beginning-of-sequence token kept. Other keys are those of `continue_greedily`.
+    A prompt (token ids) without room for `max_new_tokens` in the model's context is cut on the
+    left; its beginning-of-sequence token is kept. Other arguments are those of `continue_greedily`.
 
-    Raises DataError on an empty prompt and ConfigError when `max_new_tokens` does not fit the
-    context.
+    Raises DataError for an empty prompt, ConfigError if `max_new_tokens` does not fit the context.
     """
     context = context_length(model)
     if not 0 < max_new_tokens < context:
@@ -73,11 +72,11 @@ def generate_greedy(
             f"(got {max_new_tokens}); change it"
         )
     room, bos = context - max_new_tokens, tokenizer.bos_token_id
-    cut = [_cut_left(prompt, room, bos, row) for row, prompt in enumerate(prompts)]
+    shortened = [_cut_left(prompt, room, bos, row) for row, prompt in enumerate(prompts)]
     keys: Any = {"stop": stop, "max_tokens": max_tokens, "progress": progress, "most": most}
     config = greedy_config(model, tokenizer, max_new_tokens)
-    found = continue_greedily(model, tokenizer, cut, config, **keys)
-    texts = tokenizer.batch_decode(found, skip_special_tokens=True)
+    answers = continue_greedily(model, tokenizer, shortened, config, **keys)
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return [(text.split(stop, 1)[0] if stop else text).strip() for text in texts]
 
 
@@ -92,18 +91,27 @@ def continue_greedily(
     progress: Callable[[int], None] | None = None,
     most: Callable[[int], int] = int,
 ) -> list[list[int]]:
-    """Return the tokens that follow each prompt, up to the one that ends it.
+    """Return the tokens that follow each prompt, with the token that ends the answer.
 
-    Each prompt gets the answer it would get alone: prompts of unlike length share a batch, padded
-    on the left, only where that changes nothing (`_padding_shows`). `max_tokens` bounds the padded
-    tokens of a batch, new ones included; `progress(n)` is told the number of prompts just done.
-    `most` returns the largest of the numbers of all processes that share a model, which make as
-    many forwards. `model` is a transformers causal language model.
+    Each prompt gets the same answer as alone: prompts of different lengths share a batch only if
+    padding does not change results (`_padding_matters`).
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: decodes tokens to look for `stop`.
+        prompts: token ids.
+        config: see `greedy_config`.
+        stop: text that ends an answer, beside the end-of-sequence tokens.
+        max_tokens: the most tokens of a padded batch, with new ones.
+        progress: called with the number of prompts just done.
+        most: returns the largest of a number over all processes that shard the model, because all
+            must make the same number of forward passes.
     """
-    found: list[list[int]] = [[] for _ in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
     lengths, new = [len(prompt) for prompt in prompts], int(config.max_new_tokens or 0)
-    alike = most(len(set(lengths))) > 1 and _padding_shows(model, config)
-    batches = list(_batches(lengths, new, max_tokens, alike=alike))
+    same_length = most(len(set(lengths))) > 1 and _padding_matters(model, config)
+    batches = list(_batches(lengths, new, max_tokens, same_length=same_length))
+    # processes with fewer batches repeat their first one
     batches += batches[:1] * (most(len(batches)) - len(batches))
     ends = {*(config.eos_token_id or [])}
     for batch in batches:
@@ -111,7 +119,7 @@ def continue_greedily(
         rows = [prompts[i] for i in batch]
         ids, mask = _left_padded(rows, int(config.pad_token_id), model.device)
         criteria = StoppingCriteriaList([_StopAt(tokenizer, stop, ids.shape[1])] if stop else [])
-        output = run_generate(
+        output = run_generate(  # [rows, longest prompt + new tokens]
             model,
             config,
             input_ids=ids,
@@ -120,24 +128,25 @@ def continue_greedily(
             synced_gpus=is_sharded(model),
         )
         for index, answer in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
-            last = next((at for at, token in enumerate(answer) if token in ends), len(answer))
-            found[index] = answer[: last + 1]
+            last = next((place for place, token in enumerate(answer) if token in ends), len(answer))
+            answers[index] = answer[: last + 1]
         if progress is not None:
             progress(len(batch))
-    return found
+    return answers
 
 
 def run_generate(model: Any, config: GenerationConfig, **inputs: Any) -> Any:
-    """Call transformers' `generate`, with nothing of the model's own config, which it would mix in.
+    """Call transformers' `generate` with this config alone.
 
-    Raises ModelError for a model that trips over it.
+    The model's own config is replaced for the call, because `generate` would merge both. Raises
+    ModelError for a model that cannot generate.
     """
     before, model.generation_config = model.generation_config, config
     try:
         return model.generate(**inputs)
-    except OSError:  # of what a streamer writes to
+    except OSError:  # from the output that a streamer writes to
         raise
-    except Exception as error:  # whatever an architecture trips over
+    except Exception as error:  # any error of an architecture
         raise ModelError(
             f"the model must generate by transformers' `generate` (got {first_line(error)} from "
             f"{type(model).__name__}); use metrics that score, or another model"
@@ -147,6 +156,7 @@ def run_generate(model: Any, config: GenerationConfig, **inputs: Any) -> Any:
 
 
 def _cut_left(prompt: Sequence[int], room: int, bos: int | None, row: int) -> list[int]:
+    """Return the last `room` tokens of a prompt, with its beginning-of-sequence token."""
     if not prompt:
         raise DataError(
             f"a prompt to continue must have tokens (got none at prompt {row}); check the template"
@@ -163,13 +173,14 @@ def greedy_config(
     max_new_tokens: int,
     more_ends: Sequence[int] = (),
 ) -> GenerationConfig:
-    """Return plain greedy search that ends where the model's own config says, and where rows do."""
+    """Return plain greedy search; end tokens are those of model and tokenizer, and `more_ends`."""
     own = getattr(model, "generation_config", None)
-    found = getattr(own, "eos_token_id", None)
-    known = [*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id, *more_ends]
-    ends = [end for end in dict.fromkeys(known) if end is not None]
+    of_model = getattr(own, "eos_token_id", None)
+    of_model = of_model if isinstance(of_model, list) else [of_model]
+    known = dict.fromkeys([*of_model, tokenizer.eos_token_id, *more_ends])
+    ends = [end for end in known if end is not None]
     pad = tokenizer.pad_token_id
-    if pad is None:  # padding is masked, so that any id does
+    if pad is None:  # padding is masked, so any id is possible
         pad = ends[0] if ends else 0
     return GenerationConfig(
         do_sample=False,
@@ -182,50 +193,51 @@ def greedy_config(
     )
 
 
-def _padding_shows(model: Any, config: GenerationConfig) -> bool:
-    """Say whether padding on the left changes what the model goes on with.
+def _padding_matters(model: Any, config: GenerationConfig) -> bool:
+    """Say whether padding on the left changes the answers of a model.
 
-    It does for models with a state that runs over the padding (RWKV), and where angles of the
-    rotary embedding depend on the longest row of a batch.
+    It does for models with a recurrent state that reads the padding (RWKV), and if the angles of
+    the rotary embedding depend on the longest row of a batch.
     """
     if length_dependence(model)[0]:
         return True
     probe = GenerationConfig(
         do_sample=False,
-        max_new_tokens=3,  # the prompt, and what reads its cache
+        max_new_tokens=3,  # the first is computed from the prompt, the others from its cache
         pad_token_id=config.pad_token_id,
         output_logits=True,
         return_dict_in_generate=True,
     )
     vocabulary = int(text_config(model).vocab_size)
     rows = [[(7 * i + j) % vocabulary for i in range(n)] for j, n in ((1, 4), (2, 9))]
-    found = []
+    results = []
     try:
         for prompts in (rows[:1], rows):
             ids, mask = _left_padded(prompts, int(config.pad_token_id), model.device)
             steps = run_generate(model, probe, input_ids=ids, attention_mask=mask).logits
-            found.append(torch.stack([logits[0] for logits in steps]))
-    except Exception:  # whatever an architecture trips over: prompts of one length are safe
+            results.append(torch.stack([logits[0] for logits in steps]))  # [steps, vocabulary]
+    except Exception:  # any error of an architecture: prompts of one length are safe
         return True
-    # rounding in two bytes, or in float32; a state that saw the padding is off by its own size
+    # Tolerances are for rounding in two bytes, or in float32. A state that has read the padding is
+    # wrong by about its own norm.
     two_bytes = compute_dtype(model) in (torch.bfloat16, torch.float16)
-    alone, padded = found
+    alone, padded = results
     return bool((alone - padded).norm() > (5e-2 if two_bytes else 1e-3) * alone.norm())
 
 
 def _batches(
-    lengths: Sequence[int], new: int, max_tokens: int, *, alike: bool
+    lengths: Sequence[int], new: int, max_tokens: int, *, same_length: bool
 ) -> Iterator[list[int]]:
-    """Yield index lists of like length, or of one if `alike`, longest first.
+    """Yield the indices of each batch: prompts of similar length, or of the same length.
 
-    So memory peaks in the first batch.
+    The longest come first, so that memory peaks in the first batch.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     start = 0
     while start < len(order):
         longest = lengths[order[start]]
         batch = order[start : start + max(1, max_tokens // (longest + new))]
-        if alike:
+        if same_length:
             batch = [index for index in batch if lengths[index] == longest]
         yield batch
         start += len(batch)
@@ -246,9 +258,9 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the next token is chosen: the likeliest one at `temperature` 0, else drawn.
+    """How the next token is chosen: the most probable one at `temperature` 0, else by sampling.
 
-    `top_p` draws from the likeliest tokens that together have this probability (arXiv 1904.09751).
+    `top_p` samples from the most probable tokens with this total probability (arXiv 1904.09751).
     """
 
     temperature: float = 0.0
@@ -258,30 +270,30 @@ class Decoding:
 
 
 class Speaker:
-    """A model that answers, each piece of text given to `write` as soon as it is whole."""
+    """A model that streams its answers: each complete piece of text is passed to `write`."""
 
     def __init__(self, model: Any, tokenizer: Any, decoding: Decoding | None = None) -> None:
         self.model = to_accelerator(model)
         self.tokenizer = tokenizer
         self.decoding = decoding or Decoding()
-        self.tools: Sequence[Mapping[str, Any]] | None = None  # that the chat template shows
-        self.cut_by: str | None = None  # the last answer: by its `limit`, or by the `context`
+        self.tools: Sequence[Mapping[str, Any]] | None = None  # for the chat template
+        self.cut_by: str | None = None  # "limit" or "context", if the last answer was cut
         self._generator = torch.Generator().manual_seed(self.decoding.seed)
 
     def complete(self, prompt: str, write: Callable[[str], None]) -> str:
-        """Continue a text. Raises DataError for one that is empty or fills the context."""
-        (ids,) = TokenReader(self.tokenizer).ids([prompt])  # as rows have prompts
+        """Continue a text. Raises DataError for an empty one, or one that fills the context."""
+        (ids,) = TokenReader(self.tokenizer).ids([prompt])  # tokenised like prompts of rows
         if not ids:
             raise DataError("the prompt must have tokens (got an empty one); give some text")
         return self._speak(ids, write, [])
 
     def answer(self, messages: Sequence[Message], write: Callable[[str], None]) -> str:
-        """Answer a conversation by the chat template, without its oldest turns if it must be."""
-        system = [each for each in messages if each["role"] == "system"]
-        turns = [each for each in messages if each["role"] != "system"]
+        """Answer a conversation by the chat template; drop the oldest turns if it is too long."""
+        system = [message for message in messages if message["role"] == "system"]
+        turns = [message for message in messages if message["role"] != "system"]
         context = context_length(self.model)
         room = context - min(self.decoding.max_new_tokens, context // 2)
-        questions = [at for at, each in enumerate(turns) if each["role"] == "user"]
+        questions = [place for place, turn in enumerate(turns) if turn["role"] == "user"]
         ids = self._chat_ids([*system, *turns])
         for question in questions[1:]:
             if len(ids) <= room:
@@ -290,6 +302,7 @@ class Speaker:
         return self._speak(ids, write, ends_of_turn(self.tokenizer))
 
     def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Return the tokens of a conversation. Raises DataError if the template refuses it."""
         chat = {"messages": messages, "add_generation_prompt": True, "tools": self.tools}
         reply = render_chat(self.tokenizer, chat)
         if reply.error:
@@ -301,6 +314,7 @@ class Speaker:
         return list(self.tokenizer(reply.value[0], add_special_tokens=False)["input_ids"])
 
     def _speak(self, ids: list[int], write: Callable[[str], None], ends: list[int]) -> str:
+        """Generate an answer to a prompt of tokens, and note in `cut_by` whether it was cut."""
         limit, context = self.decoding.max_new_tokens, context_length(self.model)
         room = context - len(ids)
         if room < 1:
@@ -329,7 +343,7 @@ class Speaker:
 
 
 class _Pieces(TextStreamer):
-    """transformers' streamer, which writes to whoever asked instead of to stdout."""
+    """The streamer of transformers, which passes text to `write` in place of stdout."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -347,9 +361,9 @@ def check_chat(tokenizer: Any, name: str, tools: Sequence[Mapping[str, Any]] | N
             f"a model to chat with must have a chat template (got {name}, which has none); use "
             "`chainlora generate` instead"
         )
-    asked = {"messages": [{"role": "user", "content": "a"}], "add_generation_prompt": True}
+    chat = {"messages": [{"role": "user", "content": "a"}], "add_generation_prompt": True}
     with_tools, without = (
-        render_chat(tokenizer, asked | {"tools": each}) for each in (tools, None)
+        render_chat(tokenizer, chat | {"tools": given}) for given in (tools, None)
     )
     if tools and not with_tools.error and with_tools == without:
         rule, got = "the model's chat template must show `tools`", f"{name}, which ignores them"
@@ -357,5 +371,5 @@ def check_chat(tokenizer: Any, name: str, tools: Sequence[Mapping[str, Any]] | N
 
 
 def to_accelerator(model: Any) -> Any:
-    """Return the model on the machine's accelerator, if there is one; quantised ones stay."""
+    """Move a model to the accelerator, if there is one, and return it; quantised models stay."""
     return model if getattr(model, "hf_quantizer", None) is not None else model.to(accelerator())

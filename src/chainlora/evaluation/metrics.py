@@ -1,9 +1,9 @@
-"""Metrics: pure functions from answers to a number, and the share of the commonest label.
+"""Metrics: pure functions from answers to a number.
 
-Classification is counted over candidate indices. Answers in words are compared as SQuAD's official
-script does (Rajpurkar et al. 2016, arXiv 1606.05250): lower case, no punctuation, no articles,
-single blanks, the best over the references; MeZO (arXiv 2305.17333) scores SQuAD and DROP both with
-this token F1.
+Classification metrics compare candidate indices. Text metrics compare answers like the official
+script of SQuAD (Rajpurkar et al. 2016, arXiv 1606.05250): lower case, no punctuation, no articles,
+single blanks, the best over all references. MeZO (arXiv 2305.17333) uses this token F1 for SQuAD
+and DROP.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def macro_f1(labels: Sequence[int], predictions: Sequence[int]) -> float:
     """Return the mean F1 over the classes that occur as label or prediction, in 0…1."""
     pairs = zip(labels, predictions, strict=True)
     right = Counter(label for label, prediction in pairs if label == prediction)
-    given, found = Counter(labels), Counter(predictions)
-    classes = given.keys() | found.keys()
-    return math.fsum(2 * right[c] / (given[c] + found[c]) for c in classes) / len(classes)
+    actual, predicted = Counter(labels), Counter(predictions)
+    classes = actual.keys() | predicted.keys()
+    return math.fsum(2 * right[c] / (actual[c] + predicted[c]) for c in classes) / len(classes)
 
 
 def normalize_answer(text: str) -> str:
-    """Return `text` in lower case, without punctuation and articles, blanks made single."""
+    """Return `text` in lower case, without punctuation and articles, with single blanks."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
@@ -50,7 +50,7 @@ def exact_match(prediction: str, references: Iterable[str]) -> float:
 def token_f1(prediction: str, references: Iterable[str]) -> float:
     """Return the best F1 over the references between bags of normalised words, in 0…1.
 
-    Where one side has no words left, the F1 is 1 if the other has none either, else 0 (as in SQuAD
+    If one side has no words, the F1 is 1 if the other side has none either, else 0 (as in SQuAD
     2.0).
     """
     best, answer = 0.0, normalize_answer(prediction).split()
@@ -72,7 +72,7 @@ def cross_entropy(scores: Sequence[float], label: int) -> float:
 
 
 def perplexity(loss: float) -> float:
-    """Return exp(loss), infinite where that overflows."""
+    """Return exp(loss), infinite if that overflows."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -89,15 +89,15 @@ TEXT_METRICS: dict[str, Callable[[str, Iterable[str]], float]] = {
     "em": exact_match,
     "token_f1": token_f1,
 }
-"""Metrics over answers in words, averaged over rows: (prediction, references) → number."""
+"""Metrics over texts, averaged over rows: (prediction, references) → number."""
 
 LOSS_METRICS = ("loss", "perplexity")
-"""What likelihood alone gives, the lower the better; `loss` is always reported where there are
-scores, `perplexity` for LM rows."""
+"""Metrics of likelihood: lower is better. `loss` is always reported if rows are scored,
+`perplexity` for language-model rows."""
 
 
 def check_metrics(metrics: Sequence[str] | str) -> tuple[str, ...]:
-    """Return the names as a tuple. Raises ConfigError on a name that is no metric."""
+    """Return the names as a tuple. Raises ConfigError for an unknown metric."""
     names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     known = (*INDEX_METRICS, *TEXT_METRICS, *LOSS_METRICS)
     for name in names:
@@ -109,12 +109,12 @@ def check_metrics(metrics: Sequence[str] | str) -> tuple[str, ...]:
 
 
 def is_higher_better(metric: str | None) -> bool:
-    """Say whether a larger value of this metric is the better one: of every metric but a loss."""
+    """Say whether a larger value of a metric is better: true for all but losses."""
     return metric not in LOSS_METRICS
 
 
 def majority_rate(examples: Iterable[Example], metric: str) -> float:
-    """Return the score of always giving the commonest answer, in 0…1: of accuracy its share."""
+    """Return the score of always predicting the most frequent label, in 0…1."""
     labels = [example.label for example in examples if example.label is not None]
-    ((commonest, _),) = Counter(labels).most_common(1)
-    return INDEX_METRICS[metric](labels, [commonest] * len(labels))
+    ((majority, _),) = Counter(labels).most_common(1)
+    return INDEX_METRICS[metric](labels, [majority] * len(labels))

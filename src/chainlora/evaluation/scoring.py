@@ -1,4 +1,4 @@
-"""Score a run or a model on a task, on a file of rows, or on the rows a run was configured with."""
+"""Score a run or a model: on a task, a file of rows, or the rows in the run's config."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ from chainlora.showing import Shown
 logger = logging.getLogger(__name__)
 
 Encode = Callable[[Any, int], tuple[Task | Splits, Sequence[Example]]]
-"""From a tokenizer and the model's context to what is asked, and the rows as tokens."""
+"""Returns a task (or splits, with its metrics) and tokenised rows; called with the tokenizer and
+the model's context in tokens."""
 
 
 def evaluate_task(
@@ -59,49 +60,60 @@ def evaluate_task(
     speedups: Speedups = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Return `task`, `split`, `rows` and `metrics` of a run directory's chain, or of any model,
-    and as `stage` whose rows they are, of a run with several.
+    """Score a run or a model on rows.
 
     Args:
-        run_or_model: a run directory, a model as `load_model` takes it, or an export: an adapter is
-            scored on the base that it names, and rows are read as its run reads them.
-        task: what is asked, or its name or file. A run reads its own task as it did in training:
-            length, truncation and demonstrations. None: the run's own rows, read as in training.
-        data: a folder or file of rows; None: the run's, or the Hub's. Without a task, rows of the
-            run's task if it has one, else of its format; a model reads them by the default format.
-        split: which rows of those.
-        limit: the first so many rows, in file order.
-        num_links: the chain as it was then.
-        dtype: of the weights; defaults to the run's own, or float32.
-        predictions: a file for one JSON line a row.
-        speedups: ``off`` runs plain transformers: no packing, no faster forwards, one thread.
+        run_or_model: a run or a state (`open_run`), a model (`load_model`), or an export. An
+            adapter is scored on the base that it names, with rows read as in its run.
+        task: a task, its name or file. A run reads its own task as in training, with the same
+            length limit, truncation and demonstrations. By default the run's own rows are scored.
+        data: a folder or file of rows; by default those of the run or of the Hub. Without a task,
+            they are rows of the run's task, or of its format; for a model, of the default format.
+        split: train, validation or test.
+        limit: score only the first rows, in file order.
+        num_links: use only the first links of a run.
+        dtype: dtype of the weights; by default that of the run, or float32.
+        predictions: a file to write predictions to, one JSON line per row.
+        speedups: ``off`` runs plain transformers: no packing, no fast paths, one thread.
         progress: called as ``progress(rows_done, rows)``.
+
+    Returns:
+        A mapping with ``task``, ``split``, the number of ``rows`` and ``metrics``; ``stage`` names
+        the stage of the rows, in a run with several.
+
+    Raises:
+        ConfigError: an invalid argument, an unknown task, or a metric that does not fit the rows.
+        DataError: rows that cannot be read.
+        RunError: the run is damaged, or has no such rows.
     """
     if limit is not None and limit < 1:
         raise ConfigError("`limit` must be at least 1", limit, "leave it out for all rows")
     data = None if data is None else expanduser(data)
     if predictions is not None:
         predictions = Path(predictions).expanduser()
-        check_writable(predictions.parent)  # before the work
+        check_writable(predictions.parent)  # before the long work
         need_apart(predictions, "predictions")
     if isinstance(task, str | Path):
         task = load_task(task)
     config = config_of(run_or_model)
-    encode, named = rows_to_score(run_or_model, task, data=data, split=split, limit=limit)
-    if named is None and config is not None and config.train.loss == "dpo":
-        _need_start(run_or_model)
+    encode, row_task = rows_to_score(run_or_model, task, data=data, split=split, limit=limit)
+    if row_task is None and config is not None and config.train.loss == "dpo":
+        _need_reference(run_or_model)
     keys: Any = {"num_links": num_links, "dtype": dtype, "speedups": speedups}
-    asked, rows, found = _scored(run_or_model, config, encode, progress, **keys)
+    settings, rows, evaluation = _scored(run_or_model, config, encode, progress, **keys)
     if predictions is not None:
-        _write_predictions(Path(predictions), found)
-    metrics = dict(found.metrics)
-    if asked.metric in INDEX_METRICS:
-        metrics["majority"] = majority_rate(rows, asked.metric)
+        _write_predictions(Path(predictions), evaluation)
+    metrics = dict(evaluation.metrics)
+    if settings.metric in INDEX_METRICS:
+        metrics["majority"] = majority_rate(rows, settings.metric)
     is_file = data is not None and not Path(data).is_dir()
-    shown: dict[str, Any] = {"task": named and named.name, "split": data if is_file else split}
+    source: dict[str, Any] = {
+        "task": row_task and row_task.name,
+        "split": data if is_file else split,
+    }
     if task is None and data is None and len((state := open_run(run_or_model)).shares) > 1:
-        shown = {"stage": state.with_rows.configured.key} | shown
-    return Shown(shown | {"rows": found.num_rows, "metrics": metrics})
+        source = {"stage": state.with_rows.configured.key} | source
+    return Shown(source | {"rows": evaluation.num_rows, "metrics": metrics})
 
 
 def _scored(
@@ -114,39 +126,39 @@ def _scored(
     dtype: Any,
     speedups: Speedups,
 ) -> tuple[Task | Splits, Sequence[Example], Evaluation]:
-    """Load a run or a model; return what is asked, the rows as tokens, and what they came to."""
+    """Load a run or a model; return the task or splits, the tokenised rows, and their scores."""
     model, tokenizer = load_run_or_model(run_or_model, num_links=num_links, dtype=dtype)
-    asked, rows = encode(tokenizer, context_length(model))
+    settings, rows = encode(tokenizer, context_length(model))
     with Engine(to_accelerator(model), speedups=speedups, training=False) as engine:
-        if asked.loss == "orpo":
+        if settings.loss == "orpo":
             assert config is not None
-            return asked, rows, judge_odds(engine, rows, config.train.orpo_beta, progress)
-        if asked.loss != "dpo":
-            found = evaluate(
+            return settings, rows, judge_odds(engine, rows, config.train.orpo_beta, progress)
+        if settings.loss != "dpo":
+            evaluation = evaluate(
                 model,
                 rows,
                 engine=engine,
-                metrics=asked.metrics,
+                metrics=settings.metrics,
                 tokenizer=tokenizer,
-                stop=asked.stop,
-                max_new_tokens=asked.max_new_tokens,
+                stop=settings.stop,
+                max_new_tokens=settings.max_new_tokens,
                 progress=progress,
             )
-            return asked, rows, found
+            return settings, rows, evaluation
         scores = engine.scores(rows, progress=progress)
     assert config is not None
-    del model, engine  # one model in memory
-    # Pairs are judged by their scores in what the run began on.
+    del model, engine  # keep only one model in memory
+    # DPO: the reference is the state that the stage began on
     model, _ = load_run_or_model(open_run(run_or_model).with_rows.parent, dtype=dtype)
     with Engine(to_accelerator(model), speedups=speedups, training=False) as engine:
         reference = engine.scores(rows, progress=progress)
-    return asked, rows, judge_pairs(rows, scores, reference, config.train.dpo_beta)
+    return settings, rows, judge_pairs(rows, scores, reference, config.train.dpo_beta)
 
 
-def _need_start(run_or_model: Address) -> None:
-    """Raise RunError for an export, of which nobody knows what its pairs are judged by."""
+def _need_reference(run_or_model: Address) -> None:
+    """Raise RunError for pairs of an export, which does not have the reference of DPO."""
     if not isinstance(run_or_model, OpenState) and not is_run(run_or_model):
-        rule = "pairs are judged by what their stage began on, which a run has"
+        rule = "pairs need the model before their stage as a reference, which only a run has"
         raise RunError(rule, f"an export, {run_or_model}", "score the run, or name a task")
 
 
@@ -158,26 +170,26 @@ def rows_to_score(
     split: str = "validation",
     limit: int | None = None,
 ) -> tuple[Encode, Task | None]:
-    """Find rows as `evaluate_task` names them; return what tokenises them, and their task."""
+    """Find the rows of `evaluate_task`; return a function that tokenises them, and their task."""
     config = config_of(run_or_model)
-    own = None if config is None else config.data
-    own_task = None
-    if task is None and own is not None and own.task:
+    data_config = None if config is None else config.data
+    run_task = None
+    if task is None and data_config is not None and data_config.task:
         try:
-            own_task = load_task(own.task)
-        except ConfigError as error:  # an export knows its task file by the last part of its path
+            run_task = load_task(data_config.task)
+        except ConfigError as error:  # an export has only the last part of the path
             error.args = (f"{error}, or name the task file by --task",)
             raise
-    asked = own_task if task is None and data is not None else task
-    if asked is None:
-        return _own_rows(run_or_model, config, data, split, limit), own_task
-    source = task_split_source(asked, data, split, limit)
-    return partial(_rows_of_task, asked, source, own), asked
+    chosen = run_task if task is None and data is not None else task
+    if chosen is None:
+        return _own_rows(run_or_model, config, data, split, limit), run_task
+    source = task_split_source(chosen, data, split, limit)
+    return partial(_rows_of_task, chosen, source, data_config), chosen
 
 
-def _write_predictions(file: Path, found: Evaluation) -> None:
+def _write_predictions(file: Path, evaluation: Evaluation) -> None:
     make_folder(file.parent)
-    lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in found.predictions]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
     write_text(file, "".join(lines))
 
 
@@ -188,38 +200,36 @@ def _rows_of_task(
 
 
 def _own_rows(
-    run: Address, whole: RunConfig | None, data: str | None, split: str, limit: int | None
+    run: Address, run_config: RunConfig | None, data: str | None, split: str, limit: int | None
 ) -> Encode:
-    """Find a run's own rows, or those of a file in its format; return what tokenises them."""
-    config = whole.data if whole is not None else DataConfig(train=data or "")
-    loss = whole.train.loss if whole is not None else None
+    """Find a run's own rows, or a file in its format; return a function that tokenises them."""
+    config = run_config.data if run_config is not None else DataConfig(train=data or "")
+    loss = run_config.train.loss if run_config is not None else None
     if split not in SPLITS:
         raise ConfigError(
             f"`split` of a run's own rows must be one of {', '.join(SPLITS)} (got {split!r}); name "
             "one, or a task"
         )
-    from_files = config.task is None or config.train is not None
-    if from_files and data is None and not getattr(config, split):
-        raise RunError(
-            f"a run scored on its own rows must have some (got no data.{split} in the config of "
-            f"{run}); name another split, or a file as data, or take --matrix (kept rows)"
-        )
-    if data is not None:
-        given: dict[str, Any] = {"train": data, "num_train": None, "validation": None, "test": None}
-        given |= {split: data, f"num_{split}": limit}  # the run's own files may be gone
-        config = config.model_copy(update=given)
-        find_source(data, split)  # before the model is loaded
     bound, earlier = None, dict[str, Kept]()
-    if data is None and (config.holds_out or split == "train"):
-        bound, earlier = divided_by(run)
-    if data is None and from_files and not (config.holds_out or earlier or config.shots):
-        counts = [n for n in (getattr(config, f"num_{split}"), limit) if n is not None]
-        config = config.model_copy(update={f"num_{split}": min(counts, default=None)})
+    if data is not None:
+        config = _of_file(config, data, split, limit)
+    else:
+        is_from_files = config.task is None or config.train is not None
+        if is_from_files and not getattr(config, split):
+            raise RunError(
+                f"a run scored on its own rows must have some (got no data.{split} in the config "
+                f"of {run}); name another split, or a file as data, or take --matrix (kept rows)"
+            )
+        if config.holds_out or split == "train":
+            bound, earlier = divided_by(run)
+        if is_from_files and not (config.holds_out or earlier or config.shots):
+            counts = [n for n in (getattr(config, f"num_{split}"), limit) if n is not None]
+            config = config.model_copy(update={f"num_{split}": min(counts, default=None)})
 
     def encode(tokenizer: Any, context: int) -> tuple[Splits, Sequence[Example]]:
         try:
-            if data is None and whole is not None:
-                _warn_of_change(run, whole.data, split)
+            if data is None and run_config is not None:
+                _warn_of_change(run, run_config.data, split)
             splits = prepare_splits(
                 config, tokenizer, context, None, split, loss, earlier=earlier, bound=bound
             )
@@ -232,17 +242,25 @@ def _own_rows(
     return encode
 
 
+def _of_file(config: DataConfig, data: str, split: str, limit: int | None) -> DataConfig:
+    """Return a config that reads only `data`, as a split; the run's own files may be gone."""
+    keys: dict[str, Any] = {"train": data, "num_train": None, "validation": None, "test": None}
+    keys |= {split: data, f"num_{split}": limit}
+    find_source(data, split)  # raises before the model is loaded
+    return config.model_copy(update=keys)
+
+
 def _warn_of_change(run: Address, data: DataConfig, split: str) -> None:
-    """Warn of a task or rows whose content is not what the run was trained with."""
+    """Warn if the task or the rows have changed since training."""
     known = open_run(run).with_rows.configured.training.sources
     rows = "train" if split == "validation" and data.holds_out else split
-    named = named_sources(data)
+    sources = named_sources(data)
     for key in ("data.task", f"data.{rows}"):
-        now = [source_digest(key, each.path, data) for each in named.get(key, ())]
-        if now != known.get(key, now):
+        digests = [source_digest(key, source.path, data) for source in sources.get(key, ())]
+        if digests != known.get(key, digests):
             logger.warning(
-                "%s has changed since the run was trained (%s): the scores are of what is there "
-                "now; --matrix scores the rows that the run kept",
+                "%s has changed since the run was trained (%s): the scores are for the current "
+                "content; --matrix scores the rows that the run kept",
                 key,
-                ", ".join(each.path for each in named[key]),
+                ", ".join(source.path for source in sources[key]),
             )

@@ -1,21 +1,21 @@
-"""The matrix of a run: rows scored in the base, at the end of each stage and in the current mix.
+"""The matrix of a run: kept rows of each stage, scored in the base, after each stage, and now.
 
-    RUN/matrix.jsonl    a JSON object a cell: digests of state and rows, stage, metric, value, …,
+    RUN/matrix.jsonl    a JSON object per cell: digests of state and rows, stage, metric, value, …,
                         and a checksum of these
 
-The rows are those that the run kept, so that the data files may have changed or gone. The file is a
-cache: a cell is found by the digests of all that its value depends on, and a line that is not as it
-was written is scored again.
+The rows are kept in the run, so the data files may change or disappear. ``matrix.jsonl`` is a
+cache: a cell is found by the digests of everything its value depends on. A damaged line is scored
+again.
 
 R[i, j] is the score of stage j's rows in state i: after i stages, so that row 0 is the base. With T
 stages (Lopez-Paz & Ranzato, arXiv 1706.08840; Chaudhry et al., arXiv 1801.10112):
 
     average             mean over j of R[T, j]
     backward transfer   mean over j < T of R[T, j] − R[j, j]
-    forgetting          mean over j < T of max over 0 < i < T of R[i, j], less R[T, j]
+    forgetting          mean over j < T of (max over 0 < i < T of R[i, j]) − R[T, j]
 
-Rows of what was there before the first stage are a column of their own, learned in row 0: ``base``,
-or ``start`` where that is an imported adapter.
+Rows of the start are a column of their own, learned in row 0: ``base``, or ``start`` if an adapter
+was imported.
 """
 
 from __future__ import annotations
@@ -55,30 +55,26 @@ from chainlora.showing import table
 logger = logging.getLogger(__name__)
 
 NOW = "now"
-WORSE = 1.1  # times a score: general ability has fallen
-HARM = "general ability has fallen"  # of the warning, which the board looks for
+WORSE = 1.1  # a score that is worse by this factor is reported as harm
+HARM = "general ability has fallen"  # text of the warning; the board searches for it
 
 Progress = Callable[[str, int, int], None]
-"""Told (state and stage, rows done, rows) as cells are scored."""
+"""Called with (state and stage, rows done, rows) while cells are scored."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The score of a stage's rows in a state: `rows` of the `of` that there were.
+    """The score of a stage's rows in a state."""
 
-    `error` is the standard error over the rows, 0 where a metric has none. `state` is the digest of
-    the state, `scored_on` that of the kept rows and, for DPO, of the state of their reference.
-    """
-
-    state: str
+    state: str  # digest
     stage: str
-    scored_on: str
+    scored_on: str  # digest of the kept rows and, for DPO, of the state of their reference
     split: str
     metric: str
     value: float
-    error: float
-    rows: int
-    of: int
+    error: float  # standard error over the rows, 0 if the metric has none
+    rows: int  # scored
+    of: int  # rows in the split when the stage was trained
 
 
 _CELL = TypeAdapter(Cell)
@@ -86,23 +82,19 @@ _CELL = TypeAdapter(Cell)
 
 @dataclass(frozen=True)
 class StageMatrix:
-    """Scores by state and stage.
+    """Scores by state and stage."""
 
-    `states` are the base, the ends of stages, and ``now`` where the run is another mix than the
-    last end; `grid` has a row for each, and a column for each stage, None where it kept no rows.
-    The first column is ``base``, or ``start`` after an imported adapter, where there are rows for
-    what the run began on.
-    """
-
-    stages: list[str]
-    states: list[str]
-    grid: list[list[Cell | None]]
+    stages: list[str]  # columns: ``base`` or ``start`` if there are rows of the start, then stages
+    states: list[
+        str
+    ]  # rows: ``base``, ends of stages, ``now`` if the run differs from the last end
+    grid: list[list[Cell | None]]  # [states][stages]; None: not scored
 
     def __repr__(self) -> str:
         return "\n".join([self.in_lines(), *self.notes()])
 
     def in_lines(self) -> str:
-        """Return the scores as a table, without summaries."""
+        """Return the scores as a text table, without summaries."""
         lines = [self._heads(), *self._lines()]
         (width, *widths) = (max(map(len, column)) for column in zip(*lines, strict=True))
         texts = (
@@ -114,7 +106,7 @@ class StageMatrix:
     def _repr_html_(self) -> str:
         columns = [shades_of(column) for column in zip(*self.grid, strict=True)]
         shades = [[0.0, *row] for row in zip(*columns, strict=True)]
-        notes = [Markup("<p>{}</p>").format(each) for each in self.notes()]
+        notes = [Markup("<p>{}</p>").format(note) for note in self.notes()]
         return Markup("").join([table(self._heads(), self._lines(), shades=shades), *notes])
 
     @property
@@ -122,11 +114,11 @@ class StageMatrix:
         return [cell for row in self.grid for cell in row if cell is not None]
 
     def _heads(self) -> list[str]:
-        scored = {}
+        details = {}
         for cell in self.cells:
-            some = f"{cell.rows}" if cell.rows == cell.of else f"{cell.rows} of {cell.of}"
-            scored[cell.stage] = f"{cell.metric}, {some} {cell.split} rows"
-        return ["after", *(f"{name} ({scored.get(name, 'no rows kept')})" for name in self.stages)]
+            count = f"{cell.rows}" if cell.rows == cell.of else f"{cell.rows} of {cell.of}"
+            details[cell.stage] = f"{cell.metric}, {count} {cell.split} rows"
+        return ["after", *(f"{name} ({details.get(name, 'no rows kept')})" for name in self.stages)]
 
     def _lines(self) -> list[list[str]]:
         return [
@@ -135,38 +127,40 @@ class StageMatrix:
         ]
 
     def notes(self) -> list[str]:
-        """Return the summaries in words. They are of the last end, also where the run is a mix."""
+        """Return the summaries as text. They are about the last stage, even if the run is a mix."""
         of = f"after {self.states[-2]}, " if self.states[-1:] == [NOW] else ""
         return [f"{of}{summary}" for summary in self.summaries()]
 
     def summaries(self) -> list[MatrixSummary]:
-        """Return average, backward transfer and forgetting; none where cells are missing."""
+        """Return average, backward transfer and forgetting; [] if a cell is missing."""
         ends = [row for state, row in zip(self.states, self.grid, strict=True) if state != NOW]
-        whole = [[cell for cell in row if cell is not None] for row in ends]
-        if not self.stages or any(len(row) < len(self.stages) for row in whole):
+        cells = [[cell for cell in row if cell is not None] for row in ends]
+        if not self.stages or any(len(row) < len(self.stages) for row in cells):
             return []
-        values = [[cell.value for cell in row] for row in whole]
+        values = [[cell.value for cell in row] for row in cells]
         learned = [self.states.index(s) if s in self.states else 0 for s in self.stages]
-        metrics = [cell.metric for cell in whole[0]]
+        metrics = [cell.metric for cell in cells[0]]
         return summarise_matrix(values, self.stages, metrics, learned)
 
     def of(self, stages: Collection[str]) -> StageMatrix:
-        """Return this with some columns alone."""
+        """Return the matrix with some columns only."""
         places = [place for place, name in enumerate(self.stages) if name in stages]
         grid = [[row[place] for place in places] for row in self.grid]
         return StageMatrix([self.stages[place] for place in places], self.states, grid)
 
     def harm(self) -> str:
-        """Say how much worse the rows of what the run began on score now, if that is a tenth: of a
-        loss, of its perplexity. Else nothing."""
-        name = next((each for each in self.stages if each in (BASE, START)), None)
+        """Return a sentence if rows of the start score worse by a factor of `WORSE`, else "".
+
+        Losses are compared by their perplexity.
+        """
+        name = next((stage for stage in self.stages if stage in (BASE, START)), None)
         if name is None or name not in self.states:
             return ""
         column = self.stages.index(name)
-        before, now = self.grid[self.states.index(name)][column], self.grid[-1][column]
-        if before is None or now is None:
+        before, after = self.grid[self.states.index(name)][column], self.grid[-1][column]
+        if before is None or after is None:
             return ""
-        metric, first, last = before.metric, before.value, now.value
+        metric, first, last = before.metric, before.value, after.value
         if metric == "loss":
             metric, first, last = "perplexity", math.exp(min(first, 700)), math.exp(min(last, 700))
         low, high = (last, first) if is_higher_better(before.metric) else (first, last)
@@ -185,7 +179,7 @@ class StageMatrix:
 
 
 def shades_of(column: Sequence[Cell | None]) -> list[float]:
-    """Return how dark each cell of a stage is shown: from 0 for its worst score to a half."""
+    """Return the shade of each cell of a column: from 0 for the worst score to 0.5 for the best."""
     known = [cell for cell in column if cell is not None and math.isfinite(cell.value)]
     values = [cell.value for cell in known]
     if not known or min(values) == max(values):
@@ -204,12 +198,22 @@ def stage_matrix(
     of: Collection[str] | None = None,
     base: OpenBase | None = None,
 ) -> StageMatrix:
-    """Return the matrix of a run; cells that were never scored are, if `compute`, and are kept.
+    """Return the matrix of a run; score missing cells and save them.
 
-    That of ``RUN@STAGE`` ends with that stage. `of` are the columns, by default all. The base is
-    opened here unless it is given.
+    Args:
+        run: a run, or ``RUN@STAGE`` for the matrix up to this stage.
+        speedups: ``off`` runs plain transformers.
+        progress: called as ``progress(state and stage, rows_done, rows)``.
+        compute: False: only read saved cells.
+        of: names of columns; by default all.
+        base: the base, if it is open already.
 
-    Raises RunError for a run that kept no rows, and what loading it raises.
+    Returns:
+        The matrix.
+
+    Raises:
+        RunError: no kept rows, no links, or a damaged run.
+        ModelError: the base cannot be loaded.
     """
     run = open_run(run)
     kept, states = run.kept(), dict(states_of(run))
@@ -217,48 +221,56 @@ def stage_matrix(
     columns = {name: key for name, key in run.columns.items() if of is None or name in of}
     stages = [stage for stage in columns.values() if stage in kept]
     if compute and not stages:
-        remedy = "train with data.keep_rows: true, and push with --rows"
-        if kept:
-            remedy = "tie a link first"
-        elif run.entry is None and run.history.entries:
-            remedy = f"leave the base by chainlora undo {run.run} --to NAME"
-        rule = "a matrix scores the rows that stages with links kept"
-        raise RunError(rule, f"no {'links' if kept else 'rows'} in {run.run}", remedy)
-    rows = {stage: _scored_on(run, stage, kept[stage]) for stage in stages}
+        raise _nothing_to_score(run, has_rows=bool(kept))
+    scored_on = {stage: _scored_on(run, stage, kept[stage]) for stage in stages}
     missing = {
-        name: due
+        name: unscored
         for name, state in states.items()
-        if (due := [each for each in stages if (state.digest, each, rows[each]) not in known])
+        if (unscored := [s for s in stages if (state.digest, s, scored_on[s]) not in known])
     }
     if compute and missing:
         scorer = Scorer(run, kept, speedups, progress, base=base)
         try:
-            for name, due in missing.items():
-                for cell in scorer.score(name, states[name], due):
+            for name, unscored in missing.items():
+                for cell in scorer.score(name, states[name], unscored):
                     known[_key(cell)] = cell
-        finally:  # a signal loses one cell at most
+        finally:  # a signal loses at most one cell
             _write(run.run, known)
     grid = [
         [
             cell and replace(cell, stage=name)
             for name, stage in columns.items()
-            for cell in [known.get((state.digest, stage, rows.get(stage, "")))]
+            for cell in [known.get((state.digest, stage, scored_on.get(stage, "")))]
         ]
         for state in states.values()
     ]
     return StageMatrix(list(columns), list(states), grid)
 
 
+def _nothing_to_score(run: OpenState, *, has_rows: bool) -> RunError:
+    """Return the error for a run without kept rows, or without links."""
+    remedy = "train with data.keep_rows: true, and push with --rows"
+    if has_rows:
+        remedy = "tie a link first"
+    elif run.entry is None and run.history.entries:
+        remedy = f"leave the base by chainlora undo {run.run} --to NAME"
+    rule = "a matrix scores kept rows of stages with links"
+    return RunError(rule, f"no {'links' if has_rows else 'rows'} in {run.run}", remedy)
+
+
 def columns_after_training(run: OpenState) -> list[str] | None:
-    """Return the columns that are scored after training, None for all: of a run of one stage, which
-    has scored its own rows, those of the start alone. An adapter that was added has scored none."""
+    """Return the columns to score after training, None for all.
+
+    A run of one stage has scored its own rows already, so only rows of the start are left. An
+    imported adapter has scored none.
+    """
     start = [name for name, key in run.columns.items() if key == START]
     is_trained = all(e.kind != "import" for e in run.lineage if e.key in run.shares)
     return start if START in run.keepers and len(run.columns) == 2 and is_trained else None
 
 
 def states_of(run: OpenState) -> Iterator[tuple[str, State]]:
-    """Yield the states of a run by name: the base, the end of each stage, the mix it is now."""
+    """Yield the states of a run by name: the base, the end of each stage, and a current mix."""
     yield BASE, run.history.empty
     last, shares = run.history.empty, run.shares
     for entry in run.lineage:
@@ -270,9 +282,10 @@ def states_of(run: OpenState) -> Iterator[tuple[str, State]]:
 
 
 class Scorer:
-    """Scores the kept rows of stages in states of one run, whose base is loaded once.
+    """Score kept rows of stages in states of one run; the base is loaded once.
 
-    `hold` is that of its chain; by default what suits the model. `base` is opened here by default.
+    All links are put on the model, and each state sets their strengths. `hold` is by default chosen
+    by the model (`hold_for`), `base` is opened here by default.
     """
 
     def __init__(
@@ -287,28 +300,35 @@ class Scorer:
         self.run, self.kept, self.speedups = run, kept, speedups
         self.progress = progress or (lambda what, done, rows: None)
         self.chain, self.tokenizer = chain_on_base(run, hold, base)
-        self._ids: dict[Digest, int] = {}  # of links on the chain
-        self._references: dict[str, list[list[float]]] = {}
+        self._ids: dict[Digest, int] = {}  # of the links on the chain
+        self._references: dict[str, list[list[float]]] = {}  # DPO: scores of pairs, by stage
         self._add(run.state)
 
     def score(self, name: str, state: State, stages: Sequence[str]) -> Iterator[Cell]:
-        """Yield a cell for each of `stages` in a state, which is shown by its name."""
-        for stage, found in self.evaluations(name, state, stages):
+        """Yield a cell for each of `stages` in a state; `name` is for progress."""
+        for stage, evaluation in self.evaluations(name, state, stages):
             kept = self.kept[stage]
             split, metric = kept.scored[0], kept.metric
-            each, weights = values(found, metric), weights_of(found, metric)
-            error = standard_error(each, weights) if len(each) > 1 else 0.0
-            counts = len(found.predictions), kept.counts[split]
-            score, on = found.metrics[metric], _scored_on(self.run, stage, kept)
-            yield Cell(state.digest, stage, on, split, metric, score, error, *counts)
+            numbers, weights = values(evaluation, metric), weights_of(evaluation, metric)
+            yield Cell(
+                state=state.digest,
+                stage=stage,
+                scored_on=_scored_on(self.run, stage, kept),
+                split=split,
+                metric=metric,
+                value=evaluation.metrics[metric],
+                error=standard_error(numbers, weights) if len(numbers) > 1 else 0.0,
+                rows=len(evaluation.predictions),
+                of=kept.counts[split],
+            )
 
     def evaluations(
         self, name: str, state: State, stages: Sequence[str]
     ) -> Iterator[tuple[str, Evaluation]]:
-        """Yield what the rows of each of `stages` come to in a state."""
+        """Yield the evaluation of the kept rows of each of `stages` in a state."""
         for stage in stages:
             if self.kept[stage].loss == "dpo" and stage not in self._references:
-                # what pairs score in the state that their stage began on
+                # the reference of DPO is the state that the stage began on
                 with self._engine(self.run.at(stage).parent.state) as engine:
                     self._references[stage] = engine.scores(self.kept[stage].scored[1][:])
         with self._engine(state) as engine:
@@ -316,28 +336,31 @@ class Scorer:
                 yield stage, self._evaluate(engine, f"{name}: {stage}", stage)
 
     def model_at(self, state: State) -> Any:
+        """Return the model with the links of a state at their strengths, and all others off."""
         self._add(state)
-        on = {self._ids[term.link]: term.strength for term in state.terms}
-        self.chain.set_strengths({id: on.get(id, 0.0) for id in self.chain.strengths})
+        strengths = {self._ids[term.link]: term.strength for term in state.terms}
+        self.chain.set_strengths({id: strengths.get(id, 0.0) for id in self.chain.strengths})
         return self.chain.model
 
     def _add(self, state: State) -> None:
-        due = [term for term in state.terms if term.link not in self._ids]
+        """Add the links of a state that are not on the chain yet."""
+        new = [term for term in state.terms if term.link not in self._ids]
         first = len(self._ids)
-        links = [replace(link, id=n) for n, link in enumerate(self.run.read(due), first)]
-        self._ids |= {term.link: first + n for n, term in enumerate(due)}
+        links = [replace(link, id=n) for n, link in enumerate(self.run.read(new), first)]
+        self._ids |= {term.link: first + n for n, term in enumerate(new)}
         self.chain.add(*links)
 
     def _engine(self, state: State) -> Engine:
         return Engine(self.model_at(state), speedups=self.speedups, training=False)
 
     def _evaluate(self, engine: Engine, what: str, stage: str) -> Evaluation:
-        kept, tell = self.kept[stage], partial(self.progress, what)
+        """Score the kept rows of a stage by the metric of its loss; `what` is for progress."""
+        kept, report = self.kept[stage], partial(self.progress, what)
         rows = kept.scored[1][:]
         if kept.loss == "orpo":
-            return judge_odds(engine, rows, 1.0, tell)
+            return judge_odds(engine, rows, 1.0, report)
         if kept.loss == "dpo":
-            scores = engine.scores(rows, progress=tell)
+            scores = engine.scores(rows, progress=report)
             return judge_pairs(rows, scores, self._references[stage], 1.0)
         return evaluate(
             engine.model,
@@ -347,12 +370,12 @@ class Scorer:
             tokenizer=self.tokenizer,
             stop=kept.asked["stop"],
             max_new_tokens=kept.asked["max_new_tokens"],
-            progress=tell,
+            progress=report,
         )
 
 
 def _scored_on(run: OpenState, stage: str, kept: Kept) -> str:
-    """Return the digest of what a score of a stage depends on beside the state that is scored."""
+    """Return a digest of the kept rows of a stage and, for DPO, of their reference."""
     reference = run.at(stage).parent.state.digest if kept.loss == "dpo" else ""
     return short_digest([run.keepers[stage], reference])
 
@@ -362,10 +385,10 @@ def _key(cell: Cell) -> tuple[str, str, str]:
 
 
 def _read(run: Path) -> Iterator[Cell]:
-    """Yield the cells that were kept, but for lines that are damaged or of another version."""
+    """Yield saved cells; skip lines that are damaged or of another version."""
     try:
         lines = (run / MATRIX).read_bytes().splitlines()
-    except OSError:  # there is none, or it cannot be read
+    except OSError:  # the file is missing or cannot be read: it is only a cache
         return
     for line in lines:
         with suppress(ValueError, AttributeError, LookupError, RecursionError):
@@ -375,14 +398,16 @@ def _read(run: Path) -> Iterator[Cell]:
 
 
 def line_of(cell: Cell) -> str:
-    """Return what is kept of a cell: its values and their checksum."""
+    """Return the line of a cell in ``matrix.jsonl``: its values and their checksum."""
     values = asdict(cell)
     return json.dumps(values | {"checksum": short_digest(values)}) + "\n"
 
 
 def _write(run: Path, known: Mapping[tuple[str, str, str], Cell]) -> None:
-    """Keep the cells beside those that others have scored meanwhile, but for rows that were pruned;
-    numbers of a run that cannot be written are numbers too."""
+    """Save cells, with those that other processes have saved meanwhile, without pruned stages.
+
+    If the run cannot be written, log a warning: the scores are still valid.
+    """
     cells = ({_key(cell): cell for cell in _read(run)} | {**known}).values()
     try:
         history = read_history(run)
@@ -396,10 +421,11 @@ def _write(run: Path, known: Mapping[tuple[str, str, str], Cell]) -> None:
 
 @dataclass(frozen=True)
 class MatrixSummary:
-    """The numbers of the columns of one metric; None where they have no stage before the last.
+    """The summary of the columns of one metric.
 
-    Of a loss, the sign of every score is turned (`is_turned`): a higher average or transfer is
-    always better, a higher forgetting worse.
+    Scores that are losses have their sign changed (`is_turned`), so a higher average or transfer is
+    always better, and a higher forgetting always worse. Transfer and forgetting are None if no
+    column was learned before the last state.
     """
 
     metric: str
@@ -424,23 +450,24 @@ def summarise_matrix(
     metrics: Sequence[str],
     learned: Sequence[int],
 ) -> list[MatrixSummary]:
-    """Return a summary for each metric, those of which more is better before losses.
+    """Return a summary for each metric; losses come last.
 
     Args:
         scores: R, [T + 1][columns].
         stages: the name of each column.
-        metrics: what each column is scored by; numbers of different ones are never averaged.
+        metrics: the metric of each column; different metrics are never averaged.
         learned: the row in which each column is learned.
     """
-    found, last = [], len(scores) - 1
+    summaries, last = [], len(scores) - 1
     for metric in dict.fromkeys(metrics):
         sign = 1 if is_higher_better(metric) else -1
-        own = [j for j, each in enumerate(metrics) if each == metric]
-        column = {j: [sign * row[j] for row in scores] for j in own}
-        before = [j for j in own if learned[j] < last]
+        of_metric = [j for j, name in enumerate(metrics) if name == metric]
+        column = {j: [sign * row[j] for row in scores] for j in of_metric}
+        before = [j for j in of_metric if learned[j] < last]
         transfers = [column[j][last] - column[j][learned[j]] for j in before]
         losses = [max(column[j][min(learned[j], 1) : last]) - column[j][last] for j in before]
-        average, names = fmean(column[j][last] for j in own), tuple(stages[j] for j in own)
+        average = fmean(column[j][last] for j in of_metric)
+        names = tuple(stages[j] for j in of_metric)
         means = [fmean(values) if values else None for values in (transfers, losses)]
-        found.append(MatrixSummary(metric, names, sign < 0, average, *means))
-    return sorted(found, key=lambda each: each.is_turned)
+        summaries.append(MatrixSummary(metric, names, sign < 0, average, *means))
+    return sorted(summaries, key=lambda summary: summary.is_turned)

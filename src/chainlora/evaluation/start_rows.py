@@ -1,7 +1,7 @@
-"""Build the entry `start`: import the adapter, and keep the rows, that a run begins with.
+"""Build the entry `start`: import the adapter of a run's start, and keep rows for it.
 
-A config names them as `start` and `start_data`; without rows, the model writes some
-(`general_rows`). To a run that has begun, rows are given by `keep_start_rows`.
+A config names them as `start` and `start_data`. Without rows, the model writes some
+(`general_rows`). `keep_start_rows` replaces the rows of a run that has begun.
 """
 
 from __future__ import annotations
@@ -47,32 +47,31 @@ from chainlora.runs.start import Start
 logger = logging.getLogger(__name__)
 
 
-def rows_of_start(rows: StartData, own: DataConfig, tokenizer: Any, context: int) -> Kept:
-    """Return what a run keeps of rows for its start; `own` are those of its first stage.
+def rows_of_start(rows: StartData, data: DataConfig, tokenizer: Any, context: int) -> Kept:
+    """Return the sample of start rows that a run keeps; `data` is that of its first stage.
 
     Raises DataError or ConfigError for rows that cannot be read.
     """
-    return prepare_splits(rows.as_data(own), tokenizer, context).kept()
+    return prepare_splits(rows.as_data(data), tokenizer, context).kept()
 
 
 def build_start(
     run: Path, declared: Unbuilt, base: OpenBase | None = None, progress: Progress | None = None
 ) -> None:
-    """Import the adapter that a run begins on, and keep rows for it: those that are given, or what
-    the model writes.
+    """Import the adapter of a run's start, and keep rows for it: given ones, or general rows.
 
-    Raises ModelError for a base that the adapter is not for, what its rows raise, and RunError
-    where another process does it.
+    Raises ModelError for an adapter of another base, DataError for rows that cannot be read, and
+    RunError if another process builds the entry.
     """
     config = make_config(declared.config)
-    own = OpenBase.of_config(config, run).or_shared(base)
-    claim = Claim(run, declared.unit)  # of the first stage: its process imports what it begins on
+    base = OpenBase.of_config(config, run).or_shared(base)
+    claim = Claim(run, declared.unit)  # the lock of the first stage, which needs this entry
     claim.take()
     try:
         for folder in (run / name for name in CONTENT):
-            files.remove_scratch(folder, START)  # of a process that was killed
+            files.remove_scratch(folder, START)  # left by a killed process
         if read_history(run).find(START) is None:
-            _import(run, declared, config, own, progress or (lambda *done: None))
+            _import(run, declared, config, base, progress or (lambda *done: None))
     finally:
         claim.release()
 
@@ -80,6 +79,7 @@ def build_start(
 def _import(
     run: Path, declared: Unbuilt, config: RunConfig, base: OpenBase, progress: Progress
 ) -> None:
+    """Write the links and the kept rows of the start, and give the entry its state."""
     history = read_history(run)
     is_adapter = history.origin == START and config.start is not None
     start = load_start(str(config.start)) if is_adapter else Start()
@@ -87,7 +87,7 @@ def _import(
     start = fitted(start, chain, config.model)
     for note in start.notes:
         logger.warning("%s", note)
-    known = noted_base(config, chain, base.files)
+    base_facts = noted_base(config, chain, base.files)
     tokenizer = base.tokenizer(run / TOKENIZER if history.tokenizer else None)
     rows: Kept | None = None
     if isinstance(config.start_data, StartData):
@@ -98,33 +98,34 @@ def _import(
         longest, column = length_limit(config.data, base.context), START if start.links else BASE
         rows = general_rows(chain.model, tokenizer, longest, column, progress)
     kept = None if rows is None else save_rows(run, rows, START)
-    links = dict(save_link(run, link, known, START) for link in start.links)
-    state = State(base=known.fingerprint, terms=tuple(Term(link=digest) for digest in links))
+    links = dict(save_link(run, link, base_facts, START) for link in start.links)
+    state = State(base=base_facts.fingerprint, terms=tuple(Term(link=digest) for digest in links))
     entry = declared.built(state, tied=tuple(links), kept=kept)
     update_history(
-        run, lambda history: history.model_copy(update={"base": known}).built(entry, links)
+        run, lambda history: history.model_copy(update={"base": base_facts}).built(entry, links)
     )
 
 
 def keep_start_rows(run: str | Path, rows: StartData) -> None:
-    """Keep rows for what a run began on, in place of those that it has.
+    """Replace the kept rows of a run's start.
 
-    Raises RunError for a saved chain, and for a run that has a half-trained stage.
+    Raises RunError for a saved chain, and for a run with an unfinished stage.
     """
     run = whole_run(run)
     state = open_run(run)
     if not state.has_run:
-        rule = "rows for the start are kept by a run"
+        rule = "only a run can keep rows of its start"
         raise RunError(rule, f"a saved chain, {run}", "begin a run on it, with start_data")
     if begun := drafts_in(run, state.history):
-        rule = "a run can be given rows for its start when no stage is half trained"
+        rule = "Cannot replace the rows of the start while a stage is unfinished"
         got = next(iter(begun.values()))
-        raise RunError(rule, got, "finish it by the command that began it")
+        raise RunError(rule, got, "finish that stage: repeat the command that began it")
     base = resolve_model(state.base.model)
     tokenizer, context = tokenizer_of(state, base), context_length(load_skeleton(base))
-    own = rows_of_start(rows, state.with_rows.config().data, tokenizer, context)
-    kept = save_rows(run, own, START)
-    before, after = state.history, update_history(run, lambda each: with_start_rows(each, kept))
+    sample = rows_of_start(rows, state.with_rows.config().data, tokenizer, context)
+    kept = save_rows(run, sample, START)
+    before = state.history
+    after = update_history(run, lambda history: with_start_rows(history, kept))
     named = {entry.kept for entry in after.entries}
-    for gone in {entry.kept for entry in before.entries if entry.kept not in named}:
-        files.remove(run / rows_file(str(gone)))
+    for replaced in {entry.kept for entry in before.entries if entry.kept not in named}:
+        files.remove(run / rows_file(str(replaced)))

@@ -1,4 +1,4 @@
-"""What the rows of a run say about prompts to it: how they end, and how long an answer is."""
+"""Derive facts about prompts from a run's training rows: their endings, the length of answers."""
 
 from __future__ import annotations
 
@@ -14,43 +14,44 @@ from chainlora.runs.exported import config_of_export
 from chainlora.runs.paths import is_run
 from chainlora.runs.state import OpenState
 
-MOST_TOKENS = 256  # of an answer, as transformers' own text generation has it
-_FEWEST = 32  # that the rows of a run lower it to
-_ROWS = 200  # of a stage, which are decoded in a fraction of a second
+MOST_TOKENS = 256  # of an answer: the default of text generation in transformers
+_FEWEST = 32  # the lowest limit that rows can set
+_ROWS = 200  # rows of a stage to read: they are decoded in a fraction of a second
 
 
 class RowFacts(NamedTuple):
-    """What the training rows that the stages of a run kept have in common."""
+    """Common properties of the kept training rows of a run."""
 
-    endings: tuple[str, ...]  # of the prompts of each stage; none where those of one share none
-    longest_answer: int  # in tokens, its end included
+    endings: tuple[str, ...]  # of the prompts, by stage; empty if one stage has no common ending
+    longest_answer: int  # in tokens, with its end
     is_chat: bool  # a chat template wrote the prompts
 
     def has(self, prompt: str) -> bool:
-        """Say whether a prompt ends like those of a stage."""
+        """Say whether a prompt ends like the prompts of a stage."""
         return not self.endings or prompt.endswith(self.endings)
 
 
 def training_rows(run_or_model: Address, tokenizer: Any) -> RowFacts | None:
-    """Return what the training rows have in common that the stages of a run kept.
+    """Return facts about the kept training rows of a run's stages that are switched on.
 
-    None for a model, and where no stage that is on kept rows with prompts.
+    Returns None for a model, and without kept rows that have prompts.
     """
     if not isinstance(run_or_model, OpenState) and not is_run(run_or_model):
         return None
     state = open_run(run_or_model)
     try:
         kept = state.kept()
-    except RunError:  # nobody asked for them
+    except RunError:  # damaged rows must not stop a command that only generates
         return None
-    on = [
+    by_stage = [
         kept[name].train[:_ROWS] for name, share in state.shares.items() if share and name in kept
     ]
-    stages = [found for rows in on if (found := [row for row in rows if len(row.prompt) > 1])]
+    prompted = ([row for row in rows if len(row.prompt) > 1] for rows in by_stage)
+    stages = [rows for rows in prompted if rows]
     if not stages:
         return None
     texts = [{str(tokenizer.decode(row.prompt)) for row in rows} for rows in stages]
-    endings = {common_ending(each) for each in texts}
+    endings = {common_ending(prompts) for prompts in texts}
     answers = [max(map(len, row.sequences)) - len(row.prompt) for rows in stages for row in rows]
     special = tokenizer.all_special_tokens
     is_chat = any(str(token) in ending for ending in endings for token in special)
@@ -58,13 +59,15 @@ def training_rows(run_or_model: Address, tokenizer: Any) -> RowFacts | None:
 
 
 def answer_limit(facts: RowFacts | None) -> int:
-    """Return the most tokens of an answer: twice the longest of the rows, if that is less."""
+    """Return the most tokens of an answer: twice the longest in the rows, at most `MOST_TOKENS`."""
     return min(MOST_TOKENS, max(_FEWEST, 2 * facts.longest_answer)) if facts else MOST_TOKENS
 
 
 def config_of(run_or_model: Address) -> RunConfig | None:
-    """Return the config of the last stage with rows of its own, of a run or an export of one; None
-    for a model or a saved chain."""
+    """Return the config of the last stage with rows of its own, of a run or an export.
+
+    Returns None for a model or a saved chain.
+    """
     if not isinstance(run_or_model, OpenState) and not is_run(run_or_model):
         return config_of_export(run_or_model)
     state = open_run(run_or_model)
@@ -72,17 +75,19 @@ def config_of(run_or_model: Address) -> RunConfig | None:
 
 
 def divided_by(run: Address) -> tuple[int | None, dict[str, Kept]]:
-    """Return what the stage of `config_of` held rows out by, None if it keeps none, and what
-    earlier stages kept."""
+    """Return the bound by which the stage of `config_of` held rows out, and earlier kept rows.
+
+    The bound is None if the stage kept no rows.
+    """
     state = open_run(run).with_rows
     stage = state.configured.key
     kept = state.at(stage).kept()
-    own = kept.pop(stage, None)
-    return None if own is None else own.bound, kept
+    rows = kept.pop(stage, None)
+    return None if rows is None else rows.bound, kept
 
 
 def common_ending(texts: Collection[str]) -> str:
-    """Return what all texts end in; nothing where they are one, or share blanks alone."""
+    """Return the longest common ending; "" for a single text, and for blanks only."""
     if len(texts) < 2:
         return ""
     first, last = min(text[::-1] for text in texts), max(text[::-1] for text in texts)

@@ -73,8 +73,9 @@ def verify_export(export: str | Path, run: str | Path | None = None) -> list[str
         if getattr(new_lineage, name) != getattr(lineage, name):
             differences.append(f"{LINEAGE}: `{name}` is not what {run} says")
     if differences and lineage.versions != versions():
-        others = sorted(lineage.versions.items() - versions().items())
-        differences.append(f"exported with {', '.join(f'{k} {v}' for k, v in others)}, not here")
+        differing = sorted(lineage.versions.items() - versions().items())
+        shown = ", ".join(f"{name} {number}" for name, number in differing)
+        differences.append(f"exported with {shown}, not here")
     return differences
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from chainlora.errors import ChainLoRAError, RunError, StoppedError, TrainingError
-from chainlora.evaluation.combination import build_combination, tell_left_out, told
+from chainlora.evaluation.combination import build_combination, summary_of, warn_of_left_out
 from chainlora.evaluation.stage_scores import Progress
 from chainlora.evaluation.start_rows import build_start
 from chainlora.runs.adding import build_import
@@ -96,7 +96,7 @@ def _report_built(
     history = read_history(run)
     built = history.find(entry.key)
     assert built is not None
-    listener(EntryBuilt(0, entry.key, entry.kind, seconds, told(history, entry.key)))
+    listener(EntryBuilt(0, entry.key, entry.kind, seconds, summary_of(history, entry.key)))
     after(built)
 
 
@@ -214,7 +214,7 @@ def _warn_of_missing_stages(plan: Plan, before: History) -> None:
         logger.warning("%s of %s waits for %s", ", ".join(waiting), run, ", ".join(names))
         return
     if history.head != before.head:
-        tell_left_out(run, before, history.head, rehearsals=False)
+        warn_of_left_out(run, before, history.head, rehearsals=False)
     included = history.below(history.head)
     for name in (planned.name for planned in plan.stages if planned.name not in included):
         entry = _entry_with(name, history)
