@@ -245,7 +245,7 @@ def test_rows_that_are_not_there(chainlora, written, tiny_folder, texts):
     chainlora(f"eval {written} --split tset").refused("must be one of train, validation, test")
     chainlora(f"eval no/model --data {texts}/none.jsonl").refused("none.jsonl")  # looked for first
     moved = texts.rename(f"{texts}-moved")
-    chainlora(f"eval {written}").refused("check the path, or score those that the run kept: --matr")
+    chainlora(f"eval {written}").refused("check the path, or score the kept rows: --matr")
     moved.rename(texts)
     outcome = chainlora(f"eval {tiny_folder}")
     assert outcome.status == 2

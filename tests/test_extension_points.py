@@ -145,7 +145,9 @@ def test_a_run_names_its_plugins_and_never_runs_them(config, mine, chainlora, ca
     assert "signum" not in optimizers.OPTIMIZERS
     more = ("extend", "run", "--chain.ranks", "2", "--chain.steps", "1")
     more += ("--data.task", config["data"]["task"], "--data.train", config["data"]["train"])
-    chainlora(*more, "--name", "more").refused("whose first stage has ended (got run); finish it")
+    chainlora(*more, "--name", "more").refused(
+        "whose first stage has ended (got run); finish that stage"
+    )
     assert "signum" not in optimizers.OPTIMIZERS
     mine.write_text(mine.read_text() + "\n")
     done = chainlora(*resume, "--plugins", str(mine))  # it has moved, and changed

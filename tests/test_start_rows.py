@@ -185,7 +185,9 @@ def test_a_run_is_known_by_what_it_began_on_and_by_the_rows_for_it(
     chainlora("train", moved).refused("must be told where it is")
     on_adapter = settings(made / "first", sentiment, made / "mine", chain=SHORT | {"steps": [20]})
     config.write_text(json.dumps(on_adapter | {"model": tree["model"]}))
-    chainlora("train", config).refused("`start` must be what the run began on (got none, and ")
+    chainlora("train", config).refused(
+        "`start` cannot change after a run has begun (got none, and "
+    )
 
 
 def test_what_was_before_a_first_stage_that_was_pruned(made, sentiment, chainlora, tmp_path):

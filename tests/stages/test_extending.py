@@ -66,7 +66,9 @@ def test_a_run_goes_on_where_what_it_began_on_lies_now(two, tmp_path):
     (tmp_path / "runs").mkdir()
     run.rename(tmp_path / "runs/moved")
     train(fork | {"start": "runs/moved@facts"})
-    with pytest.raises(ConfigError, match=r"must be what the run began on \(got runs/moved@style"):
+    with pytest.raises(
+        ConfigError, match=r"cannot change after a run has begun \(got runs/moved@style"
+    ):
         train(fork | {"start": "runs/moved@style"})
 
 
@@ -300,7 +302,9 @@ def test_a_run_that_has_begun_does_not_need_what_it_began_on(config, tmp_path, c
     assert_same_links(tmp_path / "new", tmp_path / "whole")
     assert cli(["train", str(fork / "stages/style/config.yaml")]) == 0  # what `extend` began
     assert open_run(fork).stages == ["facts", "style"]
-    with pytest.raises(ConfigError, match=r"`start` must be what the run began on .*run@other"):
+    with pytest.raises(
+        ConfigError, match=r"`start` cannot change after a run has begun .*run@other"
+    ):
         train(own | {"start": f"{tmp_path / 'run'}@other"})
     with pytest.raises(
         ChainLoRAError, match=r"a run or adapter must be there .*run@facts: no .*run/history.json"

@@ -239,7 +239,7 @@ def _stages_of(history: History) -> list[str]:
 
 
 def _without_ancestors(states: Sequence[OpenState]) -> list[OpenState]:
-    """Return the states once each, without those that another one was trained on."""
+    """Return the states once each, without states that another one was trained on."""
     below = {e.state.digest for s in states for e in s.lineage if e is not s.entry}
     unique: dict[str, OpenState] = {}
     for state in states:

@@ -216,9 +216,10 @@ def _candidate_text(example: Example, index: int, tokenizer: PreTrainedTokenizer
 
 
 def values(evaluation: Evaluation, metric: str) -> list[float]:
-    """Return the value of each row, whose mean by `weights_of` is the metric; [] if it is no mean.
+    """Return the value of a metric for each row, or [] if the metric is not a mean over rows.
 
-    The loss of a row is the cross-entropy of its right candidate, or the mean loss per token.
+    The metric is the mean of these values, weighted by `weights_of`. The loss of a row is
+    the cross-entropy of its right candidate, or its mean loss per token.
     """
     rows = evaluation.predictions
     if metric == "accuracy":  # 0.5 for a pair whose answers have equal rewards

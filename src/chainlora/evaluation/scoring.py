@@ -235,7 +235,7 @@ def _own_rows(
             )
         except DataError as error:
             if data is None and open_run(run).keepers:
-                error.args = (f"{error}, or score those that the run kept: --matrix",)
+                error.args = (f"{error}, or score the kept rows: --matrix",)
             raise
         return splits, getattr(splits, split)[:limit]
 

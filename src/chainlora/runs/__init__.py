@@ -1,1 +1,1 @@
-"""A run on disk, and what can be made of it: links, exports, inspection, plots, costs."""
+"""Runs on disk: their history and files, exports, inspection, costs."""

@@ -153,7 +153,7 @@ def _new_name(
             )
     same = history.find(entry.key)
     is_equal = same is not None and (same.kind, same.state) == (entry.kind, entry.state)
-    is_base = not entry.state.terms  # its rows are those of this run, if it has some
+    is_base = not entry.state.terms  # then this run may have rows of its own for it
     has_rows = is_base or entry.key != START or (same is not None and same.kept == entry.kept)
     if is_equal and has_rows:
         return entry.key
@@ -165,7 +165,7 @@ def _new_name(
 
 
 def _with_copied_files(entry: Entry) -> Entry:
-    """Return an entry with those of its files that are copied into another run."""
+    """Return an entry with only the files that are copied into another run."""
     names = [name for name in (CONFIG, RECORDS, RESULT) if name in entry.files]
     return entry.model_copy(update={"files": {name: entry.files[name] for name in names}})
 

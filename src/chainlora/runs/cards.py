@@ -102,7 +102,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def is_licence(name: str) -> bool:
-    """Say whether a file name is that of a licence or notice."""
+    """Say whether a file is a licence or notice, by its name."""
     return _LICENCE.fullmatch(name) is not None
 
 

@@ -185,7 +185,7 @@ def _export_each(
 
 
 def _save_tokenizer(run: OpenState | Chain, base: Path, output: Path) -> None:
-    """Write the tokenizer of a run's rows, or for a chain without a run, that of the base."""
+    """Write the tokenizer of a run's rows; for a chain without a run, the base's tokenizer."""
     if not isinstance(run, Chain) and run.has_run:
         tokenizer_of(run, base).save_pretrained(output)
         return

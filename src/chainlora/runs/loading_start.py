@@ -180,7 +180,7 @@ def _check_fit(adapter: Imported, model: nn.Module) -> None:
         ):
             rows = 0 if parameter is None else parameter.shape[0]
             raise ModelError(
-                "the vocabulary of an adapter must be that of its base",
+                "an adapter and its base must have the same vocabulary",
                 f"{weight.shape[0]} rows for {rows}, or other values, at {path}",
                 MERGE,
             )
@@ -293,7 +293,7 @@ def _completed_by_begun(config: dict[str, Any], source: str, begun: OpenState) -
     before = first.start or "the base"
     if source != before and not _is_same_start(before, source, begun):
         raise ConfigError(
-            "`start` must be what the run began on",
+            "`start` cannot change after a run has begun",
             f"{source}, and {before} for {begun.run}",
             "choose another output",
         )

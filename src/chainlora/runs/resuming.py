@@ -103,7 +103,7 @@ def compare(
 def need_start(before: RunConfig, now: RunConfig) -> None:
     """Raise RunError if a config lacks the `start` that its run began on."""
     if before.start is not None and now.start is None:
-        rule = "`start` must be what the run began on"
+        rule = "`start` cannot change after a run has begun"
         got = f"none, and {before.start} for {now.output}"
         raise RunError(rule, got, f"add start: {before.start}, or choose another output")
 
@@ -114,7 +114,7 @@ def _entry(begun: OpenState) -> Entry:
 
 
 def _compare_start_rows(begun: OpenState, before: RunConfig, now: RunConfig) -> None:
-    """Raise RunError if `start_data` names other rows than those that the run keeps."""
+    """Raise RunError if `start_data` names other rows than the run has kept."""
     if now.start_data in (None, before.start_data):
         return
     if now.start_data == "none" and START in begun.keepers:
@@ -217,7 +217,7 @@ def _without_place(value: Any) -> Any:
 
 
 def check_resumed(before: Training, rows: str) -> None:
-    """Raise RunError unless the rows are those that the stage began with.
+    """Raise RunError unless the rows are the same as when the stage began.
 
     Warn if versions have changed: the resume makes the same steps, but may round differently.
     """

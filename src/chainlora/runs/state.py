@@ -149,7 +149,7 @@ class OpenState:
 
     @property
     def is_as_trained(self) -> bool:
-        """Say whether recorded scores are those of this state: no mix, and nothing pruned."""
+        """Say whether recorded scores hold for this state: it is no mix, and nothing was pruned."""
         trained = self.trained
         return trained is None or (not trained.pruned and trained.state.digest == self.state.digest)
 
@@ -166,7 +166,7 @@ class OpenState:
 
     @property
     def first(self) -> int:
-        """Return the number of links below those of the `trained` entry."""
+        """Return the number of links below the links of the `trained` entry."""
         return sum(facts.stage != self.stage for facts in self.facts)
 
     @property

@@ -186,7 +186,7 @@ def _first_config(head: OpenState, name: str) -> RunConfig:
 
 
 def _with_shared_keys(keys: Mapping[str, Any], first: RunConfig, run: Path) -> dict[str, Any]:
-    """Return the keys with those that the run shares. Raise ConfigError if they contradict."""
+    """Return the keys, completed by the run's shared keys. Raise ConfigError if they contradict."""
     tree: dict[str, Any] = {"model": first.model, "quantize": first.quantize}
     model = keys.get("model")
     if model not in (None, first.model) and not is_same_place(first.model, str(model), run):
@@ -205,8 +205,8 @@ def _with_shared_keys(keys: Mapping[str, Any], first: RunConfig, run: Path) -> d
 
 
 def _differs(key: str, value: object, of_run: object) -> ConfigError:
-    rule = f"`{key}` must be that of the run"
-    return ConfigError(rule, f"{value!r:.60}, and {of_run!r:.60} in the run", "leave it out")
+    rule = f"`{key}` must equal the value in the run"
+    return ConfigError(rule, f"{value!r:.60}, and {of_run!r:.60} there", "leave it out")
 
 
 def _check(stage: Stage, imported: Start, head: OpenState | None, base: OpenBase) -> None:

@@ -101,8 +101,8 @@ def make_plan(
 ) -> Plan:
     """Plan the stages of a command and check them; write and train nothing.
 
-    The files of the last finished stage are verified; so are those of the head, if a new stage
-    depends on it. Without `resume`, an existing run in the output is refused.
+    The files of the last finished stage are verified, and those of the head, if a new stage depends
+    on it. Without `resume`, an existing run in the output is refused.
 
     Raises:
         ConfigError, DataError, ModelError: a stage that cannot be trained, by its config, its files

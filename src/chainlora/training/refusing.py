@@ -122,7 +122,7 @@ def _given(first: RunConfig, start: Start, is_new: bool) -> dict[str, str | None
     if START in start.kept and is_same_run:
         return {}  # the run has kept them already
     if START in start.kept:
-        got = f"some, and those of {first.start or 'the base'}"
+        got = f"some, and {first.start or 'the base'} has such rows"
         raise RunError("`start_data` is for a start without such rows", got, "leave it out")
     return {START: learned_by(first.start_data.as_data(first.data), None)}
 

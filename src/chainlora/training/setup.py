@@ -69,6 +69,7 @@ class _Setup:
     start: Start
     stage: str
     listener: Listener
+    accelerator: Accelerator
     processes: Processes
     work: Work | None = None  # None: the stage has no output
     begun: OpenState | None = None  # None: the stage is new
@@ -89,25 +90,24 @@ def prepare(
     """
     accelerator = _make_accelerator(config, stage)
     processes = find_processes(accelerator, share_model=wants_shards(config))
-    setup = _Setup(config, start, stage, listener, processes)
+    setup = _Setup(config, start, stage, listener, accelerator, processes)
     with ExitStack() as undo:
         if config.output is not None:
             setup.work = Work(config.output, stage, writes=processes.is_first)
             undo.callback(setup.work.close, undo=True)
         with processes.together():
-            run = _prepared(setup, change, base, accelerator, undo)
+            run = _prepared(setup, change, base, undo)
         undo.pop_all()
     return run
 
 
 def _prepared(
-    setup: _Setup,
-    change: Collection[str],
-    base: OpenBase | None,
-    accelerator: Accelerator,
-    undo: ExitStack,
+    setup: _Setup, change: Collection[str], base: OpenBase | None, undo: ExitStack
 ) -> Run:
-    """Return a prepared run. All processes execute this together; `undo` gets what to close."""
+    """Return a prepared run; all processes call this together.
+
+    `undo` gets callbacks that close the parts if an error follows.
+    """
     config, start, processes, work = setup.config, setup.start, setup.processes, setup.work
     # 1. The folder and the files of the base: nothing is loaded yet.
     # `begun` is read once, because the first process may begin the stage while others read rows.
@@ -146,7 +146,7 @@ def _prepared(
         chain=chain,
         engine=engine,
         tokenizer=tokenizer,
-        accelerator=accelerator,
+        accelerator=setup.accelerator,
         processes=processes,
         work=work,
         progress=progress,

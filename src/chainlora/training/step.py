@@ -145,7 +145,7 @@ def rate_factor(config: TrainConfig, lengths: Sequence[int], step: int) -> float
     ends = list(accumulate(lengths))
     if not config.restart_schedule:
         return _factor(step, ends[-1], kind, warmup)
-    link = min(bisect_right(ends, step), len(ends) - 1)  # past the end, the last link goes on
+    link = min(bisect_right(ends, step), len(ends) - 1)  # a step past the end: the last link
     within = step - (ends[link] - lengths[link])
     return _factor(within, lengths[link], kind, restart_warmup(config) if link else warmup)
 
