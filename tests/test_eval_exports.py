@@ -13,7 +13,7 @@ from helpers import settings
 from helpers_data import pair_files
 
 from chainlora import evaluate_task, export_adapter, export_merged, train
-from chainlora.runs.recomputing import EXPORTERS
+from chainlora.runs.recomputing import exporter_to
 
 TARGETS = {"adapter": "", "merged": "", "gguf": "/model.gguf"}
 
@@ -37,7 +37,7 @@ def made(tiny_folder, sentiment, tmp_path_factory) -> Path:
     pytest.importorskip("gguf", reason="no gguf: pip install 'chainlora[gguf]'")
     for run in ("task", "chat"):
         for to in TARGETS:
-            EXPORTERS[to](folder / run, folder / f"{run}-{to}")
+            exporter_to(to)(folder / run, folder / f"{run}-{to}")
     return folder
 
 
