@@ -202,7 +202,7 @@ def test_what_was_before_a_first_stage_that_was_pruned(made, sentiment, chainlor
     tree = settings(made, sentiment, run, chain=SHORT | {"steps": [20]})
     tree["model"] = history_of(run)["base"]["model"]
     config.write_text(json.dumps(tree))
-    chainlora("train", config).refused("in their order (got main for more")
+    chainlora("train", config).refused("in their order, then new ones (got main for more")
 
 
 # --- rows that the model writes ---
