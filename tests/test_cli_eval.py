@@ -135,7 +135,7 @@ def test_eval_of_a_split_that_stands_in_for_train_is_refused_where_test_rows_com
 ):
     evaluate, rows = stand_in("test"), tmp_path / "rows"
     chainlora(f"{evaluate} {rows}").refused(
-        "split 'validation' of task 'colour' is what runs train on",
+        "cannot score split 'validation' of task 'colour': runs train on it",
         "(got 30 rows)",
         "score --split test, or name the file itself as --data",
     )

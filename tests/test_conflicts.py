@@ -174,7 +174,7 @@ def test_replay_reads_no_old_answer(tokenizer):
     assert answers() == ["C", "a", "B"]
     assert answers(keep_conflicts=True)[0] == "C"
     assert sorted(answers(keep_conflicts=True)) == sorted("CabcB")
-    with pytest.raises(ConfigError, match=r"\(got later answers to all of january\)"):
+    with pytest.raises(ConfigError, match=r"\(got later answers to all rows of january\)"):
         splits_of(
             tokenizer,
             *(asked("x", f"film {n}?") for n in "abc"),
@@ -238,7 +238,7 @@ def test_a_changed_answer_is_told_once_and_beside_others_not_rehearsed(
     assert "other answer" not in caplog.text
     done = chainlora("extend", months, "april.jsonl", *ONE, "--rehearse")
     assert done.status == 0, done.err
-    assert caplog.text.count(f"{TOLD}the newest answer counts (keep both by --keep-conf") == 1
+    assert caplog.text.count(f"{TOLD}the newest answer counts (--keep-conflicts keeps") == 1
     now = open_run(months)
     assert now.entry.is_rehearsal
     # 4, 1 and 2 rows are left of 5, 2 and 2, each read twice in batches of 8

@@ -68,7 +68,11 @@ ALIKE = {"labels": [" great film", " great plot"], "scoring": "first_token"}
     ("changes", "row", "message"),
     [
         ({"labels": ["", " great"]}, {}, r"at least one token .*got ''.*write some text"),
-        ({"prompt": "{{ text }} ", "labels": ["great", "bad"]}, {"text": "the"}, "last blank"),
+        (
+            {"prompt": "{{ text }} ", "labels": ["great", "bad"]},
+            {"text": "the"},
+            "blank at the end of the prompt",
+        ),
         (SAME, {}, r"different tokens .*'film' and 'film'"),
         (ALIKE, {}, r"first tokens .*use scoring: mean"),
     ],
@@ -149,7 +153,9 @@ def test_a_row_too_long_is_named_with_length_limit_and_remedy(colour, tmp_path):
     said = r"got \d+ tokens for at most 30 at .*long.jsonl line 2.*truncation: cut or drop$"
     with pytest.raises(DataError, match=said):
         encode_examples(rows, tokenizer, colour(), max_length=30)
-    with pytest.raises(DataError, match=r"scored must fit the context .*for at most 2 at .*: drop"):
+    with pytest.raises(
+        DataError, match=r"scored tokens must fit the context .*for at most 2 at .*: drop"
+    ):
         encode_examples(
             rows,
             tokenizer,
@@ -176,7 +182,7 @@ def test_prompt_and_completion_learns_the_completion_and_its_end(special):
     assert [scored(example, tokenizer) for example in examples] == [[[" two</s>"]], [[" many</s>"]]]
     assert [example.references for example in examples] == [(" two",), ("many",)]
     without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(DataError, match=r"end-of-sequence token .* name one as eos_token"):
+    with pytest.raises(DataError, match=r"end-of-sequence token .* set eos_token"):
         encode_examples(rows, without, "completion")
 
 
@@ -241,15 +247,15 @@ TOOL = {"type": "function", "function": {"name": "count", "parameters": {"type":
 # Messages under a chat template, and what is said of them.
 CHATS = [
     (None, TALK, r"must have a chat template"),
-    (FORGETS, TALK, r"must render a conversation as a prefix .*turn 2 at "),
+    (FORGETS, TALK, r"must only append text for each turn.*turn 2 at "),
     (CHAT, "hello", r"list of objects with role and content"),
     (CHAT, [{"role": "user"}], r"list of objects with role and content"),
     (CHAT, [{"role": "user", "content": [IMAGE]}, TALK[1]], r"parts of type text .*image_url"),
-    (CHAT, TALK[:1], r"a turn with role assistant .*\['user'\]"),
-    (CHAT, [*TALK, TALK[1] | {"role": "Assistant"}], r"small letters .*'Assistant'"),
-    (CHAT, [TALK[0], EMPTY, *TALK[2:]], r"say something .*an empty turn 2 at "),
-    (CHAT, [TALK[0], TALK[1] | {"weight": 0}], r"all learned .got weight: 0 in turn 2 at "),
-    (MARKED, [*TALK, EMPTY | {"tool_calls": []}], r"say something .*an empty turn 5 at "),
+    (CHAT, TALK[:1], r"a turn with the role assistant .*\['user'\]"),
+    (CHAT, [*TALK, TALK[1] | {"role": "Assistant"}], r"lower case .*'Assistant'"),
+    (CHAT, [TALK[0], EMPTY, *TALK[2:]], r"must not be empty .*empty turn 2 at "),
+    (CHAT, [TALK[0], TALK[1] | {"weight": 0}], r"is learned .got weight: 0 in turn 2 at "),
+    (MARKED, [*TALK, EMPTY | {"tool_calls": []}], r"must not be empty .*empty turn 5 at "),
     ("{{ raise_exception('roles must alternate') }}", TALK, r"chat template .*alternate"),
 ]
 # Rows of a format, all under a chat template.
@@ -273,7 +279,7 @@ ROWS = [
         (["a"], "must be a list of objects with from and value"),
     ]),
     ("conversational", {"prompt": TALK[:1], "completion": "b"}, "both be lists of messages"),
-    ("conversational", {"prompt": TALK[:1], "completion": TALK[:1]}, "a turn with role assist"),
+    ("conversational", {"prompt": TALK[:1], "completion": TALK[:1]}, "a turn with the role assist"),
     ("alpaca", {"instruction": 5, "output": "b"}, "`instruction` must be a text"),
 ]  # fmt: skip
 

@@ -48,7 +48,7 @@ def test_blocks_of_a_text_learn_every_token_once_from_the_one_before(text, speci
 
 
 def test_a_block_must_hold_something():
-    with pytest.raises(DataError, match=r"hold two tokens beside the 1 special .*max_length 2\)"):
+    with pytest.raises(DataError, match=r"hold two tokens and the 1 special .*max_length 2\)"):
         encode_examples([{"text": "two dogs"}], make_tokenizer("bos"), "text", max_length=2)
 
 
@@ -147,7 +147,9 @@ def test_rows_that_are_too_long_are_left_out_counted_and_told(
     assert told[1].startswith("test: 1 of 2 rows were longer")
     assert told[1].endswith("are left out (truncation: drop)")
     write_rows(train, rows(90, 80))
-    with pytest.raises(DataError, match=r"some row must fit .*got 2 longer ones, up to \d+ tokens"):
+    with pytest.raises(
+        DataError, match=r"at least one row must fit .*got 2 longer rows, up to \d+ tokens"
+    ):
         prepare_splits(DataConfig(**data), tokenizer, 128, loss=loss)
 
 
@@ -219,7 +221,7 @@ def test_columns_that_nothing_reads_are_named_once(tmp_path, caplog, rows, unrea
     path = write_rows(tmp_path / "rows.jsonl", rows * 20)
     with caplog.at_level(logging.WARNING, logger="chainlora"):
         splits = prepare_splits(DataConfig(train=str(path)), make_tokenizer("", CHAT), 128)
-    assert [record.message for record in caplog.records] == [f"train: nothing reads {unread}"]
+    assert [record.message for record in caplog.records] == [f"train: not read: {unread}"]
     assert splits.report()["train"]["unread"] == [name.strip("'") for name in unread.split(", ")]
 
 
@@ -269,7 +271,7 @@ def test_rows_to_score_that_are_trained_on_are_named(
     splits = prepare_splits(held, make_tokenizer("bos"), 24, loss=loss)
     assert splits.validation
     assert "too good" not in caplog.text
-    assert "data.num_test takes rows of data.test, which names none" in caplog.text
+    assert "data.num_test has no effect without a file in data.test" in caplog.text
 
 
 def test_rows_held_out_are_the_same_rows_where_each_encoding_drops_others(tmp_path):
@@ -292,5 +294,5 @@ def test_rows_held_out_of_which_none_can_be_scored_are_an_error(tmp_path):
     task = write_task(tmp_path, prompt="{{ prompt }}", loss="completion", **keys)
     path = write_rows(tmp_path / "train.jsonl", answers(1, *range(14, 40)))
     data = {"task": str(task), "train": str(path), "validation": 4, "max_length": 60}
-    with pytest.raises(DataError, match="rows held out must fit the context with room for an"):
+    with pytest.raises(DataError, match="held-out rows must fit the context with room for an"):
         prepare_splits(DataConfig(**data, truncation="drop"), make_tokenizer("bos"), 128)

@@ -173,7 +173,7 @@ def test_a_file_that_changes_while_it_is_tokenised_is_refused(cache, tmp_path, c
         path.write_bytes(after[change])
 
     tokenizer = make_tokenizer("bos")
-    with pytest.raises(DataError, match=r"must stay as it is .*size or time of .*rows.jsonl"):
+    with pytest.raises(DataError, match=r"must not change while .*size or time of .*rows.jsonl"):
         make_rows(FileSource(path), tokenizer, "text", Options(), progress=tell)
     assert stores(cache) == []
     path.write_bytes(before)

@@ -106,7 +106,7 @@ def test_a_base_model_learns_to_chat(tiny_folder, sentiment, tmp_path, caplog):
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == CHAT
     tokenizer = AutoTokenizer.from_pretrained(base)
     set_chat_template(tokenizer, DataConfig(train="x", chat_template="chatml"))
-    assert "ends turns with <|im_end|>, which is several tokens to this tokenizer" in caplog.text
+    assert "ends turns with <|im_end|>, which this tokenizer splits" in caplog.text
 
 
 # --- arguments ---
@@ -243,7 +243,7 @@ def test_a_chat_that_the_assistant_begins_is_learnt(template):
 
 def test_where_an_answer_begins_cannot_be_told_the_other_template_is_named():
     template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
-    said = r"assistant begins must .*chatml, or remove the first turn"
+    said = r"assistant begins needs .*chatml, or remove the first turn"
     with pytest.raises(DataError, match=said):
         encode_examples([{"messages": [GREETING, *TALK]}], make_tokenizer("", template), "chat")
 

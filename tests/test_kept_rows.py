@@ -188,7 +188,10 @@ def test_training_rows_to_score_are_those_that_a_stage_is_trained_on(
 
 @pytest.mark.parametrize(
     ("validation", "message"),
-    [(26, r"some \(got 26 of 26\); give another"), (0.001, r"some \(got 0.001 of 26\)")],
+    [
+        (26, r"some to train on \(got 26 of 26\); give another"),
+        (0.001, r"some to train on \(got 0.001 of 26\)"),
+    ],
 )
 def test_a_side_without_rows_is_refused(validation, message, tmp_path, tokenizer):
     at = folder_of(tmp_path, a=LETTERS)
@@ -199,7 +202,7 @@ def test_a_side_without_rows_is_refused(validation, message, tmp_path, tokenizer
 def test_nothing_is_held_out_of_rows_that_are_all_shown(tmp_path, tokenizer):
     file = write_rows(tmp_path / "a.jsonl", [{"text": "a", "label": 0}] * 3)
     keys = {"task": str(write_task(tmp_path)), "shots": 3, "validation": 0.5}
-    with pytest.raises(ConfigError, match=r"leave some \(got 0.5 of 0\)"):
+    with pytest.raises(ConfigError, match=r"leave some to train on \(got 0.5 of 0\)"):
         encoded(tokenizer, train=str(file), **keys)
 
 
@@ -268,7 +271,7 @@ def test_rows_of_earlier_stages_that_are_longer_are_left_out(tmp_path, tokenizer
     keys = {"train": folder_of(tmp_path, b="cd")("b"), "replay": 0.5}
     length = earlier["first"].train.lengths.min()
     assert len(stage_of(tokenizer, earlier, **keys, max_length=length).train) == 3
-    assert f"data.replay: 2 rows of more than {length} tokens are left out" in caplog.text
+    assert f"data.replay: leaving out 2 rows of more than {length} tokens" in caplog.text
     with pytest.raises(ConfigError, match=f"got 3 rows of more than {length - 1} tokens"):
         stage_of(tokenizer, earlier, **keys, max_length=length - 1)
 

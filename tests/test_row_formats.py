@@ -277,8 +277,8 @@ def test_turns_of_a_prompt_are_not_learnt_however_often_a_template_marks_them(th
 @pytest.mark.parametrize(
     ("train", "validation", "said"),
     [
-        (["pair"], "text", "validation: rows are text, and those trained on completion"),
-        (["text"], "pair", "validation: rows are completion, and those trained on text"),
+        (["pair"], "text", "validation: rows are text, but training rows are completion"),
+        (["text"], "pair", "validation: rows are completion, but training rows are text"),
         (["pair", "text"], "text", ""),
         (["pair"], "chat", ""),
     ],
@@ -301,6 +301,6 @@ def test_what_was_recognised_is_reported(tmp_path, caplog):
     data = DataConfig(train=str(write_rows(tmp_path / "rows.jsonl", rows)))
     found = prepare_splits(data, tokenizer, 128).report()["train"]
     assert (found["recognised"], found["rows"], found["unread"]) == ("sharegpt", 2, ["id"])
-    assert "train: nothing reads 'id'" in caplog.text
+    assert "train: not read: 'id'" in caplog.text
     data = data.model_copy(update={"format": "sharegpt"})
     assert "recognised" not in prepare_splits(data, tokenizer, 128).report()["train"]

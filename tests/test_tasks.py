@@ -166,7 +166,7 @@ def test_a_split_that_stands_in_for_train_keeps_its_test_rows_apart_and_fixed(of
     task = load_task(write_task(tmp_path, sampling=rules))
     one = sample_splits(task, tmp_path, 30, 20, 40, data_seed=0)
     two = sample_splits(task, tmp_path, 30, 20, 10, data_seed=1)
-    assert "stands in" in caplog.text
+    assert "replaces it" in caplog.text
     indices = [{row.index for row in one[name]} for name in ("train", "validation", "test")]
     assert len(set.union(*indices)) == 90
     assert {row.index for row in two["test"]} < indices[2]

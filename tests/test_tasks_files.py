@@ -37,7 +37,7 @@ WRITTEN |= {"metric": "em", "references": "gold"}
         ({"labels": {"1": " a", "2": " b", "true": " c"}}, r"'1', which means ' a' and ' c'"),
         ({"labels": None}, r"one of `labels`, `candidates`, `completion` \(got none\)"),
         ({"completion": "x"}, r"got labels and completion"),
-        ({"labels": None, "completion": "x"}, r"loss: completion and metric em"),
+        ({"labels": None, "completion": "x"}, r"loss: completion, and metric em"),
         (WRITTEN | {"references": None}, r"`references` \(got none\)"),
         *(
             (
@@ -85,7 +85,7 @@ def test_words_that_read_as_their_own_position_or_as_none_are_labels(tmp_path, w
 def test_bare_yes_and_no_are_caught(tmp_path):
     path = write_task(tmp_path)
     path.write_text(path.read_text().replace('[" red", " blue"]', "[No, Yes]"))
-    with pytest.raises(ConfigError, match=r"YAML reads bare Yes and No so.*quotes"):
+    with pytest.raises(ConfigError, match=r"YAML reads from an unquoted Yes or No.*quotes"):
         load_task(path)
 
 
@@ -94,7 +94,7 @@ def test_bare_yes_and_no_are_caught(tmp_path):
     [
         ({"label": 0}, r"`prompt` .*'text' is undefined.*bad.jsonl line 1.*fields are label"),
         ({"text": None, "label": 0}, r"`prompt` .*a null"),
-        ({"text": ["x"], "label": 0}, r"`prompt` .*got \['x'\], which is no text at .*row"),
+        ({"text": ["x"], "label": 0}, r"`prompt` .*got \['x'\], which is not a text at .*row"),
         ({"text": "x"}, r"`label` .*'label' is undefined"),
         ({"text": "x", "label": 2}, r"label must be one .*got 2 .*bad.jsonl line 1.*0 or 'red'"),
         ({"text": "x", "label": None}, r"label must be one .*got None"),
@@ -111,7 +111,7 @@ def test_a_row_that_does_not_suit_the_task_is_named(tmp_path, row, message):
 def test_bytes_are_no_text_to_a_template_and_no_matter_where_none_reads_them(tmp_path):
     """Columns of Parquet may be binary; of b'x' a template would write that."""
     task = load_task(write_task(tmp_path))
-    with pytest.raises(DataError, match=r"`prompt` .*bytes that are no text"):
+    with pytest.raises(DataError, match=r"`prompt` .*bytes that are not text"):
         task.render_all([{"text": b"x", "label": 0}])
     assert task.render_all([{"text": "x", "label": 0, "image": b"x"}])[0].prompt == "x It is"
 
@@ -141,7 +141,7 @@ def test_a_text_among_the_candidates_of_a_row_is_the_item_and_a_number_the_posit
         assert [label(value, options) for value in values] == expected
     with pytest.raises(
         DataError,
-        match=r"must mean one candidate \(got '3' of .* item 2 and the position of another"
+        match=r"must mean one candidate \(got '3' of .* item 2 or position 3"
         r"\); give the position as a number, e.g. label: \(options\).index\(label\)",
     ):
         label("3", ["1", "2", "3", "4"])

@@ -1,13 +1,14 @@
-"""Which rows of the training files are trained on, and which are held out or left out.
+"""Divide the rows of the training files: rows to train on, rows to hold out, rows to leave out.
 
-A row is held out by its prompt alone: for validation if its hash is below the run's bound, and for
-good if it was a validation row of an earlier stage.
+Only the prompt of a row decides. A row is held out for validation if the hash of its prompt is
+below the run's bound. It is left out if it was a validation row of an earlier stage.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -28,53 +29,50 @@ Masks = list[NDArray[np.bool_]]
 
 @dataclass(frozen=True)
 class Division:
-    """What becomes of every example of the training files: masks, one a file.
-
-    `bound` is that of `held_out_bound`, None where nothing is held out. `counts` says how many
-    examples were held out, were validation rows of earlier stages, or were trained on there.
-    """
+    """The use of every example of the training files, as one mask per file."""
 
     train: Masks
     validation: Masks
-    bound: int | None = None
+    bound: int | None = None  # of `held_out_bound`; None: nothing is held out
     counts: dict[str, int] = field(default_factory=dict)
+    """Examples by reason: `held_out`; `left_out`, validation rows of earlier stages; `seen`, rows
+    that earlier stages trained on."""
 
 
 def divide(
     files: Sequence[Rows], data: DataConfig, earlier: Sequence[Kept] = (), bound: int | None = None
 ) -> Division:
-    """Divide the rows of training files, encoded as they are trained on.
+    """Divide the rows of training files.
 
-    `bound` is that of the run where it is known. Raises ConfigError where no side may be empty.
+    Args:
+        files: the rows of each file, encoded for training.
+        data: `validation` is the share or number to hold out; `new_rows_only` leaves out rows that
+            earlier stages trained on.
+        earlier: the rows that earlier stages kept.
+        bound: the bound of the run (`held_out_bound`), if it has one already.
+
+    Raises:
+        ConfigError: no rows are left to train on, or none are held out.
     """
-    before = np.unique(_joined(kept.held_out for kept in earlier))
-    seen = np.unique(_joined(kept.seen for kept in earlier))
+    validated = np.unique(_joined(kept.held_out for kept in earlier))
+    trained = np.unique(_joined(kept.seen for kept in earlier))
     prompts = [np.empty(0, np.int64)] * len(files)
-    if data.holds_out or len(before):
+    if data.holds_out or len(validated):
         prompts = [prompt_hashes(rows) for rows in files]
     if data.holds_out and bound is None:
-        assert isinstance(data.validation, int | float)
-        every = _joined(prompts)
-        bound = held_out_bound(every, data.validation)
-        if not 0 < (every < bound).sum() < len(every):
-            raise ConfigError(
-                "`data.validation` must hold out some prompts, and leave some",
-                f"{data.validation} of {len(np.unique(every))}",
-                "give another share or number, or more rows",
-            )
+        bound = _new_bound(_joined(prompts), data)
     nothing = [np.zeros(len(rows), bool) for rows in files]
     held_out = [hashes < bound for hashes in prompts] if bound is not None else nothing
-    left_out = [np.isin(hashes, before) for hashes in prompts] if len(before) else nothing
-    known = nothing
-    if data.new_rows_only and len(seen):
-        known = [np.isin(example_hashes(rows), seen) for rows in files]
-    parts = list(zip(held_out, left_out, known, strict=True))
-    train = [~(out | before | seen) for out, before, seen in parts]
-    counts = {
-        "held_out": sum(int(out.sum()) for out in held_out),
-        "left_out": sum(int((before & ~out).sum()) for out, before, _ in parts),
-        "seen": sum(int((seen & ~before & ~out).sum()) for out, before, seen in parts),
-    }
+    left_out = [np.isin(hashes, validated) for hashes in prompts] if len(validated) else nothing
+    seen = nothing
+    if data.new_rows_only and len(trained):
+        seen = [np.isin(example_hashes(rows), trained) for rows in files]
+    train, counts = list[NDArray[np.bool_]](), Counter[str]()
+    for is_held_out, is_left_out, is_seen in zip(held_out, left_out, seen, strict=True):
+        train.append(~(is_held_out | is_left_out | is_seen))
+        counts["held_out"] += int(is_held_out.sum())
+        counts["left_out"] += int((is_left_out & ~is_held_out).sum())
+        counts["seen"] += int((is_seen & ~is_left_out & ~is_held_out).sum())
     if any(counts.values()) and not any(mask.any() for mask in train):
         raise ConfigError(
             "training needs rows that no stage has held out or, with `data.new_rows_only`, seen",
@@ -84,59 +82,74 @@ def divide(
     return Division(train, held_out, bound, {name: n for name, n in counts.items() if n})
 
 
+def _new_bound(prompts: NDArray[np.int64], data: DataConfig) -> int:
+    """Return the bound of a run that holds out rows for the first time."""
+    assert isinstance(data.validation, int | float)
+    bound = held_out_bound(prompts, data.validation)
+    if not 0 < (prompts < bound).sum() < len(prompts):
+        raise ConfigError(
+            "`data.validation` must hold out some prompts, and leave some to train on",
+            f"{data.validation} of {len(np.unique(prompts))}",
+            "give another share or number, or more rows",
+        )
+    return bound
+
+
 def rows_again(
     key: str, earlier: Mapping[str, Kept], loss: str, validation: Iterable[Example], max_length: int
 ) -> list[Rows]:
-    """Return the rows that a stage with this loss can read again, of each earlier one with some.
+    """Return the rows of earlier stages that a stage with this loss can read again.
 
-    No validation row is among them, of this stage or an earlier one, and no row of more tokens than
-    `max_length`. Of ranked candidates the right one is read where completions are learned. Raises
-    ConfigError, which names the `key` of the config, where there are none.
+    The result has an entry for each earlier stage with such rows. It has no validation rows of this
+    stage or of an earlier one, and no rows of more than `max_length` tokens. Ranked candidates
+    become their right candidate if this stage learns completions. Raises ConfigError, which names
+    the `key` of the config, if no rows are left.
     """
     held_out = [prompt_hashes(validation), *(k.held_out for k in earlier.values())]
-    found, others, long = list[Rows](), [], 0
+    stage_rows, other_losses, num_long = list[Rows](), [], 0
     for stage, kept in earlier.items():
         if not can_read_again(kept.loss, loss):
-            others.append(f"{stage}: {kept.loss}")
+            other_losses.append(f"{stage}: {kept.loss}")
             continue
         rows = pick(kept.train, ~np.isin(kept.prompts, np.concatenate(held_out)))
         again = list(rows) if kept.loss == loss else [row.right for row in rows]
-        fitting = [each for each in again if max(map(len, each.sequences)) <= max_length]
-        long += len(again) - len(fitting)
+        fitting = [row for row in again if max(map(len, row.sequences)) <= max_length]
+        num_long += len(again) - len(fitting)
         if fitting:
-            found.append(MemoryRows(fitting))
-            hashes = example_hashes(found[-1]).tobytes()
-            found[-1].summary = RowsSummary(digest=hashlib.sha256(hashes).hexdigest())
-    lost = f"{long} rows of more than {max_length} tokens"
-    if not found:
-        changed = [name for name, k in earlier.items() if k.counts["train"] and not k.train]
-        got = [*others, *[lost] * bool(long), *(f"later answers to all of {n}" for n in changed)]
+            stage_rows.append(MemoryRows(fitting))
+            hashes = example_hashes(stage_rows[-1]).tobytes()
+            stage_rows[-1].summary = RowsSummary(digest=hashlib.sha256(hashes).hexdigest())
+    too_long = f"{num_long} rows of more than {max_length} tokens"
+    if not stage_rows:
+        got = other_losses + [too_long] * bool(num_long)
+        superseded = (name for name, k in earlier.items() if k.counts["train"] and not k.train)
+        got += [f"later answers to all rows of {name}" for name in superseded]
         raise ConfigError(
             f"`{key}` needs rows that an earlier stage kept and that are learned by {loss}",
             ", ".join(got) or "none",
             "leave it out",
         )
-    if others:
-        _log.warning("%s: this stage learns by %s, not %s", key, loss, ", ".join(others))
-    if long:
-        _log.warning("%s: %s are left out", key, lost)
-    return found
+    if other_losses:
+        _log.warning("%s: this stage learns by %s, not %s", key, loss, ", ".join(other_losses))
+    if num_long:
+        _log.warning("%s: leaving out %s", key, too_long)
+    return stage_rows
 
 
 def can_read_again(before: str, loss: str) -> bool:
-    """Say whether a stage with this loss can read rows again that were learned by another."""
+    """Return whether a stage with `loss` can read rows that a stage with `before` learned."""
     return before == loss or (before, loss) == ("candidates", "completion")
 
 
 def rows_in_both(train: Rows, others: Rows) -> list[int]:
-    """Return which rows of `others` are trained on with all their tokens.
+    """Return the numbers of the rows of `others` that `train` contains too.
 
-    Of ranked candidates the right one counts, of a text all its blocks.
+    Ranked candidates are compared by the right one, texts by all their blocks.
     """
-    told = [(_hash_of_right(each), each.row) for each in others]
-    both = {found for found, _ in told}.intersection(map(_hash_of_right, train))
-    new = {row for found, row in told if found not in both}
-    return list(dict.fromkeys(row for _, row in told if row not in new))
+    hashes = [(_hash_of_right(example), example.row) for example in others]
+    both = {hashed for hashed, _ in hashes}.intersection(map(_hash_of_right, train))
+    new = {row for hashed, row in hashes if hashed not in both}
+    return list(dict.fromkeys(row for _, row in hashes if row not in new))
 
 
 def _hash_of_right(example: Example) -> int:
@@ -145,20 +158,20 @@ def _hash_of_right(example: Example) -> int:
 
 
 def pick(rows: Rows, mask: NDArray[np.bool_]) -> Rows:
-    """Return the rows that a mask names."""
+    """Return the rows where the mask is true."""
     return rows if mask.all() else PickedRows(rows, np.flatnonzero(mask))
 
 
 def aligned(scored: Rows, files: Rows, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return a mask of rows of a file for the same rows, encoded to be scored.
+    """Translate a mask over `files` into a mask over `scored`: the same rows, encoded for scoring.
 
-    Either may lack rows that are too long and were dropped: one has candidates or keeps room for an
-    answer, the other may have an end of sequence.
+    The encodings differ in length (candidates, room for an answer, end of sequence), so each may
+    lack rows that were too long and were dropped.
     """
     if not (scored.summary.rows_dropped or files.summary.rows_dropped):
         return mask
     chosen = {files[int(place)].row for place in np.flatnonzero(mask)}
-    return np.array([each.row in chosen for each in scored], bool)
+    return np.array([example.row in chosen for example in scored], bool)
 
 
 def _joined(hashes: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:

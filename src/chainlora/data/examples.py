@@ -1,4 +1,4 @@
-"""One row as tokens: what is read and what is scored."""
+"""One row as tokens: the sequences that a model reads, and the spans that are scored."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Example:
 
     `sequences` holds the full token sequences: one per candidate, or a single one for
     language-model rows. `scored` holds, per sequence, the spans ``[start, end)`` of tokens that are
-    targets, ``start >= 1``. Candidates may stand for `names`, which metrics compare with
-    `references`. A pair of preferences is two sequences, the chosen one first; `reference` is the
-    mean log-probability per token of each at the start of the run. `prompt_hash` is of the prompt
-    as it is read alone and uncut, or of the whole row where there is none: rows of one prompt have
-    one, whatever is answered.
+    targets, ``start >= 1``. `label` is the right candidate. `names` are the values of the
+    candidates, which metrics compare with `references`. A pair of preferences is two sequences, the
+    chosen one first; `reference` is the mean log-probability per token of each at the start of the
+    run. `prompt_hash` is the hash of the prompt, tokenised alone and before cuts, or of the whole
+    row if the prompt is empty. Rows with the same prompt share it, whatever their answers.
     """
 
     row: int
@@ -35,7 +35,7 @@ class Example:
     prompt_hash: int = 0
 
     def content(self) -> bytes:
-        """Return all that the row says, wherever it stands."""
+        """Return the content as bytes; the row number is not part of it."""
         sizes = [len(sequence) for sequence in self.sequences]
         rest = [sizes, self.scored, self.label, self.references, self.names]
         tokens = np.fromiter(chain.from_iterable(self.sequences), "<i4", sum(sizes))
@@ -43,19 +43,19 @@ class Example:
 
     @property
     def num_learned(self) -> int:
-        """Tokens that the row teaches: those scored of its right candidate or chosen answer."""
+        """Count the scored tokens of the right candidate or chosen answer."""
         return sum(end - start for start, end in self.scored[self.label or 0])
 
     @property
     def right(self) -> Example:
-        """The row with its right candidate or chosen answer alone, as a completion."""
+        """Return the row as a completion: only its right candidate or chosen answer."""
         at = self.label or 0
         sequence, spans = self.sequences[at], self.scored[at]
         return replace(self, sequences=(sequence,), scored=(spans,), label=None, names=())
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """The tokens before the last span: what an answer is written after."""
+        """Return the tokens before the last span, which an answer continues."""
         return self.sequences[0][: self.scored[0][-1][0]]
 
 

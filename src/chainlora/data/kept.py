@@ -1,13 +1,15 @@
-"""Rows that a run keeps: a sample to score and to read again later, and hashes of all its rows.
+"""Rows that a run keeps: a sample of each split, and hashes of all rows.
 
-A later stage replays training rows of earlier ones, holds out their validation rows, leaves out
-what was trained on, and is scored on all of them, on a machine without the data files.
+With them a later stage can, without the data files, replay earlier training rows, hold out earlier
+validation rows, leave out rows already trained on, and be scored on earlier rows.
 
-A file of kept rows is safetensors: of each split, as ``train.tokens`` and so on, the arrays of
-`chainlora.data.rows.flatten`; ``seen`` and ``held_out``, the sorted hashes (int64) of all training
-examples and of the prompts of all validation rows (`chainlora.data.mixture`); ``answers``, those of
-the prompts and answers of all training rows (`chainlora.data.conflicts`); ``prompts``, those of the
-prompts of ``train``.
+A file of kept rows is a safetensors file with these tensors:
+
+    SPLIT.tokens, SPLIT.lines, SPLIT.ends   the sample of a split (`chainlora.data.rows.flatten`)
+    seen       hashes of all training examples, sorted int64 (`chainlora.data.mixture`)
+    held_out   hashes of the prompts of all validation rows, sorted int64
+    answers    `answer_hashes` of all training rows (`chainlora.data.conflicts`)
+    prompts    hashes of the prompts of the sample of ``train``
 """
 
 from __future__ import annotations
@@ -38,25 +40,18 @@ _FORMAT = 2
 
 @dataclass(frozen=True)
 class Kept:
-    """Rows that a run kept.
+    """Rows that a run kept. The module docstring describes the hashes."""
 
-    `train` are the training examples of the smallest hashes, and `prompts` the hashes of their
-    prompts; `validation` and `test` are the first ones in file order; `counts` says how many there
-    were of each split. `answers` are the `answer_hashes` of all training examples, each once.
-    `asked` is what `Splits` says of how they are scored (`ASKED`), `bound` what `data.validation`
-    held out (`held_out_bound`), None where it was a file.
-    """
-
-    train: Rows
-    validation: Rows
-    test: Rows
-    counts: Mapping[str, int]
+    train: Rows  # the examples with the smallest hashes
+    validation: Rows  # the first ones in file order
+    test: Rows  # the first ones in file order
+    counts: Mapping[str, int]  # examples of each split before sampling
     prompts: NDArray[np.int64]
     seen: NDArray[np.int64]
     held_out: NDArray[np.int64]
-    answers: NDArray[np.int64]
-    asked: Mapping[str, Any]
-    bound: int | None = None
+    answers: NDArray[np.int64]  # [unique answers, 2]
+    asked: Mapping[str, Any]  # the fields `ASKED` of `Splits`: how the rows are scored
+    bound: int | None = None  # of `held_out_bound`; None: `data.validation` was a file
 
     @property
     def loss(self) -> str:
@@ -64,23 +59,23 @@ class Kept:
 
     @property
     def metric(self) -> str:
-        """Return what the rows are judged by in a matrix; pairs by how many are ranked right."""
+        """Return the metric of the rows in a score matrix; pairs have the accuracy of ranking."""
         return "accuracy" if self.loss in PAIR_LOSSES else str(self.asked["metric"])
 
     @property
     def scored(self) -> tuple[str, Rows]:
-        """Return the split to score a stage by, test before validation before training rows."""
+        """Return the split to score a stage on: test, else validation, else training rows."""
         named = {"test": self.test, "validation": self.validation}
         return next(((name, rows) for name, rows in named.items() if rows), ("train", self.train))
 
 
 def keeps_rows(data: DataConfig) -> bool:
-    """Say whether a stage keeps rows; a rehearsal has none of its own."""
+    """Return whether a stage keeps rows; a rehearsal has no new rows to keep."""
     return data.keep_rows and not data.rehearse
 
 
 def keeps_general(config: RunConfig) -> bool:
-    """Say whether a run that begins with this config keeps what its model writes (`start_data`)."""
+    """Return whether a run with this first config keeps answers of its base (`start_data`)."""
     return config.start_data is None and keeps_rows(config.data)
 
 
@@ -88,31 +83,34 @@ def write_kept(path: Path, kept: Kept) -> None:
     """Write kept rows, whole or not at all."""
     arrays = {name: getattr(kept, name) for name in _HASHES}
     for split in SPLITS:
-        found = flatten(getattr(kept, split)[:])
-        arrays |= {f"{split}.{name}": array for name, array in found.items()}
-    said = {"format": _FORMAT, "counts": dict(kept.counts), "asked": dict(kept.asked)}
-    said["bound"] = kept.bound
+        flat = flatten(getattr(kept, split)[:])
+        arrays |= {f"{split}.{name}": array for name, array in flat.items()}
+    facts = {"format": _FORMAT, "counts": dict(kept.counts), "asked": dict(kept.asked)}
+    facts["bound"] = kept.bound
     tensors = {name: torch.tensor(array) for name, array in arrays.items()}
-    files.write_tensors(path, tensors, {"kept": json.dumps(said)})
+    files.write_tensors(path, tensors, {"kept": json.dumps(facts)})
 
 
 def read_kept(path: Path) -> Kept:
-    """Read kept rows. Raises RunError where these are none; `OpenState.kept` checks the bytes."""
+    """Read kept rows. `OpenState.kept` verifies the checksum of the file.
+
+    Raises RunError if the file cannot be read as kept rows.
+    """
     try:
         with safe_open(path, "np") as file:
-            said = json.loads(file.metadata()["kept"])
+            facts = json.loads(file.metadata()["kept"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if said["format"] != _FORMAT:
-            raise ValueError(f"format {said['format']}")
+        if facts["format"] != _FORMAT:
+            raise ValueError(f"format {facts['format']}")
         train, validation, test = (
             StoredRows({name: arrays[f"{split}.{name}"] for name in ARRAYS}) for split in SPLITS
         )
         hashes = {name: arrays[name] for name in _HASHES}
-        said = {name: said[name] for name in ("counts", "asked", "bound")}
-        return Kept(train, validation, test, **hashes, **said)
+        facts = {name: facts[name] for name in ("counts", "asked", "bound")}
+        return Kept(train, validation, test, **hashes, **facts)
     except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
         raise RunError(
-            "rows that a run keeps must be readable",
+            "kept rows must be readable",
             f"{path}: {error}",
             "restore the file from a copy, or start over",
         ) from None

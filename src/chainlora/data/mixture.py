@@ -1,7 +1,7 @@
-"""What an epoch reads, and in which order: weights of files, rows held out, earlier stages.
+"""The rows of an epoch and their order: weights of files, held-out rows, rows of earlier stages.
 
-Nothing here has a state or depends on the number of processes: what a step reads is a function of
-(seed, step), and on which side a row is of its prompt alone.
+All functions are pure and independent of the number of processes: (seed, step) decides the rows of
+a step, and only the prompt of a row decides whether it is held out.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from chainlora.data.examples import Example, hash_of
 from chainlora.data.rows import Rows
 from chainlora.models.modes import seeded
 
-# Rows are sorted by length within this many batches: long enough that lengths are alike, short
-# enough that the order stays random.
+# Rows are sorted by length within this many batches: enough batches for similar lengths, few enough
+# for a random order.
 _WINDOW = 32
-_HASHES = 1 << 63  # how many there are of a prompt or an example
+_HASHES = 1 << 63  # the number of possible hashes (`hash_of`)
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """What training reads: rows of files, each with its weight, and rows of earlier stages.
+    """The rows that training reads: weighted files, and rows of earlier stages.
 
-    Rows are numbered as if the files lay end to end, the `num_earlier` rows of earlier stages after
-    them. `replay` is the share of a batch that is added to it from these.
+    Rows are numbered through all files in order; the `num_earlier` rows of earlier stages follow.
+    `replay` is the number of earlier rows added to a batch, as a share of the batch size.
     """
 
     counts: tuple[int, ...]
@@ -45,21 +45,21 @@ class Mixture:
 
     @property
     def per_epoch(self) -> int:
-        """Rows that an epoch reads of the files: the same number in every epoch."""
+        """Return how many rows of the files an epoch reads, the same in every epoch."""
         return sum(map(_per_epoch, self.counts, self.weights))
 
     @property
     def is_even(self) -> bool:
-        """Say whether every epoch reads the same rows."""
+        """Return whether every epoch reads the same rows."""
         files = zip(self.counts, self.weights, strict=True)
         return all(_per_epoch(count, weight) % max(count, 1) == 0 for count, weight in files)
 
     def epoch(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """Return the rows of an epoch.
 
-        A weight is copies per epoch: a file of n rows and weight w gives round(w·n) of them to
-        every epoch, one at least. All rows of a file come once before one comes again, from epoch
-        to epoch.
+        A weight is copies per epoch: a file of n rows and weight w gives round(w·n) rows to every
+        epoch, at least one. Every row of a file is read once before any row is read again, across
+        epochs.
         """
         parts, first = [], 0
         for file, (count, weight) in enumerate(zip(self.counts, self.weights, strict=True)):
@@ -70,14 +70,14 @@ class Mixture:
         return np.concatenate(parts)
 
     def added(self, batch_size: int, seed: int, batch: int) -> list[int]:
-        """Return the rows of earlier stages that the run's batch of this number gets.
+        """Return the rows of earlier stages that are added to batch number `batch` of the run.
 
-        These are floor((k + 1)·p·B) − floor(k·p·B) rows for batch k of B rows, a share p of them:
-        2 % of batches of 8 is one row in six batches or seven. All rows come once before one comes
+        Batch k of B rows gets floor((k + 1)·p·B) − floor(k·p·B) rows for a share p: 2 % of batches
+        of 8 is one row in every six or seven batches. Every row is read once before any row is read
         again.
         """
-        each = Fraction(str(self.replay)) * batch_size
-        places = floor(batch * each), floor((batch + 1) * each)
+        per_batch = Fraction(str(self.replay)) * batch_size
+        places = floor(batch * per_batch), floor((batch + 1) * per_batch)
         return (self.num_rows + _dealt(self.num_earlier, f"{seed} replay", *places)).tolist()
 
 
@@ -86,51 +86,55 @@ def _per_epoch(count: int, weight: float) -> int:
 
 
 def held_out_bound(hashes: NDArray[np.int64], validation: float | int) -> int:
-    """Return the bound below which hashes of prompts are held out: a share, or a number of prompts.
+    """Return the bound below which hashes of prompts are held out.
 
-    A number (of 1 or more) is for the rows that are there. Kept with the run, the bound holds for
-    rows that come later too, of which it takes the same share: no row ever changes sides.
+    The run keeps the bound and applies it to later rows too, of which it holds out the same share.
+    Adding rows never moves existing rows.
+
+    Args:
+        hashes: the hashes of all prompts.
+        validation: a share of the prompts (float), or a number of prompts, 1 or more (int).
     """
     if isinstance(validation, float):
         return floor(Fraction(str(validation)) * _HASHES)
-    found = np.unique(hashes)
-    return _HASHES if validation > len(found) else 1 + int(found[validation - 1])
+    unique = np.unique(hashes)
+    return _HASHES if validation > len(unique) else 1 + int(unique[validation - 1])
 
 
 def prompt_hashes(examples: Iterable[Example]) -> NDArray[np.int64]:
-    """Return `Example.prompt_hash` of each: rows of one prompt are held out together."""
+    """Return `Example.prompt_hash` of each example."""
     return np.fromiter((example.prompt_hash for example in examples), np.int64)
 
 
 def example_hashes(rows: Rows) -> NDArray[np.int64]:
-    """Return for every example a hash of all that it says, wherever it stands."""
+    """Return the hash of the content of each example; row numbers do not count."""
     return np.fromiter((hash_of(rows.content(k)) for k in range(len(rows))), np.int64, len(rows))
 
 
 def _dealt(count: int, name: str, start: int, end: int) -> NDArray[np.int64]:
-    """Return the places `start` to `end` of rows that are shuffled and dealt again and again."""
+    """Return items `start` to `end` of an endless sequence: all rows shuffled, then again, …"""
     if not count:
         return np.empty(0, np.int64)
     places = np.arange(start, end)
     rows = np.empty(len(places), np.int64)
     for deal in range(start // count, -(-end // count)):
-        here = places // count == deal
-        rows[here] = _shuffled(count, f"{name} {deal}")[places[here] % count]
+        in_deal = places // count == deal
+        rows[in_deal] = _shuffled(count, f"{name} {deal}")[places[in_deal] % count]
     return rows
 
 
 @lru_cache(maxsize=8)
 def _shuffled(count: int, name: str) -> NDArray[np.int64]:
-    found: NDArray[np.int64] = torch.randperm(count, generator=seeded(name)).numpy()
-    return found
+    order: NDArray[np.int64] = torch.randperm(count, generator=seeded(name)).numpy()
+    return order
 
 
-# --- the order of an epoch, a pure function of (seed, epoch), cut into batches on demand ---
+# --- the order of an epoch: a pure function of (seed, epoch) ---
 
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """One epoch: its rows in order, and the order of their batches (None: as they lie)."""
+    """One epoch: its rows in order, and the order of their batches (None: unchanged)."""
 
     rows: NDArray[np.int64]
     batches: NDArray[np.int64] | None
@@ -140,7 +144,7 @@ class EpochOrder:
         return -(-len(self.rows) // self.batch_size)
 
     def batch(self, index: int) -> list[int]:
-        """Return the rows of one batch; the batch of the last rows may be smaller."""
+        """Return the rows of one batch; the batch with the last rows may be smaller."""
         place = index if self.batches is None else int(self.batches[index])
         rows: list[int] = self.rows[
             place * self.batch_size : (place + 1) * self.batch_size
@@ -151,7 +155,7 @@ class EpochOrder:
 def epoch_order(
     lengths: NDArray[np.integer], batch_size: int, seed: int, epoch: int, group_by_length: bool
 ) -> EpochOrder:
-    """Return the order of one epoch, in which every row comes once.
+    """Return the order of one epoch, with every row once.
 
     `group_by_length` shuffles the rows, sorts windows of 32 batches by length, and shuffles the
     batches.

@@ -1,13 +1,13 @@
-"""Encode a source of rows: in memory while they are few, else into a cached table.
+"""Encode a source of rows: a small one in memory, a large one into a cached table.
 
-The table is an Arrow file in the cache folder, under the hash of all that decides its content: the
-bytes of the source, the tokenizer and its chat template, the task or format and its options, the
-versions of the libraries that encode, and the code of this package. So a table is never out of
-date, and can be deleted at any time. A row of the table is a chunk of rows, as the arrays of
+The table is an Arrow file in the cache folder. Its name is the hash of everything that decides its
+content: the bytes of the source, the tokenizer and its chat template, the task or format and its
+options, the versions of the encoding libraries, and the code of this package. So a table is never
+out of date, and can be deleted at any time. A row of the table is a chunk of rows, as the arrays of
 `chainlora.data.rows.flatten`; ``summary.json`` beside it has their counts and digest.
 
-One process encodes: the threads of the tokenizer share its part, and Ctrl-C, a kill or a bad row
-end the work at once.
+One process encodes, so that Ctrl-C, a kill or a bad row ends the work at once. The tokenizer uses
+threads of its own.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from chainlora.files import checksums, is_scratch, make_folder, remove, replaced
 from chainlora.models.identity import cache_dir
 
 IN_MEMORY = 2000
-"""Rows up to which nothing is stored: they take a few MB and a fraction of a second."""
-_CHUNK = 500  # rows encoded at a time: the tokenizer's threads share them
+"""The most rows that stay in memory: they take a few MB and a fraction of a second to encode."""
+_CHUNK = 500  # rows encoded at a time; the tokenizer's threads share them
 _BATCH = 8
-"""Chunks in a batch of the table. Each column of a batch is in one place of the file, so that what
-ends the rows is read without the pages of the rows."""
+"""Chunks in a batch of the table. The file stores each column of a batch in one place, so that
+`ends` is read without the pages of `tokens`."""
 _TABLE, _SUMMARY = "rows.arrow", "summary.json"
 
 EncodingProgress = Callable[[int, float], None]
-"""Told (rows encoded so far, share of the source in 0…1) now and then."""
+"""Called now and then with the rows encoded so far and the share of the source, 0…1."""
 
 
 def make_rows(
@@ -61,10 +61,18 @@ def make_rows(
     *,
     progress: EncodingProgress | None = None,
 ) -> Rows:
-    """Encode the rows of a source, or find them encoded.
+    """Encode the rows of a source, or read them from the cache.
 
-    `task` is a task, or a format: "completion", "chat", "text" or "auto". Raises DataError or
-    ConfigError, after reading all rows where only that can tell.
+    Args:
+        source: the rows.
+        tokenizer: with its chat template set.
+        task: a task, or a format of `data.format` ("auto" looks at the first row).
+        options: length, truncation and objective.
+        progress: called while a large source is encoded.
+
+    Raises:
+        DataError: a row is bad, which is named by file and line, or all rows are too long.
+        ConfigError: the task and the options do not fit.
     """
     head = list(islice(source, IN_MEMORY + 1))
     source.check_fields()
@@ -88,14 +96,14 @@ def make_rows(
 
 
 def _encode_in_memory(rows: Sequence[Row], encode: RowEncoder) -> MemoryRows:
-    encoded = _Encoding(rows, encode)
-    found = MemoryRows([example for chunk in encoded for example in chunk])
-    found.summary = encoded.summary()
-    return found
+    encoding = _Encoding(rows, encode)
+    encoded = MemoryRows([example for chunk in encoding for example in chunk])
+    encoded.summary = encoding.summary()
+    return encoded
 
 
 class _Encoding:
-    """Rows that are encoded chunk by chunk; what is counted of them adds up."""
+    """Encodes rows chunk by chunk, and adds up their counts and digests."""
 
     def __init__(self, rows: Iterable[Row], encode: RowEncoder) -> None:
         self._rows, self._encode = rows, encode
@@ -111,7 +119,7 @@ class _Encoding:
             yield encoded.examples
 
     def summary(self) -> RowsSummary:
-        """Return the summary, at the end. Raises DataError for rows that are too long."""
+        """Return the summary after the last chunk. Raises DataError for rows that are too long."""
         self.counts.refuse_too_long(self._encode.fit.max_length)
         return self.counts.summary(self._digest.hexdigest())
 
@@ -120,17 +128,17 @@ class _Encoding:
 
 
 def _find(folder: Path) -> Rows | None:
-    """Return the rows of a table, mapped into memory, or None where none is whole."""
+    """Return the rows of a table, mapped into memory; None if it is missing or incomplete."""
     import pyarrow
 
     try:
-        kept = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
+        counts = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
         parts = [
             StoredRows({name: np.from_dlpack(batch[name][row].values) for name in ARRAYS})
             for batch in pyarrow.ipc.open_stream(pyarrow.memory_map(str(folder / _TABLE)))
             for row in range(len(batch))
         ]
-        summary = RowsSummary(**kept | {"unread": tuple(kept["unread"])})
+        summary = RowsSummary(**counts | {"unread": tuple(counts["unread"])})
     except (OSError, ValueError, KeyError, TypeError):
         return None
     rows = joined(parts)
@@ -145,23 +153,23 @@ def _build(
     encode: RowEncoder,
     progress: EncodingProgress | None,
 ) -> Rows:
-    """Return the rows of a table that this process builds, or another that was faster.
+    """Build a table and return its rows, unless another process has built it meanwhile.
 
-    It is built in a scratch folder, which is renamed at the end. Raises DataError where the source
-    is not in `state` any more, as its rows would be kept under the hash of other ones.
+    The table is built in a scratch folder, which is renamed at the end. Raises DataError if the
+    source is no longer in `state`: the table would have the hash of other rows.
     """
     with _one_writer(folder):
-        if (found := _find(folder)) is not None:
-            return found
+        if (rows := _find(folder)) is not None:
+            return rows
         with replaced_folder(folder) as scratch:
             try:
                 summary = _write_table(scratch / _TABLE, source, encode, progress)
             finally:
                 if source.state() != state:
                     raise DataError(
-                        "a data file must stay as it is while its rows are tokenised",
+                        "a data file must not change while its rows are tokenised",
                         f"another size or time of {source}",
-                        "start again when nothing writes to it",
+                        "run the command again when no program writes to the file",
                     )
             (scratch / _SUMMARY).write_text(json.dumps(asdict(summary)), encoding="utf-8")
         built = _find(folder)
@@ -182,8 +190,8 @@ def _write_table(
     num_rows, encoded = source.num_rows(), _Encoding(source, encode)
     chunks, schema = iter(encoded), as_batch([[]]).schema
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as table:
-        while some := list(islice(chunks, _BATCH)):
-            table.write_batch(as_batch(some))
+        while batch := list(islice(chunks, _BATCH)):
+            table.write_batch(as_batch(batch))
             if progress is not None:
                 progress(encoded.counts.rows, encoded.counts.rows / num_rows)
     return encoded.summary()
@@ -194,7 +202,7 @@ def _write_table(
 
 @contextmanager
 def _one_writer(folder: Path) -> Iterator[None]:
-    """Let one process at a time build a store; the others wait, and find it built."""
+    """Let one process at a time build a table; the others wait and then find it."""
     try:
         make_folder(folder.parent)
         with FileLock(folder.parent / f"{folder.name}.lock"):
@@ -204,8 +212,8 @@ def _one_writer(folder: Path) -> Iterator[None]:
             yield
     except (FileError, OSError) as error:
         raise DataError(
-            f"tokenised rows must be kept in the cache folder {cache_dir()} (got: {error}); make "
-            "room there, or set CHAINLORA_CACHE to another folder"
+            f"tokenised rows must be kept in the cache folder {cache_dir()} (got: {error}); free "
+            "disk space, or set CHAINLORA_CACHE to another folder"
         ) from error
 
 
@@ -230,7 +238,7 @@ def _key(
 @cache
 def _code() -> str:
     """Return the hash of the source code of this package."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
-        found.update(path.read_bytes())
-    return found.hexdigest()
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,4 +1,9 @@
-"""Records of a file, one reader a format; only `.json`, which is one value, is loaded whole."""
+"""Read the records of a data file: one reader per format. Only `.json` files are loaded whole.
+
+Every record has the number of its line or row, so that errors can name the place. The readers of
+`datasets` and `pyarrow` for JSON and CSV are not used: they convert values (texts of dates and
+numbers), fill missing keys with nulls, and do not report lines.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +30,12 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a character, when it s
 
 
 def bad_row(rule: str, got: object, place: str, remedy: str = _CORRECT) -> DataError:
-    """Return what is wrong with a row, which is named by file and line."""
+    """Return the error about a bad row. `place` names the file and line."""
     return DataError(rule, f"{got} at {place}", remedy)
 
 
 def not_utf8(error: UnicodeDecodeError, place: str) -> DataError:
-    """Return what a text that is not UTF-8 probably is, and how to convert it."""
+    """Return the error about a text that is not UTF-8, with its likely encoding."""
     name, got = "WINDOWS-1252", "probably Latin-1 or Windows-1252"
     if error.object.startswith(_BOM_UTF16):
         name = got = "UTF-16"
@@ -40,17 +45,17 @@ def not_utf8(error: UnicodeDecodeError, place: str) -> DataError:
 
 
 def _near(error: UnicodeDecodeError) -> str:
-    """Return the text around a byte that is not UTF-8, as Windows-1252, of its line."""
+    """Return the text around a byte that is not UTF-8, in its line, decoded as Windows-1252."""
     before = error.object[max(0, error.start - 10) : error.start].rpartition(b"\n")[2]
     after = error.object[error.start : error.start + 10].splitlines()[0]
     return repr((before + after).decode("cp1252", "replace"))
 
 
 class Record(NamedTuple):
-    """One row as it is read, before it is parsed."""
+    """One row before it is parsed."""
 
-    number: int | str  # of the line or row, as the source counts
-    payload: Any  # the bytes of a JSON line, else the values
+    number: int | str  # of the line or row
+    payload: Any  # the bytes of a JSON line, or the values
 
 
 def _read_jsonl(file: BinaryIO, path: Path) -> Iterator[Record]:
@@ -60,33 +65,30 @@ def _read_jsonl(file: BinaryIO, path: Path) -> Iterator[Record]:
 
 
 def _read_json(file: BinaryIO, path: Path) -> Iterator[Record]:
-    tree = parse_json(file.read(), str(path), second="one row a line is .jsonl")
+    remedy = "if each line is a row, name the file .jsonl"
+    tree = parse_json(file.read(), str(path), second=remedy)
     if isinstance(tree, Mapping) and isinstance(tree.get("data"), list):
-        tree = tree["data"]  # what pandas writes with orient="table"
+        tree = tree["data"]  # pandas writes this with orient="table"
     if not isinstance(tree, list):
-        raise DataError(
-            "a .json data file must hold a list of rows, or an object with the list under `data` "
-            f"(got {type(tree).__name__} in {path}); one row a line is .jsonl"
-        )
+        rule = "a .json data file must hold a list of rows, or an object with the list under `data`"
+        raise DataError(rule, f"{type(tree).__name__} in {path}", remedy)
     yield from map(Record, count(), tree)
 
 
 class CsvFile:
-    """A CSV file, in the encoding and with the separator that the header and the bytes show.
-
-    `num_empty` counts the rows without any value that were left out so far.
-    """
+    """A CSV file; its encoding and separator are detected from the bytes and the header."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
-        self.path, self.num_empty = path, 0
-        self.padded: list[str] = []  # names of columns that had blanks around them
+        self.path = path
+        self.num_empty = 0  # skipped rows without any value, so far
+        self.padded: list[str] = []  # column names with blanks around them
         self.encoding, self.near = _encoding(file)
         file.seek(0)
         self.text = TextIOWrapper(file, self.encoding, newline="")
         self.separator = ","
 
     def rows(self) -> Iterator[Record]:
-        line = 0  # the last line read, of a row of several
+        line = 0  # the last line read; a row can have several
         try:
             self.separator = _separator(self.text.readline())
             self.text.seek(0)
@@ -104,7 +106,7 @@ class CsvFile:
                 yield Record(first, dict(zip(names, values, strict=True)))
         except UnicodeDecodeError as error:
             rule = "a CSV file must be UTF-8, UTF-16 or Windows-1252"
-            got = f"another one, with the byte {error.object[error.start]:#04x},"
+            got = f"the byte {error.object[error.start]:#04x}"
             place, remedy = f"{self.path} after line {line}", "convert it: iconv -f NAME -t UTF-8"
             raise bad_row(rule, got, place, remedy) from None
         except csv.Error as error:
@@ -118,21 +120,21 @@ class CsvFile:
         return names
 
     def remark(self) -> str:
-        """Return how the rows read so far differ from UTF-8 with commas; nothing if they do not."""
+        """Return how the rows read so far differ from plain CSV (UTF-8, commas), or ""."""
         parts = {
             f"as {_ENCODINGS[self.encoding]}{self.near}": self.encoding != "utf-8-sig",
             f"separated by {_SEPARATORS[self.separator]}": self.separator != ",",
             f"without the blanks around {', '.join(map(repr, self.padded))}": self.padded,
             f"without {self.num_empty} empty row{'s' * (self.num_empty > 1)}": self.num_empty,
         }
-        said = ", ".join(part for part, is_unusual in parts.items() if is_unusual)
-        return f"{self.path}: read {said}" if said else ""
+        unusual = ", ".join(part for part, is_unusual in parts.items() if is_unusual)
+        return f"{self.path}: read {unusual}" if unusual else ""
 
 
 def _encoding(file: BinaryIO) -> tuple[str, str]:
-    """Return the encoding of a file that Excel may have saved, and a text that shows it.
+    """Return the encoding of a file that Excel may have saved, and a text that is evidence for it.
 
-    All bytes are read: the first one that is not ASCII may be in the last row.
+    All bytes are read: the first byte that is not ASCII may be in the last row.
     """
     head = file.read(3)
     if head == codecs.BOM_UTF8 or head[:2] in _BOM_UTF16:
@@ -147,7 +149,7 @@ def _encoding(file: BinaryIO) -> tuple[str, str]:
 
 
 def _separator(header: str) -> str:
-    """Return the comma, or what cuts the header into most fields where no comma cuts it."""
+    """Return the comma if the header has one, else the separator that gives the most fields."""
     fields = {mark: len(next(csv.reader([header], delimiter=mark), [])) for mark in _SEPARATORS}
     return "," if fields[","] > 1 else max(fields, key=fields.__getitem__)
 
@@ -175,18 +177,19 @@ def _read_parquet(file: BinaryIO, path: Path) -> Iterator[Record]:
 
 
 def without_filling(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row of a table without the nulls in the parts of a list's objects.
+    """Remove the nulls inside the objects of lists, which a table adds.
 
-    A column has one type: the arguments of a call get a null for each argument of every other call,
-    and so do the properties of a tool.
+    All values of a table's column have one type. So the arguments of a tool call get a null for
+    every argument of the other calls, and so do the properties of a tool.
     """
     return {
-        name: list(map(_object_without, value)) if isinstance(value, list) else value
+        name: list(map(_without_inner_nulls, value)) if isinstance(value, list) else value
         for name, value in values.items()
     }
 
 
-def _object_without(value: Any) -> Any:
+def _without_inner_nulls(value: Any) -> Any:
+    """Remove nulls below an object's own keys; its own nulls are removed where it is read."""
     is_object = isinstance(value, dict)
     return {key: _without_nulls(part) for key, part in value.items()} if is_object else value
 
@@ -210,12 +213,14 @@ READERS: Mapping[str, tuple[Callable[[BinaryIO, Path], Iterator[Record]], str]] 
     ".csv": (_read_csv, "line"),
     ".parquet": (_read_parquet, "row"),
 }
-"""Suffix → reader, and what its numbers count."""
+"""Suffix → reader, and whether its numbers count lines or rows."""
 
 
 def is_rows(path: str | Path) -> bool:
-    """Say whether a path is that of a file of rows by its suffix; a .json is by its first letter,
-    as a config can be an object of JSON."""
+    """Return whether a path is a data file, by its suffix.
+
+    A `.json` file must also begin with a list, as a config can be a JSON object.
+    """
     file = Path(path)
     if file.suffix.lower() != ".json" or not file.is_file():
         return file.suffix.lower() in READERS
@@ -227,34 +232,37 @@ def is_rows(path: str | Path) -> bool:
 
 
 def parse_json(content: bytes, origin: str, second: str = _CORRECT) -> Any:
-    """Return the one value of a text. `second` is what to do where another follows."""
+    """Parse a JSON text strictly. `second` is the remedy if a second value follows.
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):  # Python would take the last one
+    Raises DataError for a text that is not UTF-8 or not JSON, and for a key given twice.
+    """
+
+    def with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):  # Python would take the last value
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise bad_row("a JSON object must have a key once", f"{twice!r:.60} twice", origin)
-        return found
+            raise bad_row("the keys of a JSON object must differ", f"{twice!r:.60} twice", origin)
+        return values
 
     try:
         text = content.removeprefix(codecs.BOM_UTF8).decode()
-        values = json.loads(text, object_pairs_hook=once)
+        values = json.loads(text, object_pairs_hook=with_unique_keys)
         if _SURROGATE.search(content):
             json.dumps(values, ensure_ascii=False).encode("utf-8")
         return values
     except UnicodeDecodeError as error:
         raise not_utf8(error, origin) from None
     except UnicodeEncodeError as error:
-        got = f"half of one, {error.object[error.start]!a},"
-        raise bad_row("a text must be whole characters", got, origin) from None
+        got = f"half a character, {error.object[error.start]!a},"
+        raise bad_row("a text must be valid Unicode", got, origin) from None
     except json.JSONDecodeError as error:
         place = origin if " line " in origin else f"{origin} line {error.lineno}"
         place += f" column {error.colno}"
         remedy = second if error.msg == "Extra data" else _CORRECT
-        if content.strip() in (b"[", b"{"):  # the first line of what is indented
-            remedy = "a file of one JSON value must end in .json"
+        if content.strip() in (b"[", b"{"):  # the first line of an indented value
+            remedy = "if the file is one JSON value, name it .json"
         raise bad_row("data must be JSON", error.msg.removesuffix(" at"), place, remedy) from None
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; deep nesting
         reason = str(error).partition(";")[0]
-        raise bad_row("data must be JSON that can be read", reason, origin) from None
+        raise bad_row("data must be JSON that Python can parse", reason, origin) from None

@@ -1,4 +1,4 @@
-"""What a user is told of the rows of a run: columns not read, rows that flatter the scores."""
+"""Warnings about the rows of a run: unread columns, cuts, rows that make scores too good."""
 
 from __future__ import annotations
 
@@ -30,127 +30,132 @@ _WIDTH = 60  # characters of a text that a warning shows
 def check_scorable(
     held_out: Sequence[NDArray[np.bool_]], scored: Sequence[NDArray[np.bool_]]
 ) -> None:
-    """Warn of rows held out that do not fit when they are scored; raise DataError for all."""
+    """Warn of held-out rows that are too long to be scored. Raises DataError if all are."""
     count, left = (sum(int(mask.sum()) for mask in masks) for masks in (held_out, scored))
     if count and not left:
         raise DataError(
-            "rows held out must fit the context with room for an answer",
-            f"none of {count} that do",
+            "held-out rows must fit the context with room for an answer",
+            f"{count} rows that do not",
             "raise data.max_length, hold out more rows, or set data.truncation: cut",
         )
     if left < count:
         _log.warning(
-            "validation: %d of %d rows held out leave no room for an answer in the context, and "
-            "are left out (truncation: drop)",
+            "validation: leaving out %d of %d held-out rows, which leave no room for an answer in "
+            "the context (truncation: drop)",
             count - left,
             count,
         )
 
 
-def tell_lost(split: str, found: RowsSummary) -> None:
+def tell_lost(split: str, summary: RowsSummary) -> None:
     """Warn of rows that were cut or left out, and of pairs with the same answer twice."""
-    longer = f"of {found.rows} rows were longer than data.max_length or the context"
-    if found.rows_cut:
+    longer = f"of {summary.rows} rows were longer than data.max_length or the context"
+    if summary.rows_cut:
         _log.warning(
-            f"{split}: {found.rows_cut} {longer}; {found.tokens_cut} tokens were cut from their "
-            "beginnings (truncation: cut)"
+            f"{split}: {summary.rows_cut} {longer}; {summary.tokens_cut} tokens were cut from "
+            "their beginnings (truncation: cut)"
         )
-    if found.rows_dropped:
-        _log.warning(f"{split}: {found.rows_dropped} {longer}, and are left out (truncation: drop)")
-    if found.pairs_equal:
+    if summary.rows_dropped:
         _log.warning(
-            f"{split}: the chosen and the rejected answer are the same in {found.pairs_equal} of "
-            f"{found.rows} pairs, which teach no preference; remove them"
+            f"{split}: {summary.rows_dropped} {longer}, and are left out (truncation: drop)"
+        )
+    if summary.pairs_equal:
+        _log.warning(
+            f"{split}: the chosen and the rejected answer are the same in {summary.pairs_equal} of "
+            f"{summary.rows} pairs. These pairs teach no preference. Remove them"
         )
 
 
-def check_pairs(found: RowsSummary, source: Source) -> None:
-    """Raise DataError for pairs of preferences that have the same answer twice, all of them."""
-    if found.pairs_equal and found.pairs_equal == found.rows:
+def check_pairs(summary: RowsSummary, source: Source) -> None:
+    """Raise DataError if every pair of preferences has the same answer twice."""
+    if summary.pairs_equal and summary.pairs_equal == summary.rows:
         raise DataError(
             "the chosen and the rejected answer of a pair must differ",
-            f"the same in all {found.rows} of {source}",
+            f"the same in all {summary.rows} pairs of {source}",
             "check the columns, and data.fields",
         )
 
 
 def tell_unread(encoded: Mapping[str, Rows]) -> None:
-    """Name each column that nothing reads once, with the splits that have it."""
+    """Warn once of each column that is not read, with the splits that have it."""
     unread = {split: rows.summary.unread for split, rows in encoded.items()}
     alike: dict[str, list[str]] = {}
     for column in dict.fromkeys(chain.from_iterable(unread.values())):
         splits = ", ".join(split for split, columns in unread.items() if column in columns)
         alike.setdefault(splits, []).append(repr(column))
     for splits, columns in alike.items():
-        _log.warning("%s: nothing reads %s", splits, ", ".join(columns))
+        _log.warning("%s: not read: %s", splits, ", ".join(columns))
 
 
 def tell_in_both(
     data: DataConfig, rows: Mapping[str, Rows], sources: Mapping[str, Sequence[Source]]
 ) -> None:
-    """Warn of rows to be scored that are trained on, and of a number of them without a file.
+    """Warn of scored rows that are training rows too, and of `num_SPLIT` without a file.
 
-    Rows that are held out are not looked at: they are none (`Division`).
+    Held-out rows have no source and are skipped: they are never training rows (`Division`).
     """
     for split in _SCORED:
         if getattr(data, f"num_{split}") and not rows[split]:
-            _log.warning("data.num_%s takes rows of data.%s, which names none", split, split)
+            _log.warning("data.num_%s has no effect without a file in data.%s", split, split)
         for source in sources[split]:
-            if found := rows_in_both(rows["train"], rows[split]):
-                first = found[:3]
+            if both := rows_in_both(rows["train"], rows[split]):
+                first = both[:3]
                 named = islice((where(row) for row in source if row.index in first), len(first))
-                places = ", ".join(named) + ", …" * (len(found) > 3)
+                places = ", ".join(named) + ", …" * (len(both) > 3)
                 _log.warning(
-                    f"{split}: {len(found)} of {rows[split].summary.rows} rows are training rows "
+                    f"{split}: {len(both)} of {rows[split].summary.rows} rows are training rows "
                     f"too, so that scores on them are too good ({places}); remove them from one of "
                     "the files"
                 )
 
 
 def tell_trained_on(rows: Mapping[str, Rows], earlier: Mapping[str, Kept]) -> None:
-    """Warn of rows to be scored that an earlier stage was trained on, which flatter the model."""
+    """Warn of scored rows that earlier stages trained on: their scores are too good."""
     seen = np.concatenate([kept.seen for kept in earlier.values()])
     for split in _SCORED:
         count = int(np.isin(example_hashes(rows[split]), seen).sum())
         if count:
             _log.warning(
                 f"{split}: an earlier stage was trained on {count} of {len(rows[split])} rows, so "
-                "that scores on them are too good; give other rows, or hold out no more of a file "
-                "than that stage did"
+                "that scores on them are too good; give other rows, or hold out at most as much of "
+                "a file as that stage did"
             )
 
 
 def tell_changed(
     stage: str, rows: Rows, earlier: Mapping[str, Kept], tokenizer: Any, keeps: bool
 ) -> None:
-    """Warn of prompts of a stage that have other answers than in earlier stages."""
-    found = changed_answers(rows, earlier)
-    if not found.prompts:
+    """Warn of prompts of a stage that earlier stages answer differently.
+
+    `keeps` is `data.keep_conflicts`: whether both answers count.
+    """
+    changed = changed_answers(rows, earlier)
+    if not changed.prompts:
         return
     shown = ""
-    if found.example is not None:
-        new, old = (_answer_of(example, tokenizer) for example in found.example)
-        asked = _shown(tokenizer, found.example[0].prompt, end=True)
-        shown = f", e.g. {asked} (was {old}, now {new})"
-    many = found.prompts > 1
+    if changed.example is not None:
+        new, old = (_answer_of(example, tokenizer) for example in changed.example)
+        prompt = _shown(tokenizer, changed.example[0].prompt, end=True)
+        shown = f", e.g. {prompt} (was {old}, now {new})"
+    many = changed.prompts > 1
     _log.warning(
         "%s: %d prompt%s other answers than in %s%s; %s",
-        *(stage, found.prompts, "s have" if many else " has", ", ".join(found.stages), shown),
+        *(stage, changed.prompts, "s have" if many else " has", ", ".join(changed.stages), shown),
         "both count (data.keep_conflicts)"
         if keeps
-        else "the newest answer counts (keep both by --keep-conflicts)",
+        else "the newest answer counts (--keep-conflicts keeps both)",
     )
 
 
 def _answer_of(example: Example, tokenizer: Any) -> str:
-    """Return the last answer of a row, as it is shown."""
+    """Return the last answer of a row as a short text."""
     right = example.right
     start, end = right.scored[0][-1]
     return _shown(tokenizer, right.sequences[0][start:end])
 
 
 def _shown(tokenizer: Any, tokens: Sequence[int], *, end: bool = False) -> str:
-    """Return the beginning of a text, or its end, in quotes and on one line."""
+    """Return the beginning or the end of a text, quoted, on one line."""
     words = " ".join(str(tokenizer.decode(tokens, skip_special_tokens=True)).split())
     if len(words) > _WIDTH:
         words = f"…{words[-_WIDTH:]}" if end else f"{words[:_WIDTH]}…"

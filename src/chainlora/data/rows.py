@@ -21,31 +21,31 @@ from numpy.typing import NDArray
 from chainlora.data.examples import Example
 
 ARRAYS = ("tokens", "lines", "ends")
-"""What `flatten` returns."""
+"""The arrays that `flatten` returns."""
 COUNTED = ("rows", "rows_split", "rows_cut", "rows_dropped", "tokens_cut", "pairs_equal")
-"""What is counted of whole files while rows are encoded."""
+"""The counts of whole files, made while rows are encoded."""
 SUMMED = ("examples", "tokens", *COUNTED)
-"""What a summary adds up."""
+"""The fields of a summary that add up."""
 
 
 @dataclass(frozen=True)
 class RowsSummary:
-    """What became of the rows of a split: counts that a run reports and keeps."""
+    """Counts of the rows of a split, which a run reports and keeps."""
 
-    rows: int = 0  # as they were read
-    examples: int = 0  # more than rows where texts were split, fewer where rows were left out
+    rows: int = 0  # rows of the source
+    examples: int = 0  # more than rows if texts were split, fewer if rows were dropped
     tokens: int = 0  # over all sequences, after cuts
     rows_split: int = 0
     rows_cut: int = 0
     rows_dropped: int = 0  # longer than the context (data.truncation: drop)
     tokens_cut: int = 0
-    pairs_equal: int = 0  # whose chosen answer is the rejected one
-    unread: tuple[str, ...] = ()  # columns that nothing reads
+    pairs_equal: int = 0  # pairs whose chosen and rejected answers are equal
+    unread: tuple[str, ...] = ()  # columns that are not read
     digest: str = ""
-    recognised: str = ""  # the format of another tool that `auto` found
+    recognised: str = ""  # the format of another tool, if `auto` detected one
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what is not zero or empty, as JSON takes it."""
+        """Return the fields that are not zero or empty, for JSON."""
         values = asdict(self) | {"unread": list(self.unread)}
         return {name: value for name, value in values.items() if value}
 
@@ -53,7 +53,7 @@ class RowsSummary:
 class Rows(Sequence[Example]):
     """Tokenised rows, each read on demand.
 
-    `lengths` ([rows], int32) are the tokens of each row, over all its sequences.
+    `lengths` ([rows], int32) counts the tokens of each row over all its sequences.
     """
 
     def __init__(self, lengths: NDArray[np.int32], summary: RowsSummary) -> None:
@@ -74,7 +74,7 @@ class Rows(Sequence[Example]):
     @overload
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        places = range(len(self))[index]  # IndexError where there is no such row
+        places = range(len(self))[index]  # raises IndexError
         if isinstance(places, range):
             return [self.example(place) for place in places]
         return self.example(places)
@@ -86,7 +86,7 @@ class Rows(Sequence[Example]):
 
 
 class MemoryRows(Rows):
-    """Rows as Python objects, for some thousands of them at most."""
+    """Rows as Python objects, for a few thousand rows at most."""
 
     def __init__(self, examples: Sequence[Example] = ()) -> None:
         lengths = [sum(map(len, example.sequences)) for example in examples]
@@ -98,7 +98,7 @@ class MemoryRows(Rows):
 
 
 def flatten(examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
-    """Return examples as three arrays, the form in which rows are stored.
+    """Return examples as the three arrays in which rows are stored.
 
     tokens  int32 [T]     the tokens of all sequences, one after another
     lines   uint8 [B]     a line of JSON for each example: row, tokens in each sequence, scored
@@ -106,13 +106,12 @@ def flatten(examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
     ends    int64 [N, 2]  where each of N examples ends in `lines` and in `tokens`
     """
     lines, lengths = [], []
-    for each in examples:
-        sizes = [len(sequence) for sequence in each.sequences]
-        rest = [each.row, sizes, each.scored, each.label, each.references, each.names]
-        rest.append(each.prompt_hash)
+    for row in examples:
+        sizes = [len(sequence) for sequence in row.sequences]
+        rest = [row.row, sizes, row.scored, row.label, row.references, row.names, row.prompt_hash]
         lines.append(json.dumps(rest).encode() + b"\n")
         lengths.append((len(lines[-1]), sum(sizes)))
-    sequences = chain.from_iterable(each.sequences for each in examples)
+    sequences = chain.from_iterable(row.sequences for row in examples)
     return {
         "tokens": np.fromiter(chain.from_iterable(sequences), "<i4"),
         "lines": np.frombuffer(b"".join(lines), "u1"),
@@ -121,7 +120,7 @@ def flatten(examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
 
 
 class StoredRows(Rows):
-    """Rows in the arrays that `flatten` returns. Safe to read from several threads."""
+    """Rows in the arrays that `flatten` returns. Several threads can read them."""
 
     def __init__(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         self._tokens, self._lines = arrays["tokens"], arrays["lines"]
@@ -130,20 +129,20 @@ class StoredRows(Rows):
         super().__init__(lengths, RowsSummary())
 
     def example(self, index: int) -> Example:
-        line, found = self._parts(index)
-        row, sizes, scored, *rest = json.loads(line)
-        label, references, names, hashed = rest
-        tokens = found.tolist()
+        line, array = self._parts(index)
+        row, sizes, scored, label, references, names, prompt_hash = json.loads(line)
+        tokens = array.tolist()
         bounds = pairwise(accumulate(sizes, initial=0))
         sequences = tuple(tuple(tokens[begin:stop]) for begin, stop in bounds)
-        spans = tuple(tuple(map(tuple, each)) for each in scored)
+        spans = tuple(tuple(map(tuple, pairs)) for pairs in scored)
         right = (label, tuple(references), tuple(names))
-        return Example(row, sequences, spans, *right, prompt_hash=hashed)
+        return Example(row, sequences, spans, *right, prompt_hash=prompt_hash)
 
     def content(self, index: int) -> bytes:
+        """Return the bytes of `Example.content`: the line without row number and prompt hash."""
         line, tokens = self._parts(index)
-        said = line.partition(b", ")[2].rpartition(b", ")[0]
-        return b"[" + said + b"]" + tokens.tobytes()
+        rest = line.partition(b", ")[2].rpartition(b", ")[0]
+        return b"[" + rest + b"]" + tokens.tobytes()
 
     def _parts(self, index: int) -> tuple[bytes, NDArray[np.int32]]:
         starts = self._ends[index - 1].tolist() if index else (0, 0)
@@ -152,7 +151,7 @@ class StoredRows(Rows):
 
 
 class ReferencedRows(Rows):
-    """Pairs of preferences with what they scored at the start of the run.
+    """Pairs of preferences with their scores at the start of the run.
 
     `reference` is [rows, 2] float32 (`Example.reference`).
     """
@@ -166,7 +165,7 @@ class ReferencedRows(Rows):
 
 
 class PickedRows(Rows):
-    """Some of the rows of another."""
+    """A selection of the rows of another object."""
 
     def __init__(self, rows: Rows, places: NDArray[np.integer]) -> None:
         self._rows, self._places = rows, places
@@ -184,38 +183,38 @@ class PickedRows(Rows):
 
 
 class JoinedRows(Rows):
-    """The rows of several others, one after another, and numbered so."""
+    """The rows of several parts, one after another; their row numbers continue."""
 
     def __init__(self, parts: Sequence[Rows]) -> None:
         self._parts = parts
         self._ends = list(accumulate(len(part) for part in parts))
         self._numbers = list(accumulate((part.summary.rows for part in parts), initial=0))
-        said = [part.summary for part in parts]
+        parts_of = [part.summary for part in parts]
         summary = RowsSummary(
-            **{name: sum(getattr(each, name) for each in said) for name in SUMMED},
-            unread=tuple(dict.fromkeys(chain.from_iterable(each.unread for each in said))),
-            digest=_hashed(*(each.digest.encode() for each in said)),
-            recognised=", ".join(dict.fromkeys(filter(None, (each.recognised for each in said)))),
+            **{name: sum(getattr(part, name) for part in parts_of) for name in SUMMED},
+            unread=tuple(dict.fromkeys(chain.from_iterable(part.unread for part in parts_of))),
+            digest=_hashed(*(part.digest.encode() for part in parts_of)),
+            recognised=", ".join(dict.fromkeys(p.recognised for p in parts_of if p.recognised)),
         )
         super().__init__(np.concatenate([part.lengths for part in parts]), summary)
 
     def example(self, index: int) -> Example:
         part, place = self._place(index)
-        found, first = self._parts[part].example(place), self._numbers[part]
-        return replace(found, row=found.row + first) if first else found
+        example, first = self._parts[part].example(place), self._numbers[part]
+        return replace(example, row=example.row + first) if first else example
 
     def content(self, index: int) -> bytes:
         part, place = self._place(index)
         return self._parts[part].content(place)
 
     def _place(self, index: int) -> tuple[int, int]:
-        """Return the part that has a row, and the place of the row in it."""
+        """Return the part that contains a row, and the index of the row in that part."""
         part = bisect_right(self._ends, index)
         return part, index - (self._ends[part - 1] if part else 0)
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
-    """Return the rows of all parts; of one, itself."""
+    """Return the rows of all parts; a single part is returned itself."""
     parts = [part for part in parts if len(part)] or parts[:1]
     if not parts:
         return MemoryRows()

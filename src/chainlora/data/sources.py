@@ -1,6 +1,6 @@
-"""Rows of files and Hub datasets as a stream, each with the place it came from.
+"""Stream the rows of files and Hub datasets; every row knows its place (file and line).
 
-Nothing is loaded whole (but `.json`, which is one value), so a source may be larger than memory.
+Only `.json` files are loaded whole, so other sources can be larger than memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _HUB_ID = re.compile(r"^(?P<path>[\w.-]+/[\w.-]+)(:(?P<name>[\w.-]+))?(@(?P<revi
 
 
 class Row(dict[str, Any]):
-    """One row: a dict that knows its `index` in the split and its `origin`, file and line."""
+    """One row: a dict with its `index` in the split and its `origin` (file and line)."""
 
     __slots__ = ("index", "origin")
 
@@ -48,15 +48,15 @@ class Row(dict[str, Any]):
 
 
 def where(row: Mapping[str, Any], position: int = 0) -> str:
-    """Return the file and line of a row, or its position when it came from no file."""
+    """Return the file and line of a row, or its position if it is a plain dict."""
     return row.origin if isinstance(row, Row) else f"row {position}"
 
 
 @dataclass
 class Source(ABC):
-    """Rows that can be read again and again: all of them, or the first `limit`.
+    """Rows that can be read repeatedly: all rows, or the first `limit`, without the first `skip`.
 
-    `skip` of these are left out. `fields` are names that columns get, with those that they have.
+    `fields` maps the name that a row needs to the column that holds it (`data.fields`).
     """
 
     limit: int | None = field(default=None, kw_only=True)
@@ -65,27 +65,27 @@ class Source(ABC):
 
     @abstractmethod
     def __str__(self) -> str:
-        """Return the name of the whole."""
+        """Return the name of the source."""
 
     @property
     def place(self) -> str:
-        """What stands before the number of a row."""
+        """Return the text before the number of a row in messages."""
         return f"{self} row "
 
     @abstractmethod
     def records(self, first: int = 0) -> Iterator[Record]:
-        """Yield the records from number `first` on. Raises DataError that names file and line."""
+        """Yield the records from index `first` on. Raises DataError that names file and line."""
 
     @abstractmethod
     def identity(self) -> str:
-        """Return a name of the content: equal for equal rows, different for others."""
+        """Return a digest of the content: equal if and only if the rows are equal."""
 
     def state(self) -> object:
-        """Return a value that changes with the content and costs nothing, None if there is none."""
+        """Return a cheap value that changes with the content, or None if the content is fixed."""
         return None
 
     def remark(self) -> str:
-        """Return what is unusual in how the rows are read, "" for nothing. May read all of them."""
+        """Return how reading differs from the usual, or "". May read all rows."""
         return ""
 
     def tell_remark(self) -> None:
@@ -93,11 +93,11 @@ class Source(ABC):
             _log.warning("%s", remark)
 
     def num_rows(self) -> int:
-        """Return the number of rows. May read all of them."""
+        """Return the number of rows. May read all rows."""
         return sum(1 for _ in self._records())
 
     def __iter__(self) -> Iterator[Row]:
-        """Yield the rows. Raises DataError that names a bad one, or if there are none at all."""
+        """Yield the rows. Raises DataError for a bad row, which is named, and for no rows."""
         index = -1
         for index, record in enumerate(self._records()):
             yield self._row(record, index)
@@ -117,28 +117,28 @@ class Source(ABC):
         if not isinstance(values, Mapping) or not values:
             got = "an empty object" if values == {} else f"{type(values).__name__} {values!r:.40}"
             raise bad_row("a row must be an object of named values", got, origin)
-        if self.fields:  # a column that had such a name is another
+        if self.fields:  # a column that already has such a name is dropped
             taken = {*self.fields, *self.fields.values()}
             named = {field: values[name] for field, name in self.fields.items() if name in values}
             values = {name: value for name, value in values.items() if name not in taken} | named
         return Row(values, index, origin)
 
     def check_fields(self) -> None:
-        """Raise DataError for a column of `fields` that no row has; read as few as it takes."""
+        """Raise DataError if no row has a column of `fields`. Stops when all have been seen."""
         rows, missing = iter(self), set(self.fields)
         while missing:
             if (row := next(rows, None)) is None:
-                got = " and ".join(repr(self.fields[each]) for each in sorted(missing))
+                columns = " and ".join(repr(self.fields[field]) for field in sorted(missing))
                 rule, first = "`data.fields` must name columns of the rows", next(iter(self))
                 remedy = f"correct it (the first row has {', '.join(map(str, first))})"
-                raise DataError(rule, f"{got}, which no row of {self} has", remedy)
+                raise DataError(rule, f"{columns}, which no row of {self} has", remedy)
             missing -= row.keys()
 
 
 @dataclass
 class FileSource(Source):
     path: Path
-    # State and records of a `.json` file: it is parsed whole, so once for all workers.
+    # State and records of a `.json` file, which is parsed whole and therefore once.
     _parsed: tuple[object, list[Record]] | None = field(
         default=None, init=False, repr=False, compare=False
     )
@@ -177,7 +177,7 @@ class FileSource(Source):
             raise self._unreadable(error) from error
 
     def identity(self) -> str:
-        """Return the hash of the file's bytes, whatever its name and times."""
+        """Return the hash of the file's bytes; its name and times do not count."""
         try:
             return f"{self._suffix()} {sha256(self.path)} {self.limit} {self.skip}"
         except OSError as error:
@@ -185,10 +185,10 @@ class FileSource(Source):
 
     def state(self) -> object:
         try:
-            found = self.path.stat()
+            stat = self.path.stat()
         except OSError as error:
             raise self._unreadable(error) from error
-        return found.st_size, found.st_mtime_ns
+        return stat.st_size, stat.st_mtime_ns
 
     def _unreadable(self, error: OSError) -> DataError:
         got = f"{self.path}: {error.strerror}"
@@ -205,25 +205,20 @@ class FileSource(Source):
 
 @dataclass
 class HubSource(Source):
-    """One split of a Hub dataset; no code of the dataset is ever run.
-
-    `name` is the configuration, where the dataset declares some; `folder` the folder inside the
-    repository (branches of converted Parquet have one a configuration); `revision` a branch, tag or
-    commit.
-    """
+    """One split of a Hub dataset. Code of the dataset is never run."""
 
     path: str
     split: str
-    name: str | None = None
-    folder: str | None = None
-    revision: str | None = None
+    name: str | None = None  # the configuration, if the dataset declares some
+    folder: str | None = None  # in the repository; converted Parquet has one per configuration
+    revision: str | None = None  # branch, tag or commit
 
     def __str__(self) -> str:
         return f"{self.path} {self.split}"
 
     @cached_property
     def table(self) -> Any:
-        """The dataset, memory-mapped by its library."""
+        """Return the dataset, which its library maps into memory."""
         from datasets import load_dataset
 
         try:
@@ -244,8 +239,8 @@ class HubSource(Source):
         return map(Record, count(first), map(without_filling, rows))
 
     def num_rows(self) -> int:
-        found = len(self.table) if self.limit is None else min(self.limit, len(self.table))
-        return found - self.skip
+        count = len(self.table) if self.limit is None else min(self.limit, len(self.table))
+        return count - self.skip
 
     def identity(self) -> str:
         return f"hub {self.table._fingerprint} {self.limit} {self.skip}"
@@ -253,7 +248,7 @@ class HubSource(Source):
 
 @dataclass
 class ListSource(Source):
-    """Rows that are in memory, each with an index of its own."""
+    """Rows in memory; each keeps its index."""
 
     parsed: Sequence[Row]
 
@@ -278,18 +273,18 @@ def find_source(source: str | Path, split: str = "train", limit: int | None = No
             ``<split>.<suffix>``; or a Hub dataset as ``owner/name``, ``owner/name:config`` or
             ``owner/name@revision``.
         split: which split of a folder or Hub dataset; a file is one split already.
-        limit: the first rows only; no more than these are read.
+        limit: read only this many rows, the first ones.
 
     Raises:
         DataError: no such file, folder or dataset.
     """
     path = Path(source)
     if path.is_dir():
-        if (found := find_file(path, [split])) is None:
+        if (file := find_file(path, [split])) is None:
             names = ", ".join(f"{split}{suffix}" for suffix in SUFFIXES)
             rule = f"a data folder must hold the split {split!r} as one of {names}"
             raise DataError(rule, f"{path} without", "name the file itself or rename it")
-        path = found
+        path = file
     if path.is_file():
         return FileSource(path, limit=limit)
     match = _HUB_ID.match(str(source))
@@ -305,18 +300,18 @@ def find_source(source: str | Path, split: str = "train", limit: int | None = No
 
 
 def find_file(folder: Path, stems: Sequence[str]) -> Path | None:
-    """Return the file of the first stem that `folder` has as ``<stem><suffix>``, or None.
+    """Return the file ``<stem><suffix>`` of the first stem with one in `folder`, or None.
 
-    Raises DataError where one stem has several files.
+    Raises DataError if a stem has several files.
     """
     for stem in stems:
-        found = [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]
-        if len(found) > 1:
-            names = ", ".join(path.name for path in found)
+        files = [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]
+        if len(files) > 1:
+            names = ", ".join(path.name for path in files)
             raise DataError(
                 f"a data folder must hold a split in one file (got {names} in {folder}); name the "
                 "file itself, or move the others away"
             )
-        if found:
-            return found[0]
+        if files:
+            return files[0]
     return None

@@ -1,4 +1,4 @@
-"""The rows a run trains on, chooses by and reports on: from a config's `data` section to tokens."""
+"""Prepare the training, validation and test rows of a run from a config's `data` section."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from chainlora.config.data import TrainFile
 from chainlora.config.schema import PAIR_LOSSES, DataConfig
 from chainlora.data.conflicts import answer_hashes, newest
-from chainlora.data.division import Division, aligned, divide, pick, rows_again
+from chainlora.data.division import aligned, divide, pick, rows_again
 from chainlora.data.encoding import Options, detect_format
 from chainlora.data.kept import ASKED, SAMPLE, SPLITS, Kept
 from chainlora.data.mixture import Mixture, example_hashes, prompt_hashes
@@ -50,44 +50,39 @@ from chainlora.errors import ConfigError
 _log = logging.getLogger(__name__)
 
 _REHEARSED = 8  # rows of each stage in an epoch of a rehearsal
-_ASKED_OF_A_TASK = ("loss", "metrics", "reported", "metric", "stop", "max_new_tokens")
+_TASK_FIELDS = ("loss", "metrics", "reported", "metric", "stop", "max_new_tokens")  # of `Splits`
 _REPORTED_OF_PAIRS = ("loss", "accuracy", "margin")
 
 SplitProgress = Callable[[str, int, float], None]
-"""Told (split, rows encoded so far, share of the split in 0…1) while a large split is encoded."""
+"""Called with (split, rows encoded so far, share of the split in 0…1) for a large split."""
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Encoded rows by use.
-
-    `loss` says what a step minimises, `metrics` what an evaluation is asked for and `reported` what
-    it gives, `metric` what picks the best point; `stop` and `max_new_tokens` bound generated
-    answers; `digest` names the rows as text, before demonstrations and cuts.
-    """
+    """The encoded rows of a run by use, and how they are trained on and scored."""
 
     train: Rows
     validation: Rows
     test: Rows
-    loss: str = "completion"
-    metrics: tuple[str, ...] = ("loss",)
-    reported: tuple[str, ...] = REPORTED_OF_TEXT
-    metric: str = "loss"
-    stop: str | None = None
-    max_new_tokens: int = 50
-    digest: str = ""
-    mixture: Mixture | None = None  # what an epoch reads of `train`; None: all of it, once
-    bound: int | None = None  # of what `data.validation` held out (`held_out_bound`)
+    loss: str = "completion"  # the objective of a training step
+    metrics: tuple[str, ...] = ("loss",)  # the metrics that an evaluation is called with
+    reported: tuple[str, ...] = REPORTED_OF_TEXT  # the metrics that an evaluation returns
+    metric: str = "loss"  # selects the best point
+    stop: str | None = None  # ends a generated answer
+    max_new_tokens: int = 50  # of a generated answer
+    digest: str = ""  # names the rows as text, before demonstrations and cuts
+    mixture: Mixture | None = None  # the rows of an epoch; None: every row of `train` once
+    bound: int | None = None  # of the rows that `data.validation` holds out (`held_out_bound`)
     moved: Mapping[str, int] = field(default_factory=dict)  # `Division.counts`
 
     @property
     def own(self) -> Rows:
-        """Return the training rows without those of earlier stages that `data.replay` adds."""
+        """Return the training rows without the rows of earlier stages that `data.replay` adds."""
         count = len(self.train) if self.mixture is None else self.mixture.num_rows
         return pick(self.train, np.arange(len(self.train)) < count)
 
     def kept(self) -> Kept:
-        """Return what a run keeps of these rows: not those that it reads again itself."""
+        """Return the rows to keep with the run, without rows of earlier stages."""
         own = self.own
         hashes, answers = example_hashes(own), answer_hashes(own)
         smallest = np.argsort(hashes, kind="stable")[:SAMPLE].tolist()
@@ -106,17 +101,17 @@ class Splits:
         )
 
     def report(self) -> dict[str, dict[str, Any]]:
-        """Return what became of the rows of each split: rows, tokens, cuts, columns not read."""
-        found = {name: getattr(self, name).summary.as_dict() for name in SPLITS}
-        told = (*COUNTED, "recognised")  # of whole files
-        for name, summary in found.items():
-            held_out = name == "validation" and self.bound is not None
-            for key in ("digest", *(told if held_out else ())):
+        """Return the summary of each split: rows, tokens, cuts, unread columns."""
+        summaries = {name: getattr(self, name).summary.as_dict() for name in SPLITS}
+        of_files = (*COUNTED, "recognised")  # held-out rows are in the counts of the training files
+        for name, summary in summaries.items():
+            is_held_out = name == "validation" and self.bound is not None
+            for key in ("digest", *(of_files if is_held_out else ())):
                 summary.pop(key, None)
-        found["train"] |= self.moved
+        summaries["train"] |= self.moved
         if self.mixture is not None and set(self.mixture.weights) != {1.0}:
-            found["train"]["weights"] = list(self.mixture.weights)
-        return {name: summary for name, summary in found.items() if summary}
+            summaries["train"]["weights"] = list(self.mixture.weights)
+        return {name: summary for name, summary in summaries.items() if summary}
 
 
 def prepare_splits(
@@ -131,118 +126,177 @@ def prepare_splits(
     bound: int | None = None,
     compare: bool = True,
 ) -> Splits:
-    """Read, sample, check and tokenise everything a config names, or the split `to_score`.
+    """Read, sample, check and tokenise the rows that a config names.
 
-    The tokenizer gets the config's chat template, if it names one. `loss` is that of the config's
-    `train` section, `earlier` are the rows that earlier stages kept, by stage; `bound` is what the
-    run to be scored held out by. Training rows to score are those that are trained on. `compare`
-    looks for rows to score that are trained on, which reads all rows.
+    Args:
+        data: the config's `data` section.
+        tokenizer: gets the config's chat template, if the config names one.
+        context: the most tokens that the model reads.
+        progress: called while a large split is encoded.
+        to_score: prepare only this split, encoded for scoring. Of "train" these are the rows that
+            the run trains on.
+        loss: `train.loss` of the config; None is the task's.
+        earlier: the rows that earlier stages kept, by stage.
+        bound: the bound of the run to be scored (`held_out_bound`), if it has one already.
+        compare: warn of scored rows that are training rows too. This reads all rows.
 
-    Raises DataError or ConfigError before training.
+    Raises:
+        DataError, ConfigError: before training, for rows or keys that cannot work.
     """
-    longest = length_limit(data, context)
-    learned = options = Options(longest, data.truncation, objective=loss)
     set_chat_template(tokenizer, data)
-    task = None if data.task is None else load_task(data.task)
-    sources = _file_sources(data) if task is None else _task_sources(task, data)
-    if task is not None:
-        before, sources["train"] = _demonstrations(task, data, sources["train"])
-        learned = replace(options, objective=loss or task.loss, before=before)
-        options = replace(learned, reserve=_reserve(task))
-        if task.completion is None:
-            options = replace(options, objective="candidates")
-    asked = _asked(task, loss)
+    encoding = _SplitEncoding.of(data, tokenizer, context, progress, loss)
+    fields = _task_fields(encoding.task, loss)
+    parts: dict[str, list[Rows]] = {split: [] for split in SPLITS}
+    to_train, earlier = to_score is None, earlier or {}
 
-    def encode(split: str, options: Options, *, say_lost: bool = True) -> list[Rows]:
-        kind = task or data.format
+    # 1. Divide the training files: rows to train on, rows held out for validation.
+    if to_train or (data.holds_out and to_score != "test") or (earlier and to_score == "train"):
+        division = _divided(encoding, list(earlier.values()), bound, to_train)
+        parts["train"], parts["validation"], fields_of_division = division
+        fields |= fields_of_division
+
+    # 2. Encode the splits that have files of their own.
+    for split in SPLITS if to_score is None else (to_score,):
+        parts[split] = parts[split] or encoding.encode(split, encoding.scored)
+    rows = {split: joined(part) for split, part in parts.items()}
+    tell_unread(rows)
+    if to_train and compare:
+        tell_in_both(data, rows, encoding.sources)
+
+    # 3. Add rows of earlier stages to the training rows.
+    if to_train and (data.rehearse or (data.replay and parts["train"])):
+        again = _rows_of_earlier(data, loss, rows, earlier, length_limit(data, context))
+        rows["train"] = joined([rows["train"], *again])
+        fields |= _mixed_with(again, data.replay, fields)
+    if earlier and to_train and compare:
+        tell_trained_on(rows, earlier)
+    fields["digest"] = _digest(rows, encoding.scored.before)
+    return Splits(rows["train"], rows["validation"], rows["test"], **fields)
+
+
+@dataclass(frozen=True)
+class _SplitEncoding:
+    """The sources of each split, and how they are encoded for training and for scoring."""
+
+    data: DataConfig
+    tokenizer: PreTrainedTokenizerBase
+    task: Task | None
+    sources: Mapping[str, Sequence[Source]]
+    learned: Options
+    scored: Options
+    progress: SplitProgress | None
+
+    @classmethod
+    def of(
+        cls,
+        data: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        context: int,
+        progress: SplitProgress | None,
+        loss: str | None,
+    ) -> _SplitEncoding:
+        learned = scored = Options(length_limit(data, context), data.truncation, objective=loss)
+        task = None if data.task is None else load_task(data.task)
+        sources = _file_sources(data) if task is None else _task_sources(task, data)
+        if task is not None:
+            before, sources["train"] = _demonstrations(task, data, sources["train"])
+            learned = replace(learned, objective=loss or task.loss, before=before)
+            scored = replace(learned, reserve=_reserve(task))
+            if task.completion is None:
+                scored = replace(scored, objective="candidates")
+        return cls(data, tokenizer, task, sources, learned, scored, progress)
+
+    def encode(self, split: str, options: Options, *, warn: bool = True) -> list[Rows]:
+        """Encode each source of a split."""
+        kind = self.task or self.data.format
         return [
-            _encode(split, each, tokenizer, kind, options, progress, say_lost=say_lost)
-            for each in sources[split]
+            _encode(split, source, self.tokenizer, kind, options, self.progress, warn=warn)
+            for source in self.sources[split]
         ]
 
-    parts: dict[str, list[Rows]] = {split: [] for split in SPLITS}
-    is_divided = (data.holds_out and to_score != "test") or (earlier and to_score == "train")
-    if to_score is None or is_divided:
-        files = encode("train", learned)
-        found = divide(files, data, list((earlier or {}).values()), bound)
-        is_scored_alike = not is_divided or options == learned
-        scored = files if is_scored_alike else encode("train", options, say_lost=False)
-        parts["train"], parts["validation"] = _picked(found, files, scored, data, to_score is None)
-        asked |= {"bound": found.bound, "moved": found.counts}
-        if counts := list(map(len, parts["train"])):
-            weights = [each.weight for each in data.train_files] or [1.0]
-            weights = weights[-len(counts) :]  # of the first, all rows may be demonstrations
-            asked["mixture"] = Mixture(tuple(counts), tuple(weights))
-    for split in SPLITS if to_score is None else (to_score,):
-        parts[split] = parts[split] or encode(split, options)
-    rows = {split: joined(each) for split, each in parts.items()}
-    tell_unread(rows)
-    if to_score is None and compare:
-        tell_in_both(data, rows, sources)
-    if to_score is None and (data.rehearse or (data.replay and parts["train"])):
-        key, kind = "data.replay" if data.replay else "data.rehearse", learned_by(data, loss)
-        old: Mapping[str, Kept] = earlier or {}
-        if not data.keep_conflicts:
-            old = newest(old, answer_hashes(rows["train"]))
-        again = rows_again(key, old, kind, rows["validation"], longest)
-        rows["train"] = joined([rows["train"], *again])
-        asked |= _mixed_with(again, data.replay, asked)
-    if earlier and to_score is None and compare:
-        tell_trained_on(rows, earlier)
-    asked |= {"digest": _digest(rows, options.before)}
-    return Splits(rows["train"], rows["validation"], rows["test"], **asked)
 
-
-def _asked(task: Task | None, loss: str | None) -> dict[str, Any]:
-    """Return what `Splits` says of how the rows are learned and judged."""
-    found = {} if task is None else {name: getattr(task, name) for name in _ASKED_OF_A_TASK}
+def _task_fields(task: Task | None, loss: str | None) -> dict[str, Any]:
+    """Return the fields of `Splits` that the task and the loss decide."""
+    fields = {} if task is None else {name: getattr(task, name) for name in _TASK_FIELDS}
     if loss is not None:
-        found["loss"] = loss
+        fields["loss"] = loss
     if loss in PAIR_LOSSES:
-        found["reported"] = _REPORTED_OF_PAIRS
-    return found
+        fields["reported"] = _REPORTED_OF_PAIRS
+    return fields
 
 
-def _picked(
-    found: Division, files: list[Rows], scored: list[Rows], data: DataConfig, to_train: bool
-) -> tuple[list[Rows], list[Rows]]:
-    """Return the rows to train on, as they are `scored` unless `to_train`, and those held out."""
-    validation = list(map(aligned, scored, files, found.validation))
+def _divided(
+    encoding: _SplitEncoding, earlier: Sequence[Kept], bound: int | None, to_train: bool
+) -> tuple[list[Rows], list[Rows], dict[str, Any]]:
+    """Return the rows to train on, the rows held out, and fields of `Splits`.
+
+    Held-out rows are encoded for scoring; so are the rows to train on, unless `to_train`.
+    """
+    data, learned, scored = encoding.data, encoding.learned, encoding.scored
+    files = to_score = encoding.encode("train", learned)
+    division = divide(files, data, earlier, bound)
+    if scored != learned and (data.holds_out or not to_train):
+        to_score = encoding.encode("train", scored, warn=False)
+    validation = list(map(aligned, to_score, files, division.validation))
     if data.holds_out:
-        check_scorable(found.validation, validation)
-    held_out = list(map(pick, scored, validation)) if data.holds_out else []
+        check_scorable(division.validation, validation)
+    held_out = list(map(pick, to_score, validation)) if data.holds_out else []
     if to_train:
-        return list(map(pick, files, found.train)), held_out
-    return list(map(pick, scored, map(aligned, scored, files, found.train))), held_out
+        train = list(map(pick, files, division.train))
+    else:
+        train = list(map(pick, to_score, map(aligned, to_score, files, division.train)))
+    fields: dict[str, Any] = {"bound": division.bound, "moved": division.counts}
+    if train:
+        weights = [file.weight for file in data.train_files] or [1.0]
+        weights = weights[-len(train) :]  # the first file is missing if all its rows are shown
+        fields["mixture"] = Mixture(tuple(map(len, train)), tuple(weights))
+    return train, held_out, fields
 
 
-def _mixed_with(again: Sequence[Rows], replay: float | None, asked: Any) -> dict[str, Any]:
-    """Return what an epoch reads of rows of earlier stages: a share of each batch beside new rows,
-    or in a rehearsal as many of each stage."""
+def _rows_of_earlier(
+    data: DataConfig,
+    loss: str | None,
+    rows: Mapping[str, Rows],
+    earlier: Mapping[str, Kept],
+    max_length: int,
+) -> list[Rows]:
+    """Return the rows of earlier stages that a replay or rehearsal reads again."""
+    if not data.keep_conflicts:
+        earlier = newest(earlier, answer_hashes(rows["train"]))
+    key = "data.replay" if data.replay else "data.rehearse"
+    return rows_again(key, earlier, learned_by(data, loss), rows["validation"], max_length)
+
+
+def _mixed_with(again: Sequence[Rows], replay: float | None, fields: Any) -> dict[str, Any]:
+    """Return the fields of `Splits` that mix in rows of earlier stages.
+
+    A replay adds a share to each batch of new rows. A rehearsal reads equally many rows of each
+    stage.
+    """
     counts = tuple(map(len, again))
     if not replay:
         shares = tuple(min(1.0, _REHEARSED / count) for count in counts)
         return {"mixture": Mixture(counts, shares)}
-    mixture = replace(asked["mixture"], num_earlier=sum(counts), replay=replay)
-    return {"mixture": mixture, "moved": asked["moved"] | {"replayed": sum(counts)}}
+    mixture = replace(fields["mixture"], num_earlier=sum(counts), replay=replay)
+    return {"mixture": mixture, "moved": fields["moved"] | {"replayed": sum(counts)}}
 
 
 def learned_by(data: DataConfig, loss: str | None) -> str:
-    """Return what the rows of a config are learned by (`Splits.loss`)."""
+    """Return the objective by which the rows of a config are learned (`Splits.loss`)."""
     return loss or ("completion" if data.task is None else load_task(data.task).loss)
 
 
 def named_sources(data: DataConfig) -> dict[str, list[TrainFile]]:
-    """Return what the keys of a config name: the task and the files of rows, with their weights."""
-    found = {f"data.{key}": getattr(data, key) for key in ("task", "validation", "test")}
-    named = {key: [TrainFile(path=path)] for key, path in found.items() if isinstance(path, str)}
+    """Return the sources of a config by key: the task, and data files with their weights."""
+    values = {f"data.{key}": getattr(data, key) for key in ("task", "validation", "test")}
+    named = {key: [TrainFile(path=path)] for key, path in values.items() if isinstance(path, str)}
     if data.rehearse:
         named["data.rehearse"] = []
     return named | ({"data.train": data.train_files} if data.train_files else {})
 
 
 def source_digest(key: str, path: str, data: DataConfig) -> str:
-    """Return what names the content of a task or of a file of rows, wherever it lies."""
+    """Return a digest of the content of a task or data file; its path does not count."""
     if key == "data.task":
         return hashlib.sha256(load_task(path).model_dump_json().encode()).hexdigest()
     split = key.removeprefix("data.")
@@ -250,21 +304,20 @@ def source_digest(key: str, path: str, data: DataConfig) -> str:
 
 
 def rows_of_an_epoch(data: DataConfig, most: int) -> int:
-    """Return how many rows of its files an epoch reads, `most` or more if it is that many."""
-    found = 0
+    """Return how many rows an epoch reads of the files. Counting stops at about `most`."""
+    count = 0
     for file, source in zip(data.train_files, _file_sources(data)["train"], strict=True):
         limit = ceil(most / file.weight)
         limit = limit if source.limit is None else min(limit, source.limit)
-        found += ceil(file.weight * replace(source, limit=limit).num_rows())
-    return found
+        count += ceil(file.weight * replace(source, limit=limit).num_rows())
+    return count
 
 
 def check_files(data: DataConfig, loss: str | None) -> None:
-    """Look for a task and for rows, and at the first row of each file; a task's are not rendered.
+    """Check that the task and the data files exist, and read the first row of each file.
 
-    Warns of rows to score that are plain text while those trained on are not, or the other way
-    round. Raises ConfigError for no such task, DataError for rows that are not there or suit no
-    format.
+    Rows of a task are not rendered. Warns if some splits are plain text and others are not. Raises
+    ConfigError if there is no such task, DataError if rows are missing or have no known format.
     """
     task = None if data.task is None else load_task(data.task)
     if task is not None and data.dir is not None:
@@ -279,13 +332,13 @@ def check_files(data: DataConfig, loss: str | None) -> None:
             if task is None and (loss in PAIR_LOSSES or data.format == "auto"):
                 kinds.setdefault(split, set()).add(detect_format([first], loss))
     trained = kinds.pop("train", set())
-    for split, found in kinds.items():
-        if trained and {kind == "text" for kind in found} - {kind == "text" for kind in trained}:
+    for split, scored in kinds.items():
+        if trained and {kind == "text" for kind in scored} - {kind == "text" for kind in trained}:
             _log.warning(
-                "%s: rows are %s, and those trained on %s: of text all tokens are scored, else "
-                "the answers alone; to read all files as one format, set data.format",
+                "%s: rows are %s, but training rows are %s. In text all tokens are scored, "
+                "otherwise only the answers. To read all files as one format, set data.format",
                 split,
-                *(", ".join(sorted(each)) for each in (found, trained)),
+                *(", ".join(sorted(formats)) for formats in (scored, trained)),
             )
 
 
@@ -296,10 +349,10 @@ def encode_split(
     context: int,
     data: DataConfig | None = None,
 ) -> Rows:
-    """Tokenise rows of a task to be scored.
+    """Tokenise rows of a task for scoring.
 
-    `data` is that of the run to be scored: what it says of its own task (length, truncation,
-    demonstrations) is kept.
+    `data` is the section of the scored run. If its task is `task`, its length, truncation and
+    demonstrations are used.
     """
     options = Options(context, reserve=_reserve(task))
     shapes = data is not None and (data.max_length or data.truncation or data.shots)
@@ -320,15 +373,15 @@ def _encode(
     options: Options,
     progress: SplitProgress | None,
     *,
-    say_lost: bool = True,
+    warn: bool = True,
 ) -> Rows:
-    """Encode rows, and say how they were read, and what was cut and left out."""
-    if say_lost:
+    """Encode rows, and warn of unusual files and of rows that were cut or left out."""
+    if warn:
         source.tell_remark()
-    tell = None if progress is None else partial(progress, split)
-    rows = make_rows(source, tokenizer, task, options, progress=tell)
+    split_progress = None if progress is None else partial(progress, split)
+    rows = make_rows(source, tokenizer, task, options, progress=split_progress)
     check_pairs(rows.summary, source)
-    if say_lost:
+    if warn:
         tell_lost(split, rows.summary)
     return rows
 
@@ -336,7 +389,7 @@ def _encode(
 def _demonstrations(
     task: Task, data: DataConfig, train: Sequence[Source]
 ) -> tuple[str, list[Source]]:
-    """Return the training rows that are shown, as text, and the sources without them."""
+    """Return the demonstrations as text, and the training sources without these rows."""
     if not data.shots or not train:
         return "", list(train)
     first, *others = train
@@ -351,7 +404,7 @@ def _demonstrations(
 
 
 def _reserve(task: Task) -> int:
-    """Tokens to keep free for a generated answer."""
+    """Return how many tokens to keep free for a generated answer."""
     return task.max_new_tokens if task.completion is not None and task.metric in WORD_METRICS else 0
 
 
@@ -368,8 +421,8 @@ def length_limit(data: DataConfig, context: int) -> int:
 def _task_sources(task: Task, data: DataConfig) -> dict[str, list[Source]]:
     if data.train is not None:
         return {
-            split: [flat(source, task.name) for source in found]
-            for split, found in _file_sources(data).items()
+            split: [flat(source, task.name) for source in sources]
+            for split, sources in _file_sources(data).items()
         }
     sizes = (data.num_train, data.num_validation, data.num_test)
     drawn = sample_splits(task, data.dir, *sizes, data.data_seed, data.sampling)
@@ -377,35 +430,34 @@ def _task_sources(task: Task, data: DataConfig) -> dict[str, list[Source]]:
 
 
 def _file_sources(data: DataConfig) -> dict[str, list[Source]]:
-    """The user's own files, in file order; `num_…` takes the first rows of each."""
-    train = [each.path for each in data.train_files]
-    named: dict[str, list[Any]] = {"train": train}
-    named |= {"validation": [data.validation], "test": [data.test]}
+    """Return the sources of a user's data files; `num_SPLIT` takes the first rows of each."""
+    paths: dict[str, list[Any]] = {"train": [file.path for file in data.train_files]}
+    paths |= {"validation": [data.validation], "test": [data.test]}
     return {
         split: [
-            replace(find_source(each, split, getattr(data, f"num_{split}")), fields=data.fields)
-            for each in found
-            if each and isinstance(each, str)
+            replace(find_source(path, split, getattr(data, f"num_{split}")), fields=data.fields)
+            for path in split_paths
+            if path and isinstance(path, str)
         ]
-        for split, found in named.items()
+        for split, split_paths in paths.items()
     }
 
 
 def _digest(rows: Mapping[str, Rows], before: str = "") -> str:
-    """Return the version and twelve hex digits that name the rows of all splits.
+    """Return a digest of the rows of all splits: its version and twelve hex digits.
 
-    Version 2: of each row, the SHA-256 of what its task or format makes of it, as JSON with sorted
-    keys; of a split, the SHA-256 of its rows' hashes in order; of a run, that of `before` (the
-    demonstrations) and of the name and hash of each split. It is computed while rows are streamed.
+    Version 2 has three levels of SHA-256. Row: the content that its task or format reads, as JSON
+    with sorted keys. Split: the hashes of its rows in order. Run: `before` (the demonstrations),
+    then the name and hash of each split. Hashes are computed while rows are streamed.
     """
-    found = hashlib.sha256(before.encode())
+    digest = hashlib.sha256(before.encode())
     for split in SPLITS:
-        found.update(f"\n{split} {rows[split].summary.digest}".encode())
-    return f"2:{found.hexdigest()[:12]}"
+        digest.update(f"\n{split} {rows[split].summary.digest}".encode())
+    return f"2:{digest.hexdigest()[:12]}"
 
 
 def task_split_source(task: Task, data: str | None, split: str, limit: int | None) -> Source:
-    """Return the first `limit` rows of a task's split; `data` is its folder or one file."""
+    """Return the first `limit` rows of a task's split; `data` is a folder or a file."""
     if data is None or not Path(data).is_file():
         return unseen_source(task, data, split, limit)
     return replace(flat(find_source(data), task.name), limit=limit)

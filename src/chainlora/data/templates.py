@@ -1,7 +1,7 @@
-"""Templates of tasks and chats, in Jinja2's sandbox, and the chat template that a config gives.
+"""Render the templates of tasks and chats in Jinja2's sandbox; set the chat template of a config.
 
-The sandbox keeps templates of other people from running code and from changing a row. It does not
-limit time and memory.
+The sandbox prevents templates from running code and from changing a row. It does not limit time or
+memory.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
-_ANSWER = "§answer§"  # in no template
-_clock = threading.Lock()  # clock and random state are the program's: one row at a time has them
+_ANSWER = "§answer§"  # a text that no template contains
+_clock = threading.Lock()  # clock and random state are global: one row at a time changes them
 
 Part = Callable[[Any, Mapping[str, Any]], Any]
-"""Renders one key of an item, which it gets with the values of the keys before."""
+"""Renders one key of an item. Its arguments are the item and the values of earlier keys."""
 
 
 class Reply(NamedTuple):
-    """What the templates of an item gave, or why they did not, and under which key."""
+    """The values that templates gave for an item, or an error with the key where it occurred."""
 
     value: Any = None
     error: str = ""
@@ -44,22 +44,22 @@ class Reply(NamedTuple):
 
 
 def evaluate(parts: Mapping[str, Part], item: Any) -> Reply:
-    """Return what each part gives for an item, as JSON holds it."""
-    # All readers give a template the same: no bytes, and numbers instead of scalars of arrays.
-    item, found, key = json.loads(json.dumps(item, default=_plain)), dict[str, Any](), ""
+    """Render all parts of an item. Values are converted to JSON types."""
+    # Values must not depend on the reader: no bytes, and numbers instead of array scalars.
+    item, values, key = json.loads(json.dumps(item, default=_plain)), dict[str, Any](), ""
     try:
         with _clock, _seeded(item):
             for key, part in parts.items():
-                text = json.dumps(part(item, found), ensure_ascii=False, default=str)
-                found[key] = json.loads(text.encode())
-        return Reply(found)
-    except Exception as error:  # whatever the values make the template do
+                text = json.dumps(part(item, values), ensure_ascii=False, default=str)
+                values[key] = json.loads(text.encode())
+        return Reply(values)
+    except Exception as error:  # a template can raise anything
         reason = str(error) or type(error).__name__
         return Reply(error=" ".join(reason.split())[:1000], key=key)
 
 
 def _plain(value: Any) -> Any:
-    """Return the number of an array's scalar, nothing for bytes, and the text of other objects."""
+    """Convert an object for JSON: an array scalar to a number, bytes to None, others to text."""
     if isinstance(value, bytes):
         return None
     return value.item() if hasattr(value, "item") else str(value)
@@ -67,7 +67,7 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def _seeded(item: Any) -> Iterator[None]:
-    """Let the filter `random` give an item the same text whenever it is rendered."""
+    """Seed the filter `random`, so that an item always renders to the same text."""
     state = random.getstate()
     random.seed(repr(item))
     try:
@@ -79,11 +79,11 @@ def _seeded(item: Any) -> Iterator[None]:
 # --- tasks ---
 
 
-def _refuse_no_text(value: Any) -> Any:
+def _require_text(value: Any) -> Any:
     if value is None:
-        raise jinja2.UndefinedError("a null, or bytes that are no text")
+        raise jinja2.UndefinedError("a null, or bytes that are not text")
     if isinstance(value, list | tuple | dict):
-        raise jinja2.UndefinedError(f"{value!r:.60}, which is no text")
+        raise jinja2.UndefinedError(f"{value!r:.60}, which is not a text")
     return value
 
 
@@ -91,7 +91,7 @@ _ENVIRONMENT = ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined,
     keep_trailing_newline=True,
     autoescape=False,
-    finalize=_refuse_no_text,
+    finalize=_require_text,
 )
 
 
@@ -111,10 +111,10 @@ def expression(source: str) -> Callable[..., Any]:
 
 
 class _SameDay(datetime):
-    """A clock that shows the day that Llama 3's templates take where there is none.
+    """A clock with a fixed day, which is also the default day of Llama 3's templates.
 
-    With the real date, rows would be other tokens every day, and the hashes of their tokens would
-    hold out other rows.
+    With the real date, the tokens of a row would change every day, and with their hashes the rows
+    that are held out.
     """
 
     @classmethod
@@ -123,25 +123,30 @@ class _SameDay(datetime):
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, chat: Mapping[str, Any]) -> Reply:
-    """Render a conversation by the tokenizer's chat template.
+    """Render a conversation with the tokenizer's chat template.
 
-    It is `messages` with arguments of ``apply_chat_template``, such as `tools` and
-    `add_generation_prompt`, and of the template. The value is the text, and where the template
-    marks the assistant's words the spans of their characters, if `return_assistant_tokens_mask`
-    asks for them.
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        chat: `messages`, arguments of ``apply_chat_template`` such as `tools` and
+            `add_generation_prompt`, and arguments of the template.
+
+    Returns:
+        A `Reply` whose value is the text and a list of spans of characters. With
+        `return_assistant_tokens_mask` these are the spans that the template marks as the
+        assistant's, otherwise none.
     """
     from transformers.utils import chat_template_utils
 
     try:
         template = tokenizer.get_chat_template(tools=[{}] if chat.get("tools") else None)
-    except ValueError as error:  # none, or several and no default
+    except ValueError as error:  # no template, or several without a default
         return Reply(error=str(error))
-    messages = [{k: v for k, v in each.items() if v is not None} for each in chat["messages"]]
+    messages = [{k: v for k, v in turn.items() if v is not None} for turn in chat["messages"]]
     options = {key: value for key, value in chat.items() if key != "messages"}
 
-    def render(item: Mapping[str, Any], found: Mapping[str, Any]) -> list[Any]:
+    def render(item: Mapping[str, Any], values: Mapping[str, Any]) -> list[Any]:
         names = vars(chat_template_utils)
-        # `strftime_now` takes no other clock
+        # `strftime_now` reads this module's `datetime`; no argument replaces it
         names["datetime"], before = _SameDay, names["datetime"]
         try:
             rendered: Any = chat_template_utils.render_jinja_template(
@@ -158,9 +163,9 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, chat: Mapping[str, Any]) -> 
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
-    """Give a tokenizer the chat template and its arguments of a config, if that has some.
+    """Set the chat template and its arguments that a config gives.
 
-    Raises ConfigError for arguments that no template reads.
+    Raises ConfigError for arguments that the template does not read.
     """
     template = tokenizer.chat_template
     if data.chat_template is not None:
@@ -186,13 +191,13 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> N
 
 
 def _warn_of_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Say that a model will not stop by itself where a turn's end is no token of its own."""
+    """Warn if the end of a turn is several tokens: the model will not stop there by itself."""
     end = ENDS.get(name)
     if end is not None and len(tokenizer(end, add_special_tokens=False)["input_ids"]) > 1:
         _log.warning(
-            "data.chat_template: %s ends turns with %s, which is several tokens to this "
-            "tokenizer, so that chats do not stop there; zephyr and alpaca end them with its own "
-            "%s",
+            "data.chat_template: %s ends turns with %s, which this tokenizer splits into several "
+            "tokens. Chats will not stop there. The templates zephyr and alpaca end turns with "
+            "the tokenizer's own %s",
             name,
             end,
             tokenizer.eos_token,
@@ -200,47 +205,49 @@ def _warn_of_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def ends_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the special token that the chat template writes after an answer, if it writes one.
+    """Return the special token that the chat template writes after an answer: one token or none.
 
-    The model's own end of sequence is often another one, if it is a base model.
+    It often differs from the tokenizer's end of sequence, in particular for base models.
     """
-    said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
-    reply = render_chat(tokenizer, {"messages": said})
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
+    reply = render_chat(tokenizer, {"messages": messages})
     text = "" if reply.error else str(reply.value[0])
-    _, found, after = text.rpartition(_ANSWER)
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
+    _, answer, after = text.rpartition(_ANSWER)
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if answer else []
     return [int(token) for token in ids if token in tokenizer.added_tokens_decoder][:1]
 
 
 def without_markup(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str | None:
-    """Return what is said in a prompt that the chat template wrote, as people read it.
+    """Return the messages of a prompt without the markup of the chat template.
 
-    That is the user's message, or several with their roles. None for another prompt.
+    The result is the user's message alone, or several messages with their roles. It is None if the
+    chat template did not write the prompt.
     """
     around = _markup(tokenizer, "user", "assistant", "user")
     if len(around) != 4 or not all(around[1:]) or not prompt.endswith(around[3]):
         return None
     begin, to_assistant, to_user, end = around
-    prompt, said, begins = prompt.removesuffix(end), list[str](), {begin: ""}
-    system = _markup(tokenizer, "system", "user")
+    prompt, turns = prompt.removesuffix(end), list[str]()
+    # The markup before the first message, with the markup after it if it is a system message.
+    begins, system = {begin: ""}, _markup(tokenizer, "system", "user")
     begins |= {system[0]: system[1]} if len(system) == 3 else {}
-    found = max((b for b in begins if prompt.startswith(b)), key=len, default=None)
-    if found is None:
+    longest = max((b for b in begins if prompt.startswith(b)), key=len, default=None)
+    if longest is None:
         return None
-    prompt = prompt.removeprefix(found)
-    if begins[found]:
-        first, _, prompt = prompt.partition(begins[found])
-        said.append(f"system: {first}")
+    prompt = prompt.removeprefix(longest)
+    if begins[longest]:
+        first, _, prompt = prompt.partition(begins[longest])
+        turns.append(f"system: {first}")
     for role, mark in cycle([("user", to_assistant), ("assistant", to_user)]):
         message, is_more, prompt = prompt.partition(mark)
-        said.append(f"{role}: {message}")
+        turns.append(f"{role}: {message}")
         if not is_more:
             break
-    return "\n".join(said) if said[1:] else said[0].removeprefix("user: ")
+    return "\n".join(turns) if turns[1:] else turns[0].removeprefix("user: ")
 
 
 def _markup(tokenizer: PreTrainedTokenizerBase, *roles: str) -> list[str]:
-    """Return what the chat template writes before, between and after messages of these roles."""
+    """Return the text of the chat template before, between and after messages of these roles."""
     messages = [{"role": role, "content": _ANSWER} for role in roles]
     reply = render_chat(tokenizer, {"messages": messages, "add_generation_prompt": True})
     return [] if reply.error else str(reply.value[0]).split(_ANSWER)

@@ -1,4 +1,4 @@
-"""Chats: the model's chat template, loss on what the assistant says."""
+"""Encode chats with the model's chat template; the assistant's turns are the targets."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ from chainlora.data.templates import Reply, render_chat
 from chainlora.errors import DataError
 
 _COLUMNS = frozenset((*ROW_FIELDS["chat"], "turns_before"))
-_NAMES = ("role", "name")  # of a message, beside what it says
+_NAMES = ("role", "name")  # the keys of a message that are not content
 _CHATML = "another chat template, as in data.chat_template: chatml"
 _Messages = list[dict[str, Any]]
 
 
 class ChatEncoder:
-    """Rows of `messages`, with `tools` and `chat_template_kwargs` where a row has some."""
+    """Encodes rows of `messages`, with optional `tools` and `chat_template_kwargs`.
+
+    If the template marks the assistant's words (``{% generation %}``), the marks are the targets.
+    Otherwise the targets are found by rendering prefixes of the conversation.
+    """
 
     truncation = "error"
     keeps_targets = False
@@ -39,10 +43,10 @@ class ChatEncoder:
                 "rows of prompt + completion"
             )
         self.reader = reader
-        self.turns_before = turns_before  # of the assistant, that are read and not learnt
+        self.turns_before = turns_before  # number of assistant turns that belong to the prompt
         self.source = str(reader.tokenizer.chat_template)
         has_marks = "generation %}" in self.source.replace("-%}", "%}")
-        self.is_marked = has_marks and reader.tokenizer.is_fast  # others know no characters
+        self.is_marked = has_marks and reader.tokenizer.is_fast  # slow ones return no offsets
 
     def __call__(self, rows: Sequence[Row]) -> list[Draft]:
         chats = [_Chat(row, self.reader) for row in rows]
@@ -53,7 +57,7 @@ class ChatEncoder:
         return [chat.draft(*turn) for chat, turn in zip(chats, turns, strict=True)]
 
     def unread(self, row: Row) -> set[str]:
-        """Return the columns of a row, and the keys inside of them, that are not read."""
+        """Return the columns of a row, and keys inside columns, that are not read."""
         given = row.get("chat_template_kwargs") or {}
         parts = {
             f"messages[].{key}": key for m in row["messages"] for key in m if m[key] is not None
@@ -66,10 +70,9 @@ class ChatEncoder:
         return render_chat(self.reader.tokenizer, item)
 
     def _whole(self, chat: _Chat) -> tuple[str, list[Span]]:
-        """Return the text of a chat, and the characters that a template marks.
+        """Return the text of a chat, and the spans of characters that the template marks.
 
-        Raises DataError for one that does not suit the template, or whose tools or calls the
-        template would drop in silence.
+        Raises DataError if the template rejects the chat, or ignores its tools or tool calls.
         """
         marks: dict[str, Any] = {"return_assistant_tokens_mask": self.is_marked}
         reply = self._render(chat.item(**marks))
@@ -81,10 +84,12 @@ class ChatEncoder:
             without["`tool_calls`"] = chat.item(
                 [{k: v for k, v in m.items() if k != "tool_calls"} for m in chat.messages]
             )
-        for what, item in without.items():
+        for name, item in without.items():
             reply = self._render(item)
-            if not reply.error and reply.value[0] == whole:  # one that refuses does read them
-                rule, got = f"the model's chat template must show {what}", "one that ignores them"
+            # A template that fails without the tools does read them.
+            if not reply.error and reply.value[0] == whole:
+                rule = f"the model's chat template must show {name}"
+                got = "a template that ignores them"
                 raise bad_row(rule, got, chat.place, f"give {_CHATML}, or remove them")
         return whole, spans
 
@@ -93,17 +98,17 @@ class ChatEncoder:
     def _marked_turns(self, chats: Sequence[_Chat]) -> list[tuple[Ids, list[Span], Ids]]:
         """Return tokens, targets and prompt where ``{% generation %}`` marks turns."""
         texts = [chat.whole for chat in chats]
-        learnt = [chat.marks[self._marks_before(chat) :] for chat in chats]
+        marks = [chat.marks[self._marks_before(chat) :] for chat in chats]
         encoded = self.reader.tokenizer(
             texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        pairs = zip(texts, learnt, strict=True)
+        pairs = zip(texts, marks, strict=True)
         prompts = self.reader.bare([text[: spans[0][0]] if spans else "" for text, spans in pairs])
-        read = zip(encoded["input_ids"], encoded["offset_mapping"], learnt, prompts, strict=True)
-        return [(list(ids), _covered(offsets, spans), each) for ids, offsets, spans, each in read]
+        turns = zip(encoded["input_ids"], encoded["offset_mapping"], marks, prompts, strict=True)
+        return [(list(ids), _covered(offs, spans), prompt) for ids, offs, spans, prompt in turns]
 
     def _marks_before(self, chat: _Chat) -> int:
-        """Return how many marks stand in the turns that are not learnt: one may have any number."""
+        """Return the number of marks in the turns of the prompt; a turn can have several."""
         count = self.turns_before(chat.row)
         if not count:
             return 0
@@ -114,14 +119,14 @@ class ChatEncoder:
     # --- turns by prefixes ---
 
     def _prefix_turns(self, chats: Sequence[_Chat]) -> list[tuple[Ids, list[Span], Ids]]:
-        """Return tokens, targets and prompt where a turn is what the template adds."""
-        texts = [[chat.whole, *self._edges(chat)] for chat in chats]
-        tokens = iter(self.reader.bare([text for each in texts for text in each]))
+        """Return tokens, targets and prompt, by comparing prefixes of the conversation."""
+        chat_texts = [[chat.whole, *self._edges(chat)] for chat in chats]
+        tokens = iter(self.reader.bare([text for texts in chat_texts for text in texts]))
         turns = []
-        for chat, each in zip(chats, texts, strict=True):
-            ids, *edges = [next(tokens) for _ in each]
+        for chat, texts in zip(chats, chat_texts, strict=True):
+            ids, *edges = [next(tokens) for _ in texts]
             begins = [common_prefix(edge, ids) for edge in edges[::2]]
-            ends = zip(each[2::2], edges[1::2], strict=True)
+            ends = zip(texts[2::2], edges[1::2], strict=True)
             stops = [self._stop(chat.whole, ids, text, edge) for text, edge in ends]
             before = self.turns_before(chat.row)
             spans = [*zip(begins, stops, strict=True)][before:]
@@ -130,7 +135,7 @@ class ChatEncoder:
         return turns
 
     def _stop(self, whole: str, ids: Ids, text: str, edge: Ids) -> int:
-        """Return where an answer ends: with the blanks behind it if they are one token with it."""
+        """Return where an answer ends; blanks that share its last token belong to it."""
         if ids[: len(edge)] != edge:
             rest = whole[len(text) :]
             blanks = rest[: len(rest) - len(rest.lstrip())]
@@ -149,12 +154,12 @@ class ChatEncoder:
             after = chat.whole if turn + 1 == len(chat.messages) else text(turn + 1)
             if turn:
                 before = text(turn, add_generation_prompt=True)
-            else:  # no template renders a conversation of no turns
+            else:  # templates do not render an empty conversation
                 before = self._before_first(chat, after)
             if not (chat.whole.startswith(after) and after.startswith(before)):
                 raise bad_row(
-                    "the chat template must render a conversation as a prefix of the longer one, "
-                    "or mark turns with {% generation %}",
+                    "the chat template must only append text for each turn, or mark turns with "
+                    "{% generation %}",
                     f"other text before turn {turn + 1}",
                     chat.place,
                     f"end the row with its first assistant turn, or give {_CHATML}",
@@ -163,15 +168,15 @@ class ChatEncoder:
         return edges
 
     def _before_first(self, chat: _Chat, after: str) -> str:
-        """Return what stands before the words of an assistant who speaks first.
+        """Return the text before the words of an assistant who speaks first.
 
-        It is found by what opens an answer.
+        The text that opens an answer marks its end.
         """
         at = after.find(self._opening) if self._opening else -1
         if at < 0:
             raise bad_row(
-                "a chat that the assistant begins must have a template that marks {% generation %}",
-                "another",
+                "a chat that the assistant begins needs a template that marks {% generation %}",
+                "a template without marks",
                 chat.place,
                 f"give {_CHATML}, or remove the first turn",
             )
@@ -179,10 +184,10 @@ class ChatEncoder:
 
     @cached_property
     def _opening(self) -> str:
-        """What the template writes before an answer; nothing where that cannot be told."""
-        asked: _Messages = [{"role": "user", "content": "x"}]
-        closed = self._render({"messages": asked})
-        opened = self._render({"messages": asked, "add_generation_prompt": True})
+        """Return the text that the template writes before an answer; "" if it is unknown."""
+        question: _Messages = [{"role": "user", "content": "x"}]
+        closed = self._render({"messages": question})
+        opened = self._render({"messages": question, "add_generation_prompt": True})
         if closed.error or opened.error or not opened.value[0].startswith(closed.value[0]):
             return ""
         return str(opened.value[0][len(closed.value[0]) :])
@@ -192,20 +197,20 @@ class _Chat:
     """One conversation, checked."""
 
     whole: str
-    """Its text."""
+    """The rendered text."""
     marks: list[Span]
-    """The characters of it that the template marks."""
+    """The spans of characters of `whole` that the template marks."""
 
     def __init__(self, row: Row, reader: TokenReader) -> None:
         self.row, self.place = row, row.origin
         self.messages = _checked_messages(row.get("messages"), self.place)
-        self.content = self.messages  # as the digest of the rows takes it
+        self.content = self.messages  # for the digest of the rows
         self.tools = checked_tools(row.get("tools"), self.place)
         self.arguments = _checked_arguments(row.get("chat_template_kwargs"), reader, self.place)
-        self.turns = [at for at, each in enumerate(self.messages) if each["role"] == "assistant"]
+        self.turns = [at for at, turn in enumerate(self.messages) if turn["role"] == "assistant"]
 
     def item(self, messages: _Messages | None = None, **options: Any) -> dict[str, Any]:
-        """Return messages, all of them unless some are given, as `render_chat` takes them."""
+        """Return the argument of `render_chat` for some messages, by default all."""
         return {
             **self.arguments,
             "tools": self.tools,
@@ -214,32 +219,36 @@ class _Chat:
         }
 
     def check_answers(self, before: int) -> None:
-        """Refuse a turn that is not to be learned, and one of which its end alone would be."""
+        """Refuse an assistant's turn with weight 0, and one without content.
+
+        `before` is the number of assistant turns that belong to the prompt.
+        """
         for turn in self.turns[before:]:
             if self.messages[turn].get("weight") == 0:  # as OpenAI and Axolotl write it
-                rule, got = "assistant's turns are all learned", f"weight: 0 in turn {turn + 1}"
+                rule = "every turn of the assistant is learned"
+                got = f"weight: 0 in turn {turn + 1}"
                 remedy = "put the turns up to it into `prompt`, later ones into `completion`"
                 raise bad_row(rule, got, self.place, remedy)
-            said = {key: value for key, value in self.messages[turn].items() if key not in _NAMES}
-            if not any(said.values()):
-                rule, got = "an assistant's turn must say something", f"an empty turn {turn + 1}"
+            parts = {key: value for key, value in self.messages[turn].items() if key not in _NAMES}
+            if not any(parts.values()):  # otherwise only the end of the turn would be learned
+                rule, got = "a turn of the assistant must not be empty", f"empty turn {turn + 1}"
                 raise bad_row(rule, got, self.place, "write some text, or remove the row")
 
     def fill_contents(self) -> bool:
-        """Give messages without content an empty one; False where all have some."""
+        """Add empty content to messages without content. Return whether there were any."""
         before = self.messages
         self.messages = [{"content": "", **message} for message in before]
         return self.messages != before
 
     def value(self, reply: Reply) -> Any:
-        """Return text and marks. Raises DataError where the template refused."""
+        """Return text and marks. Raises DataError if the template failed."""
         if reply.error:
             rule, remedy = "messages must suit the model's chat template", "correct the row"
             raise bad_row(rule, f"{reply.error:.120}", self.place, f"{remedy}, or give {_CHATML}")
         return reply.value
 
     def draft(self, ids: Ids, spans: list[Span], prompt: Ids) -> Draft:
-        """Return the row as tokens, its last answer as the reference."""
+        """Return the row as tokens; its last answer is the reference."""
         spans = [(begin, stop) for begin, stop in spans if stop > begin]
         if not spans:
             raise bad_row("an assistant's turn must tokenise to something", "none", self.place)
@@ -247,12 +256,12 @@ class _Chat:
         if self.arguments:
             content = [self.content, self.tools, self.arguments]
         references = (str(self.messages[self.turns[-1]].get("content") or ""),)
-        said = (self.row.index, self.place, content, [ids], [spans])
-        return Draft(*said, references=references, prompt=prompt)
+        row = (self.row.index, self.place, content, [ids], [spans])
+        return Draft(*row, references=references, prompt=prompt)
 
 
 def _covered(offsets: Sequence[Span], marks: Sequence[Span]) -> list[Span]:
-    """Return the runs of tokens that marked characters touch; the first token is no target."""
+    """Return the spans of tokens that overlap marked characters, without the first token."""
     mask = [any(start < last and end > first for first, last in marks) for start, end in offsets]
     mask = [False, *mask, False]
     edges = [at for at in range(len(mask) - 1) if mask[at] != mask[at + 1]]
@@ -263,44 +272,44 @@ def _covered(offsets: Sequence[Span], marks: Sequence[Span]) -> list[Span]:
 
 
 def _checked_messages(messages: Any, place: str) -> _Messages:
-    """Return messages without their nulls, which tables of unlike messages are full of."""
+    """Return the messages with text as content, without nulls, which tables fill in."""
     if not _are_objects(messages) or not all(
-        isinstance(each.get("role"), str) and ("content" in each or each.get("tool_calls"))
-        for each in messages
+        isinstance(turn.get("role"), str) and ("content" in turn or turn.get("tool_calls"))
+        for turn in messages
     ):
         rule = "`messages` must be a list of objects with role and content"
         raise bad_row(rule, f"{messages!r:.80}", place)
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        rule = "`messages` must have a turn with role assistant to learn from"
+        rule = "`messages` must have a turn with the role assistant to learn"
         raise bad_row(rule, f"roles {roles}", place, "rename its role, or remove the row")
     if any(role != "assistant" and role.lower() == "assistant" for role in roles):
-        rule = "turns to learn have the role assistant, in small letters"
+        rule = "turns to learn have the role assistant, in lower case"
         raise bad_row(rule, f"roles {roles}", place, "rename their roles")
     return [_with_parsed_calls(_without_parts(message, place), place) for message in messages]
 
 
 def _without_parts(message: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Return a message without nulls, and with one text for parts of text.
+    """Remove nulls from a message, and join a list of text parts into one text.
 
-    Templates of language models would write the list itself.
+    A template would write the list itself.
     """
-    found = {key: value for key, value in message.items() if value is not None}
-    content: Any = found.get("content", "")
+    filled = {key: value for key, value in message.items() if value is not None}
+    content: Any = filled.get("content", "")
     if isinstance(content, str):
-        return found
+        return filled
     if not _are_objects(content) or not all(
         part.get("type", "text") == "text" and isinstance(part.get("text"), str) for part in content
     ):
         rule = "the content of a message must be a text, or parts of type text"
         raise bad_row(rule, f"{content!r:.80}", place, "remove other parts, or the row")
-    return found | {"content": "".join(part["text"] for part in content)}
+    return filled | {"content": "".join(part["text"] for part in content)}
 
 
 def _with_parsed_calls(message: dict[str, Any], place: str) -> dict[str, Any]:
-    """Return a message whose calls have objects as arguments where they had JSON text.
+    """Parse arguments of tool calls that are JSON text.
 
-    A template would quote the text once more, or write its escapes (`\\u00f6`).
+    A template would quote the text again, or write its escapes (`\\u00f6`).
     """
     calls: Any = message.get("tool_calls")
     if not _are_objects(calls):
@@ -314,18 +323,18 @@ def _parsed_call(call: Mapping[str, Any], place: str) -> dict[str, Any]:
         return dict(call) | {"function": _parsed_call(inner, place)}
     if not isinstance(text, str):
         return dict(call)
-    found = parse_json(text.encode("utf-8", "surrogatepass"), f"{place}, arguments of a call,")
-    if not isinstance(found, dict):
+    arguments = parse_json(text.encode("utf-8", "surrogatepass"), f"{place}, arguments of a call,")
+    if not isinstance(arguments, dict):
         raise bad_row("the arguments of a call must be a JSON object", f"{text!r:.60}", place)
-    return dict(call) | {"arguments": found}
+    return dict(call) | {"arguments": arguments}
 
 
 def _checked_arguments(arguments: Any, reader: TokenReader, place: str) -> dict[str, Any]:
-    """Return a row's arguments of the template, which are none of the call that renders it."""
+    """Return a row's arguments of the template. They must not be arguments of the renderer."""
     if not arguments:
         return {}
-    of_the_call = inspect.signature(reader.tokenizer.apply_chat_template).parameters
-    if not isinstance(arguments, Mapping) or arguments.keys() & of_the_call.keys():
+    reserved = inspect.signature(reader.tokenizer.apply_chat_template).parameters
+    if not isinstance(arguments, Mapping) or arguments.keys() & reserved.keys():
         rule = "`chat_template_kwargs` must be an object of names that the template reads"
         raise bad_row(rule, f"{arguments!r:.80}", place)
     return {key: value for key, value in arguments.items() if value is not None}
@@ -333,17 +342,17 @@ def _checked_arguments(arguments: Any, reader: TokenReader, place: str) -> dict[
 
 def _are_objects(value: Any) -> bool:
     is_list = isinstance(value, Sequence) and not isinstance(value, str)
-    return is_list and all(isinstance(each, Mapping) for each in value)
+    return is_list and all(isinstance(item, Mapping) for item in value)
 
 
 def checked_tools(tools: Any, place: str) -> list[dict[str, Any]] | None:
-    """Return the tools of a row, which tables often hold as JSON text; None for none."""
-    found = tools
+    """Return the tools of a row, or None. Tables often store them as JSON text."""
+    schemas = tools
     if isinstance(tools, str):
         with suppress(ValueError):
-            found = json.loads(tools) if tools.strip() else None
-    if not found:
+            schemas = json.loads(tools) if tools.strip() else None
+    if not schemas:
         return None
-    if not _are_objects(found):
+    if not _are_objects(schemas):
         raise bad_row("`tools` must be a list of JSON schemas", f"{tools!r:.80}", place)
-    return [dict(tool) for tool in found]
+    return [dict(tool) for tool in schemas]

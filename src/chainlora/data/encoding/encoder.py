@@ -1,4 +1,4 @@
-"""From rows to examples: the encoder of a task or format, its limits, and what it counts."""
+"""Encode rows as examples: choose the encoder, apply the length limit, count the results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -24,8 +23,7 @@ from chainlora.data.encoding.texts import (
     CandidatesEncoder,
     CompletionEncoder,
     TextEncoder,
-    row_pairs,
-    task_pairs,
+    render_rows,
 )
 from chainlora.data.encoding.tokens import Draft, Encoder, Ids, Span, TokenReader
 from chainlora.data.encoding.translated import make_translated
@@ -37,23 +35,24 @@ from chainlora.data.tasks import Task
 from chainlora.errors import DataError
 
 FORMATS = {"completion": ("prompt", "completion"), "chat": ("messages",), "text": ("text",)}
-"""What a row of our own must have, by format."""
+"""The fields that a row must have, by format of chainlora."""
 _SHORTEN = "shorten it or raise data.max_length"
 _OR_DROP = f"{_SHORTEN}, or set data.truncation: drop"
 
 
 @dataclass(frozen=True)
 class Options:
-    """How rows are encoded, beyond what task, format and tokenizer say.
+    """How rows are encoded, in addition to task, format and tokenizer.
 
     Attributes:
-        max_length: most tokens in a sequence; None is no limit.
-        truncation: "cut" (or "left", its earlier name) removes the oldest tokens of the prompt, by
-            the same number for all candidates of a row and never the candidate; "drop" leaves the
-            row out; "error" refuses it. None is the task's own; for formats "error", and for plain
-            text the splitting into blocks.
-        objective: "completion" gives the right candidate alone (teacher forcing), that of a pair
-            its two answers. Any other, and None, gives every candidate where the task has some.
+        max_length: the most tokens of a sequence; None is no limit.
+        truncation: "cut" (or "left", its earlier name) removes the oldest tokens of the prompt, the
+            same number for all candidates of a row, and never tokens of a candidate. "drop" leaves
+            the row out. "error" refuses it. None is the task's value; without a task it is "error",
+            and plain text is split into blocks.
+        objective: "completion" encodes only the right candidate (teacher forcing). A loss of pairs
+            encodes both answers. Other values and None encode every candidate, if the task has
+            candidates.
         reserve: tokens to keep free after the prompt (for generation).
         before: text in front of every prompt, such as `Task.demonstrations`.
     """
@@ -67,7 +66,7 @@ class Options:
 
 @dataclass
 class Counts:
-    """What became of the rows so far; counts of chunks add up."""
+    """Counts of the rows encoded so far; counts of chunks add up."""
 
     examples: int = 0
     tokens: int = 0
@@ -79,7 +78,7 @@ class Counts:
     pairs_equal: int = 0
     rows_too_long: int = 0
     longest: int = 0
-    first_too_long: tuple[int, str] | None = None  # its tokens and place, where nothing is cut
+    first_too_long: tuple[int, str] | None = None  # tokens and place of the first row not cut
     unread: list[str] = field(default_factory=list)
 
     def add(self, other: Counts) -> None:
@@ -90,24 +89,29 @@ class Counts:
         self.unread += [name for name in other.unread if name not in self.unread]
 
     def summary(self, digest: str) -> RowsSummary:
-        """Return what a run reports and keeps of all rows, whose digest is given."""
+        """Return the summary that a run reports and keeps."""
         sums = {name: getattr(self, name) for name in SUMMED}
         return RowsSummary(**sums, unread=tuple(self.unread), digest=digest)
 
     def refuse_too_long(self, max_length: int | None) -> None:
-        """Name the first row that is too long, and how far one would have to go for all of them."""
+        """Raise DataError if rows are too long: names the first one and the longest length.
+
+        With "drop" this is an error only if every row was dropped.
+        """
         if self.first_too_long is None:
             return
         length, place = self.first_too_long
         if self.rows_dropped:
             if self.rows_dropped < self.rows:
                 return
-            got = f"{self.rows} longer ones, up to {self.longest} tokens for at most {max_length},"
+            got = f"{self.rows} longer rows, up to {self.longest} tokens for at most {max_length},"
             remedy = "raise data.max_length, or set data.truncation: cut"
-            raise bad_row("some row must fit the context", got, f"{place} and after it", remedy)
+            raise bad_row(
+                "at least one row must fit the context", got, f"{place} and after it", remedy
+            )
         if self.rows_too_long > 1:
             count = f"{self.rows_too_long} of {self.rows}"
-            place += f"; {count} rows are longer, up to {self.longest} tokens"
+            place += f"; {count} rows are too long, up to {self.longest} tokens"
         got = f"{length} tokens for at most {max_length}"
         remedy = f"{_SHORTEN}, or set data.truncation: cut or drop"
         raise bad_row("a row must fit the context", got, place, remedy)
@@ -120,12 +124,12 @@ class Fit:
     max_length: int | None
     truncation: str  # drop, cut (or left, its earlier name), error or split
     keeps_targets: bool
-    front: Ids  # special tokens in front, which stay whatever is cut
+    front: Ids  # special tokens in front, which are never cut
     reserve: int = 0  # tokens to keep free after the prompt, for generation
-    bos: int | None = None  # stays too, where a chat template writes it and the tokenizer does not
+    bos: int | None = None  # is not cut either; a chat template can write it in front
 
     def __call__(self, drafts: Iterable[Draft], counts: Counts) -> list[Draft]:
-        """Return drafts that fit, and count those that did not."""
+        """Return the drafts that fit, cut or split, and update the counts."""
         fitting: list[Draft] = []
         for draft in drafts:
             counts.rows += 1
@@ -148,7 +152,7 @@ class Fit:
         return fitting
 
     def _length(self, draft: Draft) -> int:
-        """Return the tokens of a row's longest sequence, with room for what is to be generated."""
+        """Return the tokens of a row's longest sequence, or of its prompt with `reserve`."""
         longest = max(map(len, draft.sequences))
         if self.keeps_targets:
             return max(longest, draft.scored[0][0][0] + self.reserve)
@@ -157,13 +161,13 @@ class Fit:
     def _cut(self, draft: Draft, length: int, max_length: int) -> Draft:
         """Cut the oldest tokens after the special ones, the same number in every sequence."""
         excess, front = length - max_length, len(self.front)
-        if draft.sequences[0][:front] != self.front:  # a chat template may write none
+        if draft.sequences[0][:front] != self.front:  # a chat template can omit them
             front = 0
         front = front or int(draft.sequences[0][0] == self.bos)
         first = max(front, 1)
         room = min(spans[0][0] for spans in draft.scored) - first
         if self.keeps_targets and excess > room:
-            rule = "what is scored must fit the context beside one token of prompt"
+            rule = "the scored tokens must fit the context with one token of the prompt"
             got = f"{length - room} tokens for at most {max_length}"
             raise bad_row(rule, got, draft.place, _OR_DROP)
         scored = [_move(spans, excess, first) for spans in draft.scored]
@@ -174,15 +178,15 @@ class Fit:
         return replace(draft, sequences=sequences, scored=scored)
 
     def _split(self, draft: Draft, max_length: int) -> list[Draft]:
-        """Cut a text into blocks in which every token is a target once.
+        """Split a text into blocks; every token is a target exactly once.
 
-        Each block but the first begins with the special tokens in front and the last token of the
-        block before, from which its own first token is predicted.
+        Each block but the first begins with the special tokens and the last token of the previous
+        block, which predicts the first new token.
         """
         (ids,), front = draft.sequences, len(self.front)
         step = max_length - front - 1
         if step < 1:
-            rule = f"a block of text must hold two tokens beside the {front} special ones"
+            rule = f"a block of text must hold two tokens and the {front} special tokens"
             raise DataError(rule, f"max_length {max_length}", "raise data.max_length")
         first = [[(max(front, 1), max_length)]]
         blocks = [replace(draft, sequences=[ids[:max_length]], scored=first)]
@@ -198,7 +202,7 @@ def _move(spans: list[Span], excess: int, first: int) -> list[Span]:
 
 
 class Encoded(NamedTuple):
-    """Some rows as examples, what was counted, and the SHA-256 of each row, one after another."""
+    """A chunk of rows as examples, their counts, and the SHA-256 of each row, concatenated."""
 
     examples: list[Example]
     counts: Counts
@@ -207,11 +211,11 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """Encodes rows, in chunks."""
+    """Encodes chunks of rows."""
 
     encoder: Encoder
     fit: Fit
-    refuse: Callable[[Row], None] | None  # None: a task says itself which columns it reads
+    refuse: Callable[[Row], None] | None  # None for a task, which defines the columns it reads
 
     def __call__(self, rows: Sequence[Row]) -> Encoded:
         """Return the rows as examples. Raises DataError that names a row that cannot be used."""
@@ -219,9 +223,9 @@ class RowEncoder:
             for row in rows:
                 self.refuse(row)
         drafts = self.encoder(rows)
-        said = [json.dumps(draft.content, sort_keys=True, default=str) for draft in drafts]
-        digests = b"".join(hashlib.sha256(each.encode()).digest() for each in said)
-        for draft in drafts:  # before a cut, whose length is that of the answer too
+        texts = [json.dumps(draft.content, sort_keys=True, default=str) for draft in drafts]
+        digests = b"".join(hashlib.sha256(text.encode()).digest() for text in texts)
+        for draft in drafts:  # before cuts, which depend on the length of the answer
             prompt = draft.prompt if len(draft.prompt) > len(self.fit.front) else draft.sequences
             draft.prompt_hash = hash_of(json.dumps(prompt).encode())
         unread = set().union(*map(self.encoder.unread, rows))
@@ -234,7 +238,7 @@ class RowEncoder:
 
 
 def _is_equal_pair(draft: Draft) -> bool:
-    """Say whether a row is a pair of preferences with the same answer twice."""
+    """Return whether a row is a pair of preferences with equal answers."""
     is_pair = draft.label is None and len(draft.sequences) == 2
     return is_pair and draft.sequences[0] == draft.sequences[1]
 
@@ -258,13 +262,13 @@ def make_row_encoder(
 
 
 def make_encoder(task: Task | str, reader: TokenReader, options: Options) -> Encoder:
-    """Return how rows of a task or format are read: the one place that knows every encoder."""
+    """Return the encoder of a task or format. Every encoder is listed here."""
     if isinstance(task, Task):
         if options.objective != "completion" and task.completion is None:
             return CandidatesEncoder(reader, task, options.before)
         return CompletionEncoder(
             reader,
-            partial(task_pairs, task),
+            task.render_all,
             truncation=task.truncation,
             end=reader.end() if task.add_eos else [],
             exact=task.completion is None,
@@ -277,22 +281,22 @@ def make_encoder(task: Task | str, reader: TokenReader, options: Options) -> Enc
     if task in translated.FIELDS:
         return make_translated(task, reader)
     if task == "completion":
-        return CompletionEncoder(reader, row_pairs, fields=FORMATS[task], end=reader.end())
+        return CompletionEncoder(reader, render_rows, fields=FORMATS[task], end=reader.end())
     return ChatEncoder(reader) if task == "chat" else TextEncoder(reader, reader.end())
 
 
 def detect_format(rows: Sequence[Mapping[str, Any]], objective: str | None = None) -> str:
-    """Return the format whose fields the first row has. Raises DataError that names its fields."""
+    """Return the format whose fields the first row has. Raises DataError if there is none."""
     if objective in PAIR_LOSSES:
         return detect_pairs(rows[0])
     refuse_preferences(rows[0])
-    if (found := translated.detect_translated(rows[0])) is not None:
-        return found
+    if (translated_format := translated.detect_translated(rows[0])) is not None:
+        return translated_format
     for name, fields in FORMATS.items():
         if all(field in rows[0] for field in fields):
             return name
-    every = [*FORMATS.items(), *translated.FIELDS.items()]
-    known = "; ".join(f"{' + '.join(fields)} ({name})" for name, fields in every)
+    formats = [*FORMATS.items(), *translated.FIELDS.items()]
+    known = "; ".join(f"{' + '.join(fields)} ({name})" for name, fields in formats)
     rule, got = f"rows must have the fields of a format: {known}", ", ".join(map(str, rows[0]))
     raise bad_row(
         rule, got, where(rows[0]), "name them by data.fields, or describe them in a task file"

@@ -1,12 +1,12 @@
-"""Rows of preferences: pairs of answers for DPO, which are never trained on as plain answers.
+"""Encode preference pairs for DPO and ORPO; refuse preferences where plain answers are expected.
 
     completion      {"prompt": …, "chosen": …, "rejected": …}                    texts (TRL)
     conversational  {"prompt": [messages], "chosen": [messages], "rejected": …}  chats (TRL)
     sharegpt        {"conversations": […], "chosen": {…}, "rejected": {…}}       LLaMA-Factory
     alpaca          {"instruction": …, "input": …, "chosen": …, "rejected": …}   LLaMA-Factory
 
-Without a `prompt`, texts and chats begin with it both. A pair is read as two rows of the plain
-format of the same name, so that its answers are what they would be there.
+Without a `prompt` column, both answers begin with the prompt (texts and chats). A pair is read as
+two rows of the plain format of the same name, so both answers are tokenised like plain answers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TAGS = frozenset(("label", "labels", "kto_tag"))
 _ANSWERS = frozenset(("completion", "completions", "messages", "conversations", "output"))
 _ANSWERS |= {"response"}
 _KTO = "train on them with TRL's KTOTrainer and chainlora.ChainCallback"
-_KINDS = {  # of answers, by format
+_KINDS = {  # the type of an answer, by format
     "completion": (str, "texts"),
     "alpaca": (str, "texts"),
     "conversational": (list, "lists of messages"),
@@ -35,7 +35,7 @@ _KINDS = {  # of answers, by format
 
 
 class PairEncoder:
-    """Rows of pairs: two sequences of one prompt, the chosen answer first."""
+    """Encodes pairs as two sequences with the same prompt, the chosen answer first."""
 
     truncation = "error"
     keeps_targets = True
@@ -56,37 +56,40 @@ class PairEncoder:
         if not (isinstance(chosen, kind) and isinstance(rejected, kind)):
             rule = f"`chosen` and `rejected` must both be {name}, as in the first row"
             raise bad_row(rule, f"{chosen!r:.40} and {rejected!r:.40}", row.origin)
-        found = {key: value for key, value in row.items() if key not in ("chosen", "rejected")}
+        rest = {key: value for key, value in row.items() if key not in ("chosen", "rejected")}
         if self.kind == "alpaca":
-            plain = [found | {"output": answer} for answer in (chosen, rejected)]
+            plain = [rest | {"output": answer} for answer in (chosen, rejected)]
         elif self.kind == "sharegpt":
-            plain = [_with_last_turn(row, found, answer) for answer in (chosen, rejected)]
+            plain = [_with_last_turn(row, rest, answer) for answer in (chosen, rejected)]
         else:
             prompt = row.get("prompt")
             if not (prompt is None or isinstance(prompt, (str, kind))):
-                rule = f"a `prompt` must be of the kind of its answers, which are {name}"
+                rule = f"`prompt` must have the type of the answers, which are {name}"
                 raise bad_row(rule, f"{prompt!r:.60}", row.origin)
             prompt, chosen, rejected = _parts(prompt, chosen, rejected)
             if kind is list and not (prompt and chosen and rejected):
                 rule = "a pair of chats must have messages as `prompt`, or begin with the same ones"
                 raise bad_row(rule, "an empty answer" if prompt else "neither", row.origin)
-            plain = [found | {"prompt": prompt, "completion": each} for each in (chosen, rejected)]
-        return [Row(each, row.index, row.origin) for each in plain]
+            answers = (chosen, rejected)
+            plain = [rest | {"prompt": prompt, "completion": answer} for answer in answers]
+        return [Row(values, row.index, row.origin) for values in plain]
 
 
-def _with_last_turn(row: Row, found: dict[str, Any], answer: Any) -> dict[str, Any]:
+def _with_last_turn(row: Row, rest: dict[str, Any], answer: Any) -> dict[str, Any]:
+    """Return a row of ShareGPT with an answer as its completion; `rest` are its other columns."""
     turns = row.get("conversations")
     turns = [*turns, answer] if isinstance(turns, list) else turns
     chat = sharegpt_chat(Row(row | {"conversations": turns}, row.index, row.origin))
     *prompt, last = chat["messages"]
-    rest = {key: found[key] for key in found.keys() - {"conversations", "system"}}
+    rest = {key: rest[key] for key in rest.keys() - {"conversations", "system"}}
     return rest | {"prompt": prompt, "completion": [last]}
 
 
 def _parts(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """Return the prompt and what follows it.
+    """Return the prompt and both answers without it.
 
-    Where it is not of the answers' kind, it is what both begin with (TRL's `extract_prompt`).
+    If `prompt` does not have the type of the answers, the prompt is the common beginning of both
+    answers (TRL's `extract_prompt`).
     """
     if isinstance(prompt, type(chosen)):
         return prompt, chosen, rejected
@@ -98,12 +101,12 @@ def _parts(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
 
 
 def _pair(chosen: Draft, rejected: Draft) -> Draft:
-    """Return two answers as one draft; both begin at the first token in which they may differ."""
+    """Join two answers into one draft. Both are scored from the earlier of their first targets."""
     answers = (*chosen.scored, *rejected.scored)
     first = min(spans[0][0] for spans in answers)
-    read = [each.sequences[0][:first] for each in (chosen, rejected)]
-    if chosen.prompt != rejected.prompt and read[0] != read[1]:
-        rule, got = "both answers of a pair must follow the same turns", "other turns before one"
+    prompts = [draft.sequences[0][:first] for draft in (chosen, rejected)]
+    if chosen.prompt != rejected.prompt and prompts[0] != prompts[1]:
+        rule, got = "both answers of a pair must follow the same turns", "different turns"
         remedy = "begin `chosen` and `rejected` with the assistant's turn"
         raise bad_row(rule, got, chosen.place, remedy)
     return replace(
@@ -130,34 +133,34 @@ def refuse_plain(row: Mapping[str, Any]) -> None:
         return
     tags = _tags(row)
     got = f"an answer with {tags[0]}: {row[tags[0]]}" if tags else ", ".join(map(str, row))
-    rule = "rows of `train.loss: dpo` and orpo must have a `chosen` and a `rejected` answer"
+    rule = "rows for `train.loss: dpo` or orpo must have a `chosen` and a `rejected` answer"
     remedy = _KTO if tags else "correct the row, or set train.loss: null"
     raise bad_row(rule, got, where(row), remedy)
 
 
 def refuse_preferences(row: Mapping[str, Any]) -> None:
-    """Raise DataError for a row in a form of TRL, LLaMA-Factory or ms-swift for preferences.
+    """Raise DataError for a row of preferences of TRL, LLaMA-Factory or ms-swift.
 
     These are pairs of answers, and answers with a true or false `label` or `kto_tag`.
     """
     if pairs := sorted(map(str, row.keys() & _PAIRS)):
-        what, plain = f"the columns {', '.join(pairs)}", "chosen"
+        columns, plain = f"the columns {', '.join(pairs)}", "chosen"
         remedy = "set train.loss: dpo or orpo, which read columns chosen and rejected"
     elif tags := _tags(row):
-        what, plain, remedy = f"an answer with {tags[0]}: {row[tags[0]]}", "good", _KTO
+        columns, plain, remedy = f"an answer with {tags[0]}: {row[tags[0]]}", "good", _KTO
     else:
         return
-    remedy = f"{remedy}, or write the {plain} answers alone as prompt + completion"
-    raise bad_row("rows must have one right answer", f"preferences, {what},", where(row), remedy)
+    remedy = f"{remedy}, or write only the {plain} answers, as prompt + completion"
+    raise bad_row("rows must have one right answer", f"preferences, {columns},", where(row), remedy)
 
 
 def _tags(row: Mapping[str, Any]) -> list[str]:
-    """Return the columns that say whether an answer is good."""
+    """Return the columns that tag an answer as good or bad."""
     return [tag for tag in _TAGS & row.keys() if row.keys() & _ANSWERS and _is_tag(row[tag])]
 
 
 def _is_tag(value: Any) -> bool:
-    """Say whether a value is true or false, as CSV writes them too, or a list of those."""
+    """Return whether a value is true or false, also as text (CSV), or a list of these."""
     if isinstance(value, list | tuple):
         return bool(value) and all(map(_is_tag, value))
     return isinstance(value, bool | str) and str(value).strip().lower() in ("true", "false")

@@ -1,13 +1,12 @@
-"""Rows of texts: a prompt with its completion or with candidates, or a text alone.
+"""Encode texts: a prompt with its completion or with candidates, or a text alone.
 
-A candidate begins where MeZO (arXiv 2305.17333) says: the sequence is ``tokenizer(prompt +
-candidate)``, and its candidate are the last ``len(sequence) - len(tokenizer(prompt))`` tokens.
+The tokens of a candidate follow MeZO (arXiv 2305.17333): the sequence is ``tokenizer(prompt +
+candidate)``, and the candidate is its last ``len(sequence) - len(tokenizer(prompt))`` tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 from chainlora.data.encoding.tokens import (
     Draft,
@@ -23,20 +22,12 @@ from chainlora.data.sources import Row
 from chainlora.data.tasks import WORD_METRICS, Rendered, Task
 
 
-class Pair(NamedTuple):
-    """A prompt and what follows it."""
-
-    prompt: str
-    completion: str
-    references: tuple[str, ...]
-    content: Any
-
-
 class CompletionEncoder:
-    """Rows of a prompt and a completion, which begins at the first token that is not the prompt's.
+    """Encodes a prompt and a completion.
 
-    With `exact`, it begins after as many tokens as the prompt has: the rule for candidates, under
-    which the right one alone is learnt (teacher forcing).
+    The completion begins at the first token that differs from the prompt's. With `exact`, it begins
+    after as many tokens as the prompt has: the rule for candidates, of which only the right one is
+    learned (teacher forcing).
     """
 
     keeps_targets = True
@@ -44,7 +35,7 @@ class CompletionEncoder:
     def __init__(
         self,
         reader: TokenReader,
-        pairs: Callable[[Sequence[Row]], list[Pair]],
+        render: Callable[[Sequence[Row]], list[Rendered]],
         *,
         fields: Sequence[str] | None = None,
         truncation: str = "error",
@@ -52,42 +43,40 @@ class CompletionEncoder:
         exact: bool = False,
         before: str = "",
     ) -> None:
-        self.reader, self.pairs, self.fields, self.truncation = reader, pairs, fields, truncation
+        self.reader, self.render, self.truncation = reader, render, truncation
+        self.fields = fields  # the columns of a user's file that are read; None for a task
         self.end, self.exact, self.before = end, exact, before
 
     def __call__(self, rows: Sequence[Row]) -> list[Draft]:
-        pairs = self.pairs(rows)
-        prompts = [self.before + pair.prompt for pair in pairs]
-        texts = [prompt + pair.completion for prompt, pair in zip(prompts, pairs, strict=True)]
-        reads, wholes = self.reader.ids(prompts), self.reader.ids(texts)
-        alone = self.reader.ids([pair.prompt for pair in pairs]) if self.before else reads
-        return list(map(self._draft, rows, pairs, prompts, reads, wholes, alone))
+        shown = self.render(rows)
+        prompts = [self.before + text.prompt for text in shown]
+        texts = [prompt + text.completion for prompt, text in zip(prompts, shown, strict=True)]
+        prompt_ids, text_ids = self.reader.ids(prompts), self.reader.ids(texts)
+        alone = self.reader.ids([text.prompt for text in shown]) if self.before else prompt_ids
+        return list(map(self._draft, rows, shown, prompts, prompt_ids, text_ids, alone))
 
-    def _draft(self, row: Row, pair: Pair, prompt: str, read: Ids, whole: Ids, alone: Ids) -> Draft:
-        start = len(read) if self.exact else common_prefix(read, whole)
-        ids = with_end(whole, self.end)
-        if len(whole) <= start or len(ids) < 2:
-            refuse_nothing(pair.completion, prompt, row.origin)
+    def _draft(
+        self, row: Row, shown: Rendered, prompt: str, prompt_ids: Ids, text_ids: Ids, alone: Ids
+    ) -> Draft:
+        start = len(prompt_ids) if self.exact else common_prefix(prompt_ids, text_ids)
+        ids = with_end(text_ids, self.end)
+        if len(text_ids) <= start or len(ids) < 2:
+            refuse_nothing(shown.completion, prompt, row.origin)
         if prompt or self.exact:
-            check_start(start, prompt, pair.completion, row.origin)
+            check_start(start, prompt, shown.completion, row.origin)
+        content = list(shown) if self.fields is None else [shown.prompt, shown.completion]
         scored = [[(max(start, 1), len(ids))]]
-        said = (row.index, row.origin, pair.content, [ids], scored)
-        return Draft(*said, references=pair.references, prompt=alone)
+        values = (row.index, row.origin, content, [ids], scored)
+        return Draft(*values, references=shown.references, prompt=alone)
 
     def unread(self, row: Row) -> set[str]:
         return set() if self.fields is None else row.keys() - self.fields
 
 
-def task_pairs(task: Task, rows: Sequence[Row]) -> list[Pair]:
-    """Return the prompt and the right completion of a task's rows."""
-    shown = task.render_all(rows)
-    return [Pair(each.prompt, each.completion, each.references, list(each)) for each in shown]
-
-
-def row_pairs(rows: Sequence[Row]) -> list[Pair]:
+def render_rows(rows: Sequence[Row]) -> list[Rendered]:
     """Return the prompt and completion of rows of a user's file."""
-    found = [(text_of(row, "prompt"), text_of(row, "completion")) for row in rows]
-    return [Pair(*texts, texts[1:], list(texts)) for texts in found]
+    texts = [(text_of(row, "prompt"), text_of(row, "completion")) for row in rows]
+    return [Rendered(prompt, (), None, answer, (answer,)) for prompt, answer in texts]
 
 
 def text_of(row: Row, field: str) -> str:
@@ -102,7 +91,7 @@ def text_of(row: Row, field: str) -> str:
 
 
 class CandidatesEncoder:
-    """Rows of a task with candidates: one sequence a candidate, and which is right."""
+    """Encodes rows of a task with candidates: one sequence per candidate, and the right one."""
 
     keeps_targets = True
 
@@ -112,18 +101,24 @@ class CandidatesEncoder:
 
     def __call__(self, rows: Sequence[Row]) -> list[Draft]:
         shown = self.task.render_all(rows)
-        prompts = [self.before + each.prompt for each in shown]
+        prompts = [self.before + text.prompt for text in shown]
         pairs = zip(prompts, shown, strict=True)
-        texts = [prompt + text for prompt, each in pairs for text in each.candidates]
-        reads, wholes = self.reader.ids(prompts), iter(self.reader.ids(texts))
-        sequences = [[next(wholes) for _ in each.candidates] for each in shown]
-        alone = self.reader.ids([each.prompt for each in shown]) if self.before else reads
-        return list(map(self._draft, rows, shown, prompts, reads, sequences, alone))
+        texts = [prompt + candidate for prompt, text in pairs for candidate in text.candidates]
+        prompt_ids, text_ids = self.reader.ids(prompts), iter(self.reader.ids(texts))
+        sequences = [[next(text_ids) for _ in text.candidates] for text in shown]
+        alone = self.reader.ids([text.prompt for text in shown]) if self.before else prompt_ids
+        return list(map(self._draft, rows, shown, prompts, prompt_ids, sequences, alone))
 
     def _draft(
-        self, row: Row, shown: Rendered, prompt: str, read: Ids, sequences: list[Ids], alone: Ids
+        self,
+        row: Row,
+        shown: Rendered,
+        prompt: str,
+        prompt_ids: Ids,
+        sequences: list[Ids],
+        alone: Ids,
     ) -> Draft:
-        start = len(read)
+        start = len(prompt_ids)
         for text, ids in zip(shown.candidates, sequences, strict=True):
             if len(ids) <= start or len(ids) < 2:
                 refuse_nothing(text, prompt, row.origin)
@@ -134,22 +129,22 @@ class CandidatesEncoder:
         seen: dict[tuple[int, ...], str] = {}
         for text, ids in zip(shown.candidates, sequences, strict=True):
             if tuple(ids) in seen:
-                what = "first tokens under scoring: first_token" if first_token else "tokens"
+                tokens = "first tokens under scoring: first_token" if first_token else "tokens"
                 remedy = f"{'use scoring: mean or ' if first_token else ''}choose other words"
-                rule, got = f"candidates must have different {what}", f"{seen[tuple(ids)]!r} and"
+                rule, got = f"candidates must have different {tokens}", f"{seen[tuple(ids)]!r} and"
                 raise bad_row(rule, f"{got} {text!r}", row.origin, remedy)
             seen[tuple(ids)] = text
         scored = [[(start, len(ids))] for ids in sequences]
         names = shown.names if self.task.candidates or self.task.metric in WORD_METRICS else ()
-        said = (row.index, row.origin, list(shown), sequences, scored)
-        return Draft(*said, shown.label, shown.references, names, prompt=alone)
+        values = (row.index, row.origin, list(shown), sequences, scored)
+        return Draft(*values, shown.label, shown.references, names, prompt=alone)
 
     def unread(self, row: Row) -> set[str]:
-        return set()  # which columns a task reads is its author's choice
+        return set()  # the author of a task chooses the columns
 
 
 class TextEncoder:
-    """Rows of `text`: everything is learnt; a longer one becomes several examples."""
+    """Encodes rows of `text`: all tokens are learned; a long text becomes several examples."""
 
     truncation = "split"
     keeps_targets = False

@@ -1,4 +1,4 @@
-"""What encoders share: a row on its way to tokens, and texts to ids with one tokenizer."""
+"""Shared by the encoders: `Draft`, a row before cuts, and `TokenReader`, which tokenises texts."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Span = tuple[int, int]
 
 @dataclass(slots=True)
 class Draft:
-    """A row on its way to an example.
+    """A tokenised row before cuts, from which an `Example` is made.
 
-    `content` is what was read of the row, as JSON takes it: the digest of the rows is taken of it,
-    before anything is cut. `scored` holds, per sequence, the spans ``[start, end)`` of its targets,
-    `prompt` the tokens of the prompt read alone, without demonstrations before it, whose last may
-    melt into an answer's first.
+    `content` holds the values that were read, for JSON; the digest of the rows is made from it.
+    `scored` holds, per sequence, the spans ``[start, end)`` of its targets. `prompt` holds the
+    tokens of the prompt, tokenised alone and without demonstrations; its last token may merge with
+    the answer's first one in `sequences`.
     """
 
     index: int
@@ -54,18 +54,18 @@ class Draft:
 
 
 class Encoder(Protocol):
-    """How one objective reads rows.
+    """Encodes the rows of one format or kind of task.
 
-    A new one is a class, entered in `make_encoder`.
+    To add one, write a class and enter it in `make_encoder`.
     """
 
     truncation: str
-    """What happens to a row that is too long unless the user says otherwise (`Fit.truncation`)."""
+    """The default for rows that are too long (`Fit.truncation`)."""
     keeps_targets: bool
-    """Whether a cut may take tokens of the prompt only."""
+    """Whether cuts remove only tokens of the prompt."""
 
     def __call__(self, rows: Sequence[Row]) -> list[Draft]:
-        """Return the rows as tokens. Raises DataError that names a row that cannot be used."""
+        """Tokenise rows. Raises DataError for a bad row, which it names."""
         ...
 
     def unread(self, row: Row) -> set[str]:
@@ -74,13 +74,13 @@ class Encoder(Protocol):
 
 
 class TokenReader:
-    """A tokenizer that knows which special tokens it adds in front and behind."""
+    """Tokenises texts; knows which special tokens the tokenizer adds at both ends."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         tokenizer("a")  # this also ends any truncation or padding
         self._backend = _backend(tokenizer)
-        # a vocabulary of digits, or of another script, has no "a"
+        # Some vocabularies (digits, other scripts) have no "a".
         texts = ["a"] if self._is_read("a") else tokenizer.get_vocab()
         text = next(filter(self._is_read, texts), "a")
         (whole,), (plain,) = self._encode([text], special=True), self.bare([text])
@@ -90,49 +90,49 @@ class TokenReader:
         self._num_back = len(whole) - size - len(self.front) if starts else 0
 
     def ids(self, texts: Sequence[str]) -> list[Ids]:
-        """Tokenise with the special tokens in front, once if a text has them too, none behind."""
-        found, front = self._encode(texts, special=True), len(self.front)
+        """Tokenise with special tokens in front only, once even if a text contains them too."""
+        rows, front = self._encode(texts, special=True), len(self.front)
         if front:
-            found = [ids[front:] if ids[: 2 * front] == self.front * 2 else ids for ids in found]
-        return [ids[: -self._num_back] for ids in found] if self._num_back else found
+            rows = [ids[front:] if ids[: 2 * front] == self.front * 2 else ids for ids in rows]
+        return [ids[: -self._num_back] for ids in rows] if self._num_back else rows
 
     def bare(self, texts: Sequence[str]) -> list[Ids]:
         return self._encode(texts, special=False)
 
     def end(self) -> Ids:
-        """Return the end-of-sequence token. Raises DataError where the tokenizer has none."""
+        """Return the end-of-sequence token. Raises DataError if the tokenizer has none."""
         if self.tokenizer.eos_token_id is None:
             raise DataError(
-                "the tokenizer must have an end-of-sequence token to end rows with (got none); "
-                "name one as eos_token in its tokenizer_config.json"
+                "the tokenizer must have an end-of-sequence token (got none); set eos_token in its "
+                "tokenizer_config.json"
             )
         return [self.tokenizer.eos_token_id]
 
     def _is_read(self, text: str) -> bool:
-        """Say whether a text is tokens of its own, none of them special."""
+        """Return whether a text becomes tokens, none of them special."""
         (ids,) = self.bare([text])
         return bool(ids) and not {*ids} & {*self.tokenizer.all_special_ids}
 
     def _encode(self, texts: Sequence[str], *, special: bool) -> list[Ids]:
         if self._backend is not None:
-            found = self._backend.encode_batch_fast(list(texts), add_special_tokens=special)
-            return [encoding.ids for encoding in found]
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=special)
+            return [encoding.ids for encoding in encodings]
         encoded = self.tokenizer(list(texts), add_special_tokens=special, verbose=False)
         return list(encoded["input_ids"])
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return the Rust tokenizer where calling it is what calling `tokenizer` is, else None.
+    """Return the Rust tokenizer if it gives the same ids as `tokenizer`, else None.
 
-    It skips a third of the time (offsets, masks, checks). A class with an encoding of its own, such
-    as one that changes the text first, is left to it.
+    It saves a third of the time (offsets, masks, checks). A class that overrides the encoding, for
+    example to change the text first, is called itself.
     """
-    own = getattr(type(tokenizer), "_encode_plus", None)
-    return tokenizer.backend_tokenizer if own is TokenizersBackend._encode_plus else None
+    encode = getattr(type(tokenizer), "_encode_plus", None)
+    return tokenizer.backend_tokenizer if encode is TokenizersBackend._encode_plus else None
 
 
 def with_end(ids: Ids, end: Ids) -> Ids:
-    """Return ids that end with `end`, once if the text has it too, as TRL does."""
+    """Append `end` unless the ids end with it already, as TRL does."""
     return ids if ids[-1:] == end else ids + end
 
 
@@ -141,21 +141,21 @@ def common_prefix(first: Ids, second: Ids) -> int:
 
 
 def refuse_nothing(text: str, prompt: str, place: str) -> NoReturn:
-    """Refuse a text that is no token after its prompt."""
+    """Raise DataError for a text that adds no token to its prompt."""
     rule = "a candidate or completion must tokenise to at least one token after its prompt"
     remedy = "write some text"
     if prompt != prompt.rstrip() and text.strip():
-        remedy = "move the prompt's last blank to the start of what follows"
+        remedy = "move the blank at the end of the prompt to the start of the answer"
     raise bad_row(rule, f"{text!r:.60} after …{prompt[-20:]!r}", place, remedy)
 
 
 def check_start(start: int, prompt: str, answer: str, place: str) -> None:
-    """Refuse a prompt of no token where one is needed to predict the first target from."""
+    """Raise DataError if no token precedes the first target, which is predicted from it."""
     if start:
         return
     if not prompt:
-        got = "'', and this tokenizer puts none in front,"
-        raise bad_row("a prompt must be a token at least", got, place, "write some text")
+        got = "'', and this tokenizer adds no special token in front,"
+        raise bad_row("a prompt must have at least one token", got, place, "write some text")
     got = f"{prompt!r:.40} and {answer!r:.40}, which become one token,"
     remedy = "begin the answer with a space, or lengthen the prompt"
     raise bad_row("a prompt must keep a token of its own", got, place, remedy)

@@ -1,4 +1,4 @@
-"""Rows that people have from other tools, translated to the formats that are read here.
+"""Translate rows in formats of other tools to chainlora's formats.
 
 sharegpt        {"conversations": [{"from": "human", "value": …}, …]}   to chat; also with role
                                                                         and content
@@ -15,7 +15,7 @@ from typing import Any
 
 from chainlora.config.data import ROW_FIELDS
 from chainlora.data.encoding.chat import ChatEncoder
-from chainlora.data.encoding.texts import CompletionEncoder, row_pairs, text_of
+from chainlora.data.encoding.texts import CompletionEncoder, render_rows, text_of
 from chainlora.data.encoding.tokens import Draft, Encoder, TokenReader
 from chainlora.data.readers import bad_row
 from chainlora.data.sources import Row
@@ -27,7 +27,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
 }
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool"}
 _ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
-_BESIDE = ("tools", "chat_template_kwargs")  # columns of chats
+_CHAT_COLUMNS = ("tools", "chat_template_kwargs")  # in addition to `messages`
 _ALPACA = (
     "Below is an instruction that describes a task{more}. Write a response that appropriately \
 completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
@@ -36,7 +36,7 @@ _WITH_INPUT = ", paired with an input that provides further context"
 
 
 class TranslatedEncoder:
-    """Translates each row, and lets the encoder of our own format read it."""
+    """Translates each row, and encodes it with the encoder of chainlora's format."""
 
     def __init__(
         self, encoder: Encoder, translate: Callable[[Row], dict[str, Any]], columns: Sequence[str]
@@ -48,7 +48,7 @@ class TranslatedEncoder:
         return self.encoder([self._row(row) for row in rows])
 
     def unread(self, row: Row) -> set[str]:
-        """Return the columns of a row, keys of turns, and of the translation, that are not read."""
+        """Return the columns of a row and of its translation, and keys of turns, not read."""
         turns = [turn for turn in row.get("conversations") or () if "from" in turn]
         keys = {key for turn in turns for key in turn if turn[key] is not None}
         unread = {f"conversations[].{key}" for key in keys - {"from", "value"}}
@@ -59,7 +59,7 @@ class TranslatedEncoder:
 
 
 def detect_translated(row: Mapping[str, Any]) -> str | None:
-    """Return the format of another tool that a row has, or None."""
+    """Return the format if a row has the format of another tool, else None."""
     for name, fields in FIELDS.items():
         if all(field in row for field in fields):
             lists = [isinstance(row[field], list) for field in fields]
@@ -78,12 +78,13 @@ def make_translated(kind: str, reader: TokenReader) -> Encoder:
         return TranslatedEncoder(chat, _conversational, columns)
     if reader.tokenizer.chat_template:
         return TranslatedEncoder(ChatEncoder(reader), _alpaca_chat, columns)
-    plain = CompletionEncoder(reader, row_pairs, fields=("prompt", "completion"), end=reader.end())
+    columns_of_text = ("prompt", "completion")
+    plain = CompletionEncoder(reader, render_rows, fields=columns_of_text, end=reader.end())
     return TranslatedEncoder(plain, _alpaca_text, columns[:3])
 
 
 def sharegpt_chat(row: Row) -> dict[str, Any]:
-    """Return a row of ShareGPT as one of chats."""
+    """Translate a row of ShareGPT to a chat."""
     turns = row.get("conversations")
     if not (isinstance(turns, list) and all(isinstance(turn, Mapping) for turn in turns)):
         rule = "`conversations` must be a list of objects with from and value"
@@ -103,32 +104,32 @@ def _message(turn: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def _with_system(row: Row, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put the column `system` in front, unless the messages begin with it."""
     system = row.get("system")
-    said = [turn.get("content") for turn in messages[:1] if turn.get("role") == "system"]
-    if system and said not in ([], [system]):
-        raise bad_row("a chat must have one `system` text", f"{[system, *said]!r:.80}", row.origin)
-    return [{"role": "system", "content": system}, *messages] if system and not said else messages
+    first = [turn.get("content") for turn in messages[:1] if turn.get("role") == "system"]
+    if system and first not in ([], [system]):
+        raise bad_row("a chat must have one `system` text", f"{[system, *first]!r:.80}", row.origin)
+    return [{"role": "system", "content": system}, *messages] if system and not first else messages
 
 
 def _with_tools(row: Row, messages: list[dict[str, Any]]) -> dict[str, Any]:
-    kept = {key: row[key] for key in _BESIDE if row.get(key)}
-    return {"messages": messages} | kept
+    return {"messages": messages} | {key: row[key] for key in _CHAT_COLUMNS if row.get(key)}
 
 
 def _conversational(row: Row) -> dict[str, Any]:
     parts = [row.get("prompt"), row.get("completion")]
     if not all(isinstance(part, list) and part for part in parts):
         rule = "`prompt` and `completion` must both be lists of messages, as in the first row"
-        raise bad_row(rule, "others", row.origin)
+        raise bad_row(rule, "other values", row.origin)
     joined = [*row["prompt"], *row["completion"]]
     roles = [message.get("role") for message in row["prompt"] if isinstance(message, Mapping)]
     return _with_tools(row, joined) | {"turns_before": roles.count("assistant")}
 
 
 def _alpaca_chat(row: Row) -> dict[str, Any]:
-    asked = [text_of(row, "instruction"), _input(row)]
+    question = [text_of(row, "instruction"), _input(row)]
     messages = [
-        {"role": "user", "content": "\n".join(filter(None, asked))},
+        {"role": "user", "content": "\n".join(filter(None, question))},
         {"role": "assistant", "content": text_of(row, "output")},
     ]
     return {"messages": _with_system(row, messages)}

@@ -1,11 +1,11 @@
-"""Tasks: one small data file each, and what turns its rows into prompts.
+"""Tasks: a small data file per task, and the code that turns its rows into prompts.
 
-    task_file.py  what a task file may say
+    task_file.py  the keys of a task file and their checks
     task.py       `Task`, `load_task`, `list_tasks`: rows as prompts with candidates or a completion
     sampling.py   the splits of a task on disk or on the Hub, and the samples a run draws from them
 
-Adding a task is writing one YAML file; no Python is touched. The shipped files follow the MeZO
-protocol (arXiv 2305.17333), which the chain-of-LoRA paper follows. See docs/tasks.md.
+To add a task, write one YAML file; no Python is needed. The shipped files follow the MeZO protocol
+(arXiv 2305.17333), as the chain-of-LoRA paper does. See docs/tasks.md.
 """
 
 from chainlora.data.tasks.sampling import (

@@ -1,15 +1,15 @@
-"""The splits of a task, nested rows flattened, and the samples a run draws from them.
+"""Find the splits of a task, flatten nested rows, and draw the samples of a run.
 
 Protocol (MeZO, arXiv 2305.17333): training and validation rows are drawn from the train split, test
-rows from the validation split, by a data seed that has nothing to do with the training seed. Where
-the split is too small, validation takes its rows first and training gets what is left.
+rows from the validation split. The data seed is independent of the training seed. If the train
+split is too small, validation takes its rows first and training gets the rest.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -28,51 +28,52 @@ from chainlora.data.sources import (
     find_file,
 )
 from chainlora.data.tasks.task import Task
+from chainlora.data.tasks.task_file import Draw
 from chainlora.errors import DataError
 
 _log = logging.getLogger(__name__)
 
-# What the same split is called in the wild: SuperGLUE says val, DialogSum says dev.
+# File names in use for the same split: SuperGLUE says val, DialogSum says dev.
 _STEMS = {
     "validation": ("validation", "val", "valid", "dev"),
     "train": ("train",),
     "test": ("test",),
 }
-# Where one split stands in for two, its test rows are the same whatever the data seed, as a test
-# split's are.
+# If one split replaces two, its test rows do not depend on the data seed, as with a test split.
 _SEED_OF_ASIDE = 0
 _SET_ASIDE = "set aside"
 _Flat = Iterator[dict[str, Any]]
 
 
-# --- nested rows of the original SuperGLUE files; the Hub has them flat, and flat rows pass ---
+# --- nested rows of the original SuperGLUE files; rows from the Hub are flat already ---
 
 
 def _multirc(row: Mapping[str, Any]) -> _Flat:
-    """Yield one row an answer, of answers in questions of a passage."""
+    """Yield a row for each answer to each question about a passage."""
     passage = row["passage"]
-    for asked in passage["questions"]:
-        for found in asked["answers"]:
+    for question in passage["questions"]:
+        for answer in question["answers"]:
+            numbers = {"question": question["idx"], "answer": answer["idx"]}
             yield {
                 "paragraph": passage["text"],
-                "question": asked["question"],
-                "answer": found["text"],
-                "label": found["label"],
-                "idx": {"paragraph": row["idx"], "question": asked["idx"], "answer": found["idx"]},
+                "question": question["question"],
+                "answer": answer["text"],
+                "label": answer["label"],
+                "idx": {"paragraph": row["idx"]} | numbers,
             }
 
 
 def _record(row: Mapping[str, Any]) -> _Flat:
-    """Yield one row a query of a passage, whose entities are spans with their last character."""
+    """Yield a row for each query about a passage. The `end` of an entity is its last character."""
     text = row["passage"]["text"]
     spans = row["passage"]["entities"]
-    for asked in row["qas"]:
+    for query in row["qas"]:
         yield {
             "passage": text,
-            "query": asked["query"],
+            "query": query["query"],
             "entities": [text[span["start"] : span["end"] + 1] for span in spans],
-            "answers": list(dict.fromkeys(answer["text"] for answer in asked["answers"])),
-            "idx": {"passage": row["idx"], "query": asked["idx"]},
+            "answers": list(dict.fromkeys(answer["text"] for answer in query["answers"])),
+            "idx": {"passage": row["idx"], "query": query["idx"]},
         }
 
 
@@ -84,7 +85,7 @@ _NESTED: Mapping[str, Callable[[Mapping[str, Any]], _Flat]] = {
 
 @dataclass
 class _FlatSource(Source):
-    """The rows of another source, those flattened whose `passage` is an object."""
+    """The rows of another source. Rows whose `passage` is an object are flattened."""
 
     source: Source
     task: str
@@ -94,7 +95,7 @@ class _FlatSource(Source):
 
     @property
     def place(self) -> str:
-        return ""  # before that of a row of the source
+        return ""  # the number of a record is the whole origin of the nested row
 
     def records(self, first: int = 0) -> Iterator[Record]:
         flat = (
@@ -123,7 +124,7 @@ class _FlatSource(Source):
 
 
 def flat(source: Source, task: str) -> Source:
-    """Return the rows of a task's source, nested ones flattened."""
+    """Return a task's source with nested rows flattened."""
     return _FlatSource(source, task) if task in _NESTED else source
 
 
@@ -135,12 +136,11 @@ def split_source(task: Task, dir: str | Path | None, split: str) -> Source:
 
     Args:
         task: the task.
-        dir: the folder that holds the task's files, or the folder above it; None fetches from the
-            Hub.
-        split: "train", "validation", "test" or whatever the task declares.
+        dir: the folder with the task's files, or the folder above it; None fetches from the Hub.
+        split: "train", "validation", "test" or another split that the task declares.
 
     Raises:
-        DataError: no such rows (the other way to get them is named).
+        DataError: no such rows. The message names the other way to get them.
     """
     if dir is not None:
         return flat(FileSource(_need_file(task, Path(dir), split)), task.name)
@@ -155,7 +155,7 @@ def split_source(task: Task, dir: str | Path | None, split: str) -> Source:
 
 
 def check_split_files(task: Task, dir: str | Path) -> None:
-    """Raise DataError if the folder lacks a split that samples are drawn from; reads nothing."""
+    """Raise DataError if the folder lacks a split that samples are drawn from. Reads no file."""
     rules = task.sampling
     for split in (rules.train.of, rules.validation.of, rules.test.of):
         _need_file(task, Path(dir), _train_split(task, dir) if split == "train" else split)
@@ -164,28 +164,28 @@ def check_split_files(task: Task, dir: str | Path) -> None:
 def unseen_source(
     task: Task, dir: str | Path | None, split: str, limit: int | None = None
 ) -> Source:
-    """Return one split to be scored: as `split_source`, but no rows that a run trains on.
+    """Return one split for scoring: like `split_source`, without rows that a run trains on.
 
-    Where the split stands in for a missing train split, these are the test rows set aside from it.
-    Raises DataError where there are none, as for `split_source`.
+    If the split replaces a missing train split, the result has the test rows set aside from it.
+    Raises DataError if there are none, and as `split_source`.
     """
     source = split_source(task, dir, split)
     stand_in, test = _train_split(task, dir), task.sampling.test
-    files = [dir and _find_file(task, Path(dir), each) for each in (split, stand_in)]
+    files = [dir and _find_file(task, Path(dir), name) for name in (split, stand_in)]
     if stand_in == "train" or files[0] != files[1]:
         return replace(source, limit=limit)
     count = sum(1 for _ in source)
     if test.of != stand_in:
         raise DataError(
-            f"split {split!r} of task {task.name!r} is what runs train on, as {dir} has no train "
-            f"split (got {count} rows); score --split {test.of}, or name the file itself as "
-            "--data to score it anyway"
+            f"cannot score split {split!r} of task {task.name!r}: runs train on it, as {dir} has "
+            f"no train split (got {count} rows); score --split {test.of}, or give the file itself "
+            "as --data to score it anyway"
         )
     source.tell_remark()
     unseen = sorted(_set_aside(count, test.rows))
     _log.warning(
-        "%s: no train split in %s, so %r stands in for it: only the %d of its %d rows that no "
-        "run trains on are scored",
+        "%s: no train split in %s; %r replaces it. Scoring only the %d of its %d rows that no run "
+        "trains on",
         task.name,
         dir,
         split,
@@ -204,20 +204,20 @@ def sample_splits(
     data_seed: int = 0,
     sampling: str = "protocol",
 ) -> dict[str, list[Row]]:
-    """Draw the rows of a run; every row keeps the `index` it has in its split.
+    """Draw the rows of a run; every row keeps its `index` in its split.
 
     Args:
         task: the task.
         dir: as for `split_source`.
-        num_train: rows to train on; None is the task's number. Fewer come when the split has fewer.
-        num_validation: rows to choose by; disjoint from the training rows.
+        num_train: rows to train on; None is the task's number. A smaller split gives fewer rows.
+        num_validation: rows that select the best point; disjoint from the training rows.
         num_test: rows to report on; disjoint from both.
-        data_seed: decides the draw and nothing else.
+        data_seed: decides only this draw.
         sampling: as `data.sampling` of a config.
 
     Returns:
-        "train" in drawn order (the first n are the draw for n), "validation" and "test" in file
-        order.
+        "train" in drawn order (the first n rows are the draw for n), "validation" and "test" in
+        file order.
     """
     if dir is not None:
         check_split_files(task, dir)
@@ -227,36 +227,52 @@ def sample_splits(
     sizes = {name: given[name] or draw.count(sampling) for name, draw in draws.items()}
     num_aside = max(sizes["test"], rules.test.rows) if rules.test.of == stand_in != "train" else 0
     if stand_in != "train":
-        aside = ", its test rows set aside with a fixed seed" if num_aside else ""
-        _log.warning("%s: no train in %s; %r stands in for it%s", task.name, dir, stand_in, aside)
-    pools: dict[str, list[str]] = {}
-    for name in ("test", "validation", "train"):  # in the order in which they take their rows
-        of = "train" if draws[name].of == stand_in else draws[name].of
-        is_aside = name == "test" and num_aside
-        pools.setdefault(_SET_ASIDE if is_aside else of, []).append(name)
+        aside = "; its test rows are set aside with a fixed seed" if num_aside else ""
+        _log.warning("%s: no train in %s; %r replaces it%s", task.name, dir, stand_in, aside)
     drawn: dict[str, list[Row]] = {}
-    for pool, names in pools.items():
+    for pool, names in _pools(draws, stand_in, num_aside).items():
         source = split_source(task, dir, stand_in if pool in ("train", _SET_ASIDE) else pool)
         source.tell_remark()
-        count = sum(1 for _ in source)  # also finds a bad row; none is kept
+        count = sum(1 for _ in source)  # also finds a bad row before any is kept
         order, places = _order(pool, count, num_aside, data_seed), {}
         for name in names:
             places[name], order = order[: sizes[name]], order[sizes[name] :]
         rows = _pick(source, chain.from_iterable(places.values()))
         for name, chosen in places.items():
             drawn[name] = [rows[at] for at in (chosen if name == "train" else sorted(chosen))]
-    if not drawn["train"]:
-        raise DataError(
-            f"validation must leave rows to train on (got {len(drawn['validation'])} rows in all "
-            f"for {sizes['validation']} of validation, task {task.name!r}); lower num_validation"
-        )
-    counts = ", ".join(f"{len(drawn[name])} {name}" for name in sizes)
-    _log.info("%s: %s rows drawn, data seed %d (%s)", task.name, counts, data_seed, sampling)
+    _check_drawn(task, drawn, sizes, sampling, data_seed)
     return {name: drawn[name] for name in sizes}
 
 
+def _pools(draws: Mapping[str, Draw], stand_in: str, num_aside: int) -> dict[str, list[str]]:
+    """Return the splits to draw by the pool of rows that they share, in the order of drawing."""
+    pools: dict[str, list[str]] = {}
+    for name in ("test", "validation", "train"):
+        of = "train" if draws[name].of == stand_in else draws[name].of
+        is_aside = name == "test" and num_aside
+        pools.setdefault(_SET_ASIDE if is_aside else of, []).append(name)
+    return pools
+
+
+def _check_drawn(
+    task: Task,
+    drawn: Mapping[str, Sequence[Row]],
+    sizes: Mapping[str, int],
+    sampling: str,
+    data_seed: int,
+) -> None:
+    """Log the sizes of the samples. Raises DataError if there are no training rows."""
+    if not drawn["train"]:
+        raise DataError(
+            f"validation must leave rows to train on (got {len(drawn['validation'])} rows in all, "
+            f"num_validation {sizes['validation']}, task {task.name!r}); lower num_validation"
+        )
+    counts = ", ".join(f"{len(drawn[name])} {name}" for name in sizes)
+    _log.info("%s: %s rows drawn, data seed %d (%s)", task.name, counts, data_seed, sampling)
+
+
 def _order(pool: str, count: int, num_aside: int, data_seed: int) -> list[int]:
-    """Return the places of a pool's rows in the order in which they are drawn."""
+    """Return the row numbers of a pool in the order of drawing."""
     if pool == _SET_ASIDE:
         return _set_aside(count, num_aside)
     order = list(range(count))
@@ -272,17 +288,17 @@ def _pick(source: Source, places: Iterable[int]) -> dict[int, Row]:
 
 
 def _set_aside(num_rows: int, count: int) -> list[int]:
-    """Return the places of test rows, the same for every run, in drawn order."""
+    """Return the row numbers of set-aside test rows in drawn order, the same for every run."""
     order = list(range(num_rows))
     random.Random(_SEED_OF_ASIDE).shuffle(order)
     return order[:count]
 
 
 def _train_split(task: Task, dir: str | Path | None) -> str:
-    """Return "train", or the split that stands in for it where a folder has none."""
+    """Return "train", or the split that replaces it if the folder has no train split."""
     stand_in = task.sampling.without_train
-    is_there = dir is None or _find_file(task, Path(dir), "train") is not None
-    return "train" if is_there or stand_in is None else stand_in
+    has_train = dir is None or _find_file(task, Path(dir), "train") is not None
+    return "train" if has_train or stand_in is None else stand_in
 
 
 def _stems(task: Task, split: str) -> tuple[str, ...]:
@@ -298,7 +314,7 @@ def _need_file(task: Task, folder: Path, split: str) -> Path:
     if (path := _find_file(task, folder, split)) is not None:
         return path
     names = f"{'|'.join(_stems(task, split))}{{{','.join(SUFFIXES)}}}"
-    have = f"neither in {folder} nor in {folder / task.name}"
+    searched = f"neither in {folder} nor in {folder / task.name}"
     if task.hub is None:
         other = "this task declares no Hub dataset"
     else:
@@ -306,6 +322,6 @@ def _need_file(task: Task, folder: Path, split: str) -> Path:
         other = f"or leave the folder out to fetch {task.hub.path} from the Hub{only}"
     raise DataError(
         f"task {task.name!r} needs its {split!r} rows as {names}",
-        have if folder.is_dir() else "no such folder",
-        f"name the folder that holds them, {other}",
+        searched if folder.is_dir() else "no such folder",
+        f"name the folder that contains them, {other}",
     )

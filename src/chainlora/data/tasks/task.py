@@ -1,7 +1,7 @@
-"""`Task`: a task file, found by name or path, and its rows as text.
+"""`Task`: load a task file by name or path, and render its rows as text.
 
-Templates are Jinja2 in a sandbox. A field that a row lacks, or holds as null, is an error, never an
-empty string; every space and line break of a template is kept.
+Templates are Jinja2 in a sandbox. A missing field or a null is an error, never an empty string.
+Every space and line break of a template is kept.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ class Rendered(NamedTuple):
     prompt: str
     candidates: tuple[str, ...]  # empty for tasks that generate
     label: int | None  # the right candidate
-    completion: str  # what teacher forcing teaches: the right candidate, or the task's completion
+    completion: str  # the right candidate, or the task's completion (for teacher forcing)
     references: tuple[str, ...]  # gold answers for em and token_f1
-    names: tuple[str, ...] = ()  # what each candidate stands for when compared with the references
+    names: tuple[str, ...] = ()  # the value of each candidate, compared with the references
 
 
 class Task(TaskFile):
-    """One task: what its file says, and its rows as text."""
+    """One task: the keys of its file, and its rows as text."""
 
     def render_all(self, rows: Sequence[Mapping[str, Any]]) -> list[Rendered]:
         """Render rows.
 
-        Raises DataError that names a row whose label is unknown, or which has no value, or null,
-        for a field that a template needs.
+        Raises DataError, which names the row, for an unknown label, and for a field that a template
+        needs and that is missing or null.
         """
-        parts, found = _parts(self), []
+        parts, rendered = _parts(self), []
         for at, row in enumerate(rows):
             reply, place = evaluate(parts, row), where(row, at)
             if reply.error:
-                rule = f"a row must have what `{reply.key}` of task {self.name!r} needs"
+                rule = f"a row must have the fields that `{reply.key}` of task {self.name!r} needs"
                 fields = f"{place}, whose fields are {', '.join(map(str, row))}"
                 raise bad_row(rule, reply.error, fields, _REMEDY)
-            found.append(_rendered(self, reply.value, place))
-        return found
+            rendered.append(_rendered(self, reply.value, place))
+        return rendered
 
     def demonstrations(self, rows: Sequence[Mapping[str, Any]]) -> str:
-        """Return solved rows as text to put before a prompt; empty for no rows."""
+        """Return solved rows as text for the front of a prompt; "" for no rows."""
         solved = [(shown.prompt + shown.completion).strip() for shown in self.render_all(rows)]
         return "".join(text + self.separator for text in solved)
 
@@ -68,8 +68,8 @@ def load_task(name_or_path: str | Path) -> Task:
     """Load a shipped task by name, or any task file by path.
 
     Raises:
-        ConfigError: unknown name (nearest named), unreadable file, unknown key (nearest named),
-        wrong value.
+        ConfigError: unknown name or key (the message suggests the nearest one), unreadable file,
+            wrong value.
     """
     path = Path(name_or_path)
     if path.suffix.lower() not in (".yaml", ".yml"):
@@ -89,16 +89,16 @@ def load_task(name_or_path: str | Path) -> Task:
 
 
 def _parts(task: TaskFile) -> dict[str, Part]:
-    """Return how each key of a task is evaluated for a row, in order."""
+    """Return a renderer for each key of a task, in order."""
 
     def text(source: str) -> Part:
-        return lambda row, found: template(source).render(_context(row))
+        return lambda row, values: template(source).render(_context(row))
 
     def value(source: str) -> Part:
-        return lambda row, found: expression(source)(_context(row))
+        return lambda row, values: expression(source)(_context(row))
 
-    def candidates(row: Any, found: Mapping[str, Any]) -> list[str]:
-        items = found["candidates"] if isinstance(found["candidates"], list) else ()
+    def candidates(row: Any, values: Mapping[str, Any]) -> list[str]:
+        items = values["candidates"] if isinstance(values["candidates"], list) else ()
         context, candidate = _context(row), template(task.candidate)
         return [candidate.render({**context, "item": item}) for item in items]
 
@@ -120,26 +120,26 @@ def _context(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "row": row}
 
 
-def _rendered(task: TaskFile, found: Mapping[str, Any], place: str) -> Rendered:
-    prompt, references = found["prompt"], _references(task, found, place)
+def _rendered(task: TaskFile, rendered: Mapping[str, Any], place: str) -> Rendered:
+    prompt, references = rendered["prompt"], _references(task, rendered, place)
     if task.completion is not None:
-        return Rendered(prompt, (), None, found["completion"], references)
+        return Rendered(prompt, (), None, rendered["completion"], references)
     if task.labels is not None:
-        words, label = task.label_words, task.label_index(found["label"])
+        words, label = task.label_words, task.label_index(rendered["label"])
         if label is None:
             rule, declared = "label must be one that task", ", ".join(task.label_values)
-            got, remedy = f"{found['label']!r:.60}", f"declared: {declared}"
+            got, remedy = f"{rendered['label']!r:.60}", f"declared: {declared}"
             raise bad_row(f"{rule} {task.name!r} declares", got, place, remedy)
         names = tuple(word.strip() for word in words)
         return Rendered(prompt, words, label, words[label], references or (names[label],), names)
-    candidates, names, label, right = _row_candidates(task, found, place)
+    candidates, names, label, right = _row_candidates(task, rendered, place)
     return Rendered(prompt, candidates, label, candidates[label], references or right, names)
 
 
-def _references(task: TaskFile, found: Mapping[str, Any], place: str) -> tuple[str, ...]:
+def _references(task: TaskFile, rendered: Mapping[str, Any], place: str) -> tuple[str, ...]:
     if task.references is None:
         return ()
-    value = found["references"]
+    value = rendered["references"]
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not values:
         rule = f"`references` of task {task.name!r} must be a text or a non-empty list of them"
@@ -148,10 +148,10 @@ def _references(task: TaskFile, found: Mapping[str, Any], place: str) -> tuple[s
 
 
 def _row_candidates(
-    task: TaskFile, found: Mapping[str, Any], place: str
+    task: TaskFile, rendered: Mapping[str, Any], place: str
 ) -> tuple[tuple[str, ...], tuple[str, ...], int, tuple[str, ...]]:
-    """Return candidates, what they stand for, the right one, and what right ones stand for."""
-    items, value = found["candidates"], found["label"]
+    """Return the candidates, their values, the number of the right one, and the right values."""
+    items, value = rendered["candidates"], rendered["label"]
     if not isinstance(items, list) or len(items) < 2:
         rule = f"`candidates` of task {task.name!r} must give a list of at least two"
         raise bad_row(rule, f"{items!r:.60}", place, _REMEDY)
@@ -164,13 +164,13 @@ def _row_candidates(
         text = str(value)
         is_place = text.isdecimal() and len(text) <= len(str(len(names))) and int(text) < len(names)
         if item is not None and is_place and item != int(text):
-            got = f"{value!r} of {list(names)!r:.60} at {place}: item {item} and the position of"
+            got = f"{value!r} of {list(names)!r:.60} at {place}: item {item} or position {text}"
             example = f"({task.candidates}).index({task.label}) in task {task.name!r}"
             remedy = f"give the position as a number, e.g. label: {example}"
-            raise DataError("label must mean one candidate", f"{got} another", remedy)
+            raise DataError("label must mean one candidate", got, remedy)
         label = int(text) if item is None and is_place else item
         right = (names[label],) if label is not None else ()
     if label is None:
         got = f"{value!r:.60} for {len(names)} candidates of task {task.name!r}"
         raise bad_row("label must be a candidate or its position", got, place, _REMEDY)
-    return tuple(found["candidate"]), names, label, right
+    return tuple(rendered["candidate"]), names, label, right

@@ -1,4 +1,4 @@
-"""What a task file may say."""
+"""The keys of a task file and their checks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from chainlora.data.templates import expression, template
 
 Metric = Literal["accuracy", "f1", "em", "token_f1", "loss"]
 WORD_METRICS = ("em", "token_f1")
-"""Metrics of answers in words; of one answer both are reported."""
+"""Metrics that compare words; both are reported together."""
 REPORTED_OF_TEXT = ("loss", "perplexity")
-"""What an evaluation reports of rows that have neither candidates nor gold answers."""
+"""The metrics of rows without candidates and gold answers."""
 
 
 class HubRows(Frozen):
-    """Where the rows are on the Hub."""
+    """The place of the rows on the Hub."""
 
     path: str
     name: str | None = None  # configuration
@@ -31,11 +31,11 @@ class HubRows(Frozen):
 
 
 class Draw(Frozen):
-    """How many rows a sample takes, and of which split."""
+    """The split and the size of a sample."""
 
     of: str
     rows: int = Field(ge=1)
-    saner: int | None = Field(default=None, ge=1)  # rows where `rows` starves training
+    saner: int | None = Field(default=None, ge=1)  # for `sampling: saner`; leaves more to train on
 
     def count(self, sampling: str) -> int:
         return self.saner if sampling == "saner" and self.saner is not None else self.rows
@@ -47,11 +47,11 @@ class Draws(Frozen):
     train: Draw = Draw(of="train", rows=1000)
     validation: Draw = Draw(of="train", rows=500)
     test: Draw = Draw(of="validation", rows=1000)
-    without_train: str | None = None  # split that stands in for a missing train
+    without_train: str | None = None  # the split that replaces a missing train split
 
 
 class TaskFile(Frozen):
-    """What a task file says: templates, labels, metric and where the rows are (docs/tasks.md)."""
+    """The keys of a task file: templates, labels, metric, place of the rows (docs/tasks.md)."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     description: str
@@ -76,7 +76,7 @@ class TaskFile(Frozen):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The metrics of an evaluation, the task's own first; words are compared both ways."""
+        """Return the metrics of an evaluation, the task's own first; words get both metrics."""
         return (
             self.metric,
             *(name for name in WORD_METRICS if self.metric in WORD_METRICS and name != self.metric),
@@ -84,9 +84,9 @@ class TaskFile(Frozen):
 
     @property
     def reported(self) -> tuple[str, ...]:
-        """Every metric an evaluation reports, the task's own first.
+        """Return every metric that an evaluation reports, the task's own first.
 
-        A loss is among them wherever answers are scored, not written.
+        The loss is one of them if answers are scored, not generated.
         """
         if self.completion is None:
             return (*self.metrics, "loss")
@@ -97,7 +97,7 @@ class TaskFile(Frozen):
     def _words(cls, labels: Any) -> Any:
         words = list(labels.values()) if isinstance(labels, Mapping) else labels
         for word in words if isinstance(words, list | tuple) else ():
-            got = f"{word}: YAML reads bare Yes and No so"
+            got = f"{word}, which YAML reads from an unquoted Yes or No"
             wrong = isinstance(word, bool)
             refuse_if(wrong, "`labels` must be words", got, "put quotes around it")
         return labels
@@ -106,7 +106,7 @@ class TaskFile(Frozen):
     def _check(self) -> TaskFile:
         refuse_if(
             self.loss in PAIR_LOSSES,
-            "`loss` of a task learns from its completions or candidates",
+            "`loss` of a task must learn from completions or candidates",
             self.loss,
             "give files of preferences as data.train, and set train.loss",
         )
@@ -120,7 +120,7 @@ class TaskFile(Frozen):
         refuse_if(
             self.completion is not None
             and (self.loss == "candidates" or self.metric in ("accuracy", "f1")),
-            "a `completion` gives loss: completion and metric em, token_f1 or loss",
+            "a task with `completion` must have loss: completion, and metric em, token_f1 or loss",
             f"loss: {self.loss}, metric: {self.metric}",
         )
         words = self.label_words
@@ -135,13 +135,13 @@ class TaskFile(Frozen):
         is_written = self.completion is not None and self.metric in WORD_METRICS
         refuse_if(
             is_written and self.references is None,
-            f"`metric: {self.metric}` compares with `references`",
+            f"`metric: {self.metric}` needs `references`",
             "none",
             "name the field of gold answers",
         )
         refuse_if(
             is_written and not (self.stop or self.add_eos),
-            f"`metric: {self.metric}` has answers written, which must end somewhere",
+            f"`metric: {self.metric}` generates answers, which need an end",
             "neither `stop` nor `add_eos`",
             "set add_eos: true, or a `stop` that `completion` ends with",
         )
@@ -149,7 +149,7 @@ class TaskFile(Frozen):
         return self
 
     def _check_values(self) -> None:
-        """Refuse a value of the row's label that means two words."""
+        """Refuse labels of which one value of a row could mean two words."""
         named = self.labels if isinstance(self.labels, dict) else {}
         pairs = named.items() or [(word.strip(), word) for word in self.label_words]
         for value, word in pairs:
@@ -173,13 +173,13 @@ class TaskFile(Frozen):
 
     @cached_property
     def label_words(self) -> tuple[str, ...]:
-        """Candidate words in order; empty when candidates differ from row to row."""
+        """Return the candidate words in order; empty if candidates differ from row to row."""
         words = self.labels.values() if isinstance(self.labels, dict) else self.labels
         return tuple(dict.fromkeys(words or ()))
 
     @cached_property
     def label_values(self) -> tuple[str, ...]:
-        """What a row's label may be, as text for messages."""
+        """Return the possible values of a row's label, as text for messages."""
         if isinstance(self.labels, dict):
             return tuple(str(value) for value in self.labels)
         return tuple(f"{index} or {word.strip()!r}" for index, word in enumerate(self.label_words))
@@ -196,7 +196,7 @@ class TaskFile(Frozen):
         return lookup | {_label_key(index): index for index in range(len(words))}
 
     def label_index(self, value: Any) -> int | None:
-        """Return which candidate a row's label value means, or None."""
+        """Return the number of the candidate that a row's label means, or None."""
         return self._label_lookup.get(_label_key(value))
 
 
@@ -204,5 +204,5 @@ def _label_key(value: Any) -> str:
     """Make true, "True", 1, "1" and 1.0 one key: JSON, CSV and Parquet write labels differently."""
     whole = isinstance(value, bool) or (isinstance(value, float) and value.is_integer())
     text = str(int(value) if whole else value)
-    text = "\0" if value is None else text  # no word of a list
+    text = "\0" if value is None else text  # null must not equal a label word "None"
     return {"true": "1", "false": "0"}.get(text.lower(), text)
