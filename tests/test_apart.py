@@ -147,7 +147,7 @@ def test_what_does_not_add_up_is_refused(made, folders, sentiment, tmp_path, cha
     refused(Chain(model), "got a chain in memory")
     for words in (["gguf"], ["adapter", "--links", "1"], ["adapter", "--push-to-hub", "a/b"]):
         wrong = chainlora("export", made, "--each", "--output", "x", "--to", *words)
-        assert (wrong.status, "--each makes adapters" in wrong.err) == (2, True)
+        assert (wrong.status, "--each writes an adapter" in wrong.err) == (2, True)
 
 
 def test_llama_server_is_held_to_the_run(made, monkeypatch, capsys):

@@ -113,7 +113,7 @@ def test_eval_of_a_split_that_stands_in_for_train_scores_rows_that_no_run_trains
     evaluate, rows = stand_in("validation"), tmp_path / "rows"
     scored = tmp_path / "predictions.jsonl"
     assert chainlora(f"{evaluate} {rows} --predictions {scored}").json["rows"] == 12
-    assert "only the 12 of its 30 rows that no run trains on are scored" in caplog.text
+    assert "Scoring only the 12 of its 30 rows that no run trains on" in caplog.text
     unseen = [json.loads(line)["row"] for line in scored.read_text().splitlines()]
     assert unseen == sorted(set(unseen))
     task = load_task(tmp_path / "colour.yaml")
@@ -137,7 +137,7 @@ def test_eval_of_a_split_that_stands_in_for_train_is_refused_where_test_rows_com
     chainlora(f"{evaluate} {rows}").refused(
         "cannot score split 'validation' of task 'colour': runs train on it",
         "(got 30 rows)",
-        "score --split test, or name the file itself as --data",
+        "score --split test, or give the file itself as --data",
     )
     assert chainlora(f"{evaluate} {rows} --split test").json["rows"] == 4
     assert chainlora(f"{evaluate} {rows}/validation.jsonl").json["rows"] == 30
@@ -249,4 +249,4 @@ def test_rows_that_are_not_there(chainlora, written, tiny_folder, texts):
     moved.rename(texts)
     outcome = chainlora(f"eval {tiny_folder}")
     assert outcome.status == 2
-    assert "Missing option '--task' or '--data': only a run has its own rows" in outcome.err
+    assert "is not a run, and only a run has its own rows" in outcome.err

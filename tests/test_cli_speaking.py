@@ -81,11 +81,11 @@ def test_without_a_limit_the_rows_of_a_run_give_one_and_say_how_prompts_end(
         "chainlora: the answer was cut after 32 tokens; --max-new-tokens allows more\n"
     )
     assert right.out == chainlora(*asked, "cat 3 sat on a", "--max-new-tokens", 32).out
-    hint = "chainlora: the run's rows have prompts that end in ' sat on a', and this one does not"
+    hint = "chainlora: prompts of the run's rows end in ' sat on a', but this prompt does not"
     assert chainlora(*asked, "cat 3", "--max-new-tokens", 3).err.startswith(hint)
     piped = chainlora(*asked, "cat 3 sat on a\r\n", "--max-new-tokens", 3).err  # as `echo` has it
     assert piped.startswith(hint)
-    assert piped.endswith("no sense; leave out the line break at its end\n")
+    assert piped.endswith("no sense; remove the line break at the end of the prompt\n")
     off = ("--stages", "main=0", "--max-new-tokens", 3)
     assert chainlora(*asked, "cat 3", *off).err == ""  # the base learned no rows
     rows = [{"prompt": f"the hill {n}:", "completion": " green"} for n in range(9)]

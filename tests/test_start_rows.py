@@ -182,7 +182,7 @@ def test_a_run_is_known_by_what_it_began_on_and_by_the_rows_for_it(
     changed = chainlora("train", config, "--start_data.validation", other)
     changed.refused("`start_data` is read when a run begins")
     moved = stage_dir(copy) / "config.yaml"
-    chainlora("train", moved).refused("must be told where it is")
+    chainlora("train", moved).refused("needs its new path")
     on_adapter = settings(made / "first", sentiment, made / "mine", chain=SHORT | {"steps": [20]})
     config.write_text(json.dumps(on_adapter | {"model": tree["model"]}))
     chainlora("train", config).refused(

