@@ -1,9 +1,9 @@
 """Write a checkpoint, or a LoRA for it, as a GGUF file that computes the same in llama.cpp.
 
-Names of tensors are the package gguf's. What llama.cpp stores in another way is put right here: the
-rows of q and k of a Llama go by pairs (its rotary layout), and a Gemma's norms have their 1 added.
-Metadata, and the tokenizer's rules, follow llama.cpp's ``convert_hf_to_gguf.py``. A model of which
-llama.cpp would compute something else is refused by what it is.
+Tensor names come from the package gguf. llama.cpp stores some weights differently: it interleaves
+the rows of a Llama's q and k (rotary layout), and adds 1 to a Gemma's norms. Metadata and tokenizer
+rules follow llama.cpp's ``convert_hf_to_gguf.py``. A model that llama.cpp would compute differently
+is refused; the error names the property.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _BLOCK = 32  # values that share a scale in Q8_0
 
 _PHI3 = re.compile("phi-?3", re.IGNORECASE)
-# Special tokens of Phi-3, and whether they take the blanks behind them.
+# Special tokens of Phi-3, and whether they absorb the blanks after them.
 _PHI3_TOKENS = {"</s>": True, "<|end|>": True, "<s>": False, "<|endoftext|>": False, "<unk>": False}
 
-# Texts that tell tokenizers apart: how digits, contractions, cases, line breaks, blanks, marks and
-# letters beyond ASCII are cut. In NFC, since llama.cpp does not normalise as Qwen's tokenizer does.
+# Texts that distinguish tokenizers, by splits of digits, contractions, cases, line breaks, blanks,
+# marks and letters beyond ASCII. In NFC, as llama.cpp does not normalise like Qwen's tokenizer.
 _PROBES = (
     "It's 2026-01-07, 12345678 of 9; WE'LL SEE\n\n  don't\t x=3.14/2 (HTTPServer's getURL)\r\n",
     "naïve café — 東京で１２３　été «Привет, мир» हिन्दी 🙂🙂 … a/b\n/c   end",
@@ -61,10 +61,12 @@ _PROBES = (
 
 
 def check_convertible(config: Any, tokenizer: Any) -> None:
-    """Raise ModelError for a model that is not written as GGUF here, or a tokenizer that a GGUF
-    file without weights does not give back."""
+    """Raise ModelError for a model or tokenizer that cannot be written as GGUF.
+
+    The tokenizer is checked by writing it to a file without weights and reading it back.
+    """
     gguf = import_gguf()
-    for rule, got in _misfits(config):
+    for rule, got in _violations(config):
         raise ModelError(f"a model in GGUF must {rule}", got, _OTHER)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "vocabulary.gguf")
@@ -78,67 +80,70 @@ def check_convertible(config: Any, tokenizer: Any) -> None:
 
 
 def _check_tokenizer(file: Path, tokenizer: Any) -> None:
-    """Raise ModelError unless a GGUF file holds the tokenizer, by what it makes of texts."""
+    """Raise ModelError unless the tokenizer in a GGUF file gives the same ids and template."""
     try:
-        found = build_tokenizer(file, read_metadata(file))
+        restored = build_tokenizer(file, read_metadata(file))
     except ModelError:
         raise
-    except Exception as error:  # transformers raises many kinds for what it cannot read
-        rule = "a tokenizer in GGUF must be one that transformers reads back"
+    except Exception as error:  # transformers raises many types
+        rule = "transformers must be able to read a tokenizer in GGUF"
         raise ModelError(rule, f"{type(error).__name__}: {error!s:.200}", _OTHER) from error
     for text in _PROBES:
-        if found(text)["input_ids"] != tokenizer(text)["input_ids"]:
-            raise ModelError("a GGUF file must hold its tokenizer", f"another for {text!r}", _OTHER)
-    if found.chat_template != tokenizer.chat_template:
-        raise ModelError("a GGUF file must hold its tokenizer", "another chat template", _OTHER)
+        if restored(text)["input_ids"] != tokenizer(text)["input_ids"]:
+            rule = "a GGUF file must reproduce its tokenizer"
+            raise ModelError(rule, f"other ids for {text!r}", _OTHER)
+    if restored.chat_template != tokenizer.chat_template:
+        rule = "a GGUF file must reproduce its tokenizer"
+        raise ModelError(rule, "another chat template", _OTHER)
 
 
-def _misfits(config: Any) -> list[tuple[str, str]]:
-    """Return (what must be, what is) where llama.cpp would compute something else."""
+def _violations(config: Any) -> list[tuple[str, str]]:
+    """Return (rule, got) for each property that llama.cpp would compute differently."""
     kind = config.model_type
     if kind not in _ARCHITECTURES:
         return [(f"be one of {', '.join(_ARCHITECTURES)}", repr(kind))]
-    found = []
+    violations = []
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     expected = "gelu_pytorch_tanh" if kind.startswith("gemma") else "silu"
     if activation != expected:
-        found.append((f"have the activation {expected}", activation))
+        violations.append((f"have the activation {expected}", activation))
     for name in ("attention_bias", "mlp_bias"):
         if getattr(config, name, False):
-            found.append((f"have no {name}", f"{name}: true"))
+            violations.append((f"have no {name}", f"{name}: true"))
     for rope in ropes_of(config).values():
-        # llama.cpp has frequencies of their own for its llama alone
+        # llama.cpp reads separate frequencies (`rope_freqs`) only for its architecture llama
         known = ("default", "linear") + ("llama3",) * (_ARCHITECTURES[kind] == "llama")
         if (rope_kind := rope.get("rope_type", "default")) not in known:
-            found.append((f"have RoPE as {' or '.join(known)}", rope_kind))
+            violations.append((f"have RoPE as {' or '.join(known)}", rope_kind))
     if kind in _WITH_WINDOWS:
-        found += _gemma_misfits(config)
-    return found
+        violations += _gemma_violations(config)
+    return violations
 
 
-def _gemma_misfits(config: Any) -> list[tuple[str, str]]:
-    """llama.cpp has a Gemma's pattern of windows, its attention scale and its caps in code."""
-    found = []
+def _gemma_violations(config: Any) -> list[tuple[str, str]]:
+    """Compare with constants in llama.cpp: pattern of windows, attention scale, soft caps."""
+    violations = []
     every = 2 if config.model_type == "gemma2" else 6
     pattern = [
         "full" if (i + 1) % every == 0 else "sliding" for i in range(len(config.layer_types))
     ]
     if [kind.removesuffix("_attention") for kind in config.layer_types] != pattern:
-        found.append((f"attend fully in every {every}th layer", str(config.layer_types)))
+        violations.append((f"attend fully in every {every}th layer", str(config.layer_types)))
     if config.query_pre_attn_scalar != config.head_dim:
         got = f"query_pre_attn_scalar {config.query_pre_attn_scalar}"
-        found.append((f"scale attention by its head_dim of {config.head_dim}", got))
+        violations.append((f"scale attention by its head_dim of {config.head_dim}", got))
     caps = (config.attn_logit_softcapping is None, config.final_logit_softcapping is None)
     if caps != ((False, False) if config.model_type == "gemma2" else (True, True)):
-        found.append(("cap logits as its kind does", f"softcapping: {caps}"))
-    return found
+        violations.append(("have the logit caps of its kind", f"softcapping: {caps}"))
+    return violations
 
 
 def name_for(name: str, tokenizer: Any) -> str:
-    """Return a model's name without a meaning for llama.cpp, or with the one that it must have.
+    """Return a model's name that contains "Phi-3" if and only if the model has Phi-3's tokens.
 
-    llama.cpp (``llama-vocab.cpp``) looks for "phi3" or "phi-3" in the name. Special tokens then
-    take the blanks behind them, as Phi-3's do, and a vocabulary without Phi-3's tokens is refused.
+    llama.cpp (``llama-vocab.cpp``) looks for "phi3" or "phi-3" in the name. If the name contains
+    it, special tokens absorb the blanks after them, and a vocabulary without Phi-3's tokens is
+    refused.
     """
     added = tokenizer.added_tokens_decoder.values()
     is_phi3 = all(
@@ -156,11 +161,18 @@ def name_for(name: str, tokenizer: Any) -> str:
 def write_gguf(
     folder: Path, tokenizer: Any, file: Path, kind: str, name: str, ends: Sequence[int] = ()
 ) -> None:
-    """Write a checkpoint as one GGUF file, its weights of two dimensions in `kind`.
+    """Write a checkpoint as one GGUF file. Call `check_convertible` first.
 
-    `ends` is the token that ends a turn of a chat, if that is not the end of sequence.
-    Rows that Q8_0's blocks of 32 do not fit are float16; weights of one dimension are float32, as
-    llama.cpp has them. One weight at a time is in memory. Call `check_convertible` before.
+    One weight at a time is in memory.
+
+    Args:
+        folder: the checkpoint.
+        tokenizer: its tokenizer.
+        file: the file to write.
+        kind: one of `KINDS`, for weights of two dimensions. With q8_0, rows whose length is not a
+            multiple of 32 become float16. Weights of one dimension are float32, as in llama.cpp.
+        name: the model's name, see `name_for`.
+        ends: the token that ends a turn of a chat, if it is not the end of sequence.
     """
     gguf = import_gguf()
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -181,20 +193,22 @@ def write_gguf(
     factors = rope_factors(config)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
-    kinds = {key: _kind_of(found.shape, kind) for key, found in stored.items()}
-    for key, found in stored.items():
-        as_kind = gguf.GGMLQuantizationType[kinds[key].upper()]
-        shape = gguf.quants.quant_shape_to_byte_shape(found.shape, as_kind)
-        writer.add_tensor_info(names(key), shape, np.dtype(np.uint8), int(np.prod(shape)), as_kind)
+    types = {
+        key: gguf.GGMLQuantizationType[_kind_of(weight.shape, kind).upper()]
+        for key, weight in stored.items()
+    }
+    for key, weight in stored.items():
+        shape = gguf.quants.quant_shape_to_byte_shape(weight.shape, types[key])
+        size = int(np.prod(shape))
+        writer.add_tensor_info(names(key), shape, np.dtype(np.uint8), size, types[key])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors)
-    for key, found in stored.items():
-        values = names.arranged(key, found.read().float()).numpy()
-        as_kind = gguf.GGMLQuantizationType[kinds[key].upper()]
-        writer.write_tensor_data(gguf.quants.quantize(values, as_kind).view(np.uint8))
+    for key, weight in stored.items():
+        values = names.arranged(key, weight.read().float()).numpy()
+        writer.write_tensor_data(gguf.quants.quantize(values, types[key]).view(np.uint8))
     writer.close()
 
 
@@ -205,7 +219,7 @@ def _kind_of(shape: tuple[int, ...], kind: str) -> str:
 
 
 class _Names:
-    """llama.cpp's names for a model's tensors, and its arrangement of their rows."""
+    """llama.cpp's names of a model's tensors, and its order of their rows."""
 
     def __init__(self, config: Any) -> None:
         gguf = import_gguf()
@@ -217,13 +231,14 @@ class _Names:
     def __call__(self, key: str) -> str:
         name: str | None = self._map.get_name(key, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise ModelError("a weight in GGUF must be one that llama.cpp knows", f"{key}", _OTHER)
+            raise ModelError("llama.cpp must know each weight of the model", f"{key}", _OTHER)
         return name
 
     def arranged(self, key: str, weight: Tensor) -> Tensor:
         """Return a weight, or B of a LoRA (out × rank), as llama.cpp stores it."""
         module = key.split(".")[-2]
         if self.architecture == "llama" and module in self._heads:
+            # [heads, 2, half a head, …] -> [heads, half a head, 2, …]: rotary pairs interleaved
             halves = weight.reshape(self._heads[module], 2, -1, *weight.shape[1:])
             weight = halves.transpose(1, 2).reshape(weight.shape)
         if self.architecture.startswith("gemma") and module.endswith("norm"):
@@ -232,8 +247,11 @@ class _Names:
 
 
 def context_of(config: Any) -> int:
-    """Return the context that a model has in llama.cpp, which attends fully in most classes: that
-    is the same up to the length of a window."""
+    """Return the context length in llama.cpp.
+
+    For most classes llama.cpp has full attention. It equals windowed attention only up to the
+    length of a window, so a window limits the context.
+    """
     window = None if config.model_type in _WITH_WINDOWS else getattr(config, "sliding_window", None)
     return min(config.max_position_embeddings, window or config.max_position_embeddings)
 
@@ -270,21 +288,24 @@ def _add_config(writer: Any, config: Any) -> None:
 
 
 def _tokenizer_kind(tokenizer: Any) -> tuple[str, str]:
-    """Return llama.cpp's model and pre-tokenizer for a tokenizer. Raises ModelError for none."""
+    """Return llama.cpp's names of the model and the pre-tokenizer of a tokenizer.
+
+    Raises ModelError if llama.cpp has none that fit.
+    """
     tree = json.loads(tokenizer.backend_tokenizer.to_str())
     kind = tree["model"]["type"]
     if kind == "BPE" and tree["model"]["byte_fallback"]:
         return "llama", "default"  # sentencepiece's BPE
-    own = tokenizer.backend_tokenizer.pre_tokenizer
-    if kind == "BPE" and own is not None:
-        cuts = [own.pre_tokenize_str(probe) for probe in _PROBES]
+    pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
+    if kind == "BPE" and pre_tokenizer is not None:
+        cuts = [pre_tokenizer.pre_tokenize_str(probe) for probe in _PROBES]
         for name, (cutter, whole_first) in known_pre_tokenizers().items():
             if whole_first != tree["model"].get("ignore_merges", False):
                 continue
             if [cutter.pre_tokenize_str(probe) for probe in _PROBES] == cuts:
                 return "gpt2", name
     raise ModelError(
-        "a tokenizer in GGUF must be BPE as llama.cpp knows it",
+        "a tokenizer in GGUF must be a BPE tokenizer that llama.cpp supports",
         f"{kind}, {(tree['pre_tokenizer'] or {}).get('type')}",
         _OTHER,
     )
@@ -332,8 +353,14 @@ def _add_tokenizer(writer: Any, tokenizer: Any, num_rows: int) -> None:
 def write_lora_gguf(
     factors: Mapping[str, tuple[Tensor, Tensor]], config: Any, file: Path, name: str
 ) -> None:
-    """Write A (rank × in) and B (out × rank) of modules, of one rank and scaling 1, as a LoRA for
-    llama.cpp."""
+    """Write factors as a LoRA for llama.cpp.
+
+    Args:
+        factors: A ([rank, in]) and B ([out, rank]) by module, with one rank and scaling 1.
+        config: the config of the model.
+        file: the file to write.
+        name: the name of the model.
+    """
     gguf = import_gguf()
     names = _Names(config)
     tensors: dict[str, Tensor] = {}

@@ -1,9 +1,9 @@
-"""A Modelfile for Ollama, with the chat template of a tokenizer.
+"""Write a Modelfile for Ollama, with the chat template of a tokenizer.
 
-Ollama (https://docs.ollama.com/modelfile) renders chats by a Go template. Without one in the
-Modelfile it takes the known template nearest to the one in the GGUF file, and gives
-the bare prompt where it knows none. The template here is made of pieces of a rendered chat, and
-checked on another chat. Where the rows were no chats, it is the bare prompt.
+Ollama (https://docs.ollama.com/modelfile) renders chats with a Go template. Without a template in
+the Modelfile it uses the known template nearest to the one in the GGUF file, or the bare prompt if
+none is near. Here the template is assembled from pieces of a rendered chat, and checked on another
+chat. If the rows are not chats, the template is the bare prompt.
 """
 
 from __future__ import annotations
@@ -21,67 +21,67 @@ from chainlora_gguf.gguf_writing import context_of
 
 logger = logging.getLogger(__name__)
 
-_CONTEXT = 4096  # tokens that Ollama makes room for by itself
+_CONTEXT = 4096  # Ollama's default context, in tokens
 
 
 def write_modelfile(
     file: Path, lines: list[str], state: OpenState, stage: str, tokenizer: Any, config: Any
 ) -> None:
-    """Write a Modelfile that begins with these lines, for the rows of a stage."""
+    """Write a Modelfile that begins with `lines`, with the template of a stage's rows."""
     longest = (state.with_rows.config().data.max_length if state.has_run else None) or 0
-    room = min(context_of(config), max(_CONTEXT, longest))
+    context = min(context_of(config), max(_CONTEXT, longest))
     chat = cut_template(tokenizer) if tokenizer.chat_template else None
     if not tokenizer.chat_template or not _is_chat(state, stage, tokenizer):
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     elif chat is None:
-        logger.warning("the Modelfile has no TEMPLATE: Ollama guesses this chat template")
+        logger.warning("cannot translate the chat template for Ollama; Ollama will guess one")
     else:
         lines.append(f'TEMPLATE """{chat.in_go()}"""')
-        if chat.stop:  # an empty one would stop at once
+        if chat.stop:  # an empty text would stop at once
             lines.append(f'PARAMETER stop "{chat.stop}"')
-    file.write_text("\n".join([*lines, f"PARAMETER num_ctx {room}"]) + "\n", encoding="utf-8")
+    file.write_text("\n".join([*lines, f"PARAMETER num_ctx {context}"]) + "\n", encoding="utf-8")
 
 
 def _is_chat(state: OpenState, stage: str, tokenizer: Any) -> bool:
-    """Say whether a chat template wrote the rows; where no rows are kept, that is assumed."""
+    """Return whether a chat template wrote the rows; True if no rows are kept."""
     kept = state.kept().get(stage)
     if kept is None or not len(kept.train):
         return True
     messages = [{"role": "user", "content": "a"}]
     try:
-        said = [_rendered(tokenizer, messages, add_generation_prompt=add) for add in (False, True)]
-    except ValueError as error:  # then `cut_template` cuts nothing
+        texts = [_rendered(tokenizer, messages, add_generation_prompt=add) for add in (False, True)]
+    except ValueError as error:  # `cut_template` will return None
         logger.warning("the chat template fails on a question: %s", error)
         return True
-    opening = said[1].removeprefix(said[0]).strip()
+    opening = texts[1].removeprefix(texts[0]).strip()
     return opening in tokenizer.decode(list(kept.train[0].sequences[0]))
 
 
 class ChatPieces(NamedTuple):
-    """What a chat template writes around contents; `start` where there is no system message."""
+    """The texts that a chat template writes around the contents of messages."""
 
-    system: tuple[str, str] | None  # before and after one; None where the template refuses it
-    start: str
+    system: tuple[str, str] | None  # around a system message; None if the template refuses it
+    start: str  # the beginning without a system message
     user: str
     assistant: str
-    answered: str
+    answered: str  # after an answer
     end: str
-    stop: str
+    stop: str  # the first token-like text after an answer
 
     def text(self, contents: Sequence[str], system: str | None = None) -> str:
-        """Return what a chat of user and assistant in turn becomes."""
-        said = self.start if system is None or not self.system else system.join(self.system)
+        """Render a chat whose contents alternate between user and assistant."""
+        text = self.start if system is None or not self.system else system.join(self.system)
         for user, answer in zip_longest(contents[::2], contents[1::2]):
-            said += self.user + user
-            said += "" if answer is None else self.assistant + answer + self.answered
-        return said + self.end
+            text += self.user + user
+            text += "" if answer is None else self.assistant + answer + self.answered
+        return text + self.end
 
     def in_go(self) -> str:
-        """Return it as a template of Ollama."""
+        """Return the Go template for Ollama."""
         start = self.start
         if self.system:
-            said = "{{ .System }}".join(self.system)
-            start = f"{{{{ if .System }}}}{said}{{{{ else }}}}{start}{{{{ end }}}}"
+            system = "{{ .System }}".join(self.system)
+            start = f"{{{{ if .System }}}}{system}{{{{ else }}}}{start}{{{{ end }}}}"
         turn = f'{{{{ if eq .Role "user" }}}}{self.user}{{{{ .Content }}}}'
         turn += f'{{{{ else if eq .Role "assistant" }}}}{self.assistant}{{{{ .Content }}}}'
         turn += f"{self.answered}{{{{ end }}}}"
@@ -89,53 +89,62 @@ class ChatPieces(NamedTuple):
 
 
 def cut_template(tokenizer: Any) -> ChatPieces | None:
-    """Cut a tokenizer's chat template into pieces; None where pieces cannot say what it does.
+    """Cut a tokenizer's chat template into pieces; None if pieces cannot reproduce it.
 
-    BOS, which llama.cpp puts before a text, is left out where the tokenizer puts it there too.
+    A BOS token is left out if the tokenizer adds it, because llama.cpp adds it too.
     """
-    begins = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    bos = tokenizer.bos_token if begins else ""
-
-    def said(contents: Sequence[str], system: str | None = None) -> str:
-        roles = ["user", "assistant"] * len(contents)
-        messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
-        first = [] if system is None else [{"role": "system", "content": system}]
-        text = _rendered(tokenizer, first + messages, add_generation_prompt=True)
-        return text.removeprefix(bos)
-
     marks = ("§1§", "§2§", "§3§")
     try:
-        bare = _split(said(marks), marks)
+        bare = _split(_chat_text(tokenizer, marks), marks)
     except ValueError:
         return None
     system: list[str] | None
     try:
-        system = _split(said(marks, "§0§"), ("§0§", *marks))
+        system = _split(_chat_text(tokenizer, marks, "§0§"), ("§0§", *marks))
     except ValueError:
-        system = None  # Gemma's refuses one
-    befores = [bare[0], bare[2]] + ([system[1]] if system else [])
+        system = None  # some templates refuse a system message (Gemma)
+    pieces = _pieces(bare, system)
+    # Check the pieces on another chat.
+    chat = ("one  two", "three", "four\nfive", "six", "seven")
+    same = pieces.text(chat) == _chat_text(tokenizer, chat)
+    if system:
+        same = same and pieces.text(chat, "eight") == _chat_text(tokenizer, chat, "eight")
+    literal = "".join(bare + (system or []))  # must not be read as Go or end the Modelfile's text
+    return pieces if same and not re.search(r'\{\{|"""', literal) else None
+
+
+def _chat_text(tokenizer: Any, contents: Sequence[str], system: str | None = None) -> str:
+    """Render contents of user and assistant in turn, without BOS. Raises ValueError."""
+    roles = ["user", "assistant"] * len(contents)
+    messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+    first = [] if system is None else [{"role": "system", "content": system}]
+    adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    text = _rendered(tokenizer, first + messages, add_generation_prompt=True)
+    return text.removeprefix(tokenizer.bos_token if adds_bos else "")
+
+
+def _pieces(bare: Sequence[str], system: Sequence[str] | None) -> ChatPieces:
+    """Assemble pieces from the texts around three messages, and around a system message too.
+
+    The text before a user's message is the longest common ending of all texts before one.
+    """
+    before_user = [bare[0], bare[2]] + ([system[1]] if system else [])
     endings = (bare[0][i:] for i in range(len(bare[0]) + 1))
-    user = next(end for end in endings if all(text.endswith(end) for text in befores))
-    words = re.search(r"<[^<>]+>|\S+", bare[2])
-    pieces = ChatPieces(
+    user = next(end for end in endings if all(text.endswith(end) for text in before_user))
+    stop = re.search(r"<[^<>]+>|\S+", bare[2])
+    return ChatPieces(
         system=(system[0], system[1].removesuffix(user)) if system else None,
         start=bare[0].removesuffix(user),
         user=user,
         assistant=bare[1],
         answered=bare[2].removesuffix(user),
         end=bare[3],
-        stop=words[0] if words else "",
+        stop=stop[0] if stop else "",
     )
-    chat = ("one  two", "three", "four\nfive", "six", "seven")
-    same = pieces.text(chat) == said(chat)
-    if system:
-        same = same and pieces.text(chat, "eight") == said(chat, "eight")
-    literal = "".join(bare + (system or []))
-    return pieces if same and not re.search(r'\{\{|"""', literal) else None
 
 
 def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], **keys: bool) -> str:
-    """Render a chat. Raises ValueError where the template fails."""
+    """Render a chat. Raises ValueError if the template fails."""
     reply = render_chat(tokenizer, {"messages": messages, **keys})
     if reply.error:
         raise ValueError(reply.error)
@@ -143,11 +152,11 @@ def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], **keys: boo
 
 
 def _split(text: str, marks: Sequence[str]) -> list[str]:
-    """Cut a text at marks, each there once and in this order. Raises ValueError."""
+    """Cut a text at marks in this order. Raises ValueError if one is missing."""
     pieces = []
     for mark in marks:
-        before, found, text = text.partition(mark)
-        if not found:
+        before, separator, text = text.partition(mark)
+        if not separator:
             raise ValueError(mark)
         pieces.append(before)
     return [*pieces, text]

@@ -49,62 +49,101 @@ def export_gguf(
 ) -> dict[str, Any]:
     """Write a run's model as ``model.gguf``, links merged, with a ``Modelfile`` for Ollama.
 
-    With `as_adapter`, its base as ``base.gguf`` and the links as a LoRA, ``adapter.gguf``, of which
-    `rank` and `tolerance` are those of `export_adapter`; with `each` too, a LoRA for each stage, as
-    `export_adapter` names and weighs them, with a Modelfile each, and ``SERVING.md``. `kind` is
-    what weights are stored as, one of `gguf_writing.KINDS`; by default nothing is rounded but
-    float64.
+    Args:
+        run: the state to export.
+        output: a new or empty folder.
+        kind: the type of the weights, one of `gguf_writing.KINDS`. By default only float64 is
+            rounded.
+        as_adapter: write the base as ``base.gguf`` and the links as a LoRA, ``adapter.gguf``.
+        rank: as in `export_adapter`.
+        tolerance: as in `export_adapter`.
+        num_links: export only the first links.
+        naming: names for the card.
+        each: write a LoRA and a Modelfile for each stage, with names and weights as in
+            `export_adapter`, and ``SERVING.md``. Implies `as_adapter`.
 
-    Raises ModelError for models that are not written as GGUF here, and for what a LoRA of llama.cpp
-    cannot hold.
+    Returns:
+        The facts of the export: files, sizes, ranks and errors.
+
+    Raises:
+        ModelError: the model cannot be written as GGUF, or the links as a LoRA of llama.cpp.
     """
     check_compression(rank, tolerance)
     output = empty_folder(output)
+
+    # 1. Check the model, and compute the LoRAs.
     state, parts = taken_apart(run, num_links) if each else (open_run(run), [])
-    as_adapter = as_adapter or each
+    is_adapter = as_adapter or each
+    to: Target = "gguf-adapter" if is_adapter else "gguf"
     folder, config, _ = open_folder(state.base.model)
     tokenizer = tokenizer_of(state, folder)
     check_convertible(config, tokenizer)
     links = switched_on(state.links(num_links))
     stage = _last_stage(state, num_links)
     loras = [_lora(part.name, part.stage, part.state.links(), rank, tolerance) for part in parts]
-    as_lora = ", each stage as a LoRA" if each else ""
-    if as_adapter and not each:
+    if is_adapter and not each:
         loras = [_lora("adapter", stage, links, rank, tolerance)]
-        as_lora = f", as a LoRA of rank {loras[0].rank} (relative error {loras[0].error:.2e})"
-    wide = None if each or not loras else loras[0].rank
     name = name_for(naming.base or public_name(state.base.model), tokenizer)
-    with filled_folder(output) as made:
-        model = made / ("base.gguf" if as_adapter else "model.gguf")
-        kind = _write_model(model, state, 0 if as_adapter else num_links, tokenizer, kind, name)
-        modelfiles = {"Modelfile": ([f"FROM ./{model.name}"], stage)} if not loras else {}
-        for lora in loras:
-            pairs = {module: (pair.a, pair.b) for module, pair in lora.factors.items()}
-            write_lora_gguf(pairs, config, made / f"{lora.name}.gguf", name)
-            lines = [f"FROM ./{model.name}", f"ADAPTER ./{lora.name}.gguf"]
-            modelfiles[f"{lora.name}.Modelfile" if each else "Modelfile"] = lines, lora.stage
-        for file, (lines, of) in modelfiles.items():
-            write_modelfile(made / file, lines, state, of, tokenizer, config)
-        told = zip(parts, loras, strict=False)  # no parts without `each`
-        adapters = [part.told(lora.rank, lora.error) for part, lora in told]
-        sheet = write_sheet(made, state, adapters, naming, as_gguf=True) if each else None
-        what = f"with a chain of {len(links)} LoRA link(s) in GGUF ({kind}){as_lora}."
-        base = state.base.model
-        story = story_of(state, num_links)
+
+    with filled_folder(output) as scratch:
+        # 2. Write the model, the LoRAs and the Modelfiles.
+        model = scratch / ("base.gguf" if is_adapter else "model.gguf")
+        kind = _write_model(model, state, 0 if is_adapter else num_links, tokenizer, kind, name)
+        _write_loras(scratch, loras, config, name)
+        for file, lines, of in _modelfiles(model.name, stage, loras, each):
+            write_modelfile(scratch / file, lines, state, of, tokenizer, config)
+
+        # 3. Write the card, and the sheet for servers.
+        pairs = zip(parts, loras, strict=False)  # there are no parts without `each`
+        adapters = [part.told(lora.rank, lora.error) for part, lora in pairs]
+        sheet = write_sheet(scratch, state, adapters, naming, as_gguf=True) if each else None
         keys = {"kind": kind, "rank": rank, "tolerance": tolerance, "num_links": num_links}
-        to: Target = "gguf-adapter" if as_adapter else "gguf"
         lineage = lineage_of(state, folder, naming, to, **keys, each=each)
-        card = Card(what, base, "gguf", links, wide, naming=naming, story=story, sheet=sheet)
-        write_card(made, card, lineage)
+        wide = loras[0].rank if loras and not each else None
+        text = _card_text(len(links), kind, loras, each)
+        story = story_of(state, num_links)
+        base = state.base.model
+        card = Card(text, base, "gguf", links, wide, naming=naming, story=story, sheet=sheet)
+        write_card(scratch, card, lineage)
     sizes = {path.name: path.stat().st_size for path in sorted(output.glob("*.gguf"))}
     done = {"to": to, "output": str(output), "links": len(links), "type": kind, "bytes": sizes}
     if each:
         return done | {"adapters": adapters}
-    return done | {"rank": wide, "error": loras[0].error} if as_adapter else done
+    return done | {"rank": wide, "error": loras[0].error} if is_adapter else done
+
+
+def _write_loras(folder: Path, loras: Sequence[_Lora], config: Any, name: str) -> None:
+    for lora in loras:
+        pairs = {module: (pair.a, pair.b) for module, pair in lora.factors.items()}
+        write_lora_gguf(pairs, config, folder / f"{lora.name}.gguf", name)
+
+
+def _modelfiles(
+    model: str, stage: str, loras: Sequence[_Lora], each: bool
+) -> list[tuple[str, list[str], str]]:
+    """Return the name of each Modelfile, its first lines, and the stage whose rows it is for."""
+    if not loras:
+        return [("Modelfile", [f"FROM ./{model}"], stage)]
+    return [
+        (
+            f"{lora.name}.Modelfile" if each else "Modelfile",
+            [f"FROM ./{model}", f"ADAPTER ./{lora.name}.gguf"],
+            lora.stage,
+        )
+        for lora in loras
+    ]
+
+
+def _card_text(num_links: int, kind: str, loras: Sequence[_Lora], each: bool) -> str:
+    """Return the sentence of the card about the files."""
+    as_lora = ", each stage as a LoRA" if each else ""
+    if loras and not each:
+        as_lora = f", as a LoRA of rank {loras[0].rank} (relative error {loras[0].error:.2e})"
+    return f"with a chain of {num_links} LoRA link(s) in GGUF ({kind}){as_lora}."
 
 
 def _last_stage(state: OpenState, num_links: int | None) -> str:
-    """Return the stage of the last link that is exported and switched on, and of no rehearsal."""
+    """Return the stage of the last exported link that is switched on and not of a rehearsal."""
     terms = state.history.in_order(state.terms(num_links))
     on = [state.history.links[term.link].stage for term in terms if term.strength]
     return next((name for name in reversed(on) if name in state.columns), state.with_rows.stage)
@@ -113,7 +152,7 @@ def _last_stage(state: OpenState, num_links: int | None) -> str:
 def _write_model(
     file: Path, state: OpenState, num_links: int | None, tokenizer: Any, kind: str | None, name: str
 ) -> str:
-    """Write a model as GGUF and its base's licences; return how its weights are stored."""
+    """Write a model as GGUF, and its base's licences. Return the type of its weights."""
     merged = file.with_name("merged")
     done = export_merged(state, merged, num_links=num_links)
     kind = kind or {"float16": "f16", "bfloat16": "bf16"}.get(done["dtype"], "f32")
@@ -125,14 +164,13 @@ def _write_model(
 
 
 class _Lora(NamedTuple):
-    """Links as one adapter: its name, the stage whose rows its Modelfile is for, and its factors,
-    with their rank and relative error."""
+    """Links as one adapter."""
 
     name: str
-    stage: str
+    stage: str  # its Modelfile is for the rows of this stage
     factors: Mapping[str, Factors]
     rank: int
-    error: float
+    error: float  # relative
 
 
 def _lora(
@@ -144,7 +182,7 @@ def _lora(
 
 
 def _check_factors(factors: Mapping[str, Factors]) -> None:
-    """Raise ModelError for what llama.cpp does not add to a model from a LoRA."""
+    """Raise ModelError for parts that llama.cpp does not read from a LoRA: biases, heads."""
     wrong = []
     for name, pair in factors.items():
         if pair.bias is not None:
@@ -153,5 +191,5 @@ def _check_factors(factors: Mapping[str, Factors]) -> None:
             wrong.append(f"{name}, a head")
     if wrong:
         raise ModelError(
-            "a LoRA of llama.cpp must be on linear maps of layers alone", wrong[0], "use --to gguf"
+            "a LoRA of llama.cpp must adapt only linear maps of layers", wrong[0], "use --to gguf"
         )

@@ -208,7 +208,7 @@ def test_a_tokenizer_of_another_kind_is_refused_before_weights_are_read(tmp_path
     base = with_gemmas_tokenizer(tmp_path / "base", "llama")
     run = make_chain(tmp_path / "chain", base, ["v_proj"])
     (base / "model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(ModelError, match="must hold its tokenizer"):
+    with pytest.raises(ModelError, match="must reproduce its tokenizer"):
         export_gguf(run, tmp_path / "out")
 
 
@@ -259,7 +259,7 @@ REFUSED = {
     ),
     "Llama 3's RoPE": ("qwen2", {"rope_parameters": _LLAMA3}, "default or linear (got llama3)"),
     "attention scale": ("gemma2", {"query_pre_attn_scalar": 8}, "scale attention by its head_dim"),
-    "caps": ("gemma3", {"final_logit_softcapping": 30.0}, "cap logits as its kind does"),
+    "caps": ("gemma3", {"final_logit_softcapping": 30.0}, "have the logit caps of its kind"),
 }  # fmt: skip
 
 
@@ -289,7 +289,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name(tmp_path, cas
 )
 def test_what_a_lora_of_llama_cpp_cannot_hold_is_refused(tmp_path, name, keys):
     run = make_chain(tmp_path / "chain", make_base(tmp_path / "base", name), **keys)
-    with pytest.raises(ModelError, match="linear maps of layers alone"):
+    with pytest.raises(ModelError, match="adapt only linear maps of layers"):
         export_gguf(run, tmp_path / "out", as_adapter=True)
 
 
