@@ -124,7 +124,7 @@ def test_the_adapter_loads_in_peft(launched, tiny_folder):
     [
         ("unequal", "in several processes all ranks must be equal (got [4, 2])"),
         ("late", "in several processes, a trainer needs ChainCallback when it is made"),
-        ("sharded", "each process holds the whole model (got fsdp)"),
+        ("sharded", "each process needs the whole model (got fsdp)"),
     ],
 )
 def test_what_ddp_cannot_do_is_refused_before_the_first_step(launched, name, rule):
@@ -135,8 +135,8 @@ def test_what_ddp_cannot_do_is_refused_before_the_first_step(launched, name, rul
 @pytest.mark.parametrize(
     ("told", "rule"),
     [
-        ({"deepspeed": "zero3.json"}, "each process holds the whole model (got deepspeed)"),
-        ({"n_gpu": 2}, "a process has one GPU (got 2)"),
+        ({"deepspeed": "zero3.json"}, "each process needs the whole model (got deepspeed)"),
+        ({"n_gpu": 2}, "each process uses one GPU (got 2)"),
     ],
     ids=["DeepSpeed", "two GPUs"],
 )

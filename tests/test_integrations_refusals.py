@@ -118,10 +118,10 @@ def test_models(tiny_folder, tokenizer, tmp_path, what):
 
 ON_PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
 KNOTS = {  # keys of the callback, what is said, and what the trainer is given
-    "beyond the end": ({"steps": 1e2}, "a knot must fall before the run ends .*steps=100"),
-    "epochs beyond the end": ({"epochs": 3}, "a knot must fall before .*run of 11 steps"),
+    "beyond the end": ({"steps": 1e2}, "before the end of the run .*steps=100"),
+    "epochs beyond the end": ({"epochs": 3}, "before the end of the run .*for 11 steps"),
     "not the run's steps": ({"steps": [4, 4]}, r"add up to the run \(got \[4, 4\]"),
-    "too many ranks": ({"ranks": [4, 4], "steps": 4}, "one entry a link"),
+    "too many ranks": ({"ranks": [4, 4], "steps": 4}, "one entry per link"),
     "more links than steps": ({"ranks": [4] * 30}, "at least one step"),
     "another first rank": ({"ranks": [8, 4]}, "begin with the rank of the model's LoRA"),
     "rank 0": ({"ranks": [4, 0]}, "`ranks` must be at least 1"),
@@ -130,7 +130,11 @@ KNOTS = {  # keys of the callback, what is said, and what the trainer is given
         "all ranks must be equal",
     ),
     "an unknown key": ({"knots": {"often": 3}}, "unknown key `knots.often`"),
-    "an optimizer": ({"knots": "auto"}, "moments of Adam, AdamW and SGD", {"optim": "adafactor"}),
+    "an optimizer": (
+        {"knots": "auto"},
+        "moments of AdamW, and of Adam and SGD",
+        {"optim": "adafactor"},
+    ),
     "a schedule": ({"steps": 4, "restart_schedule": True}, "a function of the step", ON_PLATEAU),
 }
 
@@ -146,14 +150,14 @@ def test_knots(tiny_folder, tokenizer, tmp_path, what):
 @pytest.mark.parametrize(
     ("keys", "rule"),
     [
-        ({}, "must say where its knots are"),
+        ({}, "a chain needs knots"),
         ({"steps": 4, "epochs": 1}, "not both"),
         ({"steps": 0}, "must be positive"),
         ({"steps": [2.5, 4]}, "must be positive whole numbers"),
         ({"steps": "4"}, "must be positive whole numbers"),
         ({"epochs": ["1", 2]}, "must be positive"),
         ({"ranks": 8}, r"must list a rank for each link \(got 8\)"),
-        ({"ranks": [4, 4], "steps": [1, 1, 1]}, "of one length"),
+        ({"ranks": [4, 4], "steps": [1, 1, 1]}, "must have one length"),
         ({"steps": 4, "optimizer_reset": "prune"}, "must be full or off"),
     ],
 )
@@ -185,21 +189,21 @@ def half(optimizer) -> torch.optim.lr_scheduler.LambdaLR:
             adam_whose_weights_decay,
             None,
             {"knots": {"time_constant": 5}},
-            "those of Adam and SGD without weight_decay",
+            "Adam and SGD without weight_decay",
         ),
         (
             optimizer_with_weights,
             None,
             {"knots": {"time_constant": 5, "moments": "new"}},
-            r"moments alone, by parameter, to go over a knot \(got 'k'",
+            r"must store only moments, by parameter \(got 'k'",
         ),
         (optimizer_with_weights, None, {"steps": 4, "optimizer_reset": "off"}, r"\(got 'k'"),
-        (of_something_else, None, {"steps": 4}, "must train the LoRA and nothing else"),
+        (of_something_else, None, {"steps": 4}, "must train exactly the parameters of the LoRA"),
         (
             torch.optim.AdamW,
             half,
             {"steps": 4, "restart_schedule": True},
-            r"another than lr_scheduler_type='linear'",
+            r"other than lr_scheduler_type='linear'",
         ),
     ],
 )
@@ -219,7 +223,7 @@ def test_a_checkpoint_without_a_chain(tiny_folder, tokenizer, tmp_path):
     trainer = make_trainer(
         peft_model(tiny_folder), tokenizer, tmp_path, ChainCallback(steps=4), **keys
     )
-    with pytest.raises(ChainLoRAError, match=r"must hold a chain .*saved without ChainCallback"):
+    with pytest.raises(ChainLoRAError, match=r"must contain a chain .*saved without ChainCallback"):
         trainer.train(resume_from_checkpoint=True)
 
 
@@ -247,7 +251,9 @@ def test_weights_that_are_not_finite_are_not_tied(tiny_folder, tokenizer, tmp_pa
 
     trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, ChainCallback(steps=4))
     trainer.callback_handler.callbacks.insert(0, Spoil())
-    with pytest.raises(ChainLoRAError, match=r"must leave finite weights .*link 0 after 4 steps"):
+    with pytest.raises(
+        ChainLoRAError, match=r"weights of a link must be finite .*link 0 after 4 steps"
+    ):
         trainer.train()
 
 
@@ -263,5 +269,5 @@ def test_a_second_training_and_a_second_trainer(tiny_folder, tokenizer, tmp_path
         trainer.train()
     with pytest.raises(ChainLoRAError, match="for one trainer"):
         make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, callback)
-    with pytest.raises(ChainLoRAError, match="before there is a trainer"):
+    with pytest.raises(ChainLoRAError, match="exists once the trainer is made"):
         ChainCallback(steps=4).chain  # noqa: B018

@@ -218,7 +218,7 @@ def test_a_trained_adapter_is_the_first_link(tiny_folder, tokenizer, tmp_path):
             assert torch.equal(first.factors[name].a, factors.a)
             assert torch.equal(first.factors[name].b, factors.b)
     model = peft.PeftModel.from_pretrained(plain_model(tiny_folder), adapter)
-    with pytest.raises(ConfigError, match="`start` needs a model with a fresh adapter"):
+    with pytest.raises(ConfigError, match="`start` needs a model with an untrained adapter"):
         make_trainer(model, tokenizer, tmp_path, ChainCallback(steps=4, start=adapter))
 
 
@@ -351,9 +351,9 @@ def test_a_resume_with_other_knots_is_refused(tiny_folder, tokenizer, tmp_path):
     checkpoint = str(tmp_path / "checkpoint-6")
     without = {"exclude_modules": ["layers.1.self_attn.v_proj"]}
     for callback, what, lora_keys in (
-        (ChainCallback(steps=5), "must have the knots it began with", {}),
-        (ChainCallback([4, 2], steps=[4, 7]), "must have the links it began with", {}),
-        (ChainCallback(steps=4), "must have the links it began with", without),
+        (ChainCallback(steps=5), "must have the knots of its checkpoint", {}),
+        (ChainCallback([4, 2], steps=[4, 7]), "must have the links of its checkpoint", {}),
+        (ChainCallback(steps=4), "must have the links of its checkpoint", without),
     ):
         model = peft_model(tiny_folder, **lora_keys)
         other = make_trainer(model, tokenizer, tmp_path, callback, **keys)

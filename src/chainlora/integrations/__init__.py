@@ -1,7 +1,7 @@
-"""Chains in training loops of others: transformers' Trainer and the trainers of TRL.
+"""Chains in transformers' Trainer and in the trainers of TRL.
 
-callback.py       `ChainCallback`, which a trainer is given
-wrapped_chain.py  a chain inside the trainer's PEFT model, and what its saves hold
-lengths.py        where knots fall in the trainer's run, its rows and its processes
+callback.py       `ChainCallback`, the callback for a trainer
+wrapped_chain.py  a chain inside the trainer's PEFT model, and its checkpoints
+lengths.py        steps of each link, tokens of rows, processes of the trainer
 restarts.py       the trainer's optimizer and schedule at a knot
 """

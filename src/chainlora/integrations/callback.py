@@ -1,8 +1,8 @@
-"""`ChainCallback`: a run of transformers' Trainer, or of a trainer of TRL, becomes a chain.
+"""`ChainCallback`: make a run of transformers' Trainer, or of a trainer of TRL, a chain.
 
-The trainer keeps its loop, its batches, its optimizer and its checkpoints. The callback drives the
-same `Chain` as every other loop: it counts each step, asks a knot policy, and ties and extends
-before the next one.
+The trainer keeps its loop, batches, optimizer and checkpoints. The callback drives the same `Chain`
+as every other loop: it counts each step, asks a knot policy, and ties and extends before the next
+step.
 """
 
 from __future__ import annotations
@@ -45,29 +45,34 @@ logger = logging.getLogger(__name__)
 
 
 class ChainCallback(TrainerCallback):
-    """Turns a trainer's run on a PEFT model into a chain of LoRA.
+    """Turns a trainer's run on a PEFT model into a chain of LoRA (arXiv 2401.04151).
 
-    Pass it in the trainer's `callbacks`. The model's own LoRA says what a link is: rank, alpha,
-    target modules. Say with one of `steps`, `epochs` or `ranks` where the knots are.
+    Pass it in the trainer's `callbacks`. The LoRA of the model defines a link: rank, alpha, target
+    modules. One of `steps`, `epochs` or `ranks` defines the knots.
 
-    What the LoRA has learned already is the chain's first link, and a fresh one follows. On a model
-    that an earlier trainer made a chain of, that chain goes on.
+    If the LoRA is already trained, it becomes the first link, and a new link follows. If an earlier
+    trainer made the model a chain, that chain continues.
 
     Args:
-        ranks: rank of each link, beginning with the LoRA's own. Alone, the links share the run
-            evenly.
-        steps: a number is the distance between knots, a list the steps of each link.
+        ranks: rank of each link; the first must be the LoRA's rank. Without `steps` and `epochs`,
+            the links share the run evenly.
+        steps: a number is the distance between knots; a list has the steps of each link.
         epochs: the same in epochs.
-        knots: soft knots inside each link, ``"auto"`` or the keys of ``chain.knots``. Alone, the
-            run is one link.
+        knots: soft knots inside each link, ``"auto"`` or the keys of ``chain.knots``. Without
+            `ranks`, `steps` and `epochs`, the run is one link.
         policy: decides after every step instead (`chainlora.knots.policy.KnotPolicy`).
-        alpha_policy: of links of other ranks: "proportional" keeps the scaling, "fixed" alpha.
-        optimizer_reset: "full" forgets the optimizer's state at a knot; "off" keeps it, which needs
+        alpha_policy: for links of other ranks: "proportional" keeps the scaling, "fixed" alpha.
+        optimizer_reset: "full" clears the optimizer's state at a knot; "off" keeps it, and needs
             equal ranks.
-        restart_schedule: give each link the trainer's whole schedule for itself, warm-up included.
+        restart_schedule: run the trainer's whole schedule, including warm-up, in each link.
         start: a finished run, a saved chain, or the folder or Hub id of a LoRA. The chain begins
-            with its links, and the model's own LoRA must be fresh.
-        seed: of the links' initializations; None takes the trainer's.
+            with its links; the model's own LoRA must be untrained.
+        seed: for the initialization of links; None takes the trainer's seed.
+
+    Raises:
+        ConfigError: contradicting arguments, here or when training begins.
+        ChainError: the callback is used for a second trainer, or another loop changed the chain.
+        RunError: a checkpoint does not match the settings.
     """
 
     def __init__(
@@ -87,8 +92,8 @@ class ChainCallback(TrainerCallback):
         check_knots(ranks, steps, epochs)
         if ranks is None and steps is None and epochs is None and knots is None:
             raise ConfigError(
-                "a chain must say where its knots are (got none of steps, epochs, ranks, knots); "
-                "e.g. steps=100, or ranks=[8, 8]"
+                "a chain needs knots (got none of steps, epochs, ranks, knots); give for example "
+                "steps=100, or ranks=[8, 8]"
             )
         if optimizer_reset not in ("full", "off"):
             raise ConfigError(f"`optimizer_reset` must be full or off (got {optimizer_reset!r})")
@@ -98,8 +103,8 @@ class ChainCallback(TrainerCallback):
         self.restart_schedule, self._start = restart_schedule, start
         self._moves = False  # whether knots change the model without its live link
         self._wrapped: WrappedChain | None = None
-        self._processes = Processes(0, 1, torch.device("cpu"))  # until a trainer says otherwise
-        self._settings: dict[str, Any] = {}  # what the model's own LoRA said
+        self._processes = Processes(0, 1, torch.device("cpu"))  # replaced when a trainer is made
+        self._settings: dict[str, Any] = {}  # of the model's own LoRA
 
     def __repr__(self) -> str:
         chain = "not in a trainer yet" if self._wrapped is None else repr(self.chain)
@@ -107,30 +112,30 @@ class ChainCallback(TrainerCallback):
 
     @property
     def chain(self) -> Chain:
-        """The chain. After training its last link is still live: `chain.tie()` ends it."""
+        """Return the chain. Its last link is live even after training; `chain.tie()` ends it."""
         return self._need().chain
 
-    # --- what the trainer calls ---
+    # --- called by the trainer ---
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the first link on, before the trainer makes an optimizer or loads a checkpoint."""
+        """Add the first link, before the trainer makes an optimizer or loads a checkpoint."""
         self._begin(args, kwargs["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Plan the links of the run, and check that chain, optimizer and schedule suit it."""
+        """Plan the links of the run, and check chain, optimizer and schedule."""
         model, optimizer, scheduler = (kwargs[k] for k in ("model", "optimizer", "lr_scheduler"))
         if self._wrapped is None:
-            if state.global_step or num_launched() > 1:  # or DDP has wrapped
-                why = "to resume" if state.global_step else "in several processes"
+            if state.global_step or num_launched() > 1:  # DDP has wrapped the model already
+                case = "to resume" if state.global_step else "in several processes"
                 raise ConfigError(
-                    f"{why}, a trainer needs ChainCallback when it is made (got it by "
+                    f"{case}, a trainer needs ChainCallback when it is made (got it by "
                     "add_callback); pass it in `callbacks`"
                 )
             self._begin(args, model)
         if self._need().model is not model:
             raise ConfigError(
-                "the trainer must train the model that it was made with (got another one, as "
-                "model_init makes them); pass `model`"
+                "the trainer must train the model that it was made with (got another model, for "
+                "example from model_init); pass `model`"
             )
         self._plan(args, state, kwargs.get("train_dataloader"))
         self._moves = bool(self.policy or self.knots or len(self._knots.links) > 1)
@@ -141,10 +146,10 @@ class ChainCallback(TrainerCallback):
             self._restart_schedule(scheduler, args)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tie the knot that the policy wants after the step before.
+        """Tie the knot that the policy requests after the previous step.
 
-        Only now: what the trainer has evaluated and saved after that step is of the link that made
-        it.
+        It is tied here and not at the end of that step, so that the trainer evaluates and saves the
+        link that made the step.
         """
         optimizer = kwargs["optimizer"]
         knot = self._knot(state, optimizer)
@@ -159,11 +164,11 @@ class ChainCallback(TrainerCallback):
                 self._restart_schedule(kwargs["lr_scheduler"], args)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count the step, before any other callback may save it."""
+        """Count the step before any other callback can save it."""
         self.chain.count_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop where the policy ends the last link."""
+        """Stop the training when the policy ends the last link."""
         self._check_step(state)
         if self._knots.is_last:
             knot = self._knot(state, kwargs["optimizer"])
@@ -171,32 +176,32 @@ class ChainCallback(TrainerCallback):
                 control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say in every record of losses or scores which link it is of."""
+        """Add the number of the link to every record of losses or scores."""
         logs = kwargs.get("logs")
         if logs is None or self._wrapped is None or "train_runtime" in logs:
             return
         chain = self.chain
-        if not chain.live_steps:  # the model as it came
+        if not chain.live_steps:  # the model before training
             return
-        # of scores with their prefix, from which notebooks and cards take the title of a column
+        # Scores keep their prefix: notebooks and model cards make the title of a column from it.
         prefix = next((key.removesuffix("runtime") for key in logs if key.endswith("_runtime")), "")
         logs[f"{prefix}link"] = len(chain)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1][f"{prefix}link"] = len(chain)
 
-    # --- the beginning ---
+    # --- setup ---
 
     def _begin(self, args: TrainingArguments, model: Any) -> None:
         if self._wrapped is not None:
             raise ChainError(
-                "a ChainCallback is for one trainer (got a second one); make a new callback"
+                "a ChainCallback works for one trainer (got a second one); make a new callback"
             )
         self._processes = find_trainer_processes(args, model)
         self._settings = settings_of(model)
         if self.ranks is not None and self.ranks[0] != self._settings["rank"]:
             raise ConfigError(
                 "`ranks` must begin with the rank of the model's LoRA (got "
-                f"{self.ranks[0]} and r={self._settings['rank']}); change either"
+                f"{self.ranks[0]} and r={self._settings['rank']}); change one of them"
             )
         config = self._chain_config(1)
         if config.knots is not None:
@@ -211,7 +216,7 @@ class ChainCallback(TrainerCallback):
         self._wrapped.extend(first)
 
     def _chain_config(self, num_links: int) -> ChainConfig:
-        """Return the chain as a config; where no ranks are given, all are the LoRA's own."""
+        """Return the chain as a config; without `ranks`, every link has the LoRA's rank."""
         keys = {key: value for key, value in self._settings.items() if key != "rank"}
         ranks = self.ranks or [self._settings["rank"]] * num_links
         keys |= {"ranks": ranks, "knots": self.knots, "alpha_policy": self.alpha_policy}
@@ -227,14 +232,14 @@ class ChainCallback(TrainerCallback):
         config, wrapped = self._chain_config(len(lengths)), self._need()
         soft: Spacings = ()
         if state.global_step and wrapped.numbers is not None:
-            soft = wrapped.numbers.knots  # of a resume
+            soft = wrapped.numbers.knots  # a resume keeps them
         if config.knots is not None and len(soft) < len(lengths):
-            learned = [math.nan] * len(lengths)  # tokens a step, by trained parameter of each link
+            learned = [math.nan] * len(lengths)  # tokens per step and trained parameter, by link
             if asks_for_tokens(config.knots):
                 with kept_random_state(self.chain.model):
-                    a_step = learned_a_step(loader, args, self._processes.count)
+                    per_step = learned_a_step(loader, args, self._processes.count)
                 live: Any = self.chain.live
-                learned = [a_step / num_trained(e.rank, live.layers) for e in config.links()]
+                learned = [per_step / num_trained(e.rank, live.layers) for e in config.links()]
                 say_what_to_expect(config.knots, lengths[0] * learned[0])
             soft += spacings(config.knots, lengths, learned)[len(soft) :]
         wrapped.numbers = Numbers(tuple(lengths), soft[: len(lengths)])
@@ -244,30 +249,30 @@ class ChainCallback(TrainerCallback):
         ranks = [link.rank for link in self._knots.links]
         if self._processes.count > 1 and len(set(ranks)) > 1:
             raise ConfigError(
-                f"in several processes all ranks must be equal (got {ranks}): the trainer's DDP "
-                "knows the first link's parameters alone; change them, or use `chainlora train`"
+                f"in several processes all ranks must be equal (got {ranks}), as the trainer's DDP "
+                "knows only the first link's parameters; change them, or use `chainlora train`"
             )
         if self.optimizer_reset == "off" and len(set(ranks)) > 1:
             raise ConfigError(
-                "`optimizer_reset: off` keeps moments over a knot, so all ranks must be equal (got "
+                "`optimizer_reset: off` keeps moments at a knot, so all ranks must be equal (got "
                 f"{ranks}); use optimizer_reset='full'"
             )
 
     def _check_place(self, state: TrainerState) -> None:
-        """Raise unless the chain is where the trainer is, and was tuned as planned so far."""
+        """Raise unless the chain is at the trainer's step, and its links follow the plan."""
         chain = self.chain
         if chain.live is None:
             raise ChainError(
-                "a trainer tunes a live link (got a chain whose links are all tied); begin with a "
+                "a trainer needs a live link (got a chain whose links are all tied); begin with a "
                 "new model, callback and trainer"
             )
-        found = [*(link.config for link in chain.links), chain.live.config]
+        configs = [*(link.config for link in chain.links), chain.live.config]
         planned = [*self._begun_on, *self._knots.links]
-        on: list[Iterable[str]] = [*(link.factors for link in chain.links), chain.live.layers]
-        if [*map(_by_paths, found, on)] != [*map(_by_paths, planned, on)]:
+        modules: list[Iterable[str]] = [*(link.factors for link in chain.links), chain.live.layers]
+        if [*map(_by_paths, configs, modules)] != [*map(_by_paths, planned, modules)]:
             raise RunError(
-                "a resumed chain must have the links it began with (got ranks "
-                f"{[config.rank for config in found]}, planned "
+                "a resumed chain must have the links of its checkpoint (got ranks "
+                f"{[config.rank for config in configs]}, planned "
                 f"{[config.rank for config in planned]}, or other settings of the LoRA); use "
                 "the settings of the checkpoint, and its `start`"
             )
@@ -276,12 +281,12 @@ class ChainCallback(TrainerCallback):
         lengths = list(self._knots.numbers.lengths)
         if self.policy is None and ended != lengths[: len(ended)]:
             raise RunError(
-                f"a resumed chain must have the knots it began with (got links of {ended} steps, "
-                f"planned {lengths}); use the settings of the checkpoint"
+                f"a resumed chain must have the knots of its checkpoint (got links of {ended} "
+                f"steps, planned {lengths}); use the settings of the checkpoint"
             )
 
     def _check_step(self, state: TrainerState) -> None:
-        """Raise unless the chain has made the trainer's steps: no other loop or callback counts."""
+        """Raise unless the chain has counted every step of the trainer, and no others."""
         done = self._knots.first_step + self.chain.live_steps
         if done != state.global_step:
             raise ChainError(
@@ -290,7 +295,7 @@ class ChainCallback(TrainerCallback):
             )
 
     def _check_knots(self, args: Any, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-        """Raise ConfigError unless optimizer and schedule suit the knots to come."""
+        """Raise ConfigError unless optimizer and schedule can pass the planned knots."""
         num_links, soft = len(self._knots.links), self._chain_config(1).knots
         carries = soft is not None and soft.moments == "carried"
         is_new = (self.optimizer_reset == "full" and num_links > 1) or not (carries or soft is None)
@@ -302,11 +307,11 @@ class ChainCallback(TrainerCallback):
             restarts.check_schedule(scheduler, args, self._knots.num_steps)
 
     def _check_reference(self) -> None:
-        """Refuse the model without its live link for a reference, or a base, that knots change."""
+        """Raise ConfigError for `disable_adapter()` as a reference if knots change the model."""
         if self._moves:
             raise ConfigError(
-                "with its adapter off, a model must be what it was when training began",
-                "one with knots, which stay",
+                "disable_adapter() is not a reference after a knot",
+                "a chain with knots, which stay in the model",
                 "set precompute_ref_log_probs=True, or give ref_model (GRPO has neither: beta=0); "
                 "name rows to score in eval_dataset; for the base, load it anew",
             )
@@ -316,7 +321,9 @@ class ChainCallback(TrainerCallback):
     def _knot(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> Knot | None:
         if not self.chain.live_steps:
             return None
-        logged = (float(each["loss"]) for each in reversed(state.log_history) if "loss" in each)
+        logged = (
+            float(record["loss"]) for record in reversed(state.log_history) if "loss" in record
+        )
         return self._knots.after_step(next(logged, math.nan), restarts.rate_factor(optimizer))
 
     def _next_link(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
@@ -327,7 +334,7 @@ class ChainCallback(TrainerCallback):
         state.log_history.append({"knot": link.index} | steps)
         self._need().extend(self._knots.next_link)
         if self.optimizer_reset == "full":
-            optimizer.state.clear()  # step counts too: the next update is a new optimizer's
+            optimizer.state.clear()  # including step counts, as in a new optimizer
         self._trained.follow(optimizer, self._processes)
 
     def _restart_schedule(self, scheduler: Any, args: TrainingArguments) -> None:
@@ -337,13 +344,14 @@ class ChainCallback(TrainerCallback):
     def _need(self) -> WrappedChain:
         if self._wrapped is None:
             raise ChainError(
-                "there is no chain before there is a trainer (got none); pass the callback to one"
+                "callback.chain exists once the trainer is made (got no trainer); pass the "
+                "callback in `callbacks`"
             )
         return self._wrapped
 
 
 def _by_paths(config: LinkConfig, modules: Iterable[str]) -> LinkConfig:
-    """Return a link's config by whole paths if it excludes modules."""
+    """Return a link's config; if it excludes modules, replace patterns by the adapted paths."""
     if config.exclude_modules is None:
         return config
     paths = {"target_modules": tuple(sorted(modules)), "exclude_modules": None}

@@ -1,8 +1,7 @@
-"""What is known of a trainer's run before its first step: its knots, its rows, its processes.
+"""Facts about a trainer's run before its first step: knots, tokens of rows, processes.
 
-Each process of a trainer holds the whole model, and DDP sums the gradients. DDP learns which
-parameters it sums when it wraps the model, so the links of such a run must have the parameters of
-its first link.
+Each process of a trainer has the whole model, and DDP sums the gradients. DDP registers parameters
+when it wraps the model, so all links of such a run must have the parameters of the first link.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ Epochs = float | Sequence[float] | None
 
 
 def check_knots(ranks: Sequence[int] | None, steps: Lengths, epochs: Epochs) -> None:
-    """Raise ConfigError for what contradicts itself, whatever the trainer will say."""
+    """Raise ConfigError for arguments that contradict each other."""
     if ranks is not None and (not isinstance(ranks, list | tuple) or not ranks):
         raise ConfigError(f"`ranks` must list a rank for each link (got {ranks!r}); e.g. [8, 8]")
     if steps is not None and epochs is not None:
@@ -43,8 +42,8 @@ def check_knots(ranks: Sequence[int] | None, steps: Lengths, epochs: Epochs) -> 
             raise ConfigError(f"`{key}` must be {rule} (got {value!r})")
         if is_list and ranks is not None and len(ranks) != len(listed):
             raise ConfigError(
-                f"`ranks` and `{key}` must be of one length (got {len(ranks)} and {len(listed)}); "
-                "give one entry a link"
+                f"`ranks` and `{key}` must have one length (got {len(ranks)} and {len(listed)}); "
+                "give one entry per link"
             )
 
 
@@ -55,12 +54,18 @@ def link_lengths(
     num_steps: int,
     steps_per_epoch: int | None,
 ) -> list[int]:
-    """Return the steps of each link of a run of `num_steps` steps.
+    """Return the steps of each link.
 
-    A single number is the distance between knots, and the last link has what is left. A list has an
-    entry a link. Without either, `num_links` links share the run evenly.
+    Args:
+        num_links: the number of ranks; None allows any number of links.
+        steps: a number is the distance between knots, and the last link gets the rest. A list has
+            an entry per link. Without `steps` and `epochs`, the links share the run evenly.
+        epochs: the same in epochs.
+        num_steps: optimizer steps of the run.
+        steps_per_epoch: optimizer steps of an epoch; None if the data set has no length.
 
-    Raises ConfigError where links and run do not fit.
+    Raises:
+        ConfigError: the lengths do not fit the run.
     """
     if epochs is not None and steps_per_epoch is None:
         raise ConfigError(
@@ -81,10 +86,16 @@ def link_lengths(
     else:
         count = num_links or 1
         lengths = list(between([round(num_steps * (k + 1) / count) for k in range(count)]))
+    _check_lengths(lengths, num_links, num_steps)
+    return lengths
+
+
+def _check_lengths(lengths: Sequence[int], num_links: int | None, num_steps: int) -> None:
+    """Raise ConfigError unless the lengths fit the ranks and the run."""
     if num_links is not None and len(lengths) != num_links:
         raise ConfigError(
-            f"`ranks` must have one entry a link (got {num_links} for {len(lengths)} links of "
-            f"{lengths} steps); change either"
+            f"`ranks` must have one entry per link (got {num_links} for {len(lengths)} links of "
+            f"{lengths} steps); change one of them"
         )
     if any(length < 1 for length in lengths):
         raise ConfigError(
@@ -95,21 +106,20 @@ def link_lengths(
             f"the links must add up to the run (got {lengths}, together {sum(lengths)}, for "
             f"{num_steps} steps); change them, or the trainer's max_steps or num_train_epochs"
         )
-    return lengths
 
 
-def _by_distance(distance: float, num_steps: int, what: str) -> list[int]:
+def _by_distance(distance: float, num_steps: int, argument: str) -> list[int]:
     if distance >= num_steps:
         raise ConfigError(
-            f"a knot must fall before the run ends (got {what} in a run of {num_steps} steps); "
-            "tie more often, or train longer"
+            f"the first knot must come before the end of the run (got {argument} for {num_steps} "
+            "steps); tie more often, or train longer"
         )
     ends = [round(distance * (k + 1)) for k in range(math.ceil(num_steps / distance) - 1)]
     return list(between([end for end in ends if end < num_steps] + [num_steps]))
 
 
 def steps_per_epoch(loader: Any, args: TrainingArguments) -> int | None:
-    """Return the optimizer steps of an epoch as the trainer counts them; None without a length."""
+    """Return the optimizer steps of an epoch as the trainer counts them; None if unknown."""
     try:
         batches = len(loader)
     except (TypeError, NotImplementedError):
@@ -118,43 +128,42 @@ def steps_per_epoch(loader: Any, args: TrainingArguments) -> int | None:
 
 
 def learned_a_step(loader: Any, args: TrainingArguments, num_processes: int) -> float:
-    """Return how many tokens an optimizer step teaches on average."""
+    """Return the mean number of learned tokens per optimizer step."""
     rows: float = args.train_batch_size * args.gradient_accumulation_steps * num_processes
     if per_epoch := steps_per_epoch(loader, args):
-        rows = min(rows, len(loader.dataset) / per_epoch)  # the last step may have few
+        rows = min(rows, len(loader.dataset) / per_epoch)  # the last step can have fewer rows
     return rows * learned_a_row(loader)
 
 
 def learned_a_row(loader: Any) -> float:
-    """Return how many tokens a row teaches on average, by the labels that the collator gives to
-    some rows.
+    """Return the mean number of learned tokens per row, from the collator's labels of some rows.
 
-    Raises ConfigError where rows cannot be looked at, or do not show what is learned.
+    Raises ConfigError if rows cannot be read, or if the batches have no labels.
     """
     remedy = "give `knots` a time_constant, in steps"
     rows: Any = getattr(loader, "dataset", None)
     try:
-        some = some_of(rows)
+        sample = some_of(rows)
     except (TypeError, NotImplementedError, KeyError):
         rule = "soft knots count the tokens of some rows, so the data set must have a length"
         raise ConfigError(rule, type(rows).__name__, remedy) from None
-    batch = loader.collate_fn(some)
-    if "labels" in batch:  # of tokens, or one of a row
+    batch = loader.collate_fn(sample)
+    if "labels" in batch:  # per token, or one per row
         learned = (batch["labels"] != -100).sum()
-    elif "completion_mask" in batch:  # TRL's pairs of preferences, chosen answers first
-        learned = batch["completion_mask"][: len(some)].sum()
+    elif "completion_mask" in batch:  # TRL's pairs of preferences; chosen answers come first
+        learned = batch["completion_mask"][: len(sample)].sum()
     else:
         rule = "soft knots count learned tokens, so batches must have `labels`"
         got = ", ".join(batch) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
         raise ConfigError(rule, got, remedy)
-    return max(int(learned), 1) / len(some)
+    return max(int(learned), 1) / len(sample)
 
 
 def find_trainer_processes(args: TrainingArguments, model: nn.Module) -> Processes:
-    """Return the processes of a trainer that has been made.
+    """Return the processes of a trainer.
 
-    Raises ConfigError for what shards or copies the model: a knot would have to be tied on every
-    part of it.
+    Raises ConfigError if the model is sharded or copied within a process: a knot would have to
+    change every part.
     """
     sharded = [name for name in ("deepspeed", "fsdp") if getattr(args, name, None)]
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
@@ -164,13 +173,13 @@ def find_trainer_processes(args: TrainingArguments, model: nn.Module) -> Process
         sharded.append(f"an Accelerate config for {state.distributed_type.value}")
     if sharded:
         raise ConfigError(
-            f"with ChainCallback each process holds the whole model (got {sharded[0]}); launch "
-            "with torchrun without it, or share the model by `chainlora train` with train.shard: "
-            "fsdp2"
+            f"with ChainCallback each process needs the whole model (got {sharded[0]}); launch "
+            "with torchrun without sharding, or use `chainlora train` with train.shard: fsdp2"
         )
     if args.n_gpu > 1:
         raise ConfigError(
-            f"with ChainCallback a process has one GPU (got {args.n_gpu}); launch one for each by "
-            f"torchrun --nproc-per-node {args.n_gpu}, or show one by CUDA_VISIBLE_DEVICES"
+            f"with ChainCallback each process uses one GPU (got {args.n_gpu}); launch a process "
+            f"per GPU by torchrun --nproc-per-node {args.n_gpu}, or select a GPU by "
+            "CUDA_VISIBLE_DEVICES"
         )
     return find_processes(state)

@@ -1,8 +1,8 @@
-"""What becomes of a trainer's optimizer and schedule at a knot.
+"""Reset a trainer's optimizer and schedule at a knot.
 
-A trainer makes them once, before the first step, and keeps the objects. So the optimizer is pointed
-at the parameters of the next link, and forgets what it knew: for an optimizer that keeps all it
-knows by parameter, this is what a new one would be.
+A trainer makes both objects once, before the first step. So at a knot the optimizer gets the
+parameters of the next link, and its state is cleared. An optimizer that stores all state by
+parameter is then equal to a new one.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from chainlora.errors import ChainError, ConfigError
 from chainlora.knots.moments import unknown_moments
 from chainlora.training.processes import Processes
 
-# Keys of parameter groups by which optimizers tell that they keep weights, which no knot would
-# change (schedule-free, Prodigy, D-Adapt); and the key in which some count steps.
+# Keys of parameter groups in optimizers that store weights, which a knot would not change
+# (schedule-free, Prodigy, D-Adapt), and the key of a step count.
 _WEIGHTS = ("k", "d", "weight_sum", "scheduled_lr")
 _COUNT = ("step",)
 # Optimizers whose moments are known (`knots.moments.MOMENTS`).
@@ -28,55 +28,56 @@ _CARRIED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 class Trained:
-    """What a trainer's optimizer trains, and DDP sums the gradients of, in a model's chain.
+    """The parameters of a model's chain that a trainer's optimizer trains and DDP synchronises.
 
-    Made before the chain is put on the model: an optimizer may hold what was there before.
+    Make it before the chain is put on the model, because an optimizer can hold the earlier
+    parameters.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._before = named_parameters(model)
-        self._groups: list[list[str]] = []  # names of what each parameter group trains
+        self._groups: list[list[str]] = []  # names of the parameters in each group
         self._held: dict[nn.Parameter, str] = {}  # by DDP
 
     def take_over(self, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
-        """Learn what the optimizer trains, and have it train the live link.
+        """Record the parameter groups of the optimizer, and make it train the live link.
 
-        Raises ConfigError unless that is the model's LoRA and nothing else.
+        Raises ConfigError unless it trains exactly the model's LoRA.
         """
         if not self._groups:
             names = self._before | {p: name for name, p in self._model.named_parameters()}
             groups = [group["params"] for group in optimizer.param_groups]
-            found = [[names.get(p, "") for p in group] for group in groups]
+            group_names = [[names.get(p, "") for p in group] for group in groups]
             trained = set(named_parameters(self._model).values())
-            given = {name for group in found for name in group}
+            given = {name for group in group_names for name in group}
             if given != trained:
                 odd = min(given ^ trained) or "a parameter that is not the model's"
                 raise ConfigError(
-                    "the optimizer must train the LoRA and nothing else (got a difference at "
-                    f"{odd}); let the trainer make it, or give it all trainable parameters"
+                    "the optimizer must train exactly the parameters of the LoRA (got a difference "
+                    f"at {odd}); let the trainer make it, or give it all trainable parameters"
                 )
-            self._groups = found
+            self._groups = group_names
         self._held = self._held or named_parameters(self._model)
         self._before = {}
         self.follow(optimizer, processes)
 
     def follow(self, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
-        """Have an optimizer train the live link; its state goes along.
+        """Make an optimizer train the live link; state is moved to the new parameters.
 
-        Raises ChainError where DDP holds other parameters.
+        Raises ChainError if DDP holds other parameters.
         """
         current = dict(self._model.named_parameters())
         for group, names in zip(optimizer.param_groups, self._groups, strict=True):
             old, group["params"] = group["params"], [current[name] for name in names]
-            for before, now in zip(old, group["params"], strict=True):
-                if before is not now and before in optimizer.state:
-                    optimizer.state[now] = optimizer.state.pop(before)
+            for before, after in zip(old, group["params"], strict=True):
+                if before is not after and before in optimizer.state:
+                    optimizer.state[after] = optimizer.state.pop(before)
         trained = named_parameters(self._model)
         if processes.count > 1 and self._held.keys() != trained.keys():
             raise ChainError(
-                f"{processes.count} processes train the parameters that they began with (got "
-                f"others at {min(trained.values())}); begin with a new model, callback and trainer"
+                f"{processes.count} processes must keep training the same parameters (got others "
+                f"at {min(trained.values())}); begin with a new model, callback and trainer"
             )
 
 
@@ -85,16 +86,16 @@ def named_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def check_restart(optimizer: torch.optim.Optimizer, *, is_reset: bool) -> None:
-    """Raise ConfigError for an optimizer that no knot leaves as it should be.
+    """Raise ConfigError for an optimizer that cannot pass a knot.
 
-    With `is_reset` it must be as new when its state is cleared. Otherwise it goes on, and must not
-    draw the next link towards the weights of the one before.
+    With `is_reset`, clearing its state must make it equal to a new one. Otherwise its state must
+    not contain weights, which would pull the next link towards the previous one.
     """
     for group in optimizer.param_groups:
         kept = [key for key in _WEIGHTS + _COUNT * is_reset if key in group]
         if kept:
             raise ConfigError(
-                "an optimizer must keep moments alone, by parameter, to go over a knot",
+                "to pass a knot, an optimizer must store only moments, by parameter",
                 f"{kept[0]!r} in the groups of {_name(optimizer)}",
                 "use another, such as adamw_torch",
             )
@@ -105,15 +106,15 @@ def check_carried(optimizer: torch.optim.Optimizer) -> None:
     inner = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(inner, _CARRIED) or unknown_moments(inner):
         raise ConfigError(
-            "soft knots carry the moments of Adam, AdamW and SGD, those of Adam and SGD without "
-            f"weight_decay (got {_name(optimizer)}); set moments: new in `knots`, or use AdamW"
+            "soft knots can carry the moments of AdamW, and of Adam and SGD without weight_decay "
+            f"(got {_name(optimizer)}); set moments: new in `knots`, or use AdamW"
         )
 
 
 def rate_factor(optimizer: torch.optim.Optimizer) -> float:
-    """Return the learning rate as a share of the schedule's highest."""
+    """Return the learning rate as a share of the schedule's highest rate."""
     group = optimizer.param_groups[0]
-    highest = group.get("initial_lr", group["lr"])  # a schedule notes it there
+    highest = group.get("initial_lr", group["lr"])  # schedules store it there
     return group["lr"] / highest if highest else 0.0
 
 
@@ -122,9 +123,9 @@ def _name(optimizer: Any) -> str:
 
 
 def check_schedule(scheduler: Any, args: TrainingArguments, num_steps: int) -> None:
-    """Raise ConfigError for a schedule that cannot begin anew at a knot.
+    """Raise ConfigError for a schedule that cannot restart at a knot.
 
-    It must be the one that the arguments name, since that is what a link gets.
+    It must be the schedule of the trainer's arguments, because each link gets that one.
     """
     if not isinstance(scheduler, LambdaLR):
         raise ConfigError(
@@ -133,21 +134,22 @@ def check_schedule(scheduler: Any, args: TrainingArguments, num_steps: int) -> N
         )
     factor = _factor(args, num_steps, scheduler.optimizer.defaults["lr"])
     steps = range(0, num_steps, max(num_steps // 50, 1))
-    if any(own(step) != factor(step) for own in scheduler.lr_lambdas for step in steps):
+    if any(f(step) != factor(step) for f in scheduler.lr_lambdas for step in steps):
+        name = getattr(args.lr_scheduler_type, "value", "")
         raise ConfigError(
-            "`restart_schedule` begins the schedule of the trainer's arguments anew",
-            f"another than lr_scheduler_type={getattr(args.lr_scheduler_type, 'value', '')!r}",
-            "name it there, or set restart_schedule=False",
+            "`restart_schedule` can only restart the schedule of the trainer's arguments",
+            f"a schedule other than lr_scheduler_type={name!r}",
+            "set lr_scheduler_type, or restart_schedule=False",
         )
 
 
 def restart_schedule(
     scheduler: LambdaLR, args: TrainingArguments, first: int, num_steps: int
 ) -> None:
-    """Give a link the whole schedule for itself, from step `first` on, warm-up included.
+    """Run the whole schedule, including warm-up, in the link that begins at step `first`.
 
-    A schedule may lag behind the steps: it leaves out those that a gradient scaler skips, and is
-    new where a checkpoint was saved without it.
+    A schedule can lag behind the steps: it does not count steps that a gradient scaler skips, and
+    it is new if the checkpoint has no schedule.
     """
     scheduler.last_epoch = max(scheduler.last_epoch, first)
     factor = _factor(args, num_steps, scheduler.optimizer.defaults["lr"])
@@ -163,9 +165,9 @@ def restart_schedule(
 
 
 def _factor(args: TrainingArguments, num_steps: int, lr: float) -> Callable[[int], float]:
-    """Return the schedule that the trainer would make for a run of `num_steps` steps.
+    """Return the schedule of the trainer for a run of `num_steps` steps.
 
-    Some end at a rate (`min_lr`, `lr_end`), as a share of the optimizer's own.
+    `lr` is the optimizer's rate: some schedules end at a given rate (`min_lr`, `lr_end`).
     """
     options = args.lr_scheduler_kwargs
     made = get_scheduler(

@@ -1,7 +1,7 @@
-"""A chain inside a trainer's PEFT model, and what a save of that model holds.
+"""A chain inside a trainer's PEFT model, and the checkpoints of that model.
 
-A save is two things that agree: the chain itself, from which training continues to the same bits,
-and one ordinary adapter of rank Σr, which PEFT loads onto the plain base.
+A checkpoint has the chain, from which training resumes bit-identically, and the same function as
+one ordinary adapter of rank Σr, which PEFT loads onto the plain base.
 
     FOLDER/adapter_model.safetensors, adapter_config.json
     FOLDER/chain/                     as `save_chain` writes it
@@ -53,18 +53,18 @@ from chainlora.runs.start import NOTHING, Start
 
 logger = logging.getLogger(__name__)
 
-_CHAIN = "_chain_of_links"  # where a PEFT model keeps its chain for the next trainer
+_CHAIN = "_chain_of_links"  # attribute of a PEFT model that keeps its chain for the next trainer
 
 
 class WrappedChain:
-    """A chain whose LoRA a PEFT model holds. The model stays the trainer's object.
+    """A chain whose live LoRA is inside a PEFT model, which stays the trainer's object.
 
-    Its own adapter is taken off; `extend` puts the first link on. From then on ``save_pretrained``
-    and ``load_adapter`` of the model save and restore the chain. Of several processes that hold it,
-    only those write that are told to.
+    The model's own adapter is removed; `extend` adds the first link. Then ``save_pretrained`` and
+    ``load_adapter`` of the model save and restore the chain. With several processes, only those
+    with `writes` write.
 
-    The chain begins with the links of `start`, with what the model's own adapter has learned, or is
-    the chain that the model has from an earlier trainer. `first` is how many links that are.
+    The chain begins with the links of `start`, with the trained adapter of the model, or is the
+    chain of an earlier trainer. `first` is the number of these links.
     """
 
     def __init__(
@@ -85,18 +85,12 @@ class WrappedChain:
         is_fresh = trained is None and not has_links
         if start.links and not is_fresh:
             raise ConfigError(
-                "`start` needs a model with a fresh adapter",
-                "one that has learned something",
-                "leave `start` out, or load the base anew",
+                "`start` needs a model with an untrained adapter",
+                "a trained adapter",
+                "leave `start` out, or load the base again",
             )
         with kept_random_state(model):
-            if earlier is None:
-                plain = take_off(model)
-                folder = folder_of(plain)
-                if folder is not None:
-                    _warn_of_vocabulary(plain, folder)
-                earlier = Chain(plain, seed=seed, checkpoint=folder)
-            self.chain = chain = earlier
+            self.chain = chain = _new_chain(model, seed) if earlier is None else earlier
             if chain.live is not None:  # of an earlier trainer
                 chain.tie() if chain.live_steps else chain.discard()
         chain.seed = seed
@@ -108,16 +102,16 @@ class WrappedChain:
         chain.detach()
         vars(model)[_CHAIN] = self.chain
         self.first = len(self.chain)
-        self.numbers: Numbers | None = None  # of the run, saved and loaded with the chain
+        self.numbers: Numbers | None = None  # the plan of the run, saved with the chain
         redirect(model, self.save, self.load, switch_off)
 
     def extend(self, config: LinkConfig) -> None:
-        """Begin a link. Random numbers that the trainer draws later stay the same."""
+        """Begin a link, without changing the random numbers that the trainer draws later."""
         with self._putting_in():
             self.chain.extend(config)
 
     def tie(self) -> Link:
-        """End the live link. Raises DivergedError rather than tie what is not finite."""
+        """End the live link. Raises DivergedError if its weights are not finite."""
         self.check_finite()
         return self.chain.tie()
 
@@ -125,13 +119,13 @@ class WrappedChain:
         """Raise DivergedError unless the live link is finite."""
         if not all(bool(torch.isfinite(p).all()) for p in self.chain.parameters()):
             raise DivergedError(
-                f"a link must leave finite weights (got others in link {len(self.chain)} after "
-                f"{self.chain.live_steps} steps); resume from a checkpoint before that, with a "
+                f"weights of a link must be finite (got NaN or infinity in link {len(self.chain)} "
+                f"after {self.chain.live_steps} steps); resume from an earlier checkpoint with a "
                 "lower learning rate"
             )
 
     def save(self, folder: Path) -> None:
-        """Write the chain and its adapter into a folder that may hold other files."""
+        """Write the chain and its adapter into a folder, which can contain other files."""
         if not self._writes:
             return
         files.make_folder(folder)
@@ -141,18 +135,18 @@ class WrappedChain:
         with files.reported(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
             rank = write_adapter(Path(scratch), factors, base)
             if not is_of_another(folder):  # the trainer's own card stays
-                error = sum(link.error for link in links[len(self.chain) :])  # of the live one
+                error = sum(link.error for link in links[len(self.chain) :])  # of the live link
                 write_adapter_card(Path(scratch), links, rank, error, base)
-            for file in sorted(Path(scratch).iterdir()):  # each replaces an earlier one whole
+            for file in sorted(Path(scratch).iterdir()):  # replace each earlier file atomically
                 files.sync_file(file)
                 file.replace(folder / file.name)
             files.sync_folder(folder)
 
     def load(self, folder: Path) -> None:
-        """Make the chain what a save holds, whatever it is now."""
+        """Restore the chain of a checkpoint, whatever the current chain is."""
         if not exists_in(folder / INSIDE):
             raise RunError(
-                f"a checkpoint must hold a chain (got none in {folder}, which was saved without "
+                f"a checkpoint must contain a chain (got none in {folder}, which was saved without "
                 "ChainCallback); start over"
             )
         saved = read_chain(open_run(folder / INSIDE))
@@ -162,9 +156,9 @@ class WrappedChain:
 
     @contextmanager
     def _putting_in(self) -> Iterator[None]:
-        """Give the model the layers that the chain puts on, with the dropout of those before.
+        """Put the new layers of the chain into the model, with the dropout of the earlier layers.
 
-        A trainer of TRL switches dropout off once, on the layers there are.
+        A trainer of TRL switches dropout off only once, on the layers that exist then.
         """
         self._dropouts |= get_dropouts(self.chain.model)
         with kept_random_state(self.chain.model):
@@ -174,11 +168,20 @@ class WrappedChain:
             set_dropouts(self.chain.adapter, self._dropouts)
 
 
-def settings_of(model: Any) -> dict[str, Any]:
-    """Return what a model's LoRA says of a link.
+def _new_chain(model: Any, seed: int) -> Chain:
+    """Remove the adapter of a PEFT model, and return a chain without links on the plain model."""
+    plain = take_off(model)
+    folder = folder_of(plain)
+    if folder is not None:
+        _warn_of_vocabulary(plain, folder)
+    return Chain(plain, seed=seed, checkpoint=folder)
 
-    A chain of an earlier trainer has put on a LoRA by whole paths. Its links name the modules as
-    their owner did, and so does a resume in another process.
+
+def settings_of(model: Any) -> dict[str, Any]:
+    """Return the settings of links that a model's LoRA defines.
+
+    The LoRA of an earlier trainer's chain names modules by whole paths. Its links keep the user's
+    names, which a resume in another process needs, so these are returned.
     """
     settings, earlier = read_settings(model), vars(model).get(_CHAIN)
     if earlier is not None and earlier.adapter is not None:
@@ -191,16 +194,16 @@ def settings_of(model: Any) -> dict[str, Any]:
 def _warn_of_vocabulary(model: Any, folder: Path) -> None:
     """Warn of embeddings that were resized after loading.
 
-    PEFT would save them, a chain does not; and no resume would draw the new rows as they were.
+    A chain does not save them, unlike PEFT, and a resume would initialise the new rows differently.
     """
     stored = type(model.config).from_pretrained(folder)
-    now, before = (
-        getattr(getattr(each, "text_config", each), "vocab_size", None)
-        for each in (model.config, stored)
+    current, loaded = (
+        getattr(getattr(config, "text_config", config), "vocab_size", None)
+        for config in (model.config, stored)
     )
-    if now != before:
+    if current != loaded:
         logger.warning(
-            "the embeddings were resized after loading (got %s for %s in %s), and no save of the "
-            "chain holds them; save the resized model by save_pretrained, and begin on that",
-            *(now, before, folder),
+            "the embeddings were resized after loading (got %s for %s in %s), but checkpoints of "
+            "the chain do not save them; save the resized model by save_pretrained, and load that",
+            *(current, loaded, folder),
         )
