@@ -1,8 +1,8 @@
-"""HTML pages about runs: the report, one file that loads nothing, its charts, and the board.
+"""HTML pages about runs: the report (one file without external resources), charts, and the board.
 
-Names here are public: `report_runs`, and the parts of a page of your own. Start reading at
-`page.py` for the report, at `board/desk.py` for the board. The package uses public names of
-chainlora alone (tests/test_architecture.py). Names load on first use: `--help` reads this file.
+Names here are public: `report_runs`, and parts for your own pages. Start reading at `page.py` for
+the report, at `board/desk.py` for the board. The package uses only public names of chainlora
+(tests/test_architecture.py). Names load on first use, because `--help` imports this file.
 """
 
 from __future__ import annotations

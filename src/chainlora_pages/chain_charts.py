@@ -1,4 +1,4 @@
-"""The charts of a chain: what links became, what layers received, what stages did to scores."""
+"""Charts of a chain: sizes and ranks of links, updates of layers, effects of stages on scores."""
 
 from __future__ import annotations
 
@@ -34,17 +34,15 @@ from chainlora_pages.runs import RunFacts, is_share, state_names
 
 
 def plot_chain(inspection: Mapping[str, Any], out_png: str | Path) -> None:
-    """Draw ‖ΔW‖, effective rank and overlap of the links, from what `inspect_run` returns.
+    """Draw ‖ΔW‖, effective rank and overlap of the links, from the result of `inspect_run`.
 
     Raises RunError if the chain has no link.
     """
     links = inspection["links"]
     if not links:
-        raise RunError(
-            "a picture of a chain needs at least one link", "none", "train the run first"
-        )
+        raise RunError("a chart of a chain needs at least one link", "none", "train the run first")
     styles = _styles(links, [link.get("stage", "") for link in links])
-    panels = [*_sizes(links, styles), *_overlap(links)]
+    panels = [*_size_panels(links, styles), *_overlap_panels(links)]
 
     def fill(figure: Any) -> None:
         grid = figure.subplots(1, len(panels), squeeze=False)
@@ -56,7 +54,7 @@ def plot_chain(inspection: Mapping[str, Any], out_png: str | Path) -> None:
 
 
 def chain_pictures(run: RunFacts) -> list[Picture]:
-    """Return what each link became: size, rank, spectrum, where it went, overlap."""
+    """Return charts of each link: size, rank, spectrum, updated layers, overlap."""
     links = run.links
     if not links:
         return []
@@ -64,18 +62,20 @@ def chain_pictures(run: RunFacts) -> list[Picture]:
     styles = _styles(links, run.stage_names)
     spectra = partial(_draw_spectra, links=links, styles=styles)
     panels = [
-        *_sizes(links, styles),
+        *_size_panels(links, styles),
         Panel("Singular spectrum of each link", note, spectra),
-        *_received("What each layer received", links, layer_of, "layer"),
-        *_received("What each kind of module received", links, kind_of, ""),
-        *_overlap(links),
+        *_update_panels("Updates by layer", links, layer_of, "layer"),
+        *_update_panels("Updates by kind of module", links, kind_of, ""),
+        *_overlap_panels(links),
     ]
     return [picture(panel.title, panel.note, panel.draw, table=panel.table) for panel in panels]
 
 
 def stage_pictures(run: RunFacts) -> list[Picture]:
-    """Return how the rows of every stage score in every state: as curves, where all scores are
-    shares, and as a matrix."""
+    """Return charts of the scores of every stage's rows in every state.
+
+    These are a matrix, and curves if all scores are shares.
+    """
     if run.matrix is None or not run.matrix.cells:
         return []
     stages = run.matrix.of([name for name in run.matrix.stages if name not in (BASE, START)])
@@ -85,11 +85,11 @@ def stage_pictures(run: RunFacts) -> list[Picture]:
 
 
 def _shares_picture(matrix: StageMatrix, names: Sequence[str]) -> Picture:
-    """Return a line for each stage: its score before training, after each stage, and now."""
+    """Return a chart with a line per stage: its score before training, after each stage, now."""
     from matplotlib.ticker import PercentFormatter
 
     states = state_names(matrix.states)
-    order = [*dict.fromkeys([*names, *matrix.stages])]  # a matrix may have a stage of another state
+    order = [*dict.fromkeys([*names, *matrix.stages])]  # a matrix can have stages of other states
 
     def draw(axes: Any) -> None:
         columns = zip(matrix.stages, zip(*matrix.grid, strict=True), strict=True)
@@ -111,8 +111,8 @@ def _shares_picture(matrix: StageMatrix, names: Sequence[str]) -> Picture:
         for name in ("metric", "split")
     )
     note = f"{metrics} on {splits} rows, before training and after each stage"
-    table = _matrix_table("How well each stage does", matrix)
-    return picture("How well each stage does", note, draw, table=table)
+    table = _matrix_table("Scores of each stage", matrix)
+    return picture("Scores of each stage", note, draw, table=table)
 
 
 def _matrix_table(title: str, matrix: StageMatrix) -> Table:
@@ -121,8 +121,10 @@ def _matrix_table(title: str, matrix: StageMatrix) -> Table:
 
 
 def _matrix_picture(matrix: StageMatrix) -> Picture:
-    """Return the matrix. Cells that were not scored are empty; a better score is lighter. Of
-    several metrics, the colours of a column go from its worst score to its best."""
+    """Return the matrix as a chart; a better score is lighter, a missing one empty.
+
+    With several metrics, the colours of each column range from its worst to its best score.
+    """
     metrics = {cell.stage: cell.metric for cell in matrix.cells}
     kinds = list(dict.fromkeys(metrics.values()))
     values = [[math.nan if cell is None else cell.value for cell in row] for row in matrix.grid]
@@ -146,10 +148,10 @@ def _matrix_picture(matrix: StageMatrix) -> Picture:
         axes.set_xlabel("rows of stage")
         axes.set_ylabel("after")
 
-    title = f"What each stage did to the {kinds[0]} of every stage"
+    title = f"{kinds[0].capitalize()} of every stage after each stage"
     note = "on the rows that the run kept; now: its mix"
     if len(kinds) > 1:
-        title = "What each stage did to every stage"
+        title = "Scores of every stage after each stage"
         note = f"{', '.join(f'{name} by {metric}' for name, metric in metrics.items())}, {note}"
     return picture(title, note, draw, table=_matrix_table(title, matrix))
 
@@ -158,21 +160,22 @@ def _matrix_picture(matrix: StageMatrix) -> Picture:
 
 
 def _styles(links: Sequence[Record], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the style of each link: the colour of its stage, that of a combination dark; links of
-    one stage by their dashes."""
+    """Return the style of each link.
+
+    The colour is that of its stage, or dark for a combination; dashes distinguish links of a stage.
+    """
     places = {name: place for place, name in enumerate(dict.fromkeys(names)) if name != COMBINED}
-    found = []
+    styles = []
     for link in links:
-        known = places.get(link.get("stage", ""))
-        color = INK if known is None else stage_style(known)["color"]
-        found.append(
-            {"color": color, "linestyle": ("-", "--", ":", "-.")[link.get("place", 0) % 4]}
-        )
-    return found
+        place = places.get(link.get("stage", ""))
+        color = INK if place is None else stage_style(place)["color"]
+        dashes = ("-", "--", ":", "-.")[link.get("place", 0) % 4]
+        styles.append({"color": color, "linestyle": dashes})
+    return styles
 
 
-def _sizes(links: Sequence[Record], styles: Sequence[Mapping[str, Any]]) -> list[Panel]:
-    """Return size and rank of each link."""
+def _size_panels(links: Sequence[Record], styles: Sequence[Mapping[str, Any]]) -> list[Panel]:
+    """Return panels for the size and the rank of each link."""
     colours = [style["color"] for style in styles]
 
     def draw_norms(axes: Any) -> None:
@@ -220,10 +223,10 @@ def _number_links(axis: Any, places: range) -> None:
 def _draw_spectra(axes: Any, links: Sequence[Record], styles: Sequence[Mapping[str, Any]]) -> None:
     """Draw the singular values of each link's update, their mean over the modules."""
     longest = 0
-    for link, own in zip(links, styles, strict=True):
+    for link, link_style in zip(links, styles, strict=True):
         values = link["spectrum"]
         longest = max(longest, len(values))
-        style = {**own, "marker": "o", "markersize": 4, "linewidth": 1.5}
+        style = {**link_style, "marker": "o", "markersize": 4, "linewidth": 1.5}
         axes.plot(range(1, len(values) + 1), values, label=f"link {link['link']}", **style)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("direction")
@@ -233,44 +236,46 @@ def _draw_spectra(axes: Any, links: Sequence[Record], styles: Sequence[Mapping[s
         axes.legend(loc="upper right")
 
 
-def _overlap(links: Sequence[Record]) -> list[Panel]:
-    """Return the overlap of each link but the first (rows) with each earlier one (columns): the
-    lower triangle of a matrix."""
+def _overlap_panels(links: Sequence[Record]) -> list[Panel]:
+    """Return the overlap of each link (rows) with each earlier one (columns), a lower triangle."""
     if len(links) < 3:
-        return []  # of two links it is one number, which the table has
+        return []  # the single number of two links is in the table
     empty, names = [math.nan] * len(links), [str(link["link"]) for link in links]
     grid = [[*link["overlap"], *empty][: len(links) - 1] for link in links[1:]]
 
     def draw(axes: Any) -> None:
         sides: Any = {"rows": names[1:], "columns": names[:-1]}
-        # random subspaces overlap by rank / width, a few per cent
+        # `least`: random subspaces overlap by rank / width, a few per cent
         heat_map(axes, grid, **sides, label="mean squared cosine", least=0.1)
         axes.set_aspect("equal")
         axes.set_xlabel("earlier link")
         axes.set_ylabel("link")
 
-    title, note = "Overlap of the links", "of input subspaces: 1 is the same, 0 orthogonal ones"
+    title, note = "Overlap of the links", "of input subspaces: 1 is equal, 0 is orthogonal"
     table = grid_table(title, names[1:], names[:-1], grid, "link")
     return [Panel(title, note, draw, table=table)]
 
 
-# --- what each part of the model received ---
+# --- updates of each part of the model ---
 
 
-def _received(
+def _update_panels(
     title: str, links: Sequence[Record], part_of: Callable[[str], str], axis: str
 ) -> list[Panel]:
-    """Return ‖ΔW‖ that each part of the model received from each link; nothing for few numbers."""
+    """Return a panel with ‖ΔW‖ of each part of the model by link; none for under four numbers."""
     parts: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for link in links for name in link["modules"]):
         parts.setdefault(part_of(name), []).append(name)
     if len(parts) < 2 or len(parts) * len(links) < 4:
         return []
-    # layers by number, names after them
+    # layers sorted by number, then names
     order = sorted(parts, key=lambda n: (0, int(n), n) if n.isdecimal() else (1, 0, n))
     parts = {name: parts[name] for name in order}
     grid = [
-        [math.hypot(*(link["modules"].get(name, 0.0) for name in own)) for own in parts.values()]
+        [
+            math.hypot(*(link["modules"].get(name, 0.0) for name in modules))
+            for modules in parts.values()
+        ]
         for link in links
     ]
     numbers = [str(link["link"]) for link in links]
@@ -287,11 +292,11 @@ def _received(
 
 
 def layer_of(module: str) -> str:
-    """Return the number of the layer that a module is in; its last name where it is in none."""
+    """Return the number of a module's layer, or its last name if it is in no layer."""
     numbers = [part for part in module.split(".") if part.isdecimal()]
     return numbers[0] if numbers else kind_of(module)
 
 
 def kind_of(module: str) -> str:
-    """Return the name that a module has in every layer."""
+    """Return the last part of a module's name that is not a number: equal in every layer."""
     return [part for part in module.split(".") if not part.isdecimal()][-1]

@@ -1,8 +1,8 @@
-"""Tables and charts. matplotlib draws once, as SVG for a page or into a file, without pyplot.
+"""Tables and charts. matplotlib draws SVG for a page, or a file, without pyplot.
 
-A chart for a page is 4 inches wide and its smallest text 9 points, which a phone shows at 10 pixels
-and more. A colour of `_THEME` becomes a CSS variable, which has one value for light pages and
-another for dark ones.
+A chart for a page is 4 inches wide and its smallest text has 9 points, which is at least 10 pixels
+on a phone. A colour of `_THEME` becomes a CSS variable, with one value for light pages and another
+for dark pages.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Any, NamedTuple
 
 from chainlora.files import write_bytes
 
-# Okabe–Ito: told apart by every kind of vision
+# Okabe–Ito: distinguishable with every kind of colour vision
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 SKY, PURPLE, GREY = "#56B4E9", "#CC79A7", "#777777"
 ORANGE, INK = "#E69F00", "#222222"
 TRAINING, VALIDATION, PLAIN = BLUE, VERMILION, GREY  # in every chart; plain is the base
-_OF_STAGES = (GREEN, PURPLE, ORANGE, SKY)  # and of runs beside each other: one of these throughout
+_OF_STAGES = (GREEN, PURPLE, ORANGE, SKY)  # also of runs side by side
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY, GREY)
 SMALL = 9  # points; the smallest text of a page's chart
 PAGE_SIZE = (4.0, 2.9)  # inches
 MOST_LABELS = 12  # names or values that still fit
-_MOST_NUMBERS = 7  # beside each other
-_LONGEST, _WIDEST = 18, 24  # characters: of a name, of names beside each other
-OWN = "own--"  # before the ids of a picture; replaced where it is put on a page
+_MOST_NUMBERS = 7  # side by side
+_LONGEST, _WIDEST = 18, 24  # characters: of a name, of names side by side
+OWN = "own--"  # prefix of the ids of a picture; replaced when the picture is put on a page
 STYLE: Any = {
     "text.parse_math": False,  # names of runs and methods are text: $ is a dollar
     "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
@@ -72,7 +72,7 @@ _THEME = {
     "#cc79a7": "purple",
     "#e69f00": "orange",
 }
-_ON_LIGHT, _ON_DARK = "#0A0A0A", "#F8F8F8"  # text in a cell, whatever the page's colours
+_ON_LIGHT, _ON_DARK = "#0A0A0A", "#F8F8F8"  # text in a cell, independent of the page's colours
 
 Fill = Callable[[Any], object]  # draws into an empty figure
 Draw = Callable[[Any], object]  # draws into axes
@@ -80,7 +80,7 @@ Draw = Callable[[Any], object]  # draws into axes
 
 @dataclass(frozen=True)
 class Table:
-    """A title, column heads and rows of text; the first column is text, the others are numbers."""
+    """A table with a title. The first column is text, the others are numbers, all as strings."""
 
     title: str
     heads: tuple[str, ...]
@@ -99,14 +99,14 @@ class Table:
 
 
 def table_of(title: str, records: Sequence[Mapping[str, str]], note: str = "") -> Table:
-    """Return the table of records with equal keys: these are its heads."""
+    """Return a table of records that have the same keys, which become its heads."""
     heads = tuple(records[0]) if records else ()
     return Table(title, heads, tuple(tuple(record.values()) for record in records), note)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A chart of a page, with its numbers as a table where they are in no other."""
+    """A chart of a page, with a table of its numbers if no other table has them."""
 
     title: str
     note: str
@@ -122,7 +122,7 @@ def picture(
     size: tuple[float, float] = PAGE_SIZE,
     table: Table | None = None,
 ) -> Picture:
-    """Return a chart as a picture. `table` replaces the numbers of its lines."""
+    """Return a chart as a picture. `table` replaces the table of its lines' numbers."""
     from matplotlib import rc_context
 
     figure = drawn(lambda figure: draw(figure.subplots()), size, _FOR_PAGE)
@@ -143,7 +143,7 @@ def drawn(fill: Fill, size: tuple[float, float], style: Any = None) -> Any:
 
 
 def save(fill: Fill, size: tuple[float, float], path: str | Path) -> Path:
-    """Draw into a PNG or SVG file, without dates: the same chart gives the same file."""
+    """Draw into a PNG or SVG file. Without dates, so that the same chart gives the same bytes."""
     from matplotlib import rc_context
 
     path, out = Path(path), io.BytesIO()
@@ -156,7 +156,7 @@ def save(fill: Fill, size: tuple[float, float], path: str | Path) -> Path:
 
 
 def numbers_of(title: str, figure: Any) -> Table | None:
-    """Return the numbers of a figure's named lines: a column a line, a row a place."""
+    """Return the numbers of a figure's named lines: a column per line, a row per x value."""
     columns: dict[str, dict[float, float]] = {}
     for axes in figure.axes:
         for line in axes.get_lines():
@@ -181,7 +181,7 @@ def grid_table(
 
 
 def short(value: float) -> str:
-    """Return a number with four digits; a dash for none."""
+    """Format a number with four digits; NaN as a dash."""
     if math.isnan(value):
         return "–"
     return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e9 else f"{value:.4g}"
@@ -191,27 +191,29 @@ def short(value: float) -> str:
 
 
 def whole_steps(axis: Any) -> None:
-    """Put ticks at whole numbers alone: there is no step 2.5."""
+    """Put ticks only at whole numbers, as there is no step 2.5."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
 def line_style(place: int) -> dict[str, Any]:
-    """Return colour and dashes of one of several lines."""
+    """Return the colour and dashes of a line, by its place among several."""
     dashes = ("-", "--", ":")[place // len(COLOURS) % 3]
     return {"color": COLOURS[place % len(COLOURS)], "linestyle": dashes}
 
 
 def stage_style(place: int) -> dict[str, Any]:
-    """Return colour and dashes of a stage, by its place among those of a run: in every chart the
-    same, and neither of those of training and validation."""
+    """Return the colour and dashes of a stage, by its place in the run.
+
+    They are the same in every chart, and differ from the colours of training and validation.
+    """
     dashes = ("-", "--", ":")[place // len(_OF_STAGES) % 3]
     return {"color": _OF_STAGES[place % len(_OF_STAGES)], "linestyle": dashes}
 
 
 def legend_above(axes: Any, **keys: Any) -> None:
-    """Name the lines above the axes, where they hide nothing."""
+    """Put the legend above the axes, so that it covers nothing."""
     where = {"loc": "outside upper left", "ncols": 2, "frameon": False, "handlelength": 1.4}
     axes.figure.legend(**where, **keys)
 
@@ -227,12 +229,18 @@ def heat_map(
     texts: Sequence[Sequence[str]] | None = None,
     turned: bool = False,
 ) -> None:
-    """Draw a matrix of numbers as colours, the first row above, and as text where it fits.
+    """Draw a matrix of numbers as colours, with the first row at the top.
 
-    `rows` and `columns` name them; of many, some are shown, and of long names the beginning. NaN
-    cells stay empty. The scale goes to the largest number, or to `least` if that is more; it has no
-    numbers where `texts` stand in the cells instead. The largest number is the lightest, or if
-    `turned` the darkest: of scores, the best one is always the lightest.
+    Args:
+        axes: where to draw.
+        grid: the numbers, [rows, columns]; NaN cells stay empty. Small matrices show them as text.
+        rows: names of the rows. Long names are cut; of many names only some are shown.
+        columns: names of the columns.
+        label: of the colour scale.
+        least: the scale ends at the largest number, but not below this.
+        texts: replace the numbers in the cells; the scale then has no numbers.
+        turned: make the largest number the darkest, not the lightest. For scores of which lower is
+            better, so that the best score is always the lightest.
     """
     top = max([least, *(value for line in grid for value in line if math.isfinite(value))]) or 1.0
     form = "{:.2f}" if top < 10 else "{:.3g}"
@@ -240,20 +248,15 @@ def heat_map(
     colours = "cividis_r" if turned else "cividis"
     image = axes.pcolormesh(
         *edges, grid, cmap=colours, vmin=0.0, vmax=top, edgecolors="face", linewidth=0.3
-    )  # edges of the cells' own colour: without them the page shines through in between
+    )  # edges in the colour of the cells close the gaps between them
     axes.invert_yaxis()
     axes.grid(visible=False)
     name_places(axes.xaxis, columns)
     name_places(axes.yaxis, rows)
     if len(rows) <= MOST_LABELS and len(columns) <= _MOST_NUMBERS:
-        for row, line in enumerate(grid):
-            for column, value in enumerate(line):
-                if not math.isnan(value):
-                    is_light = value < 0.4 * top if turned else value > 0.6 * top
-                    ink = _ON_LIGHT if is_light else _ON_DARK
-                    where = {"ha": "center", "va": "center", "fontsize": SMALL, "color": ink}
-                    text = texts[row][column] if texts else form.format(value)
-                    axes.text(column, row, text, **where)
+        _write_cells(
+            axes, grid, texts or [[form.format(v) for v in line] for line in grid], turned, top
+        )
     bar = axes.figure.colorbar(image, ax=axes, shrink=0.85)
     bar.set_label(label)
     if texts:
@@ -261,8 +264,25 @@ def heat_map(
     bar.outline.set_visible(False)
 
 
+def _write_cells(
+    axes: Any,
+    grid: Sequence[Sequence[float]],
+    texts: Sequence[Sequence[str]],
+    turned: bool,
+    top: float,
+) -> None:
+    """Write texts into the cells of a heat map, dark on light cells and light on dark cells."""
+    for row, line in enumerate(grid):
+        for column, value in enumerate(line):
+            if not math.isnan(value):
+                is_light = value < 0.4 * top if turned else value > 0.6 * top
+                ink = _ON_LIGHT if is_light else _ON_DARK
+                style = {"ha": "center", "va": "center", "fontsize": SMALL, "color": ink}
+                axes.text(column, row, texts[row][column], **style)
+
+
 def name_places(axis: Any, names: Sequence[str]) -> None:
-    """Name the places 0, 1, … of an axis; of many names some, turned where they need the room."""
+    """Label the places 0, 1, … of an axis with at most `MOST_LABELS` names, rotated if wide."""
     every = -(-len(names) // MOST_LABELS)
     shown = [n if len(n) <= _LONGEST else f"{n[: _LONGEST - 1]}…" for n in names[::every]]
     is_wide = axis.axis_name == "x" and sum(map(len, shown)) > _WIDEST
@@ -274,9 +294,9 @@ def name_places(axis: Any, names: Sequence[str]) -> None:
 
 
 def _for_page(svg: str) -> str:
-    """Return the SVG without what a page does not want: declarations, sizes, colours, fonts.
+    """Adapt an SVG to a page: remove declarations, sizes and fonts; make colours variables.
 
-    Ids that nothing refers to are dropped; the others are marked, and each page makes them its own.
+    Unused ids are removed. The others get the prefix `OWN`, which each page replaces.
     """
     svg = svg[svg.index("<svg") :]
     head, rest = svg.split(">", 1)
@@ -294,10 +314,10 @@ def _for_page(svg: str) -> str:
 
 
 class Panel(NamedTuple):
-    """A chart of a run: drawn by itself for a page, with others into a file."""
+    """A chart of a run: drawn alone for a page, and together with others into a file."""
 
     title: str
     note: str
     draw: Draw
-    height: float = 1.0  # beside those above and below it in a file
-    table: Table | None = None  # where its lines do not say its numbers
+    height: float = 1.0  # relative to the other panels of a file
+    table: Table | None = None  # its numbers, if its lines do not give them

@@ -1,6 +1,6 @@
-"""A page: sections of text, charts and tables, rendered into one HTML file, or into Markdown.
+"""A page: sections of text, charts and tables, rendered as one HTML file or as Markdown.
 
-The HTML file loads nothing, and its content security policy forbids it to.
+The HTML file loads no other resource; its content security policy enforces this.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class Text:
 
 
 def as_text(words: str) -> str:
-    """Return Markdown that says words as they are, whatever marks are in them."""
+    """Escape a text for Markdown."""
     return re.sub(r"([!-/:-@[-`{-~])", r"\\\1", words)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """A few numbers to see first: (what it is, the number)."""
+    """A few numbers for the top of a page: (name, value)."""
 
     values: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """A table. A file is named after `name`."""
+    """A table. `name` names the file of the table, if there is one."""
 
     table: Table
     name: str = ""
@@ -48,7 +48,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Listing:
-    """Text as it stands in a file, folded away."""
+    """The text of a file, folded."""
 
     title: str
     text: str
@@ -56,7 +56,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was asked, of which stage, what was expected if that is known, and what was answered."""
+    """A prompt of a stage, the expected answer if it is known, and the answers."""
 
     prompt: str
     expected: str | None
@@ -69,7 +69,7 @@ Block = Text | Tiles | Numbers | Listing | Answer | Picture
 
 @dataclass(frozen=True)
 class Column:
-    """Blocks that belong together under a heading; an empty one where there is one column."""
+    """Blocks under a heading. The heading of a single column is empty."""
 
     heading: str
     blocks: Sequence[Block]
@@ -77,8 +77,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Section:
-    """A section. Its columns stand side by side where the screen is wide enough. One that is for
-    specialists is folded."""
+    """A section with columns, side by side if the screen is wide enough.
+
+    Sections for specialists are folded.
+    """
 
     title: str
     columns: Sequence[Column]
@@ -94,14 +96,14 @@ class Section:
 
 
 def section(title: str, *blocks: Block | None, is_folded: bool = False) -> Section:
-    """Return a section of one column, with the blocks that have something in them."""
+    """Return a section of one column without empty blocks."""
     kept = [b for b in blocks if b and not (isinstance(b, Numbers) and not b.table.rows)]
     return Section(title, [Column("", kept)], is_folded)
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page: its title, what it says in one sentence, its sections. Empty ones are left out."""
+    """A page: its title, a sentence that sums it up, its sections. Empty sections are omitted."""
 
     title: str
     lead: str
@@ -114,12 +116,12 @@ def render(page: Page) -> str:
 
 
 def render_part(sections: Sequence[Section]) -> str:
-    """Return sections as HTML for a page of somebody else's, styled by `part_style`."""
+    """Return sections as HTML for another page; `part_style` is their style."""
     return f'<div class="chainlora">{_rendered("sections.html", sections)}</div>'
 
 
 def part_style() -> str:
-    """Return the style of `render_part`, which is that of a page, for nothing around it."""
+    """Return the style of a page, limited to the output of `render_part`."""
     style = re.sub(r"(:root|body) \{", "& {", _file("page.css"))
     return f".chainlora {{ {style} }}"
 
@@ -137,20 +139,20 @@ def _rendered(template: str, sections: Sequence[Section], **values: Any) -> str:
 def markdown(page: Page, pictures: Mapping[str, str]) -> str:
     """Return the texts and tables of a page as Markdown.
 
-    `pictures` are files of charts to show, by the title of the section that they stand in.
+    `pictures` maps files of charts to the titles of their sections.
     """
     parts = [f"# {page.title}\n"]
     for section in page.sections:
-        again = f"### {section.title}\n\n"  # a table of the section's name needs none of its own
-        found = []
+        heading = f"### {section.title}\n\n"  # removed from a table with the section's title
+        blocks = []
         for block in section.blocks:
             if isinstance(block, Text):
-                found.append(block.markdown.strip() + "\n")
+                blocks.append(block.markdown.strip() + "\n")
             elif isinstance(block, Numbers):
-                found.append(block.table.markdown().removeprefix(again))
-        found += [f"![{name}]({name})\n" for name, of in pictures.items() if of == section.title]
-        if found:
-            parts += [f"## {section.title}\n", *found]
+                blocks.append(block.table.markdown().removeprefix(heading))
+        blocks += [f"![{name}]({name})\n" for name, of in pictures.items() if of == section.title]
+        if blocks:
+            parts += [f"## {section.title}\n", *blocks]
     return "\n".join(parts)
 
 
@@ -165,7 +167,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    commonmark = MarkdownIt("commonmark", {"html": False})  # HTML inside is shown as it stands
+    commonmark = MarkdownIt("commonmark", {"html": False})  # HTML in it is escaped
     environment.filters["markdown"] = lambda text: Markup(commonmark.render(text))
     environment.filters["kind"] = lambda block: type(block).__name__.lower()
     return environment

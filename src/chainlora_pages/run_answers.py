@@ -1,6 +1,6 @@
-"""The same prompts answered after 0, 1, … links, or after each stage: what each one changed.
+"""Answer the same prompts after 0, 1, … links, or after each stage, to show their effects.
 
-Rows with candidates are answered as they are scored: by the candidate of the highest probability.
+Rows with candidates are answered by the candidate with the highest probability, as in scoring.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from chainlora.runs.opening import chain_on_base
 from chainlora_pages.page import Answer
 from chainlora_pages.runs import RunFacts, state_names
 
-_ASK = "give a file: a prompt a line, or JSONL rows with a `prompt`"
+_ASK = "give a file with a prompt per line, or JSONL rows with a `prompt`"
 
 
 def read_prompts(wanted: str, runs: Sequence[RunFacts]) -> int | list[str]:
-    """Return what `wanted` stands for: so many rows of each run's own data, or the texts of a file.
+    """Parse `--prompts`: a number of rows of each run's own data, or a file of texts.
 
-    Raises DataError where there are none.
+    Raises DataError if there are no prompts.
     """
     if wanted.isdecimal():
         if int(wanted) < 1:
@@ -42,7 +42,7 @@ def read_prompts(wanted: str, runs: Sequence[RunFacts]) -> int | list[str]:
         return int(wanted)
     texts = _texts(Path(wanted))
     if not texts:
-        raise DataError(f"a file of prompts must have some (got none in {wanted}); {_ASK}")
+        raise DataError(f"a file of prompts must not be empty (got {wanted}); {_ASK}")
     return texts
 
 
@@ -53,12 +53,20 @@ def answers(
     max_new_tokens: int,
     progress: Callable[[str], None] | None = None,
 ) -> list[Answer]:
-    """Answer prompts greedily with the chain as it was after 0, 1, … links.
+    """Answer prompts greedily with the chain after 0, 1, … links.
 
-    `wanted` is as `read_prompts` gives it. Own rows are those of the validation data, else of the
-    test or training data. Of a run of several stages, as many are asked of each stage, after each
-    stage, and in the mix that the run is now. The base is loaded once; links are added one by one.
-    Raises DataError where rows have no prompts.
+    A run of several stages answers prompts of each stage, after each stage and in the current mix.
+    The base is loaded once; links are added one by one.
+
+    Args:
+        run: the run.
+        wanted: the result of `read_prompts`. A number takes rows of the validation data, else of
+            the test or training data.
+        max_new_tokens: of an answer.
+        progress: called with a line about each state.
+
+    Raises:
+        DataError: the rows have no prompts.
     """
     columns: list[list[Said]] = []
     prompts: list[Prompt] = []
@@ -68,13 +76,13 @@ def answers(
         prompts = prompts or _prompts(run, wanted, model, tokenizer)
         columns.append(answer(when, model, tokenizer, prompts, max_new_tokens))
     return [
-        Answer(prompt.text, prompt.expected, said, prompt.stage)
-        for prompt, *said in zip(prompts, *columns, strict=True)
+        Answer(prompt.text, prompt.expected, replies, prompt.stage)
+        for prompt, *replies in zip(prompts, *columns, strict=True)
     ]
 
 
 def _states(run: RunFacts) -> Iterator[tuple[str, Any, Any]]:
-    """Yield what to ask: when, the model as it was then, and its tokenizer."""
+    """Yield each state to ask: its name, its model and its tokenizer."""
     if run.stages:
         scorer = Scorer(run.state, {})
         for name, state in states_of(run.state):
@@ -92,7 +100,7 @@ def _texts(path: Path) -> list[str]:
         rows = list(find_source(str(path), "prompts"))
         for row in rows:
             if not isinstance(row.get("prompt"), str):
-                raise DataError("rows with a `prompt`, a text, are needed", row.origin, _ASK)
+                raise DataError("`prompt` of each row must be a text", row.origin, _ASK)
         return [row["prompt"] for row in rows]
     try:
         with reported(path, "read"):
@@ -107,18 +115,18 @@ def _prompts(
 ) -> list[Prompt]:
     if not isinstance(wanted, int):
         stop = _stop(run, tokenizer)
-        asked = zip(TokenReader(tokenizer).ids(wanted), wanted, strict=True)
-        return [Prompt(tuple(ids), text, stop) for ids, text in asked]
+        pairs = zip(TokenReader(tokenizer).ids(wanted), wanted, strict=True)
+        return [Prompt(tuple(ids), text, stop) for ids, text in pairs]
     kept = run.state.kept() if run.stages else {}
     if kept:
         rows = [Source(name, k.scored[1][:wanted], k.asked["stop"]) for name, k in kept.items()]
     else:
         own_rows = _own_rows(run, model, tokenizer)[:wanted]
         rows = [Source("", own_rows, _stop(run, tokenizer))]
-    own = prompts_of(rows, tokenizer)
-    if not own:
+    prompts = prompts_of(rows, tokenizer)
+    if not prompts:
         raise DataError(f"the rows of {run.path} must have prompts (got plain text); {_ASK}")
-    return own
+    return prompts
 
 
 def _own_rows(run: RunFacts, model: Any, tokenizer: Any) -> Rows:
@@ -140,7 +148,8 @@ def _own_rows(run: RunFacts, model: Any, tokenizer: Any) -> Rows:
 
 
 def _stop(run: RunFacts, tokenizer: Any) -> str | None:
-    """Return where an answer ends: as its task says, or with a line; that of a chat its turn."""
+    """Return the text that ends an answer: the task's `stop`, a line break, or a chat's end of
+    turn."""
     config = config_of(run.state)
     if config is not None and config.data.task is not None:
         task = load_task(config.data.task)

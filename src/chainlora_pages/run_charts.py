@@ -1,4 +1,4 @@
-"""The charts of training: losses, scores and rates over the steps; PNG files and page alike."""
+"""Charts of training: losses, scores and rates over the steps, for PNG files and for a page."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from chainlora_pages.charts import (
 from chainlora_pages.runs import RunFacts
 
 RATE = "Learning rate over the steps"
-_MOST_POINTS = 400  # of a curve; a page is as wide as about a thousand pixels
+_MOST_POINTS = 400  # of a curve; a page is about a thousand pixels wide
 
 
 # --- files ---
 
 
 def plot_training(records: Sequence[Record], out_png: str | Path) -> None:
-    """Draw loss, validation scores and learning rate over the steps, knots as dashed lines.
+    """Draw loss, validation scores and learning rate over the steps, with knots as dashed lines.
 
-    Raises RunError if there is neither a training step nor an evaluation to draw.
+    Raises RunError if the records have no training step and no evaluation.
     """
     panels = _training(records)
     if not panels:
@@ -61,7 +61,7 @@ def plot_training(records: Sequence[Record], out_png: str | Path) -> None:
 
 
 def training_pictures(records: Sequence[Record]) -> list[Picture]:
-    """Return loss, validation scores and learning rate over the steps, knots marked."""
+    """Return charts of loss, validation scores and learning rate, with knots marked."""
 
     def marked(draw: Draw, axes: Any) -> None:
         draw(axes)
@@ -71,24 +71,25 @@ def training_pictures(records: Sequence[Record]) -> list[Picture]:
 
 
 def comparing_pictures(runs: Sequence[RunFacts]) -> list[Picture]:
-    """Return the curves of several runs in one chart each: validation, and training loss."""
-    found = []
+    """Return charts that compare several runs: validation metrics, and training loss."""
+    pictures = []
     scores = {run.score for run in runs if run.score}
     names = [*scores, "loss"] if len(scores) == 1 else ["loss"]
     for name in dict.fromkeys(names):
-        if any(_known(run.evaluations, name) for run in runs):
+        if any(_with_metric(run.evaluations, name) for run in runs):
             draw = partial(_draw_runs, runs=runs, name=name)
-            found.append(picture(f"Validation {name} of each run", "large dots are knots", draw))
+            title = f"Validation {name} of each run"
+            pictures.append(picture(title, "large dots are knots", draw))
     if any(run.steps for run in runs):
         draw = partial(_draw_runs, runs=runs, name=None)
-        found.append(picture("Training loss of each run", "smoothed; dots are knots", draw))
-    return found
+        pictures.append(picture("Training loss of each run", "smoothed; dots are knots", draw))
+    return pictures
 
 
 def _draw_runs(axes: Any, runs: Sequence[RunFacts], name: str | None) -> None:
     """Draw a validation metric of each run, or its smoothed training loss."""
     for place, run in enumerate(runs):
-        records = _known(run.evaluations, name) if name else thinned(run.steps)[0]
+        records = _with_metric(run.evaluations, name) if name else thinned(run.steps)[0]
         values = [record[name or "loss"] for record in records]
         if name is None:
             values = smooth(values, span=max(9, len(values) / 12))
@@ -103,23 +104,26 @@ def _draw_runs(axes: Any, runs: Sequence[RunFacts], name: str | None) -> None:
     legend_above(axes)
 
 
-def _known(records: Sequence[Record], name: str) -> list[Record]:
+def _with_metric(records: Sequence[Record], name: str) -> list[Record]:
     return [record for record in records if math.isfinite(record.get(name, math.nan))]
 
 
 def thinned(steps: Sequence[Record]) -> tuple[list[Record], int]:
-    """Return at most about `_MOST_POINTS` means over steps of a link, and over how many each."""
+    """Average the loss over groups of steps of a link. Return the means and the group size.
+
+    There are at most about `_MOST_POINTS` means.
+    """
     width = max(1, -(-len(steps) // _MOST_POINTS))
     if width == 1:
         return list(steps), 1
-    found: list[Record] = []
-    for _, own in groupby(steps, key=lambda record: record["link"]):
-        of_link = list(own)
-        for start in range(0, len(of_link), width):
-            part = of_link[start : start + width]
+    means: list[Record] = []
+    for _, records in groupby(steps, key=lambda record: record["link"]):
+        link_steps = list(records)
+        for start in range(0, len(link_steps), width):
+            part = link_steps[start : start + width]
             mean = sum(record["loss"] for record in part) / len(part)
-            found.append({**part[-1], "loss": mean})
-    return found, width
+            means.append({**part[-1], "loss": mean})
+    return means, width
 
 
 # --- training ---
@@ -127,24 +131,24 @@ def thinned(steps: Sequence[Record]) -> tuple[list[Record], int]:
 
 def _training(records: Sequence[Record]) -> list[Panel]:
     steps, evals = of_event(records, "step"), of_event(records, "eval")
-    some, width = thinned(steps)
-    each = "each step" if width == 1 else f"mean of {width} steps"
-    found = []
-    if names := score_names(evals):  # right answers come before losses
+    means, width = thinned(steps)
+    label = "each step" if width == 1 else f"mean of {width} steps"
+    panels = []
+    if names := score_names(evals):  # scores come before the loss
         draw = partial(_draw_scores, evals=evals, names=names)
-        found.append(Panel("Validation scores over the steps", "", draw, 2.0))
-    if steps or _known(evals, "loss"):
-        draw = partial(_draw_loss, steps=some, evals=evals, each=each)
+        panels.append(Panel("Validation scores over the steps", "", draw, 2.0))
+    if steps or _with_metric(evals, "loss"):
+        draw = partial(_draw_loss, steps=means, evals=evals, label=label)
         note = "in nats; vertical lines are knots"
-        found.append(Panel("Loss over the steps", note, draw, 3.0))
+        panels.append(Panel("Loss over the steps", note, draw, 3.0))
     if steps:
-        draw = partial(_draw_rate, steps=some)
-        found.append(Panel(RATE, "", draw))
-    return found
+        draw = partial(_draw_rate, steps=means)
+        panels.append(Panel(RATE, "", draw))
+    return panels
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
-    """Return the exponential moving average over about `span` steps, unbiased at its start."""
+    """Return the exponential moving average over about `span` steps, unbiased at the start."""
     decay = 1 - 2 / (max(span, 1) + 1)
     total = weight = 0.0
     out = []
@@ -154,12 +158,12 @@ def smooth(values: Sequence[float], span: float) -> list[float]:
     return out
 
 
-def _draw_loss(axes: Any, steps: Sequence[Record], evals: Sequence[Record], each: str) -> None:
-    finite, held_out = _known(steps, "loss"), _known(evals, "loss")
+def _draw_loss(axes: Any, steps: Sequence[Record], evals: Sequence[Record], label: str) -> None:
+    finite, held_out = _with_metric(steps, "loss"), _with_metric(evals, "loss")
     losses = [r["loss"] for r in finite]
     if finite:
         at, smoothed = [r["step"] for r in finite], smooth(losses, span=max(9, len(losses) / 12))
-        axes.plot(at, losses, color=TRAINING, alpha=0.35, linewidth=0.8, label=each)
+        axes.plot(at, losses, color=TRAINING, alpha=0.35, linewidth=0.8, label=label)
         axes.plot(at, smoothed, color=TRAINING, linewidth=1.8, label="smoothed")
     if held_out:
         at, values = [r["step"] for r in held_out], [r["loss"] for r in held_out]
@@ -169,7 +173,7 @@ def _draw_loss(axes: Any, steps: Sequence[Record], evals: Sequence[Record], each
     narrow = {"handlelength": 1.2, "columnspacing": 0.8, "handletextpad": 0.4}
     for handle in axes.legend(loc="upper right", ncols=3, **narrow).get_lines():
         handle.set_linewidth(1.8)
-    # single spikes, the highest half per cent, are cut off; the legend gets room above
+    # Cut off single spikes (the highest half per cent), and leave space above for the legend.
     ordered = sorted(losses[len(losses) // 50 :])
     shown = [*ordered[: int(len(ordered) * 0.995) + 1], *(r["loss"] for r in held_out)]
     if shown:
@@ -183,7 +187,7 @@ def _draw_scores(axes: Any, evals: Sequence[Record], names: Sequence[str]) -> No
 
     everything = []
     for name, dashes, marker in zip(names, ("-", "--", ":"), "osD", strict=False):
-        points = [(r["step"], r[name]) for r in _known(evals, name)]
+        points = [(r["step"], r[name]) for r in _with_metric(evals, name)]
         everything += [value for _, value in points]
         style: dict[str, Any] = {"color": VALIDATION, "linestyle": dashes, "marker": marker}
         style |= {"markersize": 5, "linewidth": 1.5}
@@ -198,7 +202,7 @@ def _draw_scores(axes: Any, evals: Sequence[Record], names: Sequence[str]) -> No
         axes.set_ylabel("validation")
         axes.legend(loc="best")
     axes.margins(y=0.25)
-    if fractions:  # room for the labels, but no tick beyond all of them
+    if fractions:  # space for the labels, but no tick far below 0 % or above 100 %
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, -0.09), min(high, 1.09))
 
@@ -218,8 +222,8 @@ def _label_points(axes: Any, evals: Sequence[Record], name: str, form: str) -> N
 
 
 def _draw_rate(axes: Any, steps: Sequence[Record]) -> None:
-    for link, own in groupby(steps, key=lambda record: record["link"]):  # a restart is a gap
-        points = [(r["step"], r.get("learning_rate", math.nan)) for r in own]
+    for link, records in groupby(steps, key=lambda record: record["link"]):  # a gap at a restart
+        points = [(r["step"], r.get("learning_rate", math.nan)) for r in records]
         axes.plot(*zip(*points, strict=True), color=TRAINING, linewidth=1.5, label=f"link {link}")
     axes.set_ylabel("learning\nrate")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
@@ -227,7 +231,7 @@ def _draw_rate(axes: Any, steps: Sequence[Record]) -> None:
 
 
 def _mark_knots(panels: Sequence[Any], records: Sequence[Record]) -> None:
-    """Draw a dashed line at each knot, and name each link above its part of the run."""
+    """Draw a dashed line at each knot, and label each link above its steps."""
     knots = [r["step"] for r in of_event(records, "knot")]
     last = max(r["step"] for r in records if "step" in r)
     for axes in panels:
@@ -239,7 +243,7 @@ def _mark_knots(panels: Sequence[Any], records: Sequence[Record]) -> None:
     edges = [0, *knots, *([last] if not knots or last > knots[-1] else [])]
     if len(edges) - 1 > MOST_LABELS:
         return
-    first = min((r["link"] for r in records if "link" in r), default=0)  # of a later stage: not 0
+    first = min((r["link"] for r in records if "link" in r), default=0)  # not 0 in later stages
     for link, (start, end) in enumerate(pairwise(edges), first):
         panels[0].annotate(
             f"link {link}" if len(edges) < 7 else f"{link}",

@@ -1,4 +1,4 @@
-"""The report of a run, or of several side by side: one HTML file."""
+"""The report of a run, or of several runs side by side: one HTML file."""
 
 from __future__ import annotations
 
@@ -52,95 +52,108 @@ def report_runs(
     max_new_tokens: int = 32,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Write one HTML file about runs or saved chains, and return its path and size.
+    """Write one HTML file about runs or saved chains.
 
-    `output` is by default ``report.html``, in the directory of a single run or in the current one.
-    `prompts` (a number of the run's own rows, or a file) has them answered after 0, 1, … links,
-    which needs the base model. Raises ChainLoRAError subclasses.
+    Args:
+        runs: one or several runs or saved chains.
+        output: the file to write. Default: ``report.html``, in the directory of a single run or
+            in the current directory.
+        prompts: a number of the run's own rows, or a file of prompts. They are answered after 0,
+            1, … links, which loads the base model.
+        max_new_tokens: of an answer.
+        progress: called with a line about each state that answers.
+
+    Returns:
+        The path of the file, its size in bytes, and the paths of the runs.
+
+    Raises:
+        ChainLoRAError: a subclass, for a run, file or prompt that cannot be used.
     """
     runs = [runs] if isinstance(runs, str | Path) else runs
-    found = read_runs(runs)
+    facts = read_runs(runs)
     folder = split_address(runs[0])[0] if len(runs) == 1 else Path()
     path = Path(expanduser(output)) if output is not None else folder / NAME
     if not (path.name == NAME and exists_in(path.parent)):
         need_apart(path)
     answered: dict[str, list[Answer]] = {}
     if prompts is not None:
-        wanted = read_prompts(str(prompts), found)
+        wanted = read_prompts(str(prompts), facts)
         keys: Any = {"max_new_tokens": max_new_tokens, "progress": progress}
-        answered = {run.name: answers(run, wanted, **keys) for run in found}
+        answered = {run.name: answers(run, wanted, **keys) for run in facts}
     make_folder(path.parent)
-    write_text(path, render(run_page(found, answered)))
+    write_text(path, render(run_page(facts, answered)))
     size = path.stat().st_size
-    return {"output": str(path), "bytes": size, "runs": [str(run.path) for run in found]}
+    return {"output": str(path), "bytes": size, "runs": [str(run.path) for run in facts]}
 
 
 def run_page(runs: Sequence[RunFacts], answered: Mapping[str, Sequence[Answer]]) -> Page:
-    """Return the page about runs, and about what they answered where they were asked."""
-    known = {run.name: _versions(run) for run in runs}
+    """Return the page about runs, and their answers by name of the run."""
+    versions = {run.name: _versions(run) for run in runs}
     parts = runs[0].parts if len(runs) == 1 else runs
     costs = {part.name: _costs(part) for part in parts}
     sections = [
         _overview(runs),
-        _each("Stages", runs, stage_blocks),
-        _each("Answers", runs, lambda run: _answers(answered.get(run.name, ()))),
-        _each("Training", parts, lambda part: training_pictures(part.records)),
-        section("Cost", Numbers(_side_by_side("What it cost", costs))),
-        replace(_each("Links", runs, links_blocks), is_folded=True),
+        _by_run("Stages", runs, stage_blocks),
+        _by_run("Answers", runs, lambda run: _answers(answered.get(run.name, ()))),
+        _by_run("Training", parts, lambda part: training_pictures(part.records)),
+        section("Cost", Numbers(_side_by_side("Costs", costs))),
+        replace(_by_run("Links", runs, links_blocks), is_folded=True),
         section("Config", *_configs(parts), is_folded=True),
-        section("Versions", Numbers(_side_by_side("Versions", known)), is_folded=True),
+        section("Versions", Numbers(_side_by_side("Versions", versions)), is_folded=True),
     ]
     return Page(" · ".join(run.name for run in runs), _lead(runs), sections)
 
 
-def _each(
+def _by_run(
     title: str, runs: Sequence[RunFacts], blocks: Callable[[RunFacts], Sequence[Block]]
 ) -> Section:
     columns = [Column(run.name if len(runs) > 1 else "", blocks(run)) for run in runs]
     return Section(title, columns)
 
 
-# --- what to see first ---
+# --- overview ---
 
 
 def _lead(runs: Sequence[RunFacts]) -> str:
-    """Return what happened, for readers from outside the field."""
+    """Sum up the runs in sentences for readers from outside the field."""
     if len(runs) > 1:
-        whats = [what[0].lower() + what[1:] for what in map(_what, runs)]
-        said = [f"{run.name}: {what}{_gain(run)}" for run, what in zip(runs, whats, strict=True)]
-        return "; ".join(said) + "."
+        chains = [text[0].lower() + text[1:] for text in map(_chain_text, runs)]
+        texts = [
+            f"{run.name}: {chain}{_gain(run)}" for run, chain in zip(runs, chains, strict=True)
+        ]
+        return "; ".join(texts) + "."
     run = runs[0]
     model = public_name(run.state.base.model) or "a model without a name"
     if run.state.is_before_training:
         return f"A language model ({model}) as it was before this run's training."
-    said, before = list[str](), ""
+    sentences, before = list[str](), ""
     for part in run.parts:
         is_on_top = before in {entry.key for entry in part.state.lineage}
         then = [*_combined(part.state.parent), "Then it"] if is_on_top else ["Separately, it"]
-        who = " ".join(then) if said else f"A language model ({model})"
-        said.append(f"{who} {_learned(part)}.")
+        subject = " ".join(then) if sentences else f"A language model ({model})"
+        sentences.append(f"{subject} {_predicate(part)}.")
         before = part.state.stage
-    return " ".join([*said, *_combined(run.state), *_switched_off(run)])
+    return " ".join([*sentences, *_combined(run.state), *_switched_off(run)])
 
 
 def _combined(state: OpenState) -> list[str]:
-    """Return what is said of a combination."""
-    is_one = state.trained is not None and state.trained.kind == "combine"
-    return ["The results were combined."] if is_one else []
+    """Return a sentence about a combination, if the state is one."""
+    is_combined = state.trained is not None and state.trained.kind == "combine"
+    return ["The results were combined."] if is_combined else []
 
 
-def _learned(part: RunFacts) -> str:
-    """Return where a part comes from, in words."""
+def _predicate(part: RunFacts) -> str:
+    """Return how the model got a stage: trained, or added."""
     if part.state.trained is not None and part.state.trained.kind == "import":
         return f"got the adapter {part.state.stage}, which was trained elsewhere"
     return f"was trained on {_task(part)}{_gain(part)}"
 
 
 def _task(part: RunFacts) -> str:
-    """Return the name of what a run or stage was trained on, and what is asked there if known."""
+    """Return the name of the training data of a run or stage, and its description if known."""
     name = part.state.stage
     if part.config is None:
-        return "data that it does not name"
+        return "unknown data"
     data = part.config.data
     if data.rehearse:
         return "rows of each stage again"
@@ -156,20 +169,20 @@ def _task(part: RunFacts) -> str:
 
 
 def _switched_off(run: RunFacts) -> list[str]:
-    """Return what the mix that the run is leaves of its stages, and which state it is exactly."""
+    """Return a sentence about stages that the mix switches off, and about an equal state."""
     off = [stage for stage, strength in run.state.strengths.items() if not strength]
     if not off:
         return []
-    now, history = run.state.state.digest, run.state.history
-    same = [part.name for part in run.stages if part.state.state.digest == now]
-    is_as_begun = now == history.state_of(history.origin).digest
-    when = f"after {same[-1]}" if same else "before training" if is_as_begun else ""
-    as_was = f": the model is exactly what it was {when}" if when else ""
-    those = f"stage {off[0]} is" if len(off) == 1 else f"stages {', '.join(off)} are"
-    return [f"Now {those} switched off{as_was}."]
+    digest, history = run.state.state.digest, run.state.history
+    same = [part.name for part in run.stages if part.state.state.digest == digest]
+    is_origin = digest == history.state_of(history.origin).digest
+    when = f"after {same[-1]}" if same else "before training" if is_origin else ""
+    equals = f": the model is exactly what it was {when}" if when else ""
+    stages = f"stage {off[0]} is" if len(off) == 1 else f"stages {', '.join(off)} are"
+    return [f"Now {stages} switched off{equals}."]
 
 
-def _what(run: RunFacts) -> str:
+def _chain_text(run: RunFacts) -> str:
     ranks = [link["rank"] for link in run.links]
     if not ranks:
         return "A chain without links"
@@ -181,20 +194,20 @@ def _what(run: RunFacts) -> str:
 
 
 def _gain(run: RunFacts) -> str:
-    """Return how the validation score went from the start to the end, in words."""
+    """Return the change of the validation score from the start to the end, as text."""
     if run.score is None:
         return ""
     before, after = _score(run, run.score)
     shown = f"{before} before, {after} after" if before != _NONE and run.steps else after
-    where = "on examples that it had not seen"
+    unseen = "on examples that it had not seen"
     if run.score in ("accuracy", "em"):
-        return f": {shown}, answered right {where}"
+        return f": {shown}, answered right {unseen}"
     better = "" if is_higher_better(run.score) else "; lower is better"
-    return f": {run.score} {where} {shown}{better}"
+    return f": {run.score} {unseen} {shown}{better}"
 
 
 def _score(run: RunFacts, name: str) -> tuple[str, str]:
-    """Return a metric of the validation rows at the start, and in the end or at the last look."""
+    """Return a validation metric at the start, and at the end or in the last evaluation."""
     known = [record for record in run.evaluations if name in record]
     before = [score_text(name, record[name]) for record in known if record["where"] == "start"]
     final = run.validation.get(name, known[-1][name])
@@ -202,27 +215,27 @@ def _score(run: RunFacts, name: str) -> tuple[str, str]:
 
 
 def _overview(runs: Sequence[RunFacts]) -> Section:
-    """Return what to see first: of one run its numbers, of several a table and their curves."""
+    """Return the numbers of one run, or a table and the curves of several runs."""
     if len(runs) == 1:
-        what = Text(f"{_what(runs[0])}.")
-        return section("Overview", Tiles(_tiles(runs[0])), what, *_remarks(runs[0], True))
+        chain = Text(f"{_chain_text(runs[0])}.")
+        return section("Overview", Tiles(_tiles(runs[0])), chain, *_remarks(runs[0], True))
     table = _side_by_side("The runs", {run.name: dict(_figures(run)) for run in runs})
     remarks = [remark for run in runs for remark in _remarks(run, False)]
     return section("Overview", Numbers(table), *remarks, *comparing_pictures(runs))
 
 
 def _tiles(run: RunFacts) -> list[tuple[str, str]]:
-    """Return the few numbers of one run to see first; the others are among its costs and links."""
-    found = []
+    """Return the main numbers of one run; costs and links have the others."""
+    scores = []
     for part in run.parts if not run.state.is_before_training else ():
         if part.score is not None:
             before, after = _score(part, part.score)
             of = f"{part.name}: " if run.stages else ""
             change = f"{before} → {after}" if before != _NONE and part.steps else after
-            found.append((f"{of}{part.score}", change))
+            scores.append((f"{of}{part.score}", change))
     positions = [part.position for part in run.parts]
     return [
-        *found,
+        *scores,
         ("ranks", ", ".join(str(link["rank"]) for link in run.links) or "no links"),
         ("steps", f"{sum(position.step for position in positions):,}"),
         ("time", duration(sum(position.seconds for position in positions))),
@@ -231,14 +244,14 @@ def _tiles(run: RunFacts) -> list[tuple[str, str]]:
 
 def _figures(run: RunFacts) -> list[tuple[str, str]]:
     name, result = run.score, run.result
-    found = [("ranks", ", ".join(str(link["rank"]) for link in run.links) or _NONE)]
+    figures = [("ranks", ", ".join(str(link["rank"]) for link in run.links) or _NONE)]
     if name is not None:
         before, after = _score(run, name)
-        found += [(f"{name} before", before), (f"{name} after", after)]
+        figures += [(f"{name} before", before), (f"{name} after", after)]
     if (majority := run.validation.get("majority")) is not None:
-        found.append(("commonest answer", score_text("accuracy", majority)))
+        figures.append(("commonest answer", score_text("accuracy", majority)))
     return [
-        *found,
+        *figures,
         ("steps", f"{run.position.step:,}"),
         ("time", duration(run.position.seconds)),
         ("parameters trained", _whole(result.get("trainable_parameters"))),
@@ -247,44 +260,44 @@ def _figures(run: RunFacts) -> list[tuple[str, str]]:
 
 
 def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:
-    """Return what a reader must know: a run that is not finished, links that are left out."""
-    found, position, name = [], run.inspection["position"], as_text(run.name)
+    """Return warnings for the reader, such as an unfinished run or links that are left out."""
+    remarks, position, name = [], run.inspection["position"], as_text(run.name)
     if not run.inspection["finished"]:
-        found.append(
+        remarks.append(
             f"**{name} is not finished**: {position['links']} of {position['planned_links']} "
             f"links are tied, {position['step']} steps done."
         )
     if (selected := run.inspection["selected"]) is not None:
         count, rest = selected["num_links"], " and a part of the next" * selected["partial"]
-        found.append(
+        remarks.append(
             f"{name} is loaded as its best point: step {selected['step']}, after {count} "
             f"link{'s' * (count != 1)}{rest}."
         )
     for part in run.parts if is_alone else ():
         if (majority := part.validation.get("majority")) is not None:
             share = score_text("accuracy", majority)
-            found.append(
+            remarks.append(
                 f"{as_text(part.name)}: the most frequent answer alone would be right on {share}."
             )
     is_trained = not run.state.is_before_training
     if run.matrix is not None and is_trained and not (is_alone and run.stages):
-        found.append(
-            f"Score, steps, time, memory and cost of {name} are those of stage "
-            f"{run.state.stage} alone; RUN@STAGE reports on another one."
+        remarks.append(
+            f"Score, steps, time, memory and cost of {name} are only those of stage "
+            f"{run.state.stage}. RUN@STAGE reports on another stage."
         )
     if is_trained and not run.state.is_as_trained:
-        found.append(
-            f"{name} was mixed or pruned since: the scores of its training are not those of "
-            "what it is now."
+        remarks.append(
+            f"{name} was mixed or pruned after training: the scores of its training do not apply "
+            "to its current state."
         )
-    return [Text(text) for text in found]
+    return [Text(text) for text in remarks]
 
 
 # --- links, answers ---
 
 
 def links_blocks(run: RunFacts) -> list[Block]:
-    """Return what specialists want to know of links: sizes, directions, overlap, scores."""
+    """Return details of links for specialists: sizes, directions, overlap, scores."""
     return [*chain_pictures(run), *links_table(run)]
 
 
@@ -293,7 +306,7 @@ def links_table(run: RunFacts) -> list[Block]:
     if not links:
         return []
     known = dict.fromkeys(name for link in links for name in link["scores"])
-    names = sorted(known, key=lambda name: not is_higher_better(name))  # right answers come first
+    names = sorted(known, key=lambda name: not is_higher_better(name))  # accuracy before loss
     are_several = len({link["stage"] for link in links}) > 1
     rows = []
     for link in links:
@@ -315,32 +328,32 @@ def links_table(run: RunFacts) -> list[Block]:
 
 
 def stage_blocks(run: RunFacts) -> list[Block]:
-    """Return the matrix of a run of several stages, and what it comes to."""
+    """Return the matrix of a run of several stages, and its summary."""
     notes = run.matrix.notes() if run.matrix else []
-    said = [Text(" ".join(f"{note}." for note in notes))] if notes else []
-    return [*stage_pictures(run), *said]
+    summary = [Text(" ".join(f"{note}." for note in notes))] if notes else []
+    return [*stage_pictures(run), *summary]
 
 
-def _answers(found: Sequence[Answer]) -> list[Block]:
-    if not found:
+def _answers(rows: Sequence[Answer]) -> list[Block]:
+    if not rows:
         return []
     counts = [
-        f"{as_text(said.when.removeprefix('after '))} changed "
-        f"{sum(each.answers[k].text != each.answers[k + 1].text for each in found)} of {len(found)}"
-        for k, said in enumerate(found[0].answers[1:])
+        f"{as_text(reply.when.removeprefix('after '))} changed "
+        f"{sum(row.answers[k].text != row.answers[k + 1].text for row in rows)} of {len(rows)}"
+        for k, reply in enumerate(rows[0].answers[1:])
     ]
-    are_ranked = {bool(said.note) for answer in found for said in answer.answers}
+    are_ranked = {bool(reply.note) for row in rows for reply in row.answers}
     kinds = ["the candidate of the highest probability, as it is scored"] * (True in are_ranked)
     kinds += ["the most probable words"] * (False in are_ranked)
     text = f"Answers to the same prompts ({'; '.join(kinds)})"
-    return [Text(text + (f": {', '.join(counts)}." if counts else ".")), *found]
+    return [Text(text + (f": {', '.join(counts)}." if counts else ".")), *rows]
 
 
 # --- cost, config, versions ---
 
 
 def _side_by_side(title: str, runs: Mapping[str, Mapping[str, str]], corner: str = "") -> Table:
-    """Return what is known of each run, a column a run; rows that none knows are left out."""
+    """Return a table with a column per run, without rows that no run has a value for."""
     names = dict.fromkeys(name for values in runs.values() for name in values)
     rows = [(name, *(values.get(name, _NONE) for values in runs.values())) for name in names]
     known = tuple(row for row in rows if set(row[1:]) != {_NONE})

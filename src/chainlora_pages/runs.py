@@ -1,4 +1,4 @@
-"""What a report says of a run, read and checked once."""
+"""The facts of a run that a report shows, read and checked once."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from chainlora.runs.state import OpenState
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A state of a run, or a saved chain: then without a config, a result and records.
+    """A state of a run, or a saved chain, which has no config, result and records.
 
-    Of a run of several stages these are those of its last one; `stages` has the same of each, as it
-    was trained, and `matrix` their scores, as far as there are any.
+    For a run of several stages, config, result and records are those of its last stage. `stages`
+    has the facts of each stage as it was trained, and `matrix` their scores, if there are any.
     """
 
     name: str
@@ -39,12 +39,12 @@ class RunFacts:
 
     @property
     def parts(self) -> Sequence[RunFacts]:
-        """Return what was trained on one data set each: the stages, or the run itself."""
+        """Return the stages, or the run itself if it has only one."""
         return self.stages or [self]
 
     @property
     def stage_names(self) -> list[str]:
-        """Return the stages of the run in their order, by which charts colour them."""
+        """Return the stages in order; charts choose colours by it."""
         return [*self.state.shares]
 
     @property
@@ -61,12 +61,12 @@ class RunFacts:
 
     @property
     def validation(self) -> Mapping[str, float]:
-        """Return the final metrics of the validation rows, as far as they were measured."""
+        """Return the final metrics of the validation rows, if they were measured."""
         return dict(self.result.get("metrics", {}).get("validation", {}))
 
     @property
     def score(self) -> str | None:
-        """Return the metric that its validation is judged by; the loss where there is no other."""
+        """Return the main validation metric; the loss if there is no other."""
         names = [*score_names(self.evaluations), "loss"]
         return next((name for name in names if any(name in r for r in self.evaluations)), None)
 
@@ -75,26 +75,26 @@ class RunFacts:
         if self.state.draft is not None:
             return self.state.draft.position
         keys = {"step": "steps", "tokens": "tokens", "scored_tokens": "scored_tokens"}
-        found = {name: self.result.get(key, 0) for name, key in keys.items()}
-        return Progress(**found, seconds=self.result.get("wall_s", 0.0))
+        counts = {name: self.result.get(key, 0) for name, key in keys.items()}
+        return Progress(**counts, seconds=self.result.get("wall_s", 0.0))
 
 
 def read_runs(runs: Sequence[str | Path]) -> list[RunFacts]:
-    """Read runs and check their files. Raises RunError for one that is damaged or not there."""
+    """Read runs and check their files. Raises RunError for a damaged or missing run."""
     named = zip(runs, run_names(runs), strict=True)
     return [read_state(open_run(run), name) for run, name in named]
 
 
 def read_state(state: OpenState, name: str) -> RunFacts:
-    """Read what there is to say of a state, its files checked."""
-    found = _part(state, name)
+    """Read the facts of a state and check its files."""
+    facts = _part(state, name)
     parts = [entry for entry in state.lineage if entry.has_config]
     is_one = len({*state.columns, *(entry.key for entry in parts)}) < 2
     stages = [_part(state.at(entry.key), entry.key) for entry in parts]
     if state.draft is not None and stages:
-        stages[-1] = replace(found, name=state.stage)
+        stages[-1] = replace(facts, name=state.stage)
     return replace(
-        found,
+        facts,
         inspection=inspect_run(state),
         matrix=None if is_one or not state.has_run else stage_matrix(state, compute=False),
         stages=stages if len(stages) > 1 else (),
@@ -109,37 +109,37 @@ def _part(state: OpenState, name: str) -> RunFacts:
 
 
 def run_names(runs: Sequence[str | Path]) -> list[str]:
-    """Return the last parts of the paths: as many as tell them apart.
+    """Return the shortest ends of the paths that are all different.
 
-    None begins with ``_``: matplotlib leaves such lines out of a legend.
+    No name begins with ``_``, because matplotlib omits such lines from a legend.
     """
-    parts = [Path(run).resolve().parts for run in runs]
-    for count in range(1, max(map(len, parts), default=1)):
-        names = ["/".join(each[-count:]) for each in parts]
+    paths = [Path(run).resolve().parts for run in runs]
+    for count in range(1, max(map(len, paths), default=1)):
+        names = ["/".join(parts[-count:]) for parts in paths]
         if len(set(names)) == len(names) and not any(name.startswith("_") for name in names):
             return names
-    return [f"({place}) {each[-1]}" for place, each in enumerate(parts, 1)]
+    return [f"({place}) {parts[-1]}" for place, parts in enumerate(paths, 1)]
 
 
 def state_names(states: Sequence[str]) -> list[str]:
-    """Return states of a run in words: before training, after each stage, combined, now."""
+    """Return labels for the states of a run: before training, after each stage, combined, now."""
     words = {BASE: "before training", NOW: "now"}
     words |= {state: state for state in states if state.startswith("after-")}  # combinations
     return [words.get(state, f"after {state}") for state in states]
 
 
 def is_share(metric: str, value: float) -> bool:
-    """Say whether the value of a metric is a share of rows, to be shown as per cent."""
+    """Return whether a metric is a share of rows, which is shown in per cent."""
     return metric not in ("loss", "perplexity", "margin") and 0 <= value <= 1
 
 
 def score_text(name: str, value: float) -> str:
-    """Return the value of a metric, a share as per cent."""
+    """Format the value of a metric; shares in per cent."""
     return together(f"{100 * value:.1f} %") if is_share(name, value) else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it, never broken over two lines."""
+    """Format a time, with spaces that never break over two lines."""
     if seconds < 60:
         return together(f"{seconds:.1f} s")
     minutes, rest = divmod(round(seconds), 60)
@@ -148,5 +148,5 @@ def duration(seconds: float) -> str:
 
 
 def together(text: str) -> str:
-    """Return a text that is never broken over two lines."""
+    """Replace spaces by no-break spaces."""
     return text.replace(" ", "\N{NO-BREAK SPACE}")

@@ -1,4 +1,4 @@
-"""The verbs `report` and `board`, which chainlora.cli finds by name."""
+"""The commands `report` and `board`, which chainlora.cli imports by name."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from chainlora.runs.paths import refuse_older
 @click.option(
     "--output",
     type=click.Path(dir_okay=False),
-    help="File to write. Default: report.html, in RUN, or here for several.",
+    help="File to write. Default: report.html, in RUN, or in the current folder for several runs.",
 )
 @click.option(
     "--prompts",
     metavar="N|FILE",
-    help="Show answers after 0, 1, ... links, or after each stage: to the first N rows of each of "
-    "the run's data sets, or to a file's prompts (one a line, or JSONL rows with a `prompt`). "
-    "Loads the model.",
+    help="Show answers after 0, 1, ... links, or after each stage. N: to the first N rows of each "
+    "data set of the run. FILE: to the prompts of a file (one per line, or JSONL rows with a "
+    "`prompt`). Loads the model.",
 )
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=32, help="Most tokens of an answer."
 )
 @json_option
 def report(runs: tuple[str, ...], output: str | None, as_json: bool, **options: Any) -> None:
-    """Write one HTML file about one run or several.
+    """Write one HTML file about one run or several runs.
 
-    It has curves, what each link became and received, costs, config and versions; several runs
-    stand side by side. The file needs nothing but itself.
+    It shows curves, the size and position of each link's update, costs, config and versions.
+    Several runs are shown side by side. The file loads no other files.
     """
     for run in runs:
         need_run(run)
@@ -52,15 +52,16 @@ def report(runs: tuple[str, ...], output: str | None, as_json: bool, **options: 
 @click.option(
     "--host",
     default="127.0.0.1",
-    help="Address to serve at. Whoever reaches it can train, save and export.",
+    help="Address to serve at. Everyone who can reach it can train, save and export.",
 )
-@click.option("--port", type=click.IntRange(1, 65535), help="Default: 7860, or the next free.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Default: 7860, or the next free port.")
 def board(runs: tuple[str, ...], host: str, port: int | None) -> None:
-    """Train in a browser: watch runs, ask them before and after, undo and export.
+    """Train in a browser: watch runs, compare their states, undo and export.
 
-    RUN is a run, or a folder, also an empty one, for new runs and those in it. Default: runs, which
-    is made. Two states of a run answer the same prompt side by side. The page loads nothing from
-    the network. A training ends with the board, saved; the same command or Train resumes it.
+    RUN is a run, or a folder of runs, which may be empty and gets the new runs. Default: the folder
+    runs, which is created. Two states of a run answer the same prompt side by side. The page loads
+    nothing from the network. When the board ends, a running training is saved and stopped; run the
+    same command, or press Train, to resume it.
     """
     for run in runs:
         refuse_older(Path(run))
@@ -78,12 +79,12 @@ def board(runs: tuple[str, ...], host: str, port: int | None) -> None:
         server, listening, address = server_of(runs or ["runs"], host, port)
     except (OSError, UnicodeError) as error:
         if getattr(error, "errno", 0) in (errno.EADDRINUSE, errno.EACCES):
-            got = port or "none of 7860 to 7959"
+            got = port or "no free port from 7860 to 7959"
             raise ConfigError(
-                "--port must be free", got, "leave it out, or take another"
+                "--port must be free", got, "leave it out, or give another port"
             ) from error
         rule = "--host must be a name or an IPv4 address of this machine"
-        raise ConfigError(rule, host, "leave it out, or take 0.0.0.0 for all") from error
+        raise ConfigError(rule, host, "leave it out, or give 0.0.0.0 for all addresses") from error
     click.echo(f"{address}  (Ctrl-C ends it)")
     with suppress(KeyboardInterrupt):
         server.run([listening])

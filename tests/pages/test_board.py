@@ -182,7 +182,7 @@ def test_where_runs_are_is_read_while_they_train(trained, configure, tmp_path):
     assert "Training was interrupted. <strong>Continue" in live
     done = render_part(sections_of({}, runs["done"]))
     assert all(f">{name}</h3>" in done for name in SAID)
-    assert done.index("What each stage did to the loss") < done.index("Loss over the steps")
+    assert done.index("Loss of every stage after") < done.index("Loss over the steps")
 
 
 def test_a_stage_that_is_off_does_not_lead(run):
@@ -217,7 +217,9 @@ def test_what_cannot_be_shown(chainlora, run, configure, tmp_path, monkeypatch):
         chainlora("board", *places).refused("needs Gradio", "pip install 'chainlora[board]'")
     config = configure("live")
     stop_after(config, 1)
-    with pytest.raises(RunError, match=r"there must be links to ask \(got none in .*live\)"):
+    with pytest.raises(
+        RunError, match=r"a run needs links before it can be asked \(got none in .*live\)"
+    ):
         Desk(tmp_path / "live")
 
 
@@ -307,7 +309,7 @@ def test_pages_that_were_closed_hold_no_model(run):
         pages.append(page)
         (score,) = (each.fn for each in page.fns.values() if each.name == "score")
         mix = (1.0, 1.0)
-        assert "What hills (birds + hills) and base score" in score("hills", "base", *mix, *mix)
+        assert "Scores of hills (birds + hills) and base" in score("hills", "base", *mix, *mix)
     gc.collect()
     assert sum(type(each) is Scorer for each in gc.get_objects()) == 1
 
@@ -401,7 +403,7 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run):
     page.wait_for_selector("#chat-Right .bot >> nth=1")
     page.wait_for_function("document.querySelector('#prompt textarea').value === ''")
     page.get_by_role("button", name="Test both").click()
-    page.wait_for_selector("text=What hills (birds + hills at 0.8) and birds score")
+    page.wait_for_selector("text=Scores of hills (birds + hills at 0.8) and birds")
     heads = page.locator("#scores th[scope=col]").all_inner_texts()
     assert heads == ["rows of", "hills (birds + hills at 0.8)", "birds", "±"]
     page.fill("#Left-hills input[type=number]", "0.7")

@@ -22,13 +22,13 @@ def test_a_training_is_stopped_and_resumed_and_what_fails_is_said(tmp_path):
     command = command_of(tmp_path, file, model=str(roomy), settings=settings)
     trainer, other = Trainer(), Trainer()
     trainer.start(command)
-    with pytest.raises(RunError, match="one training runs at a time"):
+    with pytest.raises(RunError, match="only one training can run"):
         trainer.start(command)
     while trainer.is_training and not any("step" in line for line in trainer.lines()):
         time.sleep(0.05)
     trainer.stop()
     assert trainer.wait() == 128 + signal.SIGTERM
-    assert trainer.standing == "Stopped, and saved. Continue goes on with the training."
+    assert trainer.standing == "Stopped and saved. Press Continue to resume."
     assert standing_of(tmp_path / "lakes")["state"] == "interrupted"
     assert command_of(tmp_path, None, run=tmp_path / "lakes") == trainer.offer.words
     other.start(trainer.offer.words)

@@ -81,7 +81,7 @@ def test_one_file_that_needs_nothing_else_with_the_numbers_of_the_files(
         assert loss == "–" if step == "0" else float(loss) == pytest.approx(steps[step], rel=1e-3)
         assert (held_out != "–") == (step in evals)
         assert held_out == "–" or float(held_out) == pytest.approx(evals[step], rel=1e-3)
-    _, *layers = table(text, "What each layer received")
+    _, *layers = table(text, "Updates by layer")
     for link in range(3):
         folder = finished / "links" / entry_of(finished)["tied"][link]
         tensors = load_file(folder / "adapter_model.safetensors")
@@ -209,8 +209,8 @@ def test_prompts_that_are_none(chainlora, finished, tiny_folder, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     wrong.write_text('{"question": "?"}\n')
     ask = ("report", finished, "--output", tmp_path / "x.html", "--prompts")
-    chainlora(*ask, empty).refused("must have some", "empty.txt", "a prompt a line")
-    chainlora(*ask, wrong).refused("rows with a `prompt`", "wrong.jsonl")
+    chainlora(*ask, empty).refused("must not be empty", "empty.txt", "a prompt per line")
+    chainlora(*ask, wrong).refused("`prompt` of each row must be a text", "wrong.jsonl")
     chainlora(*ask, tmp_path / "latin.txt").refused("must be UTF-8", "latin.txt")
     chainlora(*ask, tmp_path / "missing.txt").refused("missing.txt")
     chainlora("report", tmp_path / "none").refused("RUN must be a run directory")
@@ -272,7 +272,7 @@ def test_a_run_of_stages_shows_what_each_did_to_every_other(tiny_folder, sentime
     matrix = stage_matrix(run)
     mix_stages(run, {"style": 0.5})  # a state that nobody has scored
     page = page_of(run)
-    heads, *rows = table(page, "What each stage did to the accuracy of every stage")
+    heads, *rows = table(page, "Accuracy of every stage after each stage")
     assert heads == ["after", "facts", "style"]
     scores = [[short(cell.value) for cell in row] for row in matrix.grid]
     assert [row[1:] for row in rows] == [*scores, ["–", "–"]]
@@ -281,8 +281,8 @@ def test_a_run_of_stages_shows_what_each_did_to_every_other(tiny_folder, sentime
     assert f"{matrix.summaries()[0]}." in html.unescape(page)
     links = table(page, "Each link")
     assert [row[1:3] for row in links] == [["stage", "strength"], ["facts", "1"], ["style", "0.5"]]
-    assert "was mixed or pruned since" in page
-    assert table(page, "What it cost")[0][1:] == ["facts", "style"]
+    assert "was mixed or pruned after training" in page
+    assert table(page, "Costs")[0][1:] == ["facts", "style"]
     (facts,) = read_runs([run])
     loss = training_pictures(facts.records)[0].svg
     assert re.findall(r">(link \d)<", loss) == ["link 0"]  # records count within the stage

@@ -1,7 +1,7 @@
-"""The page, by Gradio: what there is to see and to set. `training`, `watching` and `desk` do it.
+"""The page of the board in Gradio: layout, events, server and guard.
 
-It is served to this machine alone unless another host is named, and loads nothing from elsewhere:
-`Guard` forbids it to the browser, whatever Gradio or a model's answer would fetch.
+The page is served only to this machine unless another host is given. It loads nothing from other
+sites: `Guard` makes the browser block whatever Gradio or a model's answer would fetch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -34,7 +34,7 @@ from chainlora_pages.board.training import Trainer
 from chainlora_pages.board.watching import find_runs, sections_of
 from chainlora_pages.page import Section, as_text, part_style, render_part
 
-_SECONDS = 4  # between two looks at the files; what has not changed is not drawn again
+_SECONDS = 4  # between two reads of the files; unchanged parts are not drawn again
 _NO_RUN = "There is no run yet. Train one."
 _SPECIALISTS = "For specialists: learning rate and links"
 _READING = "Reading the run…"
@@ -65,18 +65,25 @@ _FONTS: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace"
 def server_of(
     places: Sequence[str | Path], host: str, port: int | None
 ) -> tuple[uvicorn.Server, socket.socket, str]:
-    """Return a server of the page, the socket that it listens on, and the address of the page.
+    """Return a server of the page, its listening socket, and the address of the page.
 
-    ``server.run([socket])`` serves it. Gradio's own `launch` gives up where it does not answer
-    itself within seconds, as on a busy machine. `port` None takes the first free one from 7860 on.
-    Raises OSError or UnicodeError where none is free, or the host is not one of this machine.
+    ``server.run([socket])`` serves the page. Gradio's own `launch` is not used: it gives up if its
+    server does not answer within seconds, as on a busy machine.
+
+    Args:
+        places: runs, or folders of runs.
+        host: the address to listen on.
+        port: the port; None takes the first free port from 7860 on.
+
+    Raises:
+        OSError, UnicodeError: no port is free, or the host is not an address of this machine.
     """
     trainer = Trainer()
-    listening = _listening(host, range(port, port + 1) if port else _PORTS)
+    listening = _listening_socket(host, range(port, port + 1) if port else _PORTS)
     number = listening.getsockname()[1]
     guard = Middleware(Guard, is_local=host in _LOCAL)
     page = page_of(places, trainer)
-    page.has_launched = True  # else Gradio takes any path in a request for an uploaded file
+    page.has_launched = True  # otherwise Gradio accepts any path as that of an uploaded file
     app = gr.mount_gradio_app(
         FastAPI(middleware=[guard], openapi_url=None),
         page,
@@ -94,8 +101,8 @@ def server_of(
     return _Server(config, trainer), listening, f"http://{name}:{number}/"
 
 
-def _listening(host: str, ports: range) -> socket.socket:
-    """Return a socket at the first free port. Raises OSError where there is none."""
+def _listening_socket(host: str, ports: range) -> socket.socket:
+    """Return a socket at the first free port. Raises OSError if no port is free."""
     for port in ports:
         try:
             return socket.create_server((host, port))
@@ -106,7 +113,7 @@ def _listening(host: str, ports: range) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """Cuts pages that are still open off without a traceback for each, and stops a training."""
+    """Stops a training at shutdown, and closes open pages without a traceback for each."""
 
     def __init__(self, config: uvicorn.Config, trainer: Trainer) -> None:
         super().__init__(config)
@@ -120,7 +127,7 @@ class _Server(uvicorn.Server):
 
 
 class Guard:
-    """ASGI: no other site may call or frame this page, and the page loads nothing from there."""
+    """ASGI middleware: refuse requests of other sites, and forbid the page to load from them."""
 
     def __init__(self, app: Any, is_local: bool) -> None:
         self.app, self.is_local = app, is_local
@@ -130,8 +137,10 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if not self._may_come(Headers(scope=scope)):
-            await PlainTextResponse("not from here", 403)(scope, receive, send)
+        if not self._is_allowed(Headers(scope=scope)):
+            await PlainTextResponse("requests of other sites are refused", 403)(
+                scope, receive, send
+            )
             return
 
         async def answer(message: Any) -> None:
@@ -141,17 +150,17 @@ class Guard:
 
         await self.app(scope, receive, answer)
 
-    def _may_come(self, headers: Headers) -> bool:
+    def _is_allowed(self, headers: Headers) -> bool:
         host, origin = headers.get("host", ""), headers.get("origin")
         try:
-            is_own = origin is None or urlsplit(origin).netloc == host
-            return is_own and (not self.is_local or urlsplit(f"//{host}").hostname in _LOCAL)
+            is_same_site = origin is None or urlsplit(origin).netloc == host
+            return is_same_site and (not self.is_local or urlsplit(f"//{host}").hostname in _LOCAL)
         except ValueError:  # a malformed address
             return False
 
 
 def page_of(places: Sequence[str | Path], trainer: Trainer) -> gr.Blocks:
-    """Return the page about the runs at some places, the first folder among which gets new ones."""
+    """Return the page about the runs at `places`; the first folder there gets new runs."""
     before = find_runs(places)
     first = next((str(run) for run in before.values()), None)
     folder = next((Path(place) for place in places if not is_run(place)), None)
@@ -161,7 +170,7 @@ def page_of(places: Sequence[str | Path], trainer: Trainer) -> gr.Blocks:
         version, wanted = gr.State(""), gr.State(None)
         with gr.Row():
             with gr.Column(min_width=280):
-                now = gr.Markdown(elem_id="now")
+                state = gr.Markdown(elem_id="now")
             back = gr.Button("Undo", size="sm", min_width=90, scale=0, visible=bool(first))
             forth = gr.Button("Redo", size="sm", min_width=90, scale=0, visible=bool(first))
         with gr.Tabs(selected="watch" if first else "train"):
@@ -169,7 +178,7 @@ def page_of(places: Sequence[str | Path], trainer: Trainer) -> gr.Blocks:
                 widgets = train_tab(trainer, folder, before, run, wanted)
             with gr.Tab("Watch", id="watch"):
                 view = gr.HTML(f"<p>{_READING if first else _NO_RUN}</p>", apply_default_css=False)
-                # no folds of HTML, which would close whenever the page is drawn again
+                # An accordion of Gradio: a fold in HTML would close on every redraw.
                 with gr.Accordion(_SPECIALISTS, open=False, visible=bool(first)) as fold:
                     more = gr.HTML(apply_default_css=False)
             with gr.Tab("Ask", id="ask", elem_id="ask"):
@@ -182,34 +191,46 @@ def page_of(places: Sequence[str | Path], trainer: Trainer) -> gr.Blocks:
                     except ChainLoRAError as error:
                         gr.Markdown(as_text(f"{error}."))
 
-        def look(shown: str | None, wish: str | None) -> tuple[Any, ...]:
-            runs = find_runs(places)
-            new = [str(each) for each in runs.values() if wish and each.resolve() == Path(wish)]
-            shown = next(iter([*new, *([shown] if shown else map(str, runs.values()))]), None)
-            parts = (_NO_RUN, "") if shown is None else _parts(sections_of(runs, Path(shown)))
-            pages = (*parts, gr.Accordion(visible=bool(parts[1])))
-            there, known = gr.skip(), gr.skip()
-            if shown is not None and (runs != before or new):
-                gone = {} if Path(shown) in runs.values() else {shown: Path(shown)}
-                there = gr.Dropdown(choices(runs | gone), value=shown, visible=len(runs) > 1)
-                known = gr.Dropdown(targets(folder, runs))
-            left = (*_now(shown), known, *standing(trainer, shown))
-            return there, None if new else wish, *pages, *left
-
         looking: Any = {
-            "fn": look,
+            "fn": _look(places, before, folder, trainer),
             "inputs": [run, wanted],
-            "outputs": [run, wanted, view, more, fold, version, now, back, forth, *widgets],
+            "outputs": [run, wanted, view, more, fold, version, state, back, forth, *widgets],
             "show_progress": "hidden",
         }
         for button, change in ((back, undo), (forth, redo)):
-            button.click(told()(_moving(change)), run, None).then(**looking)
+            button.click(told()(_change_handler(change)), run, None).then(**looking)
         gr.on([blocks.load, run.input, gr.Timer(_SECONDS).tick], **looking)
     return blocks
 
 
+def _look(
+    places: Sequence[str | Path], before: Mapping[str, Path], folder: Path | None, trainer: Trainer
+) -> Callable[[str | None, str | None], tuple[Any, ...]]:
+    """Return the event handler that reads the runs again and updates the page.
+
+    Its arguments are the shown run and the run to show once it exists. `before` are the runs of the
+    first page.
+    """
+
+    def look(shown: str | None, wanted: str | None) -> tuple[Any, ...]:
+        runs = find_runs(places)
+        new = [str(run) for run in runs.values() if wanted and run.resolve() == Path(wanted)]
+        shown = next(iter([*new, *([shown] if shown else map(str, runs.values()))]), None)
+        parts = (_NO_RUN, "") if shown is None else _parts(sections_of(runs, Path(shown)))
+        pages = (*parts, gr.Accordion(visible=bool(parts[1])))
+        run_choice, into = gr.skip(), gr.skip()
+        if shown is not None and (runs != before or new):
+            gone = {} if Path(shown) in runs.values() else {shown: Path(shown)}
+            run_choice = gr.Dropdown(choices(runs | gone), value=shown, visible=len(runs) > 1)
+            into = gr.Dropdown(targets(folder, runs))
+        training = (into, *standing(trainer, shown))
+        return run_choice, None if new else wanted, *pages, *_state_widgets(shown), *training
+
+    return look
+
+
 def _one_desk() -> Callable[[str], Desk]:
-    """Return what gives the desk of a run; the last one alone has a model in memory."""
+    """Return a function from a run to its desk; only the last desk keeps a model in memory."""
     desks: list[Desk] = []
 
     def desk_of(run: str) -> Desk:
@@ -217,7 +238,7 @@ def _one_desk() -> Callable[[str], Desk]:
         if [desk.what for desk in desks] == [fresh.what]:
             desks[0].look_again(fresh.now)
             return desks[0]
-        for desk in desks:  # pages that were closed hold them for ever
+        for desk in desks:  # Gradio never releases the desks of closed pages
             desk.release()
         desks[:] = [fresh]
         return fresh
@@ -225,8 +246,8 @@ def _one_desk() -> Callable[[str], Desk]:
     return desk_of
 
 
-def _moving(change: Callable[[str], OpenState]) -> Callable[[str], None]:
-    """Return what undoes or redoes, and says what the run has become."""
+def _change_handler(change: Callable[[str], OpenState]) -> Callable[[str], None]:
+    """Return the event handler for `undo` or `redo`, which shows the new state."""
 
     def move(run: str) -> None:
         state = change(run)
@@ -235,9 +256,8 @@ def _moving(change: Callable[[str], OpenState]) -> Callable[[str], None]:
     return move
 
 
-def _now(run: str | None) -> tuple[Any, ...]:
-    """Return what changes when a run becomes something else, that in words, and the buttons that
-    undo and redo it."""
+def _state_widgets(run: str | None) -> tuple[Any, ...]:
+    """Return a version that changes with the run's state, its text, and the buttons Undo, Redo."""
     try:
         state = None if run is None else open_run(run)
     except ChainLoRAError:
@@ -252,14 +272,14 @@ def _now(run: str | None) -> tuple[Any, ...]:
         f"Undo: {added(history, back[0], state.key)}" if back else "Undo",
         f"Redo: {added(history, state.key, forth[0])}" if forth else "Redo",
     ]
-    ways = zip(names, (back, forth), strict=True)
+    pairs = zip(names, (back, forth), strict=True)
     keys: Any = {"visible": True}
-    buttons = (gr.Button(name.removesuffix(": "), interactive=bool(w), **keys) for name, w in ways)
+    buttons = (gr.Button(n.removesuffix(": "), interactive=bool(to), **keys) for n, to in pairs)
     return version, f"In use: **{as_text(in_use(history, state.key))}**", *buttons
 
 
 def _parts(sections: Sequence[Section]) -> tuple[str, str]:
-    """Return sections as HTML: those for all, and those for specialists."""
-    plain = [each for each in sections if not each.is_folded]
-    rest = [replace(each, is_folded=False) for each in sections if each.is_folded and each.blocks]
-    return render_part(plain), render_part(rest) if rest else ""
+    """Return sections as HTML: for all readers, and for specialists."""
+    plain = [s for s in sections if not s.is_folded]
+    folded = [replace(s, is_folded=False) for s in sections if s.is_folded and s.blocks]
+    return render_part(plain), render_part(folded) if folded else ""

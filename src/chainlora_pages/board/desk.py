@@ -1,8 +1,8 @@
-"""The states of a run on its base, with stages at chosen strengths, to be asked and scored.
+"""Ask and score the states of a run, with stages at chosen strengths.
 
-The base is loaded when it is first needed. Links are carried beside it, so that another state takes
-a tenth of a second and no byte of the run changes; a mix is the same function as what `mix_stages`
-makes the run be, to rounding.
+The base is loaded when it is first needed. Links are carried beside it, so that changing the state
+takes a tenth of a second and no file of the run changes. A mix equals the state that `mix_stages`
+makes, up to rounding.
 """
 
 from __future__ import annotations
@@ -39,36 +39,36 @@ class Mix(NamedTuple):
 
 def parts_of(history: History, key: str, strengths: Mapping[str, float] | None = None) -> list[str]:
     """Return the stages in an entry, with strengths other than 1."""
-    own_strengths = history.strengths_of(history.state_of(key))
+    entry_strengths = history.strengths_of(history.state_of(key))
     parts = []
-    for name, strength in (own_strengths | dict(strengths or {})).items():
-        own = history.parts(key) if name == COMBINED else [name]
-        parts += [each if strength == 1 else f"{each} at {strength:g}" for each in own if strength]
+    for name, strength in (entry_strengths | dict(strengths or {})).items():
+        stages = (history.parts(key) if name == COMBINED else [name]) if strength else []
+        parts += [s if strength == 1 else f"{s} at {strength:g}" for s in stages]
     return parts
 
 
 def words_of(history: History, key: str, strengths: Mapping[str, float] | None = None) -> str:
     """Return the name of an entry, and the stages in it with strengths other than 1."""
     parts = parts_of(history, key, strengths)
-    is_own = parts == [key] or not history.state_of(key).terms
-    return key if is_own else f"{key} ({' + '.join(parts) or 'all off'})"
+    is_plain = parts == [key] or not history.state_of(key).terms
+    return key if is_plain else f"{key} ({' + '.join(parts) or 'all off'})"
 
 
 def in_use(history: History, key: str) -> str:
-    """Return what a run is: its stages in one line."""
+    """Return the stages of an entry in one line."""
     return " + ".join(parts_of(history, key)) or BASE
 
 
 def added(history: History, before: str, after: str) -> str:
-    """Return the stages that are in an entry and not in another one, in words; maybe nothing."""
+    """Return the stages of entry `after` that entry `before` does not have, in one line."""
     known = parts_of(history, before)
     return " + ".join(part for part in parts_of(history, after) if part not in known)
 
 
 class Desk:
-    """One run, the states that somebody tries, and the model that answers in each of them.
+    """One run, its states, and the model that answers in each of them.
 
-    Raises RunError for a run that has no links, or none yet.
+    Raises RunError for a run without links.
     """
 
     def __init__(self, run: str | Path) -> None:
@@ -77,22 +77,22 @@ class Desk:
         history = self.now.history
         if not history.links:
             remedy = "wait for a knot" if self.now.draft is not None else "choose another run"
-            raise RunError("there must be links to ask", f"none in {run}", remedy)
-        self.what = (self.run, [*history.links])
+            raise RunError("a run needs links before it can be asked", f"none in {run}", remedy)
+        self.what = (self.run, [*history.links])  # identifies the run and its links
         self._one_at_a_time = Lock()
 
     @property
     def history(self) -> History:
-        """The history of the run, with a first stage that has not ended."""
+        """Return the history of the run, including a first stage that has not ended."""
         return self.now.history
 
     @property
     def state(self) -> OpenState:
-        """The state whose rows are scored: what the run is, or of the base the last entry."""
+        """Return the state whose rows are scored: the current one; for the base, the last entry."""
         return self.now if self.now.facts else self.now.at(self.history.entries[-1].key)
 
     def look_again(self, now: OpenState) -> None:
-        """Take over what the run has become, of the same links."""
+        """Update the current state of the run; its links must be the same."""
         with self._one_at_a_time:
             self.now = now
             if "_scorer" in vars(self):
@@ -100,8 +100,8 @@ class Desk:
 
     @property
     def entries(self) -> dict[str, str]:
-        """The entries of the history in words, the latest first, and then the base."""
-        entries = reversed(self.history.entries)  # rows of the start alone are the base
+        """Return labels of the entries of the history, the latest first, and then the base."""
+        entries = reversed(self.history.entries)  # an entry without terms equals the base
         keys = [*(entry.key for entry in entries if entry.state.terms), BASE]
         texts = {key: words_of(self.history, key) for key in keys}
         marks = {self.now.key: "now: "}
@@ -110,14 +110,14 @@ class Desk:
         return {marks.get(key, "") + text: key for key, text in texts.items()}
 
     def words(self, mix: Mix) -> str:
-        """Return a mix in words."""
+        """Return the label of a mix."""
         return words_of(self.history, mix.entry, mix.strengths)
 
     @property
     def stages(self) -> list[str]:
-        """The stages that have a strength in an entry."""
-        found = [self.strengths(key) for key in reversed(self.entries.values())]
-        return list(dict.fromkeys(name for each in found for name in each))
+        """Return the stages that have a strength in some entry."""
+        strengths = [self.strengths(key) for key in reversed(self.entries.values())]
+        return list(dict.fromkeys(name for names in strengths for name in names))
 
     def strengths(self, entry: str) -> dict[str, float]:
         """Return the strength of each stage in an entry."""
@@ -125,29 +125,29 @@ class Desk:
 
     @property
     def before(self) -> str:
-        """The entry that `undo` goes back to; where the run is the base, the one to `redo`."""
+        """Return the entry that `undo` goes to; if the run is at its base, the entry of `redo`."""
         history = self.history
         if history.head == BASE and self.now.draft is None:
             return next(iter(history.future), history.entries[-1].key)
         return history.past[-1] if history.past else BASE
 
     def at(self, mix: Mix) -> OpenState:
-        """Return a mix as a state. Raises RunError for stages that are not there."""
+        """Return a mix as a state. Raises RunError for unknown stages."""
         state = self.now if mix.entry == self.now.key else self.now.at(mix.entry)
         return state.with_strengths(mix.strengths)
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer that the rows of the run had."""
+        """Return the tokenizer of the run's rows."""
         return tokenizer_of(self.state, resolve_model(self.state.base.model))
 
     @cached_property
     def rows(self) -> RowFacts | None:
-        """What the training rows that the stages kept have in common."""
+        """Return facts that the kept training rows have in common."""
         return training_rows(self.state, self.tokenizer)
 
     def prompts(self, count: int) -> list[str]:
-        """Return the first prompts that each stage kept; none of a run that keeps no rows."""
+        """Return the first kept prompts of each stage."""
         rows = [row for kept in self.state.kept().values() for row in kept.scored[1][:count]]
         texts = [self.tokenizer.decode(row.prompt, skip_special_tokens=True) for row in rows]
         return list(dict.fromkeys(text for text in texts if text))
@@ -157,17 +157,17 @@ class Desk:
         return Scorer(self.state, self.state.kept(), hold="carried")
 
     def release(self) -> None:
-        """Let go of the model; it is loaded again when it is needed."""
+        """Release the model; it is loaded again when it is needed."""
         vars(self).pop("_scorer", None)
 
     def answer(
         self, mix: Mix, turns: Sequence[Message], decoding: Decoding, *, as_chat: bool
     ) -> Iterator[str]:
-        """Yield what a mix has answered so far, again and again; the last time it is whole.
+        """Yield the growing answer of a mix; the last item is the whole answer.
 
-        `turns` end in the question. As a chat they go through the model's template; else the
-        question alone is continued, as `chainlora generate` does. Where the iterator is closed, the
-        model stops.
+        `turns` end with the question. With `as_chat` they are rendered by the model's template.
+        Otherwise only the question is continued, as by `chainlora generate`. Closing the iterator
+        stops the model.
         """
         with self._one_at_a_time:
             model = self._scorer.model_at(self.at(mix).state)
@@ -181,9 +181,9 @@ class Desk:
             yield from _growing(speak)
 
     def scores(self, mixes: Sequence[Mix]) -> list[list[Cell]]:
-        """Score the rows that each stage kept in each mix: a row of the matrix a mix.
+        """Score the kept rows of each stage in each mix. Return a row of cells per mix.
 
-        Raises RunError for a run that kept none.
+        Raises RunError for a run without kept rows.
         """
         with self._one_at_a_time:
             scorer = self._scorer
@@ -193,13 +193,13 @@ class Desk:
                 rule = "a mix is scored on the rows that stages kept"
                 raise RunError(rule, f"none in {self.run}", "train with data.keep_rows: true")
             states = [self.at(mix).state for mix in mixes]
-            found = [scorer.score("mix", state, stages) for state in states]
-            return [[replace(cell, stage=names[cell.stage]) for cell in row] for row in found]
+            grid = [scorer.score("mix", state, stages) for state in states]
+            return [[replace(cell, stage=names[cell.stage]) for cell in row] for row in grid]
 
     def save(self, mix: Mix) -> None:
-        """Make the run this mix, as `chainlora undo --to` and `chainlora mix` do.
+        """Set the run to this mix, as `chainlora undo --to` and `chainlora mix` do.
 
-        One `undo` takes it back.
+        One `undo` reverts it.
         """
         if mix.strengths != self.strengths(mix.entry):
             mix_stages(self.run, mix.strengths, of=mix.entry)
@@ -207,20 +207,20 @@ class Desk:
             undo(self.run, mix.entry)
 
     def export(self, mix: Mix, output: str | Path, to: str) -> dict[str, Any]:
-        """Write this mix, as `chainlora export` does; the run stays what it is."""
+        """Export this mix, as `chainlora export` does. The run does not change."""
         state = self.at(mix)
         state.need_one_strength([name for name, value in mix.strengths.items() if value])
         return exporter_to(to)(state, output)
 
 
 def _growing(speak: Callable[[Callable[[str], None]], str]) -> Iterator[str]:
-    """Yield a text as `speak` writes it, in a thread of its own."""
+    """Yield the growing text that `speak` writes, which runs in a separate thread."""
     pieces: SimpleQueue[str | None] = SimpleQueue()
-    left = Event()
+    closed = Event()
 
     def write(piece: str) -> None:
-        if left.is_set():
-            raise BrokenPipeError("nobody listens any more")
+        if closed.is_set():
+            raise BrokenPipeError("the reader is gone")
         pieces.put(piece)
 
     text = ""
@@ -231,6 +231,6 @@ def _growing(speak: Callable[[Callable[[str], None]], str]) -> Iterator[str]:
             while (piece := pieces.get()) is not None:
                 text += piece
                 yield text
-            yield done.result()  # or what it raised
+            yield done.result()  # raises what `speak` raised
         finally:
-            left.set()
+            closed.set()

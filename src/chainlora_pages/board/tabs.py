@@ -1,12 +1,12 @@
-"""What the tabs Train and Ask hold, by Gradio."""
+"""The tabs Train and Ask of the board, in Gradio."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -24,13 +24,13 @@ from chainlora_pages.page import Numbers, as_text, render_part, section
 
 _SIDES = ("Left", "Right")
 _EXPORTS = (
-    ("Adapter: for people who serve with PEFT or vLLM", "adapter"),
+    ("Adapter: to serve with PEFT or vLLM", "adapter"),
     ("Merged: a whole model folder, for transformers", "merged"),
     ("GGUF: one file, for Ollama and llama.cpp", "gguf"),
 )
 _NEXT = {
     "adapter": "Next: give this folder and the base model to PEFT or vLLM.",
-    "merged": "Next: load this folder with transformers, as any model.",
+    "merged": "Next: load this folder with transformers, like any model.",
     "gguf": "Next, in this folder: `ollama create NAME -f Modelfile`, then `ollama run NAME`.",
 }
 _ROWS = """
@@ -45,16 +45,14 @@ The same as JSONL:
 {"instruction": "When do you open?", "output": "Tuesday to Saturday, from 9 to 17."}
 {"instruction": "Do you repair lamps?", "output": "Yes, for 15 euros."}
 ```
-You get a model that answers as your rows do; you can try it under Ask, undo it and export it.
+You get a model that answers like your rows. You can try it under Ask, undo it and export it.
 """
-_STRENGTHS = (
-    "How much of each training is in an answer: 1 is all of it, 0 is none. No file changes."
-)
-_MODEL: Any = {"concurrency_id": "model", "concurrency_limit": 1}  # there is one
+_STRENGTHS = "The weight of each training in the answers: 1 is full, 0 is off. No file changes."
+_MODEL: Any = {"concurrency_id": "model", "concurrency_limit": 1}  # all answers use one model
 
 
 def choices(runs: Mapping[str, Path]) -> list[tuple[str, str]]:
-    """Return runs as a dropdown takes them."""
+    """Return runs as choices of a dropdown."""
     return [(name, str(run)) for name, run in runs.items()]
 
 
@@ -62,56 +60,65 @@ def choices(runs: Mapping[str, Path]) -> list[tuple[str, str]]:
 
 
 def targets(folder: Path | None, runs: Mapping[str, Path]) -> list[tuple[str, str]]:
-    """Return the choices of what to train: in a folder of runs a new one, and those there are."""
+    """Return the choices for "Train into": a new run, if there is a folder for it, and the runs."""
     new = [("a new run", "")] if folder is not None else []
     return [*new, *choices(runs)]
 
 
 def standing(trainer: Trainer, shown: str | None = None) -> tuple[Any, ...]:
-    """Return where the training is, and the buttons that begin, stop and continue one."""
+    """Return the progress of the training as HTML, and the buttons Train, Stop and Continue."""
     is_on, offer = trainer.is_training, _offer(trainer, shown)
-    goes_on = gr.Button(offer.label if offer else "Continue", visible=offer is not None)
-    return _told_of(trainer), gr.Button(interactive=not is_on), gr.Button(visible=is_on), goes_on
+    further = gr.Button(offer.label if offer else "Continue", visible=offer is not None)
+    progress = _progress_html(trainer)
+    return progress, gr.Button(interactive=not is_on), gr.Button(visible=is_on), further
 
 
 def _offer(trainer: Trainer, shown: str | None) -> Offer | None:
-    """Return what to do next about the last command, or a run that was interrupted before."""
+    """Return the next step after the last command, or for the shown run if it was interrupted."""
     if trainer.is_training or trainer.offer:
         return trainer.offer
-    is_left = shown is not None and standing_of(Path(shown))["state"] == "interrupted"
-    return continuing(shown) if shown and is_left else None
+    is_interrupted = shown is not None and standing_of(Path(shown))["state"] == "interrupted"
+    return continuing(shown) if shown and is_interrupted else None
 
 
-def _told_of(trainer: Trainer) -> str:
-    said, harm = trainer.standing, trainer.harm
+def _progress_html(trainer: Trainer) -> str:
+    progress, harm = trainer.standing, trainer.harm
     lines = [line for line in trainer.lines() if line != harm]
-    text = f"<p>{escape(said)}</p>"
+    text = f"<p>{escape(progress)}</p>"
     if harm and not trainer.is_training:
-        text += f'<p class="warning">⚠ {escape(_in_plain_words(harm))}</p>'
+        text += f'<p class="warning">⚠ {escape(_harm_text(harm))}</p>'
     listing = f"<pre>{escape(chr(10).join(lines))}</pre>" if lines else ""
-    if "cannot be read: " in said:
+    if "cannot be read: " in progress:
         listing = f"<details><summary>Details</summary>{listing}</details>"
-    return text + listing if said else ""
+    return text + listing if progress else ""
 
 
-def _in_plain_words(harm: str) -> str:
+def _harm_text(harm: str) -> str:
+    """Return the warning of lost general ability in plain words, with its remedy."""
     can_combine = "chainlora combine" in harm
-    cure = (
-        "Combine tries to keep both: what it has learned, and what it could do."
+    remedy = (
+        "Combine tries to keep both the old abilities and the new answers."
         if can_combine
-        else "Undo takes this training back."
+        else "Undo reverts this training."
     )
     return (
-        f"The model has become worse at what it could do before this training. {cure} "
+        f"The model has lost some of its earlier abilities in this training. {remedy} "
         f"({harm.removeprefix('warning: ').partition(':')[0]})"
     )
 
 
-def train_tab(
-    trainer: Trainer, folder: Path | None, runs: Mapping[str, Path], run: Any, wanted: Any
-) -> list[Any]:
-    """Put what begins and stops a training on the page. Returns what `targets` and `standing` are
-    shown by; `run` is the one shown, and `wanted` becomes the one that is trained."""
+class _TrainFields(NamedTuple):
+    """The fields of the tab Train."""
+
+    rows: Any
+    into: Any
+    model: Any
+    name: Any
+    settings: list[Any]
+
+
+def _train_fields(folder: Path | None, runs: Mapping[str, Path]) -> _TrainFields:
+    """Create the fields of the tab Train."""
     gr.Markdown(f"**Your data**: a file of rows ({', '.join(SUFFIXES)})")
     keys: Any = {"file_types": [*SUFFIXES], "height": 140, "show_label": False}
     rows = gr.File(label="Your data", elem_id="rows", **keys)
@@ -128,16 +135,28 @@ def train_tab(
             elem_id="model",
             **keys,
         )
-        name = gr.Textbox(label="Name", placeholder="That of the file", elem_id="name")
+        name = gr.Textbox(label="Name", placeholder="Name of the file", elem_id="name")
     with gr.Accordion("Settings", open=False), gr.Row():
-        # no numbers: Gradio makes an empty one 0 where it is folded away at first
+        # Textboxes, not numbers: Gradio turns an empty number that starts folded into 0.
         texts = {"Epochs": "automatic", "Rank": "8", "Learning rate": "default"}
         settings = [gr.Textbox(label=k, placeholder=v, min_width=140) for k, v in texts.items()]
+    return _TrainFields(rows, into, model, name, settings)
+
+
+def train_tab(
+    trainer: Trainer, folder: Path | None, runs: Mapping[str, Path], run: Any, wanted: Any
+) -> list[Any]:
+    """Create the tab Train.
+
+    `run` is the shown run; `wanted` becomes the run that a training writes. Returns the widgets
+    that the page updates with `targets` and `standing`.
+    """
+    fields = _train_fields(folder, runs)
     with gr.Row():
         begin = gr.Button("Train", variant="primary", min_width=120, elem_id="begin")
         stop = gr.Button("Stop", min_width=120, visible=trainer.is_training, elem_id="stop")
         further = gr.Button("Continue", min_width=120, visible=False, elem_id="further")
-    step = gr.HTML(elem_id="step")
+    shown = [gr.HTML(elem_id="step"), begin, stop, further]
 
     @told()
     def train(
@@ -149,8 +168,8 @@ def train_tab(
             file,
             run=to or None,
             model=base,
-            name=_given(called),
-            settings=dict(zip(names, map(_given, values), strict=True)),
+            name=_field_text(called),
+            settings=dict(zip(names, map(_field_text, values), strict=True)),
         )
         trainer.start(command, Path(file).name if file else "")
         return str(trainer.run.resolve()), *standing(trainer)
@@ -165,17 +184,19 @@ def train_tab(
         trainer.stop()
         return standing(trainer)
 
-    shown = [step, begin, stop, further]
-    rows.upload(lambda file: name_of_rows(file), rows, name, show_progress="hidden")
-    into.input(lambda to: gr.Dropdown(visible=not to), into, model, show_progress="hidden")
-    begin.click(train, [rows, into, model, name, *settings], [wanted, *shown])
+    fields.rows.upload(name_of_rows, fields.rows, fields.name, show_progress="hidden")
+    fields.into.input(
+        lambda to: gr.Dropdown(visible=not to), fields.into, fields.model, show_progress="hidden"
+    )
+    given = [fields.rows, fields.into, fields.model, fields.name, *fields.settings]
+    begin.click(train, given, [wanted, *shown])
     stop.click(end, None, shown)
     further.click(go_on, run, shown)
-    return [into, *shown]
+    return [fields.into, *shown]
 
 
-def _given(text: str | None) -> str | None:
-    """Return what a field says; None of an empty one, and of one that was never seen."""
+def _field_text(text: str | None) -> str | None:
+    """Return the text of a field; None if it is empty or was never shown."""
     return (text or "").strip() or None
 
 
@@ -183,34 +204,34 @@ def _given(text: str | None) -> str | None:
 
 
 def ask_tab(desk: Desk) -> None:
-    """Put two states on the page, and what can be done with them."""
-    widgets = _talking(desk)
-    for part in (_scoring, _keeping):
-        part(desk, widgets)
+    """Create the tab Ask: two states to compare, score, export and use."""
+    widgets = _chat_part(desk)
+    _score_part(desk, widgets)
+    _export_part(desk, widgets)
 
 
-def _choosing(desk: Desk) -> list[Any]:
-    """Put the choice of both states on the page."""
-    found, entries = [], [*desk.entries.items()]
+def _state_choices(desk: Desk) -> list[Any]:
+    """Create the dropdowns of both states."""
+    dropdowns, entries = [], [*desk.entries.items()]
     with gr.Row():
         for side, entry in zip(_SIDES, (desk.now.key, desk.before), strict=True):
             keys: Any = {"label": side, "elem_id": f"state-{side}", "interactive": True}
-            found.append(gr.Dropdown(entries, value=entry, min_width=300, **keys))
-    return found
+            dropdowns.append(gr.Dropdown(entries, value=entry, min_width=300, **keys))
+    return dropdowns
 
 
 def _sliders(desk: Desk, side: str, choice: Any) -> list[Any]:
-    """Put the strengths of all stages on the page; those of the chosen state are seen."""
+    """Create a slider for each stage; only the stages of the chosen state are visible."""
     with gr.Column(min_width=300):
         gr.Markdown(f"### {side}")
         keys: Any = {"interactive": True, "step": 0.05}
         sliders = [
-            gr.Slider(label=stage, elem_id=f"{side}-{stage}", **own, **keys)
-            for stage, own in _ranges(desk, choice.value).items()
+            gr.Slider(label=stage, elem_id=f"{side}-{stage}", **values, **keys)
+            for stage, values in _ranges(desk, choice.value).items()
         ]
 
     def choose(entry: str) -> dict[Any, Any]:
-        updates = (gr.Slider(**own) for own in _ranges(desk, entry).values())
+        updates = (gr.Slider(**values) for values in _ranges(desk, entry).values())
         return dict(zip(sliders, updates, strict=True))
 
     choice.input(choose, choice, sliders, show_progress="hidden")
@@ -218,43 +239,43 @@ def _sliders(desk: Desk, side: str, choice: Any) -> list[Any]:
 
 
 def _ranges(desk: Desk, entry: str) -> dict[str, dict[str, Any]]:
-    """Return what the slider of each stage is in a state."""
-    known, found = desk.strengths(entry), {}
+    """Return range, value and visibility of each stage's slider for a state."""
+    strengths, ranges = desk.strengths(entry), {}
     for stage in desk.stages:
-        now = known.get(stage, 1.0)
-        own = {"minimum": min(0, now), "maximum": max(1, now), "value": now}  # `mix` takes any
-        found[stage] = own | {"visible": stage in known}
-    return found
+        value = strengths.get(stage, 1.0)
+        limits = {"minimum": min(0, value), "maximum": max(1, value)}  # `mix` accepts any number
+        ranges[stage] = limits | {"value": value, "visible": stage in strengths}
+    return ranges
 
 
 def _mixes(desk: Desk, values: Sequence[Any]) -> list[Mix]:
-    """Return the mixes that the choices and the sliders of both sides say."""
+    """Return the mixes of both sides from the values of the dropdowns and the sliders."""
     entries, strengths, stages = values[:2], values[2:], desk.stages
-    sides, found = (strengths[: len(stages)], strengths[len(stages) :]), []
-    for entry, own in zip(entries, sides, strict=True):
-        known = dict(zip(stages, own, strict=True))
-        found.append(Mix(entry, {name: known[name] for name in desk.strengths(entry)}))
-    return found
+    sides, mixes = (strengths[: len(stages)], strengths[len(stages) :]), []
+    for entry, side in zip(entries, sides, strict=True):
+        by_stage = dict(zip(stages, side, strict=True))
+        mixes.append(Mix(entry, {name: by_stage[name] for name in desk.strengths(entry)}))
+    return mixes
 
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Show our errors to the person who asked, as the line that they are."""
+    """Show errors of chainlora to the user as their one line."""
     try:
         yield
     except ChainLoRAError as error:
         raise gr.Error(escape(str(error)), duration=None, print_exception=False) from error
 
 
-def _talking(desk: Desk) -> list[Any]:
-    """Put prompt, answers and then the sliders on the page, which a phone shows in this order.
+def _chat_part(desk: Desk) -> list[Any]:
+    """Create prompt, answers and then the sliders; a phone shows them in this order.
 
-    All is drawn again after `undo` or a training; what has a key stays.
+    The tab is drawn again after `undo` or a training; widgets with a key keep their values.
     """
     rows, has_template = desk.rows, bool(desk.tokenizer.chat_template)
     is_chat = has_template and (rows is None or rows.is_chat)
+    states = _state_choices(desk)
     keys: Any = {"lines": 2, "max_lines": 8}
-    states = _choosing(desk)
     keys |= {"label": "Question or prompt", "key": (str(desk.run), "prompt")}
     prompt = gr.Textbox(elem_id="prompt", **keys)
     with gr.Row():
@@ -270,35 +291,17 @@ def _talking(desk: Desk) -> list[Any]:
     with gr.Accordion("Strengths", open=False):
         gr.Markdown(_STRENGTHS)
         with gr.Row():
-            sliders = [_sliders(desk, *each) for each in zip(_SIDES, states, strict=True)]
-    widgets = [*states, *sliders[0], *sliders[1]]
+            left, right = (_sliders(desk, *pair) for pair in zip(_SIDES, states, strict=True))
+    widgets = [*states, *left, *right]
     with gr.Accordion("How to answer", open=False), gr.Row():
         as_chat = gr.Checkbox(is_chat, label="Chat template", visible=has_template)
         keys = {"precision": 0, "minimum": 1, "interactive": True}
         limit = gr.Number(answer_limit(rows), label="Most tokens", **keys)
-        heat = gr.Slider(0, 2, 0, step=0.1, label="Temperature")
-
-    def talk(
-        text: str, chat: bool, most: int | None, temperature: float, *values: Any
-    ) -> Iterator[Any]:
-        if rows is not None and not chat and not rows.has(text):
-            endings = " or ".join(map(repr, rows.endings))
-            gr.Warning(f"The rows of this run have prompts that end in {escape(endings)}.")
-        question = {"role": "user", "content": text}
-        said = [[*_answered(turns), question] for turns in values[:2]]
-        yield "" if chat else text, *said
-        with told():
-            decoding = Decoding(temperature=temperature, max_new_tokens=most or answer_limit(rows))
-            for place, mix in enumerate(_mixes(desk, values[2:])):
-                asked = said[place]
-                for answer in desk.answer(mix, asked, decoding, as_chat=chat):
-                    said[place] = [*asked, {"role": "assistant", "content": answer or "(nothing)"}]
-                    yield gr.skip(), *said
-
+        temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature")
     asking = gr.on(
         [ask.click, prompt.submit],
-        talk,
-        [prompt, as_chat, limit, heat, *chats, *widgets],
+        _talk(desk),
+        [prompt, as_chat, limit, temperature, *chats, *widgets],
         [prompt, *chats],
         show_progress_on=chats,
         **_MODEL,
@@ -308,19 +311,43 @@ def _talking(desk: Desk) -> list[Any]:
     return widgets
 
 
-def _answered(turns: Sequence[Any]) -> list[dict[str, str]]:
-    """Return a conversation as models take it, without a last question that was not answered.
+def _talk(desk: Desk) -> Callable[..., Iterator[Any]]:
+    """Return the event handler that asks both states and streams their answers."""
+    rows = desk.rows
 
-    Gradio gives a text back as its parts.
+    def talk(
+        text: str, chat: bool, most: int | None, temperature: float, *values: Any
+    ) -> Iterator[Any]:
+        if rows is not None and not chat and not rows.has(text):
+            endings = " or ".join(map(repr, rows.endings))
+            gr.Warning(f"Prompts of this run's rows end in {escape(endings)}.")
+        question = {"role": "user", "content": text}
+        shown = [[*_answered(turns), question] for turns in values[:2]]
+        yield "" if chat else text, *shown
+        with told():
+            decoding = Decoding(temperature=temperature, max_new_tokens=most or answer_limit(rows))
+            for place, mix in enumerate(_mixes(desk, values[2:])):
+                turns = shown[place]
+                for answer in desk.answer(mix, turns, decoding, as_chat=chat):
+                    shown[place] = [*turns, {"role": "assistant", "content": answer or "(nothing)"}]
+                    yield gr.skip(), *shown
+
+    return talk
+
+
+def _answered(turns: Sequence[Any]) -> list[dict[str, str]]:
+    """Convert a conversation of Gradio for models, without a last question that has no answer.
+
+    Gradio returns the content of a turn as a list of parts.
     """
-    found = [
+    messages = [
         {"role": turn["role"], "content": "".join(part["text"] for part in turn["content"])}
         for turn in turns
     ]
-    return found[:-1] if found and found[-1]["role"] == "user" else found
+    return messages[:-1] if messages and messages[-1]["role"] == "user" else messages
 
 
-def _scoring(desk: Desk, widgets: list[Any]) -> None:
+def _score_part(desk: Desk, widgets: list[Any]) -> None:
     button = gr.Button("Test both on the data's questions")
     view = gr.HTML(apply_default_css=False, elem_id="scores")
 
@@ -334,31 +361,31 @@ def _scoring(desk: Desk, widgets: list[Any]) -> None:
             texts = [number(value, 4) for value in (one.value, two.value, error)]
             rows.append((f"{one.stage}, {one.metric} of {one.rows} {one.split}", *texts))
         names, note = [desk.words(mix) for mix in mixes], "±: standard error over the rows."
-        title = "What {} and {} score".format(*names)
+        title = "Scores of {} and {}".format(*names)
         table = Table(title, ("rows of", *names, "±"), tuple(rows), note)
         return render_part([section("Scores", Numbers(table))])
 
     button.click(score, widgets, view, **_MODEL)
-    # at once, in the browser: another pair has other scores
-    gr.on([each.change for each in widgets], None, None, view, js="() => ''")
+    # Clear the scores in the browser at once, because another pair has other scores.
+    gr.on([widget.change for widget in widgets], None, None, view, js="() => ''")
 
 
-def _keeping(desk: Desk, widgets: list[Any]) -> None:
+def _export_part(desk: Desk, widgets: list[Any]) -> None:
     with gr.Accordion("Export or use", open=False):
-        keys: Any = {"interactive": True}  # what has a value is else shown only
+        keys: Any = {"interactive": True}  # Gradio makes widgets with a value read-only otherwise
         side = gr.Radio(list(_SIDES), value=_SIDES[0], label="Which", **keys)
         kind = gr.Radio(_EXPORTS, value="adapter", label="Export as", **keys)
         folder = gr.Textbox(f"{desk.run}-adapter", label="New folder", elem_id="folder", **keys)
         with gr.Row():
             export = gr.Button("Export")
-            save = gr.Button(_using(_SIDES[0]), elem_id="use")
+            save = gr.Button(_use_label(_SIDES[0]), elem_id="use")
         outcome = gr.Markdown(elem_id="outcome", key=(str(desk.run), "outcome"))
 
     @told()
     def save_mix(which: str, *values: Any) -> str:
         mix = _mixes(desk, values)[_SIDES.index(which)]
         desk.save(mix)
-        return f"In use: {as_text(desk.words(mix))}. Undo takes it back."
+        return f"In use: {as_text(desk.words(mix))}. Undo reverts it."
 
     @told()
     def export_mix(which: str, to: str, output: str, *values: Any) -> str:
@@ -366,10 +393,10 @@ def _keeping(desk: Desk, widgets: list[Any]) -> None:
         return f"Exported to `{Path(done['output']).resolve()}`. {_NEXT[to]}"
 
     kind.input(lambda to: f"{desk.run}-{to}", kind, folder, show_progress="hidden")
-    side.input(_using, side, save, show_progress="hidden")
+    side.input(_use_label, side, save, show_progress="hidden")
     save.click(save_mix, [side, *widgets], outcome)
     export.click(export_mix, [side, kind, folder, *widgets], outcome)
 
 
-def _using(side: str) -> str:
-    return f"Use {side} from now on (Undo takes it back)"
+def _use_label(side: str) -> str:
+    return f"Use {side} from now on (Undo reverts it)"

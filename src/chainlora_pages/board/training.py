@@ -1,8 +1,8 @@
-"""Training from the page: `chainlora train` or `extend` in a process of its own.
+"""Train from the page: run `chainlora train` or `extend` in a separate process.
 
-So the page stays responsive, and the run is like any other: after a stop, or a kill of the board,
-the same command resumes it. An uploaded file is copied below the folder of the run, under a name
-made here, and is read as rows only: never as a config, which could name plug-ins.
+The page stays responsive, and the run is like any other: after a stop, or a kill of the board, the
+same command resumes it. An uploaded file is copied below the folder of the run, under a name chosen
+here, and read only as rows: never as a config, which could name plug-ins.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ MODELS = (
     "HuggingFaceTB/SmolLM2-360M-Instruct",
     "Qwen/Qwen2.5-0.5B-Instruct",
 )
-UPLOADS = ".uploads"  # no run: its name begins with a dot
-_SHOWN = 1 << 16  # bytes of the log that are read to show its end
+UPLOADS = ".uploads"  # the dot keeps `find_runs` from taking it for a run
+_SHOWN = 1 << 16  # bytes at the end of the log that are read
 
 
 def command_of(
@@ -47,13 +47,18 @@ def command_of(
     name: str | None = None,
     settings: Mapping[str, Any] = {},
 ) -> list[str]:
-    """Return the words of the command that trains on a file of rows.
+    """Return the arguments of the command that trains on a file of rows, which is copied.
 
-    It begins a run below the folder `place`, or adds a stage to `run`; `settings` are config keys,
-    None for the default. Without rows, it resumes `run`. The file is copied.
+    Args:
+        place: the folder for a new run.
+        rows: the uploaded file; None resumes `run`.
+        run: gets a new stage; None starts a new run.
+        model: the base of a new run.
+        name: of the stage. Default: the name of the file.
+        settings: config keys; None stands for the default.
 
-    Raises ConfigError, DataError or FileError for what the command line would refuse, or would not
-    read as rows.
+    Raises:
+        ConfigError, DataError, FileError: as the command line, and for a file that is not rows.
     """
     if rows is None:
         if run is None or not read_history(Path(run)).unbuilt:
@@ -63,7 +68,7 @@ def command_of(
         raise ConfigError("a new run needs a model to train", "none", "choose one, or type a name")
     name = check_name(name or name_of_rows(rows))
     keys = {"name": name, **settings}
-    file = _copied(Path(rows), Path(place) if run is None else Path(run).parent)
+    file = _copy_rows(Path(rows), Path(place) if run is None else Path(run).parent)
     if run is not None:
         words = ["extend", str(Path(run).resolve()), str(file)]
     else:
@@ -73,8 +78,8 @@ def command_of(
     return [*words, *(f"--{key}={value}" for key, value in keys.items() if value is not None)]
 
 
-def _copied(rows: Path, place: Path) -> Path:
-    """Return a copy of a file of rows below a folder, named after its name and content."""
+def _copy_rows(rows: Path, place: Path) -> Path:
+    """Copy a file of rows below a folder; the copy is named by its name and content."""
     if not is_rows(rows):
         rule = "a file of rows must end in .jsonl, .csv or .parquet, or be a .json of a list"
         raise DataError(rule, rows.name, "convert it")
@@ -83,35 +88,35 @@ def _copied(rows: Path, place: Path) -> Path:
     if not path.is_file():
         files.copy_file(rows, path)
     try:
-        deque(FileSource(path), maxlen=0)  # a bad row is told at once
+        deque(FileSource(path), maxlen=0)  # report a bad row at once
     except DataError as error:
         raise DataError(as_uploaded(str(error), path, rows.name)) from None
     return path
 
 
 def as_uploaded(text: str, copy: str | Path, name: str) -> str:
-    """Return a message about a copy as one about the file `name`, which names a row first."""
-    found = re.search(rf" at {re.escape(str(copy))} (line|row) (\d+)", text)
-    if found:
-        place = f"{found[1].capitalize()} {found[2]} of {name} cannot be read: "
-        text = place + text.removeprefix("error: ").replace(found[0], "")
+    """Rewrite a message about a copy for the uploaded file `name`; the row comes first."""
+    match = re.search(rf" at {re.escape(str(copy))} (line|row) (\d+)", text)
+    if match:
+        place = f"{match[1].capitalize()} {match[2]} of {name} cannot be read: "
+        text = place + text.removeprefix("error: ").replace(match[0], "")
     return text.replace(str(copy), name)
 
 
 class Offer(NamedTuple):
-    """What a button does next: its word, and the words of the command."""
+    """A button for the next step: its label, and the arguments of its command."""
 
     label: str
     words: list[str]
 
 
 def continuing(run: str | Path) -> Offer:
-    """Return what resumes a run."""
+    """Return the button that resumes a run."""
     return Offer("Continue", ["train", str(Path(run).resolve())])
 
 
 class Trainer:
-    """Runs one command that trains at a time, and shows what it says."""
+    """Runs one training command at a time, and shows its output."""
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
@@ -126,19 +131,20 @@ class Trainer:
 
     @property
     def is_training(self) -> bool:
-        """Say whether a command runs."""
+        """Return whether a command is running."""
         return self._child is not None and self._child.poll() is None
 
     def start(self, words: list[str], name: str = "") -> None:
-        """Run a command of chainlora. `name` is the one that its file of rows had.
+        """Start a command of chainlora. `name` is the original name of its file of rows.
 
-        Raises RunError where one runs.
+        Raises RunError if a command is running.
         """
         if self.is_training:
-            raise RunError("one training runs at a time", "another", "stop it, or wait for its end")
+            rule, got = "only one training can run at a time", "another one is running"
+            raise RunError(rule, got, "stop it, or wait for its end")
         self._is_stopping, self._words, self._name = False, words, name
-        # A session of its own: else Ctrl-C in the terminal of the board would stop it a second
-        # time. A file and no pipe: it goes on where the board is killed.
+        # A new session: otherwise Ctrl-C in the terminal of the board would stop it twice. A file,
+        # not a pipe: the command continues if the board is killed.
         with self._log.open("wb") as log:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "chainlora", *words],
@@ -149,18 +155,18 @@ class Trainer:
             )
 
     def stop(self) -> None:
-        """Stop it after its step, saved; the second time at once."""
+        """Stop the command after its step and save; a second call stops it at once."""
         if self.is_training and self._child is not None:
             self._child.terminate()
             self._is_stopping = True
 
     def wait(self) -> int | None:
-        """Wait for the end, and return the exit status; None where nothing was started."""
+        """Wait for the end. Return the exit status, or None if no command was started."""
         return None if self._child is None else self._child.wait()
 
     @property
     def standing(self) -> str:
-        """Where the training is, in words; nothing before the first."""
+        """Return the progress of the command as a sentence; "" before the first command."""
         if self._child is None:
             return ""
         status = self._child.poll()
@@ -168,11 +174,11 @@ class Trainer:
             return "Stopping after this step …" if self._is_stopping else "Training …"
         if status == 0:
             done = "Combined" if self._words[0] == "combine" else "Trained"
-            return f"{done}. Ask it, or look at its curves under Watch."
+            return f"{done}. Ask it, or see its curves under Watch."
         if self._is_stopped:
-            return f"Stopped, and saved.{self._as_before} Continue goes on with the training."
-        found = [line for line in self.lines() if "cannot be read: " in line]
-        return f"Not trained. {found[-1]}" if found else "Not trained:"
+            return f"Stopped and saved.{self._as_before} Press Continue to resume."
+        bad_rows = [line for line in self.lines() if "cannot be read: " in line]
+        return f"Not trained. {bad_rows[-1]}" if bad_rows else "Not trained:"
 
     @property
     def _is_stopped(self) -> bool:
@@ -181,9 +187,9 @@ class Trainer:
 
     @property
     def run(self) -> Path:
-        """The run that the last command was about."""
-        own = [word for word in self._words if word.startswith("--output=")]
-        return Path(own[0].removeprefix("--output=") if own else self._words[1])
+        """Return the run of the last command."""
+        outputs = [word for word in self._words if word.startswith("--output=")]
+        return Path(outputs[0].removeprefix("--output=") if outputs else self._words[1])
 
     @property
     def _as_before(self) -> str:
@@ -192,12 +198,12 @@ class Trainer:
 
     @property
     def harm(self) -> str:
-        """The line that says that general ability has fallen; nothing where it has not."""
+        """Return the line that warns of lost general ability, or ""."""
         return next((line for line in self.lines() if HARM in line), "")
 
     @property
     def offer(self) -> Offer | None:
-        """What can be done about how the last command ended."""
+        """Return a button for the next step after the last command, if there is one."""
         if self._is_stopped and self._words[0] != "combine":
             return continuing(self.run)
         if not self.is_training and "chainlora combine" in self.harm:
@@ -205,14 +211,14 @@ class Trainer:
         return None
 
     def lines(self, count: int = 12) -> list[str]:
-        """Return the last lines that the command wrote."""
+        """Return the last lines of the command's output."""
         if self._child is None:
             return []
         with self._log.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - _SHOWN))
             texts = log.read().decode("utf-8", "replace").splitlines()
-        found = [printable(line.removeprefix("chainlora: ")) for line in texts]
+        lines = [printable(line.removeprefix("chainlora: ")) for line in texts]
         copy = next((word for word in self._words if Path(word).parent.name == UPLOADS), None)
         if copy and self._name:
-            found = [as_uploaded(line, copy, self._name) for line in found]
-        return [line for line in found if line.strip()][-count:]
+            lines = [as_uploaded(line, copy, self._name) for line in lines]
+        return [line for line in lines if line.strip()][-count:]

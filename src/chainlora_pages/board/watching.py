@@ -1,6 +1,6 @@
-"""What runs look like while they train: their files are read, and nothing is written or waited for.
+"""Show the progress of runs from their files, without writing, locking or waiting.
 
-Of a run that trains, readers see the links that are tied and the records up to the last step.
+Readers of a run in training see its tied links, and its records up to the last step.
 """
 
 from __future__ import annotations
@@ -26,55 +26,55 @@ from chainlora_pages.run_charts import RATE, training_pictures
 from chainlora_pages.run_report import links_blocks, stage_blocks
 from chainlora_pages.runs import RunFacts, duration, read_state, run_names, score_text
 
-_RECENT = 25  # steps whose median tells the time left, as on the command line
+_RECENT = 25  # steps whose median estimates the time left, as on the command line
 _NONE = "–"
-_INTERRUPTED = "Training was interrupted.{} **Continue** under Train goes on with it."
-AS_BEFORE = " The run is what it was before."
+_INTERRUPTED = "Training was interrupted.{} Press **Continue** under Train to resume it."
+AS_BEFORE = " The run has not changed."
 
 
 def find_runs(places: Sequence[str | Path]) -> dict[str, Path]:
-    """Return the runs at some places by their names: runs, and runs in folders of them."""
-    found: list[Path] = []
+    """Return runs by name. Each place is a run or a folder of runs."""
+    runs: list[Path] = []
     for place in places:
         inside = sorted(path.parent for path in Path(place).glob(f"[!.]*/{HISTORY}"))
-        found += [split_address(place)[0]] if is_run(place) else inside
-    found = list(dict.fromkeys(found))
-    return dict(zip(run_names(found), found, strict=True)) if found else {}
+        runs += [split_address(place)[0]] if is_run(place) else inside
+    runs = list(dict.fromkeys(runs))
+    return dict(zip(run_names(runs), runs, strict=True)) if runs else {}
 
 
 def sections_of(runs: Mapping[str, Path], shown: Path) -> list[Section]:
-    """Return what there is to see: where each run is, and of one its stages, curves and links."""
+    """Return the progress of each run, and the stages, curves and links of the shown run."""
     rows = [{"run": name, **standing_of(run)} for name, run in runs.items()]
-    table = [Numbers(table_of("Where they are", rows))] if len(runs) > 1 else []
-    known = [(what, value) for what, value in standing_of(shown).items() if value != _NONE]
-    said = []
+    table = [Numbers(table_of("Progress", rows))] if len(runs) > 1 else []
+    known = [(name, value) for name, value in standing_of(shown).items() if value != _NONE]
+    notes = []
     if ("state", "interrupted") in known:
-        said.append(Text(_INTERRUPTED.format(AS_BEFORE * bool(read_history(shown).links))))
-    found = [section("Runs", *table), section(shown.name, Tiles(known), *said)]
+        notes.append(Text(_INTERRUPTED.format(AS_BEFORE * bool(read_history(shown).links))))
+    sections = [section("Runs", *table), section(shown.name, Tiles(known), *notes)]
     try:
-        return [*found, *_details(shown)]
+        return [*sections, *_details(shown)]
     except ChainLoRAError as error:
-        return [*found, section("Not to be read", Text(as_text(str(error))))]
+        return [*sections, section("Cannot read this run", Text(as_text(str(error))))]
 
 
 def standing_of(run: Path) -> dict[str, str]:
-    """Say where a run is: the stage that it trains or trained last, in words."""
+    """Return the progress of the current or last stage of a run, as text by name."""
     keys = ("state", "stage", "step", "time left", "training loss", "validation")
     try:
         name = _stages(run)[-1]
         folder = stage_folder(run, name)
-        stamps = [_stamp(each) for each in (run / HISTORY, folder / DRAFT, folder / RECORDS)]
-        found = dict(zip(keys, _standing(run, name, *stamps), strict=True))
+        stamps = [_stamp(path) for path in (run / HISTORY, folder / DRAFT, folder / RECORDS)]
+        texts = dict(zip(keys, _standing(run, name, *stamps), strict=True))
     except ChainLoRAError:
         return dict.fromkeys(keys, _NONE) | {"state": "cannot be read"}
-    if found["state"] == "training" and not is_in_use(folder):
-        found["state"] = "interrupted"
-    return found if found["state"] == "training" else found | {"time left": _NONE}
+    if texts["state"] == "training" and not is_in_use(folder):
+        texts["state"] = "interrupted"
+    return texts if texts["state"] == "training" else texts | {"time left": _NONE}
 
 
 @lru_cache(maxsize=1000)
 def _standing(run: Path, name: str, *stamps: int) -> tuple[str, ...]:
-    """Return whether a stage is done or in training, and what there is to say of it."""
+    """Return the values of `standing_of` for a stage; `stamps` are the keys of the cache."""
     state = _state_of(run, name)
     result = state.result() if state.draft is None else None
     facts = RunFacts("", state, None, result or {}, state.records(), {})
@@ -96,7 +96,7 @@ def _standing(run: Path, name: str, *stamps: int) -> tuple[str, ...]:
 
 
 def _details(run: Path) -> list[Section]:
-    names, off = _stages(run), _off(run)
+    names, off = _stages(run), _switched_off(run)
     curves, rates = [], []
     for name in reversed(names):
         head = (f"{name} (off)" if name in off else name) if len(names) > 1 else ""
@@ -120,26 +120,26 @@ def _details(run: Path) -> list[Section]:
 
 
 def _stages(run: Path) -> list[str]:
-    """Return the stages of a run: those that are off first, and last one that is trained."""
+    """Return the stages of a run: switched-off stages first, a stage in training last."""
     history = read_history(run)
     ended = [entry.key for entry in history.lineage(history.head) if entry.has_config]
-    off = _off(run)
+    off = _switched_off(run)
     names = [*sorted(ended, key=lambda name: name not in off), *drafts_in(run, history)]
     return names or [history.head]
 
 
 def _state_of(run: Path, name: str) -> OpenState:
-    """Return what a stage ended in, or has tied so far."""
+    """Return the state at the end of a stage, or at the last knot of a stage in training."""
     history = read_history(run)
     return begun_stage(run, name, history) or state_at(run, history, name)
 
 
-def _off(run: Path) -> set[str]:
+def _switched_off(run: Path) -> set[str]:
     return {name for name, strength in open_run(run).strengths.items() if not strength}
 
 
 def _stamp(path: Path) -> int:
-    """Return what is another number when a file is another one."""
+    """Return a number that changes with a file; 0 if it is missing."""
     try:
         return path.stat().st_mtime_ns
     except OSError:
@@ -148,17 +148,17 @@ def _stamp(path: Path) -> int:
 
 @lru_cache(maxsize=64)
 def _curves(run: Path, name: str, stamp: int) -> list[Block]:
-    return _alone(training_pictures(_state_of(run, name).records()))
+    return _without_tables(training_pictures(_state_of(run, name).records()))
 
 
 @lru_cache(maxsize=16)
 def _links_and_stages(run: Path, last: str, *versions: object) -> tuple[list[Block], list[Block]]:
-    """Return tables and pictures; all files of the links are checked first."""
+    """Return blocks about links and about stages; the files of all links are checked first."""
     state = _state_of(run, last)
     facts = read_state(open_run(run) if state.draft is None else state, run.name)
-    return _alone(links_blocks(facts)), _alone(stage_blocks(facts))
+    return _without_tables(links_blocks(facts)), _without_tables(stage_blocks(facts))
 
 
-def _alone(blocks: Sequence[Block]) -> list[Block]:
-    """Return blocks without what folds open: it would close whenever they are drawn again."""
+def _without_tables(blocks: Sequence[Block]) -> list[Block]:
+    """Remove folded tables, which would close on every redraw of the page."""
     return [replace(b, table=None) if isinstance(b, Picture) else b for b in blocks]
