@@ -18,7 +18,7 @@ from chainlora import load_config
 WRONG = {
     "--output null": "`output` must name a directory for the run (got none); add it to the config",
     "--data.train no.jsonl": "data must be a file, a folder or a Hub dataset owner/name (got no.js",
-    "--data.train no/such.jsonl": "check the path, which begins in /",
+    "--data.train no/such.jsonl": "check the path, relative to /",
     "--data.task no.yaml": "task file must be readable (got no.yaml: No such file or directory)",
     "--data.max_length 200": "must fit the model's context of 128 tokens (got 200); lower",
     "--data.max_length 5": " tokens); shorten it or raise data.max_length, or set data.truncation:",

@@ -61,7 +61,7 @@ def run_demo(output: str, echo: Callable[[str], object]) -> dict[str, Any]:
     _train(folder, _write_rows(shop, folder / "rows"), echo)
     result = _answers_of_runs(folder, shop)
     echo("\n" + _as_text(*tables(shop, result)))
-    echo(_after(folder))
+    echo(_next_steps(folder))
     return {"output": str(folder), **result}
 
 
@@ -207,7 +207,7 @@ def _as_text(*parts: Table) -> str:
     return captured.get()
 
 
-def _after(folder: Path) -> str:
+def _next_steps(folder: Path) -> str:
     """Return the notes on the tables, and the next commands to try."""
     return "\n".join(
         [

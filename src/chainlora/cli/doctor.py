@@ -120,7 +120,10 @@ def schema(markdown: bool) -> None:
     """Print the JSON Schema of a config, for editors.
 
     With it an editor completes and checks the keys. Save it as chainlora.schema.json, and begin a
-    config with the line: # yaml-language-server: $schema=chainlora.schema.json
+    config with this line:
+
+    \b
+      # yaml-language-server: $schema=chainlora.schema.json
     """
     from chainlora.config.json_schema import config_page, config_schema
 

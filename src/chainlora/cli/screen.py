@@ -56,7 +56,7 @@ def evaluation_progress(line: str = "scoring {}: row {} of {}") -> Iterator[Call
         yield progress
 
 
-def show_inspection(found: Mapping[str, Any], *, is_whole: bool = True) -> None:
+def show_inspection(inspection: Mapping[str, Any], *, is_whole: bool = True) -> None:
     """Print the result of `inspect_run`: a table of links, and the plan of each stage.
 
     Unless `is_whole`, only deviations are printed: an unfinished stage, a selected point.
@@ -66,21 +66,21 @@ def show_inspection(found: Mapping[str, Any], *, is_whole: bool = True) -> None:
     console = Terminal(width=max(80, console.width) if console.is_terminal else 140)
     if not is_whole:
         parts: list[Any] = []
-    elif found["links"]:
-        parts = [_table(found)]
+    elif inspection["links"]:
+        parts = [_table(inspection)]
     else:
-        parts = [f"{found['run']}: no links on {found['base']}"]
-    if not found["finished"]:
-        position = found["position"]
+        parts = [f"{inspection['run']}: no links on {inspection['base']}"]
+    if not inspection["finished"]:
+        position = inspection["position"]
         parts.append(
             f"unfinished: {position['links']} of {position['planned_links']} link(s) tied; "
             f"`chainlora train CONFIG` resumes from step {position['step']}"
         )
-    for stage, numbers in found["numbers"].items():
+    for stage, numbers in inspection["numbers"].items():
         if is_whole and numbers["lengths"]:
-            name = f" of {stage}" if len(found["numbers"]) > 1 else ""
+            name = f" of {stage}" if len(inspection["numbers"]) > 1 else ""
             parts.append(f"planned{name}: {_plan_text(numbers)}")
-    if (selected := found["selected"]) is not None:
+    if (selected := inspection["selected"]) is not None:
         part = " and a partial one" if selected["partial"] else ""
         count = f"{selected['num_links']} whole link(s){part}"
         parts.append(f"selected: best point at step {selected['step']}, {count}")
@@ -88,19 +88,22 @@ def show_inspection(found: Mapping[str, Any], *, is_whole: bool = True) -> None:
         console.print(text, highlight=False)
 
 
-def show_difference(found: Mapping[str, Any]) -> None:
+def show_difference(difference: Mapping[str, Any]) -> None:
     """Print the result of `chainlora.diff`: a row per module, the total, answers that differ."""
     table = Table(box=SIMPLE_HEAD, padding=0)
     for head in ("module", "‖a‖", "‖b‖", "‖a − b‖", "relative", "rank"):
         table.add_column(head, justify="left" if head == "module" else "right", no_wrap=True)
-    for name, row in found["modules"].items():
+    for name, row in difference["modules"].items():
         table.add_row(escape(name), *_norms(row))
     table.add_section()
-    table.add_row("all", *_norms(found["total"]))
+    table.add_row("all", *_norms(difference["total"]))
     console = Terminal()
     wide = Terminal(width=max(console.width, 140))
-    parts: list[Any] = [f"a: {found['a']}, b: {found['b']}, on {found['base']}", table]
-    for stage, row in found["answers"].items():
+    parts: list[Any] = [
+        f"a: {difference['a']}, b: {difference['b']}, on {difference['base']}",
+        table,
+    ]
+    for stage, row in difference["answers"].items():
         parts.append(_answer_counts(stage, row))
         for answers in row["differ"]:
             parts += [f"  {name}: {' '.join(str(text).split())}" for name, text in answers.items()]
@@ -139,14 +142,14 @@ def _repeated(texts: Sequence[str]) -> str:
     return ", ".join(text if count == 1 else f"{count} × {text}" for count, text in parts)
 
 
-def _table(found: Mapping[str, Any]) -> Table:
+def _table(inspection: Mapping[str, Any]) -> Table:
     """Return the table of links, which fits into 80 columns."""
-    are_several = len({row["stage"] for row in found["links"]}) > 1
-    title = escape(f"{found['run']}: chain on {found['base']} ({found['hold']})")
+    are_several = len({row["stage"] for row in inspection["links"]}) > 1
+    title = escape(f"{inspection['run']}: chain on {inspection['base']} ({inspection['hold']})")
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     for column in _COLUMNS:
         table.add_column(column, justify="right", no_wrap=column == "validation")
-    for row in found["links"]:
+    for row in inspection["links"]:
         # the metrics of the task, or the loss if there are no others
         metrics = [name for name in row["scores"] if name not in ("loss", "perplexity")]
         shown = metrics or [name for name in row["scores"] if name == "loss"]
@@ -164,9 +167,9 @@ def _table(found: Mapping[str, Any]) -> Table:
             number(row["effective_rank"]),
             ", ".join(f"{value:.2f}" for value in row["overlap"]) or "–",
         )
-    whole = found["chain"]
+    whole = inspection["chain"]
     table.add_section()
-    steps = str(sum(row["steps"] for row in found["links"]))
+    steps = str(sum(row["steps"] for row in inspection["links"]))
     sizes = number(whole.get("delta_norm"), 4), number(whole.get("effective_rank"))
     table.add_row("all", str(whole["rank"]), steps, "", "", *sizes, "")
     return table

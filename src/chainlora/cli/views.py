@@ -39,16 +39,16 @@ def inspect(run: str, as_json: bool) -> None:
     from chainlora.runs.inspection import inspect_run
 
     state = open_run(run)
-    found = inspect_run(state)
-    if found["links"] and not state.is_before_training:
+    inspection = inspect_run(state)
+    if inspection["links"] and not state.is_before_training:
         with picture_if_possible():
             import_dependent("chainlora_pages.chain_charts").plot_chain(
-                found, state.run / "chain.png"
+                inspection, state.run / "chain.png"
             )
     if as_json:
-        print_json(found)
+        print_json(inspection)
     else:
-        show_inspection(found)
+        show_inspection(inspection)
 
 
 @click.command
@@ -78,11 +78,11 @@ def diff(a: str, b: str, as_json: bool, **options: Any) -> None:
     from chainlora.cli.screen import show_difference
     from chainlora.evaluation.difference import diff as differences
 
-    found = differences(a, b, progress=to_stderr, **options)
+    difference = differences(a, b, progress=to_stderr, **options)
     if as_json:
-        print_json(found)
+        print_json(difference)
     else:
-        show_difference(found)
+        show_difference(difference)
 
 
 @click.command

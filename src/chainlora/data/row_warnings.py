@@ -47,7 +47,7 @@ def check_scorable(
         )
 
 
-def tell_lost(split: str, summary: RowsSummary) -> None:
+def warn_of_lost_rows(split: str, summary: RowsSummary) -> None:
     """Warn of rows that were cut or left out, and of pairs with the same answer twice."""
     longer = f"of {summary.rows} rows were longer than data.max_length or the context"
     if summary.rows_cut:
@@ -76,7 +76,7 @@ def check_pairs(summary: RowsSummary, source: Source) -> None:
         )
 
 
-def tell_unread(encoded: Mapping[str, Rows]) -> None:
+def warn_of_unread(encoded: Mapping[str, Rows]) -> None:
     """Warn once of each column that is not read, with the splits that have it."""
     unread = {split: rows.summary.unread for split, rows in encoded.items()}
     alike: dict[str, list[str]] = {}
@@ -87,7 +87,7 @@ def tell_unread(encoded: Mapping[str, Rows]) -> None:
         _log.warning("%s: not read: %s", splits, ", ".join(columns))
 
 
-def tell_in_both(
+def warn_of_shared_rows(
     data: DataConfig, rows: Mapping[str, Rows], sources: Mapping[str, Sequence[Source]]
 ) -> None:
     """Warn of scored rows that are training rows too, and of `num_SPLIT` without a file.
@@ -109,7 +109,7 @@ def tell_in_both(
                 )
 
 
-def tell_trained_on(rows: Mapping[str, Rows], earlier: Mapping[str, Kept]) -> None:
+def warn_of_seen_rows(rows: Mapping[str, Rows], earlier: Mapping[str, Kept]) -> None:
     """Warn of scored rows that earlier stages trained on: their scores are too good."""
     seen = np.concatenate([kept.seen for kept in earlier.values()])
     for split in _SCORED:
@@ -122,7 +122,7 @@ def tell_trained_on(rows: Mapping[str, Rows], earlier: Mapping[str, Kept]) -> No
             )
 
 
-def tell_changed(
+def warn_of_changed(
     stage: str, rows: Rows, earlier: Mapping[str, Kept], tokenizer: Any, keeps: bool
 ) -> None:
     """Warn of prompts of a stage that earlier stages answer differently.

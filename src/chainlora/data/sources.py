@@ -88,7 +88,7 @@ class Source(ABC):
         """Return how reading differs from the usual, or "". May read all rows."""
         return ""
 
-    def tell_remark(self) -> None:
+    def warn_of_remark(self) -> None:
         if remark := self.remark():
             _log.warning("%s", remark)
 
@@ -289,10 +289,10 @@ def find_source(source: str | Path, split: str = "train", limit: int | None = No
         return FileSource(path, limit=limit)
     match = _HUB_ID.match(str(source))
     if match is None or path.suffix.lower() in SUFFIXES:
-        begin = "" if path.is_absolute() else f", which begins in {Path.cwd()}"
+        begin = "" if path.is_absolute() else f", relative to {Path.cwd()}"
         raise DataError(
-            f"data must be a file, a folder or a Hub dataset owner/name (got {source}, which is "
-            f"none of them); check the path{begin}"
+            f"data must be a file, a folder or a Hub dataset owner/name (got {source}); "
+            f"check the path{begin}"
         )
     return HubSource(
         match["path"], split, name=match["name"], revision=match["revision"], limit=limit

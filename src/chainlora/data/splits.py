@@ -26,10 +26,10 @@ from chainlora.data.preparing import make_rows
 from chainlora.data.row_warnings import (
     check_pairs,
     check_scorable,
-    tell_in_both,
-    tell_lost,
-    tell_trained_on,
-    tell_unread,
+    warn_of_lost_rows,
+    warn_of_seen_rows,
+    warn_of_shared_rows,
+    warn_of_unread,
 )
 from chainlora.data.rows import COUNTED, MemoryRows, Rows, joined
 from chainlora.data.sources import ListSource, Row, Source, find_source
@@ -159,9 +159,9 @@ def prepare_splits(
     for split in SPLITS if to_score is None else (to_score,):
         parts[split] = parts[split] or encoding.encode(split, encoding.scored)
     rows = {split: joined(part) for split, part in parts.items()}
-    tell_unread(rows)
+    warn_of_unread(rows)
     if to_train and compare:
-        tell_in_both(data, rows, encoding.sources)
+        warn_of_shared_rows(data, rows, encoding.sources)
 
     # 3. Add rows of earlier stages to the training rows.
     if to_train and (data.rehearse or (data.replay and parts["train"])):
@@ -169,7 +169,7 @@ def prepare_splits(
         rows["train"] = joined([rows["train"], *again])
         fields |= _mixed_with(again, data.replay, fields)
     if earlier and to_train and compare:
-        tell_trained_on(rows, earlier)
+        warn_of_seen_rows(rows, earlier)
     fields["digest"] = _digest(rows, encoding.scored.before)
     return Splits(rows["train"], rows["validation"], rows["test"], **fields)
 
@@ -377,12 +377,12 @@ def _encode(
 ) -> Rows:
     """Encode rows, and warn of unusual files and of rows that were cut or left out."""
     if warn:
-        source.tell_remark()
+        source.warn_of_remark()
     split_progress = None if progress is None else partial(progress, split)
     rows = make_rows(source, tokenizer, task, options, progress=split_progress)
     check_pairs(rows.summary, source)
     if warn:
-        tell_lost(split, rows.summary)
+        warn_of_lost_rows(split, rows.summary)
     return rows
 
 

@@ -25,7 +25,7 @@ from chainlora.config.reading import flatten
 from chainlora.config.schema import RunConfig
 from chainlora.data.conflicts import newest
 from chainlora.data.kept import Kept, keeps_rows
-from chainlora.data.row_warnings import tell_changed
+from chainlora.data.row_warnings import warn_of_changed
 from chainlora.data.splits import Splits, prepare_splits
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError
@@ -212,7 +212,7 @@ def _read_rows(setup: _Setup, tokenizer: Any, context: int, earlier: dict[str, K
     )
     if is_compared and not data.rehearse:
         others = earlier if setup.work is None else _kept_beside(setup.work.run, stage)
-        tell_changed(stage, splits.own, others, tokenizer, data.keep_conflicts)
+        warn_of_changed(stage, splits.own, others, tokenizer, data.keep_conflicts)
     return splits
 
 

@@ -14,7 +14,7 @@ from chainlora.data.encoding.tokens import (
     TokenReader,
     check_start,
     common_prefix,
-    refuse_nothing,
+    refuse_no_tokens,
     with_end,
 )
 from chainlora.data.readers import bad_row
@@ -61,7 +61,7 @@ class CompletionEncoder:
         start = len(prompt_ids) if self.exact else common_prefix(prompt_ids, text_ids)
         ids = with_end(text_ids, self.end)
         if len(text_ids) <= start or len(ids) < 2:
-            refuse_nothing(shown.completion, prompt, row.origin)
+            refuse_no_tokens(shown.completion, prompt, row.origin)
         if prompt or self.exact:
             check_start(start, prompt, shown.completion, row.origin)
         content = list(shown) if self.fields is None else [shown.prompt, shown.completion]
@@ -121,7 +121,7 @@ class CandidatesEncoder:
         start = len(prompt_ids)
         for text, ids in zip(shown.candidates, sequences, strict=True):
             if len(ids) <= start or len(ids) < 2:
-                refuse_nothing(text, prompt, row.origin)
+                refuse_no_tokens(text, prompt, row.origin)
         check_start(start, prompt, shown.candidates[0], row.origin)
         first_token = self.task.scoring == "first_token"
         if first_token:
@@ -159,7 +159,7 @@ class TextEncoder:
         for row, text, read in zip(rows, texts, self.reader.ids(texts), strict=True):
             ids = with_end(read, self.end)
             if len(read) <= first or len(ids) < 2:
-                refuse_nothing(text, "", row.origin)
+                refuse_no_tokens(text, "", row.origin)
             drafts.append(Draft(row.index, row.origin, text, [ids], [[(max(first, 1), len(ids))]]))
         return drafts
 

@@ -140,7 +140,7 @@ def common_prefix(first: Ids, second: Ids) -> int:
     return sum(takewhile(bool, map(eq, first, second)))
 
 
-def refuse_nothing(text: str, prompt: str, place: str) -> NoReturn:
+def refuse_no_tokens(text: str, prompt: str, place: str) -> NoReturn:
     """Raise DataError for a text that adds no token to its prompt."""
     rule = "a candidate or completion must tokenise to at least one token after its prompt"
     remedy = "write some text"

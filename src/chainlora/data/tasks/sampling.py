@@ -181,7 +181,7 @@ def unseen_source(
             f"no train split (got {count} rows); score --split {test.of}, or give the file itself "
             "as --data to score it anyway"
         )
-    source.tell_remark()
+    source.warn_of_remark()
     unseen = sorted(_set_aside(count, test.rows))
     _log.warning(
         "%s: no train split in %s; %r replaces it. Scoring only the %d of its %d rows that no run "
@@ -232,7 +232,7 @@ def sample_splits(
     drawn: dict[str, list[Row]] = {}
     for pool, names in _pools(draws, stand_in, num_aside).items():
         source = split_source(task, dir, stand_in if pool in ("train", _SET_ASIDE) else pool)
-        source.tell_remark()
+        source.warn_of_remark()
         count = sum(1 for _ in source)  # also finds a bad row before any is kept
         order, places = _order(pool, count, num_aside, data_seed), {}
         for name in names:
