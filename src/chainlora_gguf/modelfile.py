@@ -34,7 +34,10 @@ def write_modelfile(
     if not tokenizer.chat_template or not _is_chat(state, stage, tokenizer):
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     elif chat is None:
-        logger.warning("cannot translate the chat template for Ollama; Ollama will guess one")
+        logger.warning(
+            "the Modelfile has no TEMPLATE, as the chat template cannot be translated; Ollama "
+            "guesses one"
+        )
     else:
         lines.append(f'TEMPLATE """{chat.in_go()}"""')
         if chat.stop:  # an empty text would stop at once

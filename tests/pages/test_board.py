@@ -179,7 +179,7 @@ def test_where_runs_are_is_read_while_they_train(trained, configure, tmp_path):
     assert live.count("<svg") > 4
     assert re.findall("<summary>(.*?)<", live) == ["Show learning rate", "Show links"]
     assert "**Continue**" not in live  # as Markdown
-    assert "Training was interrupted. <strong>Continue" in live
+    assert "Training was interrupted. Press <strong>Continue" in live
     done = render_part(sections_of({}, runs["done"]))
     assert all(f">{name}</h3>" in done for name in SAID)
     assert done.index("Loss of every stage after") < done.index("Loss over the steps")
