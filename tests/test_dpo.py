@@ -116,7 +116,7 @@ REFUSED = {
     "a text and a chat": ({"prompt": "a cat", "chosen": "a", "rejected": [says("b")]}, UNLIKE),
     "a prompt of another kind": (
         {"prompt": [user("a")], "chosen": "b", "rejected": "c"},
-        r"of the kind of its answers, which are texts .*at row ",
+        r"have the type of the answers, which are texts .*at row ",
     ),
 }
 
@@ -170,7 +170,7 @@ def test_pairs_of_equal_answers_are_counted_and_refused_where_all_are(
     tree["data"]["train"] = str(path)
     equal = [row | {"rejected": row["chosen"]} for row in pairs(6)]
     write_rows(path, equal)
-    with pytest.raises(DataError, match=r"must differ \(got the same in all 6 of .*equal.jsonl"):
+    with pytest.raises(DataError, match=r"must differ \(got the same in all 6 pairs of .*equal.jsonl"):
         train(tree)
     write_rows(path, [*equal[:2], *pairs(6)])
     result = train(tree)

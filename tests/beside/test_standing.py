@@ -308,7 +308,7 @@ def test_a_stopped_stage_is_not_below_itself_or_stages_beside_it(tiny_folder, se
 
 def test_the_config_of_a_later_stage_is_for_extend_also_in_a_copy(abc, chainlora):
     config = stage_dir(abc, "b") / "config.yaml"
-    chainlora("train", config).refused(f"go on with it by: chainlora extend {abc} --name b")
+    chainlora("train", config).refused(f"continue it by: chainlora extend {abc} --name b")
 
 
 def test_rows_of_nothing_below_are_not_left_out_in_silence(abc, sentiment):
