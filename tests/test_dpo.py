@@ -170,7 +170,8 @@ def test_pairs_of_equal_answers_are_counted_and_refused_where_all_are(
     tree["data"]["train"] = str(path)
     equal = [row | {"rejected": row["chosen"]} for row in pairs(6)]
     write_rows(path, equal)
-    with pytest.raises(DataError, match=r"must differ \(got the same in all 6 pairs of .*equal.jsonl"):
+    rule = r"must differ \(got the same in all 6 pairs of .*equal.jsonl"
+    with pytest.raises(DataError, match=rule):
         train(tree)
     write_rows(path, [*equal[:2], *pairs(6)])
     result = train(tree)
