@@ -47,7 +47,9 @@ def test_the_first_signal_finishes_the_step_and_saves(number, step, configure, t
     told: list[int] = []
     with interruptible(told.append) as interrupts:
         listener = listening(interrupts, lambda: kill(number), step)
-        with pytest.raises(StoppedError, match=rf"step {step} of 11 .*repeat the command to resume") as raised:
+        with pytest.raises(
+            StoppedError, match=rf"step {step} of 11 .*repeat the command to resume"
+        ) as raised:
             train(config, listener=listener)
         assert raised.value.signal == number
         assert open_run(tmp_path / "run").draft.position.step == step
