@@ -40,8 +40,8 @@ from chainlora.errors import (
     ConfigError,
     DivergedError,
     ForgettingError,
+    PeerFailedError,
     StoppedError,
-    ToldError,
     is_out_of_memory,
     one_line,
     sentence,
@@ -84,7 +84,7 @@ def _run(arguments: list[str]) -> int:
         if is_first_process():
             click.echo(f"chainlora: {error}", err=True)
         return SIGNALLED + error.signal
-    except ToldError:
+    except PeerFailedError:
         return 1
     except ForgettingError as error:
         _fail(str(error), debug)

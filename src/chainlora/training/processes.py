@@ -30,7 +30,7 @@ from torch import Tensor, distributed, nn
 
 from chainlora.chain.holding import holding_named
 from chainlora.config.schema import RunConfig
-from chainlora.errors import ChainLoRAError, ConfigError, ToldError, TrainingError
+from chainlora.errors import ChainLoRAError, ConfigError, PeerFailedError, TrainingError
 from chainlora.training.interrupts import SIGNALS, stop_requested
 
 Item = TypeVar("Item")
@@ -187,8 +187,9 @@ class Processes:
     def _meet(self, problem: str | None = None) -> None:
         """Wait for all processes, and exchange their problems.
 
-        If one of them has a problem, all raise: a process other than the first raises ToldError,
-        which it need not report, and the first one a TrainingError, or its own error in the caller.
+        If one of them has a problem, all raise. A process other than the first raises
+        PeerFailedError, which it need not report. The first raises a TrainingError, or the caller's
+        own error.
         """
         if self.count == 1:
             return
@@ -201,7 +202,7 @@ class Processes:
         errors = [f"{text} (process {rank})" for rank, text in enumerate(problems) if text]
         self._has_failed = bool(errors)
         if errors and not self.is_first:
-            raise ToldError(errors[0])
+            raise PeerFailedError(errors[0])
         if errors and problem is None:
             raise TrainingError(errors[0])
 
