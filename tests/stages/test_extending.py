@@ -90,7 +90,7 @@ def test_keys_of_all_stages_and_of_one():
     assert [each.knots.every for each in chains] == [5, 10]
     assert shared == {"every": 10}
     for key, hidden in {"train.lr": "train.lr", "chain.steps": "chain.epochs"}.items():
-        with pytest.raises(ConfigError, match=rf"got `stages.first.{hidden}` .* set stages.first"):
+        with pytest.raises(ConfigError, match=rf"got `stages.first.{hidden}`.* set stages.first"):
             make_stages(tree, [(key, "5")])
 
 
