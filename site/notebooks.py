@@ -20,6 +20,9 @@ def main() -> None:
         place = {"metadata": {"path": str(FOLDER)}}
         quiet = {"coalesce_streams": True, "record_timing": False}
         NotebookClient(notebook, resources=place, timeout=None, **quiet).execute()
+        for cell in notebook.cells:  # log lines name paths of this machine
+            if "outputs" in cell:
+                cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         nbformat.write(notebook, path)
 
 

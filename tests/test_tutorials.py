@@ -140,8 +140,14 @@ def cells_of_code(notebook: Any) -> list[Any]:
 
 
 def kinds(notebook: Any) -> list[list[tuple]]:
-    """What the cells give, without its text: streams by name, values by how they are shown."""
-    outputs = [cell.outputs for cell in cells_of_code(notebook)]
+    """What the cells give, without its text: streams by name, values by how they are shown.
+
+    Log lines (stderr) depend on the model; `make notebooks` leaves them out.
+    """
+    outputs = [
+        [output for output in cell.outputs if output.get("name") != "stderr"]
+        for cell in cells_of_code(notebook)
+    ]
     return [[(o.get("name"), *sorted(o.get("data", ()))) for o in each] for each in outputs]
 
 
