@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 
 from chainlora.data.examples import Example
+from chainlora.data.tasks.task_file import WORD_METRICS, Metric
 from chainlora.errors import ConfigError
 from chainlora.evaluation.metrics import (
+    INDEX_METRICS,
     LOSS_METRICS,
+    TEXT_METRICS,
     check_metrics,
     exact_match,
     is_higher_better,
@@ -47,6 +51,11 @@ def test_macro_f1_is_the_mean_over_classes():
 def test_perplexity_does_not_overflow():
     assert perplexity(0) == 1
     assert perplexity(1e4) == math.inf
+
+
+def test_a_task_file_can_name_every_metric():
+    assert {*get_args(Metric)} == {*INDEX_METRICS, *TEXT_METRICS, "loss"}
+    assert set(WORD_METRICS) == TEXT_METRICS.keys()
 
 
 def test_names_are_checked_and_have_a_direction():

@@ -38,6 +38,7 @@ from chainlora.training.stages import train_stages
 from chainlora_lab.expansion import config_id
 from chainlora_lab.in_turn import ROWS, check_in_turn, learn_in_turn
 from chainlora_lab.loops import CellConfig
+from chainlora_lab.methods import shipped_ways
 from chainlora_lab.ways import COMBINERS, REGULARISERS
 from chainlora_lab.ways.merging import added
 
@@ -213,6 +214,9 @@ def way_of(config: CellConfig) -> Callable[[Case], Learned]:
     it does not take, and for stages that it cannot learn."""
     name, case = str(config.way), Case(config)
     found = entry({**REGULARISERS, **COMBINERS, **WAYS}, "way", name)
+    if name in shipped_ways() and not found.__module__.startswith("chainlora_lab"):
+        rule = "a plug-in cannot replace a way of chainlora"
+        raise ConfigError(rule, f"{name}, of {found.__module__}", "rename the entry")
     count = 1 if name in WAYS else 3 if name in COMBINERS else 0  # arguments before settings
     try:
         inspect.signature(found).bind(*[None] * count, **config.settings)

@@ -16,6 +16,9 @@ from chainlora import open_run, stage_matrix
 from chainlora.config.reading import make_config
 from chainlora.errors import ConfigError
 from chainlora_lab import compare, comparison, expand, make_experiment, read_results
+from chainlora_lab.methods import shipped_ways
+from chainlora_lab.sequences import WAYS
+from chainlora_lab.ways import COMBINERS, REGULARISERS
 from lab.cases import sequence, tree
 
 
@@ -165,6 +168,28 @@ def test_a_cell_is_named_by_the_rows_of_all_stages_and_of_the_start(stages, tmp_
             rows.write('{"prompt": "two", "completion": " no", "text": "two"}\n')
         seen.add(named())
     assert len(seen) == 3
+
+
+def test_every_way_of_the_package_has_a_preset():
+    ways = {**COMBINERS, **REGULARISERS, **WAYS}
+    # plug-ins of other tests add theirs
+    ways = {name for name, way in ways.items() if way.__module__.startswith("chainlora_lab")}
+    assert ways <= shipped_ways()
+
+
+def test_a_plug_in_cannot_replace_a_way(chainlora, stages, tmp_path, monkeypatch):
+    monkeypatch.setitem(COMBINERS, "mean", COMBINERS["mean"])  # put back afterwards
+    (tmp_path / "mine.py").write_text(
+        "from chainlora_lab.ways import COMBINERS\n\n"
+        "shipped = COMBINERS['mean']\n"
+        "def mean(*given):\n    return shipped(*given)\n\n"
+        "COMBINERS['mean'] = mean\n"
+    )
+    words = ["--methods", "combine,mean", "--plugins", tmp_path / "mine.py", "--seeds", "2"]
+    shown = chainlora("compare", stages(), *words, "--output", tmp_path / "out")
+    assert shown.status == 1
+    assert "a plug-in cannot replace a way of chainlora (got mean" in shown.err
+    assert not (tmp_path / "out" / "cells").exists()
 
 
 def test_a_way_needs_stages(tiny_folder, sentiment):

@@ -42,11 +42,16 @@ def list_methods() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
+def shipped_ways() -> set[str]:
+    """Return the names of the ways to add data sets that have a preset."""
+    return {path.stem for path in _WAYS.glob("*.yaml")}
+
+
 def list_ways() -> list[str]:
     """Return the names of the ways to add data sets: presets, and what plug-ins have added."""
     from chainlora_lab.ways import COMBINERS, REGULARISERS  # which import torch
 
-    return sorted({*(path.stem for path in _WAYS.glob("*.yaml")), *COMBINERS, *REGULARISERS})
+    return sorted({*shipped_ways(), *COMBINERS, *REGULARISERS})
 
 
 @cache
