@@ -71,7 +71,7 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
             "rank 16 is {} ahead ({} steps, tuning seed)",
             lambda: [rank16_ahead(), num_steps("scripts_scout")],
         ),
-        ("of which {} are kept", lambda: planned("kept")),
+        ("rows; {} of them are kept", lambda: planned("kept")),
         ("A task has {} steps; kept rows add {} in all.", lambda: planned("steps", "rehearsal")),
         ("Up to {} steps both methods", lambda: [num_steps("translations")]),
         ("of each stage, here {} steps", lambda: [max(LENGTHS)]),
@@ -81,9 +81,9 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
             "gain {0} points on these six tasks. With 80 % power, {2} pairs detect {1} points",
             lambda: [paper_gain(), *detectable()],
         ),
-        ("on top less one LoRA: {} points", lambda: [orders_less_one_lora()]),
+        ("on top minus one LoRA: {} points", lambda: [orders_less_one_lora()]),
         (
-            "in one pass, rehearsed, less on top, rehearsed: {} points",
+            'in one pass, rehearsed" minus "on top, rehearsed": {} points',
             lambda: [ahead("combined rehearsed", "on top rehearsed")],
         ),
         (
@@ -92,11 +92,11 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
         ),
         ("two passes, rehearsed, have {} %", lambda: own_question("combined twice rehearsed")),
         (
-            "on top, rehearsed, less replay: {} points",
+            'on top, rehearsed" minus replay: {} points',
             lambda: [ahead("on top rehearsed", "replay")],
         ),
         (
-            "both rehearsed: {} points; without rehearsal: {}; two passes, rehearsed, less "
+            "both rehearsed: {} points; without rehearsal: {}; two passes, rehearsed, minus "
             "replay: {}.",
             lambda: [
                 ahead("combined twice rehearsed", "combined rehearsed"),
@@ -109,7 +109,7 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
             lambda: [lead(f"one {size}LoRA replay", "replay") for size in ("", "wide ")],
         ),
         (
-            "less one LoRA, rehearsed: {} points at rank 8, {} at rank 40",
+            "minus one LoRA, rehearsed: {} points at rank 8, {} at rank 40",
             lambda: [
                 lead("combined twice rehearsed", f"one {size}LoRA rehearsed")
                 for size in ("", "wide ")
@@ -129,7 +129,7 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
             "the {} rates that were tried are within {} points on the tuning seed: the {} % may be",
             lambda: rates_tried("one LoRA"),
         ),
-        ("test rows of its own task: {} points ahead of the default", lambda: [alone_ahead()]),
+        ("alone** is {} points ahead of the default", lambda: [alone_ahead()]),
         ("per processor second, it is {} times as fast", longest),
         ("takes {} to {} of its memory at {} to {} times its speed", checkpointing),
         (
