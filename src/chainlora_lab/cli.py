@@ -220,7 +220,7 @@ def compare(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Compare methods on CONFIG's model and data.
+    """Compare methods, or ways to add data sets, on CONFIG's model and rows.
 
     CONFIG is one for `chainlora train`, and its keys can be set as there: --train.lr 5e-4. All
     methods get the same rows, steps and seeds. If it has stages, ways to add their data sets are

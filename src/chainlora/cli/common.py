@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -183,11 +182,6 @@ def quiet() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
-def import_dependent(module: str) -> ModuleType:
-    """Import a module of a package that depends on this one. No other code imports such modules."""
-    return import_module(module)
-
-
 def is_first_process() -> bool:
     """Return whether this is the process that prints, among those of a launcher."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
@@ -221,7 +215,7 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         """Return a command; commands of packages that depend on this one are imported here."""
         if name in _VERBS_OF_DEPENDENTS and name not in self.commands:
-            self.add_command(getattr(import_dependent(_VERBS_OF_DEPENDENTS[name]), name))
+            self.add_command(getattr(import_module(_VERBS_OF_DEPENDENTS[name]), name))
         return super().get_command(ctx, name)
 
     def resolve_command(

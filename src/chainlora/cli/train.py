@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +20,6 @@ from chainlora.cli.common import (
     file_and_overrides,
     general_keys,
     general_option,
-    import_dependent,
     is_first_process,
     is_run,
     is_verbose,
@@ -405,7 +405,8 @@ def _plot(settings: RunConfig, stage: str) -> None:
     records = read_records(folder / "metrics.jsonl")
     if records:  # a stage without links and held-out rows has none
         with picture_if_possible():
-            import_dependent("chainlora_pages.run_charts").plot_training(
+            # by name: this package does not import packages that depend on it
+            import_module("chainlora_pages.run_charts").plot_training(
                 records, folder / "training.png"
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import click
@@ -10,7 +11,6 @@ import click
 from chainlora.cli.common import (
     check_run_or_model,
     chosen_state,
-    import_dependent,
     json_option,
     links_option,
     need_run,
@@ -42,7 +42,8 @@ def inspect(run: str, as_json: bool) -> None:
     inspection = inspect_run(state)
     if inspection["links"] and not state.is_before_training:
         with picture_if_possible():
-            import_dependent("chainlora_pages.chain_charts").plot_chain(
+            # by name: this package does not import packages that depend on it
+            import_module("chainlora_pages.chain_charts").plot_chain(
                 inspection, state.run / "chain.png"
             )
     if as_json:
