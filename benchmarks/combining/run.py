@@ -369,6 +369,19 @@ class Runner(R.Runner):
         for seed in self.own["verdict"]["seeds"]:
             self.measured("rehearsed", seed, "test", settings | {"again": best})
 
+    def second_try(self) -> None:
+        """Choose another target on the tuning seed, then run it on seeds of its own."""
+        chosen, tuning = self.tune(), self.own["tuning_seed"]
+        targets = [self.settings(**chosen | changed) for changed in self.own["second_try"]["targets"]]
+        cells = [self.measured("layer by layer", tuning, "validation", each) for each in targets]
+        rights = [fmean(cell["right"].values()) for cell in cells]
+        row = 1 / (len(self.plan["tasks"]) * self.plan["rows"]["validation"])
+        best = targets[most_right(rights, [ratio(cell) for cell in cells], row)]
+        default = self.plan["defaults"] | {"rate": 1e-3, "again": 3e-4}
+        for seed in self.own["second_try"]["seeds"]:
+            self.measured("layer by layer", seed, "test", best)
+            self.measured("default", seed, "test", default)
+
     def single(self) -> None:
         """Combine each stage with the base alone."""
         settings = self.settings(**self.tune())
@@ -435,7 +448,7 @@ def ratio(cell: Mapping[str, Any]) -> float:
     return math.exp(fmean(math.log(own[kind] / base[kind]) for kind in own))
 
 
-STUDIES = ["verdict", "rehearsed", "beside", "single", "rivals", "own_question"]
+STUDIES = ["verdict", "second_try", "rehearsed", "beside", "single", "rivals", "own_question"]
 
 
 def main() -> None:
