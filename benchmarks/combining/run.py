@@ -372,7 +372,9 @@ class Runner(R.Runner):
     def second_try(self) -> None:
         """Choose another target on the tuning seed, then run it on seeds of its own."""
         chosen, tuning = self.tune(), self.own["tuning_seed"]
-        targets = [self.settings(**chosen | changed) for changed in self.own["second_try"]["targets"]]
+        targets = [
+            self.settings(**chosen | changed) for changed in self.own["second_try"]["targets"]
+        ]
         cells = [self.measured("layer by layer", tuning, "validation", each) for each in targets]
         rights = [fmean(cell["right"].values()) for cell in cells]
         row = 1 / (len(self.plan["tasks"]) * self.plan["rows"]["validation"])
