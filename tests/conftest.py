@@ -64,7 +64,7 @@ def tiny_model(
 def pytest_addoption(parser: pytest.Parser) -> None:
     words = "quick: a sixth of long tests, all others; rest: other long ones, a sixth of `slow`"
     parser.addoption("--part", choices=["all", "quick", "rest"], default="all", help=words)
-    words = "write what tests/test_golden_losses.py finds, instead of comparing it"
+    words = "write what tests/training/test_golden_losses.py finds, instead of comparing it"
     parser.addoption("--write-goldens", action="store_true", help=words)
 
 

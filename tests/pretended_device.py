@@ -1,6 +1,6 @@
 """A device without hardware: tests that train or score by commands or by `chainlora.train` use it.
 
-    PYTHONPATH=tests pytest -p pretended_device tests/test_golden_losses.py
+    PYTHONPATH=tests pytest -p pretended_device tests/training/test_golden_losses.py
 
 Its tensors compute on the CPU, and are refused where a GPU's are: beside tensors of the CPU, and in
 NumPy. So tests show tensors that were left on another device. It is a backend in Python

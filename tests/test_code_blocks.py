@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 import pytest
-from test_schema import LEAST
+from config.test_schema import LEAST
 
 from chainlora import make_config
 from chainlora.cli.main import cli

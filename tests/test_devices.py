@@ -22,7 +22,7 @@ has_backends = hasattr(backend_registration, "_setup_privateuseone_for_python_ba
 
 @pytest.mark.skipif(not has_backends, reason="this torch has no backends in Python")
 def test_no_tensor_is_left_on_another_device():
-    test = HERE / "test_golden_losses.py"
+    test = HERE / "training/test_golden_losses.py"
     names = [f"{test}::test_losses_and_links_are_as_they_were[{name}]" for name in GOLDEN]
     command = [sys.executable, "-m", "pytest", "-p", "pretended_device", "-p", "no:xdist"]
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)

@@ -13,11 +13,11 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+from config.test_command_line_keys import keys
 from fuzzing import VALUES, WORDS, altered, check_error, damaged, fuzz, guarded, plant, refusals
 from helpers import settings, signed, stop_after
 from hypothesis import given
 from hypothesis import strategies as st
-from test_command_line_keys import keys
 
 from chainlora import inspect_run, load_config, make_config, train
 from chainlora.chain.adapters import import_adapter

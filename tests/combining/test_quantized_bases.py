@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_packed import dense, packed_model
+from chain.test_packed import dense, packed_model
 
 from chainlora.chain.solving import combine
 from chainlora.models.loading import load_model

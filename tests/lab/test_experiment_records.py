@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from helpers import edit_json
-from test_files import files_up_to
+from runs.test_files import files_up_to
 
 from chainlora.errors import FileError, RunError
 from chainlora_lab import read_results, report_experiment, run_cells

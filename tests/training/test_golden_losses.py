@@ -5,7 +5,7 @@ leaves them equal to the bit on the kind of machine that wrote the file, and wit
 any other. After a change that should move results, write the file anew and say so in the
 commit message:
 
-    pytest tests/test_golden_losses.py --write-goldens
+    pytest tests/training/test_golden_losses.py --write-goldens
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from helpers_data import pair_files
 from chainlora import open_run, train
 from chainlora.knots.policy import POLICIES, WHOLE
 
-GOLDEN = Path(__file__).parent / "assets" / "golden_losses.json"
+GOLDEN = Path(__file__).parents[1] / "assets" / "golden_losses.json"
 # Relative differences of losses and of norms, by dtype: five times or more of what kernels for AVX2
 # and for SSE make of the same configs (ATEN_CPU_CAPABILITY, MKL_ENABLE_INSTRUCTIONS): 2e-6 and
 # 1.1e-5 in float32, 4e-4 and 2.2e-3 in bfloat16.

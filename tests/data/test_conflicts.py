@@ -13,7 +13,6 @@ from fuzzing import fuzz
 from helpers_data import TALK, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from test_data_mixture import row
 
 from chainlora.config.schema import DataConfig
 from chainlora.data import splits
@@ -25,6 +24,7 @@ from chainlora.errors import ConfigError
 from chainlora.runs.addresses import open_run
 from chainlora.training.rehearsing import rehearsal
 from chainlora.training.stages import train_stages
+from data.test_data_mixture import row
 
 ONE = ("--chain.ranks", "[2]", "--chain.steps", "[2]", "--chain.target_modules", "q_proj")
 NONE = np.empty(0, np.int64)

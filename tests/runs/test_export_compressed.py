@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from chain.test_saved_chain import make_chain, tune
 from helpers_export import dense_adapter, dense_sum, fit, live, on_fresh_base, relative_error
 from safetensors.torch import load_file
-from test_saved_chain import make_chain, tune
 
 from chainlora import export_adapter
 from chainlora.chain.initialization import generator_for, principal_factors

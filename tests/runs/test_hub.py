@@ -138,7 +138,7 @@ def test_a_card_names_vllm_up_to_the_ranks_that_it_serves(
     ],
 )
 def test_the_name_of_a_base_is_one_for_others(monkeypatch, base, name):
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(Path(__file__).parents[2])
     assert public_name(base) == name
 
 

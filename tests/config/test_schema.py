@@ -15,7 +15,7 @@ from chainlora.config.json_schema import config_page, config_schema
 from chainlora.config.reading import parse_yaml
 from chainlora.config.staging import make_stages
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = [ROOT / f"examples/{name}.yaml" for name in ("dates", "chat")]
 LEAST = {"model": "m", "data": {"train": "rows.jsonl"}, "chain": {"ranks": [8], "steps": [9]}}
 

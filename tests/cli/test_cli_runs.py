@@ -203,7 +203,7 @@ def test_log_cuts_nothing(chainlora, run, terminal, monkeypatch):
 
 
 def test_an_entry_of_the_log_has_the_keys_of_the_page(run):
-    page = Path(__file__).parents[1] / "docs/python.md"
+    page = Path(__file__).parents[2] / "docs/python.md"
     said = page.read_text(encoding="utf-8").partition("Keys: ")[2].partition(". ")[0]
     assert re.findall(r"`(\w+)`", said) == list(log(run)[0])
 

@@ -189,7 +189,7 @@ def test_the_demo_names_all_that_is_missing_before_anything_runs(chainlora, tmp_
 # --- `chainlora doctor` ---
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_it_says_versions_devices_and_what_an_extra_is_for_where_it_is_missing(chainlora):

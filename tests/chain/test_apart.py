@@ -153,7 +153,7 @@ def test_what_does_not_add_up_is_refused(made, folders, sentiment, tmp_path, cha
 def test_llama_server_is_held_to_the_run(made, monkeypatch, capsys):
     """Where it is installed; else the example says what it needs."""
     pytest.importorskip("gguf", reason="no gguf: pip install 'chainlora[gguf]'")
-    example = Path(__file__).resolve().parents[1] / "examples/serve_check.py"
+    example = Path(__file__).resolve().parents[2] / "examples/serve_check.py"
     monkeypatch.setattr(sys, "argv", ["serve_check.py", str(made)])
     if shutil.which("llama-server") is None:
         with pytest.raises(SystemExit, match="No llama-server found"):

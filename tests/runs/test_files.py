@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from helpers import sign
-from test_models import TOKENS, write_gguf
+from models.test_models import TOKENS, write_gguf
 
 from chainlora import export_adapter, files
 from chainlora.cli.main import run as command

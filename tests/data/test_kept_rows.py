@@ -10,7 +10,6 @@ import pytest
 from helpers import Stop, assert_same_links, settings, stopping
 from helpers_data import make_tokenizer, pair_files
 from helpers_tasks import write_rows, write_task
-from test_data_mixture import row
 
 from chainlora import evaluate_task, make_config, train
 from chainlora.config.schema import DataConfig
@@ -25,6 +24,7 @@ from chainlora.models.loading import load_tokenizer
 from chainlora.runs.addresses import open_run
 from chainlora.training.batches import make_batches
 from chainlora.training.stages import train_run, train_stages
+from data.test_data_mixture import row
 
 SHORT = {"ranks": [2], "steps": [1]}
 

@@ -158,7 +158,7 @@ def test_the_command_line_stops_with_the_status_that_shells_expect(
 def test_ctrl_c_while_modules_load_is_no_traceback(tmp_path):
     """The command line catches it from its first import on."""
     (tmp_path / "click.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)\n")
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1] / 'src'}"}
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2] / 'src'}"}
     done = subprocess.run(
         [sys.executable, "-m", "chainlora", "--help"],
         capture_output=True,
