@@ -21,6 +21,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from chainlora import Link, RunConfig, load_model, open_run
+from chainlora import combine as combine_states
 from chainlora.config.schema import LENGTHS, PAIR_LOSSES
 from chainlora.config.staging import Stage
 from chainlora.data.rows import Rows
@@ -33,6 +34,7 @@ from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import chain_on_base
 from chainlora.runs.state import OpenState
 from chainlora.training.events import EntryBuilt, Event
+from chainlora.training.rehearsing import rehearsal
 from chainlora.training.result import TrainResult
 from chainlora.training.stages import train_stages
 from chainlora_lab.expansion import config_id
@@ -91,8 +93,7 @@ class Case:
 
         def tell(event: Event) -> None:
             if isinstance(event, EntryBuilt) and event.kind == "combine":
-                with _seconds_file(run).open("a", encoding="utf-8") as file:
-                    file.write(f"{event.seconds:.2f}\n")
+                _note_seconds(run, event.seconds)
 
         train_stages(stages, listener=tell, matrix=False, base=self.base)
         return open_run(run)
@@ -114,18 +115,28 @@ def _seconds_file(run: Path) -> Path:
     return run.with_name(f"{run.name}.seconds")
 
 
+def _note_seconds(run: Path, seconds: float) -> None:
+    with _seconds_file(run).open("a", encoding="utf-8") as file:
+        file.write(f"{seconds:.2f}\n")
+
+
 # --- ways of the package ---
 
 
-def combine(case: Case, rehearse: bool = False) -> Learned:
-    """Stages beside each other, combined layer by layer."""
-    run = case.beside
+def combine(case: Case, rehearse: bool = False, rank: int | None = None) -> Learned:
+    """Stages beside each other, combined layer by layer, at the package's rank or another one."""
+    run, is_changed = case.beside, rehearse or rank is not None
+    if is_changed and not case.run.exists():
+        began = time.monotonic()
+        combine_states(run.run, rank=rank, output=case.run)
+        _note_seconds(case.run, time.monotonic() - began)
     if rehearse:
-        *stages, last = case.stages(beside=True)
-        run = case.trained([*stages, replace(last, rehearse=True)])
-    noted = _seconds_file(run.run)
+        plugins = {"plugins": case.config.plugins} if case.config.plugins else {}
+        train_stages(rehearsal(case.run, plugins), matrix=False, base=case.base)
+    end = open_run(case.run) if is_changed else run
+    noted = _seconds_file(end.run)
     seconds = sum(map(float, noted.read_text("utf-8").split())) if noted.exists() else 0.0
-    return Learned(run.links(), case.states(run), [run] if rehearse else [], seconds)
+    return Learned(end.links(), case.states(run), [end] if rehearse else [], seconds)
 
 
 def alone(case: Case) -> Learned:
