@@ -29,9 +29,9 @@ FACTS = 20  # a month
 Rows = list[tuple[str, str]]
 
 
-def facts(months: int) -> list[Rows]:
+def facts(months: int, seed: int = 0) -> list[Rows]:
     """Return prompts and completions of each month."""
-    draw = random.Random(0)
+    draw = random.Random(seed)
     things = [f"{adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS]
     draw.shuffle(things)
 
