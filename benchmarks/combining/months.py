@@ -15,7 +15,7 @@ import yaml
 from year import FACTS, MODEL, facts
 
 LEARNED = "Where is the {}?", "Where can I find the {}?"
-ASKED = "In which room and on which shelf is the {}?"
+ASKED = "Where is the {} now?"
 TASK = {
     "name": "places",
     "description": "In which room and on which shelf is a thing? The things are made up.",
