@@ -35,35 +35,23 @@ RIDGE = 0.1  # λ, selected on the tuning seed of benchmarks/combining
 
 @dataclass(frozen=True)
 class Part:
-    """A state to combine.
+    """A state to combine."""
 
-    Args:
-        name: its name, for messages and results.
-        rows: rows of token ids on which the combined model should match this state.
-        update: total update ``B·A`` by module path, scalings in B; empty for the base.
-        importance: weight w_j of the part.
-    """
-
-    name: str
-    rows: Sequence[Sequence[int]]
-    update: Mapping[str, Factors]
-    importance: float = 1.0
+    name: str  # for messages and results
+    rows: Sequence[Sequence[int]]  # token ids on which the combined model should match this state
+    update: Mapping[str, Factors]  # total ``B·A`` by module path, scalings in B; empty: the base
+    importance: float = 1.0  # w_j
 
 
 @dataclass(frozen=True)
 class Combined:
-    """A combination: factors by module, all of one rank.
-
-    Args:
-        factors: A [rank, in] and B [out, rank] by module path.
-        error: relative error of the rank-R update against the solution of full rank, in the norm
-            of its outputs.
-        distances: by part, relative distance of the input of the head from that in the part's own
-            model, on the rows of the part.
-    """
+    """A combination: factors by module path, all of one rank."""
 
     factors: dict[str, Factors]
+    # Relative error of the rank-R update against the solution of full rank, in the norm of outputs.
     error: float
+    # By part, relative distance of the input of the head from that in the part's own model, on the
+    # rows of the part.
     distances: dict[str, float]
 
 
@@ -85,8 +73,8 @@ class Sums:
 
     def are_finite(self) -> bool:
         """Return whether all sums are finite."""
-        sums = [*self.cross.values()] if self.gram is None else [self.gram, *self.cross.values()]
-        return all(bool(total.sum().isfinite()) for total in sums)
+        sums = [self.gram, *self.cross.values()]
+        return all(bool(total.sum().isfinite()) for total in sums if total is not None)
 
 
 class Solved(NamedTuple):
@@ -108,14 +96,7 @@ class Equations:
     def add(
         self, sums: Sums, num_tokens: int, updates: Mapping[str, Factors], importance: float = 1.0
     ) -> None:
-        """Add a part, in place of its sums.
-
-        Args:
-            sums: sums over the part's tokens; overwritten.
-            num_tokens: n_j.
-            updates: ΔW_j by module.
-            importance: w_j.
-        """
+        """Add a part with ΔW_j by module; overwrites the sums over its n_j tokens."""
         self._parts.append((updates, importance))
         if sums.gram is None:
             return

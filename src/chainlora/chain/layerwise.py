@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from chainlora.chain.adapters import base_layer
 from chainlora.errors import ChainError
 from chainlora.models.quantizing import is_quantized
-from chainlora.models.text_config import base_model
+from chainlora.models.text_config import base_model, has_parameters, outermost_lists
 
 # Relative to the largest value: rounding of float32 through all layers, or of quantised layers that
 # compute in bfloat16.
@@ -38,18 +38,10 @@ class Batch:
 
 
 class Layers:
-    """The decoder layers of a causal model, run in float32.
+    """The decoder layers of a causal model, run in float32; `blocks` are the layers by path.
 
-    Args:
-        model: the model; `in_float32` copies narrower layers.
-        modules: paths of modules. If the model has several lists of layers, for example for images
-            and text, the list that contains most of these modules is used.
-
-    Attributes:
-        blocks: the layers by path.
-
-    Raises:
-        ChainError: the model has no list of layers.
+    If the model has several lists of layers, for example for images and text, the list that
+    contains most of `modules` is used. Raises ChainError if it has none.
     """
 
     def __init__(self, model: nn.Module, modules: Sequence[str] = ()) -> None:
@@ -174,29 +166,18 @@ def in_float32(block: nn.Module) -> Iterator[nn.Module]:
     A link changes outputs by some hundredths; in 16 bits the difference of two outputs would lose
     most of its digits. Quantised modules are not converted.
     """
-    narrow = [
-        module
-        for module in block.modules()
-        if not is_quantized(module)
-        and any(t.is_floating_point() and t.dtype != torch.float32 for t in _direct_tensors(module))
-    ]
-    if not narrow:
-        yield block
-        return
-    copy = deepcopy(block)
-    for module in copy.modules():
+    exact = deepcopy(block) if [*_other_floats(block)] else block
+    for tensor in _other_floats(exact):
+        tensor.data = tensor.data.float()
+    yield exact
+
+
+def _other_floats(block: nn.Module) -> Iterator[Tensor]:
+    """Yield parameters and buffers of plain modules in another floating dtype than float32."""
+    for module in block.modules():
         if not is_quantized(module):
-            for name, weight in [*module.named_parameters(recurse=False)]:
-                if weight.is_floating_point():
-                    setattr(module, name, nn.Parameter(weight.float(), requires_grad=False))
-            for name, buffer in [*module.named_buffers(recurse=False)]:
-                if buffer.is_floating_point():
-                    setattr(module, name, buffer.float())
-    yield copy
-
-
-def _direct_tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            yield from (t for t in tensors if t.is_floating_point() and t.dtype != torch.float32)
 
 
 # --- inside one layer ---
@@ -204,18 +185,13 @@ def _direct_tensors(module: nn.Module) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class LayerStructure:
-    """The modules of a layer that run, by path in the layer.
+    """The modules of a layer that run, by path in the layer."""
 
-    Args:
-        groups: modules that share an input, in the order of the forward pass.
-        points: for each module that alone adds to the residual stream, where its output has been
-            added: a module whose input is the stream there, or "" for the output of the layer.
-        routed: modules that get only some of the tokens, such as experts.
-    """
-
-    groups: list[list[str]]
+    groups: list[list[str]]  # modules that share an input, in the order of the forward pass
+    # For each module that alone adds to the residual stream, where its output has been added: a
+    # module whose input is the stream there, or "" for the output of the layer.
     points: dict[str, str]
-    routed: frozenset[str]
+    routed: frozenset[str]  # modules that get only some of the tokens, such as experts
 
 
 class StopForward(Exception):
@@ -273,8 +249,7 @@ def inspect_layer(
 ) -> LayerStructure:
     """Find out which modules run in a layer and where they write, from a batch of one short row.
 
-    Raises:
-        ChainError: one of `modules` runs more than once, or is never called.
+    Raises ChainError if one of `modules` runs more than once, or is never called.
     """
     inputs: dict[str, Tensor] = {}
 
@@ -369,25 +344,10 @@ def _decoder_layers(body: nn.Module, wanted: Set[nn.Module]) -> list[nn.Module]:
 
     Lists without weights do not count; of equal lists the longest is returned.
     """
-    lists = [
-        [*module]
-        for name, module in body.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and any(True for _ in module.parameters())
-        and not _is_inside(body, name)
-    ]
+    lists = [layers for layers in outermost_lists(body) if has_parameters(layers)]
     if not lists:
         raise _not_layered(body, "no list of layers")
-    return max(
-        lists, key=lambda layers: (len(wanted & {*nn.ModuleList(layers).modules()}), len(layers))
-    )
-
-
-def _is_inside(body: nn.Module, name: str) -> bool:
-    """Return whether a module is inside a module list."""
-    parts = name.split(".")
-    above = (".".join(parts[:n]) for n in range(1, len(parts)))
-    return any(isinstance(body.get_submodule(path), nn.ModuleList) for path in above)
+    return [*max(lists, key=lambda layers: (len(wanted & {*layers.modules()}), len(layers)))]
 
 
 def _not_layered(body: nn.Module, got: str) -> ChainError:

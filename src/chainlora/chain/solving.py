@@ -141,17 +141,15 @@ def _without_padding(layers: Layers, pairs: Sequence[_BatchPair]) -> list[_Batch
     """Split padded batches into single rows: experts would get the padding too."""
     split: list[_BatchPair] = []
     for pair in pairs:
-        is_padded = not bool(pair.own.mask.all())
-        split += _single_rows(layers, pair) if is_padded else [pair]
+        if bool(pair.own.mask.all()):
+            split.append(pair)
+            continue
+        for row, count in enumerate(pair.own.mask.sum(1).tolist()):
+            alone = layers.enter([pair.own.tokens[row, :count].tolist()])
+            hidden = (pair.own.hidden, pair.combined.hidden)
+            own, combined = (replace(alone, hidden=x[row : row + 1, :count]) for x in hidden)
+            split.append(_BatchPair(own, combined))
     return split
-
-
-def _single_rows(layers: Layers, pair: _BatchPair) -> Iterator[_BatchPair]:
-    for row, count in enumerate(pair.own.mask.sum(1).tolist()):
-        alone = layers.enter([pair.own.tokens[row, :count].tolist()])
-        hidden = (pair.own.hidden, pair.combined.hidden)
-        own, combined = (replace(alone, hidden=x[row : row + 1, :count]) for x in hidden)
-        yield _BatchPair(own, combined)
 
 
 def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
@@ -177,38 +175,25 @@ def _distance(layers: Layers, pairs: Sequence[_BatchPair]) -> float:
 
 
 class _Layer:
-    """One decoder layer while its modules are solved.
-
-    Args:
-        block: the layer, in float32.
-        index: its number.
-        structure: the modules that run in it.
-        path: its path in the model.
-        parts: the states to combine.
-        pairs: the batches of each part, before this layer.
-    """
+    """One decoder layer while its modules are solved."""
 
     def __init__(
         self,
-        block: nn.Module,
+        block: nn.Module,  # in float32
         index: int,
         structure: LayerStructure,
         path: str,
         parts: Sequence[Part],
-        pairs: Sequence[Sequence[_BatchPair]],
+        pairs: Sequence[Sequence[_BatchPair]],  # batches of each part, before this layer
     ) -> None:
         self.block, self.index, self.structure, self.path = block, index, structure, path
         self.parts, self.pairs = parts, pairs
         self._device = pairs[0][0].own.hidden.device
         self._modules = [name for group in structure.groups for name in group]
-        self._updates = [
-            {
-                name: self._on_device(part.update[f"{path}.{name}"])
-                for name in self._modules
-                if f"{path}.{name}" in part.update
-            }
-            for part in parts
-        ]
+        self._updates: list[dict[str, Factors]] = []  # of each part, by module
+        for part in parts:
+            updates = {name: part.update.get(f"{path}.{name}") for name in self._modules}
+            self._updates.append({n: self._on_device(x) for n, x in updates.items() if x})
         self._solved: dict[str, Factors] = {}
         tokens = sum(pair.own.mask.numel() for batches in pairs for pair in batches)
         widths = sum(sizes(base_layer(block.get_submodule(name)))[1] for name in self._modules)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from chainlora.errors import ModelError
 from chainlora.models.checkpoint import ALL
-from chainlora.models.text_config import base_model
+from chainlora.models.text_config import base_model, has_parameters, outermost_lists
 
 Result = TypeVar("Result")
 
@@ -76,12 +76,8 @@ def plain_type(module: nn.Module) -> type:
 def inside(module: nn.Module, compute: Callable[..., Result], *inputs: Tensor) -> Result:
     """Return ``compute(*inputs)``, computed while the weights of a module are gathered.
 
-    They are gathered again in the backward pass of the result, as for a forward of the module.
-
-    Args:
-        module: a sharded model or its head, after `start`.
-        compute: a function that uses the module's weights.
-        inputs: its arguments.
+    They are gathered again in the backward pass of the result, as for a forward of the module. The
+    module is a sharded model or its head, after `start`.
     """
     result: Result = getattr(module, _INSIDE)(compute, *inputs)
     return result
@@ -95,14 +91,13 @@ def at_head(model: Any, compute: Callable[..., Result], *inputs: Tensor) -> Resu
 @contextmanager
 def whole(module: Any) -> Iterator[None]:
     """Gather a layer's weights on all processes, and free them at the end."""
-    if not is_sharded(module):
-        yield
-        return
-    module.unshard()
+    if is_sharded(module):
+        module.unshard()
     try:
         yield
     finally:
-        module.reshard()
+        if is_sharded(module):
+            module.reshard()
 
 
 # --- FSDP2 ---
@@ -112,15 +107,8 @@ def shard(model: Any, count: int, device: torch.device) -> None:
     """Cut the weights of a frozen model into parts, in place, one per process.
 
     The weights of each decoder layer, of the embedding, of the head and of the remaining modules
-    are gathered together. Weights on the meta device stay there.
-
-    Args:
-        model: the whole model.
-        count: number of processes.
-        device: device of this process.
-
-    Raises:
-        ModelError: FSDP2 cannot shard the model.
+    are gathered together. Weights on the meta device stay there. Raises ModelError if FSDP2 cannot
+    shard the model.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -128,8 +116,12 @@ def shard(model: Any, count: int, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (count,))
     body, head = _innermost(base_model(model)), _head_of(model)
     embedding = model.get_input_embeddings()
+    ends: list[Any] = [] if head is None else [embedding, head]
+    if head is not None and head.weight is embedding.weight:
+        ends = [ends]  # one unit
+    layers = [x for each in outermost_lists(body) for x in each if has_parameters(x)]
     try:
-        for unit in [*_layers(body), *_ends(embedding, head), body, model]:
+        for unit in [*layers, *ends, body, model]:
             fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     except (ValueError, NotImplementedError, AssertionError) as error:
         raise _unsuited(model, error) from error
@@ -138,8 +130,7 @@ def shard(model: Any, count: int, device: torch.device) -> None:
 def start(model: Any) -> None:
     """Finish a sharded model once it has weights: register `inside`, and initialize FSDP2.
 
-    Raises:
-        ModelError: FSDP2 cannot shard the model.
+    Raises ModelError if FSDP2 cannot shard the model.
     """
     from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -163,30 +154,12 @@ def _head_of(model: Any) -> nn.Module | None:
     return head if is_child else None
 
 
-def _ends(embedding: nn.Module, head: nn.Module | None) -> list[Any]:
-    """Return embedding and head as units to gather: one unit if they share their weight."""
-    if head is None:
-        return []
-    if head.weight is embedding.weight:
-        return [[embedding, head]]
-    return [embedding, head]
-
-
 def _innermost(body: nn.Module) -> nn.Module:
     """Return the innermost module with all parameters: OPT calls it without its wrapper."""
-    inner = [child for child in body.children() if any(True for _ in child.parameters())]
+    inner = [child for child in body.children() if has_parameters(child)]
     is_wrapper = len(inner) == 1 and not isinstance(inner[0], nn.ModuleList)
-    has_parameters = any(True for _ in body.parameters(recurse=False))
-    return _innermost(inner[0]) if is_wrapper and not has_parameters else body
-
-
-def _layers(body: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules of the outermost module lists: the decoder layers."""
-    for child in body.children():
-        if isinstance(child, nn.ModuleList):
-            yield from (module for module in child if any(True for _ in module.parameters()))
-        else:
-            yield from _layers(child)
+    is_wrapper &= not has_parameters(body, recurse=False)
+    return _innermost(inner[0]) if is_wrapper else body
 
 
 def _unsuited(model: nn.Module, error: Exception) -> ModelError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -42,6 +43,20 @@ def base_model(model: nn.Module) -> nn.Module:
             f"the model must be a transformers causal language model (got {type(model).__name__})"
         )
     return base
+
+
+def has_parameters(module: nn.Module, recurse: bool = True) -> bool:
+    """Return whether a module, or one inside it, has parameters."""
+    return any(True for _ in module.parameters(recurse))
+
+
+def outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    """Yield the module lists of a model that are in no other list, such as its decoder layers."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from outermost_lists(child)
 
 
 def compute_dtype(model: nn.Module) -> Any:
