@@ -42,9 +42,18 @@ class BaseWeights:
         self._fingerprint: str | None = None
 
     def fingerprint(self, model: nn.Module) -> str:
-        """Return the fingerprint of the unchanged model; computed once, by the first call."""
+        """Return a digest of the unchanged model's weights that is equal in float32 and bfloat16.
+
+        Hashes the name, the shape and about 4096 evenly spaced values, rounded to bfloat16, of
+        every parameter and saved buffer. So it needs no full pass over a large model. Computed
+        once, by the first call.
+        """
         if self._fingerprint is None:
-            self._fingerprint = fingerprint(model)
+            digest = hashlib.sha256()
+            for name, tensor in sorted(model.state_dict().items()):
+                digest.update(f"{name}{tuple(tensor.shape)}".encode())
+                digest.update(_sample(plain_tensor(tensor)))
+            self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
     def remember(self, path: str, parameter: Tensor) -> None:
@@ -63,27 +72,22 @@ class BaseWeights:
     def read(self, path: str) -> Tensor:
         """Return a copy of the pristine parameter, or of this process's rows, float32 on the CPU.
 
-        A float64 parameter stays float64.
-
-        Raises:
-            ModelError: the checkpoint was overwritten or deleted.
+        A float64 parameter stays float64. Raises ModelError if the checkpoint was overwritten or
+        deleted.
         """
-        value = self._copies[path] if path in self._copies else self._read_stored(path)
-        return value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
-
-    def _read_stored(self, path: str) -> Tensor:
-        try:
-            value = self._stored[path].read(self._rows[path])
-            fault = None if _sample(value) == self._samples[path] else "other values"
-        except (OSError, SafetensorError) as error:
-            fault = str(error)
+        if path in self._copies:
+            value, fault = self._copies[path], None
+        else:
+            try:
+                value = self._stored[path].read(self._rows[path])
+                fault = None if _sample(value) == self._samples[path] else "other values"
+            except (OSError, SafetensorError) as error:
+                fault = str(error)
         if fault is not None:
-            raise ModelError(
-                "the files of a base must not change while a chain uses it",
-                f"{fault} for {path} in {self._stored[path].file}",
-                "restore them",
-            )
-        return value
+            rule = "the files of a base must not change while a chain uses it"
+            got = f"{fault} for {path} in {self._stored[path].file}"
+            raise ModelError(rule, got, "restore them")
+        return value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
 
     def rows(self, path: str) -> slice:
         """Return the rows of a parameter on this process: all rows unless it is sharded."""
@@ -94,19 +98,6 @@ class BaseWeights:
     def write(parameter: Tensor, value: Tensor) -> None:
         """Write a parameter, or its rows on this process; the cast is a knot's only rounding."""
         shards.local(parameter).copy_(value)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Return a digest of a model's weights that is equal in float32 and bfloat16.
-
-    Hashes the name, the shape and about 4096 evenly spaced values, rounded to bfloat16, of every
-    parameter and saved buffer. So it needs no full pass over a large model.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(_sample(plain_tensor(tensor)))
-    return digest.hexdigest()
 
 
 def _sample(tensor: Tensor) -> bytes:

@@ -68,7 +68,7 @@ class Chain:
     Attributes:
         links: the tied links, in order.
         next_id: id of the live link, or of the next link. The chain never reuses an id.
-        base_fingerprint: digest of the base (`base_weights.fingerprint`).
+        base_fingerprint: digest of the base (`BaseWeights.fingerprint`).
 
     Raises:
         ChainError: the model is not loaded, is wrapped (DataParallel, torch.compile) or has LoRA

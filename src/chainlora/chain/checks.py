@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from chainlora.chain import adapters
-from chainlora.chain.adapters import Factors
 from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError
@@ -103,15 +102,12 @@ def _module_fault(link: Link, name: str, model: nn.Module | None) -> str | None:
         return f"a bias of {list(bias.shape)} for {b.shape[0]} outputs at {name}"
     if not all(part is None or torch.isfinite(part).all() for part in (a, b, bias)):
         return f"infinite or NaN values at {name}"
-    return None if model is None else _misfit(link.factors[name], model, name)
-
-
-def _misfit(factors: Factors, model: nn.Module, name: str) -> str | None:
-    """Return why factors do not fit a module of the model, or None."""
+    if model is None:
+        return None
     layer = adapters.linked_layer(model, name)
     if layer is None:
         return f"factors for {name}, which the model lacks"
-    (inputs, outputs), rows, columns = adapters.sizes(layer), factors.b.shape[0], factors.a.shape[1]
+    (inputs, outputs), rows, columns = adapters.sizes(layer), b.shape[0], a.shape[1]
     if (rows, columns) != (outputs, inputs):
         return f"an update of {rows} × {columns} for {outputs} × {inputs} at {name}"
     return None

@@ -96,8 +96,7 @@ class Holding(ABC):
     def restore(self, state: Mapping[str, Tensor], adapter: Adapter) -> None:
         """Set the deposits, bit for bit, on a model that contains the same links.
 
-        Raises:
-            ChainError: the state belongs to another link; nothing has changed.
+        Raises ChainError, before any change, if the state belongs to another link.
         """
 
     @abstractmethod

@@ -87,8 +87,6 @@ def initialize(
     """Set the initial factors of a fresh adapter, in place.
 
     Args:
-        adapter: the new LoRA; its config names the initialization.
-        seed: seed of the chain.
         link: name of the link for the generator: its stage and its place within it.
         backward: for ``init: gradient``.
         earlier: the tied links; ``init: orthogonal`` avoids those that are switched on.

@@ -40,17 +40,11 @@ def link_of(live: Live, holding: Holding) -> Link:
     initial factors. With soft knots they are the compressed sum of all that the link learned.
     """
     adapter = live.adapter
-    factors, error = _factors_of(live, adapter, holding)
-    return Link(0, adapter.config, factors, live.num_steps, error)
-
-
-def _factors_of(live: Live, adapter: Adapter, holding: Holding) -> tuple[dict[str, Factors], float]:
-    """Return the factors by module, and their relative error."""
     trained = {name: adapters.copied_factors(layer) for name, layer in adapter.layers.items()}
     for name, first in live.start.items():
         trained[name] = stacked(trained[name], replace(first, b=-first.b))
     if not live.num_soft_knots:
-        return trained, 0.0
+        return Link(0, adapter.config, trained, live.num_steps)
     if merged := [name for name, layer in adapter.layers.items() if layer.merged]:
         raise ChainError(
             "a link with soft knots must not be merged into the base",
@@ -63,7 +57,8 @@ def _factors_of(live: Live, adapter: Adapter, holding: Holding) -> tuple[dict[st
         return product if tied is None else product.add_(tied, alpha=1 / adapter.config.scaling)
 
     pairs, error = compress_together(update, list(trained), SOFT_LINK_TOLERANCE)
-    return {name: replace(trained[name], a=a, b=b) for name, (a, b) in pairs.items()}, error
+    factors = {name: replace(trained[name], a=a, b=b) for name, (a, b) in pairs.items()}
+    return Link(0, adapter.config, factors, live.num_steps, error)
 
 
 def norm_of(adapter: Adapter) -> float:
@@ -82,8 +77,7 @@ def state_of(adapter: Adapter, holding: Holding) -> dict[str, Tensor]:
 def load_state(adapter: Adapter, holding: Holding, state: Mapping[str, Tensor]) -> None:
     """Set a live link to a state from `state_of`.
 
-    Raises:
-        ChainError: tensors are missing, unknown or of another shape; nothing has changed.
+    Raises ChainError, before any change, if tensors are missing, unknown or of another shape.
     """
     parts: dict[str, dict[str, Tensor]] = {key: {} for key in (*_PARTS, "deposit")}
     for key, tensor in state.items():
@@ -107,8 +101,7 @@ def _tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     state = {}
     for name, layer in adapter.layers.items():
         factors = adapters.copied_factors(layer)
-        parts = (factors.a, factors.b, factors.bias)
-        for key, part in zip(_PARTS, parts, strict=True):
+        for key, part in zip(_PARTS, (factors.a, factors.b, factors.bias), strict=True):
             if part is not None:
                 state[f"{key}/{name}"] = part
     return state

@@ -38,20 +38,14 @@ def save_adapter(
     fan_in_fan_out: bool = False,
     task_type: str | None = "CAUSAL_LM",
 ) -> None:
-    """Write a PEFT adapter; equal links give equal bytes.
+    """Write a PEFT adapter into a scratch folder; equal links give equal bytes.
 
     Args:
-        directory: a scratch folder (`files.replaced_folder`).
         factors: A [rank, in] and B [out, rank] by module path.
         config: settings that the link was tuned with.
         rank: rank of the stored factors; a PiSSA link stores twice its tuned rank.
         alpha: alpha of the stored factors.
-        base: name of the base model.
         fan_in_fan_out: whether the adapted layers store their weights as [in, out], as GPT-2 does.
-        task_type: PEFT's task type.
-
-    Raises:
-        FileError: the folder cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     for name, pair in factors.items():
@@ -97,11 +91,7 @@ def load_adapter(directory: Path) -> dict[str, Factors]:
 
 
 def read_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor]]:
-    """Read a saved adapter.
-
-    Returns:
-        Factors A [rank, in] and B [out, rank] by module, float32, and all other tensors by
-        parameter path.
+    """Return a saved adapter: its factors by module, and all other tensors by parameter path.
 
     Raises:
         RunError: the files are missing or damaged, or a module lacks two factors of one rank.
@@ -122,10 +112,9 @@ def read_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor]
         factors[name] = Factors(a.float(), b.float(), None if bias is None else bias.float())
     if not factors:
         raise damaged(directory, "no factors")
-    modules_left = ((name, name.removesuffix(MAGNITUDE)) for name in tensors if ".lora_" in name)
-    left = [name for name, module in modules_left if module not in factors]
-    if left:
-        raise damaged(directory, f"{left[0]} without factors")
+    for name in tensors:
+        if ".lora_" in name and name.removesuffix(MAGNITUDE) not in factors:
+            raise damaged(directory, f"{name} without factors")
     return factors, tensors
 
 

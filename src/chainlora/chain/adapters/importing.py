@@ -31,33 +31,16 @@ from chainlora.config.schema import LinkConfig
 from chainlora.errors import ModelError
 
 # Fields without an effect on the function.
-SILENT = {
-    "task_type",
-    "peft_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "fan_in_fan_out",
-    "loftq_config",
-    "eva_config",
-    "runtime_config",
-    "qalora_group_size",
+_SILENT = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
+    *("revision", "inference_mode", "fan_in_fan_out", "loftq_config", "eva_config"),
+    *("runtime_config", "qalora_group_size"),
 }
-_READ = {
-    "r",
-    "lora_alpha",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
-    "lora_bias",
-    "lora_dropout",
-    "init_lora_weights",
+# Fields that links have too, and fields that select modules, which the weights name already.
+LINK_FIELDS = {
+    *("r", "lora_alpha", "use_rslora", "lora_bias", "lora_dropout", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
-# These fields select modules; the weights name them already.
-_SELECTION = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 # These initializations keep the base weights; PiSSA, OLoRA, CorDA, LoftQ and others change them.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _CONVERT = (
@@ -68,22 +51,14 @@ _CONVERT = (
 
 @dataclass(frozen=True)
 class Imported:
-    """An adapter read from a PEFT folder.
-
-    Args:
-        config: settings of the link.
-        factors: A [rank, in] and B [out, rank] by module path.
-        kept: other stored weights by parameter path, such as embeddings; they must equal those of
-            the base.
-        magnitudes: DoRA's magnitudes [out] by module path; empty for a LoRA.
-        stored: PEFT's config.
-    """
+    """An adapter read from a PEFT folder."""
 
     config: LinkConfig
-    factors: dict[str, Factors]
+    factors: dict[str, Factors]  # A [rank, in] and B [out, rank] by module path
+    # Other weights by parameter path, such as embeddings; they must equal those of the base.
     kept: dict[str, Tensor]
-    magnitudes: dict[str, Tensor]
-    stored: dict[str, Any]
+    magnitudes: dict[str, Tensor]  # of DoRA, [out], by module path; empty for a LoRA
+    stored: dict[str, Any]  # PEFT's config
 
     @property
     def base(self) -> str:
@@ -94,9 +69,7 @@ class Imported:
 def import_adapter(folder: Path) -> Imported:
     """Read an adapter saved by PEFT.
 
-    Raises:
-        ModelError: it cannot become a link.
-        RunError: its files are damaged.
+    Raises ModelError if it cannot become a link, and RunError if its files are damaged.
     """
     stored = read_config(folder)
     _check(stored, folder)
@@ -128,7 +101,7 @@ def unknown_field(config: Mapping[str, Any], known: set[str]) -> tuple[str, obje
     plain = {field.name: getattr(defaults, field.name) for field in fields(peft.LoraConfig)}
     for key, value in config.items():
         is_default = value == plain.get(key) or (not value and not plain.get(key))
-        if not is_default and key not in known | SILENT:
+        if not is_default and key not in known | _SILENT:
             return key, value
     return None
 
@@ -137,7 +110,7 @@ def _check(config: dict[str, Any], folder: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ModelError("an adapter must be a LoRA", f"{kind!r:.40} in {folder}", MERGE)
-    if odd := unknown_field(config, _READ | _SELECTION):
+    if odd := unknown_field(config, LINK_FIELDS | {"rank_pattern", "alpha_pattern", "use_dora"}):
         got = f"`{odd[0]}: {odd[1]!r:.60}` in {folder}"
         raise ModelError("an adapter must be a plain LoRA or DoRA", got, MERGE)
     if (init := config.get("init_lora_weights")) not in _INITS:

@@ -26,20 +26,13 @@ LIVE = "default"  # PEFT adapter of the live link; PEFT's default name, which TR
 
 @dataclass
 class Adapter:
-    """A LoRA on a model.
+    """A LoRA on a model."""
 
-    Args:
-        tuner: PEFT's wrapper of the model.
-        config: settings of the link.
-        layers: PEFT's LoraLayer by module path; its attributes are untyped.
-        branch: the layers with a frozen branch, by module path.
-        trainable: the parameters that were trainable before it was attached.
-    """
-
-    tuner: peft.LoraModel
+    tuner: peft.LoraModel  # PEFT's wrapper of the model
     config: LinkConfig
-    layers: dict[str, Any]
-    branch: dict[str, Any] = field(default_factory=dict)
+    layers: dict[str, Any]  # PEFT's LoraLayer by module path; its attributes are untyped
+    branch: dict[str, Any] = field(default_factory=dict)  # layers with a frozen branch, by path
+    # the parameters that were trainable before it was attached
     trainable: list[nn.Parameter] = field(default_factory=list)
 
     def __repr__(self) -> str:
@@ -48,14 +41,14 @@ class Adapter:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the trained parameters."""
         for layer in self.layers.values():
-            yield from _trained(layer)
+            yield from _parameters(layer)
 
     def named_factor(self, factor: str) -> list[nn.Parameter]:
         """Return the trained parameters of factor A, or of B with its bias."""
         picked = []
         for layer in self.layers.values():
             a = factors_in(layer, LIVE).a
-            picked += [p for p in _trained(layer) if (p is a) == (factor == "A")]
+            picked += [p for p in _parameters(layer) if (p is a) == (factor == "A")]
         return picked
 
 
@@ -73,8 +66,8 @@ def factors_in(layer: Any, name: str) -> FactorsIn:
     return FactorsIn(layer.lora_A[name].weight, b.weight, b.bias)
 
 
-def _trained(layer: Any) -> Iterator[nn.Parameter]:
-    yield from (p for p in factors_in(layer, LIVE) if p is not None)
+def _parameters(layer: Any, name: str = LIVE) -> list[nn.Parameter]:
+    return [p for p in factors_in(layer, name) if p is not None]
 
 
 def base_layer(layer: nn.Module) -> Any:
@@ -95,10 +88,8 @@ def linked_layer(model: nn.Module, name: str) -> Any:
 def attach(model: nn.Module, config: LinkConfig) -> Adapter:
     """Attach a fresh LoRA to `model`, in place: factors in float32, all other parameters frozen.
 
-    The caller must set the factors, which have PEFT's own initialization.
-
-    Raises:
-        ModelError: no module matches, or a module cannot be adapted (`targets.check_targets`).
+    The caller must set the factors, which have PEFT's own initialization. Raises ModelError if no
+    module matches, or a module cannot be adapted (`targets.check_targets`).
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     targets = sorted(check_targets(model, config))
@@ -141,15 +132,22 @@ def same_shape(adapter: Adapter, config: LinkConfig) -> bool:
     return adapter.config.model_copy(update={"alpha": config.alpha, "init": config.init}) == config
 
 
-@torch.no_grad()
 def set_factors(adapter: Adapter, name: str, factors: Factors) -> None:
     """Set the factors of one module, in place."""
-    layer = adapter.layers[name]
-    a, b, bias = factors_in(layer, LIVE)
-    a.copy_(factors.a)
-    b.copy_(factors.b)
-    if bias is not None:
-        bias.copy_(torch.zeros(()) if factors.bias is None else factors.bias)
+    _fill(adapter.layers[name], LIVE, factors)
+
+
+@torch.no_grad()
+def _fill(layer: Any, name: str, factors: Factors | None) -> None:
+    """Set a named adapter of a layer to factors of up to its rank, or to zero."""
+    for parameter in _parameters(layer, name):
+        parameter.zero_()
+    if factors is not None:
+        (a, b, bias), rank = factors_in(layer, name), factors.a.shape[0]
+        a[:rank].copy_(factors.a)
+        b[:, :rank].copy_(factors.b)
+        if bias is not None and factors.bias is not None:
+            bias.copy_(factors.bias)
 
 
 def live_factors(adapter: Adapter, name: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -188,13 +186,10 @@ def set_dropouts(adapter: Adapter, dropouts: Mapping[str, float]) -> None:
         adapter.layers[name].lora_dropout[LIVE].p = dropouts[name]
 
 
-@torch.no_grad()
 def zero(adapter: Adapter) -> None:
     """Set both factors and the bias to zero, in place, so that the adapter adds nothing."""
     for layer in adapter.layers.values():
-        for parameter in factors_in(layer, LIVE):
-            if parameter is not None:
-                parameter.zero_()
+        _fill(layer, LIVE, None)
 
 
 def host(tensor: Tensor) -> Tensor:
@@ -232,7 +227,7 @@ def carry(adapter: Adapter, stacked: Mapping[str, Factors], room: int = 0) -> No
         modules = dict.fromkeys([*adapter.layers, *stacked])
         _attach_branch(adapter, list(modules), rank, with_bias)
     for name, layer in adapter.branch.items():
-        _fill_branch(layer, stacked.get(name))
+        _fill(layer, CARRIED, stacked.get(name))
 
 
 def _attach_branch(adapter: Adapter, modules: list[str], rank: int, with_bias: bool) -> None:
@@ -252,23 +247,7 @@ def _attach_branch(adapter: Adapter, modules: list[str], rank: int, with_bias: b
         name: layer for name, layer in lora_layers(tuner.model).items() if CARRIED in layer.lora_A
     }
     for layer in adapter.branch.values():
-        for parameter in factors_in(layer, CARRIED):
-            if parameter is not None:
-                parameter.data = parameter.data.float()
+        for parameter in _parameters(layer, CARRIED):
+            parameter.data = parameter.data.float()
         layer.scaling[CARRIED] = 1.0
     train_only(adapter)
-
-
-@torch.no_grad()
-def _fill_branch(layer: Any, factors: Factors | None) -> None:
-    a, b, bias = factors_in(layer, CARRIED)
-    for parameter in (a, b, bias):
-        if parameter is not None:
-            parameter.zero_()
-    if factors is None:
-        return
-    rank = factors.a.shape[0]
-    a[:rank].copy_(factors.a)
-    b[:, :rank].copy_(factors.b)
-    if bias is not None and factors.bias is not None:
-        bias.copy_(factors.bias)

@@ -16,32 +16,14 @@ from typing import Any
 import peft
 from torch import nn
 
-from chainlora.chain.adapters.importing import unknown_field
-from chainlora.chain.adapters.layers import (
-    LIVE,
-    Adapter,
-    copied_factors,
-    factors_in,
-    lora_layers,
-)
+from chainlora.chain.adapters.importing import LINK_FIELDS, unknown_field
+from chainlora.chain.adapters.layers import LIVE, Adapter, copied_factors, factors_in, lora_layers
 from chainlora.chain.link import Factors
 from chainlora.errors import ModelError
 
 # TRL's DPOTrainer adds a copy of the fresh adapter with this name, as its reference.
 _REFERENCE = "ref"
 _INITS = {True: "kaiming", "gaussian": "gaussian"}
-_READ = {
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "use_rslora",
-    "lora_bias",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "init_lora_weights",
-}
 _REMEDIES = {
     "modules_to_save": "leave it out, and a classifier's task_type, for which PEFT trains the head",
     "init_lora_weights": "leave it out, or set it to 'gaussian'",
@@ -51,8 +33,7 @@ _REMEDIES = {
 def read_settings(model: nn.Module) -> dict[str, Any]:
     """Return the settings of a PeftModel's LoRA, by the keys of `LinkConfig`.
 
-    Raises:
-        ModelError: the model is not a PeftModel with one plain LoRA.
+    Raises ModelError unless the model is a PeftModel with one plain LoRA.
     """
     tuned = _peft_model(model)
     config = tuned.peft_config[LIVE]
@@ -104,7 +85,7 @@ def _check_fields(config: Any) -> None:
             "linear layers in target_modules, such as q_proj and v_proj"
         )
     values = {field.name: getattr(config, field.name) for field in fields(config)}
-    unknown = unknown_field(values, _READ)
+    unknown = unknown_field(values, LINK_FIELDS)
     if unknown is None and config.init_lora_weights not in _INITS:
         unknown = "init_lora_weights", config.init_lora_weights
     if unknown is not None:
@@ -130,11 +111,7 @@ def _check_trained(model: nn.Module) -> None:
 
 
 def read_trained(model: Any) -> dict[str, Factors] | None:
-    """Return the factors of a PeftModel's LoRA by module, or None if the LoRA adds nothing.
-
-    Raises:
-        ModelError: the LoRA is merged.
-    """
+    """Return the factors of a PeftModel's LoRA by module, or None if the LoRA adds nothing."""
     plain = model.get_base_model()
     layers = lora_layers(plain)
     if merged := [name for name, layer in layers.items() if layer.merged]:
@@ -168,14 +145,9 @@ def redirect(
     """Replace the methods of a PeftModel that save, load and disable its adapter, in place.
 
     Trainer, TRL and a push to the Hub save with ``save_pretrained``, and load a checkpoint or the
-    best model with ``load_adapter``. TRL computes its reference inside ``disable_adapter``. PEFT
-    still handles adapters with other names.
-
-    Args:
-        model: the PeftModel.
-        save: called with the folder in place of ``save_pretrained``.
-        load: called with the folder in place of ``load_adapter``.
-        switch_off: called before ``disable_adapter``.
+    best model with ``load_adapter``; `save` and `load` get the folder. TRL computes its reference
+    inside ``disable_adapter``; `switch_off` is called before. PEFT still handles adapters with
+    other names.
     """
     redirected = _Redirected(model, save, load, switch_off)
     model.save_pretrained = redirected.save_pretrained

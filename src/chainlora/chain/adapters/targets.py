@@ -150,8 +150,7 @@ def is_named(path: str, last: str) -> bool:
 def check_targets(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module]:
     """Return the modules that a link adapts, by path.
 
-    Raises:
-        ModelError: a name matches no module, or a matched module cannot be adapted or merged.
+    Raises ModelError if a name matches no module, or a matched module cannot be adapted or merged.
     """
     matched = matched_modules(model, config)
     _check_names(model, config, matched)
