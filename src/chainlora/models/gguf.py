@@ -58,10 +58,8 @@ _WHOLE_WORDS_FIRST = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "
 def converted_folder(file: Path) -> Path:
     """Return the folder with the converted model of a GGUF file; convert it if needed.
 
-    Several processes may call it at once: one converts, the others wait.
-
-    Raises:
-        ModelError: the file is not a GGUF model that can be converted.
+    Several processes may call it at once: one converts, the others wait. Raises ModelError if the
+    file is not a GGUF model that can be converted.
     """
     digest = hash_file(file)
     name = f"{file.stem}-{file.stat().st_size}-{digest[:16]}-v{_CONVERSION}"
@@ -72,9 +70,8 @@ def converted_folder(file: Path) -> Path:
     with reported(folder.parent), FileLock(folder.parent / f".{name}.lock"):
         if folder.is_dir():
             return folder
-        remove_scratch(
-            folder.parent, name
-        )  # left by a killed conversion; the lock excludes a running one
+        # left by a killed conversion; the lock excludes a running one
+        remove_scratch(folder.parent, name)
         with replaced_folder(folder) as scratch:
             _convert(file, scratch, digest)
     return folder
@@ -88,11 +85,9 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
     architecture, tensors = metadata.get("general.architecture"), metadata[_NUM_TENSORS]
     blocks = metadata.get(f"{architecture}.block_count")
     if isinstance(blocks, int) and blocks > tensors:  # would take hours, then all memory
-        raise ModelError(
-            "a GGUF file must have the tensors of its blocks",
-            f"{blocks} blocks and {tensors} tensors in {file}",
-            "download it again",
-        )
+        rule = "a GGUF file must have the tensors of its blocks"
+        got = f"{blocks} blocks and {tensors} tensors in {file}"
+        raise ModelError(rule, got, "download it again")
     import_gguf()
     with explained("a GGUF file must describe its tokenizer", f"in {file}", "download it again"):
         tokenizer = build_tokenizer(file, metadata)
@@ -125,10 +120,7 @@ def _scale_rope(config: Any, tensors: dict[str, Any], file: Path, metadata: dict
     """Set the scaled RoPE of a file in the config; transformers ignores it.
 
     For Llama 3 the file stores the divisor of each frequency but not the parameters behind it:
-    they are set, and must give the same divisors.
-
-    Raises:
-        ModelError: the kind of RoPE is not supported.
+    they are set, and must give the same divisors. Raises ModelError for other kinds of RoPE.
     """
     if not getattr(config, "rope_parameters", None):
         return
@@ -193,20 +185,18 @@ def read_metadata(file: Path) -> dict[str, Any]:
             try:
                 version, pairs[_NUM_TENSORS], num_pairs = struct.unpack_from("<IQQ", data, position)
                 if version not in (2, 3):
-                    raise ModelError(
-                        f"a GGUF file must be of version 2 or 3, little-endian (got {version} in "
-                        f"{file}); convert it again with a newer llama.cpp"
-                    )
+                    rule = "a GGUF file must be of version 2 or 3, little-endian"
+                    remedy = "convert it again with a newer llama.cpp"
+                    raise ModelError(rule, f"{version} in {file}", remedy)
                 position = 24
                 for _ in range(num_pairs):
                     key, position = _read_value(data, position, _STRING)
                     kind = struct.unpack_from("<I", data, position)[0]
                     pairs[key], position = _read_value(data, position + 4, kind)
             except (struct.error, LookupError, ValueError, OverflowError, MemoryError) as error:
-                raise ModelError(
-                    f"a GGUF file must be complete (got {file}, unreadable at byte {position}); "
-                    f"download it again"
-                ) from error
+                got = f"{file}, unreadable at byte {position}"
+                rule = "a GGUF file must be complete"
+                raise ModelError(rule, got, "download it again") from error
             return pairs
 
 

@@ -88,15 +88,12 @@ def weight_files(folder: Path) -> list[Path]:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         shards = [folder / name for name in sorted(names)]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(
-            f"{_INDEX} must map weights to files (got {error} in {folder}); download it again"
-        ) from error
+        rule, got = f"{_INDEX} must map weights to files", f"{error} in {folder}"
+        raise ModelError(rule, got, "download it again") from error
     for shard in shards:
         if not shard.is_file():
-            raise ModelError(
-                f"a model folder must hold every shard (got no {shard.name} in {folder}); "
-                "download it again"
-            )
+            got = f"no {shard.name} in {folder}"
+            raise ModelError("a model folder must hold every shard", got, "download it again")
     return [index, *shards]
 
 
@@ -120,9 +117,8 @@ def _config_digest(path: Path) -> str:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ModelError(
-            f"{path.name} must be JSON (got {error} in {path.parent}); download it again"
-        ) from error
+        got = f"{error} in {path.parent}"
+        raise ModelError(f"{path.name} must be JSON", got, "download it again") from error
     text = json.dumps(_without_ignored(tree), sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -156,9 +152,7 @@ def hash_file(path: Path) -> str:
             return known
     digest = sha256(path)
     status = path.stat()
-    age = time.time() - max(
-        status.st_mtime, status.st_ctime
-    )  # negative after the clock was set back
+    age = time.time() - max(status.st_mtime, status.st_ctime)  # below 0 if the clock was set back
     if _state(path) == before and age > _RACY_SECONDS:
         try:
             make_folder(entry.parent)

@@ -103,10 +103,9 @@ def load_weights(
     keys: dict[str, Any] = {}
     is_quantized = getattr(config, "quantization_config", None) is not None
     if quantize is not None and is_quantized:
-        raise ModelError(
-            "`quantize` needs a checkpoint that is not quantised (got a quantization_config in "
-            f"{folder / 'config.json'}); leave quantize out"
-        )
+        rule = "`quantize` needs a checkpoint that is not quantised"
+        got = f"a quantization_config in {folder / 'config.json'}"
+        raise ModelError(rule, got, "leave quantize out")
     if quantize is not None:
         keys["quantization_config"] = quantization(quantize, dtype)
     if quantize is not None or is_quantized:
@@ -165,8 +164,7 @@ def settle(model: Any, tokenizer: Any, folder: Path) -> None:
 def load_skeleton(spec: str | Path) -> Any:
     """Return a model on the meta device: modules, names and shapes, without weights.
 
-    Raises:
-        ModelError: nothing is at `spec`, or transformers cannot make the model.
+    Raises ModelError if nothing is at `spec`, or transformers cannot make the model.
     """
     # Outside of the meta device: a GGUF file may have to be converted.
     config = _load_config(resolve_model(spec))
@@ -191,27 +189,21 @@ def _load_config(folder: Path) -> Any:
         stated = stated if isinstance(stated, dict) else {}
         kind, has_code = stated.get("model_type"), "auto_map" in stated
         if isinstance(kind, str) and kind in CONFIG_MAPPING and not has_code:
-            raise ModelError(
-                "transformers must be able to read config.json",
-                f"{type(error).__name__}: {error!s:.200} in {folder}",
-                "correct or download it again",
-            ) from error
+            rule = "transformers must be able to read config.json"
+            got = f"{type(error).__name__}: {error!s:.200} in {folder}"
+            raise ModelError(rule, got, "correct or download it again") from error
         code = ", with remote code, which is never run" if has_code else ""
-        raise ModelError(
-            "config.json must name an architecture of transformers",
-            f"{kind!r} in {folder}{code}",
-            "use another model, or a newer transformers",
-        ) from error
+        rule, got = "config.json must name an architecture of transformers", f"{kind!r} in {folder}"
+        remedy = "use another model, or a newer transformers"
+        raise ModelError(rule, f"{got}{code}", remedy) from error
     named = config.architectures
     names = [str(name) for name in named] if isinstance(named, list | tuple) else []
     masked = bool(names) and all(name.endswith("ForMaskedLM") for name in names)
     is_causal = type(config) in AutoModelForCausalLM._model_mapping
     if not is_causal or config.is_encoder_decoder or masked:
-        raise ModelError(
-            f"`model` must be a causal language model (got "
-            f"{', '.join(names) or config.model_type} in {folder}); use a decoder-only one such "
-            f"as Llama, Qwen, GPT-2 or OPT"
-        )
+        got = f"{', '.join(names) or config.model_type} in {folder}"
+        remedy = "use a decoder-only one such as Llama, Qwen, GPT-2 or OPT"
+        raise ModelError("`model` must be a causal language model", got, remedy)
     return config
 
 
@@ -219,14 +211,14 @@ def _refuse_pickle(folder: Path) -> None:
     if any(folder.glob("*.safetensors")):
         return
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
-    if pickles:
-        raise ModelError(
-            f"weights must be safetensors, since pickle can run code (got only {pickles[0]} in "
-            f"{folder}); load a trusted copy with transformers and call save_pretrained, or use a "
-            f"revision with safetensors"
-        )
+    if not pickles:
+        got = f"none in {folder}"
+        raise ModelError("a model folder must have *.safetensors", got, "download it again")
     raise ModelError(
-        f"a model folder must have *.safetensors (got none in {folder}); download it again"
+        "weights must be safetensors, since pickle can run code",
+        f"only {pickles[0]} in {folder}",
+        "load a trusted copy with transformers and call save_pretrained, or use a revision with "
+        "safetensors",
     )
 
 
@@ -243,34 +235,29 @@ def _check_layers(config: Any, folder: Path) -> None:
     except SafetensorError:  # a damaged file has no readable tensor
         tensors = 0
     if layers > tensors:
-        raise ModelError(
-            f"config.json must match the weights in its folder (got num_hidden_layers {layers} "
-            f"and {tensors} tensors in {folder}); correct or download it again"
-        )
+        rule = "config.json must match the weights in its folder"
+        got = f"num_hidden_layers {layers} and {tensors} tensors in {folder}"
+        raise ModelError(rule, got, "correct or download it again")
 
 
 def load_tokenizer(folder: Path) -> Any:
     """Return the tokenizer of a model folder, with a pad token of its vocabulary.
 
-    Raises:
-        ModelError: the folder has no tokenizer, or it does not load.
+    Raises ModelError if the folder has no tokenizer, or it does not load.
     """
     if not has_tokenizer(folder):
-        raise ModelError(
-            f"a model folder must hold its tokenizer (got no tokenizer.json or similar file in "
-            f"{folder}); save the tokenizer into this folder"
-        )
+        rule, got = "a model folder must hold its tokenizer", "no tokenizer.json or similar file in"
+        raise ModelError(rule, f"{got} {folder}", "save the tokenizer into this folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # tokenizers raises bare Exception for a broken file
-        hint = "save it again into this folder"
+        remedy = "save it again into this folder"
         if "trust_remote_code" in str(error):
-            hint = "remote code is never run; use a tokenizer of transformers"
-        raise ModelError(
-            f"the tokenizer must load with transformers (got {error!s:.200} in {folder}); {hint}"
-        ) from error
+            remedy = "remote code is never run; use a tokenizer of transformers"
+        got = f"{error!s:.200} in {folder}"
+        raise ModelError("the tokenizer must load with transformers", got, remedy) from error
     for key in ("is_local", "local_files_only"):  # keys of this call, which it would save
         tokenizer.init_kwargs.pop(key, None)
     if tokenizer.pad_token_id is None:
@@ -285,15 +272,12 @@ def _check_whole(model: Any, report: dict[str, Any], folder: Path, is_quantized:
         missing = [name for name in missing if name.endswith(".weight")]
         missing = [name for name in missing if name.removesuffix(".weight") not in linear]
     if missing:
-        raise ModelError(
-            f"a checkpoint must have every weight of the model (got {len(missing)} missing in "
-            f"{folder}, first {missing[0]}); use a checkpoint of a causal language model"
-        )
+        rule = "a checkpoint must have every weight of the model"
+        got = f"{len(missing)} missing in {folder}, first {missing[0]}"
+        raise ModelError(rule, got, "use a checkpoint of a causal language model")
     if unexpected := sorted(report["unexpected_keys"]):
-        count, first = len(unexpected), unexpected[0]
-        logger.warning(
-            "%d weights in %s are not the model's and are ignored, first %s", count, folder, first
-        )
+        text = "%d weights in %s are not the model's and are ignored, first %s"
+        logger.warning(text, len(unexpected), folder, unexpected[0])
 
 
 def _refuse_integers(model: Any, folder: Path) -> None:
@@ -308,11 +292,9 @@ def _refuse_integers(model: Any, folder: Path) -> None:
     names |= {name.removeprefix(prefix) for name in names}
     for name, stored in Checkpoint(folder).all().items():
         if name in names and stored.dtype in _INTEGERS:
-            raise ModelError(
-                f"weights must be floating-point unless config.json has a quantization_config (got "
-                f"{stored.dtype} for {name} in {stored.file}); use the checkpoint before "
-                "quantisation"
-            )
+            rule = "weights must be floating-point unless config.json has a quantization_config"
+            got = f"{stored.dtype} for {name} in {stored.file}"
+            raise ModelError(rule, got, "use the checkpoint before quantisation")
 
 
 def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -323,15 +305,13 @@ def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
     """
     rows = model.get_input_embeddings().weight.shape[0]
     beyond = {index for index in tokenizer.get_vocab().values() if index >= rows}
-    added = (
-        tokenizer.added_tokens_decoder if beyond else {}
-    )  # Mistral's tokenizer lacks the attribute
+    # Mistral's tokenizer lacks the attribute.
+    added = tokenizer.added_tokens_decoder if beyond else {}
     written = {getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     if wrong := beyond - ({key for key, token in added.items() if token.special} - written):
-        raise ModelError(
-            f"the embedding must have a row per token (got token {max(wrong)} and {rows} rows in "
-            f"{folder}); use the tokenizer the model was trained with"
-        )
+        rule, got = "the embedding must have a row per token", f"token {max(wrong)} and {rows} rows"
+        remedy = "use the tokenizer the model was trained with"
+        raise ModelError(rule, f"{got} in {folder}", remedy)
 
 
 # --- several processes ---
@@ -340,8 +320,7 @@ def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
 def load_shards(opened: Opened, dtype: torch.dtype, count: int, device: torch.device) -> Any:
     """Return a frozen model whose weights are cut into `count` parts, one per process.
 
-    Raises:
-        ModelError: as `load_weights`; or the model is quantised, or FSDP2 cannot shard it.
+    Raises ModelError as `load_weights`, or if the model is quantised or FSDP2 cannot shard it.
     """
     folder, config, tokenizer = opened
     if getattr(config, "quantization_config", None) is not None:

@@ -26,8 +26,7 @@ def in_mode(model: nn.Module, *, training: bool = False) -> Iterator[None]:
 def switch_activation_checkpointing(model: Any, *, is_on: bool) -> None:
     """Switch the recomputation of activations in the backward pass on or off.
 
-    Raises:
-        ValueError: the model class does not support it.
+    Raises ValueError if the model class does not support it.
     """
     end = "enable" if is_on else "disable"
     before = getattr(model, f"gradient_checkpointing_{end}")  # its name in older transformers

@@ -20,15 +20,9 @@ _PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
 def quantization(kind: str, dtype: torch.dtype) -> Any:
     """Return the `quantization_config` for transformers' `from_pretrained`.
 
-    Only weights are quantised; matmuls run in `dtype`.
-
-    Args:
-        kind: ``nf4``, 4-bit NormalFloat in blocks of 64 by bitsandbytes (arXiv 2305.14314), or
-            ``int8``, integers with one scale per row by torchao.
-        dtype: dtype of computations.
-
-    Raises:
-        ModelError: the package is not installed.
+    Only weights are quantised; matmuls run in `dtype`. ``nf4`` is 4-bit NormalFloat in blocks of 64
+    by bitsandbytes (arXiv 2305.14314), ``int8`` integers with one scale per row by torchao. Raises
+    ModelError if the package is not installed.
     """
     import_optional(_PACKAGES[kind], f"`quantize: {kind}`", ModelError)
     if kind == "int8":
@@ -52,8 +46,8 @@ def settle_kernels(model: nn.Module) -> None:
     On CPUs with AVX-512 for bfloat16, bitsandbytes repacks weights for evaluation, and then
     multiplies in bfloat16 for any input dtype. This switches that off.
     """
-    layers: list[Any] = list(model.modules())
-    for layer in layers:
+    layer: Any
+    for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
 
