@@ -22,36 +22,24 @@ _LARGEST_STRENGTH = 1e6
 def check_model(model: Any, checkpoint: str | Path | None) -> None:
     """Raise ChainError for a model that cannot have a chain, or a missing checkpoint folder."""
     if not isinstance(model, nn.Module) or any(p.is_meta for p in model.parameters()):
-        raise ChainError(
-            "`model` must be a loaded model",
-            shown(model),
-            "load it first: AutoModelForCausalLM.from_pretrained(…)",
-        )
+        remedy = "load it first: AutoModelForCausalLM.from_pretrained(…)"
+        raise ChainError("`model` must be a loaded model", shown(model), remedy)
     # Parameters have other names in a wrapper.
     parallel = nn.DataParallel | nn.parallel.DistributedDataParallel
     if hasattr(model, "_orig_mod") or isinstance(model, parallel):
-        raise ChainError(
-            "a chain needs the unwrapped model",
-            shown(model),
-            "wrap it after chain.extend, e.g. torch.compile(chain.model)",
-        )
+        remedy = "wrap it after chain.extend, e.g. torch.compile(chain.model)"
+        raise ChainError("a chain needs the unwrapped model", shown(model), remedy)
     if checkpoint is not None and not Path(checkpoint).expanduser().is_dir():
-        raise ChainError(
-            "`checkpoint` must be the path of a folder",
-            shown(checkpoint),
-            "leave it out if there is no folder",
-        )
+        remedy = "leave it out if there is no folder"
+        raise ChainError("`checkpoint` must be the path of a folder", shown(checkpoint), remedy)
     check_plain(model)
 
 
 def check_plain(model: nn.Module) -> None:
     """Raise ChainError for a model that already has LoRA layers."""
     if adapters.lora_layers(model):
-        raise ChainError(
-            "a chain needs a model without adapters",
-            shown(model),
-            "remove them: chain.detach(), or merge_and_unload() of PEFT",
-        )
+        remedy = "remove them: chain.detach(), or merge_and_unload() of PEFT"
+        raise ChainError("a chain needs a model without adapters", shown(model), remedy)
 
 
 def check_config(config: Any) -> None:
@@ -84,9 +72,8 @@ def link_fault(link: Link, model: nn.Module | None = None) -> str | None:
 def check_link(link: Link, model: nn.Module) -> None:
     """Raise ChainError for a link that does not fit the model."""
     if fault := link_fault(link, model):
-        raise ChainError(
-            f"a link must fit the model (got {fault}); take a link that was tuned on this model"
-        )
+        remedy = "take a link that was tuned on this model"
+        raise ChainError("a link must fit the model", fault, remedy)
 
 
 def _module_fault(link: Link, name: str, model: nn.Module | None) -> str | None:
@@ -117,11 +104,9 @@ def check_deposits(state: Mapping[str, Tensor], num_soft_knots: int) -> None:
     """Raise ChainError unless a state has deposits exactly if its link had soft knots."""
     has_deposits = any(name.startswith("deposit/") for name in state)
     if has_deposits != (num_soft_knots > 0):
-        raise ChainError(
-            "`num_soft_knots` must match the state",
-            f"{num_soft_knots} for a state {'with' if has_deposits else 'without'} deposits",
-            "pass live_soft_knots of the chain that saved the state",
-        )
+        got = f"{num_soft_knots} for a state {'with' if has_deposits else 'without'} deposits"
+        remedy = "pass live_soft_knots of the chain that saved the state"
+        raise ChainError("`num_soft_knots` must match the state", got, remedy)
 
 
 # --- strengths ---
@@ -144,8 +129,5 @@ def check_strengths(links: Sequence[Link]) -> None:
     """Raise ChainError for strengths that are out of range or NaN."""
     for link in links:
         if not abs(link.strength) <= _LARGEST_STRENGTH:  # also true for NaN
-            raise ChainError(
-                f"the strength of a link must be within ±{_LARGEST_STRENGTH:g}",
-                f"{link.strength:g} for link {link.id}",
-                "use 0 to 1",
-            )
+            rule = f"the strength of a link must be within ±{_LARGEST_STRENGTH:g}"
+            raise ChainError(rule, f"{link.strength:g} for link {link.id}", "use 0 to 1")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from chainlora.chain import adapters
 from chainlora.chain.adapters import Adapter, Factors, stacked
 from chainlora.chain.base_weights import BaseWeights
-from chainlora.chain.link import Link, merge_, part_of, stack_links, stacked_rank
+from chainlora.chain.link import Link, stack_links, stacked_rank
 from chainlora.chain.low_rank import best_of_rank
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ChainError, ModelError
@@ -63,9 +63,10 @@ class Holding(ABC):
         for name, module in adapters.matched_modules(model, config).items():
             if cls.writes_base and is_quantized(module):
                 raise ModelError(
-                    f"a quantised layer cannot hold merged links (got {type(module).__name__} at "
-                    f"{name}); use hold: carried. ChainCallback has no `hold`: use `chainlora "
-                    "train`, or a base that is not quantised"
+                    "a quantised layer cannot hold merged links",
+                    f"{type(module).__name__} at {name}",
+                    "use hold: carried. ChainCallback has no `hold`: use `chainlora train`, or a "
+                    "base that is not quantised",
                 )
 
     @abstractmethod
@@ -166,10 +167,9 @@ class Tied(Holding):
     def restore(self, state: Mapping[str, Tensor], adapter: Adapter) -> None:
         for name, exact in state.items():
             if name not in self.modules or exact.shape != self.base_of(name).weight.shape:
-                raise ChainError(
-                    "the weights of soft knots must fit the modules of this link (got "
-                    f"{list(exact.shape)} for {name}); they belong to another link"
-                )
+                rule = "the weights of soft knots must fit the modules of this link"
+                got = f"{list(exact.shape)} for {name}"
+                raise ChainError(rule, got, "they belong to another link")
         for name, exact in state.items():
             self._exact_weight(name).copy_(exact)
             self._show(name)
@@ -182,10 +182,8 @@ class Tied(Holding):
         if name not in self._exact:
             parameter = self.base_of(name).weight
             if is_shard(parameter):
-                raise ChainError(
-                    "soft knots need unsharded weights (got a weight that several processes "
-                    "share); use hold: carried"
-                )
+                got = "a weight that several processes share"
+                raise ChainError("soft knots need unsharded weights", got, "use hold: carried")
             is_copy = parameter.dtype != torch.float32
             self._exact[name] = self._settled(name)[0] if is_copy else parameter.detach()
         return self._exact[name]
@@ -216,11 +214,15 @@ class Tied(Holding):
         self, name: str, weight: Tensor, bias: Tensor | None, factors: Factors, scaling: float
     ) -> None:
         """Add ``s·B·A`` to a module's weight, in place; to a shard only its own rows."""
-        rows = self.weights.rows(f"{name}.weight")
-        bias_rows = rows if bias is None else self.weights.rows(f"{name}.bias")
-        transposed = adapters.is_transposed(self.base_of(name))
-        part = part_of(factors, rows, bias_rows, transposed=transposed)
-        merge_(self._out_by_in(name, weight), bias, part, scaling)
+        a, b, rows = factors.a, factors.b, self.weights.rows(f"{name}.weight")
+        if adapters.is_transposed(self.base_of(name)):  # [in, out]: rows are columns of A
+            a = a[:, rows]
+        else:
+            b = b[rows]
+        self._out_by_in(name, weight).addmm_(b.to(weight), a.to(weight), alpha=scaling)
+        if factors.bias is not None and bias is not None:
+            part = factors.bias[self.weights.rows(f"{name}.bias")]
+            bias.add_(part.to(weight), alpha=scaling)
 
     def _write(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
         module = self.base_of(name)
@@ -246,10 +248,8 @@ class Carried(Holding):
     @staticmethod
     def check_config(config: LinkConfig) -> None:
         if config.init == "pissa":
-            raise ChainError(
-                "`init: pissa` subtracts its initialization from the base weights (got hold: "
-                "carried); use hold: tied"
-            )
+            rule = "`init: pissa` subtracts its initialization from the base weights"
+            raise ChainError(rule, "hold: carried", "use hold: tied")
 
     def adopt(self, adapter: Adapter) -> None:
         self.modules |= set(adapter.layers)
@@ -295,10 +295,8 @@ class Carried(Holding):
         for name in names:
             a, b = state.get(f"{name}.A"), state.get(f"{name}.B")
             if name not in self.modules or not _is_pair(a, b, self.base_of(name)):
-                raise ChainError(
-                    "soft knots must have two factors that fit each module of this link (got "
-                    f"others at {name}); they belong to another link"
-                )
+                rule = "soft knots must have two factors that fit each module of this link"
+                raise ChainError(rule, f"others at {name}", "they belong to another link")
         self._deposits = {n: Factors(state[f"{n}.A"], state[f"{n}.B"]) for n in names}
         self._fill_branch(adapter)
 
@@ -308,10 +306,9 @@ class Carried(Holding):
         for name in self.modules:
             module = self.base_of(name)
             if is_quantized(module):
-                raise ChainError(
-                    f"detach merges the links (got a quantised {type(module).__name__} at {name}); "
-                    "keep the chain on the model, or merge onto the base before quantisation"
-                )
+                got = f"a quantised {type(module).__name__} at {name}"
+                remedy = "keep the chain on the model, or merge onto the base before quantisation"
+                raise ChainError("detach merges the links", got, remedy)
             for key, parameter in module.named_parameters(recurse=False):
                 self.weights.remember(f"{name}.{key}", parameter)  # still pristine
         merged.settle(self.links, None)
@@ -342,8 +339,8 @@ HOLDINGS: dict[str, type[Holding]] = {"tied": Tied, "carried": Carried}
 def holding_named(name: str) -> type[Holding]:
     """Return a holding by name. Raises ChainError for an unknown name."""
     if name not in HOLDINGS:
-        known = " or ".join(HOLDINGS)
-        raise ChainError(f"`hold` must be {known} (got {name!r:.60}); leave it out for tied")
+        rule = f"`hold` must be {' or '.join(HOLDINGS)}"
+        raise ChainError(rule, f"{name!r:.60}", "leave it out for tied")
     return HOLDINGS[name]
 
 

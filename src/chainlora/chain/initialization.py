@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from chainlora.chain.adapters import LIVE, Adapter, Factors, base_layer, dequantized, set_factors
 from chainlora.chain.link import Link
@@ -86,10 +86,8 @@ def initialize(
 ) -> dict[str, Factors]:
     """Set the initial factors of a fresh adapter, in place.
 
-    Args:
-        link: name of the link for the generator: its stage and its place within it.
-        backward: for ``init: gradient``.
-        earlier: the tied links; ``init: orthogonal`` avoids those that are switched on.
+    `link` names the link for the generator: its stage and its place within it. ``init: orthogonal``
+    avoids the `earlier` links that are switched on.
 
     Returns:
         By module, the factors whose product is *not* zero (PiSSA): the caller must subtract them
@@ -101,10 +99,8 @@ def initialize(
     """
     config = adapter.config
     if config.init == "gradient" and backward is None:
-        raise ChainError(
-            "`init: gradient` needs the loss (got no `backward`); pass a callable that runs "
-            "forward and backward over a few batches"
-        )
+        remedy = "pass a callable that runs forward and backward over a few batches"
+        raise ChainError("`init: gradient` needs the loss", "no `backward`", remedy)
     start = {}
     for name, layer in adapter.layers.items():
         generator = generator_for(seed, link, name)
@@ -133,10 +129,9 @@ def _orthogonal_to(earlier: Sequence[Link], name: str, a: Tensor) -> Tensor:
         return a
     taken = row_basis(torch.cat([link.factors[name].a for link in links]))
     if len(taken) + len(a) > a.shape[1]:
-        raise ChainError(
-            f"`init: orthogonal` needs {len(a)} input directions that no earlier link uses (got "
-            f"{len(taken)} of {a.shape[1]} in use at {name}); lower the rank, or use init: kaiming"
-        )
+        rule = f"`init: orthogonal` needs {len(a)} input directions that no earlier link uses"
+        got = f"{len(taken)} of {a.shape[1]} in use at {name}"
+        raise ChainError(rule, got, "lower the rank, or use init: kaiming")
     rows = a.double()
     free = rows - (rows @ taken.T) @ taken
     return (free * (rows.norm(dim=1) / free.norm(dim=1)).unsqueeze(1)).float()
@@ -150,52 +145,42 @@ def _point_along_gradient(adapter: Adapter, seed: int, link: str, backward: Back
     B = 0, dL/dB = s·G·Aᵀ.
     """
     rank, layers = adapter.config.rank, adapter.layers
-
-    def with_zero_b(name: str, a: Tensor) -> Factors:
-        return Factors(a, torch.zeros(layers[name].out_features, rank, **_HOST))
-
+    zero_a = {n: torch.zeros(rank, x.in_features, **_HOST) for n, x in layers.items()}
+    zero_b = {n: torch.zeros(x.out_features, rank, **_HOST) for n, x in layers.items()}
     left: dict[str, Tensor] = {}  # [out, rank]
-    for name, layer in layers.items():
+    for name, zeros in zero_b.items():
         generator = generator_for(seed, link, f"{name}/sketch")
-        left[name] = _orthonormal(
-            torch.randn(layer.out_features, rank, generator=generator, **_HOST)
-        )
+        left[name] = _orthonormal(torch.randn(zeros.shape, generator=generator, **_HOST))
     right: dict[str, Tensor] = {}  # [rank, in]
     for sweep in range(_SWEEPS):
-        start = {
-            name: Factors(torch.zeros(rank, layers[name].in_features, **_HOST), b)
-            for name, b in left.items()
-        }
+        start = {name: Factors(zero_a[name], b) for name, b in left.items()}
         rows = _gradients(adapter, start, "lora_A", backward)
         right = {name: _orthonormal(gradient.T).T for name, gradient in rows.items()}
         if sweep + 1 < _SWEEPS:
-            start = {name: with_zero_b(name, a) for name, a in right.items()}
+            start = {name: Factors(a, zero_b[name]) for name, a in right.items()}
             columns = _gradients(adapter, start, "lora_B", backward)
             left = {name: _orthonormal(gradient) for name, gradient in columns.items()}
     for name, a in right.items():
-        set_factors(adapter, name, with_zero_b(name, a * _ROW_NORM))
+        set_factors(adapter, name, Factors(a * _ROW_NORM, zero_b[name]))
 
 
 def _gradients(
     adapter: Adapter, factors: Mapping[str, Factors], factor: str, backward: Backward
 ) -> dict[str, Tensor]:
     """Return the loss gradient of one factor of every module, at given values of the factors."""
-    weights: dict[str, nn.Parameter] = {}
-    for name, layer in adapter.layers.items():
+    for name in adapter.layers:
         set_factors(adapter, name, factors[name])
-        weights[name] = getattr(layer, factor)[LIVE].weight
     for parameter in adapter.parameters():
         parameter.grad = None
     backward()
     gradients = {}
-    for name, weight in weights.items():
+    for name, layer in adapter.layers.items():
+        weight = getattr(layer, factor)[LIVE].weight
         if weight.grad is None or not torch.isfinite(weight.grad).all():
-            raise ChainError(
-                "`init: gradient` needs a finite loss gradient in every adapted layer (got none "
-                f"at {name}); `backward` must compute the loss of this model"
-            )
+            rule = "`init: gradient` needs a finite loss gradient in every adapted layer"
+            remedy = "`backward` must compute the loss of this model"
+            raise ChainError(rule, f"none at {name}", remedy)
         gradients[name] = weight.grad.detach().float().cpu()
-        weight.grad = None
     for parameter in adapter.parameters():
         parameter.grad = None
     return gradients

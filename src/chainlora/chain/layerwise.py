@@ -8,7 +8,7 @@ model whose layers, called one after the other, do not give the output of the mo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,15 +113,12 @@ class Layers:
 
     def _model_output(self, row: Sequence[int]) -> Tensor:
         """Return the input of the head in the model itself; note which layers return tuples."""
-        pairs = zip(self.blocks.values(), self._recorders, strict=True)
-        hooks = [block.register_forward_hook(recorder.note_output) for block, recorder in pairs]
-        try:
+        with ExitStack() as hooks:
+            for block, recorder in zip(self.blocks.values(), self._recorders, strict=True):
+                hooks.enter_context(block.register_forward_hook(recorder.note_output))
             tokens = torch.tensor([[*row]]).to(self._device)
             hidden: Tensor = self._body(input_ids=tokens, use_cache=False)[0][0]
             return hidden.float()
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 class _Recorder(nn.Module):
@@ -225,16 +222,11 @@ def _hooked_forward(hook: OutputHook, name: str, forward: Callable[[Tensor], Ten
 @contextmanager
 def hooked_inputs(block: nn.Module, hook: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call `hook` with the path and the first input of each module that the layer calls."""
-    handles = [
-        module.register_forward_pre_hook(_input_hook(hook, name))
-        for name, module in block.named_modules()
-        if name
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in block.named_modules():
+            if name:
+                hooks.enter_context(module.register_forward_pre_hook(_input_hook(hook, name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _input_hook(hook: Callable[[str, Tensor], None], name: str) -> Any:

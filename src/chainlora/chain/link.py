@@ -105,18 +105,6 @@ def padded(factors: Factors, rank: int) -> Factors:
     )
 
 
-def part_of(factors: Factors, rows: slice, bias_rows: slice, *, transposed: bool) -> Factors:
-    """Return the factors that update some rows of a stored weight and some entries of its bias.
-
-    A weight [out, in] takes its rows from B. A `transposed` weight [in, out] takes its rows from
-    the columns of A.
-    """
-    bias = None if factors.bias is None else factors.bias[bias_rows]
-    if transposed:
-        return replace(factors, a=factors.a[:, rows], bias=bias)
-    return Factors(factors.a, factors.b[rows], bias)
-
-
 def switched_on(links: Sequence[Link]) -> list[Link]:
     """Return the links that add something to the weights."""
     return [link for link in links if link.strength]
@@ -137,10 +125,8 @@ def stack_links(links: Sequence[Link]) -> dict[str, Factors]:
         terms = [(link.factors[name], link.scaling) for link in active if name in link.factors]
         shapes = {f"{factors.b.shape[0]} × {factors.a.shape[1]}" for factors, _ in terms}
         if len(shapes) > 1:
-            raise ChainError(
-                "links must belong to one model (got updates of "
-                f"{' and '.join(sorted(shapes))} at {name}); take the links of one run"
-            )
+            got = f"updates of {' and '.join(sorted(shapes))} at {name}"
+            raise ChainError("links must belong to one model", got, "take the links of one run")
         biases = [scaling * factors.bias for factors, scaling in terms if factors.bias is not None]
         stacked[name] = Factors(
             torch.cat([factors.a for factors, _ in terms]),
@@ -157,10 +143,3 @@ def stacked_rank(links: Sequence[Link]) -> int:
         for name, factors in link.factors.items():
             ranks[name] = ranks.get(name, 0) + factors.a.shape[0]
     return max(ranks.values(), default=0)
-
-
-def merge_(weight: Tensor, bias: Tensor | None, factors: Factors, scaling: float) -> None:
-    """Add ``s·B·A`` to a float32 `weight` [out, in] and LoRA's bias to `bias` [out], in place."""
-    weight.addmm_(factors.b.to(weight), factors.a.to(weight), alpha=scaling)
-    if factors.bias is not None and bias is not None:
-        bias.add_(factors.bias.to(weight), alpha=scaling)

@@ -46,11 +46,9 @@ def link_of(live: Live, holding: Holding) -> Link:
     if not live.num_soft_knots:
         return Link(0, adapter.config, trained, live.num_steps)
     if merged := [name for name, layer in adapter.layers.items() if layer.merged]:
-        raise ChainError(
-            "a link with soft knots must not be merged into the base",
-            f"a link merged by PEFT at {merged[0]}",
-            "call unmerge_adapter(), or save before merge_and_unload()",
-        )
+        rule = "a link with soft knots must not be merged into the base"
+        remedy = "call unmerge_adapter(), or save before merge_and_unload()"
+        raise ChainError(rule, f"a link merged by PEFT at {merged[0]}", remedy)
 
     def update(name: str) -> Tensor:  # [out, in], without the scaling
         product, tied = trained[name].b @ trained[name].a, holding.deposited(name)
@@ -86,11 +84,11 @@ def load_state(adapter: Adapter, holding: Holding, state: Mapping[str, Tensor]) 
     expected = {name: list(tensor.shape) for name, tensor in _tensors_of(adapter).items()}
     shapes = {k: list(v.shape) for k, v in state.items() if not k.startswith("deposit/")}
     for name in sorted(expected.keys() | shapes.keys()):
-        if shapes.get(name) != expected.get(name):
-            raise ChainError(
-                f"the state of a link must fit its modules (got {shapes.get(name, 'nothing')} "
-                f"instead of {expected.get(name, 'nothing')} at {name}); it belongs to another link"
-            )
+        found, wanted = shapes.get(name, "nothing"), expected.get(name, "nothing")
+        if found != wanted:
+            got = f"{found} instead of {wanted} at {name}"
+            rule, remedy = "the state of a link must fit its modules", "it belongs to another link"
+            raise ChainError(rule, got, remedy)
     holding.restore(parts["deposit"], adapter)
     for name in adapter.layers:
         a, b = parts["A"][name], parts["B"][name]

@@ -40,25 +40,19 @@ def frobenius_norm(a: Tensor, b: Tensor) -> float:
 def randomized_svd(matrix: Tensor, width: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return leading singular triplets of a matrix [m, n]: U [m, width], s [width], V [n, width].
 
-    Uses a randomized range finder (arXiv 0909.4061). The state of all random generators stays the
-    same.
+    Uses a randomized range finder (arXiv 0909.4061), and leaves all random generators as they are.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        u, s, v = torch.svd_lowrank(matrix, q=width, niter=4)
-    return u, s, v
+        return torch.svd_lowrank(matrix, q=width, niter=4)
 
 
 def leading_left(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
-    """Return the leading left singular vectors of a matrix, and the sum of their squared values.
+    """Return the leading left singular vectors of a matrix [m, n], and their squared values' sum.
 
-    Args:
-        matrix: [m, n]. Its Gram matrix on the shorter side is decomposed; beyond `_MOST_FOR_EIGH`
-            a randomized SVD takes over.
-        rank: number of vectors, at most min(m, n).
-
-    Returns:
-        Vectors [m, rank], and the squared Frobenius norm of their rank-`rank` approximation.
+    The vectors are [m, rank], or [m, n] if n is smaller; the sum is the squared Frobenius norm of
+    their approximation. Decomposes the Gram matrix on the shorter side; beyond `_MOST_FOR_EIGH` a
+    randomized SVD takes over.
     """
     small = min(matrix.shape)
     rank = min(rank, small)
@@ -77,25 +71,16 @@ def _eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        values, vectors = torch.linalg.eigh(gram)
+        return torch.linalg.eigh(gram)
     finally:
         torch.set_num_threads(threads)
-    return values, vectors
 
 
 def best_of_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the best approximation of ``B·A`` of a lower rank, in the dtype of the factors.
+    """Return the best approximation of ``B·A`` of at most a rank: A [rank, in] and B [out, rank].
 
-    By Eckart–Young these are the leading singular triplets; A and B get the square root of each
-    singular value.
-
-    Args:
-        a: [r, in].
-        b: [out, r].
-        rank: largest rank of the result.
-
-    Returns:
-        A [rank, in] and B [out, rank].
+    By Eckart–Young these are the leading singular triplets, in the dtype of the factors; A and B
+    get the square root of each singular value.
     """
     left, right = torch.linalg.qr(b), torch.linalg.qr(a.T)
     u, s, vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
@@ -106,18 +91,12 @@ def best_of_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def compress_together(
     matrix: Callable[[str], Tensor], names: Sequence[str], tolerance: float
 ) -> tuple[dict[str, Pair], float]:
-    """Approximate several dense matrices by factors of one common rank.
+    """Approximate several dense matrices [out, in], float32, by factors of one common rank.
 
-    The rank is the smallest with ``√(Σ‖M − B·A‖² / Σ‖M‖²) ≤ tolerance``.
-
-    Args:
-        matrix: returns one matrix [out, in], float32, by name. Only one is in memory at a time.
-        names: the names of the matrices.
-        tolerance: largest relative error.
-
-    Returns:
-        A [rank, in] and B [out, rank] by name, and their relative error. The factors are float32;
-        their values are rounded to float16 if the tolerance allows it.
+    The rank is the smallest with ``√(Σ‖M − B·A‖² / Σ‖M‖²) ≤ tolerance``. Calls `matrix` with one
+    name after the other, so that one matrix is in memory at a time. Returns A [rank, in] and
+    B [out, rank] by name, and their relative error. The factors are float32; their values are
+    rounded to float16 if the tolerance allows it.
     """
     leading = {name: _leading_triplets(matrix(name), tolerance) for name in names}
     total = sum(triplets.tail(0) for triplets in leading.values())
@@ -195,9 +174,7 @@ def _leading_triplets(matrix: Tensor, tolerance: float) -> _Triplets:
 def numerical_rank(s: Tensor, size: int) -> int:
     """Return the number of singular values above float32 rounding, the precision of stored factors.
 
-    Args:
-        s: singular values, descending.
-        size: longer side of the matrix.
+    `s` is descending, `size` the longer side of the matrix.
     """
     return int((s > s[:1] * size * torch.finfo(torch.float32).eps).sum())
 

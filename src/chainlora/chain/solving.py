@@ -54,9 +54,9 @@ def combine(
 
     Args:
         model: the base, without links, in evaluation mode.
-        parts: the states, with rows of tokens. Sums are added in their order.
+        parts: the states. Sums are added in their order.
         rank: rank of the combined update.
-        tell: called before the first layer and after each one, with the number of finished layers
+        tell: called before the first layer and after each one, with the numbers of finished layers
             and of all layers.
 
     Raises:

@@ -145,15 +145,12 @@ def from_hub(spec: str) -> Path:
     try:
         return Path(snapshot_download(spec, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except HFValidationError as error:
-        raise ModelError(
-            f"`model` must be a Hub id, an existing folder or a .gguf file (got {spec!r}); check "
-            f"the path{moved}"
-        ) from error
+        rule = "`model` must be a Hub id, an existing folder or a .gguf file"
+        raise ModelError(rule, repr(spec), f"check the path{moved}") from error
     except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"`model` must exist as a folder or on the Hub (got {spec!r}, which is neither); "
-            f"check the spelling, or log in with `hf auth login` if it is private{moved}"
-        ) from error
+        rule = "`model` must exist as a folder or on the Hub"
+        remedy = f"check the spelling, or log in with `hf auth login` if it is private{moved}"
+        raise ModelError(rule, f"{spec!r}, which is neither", remedy) from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"`model` must be an existing folder or an accessible Hub id (got {spec!r}: no such "
@@ -166,15 +163,12 @@ def _check_folder(folder: Path) -> None:
     if (folder / "config.json").is_file():
         return
     if (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            f"`model` must be a whole model (got {folder}, an adapter); load it with PEFT, or, to "
-            "train on top of it, set `model` to its base and `start` to the adapter"
-        )
+        remedy = "load it with PEFT, or, to train on top of it, set `model` to its base and `start`"
+        got = f"{folder}, an adapter"
+        raise ModelError("`model` must be a whole model", got, f"{remedy} to the adapter")
     if (folder / "history.json").is_file():
-        raise ModelError(
-            f"`model` must be a whole model (got {folder}, a run); "
-            f"to continue the run: chainlora extend {folder} FILE"
-        )
+        remedy = f"to continue the run: chainlora extend {folder} FILE"
+        raise ModelError("`model` must be a whole model", f"{folder}, a run", remedy)
     files = sorted(folder.glob("*.gguf"))
     remedy = f"name the file: {files[0]}" if files else "name a folder written by save_pretrained"
     raise ModelError(f"a model folder must have config.json (got none in {folder}); {remedy}")

@@ -324,10 +324,9 @@ def load_shards(opened: Opened, dtype: torch.dtype, count: int, device: torch.de
     """
     folder, config, tokenizer = opened
     if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(
-            "`train.shard` needs weights of 16 or 32 bits (got a quantization_config in "
-            f"{folder / 'config.json'}); leave it out: each process then holds the whole model"
-        )
+        got = f"a quantization_config in {folder / 'config.json'}"
+        remedy = "leave it out: each process then holds the whole model"
+        raise ModelError("`train.shard` needs weights of 16 or 32 bits", got, remedy)
     with init_empty_weights(include_buffers=False):
         model = make_model(config, folder, dtype=dtype)
     model.tie_weights()

@@ -4,12 +4,16 @@ layer_facts.py    properties of a layer, before a link adapts it
 targets.py        selects the modules that a link adapts, and checks them
 layers.py         attaches, reads, writes and removes a LoRA, and the frozen branch beside it
 peft_model.py     a chain inside a PeftModel, for training loops that only support PEFT
-adapter_files.py  reads and writes links on disk, as ordinary PEFT adapters
-importing.py      converts an adapter from PEFT into a link
+adapter_files.py  reads and writes links on disk, as ordinary PEFT adapters, and imports PEFT's
 """
 
-from chainlora.chain.adapters.adapter_files import MERGE, load_adapter, save_adapter
-from chainlora.chain.adapters.importing import Imported, import_adapter
+from chainlora.chain.adapters.adapter_files import (
+    MERGE,
+    Imported,
+    import_adapter,
+    load_adapter,
+    save_adapter,
+)
 from chainlora.chain.adapters.layer_facts import (
     dequantized,
     is_transposed,

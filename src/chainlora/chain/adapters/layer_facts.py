@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -132,22 +133,17 @@ def _called_modules(model: nn.Module) -> frozenset[str] | None:
     """Return the paths of modules that run in a forward pass on a few tokens; None if it fails."""
     if model not in _CALLED:
         seen: set[nn.Module] = set()
-        handles = [
-            module.register_forward_pre_hook(lambda called, _: seen.add(called))
-            for module in model.modules()
-        ]
-        device = next(model.parameters()).device
+        ids = torch.arange(1, 9, device=next(model.parameters()).device)[None]
+        has_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        keys = {"decoder_input_ids": ids} if has_decoder else {}
         try:
-            with in_mode(model), kept_random_state(model), torch.no_grad():
-                ids = torch.arange(1, 9, device=device)[None]
-                has_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-                keys = {"decoder_input_ids": ids} if has_decoder else {}
+            with in_mode(model), kept_random_state(model), torch.no_grad(), ExitStack() as hooks:
+                for module in model.modules():
+                    hook = module.register_forward_pre_hook(lambda called, _: seen.add(called))
+                    hooks.enter_context(hook)
                 model(input_ids=ids, use_cache=False, **keys)
         except Exception:  # a later, real use of the model reports the error
             return None
-        finally:
-            for handle in handles:
-                handle.remove()
         names = {name for name, module in model.named_modules() if module in seen}
         _CALLED[model] = frozenset(names)
     return _CALLED[model]

@@ -208,12 +208,8 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 def carry(adapter: Adapter, stacked: Mapping[str, Factors], room: int = 0) -> None:
     """Set the frozen branch beside the base to a low-rank sum, in place.
 
-    The branch keeps its tensors while its rank stays the same.
-
-    Args:
-        adapter: the LoRA layers.
-        stacked: factors of the sum by module path, with scalings in B and the bias.
-        room: smallest rank of the branch; smaller sums are padded with zeros.
+    `stacked` has factors of the sum by module path, with scalings in B and the bias; sums of a rank
+    below `room` are padded with zeros. The branch keeps its tensors while its rank stays the same.
     """
     rank = max([factors.a.shape[0] for factors in stacked.values()] + [room])
     with_bias = any(factors.bias is not None for factors in stacked.values())

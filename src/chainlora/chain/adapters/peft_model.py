@@ -16,7 +16,7 @@ from typing import Any
 import peft
 from torch import nn
 
-from chainlora.chain.adapters.importing import LINK_FIELDS, unknown_field
+from chainlora.chain.adapters.adapter_files import LINK_FIELDS, unknown_field
 from chainlora.chain.adapters.layers import LIVE, Adapter, copied_factors, factors_in, lora_layers
 from chainlora.chain.link import Factors
 from chainlora.errors import ModelError
@@ -56,20 +56,15 @@ def read_settings(model: nn.Module) -> dict[str, Any]:
 
 def _peft_model(model: nn.Module) -> Any:
     if not isinstance(model, peft.PeftModel):
-        has_lora = bool(lora_layers(model))
-        kind = " with an adapter" if has_lora else " without a LoRA"
-        raise ModelError(
-            f"a chain needs a PeftModel (got {type(model).__name__}{kind}); wrap the model with "
-            "peft.get_peft_model, or pass peft_config to a trainer of TRL"
-        )
+        kind = "with an adapter" if lora_layers(model) else "without a LoRA"
+        remedy = "wrap the model with peft.get_peft_model, or pass peft_config to a trainer of TRL"
+        raise ModelError("a chain needs a PeftModel", f"{type(model).__name__} {kind}", remedy)
     names = [name for name in model.peft_config if name != _REFERENCE]
     active = model.active_adapters
     if names != [LIVE] or active != [LIVE]:
         remedy = "merge or delete the others" if len(names) > 1 else "leave adapter_name out"
-        raise ModelError(
-            f"a chain needs one adapter with the name {LIVE!r} (got {', '.join(names)}; active: "
-            f"{', '.join(active)}); {remedy}"
-        )
+        got = f"{', '.join(names)}; active: {', '.join(active)}"
+        raise ModelError(f"a chain needs one adapter with the name {LIVE!r}", got, remedy)
     if model.peft_config[LIVE].peft_type != peft.PeftType.LORA:
         kind = getattr(model.peft_config[LIVE].peft_type, "value", "another")
         raise ModelError(f"a chain needs a LoRA (got {kind}); use peft.LoraConfig")
@@ -79,11 +74,10 @@ def _peft_model(model: nn.Module) -> Any:
 def _check_fields(config: Any) -> None:
     """Refuse config fields that links do not support: the next link would lose them."""
     if config.target_parameters:
-        raise ModelError(
-            "stacked experts cannot be linked (got PEFT's LoRA on the parameters "
-            f"{', '.join(sorted(config.target_parameters)[:3])}, which all-linear includes); name "
-            "linear layers in target_modules, such as q_proj and v_proj"
-        )
+        named = ", ".join(sorted(config.target_parameters)[:3])
+        got = f"PEFT's LoRA on the parameters {named}, which all-linear includes"
+        remedy = "name linear layers in target_modules, such as q_proj and v_proj"
+        raise ModelError("stacked experts cannot be linked", got, remedy)
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     unknown = unknown_field(values, LINK_FIELDS)
     if unknown is None and config.init_lora_weights not in _INITS:
@@ -115,9 +109,9 @@ def read_trained(model: Any) -> dict[str, Factors] | None:
     plain = model.get_base_model()
     layers = lora_layers(plain)
     if merged := [name for name, layer in layers.items() if layer.merged]:
+        remedy = "call model.unmerge_adapter(), or load base and adapter again"
         raise ModelError(
-            f"a chain needs an unmerged adapter (got a merged one at {merged[0]}); call "
-            "model.unmerge_adapter(), or load base and adapter again"
+            "a chain needs an unmerged adapter", f"a merged one at {merged[0]}", remedy
         )
     factors = {name: copied_factors(layer) for name, layer in layers.items()}
     return factors if any(pair.adds for pair in factors.values()) else None

@@ -160,17 +160,14 @@ def check_targets(model: nn.Module, config: LinkConfig) -> dict[str, nn.Module]:
         _check_kind(model, name, module)
         _check_weight(model, name, module, shared)
         if name in fused:
-            raise ModelError(
-                f"stacked experts cannot be linked (got {name}, which PEFT treats as a projection "
-                "of experts that share one parameter); leave it out, or use all-linear"
-            )
+            got = f"{name}, which PEFT treats as a projection of experts that share one parameter"
+            remedy = "leave it out, or use all-linear"
+            raise ModelError("stacked experts cannot be linked", got, remedy)
         _check_settings(config, name, module)
     if idle := _uncalled_target(config, matched, uncalled_modules(model, matched)):
-        raise ModelError(
-            f"the model must call the adapted layers (got {idle}, which it never calls on text: it "
-            "reads the weight directly, or not at all); candidates: "
-            f"{', '.join(target_candidates(model))}"
-        )
+        got = f"{idle}, which it never calls on text: it reads the weight directly, or not at all"
+        remedy = f"candidates: {', '.join(target_candidates(model))}"
+        raise ModelError("the model must call the adapted layers", got, remedy)
     _warn_of_narrow_layers(model, config, matched)
     return matched
 
@@ -210,39 +207,33 @@ def _check_names(model: nn.Module, config: LinkConfig, matched: Mapping[str, nn.
     candidates = ", ".join(target_candidates(model))
     if not matched:
         without = f" without {listed(config.exclude_modules)}" if config.exclude_modules else ""
-        raise ModelError(
-            "`target_modules` must match at least one module "
-            f"(got {listed(config.target_modules)}{without}); candidates: {candidates}, or "
-            "all-linear"
-        )
+        got = f"{listed(config.target_modules)}{without}"
+        remedy = f"candidates: {candidates}, or all-linear"
+        raise ModelError("`target_modules` must match at least one module", got, remedy)
     names = config.target_modules if isinstance(config.target_modules, tuple) else ()
     for target in names:
         if not any(is_named(name, target) for name in matched):
-            raise ModelError(
-                f"every name in `target_modules` must match (got {target!r}, which matches "
-                f"nothing); candidates: {candidates}"
-            )
+            rule, got = "every name in `target_modules` must match", f"{target!r}, which matches"
+            raise ModelError(rule, f"{got} nothing", f"candidates: {candidates}")
 
 
 def _check_kind(model: nn.Module, name: str, module: nn.Module) -> None:
     """Raise unless a layer is a plain linear map for which PEFT has a LoRA."""
     kind = type(module).__name__
     if not is_linear(module):
-        raise ModelError(
-            f"only Linear and Conv1D layers can be linked (got {kind} at {name}); "
-            f"candidates: {', '.join(target_candidates(model))}"
-        )
+        remedy = f"candidates: {', '.join(target_candidates(model))}"
+        raise ModelError("only Linear and Conv1D layers can be linked", f"{kind} at {name}", remedy)
     if is_packed(module) and (reason := why_no_lora(module)):
         raise ModelError(
-            f"PEFT must have a LoRA for each layer (got {kind} at {name}: {reason}); install the "
-            "packages it needs (GPTQ and AWQ: gptqmodel and optimum), or use the checkpoint from "
-            "before quantisation with quantize: nf4"
+            "PEFT must have a LoRA for each layer",
+            f"{kind} at {name}: {reason}",
+            "install the packages it needs (GPTQ and AWQ: gptqmodel and optimum), or use the "
+            "checkpoint from before quantisation with quantize: nf4",
         )
     if has_own_forward(module):
-        raise ModelError(
-            f"only layers that compute x Wᵀ + c can be linked (got {kind} at {name} with another "
-            "function); leave it out, or use all-linear"
-        )
+        rule = "only layers that compute x Wᵀ + c can be linked"
+        got = f"{kind} at {name} with another function"
+        raise ModelError(rule, got, "leave it out, or use all-linear")
     if reason := why_no_lora_by_name(model, name):
         raise ModelError(f"PEFT must have a LoRA for each layer (got {name}: {reason})")
 
@@ -251,15 +242,12 @@ def _check_settings(config: LinkConfig, name: str, module: Any) -> None:
     """Raise if a layer cannot support the initialization or bias of a link."""
     shorter = min(sizes(module))
     if config.init in ("gradient", "pissa") and config.rank > shorter:
-        raise ModelError(
-            f"`init: {config.init}` needs a rank of at most the shorter side of each layer (got "
-            f"rank {config.rank} for {shorter} at {name}); lower the rank or use init: kaiming"
-        )
+        rule = f"`init: {config.init}` needs a rank of at most the shorter side of each layer"
+        got = f"rank {config.rank} for {shorter} at {name}"
+        raise ModelError(rule, got, "lower the rank or use init: kaiming")
     if config.lora_bias and getattr(module, "bias", None) is None:
-        raise ModelError(
-            f"`lora_bias` needs adapted layers with a bias (got {name} without one); "
-            "set lora_bias: false"
-        )
+        rule = "`lora_bias` needs adapted layers with a bias"
+        raise ModelError(rule, f"{name} without one", "set lora_bias: false")
 
 
 def _uncalled_target(
