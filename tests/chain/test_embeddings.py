@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
-from helpers_export import logits as logits_of
 from helpers_integrations import plain_model as load
 from safetensors.torch import load_file
+from test_laws import logits, plain_update
 
-from chainlora import (
-    Chain,
-    LinkConfig,
-    export_merged,
-    train,
-)
+from chainlora import Chain, LinkConfig, export_merged, train
 from chainlora.errors import ModelError
 
-IDS = torch.tensor([[5, 9, 30, 7, 11, 60], [8, 100, 17, 6, 44, 3]])
-logits = partial(logits_of, ids=IDS)
 # W + s·B·A is summed in another order than W and s·B·A by themselves: float32 rounding of logits
 # below 10 over two layers.
 ROUNDING = 5e-5
 
 
-def tune(chain: Chain) -> None:
-    optimizer = torch.optim.AdamW(chain.parameters(), lr=2e-2)
-
-    def update(_: int) -> None:
-        chain.model.train()(IDS, labels=IDS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    chain.tune(range(3), update)
+def untied(model) -> None:
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
 
 
 def test_a_tied_model_is_tied_once_and_stays_tied(configure, tiny_folder, tmp_path):
     """All its linear layers are linked; the head, which is the embedding, is not."""
     chain = Chain(load(tiny_folder), checkpoint=tiny_folder)
     chain.extend(LinkConfig(rank=4, alpha=8))
-    tune(chain)
+    chain.tune(range(3), plain_update(chain, lr=2e-2))
     live = logits(chain.model)
     chain.tie()
     torch.testing.assert_close(logits(chain.model), live, atol=ROUNDING, rtol=0)
@@ -48,8 +33,7 @@ def test_a_tied_model_is_tied_once_and_stays_tied(configure, tiny_folder, tmp_pa
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, load(tiny_folder).lm_head.weight)
 
-    keys = {"target_modules": "all-linear"}
-    train(configure(chain=keys))
+    train(configure(chain={"target_modules": "all-linear"}))
     export_merged(tmp_path / "run", tmp_path / "merged")
     merged = load(tmp_path / "merged")
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
@@ -63,11 +47,10 @@ def test_a_tied_head_is_refused_until_it_is_not(tiny_folder, tmp_path):
         Chain(model).extend(config)
     assert len(str(told.value).splitlines()) == 1
 
-    model.config.tie_word_embeddings = False
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    untied(model)
     chain = Chain(model)
     chain.extend(config)
-    tune(chain)
+    chain.tune(range(3), plain_update(chain, lr=2e-2))
     live = logits(model)
     chain.tie()
     torch.testing.assert_close(logits(model), live, atol=ROUNDING, rtol=0)
@@ -79,7 +62,7 @@ def test_a_tied_head_is_refused_until_it_is_not(tiny_folder, tmp_path):
 def test_an_embedding_is_refused_by_name_and_left_out_by_default(tiny_folder, tied):
     model = load(tiny_folder)
     if not tied:
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        untied(model)
     chain = Chain(model)
     with pytest.raises(ModelError, match=r"only Linear .*got Embedding at model.embed_tokens\)"):
         chain.extend(LinkConfig(rank=2, target_modules=("embed_tokens", "q_proj")))

@@ -14,10 +14,13 @@ from importlib.util import find_spec
 import peft
 import pytest
 import torch
-from conftest import make_tiny_folder, tiny_model
+from architectures.tiny import VOCABULARY
+from conftest import make_tiny_folder, tiny_model, write_rows
+from helpers import edit_json
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from safetensors.torch import load_file
+from test_laws import logits, plain_update
 from torch import nn
 
 from chainlora import Chain, ChainLoRAError, export_adapter
@@ -27,7 +30,6 @@ from chainlora.models.loading import load_shards, open_folder
 
 ALL = LinkConfig(rank=4, alpha=8, target_modules="all-linear")
 KNOT = 1e-5  # of the logits: the same float32 sums in another order
-IDS = torch.arange(3, 35).view(2, 16)
 
 
 class PackedLinear(nn.Module):
@@ -63,7 +65,7 @@ def known_to_peft(request, monkeypatch):
 
 
 def packed_model():
-    model = tiny_model("llama", vocab_size=64)
+    model = tiny_model("llama", vocab_size=VOCABULARY)
     for name, module in list(model.model.named_modules()):
         if isinstance(module, nn.Linear):
             model.model.set_submodule(name, PackedLinear(module))
@@ -81,34 +83,15 @@ def dense(model):
     return model
 
 
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model(input_ids=IDS).logits
-
-
-def tune(chain, steps=4) -> list[float]:
-    optimizer, losses = torch.optim.AdamW(chain.parameters(), lr=1e-2), []
-
-    def update(_):
-        loss = chain.model(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-
-    chain.tune(range(steps), update)
-    return losses
-
-
 def test_a_chain_is_that_on_ordinary_layers(known_to_peft, tmp_path):
     model = packed_model()
     plain, start = dense(model), logits(model)
     chains = [Chain(each, hold="carried") for each in (model, plain)]
     for chain in chains:
-        losses = []
+        losses: list[float] = []
         for _ in range(3):
             chain.extend(ALL)
-            losses += tune(chain)
+            chain.tune(range(4), plain_update(chain, losses=losses))
             before = logits(chain.model)
             chain.tie()
             assert (logits(chain.model) - before).norm() < KNOT * before.norm()
@@ -125,13 +108,11 @@ def test_a_chain_is_that_on_ordinary_layers(known_to_peft, tmp_path):
 
 
 def test_links_are_not_merged_into_it(known_to_peft):
-    chain = Chain(packed_model())
-    with pytest.raises(
-        ChainLoRAError,
-        match=r"cannot hold merged links \(got PackedLinear at model.layers.0.self_attn.q_proj\); "
-        "use hold: carried",
-    ):
-        chain.extend(ALL)
+    words = (
+        r"merged links \(got PackedLinear at model.layers.0.self_attn.q_proj\); use hold: carried"
+    )
+    with pytest.raises(ChainLoRAError, match=words):
+        Chain(packed_model()).extend(ALL)
     chain = Chain(packed_model(), hold="carried")
     chain.extend(ALL)
     chain.tie()
@@ -140,20 +121,19 @@ def test_links_are_not_merged_into_it(known_to_peft):
 
 
 def test_what_peft_cannot_adapt_is_refused_with_what_it_needs():
-    with pytest.raises(
-        ChainLoRAError,
-        match=r"PEFT must have a LoRA .*\(got PackedLinear at model.layers.0.self_attn.q_proj: "
-        r"Target module PackedLinear\(\) is not supported\); install .*gptqmodel and optimum",
-    ):
+    words = (
+        r"must have a LoRA .*\(got PackedLinear at model.layers.0.self_attn.q_proj: Target module"
+    )
+    words += r" PackedLinear\(\) is not supported\); install .*gptqmodel and optimum"
+    with pytest.raises(ChainLoRAError, match=words):
         check_targets(packed_model(), ALL)
 
 
 def checkpoint_of(kind, tmp_path):
     """A folder whose config.json says that its weights are quantised."""
     folder = make_tiny_folder(tmp_path / kind)
-    stated = json.loads((folder / "config.json").read_text())
-    stated["quantization_config"] = {"quant_method": kind, "bits": 4, "group_size": 32}
-    (folder / "config.json").write_text(json.dumps(stated))
+    stated = {"quant_method": kind, "bits": 4, "group_size": 32}
+    edit_json(folder / "config.json", quantization_config=stated)
     return folder
 
 
@@ -166,11 +146,9 @@ def test_processes_do_not_share_it(tmp_path):
 @pytest.mark.skipif(bool(find_spec("gptqmodel")), reason="gptqmodel is there")
 @pytest.mark.parametrize("kind", ["gptq", "awq"])
 def test_a_checkpoint_whose_package_is_missing_names_it(kind, tmp_path, chainlora):
-    folder = checkpoint_of(kind, tmp_path)
-    rows, output = tmp_path / "rows.jsonl", tmp_path / "run"
-    rows.write_text('{"text": "the cat"}\n')
-    config = {"model": str(folder), "data": {"train": str(rows)}, "output": str(output)}
-    config["chain"] = {"ranks": [4], "steps": [1], "hold": "carried"}
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "the cat"}])
+    config = {"model": str(checkpoint_of(kind, tmp_path)), "data": {"train": str(rows)}}
+    config |= {"output": "run", "chain": {"ranks": [4], "steps": [1], "hold": "carried"}}
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(config))  # YAML holds JSON
     line = chainlora("train", path).refused("ImportError", "install the package that it names")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ from helpers import assert_same_links, links_of, settings, stop_after
 from helpers_integrations import arguments, lora, trained_by_peft
 from safetensors import safe_open
 from safetensors.torch import save_file
+from test_laws import logits
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from chainlora import (
@@ -28,10 +28,9 @@ from chainlora import (
     stage_matrix,
     train,
 )
-from chainlora.cli.main import run as command
 from chainlora.config.schema import LinkConfig
 from chainlora.models.loading import load_model
-from chainlora.models.quantizing import is_quantized, quantization
+from chainlora.models.quantizing import is_quantized, quantization, settle_kernels
 
 PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
 every_kind = pytest.mark.parametrize(
@@ -52,6 +51,11 @@ def config_of(kind, tiny_folder, sentiment, output, **sections):
     tree = settings(tiny_folder, sentiment, output, chain=chain, **sections)
     tree["model"] = {"name": str(tiny_folder), "quantize": kind}
     return make_config(tree)
+
+
+def by_transformers(folder: Path, kind: str, dtype: torch.dtype):
+    keys = {"quantization_config": quantization(kind, dtype), "device_map": {"": "cpu"}}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **keys)
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +112,6 @@ def test_the_base_is_quantised_and_never_changes(kind, tiny_folder):
     assert Chain(pristine, hold="carried").base_fingerprint == fingerprint
 
 
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model(input_ids=torch.arange(3, 19)[None]).logits
-
-
 @every_kind
 def test_killed_and_resumed_it_is_the_uninterrupted_run(
     kind, finished, tiny_folder, sentiment, tmp_path
@@ -151,41 +150,31 @@ def test_soft_knots(kind, tiny_folder, sentiment):
 
 
 @every_kind
-def test_the_adapter_is_exact_on_the_quantised_base(kind, finished, tiny_folder, tmp_path):
+def test_the_adapter_is_exact_on_the_quantised_base(
+    kind, finished, tiny_folder, tmp_path, chainlora
+):
     run, _ = finished(kind)
-    assert command(["export", str(run), "--to", "adapter", "--output", str(tmp_path / "out")]) == 0
+    assert chainlora("export", run, "--to", "adapter", "--output", tmp_path / "out").status == 0
     carried, _ = load_run(run, as_trained=True)
-    base = AutoModelForCausalLM.from_pretrained(
-        tiny_folder,
-        dtype=torch.float32,
-        quantization_config=quantization(kind, torch.float32),
-        device_map={"": "cpu"},
-    )
+    base = by_transformers(tiny_folder, kind, torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
-    with torch.no_grad():  # transformers' own kernels: bitsandbytes' differ in evaluation on CPUs
-        for module in base.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-        found, expected = logits(theirs), logits(carried.eval())
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    settle_kernels(base)  # transformers' own kernels: bitsandbytes' differ in evaluation on CPUs
+    torch.testing.assert_close(logits(theirs), logits(carried.eval()), atol=1e-5, rtol=1e-5)
 
 
 @every_kind
 def test_evaluation_is_of_the_trained_function_and_merging_of_the_whole_base(
-    kind, finished, sentiment, tmp_path, capsys
+    kind, finished, task, tmp_path, chainlora
 ):
     run, events = finished(kind)
-    there = ["--task", str(sentiment / "task.yaml"), "--data", str(sentiment), "--json"]
 
     def loss_of(model: Path) -> float:
-        capsys.readouterr()
-        assert command(["eval", str(model), *there]) == 0
-        return json.loads(capsys.readouterr().out)["metrics"]["loss"]
+        return chainlora(f"eval {model} {task} --json").json["metrics"]["loss"]
 
     last = [event for event in events if event.name == "eval"][-1]
     assert loss_of(run) == pytest.approx(last.metrics["loss"], abs=1e-5)
     merged = tmp_path / "merged"
-    assert command(["export", str(run), "--to", "merged", "--output", str(merged)]) == 0
+    assert chainlora("export", run, "--to", "merged", "--output", merged).status == 0
     model = AutoModelForCausalLM.from_pretrained(merged)
     assert not any(is_quantized(module) for module in model.modules())
     # the trained links on the base without the error of quantisation
@@ -197,13 +186,7 @@ def test_evaluation_is_of_the_trained_function_and_merging_of_the_whole_base(
 
 def prepared_by_peft(folder: Path) -> peft.PeftModel:
     """A base for QLoRA as its users make it, in bfloat16."""
-    base = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.bfloat16,
-        quantization_config=quantization("nf4", torch.bfloat16),
-        device_map={"": "cpu"},
-    )
-    return peft.prepare_model_for_kbit_training(base)
+    return peft.prepare_model_for_kbit_training(by_transformers(folder, "nf4", torch.bfloat16))
 
 
 @needs_nf4
@@ -257,18 +240,16 @@ def quantised_folder(tiny_folder, tmp_path_factory):
 
 @every_kind
 def test_a_checkpoint_that_came_quantised(
-    kind, finished, quantised_folder, tiny_folder, sentiment, tmp_path, chainlora
+    kind, finished, quantised_folder, tiny_folder, sentiment, task, tmp_path, chainlora
 ):
     config = config_of(kind, tiny_folder, sentiment, tmp_path / "run")
     base = {"model": str(quantised_folder(kind)), "quantize": None}
     run = tmp_path / "run"
     train(config.model_copy(update=base))
     assert_same_links(run, finished(kind)[0])
-    there = ["--task", sentiment / "task.yaml", "--data", sentiment]
-    assert chainlora("eval", run, *there).status == 0
-    adapter = ["export", run, "--to", "adapter", "--output", tmp_path / "adapter"]
-    assert chainlora(*adapter).status == 0
-    merged = chainlora("export", run, "--to", "merged", "--output", tmp_path / "merged")
+    assert chainlora(f"eval {run} {task}").status == 0
+    assert chainlora(f"export {run} --to adapter --output adapter").status == 0
+    merged = chainlora(f"export {run} --to merged --output merged")
     merged.refused("whose checkpoint is quantised); use --to adapter")
 
 

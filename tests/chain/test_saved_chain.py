@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
 from helpers import flip_last_bit
-from helpers_export import TARGETS, logits
+from helpers_export import TARGETS
+from test_laws import logits, loss_of
 from transformers import AutoModelForCausalLM
 
 from chainlora import (
@@ -30,27 +31,29 @@ from chainlora.runs.loading_start import load_start, with_start
 from chainlora.runs.saved_chain import INSIDE
 from chainlora.training.stages import extension
 
-IDS = torch.randint(3, 131, (2, 12), generator=torch.Generator().manual_seed(0))
-
 
 def tune(chain: Chain, steps: int) -> torch.optim.Optimizer:
     """A loop of somebody else's: it knows the model, and counts its steps."""
     optimizer = torch.optim.AdamW(chain.parameters(), lr=1e-2)
     for _ in range(steps):
-        chain.model(input_ids=IDS, labels=IDS).loss.backward()
+        loss_of(chain.model).backward()
         optimizer.step()
         optimizer.zero_grad()
         chain.count_step()
     return optimizer
 
 
-def make_chain(architecture: str = "llama", dtype=torch.float32, ranks=(4, 2), **keys) -> Chain:
-    chain = Chain(tiny_model(architecture, dtype=dtype), seed=5, **keys)
+def make_chain(architecture: str = "llama", ranks=(4, 2), **keys) -> Chain:
+    chain = Chain(tiny_model(architecture), seed=5, **keys)
     for rank in ranks:
         chain.extend(LinkConfig(rank=rank, target_modules=tuple(TARGETS[architecture])))
         tune(chain, 3)
         chain.tie()
     return chain
+
+
+def loaded(address) -> Chain:
+    return load_chain(address, tiny_model("llama"))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -61,7 +64,7 @@ def test_a_chain_is_loaded_as_it_was(architecture, hold, tmp_path):
     loaded = load_chain(tmp_path / "chain", tiny_model(architecture))
     assert (loaded.seed, loaded.hold, len(loaded)) == (5, hold, 2)
     assert [link.num_steps for link in loaded.links] == [3, 3]
-    assert torch.equal(logits(loaded.model, IDS), logits(chain.model, IDS))
+    assert torch.equal(logits(loaded.model), logits(chain.model))
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["tied", "with a live link"])
@@ -73,18 +76,18 @@ def test_a_chain_that_was_mixed_is_loaded_as_the_mix(live, tmp_path):
         tune(chain, 1)
     chain.model.config._name_or_path = "owner/base"
     save_chain(chain, place)
-    full = logits(chain.model, IDS)
+    full = logits(chain.model)
     mix_stages(place, {"main": 0.5})
     if live:
         with pytest.raises(RunError, match=r"only at strength 1 \(got 0.5 .*mix .* main=1"):
-            load_chain(place, tiny_model("llama"))
+            loaded(place)
         mix_stages(place, {"main": 1})
-        assert torch.equal(logits(load_chain(place, tiny_model("llama")).model, IDS), full)
+        assert torch.equal(logits(loaded(place).model), full)
         return
     chain.set_strengths(dict.fromkeys(chain.strengths, 0.5))
     for address in (place, place.parent, f"{place}@main"):
-        wanted = full if "@" in str(address) else logits(chain.model, IDS)
-        assert torch.equal(logits(load_chain(address, tiny_model("llama")).model, IDS), wanted)
+        wanted = full if "@" in str(address) else logits(chain.model)
+        assert torch.equal(logits(loaded(address).model), wanted)
     assert {link.strength for link in load_start(place.parent).links} == {0.5}
     (only,) = export_adapter(place, tmp_path / "each", each=True)["adapters"]
     assert (only["stage"], only["strength"]) == ("main", 0.5)
@@ -102,9 +105,7 @@ def test_a_chain_that_was_mixed_is_loaded_as_the_mix(live, tmp_path):
         with pytest.raises(RunError, match=r"different strengths \(got 0.25, 0.5 in 'main'"):
             act()
     assert {link.strength for link in open_run(place, {"main": 0}).links()} == {0.0}
-    assert torch.equal(
-        logits(load_chain(place, tiny_model("llama")).model, IDS), logits(chain.model, IDS)
-    )
+    assert torch.equal(logits(loaded(place).model), logits(chain.model))
 
 
 @pytest.mark.parametrize(
@@ -114,19 +115,19 @@ def test_a_live_link_continues_to_the_same_bits(init, soft, tmp_path):
     chains = [make_chain()]
     chains[0].extend(
         LinkConfig(rank=3, target_modules=tuple(TARGETS["llama"]), init=init),
-        backward=lambda: chains[0].model(input_ids=IDS, labels=IDS).loss.backward(),
+        backward=lambda: loss_of(chains[0].model).backward(),
     )
     optimizer = tune(chains[0], 2)
     if soft:
         carry_moments(optimizer, chains[0].live, chains[0].tie_share(0.5))
     save_chain(chains[0], tmp_path / "chain")
-    chains.append(load_chain(tmp_path / "chain", tiny_model("llama")))
+    chains.append(loaded(tmp_path / "chain"))
     for chain in chains:
         assert (chain.live_steps, chain.live_soft_knots) == (2, int(soft))
         tune(chain, 2)  # a new optimizer in both
         link = chain.tie()
         assert (link.num_steps, link.config.init) == (4, init)
-    assert torch.equal(logits(chains[0].model, IDS), logits(chains[1].model, IDS))
+    assert torch.equal(logits(chains[0].model), logits(chains[1].model))
 
 
 def test_a_chain_on_a_model_that_is_evaluated_has_no_dropout(tmp_path):
@@ -135,7 +136,7 @@ def test_a_chain_on_a_model_that_is_evaluated_has_no_dropout(tmp_path):
     chain.extend(LinkConfig(rank=3, target_modules=tuple(TARGETS["llama"]), dropout=0.5))
     tune(chain, 2)
     save_chain(chain, tmp_path / "chain")
-    model = load_chain(tmp_path / "chain", tiny_model("llama")).model
+    model = loaded(tmp_path / "chain").model
     assert not any(module.training for module in model.modules())
 
 
@@ -144,7 +145,7 @@ def test_saving_over_a_chain_replaces_it(tmp_path):
     save_chain(chain, tmp_path / "chain")
     chain.drop(1)
     save_chain(chain, tmp_path / "chain")
-    assert len(load_chain(tmp_path / "chain", tiny_model("llama"))) == 1
+    assert len(loaded(tmp_path / "chain")) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chain"]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
@@ -169,14 +170,19 @@ def test_damage_and_another_base_are_refused(tmp_path):
         flip_last_bit(copy / path)
         name = path.removeprefix("stages/")
         with pytest.raises(ChainLoRAError, match=f"{name} must be as the run wrote it"):
-            load_chain(copy, tiny_model("llama"))
+            loaded(copy)
 
 
-def folder_with(chain: Chain, folder, architecture: str = "llama") -> str:
+def folder_with(chain: Chain, folder, architecture: str = "llama") -> None:
     """Save a chain's base where its adapter will look for it, and say so."""
     tiny_model(architecture).save_pretrained(folder)
     chain.model.config._name_or_path = str(folder)
-    return str(folder)
+
+
+def assert_exported(chain: Chain, folder, architecture: str = "llama") -> None:
+    loaded = peft.PeftModel.from_pretrained(tiny_model(architecture), folder)
+    # float32: the same sums in another order
+    torch.testing.assert_close(logits(loaded), logits(chain.model), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["tied", "with a live link"])
@@ -191,10 +197,7 @@ def test_a_chain_in_memory_is_exported(live, tmp_path):
     assert result["links"] == (3 if live else 2)
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "base"  # no place on this machine
-    loaded = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "adapter")
-    # float32: the same sums in another order
-    torch.testing.assert_close(logits(loaded, IDS), logits(chain.model, IDS), atol=1e-5, rtol=0)
-
+    assert_exported(chain, tmp_path / "adapter")
     short = export_adapter(chain, tmp_path / "short", rank=2, num_links=1)
     assert (short["rank"], short["links"]) == (2, 1)
     assert short["error"] > 0
@@ -210,9 +213,7 @@ def test_a_live_link_whose_bias_alone_was_learned_is_part_of_what_is_exported(tm
         for parameter in chain.parameters():
             parameter.fill_(0.1) if parameter.dim() == 1 else parameter.zero_()
     assert export_adapter(chain, tmp_path / "adapter")["links"] == 2
-    loaded = peft.PeftModel.from_pretrained(tiny_model("opt"), tmp_path / "adapter")
-    # float32: the same sums in another order
-    torch.testing.assert_close(logits(loaded, IDS), logits(chain.model, IDS), atol=1e-5, rtol=0)
+    assert_exported(chain, tmp_path / "adapter", "opt")
 
 
 def test_a_saved_chain_is_read_like_a_run(tiny_folder, sentiment, tmp_path, chainlora):
@@ -240,21 +241,15 @@ def test_a_saved_chain_is_read_like_a_run(tiny_folder, sentiment, tmp_path, chai
 
 def test_a_saved_chain_goes_on_in_its_stage_and_has_nothing_to_undo(tmp_path):
     """Its next link is drawn as it would have been, by the stage and the place there."""
-    chain = make_chain()
+    chain, config = make_chain(), LinkConfig(rank=2, target_modules=("q_proj",))
     chain.begin_stage("law")
-    chain.extend(LinkConfig(rank=2, target_modules=("q_proj",)))
+    chain.extend(config)
     tune(chain, 1)
     chain.tie()
     save_chain(chain, tmp_path / "chain")
-    loaded = load_chain(tmp_path / "chain", tiny_model("llama"))
-    drawn = [
-        each.extend(LinkConfig(rank=2, target_modules=("q_proj",))).layers
-        for each in (chain, loaded)
-    ]
-    for name, layer in drawn[0].items():
-        own, other = (next(iter(each.lora_A.values())) for each in (layer, drawn[1][name]))
-        assert torch.equal(own.weight, other.weight)
+    drawn = [each.extend(config).parameters() for each in (chain, loaded(tmp_path / "chain"))]
+    assert all(torch.equal(own, other) for own, other in zip(*drawn, strict=True))
     with pytest.raises(RunError, match="Nothing to undo"):
         undo(tmp_path / "chain")
     with pytest.raises(RunError, match="restored with its links"):
-        load_chain(f"{tmp_path / 'chain'}@base", tiny_model("llama"))
+        loaded(f"{tmp_path / 'chain'}@base")

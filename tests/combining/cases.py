@@ -195,18 +195,18 @@ def update(model: nn.Module, modules: Sequence[str], seed: int, rank: int = 2) -
     return found
 
 
-def rows_of(seed: int, lengths: Sequence[int], vocabulary: int = VOCABULARY) -> list[list[int]]:
+def rows_of(seed: int, lengths: Sequence[int]) -> list[list[int]]:
     """Return rows of random tokens of some lengths."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
 
 
-def parts_of(model: nn.Module, modules: Sequence[str], vocabulary: int = VOCABULARY) -> list[Part]:
+def parts_of(model: nn.Module, modules: Sequence[str]) -> list[Part]:
     """Return two parts with updates, and the base of importance 4."""
     return [
-        Part("one", rows_of(1, [7, 12, 9, 12], vocabulary), update(model, modules, 1)),
-        Part("two", rows_of(2, [11, 5, 10], vocabulary), update(model, modules, 2), 2.0),
-        Part("base", rows_of(3, [8, 13, 6], vocabulary), {}, 4.0),
+        Part("one", rows_of(1, [7, 12, 9, 12]), update(model, modules, 1)),
+        Part("two", rows_of(2, [11, 5, 10]), update(model, modules, 2), 2.0),
+        Part("base", rows_of(3, [8, 13, 6]), {}, 4.0),
     ]
 
 
