@@ -237,21 +237,22 @@ class _Layer:
         """Return X̃ [tokens, in] of a group, and by module T [tokens, out]."""
         inputs, base = dict[str, Tensor](), pair.bases
         point = self.structure.points.get(group[0])
-        until = group if point is None else ()
         combined = self._combined_outputs(pair)
 
         def observe(name: str, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
             if name not in group:
                 return combined(name, x, forward)
             inputs[name], base[name] = x, forward(x)
+            if point is None and len(inputs) == len(group):
+                raise StopForward  # the stream is not needed
             return base[name].clone()
 
         if group[0] in self.structure.routed:
-            self._run_to(pair.combined, _stopping(observe, until), point)
+            self._run_to(pair.combined, observe, point)
             x = inputs.get(group[0], torch.empty(0))  # empty: no token was sent to the expert
             return x, {n: _product(x, update) for n, update in updates.items() if n in inputs}
         streams = self._run_own(pair, updates)
-        stream = self._run_to(pair.combined, _stopping(observe, until), point)
+        stream = self._run_to(pair.combined, observe, point)
         x = pair.tokens(inputs[group[0]])
         if point is not None:
             return x, {group[0]: pair.tokens(streams[point] - stream)}
@@ -327,17 +328,3 @@ def _updated_outputs(outputs: dict[str, Tensor], updates: Mapping[str, Factors])
 def _product(x: Tensor, factors: Factors) -> Tensor:
     """Return ``x Aᵀ Bᵀ`` [..., out] in float32."""
     return (x.float() @ factors.a.T) @ factors.b.T
-
-
-def _stopping(hook: OutputHook, modules: Sequence[str]) -> OutputHook:
-    """Return a hook that ends the forward pass after the last call of `modules`, if any."""
-    missing = {*modules}
-
-    def stopping(name: str, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
-        output = hook(name, x, forward)
-        missing.discard(name)
-        if modules and not missing:
-            raise StopForward
-        return output
-
-    return stopping

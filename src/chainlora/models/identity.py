@@ -28,35 +28,14 @@ from chainlora.files import make_folder, reported, sha256, write_text
 logger = logging.getLogger(__name__)
 
 _RACY_SECONDS = 2.0
-_TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "*.tiktoken",
-    "tekken.json",
-    "sentencepiece*.model",
-)
-_TOKENIZER_EXTRAS = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.json",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-)
+_TOKENIZERS = ["tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"]
+_TOKENIZERS += ["*.tiktoken", "tekken.json", "sentencepiece*.model"]
+_TOKENIZER_EXTRAS = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+_TOKENIZER_EXTRAS += ["merges.txt", "chat_template.json", "chat_template.jinja"]
+_TOKENIZER_EXTRAS += ["additional_chat_templates/*.jinja"]
 _CONFIGS = ("config.json", "generation_config.json")
-_IGNORED_KEYS = {
-    "_name_or_path",
-    "_commit_hash",
-    "_from_model_config",
-    "transformers_version",
-    "torch_dtype",
-    "dtype",
-    "use_cache",
-}
+_IGNORED_KEYS = {"_name_or_path", "_commit_hash", "_from_model_config", "transformers_version"}
+_IGNORED_KEYS |= {"torch_dtype", "dtype", "use_cache"}
 _INDEX = "model.safetensors.index.json"
 
 
@@ -104,7 +83,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """Return all files of a folder that a tokenizer reads."""
-    patterns = (*_TOKENIZERS, *_TOKENIZER_EXTRAS)
+    patterns = _TOKENIZERS + _TOKENIZER_EXTRAS
     return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
 

@@ -50,6 +50,8 @@ LINK_FIELDS = {
 }
 # These initializations keep the base weights; PiSSA, OLoRA, CorDA, LoftQ and others change them.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Raised for values of other types, sizes or ranges than PEFT writes.
+_INVALID = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError)
 _CONVERT = (
     "save it as a plain LoRA first (PEFT: save_pretrained with "
     "path_initial_model_for_weight_conversion), or merge it and use the result as the model"
@@ -209,15 +211,7 @@ def import_adapter(folder: Path) -> Imported:
             name: others.pop(f"{name}{_MAGNITUDE}").float().expand(pair.b.shape[0])
             for name, pair in scaled.items()
         }
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        re.error,
-    ) as error:
+    except (*_INVALID, re.error) as error:
         raise damaged(folder, f"an adapter_config.json with {error}") from None
     kept = {path.replace(".base_layer.", "."): weight for path, weight in others.items()}
     return Imported(config, factors, kept, magnitudes, stored)
