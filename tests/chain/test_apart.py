@@ -59,9 +59,8 @@ def served(base: Path, folder: Path, strengths: dict[str, float]) -> torch.Tenso
 
 
 def test_the_stages_add_up_to_the_state(made, tiny_folder, tmp_path, monkeypatch):
-    run = made
-    state = open_run(run)
-    done = export_adapter(run, tmp_path / "each", each=True)
+    state = open_run(made)
+    done = export_adapter(made, tmp_path / "each", each=True)
     digits = state.state.digest[:8]
     names = [f"facts-{digits}", f"style-{digits}"]
     strengths = {each["adapter"]: each["strength"] for each in done["adapters"]}
@@ -72,13 +71,13 @@ def test_the_stages_add_up_to_the_state(made, tiny_folder, tmp_path, monkeypatch
         found = served(tiny_folder, tmp_path / "each", dict(zip(names, scales, strict=True)))
         wanted = logits(load_run(mixed)[0])
         torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
-        assert (found - logits(load_run(run, num_links=0)[0])).abs().max() > 100 * TOLERANCE
+        assert (found - logits(load_run(made, num_links=0)[0])).abs().max() > 100 * TOLERANCE
     monkeypatch.chdir(tmp_path / "each")  # the sheet's own commands
     sheet = Path("SERVING.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", sheet, flags=re.DOTALL)
     scope: dict[str, Any] = {}
     exec(code.replace("FOLDER_OF_THE_BASE", str(tiny_folder)), scope)
-    wanted = logits(load_run(run)[0])
+    wanted = logits(load_run(made)[0])
     torch.testing.assert_close(logits(scope["model"]), wanted, atol=TOLERANCE, rtol=0)
     assert f"--max-lora-rank 8 --lora-modules {names[0]}={names[0]} {names[1]}=" in sheet
     assert f"chainlora export RUN@{state.entry.key} --to adapter" in sheet
@@ -117,8 +116,7 @@ def test_stages_in_gguf_add_up_too(made, chainlora, tmp_path):
 
 def test_a_stage_that_is_off_is_no_part(made, tmp_path, chainlora):
     """Strengths that no entry has are said by `--stages`; other states have other names."""
-    run = made
-    to = ("export", run, "--to", "adapter", "--each", "--output")
+    to = ("export", made, "--to", "adapter", "--each", "--output")
     assert chainlora(*to, tmp_path / "a", "--stages", "style=0.25").status == 0
     assert chainlora(*to, tmp_path / "b").status == 0
     (a,) = (path.name for path in (tmp_path / "a").iterdir() if path.is_dir())
@@ -132,8 +130,6 @@ def test_a_stage_that_is_off_is_no_part(made, tmp_path, chainlora):
 
 
 def test_what_does_not_add_up_is_refused(made, folders, sentiment, tmp_path, chainlora):
-    tiny_folder = folders["llama"]
-
     def refused(run: Any, said: str, **keys: Any) -> None:
         with pytest.raises(ChainLoRAError, match=said):
             export_adapter(run, tmp_path / "out", each=True, **keys)
@@ -143,8 +139,7 @@ def test_what_does_not_add_up_is_refused(made, folders, sentiment, tmp_path, cha
     refused(fit(folders["opt"], sentiment, tmp_path / "opt", chain=keys), "got a LoRA bias in main")
     refused(open_run(made, []), "at least one link")
     refused(made, "got its first 1 links", num_links=1)
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    refused(Chain(model), "got a chain in memory")
+    refused(Chain(AutoModelForCausalLM.from_pretrained(folders["llama"])), "got a chain in memory")
     for words in (["gguf"], ["adapter", "--links", "1"], ["adapter", "--push-to-hub", "a/b"]):
         wrong = chainlora("export", made, "--each", "--output", "x", "--to", *words)
         assert (wrong.status, "--each writes an adapter" in wrong.err) == (2, True)

@@ -11,7 +11,7 @@ import torch
 from conftest import ARCHITECTURES, tiny_model
 from helpers import flip_last_bit
 from helpers_export import TARGETS
-from test_laws import logits, loss_of
+from test_laws import logits, loss_of, step
 from transformers import AutoModelForCausalLM
 
 from chainlora import (
@@ -36,9 +36,7 @@ def tune(chain: Chain, steps: int) -> torch.optim.Optimizer:
     """A loop of somebody else's: it knows the model, and counts its steps."""
     optimizer = torch.optim.AdamW(chain.parameters(), lr=1e-2)
     for _ in range(steps):
-        loss_of(chain.model).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        step(chain, optimizer)
         chain.count_step()
     return optimizer
 

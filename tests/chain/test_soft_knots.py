@@ -9,35 +9,43 @@ import torch
 from conftest import ARCHITECTURES, tiny_model
 from helpers_export import TARGETS
 from safetensors.torch import load_file
-from test_laws import LOGITS, config, every_hold, logits, loss_of, on_everything, weights
+from test_laws import (
+    LOGITS,
+    config,
+    every_hold,
+    logits,
+    loss_of,
+    on_everything,
+    same_factors,
+    step,
+    weights,
+)
 
+from chain.test_saved_chain import tune
 from chainlora import Chain, ChainLoRAError, LinkConfig
-from chainlora.chain.adapters import LIVE, load_adapter
+from chainlora.chain.adapters import LIVE, live_factors, load_adapter
 from chainlora.knots.moments import carry_moments
 from chainlora.runs.history import Base
 from chainlora.runs.links import write_adapter_of
 
 
-def tuned(architecture: str, dtype=torch.float32, steps: int = 3, hold: str = "tied", **keys):
-    """Return a chain with a live link tuned for some steps, and its optimizer."""
+def tuned(architecture: str, dtype=torch.float32, hold: str = "tied", **keys):
+    """Return a chain with a live link tuned for three steps, and its optimizer."""
     chain = Chain(tiny_model(architecture, dtype=dtype), hold=hold)
-    adapter = chain.extend(config(architecture, **keys))
-    optimizer = torch.optim.AdamW(list(chain.parameters()), lr=1e-2)
-    step(chain, optimizer, steps)
-    return chain, adapter, optimizer
+    chain.extend(config(architecture, **keys))
+    return chain, tune(chain, 3)
 
 
-def step(chain, optimizer, count: int = 1) -> None:
+def tie_shares(chain, optimizer, count: int) -> None:
     for _ in range(count):
-        loss_of(chain.model).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        carry_moments(optimizer, chain.live, chain.tie_share(0.2))
+        step(chain, optimizer)
 
 
 @on_everything
 @every_hold
 def test_a_soft_knot_preserves_the_function(architecture, dtype, hold):
-    chain, _, _ = tuned(architecture, dtype, hold=hold)
+    chain, _ = tuned(architecture, dtype, hold=hold)
     before = logits(chain.model)
     chain.tie_share(0.7)
     torch.testing.assert_close(logits(chain.model), before, atol=LOGITS[dtype], rtol=0)
@@ -45,13 +53,14 @@ def test_a_soft_knot_preserves_the_function(architecture, dtype, hold):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_rest_is_balanced_and_what_is_tied_is_the_share(architecture):
-    chain, adapter, _ = tuned(architecture)
+    chain, _ = tuned(architecture)
+    adapter = chain.live
     link = chain.live_link()
     before = {name: link.delta_weight(name).double() for name in adapter.layers}
     base = weights(chain.model)
     chain.tie_share(0.25)
     for name, layer in adapter.layers.items():
-        a, b = layer.lora_A[LIVE].weight.double(), layer.lora_B[LIVE].weight.double()
+        a, b = (factor.double() for factor in live_factors(adapter, name))
         rest = layer.scaling[LIVE] * b @ a
         # float32 factors: a rounding of 2^-24 each
         torch.testing.assert_close(rest, 0.75 * before[name], atol=1e-8, rtol=1e-5)
@@ -65,38 +74,37 @@ def test_the_rest_is_balanced_and_what_is_tied_is_the_share(architecture):
 
 def test_gradients_scale_as_the_moments_do():
     """Why carrying is exact: the gradient of A is proportional to B, that of B to A."""
-    chain, adapter, _ = tuned("llama")
+    chain, _ = tuned("llama")
+    adapter = chain.live
     loss_of(chain.model).backward()
-    grads = {n: [p.grad.clone() for p in factors(adapter, n)] for n in adapter.layers}
+    grads = {n: [p.grad.clone() for p in live_factors(adapter, n)] for n in adapter.layers}
     chain.model.zero_grad()
     scales = chain.tie_share(0.3)
     loss_of(chain.model).backward()
     for name, (grad_a, grad_b) in grads.items():
-        now_a, now_b = (p.grad for p in factors(adapter, name))
+        now_a, now_b = (p.grad for p in live_factors(adapter, name))
         # the same sums over a weight rounded once more: float32
         expected_a, expected_b = grad_a * scales[name].b[:, None], grad_b * scales[name].a
         torch.testing.assert_close(now_a, expected_a, atol=1e-6, rtol=1e-3)
         torch.testing.assert_close(now_b, expected_b, atol=1e-6, rtol=1e-3)
 
 
-def factors(adapter, name):
-    layer = adapter.layers[name]
-    return layer.lora_A[LIVE].weight, layer.lora_B[LIVE].weight
-
-
 @on_everything
 def test_the_weight_is_one_cast_of_the_exact_sum_after_100_soft_knots(architecture, dtype):
-    chain, adapter, _ = tuned(architecture, dtype, rank=2)
+    chain, _ = tuned(architecture, dtype, rank=2)
+    adapter = chain.live
     pristine = {n: chain.weights.read(f"{n}.weight").double() for n in adapter.layers}
     exact = dict(pristine)
     generator = torch.Generator().manual_seed(0)
     for _ in range(100):
         for name in adapter.layers:
-            a, b = factors(adapter, name)
+            a, b = live_factors(adapter, name)
             with torch.no_grad():  # a step of some optimizer
                 a.add_(torch.randn(a.shape, generator=generator), alpha=1e-2)
                 b.add_(torch.randn(b.shape, generator=generator), alpha=1e-4)
-        before = {n: [p.detach().double() for p in factors(adapter, n)] for n in adapter.layers}
+        before = {
+            n: [p.detach().double() for p in live_factors(adapter, n)] for n in adapter.layers
+        }
         scales = chain.tie_share(0.05)
         for name, (a, b) in before.items():
             tied = adapter.layers[name].scaling[LIVE] * (b * scales[name].tied.double()) @ a
@@ -116,28 +124,21 @@ def test_the_weight_is_one_cast_of_the_exact_sum_after_100_soft_knots(architectu
 def test_a_link_with_soft_knots_is_written_in_two_bytes_a_number_and_read_as_it_was(
     architecture, tmp_path
 ):
-    chain, adapter, optimizer = tuned(architecture)
-    for _ in range(6):
-        carry_moments(optimizer, adapter, chain.tie_share(0.2))
-        step(chain, optimizer)
+    chain, optimizer = tuned(architecture)
+    tie_shares(chain, optimizer, 6)
     link = chain.tie()
     write_adapter_of(tmp_path, link, Base(model="base", fingerprint=""))
     written = load_file(tmp_path / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {torch.float16}
-    read = load_adapter(tmp_path)
-    for name, factors in link.factors.items():
-        assert torch.equal(read[name].a, factors.a)
-        assert torch.equal(read[name].b, factors.b)
+    assert same_factors(load_adapter(tmp_path), link.factors)
 
 
 @on_everything
 @every_hold
 def test_a_link_with_soft_knots_is_tied_stored_and_undone(architecture, dtype, hold):
-    chain, adapter, optimizer = tuned(architecture, dtype, hold=hold)
+    chain, optimizer = tuned(architecture, dtype, hold=hold)
     untouched = logits(tiny_model(architecture, dtype=dtype))
-    for _ in range(6):
-        carry_moments(optimizer, adapter, chain.tie_share(0.2))
-        step(chain, optimizer)
+    tie_shares(chain, optimizer, 6)
     before = logits(chain.model)
     link = chain.tie()
     assert link.error <= 3e-3
@@ -155,10 +156,8 @@ def test_a_link_with_soft_knots_is_tied_stored_and_undone(architecture, dtype, h
 @on_everything
 @every_hold
 def test_a_live_link_continues_from_its_state_to_the_same_bits(architecture, dtype, hold):
-    chain, adapter, optimizer = tuned(architecture, dtype, hold=hold)
-    for _ in range(3):
-        carry_moments(optimizer, adapter, chain.tie_share(0.2))
-        step(chain, optimizer)
+    chain, optimizer = tuned(architecture, dtype, hold=hold)
+    tie_shares(chain, optimizer, 3)
     state, expected = chain.live_state(), logits(chain.model)
     chain.tie_share(0.5)
     step(chain, optimizer)
@@ -187,23 +186,18 @@ def moved(chain: Chain) -> Chain:
     return chain
 
 
-def narrowed(chain: Chain) -> Chain:
-    chain.model.bfloat16()
-    return chain
-
-
 @pytest.mark.parametrize(
     ("dtype", "change", "atol"),
     [
         (torch.float32, moved, 1e-6),
         (torch.float32, copy.deepcopy, 1e-6),
-        (torch.float32, narrowed, LOGITS[torch.bfloat16]),
+        (torch.float32, lambda chain: (chain.model.bfloat16(), chain)[1], LOGITS[torch.bfloat16]),
         (torch.bfloat16, lambda chain: (chain.model.float(), chain)[1], LOGITS[torch.bfloat16]),
     ],
     ids=["moved", "copied", "narrowed", "widened"],
 )
 def test_soft_knots_go_on_in_a_model_that_was_moved_or_copied(dtype, change, atol):
-    chain, _, _ = tuned("llama", dtype)
+    chain, _ = tuned("llama", dtype)
     chain.tie_share(0.3)
     chain = change(chain)
     before = logits(chain.model)
@@ -215,7 +209,7 @@ def test_soft_knots_go_on_in_a_model_that_was_moved_or_copied(dtype, change, ato
 
 
 def test_a_rejected_link_takes_its_deposits_with_it():
-    chain, _, _ = tuned("llama")
+    chain, _ = tuned("llama")
     chain.tie_share(0.5)
     chain.discard()
     assert torch.equal(logits(chain.model), logits(tiny_model("llama")))
@@ -223,7 +217,7 @@ def test_a_rejected_link_takes_its_deposits_with_it():
 
 def test_carried_links_of_other_modules_stay():
     """The next link adapts fewer modules; what the first one learned elsewhere must remain."""
-    chain, _, _ = tuned("llama", hold="carried")
+    chain, _ = tuned("llama", hold="carried")
     chain.tie()
     before = logits(chain.model)
     chain.extend(config("llama", target_modules=TARGETS["llama"][:1]))
@@ -246,7 +240,7 @@ def test_carried_deposits_have_room_for_a_wide_link():
     adapter = chain.extend(LinkConfig(rank=32, alpha=32, target_modules=("0",)))
     x = torch.randn(8, 96)
     for _ in range(4):
-        for factor in factors(adapter, "0"):
+        for factor in live_factors(adapter, "0"):
             factor.data += 0.1 * torch.randn(factor.shape)
         before = chain.model(x)
         chain.tie_share(0.2)

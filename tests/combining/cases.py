@@ -210,6 +210,13 @@ def parts_of(model: nn.Module, modules: Sequence[str]) -> list[Part]:
     ]
 
 
+def away(found: Mapping[str, Factors], wanted: Mapping[str, Factors]) -> float:
+    """Return the largest distance of a module's update from another, as a share of its norm."""
+    one, two = products(found), products(wanted)
+    assert one.keys() == two.keys()
+    return max(float((one[n] - two[n]).norm() / two[n].norm()) for n in two)
+
+
 def products(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     """Return the total update of each module."""
     return {name: each.b.double() @ each.a.double() for name, each in factors.items()}

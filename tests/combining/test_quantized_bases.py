@@ -9,17 +9,12 @@ from test_laws import logits
 
 from chainlora.chain.solving import combine
 from chainlora.models.loading import load_model
-from combining.cases import FAMILIES, modules_of, parts_of, products
+from combining.cases import FAMILIES, away, modules_of, parts_of
 
 MODULES = modules_of(FAMILIES["llama"])
 # Of the norm: float32 in the layers. What a base gives in bfloat16 has 8 bits: where an input moves
 # in the last bit of float32, some outputs move in the last one of bfloat16.
 NEAR = {torch.float32: 5e-5, torch.bfloat16: 0.02}
-
-
-def away(found, wanted) -> float:
-    one, two = products(found), products(wanted)
-    return max(float((one[n] - two[n]).norm() / two[n].norm()) for n in two)
 
 
 def test_packed_weights_are_those_of_ordinary_layers():

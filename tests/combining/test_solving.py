@@ -9,17 +9,18 @@ import torch
 from architectures.tiny import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_laws import same_factors
 from torch import nn
 
 from chainlora.chain import solving
 from chainlora.chain.combining import Combined, Equations, Part, Sums
-from chainlora.chain.link import Factors
 from chainlora.chain.low_rank import leading_left
 from chainlora.chain.solving import combine
 from chainlora.errors import ChainError, ChainLoRAError
 from combining.cases import (
     FAMILIES,
     Experts,
+    away,
     model_of,
     modules_of,
     parts_of,
@@ -38,18 +39,8 @@ def llama():
     return model_of(LLAMA)
 
 
-def away(found: Combined, other: dict[str, Factors]) -> float:
-    """Return the largest distance of a module's update from another, as a share of its norm."""
-    one, two = products(found.factors), products(other)
-    assert one.keys() == two.keys()
-    return max(float((one[n] - two[n]).norm() / two[n].norm()) for n in two)
-
-
 def same_bits(one: Combined, other: Combined) -> bool:
-    pairs = [(one.factors[n], other.factors[n]) for n in other.factors]
-    return one.distances == other.distances and all(
-        torch.equal(x.a, y.a) and torch.equal(x.b, y.b) for x, y in pairs
-    )
+    return one.distances == other.distances and same_factors(one.factors, other.factors)
 
 
 # --- laws ---
@@ -62,7 +53,7 @@ def test_one_part_is_itself(name):
     model = model_of(family)
     (part, *_) = parts_of(model, modules_of(family))
     found = combine(model, [part], rank=5)
-    assert away(found, part.update) < NEAR
+    assert away(found.factors, part.update) < NEAR
     assert {each.a.shape[0] for each in found.factors.values()} == {5}  # as a link has it
     assert found.error < NEAR
     assert found.distances["one"] < NEAR
@@ -79,7 +70,7 @@ def test_order_and_batches_change_nothing_but_rounding(llama, order, rank, batch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(solving, "_BATCH_TOKENS", batch)  # 1: no row is padded
         other = combine(llama, shuffled, rank)
-    assert away(other, found.factors) < NEAR
+    assert away(other.factors, found.factors) < NEAR
     assert other.error == pytest.approx(found.error, abs=NEAR)
     assert other.distances == pytest.approx(found.distances, rel=NEAR)
     rows = [replace(part, rows=[*reversed(part.rows)]) for part in parts]
@@ -91,13 +82,13 @@ def test_importance_counts_a_part_several_times(llama):
     weighted = combine(llama, [replace(first, importance=2), second], 4)
     again = replace(first, name="again")
     twice = combine(llama, [first, again, second], 4)
-    assert away(twice, weighted.factors) < NEAR
+    assert away(twice.factors, weighted.factors) < NEAR
     # The scale of all does not matter; and rows of a part are a mean.
     parts = [
         replace(first, importance=6, rows=[*first.rows, *first.rows]),
         replace(second, importance=3 * second.importance),
     ]
-    assert away(combine(llama, parts, 4), weighted.factors) < NEAR
+    assert away(combine(llama, parts, 4).factors, weighted.factors) < NEAR
 
 
 def test_a_base_of_great_importance_stays_itself(llama):
@@ -136,7 +127,7 @@ def test_experts_get_no_padding():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(solving, "_BATCH_TOKENS", 1)
         alone = combine(model, parts, 3)
-    assert away(found, alone.factors) < NEAR
+    assert away(found.factors, alone.factors) < NEAR
 
 
 def test_a_part_may_have_some_modules_and_short_rows(llama):
@@ -145,7 +136,7 @@ def test_a_part_may_have_some_modules_and_short_rows(llama):
     one = Part("one", rows_of(1, [9, 1]), update(llama, names[:1], 1))
     two = Part("two", rows_of(2, [1, 1, 6]), update(llama, names[1:], 2))
     assert combine(llama, [one, two], 4).factors.keys() == {*names}
-    assert away(combine(llama, [two], 4), two.update) < NEAR
+    assert away(combine(llama, [two], 4).factors, two.update) < NEAR
 
 
 @settings(max_examples=20, deadline=None)
@@ -241,25 +232,25 @@ def refusal(model: nn.Module, parts: list[Part]) -> str:
     return str(error.value)
 
 
-def test_modules_outside_of_decoder_layers_are_refused():
-    for name, module in (("llama", "lm_head"), ("opt, projected", "model.decoder.project_out")):
-        model = model_of(FAMILIES[name])
-        part = Part("one", rows_of(1, [5]), update(model, [module], 1))
-        assert f"inside decoder layers (got {module})" in refusal(model, [part])
+def part_on(model: nn.Module, *modules: str) -> Part:
+    return Part("one", rows_of(1, [5]), update(model, modules, 1))
 
 
-def test_a_model_that_is_trained_is_refused(llama):
-    model = tiny_model("opt", num_hidden_layers=1, dropout=0.5).train()
-    part = Part("one", rows_of(1, [5]), update(model, ["model.decoder.layers.0.fc1"], 1))
-    assert "must be in evaluation mode" in refusal(model, [part])
-    model.eval()
-    combine(model, [part], 2)
-
-
-def test_a_part_without_rows_is_refused(llama):
+def test_what_cannot_be_combined(llama):
     part, *_ = parts_of(llama, modules_of(LLAMA))
-    for rows in ([], [[]]):
-        assert "rows of tokens (got none, base)" in refusal(llama, [part, Part("base", rows, {})])
+    opt, fc1 = tiny_model("opt", num_hidden_layers=1, dropout=0.5), "model.decoder.layers.0.fc1"
+    projected, out = model_of(FAMILIES["opt, projected"]), "model.decoder.project_out"
+    for model, parts, words in (
+        (llama, [part, Part("base", [], {})], "rows of tokens (got none, base)"),
+        (llama, [part, Part("base", [[]], {})], "rows of tokens (got none, base)"),
+        # As of a stage whose best point is before its first step.
+        (llama, [Part("base", rows_of(1, [5]), {})], "a part with links (got none)"),
+        (llama, [part_on(llama, "lm_head")], "inside decoder layers (got lm_head)"),
+        (projected, [part_on(projected, out)], f"inside decoder layers (got {out})"),
+        (opt.train(), [part_on(opt, fc1)], "must be in evaluation mode"),
+    ):
+        assert words in refusal(model, parts)
+    combine(opt.eval(), [part_on(opt, fc1)], 2)
 
 
 def test_activations_that_are_not_finite_are_refused():
@@ -282,9 +273,4 @@ def test_other_models_are_refused(model_type):
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     names = [name for name in names if "layers." in name or "transformer." in name]
     with pytest.raises(ChainLoRAError):
-        combine(model, [Part("one", rows_of(1, [5]), update(model, names, 1))], 2)
-
-
-def test_parts_without_links_are_refused(llama):
-    """As of a stage whose best point is before its first step."""
-    assert "a part with links (got none)" in refusal(llama, [Part("base", rows_of(1, [5]), {})])
+        combine(model, [part_on(model, *names)], 2)
