@@ -33,17 +33,16 @@ from chainlora.models.loading import load_model
 from chainlora.models.quantizing import is_quantized, quantization, settle_kernels
 
 PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao"}
-every_kind = pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=pytest.mark.skipif(not find_spec(name), reason=f"no {name}"))
-        for kind, name in PACKAGES.items()
-    ],
-)
 needs_nf4 = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="no bitsandbytes")
 CHAIN = {"ranks": [4, 4, 2], "steps": [6, 6, 5], "hold": "carried", "target_modules": "all-linear"}
 ONE = {"ranks": [4], "steps": [6]}
 KNOT = 1e-5  # of the hidden states: the same float32 sums in another order
+
+
+@pytest.fixture(scope="module", params=PACKAGES)
+def kind(request) -> str:
+    pytest.importorskip(PACKAGES[request.param], exc_type=ImportError)
+    return request.param
 
 
 def config_of(kind, tiny_folder, sentiment, output, **sections):
@@ -59,24 +58,15 @@ def by_transformers(folder: Path, kind: str, dtype: torch.dtype):
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_folder, sentiment, tmp_path_factory):
-    """A finished run of each kind, trained when it is first asked for, and its events."""
-    folder, made = tmp_path_factory.mktemp("quantized"), {}
-
-    def run(kind: str):
-        if kind not in made:
-            events: list = []
-            config = config_of(kind, tiny_folder, sentiment, folder / kind)
-            train(config, listener=events.append)
-            made[kind] = (folder / kind, events)
-        return made[kind]
-
-    return run
+def finished(kind, tiny_folder, sentiment, tmp_path_factory) -> tuple[Path, list]:
+    """A finished run, and its events."""
+    run, events = tmp_path_factory.mktemp("quantized") / "run", []
+    train(config_of(kind, tiny_folder, sentiment, run), listener=events.append)
+    return run, events
 
 
-@every_kind
-def test_a_knot_leaves_the_function_as_it_is(kind, finished):
-    _, events = finished(kind)
+def test_a_knot_leaves_the_function_as_it_is(finished):
+    _, events = finished
     knots = [event for event in events if event.name == "knot"]
     assert len(knots) == 3
     assert all(knot.function_change < KNOT for knot in knots)
@@ -84,7 +74,6 @@ def test_a_knot_leaves_the_function_as_it_is(kind, finished):
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
 
 
-@every_kind
 def test_the_base_is_quantised_and_never_changes(kind, tiny_folder):
     model, _ = load_model(tiny_folder, torch.float32, quantize=kind)
     linear = [m for m in model.model.modules() if isinstance(m, torch.nn.Linear)]
@@ -112,18 +101,16 @@ def test_the_base_is_quantised_and_never_changes(kind, tiny_folder):
     assert Chain(pristine, hold="carried").base_fingerprint == fingerprint
 
 
-@every_kind
 def test_killed_and_resumed_it_is_the_uninterrupted_run(
     kind, finished, tiny_folder, sentiment, tmp_path
 ):
-    whole, _ = finished(kind)
+    whole, _ = finished
     config = config_of(kind, tiny_folder, sentiment, tmp_path / "run", train={"save_every": 1})
     stop_after(config, 8)
     train(config, resume=True)
     assert_same_links(tmp_path / "run", whole)
 
 
-@every_kind
 def test_a_second_stage_is_switched_off_and_on_to_the_bit(kind, tiny_folder, sentiment, tmp_path):
     first = config_of(kind, tiny_folder, sentiment, tmp_path / "run", chain=ONE)
     train(first)
@@ -139,7 +126,6 @@ def test_a_second_stage_is_switched_off_and_on_to_the_bit(kind, tiny_folder, sen
     assert [len(row) for row in stage_matrix(run, compute=False).grid] == [2, 2, 2]
 
 
-@every_kind
 def test_soft_knots(kind, tiny_folder, sentiment):
     events: list = []
     keys = {"ranks": [4], "steps": [12], "knots": {"every": 3, "share": 0.3}}
@@ -149,11 +135,10 @@ def test_soft_knots(kind, tiny_folder, sentiment):
     assert knot.function_change < 1e-2  # a link with soft knots is stored to 3e-3 of its update
 
 
-@every_kind
 def test_the_adapter_is_exact_on_the_quantised_base(
     kind, finished, tiny_folder, tmp_path, chainlora
 ):
-    run, _ = finished(kind)
+    run, _ = finished
     assert chainlora("export", run, "--to", "adapter", "--output", tmp_path / "out").status == 0
     carried, _ = load_run(run, as_trained=True)
     base = by_transformers(tiny_folder, kind, torch.float32)
@@ -162,11 +147,10 @@ def test_the_adapter_is_exact_on_the_quantised_base(
     torch.testing.assert_close(logits(theirs), logits(carried.eval()), atol=1e-5, rtol=1e-5)
 
 
-@every_kind
 def test_evaluation_is_of_the_trained_function_and_merging_of_the_whole_base(
     kind, finished, task, tmp_path, chainlora
 ):
-    run, events = finished(kind)
+    run, events = finished
 
     def loss_of(model: Path) -> float:
         return chainlora(f"eval {model} {task} --json").json["metrics"]["loss"]
@@ -224,55 +208,44 @@ def test_a_callback_says_what_there_is_instead(tiny_folder, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def quantised_folder(tiny_folder, tmp_path_factory):
-    """A checkpoint of each kind, made when it is first asked for."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-
-    def path(kind: str) -> Path:
-        if not (folder / kind).is_dir():
-            model, tokenizer = load_model(tiny_folder, torch.float32, quantize=kind)
-            model.save_pretrained(folder / kind)
-            tokenizer.save_pretrained(folder / kind)
-        return folder / kind
-
-    return path
+def quantised_folder(kind, tiny_folder, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / kind
+    for each in load_model(tiny_folder, torch.float32, quantize=kind):
+        each.save_pretrained(folder)
+    return folder
 
 
-@every_kind
 def test_a_checkpoint_that_came_quantised(
     kind, finished, quantised_folder, tiny_folder, sentiment, task, tmp_path, chainlora
 ):
     config = config_of(kind, tiny_folder, sentiment, tmp_path / "run")
-    base = {"model": str(quantised_folder(kind)), "quantize": None}
+    base = {"model": str(quantised_folder), "quantize": None}
     run = tmp_path / "run"
     train(config.model_copy(update=base))
-    assert_same_links(run, finished(kind)[0])
+    assert_same_links(run, finished[0])
     assert chainlora(f"eval {run} {task}").status == 0
     assert chainlora(f"export {run} --to adapter --output adapter").status == 0
     merged = chainlora(f"export {run} --to merged --output merged")
     merged.refused("whose checkpoint is quantised); use --to adapter")
 
 
-@needs_nf4
 def test_a_quantised_checkpoint_is_not_merged_into(quantised_folder, tmp_path, chainlora):
-    shutil.copytree(quantised_folder("nf4"), tmp_path / "m-nf4")
     write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
     (tmp_path / "run.yaml").write_text(
         "model: m\ndata: {train: rows.jsonl}\nchain: {ranks: [8, 8], epochs: [1, 1]}\noutput: out\n"
     )
-    chainlora("train", "run.yaml", "--model", "m-nf4").refused("use hold: carried")
+    chainlora("train", "run.yaml", "--model", quantised_folder).refused("use hold: carried")
 
 
 # --- what is refused
 
 
-@every_kind
 def test_a_checkpoint_without_a_weight(kind, tiny_folder, quantised_folder, tmp_path):
     """What is missing would be drawn at random."""
     for folder, quantize, name in (
         (tiny_folder, kind, "layers.0.self_attn.q_proj.weight"),
         (tiny_folder, kind, "layers.0.input_layernorm.weight"),
-        (quantised_folder(kind), None, "layers.0.input_layernorm.weight"),
+        (quantised_folder, None, "layers.0.input_layernorm.weight"),
     ):
         copy = shutil.copytree(folder, tmp_path / name / str(quantize))
         with safe_open(copy / "model.safetensors", "pt") as file:

@@ -210,6 +210,12 @@ def parts_of(model: nn.Module, modules: Sequence[str]) -> list[Part]:
     ]
 
 
+def case(name: str) -> tuple[Any, list[Part]]:
+    """Return a model of a family, and parts to combine on all its modules."""
+    model = model_of(FAMILIES[name])
+    return model, parts_of(model, modules_of(FAMILIES[name]))
+
+
 def away(found: Mapping[str, Factors], wanted: Mapping[str, Factors]) -> float:
     """Return the largest distance of a module's update from another, as a share of its norm."""
     one, two = products(found), products(wanted)

@@ -13,16 +13,7 @@ from chainlora.chain.adapters import check_targets
 from chainlora.chain.combining import Part
 from chainlora.chain.layerwise import Layers, inspect_layer, run
 from chainlora.chain.solving import combine
-from combining.cases import (
-    FAMILIES,
-    away,
-    model_of,
-    modules_of,
-    parts_of,
-    products,
-    rows_of,
-    update,
-)
+from combining.cases import FAMILIES, away, case, model_of, products, rows_of, update
 from combining.independent import solution
 
 # Of the norm. Activations and products are float32: 24 bits, which some hundred sums a module and
@@ -33,11 +24,9 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 
 @every_family
 def test_the_solution_of_each_family(name):
-    family = FAMILIES[name]
-    model = model_of(family)
-    parts = parts_of(model, modules_of(family))
+    model, parts = case(name)
     found = combine(model, parts, rank=3)
-    wanted, error, distances = solution(model, family, parts, rank=3)
+    wanted, error, distances = solution(model, FAMILIES[name], parts, rank=3)
     solved = products(found.factors)
     assert solved.keys() == wanted.keys()
     away = {n: float((solved[n] - x).norm() / x.norm()) for n, x in wanted.items()}

@@ -21,6 +21,7 @@ from combining.cases import (
     FAMILIES,
     Experts,
     away,
+    case,
     model_of,
     modules_of,
     parts_of,
@@ -49,9 +50,7 @@ def same_bits(one: Combined, other: Combined) -> bool:
 @every_family
 def test_one_part_is_itself(name):
     """At its rank and at a larger one; each row of experts' tokens has one expert."""
-    family = FAMILIES[name]
-    model = model_of(family)
-    (part, *_) = parts_of(model, modules_of(family))
+    model, (part, *_) = case(name)
     found = combine(model, [part], rank=5)
     assert away(found.factors, part.update) < NEAR
     assert {each.a.shape[0] for each in found.factors.values()} == {5}  # as a link has it
@@ -102,11 +101,9 @@ def test_a_base_of_great_importance_stays_itself(llama):
 
 
 def test_a_module_that_no_row_reaches_gets_the_mean():
-    family = FAMILIES["toy experts"]
-    model = model_of(family)
+    model, (one, two, base) = case("toy experts")
     with torch.no_grad():
         model.model.layers[1].mlp.router.bias[2] = -100
-    one, two, base = parts_of(model, modules_of(family))
     found = products(combine(model, [one, two, base], 4).factors)
     for end in ("up", "down"):
         name = f"model.layers.1.mlp.experts.2.{end}"
@@ -184,19 +181,15 @@ def test_leading_left_singular_vectors(shape):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt"])
 def test_a_model_in_bfloat16_is_combined_as_its_float32_copy(name):
-    family = FAMILIES[name]
-    model = model_of(family).bfloat16()
-    parts = parts_of(model, modules_of(family))
-    narrow = combine(model, parts, 3)
+    model, parts = case(name)
+    narrow = combine(model.bfloat16(), parts, 3)
     assert next(model.parameters()).dtype == torch.bfloat16
     assert same_bits(narrow, combine(model.float(), parts, 3))
 
 
 @pytest.mark.parametrize("name", ["llama", "falcon, parallel", "toy experts", "qwen2_moe"])
 def test_less_memory_gives_the_same(name, monkeypatch):
-    family = FAMILIES[name]
-    model = model_of(family)
-    parts = parts_of(model, modules_of(family))
+    model, parts = case(name)
     remembered = combine(model, parts, 3)
     monkeypatch.setattr(solving, "_CACHE_BYTES", 0)
     assert same_bits(combine(model, parts, 3), remembered)
@@ -204,13 +197,14 @@ def test_less_memory_gives_the_same(name, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_model_is_as_it_was(dtype):
-    model = model_of(LLAMA).to(dtype)
+    model, parts = case("llama")
+    model.to(dtype)
     layer = model.model.layers[0].mlp.down_proj
     layer.forward = own = layer.forward  # accelerate gives layers a forward of their own
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modules = {name: {**vars(module)} for name, module in model.named_modules()}
     done = []
-    combine(model, parts_of(model, modules_of(LLAMA)), 3, lambda *each: done.append(each))
+    combine(model, parts, 3, lambda *each: done.append(each))
     assert done == [(0, 2), (1, 2), (2, 2)]
     assert vars(layer)["forward"] is own
     for name, tensor in model.state_dict().items():
@@ -255,8 +249,7 @@ def test_what_cannot_be_combined(llama):
 
 def test_activations_that_are_not_finite_are_refused():
     """Those of one part's own model, and those of the base on rows of one part."""
-    model = model_of(LLAMA)
-    one, two, base = parts_of(model, modules_of(LLAMA))
+    model, (one, two, base) = case("llama")
     name = "model.layers.0.mlp.up_proj"
     wild = {name: replace(two.update[name], b=two.update[name].b * 1e38)}
     assert "finite activations" in (said := refusal(model, [one, replace(two, update=wild), base]))

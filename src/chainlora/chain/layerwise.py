@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -204,8 +205,12 @@ def hooked_outputs(block: nn.Module, modules: Sequence[str], hook: OutputHook) -
     """Replace the outputs of linear modules of a layer by those of `hook`."""
     layers = {name: base_layer(block.get_submodule(name)) for name in modules}
     before = {name: vars(layer).get("forward") for name, layer in layers.items()}
+
+    def call(name: str, forward: Callable[[Tensor], Tensor], x: Tensor, *_: Any, **__: Any) -> Any:
+        return hook(name, x, forward)
+
     for name, layer in layers.items():
-        layer.forward = _hooked_forward(hook, name, layer.forward)
+        layer.forward = partial(call, name, layer.forward)
     try:
         yield
     finally:
@@ -215,24 +220,19 @@ def hooked_outputs(block: nn.Module, modules: Sequence[str], hook: OutputHook) -
                 layer.forward = before[name]
 
 
-def _hooked_forward(hook: OutputHook, name: str, forward: Callable[[Tensor], Tensor]) -> Any:
-    return lambda x, *args, **keys: hook(name, x, forward)
-
-
 @contextmanager
 def hooked_inputs(block: nn.Module, hook: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call `hook` with the path and the first input of each module that the layer calls."""
+
+    def call(name: str, module: nn.Module, args: Any) -> None:
+        if args and isinstance(args[0], Tensor):
+            hook(name, args[0])
+
     with ExitStack() as hooks:
         for name, module in block.named_modules():
             if name:
-                hooks.enter_context(module.register_forward_pre_hook(_input_hook(hook, name)))
+                hooks.enter_context(module.register_forward_pre_hook(partial(call, name)))
         yield
-
-
-def _input_hook(hook: Callable[[str, Tensor], None], name: str) -> Any:
-    return lambda module, args: (
-        hook(name, args[0]) if args and isinstance(args[0], Tensor) else None
-    )
 
 
 @torch.no_grad()

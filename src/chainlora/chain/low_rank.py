@@ -156,17 +156,15 @@ def _leading_triplets(matrix: Tensor, tolerance: float) -> _Triplets:
     total, shorter = float(matrix.double().square().sum()), min(matrix.shape)
     allowed = (_TRUNCATION_SHARE * tolerance) ** 2 * total
     width = shorter if shorter <= _MOST_FOR_SVD else 32
-    while True:
-        if width >= shorter:
-            u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-            triplets = _Triplets(u, s, vh, 0.0)
-        else:
-            u, s, v = randomized_svd(matrix, width, 0)
-            beyond = max(total - float(s.double().square().sum()), 0.0)
-            triplets = _Triplets(u, s, v.T, beyond)
-        if width >= shorter or triplets.beyond <= allowed:
+    while width < shorter:
+        u, s, v = randomized_svd(matrix, width, 0)
+        triplets = _Triplets(u, s, v.T, max(total - float(s.double().square().sum()), 0.0))
+        if triplets.beyond <= allowed:
             break
         width *= 2
+    else:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        triplets = _Triplets(u, s, vh, 0.0)
     ranks = range(1, len(triplets.s))
     return triplets.first(next((k for k in ranks if triplets.tail(k) <= allowed), len(triplets.s)))
 

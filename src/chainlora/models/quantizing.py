@@ -69,9 +69,8 @@ def is_packed(module: nn.Module) -> bool:
     GPTQ, AWQ, HQQ and similar layers store codes and scales under other names.
     """
     sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
-    if not all(isinstance(size, int) for size in sizes):
-        return False
-    if isinstance(getattr(module, "weight", None), Tensor):
+    has_sizes = all(isinstance(size, int) for size in sizes)
+    if not has_sizes or isinstance(getattr(module, "weight", None), Tensor):
         return False
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return any(not tensor.is_floating_point() for tensor in tensors)
