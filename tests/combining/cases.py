@@ -44,7 +44,14 @@ _NORMED = {  # a norm follows on what they give
     "self_attn.o_proj": ("post_attention_layernorm", []),
     "mlp.down_proj": ("post_feedforward_layernorm", []),
 }
+_PHI3 = [["self_attn.qkv_proj"], ["self_attn.o_proj"], ["mlp.gate_up_proj"], ["mlp.down_proj"]]
 _OPT = ("model.decoder.layers", [_ATTENTION[0], ["self_attn.out_proj"], ["fc1"], ["fc2"]])
+_OPT_OUT = {
+    "self_attn.out_proj": ("final_layer_norm", [""]),
+    "fc2": ("", ["", "self_attn.out_proj"]),
+}
+_GPT2 = ("transformer.h", [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]])
+_GPT2_OUT = {"attn.c_proj": ("ln_2", [""]), "mlp.c_proj": ("", ["", "attn.c_proj"])}
 _FALCON = {
     "self_attention.dense": ("", [""]),
     "mlp.dense_4h_to_h": ("", ["", "self_attention.dense"]),
@@ -68,20 +75,8 @@ FAMILIES = {
     "mistral": Family("mistral", *_LLAMA, _SEQUENTIAL, {"sliding_window": 4}),
     "gemma2": Family("gemma2", *_LLAMA, _NORMED, {"sliding_window": 4}),
     "gemma3": Family("gemma3_text", *_LLAMA, _NORMED, {"sliding_window": 4, "layer_types": _KINDS}),
-    "phi3": Family(
-        "phi3",
-        "model.layers",
-        [["self_attn.qkv_proj"], ["self_attn.o_proj"], ["mlp.gate_up_proj"], ["mlp.down_proj"]],
-        _SEQUENTIAL,
-    ),
-    "opt": Family(
-        "opt",
-        *_OPT,
-        {
-            "self_attn.out_proj": ("final_layer_norm", [""]),
-            "fc2": ("", ["", "self_attn.out_proj"]),
-        },
-    ),
+    "phi3": Family("phi3", "model.layers", _PHI3, _SEQUENTIAL),
+    "opt": Family("opt", *_OPT, _OPT_OUT),
     # As OPT-350m: projections around the layers, and norms behind what is added.
     "opt, projected": Family(
         "opt",
@@ -92,12 +87,7 @@ FAMILIES = {
         },
         {"word_embed_proj_dim": 16, "do_layer_norm_before": False},
     ),
-    "gpt2": Family(
-        "gpt2",
-        "transformer.h",
-        [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]],
-        {"attn.c_proj": ("ln_2", [""]), "mlp.c_proj": ("", ["", "attn.c_proj"])},
-    ),
+    "gpt2": Family("gpt2", *_GPT2, _GPT2_OUT),
     "falcon, parallel": Family(
         "falcon",
         "transformer.h",
@@ -108,12 +98,7 @@ FAMILIES = {
     "falcon, new": Family(
         "falcon",
         "transformer.h",
-        [
-            ["self_attention.query_key_value"],
-            _FALCON_OUT[0],
-            ["mlp.dense_h_to_4h"],
-            _FALCON_OUT[1],
-        ],
+        [["self_attention.query_key_value"], _FALCON_OUT[0], ["mlp.dense_h_to_4h"], _FALCON_OUT[1]],
         _FALCON,
         {"new_decoder_architecture": True, "num_kv_heads": 2},
     ),
