@@ -45,11 +45,10 @@ class Adapter:
 
     def named_factor(self, factor: str) -> list[nn.Parameter]:
         """Return the trained parameters of factor A, or of B with its bias."""
-        picked = []
-        for layer in self.layers.values():
-            a = factors_in(layer, LIVE).a
-            picked += [p for p in _parameters(layer) if (p is a) == (factor == "A")]
-        return picked
+        layers = self.layers.values()
+        if factor == "A":
+            return [factors_in(layer, LIVE).a for layer in layers]
+        return [parameter for layer in layers for parameter in _parameters(layer)[1:]]
 
 
 class FactorsIn(NamedTuple):

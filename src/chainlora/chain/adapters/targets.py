@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -74,12 +75,9 @@ def target_candidates(model: nn.Module) -> list[str]:
 
     The most frequent name comes first.
     """
-    counts: dict[str, int] = {}
     head = tied_head(model)
-    for name, module in model.named_modules():
-        if is_linear(module) and module is not head:
-            last = name.rpartition(".")[2]
-            counts[last] = counts.get(last, 0) + 1
+    linear = (n for n, x in model.named_modules() if is_linear(x) and x is not head)
+    counts = Counter(name.rpartition(".")[2] for name in linear)
     return sorted(counts, key=lambda last: (-counts[last], last))
 
 
