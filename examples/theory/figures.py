@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import io
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -10,6 +12,15 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
+
+
+def run(main: Callable[..., object], about: str, output: str) -> None:
+    """Run a script's `main` with what the command line says."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("output", nargs="?", default=output)
+    parser.add_argument("--small", action="store_true", help="seconds, for tests")
+    given = parser.parse_args()
+    main(given.output, small=given.small)
 
 
 def subplots(rows: int, columns: int, size: tuple[float, float], **keywords: Any) -> tuple:

@@ -30,13 +30,12 @@ Run: python examples/theory/frank_wolfe.py [OUTPUT.png] [--small]
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from figures import save, subplots
+from figures import run, save, subplots
 
 SIZE, RANK, OBSERVED = 40, 5, 0.3  # a 40 × 40 matrix of rank 5, three entries in ten are seen
 POWER_STEPS = 2
@@ -199,32 +198,25 @@ def picture(output: str, rows: list[Row], horizon: int) -> None:
         exact = [row for row in rows if row.kind == kind and row.power_steps is None]
         power = [row for row in rows if row.kind == kind and row.power_steps is not None]
         steps = [row.steps for row in exact]
-        axis.loglog(steps, [row.theorem for row in exact], "k-", label="Theorem 4.1: 2·√(Mβ)·D/√T")
-        axis.loglog(steps, [row.derived for row in exact], "k--", label="derived: 1.5·√(Mβ)·D/√T")
-        axis.loglog(
-            steps, [row.from_the_run for row in exact], "k:", label="from the run, M not used"
-        )
-        axis.loglog(steps, [row.gap for row in exact], "o-", color="#0969da", label="η, exact V")
-        axis.loglog(
-            steps,
-            [row.gap for row in power],
-            "o--",
-            color="#54aeff",
-            label=f"η, V by {POWER_STEPS} power steps",
-        )
-        axis.loglog(
-            steps, [row.convex_gap for row in exact], "s-", color="#cf222e", label="2/(t + 2)"
-        )
+        for lines, field, form, color, label in (
+            (exact, "theorem", "-", "k", "Theorem 4.1: 2·√(Mβ)·D/√T"),
+            (exact, "derived", "--", "k", "derived: 1.5·√(Mβ)·D/√T"),
+            (exact, "from_the_run", ":", "k", "from the run, M not used"),
+            (exact, "gap", "o-", "#0969da", "η, exact V"),
+            (power, "gap", "o--", "#54aeff", f"η, V by {POWER_STEPS} power steps"),
+            (exact, "convex_gap", "s-", "#cf222e", "2/(t + 2)"),
+        ):
+            axis.loglog(steps, [getattr(r, field) for r in lines], form, color=color, label=label)
         axis.set(title=f"{kind} loss", xlabel="steps T", ylabel="mean gap (1/T)·Σ g_t")
     axes[1].legend(fontsize=8)
     problem = make_problem("least squares")
-    sizes = {"#0969da": theorem_step(problem, horizon), "#cf222e": convex_step}
-    for (color, size), name in zip(sizes.items(), ("η", "2/(t + 2)"), strict=True):
-        run = frank_wolfe(problem, horizon, size)
-        axes[2].loglog(np.arange(1, horizon + 1), run.gaps, color=color, label=f"{name}: gap g_t")
-        axes[2].loglog(
-            np.arange(1, horizon + 2), run.losses, ":", color=color, label=f"{name}: loss L(W_t)"
-        )
+    for color, name, size in (
+        ("#0969da", "η", theorem_step(problem, horizon)),
+        ("#cf222e", "2/(t + 2)", convex_step),
+    ):
+        taken, at = frank_wolfe(problem, horizon, size), np.arange(1, horizon + 2)
+        axes[2].loglog(at[:-1], taken.gaps, color=color, label=f"{name}: gap g_t")
+        axes[2].loglog(at, taken.losses, ":", color=color, label=f"{name}: loss L(W_t)")
     times = np.arange(2, horizon + 2)
     jaggi = 2 * problem.smoothness * problem.diameter**2 / (times + 1)
     axes[2].loglog(times, jaggi, "k-", linewidth=0.8, label="2·β·D²/(t + 1)")
@@ -233,7 +225,7 @@ def picture(output: str, rows: list[Row], horizon: int) -> None:
     save(figure, output)
 
 
-def main(output: str = "frank_wolfe.png", *, small: bool = False) -> list[Row]:
+def main(output: str, *, small: bool) -> None:
     """Measure every horizon, print the table and draw the figure."""
     horizons = HORIZONS[:4] if small else HORIZONS
     rows = [
@@ -262,12 +254,7 @@ def main(output: str = "frank_wolfe.png", *, small: bool = False) -> list[Row]:
             f"{slope(steps, [row.convex_gap for row in chosen]):.2f} with 2/(t + 2)"
         )
     picture(output, rows, horizons[-1])
-    return rows
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output", nargs="?", default="frank_wolfe.png")
-    parser.add_argument("--small", action="store_true", help="a second, for tests")
-    given = parser.parse_args()
-    main(given.output, small=given.small)
+    run(main, __doc__, "frank_wolfe.png")

@@ -27,11 +27,10 @@ Run: python examples/theory/rac_counter_example.py [OUTPUT.png] [--small]
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import numpy as np
-from figures import save, subplots
+from figures import run, save, subplots
 
 M = np.diag([10.0, 1.0, 1.0])
 STEPS, LINK, DRAWS, RATE = 600, 20, 40, 0.05
@@ -158,14 +157,8 @@ def picture(
     save(figure, output, dots_per_inch=90)
 
 
-def main(
-    output: str = "rac_counter_example.png", *, small: bool = False
-) -> tuple[dict[tuple[str, float], tuple[float, float]], dict[str, list[float]]]:
-    """Draw and print the losses and the safe rates.
-
-    Returns by (method, c) the share of draws that diverged and the worst last loss, and by method
-    the largest safe rate at each distance.
-    """
+def main(output: str, *, small: bool) -> None:
+    """Draw and print the losses and the safe rates."""
     steps, draws = (200, 10) if small else (STEPS, DRAWS)
     distances = DISTANCES[1:4] if small else DISTANCES
     curves = {
@@ -173,14 +166,10 @@ def main(
         for start in STARTS
         for method in METHODS
     }
-    found = {
-        key: (float(np.isinf(losses[-1]).mean()), float(losses[-1].max()))
-        for key, losses in curves.items()
-    }
-    for (method, start), (share, worst) in found.items():
+    for (method, start), losses in curves.items():
         print(
-            f"{method:6} from {start:g}·I at rate {RATE:g}: {share:4.0%} diverge, "
-            f"worst last loss {worst:.2g} of the first"
+            f"{method:6} from {start:g}·I at rate {RATE:g}: {np.isinf(losses[-1]).mean():4.0%} "
+            f"diverge, worst last loss {losses[-1].max():.2g} of the first"
         )
     for start in STARTS:
         last = {
@@ -199,12 +188,7 @@ def main(
     for method, rates in safe.items():
         print(f"largest safe rate, {method:9}" + "".join(f"{rate:>9.2g}" for rate in rates))
     picture(output, curves, safe, distances)
-    return found, safe
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output", nargs="?", default="rac_counter_example.png")
-    parser.add_argument("--small", action="store_true", help="a second, for tests")
-    given = parser.parse_args()
-    main(given.output, small=given.small)
+    run(main, __doc__, "rac_counter_example.png")

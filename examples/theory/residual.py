@@ -23,10 +23,8 @@ Run: python examples/theory/residual.py [OUTPUT.png] [--small]
 
 from __future__ import annotations
 
-import argparse
-
 import torch
-from figures import save, subplots
+from figures import run, save, subplots
 from torch import Tensor
 
 SIZE, TARGET_RANK, RANK, LINKS = 32, 16, 2, 12
@@ -112,8 +110,8 @@ def picture(output: str, found: dict[str, list[float]], num_links: int) -> None:
     save(figure, output)
 
 
-def main(output: str = "residual.png", *, small: bool = False) -> dict[str, list[float]]:
-    """Tune every chain, print what is left, draw it, and return the residuals by kind."""
+def main(output: str, *, small: bool) -> None:
+    """Tune every chain, print what is left, and draw it."""
     matrix, num_links = target(), LINKS // 2 if small else LINKS
     found = {"exact": residuals(matrix, "exact", num_links=num_links)}
     for steps in (LONG, SHORT):
@@ -125,12 +123,7 @@ def main(output: str = "residual.png", *, small: bool = False) -> dict[str, list
     for name, values in (found | {"Eckart–Young": best}).items():
         print(f"{name:28} {values[EARLY]:13.4f}   {values[num_links]:14.2e}")
     picture(output, found, num_links)
-    return found
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output", nargs="?", default="residual.png")
-    parser.add_argument("--small", action="store_true", help="half the links, for tests")
-    given = parser.parse_args()
-    main(given.output, small=given.small)
+    run(main, __doc__, "residual.png")

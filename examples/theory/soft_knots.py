@@ -30,13 +30,11 @@ Run: python examples/theory/soft_knots.py [OUTPUT.png] [--small]
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
-from figures import save, subplots
+from figures import run, save, subplots
 from quadratic import ARMS, Arm, floor, make_problem, tune
 from torch import Tensor
 
@@ -114,18 +112,12 @@ def last_losses(arm: Arm, setting: Setting, **keywords: float) -> Tensor:
     return torch.stack(losses).mean(2).nan_to_num(torch.inf)
 
 
-class Least(NamedTuple):
-    """The least last loss on the tuning seeds, and the τ in steps that gave it."""
-
-    loss: float
-    tau: float | None
-
-
-def least(arm: str, setting: Setting, noise: float) -> Least:
-    """Return the best of an arm on the main problem at this noise."""
+def least(arm: str, setting: Setting, noise: float) -> tuple[float, float | None]:
+    """Return the least last loss of an arm on the tuning seeds of the main problem at this noise,
+    and the τ in steps that gave it."""
     table = last_losses(ARMS[arm], setting, **PROBLEMS[MAIN], noise=noise)
     row = int(table.argmin()) // len(setting.rates)
-    return Least(float(table.min()), setting.grid(ARMS[arm])[row])
+    return float(table.min()), setting.grid(ARMS[arm])[row]
 
 
 def sweeps(setting: Setting) -> tuple[dict, dict]:
@@ -177,10 +169,9 @@ def lines_of_sweep(what: str, found: dict) -> list[str]:
     """Return the table of one sweep."""
     lines = [f"{what:36}" + "".join(f"{each:>17g}" for each in found)]
     for arm in SWEPT:
-        cells = [each[arm] for each in found.values()]
         shown = [
-            f"{cell.loss:.4f}" + (f" (τ {cell.tau:3.0f})" if cell.tau else "        ")
-            for cell in cells
+            f"{loss:.4f}" + (f" (τ {tau:3.0f})" if tau else "        ")
+            for loss, tau in (each[arm] for each in found.values())
         ]
         lines.append(f"  {arm:34}" + "".join(f"{each:>17}" for each in shown))
     return lines
@@ -236,7 +227,7 @@ def picture(output: str, results: dict, noises: dict, lengths: dict, setting: Se
     axes[1, 1].set(title="W* small: each τ at its best rate", xlabel="τ, or steps a link")
     for axis, found in ((axes[1, 2], noises), (axes[1, 3], lengths)):
         for arm in SWEPT:
-            losses = [each[arm].loss for each in found.values()]
+            losses = [each[arm][0] for each in found.values()]
             axis.loglog(list(found), losses, marker=".", **style(arm))
     axes[1, 2].set(title="W* small: by noise", xlabel="variance of noise over signal")
     axes[1, 3].set(title="W* small, noise 10: by length of the run", xlabel="steps")
@@ -260,7 +251,7 @@ def style(arm: str) -> dict:
     }
 
 
-def main(output: str = "soft_knots.png", *, small: bool = False) -> dict[str, dict[str, Found]]:
+def main(output: str, *, small: bool) -> None:
     """Run every arm on every problem, print the tables and draw the figure."""
     setting = SMALL if small else Setting()
     results = {}
@@ -271,13 +262,8 @@ def main(output: str = "soft_knots.png", *, small: bool = False) -> dict[str, di
     print("\n".join(lines_of_sweep(f"{MAIN}, by noise:", noises)))
     print("\n".join(lines_of_sweep("the same at noise 10, by steps:", lengths)))
     picture(output, results, noises, lengths, setting)
-    return results
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output", nargs="?", default="soft_knots.png")
-    parser.add_argument("--small", action="store_true", help="a few seconds, for tests")
-    given = parser.parse_args()
-    main(given.output, small=given.small)
+    run(main, __doc__, "soft_knots.png")
