@@ -35,11 +35,13 @@ def _contestant(spec: dict[str, Any]) -> dict[str, Any]:
 def _prepare(spec: dict[str, Any]) -> dict[str, Any]:
     import prepare
 
-    if spec["what"] == "model":
-        return {"folder": prepare.model_folder(spec["model"])}
+    from chainlora.models.finding import resolve_model
+
+    if spec["what"] == "model":  # a GGUF file is converted once
+        return {"folder": str(resolve_model(spec["model"]))}
     if spec["what"] in prepare.SHAPES:
-        folder = prepare.random_folder(spec["what"], spec["model"], Path(spec["folder"]))
-        return {"folder": folder}
+        made = prepare.random_folder(spec["what"], spec["model"], Path(spec["folder"]))
+        return {"folder": made}
     return prepare.workload_files(
         spec["workload"], spec["data"], spec["num_rows"], spec["batch_size"], Path(spec["folder"])
     )

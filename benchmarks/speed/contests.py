@@ -61,109 +61,86 @@ class Contest:
         )
 
 
-def _trainer(
+_OURS, _PEER = Entry("chainlora", "ours"), Entry("Trainer + PEFT", "trainer_peft")
+_CLASSIFICATION = {"speed": 3.5, "memory": 0.5}
+_LANGUAGE = {"speed": 3.0, "memory": 0.4}
+
+
+def _contests(
     workload: str,
     num_rows: int,
+    entries: tuple[Entry, ...],
     goals: dict[str, float] | None = None,
     *,
-    model: str = "model",
-    repeats: int = 3,
     name: str = "",
     dtypes: tuple[str, ...] = DTYPES,
+    model: str = "model",
+    measure: str = "rows_per_second",
+    repeats: int = 3,
     **settings: Any,
 ) -> list[Contest]:
-    """Ours against transformers.Trainer + PEFT, the completion's loss on both sides."""
+    """A contest for each dtype; goals are those against each peer, or of ours where it is alone."""
     return [
         Contest(
             f"{name or workload}-{dtype}",
             workload,
             num_rows,
-            (Entry("chainlora", "ours"), Entry("Trainer + PEFT", "trainer_peft")),
-            model=model,
-            repeats=repeats,
-            settings={"dtype": dtype, **settings},
-            goals={"Trainer + PEFT": goals} if goals else {},
+            entries,
+            measure,
+            repeats,
+            model,
+            {"dtype": dtype} | settings,
+            {entry.label: goals for entry in entries[1:] or entries} if goals else {},
         )
         for dtype in dtypes
     ]
 
 
-_CLASSIFICATION = {"speed": 3.5, "memory": 0.5}
-_LANGUAGE = {"speed": 3.0, "memory": 0.4}
+def _trainer(
+    workload: str, num_rows: int, goals: dict[str, float] | None = None, **keys: Any
+) -> list[Contest]:
+    """Ours against transformers.Trainer + PEFT, the completion's loss on both sides."""
+    return _contests(workload, num_rows, (_OURS, _PEER), goals, **keys)
 
 
 def _long(num_tokens: int, num_rows: int, model: str = "model") -> Contest:
     """Rows of this many tokens, one a step, against Trainer + PEFT; ours also with its activations
     computed again in backward."""
+    checkpointed = Entry("chainlora, checkpointed", "ours", {"gradient_checkpointing": True})
     return Contest(
         f"{'long' if model == 'model' else model}-{num_tokens}-bfloat16",
         f"long-{num_tokens}",
         num_rows,
-        (
-            Entry("chainlora", "ours"),
-            Entry("chainlora, checkpointed", "ours", {"gradient_checkpointing": True}),
-            Entry("Trainer + PEFT", "trainer_peft"),
-        ),
+        (_OURS, checkpointed, _PEER),
+        repeats=1,
         model=model,
         settings={"dtype": "bfloat16", "batch_size": 1},
-        goals={"Trainer + PEFT": {"speed": 2.0, "memory": 0.4}},
-        repeats=1,
+        goals={_PEER.label: {"speed": 2.0, "memory": 0.4}},
     )
 
 
-def _language(
-    workload: str, num_rows: int, goals: dict[str, float], repeats: int = 3
-) -> list[Contest]:
+def _language(workload: str, num_rows: int) -> list[Contest]:
     """Ours against TRL's SFTTrainer, without and with its packing."""
     peers = (Entry("TRL", "trl_sft"), Entry("TRL packing", "trl_sft", {"packing": True}))
-    return [
-        Contest(
-            f"{workload}-{dtype}",
-            workload,
-            num_rows,
-            (Entry("chainlora", "ours"), *peers),
-            repeats=repeats,
-            settings={"dtype": dtype},
-            goals={peer.label: goals for peer in peers},
-        )
-        for dtype in DTYPES
-    ]
+    return _contests(workload, num_rows, (_OURS, *peers), _LANGUAGE)
 
 
-def _preferences(num_rows: int) -> Contest:
+def _preferences(num_rows: int) -> list[Contest]:
     """DPO against TRL's DPOTrainer, which asks the base again in every step, or once before."""
-    peers = (
-        Entry("TRL", "trl_dpo"),
-        Entry("TRL, reference before", "trl_dpo", {"reference_before": True}),
-    )
-    return Contest(
-        "preferences-float32",
-        "preferences",
-        num_rows,
-        (Entry("chainlora", "ours"), *peers),
-        repeats=1,
-        settings={"objective": "dpo", "batch_size": 2, "lr": 5e-5},
-        goals={peer.label: {"speed": 1.0, "memory": 1.0} for peer in peers},
-    )
+    before = Entry("TRL, reference before", "trl_dpo", {"reference_before": True})
+    entries = (_OURS, Entry("TRL", "trl_dpo"), before)
+    keys: dict[str, Any] = {"objective": "dpo", "batch_size": 2, "lr": 5e-5}
+    goals = {"speed": 1.0, "memory": 1.0}
+    return _contests("preferences", num_rows, entries, goals, dtypes=DTYPES[:1], repeats=1, **keys)
 
 
-def _evaluation(workload: str, num_rows: int, speed: float) -> list[Contest]:
+def _evaluation(task: str, num_rows: int, speed: float) -> list[Contest]:
     """Scoring against lm-eval, each dtype with its own and ours in bfloat16 with their float32."""
     entries = (Entry("chainlora", "ours_evaluation"), Entry("lm-eval", "lm_evaluation"))
-    equal = [
-        Contest(
-            f"evaluate-{workload}-{dtype}",
-            f"{workload}-validation",
-            num_rows,
-            entries,
-            settings={"dtype": dtype},
-            goals={"lm-eval": {"speed": speed}},
-        )
-        for dtype in DTYPES
-    ]
+    workload, name = f"{task}-validation", f"evaluate-{task}"
     mixed = Contest(
-        f"evaluate-{workload}-mixed",
-        f"{workload}-validation",
+        f"{name}-mixed",
+        workload,
         num_rows,
         (
             Entry("chainlora bfloat16", "ours_evaluation", {"dtype": "bfloat16"}),
@@ -171,41 +148,28 @@ def _evaluation(workload: str, num_rows: int, speed: float) -> list[Contest]:
         ),
         goals={"lm-eval float32": {"speed": 2 * speed}},
     )
-    return [*equal, mixed]
+    return [*_contests(workload, num_rows, entries, {"speed": speed}, name=name), mixed]
 
 
-def _harness(workload: str, num_rows: int, goals: dict[str, float]) -> list[Contest]:
+def _harness(task: str, num_rows: int) -> list[Contest]:
     """Ours against the paper's harness style, cross-entropy over the candidates on both sides."""
-    return [
-        Contest(
-            f"harness-{workload}-{dtype}",
-            workload,
-            num_rows,
-            (Entry("chainlora", "ours"), Entry("harness style", "harness")),
-            settings={"dtype": dtype, "objective": "candidates"},
-            goals={"harness style": goals},
-        )
-        for dtype in DTYPES
-    ]
+    entries, name = (_OURS, Entry("harness style", "harness")), f"harness-{task}"
+    return _contests(task, num_rows, entries, {"speed": 6.0}, name=name, objective="candidates")
 
 
-def _peak(workload: str, num_rows: int) -> list[Contest]:
+def _peak(task: str, num_rows: int) -> list[Contest]:
     """Ours alone: its share of the machine's matmul peak, and a profile."""
+    keys: dict[str, Any] = {"name": f"peak-{task}", "measure": "share_of_peak", "repeats": 1}
     return [
-        Contest(
-            f"peak-{workload}-{dtype}",
-            workload,
-            num_rows,
-            (Entry("chainlora", "peak"),),
-            repeats=1,
-            measure="share_of_peak",
-            settings={"dtype": dtype},
-            goals={"chainlora": {"share": goal}},
-        )
+        contest
         for dtype, goal in zip(DTYPES, (0.75, 0.60), strict=True)
+        for contest in _contests(
+            task, num_rows, (Entry("chainlora", "peak"),), {"share": goal}, dtypes=(dtype,), **keys
+        )
     ]
 
 
+_KNOTS = (Entry("chainlora", "ours_knots"), Entry("ReLoRA-style merge", "relora_knots"))
 CONTESTS: tuple[Contest, ...] = (
     *_trainer("rte", 96, _CLASSIFICATION),
     *_trainer("sst2", 192, _CLASSIFICATION),
@@ -219,26 +183,15 @@ CONTESTS: tuple[Contest, ...] = (
         ),
         goals={"Trainer + PEFT float32": {"speed": 6.0}},
     ),
-    *_harness("rte", 48, {"speed": 6.0}),
-    *_harness("sst2", 96, {"speed": 6.0}),
-    *_language("gsm8k", 48, _LANGUAGE),
+    *_harness("rte", 48),
+    *_harness("sst2", 96),
+    *_language("gsm8k", 48),
     *_evaluation("rte", 96, 2.0),
     *_evaluation("multirc", 96, 10.0),
-    Contest(
-        "knots",
-        "sst2",
-        96,
-        (Entry("chainlora", "ours_knots"), Entry("ReLoRA-style merge", "relora_knots")),
-        measure="seconds_per_knot",
-    ),
-    Contest(
-        "knots-all-linear",
-        "sst2",
-        96,
-        (Entry("chainlora", "ours_knots"), Entry("ReLoRA-style merge", "relora_knots")),
-        measure="seconds_per_knot",
-        settings={"targets": ALL_LINEAR},
-    ),
+    *[
+        Contest(name, "sst2", 96, _KNOTS, "seconds_per_knot", settings=settings)
+        for name, settings in (("knots", {}), ("knots-all-linear", {"targets": ALL_LINEAR}))
+    ],
     Contest(
         "links-20-against-1",
         "sst2",
@@ -257,8 +210,8 @@ CONTESTS: tuple[Contest, ...] = (
     _long(7600, 2),
     _long(1024, 3, "0.5b"),
     _long(1024, 3, "1.3b"),
-    *_language("chat", 32, _LANGUAGE),
-    _preferences(64),
+    *_language("chat", 32),
+    *_preferences(64),
     *_trainer("multirc", 32),
     *_trainer("rte", 48, name="rte-all-linear", targets=ALL_LINEAR),
     *_trainer("sst2", 192, name="sst2-tiny", model="tiny", dtypes=("float32",)),
@@ -271,7 +224,7 @@ CONTESTS: tuple[Contest, ...] = (
                 Entry(f"rank {rank}", "ours", {"rank": rank, "alpha": 2 * rank}),
                 Entry("rank 8", "ours"),
             ),
-            measure="seconds_per_step",
+            "seconds_per_step",
             repeats=1,
         )
         for rank in (1, 64, 256)

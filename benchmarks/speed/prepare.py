@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,9 @@ import yaml
 
 from chainlora.data.mixture import epoch_order
 from chainlora.data.sources import Row, find_source
-from chainlora.data.tasks import list_tasks, load_task, split_source
-from chainlora.models.finding import resolve_model
+from chainlora.data.tasks import Rendered, list_tasks, load_task, split_source
 
 SEED = 0
-
-
-def model_folder(spec: str) -> str:
-    """Return the folder a model spec stands for, converting a GGUF file once."""
-    return str(resolve_model(spec))
 
 
 # Llamas of random weights: one where overhead shows, and some larger than the real model.
@@ -105,25 +101,17 @@ def _order(num_rows: int, batch_size: int) -> list[int]:
 
 def _training_files(name: str, rows: list[Row], batch_size: int, folder: Path) -> dict[str, str]:
     task = load_task(name)
-    shown = [task.render(row) for row in rows]
+    shown = task.render_all(rows)
     order = _order(len(rows), batch_size)
-    ordered = [
-        {
-            "prompt": shown[i].prompt,
-            "candidates": list(shown[i].candidates),
-            "label": shown[i].label,
-            "completion": shown[i].completion,
-        }
-        for i in order
-    ]
-    files = {"ordered": _write(folder / "ordered.jsonl", ordered)}
+    ordered = [_scored(shown[i]) | {"completion": shown[i].completion} for i in order]
+    paths = {"ordered": _write(folder / "ordered.jsonl", ordered)}
     if task.completion is not None:  # prompts and completions, as a user's own file
         pairs = [{"prompt": one.prompt, "completion": one.completion} for one in shown]
-        return files | {"rows": _write(folder / "rows.jsonl", pairs)}
-    files["rows"] = _write(folder / "rows.jsonl", [dict(row) for row in rows])
+        return paths | {"rows": _write(folder / "rows.jsonl", pairs)}
+    paths["rows"] = _write(folder / "rows.jsonl", [dict(row) for row in rows])
     for objective in ("completion", "candidates"):
-        files[f"task_{objective}"] = _task_file(name, folder / f"{objective}.yaml", loss=objective)
-    return files
+        paths[f"task_{objective}"] = _task_file(name, folder / f"{objective}.yaml", loss=objective)
+    return paths
 
 
 def _evaluation_files(name: str, rows: list[Row], folder: Path) -> dict[str, str]:
@@ -137,16 +125,15 @@ def _evaluation_files(name: str, rows: list[Row], folder: Path) -> dict[str, str
     labels = {key: f" {word.strip()}" for key, word in raw["labels"].items()}
     path = _task_file(name, folder / "task.yaml", prompt=raw["prompt"].rstrip(), labels=labels)
     task = load_task(path)
-    shown = [task.render(row) for row in rows]
-    ordered = [
-        {"prompt": one.prompt, "candidates": list(one.candidates), "label": one.label}
-        for one in shown
-    ]
     return {
         "task": path,
         "rows": _write(folder / "rows.jsonl", [dict(row) for row in rows]),
-        "ordered": _write(folder / "ordered.jsonl", ordered),
+        "ordered": _write(folder / "ordered.jsonl", map(_scored, task.render_all(rows))),
     }
+
+
+def _scored(shown: Rendered) -> dict[str, Any]:
+    return {"prompt": shown.prompt, "candidates": list(shown.candidates), "label": shown.label}
 
 
 _LETTERS_A_TOKEN = 2.9  # of GSM8K's text under SmolLM2's tokenizer, which writes numbers by digits
@@ -169,35 +156,21 @@ def _long_files(
         pairs.append({"prompt": prompt, "completion": completion[:letters]})
     plain = {"candidates": [], "label": None}
     ordered = [pairs[i] | plain for i in _order(num_rows, batch_size)]
-    return {
-        "rows": _write(folder / "rows.jsonl", pairs),
-        "ordered": _write(folder / "ordered.jsonl", ordered),
-    }
+    return _both(folder, pairs, ordered)
 
 
 def _chat_files(data: str | None, num_rows: int, batch_size: int, folder: Path) -> dict[str, str]:
     source = f"{data}/alpaca_demo/train.jsonl" if data else "llamafactory/alpaca_en"
     rows = random.Random(SEED).sample(list(find_source(source)), num_rows)
-    turns = [
-        (
-            [
-                {
-                    "role": "user",
-                    "content": "\n".join(filter(None, (row["instruction"], row["input"]))),
-                }
-            ],
-            [{"role": "assistant", "content": row["output"]}],
+    chats = []
+    for row in rows:
+        asked = "\n".join(filter(None, (row["instruction"], row["input"])))
+        chats.append(
+            [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
         )
-        for row in rows
-    ]
-    order = _order(num_rows, batch_size)
-    ordered = [{"prompt": turns[i][0], "completion": turns[i][1]} for i in order]
-    return {
-        "rows": _write(
-            folder / "rows.jsonl", [{"messages": user + answer} for user, answer in turns]
-        ),
-        "ordered": _write(folder / "ordered.jsonl", ordered),
-    }
+    turns = [{"prompt": chat[:1], "completion": chat[1:]} for chat in chats]
+    ordered = [turns[i] for i in _order(num_rows, batch_size)]
+    return _both(folder, [{"messages": chat} for chat in chats], ordered)
 
 
 _LETTERS_OF_A_PAIR = 1600  # at most, of the prompt and the longer answer: 400 tokens or so
@@ -223,19 +196,11 @@ def _preference_files(
         for pair in pairs
         if len(pair["prompt"]) + max(len(pair[key]) for key in answers) <= _LETTERS_OF_A_PAIR
     ][:num_rows]
-    ordered = [pairs[i] for i in _order(num_rows, batch_size)]
-    return {
-        "rows": _write(folder / "rows.jsonl", pairs),
-        "ordered": _write(folder / "ordered.jsonl", ordered),
-    }
+    return _both(folder, pairs, [pairs[i] for i in _order(num_rows, batch_size)])
 
 
 def _raw_task(name: str) -> dict[str, Any]:
-    import chainlora.data.tasks
-
-    return yaml.safe_load(
-        (Path(chainlora.data.tasks.__file__).parent / f"{name}.yaml").read_text(encoding="utf-8")
-    )
+    return yaml.safe_load(files("chainlora.data.tasks").joinpath(f"{name}.yaml").read_text("utf-8"))
 
 
 def _task_file(name: str, path: Path, **changes: Any) -> str:
@@ -243,6 +208,14 @@ def _task_file(name: str, path: Path, **changes: Any) -> str:
     return str(path)
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> str:
+def _both(folder: Path, rows: list[Any], ordered: list[Any]) -> dict[str, str]:
+    """Write rows as ours reads them, and as the peers do."""
+    return {
+        "rows": _write(folder / "rows.jsonl", rows),
+        "ordered": _write(folder / "ordered.jsonl", ordered),
+    }
+
+
+def _write(path: Path, rows: Iterable[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)

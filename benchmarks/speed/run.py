@@ -123,17 +123,10 @@ class Bench:
         for turn in range(self.options.repeats or contest.repeats):
             for entry in contest.entries:
                 measures = self.measure(contest, entry)
-                self.record(
-                    contest.name,
-                    entry.label,
-                    turn,
-                    measures
-                    | {
-                        "measure": contest.measure,
-                        "goals": contest.goals.get(entry.label, {}),
-                        "ours": entry is contest.entries[0],
-                    },
-                )
+                goals = contest.goals.get(entry.label, {})
+                own = {"measure": contest.measure, "goals": goals}
+                own |= {"ours": entry is contest.entries[0]}
+                self.record(contest.name, entry.label, turn, measures | own)
                 say(
                     f"{contest.name:32} {turn} {entry.label:24} {contest.measure} "
                     f"{measures.get(contest.measure, float('nan')):.4g}, peak "
@@ -147,15 +140,11 @@ class Bench:
         spec = contest.spec(entry)
         if self.options.rows:
             spec["num_rows"] = self.options.rows
-        public = {key: value for key, value in spec.items() if key != "kind"} | {
-            "threads": self.options.threads
-        }
+        spec["threads"] = self.options.threads
+        public = {key: value for key, value in spec.items() if key != "kind"}
         files = self._files(spec)
         self._await_quiet()
-        measures = self.child(
-            spec
-            | {"files": files, "model": self._model(contest.model), "threads": self.options.threads}
-        )
+        measures = self.child(spec | {"files": files, "model": self._model(contest.model)})
         return {"settings": public | {"model": contest.model}} | measures
 
     def child(self, spec: dict[str, Any]) -> dict[str, Any]:
@@ -176,20 +165,13 @@ class Bench:
             process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - began
         others = max(0.0, _busy_seconds() - busy - usage.ru_utime - usage.ru_stime) / seconds
+        taken = {"load_before": round(load, 2), "others_cores": round(others, 2)}
         if process.returncode or not out.is_file():
             tail = log.read_text(encoding="utf-8", errors="replace")[-2000:]
             say(f"{spec['kind']} failed with status {process.returncode}:\n{tail}")
-            return {
-                "failed": tail.strip().splitlines()[-1:],
-                "load_before": load,
-                "others_cores": round(others, 2),
-            }
-        return {
-            **json.loads(out.read_text(encoding="utf-8")),
-            "wall_seconds": round(seconds, 2),
-            "load_before": round(load, 2),
-            "others_cores": round(others, 2),
-        }
+            return {"failed": tail.strip().splitlines()[-1:]} | taken
+        measures = json.loads(out.read_text(encoding="utf-8"))
+        return measures | {"wall_seconds": round(seconds, 2)} | taken
 
     def record(self, name: str, entry: str, turn: int, measures: dict[str, Any]) -> None:
         """Append one line of results."""
@@ -207,33 +189,19 @@ class Bench:
             file.write(json.dumps(line) + "\n")
 
     def _model(self, which: str) -> str:
-        if "model" not in self.models:
-            spec = {"kind": "prepare", "what": "model", "model": self.options.model}
-            self.models["model"] = self.child(spec)["folder"]
         if which not in self.models:
-            spec = {
-                "kind": "prepare",
-                "what": which,
-                "model": self.models["model"],
-                "folder": str(self.folder / which),
-            }
+            spec = {"kind": "prepare", "what": which, "model": self.options.model}
+            if which != "model":
+                spec |= {"model": self._model("model"), "folder": str(self.folder / which)}
             self.models[which] = self.child(spec)["folder"]
         return self.models[which]
 
     def _files(self, spec: dict[str, Any]) -> dict[str, str]:
         key = f"{spec['workload']}-{spec['num_rows']}-{spec['batch_size']}"
         if key not in self.files:
-            made = self.child(
-                {
-                    "kind": "prepare",
-                    "what": "workload",
-                    "workload": spec["workload"],
-                    "data": self.data,
-                    "num_rows": spec["num_rows"],
-                    "batch_size": spec["batch_size"],
-                    "folder": str(self.folder / key),
-                }
-            )
+            asked = {name: spec[name] for name in ("workload", "num_rows", "batch_size")}
+            asked |= {"kind": "prepare", "what": "workload", "data": self.data}
+            made = self.child(asked | {"folder": str(self.folder / key)})
             self.files[key] = {name: made[name] for name in made if isinstance(made[name], str)}
         return self.files[key]
 

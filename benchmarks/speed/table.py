@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,23 +56,20 @@ def _head(lines: list[Line]) -> list[str]:
         f"{versions}.",
         "",
         "Ratios above 1 mean that ours is faster; memory is ours as a share of the peer's peak. "
-        "Medians over turns; "
-        "the range of the ratios in brackets. *Others* is how many cores other processes kept "
-        "busy meanwhile, the "
-        "largest of the contest's measurements.",
+        "Medians over turns; the range of the ratios in brackets. *Others* is how many cores other "
+        "processes kept busy meanwhile, the largest of the contest's measurements.",
         "",
         "| benchmark | ours | peer | ours | theirs | unit | times as fast | goal | peak ours / "
-        "theirs (MB) | memory | "
-        "goal | final loss ours / theirs | rows | threads | turns | load, others |",
+        "theirs (MB) | memory | goal | final loss ours / theirs | rows | threads | turns "
+        "| load, others |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
 
 
 def _contests(lines: list[Line]) -> list[str]:
     rows = []
-    for name in dict.fromkeys(
-        line["benchmark"] for line in lines if line["benchmark"] != "startup"
-    ):
+    names = dict.fromkeys(line["benchmark"] for line in lines)
+    for name in [name for name in names if name != "startup"]:
         mine = [line for line in lines if line["benchmark"] == name]
         mine = [line for line in mine if _alike(line, mine)]
         ours = [line for line in mine if line["ours"]]
@@ -100,22 +98,26 @@ def _row(name: str, ours: list[Line], theirs: list[Line]) -> str:
         ratios = [1 / ratio for ratio in ratios]
     goals = theirs[0]["goals"]
     shares = [a["peak_mb"] / b["peak_mb"] for a, b in pairs if "peak_mb" in a and "peak_mb" in b]
-    alone = ours is theirs
+    peer, their, fast, peaks, share, final = ["–"] * 6
+    if ours is not theirs:
+        peer, their, fast = theirs[0]["entry"], _median(theirs, measure), _spread(ratios)
+        final = f"{_median(ours, 'final_loss')} / {_median(theirs, 'final_loss')}"
+        if shares:
+            peaks = f"{_median(ours, 'peak_mb')} / {_median(theirs, 'peak_mb')}"
+            share = f"{statistics.median(shares):.2f}"
     cells = [
         name,
         ours[0]["entry"],
-        "–" if alone else theirs[0]["entry"],
+        peer,
         _median(ours, measure),
-        "–" if alone else _median(theirs, measure),
+        their,
         _UNITS[measure],
-        "–" if alone else _spread(ratios),
+        fast,
         _goal(goals, "speed", "≥") or _goal(goals, "share", "≥"),
-        f"{_median(ours, 'peak_mb')} / {_median(theirs, 'peak_mb')}"
-        if shares and not alone
-        else "–",
-        f"{statistics.median(shares):.2f}" if shares and not alone else "–",
+        peaks,
+        share,
         _goal(goals, "memory", "≤"),
-        f"{_median(ours, 'final_loss')} / {_median(theirs, 'final_loss')}" if not alone else "–",
+        final,
         str(ours[0]["settings"]["num_rows"]),
         str(ours[0]["settings"]["threads"]),
         str(len(pairs)),
@@ -179,36 +181,31 @@ def _notes(lines: list[Line]) -> list[str]:
     return notes
 
 
-def _last(lines: list[Line], wanted: Any) -> list[Line]:
+def _last(lines: list[Line], wanted: Callable[[Line], bool]) -> list[Line]:
     return list({line["benchmark"]: line for line in lines if wanted(line)}.values())
+
+
+def _last_entries(lines: list[Line], wanted: Callable[[Line], bool]) -> list[Line]:
+    found = {(line["benchmark"], line["entry"]): line for line in lines if wanted(line)}
+    return list(found.values())
 
 
 def _agreements(lines: list[Line]) -> list[str]:
     notes = []
     for key, what in (("losses", "losses of a step"), ("scores", "scores")):
-        comparable = [
-            line for line in lines if line["measure"] != "seconds_per_step"
-        ]  # other chains, other losses
-        for ours in _last(comparable, lambda line, key=key: line["ours"] and line.get(key)):
-            others = {
-                line["entry"]: line
-                for line in lines
-                if line["benchmark"] == ours["benchmark"]
-                and line["run"] == ours["run"]
-                and not line["ours"]
-                and line.get(key)
-            }
+        known = [line for line in lines if line.get(key)]
+        # other chains have other losses
+        comparable = [line for line in known if line["measure"] != "seconds_per_step"]
+        for ours in _last(comparable, lambda line: line["ours"]):
+            name, run = ours["benchmark"], ours["run"]
+            same = [line for line in known if (line["benchmark"], line["run"]) == (name, run)]
+            others = {line["entry"]: line for line in same if not line["ours"]}
             for label, other in others.items():
-                difference = _difference(ours[key], other[key])
-                right = (
-                    f"; accuracy {ours['accuracy']:.4f} and {other['accuracy']:.4f}"
-                    if "accuracy" in ours
-                    else ""
-                )
-                notes.append(
-                    f"- {ours['benchmark']}, {label}: largest difference of {what} "
-                    f"{difference}{right}"
-                )
+                note = f"- {name}, {label}: largest difference of {what} "
+                note += _difference(ours[key], other[key])
+                if "accuracy" in ours:
+                    note += f"; accuracy {ours['accuracy']:.4f} and {other['accuracy']:.4f}"
+                notes.append(note)
     return notes
 
 
@@ -223,34 +220,29 @@ def _difference(ours: list[Any], theirs: list[Any]) -> str:
 
 
 def _knots(lines: list[Line]) -> list[str]:
-    last = {
-        (line["benchmark"], line["entry"]): line for line in lines if "seconds_per_knot" in line
-    }
-    return [
-        f"- {line['benchmark']}, {line['entry']}: {line['seconds_per_knot']:.3f} s a knot"
-        + (
-            f", {line['share_of_100_steps']:.2%} of 100 steps"
-            if "share_of_100_steps" in line
-            else ""
+    notes = []
+    for line in _last_entries(lines, lambda line: "seconds_per_knot" in line):
+        share = line.get("share_of_100_steps")
+        of_steps = "" if share is None else f", {share:.2%} of 100 steps"
+        notes.append(
+            f"- {line['benchmark']}, {line['entry']}: {line['seconds_per_knot']:.3f} s a knot"
+            f"{of_steps}; peak {line['peak_before_first_knot_mb']:.0f} MB before the first knot, "
+            f"{line['peak_after_knots_mb']:.0f} MB after the last"
         )
-        + f"; peak {line['peak_before_first_knot_mb']:.0f} MB before the first knot, "
-        f"{line['peak_after_knots_mb']:.0f} MB after the last"
-        for line in last.values()
-    ]
+    return notes
 
 
 def _starts(lines: list[Line]) -> list[str]:
     """From the start of the process to the end of the first optimizer step; and plain start-up
     times."""
-    last = {
-        (line["benchmark"], line["entry"]): line
-        for line in lines
-        if "seconds_to_first_step" in line or line["benchmark"] == "startup"
-    }
+
+    def wanted(line: Line) -> bool:
+        return "seconds_to_first_step" in line or line["benchmark"] == "startup"
+
     return [
         f"- {line['benchmark']}, {line['entry']}: "
         f"{line.get('seconds_to_first_step', line.get('seconds')):.2f} s"
-        for line in last.values()
+        for line in _last_entries(lines, wanted)
     ]
 
 

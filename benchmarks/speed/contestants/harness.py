@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
-from .trainer_peft import StepCallback, arguments, load, ordered_rows
+from .trainer_peft import arguments, load, ordered_rows, trained
 
 
 class CandidateTrainer(Trainer):
@@ -63,14 +63,11 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
                 "candidate_tokens": [len(ids) - len(prompt) for ids in sequences],
             }
         )
-    callback = StepCallback()
     trainer = CandidateTrainer(
         model=model,
         args=TrainingArguments(**arguments(spec, remove_unused_columns=False)),
         train_dataset=rows,
         data_collator=lambda batch: collate(batch, tokenizer),
-        callbacks=[callback],
     )
     trainer.model_accepts_loss_kwargs = False  # the loss is a mean over rows already
-    trainer.train()
-    return callback.steps.result(len(rows) * spec["epochs"])
+    return trained(trainer, len(rows) * spec["epochs"])

@@ -20,11 +20,7 @@ def config_of(spec: Mapping[str, Any]) -> RunConfig:
     data = {"train": files["rows"]}
     if task := files.get(f"task_{spec['objective']}"):
         data["task"] = task
-    length = (
-        {"steps": [spec["steps"]] * links}
-        if "steps" in spec
-        else {"epochs": [spec["epochs"]] * links}
-    )
+    unit = "steps" if "steps" in spec else "epochs"
     return make_config(
         {
             "model": spec["model"],
@@ -33,7 +29,7 @@ def config_of(spec: Mapping[str, Any]) -> RunConfig:
                 "ranks": [spec["rank"]] * links,
                 "alpha": spec["alpha"],
                 "target_modules": spec["targets"],
-                **length,
+                unit: [spec[unit]] * links,
             },
             "train": {
                 "lr": spec["lr"],
@@ -51,26 +47,26 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Train; also say what a knot took: from the end of a link's last step to the start of the next
     one's first."""
     steps, peaks, gaps, seconds = Steps(), [], [], []
-    tokens = 0
+    tokens = link = 0
 
     def listen(record: Mapping[str, Any]) -> None:
-        nonlocal tokens
+        nonlocal tokens, link
         if record["event"] != "step":
             return
         steps.mark()
         steps.losses.append(record["loss"])
         seconds.append(record["seconds"])
         tokens += record["tokens"]
-        if record["link"] != listen.link:  # type: ignore[attr-defined]
+        if record["link"] != link:
             gaps.append(steps.times[-1] - steps.times[-2] - record["seconds"])
-        listen.link = record["link"]  # type: ignore[attr-defined]
+        link = record["link"]
         peaks.append(round(peak_mb(), 1))
 
-    listen.link = 0  # type: ignore[attr-defined]
     train(config_of(spec), listener=listen)
     measures = steps.result(spec["num_rows"] * spec["epochs"]) | {"tokens": tokens}
-    if gaps:
+    if "steps" in spec:
         measures["seconds_per_step"] = statistics.median(seconds)
+    if gaps:
         measures |= {
             "seconds_per_knot": statistics.median(gaps),
             "knot_seconds": [round(gap, 4) for gap in gaps],
@@ -78,6 +74,4 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
             "peak_before_first_knot_mb": peaks[spec["steps"] - 1],
             "peak_after_knots_mb": peaks[-1],
         }
-    elif "steps" in spec:
-        measures["seconds_per_step"] = statistics.median(seconds)
     return measures

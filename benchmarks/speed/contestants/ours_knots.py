@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,15 +24,30 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
     model, _ = load_model(spec["model"], getattr(torch, spec["dtype"]))
     chain = Chain(model, seed=spec["seed"], checkpoint=spec["model"])
     link = LinkConfig(rank=spec["rank"], alpha=spec["alpha"], target_modules=spec["targets"])
+
+    def knot(_: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        chain.tie()
+        return _extend(chain, link)
+
+    return measured(_extend(chain, link), knot)
+
+
+def measured(
+    optimizer: torch.optim.Optimizer,
+    knot: Callable[[torch.optim.Optimizer], torch.optim.Optimizer],
+) -> dict[str, Any]:
+    """Tie several knots, each after a step; `knot` returns the optimizer of the next link."""
     seconds: list[float] = []
-    optimizer = _extend(chain, link)
     before = 0.0
     for _ in range(NUM_KNOTS):
-        _train_a_little(optimizer)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.randn_like(parameter) * 1e-3
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         before = before or peak_mb()
         began = time.perf_counter()
-        chain.tie()
-        optimizer = _extend(chain, link)
+        optimizer = knot(optimizer)
         seconds.append(time.perf_counter() - began)
     return {
         "seconds_per_knot": statistics.median(seconds),
@@ -46,11 +61,3 @@ def _extend(chain: Chain, link: Any) -> torch.optim.Optimizer:
     adapter = chain.extend(link)
     LoraLayers().adapt(list(adapter.layers.values()))
     return make_optimizer(adapter, TrainConfig())
-
-
-def _train_a_little(optimizer: torch.optim.Optimizer) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.randn_like(parameter) * 1e-3
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)

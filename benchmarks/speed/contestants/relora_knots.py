@@ -6,16 +6,14 @@ bfloat16 the update is lost bit by bit.
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from measuring import peak_mb
 from torch import nn
 
-from .ours_knots import NUM_KNOTS, _train_a_little
+from .ours_knots import measured
 from .trainer_peft import load
 
 
@@ -25,24 +23,11 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True
     )
-    seconds: list[float] = []
-    before = 0.0
-    for _ in range(NUM_KNOTS):
-        _train_a_little(optimizer)
-        before = before or peak_mb()
-        began = time.perf_counter()
-        merge_and_restart(model, optimizer)
-        seconds.append(time.perf_counter() - began)
-    return {
-        "seconds_per_knot": statistics.median(seconds),
-        "knot_seconds": [round(s, 4) for s in seconds],
-        "peak_before_first_knot_mb": before,
-        "peak_after_knots_mb": peak_mb(),
-    }
+    return measured(optimizer, partial(merge_and_restart, model))
 
 
 @torch.no_grad()
-def merge_and_restart(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def merge_and_restart(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """ReLoRA's merge_and_reinit over all layers, and its optimizer reset."""
     for module in model.modules():
         if hasattr(module, "lora_A"):
@@ -55,3 +40,4 @@ def merge_and_restart(model: nn.Module, optimizer: torch.optim.Optimizer) -> Non
     for state in optimizer.state.values():
         state["exp_avg"].zero_()
         state["exp_avg_sq"].zero_()
+    return optimizer

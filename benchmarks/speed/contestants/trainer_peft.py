@@ -117,18 +117,20 @@ def tokenize(row: Mapping[str, Any], tokenizer: Any, *, eos: bool) -> dict[str, 
     }
 
 
+def trained(trainer: Trainer, num_rows: int) -> dict[str, Any]:
+    """Train; return the measures of so many rows, those of all epochs."""
+    callback = StepCallback()
+    trainer.add_callback(callback)
+    trainer.train()
+    return callback.steps.result(num_rows)
+
+
 def run(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Train on completions."""
     model, tokenizer = load(spec)
     tokenizer.padding_side = "right"
     rows = [tokenize(row, tokenizer, eos=not row["candidates"]) for row in ordered_rows(spec)]
-    callback = StepCallback()
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(**arguments(spec)),
-        train_dataset=rows,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
-        callbacks=[callback],
-    )
-    trainer.train()
-    return callback.steps.result(len(rows) * spec["epochs"])
+    collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
+    args = TrainingArguments(**arguments(spec))
+    trainer = Trainer(model, args, train_dataset=rows, data_collator=collator)
+    return trained(trainer, len(rows) * spec["epochs"])

@@ -12,13 +12,12 @@ from typing import Any
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from .trainer_peft import StepCallback, arguments, load, ordered_rows
+from .trainer_peft import arguments, load, ordered_rows, trained
 
 
 def run(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Train on pairs."""
     model, tokenizer = load(spec)
-    rows = ordered_rows(spec)
     config = DPOConfig(
         **arguments(spec),
         beta=0.1,
@@ -27,13 +26,6 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
         gradient_checkpointing=False,
         precompute_ref_log_probs=spec.get("reference_before", False),
     )
-    callback = StepCallback()
-    trainer = DPOTrainer(
-        model=model,
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=[callback],
-    )
-    trainer.train()
-    return callback.steps.result(len(rows) * spec["epochs"])
+    rows = Dataset.from_list(ordered_rows(spec))
+    trainer = DPOTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer)
+    return trained(trainer, len(rows) * spec["epochs"])

@@ -15,7 +15,7 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from .trainer_peft import StepCallback, arguments, load, ordered_rows
+from .trainer_peft import arguments, load, ordered_rows, trained
 
 
 def run(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,34 +26,17 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
     ]
     more: dict[str, Any] = {"max_length": None}
     if spec.get("packing"):
-        more = {
-            "packing": True,
-            "per_device_train_batch_size": 1,
-            "max_length": _pack_length(
-                pairs, tokenizer, spec["batch_size"], model.config.max_position_embeddings
-            ),
-        }
+        # the tokens of a batch of rows, and a twentieth, since packs are never quite full
+        total = sum(len(_ids(pair, tokenizer)) + 1 for pair in pairs)
+        length = math.ceil(1.05 * total / math.ceil(len(pairs) / spec["batch_size"]))
+        length = min(model.config.max_position_embeddings, length)
+        more = {"packing": True, "per_device_train_batch_size": 1, "max_length": length}
     config = SFTConfig(
         **arguments(spec, **more), bf16=spec["dtype"] == "bfloat16", gradient_checkpointing=False
     )
-    callback = StepCallback()
-    trainer = SFTTrainer(
-        model=model,
-        args=config,
-        train_dataset=Dataset.from_list(pairs),
-        processing_class=tokenizer,
-        callbacks=[callback],
-    )
-    trainer.train()
-    return callback.steps.result(len(pairs) * spec["epochs"]) | {
-        "packs": len(trainer.train_dataset)
-    }
-
-
-def _pack_length(pairs: list[dict[str, Any]], tokenizer: Any, batch_size: int, context: int) -> int:
-    """Return the tokens of a batch of rows (and a twentieth, since packs are never quite full)."""
-    total = sum(len(_ids(pair, tokenizer)) + 1 for pair in pairs)
-    return min(context, math.ceil(1.05 * total / math.ceil(len(pairs) / batch_size)))
+    rows = Dataset.from_list(pairs)
+    trainer = SFTTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer)
+    return trained(trainer, len(rows) * spec["epochs"]) | {"packs": len(trainer.train_dataset)}
 
 
 def _ids(pair: Mapping[str, Any], tokenizer: Any) -> list[int]:
