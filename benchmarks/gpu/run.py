@@ -26,6 +26,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,36 +46,14 @@ from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
 
 HERE = Path(__file__).resolve().parent
+_CPU = torch.device("cpu")
 LIMIT = 460.0  # seconds; a part that would begin later is left out, and said
+_SMALL = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 TINY = {
-    "llama": LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    ),
-    "opt": OPTConfig(
-        vocab_size=256,
-        hidden_size=64,
-        ffn_dim=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        word_embed_proj_dim=64,
-        dropout=0.0,
-    ),
-    "gpt2": GPT2Config(
-        vocab_size=256,
-        n_embd=64,
-        n_layer=2,
-        n_head=4,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-    ),
+    "llama": LlamaConfig(intermediate_size=128, num_key_value_heads=2, **_SMALL),
+    "opt": OPTConfig(ffn_dim=128, word_embed_proj_dim=64, dropout=0.0, **_SMALL),
+    "gpt2": GPT2Config(bos_token_id=0, eos_token_id=0, **_SMALL, **_NO_DROPOUT),
 }
 LARGE = {
     "OPT-1.3B": OPTConfig(
@@ -85,14 +64,7 @@ LARGE = {
         word_embed_proj_dim=2048,
         dropout=0.0,
     ),
-    "Llama-2-7B": LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        vocab_size=32000,
-    ),
+    "Llama-2-7B": LlamaConfig(),  # the defaults are Llama-2-7B's
 }
 
 
@@ -219,11 +191,8 @@ def _casts_off(chain: Chain, name: str, link: Any, pristine: Tensor) -> float:
 def same_training(device: torch.device) -> dict[str, float]:
     """Return how far losses of ten steps on this device are from those on a CPU."""
     losses = []
-    for place in (torch.device("cpu"), device):
-        model = _model(TINY["llama"], torch.float32, place)
-        model.load_state_dict(
-            _model(TINY["llama"], torch.float32, torch.device("cpu")).state_dict()
-        )
+    for place in (_CPU, device):
+        model = _model(TINY["llama"], torch.float32, _CPU).to(place)
         losses.append([loss for loss, _ in _our_steps(model, _rows(4, 24), 10)])
     off = max(abs(a - b) / a for a, b in zip(*losses, strict=True))
     return {"largest relative difference of a loss": off}
@@ -283,7 +252,7 @@ def _peft_steps(model: Any, examples: list[Example], steps: int) -> Iterator[tup
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(_targets(model)))
     wrapped = peft.get_peft_model(model, config)
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-3)
-    ids = torch.tensor([example.sequences[0] for example in examples], device=_device(model))
+    ids = torch.tensor([example.sequences[0] for example in examples], device=model.device)
     for _ in range(steps):
         began = _now(model)
         loss = wrapped(input_ids=ids, labels=ids, use_cache=False).loss
@@ -336,11 +305,10 @@ def carried(config: Any, rows: int, length: int, steps: int) -> dict[str, Any]:
             _free()
             model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantised)
             model.requires_grad_(False)
-            run = (
-                _peft_steps(model, examples, steps)
-                if links is None
-                else _our_steps(model, examples, steps, links=links, hold="carried")
-            )
+            if links is None:
+                run = _peft_steps(model, examples, steps)
+            else:
+                run = _our_steps(model, examples, steps, links=links, hold="carried")
             found[f"{name} s/step"] = statistics.median([s for _, s in run][1:])
     return {name: _rounded(value) for name, value in found.items()}
 
@@ -351,8 +319,8 @@ def carried(config: Any, rows: int, length: int, steps: int) -> dict[str, Any]:
 def same_combination(device: torch.device) -> dict[str, float]:
     """Return how far a combination on this device is from that of a CPU, as a share of its norm."""
     found = []
-    for place in (torch.device("cpu"), device):
-        model = _model(TINY["llama"], torch.float32, torch.device("cpu")).to(place)
+    for place in (_CPU, device):
+        model = _model(TINY["llama"], torch.float32, _CPU).to(place)
         found.append(combine(model, _parts(model, 4, 16), 4).factors)
     pairs = [(found[0][name], found[1][name]) for name in found[0]]
     off = max(_difference(b.b.cpu() @ b.a.cpu(), a.b @ a.a) for a, b in pairs)
@@ -410,7 +378,7 @@ def _tokens(rows: int, length: int, device: torch.device) -> Tensor:
 
 
 def _rows(rows: int, length: int) -> list[Example]:
-    tokens = _tokens(rows, length, torch.device("cpu")).tolist()
+    tokens = _tokens(rows, length, _CPU).tolist()
     return [Example(i, (tuple(row),), (((1, length),),)) for i, row in enumerate(tokens)]
 
 
@@ -437,26 +405,17 @@ def _matmul_peak(device: torch.device) -> float:
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     times = []
     for _ in range(6):
-        _wait(device)
-        began = time.perf_counter()
+        began = _now(a)
         a @ a
-        _wait(device)
-        times.append(time.perf_counter() - began)
+        times.append(_now(a) - began)
     return 2 * size**3 / min(times)
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _now(model: nn.Module) -> float:
-    _wait(_device(model))
-    return time.perf_counter()
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
+def _now(there: Any) -> float:
+    """Return the time once the device of a model or a tensor has done all it was told."""
+    if there.device.type == "cuda":
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _forget_peak(device: torch.device) -> None:
@@ -486,13 +445,10 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "peft", "bitsandbytes", "chainlora")
     found = {}
-    for name in names:
-        try:
+    for name in ("torch", "transformers", "peft", "bitsandbytes", "chainlora"):
+        with suppress(PackageNotFoundError):
             found[name] = version(name).split("+")[0]
-        except PackageNotFoundError:
-            continue
     return found
 
 
