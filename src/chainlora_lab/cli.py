@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import signal
 from collections.abc import Iterator, Mapping
@@ -12,18 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from chainlora.cli.common import WithKeys, file_and_overrides, keys_argument, quiet
+from chainlora.cli.common import (
+    WithKeys,
+    file_and_overrides,
+    json_option,
+    keys_argument,
+    quiet,
+    show,
+    to_stderr,
+)
 
 if TYPE_CHECKING:
     from chainlora_lab.report.report import Report
 
-_FILE = "FILE [--KEY.SUB VALUE]..."
 _FOLDER = Path(__file__).with_name("methods")
 _PRESETS, _WAYS = (sorted(p.stem for p in _FOLDER.glob(each)) for each in ("*.yaml", "ways/*.yaml"))
 
-json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout."
-)
 _WORKERS = click.option(
     "--workers",
     metavar="N",
@@ -36,12 +39,6 @@ _BACKEND = click.option(
     type=click.Choice(["local", "inline"]),
     default="local",
     help="local: a process a cell; inline: all in this process.",
-)
-_OUTPUT = click.option(
-    "--output",
-    required=True,
-    type=click.Path(file_okay=False),
-    help="Folder for cells (single trainings) and results.",
 )
 _REUSE = click.option(
     "--reuse",
@@ -58,10 +55,9 @@ def _resumable(output: str) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, click.exceptions.Abort):
-        click.echo(
+        to_stderr(
             "chainlora: interrupted; the same command resumes: cells that are done stay done, a "
-            f"running one continues from its last checkpoint in {output}",
-            err=True,
+            f"running one continues from its last checkpoint in {output}"
         )
         raise click.exceptions.Exit(128 + signal.SIGINT) from None
 
@@ -86,7 +82,7 @@ def experiment() -> None:
 
 
 @experiment.command(name="plan", cls=WithKeys)
-@click.argument("arguments", metavar=_FILE, nargs=-1, type=click.Path())
+@keys_argument("FILE")
 @click.option(
     "--output",
     type=click.Path(file_okay=False, exists=True),
@@ -121,12 +117,17 @@ def plan(arguments: tuple[str, ...], output: str | None, as_json: bool, **option
         else "no spread is measured yet: run two seeds, then plan again with --output or --reuse",
     ]
     power = [{key: finite(value) for key, value in asdict(each).items()} for each in found.power]
-    _show(asdict(found) | {"power": power}, "\n".join(lines), as_json)
+    show(asdict(found) | {"power": power}, "\n".join(lines), as_json)
 
 
 @experiment.command(name="run", cls=WithKeys)
-@click.argument("arguments", metavar=_FILE, nargs=-1, type=click.Path())
-@_OUTPUT
+@keys_argument("FILE")
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(file_okay=False),
+    help="Folder for cells (single trainings) and results.",
+)
 @_WORKERS
 @_BACKEND
 @click.option("--max-cells", type=click.IntRange(min=1), help="Stop after so many cells.")
@@ -149,7 +150,7 @@ def run(arguments: tuple[str, ...], output: str, as_json: bool, **options: Any) 
         )
     left = done.num_cells - done.num_done
     counts = {"cells": done.num_cells, "run": done.num_run, "done": done.num_done, "left": left}
-    _show(
+    show(
         {"output": str(done.out), "results": str(done.results)} | counts,
         f"cells: {done.num_run} run, {done.num_done} of {done.num_cells} done"
         + (f", {left} left: call again" if left else "")
@@ -249,7 +250,7 @@ def compare(
 
     def listener(record: Mapping[str, Any]) -> None:
         while record["event"] == "plan" and said:  # nothing is refused any more
-            click.echo(said.pop(0), err=True)
+            to_stderr(said.pop(0))
         show_progress(record)
 
     with _resumable(output):
@@ -307,8 +308,7 @@ def _sequence(tree: dict[str, Any], keys: list[tuple[str, str]]) -> dict[str, An
 
 def _fewest_seeds(num_comparisons: int) -> tuple[int, str]:
     """Return how many seeds a verdict needs, and why so many."""
-    from chainlora_lab.statistics.power import LEVEL
-    from chainlora_lab.statistics.sign_flip import least_pairs, smallest_p
+    from chainlora_lab.statistics.pairs import LEVEL, least_pairs, smallest_p
 
     comparisons = max(1, num_comparisons)
     seeds = least_pairs(comparisons, LEVEL)
@@ -328,11 +328,6 @@ def _rates(text: str) -> list[float]:
 
 
 def _show_report(made: Report, as_json: bool) -> None:
-    _show(made.json(), made.markdown, as_json)
+    show(made.json(), made.markdown, as_json)
     page = next(path for path in made.files if path.name == "report.html")
-    click.echo(f"report: {page}", err=True)
-
-
-def _show(value: Any, text: str, as_json: bool) -> None:
-    """Print a result: one JSON object, or what it is in words."""
-    click.echo(json.dumps(value) if as_json else text)
+    to_stderr(f"report: {page}")

@@ -19,17 +19,10 @@ from chainlora_lab.statistics.intervals import scipy_stats
 Methods = Sequence[str] | Mapping[str, Mapping[str, Any] | None]
 
 # Keys that make a method what it is, or let it choose among its points: never the config's.
-_OF_METHODS = {
-    "data": (),
-    "chain": ("knots",),
-    "train": ("keep_best", "early_stop", "select_metric"),
-}
+_CHOOSING = ("keep_best", "early_stop", "select_metric")
+_OF_METHODS = {"data": (), "chain": ("knots",), "train": _CHOOSING}
 # The same of ways to add data sets.
-_OF_WAYS = {
-    "": ("beside", "rehearse"),
-    "data": ("replay", "new_rows_only"),
-    "train": _OF_METHODS["train"],
-}
+_OF_WAYS = {"": ("beside", "rehearse"), "data": ("replay", "new_rows_only"), "train": _CHOOSING}
 # Keys that some presets set, and that all other methods take from the config.
 _SHARED = {"schedule", "warmup_steps"}
 
@@ -88,48 +81,60 @@ def comparison(
     extend: int = 0,
 ) -> Experiment:
     """Return the experiment that `compare` runs."""
-    if not isinstance(config, RunConfig):
-        return _of_sequence(config, methods, seeds, learning_rates, extend)
+    chooses = bool(learning_rates)
+    if isinstance(config, RunConfig):
+        tree = _of_run(config, methods, chooses)
+    else:
+        tree = _of_sequence(config, methods, chooses)
+    tree |= {"name": "compare", "seeds": list(seeds)}
+    if learning_rates:
+        grown = {"train.lr": extend} if extend else {}
+        tree["tune"] = {"grid": {"train.lr": list(learning_rates)}, "extend": grown}
+    experiment = make_experiment(tree)
+    if len(experiment.methods) < 2 and not learning_rates:
+        raise ConfigError("`compare` needs two methods", ", ".join(methods), "name a rival")
+    return experiment
+
+
+def _of_run(config: RunConfig, methods: Methods, chooses: bool) -> dict[str, Any]:
+    """Return description, base, tasks and methods of a comparison on one data set."""
     rows = None if config.start_data == "none" else config.start_data
     begun_on: dict[str, Any] = {"start": config.start, "start_data": rows}
     begun_on["data.replay"] = config.data.replay
     if given := [key for key, value in begun_on.items() if value is not None]:
         raise ConfigError("`compare` trains from the bare base", ", ".join(given), "leave it out")
-    if learning_rates:
+    if chooses:
         _check_rows(config)
     data = config.model_dump(mode="json", exclude_defaults=True)["data"]
+    task = {"data": {key: data[key] for key in ("task", "train") if key in data}}
     name = Path(config.data.task).stem if config.data.task else "data"
     unit = "epochs" if config.chain.epochs else "steps"
     named = {name: _method(name, methods, "lora") for name in methods}
     presets = [str(keys.get("preset", name)) for name, keys in named.items()]
     base, left_out = _base(config, unit, presets)
     said = f"{', '.join(methods)} at equal {unit}, each scored at its end"
-    said += f"; of the config left out: {', '.join(left_out)}" * bool(left_out)
-    task = {"data": {key: data[key] for key in ("task", "train") if key in data}}
-    return _experiment(said, base, {name: task}, named, seeds, learning_rates, extend)
+    return _described(said, left_out) | {"base": base, "tasks": {name: task}, "methods": named}
 
 
-def _of_sequence(
-    config: Mapping[str, Any],
-    methods: Methods,
-    seeds: Sequence[int],
-    learning_rates: Sequence[float],
-    extend: int,
-) -> Experiment:
-    """Return the experiment of a config with stages: ways to add their data sets."""
+def _of_sequence(config: Mapping[str, Any], methods: Methods, chooses: bool) -> dict[str, Any]:
+    """Return the same of ways to add the data sets of a config with stages."""
     if config.get("start") is not None:
         raise ConfigError("`compare` trains from the bare base", "start", "leave it out")
     stages = make_stages({**config, "output": "-"})  # refuses what is wrong in them
-    if learning_rates:
-        for stage in stages:
-            _check_rows(stage.config)
+    for stage in stages if chooses else ():
+        _check_rows(stage.config)
     load_plugins(stages[0].config.plugins)  # which may add ways
     base, left_out = _decided_by_ways(config)
     names = ", ".join(stage.name for stage in stages)
     said = f"{', '.join(methods)} on {names}, one after the other, scored at the end"
-    said += f"; of the config left out: {', '.join(sorted(left_out))}" * bool(left_out)
     named = {name: _method(name, methods, "combine") for name in methods}
-    return _experiment(said, base, {"sequence": {}}, named, seeds, learning_rates, extend)
+    tasks: dict[str, Any] = {"sequence": {}}
+    return _described(said, sorted(left_out)) | {"base": base, "tasks": tasks, "methods": named}
+
+
+def _described(said: str, left_out: Sequence[str]) -> dict[str, Any]:
+    said += f"; of the config left out: {', '.join(left_out)}" * bool(left_out)
+    return {"description": f"{said}."}
 
 
 def _decided_by_ways(config: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
@@ -144,31 +149,6 @@ def _decided_by_ways(config: Mapping[str, Any]) -> tuple[dict[str, Any], set[str
                 del own[key]
                 left_out.add(f"{section}.{key}" if section else key)
     return base, left_out
-
-
-def _experiment(
-    said: str,
-    base: Mapping[str, Any],
-    tasks: Mapping[str, Any],
-    methods: Mapping[str, Any],
-    seeds: Sequence[int],
-    learning_rates: Sequence[float],
-    extend: int,
-) -> Experiment:
-    tree: dict[str, Any] = {
-        "name": "compare",
-        "description": f"{said}.",
-        "base": base,
-        "tasks": tasks,
-    }
-    tree |= {"methods": methods, "seeds": list(seeds)}
-    if learning_rates:
-        grown = {"train.lr": extend} if extend else {}
-        tree["tune"] = {"grid": {"train.lr": list(learning_rates)}, "extend": grown}
-    experiment = make_experiment(tree)
-    if len(experiment.methods) < 2 and not learning_rates:
-        raise ConfigError("`compare` needs two methods", ", ".join(methods), "name a rival")
-    return experiment
 
 
 def _method(name: str, methods: Methods, preset: str) -> dict[str, Any]:

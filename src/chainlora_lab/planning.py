@@ -17,8 +17,7 @@ from chainlora_lab.report.comparisons import compare_all
 from chainlora_lab.report.values import digits
 from chainlora_lab.results import Results
 from chainlora_lab.session import Session
-from chainlora_lab.statistics.power import LEVEL, POWER, detectable, pairs_needed
-from chainlora_lab.statistics.sign_flip import least_pairs
+from chainlora_lab.statistics.pairs import LEVEL, POWER, detectable, least_pairs, pairs_needed
 from chainlora_pages import Table, number, table_of
 
 

@@ -10,16 +10,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chainlora_lab.statistics import sign_flip
+from chainlora_lab.statistics import pairs
 from chainlora_lab.statistics.intervals import (
     bca_interval,
     interval_kind,
     mean_interval,
     t_interval,
 )
-from chainlora_lab.statistics.pairs import compare_pairs, judge
-from chainlora_lab.statistics.power import LEVEL, detectable, pairs_needed
-from chainlora_lab.statistics.sign_flip import holm, least_pairs, sign_flip_test
+from chainlora_lab.statistics.pairs import (
+    LEVEL,
+    compare_pairs,
+    detectable,
+    holm,
+    judge,
+    least_pairs,
+    pairs_needed,
+    sign_flip_test,
+)
 
 
 def compared(*differences):
@@ -48,7 +55,7 @@ def test_known_p_values(monkeypatch):
     assert sign_flip_test([0, 0, 0]) == 1
     assert sign_flip_test([1.0] * 30) == 2 / 2**30  # by halves, not by 2^30 sums
     # too many for the exact count: drawn, within 5 sd of the exact two-sided binomial tail
-    monkeypatch.setattr(sign_flip, "NUM_DRAWS", draws := 50_000)
+    monkeypatch.setattr(pairs, "NUM_DRAWS", draws := 50_000)
     many = [1.0] * 32 + [-1.0] * 18
     exact = 2 * sum(math.comb(50, k) for k in range(32, 51)) / 2**50
     assert sign_flip_test(many) == pytest.approx(exact, abs=5 * math.sqrt(exact / draws))
@@ -92,7 +99,7 @@ def test_a_verdict_needs_interval_and_test(monkeypatch):
     # the second in Holm's order, even if as clear as can be
     assert five.smallest_p_holm == 2 * 2 / 32
     assert five.exact
-    monkeypatch.setattr(sign_flip, "NUM_DRAWS", 1000)
+    monkeypatch.setattr(pairs, "NUM_DRAWS", 1000)
     (drawn,) = compared([1.0 + 0.01 * k for k in range(48)])
     assert not drawn.exact
     # the one seen, of those drawn beside it; scipy counts both tails of a symmetric statistic
