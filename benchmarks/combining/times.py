@@ -55,15 +55,11 @@ def measure(case: str, name: str, threads: int) -> dict[str, object]:
     def drawn(rows: int, tokens: int) -> list[list[int]]:
         return torch.randint(5, vocabulary, (rows, tokens)).tolist()
 
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != "lm_head"
-    }
-
     def update() -> dict[str, Factors]:
         found = {}
-        for name, module in linear.items():
+        for name, module in model.named_modules():
+            if not isinstance(module, torch.nn.Linear) or name == "lm_head":
+                continue
             out, into = module.weight.shape
             scale = 0.1 * float(module.weight.detach().float().std())
             found[name] = Factors(torch.randn(8, into) / 8**0.5, torch.randn(out, 8) * scale)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +30,10 @@ from chainlora.data.tasks import load_task
 from chainlora.models.finding import resolve_model
 from chainlora_lab.loops import CellConfig
 
-_FROM_BLOCK_INPUT = frozenset(
-    {
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "qkv_proj",
-        "c_attn",
-        "query_key_value",
-        "query",
-        "key",
-        "value",
-        "Wqkv",
-    }
-)
-_INTO_MLP = frozenset({"gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h"})
-_OUT_OF_MLP = frozenset({"down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h"})
-
 _ROLES = {"q_proj": "q", "query": "q", "k_proj": "k", "key": "k", "v_proj": "v", "value": "v"}
+_FROM_BLOCK_INPUT = {*_ROLES, "qkv_proj", "c_attn", "query_key_value", "Wqkv"}
+_INTO_MLP = {"gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h"}
+_OUT_OF_MLP = {"down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h"}
 
 
 @dataclass(frozen=True)
@@ -112,16 +98,11 @@ def _attention_backward(shapes: Shapes, first: int, context: float, full: bool) 
     blocks = sorted({m.block for m in shapes.matmuls if m.block >= 0})
     one = 2 * context * shapes.attention_width / len(blocks)
     above = 4 * one * sum(block > first for block in blocks)
-    adapted = {
-        m.name.rpartition(".")[2]
-        for m in shapes.matmuls
-        if m.block == first and (m.adapted or full)
-    }
-    roles = {
-        role
-        for name in adapted
-        for role in _ROLES.get(name, "qkv" if name in _FROM_BLOCK_INPUT else "")
-    }
+    roles = set[str]()
+    for m in shapes.matmuls:
+        if m.block == first and (m.adapted or full):
+            name = m.name.rpartition(".")[2]
+            roles |= {*_ROLES.get(name, "qkv" if name in _FROM_BLOCK_INPUT else "")}
     # the attention weights' gradient leads to queries and keys
     here = len(roles) + bool(roles & {"q", "k"})
     return above + here * one
@@ -147,8 +128,8 @@ def _needs_input_gradient(matmul: Matmul, first: tuple[int, int]) -> bool:
 def _lora_flops(matmul: Matmul, rank: int, *, flows: bool) -> float:
     """Forward through both factors, their gradients, gradients on the way down."""
     a, b = 2 * rank * matmul.num_in, 2 * rank * matmul.num_out
-    through_b = b  # needed by A's own gradient
-    return 2 * (a + b) + through_b + (a if flows else 0)
+    # A's own gradient needs the one through B
+    return 2 * (a + b) + b + (a if flows else 0)
 
 
 def head_flops(shapes: Shapes, *, trained: bool = False) -> float:
@@ -193,11 +174,8 @@ def shapes_of(model: Any, adapted: Iterable[str]) -> Shapes:
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     ]
     blocks = 1 + max(matmul.block for matmul in matmuls)
-    after = [
-        m.name for m in matmuls if m.block < 0 and m.name.rpartition(".")[2] in ("project_out",)
-    ]
     matmuls = [
-        m if m.name not in after else Matmul(m.name, m.num_in, m.num_out, blocks, m.adapted)
+        replace(m, block=blocks) if m.block < 0 and f".{m.name}".endswith(".project_out") else m
         for m in matmuls
     ]
     text = model.config.get_text_config()

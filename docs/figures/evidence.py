@@ -123,9 +123,7 @@ def _bar(card: Card, y: float, text: str, cost: str, shares: list[float]) -> Non
         card.dot(EDGE + full * share, y + 11, "ink", radius=3, hollow=True)
     if len(shares) >= 6:
         low, high = (EDGE + full * end for end in t_interval(shares))
-        card.line(low, y + 19, high, y + 19, "ink", 3)
-        for end in (low, high):
-            card.line(end, y + 15, end, y + 23, "ink", 2)
+        card.interval(low, high, y + 19, "ink", 4)
     card.text(WIDTH - EDGE, y + 20, f"{100 * fmean(shares):.0f} %", anchor="end", bold=True)
 
 

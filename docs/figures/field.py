@@ -87,9 +87,6 @@ def _point(card: Card, y: float, name: str, values: Sequence[float], kind: str) 
     card.text(EDGE, y + 5, name, bold=bold)
     if len(values) > 1:
         low, high = map(_across, t_interval(values))
-        card.line(low, y, high, y, kind, 3)
-        for end in (low, high):
-            card.line(end, y - 5, end, y + 5, kind, 2)
+        card.interval(low, high, y, kind, 5)
     card.dot(_across(mean), y, kind, radius=6, hollow=len(values) == 1)
-    text = f"{mean:.1f} ({len(values)})"
-    card.text(WIDTH - EDGE, y + 5, text, anchor="end", bold=bold)
+    card.text(WIDTH - EDGE, y + 5, f"{mean:.1f} ({len(values)})", anchor="end", bold=bold)

@@ -111,13 +111,12 @@ class Expansion:
     def _check(self, task: str, config: RunConfig, *, chooses: bool) -> None:
         """Refuse rows that are not there, none to score or to choose on, and an unknown metric."""
         data, metric = config.data, self.experiment.tune.metric
-        rule, got, remedy = "", "none", ""
         if data.train is not None and not (data.validation or data.test):
-            rule = "methods are compared on rows they do not train on"
-            remedy = "give data.test or data.validation"
-        elif chooses and data.train is not None and not data.validation:
-            rule = "hyper-parameters are chosen on validation rows"
-            remedy = "give data.validation, or leave `tune` out"
+            rule = f"task {task}: methods are compared on rows they do not train on"
+            raise ConfigError(rule, "none", "give data.test or data.validation")
+        if chooses and data.train is not None and not data.validation:
+            rule = f"task {task}: hyper-parameters are chosen on validation rows"
+            raise ConfigError(rule, "none", "give data.validation, or leave `tune` out")
         reported: tuple[str, ...] = ("loss", "perplexity")
         if data.task is not None:
             if (data.task, data.dir) not in self._reported:
@@ -125,10 +124,9 @@ class Expansion:
                     check_files(data, config.train.loss)
                 self._reported[data.task, data.dir] = load_task(data.task).reported
             reported = self._reported[data.task, data.dir]
-        if not rule and chooses and metric is not None and metric not in reported:
-            rule, got = f"`tune.metric` must be one of {', '.join(reported)}", repr(metric)
-        if rule:
-            raise ConfigError(f"task {task}: {rule}", got, remedy)
+        if chooses and metric is not None and metric not in reported:
+            rule = f"task {task}: `tune.metric` must be one of {', '.join(reported)}"
+            raise ConfigError(rule, repr(metric))
 
 
 def _points(experiment: Experiment, method: str) -> list[Point]:

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from chainlora import open_run
-from chainlora.chain.link import Link
 from chainlora.config.staging import Stage
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
@@ -117,7 +116,9 @@ class _Turn:
         assert self.before is not None
         adapter = extend(*args, **keys)
         (link,) = self.before.links()
-        run.chain.load_live_state(_parts(link), 0)
+        ended = {f"A/{name}": each.a for name, each in link.factors.items()}
+        ended |= {f"B/{name}": each.b for name, each in link.factors.items()}
+        run.chain.load_live_state(ended, 0)
         run.engine.adapt(adapter.layers.values())
         if not self.file.exists():
             known = load_file(self.known) if self.known.is_file() else {}
@@ -172,8 +173,3 @@ class _Penalised:
     def loss(self, engine: Engine, batch: Any) -> Tensor:
         """Return the loss of a batch and its share of the penalty, of all terms of the step."""
         return self._own.loss(engine, batch) + self._own.count(batch) * self._penalty()
-
-
-def _parts(link: Link) -> dict[str, Tensor]:
-    found = {f"A/{name}": each.a for name, each in link.factors.items()}
-    return found | {f"B/{name}": each.b for name, each in link.factors.items()}

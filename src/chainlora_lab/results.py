@@ -59,9 +59,15 @@ class Results:
     @property
     def finals(self) -> list[dict[str, Any]]:
         """Cells of the final phase that trained to their end."""
-        return [
-            cell for cell in self.cells if cell["phase"] == "final" and cell["status"] == "done"
-        ]
+        return self._final("done")
+
+    @property
+    def diverged(self) -> list[dict[str, Any]]:
+        """Cells of the final phase whose loss stopped being finite."""
+        return self._final("diverged")
+
+    def _final(self, status: str) -> list[dict[str, Any]]:
+        return [c for c in self.cells if c["phase"] == "final" and c["status"] == status]
 
 
 # --- writing ---
@@ -98,10 +104,8 @@ def cell_line(cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_results(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Replace a results file atomically, one compact JSON object a line."""
-    text = "".join(
-        json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines
-    )
-    write_whole(path, text)
+    compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+    write_whole(path, "".join(compact.encode(line) + "\n" for line in lines))
 
 
 # --- reading ---

@@ -149,17 +149,9 @@ class Session:
         left_out = len(self.todo(phase)) - len(todo)
         self._attempted |= {cell.id for cell in todo}
         self._left = len(todo)
-        self.listener(
-            {
-                "event": "plan",
-                "phase": phase,
-                "cells": len(cells),
-                "done": len(self._done(cells)),
-                "todo": [str(cell) for cell in todo],
-                "left_out": left_out,
-                "notes": list(notes),
-            }
-        )
+        record = {"event": "plan", "phase": phase, "cells": len(cells), "left_out": left_out}
+        record |= {"done": len(self._done(cells)), "todo": [str(cell) for cell in todo]}
+        self.listener(record | {"notes": list(notes)})
 
     def prepare(self, cell: Cell) -> Path:
         """Write the cell's config into its folder and return the folder."""

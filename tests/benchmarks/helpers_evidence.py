@@ -89,30 +89,15 @@ def lab(rank: int, steps: int, arm: str = "lora") -> Values:
     return lab_cells().get((f"gsm8k-r{rank}-{steps}", arm), {})
 
 
-LAB_STUDIES = [
-    *((1, steps) for steps in (250, 1000, 4000, 16000)),
-    *((2, steps) for steps in (1000, 4000)),
-    *((4, steps) for steps in (4000, 16000)),
-    *((8, steps) for steps in (4000, 16000)),
-]
-
-
-def soft_less_lora(rank: int, steps: int, by: int) -> list[float]:
-    """Soft knots less LoRA of so many times the rank."""
-    return less(lab(rank, steps, "auto"), lab(rank * by, steps))
-
-
-def wider_lora(study: str, by: int) -> Values:
-    """LoRA of so many times a study's rank."""
-    wider = re.sub(r"-r(\d+)-", lambda rank: f"-r{by * int(rank[1])}-", study)
-    return lab_cells().get((wider, "lora"), {})
+LAB_STUDIES = {1: (250, 1000, 4000, 16000), 2: (1000, 4000), 4: (4000, 16000), 8: (4000, 16000)}
 
 
 def soft_lab() -> Rows:
     rows: Rows = [("rank r", "steps", "tokens/parameter", "minus LoRA r", "minus 2r", "minus 4r")]
-    for rank, steps in LAB_STUDIES:
+    for rank, steps in ((rank, steps) for rank, some in LAB_STUDIES.items() for steps in some):
         per_parameter = steps * 4 * 64 / (LAB_PARAMETERS * rank)
-        own, *rivals = (soft_less_lora(rank, steps, by) for by in (1, 2, 4))
+        soft = lab(rank, steps, "auto")
+        own, *rivals = (less(soft, lab(rank * by, steps)) for by in (1, 2, 4))
         start = (str(rank), f"{steps:,}", f"{per_parameter:.0f}")
         rows.append((*start, estimate(own), *map(mean, rivals)))
     return rows
@@ -120,9 +105,12 @@ def soft_lab() -> Rows:
 
 def all_behind() -> str:
     """How often LoRA of more rank was compared; it is ahead each time, on all six seeds."""
-    studies = [(name, soft) for (name, arm), soft in lab_cells().items() if arm == "auto"]
-    wider = [(soft, wider_lora(name, by)) for name, soft in studies for by in (2, 4)]
-    found = [less(*pair) for pair in wider if pair[1]]
+    found = []
+    for (study, arm), soft in lab_cells().items():
+        for by in (2, 4) if arm == "auto" else ():
+            wider = re.sub(r"-r(\d+)-", lambda rank: f"-r{by * int(rank[1])}-", study)  # noqa: B023
+            if lora := lab_cells().get((wider, "lora")):
+                found.append(less(soft, lora))
     assert all(len(values) == 6 and min(values) > 0 for values in found)
     return str(len(found))
 
@@ -304,14 +292,9 @@ def half_a_billion() -> tuple[str, str]:
 def checkpointed() -> list[tuple[float, float]]:
     """What `gradient_checkpointing` takes, against a peer without it."""
     return [
-        contest(file, f"{name}-bfloat16", "Trainer + PEFT", "chainlora, checkpointed")
-        for file, name in (
-            ("26-long", "long-1024"),
-            ("26-long", "long-4096"),
-            ("26-long-7600", "long-7600"),
-            ("26-large", "0.5b-1024"),
-            ("26-large", "1.3b-1024"),
-        )
+        contest(file, name, PEERS[0], "chainlora, checkpointed")
+        for file, name in CONTESTS
+        if file in ("26-long", "26-long-7600", "26-large")
     ]
 
 

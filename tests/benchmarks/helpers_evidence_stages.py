@@ -84,9 +84,13 @@ def alone() -> list[float]:
     return found[0]
 
 
+def gaps(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Paired differences, of the same seeds in the same order."""
+    return [a - b for a, b in zip(ours, theirs, strict=True)]
+
+
 def alone_ahead() -> str:
-    pairs = zip(alone(), right(arm("combined twice rehearsed")), strict=True)
-    return estimate([a - b for a, b in pairs], 1)
+    return estimate(gaps(alone(), right(arm("combined twice rehearsed"))), 1)
 
 
 def stages() -> Rows:
@@ -116,8 +120,8 @@ def of_length(steps: int) -> list[Mapping[str, Any]]:
 
 def behind(steps: int) -> str:
     """How far all at once is ahead of a length of rehearsal, in points, on the same seeds."""
-    pairs = zip(right(arm("all at once", "all at once")), right(of_length(steps)), strict=True)
-    return number(fmean(a - b for a, b in pairs), 1, "-")
+    at_once = right(arm("all at once", "all at once"))
+    return number(fmean(gaps(at_once, right(of_length(steps)))), 1, "-")
 
 
 def all_kept() -> dict[str, list[float]]:
@@ -135,7 +139,7 @@ def replayed() -> list[str]:
 def replay_is_ahead() -> list[str]:
     """On how many of the seeds."""
     own, replay = all_kept().values()
-    return [WORDS[sum(a < b for a, b in zip(own, replay, strict=True))], WORDS[len(own)]]
+    return [WORDS[sum(gap < 0 for gap in gaps(own, replay))], WORDS[len(own)]]
 
 
 WORDS = ("none", "one", "two", "three", "four", "five", "six")
@@ -199,8 +203,8 @@ def rehearsals() -> Rows:
 def lead(name: str, other: str, sign: str = "+") -> str:
     """The mean difference of two arms on the seeds of both, in points."""
     seeds = min(ARMS[name][-1], ARMS[other][-1])
-    pairs = zip(*(right(arm(each, ARMS[each][0], seeds)) for each in (name, other)), strict=True)
-    return number(fmean(a - b for a, b in pairs), 1, sign)
+    pair = (right(arm(each, ARMS[each][0], seeds)) for each in (name, other))
+    return number(fmean(gaps(*pair)), 1, sign)
 
 
 def own_question(*names: str) -> list[str]:
@@ -209,8 +213,7 @@ def own_question(*names: str) -> list[str]:
 
 def ahead(name: str, other: str) -> str:
     """The mean difference of two arms, in points, and its interval."""
-    pairs = zip(right(arm(name)), right(arm(other)), strict=True)
-    return estimate([a - b for a, b in pairs], 1)
+    return estimate(gaps(right(arm(name)), right(arm(other))), 1)
 
 
 @cache

@@ -8,140 +8,95 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-pytest.importorskip("scipy", reason="no package scipy")
-
-from benchmarks.helpers_evidence import (
-    ROOT,
-    Rows,
-    against_trainer,
-    all_behind,
-    checkpointing,
-    classification,
-    detectable,
-    errors,
-    faults,
-    half_a_billion,
-    longest,
-    num_steps,
-    paper_gain,
-    rank16_ahead,
-    rank_cost,
-    restarted,
-    shared,
-    soft_lab,
-    soft_rank,
-    soft_smollm2,
-    speed,
-    whole,
-)
-from benchmarks.helpers_evidence_stages import (
-    LENGTHS,
-    ahead,
-    all_kept,
-    all_steps,
-    alone,
-    alone_ahead,
-    arm,
-    combining,
-    kept_32,
-    layerwise_in_short,
-    lead,
-    orders_less_one_lora,
-    own_question,
-    percent,
-    planned,
-    rates_tried,
-    registered,
-    rehearsals,
-    replay_is_ahead,
-    replayed,
-    right,
-    stages,
-    tuned_twice,
-)
+from benchmarks import helpers_evidence as E
+from benchmarks import helpers_evidence_stages as S
+from benchmarks.helpers_evidence import ROOT, Rows
 
 EVIDENCE = ROOT / "docs/evidence.md"
 SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts of a page, numbers
     "docs/evidence.md": [
-        ("Rank 64 takes {} times the time of rank 8", lambda: [rank_cost()]),
-        ("adds {} % (float32) or {} % (bfloat16)", lambda: [shared("float32"), shared("bfloat16")]),
-        ("has rank {} after {} knots", soft_rank),
-        ("ahead in all {} comparisons", lambda: [all_behind()]),
+        ("Rank 64 takes {} times the time of rank 8", lambda: [E.rank_cost()]),
+        (
+            "adds {} % (float32) or {} % (bfloat16)",
+            lambda: [E.shared("float32"), E.shared("bfloat16")],
+        ),
+        ("has rank {} after {} knots", E.soft_rank),
+        ("ahead in all {} comparisons", lambda: [E.all_behind()]),
         (
             "rank 16 is {} ahead ({} steps, tuning seed)",
-            lambda: [rank16_ahead(), num_steps("scripts_scout")],
+            lambda: [E.rank16_ahead(), E.num_steps("scripts_scout")],
         ),
-        ("rows; {} of them are kept", lambda: planned("kept")),
-        ("A task has {} steps; kept rows add {} in all.", lambda: planned("steps", "rehearsal")),
-        ("Up to {} steps both methods", lambda: [num_steps("translations")]),
-        ("of each stage, here {} steps", lambda: [max(LENGTHS)]),
+        ("rows; {} of them are kept", lambda: S.planned("kept")),
+        ("A task has {} steps; kept rows add {} in all.", lambda: S.planned("steps", "rehearsal")),
+        ("Up to {} steps both methods", lambda: [E.num_steps("translations")]),
+        ("of each stage, here {} steps", lambda: [max(S.LENGTHS)]),
         ("(goal: {} times)", lambda: [2]),
         ("p can exceed {} % where", lambda: [5]),
         (
             "gain {0} points on these six tasks. With 80 % power, {2} pairs detect {1} points",
-            lambda: [paper_gain(), *detectable()],
+            lambda: [E.paper_gain(), *E.detectable()],
         ),
-        ("on top minus one LoRA: {} points", lambda: [orders_less_one_lora()]),
+        ("on top minus one LoRA: {} points", lambda: [S.orders_less_one_lora()]),
         (
             'in one pass, rehearsed" minus "on top, rehearsed": {} points',
-            lambda: [ahead("combined rehearsed", "on top rehearsed")],
+            lambda: [S.ahead("combined rehearsed", "on top rehearsed")],
         ),
         (
             "(two seeds), they have {} and {} %",
-            lambda: own_question("combined rehearsed", "on top rehearsed"),
+            lambda: S.own_question("combined rehearsed", "on top rehearsed"),
         ),
-        ("two passes, rehearsed, have {} %", lambda: own_question("combined twice rehearsed")),
+        ("two passes, rehearsed, have {} %", lambda: S.own_question("combined twice rehearsed")),
         (
             'on top, rehearsed" minus replay: {} points',
-            lambda: [ahead("on top rehearsed", "replay")],
+            lambda: [S.ahead("on top rehearsed", "replay")],
         ),
         (
             "both rehearsed: {} points; without rehearsal: {}; two passes, rehearsed, minus "
             "replay: {}.",
             lambda: [
-                ahead("combined twice rehearsed", "combined rehearsed"),
-                ahead("combined twice", "combined"),
-                ahead("combined twice rehearsed", "replay"),
+                S.ahead("combined twice rehearsed", "combined rehearsed"),
+                S.ahead("combined twice", "combined"),
+                S.ahead("combined twice rehearsed", "replay"),
             ],
         ),
         (
             "on the same seeds: {} points at rank 8 (equal memory), {} at rank 40",
-            lambda: [lead(f"one {size}LoRA replay", "replay") for size in ("", "wide ")],
+            lambda: [S.lead(f"one {size}LoRA replay", "replay") for size in ("", "wide ")],
         ),
         (
             "minus one LoRA, rehearsed: {} points at rank 8, {} at rank 40",
             lambda: [
-                lead("combined twice rehearsed", f"one {size}LoRA rehearsed")
+                S.lead("combined twice rehearsed", f"one {size}LoRA rehearsed")
                 for size in ("", "wide ")
             ],
         ),
         (
             "all at once is {} points ahead",
-            lambda: [lead("all at once", "combined twice rehearsed", "-")],
+            lambda: [S.lead("all at once", "combined twice rehearsed", "-")],
         ),
-        ("primary: {} points; second: {} points; third: {}", registered),
-        ("old rows has {} %; by seed {}, {} and {}, the combination {}, {} and {}: ", replayed),
-        (": replay is ahead on {} of {}.", replay_is_ahead),
-        ("than all at once has ({}).", lambda: all_steps()[:1]),
-        ("rehearsed once, in {} steps.", lambda: all_steps()[1:2]),
-        ("rehearses after each: {} steps in all.", lambda: all_steps()[2:]),
+        ("primary: {} points; second: {} points; third: {}", S.registered),
+        ("old rows has {} %; by seed {}, {} and {}, the combination {}, {} and {}: ", S.replayed),
+        (": replay is ahead on {} of {}.", S.replay_is_ahead),
+        ("than all at once has ({}).", lambda: S.all_steps()[:1]),
+        ("rehearsed once, in {} steps.", lambda: S.all_steps()[1:2]),
+        ("rehearses after each: {} steps in all.", lambda: S.all_steps()[2:]),
         (
             "the {} rates that were tried are within {} points on the tuning seed: the {} % may be",
-            lambda: rates_tried("one LoRA"),
+            lambda: S.rates_tried("one LoRA"),
         ),
-        ("alone** is {} points ahead of the default", lambda: [alone_ahead()]),
-        ("per processor second, it is {} times as fast", longest),
-        ("takes {} to {} of its memory at {} to {} times its speed", checkpointing),
+        ("alone** is {} points ahead of the default", lambda: [S.alone_ahead()]),
+        ("per processor second, it is {} times as fast", E.longest),
+        ("takes {} to {} of its memory at {} to {} times its speed", E.checkpointing),
         (
             "{:.1f} after 16 whole knots (merging in place: {:.1f}), {:.1f} after 400 soft ones "
             "(float32 weights, in their smaller roundings: {:.1f})",
-            errors,
+            E.errors,
         ),
-        ("Six seeds: each stage alone on its own rows {} %;", lambda: percent(alone())),
+        ("Six seeds: each stage alone on its own rows {} %;", lambda: S.percent(S.alone())),
         (
             "beside in two passes and rehearsed {} %, not rehearsed {} %, on top with replay {} %, "
             "on top and rehearsed {} %; on top without kept rows {} %.",
-            lambda: kept_32(
+            lambda: S.kept_32(
                 "combined twice rehearsed", "combined twice", "replay", "on top rehearsed", "on top"
             ),
         ),
@@ -149,35 +104,35 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
             "one LoRA on all rows at once {} %; beside, rehearsed, with all rows kept {} %, with "
             "32 of each {} %; one LoRA that goes on {} to {} %]",
             lambda: [
-                *kept_32("all at once"),
-                *percent(all_kept()["extend"]),
-                *kept_32("combined twice rehearsed", "one LoRA", "one wide LoRA replay", of=3),
+                *S.kept_32("all at once"),
+                *S.percent(S.all_kept()["extend"]),
+                *S.kept_32("combined twice rehearsed", "one LoRA", "one wide LoRA replay", of=3),
             ],
         ),
-        ("Of {} [faults]), none ended in lost or wrong results", lambda: [faults()]),
-        ("a schedule for each ({})", lambda: [restarted()]),
+        ("Of {} [faults]), none ended in lost or wrong results", lambda: [E.faults()]),
+        ("a schedule for each ({})", lambda: [E.restarted()]),
     ],
     "README.md": [
         (
             "32 kept rows of each, {} seeds ([tables])): {} % right answers in one adapter of rank "
             "16; each stage alone, on its own rows, {} %. Perplexity of other text: {} % above",
-            layerwise_in_short,
+            S.layerwise_in_short,
         ),
         (
             "one LoRA on all rows at once: on other seeds ([tables])) {} %, at rank 40; replay on "
             "top {} %; on top of each other without kept rows {} %",
-            lambda: kept_32("all at once", "replay", "on top"),
+            lambda: S.kept_32("all at once", "replay", "on top"),
         ),
         (
             "is {} to {} times as fast as `transformers.Trainer` with PEFT, in {} to {} of its "
             "memory; with rows of 1,024 tokens or more, at most {} times ([{} comparisons]",
-            against_trainer,
+            E.against_trainer,
         ),
-        ("0.5B parameters take [{} GB]) and {} seconds for a row", half_a_billion),
+        ("0.5B parameters take [{} GB]) and {} seconds for a row", E.half_a_billion),
     ],
     "benchmarks/stages/README.md": [
-        ("two passes {}, rehearsed {} (1e-3) and {} % (3e-4)", tuned_twice),
-        ("the means are {}, {}, {} and {} %:", lambda: [row[2] for row in rehearsals()[1:]]),
+        ("two passes {}, rehearsed {} (1e-3) and {} % (3e-4)", S.tuned_twice),
+        ("the means are {}, {}, {} and {} %:", lambda: [row[2] for row in S.rehearsals()[1:]]),
     ],
 }
 NOT_MEASURED = {
@@ -190,14 +145,14 @@ NOT_MEASURED = {
 TABLES: dict[str, Callable[[], Rows]] = {
     table.__name__: table
     for table in (
-        combining,
-        soft_lab,
-        soft_smollm2,
-        whole,
-        classification,
-        stages,
-        rehearsals,
-        speed,
+        S.combining,
+        E.soft_lab,
+        E.soft_smollm2,
+        E.whole,
+        E.classification,
+        S.stages,
+        S.rehearsals,
+        E.speed,
     )
 }
 NUMBER = re.compile(  # signed, a decimal fraction, or a count of what is measured
@@ -262,8 +217,8 @@ def test_no_number_of_the_readme_is_unchecked():
 def test_the_tutorial_compares_ways_by_the_same_results():
     page = (ROOT / "docs/tutorials/second-data-set.md").read_text(encoding="utf-8")
     assert re.findall(r"\| (\d+) % \|", page) == [
-        *kept_32("on top", "on top rehearsed", "replay"),
-        *percent(right(arm("all at once", "all at once")), alone()),
+        *S.kept_32("on top", "on top rehearsed", "replay"),
+        *S.percent(S.right(S.arm("all at once", "all at once")), S.alone()),
     ]
 
 

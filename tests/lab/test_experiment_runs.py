@@ -22,6 +22,7 @@ from chainlora_lab import (
     report_experiment,
     run_cells,
 )
+from chainlora_lab.worker import worker_environment
 from lab.cases import tree
 
 # a decay of 1e6 a step: weights overflow
@@ -137,20 +138,22 @@ def test_a_tuning_cell_that_failed_leaves_nothing_chosen(small, tmp_path):
     assert "mood lora: seeds 0" in report_experiment(tmp_path, figures=False).markdown
 
 
-def test_what_cannot_be_chosen_or_scored_is_refused_before_anything_runs(
+def test_what_cannot_be_run_chosen_or_scored_is_refused_before_anything_runs(
     small, tiny_folder, sentiment, tmp_path
 ):
     tune = {"grid": {"train.lr": [1e-3, 1e-2]}, "metric": "acuracy"}
     base = tree(tiny_folder, sentiment)["base"]
     base["data"] = {"train": base["data"]["train"]}
     scored = base | {"data": base["data"] | {"test": base["data"]["train"]}}
-    for keys, message in (
-        ({"base": scored}, r"task mood: hyper-parameters are chosen on validation rows \(got none"),
-        ({"tune": tune}, r"`tune.metric` must be one of accuracy, loss \(got 'acuracy'\)"),
-        ({"base": base}, "compared on rows they do not train on"),
+    for keys, workers, message in (
+        ({}, 0, r"`workers` must be at least 1 \(got 0\)"),
+        ({}, 2, r"`inline` runs one cell at a time \(got 2 workers\)"),
+        ({"base": scored}, 1, r"mood: hyper-parameters are chosen on validation rows \(got none"),
+        ({"tune": tune}, 1, r"`tune.metric` must be one of accuracy, loss \(got 'acuracy'\)"),
+        ({"base": base}, 1, "compared on rows they do not train on"),
     ):
         with pytest.raises(ConfigError, match=message):
-            run_cells(small(**keys), tmp_path / "out", backend="inline")
+            run_cells(small(**keys), tmp_path / "out", workers=workers, backend="inline")
     assert not (tmp_path / "out").exists()
 
 
@@ -195,6 +198,27 @@ def test_killed_and_run_again_by_processes(tiny_folder, sentiment, tmp_path):
     records = records_of(half[0])
     steps = [record["step"] for record in records if record["event"] == "step"]
     assert steps == list(range(1, 301))  # no step lost, none twice
+
+
+def test_threads_and_gpus_are_shared_out():
+    assert worker_environment(0, 10**6, {})["OMP_NUM_THREADS"] == "1"
+    assert worker_environment(0, 1, {"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
+    assert worker_environment(3, 4, {"CUDA_VISIBLE_DEVICES": "4,6"})["CUDA_VISIBLE_DEVICES"] == "6"
+    assert "CUDA_VISIBLE_DEVICES" not in worker_environment(1, 2, {"CUDA_VISIBLE_DEVICES": "0"})
+
+
+def test_workers_share_the_cells(small, tmp_path):
+    most = []
+
+    def listen(record):
+        if record["event"] == "poll":
+            most.append(len(record["running"]))
+
+    keys = {"methods": ["lora"], "seeds": [0, 1], "tune": {}}
+    experiment = small(**keys)
+    outcome = run_cells(experiment, tmp_path, workers=2, listener=listen)
+    assert (outcome.num_run, outcome.failed) == (2, {})
+    assert max(most) == 2
 
 
 @pytest.mark.slow

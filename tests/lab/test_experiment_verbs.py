@@ -91,27 +91,26 @@ def test_compare_from_the_command_line(chainlora, config, finished, tmp_path):
 
 
 def test_a_plan_says_what_could_be_found_and_how_many_pairs_a_difference_needs(
-    done, tiny_folder, sentiment, tmp_path
+    done, chainlora, tiny_folder, sentiment, tmp_path
 ):
     _, out, _ = done
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(tree(tiny_folder, sentiment, seeds=list(range(8)))))
     before = sorted(tmp_path.rglob("*"))
-    plan = plan_experiment(path, reuse=[out / "results.jsonl"], difference=5.0)
+    words = f"--reuse {out}/results.jsonl --difference 5 --json"
+    plan = chainlora(f"experiment plan {path} {words}").json
     assert sorted(tmp_path.rglob("*")) == before  # nothing is run or written
-    assert (plan.num_cells, plan.num_done) == (18, 6)
-    (power,) = plan.power
+    assert (plan["num_cells"], plan["num_done"]) == (18, 6)
+    (power,) = plan["power"]
     report = report_experiment(out, tmp_path / "report", figures=False)
     assert "\n6 cells, " in report.markdown  # two of them have two lines: they tuned as well
-    difference = report.comparisons[0].difference
-    assert (power.sd, power.num_measured, power.num_pairs) == (difference.sd, 2, 8)
-    assert power.needed is None or power.needed >= 6
-    assert plan.notes == [
+    sd = report.comparisons[0].difference.sd
+    assert (power["sd"], power["num_measured"], power["num_pairs"]) == (sd, 2, 8)
+    assert power["needed"] is None or power["needed"] >= 6
+    assert plan["notes"] == [
         "hyper-parameters are chosen by seeds that are compared too (0); `tune.seeds` of their own "
         "keep the comparison free of that choice"
     ]
-    fresh = plan_experiment(path)
-    assert (fresh.num_done, fresh.power) == (0, [])
 
 
 def test_a_plan_has_one_pair_a_task_of_two_methods_that_train_nothing(tmp_path):

@@ -12,7 +12,6 @@ from chainlora_lab.report.values import (
     Summary,
     Value,
     by_seed,
-    diverged_finals,
     held_out_loss,
     num_planned,
     shown_score,
@@ -69,12 +68,13 @@ def compare_all(results: Results) -> list[Comparison]:
 
 def compare_losses(results: Results) -> list[Comparison]:
     """Return the same by held-out loss, for the tasks whose metric is not the loss already."""
-    metrics = _metrics(results)
-    tasks = [
-        task
-        for task in results.experiment["tasks"]
-        if is_higher_better(metrics.get(task)) and _has_loss(results, task)
-    ]
+    metrics, tasks = _metrics(results), list[str]()
+    for task in results.experiment["tasks"]:
+        cells = [cell for cell in results.finals if cell["task"] == task]
+        # a task without a cell yet is assumed to have held-out losses
+        has_loss = not cells or any(held_out_loss(cell) is not None for cell in cells)
+        if has_loss and is_higher_better(metrics.get(task)):
+            tasks.append(task)
     return _compare(results, "held-out loss", held_out_loss, tasks)
 
 
@@ -128,18 +128,12 @@ def _metrics(results: Results) -> dict[str, str]:
     return {cell["task"]: cell["metric"] for cell in results.finals}
 
 
-def _has_loss(results: Results, task: str) -> bool:
-    """Return whether a task has held-out losses; one without a cell yet is assumed to."""
-    cells = [cell for cell in results.finals if cell["task"] == task]
-    return not cells or any(held_out_loss(cell) is not None for cell in cells)
-
-
 def _planned(results: Results, key: Key, tasks: Sequence[str]) -> tuple[int, int]:
     """Return how many pairs a comparison is planned to have, and how many of them diverged."""
     own, methods = (tasks if key[0] == OVERALL else key[:1]), key[1:]
     diverged = {
         (cell["task"], cell["seed"])
-        for cell in diverged_finals(results)
+        for cell in results.diverged
         if cell["task"] in own and cell["method"] in methods
     }
     return sum(num_planned(results, task, *methods) for task in own), len(diverged)

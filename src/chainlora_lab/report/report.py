@@ -83,8 +83,7 @@ def report_experiment(
     title = f"{found.experiment['name']}: {', '.join(found.experiment['tasks'])}"
     page = Page(title, headline(facts.comparisons), [make(facts) for make in sections])
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = dict[str, str]()
-    texts = dict[str, str]()
+    drawn, texts = dict[str, str](), dict[str, str]()
     if figures:
         wanted = asked_for(facts, charts)
         drawn = save_charts(facts, wanted, folder)
@@ -94,27 +93,26 @@ def report_experiment(
             blocks.sort(key=lambda block: isinstance(block, Numbers))
             on_page.append(Section(each.title, [Column("", blocks)]))
         texts["report.html"] = render(replace(page, sections=on_page))
-    texts |= {
-        "report.md": markdown(page, drawn),
-        "scores.csv": to_csv(
-            [
-                asdict(s) | {"point": json.dumps(s.point), "ranks": " ".join(map(str, s.ranks))}
-                for s in facts.summaries
-            ]
-        ),
-        "differences.csv": to_csv(
-            [_flat_comparison(each) for each in [*facts.comparisons, *facts.losses]]
-        ),
-    }
-    for section in page.sections:
-        for block in section.blocks:
-            if isinstance(block, Numbers) and block.name:
-                texts[f"{block.name}.tex"] = latex(block.table)
+    texts |= {"report.md": markdown(page, drawn)} | _tables(facts, page)
     for name, content in texts.items():
         write_whole(folder / name, content)
     images = [folder / Path(name).with_suffix(s) for name in drawn for s in (".png", ".svg")]
     files = [folder / name for name in texts] + images
     return Report(texts["report.md"], files, facts.summaries, facts.comparisons)
+
+
+def _tables(facts: Facts, page: Page) -> dict[str, str]:
+    """Return the files of tables: CSV, and LaTeX of those of the page that have a name."""
+    scores = [
+        asdict(s) | {"point": json.dumps(s.point), "ranks": " ".join(map(str, s.ranks))}
+        for s in facts.summaries
+    ]
+    differences = [_flat_comparison(each) for each in [*facts.comparisons, *facts.losses]]
+    texts = {"scores.csv": to_csv(scores), "differences.csv": to_csv(differences)}
+    for block in (block for section in page.sections for block in section.blocks):
+        if isinstance(block, Numbers) and block.name:
+            texts[f"{block.name}.tex"] = latex(block.table)
+    return texts
 
 
 def _flat_comparison(comparison: Comparison) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from chainlora_lab.report.values import (
     big,
     cells_of,
     digits,
-    diverged_finals,
     missing_cells,
     nothing_chosen,
     scale,
@@ -38,8 +37,8 @@ def question(facts: Facts) -> Section:
         f"Model: {base_note(results)}. Seeds: {', '.join(map(str, head['seeds']))}. "
         f"{_how_chosen(results)}",
     ]
-    missing, finals = missing_cells(results), diverged_finals(results)
-    diverged = [f"{c['task']} {c['method']} seed {c['seed']}" for c in finals]
+    missing = missing_cells(results)
+    diverged = [f"{c['task']} {c['method']} seed {c['seed']}" for c in results.diverged]
     diverged += [f"{task} {method} wherever tried" for task, method in nothing_chosen(results)]
     if missing:
         parts.append(f"**Not there yet** ({len(missing)}): {'; '.join(missing)}.")
@@ -61,20 +60,15 @@ def _how_chosen(results: Results) -> str:
         )
         if shared := [str(seed) for seed in tuning if seed in results.experiment["seeds"]]:
             text += f" Compared seeds that also chose: {', '.join(shared)}."
-    themselves = {
-        cell["task"]
-        for cell in results.finals
-        if cell["score_split"] == "validation" and (results.choices or _chooses(cell))
-    }
+    themselves = set[str]()
+    for cell in results.finals:
+        train = cell["config"].get("train", {})  # a run may have chosen its end by these rows
+        has_chosen = results.choices or train.get("keep_best") or train.get("early_stop")
+        if has_chosen and cell["score_split"] == "validation":
+            themselves.add(cell["task"])
     if themselves:
         text += f" **The scores of {', '.join(sorted(themselves))} are of the rows that chose.**"
     return text
-
-
-def _chooses(cell: Mapping[str, Any]) -> bool:
-    """Say whether a run ended at a point that its validation rows chose."""
-    train = cell["config"].get("train", {})
-    return bool(train.get("keep_best") or train.get("early_stop"))
 
 
 # --- verdict ---
@@ -162,17 +156,12 @@ def _score(summary: Summary | None) -> str:
 
 def _others_table(summaries: Sequence[Summary]) -> Table:
     """Return the means of further metrics (exact match beside F1)."""
-    rows = [
-        {
-            "task and method": f"{s.task} {s.method}",
-            "metric": name,
-            "mean": number(value),
-            "n": str(s.num_seeds),
-        }
+    rows = tuple(
+        (f"{s.task} {s.method}", name, number(value), str(s.num_seeds))
         for s in summaries
         for name, value in s.others.items()
-    ]
-    return table_of("Further metrics", rows)
+    )
+    return Table("Further metrics", ("task and method", "metric", "mean", "n"), rows)
 
 
 # --- stages ---
@@ -294,10 +283,8 @@ def _at_edges(choice: Mapping[str, Any]) -> str:
     ends = []
     for key, value in choice["chosen"].items():
         tried = [each["point"][key] for each in choice["tried"]]
-        if not all(map(_is_number, tried)) or min(tried) == max(tried):
-            continue
-        if value in (min(tried), max(tried)):
-            ends.append("lowest" if value == min(tried) else "highest")
+        if all(map(_is_number, tried)) and min(tried) < max(tried):
+            ends += ["lowest"] * (value == min(tried)) + ["highest"] * (value == max(tried))
     return f" ({', '.join(ends)} tried)" if ends else ""
 
 

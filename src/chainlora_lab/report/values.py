@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from statistics import fmean, median
 from typing import Any
 
@@ -74,13 +75,6 @@ def by_seed(
     return found
 
 
-def diverged_finals(results: Results) -> list[dict[str, Any]]:
-    """Return the final cells whose loss stopped being finite."""
-    return [
-        cell for cell in results.cells if cell["phase"] == "final" and cell["status"] == "diverged"
-    ]
-
-
 def nothing_chosen(results: Results) -> list[tuple[str, str]]:
     """Return each task and method that diverged at every point that was tried."""
     return [(c["task"], c["method"]) for c in results.choices if c["chosen"] is None]
@@ -89,18 +83,13 @@ def nothing_chosen(results: Results) -> list[tuple[str, str]]:
 def missing_cells(results: Results) -> list[str]:
     """Return task, method and seeds of the final cells that are neither there nor diverged."""
     missing, experiment, hopeless = [], results.experiment, nothing_chosen(results)
-    diverged = {(c["task"], c["method"], c["seed"]) for c in diverged_finals(results)}
-    for task in experiment["tasks"]:
-        for method in experiment["methods"]:
-            have = by_seed(results, task, method).keys()
-            lacking = [
-                str(seed)
-                for seed in experiment["seeds"]
-                if seed not in have and (task, method, seed) not in diverged
-                if (task, method) not in hopeless
-            ]
-            if lacking:
-                missing.append(f"{task} {method}: seeds {', '.join(lacking)}")
+    diverged = {(c["task"], c["method"], c["seed"]) for c in results.diverged}
+    for task, method in product(experiment["tasks"], experiment["methods"]):
+        ended = {*by_seed(results, task, method)}
+        ended |= {seed for seed in experiment["seeds"] if (task, method, seed) in diverged}
+        lacking = [str(seed) for seed in experiment["seeds"] if seed not in ended]
+        if lacking and (task, method) not in hopeless:
+            missing.append(f"{task} {method}: seeds {', '.join(lacking)}")
     return missing
 
 
