@@ -205,7 +205,7 @@ def _block(name: str) -> int:
 # --- a cell's operations, from its line of results ---
 
 
-def cell_costs(cell: Mapping[str, Any], run: Path | None = None) -> dict[str, float]:
+def cell_costs(cell: Mapping[str, Any], run: Path) -> dict[str, float]:
     """Return a cell's operations: `flops`, counted, and `flops_6nd`, by the paper's rule.
 
     Lines written before 0.3 hold both. Those of today are counted from what they hold and from
@@ -219,7 +219,7 @@ def cell_costs(cell: Mapping[str, Any], run: Path | None = None) -> dict[str, fl
         return {"flops": 0.0, "flops_6nd": 0.0}
     config = CellConfig(**cell["config"])
     full = config.loop == "full"
-    adapted = adapted_modules(run) if run is not None else frozenset()
+    adapted = adapted_modules(run)
     if not adapted and not full:
         raise FileNotFoundError(f"a cell's links say which modules they adapt (got none in {run})")
     shapes = model_shapes(config.model, adapted)

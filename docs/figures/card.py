@@ -72,7 +72,7 @@ class Card:
     def path(self, path: str, kind: str, width: float = 1, extra: str = "") -> None:
         self.parts.append(f'<path d="{path}" class="{kind}-line" stroke-width="{width:g}"{extra}/>')
 
-    def arrow(self, x: float, y: float, to_x: float, to_y: float, *, dashed: bool = False) -> None:
+    def arrow(self, x: float, y: float, to_x: float, to_y: float, *, dashed: bool) -> None:
         """Draw an arrow down; it leaves and arrives upright."""
         middle = (y + to_y) / 2
         dashes = ' stroke-dasharray="4 4"' if dashed else ""

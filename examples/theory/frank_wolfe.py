@@ -76,9 +76,9 @@ class Problem:
         return error / (1 + error**2) ** 2 if self.kind == "bounded" else error
 
 
-def make_problem(kind: str, seed: int = 0) -> Problem:
+def make_problem(kind: str) -> Problem:
     """Draw a matrix of low rank and the entries that are seen; R is its own trace norm."""
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(0)
     truth = draw.normal(size=(SIZE, RANK)) @ draw.normal(size=(RANK, SIZE)) / math.sqrt(RANK)
     radius = float(np.linalg.svd(truth, compute_uv=False).sum())
     return Problem(truth, draw.random((SIZE, SIZE)) < OBSERVED, radius, kind)
@@ -131,10 +131,9 @@ def frank_wolfe(
     steps: int,
     step_size: Callable[[int], float],
     power_steps: int | None = None,
-    seed: int = 1,
 ) -> Run:
     """Run Algorithm 2 from W = 0."""
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(1)
     weight, gaps, errors = np.zeros_like(problem.truth), [], []
     losses = [problem.loss(weight)]
     for step in range(steps):

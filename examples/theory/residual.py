@@ -34,9 +34,9 @@ SMALLEST = 1e-3  # where the figure ends
 KINDS = ("exact", "tuned", "tuned FW", "B only")
 
 
-def target(seed: int = 0) -> Tensor:
+def target() -> Tensor:
     """Return a matrix of rank R with singular values 1, 0.8, 0.8², …"""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     left, right = (
         torch.linalg.qr(torch.randn(SIZE, TARGET_RANK, generator=generator, dtype=torch.float64)).Q
         for _ in range(2)
@@ -44,27 +44,25 @@ def target(seed: int = 0) -> Tensor:
     return left @ torch.diag(0.8 ** torch.arange(TARGET_RANK, dtype=torch.float64)) @ right.T
 
 
-def eckart_young(matrix: Tensor, num_links: int, rank: int) -> list[float]:
+def eckart_young(matrix: Tensor, num_links: int) -> list[float]:
     """Return ‖T − T_{k·r}‖ / ‖T‖ for k = 0 … links: no matrix of that rank is nearer."""
     squares = torch.linalg.svdvals(matrix) ** 2
     return [
-        float((squares[k * rank :].sum() / squares.sum()).clamp(min=0).sqrt())
+        float((squares[k * RANK :].sum() / squares.sum()).clamp(min=0).sqrt())
         for k in range(num_links + 1)
     ]
 
 
-def fit_link(
-    residual: Tensor, kind: str, rank: int, num_steps: int, generator: torch.Generator
-) -> Tensor:
-    """Return B·A of one link (rank `rank`) fitted to `residual`, starting at B = 0."""
+def fit_link(residual: Tensor, kind: str, num_steps: int, generator: torch.Generator) -> Tensor:
+    """Return B·A of one link fitted to `residual`, starting at B = 0."""
     if kind == "exact":
         u, s, vt = torch.linalg.svd(residual)
-        return u[:, :rank] @ torch.diag(s[:rank]) @ vt[:rank]
-    a = torch.randn(rank, residual.shape[1], generator=generator, dtype=residual.dtype)
+        return u[:, :RANK] @ torch.diag(s[:RANK]) @ vt[:RANK]
+    a = torch.randn(RANK, residual.shape[1], generator=generator, dtype=residual.dtype)
     if kind == "tuned FW":  # the gradient at B = 0 is minus the residual
-        a = torch.linalg.svd(residual).Vh[:rank]
+        a = torch.linalg.svd(residual).Vh[:RANK]
     a = torch.linalg.qr(a.T).Q.T  # orthonormal rows: one learning rate fits every start
-    b = torch.zeros(residual.shape[0], rank, dtype=residual.dtype)
+    b = torch.zeros(residual.shape[0], RANK, dtype=residual.dtype)
     rate = 0.5  # the target's largest singular value is 1, so both factors' curvature stays near 1
     for _ in range(num_steps):
         error = b @ a - residual
@@ -74,20 +72,12 @@ def fit_link(
     return b @ a
 
 
-def residuals(
-    matrix: Tensor,
-    kind: str,
-    num_steps: int = LONG,
-    *,
-    num_links: int = LINKS,
-    rank: int = RANK,
-    seed: int = 1,
-) -> list[float]:
+def residuals(matrix: Tensor, kind: str, num_steps: int, num_links: int) -> list[float]:
     """Return ‖T − Σ B·A‖ / ‖T‖ after 0 … links."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(1)
     left, found = matrix.clone(), [1.0]
     for _ in range(num_links):
-        left = left - fit_link(left, kind, rank, num_steps, generator)
+        left = left - fit_link(left, kind, num_steps, generator)
         found.append(float(left.norm() / matrix.norm()))
     return found
 
@@ -95,7 +85,7 @@ def residuals(
 def picture(output: str, found: dict[str, list[float]], num_links: int) -> None:
     """Draw the residuals after each link."""
     figure, axis = subplots(1, 1, (7.5, 4.8), layout="constrained")
-    best = [max(value, SMALLEST) for value in eckart_young(target(), num_links, RANK)]
+    best = [max(value, SMALLEST) for value in eckart_young(target(), num_links)]
     axis.semilogy(best, "k-", linewidth=4, alpha=0.25, label="Eckart–Young, rank M·r")
     for name, values in found.items():
         line = "--" if f" {SHORT} " in name else "-"
@@ -113,12 +103,12 @@ def picture(output: str, found: dict[str, list[float]], num_links: int) -> None:
 def main(output: str, *, small: bool) -> None:
     """Tune every chain, print what is left, and draw it."""
     matrix, num_links = target(), LINKS // 2 if small else LINKS
-    found = {"exact": residuals(matrix, "exact", num_links=num_links)}
+    found = {"exact": residuals(matrix, "exact", LONG, num_links)}
     for steps in (LONG, SHORT):
         for kind in KINDS[1:]:
             name = f"{kind}, {steps} steps a link"
-            found[name] = residuals(matrix, kind, steps, num_links=num_links)
-    best = eckart_young(matrix, num_links, RANK)
+            found[name] = residuals(matrix, kind, steps, num_links)
+    best = eckart_young(matrix, num_links)
     print(f"{'‖T − Σ B·A‖ / ‖T‖':28} after {EARLY} links   after {num_links} links")
     for name, values in (found | {"Eckart–Young": best}).items():
         print(f"{name:28} {values[EARLY]:13.4f}   {values[num_links]:14.2e}")

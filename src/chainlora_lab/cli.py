@@ -311,7 +311,7 @@ def _fewest_seeds(num_comparisons: int) -> tuple[int, str]:
     from chainlora_lab.statistics.pairs import LEVEL, least_pairs, smallest_p
 
     comparisons = max(1, num_comparisons)
-    seeds = least_pairs(comparisons, LEVEL)
+    seeds = least_pairs(comparisons)
     what = f"{comparisons} comparisons (Holm)" if comparisons > 1 else "one comparison"
     p = f"{comparisons * smallest_p(seeds):.2g}"
     why = f"{seeds} seeds: the fewest with which the exact test of {what} can reach p ≤ {LEVEL:g}"

@@ -136,13 +136,13 @@ def undecidable(experiment: Experiment) -> str | None:
     num_seeds, num_tasks = len(experiment.seeds), len(experiment.tasks)
     alone = experiment.primary is not None and num_tasks == 1
     together = num_tasks * (len(experiment.pairs) - alone)  # corrected on the tasks one by one
-    by_task = least_pairs(max(1, together), LEVEL)
+    by_task = least_pairs(max(1, together))
     if num_seeds >= by_task:
         return None
     num_pairs = together // num_tasks
-    pooled = num_tasks > 1 and num_seeds * num_tasks >= least_pairs(num_pairs, LEVEL)
+    pooled = num_tasks > 1 and num_seeds * num_tasks >= least_pairs(num_pairs)
     place = "on any one task (over all of them together they may)" if pooled else "anything"
-    can_primary = experiment.primary and num_seeds * num_tasks >= least_pairs(1, LEVEL)
+    can_primary = experiment.primary and num_seeds * num_tasks >= least_pairs(1)
     beside = " beside the primary comparison" if can_primary else ""
     seeds = f"{num_seeds} seed{'s' * (num_seeds != 1)}"
     of = f"{together or 1} comparison{'s' * (together > 1)}"

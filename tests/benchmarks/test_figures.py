@@ -123,21 +123,14 @@ def test_the_mean_gap_is_below_the_bound_of_theorem_4_1(kind, power_steps):
 # --- soft knots
 
 
-def a_pair(rank: int = 1, rates: int = 2, seeds: int = 3):
-    knots = script("quadratic")
-    draw = torch.Generator().manual_seed(0)
+def test_the_scales_of_a_soft_knot_are_those_of_the_package():
+    knots, draw = script("quadratic"), torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(rates, seeds, *shape, generator=draw, dtype=torch.float64)
+        return torch.randn(1, 1, *shape, generator=draw, dtype=torch.float64)
 
-    a, b = normal(rank, 8), 0.1 * normal(6, rank)
-    moments = [normal(rank, 8), normal(rank, 8) ** 2, normal(6, rank), normal(6, rank) ** 2]
-    scale = torch.full((rates, seeds, 1, 1), 2.0, dtype=torch.float64)
-    return knots.Pair(normal(6, 8), a, b, scale, moments, count=7)
-
-
-def test_the_scales_of_a_soft_knot_are_those_of_the_package():
-    knots, pair = script("quadratic"), a_pair(rank=3, rates=1, seeds=1)
+    a, b = normal(3, 8), 0.1 * normal(6, 3)
+    pair = knots.Pair(normal(6, 8), a, b, torch.full((1, 1, 1, 1), 2.0), moments=[])
     pair.b[..., 1] = 0  # a component to be left alone
     alpha, beta = knots.shrink_factors(pair, 0.7)
     scales = balance(pair.a[0, 0].float(), pair.b[0, 0].float(), share=0.3)

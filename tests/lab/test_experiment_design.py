@@ -98,9 +98,9 @@ def test_every_shipped_experiment_expands_without_data_or_model(path, tmp_path, 
 
 
 def test_the_choice_is_by_validation_then_loss_then_order():
-    def trial(rate, accuracy, loss, method="lora"):
+    def trial(rate, accuracy, loss):
         metrics = None if accuracy is None else {"accuracy": accuracy, "loss": loss}
-        return Trial("t", method, (("train.lr", rate),), metrics, "accuracy")
+        return Trial("t", "lora", (("train.lr", rate),), metrics, "accuracy")
 
     (record,) = choose(
         [trial(1, 0.5, 1.0), trial(2, 0.7, 0.9), trial(3, 0.7, 0.8), trial(4, 0.7, 0.8)]

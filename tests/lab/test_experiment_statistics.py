@@ -108,7 +108,7 @@ def test_a_verdict_needs_interval_and_test(monkeypatch):
 
 @pytest.mark.parametrize("num_comparisons", [1, 2, 4, 8])
 def test_the_least_number_of_pairs_is_the_least_that_can_decide(num_comparisons):
-    least = least_pairs(num_comparisons, LEVEL)
+    least = least_pairs(num_comparisons)
     clear = [[1.0 + 0.01 * k for k in range(n)] for n in (least, least - 1)]
     assert compared(*[clear[0]] * num_comparisons)[0].verdict == "wins"
     assert compared(*[clear[1]] * num_comparisons)[0].verdict == "too few pairs"

@@ -31,13 +31,11 @@ def matrices(*shape: int, count: int = 3) -> list[torch.Tensor]:
     return [torch.randn(*shape, generator=generator) for _ in range(count)]
 
 
-def links(count: int = 3, out: int = 6, wide: int = 5) -> list[Link]:
-    return [
-        Link(n, LinkConfig(rank=2, alpha=4.0), {"m": Factors(a, b)})
-        for n, (a, b) in enumerate(
-            zip(matrices(2, wide, count=count), matrices(out, 2, count=count), strict=True)
-        )
-    ]
+def links() -> list[Link]:
+    """Three links of rank 2 on a module of 6 × 5."""
+    pairs = zip(matrices(2, 5), matrices(6, 2), strict=True)
+    config = LinkConfig(rank=2, alpha=4.0)
+    return [Link(n, config, {"m": Factors(*pair)}) for n, pair in enumerate(pairs)]
 
 
 # --- without data ---

@@ -96,9 +96,9 @@ def smallest_p(num_pairs: int) -> float:
     return 2.0 ** (1 - num_pairs) if num_pairs <= MAX_EXACT else 1 / (NUM_DRAWS + 1)
 
 
-def least_pairs(num_comparisons: int, level: float) -> int:
+def least_pairs(num_comparisons: int) -> int:
     """Return how many pairs each of so many comparisons needs for a verdict to be possible."""
-    return next(n for n in range(1, 1000) if num_comparisons * smallest_p(n) <= level)
+    return next(n for n in range(1, 1000) if num_comparisons * smallest_p(n) <= LEVEL)
 
 
 # --- power ---
@@ -116,7 +116,7 @@ def detectable(sd: float, num_pairs: int, num_comparisons: int = 1) -> float:
         num_pairs: pairs of each comparison.
         num_comparisons: comparisons corrected together.
     """
-    if num_pairs < max(4, least_pairs(num_comparisons, LEVEL)) or math.isnan(sd):
+    if num_pairs < max(4, least_pairs(num_comparisons)) or math.isnan(sd):
         return math.inf
     return sd * _effect(num_pairs, LEVEL / num_comparisons)
 
@@ -127,7 +127,7 @@ def pairs_needed(sd: float, difference: float, num_comparisons: int = 1) -> int 
     def is_found(num_pairs: int) -> bool:
         return detectable(sd, num_pairs, num_comparisons) <= abs(difference)
 
-    numbers = range(max(4, least_pairs(num_comparisons, LEVEL)), _MAX_PAIRS + 1)
+    numbers = range(max(4, least_pairs(num_comparisons)), _MAX_PAIRS + 1)
     place = bisect_left(numbers, True, key=is_found)
     return numbers[place] if difference and place < len(numbers) else None
 
