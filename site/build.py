@@ -58,13 +58,13 @@ def lay_out(source: Path) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     nav = yaml.safe_load((HERE / "nav.yaml").read_text(encoding="utf-8"))
     (source / "index.md").write_text(start_page(readme) + toctrees(nav, source), encoding="utf-8")
-    for page in source.rglob("*.md"):
-        text = page.read_text(encoding="utf-8")
-        page.write_text(start_page_for_readme(text, page.relative_to(source)), encoding="utf-8")
+    for page in source.rglob("*.md"):  # links to the repository's README lead to the start page
+        up = "../" * (len(page.relative_to(source).parts) - 1)
+        text = page.read_text(encoding="utf-8").replace(f"]({up}README.md", f"]({up}index.md")
+        page.write_text(text, encoding="utf-8")
     (source / "reference").mkdir()
-    (source / "reference/commands.md").write_text(commands_page(), encoding="utf-8")
-    (source / "reference/names.md").write_text(names_page(), encoding="utf-8")
-    (source / "reference/keys.md").write_text(keys_page(), encoding="utf-8")
+    for name, make in (("commands", commands_page), ("names", names_page), ("keys", keys_page)):
+        (source / f"reference/{name}.md").write_text(make(), encoding="utf-8")
 
 
 def start_page(readme: str) -> str:
@@ -72,12 +72,6 @@ def start_page(readme: str) -> str:
     beginning, *sections = re.split(r"^## (.*\n)", readme, flags=re.MULTILINE)
     texts = dict(zip(map(str.strip, sections[::2]), sections[1::2], strict=True))
     return beginning + "".join(f"## {title}\n{texts[title]}\n" for title in START)
-
-
-def start_page_for_readme(text: str, page: Path) -> str:
-    """Return a page whose links to the repository's README lead to the start page instead."""
-    up = "../" * (len(page.parts) - 1)
-    return text.replace(f"]({up}README.md", f"]({up}index.md")
 
 
 def toctrees(nav: dict[str, list[str | dict[str, str]]], source: Path) -> str:

@@ -107,7 +107,7 @@ MORE: dict[str, dict[str, set[str]]] = {
     "chainlora_lab": {"chainlora_pages": set(chainlora_pages.__all__)},
 }
 # training loops, optimizers and ways to merge, made of what ours are made of
-_RIVALS = ("loops", "rac_lora", "relora", "in_turn", "sequences", "ways/merging", "ways/solved")
+_RIVALS = ("loops", "rac_lora", "relora", "in_turn", "sequences", "ways/merging")
 RIVALS = {SOURCES / "chainlora_lab" / f"{name}.py" for name in _RIVALS}
 
 # From the bottom up. A room imports from itself and from rooms before it, never from one behind it.

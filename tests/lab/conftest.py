@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from chainlora_lab import make_experiment, run_cells
 from lab.cases import tree
@@ -12,6 +13,24 @@ from lab.cases import tree
 def small(tiny_folder, sentiment):
     """Return a function that makes the experiment of `cases.tree`, of keys that differ."""
     return lambda **keys: make_experiment(tree(tiny_folder, sentiment, **keys))
+
+
+@pytest.fixture
+def base(tiny_folder, sentiment):
+    """The keys that all cells of `cases.tree` share."""
+    return tree(tiny_folder, sentiment)["base"]
+
+
+@pytest.fixture
+def written(tiny_folder, sentiment, tmp_path):
+    """Return a function that writes the file of `cases.tree`, of keys that differ: its path."""
+
+    def write(**keys):
+        path = tmp_path / "experiment.yaml"
+        path.write_text(yaml.safe_dump(tree(tiny_folder, sentiment, **keys)))
+        return path
+
+    return write
 
 
 @pytest.fixture(scope="session")

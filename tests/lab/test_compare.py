@@ -13,7 +13,6 @@ from chainlora_lab import compare, comparison, expand, run_cells
 from chainlora_lab.cli import _fewest_seeds
 from chainlora_lab.cli import compare as command
 from chainlora_lab.planning import undecidable
-from lab.cases import tree
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -88,11 +87,10 @@ def test_the_help_of_compare_has_the_seeds_of_two_to_four_methods():
 
 
 def test_without_scipy_compare_stops_before_it_runs_and_an_experiment_runs(
-    small, configure, tiny_folder, sentiment, tmp_path, monkeypatch
+    small, base, configure, tmp_path, monkeypatch
 ):
     """The report needs it; cells do not."""
     monkeypatch.setitem(sys.modules, "scipy", None)
-    base = tree(tiny_folder, sentiment)["base"]
     base["recipe"]["steps"] = 2
     config = configure(None, chain={"ranks": [2], "steps": [2]})
     with pytest.raises(ConfigError, match=r"pip install 'chainlora\[experiments\]'"):

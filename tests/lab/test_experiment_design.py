@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 
 from chainlora.errors import ConfigError
 from chainlora_lab import expand, load_experiment, make_experiment
@@ -70,11 +69,10 @@ def test_what_an_experiment_file_cannot_say(tiny_folder, sentiment, keys, words)
     assert "\n" not in str(error.value)
 
 
-def test_a_file_is_read_with_overrides(tiny_folder, sentiment, tmp_path):
+def test_a_file_is_read_with_overrides(written, tmp_path):
     with pytest.raises(ConfigError, match="must be readable"):
         load_experiment(tmp_path / "none.yaml")
-    (tmp_path / "a.yaml").write_text(yaml.safe_dump(tree(tiny_folder, sentiment)))
-    changed = load_experiment(tmp_path / "a.yaml", [("base.train.batch_size", "4")])
+    changed = load_experiment(written(), [("base.train.batch_size", "4")])
     assert changed.base["train"]["batch_size"] == 4
 
 
@@ -120,11 +118,10 @@ def test_the_choice_is_by_validation_then_loss_then_order():
     assert record["chosen"] is None
 
 
-def test_a_list_of_names_keeps_what_the_file_says_of_them(tiny_folder, sentiment, tmp_path):
+def test_a_list_of_names_keeps_what_the_file_says_of_them(written):
     own = {"lora": {"train": {"lr": 3e-4}}, "three": {"preset": "chain3"}, "pissa": None}
-    path = tmp_path / "experiment.yaml"
     pairs = [["three", "lora"], ["pissa", "lora"]]
-    path.write_text(yaml.safe_dump(tree(tiny_folder, sentiment, methods=own, comparisons=pairs)))
+    path = written(methods=own, comparisons=pairs)
     few = load_experiment(path, [("methods", "[lora, three]")])
     assert few.methods == {"lora": {"train": {"lr": 3e-4}}, "three": {"preset": "chain3"}}
     assert few.pairs == (("three", "lora"),)

@@ -11,7 +11,7 @@ import pytest
 from pages.test_report import table
 
 from chainlora_lab import read_results, report_experiment
-from chainlora_lab.report.curves import difference_curves
+from chainlora_lab.report.values import difference_curves
 from lab.cases import change, with_curve, write_lines
 
 

@@ -10,20 +10,17 @@ import sys
 import time
 
 import pytest
-import yaml
 from helpers import records_of
 
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora_lab import (
     experiment_progress,
     load_experiment,
-    make_experiment,
     read_results,
     report_experiment,
     run_cells,
 )
 from chainlora_lab.worker import worker_environment
-from lab.cases import tree
 
 # a decay of 1e6 a step: weights overflow
 WILD = {"batch_size": 8, "lr": 1e3, "weight_decay": 1e3, "max_grad_norm": None}
@@ -44,7 +41,6 @@ def test_a_run_tunes_chooses_and_gathers(done):
     assert cell["steps"] == sum(cell["link_steps"]) == 6
     assert cell["config"]["train"]["lr"] == cell["point"]["train.lr"]
     assert sum(cell["link_tokens"]) == cell["tokens"] > 0
-    assert {"torch", "python"} <= cell["versions"].keys()
     # memory of one LoRA, chain or not
     assert len({c["trainable_parameters"] for c in results.finals}) == 1
 
@@ -115,12 +111,12 @@ def test_cells_of_other_rows_or_weights_are_not_put_into_one_table(small, sentim
 
 @pytest.mark.parametrize(("method", "steps"), [("lora", 6), ("full", 2)])  # in its last step
 def test_a_final_run_that_diverged_is_a_failure_however_often_it_is_asked_for(
-    tiny_folder, sentiment, tmp_path, method, steps
+    small, base, tmp_path, method, steps
 ):
-    wild = tree(tiny_folder, sentiment, methods=[method], tune={})
-    wild["base"] |= {"train": WILD, "recipe": wild["base"]["recipe"] | {"steps": steps}}
+    base |= {"train": WILD, "recipe": base["recipe"] | {"steps": steps}}
+    experiment = small(base=base, methods=[method], tune={})
     for num_run in (2, 0):
-        outcome = run_cells(make_experiment(wild), tmp_path, backend="inline")
+        outcome = run_cells(experiment, tmp_path, backend="inline")
         assert outcome.num_run == num_run
         assert set(outcome.failed) == {f"mood {method} seed=0", f"mood {method} seed=1"}
     text = report_experiment(tmp_path, figures=False).markdown
@@ -138,11 +134,8 @@ def test_a_tuning_cell_that_failed_leaves_nothing_chosen(small, tmp_path):
     assert "mood lora: seeds 0" in report_experiment(tmp_path, figures=False).markdown
 
 
-def test_what_cannot_be_run_chosen_or_scored_is_refused_before_anything_runs(
-    small, tiny_folder, sentiment, tmp_path
-):
+def test_what_cannot_be_run_chosen_or_scored_is_refused_before_anything_runs(small, base, tmp_path):
     tune = {"grid": {"train.lr": [1e-3, 1e-2]}, "metric": "acuracy"}
-    base = tree(tiny_folder, sentiment)["base"]
     base["data"] = {"train": base["data"]["train"]}
     scored = base | {"data": base["data"] | {"test": base["data"]["train"]}}
     for keys, workers, message in (
@@ -157,12 +150,9 @@ def test_what_cannot_be_run_chosen_or_scored_is_refused_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_rate_that_diverges_is_not_chosen_and_not_a_failure(
-    small, tiny_folder, sentiment, tmp_path
-):
-    base = tree(tiny_folder, sentiment)["base"] | {"train": WILD}
+def test_a_rate_that_diverges_is_not_chosen_and_not_a_failure(small, base, tmp_path):
     tune = {"grid": {"train.lr": [1e3, 1e-3]}}
-    experiment = small(base=base, methods=["lora"], seeds=[0], tune=tune)
+    experiment = small(base=base | {"train": WILD}, methods=["lora"], seeds=[0], tune=tune)
     assert not run_cells(experiment, tmp_path, backend="inline").failed
     (choice,) = read_results(tmp_path).choices
     assert choice["chosen"] == {"train.lr": 1e-3}
@@ -170,13 +160,11 @@ def test_a_rate_that_diverges_is_not_chosen_and_not_a_failure(
 
 
 @pytest.mark.slow  # a minute: processes that train until they are killed
-def test_killed_and_run_again_by_processes(tiny_folder, sentiment, tmp_path):
+def test_killed_and_run_again_by_processes(base, written, tmp_path):
     """SIGKILL to the runner: its workers end too, and the next run resumes the unfinished cells."""
-    base = tree(tiny_folder, sentiment, methods=["chain3"], seeds=[0, 1], tune={})
-    base["base"]["recipe"]["steps"] = 300
-    base["base"]["train"] |= {"save_every": 20}
-    path, out = tmp_path / "experiment.yaml", tmp_path / "out"
-    path.write_text(yaml.safe_dump(base))
+    base["recipe"]["steps"] = 300
+    base["train"] |= {"save_every": 20}
+    path, out = written(base=base, methods=["chain3"], tune={}), tmp_path / "out"
     code = (
         "import sys; from chainlora_lab import run_experiment;"
         "run_experiment(sys.argv[1], sys.argv[2], workers=2)"
@@ -256,9 +244,8 @@ def test_several_seeds_choose_apart_from_those_compared(small, tmp_path):
 
 
 def test_tuning_shows_validation_scores_and_never_those_of_the_test_rows(
-    small, tiny_folder, sentiment, tmp_path, capsys
+    small, base, tmp_path, capsys
 ):
-    base = tree(tiny_folder, sentiment)["base"]
     base["data"] = base["data"] | {"num_test": 5}  # another number: other accuracies
     experiment = small(base=base)
     records = []

@@ -11,26 +11,17 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import yaml
 
 from chainlora_lab import plan_experiment, read_results, report_experiment
 from chainlora_lab.planning import measured_power
-from lab.cases import change, tree
+from lab.cases import change
 
 
-def test_an_experiment_from_the_command_line(chainlora, tiny_folder, sentiment, tmp_path):
-    file, out = tmp_path / "experiment.yaml", tmp_path / "out"
-    base = {
-        "model": str(tiny_folder),
-        "recipe": {"rank": 2, "steps": 3},
-        "data": {"num_validation": 8},
-        "chain": {"target_modules": ["q_proj"]},
-        "train": {"batch_size": 8},
-    }
+def test_an_experiment_from_the_command_line(chainlora, base, written, sentiment, tmp_path):
+    base |= {"recipe": {"rank": 2, "steps": 3}, "data": {"num_validation": 8}}
     mood = {"data": {"task": str(sentiment / "task.yaml"), "dir": str(sentiment)}}
     tasks = {"mood": mood, "rte": {"data": {"dir": str(tmp_path)}}}
-    keys = {"name": "small", "methods": ["lora", "chain3"], "seeds": [0, 1]}
-    file.write_text(yaml.safe_dump(keys | {"base": base, "tasks": tasks}))
+    file, out = written(base=base, tasks=tasks, tune={}), tmp_path / "out"
     words = ("--seeds", "[0]", file, "--output", out, "--backend", "inline")  # a key before it
     run = ("experiment", "run", *words)
     chainlora(*run).refused("'rte' needs its 'train' rows", "or leave the folder out")
@@ -91,11 +82,10 @@ def test_compare_from_the_command_line(chainlora, config, finished, tmp_path):
 
 
 def test_a_plan_says_what_could_be_found_and_how_many_pairs_a_difference_needs(
-    done, chainlora, tiny_folder, sentiment, tmp_path
+    done, chainlora, written, tmp_path
 ):
     _, out, _ = done
-    path = tmp_path / "experiment.yaml"
-    path.write_text(yaml.safe_dump(tree(tiny_folder, sentiment, seeds=list(range(8)))))
+    path = written(seeds=[*range(8)])
     before = sorted(tmp_path.rglob("*"))
     words = f"--reuse {out}/results.jsonl --difference 5 --json"
     plan = chainlora(f"experiment plan {path} {words}").json
@@ -131,22 +121,17 @@ def test_a_plan_has_one_pair_a_task_of_two_methods_that_train_nothing(tmp_path):
         (6, ["lora", "chain3", "chain2", "relora"], "anything beside the primary comparison, "),
     ],
 )
-def test_a_plan_says_what_a_primary_comparison_needs(
-    tiny_folder, sentiment, tmp_path, num_seeds, methods, said
-):
+def test_a_plan_says_what_a_primary_comparison_needs(written, num_seeds, methods, said):
     """Nothing was said of a single one, as if three seeds could decide it."""
     keys = {"methods": methods, "primary": ["chain3", "lora"], "tune": {}}
-    path = tmp_path / "experiment.yaml"
-    path.write_text(yaml.safe_dump(tree(tiny_folder, sentiment, seeds=[*range(num_seeds)], **keys)))
-    notes = plan_experiment(path).notes
+    notes = plan_experiment(written(seeds=[*range(num_seeds)], **keys)).notes
     assert len(notes) == (said is not None)
     assert all(said in note for note in notes)
 
 
-def test_plan_and_run_from_the_command_line(done, tiny_folder, sentiment, tmp_path, chainlora):
+def test_plan_and_run_from_the_command_line(done, written, tmp_path, chainlora):
     _, out, _ = done
-    path, results = tmp_path / "experiment.yaml", out / "results.jsonl"
-    path.write_text(yaml.safe_dump(tree(tiny_folder, sentiment)))
+    path, results = written(), out / "results.jsonl"
     plan = f"experiment plan {path}"
     said = chainlora(f"{plan} --seeds [0,1,2,3,4,5]").out
     assert "14 cells, 0 of them done" in said

@@ -23,6 +23,14 @@ from chainlora_lab.methods import apply_recipe, list_methods, load_method, merge
 BASE = {"model": "m", "data": {"task": "rte"}, "recipe": {"rank": 8, "epochs": 5}}
 
 
+def small_config(method: str, *settings_of, **chain) -> CellConfig:
+    """Links of rank 2 for six steps, in a run of `helpers.settings`."""
+    chain |= dict.fromkeys(("ranks", "alpha", "steps"))
+    base = settings(*settings_of, chain=chain, train={"lr": 1e-3})
+    recipe = {"recipe": {"rank": 2, "steps": 6, "scaling": 2}}
+    return CellConfig(**apply_recipe(merge_trees(base, recipe, load_method(method).keys)))
+
+
 def config_of(method: str, shared=None, **recipe):
     keys = load_method(method).keys
     return CellConfig(**apply_recipe(merge_trees(BASE, shared, keys, {"recipe": recipe})))
@@ -80,10 +88,7 @@ def test_what_cannot_work_is_refused_in_one_line():
 
 @pytest.mark.parametrize("name", list_methods())
 def test_each_method_runs(name, tiny_folder, sentiment):
-    own = {"chain": dict.fromkeys(("ranks", "alpha", "steps")), "train": {"lr": 1e-3}}
-    recipe = {"recipe": {"rank": 2, "steps": 6, "scaling": 2}}
-    base = settings(tiny_folder, sentiment, **own)
-    config = CellConfig(**apply_recipe(merge_trees(base, recipe, load_method(name).keys)))
+    config = small_config(name, tiny_folder, sentiment)
     assert (config.loop is not None) == (name == "full")  # the test below
     result = train(config.plain)
     assert result["steps"] == (6 if config.chain.ranks else 0)
@@ -131,11 +136,7 @@ def test_full_fine_tuning_starts_over_and_keeps_no_weights(configure, tmp_path):
 
 @pytest.mark.parametrize("init", ["kaiming", "gradient"])
 def test_rac_lora_trains_b_alone(tiny_folder, sentiment, tmp_path, init):
-    own = {"chain": {**dict.fromkeys(("ranks", "alpha", "steps")), "init": init}}
-    recipe = {"recipe": {"rank": 2, "steps": 6, "scaling": 2}, "train": {"lr": 1e-3}}
-    base = settings(tiny_folder, sentiment, tmp_path / "run", **own)
-    tree = apply_recipe(merge_trees(base, recipe, load_method("rac_lora").keys))
-    train(CellConfig(**tree).plain)
+    train(small_config("rac_lora", tiny_folder, sentiment, tmp_path / "run", init=init).plain)
     links = open_run(tmp_path / "run").links()
     assert len(links) == 3
     for place, link in enumerate(links):

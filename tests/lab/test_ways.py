@@ -19,7 +19,7 @@ from chainlora_lab import compare, comparison, expand, make_experiment, read_res
 from chainlora_lab.methods import shipped_ways
 from chainlora_lab.sequences import WAYS
 from chainlora_lab.ways import COMBINERS, REGULARISERS
-from lab.cases import sequence, tree
+from lab.cases import sequence
 
 
 @pytest.fixture
@@ -212,8 +212,8 @@ def test_a_plug_in_cannot_replace_a_way(chainlora, stages, tmp_path, monkeypatch
     assert not (tmp_path / "out" / "cells").exists()
 
 
-def test_a_way_needs_stages(tiny_folder, sentiment):
-    base = tree(tiny_folder, sentiment)["base"] | {"chain": {"ranks": [2], "steps": [2]}}
+def test_a_way_needs_stages(base, sentiment):
+    base |= {"chain": {"ranks": [2], "steps": [2]}}
     del base["recipe"]
     base["data"] |= {"task": str(sentiment / "task.yaml")}
     with pytest.raises(ConfigError, match="replay is a way to add data sets, and needs a config"):

@@ -20,9 +20,16 @@ from chainlora.config.staging import make_stages
 from chainlora.runs.open_base import OpenBase
 from chainlora_lab.ewc import EWC
 from chainlora_lab.in_turn import learn_in_turn
-from chainlora_lab.ways.merging import mean, ties
+from chainlora_lab.ways.merging import (
+    Aligned,
+    averaged,
+    iteris,
+    mean,
+    reduced,
+    regmean,
+    ties,
+)
 from chainlora_lab.ways.regularisers import OLoRA, Regulariser, orthogonality
-from chainlora_lab.ways.solved import Aligned, averaged, iteris, reduced, regmean
 from lab.cases import sequence
 
 

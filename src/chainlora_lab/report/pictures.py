@@ -15,8 +15,14 @@ from typing import Any
 
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora_lab.report.comparisons import Facts
-from chainlora_lab.report.curves import Curve, difference_curves, loss_curves
-from chainlora_lab.report.values import Summary, by_seed, digits
+from chainlora_lab.report.values import (
+    Curve,
+    Summary,
+    by_seed,
+    difference_curves,
+    digits,
+    loss_curves,
+)
 from chainlora_lab.results import Results
 from chainlora_lab.statistics.pairs import VERDICTS
 from chainlora_pages import (

@@ -1,4 +1,4 @@
-"""What a cell's numbers are in a report, and a method's over its seeds.
+"""What a cell's numbers are in a report, and a method's over its seeds and along its steps.
 
 Scores are in per cent, losses as they are; a difference is this less that, in the metric's unit.
 """
@@ -6,18 +6,19 @@ Scores are in per cent, losses as they are; a difference is this less that, in t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, product
 from statistics import fmean, median
 from typing import Any
 
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora_lab.results import Results
-from chainlora_lab.statistics.intervals import mean_sd
+from chainlora_lab.statistics.intervals import mean_interval, mean_sd
 
 Cell = Mapping[str, Any]
 Value = Callable[[Cell], float | None]
+BySeed = dict[int, dict[int, float]]  # seed → step → loss
 
 
 def scale(metric: str) -> float:
@@ -184,3 +185,66 @@ def _other_metrics(cells: Sequence[Cell], metric: str) -> dict[str, float]:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
+
+
+# --- along the steps: mean curves over seeds, and paired differences step by step ---
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values over seeds: step → their mean and its interval, infinite where seeds allow none.
+
+    `knots` are the steps at which the links of `method` end.
+    """
+
+    name: str
+    method: str
+    points: dict[int, tuple[float, float, float]]
+    num_seeds: int
+    knots: tuple[int, ...] = ()
+
+
+def loss_curves(results: Results, task: str) -> list[Curve]:
+    """Return the validation loss of each method against steps; none where no curve was kept."""
+    by_method = [(name, _losses(results, task, name)) for name in results.experiment["methods"]]
+    return [c for name, losses in by_method for c in _curve(results, task, name, name, losses)]
+
+
+def difference_curves(results: Results, task: str) -> list[Curve]:
+    """Return the method's loss less its rival's against steps, by seed: lower is better."""
+    found = list[Curve]()
+    for method, rival in results.experiment["pairs"]:
+        one, other = (_losses(results, task, name) for name in (method, rival))
+        paired = {
+            seed: {
+                step: loss - other[seed][step] for step, loss in own.items() if step in other[seed]
+            }
+            for seed, own in one.items()
+            if seed in other
+        }
+        found += _curve(results, task, method, f"{method} − {rival}", paired)
+    return found
+
+
+def _losses(results: Results, task: str, method: str) -> BySeed:
+    """Return the validation losses along the runs of a method; runs of one point have no curve."""
+    found = {
+        cell["seed"]: {
+            point["step"]: loss
+            for point in cell.get("curve", ())
+            if (loss := finite(point.get("loss"))) is not None
+        }
+        for cell in cells_of(results, task, method)
+    }
+    return {seed: losses for seed, losses in found.items() if len(losses) > 1}
+
+
+def _curve(results: Results, task: str, method: str, name: str, values: BySeed) -> Iterator[Curve]:
+    """Yield the curve over the steps that all seeds have, if they have any."""
+    values = {seed: losses for seed, losses in values.items() if losses}
+    if not values or not (shared := set.intersection(*map(set, values.values()))):
+        return
+    columns = {step: [losses[step] for losses in values.values()] for step in sorted(shared)}
+    points = {step: (fmean(own), *mean_interval(own)) for step, own in columns.items()}
+    lengths = cells_of(results, task, method)[0].get("link_steps") or []
+    yield Curve(name, method, points, len(values), tuple(accumulate(lengths[:-1])))

@@ -16,9 +16,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from chainlora_lab.ways.merging import mean, ties
+from chainlora_lab.ways.merging import iteris, mean, regmean, ties
 from chainlora_lab.ways.regularisers import OLoRA, Regulariser
-from chainlora_lab.ways.solved import iteris, regmean
 
 Combiner = Callable[..., dict[str, Tensor]]
 
