@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +81,15 @@ class Traffic:
     def __init__(self) -> None:
         self.now = dict.fromkeys(("summed", "gathered", "read", "written"), 0)
         self.last: dict[str, int] = {}
+
+        def written(args: Sequence[Any], out: Any) -> int:
+            return args[1].numel() * args[0].itemsize
+
         self._restore = [
             self._count(distributed, "all_reduce", "summed", lambda args, out: args[0].nbytes),
             self._count(distributed, GATHER, "gathered", lambda args, out: args[0].nbytes),
             self._count(Stored, "read", "read", lambda args, out: out.nbytes),
-            self._count(
-                BaseWeights,
-                "write",
-                "written",
-                lambda args, out: args[1].numel() * args[0].itemsize,
-            ),
+            self._count(BaseWeights, "write", "written", written),
         ]
 
     def _count(self, owner: Any, name: str, kind: str, amount: Callable[..., int]) -> Any:

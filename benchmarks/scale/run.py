@@ -47,23 +47,17 @@ def llama(
 
 HERE = Path(__file__).resolve().parent
 WORDS = [f"word{number}" for number in range(200)]
+# vocabulary, hidden, inner, layers, heads, heads of keys
 SMALL = llama(256, 64, 160, 4, 4, 2)
 LARGE = llama(32000, 1024, 4096, 16, 16, 16)
 STEPS = [5, 5]
 STOP = 3  # inside the first link, so that a resume crosses a knot
-ENGINES = {
-    "one process": (1, {}),
-    "DDP 2": (2, {}),
-    "DDP 4": (4, {}),
-    "FSDP2 2": (2, {"shard": "fsdp2"}),
-    "FSDP2 4": (4, {"shard": "fsdp2"}),
-}
-OTHER = {  # the engine that resumes a run of this one
-    "one process": "FSDP2 2",
-    "DDP 2": "one process",
-    "DDP 4": "FSDP2 2",
-    "FSDP2 2": "one process",
-    "FSDP2 4": "DDP 2",
+ENGINES = {  # processes, keys, and the engine that resumes a run of this one
+    "one process": (1, {}, "FSDP2 2"),
+    "DDP 2": (2, {}, "one process"),
+    "DDP 4": (4, {}, "FSDP2 2"),
+    "FSDP2 2": (2, {"shard": "fsdp2"}, "one process"),
+    "FSDP2 4": (4, {"shard": "fsdp2"}, "DDP 2"),
 }
 
 
@@ -96,7 +90,7 @@ def engines(folder: Path) -> dict[str, Any]:
     make_model(folder / "model", SMALL, torch.float32)
     make_rows(folder)
     jobs: dict[int, list[dict[str, Any]]] = {1: [], 2: [], 4: []}
-    for name, (count, keys) in ENGINES.items():
+    for name, (count, keys, _) in ENGINES.items():
         output = slug(name)
         jobs[count] += [
             job(folder, output, keys),
@@ -107,8 +101,8 @@ def engines(folder: Path) -> dict[str, Any]:
     for count in jobs:
         launch(count, folder, jobs[count])
     moves: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
-    for name, other in OTHER.items():
-        count, keys = ENGINES[other]
+    for name, (*_, other) in ENGINES.items():
+        count, keys, _ = ENGINES[other]
         moves[count] += [job(folder, f"{slug(name)}-moved", keys, resume=True)]
     for count in moves:
         launch(count, folder, moves[count])
@@ -257,10 +251,10 @@ def report(results: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|---|",
         ]
         for name, found in results["engines"].items():
-            lines.append(
-                f"| {name} | {found['links']:.1e} | {found['resumed']:.1e} | {OTHER[name]} | "
-                f"{found['moved']:.1e} | {found['export']:.1e} | {found['evaluation']:.1e} |"
-            )
+            off = {key: f"{value:.1e}" for key, value in found.items()}
+            cells = [name, off["links"], off["resumed"], ENGINES[name][-1]]
+            cells += [off[key] for key in ("moved", "export", "evaluation")]
+            lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     if "memory" in results:
         lines += memory_table(results["memory"])
