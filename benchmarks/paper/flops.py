@@ -73,11 +73,7 @@ def forward_flops(shapes: Shapes, context: float) -> float:
 def training_flops(shapes: Shapes, rank: int, context: float, *, full: bool = False) -> float:
     """Return the operations of one token's forward and backward, without the head.
 
-    Args:
-        shapes: the model's matmuls, those adapted marked.
-        rank: of the link.
-        context: mean number of positions a token attends to.
-        full: whether every weight is trained.
+    `context` is the mean number of positions a token attends to; `full`: every weight is trained.
     """
     total = forward_flops(shapes, context)
     if full:

@@ -141,9 +141,7 @@ class Recipe(Keys):
 def apply_recipe(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Replace a config's section `recipe` by the `chain` keys it stands for.
 
-    Raises:
-        ConfigError: unknown recipe key (nearest named), wrong value, or keys that `chain` sets as
-        well.
+    Raises ConfigError: unknown key (nearest named), wrong value, or keys that `chain` sets as well.
     """
     tree = dict(tree)
     if "recipe" not in tree:

@@ -111,10 +111,7 @@ def least_pairs(num_comparisons: int) -> int:
 def detectable(sd: float, num_pairs: int, num_comparisons: int = 1) -> float:
     """Return the mean difference that is found with `POWER` at `LEVEL`; inf where none can be.
 
-    Args:
-        sd: standard deviation of the paired differences.
-        num_pairs: pairs of each comparison.
-        num_comparisons: comparisons corrected together.
+    `sd` is that of the paired differences; `num_comparisons` are corrected together.
     """
     if num_pairs < max(4, least_pairs(num_comparisons)) or math.isnan(sd):
         return math.inf
