@@ -207,17 +207,18 @@ def classification() -> Rows:
 # --- speed, memory, numerics ---
 
 
+def entries(file: str, benchmark: str) -> dict[str, dict[str, Any]]:
+    """The lines of a contest, by entry."""
+    some = lines(f"speed/results/2026-11-{file}.jsonl")
+    return {line["entry"]: line for line in some if line["benchmark"] == benchmark}
+
+
 def contest(
     file: str, benchmark: str, peer: str, ours: str = "chainlora", *, per_cpu: bool = False
 ) -> tuple[float, float]:
     """Times as fast as a peer, per processor second where other processes took cores, and the share
     of its memory."""
-    entries = {
-        line["entry"]: line
-        for line in lines(f"speed/results/2026-11-{file}.jsonl")
-        if line["benchmark"] == benchmark
-    }
-    one, other = entries[ours], entries[peer]
+    one, other = (entries(file, benchmark)[name] for name in (ours, peer))
     is_busy = per_cpu or max(one["others_cores"], other["others_cores"]) > 1
     rate = "rows_per_processor_second" if is_busy else "rows_per_second"
     return one[rate] / other[rate], one["peak_mb"] / other["peak_mb"]
@@ -281,11 +282,7 @@ def against_trainer() -> list[str]:
 
 
 def half_a_billion() -> tuple[str, str]:
-    (found,) = (
-        line
-        for line in lines("speed/results/2026-11-26-large.jsonl")
-        if (line["benchmark"], line["entry"]) == ("0.5b-1024-bfloat16", "chainlora")
-    )
+    found = entries("26-large", "0.5b-1024-bfloat16")["chainlora"]
     return f"{found['peak_mb'] / 1000:.1f}", f"{found['seconds_per_step']:.1f}"
 
 
@@ -299,8 +296,7 @@ def checkpointed() -> list[tuple[float, float]]:
 
 
 def rank_cost() -> str:
-    cells = lines("speed/results/2026-11-25.jsonl")
-    found = {each["entry"]: each for each in cells if each["benchmark"] == "rank-64"}
+    found = entries("25", "rank-64")
     return times(found["rank 64"]["seconds_per_step"] / found["rank 8"]["seconds_per_step"])
 
 
