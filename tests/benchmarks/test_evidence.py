@@ -1,5 +1,6 @@
 """Every number of docs/evidence.md, and what other pages take from it, is recomputed from the
-committed results. After new results, `python tests/test_evidence.py` rewrites the page's tables."""
+committed results. After new results, `PYTHONPATH=tests python -m benchmarks.test_evidence` rewrites
+the page's tables."""
 
 from __future__ import annotations
 
