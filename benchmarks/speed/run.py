@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,12 +25,18 @@ from pathlib import Path
 from typing import Any
 
 from contests import CONTESTS, Contest, Entry
-from startup import run_startup
 from table import write_table
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-CHILD = "benchmarks/speed/child.py"
+STARTUP = {
+    "python": "pass",
+    "import chainlora": "import chainlora",
+    "chainlora --help": "from chainlora.cli import run; run(['--help'])",
+    "import torch": "import torch",
+    "import peft": "import peft",
+    "import trl.SFTTrainer": "from trl import SFTTrainer",
+}
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -51,7 +58,7 @@ def main() -> None:
         )
     bench = Bench(options)
     if startup:
-        run_startup(bench)
+        bench.startup()
     for contest in picked:
         bench.run(contest)
     write_table(bench.results)
@@ -95,14 +102,9 @@ class Bench:
             **({} if self.data is None else OFFLINE),
             "OMP_NUM_THREADS": str(options.threads),
         }
-        self.use(ROOT)
-        self.machine = self._machine()
-
-    def use(self, checkout: Path) -> None:
-        """Let children run the package and the contestants of a checkout."""
-        self.checkout = checkout
-        paths = [str(checkout / "src"), os.environ.get("PYTHONPATH", "")]
+        paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
         self.environment["PYTHONPATH"] = os.pathsep.join(paths)
+        self.machine = self._machine()
 
     def run(self, contest: Contest) -> None:
         """Measure a contest, its entries in turns."""
@@ -120,6 +122,20 @@ class Bench:
                     f"load {measures['load_before']:.1f}, others {measures['others_cores']:.2f} "
                     "cores"
                 )
+
+    def startup(self) -> None:
+        """Measure the time to import and to print help, beside what peers take to import."""
+        for label, code in STARTUP.items():
+            seconds = []
+            for _ in range(6):
+                began = time.perf_counter()
+                words = [sys.executable, "-c", code]
+                subprocess.run(words, env=self.environment, capture_output=True, check=False)
+                seconds.append(time.perf_counter() - began)
+            del seconds[0]  # it warms the file cache
+            measures = {"seconds": statistics.median(seconds), "all_seconds": seconds}
+            ours = {"measure": "seconds", "ours": label == "import chainlora", "goals": {}}
+            self.record("startup", label, 0, measures | ours)
 
     def measure(self, contest: Contest, entry: Entry) -> dict[str, Any]:
         """Run one entry once."""
@@ -142,7 +158,7 @@ class Bench:
         log = self.folder / "log.txt"
         with log.open("w", encoding="utf-8") as stream:
             process = subprocess.Popen(
-                [sys.executable, str(self.checkout / CHILD), str(given), str(out)],
+                [sys.executable, str(HERE / "child.py"), str(given), str(out)],
                 stdout=stream,
                 stderr=stream,
                 env=self.environment,
