@@ -202,9 +202,7 @@ def test_workers_share_the_cells(small, tmp_path):
         if record["event"] == "poll":
             most.append(len(record["running"]))
 
-    keys = {"methods": ["lora"], "seeds": [0, 1], "tune": {}}
-    experiment = small(**keys)
-    outcome = run_cells(experiment, tmp_path, workers=2, listener=listen)
+    outcome = run_cells(small(methods=["lora"], tune={}), tmp_path, workers=2, listener=listen)
     assert (outcome.num_run, outcome.failed) == (2, {})
     assert max(most) == 2
 
