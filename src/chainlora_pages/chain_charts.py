@@ -54,10 +54,8 @@ def plot_chain(inspection: Mapping[str, Any], out_png: str | Path) -> None:
 
 
 def chain_pictures(run: RunFacts) -> list[Picture]:
-    """Return charts of each link: size, rank, spectrum, updated layers, overlap."""
+    """Return charts of each link, for a run with links: size, rank, spectrum, layers, overlap."""
     links = run.links
-    if not links:
-        return []
     note = "mean over the modules, the largest first"
     styles = _styles(links, run.stage_names)
     spectra = partial(_draw_spectra, links=links, styles=styles)

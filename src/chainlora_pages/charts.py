@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from chainlora.files import write_bytes
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 SKY, PURPLE, GREY = "#56B4E9", "#CC79A7", "#777777"
 ORANGE, INK = "#E69F00", "#222222"
-TRAINING, VALIDATION, PLAIN = BLUE, VERMILION, GREY  # in every chart; plain is the base
+TRAINING, VALIDATION = BLUE, VERMILION  # in every chart
 _OF_STAGES = (GREEN, PURPLE, ORANGE, SKY)  # also of runs side by side
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY, GREY)
 SMALL = 9  # points; the smallest text of a page's chart
@@ -123,36 +123,33 @@ def picture(
     table: Table | None = None,
 ) -> Picture:
     """Return a chart as a picture. `table` replaces the table of its lines' numbers."""
-    from matplotlib import rc_context
-
-    figure = drawn(lambda figure: draw(figure.subplots()), size, _FOR_PAGE)
-    out = io.StringIO()
-    with rc_context(STYLE | _FOR_PAGE):
-        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format")))
-    return Picture(title, note, _for_page(out.getvalue()), table or numbers_of(title, figure))
-
-
-def drawn(fill: Fill, size: tuple[float, float], style: Any = None) -> Any:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context(STYLE | (style or {})):
-        figure = Figure(figsize=size, layout="constrained")
-        fill(figure)
-    return figure
+    style, unsaid = STYLE | _FOR_PAGE, ("Date", "Creator", "Format")
+    figure, svg = _drawn(lambda figure: draw(figure.subplots()), size, style, "svg", unsaid)
+    return Picture(title, note, _for_page(svg.decode()), table or numbers_of(title, figure))
 
 
 def save(fill: Fill, size: tuple[float, float], path: str | Path) -> Path:
     """Draw into a PNG or SVG file. Without dates, so that the same chart gives the same bytes."""
-    from matplotlib import rc_context
-
-    path, out = Path(path), io.BytesIO()
-    figure = drawn(fill, size)
-    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    with rc_context(STYLE):
-        figure.savefig(out, format=path.suffix[1:] or "png", metadata=metadata)
-    write_bytes(path, out.getvalue())
+    path = Path(path)
+    unsaid = ["Date" if path.suffix == ".svg" else "Software"]
+    _, content = _drawn(fill, size, STYLE, path.suffix[1:] or "png", unsaid)
+    write_bytes(path, content)
     return path
+
+
+def _drawn(
+    fill: Fill, size: tuple[float, float], style: Any, kind: str, unsaid: Iterable[str]
+) -> tuple[Any, bytes]:
+    """Return a figure and its file, without the metadata `unsaid`."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    out = io.BytesIO()
+    with rc_context(style):
+        figure = Figure(figsize=size, layout="constrained")
+        fill(figure)
+        figure.savefig(out, format=kind, metadata=dict.fromkeys(unsaid))
+    return figure, out.getvalue()
 
 
 def numbers_of(title: str, figure: Any) -> Table | None:
@@ -231,16 +228,9 @@ def heat_map(
 ) -> None:
     """Draw a matrix of numbers as colours, with the first row at the top.
 
-    Args:
-        axes: where to draw.
-        grid: the numbers, [rows, columns]; NaN cells stay empty. Small matrices show them as text.
-        rows: names of the rows. Long names are cut; of many names only some are shown.
-        columns: names of the columns.
-        label: of the colour scale.
-        least: the scale ends at the largest number, but not below this.
-        texts: replace the numbers in the cells; the scale then has no numbers.
-        turned: make the largest number the darkest, not the lightest. For scores of which lower is
-            better, so that the best score is always the lightest.
+    NaN cells stay empty. Cells of small matrices have texts: their numbers, or `texts`, and then
+    the scale has no numbers. The scale ends at the largest number, but not below `least`. With
+    `turned`, for scores of which lower is better, the smallest number is the lightest.
     """
     top = max([least, *(value for line in grid for value in line if math.isfinite(value))]) or 1.0
     form = "{:.2f}" if top < 10 else "{:.3g}"

@@ -56,17 +56,9 @@ def answers(
     """Answer prompts greedily with the chain after 0, 1, … links.
 
     A run of several stages answers prompts of each stage, after each stage and in the current mix.
-    The base is loaded once; links are added one by one.
-
-    Args:
-        run: the run.
-        wanted: the result of `read_prompts`. A number takes rows of the validation data, else of
-            the test or training data.
-        max_new_tokens: of an answer.
-        progress: called with a line about each state.
-
-    Raises:
-        DataError: the rows have no prompts.
+    `wanted` is the result of `read_prompts`; a number takes rows of the validation data, else of
+    the test or training data. `progress` is called with a line about each state. Raises DataError
+    if the rows have no prompts.
     """
     columns: list[list[Said]] = []
     prompts: list[Prompt] = []

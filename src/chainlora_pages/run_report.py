@@ -298,10 +298,6 @@ def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:
 
 def links_blocks(run: RunFacts) -> list[Block]:
     """Return details of links for specialists: sizes, directions, overlap, scores."""
-    return [*chain_pictures(run), *links_table(run)]
-
-
-def links_table(run: RunFacts) -> list[Block]:
     links = run.links
     if not links:
         return []
@@ -324,7 +320,7 @@ def links_table(run: RunFacts) -> list[Block]:
         row["stable rank"] = number(link["stable_rank"])
         rows.append(row)
     note = "Training loss: mean of the last tenth of the link's steps. Ranks: means over modules."
-    return [Numbers(table_of("Each link", rows, note))]
+    return [*chain_pictures(run), Numbers(table_of("Each link", rows, note))]
 
 
 def stage_blocks(run: RunFacts) -> list[Block]:

@@ -47,18 +47,12 @@ dtype_option = click.option(
     type=click.Choice(["float32", "bfloat16"]),
     help="Data type of the weights. Default: the run's, or float32.",
 )
-
-
-def _note_verbose(context: click.Context, param: click.Parameter, value: bool) -> None:
-    context.meta[_VERBOSE] = value
-
-
 _VERBOSE = "chainlora.verbose"  # the key of `context.meta`
 verbose_option = click.option(
     "--verbose",
     is_flag=True,
     expose_value=False,
-    callback=_note_verbose,
+    callback=lambda context, param, value: context.meta.update({_VERBOSE: value}),
     help="Also show learning rates, knots, a table of links, and the error of a combination.",
 )
 
@@ -160,12 +154,14 @@ def to_stderr(text: str = "") -> None:
     click.echo(text, err=True)
 
 
-@contextmanager
-def picture_if_possible() -> Iterator[None]:
-    """Report a picture that cannot be written, and go on: the numbers are shown anyway."""
+def draw(chart: str, numbers: Any, file: Path) -> None:
+    """Draw a chart ``MODULE.FUNCTION`` of chainlora_pages into a file, if it can be written."""
+    module, _, function = chart.rpartition(".")
+    # by name: this package does not import packages that depend on it
+    plot = getattr(import_module(f"chainlora_pages.{module}"), function)
     try:
-        yield
-    except FileError as error:
+        plot(numbers, file)
+    except FileError as error:  # the numbers are shown anyway
         to_stderr(f"chainlora: {error}")
 
 

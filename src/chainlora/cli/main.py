@@ -142,7 +142,5 @@ def cli(context: click.Context, debug: bool) -> None:
 
 for _verb in (demo, train, extend, add, combine, rehearse, mix, undo, redo, log, prune, push, pull):
     cli.add_command(_verb)
-for _verb in (evaluate, generate, chat, inspect, diff, export, verify, tasks):
-    cli.add_command(_verb)
-for _verb in (doctor, schema):
+for _verb in (evaluate, generate, chat, inspect, diff, export, verify, tasks, doctor, schema):
     cli.add_command(_verb)

@@ -129,7 +129,7 @@ def _evaluate_matrix(
     run: str, start_rows: str | None, options: dict[str, Any], as_json: bool
 ) -> None:
     """Show the matrix of a run, after adding a column for `start_rows`, if given."""
-    speedups = options.pop("speedups")
+    speedups: Speedups = options.pop("speedups")
     task = options.pop("task") if start_rows is not None else None
     if given := [name for name, value in options.items() if value is not None]:
         raise click.UsageError(
@@ -137,23 +137,6 @@ def _evaluate_matrix(
         )
     if start_rows is not None:
         _keep_start_rows(run, start_rows, task)
-    _score_matrix(run, as_json, speedups)
-
-
-def _keep_start_rows(run: str, file: str, task: str | None) -> None:
-    """Keep the rows of a file in a run, to measure its origin."""
-    folder = whole_run(run)
-    quiet()
-    from chainlora.config.schema import StartData
-    from chainlora.evaluation.start_rows import keep_start_rows
-    from chainlora.runs.addresses import open_run
-
-    keep_start_rows(folder, StartData(validation=file, task=task))
-    column = next(iter(open_run(folder).columns))
-    to_stderr(f"{run} keeps these rows, as the column {column} of its matrix")
-
-
-def _score_matrix(run: str, as_json: bool, speedups: Speedups) -> None:
     need_run(run)
     quiet()
     from chainlora.cli.screen import scored_matrix, show_matrix
@@ -168,3 +151,16 @@ def _score_matrix(run: str, as_json: bool, speedups: Speedups) -> None:
     if START in matrix.stages and START not in {cell.stage for cell in matrix.cells}:
         command = f"chainlora eval {split_address(run)[0]} --matrix --start-rows FILE"
         to_stderr(f"chainlora: to measure what {START} forgets, give rows for it: {command}")
+
+
+def _keep_start_rows(run: str, file: str, task: str | None) -> None:
+    """Keep the rows of a file in a run, to measure its origin."""
+    folder = whole_run(run)
+    quiet()
+    from chainlora.config.schema import StartData
+    from chainlora.evaluation.start_rows import keep_start_rows
+    from chainlora.runs.addresses import open_run
+
+    keep_start_rows(folder, StartData(validation=file, task=task))
+    column = next(iter(open_run(folder).columns))
+    to_stderr(f"{run} keeps these rows, as the column {column} of its matrix")

@@ -8,7 +8,6 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +16,7 @@ import click
 from chainlora.cli.common import (
     SIGNALLED,
     WithKeys,
+    draw,
     file_and_overrides,
     general_keys,
     general_option,
@@ -25,7 +25,6 @@ from chainlora.cli.common import (
     is_verbose,
     json_option,
     keys_argument,
-    picture_if_possible,
     print_json,
     quiet,
     to_stderr,
@@ -166,28 +165,28 @@ def _train_alone(stage: Stage, change: Sequence[str], dry_run: bool, as_json: bo
         return
     from chainlora.training.stages import base_of, train_run
 
-    base = base_of(stage.config)
+    config, base = stage.config, base_of(stage.config)
     finished: list[Event] = []  # the run had ended before this command
 
     def work(show: Listener) -> TrainResult:
         def listener(event: Event) -> None:
             (finished.append if event.name == "finished" else show)(event)
 
-        keys: Any = {"resume": True, "listener": listener, "change": change}
-        keys |= {"stage": stage.name, "base": base}
-        return train_run(stage.config, **keys)
+        return train_run(
+            config, resume=True, listener=listener, change=change, stage=stage.name, base=base
+        )
 
-    result = with_progress(stage.config.output, work)
+    result = with_progress(config.output, work)
     if not is_first_process():
         return
     if not finished:
-        _plot(stage.config, stage.name)
+        _plot(config, stage.name)
     if as_json:
         print_json(result)
     elif finished:
-        click.echo(f"nothing left to do: {stage.config.output} has ended")
+        click.echo(f"nothing left to do: {config.output} has ended")
     else:
-        _show_run(stage.config, [result], base)
+        _show_run(config, [result], base)
 
 
 def _rebuild(file: str, overrides: Sequence[tuple[str, str]], dry_run: bool, as_json: bool) -> None:
@@ -324,8 +323,10 @@ def _show_run(
     """Print the links of a finished run, the scores of its new stages, and the next commands."""
     from chainlora.cli.screen import show_inspection, show_matrix
     from chainlora.evaluation.stage_scores import columns_after_training, stage_matrix
+    from chainlora.evaluation.training_rows import training_rows
     from chainlora.runs.addresses import open_run
     from chainlora.runs.inspection import inspect_run
+    from chainlora.runs.opening import tokenizer_of
 
     run = config.output or ""
     show_inspection(inspect_run(run), is_whole=is_verbose())
@@ -338,11 +339,12 @@ def _show_run(
             f"{prefix}{result['steps']} steps, {result['tokens']} tokens, "
             f"{result['wall_s']:.0f} s, peak memory {result['peak_memory_mb']} MiB"
         )
-    of = columns_after_training(open_run(run))
+    state = open_run(run)
+    of = columns_after_training(state)
     show_matrix(stage_matrix(run, compute=False, of=of), has_notes=is_verbose())
     click.echo(f"run directory {run}")
-    is_chat = _is_chat(open_run(run), base)
-    _show_next(shlex.quote(run), results[-1], config, open_run(run), is_chat)
+    rows = training_rows(state, tokenizer_of(state, base))
+    _show_next(shlex.quote(run), results[-1], config, state, rows is not None and rows.is_chat)
 
 
 def _show_next(
@@ -363,15 +365,6 @@ def _show_next(
         f"chainlora export {run} --to {kind} --output FOLDER",
     ]
     click.echo("\n  ".join(["next:", *commands]))
-
-
-def _is_chat(state: OpenState, base: OpenBase) -> bool:
-    """Return whether a chat template wrote prompts of the run's rows."""
-    from chainlora.evaluation.training_rows import training_rows
-    from chainlora.runs.opening import tokenizer_of
-
-    facts = training_rows(state, tokenizer_of(state, base))
-    return facts is not None and facts.is_chat
 
 
 def _show_plan(stages: Sequence[Stage], change: Sequence[str], as_json: bool) -> None:
@@ -404,11 +397,7 @@ def _plot(settings: RunConfig, stage: str) -> None:
     folder = stage_folder(Path(settings.output or ""), stage)
     records = read_records(folder / "metrics.jsonl")
     if records:  # a stage without links and held-out rows has none
-        with picture_if_possible():
-            # by name: this package does not import packages that depend on it
-            import_module("chainlora_pages.run_charts").plot_training(
-                records, folder / "training.png"
-            )
+        draw("run_charts.plot_training", records, folder / "training.png")
 
 
 def with_progress(run: str | None, work: Callable[[Listener], Result]) -> Result:

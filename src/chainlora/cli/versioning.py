@@ -158,15 +158,11 @@ def _show_added(run: str, before: str | None, state: OpenState, as_json: bool) -
     elif state.key == before:
         click.echo(f"{run} is {before}, as before")
     else:
-        click.echo(f"{run} is {state.key} now{_parts(state)}")
+        entry = state.entry
+        parts = f", of {', '.join(entry.parents)}" if entry and entry.kind == "combine" else ""
+        click.echo(f"{run} is {state.key} now{parts}")
         if matrix is not None:
             show_matrix(matrix)
-
-
-def _parts(state: OpenState) -> str:
-    """Return the parts of a combination as text."""
-    is_combined = state.entry is not None and state.entry.kind == "combine"
-    return f", of {', '.join(state.entry.parents)}" if state.entry and is_combined else ""
 
 
 @click.command

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
 import click
@@ -11,10 +10,10 @@ import click
 from chainlora.cli.common import (
     check_run_or_model,
     chosen_state,
+    draw,
     json_option,
     links_option,
     need_run,
-    picture_if_possible,
     print_json,
     quiet,
     show,
@@ -41,11 +40,7 @@ def inspect(run: str, as_json: bool) -> None:
     state = open_run(run)
     inspection = inspect_run(state)
     if inspection["links"] and not state.is_before_training:
-        with picture_if_possible():
-            # by name: this package does not import packages that depend on it
-            import_module("chainlora_pages.chain_charts").plot_chain(
-                inspection, state.run / "chain.png"
-            )
+        draw("chain_charts.plot_chain", inspection, state.run / "chain.png")
     if as_json:
         print_json(inspection)
     else:

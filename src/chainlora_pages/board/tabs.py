@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gradio as gr
 
@@ -107,18 +107,8 @@ def _harm_text(harm: str) -> str:
     )
 
 
-class _TrainFields(NamedTuple):
-    """The fields of the tab Train."""
-
-    rows: Any
-    into: Any
-    model: Any
-    name: Any
-    settings: list[Any]
-
-
-def _train_fields(folder: Path | None, runs: Mapping[str, Path]) -> _TrainFields:
-    """Create the fields of the tab Train."""
+def _train_fields(folder: Path | None, runs: Mapping[str, Path]) -> list[Any]:
+    """Create the fields of the tab Train: rows, run, model, name, and settings."""
     gr.Markdown(f"**Your data**: a file of rows ({', '.join(SUFFIXES)})")
     keys: Any = {"file_types": [*SUFFIXES], "height": 140, "show_label": False}
     rows = gr.File(label="Your data", elem_id="rows", **keys)
@@ -140,7 +130,7 @@ def _train_fields(folder: Path | None, runs: Mapping[str, Path]) -> _TrainFields
         # Textboxes, not numbers: Gradio turns an empty number that starts folded into 0.
         texts = {"Epochs": "automatic", "Rank": "8", "Learning rate": "default"}
         settings = [gr.Textbox(label=k, placeholder=v, min_width=140) for k, v in texts.items()]
-    return _TrainFields(rows, into, model, name, settings)
+    return [rows, into, model, name, *settings]
 
 
 def train_tab(
@@ -151,7 +141,7 @@ def train_tab(
     `run` is the shown run; `wanted` becomes the run that a training writes. Returns the widgets
     that the page updates with `targets` and `standing`.
     """
-    fields = _train_fields(folder, runs)
+    fields = rows, into, model, name, *_ = _train_fields(folder, runs)
     with gr.Row():
         begin = gr.Button("Train", variant="primary", min_width=120, elem_id="begin")
         stop = gr.Button("Stop", min_width=120, visible=trainer.is_training, elem_id="stop")
@@ -184,15 +174,12 @@ def train_tab(
         trainer.stop()
         return standing(trainer)
 
-    fields.rows.upload(name_of_rows, fields.rows, fields.name, show_progress="hidden")
-    fields.into.input(
-        lambda to: gr.Dropdown(visible=not to), fields.into, fields.model, show_progress="hidden"
-    )
-    given = [fields.rows, fields.into, fields.model, fields.name, *fields.settings]
-    begin.click(train, given, [wanted, *shown])
+    rows.upload(name_of_rows, rows, name, show_progress="hidden")
+    into.input(lambda to: gr.Dropdown(visible=not to), into, model, show_progress="hidden")
+    begin.click(train, fields, [wanted, *shown])
     stop.click(end, None, shown)
     further.click(go_on, run, shown)
-    return [fields.into, *shown]
+    return [into, *shown]
 
 
 def _field_text(text: str | None) -> str | None:

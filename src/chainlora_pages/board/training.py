@@ -47,18 +47,12 @@ def command_of(
     name: str | None = None,
     settings: Mapping[str, Any] = {},
 ) -> list[str]:
-    """Return the arguments of the command that trains on a file of rows, which is copied.
+    """Return the arguments of the command that trains on an uploaded file of rows.
 
-    Args:
-        place: the folder for a new run.
-        rows: the uploaded file; None resumes `run`.
-        run: gets a new stage; None starts a new run.
-        model: the base of a new run.
-        name: of the stage. Default: the name of the file.
-        settings: config keys; None stands for the default.
-
-    Raises:
-        ConfigError, DataError, FileError: as the command line, and for a file that is not rows.
+    The file is copied; None resumes `run`. `run` gets a new stage; None starts a new run of `model`
+    below `place`. The stage has the name of the file by default, and None in `settings` stands for
+    the default of a key. Raises ChainLoRAError like the command line, and for a file that is not
+    rows.
     """
     if rows is None:
         if run is None or not read_history(Path(run)).unbuilt:
@@ -176,7 +170,8 @@ class Trainer:
             done = "Combined" if self._words[0] == "combine" else "Trained"
             return f"{done}. Ask it, or see its curves under Watch."
         if self._is_stopped:
-            return f"Stopped and saved.{self._as_before} Press Continue to resume."
+            has_more = is_run(self.run) and read_history(self.run).links
+            return f"Stopped and saved.{AS_BEFORE if has_more else ''} Press Continue to resume."
         bad_rows = [line for line in self.lines() if "cannot be read: " in line]
         return f"Not trained. {bad_rows[-1]}" if bad_rows else "Not trained:"
 
@@ -190,11 +185,6 @@ class Trainer:
         """Return the run of the last command."""
         outputs = [word for word in self._words if word.startswith("--output=")]
         return Path(outputs[0].removeprefix("--output=") if outputs else self._words[1])
-
-    @property
-    def _as_before(self) -> str:
-        has_more = is_run(self.run) and read_history(self.run).links
-        return AS_BEFORE if has_more else ""
 
     @property
     def harm(self) -> str:

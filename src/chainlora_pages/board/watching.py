@@ -101,11 +101,9 @@ def _details(run: Path) -> list[Section]:
     for name in reversed(names):
         head = (f"{name} (off)" if name in off else name) if len(names) > 1 else ""
         blocks = _curves(run, name, _stamp(stage_folder(run, name) / RECORDS))
-        is_rate = [isinstance(block, Picture) and block.title == RATE for block in blocks]
-        curves.append(
-            Column(head, [b for b, rate in zip(blocks, is_rate, strict=True) if not rate])
-        )
-        rates.append(Column(head, [b for b, rate in zip(blocks, is_rate, strict=True) if rate]))
+        rate = [block for block in blocks if isinstance(block, Picture) and block.title == RATE]
+        curves.append(Column(head, [block for block in blocks if block not in rate]))
+        rates.append(Column(head, rate))
     last = names[-1]
     state = _state_of(run, last)
     knots = sum(record.get("where") == "knot" for record in state.records())
