@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 from transformers import AutoConfig
 
+from chainlora.chain.adapters import Factors
 from chainlora.errors import ModelError
 from chainlora.models.checkpoint import Checkpoint
 from chainlora.models.gguf import (
@@ -88,12 +89,11 @@ def _check_tokenizer(file: Path, tokenizer: Any) -> None:
     except Exception as error:  # transformers raises many types
         rule = "transformers must be able to read a tokenizer in GGUF"
         raise ModelError(rule, f"{type(error).__name__}: {error!s:.200}", _OTHER) from error
+    rule = "a GGUF file must reproduce its tokenizer"
     for text in _PROBES:
         if restored(text)["input_ids"] != tokenizer(text)["input_ids"]:
-            rule = "a GGUF file must reproduce its tokenizer"
             raise ModelError(rule, f"other ids for {text!r}", _OTHER)
     if restored.chat_template != tokenizer.chat_template:
-        rule = "a GGUF file must reproduce its tokenizer"
         raise ModelError(rule, "another chat template", _OTHER)
 
 
@@ -163,16 +163,10 @@ def write_gguf(
 ) -> None:
     """Write a checkpoint as one GGUF file. Call `check_convertible` first.
 
-    One weight at a time is in memory.
-
-    Args:
-        folder: the checkpoint.
-        tokenizer: its tokenizer.
-        file: the file to write.
-        kind: one of `KINDS`, for weights of two dimensions. With q8_0, rows whose length is not a
-            multiple of 32 become float16. Weights of one dimension are float32, as in llama.cpp.
-        name: the model's name, see `name_for`.
-        ends: the token that ends a turn of a chat, if it is not the end of sequence.
+    One weight at a time is in memory. `kind` is one of `KINDS`, for weights of two dimensions. With
+    q8_0, rows whose length is not a multiple of 32 become float16. Weights of one dimension are
+    float32, as in llama.cpp. `name` is the model's name, see `name_for`; `ends` is the token that
+    ends a turn of a chat, if it is not the end of sequence.
     """
     gguf = import_gguf()
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -350,32 +344,23 @@ def _add_tokenizer(writer: Any, tokenizer: Any, num_rows: int) -> None:
 # --- a LoRA ---
 
 
-def write_lora_gguf(
-    factors: Mapping[str, tuple[Tensor, Tensor]], config: Any, file: Path, name: str
-) -> None:
-    """Write factors as a LoRA for llama.cpp.
+def write_lora_gguf(factors: Mapping[str, Factors], config: Any, file: Path, name: str) -> None:
+    """Write the factors of modules as a LoRA for llama.cpp. They must have one rank and scaling 1.
 
-    Args:
-        factors: A ([rank, in]) and B ([out, rank]) by module, with one rank and scaling 1.
-        config: the config of the model.
-        file: the file to write.
-        name: the name of the model.
+    `name` is the model's name.
     """
     gguf = import_gguf()
     names = _Names(config)
-    tensors: dict[str, Tensor] = {}
-    for module, (a, b) in factors.items():
-        key = f"{module}.weight"
-        tensors[f"{names(key)}.lora_a"] = a.float().contiguous()
-        tensors[f"{names(key)}.lora_b"] = names.arranged(key, b.float())
-    rank = next(iter(factors.values()))[0].shape[0]
+    rank = len(next(iter(factors.values())).a)
     writer = gguf.GGUFWriter(file, names.architecture)
     writer.add_type("adapter")
     writer.add_name(name)
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", float(rank))  # llama.cpp scales by alpha / rank
-    for key, tensor in tensors.items():
-        writer.add_tensor(key, tensor.numpy())
+    for module, pair in factors.items():  # A is [rank, in], B [out, rank]
+        key = f"{module}.weight"
+        writer.add_tensor(f"{names(key)}.lora_a", pair.a.float().contiguous().numpy())
+        writer.add_tensor(f"{names(key)}.lora_b", names.arranged(key, pair.b.float()).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

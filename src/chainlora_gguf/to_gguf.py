@@ -26,12 +26,7 @@ from chainlora.runs.export import (
 from chainlora.runs.lineage import Target, lineage_of
 from chainlora.runs.opening import tokenizer_of
 from chainlora.runs.state import OpenState
-from chainlora_gguf.gguf_writing import (
-    check_convertible,
-    name_for,
-    write_gguf,
-    write_lora_gguf,
-)
+from chainlora_gguf.gguf_writing import check_convertible, name_for, write_gguf, write_lora_gguf
 from chainlora_gguf.modelfile import write_modelfile
 
 
@@ -55,8 +50,7 @@ def export_gguf(
         kind: the type of the weights, one of `gguf_writing.KINDS`. By default only float64 is
             rounded.
         as_adapter: write the base as ``base.gguf`` and the links as a LoRA, ``adapter.gguf``.
-        rank: as in `export_adapter`.
-        tolerance: as in `export_adapter`.
+        rank, tolerance: as in `export_adapter`.
         num_links: export only the first links.
         naming: names for the card.
         each: write a LoRA and a Modelfile for each stage, with names and weights as in
@@ -89,7 +83,8 @@ def export_gguf(
         # 2. Write the model, the LoRAs and the Modelfiles.
         model = scratch / ("base.gguf" if is_adapter else "model.gguf")
         kind = _write_model(model, state, 0 if is_adapter else num_links, tokenizer, kind, name)
-        _write_loras(scratch, loras, config, name)
+        for lora in loras:
+            write_lora_gguf(lora.factors, config, scratch / f"{lora.name}.gguf", name)
         for file, lines, of in _modelfiles(model.name, stage, loras, each):
             write_modelfile(scratch / file, lines, state, of, tokenizer, config)
 
@@ -110,12 +105,6 @@ def export_gguf(
     if each:
         return done | {"adapters": adapters}
     return done | {"rank": wide, "error": loras[0].error} if is_adapter else done
-
-
-def _write_loras(folder: Path, loras: Sequence[_Lora], config: Any, name: str) -> None:
-    for lora in loras:
-        pairs = {module: (pair.a, pair.b) for module, pair in lora.factors.items()}
-        write_lora_gguf(pairs, config, folder / f"{lora.name}.gguf", name)
 
 
 def _modelfiles(
@@ -176,20 +165,11 @@ class _Lora(NamedTuple):
 def _lora(
     name: str, stage: str, links: Sequence[Link], rank: int | None, tolerance: float | None
 ) -> _Lora:
+    """Compute the adapter of links. Raises ModelError for biases and heads."""
     factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
-    _check_factors(factors)
+    for module, pair in factors.items():
+        if pair.bias is not None or ".layers." not in module:
+            rule = "a LoRA of llama.cpp must adapt only linear maps of layers"
+            got = f"{module}, {'a head' if pair.bias is None else 'with a bias'}"
+            raise ModelError(rule, got, "use --to gguf")
     return _Lora(name, stage, factors, max(len(pair.a) for pair in factors.values()), error)
-
-
-def _check_factors(factors: Mapping[str, Factors]) -> None:
-    """Raise ModelError for parts that llama.cpp does not read from a LoRA: biases, heads."""
-    wrong = []
-    for name, pair in factors.items():
-        if pair.bias is not None:
-            wrong.append(f"{name}, with a bias")
-        if ".layers." not in name:
-            wrong.append(f"{name}, a head")
-    if wrong:
-        raise ModelError(
-            "a LoRA of llama.cpp must adapt only linear maps of layers", wrong[0], "use --to gguf"
-        )

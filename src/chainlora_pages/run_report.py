@@ -219,7 +219,7 @@ def _overview(runs: Sequence[RunFacts]) -> Section:
     if len(runs) == 1:
         chain = Text(f"{_chain_text(runs[0])}.")
         return section("Overview", Tiles(_tiles(runs[0])), chain, *_remarks(runs[0], True))
-    table = _side_by_side("The runs", {run.name: dict(_figures(run)) for run in runs})
+    table = _side_by_side("The runs", {run.name: _figures(run) for run in runs})
     remarks = [remark for run in runs for remark in _remarks(run, False)]
     return section("Overview", Numbers(table), *remarks, *comparing_pictures(runs))
 
@@ -242,21 +242,19 @@ def _tiles(run: RunFacts) -> list[tuple[str, str]]:
     ]
 
 
-def _figures(run: RunFacts) -> list[tuple[str, str]]:
+def _figures(run: RunFacts) -> dict[str, str]:
     name, result = run.score, run.result
-    figures = [("ranks", ", ".join(str(link["rank"]) for link in run.links) or _NONE)]
+    figures = {"ranks": ", ".join(str(link["rank"]) for link in run.links) or _NONE}
     if name is not None:
-        before, after = _score(run, name)
-        figures += [(f"{name} before", before), (f"{name} after", after)]
+        figures[f"{name} before"], figures[f"{name} after"] = _score(run, name)
     if (majority := run.validation.get("majority")) is not None:
-        figures.append(("commonest answer", score_text("accuracy", majority)))
-    return [
-        *figures,
-        ("steps", f"{run.position.step:,}"),
-        ("time", duration(run.position.seconds)),
-        ("parameters trained", _whole(result.get("trainable_parameters"))),
-        ("peak memory", _memory(result)),
-    ]
+        figures["commonest answer"] = score_text("accuracy", majority)
+    return figures | {
+        "steps": f"{run.position.step:,}",
+        "time": duration(run.position.seconds),
+        "parameters trained": _whole(result.get("trainable_parameters")),
+        "peak memory": _memory(result),
+    }
 
 
 def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:

@@ -68,15 +68,8 @@ def server_of(
     """Return a server of the page, its listening socket, and the address of the page.
 
     ``server.run([socket])`` serves the page. Gradio's own `launch` is not used: it gives up if its
-    server does not answer within seconds, as on a busy machine.
-
-    Args:
-        places: runs, or folders of runs.
-        host: the address to listen on.
-        port: the port; None takes the first free port from 7860 on.
-
-    Raises:
-        OSError, UnicodeError: no port is free, or the host is not an address of this machine.
+    server does not answer within seconds, as on a busy machine. Raises OSError or UnicodeError if
+    no port is free, or if `host` is not an address of this machine.
     """
     trainer = Trainer()
     listening = _listening_socket(host, range(port, port + 1) if port else _PORTS)
