@@ -6,9 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 
-ANNOUNCED = re.compile(
-    r"\S+: (links of rank [\w, ]+|one LoRA of rank \d+|every weight) on .+, to .+"
-)
+ANNOUNCED = re.compile(r"\S+: (links of rank [\w, ]+|one LoRA of rank \d+) on .+, to .+")
 
 
 @dataclass
@@ -40,3 +38,9 @@ class Outcome:
         for part in parts:
             assert part in lines[0], lines[0]
         return lines[0]
+
+    def misused(self, words: str) -> None:
+        """Nothing on stdout, exit 2, and these words on stderr."""
+        assert (self.status, self.out) == (2, "")
+        assert words in self.err.replace("’", "'")
+        assert "Traceback" not in self.err

@@ -28,16 +28,8 @@ from chainlora.training.events import Event
 ROOT = Path(__file__).resolve().parents[1]
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-OURS = (
-    "config.md",
-    "python.md",
-    "trainer.md",
-    "layout.md",
-    "run-directory.md",
-    "evidence.md",
-    "optimizers.md",
-    "scale.md",
-)
+PYTHON = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+OURS = ("config", "python", "trainer", "layout", "run-directory", "evidence", "optimizers", "scale")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -56,15 +48,17 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@pytest.fixture(scope="module")
-def checkout(tiny_folder, tmp_path_factory) -> Path:
-    """A folder as the README's reader has it: the examples, and a tiny model that lies where the
-    Hub id points."""
-    folder = tmp_path_factory.mktemp("checkout")
+def as_a_reader_has_it(folder: Path, tiny_folder: Path) -> Path:
+    """Fill a folder with the examples, and a tiny model that lies where the Hub id points."""
     (folder / "examples").symlink_to(ROOT / "examples")
     (folder / HUB_ID).parent.mkdir()
     (folder / HUB_ID).symlink_to(tiny_folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def checkout(tiny_folder, tmp_path_factory) -> Path:
+    return as_a_reader_has_it(tmp_path_factory.mktemp("checkout"), tiny_folder)
 
 
 def test_the_readme_blocks_are_the_example_files_and_short():
@@ -94,9 +88,6 @@ def test_the_readme_python_runs_and_its_adapter_is_the_model(checkout, monkeypat
         torch.testing.assert_close(
             adapted(names["ids"]).logits, names["model"](names["ids"]).logits, atol=1e-5, rtol=0
         )
-
-
-PYTHON = (ROOT / "docs/python.md").read_text(encoding="utf-8")
 
 
 def test_the_listener_in_python_md_runs(tiny_folder, sentiment, capsys):
@@ -164,10 +155,8 @@ def test_the_sweep_runs(checkout, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sweep.py", "examples/dates.yaml", "2"])
     runpy.run_path("examples/sweep.py", run_name="__main__")
     assert "{'train.lr': 0.0" in capsys.readouterr().out
-    rates = [
-        load_config(f"runs/sweep/{trial}/stages/main/config.yaml").train.lr for trial in (0, 1)
-    ]
-    assert rates[0] != rates[1]
+    configs = [load_config(f"runs/sweep/{trial}/stages/main/config.yaml") for trial in (0, 1)]
+    assert configs[0].train.lr != configs[1].train.lr
 
 
 def test_the_own_loop_runs(checkout, monkeypatch, capsys):
@@ -180,14 +169,10 @@ def test_the_own_loop_runs(checkout, monkeypatch, capsys):
 
 
 def test_python_md_has_every_public_name():
-    text = (ROOT / "docs/python.md").read_text(encoding="utf-8")
-    table = {
-        name
-        for row in re.findall(r"^\| (`.*?`) \|", text, flags=re.MULTILINE)
-        for name in re.findall(r"`(\w+)", row)
-    }
+    rows = re.findall(r"^\| (`.*?`) \|", PYTHON, flags=re.MULTILINE)
+    table = {name for row in rows for name in re.findall(r"`(\w+)", row)}
     assert table | {"ChainLoRAError"} == set(chainlora.__all__)
-    assert "`ChainLoRAError`" in text
+    assert "`ChainLoRAError`" in PYTHON
 
 
 def test_the_changelog_and_the_citation_know_the_version():
@@ -199,7 +184,7 @@ def test_the_changelog_and_the_citation_know_the_version():
 
 
 def test_files_that_documents_name_exist():
-    for document in (ROOT / "README.md", *(ROOT / "docs" / name for name in OURS)):
+    for document in (ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in OURS)):
         text = document.read_text(encoding="utf-8")
         for name in re.findall(r"`((?:examples|docs|tests|src)/[\w./-]+)`", text):
             assert (ROOT / name).exists(), f"{document.name} names {name}"

@@ -18,16 +18,14 @@ from chainlora.knots import policy
 from chainlora.training import objectives, optimizers
 from chainlora.training.events import Event, ShareTied, StepDone
 
-ROOT = Path(chainlora.__file__).parents[2]
-LAYOUT = (ROOT / "docs/layout.md").read_text(encoding="utf-8")
-RECIPES = re.findall(r"```python\n(.*?)```", LAYOUT, re.DOTALL)
+LAYOUT = Path(chainlora.__file__).parents[2] / "docs/layout.md"
+RECIPES = re.findall(r"```python\n(.*?)```", LAYOUT.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def run_recipe(word: str) -> None:
     """Run the one Python block of the page that has a word."""
-    found = [block for block in RECIPES if word in block]
-    assert len(found) == 1
-    exec(compile(found[0], word, "exec", dont_inherit=True), {"__name__": f"recipe_{word}"})
+    (found,) = [block for block in RECIPES if word in block]
+    exec(compile(found, word, "exec", dont_inherit=True), {"__name__": f"recipe_{word}"})
 
 
 @pytest.fixture
@@ -150,8 +148,8 @@ def test_a_run_names_its_plugins_and_never_runs_them(config, mine, chainlora, ca
     )
     assert "signum" not in optimizers.OPTIMIZERS
     mine.write_text(mine.read_text() + "\n")
-    done = chainlora(*resume, "--plugins", str(mine))  # it has moved, and changed
-    done.refused("Cannot resume run")
+    # it has moved, and changed
+    chainlora(*resume, "--plugins", mine).refused("Cannot resume run")
     done = chainlora(*resume, "--plugins", "mine.py")
     assert done.status == 0, done.err
     assert "another content of mine.py" in caplog.text

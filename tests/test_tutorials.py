@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers_integrations import chain_of, collator, token_rows
 from helpers_trl import conversations, preferences
-from test_docs import HUB_ID, README, ROOT
+from test_docs import PYTHON, README, ROOT, as_a_reader_has_it
 from test_docs import blocks as blocks_of
 from transformers import AutoTokenizer
 
@@ -42,11 +42,7 @@ def commands(name: str) -> list[list[str]]:
 
 @pytest.fixture
 def checkout(tiny_folder, tmp_path) -> Path:
-    """A folder as a reader has it, with a tiny model where the Hub id points."""
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    (tmp_path / HUB_ID).parent.mkdir()
-    (tmp_path / HUB_ID).symlink_to(tiny_folder)
-    return tmp_path
+    return as_a_reader_has_it(tmp_path, tiny_folder)
 
 
 def test_own_data(checkout, capsys):
@@ -183,8 +179,7 @@ def test_a_notebook_runs_and_runs_again(path, tiny_folder, tmp_path, monkeypatch
 
 
 def test_the_loop_of_somebody_else_in_python_md_runs(tiny_folder, tmp_path, capsys):
-    text = (ROOT / "docs/python.md").read_text(encoding="utf-8")
-    (block,) = [block for block in blocks_of(text, "python") if "count_step" in block]
+    (block,) = [block for block in blocks_of(PYTHON, "python") if "count_step" in block]
     names: dict[str, Any] = {"folder": tiny_folder, "output": tmp_path}
     exec(block, names | {"batches": [torch.arange(3, 11)[None]] * 3})
     printed = capsys.readouterr().out
@@ -203,8 +198,7 @@ def test_trainer_md_runs(tiny_folder, tmp_path):
         "rows": token_rows(16),
         "collate": collator(AutoTokenizer.from_pretrained(tiny_folder)),
     }
-    text = (ROOT / "docs/trainer.md").read_text(encoding="utf-8")
-    for block in blocks_of(text, "python"):
+    for block in blocks(ROOT / "docs/trainer.md", "python"):
         for config in ("SFTConfig(", "DPOConfig("):  # TRL's bfloat16 wants a GPU, or to be told
             block = block.replace(f"args={config}", f"args={config}use_cpu=True, ")
         exec(block, names)

@@ -96,51 +96,41 @@ def test_no_run(chainlora, finished, task, tiny_folder, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--to adapter --rank 0", "`rank` must be 1 to 16384 (got 0)"),
-        ("--to adapter --tolerance 0", "a relative error between 0 and 1 (got 0.0)"),
-        ("--to adapter --tolerance 2", "a relative error between 0 and 1 (got 2.0)"),
-        ("--to adapter --tolerance nan", "a relative error between 0 and 1 (got nan)"),
-        (
-            "--to adapter --rank 2 --tolerance 0.1",
-            "an adapter has a `rank` or a `tolerance` (got both)",
-        ),
-        ("--to adapter --links 4", "the number of links must be 0 to 3 for this run (got 4)"),
-        ("--to merged --links 4", "the number of links must be 0 to 3 for this run (got 4)"),
-        ("--to adapter --links 0", "an adapter needs at least one link (got a chain of none)"),
-    ],
-)
-def test_export_with_the_wrong_numbers(chainlora, finished, tmp_path, options, message):
-    chainlora(f"export {finished} --output {tmp_path}/o {options}").refused(message)
+def test_export_with_the_wrong_numbers(chainlora, finished, tmp_path):
+    asked = f"export {finished} --output {tmp_path}/o --to"
+    for options, message in {
+        "adapter --rank 0": "`rank` must be 1 to 16384 (got 0)",
+        "adapter --tolerance 0": "a relative error between 0 and 1 (got 0.0)",
+        "adapter --tolerance 2": "a relative error between 0 and 1 (got 2.0)",
+        "adapter --tolerance nan": "a relative error between 0 and 1 (got nan)",
+        "adapter --rank 2 --tolerance 0.1": "an adapter has a `rank` or a `tolerance` (got both)",
+        "adapter --links 4": "the number of links must be 0 to 3 for this run (got 4)",
+        "merged --links 4": "the number of links must be 0 to 3 for this run (got 4)",
+        "adapter --links 0": "an adapter needs at least one link (got a chain of none)",
+    }.items():
+        chainlora(f"{asked} {options}").refused(message)
+    for options, message in {
+        "merged --rank 4": "use them with --to adapter",
+        "adapter --private": "use it with --push-to-hub",
+        "adapter --gguf-type q8_0": "--gguf-type is for GGUF files",
+    }.items():
+        chainlora(f"{asked} {options}").misused(message)
     assert not (tmp_path / "o").exists()
 
 
-def test_compression_is_for_adapters(chainlora, finished, tmp_path):
-    outcome = chainlora(f"export {finished} --to merged --output {tmp_path}/m --rank 4")
-    assert outcome.status == 2
-    assert "use them with --to adapter" in outcome.err
-    private = chainlora(f"export {finished} --to adapter --output {tmp_path}/m --private")
-    assert "use it with --push-to-hub" in private.err
-    assert not (tmp_path / "m").exists()
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
+def test_an_output_inside_a_run_is_refused(chainlora, run_copy):
+    """It would replace a file that the run needs, or be taken for one of its own."""
+    before = checksums(run_copy)
+    for words in (
         "report {0} --output {0}/history.json",
         "report {0} --output {0}/stages/report.html",
         "eval {0} --predictions {0}/history.json",
         "export {0} --to adapter --output {0}/exp",
         "export {0} --to gguf-adapter --each --output {0}/links/exp",
         "export {0} --to merged --output {0}/exp",
-    ],
-)
-def test_an_output_inside_a_run_is_refused(chainlora, run_copy, words):
-    """It would replace a file that the run needs, or be taken for one of its own."""
-    before = checksums(run_copy)
-    chainlora(words.format(run_copy)).refused("must lie outside other runs", f"inside {run_copy}")
+    ):
+        refused = chainlora(words.format(run_copy))
+        refused.refused("must lie outside other runs", f"inside {run_copy}")
     assert checksums(run_copy) == before
     assert chainlora(f"report {run_copy} --output {run_copy}/report.html").status == 0  # its place
 

@@ -44,9 +44,9 @@ def test_a_newcomer_sees_rows_steps_loss_and_scores(chainlora, config, tmp_path)
     for words in ("link 0: loss", ", lr ", "steps (10)", "link 0 tied (rounding changed the func"):
         assert words in whole.err
     assert "effective rank" in whole.out
-    assert [record["event"] for record in records_of(tmp_path / "brief")] == [
-        record["event"] for record in records_of(tmp_path / "whole")
-    ]
+    records = (records_of(tmp_path / name) for name in ("brief", "whole"))
+    events, same = ([record["event"] for record in run] for run in records)
+    assert events == same
     several = chainlora("train", config, "--output", tmp_path / "several").err
     assert "11 steps (4 + 4 + 3)" in several
     assert "link 1: loss " in several
@@ -137,10 +137,7 @@ def test_what_was_trained_on_conversations_is_to_be_chatted_with(chainlora, tiny
     said = [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "mat"}]
     rows = [{"messages": [{**said[0], "content": word}, said[1]]} for word in ("red", "two")]
     write_rows(tmp_path / "rows.jsonl", rows)
-    tree = {"model": str(tiny_folder), "data": {"train": "rows.jsonl"}, "output": "run"}
-    (tmp_path / "chat.yaml").write_text(
-        yaml.safe_dump(tree | {"chain": {"ranks": [2], "steps": [1]}})
-    )
-    told = chainlora("train chat.yaml").out.partition("next:\n")[2]
+    keys = "--chain.ranks 2 --chain.steps 1 --output run"
+    told = chainlora(f"train rows.jsonl --model {tiny_folder} {keys}").out.partition("next:\n")[2]
     assert told.splitlines()[0] == "  chainlora chat run"
     assert "generate" not in told

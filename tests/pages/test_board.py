@@ -34,6 +34,7 @@ from chainlora_pages.board.training import Trainer, command_of
 from chainlora_pages.board.watching import find_runs, sections_of, standing_of
 from chainlora_pages.page import render_part
 
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 PROMPT = "the cat sat on 3"
 SAID = {"birds": " red birds fly over it", "hills": " a green hill and a good mat"}
 
@@ -59,9 +60,9 @@ def run(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def heard(desk: Desk, strengths: dict[str, float]) -> str:
-    turns, mix = [{"role": "user", "content": PROMPT}], Mix("hills", strengths)
-    return list(desk.answer(mix, turns, Decoding(max_new_tokens=12), as_chat=False))[-1]
+def heard(desk: Desk, mix: Mix, most: int = 12) -> str:
+    turns, decoding = [{"role": "user", "content": PROMPT}], Decoding(max_new_tokens=most)
+    return list(desk.answer(mix, turns, decoding, as_chat=False))[-1]
 
 
 def said_by(state: OpenState) -> str:
@@ -74,7 +75,7 @@ def test_a_mix_is_heard_and_scored_as_what_it_makes_the_run_be(run):
     before = checksums(run)
     for strengths in ((1, 0), (0.35, 0.6), (0, 0), (1, 1)):
         mix = dict(zip(SAID, strengths, strict=True))
-        answers[strengths] = heard(desk, mix)
+        answers[strengths] = heard(desk, Mix("hills", mix))
         (scored,) = desk.scores([Mix("hills", mix)])
         assert checksums(run) == before  # nothing that is heard changes the run
         assert answers[strengths] == said_by(open_run(run, mix))
@@ -99,21 +100,14 @@ def test_any_state_of_a_run_is_asked_scored_and_made_the_run(run, tmp_path):
     file = write_rows(tmp_path / "lakes.jsonl", rows)
     extend(run, {"data": {"train": str(file)}, "chain": {"ranks": [4], "steps": [15]}}, beside=True)
     desk = Desk(run)
-    names = [
-        "now: after-lakes (hills + lakes)",
-        "lakes",
-        "before: hills (birds + hills)",
-        "birds",
-        "base",
-    ]
-    assert list(desk.entries) == names
+    named = ("now: after-lakes (hills + lakes)", "lakes", "before: hills (birds + hills)")
+    assert list(desk.entries) == [*named, "birds", "base"]
     assert (desk.now.key, desk.before) == ("after-lakes", "hills")
     assert desk.strengths("after-lakes") == {"combined": 1.0}
     assert desk.strengths("base") == {}
-    turns, decoding, matrix = [{"role": "user", "content": PROMPT}], Decoding(max_new_tokens=12), {}
+    matrix = {}
     for key in desk.entries.values():
-        answer = list(desk.answer(Mix(key), turns, decoding, as_chat=False))[-1]
-        assert answer == said_by(open_run(f"{run}@{key}"))
+        assert heard(desk, Mix(key)) == said_by(open_run(f"{run}@{key}"))
         (matrix[key],) = desk.scores([Mix(key)])
     found = stage_matrix(run)
     for state, row in zip(found.states, found.grid, strict=True):
@@ -148,7 +142,7 @@ def test_who_stops_listening_stops_the_model(run):
     answer = desk.answer(Mix("hills"), turns, Decoding(max_new_tokens=100), as_chat=True)
     assert next(answer) != ""
     answer.close()
-    assert heard(desk, {})  # the desk is free again
+    assert heard(desk, Mix("hills"))  # the desk is free again
 
 
 def test_where_runs_are_is_read_while_they_train(trained, configure, tmp_path):
@@ -217,9 +211,7 @@ def test_what_cannot_be_shown(chainlora, run, configure, tmp_path, monkeypatch):
         chainlora("board", *places).refused("needs Gradio", "pip install 'chainlora[board]'")
     config = configure("live")
     stop_after(config, 1)
-    with pytest.raises(
-        RunError, match=r"a run needs links before it can be asked \(got none in .*live\)"
-    ):
+    with pytest.raises(RunError, match=r"needs links before it can be asked \(got none in .*live"):
         Desk(tmp_path / "live")
 
 
@@ -237,12 +229,8 @@ def test_what_is_uploaded_is_rows_and_its_name_stays_in_the_folder(tmp_path, run
     rows = file("My lakes 1.jsonl", row)
     words = command_of(place, rows, model="--x", settings={"chain.ranks": 4, "chain.epochs": None})
     name, copy = "My-lakes-1", Path(words[1])
-    assert words[2:] == [
-        f"--name={name}",
-        "--chain.ranks=4",
-        "--model=--x",
-        f"--output={place / name}",
-    ]
+    keys = [f"--name={name}", "--chain.ranks=4", "--model=--x"]
+    assert words[2:] == [*keys, f"--output={place / name}"]
     assert copy.read_text() == row
     assert copy.parent == place / ".uploads"
     assert command_of(place, rows, run=run)[:2] == ["extend", str(run)]
@@ -271,9 +259,20 @@ def test_what_is_uploaded_is_rows_and_its_name_stays_in_the_folder(tmp_path, run
 # --- in a browser ---
 
 
-def test_a_run_that_goes_and_strengths_beyond_a_slider(run, trained, tmp_path):
-    gradio = pytest.importorskip("gradio", reason="no gradio: pip install 'chainlora[board]'")
+@pytest.fixture
+def gradio():
+    return pytest.importorskip("gradio", reason="no gradio: pip install 'chainlora[board]'")
+
+
+def test_a_run_that_goes_and_strengths_beyond_a_slider(gradio, run, trained, tmp_path):
     from chainlora_pages.board import app, tabs
+
+    def look(places: list[Path], run: Path, gone: Path) -> tuple:
+        """Look at a run again when this folder has gone."""
+        blocks = app.page_of(places, Trainer())
+        shutil.rmtree(gone)
+        handler = next(each.fn for each in blocks.fns.values() if each.name == "look")
+        return handler(str(run), None)
 
     mix_stages(run, {"birds": 1.5, "hills": -0.5})
     desk = Desk(run)
@@ -281,23 +280,18 @@ def test_a_run_that_goes_and_strengths_beyond_a_slider(run, trained, tmp_path):
         choice = gradio.Dropdown([*desk.entries.items()], value=desk.now.key)
         for slider in tabs._sliders(desk, "A", choice):
             assert slider.preprocess(slider.value) == open_run(run).strengths[slider.label]
-    blocks = app.page_of([run, run.parent], Trainer())
-    look = next(each.fn for each in blocks.fns.values() if each.name == "look")
-    shutil.rmtree(run)
-    choices, _, page, *_ = look(str(run), None)
+    choices, _, page, *_ = look([run, run.parent], run, run)
     assert choices.preprocess(str(run)) == str(run)  # else Gradio refuses it, every few seconds
     assert "cannot be read" in page
     for folder in ("a", "b"):
         shutil.copytree(trained, tmp_path / folder / "run")
-    blocks = app.page_of([tmp_path / "a", tmp_path / "b"], Trainer())
-    look = next(each.fn for each in blocks.fns.values() if each.name == "look")
-    shutil.rmtree(tmp_path / "a")
-    choices, *_ = look(str(tmp_path / "a/run"), None)  # the one that is left has its name alone now
+    # the one that is left has its name alone now
+    a, b = tmp_path / "a", tmp_path / "b"
+    choices, *_ = look([a, b], a / "run", a)
     assert {value for _, value in choices.choices} == {str(tmp_path / f"{x}/run") for x in "ab"}
 
 
-def test_pages_that_were_closed_hold_no_model(run):
-    gradio = pytest.importorskip("gradio", reason="no gradio: pip install 'chainlora[board]'")
+def test_pages_that_were_closed_hold_no_model(gradio, run):
     from chainlora_pages.board import app
 
     other = shutil.copytree(run, run.parent / "other")
@@ -315,7 +309,7 @@ def test_pages_that_were_closed_hold_no_model(run):
 
 
 @pytest.fixture
-def served(run, monkeypatch):
+def served(gradio, run, monkeypatch):
     with serving(run, monkeypatch) as address:
         yield address
 
@@ -325,7 +319,6 @@ def serving(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of the board, where a check of it by its own server would fail: Gradio's goes
     through a proxy, and through a busy machine."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    pytest.importorskip("gradio", reason="no gradio: pip install 'chainlora[board]'")
     from chainlora_pages.board.app import server_of
 
     away = []
@@ -347,19 +340,21 @@ def serving(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.fixture
-def browser():
+def page():
+    """A page of a browser, as large as a phone's."""
     api = pytest.importorskip("playwright.sync_api", reason="no playwright")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("no Chromium")
     with api.sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        made = browser.new_page(viewport={"width": 390, "height": 900})
+        made.set_default_timeout(120_000)  # a machine may do other work
+        yield made
 
 
-def test_a_person_watches_mixes_talks_and_saves(browser, served, run):
+def test_a_person_watches_mixes_talks_and_saves(page, served, run):
     """On a phone, and at the end on a wide screen."""
-    page = browser.new_page(viewport={"width": 390, "height": 900})
-    page.set_default_timeout(120_000)  # a machine may do other work
     loaded, faults = [], []
     page.on("response", lambda response: loaded.append(response.url))
     page.on("pageerror", lambda error: faults.append(error))
@@ -370,15 +365,8 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.get_by_role("tab", name="Ask").click()
     page.get_by_role("button", name="Strengths").click()
-    sides = ("Left", "Right")
-    chats = [f"#chat-{side}" for side in sides]
-    parts = (
-        *(f"#state-{side}" for side in sides),
-        "#prompt",
-        *chats,
-        "#Left-hills",
-        "#Right-birds",
-    )
+    parts = ("#state-Left", "#state-Right", "#prompt", "#chat-Left", "#chat-Right")
+    parts += ("#Left-hills", "#Right-birds")
     page.wait_for_selector("#Right-birds >> visible=true")
     assert not page.locator("#Right-hills").is_visible()  # that is the state before
     tops = [page.locator(part).bounding_box()["y"] for part in parts]
@@ -390,9 +378,7 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run):
     answers = []
     desk = Desk(run)
     for side, strength in (("Left", 0.8), ("Right", 0.0)):
-        mix = Mix("hills", {"birds": 1.0, "hills": strength})
-        turns, decoding = [{"role": "user", "content": PROMPT}], Decoding(max_new_tokens=32)
-        answer = list(desk.answer(mix, turns, decoding, as_chat=False))[-1].strip()
+        answer = heard(desk, Mix("hills", {"birds": 1.0, "hills": strength}), 32).strip()
         answers.append(re.split("[^ -~]", answer)[0])  # a page shows no control characters
         page.wait_for_selector(f"#chat-{side} .bot:has-text({answers[-1]!r})")
     assert answers[0] != answers[1]
@@ -427,14 +413,13 @@ def test_a_person_watches_mixes_talks_and_saves(browser, served, run):
 
 
 def test_no_other_site_may_call_it_and_it_may_call_none(served, run, chainlora):
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with direct.open(served) as answer:
+    with DIRECT.open(served) as answer:
         policy = answer.headers["Content-Security-Policy"]
         assert "default-src 'self'" in policy
         assert "frame-ancestors 'none'" in policy
     for header in ({"Origin": "https://example.com"}, {"Host": "example.com:80"}, {"Host": "["}):
         with pytest.raises(urllib.error.HTTPError, match="403"):
-            direct.open(urllib.request.Request(served, headers=header))
+            DIRECT.open(urllib.request.Request(served, headers=header))
     port = served.rstrip("/").rpartition(":")[2]
     chainlora("board", run, "--port", port).refused(f"--port must be free (got {port})")
     for host in ("999.1.1.1", "::1", "a..b"):
@@ -442,7 +427,7 @@ def test_no_other_site_may_call_it_and_it_may_call_none(served, run, chainlora):
 
 
 @pytest.fixture
-def empty(tmp_path, monkeypatch) -> Iterator[tuple[str, Path]]:
+def empty(gradio, tmp_path, monkeypatch) -> Iterator[tuple[str, Path]]:
     """The address of a board about an empty folder, and that."""
     place = tmp_path / "place"
     place.mkdir()
@@ -450,11 +435,9 @@ def empty(tmp_path, monkeypatch) -> Iterator[tuple[str, Path]]:
         yield address, place
 
 
-def test_a_person_trains_in_an_empty_folder(browser, empty, tiny_folder, tmp_path):
+def test_a_person_trains_in_an_empty_folder(page, empty, tiny_folder, tmp_path):
     rows = [{"prompt": f"the cat sat on {n}", "completion": SAID["birds"]} for n in range(32)]
     file, (address, place) = write_rows(tmp_path / "birds.jsonl", rows), empty
-    page = browser.new_page(viewport={"width": 390, "height": 900})
-    page.set_default_timeout(120_000)
     page.goto(address)
     train = page.get_by_role("button", name="Train", exact=True)
     train.click()
@@ -485,14 +468,13 @@ def test_a_person_trains_in_an_empty_folder(browser, empty, tiny_folder, tmp_pat
 def test_only_what_was_uploaded_is_trained_on(empty, tiny_folder, tmp_path):
     address, place = empty
     secret = write_rows(tmp_path / "secret.jsonl", [{"text": "a"}])
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
     body = {"data": [file, "", str(tiny_folder), "x", "", "", ""]}
     headers = {"Content-Type": "application/json"}
     call = f"{address}gradio_api/call/train"
     asked = urllib.request.Request(call, json.dumps(body).encode(), headers)
-    with direct.open(asked, timeout=60) as answer:
+    with DIRECT.open(asked, timeout=60) as answer:
         event = json.load(answer)["event_id"]
-    with direct.open(f"{call}/{event}", timeout=60) as answer:
+    with DIRECT.open(f"{call}/{event}", timeout=60) as answer:
         assert "event: error" in answer.read().decode()
     assert not list(place.iterdir())

@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 import chainlora_pages
 from chainlora.errors import RunError
@@ -37,16 +38,9 @@ def records(lengths=(6, 4), metrics=("accuracy",)) -> list[dict]:
 
 
 def inspection(count: int, **extra) -> dict:
+    ranks = {"rank": 8, "effective_rank": 5.0, "stable_rank": 2.0}
     links = [
-        {
-            "link": k,
-            "rank": 8,
-            "delta_norm": 2 / (k + 1),
-            "effective_rank": 5.0,
-            "stable_rank": 2.0,
-            "overlap": [0.1] * k,
-        }
-        | extra
+        {"link": k, "delta_norm": 2 / (k + 1), "overlap": [0.1] * k} | ranks | extra
         for k in range(count)
     ]
     return {"run": "runs/x", "links": links, "chain": {"links": count}}
@@ -74,22 +68,10 @@ def test_every_run_has_a_picture(rows, tmp_path):
     assert min(size(tmp_path / "training.png")) > 200
 
 
-@pytest.mark.parametrize(
-    "found",
-    [
-        inspection(30),
-        inspection(2, delta_norm=0.0, effective_rank=0.0),
-    ],
-)
-def test_every_chain_has_a_picture(found, tmp_path):
-    plot_chain(found, tmp_path / "chain.png")
-    assert min(size(tmp_path / "chain.png")) > 200
-
-
-def figure(*size, **keys):
-    from matplotlib.figure import Figure
-
-    return Figure(*size, **keys)
+def test_every_chain_has_a_picture(tmp_path):
+    for found in (inspection(30), inspection(2, delta_norm=0.0, effective_rank=0.0)):
+        plot_chain(found, tmp_path / "chain.png")
+        assert min(size(tmp_path / "chain.png")) > 200
 
 
 def test_a_validation_loss_is_never_cut_off_like_a_spike_of_training():
@@ -98,7 +80,7 @@ def test_a_validation_loss_is_never_cut_off_like_a_spike_of_training():
         {"event": "step", "step": k, "link": 0, "loss": 1 + 0.01 * (k % 9)} for k in range(400)
     ]
     evals = [{"event": "eval", "step": k, "loss": loss} for k, loss in ((0, 1.1), (400, 9.0))]
-    axes = figure().subplots()
+    axes = Figure().subplots()
     _draw_loss(axes, [*steps, {"step": 400, "loss": 50.0}], evals, "each step")
     assert 9.0 < axes.get_ylim()[1] < 50.0
 
@@ -116,7 +98,7 @@ def test_every_colour_of_a_chart_follows_its_page_into_the_dark():
 def test_long_names_and_many_numbers_fit_into_a_matrix():
     names = ["customer-support", "legal-contracts", "x" * 64, *(f"stage{k}" for k in range(5))]
     for count in (4, 8):
-        axes = figure((4, 2.9), layout="constrained").subplots()
+        axes = Figure((4, 2.9), layout="constrained").subplots()
         grid = [[0.5, math.inf, *[math.nan] * (count - 2)]] * count
         heat_map(axes, grid, rows=names[:count], columns=names[:count], label="loss")
         axes.figure.draw_without_rendering()
@@ -130,9 +112,8 @@ def test_long_names_and_many_numbers_fit_into_a_matrix():
 @pytest.mark.filterwarnings("error")
 def test_a_run_whose_answers_are_written_has_no_loss_before_its_first_step():
     start = {"event": "eval", "step": 0, "link": 0, "where": "start", "em": 0.1, "token_f1": 0.2}
-    assert [each.title for each in training_pictures([start])] == [
-        "Validation scores over the steps"
-    ]
+    (picture,) = training_pictures([start])
+    assert picture.title == "Validation scores over the steps"
 
 
 def test_a_margin_is_no_share():

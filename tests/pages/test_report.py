@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_folder, write_rows
-from helpers import entry_of, records_of, settings, stop_after
+from helpers import entry_of, records_of, settings, stop_after, train_all
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -40,10 +40,13 @@ def table(page: str, title: str) -> list[list[str]]:
     return [[html.unescape(cell) for cell in row] for row in cells]
 
 
-def page_of(run: Path) -> str:
-    """Make the page of a run."""
-    report_runs([run])
-    return (run / "report.html").read_text(encoding="utf-8")
+def page_of(*runs: Path | str, output: Path | None = None, **keys) -> str:
+    """Make the page of runs."""
+    written = report_runs(runs, output, **keys)["output"]
+    return Path(written).read_text(encoding="utf-8")
+
+
+BRIEF = {"ranks": [2], "steps": [1]}
 
 
 def said(page: str) -> list[list[str]]:
@@ -120,8 +123,7 @@ def test_answers_after_each_link_are_those_of_generate(chainlora, finished, tmp_
 
 
 def test_answers_to_a_run_s_own_rows(finished, sentiment, tmp_path):
-    report_runs([finished], tmp_path / "page.html", prompts=3, max_new_tokens=2)
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = page_of(finished, output=tmp_path / "page.html", prompts=3, max_new_tokens=2)
     rows = [json.loads(line) for line in (sentiment / "validation.jsonl").read_text().splitlines()]
     asked = re.findall(r"Prompt: </span>(.*?)</p>", page)
     assert asked == [f"{row['text']} it was" for row in rows[:3]]
@@ -134,22 +136,18 @@ def test_answers_to_the_rows_of_a_stage(tiny_folder, sentiment, tmp_path):
     """The one after it held out fewer of the same file."""
     rows = [{"prompt": f"cat {n} sat", "completion": " on a mat"} for n in range(12)]
     data = {"train": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    counts = {"facts": 6, "style": 2}
+    stages = [{"name": name, "data": {"validation": count}} for name, count in counts.items()]
     run = tmp_path / "run"
-    config = settings(tiny_folder, sentiment, run, chain={"ranks": [2], "steps": [1]})
-    stages = [
-        {"name": "facts", "data": {"validation": 6}},
-        {"name": "style", "data": {"validation": 2}},
-    ]
-    train_stages(make_stages(config | {"data": data, "stages": stages}), matrix=False)
-    report_runs([f"{run}@facts"], prompts="12", max_new_tokens=1)
-    page = (run / "report.html").read_text(encoding="utf-8")
-    assert len(re.findall(r"Prompt: </span>", page)) == 6
+    train_all(settings(tiny_folder, sentiment, run, chain=BRIEF) | {"data": data, "stages": stages})
+    page = page_of(f"{run}@facts", prompts="12", max_new_tokens=1)
+    assert page.count("Prompt: </span>") == 6
 
 
 def test_a_picture_names_the_rows_that_stages_are_scored_on(tiny_folder, sentiment, tmp_path):
     """Training rows, where a stage has no others."""
     run = tmp_path / "run"
-    config = settings(tiny_folder, sentiment, run, chain={"ranks": [2], "steps": [1]})
+    config = settings(tiny_folder, sentiment, run, chain=BRIEF)
     task, rows = (str(sentiment / name) for name in ("task.yaml", "train.jsonl"))
     config["data"] = {"task": task, "train": rows}
     train_stages(make_stages(config | {"stages": [{"name": "facts"}, {"name": "style"}]}))
@@ -159,8 +157,8 @@ def test_a_picture_names_the_rows_that_stages_are_scored_on(tiny_folder, sentime
 def test_a_live_link_answers_too(tiny_folder, tmp_path):
     save_chain(own_chain(tiny_folder, with_live=True), tmp_path / "saved")
     (tmp_path / "asked.txt").write_text("the cat sat\n")
-    report_runs([tmp_path / "saved"], prompts=str(tmp_path / "asked.txt"), max_new_tokens=2)
-    assert "<dt>after link 2</dt>" in (tmp_path / "saved/report.html").read_text(encoding="utf-8")
+    page = page_of(tmp_path / "saved", prompts=tmp_path / "asked.txt", max_new_tokens=2)
+    assert "<dt>after link 2</dt>" in page
 
 
 def test_an_answer_of_a_chat_ends_with_its_turn(tmp_path):
@@ -171,8 +169,7 @@ def test_an_answer_of_a_chat_ends_with_its_turn(tmp_path):
 
     def answer(name):
         save_chain(own_chain(folder), tmp_path / name)
-        report_runs([tmp_path / name], prompts=str(asked))
-        return said((tmp_path / name / "report.html").read_text(encoding="utf-8"))[0][0]
+        return said(page_of(tmp_path / name, prompts=asked))[0][0]
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     whole = answer("saved")
@@ -187,15 +184,11 @@ def test_an_answer_of_a_chat_ends_with_its_turn(tmp_path):
 
 def test_answers_end_as_the_task_of_a_run_says(tiny_folder, answers, tmp_path):
     task = Path(shutil.copytree(answers, tmp_path / "task")) / "task.yaml"
-    config = settings(
-        tiny_folder, task.parent, tmp_path / "run", chain={"ranks": [2], "steps": [1]}
-    )
-    train(config)
+    train(settings(tiny_folder, task.parent, tmp_path / "run", chain=BRIEF))
 
     def answered():
-        report_runs([tmp_path / "run"], tmp_path / "page.html", prompts="1", max_new_tokens=5)
-        (text, _) = said((tmp_path / "page.html").read_text(encoding="utf-8"))[0][0].split("<", 1)
-        return text.strip()  # without whether it is right
+        text = said(page_of(tmp_path / "run", prompts="1", max_new_tokens=5))[0][0]
+        return text.partition("<")[0].strip()  # without whether it is right
 
     whole = answered()
     stop = whole[len(whole) // 2]
@@ -240,23 +233,19 @@ def test_every_kind_of_run_has_a_page(tiny_folder, sentiment, tmp_path):
     }
     runs = []
     for name, chain in kinds.items():
-        keys = {key: value for key, value in chain.items() if value is not None}
         runs.append(tmp_path / name)
-        train(settings(tiny_folder, sentiment, runs[-1], chain=keys))
+        train(settings(tiny_folder, sentiment, runs[-1], chain=chain))
     save_chain(own_chain(tiny_folder), tmp_path / "saved")
     runs.append(tmp_path / "saved")
     pages = {run.name: page_of(run) for run in runs[2:]}
     assert "<i>named" not in pages["<i>named"]
     assert "Overlap of the links" not in pages["saved"]  # one number, which the table has
-    overlaps = [
-        row[table(pages["saved"], "Each link")[0].index("overlap with earlier links")]
-        for row in table(pages["saved"], "Each link")[1:]
-    ]
-    assert overlaps[0] == "–"
-    assert 0 <= float(overlaps[1]) <= 1
+    heads, *links = table(pages["saved"], "Each link")
+    none, overlap = (row[heads.index("overlap with earlier links")] for row in links)
+    assert none == "–"
+    assert 0 <= float(overlap) <= 1
     assert ">Training</h2>" not in pages["saved"]
-    report_runs(runs, tmp_path / "all.html")
-    together = (tmp_path / "all.html").read_text(encoding="utf-8")
+    together = page_of(*runs, output=tmp_path / "all.html")
     assert table(together, "The runs")[0] == ["", *kinds, "saved"]
     keys = [row[0] for row in table(together, "Keys that differ")]
     assert "chain.ranks" in keys
@@ -265,10 +254,9 @@ def test_every_kind_of_run_has_a_page(tiny_folder, sentiment, tmp_path):
 
 def test_a_run_of_stages_shows_what_each_did_to_every_other(tiny_folder, sentiment, tmp_path):
     run = tmp_path / "run"
-    config = settings(tiny_folder, sentiment, run, chain={"ranks": [2], "steps": [1]})
-    train_stages(
-        make_stages(config | {"stages": [{"name": "facts"}, {"name": "style", "beside": False}]})
-    )
+    config = settings(tiny_folder, sentiment, run, chain=BRIEF)
+    config["stages"] = [{"name": "facts"}, {"name": "style", "beside": False}]
+    train_stages(make_stages(config))
     matrix = stage_matrix(run)
     mix_stages(run, {"style": 0.5})  # a state that nobody has scored
     page = page_of(run)
@@ -298,11 +286,8 @@ def test_right_answers_come_first_and_a_colour_means_one_thing(finished):
         return {*re.findall(r"stroke: var\(--(\w+)\)", picture.svg)} - {"soft", "grey", "grid"}
 
     validation, training = "vermilion", "blue"
-    assert [lines(each) - {"ink"} for each in (scores, loss, rate)] == [
-        {validation},
-        {validation, training},
-        {training},
-    ]
+    expected = [{validation}, {validation, training}, {training}]
+    assert [lines(each) - {"ink"} for each in (scores, loss, rate)] == expected
     for picture in chain_pictures(run):
         used = {*re.findall(r"var\(--(\w+)\)", picture.svg)}
         assert not used & {validation, training}, picture.title
@@ -334,11 +319,9 @@ def test_answers_of_a_chat_stand_below_what_was_said(tiny_folder, sentiment, tmp
     prompts = [[user], [system, user], [user, answer, user], [system, user, answer, user]]
     rows = [{"prompt": prompt, "completion": [answer]} for prompt in prompts]
     data = {"train": str(write_rows(tmp_path / "rows.jsonl", rows)), "task": None}
-    chain = {"ranks": [2], "steps": [1]}
     run = tmp_path / "run"
-    train(settings(tiny_folder, sentiment, run, chain=chain, data=data | {"validation": None}))
-    report_runs([run], prompts="4", max_new_tokens=1)
-    page = (run / "report.html").read_text(encoding="utf-8")
+    train(settings(tiny_folder, sentiment, run, chain=BRIEF, data=data | {"validation": None}))
+    page = page_of(run, prompts="4", max_new_tokens=1)
     shown = re.findall(r"Prompt: </span>(.*?)</p>", page, flags=re.DOTALL)
     more = "user: <cat>\nassistant: mat\nuser: <cat>"
     expected = ["<cat>", "system: be good\nuser: <cat>", more, f"system: be good\n{more}"]
@@ -384,8 +367,7 @@ def test_names_are_text_whatever_is_in_them(finished, tmp_path):
     runs = [tmp_path / "a$\\frac$", tmp_path / "#222222", tmp_path / "_c"]
     for run in runs:
         shutil.copytree(finished, run)
-    report_runs(runs, tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = page_of(*runs, output=tmp_path / "page.html")
     names = [f"{tmp_path.name}/{run.name}" for run in runs]
     assert table(page, "Training loss of each run")[0] == ["step", *names]
     assert all(page.count(f">{name}</text>") == 3 for name in names)

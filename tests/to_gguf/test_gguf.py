@@ -45,10 +45,13 @@ UNREAD = ("gemma",)  # transformers does not read these out of GGUF
 TEXT = "the cat sat on a mat and saw two red birds fly over 12 green hills; it's good"
 
 
-def make_base(folder: Path, name: str, **more: object) -> Path:
+def make_base(folder: Path, name: str, template: object = None, **more: object) -> Path:
     """A tiny model of a class, whose norms and biases are not what they begin as."""
     kind, keys = MODELS[name]
     tokenizer = AutoTokenizer.from_pretrained(make_tiny_folder(folder))
+    if template is not None:
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
     config = getattr(transformers, f"{kind}Config")(
         hidden_size=32,
         num_hidden_layers=7 if kind == "Gemma3Text" else 2,
@@ -61,8 +64,7 @@ def make_base(folder: Path, name: str, **more: object) -> Path:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
-        noise = torch.randn_like(parameter) * 0.2
-        parameter.data += noise
+        parameter.data += torch.randn_like(parameter) * 0.2
     model.save_pretrained(folder)
     return folder
 
@@ -72,8 +74,7 @@ def make_chain(folder: Path, base: Path, target_modules: object = "all-linear", 
     model = AutoModelForCausalLM.from_pretrained(base)
     chain = Chain(model, checkpoint=base)
     for rank in (4, 2):
-        link = LinkConfig(rank=rank, alpha=rank, target_modules=target_modules, **keys)
-        chain.extend(link)
+        chain.extend(LinkConfig(rank=rank, alpha=rank, target_modules=target_modules, **keys))
         for parameter in chain.parameters():
             parameter.data += torch.randn_like(parameter) * 0.1
         chain.tie()
@@ -91,6 +92,10 @@ def tensors_of(file: Path) -> dict[str, np.ndarray]:
     return {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in found}
 
 
+def facts_of(file: Path) -> dict[str, object]:
+    return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_gguf_is_the_model(name, tmp_path, cache):
     """Merged, and as a LoRA on its base: the same function, to float32's rounding; as transformers
@@ -103,8 +108,8 @@ def test_gguf_is_the_model(name, tmp_path, cache):
     ids = AutoTokenizer.from_pretrained(base)(TEXT)["input_ids"][:48]
     wanted = logits(load_run(run)[0], ids)
     merged, plain = (tensors_of(folder / file) for file in ("merged/model.gguf", "lora/base.gguf"))
-    fields = gguf.GGUFReader(folder / "merged" / "model.gguf").fields
-    (context,) = (field.contents() for key, field in fields.items() if "context_length" in key)
+    facts = facts_of(folder / "merged/model.gguf")
+    (context,) = (value for key, value in facts.items() if "context_length" in key)
     assert context == (48 if name == "mistral" else 64)  # of a window, where llama.cpp has none
     assert f"PARAMETER num_ctx {context}\n" in (folder / "merged" / "Modelfile").read_text()
     lora = tensors_of(folder / "lora" / "adapter.gguf")
@@ -174,9 +179,9 @@ def test_float64_becomes_float32(tmp_path):
 def test_a_tokenizer_of_sentencepiece_is_the_same(tmp_path, shared_models):
     run = make_chain(tmp_path / "chain", shared_models / "stories260k", ["v_proj"])
     export_gguf(run, tmp_path / "out")  # which compares them
-    kinds = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
-    assert kinds["tokenizer.ggml.model"].contents() == "llama"
-    assert kinds["tokenizer.ggml.add_bos_token"].contents()
+    facts = facts_of(tmp_path / "out/model.gguf")
+    assert facts["tokenizer.ggml.model"] == "llama"
+    assert facts["tokenizer.ggml.add_bos_token"]
 
 
 def with_gemmas_tokenizer(base: Path, model: str) -> Path:
@@ -199,9 +204,8 @@ def with_gemmas_tokenizer(base: Path, model: str) -> Path:
 def test_a_tokenizer_of_gemma_is_the_same(tmp_path, model):
     base = with_gemmas_tokenizer(tmp_path / "base", model)
     export_gguf(make_chain(tmp_path / "chain", base, ["v_proj"]), tmp_path / "out")
-    fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
-    assert fields["general.architecture"].contents() == model
-    assert fields["tokenizer.ggml.model"].contents() == "llama"
+    facts = facts_of(tmp_path / "out/model.gguf")
+    assert (facts["general.architecture"], facts["tokenizer.ggml.model"]) == (model, "llama")
 
 
 def test_a_tokenizer_of_another_kind_is_refused_before_weights_are_read(tmp_path):
@@ -234,29 +238,22 @@ def test_a_folders_name_does_not_change_what_llama_cpp_does(tmp_path, model, fol
     tokenizer.save_pretrained(base)
     export_gguf(make_chain(tmp_path / "chain", base, ["o_proj"]), tmp_path / "out", as_adapter=True)
     for file in ("base.gguf", "adapter.gguf"):
-        fields = gguf.GGUFReader(tmp_path / "out" / file).fields
-        assert fields["general.name"].contents() == name
+        assert facts_of(tmp_path / "out" / file)["general.name"] == name
 
 
 def test_chat_templates_for_chats_and_tools_are_kept(tmp_path):
-    base = make_base(tmp_path / "base", "llama")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
-    tokenizer.save_pretrained(base)
+    templates = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    base = make_base(tmp_path / "base", "llama", templates)
     export_gguf(make_chain(tmp_path / "chain", base, ["v_proj"]), tmp_path / "out")
-    found = load_model(tmp_path / "out" / "model.gguf", torch.float32)[1]
-    assert found.chat_template == tokenizer.chat_template
+    found = load_model(tmp_path / "out/model.gguf", torch.float32)[1]
+    assert found.chat_template == templates
 
 
 REFUSED = {
     "another class": ("llama", {"model_type": "olmo"}, "must be one of llama, mistral"),
     "activation": ("llama", {"hidden_act": "relu"}, "have the activation silu (got relu)"),
     "biases": ("llama", {"attention_bias": True}, "have no attention_bias"),
-    "RoPE": (
-        "llama",
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-        "(got dynamic)",
-    ),
+    "RoPE": ("llama", {"rope_parameters": _LINEAR | {"rope_type": "dynamic"}}, "(got dynamic)"),
     "Llama 3's RoPE": ("qwen2", {"rope_parameters": _LLAMA3}, "default or linear (got llama3)"),
     "attention scale": ("gemma2", {"query_pre_attn_scalar": 8}, "scale attention by its head_dim"),
     "caps": ("gemma3", {"final_logit_softcapping": 30.0}, "have the logit caps of its kind"),
@@ -310,8 +307,8 @@ def test_the_template_for_ollama_says_what_the_chat_template_does(tiny_folder, t
     if template == "of its own kind":
         assert chat is None
         return
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    messages.append({"role": "user", "content": "c"})
+    roles = ("user", "assistant", "user")
+    messages = [{"role": r, "content": c} for r, c in zip(roles, "abc", strict=True)]
     keys = {"tokenize": False, "add_generation_prompt": True}
     assert chat.text("abc") == tokenizer.apply_chat_template(messages, **keys)
     assert chat.stop
@@ -322,19 +319,15 @@ def test_the_template_for_ollama_says_what_the_chat_template_does(tiny_folder, t
 
 
 def test_what_ends_no_turn_stops_nothing(tmp_path):
-    base = make_base(tmp_path / "base", "llama")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
-    tokenizer.save_pretrained(base)
+    template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    base = make_base(tmp_path / "base", "llama", template)
     export_gguf(make_chain(tmp_path / "chain", base, ["q_proj"]), tmp_path / "out")
     assert "PARAMETER stop" not in (tmp_path / "out/Modelfile").read_text()
 
 
-def test_a_chat_template_that_fails_is_left_out_of_the_modelfile(tmp_path, sentiment, caplog):
-    base = make_base(tmp_path / "base", "llama")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content + user.name }}{% endfor %}"
-    tokenizer.save_pretrained(base)
+def test_a_chat_template_that_fails_is_left_out_of_the_modelfile(tmp_path, caplog):
+    template = "{% for m in messages %}{{ m.content + user.name }}{% endfor %}"
+    base = make_base(tmp_path / "base", "llama", template)
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "the cat", "completion": " sat"}] * 4)
     tree = {"model": str(base), "data": {"train": str(rows)}, "output": str(tmp_path / "run")}
     train(tree | {"chain": {"ranks": [2], "steps": [1], "target_modules": ["q_proj"]}})
@@ -352,15 +345,12 @@ def test_the_modelfile_is_for_the_rows(chainlora, tiny_folder, sentiment, tmp_pa
     for name, data in [("chats", {"train": str(chats), "chat_template": "chatml"}), ("task", task)]:
         tree = {"model": str(tiny_folder), "data": data, "output": str(tmp_path / name)}
         train(tree | {"chain": {"ranks": [2], "steps": [1]}})
-    chat = chainlora(
-        "export", tmp_path / "chats", "--to", "gguf-adapter", "--output", tmp_path / "a"
-    )
+    chat = chainlora(f"export {tmp_path}/chats --to gguf-adapter --output {tmp_path}/a")
     assert chat.status == 0, chat.err
     assert "adapter.gguf" in chat.out
-    lines = (tmp_path / "a" / "Modelfile").read_text()
-    assert lines.startswith(
-        'FROM ./base.gguf\nADAPTER ./adapter.gguf\nTEMPLATE """{{ if .System }}'
-    )
+    lines = (tmp_path / "a/Modelfile").read_text()
+    head = "FROM ./base.gguf\nADAPTER ./adapter.gguf\n"
+    assert lines.startswith(f'{head}TEMPLATE """{{{{ if .System }}}}')
     assert '\nPARAMETER stop "<|im_end|>"\nPARAMETER num_ctx 128\n' in lines
     rest = {"data": {"train": str(plain)}, "chain": {"ranks": [2], "steps": [1]}}
     extend(tmp_path / "chats", {"name": "plain", **rest}, beside=False)
@@ -369,10 +359,8 @@ def test_the_modelfile_is_for_the_rows(chainlora, tiny_folder, sentiment, tmp_pa
         export_gguf(tmp_path / "chats", tmp_path / f"mix-{number}")
         said = (tmp_path / f"mix-{number}" / "Modelfile").read_text()
         assert ("im_start" in said) == is_chat
-    words = ("--gguf-type", "q8_0", "--output", tmp_path / "b", "--to", "gguf")
-    wrong = chainlora("export", tmp_path / "task", *words[:-1], "adapter")
-    assert (wrong.status, "--gguf-type is for GGUF files" in wrong.err) == (2, True)
-    assert chainlora("export", tmp_path / "task", *words).status == 0
+    words = f"export {tmp_path}/task --gguf-type q8_0 --output {tmp_path}/b --to"
+    assert chainlora(f"{words} gguf").status == 0
     assert (tmp_path / "b" / "Modelfile").read_text() == (
         'FROM ./model.gguf\nTEMPLATE """{{ .Prompt }}"""\nPARAMETER num_ctx 128\n'
     )
