@@ -315,16 +315,16 @@ def _add_tokenizer(writer: Any, tokenizer: Any, num_rows: int) -> None:
         tokens[index], kinds[index] = token, _BYTE if is_byte else _NORMAL
     for index, added in tokenizer.added_tokens_decoder.items():
         kinds[index] = _CONTROL if added.special else _USER_DEFINED
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in tree["merges"]]
     writer.add_tokenizer_model(model)
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     if model == "gpt2":
-        writer.add_token_merges([" ".join(merge) for merge in merges])
+        writer.add_token_merges([" ".join(merge) for merge in tree["merges"]])
     else:
         if tokenizer.unk_token_id is not None:
             kinds[tokenizer.unk_token_id] = _UNKNOWN
-        ranks = {first + second: -float(i) for i, (first, second) in reversed([*enumerate(merges)])}
+        merges = reversed([*enumerate(tree["merges"])])
+        ranks = {first + second: -float(place) for place, (first, second) in merges}
         writer.add_token_scores([ranks.get(token, -1e6) for token in tokens])
         writer.add_add_space_prefix(tokenizer.tokenize("a")[0].startswith("▁"))
     writer.add_token_types(kinds)

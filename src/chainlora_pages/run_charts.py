@@ -9,7 +9,6 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from chainlora.errors import RunError
 from chainlora.runs.records import Record, of_event, score_names
 from chainlora_pages.charts import (
     GREY,
@@ -36,15 +35,8 @@ _MOST_POINTS = 400  # of a curve; a page is about a thousand pixels wide
 
 
 def plot_training(records: Sequence[Record], out_png: str | Path) -> None:
-    """Draw loss, validation scores and learning rate over the steps, with knots as dashed lines.
-
-    Raises RunError if the records have no training step and no evaluation.
-    """
+    """Draw loss, validation scores and learning rate over the steps, with knots as dashed lines."""
     panels = _training(records)
-    if not panels:
-        raise RunError(
-            "a plot needs a training step or an evaluation", "none", "train the run first"
-        )
     heights = [panel.height for panel in panels]
 
     def fill(figure: Any) -> None:

@@ -12,7 +12,6 @@ import pytest
 from matplotlib.figure import Figure
 
 import chainlora_pages
-from chainlora.errors import RunError
 from chainlora_pages.chain_charts import chain_pictures, plot_chain
 from chainlora_pages.charts import _ON_DARK, _ON_LIGHT, _THEME, heat_map
 from chainlora_pages.run_charts import _draw_loss, plot_training, training_pictures
@@ -122,13 +121,6 @@ def test_a_margin_is_no_share():
     assert "%</text>" not in scores.svg
     (scores,) = [each for each in training_pictures(records()) if "scores" in each.title]
     assert "%</text>" in scores.svg
-
-
-def test_nothing_to_draw(tmp_path):
-    with pytest.raises(RunError, match="got none"):
-        plot_training([], tmp_path / "x.png")
-    with pytest.raises(RunError, match="got none"):
-        plot_chain({"links": []}, tmp_path / "x.png")
 
 
 def test_a_page_s_charts_are_legible_on_a_phone(finished):

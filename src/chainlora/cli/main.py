@@ -16,25 +16,8 @@ import traceback
 import click
 
 from chainlora import __version__
+from chainlora.cli import doctor, generate, scores, train, versioning, views
 from chainlora.cli.common import SIGNALLED, Verbs, is_first_process, prepared_streams
-from chainlora.cli.doctor import doctor, schema, tasks
-from chainlora.cli.generate import chat, generate
-from chainlora.cli.scores import evaluate
-from chainlora.cli.train import demo, train
-from chainlora.cli.versioning import (
-    add,
-    combine,
-    extend,
-    log,
-    mix,
-    prune,
-    pull,
-    push,
-    redo,
-    rehearse,
-    undo,
-)
-from chainlora.cli.views import diff, export, inspect, verify
 from chainlora.errors import (
     ChainLoRAError,
     ConfigError,
@@ -140,7 +123,7 @@ def cli(context: click.Context, debug: bool) -> None:
         )
 
 
-for _verb in (demo, train, extend, add, combine, rehearse, mix, undo, redo, log, prune, push, pull):
-    cli.add_command(_verb)
-for _verb in (evaluate, generate, chat, inspect, diff, export, verify, tasks, doctor, schema):
-    cli.add_command(_verb)
+for _module in (train, versioning, scores, generate, views, doctor):
+    for _verb in vars(_module).values():
+        if isinstance(_verb, click.Command):
+            cli.add_command(_verb)

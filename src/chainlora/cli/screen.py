@@ -181,9 +181,7 @@ def scored_matrix(run: str, speedups: Speedups = "auto", *, compute: bool = True
         return stage_matrix(run, speedups=speedups, progress=progress, compute=compute)
 
 
-def show_matrix(
-    matrix: StageMatrix, echo: Callable[[str], object] = click.echo, *, has_notes: bool = True
-) -> None:
+def show_matrix(matrix: StageMatrix, *, has_notes: bool = True) -> None:
     """Print a matrix (a row per state, a column per stage) and summaries, if it has scores."""
     if matrix.cells:
-        echo(str(matrix) if has_notes else matrix.in_lines())
+        click.echo(str(matrix) if has_notes else matrix.in_lines())
