@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from helpers import records_of, settings, stage_dir
+from helpers import Stop, records_of, settings, stage_dir, stopping
 from helpers_integrations import make_trainer, peft_model
 
 import chainlora
-from chainlora import ChainCallback, registry
+from chainlora import ChainCallback, registry, train
 from chainlora.knots import policy
 from chainlora.training import objectives, optimizers
 from chainlora.training.events import Event, ShareTied, StepDone
@@ -55,14 +54,9 @@ OWN = ("--train.optimizer", "signum", "--train.loss", "margin")
 OWN += ("--chain.knots", "{policy: doubling, every: 2, share: 0.5}")
 
 
-def events_of(config: dict[str, Any], *listeners: Callable[[Event], None]) -> list[Event]:
+def events_of(config: dict[str, Any]) -> list[Event]:
     events: list[Event] = []
-
-    def tell(event: Event) -> None:
-        for each in (events.append, *listeners):
-            each(event)
-
-    chainlora.train(chainlora.make_config(config), listener=tell)
+    train(config, listener=events.append)
     return events
 
 
@@ -125,13 +119,9 @@ def test_a_file_of_ones_own_is_named_by_plugins(config, chainlora, caplog):
 
 
 def test_a_run_names_its_plugins_and_never_runs_them(config, mine, chainlora, caplog):
-    def stopped(event: Event) -> None:
-        if isinstance(event, StepDone) and event.step == 3:
-            raise RuntimeError("stopped")
-
-    train = config["train"] | {"optimizer": "signum"}
-    with pytest.raises(RuntimeError, match="stopped"):
-        events_of(config | {"plugins": ["mine.py"], "train": train}, stopped)
+    own = {"plugins": ["mine.py"], "train": config["train"] | {"optimizer": "signum"}}
+    with pytest.raises(Stop):
+        train(config | own, listener=stopping(2))
 
     def forget() -> None:
         registry._load.cache_clear()

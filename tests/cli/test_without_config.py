@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import write_rows
-from helpers import Stop, history_of, stage_dir
+from helpers import Stop, history_of, stage_dir, stopping
 
 from chainlora import extend, train
 from chainlora.config.staging import name_of_rows
@@ -107,16 +107,11 @@ def test_weights_count_as_rows(tiny_folder, chainlora, caplog):
     assert "main: rank 8 on all linear layers, 2 epochs" in caplog.text
 
 
-def dies(event) -> None:
-    if event.name == "step" and event.step == 5:
-        raise Stop
-
-
 def test_a_first_stage_that_was_killed_goes_on(january, tiny_folder, chainlora):
     stage = {"name": "january", "data": {"train": "january.jsonl"}}
     tree = {"model": str(tiny_folder), "stages": [stage], "train": {"save_every": 2}}
     with pytest.raises(Stop):
-        train(tree | {"output": "killed"}, listener=dies)
+        train(tree | {"output": "killed"}, listener=stopping(4))
     keys = ("--model", tiny_folder, "--train.save_every", "2", "--output", "killed")
     assert chainlora("train", "january.jsonl", *keys).status == 0
     assert chain_of(Path("killed"), "january")["epochs"] == [10]
@@ -125,8 +120,9 @@ def test_a_first_stage_that_was_killed_goes_on(january, tiny_folder, chainlora):
 
 def test_a_stage_that_was_killed_keeps_its_length(january, chainlora):
     whole, file = shutil.copytree(january, "whole"), rows("february.jsonl", 320)
+    stage = {"data": {"train": str(file)}, "train": {"save_every": 2}}
     with pytest.raises(Stop):
-        extend(january, {"data": {"train": str(file)}, "train": {"save_every": 2}}, listener=dies)
+        extend(january, stage, listener=stopping(4))
     grown = file.read_text()
     rows(file, 640)  # for which the rule gives one epoch
     again = ("extend", january, file, "--train.save_every", "2")
