@@ -47,6 +47,17 @@ A lamp shop has eight new questions and answers each month. In March, the answer
 question of January changes, too. SmolLM2-135M-Instruct (dequantised from a Q4_1 file)
 learns the months in two ways.
 """
+_CLOSING = """\
+The questions are the training questions; one seed. For January's changed question,
+March's answer is right. extend reads rows kept from earlier months; on top does not.
+✓ right, ✗ wrong, – february was pruned.
+
+{folder} has three runs: on-top, faq (extend) and pruned. Next, try:
+  chainlora log {faq}
+  chainlora chat {faq} --system 'Shop assistant.'
+  chainlora eval {faq} --matrix
+  chainlora undo {faq}    # without march
+  chainlora export {faq} --to adapter --output {adapter}"""
 
 
 def run_demo(output: str, echo: Callable[[str], object]) -> dict[str, Any]:
@@ -61,7 +72,7 @@ def run_demo(output: str, echo: Callable[[str], object]) -> dict[str, Any]:
     _train(folder, _write_rows(shop, folder / "rows"), echo)
     result = _answers_of_runs(folder, shop)
     echo("\n" + _as_text(*tables(shop, result)))
-    echo(_next_steps(folder))
+    echo(_CLOSING.format(folder=folder, faq=folder / "faq", adapter=folder / "adapter"))
     return {"output": str(folder), **result}
 
 
@@ -205,21 +216,3 @@ def _as_text(*parts: Table) -> str:
         for part in parts:
             console.print(part)
     return captured.get()
-
-
-def _next_steps(folder: Path) -> str:
-    """Return the notes on the tables, and the next commands to try."""
-    return "\n".join(
-        [
-            "The questions are the training questions; one seed. For January's changed question,",
-            "March's answer is right. extend reads rows kept from earlier months; on top does not.",
-            "✓ right, ✗ wrong, – february was pruned.",
-            "",
-            f"{folder} has three runs: on-top, faq (extend) and pruned. Next, try:",
-            f"  chainlora log {folder / 'faq'}",
-            f"  chainlora chat {folder / 'faq'} --system 'Shop assistant.'",
-            f"  chainlora eval {folder / 'faq'} --matrix",
-            f"  chainlora undo {folder / 'faq'}    # without march",
-            f"  chainlora export {folder / 'faq'} --to adapter --output {folder / 'adapter'}",
-        ]
-    )
