@@ -10,11 +10,11 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import click
 import pytest
 from config.test_schema import LEAST
+from test_docs import FENCED, ROOT, blocks
 
 from chainlora import make_config
 from chainlora.cli.main import cli
@@ -23,9 +23,7 @@ from chainlora.config.staging import make_stages
 from chainlora.data.tasks.task import Task
 from chainlora_lab.experiment import make_experiment
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 KNOWN = {"", "bash", "console", "diff", "json", "python", "yaml"}
 FOUND = [
     pytest.param(language, body, id=f"{file.relative_to(ROOT)}:{number}")
@@ -84,8 +82,7 @@ def test_a_type_checker_accepts_the_python_of_the_documents(tmp_path):
     pytest.importorskip("mypy", reason="needs chainlora[dev]")
     pages = [ROOT / "README.md", ROOT / "docs/python.md"]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
-    bodies = [body for language, body in FENCED.findall(text) if language == "python"]
-    for number, body in enumerate(bodies):
+    for number, body in enumerate(blocks(text, "python")):
         (tmp_path / f"block_{number}.py").write_text(body)
     (tmp_path / "mypy.ini").write_text("[mypy]\nignore_missing_imports = true\n")
     # Names that a reader puts in, such as the folder of a model, are not defined in a block.

@@ -32,10 +32,12 @@ PYTHON = (ROOT / "docs/python.md").read_text(encoding="utf-8")
 OURS = ("config", "python", "trainer", "layout", "run-directory", "evidence", "optimizers", "scale")
 
 
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+
+
 def blocks(text: str, language: str) -> list[str]:
     """The fenced blocks of a language, in order."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    return [body for name, body in found if name == language]
+    return [body for name, body in FENCED.findall(text) if name == language]
 
 
 def arguments(line: str) -> list[str]:

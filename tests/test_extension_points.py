@@ -10,6 +10,7 @@ import pytest
 import yaml
 from helpers import Stop, records_of, settings, stage_dir, stopping
 from helpers_integrations import make_trainer, peft_model
+from test_docs import ROOT, blocks
 
 import chainlora
 from chainlora import ChainCallback, registry, train
@@ -17,8 +18,7 @@ from chainlora.knots import policy
 from chainlora.training import objectives, optimizers
 from chainlora.training.events import Event, ShareTied, StepDone
 
-LAYOUT = Path(chainlora.__file__).parents[2] / "docs/layout.md"
-RECIPES = re.findall(r"```python\n(.*?)```", LAYOUT.read_text(encoding="utf-8"), re.DOTALL)
+RECIPES = blocks((ROOT / "docs/layout.md").read_text(encoding="utf-8"), "python")
 
 
 def run_recipe(word: str) -> None:
