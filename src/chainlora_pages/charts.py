@@ -226,7 +226,7 @@ def heat_map(
     texts: Sequence[Sequence[str]] | None = None,
     turned: bool = False,
 ) -> None:
-    """Draw a matrix of numbers as colours, with the first row at the top.
+    """Draw a matrix of numbers, [rows, columns], as colours, with the first row at the top.
 
     NaN cells stay empty. Cells of small matrices have texts: their numbers, or `texts`, and then
     the scale has no numbers. The scale ends at the largest number, but not below `least`. With
