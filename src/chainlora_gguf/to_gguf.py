@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,18 +109,13 @@ def export_gguf(
 
 def _modelfiles(
     model: str, stage: str, loras: Sequence[_Lora], each: bool
-) -> list[tuple[str, list[str], str]]:
-    """Return the name of each Modelfile, its first lines, and the stage whose rows it is for."""
+) -> Iterator[tuple[str, list[str], str]]:
+    """Yield the name of each Modelfile, its first lines, and the stage whose rows it is for."""
     if not loras:
-        return [("Modelfile", [f"FROM ./{model}"], stage)]
-    return [
-        (
-            f"{lora.name}.Modelfile" if each else "Modelfile",
-            [f"FROM ./{model}", f"ADAPTER ./{lora.name}.gguf"],
-            lora.stage,
-        )
-        for lora in loras
-    ]
+        yield "Modelfile", [f"FROM ./{model}"], stage
+    for lora in loras:
+        file = f"{lora.name}.Modelfile" if each else "Modelfile"
+        yield file, [f"FROM ./{model}", f"ADAPTER ./{lora.name}.gguf"], lora.stage
 
 
 def _card_text(num_links: int, kind: str, loras: Sequence[_Lora], each: bool) -> str:
