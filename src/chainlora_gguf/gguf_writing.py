@@ -159,7 +159,7 @@ def name_for(name: str, tokenizer: Any) -> str:
 
 
 def write_gguf(
-    folder: Path, tokenizer: Any, file: Path, kind: str, name: str, ends: Sequence[int] = ()
+    folder: Path, tokenizer: Any, file: Path, kind: str, name: str, ends: Sequence[int]
 ) -> None:
     """Write a checkpoint as one GGUF file. Call `check_convertible` first.
 

@@ -283,7 +283,7 @@ def words_and_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str
 # --- run directories, checked before anything heavy is imported ---
 
 
-def check_run_or_model(run_or_model: str, links: int | None, stages: str | None = None) -> None:
+def check_run_or_model(run_or_model: str, links: int | None, stages: str | None) -> None:
     """Raise RunError for an incomplete or missing run, and for --links or --stages of a model.
 
     A missing folder counts as a run if runs are near it; otherwise it is the name of a model.
