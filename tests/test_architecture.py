@@ -100,7 +100,7 @@ MORE: dict[str, dict[str, set[str]]] = {
         "chainlora.runs.locks": {"is_in_use"},
         "chainlora.runs.opening": {"chain_on_base", "tokenizer_of"},
         "chainlora.runs.paths": {"HISTORY", "stage_folder"},
-        "chainlora.runs.recomputing": {"exporter_to"},
+        "chainlora.runs.exported": {"exporter_to"},
         "chainlora.runs.records": {"Record", "of_event", "score_names"},
         "chainlora.runs.state": {"OpenState"},
     },

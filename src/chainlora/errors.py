@@ -11,7 +11,7 @@
     ├── ForgettingError         an addition made a run forget too much; exit status 3
     └── TrainingError           training cannot continue
         ├── DivergedError       the loss, its gradient or the weights are no longer finite
-        ├── PeerFailedError           another process failed and reports the error
+        ├── PeerFailedError     another process failed and reports the error
         └── StoppedError        a signal stopped the run; its state is saved
 
 A message is one line with the rule, the value and the remedy. Pass the three parts separately, so

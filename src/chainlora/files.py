@@ -58,11 +58,11 @@ def reported(path: str | Path, verb: str = "written") -> Iterator[None]:
         raise file_error(error, path, verb) from error
 
 
-def file_error(error: OSError, path: str | Path, verb: str = "written") -> FileError:
+def file_error(error: OSError, path: str | Path, verb: str) -> FileError:
     """Return a FileError with a remedy for an OSError about `path`."""
     remedy = _REMEDIES.get(error.errno or 0, "check the path")
     reason = error.strerror or " ".join(str(error).split())
-    return FileError(f"a file must be {verb} (got {reason} for {path}); {remedy}")
+    return FileError(f"a file must be {verb}", f"{reason} for {path}", remedy)
 
 
 # --- writing ---
@@ -114,10 +114,8 @@ def save_tensors(
 
 def unwritable(error: Exception, path: Path) -> FileError:
     """Return a FileError for an error of safetensors while writing."""
-    return FileError(
-        f"a file must be written (got {error} for {path}); free some space, or choose a folder "
-        "that can be written"
-    )
+    remedy = "free some space, or choose a folder that can be written"
+    return FileError("a file must be written", f"{error} for {path}", remedy)
 
 
 def copy_file(source: Path, path: Path) -> None:
@@ -136,9 +134,8 @@ def _replaced(path: Path) -> Iterator[Path]:
     with reported(path):
         try:
             yield scratch
-            stamp = (
-                time.time_ns()
-            )  # finer than most file systems' clocks: readers detect changes by it
+            # finer than most file systems' clocks: readers detect changes by it
+            stamp = time.time_ns()
             os.utime(scratch, ns=(stamp, stamp))
             scratch.replace(path)
         except BaseException:
@@ -248,8 +245,8 @@ def make_folder(path: Path) -> None:
 def remove(path: Path) -> None:
     """Delete a file or folder, if it exists.
 
-    A folder is renamed first, so it is never incomplete under its name. Files that cannot be
-    deleted keep the scratch name, for `remove_scratch`.
+    A folder is renamed first, so it is never incomplete under its name; `remove_scratch` deletes
+    files that cannot be deleted now.
     """
     if path.is_dir() and not path.is_symlink():
         old = _scratch(path, ".old")
@@ -354,18 +351,12 @@ def check_writable(path: Path) -> None:
     """Raise FileError unless a folder can be made at `path`, or written to if it exists."""
     with reported(path):
         if path.is_symlink() and not path.exists():
-            raise FileError(
-                f"a folder must not be a broken symbolic link (got {path}); remove the link or "
-                "make its target"
-            )
+            rule = "a folder must not be a broken symbolic link"
+            raise FileError(rule, path, "remove the link or make its target")
         existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not existing.is_dir():
-        raise FileError(
-            f"the parents of a folder must be folders (got {path}, at or below the file "
-            f"{existing}); choose another path"
-        )
+        got = f"{path}, at or below the file {existing}"
+        raise FileError("the parents of a folder must be folders", got, "choose another path")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise FileError(
-            f"a folder must be writable (got {existing}, which is not); choose another or change "
-            "its permissions"
-        )
+        remedy = "choose another or change its permissions"
+        raise FileError("a folder must be writable", f"{existing}, which is not", remedy)

@@ -13,7 +13,7 @@ from helpers import settings
 from helpers_data import pair_files
 
 from chainlora import evaluate_task, export_adapter, export_merged, train
-from chainlora.runs.recomputing import exporter_to
+from chainlora.runs.exported import exporter_to
 
 TARGETS = {"adapter": "", "merged": "", "gguf": "/model.gguf"}
 

@@ -151,8 +151,8 @@ def export(
     _check_export(target, links, repository, private, options)
     quiet()
     from chainlora.runs.cards import Naming
+    from chainlora.runs.exported import exporter_to
     from chainlora.runs.hub import check_push, push_folder
-    from chainlora.runs.recomputing import exporter_to
 
     state = chosen_state(run, stages)
     naming = Naming(repository, options["base_name"], options["licence"])
@@ -232,7 +232,7 @@ def verify(export: str, run: str | None, as_json: bool) -> None:
     if run is not None:
         need_run(run)
     quiet()
-    from chainlora.runs.recomputing import verify_export
+    from chainlora.runs.exported import verify_export
 
     differences = verify_export(export, run)
     passed = "the checksums match; give RUN to compare the files with a new export"

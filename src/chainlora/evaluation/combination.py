@@ -23,10 +23,9 @@ from chainlora.evaluation.stage_scores import Progress
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.beginning import fork, need_same_base, take_in
 from chainlora.runs.changes import whole_run
-from chainlora.runs.declaring import changed
 from chainlora.runs.export import empty_folder, filled_folder
 from chainlora.runs.history import COMBINED, START, History, Recipe, State, Term, Unbuilt
-from chainlora.runs.history_file import read_history, update_history
+from chainlora.runs.history_file import changed, read_history, update_history
 from chainlora.runs.links import need_low_rank_sum, save_link
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import chain_on_base

@@ -39,10 +39,9 @@ from chainlora.runs.history import (
 )
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.links import save_link
-from chainlora.runs.loading_start import fitted, load_start
+from chainlora.runs.loading_start import Start, fitted, load_start
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import noted_base, tokenizer_of
-from chainlora.runs.start import Start
 
 logger = logging.getLogger(__name__)
 

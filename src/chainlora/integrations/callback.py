@@ -37,8 +37,7 @@ from chainlora.knots.driver import Knots, check_policy
 from chainlora.knots.numbers import Numbers, Spacings, asks_for_tokens, say_what_to_expect, spacings
 from chainlora.knots.policy import Knot, KnotPolicy
 from chainlora.models.modes import kept_random_state
-from chainlora.runs.loading_start import load_start
-from chainlora.runs.start import NOTHING
+from chainlora.runs.loading_start import NOTHING, load_start
 from chainlora.training.processes import Processes, num_launched
 
 logger = logging.getLogger(__name__)

@@ -39,7 +39,7 @@ from chainlora.runs.addresses import open_run
 from chainlora.runs.cards import is_of_another
 from chainlora.runs.compression import adapter_factors
 from chainlora.runs.export import write_adapter, write_adapter_card
-from chainlora.runs.loading_start import put_on
+from chainlora.runs.loading_start import NOTHING, Start, put_on
 from chainlora.runs.paths import exists_in
 from chainlora.runs.saved_chain import (
     INSIDE,
@@ -49,7 +49,6 @@ from chainlora.runs.saved_chain import (
     restore_chain,
     write_chain,
 )
-from chainlora.runs.start import NOTHING, Start
 
 logger = logging.getLogger(__name__)
 

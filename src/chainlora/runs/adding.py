@@ -20,7 +20,7 @@ from chainlora.errors import ChainLoRAError, DataError, RunError
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.beginning import save_rows
 from chainlora.runs.claim import Claim
-from chainlora.runs.declaring import changed, declared_config
+from chainlora.runs.declaring import declared_config
 from chainlora.runs.history import (
     BASE,
     CONFIG,
@@ -33,14 +33,13 @@ from chainlora.runs.history import (
     Training,
     Unbuilt,
 )
-from chainlora.runs.history_file import read_history, update_history
+from chainlora.runs.history_file import changed, read_history, update_history
 from chainlora.runs.links import save_link
-from chainlora.runs.loading_start import fitted, load_start, need_layers, start_folder
+from chainlora.runs.loading_start import Start, fitted, load_start, need_layers, start_folder
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import check_base, noted_base
 from chainlora.runs.paths import is_run, stage_folder
 from chainlora.runs.resuming import source_digests
-from chainlora.runs.start import Start
 
 logger = logging.getLogger(__name__)
 

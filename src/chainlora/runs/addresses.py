@@ -71,7 +71,10 @@ def state_at(run: Path, history: History, name: str | None = None) -> OpenState:
         states = {e.state.digest: e for e in history.entries if e.state.digest.startswith(key)}
         entry = next(iter(states.values())) if len(states) == 1 else None
     if entry is None and key != BASE:
-        raise _unknown(run, history, key)
+        names = ", ".join(e.key for e in history.entries if e.kind != "mix") or BASE
+        unbuilt = ", which has not ended," if history.find_unbuilt(key) is not None else ""
+        remedy = f"name one; chainlora log {run} shows all states"
+        raise RunError(f"a stage must be one of {names}", f"{key!r}{unbuilt} for {run}", remedy)
     return OpenState(run, history, history.empty if entry is None else entry.state, entry)
 
 
@@ -102,17 +105,6 @@ def begun_stage(run: Path, name: str, history: History | None = None) -> OpenSta
     if history.find(name) is not None:
         return state_at(run, history, name)
     return state_of_draft(run, name, history) if name in drafts_in(run, history) else None
-
-
-def _unknown(run: Path, history: History, name: str) -> RunError:
-    """Return the error for a name without a state in a run."""
-    names = [entry.key for entry in history.entries if entry.kind != "mix"]
-    unbuilt = ", which has not ended," if history.find_unbuilt(name) is not None else ""
-    return RunError(
-        f"a stage must be one of {', '.join(names) or BASE}",
-        f"{name!r}{unbuilt} for {run}",
-        f"name one; chainlora log {run} shows all states",
-    )
 
 
 def nothing_at(address: object, what: str) -> RunError:

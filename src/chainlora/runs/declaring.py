@@ -22,26 +22,24 @@ from chainlora.runs.beginning import copy_files, copy_tokenizer, own_closure
 from chainlora.runs.documents import write_part
 from chainlora.runs.draft import DRAFT
 from chainlora.runs.history import BASE, START, Base, History, Training, Unbuilt
-from chainlora.runs.history_file import update_history
+from chainlora.runs.history_file import changed, update_history
+from chainlora.runs.loading_start import Start
 from chainlora.runs.locks import is_in_use
 from chainlora.runs.paths import HISTORY, exists_in, stage_folder
 from chainlora.runs.resuming import source_digests
-from chainlora.runs.start import Start
 
 logger = logging.getLogger(__name__)
 
 
 def stage_entry(name: str, config: RunConfig, parent: str, unit: str) -> Unbuilt:
     """Return the declaration of a stage, with digests of its files of rows and plug-ins."""
+    plugins = {name: plugin_digest(name) for name in config.plugins}
     return Unbuilt(
         key=name,
         kind="stage",
         parents=() if parent == BASE else (parent,),
         unit=unit,
-        training=Training(
-            sources=source_digests(config),
-            plugins={name: plugin_digest(name) for name in config.plugins},
-        ),
+        training=Training(sources=source_digests(config), plugins=plugins),
         config=config.model_dump(mode="json"),
     )
 
@@ -131,11 +129,6 @@ def _need_replaceable(run: Path, now: History, new: Sequence[Unbuilt]) -> None:
             raise RunError(rule, f"{entry.key} of {run}", "wait for it, or choose another name")
         if not entry.is_rehearsal:  # other commands may redeclare a rehearsal and continue it
             logger.warning("%s of %s had not begun and is replaced", entry.key, run)
-
-
-def changed(run: Path) -> RunError:
-    """Return the error for a run that has changed since it was planned."""
-    return RunError("Another process has changed this run", run, "repeat the command")
 
 
 def withdraw(run: Path, keys: Iterable[str], *, is_new_run: bool) -> None:

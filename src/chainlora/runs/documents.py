@@ -62,15 +62,12 @@ def read_part(path: Path, kind: type[Kind]) -> Kind:
         rule = f"{name} must be JSON of a run"
         raise RunError(rule, f"{path}: {error}", kind.remedy) from None
     if file_format != kind.format:
-        raise RunError(
-            f"{name} must be of format {kind.format}",
-            f"{file_format!r:.40} in {path.parent}",
-            "use the version of chainlora that wrote it",
-        )
+        rule = f"{name} must be of format {kind.format}"
+        got = f"{file_format!r:.40} in {path.parent}"
+        raise RunError(rule, got, "use the version of chainlora that wrote it")
     if file_checksum != checksum(tree):
-        raise RunError(
-            f"{name} must be as the run wrote it", f"another checksum in {path.parent}", kind.remedy
-        )
+        got = f"another checksum in {path.parent}"
+        raise RunError(f"{name} must be as the run wrote it", got, kind.remedy)
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
@@ -102,17 +99,25 @@ def need_file(run: Path, name: str, digest: str) -> Path:
     return path
 
 
-_SUMS: dict[Path, tuple[tuple[int, ...], str]] = {}  # version and SHA-256 of files read before
+# version and SHA-256 of files read before
+_SUMS: dict[Path, tuple[tuple[int, ...] | None, str]] = {}
 
 
 def _sha256(path: Path) -> str:
     """Return the SHA-256 of a file; read the file only if it has changed since the last time."""
-    stat = path.stat()
-    version = stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-    known = _SUMS.get(path.absolute())
-    if known is None or known[0] != version:
+    version, known = version_of(path), _SUMS.get(path.absolute())
+    if known is None or version is None or known[0] != version:
         known = _SUMS[path.absolute()] = version, files.sha256(path)
     return known[1]
+
+
+def version_of(path: Path) -> tuple[int, ...] | None:
+    """Return inode, size and times of a file, which change with it; None if it does not exist."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def short_digest(content: object) -> str:

@@ -15,15 +15,7 @@ from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from chainlora.runs.documents import Count, Digest, Document, Part, Sums, read_part
-from chainlora.runs.history import (
-    CONFIG,
-    Entry,
-    History,
-    LinkFacts,
-    Term,
-    Training,
-    Unbuilt,
-)
+from chainlora.runs.history import CONFIG, Entry, History, LinkFacts, Term, Training, Unbuilt
 from chainlora.runs.paths import stage_folder
 
 DRAFT = "stage.json"

@@ -223,10 +223,9 @@ def _check_own_files(base: Path) -> None:
     allowed = [folder.resolve() for folder in (base, *blobs)]
     for path in sorted([*licences, *configs, *tokenizer_files(base)]):
         if path.exists() and not any(map(path.resolve().is_relative_to, allowed)):
-            raise ModelError(
-                f"files that an export copies must lie in the base's folder (got {path.name} in "
-                f"{base}, a link to {path.resolve()}); put a copy in its place"
-            )
+            rule = "files that an export copies must lie in the base's folder"
+            got = f"{path.name} in {base}, a link to {path.resolve()}"
+            raise ModelError(rule, got, "put a copy in its place")
 
 
 def copy_licences(base: Path, output: Path) -> None:
@@ -327,6 +326,5 @@ def filled_folder(output: Path) -> Iterator[Path]:
 def _need_empty(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         problem = "which is not empty" if output.is_dir() else "a file"
-        raise RunError(
-            "`output` must be a new or empty directory", f"{output}, {problem}", "choose another"
-        )
+        rule = "`output` must be a new or empty directory"
+        raise RunError(rule, f"{output}, {problem}", "choose another")

@@ -1,32 +1,45 @@
-"""Load a model or an export in place of a run, with the facts in its lineage.
+"""Read exports: load one in place of a run, find its lineage, and verify it.
 
 An export is scored like its run: its rows are read by the config in ``lineage.json``, and an
-adapter is put on the base that it names.
+adapter is put on the base that it names. It is verified by checksums, or by every byte of a new
+export.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from inspect import signature
 from os.path import expanduser
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from chainlora import files
 from chainlora.config.reading import leave_out_helpers, make_config
 from chainlora.config.schema import RunConfig
 from chainlora.config.template_names import refuse_paths
 from chainlora.errors import ModelError, RunError
 from chainlora.models.finding import from_above, names_a_file, resolve_model
+from chainlora.models.identity import base_files, changed_files
 from chainlora.models.loading import load_model
 from chainlora.models.quantizing import is_quantized_model
-from chainlora.runs.addresses import Address, nothing_at
+from chainlora.runs.addresses import Address, nothing_at, open_run
+from chainlora.runs.cards import Naming
+from chainlora.runs.costs import versions
+from chainlora.runs.export import export_adapter, export_merged
+from chainlora.runs.history import BASE
 from chainlora.runs.lineage import LINEAGE, Lineage, read_lineage
 from chainlora.runs.loading_start import load_start, put_on
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import check_base, load_run
-from chainlora.runs.paths import is_run
+from chainlora.runs.paths import is_run, split_address
 from chainlora.runs.state import OpenState
 
 if TYPE_CHECKING:
@@ -78,14 +91,14 @@ def _adapter_on_base(folder: Path, lineage: Lineage | None, dtype: str | torch.d
     quantize = None if base_facts is None else base_facts.quantize
     base = OpenBase(from_above(name, folder), dtype, quantize)
     try:
-        files = base.files
+        base_hashes = base.files
     except ModelError as error:
         rule = "the base of an adapter must be at hand"
         remedy = "set CHAINLORA_MODELS to the folder that holds it, or name it in that file"
         got = f"{name or 'none'} in {folder / 'adapter_config.json'}, which is not found"
         raise RunError(rule, got, remedy) from error
     if base_facts is not None:
-        check_base(base_facts, folder, files=files)
+        check_base(base_facts, folder, files=base_hashes)
     chain = base.chain(device=torch.device("cpu"))
     for note in put_on(start, chain).notes:
         logger.warning("%s", note)
@@ -121,3 +134,99 @@ def config_of_export(place: str | Path) -> RunConfig | None:
     refuse_paths(tree, Path(LINEAGE))  # the export may come from somebody else
     leave_out_helpers(tree, LINEAGE)
     return make_config(tree)
+
+
+# --- verifying ---
+
+
+def exporter_to(target: str) -> Callable[..., Any]:
+    """Return the function that exports to a `lineage.Target`.
+
+    GGUF is written by a package that depends on this one, so it is imported by name.
+    """
+    if target.startswith("gguf"):
+        is_adapter = target == "gguf-adapter"
+        return partial(import_module("chainlora_gguf").export_gguf, as_adapter=is_adapter)
+    return {"merged": export_merged, "adapter": export_adapter}[target]
+
+
+def verify_export(export: str | Path, run: str | Path | None = None) -> list[str]:
+    """Compare an export with its checksums, and with a new export of a `run`.
+
+    Names that begin with a dot are skipped; tools of the Hub create such files.
+
+    Args:
+        export: the folder of the export.
+        run: the run that it was exported from. The state is searched in its whole history;
+            ``RUN@NAME`` must be the state itself.
+
+    Returns:
+        The differences, one line each.
+
+    Raises:
+        RunError: a folder without a lineage.
+        ChainLoRAError: the run cannot be exported.
+    """
+    folder, lineage = Path(export).expanduser(), read_lineage(export)
+    checksums = _checksums(folder)
+    differences = list(_changes(lineage.files, checksums, "not as it was exported"))
+    if run is None:
+        return differences
+    state = open_run(run)
+    if others := list(_other_origin(lineage, state, split_address(run)[1] is not None)):
+        return [*differences, *others]
+    source = state.at(lineage.history.head)
+    if lineage.exported.get("num_links") is None:
+        source = replace(source, state=lineage.state)
+    exporter, naming = _exporter(lineage, folder), Naming(**lineage.naming)
+    with TemporaryDirectory() as scratch:
+        exporter(source, scratch, naming=naming, **lineage.exported)
+        differences += _changes(_checksums(Path(scratch)), checksums, f"not what {run} gives")
+        new_lineage = read_lineage(scratch)
+    for name in ("state", "history", "stages"):
+        if getattr(new_lineage, name) != getattr(lineage, name):
+            differences.append(f"{LINEAGE}: `{name}` is not what {run} says")
+    if differences and lineage.versions != versions():
+        differing = sorted(lineage.versions.items() - versions().items())
+        shown = ", ".join(f"{name} {number}" for name, number in differing)
+        differences.append(f"exported with {shown}, not here")
+    return differences
+
+
+def _exporter(lineage: Lineage, folder: Path) -> Callable[..., Any]:
+    """Return the function that made an export. Raises RunError for arguments it does not have."""
+    exporter = exporter_to(lineage.to)
+    for name in lineage.exported.keys() - signature(exporter).parameters.keys():
+        rule, got = f"{LINEAGE} must name arguments of an export to {lineage.to}", f"{name!r:.40}"
+        raise RunError(rule, f"{got} in {folder}", lineage.remedy)
+    return exporter
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Return the checksums of the files of an export, without its lineage."""
+    sums = files.checksums(folder)
+    return {name: d for name, d in sums.items() if name != LINEAGE and not name.startswith(".")}
+
+
+def _changes(before: Mapping[str, str], after: Mapping[str, str], change: str) -> Iterator[str]:
+    """Yield a line for each file that is missing, added, or changed (described by `change`)."""
+    for name in changed_files(before, after):
+        kind = "missing" if name not in after else "added" if name not in before else change
+        yield f"{name}: {kind}"
+
+
+def _other_origin(lineage: Lineage, state: OpenState, is_named: bool) -> Iterator[str]:
+    """Yield the reason why an export is not of this run, or not of the named state."""
+    exported, history, run = lineage.history, state.history, state.run
+    if exported.base.files is not None:  # a saved chain has no hashes
+        folder = resolve_model(state.base.model)
+        for hashes, place in ((history.base.files, run), (base_files(folder), folder)):
+            if changed := changed_files(exported.base.files, hashes or {}):
+                yield f"another base: {place} has another {', '.join(changed)}"
+                return
+    head = exported.head
+    if head != BASE and history.state_of(head) != exported.state_of(head):
+        yield f"another run: {run} has no state {head} of these links"
+    elif is_named and state.entry != history.find(head):
+        exported_state = f"{head}, {exported.state_of(head).digest}"
+        yield f"another state: {state} is {state.state.digest}, the export is of {exported_state}"

@@ -140,9 +140,8 @@ class Training(Part):
     """The inputs of a stage's training."""
 
     rows: str | None = None  # digest of the rows in their order
-    sources: dict[str, list[str]] = Field(
-        default={}
-    )  # digests of task and row files, by config key
+    # digests of task and row files, by config key
+    sources: dict[str, list[str]] = Field(default={})
     plugins: dict[str, str] = Field(default={})  # SHA-256 of each
     changes: tuple[Change, ...] = ()
     numbers: Numbers | None = None  # decided before the first step (`training.deciding`)
@@ -211,9 +210,8 @@ class Entry(Declared):
 
     reads: tuple[Name, ...] = ()  # entries whose kept rows were used
     state: State
-    tied: tuple[
-        Digest, ...
-    ] = ()  # all links of a stage; its state may end at an earlier, best point
+    # all links of a stage; its state may end at an earlier, best point
+    tied: tuple[Digest, ...] = ()
     kept: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None  # SHA-256 of its kept rows
     files: Sums = Field(default={})  # in ``stages/KEY``
     ended: str = ""  # when, in UTC
@@ -355,10 +353,7 @@ class History(Document):
         return [key for key in unique if key not in ancestors]
 
     def parts(self, key: str) -> list[str]:
-        """Return the parts of a combination, or of the one below a mix or a rehearsal.
-
-        Another entry is its own part.
-        """
+        """Return the parts of a combination, also below a mix or rehearsal; else the key itself."""
         entry = self.known(key)
         if entry is None:
             return []

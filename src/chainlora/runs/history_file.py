@@ -7,7 +7,7 @@ from pathlib import Path
 
 from chainlora import files
 from chainlora.errors import RunError
-from chainlora.runs.documents import read_part, write_part
+from chainlora.runs.documents import read_part, version_of, write_part
 from chainlora.runs.history import RECORDS, History
 from chainlora.runs.locks import locked, need_own
 from chainlora.runs.paths import HISTORY
@@ -22,30 +22,27 @@ def read_history(run: Path) -> History:
     for a missing or damaged history, another format, and for folders that are symbolic links:
     nothing outside the run may be written or deleted.
     """
-    path, version = (run / HISTORY).absolute(), _version(run)
+    path, version = (run / HISTORY).absolute(), version_of(run / HISTORY)
     cached = _READ.get(path)
     if cached is not None and version is not None and cached[0] == version:
         return cached[1]
     need_own_folders(run)
     history = read_part(run / HISTORY, History)
-    if version is not None and version == _version(run):
+    if version is not None and version == version_of(run / HISTORY):
         _READ[path] = version, history
     return history
+
+
+def changed(got: object) -> RunError:
+    """Return the error for a run that has changed since a command read it."""
+    return RunError("Another process has changed this run", got, "repeat the command")
 
 
 def write_history(run: Path, history: History) -> None:
     """Replace ``history.json``; the caller holds the run's lock."""
     write_part(run / HISTORY, history)
-    if (version := _version(run)) is not None:
+    if (version := version_of(run / HISTORY)) is not None:
         _READ[(run / HISTORY).absolute()] = version, history
-
-
-def _version(run: Path) -> tuple[int, ...] | None:
-    try:
-        stat = (run / HISTORY).stat()
-    except OSError:
-        return None
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def need_own_folders(run: Path) -> None:
@@ -57,9 +54,7 @@ def need_own_folders(run: Path) -> None:
 
 
 def update_history(
-    run: Path,
-    change: Callable[[History], History],
-    then: Callable[[], object] = lambda: None,
+    run: Path, change: Callable[[History], History], then: Callable[[], object] = lambda: None
 ) -> History:
     """Replace the history of a run with the result of `change`, under the lock; return the result.
 
@@ -80,8 +75,7 @@ def update_history(
                 if missing := [name for name in missing if not name.endswith(f"/{RECORDS}")]:
                     raise ValueError(f"{missing[0]} must exist")
             except ValueError as error:  # another process has deleted a file or an entry
-                rule = "Another process has changed this run"
-                raise RunError(rule, error, "repeat the command") from None
+                raise changed(error) from None
             with files.reported(run):
                 files.remove_scratch(run, HISTORY)
             write_history(run, after)

@@ -39,15 +39,12 @@ def check_push(run: Address, target: str, naming: Naming) -> None:
     It needs the name of a repository, and an adapter needs a base that others can load.
     """
     if not is_hub_id(naming.name or ""):
-        raise ConfigError(
-            f"--push-to-hub must be OWNER/NAME (got {naming.name!r}); name a repository"
-        )
+        rule = "--push-to-hub must be OWNER/NAME"
+        raise ConfigError(rule, repr(naming.name), "name a repository")
     base = naming.base or public_name(open_run(run).base.model)
     if target == "adapter" and not is_hub_id(base):
-        raise ConfigError(
-            f"an adapter on the Hub must name a base that others can load (got {base}); give its "
-            "Hub id as --base-name"
-        )
+        rule = "an adapter on the Hub must name a base that others can load"
+        raise ConfigError(rule, base, "give its Hub id as --base-name")
 
 
 def push_folder(
@@ -93,10 +90,8 @@ def push_run(run: str | Path, target: str, *, rows: bool = False) -> list[str]:
         names = _send(folder, Path(made), rows=rows)
         trees = {name: read_tree(folder / name) for name in names if Path(name).name == CONFIG}
         if with_paths := [name for name, tree in trees.items() if without_places(tree) != tree]:
-            names_with_paths = ", ".join(with_paths)
-            logger.warning(
-                "%s name paths of this machine: share %s with care", names_with_paths, target
-            )
+            said = "%s name paths of this machine: share %s with care"
+            logger.warning(said, ", ".join(with_paths), target)
         if is_remote:
             remedy = f"log in with `hf auth login`, or for a folder write ./{target}"
             push_folder(made, target, private=True, remedy=remedy)

@@ -1,7 +1,7 @@
 """``lineage.json``: the origin of an export, and the checksums of its files.
 
 It has the history of the exported state, the config and hardware of each stage, and the arguments
-of the export. So `runs.recomputing` can export it again from the run, and `training.rebuilding` can
+of the export. So `runs.exported` can export it again from the run, and `training.rebuilding` can
 train it again from the rows. It contains no rows, and only the last part of each path.
 """
 
@@ -18,15 +18,7 @@ from chainlora import files
 from chainlora.runs.beginning import closure
 from chainlora.runs.cards import Naming, public_name
 from chainlora.runs.costs import versions
-from chainlora.runs.documents import (
-    Document,
-    Name,
-    Part,
-    Sums,
-    checksum,
-    read_part,
-    write_part,
-)
+from chainlora.runs.documents import Document, Name, Part, Sums, checksum, read_part, write_part
 from chainlora.runs.history import COMBINED, Entry, History, State
 from chainlora.runs.state import OpenState
 

@@ -11,11 +11,7 @@ from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import RunError
 from chainlora.runs.documents import DAMAGED
-from chainlora.runs.history import (
-    Base,
-    LinkFacts,
-    link_folder,
-)
+from chainlora.runs.history import Base, LinkFacts, link_folder
 
 
 def write_adapter_of(folder: Path, link: Link, base: Base) -> None:
@@ -37,10 +33,7 @@ def write_adapter_of(folder: Path, link: Link, base: Base) -> None:
 
 
 def save_link(run: Path, link: Link, base: Base, stage: str) -> tuple[str, LinkFacts]:
-    """Write a link into a run unless it exists; return its digest and its facts.
-
-    The digest covers its stage, config and tensors.
-    """
+    """Write a link into a run unless it exists; return its digest and its facts."""
     files.make_folder(run / "links")
     with files.new_folder(run / "links", stage) as scratch:
         write_adapter_of(scratch, link, base)
@@ -57,15 +50,11 @@ def save_link(run: Path, link: Link, base: Base, stage: str) -> tuple[str, LinkF
 
 
 def read_link(folder: Path, facts: LinkFacts, index: int, strength: float) -> Link:
-    """Read a link from its PEFT adapter and its facts.
-
-    Raises RunError if the tensors do not fit the facts.
-    """
-    factors = load_adapter(folder)
+    """Read a link from its PEFT adapter. Raises RunError if its tensors do not fit its facts."""
     link = Link(
         index=index,
+        factors=load_adapter(folder),
         config=facts.link_config(),
-        factors=factors,
         num_steps=facts.num_steps,
         error=facts.error,
         strength=strength,
@@ -79,8 +68,3 @@ def need_low_rank_sum(config: LinkConfig, where: object, remedy: str) -> None:
     """Raise RunError for a link that is more than s·B·A, because it has LoRA biases."""
     if config.lora_bias:
         raise RunError("links must be low-rank sums", f"a LoRA bias in {where}", remedy)
-
-
-def outline_of(facts: LinkFacts, index: int, strength: float) -> Link:
-    """Return a link without tensors."""
-    return Link(index, facts.link_config(), {}, strength=strength)

@@ -1,6 +1,6 @@
 """Load the start of a chain: a finished run, a saved chain, or a LoRA that PEFT has saved.
 
-`with_start` completes a config with `start`, and `load_start` reads the start, both without a
+`with_start` completes a config with `start`, and `load_start` reads the `Start`, both without a
 model. `fitted` checks a start against a model, and `put_on` also adds its links. `load_chain` does
 all of this for Python callers.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from os.path import expanduser
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -26,6 +26,7 @@ from chainlora.chain.initialization import generator_for, principal_factors
 from chainlora.chain.link import Factors, Link
 from chainlora.config.schema import with_flat_model
 from chainlora.config.staging import RUN_WIDE, name_apart, section_of, what_stages_share
+from chainlora.data.kept import Kept
 from chainlora.errors import ChainLoRAError, ConfigError, ModelError, RunError
 from chainlora.models.finding import folder_of, from_hub, hub_id_of, is_same_place, name_of
 from chainlora.models.identity import base_files, has_tokenizer
@@ -33,26 +34,49 @@ from chainlora.models.shards import is_shard
 from chainlora.runs.addresses import begun_stage, nothing_at, open_run
 from chainlora.runs.cards import is_hub_id
 from chainlora.runs.draft import drafts_in
+from chainlora.runs.history import START
 from chainlora.runs.history_file import read_history
 from chainlora.runs.opening import check_base
 from chainlora.runs.paths import HISTORY, exists_in, is_run, refuse_older
 from chainlora.runs.saved_chain import chain_folder, read_chain, restore_chain
-from chainlora.runs.start import Start
 from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Start:
+    """The state or adapter that a stage begins on; by default the base alone."""
+
+    state: OpenState | None = None  # of the same run, another run or a saved chain
+    links: tuple[Link, ...] = ()
+    adapter: Imported | None = None  # whose base is known only by its name
+    tokenizer: Path | None = None  # folder of another tokenizer than the base's
+    notes: tuple[str, ...] = ()  # warnings for the user
+
+    @property
+    def kept(self) -> dict[str, Kept]:
+        """Return the kept rows of earlier stages, by stage in their order."""
+        return {} if self.state is None else self.state.kept()
+
+    @property
+    def stages(self) -> list[str]:
+        """Return the names of earlier stages; a new stage cannot have one of them."""
+        if self.adapter is not None:
+            return [START]
+        if self.state is None:
+            return []
+        return [entry.key for entry in self.state.lineage if entry.kind != "mix"]
+
+
+NOTHING = Start()  # the base alone
+
+
 def load_start(source: str | Path) -> Start:
-    """Read a start.
+    """Read a start: ``RUN`` or ``RUN@STAGE``, a saved chain, or a LoRA by its folder or Hub id.
 
-    Args:
-        source: a run or ``RUN@STAGE``; a saved chain, or a trainer's checkpoint with one inside; or
-            the folder or Hub id of a LoRA that PEFT has saved.
-
-    Raises:
-        RunError: none of these, an unfinished run, or a damaged one.
-        ChainLoRAError: an adapter that cannot become links.
+    A trainer's checkpoint has a saved chain inside. Raises RunError for another, unfinished or
+    damaged source, and ChainLoRAError for an adapter that cannot become links.
     """
     if is_run(source):
         state = open_run(source)
@@ -173,11 +197,7 @@ def _check_fit(adapter: Imported, model: nn.Module) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for path, weight in adapter.kept.items():
         parameter = parameters.get(path)
-        if (
-            parameter is None
-            or parameter.shape != weight.shape
-            or not _same_values(parameter, weight)
-        ):
+        if parameter is None or not _same_values(parameter, weight):
             rows = 0 if parameter is None else parameter.shape[0]
             raise ModelError(
                 "an adapter and its base must have the same vocabulary",
@@ -232,7 +252,7 @@ def _without_dora(start: Start, magnitudes: Mapping[str, Tensor], model: nn.Modu
 
 
 def _same_values(own: Tensor, stored: Tensor) -> bool:
-    """Compare a parameter with a saved one, in the narrower of their dtypes."""
+    """Compare a parameter with a saved one: shapes, and values in the narrower of their dtypes."""
     return torch.equal(own.detach().cpu().to(stored.dtype).to(own.dtype), stored.to(own.dtype))
 
 
@@ -244,12 +264,11 @@ def _other_name(adapter: Imported, name: str) -> tuple[str, ...]:
     names = [adapter.base, name]
     if not all(map(is_hub_id, names)):
         names = [PureWindowsPath(path).name for path in names]  # accepts / and \ as separators
-    if not all(names) or names[0] == names[1]:
-        return ()
-    return (
+    note = (
         f"the adapter is for another base, {adapter.base}, than {name}; their shapes agree, but "
-        "their outputs may differ",
+        "their outputs may differ"
     )
+    return (note,) if all(names) and names[0] != names[1] else ()
 
 
 def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,9 +63,10 @@ def load_run(
     is_quantized = is_quantized_model(model)
     if is_quantized and not as_trained:
         raise RunError(
-            f"links are merged into weights of 16 or 32 bits (got {base.model}, whose "
-            "checkpoint is quantised); use --to adapter, which PEFT loads on this base, or "
-            "merges onto the one before quantisation"
+            "links are merged into weights of 16 or 32 bits",
+            f"{base.model}, whose checkpoint is quantised",
+            "use --to adapter, which PEFT loads on this base, or merges onto the one before "
+            "quantisation",
         )
     chain.add(*links)
     if not is_quantized:
@@ -99,11 +100,10 @@ def _need_causal(state: OpenState) -> None:
     """Raise RunError for a chain on another kind of model, which only its user can load."""
     base = state.base
     if base.task_type != CAUSAL:
-        raise RunError(
-            "only chains on causal language models load their model themselves (got one on "
-            f"{base.task_type or 'another model'} in {state.run}); load its model and call "
-            f"load_chain({str(state.run)!r}, model).detach()"
-        )
+        rule = "only chains on causal language models load their model themselves"
+        got = f"one on {base.task_type or 'another model'} in {state.run}"
+        remedy = f"load its model and call load_chain({str(state.run)!r}, model).detach()"
+        raise RunError(rule, got, remedy)
 
 
 def tokenizer_of(state: OpenState, base: Path | OpenBase) -> PreTrainedTokenizerBase:
@@ -123,14 +123,11 @@ def _with_template(tokenizer: Any, state: OpenState) -> Any:
 def _refuse_untrained(state: OpenState) -> None:
     """Raise RunError for a run without a tied link: its model would be just the base."""
     if not state.has_run:
-        raise RunError(
-            f"a saved chain must have a link (got none in {state.run}); take the base by 0 links"
-        )
+        rule, remedy = "a saved chain must have a link", "take the base by 0 links"
+        raise RunError(rule, f"none in {state.run}", remedy)
     if state.draft is not None and state.config().chain.ranks:  # a run may have no links at all
-        raise RunError(
-            f"a run must have tied its first link (got none in {state.run}); train it again to "
-            "resume it, or take the base by --links 0"
-        )
+        remedy = "train it again to resume it, or take the base by --links 0"
+        raise RunError("a run must have tied its first link", f"none in {state.run}", remedy)
 
 
 def noted_base(config: RunConfig, chain: Chain, files: dict[str, str]) -> Base:
@@ -165,7 +162,5 @@ def check_base(
         wrong = f"fingerprint {fingerprint[:12]} for {before.fingerprint[:12]}"
     if wrong:
         name = f", {before.model}" if before.model else ""
-        raise RunError(
-            f"the base model must be the one {run} was trained on{name} (got {wrong}); restore it, "
-            "or start over"
-        )
+        rule = f"the base model must be the one {run} was trained on{name}"
+        raise RunError(rule, wrong, "restore it, or start over")

@@ -30,10 +30,8 @@ def need_run(address: str | PathLike[str]) -> None:
             return
     refuse_older(run)
     if (run / "links").is_dir():
-        raise RunError(
-            f"a run directory must hold {HISTORY} (got none in {run}); it is incomplete: copy it "
-            "whole, or start over"
-        )
+        remedy = "it is incomplete: copy it whole, or start over"
+        raise RunError(f"a run directory must hold {HISTORY}", f"none in {run}", remedy)
     problem = f"holds no {HISTORY}" if run.is_dir() else "is a file" if run.exists() else None
     runs = runs_near(run)
     near = ", ".join(runs[:8]) + ", …" * (len(runs) > 8)

@@ -27,18 +27,8 @@ logger = logging.getLogger(__name__)
 Record = Mapping[str, Any]
 
 _NOT_SCORES = {
-    "event",
-    "step",
-    "link",
-    "where",
-    "split",
-    "loss",
-    "perplexity",
-    "seconds",
-    "tokens",
-    "rows",
-    "majority",
-    "candidate_loss",
+    *("event", "step", "link", "where", "split", "rows", "tokens", "seconds"),
+    *("loss", "perplexity", "majority", "candidate_loss"),
 }
 _TEXTS = ("event", "where")  # keys with text; all others are numbers
 _MOST_SCORES = 3  # curves in one picture; more are hard to distinguish
@@ -96,10 +86,8 @@ def check_records(path: Path, known: Records) -> None:
     with reported(path, "read"):
         lines = _lines(path.read_bytes())[: known.count]
     if len(lines) < known.count or hashlib.sha256(b"".join(lines)).hexdigest() != known.sha256:
-        raise RunError(
-            f"metrics.jsonl must be as the run wrote it (got other bytes in {path}); restore it, "
-            "or move it away to resume without these records"
-        )
+        rule, got = "metrics.jsonl must be as the run wrote it", f"other bytes in {path}"
+        raise RunError(rule, got, "restore it, or move it away to resume without these records")
 
 
 def read_records(path: Path) -> list[Record]:
@@ -114,10 +102,8 @@ def read_records(path: Path) -> list[Record]:
         if not all(isinstance(record, dict) and "event" in record for record in records):
             raise ValueError("a line without an event")
     except (ValueError, RecursionError) as error:
-        raise RunError(
-            f"metrics.jsonl must hold one JSON object a line (got {path}: {error}); "
-            "remove the broken line"
-        ) from None
+        rule = "metrics.jsonl must hold one JSON object a line"
+        raise RunError(rule, f"{path}: {error}", "remove the broken line") from None
     for key, value in (item for record in records for item in record.items()):
         if not isinstance(value, str if key in _TEXTS else int | float):
             rule, got = "metrics.jsonl must hold numbers", f"{value!r:.40} for `{key}` in {path}"
@@ -175,6 +161,5 @@ def read_result(path: Path) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise RunError(
-            "result.json must hold a run's result", f"{first['msg']} at {where} in {path}", DAMAGED
-        ) from None
+        got = f"{first['msg']} at {where} in {path}"
+        raise RunError("result.json must hold a run's result", got, DAMAGED) from None

@@ -37,15 +37,11 @@ def refuse_if_taken(run: Path) -> None:
     with files.reported(run, "read"):
         if not any(run.iterdir()):
             return
-    problem, remedy = (
-        ("holds a run", "pass resume=True to resume it, or ")
-        if exists_in(run)
-        else ("is not empty and not a whole run", "")
-    )
-    raise RunError(
-        f"`output` must be a new or empty directory (got {run}, which {problem}); "
-        f"{remedy}choose another output"
-    )
+    problem, remedy = "is not empty and not a whole run", "choose another output"
+    if exists_in(run):
+        problem, remedy = "holds a run", f"pass resume=True to resume it, or {remedy}"
+    rule = "`output` must be a new or empty directory"
+    raise RunError(rule, f"{run}, which {problem}", remedy)
 
 
 def refuse_if_other(run: Path) -> None:

@@ -194,10 +194,8 @@ def _refuse_if_taken(directory: Path) -> None:
         return
     if exists_in(directory) and (stage_folder(directory, MAIN) / _CHAIN).is_file():
         return
-    raise RunError(
-        f"a chain must be saved to a new or empty folder, or over another chain (got {directory}); "
-        "choose another"
-    )
+    rule = "a chain must be saved to a new or empty folder, or over another chain"
+    raise RunError(rule, directory, "choose another")
 
 
 def _memory(chain: Chain, numbers: Numbers | None) -> Memory:

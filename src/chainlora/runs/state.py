@@ -38,7 +38,7 @@ from chainlora.runs.history import (
     link_folder,
     rows_file,
 )
-from chainlora.runs.links import outline_of, read_link
+from chainlora.runs.links import read_link
 from chainlora.runs.paths import stage_folder
 from chainlora.runs.records import Record, check_records, read_records, read_result
 from chainlora.showing import table
@@ -69,11 +69,10 @@ class OpenState:
 
     def _repr_html_(self) -> str:
         heads = ("link", "stage", "rank", "steps", "strength")
-        terms = self.history.in_order(self.state.terms)
-        pairs = enumerate((term, self.history.links[term.link]) for term in terms)
-        rows = [
-            (n, facts.stage, facts.rank, facts.num_steps, t.strength) for n, (t, facts) in pairs
-        ]
+        rows = []
+        for number, term in enumerate(self.history.in_order(self.state.terms)):
+            facts = self.history.links[term.link]
+            rows.append((number, facts.stage, facts.rank, facts.num_steps, term.strength))
         return table(heads, rows, str(self))
 
     # --- base, links and entries ---
@@ -253,18 +252,19 @@ class OpenState:
 
     def read(self, terms: Sequence[Term]) -> list[Link]:
         """Read and check links; `Link.index` is the place in `terms`."""
-        for term in terms:
-            self._check(term)
-        links = []
-        for place, term in enumerate(terms):
-            facts, folder = self.history.links[term.link], self.run / link_folder(term.link)
-            links.append(read_link(folder, facts, place, term.strength))
-        return links
+        folders = [self._link_folder(term) for term in terms]  # all are checked before one is read
+        return [
+            read_link(folder, self.history.links[term.link], place, term.strength)
+            for place, (folder, term) in enumerate(zip(folders, terms, strict=True))
+        ]
 
     def outlines(self) -> list[Link]:
         """Return the links of the state without tensors."""
         pairs = enumerate(self.pairs)
-        return [outline_of(facts, place, term.strength) for place, (term, facts) in pairs]
+        return [
+            Link(place, facts.link_config(), {}, strength=term.strength)
+            for place, (term, facts) in pairs
+        ]
 
     @property
     def keepers(self) -> dict[str, str]:
@@ -353,7 +353,7 @@ class OpenState:
         knot.
         """
         for term in {t.link: t for t in (*self.state.terms, *self.sequence)}.values():
-            self._check(term)
+            self._link_folder(term)
         for digest in self.keepers.values():
             self._rows(digest)
         for entry in self.lineage:
@@ -375,17 +375,17 @@ class OpenState:
     def _with_files_of(self, draft: Draft) -> OpenState:
         """Check the files of a stage in training; leave a damaged checkpoint out."""
         check_records(self.folder / RECORDS, draft.records)
-        point = draft.checkpoint
-        inside = {n for n in draft.files if point and n.startswith(f"{point.directory}/")}
-        for name in draft.files.keys() - inside:
-            need_file(self.run, f"stages/{self.stage}/{name}", draft.files[name])
+        point, folder = draft.checkpoint, f"stages/{self.stage}"
+        inside = {
+            n: d for n, d in draft.files.items() if point and n.startswith(f"{point.directory}/")
+        }
+        self._need_folder(folder, {n: d for n, d in draft.files.items() if n not in inside})
         if point is None:
             return self
         try:
             if not inside:
                 raise RunError("its checksums are missing")
-            for name in inside:
-                need_file(self.run, f"stages/{self.stage}/{name}", draft.files[name])
+            self._need_folder(folder, inside)
         except RunError as error:
             logger.warning(
                 "the checkpoint at step %d cannot be used (%s); the run resumes from step %d",
@@ -396,8 +396,8 @@ class OpenState:
             return replace(self, draft=draft.model_copy(update={"checkpoint": None}))
         return self
 
-    def _check(self, term: Term) -> None:
-        self._need_folder(link_folder(term.link), self.history.links[term.link].files)
+    def _link_folder(self, term: Term) -> Path:
+        return self._need_folder(link_folder(term.link), self.history.links[term.link].files)
 
     def _rows(self, digest: str) -> Path:
         return need_file(self.run, rows_file(digest), digest)

@@ -44,17 +44,8 @@ from chainlora.runs.claim import Claim
 from chainlora.runs.costs import versions
 from chainlora.runs.documents import write_part
 from chainlora.runs.draft import DRAFT, PASSING, REFERENCE, Checkpoint, Draft, Progress
-from chainlora.runs.history import (
-    CONFIG,
-    RECORDS,
-    RESULT,
-    Base,
-    History,
-    LinkFacts,
-    Term,
-    Unbuilt,
-)
-from chainlora.runs.history_file import read_history, update_history
+from chainlora.runs.history import CONFIG, RECORDS, RESULT, Base, History, LinkFacts, Term, Unbuilt
+from chainlora.runs.history_file import changed, read_history, update_history
 from chainlora.runs.links import save_link, write_adapter_of
 from chainlora.runs.opening import check_base
 from chainlora.runs.paths import stage_folder
@@ -110,8 +101,7 @@ class Work:
             return
         self._claim.take()
         if read_history(self.run).find_unbuilt(self.stage) is None:
-            rule = "Another process has changed this run"
-            raise RunError(rule, f"{self.stage} of {self.run}", "repeat the command")
+            raise changed(f"{self.stage} of {self.run}")
         begun = self.begun()
         if begun is None:
             return
@@ -163,8 +153,7 @@ class Work:
         """Return the declaration of the stage. Raises RunError if it was withdrawn meanwhile."""
         declared = history.find_unbuilt(self.stage)
         if declared is None:
-            rule = "Another process has changed this run"
-            raise RunError(rule, f"{self.run} without {self.stage}", "repeat the command")
+            raise changed(f"{self.run} without {self.stage}")
         return declared
 
     def tidy(self) -> None:

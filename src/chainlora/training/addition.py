@@ -26,10 +26,10 @@ from chainlora.runs.changes import whole_run
 from chainlora.runs.declaring import declared_config, history_of_start
 from chainlora.runs.history import BASE, Base
 from chainlora.runs.history_file import read_history
+from chainlora.runs.loading_start import NOTHING, Start
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.paths import exists_in, need_apart, split_address
 from chainlora.runs.resuming import compare, refuse_if_other
-from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.state import OpenState
 from chainlora.training.placement import Declaring, StagePlan, can_stand
 from chainlora.training.plan import Plan, plan_of

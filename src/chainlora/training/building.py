@@ -22,10 +22,10 @@ from chainlora.evaluation.start_rows import build_start
 from chainlora.runs.adding import build_import
 from chainlora.runs.addresses import begun_stage, state_at
 from chainlora.runs.changes import build_mix
-from chainlora.runs.declaring import changed, declare, declared_config, withdraw
+from chainlora.runs.declaring import declare, declared_config, withdraw
 from chainlora.runs.draft import DRAFT, ended_leftovers
 from chainlora.runs.history import START, Entry, History, Unbuilt
-from chainlora.runs.history_file import read_history
+from chainlora.runs.history_file import changed, read_history
 from chainlora.runs.loading_start import start_at
 from chainlora.runs.locks import is_in_use
 from chainlora.runs.open_base import OpenBase

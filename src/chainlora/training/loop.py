@@ -23,8 +23,8 @@ from chainlora.chain.live import SOFT_LINK_TOLERANCE
 from chainlora.config.schema import RunConfig
 from chainlora.errors import DivergedError, StoppedError, TrainingError
 from chainlora.models.modes import in_mode, kept_random_state
+from chainlora.runs.loading_start import Start
 from chainlora.runs.open_base import OpenBase
-from chainlora.runs.start import Start
 from chainlora.training.events import (
     GradientMeasured,
     KnotTied,

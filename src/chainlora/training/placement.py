@@ -23,7 +23,7 @@ from chainlora.runs.declaring import stage_entry
 from chainlora.runs.draft import Draft
 from chainlora.runs.history import History, Recipe, Unbuilt
 from chainlora.runs.links import need_low_rank_sum
-from chainlora.runs.start import NOTHING, Start
+from chainlora.runs.loading_start import NOTHING, Start
 from chainlora.runs.state import OpenState
 from chainlora.training.rehearsing import largest_rank, rehearsal_name, rehearsal_of
 

@@ -23,7 +23,7 @@ from chainlora.runs.declaring import history_of_start
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import MAIN, START, Base, History, Unbuilt
 from chainlora.runs.history_file import read_history
-from chainlora.runs.loading_start import load_start, start_at
+from chainlora.runs.loading_start import NOTHING, Start, load_start, start_at
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.paths import exists_in, need_apart
 from chainlora.runs.resuming import (
@@ -33,7 +33,6 @@ from chainlora.runs.resuming import (
     refuse_if_other,
     refuse_if_taken,
 )
-from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.state import OpenState
 from chainlora.training.placement import Declaring, StagePlan, need_below, placed
 from chainlora.training.processes import num_launched, wants_shards

@@ -25,11 +25,11 @@ from chainlora.runs.declaring import history_of_start, stage_entry
 from chainlora.runs.history import START, Base, Declared, Entry, History, Unbuilt
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.lineage import Lineage
+from chainlora.runs.loading_start import NOTHING
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import check_base
 from chainlora.runs.paths import exists_in
 from chainlora.runs.resuming import CHANGEABLE, compare, source_digests
-from chainlora.runs.start import NOTHING
 from chainlora.training.building import carry_out
 from chainlora.training.events import Listener
 from chainlora.training.placement import StagePlan

@@ -20,9 +20,9 @@ from chainlora.data.splits import learned_by, length_limit
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.models.loading import accelerator
 from chainlora.runs.history import START
+from chainlora.runs.loading_start import NOTHING, Start
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.paths import exists_in
-from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.state import OpenState
 from chainlora.training.objectives import check_names
 from chainlora.training.optimizers import check_optimizer

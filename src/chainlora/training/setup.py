@@ -36,11 +36,10 @@ from chainlora.runs.addresses import state_at
 from chainlora.runs.draft import Progress
 from chainlora.runs.history import RESULT
 from chainlora.runs.history_file import read_history
-from chainlora.runs.loading_start import fitted
+from chainlora.runs.loading_start import NOTHING, Start, fitted
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import noted_base
 from chainlora.runs.paths import stage_folder
-from chainlora.runs.start import NOTHING, Start
 from chainlora.runs.state import OpenState
 from chainlora.runs.work import Work
 from chainlora.training.batches import make_batches

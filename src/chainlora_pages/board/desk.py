@@ -23,10 +23,10 @@ from chainlora.evaluation.training_rows import RowFacts, training_rows
 from chainlora.models.finding import resolve_model
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, undo
+from chainlora.runs.exported import exporter_to
 from chainlora.runs.history import BASE, COMBINED, History
 from chainlora.runs.opening import tokenizer_of
 from chainlora.runs.paths import split_address
-from chainlora.runs.recomputing import exporter_to
 from chainlora.runs.state import OpenState
 
 
