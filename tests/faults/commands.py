@@ -245,13 +245,9 @@ COMMANDS = {
 }
 
 
-MAKERS = {  # of the runs that commands are done to
-    "one": "train",
-    "two": "extend",
-    "undone": "undo",
-    "beside": "beside",
-    "rehearsed": "rehearse",
-}
+# of the runs that commands are done to
+MAKERS = {"one": "train", "two": "extend", "undone": "undo", "beside": "beside"}
+MAKERS |= {"rehearsed": "rehearse"}
 
 
 # --- what is there ---
@@ -311,17 +307,9 @@ def _without_times(value: Any) -> Any:
 
 # --- faults ---
 
-# What happens at an operation, or `again`, at each one after it.
-FAULTS = {
-    "kill": {},
-    "tear": {},
-    "power": {},
-    "EIO": {},
-    "ENOSPC": {"lasting": True},
-    "EROFS": {"lasting": True},
-    "SIGINT": {},
-    "SIGTERM": {"lasting": True},
-}
+# What happens at an operation; those of LASTING also at each one after it.
+FAULTS = ("kill", "tear", "power", "EIO", "ENOSPC", "EROFS", "SIGINT", "SIGTERM")
+LASTING = {"ENOSPC", "EROFS", "SIGTERM"}
 
 
 def disturb(world: World, name: str, kind: str, place: int) -> str:
@@ -329,7 +317,7 @@ def disturb(world: World, name: str, kind: str, place: int) -> str:
     right."""
     where = world.begin(name, f"{name}-{kind}-{place}")
     work = partial(COMMANDS[name].do, world, where)
-    injection = Injection(where, kind, place, **FAULTS[kind])
+    injection = Injection(where, kind, place, lasting=kind in LASTING)
     end = live(partial(under_signals, work) if place % 2 and kind[:3] == "SIG" else work, injection)
     if kind == "power" and end.status == -9:
         shutil.rmtree(where)

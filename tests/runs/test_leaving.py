@@ -120,6 +120,9 @@ def test_the_card_of_an_adapter_serves_it_on_its_own_base(chat_run, tmp_path):
         assert f"--lora-modules chain={adapter}" in card
         assert f'AutoModelForCausalLM.from_pretrained("{base}")' in card
         assert f'PeftModel.from_pretrained(base, "{adapter}")' in card
+    assert not is_of_another(tmp_path / "here")
+    (tmp_path / "README.md").write_text("# By a trainer\n\nLibrary: peft")
+    assert is_of_another(tmp_path)
 
 
 @pytest.mark.parametrize("name", [None, "me/chain"])
@@ -143,13 +146,6 @@ def test_names_in_a_card_are_text(chat_run, tmp_path, name):
     assert "<script>" in "".join(t.content for t in inline if t.type == "code_inline")
     assert not any("html" in token.type or token.type == "hr" for token in [*tokens, *inline])
     assert "jinja" not in card.text
-
-
-def test_a_card_of_another_tool_is_told_apart(chat_run, tmp_path):
-    export_adapter(chat_run, tmp_path / "out")
-    assert not is_of_another(tmp_path / "out")
-    (tmp_path / "README.md").write_text("# By a trainer\n\nLibrary: peft")
-    assert is_of_another(tmp_path)
 
 
 # --- doors
@@ -191,31 +187,23 @@ def test_links_of_the_hubs_cache_are_its_own(chat_run, tmp_path):
     assert not copied.is_symlink()
 
 
-def test_a_saved_config_reads_no_file(chat_run, tmp_path):
-    run = Path(shutil.copytree(chat_run, tmp_path / "run"))
-    (tmp_path / "secret").write_text("{{ messages }} secret")
+def test_a_received_run_reads_no_file_as_its_template(chat_run, tmp_path):
+    """Its config, or its history, which says what resumes have changed, names one."""
+    secret = tmp_path / "secret"
+    secret.write_text("{{ messages }} secret")
+    run, other = (Path(shutil.copytree(chat_run, tmp_path / name)) for name in ("run", "other"))
     path = stage_dir(run) / "config.yaml"
     tree = yaml.safe_load(path.read_text())
-    tree["data"]["chat_template"] = str(tmp_path / "secret")
+    tree["data"]["chat_template"] = str(secret)
     path.write_text(yaml.safe_dump(tree))
     sign(run)
+    change = {"key": "data.chat_template", "before": None, "after": str(secret), "step": 1}
+    sign(other, lambda tree: tree["entries"][0]["training"].update(changes=[change]))
     for export in (export_adapter, export_merged):
         with pytest.raises(RunError, match=r"chat_template` of a run must be a name or a text"):
             export(run, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_what_a_resume_has_changed_reads_no_file(chat_run, tmp_path):
-    """A history says which keys resumes have changed: only those that a resume can change."""
-    run = Path(shutil.copytree(chat_run, tmp_path / "run"))
-    (tmp_path / "secret").write_text("{{ messages }} secret")
-    change = {"key": "data.chat_template", "before": None, "after": str(tmp_path / "secret")}
-    sign(run, lambda tree: tree["entries"][0]["training"].update(changes=[change | {"step": 1}]))
-    for export in (export_adapter, export_merged):
-        with pytest.raises(
-            RunError, match=r"history.json must hold valid values \(got 'data.chat_"
-        ):
-            export(run, tmp_path / "out")
+        with pytest.raises(RunError, match=r"must hold valid values \(got 'data.chat_template"):
+            export(other, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -158,23 +158,19 @@ def test_a_changed_lineage_is_found(chainlora, made, exported, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("part", "key", "value", "said"),
-    [
+def test_a_lineage_with_other_arguments_is_refused(chainlora, made, exported, tmp_path):
+    copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+    text = (copy / "lineage.json").read_text()
+    for part, key, value, said in (
         ("exported", "speed", 2, "got 2 for `exported.speed` in "),
         ("exported", "num_links", "x", "got 'x' for `exported.num_links` in "),
         ("exported", "kind", "f16", "must name arguments of an export to adapter (got 'kind' in "),
         ("naming", "speed", "2", "got 'speed' for `naming.speed."),
-    ],
-)
-def test_a_lineage_with_other_arguments_is_refused(
-    chainlora, made, exported, tmp_path, part, key, value, said
-):
-    copy = Path(shutil.copytree(exported, tmp_path / "copy"))
-    tree = json.loads((copy / "lineage.json").read_text())
-    tree[part][key] = value
-    (copy / "lineage.json").write_text(signed(tree))
-    chainlora("verify", copy, made / "run").refused("lineage.json ", said)
+    ):
+        tree = json.loads(text)
+        tree[part][key] = value
+        (copy / "lineage.json").write_text(signed(tree))
+        chainlora("verify", copy, made / "run").refused("lineage.json ", said)
 
 
 def test_another_state_run_or_base_is_named(chainlora, made, exported, finished, tmp_path):
@@ -274,7 +270,8 @@ def test_a_run_is_pushed_to_a_folder_once(chainlora, made, exported, sentiment, 
     second = chainlora("push", run, there, "--json").json["files"]
     (link,) = {name.split("/")[1] for name in second if name.startswith("links/")}
     names = [f"links/{link}/adapter_config.json", f"links/{link}/adapter_model.safetensors"]
-    assert second == [*names, *(f"stages/new/{n}" for n in ("config.yaml", *RECORDED))]
+    names += [f"stages/new/{n}" for n in ("config.yaml", "result.json", "metrics.jsonl")]
+    assert second == names
     assert chainlora("pull", there, tmp_path / "pulled").status == 0
     before, after = read_history(run), read_history(tmp_path / "pulled")
     assert [e.state for e in after.entries] == [e.state for e in before.entries]
@@ -288,9 +285,6 @@ def test_a_run_is_pushed_to_a_folder_once(chainlora, made, exported, sentiment, 
     assert chainlora("push", run, there, "--json").json["files"] == []
     assert read_history(there).files == before.files
     assert chainlora("pull", there, tmp_path / "pulled", "--json").json["files"] == rows
-
-
-RECORDED = ("result.json", "metrics.jsonl")
 
 
 def test_what_is_no_earlier_state_is_not_overwritten(chainlora, made, sentiment, tmp_path):
@@ -315,29 +309,23 @@ def test_what_is_no_earlier_state_is_not_overwritten(chainlora, made, sentiment,
     chainlora("push", run, "me/nothing").refused("a run or repository must be there")
 
 
-def test_a_lineage_of_somebody_else_names_no_trackers(chainlora, made, sentiment, tmp_path, caplog):
+def test_a_lineage_of_somebody_else_names_no_trackers_and_runs_no_code(
+    chainlora, made, sentiment, tmp_path, caplog
+):
     export_adapter(f"{made}/run@law", tmp_path / "adapter")
     lineage = read_lineage(tmp_path / "adapter")
-    lineage.stages["law"].config["train"]["trackers"] = ["nobody"]
+    config, mine = lineage.stages["law"].config, tmp_path / "mine.py"
+    mine.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    config["plugins"], config["train"]["trackers"] = [str(mine)], ["nobody"]
     write_part(tmp_path / "lineage.json", lineage)
     own = [*places(made, sentiment)[:4], "--data.train", f"{made}/secret/law.jsonl"]
     ask = ["train", tmp_path / "lineage.json", *own, "--output"]
     done = chainlora(*ask, tmp_path / "out")
     assert done.status == 0, done.err
     assert "ignored unless you name them again: --train.trackers '[nobody]'" in caplog.text
+    assert not (tmp_path / "ran").exists()
     done = chainlora(*ask, tmp_path / "own", "--train.trackers", "[nobody]")
     assert "`trackers` must name" in done.err
-
-
-def test_a_lineage_of_somebody_else_runs_no_code(chainlora, made, exported, sentiment, tmp_path):
-    lineage = read_lineage(exported)
-    mine = tmp_path / "mine.py"
-    mine.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    lineage.stages["law"].config["plugins"] = [str(mine)]
+    config["data"]["chat_template"] = "/etc/hostname"
     write_part(tmp_path / "lineage.json", lineage)
-    ask = ["train", tmp_path / "lineage.json", "--output", tmp_path / "out"]
-    assert chainlora(*ask, *places(made, sentiment), "--dry-run").status == 0
-    assert not (tmp_path / "ran").exists()
-    lineage.stages["law"].config["data"]["chat_template"] = "/etc/hostname"
-    write_part(tmp_path / "lineage.json", lineage)
-    chainlora(*ask, *places(made, sentiment)).refused("must be a name or a text")
+    chainlora(*ask, tmp_path / "own").refused("must be a name or a text")

@@ -56,7 +56,11 @@ def test_a_stage_leaves_the_base_as_a_fresh_one(
     if kind in NEEDS and not find_spec(NEEDS[kind]):
         pytest.skip(f"no {NEEDS[kind]}")
     keys = dict(KINDS[kind])
-    folder = with_biases(tiny_folder, tmp_path) if "bias" in kind else tiny_folder
+    folder = tiny_folder
+    if "bias" in kind:  # GPT-2 stores its weights [in, out]
+        folder, tokenizer = tmp_path / "gpt2", AutoTokenizer.from_pretrained(tiny_folder)
+        tokenizer.save_pretrained(folder)
+        tiny_model("gpt2", vocab_size=len(tokenizer)).save_pretrained(folder)
     tree = settings(folder, sentiment, tmp_path / "run", **keys)
     tree["model"] = {"name": str(folder), "quantize": tree.pop("quantize", None)}
     config = make_config(tree)
@@ -94,14 +98,6 @@ def modules_of(model: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def with_biases(tiny_folder: Path, tmp_path: Path) -> Path:
-    """GPT-2, whose layers store their weights (in × out)."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    tokenizer.save_pretrained(tmp_path / "gpt2")
-    tiny_model("gpt2", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "gpt2")
-    return tmp_path / "gpt2"
-
-
 @pytest.mark.parametrize("hold", ["tied", "carried"])
 def test_a_command_loads_the_model_once(
     hold, shared, monkeypatch, tiny_folder, sentiment, tmp_path
@@ -109,30 +105,23 @@ def test_a_command_loads_the_model_once(
     """A stage, another beside it, their combination, and all scores: the bits of fresh loads."""
     runs = {name: tmp_path / name for name in ("fresh", "shared")}
     base = OpenBase(str(tiny_folder))
+    keys = {"alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "hold": hold}
     for name, run in runs.items():
         loads = counted(monkeypatch)
         if name == "shared":
             shared(base)
-        train(config_of(tiny_folder, sentiment, run, hold))
+        tree = settings(tiny_folder, sentiment, run)
+        train(tree | {"data": {}, "chain": keys, "stages": [section(sentiment, "a")]})
         extend(run, section(sentiment, "b"))
         if name == "shared":
             assert loads["history"] <= 2 * 3  # of two commands
             assert (loads["model"], loads["tokenizer"]) == (1, 1)
     fresh, found = (open_run(run) for run in runs.values())
     assert [e.kind for e in found.lineage] == ["stage", "stage", "combine"]
-    assert found.history.entries
     for one, other in zip(fresh.history.entries, found.history.entries, strict=True):
         assert one.state.digest == other.state.digest, one.key
-    assert (runs["fresh"] / "matrix.jsonl").read_text() == (
-        runs["shared"] / "matrix.jsonl"
-    ).read_text()
-
-
-def config_of(folder: Path, sentiment: Path, run: Path, hold: str) -> dict[str, Any]:
-    tree = settings(folder, sentiment, run)
-    del tree["data"]
-    tree["chain"] = {"alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "hold": hold}
-    return tree | {"stages": [section(sentiment, "a")]}
+    one, other = ((run / "matrix.jsonl").read_text() for run in runs.values())
+    assert one == other
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:

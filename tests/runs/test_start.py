@@ -159,14 +159,6 @@ def test_a_run_starts_on_a_dora_adapter_and_resumes(configure, tiny_folder, tmp_
     export_adapter(open_run(run.output), tmp_path / "both")
 
 
-def test_an_adapter_on_an_embedding_is_refused(tmp_path):
-    folder = save_lora(tmp_path / "made", target_modules=["embed_tokens", "q_proj"])
-    with pytest.raises(
-        ChainLoRAError, match=r"on linear layers .*embed_tokens.*merge it with PEFT"
-    ):
-        load_chain(folder, base("llama"))
-
-
 def test_a_link_is_tuned_on_an_adapter_and_both_become_one(tmp_path):
     folder = save_lora(tmp_path / "made")
     chain = load_chain(folder, base("llama"))
@@ -298,10 +290,6 @@ def test_a_tokenizer_of_its_own_is_used(tiny_folder, tmp_path):
     assert not (tmp_path / "more").exists()
 
 
-def without_weights(folder: Path) -> None:
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-
-
 def with_rows(count: int):
     def add(folder: Path) -> None:
         path = folder / "adapter_model.safetensors"
@@ -311,6 +299,7 @@ def with_rows(count: int):
     return add
 
 
+# Keys of the adapter's config, other changes of its folder, and other models, each with the error.
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "another tuner": ({"peft_type": "IA3"}, "must be a LoRA .got 'IA3'"),
     "modules trained whole": (
@@ -328,43 +317,45 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "DoRA without magnitudes": ({"use_dora": True}, "complete PEFT adapter.*magnitude"),
 }
 FILES: dict[str, tuple[Any, str]] = {
-    "pickle": (without_weights, "must be safetensors.*only adapter_model.bin"),
+    "pickle": (
+        lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
+        "must be safetensors.*only adapter_model.bin",
+    ),
+    "an embedding": (
+        lambda f: save_lora(f, target_modules=["embed_tokens", "q_proj"]),
+        "on linear layers .*embed_tokens.*merge it with PEFT",
+    ),
     "no folder": (shutil.rmtree, "a run or adapter must be there"),
     "nothing": (lambda f: (f / "adapter_config.json").unlink(), "starts from a run, a saved chain"),
     "more tokens": (with_rows(135), "vocabulary.*135 rows for 131"),
     "fewer tokens": (with_rows(100), "vocabulary.*100 rows for 131"),
     "other embeddings": (with_rows(131), "vocabulary.*or other values"),
 }
+MODELS: dict[str, tuple[dict[str, Any], str]] = {
+    "another architecture": (
+        {"architecture": "gpt2"},
+        "none at model.layers.0.mlp.down_proj, .* and 1 more",
+    ),
+    "another shape": ({"head_dim": 4}, "must fit the model .got an update of"),
+    "fewer layers": ({"num_hidden_layers": 1}, "none at model.layers.1.mlp.down_proj, "),
+}
 
 
-@pytest.mark.parametrize("what", [*CONFIGS, *FILES])
+@pytest.mark.parametrize("what", [*CONFIGS, *FILES, *MODELS])
 def test_what_cannot_become_a_link_is_refused_in_one_line(what, tmp_path):
-    folder = save_lora(tmp_path / "made")
+    folder, keys = save_lora(tmp_path / "made"), {}
     if what in CONFIGS:
-        keys, rule = CONFIGS[what]
-        edit(folder, **keys)
-    else:
+        changed, rule = CONFIGS[what]
+        edit(folder, **changed)
+    elif what in FILES:
         change, rule = FILES[what]
         change(folder)
-    model = base("llama")
+    else:
+        keys, rule = MODELS[what]
+    model = base(**{"architecture": "llama"} | keys)
     before = logits(model)
     with pytest.raises(ChainLoRAError, match=rule) as caught:
         load_chain(folder, model)
     (line,) = str(caught.value).splitlines()
     assert re.search(r"\(got .*\); ", line)
     assert torch.equal(logits(model), before)
-
-
-@pytest.mark.parametrize(
-    ("model", "rule"),
-    [
-        (lambda: base("gpt2"), r"none at model.layers.0.mlp.down_proj, .* and 1 more"),
-        (lambda: base("llama", head_dim=4), "must fit the model .got an update of"),
-        (lambda: base("llama", num_hidden_layers=1), "none at model.layers.1.mlp.down_proj, "),
-    ],
-    ids=["another architecture", "another shape", "fewer layers"],
-)
-def test_another_base_is_refused(model, rule, tmp_path):
-    folder = save_lora(tmp_path / "made")
-    with pytest.raises(ChainLoRAError, match=rule):
-        load_chain(folder, model())

@@ -16,63 +16,48 @@ from chainlora.runs.changes import mix_stages, undo
 from chainlora.training.plan import make_plan
 from stages.cases import files_of, stage_of, stopping_after, survey
 
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"name": "facts"}, "the names of stages must be different"),
-        ({"name": "x²"}, "must have a `name`"),
-        ({"name": "base"}, "not base, start, now or combined"),
-        ({"model": "m"}, "can set only its name, data, chain and train .*`model`"),
-        ({"rehearsal": False}, "unknown key `rehearsal`; did you mean 'rehearse'"),
-        ({"data": {"chat_template": "chatml"}}, "`data.chat_template` must be the same"),
-        ({"chain": {"hold": "carried"}}, "`chain.hold` must be the same"),
-        ({"train": {"seed": 3}}, "`train.seed` must be the same"),
-        ({"train": {"lrr": 3}}, "stage 'style': unknown key `train.lrr`"),
-        (
-            {"data": {"task": "sst2"}, "chain": {"ranks": [2]}},
-            "stage 'style': `chain` must set the length",
-        ),
-    ],
-)
-def test_what_a_stage_cannot_say_is_refused_in_a_line(config, change, message):
-    config["stages"][1] |= change
-    with pytest.raises(ConfigError, match=message) as raised:
-        make_stages(config)
-    assert "\n" not in str(raised.value)
+STYLE = [  # changes of the second stage, each with its error
+    ({"name": "facts"}, "the names of stages must be different"),
+    ({"name": "x²"}, "must have a `name`"),
+    ({"name": "base"}, "not base, start, now or combined"),
+    ({"model": "m"}, "can set only its name, data, chain and train .*`model`"),
+    ({"rehearsal": False}, "unknown key `rehearsal`; did you mean 'rehearse'"),
+    ({"data": {"chat_template": "chatml"}}, "`data.chat_template` must be the same"),
+    ({"chain": {"hold": "carried"}}, "`chain.hold` must be the same"),
+    ({"train": {"seed": 3}}, "`train.seed` must be the same"),
+    ({"train": {"lrr": 3}}, "stage 'style': unknown key `train.lrr`"),
+    (
+        {"data": {"task": "sst2"}, "chain": {"ranks": [2]}},
+        "stage 'style': `chain` must set the length",
+    ),
+]
+WHOLE = [({"stages": stages}, "stage") for stages in ([], {}, "facts", None, [3])]
+WHOLE += [({key: 5}, f"`{key}` must be a") for key in ("data", "chain", "train", "start")]
 
 
-@pytest.mark.parametrize("stages", [[], {}, "facts", None, [3]])
-def test_stages_are_a_list(config, stages):
-    with pytest.raises(ConfigError, match="stage"):
-        make_stages(config | {"stages": stages})
-
-
-@pytest.mark.parametrize("key", ["data", "chain", "train", "start"])
-def test_a_key_of_all_stages_of_another_kind_is_refused(config, key):
-    with pytest.raises(ConfigError, match=f"`{key}` must be a"):
-        train(config | {key: 5})
+def test_what_a_config_of_stages_cannot_say_is_refused_in_a_line(config):
+    facts, style = config["stages"]
+    changes = [({"stages": [facts, style | change]}, message) for change, message in STYLE]
+    for change, message in [*changes, *WHOLE]:
+        with pytest.raises(ConfigError, match=message) as raised:
+            train(config | change)
+        assert "\n" not in str(raised.value)
 
 
 def test_run_wide_keys_of_an_extension_and_stages_that_are_not_there_are_refused(two, tmp_path):
     run, style = tmp_path / "run", stage_of(two, "style")
     mixed = mix_stages(run, {"style": 0.5}).entry.key
     undo(run)
-    cases = [
+    before, chain = files_of(run), {"ranks": [4], "steps": [1]}
+    for address, change, message in (
         (run, {"model": "m"}, "can set only its name, data, chain and train"),
         (run, {"train": {"seed": 1}}, "`train.seed` .*`extend` takes it from the run"),
         (run, {"name": "facts"}, "stage 'facts': "),
         (run, {"name": mixed}, "name of its own"),
-        (run, {"chain": {"ranks": [4]}, "name": "style"}, "stage 'style'"),
-        (
-            run,
-            {"chain": {"ranks": [4], "steps": [1]}},
-            r"it began with \(got stage 'style': chain.ranks",
-        ),
+        (run, {"chain": {"ranks": [4]}}, "stage 'style'"),
+        (run, {"chain": chain}, r"it began with \(got stage 'style': chain.ranks"),
         (f"{run}@nope", {"name": "law", "output": str(tmp_path / "x")}, "one of facts, style"),
-    ]
-    before = files_of(run)
-    for address, change, message in cases:
+    ):
         with pytest.raises(ChainLoRAError, match=message):
             train_on(address, style | change)
     for strengths, message in [({"nope": 1}, "one of facts"), ({"style": 1e9}, "within")]:
@@ -145,8 +130,6 @@ def test_a_received_run_names_no_trackers(two, tmp_path, chainlora, caplog):
 
 
 LINKED = ("links", "rows", "stages", "stages/style", "stages/law")
-
-
 LINKED_FILES = (".lock", "stages/style/metrics.jsonl", "chain.png")
 
 
