@@ -149,8 +149,7 @@ def _replaced(path: Path) -> Iterator[Path]:
 def replaced_folder(path: Path, *, only_empty: bool = False) -> Iterator[Path]:
     """Yield an empty scratch folder; rename it to `path` at the end, or delete it after an error.
 
-    Raises:
-        FileError: writing failed; or, with `only_empty`, `path` exists and is not empty.
+    Raises FileError if writing failed, or with `only_empty` if `path` exists and is not empty.
     """
     path = path.resolve() if path.is_symlink() else path
     scratch = _scratch(path, ".new")
@@ -215,10 +214,7 @@ def new_folder(around: Path, name: str) -> Iterator[Path]:
 
 
 def put_folder(scratch: Path, path: Path) -> None:
-    """Rename a filled scratch folder to a name that depends on its content.
-
-    An existing folder with the same files stays, since it is the same content.
-    """
+    """Rename a scratch folder to a name by its content; an equal folder that exists stays."""
     with reported(path):
         if path.is_dir():
             if checksums(path) == checksums(scratch):

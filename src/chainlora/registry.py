@@ -28,23 +28,16 @@ Entry = TypeVar("Entry")
 def entry(table: Mapping[str, Entry], key: str, name: str) -> Entry:
     """Return the entry `name` of a table. Raises ConfigError, which names the config key `key`."""
     if name not in table:
-        hint = nearest(name, table)
-        raise ConfigError(
-            f"`{key}` must be one of {', '.join(sorted(table))} (got {name!r}"
-            f"{hint if 'did you mean' in hint else ''}); if your own file adds it, name the file "
-            "in `plugins`"
-        )
+        rule, hint = f"`{key}` must be one of {', '.join(sorted(table))}", nearest(name, table)
+        got = f"{name!r}{hint}" if "did you mean" in hint else repr(name)
+        raise ConfigError(rule, got, "if your own file adds it, name the file in `plugins`")
     return table[name]
 
 
 def import_optional(
     module: str, needed_by: str, kind: type[ChainLoRAError] = ConfigError
 ) -> ModuleType:
-    """Import a module of an optional package, which the extra of the same name installs.
-
-    Raises:
-        kind: the package is not installed or cannot be imported.
-    """
+    """Import a module of an optional package. Raises `kind` if it is not installed or fails."""
     package = module.partition(".")[0]
     try:
         with warnings.catch_warnings():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from chainlora import files
 from chainlora.chain.checks import check_link
@@ -123,15 +122,15 @@ def _import(run: Path, declared: Unbuilt, base: OpenBase | None) -> None:
     start, base_facts = _fitted(run, config, history, base)
     rows, kept = _rows_of(config, base, run / TOKENIZER if history.tokenizer else None, start)
     links = dict(save_link(run, link, base_facts, key) for link in start.links)
-    path = stage_folder(run, key) / CONFIG
-    fields: dict[str, Any] = {
-        "tied": tuple(links),
-        "kept": save_rows(run, kept, key),
-        "training": declared.training.model_copy(update={"rows": rows.digest}),
-    }
+    kept_digest, path = save_rows(run, kept, key), stage_folder(run, key) / CONFIG
     files.write_text(path, dump_config(config))
-    state = State(base=base_facts.fingerprint, terms=tuple(Term(link=digest) for digest in links))
-    entry = declared.built(state, files={CONFIG: files.sha256(path)}, **fields)
+    entry = declared.built(
+        State(base=base_facts.fingerprint, terms=tuple(Term(link=digest) for digest in links)),
+        tied=tuple(links),
+        kept=kept_digest,
+        training=declared.training.model_copy(update={"rows": rows.digest}),
+        files={CONFIG: files.sha256(path)},
+    )
 
     def change(current: History) -> History:
         if current.find_unbuilt(key) != declared:
@@ -158,10 +157,7 @@ def _fitted(run: Path, config: RunConfig, history: History, base: OpenBase) -> t
 def _rows_of(
     config: RunConfig, base: OpenBase, tokenizer: Path | None, start: Start
 ) -> tuple[Splits, Kept]:
-    """Return the rows of an adapter, and the sample that the run keeps.
-
-    Warns if the adapter has another chat template than the run. Raises DataError without rows.
-    """
+    """Return the rows of an adapter, and the sample that is kept. Raises DataError without rows."""
     run_tokenizer = base.tokenizer(tokenizer)
     if start.tokenizer is not None and config.data.chat_template is None:
         template = load_tokenizer(start.tokenizer).chat_template

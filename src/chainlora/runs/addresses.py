@@ -79,10 +79,7 @@ def state_at(run: Path, history: History, name: str | None = None) -> OpenState:
 
 
 def state_of_draft(run: Path, stage: str, history: History | None = None) -> OpenState:
-    """Return the state of a stage in training, with the links tied so far.
-
-    Raises RunError if its ``stage.json`` does not fit the history.
-    """
+    """Return the state of a stage in training. Raises RunError if ``stage.json`` does not fit."""
     history, draft = history or read_history(run), read_draft(run, stage)
     declared = history.find_unbuilt(stage)
     if declared is None or history.below(declared.parent) & {e.key for e in history.unbuilt}:

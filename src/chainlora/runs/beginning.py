@@ -68,10 +68,7 @@ def fork(state: OpenState, folder: Path) -> None:
 
 
 def need_same_base(own: OpenState, state: OpenState) -> None:
-    """Raise RunError if a state of another run cannot be combined or compared with `own`.
-
-    Both need the same base, precision, tokenizer and chat template.
-    """
+    """Raise RunError unless a state has base, precision, tokenizer and chat template of `own`."""
     history, other = own.history, state.history
     data, others = own.config().data, state.config().data
     differing = [
@@ -95,10 +92,7 @@ def need_same_base(own: OpenState, state: OpenState) -> None:
 
 
 def _own_tokenizer(history: History) -> dict[str, str]:
-    """Return the files of the run's own tokenizer; none if it equals the base's.
-
-    An adapter may come with a copy of the base's tokenizer.
-    """
+    """Return the files of a run's tokenizer; none if an adapter came with a copy of the base's."""
     is_of_base = history.tokenizer.items() <= (history.base.files or {}).items()
     return {} if is_of_base else history.tokenizer
 
@@ -186,18 +180,14 @@ def copy_files(
     for name, digest in history.files.items():
         kind, key, *rest = name.split("/")
         new = "/".join((kind, (names or {}).get(key, key) if kind == "stages" else key, *rest))
-        is_known = kind in CONTENT and _holds(target / new, digest)
+        is_known = kind in CONTENT and (target / new).is_file()
+        is_known = is_known and files.sha256(target / new).startswith(digest)
         is_gone = rest == [RECORDS] and not (source / name).is_file()  # records may be missing
         if is_known or is_gone or (existing or {}).get(new) == digest:
             continue
         files.copy_file(need_file(source, name, digest), target / new)
         copied.append(name)
     return copied
-
-
-def _holds(path: Path, digest: str) -> bool:
-    """Say whether a file exists and has this SHA-256, or one that begins so."""
-    return path.is_file() and files.sha256(path).startswith(digest)
 
 
 def with_start_rows(history: History, kept: str) -> History:

@@ -119,10 +119,7 @@ def public_name(base: str) -> str:
 
 
 def is_of_another(folder: Path) -> bool:
-    """Say whether a folder has a card that chainlora did not write.
-
-    Our cards end with a signature, the last line of the template.
-    """
+    """Say whether a folder has a card without our signature, the last line of the template."""
     path, signature = folder / "README.md", _TEMPLATE.read_text(encoding="utf-8").splitlines()[-1]
     return path.exists() and signature not in path.read_text(encoding="utf-8", errors="replace")
 

@@ -30,10 +30,7 @@ _WITH_LINKS = ("stage", "import")  # kinds of entries that links or rows were sa
 
 
 def whole_run(run: str | Path) -> Path:
-    """Return the folder of a run, for a command that changes it.
-
-    Raises RunError for a state ``RUN@NAME``, and for a folder without a run.
-    """
+    """Return the folder of a run. Raises RunError for ``RUN@NAME``, and without a run."""
     folder, name = split_address(run)
     if name is not None:
         raise RunError("This command needs the whole run", run, f"leave @{name} out")

@@ -41,10 +41,7 @@ class Claim:
             self._lock = take_lock(self.folder)
 
     def clear(self) -> None:
-        """Remove leftovers of a killed process, or of a pruned stage of the same name.
-
-        Called before a stage begins.
-        """
+        """Remove leftovers of a kill or of a pruned stage of this name, before the stage begins."""
         self.remove_scratch()
         for name in (*PASSING, RECORDS, RESULT):
             files.remove(self.folder / name)

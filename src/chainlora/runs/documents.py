@@ -48,10 +48,7 @@ class Document(Part):
 
 
 def read_part(path: Path, kind: type[Kind]) -> Kind:
-    """Read a JSON file that `write_part` wrote.
-
-    Raises RunError for a damaged file, another format, or invalid values.
-    """
+    """Read a file of `write_part`. Raises RunError if it is damaged, or has another format."""
     name = path.name
     try:
         with files.reported(path, "read"):

@@ -88,10 +88,7 @@ def export_merged(
 
 
 def _stop_at_turns(generation: Any, tokenizer: Any) -> None:
-    """Add the tokens that end training rows to the stop tokens of a model.
-
-    They are the tokenizer's end of sequence, and ends of turns in its chat template.
-    """
+    """Add the tokens that end training rows and turns to the stop tokens of a model."""
     stops = generation.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
     known = dict.fromkeys([*stops, tokenizer.eos_token_id, *ends_of_turn(tokenizer)])
@@ -283,18 +280,14 @@ def write_adapter_card(
     rank: int,
     error: float,
     base: Base,
-    *,
-    naming: Naming = UNNAMED,
-    story: Mapping[str, Any] | None = None,
     lineage: Lineage | None = None,
+    **facts: Any,
 ) -> None:
-    """Write the model card of an adapter, and its lineage."""
+    """Write the model card of an adapter, and its lineage; `facts` are more fields of `Card`."""
     kind = f"relative error {error:.2e}" if error else "exact"
     what = f"with a chain of {len(links)} LoRA link(s) as one adapter of rank {rank} ({kind})."
     is_causal = base.task_type == CAUSAL
-    card = Card(
-        what, base.model, "peft", links, rank, naming=naming, story=story, is_causal=is_causal
-    )
+    card = Card(what, base.model, "peft", links, rank, is_causal=is_causal, **facts)
     write_card(folder, card, lineage)
 
 

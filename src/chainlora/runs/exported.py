@@ -119,10 +119,7 @@ def lineage_at(place: str | Path) -> Lineage | None:
 
 
 def config_of_export(place: str | Path) -> RunConfig | None:
-    """Return the config of the last exported stage with rows of its own.
-
-    Returns None for another model, and for the export of a saved chain.
-    """
+    """Return the config of the last exported stage with rows; None for a model or a saved chain."""
     lineage = lineage_at(place)
     if lineage is None:
         return None
@@ -153,19 +150,9 @@ def exporter_to(target: str) -> Callable[..., Any]:
 def verify_export(export: str | Path, run: str | Path | None = None) -> list[str]:
     """Compare an export with its checksums, and with a new export of a `run`.
 
-    Names that begin with a dot are skipped; tools of the Hub create such files.
-
-    Args:
-        export: the folder of the export.
-        run: the run that it was exported from. The state is searched in its whole history;
-            ``RUN@NAME`` must be the state itself.
-
-    Returns:
-        The differences, one line each.
-
-    Raises:
-        RunError: a folder without a lineage.
-        ChainLoRAError: the run cannot be exported.
+    The state is searched in the whole history of the run; ``RUN@NAME`` must be the state itself.
+    Returns the differences, one line each. Raises RunError for a folder without a lineage, and
+    ChainLoRAError if the run cannot be exported.
     """
     folder, lineage = Path(export).expanduser(), read_lineage(export)
     checksums = _checksums(folder)
@@ -203,7 +190,7 @@ def _exporter(lineage: Lineage, folder: Path) -> Callable[..., Any]:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """Return the checksums of the files of an export, without its lineage."""
+    """Return checksums of an export, without its lineage and files that tools of the Hub add."""
     sums = files.checksums(folder)
     return {name: d for name, d in sums.items() if name != LINEAGE and not name.startswith(".")}
 

@@ -445,10 +445,7 @@ class History(Document):
         return moved.model_copy(update=update)
 
     def mixed(self, state: State) -> History:
-        """Return the history with a state at its head: a new mix, or an entry with that state.
-
-        If the head or one of its ancestors has the state already, no mix is added.
-        """
+        """Return the history with a state at its head: a new mix, or an entry that has it."""
         if state == self.state_of(self.head):
             return self
         same = (entry.key for entry in self.lineage(self.head) if entry.state == state)

@@ -38,13 +38,6 @@ def changed(got: object) -> RunError:
     return RunError("Another process has changed this run", got, "repeat the command")
 
 
-def write_history(run: Path, history: History) -> None:
-    """Replace ``history.json``; the caller holds the run's lock."""
-    write_part(run / HISTORY, history)
-    if (version := version_of(run / HISTORY)) is not None:
-        _READ[(run / HISTORY).absolute()] = version, history
-
-
 def need_own_folders(run: Path) -> None:
     """Raise RunError if a folder in a run is a symbolic link."""
     for pattern in ("*", "stages/*", "stages/*/*"):
@@ -69,15 +62,17 @@ def update_history(
         after = change(before)
         if after != before:
             new = after.files.keys() - before.files.keys()
-            missing = [name for name in new if not (run / name).exists()]
             try:
                 after.need_names()
-                if missing := [name for name in missing if not name.endswith(f"/{RECORDS}")]:
-                    raise ValueError(f"{missing[0]} must exist")
+                for name in new:
+                    if not name.endswith(f"/{RECORDS}") and not (run / name).exists():
+                        raise ValueError(f"{name} must exist")
             except ValueError as error:  # another process has deleted a file or an entry
                 raise changed(error) from None
             with files.reported(run):
                 files.remove_scratch(run, HISTORY)
-            write_history(run, after)
+            write_part(run / HISTORY, after)
+            if (version := version_of(run / HISTORY)) is not None:
+                _READ[(run / HISTORY).absolute()] = version, after
         then()
     return after

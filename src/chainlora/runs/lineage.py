@@ -73,10 +73,7 @@ class Lineage(Document):
 
     @property
     def places(self) -> list[tuple[int, str]]:
-        """Return the number and stage of each exported link, in the order of summation.
-
-        Numbers are those of `inspect`: in the order of the stages.
-        """
+        """Return the number (as in `inspect`) and stage of each link, in the order of summation."""
         order = [term.link for term in self.history.in_order(self.state.terms)]
         links = [term.link for term in self.state.terms]
         return [(order.index(link), self.history.links[link].stage) for link in links]
@@ -158,9 +155,6 @@ def without_places(value: Any) -> Any:
 
 
 def read_lineage(path: str | Path) -> Lineage:
-    """Read and check the lineage of an export: its folder, or the file itself.
-
-    Raises RunError for a missing or damaged one, or another format.
-    """
+    """Read the lineage of an export: its folder, or the file. Raises RunError if it is damaged."""
     path = Path(path).expanduser()
     return read_part(path / LINEAGE if path.is_dir() else path, Lineage)

@@ -105,10 +105,7 @@ def load_start(source: str | Path) -> Start:
 
 
 def start_folder(source: str | Path) -> Path:
-    """Return the folder of an adapter or a saved chain; a Hub id is downloaded into the cache.
-
-    Raises RunError if it is not found.
-    """
+    """Return the folder of a source; a Hub id is downloaded. Raises RunError if it is not found."""
     folder = Path(expanduser(source))
     if folder.exists():
         return folder
@@ -146,10 +143,7 @@ def fitted(start: Start, chain: Chain, name: str | None = None) -> Start:
 
 
 def put_on(start: Start, chain: Chain) -> Start:
-    """Add the links of a start to a chain without links; return the start as `fitted` does.
-
-    Nothing changes if the model is refused.
-    """
+    """Add the links of a start, checked by `fitted`, to a chain without links; return the start."""
     start = fitted(start, chain)
     chain.add(*start.links)
     return start
@@ -344,10 +338,7 @@ def _completed_by_start(config: dict[str, Any], state: OpenState) -> dict[str, A
 
 
 def first_stage(run: Path) -> OpenState | None:
-    """Return the first stage that a run trained itself, finished or in training, or None.
-
-    In a run without one, it is the first adapter that was added.
-    """
+    """Return the stage that a run began first, or else the first added adapter, or None."""
     if not exists_in(run):
         return None
     history = read_history(run)

@@ -42,10 +42,8 @@ if TYPE_CHECKING:
 class OpenBase:
     """A base model, opened part by part.
 
-    Args:
-        model: Hub id, folder or GGUF file (`resolve_model`).
-        dtype: dtype of the weights.
-        quantize: quantisation of the linear layers while they load, None for none.
+    `model` is a Hub id, folder or GGUF file (`resolve_model`). With `quantize`, linear layers are
+    quantised while they load.
     """
 
     def __init__(

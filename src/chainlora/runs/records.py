@@ -68,26 +68,24 @@ class RecordLog:
 def resumed_log(path: Path, known: Records, num_records: int) -> RecordLog:
     """Return the log of a run that resumes at `num_records`; change no file.
 
-    `known` are the lines that the file must have. If the file is missing, the run resumes with a
-    warning, because nothing is computed from records.
+    If the file is missing, the run resumes with a warning: nothing is computed from records.
     """
-    if known.count and not path.is_file():
+    lines = check_records(path, known)
+    if known.count and not lines:
         logger.warning("%s is missing; resuming without earlier records", path)
-        return RecordLog(path)
-    check_records(path, known)
-    lines = _lines(path.read_bytes()) if path.is_file() else []
-    return RecordLog(path, lines[: min(num_records, known.count)])
+    return RecordLog(path, lines[:num_records])
 
 
-def check_records(path: Path, known: Records) -> None:
-    """Raise RunError if the `known` records have changed; a missing file is accepted."""
+def check_records(path: Path, known: Records) -> list[bytes]:
+    """Return the `known` lines, none without the file. Raises RunError if they have changed."""
     if not path.is_file():
-        return
+        return []
     with reported(path, "read"):
         lines = _lines(path.read_bytes())[: known.count]
     if len(lines) < known.count or hashlib.sha256(b"".join(lines)).hexdigest() != known.sha256:
         rule, got = "metrics.jsonl must be as the run wrote it", f"other bytes in {path}"
         raise RunError(rule, got, "restore it, or move it away to resume without these records")
+    return lines
 
 
 def read_records(path: Path) -> list[Record]:

@@ -53,23 +53,14 @@ def refuse_if_other(run: Path) -> None:
 def compare(
     begun: OpenState, now: RunConfig, change: Collection[str] = (), stage: str | None = None
 ) -> list[Change]:
-    """Compare a begun stage with its config; return the keys that a resume changes.
+    """Compare a begun stage with its config `now`; return the keys that a resume changes.
 
     Paths are not compared; contents are. For a stage in training, base and rows are compared later,
     when they are loaded. For a finished stage they are compared here, but only those at a new path,
     and a base in a folder; its files of rows may have grown, or be missing.
 
-    Args:
-        begun: the stage on disk.
-        now: its config in this command.
-        change: keys that a resume may change (`CHANGEABLE`).
-        stage: the name of the stage in messages, if the run has several.
-
-    Returns:
-        The changed keys; none for a finished stage.
-
-    Raises:
-        RunError: another config, or other content.
+    `change` are keys that a resume may change (`CHANGEABLE`), `stage` is the name in messages, if
+    the run has several. Raises RunError for another config, or other content.
     """
     before, entry = begun.config(), _entry(begun)
     need_start(before, now)

@@ -112,10 +112,7 @@ def write_chain(
 
 
 def read_chain(state: OpenState) -> SavedChain:
-    """Read a saved chain and check all its files.
-
-    Raises RunError for a damaged one, and for a run or the base.
-    """
+    """Read a saved chain. Raises RunError for a damaged one, and for a run or the base."""
     if state.entry is None:
         rule, remedy = "a saved chain is restored with its links", "load the model itself"
         raise RunError(rule, f"the base of {state.run}", remedy)
@@ -135,23 +132,19 @@ def restore_chain(chain: Chain, saved: SavedChain) -> None:
 
     Raises RunError for another model, and for a live link whose strength was changed by `mix`.
     """
-    live, run = saved.memory.live, saved.state.run
-    live_terms = saved.state.state.terms[len(saved.links) :]
-    strength = live_terms[0].strength if live_terms else 1.0
-    if strength != 1:
-        raise RunError(
-            "a link can be tuned further only at strength 1",
-            f"{strength:g} in {run}",
-            f"restore it first: chainlora mix {run} {MAIN}=1",
-        )
+    memory, run = saved.memory, saved.state.run
+    for term in saved.state.state.terms[len(saved.links) :]:  # of the live link
+        if term.strength != 1:
+            rule = "a link can be tuned further only at strength 1"
+            remedy = f"restore it first: chainlora mix {run} {MAIN}=1"
+            raise RunError(rule, f"{term.strength:g} in {run}", remedy)
     check_base(saved.state.base, run, fingerprint=chain.base_fingerprint)
     if chain.live is not None:
         chain.discard()
     chain.drop(len(chain))
     chain.add(*saved.links)
-    memory = saved.memory
     chain.next_id, chain.stage, chain.first_id = memory.next_id, memory.stage, memory.first_id
-    if live is not None:
+    if (live := memory.live) is not None:
         config = LinkConfig(**live.config)
         # a gradient initialization is not repeated: its result is in the saved tensors
         init = "kaiming" if config.init == "gradient" else config.init
@@ -203,9 +196,8 @@ def _memory(chain: Chain, numbers: Numbers | None) -> Memory:
     if chain.live is not None:
         config = chain.live.config.model_dump(mode="json")
         live = Live(config=config, num_steps=chain.live_steps, num_soft_knots=chain.live_soft_knots)
-    ids = tuple(link.id for link in chain.links)
     return Memory(
-        ids=ids,
+        ids=tuple(link.id for link in chain.links),
         next_id=chain.next_id,
         stage=chain.stage,
         first_id=chain.first_id,

@@ -108,10 +108,7 @@ class OpenState:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Return the strength of each stage in the state, in the order of the history.
-
-        A part of a combination has the strength of the combination.
-        """
+        """Return the strength of each stage, in order; parts have that of their combination."""
         strengths = self.strengths
         combined = strengths.pop(COMBINED, None)
         entries = [e for e in self.lineage if e.kind in ("stage", "import") and e.state.terms]

@@ -120,14 +120,8 @@ class Work:
     ) -> Progress:
         """Begin the stage, or find the point to resume from. Return its progress.
 
-        Args:
-            config: the declared config of the stage.
-            base: facts of the base.
-            rows: digest of the rows (`Splits.digest`).
-            keep: returns the rows that a new stage keeps; None keeps no rows.
-
-        Raises:
-            RunError: the rows changed after the stage was declared or begun.
+        `rows` is the digest of the rows (`Splits.digest`). `keep` returns the rows that a new stage
+        keeps; None keeps no rows. Raises RunError if rows changed after the stage was declared.
         """
         if not self.writes:
             return self._follow()
