@@ -55,10 +55,9 @@ MORE: dict[str, dict[str, set[str]]] = {
         "chainlora.runs.cards": {
             *("Card", "Naming", "UNNAMED", "public_name", "story_of", "write_card"),
         },
-        "chainlora.runs.compression": {"adapter_factors"},
         "chainlora.runs.export": {
-            *("check_compression", "copy_licences", "empty_folder", "export_merged"),
-            "filled_folder",
+            *("adapter_factors", "check_compression", "copy_licences", "empty_folder"),
+            *("export_merged", "filled_folder"),
         },
         "chainlora.runs.lineage": {"Target", "lineage_of"},
         "chainlora.runs.opening": {"tokenizer_of"},

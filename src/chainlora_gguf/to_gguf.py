@@ -15,8 +15,8 @@ from chainlora.models.loading import open_folder
 from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.apart import taken_apart, write_sheet
 from chainlora.runs.cards import UNNAMED, Card, Naming, public_name, story_of, write_card
-from chainlora.runs.compression import adapter_factors
 from chainlora.runs.export import (
+    adapter_factors,
     check_compression,
     copy_licences,
     empty_folder,

@@ -126,9 +126,8 @@ def test_an_output_that_was_filled_meanwhile_stays(stored_run, tmp_path, caplog)
         return True
 
     caplog.handler.addFilter(meanwhile)
-    with pytest.raises(
-        RunError, match=r"must be a new or empty directory \(got .*, which is not e"
-    ):
+    filled = r"must be a new or empty directory \(got .*, which is not e"
+    with pytest.raises(RunError, match=filled):
         export_adapter(run, tmp_path / "out")
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["r"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
@@ -177,9 +176,8 @@ def test_a_gguf_file_that_cannot_be_converted_leaves_nothing(tmp_path, cache):
 
 
 def test_what_is_only_looked_at_is_shown(chainlora, run_copy, caplog):
-    cells = [
-        Cell(f"{n}", "main", "rows", "validation", "accuracy", 0.5, 0.0, 9, 9) for n in range(200)
-    ]
+    facts = ("main", "rows", "validation", "accuracy", 0.5, 0.0, 9, 9)
+    cells = [Cell(f"{n}", *facts) for n in range(200)]
     (run_copy / "matrix.jsonl").write_text("".join(map(line_of, cells)))  # of other states
     with files_up_to(20_000):
         shown, scored = chainlora("inspect", run_copy), stage_matrix(run_copy)

@@ -20,12 +20,8 @@ from chainlora.runs.records import read_records
 @pytest.fixture(scope="module")
 def run(tiny_folder, sentiment, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("inspected") / "run"
-    chain = {
-        "ranks": [4, 2],
-        "steps": [12, 5],
-        "alpha": [8, 3],
-        "target_modules": ["q_proj", "v_proj", "up_proj"],
-    }
+    chain = {"ranks": [4, 2], "steps": [12, 5], "alpha": [8, 3]}
+    chain["target_modules"] = ["q_proj", "v_proj", "up_proj"]
     train(settings(tiny_folder, sentiment, output, chain=chain))
     return output
 
@@ -56,39 +52,31 @@ def stable_rank(delta: np.ndarray) -> float:
 def overlap(a: np.ndarray, other: np.ndarray) -> float:
     """Mean squared cosine of the principal angles between the row spaces."""
     one, two = np.linalg.qr(a.T)[0], np.linalg.qr(other.T)[0]
-    return float((np.linalg.svd(one.T @ two, compute_uv=False) ** 2).sum()) / min(
-        len(a), len(other)
-    )
+    cosines = np.linalg.svd(one.T @ two, compute_uv=False)
+    return float((cosines**2).sum()) / min(len(a), len(other))
 
 
 def test_the_numbers_of_each_link_are_those_of_dense_arithmetic(run):
     found = inspect_run(run)
-    assert [(row["link"], row["rank"], row["steps"], row["scaling"]) for row in found["links"]] == [
-        (0, 4, 12, 2.0),
-        (1, 2, 5, 1.5),
-    ]
+    rows = [(row["link"], row["rank"], row["steps"], row["scaling"]) for row in found["links"]]
+    assert rows == [(0, 4, 12, 2.0), (1, 2, 5, 1.5)]
     # float64 on both sides, but there the scaling is folded into float32 factors: a relative
     # rounding of 6e-8 each
     for row in found["links"]:
-        deltas, _ = dense(run, row["link"])
-        assert row["delta_norm"] == pytest.approx(norm(list(deltas.values())), rel=1e-7)
-        assert row["effective_rank"] == pytest.approx(
-            np.mean([effective_rank(d) for d in deltas.values()]), rel=1e-6
-        )
-        assert row["stable_rank"] == pytest.approx(
-            np.mean([stable_rank(d) for d in deltas.values()]), rel=1e-7
-        )
+        deltas = list(dense(run, row["link"])[0].values())
+        assert row["delta_norm"] == pytest.approx(norm(deltas), rel=1e-7)
+        ranks = np.mean(list(map(effective_rank, deltas))), np.mean(list(map(stable_rank, deltas)))
+        assert row["effective_rank"] == pytest.approx(ranks[0], rel=1e-6)
+        assert row["stable_rank"] == pytest.approx(ranks[1], rel=1e-7)
         assert 1 <= row["stable_rank"] <= row["effective_rank"] <= row["rank"]
     (first, a), (second, b) = dense(run, 0), dense(run, 1)
     assert found["links"][0]["overlap"] == []
-    assert found["links"][1]["overlap"] == pytest.approx(
-        [np.mean([overlap(*pair) for pair in zip(b, a, strict=True)])], rel=1e-7
-    )
+    mean_overlap = np.mean([overlap(*pair) for pair in zip(b, a, strict=True)])
+    assert found["links"][1]["overlap"] == pytest.approx([mean_overlap], rel=1e-7)
     total = [first[name] + second[name] for name in first]
     assert found["chain"]["delta_norm"] == pytest.approx(norm(total), rel=1e-7)
-    assert found["chain"]["effective_rank"] == pytest.approx(
-        np.mean([effective_rank(d) for d in total]), rel=1e-6
-    )
+    rank = np.mean(list(map(effective_rank, total)))
+    assert found["chain"]["effective_rank"] == pytest.approx(rank, rel=1e-6)
     assert (found["chain"]["links"], found["chain"]["rank"]) == (2, 6)
 
 
@@ -127,17 +115,12 @@ def test_a_killed_run_can_be_inspected(run, configure, tmp_path):
     assert [row["loss"] for row in inspect_run(there)["links"]] == [None, None]
 
 
-def test_a_chain_without_links(configure, tmp_path):
-    keys = {"target_modules": ["q_proj"], "ranks": [], "steps": []}
-    train(configure("none", chain=keys))
+def test_no_links_and_an_untrained_link_have_no_size(configure, tmp_path):
+    keys = {"target_modules": ["q_proj"]}
+    train(configure("none", chain=keys | {"ranks": [], "steps": []}))
     found = inspect_run(tmp_path / "none")
-    assert found["links"] == []
-    assert found["chain"] == {"links": 0, "rank": 0}
-
-
-def test_an_untrained_link_has_no_size(configure, tmp_path):
-    keys = {"target_modules": ["q_proj"], "ranks": [2], "steps": [1]}
-    train(configure(chain=keys, train={"warmup_steps": 1}))
+    assert (found["links"], found["chain"]) == ([], {"links": 0, "rank": 0})
+    train(configure(chain=keys | {"ranks": [2], "steps": [1]}, train={"warmup_steps": 1}))
     row = inspect_run(tmp_path / "run")["links"][0]
     assert (row["delta_norm"], row["effective_rank"], row["stable_rank"]) == (0.0, 0.0, 0.0)
 

@@ -22,8 +22,6 @@ VERBS = {
     "adapter": "export ADDRESS --to adapter --output OUT",
     "merged": "export ADDRESS --to merged --output OUT",
 }
-
-
 CHOICES = {
     "": 0,
     "--links 1": 0,
@@ -37,9 +35,8 @@ CHOICES = {
 def test_every_verb_takes_every_state_or_refuses_it_in_a_line(two, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO())
     run = str(tmp_path / "run")
-    for number, (verb, stage, choice) in enumerate(
-        product(VERBS, ("", "@facts", "@nope"), CHOICES)
-    ):
+    cases = product(VERBS, ("", "@facts", "@nope"), CHOICES)
+    for number, (verb, stage, choice) in enumerate(cases):
         if choice and verb != "eval" and (verb in ("inspect", "report") or stage):
             continue
         words = f"{VERBS[verb]} {choice}".replace("ADDRESS", run + stage)
@@ -66,11 +63,9 @@ def test_the_command_line_goes_from_two_data_sets_to_one_adapter(config, tmp_pat
     planned = said("train", file, "--dry-run", "--stages.facts.data.train", several)
     assert planned.endswith(f" rank 4, 4, 2 on {', '.join(rows)}\n")
     assert not run.exists()
-    commands = (f"train {file}", f"extend {run} {style} --on-top")
-    for words in commands:
-        said(words)
-    for words in commands:
-        assert "nothing left to do" in said(words)
+    for is_done in (False, True):
+        for words in (f"train {file}", f"extend {run} {style} --on-top"):
+            assert ("nothing left to do" in said(words)) == is_done
     said(f"mix {run} style=0")
     assert json.loads(said(f"mix {run} --json"))["strengths"]["style"] == 0
     to = f"export {run} --to adapter --output {tmp_path}"

@@ -66,9 +66,8 @@ def test_a_run_goes_on_where_what_it_began_on_lies_now(two, tmp_path):
     (tmp_path / "runs").mkdir()
     run.rename(tmp_path / "runs/moved")
     train(fork | {"start": "runs/moved@facts"})
-    with pytest.raises(
-        ConfigError, match=r"cannot change after a run has begun \(got runs/moved@style"
-    ):
+    changed = r"cannot change after a run has begun \(got runs/moved@style"
+    with pytest.raises(ConfigError, match=changed):
         train(fork | {"start": "runs/moved@style"})
 
 
@@ -302,13 +301,11 @@ def test_a_run_that_has_begun_does_not_need_what_it_began_on(config, tmp_path, c
     assert_same_links(tmp_path / "new", tmp_path / "whole")
     assert cli(["train", str(fork / "stages/style/config.yaml")]) == 0  # what `extend` began
     assert open_run(fork).stages == ["facts", "style"]
-    with pytest.raises(
-        ConfigError, match=r"`start` cannot change after a run has begun .*run@other"
-    ):
+    changed = "`start` cannot change after a run has begun .*run@other"
+    with pytest.raises(ConfigError, match=changed):
         train(own | {"start": f"{tmp_path / 'run'}@other"})
-    with pytest.raises(
-        ChainLoRAError, match=r"a run or adapter must be there .*run@facts: no .*run/history.json"
-    ):
+    missing = "a run or adapter must be there .*run@facts: no .*run/history.json"
+    with pytest.raises(ChainLoRAError, match=missing):
         train(own | {"output": str(tmp_path / "third")})
 
 
@@ -326,9 +323,7 @@ def test_an_extension_inherits_how_earlier_rows_are_read_and_says_what_it_does_n
     own = {"name": "law", "chain": {"ranks": [2], "epochs": [1]}, "data": {"train": "x.jsonl"}}
     data = extension(run, own)[-1].config.data
     assert (data.replay, data.new_rows_only) == (0.25, True)
-    said = (
-        "stage law does not inherit data.task, data.validation, chain.alpha, train.keep_best from"
-    )
-    assert caplog.messages[-1] == f"{said} both"
+    left_out = "data.task, data.validation, chain.alpha, train.keep_best"
+    assert caplog.messages[-1] == f"stage law does not inherit {left_out} from both"
     off = own | {"data": own["data"] | {"replay": None}}
     assert extension(run, off)[-1].config.data.replay is None

@@ -91,10 +91,8 @@ def test_a_stage_that_was_undone_is_named_with_the_entry_that_has_it(three, tmp_
     assert train_all(three) == [None, None, None]
     assert open_run(run).stages == ["facts"]
     for name in ("style", "law"):
-        assert (
-            f"does not include stage {name}; to take the stage: chainlora undo {run} --to {name}"
-            in caplog.text
-        )
+        remedy = f"to take the stage: chainlora undo {run} --to {name}"
+        assert f"does not include stage {name}; {remedy}" in caplog.text
 
 
 def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):
@@ -150,18 +148,14 @@ def test_a_damaged_line_of_a_matrix_is_scored_again(two, tmp_path, capsys, damag
         damage = re.sub(rb'"value": [^,]+', damage.encode(), lines[2])
     path.write_bytes(b"\n".join([*lines[:2], damage, *lines[3:]]))
     assert sum(cell is None for row in stage_matrix(run, compute=False).grid for cell in row) == 1
-    assert cli(["extend", str(run), "--on-top", "--name", "style", *_same_as(two, "style")]) == 0
+    stage = stage_of(two, "style")
+    words = ["extend", str(run), "--on-top", "--name", "style"]
+    for part in ("data", "chain"):
+        for key, value in stage[part].items():
+            words += [f"--{part}.{key}", json.dumps(value)]
+    assert cli(words) == 0
     assert stage_matrix(run, compute=False).grid == grid
     assert sorted(path.read_bytes().splitlines()) == sorted(lines)
-
-
-def _same_as(config: dict, name: str) -> list[str]:
-    """Return the options that give `extend` a stage of a config."""
-    stage = stage_of(config, name)
-    keys = {
-        f"--{part}.{key}": value for part in ("data", "chain") for key, value in stage[part].items()
-    }
-    return [word for key, value in keys.items() for word in (key, json.dumps(value))]
 
 
 def test_a_run_without_links_has_nothing_to_compare(config, tmp_path):

@@ -31,11 +31,7 @@ def test_a_pruned_stage_is_nowhere_and_later_ones_are_what_they_were_without(thr
     for stage, left in (("style", "facts,law"), ("facts", "law")):
         own = open_run(f"{run}@{stage}")
         traces = {stage, str(own.entry.kept)[:16], *own.entry.tied, own.state.digest}
-        traces |= {
-            term.link
-            for term, facts in zip(own.state.terms, own.facts, strict=True)
-            if facts.stage == stage
-        }
+        traces |= {term.link for term, facts in own.pairs if facts.stage == stage}
         prune_stage(run, stage)
         for path in (path for path in run.rglob("*") if path.is_file()):
             text = f"{path.relative_to(run)} {path.read_bytes().decode(errors='replace')}"
@@ -62,11 +58,8 @@ def test_a_pruned_stage_is_nowhere_and_later_ones_are_what_they_were_without(thr
 def test_pages_of_a_killed_report_go_with_a_pruned_stage(two, tmp_path, capsys):
     """They show rows. The output says what else stays, as JSON too."""
     run = tmp_path / "run"
-    left = [
-        run / "report.html.123-0.new",
-        run / "other.html.7-12.new",
-        run / "matrix.jsonl.9-1.new",
-    ]
+    names = ("report.html.123-0.new", "other.html.7-12.new", "matrix.jsonl.9-1.new")
+    left = [run / name for name in names]
     for path in left:
         path.write_text("rows of style")
     assert cli(["prune", str(run), "style"]) == 1
@@ -95,20 +88,13 @@ def test_what_tensorboard_shows_of_a_stage_goes_with_it(config, tmp_path):
 
 
 def test_the_name_of_a_pruned_stage_is_free_again(three, tmp_path):
-    """The same stage trained again is what it was, since its A is drawn by its name."""
-    run, law = tmp_path / "run", stage_of(three, "law")
-    end = open_run(run).state
-    prune_stage(run, "law")
-    with pytest.raises(RunError, match="got law for style"):
-        train_all(three | {"stages": [three["stages"][0], law]})
-    train_all(three)
-    assert open_run(run).state == end
-
-
-def test_what_a_killed_prune_left_is_no_part_of_a_stage_of_that_name(three, tmp_path):
+    """The same stage trained again is what it was, since its A is drawn by its name. Files that a
+    killed prune has left are no part of it."""
     run, end = tmp_path / "run", open_run(tmp_path / "run").state
     left = shutil.copytree(run / "stages/law", tmp_path / "left")
     prune_stage(run, "law")
+    with pytest.raises(RunError, match="got law for style"):
+        train_all(three | {"stages": [three["stages"][0], stage_of(three, "law")]})
     shutil.copytree(left, run / "stages/law")
     train_all(three)
     assert open_run(run).verify().state == end

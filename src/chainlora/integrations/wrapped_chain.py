@@ -37,8 +37,7 @@ from chainlora.models.finding import folder_of
 from chainlora.models.modes import kept_random_state
 from chainlora.runs.addresses import open_run
 from chainlora.runs.cards import is_of_another
-from chainlora.runs.compression import adapter_factors
-from chainlora.runs.export import write_adapter, write_adapter_card
+from chainlora.runs.export import adapter_factors, write_adapter, write_adapter_card
 from chainlora.runs.loading_start import NOTHING, Start, put_on
 from chainlora.runs.paths import exists_in
 from chainlora.runs.saved_chain import (

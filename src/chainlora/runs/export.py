@@ -1,23 +1,31 @@
-"""Export a chain: as a merged checkpoint, or as one PEFT adapter.
+"""Export a chain: as a merged checkpoint, or as one PEFT adapter, exact or compressed.
 
 A merged checkpoint loads with `transformers` alone, an adapter with `peft` on the base. Both are
 written into a scratch folder and then moved into place. They contain no path of this machine.
+
+Compression is to a rank or to a relative error. The best approximation of a rank comes from QR and
+a small SVD of the stacked factors (`chain.low_rank`); the dense update is never computed.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from chainlora import files
-from chainlora.chain.adapters import Factors, save_adapter
+from chainlora.chain.adapters import Factors, padded, save_adapter
 from chainlora.chain.chain import Chain
-from chainlora.chain.link import Link, switched_on
+from chainlora.chain.link import Link, stack_links, switched_on
+from chainlora.chain.low_rank import best_of_rank, singular_values
 from chainlora.config.schema import LinkConfig
 from chainlora.data.templates import ends_of_turn
 from chainlora.errors import ChainError, ModelError, RunError
@@ -36,7 +44,6 @@ from chainlora.runs.cards import (
     story_of,
     write_card,
 )
-from chainlora.runs.compression import adapter_factors
 from chainlora.runs.history import CAUSAL, Base
 from chainlora.runs.lineage import Lineage, lineage_of
 from chainlora.runs.opening import check_base, load_run, tokenizer_of
@@ -250,6 +257,47 @@ def check_compression(rank: int | None, tolerance: float | None) -> None:
         raise ChainError(f"`rank` must be 1 to {_WIDEST} (got {rank!s:.40})")
     if tolerance is not None and not 0 < tolerance < 1:
         raise ChainError(f"`tolerance` is a relative error between 0 and 1 (got {tolerance})")
+
+
+def adapter_factors(
+    links: Sequence[Link], *, rank: int | None = None, tolerance: float | None = None
+) -> tuple[dict[str, Factors], float]:
+    """Return one pair of factors per module, all of one rank with scaling 1, and the error.
+
+    The error is ``√(Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖²)`` over all modules. A `rank` above that of the chain is
+    filled up with zeros, which is exact. `tolerance` is the largest accepted error.
+
+    Raises ChainError for a chain without links.
+    """
+    if not links:
+        rule = "an adapter needs at least one link"
+        raise ChainError(rule, "a chain of none", "switch a stage on, or take the base")
+    stacked = _with_biases(stack_links(links))
+    widest = max(share.a.shape[0] for share in stacked.values())
+    if tolerance is None and (rank is None or rank >= widest):
+        return {name: padded(share, rank or widest) for name, share in stacked.items()}, 0.0
+    spectra = {name: singular_values(share.a, share.b) for name, share in stacked.items()}
+    longest = max(len(s) for s in spectra.values())
+    # tails[r]: squared norm of the singular values that rank r leaves out
+    tails = [sum(float((s[r:] ** 2).sum()) for s in spectra.values()) for r in range(longest + 1)]
+    if tolerance is not None:
+        rank = next(r for r, tail in enumerate(tails) if r and tail <= tolerance**2 * tails[0])
+    assert rank is not None
+    compressed = {}
+    for name, share in stacked.items():
+        a, b = best_of_rank(share.a.double(), share.b.double(), rank)
+        compressed[name] = padded(replace(share, a=a.float(), b=b.float()), rank)
+    return compressed, math.sqrt(tails[min(rank, longest)] / tails[0]) if tails[0] else 0.0
+
+
+def _with_biases(stacked: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Return factors with a bias on all layers if one has it; PEFT knows only all or none."""
+    if all(share.bias is None for share in stacked.values()):
+        return dict(stacked)
+    return {
+        name: replace(share, bias=torch.zeros(share.b.shape[0])) if share.bias is None else share
+        for name, share in stacked.items()
+    }
 
 
 def write_adapter(folder: Path, factors: Mapping[str, Factors], base: Base) -> int:
