@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from chainlora import files
 from chainlora.errors import ChainLoRAError
-from chainlora.runs.draft import DRAFT, GROWING, PASSING
+from chainlora.runs.draft import GROWING, PASSING
 from chainlora.runs.history import CONFIG, CONTENT, RECORDS, RESULT
 from chainlora.runs.history_file import read_history
 from chainlora.runs.locks import LOCK, take_lock
@@ -29,11 +29,6 @@ class Claim:
         self.folder = stage_folder(run, stage)
         self._lock: FileLock | None = None
 
-    @property
-    def is_begun(self) -> bool:
-        """Say whether the stage has a ``stage.json``: it was begun, or a kill has left the file."""
-        return (self.folder / DRAFT).is_file()
-
     def take(self) -> None:
         """Lock the stage. Raises RunError if another process trains it."""
         if self._lock is None:
@@ -42,9 +37,7 @@ class Claim:
 
     def clear(self) -> None:
         """Remove leftovers of a kill or of a pruned stage of this name, before the stage begins."""
-        self.remove_scratch()
-        for name in (*PASSING, RECORDS, RESULT):
-            files.remove(self.folder / name)
+        self.remove_passing(RECORDS, RESULT)
 
     def undo(self) -> None:
         """Remove the files of a stage that this process has begun."""
@@ -71,10 +64,10 @@ class Claim:
             self.remove_passing()
         self.release()
 
-    def remove_passing(self) -> None:
-        """Remove files that only training needs."""
+    def remove_passing(self, *more: str) -> None:
+        """Remove files that only training needs, and more files of the stage."""
         self.remove_scratch()
-        for name in PASSING:
+        for name in (*PASSING, *more):
             files.remove(self.folder / name)
 
     def remove_scratch(self) -> None:

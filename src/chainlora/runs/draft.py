@@ -83,11 +83,6 @@ class Draft(Document):
     records: Records
     files: Sums = Field(default_factory=dict)  # that a resume needs
 
-    @property
-    def has_learned(self) -> bool:
-        """Say whether there is a tied link or a checkpoint to resume from."""
-        return bool(self.tied) or self.checkpoint is not None
-
     def entry(
         self, declared: Unbuilt, history: History, links: Sequence[str], **fields: Any
     ) -> Entry:

@@ -87,7 +87,7 @@ class Work:
 
     def begun(self) -> OpenState | None:
         """Return the state of the stage, None if it was not begun."""
-        return self.opened() if self._claim.is_begun else None
+        return self.opened() if (self.folder / DRAFT).is_file() else None
 
     # --- opening and closing ---
 
@@ -102,18 +102,19 @@ class Work:
         self._claim.take()
         if read_history(self.run).find_unbuilt(self.stage) is None:
             raise changed(f"{self.stage} of {self.run}")
-        begun = self.begun()
-        if begun is None:
-            return
-        begun = begun.verify()
-        assert begun.draft is not None
-        changes = begun.draft.training.changes + tuple(compare(begun, config, change))
-        self._take(begun.draft.with_training(changes=changes), begun.history.base)
+        if (begun := self.begun()) is not None:
+            begun = self._take(begun)
+            changes = self.draft.training.changes + tuple(compare(begun, config, change))
+            self._draft = self.draft.with_training(changes=changes)
 
-    def _take(self, draft: Draft, base: Base) -> None:
-        self._draft, self.base = draft, base
-        self._tied, self._links = list(draft.tied), dict(draft.links)
-        self._hashes = dict(draft.files)
+    def _take(self, state: OpenState) -> OpenState:
+        """Check the files of a state and continue from its point; return the checked state."""
+        state = state.verify()
+        assert state.draft is not None
+        self._draft, self.base = state.draft, state.history.base
+        self._tied, self._links = list(state.draft.tied), dict(state.draft.links)
+        self._hashes = dict(state.draft.files)
+        return state
 
     def begin(
         self, config: RunConfig, base: Base, *, rows: str, keep: Callable[[], Kept] | None
@@ -123,8 +124,9 @@ class Work:
         `rows` is the digest of the rows (`Splits.digest`). `keep` returns the rows that a new stage
         keeps; None keeps no rows. Raises RunError if rows changed after the stage was declared.
         """
-        if not self.writes:
-            return self._follow()
+        if not self.writes:  # continue from the point that the first process has written
+            self._take(self.opened())
+            return deepcopy(self.draft.position)
         if self._draft is not None:
             return self._resume(self._draft, base, rows)
         declared = self._declared(read_history(self.run))
@@ -162,16 +164,10 @@ class Work:
         checkpoint. Otherwise a stage that was refused late would be in the way of the corrected
         config.
         """
-        if undo and self._is_new and not (self._draft is not None and self._draft.has_learned):
+        has_learned = self._draft is not None and (self._draft.tied or self._draft.checkpoint)
+        if undo and self._is_new and not has_learned:
             self._claim.undo()
         self._claim.release()
-
-    def _follow(self) -> Progress:
-        """Read the progress that the first process has written; call it after its `begin`."""
-        state = self.opened().verify()
-        assert state.draft is not None
-        self._take(state.draft, state.history.base)
-        return deepcopy(self.draft.position)
 
     def _resume(self, draft: Draft, base: Base, rows: str) -> Progress:
         """Return the progress to resume from; cut the records that came after it."""
