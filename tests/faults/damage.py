@@ -24,8 +24,6 @@ from chainlora.runs.addresses import open_run
 
 Case = tuple[str, Callable[[], str]]
 
-NOT_CHECKED = (".lock",)  # nobody reads it
-
 
 def contents(run: Path) -> tuple[Any, ...]:
     """Return all that can be read out of a run: its description, its links and where it is."""
@@ -87,7 +85,7 @@ def flips(folder: Path, per_class: int) -> Iterator[Case]:
 
 
 def _files(folder: Path) -> list[Path]:
-    found = (p for p in folder.rglob("*") if p.is_file() and p.name not in NOT_CHECKED)
+    found = (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")  # nobody reads it
     return sorted(path.relative_to(folder) for path in found)
 
 
@@ -128,7 +126,7 @@ def _harms(run: Path) -> Iterator[tuple[str, Callable[[Path], object]]]:
         content = (run / name).read_bytes()
         for keep in sorted({0, 1, len(content) // 2, len(content) - 1}):
             yield f"{name} cut to {keep}", partial(_write, name, content[:keep])
-        yield f"{name} missing", partial(_delete, name)
+        yield f"{name} missing", lambda run, name=name: (run / name).unlink()
         for other in checked:
             if other.suffix == name.suffix and str(name) < str(other):
                 yield f"{name} and {other} swapped", partial(_swap, name, other)
@@ -140,10 +138,6 @@ def _harms(run: Path) -> Iterator[tuple[str, Callable[[Path], object]]]:
 
 def _write(name: Path, content: bytes, run: Path) -> None:
     (run / name).write_bytes(content)
-
-
-def _delete(name: Path, run: Path) -> None:
-    (run / name).unlink()
 
 
 def _swap(one: Path, two: Path, run: Path) -> None:
