@@ -66,24 +66,15 @@ def load_plugins(plugins: Iterable[str]) -> None:
 
 def plugin_digest(plugin: str) -> str:
     """Return the SHA-256 of a plug-in's file; empty for a module without a file."""
-    path = _file_of(plugin)
     try:
-        return "" if path is None else sha256(path)
-    except OSError as error:
-        raise _unloadable(plugin, error) from None
-
-
-def _file_of(plugin: str) -> Path | None:
-    if _is_file(plugin):
-        return Path(plugin).expanduser()
-    try:
+        if _is_file(plugin):
+            return sha256(Path(plugin).expanduser())
         spec = find_spec(plugin)
+        if spec is None:
+            raise ModuleNotFoundError("no such module; write a file with its .py")
+        return sha256(Path(spec.origin)) if spec.has_location and spec.origin else ""
     except Exception as error:  # `find_spec` imports the parent packages, which can raise anything
         raise _unloadable(plugin, error) from error
-    if spec is None:
-        got = ModuleNotFoundError("no such module; write a file with its .py")
-        raise _unloadable(plugin, got)
-    return Path(spec.origin) if spec.has_location and spec.origin else None
 
 
 def _is_file(plugin: str) -> bool:

@@ -158,7 +158,7 @@ def test_a_changed_lineage_is_found(chainlora, made, exported, tmp_path):
     )
 
 
-def test_a_lineage_with_other_arguments_is_refused(chainlora, made, exported, tmp_path):
+def test_no_lineage_and_one_with_other_arguments_are_refused(chainlora, made, exported, tmp_path):
     copy = Path(shutil.copytree(exported, tmp_path / "copy"))
     text = (copy / "lineage.json").read_text()
     for part, key, value, said in (
@@ -171,6 +171,7 @@ def test_a_lineage_with_other_arguments_is_refused(chainlora, made, exported, tm
         tree[part][key] = value
         (copy / "lineage.json").write_text(signed(tree))
         chainlora("verify", copy, made / "run").refused("lineage.json ", said)
+    chainlora("verify", tmp_path).refused("a file must be read", "lineage.json")
 
 
 def test_another_state_run_or_base_is_named(chainlora, made, exported, finished, tmp_path):
@@ -191,10 +192,6 @@ def test_another_state_run_or_base_is_named(chainlora, made, exported, finished,
     assert done.status == 1
     assert done.out.startswith("another base: ")
     assert "model.safetensors" in done.out
-
-
-def test_a_folder_without_a_lineage_is_refused(chainlora, tmp_path):
-    chainlora("verify", tmp_path).refused("a file must be read", "lineage.json")
 
 
 # --- trained again ---

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -180,9 +180,9 @@ class Pruning:
     with_it: list[str]  # entries to delete, since they used its rows: combinations, rehearsals, …
     later: list[str]  # stages on top of it, which continue without its links
     before: str  # the entry that the stage began on
-    left: list[str] = field(default_factory=list)  # parts to combine again
-    now: str | None = None  # the new head, if it changes
-    rehearsed: bool = False  # the head was a rehearsal
+    left: list[str]  # parts to combine again
+    now: str | None  # the new head, if it changes
+    rehearsed: bool  # the head was a rehearsal
 
 
 def plan_pruning(run: str | Path, name: str) -> Pruning:
