@@ -161,15 +161,9 @@ def export_adapter(
             facts["lineage"] = lineage_of(source, folder, naming, "adapter", **keys)
             facts["story"] = story_of(source, num_links)
         write_adapter_card(scratch, links, actual_rank, error, named, **facts)
-    return {
-        "to": "adapter",
-        "output": str(output),
-        "links": len(links),
-        "rank": actual_rank,
-        "error": error,
-        "exact": tolerance is None and error == 0.0,
-        "base": named.model,
-    }
+    done = {"to": "adapter", "output": str(output), "links": len(links), "rank": actual_rank}
+    is_exact = tolerance is None and error == 0.0
+    return done | {"error": error, "exact": is_exact, "base": named.model}
 
 
 def _export_each(
