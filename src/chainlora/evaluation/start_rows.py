@@ -25,7 +25,6 @@ from chainlora.models.text_config import context_length
 from chainlora.runs.addresses import open_run
 from chainlora.runs.beginning import save_rows, with_start_rows
 from chainlora.runs.changes import whole_run
-from chainlora.runs.claim import Claim
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import (
     BASE,
@@ -40,6 +39,7 @@ from chainlora.runs.history import (
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.links import save_link
 from chainlora.runs.loading_start import Start, fitted, load_start
+from chainlora.runs.locks import Claim
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import noted_base, tokenizer_of
 

@@ -18,7 +18,6 @@ from chainlora.data.splits import Splits, prepare_splits
 from chainlora.errors import ChainLoRAError, DataError, RunError
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.beginning import save_rows
-from chainlora.runs.claim import Claim
 from chainlora.runs.declaring import declared_config
 from chainlora.runs.history import (
     BASE,
@@ -35,6 +34,7 @@ from chainlora.runs.history import (
 from chainlora.runs.history_file import changed, read_history, update_history
 from chainlora.runs.links import save_link
 from chainlora.runs.loading_start import Start, fitted, load_start, need_layers, start_folder
+from chainlora.runs.locks import Claim
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import check_base, noted_base
 from chainlora.runs.paths import is_run, stage_folder

@@ -40,13 +40,13 @@ from chainlora.errors import RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.runs.addresses import state_of_draft
 from chainlora.runs.beginning import save_rows
-from chainlora.runs.claim import Claim
 from chainlora.runs.costs import versions
 from chainlora.runs.documents import write_part
 from chainlora.runs.draft import DRAFT, PASSING, REFERENCE, Checkpoint, Draft, Progress
 from chainlora.runs.history import CONFIG, RECORDS, RESULT, Base, History, LinkFacts, Term, Unbuilt
 from chainlora.runs.history_file import changed, read_history, update_history
 from chainlora.runs.links import save_link, write_adapter_of
+from chainlora.runs.locks import Claim
 from chainlora.runs.opening import check_base
 from chainlora.runs.paths import stage_folder
 from chainlora.runs.records import RecordLog, resumed_log
@@ -155,7 +155,7 @@ class Work:
     def tidy(self) -> None:
         """Remove training files of a finished stage that a kill has left."""
         if self.writes:
-            self._claim.tidy()
+            self._claim.tidy(read_history(self.run))
 
     def close(self, *, undo: bool = False) -> None:
         """Release the lock of the stage.
