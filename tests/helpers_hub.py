@@ -65,7 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"url": f"{self.hub.url}/{name}"})
         elif path == "/api/validate-yaml":
             self._json({"errors": [], "warnings": []})
-        elif found := re.fullmatch(r"/api/models/(.+)/preupload/main", path):
+        elif path.endswith("/preupload/main"):
             files = json.loads(body)["files"]
             self._json({"files": [_mode(each["path"]) for each in files]})
         elif path.endswith("/info/lfs/objects/batch"):
@@ -84,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({})
 
     def do_HEAD(self) -> None:
-        self._file(with_body=False)
+        self._file()
 
     def do_GET(self) -> None:
         asked = r"/api/models/([^/]+/[^/]+)(/revision/\w+|/tree/\w+)?"
@@ -98,15 +98,15 @@ class _Handler(BaseHTTPRequestHandler):
         elif found:
             self._json({"error": "no repository"}, 404, {"X-Error-Code": "RepoNotFound"})
         else:
-            self._file(with_body=True)
+            self._file()
 
-    def _file(self, *, with_body: bool) -> None:
+    def _file(self) -> None:
         found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/\w+/(.+)", self.path.split("?")[0])
         content = self.hub.repositories.get(found[1], {}).get(found[2]) if found else None
         if content is None:
             return self._json({"error": "no such file"}, 404, {"X-Error-Code": "EntryNotFound"})
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
-        return self._send(content, 200, {"ETag": etag, "X-Repo-Commit": COMMIT}, body=with_body)
+        return self._send(content, 200, {"ETag": etag, "X-Repo-Commit": COMMIT})
 
     def _upload(self, wanted: dict[str, Any]) -> dict[str, Any]:
         href = f"{self.hub.url}/upload/{wanted['oid']}"
@@ -130,15 +130,13 @@ class _Handler(BaseHTTPRequestHandler):
         content = json.dumps(value).encode()
         self._send(content, status, {"Content-Type": "application/json"} | (headers or {}))
 
-    def _send(
-        self, content: bytes, status: int, headers: dict[str, str], *, body: bool = True
-    ) -> None:
+    def _send(self, content: bytes, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if body and self.command != "HEAD":
+        if self.command != "HEAD":
             self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:
