@@ -6,7 +6,6 @@ A config names them as `start` and `start_data`. Without rows, the model writes 
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,6 @@ from chainlora.runs.loading_start import Start, fitted, load_start
 from chainlora.runs.locks import Claim
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import noted_base, tokenizer_of
-
-logger = logging.getLogger(__name__)
 
 
 def rows_of_start(rows: StartData, data: DataConfig, tokenizer: Any, context: int) -> Kept:
@@ -84,8 +81,6 @@ def _import(
     start = load_start(str(config.start)) if is_adapter else Start()
     chain = base.chain(seed=config.train.seed, hold=config.chain.hold)
     start = fitted(start, chain, config.model)
-    for note in start.notes:
-        logger.warning("%s", note)
     base_facts = noted_base(config, chain, base.files)
     tokenizer = base.tokenizer(run / TOKENIZER if history.tokenizer else None)
     rows: Kept | None = None

@@ -93,8 +93,7 @@ class WrappedChain:
                 chain.tie() if chain.live_steps else chain.discard()
         chain.seed = seed
         if is_fresh:
-            for note in put_on(start, chain).notes:
-                logger.warning(note)
+            put_on(start, chain)
         if trained is not None:
             chain.add(Link(0, config, trained))
         chain.detach()

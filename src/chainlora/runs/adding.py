@@ -149,8 +149,6 @@ def _fitted(run: Path, config: RunConfig, history: History, base: OpenBase) -> t
     start = fitted(start, chain, config.model)
     for link in start.links:
         check_link(link, chain.model)
-    for note in start.notes:
-        logger.warning("%s", note)
     return start, noted_base(config, chain, base.files)
 
 

@@ -7,7 +7,6 @@ export.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
@@ -46,8 +45,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from chainlora.models.loading import CausalModel
-
-logger = logging.getLogger(__name__)
 
 Loaded = tuple["CausalModel", "PreTrainedTokenizerBase"]
 
@@ -100,8 +97,7 @@ def _adapter_on_base(folder: Path, lineage: Lineage | None, dtype: str | torch.d
     if base_facts is not None:
         check_base(base_facts, folder, files=base_hashes)
     chain = base.chain(device=torch.device("cpu"))
-    for note in put_on(start, chain).notes:
-        logger.warning("%s", note)
+    put_on(start, chain)
     model: Any = chain.model
     if not is_quantized_model(model):
         chain.detach()

@@ -121,7 +121,7 @@ def start_at(state: OpenState) -> Start:
 
 
 def fitted(start: Start, chain: Chain, name: str | None = None) -> Start:
-    """Check a start against the model of a chain; return it with notes about the model.
+    """Check a start against the model of a chain; log notes about them, and return it with these.
 
     A DoRA adapter is converted to LoRA here, because this needs the base weights. `name` is the
     name of the model; by default its own. Raises ModelError or RunError for another model than the
@@ -132,7 +132,10 @@ def fitted(start: Start, chain: Chain, name: str | None = None) -> Start:
         model_name = name_of(chain.model)
         notes = _other_name(adapter, name or hub_id_of(model_name) or model_name)
         start = replace(start, notes=start.notes + notes)
-        return _without_dora(start, adapter.magnitudes, chain.model)
+        start = _without_dora(start, adapter.magnitudes, chain.model)
+        for note in start.notes:
+            logger.warning("%s", note)
+        return start
     base = None if start.state is None else start.state.base
     if base is not None:
         folder = folder_of(chain.model)
@@ -180,8 +183,7 @@ def load_chain(
     if state is not None and not state.has_run:
         restore_chain(chain, read_chain(state))
         return chain
-    for note in put_on(load_start(directory), chain).notes:
-        logger.warning(note)
+    put_on(load_start(directory), chain)
     return chain
 
 

@@ -93,7 +93,7 @@ def _chain_on(base: OpenBase, state: OpenState, **keys: Any) -> tuple[Chain, Any
     chain = base.chain(**keys)
     if state.base.files is None:  # a saved chain has no file hashes
         check_base(state.base, state.run, fingerprint=chain.base_fingerprint)
-    return chain, _with_template(base.tokenizer(state.tokenizer()), state)
+    return chain, tokenizer_of(state, base)
 
 
 def _need_causal(state: OpenState) -> None:
@@ -110,14 +110,9 @@ def tokenizer_of(state: OpenState, base: Path | OpenBase) -> PreTrainedTokenizer
     """Return the tokenizer of a run's rows: the base's or its own, with the run's chat template."""
     own = state.tokenizer()
     loaded = base.tokenizer(own) if isinstance(base, OpenBase) else load_tokenizer(own or base)
-    return _with_template(loaded, state)
-
-
-def _with_template(tokenizer: Any, state: OpenState) -> Any:
-    """Return a tokenizer with the chat template of the run's config, if it names one."""
     if state.has_run:
-        set_chat_template(tokenizer, state.config().data)
-    return tokenizer
+        set_chat_template(loaded, state.config().data)
+    return loaded
 
 
 def _refuse_untrained(state: OpenState) -> None:

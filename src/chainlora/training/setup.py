@@ -6,7 +6,6 @@ Problems that show only in rows or weights are refused here; all others were ref
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -56,8 +55,6 @@ from chainlora.training.processes import (
 )
 from chainlora.training.rehearsing import with_steps
 from chainlora.training.run import Run
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -132,8 +129,6 @@ def _prepared(
     undo.callback(engine.close)
     if begun is None:
         start = fitted(start, chain, config.model)
-        for note in start.notes:
-            logger.warning("%s", note)
     # 4. The stage on disk, which begins or resumes; then the links of the chain.
     with processes.in_turn():
         progress = _begin_work(setup, chain, base, splits)
