@@ -37,7 +37,7 @@ def test_extending_a_run_gives_the_bits_of_one_config_with_both_stages(config, t
     assert ends[0] == ends[1]
 
 
-def test_the_same_call_again_trains_what_is_new(config, tmp_path):
+def test_the_same_call_again_trains_what_is_new_and_a_stage_stays_what_it_was(config, tmp_path):
     assert [r is None for r in train_all(one_stage(config))] == [False]
     assert [r is None for r in train_all(config)] == [True, False]
     before = files_of(tmp_path / "run")
@@ -45,10 +45,6 @@ def test_the_same_call_again_trains_what_is_new(config, tmp_path):
     assert train_all(config) == [None, None]
     assert files_of(tmp_path / "run") == before
     assert [stage.state for stage in survey(make_stages(config))] == ["finished", "finished"]
-
-
-def test_a_stage_stays_what_it_was(config):
-    train_all(one_stage(config))
     config["stages"][0]["chain"]["steps"] = [2, 2, 3]
     with pytest.raises(RunError, match=r"stage 'facts': chain.steps.*another name"):
         train_all(config)

@@ -118,19 +118,16 @@ def test_what_was_done_before_a_stage_was_pruned_is_not_done_again(two, tmp_path
         train_on(run, style)
 
 
-def test_a_pruned_stage_of_pairs_leaves_a_whole_run(config, tmp_path):
-    config["stages"][1] |= {"data": pair_files(tmp_path), "train": {"loss": "dpo"}}
-    train_all(config)
-    prune_stage(tmp_path / "run", "style")
-    assert open_run(tmp_path / "run").verify().stages == ["facts"]
-
-
 def test_scores_of_pairs_are_scored_again_on_another_reference(config, tmp_path):
-    """Where the stage that preferences began on is pruned, the state `base` has the same digest."""
+    """Where the stage that preferences began on is pruned, the state `base` has the same digest.
+    Without the stage of pairs, the run is whole too."""
     config["stages"][0] |= {"chain": {"ranks": [4], "steps": [8]}, "train": {"lr": 1e-2}}
     config["stages"][1] |= {"data": pair_files(tmp_path), "train": {"loss": "dpo", "lr": 1e-2}}
     run, path = tmp_path / "run", tmp_path / "run/matrix.jsonl"
     train_stages(make_stages(config))  # which scores it
+    other = shutil.copytree(run, tmp_path / "other")
+    prune_stage(other, "style")
+    assert open_run(other).verify().stages == ["facts"]
     prune_stage(run, "facts")
     found = stage_matrix(run).grid
     assert found[0][0].value == 0.5  # of the base, which is its own reference now
