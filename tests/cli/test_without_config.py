@@ -25,7 +25,7 @@ def rows(path: str | Path, count: int = 12, word: str = "good") -> Path:
 @pytest.fixture(autouse=True)
 def short_rows_of_the_base(monkeypatch) -> None:
     """Nothing here is about what the base writes (test_start_rows.py)."""
-    monkeypatch.setattr("chainlora.evaluation.general_rows.NEW_TOKENS", 2)
+    monkeypatch.setattr("chainlora.evaluation.start_rows.NEW_TOKENS", 2)
 
 
 @pytest.fixture

@@ -89,15 +89,11 @@ def prompts_of(sources: Sequence[Source], tokenizer: Any) -> list[Prompt]:
         for row in (row for row in rows if len(row.prompt) > 1):
             is_free = row.references and row.label is None
             right = row.references if is_free else [_candidate(row, row.label or 0, tokenizer)]
-            text = _readable(row.prompt, tokenizer)
+            text = without_markup(tokenizer, str(tokenizer.decode(row.prompt)))
+            if text is None:
+                text = str(tokenizer.decode(row.prompt, skip_special_tokens=True))
             prompts.append(Prompt(row.prompt, text, stop, row, stage, " / ".join(right)))
     return prompts
-
-
-def _readable(prompt: Sequence[int], tokenizer: Any) -> str:
-    """Return a prompt as text, without the markup of a chat template."""
-    text = without_markup(tokenizer, str(tokenizer.decode(prompt)))
-    return str(tokenizer.decode(prompt, skip_special_tokens=True)) if text is None else text
 
 
 def _candidate(row: Example, index: int, tokenizer: Any) -> str:

@@ -99,14 +99,13 @@ def combine(
 
 
 def _parts(folder: Path, history: History, names: Sequence[str | Path]) -> list[OpenState]:
-    """Return the states to combine, of the run in `folder` and of other runs.
-
-    Raises RunError for a named state that another one was trained on, and for unsuitable runs.
-    """
+    """Return the states to combine, of the run in `folder` and of other runs."""
     keys = [str(name) for name in names if history.find(str(name)) is not None]
     others = [_other_run(name) for name in names if str(name) not in keys]
-    of_head = history.parts(history.head)
-    default = of_head if others or len(of_head) > 1 else _stages_of(history)
+    default = history.parts(history.head)
+    if not others and len(default) < 2:
+        stages = (e for e in history.entries if e.kind in ("stage", "import") and e.state.terms)
+        default = [entry.key for entry in stages if not entry.is_rehearsal]
     states = [state_at(folder, history, key) for key in keys or default]
     for other in others:
         need_same_base(state_at(folder, history), other)
@@ -159,11 +158,7 @@ def _become(
 def build_combination(
     run: Path, key: str, progress: Progress | None = None, base: OpenBase | None = None
 ) -> None:
-    """Solve a declared combination, and give its entry its state.
-
-    Raises RunError if its parts have changed meanwhile, or if it cannot be solved; then it is
-    withdrawn.
-    """
+    """Solve a declared combination, and give its entry its state."""
     history = read_history(run)
     declared = history.find_unbuilt(key)
     if declared is None:  # another process was faster
@@ -171,7 +166,7 @@ def build_combination(
     states = [state_at(run, history, name) for name in declared.parents]
     try:
         solved = _solved(states, declared.recipe, progress or (lambda *done: None), base)
-    except RunError:  # a second try would fail too
+    except RunError:  # a second try would fail too: withdraw it
         update_history(run, lambda current: current.withdrawn([key]))
         raise
     rank = max(factors.a.shape[0] for factors in solved.factors.values())
@@ -195,10 +190,7 @@ def build_combination(
 
 
 def summary_of(history: History, key: str) -> str:
-    """Return a line about a combination: its rank, the error of this rank, distances from parts.
-
-    For another entry, the line is empty.
-    """
+    """Return a line about a combination with its distances from the parts, else ""."""
     entry = history.find(key)
     if entry is None or entry.kind != "combine":
         return ""
@@ -208,10 +200,7 @@ def summary_of(history: History, key: str) -> str:
 
 
 def warn_of_left_out(run: Path, before: History, key: str, *, rehearsals: bool = True) -> None:
-    """Warn if a new head does not include a mix, or a rehearsal, that the run had before.
-
-    `before` is the history before the change, `key` the new head.
-    """
+    """Warn if the new head `key` does not include a mix, or a rehearsal, of the history before."""
     included = read_history(run).below(key)
     lost = [entry for entry in before.lineage(before.head) if entry.key not in included]
     names = [e.key for e in lost if e.kind == "mix" or (rehearsals and e.is_rehearsal)]
@@ -229,12 +218,6 @@ def _other_run(address: str | Path) -> OpenState:
         rule = "only a run with a finished stage can be combined"
         raise RunError(rule, state.run, "finish its stage: repeat the command that began it")
     return state
-
-
-def _stages_of(history: History) -> list[str]:
-    """Return the stages and imported adapters of a run that can be parts of a combination."""
-    entries = (e for e in history.entries if e.kind in ("stage", "import") and e.state.terms)
-    return [entry.key for entry in entries if not entry.is_rehearsal]
 
 
 def _without_ancestors(states: Sequence[OpenState]) -> list[OpenState]:
@@ -259,10 +242,8 @@ def need_combinable(states: Sequence[OpenState]) -> None:
 
 
 def _entries_with_rows(state: OpenState) -> list[str]:
-    """Return the entries whose kept rows a part is solved on.
-
-    Rows of the start belong to the origin, which is a part of its own.
-    """
+    """Return the entries whose kept rows a part is solved on."""
+    # rows of the start belong to the origin, which is a part of its own
     return [key for key in state.keepers if (key == START) == (state.key == START)]
 
 
@@ -282,13 +263,15 @@ def _solved(
     if recipe.general and _general_of(history) and all(state.key != START for state in states):
         states.append(first.at(START))
     links = [state.links() for state in states]
-    parts = [
-        Part(state.key, rows, stack_links(state_links), _importance(state, recipe))
-        for state, rows, state_links in zip(states, _rows_of(states, recipe), links, strict=True)
-    ]
-    for part in (part for part in parts if not part.rows):
-        logger.warning("%s is left out: later stages answer all its prompts otherwise", part.name)
-    parts = [part for part in parts if part.rows]
+    weights = {START: GENERAL} | recipe.importance
+    parts = []
+    for state, rows, of_state in zip(states, _rows_of(states, recipe), links, strict=True):
+        if rows:
+            weight = weights.get(state.key, 1.0)
+            parts.append(Part(state.key, rows, stack_links(of_state), weight))
+        else:
+            text = "%s is left out: later stages answer all its prompts otherwise"
+            logger.warning(text, state.key)
     rank = recipe.rank or max(RANK, *map(stacked_rank, links))
     chain, _ = chain_on_base(first, base=base)
     report = partial(progress, " + ".join(part.name for part in parts))
@@ -296,10 +279,6 @@ def _solved(
         return solve(chain.model, parts, rank, report)
     except ChainError as error:
         raise RunError(f"Cannot combine: {error}") from None
-
-
-def _importance(state: OpenState, recipe: Recipe) -> float:
-    return recipe.importance.get(state.key, GENERAL if state.key == START else 1.0)
 
 
 def _rows_of(states: Sequence[OpenState], recipe: Recipe) -> list[list[list[int]]]:

@@ -8,9 +8,8 @@ exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -102,12 +101,7 @@ def _sources(
                 stage = f"{name} of {state.run}" if is_taken else name
                 rows = kept[key].scored[1][: PROMPTS if limit is None else limit]
                 sources[state.keepers[key]] = Source(stage, rows, kept[key].asked["stop"])
-    return [partial(_tokenised, source) for source in sources.values()]
-
-
-def _tokenised(source: Source, tokenizer: Any, context: int) -> Source:
-    """Return kept rows, which are tokenised already."""
-    return source
+    return [lambda *_, source=source: source for source in sources.values()]  # tokenised already
 
 
 def _answers(
@@ -145,7 +139,11 @@ def _compared(triples: Sequence[tuple[Prompt, Said, Said]]) -> dict[str, Any]:
         "asked": len(triples),
         "right_a": _num_right([said for _, said, _ in triples]),
         "right_b": _num_right([said for _, _, said in triples]),
-        "differ": [*_differing(triples)],
+        "differ": [
+            {"prompt": prompt.text, "expected": prompt.expected, "a": a.text, "b": b.text}
+            for prompt, a, b in triples
+            if a.text != b.text
+        ],
     }
 
 
@@ -153,13 +151,6 @@ def _num_right(answers: Sequence[Said]) -> int | None:
     """Return the number of right answers, None if it is not known of any."""
     known = [said.is_right for said in answers if said.is_right is not None]
     return sum(known) if known else None
-
-
-def _differing(triples: Sequence[tuple[Prompt, Said, Said]]) -> Iterator[dict[str, Any]]:
-    """Yield the prompts with two different answers."""
-    for prompt, a, b in triples:
-        if a.text != b.text:
-            yield {"prompt": prompt.text, "expected": prompt.expected, "a": a.text, "b": b.text}
 
 
 # --- weights ---

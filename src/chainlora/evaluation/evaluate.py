@@ -106,11 +106,11 @@ def evaluate(
             answers = _answers(
                 runner,
                 examples,
-                report,
                 tokenizer=_required(tokenizer),
                 max_tokens=max_tokens,
                 max_new_tokens=max_new_tokens,
                 stop=stop,
+                progress=report,
             )
     columns = zip(examples, scores, answers, strict=True)
     predictions = [_prediction(*row, has_text, tokenizer) for row in columns]
@@ -160,22 +160,13 @@ def _prediction(
     return prediction
 
 
-def _answers(
-    engine: Engine, examples: Sequence[Example], progress: ScoringProgress, **options: Any
-) -> list[str]:
+def _answers(engine: Engine, examples: Sequence[Example], **options: Any) -> list[str]:
     """Generate an answer to each prompt; `options` are those of `generate_greedy`."""
-    done = 0
-
-    def advance(number: int) -> None:
-        nonlocal done
-        done += number
-        progress(done, len(examples))
 
     def generate(prompts: Sequence[Any]) -> list[str]:
         with engine.plain() as model:
-            return generate_greedy(
-                causal_model(model), prompts=prompts, progress=advance, most=engine.most, **options
-            )
+            keys: Any = {"prompts": prompts, "most": engine.most} | options
+            return generate_greedy(causal_model(model), **keys)
 
     texts: list[str] = engine.spread([example.prompt for example in examples], generate)
     return texts
@@ -218,8 +209,7 @@ def _candidate_text(example: Example, index: int, tokenizer: PreTrainedTokenizer
 def values(evaluation: Evaluation, metric: str) -> list[float]:
     """Return the value of a metric for each row, or [] if the metric is not a mean over rows.
 
-    The metric is the mean of these values, weighted by `weights_of`. The loss of a row is
-    the cross-entropy of its right candidate, or its mean loss per token.
+    The metric is the mean of these values, weighted by `weights_of`.
     """
     rows = evaluation.predictions
     if metric == "accuracy":  # 0.5 for a pair whose answers have equal rewards

@@ -25,10 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def need_scored_rows(run: Path, history: History, limit: float) -> None:
-    """Raise ConfigError for an invalid limit, RunError for a run without kept rows to score.
-
-    Called with the history before the command.
-    """
+    """Raise ConfigError for an invalid limit, RunError for a run without kept rows to score."""
     if not 0 <= limit < math.inf:
         raise ConfigError("--max-forgetting must be 0 or more", limit, "give 0.02, for example")
     state = state_at(run, history)
@@ -42,8 +39,8 @@ def check_forgetting(
     run: Path,
     names: Collection[str],
     limit: float,
-    progress: Progress | None = None,
-    base: OpenBase | None = None,
+    progress: Progress,
+    base: OpenBase,
 ) -> str:
     """Compare a run before and after stages of these names; return a sentence about the result.
 
@@ -77,10 +74,7 @@ def check_forgetting(
 
 
 def _before_and_after(history: History, names: Collection[str]) -> tuple[str | None, str | None]:
-    """Return the entries before and after stages of these names.
-
-    Both are None unless the stages are at the head, or were undone last.
-    """
+    """Return the entries before and after stages of these names, if they are latest or undone."""
 
     def is_of_stages(key: str) -> bool:
         entry = history.find(key)

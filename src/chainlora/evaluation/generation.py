@@ -25,6 +25,7 @@ from transformers import (
 
 from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.templates import ends_of_turn, render_chat
+from chainlora.engine.engine import ScoringProgress
 from chainlora.engine.probes import first_line, forget_lengths, length_dependence
 from chainlora.errors import ConfigError, DataError, ModelError
 from chainlora.models.loading import accelerator
@@ -54,16 +55,12 @@ def generate_greedy(
     *,
     max_new_tokens: int,
     stop: str | None = "\n",
-    max_tokens: int = 4096,
-    progress: Callable[[int], None] | None = None,
-    most: Callable[[int], int] = int,
+    **keys: Any,
 ) -> list[str]:
     """Return the greedy continuation of each prompt up to the first `stop`, stripped.
 
     A prompt (token ids) without room for `max_new_tokens` in the model's context is cut on the
-    left; its beginning-of-sequence token is kept. Other arguments are those of `continue_greedily`.
-
-    Raises DataError for an empty prompt, ConfigError if `max_new_tokens` does not fit the context.
+    left; its beginning-of-sequence token is kept. `keys` are those of `continue_greedily`.
     """
     context = context_length(model)
     if not 0 < max_new_tokens < context:
@@ -73,9 +70,8 @@ def generate_greedy(
         )
     room, bos = context - max_new_tokens, tokenizer.bos_token_id
     shortened = [_cut_left(prompt, room, bos, row) for row, prompt in enumerate(prompts)]
-    keys: Any = {"stop": stop, "max_tokens": max_tokens, "progress": progress, "most": most}
     config = greedy_config(model, tokenizer, max_new_tokens)
-    answers = continue_greedily(model, tokenizer, shortened, config, **keys)
+    answers = continue_greedily(model, tokenizer, shortened, config, stop=stop, **keys)
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return [(text.split(stop, 1)[0] if stop else text).strip() for text in texts]
 
@@ -88,7 +84,7 @@ def continue_greedily(
     *,
     stop: str | None = None,
     max_tokens: int = 4096,
-    progress: Callable[[int], None] | None = None,
+    progress: ScoringProgress | None = None,
     most: Callable[[int], int] = int,
 ) -> list[list[int]]:
     """Return the tokens that follow each prompt, with the token that ends the answer.
@@ -103,7 +99,7 @@ def continue_greedily(
         config: see `greedy_config`.
         stop: text that ends an answer, beside the end-of-sequence tokens.
         max_tokens: the most tokens of a padded batch, with new ones.
-        progress: called with the number of prompts just done.
+        progress: called as ``progress(prompts_done, prompts)``.
         most: returns the largest of a number over all processes that shard the model, because all
             must make the same number of forward passes.
     """
@@ -113,34 +109,27 @@ def continue_greedily(
     batches = list(_batches(lengths, new, max_tokens, same_length=same_length))
     # processes with fewer batches repeat their first one
     batches += batches[:1] * (most(len(batches)) - len(batches))
-    ends = {*(config.eos_token_id or [])}
+    ends, done = {*(config.eos_token_id or [])}, 0
     for batch in batches:
         forget_lengths(model)
         rows = [prompts[i] for i in batch]
-        ids, mask = _left_padded(rows, int(config.pad_token_id), model.device)
-        criteria = StoppingCriteriaList([_StopAt(tokenizer, stop, ids.shape[1])] if stop else [])
-        output = run_generate(  # [rows, longest prompt + new tokens]
-            model,
-            config,
-            input_ids=ids,
-            attention_mask=mask,
-            stopping_criteria=criteria,
-            synced_gpus=is_sharded(model),
-        )
-        for index, answer in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
+        padded = _left_padded(rows, int(config.pad_token_id), model.device)
+        width = padded["input_ids"].shape[1]
+        criteria = StoppingCriteriaList([_StopAt(tokenizer, stop, width)] if stop else [])
+        keys = {"stopping_criteria": criteria, "synced_gpus": is_sharded(model)}
+        output = run_generate(model, config, **padded, **keys)  # [rows, width + new tokens]
+        for index, answer in zip(batch, output[:, width:].tolist(), strict=True):
             last = next((place for place, token in enumerate(answer) if token in ends), len(answer))
             answers[index] = answer[: last + 1]
+        done += len(batch)
         if progress is not None:
-            progress(len(batch))
+            progress(done, len(prompts))
     return answers
 
 
 def run_generate(model: Any, config: GenerationConfig, **inputs: Any) -> Any:
-    """Call transformers' `generate` with this config alone.
-
-    The model's own config is replaced for the call, because `generate` would merge both. Raises
-    ModelError for a model that cannot generate.
-    """
+    """Call transformers' `generate` with this config alone."""
+    # the model's own config is replaced for the call, because `generate` would merge both
     before, model.generation_config = model.generation_config, config
     try:
         return model.generate(**inputs)
@@ -213,8 +202,8 @@ def _padding_matters(model: Any, config: GenerationConfig) -> bool:
     results = []
     try:
         for prompts in (rows[:1], rows):
-            ids, mask = _left_padded(prompts, int(config.pad_token_id), model.device)
-            steps = run_generate(model, probe, input_ids=ids, attention_mask=mask).logits
+            inputs = _left_padded(prompts, int(config.pad_token_id), model.device)
+            steps = run_generate(model, probe, **inputs).logits
             results.append(torch.stack([logits[0] for logits in steps]))  # [steps, vocabulary]
     except Exception:  # any error of an architecture: prompts of one length are safe
         return True
@@ -228,10 +217,8 @@ def _padding_matters(model: Any, config: GenerationConfig) -> bool:
 def _batches(
     lengths: Sequence[int], new: int, max_tokens: int, *, same_length: bool
 ) -> Iterator[list[int]]:
-    """Yield the indices of each batch: prompts of similar length, or of the same length.
-
-    The longest come first, so that memory peaks in the first batch.
-    """
+    """Yield the indices of each batch: prompts of similar length, or of the same length."""
+    # the longest come first, so that memory peaks in the first batch
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     start = 0
     while start < len(order):
@@ -245,12 +232,12 @@ def _batches(
 
 def _left_padded(
     rows: Sequence[Sequence[int]], pad: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return token ids and attention mask, both [rows, longest]."""
+) -> dict[str, Tensor]:
+    """Return token ids and attention mask, both [rows, longest], by the names of `generate`."""
     width = max(map(len, rows))
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids.to(device), mask.to(device)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 Message = dict[str, Any]
@@ -326,16 +313,10 @@ class Speaker:
         if self.decoding.temperature > 0:
             config.do_sample, config.temperature = True, self.decoding.temperature
             config.top_p, config.top_k = self.decoding.top_p, 0
-        prompt = torch.tensor([ids], device=self.model.device)
+        prompt, pieces = _left_padded([ids], 0, self.model.device), _Pieces(self.tokenizer, write)
         with torch.random.fork_rng():
             torch.manual_seed(int(torch.randint(2**31, (), generator=self._generator)))
-            output = run_generate(
-                self.model,
-                config,
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                streamer=_Pieces(self.tokenizer, write),
-            )
+            output = run_generate(self.model, config, **prompt, streamer=pieces)
         answer = output[0, len(ids) :].tolist()
         is_cut = len(answer) >= min(limit, room) and answer[-1] not in (config.eos_token_id or [])
         self.cut_by = ("limit" if limit <= room else "context") if is_cut else None

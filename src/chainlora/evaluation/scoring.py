@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from chainlora.config.schema import DataConfig, RunConfig
 from chainlora.data.examples import Example
 from chainlora.data.kept import SPLITS, Kept
-from chainlora.data.sources import Source, find_source
+from chainlora.data.sources import find_source
 from chainlora.data.splits import (
     Splits,
     encode_split,
@@ -25,7 +24,7 @@ from chainlora.data.splits import (
     task_split_source,
 )
 from chainlora.data.tasks import Task, load_task
-from chainlora.engine.engine import Engine, Speedups
+from chainlora.engine.engine import Engine, ScoringProgress, Speedups
 from chainlora.errors import ConfigError, DataError, RunError
 from chainlora.evaluation.evaluate import Evaluation, evaluate
 from chainlora.evaluation.generation import to_accelerator
@@ -102,25 +101,26 @@ def evaluate_task(
     keys: Any = {"num_links": num_links, "dtype": dtype, "speedups": speedups}
     settings, rows, evaluation = _scored(run_or_model, config, encode, progress, **keys)
     if predictions is not None:
-        _write_predictions(Path(predictions), evaluation)
+        file = Path(predictions)
+        make_folder(file.parent)
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
+        write_text(file, "".join(lines))
     metrics = dict(evaluation.metrics)
     if settings.metric in INDEX_METRICS:
         metrics["majority"] = majority_rate(rows, settings.metric)
     is_file = data is not None and not Path(data).is_dir()
-    source: dict[str, Any] = {
-        "task": row_task and row_task.name,
-        "split": data if is_file else split,
-    }
+    name = row_task and row_task.name
+    result: dict[str, Any] = {"task": name, "split": data if is_file else split}
     if task is None and data is None and len((state := open_run(run_or_model)).shares) > 1:
-        source = {"stage": state.with_rows.configured.key} | source
-    return Shown(source | {"rows": evaluation.num_rows, "metrics": metrics})
+        result = {"stage": state.with_rows.configured.key} | result
+    return Shown(result | {"rows": evaluation.num_rows, "metrics": metrics})
 
 
 def _scored(
     run_or_model: Address,
     config: RunConfig | None,
     encode: Encode,
-    progress: Callable[[int, int], None] | None,
+    progress: ScoringProgress | None,
     *,
     num_links: int | None,
     dtype: Any,
@@ -184,19 +184,11 @@ def rows_to_score(
     if chosen is None:
         return _own_rows(run_or_model, config, data, split, limit), run_task
     source = task_split_source(chosen, data, split, limit)
-    return partial(_rows_of_task, chosen, source, data_config), chosen
 
+    def encode(tokenizer: Any, context: int) -> tuple[Task, Sequence[Example]]:
+        return chosen, encode_split(chosen, source, tokenizer, context, data_config)
 
-def _write_predictions(file: Path, evaluation: Evaluation) -> None:
-    make_folder(file.parent)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
-    write_text(file, "".join(lines))
-
-
-def _rows_of_task(
-    task: Task, source: Source, config: DataConfig | None, tokenizer: Any, context: int
-) -> tuple[Task, Sequence[Example]]:
-    return task, encode_split(task, source, tokenizer, context, config)
+    return encode, chosen
 
 
 def _own_rows(
@@ -206,13 +198,13 @@ def _own_rows(
     config = run_config.data if run_config is not None else DataConfig(train=data or "")
     loss = run_config.train.loss if run_config is not None else None
     if split not in SPLITS:
-        raise ConfigError(
-            f"`split` of a run's own rows must be one of {', '.join(SPLITS)} (got {split!r}); name "
-            "one, or a task"
-        )
+        rule = f"`split` of a run's own rows must be one of {', '.join(SPLITS)}"
+        raise ConfigError(rule, repr(split), "name one, or a task")
     bound, earlier = None, dict[str, Kept]()
-    if data is not None:
-        config = _of_file(config, data, split, limit)
+    if data is not None:  # the only rows to read: the run's own files may be gone
+        find_source(data, split)  # raises before the model is loaded
+        keys: dict[str, Any] = {"train": data, "num_train": None, "validation": None, "test": None}
+        config = config.model_copy(update=keys | {split: data, f"num_{split}": limit})
     else:
         is_from_files = config.task is None or config.train is not None
         if is_from_files and not getattr(config, split):
@@ -240,14 +232,6 @@ def _own_rows(
         return splits, getattr(splits, split)[:limit]
 
     return encode
-
-
-def _of_file(config: DataConfig, data: str, split: str, limit: int | None) -> DataConfig:
-    """Return a config that reads only `data`, as a split; the run's own files may be gone."""
-    keys: dict[str, Any] = {"train": data, "num_train": None, "validation": None, "test": None}
-    keys |= {split: data, f"num_{split}": limit}
-    find_source(data, split)  # raises before the model is loaded
-    return config.model_copy(update=keys)
 
 
 def _warn_of_change(run: Address, data: DataConfig, split: str) -> None:

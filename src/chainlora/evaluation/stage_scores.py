@@ -31,7 +31,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from markupsafe import Markup
 from pydantic import TypeAdapter
 
 from chainlora import files
@@ -85,9 +84,7 @@ class StageMatrix:
     """Scores by state and stage."""
 
     stages: list[str]  # columns: ``base`` or ``start`` if there are rows of the start, then stages
-    states: list[
-        str
-    ]  # rows: ``base``, ends of stages, ``now`` if the run differs from the last end
+    states: list[str]  # rows: ``base``, ends of stages, ``now`` if it differs from the last end
     grid: list[list[Cell | None]]  # [states][stages]; None: not scored
 
     def __repr__(self) -> str:
@@ -96,18 +93,14 @@ class StageMatrix:
     def in_lines(self) -> str:
         """Return the scores as a text table, without summaries."""
         lines = [self._heads(), *self._lines()]
-        (width, *widths) = (max(map(len, column)) for column in zip(*lines, strict=True))
-        texts = (
-            "  ".join([state.ljust(width), *map(str.rjust, values, widths)])
-            for state, *values in lines
-        )
-        return "\n".join(texts)
+        first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+        rows = ([name.ljust(first), *map(str.rjust, row, others)] for name, *row in lines)
+        return "\n".join(map("  ".join, rows))
 
     def _repr_html_(self) -> str:
         columns = [shades_of(column) for column in zip(*self.grid, strict=True)]
         shades = [[0.0, *row] for row in zip(*columns, strict=True)]
-        notes = [Markup("<p>{}</p>").format(note) for note in self.notes()]
-        return Markup("").join([table(self._heads(), self._lines(), shades=shades), *notes])
+        return table(self._heads(), self._lines(), shades=shades, below=self.notes())
 
     @property
     def cells(self) -> list[Cell]:
@@ -149,10 +142,7 @@ class StageMatrix:
         return StageMatrix([self.stages[place] for place in places], self.states, grid)
 
     def harm(self) -> str:
-        """Return a sentence if rows of the start score worse by a factor of `WORSE`, else "".
-
-        Losses are compared by their perplexity.
-        """
+        """Return a sentence if rows of the start score worse by a factor of `WORSE`, else ""."""
         name = next((stage for stage in self.stages if stage in (BASE, START)), None)
         if name is None or name not in self.states:
             return ""
@@ -259,11 +249,9 @@ def _nothing_to_score(run: OpenState, *, has_rows: bool) -> RunError:
 
 
 def columns_after_training(run: OpenState) -> list[str] | None:
-    """Return the columns to score after training, None for all.
-
-    A run of one stage has scored its own rows already, so only rows of the start are left. An
-    imported adapter has scored none.
-    """
+    """Return the columns to score after training, None for all."""
+    # A run of one stage has scored its own rows already, so only rows of the start are left. An
+    # imported adapter has scored none.
     start = [name for name, key in run.columns.items() if key == START]
     is_trained = all(e.kind != "import" for e in run.lineage if e.key in run.shares)
     return start if START in run.keepers and len(run.columns) == 2 and is_trained else None
@@ -284,8 +272,7 @@ def states_of(run: OpenState) -> Iterator[tuple[str, State]]:
 class Scorer:
     """Score kept rows of stages in states of one run; the base is loaded once.
 
-    All links are put on the model, and each state sets their strengths. `hold` is by default chosen
-    by the model (`hold_for`), `base` is opened here by default.
+    All links are put on the model, and each state sets their strengths.
     """
 
     def __init__(
@@ -404,10 +391,7 @@ def line_of(cell: Cell) -> str:
 
 
 def _write(run: Path, known: Mapping[tuple[str, str, str], Cell]) -> None:
-    """Save cells, with those that other processes have saved meanwhile, without pruned stages.
-
-    If the run cannot be written, log a warning: the scores are still valid.
-    """
+    """Save cells, with those that other processes have saved meanwhile, without pruned stages."""
     cells = ({_key(cell): cell for cell in _read(run)} | {**known}).values()
     try:
         history = read_history(run)
@@ -415,7 +399,7 @@ def _write(run: Path, known: Mapping[tuple[str, str, str], Cell]) -> None:
         lines = [line_of(cell) for cell in cells if cell.stage in stages]
         files.remove_scratch(run, MATRIX)
         files.write_text(run / MATRIX, "".join(lines))
-    except (FileError, RunError) as error:
+    except (FileError, RunError) as error:  # the scores are still valid
         logger.warning("the scores are not kept: %s", error)
 
 

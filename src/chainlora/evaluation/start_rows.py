@@ -1,22 +1,33 @@
 """Build the entry `start`: import the adapter of a run's start, and keep rows for it.
 
-A config names them as `start` and `start_data`. Without rows, the model writes some
-(`general_rows`). `keep_start_rows` replaces the rows of a run that has begun.
+A config names them as `start` and `start_data`. Without rows, the model writes general rows: texts
+after prompts of the package (``data/general.json``), to measure and to preserve the abilities of
+the base. `keep_start_rows` replaces the rows of a run that has begun.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from chainlora import files
 from chainlora.config.reading import make_config
 from chainlora.config.schema import DataConfig, RunConfig, StartData
+from chainlora.data.encoding.tokens import Ids, TokenReader
+from chainlora.data.examples import Example, hash_of
 from chainlora.data.kept import Kept, keeps_general
-from chainlora.data.splits import length_limit, prepare_splits
-from chainlora.data.templates import set_chat_template
-from chainlora.errors import RunError
-from chainlora.evaluation.general_rows import general_rows
+from chainlora.data.rows import MemoryRows
+from chainlora.data.splits import Splits, length_limit, prepare_splits
+from chainlora.data.templates import ends_of_turn, render_chat, set_chat_template
+from chainlora.errors import ModelError, RunError
+from chainlora.evaluation.generation import continue_greedily, greedy_config
 from chainlora.evaluation.stage_scores import Progress
 from chainlora.models.finding import resolve_model
 from chainlora.models.loading import load_skeleton
@@ -42,23 +53,24 @@ from chainlora.runs.locks import Claim
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import noted_base, tokenizer_of
 
+logger = logging.getLogger(__name__)
+
+NEW_TOKENS = 64
+"""The most tokens that a model writes for a row; also at most half of a row's length limit."""
+
+Prompt = tuple[Ids, bool]
+"""Token ids, and whether they are learned: plain text is, a question is not."""
+
 
 def rows_of_start(rows: StartData, data: DataConfig, tokenizer: Any, context: int) -> Kept:
-    """Return the sample of start rows that a run keeps; `data` is that of its first stage.
-
-    Raises DataError or ConfigError for rows that cannot be read.
-    """
+    """Return the sample of start rows that a run keeps; `data` is that of its first stage."""
     return prepare_splits(rows.as_data(data), tokenizer, context).kept()
 
 
 def build_start(
     run: Path, declared: Unbuilt, base: OpenBase | None = None, progress: Progress | None = None
 ) -> None:
-    """Import the adapter of a run's start, and keep rows for it: given ones, or general rows.
-
-    Raises ModelError for an adapter of another base, DataError for rows that cannot be read, and
-    RunError if another process builds the entry.
-    """
+    """Import the adapter of a run's start, and keep rows for it: given ones, or general rows."""
     config = make_config(declared.config)
     base = OpenBase.of_config(config, run).or_shared(base)
     claim = Claim(run, declared.unit)  # the lock of the first stage, which needs this entry
@@ -101,10 +113,7 @@ def _import(
 
 
 def keep_start_rows(run: str | Path, rows: StartData) -> None:
-    """Replace the kept rows of a run's start.
-
-    Raises RunError for a saved chain, and for a run with an unfinished stage.
-    """
+    """Replace the kept rows of a run's start."""
     run = whole_run(run)
     state = open_run(run)
     if not state.has_run:
@@ -123,3 +132,74 @@ def keep_start_rows(run: str | Path, rows: StartData) -> None:
     named = {entry.kept for entry in after.entries}
     for replaced in {entry.kept for entry in before.entries if entry.kept not in named}:
         files.remove(run / rows_file(str(replaced)))
+
+
+# --- general rows ---
+
+
+def general_rows(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    column: str,
+    progress: Progress,
+) -> Kept | None:
+    """Return prompts with the texts that a model writes after them, as kept rows.
+
+    Rows have at most `longest` tokens; the result is None if no prompt is short enough. Decoding is
+    greedy, so the same model on the same machine writes the same rows. `column` is their name.
+    """
+    new = min(NEW_TOKENS, longest // 2)
+    source = resources.files("chainlora.data").joinpath("general.json")
+    texts = json.loads(source.read_text("utf-8"))
+    prompts = {split: _prompts(tokenizer, kinds, longest - new) for split, kinds in texts.items()}
+    ids = [tokens for of_split in prompts.values() for tokens, _ in of_split]
+    if not ids or not new:
+        logger.warning("no row of `%s` is kept: its prompts are over %d tokens", column, longest)
+        return None
+    logger.warning(
+        "the %s writes texts after %d prompts, which are kept as rows of `%s` (start_data: none "
+        "leaves them out)",
+        *("base" if column == "base" else "model", len(ids), column),
+    )
+    report = partial(progress, column)
+    report(0, len(ids))
+    config = greedy_config(model, tokenizer, new, ends_of_turn(tokenizer))
+    try:
+        written = iter(continue_greedily(model, tokenizer, ids, config, progress=report))
+    except ModelError as error:  # a model that cannot generate can still be trained
+        logger.warning("no row of `%s` is kept: %s", column, error)
+        return None
+    rows = {
+        split: MemoryRows(
+            [_example(row, *prompt, next(written)) for row, prompt in enumerate(of_split)]
+        )
+        for split, of_split in prompts.items()
+    }
+    return Splits(rows["train"], rows["validation"], MemoryRows()).kept()
+
+
+def _prompts(
+    tokenizer: PreTrainedTokenizerBase, kinds: Mapping[str, Sequence[str]], longest: int
+) -> list[Prompt]:
+    """Return the prompts of at most `longest` tokens: plain texts, and questions of chats."""
+    reader = TokenReader(tokenizer)
+    chats = [[{"role": "user", "content": text}] for text in kinds["chat"]]
+    keys = {"add_generation_prompt": True}
+    replies = [render_chat(tokenizer, {"messages": chat} | keys) for chat in chats]
+    if any(reply.error for reply in replies):  # without a chat template that can render them
+        plain, prompts = [*kinds["chat"], *kinds["plain"]], []
+    else:
+        questions = reader.bare([reply.value[0] for reply in replies])
+        plain, prompts = [*kinds["plain"]], [(ids, False) for ids in questions]
+    prompts += [(ids, True) for ids in reader.ids(plain)]
+    return [(ids, is_text) for ids, is_text in prompts if 0 < len(ids) <= longest]
+
+
+def _example(row: int, prompt: Ids, is_text: bool, written: Ids) -> Example:
+    """Return a row: all of a plain text is learned, but only the answer to a question."""
+    ids = [*prompt, *written]
+    start = 1 if is_text else len(prompt)
+    identity = [ids] if is_text else prompt
+    hashed = hash_of(json.dumps(identity).encode())
+    return Example(row, (tuple(ids),), (((start, len(ids)),),), prompt_hash=hashed)
