@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +43,6 @@ def addition(
 
     `keys` are keys of the adapter's rows (`data`), and keys that all stages of a run share: model,
     quantize and `RUN_WIDE`. Everything that needs no weights is checked here.
-
-    Raises:
-        ConfigError: unknown keys, or no rows.
-        RunError: no adapter, a name that is taken, or a run that does not begin on its base.
-        ModelError: an adapter of another base.
     """
     folder, head = _open(run)
     keys = _checked(keys)
@@ -58,30 +52,26 @@ def addition(
     source = str(adapter)
     imported = read_adapter(source) if built is None else NOTHING
     config = _config(folder, head, name, source, imported, keys)
+    stage = Stage(name, config, after=BASE if head is None else head.history.origin, beside=True)
     if built is not None:
         _need_same(built, config, source)
-    history = None if head is None else head.history
-    stage = Stage(name, config, after=BASE if history is None else history.origin, beside=True)
-    planned = StagePlan(stage, built)
-    if built is None:
+    else:
         _check(stage, imported, head, OpenBase.of_config(config, folder if head else None))
-    if history is None:
+    if head is not None:
+        history, start = head.history, NOTHING
+    else:
         # without `start`: the new run begins on the base, not on the adapter
         first = config.model_copy(update={"start": None})
         history = history_of_start(NOTHING, Base(model=config.model, fingerprint=""), first, name)
-    if built is None:
-        planned = replace(planned, declared=import_entry(name, config, history.origin))
-    declaring = Declaring(history, folder)
+        start = Start(tokenizer=imported.tokenizer)
+    entry = None if built is not None else import_entry(name, config, history.origin)
+    declaring, planned = Declaring(history, folder), StagePlan(stage, built, entry)
     declaring.add_all([planned])
-    start = Start(tokenizer=imported.tokenizer) if head is None else NOTHING
-    return replace(plan_of(declaring), stages=(planned,), start=start)
+    return plan_of(declaring, [planned], start)
 
 
 def _open(run: str | Path) -> tuple[Path, OpenState | None]:
-    """Return the folder of a run and the state at its head, None for a new run.
-
-    Raises RunError for a run that cannot get an adapter.
-    """
+    """Return the folder of a run and the state at its head, None for a new run."""
     folder, _ = split_address(run)
     if not exists_in(folder):
         need_apart(folder)
@@ -126,10 +116,7 @@ def _checked(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _built(head: OpenState, name: str) -> OpenState | None:
-    """Return the state of a built entry, None if it is new or unbuilt.
-
-    Raises RunError if the name belongs to anything but an imported adapter.
-    """
+    """Return the state of a built entry, None if it is new or unbuilt."""
     known = head.history.known(name)
     if known is not None and not (known.kind == "import" and known.has_config):
         rule = "an adapter must have a name of its own"
@@ -137,19 +124,14 @@ def _built(head: OpenState, name: str) -> OpenState | None:
     return None if head.history.find(name) is None else head.at(name)
 
 
-def _is_changed(built: OpenState, adapter: str) -> bool:
-    """Say whether an adapter differs from the imported one; compare names if it is gone."""
-    assert built.entry is not None
-    try:
-        digests = adapter_digests(adapter)
-    except RunError:
-        return adapter != built.config().start
-    return digests != built.entry.training.sources.get(ADAPTER)
-
-
 def _need_same(built: OpenState, config: RunConfig, adapter: str) -> None:
     """Raise RunError if a built entry was imported from another adapter, or with other keys."""
-    if _is_changed(built, adapter):
+    assert built.entry is not None
+    try:
+        is_same = adapter_digests(adapter) == built.entry.training.sources.get(ADAPTER)
+    except RunError:  # the adapter is gone
+        is_same = adapter == built.config().start
+    if not is_same:
         rule = "an entry keeps the adapter that it was imported from"
         raise RunError(rule, f"another one for {built.key}", "choose another name, --name NAME")
     compare(built, config, (), built.key)

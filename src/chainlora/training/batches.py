@@ -90,16 +90,12 @@ def make_batches(config: RunConfig, examples: Rows, mixture: Mixture | None = No
 
     `mixture` says which examples an epoch reads; by default all, once. Lengths in epochs or tokens
     are cumulated before rounding, so the total is exact to one step.
-
-    Raises ConfigError for a run without rows, and for a link shorter than one step.
     """
     chain, train = config.chain, config.train
     mixture = mixture or Mixture((len(examples),), (1.0,))
     if chain.ranks and not mixture.num_rows:
-        raise ConfigError(
-            f"training needs rows (got none beside {config.data.shots} demonstrations); lower "
-            "data.shots, or give more rows"
-        )
+        got = f"none beside {config.data.shots} demonstrations"
+        raise ConfigError("training needs rows", got, "lower data.shots, or give more rows")
     num_batches = math.ceil(mixture.per_epoch / train.batch_size)
     per_epoch = math.ceil(num_batches / train.gradient_accumulation)
     size = train.batch_size * train.gradient_accumulation
@@ -118,9 +114,7 @@ def make_batches(config: RunConfig, examples: Rows, mixture: Mixture | None = No
         ends = [round(end * per_epoch) for end in accumulate(chain.epochs or ())]
         lengths, unit = between(ends), "epochs"
     if any(length < 1 for length in lengths):
-        raise ConfigError(
-            f"every link must have at least one step (got {list(lengths)} from {unit} "
-            f"{list(getattr(chain, unit) or ())} of {per_epoch} steps an epoch); give it a larger "
-            "share"
-        )
+        given = f"{unit} {list(getattr(chain, unit) or ())} of {per_epoch} steps an epoch"
+        got, remedy = f"{list(lengths)} from {given}", "give it a larger share"
+        raise ConfigError("every link must have at least one step", got, remedy)
     return replace(plan, lengths=lengths)

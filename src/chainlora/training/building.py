@@ -79,25 +79,15 @@ def carry_out(
             elif is_first_launched():
                 _compute(run, entry, listener, base)
         wait_for_all()
-        _report_built(run, entry, time.monotonic() - began, listener, after)
+        seconds, history = time.monotonic() - began, read_history(run)
+        summary = summary_of(history, entry.key)
+        listener(EntryBuilt(0, entry.key, entry.kind, seconds, summary))
+        built = history.find(entry.key)
+        assert built is not None
+        after(built)
     if is_first_launched():
         _warn_of_missing_stages(plan, before)
     return results
-
-
-def _report_built(
-    run: Path,
-    entry: Unbuilt,
-    seconds: float,
-    listener: Listener,
-    after: Callable[[Entry], object],
-) -> None:
-    """Send the event of a built entry, and call `after` with it."""
-    history = read_history(run)
-    built = history.find(entry.key)
-    assert built is not None
-    listener(EntryBuilt(0, entry.key, entry.kind, seconds, summary_of(history, entry.key)))
-    after(built)
 
 
 def _with_base(plan: Plan, base: OpenBase | None) -> History:
@@ -115,10 +105,7 @@ def _with_base(plan: Plan, base: OpenBase | None) -> History:
 
 @contextmanager
 def _withdrawing(plan: Plan, entry: Unbuilt, is_new_run: bool) -> Iterator[None]:
-    """Withdraw the declarations of a plan if one of its stages fails before it has begun.
-
-    Otherwise the refused stage would be in the way of the next command.
-    """
+    """Withdraw the declarations of a plan if one of its stages fails before it has begun."""
     try:
         yield
     except BaseException as error:
@@ -127,6 +114,7 @@ def _withdrawing(plan: Plan, entry: Unbuilt, is_new_run: bool) -> Iterator[None]
         has_begun = (folder / DRAFT).exists() or is_in_use(folder)
         is_stopped = isinstance(error, TrainingError | KeyboardInterrupt)
         if is_first_launched() and is_of_plan and not (has_begun or is_stopped):
+            # otherwise the refused stage would be in the way of the next command
             keys = [START] * is_new_run + [entry.key, *(declared.key for declared in plan.new)]
             with suppress(ChainLoRAError):  # the first error matters
                 withdraw(plan.run, keys, is_new_run=is_new_run)
@@ -229,10 +217,7 @@ def _warn_of_missing_stages(plan: Plan, before: History) -> None:
 
 
 def _entry_with(name: str, history: History) -> str:
-    """Return an entry that includes a stage and all parts of the head; else the stage itself.
-
-    A rehearsal of such an entry is preferred.
-    """
+    """Return an entry, or its rehearsal, with a stage and all parts of the head; else the stage."""
     wanted = {*history.parts(history.head), name}
     known = [entry.key for entry in history.entries if entry.kind != "mix"]
     whole = [key for key in known if wanted <= history.below(key)]
@@ -261,11 +246,9 @@ def _solver(listener: Listener) -> Progress:
 
 
 def _stop_if_requested(doing: str) -> None:
-    """Raise StoppedError if a signal asked to stop; the same command repeats the work.
-
-    Several processes must stop at the same point, so they finish the work at hand.
-    """
+    """Raise StoppedError if a signal asked to stop; the same command repeats the work."""
     number = stop_requested()
+    # several processes must stop at the same point, so they finish the work at hand
     if number is not None and num_launched() == 1:
         got = f"{signal.Signals(number).name} while {doing}"
         raise StoppedError(f"the run stopped (got {got}); repeat the command to resume", number)

@@ -37,10 +37,7 @@ def decide(run: Run) -> None:
             f"the run began with batches {numbers.path} and resumes with batches "
             f"{run.engine.path}: results are equal up to rounding, not to the bit"
         )
-    decided = {
-        "restart_warmup_steps": numbers.restart_warmup_steps,
-        "select_metric": numbers.select_metric,
-    }
+    decided = {key: getattr(numbers, key) for key in ("restart_warmup_steps", "select_metric")}
     train = run.train.model_copy(update=decided)
     run.config = run.config.model_copy(update={"train": train})
     run.batches = replace(run.batches, lengths=numbers.lengths)
@@ -69,10 +66,7 @@ def _new_numbers(run: Run) -> Numbers:
 
 
 def _tokens_per_parameter(run: Run) -> list[float]:
-    """Return the training tokens of a step per trained parameter, for each link.
-
-    The tokens per row are the mean of a sample.
-    """
+    """Return the training tokens of a step per trained parameter, for each link."""
     rows = run.batches.mixture.epoch(run.train.seed, 0).tolist()
     sample = some_of(rows)
     per_row = sum(run.splits.train[row].num_learned for row in sample) / len(sample)

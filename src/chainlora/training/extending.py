@@ -45,30 +45,16 @@ def extension(
     beside: bool | None = False,
     rehearse: bool = False,
 ) -> list[Stage]:
-    """Return one more stage of a run, or the first stage of a fork.
+    """Return one more stage of a run, or the first stage of a fork, in a list for `train_stages`.
 
-    Args:
-        address: the run, or ``RUN@STAGE``.
-        section: keys of the stage: a mapping, or the path of a file of rows or of YAML.
-        overrides: keys and values that replace those of `section`.
-        beside: see `extend`; None chooses.
-        rehearse: see `extend`.
-
-    Returns:
-        A list of one stage, for `train_stages`.
-
-    Raises:
-        ConfigError: a stage without a name, or with keys that a stage cannot have.
-        RunError: the stage was begun on another state, or the run's first stage has not ended.
+    `address`, `section`, `beside` and `rehearse` are those of `extend`; `overrides` replace keys of
+    the section.
     """
     run, named = split_address(address)
     head, on = open_run(run), open_run(address)
     if not head.has_run:
-        raise RunError(
-            "a stage is added to a run",
-            f"a saved chain, {run}",
-            f"begin a run on it, by start: {run} in its config",
-        )
+        got, remedy = f"a saved chain, {run}", f"begin a run on it, by start: {run} in its config"
+        raise RunError("a stage is added to a run", got, remedy)
     keys = _section(section, overrides, run)
     placing = standing({key: keys.pop(key) for key in STANDING if key in keys}, 1)
     beside = placing["beside"] if beside is None else beside
@@ -182,11 +168,7 @@ def _warn_of_open_keys(last: OpenState, keys: Mapping[str, Any]) -> None:
 
 
 def _begun(head: OpenState, name: str, required: OpenState | None) -> OpenState | None:
-    """Return the begun stage of a name, None if it is new.
-
-    Raises RunError for an entry of another kind, and for a stage that was begun on another state
-    than `required`.
-    """
+    """Return the begun stage of a name, None if it is new; it must have begun on `required`."""
     if head.draft is not None or (head.history.unbuilt and not head.history.own):
         rule = "a stage is added to a run whose first stage has ended"
         raise RunError(rule, head.run, "finish that stage: repeat the command that began it")
@@ -196,7 +178,6 @@ def _begun(head: OpenState, name: str, required: OpenState | None) -> OpenState 
         raise RunError(rule, f"{name!r}, a {begun.entry.kind} of {head.run}", "choose another")
     if begun is not None and required is not None and begun.parent.state != required.state:
         rule = f"stage {name!r} must resume on the state that it was begun on"
-        raise RunError(
-            rule, f"{required}, and {begun.parent}", f"name {begun.parent}, or another stage"
-        )
+        got, remedy = f"{required}, and {begun.parent}", f"name {begun.parent}, or another stage"
+        raise RunError(rule, got, remedy)
     return begun

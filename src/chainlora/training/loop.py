@@ -12,7 +12,7 @@ moments (`knots.moments`), and an optimizer of a plug-in may take over the state
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 
 import torch
@@ -25,12 +25,7 @@ from chainlora.errors import DivergedError, StoppedError, TrainingError
 from chainlora.models.modes import in_mode, kept_random_state
 from chainlora.runs.loading_start import Start
 from chainlora.runs.open_base import OpenBase
-from chainlora.training.events import (
-    GradientMeasured,
-    KnotTied,
-    Listener,
-    ShareTied,
-)
+from chainlora.training.events import GradientMeasured, KnotTied, Listener, ShareTied
 from chainlora.training.optimizers import (
     evaluated_weights,
     leave_average,
@@ -40,12 +35,7 @@ from chainlora.training.optimizers import (
     takes_over,
 )
 from chainlora.training.processes import own_accelerate
-from chainlora.training.result import (
-    TrainResult,
-    evaluate_point,
-    finish,
-    select_best,
-)
+from chainlora.training.result import TrainResult, evaluate_point, finish, select_best
 from chainlora.training.run import Run
 from chainlora.training.setup import prepare
 from chainlora.training.step import add_gradients, rate_factor, steps_ahead, update
@@ -97,8 +87,11 @@ def tune_chain(run: Run) -> None:
     This is Algorithm 1 of arXiv 2401.04151, with early stopping and resume.
     """
     moments: Moments | None = None
-    if run.progress.evaluation_due and not run.is_inside_link:
-        _return_to_knot(run)
+    if run.progress.evaluation_due and not run.is_inside_link:  # a signal stopped it at this knot
+        assert run.chain.adapter is not None
+        run.engine.adapt(run.chain.adapter.layers.values())
+        _evaluate(run)
+        run.save_point()
     while run.knots.index < len(run.knots.links):
         run.stop_if_requested()
         if run.progress.stopped and not run.is_inside_link:
@@ -106,7 +99,8 @@ def tune_chain(run: Run) -> None:
         optimizer = _begin_link(run, moments)
         _tune_link(run, optimizer)
         moments = _end_link(run, optimizer)
-        _evaluate_at_knot(run)
+        _evaluate(run)
+        run.save_point()
 
 
 # --- a link ---
@@ -138,7 +132,7 @@ def _begin_link(run: Run, moments: Moments | None) -> torch.optim.Optimizer:
 def _tune_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """Train a link to its end; after each step tie a soft knot, evaluate and save if due."""
     if run.progress.evaluation_due:
-        _evaluate_inside(run, optimizer)
+        _evaluate(run, optimizer)
     knots, factor = run.knots, partial(rate_factor, run.train, run.knots.lengths)
     rate, end = factor(run.progress.step), knots.first_step + knots.length
     with closing(steps_ahead(run, run.progress.step, end)) as steps:
@@ -177,33 +171,8 @@ def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> Moments | None:
     return moments
 
 
-def _evaluate_at_knot(run: Run) -> None:
-    """Evaluate, then save the tied links as the point to resume from.
-
-    They are saved too if a signal stops the evaluation; the resume evaluates again.
-    """
-    try:
-        evaluate_point(run, "knot")
-    except StoppedError:
-        run.progress.evaluation_due = True
-        run.save_point()
-        raise
-    run.progress.evaluation_due = False
-    run.save_point()
-
-
-def _return_to_knot(run: Run) -> None:
-    """Evaluate at the knot where a signal stopped the evaluation."""
-    assert run.chain.adapter is not None
-    run.engine.adapt(run.chain.adapter.layers.values())
-    _evaluate_at_knot(run)
-
-
 def _check_knot(run: Run, link: Link, change: float, tolerance: float) -> None:
-    """Raise TrainingError if tying a link changed the function by more than rounding.
-
-    `change` is relative, of the hidden states.
-    """
+    """Raise TrainingError if a knot changed the hidden states by more than rounding; relative."""
     if not change < float("inf"):
         raise DivergedError(
             f"the weights must be finite after a link (got others after step {run.progress.step}, "
@@ -245,7 +214,7 @@ def _between_steps(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """Evaluate and save a checkpoint if they are due; stop if a signal asked for it."""
     every = run.train.eval_every
     if every and run.progress.step % every == 0:
-        _evaluate_inside(run, optimizer)
+        _evaluate(run, optimizer)
     every = run.train.save_every
     if every and run.progress.step % every == 0:
         run.save_checkpoint(optimizer)
@@ -254,14 +223,16 @@ def _between_steps(run: Run, optimizer: torch.optim.Optimizer) -> None:
         run.stop_if_requested()
 
 
-def _evaluate_inside(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    """Evaluate inside a link. If a signal stops the evaluation, save the state; the resume
-    evaluates again."""
+def _evaluate(run: Run, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Evaluate inside a link, which `optimizer` trains, or at a knot.
+
+    If a signal stops the evaluation, save the state; the resume evaluates again.
+    """
     run.progress.evaluation_due = True
     try:
-        with evaluated_weights(optimizer):
-            evaluate_point(run, "step")
+        with nullcontext() if optimizer is None else evaluated_weights(optimizer):
+            evaluate_point(run, "knot" if optimizer is None else "step")
     except StoppedError:
-        run.save_checkpoint(optimizer)
+        run.save_point() if optimizer is None else run.save_checkpoint(optimizer)
         raise
     run.progress.evaluation_due = False

@@ -78,9 +78,8 @@ class DPO(LanguageModelling):
 
     def rewards(self, engine: Engine, batch: PackedBatch) -> Tensor:
         """Return β·log(π/π_ref) of the chosen and the rejected answers, [pairs, 2] float32."""
-        gains = (
-            engine.at_head(candidate_scores, batch) - batch.reference
-        )  # mean of an answer's tokens
+        # mean of an answer's tokens
+        gains = engine.at_head(candidate_scores, batch) - batch.reference
         return self.beta * (gains * batch.sequence_length).view(-1, 2)
 
     def loss(self, engine: Engine, batch: PackedBatch) -> Tensor:

@@ -31,50 +31,44 @@ def adam_keys(config: TrainConfig) -> dict[str, Any]:
     return {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
 
 
+def _made(kind: Any, groups: Groups, config: TrainConfig, **keys: Any) -> torch.optim.Optimizer:
+    """Return an optimizer of a class; `optimizer_options` override `keys`."""
+    optimizer: torch.optim.Optimizer = kind(groups, config.lr, **keys | config.optimizer_options)
+    return optimizer
+
+
 def adamw(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101), fused."""
-    keys = adam_keys(config) | {"fused": True}
-    return torch.optim.AdamW(groups, config.lr, **keys | config.optimizer_options)
+    return _made(torch.optim.AdamW, groups, config, **adam_keys(config), fused=True)
 
 
 def sgd(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     """Stochastic gradient descent with momentum."""
-    keys: dict[str, Any] = {"momentum": 0.9, "weight_decay": config.weight_decay}
-    return torch.optim.SGD(groups, config.lr, **keys | config.optimizer_options)
+    keys = {"momentum": 0.9, "weight_decay": config.weight_decay}
+    return _made(torch.optim.SGD, groups, config, **keys)
 
 
 def adafactor(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     """Adafactor (arXiv 1804.04235): its learning rate is relative to the norm of a factor."""
-    keys: dict[str, Any] = {"weight_decay": config.weight_decay}
-    return torch.optim.Adafactor(groups, config.lr, **keys | config.optimizer_options)
+    return _made(torch.optim.Adafactor, groups, config, weight_decay=config.weight_decay)
 
 
 def muon(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     """Muon (kellerjordan.github.io/posts/muon), in torch 2.9 or later."""
     muon_class: Any = getattr(torch.optim, "Muon", None)
     if muon_class is None:
-        raise ConfigError(
-            f"`train.optimizer: muon` needs torch 2.9 or later (got {torch.__version__}); upgrade "
-            "torch, or use adamw"
-        )
-    keys: dict[str, Any] = {"weight_decay": config.weight_decay}
-    optimizer: torch.optim.Optimizer = muon_class(
-        groups, config.lr, **keys | config.optimizer_options
-    )
-    return optimizer
+        rule = "`train.optimizer: muon` needs torch 2.9 or later"
+        raise ConfigError(rule, torch.__version__, "upgrade torch, or use adamw")
+    return _made(muon_class, groups, config, weight_decay=config.weight_decay)
 
 
 def schedule_free_adamw(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     """Schedule-free AdamW (arXiv 2405.15682), of the package schedulefree."""
     if config.schedule != "constant":
-        raise ConfigError(
-            "`train.optimizer: schedule_free_adamw` averages weights and needs a constant rate "
-            f"(got schedule: {config.schedule}); set train.schedule: constant"
-        )
+        rule = "`train.optimizer: schedule_free_adamw` averages weights and needs a constant rate"
+        raise ConfigError(rule, f"schedule: {config.schedule}", "set train.schedule: constant")
     package = import_optional("schedulefree", f"`train.optimizer: {config.optimizer}`")
-    optimizer = package.AdamWScheduleFree(
-        groups, config.lr, **adam_keys(config) | config.optimizer_options
-    )
+    optimizer: Any = _made(package.AdamWScheduleFree, groups, config, **adam_keys(config))
     optimizer.train()
     return optimizer
 
@@ -82,13 +76,12 @@ def schedule_free_adamw(groups: Groups, config: TrainConfig) -> torch.optim.Opti
 def adamw_8bit(name: str, groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW with moments of 8 bits (arXiv 2110.02861), of the package bitsandbytes."""
     package = import_optional("bitsandbytes.optim", f"`train.optimizer: {config.optimizer}`")
-    return getattr(package, name)(groups, config.lr, **adam_keys(config) | config.optimizer_options)
+    return _made(getattr(package, name), groups, config, **adam_keys(config))
 
 
 def lion(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     """Lion, with its own default betas (0.9, 0.99), not those of `train.betas`."""
-    keys: dict[str, Any] = {"weight_decay": config.weight_decay}
-    return Lion(groups, config.lr, **keys | config.optimizer_options)
+    return _made(Lion, groups, config, weight_decay=config.weight_decay)
 
 
 class Lion(torch.optim.Optimizer):
@@ -161,10 +154,7 @@ def check_optimizer(config: RunConfig, device: torch.device) -> None:
 
 
 def _stepped(train: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    """Return the optimizer of one matrix after two steps, so that its state can be inspected.
-
-    Raises ConfigError for options that it refuses, or that give weights that are not finite.
-    """
+    """Return the optimizer of one matrix after two steps; raise ConfigError for bad options."""
     matrix = nn.Parameter(torch.zeros(64, 64, device=device))
     low = train.model_copy(update={"lr": min(train.lr, 1.0)})  # a large rate is not tested here
     try:

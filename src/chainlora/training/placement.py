@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from chainlora.config.schema import PAIR_LOSSES, RunConfig
 from chainlora.config.staging import Stage
@@ -66,8 +66,6 @@ def placed(planned: Sequence[StagePlan], head: OpenState | None, start: Start) -
     placed beside the others if it can be combined with them and their rows are answers; otherwise
     on top, with a warning. `head` is None before the run's first stage has ended; then `start` is
     the start of that stage.
-
-    Raises ConfigError or RunError for a stage that was begun elsewhere, or cannot be combined.
     """
     result = [planned[0]]
     for place, current in enumerate(planned[1:], 1):
@@ -132,9 +130,7 @@ def _need_keys(stage: Stage) -> None:
 def _need_answers(stage: Stage, losses: Mapping[str, str], head: OpenState | None) -> None:
     """Raise RunError for a stage that depends on the others, so that it belongs on top of them.
 
-    It depends on them if it learns pairs, reads or leaves out their rows, or if the head is a mix:
-    a combination would not keep its strengths. `losses` are those of the stage and of the others,
-    by name.
+    `losses` are those of the stage and of the others, by name.
     """
     data = stage.config.data
     reasons = [f"{name}: {loss}" for name, loss in losses.items() if loss in PAIR_LOSSES]
@@ -160,12 +156,9 @@ def _began_beside(stage: Stage, begun: OpenState) -> bool:
 
 
 def need_below(head: OpenState, finished: Sequence[Stage], combined: Collection[str]) -> None:
-    """Raise RunError unless the head includes all finished stages of a command.
-
-    Stages in `combined` need not be included: an unbuilt combination will include them.
-    """
+    """Raise RunError unless the head, or what is `combined`, includes all finished stages."""
     run, history = head.run, head.history
-    below = {*history.below(head.key), *combined}
+    below = {*history.below(head.key), *combined}  # unbuilt combinations will include theirs
     if missing := [stage.name for stage in finished if stage.name not in below]:
         names = {stage.name for stage in finished}
         whole = [e.key for e in history.entries if names <= history.below(e.key)]
@@ -227,7 +220,9 @@ class Declaring:
         self._add(planned, self.history.origin)
         history = self.history
         is_parent = any(name in history.below(entry.key) for entry in history.unbuilt)
-        if is_parent or is_combination_due(history, planned.stage):
+        known = (*history.entries, *history.unbuilt)
+        combined = {key for entry in known if entry.kind == "combine" for key in entry.parents}
+        if is_parent or name not in combined | history.below(history.head):
             self._group.append(planned.stage)
 
     def _add(self, planned: StagePlan, parent: str) -> None:
@@ -274,10 +269,8 @@ class Declaring:
         known = history.combination(parts, recipe)
         if known is None:
             order = [e.key for e in (*history.entries, *history.unbuilt) if e.key in parts]
-            key = history.name_after(order)
-            known = Unbuilt(
-                key=key, kind="combine", parents=tuple(order), unit=last.name, recipe=recipe
-            )
+            keys: Any = {"key": history.name_after(order), "unit": last.name, "recipe": recipe}
+            known = Unbuilt(kind="combine", parents=tuple(order), **keys)
             self._declare(known)
         self.keys.append(known.key)
         self.top = known.key
@@ -292,20 +285,11 @@ class Declaring:
         if name is None:
             name = rehearsal_name(history)
             section = {"name": name, "plugins": [*last.config.plugins]}
-            stage = rehearsal_of(last.config, section, self._largest_rank(), self.run)
+            parts = history.parts(self.top)
+            due = [self.configs[key].chain.ranks for key in parts if key in self.configs]
+            rank = max([largest_rank(history, parts), *chain(*due)])
+            stage = rehearsal_of(last.config, section, rank, self.run)
             self.configs[name] = stage.config
             self._declare(stage_entry(name, stage.config, self.top, unit))
         self.keys.append(name)
         self.top = name
-
-    def _largest_rank(self) -> int:
-        parts = self.history.parts(self.top)
-        due = [self.configs[key].chain.ranks for key in parts if key in self.configs]
-        return max([largest_rank(self.history, parts), *chain(*due)])
-
-
-def is_combination_due(history: History, stage: Stage) -> bool:
-    """Say whether a stage beside others is neither part of a combination nor below the head."""
-    known = (*history.entries, *history.unbuilt)
-    combined = {key for entry in known if entry.kind == "combine" for key in entry.parents}
-    return bool(stage.beside) and stage.name not in combined | history.below(history.head)

@@ -47,10 +47,6 @@ ROWS = 640
 MOST_EPOCHS = 10
 
 
-def _nothing() -> History:
-    return History(base=Base(model="", fingerprint=""), hold="")
-
-
 @dataclass(frozen=True)
 class Plan:
     """The stages of a command in their order, and the entries that it declares for them.
@@ -61,9 +57,10 @@ class Plan:
     stages: tuple[StagePlan, ...]
     start: Start = NOTHING  # of a new run
     run: Path = Path()
+    # the history before the command; of a new run, its first
     history: History = field(
-        default_factory=_nothing
-    )  # before the command; of a new run, its first
+        default_factory=lambda: History(base=Base(model="", fingerprint=""), hold="")
+    )
     new: tuple[Unbuilt, ...] = ()  # entries to declare
     keys: tuple[str, ...] = ()  # all entries of the command, also those declared before
     configs: Mapping[str, RunConfig] = field(default_factory=dict)  # by the key of a stage
@@ -128,9 +125,11 @@ def make_plan(
     start = NOTHING
     if planned[0].state != "finished":
         start = _start_of(planned[0], existing)
-    plan = Plan(tuple(placed(planned, head, start)), start)
-    if output is not None:
-        plan = _with_entries(plan, run, existing)
+    planned = placed(planned, head, start)
+    if output is None:
+        plan = Plan(tuple(planned), start)
+    else:
+        plan = _with_entries(planned, start, run, existing)
     # 3. Refuse what cannot be trained.
     _check_new(plan, existing, head)
     if plan.due:
@@ -139,10 +138,7 @@ def make_plan(
 
 
 def _check_new(plan: Plan, existing: OpenState | None, head: OpenState | None) -> None:
-    """Warn of unfinished stages that new ones do not include; verify the head below new stages.
-
-    `head` is None before the first stage of the run has ended.
-    """
+    """Warn of unfinished stages that new ones do not include; verify the head below new stages."""
     new = [planned.name for planned in plan.due if planned.state == "new"]
     if existing is not None and new:
         names = {*plan.combined, *(planned.name for planned in plan.stages)}
@@ -153,24 +149,26 @@ def _check_new(plan: Plan, existing: OpenState | None, head: OpenState | None) -
         need_below(head.verify(), finished, plan.combined)
 
 
-def _with_entries(plan: Plan, run: Path, existing: OpenState | None) -> Plan:
+def _with_entries(
+    stages: Sequence[StagePlan], start: Start, run: Path, existing: OpenState | None
+) -> Plan:
     """Return a plan with the entries to declare."""
-    first = plan.stages[0]
     if existing is not None:
         history = existing.history
     else:
-        config, state = first.stage.config, plan.start.state
+        config, state = stages[0].stage.config, start.state
         base = state.base if state is not None else Base(model=config.model, fingerprint="")
-        history = history_of_start(plan.start, base, config, first.name)
+        history = history_of_start(start, base, config, stages[0].name)
     declaring = Declaring(history, run)
-    declaring.add_all(plan.stages)
-    return replace(plan_of(declaring), stages=plan.stages, start=plan.start)
+    declaring.add_all(stages)
+    return plan_of(declaring, stages, start)
 
 
-def plan_of(declaring: Declaring) -> Plan:
-    """Return a plan that declares entries, without stages of a config."""
+def plan_of(declaring: Declaring, stages: Sequence[StagePlan] = (), start: Start = NOTHING) -> Plan:
+    """Return a plan that declares entries."""
     return Plan(
-        (),
+        tuple(stages),
+        start,
         run=declaring.run,
         history=declaring.before,
         new=tuple(declaring.new),
@@ -181,11 +179,8 @@ def plan_of(declaring: Declaring) -> Plan:
 
 
 def _need_order(head: OpenState, stages: Sequence[Stage]) -> None:
-    """Raise RunError unless the stages of a config begin with the run's trained stages, in order.
-
-    A stage of `extend` or `rehearse` has `after` set and is not compared.
-    """
-    if stages[0].after is not None:
+    """Raise RunError unless a config lists the run's trained stages first, in their order."""
+    if stages[0].after is not None:  # a stage of `extend` or `rehearse`
         return
     run, history = head.run, head.history
     lineage = head.lineage
@@ -222,25 +217,18 @@ def _planned(stage: Stage, existing: OpenState | None, change: Collection[str]) 
 
 
 def _without_general(first: Stage) -> Stage:
-    """Return the first stage of a new run, without general rows (`start_data`) if the model is
-    sharded.
-
-    The first process would write these rows alone, and may lack the memory for the whole model.
-    """
+    """Return the first stage of a new run; if the model is sharded, without general rows."""
+    # the first process would write these rows alone, and may lack the memory for the whole model
     config = first.config
-    if config.output is None or not keeps_general(config):
-        return first
-    if num_launched() < 2 or not wants_shards(config):
+    is_due = config.output is not None and keeps_general(config)
+    if not is_due or num_launched() < 2 or not wants_shards(config):
         return first
     logger.warning("no rows of `base` are kept, since processes share the model")
     return replace(first, config=config.model_copy(update={"start_data": "none"}))
 
 
 def _with_length(stage: Stage, begun: OpenState | None) -> Stage:
-    """Return a stage whose links have a length.
-
-    Without one in the config, a begun stage keeps its own, and a new one gets it from its rows.
-    """
+    """Return a stage whose links have a length: given, as it was begun, or from its rows."""
     chain = stage.config.chain
     if chain.has_length or not chain.ranks or stage.config.data.rehearse:
         return stage

@@ -41,14 +41,7 @@ PATIENCE = timedelta(hours=6)
 
 
 class Processes:
-    """The processes of a run, as seen by one of them.
-
-    Args:
-        rank: number of this process; process 0 writes files.
-        count: number of processes.
-        device: device of this process, on which numbers are summed too.
-        shares_model: whether the model is sharded over the processes.
-    """
+    """The processes of a run, as seen by one of them; process 0 writes files."""
 
     def __init__(
         self, rank: int, count: int, device: torch.device, *, shares_model: bool = False
@@ -70,19 +63,13 @@ class Processes:
         return items[self.rank :: self.count] if self.count > 1 else items
 
     def idle(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return one item if this process has no share, to compute and drop.
-
-        Only for a sharded model, in which all processes make the same number of forward passes.
-        """
+        """Return one item if this process of a sharded model has no share, to compute and drop."""
         return items[:1] if self.shares_model and not self.share(items) else items[:0]
 
     def spread(
         self, items: Sequence[Item], compute: Callable[[Sequence[Item]], list[Result]]
     ) -> list[Result]:
-        """Return the results of `compute` for all items; each process computes a share.
-
-        Results must be JSON values.
-        """
+        """Return the results of `compute`, JSON values, for all items; each computes a share."""
         if self.count == 1:
             return compute(items)
         share, idle = self.share(items), self.idle(items)
@@ -153,11 +140,9 @@ class Processes:
         digest = [math.fsum(map(float, sums)), float(torch.stack(sums).norm()) if sums else 0.0]
         digests = self._gather(digest)
         if any(other != digests[0] for other in digests):
-            raise TrainingError(
-                "all processes must hold the same link (got sums "
-                f"{', '.join(str(total) for total, _ in digests)}); use machines of one kind and "
-                "the same versions for all of them"
-            )
+            got = f"sums {', '.join(str(total) for total, _ in digests)}"
+            remedy = "use machines of one kind and the same versions for all of them"
+            raise TrainingError("all processes must hold the same link", got, remedy)
 
     # --- before training ---
 
@@ -266,17 +251,13 @@ def find_processes(
     """
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", *(["FSDP"] if share_model else [])):
-        raise ConfigError(
-            "each process must hold the whole model, or share it by FSDP2 (got an Accelerate "
-            f"config for {kind}); launch with torchrun, or `accelerate launch` without DeepSpeed, "
-            "Megatron or TPU"
-        )
+        rule = "each process must hold the whole model, or share it by FSDP2"
+        remedy = "launch with torchrun, or `accelerate launch` without DeepSpeed, Megatron or TPU"
+        raise ConfigError(rule, f"an Accelerate config for {kind}", remedy)
     if accelerator.num_processes != num_launched():
-        raise ConfigError(
-            f"all processes must find each other (got {num_launched()} by WORLD_SIZE and "
-            f"{accelerator.num_processes} by Accelerate); unset WORLD_SIZE, or launch with "
-            "torchrun; a trainer on CPUs needs use_cpu=True"
-        )
+        got = f"{num_launched()} by WORLD_SIZE and {accelerator.num_processes} by Accelerate"
+        remedy = "unset WORLD_SIZE, or launch with torchrun; a trainer on CPUs needs use_cpu=True"
+        raise ConfigError("all processes must find each other", got, remedy)
     return Processes(
         accelerator.process_index,
         accelerator.num_processes,
@@ -318,13 +299,11 @@ def wait_for_all() -> None:
 
 @contextmanager
 def finding_each_other() -> Iterator[None]:
-    """Raise ConfigError if some variables of a launcher are missing; then reset Accelerate.
-
-    After the reset, a second attempt raises the same error.
-    """
+    """Raise ConfigError if some variables of a launcher are missing."""
     try:
         yield
     except ValueError as error:
+        # a second attempt raises the same error
         AcceleratorState._reset_state(reset_partial_state=True)
         raise ConfigError(
             "Accelerate must find the processes that the environment names",
@@ -347,17 +326,17 @@ def wants_shards(config: RunConfig) -> bool:
     Raises ConfigError if Accelerate is set to FSDP1 or DeepSpeed.
     """
     if _is_set("ACCELERATE_USE_DEEPSPEED"):
-        raise ConfigError(
-            "processes share a model by `train.shard` (got an Accelerate config with DeepSpeed); "
-            "launch with torchrun, and set train.shard: fsdp2"
+        rule, got = (
+            "processes share a model by `train.shard`",
+            "an Accelerate config with DeepSpeed",
         )
+        raise ConfigError(rule, got, "launch with torchrun, and set train.shard: fsdp2")
     by_accelerate = _is_set("ACCELERATE_USE_FSDP")
     version = os.environ.get("FSDP_VERSION", "1")
     if by_accelerate and version != "2":
-        raise ConfigError(
-            f"FSDP must be FSDP2 (got an Accelerate config with fsdp_version: {version}); set "
-            "fsdp_version: 2, or launch with torchrun and set train.shard: fsdp2"
-        )
+        got = f"an Accelerate config with fsdp_version: {version}"
+        remedy = "set fsdp_version: 2, or launch with torchrun and set train.shard: fsdp2"
+        raise ConfigError("FSDP must be FSDP2", got, remedy)
     return by_accelerate or config.train.shard is not None
 
 
@@ -365,30 +344,15 @@ def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
 
 
-def refuse_one_process(config: RunConfig) -> None:
-    """Raise ConfigError if a single process is asked to shard the model."""
-    if config.train.shard is not None:
-        raise ConfigError(
-            f"`train.shard: {config.train.shard}` shares the model between several processes",
-            "one process",
-            "launch with torchrun --nproc-per-node 2 -m chainlora train CONFIG, or set "
-            "train.shard: null",
-        )
-
-
 def check_shards(config: RunConfig) -> None:
     """Raise ConfigError for keys that a sharded model does not support."""
     chain = config.chain
-    unsupported = {
-        "quantize": config.quantize is not None,
-        "chain.init: pissa": chain.init == "pissa",
-    }
-    if keys := [key for key, is_set in unsupported.items() if is_set]:
-        raise ConfigError(
-            f"processes that share a model train plain LoRA on it (got {keys[0]}, which needs "
-            "whole weights); leave it out, or leave train.shard out: each process then holds the "
-            "whole model"
-        )
+    keys = ["quantize"] * (config.quantize is not None)
+    keys += ["chain.init: pissa"] * (chain.init == "pissa")
+    if keys:
+        rule = "processes that share a model train plain LoRA on it"
+        remedy = "leave it out, or leave train.shard out: each process then holds the whole model"
+        raise ConfigError(rule, f"{keys[0]}, which needs whole weights", remedy)
     if chain.knots is not None and holding_named(chain.hold).writes_base:
         raise ConfigError(
             "soft knots on a shared model need hold: carried (got hold: tied, whose exact weights "

@@ -88,9 +88,7 @@ def console_of_bars(console: Console) -> Console:
 
 class _Listener:
     def __init__(self, is_verbose: bool) -> None:
-        self.is_verbose, self.num_links = is_verbose, 1
-        self.console = console_on_stderr()
-        self.log_every: int | None = None
+        self.is_verbose, self.console = is_verbose, console_on_stderr()
         bars: Any = {
             "console": console_of_bars(self.console),
             "disable": not self.console.is_terminal,
@@ -113,13 +111,6 @@ class _Listener:
             **bars,
         )
         self.splits: dict[str, Any] = {}
-        self.task: Any = None
-        self.total = 0
-        self.loss: float | None = None
-        self.speed: float | None = None
-        self.seconds: deque[float] = deque(maxlen=_RECENT)
-        self.evaluations: Sequence[int] = ()
-        self.evaluation_seconds: deque[float] = deque(maxlen=_RECENT)
         self.last_event = self.last_line = time.monotonic()
 
     def _print(self, line: str) -> None:
@@ -189,9 +180,10 @@ class _Listener:
     def _plan(self, event: Planned) -> None:
         """Print the rows and steps of a stage, and start its bar."""
         # forget losses, seconds and bars of the stage before
-        self.loss = self.speed = None
-        self.seconds.clear()
-        self.evaluation_seconds.clear()
+        self.loss: float | None = None
+        self.speed: float | None = None
+        self.seconds: deque[float] = deque(maxlen=_RECENT)
+        self.evaluation_seconds: deque[float] = deque(maxlen=_RECENT)
         self.splits.clear()
         for bar in (self.bar, self.reading):
             bar.stop()

@@ -47,8 +47,6 @@ def stages_of(lineage: Lineage, overrides: Sequence[tuple[str, Any]] = ()) -> li
 
     `overrides` name the places of the run, rows and base: ``output``, ``model``, ``data.train`` of
     all stages, ``stages.NAME.data.train`` of one.
-
-    Raises ChainLoRAError for another base, other rows, and entries that cannot be rebuilt.
     """
     configs = _configs(lineage, overrides)
     stages = []
@@ -121,8 +119,7 @@ def rebuild(
 ) -> list[TrainResult | None]:
     """Declare the entries of a lineage in a new run, build them, and return the stages' results.
 
-    Repeat a call that was stopped to resume it. Raises RunError at the first entry with other bits
-    than in the lineage.
+    Repeat a call that was stopped to resume it. Raises RunError at the first entry with other bits.
     """
     run, wanted = Path(stages[0].config.output or "").expanduser(), lineage.history
     if num_launched() > 1:

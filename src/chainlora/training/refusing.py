@@ -27,12 +27,7 @@ from chainlora.runs.state import OpenState
 from chainlora.training.objectives import check_names
 from chainlora.training.optimizers import check_optimizer
 from chainlora.training.placement import StagePlan
-from chainlora.training.processes import (
-    check_shards,
-    num_launched,
-    refuse_one_process,
-    wants_shards,
-)
+from chainlora.training.processes import check_shards, num_launched, wants_shards
 
 _GIVE_ROWS = "give some as `start_data`, or to a run by eval --matrix --start-rows FILE"
 
@@ -41,12 +36,11 @@ def check_due(
     planned: Sequence[StagePlan],
     start: Start,
     head: OpenState | None,
-    base: OpenBase | None = None,
+    base: OpenBase | None,
 ) -> None:
     """Raise ChainLoRAError for unfinished stages of a plan that cannot be trained.
 
-    `head` is None before the run's first stage has ended; that stage begins on `start`. `base` is
-    opened here by default.
+    `head` is None before the run's first stage has ended; that stage begins on `start`.
     """
     due = [stage_plan for stage_plan in planned if stage_plan.state != "finished"]
     first = due[0].stage.config
@@ -85,11 +79,13 @@ def _check_config(config: RunConfig, base: OpenBase, is_new: bool) -> None:
 
 def _check_processes(config: RunConfig) -> None:
     """Raise ConfigError unless the launched processes can train the config together."""
-    count = num_launched()
+    count, shard = num_launched(), config.train.shard
     if wants_shards(config) and count > 1:
         check_shards(config)
-    else:
-        refuse_one_process(config)
+    elif shard is not None:
+        rule = f"`train.shard: {shard}` shares the model between several processes"
+        remedy = "launch with torchrun --nproc-per-node 2 -m chainlora train CONFIG, or set "
+        raise ConfigError(rule, "one process", f"{remedy}train.shard: null")
     if config.train.batch_size % count:
         raise ConfigError(
             "`train.batch_size` counts the rows of all processes together, and must be a multiple "
@@ -99,10 +95,7 @@ def _check_processes(config: RunConfig) -> None:
 
 
 def _losses(below: Start) -> dict[str, str | None]:
-    """Return the loss of the kept rows of each stage below, and of the start; None without rows.
-
-    Combinations and rehearsals have no rows of their own.
-    """
+    """Return the loss of the kept rows of each stage below, and of the start; None without rows."""
     lineage, kept = [] if below.state is None else below.state.lineage, below.kept
     names = [e.key for e in lineage if e.kind in ("stage", "import") and not e.is_rehearsal]
     names += [START] if START in kept or below.adapter is not None else []
@@ -110,10 +103,7 @@ def _losses(below: Start) -> dict[str, str | None]:
 
 
 def _given(first: RunConfig, start: Start, is_new: bool) -> dict[str, str | None]:
-    """Return the loss of the rows that a new run gets for its start, given or written by the model.
-
-    Raises RunError for `start_data` if the start has such rows already.
-    """
+    """Return the loss of the rows that a new run gets for its start, given or general ones."""
     if not isinstance(first.start_data, StartData) or not is_new:
         history = None if start.state is None else start.state.history
         is_due = history is None or history.find_unbuilt(START) is not None

@@ -43,8 +43,7 @@ def rehearsal(
     before = head.with_rows.config()
     if "plugins" not in keys and before.plugins:
         raise RunError(not_named(f"rehearse {run}", before.plugins) + ", or --plugins [] without")
-    largest = largest_rank(history, [head.key])
-    stage = rehearsal_of(before, keys, largest, head.run)
+    stage = rehearsal_of(before, keys, largest_rank(history, [head.key]), head.run)
     return [Stage(stage.name, stage.config, after=after)]
 
 
@@ -60,8 +59,8 @@ def rehearsal_of(before: RunConfig, keys: Mapping[str, Any], rank: int, run: Pat
         "train": {"loss": None} | rate | section_of(keys, "train"),  # not on pairs
         "chain": {"ranks": [rank or 8]} | section_of(keys, "chain"),
     }
-    shared = what_stages_share(before) | {"plugins": section.pop("plugins", ())}
-    shared["output"] = str(run)
+    plugins = section.pop("plugins", ())
+    shared = what_stages_share(before) | {"plugins": plugins, "output": str(run)}
     return make_stage(shared, section, 1)
 
 
@@ -78,11 +77,7 @@ def rehearsal_name(history: History) -> str:
 
 
 def with_steps(config: RunConfig, kept: Iterable[Kept]) -> RunConfig:
-    """Return the config of a rehearsal with its number of steps, unless it has one.
-
-    Each stage counts `ROWS` rows, or twice its kept rows if that is less. Other configs are
-    returned unchanged.
-    """
+    """Return the config of a rehearsal with its number of steps, unless it has one."""
     if not config.data.rehearse or config.chain.has_length or not config.chain.ranks:
         return config
     num_rows = sum(min(ROWS, 2 * len(k.train)) for k in kept if k.loss not in PAIR_LOSSES)

@@ -81,10 +81,10 @@ def score(run: Run, examples: Sequence[Example]) -> Evaluation:
     """Score rows by the metrics of the run's task.
 
     In a run with an output, a signal stops the evaluation after the current batch (StoppedError).
-    Several processes must stop at the same point, so they finish an evaluation first.
     """
 
     def between_batches(done: int, rows: int) -> None:
+        # several processes must stop at the same point, so they finish an evaluation first
         if run.work is not None and run.processes.count == 1 and done < rows:
             run.stop_if_requested()
 

@@ -105,19 +105,6 @@ class Run:
         self.progress.seconds += now - self.began
         self.began = now
 
-    def close(self, *, undo: bool = False) -> None:
-        """End threads and trackers, unlock the stage, restore the model's own forward functions.
-
-        `undo` removes a stage that has made no step.
-        """
-        try:
-            self.engine.close()
-        finally:
-            if self.work is not None:
-                self.work.close(undo=undo)
-            if self.train.trackers:
-                self.accelerator.end_training()
-
     def __enter__(self) -> Run:
         return self
 
@@ -127,5 +114,15 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        """End threads and trackers, unlock the stage, restore the model's own forward functions.
+
+        A stage that is refused before its first step is removed.
+        """
         is_refused = error is not None and not isinstance(error, TrainingError | KeyboardInterrupt)
-        self.close(undo=is_refused and self.progress.step == 0)
+        try:
+            self.engine.close()
+        finally:
+            if self.work is not None:
+                self.work.close(undo=is_refused and self.progress.step == 0)
+            if self.train.trackers:
+                self.accelerator.end_training()

@@ -81,8 +81,7 @@ def prepare(
 ) -> Run:
     """Load and check everything a stage needs, claim its folder, find where to resume.
 
-    `base` is the one that this process has open; several processes open their own. If an error is
-    raised, the folder is released, and removed if the stage is new.
+    If an error is raised, the folder is released, and removed if the stage is new.
     """
     accelerator = _make_accelerator(config, stage)
     processes = find_processes(accelerator, share_model=wants_shards(config))
@@ -100,10 +99,7 @@ def prepare(
 def _prepared(
     setup: _Setup, change: Collection[str], base: OpenBase | None, undo: ExitStack
 ) -> Run:
-    """Return a prepared run; all processes call this together.
-
-    `undo` gets callbacks that close the parts if an error follows.
-    """
+    """Return a prepared run; `undo` gets callbacks that close its parts if an error follows."""
     config, start, processes, work = setup.config, setup.start, setup.processes, setup.work
     # 1. The folder and the files of the base: nothing is loaded yet.
     # `begun` is read once, because the first process may begin the stage while others read rows.
@@ -154,15 +150,13 @@ def _prepared(
 
 
 def _begin_work(setup: _Setup, chain: Chain, base: OpenBase, splits: Splits) -> Progress:
-    """Begin or resume the stage on disk, and return its progress.
-
-    The recorded config is the declared one, without the steps that a rehearsal gets from its rows.
-    """
+    """Begin or resume the stage on disk, and return its progress."""
     if setup.work is None:
         return Progress()
-    noted = noted_base(setup.config, chain, base.files)
-    keep = splits.kept if keeps_rows(setup.config.data) else None
-    return setup.work.begin(setup.config, noted, rows=splits.digest, keep=keep)
+    config = setup.config  # as declared: without the steps that a rehearsal gets from its rows
+    keep = splits.kept if keeps_rows(config.data) else None
+    noted = noted_base(config, chain, base.files)
+    return setup.work.begin(config, noted, rows=splits.digest, keep=keep)
 
 
 def _open_base(setup: _Setup, shared: OpenBase | None) -> OpenBase:
@@ -185,10 +179,7 @@ def _open_files(
 
 
 def _read_rows(setup: _Setup, tokenizer: Any, context: int, earlier: dict[str, Kept]) -> Splits:
-    """Return the rows of a stage; the first process warns if they contradict earlier rows.
-
-    `earlier` are the rows that stages below kept, by stage.
-    """
+    """Return the rows of a stage; the first process warns if they contradict `earlier` rows."""
 
     def report(split: str, rows: int, share: float) -> None:
         setup.listener(RowsEncoded(0, split, rows, share))
@@ -233,10 +224,8 @@ def _put_chain_on(base: OpenBase, config: RunConfig, processes: Processes) -> Ch
 
 
 def _new_engine(config: RunConfig, model: Any, processes: Processes) -> Engine:
-    """Return the engine of a run: one thread if threads would share state.
-
-    LoRA's dropout draws from one generator, and quantised layers keep state.
-    """
+    """Return the engine of a run."""
+    # threads share state: LoRA's dropout draws from one generator, and quantised layers keep state
     threads = 1 if config.chain.dropout > 0 or is_quantized_model(model) else None
     speedups = config.train.speedups
     return Engine(model, speedups=speedups, training=True, threads=threads, sharing=processes)
@@ -248,13 +237,11 @@ def _check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
         holding_named(config.chain.hold).check_layers(model, link)
     metric, reported = config.train.select_metric, splits.reported
     if metric is not None and metric not in reported:
-        raise ConfigError(
-            f"`select_metric` must be one of {', '.join(reported)} here (got {metric!r})"
-        )
+        rule = f"`select_metric` must be one of {', '.join(reported)} here"
+        raise ConfigError(rule, repr(metric))
     if config.train.compares and not splits.validation:
-        raise ConfigError(
-            "`early_stop` and `keep_best` need validation rows (got none); give data.validation"
-        )
+        rule = "`early_stop` and `keep_best` need validation rows"
+        raise ConfigError(rule, "none", "give data.validation")
 
 
 def _make_accelerator(config: RunConfig, stage: str) -> Accelerator:
@@ -279,10 +266,8 @@ def _make_accelerator(config: RunConfig, stage: str) -> Accelerator:
         known = [str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with]
         missing = [name for name in wanted if name not in known]
     if missing:
-        raise ConfigError(
-            "`trackers` must name trackers that Accelerate knows and that are installed (got "
-            f"{missing[0]!r}); pip install it or remove it"
-        )
+        rule = "`trackers` must name trackers that Accelerate knows and that are installed"
+        raise ConfigError(rule, repr(missing[0]), "pip install it or remove it")
     return accelerator
 
 
@@ -321,10 +306,7 @@ def _announce(run: Run) -> None:
 
 
 def _estimate(run: Run) -> float | None:
-    """Estimate the seconds of the stage by the speed of the last finished one, or return None.
-
-    The estimate assumes as many evaluations per step.
-    """
+    """Return the seconds of the stage at the speed of the last finished one, None without one."""
     if run.work is None:
         return None
     history = read_history(run.work.run)
@@ -342,14 +324,12 @@ def _estimate(run: Run) -> float | None:
 
 
 def _evaluations(run: Run) -> list[int]:
-    """Return the steps after which rows are scored, one for each evaluation.
-
-    Scoring the test rows counts as an evaluation for each multiple of the validation rows.
-    """
+    """Return the steps after which rows are scored, one for each evaluation."""
     if not run.splits.validation:
         return []
     ends, last = list(accumulate(run.batches.lengths)), run.batches.num_steps
     every = run.train.eval_every or last or 1  # a run may have no step
     inside = set(range(every, last, every)) - set(ends)
+    # test rows take the time of so many evaluations
     tests = round(len(run.splits.test) / len(run.splits.validation))
     return sorted([*inside, *(ends if run.train.eval_at_knots else [last]), *[last] * tests])

@@ -276,22 +276,10 @@ def train_stages(
     base: OpenBase | None = None,
     max_forgetting: float | None = None,
 ) -> list[TrainResult | None]:
-    """Train the new stages of a run.
+    """Train the new stages of a config, or the one of `extend` or `rehearse`.
 
-    Args:
-        stages: all stages of a config, or the one of `extend` or `rehearse`.
-        listener: gets every event.
-        change: keys that a stopped stage may change when it resumes (`runs.resuming.CHANGEABLE`).
-        matrix: score kept rows in all states without a score (`evaluation.stage_scores`).
-        base: the base, if it is open already.
-        max_forgetting: see `extend`.
-
-    Returns:
-        The result of each stage, None for those finished before; then results of rehearsals.
-
-    Raises:
-        RunError: a finished stage differs from the config.
-        ChainLoRAError: for everything that `train` refuses.
+    Returns the result of each stage, None for those finished before; then results of rehearsals.
+    `matrix` scores kept rows in all states without a score (`evaluation.stage_scores`).
     """
     listener, base = listener or _ignore, base or base_of(stages[0].config)
     plan = make_plan(stages, change, base=base)
@@ -339,10 +327,9 @@ def train_run(
     loop: Loop = tuned,
     base: OpenBase | None = None,
 ) -> TrainResult:
-    """Train a config of one stage and return its result, like `chainlora.train`.
+    """Train a config of one stage and return its result, like `chainlora.train`; show no progress.
 
-    It shows no progress. With `resume`, a run in `output` is resumed, or its result returned if it
-    is finished. `loop` trains the stage.
+    `loop` trains the stage.
     """
     listener, base = listener or _ignore, base or base_of(config)
     plan = make_plan([Stage(stage, config)], change, resume=resume, base=base)
@@ -378,14 +365,11 @@ def combine_again(run: str | Path, pruned: Pruning, *, listener: Listener | None
 def build_run(
     run: str | Path, *, listener: Listener | None = None, base: OpenBase | None = None
 ) -> list[TrainResult]:
-    """Build all declared entries of a run that have no state; return the results of its stages.
-
-    Raises RunError for a stage with plug-ins: only the command that declared it names them.
-    """
+    """Build all declared entries of a run that have no state; return the results of its stages."""
     folder = whole_run(run)
     declaring = Declaring(read_history(folder), folder)
     for entry in declaring.history.unbuilt:
-        if plugins := entry.config.get("plugins"):
+        if plugins := entry.config.get("plugins"):  # only the command that declared it names them
             rule = "chainlora train RUN runs no plug-ins"
             got = f"{', '.join(plugins)} for {entry.key}"
             raise RunError(rule, got, f"repeat the command that declared {entry.key}")
@@ -399,19 +383,13 @@ def build_run(
 def _score(run: Path, listener: Listener, base: OpenBase | None) -> None:
     """Score kept rows in all states without a score; warn if general ability fell."""
     if is_first_launched():
-        state = open_run(run)
+        state, place = open_run(run), shlex.quote(str(run))
         if len(state.columns) > 1 and state.keepers:
-            matrix = stage_matrix(
-                state, progress=reader(listener), of=columns_after_training(state), base=base
-            )
+            of = columns_after_training(state)
+            matrix = stage_matrix(state, progress=reader(listener), of=of, base=base)
             if harm := matrix.harm():
-                logger.warning("%s: %s; %s", harm, HARM, _remedy(state))
+                remedy = f"chainlora combine {place} combines it with the base"
+                if any(entry.kind == "combine" for entry in state.lineage):
+                    remedy = f"chainlora undo {place} takes the last step back"
+                logger.warning("%s: %s; %s", harm, HARM, remedy)
     wait_for_all()
-
-
-def _remedy(state: OpenState) -> str:
-    """Return the command that restores the lost ability."""
-    place = shlex.quote(str(state.run))
-    if any(entry.kind == "combine" for entry in state.lineage):
-        return f"chainlora undo {place} takes the last step back"
-    return f"chainlora combine {place} combines it with the base"

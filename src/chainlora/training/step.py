@@ -73,13 +73,10 @@ class Computed(NamedTuple):
 
 
 def add_gradients(run: Run, work: StepWork, parameters: list[nn.Parameter]) -> Computed:
-    """Add this process's part of the gradient of the step's mean loss to ``parameter.grad``.
-
-    The mean is over the terms of all processes.
-    """
+    """Add this process's part of the gradient of the step's mean loss to ``parameter.grad``."""
     local_terms = sum(run.objective.count(batch) for shards in work.batches for batch in shards)
     counts = run.processes.sum([local_terms, work.num_tokens, work.num_scored_tokens])
-    terms, num_tokens, num_scored_tokens = map(int, counts)
+    terms, num_tokens, num_scored_tokens = map(int, counts)  # of all processes
     compute = partial(
         run.engine.add_gradients,
         parameters=parameters,
