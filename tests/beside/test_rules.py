@@ -219,30 +219,30 @@ def test_rule_4_what_is_refused_before_it_learns_is_not_declared_any_more(
     add(sentiment, only_a, "b")  # whose rows are written again
 
 
+def turn_rows(stage: dict[str, Any]) -> None:
+    """Put the rows of a stage into the opposite order."""
+    rows = Path(stage["data"]["train"])
+    rows.write_text("\n".join(rows.read_text().splitlines()[::-1]) + "\n")
+
+
 def test_rule_5_files_are_digested_before_and_verified_when_the_entry_is_built(only_a, sentiment):
     own = section(sentiment, "b")
-    rows, whole = Path(own["data"]["train"]), Path(own["data"]["train"]).read_bytes()
-
-    def change() -> None:
-        rows.write_bytes(b"".join(whole.splitlines(keepends=True)[::-1]))
-
     with pytest.raises(RunError, match=r"must not change before their stage begins .* for b"):
-        train_on(only_a, own, beside=True, listener=at("stage", change))
+        train_on(only_a, own, beside=True, listener=at("stage", lambda: turn_rows(own)))
     assert unbuilt(only_a) == []
     train_on(only_a, own, beside=True)  # as they are now
-    rows.write_bytes(whole)
+    turn_rows(own)
     assert open_run(only_a).entry.parents == ("a", "b")
 
 
 def test_rule_5_rows_of_a_stage_that_was_killed_have_changed(only_a, sentiment, chainlora):
     """Another stage is trained all the same; `prune` takes the declaration back."""
     own = section(sentiment, "b")
-    rows, whole = Path(own["data"]["train"]), Path(own["data"]["train"]).read_bytes()
     killed("stage", only_a, own)
-    rows.write_bytes(b"".join(whole.splitlines(keepends=True)[::-1]))
+    turn_rows(own)
     with pytest.raises(RunError, match=f"for b.*chainlora prune {only_a} b"):
         add(sentiment, only_a, "c")
-    rows.write_bytes(whole)
+    turn_rows(own)
     assert read_history(only_a).find("c") is not None
     assert unbuilt(only_a) == ["b", "after-c"]
     assert chainlora("prune", only_a, "b", "--yes").status == 0
@@ -254,7 +254,7 @@ def test_rule_6_an_equal_recipe_is_not_computed_again(abc, ac, sentiment):
     for _ in range(2):
         before = checksums(abc)
         assert train_on(abc, section(sentiment, "b"), beside=True) == [None]
-        assert combine(abc, ["a", "b", "c"]).key == "after-c"
+        assert combine(abc, ["c", "a", "b"]).key == "after-c"  # in any order
         assert checksums(abc) == before
     prune_stage(abc, "b")
     combine(abc)
@@ -276,7 +276,6 @@ def test_rule_7_undo_moves_the_target_and_redo_builds_nothing(abc, sentiment, ca
     undo(abc, to="after-d")
     undo(abc)
     assert read_history(abc).target is None
-    assert redo
     before = unbuilt(abc)
     build_run(abc)
     assert (before, unbuilt(abc)) == (["d2", "after-d2"], [])
@@ -297,17 +296,11 @@ def test_rule_7_a_stage_in_use_is_not_pruned(only_a, sentiment):
     assert open_run(only_a).entry.parents == ("a", "b")
 
 
-@pytest.mark.parametrize("rehearse", [False, True])
-def test_rule_7_prune_combines_the_rest_again_and_rehearses_it_if_it_was(
-    abc, ac, rehearse, chainlora
-):
-    for run in (abc, ac) if rehearse else ():
+def test_rule_7_prune_combines_the_rest_again_and_rehearses_it_if_it_was(abc, ac, chainlora):
+    for run in (abc, ac):
         train_stages(rehearsal(run, {}), matrix=False)
-    if rehearse:
-        assert chainlora("prune", abc, "b", "--yes").status == 0
-    else:
-        combine_again(abc, prune_stage(abc, "b"))
-    assert open_run(abc).entry.is_rehearsal == rehearse
+    assert chainlora("prune", abc, "b", "--yes").status == 0
+    assert open_run(abc).entry.is_rehearsal
     assert open_run(abc).state == open_run(ac).state
 
 
@@ -363,10 +356,8 @@ def test_rule_10_what_is_decided_while_building_is_in_the_result(only_a, sentime
     (before,) = declared
     assert before.training.numbers is None
     assert entry.training.numbers is not None
-    assert (before.training.sources, before.config["train"]["speedups"]) == (
-        entry.training.sources,
-        "auto",
-    )
+    assert before.training.sources == entry.training.sources
+    assert before.config["train"]["speedups"] == "auto"
     assert open_run(f"{only_a}@rehearsal").config().chain.steps is None
     assert open_run(f"{only_a}@rehearsal").result()["steps"] > 0
 

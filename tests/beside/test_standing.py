@@ -13,7 +13,7 @@ from beside.cases import add, config_of, section
 from chainlora import evaluate_task, extend
 from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
-from chainlora.errors import ConfigError, RunError
+from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.evaluation.combination import combine
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
@@ -281,6 +281,7 @@ def test_a_config_is_given_again_whatever_the_run_is(tiny_folder, sentiment, tmp
         (1, {"beside": "yes"}, "`beside` must be true or false"),
         (1, {"chain": {"ranks": [2], "steps": [3], "lora_bias": True}}, "chain.lora_bias of b"),
         (0, {"data": {"keep_rows": False}}, "rows: false of a"),
+        (1, {"data": {"new_rows_only": True}}, "none below, since it stands beside the others"),
     ],
 )
 def test_where_a_stage_cannot_stand(place, change, message, tiny_folder, sentiment, tmp_path):
@@ -288,7 +289,7 @@ def test_where_a_stage_cannot_stand(place, change, message, tiny_folder, sentime
     config = config_of(tiny_folder, sentiment, tmp_path / "run", more)
     data = config["stages"][place]["data"] | change.get("data", {})
     config["stages"][place] |= change | {"data": data}
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ChainLoRAError, match=message):
         train_all(config)
     assert not (tmp_path / "run").exists()
 
@@ -311,8 +312,3 @@ def test_the_config_of_a_later_stage_is_for_extend_also_in_a_copy(abc, chainlora
     chainlora("train", config).refused(f"continue it by: chainlora extend {abc} --name b")
 
 
-def test_rows_of_nothing_below_are_not_left_out_in_silence(abc, sentiment):
-    stage = section(sentiment, "d")
-    stage["data"]["new_rows_only"] = True
-    with pytest.raises(RunError, match="none below, since it stands beside the others"):
-        make_plan(extension(abc, stage, beside=True))

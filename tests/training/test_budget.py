@@ -1,20 +1,17 @@
-"""How long links are, and at which rate: tokens, policies that end a link early, schedules."""
+"""How long links are, and at which rate: tokens, soft knots, schedules."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import pytest
 import torch
 import transformers
 from architectures.tiny import tiny_model
 from conftest import write_rows
-from helpers import assert_same_links, stop_after
+from helpers import assert_same_links
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chainlora import Chain, LinkConfig, train
-from chainlora.config.schema import KnotConfig, TrainConfig
-from chainlora.knots.policy import POLICIES, WHOLE, Knot, Position
+from chainlora.config.schema import TrainConfig
 from chainlora.training.step import rate_factor
 
 
@@ -48,39 +45,6 @@ def test_tokens_are_read_by_whole_steps(planned, tmp_path):
     assert steps("whole", tokens=[epoch, epoch]) == [3, 3]
     assert steps("more", tokens=[epoch + 1, 2 * epoch - 1]) == [4, 5]
     assert_same_links(tmp_path / "more", tmp_path / "steps")
-
-
-@dataclass(frozen=True)
-class Plateau:
-    """End each link but the last when ‖B·A‖ has stopped to grow (as AROMA, arXiv 2504.05343)."""
-
-    knots: KnotConfig
-
-    def knot_after(self, position: Position) -> Knot | None:
-        if position.is_last or position.step % self.knots.every:
-            return None
-        now, before = position.norm(), position.memory.get("norm")
-        position.memory["norm"] = now
-        return WHOLE if before is not None and now < 1.6 * before else None
-
-
-@pytest.mark.parametrize("dies_at", [3, 5])
-def test_a_policy_ends_a_link_early_and_the_last_one_has_the_rest(
-    planned, tmp_path, dies_at, monkeypatch
-):
-    """Also where the run is killed: what the policy notes is saved."""
-    monkeypatch.setitem(POLICIES, "plateau", Plateau)
-    slow = {"lr": 1e-6, "save_every": 1, "schedule": "constant"}
-    all_rows = {"num_train": 8}  # every step has them, so that the gradient stays the same
-    knots = {"policy": "plateau", "every": 2, "share": 0.5}
-    config = planned("run", slow, all_rows, steps=[8, 3], knots=knots)
-    stop_after(config, dies_at)
-    found = steps_of(train(config, resume=True))
-    # The norm of B·A grows linearly at first (B = 0): from 2 to 4 steps it doubles, from 4 to 6 it
-    # grows by half.
-    assert found == [6, 5]
-    train(planned("planned", slow, all_rows, steps=found))
-    assert_same_links(tmp_path / "run", tmp_path / "planned")
 
 
 def test_the_norm_is_taken_on_the_host():
@@ -155,8 +119,4 @@ def test_restarting_gives_each_link_its_own(kind):
         [rate_factor(TrainConfig(schedule=kind, warmup_steps=w), [n], k) for k in range(n)]
         for n, w in ((5, 2), (4, 1), (3, 1))
     ]
-    assert [rate_factor(config, [5, 4, 3], step) for step in range(12)] == [
-        *links[0],
-        *links[1],
-        *links[2],
-    ]
+    assert [rate_factor(config, [5, 4, 3], step) for step in range(12)] == sum(links, [])

@@ -118,16 +118,19 @@ def test_an_interrupted_run_leaves_nothing_running(configure, event):
     assert set(threading.enumerate()) == before
 
 
-class _EndsEarly:
-    """A policy of somebody's own: the first link ends after two steps."""
+class EndsEarly:
+    """A policy of somebody's own: the first link ends after two steps, which it counts itself."""
 
     def knot_after(self, position):
-        return WHOLE if position.link == 0 and position.step == 2 else None
+        assert position.norm() > 0
+        position.memory["steps"] = position.memory.get("steps", 0) + 1
+        return WHOLE if position.link == 0 and position.memory["steps"] == 2 else None
 
 
 def test_a_link_may_end_early_and_the_last_one_makes_up_for_it(configure, tmp_path, monkeypatch):
-    """Also in a run that dies in the last step of that link, and at its knot."""
-    monkeypatch.setitem(POLICIES, "early", lambda knots: _EndsEarly())
+    """Also in a run that dies in the last step of that link, and at its knot: what the policy notes
+    is saved."""
+    monkeypatch.setitem(POLICIES, "early", lambda knots: EndsEarly())
     config = configure(chain={"knots": {"policy": "early"}}, train={"save_every": 1})
     for dies_at in (2, "knot"):
 
