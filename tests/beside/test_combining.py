@@ -25,7 +25,6 @@ from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import log, mix_stages, prune_stage, undo
-from chainlora.runs.history_file import read_history
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.loading_start import with_start
 from chainlora.training.stages import combine_again, extension, rehearsal, train_stages

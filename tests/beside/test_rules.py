@@ -28,7 +28,7 @@ from chainlora.runs.hub import pull_run, push_run
 from chainlora.runs.loading_start import with_start
 from chainlora.runs.locks import take_lock
 from chainlora.training.plan import make_plan
-from chainlora.training.stages import build_run, combine_again, extension, rehearsal, train_stages
+from chainlora.training.stages import build_run, extension, rehearsal, train_stages
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
 

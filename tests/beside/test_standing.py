@@ -310,5 +310,3 @@ def test_a_stopped_stage_is_not_below_itself_or_stages_beside_it(tiny_folder, se
 def test_the_config_of_a_later_stage_is_for_extend_also_in_a_copy(abc, chainlora):
     config = stage_dir(abc, "b") / "config.yaml"
     chainlora("train", config).refused(f"continue it by: chainlora extend {abc} --name b")
-
-

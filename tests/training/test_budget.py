@@ -115,8 +115,9 @@ def test_one_schedule_is_that_of_transformers(kind, num_steps, warmup):
 def test_restarting_gives_each_link_its_own(kind):
     keys = {"schedule": kind, "restart_schedule": True, "restart_warmup_steps": 1}
     config = TrainConfig(warmup_steps=2, **keys)
-    links = [
-        [rate_factor(TrainConfig(schedule=kind, warmup_steps=w), [n], k) for k in range(n)]
-        for n, w in ((5, 2), (4, 1), (3, 1))
+    expected = [
+        rate_factor(TrainConfig(schedule=kind, warmup_steps=warmup), [length], step)
+        for length, warmup in ((5, 2), (4, 1), (3, 1))
+        for step in range(length)
     ]
-    assert [rate_factor(config, [5, 4, 3], step) for step in range(12)] == sum(links, [])
+    assert [rate_factor(config, [5, 4, 3], step) for step in range(12)] == expected

@@ -106,6 +106,7 @@ def test_a_pair_is_two_answers_to_one_prompt(form):
 
 PLAIN = {"prompt": "a", "completion": "b"}
 UNLIKE = r"must both be (texts|lists of messages).*at row "
+NO_PROMPT = r"a pair of chats must have messages as `prompt`, or begin with .*\(got "
 REFUSED = {
     "no pair": (PLAIN, r"and a `rejected` answer \(got prompt, completion at"),
     "KTO": (PLAIN | {"label": True}, "label: True .* TRL's KTOTrainer"),
@@ -118,6 +119,12 @@ REFUSED = {
         {"prompt": [user("a")], "chosen": "b", "rejected": "c"},
         r"have the type of the answers, which are texts .*at row ",
     ),
+    "chats beside a text": ({"prompt": "a"} | TWO, f"{NO_PROMPT}neither at row "),
+    "chats of different prompts": (
+        {side: [user(side), *answer] for side, answer in TWO.items()},
+        f"{NO_PROMPT}neither at row ",
+    ),
+    "no answer": ({"prompt": TALK} | TWO | {"chosen": []}, f"{NO_PROMPT}an empty answer at row "),
 }
 
 
@@ -128,20 +135,6 @@ def test_what_is_no_pair_is_refused_as_any_row(name):
         with pytest.raises(DataError, match=said) as caught:
             encode_examples(rows, make_tokenizer("bos", CHAT), "auto", objective="dpo")
         assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("row", "got"),
-    [
-        ({"prompt": "a", "chosen": [says("b")], "rejected": [says("c")]}, "neither"),
-        ({"chosen": [user("a"), says("b")], "rejected": [user("c"), says("b")]}, "neither"),
-        ({"prompt": [user("a")], "chosen": [], "rejected": [says("c")]}, "an empty answer"),
-    ],
-)
-def test_a_pair_of_chats_without_a_prompt_is_refused_in_its_own_words(row, got):
-    rule = rf"a pair of chats must have messages as `prompt`, or begin with .*\(got {got} at row 0"
-    with pytest.raises(DataError, match=rule):
-        encode_examples([row], make_tokenizer("bos", CHAT), "auto", objective="dpo")
 
 
 @pytest.mark.parametrize("template", [CHAT, MARKED])
@@ -351,10 +344,8 @@ def test_a_mix_that_a_later_stage_or_a_fork_begins_on_changes_no_reference(setti
     for name in ("again", "third"):
         extend(first["output"], again | {"name": name, "chain": {"ranks": [2], "steps": [2]}})
         mix_stages(first["output"], {"main": 0.25})
-    extend(
-        first["output"],
-        again | {"name": "own", "chain": {"ranks": [2], "steps": [2]}, "output": fork},
-    )
+    own = {"name": "own", "chain": {"ranks": [2], "steps": [2]}, "output": fork}
+    extend(first["output"], again | own)
     state = open_run(f"{first['output']}@again").state
     metrics = evaluate_task(f"{first['output']}@again")["metrics"]  # of a tenth of the rewards
     for run in map(open_run, (first["output"], fork)):

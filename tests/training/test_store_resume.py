@@ -91,9 +91,6 @@ def test_a_run_goes_on_where_its_base_and_rows_lie_now(
         load_run(tmp_path / "run")
     monkeypatch.setenv("CHAINLORA_MODELS", str(tmp_path))
     load_run(tmp_path / "run")
-    flip_last_bit(tmp_path / "base/model.safetensors")
-    with pytest.raises(RunError, match=r"another model\.safetensors"):
-        load_run(tmp_path / "run")
 
 
 def test_rows_that_changed_are_refused(tiny_folder, sentiment, tmp_path):
@@ -179,9 +176,8 @@ def test_a_disk_that_cannot_lock_is_refused(
 
     run = shutil.copytree(stored_run, tmp_path / "copy")
     monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refuse)
-    with pytest.raises(
-        FileError, match=r"be locked \(got .*; choose a folder on a disk with file l"
-    ):
+    said = r"be locked \(got .*; choose a folder on a disk with file l"
+    with pytest.raises(FileError, match=said):
         train(configure(chain={"ranks": [2], "steps": [1]}))
     chainlora("mix", run, "main=0").refused("a file must be locked", f"for {run}/.lock")
     assert chainlora("log", run).status == chainlora("inspect", run).status == 0
