@@ -106,7 +106,6 @@ def test_a_pair_is_two_answers_to_one_prompt(form):
 
 PLAIN = {"prompt": "a", "completion": "b"}
 UNLIKE = r"must both be (texts|lists of messages).*at row "
-NO_PROMPT = r"a pair of chats must have messages as `prompt`, or begin with .*\(got "
 REFUSED = {
     "no pair": (PLAIN, r"and a `rejected` answer \(got prompt, completion at"),
     "KTO": (PLAIN | {"label": True}, "label: True .* TRL's KTOTrainer"),
@@ -119,12 +118,6 @@ REFUSED = {
         {"prompt": [user("a")], "chosen": "b", "rejected": "c"},
         r"have the type of the answers, which are texts .*at row ",
     ),
-    "chats beside a text": ({"prompt": "a"} | TWO, f"{NO_PROMPT}neither at row "),
-    "chats of different prompts": (
-        {side: [user(side), *answer] for side, answer in TWO.items()},
-        f"{NO_PROMPT}neither at row ",
-    ),
-    "no answer": ({"prompt": TALK} | TWO | {"chosen": []}, f"{NO_PROMPT}an empty answer at row "),
 }
 
 
@@ -135,6 +128,20 @@ def test_what_is_no_pair_is_refused_as_any_row(name):
         with pytest.raises(DataError, match=said) as caught:
             encode_examples(rows, make_tokenizer("bos", CHAT), "auto", objective="dpo")
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "got"),
+    [
+        ({"prompt": "a"} | TWO, "neither"),
+        ({side: [user(side), *answer] for side, answer in TWO.items()}, "neither"),
+        ({"prompt": TALK} | TWO | {"chosen": []}, "an empty answer"),
+    ],
+)
+def test_a_pair_of_chats_without_a_prompt_is_refused_in_its_own_words(row, got):
+    rule = rf"a pair of chats must have messages as `prompt`, or begin with .*\(got {got} at row 0"
+    with pytest.raises(DataError, match=rule):
+        encode_examples([row], make_tokenizer("bos", CHAT), "auto", objective="dpo")
 
 
 @pytest.mark.parametrize("template", [CHAT, MARKED])
