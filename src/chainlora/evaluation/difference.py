@@ -178,7 +178,11 @@ def weight_difference(a: OpenState, b: OpenState) -> dict[str, Any]:
     updates = [stack_links([*part.values()]) for part in (*links, _difference(*links))]
     names = dict.fromkeys(name for update in updates[:2] for name in update)
     modules = {name: _described(*(update.get(name) for update in updates)) for name in names}
-    return {"modules": modules, "total": _total(modules)}
+    keys = ("norm_a", "norm_b", "difference")
+    norms = {key: math.hypot(*(row[key] for row in modules.values())) for key in keys}
+    total = norms | _relative(norms["difference"], [norms["norm_a"], norms["norm_b"]])
+    rank = max((row["rank"] for row in modules.values()), default=0)
+    return {"modules": modules, "total": total | {"rank": rank}}
 
 
 def _links(state: OpenState) -> dict[str, Link]:
@@ -211,11 +215,3 @@ def _relative(difference: float, norms: list[float]) -> dict[str, float]:
     """Return a difference, and its ratio to the larger norm."""
     larger = max(norms)
     return {"difference": difference, "relative": difference / larger if larger else 0.0}
-
-
-def _total(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the comparison over all modules."""
-    keys = ("norm_a", "norm_b", "difference")
-    norms = {key: math.hypot(*(row[key] for row in modules.values())) for key in keys}
-    relative = _relative(norms["difference"], [norms["norm_a"], norms["norm_b"]])
-    return norms | relative | {"rank": max((row["rank"] for row in modules.values()), default=0)}

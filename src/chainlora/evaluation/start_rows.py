@@ -67,9 +67,7 @@ def rows_of_start(rows: StartData, data: DataConfig, tokenizer: Any, context: in
     return prepare_splits(rows.as_data(data), tokenizer, context).kept()
 
 
-def build_start(
-    run: Path, declared: Unbuilt, base: OpenBase | None = None, progress: Progress | None = None
-) -> None:
+def build_start(run: Path, declared: Unbuilt, base: OpenBase | None, progress: Progress) -> None:
     """Import the adapter of a run's start, and keep rows for it: given ones, or general rows."""
     config = make_config(declared.config)
     base = OpenBase.of_config(config, run).or_shared(base)
@@ -79,7 +77,7 @@ def build_start(
         for folder in (run / name for name in CONTENT):
             files.remove_scratch(folder, START)  # left by a killed process
         if read_history(run).find(START) is None:
-            _import(run, declared, config, base, progress or (lambda *done: None))
+            _import(run, declared, config, base, progress)
     finally:
         claim.release()
 

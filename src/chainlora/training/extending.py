@@ -64,7 +64,9 @@ def extension(
         rule, remedy = "a stage beside others begins where RUN began", "leave one out"
         raise RunError(rule, f"--beside with {output or address}", remedy)
     if output is not None:
-        return [_fork(on, keys, address, str(output), start_data)]
+        fork = {"start_data": start_data, "output": str(output)}
+        is_new = begun_stage(Path(expanduser(fork["output"])), name) is None
+        return [_on_top(on, keys, address, fork, is_new=is_new)]
     origin = head.history.origin
     required = head.at(origin) if beside else on if named is not None else None
     begun = _begun(head, name, required)
@@ -73,7 +75,8 @@ def extension(
         stage = _beside(head, begun, keys, address, beside)
         if stage is not None:
             return [replace(stage, rehearse=rehearse or placing["rehearse"])]
-    return [_on_top(on if begun is None else begun.parent, begun, keys, address)]
+    parent = on if begun is None else begun.parent
+    return [_on_top(parent, keys, address, is_new=begun is None)]
 
 
 def _section(
@@ -119,25 +122,19 @@ def _beside(
 
 
 def _on_top(
-    parent: OpenState, begun: OpenState | None, keys: Mapping[str, Any], address: str | Path
+    parent: OpenState,
+    keys: Mapping[str, Any],
+    address: str | Path,
+    fork: dict[str, Any] | None = None,
+    *,
+    is_new: bool,
 ) -> Stage:
-    """Return a stage on top of `parent`."""
+    """Return a stage on top of `parent`; `fork`: keys of a new run, which it is the first of."""
     last = parent.with_rows
-    stage = _inheriting(last, keys, address)
-    if begun is None:
+    stage = _inheriting(last, keys, address, fork)
+    if is_new:
         _warn_of_open_keys(last, keys)
-    return replace(stage, after=parent.key, beside=False, rehearse=False)
-
-
-def _fork(
-    parent: OpenState, keys: Mapping[str, Any], address: str | Path, output: str, start_data: Any
-) -> Stage:
-    """Return the first stage of a new run in `output`, which starts at `address`."""
-    last = parent.with_rows
-    stage = _inheriting(last, keys, address, {"start_data": start_data, "output": output})
-    if begun_stage(Path(expanduser(output)), keys["name"]) is None:
-        _warn_of_open_keys(last, keys)
-    return replace(stage, after=None, beside=False, rehearse=False)
+    return replace(stage, after=None if fork else parent.key, beside=False, rehearse=False)
 
 
 def _inheriting(
