@@ -105,9 +105,14 @@ def test_fast_scores_equal_the_plain_ones(case, architecture, speedups):
     examples = CASES[case](random.Random(case))
     expected = reference_scores(model, examples)
     with Engine(model, speedups=speedups, training=False) as engine:
-        found = evaluate(model, examples, metrics="accuracy", engine=engine, max_tokens=150)
+        keys = {"metrics": ["accuracy", "f1"], "engine": engine, "max_tokens": 150}
+        found = evaluate(model, examples, **keys)
     assert_scored_alike(found.predictions, expected)
     assert [p["row"] for p in found.predictions] == [e.row for e in examples]
+    assert found.metrics.keys() == {"accuracy", "f1", "loss"}
+    pairs = zip(map(torch.tensor, expected), examples, strict=True)
+    losses = [-row.log_softmax(0)[example.label].item() for row, example in pairs]
+    assert found.metrics["loss"] == pytest.approx(sum(losses) / found.num_rows, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("speedups", ["auto", "off"])
@@ -120,20 +125,6 @@ def test_ties_go_to_the_lowest_index(speedups):
         found = evaluate(model, examples, metrics="accuracy", engine=engine)
     assert {p["prediction"] for p in found.predictions} == {0}
     assert found.metrics["loss"] == pytest.approx(math.log(3), abs=1e-6)
-
-
-def test_the_loss_is_the_cross_entropy_over_candidates():
-    model = tiny_model("gpt2", initializer_range=0.2)
-    examples = many_tokens(random.Random(1))
-    rows = reference_scores(model, examples)
-    expected = [
-        -torch.tensor(row).log_softmax(0)[e.label].item()
-        for row, e in zip(rows, examples, strict=True)
-    ]
-    found = evaluate(model, examples, metrics=["accuracy", "f1"])
-    assert found.metrics["loss"] == pytest.approx(sum(expected) / len(expected), abs=TOLERANCE)
-    assert set(found.metrics) == {"accuracy", "f1", "loss"}
-    assert found.num_rows == len(examples)
 
 
 def language_rows(rng: random.Random) -> list[Example]:

@@ -15,22 +15,7 @@ from chainlora.config.schema import TrainConfig
 from chainlora.training.step import rate_factor
 
 
-@pytest.fixture
-def planned(configure):
-    """Return a function that makes the config of two links of a length."""
-
-    def make(name: str, train: dict | None = None, data: dict | None = None, **chain):
-        chain = {"ranks": [2, 2], "steps": None} | chain
-        return configure(name, chain=chain, train=train or {}, data=data or {})
-
-    return make
-
-
-def steps_of(result) -> list[int]:
-    return [link["num_steps"] for link in result["links"]]
-
-
-def test_tokens_are_read_by_whole_steps(planned, tmp_path):
+def test_tokens_are_read_by_whole_steps(configure, tmp_path):
     """A link ends with the step that reaches its tokens, also an epoch later."""
     rows = [{"prompt": f"{'good ' * (k % 7)}bad", "completion": " film"} for k in range(20)]
     file = write_rows(tmp_path / "rows.jsonl", rows)
@@ -38,7 +23,8 @@ def test_tokens_are_read_by_whole_steps(planned, tmp_path):
     seen = []
 
     def steps(name: str, **length) -> list[int]:
-        return steps_of(train(planned(name, data=data, **length), listener=seen.append))
+        config = configure(name, data=data, chain={"ranks": [2, 2], "steps": None} | length)
+        return [link["num_steps"] for link in train(config, listener=seen.append)["links"]]
 
     assert steps("steps", steps=[4, 5]) == [4, 5]  # three steps an epoch
     epoch = next(event for event in seen if event.name == "plan").data["train"]["tokens"]
@@ -70,11 +56,12 @@ def test_the_norm_is_taken_on_the_host():
     assert norm == pytest.approx(float(sum(d.square().sum() for d in deltas)) ** 0.5, rel=1e-5)
 
 
-def test_shares_follow_the_rate(planned):
+def test_shares_follow_the_rate(configure):
     """Those of the next step's rate: they end with the schedule, a restarted one begins anew."""
     soft = {"every": 2, "share": 0.5, "follow_rate": True}
     seen = []
-    train(planned("run", steps=[6, 5], knots=soft), listener=seen.append)
+    chain = {"ranks": [2, 2], "steps": [6, 5], "knots": soft}
+    train(configure(chain=chain), listener=seen.append)
     shares = [(event.step, event.share) for event in seen if event.name == "soft_knot"]
     expected = [(step, 0.5 * (1 - step / 11)) for step in (2, 4, 8, 10)]  # 6 ends a link
     assert [step for step, _ in shares] == [step for step, _ in expected]

@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 from conftest import WORDS, write_rows
-from helpers import links_of, plain_chain, records_of, settings, stage_dir, training_examples
+from helpers import links_of, plain_chain, records_of, stage_dir, training_examples
 from helpers_integrations import peft_model, trained_by_peft
 from transformers import AutoModelForCausalLM
 
 from chainlora import export_adapter, load_run, make_config, train
-from chainlora.errors import ChainLoRAError, ConfigError, ModelError
+from chainlora.errors import ChainLoRAError
 from chainlora.runs.addresses import open_run
 from chainlora.training.batches import make_batches
 
@@ -128,57 +128,54 @@ def test_a_chain_is_the_loop_written_out_in_float64(configure, tmp_path, knots):
     torch.testing.assert_close(found, model(ids).logits, atol=1e-3 if knots else 1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("init", ["gradient", "pissa"])
-def test_a_start_along_more_directions_than_a_layer_has_is_refused_before_the_output_is_claimed(
-    configure, tmp_path, init
+def of_rank(rank: int, init: str) -> dict:
+    return {"chain": {"init": init, "ranks": [rank], "steps": [1]}}  # v_proj is 16 × 32
+
+
+def with_shots(shots: int, **chain) -> dict:
+    return {"data": {"shots": shots, "truncation": "left"}, "chain": chain}  # of 32 rows
+
+
+NOTHING = {"ranks": [], "steps": []}
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        (of_rank(17, "gradient"), r"`init: gradient` .*\(got rank 17 for 16 at .*v_proj\); lower"),
+        (of_rank(17, "pissa"), r"`init: pissa` .*\(got rank 17 for 16 at .*v_proj\); lower the"),
+        (with_shots(33, **NOTHING), r"`data.shots` must be at most .*\(got 33 for 32\); lower it"),
+        (with_shots(32), r"training needs rows \(got none beside 32 demonstrations\); lower data"),
+        ({"chain": {"steps": None, "epochs": [1, 0.01, 1]}}, "at least one step"),
+        ({"train": {"trackers": ["tensorboard", "notebook"]}}, r"installed \(got 'notebook'\)"),
+        (
+            {"name": None, "train": {"trackers": ["tensorboard"]}},
+            r"needs a place for them \(got 'tensorboard' .*; give output",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_trained_is_refused_before_the_output_is_claimed(
+    configure, tmp_path, sections, said
 ):
-    chain = {"init": init, "steps": [1]}  # v_proj is 16 × 32
-    said = rf"`init: {init}` .*\(got rank 17 for 16 at .*v_proj\); lower the rank or"
-    with pytest.raises(ModelError, match=said):
-        train(configure(chain=chain | {"ranks": [17]}))
+    with pytest.raises(ChainLoRAError, match=said):
+        train(configure(**sections))
     assert not (tmp_path / "run").exists()
-    assert train(configure(chain=chain | {"ranks": [16]}))["steps"] == 1
 
 
-def test_demonstrations_that_are_not_there_or_leave_nothing_to_train_on_are_refused(
-    configure, tmp_path
-):
-    def config(shots, **chain):  # of 32 training rows
-        return configure(data={"shots": shots, "truncation": "left"}, chain=chain)
-
-    nothing = {"ranks": [], "steps": []}
-    said = r"`data.shots` must be at most .* training rows \(got 33 for 32\); lower it"
-    with pytest.raises(ConfigError, match=said):
-        train(config(33, **nothing))
-    said = r"training needs rows \(got none beside 32 demonstrations\); lower data"
-    with pytest.raises(ConfigError, match=said):
-        train(config(32))
-    assert not (tmp_path / "run").exists()
-    assert train(config(31))["rows"] == 1
-    # nothing to train
-    assert train(config(32, **nothing).model_copy(update={"output": None}))["rows"] == 0
-
-
-def test_a_tracker_without_a_place_is_told_apart_from_one_that_is_missing(tiny_folder, sentiment):
-    tree = settings(tiny_folder, sentiment) | {"output": None}
-    for names, rule in (
-        (["tensorboard"], r"needs a place for them \(got 'tensorboard' .*; give output"),
-        (["tensorboard", "notebook"], r"that are installed \(got 'notebook'\)"),
-    ):
-        with pytest.raises(ChainLoRAError, match=rule):
-            train(tree | {"train": tree["train"] | {"trackers": names}})
+def test_what_can_just_be_trained_is(configure):
+    for init in ("gradient", "pissa"):
+        assert train(configure(None, **of_rank(16, init)))["steps"] == 1
+    assert train(configure(None, **with_shots(31)))["rows"] == 1
+    assert train(configure(None, **with_shots(32, **NOTHING)))["rows"] == 0
 
 
 def test_epochs_split_steps_at_the_knots(configure, tokenizer):
     config = configure(chain={"steps": None, "epochs": [1, 0.5, 0.5]})
-    examples = training_examples(config, tokenizer)
-    plan = make_batches(config, examples)
+    plan = make_batches(config, training_examples(config, tokenizer))
     assert plan.lengths == (4, 2, 2)
     rows = [row for step in range(4) for batch in plan.batches(step) for row in batch]
     assert sorted(rows) == list(range(32))  # an epoch sees every row once
-    short = configure(chain={"steps": None, "epochs": [1, 0.01, 1]})
-    with pytest.raises(ConfigError, match="at least one step"):
-        make_batches(short, examples)
 
 
 def test_a_link_after_a_pruned_reset_starts_with_steps_of_bounded_size(configure, tmp_path):
