@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
@@ -135,12 +136,7 @@ def rebuild(
     base = OpenBase.of_config(stages[0].config, None if known is None else run)
     if plan.due:
         check_due(plan.stages, NOTHING, None if known is None else state_at(run, known), base)
-
-    def check(built: Entry) -> None:
-        entry = wanted.find(built.key)
-        assert entry is not None
-        _check_bits(run, entry)
-
+    check = partial(_check_bits, run, wanted)
     results = carry_out(plan, listener or (lambda event: None), base=base, after=check)
     update_history(run, methodcaller("moved", wanted.head))
     if lineage.exported.get("num_links") is None:
@@ -152,7 +148,7 @@ def _plan(lineage: Lineage, stages: Sequence[Stage], run: Path, known: History |
     """Return a plan that declares the entries of a lineage; `known` is the run's history."""
     wanted, by_name = lineage.history, {stage.name: stage for stage in stages}
     first = stages[0].config
-    planned = [StagePlan(s, None if known is None else begun_stage(run, s.name)) for s in stages]
+    planned = [StagePlan(stage, begun_stage(run, stage.name, known)) for stage in stages]
     for stage_plan in planned:
         if stage_plan.begun is not None:
             compare(stage_plan.begun, stage_plan.stage.config, (), stage_plan.name)
@@ -185,14 +181,14 @@ def _declared(
     return Unbuilt(**known, strengths=strengths, config=config)
 
 
-def _check_bits(run: Path, wanted: Entry) -> None:
+def _check_bits(run: Path, wanted: History, built: Entry) -> None:
     """Raise RunError unless a built entry has the state and files of the lineage."""
-    built = read_history(run).find(wanted.key)
-    files = {} if built is None else built.files
-    if built is None or wanted.state != built.state or not wanted.files.items() <= files.items():
-        versions = ", ".join(f"{name} {value}" for name, value in wanted.training.versions.items())
+    entry = wanted.find(built.key)
+    assert entry is not None
+    if entry.state != built.state or not entry.files.items() <= built.files.items():
+        versions = ", ".join(f"{name} {value}" for name, value in entry.training.versions.items())
         raise RunError(
-            f"Cannot rebuild: {wanted.key} came to other bits than the lineage's",
-            f"another state than {wanted.state.digest} in {run}",
+            f"Cannot rebuild: {entry.key} came to other bits than the lineage's",
+            f"another state than {entry.state.digest} in {run}",
             f"use a machine of the same kind, as many threads and the same versions: {versions}",
         )
