@@ -1,19 +1,36 @@
-"""A run that is killed, stopped or not finite: what it leaves, and that it resumes to the same
-links."""
+"""A run that is killed, stopped, refused late or not finite: what it leaves, what may change before
+its resume, and that it resumes to the same links."""
 
 from __future__ import annotations
 
+import errno
+import os
 import random
+import shutil
 import threading
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import Stop, assert_same_links, assert_same_records, settings, stage_dir
+from helpers import (
+    Stop,
+    assert_same_links,
+    assert_same_records,
+    flip_last_bit,
+    settings,
+    stage_dir,
+    stop_after,
+)
 from safetensors.torch import load_file
 
-from chainlora import train
-from chainlora.errors import TrainingError
+from chainlora import load_run, make_config, train
+from chainlora.config.staging import Stage
+from chainlora.errors import ChainLoRAError, FileError, ModelError, RunError, TrainingError
 from chainlora.knots.policy import POLICIES, WHOLE
+from chainlora.runs.documents import write_part
+from chainlora.runs.draft import read_draft
+from chainlora.training.plan import make_plan
 
 SOFT = {"knots": {"every": 1, "share": 0.3}}
 BEST = {"keep_best": True}
@@ -145,3 +162,161 @@ def test_a_link_may_end_early_and_the_last_one_makes_up_for_it(configure, tmp_pa
     assert result["steps"] == 11
     train(configure("planned", chain={"steps": [2, 4, 5]}))
     assert_same_links(tmp_path / "run", tmp_path / "planned")  # rates and rows too
+
+
+# --- the start
+
+
+def test_what_is_refused_late_leaves_no_run_behind(configure, tmp_path):
+    """Whatever fails before the first step, the corrected command must find its output free."""
+    config = configure()
+
+    def fail(event, at: str = "eval") -> None:
+        if event.name == at:
+            raise ChainLoRAError("late")
+
+    with pytest.raises(ChainLoRAError, match="late"):
+        train(config, listener=fail)
+    assert not (tmp_path / "run").exists()
+    stop_after(config, 2)
+    assert (tmp_path / "run").exists()  # something was learned
+    with pytest.raises(ChainLoRAError, match="late"):
+        train(config, resume=True, listener=partial(fail, at="plan"))
+    assert (tmp_path / "run" / "history.json").exists()
+
+
+# --- what changes between a run and its resume
+
+
+def test_a_base_that_changed_is_refused_everywhere(tiny_folder, sentiment, tmp_path):
+    """What makes a base what it is: test_identity.py."""
+    base = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
+    keys = {"ranks": [2, 2], "steps": [1, 1]}
+    finished, stopped = (
+        make_config(settings(base, sentiment, tmp_path / name, chain=keys))
+        for name in ("finished", "stopped")
+    )
+    train(finished)
+    stop_after(stopped, 1)
+    flip_last_bit(base / "model.safetensors")
+    for act in (lambda: load_run(tmp_path / "finished"), lambda: train(stopped, resume=True)):
+        with pytest.raises(RunError, match=r"\(got another model.safetensors\); restore it, or"):
+            act()
+
+
+def test_a_run_goes_on_where_its_base_and_rows_lie_now(
+    configure, tiny_folder, sentiment, tmp_path, monkeypatch
+):
+    """A run that was copied to another machine could not be resumed, loaded or exported."""
+    base, data = tmp_path / "here/base", tmp_path / "here/data"
+    shutil.copytree(tiny_folder, base)
+    shutil.copytree(sentiment, data)
+    task = {"task": str(sentiment / "task.yaml")}
+    before = settings(base, data, tmp_path / "run", data=task)
+    stop_after(make_config(before), 5)
+    (tmp_path / "here").rename(tmp_path / "there")
+    with pytest.raises(ModelError, match="check the path"):
+        train(before, resume=True)
+    base, data = tmp_path / "there/base", tmp_path / "there/data"
+    now = make_config(settings(base, data, tmp_path / "run", data=task))
+    train(now, resume=True)
+    assert train(now, resume=True)["steps"] == 11  # nothing to resume
+    train(configure("whole"))
+    assert_same_links(tmp_path / "run", tmp_path / "whole")
+    load_run(tmp_path / "run")
+
+    base.rename(tmp_path / "base")
+    with pytest.raises(ModelError, match="set CHAINLORA_MODELS to the folder that contains it now"):
+        load_run(tmp_path / "run")
+    monkeypatch.setenv("CHAINLORA_MODELS", str(tmp_path))
+    load_run(tmp_path / "run")
+
+
+def test_rows_that_changed_are_refused(tiny_folder, sentiment, tmp_path):
+    data = Path(shutil.copytree(sentiment, tmp_path / "data"))
+    config = make_config(settings(tiny_folder, data, tmp_path / "run"))
+    stop_after(config, 5)
+    for name, edit in (
+        ("train.jsonl", lambda lines: lines[1:] + lines[:1]),
+        ("train.jsonl", lambda lines: [*lines, lines[0]]),
+        ("train.jsonl", lambda lines: lines[:-1]),
+        ("validation.jsonl", lambda lines: lines[::-1]),
+        ("task.yaml", lambda lines: [line.replace("it was", "it is") for line in lines]),
+    ):
+        before = (data / name).read_text()
+        (data / name).write_text("".join(edit(before.splitlines(keepends=True))))
+        with pytest.raises(RunError, match=r"resumes with the rows it began with, in their order"):
+            train(config, resume=True)
+        (data / name).write_text(before)
+    assert train(config, resume=True)["steps"] == 11
+
+
+def test_watchers_may_change_over_a_resume_and_science_may_not(tiny_folder, sentiment, run_copy):
+    def find(change=(), **keys) -> str:
+        tree = settings(tiny_folder, sentiment, run_copy, chain={"rslora": True}, train=keys)
+        (stage,) = make_plan([Stage("main", make_config(tree))], change).stages
+        return stage.state
+
+    assert find(save_every=7, trackers=["tensorboard"]) == "finished"
+    for keys in ({"seed": 1}, {"lr": 1e-4}, {"dtype": "bfloat16"}):
+        with pytest.raises(RunError, match=r"keeps its config \(got train\.\w+ is .*, was "):
+            find(**keys)
+    with pytest.raises(RunError, match=r"train.lr is 0.0001, was 0.01 in .*choose another output"):
+        find(change=["train.seed", "train.lr"], seed=1, lr=1e-4)
+
+
+def test_a_resume_under_other_versions_says_so(rich_config, tmp_path, caplog):
+    stop_after(rich_config, 6)
+    draft = read_draft(tmp_path / "run", "main")
+    draft.training.versions["torch"] = "2.1"
+    write_part(stage_dir(tmp_path / "run") / "stage.json", draft)
+    train(rich_config, resume=True)
+    assert "the run was begun with torch 2.1, now 2." in caplog.text
+    assert "transformers" not in caplog.text
+
+
+# --- faults on the way
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_knot(rich_config, tmp_path, caplog):
+    train(rich_config.model_copy(update={"output": str(tmp_path / "whole")}))
+    stop_after(rich_config, 6)
+    (stage_dir(tmp_path / "run") / "checkpoints/00000006/link.safetensors").write_bytes(b"half")
+    train(rich_config, resume=True)
+    assert "the checkpoint at step 6 cannot be used" in caplog.text
+    assert "the run resumes from step 4" in caplog.text
+    assert_same_links(tmp_path / "run", tmp_path / "whole")
+    assert_same_records(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_is_for_one_process_at_a_time(rich_config, tmp_path):
+    stop_after(rich_config, 6)
+    tried: list[str] = []
+
+    def second(event) -> None:
+        if event.name == "step" and not tried:
+            with pytest.raises(RunError) as raised:
+                train(rich_config, resume=True)
+            tried.append(str(raised.value))
+
+    train(rich_config, resume=True, listener=second)
+    assert "another process is using it. Wait for it" in tried[0]
+    train(rich_config, resume=True)  # free again
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_disk_that_cannot_lock_is_refused(
+    number, configure, stored_run, tmp_path, chainlora, monkeypatch
+):
+    """Without a lock two processes could train one stage. What only reads a run needs none."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    run = shutil.copytree(stored_run, tmp_path / "copy")
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refuse)
+    said = r"be locked \(got .*; choose a folder on a disk with file l"
+    with pytest.raises(FileError, match=said):
+        train(configure(chain={"ranks": [2], "steps": [1]}))
+    chainlora("mix", run, "main=0").refused("a file must be locked", f"for {run}/.lock")
+    assert chainlora("log", run).status == chainlora("inspect", run).status == 0
