@@ -207,10 +207,7 @@ def _candidate_text(example: Example, index: int, tokenizer: PreTrainedTokenizer
 
 
 def values(evaluation: Evaluation, metric: str) -> list[float]:
-    """Return the value of a metric for each row, or [] if the metric is not a mean over rows.
-
-    The metric is the mean of these values, weighted by `weights_of`.
-    """
+    """Return the values of rows whose mean by `weights_of` is a metric, [] if it is no mean."""
     rows = evaluation.predictions
     if metric == "accuracy":  # 0.5 for a pair whose answers have equal rewards
         pairs = [(row["prediction"], row["label"]) for row in rows]

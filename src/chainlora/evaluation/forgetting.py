@@ -36,11 +36,7 @@ def need_scored_rows(run: Path, history: History, limit: float) -> None:
 
 
 def check_forgetting(
-    run: Path,
-    names: Collection[str],
-    limit: float,
-    progress: Progress,
-    base: OpenBase,
+    run: Path, names: Collection[str], limit: float, progress: Progress, base: OpenBase | None
 ) -> str:
     """Compare a run before and after stages of these names; return a sentence about the result.
 

@@ -93,10 +93,6 @@ def continue_greedily(
     padding does not change results (`_padding_matters`).
 
     Args:
-        model: a transformers causal language model.
-        tokenizer: decodes tokens to look for `stop`.
-        prompts: token ids.
-        config: see `greedy_config`.
         stop: text that ends an answer, beside the end-of-sequence tokens.
         max_tokens: the most tokens of a padded batch, with new ones.
         progress: called as ``progress(prompts_done, prompts)``.

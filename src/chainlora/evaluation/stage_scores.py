@@ -142,7 +142,10 @@ class StageMatrix:
         return StageMatrix([self.stages[place] for place in places], self.states, grid)
 
     def harm(self) -> str:
-        """Return a sentence if rows of the start score worse by a factor of `WORSE`, else ""."""
+        """Return a sentence if rows of the start score worse by a factor of `WORSE`, else "".
+
+        Losses are compared by their perplexity.
+        """
         name = next((stage for stage in self.stages if stage in (BASE, START)), None)
         if name is None or name not in self.states:
             return ""
@@ -272,7 +275,8 @@ def states_of(run: OpenState) -> Iterator[tuple[str, State]]:
 class Scorer:
     """Score kept rows of stages in states of one run; the base is loaded once.
 
-    All links are put on the model, and each state sets their strengths.
+    All links are put on the model, and each state sets their strengths. `hold` is by default chosen
+    by the model (`hold_for`), `base` is opened here by default.
     """
 
     def __init__(

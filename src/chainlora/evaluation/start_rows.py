@@ -36,16 +36,7 @@ from chainlora.runs.addresses import open_run
 from chainlora.runs.beginning import save_rows, with_start_rows
 from chainlora.runs.changes import whole_run
 from chainlora.runs.draft import drafts_in
-from chainlora.runs.history import (
-    BASE,
-    CONTENT,
-    START,
-    TOKENIZER,
-    State,
-    Term,
-    Unbuilt,
-    rows_file,
-)
+from chainlora.runs.history import BASE, CONTENT, START, TOKENIZER, State, Term, Unbuilt, rows_file
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.links import save_link
 from chainlora.runs.loading_start import Start, fitted, load_start
@@ -136,11 +127,7 @@ def keep_start_rows(run: str | Path, rows: StartData) -> None:
 
 
 def general_rows(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    longest: int,
-    column: str,
-    progress: Progress,
+    model: Any, tokenizer: PreTrainedTokenizerBase, longest: int, column: str, progress: Progress
 ) -> Kept | None:
     """Return prompts with the texts that a model writes after them, as kept rows.
 

@@ -46,10 +46,7 @@ class Batches:
         ]
 
     def steps_of(self, num_tokens: float) -> int:
-        """Return the number of steps, from the start, that read `num_tokens` tokens.
-
-        Tokens in rows of earlier stages are not counted.
-        """
+        """Return the number of steps, from the start, that read `num_tokens` tokens."""
         epoch, rest = 0, num_tokens
         if self.mixture.is_even:
             epochs, rest = divmod(num_tokens, self._tokens(self.mixture.epoch(0, 0)))
@@ -65,7 +62,7 @@ class Batches:
 
     def _tokens(self, rows: Sequence[int] | NDArray[np.integer]) -> int:
         indices = np.asarray(rows)
-        own = indices[indices < self.mixture.num_rows]  # the others are rows of earlier stages
+        own = indices[indices < self.mixture.num_rows]  # rows of earlier stages do not count
         return int(self.row_lengths[own].sum())
 
     @cached_property

@@ -91,12 +91,10 @@ def carry_out(
 
 
 def _with_base(plan: Plan, base: OpenBase | None) -> History:
-    """Return the planned history; in a new run, add the files, dtype and quantisation of the base.
-
-    They are unknown when a new run is planned, because the base is opened later.
-    """
+    """Return the planned history; in a new run with the files, dtype and quantisation of the base."""
     if plan.history.base.files is not None or base is None:
         return plan.history
+    # they are unknown when a new run is planned, because the base is opened later
     first = plan.stages[0].stage.config
     facts = {"files": base.files, "dtype": first.train.dtype, "quantize": first.quantize}
     base_facts = plan.history.base.model_copy(update=facts)

@@ -82,10 +82,7 @@ def tuned(run: Run) -> TrainResult:
 
 
 def tune_chain(run: Run) -> None:
-    """Extend, tune and tie links, from the run's progress on, until all are tied or it stops early.
-
-    This is Algorithm 1 of arXiv 2401.04151, with early stopping and resume.
-    """
+    """Extend, tune and tie links (Algorithm 1 of arXiv 2401.04151), with early stop and resume."""
     moments: Moments | None = None
     if run.progress.evaluation_due and not run.is_inside_link:  # a signal stopped it at this knot
         assert run.chain.adapter is not None

@@ -128,10 +128,7 @@ def _need_keys(stage: Stage) -> None:
 
 
 def _need_answers(stage: Stage, losses: Mapping[str, str], head: OpenState | None) -> None:
-    """Raise RunError for a stage that depends on the others, so that it belongs on top of them.
-
-    `losses` are those of the stage and of the others, by name.
-    """
+    """Raise RunError for a stage that depends on the others, so that it belongs on top of them."""
     data = stage.config.data
     reasons = [f"{name}: {loss}" for name, loss in losses.items() if loss in PAIR_LOSSES]
     reasons += ["data.replay"] * bool(data.replay) + ["data.new_rows_only"] * data.new_rows_only

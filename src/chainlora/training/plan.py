@@ -99,11 +99,6 @@ def make_plan(
 
     The files of the last finished stage are verified, and those of the head, if a new stage depends
     on it. Without `resume`, an existing run in the output is refused.
-
-    Raises:
-        ConfigError, DataError, ModelError: a stage that cannot be trained, by its config, its files
-            of rows, the model or this machine.
-        RunError: the run differs from the config, or is damaged.
     """
     # 1. Find the run, and how far each stage has come.
     output, existing = stages[0].config.output, None

@@ -109,10 +109,7 @@ class Processes:
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: float = 0.0) -> float:
-        """Sum ``parameter.grad`` over all processes, in place; return the sum of `loss`.
-
-        A gradient stays None if no process has it.
-        """
+        """Sum ``parameter.grad`` over all processes, in place; return the sum of `loss`."""
         if self.count == 1:
             return loss
         # one exchange: all gradients, then the loss and a flag for each gradient
@@ -124,7 +121,7 @@ class Processes:
         *sums, tail = flat.split([*(part.numel() for part in parts), len(values)])
         total, *num_gradients = tail.tolist()
         for parameter, value, count in zip(parameters, sums, num_gradients, strict=True):
-            if count:
+            if count:  # otherwise it stays None
                 parameter.grad = value.view_as(parameter).to(parameter.dtype)
         return float(total)
 
@@ -245,10 +242,7 @@ def own_accelerate() -> Iterator[None]:
 def find_processes(
     accelerator: Accelerator | AcceleratorState, *, share_model: bool = False
 ) -> Processes:
-    """Return the processes that Accelerate has found; with `share_model`, several shard the model.
-
-    Raises ConfigError for an unsupported kind, and for processes that have not found each other.
-    """
+    """Return the processes of Accelerate; with `share_model`, several of them shard the model."""
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", *(["FSDP"] if share_model else [])):
         rule = "each process must hold the whole model, or share it by FSDP2"

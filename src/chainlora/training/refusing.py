@@ -33,10 +33,7 @@ _GIVE_ROWS = "give some as `start_data`, or to a run by eval --matrix --start-ro
 
 
 def check_due(
-    planned: Sequence[StagePlan],
-    start: Start,
-    head: OpenState | None,
-    base: OpenBase | None,
+    planned: Sequence[StagePlan], start: Start, head: OpenState | None, base: OpenBase | None
 ) -> None:
     """Raise ChainLoRAError for unfinished stages of a plan that cannot be trained.
 
@@ -118,10 +115,7 @@ def _given(first: RunConfig, start: Start, is_new: bool) -> dict[str, str | None
 
 
 def _need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
-    """Raise RunError for keys that need earlier rows if no stage below kept such rows.
-
-    `below` has the loss of each stage's kept rows, None without rows (imported adapters).
-    """
+    """Raise RunError for keys that need earlier rows if no stage below kept such rows."""
     data, without = stage.config.data, [name for name, loss in below.items() if loss is None]
     if data.new_rows_only and stage.beside and not below.keys() - {START}:
         rule = f"`data.new_rows_only` of stage {stage.name!r} leaves out rows of stages below it"

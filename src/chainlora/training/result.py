@@ -53,10 +53,7 @@ class TrainResult(TypedDict):
 
 
 def evaluate_point(run: Run, where: Literal["start", "step", "knot"]) -> None:
-    """Score the current model on the validation rows, record the scores, and keep the best point.
-
-    After `early_stop` evaluations without improvement, the progress is marked as stopped.
-    """
+    """Score the current model on the validation rows, record the scores, keep the best point."""
     if not run.splits.validation or (where != "step" and not run.train.eval_at_knots):
         return
     evaluation = score(run, run.splits.validation)
@@ -78,10 +75,7 @@ def evaluate_point(run: Run, where: Literal["start", "step", "knot"]) -> None:
 
 
 def score(run: Run, examples: Sequence[Example]) -> Evaluation:
-    """Score rows by the metrics of the run's task.
-
-    In a run with an output, a signal stops the evaluation after the current batch (StoppedError).
-    """
+    """Score rows by the metrics of the run's task; a signal stops a run with an output."""
 
     def between_batches(done: int, rows: int) -> None:
         # several processes must stop at the same point, so they finish an evaluation first

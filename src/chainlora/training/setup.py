@@ -79,14 +79,11 @@ def prepare(
     stage: str,
     base: OpenBase | None = None,
 ) -> Run:
-    """Load and check everything a stage needs, claim its folder, find where to resume.
-
-    If an error is raised, the folder is released, and removed if the stage is new.
-    """
+    """Load and check everything a stage needs, claim its folder, find where to resume."""
     accelerator = _make_accelerator(config, stage)
     processes = find_processes(accelerator, share_model=wants_shards(config))
     setup = _Setup(config, start, stage, listener, accelerator, processes)
-    with ExitStack() as undo:
+    with ExitStack() as undo:  # after an error the folder is released; that of a new stage goes
         if config.output is not None:
             setup.work = Work(config.output, stage, writes=processes.is_first)
             undo.callback(setup.work.close, undo=True)

@@ -291,9 +291,10 @@ def train_stages(
 def _build_and_score(
     plan: Plan,
     listener: Listener,
-    base: OpenBase,
+    base: OpenBase | None,
     max_forgetting: float | None = None,
     matrix: bool = True,
+    loop: Loop = tuned,
 ) -> dict[str, TrainResult]:
     """Build the entries of a plan, score them, and undo them if they forget too much."""
     if max_forgetting is not None:
@@ -301,7 +302,7 @@ def _build_and_score(
         if plan.due and plan.target is None:
             rule = "--max-forgetting compares the run before and after a command"
             raise RunError(rule, f"{plan.run}, which does not change", "leave it out")
-    results = carry_out(plan, listener, base=base)
+    results = carry_out(plan, listener, base=base, loop=loop)
     if matrix:
         _score(plan.run, listener, base)
     if max_forgetting is not None and is_first_launched():
@@ -327,10 +328,7 @@ def train_run(
     loop: Loop = tuned,
     base: OpenBase | None = None,
 ) -> TrainResult:
-    """Train a config of one stage and return its result, like `chainlora.train`; show no progress.
-
-    `loop` trains the stage.
-    """
+    """Train a config of one stage like `chainlora.train`, without progress; return its result."""
     listener, base = listener or _ignore, base or base_of(config)
     plan = make_plan([Stage(stage, config)], change, resume=resume, base=base)
     if config.output is None:
@@ -340,8 +338,7 @@ def train_run(
         if not isinstance(event, StageBegins | EntryBuilt):
             listener(event)
 
-    result = carry_out(plan, without_stages, base=base, loop=loop).get(stage)
-    _score(plan.run, listener, base)
+    result = _build_and_score(plan, without_stages, base, loop=loop).get(stage)
     if result is None:
         result = result_of(config, stage)
         listener(AlreadyFinished(result["steps"], str(config.output)))
@@ -374,10 +371,7 @@ def build_run(
             got = f"{', '.join(plugins)} for {entry.key}"
             raise RunError(rule, got, f"repeat the command that declared {entry.key}")
     declaring.keys = [entry.key for entry in declaring.history.unbuilt]
-    listener = listener or _ignore
-    results = [*carry_out(plan_of(declaring), listener, base=base).values()]
-    _score(folder, listener, base)
-    return results
+    return [*_build_and_score(plan_of(declaring), listener or _ignore, base).values()]
 
 
 def _score(run: Path, listener: Listener, base: OpenBase | None) -> None:

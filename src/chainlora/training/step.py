@@ -89,10 +89,7 @@ def add_gradients(run: Run, work: StepWork, parameters: list[nn.Parameter]) -> C
 
 
 def update(run: Run, work: StepWork, optimizer: torch.optim.Optimizer, rate: float) -> float:
-    """Make one optimizer step on `work`, record it, and return the loss.
-
-    `rate` is the learning rate as a share of `train.lr`.
-    """
+    """Make a step on `work` at `rate`, a share of `train.lr`; record and return the loss."""
     started, step = time.perf_counter(), work.step
     run.processes.seed(run.train.seed, step)  # dropout is a function of the step alone
     run.chain.model.train()
