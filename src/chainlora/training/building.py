@@ -91,7 +91,7 @@ def carry_out(
 
 
 def _with_base(plan: Plan, base: OpenBase | None) -> History:
-    """Return the planned history; in a new run with the files, dtype and quantisation of the base."""
+    """Return the planned history; in a new run with files, dtype and quantisation of the base."""
     if plan.history.base.files is not None or base is None:
         return plan.history
     # they are unknown when a new run is planned, because the base is opened later
