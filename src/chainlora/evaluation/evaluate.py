@@ -79,9 +79,6 @@ def evaluate(
             token.
         progress: called as ``progress(rows_done, rows)`` after each pack.
 
-    Returns:
-        Metrics, the number of rows, and predictions (`Evaluation`).
-
     Raises:
         ConfigError: an unknown metric, or one that does not fit these rows.
         DataError: no examples.
@@ -103,15 +100,9 @@ def evaluate(
             first = (lambda done, rows: report(0, rows)) if is_generated else report
             scores = runner.scores(examples, max_tokens=max_tokens, progress=first)
         if is_generated:
-            answers = _answers(
-                runner,
-                examples,
-                tokenizer=_required(tokenizer),
-                max_tokens=max_tokens,
-                max_new_tokens=max_new_tokens,
-                stop=stop,
-                progress=report,
-            )
+            keys: Any = {"max_tokens": max_tokens, "max_new_tokens": max_new_tokens, "stop": stop}
+            keys |= {"tokenizer": _required(tokenizer), "progress": report}
+            answers = _answers(runner, examples, **keys)
     columns = zip(examples, scores, answers, strict=True)
     predictions = [_prediction(*row, has_text, tokenizer) for row in columns]
     results = _metrics(names, predictions, is_scored=is_scored, is_labelled=is_labelled)

@@ -101,10 +101,7 @@ def evaluate_task(
     keys: Any = {"num_links": num_links, "dtype": dtype, "speedups": speedups}
     settings, rows, evaluation = _scored(run_or_model, config, encode, progress, **keys)
     if predictions is not None:
-        file = Path(predictions)
-        make_folder(file.parent)
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
-        write_text(file, "".join(lines))
+        _write_predictions(Path(predictions), evaluation)
     metrics = dict(evaluation.metrics)
     if settings.metric in INDEX_METRICS:
         metrics["majority"] = majority_rate(rows, settings.metric)
@@ -153,6 +150,12 @@ def _scored(
     with Engine(to_accelerator(model), speedups=speedups, training=False) as engine:
         reference = engine.scores(rows, progress=progress)
     return settings, rows, judge_pairs(rows, scores, reference, config.train.dpo_beta)
+
+
+def _write_predictions(file: Path, evaluation: Evaluation) -> None:
+    make_folder(file.parent)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
+    write_text(file, "".join(lines))
 
 
 def _need_reference(run_or_model: Address) -> None:
