@@ -320,11 +320,9 @@ def wants_shards(config: RunConfig) -> bool:
     Raises ConfigError if Accelerate is set to FSDP1 or DeepSpeed.
     """
     if _is_set("ACCELERATE_USE_DEEPSPEED"):
-        rule, got = (
-            "processes share a model by `train.shard`",
-            "an Accelerate config with DeepSpeed",
-        )
-        raise ConfigError(rule, got, "launch with torchrun, and set train.shard: fsdp2")
+        got, remedy = "an Accelerate config with DeepSpeed", "set train.shard: fsdp2"
+        rule = "processes share a model by `train.shard`"
+        raise ConfigError(rule, got, f"launch with torchrun, and {remedy}")
     by_accelerate = _is_set("ACCELERATE_USE_FSDP")
     version = os.environ.get("FSDP_VERSION", "1")
     if by_accelerate and version != "2":

@@ -222,7 +222,7 @@ def _put_chain_on(base: OpenBase, config: RunConfig, processes: Processes) -> Ch
 
 def _new_engine(config: RunConfig, model: Any, processes: Processes) -> Engine:
     """Return the engine of a run."""
-    # threads share state: LoRA's dropout draws from one generator, and quantised layers keep state
+    # one thread where threads would share state: a generator of dropout, or of quantised layers
     threads = 1 if config.chain.dropout > 0 or is_quantized_model(model) else None
     speedups = config.train.speedups
     return Engine(model, speedups=speedups, training=True, threads=threads, sharing=processes)
