@@ -219,6 +219,7 @@ class Declaring:
         is_parent = any(name in history.below(entry.key) for entry in history.unbuilt)
         known = (*history.entries, *history.unbuilt)
         combined = {key for entry in known if entry.kind == "combine" for key in entry.parents}
+        # a finished stage is combined if no combination and not the head has it
         if is_parent or name not in combined | history.below(history.head):
             self._group.append(planned.stage)
 
