@@ -120,7 +120,7 @@ def test_an_adapter_stands_beside_a_stage(made, run, tiny_folder, tmp_path):
     assert open_run(run).verify().with_rows.key == "law"
 
 
-def test_what_was_pruned_is_as_if_it_had_never_been_added(made, run, both, tmp_path):
+def test_what_was_pruned_is_as_if_it_had_never_been_added(made, run):
     add(run, made / "x", made / "x.jsonl")
     wanted = checksums(run)
     state = add(run, made / "y", made / "y.jsonl")
@@ -146,7 +146,7 @@ def test_a_run_can_begin_with_an_adapter(made, both, tiny_folder):
     assert read_history(both).origin == "start"  # the base, with its general rows
 
 
-def test_a_run_of_adapters_alone_is_a_run(made, both, tmp_path, chainlora, monkeypatch):
+def test_a_run_of_adapters_alone_is_a_run(both, tmp_path, chainlora, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for words in (
         f"log {both}",

@@ -184,7 +184,7 @@ def test_rule_3_two_processes_never_build_one_entry(tiny_folder, only_a, sentime
     assert [end.status for end in ends] == [0, 0]
 
 
-def test_rule_4_a_declaration_is_replaced_until_its_stage_begins(only_a, sentiment, caplog):
+def test_rule_4_a_declaration_is_replaced_until_its_stage_begins(only_a, sentiment):
     killed("stage", only_a, section(sentiment, "b"))
     assert unbuilt(only_a) == ["b", "after-b"]
     killed("step", only_a, section(sentiment, "b", ranks=[3]))
@@ -336,7 +336,7 @@ def test_rule_8_what_is_not_built_does_not_travel(ac, abc, sentiment, tmp_path):
     assert open_run(tmp_path / "pushed").state == open_run(ac).state
 
 
-def test_rule_9_where_a_stage_stands_follows_at_its_declaration(abc, sentiment, caplog):
+def test_rule_9_where_a_stage_stands_follows_at_its_declaration(abc, sentiment):
     """Not from what the run has become when it is built."""
     killed("stage", abc, section(sentiment, "d"), beside=False)
     killed("stage", abc, section(sentiment, "d2"))

@@ -24,7 +24,7 @@ from chainlora.training.plan import make_plan
 from chainlora.training.stages import extension, rehearsal, train_stages
 
 
-def test_extend_stands_beside_and_rehearses_if_asked(abc, ac, sentiment, capsys, caplog):
+def test_extend_stands_beside_and_rehearses_if_asked(abc, sentiment, capsys, caplog):
     more = section(sentiment, "d") | {"rehearse": True}
     assert extend(abc, more, progress=False)["stage"] == "d"
     entries = read_history(abc).entries
@@ -194,7 +194,7 @@ def test_what_a_combination_leaves_is_named(abc, sentiment, caplog):
     assert [*combine(abc, ["a", "c", "d"]).shares] == ["a", "b", "c", "d"]
 
 
-def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, capsys, caplog):
+def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, capsys):
     train_on(f"{ac}@start", section(sentiment, "d"))  # not combined
     file = sentiment.with_name("d.yaml")
     file.write_text(json.dumps(section(sentiment, "d")))

@@ -83,7 +83,7 @@ def test_the_command_line(run, sentiment, chainlora):
     assert whole["right_a"] == round(scores["metrics"]["accuracy"] * scores["rows"])
 
 
-def test_two_runs_and_their_bases(run, tiny_folder, sentiment, tmp_path, chainlora):
+def test_two_runs_and_their_bases(run, sentiment, tmp_path, chainlora):
     copy = shutil.copytree(run, tmp_path / "copy")
     found = diff(f"{run}@a", f"{copy}@b", prompts=1)
     assert found["modules"] == diff(f"{run}@a", f"{run}@b", prompts=0)["modules"]

@@ -310,7 +310,7 @@ def test_what_keeps_no_rows_of_the_base(roomy, sentiment, tmp_path, chainlora):
     chainlora(*extended).refused("`start_data` is read when a run begins")
 
 
-def test_rows_of_the_base_are_given_by_a_file(roomy, sentiment, tmp_path, chainlora):
+def test_rows_of_the_base_are_given_by_a_file(roomy, tmp_path, chainlora):
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"it was {n}"} for n in range(10)])
     answers = write_rows(tmp_path / "a.jsonl", [{"prompt": "the", "completion": " cat"}] * 8)
     words = ("train", answers, "--model", roomy, "--chain.steps", "[1]", "--output", "run")

@@ -61,7 +61,7 @@ def test_progress_is_shown_unless_somebody_listens(tree, capsys):
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_a_script_is_after_train_what_it_was(tree, tmp_path, ends):
+def test_a_script_is_after_train_what_it_was(tree, ends):
     """Also one that switched gradients off, and where its listener fails."""
 
     def state() -> list:

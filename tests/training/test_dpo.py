@@ -327,7 +327,7 @@ def test_the_best_point_may_be_chosen_by_the_margin(settings):
     assert result["best"]["value"] == best == result["metrics"]["validation"]["margin"]
 
 
-def test_the_reference_of_a_stage_is_the_chain_that_it_begins_on(settings, tmp_path):
+def test_the_reference_of_a_stage_is_the_chain_that_it_begins_on(settings):
     first = settings("first")
     train(first)
     tree = settings("second", train={"save_every": 1}, knots={"every": 2, "share": 0.5})

@@ -289,7 +289,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_knot(rich_config, tmp_path, capl
     assert_same_records(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_run_is_for_one_process_at_a_time(rich_config, tmp_path):
+def test_a_run_is_for_one_process_at_a_time(rich_config):
     stop_after(rich_config, 6)
     tried: list[str] = []
 
