@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from faults.injection import Injection
 from faults.lives import live
-from helpers import sign, train_all, train_on
+from helpers import train_all, train_on
 from safetensors.torch import load_file, save_file
 
 from beside.cases import add, config_of, section
@@ -384,14 +384,6 @@ def test_rule_12_a_rebuild_says_what_is_missing_before_it_begins(
     task = ("--data.task", sentiment / "task.yaml", "--model", open_run(ac).base.model)
     chainlora(*words, *task).refused(f"{sentiment.name}-a.jsonl")
     assert not (tmp_path / "new").exists()
-
-
-def test_rule_12_another_run_format_is_refused(only_a, chainlora):
-    for format in (0, 99):
-        sign(only_a, lambda tree, format=format: tree.update(format=format))
-        said = chainlora("log", only_a).refused("format")
-        chainlora("train", only_a).refused("format")
-        assert "version" in said
 
 
 # --- what a run begins on ---

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tiny_folder, write_rows
-from helpers import Stop, assert_same_links, history_of, settings, stage_dir, stopping
+from helpers import Stop, assert_same_links, settings, stage_dir, stopping
 from stages.cases import flipped, logits
 
 from chainlora import evaluate_task, export_adapter, load_run, train
@@ -165,11 +165,10 @@ def test_what_cannot_be_taken_for_rows_of_the_start_is_refused(
 
 
 def test_a_run_is_known_by_what_it_began_on_and_by_the_rows_for_it(
-    made, sentiment, tmp_path, chainlora
+    made, tiny_folder, sentiment, tmp_path, chainlora
 ):
     run, rows = tmp_path / "kept", general(sentiment, "validation")
-    tree = settings(made / "first", sentiment, run, chain=SHORT) | {"start_data": rows}
-    tree["model"] = history_of(made / "first")["base"]["model"]
+    tree = settings(tiny_folder, sentiment, run, chain=SHORT) | {"start_data": rows}
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(tree))
     assert chainlora("train", config).status == 0
@@ -183,14 +182,15 @@ def test_a_run_is_known_by_what_it_began_on_and_by_the_rows_for_it(
     changed.refused("`start_data` is read when a run begins")
     moved = stage_dir(copy) / "config.yaml"
     chainlora("train", moved).refused("needs its new path")
-    on_adapter = settings(made / "first", sentiment, made / "mine", chain=SHORT | {"steps": [20]})
-    config.write_text(json.dumps(on_adapter | {"model": tree["model"]}))
-    chainlora("train", config).refused(
-        "`start` cannot change after a run has begun (got none, and "
-    )
+    on_adapter = settings(tiny_folder, sentiment, made / "mine", chain=SHORT | {"steps": [20]})
+    config.write_text(json.dumps(on_adapter))
+    refused = "`start` cannot change after a run has begun (got none, and "
+    chainlora("train", config).refused(refused)
 
 
-def test_what_was_before_a_first_stage_that_was_pruned(made, sentiment, chainlora, tmp_path):
+def test_what_was_before_a_first_stage_that_was_pruned(
+    made, tiny_folder, sentiment, chainlora, tmp_path
+):
     run, rows = made / "first", general(sentiment, "train")
     train_stages(extension(run, {"name": "more", "data": rows, "chain": SHORT}))
     prune_stage(run, "main")
@@ -199,8 +199,7 @@ def test_what_was_before_a_first_stage_that_was_pruned(made, sentiment, chainlor
     assert "as it was before this run" in (tmp_path / "page.html").read_text()
     assert "unfinished" not in chainlora(f"inspect {run}@base").out
     config = tmp_path / "config.yaml"
-    tree = settings(made, sentiment, run, chain=SHORT | {"steps": [20]})
-    tree["model"] = history_of(run)["base"]["model"]
+    tree = settings(tiny_folder, sentiment, run, chain=SHORT | {"steps": [20]})
     config.write_text(json.dumps(tree))
     chainlora("train", config).refused("in their order, then new ones (got main for more")
 
@@ -239,12 +238,8 @@ def test_a_run_keeps_what_its_base_writes(roomy, tokenizer, sentiment, tmp_path,
         train(tree, listener=stopping(1))  # the rows are kept before the first step
     train(tree, resume=True)
     train(tree | {"output": str(tmp_path / "again")})
-    assert (
-        caplog.text.count(
-            "the base writes texts after 80 prompts, which are kept as rows of `base`"
-        )
-        == 2
-    )
+    told = "the base writes texts after 80 prompts, which are kept as rows of `base`"
+    assert caplog.text.count(told) == 2
     run, again = open_run(tmp_path / "run"), open_run(tmp_path / "again")
     assert run.keepers == again.keepers
     kept = run.kept()["start"]
@@ -326,10 +321,10 @@ def test_rows_of_the_base_are_given_by_a_file(roomy, tmp_path, chainlora):
     assert open_run("fork").keepers["start"] == open_run("run").keepers["start"]
 
 
-def test_with_an_adapter_the_model_writes_as_the_adapter_does(made, sentiment, tmp_path):
-    tree = of_rows(made, sentiment, tmp_path / "run", start=str(made / "adapter"))
-    tree["model"] = history_of(made / "first")["base"]["model"]
-    train(tree | {"start": str(made / "adapter")})
+def test_with_an_adapter_the_model_writes_as_the_adapter_does(
+    made, tiny_folder, sentiment, tmp_path
+):
+    train(of_rows(tiny_folder, sentiment, tmp_path / "run", start=str(made / "adapter")))
     found = stage_matrix(tmp_path / "run")
     assert found.stages == ["start", "main"]
     rows = open_run(tmp_path / "run").kept()["start"].validation[:]
