@@ -10,6 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from chainlora.data.encoding import Options, detect_format, make_row_encoder
+from chainlora.data.encoding.encoder import Counts
 from chainlora.data.sources import Row
 
 CORPUS = [
@@ -70,9 +71,9 @@ def encode_examples(rows, tokenizer, task, **options) -> list:
         row if isinstance(row, Row) else Row(row, position, f"row {position}")
         for position, row in enumerate(rows)
     ]
-    encoded = encode(named)
-    encoded.counts.refuse_too_long(encode.fit.max_length)
-    return encoded.examples
+    examples = encode(named, counts := Counts())
+    counts.refuse_too_long(encode.fit.max_length)
+    return examples
 
 
 def pairs(count: int, start: int = 0) -> list[dict]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from chainlora import Link, load_model, load_task
 from chainlora.data.encoding import Options, make_row_encoder
+from chainlora.data.encoding.encoder import Counts
 from chainlora.data.examples import Example
 from chainlora.data.sources import Row
 
@@ -39,7 +40,7 @@ class Scored:
     def encode(self, rows: Sequence[Mapping[str, str]]) -> list[Example]:
         """Return rows of prompt and answer as examples."""
         found = [Row(dict(row), place, "field") for place, row in enumerate(rows)]
-        return self._encode(found).examples
+        return self._encode(found, Counts())
 
     @torch.no_grad()
     def put(self, update: Update) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from chainlora.data.rows import ARRAYS, MemoryRows, Rows, RowsSummary, StoredRow
 from chainlora.data.sources import Row, Source
 from chainlora.data.tasks import Task
 from chainlora.errors import DataError, FileError
-from chainlora.files import checksums, is_scratch, make_folder, remove, replaced_folder
+from chainlora.files import checksums, make_folder, remove_scratch, replaced_folder
 from chainlora.models.identity import cache_dir
 
 IN_MEMORY = 2000
@@ -86,7 +86,9 @@ def make_rows(
     recognised = str(kind) if task == "auto" and kind in TRANSLATED else ""
     state = source.state()
     if len(head) <= IN_MEMORY:
-        rows: Rows = _encode_in_memory(head, encode)
+        counts = Counts()
+        rows: Rows = MemoryRows([*chain.from_iterable(_chunks(head, encode, counts))])
+        rows.summary = counts.summary()
     else:
         key = _key([source.identity(), source.fields], tokenizer, kind, options)
         folder = cache_dir() / "rows" / key
@@ -95,33 +97,12 @@ def make_rows(
     return rows
 
 
-def _encode_in_memory(rows: Sequence[Row], encode: RowEncoder) -> MemoryRows:
-    encoding = _Encoding(rows, encode)
-    encoded = MemoryRows([example for chunk in encoding for example in chunk])
-    encoded.summary = encoding.summary()
-    return encoded
-
-
-class _Encoding:
-    """Encodes rows chunk by chunk, and adds up their counts and digests."""
-
-    def __init__(self, rows: Iterable[Row], encode: RowEncoder) -> None:
-        self._rows, self._encode = rows, encode
-        self.counts, self._digest = Counts(), hashlib.sha256()
-
-    def __iter__(self) -> Iterator[list[Example]]:
-        """Yield the chunks. Raises DataError for the first bad row."""
-        rows = iter(self._rows)
-        while chunk := list(islice(rows, _CHUNK)):
-            encoded = self._encode(chunk)
-            self.counts.add(encoded.counts)
-            self._digest.update(encoded.digests)
-            yield encoded.examples
-
-    def summary(self) -> RowsSummary:
-        """Return the summary after the last chunk. Raises DataError for rows that are too long."""
-        self.counts.refuse_too_long(self._encode.fit.max_length)
-        return self.counts.summary(self._digest.hexdigest())
+def _chunks(rows: Iterable[Row], encode: RowEncoder, counts: Counts) -> Iterator[list[Example]]:
+    """Encode rows chunk by chunk. Raises DataError for a bad row, at the end for long ones."""
+    rows = iter(rows)
+    while chunk := list(islice(rows, _CHUNK)):
+        yield encode(chunk, counts)
+    counts.refuse_too_long(encode.fit.max_length)
 
 
 # --- the table ---
@@ -187,14 +168,14 @@ def _write_table(
         flat = [{name: a.reshape(-1) for name, a in flatten(chunk).items()} for chunk in chunks]
         return pyarrow.RecordBatch.from_pylist(flat)
 
-    num_rows, encoded = source.num_rows(), _Encoding(source, encode)
-    chunks, schema = iter(encoded), as_batch([[]]).schema
+    num_rows, counts = source.num_rows(), Counts()
+    chunks, schema = _chunks(source, encode, counts), as_batch([[]]).schema
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as table:
         while batch := list(islice(chunks, _BATCH)):
             table.write_batch(as_batch(batch))
             if progress is not None:
-                progress(encoded.counts.rows, encoded.counts.rows / num_rows)
-    return encoded.summary()
+                progress(counts.sums["rows"], counts.sums["rows"] / num_rows)
+    return counts.summary()
 
 
 # --- the cache ---
@@ -206,9 +187,7 @@ def _one_writer(folder: Path) -> Iterator[None]:
     try:
         make_folder(folder.parent)
         with FileLock(folder.parent / f"{folder.name}.lock"):
-            for entry in folder.parent.glob(f"{folder.name}.*"):
-                if is_scratch(entry.name):  # of a process that was killed while it built
-                    remove(entry)
+            remove_scratch(folder.parent, folder.name)  # of processes killed while they built
             yield
     except (FileError, OSError) as error:
         raise DataError(

@@ -256,8 +256,7 @@ class _Chat:
         if self.arguments:
             content = [self.content, self.tools, self.arguments]
         references = (str(self.messages[self.turns[-1]].get("content") or ""),)
-        row = (self.row.index, self.place, content, [ids], [spans])
-        return Draft(*row, references=references, prompt=prompt)
+        return Draft(self.row, content, [ids], [spans], references=references, prompt=prompt)
 
 
 def _covered(offsets: Sequence[Span], marks: Sequence[Span]) -> list[Span]:

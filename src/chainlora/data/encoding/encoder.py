@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,11 +26,11 @@ from chainlora.data.encoding.texts import (
     TextEncoder,
     render_rows,
 )
-from chainlora.data.encoding.tokens import Draft, Encoder, Ids, Span, TokenReader
+from chainlora.data.encoding.tokens import Draft, Encoder, Ids, TokenReader
 from chainlora.data.encoding.translated import make_translated
 from chainlora.data.examples import Example, hash_of
 from chainlora.data.readers import bad_row
-from chainlora.data.rows import SUMMED, RowsSummary
+from chainlora.data.rows import RowsSummary
 from chainlora.data.sources import Row, where
 from chainlora.data.tasks import Task
 from chainlora.errors import DataError
@@ -66,32 +67,18 @@ class Options:
 
 @dataclass
 class Counts:
-    """Counts of the rows encoded so far; counts of chunks add up."""
+    """Counts of the rows encoded so far."""
 
-    examples: int = 0
-    tokens: int = 0
-    rows: int = 0
-    rows_split: int = 0
-    rows_cut: int = 0
-    rows_dropped: int = 0
-    tokens_cut: int = 0
-    pairs_equal: int = 0
+    sums: Counter[str] = field(default_factory=Counter)  # by the name in `RowsSummary`
+    unread: dict[str, None] = field(default_factory=dict)  # columns, in the order of their rows
+    digest: Any = field(default_factory=hashlib.sha256)  # over the SHA-256 of each row
     rows_too_long: int = 0
     longest: int = 0
     first_too_long: tuple[int, str] | None = None  # tokens and place of the first row not cut
-    unread: list[str] = field(default_factory=list)
 
-    def add(self, other: Counts) -> None:
-        for name in (*SUMMED, "rows_too_long"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.longest = max(self.longest, other.longest)
-        self.first_too_long = self.first_too_long or other.first_too_long
-        self.unread += [name for name in other.unread if name not in self.unread]
-
-    def summary(self, digest: str) -> RowsSummary:
+    def summary(self) -> RowsSummary:
         """Return the summary that a run reports and keeps."""
-        sums = {name: getattr(self, name) for name in SUMMED}
-        return RowsSummary(**sums, unread=tuple(self.unread), digest=digest)
+        return RowsSummary(**self.sums, unread=tuple(self.unread), digest=self.digest.hexdigest())
 
     def refuse_too_long(self, max_length: int | None) -> None:
         """Raise DataError if rows are too long: names the first one and the longest length.
@@ -100,17 +87,17 @@ class Counts:
         """
         if self.first_too_long is None:
             return
-        length, place = self.first_too_long
-        if self.rows_dropped:
-            if self.rows_dropped < self.rows:
+        (length, place), rows = self.first_too_long, self.sums["rows"]
+        if self.sums["rows_dropped"]:
+            if self.sums["rows_dropped"] < rows:
                 return
-            got = f"{self.rows} longer rows, up to {self.longest} tokens for at most {max_length},"
+            got = f"{rows} longer rows, up to {self.longest} tokens for at most {max_length},"
             remedy = "raise data.max_length, or set data.truncation: cut"
             raise bad_row(
                 "at least one row must fit the context", got, f"{place} and after it", remedy
             )
         if self.rows_too_long > 1:
-            count = f"{self.rows_too_long} of {self.rows}"
+            count = f"{self.rows_too_long} of {rows}"
             place += f"; {count} rows are too long, up to {self.longest} tokens"
         got = f"{length} tokens for at most {max_length}"
         remedy = f"{_SHORTEN}, or set data.truncation: cut or drop"
@@ -132,23 +119,23 @@ class Fit:
         """Return the drafts that fit, cut or split, and update the counts."""
         fitting: list[Draft] = []
         for draft in drafts:
-            counts.rows += 1
+            counts.sums["rows"] += 1
             length = self._length(draft)
             if self.max_length is None or length <= self.max_length:
                 fitting.append(draft)
             elif self.truncation in ("cut", "left"):
-                counts.rows_cut += 1
-                counts.tokens_cut += length - self.max_length
+                counts.sums["rows_cut"] += 1
+                counts.sums["tokens_cut"] += length - self.max_length
                 fitting.append(self._cut(draft, length, self.max_length))
             elif self.truncation == "split":
-                counts.rows_split += 1
+                counts.sums["rows_split"] += 1
                 fitting += self._split(draft, self.max_length)
             else:
                 is_dropped = self.truncation == "drop"
-                counts.rows_dropped += is_dropped
+                counts.sums["rows_dropped"] += is_dropped
                 counts.rows_too_long += not is_dropped
                 counts.longest = max(counts.longest, length)
-                counts.first_too_long = counts.first_too_long or (length, draft.place)
+                counts.first_too_long = counts.first_too_long or (length, draft.row.origin)
         return fitting
 
     def _length(self, draft: Draft) -> int:
@@ -169,11 +156,18 @@ class Fit:
         if self.keeps_targets and excess > room:
             rule = "the scored tokens must fit the context with one token of the prompt"
             got = f"{length - room} tokens for at most {max_length}"
-            raise bad_row(rule, got, draft.place, _OR_DROP)
-        scored = [_move(spans, excess, first) for spans in draft.scored]
+            raise bad_row(rule, got, draft.row.origin, _OR_DROP)
+        scored = [
+            [
+                (max(begin - excess, first), stop - excess)
+                for begin, stop in spans
+                if stop - excess > first
+            ]
+            for spans in draft.scored
+        ]
         if not all(scored):
             got = f"only unscored tokens in the last {max_length}"
-            raise bad_row("a cut row must keep something to learn", got, draft.place, _OR_DROP)
+            raise bad_row("a cut row must keep something to learn", got, draft.row.origin, _OR_DROP)
         sequences = [ids[:front] + ids[front + excess :] for ids in draft.sequences]
         return replace(draft, sequences=sequences, scored=scored)
 
@@ -196,19 +190,6 @@ class Fit:
         return blocks
 
 
-def _move(spans: list[Span], excess: int, first: int) -> list[Span]:
-    kept = [(begin - excess, stop - excess) for begin, stop in spans if stop - excess > first]
-    return [(max(begin, first), stop) for begin, stop in kept]
-
-
-class Encoded(NamedTuple):
-    """A chunk of rows as examples, their counts, and the SHA-256 of each row, concatenated."""
-
-    examples: list[Example]
-    counts: Counts
-    digests: bytes
-
-
 @dataclass(frozen=True)
 class RowEncoder:
     """Encodes chunks of rows."""
@@ -217,30 +198,25 @@ class RowEncoder:
     fit: Fit
     refuse: Callable[[Row], None] | None  # None for a task, which defines the columns it reads
 
-    def __call__(self, rows: Sequence[Row]) -> Encoded:
-        """Return the rows as examples. Raises DataError that names a row that cannot be used."""
+    def __call__(self, rows: Sequence[Row], counts: Counts) -> list[Example]:
+        """Return the rows as examples, and update the counts. Raises DataError for a bad row."""
         if self.refuse is not None:
             for row in rows:
                 self.refuse(row)
         drafts = self.encoder(rows)
-        texts = [json.dumps(draft.content, sort_keys=True, default=str) for draft in drafts]
-        digests = b"".join(hashlib.sha256(text.encode()).digest() for text in texts)
         for draft in drafts:  # before cuts, which depend on the length of the answer
+            content = json.dumps(draft.content, sort_keys=True, default=str)
+            counts.digest.update(hashlib.sha256(content.encode()).digest())
             prompt = draft.prompt if len(draft.prompt) > len(self.fit.front) else draft.sequences
             draft.prompt_hash = hash_of(json.dumps(prompt).encode())
+        pairs = [d.sequences for d in drafts if d.label is None and len(d.sequences) == 2]
+        counts.sums["pairs_equal"] += sum(chosen == rejected for chosen, rejected in pairs)
         unread = set().union(*map(self.encoder.unread, rows))
-        counts = Counts(unread=sorted(map(str, unread)))
-        counts.pairs_equal = sum(map(_is_equal_pair, drafts))
+        counts.unread |= dict.fromkeys(sorted(map(str, unread)))
         examples = [draft.example() for draft in self.fit(drafts, counts)]
-        counts.examples = len(examples)
-        counts.tokens = sum(len(ids) for example in examples for ids in example.sequences)
-        return Encoded(examples, counts, digests)
-
-
-def _is_equal_pair(draft: Draft) -> bool:
-    """Return whether a row is a pair of preferences with equal answers."""
-    is_pair = draft.label is None and len(draft.sequences) == 2
-    return is_pair and draft.sequences[0] == draft.sequences[1]
+        counts.sums["examples"] += len(examples)
+        counts.sums["tokens"] += sum(len(ids) for e in examples for ids in e.sequences)
+        return examples
 
 
 def make_row_encoder(

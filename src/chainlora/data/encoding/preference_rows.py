@@ -108,7 +108,7 @@ def _pair(chosen: Draft, rejected: Draft) -> Draft:
     if chosen.prompt != rejected.prompt and prompts[0] != prompts[1]:
         rule, got = "both answers of a pair must follow the same turns", "different turns"
         remedy = "begin `chosen` and `rejected` with the assistant's turn"
-        raise bad_row(rule, got, chosen.place, remedy)
+        raise bad_row(rule, got, chosen.row.origin, remedy)
     return replace(
         chosen,
         content=[chosen.content, rejected.content],

@@ -66,8 +66,7 @@ class CompletionEncoder:
             check_start(start, prompt, shown.completion, row.origin)
         content = list(shown) if self.fields is None else [shown.prompt, shown.completion]
         scored = [[(max(start, 1), len(ids))]]
-        values = (row.index, row.origin, content, [ids], scored)
-        return Draft(*values, references=shown.references, prompt=alone)
+        return Draft(row, content, [ids], scored, references=shown.references, prompt=alone)
 
     def unread(self, row: Row) -> set[str]:
         return set() if self.fields is None else row.keys() - self.fields
@@ -136,8 +135,8 @@ class CandidatesEncoder:
             seen[tuple(ids)] = text
         scored = [[(start, len(ids))] for ids in sequences]
         names = shown.names if self.task.candidates or self.task.metric in WORD_METRICS else ()
-        values = (row.index, row.origin, list(shown), sequences, scored)
-        return Draft(*values, shown.label, shown.references, names, prompt=alone)
+        right = (shown.label, shown.references, names)
+        return Draft(row, list(shown), sequences, scored, *right, prompt=alone)
 
     def unread(self, row: Row) -> set[str]:
         return set()  # the author of a task chooses the columns
@@ -160,7 +159,7 @@ class TextEncoder:
             ids = with_end(read, self.end)
             if len(read) <= first or len(ids) < 2:
                 refuse_no_tokens(text, "", row.origin)
-            drafts.append(Draft(row.index, row.origin, text, [ids], [[(max(first, 1), len(ids))]]))
+            drafts.append(Draft(row, text, [ids], [[(max(first, 1), len(ids))]]))
         return drafts
 
     def unread(self, row: Row) -> set[str]:

@@ -30,11 +30,10 @@ class Draft:
     the answer's first one in `sequences`.
     """
 
-    index: int
-    place: str
+    row: Row
     content: Any
-    sequences: Sequence[Ids] = ()
-    scored: Sequence[list[Span]] = ()
+    sequences: Sequence[Ids]
+    scored: Sequence[list[Span]]
     label: int | None = None
     references: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
@@ -43,7 +42,7 @@ class Draft:
 
     def example(self) -> Example:
         return Example(
-            self.index,
+            self.row.index,
             tuple(map(tuple, self.sequences)),
             tuple(map(tuple, self.scored)),
             self.label,
