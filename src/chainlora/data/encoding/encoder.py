@@ -78,7 +78,8 @@ class Counts:
 
     def summary(self) -> RowsSummary:
         """Return the summary that a run reports and keeps."""
-        return RowsSummary(**self.sums, unread=tuple(self.unread), digest=self.digest.hexdigest())
+        sums: dict[str, Any] = dict(self.sums)
+        return RowsSummary(**sums, unread=tuple(self.unread), digest=self.digest.hexdigest())
 
     def refuse_too_long(self, max_length: int | None) -> None:
         """Raise DataError if rows are too long: names the first one and the longest length.

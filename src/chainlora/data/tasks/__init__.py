@@ -1,8 +1,7 @@
 """Tasks: a small data file per task, and the code that turns its rows into prompts.
 
-    task_file.py  the keys of a task file and their checks
-    task.py       `Task`, `load_task`, `list_tasks`: rows as prompts with candidates or a completion
-    sampling.py   the splits of a task on disk or on the Hub, and the samples a run draws from them
+    task.py      `Task`, `load_task`, `list_tasks`: rows as prompts with candidates or a completion
+    sampling.py  the splits of a task on disk or on the Hub, and the samples a run draws from them
 
 To add a task, write one YAML file; no Python is needed. The shipped files follow the MeZO protocol
 (arXiv 2305.17333), as the chain-of-LoRA paper does. See docs/tasks.md.
@@ -15,5 +14,11 @@ from chainlora.data.tasks.sampling import (
     split_source,
     unseen_source,
 )
-from chainlora.data.tasks.task import Rendered, Task, list_tasks, load_task
-from chainlora.data.tasks.task_file import REPORTED_OF_TEXT, WORD_METRICS
+from chainlora.data.tasks.task import (
+    REPORTED_OF_TEXT,
+    WORD_METRICS,
+    Rendered,
+    Task,
+    list_tasks,
+    load_task,
+)

@@ -27,8 +27,7 @@ from chainlora.data.sources import (
     Source,
     find_file,
 )
-from chainlora.data.tasks.task import Task
-from chainlora.data.tasks.task_file import Draw
+from chainlora.data.tasks.task import Draw, Task
 from chainlora.errors import DataError
 
 _log = logging.getLogger(__name__)
