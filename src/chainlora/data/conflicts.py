@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,17 +46,10 @@ def _hashes(row: Example) -> tuple[int, int]:
 
 
 def newest(kept: Mapping[str, Kept], later: NDArray[np.int64] = NOTHING) -> dict[str, Kept]:
-    """Return the kept rows of each stage without superseded rows.
+    """Return the kept rows of each stage, in the order of the stages, without superseded rows.
 
-    A row is superseded if later stages train on its prompt, and the last of them has only other
-    answers. This applies to the rows of all splits.
-
-    Args:
-        kept: the kept rows by stage, in the order in which the stages ended.
-        later: the `answer_hashes` of the training rows of the next stage, [rows, 2].
-
-    Returns:
-        The stages in the same order. Stages without superseded rows are unchanged.
+    A row of any split is superseded if later stages train on its prompt, and the last of them has
+    only other answers. `later` has the `answer_hashes` ([rows, 2]) of the next stage.
     """
     newest_rows = {}
     for stage, stage_rows in reversed([*kept.items()]):
@@ -71,10 +64,11 @@ def _without(kept: Kept, later: NDArray[np.int64]) -> Kept:
     masks = {split: _is_old(answer_hashes(getattr(kept, split)), later) for split in SPLITS}
     if not any(mask.any() for mask in masks.values()):
         return kept
-    rows = {s: PickedRows(getattr(kept, s), np.flatnonzero(~mask)) for s, mask in masks.items()}
-    train, validation, test = map(rows.__getitem__, SPLITS)
-    prompts = kept.prompts[~masks["train"]]
-    return replace(kept, train=train, validation=validation, test=test, prompts=prompts)
+    rows: dict[str, Any] = {
+        split: PickedRows(getattr(kept, split), np.flatnonzero(~mask))
+        for split, mask in masks.items()
+    }
+    return replace(kept, **rows, prompts=kept.prompts[~masks["train"]])
 
 
 def _is_old(answers: NDArray[np.int64], later: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -92,10 +86,7 @@ class Changed(NamedTuple):
 
 
 def changed_answers(rows: Rows, earlier: Mapping[str, Kept]) -> Changed:
-    """Compare the training rows of a stage with all training rows of earlier stages.
-
-    The comparison uses hashes, so it includes earlier rows that were not kept.
-    """
+    """Compare the training rows of a stage with those of earlier stages, kept or not."""
     new = answer_hashes(rows)
     old = {name: kept.answers[_is_old(kept.answers, new), 0] for name, kept in earlier.items()}
     stages = tuple(name for name, prompts in old.items() if len(prompts))

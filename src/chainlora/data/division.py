@@ -42,29 +42,20 @@ class Division:
 def divide(
     files: Sequence[Rows], data: DataConfig, earlier: Sequence[Kept] = (), bound: int | None = None
 ) -> Division:
-    """Divide the rows of training files.
+    """Divide the rows of training files, encoded for training; `bound` is the run's, if it has one.
 
-    Args:
-        files: the rows of each file, encoded for training.
-        data: `validation` is the share or number to hold out; `new_rows_only` leaves out rows that
-            earlier stages trained on.
-        earlier: the rows that earlier stages kept.
-        bound: the bound of the run (`held_out_bound`), if it has one already.
-
-    Raises:
-        ConfigError: no rows are left to train on, or none are held out.
+    Raises ConfigError if no rows are left to train on, or none are held out.
     """
     validated = np.unique(_joined(kept.held_out for kept in earlier))
     trained = np.unique(_joined(kept.seen for kept in earlier))
-    prompts = [np.empty(0, np.int64)] * len(files)
+    held_out = left_out = seen = [np.zeros(len(rows), bool) for rows in files]
     if data.holds_out or len(validated):
         prompts = [prompt_hashes(rows) for rows in files]
-    if data.holds_out and bound is None:
-        bound = _new_bound(_joined(prompts), data)
-    nothing = [np.zeros(len(rows), bool) for rows in files]
-    held_out = [hashes < bound for hashes in prompts] if bound is not None else nothing
-    left_out = [np.isin(hashes, validated) for hashes in prompts] if len(validated) else nothing
-    seen = nothing
+        left_out = [np.isin(hashes, validated) for hashes in prompts]
+        if data.holds_out and bound is None:
+            bound = _new_bound(_joined(prompts), data)
+        if bound is not None:
+            held_out = [hashes < bound for hashes in prompts]
     if data.new_rows_only and len(trained):
         seen = [np.isin(example_hashes(rows), trained) for rows in files]
     train, counts = list[NDArray[np.bool_]](), Counter[str]()
@@ -98,29 +89,28 @@ def _new_bound(prompts: NDArray[np.int64], data: DataConfig) -> int:
 def rows_again(
     key: str, earlier: Mapping[str, Kept], loss: str, validation: Iterable[Example], max_length: int
 ) -> list[Rows]:
-    """Return the rows of earlier stages that a stage with this loss can read again.
+    """Return the rows that a stage with this loss can read again, by earlier stage with such rows.
 
-    The result has an entry for each earlier stage with such rows. It has no validation rows of this
-    stage or of an earlier one, and no rows of more than `max_length` tokens. Ranked candidates
-    become their right candidate if this stage learns completions. Raises ConfigError, which names
-    the `key` of the config, if no rows are left.
+    They are no validation rows of this stage or an earlier one, and no longer than `max_length`.
+    Ranked candidates become the right one if this stage learns completions. Raises ConfigError,
+    which names the `key` of the config, if no rows are left.
     """
     held_out = [prompt_hashes(validation), *(k.held_out for k in earlier.values())]
-    stage_rows, other_losses, num_long = list[Rows](), [], 0
+    again, other_losses, num_long = list[Rows](), [], 0
     for stage, kept in earlier.items():
         if not can_read_again(kept.loss, loss):
             other_losses.append(f"{stage}: {kept.loss}")
             continue
         rows = pick(kept.train, ~np.isin(kept.prompts, np.concatenate(held_out)))
-        again = list(rows) if kept.loss == loss else [row.right for row in rows]
-        fitting = [row for row in again if max(map(len, row.sequences)) <= max_length]
-        num_long += len(again) - len(fitting)
+        examples = rows if kept.loss == loss else [row.right for row in rows]
+        fitting = MemoryRows([e for e in examples if max(map(len, e.sequences)) <= max_length])
+        num_long += len(examples) - len(fitting)
         if fitting:
-            stage_rows.append(MemoryRows(fitting))
-            hashes = example_hashes(stage_rows[-1]).tobytes()
-            stage_rows[-1].summary = RowsSummary(digest=hashlib.sha256(hashes).hexdigest())
+            digest = hashlib.sha256(example_hashes(fitting).tobytes()).hexdigest()
+            fitting.summary = RowsSummary(digest=digest)
+            again.append(fitting)
     too_long = f"{num_long} rows of more than {max_length} tokens"
-    if not stage_rows:
+    if not again:
         got = other_losses + [too_long] * bool(num_long)
         superseded = (name for name, k in earlier.items() if k.counts["train"] and not k.train)
         got += [f"later answers to all rows of {name}" for name in superseded]
@@ -133,7 +123,7 @@ def rows_again(
         _log.warning("%s: this stage learns by %s, not %s", key, loss, ", ".join(other_losses))
     if num_long:
         _log.warning("%s: leaving out %s", key, too_long)
-    return stage_rows
+    return again
 
 
 def can_read_again(before: str, loss: str) -> bool:
@@ -142,19 +132,16 @@ def can_read_again(before: str, loss: str) -> bool:
 
 
 def rows_in_both(train: Rows, others: Rows) -> list[int]:
-    """Return the numbers of the rows of `others` that `train` contains too.
+    """Return the numbers of the rows of `others` that `train` contains too."""
 
-    Ranked candidates are compared by the right one, texts by all their blocks.
-    """
-    hashes = [(_hash_of_right(example), example.row) for example in others]
-    both = {hashed for hashed, _ in hashes}.intersection(map(_hash_of_right, train))
-    new = {row for hashed, row in hashes if hashed not in both}
+    def hashed(example: Example) -> int:  # ranked candidates are compared by the right one
+        right = example.label
+        return hash(example.sequences if right is None else example.sequences[right : right + 1])
+
+    hashes = [(hashed(example), example.row) for example in others]
+    both = {content for content, _ in hashes}.intersection(map(hashed, train))
+    new = {row for content, row in hashes if content not in both}  # a text: all its blocks count
     return list(dict.fromkeys(row for _, row in hashes if row not in new))
-
-
-def _hash_of_right(example: Example) -> int:
-    right = example.label
-    return hash(example.sequences if right is None else example.sequences[right : right + 1])
 
 
 def pick(rows: Rows, mask: NDArray[np.bool_]) -> Rows:
@@ -163,13 +150,11 @@ def pick(rows: Rows, mask: NDArray[np.bool_]) -> Rows:
 
 
 def aligned(scored: Rows, files: Rows, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Translate a mask over `files` into a mask over `scored`: the same rows, encoded for scoring.
-
-    The encodings differ in length (candidates, room for an answer, end of sequence), so each may
-    lack rows that were too long and were dropped.
-    """
+    """Translate a mask over `files` into one over `scored`: the same rows, encoded for scoring."""
     if not (scored.summary.rows_dropped or files.summary.rows_dropped):
         return mask
+    # The encodings differ in length (candidates, room for an answer, end of sequence), so each may
+    # lack rows that were too long.
     chosen = {files[int(place)].row for place in np.flatnonzero(mask)}
     return np.array([example.row in chosen for example in scored], bool)
 

@@ -85,8 +85,7 @@ def write_kept(path: Path, kept: Kept) -> None:
     for split in SPLITS:
         flat = flatten(getattr(kept, split)[:])
         arrays |= {f"{split}.{name}": array for name, array in flat.items()}
-    facts = {"format": _FORMAT, "counts": dict(kept.counts), "asked": dict(kept.asked)}
-    facts["bound"] = kept.bound
+    facts = {"format": _FORMAT, "counts": kept.counts, "asked": kept.asked, "bound": kept.bound}
     tensors = {name: torch.tensor(array) for name, array in arrays.items()}
     files.write_tensors(path, tensors, {"kept": json.dumps(facts)})
 
@@ -102,12 +101,12 @@ def read_kept(path: Path) -> Kept:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if facts["format"] != _FORMAT:
             raise ValueError(f"format {facts['format']}")
-        train, validation, test = (
-            StoredRows({name: arrays[f"{split}.{name}"] for name in ARRAYS}) for split in SPLITS
-        )
-        hashes = {name: arrays[name] for name in _HASHES}
-        facts = {name: facts[name] for name in ("counts", "asked", "bound")}
-        return Kept(train, validation, test, **hashes, **facts)
+        values: dict[str, Any] = {
+            split: StoredRows({name: arrays[f"{split}.{name}"] for name in ARRAYS})
+            for split in SPLITS
+        }
+        values |= {name: arrays[name] for name in _HASHES}
+        return Kept(**values, **{name: facts[name] for name in ("counts", "asked", "bound")})
     except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
         raise RunError(
             "kept rows must be readable",

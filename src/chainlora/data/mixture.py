@@ -86,14 +86,10 @@ def _per_epoch(count: int, weight: float) -> int:
 
 
 def held_out_bound(hashes: NDArray[np.int64], validation: float | int) -> int:
-    """Return the bound below which hashes of prompts are held out.
+    """Return the bound below which hashes of prompts are held out: a share, or a number of them.
 
     The run keeps the bound and applies it to later rows too, of which it holds out the same share.
     Adding rows never moves existing rows.
-
-    Args:
-        hashes: the hashes of all prompts.
-        validation: a share of the prompts (float), or a number of prompts, 1 or more (int).
     """
     if isinstance(validation, float):
         return floor(Fraction(str(validation)) * _HASHES)
@@ -146,24 +142,18 @@ class EpochOrder:
     def batch(self, index: int) -> list[int]:
         """Return the rows of one batch; the batch with the last rows may be smaller."""
         place = index if self.batches is None else int(self.batches[index])
-        rows: list[int] = self.rows[
-            place * self.batch_size : (place + 1) * self.batch_size
-        ].tolist()
-        return rows
+        return self.rows[place * self.batch_size :][: self.batch_size].tolist()
 
 
 def epoch_order(
     lengths: NDArray[np.integer], batch_size: int, seed: int, epoch: int, group_by_length: bool
 ) -> EpochOrder:
-    """Return the order of one epoch, with every row once.
-
-    `group_by_length` shuffles the rows, sorts windows of 32 batches by length, and shuffles the
-    batches.
-    """
+    """Return the order of one epoch, with every row once."""
     generator = seeded(f"{seed} {epoch}")
     rows = torch.randperm(len(lengths), generator=generator).numpy()
     if not group_by_length:
         return EpochOrder(rows, None, batch_size)
+    # Shuffle the rows, sort windows of 32 batches by length, and shuffle the batches.
     windows = np.arange(len(rows)) // (_WINDOW * batch_size)
     rows = rows[np.lexsort((lengths[rows], windows))]  # stable, by window and then by length
     num_batches = -(-len(rows) // batch_size)

@@ -34,13 +34,11 @@ def bad_row(rule: str, got: object, place: str, remedy: str = _CORRECT) -> DataE
     return DataError(rule, f"{got} at {place}", remedy)
 
 
-def not_utf8(error: UnicodeDecodeError, place: str) -> DataError:
+def _not_utf8(error: UnicodeDecodeError, place: str) -> DataError:
     """Return the error about a text that is not UTF-8, with its likely encoding."""
-    name, got = "WINDOWS-1252", "probably Latin-1 or Windows-1252"
+    name, got = "WINDOWS-1252", f"probably Latin-1 or Windows-1252, {_near(error)},"
     if error.object.startswith(_BOM_UTF16):
         name = got = "UTF-16"
-    else:
-        got += f", {_near(error)},"
     return bad_row("data must be UTF-8", got, place, f"convert it: iconv -f {name} -t UTF-8")
 
 
@@ -93,7 +91,10 @@ class CsvFile:
             self.separator = _separator(self.text.readline())
             self.text.seek(0)
             reader = csv.reader(self.text, strict=True, delimiter=self.separator)
-            names = self._names(next(reader, []))
+            header = next(reader, [])
+            self.padded = [name for name in header if name != name.strip()]
+            names = list(map(str.strip, header))
+            _check_names(names, self.path)
             line = reader.line_num
             for values in reader:
                 first, line = line + 1, reader.line_num
@@ -113,12 +114,6 @@ class CsvFile:
             place, remedy = f"{self.path} line {line + 1}", "correct it, or write JSON lines"
             raise bad_row("data must be CSV", error, place, remedy) from None
 
-    def _names(self, header: Sequence[str]) -> list[str]:
-        self.padded = [name for name in header if name != name.strip()]
-        names = [name.strip() for name in header]
-        _check_names(names, self.path)
-        return names
-
     def remark(self) -> str:
         """Return how the rows read so far differ from plain CSV (UTF-8, commas), or ""."""
         parts = {
@@ -132,15 +127,12 @@ class CsvFile:
 
 
 def _encoding(file: BinaryIO) -> tuple[str, str]:
-    """Return the encoding of a file that Excel may have saved, and a text that is evidence for it.
-
-    All bytes are read: the first byte that is not ASCII may be in the last row.
-    """
+    """Return the encoding of a file, which Excel may have saved, and a text as evidence for it."""
     head = file.read(3)
     if head == codecs.BOM_UTF8 or head[:2] in _BOM_UTF16:
         return ("utf-16" if head[:2] in _BOM_UTF16 else "utf-8-sig"), ""
     file.seek(0)
-    try:
+    try:  # reads all bytes: the first one that is not ASCII may be in the last row
         blocks = iter(lambda: file.read(_BLOCK), b"")
         deque(codecs.iterdecode(blocks, "utf-8"), maxlen=0)
     except UnicodeDecodeError as error:
@@ -152,10 +144,6 @@ def _separator(header: str) -> str:
     """Return the comma if the header has one, else the separator that gives the most fields."""
     fields = {mark: len(next(csv.reader([header], delimiter=mark), [])) for mark in _SEPARATORS}
     return "," if fields[","] > 1 else max(fields, key=fields.__getitem__)
-
-
-def _read_csv(file: BinaryIO, path: Path) -> Iterator[Record]:
-    return CsvFile(file, path).rows()
 
 
 def _read_parquet(file: BinaryIO, path: Path) -> Iterator[Record]:
@@ -180,18 +168,18 @@ def without_filling(values: Mapping[str, Any]) -> dict[str, Any]:
     """Remove the nulls inside the objects of lists, which a table adds.
 
     All values of a table's column have one type. So the arguments of a tool call get a null for
-    every argument of the other calls, and so do the properties of a tool.
+    every argument of the other calls, and so do the properties of a tool. The nulls of the objects
+    themselves are removed where they are read.
     """
+
+    def cleaned(item: Any) -> Any:
+        is_object = isinstance(item, dict)
+        return {key: _without_nulls(part) for key, part in item.items()} if is_object else item
+
     return {
-        name: list(map(_without_inner_nulls, value)) if isinstance(value, list) else value
+        name: list(map(cleaned, value)) if isinstance(value, list) else value
         for name, value in values.items()
     }
-
-
-def _without_inner_nulls(value: Any) -> Any:
-    """Remove nulls below an object's own keys; its own nulls are removed where it is read."""
-    is_object = isinstance(value, dict)
-    return {key: _without_nulls(part) for key, part in value.items()} if is_object else value
 
 
 def _without_nulls(value: Any) -> Any:
@@ -210,7 +198,7 @@ def _check_names(names: Sequence[str], path: Path) -> None:
 READERS: Mapping[str, tuple[Callable[[BinaryIO, Path], Iterator[Record]], str]] = {
     ".jsonl": (_read_jsonl, "line"),
     ".json": (_read_json, "row"),
-    ".csv": (_read_csv, "line"),
+    ".csv": (lambda file, path: CsvFile(file, path).rows(), "line"),
     ".parquet": (_read_parquet, "row"),
 }
 """Suffix → reader, and whether its numbers count lines or rows."""
@@ -252,7 +240,7 @@ def parse_json(content: bytes, origin: str, second: str = _CORRECT) -> Any:
             json.dumps(values, ensure_ascii=False).encode("utf-8")
         return values
     except UnicodeDecodeError as error:
-        raise not_utf8(error, origin) from None
+        raise _not_utf8(error, origin) from None
     except UnicodeEncodeError as error:
         got = f"half a character, {error.object[error.start]!a},"
         raise bad_row("a text must be valid Unicode", got, origin) from None

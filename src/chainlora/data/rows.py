@@ -145,16 +145,13 @@ class StoredRows(Rows):
         return b"[" + rest + b"]" + tokens.tobytes()
 
     def _parts(self, index: int) -> tuple[bytes, NDArray[np.int32]]:
-        starts = self._ends[index - 1].tolist() if index else (0, 0)
-        (first, start), (last, end) = starts, self._ends[index].tolist()
+        first, start = self._ends[index - 1].tolist() if index else (0, 0)
+        last, end = self._ends[index].tolist()
         return self._lines[first:last].tobytes(), self._tokens[start:end]
 
 
 class ReferencedRows(Rows):
-    """Pairs of preferences with their scores at the start of the run.
-
-    `reference` is [rows, 2] float32 (`Example.reference`).
-    """
+    """Pairs of preferences with their scores at the start of the run ([rows, 2], float32)."""
 
     def __init__(self, rows: Rows, reference: NDArray[np.float32]) -> None:
         super().__init__(rows.lengths, rows.summary)

@@ -11,6 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count, islice
@@ -19,14 +20,7 @@ from typing import Any
 
 from huggingface_hub import is_offline_mode
 
-from chainlora.data.readers import (
-    READERS,
-    CsvFile,
-    Record,
-    bad_row,
-    parse_json,
-    without_filling,
-)
+from chainlora.data.readers import READERS, CsvFile, Record, bad_row, parse_json, without_filling
 from chainlora.errors import DataError
 from chainlora.files import sha256
 
@@ -159,40 +153,35 @@ class FileSource(Source):
 
     def _read(self) -> Iterator[Record]:
         read, _ = READERS[self._suffix()]
-        try:
-            with self.path.open("rb") as file:
-                yield from read(file, self.path)
-        except OSError as error:
-            raise self._unreadable(error) from error
+        with self._readable(), self.path.open("rb") as file:
+            yield from read(file, self.path)
 
     def remark(self) -> str:
         if self._suffix() != ".csv":
             return ""
-        try:
-            with self.path.open("rb") as file:
-                table = CsvFile(file, self.path)
-                deque(islice(table.rows(), self.limit), maxlen=0)
-                return table.remark()
-        except OSError as error:
-            raise self._unreadable(error) from error
+        with self._readable(), self.path.open("rb") as file:
+            table = CsvFile(file, self.path)
+            deque(islice(table.rows(), self.limit), maxlen=0)
+            return table.remark()
 
     def identity(self) -> str:
         """Return the hash of the file's bytes; its name and times do not count."""
-        try:
+        with self._readable():
             return f"{self._suffix()} {sha256(self.path)} {self.limit} {self.skip}"
-        except OSError as error:
-            raise self._unreadable(error) from error
 
     def state(self) -> object:
-        try:
+        with self._readable():
             stat = self.path.stat()
-        except OSError as error:
-            raise self._unreadable(error) from error
-        return stat.st_size, stat.st_mtime_ns
+            return stat.st_size, stat.st_mtime_ns
 
-    def _unreadable(self, error: OSError) -> DataError:
-        got = f"{self.path}: {error.strerror}"
-        return DataError("data file must be readable", got, "check it")
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Turn an OSError of the block into a DataError."""
+        try:
+            yield
+        except OSError as error:
+            got = f"{self.path}: {error.strerror}"
+            raise DataError("data file must be readable", got, "check it") from error
 
     def _suffix(self) -> str:
         suffix = self.path.suffix.lower()
@@ -259,10 +248,9 @@ class ListSource(Source):
         return map(Record, count(first), self.parsed[first:])
 
     def identity(self) -> str:
-        digest = hashlib.sha256(f"{self.skip}".encode())
-        for row in self.parsed:
-            digest.update(f"{row.index} {dict(row)!r}".encode("utf-8", "surrogatepass"))
-        return f"rows {digest.hexdigest()}"
+        rows = "".join(f"{row.index} {dict(row)!r}" for row in self.parsed)
+        content = f"{self.skip}{rows}".encode("utf-8", "surrogatepass")
+        return f"rows {hashlib.sha256(content).hexdigest()}"
 
 
 def find_source(source: str | Path, split: str = "train", limit: int | None = None) -> Source:

@@ -166,8 +166,8 @@ def prepare_splits(
     # 3. Add rows of earlier stages to the training rows.
     if to_train and (data.rehearse or (data.replay and parts["train"])):
         again = _rows_of_earlier(data, loss, rows, earlier, length_limit(data, context))
+        fields |= _mixed(tuple(map(len, again)), data.replay, fields)
         rows["train"] = joined([rows["train"], *again])
-        fields |= _mixed_with(again, data.replay, fields)
     if earlier and to_train and compare:
         warn_of_seen_rows(rows, earlier)
     fields["digest"] = _digest(rows, encoding.scored.before)
@@ -228,22 +228,20 @@ def _task_fields(task: Task | None, loss: str | None) -> dict[str, Any]:
 def _divided(
     encoding: _SplitEncoding, earlier: Sequence[Kept], bound: int | None, to_train: bool
 ) -> tuple[list[Rows], list[Rows], dict[str, Any]]:
-    """Return the rows to train on, the rows held out, and fields of `Splits`.
-
-    Held-out rows are encoded for scoring; so are the rows to train on, unless `to_train`.
-    """
+    """Return the rows to train on, the rows held out, encoded for scoring, and other fields."""
     data, learned, scored = encoding.data, encoding.learned, encoding.scored
     files = to_score = encoding.encode("train", learned)
     division = divide(files, data, earlier, bound)
     if scored != learned and (data.holds_out or not to_train):
         to_score = encoding.encode("train", scored, warn=False)
-    validation = list(map(aligned, to_score, files, division.validation))
+    held_out: list[Rows] = []
     if data.holds_out:
+        validation = list(map(aligned, to_score, files, division.validation))
         check_scorable(division.validation, validation)
-    held_out = list(map(pick, to_score, validation)) if data.holds_out else []
+        held_out = list(map(pick, to_score, validation))
     if to_train:
         train = list(map(pick, files, division.train))
-    else:
+    else:  # to score them
         train = list(map(pick, to_score, map(aligned, to_score, files, division.train)))
     fields: dict[str, Any] = {"bound": division.bound, "moved": division.counts}
     if train:
@@ -267,14 +265,9 @@ def _rows_of_earlier(
     return rows_again(key, earlier, learned_by(data, loss), rows["validation"], max_length)
 
 
-def _mixed_with(again: Sequence[Rows], replay: float | None, fields: Any) -> dict[str, Any]:
-    """Return the fields of `Splits` that mix in rows of earlier stages.
-
-    A replay adds a share to each batch of new rows. A rehearsal reads equally many rows of each
-    stage.
-    """
-    counts = tuple(map(len, again))
-    if not replay:
+def _mixed(counts: tuple[int, ...], replay: float | None, fields: Any) -> dict[str, Any]:
+    """Return the fields of `Splits` that mix in so many rows of each earlier stage."""
+    if not replay:  # a rehearsal: equally many rows of each stage
         shares = tuple(min(1.0, _REHEARSED / count) for count in counts)
         return {"mixture": Mixture(counts, shares)}
     mixture = replace(fields["mixture"], num_earlier=sum(counts), replay=replay)
@@ -349,11 +342,7 @@ def encode_split(
     context: int,
     data: DataConfig | None = None,
 ) -> Rows:
-    """Tokenise rows of a task for scoring.
-
-    `data` is the section of the scored run. If its task is `task`, its length, truncation and
-    demonstrations are used.
-    """
+    """Tokenise rows of a task for scoring, as the section `data` of a run on it would."""
     options = Options(context, reserve=_reserve(task))
     shapes = data is not None and (data.max_length or data.truncation or data.shots)
     if data is not None and data.task and shapes and load_task(data.task).name == task.name:
@@ -443,7 +432,7 @@ def _file_sources(data: DataConfig) -> dict[str, list[Source]]:
     }
 
 
-def _digest(rows: Mapping[str, Rows], before: str = "") -> str:
+def _digest(rows: Mapping[str, Rows], before: str) -> str:
     """Return a digest of the rows of all splits: its version and twelve hex digits.
 
     Version 2 has three levels of SHA-256. Row: the content that its task or format reads, as JSON
