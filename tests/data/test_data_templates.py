@@ -150,10 +150,7 @@ def test_a_template_may_lie_at_home(tmp_path, monkeypatch, encoding):
             r"\(got generation, which it does not mention\)",
         ),
         ({"chat_template": "chatlm"}, r"'chatlm': no such file\); did you mean 'chatml'"),
-        (
-            {"chat_template": __file__.replace("test_data_templates", "helpers_cli")},
-            r"without \{\{",
-        ),
+        ({"chat_template": str(Path(__file__).with_name("__init__.py"))}, r"without \{\{"),
         ({"chat_template": str(Path(__file__).parent)}, "no such file"),
         ({"template_arguments": {"messages": 1}}, r"variables of the chat template.*'messages'"),
         ({"template_arguments": {"a b": 1}}, r"variables of the chat template.*'a b'"),

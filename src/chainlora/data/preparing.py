@@ -63,16 +63,8 @@ def make_rows(
 ) -> Rows:
     """Encode the rows of a source, or read them from the cache.
 
-    Args:
-        source: the rows.
-        tokenizer: with its chat template set.
-        task: a task, or a format of `data.format` ("auto" looks at the first row).
-        options: length, truncation and objective.
-        progress: called while a large source is encoded.
-
-    Raises:
-        DataError: a row is bad, which is named by file and line, or all rows are too long.
-        ConfigError: the task and the options do not fit.
+    `task` is a task, or a format of `data.format` ("auto" looks at the first row). Raises DataError
+    for a bad row, which is named by file and line, and if all rows are too long.
     """
     head = list(islice(source, IN_MEMORY + 1))
     source.check_fields()
@@ -136,8 +128,8 @@ def _build(
 ) -> Rows:
     """Build a table and return its rows, unless another process has built it meanwhile.
 
-    The table is built in a scratch folder, which is renamed at the end. Raises DataError if the
-    source is no longer in `state`: the table would have the hash of other rows.
+    Raises DataError if the source is no longer in `state`: the table would have the hash of other
+    rows.
     """
     with _one_writer(folder):
         if (rows := _find(folder)) is not None:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from chainlora.config.schema import DataConfig
 from chainlora.data.conflicts import changed_answers
 from chainlora.data.division import rows_in_both
-from chainlora.data.examples import Example
 from chainlora.data.kept import Kept
 from chainlora.data.mixture import example_hashes
 from chainlora.data.rows import Rows, RowsSummary
@@ -42,8 +41,7 @@ def check_scorable(
         _log.warning(
             "validation: leaving out %d of %d held-out rows, which leave no room for an answer in "
             "the context (truncation: drop)",
-            count - left,
-            count,
+            *(count - left, count),
         )
 
 
@@ -134,24 +132,17 @@ def warn_of_changed(
         return
     shown = ""
     if changed.example is not None:
-        new, old = (_answer_of(example, tokenizer) for example in changed.example)
+        rights = [example.right for example in changed.example]
+        answers = [right.sequences[0][slice(*right.scored[0][-1])] for right in rights]
+        new, old = (_shown(tokenizer, tokens) for tokens in answers)
         prompt = _shown(tokenizer, changed.example[0].prompt, end=True)
         shown = f", e.g. {prompt} (was {old}, now {new})"
-    many = changed.prompts > 1
+    have, stages = "s have" if changed.prompts > 1 else " has", ", ".join(changed.stages)
+    newest = "the newest answer counts (--keep-conflicts keeps both)"
+    counts = "both count (data.keep_conflicts)" if keeps else newest
     _log.warning(
-        "%s: %d prompt%s other answers than in %s%s; %s",
-        *(stage, changed.prompts, "s have" if many else " has", ", ".join(changed.stages), shown),
-        "both count (data.keep_conflicts)"
-        if keeps
-        else "the newest answer counts (--keep-conflicts keeps both)",
+        f"{stage}: {changed.prompts} prompt{have} other answers than in {stages}{shown}; {counts}"
     )
-
-
-def _answer_of(example: Example, tokenizer: Any) -> str:
-    """Return the last answer of a row as a short text."""
-    right = example.right
-    start, end = right.scored[0][-1]
-    return _shown(tokenizer, right.sequences[0][start:end])
 
 
 def _shown(tokenizer: Any, tokens: Sequence[int], *, end: bool = False) -> str:

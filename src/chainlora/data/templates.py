@@ -144,21 +144,19 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, chat: Mapping[str, Any]) -> 
     messages = [{k: v for k, v in turn.items() if v is not None} for turn in chat["messages"]]
     options = {key: value for key, value in chat.items() if key != "messages"}
 
-    def render(item: Mapping[str, Any], values: Mapping[str, Any]) -> list[Any]:
+    def rendered(item: Mapping[str, Any], values: Mapping[str, Any]) -> list[Any]:
         names = vars(chat_template_utils)
         # `strftime_now` reads this module's `datetime`; no argument replaces it
         names["datetime"], before = _SameDay, names["datetime"]
         try:
-            rendered: Any = chat_template_utils.render_jinja_template(
-                **item, chat_template=template
-            )
+            render: Any = chat_template_utils.render_jinja_template
+            (text,), spans = render(**item, chat_template=template)
         finally:
             names["datetime"] = before
-        (text,), spans = rendered
         return [text, spans[0] if spans else []]
 
     item = tokenizer.special_tokens_map | options | {"conversations": [messages]}
-    reply = evaluate({"chat": render}, item)
+    reply = evaluate({"chat": rendered}, item)
     return reply if reply.error else Reply(reply.value["chat"])
 
 
@@ -198,9 +196,7 @@ def _warn_of_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
             "data.chat_template: %s ends turns with %s, which this tokenizer splits into several "
             "tokens. Chats will not stop there. The templates zephyr and alpaca end turns with "
             "the tokenizer's own %s",
-            name,
-            end,
-            tokenizer.eos_token,
+            *(name, end, tokenizer.eos_token),
         )
 
 

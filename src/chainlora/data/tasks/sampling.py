@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -133,13 +133,8 @@ def flat(source: Source, task: str) -> Source:
 def split_source(task: Task, dir: str | Path | None, split: str) -> Source:
     """Return the rows of one split, in file order, nested rows flattened.
 
-    Args:
-        task: the task.
-        dir: the folder with the task's files, or the folder above it; None fetches from the Hub.
-        split: "train", "validation", "test" or another split that the task declares.
-
-    Raises:
-        DataError: no such rows. The message names the other way to get them.
+    `dir` is the folder with the task's files, or the folder above it; None fetches from the Hub.
+    Raises DataError if there are no such rows, which names the other way to get them.
     """
     if dir is not None:
         return flat(FileSource(_need_file(task, Path(dir), split)), task.name)
@@ -165,8 +160,7 @@ def unseen_source(
 ) -> Source:
     """Return one split for scoring: like `split_source`, without rows that a run trains on.
 
-    If the split replaces a missing train split, the result has the test rows set aside from it.
-    Raises DataError if there are none, and as `split_source`.
+    If the split replaces a missing train split, these are the test rows set aside from it.
     """
     source = split_source(task, dir, split)
     stand_in, test = _train_split(task, dir), task.sampling.test
@@ -205,18 +199,8 @@ def sample_splits(
 ) -> dict[str, list[Row]]:
     """Draw the rows of a run; every row keeps its `index` in its split.
 
-    Args:
-        task: the task.
-        dir: as for `split_source`.
-        num_train: rows to train on; None is the task's number. A smaller split gives fewer rows.
-        num_validation: rows that select the best point; disjoint from the training rows.
-        num_test: rows to report on; disjoint from both.
-        data_seed: decides only this draw.
-        sampling: as `data.sampling` of a config.
-
-    Returns:
-        "train" in drawn order (the first n rows are the draw for n), "validation" and "test" in
-        file order.
+    The splits are disjoint. A number that is None is the task's; a smaller split gives fewer rows.
+    "train" is in drawn order (the first n rows are the draw for n), the others in file order.
     """
     if dir is not None:
         check_split_files(task, dir)
@@ -239,7 +223,13 @@ def sample_splits(
         rows = _pick(source, chain.from_iterable(places.values()))
         for name, chosen in places.items():
             drawn[name] = [rows[at] for at in (chosen if name == "train" else sorted(chosen))]
-    _check_drawn(task, drawn, sizes, sampling, data_seed)
+    if not drawn["train"]:
+        raise DataError(
+            f"validation must leave rows to train on (got {len(drawn['validation'])} rows in all, "
+            f"num_validation {sizes['validation']}, task {task.name!r}); lower num_validation"
+        )
+    counts = ", ".join(f"{len(drawn[name])} {name}" for name in sizes)
+    _log.info("%s: %s rows drawn, data seed %d (%s)", task.name, counts, data_seed, sampling)
     return {name: drawn[name] for name in sizes}
 
 
@@ -251,23 +241,6 @@ def _pools(draws: Mapping[str, Draw], stand_in: str, num_aside: int) -> dict[str
         is_aside = name == "test" and num_aside
         pools.setdefault(_SET_ASIDE if is_aside else of, []).append(name)
     return pools
-
-
-def _check_drawn(
-    task: Task,
-    drawn: Mapping[str, Sequence[Row]],
-    sizes: Mapping[str, int],
-    sampling: str,
-    data_seed: int,
-) -> None:
-    """Log the sizes of the samples. Raises DataError if there are no training rows."""
-    if not drawn["train"]:
-        raise DataError(
-            f"validation must leave rows to train on (got {len(drawn['validation'])} rows in all, "
-            f"num_validation {sizes['validation']}, task {task.name!r}); lower num_validation"
-        )
-    counts = ", ".join(f"{len(drawn[name])} {name}" for name in sizes)
-    _log.info("%s: %s rows drawn, data seed %d (%s)", task.name, counts, data_seed, sampling)
 
 
 def _order(pool: str, count: int, num_aside: int, data_seed: int) -> list[int]:
