@@ -66,26 +66,21 @@ class ChatEncoder:
         unread = {place for place, key in parts.items() if not mentions(self.source, key)}
         return (row.keys() - _COLUMNS) | unread
 
-    def _render(self, item: Mapping[str, Any]) -> Reply:
-        return render_chat(self.reader.tokenizer, item)
-
     def _whole(self, chat: _Chat) -> tuple[str, list[Span]]:
         """Return the text of a chat, and the spans of characters that the template marks.
 
         Raises DataError if the template rejects the chat, or ignores its tools or tool calls.
         """
-        marks: dict[str, Any] = {"return_assistant_tokens_mask": self.is_marked}
-        reply = self._render(chat.item(**marks))
+        reply = chat.render(return_assistant_tokens_mask=self.is_marked)
         if reply.error and chat.fill_contents():
-            reply = self._render(chat.item(**marks))
+            reply = chat.render(return_assistant_tokens_mask=self.is_marked)
         whole, spans = chat.value(reply)
-        without = {"`tools`": chat.item(tools=None)} if chat.tools else {}
+        without = {"`tools`": chat.render(tools=None)} if chat.tools else {}
         if any(message.get("tool_calls") for message in chat.messages):
-            without["`tool_calls`"] = chat.item(
+            without["`tool_calls`"] = chat.render(
                 [{k: v for k, v in m.items() if k != "tool_calls"} for m in chat.messages]
             )
-        for name, item in without.items():
-            reply = self._render(item)
+        for name, reply in without.items():
             # A template that fails without the tools does read them.
             if not reply.error and reply.value[0] == whole:
                 rule = f"the model's chat template must show {name}"
@@ -113,8 +108,8 @@ class ChatEncoder:
         if not count:
             return 0
         messages = chat.messages[: next(iter(chat.turns[count:]), None)]
-        item = chat.item(messages, return_assistant_tokens_mask=True)
-        return len(chat.value(self._render(item))[1])
+        reply = chat.render(messages, return_assistant_tokens_mask=True)
+        return len(chat.value(reply)[1])
 
     # --- turns by prefixes ---
 
@@ -146,8 +141,7 @@ class ChatEncoder:
         """Return the text before and after each of the assistant's turns."""
 
         def text(count: int, **options: Any) -> str:
-            item = chat.item(chat.messages[:count], **options)
-            return str(chat.value(self._render(item))[0])
+            return str(chat.value(chat.render(chat.messages[:count], **options))[0])
 
         edges = []
         for turn in chat.turns:
@@ -168,10 +162,8 @@ class ChatEncoder:
         return edges
 
     def _before_first(self, chat: _Chat, after: str) -> str:
-        """Return the text before the words of an assistant who speaks first.
-
-        The text that opens an answer marks its end.
-        """
+        """Return the text before the words of an assistant who speaks first."""
+        # The text that opens an answer marks its end.
         at = after.find(self._opening) if self._opening else -1
         if at < 0:
             raise bad_row(
@@ -185,9 +177,9 @@ class ChatEncoder:
     @cached_property
     def _opening(self) -> str:
         """Return the text that the template writes before an answer; "" if it is unknown."""
-        question: _Messages = [{"role": "user", "content": "x"}]
-        closed = self._render({"messages": question})
-        opened = self._render({"messages": question, "add_generation_prompt": True})
+        chat: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
+        closed = render_chat(self.reader.tokenizer, chat)
+        opened = render_chat(self.reader.tokenizer, chat | {"add_generation_prompt": True})
         if closed.error or opened.error or not opened.value[0].startswith(closed.value[0]):
             return ""
         return str(opened.value[0][len(closed.value[0]) :])
@@ -196,33 +188,25 @@ class ChatEncoder:
 class _Chat:
     """One conversation, checked."""
 
-    whole: str
-    """The rendered text."""
-    marks: list[Span]
-    """The spans of characters of `whole` that the template marks."""
+    whole: str  # the rendered text
+    marks: list[Span]  # the spans of characters of `whole` that the template marks
 
     def __init__(self, row: Row, reader: TokenReader) -> None:
-        self.row, self.place = row, row.origin
+        self.row, self.place, self._tokenizer = row, row.origin, reader.tokenizer
         self.messages = _checked_messages(row.get("messages"), self.place)
         self.content = self.messages  # for the digest of the rows
         self.tools = checked_tools(row.get("tools"), self.place)
         self.arguments = _checked_arguments(row.get("chat_template_kwargs"), reader, self.place)
         self.turns = [at for at, turn in enumerate(self.messages) if turn["role"] == "assistant"]
 
-    def item(self, messages: _Messages | None = None, **options: Any) -> dict[str, Any]:
-        """Return the argument of `render_chat` for some messages, by default all."""
-        return {
-            **self.arguments,
-            "tools": self.tools,
-            **options,
-            "messages": self.messages if messages is None else messages,
-        }
+    def render(self, messages: _Messages | None = None, **options: Any) -> Reply:
+        """Render some messages, by default all."""
+        shown = self.messages if messages is None else messages
+        chat = {**self.arguments, "tools": self.tools, **options, "messages": shown}
+        return render_chat(self._tokenizer, chat)
 
     def check_answers(self, before: int) -> None:
-        """Refuse an assistant's turn with weight 0, and one without content.
-
-        `before` is the number of assistant turns that belong to the prompt.
-        """
+        """Refuse an assistant's turn behind `before` others with weight 0 or without content."""
         for turn in self.turns[before:]:
             if self.messages[turn].get("weight") == 0:  # as OpenAI and Axolotl write it
                 rule = "every turn of the assistant is learned"
@@ -289,10 +273,7 @@ def _checked_messages(messages: Any, place: str) -> _Messages:
 
 
 def _without_parts(message: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Remove nulls from a message, and join a list of text parts into one text.
-
-    A template would write the list itself.
-    """
+    """Remove nulls from a message; join text parts, as a template would write the list itself."""
     filled = {key: value for key, value in message.items() if value is not None}
     content: Any = filled.get("content", "")
     if isinstance(content, str):

@@ -86,13 +86,10 @@ def _with_last_turn(row: Row, rest: dict[str, Any], answer: Any) -> dict[str, An
 
 
 def _parts(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """Return the prompt and both answers without it.
-
-    If `prompt` does not have the type of the answers, the prompt is the common beginning of both
-    answers (TRL's `extract_prompt`).
-    """
+    """Return the prompt and both answers without it."""
     if isinstance(prompt, type(chosen)):
         return prompt, chosen, rejected
+    # The prompt is the common beginning of both answers (TRL's `extract_prompt`).
     last = max(min(len(chosen), len(rejected)) - 1, 0)
     at = next((place for place in range(last) if chosen[place] != rejected[place]), last)
     if at and chosen[at - 1] == " ":
@@ -139,10 +136,7 @@ def refuse_plain(row: Mapping[str, Any]) -> None:
 
 
 def refuse_preferences(row: Mapping[str, Any]) -> None:
-    """Raise DataError for a row of preferences of TRL, LLaMA-Factory or ms-swift.
-
-    These are pairs of answers, and answers with a true or false `label` or `kto_tag`.
-    """
+    """Raise DataError for a pair of answers, and for an answer with a true or false tag."""
     if pairs := sorted(map(str, row.keys() & _PAIRS)):
         columns, plain = f"the columns {', '.join(pairs)}", "chosen"
         remedy = "set train.loss: dpo or orpo, which read columns chosen and rejected"
