@@ -6,7 +6,7 @@ import pytest
 from helpers_data import encode_examples
 from helpers_tasks import HUB_ROWS, PROMPTS, make_split, write_rows, write_task
 
-from chainlora.data.tasks import Task, load_task, sample_splits, split_source
+from chainlora.data.tasks import load_task, sample_splits, split_source
 from chainlora.errors import DataError
 
 
@@ -45,31 +45,16 @@ def test_labels_are_found_however_the_file_writes_them(value):
     assert task.label_index(value) == (None if value == "Yes" else 1)
 
 
-@pytest.mark.parametrize(("value", "place"), [(" sport", 1), ("sport", 1), ("  sport", None)])
-def test_a_label_may_be_written_as_the_task_declares_it(value, place):
-    keys = {"prompt": "p", "labels": [" business", " sport"], "metric": "accuracy"}
-    task = Task(name="t", description="d", loss="candidates", **keys)
-    assert task.label_index(value) == place
-
-
 # --- nested rows ---
 
 
 def test_multirc_passages_flatten_to_one_row_an_answer(tmp_path):
-    passage = {
-        "text": "Tom has two dogs.",
-        "questions": [
-            {
-                "question": "Who has dogs?",
-                "idx": 0,
-                "answers": [
-                    {"text": "Tom", "idx": 0, "label": 1},
-                    {"text": "Tim", "idx": 1, "label": 0},
-                ],
-            },
-            {"question": "How many?", "idx": 1, "answers": [{"text": "two", "idx": 2, "label": 1}]},
-        ],
-    }
+    answers = [{"text": "Tom", "idx": 0, "label": 1}, {"text": "Tim", "idx": 1, "label": 0}]
+    questions = [
+        {"question": "Who has dogs?", "idx": 0, "answers": answers},
+        {"question": "How many?", "idx": 1, "answers": [{"text": "two", "idx": 2, "label": 1}]},
+    ]
+    passage = {"text": "Tom has two dogs.", "questions": questions}
     write_rows(tmp_path / "train.jsonl", [{"idx": 7, "passage": passage}] * 2)
     task = load_task("multirc")
     rows = list(split_source(task, tmp_path, "train"))
@@ -117,16 +102,15 @@ def test_the_folder_may_be_the_tasks_own_or_the_one_above(tmp_path):
 
 
 def test_missing_rows_say_both_ways_to_get_them(tmp_path):
-    said = r"'train' rows .*neither in .*name the folder.*aps/super_glue.*HF_HUB_OFFLINE"
-    with pytest.raises(DataError, match=said):
-        list(split_source(load_task("rte"), tmp_path, "train"))
-    with pytest.raises(DataError, match=r"no such folder"):
-        list(split_source(load_task("rte"), tmp_path / "none", "train"))
-    with pytest.raises(DataError, match=r"aps/super_glue .*HF_HUB_OFFLINE.*local folder"):
-        list(split_source(load_task("rte"), None, "train"))
-    custom = load_task(write_task(tmp_path))
-    with pytest.raises(DataError, match=r"no Hub dataset.*data.dir"):
-        list(split_source(custom, None, "train"))
+    rte, custom = load_task("rte"), load_task(write_task(tmp_path))
+    for task, folder, said in (
+        (rte, tmp_path, "'train' rows .*neither in .*name the folder.*aps/super_glue.*HF_HUB_OFF"),
+        (rte, tmp_path / "none", "no such folder"),
+        (rte, None, "aps/super_glue .*HF_HUB_OFFLINE.*local folder"),
+        (custom, None, "no Hub dataset.*data.dir"),
+    ):
+        with pytest.raises(DataError, match=said):
+            list(split_source(task, folder, "train"))
 
 
 def test_samples_are_disjoint_deterministic_and_follow_the_data_seed(tmp_path):
