@@ -13,7 +13,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
-from config.test_command_line_keys import keys
+from config.test_command_line_keys import KEYS as KNOWN
 from fuzzing import VALUES, WORDS, altered, check_error, damaged, fuzz, guarded, plant, refusals
 from helpers import settings, signed, stop_after
 from hypothesis import given
@@ -23,13 +23,12 @@ from chainlora import inspect_run, load_config, make_config, train
 from chainlora.chain.adapters import import_adapter
 from chainlora.cli.main import run as command
 from chainlora.config.reading import dump_config
-from chainlora.config.schema import RunConfig
 from chainlora.config.yaml_text import parse_yaml
 from chainlora.errors import ChainLoRAError, ConfigError
 from chainlora.runs.addresses import open_run
 
 KEYS = st.one_of(
-    st.sampled_from([*keys(RunConfig), *RunConfig.model_fields]),
+    st.sampled_from(KNOWN),
     st.text(string.ascii_lowercase + "._", max_size=8),
     WORDS,
 )

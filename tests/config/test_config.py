@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import yaml
-from pydantic import BaseModel
 
 from chainlora import LinkConfig, RunConfig, load_config, make_config
+from chainlora.config.json_schema import config_sections
 from chainlora.config.reading import set_key
 from chainlora.errors import ConfigError
 from chainlora.runs.paths import split_address
@@ -34,11 +32,7 @@ WRONG = [
     ("train.learning", "1", "unknown key `train.learning`; known: batch_size, "),
     ("model", "{a: x, 0: y}", "`model` must be a name, or a section of name and quantize (got"),
     ("chain.plateau.of", "loss", "unknown key `chain.plateau`; there is no such key here: a link "),
-    (
-        "train.optimizer_reset",
-        "prune",
-        "unknown key `train.optimizer_reset`; there is no such key",
-    ),
+    ("train.optimizer_reset", "prune", "unknown key `train.optimizer_reset`; there is no such k"),
     ("train.accept_links", "better", "unknown key `train.accept_links`; there is no such key here"),
     ("lr", "1e-3", "unknown key `lr`; did you mean 'train.lr'?"),
     ("rank", "8", "unknown key `rank`; did you mean 'chain.ranks'?"),
@@ -63,11 +57,7 @@ WRONG = [
     ("chain.alpha", "x", "`chain.alpha` must be a number or a list (got 'x')"),
     ("chain.alpha", "[1, 2]", "`alpha` must be one number, or one per link (got (1.0, 2.0) for"),
     ("chain.target_modules", "[]", "`target_modules` must name at least one module (got none)"),
-    (
-        "chain.target_modules",
-        "['']",
-        "`target_modules` must hold names (got an empty name); remove",
-    ),
+    ("chain.target_modules", "['']", "`target_modules` must hold names (got an empty name); remo"),
     ("chain.target_modules", "'*proj('", "`target_modules` must be a list of names, all-linear or"),
     ("chain.hold", "tide", "`chain.hold` must be 'tied' or 'carried' (got 'tide'); its"),
     ("chain.knots", "bogus", "`chain.knots` must be auto, null or a section of keys (got 'bogus')"),
@@ -112,18 +102,15 @@ def test_each_length_has_a_rank_by_default():
         assert config(("chain", chain)).chain.ranks == ranks
 
 
-def numbers(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Every key that takes a number."""
-    for key, field in model.model_fields.items():
-        kinds = (field.annotation, *get_args(field.annotation))
-        section = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
-        if section:
-            yield from numbers(section[0], f"{prefix}{key}.")
-        elif re.match(r"(?!dict).*\b(int|float)\b", str(field.annotation)):
-            yield f"{prefix}{key}"
+NUMBERS = [
+    f"{prefix}{key}"
+    for prefix, model in config_sections().items()
+    for key, field in model.model_fields.items()
+    if re.match(r"(?!dict).*\b(int|float)\b", str(field.annotation))
+]
 
 
-@pytest.mark.parametrize("key", [*numbers()])
+@pytest.mark.parametrize("key", NUMBERS)
 def test_a_number_that_no_key_can_mean_is_refused_by_name(key):
     """Some ended as unexpected errors, hours later; `lr: true` named no section."""
     for value in (True, -1e300, 1e300, -(10**400), 10**400, float("nan")):
@@ -141,19 +128,10 @@ def test_a_number_that_no_key_can_mean_is_refused_by_name(key):
         ("train: {dpo_beta: 0.2}", r"`train.dpo_beta` needs loss: dpo \(got loss: null\); set"),
         ("train: {orpo_beta: 0.2}", "`train.orpo_beta` needs loss: orpo"),
         ("data: {sampling: saner}", r"`data.sampling` needs train: null \(got train: "),
-        (
-            "chain: {init_batches: 2}",
-            r"`chain.init_batches` needs init: gradient \(got init: kaiming",
-        ),
-        (
-            "train: {restart_warmup_steps: 5}",
-            "needs restart_schedule: true .got restart_schedule: ",
-        ),
+        ("chain: {init_batches: 2}", r"`chain.init_batches` needs init: gradient \(got init: kai"),
+        ("train: {restart_warmup_steps: 5}", "needs restart_schedule: true .got restart_schedule:"),
         ("data: {dir: x}", "exclude each other"),
-        (
-            "data: {train: null, dir: x}",
-            "`data` must name a `task` or a `train` file .got only `dir`",
-        ),
+        ("data: {train: null, dir: x}", "must name a `task` or a `train` file .got only `dir`"),
         ("data: {task: rte, format: chat}", "`data.format` cannot be used with a task"),
         ("data: {train: [x, y, x]}", "`data.train` must name different files"),
         ("quantize: nf4", r"merged links without loss \(got hold: tied\); set chain.hold: carried"),
@@ -161,11 +139,10 @@ def test_a_number_that_no_key_can_mean_is_refused_by_name(key):
 )
 def test_combinations_that_cannot_work_are_refused_before_a_link_begins(keys, message):
     tree = yaml.safe_load(keys)
-    whole = {key: TREE.get(key, {}) for key in TREE | tree}
-    whole |= {
-        key: value if key == "quantize" else whole[key] | value for key, value in tree.items()
-    }
-    whole["data"] = whole["data"] | {"validation": "v"}
+    whole = TREE | {key: value for key, value in tree.items() if key == "quantize"}
+    for key in ("data", "chain", "train"):
+        whole[key] = TREE.get(key, {}) | tree.get(key, {})
+    whole["data"] |= {"validation": "v"}
     with pytest.raises(ConfigError, match=message) as raised:
         make_config(whole)
     assert "(got " in str(raised.value)
@@ -217,15 +194,15 @@ def test_a_link_of_its_own_is_refused_in_the_same_words(keys, message):
 
 
 def test_alpha_when_the_rank_drops():
-    def scalings(*overrides):
-        chain = config(("chain.ranks", "[8, 4, 2]"), ("chain.steps", "[1, 1, 1]"), *overrides).chain
-        return [link.scaling for link in chain.links()]
-
-    assert scalings() == [2.0, 2.0, 2.0]  # alpha 16: proportional keeps the scaling
-    assert scalings(("chain.alpha_policy", "fixed")) == [2.0, 4.0, 8.0]
-    assert scalings(("chain.alpha", "[8, 8, 2]")) == [1.0, 2.0, 1.0]
-    root = scalings(("chain.rslora", "true"))
-    assert root == pytest.approx([16 / 8**0.5] * 3)
+    for key, value, expected in (
+        ("alpha", "16", [2.0, 2.0, 2.0]),  # proportional keeps the scaling
+        ("alpha_policy", "fixed", [2.0, 4.0, 8.0]),
+        ("alpha", "[8, 8, 2]", [1.0, 2.0, 1.0]),
+        ("rslora", "true", pytest.approx([16 / 8**0.5] * 3)),
+    ):
+        lengths = ("chain.ranks", "[8, 4, 2]"), ("chain.steps", "[1, 1, 1]")
+        links = config(*lengths, (f"chain.{key}", value)).chain.links()
+        assert [link.scaling for link in links] == expected
 
 
 def test_a_tilde_is_the_home_of_the_user(tmp_path, monkeypatch):
@@ -255,13 +232,8 @@ def test_a_path_is_as_good_as_its_text():
 
 
 def test_one_value_where_a_list_is_due_is_a_list_of_one():
-    found = config(
-        ("chain.ranks", "8"),
-        ("chain.steps", "5"),
-        ("chain.target_modules", "q_proj"),
-        ("chain.exclude_modules", "layers.0.v_proj"),
-        ("train.trackers", "wandb"),
-    )
+    keys = "{ranks: 8, steps: 5, target_modules: q_proj, exclude_modules: layers.0.v_proj}"
+    found = config(("chain", keys), ("train.trackers", "wandb"))
     chain = found.chain
     assert (chain.ranks, chain.steps, chain.alpha) == ((8,), (5,), 16.0)
     assert chain.target_modules == ("q_proj",)
@@ -272,21 +244,16 @@ def test_one_value_where_a_list_is_due_is_a_list_of_one():
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("name", "content", "message"),
     [
-        (b"", r"must hold a mapping of keys \(got nothing"),
-        (b"- a\n- b\n", r"must hold a mapping of keys \(got a list"),
-        (b"model: m\ntrain: {lr: [1\n", r"must be YAML \(got .*c.yaml line \d: .*\); correct it"),
+        ("c.yaml", b"", r"must hold a mapping of keys \(got nothing"),
+        ("c.yaml", b"- a\n- b\n", r"must hold a mapping of keys \(got a list"),
+        ("c.yaml", b"model: m\ntrain: {lr: [1\n", r"YAML \(got .*c.yaml line \d: .*\); correct it"),
+        ("a.jsonl", b"{}", r"rows of data\); name the rows in a config: data: \{train"),
     ],
-    ids=["empty", "list", "torn"],
 )
-def test_files_that_are_no_config(tmp_path, content, message):
-    (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
-    with pytest.raises(
-        ConfigError, match=r"rows of data\); name the rows in a config: data: \{train"
-    ):
-        load_config(tmp_path / "rows.jsonl")
-    file = tmp_path / "c.yaml"
+def test_files_that_are_no_config(tmp_path, name, content, message):
+    file = tmp_path / name
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=message) as raised:
         load_config(file)

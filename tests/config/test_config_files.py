@@ -119,30 +119,22 @@ def test_a_whole_foreign_file_is_told_from_a_wrong_key(chainlora, tmp_path, tool
     )
 
 
-def test_one_foreign_key_is_named_by_ours(tmp_path):
-    file = tmp_path / "mixed.yaml"
-    file.write_text("model: m\ndata: {train: x}\nchain: {steps: [1], ranks: [8]}\nlora_r: 8\n")
-    with pytest.raises(ConfigError, match=r"^unknown key `lora_r`; here it is `chain.ranks`"):
-        load_config(file)
-
-
-def test_a_key_of_0_2_that_was_released_is_refused_with_what_does_its_work():
-    said = "^unknown key `chain.tune`; there is no such key here: .* transformers' Trainer$"
-    with pytest.raises(ConfigError, match=said):
-        make_config({"model": "m", "data": {"train": "x"}, "chain": {"tune": "full"}})
-
-
-def test_keys_that_were_released_say_so():
-    with pytest.raises(ConfigError, match=r"^unknown key `chain.dora`; .*no longer trained"):
-        make_config({"model": "m", "data": {"train": "x"}, "chain": {"dora": True}})
-    with pytest.raises(ConfigError, match=r"^unknown key `dora`; .*no longer trained"):
-        LinkConfig(dora=True)
-    with pytest.raises(ConfigError, match=r"^unknown key `train_factors`; .*optimizer: rac_lora"):
-        LinkConfig(train_factors="B")
-    with pytest.raises(
-        ConfigError, match=r"^unknown key `extra_modules`; .*no longer fully trained"
-    ):
-        LinkConfig(extra_modules=["norm"])
+@pytest.mark.parametrize(
+    ("part", "key", "said"),
+    [
+        ("top", {"lora_r": 8}, "lora_r`; here it is `chain.ranks`"),
+        ("chain", {"tune": "full"}, "chain.tune`; there is no .* here: .* transformers' Trainer$"),
+        ("chain", {"dora": True}, "chain.dora`; .*no longer trained"),
+        ("link", {"dora": True}, "dora`; .*no longer trained"),
+        ("link", {"train_factors": "B"}, "train_factors`; .*optimizer: rac_lora"),
+        ("link", {"extra_modules": ["norm"]}, "extra_modules`; .*no longer fully trained"),
+    ],
+)
+def test_a_key_of_another_tool_or_of_a_released_version_says_what_does_its_work(part, key, said):
+    tree = {"model": "m", "data": {"train": "x"}, "chain": {"steps": [1], "ranks": [8]}}
+    tree |= {"chain": tree["chain"] | key} if part == "chain" else key
+    with pytest.raises(ConfigError, match=f"^unknown key `{said}"):
+        LinkConfig(**key) if part == "link" else make_config(tree)
 
 
 def test_our_side_of_the_table_exists():

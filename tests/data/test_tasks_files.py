@@ -86,7 +86,7 @@ CHOICE = {"labels": None, "candidates": "options"}
     ("changes", "row", "message"),
     [
         *(({}, row, message) for row, message in (
-            ({"label": 0}, r"`prompt` .*'text' is undefined.* at a.jsonl line 1, .*fields are label"),
+            ({"label": 0}, r"`prompt` .*'text' is undefined.* a.jsonl line 1, .*fields are label"),
             ({"text": None, "label": 0}, r"`prompt` .*a null"),
             ({"text": ["x"], "label": 0}, r"`prompt` .*got \['x'\], which is not a text at .*row"),
             ({"text": b"x", "label": 0}, r"`prompt` .*bytes that are not text"),  # Parquet has such
