@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pytest
 from helpers_data import CHAT, FORGETS, MARKED, TALK, encode_examples, make_tokenizer, scored
-from helpers_tasks import PROMPTS, write_task
-from hypothesis import given, settings
+from helpers_tasks import PROMPTS, write_rows, write_task
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -62,36 +61,26 @@ def test_demonstrations_go_before_the_prompt_and_are_cut_first(colour):
 
 SAME = {"labels": None, "candidates": "[text, text]"}
 ALIKE = {"labels": [" great film", " great plot"], "scoring": "first_token"}
+BLANK = {"prompt": "{{ text }} ", "labels": ["great", "bad"]}
 
 
 @pytest.mark.parametrize(
-    ("changes", "row", "message"),
+    ("changes", "text", "message"),
     [
-        ({"labels": ["", " great"]}, {}, r"at least one token .*got ''.*write some text"),
-        (
-            {"prompt": "{{ text }} ", "labels": ["great", "bad"]},
-            {"text": "the"},
-            "blank at the end of the prompt",
-        ),
-        (SAME, {}, r"different tokens .*'film' and 'film'"),
-        (ALIKE, {}, r"first tokens .*use scoring: mean"),
+        ({"labels": ["", " great"]}, "film", r"at least one token .*got ''.*write some text"),
+        (BLANK, "the", "blank at the end of the prompt"),
+        (SAME, "film", r"different tokens .*'film' and 'film'"),
+        (ALIKE, "film", r"first tokens .*use scoring: mean"),
     ],
 )
 def test_candidates_that_cannot_be_told_apart_or_are_nothing(
-    colour, tmp_path, changes, row, message
+    colour, tmp_path, changes, text, message
 ):
-    path = tmp_path / "bad.jsonl"
-    path.write_text(json.dumps({"text": "film", "label": 0} | row))
+    path = write_rows(tmp_path / "bad.jsonl", [{"text": text, "label": 0}])
     with pytest.raises(DataError, match=message) as caught:
         encode_examples(list(find_source(path)), make_tokenizer(), colour(**changes))
     assert "bad.jsonl line 1" in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_nothing_may_stand_before_a_candidate_but_the_tokenizer_s_first_token(colour):
-    task, row = colour(prompt="{{ text }}"), {"text": "", "label": 0}
-    (example,) = encode_examples([row], make_tokenizer("bos"), task)
-    assert example.scored[0][0][0] == 1
 
 
 # --- the two rules, on any text ---
@@ -109,6 +98,7 @@ CHOICE = Task(
 
 
 @settings(max_examples=80, deadline=None)
+@example(prompt="", words=["Yes", "No"], special="bos", limit=9)  # one token in front is enough
 @given(
     prompt=TEXT,
     words=st.lists(TEXT.filter(bool), min_size=2, max_size=4, unique=True),
@@ -147,22 +137,18 @@ def test_boundary_and_truncation_hold_for_any_text(prompt, words, special, limit
 
 
 def test_a_row_too_long_is_named_with_length_limit_and_remedy(colour, tmp_path):
-    path = tmp_path / "long.jsonl"
-    path.write_text('{"text": "a", "label": 0}\n{"text": "%s", "label": 0}\n' % ("the film " * 50))
-    rows, tokenizer = list(find_source(path)), make_tokenizer()
+    rows = [{"text": text, "label": 0} for text in ("a", "the film " * 50)]
+    path, tokenizer = write_rows(tmp_path / "long.jsonl", rows), make_tokenizer()
+    rows = list(find_source(path))
     said = r"got \d+ tokens for at most 30 at .*long.jsonl line 2.*truncation: cut or drop$"
     with pytest.raises(DataError, match=said):
         encode_examples(rows, tokenizer, colour(), max_length=30)
-    with pytest.raises(
-        DataError, match=r"scored tokens must fit the context .*for at most 2 at .*: drop"
-    ):
-        encode_examples(
-            rows,
-            tokenizer,
-            colour(labels=[" the rain and the plot", " x"]),
-            max_length=2,
-            truncation="cut",
-        )
+    wide, said = (
+        colour(labels=[" the rain and the plot", " x"]),
+        "scored tokens must fit the context",
+    )
+    with pytest.raises(DataError, match=f"{said} .*for at most 2 at .*: drop"):
+        encode_examples(rows, tokenizer, wide, max_length=2, truncation="cut")
     free = encode_examples(rows, tokenizer, colour(), max_length=30, truncation="cut", reserve=12)
     assert len(free[1].prompt) == 18
 

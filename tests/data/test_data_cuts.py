@@ -79,14 +79,15 @@ def test_a_run_on_a_long_text_trains_on_all_of_it_and_says_so(tiny_folder, tmp_p
     assert written["data"] == result["data"]
 
 
+ASK = TALK[0]
+
+
 @pytest.mark.parametrize("format", ["text", "completion", "chat"])
 def test_what_a_cut_takes_is_counted_and_told_once(tmp_path, caplog, format):
     rows = {
         "text": [{"text": "dogs and cats " * n} for n in (1, 9, 30)],
         "completion": [{"prompt": "dogs and cats " * n, "completion": "two"} for n in (1, 9, 30)],
-        "chat": [
-            {"messages": [{"role": "user", "content": "dogs " * n}, *TALK[1:]]} for n in (1, 20, 60)
-        ],
+        "chat": [{"messages": [ASK | {"content": "dogs " * n}, *TALK[1:]]} for n in (1, 20, 60)],
     }[format]
     tokenizer = make_tokenizer("bos", CHAT)
     whole = encode_examples(rows, tokenizer, format)
@@ -202,12 +203,8 @@ def test_a_cut_chat_keeps_the_start_that_its_template_writes(template):
             "'documents', 'messages[].weight'",
         ),
         (  # the template knows `add_generation_prompt`, which is another word
-            [
-                {
-                    "messages": [TALK[0], {**TALK[1], "generation": "…"}],
-                    "chat_template_kwargs": {"think": True, "prompt": "x", "eos": None},
-                }
-            ],
+            [{"messages": [TALK[0], {**TALK[1], "generation": "…"}],
+              "chat_template_kwargs": {"think": True, "prompt": "x", "eos": None}}],
             "'chat_template_kwargs.prompt', 'chat_template_kwargs.think', 'messages[].generation'",
         ),
         (
@@ -216,7 +213,7 @@ def test_a_cut_chat_keeps_the_start_that_its_template_writes(template):
         ),
     ],
     ids=["text", "completion", "chat", "arguments", "sharegpt"],
-)
+)  # fmt: skip
 def test_columns_that_nothing_reads_are_named_once(tmp_path, caplog, rows, unread):
     path = write_rows(tmp_path / "rows.jsonl", rows * 20)
     with caplog.at_level(logging.WARNING, logger="chainlora"):
@@ -259,11 +256,11 @@ def test_rows_to_score_that_are_trained_on_are_named(
     told = [record.message for record in caplog.records if "too good" in record.message]
     named = {"validation": (2, 3, 5), "test": (1, 3)}
     lines = [", ".join(f"{paths[name]} line {k}" for k in at) for name, at in named.items()]
+    because = "rows are training rows too, so that scores on them are too good"
+    remedy = "remove them from one of the files"
     assert told == [
-        f"validation: 4 of 6 rows are training rows too, so that scores on them are too good "
-        f"({lines[0]}, …); remove them from one of the files",
-        f"test: 2 of 3 rows are training rows too, so that scores on them are too good "
-        f"({lines[1]}); remove them from one of the files",
+        f"validation: 4 of 6 {because} ({lines[0]}, …); {remedy}",
+        f"test: 2 of 3 {because} ({lines[1]}); {remedy}",
     ]
     assert "data.num" not in caplog.text
     caplog.clear()
