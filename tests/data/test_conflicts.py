@@ -21,6 +21,7 @@ from chainlora.data.kept import Kept
 from chainlora.data.rows import MemoryRows
 from chainlora.data.splits import prepare_splits
 from chainlora.errors import ConfigError
+from chainlora.models.loading import load_tokenizer
 from chainlora.runs.addresses import open_run
 from chainlora.training.rehearsing import rehearsal
 from chainlora.training.stages import train_stages
@@ -164,9 +165,8 @@ def test_replay_reads_no_old_answer(tokenizer):
     }
 
     def answers(**data):
-        found = splits_of(
-            tokenizer, asked("C", "film c?"), replay=0.5, earlier=dict(earlier), **data
-        )
+        new = asked("C", "film c?")
+        found = splits_of(tokenizer, new, replay=0.5, earlier=dict(earlier), **data)
         assert len(found.own) == 1
         assert len(found.kept().answers) == 1
         return [each.references[0].strip() for each in found.train]
@@ -174,20 +174,28 @@ def test_replay_reads_no_old_answer(tokenizer):
     assert answers() == ["C", "a", "B"]
     assert answers(keep_conflicts=True)[0] == "C"
     assert sorted(answers(keep_conflicts=True)) == sorted("CabcB")
+    new, january = [asked("x", f"film {n}?") for n in "abc"], {"january": earlier["january"]}
     with pytest.raises(ConfigError, match=r"\(got later answers to all rows of january\)"):
-        splits_of(
-            tokenizer,
-            *(asked("x", f"film {n}?") for n in "abc"),
-            earlier={"january": earlier["january"]},
-            replay=0.5,
-        )
+        splits_of(tokenizer, *new, earlier=january, replay=0.5)
 
 
 # --- the command line
 
 
 @pytest.fixture
-def months(tiny_folder, chainlora):
+def done(chainlora):
+    """A command that ends well."""
+
+    def call(*words):
+        outcome = chainlora(*words, *ONE)
+        assert outcome.status == 0, outcome.err
+        return outcome
+
+    return call
+
+
+@pytest.fixture
+def months(tiny_folder, done):
     """Files of three months; a run of the first one. April changes an answer of both others."""
     same = [asked("yes", f"is the cat {word}?") for word in ("red", "green", "good", "bad")]
     files = {
@@ -197,31 +205,15 @@ def months(tiny_folder, chainlora):
     }
     for name, rows in files.items():
         write_rows(Path(f"{name}.jsonl"), rows)
-    done = chainlora(
-        "train",
-        "january.jsonl",
-        "--model",
-        tiny_folder,
-        *ONE,
-        "--output",
-        "run",
-        "--general",
-        "none",
-    )
-    assert done.status == 0, done.err
-    assert "other answer" not in done.err
+    places = ("--model", tiny_folder, "--output", "run", "--general", "none")
+    assert "other answer" not in done("train", "january.jsonl", *places).err
     return Path("run")
 
 
-def words_read(run, tiny_folder, stage):
+def words_read(run, tokenizer, stage):
     """Return the answers to the changed prompt that a stage would read."""
-    from chainlora.models.loading import load_tokenizer
-
-    found = prepare_splits(
-        stage.config.data, load_tokenizer(tiny_folder), 128, earlier=open_run(run).kept()
-    )
-    asked = {each.references[0].strip() for each in found.train}
-    return asked & {"two birds", "no cat"}
+    found = prepare_splits(stage.config.data, tokenizer, 128, earlier=open_run(run).kept())
+    return {each.references[0].strip() for each in found.train} & {"two birds", "no cat"}
 
 
 TOLD = (
@@ -231,13 +223,11 @@ TOLD = (
 
 
 def test_a_changed_answer_is_told_once_and_beside_others_not_rehearsed(
-    months, tiny_folder, chainlora, caplog
+    months, tiny_folder, done, caplog
 ):
-    done = chainlora("extend", months, "february.jsonl", *ONE)
-    assert done.status == 0, done.err
+    done("extend", months, "february.jsonl")
     assert "other answer" not in caplog.text
-    done = chainlora("extend", months, "april.jsonl", *ONE, "--rehearse")
-    assert done.status == 0, done.err
+    done("extend", months, "april.jsonl", "--rehearse")
     assert caplog.text.count(f"{TOLD}the newest answer counts (--keep-conflicts keeps") == 1
     now = open_run(months)
     assert now.entry.is_rehearsal
@@ -245,35 +235,32 @@ def test_a_changed_answer_is_told_once_and_beside_others_not_rehearsed(
     assert (now.result()["steps"], now.result()["rows"]) == (2, 7)
     assert [len(each.train) for each in now.kept().values()] == [5, 2, 2]  # and scored as before
     (stage,) = rehearsal(f"{months}@after-april", {"name": "again"})
-    assert words_read(months, tiny_folder, stage) == {"no cat"}
+    tokenizer = load_tokenizer(tiny_folder)
+    assert words_read(months, tokenizer, stage) == {"no cat"}
     (both,) = rehearsal(months, {"name": "both", "data": {"keep_conflicts": True}})
-    assert words_read(months, tiny_folder, both) == {"two birds", "no cat"}
+    assert words_read(months, tokenizer, both) == {"two birds", "no cat"}
     assert both.config.data.keep_conflicts
     (result,) = train_stages([both], matrix=False)
     assert result["rows"] == 9
 
 
-def test_on_top_both_answers_count_if_told(months, chainlora, caplog):
-    words = ("--on-top", "--data.replay", "0.5", *ONE, "--json")
+def test_on_top_both_answers_count_if_told(months, done, caplog):
+    words = ("--name", "april", "--on-top", "--data.replay", "0.5", "--json")
     rows = {}
     for name, more in (("newest", ()), ("both", ("--keep-conflicts",))):
-        found = chainlora(
-            *("extend", months, "april.jsonl", "--output", name, "--name", "april"), *words, *more
-        )
+        found = done("extend", months, "april.jsonl", "--output", name, *words, *more)
         told = found.json["stages"]["april"]["data"]["train"]
         rows[name] = told["replayed"]
         assert open_run(name).config().data.keep_conflicts == bool(more)
     assert rows == {"newest": 4, "both": 5}
     assert caplog.text.count("april: 1 prompt has other answers than in january, e.g. ") == 2
     assert caplog.text.count("; both count (data.keep_conflicts)") == 1
-    found = chainlora("extend", "both", "february.jsonl", "--dry-run", *ONE)
-    assert found.status == 0, found.err
+    done("extend", "both", "february.jsonl", "--dry-run")
 
 
-def test_a_combination_is_declared_with_what_its_last_stage_says(months, chainlora):
-    for file, more in (("february", ()), ("april", ("--keep-conflicts",))):
-        done = chainlora("extend", months, f"{file}.jsonl", *ONE, *more)
-        assert done.status == 0, done.err
+def test_a_combination_is_declared_with_what_its_last_stage_says(months, done):
+    done("extend", months, "february.jsonl")
+    done("extend", months, "april.jsonl", "--keep-conflicts")
     history = json.loads((months / "history.json").read_text())
     found = [e.get("recipe", {}) for e in history["entries"] if e["kind"] == "combine"]
     assert [each.get("keep_conflicts", False) for each in found] == [False, True]

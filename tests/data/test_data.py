@@ -243,7 +243,12 @@ CHATS = [
     (CHAT, [TALK[0], TALK[1] | {"weight": 0}], r"is learned .got weight: 0 in turn 2 at "),
     (MARKED, [*TALK, EMPTY | {"tool_calls": []}], r"must not be empty .*empty turn 5 at "),
     ("{{ raise_exception('roles must alternate') }}", TALK, r"chat template .*alternate"),
-]
+    *((template, TALK, r"must suit the model's chat template \(got ") for template in (
+        "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", r"{{ '\ud800' }}",
+    )),
+    ("{% for m in messages %}{{ m.content }}</s>{% endfor %}", TALK[1:],
+     r"assistant begins needs .*chatml, or remove the first turn"),
+]  # fmt: skip
 # Rows of a format, all under a chat template.
 ROWS = [
     *(("chat", {"messages": TALK, "tools": tools}, said) for tools, said in [

@@ -162,12 +162,6 @@ def batches_of_version_0_1(lengths, batch_size, seed, epoch, group_by_length=Fal
     return batches
 
 
-def make_rows(num_rows: int) -> MemoryRows:
-    return MemoryRows(
-        [Example(i, (tuple(range((7 * i) % 31 + 2)),), (((1, 2),),)) for i in range(num_rows)]
-    )
-
-
 @settings(max_examples=100, deadline=None)
 @given(
     num_rows=st.integers(1, 400),
@@ -180,18 +174,13 @@ def make_rows(num_rows: int) -> MemoryRows:
 def test_steps_see_the_rows_they_saw_in_version_0_1(
     num_rows, batch_size, accumulation, seed, group, data
 ):
-    train = {
-        "batch_size": batch_size,
-        "gradient_accumulation": accumulation,
-        "seed": seed,
-        "group_by_length": group,
-    }
-    chain = {"ranks": [1], "steps": [1]}
-    config = make_config(
-        {"model": "none", "data": {"train": "none.jsonl"}, "chain": chain, "train": train}
-    )
-    rows = make_rows(num_rows)
-    plan, lengths = make_batches(config, rows), [len(e.sequences[0]) for e in rows]
+    train = {"batch_size": batch_size, "gradient_accumulation": accumulation}
+    train |= {"seed": seed, "group_by_length": group}
+    tree = {"model": "none", "data": {"train": "none.jsonl"}, "train": train}
+    config = make_config(tree | {"chain": {"ranks": [1], "steps": [1]}})
+    lengths = [(7 * number) % 31 + 2 for number in range(num_rows)]
+    rows = [Example(k, (tuple(range(n)),), (((1, 2),),)) for k, n in enumerate(lengths)]
+    plan = make_batches(config, MemoryRows(rows))
     # Steps in any order, as a resumed run and steps packed ahead ask for them.
     for step in data.draw(st.lists(st.integers(0, 5 * plan.steps_per_epoch), max_size=12)):
         epoch, within = divmod(step, plan.steps_per_epoch)

@@ -41,40 +41,23 @@ UNREADABLE = [
     ("bad.jsonl", FIRST + b'{"text": \n', r"must be JSON .*bad.jsonl line 2 column"),
     ("torn.jsonl", FIRST + b'{"text": "a\n', r"got Invalid control character at \S+torn.jsonl"),
     ("bad.jsonl", FIRST + b'\n["b"]\n', r"row must be an object .*list.*bad.jsonl line 3"),
-    (
-        "bad.jsonl",
-        FIRST + b'{"text": "a", "to": [{"b": 1, "b": 1}]}\n',
-        r"keys of a JSON object must differ \(got 'b' twice at .*bad.jsonl line 2\)",
-    ),
+    ("bad.jsonl", FIRST + b'{"text": "a", "to": [{"b": 1, "b": 1}]}\n',
+     r"keys of a JSON object must differ \(got 'b' twice at .*bad.jsonl line 2\)"),
     ("bad.json", b'[{"a": 1}, {"a": 1, "b": 2, "a": 3}]', r"got 'a' twice at .*bad.json\)"),
     ("bad.jsonl", FIRST + b"{}\n", r"row must be an object .*empty object.*line 2"),
     ("bad.jsonl", b"\n \n", r"at least one row .*bad.jsonl"),
     ("bad.jsonl", b'[\n {"a": 1}\n]\n', r"line 1 column .*; if the file is one JSON value, name"),
     ("bad.jsonl", FIRST + b'{"text": "\xff"}\n', r"must be UTF-8 .*bad.jsonl line 2"),
-    (
-        "bad.jsonl",
-        b'{"text": "caf\xe9"}\n',
-        r"probably Latin-1 or Windows-1252, .*caf\xe9.* line 1\); convert it: iconv -f WINDOWS",
-    ),
+    ("bad.jsonl", b'{"text": "caf\xe9"}\n',
+     r"probably Latin-1 or Windows-1252, .*caf\xe9.* line 1\); convert it: iconv -f WINDOWS"),
     ("bad.json", '[{"text": "a"}]'.encode("utf-16"), r"got UTF-16 at .*iconv -f UTF-16 -t UTF-8"),
-    (
-        "bad.csv",
-        b"text,label\nok,1\nb\x81,1\n",
-        r"UTF-16 or Windows-1252 \(got the byte 0x81 at .*bad.csv after line ",
-    ),
+    ("bad.csv", b"text,label\nok,1\nb\x81,1\n",
+     r"UTF-16 or Windows-1252 \(got the byte 0x81 at .*bad.csv after line "),
     ("bad.csv", b"\xef\xbb\xbftext,label\na\xff,1\n", r"got the byte 0xff"),
     ("bad.csv", b"text;label\r\n;\r\n;;\r\na;1;2\r\n", r"2 fields \(got 3 at .*bad.csv line 4"),
-    (
-        "bad.jsonl",
-        rb'{"a": "a\ud83d b"}',
-        r"valid Unicode .got half a character, '\\ud83d', .* line 1",
-    ),
+    ("bad.jsonl", rb'{"a": "a\ud83d b"}', r"Unicode .got half a character, '\\ud83d', .* line 1"),
     ("bad.jsonl", FIRST + rb'{"a\uDE00": "b"}', r"valid Unicode .*line 2"),
-    (
-        "bad.jsonl",
-        b'{"a": ' + b"9" * 5000 + b"}",
-        r"Python can parse \(got Exceeds the limit.*line 1",
-    ),
+    ("bad.jsonl", b'{"a": ' + b"9" * 5000 + b"}", r"can parse \(got Exceeds the limit.*line 1"),
     ("bad.jsonl", b"[" * 200_000 + b"]" * 200_000, r"Python can parse \(got .*line 1"),
     ("bad.csv", b'text,label\n"a\n",1\n\n"b\nb"\n', r"2 fields \(got 1 at .*bad.csv line 5"),
     ("bad.csv", b'text,label\na,1\n"a,1\na,1\n', r"must be CSV .*bad.csv line 3"),
@@ -82,14 +65,11 @@ UNREADABLE = [
     ("bad.csv", b"text\n" + b"a" * 200_000, r"field larger .*bad.csv line .*JSON lines"),
     ("bad.json", b'[{"a": 1},\n]', r"must be JSON .*bad.json line"),
     ("bad.json", b'{"a": 1}', r"list of rows.*dict"),
-    (
-        "bad.json",
-        b'{"a": 1}\n{"a": 2}\n',
-        r"bad.json line 2 .*; if each line is a row, name the file .jsonl",
-    ),
+    ("bad.json", b'{"a": 1}\n{"a": 2}\n',
+     r"bad.json line 2 .*; if each line is a row, name the file .jsonl"),
     ("bad.parquet", b"text", r"must be Parquet .*bad.parquet"),
     ("bad.txt", b"text", r"must end in .jsonl.*bad.txt"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "content", "message"), UNREADABLE)

@@ -52,9 +52,8 @@ def test_named_templates(name):
     tokenizer, text = tokenizer_with(chat_template=name), NAMED[name]
     (example,) = encode_examples([{"messages": [SYSTEM, *TALK[:2]]}], tokenizer, "auto")
     assert tokenizer.decode(example.sequences[0]) == text
-    asked = tokenizer.apply_chat_template(
-        [SYSTEM, TALK[0]], tokenize=False, add_generation_prompt=True
-    )
+    keys = {"tokenize": False, "add_generation_prompt": True}
+    asked = tokenizer.apply_chat_template([SYSTEM, TALK[0]], **keys)
     begin, said, end = text.rpartition("two dogs")
     assert (begin, scored(example, tokenizer)) == (asked, [[said + end.rstrip()]])
 
@@ -75,10 +74,8 @@ def test_chatml_writes_tools_and_calls():
     text = tokenizer.decode(example.sequences[0])
     assert text.startswith("<|im_start|>system\ncount\n\n# Tools\n")
     assert text.count("<|im_start|>system") == 1
-    assert (
-        "<|im_start|>user\n<tool_response>\n2\n</tool_response>\n<tool_response>\n2\n"
-        "</tool_response><|im_end|>\n"
-    ) in text
+    answer = "<tool_response>\n2\n</tool_response>"
+    assert f"<|im_start|>user\n{answer}\n{answer}<|im_end|>\n" in text
     written = '<tool_call>\n{"name": "count", "arguments": {"what": "dogs"}}\n</tool_call>'
     assert scored(example, tokenizer) == [[f"{written}\n{written}<|im_end|>", "two dogs<|im_end|>"]]
 
@@ -157,17 +154,13 @@ def test_a_template_may_lie_at_home(tmp_path, monkeypatch, encoding):
     ],
 )
 def test_templates_and_arguments_that_are_refused(keys, message):
-    def use():
-        tree = {"model": "m", "data": {"train": "x"} | keys, "chain": {"ranks": []}}
-        set_chat_template(make_tokenizer("bos"), make_config(tree).data)
-
+    tree = {"model": "m", "data": {"train": "x"} | keys, "chain": {"ranks": []}}
     with pytest.raises(ConfigError, match=message) as caught:
-        use()
+        set_chat_template(make_tokenizer("bos"), make_config(tree).data)
     assert "\n" not in str(caught.value)
 
 
 # --- what a message may hold ---
-
 
 PREFERENCES = {
     "TRL": {"prompt": "a", "chosen": "b", "rejected": "c"},
@@ -238,13 +231,6 @@ def test_a_chat_that_the_assistant_begins_is_learnt(template):
     assert scored(alone, tokenizer) == [["hello</s>"]]
 
 
-def test_where_an_answer_begins_cannot_be_told_the_other_template_is_named():
-    template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
-    said = r"assistant begins needs .*chatml, or remove the first turn"
-    with pytest.raises(DataError, match=said):
-        encode_examples([{"messages": [GREETING, *TALK]}], make_tokenizer("", template), "chat")
-
-
 def test_calls_without_content_name_the_template_that_shows_them(smollm2_tokenizer):
     call = {"function": {"name": "count", "arguments": {"what": "dogs"}}}
     row = {"messages": [TALK[0], {"role": "assistant", "content": None, "tool_calls": [call]}]}
@@ -284,15 +270,6 @@ def test_arguments_of_calls_in_json_are_learnt_without_its_escapes(template):
     }.items():
         with pytest.raises(DataError, match=said):
             encode_examples([row(wrong)], tokenizer, "chat")
-
-
-@pytest.mark.parametrize(
-    "template", ["{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", r"{{ '\ud800' }}"]
-)
-def test_a_template_that_fails_is_one_line(template):
-    with pytest.raises(DataError, match=r"must suit the model's chat template \(got ") as error:
-        encode_examples([{"messages": TALK[:2]}], make_tokenizer("bos", template), "chat")
-    assert "\n" not in str(error.value)
 
 
 def test_a_template_that_writes_the_day_writes_the_same_day_ever():

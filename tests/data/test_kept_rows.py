@@ -80,8 +80,8 @@ def folder_of(path, **files):
     return lambda name: str(path / f"{name}.jsonl")
 
 
-def encoded(tokenizer, **data):
-    return prepare_splits(DataConfig(**data), tokenizer, 128)
+def encoded(tokenizer, earlier=None, bound=None, **data):
+    return prepare_splits(DataConfig(**data), tokenizer, 128, earlier=earlier, bound=bound)
 
 
 def plan_of(data, splits, epochs, **train):
@@ -125,9 +125,7 @@ def test_rows_are_held_out_by_their_prompts_wherever_they_stand(validation, tmp_
     assert len(found.train) + len(found.validation) == 28
     if validation == 9:
         assert len(held_out) == 9
-    later = prepare_splits(
-        DataConfig(train=at("other"), validation=validation), tokenizer, 128, bound=found.bound
-    )
+    later = encoded(tokenizer, bound=found.bound, train=at("other"), validation=validation)
     assert held_out == set(words(later.validation, tokenizer)) & set(LETTERS)
     assert found.report()["train"]["held_out"] == len(found.validation)
     assert found.report()["validation"].keys() == {"examples", "tokens"}
@@ -164,8 +162,7 @@ def test_a_task_over_own_files_holds_rows_out_as_they_are_scored(
 def test_rows_that_are_scored_as_they_are_learned_are_tokenised_once(tokenizer, tmp_path, cache):
     rows = [{"text": f"film {number}", "label": number % 2} for number in range(2001)]
     file, task = write_rows(tmp_path / "a.jsonl", rows), write_task(tmp_path)
-    data = DataConfig(task=str(task), train=str(file), validation=0.1)
-    found = prepare_splits(data, tokenizer, 128)
+    found = encoded(tokenizer, task=str(task), train=str(file), validation=0.1)
     assert len(found.train) + len(found.validation) == 2001
     assert len([store for store in (cache / "rows").iterdir() if store.is_dir()]) == 1
 
@@ -186,62 +183,50 @@ def test_training_rows_to_score_are_those_that_a_stage_is_trained_on(
         assert evaluate_task(state, split="train", limit=3)["rows"] == 3
 
 
-@pytest.mark.parametrize(
-    ("validation", "message"),
-    [
-        (26, r"some to train on \(got 26 of 26\); give another"),
-        (0.001, r"some to train on \(got 0.001 of 26\)"),
-    ],
-)
-def test_a_side_without_rows_is_refused(validation, message, tmp_path, tokenizer):
-    at = folder_of(tmp_path, a=LETTERS)
-    with pytest.raises(ConfigError, match=message):
-        encoded(tokenizer, train=at("a"), validation=validation)
-
-
-def test_nothing_is_held_out_of_rows_that_are_all_shown(tmp_path, tokenizer):
-    file = write_rows(tmp_path / "a.jsonl", [{"text": "a", "label": 0}] * 3)
-    keys = {"task": str(write_task(tmp_path)), "shots": 3, "validation": 0.5}
-    with pytest.raises(ConfigError, match=r"leave some to train on \(got 0.5 of 0\)"):
-        encoded(tokenizer, train=str(file), **keys)
+def test_a_side_without_rows_is_refused(tmp_path, tokenizer):
+    letters = folder_of(tmp_path, a=LETTERS)("a")
+    shown = str(write_rows(tmp_path / "shown.jsonl", [{"text": "a", "label": 0}] * 3))
+    task = {"task": str(write_task(tmp_path)), "shots": 3}
+    for file, validation, keys, got in (
+        (letters, 26, {}, r"26 of 26\); give another"),
+        (letters, 0.001, {}, r"0.001 of 26\)"),
+        (shown, 0.5, task, r"0.5 of 0\)"),
+    ):
+        with pytest.raises(ConfigError, match=rf"leave some to train on \(got {got}"):
+            encoded(tokenizer, train=file, validation=validation, **keys)
 
 
 # --- rows of earlier stages
 
 
-def stage_of(tokenizer, earlier=None, **data):
-    return prepare_splits(DataConfig(**data), tokenizer, 128, earlier=earlier)
-
-
 def test_a_stage_neither_trains_on_earlier_validation_rows_nor_on_known_ones(tmp_path, tokenizer):
     at = folder_of(tmp_path, a=LETTERS[:10], more=LETTERS[8:20], v="xyz", later=LETTERS)
     keys = {"train": [at("a"), at("more")], "validation": 4}
-    first = stage_of(tokenizer, **keys)
-    second = stage_of(tokenizer, train=at("v"), validation=at("v"))
+    first = encoded(tokenizer, **keys)
+    second = encoded(tokenizer, train=at("v"), validation=at("v"))
     earlier = {"first": first.kept(), "second": second.kept()}
     held_out, seen = set(words(first.validation, tokenizer)), set(words(first.train, tokenizer))
-    found = stage_of(tokenizer, earlier, train=at("later"))
+    found = encoded(tokenizer, earlier, train=at("later"))
     assert set(words(found.train, tokenizer)) == set(LETTERS) - held_out - set("xyz")
     assert found.report()["train"]["left_out"] == 7
-    assert found.digest != stage_of(tokenizer, train=at("later")).digest
-    new = stage_of(tokenizer, earlier, train=at("later"), new_rows_only=True)
+    assert found.digest != encoded(tokenizer, train=at("later")).digest
+    new = encoded(tokenizer, earlier, train=at("later"), new_rows_only=True)
     assert set(words(new.train, tokenizer)) == set(LETTERS) - held_out - seen - set("xyz")
     assert new.report()["train"]["seen"] == len(seen)
     with pytest.raises(ConfigError, match=r"training needs rows .* \(got .*[1-9] seen\); add rows"):
-        stage_of(tokenizer, earlier, new_rows_only=True, train=at("a"))
+        encoded(tokenizer, earlier, new_rows_only=True, train=at("a"))
 
 
 def test_rows_to_score_that_an_earlier_stage_was_trained_on_are_counted(
     tmp_path, tokenizer, caplog
 ):
     at = folder_of(tmp_path, a=LETTERS, v="abxyz", new="xyz")
-    earlier = {"first": stage_of(tokenizer, train=at("a"), num_train=20).kept()}
+    earlier = {"first": encoded(tokenizer, train=at("a"), num_train=20).kept()}
     for number, validation in enumerate([at("v"), at("new"), 13]):
-        found = stage_of(tokenizer, earlier, train=at("a"), validation=validation)
+        found = encoded(tokenizer, earlier, train=at("a"), validation=validation)
         known = set(words(found.validation, tokenizer)) & set(LETTERS[:20])
-        told = (
-            f"validation: an earlier stage was trained on {len(known)} of {len(found.validation)}"
-        )
+        counts = f"{len(known)} of {len(found.validation)}"
+        told = f"validation: an earlier stage was trained on {counts}"
         assert bool(known) == (number != 1)
         assert (told in caplog.text) == bool(known)
         caplog.clear()
@@ -249,9 +234,9 @@ def test_rows_to_score_that_an_earlier_stage_was_trained_on_are_counted(
 
 def test_rows_of_earlier_stages_are_added_to_every_batch(tmp_path, tokenizer):
     at = folder_of(tmp_path, a=LETTERS[:10], b=LETTERS[8:20], v="ab")
-    earlier = {"first": stage_of(tokenizer, train=at("a")).kept()}
+    earlier = {"first": encoded(tokenizer, train=at("a")).kept()}
     data = {"train": at("b"), "validation": at("v"), "replay": 0.3}
-    found = stage_of(tokenizer, earlier, **data)
+    found = encoded(tokenizer, earlier, **data)
     assert set(words(found.train[12:], tokenizer)) == set(LETTERS[2:10])  # no validation row
     again = found.kept()
     assert set(words(again.train, tokenizer)) == set(LETTERS[8:20])
@@ -267,13 +252,13 @@ def test_rows_of_earlier_stages_are_added_to_every_batch(tmp_path, tokenizer):
 def test_rows_of_earlier_stages_that_are_longer_are_left_out(tmp_path, tokenizer, caplog):
     rows = [{"prompt": "a film " * k, "completion": " good"} for k in (3, 9, 9)]
     long = write_rows(tmp_path / "long.jsonl", rows)
-    earlier = {"first": stage_of(tokenizer, train=str(long)).kept()}
+    earlier = {"first": encoded(tokenizer, train=str(long)).kept()}
     keys = {"train": folder_of(tmp_path, b="cd")("b"), "replay": 0.5}
     length = earlier["first"].train.lengths.min()
-    assert len(stage_of(tokenizer, earlier, **keys, max_length=length).train) == 3
+    assert len(encoded(tokenizer, earlier, **keys, max_length=length).train) == 3
     assert f"data.replay: leaving out 2 rows of more than {length} tokens" in caplog.text
     with pytest.raises(ConfigError, match=f"got 3 rows of more than {length - 1} tokens"):
-        stage_of(tokenizer, earlier, **keys, max_length=length - 1)
+        encoded(tokenizer, earlier, **keys, max_length=length - 1)
 
 
 def test_ranked_rows_are_read_again_as_completions_and_pairs_are_not(
@@ -281,17 +266,17 @@ def test_ranked_rows_are_read_again_as_completions_and_pairs_are_not(
 ):
     tokenizer = load_tokenizer(tiny_folder)
     data = settings(tiny_folder, sentiment)["data"]
-    ranked = stage_of(tokenizer, **data).kept()
+    ranked = encoded(tokenizer, **data).kept()
     pairs = prepare_splits(DataConfig(**pair_files(sentiment)), tokenizer, 128, loss="dpo").kept()
     keys = {"train": folder_of(tmp_path, a="abc")("a"), "replay": 0.5}
-    found = stage_of(tokenizer, {"ranked": ranked, "pairs": pairs}, **keys)
+    found = encoded(tokenizer, {"ranked": ranked, "pairs": pairs}, **keys)
     right = [(e.sequences[e.label], e.scored[e.label]) for e in ranked.train]
     assert [(*e.sequences, *e.scored) for e in found.train[3:]] == right
     assert "this stage learns by completion, not pairs: dpo" in caplog.text
     for earlier, got in (({}, "none"), ({"pairs": pairs}, "pairs: dpo")):
         said = rf"learned by completion \(got {got}\); leave it out"
         with pytest.raises(ConfigError, match=said):
-            stage_of(tokenizer, earlier, **keys)
+            encoded(tokenizer, earlier, **keys)
 
 
 def test_a_stage_with_replay_is_the_same_killed(configure, tmp_path):
