@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import os
 import signal
 import sys
@@ -58,16 +59,11 @@ _CHANGES = {"os.rename": 1, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0, "os.sy
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if _watched is None:
         return
-    if event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITING:
-        path = arguments[0]
-    elif event in _CHANGES:
-        path = arguments[_CHANGES[event]]
-    elif event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn"):
+    if event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn"):
         _watched.append(f"{event} {arguments[0]}")
-        return
-    else:
-        return
-    if isinstance(path, int):
+    is_written = event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITING
+    place = 0 if is_written else _CHANGES.get(event)
+    if place is None or isinstance(path := arguments[place], int):
         return
     folder = arguments[-1] if event in ("os.remove", "os.mkdir", "os.rmdir") else -1
     parent = os.readlink(f"/proc/self/fd/{folder}") if folder >= 0 else os.getcwd()
@@ -164,22 +160,15 @@ def places(tree: Any, path: tuple = ()) -> list[tuple]:
     return found
 
 
-def change(tree: Any, path: tuple, value: Any, *, delete: bool) -> None:
-    """Put a value at a place of a JSON tree, or delete what is there."""
-    for part in path[:-1]:
-        tree = tree[part]
-    if delete:
-        del tree[path[-1]]
-    else:
-        tree[path[-1]] = value
-
-
 def altered(data: Any, tree: Any, values: st.SearchStrategy[Any]) -> Any:
-    """Change one or two places of a JSON tree, in place; return it."""
+    """Change or delete one or two places of a JSON tree, in place; return it."""
     for _ in range(data.draw(st.integers(1, 2))):
         if found := places(tree):
-            where = data.draw(st.sampled_from(found))
-            change(tree, where, data.draw(values), delete=data.draw(st.booleans()))
+            *parents, last = data.draw(st.sampled_from(found))
+            inner = functools.reduce(operator.getitem, parents, tree)
+            inner[last] = data.draw(values)
+            if data.draw(st.booleans()):
+                del inner[last]
     return tree
 
 

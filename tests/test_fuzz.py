@@ -53,13 +53,8 @@ def test_a_config_of_any_values_is_refused_or_comes_back_the_same(tmp_path_facto
     assert make_config(parse_yaml(dump_config(config))) == config
 
 
-PIECES = st.one_of(
-    WORDS,
-    st.text(max_size=5),
-    st.sampled_from(
-        ["model: m\n", "chain:\n", "  ranks: [2]\n", "  steps: [1]\n", "&a [*a]", "- "]
-    ),
-)
+LINES = ["model: m\n", "chain:\n", "  ranks: [2]\n", "  steps: [1]\n", "&a [*a]", "- "]
+PIECES = st.one_of(WORDS, st.text(max_size=5), st.sampled_from(LINES))
 
 
 @fuzz(short=50, full=3000)
