@@ -34,18 +34,9 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"animal": {"type": "string"}}},
     },
 }
-CALLED = [
-    ASK,
-    {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [
-            {"type": "function", "function": {"name": "legs", "arguments": {"animal": "dog"}}}
-        ],
-    },
-    {"role": "tool", "content": "4"},
-    ANSWER,
-]
+CALL = {"type": "function", "function": {"name": "legs", "arguments": {"animal": "dog"}}}
+CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+CALLED = [ASK, CALLS, {"role": "tool", "content": "4"}, ANSWER]
 CALLED_IN_JSON = json.loads(json.dumps(CALLED).replace('{"animal": "dog"}', '"{\\"animal\\": 1}"'))
 THINKS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
@@ -60,31 +51,29 @@ class Case(NamedTuple):
     name: str
     row: Mapping[str, Any]
     keys: Mapping[str, Any] = {}
-    ours: Mapping[str, Any] = {}
-    """A row of our own formats that it means, where it is one of another tool."""
+    ours: Mapping[str, Any] = {}  # a row of our own formats that it means, if it is another tool's
 
 
-def in_parts(turn: Mapping[str, str]) -> dict[str, Any]:
-    return {"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]}
-
-
+IN_PARTS = [
+    turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in (ASK, ANSWER)
+]
+ALPACA = {"instruction": ASK["content"], "output": ANSWER["content"]}
+PLAIN = {"chat_template": None}
+TASK = "Below is an instruction that describes a task"
+WRITE = (
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nHow many legs has a dog?\n\n"
+)
 CHATML = {"chat_template": "chatml"}
 CASES = [
     Case("plain text, columns beside it", {"text": "A dog has four legs.", "id": 7}),
     Case("prompt and completion", {"prompt": "Legs of a dog:", "completion": " four"}),
-    Case(
-        "prompt and completion that share a token",
-        {"prompt": "Legs of a dog: ", "completion": "four"},
-    ),
-    Case(
-        "chat of several turns with a system turn",
-        {"messages": [SYSTEM, ASK, ANSWER, *MORE]},
-        CHATML,
-    ),
+    Case("both that share a token", {"prompt": "Legs of a dog: ", "completion": "four"}),
+    Case("chat of turns, one of system", {"messages": [SYSTEM, ASK, ANSWER, *MORE]}, CHATML),
     Case("chat with tools", {"messages": CALLED, "tools": [TOOL]}, CHATML),
     Case("chat with tools in JSON", {"messages": CALLED, "tools": json.dumps([TOOL])}, CHATML),
     Case("calls with arguments in JSON", {"messages": CALLED_IN_JSON}, CHATML),
-    Case("content as parts", {"messages": [in_parts(ASK), in_parts(ANSWER)]}, CHATML),
+    Case("content as parts", {"messages": IN_PARTS}, CHATML),
     Case(
         "chat with arguments of the template",
         {"messages": [ASK, ANSWER], "chat_template_kwargs": {"think": True}},
@@ -117,31 +106,25 @@ CASES = [
     ),
     Case(
         "Alpaca, with a chat template",
-        {"instruction": ASK["content"], "input": "Rex", "output": ANSWER["content"]},
+        ALPACA | {"input": "Rex"},
         CHATML,
         {"messages": [ASK | {"content": f"{ASK['content']}\nRex"}, ANSWER]},
     ),
     Case(
         "Alpaca, without one",
-        {"instruction": ASK["content"], "input": "Rex", "output": ANSWER["content"]},
-        {"chat_template": None},
+        ALPACA | {"input": "Rex"},
+        PLAIN,
         {
-            "prompt": "Below is an instruction that describes a task, paired with an input that "
-            "provides further context. Write a response that appropriately completes the request."
-            "\n\n### Instruction:\nHow many legs has a dog?\n\n### Input:\nRex\n\n### Response:\n",
+            "prompt": f"{TASK}, paired with an input that provides further context. {WRITE}"
+            "### Input:\nRex\n\n### Response:\n",
             "completion": "Four.",
         },
     ),
     Case(
         "Alpaca, without one and without an input",
-        {"instruction": ASK["content"], "output": ANSWER["content"]},
-        {"chat_template": None},
-        {
-            "prompt": "Below is an instruction that describes a task. Write a response that "
-            "appropriately completes the request.\n\n### Instruction:\nHow many legs has a dog?"
-            "\n\n### Response:\n",
-            "completion": "Four.",
-        },
+        ALPACA,
+        PLAIN,
+        {"prompt": f"{TASK}. {WRITE}### Response:\n", "completion": "Four."},
     ),
 ]
 
