@@ -9,8 +9,7 @@ from conftest import byte_level, write_rows
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from chainlora.data.encoding import Options, detect_format, make_row_encoder
-from chainlora.data.encoding.encoder import Counts
+from chainlora.data.encoding import Options, RowEncoder, detect_format
 from chainlora.data.sources import Row
 
 CORPUS = [
@@ -66,13 +65,13 @@ def scored(example, tokenizer) -> list[list[str]]:
 def encode_examples(rows, tokenizer, task, **options) -> list:
     """Encode rows as a run would; `options` are those of `Options`."""
     kind = detect_format(rows, options.get("objective")) if task == "auto" else task
-    encode = make_row_encoder(kind, tokenizer, Options(**options))
+    encode = RowEncoder(kind, tokenizer, Options(**options))
     named = [
         row if isinstance(row, Row) else Row(row, position, f"row {position}")
         for position, row in enumerate(rows)
     ]
-    examples = encode(named, counts := Counts())
-    counts.refuse_too_long(encode.fit.max_length)
+    examples = encode(named)
+    encode.summary()  # refuses rows that are too long
     return examples
 
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from chainlora import Link, load_model, load_task
-from chainlora.data.encoding import Options, make_row_encoder
-from chainlora.data.encoding.encoder import Counts
+from chainlora.data.encoding import Options, RowEncoder
 from chainlora.data.examples import Example
 from chainlora.data.sources import Row
 
@@ -34,13 +33,13 @@ class Scored:
         self.model.requires_grad_(False)
         self.data = data
         task = load_task(HERE / "field.yaml")
-        self._encode = make_row_encoder(task, self.tokenizer, Options(objective="completion"))
+        self._encode = RowEncoder(task, self.tokenizer, Options(objective="completion"))
         self._base: dict[str, Tensor] = {}  # weights of modules that were changed
 
     def encode(self, rows: Sequence[Mapping[str, str]]) -> list[Example]:
         """Return rows of prompt and answer as examples."""
         found = [Row(dict(row), place, "field") for place, row in enumerate(rows)]
-        return self._encode(found, Counts())
+        return self._encode(found)
 
     @torch.no_grad()
     def put(self, update: Update) -> None:

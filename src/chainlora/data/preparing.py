@@ -30,8 +30,7 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.data import check_fields
-from chainlora.data.encoding import Options, RowEncoder, detect_format, make_row_encoder
-from chainlora.data.encoding.encoder import Counts
+from chainlora.data.encoding import Options, RowEncoder, detect_format
 from chainlora.data.encoding.translated import FIELDS as TRANSLATED
 from chainlora.data.examples import Example
 from chainlora.data.rows import ARRAYS, MemoryRows, Rows, RowsSummary, StoredRows, flatten, joined
@@ -74,13 +73,12 @@ def make_rows(
             check_fields(source.fields, str(kind))
         except ValueError as error:
             raise DataError(str(error)) from None
-    encode = make_row_encoder(kind, tokenizer, options)
+    encode = RowEncoder(kind, tokenizer, options)
     recognised = str(kind) if task == "auto" and kind in TRANSLATED else ""
     state = source.state()
     if len(head) <= IN_MEMORY:
-        counts = Counts()
-        rows: Rows = MemoryRows([*chain.from_iterable(_chunks(head, encode, counts))])
-        rows.summary = counts.summary()
+        rows: Rows = MemoryRows([*chain.from_iterable(_chunks(head, encode))])
+        rows.summary = encode.summary()
     else:
         key = _key([source.identity(), source.fields], tokenizer, kind, options)
         folder = cache_dir() / "rows" / key
@@ -89,12 +87,10 @@ def make_rows(
     return rows
 
 
-def _chunks(rows: Iterable[Row], encode: RowEncoder, counts: Counts) -> Iterator[list[Example]]:
-    """Encode rows chunk by chunk. Raises DataError for a bad row, at the end for long ones."""
+def _chunks(rows: Iterable[Row], encode: RowEncoder) -> Iterator[list[Example]]:
     rows = iter(rows)
     while chunk := list(islice(rows, _CHUNK)):
-        yield encode(chunk, counts)
-    counts.refuse_too_long(encode.fit.max_length)
+        yield encode(chunk)
 
 
 # --- the table ---
@@ -160,14 +156,13 @@ def _write_table(
         flat = [{name: a.reshape(-1) for name, a in flatten(chunk).items()} for chunk in chunks]
         return pyarrow.RecordBatch.from_pylist(flat)
 
-    num_rows, counts = source.num_rows(), Counts()
-    chunks, schema = _chunks(source, encode, counts), as_batch([[]]).schema
+    num_rows, chunks, schema = source.num_rows(), _chunks(source, encode), as_batch([[]]).schema
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as table:
         while batch := list(islice(chunks, _BATCH)):
             table.write_batch(as_batch(batch))
             if progress is not None:
-                progress(counts.sums["rows"], counts.sums["rows"] / num_rows)
-    return counts.summary()
+                progress(encode.sums["rows"], encode.sums["rows"] / num_rows)
+    return encode.summary()
 
 
 # --- the cache ---

@@ -13,4 +13,4 @@ All checks are here, before training starts; errors name the file and line of a 
 
 from __future__ import annotations
 
-from chainlora.data.encoding.encoder import Options, RowEncoder, detect_format, make_row_encoder
+from chainlora.data.encoding.encoder import Options, RowEncoder, detect_format
