@@ -144,7 +144,7 @@ def prepare_splits(
         DataError, ConfigError: before training, for rows or keys that cannot work.
     """
     set_chat_template(tokenizer, data)
-    encoding = _SplitEncoding.of(data, tokenizer, context, progress, loss)
+    encoding = _SplitEncoding(data, tokenizer, context, progress, loss)
     fields = _task_fields(encoding.task, loss)
     parts: dict[str, list[Rows]] = {split: [] for split in SPLITS}
     to_train, earlier = to_score is None, earlier or {}
@@ -174,43 +174,34 @@ def prepare_splits(
     return Splits(rows["train"], rows["validation"], rows["test"], **fields)
 
 
-@dataclass(frozen=True)
 class _SplitEncoding:
     """The sources of each split, and how they are encoded for training and for scoring."""
 
-    data: DataConfig
-    tokenizer: PreTrainedTokenizerBase
-    task: Task | None
-    sources: Mapping[str, Sequence[Source]]
-    learned: Options
-    scored: Options
-    progress: SplitProgress | None
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         data: DataConfig,
         tokenizer: PreTrainedTokenizerBase,
         context: int,
         progress: SplitProgress | None,
         loss: str | None,
-    ) -> _SplitEncoding:
+    ) -> None:
+        self.data, self._tokenizer, self._progress = data, tokenizer, progress
         learned = scored = Options(length_limit(data, context), data.truncation, objective=loss)
-        task = None if data.task is None else load_task(data.task)
-        sources = _file_sources(data) if task is None else _task_sources(task, data)
+        self.task = task = None if data.task is None else load_task(data.task)
+        self.sources = _file_sources(data) if task is None else _task_sources(task, data)
         if task is not None:
-            before, sources["train"] = _demonstrations(task, data, sources["train"])
+            before, self.sources["train"] = _demonstrations(task, data, self.sources["train"])
             learned = replace(learned, objective=loss or task.loss, before=before)
             scored = replace(learned, reserve=_reserve(task))
             if task.completion is None:
                 scored = replace(scored, objective="candidates")
-        return cls(data, tokenizer, task, sources, learned, scored, progress)
+        self.learned, self.scored = learned, scored
 
     def encode(self, split: str, options: Options, *, warn: bool = True) -> list[Rows]:
         """Encode each source of a split."""
         kind = self.task or self.data.format
         return [
-            _encode(split, source, self.tokenizer, kind, options, self.progress, warn=warn)
+            _encode(split, source, self._tokenizer, kind, options, self._progress, warn=warn)
             for source in self.sources[split]
         ]
 
