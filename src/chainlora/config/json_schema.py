@@ -55,7 +55,6 @@ def _list_of_keys(prefix: str, model: type[BaseModel], width: int = 100) -> Iter
     meaning_of = meanings(model)
     declared = model.__annotations__
     for key, field in sorted(model.model_fields.items(), key=lambda item: item[0] not in declared):
-        inner = _sections_in(field.annotation) if prefix else []
         if field.is_required():
             default = "required"
         elif isinstance(field.default, Section):
@@ -66,7 +65,7 @@ def _list_of_keys(prefix: str, model: type[BaseModel], width: int = 100) -> Iter
         yield from textwrap.wrap(
             text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
         )
-        for section in inner:
+        for section in _sections_in(field.annotation) if prefix else ():
             keys = _list_of_keys(f"{prefix}{key}.", section, width - 2)
             yield from (f"  {line}" for line in keys)
 

@@ -123,16 +123,15 @@ def _unknown_key(keys: Sequence[str], value: Any, root: type[BaseModel]) -> str:
         if part in model.model_fields:
             model = next(_models(model.model_fields[part].annotation))
     known, last = list(model.model_fields), keys[-1]
-    hint = _other_section(last, known, root, is_top=len(keys) == 1)
-    foreign = foreign_keys().get(last)
+    hint, foreign = "", foreign_keys().get(last)
     is_run = {"model", "chain", "train"} <= root.model_fields.keys()
-    if hint is None and foreign is not None and (is_run or foreign.ours is None):
-        hint = foreign_hint(last, value)
-    elif hint is None and foreign is not None:
+    if foreign is not None and (is_run or foreign.ours is None):
+        hint = foreign_hint(last, value) or ""
+    elif foreign is not None:
         ours = (foreign.ours or "").rpartition(".")[2]
         likely = [name for name in (ours, ours.removesuffix("s")) if name in known]
-        hint = f"; did you mean {likely[0]!r}?" if likely else None
-    hint = nearest(last, known) if hint is None else hint
+        hint = f"; did you mean {likely[0]!r}?" if likely else ""
+    hint = _other_section(last, known, root, is_top=len(keys) == 1) or hint or nearest(last, known)
     return f"unknown key `{'.'.join(keys)}`{hint}"
 
 

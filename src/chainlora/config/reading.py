@@ -68,8 +68,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def leave_out_helpers(tree: dict[str, Any], path: str | Path) -> None:
     """Remove plug-ins and trackers from a config that another person may have written.
 
-    Plug-ins are code, and trackers send logs with the login of the current user. The user must name
-    them again to use them.
+    Plug-ins are code, and trackers send logs with the login of the current user, who must name them
+    again.
     """
     tree.pop("plugins", None)
     train = tree.get("train")
@@ -90,16 +90,13 @@ def read_tree(path: str | Path, what: str = "config file") -> dict[str, Any]:
     """Read a YAML file with a mapping. Raises ConfigError, which calls the file `what`."""
     path = Path(os.path.expanduser(path))
     if path.suffix in (".jsonl", ".csv", ".parquet"):
-        raise ConfigError(
-            f"{what} must be YAML (got {path}, rows of data); name the rows in a config: "
-            f"data: {{train: {path}}}"
-        )
+        remedy = f"name the rows in a config: data: {{train: {path}}}"
+        raise ConfigError(f"{what} must be YAML", f"{path}, rows of data", remedy)
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
-        raise ConfigError(
-            f"{what} must be UTF-8 text (got other bytes in {path}); name a YAML file"
-        ) from None
+        rule, got = f"{what} must be UTF-8 text", f"other bytes in {path}"
+        raise ConfigError(rule, got, "name a YAML file") from None
     except (OSError, ValueError) as error:  # a ValueError: a NUL or half a surrogate in the path
         remedy = "check the path"
         if os.path.isfile(config := path / "stages/main/config.yaml"):
@@ -109,10 +106,8 @@ def read_tree(path: str | Path, what: str = "config file") -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(
-            f"{what} must be YAML (got {path}{where}: {getattr(error, 'problem', error)}); "
-            "correct it there"
-        ) from None
+        got = f"{path}{where}: {getattr(error, 'problem', error)}"
+        raise ConfigError(f"{what} must be YAML", got, "correct it there") from None
     if not isinstance(tree, dict):
         got = "nothing" if tree is None else "a list" if isinstance(tree, list) else repr(tree)[:40]
         raise ConfigError(f"{what} must hold a mapping of keys", f"{got} in {path}")
@@ -127,16 +122,14 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
             tree[part] = {}
         tree = tree[part]
         if not isinstance(tree, dict):
-            raise ConfigError(
-                f"`{dotted}` must name a key inside a section (got {part!r}, which is a value)"
-            )
+            rule = f"`{dotted}` must name a key inside a section"
+            raise ConfigError(rule, f"{part!r}, which is a value")
     try:
         parsed = parse_yaml(value) if isinstance(value, str) else value
     except yaml.YAMLError as error:
+        got, remedy = getattr(error, "problem", error), "quote lists in the shell, e.g. '[8, 8]'"
         raise ConfigError(
-            f"the value of `{dotted}` must be YAML (got {value!r}: "
-            f"{getattr(error, 'problem', error)}); "
-            "quote lists in the shell, e.g. '[8, 8]'"
+            f"the value of `{dotted}` must be YAML", f"{value!r}: {got}", remedy
         ) from None
     if isinstance(parsed, str) and value.partition(" #")[0].strip() == parsed:
         parsed = value.strip()  # a name such as ``runs/try #2``
@@ -146,9 +139,8 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
 def make_config(tree: Mapping[str, Any]) -> RunConfig:
     """Return the frozen config of a mapping. Raises ConfigError with all problems in one line."""
     if "stages" in tree:
-        raise ConfigError(
-            "the config of one run must not have `stages`", "some", "use `chainlora train`"
-        )
+        rule = "the config of one run must not have `stages`"
+        raise ConfigError(rule, "some", "use `chainlora train`")
     if isinstance(tree, Mapping):  # YAML reads the keys `on:` and `8:` as other types
         tree = {str(key): value for key, value in tree.items()}
     try:

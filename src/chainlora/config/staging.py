@@ -45,22 +45,14 @@ _NAME = re.compile(r"(?!(?:base|start|now|combined)\Z)[A-Za-z][\w-]{0,63}", re.A
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a chain.
-
-    Args:
-        name: its name in the run.
-        config: the config that tunes it.
-        after: entry of the run that an extension begins on.
-        beside: whether it is trained beside the other stages and then combined with them; None
-            leaves that to the plan (`training.placement`).
-        rehearse: whether kept rows of all stages are rehearsed after the combination.
-    """
+    """One stage of a chain."""
 
     name: str
     config: RunConfig
-    after: str | None = None
+    after: str | None = None  # entry of the run that an extension begins on
+    # Train it beside the other stages, then combine; None: the plan decides (`training.placement`).
     beside: bool | None = False
-    rehearse: bool = False
+    rehearse: bool = False  # kept rows of all stages, after the combination
 
 
 def check_alone(config: RunConfig) -> RunConfig:
@@ -94,9 +86,8 @@ def make_stages(tree: Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = 
     for key, value in overrides:
         _override(shared, sections, key, value)
     if shared.get("output") is None:
-        raise ConfigError(
-            "a config with stages must have an `output` directory", "none", "add it, or --output"
-        )
+        rule = "a config with stages must have an `output` directory"
+        raise ConfigError(rule, "none", "add it, or --output")
     if "stages" not in tree:
         sections = [{"name": "main"}]
     stages = [make_stage(shared, section, place) for place, section in enumerate(sections)]
@@ -163,29 +154,24 @@ def what_stages_share(before: RunConfig) -> dict[str, Any]:
     """
     choice = {"keep_best", "early_stop", "select_metric"}
     choice |= {"trackers"}  # named again, as plug-ins: another person may have made the run
-    of_run: dict[str, Any] = dict.fromkeys(("output", "plugins", *OF_START), True)
-    tree = before.model_dump(mode="json", exclude=of_run | {"train": choice})
-    kept = (*RUN_WIDE["data"], "max_length", "truncation", "keep_rows", "replay", "new_rows_only")
-    kept += ("keep_conflicts",)
-    tree["data"] = {key: tree["data"][key] for key in kept}
     of_links = {"ranks", *LENGTHS} | ({"alpha"} if isinstance(before.chain.alpha, tuple) else set())
-    tree["chain"] = {k: v for k, v in tree["chain"].items() if k not in of_links}
+    of_run: dict[str, Any] = dict.fromkeys(("output", "plugins", *OF_START), True)
+    left_out = of_run | {"train": choice, "chain": of_links}
+    tree = before.model_dump(mode="json", exclude=left_out)
+    kept = (*RUN_WIDE["data"], "max_length", "truncation", "keep_rows", "replay", "new_rows_only")
+    tree["data"] = {key: tree["data"][key] for key in (*kept, "keep_conflicts")}
     return tree
 
 
 def not_inherited(before: RunConfig, own: Mapping[str, Any]) -> list[str]:
-    """Return the keys set in the stage before that a new stage loses.
-
-    The new stage neither inherits them nor sets them in its section `own`.
-    """
-    lost: list[str] = []
+    """Return the keys of the stage before that a new stage neither inherits nor sets in `own`."""
+    lost, inherited = list[str](), what_stages_share(before)
     for part in _SECTIONS:
         section = getattr(before, part)
         # A missing length is logged when it is chosen.
-        covered = {*section_of(own, part), *LENGTHS}
-        shared = section_of(what_stages_share(before), part).keys() | covered
+        kept = {*section_of(inherited, part), *section_of(own, part), *LENGTHS}
         default = type(section).model_construct()
-        keys = [key for key in type(section).model_fields if key not in shared]
+        keys = [key for key in type(section).model_fields if key not in kept]
         lost += [f"{part}.{k}" for k in keys if getattr(section, k) != getattr(default, k)]
     return lost
 
@@ -273,7 +259,7 @@ def _sections(stages: object) -> Iterator[dict[str, Any]]:
     for stage in stages:
         section = dict(stage) if isinstance(stage, Mapping) else {}
         names.append(check_name(section.get("name"), names))
-        yield {key: deepcopy(value) for key, value in section.items()}
+        yield {key: deepcopy(value) for key, value in section.items()}  # aliases become separate
 
 
 def _override(
