@@ -106,11 +106,8 @@ def make_stage(shared: Mapping[str, Any], section: Mapping[str, Any], place: int
             hint = nearest(unknown[0], ("name", *STANDING, *_SECTIONS))
             raise ConfigError(f"unknown key `{unknown[0]}`{hint}")
         if unknown:
-            raise ConfigError(
-                "a stage can set only its name, data, chain and train",
-                f"`{unknown[0]}`",
-                _SET_FOR_ALL,
-            )
+            rule = "a stage can set only its name, data, chain and train"
+            raise ConfigError(rule, f"`{unknown[0]}`", _SET_FOR_ALL)
         for part in _SECTIONS:
             keys = section_of(section, part)
             if fixed := [key for key in RUN_WIDE[part] if key in keys]:
@@ -250,11 +247,8 @@ def _refuse_unread(shared: Mapping[str, Any], stages: Sequence[Stage]) -> None:
 
 def _sections(stages: object) -> Iterator[dict[str, Any]]:
     if not isinstance(stages, list) or not stages:
-        raise ConfigError(
-            "`stages` must be a list of stages",
-            f"{stages!r:.40}",
-            "e.g. - {name: facts, data: {…}, chain: {…}}",
-        )
+        remedy = "e.g. - {name: facts, data: {…}, chain: {…}}"
+        raise ConfigError("`stages` must be a list of stages", f"{stages!r:.40}", remedy)
     names: list[str] = []
     for stage in stages:
         section = dict(stage) if isinstance(stage, Mapping) else {}
@@ -285,7 +279,6 @@ def _override(
     named = [section for section in sections if section["name"] == name]
     if not named or not rest:
         names = ", ".join(section["name"] for section in sections)
-        raise ConfigError(
-            f"`stages.NAME.KEY` must name a stage (got `{key}`; the stages are {names})"
-        )
+        got = f"`{key}`; the stages are {names}"
+        raise ConfigError("`stages.NAME.KEY` must name a stage", got)
     set_key(named[0], rest, value)

@@ -159,9 +159,8 @@ def _read_parquet(file: BinaryIO, path: Path) -> Iterator[Record]:
                 yield Record(next(number), without_filling(values))
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(
-            f"data file must be Parquet (got {path}: {reason:.120}); write it again"
-        ) from None
+        got = f"{path}: {reason:.120}"
+        raise DataError("data file must be Parquet", got, "write it again") from None
 
 
 def without_filling(values: Mapping[str, Any]) -> dict[str, Any]:

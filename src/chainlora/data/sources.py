@@ -278,13 +278,10 @@ def find_source(source: str | Path, split: str = "train", limit: int | None = No
     match = _HUB_ID.match(str(source))
     if match is None or path.suffix.lower() in SUFFIXES:
         begin = "" if path.is_absolute() else f", relative to {Path.cwd()}"
-        raise DataError(
-            f"data must be a file, a folder or a Hub dataset owner/name (got {source}); "
-            f"check the path{begin}"
-        )
-    return HubSource(
-        match["path"], split, name=match["name"], revision=match["revision"], limit=limit
-    )
+        rule = "data must be a file, a folder or a Hub dataset owner/name"
+        raise DataError(rule, source, f"check the path{begin}")
+    named = (match["name"], None, match["revision"])
+    return HubSource(match["path"], split, *named, limit=limit)
 
 
 def find_file(folder: Path, stems: Sequence[str]) -> Path | None:
@@ -295,11 +292,9 @@ def find_file(folder: Path, stems: Sequence[str]) -> Path | None:
     for stem in stems:
         files = [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]
         if len(files) > 1:
-            names = ", ".join(path.name for path in files)
-            raise DataError(
-                f"a data folder must hold a split in one file (got {names} in {folder}); name the "
-                "file itself, or move the others away"
-            )
+            got = f"{', '.join(path.name for path in files)} in {folder}"
+            remedy = "name the file itself, or move the others away"
+            raise DataError("a data folder must hold a split in one file", got, remedy)
         if files:
             return files[0]
     return None

@@ -375,10 +375,8 @@ def _demonstrations(
     first, *others = train
     rows = list(islice(first, data.shots + 1))
     if len(rows) < data.shots:
-        raise ConfigError(
-            "`data.shots` must be at most the number of training rows (got "
-            f"{data.shots} for {len(rows)}); lower it or give more rows"
-        )
+        rule = "`data.shots` must be at most the number of training rows"
+        raise ConfigError(rule, f"{data.shots} for {len(rows)}", "lower it or give more rows")
     rest = [replace(first, skip=data.shots)] if len(rows) > data.shots else []
     return task.demonstrations(rows[: data.shots]), [*rest, *others]
 
@@ -391,10 +389,8 @@ def _reserve(task: Task) -> int:
 def length_limit(data: DataConfig, context: int) -> int:
     """Return the most tokens of a row. Raises ConfigError for more than the model's context."""
     if data.max_length is not None and data.max_length > context:
-        raise ConfigError(
-            f"`data.max_length` must fit the model's context of {context} tokens (got "
-            f"{data.max_length}); lower it"
-        )
+        rule = f"`data.max_length` must fit the model's context of {context} tokens"
+        raise ConfigError(rule, data.max_length, "lower it")
     return data.max_length or context
 
 

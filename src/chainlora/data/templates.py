@@ -170,16 +170,13 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> N
         template = template_text(data.chat_template)
         _warn_of_end(tokenizer, data.chat_template)
     if data.template_arguments and not template:
-        raise ConfigError(
-            "`data.template_arguments` need a chat template (got a tokenizer without one); give "
-            "data.chat_template, or leave them out"
-        )
+        rule, got = "`data.template_arguments` need a chat template", "a tokenizer without one"
+        raise ConfigError(rule, got, "give data.chat_template, or leave them out")
     for name in data.template_arguments:
         if not mentions(template, name):
-            raise ConfigError(
-                f"`data.template_arguments` must be read by the chat template (got {name:.40}, "
-                "which it does not mention); correct or remove it"
-            )
+            rule = "`data.template_arguments` must be read by the chat template"
+            got = f"{name:.40}, which it does not mention"
+            raise ConfigError(rule, got, "correct or remove it")
     if isinstance(template, dict):  # one for chats, one for tools, …
         templates = template.items()
         template = {name: with_defaults(t, data.template_arguments) for name, t in templates}

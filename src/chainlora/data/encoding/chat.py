@@ -37,11 +37,11 @@ class ChatEncoder:
         self, reader: TokenReader, turns_before: Callable[[Row], int] = lambda row: 0
     ) -> None:
         if not reader.tokenizer.chat_template:
-            raise DataError(
-                "the tokenizer must have a chat template for rows of `messages` (got none); begin "
-                "the run with one, as in data.chat_template: zephyr, use a chat model, or write "
-                "rows of prompt + completion"
+            rule = "the tokenizer must have a chat template for rows of `messages`"
+            remedy = (
+                "begin the run with one, as in data.chat_template: zephyr, use a chat model, or"
             )
+            raise DataError(rule, "none", f"{remedy} write rows of prompt + completion")
         self.reader = reader
         self.turns_before = turns_before  # number of assistant turns that belong to the prompt
         self.source = str(reader.tokenizer.chat_template)

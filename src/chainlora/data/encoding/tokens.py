@@ -101,10 +101,8 @@ class TokenReader:
     def end(self) -> Ids:
         """Return the end-of-sequence token. Raises DataError if the tokenizer has none."""
         if self.tokenizer.eos_token_id is None:
-            raise DataError(
-                "the tokenizer must have an end-of-sequence token (got none); set eos_token in its "
-                "tokenizer_config.json"
-            )
+            rule = "the tokenizer must have an end-of-sequence token"
+            raise DataError(rule, "none", "set eos_token in its tokenizer_config.json")
         return [self.tokenizer.eos_token_id]
 
     def _is_read(self, text: str) -> bool:

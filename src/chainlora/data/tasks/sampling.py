@@ -169,21 +169,14 @@ def unseen_source(
         return replace(source, limit=limit)
     count = sum(1 for _ in source)
     if test.of != stand_in:
-        raise DataError(
-            f"cannot score split {split!r} of task {task.name!r}: runs train on it, as {dir} has "
-            f"no train split (got {count} rows); score --split {test.of}, or give the file itself "
-            "as --data to score it anyway"
-        )
+        rule = f"cannot score split {split!r} of task {task.name!r}: runs train on it, as {dir} has"
+        remedy = f"score --split {test.of}, or give the file itself as --data to score it anyway"
+        raise DataError(f"{rule} no train split", f"{count} rows", remedy)
     source.warn_of_remark()
     unseen = sorted(_set_aside(count, test.rows))
     _log.warning(
-        "%s: no train split in %s; %r replaces it. Scoring only the %d of its %d rows that no run "
-        "trains on",
-        task.name,
-        dir,
-        split,
-        len(unseen),
-        count,
+        f"{task.name}: no train split in {dir}; {split!r} replaces it. Scoring only the "
+        f"{len(unseen)} of its {count} rows that no run trains on"
     )
     return ListSource(list(_pick(source, unseen[:limit]).values()))
 
@@ -211,7 +204,7 @@ def sample_splits(
     num_aside = max(sizes["test"], rules.test.rows) if rules.test.of == stand_in != "train" else 0
     if stand_in != "train":
         aside = "; its test rows are set aside with a fixed seed" if num_aside else ""
-        _log.warning("%s: no train in %s; %r replaces it%s", task.name, dir, stand_in, aside)
+        _log.warning(f"{task.name}: no train in {dir}; {stand_in!r} replaces it{aside}")
     drawn: dict[str, list[Row]] = {}
     for pool, names in _pools(draws, stand_in, num_aside).items():
         source = split_source(task, dir, stand_in if pool in ("train", _SET_ASIDE) else pool)

@@ -138,18 +138,15 @@ class Task(Frozen):
             "a task must declare one of `labels`, `candidates`, `completion`",
             " and ".join(given) or "none",
         )
+        is_ranked = self.loss == "candidates" or self.metric in ("accuracy", "f1")
         refuse_if(
-            self.completion is not None
-            and (self.loss == "candidates" or self.metric in ("accuracy", "f1")),
+            self.completion is not None and is_ranked,
             "a task with `completion` must have loss: completion, and metric em, token_f1 or loss",
             f"loss: {self.loss}, metric: {self.metric}",
         )
         words = self.label_words
-        refuse_if(
-            self.labels is not None and len(words) < 2,
-            "`labels` must be at least two different words",
-            list(words),
-        )
+        wrong = self.labels is not None and len(words) < 2
+        refuse_if(wrong, "`labels` must be at least two different words", list(words))
         wrong = isinstance(self.labels, tuple) and len(words) < len(self.labels)
         refuse_if(wrong, "`labels` must differ from each other", list(self.labels or ()))
         self._check_values()
@@ -180,17 +177,15 @@ class Task(Frozen):
             refuse_if(word != other, "a label must mean one of `labels`", got, remedy)
 
     def _check_templates(self) -> None:
-        for keys, compiled, kind in (
-            (("prompt", "completion", "candidate"), template, "template"),
-            (("label", "candidates", "references"), expression, "expression"),
-        ):
-            for key in keys:
-                source = getattr(self, key)
-                try:
-                    if source is not None:
-                        compiled(source)
-                except jinja2.TemplateError as error:
-                    refuse_if(True, f"`{key}` must be a Jinja2 {kind}", f"{error} in {source!r}")
+        kinds = dict.fromkeys(("prompt", "completion", "candidate"), "template")
+        kinds |= dict.fromkeys(("label", "candidates", "references"), "expression")
+        for key, kind in kinds.items():
+            source = getattr(self, key)
+            try:
+                if source is not None:
+                    (template if kind == "template" else expression)(source)
+            except jinja2.TemplateError as error:
+                refuse_if(True, f"`{key}` must be a Jinja2 {kind}", f"{error} in {source!r}")
 
     @cached_property
     def label_words(self) -> tuple[str, ...]:
@@ -254,14 +249,12 @@ def load_task(name_or_path: str | Path) -> Task:
         ConfigError: unknown name or key (the message suggests the nearest one), unreadable file,
             wrong value.
     """
-    path = Path(name_or_path)
+    path, name = Path(name_or_path), str(name_or_path)
     if path.suffix.lower() not in (".yaml", ".yml"):
-        if str(name_or_path) not in list_tasks():
-            raise ConfigError(
-                f"task must be a shipped one or a .yaml file (got {str(name_or_path)!r}"
-                f"{nearest(str(name_or_path), list_tasks())})"
-            )
-        path = Path(__file__).parent / f"{name_or_path}.yaml"
+        if name not in list_tasks():
+            got = f"{name!r}{nearest(name, list_tasks())}"
+            raise ConfigError("task must be a shipped one or a .yaml file", got)
+        path = Path(__file__).parent / f"{name}.yaml"
     try:
         return Task.model_validate(read_tree(path, "task file"))
     except ValidationError as error:
