@@ -36,7 +36,6 @@ WRONG = [
     ("train.accept_links", "better", "unknown key `train.accept_links`; there is no such key here"),
     ("lr", "1e-3", "unknown key `lr`; did you mean 'train.lr'?"),
     ("rank", "8", "unknown key `rank`; did you mean 'chain.ranks'?"),
-    ("8", "x", "unknown key `8`; known: chain, data, model, output, plugins, quantize, start,"),
     ("chain.ranks", "x", "`chain.ranks` must be a list (got 'x')"),
     ("train.betas", "0.9", "`train.betas` must be a list (got 0.9)"),  # of two
     ("chain.lora_r", "8", "unknown key `chain.lora_r`; here it is `chain.ranks` (one rank p"),

@@ -9,7 +9,6 @@ import random
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,15 +116,12 @@ def test_every_source_gives_a_table_and_memory_the_same_rows(cache, tmp_path, mo
 # --- the cache ---
 
 
-def encode(path: Path, tokenizer=None, kind="text", **options):
+def encode(path: Path, tokenizer=None, kind="text", fields=(), **options):
     """Return the rows of a file, and whether they were encoded or found."""
-    seen: list[int] = []
+    seen: list[tuple[int, float]] = []
+    source, tokenizer = FileSource(path, fields=dict(fields)), tokenizer or make_tokenizer("bos")
     rows = make_rows(
-        FileSource(path),
-        tokenizer or make_tokenizer("bos"),
-        kind,
-        Options(**options),
-        progress=lambda count, share: seen.append(count),
+        source, tokenizer, kind, Options(**options), progress=lambda *at: seen.append(at)
     )
     return rows, bool(seen)
 
@@ -148,17 +144,6 @@ def test_content_decides_and_not_name_or_time(cache, tmp_path):
     assert path.stat().st_size == before.st_size
     assert changed.summary.digest != first.summary.digest
     assert len(stores(cache)) == 2
-
-
-def test_names_of_columns_decide_too(cache, tmp_path):
-    rows = [{"a": f" {words['text']}", "b": " two"} for words in some_rows("text")]
-    source = FileSource(write_rows(tmp_path / "rows.jsonl", rows))
-    digests = set()
-    for prompt, completion in ("ab", "ba"):
-        fields = {"prompt": prompt, "completion": completion}
-        found = make_rows(replace(source, fields=fields), make_tokenizer("bos"), "auto", Options())
-        digests.add(found.summary.digest)
-    assert len(digests) == len(stores(cache)) == 2
 
 
 @pytest.mark.parametrize("change", ["in place", "shorter"])
@@ -185,6 +170,8 @@ def test_a_file_that_changes_while_it_is_tokenised_is_refused(cache, tmp_path, c
 def test_whatever_changes_the_tokens_makes_a_store_of_its_own(cache, tmp_path, monkeypatch):
     path = write_rows(tmp_path / "rows.jsonl", some_rows("text"))
     chats = write_rows(tmp_path / "chats.jsonl", some_rows("chat"))
+    words = [row["text"] for row in some_rows("text")]
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"a": f" {w}", "b": " two"} for w in words])
     plain, other = make_tokenizer("bos"), make_tokenizer("bos eos")
     template = make_tokenizer("bos", CHAT)
     louder = make_tokenizer("bos", CHAT.replace("</s>", "!</s>"))
@@ -195,10 +182,16 @@ def test_whatever_changes_the_tokens_makes_a_store_of_its_own(cache, tmp_path, m
         (path, plain, "text", {"max_length": 12, "truncation": "left"}),
         (chats, template, "chat", {}),
         (chats, louder, "chat", {}),
-    ]
+        *((pairs, plain, "completion", {"fields": {"prompt": prompt, "completion": completion}})
+          for prompt, completion in ("ab", "ba")),
+    ]  # fmt: skip
+    digests = set()
     for number, (file, tokenizer, kind, options) in enumerate(cases, start=1):
-        assert encode(file, tokenizer, kind, **options)[1]
+        rows, made = encode(file, tokenizer, kind, **options)
+        digests.add(rows.summary.digest)
+        assert made
         assert len(stores(cache)) == number
+    assert len(digests) == 4  # of texts, chats, and pairs by either name
     for file, tokenizer, kind, options in cases:
         assert not encode(file, tokenizer, kind, **options)[1]
     monkeypatch.setattr(preparing, "_code", lambda: "another version of this room")
