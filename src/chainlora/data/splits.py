@@ -165,9 +165,10 @@ def prepare_splits(
 
     # 3. Add rows of earlier stages to the training rows.
     if to_train and (data.rehearse or (data.replay and parts["train"])):
-        again = _rows_of_earlier(data, loss, rows, earlier, length_limit(data, context))
-        fields |= _mixed(tuple(map(len, again)), data.replay, fields)
+        limit = length_limit(data, context)
+        again, fields_of_mix = _rows_of_earlier(data, loss, rows, earlier, limit, fields)
         rows["train"] = joined([rows["train"], *again])
+        fields |= fields_of_mix
     if earlier and to_train and compare:
         warn_of_seen_rows(rows, earlier)
     fields["digest"] = _digest(rows, encoding.scored.before)
@@ -248,21 +249,19 @@ def _rows_of_earlier(
     rows: Mapping[str, Rows],
     earlier: Mapping[str, Kept],
     max_length: int,
-) -> list[Rows]:
-    """Return the rows of earlier stages that a replay or rehearsal reads again."""
+    fields: Mapping[str, Any],
+) -> tuple[list[Rows], dict[str, Any]]:
+    """Return the rows of earlier stages that are read again, and the fields that mix them in."""
     if not data.keep_conflicts:
         earlier = newest(earlier, answer_hashes(rows["train"]))
     key = "data.replay" if data.replay else "data.rehearse"
-    return rows_again(key, earlier, learned_by(data, loss), rows["validation"], max_length)
-
-
-def _mixed(counts: tuple[int, ...], replay: float | None, fields: Any) -> dict[str, Any]:
-    """Return the fields of `Splits` that mix in so many rows of each earlier stage."""
-    if not replay:  # a rehearsal: equally many rows of each stage
+    again = rows_again(key, earlier, learned_by(data, loss), rows["validation"], max_length)
+    counts = tuple(map(len, again))
+    if not data.replay:  # a rehearsal: equally many rows of each stage
         shares = tuple(min(1.0, _REHEARSED / count) for count in counts)
-        return {"mixture": Mixture(counts, shares)}
-    mixture = replace(fields["mixture"], num_earlier=sum(counts), replay=replay)
-    return {"mixture": mixture, "moved": fields["moved"] | {"replayed": sum(counts)}}
+        return again, {"mixture": Mixture(counts, shares)}
+    mixture = replace(fields["mixture"], num_earlier=sum(counts), replay=data.replay)
+    return again, {"mixture": mixture, "moved": fields["moved"] | {"replayed": sum(counts)}}
 
 
 def learned_by(data: DataConfig, loss: str | None) -> str:

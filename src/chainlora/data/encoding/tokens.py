@@ -59,7 +59,7 @@ class Encoder(Protocol):
     """
 
     truncation: str
-    """The default for rows that are too long (`Fit.truncation`)."""
+    """The default for rows that are too long (`RowEncoder.truncation`)."""
     keeps_targets: bool
     """Whether cuts remove only tokens of the prompt."""
 

@@ -1,8 +1,5 @@
 """Tasks: a small data file per task, and the code that turns its rows into prompts.
 
-    task.py      `Task`, `load_task`, `list_tasks`: rows as prompts with candidates or a completion
-    sampling.py  the splits of a task on disk or on the Hub, and the samples a run draws from them
-
 To add a task, write one YAML file; no Python is needed. The shipped files follow the MeZO protocol
 (arXiv 2305.17333), as the chain-of-LoRA paper does. See docs/tasks.md.
 """
