@@ -112,11 +112,7 @@ def _allow_scalar(key: dict[str, Any]) -> None:
 
 
 def _allow_short_forms(properties: Mapping[str, dict[str, Any]]) -> None:
-    """Allow the short forms of validators.
-
-    These are ``knots: auto``, ``speedups: off``, `model` as a section, and paths in a list of
-    weighted files.
-    """
+    """Allow the short forms of validators: `knots: auto`, `speedups: off`, paths, `model: {…}`."""
     top, chain, train = (properties[name] for name in ("RunConfig", "ChainConfig", "TrainConfig"))
     (files,) = [c for c in properties["DataConfig"]["train"]["anyOf"] if c.get("type") == "array"]
     files["items"] = {"anyOf": [files["items"], {"type": "string"}]}

@@ -142,11 +142,7 @@ READ_WITH: Mapping[str, tuple[str, Any]] = {
 
 
 def with_flat_model(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an unchecked config with a ``model: {name: …, quantize: …}`` section as two keys.
-
-    Raises:
-        ValueError: the section has other keys.
-    """
+    """Return an unchecked config with a section `model` as two keys. Raises ValueError."""
     if not isinstance(tree.get("model"), Mapping):
         return dict(tree)
     section = dict(tree["model"])

@@ -73,10 +73,7 @@ def types_in(annotation: Any) -> Iterator[Any]:
 
 
 def _expects_list(field: Any, value: Any) -> bool:
-    """Return whether a scalar must become a list of one.
-
-    A string that is no plain name stays a string if the field accepts one: it can be a pattern.
-    """
+    """Return whether a scalar must become a list of one."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return False
     kinds = set(types_in(field.annotation))
@@ -84,6 +81,6 @@ def _expects_list(field: Any, value: Any) -> bool:
         return False
     members = () if get_origin(field.annotation) is tuple else get_args(field.annotation)
     alone = {kind for part in members if get_origin(part) is not tuple for kind in types_in(part)}
-    if isinstance(value, str):
+    if isinstance(value, str):  # one that is no plain name can be a pattern, if the field takes one
         return str in kinds and (re.fullmatch(r"[\w.]+", value) is not None or str not in alone)
     return bool(kinds & {int, float}) and not alone & {int, float}

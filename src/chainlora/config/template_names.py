@@ -31,11 +31,7 @@ def is_resolved(value: str) -> bool:
 
 
 def resolved_template(value: str) -> str:
-    """Return a name or a text unchanged, and a path as the text of its file.
-
-    Raises:
-        ValueError: the file does not exist or is not a template.
-    """
+    """Return a name or a text unchanged, and a path as the text of its file. Raises ValueError."""
     if is_resolved(value):
         return value
     path = Path(expanduser(value))

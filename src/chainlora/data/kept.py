@@ -91,10 +91,7 @@ def write_kept(path: Path, kept: Kept) -> None:
 
 
 def read_kept(path: Path) -> Kept:
-    """Read kept rows. `OpenState.kept` verifies the checksum of the file.
-
-    Raises RunError if the file cannot be read as kept rows.
-    """
+    """Read kept rows, whose checksum `OpenState.kept` verifies. Raises RunError if unreadable."""
     try:
         with safe_open(path, "np") as file:
             facts = json.loads(file.metadata()["kept"])

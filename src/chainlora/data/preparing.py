@@ -122,11 +122,7 @@ def _build(
     encode: RowEncoder,
     progress: EncodingProgress | None,
 ) -> Rows:
-    """Build a table and return its rows, unless another process has built it meanwhile.
-
-    Raises DataError if the source is no longer in `state`: the table would have the hash of other
-    rows.
-    """
+    """Build a table of a source in this `state`, unless another process has built it meanwhile."""
     with _one_writer(folder):
         if (rows := _find(folder)) is not None:
             return rows
@@ -134,7 +130,7 @@ def _build(
             try:
                 summary = _write_table(scratch / _TABLE, source, encode, progress)
             finally:
-                if source.state() != state:
+                if source.state() != state:  # the table would have the hash of other rows
                     raise DataError(
                         "a data file must not change while its rows are tokenised",
                         f"another size or time of {source}",

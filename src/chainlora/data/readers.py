@@ -219,10 +219,7 @@ def is_rows(path: str | Path) -> bool:
 
 
 def parse_json(content: bytes, origin: str, second: str = _CORRECT) -> Any:
-    """Parse a JSON text strictly. `second` is the remedy if a second value follows.
-
-    Raises DataError for a text that is not UTF-8 or not JSON, and for a key given twice.
-    """
+    """Parse a JSON text strictly. `second` is the remedy if a second value follows."""
 
     def with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)

@@ -88,14 +88,11 @@ def warn_of_unread(encoded: Mapping[str, Rows]) -> None:
 def warn_of_shared_rows(
     data: DataConfig, rows: Mapping[str, Rows], sources: Mapping[str, Sequence[Source]]
 ) -> None:
-    """Warn of scored rows that are training rows too, and of `num_SPLIT` without a file.
-
-    Held-out rows have no source and are skipped: they are never training rows (`Division`).
-    """
+    """Warn of scored rows that are training rows too, and of `num_SPLIT` without a file."""
     for split in _SCORED:
         if getattr(data, f"num_{split}") and not rows[split]:
             _log.warning("data.num_%s has no effect without a file in data.%s", split, split)
-        for source in sources[split]:
+        for source in sources[split]:  # held-out rows have none: they are never training rows
             if both := rows_in_both(rows["train"], rows[split]):
                 first = both[:3]
                 named = islice((where(row) for row in source if row.index in first), len(first))
@@ -123,10 +120,7 @@ def warn_of_seen_rows(rows: Mapping[str, Rows], earlier: Mapping[str, Kept]) -> 
 def warn_of_changed(
     stage: str, rows: Rows, earlier: Mapping[str, Kept], tokenizer: Any, keeps: bool
 ) -> None:
-    """Warn of prompts of a stage that earlier stages answer differently.
-
-    `keeps` is `data.keep_conflicts`: whether both answers count.
-    """
+    """Warn of prompts that earlier stages answer differently; with `keeps`, both answers count."""
     changed = changed_answers(rows, earlier)
     if not changed.prompts:
         return

@@ -285,10 +285,7 @@ def find_source(source: str | Path, split: str = "train", limit: int | None = No
 
 
 def find_file(folder: Path, stems: Sequence[str]) -> Path | None:
-    """Return the file ``<stem><suffix>`` of the first stem with one in `folder`, or None.
-
-    Raises DataError if a stem has several files.
-    """
+    """Return the file of the first stem with one in `folder`, or None. Raises DataError for several."""
     for stem in stems:
         files = [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]
         if len(files) > 1:

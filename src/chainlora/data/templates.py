@@ -161,10 +161,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, chat: Mapping[str, Any]) -> 
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
-    """Set the chat template and its arguments that a config gives.
-
-    Raises ConfigError for arguments that the template does not read.
-    """
+    """Set the chat template of a config and its arguments. Raises ConfigError for unread ones."""
     template = tokenizer.chat_template
     if data.chat_template is not None:
         template = template_text(data.chat_template)

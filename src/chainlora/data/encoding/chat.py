@@ -67,10 +67,7 @@ class ChatEncoder:
         return (row.keys() - _COLUMNS) | unread
 
     def _whole(self, chat: _Chat) -> tuple[str, list[Span]]:
-        """Return the text of a chat, and the spans of characters that the template marks.
-
-        Raises DataError if the template rejects the chat, or ignores its tools or tool calls.
-        """
+        """Return a chat as text, and the marked spans. Refuses a template that ignores its tools."""
         reply = chat.render(return_assistant_tokens_mask=self.is_marked)
         if reply.error and chat.fill_contents():
             reply = chat.render(return_assistant_tokens_mask=self.is_marked)
@@ -287,10 +284,7 @@ def _without_parts(message: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def _with_parsed_calls(message: dict[str, Any], place: str) -> dict[str, Any]:
-    """Parse arguments of tool calls that are JSON text.
-
-    A template would quote the text again, or write its escapes (`\\u00f6`).
-    """
+    """Parse arguments of calls in JSON: a template would quote them again, or write the escapes."""
     calls: Any = message.get("tool_calls")
     if not _are_objects(calls):
         return message

@@ -53,10 +53,7 @@ class Draft:
 
 
 class Encoder(Protocol):
-    """Encodes the rows of one format or kind of task.
-
-    To add one, write a class and enter it in `make_encoder`.
-    """
+    """Encodes the rows of one format or kind of task; `make_encoder` lists every encoder."""
 
     truncation: str
     """The default for rows that are too long (`RowEncoder.truncation`)."""
@@ -119,10 +116,8 @@ class TokenReader:
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return the Rust tokenizer if it gives the same ids, in two thirds of the time, else None.
-
-    A class that overrides the encoding, for example to change the text first, is called itself.
-    """
+    """Return the Rust tokenizer if it gives the same ids, in two thirds of the time, else None."""
+    # A class that overrides the encoding, for example to change the text first, is called itself.
     encode = getattr(type(tokenizer), "_encode_plus", None)
     return tokenizer.backend_tokenizer if encode is TokenizersBackend._encode_plus else None
 

@@ -105,10 +105,7 @@ class Task(Frozen):
 
     @property
     def reported(self) -> tuple[str, ...]:
-        """Return every metric that an evaluation reports, the task's own first.
-
-        The loss is one of them if answers are scored, not generated.
-        """
+        """Return all reported metrics, the own one first; the loss is one if answers are scored."""
         if self.completion is None:
             return (*self.metrics, "loss")
         return self.metrics if self.metric in WORD_METRICS else REPORTED_OF_TEXT
@@ -216,11 +213,7 @@ class Task(Frozen):
         return self._label_lookup.get(_label_key(value))
 
     def render_all(self, rows: Sequence[Mapping[str, Any]]) -> list[Rendered]:
-        """Render rows.
-
-        Raises DataError, which names the row, for an unknown label, and for a field that a template
-        needs and that is missing or null.
-        """
+        """Render rows. Raises DataError for a row without a field, or with an unknown label."""
         parts, rendered = _parts(self), []
         for at, row in enumerate(rows):
             reply, place = evaluate(parts, row), where(row, at)
