@@ -259,7 +259,7 @@ def _sections(stages: object) -> Iterator[dict[str, Any]]:
 def _override(
     shared: dict[str, Any], sections: Sequence[dict[str, Any]], key: str, value: Any
 ) -> None:
-    """Set a key of one stage, or of all, if no stage overrides it: it would have no effect there."""
+    """Set a key of one stage, or of all stages unless one overrides it: it has no effect there."""
     first, _, rest = key.partition(".")
     if first != "stages":
         inner = rest.partition(".")[0]

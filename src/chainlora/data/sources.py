@@ -285,7 +285,7 @@ def find_source(source: str | Path, split: str = "train", limit: int | None = No
 
 
 def find_file(folder: Path, stems: Sequence[str]) -> Path | None:
-    """Return the file of the first stem with one in `folder`, or None. Raises DataError for several."""
+    """Return the file of the first stem with one in `folder`, or None. Refuses several."""
     for stem in stems:
         files = [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]
         if len(files) > 1:

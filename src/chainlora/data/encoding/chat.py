@@ -67,7 +67,7 @@ class ChatEncoder:
         return (row.keys() - _COLUMNS) | unread
 
     def _whole(self, chat: _Chat) -> tuple[str, list[Span]]:
-        """Return a chat as text, and the marked spans. Refuses a template that ignores its tools."""
+        """Return a chat as text, and marked spans. Refuses a template that ignores its tools."""
         reply = chat.render(return_assistant_tokens_mask=self.is_marked)
         if reply.error and chat.fill_contents():
             reply = chat.render(return_assistant_tokens_mask=self.is_marked)
