@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from chainlora.config.schema import DataConfig
 from chainlora.data import splits
-from chainlora.data.conflicts import answer_hashes, changed_answers, newest
-from chainlora.data.kept import Kept
+from chainlora.data.kept import Kept, answer_hashes, changed_answers, newest
 from chainlora.data.rows import MemoryRows
 from chainlora.data.splits import prepare_splits
 from chainlora.errors import ConfigError

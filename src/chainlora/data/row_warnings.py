@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chainlora.config.schema import DataConfig
-from chainlora.data.conflicts import changed_answers
 from chainlora.data.division import rows_in_both
-from chainlora.data.kept import Kept
+from chainlora.data.kept import Kept, changed_answers
 from chainlora.data.mixture import example_hashes
 from chainlora.data.rows import Rows, RowsSummary
 from chainlora.data.sources import Source, where

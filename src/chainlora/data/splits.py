@@ -17,10 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.data import TrainFile
 from chainlora.config.schema import PAIR_LOSSES, DataConfig
-from chainlora.data.conflicts import answer_hashes, newest
 from chainlora.data.division import aligned, divide, pick, rows_again
 from chainlora.data.encoding import Options, detect_format
-from chainlora.data.kept import ASKED, SAMPLE, SPLITS, Kept
+from chainlora.data.kept import ASKED, SAMPLE, SPLITS, Kept, answer_hashes, newest
 from chainlora.data.mixture import Mixture, example_hashes, prompt_hashes
 from chainlora.data.preparing import make_rows
 from chainlora.data.row_warnings import (

@@ -16,8 +16,7 @@ from chainlora.chain.combining import Combined, Part
 from chainlora.chain.link import Link, stack_links, stacked_rank
 from chainlora.chain.solving import combine as solve
 from chainlora.config.schema import LinkConfig
-from chainlora.data.conflicts import newest
-from chainlora.data.kept import Kept
+from chainlora.data.kept import Kept, newest
 from chainlora.errors import ChainError, RunError
 from chainlora.evaluation.stage_scores import Progress
 from chainlora.runs.addresses import open_run, state_at

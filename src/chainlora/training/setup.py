@@ -22,8 +22,7 @@ from chainlora.chain.chain import Chain
 from chainlora.chain.holding import holding_named
 from chainlora.config.reading import flatten
 from chainlora.config.schema import RunConfig
-from chainlora.data.conflicts import newest
-from chainlora.data.kept import Kept, keeps_rows
+from chainlora.data.kept import Kept, keeps_rows, newest
 from chainlora.data.row_warnings import warn_of_changed
 from chainlora.data.splits import Splits, prepare_splits
 from chainlora.engine.engine import Engine
