@@ -12,7 +12,6 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.schema import PAIR_LOSSES
-from chainlora.data.encoding import translated
 from chainlora.data.encoding.chat import ChatEncoder
 from chainlora.data.encoding.preference_rows import (
     PairEncoder,
@@ -27,6 +26,7 @@ from chainlora.data.encoding.texts import (
     render_rows,
 )
 from chainlora.data.encoding.tokens import Draft, Encoder, TokenReader
+from chainlora.data.encoding.translated import FIELDS as TRANSLATED
 from chainlora.data.encoding.translated import make_translated
 from chainlora.data.examples import Example, hash_of
 from chainlora.data.readers import bad_row
@@ -35,7 +35,11 @@ from chainlora.data.sources import Row, where
 from chainlora.data.tasks import Task
 from chainlora.errors import DataError
 
-FORMATS = {"completion": ("prompt", "completion"), "chat": ("messages",), "text": ("text",)}
+FORMATS: dict[str, tuple[str, ...]] = {
+    "completion": ("prompt", "completion"),
+    "chat": ("messages",),
+    "text": ("text",),
+}
 """The fields that a row must have, by format of chainlora."""
 _OR = "shorten it or raise data.max_length, or set data.truncation"
 
@@ -207,7 +211,7 @@ def make_encoder(task: Task | str, reader: TokenReader, options: Options) -> Enc
         plain = replace(options, objective=None)
         answer = "conversational" if task == "sharegpt" else task
         return PairEncoder(task, make_encoder(answer, reader, plain))
-    if task in translated.FIELDS:
+    if task in TRANSLATED:
         return make_translated(task, reader)
     if task == "completion":
         return CompletionEncoder(reader, render_rows, fields=FORMATS[task], end=reader.end())
@@ -216,17 +220,16 @@ def make_encoder(task: Task | str, reader: TokenReader, options: Options) -> Enc
 
 def detect_format(rows: Sequence[Mapping[str, Any]], objective: str | None = None) -> str:
     """Return the format whose fields the first row has. Raises DataError if there is none."""
+    row = rows[0]
     if objective in PAIR_LOSSES:
-        return detect_pairs(rows[0])
-    refuse_preferences(rows[0])
-    if (translated_format := translated.detect_translated(rows[0])) is not None:
-        return translated_format
-    for name, fields in FORMATS.items():
-        if all(field in rows[0] for field in fields):
+        return detect_pairs(row)
+    refuse_preferences(row)
+    for name, fields in (TRANSLATED | FORMATS).items():
+        kind = list if name in ("conversational", "sharegpt") else object
+        if all(field in row and isinstance(row[field], kind) for field in fields):
             return name
-    formats = [*FORMATS.items(), *translated.FIELDS.items()]
+    formats = (FORMATS | TRANSLATED).items()
     known = "; ".join(f"{' + '.join(fields)} ({name})" for name, fields in formats)
-    rule, got = f"rows must have the fields of a format: {known}", ", ".join(map(str, rows[0]))
-    raise bad_row(
-        rule, got, where(rows[0]), "name them by data.fields, or describe them in a task file"
-    )
+    rule, got = f"rows must have the fields of a format: {known}", ", ".join(map(str, row))
+    remedy = "name them by data.fields, or describe them in a task file"
+    raise bad_row(rule, got, where(row), remedy)

@@ -20,7 +20,7 @@ from chainlora.data.encoding.tokens import Draft, Encoder, TokenReader
 from chainlora.data.readers import bad_row
 from chainlora.data.sources import Row
 
-FIELDS: Mapping[str, tuple[str, ...]] = {
+FIELDS: dict[str, tuple[str, ...]] = {
     "conversational": ("prompt", "completion"),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
@@ -56,16 +56,6 @@ class TranslatedEncoder:
 
     def _row(self, row: Row) -> Row:
         return Row(self.translate(row), row.index, row.origin)
-
-
-def detect_translated(row: Mapping[str, Any]) -> str | None:
-    """Return the format if a row has the format of another tool, else None."""
-    for name, fields in FIELDS.items():
-        if all(field in row for field in fields):
-            lists = [isinstance(row[field], list) for field in fields]
-            if all(lists) or name == "alpaca":
-                return name
-    return None
 
 
 def make_translated(kind: str, reader: TokenReader) -> Encoder:
