@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from chainlora.engine.fast.packed_attention import attend_backward, attend_forward
 from chainlora.engine.fast.packed_layout import Layout, Rows
 from chainlora.engine.fast.projection import (
-    Computed,
     Projection,
     Wanted,
     factor_gradients,
@@ -128,6 +127,62 @@ class Attention(NamedTuple):
     layout: Layout
     rows: Rows | None  # positions to compute; None for all
 
+    def forward(self, ctx: Any, x: Tensor, *, keep: bool) -> tuple[Tensor, Kept]:
+        q, k, v, o = ctx.parts
+        normed, inverse = normalise(x, self.norm, self.eps)
+        size = self.turn.cos.shape[-1]
+        key, down_k = project(normed, k)
+        value, down_v = project(normed, v)
+        normed_rows, turn, layout = at_rows(normed, self.turn, self.layout, self.rows)
+        query, down_q = project(normed_rows, q)
+        query = rotate(query.view(query.shape[0], -1, size), turn.cos, turn.sin)
+        key = rotate(key.view(key.shape[0], -1, size), self.turn.cos, self.turn.sin)
+        value = value.view(value.shape[0], -1, size)
+        mixed, probabilities = attend_forward(query, key, value, layout, self.scaling, keep=keep)
+        mixed = mixed.flatten(1)
+        out, down_o = project(mixed, o)
+        out.add_(x if self.rows is None else x.index_select(0, self.rows.index))
+        downs = [down_q, down_k, down_v, down_o]
+        return out, [normed, inverse, query, key, value, mixed, *downs, *probabilities]
+
+    def backward(self, ctx: Any, grad: Tensor, x: Tensor, kept: list[Any]) -> list[Tensor | None]:
+        (q, k, v, o), wanted, needs_x = ctx.parts, ctx.wanted, ctx.needs_input_grad[0]
+        normed, inverse, query, key, value, mixed, *rest = kept
+        downs, probabilities = rest[:4], rest[4:]
+        normed_rows, turn, layout = at_rows(normed, self.turn, self.layout, self.rows)
+        up_o, *of_o = factor_gradients(grad, mixed, downs[3], o, wanted[3], True)
+        grad_mixed = input_gradient(None, grad, up_o, o).view(query.shape[:2] + value.shape[2:])
+        grad_q, grad_k, grad_v = attend_backward(
+            grad_mixed, query, key, value, probabilities, layout, self.scaling
+        )
+        grad_q = rotate(grad_q, turn.cos, turn.back).flatten(1)
+        grad_k, grad_v = rotate(grad_k, self.turn.cos, self.turn.back).flatten(1), grad_v.flatten(1)
+        up_q, *of_q = factor_gradients(grad_q, normed_rows, downs[0], q, wanted[0], needs_x)
+        up_k, *of_k = factor_gradients(grad_k, normed, downs[1], k, wanted[1], needs_x)
+        up_v, *of_v = factor_gradients(grad_v, normed, downs[2], v, wanted[2], needs_x)
+        of_factors = [*of_q, *of_k, *of_v, *of_o]
+        if not needs_x:
+            return [None, *of_factors]
+        total = input_gradient(input_gradient(None, grad_k, up_k, k), grad_v, up_v, v)
+        if self.rows is None:
+            input_gradient(total, grad_q, up_q, q)
+            grad_x = normalise_backward(total, x, self.norm, inverse).add_(grad)
+        else:
+            total.index_add_(0, self.rows.index, input_gradient(None, grad_q, up_q, q))
+            grad_x = normalise_backward(total, x, self.norm, inverse)
+            grad_x.index_add_(0, self.rows.index, grad)
+        return [grad_x, *of_factors]
+
+
+def at_rows(
+    normed: Tensor, turn: Turn, layout: Layout, rows: Rows | None
+) -> tuple[Tensor, Turn, Layout]:
+    """Return the normed rows, rotation tables and layout at `rows`, or all if they are None."""
+    if rows is None:
+        return normed, turn, layout
+    tables = (table.index_select(0, rows.index) for table in turn)
+    return normed.index_select(0, rows.index), Turn(*tables), rows.layout
+
 
 class Mlp(NamedTuple):
     """Weights of the MLP half."""
@@ -136,152 +191,66 @@ class Mlp(NamedTuple):
     eps: float
     projections: Sequence[Projection]  # gate, up, down
 
+    def forward(self, ctx: Any, x: Tensor, *, keep: bool) -> tuple[Tensor, Kept]:
+        gate, up, down = ctx.parts
+        normed, inverse = normalise(x, self.norm, self.eps)
+        gated, down_g = project(normed, gate)
+        upped, down_u = project(normed, up)
+        active = F.silu(gated)
+        out, down_d = project(active * upped, down)
+        kept = normed if ctx.wanted[0].a or ctx.wanted[1].a else None
+        return out.add_(x), [kept, inverse, gated, upped, active, down_g, down_u, down_d]
 
-def attention_block(x: Tensor, half: Attention, *, recompute: bool = False) -> Tensor:
-    """Return ``x + attention(x)`` [T, d], or [R, d] at `half.rows`."""
-    return _AttentionBlock.apply(x, half, recompute, *_factors(half.projections))
-
-
-def mlp_block(x: Tensor, half: Mlp, *, recompute: bool = False) -> Tensor:
-    """Return ``x + mlp(x)`` [T, d]."""
-    return _MlpBlock.apply(x, half, recompute, *_factors(half.projections))
-
-
-class _AttentionBlock(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, half: Attention, recompute: bool, *factors: Tensor | None
-    ) -> Tensor:
-        ctx.half, ctx.recompute = half, recompute
-        ctx.parts, ctx.wanted = _prepare(ctx, x, half.projections)
-        out, kept = _attention(x, half, ctx.parts, keep=any(ctx.needs_input_grad) and not recompute)
-        ctx.save_for_backward(x, *([] if recompute else kept))
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad, half, (q, k, v, o) = grads[0], ctx.half, ctx.parts
-        x, *kept = ctx.saved_tensors
-        if ctx.recompute:
-            kept = _attention(x, half, ctx.parts, keep=True)[1]
-        normed, inverse, query, key, value, mixed, *rest = kept
-        downs, probabilities = rest[:4], rest[4:]
-        normed_rows, turn, layout = _at_rows(normed, half)
-        needs_x = ctx.needs_input_grad[0]
-        up_o, *of_o = factor_gradients(grad, mixed, downs[3], o, ctx.wanted[3], True)
-        grad_mixed = input_gradient(None, grad, up_o, o).view(query.shape[:2] + value.shape[2:])
-        grad_q, grad_k, grad_v = attend_backward(
-            grad_mixed, query, key, value, probabilities, layout, half.scaling
-        )
-        grad_q = rotate(grad_q, turn.cos, turn.back).flatten(1)
-        grad_k, grad_v = rotate(grad_k, half.turn.cos, half.turn.back).flatten(1), grad_v.flatten(1)
-        up_q, *of_q = factor_gradients(grad_q, normed_rows, downs[0], q, ctx.wanted[0], needs_x)
-        up_k, *of_k = factor_gradients(grad_k, normed, downs[1], k, ctx.wanted[1], needs_x)
-        up_v, *of_v = factor_gradients(grad_v, normed, downs[2], v, ctx.wanted[2], needs_x)
-        of_factors = (*of_q, *of_k, *of_v, *of_o)
-        if not needs_x:
-            return None, None, None, *of_factors
-        total = input_gradient(input_gradient(None, grad_k, up_k, k), grad_v, up_v, v)
-        if half.rows is None:
-            input_gradient(total, grad_q, up_q, q)
-            grad_x = normalise_backward(total, x, half.norm, inverse).add_(grad)
-        else:
-            total.index_add_(0, half.rows.index, input_gradient(None, grad_q, up_q, q))
-            grad_x = normalise_backward(total, x, half.norm, inverse)
-            grad_x.index_add_(0, half.rows.index, grad)
-        return grad_x, None, None, *of_factors
-
-
-def _attention(
-    x: Tensor, half: Attention, parts: Sequence[Computed], *, keep: bool
-) -> tuple[Tensor, Kept]:
-    """Return the output of the half, and the tensors that its backward needs."""
-    q, k, v, o = parts
-    normed, inverse = normalise(x, half.norm, half.eps)
-    size = half.turn.cos.shape[-1]
-    key, down_k = project(normed, k)
-    value, down_v = project(normed, v)
-    normed_rows, turn, layout = _at_rows(normed, half)
-    query, down_q = project(normed_rows, q)
-    query = rotate(query.view(query.shape[0], -1, size), turn.cos, turn.sin)
-    key = rotate(key.view(key.shape[0], -1, size), half.turn.cos, half.turn.sin)
-    value = value.view(value.shape[0], -1, size)
-    mixed, probabilities = attend_forward(query, key, value, layout, half.scaling, keep=keep)
-    mixed = mixed.flatten(1)
-    out, down_o = project(mixed, o)
-    out.add_(x if half.rows is None else x.index_select(0, half.rows.index))
-    downs = [down_q, down_k, down_v, down_o]
-    return out, [normed, inverse, query, key, value, mixed, *downs, *probabilities]
-
-
-def _at_rows(normed: Tensor, half: Attention) -> tuple[Tensor, Turn, Layout]:
-    """Return the normed rows, rotation tables and layout at `half.rows`."""
-    if half.rows is None:
-        return normed, half.turn, half.layout
-    index = half.rows.index
-    turn = Turn(*(table.index_select(0, index) for table in half.turn))
-    return normed.index_select(0, index), turn, half.rows.layout
-
-
-class _MlpBlock(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, half: Mlp, recompute: bool, *factors: Tensor | None) -> Tensor:
-        ctx.half, ctx.recompute = half, recompute
-        ctx.parts, ctx.wanted = _prepare(ctx, x, half.projections)
-        out, kept = _mlp(x, half, ctx.parts, ctx.wanted)
-        ctx.save_for_backward(x, *([] if recompute else kept))
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad, half, (gate, up, down) = grads[0], ctx.half, ctx.parts
-        x, *kept = ctx.saved_tensors
-        if ctx.recompute:
-            kept = _mlp(x, half, ctx.parts, ctx.wanted)[1]
+    def backward(self, ctx: Any, grad: Tensor, x: Tensor, kept: list[Any]) -> list[Tensor | None]:
+        (gate, up, down), wanted, needs_x = ctx.parts, ctx.wanted, ctx.needs_input_grad[0]
         normed, inverse, gated, upped, active, *downs = kept
-        needs_x = ctx.needs_input_grad[0]
-        inner = active * upped if ctx.wanted[2].a else None
-        up_d, *of_down = factor_gradients(grad, inner, downs[2], down, ctx.wanted[2], True)
+        inner = active * upped if wanted[2].a else None
+        up_d, *of_down = factor_gradients(grad, inner, downs[2], down, wanted[2], True)
         grad_inner = input_gradient(None, grad, up_d, down)
         grad_up = grad_inner * active
         grad_gate = torch.ops.aten.silu_backward(grad_inner.mul_(upped), gated)
-        up_g, *of_gate = factor_gradients(grad_gate, normed, downs[0], gate, ctx.wanted[0], needs_x)
-        up_u, *of_up = factor_gradients(grad_up, normed, downs[1], up, ctx.wanted[1], needs_x)
-        of_factors = (*of_gate, *of_up, *of_down)
+        up_g, *of_gate = factor_gradients(grad_gate, normed, downs[0], gate, wanted[0], needs_x)
+        up_u, *of_up = factor_gradients(grad_up, normed, downs[1], up, wanted[1], needs_x)
+        of_factors = [*of_gate, *of_up, *of_down]
         if not needs_x:
-            return None, None, None, *of_factors
+            return [None, *of_factors]
         total = input_gradient(input_gradient(None, grad_gate, up_g, gate), grad_up, up_u, up)
-        grad_x = normalise_backward(total, x, half.norm, inverse).add_(grad)
+        return [normalise_backward(total, x, self.norm, inverse).add_(grad), *of_factors]
+
+
+def add_half(x: Tensor, half: Attention | Mlp, *, recompute: bool = False) -> Tensor:
+    """Return ``x + half(x)`` [T, d], or [R, d] at the rows of the half."""
+    # autograd needs all A and B as arguments of the function
+    factors = [factor for parts in half.projections for factor in (parts.a, parts.b)]
+    return _Half.apply(x, half, recompute, *factors)
+
+
+class _Half(torch.autograd.Function):
+    """Run a half, whose `forward` also returns the tensors that its `backward` needs.
+
+    It finds its projections and the gradients to compute in the context's `parts` and `wanted`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, half: Attention | Mlp, recompute: bool, *factors: Tensor | None
+    ) -> Tensor:
+        needs = ctx.needs_input_grad
+        ctx.half, ctx.recompute = half, recompute
+        ctx.parts = [parts.as_computed(x.dtype) for parts in half.projections]
+        ctx.wanted = [
+            Wanted(x.dtype if parts.a is None else parts.a.dtype, *needs[3 + 2 * i : 5 + 2 * i])
+            for i, parts in enumerate(half.projections)
+        ]
+        out, kept = half.forward(ctx, x, keep=any(needs) and not recompute)
+        ctx.save_for_backward(x, *([] if recompute else kept))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *kept = ctx.saved_tensors
+        if ctx.recompute:
+            kept = ctx.half.forward(ctx, x, keep=True)[1]
+        grad_x, *of_factors = ctx.half.backward(ctx, grads[0], x, kept)
         return grad_x, None, None, *of_factors
-
-
-def _mlp(
-    x: Tensor, half: Mlp, parts: Sequence[Computed], wanted: Sequence[Wanted]
-) -> tuple[Tensor, Kept]:
-    """Return the output of the half, and the tensors that its backward needs."""
-    gate, up, down = parts
-    normed, inverse = normalise(x, half.norm, half.eps)
-    gated, down_g = project(normed, gate)
-    upped, down_u = project(normed, up)
-    active = F.silu(gated)
-    out, down_d = project(active * upped, down)
-    kept = normed if wanted[0].a or wanted[1].a else None
-    return out.add_(x), [kept, inverse, gated, upped, active, down_g, down_u, down_d]
-
-
-def _factors(projections: Sequence[Projection]) -> list[Tensor | None]:
-    """Return all A and B in order: autograd needs them as arguments of the function."""
-    return [factor for parts in projections for factor in (parts.a, parts.b)]
-
-
-def _prepare(
-    ctx: Any, x: Tensor, projections: Sequence[Projection]
-) -> tuple[list[Computed], list[Wanted]]:
-    needs = ctx.needs_input_grad[3:]
-    wanted = [
-        Wanted(x.dtype if parts.a is None else parts.a.dtype, needs[2 * i], needs[2 * i + 1])
-        for i, parts in enumerate(projections)
-    ]
-    return [parts.as_computed(x.dtype) for parts in projections], wanted

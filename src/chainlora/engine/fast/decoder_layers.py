@@ -15,6 +15,7 @@ checkpointing, the halves store only their input and recompute the rest in backw
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,9 +29,9 @@ from chainlora.engine.fast.decoder_halves import (
     RmsNorm,
     Rotary,
     Turn,
-    attention_block,
+    add_half,
+    at_rows,
     make_turn,
-    mlp_block,
 )
 from chainlora.engine.fast.linear_layers import is_lora_layer, projection_of
 from chainlora.engine.fast.packed_attention import LAYOUT, attend
@@ -61,10 +62,7 @@ class DecoderLayers(FastPath):
 
     name = "fast decoder layers"
     needs = PACKED
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._watched: list[nn.Module] = []
+    _watched: Sequence[nn.Module] = ()
 
     def watched(self, model: nn.Module) -> Sequence[nn.Module]:
         """Return one layer of each kind, and the last one; nothing if a layer has another shape.
@@ -75,7 +73,7 @@ class DecoderLayers(FastPath):
         layers = _layers(model)
         if layers and all(map(_has_shape, layers)):
             kinds = _distinct(layers, text_config(model))
-            self._watched = list(dict.fromkeys([*kinds, layers[-1]]))
+            self._watched = tuple(dict.fromkeys([*kinds, layers[-1]]))
         return self._watched
 
     def probe(self, model: nn.Module, facts: Facts) -> str | None:
@@ -210,34 +208,26 @@ def _is_ready(layer: Any, hidden: Tensor) -> bool:
     )
 
 
-@replacement
-def _forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return _faster(layer, hidden_states, args, kwargs, last=False)
-
-
-@replacement
-def _last_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return _faster(layer, hidden_states, args, kwargs, last=True)
-
-
-def _faster(
-    layer: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], *, last: bool
-) -> Tensor:
+def _faster(layer: Any, hidden_states: Tensor, *args: Any, last: bool, **kwargs: Any) -> Tensor:
     """Return the layer's output [1, T, d], by its own forward if the fast one may not run.
 
     The `last` layer returns [1, R, d], at the rows of the layout, if it has any.
     """
     layout, rotary, out = kwargs.get(LAYOUT), kwargs.get("position_embeddings"), None
-    if not (layout is None or rotary is None or args) and _is_ready(layer, hidden):
+    if not (layout is None or rotary is None or args) and _is_ready(layer, hidden_states):
         recompute = layer.training and getattr(layer, "gradient_checkpointing", False)
         rows, turn = layout.rows if last else None, _turn(layout, rotary)
-        out = _compute(layer, hidden[0], layout, turn, rows, recompute=recompute)
+        out = _compute(layer, hidden_states[0], layout, turn, rows, recompute=recompute)
     if out is None:
-        plain: Tensor = type(layer).forward(layer, hidden, *args, **kwargs)
+        plain: Tensor = type(layer).forward(layer, hidden_states, *args, **kwargs)
         return plain
     # not a view: FSDP2 adds an autograd hook to a layer's output
     batched: Tensor = torch.ops.aten._unsafe_view(out, [1, *out.shape])
     return batched
+
+
+_forward = replacement(partial(_faster, last=False))
+_last_forward = replacement(partial(_faster, last=True))
 
 
 def _compute(
@@ -259,12 +249,12 @@ def _compute(
     else:
         eps, scaling = norm.variance_epsilon, attention.scaling
         half = Attention(norm.weight, eps, of_attention, scaling, turn, layout, rows)
-        x = attention_block(x, half, recompute=recompute)
+        x = add_half(x, half, recompute=recompute)
     norm = layer.post_attention_layernorm
     if of_mlp is None:
         normed = RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
         return x + mlp.down_proj(F.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
-    return mlp_block(x, Mlp(norm.weight, norm.variance_epsilon, of_mlp), recompute=recompute)
+    return add_half(x, Mlp(norm.weight, norm.variance_epsilon, of_mlp), recompute=recompute)
 
 
 def _attention_by_parts(
@@ -275,12 +265,10 @@ def _attention_by_parts(
     normed = RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
     key = Rotary.apply(attention.k_proj(normed).unflatten(-1, (-1, size)), *turn)
     value = attention.v_proj(normed).unflatten(-1, (-1, size))
-    if rows is not None:
-        x, normed = x.index_select(0, rows.index), normed.index_select(0, rows.index)
-        turn = Turn(*(table.index_select(0, rows.index) for table in turn))
-        layout = rows.layout
+    normed, turn, layout = at_rows(normed, turn, layout, rows)
     query = Rotary.apply(attention.q_proj(normed).unflatten(-1, (-1, size)), *turn)
     mixed = attend(query, key, value, layout, attention.scaling)
+    x = x if rows is None else x.index_select(0, rows.index)
     return x + attention.o_proj(mixed.flatten(-2))
 
 
