@@ -12,8 +12,8 @@ from chainlora.engine.fast.decoder_layers import DecoderLayers
 from chainlora.engine.fast.linear_layers import (
     Bfloat16Linears,
     LoraLayers,
-    active_adapter,
     is_lora_layer,
+    projection_of,
 )
 from chainlora.engine.fast.packed_rows import PackedSequences, packed_hidden
 from chainlora.engine.fast.plugin import PACKED
@@ -81,7 +81,7 @@ def accelerate_lora(model: nn.Module) -> int:
     """The fused forward for every LoRA layer; how many would take it now."""
     layers = list(filter(is_lora_layer, model.modules()))
     LoraLayers().adapt(layers)
-    return sum(bool(installed(layer)) and active_adapter(layer) is not None for layer in layers)
+    return sum(bool(installed(layer)) and projection_of(layer) is not None for layer in layers)
 
 
 def patched_modules(model: nn.Module) -> list[nn.Module]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
-from chainlora.engine.fast.linear_layers import active_adapter
+from chainlora.engine.fast.linear_layers import projection_of
 
 # float64 and float32: the same sums in another order, over 48 terms. bfloat16: PEFT computes the
 # adapter in float32 and rounds once, here each product is rounded, 2⁻⁸ of its size; the sums of 12
@@ -129,7 +129,7 @@ def test_steps_aside(case: dict[str, object] | Callable[[nn.Module], object] | n
     torch.manual_seed(3)
     theirs = run(net, torch.float32)
     assert accelerate_lora(net) == 0
-    assert active_adapter(net.q) is None
+    assert projection_of(net.q) is None
     torch.manual_seed(3)
     mine = run(net, torch.float32)
     for name, value in theirs.items():

@@ -82,34 +82,6 @@ def is_lora_layer(module: nn.Module) -> bool:
     )
 
 
-def active_adapter(layer: Any) -> str | None:
-    """Return the adapter that the fused forward can compute, or None if PEFT's must run."""
-    base = layer.base_layer
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(active) != 1 or layer.disable_adapters or layer.merged:
-        return None
-    name = active[0]
-    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-    plain = (
-        type(base) in (nn.Linear, Conv1D)
-        and type(a) is nn.Linear
-        and type(b) is nn.Linear
-        and b.bias is None
-        and a.bias is None
-        and (type(dropout) is nn.Identity or not layer.training)
-        and name not in getattr(layer, "lora_variant", ())
-        and not any(m._forward_hooks or m._forward_pre_hooks or is_foreign(m) for m in (base, a, b))
-    )
-    # plain floating-point tensors: not sharded, not quantised
-    weights = (base.weight, a.weight, b.weight) if plain else ()
-    ordinary = all(type(w) in (nn.Parameter, Tensor) and w.is_floating_point() for w in weights)
-    if not plain or not ordinary:
-        return None
-    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
-        return None
-    return name
-
-
 @replacement
 def _lora_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     plain = args or kwargs or torch.is_autocast_enabled(x.device.type)
@@ -121,10 +93,26 @@ def _lora_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def projection_of(layer: Any) -> Projection | None:
     """Return the projection that a LoRA layer computes, or None if PEFT's forward must run."""
-    name = active_adapter(layer)
-    if name is None:
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1 or layer.disable_adapters or layer.merged:
         return None
-    base = layer.base_layer
+    (name,) = active
+    base, a, b = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
+    is_plain = (
+        type(base) in (nn.Linear, Conv1D)
+        and type(a) is nn.Linear
+        and type(b) is nn.Linear
+        and a.bias is None
+        and b.bias is None
+        and (type(layer.lora_dropout[name]) is nn.Identity or not layer.training)
+        and name not in getattr(layer, "lora_variant", ())
+        and not any(m._forward_hooks or m._forward_pre_hooks or is_foreign(m) for m in (base, a, b))
+    )
+    if not is_plain or any(w is not None and w.requires_grad for w in (base.weight, base.bias)):
+        return None
+    weights = (base.weight, a.weight, b.weight)
+    # plain floating-point tensors: not sharded, not quantised
+    if not all(type(w) in (nn.Parameter, Tensor) and w.is_floating_point() for w in weights):
+        return None
     weight = base.weight.T if type(base) is Conv1D else base.weight
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return Projection(weight, base.bias, a, b, layer.scaling[name])
+    return Projection(weight, base.bias, a.weight, b.weight, layer.scaling[name])
