@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from chainlora import Chain, LinkConfig
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
-from chainlora.engine.head import candidate_loss, completion_loss, logit_transform
+from chainlora.engine.head import candidate_loss, completion_loss, find_head
 from chainlora.evaluation.evaluate import evaluate
 
 # Native and float32 sums round to neighbours, 2⁻⁸ apart, here and there in some twenty operations
@@ -60,7 +60,7 @@ def adapted(architecture: str) -> tuple[nn.Module, Chain]:
     model = tiny_model(architecture, dtype=torch.bfloat16)
     chain = Chain(model, seed=0)
     accelerate_model(model)
-    logit_transform(model)  # looked for once, by the model's own attention
+    find_head(model)  # looked for once, by the model's own attention
     chain.extend(LinkConfig(rank=4, alpha=8, target_modules=TARGETS[architecture]))
     accelerate_lora(model)
     return model, chain

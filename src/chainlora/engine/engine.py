@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from chainlora.data.examples import Example
 from chainlora.engine import fast
 from chainlora.engine.fast.plugin import PACKED, FastPath
-from chainlora.engine.head import candidate_loss, candidate_scores, completion_loss, logit_transform
+from chainlora.engine.head import candidate_loss, candidate_scores, completion_loss, find_head
 from chainlora.engine.packing import PackedBatch, input_sequences, pack, padded_hidden
 from chainlora.engine.probes import Facts, examine, forget_lengths
 from chainlora.engine.score_batches import evaluation_batches, pack_size
@@ -40,9 +40,8 @@ log = logging.getLogger(__name__)
 
 Kind = Literal["candidates", "completion"]
 Speedups = Literal["auto", "off"]
-ScoringProgress = Callable[
-    [int, int], None
-]  # called after each batch with (finished rows, all rows)
+# called after each batch with the numbers of finished and of all rows
+ScoringProgress = Callable[[int, int], None]
 Batch = TypeVar("Batch")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -108,7 +107,7 @@ class Engine:
                 self.notes.append("auxiliary loss of the router (`output_router_logits`): not used")
             facts.most_threads, facts.is_shared = threads, self._is_sharded
             self._length_from = facts.threshold if facts.length else None
-            logit_transform(model)  # raises for other logits; cached here, before threads start
+            find_head(model)  # raises for other logits; cached here, before threads start
             if self._is_sharded:
                 self.notes.append("weights: sharded over processes, gathered one layer at a time")
             self._take_fast_paths(facts)
@@ -276,7 +275,7 @@ class Engine:
         Args:
             examples: the examples.
             max_tokens: largest number of tokens that all threads together compute at once.
-            progress: called after each batch with the numbers of finished and of all rows.
+            progress: see `ScoringProgress`.
 
         Raises:
             ScoreError: a score is not a number.

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -44,8 +45,8 @@ _HEADS: WeakKeyDictionary[nn.Module, tuple[FindHead, Transform | None]] = WeakKe
 
 def candidate_scores(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tensor:
     """Return the mean log-probability per token of each sequence [S], from `hidden` [R, d]."""
-    logprobs = token_logprobs(model, hidden, batch.token_row, batch.token_target)
-    totals = logprobs.new_zeros(batch.num_sequences).index_add(0, batch.token_sequence, logprobs)
+    totals = torch.zeros_like(batch.sequence_length)
+    totals = totals.index_add(0, batch.token_sequence, _token_logprobs(model, hidden, batch))
     return totals / batch.sequence_length
 
 
@@ -55,7 +56,6 @@ def candidate_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tens
     If every candidate is one token after the same prompt, scores differ from logits only by a
     constant, so only these tokens' rows of the head are used.
     """
-    hidden = _for_head(model, hidden)
     score = _label_logits if batch.one_position else candidate_scores
     scores = score(model, hidden, batch)
     table = scores.new_full((batch.num_examples, batch.max_sequences), float("-inf"))
@@ -65,33 +65,25 @@ def candidate_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tens
 
 def completion_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, int]:
     """Return the summed negative log-likelihood of the scored tokens, and their number."""
-    head, hidden = _head(model), _for_head(model, hidden)
-    if logit_transform(model) is None and _is_frozen_linear(head):
-        chunks = _chunks(batch.token_row, batch.token_target, hidden.shape[0], head.weight.shape[0])
-        loss = _SummedLoss.apply(hidden, head.weight, head.bias, chunks)
+    head, transform = find_head(model)
+    if transform is None and _is_frozen_linear(head):
+        chunks = _chunks(batch, head.weight.shape[0])
+        loss = _SummedLoss.apply(_for_head(model, hidden), head.weight, head.bias, chunks)
     else:
-        loss = -token_logprobs(model, hidden, batch.token_row, batch.token_target).sum()
+        loss = -_token_logprobs(model, hidden, batch).sum()
     return loss, batch.num_scored_tokens
 
 
-def token_logprobs(
-    model: nn.Module, hidden: Tensor, token_row: Tensor, token_target: Tensor
-) -> Tensor:
-    """Return log p(target | row) [N], float32.
+def _token_logprobs(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tensor:
+    """Return log p(target | row) [N], float32, from hidden states [R, d].
 
     Forward and backward compute the logits of one chunk of rows at a time.
-
-    Args:
-        model: the model.
-        hidden: hidden states [R, d].
-        token_row: row of `hidden` for each token [N].
-        token_target: the tokens [N].
     """
-    head, transform, hidden = _head(model), logit_transform(model), _for_head(model, hidden)
+    (head, transform), hidden = find_head(model), _for_head(model, hidden)
     weight: Any = getattr(head, "weight", None)
     is_matrix = isinstance(weight, Tensor)
     vocabulary = weight.shape[0] if is_matrix else int(text_config(model).vocab_size)
-    chunks = _chunks(token_row, token_target, hidden.shape[0], vocabulary)
+    chunks = _chunks(batch, vocabulary)
     compute: Callable[[Tensor, Tensor, Tensor], Tensor] = partial(_logprobs, head, transform)
     if transform is None and _is_frozen_linear(head):
         compute = partial(_TargetLogprobs.apply, widened(head.weight), head.bias)
@@ -103,25 +95,23 @@ def token_logprobs(
     return torch.empty_like(result).index_put((tokens,), result)
 
 
-def logit_transform(model: nn.Module) -> Transform | None:
-    """Return the function from the head's output to the logits, or None if they are equal.
+def find_head(model: nn.Module) -> tuple[Any, Transform | None]:
+    """Return the head, and the function from its output to the logits, or None if they are equal.
+
+    Both are probed once per model.
 
     Raises:
         ModelError: the logits are no known function of the head's output.
     """
-    return _head_and_transform(model)[1]
-
-
-def _head_and_transform(model: nn.Module) -> tuple[FindHead, Transform | None]:
-    """Return how to find the head, and its transform; probed once per model."""
     model = causal_model(model)
     if model not in _HEADS:
         _HEADS[model] = _probe_head(model)
-    return _HEADS[model]
+    find, transform = _HEADS[model]
+    return find(model), transform
 
 
 def _probe_head(model: nn.Module) -> tuple[FindHead, Transform | None]:
-    """Compare the model's logits with each candidate for head and transform."""
+    """Return how to find the head, and its transform, by comparing the logits of all candidates."""
     config, device = text_config(model), next(model.parameters()).device
     ids = torch.arange(1, 5, device=device)[None] % config.vocab_size
     states: list[Any] = []
@@ -169,9 +159,7 @@ def _known_transforms(config: Any) -> list[Transform | None]:
 
     def numbers(*names: str) -> list[float]:
         values = [getattr(config, name, None) for name in names]
-        return [
-            x for x in values if isinstance(x, int | float) and x
-        ]  # MPT's scale can be a string
+        return [x for x in values if isinstance(x, int | float) and x]  # MPT's can be a string
 
     caps = numbers("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     scales = numbers("logit_scale", "lm_head_multiplier")
@@ -188,10 +176,6 @@ def _softcap(logits: Tensor, cap: float) -> Tensor:
     return torch.tanh(logits / cap) * cap
 
 
-def _head(model: nn.Module) -> Any:
-    return _head_and_transform(model)[0](causal_model(model))
-
-
 def _for_head(model: nn.Module, hidden: Tensor) -> Tensor:
     """Return hidden states in the head's dtype; Mamba keeps them in float32."""
     weight = getattr(_output_embedding(causal_model(model)), "weight", None)
@@ -202,10 +186,8 @@ def _for_head(model: nn.Module, hidden: Tensor) -> Tensor:
 def _enclosing_head(model: nn.Module) -> nn.Module:
     """Return the output embedding, or the module around it: BERT's also transforms the states."""
     output = _output_embedding(model)
-    around = [
-        child for child in _after_the_base(model) if any(m is output for m in child.modules())
-    ]
-    return around[0] if around else output
+    around = (m for m in _after_the_base(model) if any(part is output for part in m.modules()))
+    return next(around, output)
 
 
 def _after_the_base(model: nn.Module) -> list[nn.Module]:
@@ -233,7 +215,7 @@ def _is_frozen_linear(head: Any) -> bool:
 
 def _label_logits(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tensor:
     """Return the logit of each one-token candidate [S], float32."""
-    head, transform = _head(model), logit_transform(model)
+    (head, transform), hidden = find_head(model), _for_head(model, hidden)
     if _is_frozen_linear(head):
         weight = head.weight[batch.token_target].float()
         logits = (hidden.float()[batch.token_row] * weight).sum(-1)
@@ -254,19 +236,15 @@ class _Chunk(NamedTuple):
     targets: Tensor  # [n]
 
 
-def _chunks(
-    token_row: Tensor, token_target: Tensor, num_rows: int, vocabulary: int
-) -> list[_Chunk]:
-    order = torch.argsort(token_row, stable=True)
-    size = max(CHUNK_ELEMENTS // vocabulary, 1)
-    firsts = list(range(0, num_rows, size))
-    limits = torch.tensor([*firsts, num_rows], device=token_row.device)
-    edges = torch.searchsorted(token_row[order], limits).tolist()
+def _chunks(batch: PackedBatch, vocabulary: int) -> list[_Chunk]:
+    rows, targets, num_rows = batch.token_row, batch.token_target, batch.rows.shape[0]
+    order = torch.argsort(rows, stable=True)
+    limits = [*range(0, num_rows, max(CHUNK_ELEMENTS // vocabulary, 1)), num_rows]
+    edges = torch.searchsorted(rows[order], torch.tensor(limits, device=rows.device)).tolist()
     chunks = []
-    for i, first in enumerate(firsts):
+    for i, (first, last) in enumerate(pairwise(limits)):
         tokens = order[edges[i] : edges[i + 1]]
-        last = min(first + size, num_rows)
-        chunks.append(_Chunk(first, last, tokens, token_row[tokens] - first, token_target[tokens]))
+        chunks.append(_Chunk(first, last, tokens, rows[tokens] - first, targets[tokens]))
     return chunks
 
 
