@@ -15,14 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chainlora.models.text_config import compute_dtype
+
 TWO_BYTES = (torch.bfloat16, torch.float16)
+_Stored = dict[nn.Module, list[tuple[Tensor, Tensor]]]  # widened tensors, and their own data
 
 
 @contextmanager
 def widened(module: nn.Module) -> Iterator[None]:
     """Cast all two-byte weights and buffers of a module to float32, and restore them at the end."""
-    with _held_in_float32(_two_byte_tensors(module, recurse=True)):
+    stored: _Stored = {}
+    try:
+        _widen(module, stored, recurse=True)
         yield
+    finally:
+        _restore(module, stored)
 
 
 @contextmanager
@@ -30,28 +37,26 @@ def computing_in_float32(model: nn.Module) -> Iterator[None]:
     """Cast every module's own two-byte weights to float32 while the module runs.
 
     For an embedding the output is cast, not the table. A module that reads another module's weights
-    may fail with two dtypes; a probe treats that error as a difference.
+    may fail with two dtypes; a probe treats that error as a difference. A model whose embedding is
+    not two-byte is left alone.
     """
-    contexts: dict[nn.Module, Any] = {}
+    stored: _Stored = {}
 
     def enter(module: nn.Module, _: Any) -> None:
-        context = _held_in_float32(_two_byte_tensors(module))
-        context.__enter__()
-        contexts[module] = context
+        _widen(module, stored)
 
     def leave(module: nn.Module, *_: Any) -> None:
-        if module in contexts:
-            contexts.pop(module).__exit__(None, None, None)
+        _restore(module, stored)
 
-    def widen(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    def widen_output(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         return output.float() if output.dtype in TWO_BYTES else output
 
     handles = []
-    for module in model.modules():
+    for module in model.modules() if compute_dtype(model) in TWO_BYTES else ():
         if not _two_byte_tensors(module):
             continue
         if isinstance(module, nn.Embedding):
-            handles.append(module.register_forward_hook(widen))
+            handles.append(module.register_forward_hook(widen_output))
         else:
             handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(leave, always_call=True))
@@ -60,8 +65,8 @@ def computing_in_float32(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        for module in list(contexts):
-            leave(module)
+        for module in list(stored):
+            _restore(module, stored)
 
 
 def _two_byte_tensors(module: nn.Module, *, recurse: bool = False) -> list[Tensor]:
@@ -69,13 +74,12 @@ def _two_byte_tensors(module: nn.Module, *, recurse: bool = False) -> list[Tenso
     return [tensor for tensor in held if tensor.dtype in TWO_BYTES]
 
 
-@contextmanager
-def _held_in_float32(tensors: list[Tensor]) -> Iterator[None]:
-    stored = [(tensor, tensor.data) for tensor in tensors]
-    try:
-        for tensor, data in stored:
-            tensor.data = data.float()
-        yield
-    finally:
-        for tensor, data in stored:
-            tensor.data = data
+def _widen(module: nn.Module, stored: _Stored, *, recurse: bool = False) -> None:
+    for tensor in _two_byte_tensors(module, recurse=recurse):
+        stored.setdefault(module, []).append((tensor, tensor.data))
+        tensor.data = tensor.data.float()
+
+
+def _restore(module: nn.Module, stored: _Stored) -> None:
+    for tensor, data in stored.pop(module, ()):
+        tensor.data = data

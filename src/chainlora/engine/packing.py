@@ -11,6 +11,7 @@ The last target of a sequence is never an input, so it is cut off.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from chainlora.data.examples import Example
 from chainlora.errors import DataError
@@ -73,11 +75,6 @@ class PackedBatch:
         return self.labels.shape[0]
 
     @property
-    def num_sequences(self) -> int:
-        """S, the number of sequences."""
-        return self.sequence_example.shape[0]
-
-    @property
     def num_scored_tokens(self) -> int:
         """N, the number of scored tokens."""
         return self.token_row.shape[0]
@@ -119,30 +116,27 @@ def pack(
     Raises:
         DataError: a sequence has no scored token, or a span outside of it.
     """
-    inputs = [sequence for example in examples for sequence in input_sequences(example)]
+    flatten = itertools.chain.from_iterable
+    inputs = [*flatten(map(input_sequences, examples))]
     tree = _Tree(inputs, share_prefixes, min_shared)
     positions, targets = _scored_tokens(examples, tree.chains)
-    rows = sorted({p for per_sequence in positions for p in per_sequence})
+    rows = sorted({*flatten(positions)})
     row_of = {position: row for row, position in enumerate(rows)}
     counts = [len(example.sequences) for example in examples]
-    lengths = [len(per_sequence) for per_sequence in positions]
+    lengths = list(map(len, positions))
     return PackedBatch(
         input_ids=torch.tensor(tree.tokens),
         position_ids=torch.tensor(tree.positions),
         segments=tuple(tree.segments),
         rows=torch.tensor(rows),
-        token_row=torch.tensor([row_of[p] for per_sequence in positions for p in per_sequence]),
-        token_target=torch.tensor([t for per_sequence in targets for t in per_sequence]),
+        token_row=torch.tensor([row_of[p] for p in flatten(positions)]),
+        token_target=torch.tensor([*flatten(targets)]),
         token_sequence=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
         sequence_example=torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)),
         sequence_slot=torch.tensor([slot for count in counts for slot in range(count)]),
         sequence_length=torch.tensor(lengths, dtype=torch.float32),
-        labels=torch.tensor(
-            [-1 if example.label is None else example.label for example in examples]
-        ),
-        reference=torch.tensor(
-            [score for example in examples for score in example.reference], dtype=torch.float32
-        ),
+        labels=torch.tensor([-1 if e.label is None else e.label for e in examples]),
+        reference=torch.tensor([*flatten(e.reference for e in examples)], dtype=torch.float32),
         max_sequences=max(counts),
         one_position=_one_position(counts, positions),
     )
@@ -154,13 +148,13 @@ def _scored_tokens(
     """Return, per sequence, the packed position that predicts each scored token, and the token."""
     positions: list[list[int]] = []
     targets: list[list[int]] = []
-    chain_of_each = iter(chains)
+    remaining = iter(chains)
     for example in examples:
         for tokens, spans in zip(example.sequences, example.scored, strict=True):
             scored = [p for start, end in spans for p in range(start, end)]
-            chain = next(chain_of_each)
             _check(example, scored, tokens)
-            positions.append([_packed_position(chain, p - 1) for p in scored])
+            segments = next(remaining)
+            positions.append([_packed_position(segments, p - 1) for p in scored])
             targets.append([tokens[p] for p in scored])
     return positions, targets
 
@@ -207,18 +201,14 @@ def _check(example: Example, scored: list[int], tokens: tuple[int, ...]) -> None
 
 
 def _one_position(counts: list[int], positions: list[list[int]]) -> bool:
-    first = 0
-    for count in counts:
-        of_example = positions[first : first + count]
-        if any(len(p) != 1 or p != of_example[0] for p in of_example):
-            return False
-        first += count
-    return True
+    remaining = iter(positions)
+    groups = [list(itertools.islice(remaining, count)) for count in counts]
+    return all(len(p) == 1 and p == group[0] for group in groups for p in group)
 
 
-def _packed_position(chain: _Chain, position: int) -> int:
+def _packed_position(segments: _Chain, position: int) -> int:
     """Return the packed position of a token, from its position in the sequence."""
-    first, start = chain[bisect_right(chain, position, key=lambda link: link[0]) - 1]
+    first, start = segments[bisect_right(segments, position, key=lambda s: s[0]) - 1]
     return start + position - first
 
 
@@ -318,13 +308,12 @@ def unpacked(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
     """
     parents = {segment.parent for segment in batch.segments}
     leaves = [path for i, path in enumerate(paths(batch.segments)) if i not in parents]
-    longest = max(map(len, leaves))
-    index = torch.tensor([chain + [0] * (longest - len(chain)) for chain in leaves])
-    mask = torch.tensor([[1] * len(chain) + [0] * (longest - len(chain)) for chain in leaves])
+    index = pad_sequence([torch.tensor(leaf) for leaf in leaves], batch_first=True)
+    mask = pad_sequence([torch.ones(len(leaf), dtype=index.dtype) for leaf in leaves], True)
     where = {
-        position: leaf * longest + i
-        for leaf, chain in enumerate(leaves)
-        for i, position in enumerate(chain)
+        position: row * index.shape[1] + i
+        for row, leaf in enumerate(leaves)
+        for i, position in enumerate(leaf)
     }
     place = torch.tensor([where[row] for row in batch.rows.tolist()])
     device = batch.input_ids.device

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from chainlora.engine.float32 import TWO_BYTES, computing_in_float32
 from chainlora.engine.packing import PackedBatch, pack, padded_hidden
 from chainlora.errors import ModelError, is_out_of_memory
 from chainlora.models.modes import in_mode, kept_random_state
-from chainlora.models.text_config import base_model, compute_dtype, context_length, text_config
+from chainlora.models.text_config import base_model, context_length, text_config
 
 # Largest median change of states when later tokens change: rounding in float32, with a margin for
 # experts in two bytes.
@@ -58,10 +58,9 @@ class Facts:
     is_trained: bool  # whether gradients are needed
     most_threads: int | None = None  # the caller's limit
     is_shared: bool = False  # whether weights are sharded over processes
-    watched: list[nn.Module] = field(
-        default_factory=list
-    )  # modules whose packed calls are recorded
-    calls: Calls = field(default_factory=dict)  # the last packed call of each, in float32
+    # modules whose packed calls are recorded, and the last packed call of each, in float32
+    watched: list[nn.Module] = field(default_factory=list)
+    calls: Calls = field(default_factory=dict)
     taken: list[str] = field(default_factory=list)  # names of the paths applied so far
 
 
@@ -98,7 +97,7 @@ def _plain_states(model: nn.Module) -> tuple[Tensor, str | None]:
     failure = None
     with probing(model), _watching_generators(model) as drawn:
         try:
-            with computing_wide(model):
+            with computing_in_float32(model):
                 states, alone = _states(model, batch)
         except Exception as error:
             failure = f"it cannot be probed in float32 ({first_line(error)})"
@@ -149,7 +148,7 @@ def _run_past_short_thresholds(model: nn.Module) -> None:
     longest = max(_LENGTHS)
     thresholds = [
         value
-        for name, value in _integers(text_config(model).to_dict())
+        for name, value in _integers(model)
         if longest < value <= _SHORT_THRESHOLD and _may_be_a_length(name)
     ]
     if thresholds and (length := 2 * max(thresholds) + 8) < context_length(model):
@@ -199,12 +198,6 @@ def relative_difference(mine: Tensor, theirs: Tensor) -> Tensor:
     return (mine - theirs).norm(dim=-1) / theirs.norm(dim=-1)
 
 
-def computing_wide(model: nn.Module) -> Any:
-    """Return a context in which a two-byte model computes in float32."""
-    two_bytes = compute_dtype(model) in TWO_BYTES
-    return computing_in_float32(model) if two_bytes else nullcontext()
-
-
 # --- random numbers, and dependence on other rows ---
 
 
@@ -217,9 +210,13 @@ def random_in_training(model: nn.Module) -> str | None:
     ids = torch.arange(1, 9, device=next(model.parameters()).device)[None]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
-        with kept_random_state(model), torch.no_grad(), in_mode(model, training=True):  # noqa: SIM117
-            with _watching_generators(model) as drawn:
-                base_model(model)(input_ids=ids, use_cache=False)
+        with (
+            kept_random_state(model),
+            torch.no_grad(),
+            in_mode(model, training=True),
+            _watching_generators(model) as drawn,
+        ):
+            base_model(model)(input_ids=ids, use_cache=False)
     except Exception as error:
         return f"it may draw random numbers in training ({first_line(error)})"
     finally:
@@ -257,14 +254,14 @@ def length_dependence(model: nn.Module) -> tuple[str | None, int]:
     Dynamic and LongRoPE rotary embeddings use angles that depend on the longest position, so a long
     row changes the states of short rows in its batch.
     """
-    config = text_config(model).to_dict()
-    kinds = sorted({"dynamic", "longrope"} & set(map(str, _values(config, "rope_type"))))
+    settings = _settings(text_config(model).to_dict())
+    kinds = {str(value) for name, value in settings if name == "rope_type"}
+    kinds &= {"dynamic", "longrope"}
     if not kinds:
         return None, 0
-    names = _A_LENGTH, "max_position_embeddings"
-    values = (value for name in names for value in _values(config, name))
-    first = min((value for value in values if isinstance(value, int)), default=0)
-    return f"its rotary embedding ({kinds[0]}) changes with the longest row", first
+    names = (_A_LENGTH, "max_position_embeddings")
+    first = min((value for name, value in _integers(model) if name in names), default=0)
+    return f"its rotary embedding ({min(kinds)}) changes with the longest row", first
 
 
 def forget_lengths(model: nn.Module) -> None:
@@ -272,25 +269,13 @@ def forget_lengths(model: nn.Module) -> None:
     for module in model.modules():
         first: Any = getattr(module, "original_max_seq_len", None)
         for name in [] if first is None else [*vars(module), *module._buffers]:
-            prefix, separator, after = name.rpartition("original_inv_freq")
-            if (
-                not separator
-                or after
-                or getattr(module, f"{prefix}max_seq_len_cached", first) == first
-            ):
+            prefix = name.removesuffix("original_inv_freq")
+            if prefix == name or getattr(module, f"{prefix}max_seq_len_cached", first) == first:
                 continue
             device = getattr(module, f"{prefix}inv_freq").device
             original = getattr(module, name).to(device).clone()
             module.register_buffer(f"{prefix}inv_freq", original, persistent=False)
             setattr(module, f"{prefix}max_seq_len_cached", first)
-
-
-def _values(tree: Any, name: str) -> Iterator[Any]:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            if key == name:
-                yield value
-            yield from _values(value, name)
 
 
 def first_line(error: Exception) -> str:
@@ -338,7 +323,7 @@ class Limits(NamedTuple):
 def packing_limits(model: nn.Module, probed: int) -> Limits:
     """Return the limits in a model's config that are beyond the `probed` number of tokens."""
     sequence, row, field = UNLIMITED, UNLIMITED, ""
-    for name, value in _integers(text_config(model).to_dict()):
+    for name, value in _integers(model):
         if name in _WINDOWS and value > 0:
             sequence = min(sequence, value)
         elif probed < value < row and _may_be_a_length(name):
@@ -350,12 +335,18 @@ def _may_be_a_length(name: str) -> bool:
     return name == _A_LENGTH or not _NO_LENGTH.fullmatch(name)
 
 
-def _integers(values: Mapping[Any, Any]) -> Iterator[tuple[str, int]]:
-    """Yield name and value of every integer in a config, also in nested tables and lists."""
-    for name, value in values.items():
+def _integers(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Yield name and value of every integer in a model's config."""
+    for name, value in _settings(text_config(model).to_dict()):
+        if isinstance(value, int) and not isinstance(value, bool):
+            yield name, value
+
+
+def _settings(config: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield name and value of every entry of a config, also in nested tables and lists."""
+    for name, value in config.items():
         if isinstance(value, Mapping):
-            yield from _integers(value)
-            continue
-        for item in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(item, int) and not isinstance(item, bool):
-                yield str(name), item
+            yield from _settings(value)
+        else:
+            items = value if isinstance(value, list | tuple) else [value]
+            yield from ((str(name), item) for item in items)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from chainlora.engine.fast.packed_attention import LAYOUT, CannotPackError, packed_name
 from chainlora.engine.fast.packed_layout import make_layout
 from chainlora.engine.fast.plugin import PACKED, FastPath
+from chainlora.engine.float32 import computing_in_float32
 from chainlora.engine.packing import PackedBatch
 from chainlora.engine.patching import Patches
 from chainlora.engine.probes import (
@@ -25,7 +26,6 @@ from chainlora.engine.probes import (
     UNLIMITED,
     Calls,
     Facts,
-    computing_wide,
     first_line,
     forget_lengths,
     packing_limits,
@@ -135,7 +135,7 @@ def _why_not_packed(model: nn.Module, batch: PackedBatch, plain: Tensor) -> str 
     """Return why packed states differ from `plain` [N, d], the padded states, or None."""
     patches = Patches()
     try:
-        with probing(model), computing_wide(model):
+        with probing(model), computing_in_float32(model):
             far = _at_far_positions(model, batch)
             patches.set_attention(base_model(model), packed_name)
             packed = packed_hidden(model, batch)
