@@ -166,17 +166,10 @@ def input_sequences(example: Example) -> Iterator[tuple[int, ...]]:
 
 
 def fresh_tokens(inputs: Sequence[tuple[int, ...]], last: tuple[int, ...] = ()) -> tuple[int, int]:
-    """Return an upper bound of the tokens that `pack` adds for some inputs.
+    """Return an upper bound of the tokens that `pack` adds for sorted inputs after `last`.
 
-    Each sequence is compared only with the one before it.
-
-    Args:
-        inputs: sorted sequences.
-        last: the sequence before them in the pack.
-
-    Returns:
-        The number of added tokens, and the length of the prefix that the first input shares with
-        `last`, 0 if it is too short to be stored once.
+    Each sequence is compared only with the one before it. Also returns the length of the prefix
+    that the first input shares with `last`, 0 if it is too short to be stored once.
     """
     fresh, first = 0, 0
     for place, sequence in enumerate(inputs):

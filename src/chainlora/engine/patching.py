@@ -57,12 +57,7 @@ class Patches:
         return True
 
     def set_attention(self, model: nn.Module, rename: Callable[[str | None], str]) -> None:
-        """Set the attention implementation in every config that a module of the model reads.
-
-        Args:
-            model: the model.
-            rename: returns the new name for the current one.
-        """
+        """Rename the attention implementation in every config that a module of the model reads."""
         for config in _configs(model):
             before = config._attn_implementation_internal
             if rename(before) != before:
@@ -75,9 +70,9 @@ class Patches:
             if installed(module):
                 del module.forward
         self._modules.clear()
-        while self._attention:
-            config, before = self._attention.pop()
+        for config, before in reversed(self._attention):
             config._attn_implementation_internal = before
+        self._attention.clear()
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:

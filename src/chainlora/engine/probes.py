@@ -67,10 +67,6 @@ class Facts:
 def examine(model: nn.Module, *, training: bool) -> Facts:
     """Probe a model; weights, modes, generators and config are unchanged on return.
 
-    Args:
-        model: a causal language model.
-        training: whether it will be trained.
-
     Raises:
         ModelError: the model does not run on token ids alone, is not causal, draws random numbers
             in evaluation, has states that are not finite, or rows that depend on other rows.

@@ -33,14 +33,11 @@ def pack_size(examples: Sequence[Example], max_tokens: int, num_threads: int) ->
 def evaluation_batches(
     examples: Sequence[Example], *, max_tokens: int, packed: bool
 ) -> Iterator[list[int]]:
-    """Yield lists of example indices: packs of at most `max_tokens`, or single examples.
+    """Yield lists of example indices: batches of at most `max_tokens`, or single examples.
 
-    Args:
-        examples: the examples.
-        max_tokens: largest number of computed tokens; padding counts.
-        packed: sort by tokens, so that neighbours share prefixes, and cut a run with a common
-            prefix when its attention costs more than computing the prefix again. Otherwise, sort
-            by length, longest first.
+    Computed tokens count, so padding too. Packed, examples are sorted by tokens, so that neighbours
+    share prefixes, and a run with a common prefix is cut when its attention costs more than
+    computing the prefix again. Otherwise, they are sorted by length, longest first.
     """
     return (_packed_batches if packed else _padded_batches)(examples, max_tokens)
 

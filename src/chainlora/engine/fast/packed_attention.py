@@ -1,8 +1,8 @@
 """Attention over a packed row: each token sees only its own sequence.
 
-It is registered with transformers as ``chainlora_packed``, so it works in every architecture that
-looks its attention up there. A call without a layout runs the model's previous implementation with
-its mask, so the model still generates and scores as before.
+It is registered with transformers (`packed_name`), so it works in every architecture that looks its
+attention up there. A call without a layout runs the model's previous implementation with its mask,
+so the model still generates and scores as before.
 
 Attention runs in the batches of the layout. On a CPU it uses plain matmuls, since torch's fused
 kernel takes five times as long for the backward of a short bfloat16 sequence. On other devices, for
@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,14 +23,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from chainlora.engine.fast.packed_layout import Layout
 from chainlora.engine.matmul import is_slow
 
-NAME = "chainlora_packed"
+_NAME = "chainlora_packed"
 LAYOUT = "packed_layout"
 Probabilities = list[Tensor | None]  # by group; None if backward computes them again
 # Arguments by which architectures change attention, so packed attention must not ignore them.
@@ -50,40 +50,30 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     packed_layout: Layout | None = None,
-    plain: str = "sdpa",
+    *,
+    plain: str,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """Compute attention with the signature of transformers.
+    """Compute attention with transformers' signature: [1, heads, T, size] to [1, T, heads, size].
 
-    Args:
-        module: the attention module.
-        query: [1, heads, T, size].
-        key: [1, key heads, T, size].
-        value: [1, key heads, T, size].
-        attention_mask: ignored with a layout if it has one element.
-        dropout: probability of dropout.
-        scaling: factor of the scores; None for 1/√size.
-        packed_layout: layout of the packed row.
-        plain: name of transformers' implementation for calls without a layout.
-
-    Returns:
-        [1, T, heads, size], and None for the weights.
+    A call without `packed_layout` runs transformers' `plain` implementation. With it, the mask is
+    ignored if it has one element.
 
     Raises:
         CannotPackError: the architecture passes an unsupported argument or its own mask.
     """
     if packed_layout is None:
-        attention: Any = sdpa_attention_forward
+        attention: Any
         if plain == "eager":  # not registered: each modeling file defines it
             attention = sys.modules[type(module).__module__].eager_attention_forward
-        elif plain != "sdpa":
+        else:
             attention = ALL_ATTENTION_FUNCTIONS[plain]
         return attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    unsupported = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
-    if unsupported:
-        raise CannotPackError(f"packed attention does not support {unsupported[0]}")
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise CannotPackError(f"packed attention does not support {name}")
     if attention_mask is not None and attention_mask.numel() > 1:
         raise CannotPackError("packed attention does not support the model's own mask")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -96,11 +86,9 @@ def packed_name(before: str | None) -> str:
     Each name has its own implementation and mask for calls without a layout: those of `before`.
     """
     before = before or "eager"
-    if before.startswith(NAME):
+    if before.startswith(_NAME):
         return before
-    if before == "sdpa":
-        return NAME
-    name = f"{NAME}_{before}"
+    name = f"{_NAME}_{before}"
     AttentionInterface.register(name, partial(packed_attention, plain=before))
     if before in ALL_MASK_ATTENTION_FUNCTIONS:
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
@@ -156,10 +144,6 @@ def _sdpa(
         )
         parts.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts)[make_plan(layout, 1, 1, query.dtype).back]
-
-
-AttentionInterface.register(NAME, packed_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 # --- batched matmuls: softmax(s·Q Kᵀ + mask) V; heads with a common key head share a matmul ---
@@ -268,11 +252,7 @@ def _gather(
 def _to_keys(parts: list[Tensor], plan: _Plan, layout: Layout, shape: torch.Size) -> Tensor:
     """Scatter gradients of keys back to the packed row, and sum those of keys used several times.
 
-    Args:
-        parts: by group [B · key heads, Tk, size].
-        plan: the plan of the layout.
-        layout: the layout.
-        shape: the result's, [T, key heads, size].
+    They are given by group [B · key heads, Tk, size]; the result's `shape` is [T, key heads, size].
     """
     if plan.back_keys is not None:
         whole = parts[0] if len(parts) == 1 else torch.cat([part.flatten(0, 1) for part in parts])
@@ -335,9 +315,7 @@ def _inverse(rows: list[Tensor], size: int, padding: list[Tensor] | None) -> Ten
     flat = torch.cat(rows)
     place = torch.arange(flat.shape[0], device=flat.device)
     if padding is not None:
-        offsets = [0]
-        for part in rows:
-            offsets.append(offsets[-1] + part.shape[0])
+        offsets = accumulate((part.shape[0] for part in rows), initial=0)
         dropped = [part + offset for part, offset in zip(padding, offsets, strict=False)]
         real = torch.ones_like(flat, dtype=torch.bool)
         real[torch.cat(dropped)] = False

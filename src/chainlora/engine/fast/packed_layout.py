@@ -93,13 +93,9 @@ def make_layout(
     dtype: torch.dtype,
     rows: Tensor | None = None,
 ) -> Layout:
-    """Return the attention layout of a packed row.
+    """Return the attention layout of a packed row, for the attention's device and dtype.
 
-    Args:
-        segments: the segments of the row.
-        device: device of the attention.
-        dtype: dtype of the attention.
-        rows: ascending positions [R]; if given, the layout also has one with queries only there.
+    With ascending positions `rows` [R], the layout also has one with queries only there.
     """
     whole, num_tokens = paths(segments), segments[-1].end
     limit = LONGEST_BY_MATMUL.get(dtype, LONGEST_BY_MATMUL_ELSE)

@@ -77,13 +77,8 @@ def factor_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return ``s · g B`` [n, rank] for `input_gradient`, and the gradients of A and B.
 
-    Args:
-        grad: gradient g of the output [n, out].
-        x: input [n, in]; needed only for the gradient of A.
-        down: ``x Aᵀ`` [n, rank]; needed only for the gradient of B.
-        p: the projection.
-        wanted: the factors that need a gradient.
-        needs_x: whether the input needs a gradient.
+    `grad` is g [n, out]. The gradient of A needs x [n, in], the one of B needs `down`, ``x Aᵀ``
+    [n, rank].
     """
     up = grad_a = grad_b = None
     if wanted.b and down is not None:

@@ -41,11 +41,8 @@ class CoreThreads(FastPath):
     """Computes the shards of a micro-batch, or the packs to score, in several threads."""
 
     name = "threads"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._pool: ThreadPoolExecutor | None = None
-        self._why_one: str | None = None
+    _pool: ThreadPoolExecutor | None = None
+    _why_one: str | None = None
 
     def probe(self, model: nn.Module, facts: Facts) -> str | None:
         """Return why one thread must compute everything, or None.
@@ -121,13 +118,11 @@ def split(examples: Sequence[Example], count: int) -> list[list[int]]:
     """Cut examples into shards for `count` threads.
 
     Tries two plans, examples with a common prefix kept together and every example by itself, and
-    uses the one that computes less. If neither plan pays, all examples are one shard.
-
-    Returns:
-        The ascending indices of each shard.
+    uses the one that computes less. If neither plan pays, all examples are one shard. Returns the
+    ascending indices of each shard.
     """
     everything = list(range(len(examples)))
-    if count == 1 or len(examples) == 1:
+    if len(examples) == 1:
         return [everything]
     inputs = [sorted(set(input_sequences(example))) for example in examples]
     whole = _tokens(inputs, everything)
@@ -161,10 +156,9 @@ def _families(inputs: list[_Inputs]) -> list[list[int]]:
     last: tuple[int, ...] = ()
     for index in sorted(range(len(inputs)), key=lambda i: inputs[i]):
         _, common = fresh_tokens(inputs[index], last)
-        if common and families:
-            families[-1].append(index)
-        else:
-            families.append([index])
+        if not (common and families):
+            families.append([])
+        families[-1].append(index)
         last = inputs[index][-1]
     return families
 
