@@ -34,7 +34,7 @@ from chainlora.integrations.lengths import (
 )
 from chainlora.integrations.wrapped_chain import WrappedChain, settings_of
 from chainlora.knots.driver import Knots, check_policy
-from chainlora.knots.numbers import Numbers, Spacings, asks_for_tokens, say_what_to_expect, spacings
+from chainlora.knots.numbers import Numbers, Spacings, asks_for_tokens, spacings
 from chainlora.knots.policy import Knot, KnotPolicy
 from chainlora.models.modes import kept_random_state
 from chainlora.runs.loading_start import NOTHING, load_start
@@ -239,7 +239,6 @@ class ChainCallback(TrainerCallback):
                     per_step = learned_a_step(loader, args, self._processes.count)
                 live: Any = self.chain.live
                 learned = [per_step / num_trained(e.rank, live.layers) for e in config.links()]
-                say_what_to_expect(config.knots, lengths[0] * learned[0])
             soft += spacings(config.knots, lengths, learned)[len(soft) :]
         wrapped.numbers = Numbers(tuple(lengths), soft[: len(lengths)])
         self._knots = Knots(
@@ -337,8 +336,7 @@ class ChainCallback(TrainerCallback):
         self._trained.follow(optimizer, self._processes)
 
     def _restart_schedule(self, scheduler: Any, args: TrainingArguments) -> None:
-        first, length = self._knots.first_step, self._knots.length
-        restarts.restart_schedule(scheduler, args, first, length)
+        restarts.restart_schedule(scheduler, args, self._knots.first_step, self._knots.length)
 
     def _need(self) -> WrappedChain:
         if self._wrapped is None:

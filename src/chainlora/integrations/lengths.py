@@ -56,11 +56,11 @@ def link_lengths(
 ) -> list[int]:
     """Return the steps of each link.
 
+    A number of steps or epochs is the distance between knots, and the last link gets the rest; a
+    list has an entry per link. Without both, the links share the run evenly.
+
     Args:
         num_links: the number of ranks; None allows any number of links.
-        steps: a number is the distance between knots, and the last link gets the rest. A list has
-            an entry per link. Without `steps` and `epochs`, the links share the run evenly.
-        epochs: the same in epochs.
         num_steps: optimizer steps of the run.
         steps_per_epoch: optimizer steps of an epoch; None if the data set has no length.
 
@@ -71,21 +71,27 @@ def link_lengths(
         raise ConfigError(
             "knots by epochs need a data set with a length (got one without); give `steps`"
         )
-    per_epoch = steps_per_epoch or 0
-    if steps is not None and not isinstance(steps, Collection):
-        lengths = _by_distance(float(steps), num_steps, f"steps={steps}")
-    elif epochs is not None and not isinstance(epochs, Collection):
-        lengths = _by_distance(epochs * per_epoch, num_steps, f"epochs={epochs:g}")
-    elif steps is not None:
-        lengths = list(map(int, steps))
-    elif epochs is not None:
-        ends = [round(sum(epochs[: k + 1]) * per_epoch) for k in range(len(epochs))]
-        if abs(sum(epochs) * per_epoch - num_steps) < 1:
-            ends[-1] = num_steps  # trainers round the last epoch up
-        lengths = list(between(ends))
-    else:
+    given: Any = epochs if steps is None else steps
+    unit = 1 if steps is not None else steps_per_epoch or 0
+    if given is None:
         count = num_links or 1
-        lengths = list(between([round(num_steps * (k + 1) / count) for k in range(count)]))
+        ends = [round(num_steps * (k + 1) / count) for k in range(count)]
+    elif isinstance(given, Collection):
+        parts = list(given)
+        ends = [round(sum(parts[: k + 1]) * unit) for k in range(len(parts))]
+        if abs(sum(parts) * unit - num_steps) < 1:
+            ends[-1] = num_steps  # trainers round the last epoch up
+    else:
+        distance = float(given * unit)
+        if distance >= num_steps:
+            argument = f"epochs={epochs:g}" if steps is None else f"steps={steps}"
+            raise ConfigError(
+                f"the first knot must come before the end of the run (got {argument} for "
+                f"{num_steps} steps); tie more often, or train longer"
+            )
+        ends = [round(distance * (k + 1)) for k in range(math.ceil(num_steps / distance) - 1)]
+        ends = [*(end for end in ends if end < num_steps), num_steps]
+    lengths = list(between(ends))
     _check_lengths(lengths, num_links, num_steps)
     return lengths
 
@@ -106,16 +112,6 @@ def _check_lengths(lengths: Sequence[int], num_links: int | None, num_steps: int
             f"the links must add up to the run (got {lengths}, together {sum(lengths)}, for "
             f"{num_steps} steps); change them, or the trainer's max_steps or num_train_epochs"
         )
-
-
-def _by_distance(distance: float, num_steps: int, argument: str) -> list[int]:
-    if distance >= num_steps:
-        raise ConfigError(
-            f"the first knot must come before the end of the run (got {argument} for {num_steps} "
-            "steps); tie more often, or train longer"
-        )
-    ends = [round(distance * (k + 1)) for k in range(math.ceil(num_steps / distance) - 1)]
-    return list(between([end for end in ends if end < num_steps] + [num_steps]))
 
 
 def steps_per_epoch(loader: Any, args: TrainingArguments) -> int | None:

@@ -165,15 +165,6 @@ class WrappedChain:
             set_dropouts(self.chain.adapter, self._dropouts)
 
 
-def _new_chain(model: Any, seed: int) -> Chain:
-    """Remove the adapter of a PEFT model, and return a chain without links on the plain model."""
-    plain = take_off(model)
-    folder = folder_of(plain)
-    if folder is not None:
-        _warn_of_vocabulary(plain, folder)
-    return Chain(plain, seed=seed, checkpoint=folder)
-
-
 def settings_of(model: Any) -> dict[str, Any]:
     """Return the settings of links that a model's LoRA defines.
 
@@ -188,19 +179,22 @@ def settings_of(model: Any) -> dict[str, Any]:
     return settings
 
 
-def _warn_of_vocabulary(model: Any, folder: Path) -> None:
-    """Warn of embeddings that were resized after loading.
+def _new_chain(model: Any, seed: int) -> Chain:
+    """Remove the adapter of a PEFT model, and return a chain without links on the plain model.
 
-    A chain does not save them, unlike PEFT, and a resume would initialise the new rows differently.
+    Warns of embeddings that were resized after loading. Unlike PEFT, a chain does not save them:
+    a resume would initialise the new rows differently.
     """
-    stored = type(model.config).from_pretrained(folder)
-    current, loaded = (
-        getattr(getattr(config, "text_config", config), "vocab_size", None)
-        for config in (model.config, stored)
-    )
-    if current != loaded:
-        logger.warning(
-            "the embeddings were resized after loading (got %s for %s in %s), but checkpoints of "
-            "the chain do not save them; save the resized model by save_pretrained, and load that",
-            *(current, loaded, folder),
-        )
+    plain: Any = take_off(model)
+    if (folder := folder_of(plain)) is not None:
+        configs = plain.config, type(plain.config).from_pretrained(folder)
+        texts = [getattr(config, "text_config", config) for config in configs]
+        current, loaded = (getattr(text, "vocab_size", None) for text in texts)
+        if current != loaded:
+            logger.warning(
+                "the embeddings were resized after loading (got %s for %s in %s), but checkpoints "
+                "of the chain do not save them; save the resized model by save_pretrained, and "
+                "load that",
+                *(current, loaded, folder),
+            )
+    return Chain(plain, seed=seed, checkpoint=folder)

@@ -23,9 +23,6 @@ class Knots:
     """The knots of a chain while it is tuned.
 
     Args:
-        chain: the chain.
-        config: the planned links, and the policy of their soft knots.
-        numbers: length and soft knots of each link, decided at the start.
         policy: replaces the policy of `config`.
         memory: a dictionary that the loop saves with its checkpoints, for the policy's notes on
             the live link; None if the loop cannot save it.

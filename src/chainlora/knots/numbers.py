@@ -50,14 +50,10 @@ class Numbers:
 
 
 def spacing(soft: KnotConfig, num_steps: int, learned: float) -> Spacing | None:
-    """Return the soft knots of a link; None if `knots: auto` turns them off.
+    """Return the soft knots of a link of `num_steps`; None if `knots: auto` turns them off.
 
-    With a time constant τ and a distance I, in steps, the share is 1 − exp(−I/τ).
-
-    Args:
-        soft: the config.
-        num_steps: steps of the link.
-        learned: learned tokens per step and trained parameter of the link.
+    With a time constant τ and a distance I, in steps, the share is 1 − exp(−I/τ). `learned` are the
+    learned tokens per step and trained parameter of the link.
     """
     if soft == KnotConfig() and num_steps * learned < BREAK_EVEN:
         return None
@@ -67,7 +63,16 @@ def spacing(soft: KnotConfig, num_steps: int, learned: float) -> Spacing | None:
 
 
 def spacings(soft: KnotConfig, lengths: Sequence[int], learned: Sequence[float]) -> Spacings:
-    """Return the soft knots of each link."""
+    """Return the soft knots of each link; warn if they do not break even in the first link."""
+    first = lengths[0] * learned[0]  # NaN if the knots do not depend on it
+    if first < BREAK_EVEN:
+        logger.warning(
+            "soft knots break even with plain LoRA near %.0f learned tokens per trained parameter "
+            "(got %.1f in the first link)%s; leave soft knots out, or train much longer",
+            BREAK_EVEN,
+            first,
+            ", so `knots: auto` turns them off" if soft == KnotConfig() else "",
+        )
     pairs = zip(lengths, learned, strict=True)
     return tuple(spacing(soft, num_steps, tokens) for num_steps, tokens in pairs)
 
@@ -80,18 +85,6 @@ def asks_for_tokens(soft: KnotConfig) -> bool:
 def some_of(rows: Sequence[Row]) -> list[Row]:
     """Return at most 64 evenly spaced rows, to estimate the learned tokens of all rows."""
     return [rows[i] for i in range(0, len(rows), math.ceil(len(rows) / 64))]
-
-
-def say_what_to_expect(soft: KnotConfig, learned: float) -> None:
-    """Log a warning if the first link learns too few tokens for soft knots to break even."""
-    if learned < BREAK_EVEN:
-        logger.warning(
-            "soft knots break even with plain LoRA near %.0f learned tokens per trained parameter "
-            "(got %.1f in the first link)%s; leave soft knots out, or train much longer",
-            BREAK_EVEN,
-            learned,
-            ", so `knots: auto` turns them off" if soft == KnotConfig() else "",
-        )
 
 
 def between(ends: Sequence[int]) -> tuple[int, ...]:

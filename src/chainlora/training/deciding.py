@@ -18,7 +18,7 @@ from chainlora.chain.adapters.targets import matched_modules
 from chainlora.data.kept import SPLITS
 from chainlora.data.rows import ReferencedRows, Rows
 from chainlora.knots.driver import Knots
-from chainlora.knots.numbers import Numbers, Spacings, say_what_to_expect, some_of, spacings
+from chainlora.knots.numbers import Numbers, Spacings, some_of, spacings
 from chainlora.training.events import ReferenceScored
 from chainlora.training.run import Run
 from chainlora.training.step import restart_warmup, warn_of_long_warmup
@@ -53,9 +53,7 @@ def _new_numbers(run: Run) -> Numbers:
     warn_of_long_warmup(train, lengths)
     soft: Spacings = ()
     if chain.knots is not None and lengths:
-        learned = _tokens_per_parameter(run)
-        say_what_to_expect(chain.knots, lengths[0] * learned[0])
-        soft = spacings(chain.knots, lengths, learned)
+        soft = spacings(chain.knots, lengths, _tokens_per_parameter(run))
     return Numbers(
         lengths=lengths,
         knots=soft,
