@@ -21,7 +21,7 @@ from transformers import (
     get_scheduler,
 )
 
-from chainlora import Chain, ChainCallback, LinkConfig, carry_moments
+from chainlora import Chain, ChainCallback, Link, LinkConfig, carry_moments
 
 TARGETS = ["q_proj", "v_proj"]
 LR, ALPHA = 1e-2, 8
@@ -189,11 +189,15 @@ def assert_links_agree(chain: Chain, other: Chain, atol: float = 0.0) -> None:
     assert [link.config.rank for link in chain.links] == [link.config.rank for link in other.links]
     assert [link.num_steps for link in chain.links] == [link.num_steps for link in other.links]
     for mine, theirs in zip(chain.links, other.links, strict=True):
-        assert mine.factors.keys() == theirs.factors.keys()
-        for name, factors in mine.factors.items():
-            torch.testing.assert_close(factors.a, theirs.factors[name].a, atol=atol, rtol=0)
-            torch.testing.assert_close(factors.b, theirs.factors[name].b, atol=atol, rtol=0)
-            assert factors.b.any()
+        assert_same_factors(mine, theirs, atol)
+        assert all(factors.b.any() for factors in mine.factors.values())
+
+
+def assert_same_factors(link: Link, other: Link, atol: float = 0.0) -> None:
+    assert link.factors.keys() == other.factors.keys()
+    for name, factors in link.factors.items():
+        torch.testing.assert_close(factors.a, other.factors[name].a, atol=atol, rtol=0)
+        torch.testing.assert_close(factors.b, other.factors[name].b, atol=atol, rtol=0)
 
 
 def assert_adapter_is_the_model(folder: Path, adapter: Path, model: Any, atol: float) -> None:

@@ -7,7 +7,7 @@ import re
 import peft
 import pytest
 import torch
-from helpers_integrations import lora, make_trainer, peft_model, plain_model
+from helpers_integrations import lora, peft_model, plain_model
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from chainlora import ChainCallback, ChainLoRAError
@@ -20,19 +20,23 @@ class NoStep(TrainerCallback):
         raise AssertionError("a step was made")
 
 
-def refused(model, tokenizer, output, callback, **keys) -> str:
-    """Make a trainer and train; return the one line that says why not."""
+@pytest.fixture
+def refused(make):
+    """Make a trainer and train, which is refused in one line that has these words."""
 
-    def attempt() -> None:
-        trainer = make_trainer(model, tokenizer, output, callback, **keys)
-        trainer.add_callback(NoStep())
-        trainer.train()
+    def check(rule, callback, model=None, **keys) -> None:
+        def attempt() -> None:
+            trainer = make(callback, model, **keys)
+            trainer.add_callback(NoStep())
+            trainer.train()
 
-    with pytest.raises(ChainLoRAError) as caught:
-        attempt()
-    (line,) = str(caught.value).splitlines()
-    assert "(got " in line or "unknown key" in line
-    return line
+        with pytest.raises(ChainLoRAError) as caught:
+            attempt()
+        (line,) = str(caught.value).splitlines()
+        assert "(got " in line or "unknown key" in line
+        assert re.search(rule, line), line
+
+    return check
 
 
 def two_adapters(folder) -> peft.PeftModel:
@@ -110,10 +114,9 @@ MODELS = {
 
 
 @pytest.mark.parametrize("what", MODELS)
-def test_models(tiny_folder, tokenizer, tmp_path, what):
-    make, rule = MODELS[what]
-    line = refused(make(tiny_folder), tokenizer, tmp_path, ChainCallback(steps=4))
-    assert re.search(rule, line), line
+def test_models(refused, tiny_folder, what):
+    build, rule = MODELS[what]
+    refused(rule, ChainCallback(steps=4), build(tiny_folder))
 
 
 ON_PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
@@ -125,26 +128,17 @@ KNOTS = {  # keys of the callback, what is said, and what the trainer is given
     "more links than steps": ({"ranks": [4] * 30}, "at least one step"),
     "another first rank": ({"ranks": [8, 4]}, "begin with the rank of the model's LoRA"),
     "rank 0": ({"ranks": [4, 0]}, "`ranks` must be at least 1"),
-    "moments of unequal ranks": (
-        {"ranks": [4, 2], "optimizer_reset": "off"},
-        "all ranks must be equal",
-    ),
+    "unequal moments": ({"ranks": [4, 2], "optimizer_reset": "off"}, "all ranks must be equal"),
     "an unknown key": ({"knots": {"often": 3}}, "unknown key `knots.often`"),
-    "an optimizer": (
-        {"knots": "auto"},
-        "moments of AdamW, and of Adam and SGD",
-        {"optim": "adafactor"},
-    ),
+    "an optimizer": ({"knots": "auto"}, "moments of AdamW, and of Adam", {"optim": "adafactor"}),
     "a schedule": ({"steps": 4, "restart_schedule": True}, "a function of the step", ON_PLATEAU),
 }
 
 
 @pytest.mark.parametrize("what", KNOTS)
-def test_knots(tiny_folder, tokenizer, tmp_path, what):
-    keys, rule, *given = KNOTS[what]
-    more = given[0] if given else {}
-    line = refused(peft_model(tiny_folder), tokenizer, tmp_path, ChainCallback(**keys), **more)
-    assert re.search(rule, line), line
+def test_knots(refused, what):
+    keys, rule, *more = KNOTS[what]
+    refused(rule, ChainCallback(**keys), **(more[0] if more else {}))
 
 
 @pytest.mark.parametrize(
@@ -166,11 +160,11 @@ def test_a_callback_that_contradicts_itself(keys, rule):
         ChainCallback(**keys)
 
 
-def adam_whose_weights_decay(parameters) -> torch.optim.Optimizer:
+def decaying(parameters) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, weight_decay=0.1)
 
 
-def optimizer_with_weights(parameters) -> torch.optim.Optimizer:
+def with_weights(parameters) -> torch.optim.Optimizer:
     return torch.optim.AdamW([{"params": parameters, "k": 0}])  # as schedule-free ones do
 
 
@@ -178,96 +172,74 @@ def of_something_else(_) -> torch.optim.Optimizer:
     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
 
 
-def half(optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.5)
+NO_WEIGHTS = r"must store only moments, by parameter \(got 'k'"
 
 
 @pytest.mark.parametrize(
-    ("make", "schedule", "keys", "rule"),
+    ("optimizer", "keys", "rule"),
     [
-        (
-            adam_whose_weights_decay,
-            None,
-            {"knots": {"time_constant": 5}},
-            "Adam and SGD without weight_decay",
-        ),
-        (
-            optimizer_with_weights,
-            None,
-            {"knots": {"time_constant": 5, "moments": "new"}},
-            r"must store only moments, by parameter \(got 'k'",
-        ),
-        (optimizer_with_weights, None, {"steps": 4, "optimizer_reset": "off"}, r"\(got 'k'"),
-        (of_something_else, None, {"steps": 4}, "must train exactly the parameters of the LoRA"),
-        (
-            torch.optim.AdamW,
-            half,
-            {"steps": 4, "restart_schedule": True},
-            r"other than lr_scheduler_type='linear'",
-        ),
+        (decaying, {"knots": {"time_constant": 5}}, "Adam and SGD without weight_decay"),
+        (with_weights, {"knots": {"time_constant": 5, "moments": "new"}}, NO_WEIGHTS),
+        (with_weights, {"steps": 4, "optimizer_reset": "off"}, NO_WEIGHTS),
+        (of_something_else, {"steps": 4}, "must train exactly the parameters of the LoRA"),
     ],
 )
-def test_what_no_knot_can_carry_clear_or_begin_anew(
-    tiny_folder, tokenizer, tmp_path, make, schedule, keys, rule
-):
+def test_optimizers(refused, tiny_folder, optimizer, keys, rule):
     model = peft_model(tiny_folder)
-    optimizer = make([p for p in model.parameters() if p.requires_grad])
-    own = (optimizer, schedule and schedule(optimizer))
-    line = refused(model, tokenizer, tmp_path, ChainCallback(**keys), optimizers=own)
-    assert re.search(rule, line), line
+    own = optimizer([p for p in model.parameters() if p.requires_grad])
+    refused(rule, ChainCallback(**keys), model, optimizers=(own, None))
 
 
-def test_a_checkpoint_without_a_chain(tiny_folder, tokenizer, tmp_path):
+def test_a_schedule_of_the_user_s_own(refused, tiny_folder):
+    model = peft_model(tiny_folder)
+    own = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    half = torch.optim.lr_scheduler.LambdaLR(own, lambda _: 0.5)
+    callback = ChainCallback(steps=4, restart_schedule=True)
+    refused("other than lr_scheduler_type='linear'", callback, model, optimizers=(own, half))
+
+
+@pytest.mark.parametrize(
+    ("first", "scale", "rule"),
+    [
+        (None, 1.0, r"must contain a chain .*saved without ChainCallback"),
+        ({"steps": 4}, 1.5, "the base model must be the one"),
+    ],
+    ids=["without a chain", "of another base"],
+)
+def test_checkpoints(make, run, tiny_folder, first, scale, rule):
     keys = {"save_strategy": "steps", "save_steps": 4}
-    make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, None, **keys).train()
-    trainer = make_trainer(
-        peft_model(tiny_folder), tokenizer, tmp_path, ChainCallback(steps=4), **keys
-    )
-    with pytest.raises(ChainLoRAError, match=r"must contain a chain .*saved without ChainCallback"):
+    run(first and ChainCallback(**first), **keys)
+    base = plain_model(tiny_folder)
+    base.model.norm.weight.data.mul_(scale)
+    trainer = make(ChainCallback(steps=4), peft.get_peft_model(base, lora()), **keys)
+    with pytest.raises(ChainLoRAError, match=rule):
         trainer.train(resume_from_checkpoint=True)
 
 
-def test_another_base(tiny_folder, tokenizer, tmp_path):
-    keys = {"save_strategy": "steps", "save_steps": 4}
-    make_trainer(
-        peft_model(tiny_folder), tokenizer, tmp_path, ChainCallback(steps=4), **keys
-    ).train()
-    other = plain_model(tiny_folder)
-    with torch.no_grad():
-        other.model.norm.weight.mul_(1.5)
-    trainer = make_trainer(
-        peft.get_peft_model(other, lora()), tokenizer, tmp_path, ChainCallback(steps=4), **keys
-    )
-    with pytest.raises(ChainLoRAError, match="the base model must be the one"):
-        trainer.train(resume_from_checkpoint=True)
-
-
-def test_weights_that_are_not_finite_are_not_tied(tiny_folder, tokenizer, tmp_path):
+def test_weights_that_are_not_finite_are_not_tied(make):
     class Spoil(TrainerCallback):
         def on_step_begin(self, args, state, control, model, **_):
             if state.global_step == 3:
                 with torch.no_grad():
                     next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
 
-    trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, ChainCallback(steps=4))
+    trainer = make(ChainCallback(steps=4))
     trainer.callback_handler.callbacks.insert(0, Spoil())
-    with pytest.raises(
-        ChainLoRAError, match=r"weights of a link must be finite .*link 0 after 4 steps"
-    ):
+    rule = r"weights of a link must be finite .*link 0 after 4 steps"
+    with pytest.raises(ChainLoRAError, match=rule):
         trainer.train()
 
 
-def test_a_second_training_and_a_second_trainer(tiny_folder, tokenizer, tmp_path):
+def test_a_second_training_and_a_second_trainer(make, run):
     callback = ChainCallback(steps=4)
-    trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, callback)
-    trainer.train()
+    trainer = run(callback)
     with pytest.raises(ChainLoRAError, match="chain and trainer must be at one step"):
         trainer.train()
-    trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, ChainCallback(steps=4))
+    trainer = make(ChainCallback(steps=4))
     trainer.add_callback(ChainCallback(steps=4))
     with pytest.raises(ChainLoRAError, match=r"got 2 and 1\); .* one ChainCallback"):
         trainer.train()
     with pytest.raises(ChainLoRAError, match="for one trainer"):
-        make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, callback)
+        make(callback)
     with pytest.raises(ChainLoRAError, match="exists once the trainer is made"):
         ChainCallback(steps=4).chain  # noqa: B018

@@ -16,15 +16,16 @@ from helpers_integrations import (
     arguments,
     assert_adapter_is_the_model,
     assert_links_agree,
+    assert_same_factors,
     chain_of,
     logits,
-    make_trainer,
+    lora,
     own_loop,
     peft_model,
     plain_model,
     trainer_loss,
 )
-from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers import TrainerCallback, TrainingArguments, get_scheduler
 
 from chainlora import ChainCallback, load_chain
 from chainlora.errors import ChainError, ConfigError, RunError
@@ -34,12 +35,7 @@ from chainlora.runs.loading_start import load_start
 # One layer's product W x + s·B A x is summed in another order than (W + s·B A) x: float32 rounding
 # of logits below 10 over two layers.
 ROUNDING = 2e-5
-
-
-def run(tiny_folder, tokenizer, output: Path, callback: ChainCallback, **keys) -> Trainer:
-    trainer = make_trainer(peft_model(tiny_folder), tokenizer, output, callback, **keys)
-    trainer.train()
-    return trainer
+SOFT = {"every": 3, "share": 0.5}
 
 
 # --- the same links ---
@@ -50,26 +46,24 @@ def run(tiny_folder, tokenizer, output: Path, callback: ChainCallback, **keys) -
     [(False, False), (True, True)],
     ids=["one schedule", "a schedule a link, added after the trainer was made"],
 )
-def test_the_same_batches_give_the_same_links(tiny_folder, tokenizer, tmp_path, restart, is_added):
+def test_the_same_batches_give_the_same_links(make, tiny_folder, restart, is_added):
     callback = ChainCallback(ranks=[4, 4, 2], steps=[4, 4, 3], restart_schedule=restart)
-    given = None if is_added else callback
-    trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, given)
+    trainer = make(None if is_added else callback)
     if is_added:
         trainer.add_callback(callback)
     trainer.train()
     batches = trainer.data_collator.batches[:11]
-    loss = trainer_loss(trainer)
-    own = own_loop(tiny_folder, batches, (4, 4, 2), (4, 4, 3), loss=loss, restart=restart)
+    keys = {"loss": trainer_loss(trainer), "restart": restart}
+    own = own_loop(tiny_folder, batches, (4, 4, 2), (4, 4, 3), **keys)
     assert_links_agree(chain_of(trainer), own, atol=1e-5)
     torch.testing.assert_close(logits(trainer.model), logits(own.model), atol=ROUNDING, rtol=0)
 
 
-def test_a_schedule_a_link_ends_at_the_rate_that_is_asked_for(tiny_folder, tokenizer, tmp_path):
+def test_a_schedule_a_link_ends_at_the_rate_that_is_asked_for(run):
     keys = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": LR / 2}}
     rates = []
     for callback, steps in ((None, 4), (ChainCallback(steps=4, restart_schedule=True), 8)):
-        trainer = run(tiny_folder, tokenizer, tmp_path, callback, max_steps=steps, **keys)
-        records = trainer.state.log_history
+        records = run(callback, max_steps=steps, **keys).state.log_history
         rates.append([each["learning_rate"] for each in records if "learning_rate" in each])
     assert rates[1] == pytest.approx(rates[0] * 2)
     assert min(rates[0]) > LR / 2
@@ -98,17 +92,16 @@ def test_a_schedule_that_lags_begins_with_its_link(tmp_path):
     ],
     ids=str,
 )
-def test_where_the_knots_fall(tiny_folder, tokenizer, tmp_path, keys, lengths):
-    trainer = run(tiny_folder, tokenizer, tmp_path, ChainCallback(**keys))
+def test_where_the_knots_fall(run, keys, lengths):
+    trainer = run(ChainCallback(**keys))
     assert [link.num_steps for link in chain_of(trainer).links] == lengths
     knots = [record for record in trainer.state.log_history if "knot" in record]
     assert [record["link_steps"] for record in knots] == lengths[:-1]  # the last link is live
 
 
-def test_soft_knots_are_those_of_our_loop(tiny_folder, tokenizer, tmp_path):
+def test_soft_knots_are_those_of_our_loop(run, tiny_folder):
     """The shares follow the rate of the step to come."""
-    callback = ChainCallback(knots={"every": 3, "share": 0.5, "follow_rate": True})
-    trainer = run(tiny_folder, tokenizer, tmp_path, callback)
+    trainer = run(ChainCallback(knots=SOFT | {"follow_rate": True}))
     (link,) = chain_of(trainer).links
     assert link.num_steps == 11
     assert 0 < link.error <= 3e-3
@@ -117,13 +110,12 @@ def test_soft_knots_are_those_of_our_loop(tiny_folder, tokenizer, tmp_path):
     torch.testing.assert_close(logits(trainer.model), logits(own.model), atol=5e-3, rtol=0)
 
 
-def test_a_batch_size_that_is_found_decides_the_soft_knots(tiny_folder, tokenizer, tmp_path):
+def test_a_batch_size_that_is_found_decides_the_soft_knots(make):
     spacings = []
     for batch_size in (2, 4):
         callback = ChainCallback(knots={"every": 2})
         keys = {"max_steps": -1, "num_train_epochs": 0.5, "auto_find_batch_size": True}
-        keys["per_device_train_batch_size"] = batch_size
-        trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, callback, **keys)
+        trainer = make(callback, per_device_train_batch_size=batch_size, **keys)
         trainer.model.register_forward_pre_hook(fit_two_rows, with_kwargs=True)
         trainer.train()
         assert sum(callback._knots.numbers.lengths) == 12
@@ -136,7 +128,7 @@ def fit_two_rows(model, _, batch) -> None:
         raise RuntimeError("CUDA out of memory.")
 
 
-def test_the_optimizer_is_new_or_kept(tiny_folder, tokenizer, tmp_path):
+def test_the_optimizer_is_new_or_kept(make):
     """The first step of a fresh Adam moves every weight by the rate."""
     moved = {}
 
@@ -146,10 +138,7 @@ def test_the_optimizer_is_new_or_kept(tiny_folder, tokenizer, tmp_path):
             moved[state.global_step] = steps
 
     for reset in ("full", "off"):
-        model = peft_model(tiny_folder)
-        trainer = make_trainer(
-            model, tokenizer, tmp_path, ChainCallback(steps=4, optimizer_reset=reset), max_steps=9
-        )
+        trainer = make(ChainCallback(steps=4, optimizer_reset=reset), max_steps=9)
         trainer.add_callback(Look())
         trainer.train()
         assert moved[5] == ({1} if reset == "full" else {5})
@@ -158,10 +147,8 @@ def test_the_optimizer_is_new_or_kept(tiny_folder, tokenizer, tmp_path):
 # --- records ---
 
 
-def test_records_say_which_link_they_are_of(tiny_folder, tokenizer, tmp_path):
-    callback = ChainCallback(steps=4)
-    keys = {"eval_strategy": "steps", "eval_steps": 2}
-    trainer = run(tiny_folder, tokenizer, tmp_path, callback, **keys)
+def test_records_say_which_link_they_are_of(run):
+    trainer = run(ChainCallback(steps=4), eval_strategy="steps", eval_steps=2)
     history = trainer.state.log_history
     losses = [record["link"] for record in history if "loss" in record]
     assert losses == [0] * 4 + [1] * 4 + [2] * 3
@@ -185,50 +172,41 @@ def trained_adapter(folder, output) -> Path:
     return output
 
 
-def test_a_trained_adapter_is_the_first_link(tiny_folder, tokenizer, tmp_path):
+def test_a_trained_adapter_is_the_first_link(make, tiny_folder, tmp_path):
     """On the model, or by `start`, which a resume gives again."""
     adapter = trained_adapter(tiny_folder, tmp_path / "adapter")
-    begun = peft.PeftModel.from_pretrained(plain_model(tiny_folder), adapter)
 
-    def make(on_model):
-        model, start = peft_model(tiny_folder), adapter
-        if on_model:
-            model, start = plain_model(tiny_folder), None
-            model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
-        keys = {"save_strategy": "steps", "save_steps": 7}
-        return make_trainer(model, tokenizer, tmp_path, ChainCallback([4, 2], start=start), **keys)
+    def adapted():
+        return peft.PeftModel.from_pretrained(plain_model(tiny_folder), adapter, is_trainable=True)
 
-    whole, on_model = make(on_model=False), make(on_model=True)
+    def started():
+        return make(ChainCallback([4, 2], start=adapter), save_strategy="steps", save_steps=7)
+
+    whole, on_model = started(), make(ChainCallback([4, 2]), adapted())
     for each in (whole, on_model):
-        torch.testing.assert_close(logits(each.model), logits(begun), atol=ROUNDING, rtol=0)
+        torch.testing.assert_close(logits(each.model), logits(adapted()), atol=ROUNDING, rtol=0)
     whole.train()
     whole.save_model(str(tmp_path / "final"))
     assert_adapter_is_the_model(tiny_folder, tmp_path / "final", whole.model, ROUNDING)
-    resumed = make(on_model=False)
+    resumed = started()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
     assert torch.equal(logits(resumed.model), logits(whole.model))
-    forgotten = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, ChainCallback([4, 2]))
     with pytest.raises(RunError, match="of the checkpoint, and its `start`"):
-        forgotten.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+        make(ChainCallback([4, 2])).train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
 
     chain, (link,) = chain_of(whole), load_start(adapter).links
     assert [(each.id, each.num_steps) for each in chain.links] == [(0, 0), (1, 6), (2, 5)]
     for first in (chain.links[0], chain_of(on_model).links[0]):
-        for name, factors in link.factors.items():
-            assert torch.equal(first.factors[name].a, factors.a)
-            assert torch.equal(first.factors[name].b, factors.b)
-    model = peft.PeftModel.from_pretrained(plain_model(tiny_folder), adapter)
+        assert_same_factors(first, link)
     with pytest.raises(ConfigError, match="`start` needs a model with an untrained adapter"):
-        make_trainer(model, tokenizer, tmp_path, ChainCallback(steps=4, start=adapter))
+        make(ChainCallback(steps=4, start=adapter), adapted())
 
 
-def test_a_chain_of_one_link_goes_on_in_a_second_trainer(tiny_folder, tokenizer, tmp_path):
-    knots = {"every": 3, "share": 0.5}
+def test_a_chain_of_one_link_goes_on_in_a_second_trainer(make, run, tiny_folder, tmp_path):
     model = peft_model(tiny_folder, init_lora_weights="gaussian")
-    first = make_trainer(model, tokenizer, tmp_path, ChainCallback(knots=knots))
-    first.train()
+    first = run(ChainCallback(knots=SOFT), model=model)
     before = logits(first.model)
-    second = make_trainer(first.model, tokenizer, tmp_path, ChainCallback([4, 2]))
+    second = make(ChainCallback([4, 2]), first.model)
     # the link that has ended is stored to a relative error of 3e-3
     torch.testing.assert_close(logits(second.model), before, atol=5e-3, rtol=0)
     second.train()
@@ -247,21 +225,19 @@ def test_a_chain_of_one_link_goes_on_in_a_second_trainer(tiny_folder, tokenizer,
     ],
     ids=str,
 )
-def test_a_link_is_on_the_layers_of_the_lora(keys, tiny_folder, tokenizer, tmp_path):
+def test_a_link_is_on_the_layers_of_the_lora(run, keys, tiny_folder):
     model = peft_model(tiny_folder, **keys)
     layers = {name for name, _ in model.get_base_model().named_modules() if "lora_A" in name}
     layers = {name.partition(".lora_A")[0] for name in layers}
-    callback = ChainCallback([4, 2], steps=[2, 2])
-    trainer = make_trainer(model, tokenizer, tmp_path, callback, max_steps=4)
-    trainer.train()
+    trainer = run(ChainCallback([4, 2], steps=[2, 2]), model=model, max_steps=4)
     assert [set(link.factors) for link in chain_of(trainer).links] == [layers, layers]
 
 
 # --- saves ---
 
 
-def test_a_merged_link_with_soft_knots_is_not_saved_twice_over(tiny_folder, tokenizer, tmp_path):
-    trainer = run(tiny_folder, tokenizer, tmp_path, ChainCallback(knots={"every": 3, "share": 0.5}))
+def test_a_merged_link_with_soft_knots_is_not_saved_twice_over(run, tiny_folder, tmp_path):
+    trainer = run(ChainCallback(knots=SOFT))
     before = logits(trainer.model)
     trainer.model.merge_adapter()
     with pytest.raises(ChainError, match=r"merged by PEFT at .*call unmerge_adapter\(\)"):
@@ -272,10 +248,9 @@ def test_a_merged_link_with_soft_knots_is_not_saved_twice_over(tiny_folder, toke
     torch.testing.assert_close(logits(trainer.model), before, atol=ROUNDING, rtol=0)
 
 
-def test_every_save_is_a_chain_and_an_adapter(tiny_folder, tokenizer, tmp_path):
+def test_every_save_is_a_chain_and_an_adapter(make, tiny_folder, tmp_path):
     callback = ChainCallback(ranks=[4, 4, 2], steps=[4, 4, 3])
-    keys = {"save_strategy": "steps", "save_steps": 2}
-    trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, callback, **keys)
+    trainer = make(callback, save_strategy="steps", save_steps=2)
     trainer.save_model(str(tmp_path / "final"))
     trainer.train()
     ranks = {}
@@ -305,21 +280,16 @@ def test_every_save_is_a_chain_and_an_adapter(tiny_folder, tokenizer, tmp_path):
 # --- resume ---
 
 
-def test_a_killed_run_resumes_across_a_knot(tiny_folder, tokenizer, tmp_path):
-    keys = {"save_strategy": "steps", "save_steps": 5}
+def test_a_killed_run_resumes_across_a_knot(make, run, tmp_path):
+    keys = {"save_strategy": "steps", "save_steps": 5, "output": tmp_path / "killed"}
     knots = {"ranks": [4, 4, 2], "steps": [4, 4, 3], "restart_schedule": True}
-    whole = run(tiny_folder, tokenizer, tmp_path / "whole", ChainCallback(**knots))
+    whole = run(ChainCallback(**knots), output=tmp_path / "whole")
 
-    output = tmp_path / "killed"
-    trainer = make_trainer(
-        peft_model(tiny_folder), tokenizer, output, ChainCallback(**knots), **keys
-    )
+    trainer = make(ChainCallback(**knots), **keys)
     trainer.add_callback(StopAt(9))  # two knots on
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    resumed = make_trainer(
-        peft_model(tiny_folder), tokenizer, output, ChainCallback(**knots), **keys
-    )
+    resumed = make(ChainCallback(**knots), **keys)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 11
     # to the same bits: state, batches and arithmetic are the same
@@ -327,7 +297,7 @@ def test_a_killed_run_resumes_across_a_knot(tiny_folder, tokenizer, tmp_path):
     assert torch.equal(logits(resumed.model), logits(whole.model))
 
 
-def test_a_checkpoint_of_another_callback_is_resumed(tiny_folder, tokenizer, tmp_path):
+def test_a_checkpoint_of_another_callback_is_resumed(make, tmp_path):
     """Trainer's own for SIGTERM (`enable_jit_checkpoint`) comes before all that users pass."""
 
     class Save(TrainerCallback):
@@ -337,17 +307,16 @@ def test_a_checkpoint_of_another_callback_is_resumed(tiny_folder, tokenizer, tmp
 
     found = []
     for resume in (None, str(tmp_path / "checkpoint-4")):
-        callback = ChainCallback(ranks=[4, 2], steps=[4, 7])
-        trainer = make_trainer(peft_model(tiny_folder), tokenizer, tmp_path, callback)
+        trainer = make(ChainCallback(ranks=[4, 2], steps=[4, 7]))
         trainer.callback_handler.callbacks.insert(0, Save())
         trainer.train(resume_from_checkpoint=resume)
         found.append(logits(trainer.model))
     assert torch.equal(*found)
 
 
-def test_a_resume_with_other_knots_is_refused(tiny_folder, tokenizer, tmp_path):
+def test_a_resume_with_other_knots_is_refused(make, run, tiny_folder, tmp_path):
     keys = {"save_strategy": "steps", "save_steps": 3}
-    run(tiny_folder, tokenizer, tmp_path, ChainCallback(steps=4), **keys)
+    run(ChainCallback(steps=4), **keys)
     checkpoint = str(tmp_path / "checkpoint-6")
     without = {"exclude_modules": ["layers.1.self_attn.v_proj"]}
     for callback, what, lora_keys in (
@@ -355,8 +324,7 @@ def test_a_resume_with_other_knots_is_refused(tiny_folder, tokenizer, tmp_path):
         (ChainCallback([4, 2], steps=[4, 7]), "must have the links of its checkpoint", {}),
         (ChainCallback(steps=4), "must have the links of its checkpoint", without),
     ):
-        model = peft_model(tiny_folder, **lora_keys)
-        other = make_trainer(model, tokenizer, tmp_path, callback, **keys)
+        other = make(callback, peft_model(tiny_folder, **lora_keys), **keys)
         with pytest.raises(Exception, match=what):
             other.train(resume_from_checkpoint=checkpoint)
 
@@ -364,7 +332,7 @@ def test_a_resume_with_other_knots_is_refused(tiny_folder, tokenizer, tmp_path):
 # --- the best model ---
 
 
-def test_the_best_model_is_that_of_its_link(tiny_folder, tokenizer, tmp_path):
+def test_the_best_model_is_that_of_its_link(run, tiny_folder, tmp_path):
     """The best point lies inside the first link: the highest loss is called the best here."""
     callback = ChainCallback(ranks=[4, 2, 2], steps=[4, 4, 3])
     keys = {
@@ -378,8 +346,7 @@ def test_the_best_model_is_that_of_its_link(tiny_folder, tokenizer, tmp_path):
         "save_total_limit": 2,
     }
     model = peft_model(tiny_folder, target_modules=["q_proj", "o_proj", "up_proj", "down_proj"])
-    trainer = make_trainer(model, tokenizer, tmp_path, callback, **keys)
-    trainer.train()
+    trainer = run(callback, model=model, **keys)
     scores = {r["step"]: r["eval_loss"] for r in trainer.state.log_history if "eval_loss" in r}
     assert trainer.state.best_global_step == 2
     assert scores[2] > scores[10] + 0.01
@@ -392,37 +359,29 @@ def test_the_best_model_is_that_of_its_link(tiny_folder, tokenizer, tmp_path):
 # --- what surrounds it ---
 
 
-def test_an_optimizer_of_the_user_s_own(tiny_folder, tokenizer, tmp_path):
+def test_an_optimizer_of_the_user_s_own(run, tiny_folder):
     model = peft_model(tiny_folder)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    own = (optimizer, None)
-    trainer = make_trainer(model, tokenizer, tmp_path, ChainCallback([4, 2]), optimizers=own)
-    trainer.train()
+    trainer = run(ChainCallback([4, 2]), model=model, optimizers=(optimizer, None))
     links = chain_of(trainer).links
     assert [link.config.rank for link in links] == [4, 2]
     assert all(share.b.any() for link in links for share in link.factors.values())
 
 
-def test_embeddings_that_no_save_would_hold_are_warned_of(tiny_folder, tokenizer, tmp_path, caplog):
+def test_embeddings_that_no_save_would_hold_are_warned_of(make, tiny_folder, caplog):
     for more in (0, 3):
         caplog.clear()
         model = plain_model(tiny_folder)
         model.resize_token_embeddings(model.config.vocab_size + more)
-        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
-        make_trainer(model, tokenizer, tmp_path, ChainCallback([4, 4]))
+        make(ChainCallback([4, 4]), peft.get_peft_model(model, lora()))
         assert ("embeddings were resized after loading" in caplog.text) == bool(more)
 
 
-def test_a_bfloat16_base_with_checkpointing(tiny_folder, tokenizer, tmp_path):
-    model = peft.get_peft_model(
-        plain_model(tiny_folder, torch.bfloat16),
-        peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], lora_dropout=0.1),
-    )
+def test_a_bfloat16_base_with_checkpointing(run, tiny_folder, tmp_path):
+    model = plain_model(tiny_folder, torch.bfloat16)
+    model = peft.get_peft_model(model, lora(target_modules=["q_proj"], lora_dropout=0.1))
     callback = ChainCallback([4, 2])
-    trainer = make_trainer(
-        model, tokenizer, tmp_path, callback, bf16=True, gradient_checkpointing=True
-    )
-    trainer.train()
+    trainer = run(callback, model=model, bf16=True, gradient_checkpointing=True)
     trainer.save_model(str(tmp_path / "final"))
     chain = load_chain(tmp_path / "final", plain_model(tiny_folder, torch.bfloat16))
     for each in (chain, callback.chain):

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 
-import peft
+import helpers_trl
 import pytest
 import torch
 from helpers_integrations import (
-    TARGETS,
     Recorder,
     StopAt,
-    arguments,
     assert_adapter_is_the_model,
     assert_links_agree,
+    assert_same_factors,
     chain_of,
     logits,
     own_loop,
+    peft_model,
     plain_model,
 )
-from helpers_trl import dpo, preferences, sft
 from torch.nn.functional import log_softmax, logsigmoid
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -37,6 +37,16 @@ RANKS, LENGTHS = (4, 4, 2), (4, 4, 3)
 ROUNDING = 2e-5
 
 
+@pytest.fixture
+def sft(tiny_folder, tokenizer):
+    return partial(helpers_trl.sft, tiny_folder, tokenizer)
+
+
+@pytest.fixture
+def dpo(tiny_folder, tokenizer):
+    return partial(helpers_trl.dpo, tiny_folder, tokenizer)
+
+
 def record(trainer) -> list:
     trainer.data_collator = recorder = Recorder(trainer.data_collator)
     return recorder.batches
@@ -45,8 +55,8 @@ def record(trainer) -> list:
 # --- the same links ---
 
 
-def test_sft_gives_the_links_of_our_loop(tiny_folder, tokenizer, tmp_path):
-    trainer = sft(tiny_folder, tokenizer, tmp_path, ChainCallback(RANKS, steps=LENGTHS))
+def test_sft_gives_the_links_of_our_loop(sft, tiny_folder, tmp_path):
+    trainer = sft(tmp_path, ChainCallback(RANKS, steps=LENGTHS))
     batches = record(trainer)
     trainer.train()
     keys = ("input_ids", "attention_mask", "labels")
@@ -57,12 +67,6 @@ def test_sft_gives_the_links_of_our_loop(tiny_folder, tokenizer, tmp_path):
     assert_links_agree(chain_of(trainer), own, atol=2e-4)
 
 
-def dpo_loss(model, batch, reference: torch.Tensor) -> torch.Tensor:
-    """DPO's loss (arXiv 2305.18290, eq. 7) with TRL's default beta of 0.1."""
-    chosen, rejected = (log_probability(model, batch) - reference).chunk(2)
-    return -logsigmoid(0.1 * (chosen - rejected)).mean()
-
-
 def log_probability(model, batch) -> torch.Tensor:
     """Log probability of each completion: chosen ones first, then rejected ones."""
     found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -71,14 +75,16 @@ def log_probability(model, batch) -> torch.Tensor:
     return (logs * batch["completion_mask"][:, 1:]).sum(1)
 
 
-def test_dpo_gives_the_links_of_our_loop(tiny_folder, tokenizer, tmp_path):
-    trainer = dpo(tiny_folder, tokenizer, tmp_path, ChainCallback(RANKS, steps=LENGTHS))
+def test_dpo_gives_the_links_of_our_loop(dpo, tiny_folder, tmp_path):
+    trainer = dpo(tmp_path, ChainCallback(RANKS, steps=LENGTHS))
     batches = record(trainer)
     trainer.train()
 
     def loss(model, batch):
+        """DPO's loss (arXiv 2305.18290, eq. 7) with TRL's default beta of 0.1."""
         reference = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
-        return dpo_loss(model, batch, reference)
+        chosen, rejected = (log_probability(model, batch) - reference).chunk(2)
+        return -logsigmoid(0.1 * (chosen - rejected)).mean()
 
     own = own_loop(tiny_folder, batches[:11], RANKS, LENGTHS, loss=loss)
     assert_links_agree(chain_of(trainer), own, atol=2e-4)
@@ -102,8 +108,8 @@ def test_a_pair_teaches_the_tokens_of_its_chosen_answer():
 
 
 @pytest.mark.parametrize("how", ["the same model", "what was saved"])
-def test_sft_and_then_dpo_are_one_chain_and_one_adapter(how, tiny_folder, tokenizer, tmp_path):
-    first = sft(tiny_folder, tokenizer, tmp_path / "sft", ChainCallback([4, 4], steps=[5, 6]))
+def test_sft_and_then_dpo_are_one_chain_and_one_adapter(how, sft, dpo, tiny_folder, tmp_path):
+    first = sft(tmp_path / "sft", ChainCallback([4, 4], steps=[5, 6]))
     first.train()
     first.save_model(str(tmp_path / "sft/final"))
     links = [*chain_of(first).links]
@@ -112,8 +118,7 @@ def test_sft_and_then_dpo_are_one_chain_and_one_adapter(how, tiny_folder, tokeni
 
     is_same = how == "the same model"
     callback = ChainCallback([4, 2], start=None if is_same else tmp_path / "sft/final")
-    model = first.model if is_same else None
-    second = dpo(tiny_folder, tokenizer, tmp_path / "dpo", callback, model)
+    second = dpo(tmp_path / "dpo", callback, first.model if is_same else None)
     batches = record(second)
     second.train()
     with torch.no_grad():
@@ -127,35 +132,29 @@ def test_sft_and_then_dpo_are_one_chain_and_one_adapter(how, tiny_folder, tokeni
     assert [link.id for link in chain.links] == [0, 1, 2, 3]
     assert [link.num_steps for link in chain.links] == [5, 6, 6, 5]
     for before, now in zip(links, chain.links, strict=False):
-        for name, factors in before.factors.items():
-            assert torch.equal(factors.a, now.factors[name].a)
-            assert torch.equal(factors.b, now.factors[name].b)
+        assert_same_factors(before, now)
 
 
-def test_a_reference_that_knots_would_move_is_refused_before_the_first_step(
-    tiny_folder, tokenizer, tmp_path
-):
+def test_a_reference_that_knots_would_move_is_refused(dpo, tiny_folder, tmp_path):
     for keys in ({"steps": 4}, {"knots": "auto"}):
-        callback = ChainCallback(**keys)
-        trainer = dpo(tiny_folder, tokenizer, tmp_path, callback, precompute_ref_log_probs=False)
+        trainer = dpo(tmp_path, ChainCallback(**keys), precompute_ref_log_probs=False)
         with pytest.raises(ConfigError, match="precompute_ref_log_probs=True, or give ref_model"):
             trainer.train()
         assert trainer.state.global_step == 0
     args = {"precompute_ref_log_probs": False, "ref_model": plain_model(tiny_folder)}
-    trainer = dpo(tiny_folder, tokenizer, tmp_path, ChainCallback(steps=6), **args)
+    trainer = dpo(tmp_path, ChainCallback(steps=6), **args)
     trainer.train()
     with pytest.raises(ConfigError, match="for the base, load it anew"):
         trainer.model.disable_adapter()  # the links that were tied would stay
 
 
-def test_one_link_has_what_it_began_on_as_its_reference(tiny_folder, tokenizer, tmp_path):
+def test_one_link_has_what_it_began_on_as_its_reference(sft, dpo, tmp_path):
     keys = {"learning_rate": 0.1, "max_steps": 4}
-    first = sft(tiny_folder, tokenizer, tmp_path / "sft", ChainCallback([4, 4]), **keys)
+    first = sft(tmp_path / "sft", ChainCallback([4, 4]), **keys)
     first.train()
     first.save_model(str(tmp_path / "final"))
     callback = ChainCallback([4], start=tmp_path / "final")
-    keys |= {"precompute_ref_log_probs": False}
-    trainer = dpo(tiny_folder, tokenizer, tmp_path / "dpo", callback, **keys)
+    trainer = dpo(tmp_path / "dpo", callback, precompute_ref_log_probs=False, **keys)
     trainer.train()
     margins = [r["rewards/margins"] for r in trainer.state.log_history if "rewards/margins" in r]
     assert [abs(margin) < 1e-5 for margin in margins] == [True, False, False, False]
@@ -165,42 +164,33 @@ def test_one_link_has_what_it_began_on_as_its_reference(tiny_folder, tokenizer, 
 
 
 @pytest.mark.slow
-def test_a_resume_has_the_reference_that_the_run_began_with(tiny_folder, tokenizer, tmp_path):
+def test_a_resume_has_the_reference_that_the_run_began_with(dpo, tmp_path):
     """What a save holds, and the best model: test_integrations_trainer.py."""
     keys = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 0.05}
 
-    def callback():
-        return ChainCallback(RANKS, steps=LENGTHS)
+    def make(name):
+        return dpo(tmp_path / name, ChainCallback(RANKS, steps=LENGTHS), **keys)
 
-    whole = dpo(tiny_folder, tokenizer, tmp_path / "whole", callback(), **keys)
+    whole, killed = make("whole"), make("killed")
     whole.train()
-    killed = dpo(tiny_folder, tokenizer, tmp_path / "killed", callback(), **keys)
     killed.add_callback(StopAt(5))
     with pytest.raises(KeyboardInterrupt):
         killed.train()
-    resumed = dpo(tiny_folder, tokenizer, tmp_path / "killed", callback(), **keys)
+    resumed = make("killed")
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(logits(resumed.model), logits(whole.model))
 
 
-def test_dropout_that_trl_switches_off_stays_off(tiny_folder, tokenizer, tmp_path):
+def test_dropout_that_trl_switches_off_stays_off(dpo, tiny_folder, tmp_path):
     """DPOTrainer does it on the chain's layers."""
-    from trl import DPOConfig, DPOTrainer
-
     seen = set()
 
     class Look(TrainerCallback):
         def on_step_end(self, args, state, control, model, **_):
             seen.update(m.p for m in model.modules() if isinstance(m, torch.nn.Dropout))
 
-    settings = {"r": 4, "target_modules": TARGETS, "lora_dropout": 0.5}
-    keys = {"max_steps": 2, "max_length": 64, "bf16": False, "precompute_ref_log_probs": True}
-    DPOTrainer(
-        model=plain_model(tiny_folder),
-        args=DPOConfig(**arguments(tmp_path, **keys)),
-        train_dataset=preferences().select(range(8)),
-        processing_class=tokenizer,
-        peft_config=peft.LoraConfig(**settings),
-        callbacks=[ChainCallback([4, 2]), Look()],
-    ).train()
+    model = peft_model(tiny_folder, lora_dropout=0.5)
+    trainer = dpo(tmp_path, ChainCallback([4, 2]), model, max_steps=2)
+    trainer.add_callback(Look())
+    trainer.train()
     assert seen == {0}
