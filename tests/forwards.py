@@ -40,17 +40,36 @@ def hidden_states(model: nn.Module, batch: PackedBatch, *, path: Path) -> Tensor
             packed.undo()
 
 
-def gradients(
-    model: nn.Module, batch: PackedBatch, path: Path = Path.PACKED
-) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(model: nn.Module, batch: PackedBatch, path: Path = Path.PACKED) -> Found:
     """Hidden states by one path, and the gradients of a weighted sum of them."""
     model.zero_grad()
     hidden = hidden_states(model, batch, path=path)
     weights = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view_as(hidden)
     (hidden * weights).sum().backward()
-    return hidden.detach(), {
-        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
-    }
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return hidden.detach(), grads
+
+
+# Relative differences. float64 and float32: the same sums over at most 64 terms in another order,
+# two layers deep; Llama's norm and rotary angles are float32 in a float64 model too. bfloat16: 2⁻⁸
+# a rounding, some twenty of them, and a bias's gradient is a running sum over 30 rows.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2**-4}
+Found = tuple[Tensor, dict[str, Tensor]]  # hidden states, and gradients by name
+
+
+def assert_close(mine: Tensor, theirs: Tensor, dtype: torch.dtype, least: float = 0.0) -> None:
+    assert (mine - theirs).norm() <= TOLERANCE[dtype] * max(theirs.norm().item(), least)
+
+
+def assert_same(mine: Found, theirs: Found, dtype: torch.dtype, floor: float = 0.0) -> None:
+    """The same states and gradients; `floor` is a share of the largest gradient."""
+    (states, grads), (expected, expected_grads) = mine, theirs
+    assert states.shape == expected.shape
+    assert_close(states, expected, dtype)
+    assert grads.keys() == expected_grads.keys()
+    least = floor * max(grad.norm().item() for grad in expected_grads.values())
+    for name, grad in expected_grads.items():
+        assert_close(grads[name], grad, dtype, least)
 
 
 def choose_path(model: nn.Module) -> Path:

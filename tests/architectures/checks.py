@@ -23,6 +23,7 @@ from conftest import byte_tokens
 from helpers import start_as_ours
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from architectures.tiny import CONTEXT, IMPOSSIBLE, VARIANTS, VOCABULARY, model_types, tiny_model
@@ -89,20 +90,34 @@ def check(name: str, work: Path) -> Result:
         result.path, result.notes = plan.path, plan.notes
         losses = [record.loss for record in records if record.name == "step"]
         _compare(result, config, folder, run, losses, final["metrics"]["test"]["loss"])
-        result.why = ", ".join(f"{k} off by {v:.1e}" for k, v in _wrong(result).items())
+        # a difference that is not a number is too large, too
+        wrong = {k: v for k, v in result.differences.items() if not v <= 1.0}
+        result.why = ", ".join(f"{k} off by {v:.1e}" for k, v in wrong.items())
         result.outcome = "wrong" if result.why else "right"
     return result
 
 
 def example_config(model: Any, work: Path) -> Any:
     """Save a model and rows in `work`; return the config of a run on them."""
-    _save(model, work / "model")
-    return _config(work / "model", work / "run", _rows(work))
-
-
-def _wrong(result: Result) -> dict[str, float]:
-    """Return the differences that are too large; one that is not a number is."""
-    return {k: v for k, v in result.differences.items() if not v <= 1.0}
+    model.save_pretrained(work / "model")
+    _tokenizer().save_pretrained(work / "model")
+    return make_config(
+        {
+            "model": str(work / "model"),
+            "output": str(work / "run"),
+            "data": _rows(work),
+            "chain": {"ranks": [2, 2], "alpha": 4, "steps": [STEPS, STEPS]},
+            "train": {
+                "optimizer": "sgd",
+                "lr": LEARNING_RATE,
+                "schedule": "constant",
+                "max_grad_norm": 1.0,
+                "batch_size": 8,
+                "eval_at_knots": False,
+                "save_every": None,
+            },
+        }
+    )
 
 
 def _compare(
@@ -133,11 +148,9 @@ def _compare(
 
 def _padded(rows: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """Return token ids without each row's last, and their mask, [rows, longest]."""
-    inputs = [row.sequences[0][:-1] for row in rows]
-    longest = max(map(len, inputs))
-    ids = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in inputs])
-    mask = torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens in inputs])
-    return ids, mask
+    inputs = [torch.tensor(row.sequences[0][:-1]) for row in rows]
+    mask = [torch.ones_like(tokens) for tokens in inputs]
+    return pad_sequence(inputs, batch_first=True), pad_sequence(mask, batch_first=True)
 
 
 def _scored(rows: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
@@ -327,26 +340,6 @@ def _export_differences(
 # --- files ---
 
 
-def _config(folder: Path, run: Path, rows: dict[str, str]) -> Any:
-    return make_config(
-        {
-            "model": str(folder),
-            "output": str(run),
-            "data": rows,
-            "chain": {"ranks": [2, 2], "alpha": 4, "steps": [STEPS, STEPS]},
-            "train": {
-                "optimizer": "sgd",
-                "lr": LEARNING_RATE,
-                "schedule": "constant",
-                "max_grad_norm": 1.0,
-                "batch_size": 8,
-                "eval_at_knots": False,
-                "save_every": None,
-            },
-        }
-    )
-
-
 def _rows(work: Path) -> dict[str, str]:
     """Write eight training rows, short ones and ones beyond every threshold, and four test rows."""
     draw = random.Random(0)
@@ -365,11 +358,6 @@ def _rows(work: Path) -> dict[str, str]:
         files[split] = str(work / f"{split}.jsonl")
         Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return files
-
-
-def _save(model: Any, folder: Path) -> None:
-    model.save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -11,6 +11,8 @@ from conftest import ARCHITECTURES, tiny_model
 from forwards import Path, hidden_states
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import chainlora.engine.head
 from chainlora.data.examples import Example
@@ -50,12 +52,14 @@ def plain_scores(model: nn.Module, examples: list[Example], *, mean: bool = True
     return scores
 
 
-def plain_candidate_loss(model: nn.Module, examples: list[Example]) -> Tensor:
-    scores, total, first = plain_scores(model, examples), torch.zeros(()), 0
+def plain_loss(model: nn.Module, examples: list[Example]) -> Tensor:
+    """The loss of completions for `TURNS`, of candidates for others."""
+    if examples is TURNS:
+        return -torch.stack(plain_scores(model, examples, mean=False)).sum()
+    scores, total = iter(plain_scores(model, examples)), torch.zeros(())
     for item in examples:
-        mine = torch.stack(scores[first : first + len(item.sequences)])
+        mine = torch.stack([next(scores) for _ in item.sequences])
         total = total + F.cross_entropy(mine[None], torch.tensor([item.label]))
-        first += len(item.sequences)
     return total
 
 
@@ -103,32 +107,32 @@ def _chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(chainlora.engine.head, "CHUNK_ELEMENTS", request.param)
 
 
+def our_loss(model: nn.Module, examples: list[Example]) -> Tensor:
+    if examples is not TURNS:
+        return candidate_loss(model, *packed(model, examples))
+    loss, count = completion_loss(model, *packed(model, examples))
+    assert count == 10
+    return loss
+
+
+every_kind = pytest.mark.parametrize(
+    "examples", [WORDS, PHRASES, TURNS], ids=["words", "phrases", "turns"]
+)
+
+
 @pytest.mark.usefixtures("_chunk")
-@pytest.mark.parametrize("examples", [WORDS, PHRASES], ids=["words", "phrases"])
+@every_kind
 @pytest.mark.parametrize("head", [(), ("lm_head",)], ids=["plain head", "LoRA on the head"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_candidate_loss(architecture: str, examples: list[Example], head: tuple[str, ...]) -> None:
+def test_losses(architecture: str, examples: list[Example], head: tuple[str, ...]) -> None:
     model = adapted(architecture, *head)
-    plain = plain_candidate_loss(model, examples)
+    plain = plain_loss(model, examples)
     expected = grads(model, plain)
-    loss = candidate_loss(model, *packed(model, examples))
+    loss = our_loss(model, examples)
     torch.testing.assert_close(loss, plain, **CLOSE)
     mine = grads(model, loss)
     assert_same_grads(mine, expected)
     assert any("lm_head" in name for name in mine) == bool(head)
-
-
-@pytest.mark.usefixtures("_chunk")
-@pytest.mark.parametrize("head", [(), ("lm_head",)], ids=["plain head", "LoRA on the head"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_completion_loss(architecture: str, head: tuple[str, ...]) -> None:
-    model = adapted(architecture, *head)
-    plain = -torch.stack(plain_scores(model, TURNS, mean=False)).sum()
-    expected = grads(model, plain)
-    loss, count = completion_loss(model, *packed(model, TURNS))
-    assert count == 10
-    torch.testing.assert_close(loss, plain, **CLOSE)
-    assert_same_grads(grads(model, loss), expected)
 
 
 @pytest.mark.usefixtures("_chunk")
@@ -157,45 +161,34 @@ def test_completion_loss_is_the_cross_entropy_of_the_logits(dtype: torch.dtype, 
 
 
 @pytest.mark.usefixtures("_chunk")
-@pytest.mark.parametrize("examples", [WORDS, PHRASES, TURNS], ids=["words", "phrases", "turns"])
+@every_kind
 def test_a_trained_head_gets_its_gradient(examples: list[Example]) -> None:
     model = untied("llama")
     model.requires_grad_(False)
     model.lm_head.weight.requires_grad_(True)
-    if examples is TURNS:
-        plain = -torch.stack(plain_scores(model, examples, mean=False)).sum()
-        expected = grads(model, plain)
-        loss, _ = completion_loss(model, *packed(model, examples))
-    else:
-        expected = grads(model, plain_candidate_loss(model, examples))
-        loss = candidate_loss(model, *packed(model, examples))
+    expected = grads(model, plain_loss(model, examples))
     assert expected.keys() == {"lm_head.weight"}
-    assert_same_grads(grads(model, loss), expected)
+    assert_same_grads(grads(model, our_loss(model, examples)), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_full_logits(dtype: torch.dtype) -> None:
+def test_no_full_logits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither forward nor backward makes a tensor of rows × vocabulary, beyond the chunk."""
     model = tiny_model("llama", dtype=dtype)
     examples = [Example(i, (tuple(range(i, i + 40)),), (((1, 40),),)) for i in range(4)]
     hidden, batch = packed(model, examples)
     seen: list[int] = []
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             out = function(*args, **kwargs or {})
-            seen.extend(
-                t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)
-            )
+            seen.extend(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))
             return out
 
-    before, chainlora.engine.head.CHUNK_ELEMENTS = chainlora.engine.head.CHUNK_ELEMENTS, 131 * 10
-    try:
-        with Watch():
-            loss, _ = completion_loss(model, hidden, batch)
-            torch.autograd.grad(loss, hidden)
-    finally:
-        chainlora.engine.head.CHUNK_ELEMENTS = before
+    monkeypatch.setattr(chainlora.engine.head, "CHUNK_ELEMENTS", 131 * 10)
+    with Watch():
+        loss, _ = completion_loss(model, hidden, batch)
+        torch.autograd.grad(loss, hidden)
     largest_other = max(hidden.numel(), 131 * 32)
     assert max(seen) <= max(131 * 10, largest_other) < 131 * len(batch.rows)
 
