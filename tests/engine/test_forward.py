@@ -130,9 +130,12 @@ def test_gradient_checkpointing(architecture: str) -> None:
     assert_close(plain, expected, torch.float64)
 
 
-def test_layers_are_probed_under_checkpointing_too() -> None:
-    """Where links are on the model it asks for the layer's own forward, which is no probe."""
-    config = SmolLM3Config(**SHAPE, no_rope_layers=[1, 0])  # the second one is not turned
+def test_layers_that_differ_are_all_probed_under_checkpointing_too() -> None:
+    """Where links are on the model it asks for the layer's own forward, which is no probe.
+
+    Every fourth layer of SmolLM3 has no rotary embedding, here the second one.
+    """
+    config = SmolLM3Config(**SHAPE | {"num_hidden_layers": 3}, no_rope_layers=[1, 0, 1])
     model = SmolLM3ForCausalLM(config).requires_grad_(False)
     Chain(model).extend(LinkConfig(rank=2, target_modules=("q_proj",)))
     model.gradient_checkpointing_enable()

@@ -9,13 +9,11 @@ import torch
 from conftest import tiny_model
 from forwards import (
     BATCHES,
-    SHAPE,
     TOLERANCE,
     Path,
     accelerate_lora,
     accelerate_model,
     assert_same,
-    flat_batch,
     gradients,
     hidden_states,
     restore,
@@ -23,7 +21,6 @@ from forwards import (
 )
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
 from chainlora.engine.packing import PackedBatch
 
@@ -99,21 +96,3 @@ def test_gradient_checkpointing_keeps_the_input_of_a_half_alone(hooked: bool) ->
         hidden_states(model, tree_batch(), path=Path.PACKED)
     # the MLP's width is twice that of a row
     assert max(sizes) <= tree_batch().num_tokens * model.config.hidden_size
-
-
-def test_layers_that_differ_are_all_probed():
-    """Every fourth layer of SmolLM3 has no rotary embedding: the first layer alone says nothing of
-    it."""
-    torch.manual_seed(0)
-    config = SmolLM3Config(
-        **SHAPE | {"num_hidden_layers": 4}, no_rope_layers=[1, 1, 1, 0], use_sliding_window=False
-    )
-    model = SmolLM3ForCausalLM(config).eval().requires_grad_(False)
-    batch = flat_batch()
-    with torch.no_grad():
-        for parameter in model.parameters():  # attention as sharp as that of trained weights
-            parameter.mul_(10 if parameter.dim() > 1 else 1)
-        plain = hidden_states(model, batch, path=Path.PADDED)
-        accelerate_model(model)
-        ours = hidden_states(model, batch, path=Path.PACKED)
-    torch.testing.assert_close(ours, plain, atol=TOLERANCE[torch.float32], rtol=0)

@@ -197,15 +197,11 @@ class Engine:
         return padded_hidden(self.model, batch)
 
     def loss(self, batch: PackedBatch, kind: Kind) -> tuple[Tensor, int]:
-        """Return the summed loss of a batch and the number of terms in the sum.
+        """Return the summed loss of a batch, a differentiable scalar, and its number of terms.
 
         Args:
-            batch: the result of `pack`.
             kind: ``candidates`` for the cross-entropy over each example's candidates,
                 ``completion`` for the negative log-likelihood of each scored token.
-
-        Returns:
-            A scalar, differentiable, and the number of examples or scored tokens.
         """
         if kind == "candidates":
             return self.at_head(candidate_loss, batch), batch.num_examples
@@ -236,7 +232,6 @@ class Engine:
 
         Args:
             batches: the micro-batches of the step, each one as its shards.
-            parameters: the trained parameters.
             loss: returns the summed loss of a shard.
             count: returns the number of terms in that sum.
             terms: number of terms in the whole step, if `batches` are only a part of it.
@@ -273,7 +268,6 @@ class Engine:
         """Return, per example, the mean log-probability per token of each of its sequences.
 
         Args:
-            examples: the examples.
             max_tokens: largest number of tokens that all threads together compute at once.
             progress: see `ScoringProgress`.
 

@@ -105,10 +105,9 @@ def paths(segments: Sequence[Segment]) -> list[list[int]]:
 def pack(
     examples: Sequence[Example], *, share_prefixes: bool = True, min_shared: int = MIN_SHARED
 ) -> PackedBatch:
-    """Pack the sequences of examples into one row.
+    """Pack the sequences of at least one example into one row, keeping their order in its tensors.
 
     Args:
-        examples: at least one. Per-example and per-sequence tensors keep their order.
         share_prefixes: store common prefixes once; otherwise every sequence is one segment.
         min_shared: shortest common prefix that becomes a segment. A sequence that is a prefix of
             another one is always stored inside it, at no cost.
@@ -295,9 +294,8 @@ def padded_hidden(model: nn.Module, batch: PackedBatch) -> Tensor:
 def unpacked(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Return the padded form of a batch.
 
-    Returns:
-        Packed positions by leaf [L, longest], their mask [L, longest], and the place of each of
-        `batch.rows` in the flattened array [R].
+    That is packed positions by leaf [L, longest], their mask, and the place of each of `batch.rows`
+    in the flattened array [R].
     """
     parents = {segment.parent for segment in batch.segments}
     leaves = [path for i, path in enumerate(paths(batch.segments)) if i not in parents]

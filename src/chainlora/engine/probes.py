@@ -91,7 +91,8 @@ def _plain_states(model: nn.Module) -> tuple[Tensor, str | None]:
         )
     batch = probe_batch(model, packed=False)
     failure = None
-    with probing(model), _watching_generators(model) as drawn:
+    with probing(model):
+        before = _generator_states(model)
         try:
             with computing_in_float32(model):
                 states, alone = _states(model, batch)
@@ -105,7 +106,8 @@ def _plain_states(model: nn.Module) -> tuple[Tensor, str | None]:
                     "use a decoder-only text model"
                 ) from error
         _run_past_short_thresholds(model)
-    if drawn:
+        is_drawn = _generator_states(model) != before
+    if is_drawn:
         raise ModelError(
             f"a model must give equal scores in every run (got {name}, which draws random numbers "
             "in evaluation); change its config, or use another model"
@@ -206,42 +208,27 @@ def random_in_training(model: nn.Module) -> str | None:
     ids = torch.arange(1, 9, device=next(model.parameters()).device)[None]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
-        with (
-            kept_random_state(model),
-            torch.no_grad(),
-            in_mode(model, training=True),
-            _watching_generators(model) as drawn,
-        ):
+        with kept_random_state(model), torch.no_grad(), in_mode(model, training=True):
+            before = _generator_states(model)
             base_model(model)(input_ids=ids, use_cache=False)
+            is_drawn = _generator_states(model) != before
     except Exception as error:
         return f"it may draw random numbers in training ({first_line(error)})"
     finally:
         for name, buffer in model.named_buffers():
             if name in buffers and buffer.shape == buffers[name].shape:
                 buffer.copy_(buffers[name])
-    return "it draws random numbers in training (dropout, noise)" if drawn else None
+    return "it draws random numbers in training (dropout, noise)" if is_drawn else None
 
 
-@contextmanager
-def _watching_generators(model: nn.Module) -> Iterator[list[str]]:
-    """Yield a list that at the end contains the names of the generators that were used."""
+def _generator_states(model: nn.Module) -> tuple[object, ...]:
+    """Return the states of all generators from which a model can draw."""
     device = next(model.parameters()).device
-
-    def states() -> dict[str, Any]:
-        current: dict[str, Any] = {
-            "torch": torch.random.get_rng_state().numpy().tobytes(),
-            "random": random.getstate(),
-            "numpy": str(numpy.random.get_state()),
-        }
-        if device.type == "cuda":
-            current["cuda"] = torch.cuda.get_rng_state(device).numpy().tobytes()
-        return current
-
-    drawn: list[str] = []
-    before = states()
-    yield drawn
-    after = states()
-    drawn += [name for name in before if before[name] != after[name]]
+    states = [torch.random.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    others = random.getstate(), str(numpy.random.get_state())
+    return *(state.numpy().tobytes() for state in states), *others
 
 
 def length_dependence(model: nn.Module) -> tuple[str | None, int]:

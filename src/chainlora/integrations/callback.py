@@ -209,8 +209,9 @@ class ChainCallback(TrainerCallback):
         seed = args.seed if self.seed is None else self.seed
         first = config.links()[0]
         start = NOTHING if self._start is None else load_start(self._start)
-        keys: Any = {"writes": args.should_save, "switch_off": self._check_reference}
-        self._wrapped = WrappedChain(model, seed, first, start, **keys)
+        self._wrapped = WrappedChain(
+            model, seed, first, start, writes=args.should_save, switch_off=self._check_reference
+        )
         self._begun_on = [link.config for link in self.chain.links]
         self._wrapped.extend(first)
 

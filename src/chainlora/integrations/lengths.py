@@ -64,8 +64,7 @@ def link_lengths(
         num_steps: optimizer steps of the run.
         steps_per_epoch: optimizer steps of an epoch; None if the data set has no length.
 
-    Raises:
-        ConfigError: the lengths do not fit the run.
+    Raises ConfigError if the lengths do not fit the run.
     """
     if epochs is not None and steps_per_epoch is None:
         raise ConfigError(

@@ -70,9 +70,9 @@ class WrappedChain:
         model: Any,
         seed: int,
         config: LinkConfig,
-        start: Start = NOTHING,
+        start: Start,
         *,
-        writes: bool = True,
+        writes: bool,
         switch_off: Callable[[], None],
     ) -> None:
         self.model, self._writes = model, writes

@@ -86,9 +86,7 @@ class Knots:
     def after_step(self, loss: float, rate: float) -> Knot | None:
         """Return the knot to tie after the last step of the live link, or None.
 
-        Args:
-            loss: loss of that step's batch.
-            rate: learning rate of the next step, as a fraction of the schedule's highest rate.
+        `loss` and `rate` are those of `Position`.
         """
         index, step, length = self.index, self.chain.live_steps, self.length
         if step >= length:
@@ -102,8 +100,7 @@ class Knots:
     def tie_share(self, knot: Knot, optimizer: torch.optim.Optimizer) -> None:
         """Tie a share of the live link, and carry or clear the moments of its optimizer.
 
-        Raises:
-            ConfigError: the optimizer's moments cannot be carried.
+        Raises ConfigError if they cannot be carried.
         """
         if knot.moments == "carried":
             check_known(optimizer)  # before anything changes

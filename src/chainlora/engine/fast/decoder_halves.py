@@ -96,10 +96,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Rotary(torch.autograd.Function):
-    """Rotate the halves of each head by position: ``x · cos + [−x₂, x₁] · sin`` (arXiv 2104.09864).
-
-    x [T, heads, size]; the tables of a `Turn`.
-    """
+    """Rotate x [T, heads, size] by position: ``x · cos + [−x₂, x₁] · sin`` (arXiv 2104.09864)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, back: Tensor) -> Tensor:
@@ -218,7 +215,7 @@ class Mlp(NamedTuple):
         return [normalise_backward(total, x, self.norm, inverse).add_(grad), *of_factors]
 
 
-def add_half(x: Tensor, half: Attention | Mlp, *, recompute: bool = False) -> Tensor:
+def add_half(x: Tensor, half: Attention | Mlp, *, recompute: bool) -> Tensor:
     """Return ``x + half(x)`` [T, d], or [R, d] at the rows of the half."""
     # autograd needs all A and B as arguments of the function
     factors = [factor for parts in half.projections for factor in (parts.a, parts.b)]

@@ -56,11 +56,8 @@ def packed_attention(
 ) -> tuple[Tensor, Any]:
     """Compute attention with transformers' signature: [1, heads, T, size] to [1, T, heads, size].
 
-    A call without `packed_layout` runs transformers' `plain` implementation. With it, the mask is
-    ignored if it has one element.
-
-    Raises:
-        CannotPackError: the architecture passes an unsupported argument or its own mask.
+    A call without `packed_layout` runs transformers' `plain` implementation. With it, the mask must
+    have one element. Raises CannotPackError for an unsupported argument or the model's own mask.
     """
     if packed_layout is None:
         attention: Any
@@ -103,18 +100,10 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Compute attention over a packed row.
+    """Return attention over a packed row, [T, heads, value size].
 
-    Args:
-        query: [T, heads, size].
-        key: [T, key heads, size].
-        value: [T, key heads, value size].
-        layout: layout of the row.
-        scaling: factor of the scores; None for 1/√size.
-        dropout: probability of dropout.
-
-    Returns:
-        [T, heads, value size].
+    The query is [T, heads, size], the key [T, key heads, size], and the value [T, key heads, value
+    size]. The scores are multiplied by `scaling`, by default 1/√size.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layout.by_matmul and not dropout:
@@ -152,11 +141,7 @@ def _sdpa(
 def attend_forward(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, *, keep: bool
 ) -> tuple[Tensor, Probabilities]:
-    """Compute attention by matmuls; shapes as in `attend`.
-
-    Returns:
-        [T, heads, value size], and the probabilities for `attend_backward` if `keep` is set.
-    """
+    """Return `attend` by matmuls, and the probabilities for `attend_backward` if `keep` is set."""
     if is_slow(query):
         wide = query.float(), key.float(), value.float()
         out, kept = attend_forward(*wide, layout, scaling, keep=keep)

@@ -88,20 +88,17 @@ class Layout:
 
 
 def make_layout(
-    segments: Sequence[Segment],
-    device: torch.device | str,
-    dtype: torch.dtype,
-    rows: Tensor | None = None,
+    segments: Sequence[Segment], device: torch.device, dtype: torch.dtype, rows: Tensor
 ) -> Layout:
     """Return the attention layout of a packed row, for the attention's device and dtype.
 
-    With ascending positions `rows` [R], the layout also has one with queries only there.
+    If `rows` [R] are not all positions, it also has a layout with queries only there.
     """
     whole, num_tokens = paths(segments), segments[-1].end
     limit = LONGEST_BY_MATMUL.get(dtype, LONGEST_BY_MATMUL_ELSE)
-    by_matmul = torch.device(device).type == "cpu" and max(map(len, whole)) <= limit
+    by_matmul = device.type == "cpu" and max(map(len, whole)) <= limit
     trimmed = None
-    if rows is not None and rows.shape[0] < num_tokens:
+    if rows.shape[0] < num_tokens:
         units = _units(segments, whole, rows.tolist())
         trimmed = Rows(rows, _layout(units, rows.shape[0], num_tokens, by_matmul, device))
     units = _units(segments, whole, range(num_tokens))
@@ -144,12 +141,12 @@ def _layout(
     num_queries: int,
     num_tokens: int,
     by_matmul: bool,
-    device: torch.device | str,
+    device: torch.device,
     rows: Rows | None = None,
 ) -> Layout:
     if by_matmul:
         units = [piece for unit in units for piece in unit.pieces()]
-    cost = _CALL_COST.get(torch.device(device).type, _CALL_COST_ELSEWHERE)
+    cost = _CALL_COST.get(device.type, _CALL_COST_ELSEWHERE)
     groups = []
     for causal in (True, False):
         of_kind = [u for u in units if (len(u.queries) == len(u.keys)) == causal]
@@ -184,7 +181,7 @@ def _partition(shapes: list[tuple[int, int]], call_cost: int) -> list[tuple[int,
     return cuts[::-1]
 
 
-def _group(units: list[_Unit], causal: bool, device: torch.device | str) -> Group:
+def _group(units: list[_Unit], causal: bool, device: torch.device) -> Group:
     tq = max(len(unit.queries) for unit in units)
     tk = -(-max(len(unit.keys) for unit in units) // KEYS_MULTIPLE) * KEYS_MULTIPLE
     queries, keys, depths = [], [], []
@@ -209,5 +206,5 @@ def _group(units: list[_Unit], causal: bool, device: torch.device | str) -> Grou
     )
 
 
-def _indices(x: list[Any], device: torch.device | str) -> Tensor:
+def _indices(x: list[Any], device: torch.device) -> Tensor:
     return torch.tensor(x, dtype=torch.int64, device=device)

@@ -26,6 +26,7 @@ from chainlora.engine.probes import (
     UNLIMITED,
     Calls,
     Facts,
+    Limits,
     first_line,
     forget_lengths,
     packing_limits,
@@ -49,16 +50,15 @@ class PackedSequences(FastPath):
     """Packs the sequences of a batch into one row: no padding, each common prefix once."""
 
     name = PACKED
-    longest_sequence: int = UNLIMITED
+    limits = Limits(UNLIMITED, UNLIMITED, "")
 
     def probe(self, model: nn.Module, facts: Facts) -> str | None:
         """Return why packing changes hidden states, or None; record calls of watched layers."""
         if facts.failure is not None:
             return facts.failure
         batch = probe_batch(model)
-        limits = packing_limits(model, batch.longest)
-        self.longest_sequence, self.longest_row = limits.sequence, limits.row
-        self._row_field = limits.row_field
+        self.limits = limits = packing_limits(model, batch.longest)
+        self.longest_row = limits.row
         if limits.sequence < batch.longest:
             return f"its attention window is {limits.sequence} tokens"
         if limits.row < _SMALLEST_ROW:
@@ -75,16 +75,16 @@ class PackedSequences(FastPath):
         self.patches.set_attention(base_model(model), packed_name)
 
     def note(self, reason: str | None) -> str | None:
-        within = []
-        if reason is None and self.longest_sequence < UNLIMITED:
-            within.append(f"up to {self.longest_sequence} tokens each (its attention window)")
-        if reason is None and self.longest_row < UNLIMITED:
-            within.append(f"in rows of up to {self.longest_row} tokens (`{self._row_field}`)")
+        within, (sequence, row, field) = [], self.limits
+        if reason is None and sequence < UNLIMITED:
+            within.append(f"up to {sequence} tokens each (its attention window)")
+        if reason is None and row < UNLIMITED:
+            within.append(f"in rows of up to {row} tokens (`{field}`)")
         return ", ".join([str(super().note(reason)), *within])
 
     def hidden(self, model: nn.Module, batch: PackedBatch) -> Tensor | None:
         """Return hidden states [R, d] from one packed row, or None if the row is too long."""
-        if batch.num_tokens > self.longest_row or batch.longest > self.longest_sequence:
+        if batch.num_tokens > self.longest_row or batch.longest > self.limits.sequence:
             return None
         try:
             return packed_hidden(model, batch)
