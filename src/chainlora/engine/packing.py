@@ -208,8 +208,8 @@ class _Tree:
     """The prefix tree of some sequences, in depth-first order.
 
     Sorting puts sequences with a common prefix side by side. The common prefix of a run is then the
-    one of its first and last member, and a sequence that is a prefix of any other sequence is a
-    prefix of its successor.
+    one of its first and last member, and a sequence that is a prefix of any other one is a prefix
+    of the next leaf.
     """
 
     def __init__(self, inputs: Sequence[tuple[int, ...]], share: bool, min_shared: int) -> None:
@@ -221,15 +221,12 @@ class _Tree:
             for index, sequence in enumerate(inputs):
                 self.chains[index] = self._add(sequence, 0, -1, [])
             return
-        order = sorted(range(len(inputs)), key=lambda i: inputs[i])
         leaves: list[int] = []
         leaf_of: dict[int, int] = {}
-        for place, index in reversed(list(enumerate(order))):
-            nxt = order[place + 1] if place + 1 < len(order) else None
-            inside = nxt is not None and inputs[nxt][: len(inputs[index])] == inputs[index]
-            leaf_of[index] = leaf_of[nxt] if inside and nxt is not None else index
-            if not inside:
+        for index in sorted(range(len(inputs)), key=lambda i: inputs[i])[::-1]:
+            if not leaves or inputs[leaves[-1]][: len(inputs[index])] != inputs[index]:
                 leaves.append(index)
+            leaf_of[index] = leaves[-1]
         leaves.reverse()
         self._branch([inputs[i] for i in leaves], leaves, max(min_shared, 1))
         for index, leaf in leaf_of.items():
