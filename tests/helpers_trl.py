@@ -12,16 +12,19 @@ if TYPE_CHECKING:  # these imports take seconds
     from trl import DPOTrainer, SFTTrainer
 
 
+WORDS = ["cat", "mat", "hill", "birds"]
+PAIRS = [(first, second) for second in WORDS for first in WORDS] * 3
+
+
 def conversations() -> Dataset:
     from datasets import Dataset
 
-    words = ["cat", "mat", "hill", "birds"]
     rows = [
         [
-            {"role": "user", "content": f"the {words[k % 4]} sat"},
-            {"role": "assistant", "content": f"on a {words[k // 4 % 4]}"},
+            {"role": "user", "content": f"the {first} sat"},
+            {"role": "assistant", "content": f"on a {second}"},
         ]
-        for k in range(48)
+        for first, second in PAIRS
     ]
     return Dataset.from_list([{"messages": row} for row in rows])
 
@@ -29,17 +32,11 @@ def conversations() -> Dataset:
 def preferences() -> Dataset:
     from datasets import Dataset
 
-    words = ["cat", "mat", "hill", "birds"]
-    return Dataset.from_list(
-        [
-            {
-                "prompt": f"the {words[k % 4]} was",
-                "chosen": f" good {words[k // 4 % 4]}",
-                "rejected": f" bad {words[k // 4 % 4]}",
-            }
-            for k in range(48)
-        ]
-    )
+    rows = [
+        {"prompt": f"the {first} was", "chosen": f" good {second}", "rejected": f" bad {second}"}
+        for first, second in PAIRS
+    ]
+    return Dataset.from_list(rows)
 
 
 def sft(folder, tokenizer, output: Path, callback, **keys) -> SFTTrainer:

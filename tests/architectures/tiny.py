@@ -26,93 +26,87 @@ THRESHOLD = 64
 ORIGINAL = 48
 
 
-def _table(**groups: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for group in groups.values() for name, value in group.items()}
-
-
 def _each(value: Any, names: str) -> dict[str, Any]:
     return dict.fromkeys(names.split(), value)
 
 
-SMALL = _table(
-    width=_each(
+SMALL: dict[str, Any] = {
+    **_each(  # width
         32,
         "hidden_size d_model n_embd emb_dim dim word_embed_proj_dim embedding_size embedding_dim "
         "attention_hidden_size lru_width input_embedding_size output_embedding_size "
         "backbone_hidden_size cross_attention_hidden_size pronunciation_embed_dim shape_embed_dim",
     ),
-    inner=_each(
+    **_each(  # inner width
         64,
         "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dff d_inner "
         "dim_ff intermediate_size_mlp dense_intermediate_size",
     ),
-    expert_inner=_each(
+    **_each(  # inner width of experts
         32,
         "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size "
         "expert_ffn_hidden_size moe_shared_expert_intermediate_size router_hidden_size "
         "shared_intermediate_size",
     ),
-    layers=_each(
+    **_each(
         LAYERS,
         "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers "
         "num_blocks",
     ),
-    encoder=_each(LAYERS, "encoder_layers num_encoder_layers num_layers_per_stack"),
-    heads=_each(
+    **_each(LAYERS, "encoder_layers num_encoder_layers num_layers_per_stack"),
+    **_each(  # heads
         4,
         "num_attention_heads n_head n_heads num_heads decoder_attention_heads attention_heads "
         "encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads "
         "swa_num_attention_heads linear_num_heads linear_num_value_heads mamba_n_heads "
         "mamba_num_heads num_query_groups",
     ),
-    key_heads=_each(
+    **_each(  # key heads
         2,
         "num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads "
         "index_n_heads",
     ),
-    head=_each(
+    **_each(  # size of a head
         8,
         "head_dim v_head_dim d_kv dim_head d_head kv_channels swa_head_dim index_head_dim "
         "linear_key_head_dim linear_value_head_dim linear_head_dim qk_nope_head_dim "
         "qk_rope_head_dim rotary_dim global_head_dim query_pre_attn_scalar swa_v_head_dim",
     ),
-    both_heads=_each(16, "qk_head_dim"),
-    ranks=_each(
-        16, "q_lora_rank kv_lora_rank o_lora_rank laurel_rank gated_norm_rank adapter_rank"
-    ),
-    experts=_each(4, "num_experts n_routed_experts num_local_experts moe_num_experts"),
-    picked=_each(
+    **_each(16, "qk_head_dim"),
+    **_each(16, "q_lora_rank kv_lora_rank o_lora_rank laurel_rank gated_norm_rank adapter_rank"),
+    **_each(4, "num_experts n_routed_experts num_local_experts moe_num_experts"),
+    **_each(  # experts that are picked
         2,
         "num_experts_per_tok moe_topk moe_k num_experts_per_token zero_expert_num hc_mult "
         "top_k_experts",
     ),
-    groups=_each(1, "n_group topk_group num_expert_group n_groups mamba_n_groups mamba_ngroups"),
-    first_dense=_each(1, "first_k_dense_replace num_dense_layers moe_layer_start_index"),
-    states=_each(8, "mamba_d_state state_size ssm_state_size time_step_rank mamba_dt_rank"),
-    context=_each(
+    **_each(1, "n_group topk_group num_expert_group n_groups mamba_n_groups mamba_ngroups"),
+    **_each(1, "first_k_dense_replace num_dense_layers moe_layer_start_index"),
+    **_each(8, "mamba_d_state state_size ssm_state_size time_step_rank mamba_dt_rank"),
+    **_each(
         CONTEXT,
         "max_position_embeddings n_positions n_ctx max_seq_len model_max_length context_length "
         "max_target_positions max_source_positions",
     ),
-    thresholds=_each(
+    **_each(
         THRESHOLD,
         "sliding_window sliding_window_size window_size attention_window_size local_attention "
         "attention_chunk_size chunk_size mamba_chunk_size local_attention_window_len "
         "keep_window_size floor_scale log_scaling_n_floor rel_extent",
     ),
-    original=_each(ORIGINAL, "original_max_position_embeddings"),
-    tokens=_each(
+    **_each(ORIGINAL, "original_max_position_embeddings"),
+    **_each(
         VOCABULARY,
         "vocab_size decoder_vocab_size vocab_size_per_layer_input unpadded_vocab_size "
         "pronunciation_vocab_size shape_vocab_size",
     ),
-    special=_each(0, "pad_token_id mask_token_id mask_index cls_token_id unk_index")
-    | _each(1, "bos_token_id decoder_start_token_id")
-    | _each(2, "eos_token_id sep_token_id forced_eos_token_id"),
-    per_layer=_each(8, "hidden_size_per_layer_input"),
-    picked_keys=_each(THRESHOLD, "index_topk"),
-    causal={"is_decoder": True, "is_encoder_decoder": False, "add_cross_attention": False},
-)
+    **_each(0, "pad_token_id mask_token_id mask_index cls_token_id unk_index"),
+    **_each(1, "bos_token_id decoder_start_token_id"),
+    **_each(2, "eos_token_id sep_token_id forced_eos_token_id"),
+    **_each(8, "hidden_size_per_layer_input"),
+    **_each(THRESHOLD, "index_topk"),
+    **{"is_decoder": True, "is_encoder_decoder": False, "add_cross_attention": False},
+}
 
 _MIXED = ["linear_attention", "full_attention"] * 2
 _WINDOWED = ["sliding_attention", "full_attention"] * 2

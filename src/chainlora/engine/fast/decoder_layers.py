@@ -274,13 +274,8 @@ def _attention_by_parts(
 
 def _projections(modules: Iterable[nn.Module], dtype: torch.dtype) -> list[Projection] | None:
     """Return the projections of some modules, or None if one of them must run its own forward."""
-    projections = []
-    for module in modules:
-        projection = _projection(module)
-        if projection is None or projection.weight.dtype != dtype:
-            return None
-        projections.append(projection)
-    return projections
+    found: list[Any] = [_projection(module) for module in modules]
+    return None if any(p is None or p.weight.dtype != dtype for p in found) else found
 
 
 def _projection(module: Any) -> Projection | None:

@@ -15,6 +15,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -193,18 +194,15 @@ def _group(units: list[_Unit], causal: bool, device: torch.device) -> Group:
         depths.append([*unit.depths, *(unit.depths[-1] + 1 + i for i in range(missing))])
         keys.append([*unit.keys, *[unit.keys[-1]] * (tk - len(unit.keys))])
         padding += range(b * tq + len(unit.queries), (b + 1) * tq)
+    indices = partial(torch.tensor, dtype=torch.int64, device=device)
     return Group(
-        queries=_indices(queries, device),
-        keys=_indices(keys, device),
-        depth=_indices(depths, device),
-        padding=_indices(padding, device),
+        queries=indices(queries),
+        keys=indices(keys),
+        depth=indices(depths),
+        padding=indices(padding),
         causal=causal,
         alike=all(depth == depths[0] for depth in depths),
         first=(min(map(min, depths)) + 1) // KEYS_MULTIPLE * KEYS_MULTIPLE,
         keep=tk <= LONGEST_KEPT,
         spans=spans if list(map(len, spans)) == [len(unit.keys) for unit in units] else None,
     )
-
-
-def _indices(x: list[Any], device: torch.device) -> Tensor:
-    return torch.tensor(x, dtype=torch.int64, device=device)
