@@ -20,6 +20,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def run(name: str, sender: Any) -> None:
     began = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            found = check(name, Path(folder)).as_dict()
+            found = asdict(check(name, Path(folder)))
     except Exception:
         found = {"name": name, "outcome": "wrong", "why": traceback.format_exc()[-2000:]}
     sender.send(found | {"seconds": round(time.perf_counter() - began, 1)})

@@ -13,7 +13,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,6 @@ class Result:
     notes: list[str] = field(default_factory=list)
     exports: str = ""
     differences: dict[str, float] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as a JSON object."""
-        return asdict(self)
 
 
 def cases() -> list[str]:
@@ -131,7 +127,8 @@ def _compare(
     own = _own_difference(plain, rows)
     result.differences |= _engine_differences(folder, rows, own)
     expected, chained = _plain_chain(folder, config, rows)
-    result.differences["step loss"] = _largest(losses, expected) / (LOSS + OWN * own)
+    worst = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
+    result.differences["step loss"] = worst / (LOSS + OWN * own)
     reference = _plain_loss(chained, test)
     _, alone = _plain_chain(folder, config, rows, _plain_loss_of_rows)
     drift = abs(_plain_loss(alone, test) - reference) / reference
@@ -223,11 +220,6 @@ def _plain_chain(
 
 
 # --- differences, each as a share of what it may be ---
-
-
-def _largest(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    assert len(ours) == len(theirs)
-    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
 def _relative(mine: Tensor, theirs: Tensor) -> float:
