@@ -38,7 +38,7 @@ from chainlora.models.modes import kept_random_state
 from chainlora.runs.addresses import open_run
 from chainlora.runs.cards import is_of_another
 from chainlora.runs.export import adapter_factors, write_adapter, write_adapter_card
-from chainlora.runs.loading_start import NOTHING, Start, put_on
+from chainlora.runs.loading_start import Start, put_on
 from chainlora.runs.paths import exists_in
 from chainlora.runs.saved_chain import (
     INSIDE,
