@@ -10,10 +10,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import yaml
+
 from chainlora_lab.statistics.intervals import t_interval
 
 Cell = Mapping[str, Any]
-TUNING = 100
 
 
 def right(cell: Cell) -> float:
@@ -46,12 +47,22 @@ def shown(values: list[float], digits: int = 1) -> str:
 
 
 def main() -> None:
-    """Print the arms of the fresh seeds, and the registered comparisons."""
+    """Print the arms and the registered comparisons of each try that has cells."""
     cells = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
-    arms: dict[str, dict[int, Cell]] = {}
-    for cell in cells:
-        if cell["seed"] != TUNING and cell["prompt"] == "shared":
-            arms.setdefault(cell["arm"], {})[cell["seed"]] = cell
+    plan = yaml.safe_load(Path(__file__).with_name("plan.yaml").read_text())
+    for name in ("verdict", "second_try"):
+        arms: dict[str, dict[int, Cell]] = {}
+        for cell in cells:
+            if cell["seed"] in plan[name]["seeds"] and cell["prompt"] == "shared":
+                arms.setdefault(cell["arm"], {})[cell["seed"]] = cell
+        if arms:
+            print(f"## {name}\n")
+            print_arms(arms)
+            print_comparisons(arms.get("layer by layer", {}), arms.get("default", {}))
+
+
+def print_arms(arms: Mapping[str, Mapping[int, Cell]]) -> None:
+    """Print a line for each arm."""
     print("| arm | seeds | right, % | perplexity, ratio | facts, ratio |\n|---|---|---|---|---|")
     for arm, by_seed in arms.items():
         found = [*by_seed.values()]
@@ -59,17 +70,20 @@ def main() -> None:
         print(
             f"| {arm} | {len(found)} | {' | '.join(numbers)} | {shown([*map(facts, found)], 2)} |"
         )
-    own, other = arms["layer by layer"], arms["default"]
+
+
+def print_comparisons(own: Mapping[int, Cell], other: Mapping[int, Cell]) -> None:
+    """Print the registered comparisons, over the seeds that both arms have."""
     both = sorted({*own} & {*other})
     own_cells: list[Cell] = [own[seed] for seed in both]
     compared: dict[str, Callable[[int], float]] = {
         "primary, points": lambda seed: right(own[seed]) - right(other[seed]),
         "second, points": lambda seed: right(own[seed]) - alone(own[seed]),
     }
-    print(f"seeds {both}; each stage alone {shown([*map(alone, own_cells)])}")
+    print(f"\nseeds {both}; each stage alone {shown([*map(alone, own_cells)])}")
     for name, difference in compared.items():
         print(f"{name}: {shown([*map(difference, both)])}")
-    print(f"third, ratio: {shown([*map(ratio, own_cells)], 3)}")
+    print(f"third, ratio: {shown([*map(ratio, own_cells)], 3)}\n")
 
 
 if __name__ == "__main__":
