@@ -234,6 +234,10 @@ def way_of(config: CellConfig) -> Callable[[Case], Learned]:
     except TypeError as error:
         rule = f"`settings` must be those of {name}"
         raise ConfigError(rule, f"{config.settings}: {error}", "correct them") from None
+    rank = config.settings.get("rank", 1) if name == "combine" else 1
+    if rank is not None and not (type(rank) is int and rank > 0):  # True is an int, too
+        rule = "`settings.rank` must be a whole number above 0"
+        raise ConfigError(rule, repr(rank), "give another one, or leave it out")
     for each, own in config.stages:
         if own.train.loss in PAIR_LOSSES or not own.data.keep_rows:
             rule = "ways are compared by answers to rows that each stage keeps"

@@ -345,6 +345,8 @@ def test_what_cannot_be_combined(abc, tiny_folder, sentiment, tmp_path):
         with pytest.raises(RunError, match=re.escape(said)):
             combine(abc, names, output=tmp_path / "out")
         assert not (tmp_path / "out").exists()
+    with pytest.raises(RunError, match=r"rank of a combination must be above 0 \(got 0\)"):
+        combine(abc, rank=0)
     with pytest.raises(ConfigError, match="must lie outside other runs"):
         combine(abc, output=abc / "out")
     assert open_run(abc).entry.parents == ("a", "b", "c")

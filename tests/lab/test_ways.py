@@ -152,6 +152,7 @@ def test_a_combiner_and_a_regulariser_of_one_file_each(chainlora, stages, tmp_pa
         ({}, "combine,lora", "lora is none .*name some of all_at_once"),
         ({}, "combine,combin", "unknown method 'combin'.*did you mean.*`plugins`"),
         ({}, "combine,ewc --methods.ewc.settings.strength 1", "must be those of ewc .*strength"),
+        ({}, "ewc,combine --methods.combine.settings.rank 0", "settings.rank.* above 0 .got 0"),
         ({}, "combine,one_lora --stages.style.chain.ranks [4]", "one link in each stage"),
         ({}, "combine,all_at_once --stages.style.data.max_length 9", "other keys of data"),
         ({"start": "runs/other"}, "combine,replay", "trains from the bare base"),

@@ -85,6 +85,9 @@ def combine(
             "add a stage by chainlora extend --beside, or name others",
         )
     need_combinable(parts)
+    if rank is not None and rank < 1:
+        remedy = "give another one, or leave it out"
+        raise RunError("the rank of a combination must be above 0", rank, remedy)
     weights = dict(importance or {})
     _need_weights(weights, {START, *(state.key for state in parts)})
     recipe = Recipe(rank=rank, importance=weights, general=general, keep_conflicts=keep_conflicts)
