@@ -231,17 +231,24 @@ def of_rows(folder: Path, sentiment: Path, output: Path, **keys) -> dict:
     return {key: value for key, value in tree.items() if key != "start_data" or key in keys}
 
 
-def test_a_run_keeps_what_its_base_writes(roomy, tokenizer, sentiment, tmp_path, caplog):
-    """Questions as a chat has them, whose answers alone are learned, and openings of plain text."""
+def test_a_run_keeps_what_its_base_writes(roomy, tokenizer, sentiment, tmp_path, caplog, cache):
+    """Questions as a chat has them, whose answers alone are learned, and openings of plain text.
+    Another run takes them from the cache."""
     tree = of_rows(roomy, sentiment, tmp_path / "run")
     with pytest.raises(Stop):
         train(tree, listener=stopping(1))  # the rows are kept before the first step
     train(tree, resume=True)
-    train(tree | {"output": str(tmp_path / "again")})
-    told = "the base writes texts after 80 prompts, which are kept as rows of `base`"
-    assert caplog.text.count(told) == 2
-    run, again = open_run(tmp_path / "run"), open_run(tmp_path / "again")
-    assert run.keepers == again.keepers
+    run, told = (
+        open_run(tmp_path / "run"),
+        "texts after 80 prompts, which are kept as rows of `base`",
+    )
+    for output, verb in (("again", "wrote"), ("damaged", "writes")):
+        caplog.clear()
+        train(tree | {"output": str(tmp_path / output)})
+        assert f"the base {verb} {told}" in caplog.text
+        assert run.keepers == open_run(tmp_path / output).keepers
+        (file,) = (cache / "general").iterdir()
+        file.write_bytes(file.read_bytes()[:-1])
     kept = run.kept()["start"]
     assert (len(kept.train), len(kept.validation), kept.loss) == (64, 16, "completion")
     asked = "<s>user\nWhat do bees do in winter?</s>\n<s>assistant\n"

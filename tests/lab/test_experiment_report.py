@@ -104,7 +104,7 @@ def test_methods_are_shown_by_the_keys_of_their_configs_and_not_by_their_names(t
     methods = {"lora": "One.", "chain3": "preset `chain3`", "rac_lora": "preset `rac_lora`"}
     text = told(tmp_path, restarted, methods=methods)
     assert "- **rac_lora**: preset `rac_lora`.\n" in text  # it has no cell yet
-    table = text.partition("### Keys by which methods differ\n\n")[2]
+    table = text.partition("### Keys of the methods\n\n")[2]
     heads = ("chain.ranks", "chain.steps", "chain.alpha", "loop", "chain.knots", "train.lr")
     heads += ("train.restart_schedule", "train.some_new_key")
     assert table.startswith(f"| method | {' | '.join(heads)} |")

@@ -7,9 +7,11 @@ the base. `keep_start_rows` replaces the rows of a run that has begun.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -22,19 +24,21 @@ from chainlora.config.reading import make_config
 from chainlora.config.schema import DataConfig, RunConfig, StartData
 from chainlora.data.encoding.tokens import Ids, TokenReader
 from chainlora.data.examples import Example, hash_of
-from chainlora.data.kept import Kept, keeps_general
+from chainlora.data.kept import Kept, keeps_general, read_kept, write_kept
 from chainlora.data.rows import MemoryRows
 from chainlora.data.splits import Splits, length_limit, prepare_splits
 from chainlora.data.templates import ends_of_turn, render_chat, set_chat_template
-from chainlora.errors import ModelError, RunError
+from chainlora.errors import FileError, ModelError, RunError
 from chainlora.evaluation.generation import continue_greedily, greedy_config
 from chainlora.evaluation.stage_scores import Progress
 from chainlora.models.finding import resolve_model
+from chainlora.models.identity import cache_dir
 from chainlora.models.loading import load_skeleton
 from chainlora.models.text_config import context_length
 from chainlora.runs.addresses import open_run
 from chainlora.runs.beginning import save_rows, with_start_rows
 from chainlora.runs.changes import whole_run
+from chainlora.runs.costs import versions
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import BASE, CONTENT, START, TOKENIZER, State, Term, Unbuilt, rows_file
 from chainlora.runs.history_file import read_history, update_history
@@ -91,7 +95,8 @@ def _import(
         chain.add(*start.links)
         set_chat_template(tokenizer, config.data)
         longest, column = length_limit(config.data, base.context), START if start.links else BASE
-        rows = general_rows(chain.model, tokenizer, longest, column, progress)
+        identity = None if start.links else [base.files, config.train.dtype, config.quantize]
+        rows = general_rows(chain.model, tokenizer, longest, column, progress, identity)
     kept = None if rows is None else save_rows(run, rows, START)
     links = dict(save_link(run, link, base_facts, START) for link in start.links)
     state = State(base=base_facts.fingerprint, terms=tuple(Term(link=digest) for digest in links))
@@ -127,12 +132,18 @@ def keep_start_rows(run: str | Path, rows: StartData) -> None:
 
 
 def general_rows(
-    model: Any, tokenizer: PreTrainedTokenizerBase, longest: int, column: str, progress: Progress
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    column: str,
+    progress: Progress,
+    identity: Sequence[Any] | None = None,
 ) -> Kept | None:
     """Return prompts with the texts that a model writes after them, as kept rows.
 
     Rows have at most `longest` tokens; the result is None if no prompt is short enough. Decoding is
-    greedy, so the same model on the same machine writes the same rows. `column` is their name.
+    greedy, so the same model on the same machine writes the same rows. `column` is their name. A
+    model with an `identity` writes once: the rows are then in the cache.
     """
     new = min(NEW_TOKENS, longest // 2)
     source = resources.files("chainlora.data").joinpath("general.json")
@@ -142,19 +153,43 @@ def general_rows(
     if not ids or not new:
         logger.warning("no row of `%s` is kept: its prompts are over %d tokens", column, longest)
         return None
+    config = greedy_config(model, tokenizer, new, ends_of_turn(tokenizer))
+    parts = [identity, prompts, config.to_dict(), versions(), str(model.device)]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    cached = cache_dir() / "general" / f"{key}.safetensors"
+    kept = _cached(cached) if identity is not None else None
     logger.warning(
-        "the %s writes texts after %d prompts, which are kept as rows of `%s` (start_data: none "
-        "leaves them out)",
-        *("base" if column == "base" else "model", len(ids), column),
+        "the %s %s texts after %d prompts, which are kept as rows of `%s` (start_data: none leaves "
+        "them out)",
+        *("base" if column == BASE else "model", "writes" if kept is None else "wrote"),
+        *(len(ids), column),
     )
+    if kept is not None:
+        return kept
     report = partial(progress, column)
     report(0, len(ids))
-    config = greedy_config(model, tokenizer, new, ends_of_turn(tokenizer))
     try:
-        written = iter(continue_greedily(model, tokenizer, ids, config, progress=report))
+        written = continue_greedily(model, tokenizer, ids, config, progress=report)
     except ModelError as error:  # a model that cannot generate can still be trained
         logger.warning("no row of `%s` is kept: %s", column, error)
         return None
+    kept = _as_rows(prompts, iter(written))
+    if identity is not None:
+        with suppress(OSError, FileError):  # without a cache, the next run writes them again
+            files.make_folder(cached.parent)
+            write_kept(cached, kept)
+    return kept
+
+
+def _cached(path: Path) -> Kept | None:
+    """Return the rows in a file of the cache; None if it is missing or damaged."""
+    with suppress(RunError):
+        return read_kept(path)
+    return None
+
+
+def _as_rows(prompts: Mapping[str, Sequence[Prompt]], written: Iterator[Ids]) -> Kept:
+    """Return the prompts of each split with the texts written after them."""
     rows = {
         split: MemoryRows(
             [_example(row, *prompt, next(written)) for row, prompt in enumerate(of_split)]

@@ -20,9 +20,10 @@ _OF_WATCHING = ("train.eval_every", "train.save_every", "train.eval_at_knots")
 
 
 def methods_table(results: Results) -> Table:
-    """Return by which keys of their configs methods differ: what ran, and not what was meant.
+    """Return keys of the methods by the configs of their cells: what ran, and not what was meant.
 
-    Ranks, lengths and alpha are always shown. Keys that grids and seeds set are left out.
+    Ranks, lengths and alpha are always shown, other keys if methods differ in them. Keys that grids
+    and seeds set are left out.
     """
     found = {
         method: [_flat(cell["config"]) for cell in results.cells if cell["method"] == method]
@@ -46,8 +47,9 @@ def methods_table(results: Results) -> Table:
         for method, configs in found.items()
         if configs
     ]
-    note = "From the configs of the cells; a dash is the key's default."
-    return table_of("Keys by which methods differ", rows, note)
+    note = "Ranks, lengths and alpha, and other keys by which methods differ. From configs of the "
+    note += "cells; a dash is the key's default."
+    return table_of("Keys of the methods", rows, note)
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, str]:
