@@ -239,9 +239,9 @@ def orders_less_one_lora() -> str:
 
 
 @cache
-def fresh(name: str) -> list[Mapping[str, Any]]:
-    """The cells of an arm of benchmarks/combining on the seeds of its verdict, in their order."""
-    seeds = from_yaml("combining/plan.yaml")["verdict"]["seeds"]
+def fresh(name: str, study: str = "verdict") -> list[Mapping[str, Any]]:
+    """The cells of an arm of benchmarks/combining on the seeds of a study, in their order."""
+    seeds = from_yaml("combining/plan.yaml")[study]["seeds"]
     cells = [c for c in lines("combining/results.jsonl") if c["prompt"] == "shared"]
     found = {c["seed"]: c for c in cells if c["arm"] == name and c["seed"] in seeds}
     return [found[seed] for seed in sorted(found)]
@@ -268,13 +268,20 @@ def layerwise_in_short() -> list[str]:
     return [WORDS[len(cells)], *shares, number(above, 0, "-")]
 
 
-def registered() -> list[str]:
+def registered(study: str = "verdict") -> list[str]:
     """The comparisons that were named beforehand: right answers less the earlier default's, less
     each stage alone, and the ratio of perplexity."""
     table = script("combining/table.py")
-    cells, others = fresh("layer by layer"), {c["seed"]: c for c in fresh("default")}
+    cells = fresh("layer by layer", study)
+    others = {c["seed"]: c for c in fresh("default", study)}
     pairs = [(cell, others[cell["seed"]]) for cell in cells if cell["seed"] in others]
     primary = [table.right(own) - table.right(other) for own, other in pairs]
     second = [table.right(own) - table.alone(own) for own in cells]
     ratios = estimate([*map(table.ratio, cells)], 3, "-")
     return [estimate(primary, 1), estimate(second, 1, "-"), ratios]
+
+
+def second_try() -> list[str]:
+    """The same of the rule's second try, and the earlier default's ratio of perplexity there."""
+    ratios = map(script("combining/table.py").ratio, fresh("default", "second_try"))
+    return [*registered("second_try"), estimate([*ratios], 3, "-")]

@@ -75,7 +75,12 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
             "all at once is {} points ahead",
             lambda: [S.lead("all at once", "combined twice rehearsed", "-")],
         ),
-        ("primary: {} points; second: {} points; third: {}", S.registered),
+        ("primary: {} points; second: {} points; third: {}. The primary", S.registered),
+        (
+            "as the only targets: primary: {} points; second: {} points; third: {}. The rule then "
+            "keeps the earlier default, whose ratio on these seeds is {}.",
+            S.second_try,
+        ),
         ("old rows has {} %; by seed {}, {} and {}, the combination {}, {} and {}: ", S.replayed),
         (": replay is ahead on {} of {}.", S.replay_is_ahead),
         ("than all at once has ({}).", lambda: S.all_steps()[:1]),
