@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -39,11 +39,33 @@ def facts(cell: Cell) -> float:
 
 
 def shown(values: list[float], digits: int = 1) -> str:
-    """The mean, and its 95 % interval over seeds."""
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f} (one seed)" if values else "–"
+    """The mean, and of three seeds or more its 95 % interval over them."""
+    if not values:
+        return "–"
+    mean = f"{fmean(values):.{digits}f}"
+    if len(values) < 3:
+        return mean
     low, high = t_interval(values)
-    return f"{fmean(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{mean} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def arms_of(cells: Iterable[Cell], seeds: Collection[int]) -> dict[str, dict[int, Cell]]:
+    """The cells of some seeds by arm and seed.
+
+    An arm has the settings that most of its cells have; others, of the study beside, are named by
+    what they change.
+    """
+    mine = [c for c in cells if c["seed"] in seeds and c["prompt"] == "shared"]
+    usual: dict[str, Mapping[str, Any]] = {
+        arm: max(tried := [c["settings"] for c in mine if c["arm"] == arm], key=tried.count)
+        for arm in dict.fromkeys(cell["arm"] for cell in mine)
+    }
+    arms: dict[str, dict[int, Cell]] = {}
+    for cell in mine:
+        own = usual[cell["arm"]]
+        changed = [f"{k} {v}" for k, v in cell["settings"].items() if v != own.get(k)]
+        arms.setdefault(", ".join([cell["arm"], *changed]), {})[cell["seed"]] = cell
+    return arms
 
 
 def main() -> None:
@@ -51,11 +73,7 @@ def main() -> None:
     cells = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
     plan = yaml.safe_load(Path(__file__).with_name("plan.yaml").read_text())
     for name in ("verdict", "second_try"):
-        arms: dict[str, dict[int, Cell]] = {}
-        for cell in cells:
-            if cell["seed"] in plan[name]["seeds"] and cell["prompt"] == "shared":
-                arms.setdefault(cell["arm"], {})[cell["seed"]] = cell
-        if arms:
+        if arms := arms_of(cells, plan[name]["seeds"]):
             print(f"## {name}\n")
             print_arms(arms)
             print_comparisons(arms.get("layer by layer", {}), arms.get("default", {}))

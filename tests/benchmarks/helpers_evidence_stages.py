@@ -242,8 +242,7 @@ def orders_less_one_lora() -> str:
 def fresh(name: str, study: str = "verdict") -> list[Mapping[str, Any]]:
     """The cells of an arm of benchmarks/combining on the seeds of a study, in their order."""
     seeds = from_yaml("combining/plan.yaml")[study]["seeds"]
-    cells = [c for c in lines("combining/results.jsonl") if c["prompt"] == "shared"]
-    found = {c["seed"]: c for c in cells if c["arm"] == name and c["seed"] in seeds}
+    found = script("combining/table.py").arms_of(lines("combining/results.jsonl"), seeds)[name]
     return [found[seed] for seed in sorted(found)]
 
 
