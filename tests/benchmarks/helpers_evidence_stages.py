@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from functools import cache
+from math import exp
 from statistics import fmean
 from types import ModuleType
 from typing import Any
@@ -20,8 +21,10 @@ from benchmarks.helpers_evidence import (
     less,
     lines,
     number,
+    with_interval,
 )
 from chainlora.training.rehearsing import ROWS
+from chainlora_lab.statistics.intervals import t_interval
 
 
 @cache
@@ -284,3 +287,69 @@ def second_try() -> list[str]:
     """The same of the rule's second try, and the earlier default's ratio of perplexity there."""
     ratios = map(script("combining/table.py").ratio, fresh("default", "second_try"))
     return [*registered("second_try"), estimate([*ratios], 3, "-")]
+
+
+def ranks_compared() -> list[str]:
+    """Rank, right answers and ratio of perplexity of the seeds that have a rank of 40, too."""
+    table, found = script("combining/table.py"), list[str]()
+    wide = fresh("layer by layer, rank 40")
+    both = {cell["seed"] for cell in wide}
+    for cells in (wide, [c for c in fresh("layer by layer") if c["seed"] in both]):
+        ratio = number(fmean(map(table.ratio, cells)), 3, "-")
+        found += [str(cells[0]["settings"]["rank"]), number(fmean(right(cells)), 1, "-"), ratio]
+    return found
+
+
+# --- facts of six months
+
+MONTHS = {  # by the name in results: how the page names it
+    "combine": "combined, rank 16",
+    "wide": "combined, rank 48",
+    "rehearse": "combined, rank 16, rehearsed",
+    "replay": "on top, replay",
+    "alone": "each stage alone, its own rows",
+}
+
+
+def of_month(name: str) -> dict[int, Mapping[str, Any]]:
+    """The cells of a way by seed."""
+    cells = [line for line in lines("combining/months.jsonl") if line.get("method") == name]
+    return {cell["seed"]: cell for cell in cells}
+
+
+def three_seeds(values: Sequence[float], digits: int, sign: str = "-") -> str:
+    """A mean with its t interval, which this study names for three seeds."""
+    return with_interval(fmean(values), *t_interval(values), digits, sign)
+
+
+def facts_kept(name: str) -> str:
+    return number(100 * fmean(cell["score"] for cell in of_month(name).values()), 0, "-")
+
+
+def months() -> Rows:
+    rows: Rows = [["way", "right, %", "perplexity of general rows", "exported rank"]]
+    for name, text in MONTHS.items():
+        cells = [*of_month(name).values()]
+        losses = [cell["general"] for cell in cells if cell["general"]]
+        ratios = [exp(each["end"] - each["base"]) for each in losses]
+        rank = cells[0]["exported_rank"]
+        rows.append(
+            (
+                text,
+                three_seeds([100 * cell["score"] for cell in cells], 1),
+                three_seeds(ratios, 3) if ratios else MISSING,
+                f"{rank}" if rank else "six of 8",
+            )
+        )
+    return rows
+
+
+def months_compared() -> list[str]:
+    """The registered comparisons: rank 48 less 16, rank 16 less replay, rank 48 less replay."""
+    found = []
+    for one, other in (("wide", "combine"), ("combine", "replay"), ("wide", "replay")):
+        ours, theirs = of_month(one), of_month(other)
+        both = sorted({*ours} & {*theirs})
+        less = [100 * (ours[seed]["score"] - theirs[seed]["score"]) for seed in both]
+        found.append(three_seeds(less, 1, "+"))
+    return found

@@ -81,6 +81,17 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
             "keeps the earlier default, whose ratio on these seeds is {}.",
             S.second_try,
         ),
+        (
+            "ranks, {}, which is [now the default]), seeds 6 and 7 have {} % right answers and a "
+            "ratio of {}; at rank {}, {} % and {}.",
+            S.ranks_compared,
+        ),
+        ("facts, {} steps each", lambda: [S.of_month("alone")[0]["steps"] // 6]),
+        (
+            "primary, rank 48 minus rank 16: {} points; second, rank 16 minus replay: {}; third, "
+            "rank 48 minus replay: {}.",
+            S.months_compared,
+        ),
         ("old rows has {} %; by seed {}, {} and {}, the combination {}, {} and {}: ", S.replayed),
         (": replay is ahead on {} of {}.", S.replay_is_ahead),
         ("than all at once has ({}).", lambda: S.all_steps()[:1]),
@@ -120,9 +131,15 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
     ],
     "README.md": [
         (
-            "32 kept rows of each, {} seeds ([tables])): {} % right answers in one adapter of rank "
-            "16; each stage alone, on its own rows, {} %. Perplexity of other text: {} % above",
+            "32 kept rows of each, {} seeds ([tables])): {} % right answers in one adapter, at "
+            "`--rank 16`; each stage alone, on its own rows, {} %. Perplexity of other text: {} % "
+            "above",
             S.layerwise_in_short,
+        ),
+        (
+            "with six data sets of made-up facts ([table]), three seeds) it has {} %, replay {} %, "
+            "and at rank 16 it had {} %",
+            lambda: [S.facts_kept(name) for name in ("wide", "replay", "combine")],
         ),
         (
             "one LoRA on all rows at once: on other seeds ([tables])) {} %, at rank 40; replay on "
@@ -152,6 +169,7 @@ TABLES: dict[str, Callable[[], Rows]] = {
     table.__name__: table
     for table in (
         S.combining,
+        S.months,
         E.soft_lab,
         E.soft_smollm2,
         E.whole,

@@ -51,6 +51,15 @@ def test_a_combination_is_that_of_its_parts(abc):
     assert all(0 < away < 1 for away in solved.distances.values())
 
 
+def test_its_rank_is_the_sum_of_the_ranks_in_it(tiny_folder, sentiment, tmp_path):
+    """A link below two of its parts counts once."""
+    run = begin(tiny_folder, sentiment, tmp_path / "run")
+    for name, ranks in (("b", [9]), ("c", [4, 5])):
+        keys = {"ranks": ranks, "steps": [1] * len(ranks)}
+        train_on(f"{run}@a", section(sentiment, name, **keys))
+    assert combine(run, ["b", "c"]).facts[0].rank == 2 + 9 + 4 + 5
+
+
 def test_a_rank_and_an_importance_are_chosen(abc, chainlora):
     """They stay when a stage is added or pruned, and are gone when it is combined anew."""
     found = chainlora(f"combine {abc} b a=3 c --rank 2 --no-scores --verbose")

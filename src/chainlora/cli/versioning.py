@@ -168,7 +168,11 @@ def _show_added(run: str, before: str | None, state: OpenState, as_json: bool) -
 @click.command
 @click.argument("run", type=click.Path())
 @click.argument("names", metavar="[STAGE|OTHER_RUN][=IMPORTANCE]...", nargs=-1)
-@click.option("--rank", type=click.IntRange(min=1), help="Rank of the combination.  [default: 16]")
+@click.option(
+    "--rank",
+    type=click.IntRange(min=1),
+    help="Rank of the combination.  [default: the sum of the ranks of its links, at least 16]",
+)
 @click.option("--no-general", is_flag=True, help="Leave out the origin of RUN, and its rows.")
 @click.option("--keep-conflicts", is_flag=True, help="Use old answers too, not only the newest.")
 @click.option("--output", type=click.Path(), help="Folder of a new run. RUN does not change.")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from chainlora import files
 from chainlora.chain.combining import Combined, Part
-from chainlora.chain.link import Link, stack_links, stacked_rank
+from chainlora.chain.link import Link, stack_links
 from chainlora.chain.solving import combine as solve
 from chainlora.config.schema import LinkConfig
 from chainlora.data.kept import Kept, newest
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 ROWS, TOKENS = 64, 16_384  # the most rows and tokens of each stage
 # both chosen in benchmarks/combining
-RANK = 16  # of a combination, if no part has a larger one
+RANK = 16  # of a combination, if the ranks of its links have no larger sum
 GENERAL = 4.0  # importance of the origin
 ON_TOP = "train the stages on top of each other"
 
@@ -58,8 +58,8 @@ def combine(
         names: stages of the run, each with its ancestors, and other runs on the same base, whose
             stages are copied into this run. By default the parts of the head are combined; if it is
             not a combination, all stages that no other stage was trained on.
-        rank: rank of the combination, which is one link; by default the largest rank of a part, at
-            least 16.
+        rank: rank of the combination, which is one link; by default the sum of the ranks of all
+            links of the parts, at least 16.
         importance: a weight for the rows of a part, by name; by default 1.
         general: combine the origin too, by the rows that were kept for it.
         keep_conflicts: use rows even if their prompt has another answer in a later stage.
@@ -274,7 +274,8 @@ def _solved(
         else:
             text = "%s is left out: later stages answer all its prompts otherwise"
             logger.warning(text, state.key)
-    rank = recipe.rank or max(RANK, *map(stacked_rank, links))
+    ranks = {each.link: history.links[each.link].rank for s in states for each in s.state.terms}
+    rank = recipe.rank or max(RANK, sum(ranks.values()))
     chain, _ = chain_on_base(first, base=base)
     report = partial(progress, " + ".join(part.name for part in parts))
     try:

@@ -151,9 +151,10 @@ class Training(Part):
 class Recipe(Part):
     """The settings of a combination, beside its parts.
 
-    `rank` is by default the largest rank of a part, at least 16. `importance` weights the rows of a
-    part. With `general`, the origin is a part too, by the rows of the entry ``start``. With
-    `keep_conflicts`, rows are used even if their prompt has another answer in a later stage.
+    `rank` is by default the sum of the ranks of all links of the parts, at least 16. `importance`
+    weights the rows of a part. With `general`, the origin is a part too, by the rows of the entry
+    ``start``. With `keep_conflicts`, rows are used even if their prompt has another answer in a
+    later stage.
     """
 
     rank: Annotated[int, Field(gt=0)] | None = None
