@@ -175,7 +175,7 @@ def general_rows(
         return None
     kept = _as_rows(prompts, iter(written))
     if identity is not None:
-        with suppress(OSError, FileError):  # without a cache, the next run writes them again
+        with suppress(FileError):  # without a cache, the next run writes them again
             files.make_folder(cached.parent)
             write_kept(cached, kept)
     return kept
