@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from chainlora import Link, open_run
+from chainlora import Link, combine, open_run
 from chainlora.config.staging import Stage, make_stages
 from chainlora.data import splits
 from chainlora.data.examples import Example
@@ -65,19 +65,33 @@ class Runs:
         rate: float,
         *,
         replay: float | None = None,
+        general: bool = True,
         rank: int = 8,
     ) -> OpenState:
         """Return the run of a stage for each task: beside each other and combined, or with `replay`
-        on top of each other, which reads kept rows of the earlier ones and general rows."""
+        on top of each other, which reads kept rows of the earlier ones and, if `general`, general
+        rows."""
         sections = []
         for task, own in rows.items():
             data: dict[str, Any] = {"train": str(self._file(seed, task, own))}
             section: dict[str, Any] = {"name": task, "data": data}
             if replay is not None:
-                data["replay"] = replay
                 section["beside"] = False
+                if general or sections:
+                    data["replay"] = replay
             sections.append(section)
-        return self._run(name, {"stages": sections}, seed, rate, rank)
+        more = {"stages": sections} | ({} if general else {"start_data": "none"})
+        return self._run(name, more, seed, rate, rank)
+
+    def at_rank(self, rank: int, run: OpenState) -> tuple[Sequence[Link], float]:
+        """Return the links of a run's stages combined again, and the seconds that it took."""
+        name = f"{run.run.name}-{rank}"
+        if not (self.folder / name).exists():
+            began = time.process_time()
+            combine(run.run, rank=rank, output=self.folder / name)
+            spent = {"combination": round(time.process_time() - began, 1)}
+            (self.folder / f"{name}.costs.json").write_text(json.dumps(spent))
+        return open_run(self.folder / name).links(), self.costs(name)["combination"]
 
     def at_once(
         self,

@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -132,27 +132,33 @@ class Case:
 
 def ours(case: Case) -> Made:
     """The package's default: stages beside each other, combined layer by layer."""
-    state, costs = case.beside, case.runner.runs.costs(case.name)
-    links = state.links()
-    return Made(
-        Models({"": links}),
-        sum(link.rank for link in links),
-        case.steps,
-        sum(map(len, case.kept.values())) + 64,
-        sum(costs.values()),
-        of_stages=True,
-    )
+    links = case.beside.links()
+    return combined(case, links, sum(case.runner.runs.costs(case.name).values()))
 
 
-def replay(case: Case) -> Made:
+def ours_at_rank_16(case: Case) -> Made:
+    """The same stages, combined again."""
+    links, cpu = case.runner.runs.at_rank(16, case.beside)
+    return combined(case, links, case.trained_in + cpu)
+
+
+def combined(case: Case, links: Sequence[Link], cpu: float) -> Made:
+    """A combination of the stages that are beside each other, by kept and general rows."""
+    rank, old = sum(link.rank for link in links), sum(map(len, case.kept.values())) + 64
+    return Made(Models({"": links}), rank, case.steps, old, cpu, of_stages=True)
+
+
+def replay(case: Case, *, general: bool = True) -> Made:
     """Stages on top of each other that read kept rows of the earlier ones, and general rows."""
     s, runs = case.settings, case.runner.runs
-    name = f"{case.seed}-replay-{s['replay']:g}-{s['rate']:g}"
-    state = runs.stages(name, case.train, case.seed, s["rate"], replay=s["replay"])
+    name = f"{case.seed}-replay-{s['replay']:g}-{s['rate']:g}" + ("" if general else "-alone")
+    share = s["replay"]
+    state = runs.stages(name, case.train, case.seed, s["rate"], replay=share, general=general)
     ends = {task: state.at(task).links() for task in case.order}
     links = ends[case.order[-1]]
     size = case.runner.plan["train"]["batch_size"]
-    old = sum(int(link.num_steps * size * s["replay"] + 1e-9) for link in links)
+    readers = links if general else links[1:]
+    old = sum(int(link.num_steps * size * s["replay"] + 1e-9) for link in readers)
     steps = sum(link.num_steps for link in links)
     ranks = sum(link.rank for link in links)
     return Made(Models({"": links}), ranks, steps, old, sum(runs.costs(name).values()), ends)
@@ -249,7 +255,10 @@ ARMS: dict[str, Callable[[Case], Made]] = {
     "EWC": in_turn(EWC, "penalty"),
     "RegMean++": merged("regmean", "off_diagonal"),
     "IterIS": merged("iteris", "passes"),
+    "ours, rank 16": ours_at_rank_16,
+    "replay, no general rows": partial(replay, general=False),
 }
+TUNED_AS = {"replay, no general rows": "replay"}  # arms without tuning of their own
 DEFAULTS: dict[str, dict[str, Any]] = {
     "replay": {"replay": 0.5, "rate": 1e-3},
     "router": {"layer": 15},
@@ -296,7 +305,7 @@ class Runner:
 
     def verdict(self, arm: str, seed: int) -> dict[str, Any]:
         """Return the cell of an arm with what the tuning seed has chosen for it."""
-        return self.cell(arm, seed, self.choose(arm), "test")
+        return self.cell(arm, seed, self.choose(TUNED_AS.get(arm, arm)), "test")
 
     def choose(self, arm: str) -> dict[str, Any]:
         """Return the settings of most right validation answers, the first of equal ones."""

@@ -38,10 +38,14 @@ COLUMNS = (
 
 
 def verdicts(cells: Collection[Cell]) -> dict[str, dict[int, Cell]]:
-    """Return the cells of verdict seeds by arm and seed, in the order of the plan."""
+    """Return the cells of verdict seeds by arm and seed, in the order of the plan.
+
+    Raises ValueError for two cells of an arm and a seed: they differ in settings.
+    """
     found: dict[str, dict[int, Cell]] = {arm: {} for arm in ARMS}
     for cell in sorted((cell for cell in cells if cell["split"] == "test"), key=_seed):
-        found[cell["arm"]][cell["seed"]] = cell
+        if found[cell["arm"]].setdefault(cell["seed"], cell) is not cell:
+            raise ValueError(f"two cells of {cell['arm']}, seed {cell['seed']}")
     return {arm: by_seed for arm, by_seed in found.items() if by_seed}
 
 

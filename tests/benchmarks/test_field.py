@@ -108,6 +108,11 @@ def test_a_task_is_learned_from_15_points_on(table: Any) -> None:
     assert table.learned_tasks([]) == []
 
 
+def test_two_cells_of_an_arm_and_a_seed_are_refused(table: Any) -> None:
+    with pytest.raises(ValueError, match="two cells of ours, seed 1"):
+        table.verdicts([*full(), cell("ours", 1, 0.5, settings={"rank": 16})])
+
+
 def test_figures_of_an_arm(table: Any) -> None:
     """Ours: 60, 70 and 80 % of the learned tasks; of those that any arm learns, one more is at
     40 %. t of two degrees of freedom is 4.303: 4.303 · 10 / √3 = 24.8."""

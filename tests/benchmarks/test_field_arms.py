@@ -26,7 +26,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **{"replay": {"replay": 0.5, "rate": 0.01}, "all at once": {"rate": 0.01, "rank": 4}},
     **{"mean": {"scale": 2.0}, "ties": {"scale": 1.5}, "one LoRA": {"rate": 0.01}},
     **{"O-LoRA": {"orthogonal": 0.5, "rate": 0.01}, "EWC": {"penalty": 10.0, "rate": 0.01}},
-    **{"RegMean++": {"off_diagonal": 0.9}, "IterIS": {"passes": 2}},
+    **{"RegMean++": {"off_diagonal": 0.9}, "IterIS": {"passes": 2}, "ours, rank 16": {}},
+    "replay, no general rows": {"replay": 0.5, "rate": 0.01},
 }
 COSTS = {  # rank, adapters, steps, rows that are read again
     **{"base": (0, 1, 0, 0), "alone": (8, 2, 8, 0), "router": (8, 2, 8, 2 * KEPT)},
@@ -34,7 +35,8 @@ COSTS = {  # rank, adapters, steps, rows that are read again
     **{"mean": (None, 1, 8, 0), "ties": (None, 1, 8, 0)},
     **{"one LoRA": (8, 1, 8, 0), "all at once": (4, 1, 8, 0), "O-LoRA": (16, 1, 8, 0)},
     **{"EWC": (8, 1, 8, 2 * KEPT), "RegMean++": (None, 1, 8, 2 * KEPT)},
-    "IterIS": (None, 1, 8, 2 * KEPT),
+    **{"IterIS": (None, 1, 8, 2 * KEPT), "ours, rank 16": (16, 1, 8, 2 * KEPT + 64)},
+    "replay, no general rows": (16, 1, 8, 8),  # none in the first stage
 }
 
 
