@@ -79,6 +79,22 @@ def test_a_rank_and_an_importance_are_chosen(abc, chainlora):
     chainlora(f"combine {abc} a=-1 c").refused("an importance is a number above 0 (got -1 for a)")
 
 
+def test_an_importance_is_that_of_the_part_which_is_named(abc, tiny_folder, sentiment, tmp_path):
+    """Another run may have stages of the same names; its own name weights all of them."""
+    other = str(tmp_path / "other")
+    config = config_of(tiny_folder, sentiment, tmp_path / "other", section(sentiment, "d"))
+    config["stages"][0]["chain"]["steps"] = [2]
+    train_all(config)
+    for given, found in (
+        ({"a": 5}, {"a": 5}),
+        ({other: 3, "a": 5}, {"a": 5, "other": 3, "d": 3}),
+        ({"d": 2}, {"d": 2}),
+    ):
+        state = combine(abc, ["a", "b", other], importance=given)
+        assert state.entry.parents == ("a", "b", "other", "d")
+        assert state.entry.recipe.importance == found
+
+
 def test_stages_are_shown_and_counted_in_the_order_in_which_they_were_added(
     abc, ac, sentiment, chainlora, tmp_path
 ):
@@ -241,13 +257,13 @@ def test_a_pruned_stage_leaves_no_trace(abc, ac, capsys):
     assert f"{abc} would be a now\nwould combine the others again: a, c" in said
     assert "rehearsal" in names
     assert {"after-b", "after-c"} <= names  # of a b, and a b c
+    assert "would rehearse them again" in said
     gone = open_run(f"{abc}@b")
-    prune_stage(abc, "b")
+    assert cli(["prune", str(abc), "b", "--yes"]) == 0
     for run in (abc, ac):
         combine(run)
         mix_stages(run, {"combined": 0.75})
-        if run == ac:
-            prune_stage(run, "rehearsal")  # so that the next one has the same name
+        prune_stage(run, "rehearsal")  # so that the next one has the same name
         train_stages(rehearsal(run, {}))
     one, two = open_run(abc), open_run(ac)
     assert one.state == two.state

@@ -83,6 +83,21 @@ def test_a_combination_goes_back_as_a_whole_and_an_adapter_too(run, tiny_folder,
     assert open_run(run).key == "after-d"
 
 
+def test_a_stage_is_compared_with_the_state_that_it_was_added_to(run, tmp_path, chainlora):
+    """Not with a later state, of another stage, that the run was in between."""
+    words = {}
+    for name, start in (("c", 4), ("d", 6)):
+        rows = rows_of(tmp_path / f"{name}.jsonl", start)
+        keys = "--train.lr 1 --chain.steps [6] --chain.ranks [4] --max-forgetting"
+        words[name] = ["extend", run, rows, *keys.split()]
+    assert chainlora(*words["c"], "0").status == 3
+    assert chainlora(*words["d"], "1e9").status == 0
+    assert chainlora("undo", run, "--to", "after-c").status == 0
+    said = chainlora(*words["c"], "1e9")
+    assert said.status == 0
+    assert "no column of base, a lost more than 1e+09 by after-c instead of a" in said.err
+
+
 def test_what_cannot_be_compared_is_refused_before_training(run, sentiment, tmp_path, chainlora):
     stage = harsh(tmp_path)
     chainlora("add", tmp_path / "new", tmp_path, "--max-forgetting", "-1").err.index("not in the")

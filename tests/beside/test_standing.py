@@ -271,6 +271,19 @@ def test_a_config_is_given_again_whatever_the_run_is(tiny_folder, sentiment, tmp
     assert [each.stage.beside for each in plan.stages] == [False, True, True, False]
 
 
+def test_a_rehearsal_that_no_combination_comes_before_is_refused(ac, sentiment, tmp_path, caplog):
+    """Also of a stage that is on top by its address or in a fork; by default it is left out."""
+    more = section(sentiment, "b")
+    fork = more | {"output": str(tmp_path / "fork")}
+    for address, own, beside in ((ac, more, False), (f"{ac}@a", more, None), (ac, fork, None)):
+        with pytest.raises(ConfigError, match=r"only a stage beside others .*rehearse RUN trains"):
+            extend(address, own, beside=beside, rehearse=True)
+    mix_stages(ac, {"combined": 0.5})
+    extend(ac, more, rehearse=True, progress=False)
+    assert "without a rehearsal: by default" in caplog.text
+    assert open_run(ac).key == "b"
+
+
 @pytest.mark.parametrize(
     ("place", "change", "message"),
     [

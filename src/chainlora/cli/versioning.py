@@ -6,6 +6,7 @@ These are `extend`, `add`, `combine`, `rehearse`, `mix`, `undo`, `redo`, `log`, 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -193,9 +194,10 @@ def combine(
 
     Nothing is trained. Each layer is solved to match the outputs of the stages' own models on
     their kept rows, and the outputs of the base on general rows. facts=2 counts the rows of the
-    stage facts twice. Without names the last combination is repeated, or all stages are combined
-    on which no other stage was trained. Stages of other runs on the same base are copied into RUN,
-    or into --output. Strengths that `mix` set are dropped. `undo` removes the combination.
+    stage facts twice, runs/other=2 those of all stages of another run. Without names the last
+    combination is repeated, or all stages are combined on which no other stage was trained. Stages
+    of other runs on the same base are copied into RUN, or into --output. Strengths that `mix` set
+    are dropped. `undo` removes the combination.
     """
     folder = whole_run(run)
     quiet()
@@ -242,9 +244,10 @@ def _parse_importance(names: Sequence[str]) -> tuple[list[str], dict[str, float]
 def rehearse(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Train a stage on kept rows of all stages of RUN, equally many of each.
 
-    It takes 32 steps of 8 rows for each stage, and fewer for a stage that kept under 128 rows. The
-    rehearsal is a stage like any other: `undo` removes it. Its keys are the keys of `extend`, for
-    example --chain.steps 20. The same command again resumes it, or does nothing if it is finished.
+    It takes 32 steps of 8 rows for each stage, and fewer for a stage that kept under 128 rows;
+    general rows count as one more stage. The rehearsal is a stage like any other: `undo` removes
+    it. Its keys are the keys of `extend`, for example --chain.steps 20. The same command again
+    resumes it, or does nothing if it is finished.
     """
     words, overrides = words_and_overrides(list(arguments))
     if len(words) != 1:
@@ -393,7 +396,7 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     Also deleted: combinations that were computed from STAGE with everything on top of them,
     rehearsals on its rows, and RUN's pictures and report. Stages that were trained on top of STAGE
     stay, without its links; so do mixes of these stages. The other stages are combined again, as
-    they were before.
+    they were before, and rehearsed if RUN was.
 
     The command lists what it does not delete: data files, forks, exports, copies, and tokenised
     rows of large files, which are in a cache outside RUN.
@@ -410,13 +413,18 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     _show_pruning(run, stage, pruning, yes, as_json)
     if not yes:
         raise ConfigError("Nothing deleted. Add --yes.")
-    if len(pruning.left) > 1:
+    if pruning.again:
         from chainlora.training.progress import progress_listener
         from chainlora.training.stages import combine_again
 
         with progress_listener() as listener:
             combine_again(folder, pruning, listener=listener)
-        to_stderr(f"{run} is {open_run(folder).key} now, of {', '.join(pruning.left)}")
+        now = open_run(folder)
+        to_stderr(f"{run} is {now.key} now, of {', '.join(now.history.parts(now.key))}")
+    if pruning.plugins:
+        again = f"chainlora rehearse {shlex.quote(run)} --plugins"
+        remedy = f"{again} {shlex.quote(str([*pruning.plugins]))} trains one"
+        to_stderr(f"{run} is not rehearsed: its rehearsal had plug-ins; {remedy}")
 
 
 def _show_pruning(run: str, stage: str, pruning: Pruning, yes: bool, as_json: bool) -> None:
@@ -440,6 +448,8 @@ def _show_pruning(run: str, stage: str, pruning: Pruning, yes: bool, as_json: bo
         click.echo(f"{run} {'is' if yes else 'would be'} {pruning.now} now")
     if len(pruning.left) > 1 and not yes:
         click.echo(f"would combine the others again: {', '.join(pruning.left)}")
+    if any(entry.is_rehearsal for entry in pruning.again) and not yes:
+        click.echo("would rehearse them again")
 
 
 def _remains(pruning: Pruning) -> list[str]:

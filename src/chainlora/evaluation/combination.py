@@ -60,7 +60,8 @@ def combine(
             not a combination, all stages that no other stage was trained on.
         rank: rank of the combination, which is one link; by default the sum of the ranks of all
             links of the parts, at least 16.
-        importance: a weight for the rows of a part, by name; by default 1.
+        importance: a weight for the rows of a part, by its name, or for all parts from another run,
+            by the name given to that run; by default 1.
         general: combine the origin too, by the rows that were kept for it.
         keep_conflicts: use rows even if their prompt has another answer in a later stage.
         output: a new folder: the combination becomes a new run, and this one does not change.
@@ -76,7 +77,8 @@ def combine(
     """
     folder = whole_run(run)
     history = read_history(folder)
-    parts = _parts(folder, history, [names] if isinstance(names, str | Path) else names)
+    given = _parts(folder, history, [names] if isinstance(names, str | Path) else names)
+    parts = [state for state, _ in given]
     has_general = general and _general_of(history) is not None
     if len(parts) + has_general < 2:
         raise RunError(
@@ -89,35 +91,46 @@ def combine(
         remedy = "give another one, or leave it out"
         raise RunError("the rank of a combination must be above 0", rank, remedy)
     weights = dict(importance or {})
-    _need_weights(weights, {START, *(state.key for state in parts)})
-    recipe = Recipe(rank=rank, importance=weights, general=general, keep_conflicts=keep_conflicts)
+    _need_weights(weights, {START, *(name for _, its in given for name in its)})
+    start = {START: weights[START]} if START in weights else {}
+    recipe = Recipe(rank=rank, importance=start, general=general, keep_conflicts=keep_conflicts)
+    own = [next((weights[name] for name in its if name in weights), None) for _, its in given]
     if output is None:
-        return _become(folder, parts, recipe, progress)
+        return _become(folder, parts, own, recipe, progress)
     target = empty_folder(output)
     with filled_folder(target) as scratch:
         fork(parts[0], scratch)
-        _become(scratch, parts, recipe, progress)
+        _become(scratch, parts, own, recipe, progress)
     return open_run(target)
 
 
-def _parts(folder: Path, history: History, names: Sequence[str | Path]) -> list[OpenState]:
-    """Return the states to combine, of the run in `folder` and of other runs."""
+def _parts(
+    folder: Path, history: History, names: Sequence[str | Path]
+) -> list[tuple[OpenState, list[str]]]:
+    """Return the states to combine, each with the names by which its importance can be given.
+
+    They are states of the run in `folder` and of other runs.
+    """
     keys = [str(name) for name in names if history.find(str(name)) is not None]
-    others = [_other_run(name) for name in names if str(name) not in keys]
+    others = {str(name): _other_run(name) for name in names if str(name) not in keys}
     default = history.parts(history.head)
     if not others and len(default) < 2:
         stages = (e for e in history.entries if e.kind in ("stage", "import") and e.state.terms)
         default = [entry.key for entry in stages if not entry.is_rehearsal]
-    states = [state_at(folder, history, key) for key in keys or default]
-    for other in others:
+    own = keys or default
+    found = [(state_at(folder, history, key), [key]) for key in own]
+    for name, other in others.items():
         need_same_base(state_at(folder, history), other)
-        states += [other.at(part) for part in other.history.parts(other.key)]
-    parts = _without_ancestors(states)
+        for part in other.history.parts(other.key):
+            found.append((other.at(part), [name] if part in own else [name, part]))
+    parts = _without_ancestors([state for state, _ in found])
     digests = {state.state.digest for state in parts}
-    if below := [state for state in states[: len(keys)] if state.state.digest not in digests]:
+    if below := [state for state, _ in found[: len(keys)] if state.state.digest not in digests]:
         rule = "Cannot combine a state with one that was trained on it"
         raise RunError(rule, f"{below[0]}", "leave it out")
-    return parts
+    # of equal states the first one's
+    names_of = {state.state.digest: its for state, its in reversed(found)}
+    return [(state, names_of[state.state.digest]) for state in parts]
 
 
 def _need_weights(importance: Mapping[str, float], parts: Collection[str]) -> None:
@@ -132,13 +145,19 @@ def _need_weights(importance: Mapping[str, float], parts: Collection[str]) -> No
 
 
 def _become(
-    run: Path, states: Sequence[OpenState], recipe: Recipe, progress: Progress | None
+    run: Path,
+    states: Sequence[OpenState],
+    weights: Sequence[float | None],
+    recipe: Recipe,
+    progress: Progress | None,
 ) -> OpenState:
-    """Combine states in a run, after copying those of other runs; return the new head."""
+    """Combine states in a run, after copying those of other runs; return the new head.
+
+    `weights` are the importance of each state; `recipe` has that of the origin.
+    """
     keys = [state.key if state.run == run else take_in(run, state) for state in states]
-    new_names = {state.key: key for state, key in zip(states, keys, strict=True)}
-    weights = {new_names.get(key, key): value for key, value in recipe.importance.items()}
-    recipe = recipe.model_copy(update={"importance": weights})
+    given = {key: weight for key, weight in zip(keys, weights, strict=True) if weight is not None}
+    recipe = recipe.model_copy(update={"importance": recipe.importance | given})
     before, key = read_history(run), ""
 
     def change(history: History) -> History:

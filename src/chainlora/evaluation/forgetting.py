@@ -76,10 +76,18 @@ def _before_and_after(history: History, names: Collection[str]) -> tuple[str | N
         entry = history.find(key)
         return entry is not None and entry.unit in names
 
+    undone = history.future[:1]
     if is_of_stages(history.head):
-        return (history.past[-1] if history.past else None), history.head
-    undone = history.future[0] if history.future else None
-    return (history.head, undone) if undone and is_of_stages(undone) else (None, None)
+        after, earlier = history.head, history.past
+    elif undone and is_of_stages(undone[0]):
+        after, earlier = undone[0], (history.head,)
+    else:
+        return None, None
+    below = history.below(after)
+    for key in reversed(earlier):  # other stages may have been added in between, and undone
+        if {*history.parts(key)} <= below and not history.below(key) & {*names}:
+            return key, after
+    return None, None
 
 
 def loss_of(before: Cell, after: Cell) -> float:

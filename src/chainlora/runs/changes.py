@@ -7,6 +7,7 @@ scores of the matrix, then links, rows and pictures.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,7 +19,15 @@ from chainlora.chain.checks import check_strengths
 from chainlora.errors import FileError, RunError
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.draft import drafts_in, ended_leftovers
-from chainlora.runs.history import BASE, CONTENT, Entry, History, Unbuilt
+from chainlora.runs.history import (
+    BASE,
+    CONTENT,
+    REHEARSAL,
+    Entry,
+    History,
+    Training,
+    Unbuilt,
+)
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.locks import is_in_use
 from chainlora.runs.paths import HISTORY, split_address
@@ -181,8 +190,9 @@ class Pruning:
     later: list[str]  # stages on top of it, which continue without its links
     before: str  # the entry that the stage began on
     left: list[str]  # parts to combine again
+    again: list[Unbuilt]  # the combination of these parts, and the rehearsal after it: declared
+    plugins: tuple[str, ...]  # of the head's rehearsal, which is not declared again with any
     now: str | None  # the new head, if it changes
-    rehearsed: bool  # the head was a rehearsal
 
 
 def plan_pruning(run: str | Path, name: str) -> Pruning:
@@ -208,12 +218,12 @@ def _planned(run: Path, history: History, name: str) -> tuple[Pruning, History]:
     on_top = [key for key in remaining if name in {below.key for below in history.lineage(key)}]
     before = BASE if entry is None else entry.parent
     after, parts = _with_combination(history, after)
+    after, plugins = _with_rehearsal(run, history, after, name)
     new_head = None if after.head == history.head else after.head
-    head = history.find(history.head)
-    rehearsed = head is not None and head.is_rehearsal
+    again = [entry for entry in after.unbuilt if entry not in history.unbuilt]
     # the stage's own folder is deleted last: while it exists, a killed command can be repeated
     gone = sorted(_unnamed(run, after), key=lambda path: (path == run / "stages" / name, path))
-    return Pruning(name, gone, with_it, on_top, before, parts, new_head, rehearsed), after
+    return Pruning(name, gone, with_it, on_top, before, parts, again, plugins, new_head), after
 
 
 def _need_prunable(run: Path, history: History, name: str) -> None:
@@ -224,7 +234,10 @@ def _need_prunable(run: Path, history: History, name: str) -> None:
     is_leftover = entry is None and name in leftovers
     if not is_leftover and (entry is None or entry.kind not in _WITH_LINKS):
         names = ", ".join(e.key for e in history.entries if e.kind in _WITH_LINKS)
-        raise RunError(f"a stage must be one of {names}", f"{name!r} for {run}", "name one")
+        remedy = "name one"
+        if history.target is not None:  # of a prune that was killed, perhaps
+            remedy += f"; chainlora train {shlex.quote(str(run))} computes what is declared"
+        raise RunError(f"a stage must be one of {names}", f"{name!r} for {run}", remedy)
 
 
 def _with_combination(history: History, after: History) -> tuple[History, list[str]]:
@@ -237,7 +250,7 @@ def _with_combination(history: History, after: History) -> tuple[History, list[s
         for part in history.parts(history.head)
         for survivor in _surviving_parts(part, history, after)
     )
-    if parts == after.parts(after.head):
+    if {*parts} == {*after.parts(after.head)}:
         return after, []
     if len(parts) > 1:
         key = after.name_after(parts)
@@ -245,6 +258,33 @@ def _with_combination(history: History, after: History) -> tuple[History, list[s
         again = Unbuilt(key=key, kind="combine", parents=tuple(parts), unit=key, recipe=recipe)
         after = after.declared([again], key)
     return after, parts
+
+
+def _with_rehearsal(
+    run: Path, history: History, after: History, pruned: str
+) -> tuple[History, tuple[str, ...]]:
+    """Declare the head's rehearsal again, with its config, if it was deleted with `pruned`.
+
+    One with plug-ins is not declared, because nobody has named them to this command; then they are
+    returned. `after` is the pruned history, with a declared combination.
+    """
+    old, top = history.find(history.head), after.known(after.target or after.head)
+    if old is None or not old.is_rehearsal or after.find(old.key) is not None or old.key == pruned:
+        return after, ()
+    if top is None or top.is_rehearsal or len(after.parts(top.key)) < 2:
+        return after, ()
+    config = state_at(run, history, old.key).config()
+    if config.plugins:
+        return after, config.plugins
+    again = Unbuilt(
+        key=after.free_name(REHEARSAL),
+        kind="stage",
+        parents=(top.key,),
+        unit=top.unit,
+        training=Training(sources=old.training.sources),
+        config=config.model_dump(mode="json"),
+    )
+    return after.declared([again], again.key), ()
 
 
 def _surviving_parts(key: str, history: History, after: History) -> list[str]:
@@ -363,6 +403,7 @@ class _Cut:
             "reads": tuple(key for key in entry.reads if key != self.stage),
             "state": entry.state.model_copy(update={"terms": terms}),
             "pruned": entry.pruned or is_shorter,
+            "unit": entry.key if entry.unit in self.deleted else entry.unit,
         }
         return entry.model_copy(update=update)
 
@@ -371,12 +412,23 @@ class _Cut:
         return [key for key, _ in groupby(map(self._head, keys))]
 
     def _head(self, key: str) -> str:
-        """Return an entry; for a deleted one, a combination of its survivors, or the first one."""
-        history = self.history
+        """Return an entry; for a deleted one, what it was without the pruned stage, if it exists.
+
+        That is a rehearsal of the same parts, else their combination by the same recipe, else the
+        first of them.
+        """
+        entry = self.history.find(key)
+        if entry is None or key not in self.deleted:
+            return key
+        kept = [e for e in self.history.entries if e.key not in self.deleted]
+        if entry.is_rehearsal and key != self.stage:
+            below = self._head(entry.parent)
+            return next((e.key for e in kept if e.is_rehearsal and e.parent == below), below)
         survivors = (survivor for survivor in self.survivors([key]) if survivor != BASE)
-        left = history.without_ancestors(survivors) or [BASE]
-        same = (e.key for e in history.entries if e.kind == "combine" and [*e.parents] == left)
-        return next((combined for combined in same if combined not in self.deleted), left[0])
+        left = self.history.without_ancestors(survivors) or [BASE]
+        wanted = ("combine", self.history.recipe_of(key).of_parts(left), {*left})
+        same = (e.key for e in kept if (e.kind, e.recipe, {*e.parents}) == wanted)
+        return next(same, left[0])
 
 
 def _unnamed(run: Path, history: History) -> Iterator[Path]:

@@ -45,6 +45,7 @@ CAUSAL = "CAUSAL_LM"  # PEFT's name of the task of causal language models
 MAIN = "main"  # the name of a stage without one
 START = "start"  # the entry of an imported adapter that a run began on, or of rows of its origin
 BASE = "base"  # the state without links
+REHEARSAL = "rehearsal"  # the default name of a rehearsal
 REHEARSED = "data.rehearse"  # marks the sources of a rehearsal, which has no rows of its own
 CONFIG, RECORDS, RESULT = "config.yaml", "metrics.jsonl", "result.json"
 TOKENIZER = "tokenizer"
@@ -465,7 +466,10 @@ class History(Document):
 
     def name_after(self, parts: Sequence[str]) -> str:
         """Return a free name for a combination: ``after-`` and its last part, perhaps a number."""
-        name = f"after-{parts[-1]}"[:72]
+        return self.free_name(f"after-{parts[-1]}"[:72])
+
+    def free_name(self, name: str) -> str:
+        """Return a name that no entry has: this one, or this one and a number."""
         names = chain([name], (f"{name}-{number}" for number in count(2)))
         return next(free for free in names if self.known(free) is None)
 

@@ -56,10 +56,13 @@ def extension(
         got, remedy = f"a saved chain, {run}", f"begin a run on it, by start: {run} in its config"
         raise RunError("a stage is added to a run", got, remedy)
     keys = _section(section, overrides, run)
-    placing = standing({key: keys.pop(key) for key in STANDING if key in keys}, 1)
-    beside = placing["beside"] if beside is None else beside
-    name = keys["name"] = check_name(keys.get("name"))
     start_data, output = keys.pop("start_data", None), keys.pop("output", None)
+    flags = {key: keys.pop(key, None) for key in STANDING}
+    if beside is not None or (flags["beside"] is None and (named or output) is not None):
+        flags["beside"] = beside or False
+    placing = standing(flags | ({"rehearse": True} if rehearse else {}), 1)
+    beside = placing["beside"]
+    name = keys["name"] = check_name(keys.get("name"))
     if beside and (output is not None or on.state != head.state):
         rule, remedy = "a stage beside others begins where RUN began", "leave one out"
         raise RunError(rule, f"--beside with {output or address}", remedy)
@@ -72,9 +75,9 @@ def extension(
     begun = _begun(head, name, required)
     can_choose = named is None and (begun is None or begun.parent.key == origin)
     if beside or (beside is None and can_choose):
-        stage = _beside(head, begun, keys, address, beside)
+        stage = _beside(head, begun, keys, address, placing)
         if stage is not None:
-            return [replace(stage, rehearse=rehearse or placing["rehearse"])]
+            return [stage]
     parent = on if begun is None else begun.parent
     return [_on_top(parent, keys, address, is_new=begun is None)]
 
@@ -106,14 +109,14 @@ def _beside(
     begun: OpenState | None,
     keys: Mapping[str, Any],
     address: str | Path,
-    beside: bool | None,
+    placing: Mapping[str, Any],
 ) -> Stage | None:
     """Return a stage beside the others, None if it must be placed on top of them."""
     origin, own_stages = head.at(head.history.origin), head.history.own_stages
     # Inherit from the run's first stage: a later one may be pruned, or may not exist when the
     # command is repeated.
     last = begun or (head.at(own_stages[0]) if own_stages else origin.with_rows)
-    stage = replace(_inheriting(last, keys, address), after=origin.key, beside=beside)
+    stage = replace(_inheriting(last, keys, address), after=origin.key, **placing)
     if begun is None and not can_stand(stage, (), head):
         return None
     if begun is None:

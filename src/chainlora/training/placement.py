@@ -21,11 +21,11 @@ from chainlora.errors import ConfigError, RunError
 from chainlora.evaluation.combination import ON_TOP, need_combinable
 from chainlora.runs.declaring import stage_entry
 from chainlora.runs.draft import Draft
-from chainlora.runs.history import History, Recipe, Unbuilt
+from chainlora.runs.history import REHEARSAL, History, Unbuilt
 from chainlora.runs.links import need_low_rank_sum
 from chainlora.runs.loading_start import NOTHING, Start
 from chainlora.runs.state import OpenState
-from chainlora.training.rehearsing import largest_rank, rehearsal_name, rehearsal_of
+from chainlora.training.rehearsing import largest_rank, rehearsal_of
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,9 @@ def can_stand(
         if stage.beside:
             raise
         below = before[-1].name if head is None or before else head.history.head
-        logger.warning("stage %s is trained on top of %s: %s", stage.name, below, error)
+        without = ", without a rehearsal" if stage.rehearse else ""
+        names = (stage.name, below, without)
+        logger.warning("stage %s is trained on top of %s%s: %s", *names, error)
         return False
     return True
 
@@ -253,17 +255,16 @@ class Declaring:
         if len(parts) == 1:  # the head is still the origin: there is nothing to combine with
             self.top = parts[0]
         else:
-            self.combine(parts, last)
+            self._combine_parts(parts, last)
 
-    def combine(self, parts: Sequence[str], last: Stage, recipe: Recipe | None = None) -> None:
+    def _combine_parts(self, parts: Sequence[str], last: Stage) -> None:
         """Declare a combination of entries, and its rehearsal if the `last` stage asks for one.
 
-        `last` is one of the parts. The recipe is by default that of the current top, with
-        `keep_conflicts` of the last stage.
+        `last` is one of the parts. The recipe is that of the current top, with `keep_conflicts` of
+        the last stage.
         """
         history, update = self.history, {"keep_conflicts": last.config.data.keep_conflicts}
-        recipe = recipe or history.recipe_of(self.top).model_copy(update=update)
-        recipe = recipe.of_parts(parts)
+        recipe = history.recipe_of(self.top).model_copy(update=update).of_parts(parts)
         known = history.combination(parts, recipe)
         if known is None:
             order = [e.key for e in (*history.entries, *history.unbuilt) if e.key in parts]
@@ -281,7 +282,7 @@ class Declaring:
         known = (*history.entries, *history.unbuilt)
         name = next((e.key for e in known if e.is_rehearsal and e.parents == parents), None)
         if name is None:
-            name = rehearsal_name(history)
+            name = history.free_name(REHEARSAL)
             section = {"name": name, "plugins": [*last.config.plugins]}
             parts = history.parts(self.top)
             due = [self.configs[key].chain.ranks for key in parts if key in self.configs]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, count
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ from chainlora.config.staging import Stage, make_stage, section_of, what_stages_
 from chainlora.data.kept import Kept
 from chainlora.errors import RunError
 from chainlora.runs.addresses import open_run
-from chainlora.runs.history import History
+from chainlora.runs.history import REHEARSAL, History
 from chainlora.runs.resuming import not_named
 
-REHEARSAL = "rehearsal"
 # both measured in benchmarks/stages
 RATE = 0.3  # learning rate, as a share of the last stage's
 ROWS = 256  # rows of each stage at most; all rows divided by the batch size give the steps
@@ -37,7 +35,7 @@ def rehearsal(
     if head.entry is not None and head.entry.is_rehearsal:
         known.append(head.key)
         after = head.entry.parent if known == [head.key] else head.key
-    keys = {"name": known[0] if known else rehearsal_name(history)} | dict(section)
+    keys = {"name": known[0] if known else history.free_name(REHEARSAL)} | dict(section)
     for key, value in overrides:
         set_key(keys, key, value)
     before = head.with_rows.config()
@@ -68,12 +66,6 @@ def largest_rank(history: History, keys: Iterable[str]) -> int:
     """Return the largest rank of all links below some entries, 0 without links."""
     tied = (link for key in keys for entry in history.lineage(key) for link in entry.tied)
     return max((history.links[link].rank for link in tied), default=0)
-
-
-def rehearsal_name(history: History) -> str:
-    """Return a name that no entry has."""
-    names = chain([REHEARSAL], (f"{REHEARSAL}-{number}" for number in count(2)))
-    return next(name for name in names if history.known(name) is None)
 
 
 def with_steps(config: RunConfig, kept: Iterable[Kept]) -> RunConfig:

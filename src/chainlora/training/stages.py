@@ -346,17 +346,10 @@ def train_run(
 
 
 def combine_again(run: str | Path, pruned: Pruning, *, listener: Listener | None = None) -> None:
-    """Combine the remaining parts of a pruned run, and rehearse them if the run was rehearsed."""
+    """Build the combination and the rehearsal that a pruning has declared."""
     head = open_run(run)
-    parts = pruned.left or (head.history.parts(head.key) if pruned.rehearsed else [])
-    if len(parts) < 2:
-        return
-    name = head.at(parts[-1]).configured.key
-    stage = Stage(name, head.at(name).config(), beside=True, rehearse=pruned.rehearsed)
-    declaring = Declaring(head.history, head.run)
-    declaring.combine(parts, stage, head.history.recipe_of(head.history.target or head.key))
-    base = OpenBase.of_state(head)
-    carry_out(plan_of(declaring), listener or _ignore, base=base)
+    declaring = Declaring(head.history, head.run, keys=[entry.key for entry in pruned.again])
+    carry_out(plan_of(declaring), listener or _ignore, base=OpenBase.of_state(head))
 
 
 def build_run(

@@ -1,0 +1,102 @@
+"""What a run is after a prune: what it was without the stage, by the same recipe and rehearsal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import train_all, train_on
+
+from beside.cases import add, config_of, section
+from chainlora.evaluation.combination import combine
+from chainlora.runs.addresses import open_run
+from chainlora.runs.changes import prune_stage, undo
+from chainlora.runs.history_file import read_history
+from chainlora.training.stages import build_run, rehearsal, train_stages
+
+SHORT = {"chain": {"steps": [2]}, "train": {"lr": 1e-5}}
+
+
+@pytest.fixture
+def with_general(tiny_folder, sentiment, tmp_path) -> Path:
+    """A run of stage a that keeps rows of its origin."""
+    run, rows = tmp_path / "run", {"train": str(sentiment / "train.jsonl")}
+    rows["task"] = str(sentiment / "task.yaml")
+    train_all(config_of(tiny_folder, sentiment, run) | {"start_data": rows})
+    return run
+
+
+def rehearse(run: Path, **keys: object) -> str:
+    train_stages(rehearsal(run, SHORT | keys), matrix=False)
+    return open_run(run).key
+
+
+def test_it_is_the_combination_of_the_rest_by_the_same_recipe(ac, sentiment, chainlora):
+    """Not an earlier one of the same parts by another recipe."""
+    before = combine(ac, ["a", "c"], rank=4, importance={"c": 3}).key
+    add(sentiment, ac, "b")
+    assert open_run(ac).entry.recipe.rank == 4
+    said = chainlora("prune", ac, "b", "--yes")
+    assert open_run(ac).key == before
+    assert f"{ac} is {before} now" in said.out
+    assert "combining" not in said.err
+
+
+def test_a_state_that_was_undone_does_not_come_back(with_general, sentiment):
+    combine(with_general)
+    undo(with_general)
+    add(sentiment, with_general, "b")
+    undo(with_general)
+    prune_stage(with_general, "b")
+    assert open_run(with_general).key == "a"
+
+
+def test_it_is_an_earlier_rehearsal_of_the_rest(ac, sentiment, chainlora):
+    rehearsed = rehearse(ac)
+    train_on(ac, section(sentiment, "b"), beside=True, rehearse=True)
+    assert open_run(ac).stage == "rehearsal-2"
+    assert chainlora("prune", ac, "b", "--yes").status == 0
+    assert (open_run(ac).key, read_history(ac).unbuilt) == (rehearsed, ())
+    assert prune_stage(ac, rehearsed).again == []  # it is not rehearsed again by its own prune
+    assert open_run(ac).entry.kind == "combine"
+
+
+def test_it_is_rehearsed_as_it_was(abc, chainlora):
+    rehearse(abc)
+    assert "would rehearse them again\n" in chainlora("prune", abc, "b").out
+    assert chainlora("prune", abc, "b", "--yes").status == 0
+    now = open_run(abc)
+    assert (now.key, now.history.parts(now.key)) == ("rehearsal", ["a", "c"])
+    assert (now.config().chain.steps, now.config().train.lr) == ((2,), 1e-5)
+
+
+def test_after_a_kill_its_combination_and_rehearsal_are_built_by_train(abc, ac, chainlora):
+    for run in (abc, ac):
+        rehearse(run)
+    prune_stage(abc, "b")  # the command is killed here
+    remedy = f"chainlora train {abc} computes what is declared"
+    chainlora("prune", abc, "b", "--yes").refused("a stage must be one of", remedy)
+    build_run(abc)
+    assert open_run(abc).state == open_run(ac).state
+
+
+def test_a_rehearsal_with_plug_ins_is_named_and_not_run(abc, tmp_path, chainlora):
+    """Nobody has named them to `prune`, and the run's files may be somebody else's."""
+    plugin = tmp_path / "own.py"
+    plugin.write_text("")
+    rehearse(abc, plugins=[str(plugin)])
+    plugin.write_text("raise RuntimeError")
+    said = chainlora("prune", abc, "b", "--yes")
+    assert said.status == 0
+    assert open_run(abc).entry.kind == "combine"
+    assert f"chainlora rehearse {abc} --plugins" in said.err
+    assert str(plugin) in said.err
+    assert not read_history(abc).unbuilt
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_no_entry_names_a_pruned_stage_as_its_unit(name, with_general, sentiment):
+    """The rows of the origin have the unit of the first stage."""
+    add(sentiment, with_general, "b")
+    prune_stage(with_general, name)
+    assert f'"{name}"' not in (with_general / "history.json").read_text()
