@@ -218,7 +218,9 @@ def _planned(run: Path, history: History, name: str) -> tuple[Pruning, History]:
     on_top = [key for key in remaining if name in {below.key for below in history.lineage(key)}]
     before = BASE if entry is None else entry.parent
     after, parts = _with_combination(history, after)
-    after, plugins = _with_rehearsal(run, history, after, name)
+    plugins: tuple[str, ...] = ()
+    if name != history.head:
+        after, plugins = _with_rehearsal(run, history, after, bool(parts[1:]))
     new_head = None if after.head == history.head else after.head
     again = [entry for entry in after.unbuilt if entry not in history.unbuilt]
     # the stage's own folder is deleted last: while it exists, a killed command can be repeated
@@ -261,15 +263,18 @@ def _with_combination(history: History, after: History) -> tuple[History, list[s
 
 
 def _with_rehearsal(
-    run: Path, history: History, after: History, pruned: str
+    run: Path, history: History, after: History, is_declared: bool
 ) -> tuple[History, tuple[str, ...]]:
-    """Declare the head's rehearsal again, with its config, if it was deleted with `pruned`.
+    """Declare the head of `history` again, with its config, if it was a rehearsal and was deleted.
 
-    One with plug-ins is not declared, because nobody has named them to this command; then they are
-    returned. `after` is the pruned history, with a declared combination.
+    With plug-ins it is not declared, since nobody has named them to this command; then they are
+    returned. `after` is the pruned history. Its target is the combination to rehearse if that
+    `is_declared`, else its head is.
     """
-    old, top = history.find(history.head), after.known(after.target or after.head)
-    if old is None or not old.is_rehearsal or after.find(old.key) is not None or old.key == pruned:
+    old, top = history.find(history.head), after.known(after.head)
+    if is_declared and after.target is not None:
+        top = after.known(after.target)
+    if old is None or not old.is_rehearsal or after.find(old.key) is not None:
         return after, ()
     if top is None or top.is_rehearsal or len(after.parts(top.key)) < 2:
         return after, ()
