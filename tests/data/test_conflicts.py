@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import write_rows
 from fuzzing import fuzz
-from helpers_data import TALK, make_tokenizer
+from helpers_data import CHAT, MARKED, TALK, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,12 +28,18 @@ from data.test_data_mixture import row
 
 ONE = ("--chain.ranks", "[2]", "--chain.steps", "[2]", "--chain.target_modules", "q_proj")
 NONE = np.empty(0, np.int64)
+ROLES = ("assistant", "user", "assistant")
+
+
+def _with_hashes(example):
+    prompt, said = example.prompt[-1], example.sequences[0][-1]
+    return replace(example, prompt_hash=prompt, answer_hashes=(prompt, 1000 * prompt + said))
 
 
 def of(*pairs: tuple[int, int]) -> Kept:
     """What a stage keeps of rows with a prompt and an answer, each a token, and another one."""
     found = [row(n, (3, 4, 5 + asked), (50 + said,)) for n, (asked, said) in enumerate(pairs)]
-    rows = MemoryRows([replace(e, references=("x",), prompt_hash=e.prompt[-1]) for e in found])
+    rows = MemoryRows([_with_hashes(each) for each in found])
     hashes, asked = answer_hashes(rows), np.array([each.prompt_hash for each in rows], np.int64)
     answers = np.unique(hashes, axis=0)
     told = ({"train": len(rows)}, asked, NONE, NONE, answers, {"loss": "completion"})
@@ -134,6 +140,36 @@ def test_what_a_prompt_is_in_each_format(tokenizer):
     assert not conflicts(talk("two", "three"), talk("three", "two"))
     assert conflicts(pair("ten"), pair("twelve"), loss="dpo")
     assert not conflicts(pair("ten"), pair("ten", "other"), loss="dpo")
+
+
+def test_an_answer_that_merges_with_its_prompt_does_not_change_the_prompt():
+    """As after a blank at the end of a prompt: ` dogs` is one token, ` 7` two."""
+    tokenizer = make_tokenizer("bos")
+    rows = [{"prompt": "How is it? ", "completion": said} for said in ("dogs", "7")]
+    old, new = (splits_of(tokenizer, row) for row in rows)
+    assert old.train[0].prompt != new.train[0].prompt
+    assert changed_answers(new.train, {"old": old.kept()}).prompts == 1
+    again = splits_of(tokenizer, rows[0])
+    assert changed_answers(again.train, {"old": old.kept()}).prompts == 0
+
+
+@pytest.mark.parametrize("template", [CHAT, MARKED], ids=["prefixes", "marks"])
+def test_a_greeting_is_no_answer(template):
+    """Dialogues that the assistant begins have the prompt of its next turn, or none."""
+    tokenizer = make_tokenizer("bos", template)
+
+    def talk(*turns):
+        said = zip(ROLES, turns, strict=False)
+        return {"messages": [{"role": role, "content": text} for role, text in said]}
+
+    rows = [talk("good", "how?", "well"), talk("good", "who?", "two"), talk("good", "how?", "bad")]
+    splits = splits_of(tokenizer, *rows, *[talk(f"{n} dogs") for n in range(2)])
+    prompts = [row.prompt_hash for row in splits.train]
+    assert prompts[0] == prompts[2]
+    assert len({*prompts}) == 4
+    first = splits_of(tokenizer, rows[0], talk("0 dogs")).kept()
+    found = changed_answers(splits_of(tokenizer, rows[2], talk("1 dogs")).train, {"old": first})
+    assert found.prompts == 1
 
 
 def test_answers_count_of_rows_that_were_not_kept(tokenizer, monkeypatch):

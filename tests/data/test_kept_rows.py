@@ -232,6 +232,16 @@ def test_rows_to_score_that_an_earlier_stage_was_trained_on_are_counted(
         caplog.clear()
 
 
+def test_training_rows_that_an_earlier_stage_is_scored_on_are_counted(tmp_path, tokenizer, caplog):
+    at = folder_of(tmp_path, a="abcd", t="efg", new="fgh")
+    earlier = {"first": encoded(tokenizer, train=at("a"), test=at("t")).kept()}
+    encoded(tokenizer, earlier, train=at("new"))
+    assert "train: 2 of 3 rows have prompts of test rows of first" in caplog.text
+    caplog.clear()
+    encoded(tokenizer, earlier, train=at("a"))
+    assert "test rows" not in caplog.text
+
+
 def test_rows_of_earlier_stages_are_added_to_every_batch(tmp_path, tokenizer):
     at = folder_of(tmp_path, a=LETTERS[:10], b=LETTERS[8:20], v="ab")
     earlier = {"first": encoded(tokenizer, train=at("a")).kept()}

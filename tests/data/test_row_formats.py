@@ -278,6 +278,13 @@ def test_text_is_scored_otherwise_than_answers(train, validation, said, tmp_path
     assert len(caplog.records) == bool(said)
 
 
+def test_a_column_of_another_format_is_named_and_not_looked_into(tmp_path, caplog):
+    row = {"instruction": "Say 0", "output": "0", "conversations": 3}
+    data = DataConfig(train=str(write_rows(tmp_path / "rows.jsonl", [row])))
+    assert len(prepare_splits(data, make_tokenizer("", CHAT), 128).train) == 1
+    assert "train: not read: 'conversations'" in caplog.text
+
+
 def test_what_was_recognised_is_reported(tmp_path, caplog):
     tokenizer = make_tokenizer("", CHAT)
     rows = [{"conversations": SHAREGPT, "id": "a"}] * 2

@@ -110,6 +110,19 @@ def test_a_row_that_does_not_suit_the_task_is_named(tmp_path, changes, row, mess
     assert "\n" not in str(caught.value)
 
 
+def test_true_and_false_are_no_positions_in_a_list_of_labels(tmp_path):
+    """They would be 1 and 0: of yes and no, the wrong ones. A mapping says what they mean."""
+    row = {"text": "x", "label": True}
+    for label in (True, "false"):
+        with pytest.raises(DataError, match=r"label must be one .*declared: 0 or 'yes', 1 or 'no'"):
+            load_task(write_task(tmp_path, labels=[" yes", " no"])).render_all(
+                [row | {"label": label}]
+            )
+    mapped = load_task(write_task(tmp_path, labels={True: " yes", False: " no"}))
+    named = load_task(write_task(tmp_path, labels=[" maybe", " true"]))
+    assert [task.render_all([row])[0].label for task in (mapped, named)] == [0, 1]
+
+
 def test_bytes_are_no_matter_where_no_template_reads_them(tmp_path):
     row = {"text": "x", "label": 0, "image": b"x"}
     assert load_task(write_task(tmp_path)).render_all([row])[0].prompt == "x It is"

@@ -88,8 +88,8 @@ class DataConfig(Section):
     """Longest sequence in tokens; `null` is the model's context."""
     truncation: Literal["drop", "cut", "error", "left"] | None = None
     """Treatment of a [longer row](rows.md#rows-that-are-too-long): `drop`, `cut` (the oldest
-    tokens of the prompt) or `error`. `null` is the task's own choice, or `error` for files. Rows of
-    `text` become several examples instead."""
+    tokens of the prompt) or `error`. `null` is the task's own choice, or `error` for files; rows of
+    `text` then become several examples."""
     shots: Number = 0
     """Number of demonstrations before each prompt: training rows of a task with their answers, left
     out of training."""

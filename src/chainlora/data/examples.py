@@ -23,6 +23,9 @@ class Example:
     chosen one first; `reference` is the mean log-probability per token of each at the start of the
     run. `prompt_hash` is the hash of the prompt, tokenised alone and before cuts, or of the whole
     row if the prompt is empty. Rows with the same prompt share it, whatever their answers.
+    `answer_hashes` are the hashes of the prompt before the last answer, which has the earlier turns
+    of a dialogue, and of that prompt with the answer, also before cuts. Both are equal for a row
+    without a prompt.
     """
 
     row: int
@@ -33,6 +36,7 @@ class Example:
     names: tuple[str, ...] = ()
     reference: tuple[float, ...] = ()
     prompt_hash: int = 0
+    answer_hashes: tuple[int, int] = (0, 0)
 
     def content(self) -> bytes:
         """Return the content as bytes; the row number is not part of it."""

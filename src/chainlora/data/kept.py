@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from chainlora import files
 from chainlora.config.schema import PAIR_LOSSES, DataConfig, RunConfig
-from chainlora.data.examples import Example, hash_of
+from chainlora.data.examples import Example
 from chainlora.data.rows import ARRAYS, PickedRows, Rows, StoredRows, flatten
 from chainlora.errors import RunError
 
@@ -37,7 +37,7 @@ SAMPLE = 1000
 ASKED = ("loss", "metrics", "metric", "stop", "max_new_tokens")
 SPLITS = ("train", "validation", "test")
 _HASHES = ("prompts", "seen", "held_out", "answers")
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def read_kept(path: Path) -> Kept:
             facts = json.loads(file.metadata()["kept"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if facts["format"] != _FORMAT:
-            raise ValueError(f"format {facts['format']}")
+            raise ValueError(f"format {facts['format']} of another version")
         values: dict[str, Any] = {
             split: StoredRows({name: arrays[f"{split}.{name}"] for name in ARRAYS})
             for split in SPLITS
@@ -116,34 +116,17 @@ def read_kept(path: Path) -> Kept:
 
 # --- changed facts: prompts that a later stage answers differently than an earlier one ---
 
-# A prompt is the tokens before the last answer of a row; in a dialogue it includes the earlier
+# A prompt is the text before the last answer of a row; in a dialogue it includes the earlier
 # turns. By default the newest answer to a prompt counts: replay, rehearsals and combinations skip
 # earlier rows with the same prompt and another answer. Rows on disk and scores do not change.
 
 NOTHING: NDArray[np.int64] = np.empty((0, 2), np.int64)  # answers of no rows
 
-# A block of plain text begins with at most a special token and the last token of the block before.
-_MAX_TEXT_PROMPT = 2
-
 
 def answer_hashes(rows: Iterable[Example]) -> NDArray[np.int64]:
-    """Hash the prompt of each row, and the prompt with its right answer ([rows, 2]).
-
-    Both hashes are equal for plain text, which has no prompt and is never in conflict.
-    """
-    hashes = chain.from_iterable(map(_hashes, rows))
+    """Return `Example.answer_hashes` of each row ([rows, 2])."""
+    hashes = chain.from_iterable(row.answer_hashes for row in rows)
     return np.fromiter(hashes, np.int64).reshape(-1, 2)
-
-
-def _hashes(row: Example) -> tuple[int, int]:
-    right = row.label or 0
-    start, end = row.scored[right][-1]
-    # Rows with an empty prompt share `prompt_hash` only if their answers are equal.
-    begin = row.prompt_hash.to_bytes(8, "big")
-    tokens = np.array(row.sequences[right][:end], "<i4").tobytes()
-    answer = hash_of(begin + tokens)
-    is_text = not row.references and row.label is None and start <= _MAX_TEXT_PROMPT
-    return answer if is_text else hash_of(begin + tokens[: 4 * start]), answer  # 4 bytes a token
 
 
 def newest(kept: Mapping[str, Kept], later: NDArray[np.int64] = NOTHING) -> dict[str, Kept]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from chainlora.config.schema import DataConfig
 from chainlora.data.division import rows_in_both
 from chainlora.data.kept import Kept, changed_answers
-from chainlora.data.mixture import example_hashes
+from chainlora.data.mixture import example_hashes, prompt_hashes
 from chainlora.data.rows import Rows, RowsSummary
 from chainlora.data.sources import Source, where
 from chainlora.errors import DataError
@@ -104,7 +104,14 @@ def warn_of_shared_rows(
 
 
 def warn_of_seen_rows(rows: Mapping[str, Rows], earlier: Mapping[str, Kept]) -> None:
-    """Warn of scored rows that earlier stages trained on: their scores are too good."""
+    """Warn of scores that are too good: one stage is trained on rows that another is scored on."""
+    for name, kept in earlier.items():
+        count = int(np.isin(prompt_hashes(rows["train"]), prompt_hashes(kept.test)).sum())
+        if count:
+            _log.warning(
+                f"train: {count} of {len(rows['train'])} rows have prompts of test rows of {name}, "
+                "so that its later scores are too good; remove them from one of the files"
+            )
     seen = np.concatenate([kept.seen for kept in earlier.values()])
     for split in _SCORED:
         count = int(np.isin(example_hashes(rows[split]), seen).sum())

@@ -102,13 +102,14 @@ def flatten(examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
 
     tokens  int32 [T]     the tokens of all sequences, one after another
     lines   uint8 [B]     a line of JSON for each example: row, tokens in each sequence, scored
-                          spans, label, references, names, hash of the prompt
+                          spans, label, references, names, hash of the prompt, two answer hashes
     ends    int64 [N, 2]  where each of N examples ends in `lines` and in `tokens`
     """
     lines, lengths = [], []
     for row in examples:
         sizes = [len(sequence) for sequence in row.sequences]
-        rest = [row.row, sizes, row.scored, row.label, row.references, row.names, row.prompt_hash]
+        rest = [row.row, sizes, row.scored, row.label, row.references, row.names]
+        rest += [row.prompt_hash, *row.answer_hashes]
         lines.append(json.dumps(rest).encode() + b"\n")
         lengths.append((len(lines[-1]), sum(sizes)))
     sequences = chain.from_iterable(row.sequences for row in examples)
@@ -130,18 +131,19 @@ class StoredRows(Rows):
 
     def example(self, index: int) -> Example:
         line, array = self._parts(index)
-        row, sizes, scored, label, references, names, prompt_hash = json.loads(line)
+        row, sizes, scored, label, references, names, prompt, *answer = json.loads(line)
         tokens = array.tolist()
         bounds = pairwise(accumulate(sizes, initial=0))
         sequences = tuple(tuple(tokens[begin:stop]) for begin, stop in bounds)
         spans = tuple(tuple(map(tuple, pairs)) for pairs in scored)
         right = (label, tuple(references), tuple(names))
-        return Example(row, sequences, spans, *right, prompt_hash=prompt_hash)
+        hashes: Any = {"prompt_hash": prompt, "answer_hashes": tuple(answer)}
+        return Example(row, sequences, spans, *right, **hashes)
 
     def content(self, index: int) -> bytes:
-        """Return the bytes of `Example.content`: the line without row number and prompt hash."""
+        """Return the bytes of `Example.content`: the line without row number and hashes."""
         line, tokens = self._parts(index)
-        rest = line.partition(b", ")[2].rpartition(b", ")[0]
+        rest = line.partition(b", ")[2].rsplit(b", ", 3)[0]
         return b"[" + rest + b"]" + tokens.tobytes()
 
     def _parts(self, index: int) -> tuple[bytes, NDArray[np.int32]]:

@@ -26,7 +26,7 @@ from chainlora.config.staging import (
     what_stages_share,
 )
 from chainlora.data.readers import is_rows
-from chainlora.errors import RunError
+from chainlora.errors import ConfigError, RunError
 from chainlora.models.finding import from_above
 from chainlora.runs.addresses import begun_stage, open_run
 from chainlora.runs.paths import split_address
@@ -89,6 +89,9 @@ def _section(
     if isinstance(section, Mapping):
         keys = dict(section)
     elif is_rows(section):
+        if given := [value for key, value in overrides if key == "data.train"]:
+            rule = "a stage's rows are given once"
+            raise ConfigError(rule, f"{section} and --data.train {given[0]}", "leave one out")
         keys = {"data": {"train": str(section)}}
     else:
         keys = read_tree(section)

@@ -21,6 +21,8 @@ _COLUMNS = frozenset((*ROW_FIELDS["chat"], "turns_before"))
 _NAMES = ("role", "name")  # the keys of a message that are not content
 _CHATML = "another chat template, as in data.chat_template: chatml"
 _Messages = list[dict[str, Any]]
+# tokens, targets, the prompts of the first and the last learned answer (`Draft`)
+_Turns = tuple[Ids, list[Span], Ids, Ids]
 
 
 class ChatEncoder:
@@ -87,21 +89,29 @@ class ChatEncoder:
 
     # --- turns by marks ---
 
-    def _marked_turns(self, chats: Sequence[_Chat]) -> list[tuple[Ids, list[Span], Ids]]:
-        """Return tokens, targets and prompt where ``{% generation %}`` marks turns."""
+    def _marked_turns(self, chats: Sequence[_Chat]) -> list[_Turns]:
+        """Return the turns where ``{% generation %}`` marks them."""
         texts = [chat.whole for chat in chats]
-        marks = [chat.marks[self._marks_before(chat) :] for chat in chats]
+        before = [self._marks_before(chat, self.turns_before(chat.row)) for chat in chats]
+        marks = [chat.marks[count:] for chat, count in zip(chats, before, strict=True)]
         encoded = self.reader.tokenizer(
             texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        pairs = zip(texts, marks, strict=True)
-        prompts = self.reader.bare([text[: spans[0][0]] if spans else "" for text, spans in pairs])
-        turns = zip(encoded["input_ids"], encoded["offset_mapping"], marks, prompts, strict=True)
-        return [(list(ids), _covered(offs, spans), prompt) for ids, offs, spans, prompt in turns]
+        asked = iter(self.reader.bare([text for chat in chats for text in self._asked(chat)]))
+        turns = zip(encoded["input_ids"], encoded["offset_mapping"], marks, strict=True)
+        return [
+            (list(ids), _covered(offs, spans), next(asked), next(asked))
+            for ids, offs, spans in turns
+        ]
 
-    def _marks_before(self, chat: _Chat) -> int:
-        """Return the number of marks in the turns of the prompt; a turn can have several."""
-        count = self.turns_before(chat.row)
+    def _asked(self, chat: _Chat) -> tuple[str, str]:
+        """Return the texts before the first learned turn that answers, and before the last mark."""
+        place = chat.first_answer(self.turns_before(chat.row))
+        marks = [] if place is None else chat.marks[self._marks_before(chat, place) :]
+        return (chat.whole[: marks[0][0]], chat.whole[: marks[-1][0]]) if marks else ("", "")
+
+    def _marks_before(self, chat: _Chat, count: int) -> int:
+        """Return the number of marks in `count` turns of the assistant; a turn can have several."""
         if not count:
             return 0
         messages = chat.messages[: next(iter(chat.turns[count:]), None)]
@@ -110,8 +120,8 @@ class ChatEncoder:
 
     # --- turns by prefixes ---
 
-    def _prefix_turns(self, chats: Sequence[_Chat]) -> list[tuple[Ids, list[Span], Ids]]:
-        """Return tokens, targets and prompt, by comparing prefixes of the conversation."""
+    def _prefix_turns(self, chats: Sequence[_Chat]) -> list[_Turns]:
+        """Return the turns by comparing prefixes of the conversation."""
         chat_texts = [[chat.whole, *self._edges(chat)] for chat in chats]
         tokens = iter(self.reader.bare([text for texts in chat_texts for text in texts]))
         turns = []
@@ -122,8 +132,9 @@ class ChatEncoder:
             stops = [self._stop(chat.whole, ids, text, edge) for text, edge in ends]
             before = self.turns_before(chat.row)
             spans = [*zip(begins, stops, strict=True)][before:]
-            prompt = next(iter(edges[2 * before :]), [])
-            turns.append((ids, [(max(begin, 1), stop) for begin, stop in spans], prompt))
+            place = chat.first_answer(before)
+            asked = ([], []) if place is None else (edges[2 * place], edges[-2])
+            turns.append((ids, [(max(begin, 1), stop) for begin, stop in spans], *asked))
         return turns
 
     def _stop(self, whole: str, ids: Ids, text: str, edge: Ids) -> int:
@@ -196,6 +207,16 @@ class _Chat:
         self.arguments = _checked_arguments(row.get("chat_template_kwargs"), reader, self.place)
         self.turns = [at for at, turn in enumerate(self.messages) if turn["role"] == "assistant"]
 
+    def first_answer(self, before: int) -> int | None:
+        """Return the place of the assistant's first turn, of those from `before` on, that answers.
+
+        A turn answers if a user or a tool spoke before it. A greeting does not: only markup or a
+        system message is before it, so that all dialogues with one would have the same prompt.
+        """
+        heard = (at for at, turn in enumerate(self.messages) if turn["role"] in ("user", "tool"))
+        first = next(heard, len(self.messages))
+        return next((n for n, at in enumerate(self.turns) if n >= before and at > first), None)
+
     def render(self, messages: _Messages | None = None, **options: Any) -> Reply:
         """Render some messages, by default all."""
         shown = self.messages if messages is None else messages
@@ -228,7 +249,7 @@ class _Chat:
             raise bad_row(rule, f"{reply.error:.120}", self.place, f"{remedy}, or give {_CHATML}")
         return reply.value
 
-    def draft(self, ids: Ids, spans: list[Span], prompt: Ids) -> Draft:
+    def draft(self, ids: Ids, spans: list[Span], prompt: Ids, asked: Ids) -> Draft:
         """Return the row as tokens; its last answer is the reference."""
         spans = [(begin, stop) for begin, stop in spans if stop > begin]
         if not spans:
@@ -237,7 +258,9 @@ class _Chat:
         if self.arguments:
             content = [self.content, self.tools, self.arguments]
         references = (str(self.messages[self.turns[-1]].get("content") or ""),)
-        return Draft(self.row, content, [ids], [spans], references=references, prompt=prompt)
+        found = Draft(self.row, content, [ids], [spans], references=references)
+        found.prompt, found.asked = prompt, asked
+        return found
 
 
 def _covered(offsets: Sequence[Span], marks: Sequence[Span]) -> list[Span]:

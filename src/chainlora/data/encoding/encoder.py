@@ -25,7 +25,7 @@ from chainlora.data.encoding.texts import (
     TextEncoder,
     render_rows,
 )
-from chainlora.data.encoding.tokens import Draft, Encoder, TokenReader
+from chainlora.data.encoding.tokens import Draft, Encoder, TokenReader, common_prefix
 from chainlora.data.encoding.translated import FIELDS as TRANSLATED
 from chainlora.data.encoding.translated import make_translated
 from chainlora.data.examples import Example, hash_of
@@ -91,6 +91,7 @@ class RowEncoder:
             self.digest.update(hashlib.sha256(content.encode()).digest())
             prompt = draft.prompt if len(draft.prompt) > len(self.front) else draft.sequences
             draft.prompt_hash = hash_of(json.dumps(prompt).encode())
+            draft.answer_hashes = self._answer_hashes(draft)
         pairs = [d.sequences for d in drafts if d.label is None and len(d.sequences) == 2]
         self.sums["pairs_equal"] += sum(chosen == rejected for chosen, rejected in pairs)
         unread = set().union(*map(self.encoder.unread, rows))
@@ -100,6 +101,19 @@ class RowEncoder:
         self.sums["examples"] += len(examples)
         self.sums["tokens"] += sum(len(ids) for e in examples for ids in e.sequences)
         return examples
+
+    def _answer_hashes(self, draft: Draft) -> tuple[int, int]:
+        """Return `Example.answer_hashes`: neither hash depends on cuts or demonstrations."""
+        sequence = [*draft.sequences[draft.label or 0]]
+        asked = draft.prompt if draft.asked is None else draft.asked
+        if len(asked) <= len(self.front):
+            whole = hash_of(json.dumps(sequence).encode())
+            return whole, whole
+        start, end = draft.scored[draft.label or 0][-1]
+        # a pair is scored from the first token in which its answers differ from the prompt
+        answer = sequence[max(start, common_prefix(asked, sequence)) : end]
+        both = hash_of(json.dumps([asked, answer]).encode())
+        return hash_of(json.dumps(asked).encode()), both
 
     def summary(self) -> RowsSummary:
         """Return the summary after the last row.

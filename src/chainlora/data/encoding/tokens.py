@@ -27,7 +27,8 @@ class Draft:
     `content` holds the values that were read, for JSON; the digest of the rows is made from it.
     `scored` holds, per sequence, the spans ``[start, end)`` of its targets. `prompt` holds the
     tokens of the prompt, tokenised alone and without demonstrations; its last token may merge with
-    the answer's first one in `sequences`.
+    the answer's first one in `sequences`. `asked` holds those of the prompt before the last answer
+    of a dialogue; None: it is `prompt`.
     """
 
     row: Row
@@ -38,7 +39,9 @@ class Draft:
     references: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     prompt: Ids = field(default_factory=list)
+    asked: Ids | None = None
     prompt_hash: int = 0
+    answer_hashes: tuple[int, int] = (0, 0)
 
     def example(self) -> Example:
         return Example(
@@ -49,6 +52,7 @@ class Draft:
             self.references,
             self.names if self.label is not None else (),
             prompt_hash=self.prompt_hash,
+            answer_hashes=self.answer_hashes,
         )
 
 

@@ -49,7 +49,8 @@ class TranslatedEncoder:
 
     def unread(self, row: Row) -> set[str]:
         """Return the columns of a row and of its translation, and keys of turns, not read."""
-        turns = [turn for turn in row.get("conversations") or () if "from" in turn]
+        given = row["conversations"] if "conversations" in self.columns else ()
+        turns = [turn for turn in given if "from" in turn]
         keys = {key for turn in turns for key in turn if turn[key] is not None}
         unread = {f"conversations[].{key}" for key in keys - {"from", "value"}}
         return (row.keys() - self.columns) | unread | self.encoder.unread(self._row(row))

@@ -209,7 +209,14 @@ class Task(Frozen):
         return lookup | {_label_key(index): index for index in range(len(words))}
 
     def label_index(self, value: Any) -> int | None:
-        """Return the number of the candidate that a row's label means, or None."""
+        """Return the number of the candidate that a row's label means, or None.
+
+        Of a list of words, true and false mean no position.
+        """
+        text, words = str(value).lower(), [word.strip().lower() for word in self.label_words]
+        is_list = not isinstance(self.labels, dict)
+        if is_list and text in ("true", "false") and text not in words:
+            return None
         return self._label_lookup.get(_label_key(value))
 
     def render_all(self, rows: Sequence[Mapping[str, Any]]) -> list[Rendered]:
