@@ -131,6 +131,8 @@ def test_an_output_inside_a_run_is_refused(chainlora, run_copy):
     ):
         refused = chainlora(words.format(run_copy))
         refused.refused("must lie outside other runs", f"inside {run_copy}")
+    for words in ("export {0} --to adapter --output .", "push {0} .", "pull {0} ."):
+        chainlora(words.format(run_copy)).refused("must not be the current folder", "from above")
     assert checksums(run_copy) == before
     assert chainlora(f"report {run_copy} --output {run_copy}/report.html").status == 0  # its place
 

@@ -328,6 +328,21 @@ def test_rows_of_the_base_are_given_by_a_file(roomy, tmp_path, chainlora):
     assert open_run("fork").keepers["start"] == open_run("run").keepers["start"]
 
 
+def test_rows_that_are_scored_are_not_combined(roomy, sentiment, tmp_path, chainlora, caplog):
+    """They measure what a combination does to the base. Training rows stay when they change."""
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"it was {n}"} for n in range(4)])
+    train(of_rows(roomy, sentiment, run := tmp_path / "run"))
+    before = open_run(run).kept()["start"]
+    assert chainlora("eval", run, "--matrix", "--start-rows", rows).status == 0
+    after = open_run(run).kept()["start"]
+    assert (after.train[:], len(after.validation)) == (before.train[:], 4)
+    given = {"start_data": {"validation": str(rows)}}
+    train(of_rows(roomy, sentiment, other := tmp_path / "other", **given))
+    combine(other)
+    assert "start is left out of the combination: start_data has no train" in caplog.text
+    assert [*open_run(other).entry.distances] == ["main"]
+
+
 def test_with_an_adapter_the_model_writes_as_the_adapter_does(
     made, tiny_folder, sentiment, tmp_path
 ):

@@ -137,6 +137,11 @@ def test_a_hub_out_of_reach_leaves_the_folder(chainlora, finished, tmp_path):
     ask = ("export", finished, "--to", "merged", "--output", out, "--push-to-hub", "me/chain")
     chainlora(*ask).refused("must reach the Hub", "hf upload me/chain", str(out))
     assert (out / "model.safetensors").is_file()
+    private = shutil.copytree(finished, tmp_path / "private")
+    ask = ("export", private, "--to", "merged", "--output", tmp_path / "own", "--private")
+    by_hand = f"hf upload me/own {tmp_path / 'own'} --private`"
+    chainlora(*ask, "--push-to-hub", "me/own").refused("must reach the Hub", by_hand)
+    chainlora("push", finished, "copies/mine").refused("for a folder write ./copies/mine")
     card = (out / "README.md").read_text()
     assert "base_model" not in card.split("---")[1]  # a folder of this machine
     assert "vllm serve me/chain" in card

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from conftest import make_tiny_folder, write_rows
-from helpers import flip_last_bit, settings, signed
+from helpers import Stop, flip_last_bit, settings, signed, stopping
 
-from chainlora import export_adapter
+from chainlora import export_adapter, train
 from chainlora.config.staging import make_stages
 from chainlora.files import checksums
 from chainlora.runs.changes import mix_stages
@@ -207,6 +207,33 @@ def test_lineage_rows_and_base_give_the_same_bits(chainlora, made, exported, sen
     assert chainlora("export", tmp_path / "again", *to).status == 0
     assert checksums(tmp_path / "out") == checksums(exported)
     assert "nothing left to do" in chainlora(*command).out
+
+
+def test_what_was_trained_again_on_the_base_in_another_place_is_every_byte(
+    chainlora, made, exported, sentiment, tmp_path
+):
+    """Links name the place of their base, which is no difference."""
+    moved = shutil.copytree(made / "secret/base", tmp_path / "base")
+    own = [str(moved) if "/base" in word else word for word in places(made, sentiment)]
+    again = ("train", exported / "lineage.json", *own, "--output", tmp_path / "again")
+    assert chainlora(*again).status == 0
+    assert "every byte matches" in chainlora("verify", exported, tmp_path / "again").out
+
+
+def test_a_stage_in_training_is_verified_and_not_trained_again(
+    chainlora, tiny_folder, sentiment, tmp_path
+):
+    run = tmp_path / "run"
+    chain = {"ranks": [2, 2], "steps": [2, 9], "target_modules": ["q_proj"]}
+    tree = settings(tiny_folder, sentiment, run) | {"chain": chain}
+    with pytest.raises(Stop):
+        train(tree, listener=stopping(3), progress=False)
+    out = tmp_path / "out"
+    assert chainlora("export", run, "--to", "adapter", "--output", out).status == 0
+    assert "every byte matches" in chainlora("verify", out, run).out
+    again = ("train", out / "lineage.json", "--output", tmp_path / "again")
+    chainlora(*again).refused("Cannot train main of the lineage again: it was exported in training")
+    assert chainlora("generate", f"{run}@base", "--prompt", "a", "--max-new-tokens", "1").out
 
 
 def test_other_rows_and_bases_are_refused(chainlora, made, exported, sentiment, tmp_path):

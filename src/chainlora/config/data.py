@@ -230,7 +230,7 @@ class StartData(Section):
     dir: Annotated[str | None, Home] = None
     """Folder with the task's rows; `null` fetches them from the Hub."""
     train: Annotated[str | list[str] | None, Home] = None
-    """File or files with rows that `data.replay` can add to batches."""
+    """File or files with rows that combinations and `data.replay` read."""
     validation: Annotated[str | Count | Annotated[float, Field(gt=0, lt=1)] | None, Home] = None
     """Rows to score, left out of all training: a file, or a share or number of the prompts in
     `start_data.train`."""

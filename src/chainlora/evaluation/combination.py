@@ -291,8 +291,9 @@ def _solved(
             weight = weights.get(state.key, 1.0)
             parts.append(Part(state.key, rows, stack_links(of_state), weight))
         else:
-            text = "%s is left out: later stages answer all its prompts otherwise"
-            logger.warning(text, state.key)
+            conflicts = "later stages answer all its prompts otherwise"
+            reason = "start_data has no train" if state.key == START else conflicts
+            logger.warning("%s is left out of the combination: %s", state.key, reason)
     ranks = {each.link: history.links[each.link].rank for s in states for each in s.state.terms}
     rank = recipe.rank or max(RANK, sum(ranks.values()))
     chain, _ = chain_on_base(first, base=base)
@@ -308,14 +309,19 @@ def _rows_of(states: Sequence[OpenState], recipe: Recipe) -> list[list[list[int]
     kept = states[0].kept([state.key for state in states])
     kept = kept if recipe.keep_conflicts else newest(kept)
     return [
-        [row for key in _entries_with_rows(state) for row in _sample(kept[key])] for state in states
+        [row for key in _entries_with_rows(state) for row in _sample(kept[key], key == START)]
+        for state in states
     ]
 
 
-def _sample(kept: Kept) -> Iterator[list[int]]:
-    """Yield up to `ROWS` rows with up to `TOKENS` tokens, at least one row."""
-    tokens = 0
-    for place, example in enumerate((kept.train or kept.validation).spread(ROWS)):
+def _sample(kept: Kept, is_start: bool) -> Iterator[list[int]]:
+    """Yield up to `ROWS` rows with up to `TOKENS` tokens, at least one row.
+
+    Validation rows stand in for missing training rows of a stage. Those of the start do not: they
+    measure what a combination does to the base.
+    """
+    tokens, rows = 0, kept.train if is_start or kept.train else kept.validation
+    for place, example in enumerate(rows.spread(ROWS)):
         (sequence,) = example.right.sequences
         tokens += len(sequence)
         if place and tokens > TOKENS:

@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -107,7 +108,7 @@ def _import(
 
 
 def keep_start_rows(run: str | Path, rows: StartData) -> None:
-    """Replace the kept rows of a run's start."""
+    """Replace the kept rows of a run's start; without new training rows, the old ones stay."""
     run = whole_run(run)
     state = open_run(run)
     if not state.has_run:
@@ -120,6 +121,11 @@ def keep_start_rows(run: str | Path, rows: StartData) -> None:
     base = resolve_model(state.base.model)
     tokenizer, context = tokenizer_of(state, base), context_length(load_skeleton(base))
     sample = rows_of_start(rows, state.with_rows.config().data, tokenizer, context)
+    old = state.kept().get(START)
+    if old is not None and not sample.train:
+        counts = {**sample.counts, "train": old.counts["train"]}
+        known = {name: getattr(old, name) for name in ("train", "prompts", "seen", "answers")}
+        sample = replace(sample, counts=counts, **known)
     kept = save_rows(run, sample, START)
     before = state.history
     after = update_history(run, lambda history: with_start_rows(history, kept))

@@ -85,8 +85,18 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
         model.generation_config = type(generation)()
         model.save_pretrained(folder)
         generation.to_json_file(folder / "generation_config.json")
-        tokenizer.save_pretrained(folder)
     except SafetensorError as error:  # safetensors reports a full disk with it
         raise unwritable(error, folder) from error
     finally:
         model.generation_config = generation
+    save_tokenizer(tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer. Raises FileError if it cannot be written."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:  # tokenizers reports a full disk with the bare class
+            raise
+        raise unwritable(error, folder) from error

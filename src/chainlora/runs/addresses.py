@@ -54,10 +54,11 @@ def _state_of(address: str | Path) -> OpenState:
     need_run(address)
     run, name = split_address(address)
     history = read_history(run)
-    if name is not None:
-        return state_at(run, history, name)
     drafts = {} if history.own else drafts_in(run, history)
-    return state_of_draft(run, next(iter(drafts)), history) if drafts else state_at(run, history)
+    if drafts and name in (None, BASE, START):
+        state = state_of_draft(run, next(iter(drafts)), history)
+        return state if name is None else state_at(run, state.history, name)
+    return state_at(run, history, name)
 
 
 def state_at(run: Path, history: History, name: str | None = None) -> OpenState:

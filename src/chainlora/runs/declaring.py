@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from chainlora import files
 from chainlora.config.reading import make_config
@@ -26,7 +27,7 @@ from chainlora.runs.history_file import changed, update_history
 from chainlora.runs.loading_start import Start
 from chainlora.runs.locks import is_in_use
 from chainlora.runs.paths import HISTORY, exists_in, stage_folder
-from chainlora.runs.resuming import source_digests
+from chainlora.runs.resuming import source_digests, start_digests
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,8 @@ def history_of_start(start: Start, base: Base, config: RunConfig, unit: str) -> 
     is_general = start.state is None and keeps_general(config)
     if start.adapter is None and not is_general and config.start_data in (None, "none"):
         return history
-    given = Unbuilt(key=START, kind="import", unit=unit, config=config.model_dump(mode="json"))
+    known: Any = {"unit": unit, "training": Training(sources=start_digests(config))}
+    given = Unbuilt(key=START, kind="import", config=config.model_dump(mode="json"), **known)
     origin = START if start.state is None else history.origin
     return history.model_copy(update={"unbuilt": (given,), "origin": origin})
 

@@ -29,7 +29,7 @@ from chainlora.chain.low_rank import best_of_rank, singular_values
 from chainlora.config.schema import LinkConfig
 from chainlora.data.templates import ends_of_turn
 from chainlora.errors import ChainError, ModelError, RunError
-from chainlora.models.checkpoint import save_model
+from chainlora.models.checkpoint import save_model, save_tokenizer
 from chainlora.models.finding import resolve_model
 from chainlora.models.identity import base_files, tokenizer_files
 from chainlora.models.loading import load_tokenizer
@@ -185,10 +185,10 @@ def _export_each(
 def _save_tokenizer(run: OpenState | Chain, base: Path, output: Path) -> None:
     """Write the tokenizer of a run's rows; for a chain without a run, the base's tokenizer."""
     if not isinstance(run, Chain) and run.has_run:
-        tokenizer_of(run, base).save_pretrained(output)
+        save_tokenizer(tokenizer_of(run, base), output)
         return
     with suppress(ModelError):  # the base of a chain without a run may have no tokenizer
-        load_tokenizer(base).save_pretrained(output)
+        save_tokenizer(load_tokenizer(base), output)
 
 
 def _base_folder(base: Base, run: OpenState | Chain) -> Path | None:

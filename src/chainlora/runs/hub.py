@@ -69,7 +69,7 @@ def push_folder(
         raise FileError(
             "a push must reach the Hub",
             f"{type(error).__name__}: {error!s:.200} for {name}",
-            remedy or f"{by_hand}`hf upload {name} {folder}`",
+            remedy or f"{by_hand}`hf upload {name} {folder}{' --private' if private else ''}`",
         ) from error
     return str(commit.commit_url)
 
@@ -84,16 +84,16 @@ def push_run(run: str | Path, target: str, *, rows: bool = False) -> list[str]:
     Raises RunError if the target has entries that the run does not have.
     """
     folder, is_remote = whole_run(run), _is_repository(target)
+    remedy = f"log in with `hf auth login`, or for a folder write ./{target}"
     with TemporaryDirectory() if is_remote else nullcontext(expanduser(target)) as made:
         if is_remote:
-            _download(target, allow_patterns=HISTORY, local_dir=made)
+            _download(target, remedy, allow_patterns=HISTORY, local_dir=made)
         names = _send(folder, Path(made), rows=rows)
         trees = {name: read_tree(folder / name) for name in names if Path(name).name == CONFIG}
         if with_paths := [name for name, tree in trees.items() if without_places(tree) != tree]:
             said = "%s name paths of this machine: share %s with care"
             logger.warning(said, ", ".join(with_paths), target)
         if is_remote:
-            remedy = f"log in with `hf auth login`, or for a folder write ./{target}"
             push_folder(made, target, private=True, remedy=remedy)
     return names
 
@@ -106,13 +106,19 @@ def pull_run(source: str, run: str | Path) -> list[str]:
     return _send(folder, Path(run).expanduser(), rows=True)
 
 
-def _download(name: str, **keys: Any) -> Path | None:
-    """Return a folder with files of a repository, None if there is no such repository."""
+def _download(name: str, remedy: str | None = None, **keys: Any) -> Path | None:
+    """Return a folder with files of a repository, None if there is no such repository.
+
+    `remedy` is that of a push, for which the repository need not be there.
+    """
     try:
         return Path(snapshot_download(name, **keys))
     except RepositoryNotFoundError:
         return None
     except Exception as error:  # as in `push_folder`
+        if remedy is not None:
+            got = f"{type(error).__name__} for {name}"
+            raise FileError("a push must reach the Hub", got, remedy) from error
         raise nothing_at(name, "repository") from error
 
 

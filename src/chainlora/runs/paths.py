@@ -51,12 +51,16 @@ def refuse_older(folder: Path) -> None:
 
 
 def need_apart(output: str | PathLike[str], key: str = "output") -> None:
-    """Raise ConfigError for an output folder inside a run.
+    """Raise ConfigError for an output folder inside a run, and for the current folder.
 
-    That run could delete the output, or be damaged by it. An existing run inside is accepted.
+    That run could delete the output, or be damaged by it. An existing run inside is accepted. The
+    current folder cannot be written, because a new folder replaces the output as a whole.
     """
     place = Path(expanduser(output)).resolve()
     refuse_older(place)
+    if Path(expanduser(output)) == Path() and not exists_in(place):
+        rule = f"`{key}` must not be the current folder"
+        raise ConfigError(rule, output, "name a folder in it, or call the command from above")
     outer_run = next(filter(exists_in, place.parents), None)
     if outer_run is not None and not exists_in(place):
         raise ConfigError(

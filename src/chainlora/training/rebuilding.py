@@ -14,6 +14,7 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
+from chainlora.config.data import StartData
 from chainlora.config.reading import leave_out_helpers, make_config, set_key
 from chainlora.config.schema import RunConfig
 from chainlora.config.staging import Stage
@@ -61,6 +62,11 @@ def stages_of(lineage: Lineage, overrides: Sequence[tuple[str, Any]] = ()) -> li
     if not stages or stages[0].config.output is None:
         rule = "a lineage is trained again by stages, into a new folder"
         raise ConfigError(rule, "none", "add --output" if stages else "export another state")
+    start = lineage.history.find(START)
+    from_files = start is not None and start.training.sources
+    if from_files and not isinstance(stages[0].config.start_data, StartData):
+        rule = "Cannot train a lineage again without the stage that names the rows of the start"
+        raise RunError(rule, f"{stages[0].name}, its first one", "export a state with that stage")
     for model in {stage.config.model for stage in stages}:
         check_base(lineage.history.base, "the lineage", files=base_files(resolve_model(model)))
     return stages
@@ -95,6 +101,7 @@ def _need_rebuildable(lineage: Lineage, entry: Entry) -> None:
     changed = [change.key for change in entry.training.changes if change.key in CHANGEABLE]
     reasons = {
         "it was imported": links and entry.kind == "import",
+        "it was exported in training": entry.kind == "stage" and entry.key not in lineage.stages,
         "links below it were pruned": entry.pruned,
         "its run had another name for it": any(facts.digest != d for d, facts in links),
         f"{', '.join(changed)} changed while it was trained": changed,
@@ -186,7 +193,9 @@ def _check_bits(run: Path, wanted: History, built: Entry) -> None:
     entry = wanted.find(built.key)
     assert entry is not None
     if entry.state != built.state or not entry.files.items() <= built.files.items():
-        versions = ", ".join(f"{name} {value}" for name, value in entry.training.versions.items())
+        trained = [e.training.versions for e in wanted.entries if e.training.versions]
+        known = entry.training.versions or dict(*trained[:1])
+        versions = ", ".join(f"{name} {value}" for name, value in known.items())
         raise RunError(
             f"Cannot rebuild: {entry.key} came to other bits than the lineage's",
             f"another state than {entry.state.digest} in {run}",
