@@ -172,13 +172,13 @@ def _of_all(case: Case) -> RunConfig:
     first, files = configs[0], [file for each in configs for file in each.data.train_files]
     rows = {"train": files, "validation": None, "test": None}
     data = [each.data.model_copy(update=rows) for each in configs]
-    lengths = [[getattr(each.chain, key) for key in LENGTHS] for each in configs]
     if not all(each.data.train_files for each in configs) or any(
-        (own, length) != (data[0], lengths[0]) for own, length in zip(data, lengths, strict=True)
+        (own, each.chain, each.train) != (data[0], first.chain, first.train)
+        for own, each in zip(data, configs, strict=True)
     ):
         rule = "all_at_once learns the rows of all stages as one data set"
         remedy = "give stages files of their own, and set all else beside `stages`"
-        raise ConfigError(rule, "stages with other keys of data, or of other lengths", remedy)
+        raise ConfigError(rule, "stages with other keys of data, chain or train", remedy)
     whole = {
         key: tuple(len(configs) * each for each in getattr(first.chain, key))
         for key in ("steps", "tokens")

@@ -155,6 +155,8 @@ def test_a_combiner_and_a_regulariser_of_one_file_each(chainlora, stages, tmp_pa
         ({}, "ewc,combine --methods.combine.settings.rank 0", "settings.rank.* above 0 .got 0"),
         ({}, "combine,one_lora --stages.style.chain.ranks [4]", "one link in each stage"),
         ({}, "combine,all_at_once --stages.style.data.max_length 9", "other keys of data"),
+        ({}, "combine,all_at_once --stages.style.train.lr 0.1", "other keys of data, chain or"),
+        ({}, "combine,all_at_once --stages.style.chain.alpha 2", "other keys of data, chain or"),
         ({"start": "runs/other"}, "combine,replay", "trains from the bare base"),
         ({"train": {"loss": "dpo"}}, "combine,replay", "answers to rows .*pairs in facts"),
         ({"quantize": "int8"}, "combine,mean --chain.hold carried", "adds to the weights"),

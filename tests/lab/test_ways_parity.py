@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,24 @@ def test_mean_and_ties_are_those_of_the_papers() -> None:
     np.testing.assert_allclose(ties(None, stages, {}, 1.5)["m"], 1.5 * wanted, rtol=1e-5)
 
 
+def of_modules(*names: str) -> dict[str, list[Link]]:
+    """Return a stage for each text, whose only link has the modules that it names."""
+    pairs = [Factors(*pair) for pair in zip(matrices(2, 5), matrices(6, 2), strict=True)]
+    config = LinkConfig(rank=2, alpha=2.0)
+    return {each: [Link(0, config, dict(zip(each, pairs, strict=False)))] for each in names}
+
+
+@pytest.mark.parametrize("merge", [mean, ties])
+@pytest.mark.parametrize("order", [("k", "mk"), ("mk", "k"), ("m", "k")])
+def test_stages_of_other_modules_are_merged_as_updates_of_zero(merge, order) -> None:
+    stages = of_modules(*order)
+    none = {"m": Factors(torch.zeros(2, 5), torch.zeros(6, 2))}
+    whole = {name: [replace(link, factors=none | link.factors)] for name, (link,) in stages.items()}
+    found, wanted = merge(None, stages, {})["m"], merge(None, whole, {})["m"]
+    assert found.any()
+    torch.testing.assert_close(found, wanted)
+
+
 def test_a_router_names_the_nearest_centroid() -> None:
     places = {1: [1.0, 0.0], 2: [0.9, 0.2], 3: [0.0, 1.0], 4: [3.0, 1.0], 5: [0.1, 0.2]}
     route = script("field/router.py").nearest(
@@ -88,6 +107,16 @@ def test_orthogonality_is_the_sum_of_absolute_products() -> None:
         for b in own
     )
     assert float(orthogonality(old, new)) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_o_lora_holds_apart_from_the_modules_that_an_earlier_link_has() -> None:
+    first, second = (own[0] for own in of_modules("m", "k").values())
+    (new,) = matrices(2, 5, count=1)
+    live, penalty = {"A/m": new, "A/k": new}, OLoRA(1.0).penalty
+    old = [first.factors["m"].a, second.factors["k"].a]
+    wanted = float(orthogonality(old, [new, new]))
+    assert float(penalty(live, {}, [first, second])) == pytest.approx(wanted)
+    assert penalty({"A/k": new}, {}, [first]) == 0.0
 
 
 def test_ewc_pulls_as_the_quadratic_penalty_of_all_stages() -> None:
@@ -252,6 +281,13 @@ def test_one_task_merged_is_itself_and_two_are_layer_by_layer() -> None:
         for name in modules:
             own = tasks["one"][0].delta_weight(name)
             assert float((found[name] - own).norm() / own.norm()) < 2e-2
+    few = modules[:2]
+    parts = {
+        task: [replace(link, factors={name: link.factors[name]})]
+        for name, (task, (link,)) in zip(few, tasks.items(), strict=True)
+    }
+    for merge in (regmean, iteris):
+        assert [*merge(model, parts, rows)] == few  # of stages that share no module
     both = regmean(model, tasks, rows, 0.9)
     assert all(torch.equal(before[n], model.get_submodule(n).weight) for n in modules)
     name = modules[0]  # of the first layer: its inputs are those of the base

@@ -32,6 +32,7 @@ from chainlora.chain.layerwise import Layers, run
 
 Rows = Mapping[str, Sequence[Sequence[int]]]
 Links = Mapping[str, Sequence[Link]]
+Shape = tuple[int, int]
 DENSITY = 0.2  # of TIES, its paper's
 ALPHA, MIXED = 1e-7, 5e-4  # of IterIS, its authors' values
 
@@ -51,16 +52,30 @@ def ties(model: Any, links: Links, rows: Rows, scale: float = 1.0) -> dict[str, 
     return {name: merge_ties(each, weights, DENSITY) for name, each in _by_module(links)}
 
 
-def sums(links: Sequence[Link], modules: Sequence[str]) -> dict[str, Tensor]:
-    """Return the update of links that stand on each other."""
+def sums(links: Sequence[Link], modules: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """Return the update of links that stand on each other: zeros for modules that none of them has.
+
+    `modules` gives the shape (out × in) of each.
+    """
     return {
-        name: torch.stack([link.delta_weight(name) for link in links]).sum(0) for name in modules
+        name: sum((e.delta_weight(name) for e in links if name in e.factors), torch.zeros(shape))
+        for name, shape in modules.items()
+    }
+
+
+def modules_of(links: Links) -> dict[str, Shape]:
+    """Return the modules that any link has, with the shape (out × in) of each."""
+    return {
+        name: (factors.b.shape[0], factors.a.shape[1])
+        for own in links.values()
+        for link in own
+        for name, factors in link.factors.items()
     }
 
 
 def _by_module(links: Links) -> Iterator[tuple[str, list[Tensor]]]:
-    for name in next(iter(links.values()))[0].factors:
-        yield name, [sums(own, [name])[name] for own in links.values()]
+    for name, shape in modules_of(links).items():
+        yield name, [sums(own, {name: shape})[name] for own in links.values()]
 
 
 # --- a model ---
@@ -125,14 +140,14 @@ def averaged(grams: Sequence[Tensor], updates: Sequence[Tensor]) -> Tensor:
 @torch.no_grad()
 def regmean(model: Any, links: Links, rows: Rows, off_diagonal: float = 0.9) -> dict[str, Tensor]:
     """Merge layer by layer; `model` is the base, and is that again afterwards."""
-    modules = [*next(iter(links.values()))[0].factors]
-    layers, found = Layers(model, modules), {}
+    modules = modules_of(links)
+    layers, found = Layers(model, [*modules]), {}
     batches = {task: [layers.enter([row]) for row in some] for task, some in rows.items()}
     for place, (path, block) in enumerate(layers.blocks.items()):
-        inner = [name for name in modules if name.startswith(f"{path}.")]
+        inner = {name: each for name, each in modules.items() if name.startswith(f"{path}.")}
         grams: dict[str, list[Tensor]] = {name: [] for name in inner}
         for task, own in batches.items():
-            with added(model, sums(links[task], inner)), _inputs(model, inner) as seen:
+            with added(model, sums(links[task], inner)), _inputs(model, [*inner]) as seen:
                 for batch in own:
                     run(block, batch, place)
             for name in inner:
@@ -181,15 +196,15 @@ def _raised(product: Tensor) -> Tensor:
 @torch.no_grad()
 def iteris(model: Any, links: Links, rows: Rows, passes: int = 1) -> dict[str, Tensor]:
     """Merge in so many passes; `model` is the base, and is that again afterwards."""
-    modules = [*next(iter(links.values()))[0].factors]
+    modules = modules_of(links)
     base = {name: weight_of(model, name).detach().clone() for name in modules}
     found: dict[str, Tensor] = {}
     for _ in range(passes):
         totals = {name: Aligned() for name in modules}
         for task, own in rows.items():
             deltas = sums(links[task], modules)
-            x = _seen(model, deltas, modules, own)
-            merged = _seen(model, found, modules, own) if found else x
+            x = _seen(model, deltas, [*modules], own)
+            merged = _seen(model, found, [*modules], own) if found else x
             for name in modules:
                 totals[name].add(x[name], merged[name], deltas[name], base[name] + deltas[name])
         found = {name: totals.pop(name).solve() for name in modules}

@@ -51,11 +51,14 @@ class OLoRA(Regulariser):
     def penalty(
         self, parameters: Tensors, memory: Tensors, links: Sequence[Link]
     ) -> Tensor | float:
-        if not links:
+        earlier: dict[str, list[Tensor]] = {}
+        for link in links:
+            for name in (n for n in link.factors if f"A/{n}" in parameters):
+                earlier.setdefault(name, []).append(link.factors[name].a)
+        if not earlier:
             return 0.0
-        names = [*links[0].factors]
-        earlier = [torch.cat([link.factors[name].a for link in links]) for name in names]
-        return self.orthogonal * orthogonality(earlier, [parameters[f"A/{n}"] for n in names])
+        new = [parameters[f"A/{name}"] for name in earlier]
+        return self.orthogonal * orthogonality([torch.cat(a) for a in earlier.values()], new)
 
 
 def orthogonality(earlier: Sequence[Tensor], new: Sequence[Tensor]) -> Tensor:
