@@ -43,7 +43,9 @@ def choose(trials: Iterable[Trial], metric: str | None = None) -> list[dict[str,
         groups.setdefault((trial.task, trial.method), {}).setdefault(trial.point, []).append(trial)
     records = []
     for (task, method), by_point in groups.items():
-        name = metric or next(iter(by_point.values()))[0].metric
+        runs = [trial for own in by_point.values() for trial in own]
+        # a sequence that diverged cannot know the metric of its rows
+        name = metric or next((each for each in runs if each.metrics), runs[0]).metric
         tried, best = list[dict[str, Any]](), None
         for point, own in by_point.items():
             score, loss = _mean(own, name), _mean(own, "loss")

@@ -103,8 +103,11 @@ class Expansion:
         key = (task, method, seed, repr(point))
         if key not in self._cells:
             config = _config(self.experiment, task, method, seed, point)
+            chooses = len(self.points[task, method]) > 1
             for part in config.parts:
-                self._check(task, part, chooses=len(self.points[task, method]) > 1)
+                self._check(task, part, chooses=chooses)
+            if chooses and config.stages:
+                self._check_sequence(task, config)
             self._cells[key] = Cell(task, method, seed, point, config, config_id(config))
         return self._cells[key]
 
@@ -127,6 +130,16 @@ class Expansion:
         if chooses and metric is not None and metric not in reported:
             rule = f"task {task}: `tune.metric` must be one of {', '.join(reported)}"
             raise ConfigError(rule, repr(metric))
+
+    def _check_sequence(self, task: str, config: CellConfig) -> None:
+        """Refuse a metric that a sequence has no score of: its stages share one, or the loss."""
+        tasks = [part.data.task for part in config.parts]
+        found = {"loss" if name is None else load_task(name).metric for name in tasks}
+        own = found.pop() if len(found) == 1 else "loss"
+        if self.experiment.tune.metric not in (None, own):
+            rule = f"task {task}: a sequence is scored by {own} alone"
+            got = f"`tune.metric: {self.experiment.tune.metric}`"
+            raise ConfigError(rule, got, f"give {own}, or leave it out")
 
 
 def _points(experiment: Experiment, method: str) -> list[Point]:

@@ -218,8 +218,10 @@ class Session:
         check_alike(found.cells)
         for choice in found.choices:
             if choice["chosen"] is None:
+                values = [each for tried in choice["tried"] for each in tried.get("values", ())]
+                some = " under some seed" if any(each is not None for each in values) else ""
                 self.failed[f"{choice['task']} {choice['method']}"] = (
-                    "every point of its grid diverged"
+                    f"every point of its grid diverged{some}"
                 )
         for cell, result in self._done(self.cells("final")):
             if result["status"] == "diverged":

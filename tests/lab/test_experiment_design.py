@@ -116,6 +116,9 @@ def test_the_choice_is_by_validation_then_loss_then_order():
     assert record["chosen"] == {"train.lr": 2}
     (record,) = choose([trial(1, None, 0.0)])
     assert record["chosen"] is None
+    other = Trial("t", "lora", (("train.lr", 9),), None, "loss")  # of a sequence that diverged
+    (record,) = choose([other, trial(1, 0.1, 1.0), trial(2, 0.7, 2.0)])
+    assert (record["metric"], record["chosen"]) == ("accuracy", {"train.lr": 2})
 
 
 def test_a_list_of_names_keeps_what_the_file_says_of_them(written):

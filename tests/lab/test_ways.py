@@ -223,6 +223,21 @@ def test_a_way_needs_stages(base, sentiment):
         expand(comparison(make_config(base), ["lora", "replay"], [0, 1]))
 
 
+def test_a_metric_that_a_sequence_has_no_score_of_is_refused(stages, sentiment):
+    """Its stages share one metric, or it is scored by the loss."""
+    config = yaml.safe_load(stages().read_text())
+    tree = {"name": "tuned", "base": config, "tasks": {"both": {}}, "methods": ["ewc"]}
+    tune = {"grid": {"settings.penalty": [1.0, 10.0]}, "metric": "perplexity"}
+    said = r"both: a sequence is scored by loss alone \(got `tune.metric: perplexity`\); give loss"
+    with pytest.raises(ConfigError, match=said):
+        expand(make_experiment(tree | {"tune": tune}))
+    for stage in config["stages"]:
+        stage["data"] = {"task": str(sentiment / "task.yaml")}
+    with pytest.raises(ConfigError, match=r"by accuracy alone .*: loss"):
+        expand(make_experiment(tree | {"tune": tune | {"metric": "loss"}}))
+    assert expand(make_experiment(tree | {"tune": tune | {"metric": "accuracy"}}))
+
+
 def test_settings_and_keys_of_a_way_have_grids(stages):
     """And keys of a method hold for all stages, but for a replay before there are rows."""
     config = yaml.safe_load(stages().read_text())
