@@ -24,6 +24,7 @@ from test_laws import (
 from chain.test_saved_chain import tune
 from chainlora import Chain, ChainLoRAError, LinkConfig
 from chainlora.chain.adapters import LIVE, live_factors, load_adapter
+from chainlora.errors import DivergedError
 from chainlora.knots.moments import carry_moments
 from chainlora.runs.history import Base
 from chainlora.runs.links import write_adapter_of
@@ -51,6 +52,24 @@ def test_a_soft_knot_preserves_the_function(architecture, dtype, hold):
     torch.testing.assert_close(logits(chain.model), before, atol=LOGITS[dtype], rtol=0)
     chain.discard()  # with its deposits
     assert torch.equal(logits(chain.model), logits(tiny_model(architecture, dtype=dtype)))
+
+
+@every_hold
+@pytest.mark.parametrize("in_deposit", [False, True])
+def test_a_link_that_is_not_finite_is_not_tied(hold, in_deposit):
+    """NaN in a factor, also where a soft knot has tied a share of it."""
+    chain, _ = tuned("llama", hold=hold)
+    if not in_deposit:
+        chain.tie_share(0.2)
+    a, _ = live_factors(chain.live, name := next(iter(chain.live.layers)))
+    with torch.no_grad():
+        a[0, 0] = float("nan")
+    if in_deposit:
+        chain.tie_share(0.2)
+    rule = f"weights of a link must be finite .got NaN or infinity in {name} after 3 steps"
+    with pytest.raises(DivergedError, match=rule):
+        chain.tie()
+    assert chain.live is not None
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -13,7 +13,7 @@ from chainlora.chain.adapters import Adapter, Factors, stacked
 from chainlora.chain.holding import Holding
 from chainlora.chain.link import Link
 from chainlora.chain.low_rank import compress_together, frobenius_norm
-from chainlora.errors import ChainError
+from chainlora.errors import ChainError, DivergedError
 
 # Relative error of a stored link with soft knots, whose update sums hundreds of slowly turning
 # low-rank deposits. Its effect on the loss is below the resolution of evaluation
@@ -38,6 +38,9 @@ def link_of(live: Live, holding: Holding) -> Link:
 
     Without soft knots the factors are exact copies of the trained ones; a PiSSA link subtracts its
     initial factors. With soft knots they are the compressed sum of all that the link learned.
+
+    Raises ChainError for a link with soft knots that PEFT merged, DivergedError for one that is not
+    finite.
     """
     adapter = live.adapter
     trained = {name: adapters.copied_factors(layer) for name, layer in adapter.layers.items()}
@@ -52,7 +55,13 @@ def link_of(live: Live, holding: Holding) -> Link:
 
     def update(name: str) -> Tensor:  # [out, in], without the scaling
         product, tied = trained[name].b @ trained[name].a, holding.deposited(name)
-        return product if tied is None else product.add_(tied, alpha=1 / adapter.config.scaling)
+        if tied is not None:
+            product.add_(tied, alpha=1 / adapter.config.scaling)
+        if not bool(product.isfinite().all()):  # no SVD takes it
+            got = f"NaN or infinity in {name} after {live.num_steps} steps"
+            remedy = "go back to an earlier state, with a lower learning rate"
+            raise DivergedError("weights of a link must be finite", got, remedy)
+        return product
 
     pairs, error = compress_together(update, list(trained), SOFT_LINK_TOLERANCE)
     factors = {name: replace(trained[name], a=a, b=b) for name, (a, b) in pairs.items()}
