@@ -34,7 +34,7 @@ from chainlora.integrations.lengths import (
 )
 from chainlora.integrations.wrapped_chain import WrappedChain, settings_of
 from chainlora.knots.driver import Knots, check_policy
-from chainlora.knots.numbers import Numbers, Spacings, asks_for_tokens, spacings
+from chainlora.knots.numbers import Numbers, Spacing, Spacings, asks_for_tokens, spacings
 from chainlora.knots.policy import Knot, KnotPolicy
 from chainlora.models.modes import kept_random_state
 from chainlora.runs.loading_start import NOTHING, load_start
@@ -233,6 +233,7 @@ class ChainCallback(TrainerCallback):
         soft: Spacings = ()
         if state.global_step and wrapped.numbers is not None:
             soft = wrapped.numbers.knots  # a resume keeps them
+            _check_spacings(config.knots, soft)
         if config.knots is not None and len(soft) < len(lengths):
             learned = [math.nan] * len(lengths)  # tokens per step and trained parameter, by link
             if asks_for_tokens(config.knots):
@@ -354,3 +355,26 @@ def _by_paths(config: LinkConfig, modules: Iterable[str]) -> LinkConfig:
         return config
     paths = {"target_modules": tuple(sorted(modules)), "exclude_modules": None}
     return config.model_copy(update=paths)
+
+
+def _check_spacings(soft: KnotConfig | None, stored: Spacings) -> None:
+    """Raise RunError unless soft knots could be the stored ones, as far as they give numbers."""
+    if soft is None and not stored:
+        return
+    if soft is not None and stored and all(_fits(soft, each) for each in stored):
+        return
+    given = None if soft is None else soft.model_dump(exclude_defaults=True) or "auto"
+    raise RunError(
+        "a resumed chain must have the soft knots of its checkpoint",
+        f"knots {given}, stored {[each and each._asdict() for each in stored] or None}",
+        "use the settings of the checkpoint",
+    )
+
+
+def _fits(soft: KnotConfig, stored: Spacing | None) -> bool:
+    if stored is None:  # turned off, as only auto is
+        return soft == KnotConfig()
+    share, tau = soft.share, soft.time_constant
+    if tau is not None:
+        share = -math.expm1(-stored.every / tau)
+    return soft.every in (None, stored.every) and share in (None, stored.share)
