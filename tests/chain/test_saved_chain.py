@@ -151,6 +151,21 @@ def test_saving_over_a_chain_replaces_it(tmp_path):
         save_chain(chain, tmp_path / "other")
 
 
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [("float32", "float16"), ("float16", "float32"), ("bfloat16", "float16")]
+)
+def test_a_base_in_another_dtype_than_can_be_compared_is_not_called_another(
+    tmp_path, saved, loaded
+):
+    chain = Chain(tiny_model("llama", dtype=getattr(torch, saved)))
+    chain.extend(LinkConfig(rank=2, target_modules=tuple(TARGETS["llama"])))
+    save_chain(chain, tmp_path / "chain")
+    other = loaded if saved == "float16" else saved
+    rule = f"a base in float16 cannot be compared with one in {other} .*load the model in {saved}$"
+    with pytest.raises(RunError, match=rule):
+        load_chain(tmp_path / "chain", tiny_model("llama", dtype=getattr(torch, loaded)))
+
+
 def test_damage_and_another_base_are_refused(tmp_path):
     chain = make_chain()
     chain.extend(LinkConfig(rank=2, target_modules=tuple(TARGETS["llama"])))

@@ -140,8 +140,7 @@ def fitted(start: Start, chain: Chain, name: str | None = None) -> Start:
     if base is not None:
         folder = folder_of(chain.model)
         files = base_files(folder) if folder and base.files is not None else None
-        fingerprint = chain.base_fingerprint
-        check_base(base, "the earlier stage", files=files, fingerprint=fingerprint)
+        check_base(base, "the earlier stage", files=files, chain=chain)
     return start
 
 

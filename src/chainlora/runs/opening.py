@@ -92,7 +92,7 @@ def _chain_on(base: OpenBase, state: OpenState, **keys: Any) -> tuple[Chain, Any
         check_base(state.base, state.run, files=base.files)
     chain = base.chain(**keys)
     if state.base.files is None:  # a saved chain has no file hashes
-        check_base(state.base, state.run, fingerprint=chain.base_fingerprint)
+        check_base(state.base, state.run, chain=chain)
     return chain, tokenizer_of(state, base)
 
 
@@ -142,20 +142,30 @@ def check_base(
     run: Path | str,
     *,
     files: Mapping[str, str] | None = None,
-    fingerprint: str | None = None,
+    chain: Chain | None = None,
 ) -> None:
     """Raise RunError unless a model is the base that `run` was trained on.
 
     Models are compared by the hashes of their `files` (`models.identity`), or for a chain without a
-    run by their `fingerprint`.
+    run by its `base_fingerprint`.
     """
     wrong = ""
     if before.files is not None and files is not None:
         if changed := changed_files(before.files, files):
             wrong = f"another {changed[0]}" + " and more" * bool(changed[1:])
-    elif fingerprint is not None and fingerprint != before.fingerprint:
-        wrong = f"fingerprint {fingerprint[:12]} for {before.fingerprint[:12]}"
+    elif chain is not None and chain.base_fingerprint != before.fingerprint:
+        _check_comparable(before, chain)
+        wrong = f"fingerprint {chain.base_fingerprint[:12]} for {before.fingerprint[:12]}"
     if wrong:
         name = f", {before.model}" if before.model else ""
         rule = f"the base model must be the one {run} was trained on{name}"
         raise RunError(rule, wrong, "restore it, or start over")
+
+
+def _check_comparable(before: Base, chain: Chain) -> None:
+    """Raise RunError for dtypes in which the fingerprints of one model differ."""
+    dtype = str(next(chain.model.parameters()).dtype).removeprefix("torch.")
+    if dtype != before.dtype and "float16" in (dtype, before.dtype):
+        other = before.dtype if dtype == "float16" else dtype
+        rule = f"a base in float16 cannot be compared with one in {other}"
+        raise RunError(rule, f"{dtype} for {before.dtype}", f"load the model in {before.dtype}")

@@ -138,7 +138,7 @@ def restore_chain(chain: Chain, saved: SavedChain) -> None:
             rule = "a link can be tuned further only at strength 1"
             remedy = f"restore it first: chainlora mix {run} {MAIN}=1"
             raise RunError(rule, f"{term.strength:g} in {run}", remedy)
-    check_base(saved.state.base, run, fingerprint=chain.base_fingerprint)
+    check_base(saved.state.base, run, chain=chain)
     if chain.live is not None:
         chain.discard()
     chain.drop(len(chain))
