@@ -18,6 +18,7 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 from chainlora import Chain, ChainLoRAError, Link, LinkConfig, stack_links
 from chainlora.chain.adapters import Factors
 from chainlora.chain.holding import HOLDINGS
+from chainlora.errors import ModelError
 
 
 @pytest.fixture
@@ -206,6 +207,27 @@ def test_a_rank_that_no_layer_can_have_is_said_once(caplog):
         "model.layers.0.self_attn.k_proj), which limits the rank of their update; rank 32 is "
         "enough for them"
     )
+
+
+class Attending(torch.nn.Module):
+    """A model of vectors, which takes no token ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+        self.dense = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.dense(self.attention(x, x, x)[0])
+
+
+def test_a_layer_whose_weight_torch_s_attention_reads_is_not_linked():
+    """Its forward is never called, so that a LoRA on it does nothing."""
+    chain = Chain(Attending())
+    with pytest.raises(ModelError, match=r"must call the adapted layers .got attention.out_proj"):
+        chain.extend(LinkConfig(rank=2, target_modules=("out_proj", "dense")))
+    chain.extend(LinkConfig(rank=2, target_modules="all-linear"))
+    assert [*chain.live.layers] == ["dense"]
 
 
 def test_a_holding_of_ones_own_is_a_class_and_an_entry(monkeypatch):

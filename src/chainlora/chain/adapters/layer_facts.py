@@ -118,10 +118,17 @@ def uncalled_modules(model: nn.Module, matched: Mapping[str, nn.Module]) -> set[
     A module counts as called if any module of its kind is, for example another expert.
     """
     called = _called_modules(model)
-    if called is None:
-        return set()
+    if called is None:  # a model of other inputs
+        return {name for name in matched if _is_read_by_attention(model, name)}
     kinds = {kind_of(name) for name in matched if name in called}
     return {name for name in matched if kind_of(name) not in kinds}
+
+
+def _is_read_by_attention(model: nn.Module, name: str) -> bool:
+    """Return whether torch's own attention contains a layer, whose weight it reads directly."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    attention = nn.MultiheadAttention
+    return isinstance(parent, attention) and type(parent).forward is attention.forward
 
 
 def kind_of(name: str) -> str:
