@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -90,17 +90,14 @@ def combine(
     if rank is not None and rank < 1:
         remedy = "give another one, or leave it out"
         raise RunError("the rank of a combination must be above 0", rank, remedy)
-    weights = dict(importance or {})
-    _need_weights(weights, {START, *(name for _, its in given for name in its)})
-    start = {START: weights[START]} if START in weights else {}
-    recipe = Recipe(rank=rank, importance=start, general=general, keep_conflicts=keep_conflicts)
-    own = [next((weights[name] for name in its if name in weights), None) for _, its in given]
+    weights = _checked_weights(importance or {}, [its for _, its in given])
+    recipe = Recipe(rank=rank, general=general, keep_conflicts=keep_conflicts)
     if output is None:
-        return _become(folder, parts, own, recipe, progress)
+        return _become(folder, parts, weights, recipe, progress)
     target = empty_folder(output)
     with filled_folder(target) as scratch:
         fork(parts[0], scratch)
-        _become(scratch, parts, own, recipe, progress)
+        _become(scratch, parts, weights, recipe, progress)
     return open_run(target)
 
 
@@ -133,15 +130,23 @@ def _parts(
     return [(state, names_of[state.state.digest]) for state in parts]
 
 
-def _need_weights(importance: Mapping[str, float], parts: Collection[str]) -> None:
-    """Raise RunError for an importance of an unknown part, or one that is not positive."""
+def _checked_weights(
+    importance: Mapping[str, float], names: Sequence[Sequence[str]]
+) -> list[float | None]:
+    """Return the importance of each part, by the first of its names that has one, then the start's.
+
+    Raises RunError for an importance of an unknown part, or one that is not positive.
+    """
+    known = {START, *(name for its in names for name in its)}
     for name, value in importance.items():
-        if name not in parts:
-            rule = f"importance is given to parts, {', '.join(sorted(parts))}"
+        if name not in known:
+            rule = f"importance is given to parts, {', '.join(sorted(known))}"
             raise RunError(rule, repr(name), "leave it out")
         if not 0 < value < math.inf:
             remedy = "to leave a stage out, name the others"
             raise RunError("an importance is a number above 0", f"{value:g} for {name}", remedy)
+    named = (next(filter(importance.__contains__, its), None) for its in (*names, [START]))
+    return [None if name is None else importance[name] for name in named]
 
 
 def _become(
@@ -153,11 +158,12 @@ def _become(
 ) -> OpenState:
     """Combine states in a run, after copying those of other runs; return the new head.
 
-    `weights` are the importance of each state; `recipe` has that of the origin.
+    `weights` are the importance of each state, and then of the origin; None: the default.
     """
     keys = [state.key if state.run == run else take_in(run, state) for state in states]
-    given = {key: weight for key, weight in zip(keys, weights, strict=True) if weight is not None}
-    recipe = recipe.model_copy(update={"importance": recipe.importance | given})
+    pairs = zip((*keys, START), weights, strict=True)
+    given = {key: weight for key, weight in pairs if weight is not None}
+    recipe = recipe.model_copy(update={"importance": given})
     before, key = read_history(run), ""
 
     def change(history: History) -> History:
