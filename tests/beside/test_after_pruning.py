@@ -42,6 +42,14 @@ def test_it_is_the_combination_of_the_rest_by_the_same_recipe(ac, sentiment, cha
     assert "combining" not in said.err
 
 
+def test_a_stage_on_top_leaves_the_recipe_below_it(ac, sentiment):
+    before = combine(ac, ["a", "c"], rank=4).key
+    add(sentiment, ac, "b")
+    train_on(ac, section(sentiment, "d"))
+    prune_stage(ac, "b")
+    assert open_run(ac).key == before
+
+
 def test_a_state_that_was_undone_does_not_come_back(with_general, sentiment):
     combine(with_general)
     undo(with_general)

@@ -89,6 +89,7 @@ def test_an_importance_is_that_of_the_part_which_is_named(abc, tiny_folder, sent
         ({"a": 5}, {"a": 5}),
         ({other: 3, "a": 5}, {"a": 5, "other": 3, "d": 3}),
         ({"d": 2}, {"d": 2}),
+        ({other: 4}, {"other": 4, "d": 4}),  # also if its stages are known already
     ):
         state = combine(abc, ["a", "b", other], importance=given)
         assert state.entry.parents == ("a", "b", "other", "d")

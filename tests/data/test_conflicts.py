@@ -172,6 +172,18 @@ def test_a_greeting_is_no_answer(template):
     assert found.prompts == 1
 
 
+def test_a_prompt_ends_before_the_first_mark_of_the_last_turn():
+    mark = "{% generation %}{{ WORDS }}{% endgeneration %}"
+    marks = mark.replace("WORDS", "m.content[:1]") + mark.replace("WORDS", "m.content[1:]")
+    turn = "{% if m.role == 'assistant' %}" + marks + "{% else %}{{ m.content }}\n{% endif %}"
+    tokenizer = make_tokenizer("bos", "{% for m in messages %}" + turn + "{% endfor %}")
+    old, new = (
+        splits_of(tokenizer, {"messages": [{"role": "user", "content": "how?"}, said]})
+        for said in ({"role": "assistant", "content": text} for text in ("good", "bad"))
+    )
+    assert changed_answers(new.train, {"old": old.kept()}).prompts == 1
+
+
 def test_answers_count_of_rows_that_were_not_kept(tokenizer, monkeypatch):
     monkeypatch.setattr(splits, "SAMPLE", 3)
     old = [asked(f"{n}", f"number {n}?") for n in range(9)]

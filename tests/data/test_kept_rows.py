@@ -14,7 +14,7 @@ from helpers_tasks import write_rows, write_task
 from chainlora import evaluate_task, make_config, train
 from chainlora.config.schema import DataConfig
 from chainlora.config.staging import make_stages
-from chainlora.data.division import pick
+from chainlora.data.division import pick, rows_again
 from chainlora.data.kept import Kept, read_kept, write_kept
 from chainlora.data.mixture import example_hashes, prompt_hashes
 from chainlora.data.rows import MemoryRows, joined
@@ -239,7 +239,19 @@ def test_training_rows_that_an_earlier_stage_is_scored_on_are_counted(tmp_path, 
     assert "train: 2 of 3 rows have prompts of test rows of first" in caplog.text
     caplog.clear()
     encoded(tokenizer, earlier, train=at("a"))
+    again = {"first": encoded(tokenizer, train=at("new"), test=at("t")).kept()}
+    caplog.clear()
+    encoded(tokenizer, again, train=at("a"), replay=0.5)  # rows that are replayed are not new
     assert "test rows" not in caplog.text
+
+
+def test_rows_are_read_again_as_what_they_are(tmp_path, tokenizer):
+    """The start can have training rows of one kind, and be scored on another."""
+    kept = encoded(tokenizer, train=folder_of(tmp_path, a="abcd")("a")).kept()
+    earlier = {"start": replace(kept, asked=kept.asked | {"loss": "candidates"})}
+    assert len(rows_again("data.replay", earlier, "completion", [], 128)[0]) == 4
+    with pytest.raises(ConfigError, match="learned by candidates"):
+        rows_again("data.replay", earlier, "candidates", [], 128)
 
 
 def test_rows_of_earlier_stages_are_added_to_every_batch(tmp_path, tokenizer):

@@ -328,7 +328,7 @@ def test_rows_of_the_base_are_given_by_a_file(roomy, tmp_path, chainlora):
     assert open_run("fork").keepers["start"] == open_run("run").keepers["start"]
 
 
-def test_rows_that_are_scored_are_not_combined(roomy, sentiment, tmp_path, chainlora, caplog):
+def test_rows_that_are_scored_are_not_combined(roomy, sentiment, tmp_path, chainlora):
     """They measure what a combination does to the base. Training rows stay when they change."""
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"it was {n}"} for n in range(4)])
     train(of_rows(roomy, sentiment, run := tmp_path / "run"))
@@ -338,9 +338,12 @@ def test_rows_that_are_scored_are_not_combined(roomy, sentiment, tmp_path, chain
     assert (after.train[:], len(after.validation)) == (before.train[:], 4)
     given = {"start_data": {"validation": str(rows)}}
     train(of_rows(roomy, sentiment, other := tmp_path / "other", **given))
-    combine(other)
-    assert "start is left out of the combination: start_data has no train" in caplog.text
-    assert [*open_run(other).entry.distances] == ["main"]
+    with pytest.raises(RunError, match="a combination needs two parts or more"):
+        combine(other)
+    seen = {"start_data": {"train": str(rows), "validation": str(rows)}}
+    train(of_rows(roomy, sentiment, same := tmp_path / "same", **seen))
+    assert chainlora("eval", same, "--matrix", "--start-rows", rows).status == 0
+    assert len(open_run(same).kept()["start"].train) == 0
 
 
 def test_with_an_adapter_the_model_writes_as_the_adapter_does(

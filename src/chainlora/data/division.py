@@ -102,7 +102,11 @@ def rows_again(
             other_losses.append(f"{stage}: {kept.loss}")
             continue
         rows = pick(kept.train, ~np.isin(kept.prompts, np.concatenate(held_out)))
-        examples = rows if kept.loss == loss else [row.right for row in rows]
+        examples: Sequence[Example] = rows
+        if loss == "completion":
+            examples = [row.right for row in rows]
+        elif loss == "candidates":  # new rows of the start may be of another kind than its old ones
+            examples = [row for row in rows if row.label is not None]
         fitting = MemoryRows([e for e in examples if max(map(len, e.sequences)) <= max_length])
         num_long += len(examples) - len(fitting)
         if fitting:

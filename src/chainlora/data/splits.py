@@ -161,6 +161,8 @@ def prepare_splits(
     warn_of_unread(rows)
     if to_train and compare:
         warn_of_shared_rows(data, rows, encoding.sources)
+        if earlier:
+            warn_of_seen_rows(rows, earlier)
 
     # 3. Add rows of earlier stages to the training rows.
     if to_train and (data.rehearse or (data.replay and parts["train"])):
@@ -168,8 +170,6 @@ def prepare_splits(
         again, fields_of_mix = _rows_of_earlier(data, loss, rows, earlier, limit, fields)
         rows["train"] = joined([rows["train"], *again])
         fields |= fields_of_mix
-    if earlier and to_train and compare:
-        warn_of_seen_rows(rows, earlier)
     fields["digest"] = _digest(rows, encoding.scored.before)
     return Splits(rows["train"], rows["validation"], rows["test"], **fields)
 

@@ -79,8 +79,7 @@ def combine(
     history = read_history(folder)
     given = _parts(folder, history, [names] if isinstance(names, str | Path) else names)
     parts = [state for state, _ in given]
-    has_general = general and _general_of(history) is not None
-    if len(parts) + has_general < 2:
+    if len(parts) + (general and has_general(open_run(folder))) < 2:
         raise RunError(
             "a combination needs two parts or more; the origin of the run counts if it has rows",
             ", ".join(map(str, parts)) or "none",
@@ -119,14 +118,15 @@ def _parts(
     for name, other in others.items():
         need_same_base(state_at(folder, history), other)
         for part in other.history.parts(other.key):
-            found.append((other.at(part), [name] if part in own else [name, part]))
+            found.append((other.at(part), [name] if part in (*own, START) else [name, part]))
     parts = _without_ancestors([state for state, _ in found])
     digests = {state.state.digest for state in parts}
     if below := [state for state, _ in found[: len(keys)] if state.state.digest not in digests]:
         rule = "Cannot combine a state with one that was trained on it"
         raise RunError(rule, f"{below[0]}", "leave it out")
-    # of equal states the first one's
-    names_of = {state.state.digest: its for state, its in reversed(found)}
+    names_of: dict[str, list[str]] = {}
+    for state, its in found:  # equal states are one part
+        names_of.setdefault(state.state.digest, []).extend(its)
     return [(state, names_of[state.state.digest]) for state in parts]
 
 
@@ -274,10 +274,10 @@ def _entries_with_rows(state: OpenState) -> list[str]:
     return [key for key in state.keepers if (key == START) == (state.key == START)]
 
 
-def _general_of(history: History) -> str | None:
-    """Return the SHA-256 of the rows kept for the origin, None without such rows."""
-    start = history.find(START)
-    return None if start is None else start.kept
+def has_general(state: OpenState) -> bool:
+    """Return whether a combination can read rows of the origin: its training rows."""
+    start = state.history.find(START)
+    return start is not None and start.kept is not None and bool(state.kept()[START].train)
 
 
 def _solved(
@@ -287,7 +287,9 @@ def _solved(
     # sorted: the order of summation, and so the bits, must not depend on the order of names
     states = sorted(states, key=lambda state: state.state.digest)
     first, history = states[0], states[0].history
-    if recipe.general and _general_of(history) and all(state.key != START for state in states):
+    start = history.find(START)
+    has_rows = start is not None and start.kept is not None
+    if recipe.general and has_rows and all(state.key != START for state in states):
         states.append(first.at(START))
     links = [state.links() for state in states]
     weights = {START: GENERAL} | recipe.importance
@@ -297,8 +299,7 @@ def _solved(
             weight = weights.get(state.key, 1.0)
             parts.append(Part(state.key, rows, stack_links(of_state), weight))
         else:
-            conflicts = "later stages answer all its prompts otherwise"
-            reason = "start_data has no train" if state.key == START else conflicts
+            reason = "it has no training rows, or later stages answer all their prompts otherwise"
             logger.warning("%s is left out of the combination: %s", state.key, reason)
     ranks = {each.link: history.links[each.link].rank for s in states for each in s.state.terms}
     rank = recipe.rank or max(RANK, sum(ranks.values()))

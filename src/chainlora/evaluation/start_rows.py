@@ -18,11 +18,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from chainlora import files
 from chainlora.config.reading import make_config
 from chainlora.config.schema import DataConfig, RunConfig, StartData
+from chainlora.data.division import pick
 from chainlora.data.encoding.tokens import Ids, TokenReader
 from chainlora.data.examples import Example, hash_of
 from chainlora.data.kept import Kept, keeps_general, read_kept, write_kept
@@ -123,9 +125,10 @@ def keep_start_rows(run: str | Path, rows: StartData) -> None:
     sample = rows_of_start(rows, state.with_rows.config().data, tokenizer, context)
     old = state.kept().get(START)
     if old is not None and not sample.train:
-        counts = {**sample.counts, "train": old.counts["train"]}
-        known = {name: getattr(old, name) for name in ("train", "prompts", "seen", "answers")}
-        sample = replace(sample, counts=counts, **known)
+        left = ~np.isin(old.prompts, sample.held_out)  # scored rows are left out of all training
+        known: Any = {"train": pick(old.train, left), "prompts": old.prompts[left]}
+        known |= {"counts": {**sample.counts, "train": old.counts["train"]}}
+        sample = replace(sample, seen=old.seen, answers=old.answers, **known)
     kept = save_rows(run, sample, START)
     before = state.history
     after = update_history(run, lambda history: with_start_rows(history, kept))
@@ -226,6 +229,7 @@ def _example(row: int, prompt: Ids, is_text: bool, written: Ids) -> Example:
     """Return a row: all of a plain text is learned, but only the answer to a question."""
     ids = [*prompt, *written]
     start = 1 if is_text else len(prompt)
-    identity = [ids] if is_text else prompt
-    hashed = hash_of(json.dumps(identity).encode())
-    return Example(row, (tuple(ids),), (((start, len(ids)),),), prompt_hash=hashed)
+    identity, answer = [ids] if is_text else prompt, [prompt, written]
+    asked, both = (hash_of(json.dumps(each).encode()) for each in (identity, answer))
+    hashes: Any = {"prompt_hash": asked, "answer_hashes": (asked, asked if is_text else both)}
+    return Example(row, (tuple(ids),), (((start, len(ids)),),), **hashes)

@@ -25,6 +25,7 @@ from chainlora.runs.history import (
     REHEARSAL,
     Entry,
     History,
+    Recipe,
     Training,
     Unbuilt,
 )
@@ -256,7 +257,7 @@ def _with_combination(history: History, after: History) -> tuple[History, list[s
         return after, []
     if len(parts) > 1:
         key = after.name_after(parts)
-        recipe = history.recipe_of(history.head).of_parts(parts)
+        recipe = _recipe_below(history, history.head).of_parts(parts)
         again = Unbuilt(key=key, kind="combine", parents=tuple(parts), unit=key, recipe=recipe)
         after = after.declared([again], key)
     return after, parts
@@ -290,6 +291,14 @@ def _with_rehearsal(
         config=config.model_dump(mode="json"),
     )
     return after.declared([again], again.key), ()
+
+
+def _recipe_below(history: History, key: str) -> Recipe:
+    """Return the recipe of a combination, or of the nearest one that an entry stands on."""
+    entry = history.known(key)
+    while entry is not None and entry.kind != "combine":
+        entry = history.known(entry.parent)
+    return Recipe() if entry is None else entry.recipe
 
 
 def _surviving_parts(key: str, history: History, after: History) -> list[str]:
@@ -431,7 +440,7 @@ class _Cut:
             return next((e.key for e in kept if e.is_rehearsal and e.parent == below), below)
         survivors = (survivor for survivor in self.survivors([key]) if survivor != BASE)
         left = self.history.without_ancestors(survivors) or [BASE]
-        wanted = ("combine", self.history.recipe_of(key).of_parts(left), {*left})
+        wanted = ("combine", _recipe_below(self.history, key).of_parts(left), {*left})
         same = (e.key for e in kept if (e.kind, e.recipe, {*e.parents}) == wanted)
         return next(same, left[0])
 

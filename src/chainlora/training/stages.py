@@ -23,6 +23,7 @@ from chainlora.config.reading import make_config, read_config
 from chainlora.config.schema import RunConfig
 from chainlora.config.staging import Stage, check_alone, has_stages, make_stages, section_of
 from chainlora.errors import RunError
+from chainlora.evaluation.combination import has_general
 from chainlora.evaluation.forgetting import check_forgetting, need_scored_rows
 from chainlora.evaluation.stage_scores import HARM, columns_after_training, stage_matrix
 from chainlora.runs.addresses import open_run
@@ -376,7 +377,7 @@ def _score(run: Path, listener: Listener, base: OpenBase | None) -> None:
             matrix = stage_matrix(state, progress=reader(listener), of=of, base=base)
             if harm := matrix.harm():
                 remedy = f"chainlora combine {place} combines it with the base"
-                if any(entry.kind == "combine" for entry in state.lineage):
+                if not has_general(state) or any(e.kind == "combine" for e in state.lineage):
                     remedy = f"chainlora undo {place} takes the last step back"
                 logger.warning("%s: %s; %s", harm, HARM, remedy)
     wait_for_all()

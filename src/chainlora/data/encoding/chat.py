@@ -105,10 +105,13 @@ class ChatEncoder:
         ]
 
     def _asked(self, chat: _Chat) -> tuple[str, str]:
-        """Return the texts before the first learned turn that answers, and before the last mark."""
-        place = chat.first_answer(self.turns_before(chat.row))
-        marks = [] if place is None else chat.marks[self._marks_before(chat, place) :]
-        return (chat.whole[: marks[0][0]], chat.whole[: marks[-1][0]]) if marks else ("", "")
+        """Return the texts before the first learned turn that answers, and before the last one."""
+        first, last = chat.first_answer(self.turns_before(chat.row)), len(chat.turns) - 1
+        if first is None:
+            return "", ""
+        counts = [self._marks_before(chat, place) for place in dict.fromkeys((first, last))]
+        starts = [start for count in counts for start, _ in chat.marks[count : count + 1]]
+        return (chat.whole[: starts[0]], chat.whole[: starts[-1]]) if starts else ("", "")
 
     def _marks_before(self, chat: _Chat, count: int) -> int:
         """Return the number of marks in `count` turns of the assistant; a turn can have several."""
