@@ -330,7 +330,7 @@ def test_what_is_no_earlier_state_is_not_overwritten(chainlora, made, sentiment,
     for words in (("push", run, run / "sub"), ("pull", there, run / "stages/sub")):
         chainlora(*words).refused("`output` must lie outside other runs", f"inside {run}")
     chainlora("pull", "me/nothing", tmp_path / "new").refused("a run or repository must be there")
-    chainlora("push", run, "me/nothing").refused("a run or repository must be there")
+    chainlora("push", run, "me/nothing").refused("must reach the Hub", "write ./me/nothing")
 
 
 def test_a_lineage_of_somebody_else_names_no_trackers_and_runs_no_code(
