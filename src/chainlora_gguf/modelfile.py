@@ -33,6 +33,9 @@ def write_modelfile(
     chat = cut_template(tokenizer) if tokenizer.chat_template else None
     if not tokenizer.chat_template or not _is_chat(state, stage, tokenizer):
         lines.append('TEMPLATE """{{ .Prompt }}"""')
+        kept = state.kept().get(stage)
+        if kept is not None and kept.asked["stop"]:  # can be a line break, so three quotes
+            lines.append(f'PARAMETER stop """{kept.asked["stop"]}"""')
     elif chat is None:
         logger.warning(
             "the Modelfile has no TEMPLATE, as the chat template cannot be translated; Ollama "

@@ -44,6 +44,11 @@ def test_a_training_is_stopped_and_resumed_and_what_fails_is_said(tmp_path):
     other.start(command_of(tmp_path, bad, model=str(roomy)), bad.name)
     assert other.wait() == 1
     assert other.standing.startswith("Not trained. Line 65 of bad.jsonl cannot be read: ")
+    trainer.start(command_of(tmp_path, file, model=str(roomy), name="early"))
+    trainer.stop()  # before anything was written
+    trainer.wait()
+    assert trainer.standing.startswith("Stopped. Nothing is left to resume")
+    assert trainer.offer is None
     trainer.start(command_of(tmp_path, file, model="no/model", name="other"))
     assert trainer.wait() == 1
     assert trainer.standing == "Not trained:"

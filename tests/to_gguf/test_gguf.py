@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_tiny_folder, write_rows
+from helpers_tasks import write_task
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -363,4 +364,18 @@ def test_the_modelfile_is_for_the_rows(chainlora, tiny_folder, sentiment, tmp_pa
     assert chainlora(f"{words} gguf").status == 0
     assert (tmp_path / "b" / "Modelfile").read_text() == (
         'FROM ./model.gguf\nTEMPLATE """{{ .Prompt }}"""\nPARAMETER num_ctx 128\n'
+    )
+
+
+def test_the_modelfile_ends_answers_where_the_task_does(tiny_folder, tmp_path):
+    """Rows of such a task teach no end of the text."""
+    asked = {"completion": " {{ a }}\n", "references": "[a]", "metric": "em", "stop": "\n"}
+    plain = {"labels": None, "loss": "completion"}
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "the cat", "a": "sat"}] * 4)
+    data = {"task": str(write_task(tmp_path, **asked, **plain)), "train": str(rows)}
+    tree = {"model": str(tiny_folder), "data": data, "output": str(tmp_path / "run")}
+    train(tree | {"chain": {"ranks": [2], "steps": [1]}, "start_data": "none"})
+    export_gguf(tmp_path / "run", tmp_path / "out")
+    assert (
+        '\nPARAMETER stop """\n"""\nPARAMETER num_ctx' in (tmp_path / "out/Modelfile").read_text()
     )

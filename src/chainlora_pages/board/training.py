@@ -169,6 +169,8 @@ class Trainer:
         if status == 0:
             done = "Combined" if self._words[0] == "combine" else "Trained"
             return f"{done}. Ask it, or see its curves under Watch."
+        if self._is_stopped and not self._has_more:
+            return "Stopped. Nothing is left to resume: press Train again, or look under Watch."
         if self._is_stopped:
             has_more = is_run(self.run) and read_history(self.run).links
             return f"Stopped and saved.{AS_BEFORE if has_more else ''} Press Continue to resume."
@@ -179,6 +181,11 @@ class Trainer:
     def _is_stopped(self) -> bool:
         status = None if self._child is None else self._child.poll()
         return status is not None and (status < 0 or status > 128)  # by a signal
+
+    @property
+    def _has_more(self) -> bool:
+        """Return whether the run has declared entries; a command stopped early has left none."""
+        return is_run(self.run) and bool(read_history(self.run).unbuilt)
 
     @property
     def run(self) -> Path:
@@ -194,7 +201,7 @@ class Trainer:
     @property
     def offer(self) -> Offer | None:
         """Return a button for the next step after the last command, if there is one."""
-        if self._is_stopped and self._words[0] != "combine":
+        if self._is_stopped and self._has_more and self._words[0] != "combine":
             return continuing(self.run)
         if not self.is_training and "chainlora combine" in self.harm:
             return Offer("Combine", ["combine", str(self.run)])
