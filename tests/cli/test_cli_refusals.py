@@ -30,13 +30,21 @@ WRONG = {
     "--train.select_metric f1": "`select_metric` must be one of ",
     "--train.trackers [notebook]": "`trackers` must name ",  # nobody knows it
     "--train.trackers [aim]": "`trackers` must name ",  # it is not installed
+    "--chain.ranks [12,12,12] --chain.init orthogonal": "in all for 32 inputs of ",
 }
+AT_ONCE = [key for key in WRONG if key.split()[0] in ("--train.select_metric", "--chain.ranks")]
+AT_ONCE += ["--train.trackers [notebook]"]
 
 
 @pytest.mark.parametrize("keys", WRONG)
 def test_what_a_run_cannot_do_is_refused_before_it_begins(chainlora, config, tmp_path, keys):
     chainlora(f"train {config} {keys}").refused(WRONG[keys], "(got ")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("keys", AT_ONCE)
+def test_what_configs_show_is_refused_before_an_earlier_stage_is_trained(chainlora, config, keys):
+    chainlora(f"train {config} {keys} --dry-run").refused(WRONG[keys])
 
 
 @pytest.mark.parametrize("name", ["runs/none", "runs/none@facts", "no/such/run"])

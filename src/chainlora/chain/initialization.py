@@ -131,7 +131,7 @@ def _orthogonal_to(earlier: Sequence[Link], name: str, a: Tensor) -> Tensor:
     if len(taken) + len(a) > a.shape[1]:
         rule = f"`init: orthogonal` needs {len(a)} input directions that no earlier link uses"
         got = f"{len(taken)} of {a.shape[1]} in use at {name}"
-        raise ChainError(rule, got, "lower the rank, or use init: kaiming")
+        raise ChainError(rule, got, "begin again with lower ranks, or use init: kaiming")
     rows = a.double()
     free = rows - (rows @ taken.T) @ taken
     return (free * (rows.norm(dim=1) / free.norm(dim=1)).unsqueeze(1)).float()

@@ -206,6 +206,20 @@ class _SplitEncoding:
         ]
 
 
+def check_metric(metric: str | None, reported: Sequence[str]) -> None:
+    """Raise ConfigError for a `select_metric` that is not reported."""
+    if metric is not None and metric not in reported:
+        rule = f"`select_metric` must be one of {', '.join(reported)} here"
+        raise ConfigError(rule, repr(metric))
+
+
+def reported_of(data: DataConfig, loss: str | None) -> tuple[str, ...]:
+    """Return the metrics that rows of a config are scored by, except those of a rehearsal."""
+    task = None if data.task is None else load_task(data.task)
+    reported: tuple[str, ...] = _task_fields(task, loss).get("reported", REPORTED_OF_TEXT)
+    return reported
+
+
 def _task_fields(task: Task | None, loss: str | None) -> dict[str, Any]:
     """Return the fields of `Splits` that the task and the loss decide."""
     fields = {} if task is None else {name: getattr(task, name) for name in _TASK_FIELDS}

@@ -10,13 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
 from chainlora import files
 from chainlora.chain.adapters import check_targets
-from chainlora.config.schema import RunConfig, StartData
+from chainlora.config.schema import LinkConfig, RunConfig, StartData
 from chainlora.config.staging import Stage
 from chainlora.data.division import can_read_again
 from chainlora.data.kept import keeps_general, keeps_rows
-from chainlora.data.splits import learned_by, length_limit
+from chainlora.data.splits import check_metric, learned_by, length_limit, reported_of
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.models.loading import accelerator
 from chainlora.runs.history import START
@@ -69,9 +71,23 @@ def _check_config(config: RunConfig, base: OpenBase, is_new: bool) -> None:
     check_names(config)
     check_optimizer(config, accelerator())
     length_limit(config.data, base.context)
+    if not config.data.rehearse:
+        check_metric(config.train.select_metric, reported_of(config.data, config.train.loss))
+    if unknown := [name for name in config.train.trackers if name not in LOGGER_TYPE_TO_CLASS]:
+        rule = "`trackers` must name trackers that Accelerate knows"
+        raise ConfigError(rule, repr(unknown[0]), f"known: {', '.join(LOGGER_TYPE_TO_CLASS)}")
     if is_new:
-        for link in dict.fromkeys(config.chain.links()):
+        for link in dict.fromkeys(_with_directions(config.chain.links())):
             check_targets(base.skeleton, link)
+
+
+def _with_directions(links: Sequence[LinkConfig]) -> Iterator[LinkConfig]:
+    """Yield links; those of `init: orthogonal` with the rank of all links before them added."""
+    total = 0
+    for link in links:
+        total += link.rank
+        is_orthogonal = link.init == "orthogonal"
+        yield link.model_copy(update={"rank": total}) if is_orthogonal else link
 
 
 def _check_processes(config: RunConfig) -> None:

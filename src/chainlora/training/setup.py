@@ -24,7 +24,7 @@ from chainlora.config.reading import flatten
 from chainlora.config.schema import RunConfig
 from chainlora.data.kept import Kept, keeps_rows, newest
 from chainlora.data.row_warnings import warn_of_changed
-from chainlora.data.splits import Splits, prepare_splits
+from chainlora.data.splits import Splits, check_metric, prepare_splits
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError
 from chainlora.models.loading import check_vocabulary
@@ -231,10 +231,7 @@ def _check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
     """Raise ConfigError for keys that this model or these rows do not support."""
     for link in dict.fromkeys(config.chain.links()):
         holding_named(config.chain.hold).check_layers(model, link)
-    metric, reported = config.train.select_metric, splits.reported
-    if metric is not None and metric not in reported:
-        rule = f"`select_metric` must be one of {', '.join(reported)} here"
-        raise ConfigError(rule, repr(metric))
+    check_metric(config.train.select_metric, splits.reported)
     if config.train.compares and not splits.validation:
         rule = "`early_stop` and `keep_best` need validation rows"
         raise ConfigError(rule, "none", "give data.validation")
