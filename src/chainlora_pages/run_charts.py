@@ -82,6 +82,8 @@ def _draw_runs(axes: Any, runs: Sequence[RunFacts], name: str | None) -> None:
     """Draw a validation metric of each run, or its smoothed training loss."""
     for place, run in enumerate(runs):
         records = _with_metric(run.evaluations, name) if name else thinned(run.steps)[0]
+        if not records:
+            continue
         values = [record[name or "loss"] for record in records]
         if name is None:
             values = smooth(values, span=max(9, len(values) / 12))

@@ -17,7 +17,6 @@ from chainlora.files import make_folder, write_text
 from chainlora.runs.cards import public_name
 from chainlora.runs.history import MAIN
 from chainlora.runs.paths import exists_in, need_apart, split_address
-from chainlora.runs.records import Record
 from chainlora.runs.state import OpenState
 from chainlora.showing import number
 from chainlora_pages.chain_charts import chain_pictures, stage_pictures
@@ -89,7 +88,7 @@ def report_runs(
 def run_page(runs: Sequence[RunFacts], answered: Mapping[str, Sequence[Answer]]) -> Page:
     """Return the page about runs, and their answers by name of the run."""
     versions = {run.name: _versions(run) for run in runs}
-    parts = runs[0].parts if len(runs) == 1 else runs
+    parts = _named_parts(runs)
     costs = {part.name: _costs(part) for part in parts}
     sections = [
         _overview(runs),
@@ -102,6 +101,17 @@ def run_page(runs: Sequence[RunFacts], answered: Mapping[str, Sequence[Answer]])
         section("Versions", Numbers(_side_by_side("Versions", versions)), is_folded=True),
     ]
     return Page(" · ".join(run.name for run in runs), _lead(runs), sections)
+
+
+def _named_parts(runs: Sequence[RunFacts]) -> Sequence[RunFacts]:
+    """Return the stages of all runs, with the name of their run if there are several runs."""
+    if len(runs) == 1:
+        return runs[0].parts
+    return [
+        replace(part, name=f"{run.name}: {part.name}" if len(run.parts) > 1 else run.name)
+        for run in runs
+        for part in run.parts
+    ]
 
 
 def _by_run(
@@ -119,7 +129,7 @@ def _lead(runs: Sequence[RunFacts]) -> str:
     if len(runs) > 1:
         chains = [text[0].lower() + text[1:] for text in map(_chain_text, runs)]
         texts = [
-            f"{run.name}: {chain}{_gain(run)}" for run, chain in zip(runs, chains, strict=True)
+            f"{run.name}: {chain}{_gains(run)}" for run, chain in zip(runs, chains, strict=True)
         ]
         return "; ".join(texts) + "."
     run = runs[0]
@@ -138,8 +148,7 @@ def _lead(runs: Sequence[RunFacts]) -> str:
 
 def _combined(state: OpenState) -> list[str]:
     """Return a sentence about a combination, if the state is one."""
-    is_combined = state.trained is not None and state.trained.kind == "combine"
-    return ["The results were combined."] if is_combined else []
+    return ["The results were combined."] if state.is_combined else []
 
 
 def _predicate(part: RunFacts) -> str:
@@ -193,6 +202,14 @@ def _chain_text(run: RunFacts) -> str:
     return f"A chain of {len(ranks)} links of ranks {', '.join(map(str, ranks))}"
 
 
+def _gains(run: RunFacts) -> str:
+    """Return the change of the validation score by each stage, as text."""
+    if len(run.parts) == 1:
+        return _gain(run.parts[0])
+    gains = [f"{part.name}{_gain(part)}" for part in run.parts if part.score is not None]
+    return f" ({'; '.join(gains)})" if gains else ""
+
+
 def _gain(run: RunFacts) -> str:
     """Return the change of the validation score from the start to the end, as text."""
     if run.score is None:
@@ -221,7 +238,7 @@ def _overview(runs: Sequence[RunFacts]) -> Section:
         return section("Overview", Tiles(_tiles(runs[0])), chain, *_remarks(runs[0], True))
     table = _side_by_side("The runs", {run.name: _figures(run) for run in runs})
     remarks = [remark for run in runs for remark in _remarks(run, False)]
-    return section("Overview", Numbers(table), *remarks, *comparing_pictures(runs))
+    return section("Overview", Numbers(table), *remarks, *comparing_pictures(_named_parts(runs)))
 
 
 def _tiles(run: RunFacts) -> list[tuple[str, str]]:
@@ -233,27 +250,28 @@ def _tiles(run: RunFacts) -> list[tuple[str, str]]:
             of = f"{part.name}: " if run.stages else ""
             change = f"{before} → {after}" if before != _NONE and part.steps else after
             scores.append((f"{of}{part.score}", change))
-    positions = [part.position for part in run.parts]
+    counts = _counts(run.parts)
     return [
         *scores,
         ("ranks", ", ".join(str(link["rank"]) for link in run.links) or "no links"),
-        ("steps", f"{sum(position.step for position in positions):,}"),
-        ("time", duration(sum(position.seconds for position in positions))),
+        *((name, counts[name]) for name in ("steps", "time")),
     ]
 
 
 def _figures(run: RunFacts) -> dict[str, str]:
-    name, result = run.score, run.result
     figures = {"ranks": ", ".join(str(link["rank"]) for link in run.links) or _NONE}
-    if name is not None:
-        figures[f"{name} before"], figures[f"{name} after"] = _score(run, name)
-    if (majority := run.validation.get("majority")) is not None:
-        figures["commonest answer"] = score_text("accuracy", majority)
+    for part in run.parts:
+        of, name = f"{part.name}: " if len(run.parts) > 1 else "", part.score
+        if name is not None:
+            figures[f"{of}{name} before"], figures[f"{of}{name} after"] = _score(part, name)
+        if (majority := part.validation.get("majority")) is not None:
+            figures[f"{of}commonest answer"] = score_text("accuracy", majority)
+    counts = _counts(run.parts)
     return figures | {
-        "steps": f"{run.position.step:,}",
-        "time": duration(run.position.seconds),
-        "parameters trained": _whole(result.get("trainable_parameters")),
-        "peak memory": _memory(result),
+        "steps": counts["steps"],
+        "time": counts["time"],
+        "parameters trained": _whole(_most(run.parts, "trainable_parameters")),
+        "peak memory": _memory(_most(run.parts, "peak_memory_mb")),
     }
 
 
@@ -277,13 +295,7 @@ def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:
             remarks.append(
                 f"{as_text(part.name)}: the most frequent answer alone would be right on {share}."
             )
-    is_trained = not run.state.is_before_training
-    if run.matrix is not None and is_trained and not (is_alone and run.stages):
-        remarks.append(
-            f"Score, steps, time, memory and cost of {name} are only those of stage "
-            f"{run.state.stage}. RUN@STAGE reports on another stage."
-        )
-    if is_trained and not run.state.is_as_trained:
+    if not (run.state.is_before_training or run.state.is_as_trained):
         remarks.append(
             f"{name} was mixed or pruned after training: the scores of its training do not apply "
             "to its current state."
@@ -354,19 +366,32 @@ def _side_by_side(title: str, runs: Mapping[str, Mapping[str, str]], corner: str
     return Table(title, (corner, *runs), known)
 
 
+def _counts(parts: Sequence[RunFacts]) -> dict[str, str]:
+    """Return the sums of steps, tokens and time over the stages that were trained here."""
+    positions = [part.position for part in parts if part.was_trained_here]
+    names = ("steps", "tokens trained on", "tokens scored", "time")
+    if not positions:
+        return dict.fromkeys(names, _NONE)
+    keys = ("step", "tokens", "scored_tokens")
+    sums = [f"{sum(getattr(each, key) for each in positions):,}" for key in keys]
+    seconds = sum(each.seconds for each in positions)
+    return dict(zip(names, [*sums, duration(seconds)], strict=True))
+
+
+def _most(parts: Sequence[RunFacts], key: str) -> int | None:
+    """Return the largest value of a key of the results, None if no stage has one."""
+    values = [part.result.get(key) for part in parts]
+    return max((value for value in values if value is not None), default=None)
+
+
 def _costs(run: RunFacts) -> dict[str, str]:
-    position, result = run.position, run.result
-    hardware = result.get("hardware", {})
+    hardware = run.result.get("hardware", {})
     seconds = sum(record.get("seconds", 0.0) for record in run.steps)
     tokens = sum(record.get("tokens", 0) for record in run.steps)
-    return {
-        "steps": f"{position.step:,}",
-        "tokens trained on": f"{position.tokens:,}",
-        "tokens scored": f"{position.scored_tokens:,}",
-        "time": duration(position.seconds),
+    return _counts([run]) | {
         "tokens a second, training": f"{tokens / seconds:,.0f}" if seconds > 0 else _NONE,
-        "peak memory": _memory(result),
-        "parameters trained (largest link)": _whole(result.get("trainable_parameters")),
+        "peak memory": _memory(_most([run], "peak_memory_mb")),
+        "parameters trained (largest link)": _whole(_most([run], "trainable_parameters")),
         "device": str(hardware.get("device", _NONE)),
         "machine": str(hardware.get("machine", _NONE)),
         "kernels": str(hardware.get("cpu_capability", _NONE)),
@@ -400,6 +425,5 @@ def _whole(value: int | None) -> str:
     return _NONE if value is None else f"{value:,}"
 
 
-def _memory(result: Record) -> str:
-    peak = result.get("peak_memory_mb")
+def _memory(peak: int | None) -> str:
     return _NONE if peak is None else together(f"{peak:,} MiB")

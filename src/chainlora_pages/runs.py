@@ -20,8 +20,9 @@ from chainlora.runs.state import OpenState
 class RunFacts:
     """A state of a run, or a saved chain, which has no config, result and records.
 
-    For a run of several stages, config, result and records are those of its last stage. `stages`
-    has the facts of each stage as it was trained, and `matrix` their scores, if there are any.
+    For a run of several stages, config, result and records are those of its last stage; a
+    combination has no result and records. `stages` has the facts of each stage as it was trained,
+    and `matrix` their scores, if there are any.
     """
 
     name: str
@@ -39,7 +40,7 @@ class RunFacts:
 
     @property
     def parts(self) -> Sequence[RunFacts]:
-        """Return the stages, or the run itself if it has only one."""
+        """Return the stages, or the run itself if that is its only stage."""
         return self.stages or [self]
 
     @property
@@ -71,6 +72,11 @@ class RunFacts:
         return next((name for name in names if any(name in r for r in self.evaluations)), None)
 
     @property
+    def was_trained_here(self) -> bool:
+        """Say whether steps and time are known; an import and a saved chain have none."""
+        return self.state.draft is not None or bool(self.result)
+
+    @property
     def position(self) -> Progress:
         if self.state.draft is not None:
             return self.state.draft.position
@@ -97,7 +103,7 @@ def read_state(state: OpenState, name: str) -> RunFacts:
         facts,
         inspection=inspect_run(state),
         matrix=None if is_one or not state.has_run else stage_matrix(state, compute=False),
-        stages=stages if len(stages) > 1 else (),
+        stages=stages if len(stages) > 1 or state.is_combined else (),
     )
 
 

@@ -14,11 +14,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_folder, write_rows
-from helpers import entry_of, records_of, settings, stop_after, train_all
+from helpers import entry_of, records_of, settings, stage_dir, stop_after, train_all
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chainlora import Chain, LinkConfig, make_config, save_chain, train
+from chainlora import (
+    Chain,
+    LinkConfig,
+    add,
+    combine,
+    export_adapter,
+    make_config,
+    save_chain,
+    train,
+)
 from chainlora.config.staging import make_stages
 from chainlora.evaluation.stage_scores import Cell, StageMatrix, stage_matrix
 from chainlora.runs.changes import mix_stages
@@ -29,7 +38,7 @@ from chainlora_pages.charts import short
 from chainlora_pages.page import render
 from chainlora_pages.run_charts import training_pictures
 from chainlora_pages.run_report import run_page
-from chainlora_pages.runs import read_runs
+from chainlora_pages.runs import duration, read_runs, score_text
 
 
 def table(page: str, title: str) -> list[list[str]]:
@@ -371,3 +380,50 @@ def test_names_are_text_whatever_is_in_them(finished, tmp_path):
     names = [f"{tmp_path.name}/{run.name}" for run in runs]
     assert table(page, "Training loss of each run")[0] == ["step", *names]
     assert all(page.count(f">{name}</text>") == 3 for name in names)
+
+
+def test_several_runs_show_every_stage_of_a_combination(tiny_folder, sentiment, tmp_path):
+    """It had 0 steps, 0 s, no scores and no curves beside other runs."""
+    runs = [tmp_path / name for name in ("pair", "single", "alone")]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"the cat {n} sat"} for n in range(9)])
+    for run, names in zip(runs, (["facts", "style"], ["facts"], ["main"]), strict=True):
+        config = settings(tiny_folder, sentiment, run, chain={"ranks": [2], "steps": [3]})
+        start = {"train": str(rows), "validation": 3} if run.name == "single" else "none"
+        train_all(config | {"start_data": start, "stages": [{"name": name} for name in names]})
+    combine(runs[1], ["facts"])
+    assert said(page_of(runs[1], prompts=1, max_new_tokens=1))
+    page = page_of(*runs, output=tmp_path / "page.html")
+    heads, *rows = table(page, "The runs")
+    shown = {row[0]: row[1:] for row in rows}
+    assert heads == ["", "pair", "single", "alone"]
+    assert shown["steps"] == ["6", "3", "3"]
+    stages = [stage_dir(runs[0], name) for name in ("facts", "style")]
+    results = [json.loads((stage / "result.json").read_text()) for stage in stages]
+    assert shown["time"][0] == duration(sum(result["wall_s"] for result in results))
+    for name, result in zip(("facts", "style"), results, strict=True):
+        score = score_text("accuracy", result["metrics"]["validation"]["accuracy"])
+        assert shown[f"{name}: accuracy after"] == [score, "–", "–"]
+        assert f"{name}: {shown[f'{name}: accuracy before'][0]} before, {score} after" in page
+    parts = ["pair: facts", "pair: style", "single", "alone"]
+    for title in ("Training loss of each run", "Validation accuracy of each run"):
+        assert table(page, title)[0] == ["step", *parts]
+    assert table(page, "Costs")[0] == ["", *parts]
+    assert table(page, "Keys that differ")[0] == ["key", *parts]
+    assert "only those of stage" not in page
+
+
+def test_an_import_has_no_steps_and_no_time(tiny_folder, sentiment, tmp_path):
+    runs = [tmp_path / "run", tmp_path / "other"]
+    config = settings(tiny_folder, sentiment, runs[0], chain=BRIEF)
+    train(config)
+    export_adapter(runs[0], tmp_path / "adapter")
+    for run in runs:
+        keys = {} if run.exists() else {"model": str(tiny_folder)}
+        add(run, tmp_path / "adapter", config["data"], name="law", **keys)
+    page = page_of(*runs, output=tmp_path / "page.html")
+    costs = {row[0]: row[1:] for row in table(page, "Costs")}
+    assert costs[""] == ["run: main", "run: law", "other"]
+    assert costs["steps"] == ["1", "–", "–"]
+    assert costs["time"][1:] == ["–", "–"]
+    assert {row[0]: row[1:] for row in table(page, "The runs")}["steps"] == ["1", "–"]
+    assert table(page, "Training loss of each run")[0] == ["step", "run: main"]

@@ -144,6 +144,11 @@ class OpenState:
         return self.key in (BASE, self.history.origin, START)
 
     @property
+    def is_combined(self) -> bool:
+        """Say whether the `trained` entry is a combination."""
+        return self.trained is not None and self.trained.kind == "combine"
+
+    @property
     def is_as_trained(self) -> bool:
         """Say whether recorded scores hold for this state: it is no mix, and nothing was pruned."""
         trained = self.trained
