@@ -99,10 +99,11 @@ def read_state(state: OpenState, name: str) -> RunFacts:
     stages = [_part(state.at(entry.key), entry.key) for entry in parts]
     if state.draft is not None and stages:
         stages[-1] = replace(facts, name=state.stage)
+    is_plain = is_one and state.is_as_trained and not state.is_combined  # its scores are records
     return replace(
         facts,
         inspection=inspect_run(state),
-        matrix=None if is_one or not state.has_run else stage_matrix(state, compute=False),
+        matrix=None if is_plain or not state.has_run else stage_matrix(state, compute=False),
         stages=stages if len(stages) > 1 or state.is_combined else (),
     )
 

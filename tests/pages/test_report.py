@@ -427,3 +427,16 @@ def test_an_import_has_no_steps_and_no_time(tiny_folder, sentiment, tmp_path):
     assert costs["time"][1:] == ["–", "–"]
     assert {row[0]: row[1:] for row in table(page, "The runs")}["steps"] == ["1", "–"]
     assert table(page, "Training loss of each run")[0] == ["step", "run: main"]
+
+
+def test_a_mix_of_one_stage_shows_its_score(tiny_folder, sentiment, tmp_path):
+    """Without general rows there is one column, and the score after training is a record."""
+    run = tmp_path / "run"
+    train(settings(tiny_folder, sentiment, run, chain=BRIEF))
+    title = "Accuracy of every stage after each stage"
+    stage_matrix(run)
+    assert title not in page_of(run)
+    mix_stages(run, {"main": 0.5})
+    matrix = stage_matrix(run)
+    _, *rows = table(page_of(run), title)
+    assert rows[-1] == ["now", short(matrix.grid[-1][0].value)]
