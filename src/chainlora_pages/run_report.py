@@ -313,11 +313,12 @@ def links_blocks(run: RunFacts) -> list[Block]:
         return []
     known = dict.fromkeys(name for link in links for name in link["scores"])
     names = sorted(known, key=lambda name: not is_higher_better(name))  # accuracy before loss
-    are_several = len({link["stage"] for link in links}) > 1
+    has_strengths = len({link["stage"] for link in links}) > 1
+    has_strengths |= any(link["strength"] != 1 for link in links)
     rows = []
     for link in links:
         row = {"link": str(link["link"])}
-        if are_several:
+        if has_strengths:
             row |= {"stage": link["stage"], "strength": f"{link['strength']:g}"}
         row |= {"rank": str(link["rank"]), "scaling": f"{link['scaling']:g}"}
         row["steps"] = f"{link['steps']:,}"

@@ -440,3 +440,15 @@ def test_a_mix_of_one_stage_shows_its_score(tiny_folder, sentiment, tmp_path):
     matrix = stage_matrix(run)
     _, *rows = table(page_of(run), title)
     assert rows[-1] == ["now", short(matrix.grid[-1][0].value)]
+
+
+def test_a_link_is_shown_with_a_strength_that_is_not_1(tiny_folder, sentiment, chainlora, tmp_path):
+    """Each link is shown at strength 1, and all together as they are mixed."""
+    run = tmp_path / "run"
+    train(settings(tiny_folder, sentiment, run, chain=BRIEF))
+    assert "strength" not in table(page_of(run), "Each link")[0]
+    assert "×" not in chainlora("inspect", run).out
+    mix_stages(run, {"main": 0.5})
+    heads, row = table(page_of(run), "Each link")
+    assert row[heads.index("strength")] == "0.5"
+    assert "0 main × 0.5" in chainlora("inspect", run).out
