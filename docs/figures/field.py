@@ -15,6 +15,7 @@ from chainlora_lab.statistics.intervals import t_interval
 FIELD = BENCHMARKS / "field"
 NAMES = {  # what a reader calls an arm
     **{"ours": "chainlora", "replay": "links, replay", "mean": "mean of updates"},
+    **{"ours, rank 16": "chainlora, rank 16", "replay, no general rows": "replay of old rows"},
     **{"ties": "TIES", "one LoRA": "one LoRA in turn", "all at once": "all rows at once"},
 }
 REFERENCES = {"alone": "each stage alone", "base": "the base"}  # lines, not points
@@ -60,7 +61,7 @@ def _heading(card: Card, tasks: int, learned: int) -> None:
 def _notes(missing: Sequence[str]) -> list[str]:
     """Return the lines below the picture: what the marks mean, and what has not run."""
     notes = ["Lines: 95 % t intervals over seeds (their number)."]
-    return notes + textwrap.wrap(f"Not run: {', '.join(missing)}." if missing else "", 54)
+    return notes + textwrap.wrap(f"Not run: {'; '.join(missing)}." if missing else "", 54)
 
 
 def _across(share: float) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from benchmarks import helpers_evidence as E
+from benchmarks import helpers_evidence_field as F
 from benchmarks import helpers_evidence_stages as S
 from benchmarks.helpers_evidence import ROOT, Rows
 
@@ -92,6 +93,14 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
             "rank 48 minus replay: {}.",
             S.months_compared,
         ),
+        ("A stage alone learns {} of {} tasks", F.learned_of_all),
+        ("{} points above the most frequent answer", lambda: [F.gate()]),
+        ("with {} rows and {} steps each", F.planned),
+        (
+            "minus replay, in points: {}; over tasks and rows {}; by seed {}.",
+            lambda: F.compared("replay"),
+        ),
+        ("**Not run**: {}.", lambda: [F.not_run()]),
         ("old rows has {} %; by seed {}, {} and {}, the combination {}, {} and {}: ", S.replayed),
         (": replay is ahead on {} of {}.", S.replay_is_ahead),
         ("than all at once has ({}).", lambda: S.all_steps()[:1]),
@@ -142,6 +151,11 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
             lambda: [S.facts_kept(name) for name in ("wide", "replay", "combine")],
         ),
         (
+            "over the {} that a stage alone learns, it has {} %, replay {} %, each stage alone "
+            "{} % ({})",
+            lambda: F.in_short("ours", "replay", "alone"),
+        ),
+        (
             "one LoRA on all rows at once: on other seeds ([tables])) {} %, at rank 40; replay on "
             "top {} %; on top of each other without kept rows {} %",
             lambda: S.kept_32("all at once", "replay", "on top"),
@@ -162,7 +176,7 @@ NOT_MEASURED = {
     "0.26M": "the size of stories260k",
     "95": "intervals",
     **dict.fromkeys(("1.1", "−1"), "bounds of a rule"),
-    **dict.fromkeys(("2401.04151", "2510.23818", "2411.15231"), "arXiv"),
+    **dict.fromkeys(("2401.04151", "2510.23818", "2411.15231", "2310.14152"), "arXiv"),
     **dict.fromkeys(("2212.09849", "2508.03121", "2508.21421"), "arXiv"),
 }
 TABLES: dict[str, Callable[[], Rows]] = {
@@ -170,6 +184,7 @@ TABLES: dict[str, Callable[[], Rows]] = {
     for table in (
         S.combining,
         S.months,
+        F.field,
         E.soft_lab,
         E.soft_smollm2,
         E.whole,
