@@ -147,7 +147,7 @@ NOTHING = {"ranks": [], "steps": []}
         (with_shots(33, **NOTHING), r"`data.shots` must be at most .*\(got 33 for 32\); lower it"),
         (with_shots(32), r"training needs rows \(got none beside 32 demonstrations\); lower data"),
         ({"chain": {"steps": None, "epochs": [1, 0.01, 1]}}, "at least one step"),
-        ({"train": {"trackers": ["tensorboard", "notebook"]}}, r"installed \(got 'notebook'\)"),
+        ({"train": {"trackers": ["tensorboard", "notebook"]}}, r"knows \(got 'notebook'\)"),
         (
             {"name": None, "train": {"trackers": ["tensorboard"]}},
             r"needs a place for them \(got 'tensorboard' .*; give output",
