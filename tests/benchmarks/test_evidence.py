@@ -145,6 +145,7 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
             "above",
             S.layerwise_in_short,
         ),
+        ("other text had {} % more perplexity", lambda: S.layerwise_in_short()[-1:]),
         (
             "with six data sets of made-up facts ([table]), three seeds) it has {} %, replay {} %, "
             "and at rank 16 it had {} %",
