@@ -230,6 +230,22 @@ def test_a_layer_whose_weight_torch_s_attention_reads_is_not_linked():
     assert [*chain.live.layers] == ["dense"]
 
 
+def test_torch_s_own_encoder_layer_runs_its_links_without_gradients():
+    """Its fast path reads the weights of its linear layers."""
+    model = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    chain, x = Chain(model), torch.randn(1, 3, 8)
+    with torch.no_grad():
+        before = model(x)
+        chain.extend(LinkConfig(rank=2, target_modules=("linear1",)))
+        for parameter in chain.parameters():
+            torch.nn.init.ones_(parameter)
+        live = chain.model(x)
+        chain.tie()
+        assert not torch.equal(live, before)
+        # the merge adds in the other order: roundings of sums of some tens
+        torch.testing.assert_close(chain.model(x), live)
+
+
 def test_a_holding_of_ones_own_is_a_class_and_an_entry(monkeypatch):
     class Mine(HOLDINGS["tied"]):
         """Counts how often weights are written."""

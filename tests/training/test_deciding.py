@@ -121,6 +121,17 @@ def test_a_link_that_ends_before_its_warm_up_is_named(tiny_folder, tmp_path, cap
     assert warning is None or re.search(warning, found[0])
 
 
+def test_keys_that_have_no_effect_are_named(tiny_folder, tmp_path, caplog):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "the cat sat"}] * 4)
+    chain = {"ranks": [1], "steps": [3], "knots": {"every": 3, "share": 0.1}}
+    keys = {"eval_every": 2, "select_metric": "loss"}
+    data = {"train": str(rows), "validation": None}
+    train({"model": str(tiny_folder), "data": data, "chain": chain, "train": keys})
+    assert "main: train.eval_every has no effect without validation rows" in caplog.text
+    assert "main: train.select_metric has no effect" in caplog.text
+    assert "no soft knot comes: they are 3 steps apart, and the longest link has 3" in caplog.text
+
+
 def test_a_trainer_paces_them_by_its_collator_s_labels(tiny_folder, tokenizer, tmp_path, caplog):
     callback = ChainCallback(knots={"moments": "new"})  # no `auto`, which would tie none
     keys = {"gradient_accumulation_steps": 5, "max_steps": 3, "save_strategy": "no"}

@@ -218,7 +218,7 @@ class RunConfig(Called):
         is_plain = data.format in ("chat", "text")
         refuse_if(is_pairs and is_plain, rule, f"format: {data.format}", remedy)
         refuse_if(
-            self.train.compares and not (data.validation or (data.task and data.train is None)),
+            self.train.compares and not self.has_validation,
             "`early_stop` and `keep_best` need validation rows",
             "none",
             "give data.validation",
@@ -238,3 +238,8 @@ class RunConfig(Called):
                 f"set it, or leave {key} out",
             )
         return self
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether files or a task give validation rows."""
+        return bool(self.data.validation or (self.data.task and self.data.train is None))

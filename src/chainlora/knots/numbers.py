@@ -74,7 +74,15 @@ def spacings(soft: KnotConfig, lengths: Sequence[int], learned: Sequence[float])
             ", so `knots: auto` turns them off" if soft == KnotConfig() else "",
         )
     pairs = zip(lengths, learned, strict=True)
-    return tuple(spacing(soft, num_steps, tokens) for num_steps, tokens in pairs)
+    found = tuple(spacing(soft, num_steps, tokens) for num_steps, tokens in pairs)
+    distances = [each.every for each in found if each is not None]
+    if soft.policy == "spaced" and distances and min(distances) >= max(lengths):
+        logger.warning(
+            "no soft knot comes: they are %d steps apart, and the longest link has %d; lower "
+            "knots.every, or leave soft knots out",
+            *(min(distances), max(lengths)),
+        )
+    return found
 
 
 def asks_for_tokens(soft: KnotConfig) -> bool:

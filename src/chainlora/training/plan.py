@@ -205,6 +205,7 @@ def _planned(stage: Stage, existing: OpenState | None, change: Collection[str]) 
     begun = existing and begun_stage(existing.run, stage.name, existing.history)
     if begun is None:
         _need_files(stage)
+        _warn_of_unread(stage)
         return StagePlan(_with_length(stage, None))
     stage = _with_length(stage, begun)
     _need_same(stage, begun, change)
@@ -261,6 +262,19 @@ def _need_files(stage: Stage) -> None:
         check_files(config.data, config.train.loss)
         if isinstance(config.start_data, StartData):
             check_files(config.start_data.as_data(config.data), None)
+
+
+def _warn_of_unread(stage: Stage) -> None:
+    """Log keys of a new stage that are for validation rows, if it has none."""
+    config = stage.config
+    if config.has_validation or config.data.rehearse:
+        return
+    for key in ("eval_every", "select_metric"):
+        if getattr(config.train, key) is not None:
+            logger.warning(
+                "%s: train.%s has no effect without validation rows; give data.validation",
+                *(stage.name, key),
+            )
 
 
 def _need_same(stage: Stage, begun: OpenState, change: Collection[str]) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import LoggerType
 
 from chainlora import files
 from chainlora.chain.adapters import check_targets
@@ -73,12 +74,28 @@ def _check_config(config: RunConfig, base: OpenBase, is_new: bool) -> None:
     length_limit(config.data, base.context)
     if not config.data.rehearse:
         check_metric(config.train.select_metric, reported_of(config.data, config.train.loss))
-    if unknown := [name for name in config.train.trackers if name not in LOGGER_TYPE_TO_CLASS]:
-        rule = "`trackers` must name trackers that Accelerate knows"
-        raise ConfigError(rule, repr(unknown[0]), f"known: {', '.join(LOGGER_TYPE_TO_CLASS)}")
+    _check_trackers(config)
     if is_new:
         for link in dict.fromkeys(_with_directions(config.chain.links())):
             check_targets(base.skeleton, link)
+
+
+def _check_trackers(config: RunConfig) -> None:
+    """Raise ConfigError for trackers that are unknown, without a place, or not installed."""
+    names, known = config.train.trackers, LOGGER_TYPE_TO_CLASS
+    if unknown := [name for name in names if name not in known]:
+        rule = "`trackers` must name trackers that Accelerate knows"
+        raise ConfigError(rule, repr(unknown[0]), f"known: {', '.join(known)}")
+    for name in names:
+        if config.output is None and known[name].requires_logging_directory:
+            raise ConfigError(
+                "a tracker that writes files needs a place for them",
+                f"{name!r} in `trackers` and no output",
+                "give output, or remove it",
+            )
+    if missing := [n for n in names if n in LoggerType and n not in get_available_trackers()]:
+        rule = "`trackers` must name trackers whose packages are installed"
+        raise ConfigError(rule, repr(missing[0]), "pip install it or remove it")
 
 
 def _with_directions(links: Sequence[LinkConfig]) -> Iterator[LinkConfig]:

@@ -97,6 +97,9 @@ def attach(model: nn.Module, config: LinkConfig) -> Adapter:
         if config.init == "gaussian":  # readers of PEFT's config see it
             keys["init_lora_weights"] = "gaussian"
         tuner = peft.LoraModel(model, peft_config(config, target_modules=targets, **keys), LIVE)
+    if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
+        # without gradients, it would read the weights of its linear layers and skip their LoRA
+        torch.backends.mha.set_fastpath_enabled(False)
     adapter = Adapter(tuner, config, lora_layers(model), trainable=trainable)
     for layer in adapter.layers.values():
         layer.lora_A.float()
