@@ -23,10 +23,11 @@ from beside.test_rules import unbuilt
 from chainlora import add, load_run, open_run, stage_matrix, undo
 from chainlora.errors import ChainLoRAError
 from chainlora.files import checksums
-from chainlora.runs.changes import prune_stage, redo
+from chainlora.runs.changes import redo
 from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import pull_run, push_run
 from chainlora.runs.locks import take_lock
+from chainlora.runs.pruning import prune_stage
 from chainlora.training.stages import build_run, combine_again
 
 SHORT = {"ranks": [2], "steps": [2]}

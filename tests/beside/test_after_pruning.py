@@ -8,10 +8,13 @@ import pytest
 from helpers import train_all, train_on
 
 from beside.cases import add, config_of, section
+from beside.test_rules import killed
 from chainlora.evaluation.combination import combine
+from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import prune_stage, undo
+from chainlora.runs.changes import mix_stages, undo
 from chainlora.runs.history_file import read_history
+from chainlora.runs.pruning import prune_stage
 from chainlora.training.stages import build_run, rehearsal, train_stages
 
 SHORT = {"chain": {"steps": [2]}, "train": {"lr": 1e-5}}
@@ -86,6 +89,50 @@ def test_after_a_kill_its_combination_and_rehearsal_are_built_by_train(abc, ac, 
     chainlora("prune", abc, "b", "--yes").refused("a stage must be one of", remedy)
     build_run(abc)
     assert open_run(abc).state == open_run(ac).state
+
+
+@pytest.mark.parametrize("rehearsed", [False, True])
+def test_what_was_to_be_combined_and_is_pruned_meanwhile(abc, ac, sentiment, rehearsed):
+    """The prune of d is killed before the others are combined; then b is pruned."""
+    add(sentiment, abc, "d")
+    for run in (abc, ac) if rehearsed else ():
+        rehearse(run)
+    prune_stage(abc, "d")
+    prune_stage(abc, "b")
+    build_run(abc)
+    assert open_run(abc).state == open_run(ac).state
+    prune_stage(abc, "a")
+    assert open_run(abc).key == "c"
+
+
+def test_one_that_waits_is_combined_without_what_it_waited_for(ac, abc, sentiment, tmp_path):
+    (plugin := tmp_path / "own.py").write_text("")
+    killed("stage", ac, section(sentiment, "d") | {"plugins": [str(plugin)]})
+    train_on(ac, section(sentiment, "b"), beside=True)
+    assert open_run(ac).key == "after-c"
+    prune_stage(ac, "d")
+    build_run(ac)
+    assert open_run(ac).state == open_run(abc).state
+
+
+def test_what_cannot_be_combined_again_is_not_pruned(abc, tmp_path, chainlora):
+    pulled = tmp_path / "pulled"
+    chainlora("push", abc, tmp_path / "pushed")
+    chainlora("pull", tmp_path / "pushed", pulled)
+    before = checksums(pulled)
+    leave = f"chainlora undo {pulled} --to b, then chainlora prune {pulled} a --yes"
+    for words in ("--yes", "--json"):
+        chainlora("prune", pulled, "a", words).refused("reads kept rows (got none of b, c)", leave)
+    assert checksums(pulled) == before
+    undo(pulled, to="b")
+    prune_stage(pulled, "a")
+    assert open_run(pulled).key == "b"
+
+
+def test_strengths_that_go_are_told(abc, chainlora):
+    mixed = mix_stages(abc, {"combined": 0.5}).key
+    said = chainlora("prune", abc, "b", "--yes").err
+    assert f"the strengths of {mixed} are lost; chainlora mix {abc} sets strengths again" in said
 
 
 def test_a_rehearsal_with_plug_ins_is_named_and_not_run(abc, tmp_path, chainlora):

@@ -26,10 +26,11 @@ from chainlora.evaluation.combination import combine
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import log, mix_stages, plan_pruning, prune_stage, undo
+from chainlora.runs.changes import log, mix_stages, undo
 from chainlora.runs.history_file import read_history
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.loading_start import with_start
+from chainlora.runs.pruning import plan_pruning, prune_stage
 from chainlora.training.stages import combine_again, extension, rehearsal, train_stages
 from chainlora_pages.run_report import run_page
 from chainlora_pages.runs import read_state
@@ -74,8 +75,10 @@ def test_a_rank_and_an_importance_are_chosen(abc, chainlora):
     assert open_run(abc).entry.recipe == weighed.entry.recipe
     assert open_run(abc).facts[0].rank == 2
     assert not combine(abc).entry.recipe.importance
-    with pytest.raises(RunError, match="importance is given to parts, a, c, start"):
+    with pytest.raises(RunError, match="importance is given to parts, a, c "):
         combine(abc, importance={"b": 2})
+    with pytest.raises(RunError, match="got 'start'"):  # no rows of the origin are combined
+        combine(abc, importance={"start": 2})
     chainlora(f"combine {abc} a=-1 c").refused("an importance is a number above 0 (got -1 for a)")
 
 
@@ -112,8 +115,11 @@ def test_stages_are_shown_and_counted_in_the_order_in_which_they_were_added(
     export_adapter(ac, tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text(encoding="utf-8").partition("## Lineage")[2]
     assert re.findall(r"^\| `(\w)` \| 1 \|", card, flags=re.MULTILINE) == order
-    rule = f"has no strength of its own (got 'b' for {ac}); chainlora combine {ac} a c makes"
-    chainlora(f"mix {ac} b=0.5 --no-scores").refused(rule)
+    rule = f"has no strength of its own (got 'b' for {ac}); {ac}@b is this stage alone, "
+    rest = f"chainlora combine {ac} a c makes the rest"
+    chainlora(f"mix {ac} b=0.5 --no-scores").refused(rule + rest)
+    undo(ac, to="after-c")
+    chainlora(f"export {ac} --stages a --to adapter --output out").refused(f"{ac}@c is the rest")
 
 
 def test_a_combined_run_is_one_adapter(abc, tiny_folder, tmp_path):
@@ -299,7 +305,8 @@ def test_a_combination_goes_with_any_stage_that_it_was_computed_from(abc, sentim
     with pytest.raises(RunError, match=f"a stage must be one of a, b, c, bare, d .got '{found}'"):
         prune_stage(abc, found)
     assert found in plan_pruning(abc, "bare").with_it
-    assert (plan_pruning(abc, "d").now, plan_pruning(abc, "d").left) == ("a", ["a", "bare"])
+    with pytest.raises(RunError, match="Cannot prune: .* reads kept rows .got none of bare"):
+        plan_pruning(abc, "d")  # a and bare would be combined again
     (term,) = open_run(abc).state.terms
     prune_stage(abc, "bare")
     assert not (abc / "links" / term.link).exists()

@@ -20,10 +20,11 @@ from beside.cases import section
 from chainlora.errors import ChainLoRAError
 from chainlora.evaluation.combination import combine
 from chainlora.runs.addresses import open_run, state_at
-from chainlora.runs.changes import mix_stages, prune_stage, redo, undo
+from chainlora.runs.changes import mix_stages, redo, undo
 from chainlora.runs.history import Entry
 from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import pull_run, push_run
+from chainlora.runs.pruning import prune_stage
 from chainlora.training.stages import build_run, combine_again
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")

@@ -21,12 +21,13 @@ from chainlora.errors import ChainLoRAError, RunError
 from chainlora.evaluation.combination import combine
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import log, mix_stages, prune_stage, redo, undo
+from chainlora.runs.changes import log, mix_stages, redo, undo
 from chainlora.runs.declaring import declare
 from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import pull_run, push_run
 from chainlora.runs.loading_start import with_start
 from chainlora.runs.locks import take_lock
+from chainlora.runs.pruning import prune_stage
 from chainlora.training.plan import make_plan
 from chainlora.training.stages import build_run, extension, rehearsal, train_stages
 
@@ -118,9 +119,10 @@ def test_rule_2_plugins_that_nobody_named_are_not_run(
 
 def test_rule_2_trackers_that_nobody_named_are_not_told(only_a, sentiment):
     """A run may come from somebody else. These would be refused: the package is not there."""
-    own = section(sentiment, "b") | {"train": {"trackers": ["comet_ml"]}}
-    plan = make_plan(extension(only_a, own, beside=True))
-    declare(only_a, plan.history, plan.new, plan.target, plan.start)
+    plan = make_plan(extension(only_a, section(sentiment, "b"), beside=True))
+    stage, combination = plan.new
+    stage.config["train"]["trackers"] = ["comet_ml"]
+    declare(only_a, plan.history, [stage, combination], plan.target, plan.start)
     build_run(only_a)
     assert [*open_run(only_a).shares] == ["a", "b"]
 
@@ -345,6 +347,29 @@ def test_rule_9_where_a_stage_stands_follows_at_its_declaration(abc, sentiment):
     history = read_history(abc)
     assert [history.find(key).parents for key in ("d", "d2")] == [("after-c",), ()]
     assert history.find("after-d2").parents == ("d", "d2")
+
+
+def test_rule_9_the_state_that_was_chosen_meanwhile_stays_and_this_is_told(
+    abc, sentiment, chainlora, caplog
+):
+    killed("stage", abc, section(sentiment, "d"))
+    mix = mix_stages(abc, {"combined": 0.5}).key
+    said = chainlora("train", abc)
+    assert f"{abc} stays {mix}, which does not include combination after-d; to take" in caplog.text
+    assert f"chainlora undo {abc} --to after-d" in caplog.text
+    assert "nothing left to do" not in said.out
+
+
+@pytest.mark.parametrize("event", ["step", "knot"])
+def test_a_stopped_stage_goes_on_where_its_run_is_now(ac, sentiment, tmp_path, event):
+    """Not where its config says that the run was: that may be somebody else's run."""
+    more = section(sentiment, "b", ranks=[2, 2], steps=[2, 1]) | {"train": {"save_every": 1}}
+    killed(event, ac, more)
+    copy = Path(shutil.copytree(ac, tmp_path / "copy"))
+    before = checksums(ac)
+    build_run(copy)
+    assert [*open_run(copy).shares] == ["a", "c", "b"]
+    assert checksums(ac) == before
 
 
 def test_rule_10_what_is_decided_while_building_is_in_the_result(only_a, sentiment):

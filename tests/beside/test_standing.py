@@ -17,8 +17,9 @@ from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.evaluation.combination import combine
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import mix_stages, prune_stage, undo
+from chainlora.runs.changes import mix_stages, undo
 from chainlora.runs.history_file import read_history
+from chainlora.runs.pruning import prune_stage
 from chainlora.training.events import Event, LayerSolved, StageBegins
 from chainlora.training.plan import make_plan
 from chainlora.training.stages import extension, rehearsal, train_stages
@@ -58,6 +59,21 @@ def test_extend_stands_beside_and_rehearses_if_asked(abc, sentiment, capsys, cap
     assert capsys.readouterr().out.endswith(", beside the others, then a combination\n")
 
 
+def test_a_repeated_extend_takes_what_is_asked_for_later(abc, sentiment):
+    """A rehearsal is added once, to the combination that the run is; a stage keeps its place."""
+    c = section(sentiment, "c")
+    with pytest.raises(RunError, match=r"'c' must stay where it was begun \(got it began beside"):
+        extension(abc, c, beside=False)
+    for _ in range(2):
+        train_on(abc, c, beside=True, rehearse=True)
+        assert [e.key for e in read_history(abc).entries[-2:]] == ["after-c", "rehearsal"]
+    assert open_run(abc).key == "rehearsal"
+    prune_stage(abc, "rehearsal")
+    undo(abc, to="a")
+    with pytest.raises(RunError, match=r"added to a combination with stage c \(got a, the current"):
+        train_on(abc, c, beside=True, rehearse=True)
+
+
 @pytest.mark.parametrize(
     "why", ["pairs", "replay", "new", "mix", "kept", "named", "head", "on top"]
 )
@@ -78,7 +94,8 @@ def test_what_extend_trains_on_top(why, abc, sentiment, tmp_path, caplog):
     address = {"named": f"{abc}@a", "head": f"{abc}@{below}"}.get(why, abc)
     (found,) = extension(address, stage, beside=False if why == "on top" else None)
     assert (found.beside, found.after) == (False, below)
-    assert ("leave it out to train beside them" in caplog.text) == (why in ("replay", "new"))
+    off = {"replay": "--data.replay null", "new": "--data.new_rows_only false"}.get(why, "--data.")
+    assert (f"{off} trains it beside them" in caplog.text) == (why in ("replay", "new"))
     is_told = why not in ("named", "head", "on top")
     assert (f"stage d is trained on top of {below}: " in caplog.text) == is_told
 

@@ -21,7 +21,7 @@ from chainlora.evaluation.combination import combine
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import prune_stage
+from chainlora.runs.pruning import prune_stage
 from chainlora.training.stages import extension, train_stages
 
 SHORT = {"ranks": [4], "steps": [2]}

@@ -25,13 +25,14 @@ from chainlora.evaluation.combination import combine
 from chainlora.files import checksums
 from chainlora.models.identity import tokenizer_files
 from chainlora.runs.addresses import state_at, state_of_draft
-from chainlora.runs.changes import mix_stages, prune_stage, redo, undo
+from chainlora.runs.changes import mix_stages, redo, undo
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import BASE
 from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import pull_run, push_run
 from chainlora.runs.loading_start import with_start
 from chainlora.runs.paths import is_run
+from chainlora.runs.pruning import prune_stage
 from chainlora.training.interrupts import interruptible
 from chainlora.training.stages import build_run, extension, rehearsal, train_stages
 from chainlora_lab import make_experiment, run_cells

@@ -11,7 +11,7 @@ from helpers_data import pair_files
 from chainlora import export_adapter, train
 from chainlora.cli.main import run as cli
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
-from chainlora.runs.changes import prune_stage
+from chainlora.runs.pruning import prune_stage
 from chainlora.training.stages import extension
 from stages.cases import one_stage, survey
 

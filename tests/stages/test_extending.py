@@ -16,9 +16,10 @@ from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import mix_stages, prune_stage, undo
+from chainlora.runs.changes import mix_stages, undo
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.loading_start import load_start
+from chainlora.runs.pruning import prune_stage
 from chainlora.training.stages import extension, train_run, train_stages
 from stages.cases import files_of, logits, one_stage, stage_of, stopping_after, survey
 

@@ -18,8 +18,9 @@ from chainlora.errors import RunError
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.models.identity import cache_dir
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import mix_stages, prune_stage, redo, undo
+from chainlora.runs.changes import mix_stages, redo, undo
 from chainlora.runs.inspection import inspect_run
+from chainlora.runs.pruning import prune_stage
 from chainlora.training.stages import rehearsal, train_stages
 from stages.cases import files_of, logits, stage_of, survey
 

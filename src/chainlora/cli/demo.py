@@ -29,10 +29,10 @@ from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.templates import ends_of_turn, render_chat
 from chainlora.errors import ModelError
 from chainlora.evaluation.generation import continue_greedily, greedy_config
-from chainlora.runs.changes import prune_stage
 from chainlora.runs.costs import version_of
 from chainlora.runs.export import empty_folder
 from chainlora.runs.opening import load_run
+from chainlora.runs.pruning import prune_stage
 from chainlora.training.extending import extension
 from chainlora.training.stages import combine_again, train_stages
 

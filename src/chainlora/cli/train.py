@@ -225,8 +225,10 @@ def _build(run: str, overrides: Sequence[tuple[str, str]], dry_run: bool, as_jso
     elif results:
         config = after.config().model_copy(update={"output": run})
         _show_run(config, results, base, are_stages=True)
-    elif after.key == before.key:
+    elif after.key == before.key and not before.history.unbuilt:
         click.echo(f"nothing left to do: {run} has ended")
+    elif after.key == before.key:
+        click.echo(f"{run} is {after.key}, as before")
     else:
         click.echo(f"{run} is {after.key} now")
 

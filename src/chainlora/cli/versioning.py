@@ -34,7 +34,7 @@ from chainlora.cli.common import (
 from chainlora.errors import ChainLoRAError, ConfigError
 
 if TYPE_CHECKING:
-    from chainlora.runs.changes import Pruning
+    from chainlora.runs.pruning import Pruning
     from chainlora.runs.state import OpenState
 
 
@@ -407,7 +407,7 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     folder = whole_run(run)
     quiet()
     from chainlora.runs.addresses import open_run
-    from chainlora.runs.changes import plan_pruning, prune_stage
+    from chainlora.runs.pruning import plan_pruning, prune_stage
 
     pruning = (prune_stage if yes else plan_pruning)(folder, stage)
     _show_pruning(run, stage, pruning, yes, as_json)
@@ -421,6 +421,9 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
             combine_again(folder, pruning, listener=listener)
         now = open_run(folder)
         to_stderr(f"{run} is {now.key} now, of {', '.join(now.history.parts(now.key))}")
+    if pruning.mixes:
+        lost = f"the strengths of {', '.join(pruning.mixes)} are lost"
+        to_stderr(f"{lost}; chainlora mix {shlex.quote(run)} sets strengths again")
     if pruning.plugins:
         again = f"chainlora rehearse {shlex.quote(run)} --plugins"
         remedy = f"{again} {shlex.quote(str([*pruning.plugins]))} trains one"
@@ -430,7 +433,8 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
 def _show_pruning(run: str, stage: str, pruning: Pruning, yes: bool, as_json: bool) -> None:
     """Print what a pruning deletes, what stays, and how to train later stages again."""
     gone = [str(path) for path in pruning.gone]
-    fork = f"chainlora extend {run}@{pruning.before} STAGE.yaml --name {{0}} --output FOLDER"
+    before = shlex.quote(f"{run}@{pruning.before}")
+    fork = f"chainlora extend {before} STAGE.yaml --name {{0}} --output FOLDER"
     again = [fork.format(name) for name in pruning.later]
     stays = _remains(pruning)
     if as_json:

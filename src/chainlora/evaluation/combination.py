@@ -79,7 +79,8 @@ def combine(
     history = read_history(folder)
     given = _parts(folder, history, [names] if isinstance(names, str | Path) else names)
     parts = [state for state, _ in given]
-    if len(parts) + (general and has_general(open_run(folder))) < 2:
+    with_origin = general and has_general(open_run(folder))
+    if len(parts) + with_origin < 2:
         raise RunError(
             "a combination needs two parts or more; the origin of the run counts if it has rows",
             ", ".join(map(str, parts)) or "none",
@@ -89,7 +90,7 @@ def combine(
     if rank is not None and rank < 1:
         remedy = "give another one, or leave it out"
         raise RunError("the rank of a combination must be above 0", rank, remedy)
-    weights = _checked_weights(importance or {}, [its for _, its in given])
+    weights = _checked_weights(importance or {}, [its for _, its in given], with_origin)
     recipe = Recipe(rank=rank, general=general, keep_conflicts=keep_conflicts)
     if output is None:
         return _become(folder, parts, weights, recipe, progress)
@@ -131,13 +132,13 @@ def _parts(
 
 
 def _checked_weights(
-    importance: Mapping[str, float], names: Sequence[Sequence[str]]
+    importance: Mapping[str, float], names: Sequence[Sequence[str]], with_origin: bool
 ) -> list[float | None]:
     """Return the importance of each part, by the first of its names that has one, then the start's.
 
     Raises RunError for an importance of an unknown part, or one that is not positive.
     """
-    known = {START, *(name for its in names for name in its)}
+    known = {*([START] if with_origin else []), *(name for its in names for name in its)}
     for name, value in importance.items():
         if name not in known:
             rule = f"importance is given to parts, {', '.join(sorted(known))}"

@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -246,7 +247,7 @@ def _nothing_to_score(run: OpenState, *, has_rows: bool) -> RunError:
     if has_rows:
         remedy = "tie a link first"
     elif run.entry is None and run.history.entries:
-        remedy = f"leave the base by chainlora undo {run.run} --to NAME"
+        remedy = f"leave the base by chainlora undo {shlex.quote(str(run.run))} --to NAME"
     rule = "a matrix scores kept rows of stages with links"
     return RunError(rule, f"no {'links' if has_rows else 'rows'} in {run.run}", remedy)
 

@@ -7,6 +7,7 @@ config names the adapter as `start` and its rows as `data`.
 from __future__ import annotations
 
 import logging
+import shlex
 from pathlib import Path
 
 from chainlora import files
@@ -116,7 +117,7 @@ def _import(run: Path, declared: Unbuilt, base: OpenBase | None) -> None:
     config, history, key = declared_config(run, declared), read_history(run), declared.key
     if _sources(config) != declared.training.sources:
         rule = "an adapter and its files of rows must not change before it is imported"
-        remedy = f"repeat its command, or chainlora prune {run} {key}"
+        remedy = f"repeat its command, or chainlora prune {shlex.quote(str(run))} {key} --yes"
         raise RunError(rule, f"changed ones for {key}", remedy)
     base = OpenBase.of_config(config, run).or_shared(base)
     start, base_facts = _fitted(run, config, history, base)

@@ -7,6 +7,7 @@ the model without links.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def state_at(run: Path, history: History, name: str | None = None) -> OpenState:
     if entry is None and key != BASE:
         names = ", ".join(e.key for e in history.entries if e.kind != "mix") or BASE
         unbuilt = ", which has not ended," if history.find_unbuilt(key) is not None else ""
-        remedy = f"name one; chainlora log {run} shows all states"
+        remedy = f"name one; chainlora log {shlex.quote(str(run))} shows all states"
         raise RunError(f"a stage must be one of {names}", f"{key!r}{unbuilt} for {run}", remedy)
     return OpenState(run, history, history.empty if entry is None else entry.state, entry)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -118,7 +119,8 @@ def _compare_start_rows(begun: OpenState, before: RunConfig, now: RunConfig) -> 
 
 
 def _other_start_rows(begun: OpenState, got: str) -> RunError:
-    remedy = f"leave it as it was, or replace the rows: chainlora eval {begun.run} --matrix"
+    matrix = f"chainlora eval {shlex.quote(str(begun.run))} --matrix"
+    remedy = f"leave it as it was, or replace the rows: {matrix}"
     rule = "`start_data` is read when a run begins"
     return RunError(rule, f"{got} for {begun.run}", f"{remedy} --start-rows FILE")
 
@@ -155,7 +157,8 @@ def _other_config(begun: OpenState, key: str, old: Any, new: Any, stage: str | N
         remedy = "give the new stage another name (--name)"
     elif has_ended:
         rule, got = "a run that has ended keeps its config", f"{differs} in {run}"
-        remedy = f"choose another output, or add a stage to it: chainlora extend {run} FILE"
+        add = f"chainlora extend {shlex.quote(str(run))} FILE"
+        remedy = f"choose another output, or add a stage to it: {add}"
     else:
         rule, got = "a run resumes with the config it began with", f"{differs} in {run}"
         remedy = f"use {begun.folder / CONFIG}, or choose another output"

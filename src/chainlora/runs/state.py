@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -213,8 +214,11 @@ class OpenState:
         for name in strengths:
             if name in self.shares and name not in known:
                 rule = "a stage in a combination has no strength of its own"
-                others = " ".join(key for key in self.history.parts(self.key) if key != name)
-                remedy = f"chainlora combine {self.run} {others} makes one without it"
+                others = [key for key in self.history.parts(self.key) if key != name]
+                rest = f"chainlora combine {shlex.join([str(self.run), *others])} makes the rest"
+                if len(others) == 1:
+                    rest = f"{self.run}@{others[0]} is the rest"
+                remedy = f"{self.run}@{name} is this stage alone, {rest}"
                 raise RunError(rule, f"{name!r} for {self.run}", remedy)
             if name not in known:
                 rule = f"a stage must be one of {', '.join(known)}"

@@ -22,6 +22,7 @@ in the history.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from pathlib import Path, PurePosixPath
@@ -132,7 +133,8 @@ class Work:
         declared = self._declared(read_history(self.run))
         if source_digests(config) != declared.training.sources:
             rule = "files of rows must not change before their stage begins"
-            remedy = f"repeat its command, or chainlora prune {self.run} {self.stage}"
+            prune = f"chainlora prune {shlex.quote(str(self.run))} {self.stage} --yes"
+            remedy = f"repeat its command, or {prune}"
             raise RunError(rule, f"changed ones for {self.stage}", remedy)
         self._is_new = True
         self._claim.clear()

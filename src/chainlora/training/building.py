@@ -168,7 +168,9 @@ def _train(
     config = plan.configs.get(name) if is_planned else None
     if config is None:
         config = declared_config(run, entry) if begun is None else begun.config()
-        config = config.model_copy(update={"train": config.train.model_copy(update=_NO_TRACKERS)})
+        train = config.train.model_copy(update=_NO_TRACKERS)
+        # the run may have been moved or copied, or come from somebody else
+        config = config.model_copy(update={"train": train, "output": str(run)})
         if config.plugins:
             raise RunError(not_named(f"train {name} of {run}", config.plugins))
     with naming(stage if len(plan.stages) > 1 else None):
@@ -202,14 +204,17 @@ def _warn_of_missing_stages(plan: Plan, before: History) -> None:
     if history.head != before.head:
         warn_of_left_out(run, before, history.head, rehearsals=False)
     included = history.below(history.head)
-    for name in (planned.name for planned in plan.stages if planned.name not in included):
+    names = [planned.name for planned in plan.stages] or history.without_ancestors(plan.keys)
+    for name in (name for name in names if name not in included):
         entry = _entry_with(name, history)
         others = [k for k in history.parts(history.head) if k not in history.below(entry)]
         both = shlex.join([str(run), *others, name])
+        built = history.find(name)
+        kind = "combination" if built is not None and built.kind == "combine" else "stage"
         logger.warning(
-            "%s stays %s, which does not include stage %s; to take the stage: "
+            "%s stays %s, which does not include %s %s; to take the %s: "
             "chainlora undo %s --to %s%s",
-            *(run, history.head, name, shlex.quote(str(run)), entry),
+            *(run, history.head, kind, name, kind, shlex.quote(str(run)), entry),
             f"; to have both: chainlora combine {both}" if others else "",
         )
 

@@ -7,6 +7,7 @@ A new stage inherits the keys that it leaves open from a stage before it. If it 
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os.path import expanduser
@@ -73,6 +74,8 @@ def extension(
     origin = head.history.origin
     required = head.at(origin) if beside else on if named is not None else None
     begun = _begun(head, name, required)
+    if flags["beside"] is False and named is None:
+        _need_on_top(begun, name)
     can_choose = named is None and (begun is None or begun.parent.key == origin)
     if beside or (beside is None and can_choose):
         stage = _beside(head, begun, keys, address, placing)
@@ -80,6 +83,14 @@ def extension(
             return [stage]
     parent = on if begun is None else begun.parent
     return [_on_top(parent, keys, address, is_new=begun is None)]
+
+
+def _need_on_top(begun: OpenState | None, name: str) -> None:
+    """Raise RunError for a begun stage that is combined with others."""
+    entries = () if begun is None else (*begun.history.entries, *begun.history.unbuilt)
+    if any(entry.kind == "combine" and name in entry.parents for entry in entries):
+        rule = f"stage {name!r} must stay where it was begun"
+        raise RunError(rule, "it began beside the others", "choose another name by --name")
 
 
 def _section(
@@ -102,7 +113,8 @@ def _section(
         keys["name"] = name_of_rows(rows)
     if keys.get("start_data") is not None and keys.get("output") is None:
         rule = "`start_data` is read when a run begins"
-        remedy = f"leave it out, or call chainlora eval {run} --matrix --start-rows FILE"
+        matrix = f"chainlora eval {shlex.quote(str(run))} --matrix"
+        remedy = f"leave it out, or call {matrix} --start-rows FILE"
         raise RunError(rule, f"some for {run}", f"{remedy}; --output begins a run")
     return keys
 

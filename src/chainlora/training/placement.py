@@ -8,7 +8,8 @@ one (docs/stages.md).
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -21,7 +22,7 @@ from chainlora.errors import ConfigError, RunError
 from chainlora.evaluation.combination import ON_TOP, need_combinable
 from chainlora.runs.declaring import stage_entry
 from chainlora.runs.draft import Draft
-from chainlora.runs.history import REHEARSAL, History, Unbuilt
+from chainlora.runs.history import REHEARSAL, Entry, History, Unbuilt
 from chainlora.runs.links import need_low_rank_sum
 from chainlora.runs.loading_start import NOTHING, Start
 from chainlora.runs.state import OpenState
@@ -140,7 +141,8 @@ def _need_answers(stage: Stage, losses: Mapping[str, str], head: OpenState | Non
         rule = "by default a stage with answers of its own stands beside others"
         remedy = "--beside, or beside: true, places it beside them"
         if reasons[0].startswith("data."):  # a stage beside others cannot read their rows
-            remedy = "leave it out to train beside them"
+            off = "null" if reasons[0] == "data.replay" else "false"
+            remedy = f"--{reasons[0]} {off} trains it beside them"
         raise RunError(rule, reasons[0], remedy)
 
 
@@ -163,8 +165,8 @@ def need_below(head: OpenState, finished: Sequence[Stage], combined: Collection[
         whole = [e.key for e in history.entries if names <= history.below(e.key)]
         raise RunError(
             f"Cannot begin a stage on {history.head}, the current state of {run}: it does not "
-            f"include {missing[-1]}. Run chainlora undo {run} --to {[*missing, *whole][-1]}, then "
-            "repeat the command."
+            f"include {missing[-1]}. Run chainlora undo {shlex.quote(str(run))} --to "
+            f"{[*missing, *whole][-1]}, then repeat the command."
         )
 
 
@@ -224,6 +226,22 @@ class Declaring:
         # a finished stage is combined if no combination and not the head has it
         if is_parent or name not in combined | history.below(history.head):
             self._group.append(planned.stage)
+        elif planned.stage.rehearse and not any(e.is_rehearsal for e in self._above(name)):
+            self._need_combination(name)
+            self._rehearse(planned.stage, name)
+
+    def _above(self, name: str) -> Iterator[Entry | Unbuilt]:
+        """Yield the entries that a stage is in."""
+        known: list[Entry | Unbuilt] = [*self.history.entries, *self.history.unbuilt]
+        return (entry for entry in known if name in self.history.below(entry.key))
+
+    def _need_combination(self, name: str) -> None:
+        """Raise RunError unless the head is a combination that a finished stage is in."""
+        entry = self.history.known(self.top)
+        if entry is None or entry.kind != "combine" or name not in self.history.below(self.top):
+            rule = f"a rehearsal is added to a combination with stage {name}"
+            got = f"{self.top}, the current state of {self.run}"
+            raise RunError(rule, got, f"chainlora rehearse {shlex.quote(str(self.run))} trains one")
 
     def _add(self, planned: StagePlan, parent: str) -> None:
         name, config = planned.name, planned.stage.config

@@ -7,6 +7,7 @@ A plan is made and checked (`training.refusing`) before anything is written. `--
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
@@ -183,7 +184,7 @@ def _need_order(head: OpenState, stages: Sequence[Stage]) -> None:
     known = [entry.key for entry in entries if entry.kind == "stage"]
     if entries and not known and stages[0].name not in {entry.key for entry in entries}:
         rule = "the first stage of a config begins a run"
-        remedy = f"add it by chainlora extend {run}, or choose another output"
+        remedy = f"add it by chainlora extend {shlex.quote(str(run))}, or choose another output"
         raise RunError(rule, f"{run}, which has {entries[0].key}", remedy)
     last = stages[-1].name
     names = [s.name for s in stages if s.name in known or history.find(s.name) is None]
@@ -196,7 +197,8 @@ def _need_order(head: OpenState, stages: Sequence[Stage]) -> None:
             raise RunError(
                 "`stages` must list the run's stages in their order, then new ones",
                 f"{got} for {name} in {run}",
-                f"add new ones below or by chainlora extend {run}, or choose another output",
+                f"add new ones below or by chainlora extend {shlex.quote(str(run))}, or choose "
+                "another output",
             )
 
 
@@ -283,7 +285,8 @@ def _need_same(stage: Stage, begun: OpenState, change: Collection[str]) -> None:
         raise RunError(
             "`start_data` is read when a run begins",
             f"some for {begun.run}, which keeps none",
-            f"leave it out, and call chainlora eval {begun.run} --matrix --start-rows FILE",
+            f"leave it out, and call chainlora eval {shlex.quote(str(begun.run))} --matrix "
+            "--start-rows FILE",
         )
     compare(begun, stage.config, change, None if stage.name == MAIN else stage.name)
     if begun.draft is not None:

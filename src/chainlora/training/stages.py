@@ -27,12 +27,13 @@ from chainlora.evaluation.combination import has_general
 from chainlora.evaluation.forgetting import check_forgetting, need_scored_rows
 from chainlora.evaluation.stage_scores import HARM, columns_after_training, stage_matrix
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import Pruning, whole_run
+from chainlora.runs.changes import whole_run
 from chainlora.runs.history import MAIN
 from chainlora.runs.history_file import read_history
 from chainlora.runs.loading_start import with_start
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.paths import exists_in
+from chainlora.runs.pruning import Pruning
 from chainlora.runs.state import OpenState
 from chainlora.showing import Shown
 from chainlora.training.addition import addition
