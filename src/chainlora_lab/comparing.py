@@ -82,6 +82,8 @@ def comparison(
 ) -> Experiment:
     """Return the experiment that `compare` runs."""
     chooses = bool(learning_rates)
+    if isinstance(methods, Mapping) and chooses:
+        _need_no_rate(methods)
     if isinstance(config, RunConfig):
         tree = _of_run(config, methods, chooses)
     else:
@@ -94,6 +96,14 @@ def comparison(
     if len(experiment.methods) < 2 and not learning_rates:
         raise ConfigError("`compare` needs two methods", ", ".join(methods), "name a rival")
     return experiment
+
+
+def _need_no_rate(methods: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """Raise ConfigError for a method with a rate of its own, which the chosen one would replace."""
+    for name, keys in methods.items():
+        if (((keys or {}).get("train") or {}).get("lr")) is not None:
+            rule = "`learning_rates` are tried for every method"
+            raise ConfigError(rule, f"{name} with train.lr of its own", "leave one of them out")
 
 
 def _of_run(config: RunConfig, methods: Methods, chooses: bool) -> dict[str, Any]:
@@ -111,6 +121,9 @@ def _of_run(config: RunConfig, methods: Methods, chooses: bool) -> dict[str, Any
     unit = "epochs" if config.chain.epochs else "steps"
     named = {name: _method(name, methods, "lora") for name in methods}
     presets = [str(keys.get("preset", name)) for name, keys in named.items()]
+    if config.data.task is None and "in_context" in presets:
+        rule = "`in_context` puts demonstrations of a task before each prompt"
+        raise ConfigError(rule, "no data.task", "leave in_context out of the methods")
     base, left_out = _base(config, unit, presets)
     said = f"{', '.join(methods)} at equal {unit}, each scored at its end"
     return _described(said, left_out) | {"base": base, "tasks": {name: task}, "methods": named}

@@ -43,6 +43,9 @@ class CellConfig(RunConfig):
             "train.dtype: bfloat16": self.train.dtype != "float32",
             "train.keep_best: true": self.train.keep_best,
         }
+        if self.settings and self.way is None:
+            rule, got = "`settings` are those of a way to add data sets", ", ".join(self.settings)
+            raise ValueError(f"{rule} (got {got}); for ranks, give recipe.ranks")
         if self.loop is not None and any(refused.values()):
             got = ", ".join(key for key, is_set in refused.items() if is_set)
             rule = f"`loop: {self.loop}` trains float32 weights and keeps no best point"

@@ -243,6 +243,9 @@ def way_of(config: CellConfig) -> Callable[[Case], Learned]:
             rule = "ways are compared by answers to rows that each stage keeps"
             got = "pairs" if own.train.loss in PAIR_LOSSES else "data.keep_rows: false"
             raise ConfigError(rule, f"{got} in {each}", "leave that out")
+        if own.data.replay and (name in COMBINERS or name in ("combine", "rehearse", "alone")):
+            rule = f"{name} trains stages beside each other, which read no rows of each other"
+            raise ConfigError(rule, f"data.replay in {each}", "leave it out, or take preset replay")
     if name == "all_at_once":
         _of_all(case)
     if name in COMBINERS and config.quantize is not None:

@@ -153,6 +153,8 @@ def _combined(state: OpenState) -> list[str]:
 
 def _predicate(part: RunFacts) -> str:
     """Return how the model got a stage: trained, or added."""
+    if not part.state.has_run:
+        return f"has a saved chain of {len(part.state.facts)} links"
     if part.state.trained is not None and part.state.trained.kind == "import":
         return f"got the adapter {part.state.stage}, which was trained elsewhere"
     return f"was trained on {_task(part)}{_gain(part)}"
@@ -372,7 +374,9 @@ def _counts(parts: Sequence[RunFacts]) -> dict[str, str]:
     positions = [part.position for part in parts if part.was_trained_here]
     names = ("steps", "tokens trained on", "tokens scored", "time")
     if not positions:
-        return dict.fromkeys(names, _NONE)
+        saved = [facts for part in parts if not part.state.has_run for facts in part.state.facts]
+        steps = {"steps": f"{sum(facts.num_steps for facts in saved):,}"} if saved else {}
+        return dict.fromkeys(names, _NONE) | steps
     keys = ("step", "tokens", "scored_tokens")
     sums = [f"{sum(getattr(each, key) for each in positions):,}" for key in keys]
     seconds = sum(each.seconds for each in positions)

@@ -75,6 +75,10 @@ def test_compare_from_the_command_line(chainlora, config, finished, tmp_path):
     chainlora(f"{other} lora,mine.yaml").refused(
         "got the file 'mine.yaml'", "`methods` of an experiment file"
     )
+    own = f"{other} lora,mine --methods.mine"
+    chainlora(f"{own}.train.lr 5e-3 --learning-rates 1e-3,1e-2").refused("got mine with train.lr")
+    chainlora(f"{own}.settings.rank 3").refused("(got rank); for ranks, give recipe.ranks")
+    chainlora(f"{own}.chain.ranks [8]").refused("(got chain.ranks beside it); give recipe.ranks")
     assert not (tmp_path / "o").exists()
 
 

@@ -159,6 +159,7 @@ def test_a_combiner_and_a_regulariser_of_one_file_each(chainlora, stages, tmp_pa
         ({}, "combine,all_at_once --stages.style.chain.alpha 2", "other keys of data, chain or"),
         ({"start": "runs/other"}, "combine,replay", "trains from the bare base"),
         ({"train": {"loss": "dpo"}}, "combine,replay", "answers to rows .*pairs in facts"),
+        ({}, "replay,wide --methods.wide.data.replay 0.5", "stages beside each other.* in style"),
         ({"quantize": "int8"}, "combine,mean --chain.hold carried", "adds to the weights"),
     ],
 )

@@ -25,6 +25,7 @@ from chainlora import files
 from chainlora.config.reading import make_config
 from chainlora.config.schema import DataConfig, RunConfig, StartData
 from chainlora.data.division import pick
+from chainlora.data.encoding.chat import need_template
 from chainlora.data.encoding.tokens import Ids, TokenReader
 from chainlora.data.examples import Example, hash_of
 from chainlora.data.kept import Kept, keeps_general, read_kept, write_kept
@@ -97,6 +98,8 @@ def _import(
     elif keeps_general(config):
         chain.add(*start.links)
         set_chat_template(tokenizer, config.data)
+        if config.data.format == "chat":  # the first stage would be refused after the writing
+            need_template(tokenizer)
         longest, column = length_limit(config.data, base.context), START if start.links else BASE
         identity = None if start.links else [base.files, config.train.dtype, config.quantize]
         rows = general_rows(chain.model, tokenizer, longest, column, progress, identity)

@@ -150,9 +150,9 @@ def apply_recipe(tree: Mapping[str, Any]) -> dict[str, Any]:
     chain = dict(tree.get("chain") or {})
     twice = [key for key in ("ranks", "epochs", "steps") if key in chain]
     if twice:
-        raise ConfigError(
-            f"`recipe` sets ranks and lengths (got chain.{twice[0]} beside it); remove one"
-        )
+        rule, got = "`recipe` sets ranks and lengths", f"chain.{twice[0]} beside it"
+        remedy = "give recipe.ranks or recipe.rank_times" if twice[0] == "ranks" else "leave it out"
+        raise ConfigError(rule, got, remedy)
     ranks = recipe.ranks or (recipe.rank,) * recipe.links
     chain["ranks"] = [rank * recipe.rank_times for rank in ranks]
     if ranks:

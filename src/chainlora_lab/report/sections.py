@@ -135,9 +135,9 @@ def _never_warm(facts: Facts) -> Iterator[str]:
             rise = rise or train.get("optimizer_options", {}).get("rise", 0)
             if 0 < shortest <= rise:
                 yield (
-                    f"**{each.method} on {each.task} is no fair rival**: links of {shortest} steps "
-                    f"end within the warm-up of {rise} after each knot; train longer, or lower "
-                    "the warm-up."
+                    f"**{each.method} on {each.task} is no fair rival**: links of {shortest} "
+                    f"step{'s' * (shortest > 1)} end within the warm-up of {rise} after each "
+                    "knot; train longer, or lower the warm-up."
                 )
 
 
@@ -243,7 +243,7 @@ def choices(facts: Facts) -> Section:
     if any("tried)" in row["chosen"] for row in rows):
         note = (
             "Lowest, highest tried: the chosen value is an end of its grid; a wider one "
-            "(`tune.extend`) might choose another."
+            "(`tune.extend`, or `--extend`) might choose another."
         )
     return section("Hyper-parameters", Numbers(table_of("Chosen hyper-parameters", rows, note)))
 

@@ -25,6 +25,14 @@ _Messages = list[dict[str, Any]]
 _Turns = tuple[Ids, list[Span], Ids, Ids]
 
 
+def need_template(tokenizer: Any) -> None:
+    """Raise DataError unless a tokenizer has a chat template."""
+    if not tokenizer.chat_template:
+        rule = "the tokenizer must have a chat template for rows of `messages`"
+        remedy = "begin the run with one, as in data.chat_template: zephyr, use a chat model, or"
+        raise DataError(rule, "none", f"{remedy} write rows of prompt + completion")
+
+
 class ChatEncoder:
     """Encodes rows of `messages`, with optional `tools` and `chat_template_kwargs`.
 
@@ -38,12 +46,7 @@ class ChatEncoder:
     def __init__(
         self, reader: TokenReader, turns_before: Callable[[Row], int] = lambda row: 0
     ) -> None:
-        if not reader.tokenizer.chat_template:
-            rule = "the tokenizer must have a chat template for rows of `messages`"
-            remedy = (
-                "begin the run with one, as in data.chat_template: zephyr, use a chat model, or"
-            )
-            raise DataError(rule, "none", f"{remedy} write rows of prompt + completion")
+        need_template(reader.tokenizer)
         self.reader = reader
         self.turns_before = turns_before  # number of assistant turns that belong to the prompt
         self.source = str(reader.tokenizer.chat_template)
