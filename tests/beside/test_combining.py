@@ -305,7 +305,7 @@ def test_a_combination_goes_with_any_stage_that_it_was_computed_from(abc, sentim
     with pytest.raises(RunError, match=f"a stage must be one of a, b, c, bare, d .got '{found}'"):
         prune_stage(abc, found)
     assert found in plan_pruning(abc, "bare").with_it
-    with pytest.raises(RunError, match="Cannot prune: .* reads kept rows .got none of bare"):
+    with pytest.raises(RunError, match=r"Cannot prune: .* reads kept rows .got none of bare"):
         plan_pruning(abc, "d")  # a and bare would be combined again
     (term,) = open_run(abc).state.terms
     prune_stage(abc, "bare")

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import write_rows
 from helpers import records_of, settings, stage_dir
 from helpers_tasks import make_split, write_task
@@ -51,7 +52,7 @@ def test_eval_of_the_plain_model_and_of_the_chain_as_it_was(chainlora, finished,
 
 
 def test_eval_says_which_rows_are_not_those_of_the_training(
-    chainlora, tiny_folder, sentiment, tmp_path, caplog
+    chainlora, tiny_folder, sentiment, tmp_path, caplog, monkeypatch
 ):
     rows = shutil.copytree(sentiment, tmp_path / "rows")
     run, keys = tmp_path / "run", {"chain": {"ranks": [2], "steps": [1]}}
@@ -64,6 +65,14 @@ def test_eval_says_which_rows_are_not_those_of_the_training(
     assert "data.task" not in caplog.text
     assert chainlora(f"eval {run} --split train").status == 0
     assert caplog.text.count("has changed") == 1
+    assert chainlora(f"export {run} --to merged --output {tmp_path}/merged").status == 0
+    task = yaml.safe_load((rows / "task.yaml").read_text())
+    (rows / "task.yaml").write_text(json.dumps(task | {"description": "another one"}))
+    monkeypatch.chdir(rows)  # an export has the last part of each path
+    for place in (run, tmp_path / "merged"):
+        caplog.clear()
+        assert chainlora(f"eval {place} --data {rows}/train.jsonl").status == 0
+        assert caplog.text.count("data.task has changed since the run was trained") == 1
 
 
 @pytest.mark.parametrize(

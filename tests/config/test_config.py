@@ -19,6 +19,12 @@ from chainlora.runs.paths import split_address
 TREE = {"model": "m", "data": {"train": "x.jsonl"}, "chain": {"ranks": [8], "steps": [1]}}
 
 
+def test_a_name_of_digits_is_a_text():
+    for key in ("output", "model"):
+        for name in ("2026-01-05", "2026", "1e3"):
+            assert getattr(config((key, name)), key) == name
+
+
 def config(*overrides: tuple[str, object]) -> RunConfig:
     tree = yaml.safe_load(yaml.safe_dump(TREE))
     for key, value in overrides:

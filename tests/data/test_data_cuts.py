@@ -168,6 +168,15 @@ def test_a_row_that_leaves_no_room_to_be_scored_is_not_held_out(tmp_path, loss):
     splits = prepare_splits(data, make_tokenizer("bos"), 128)
     held_out = {example.row for example in splits.validation}
     trained = {example.row for example in splits.train}
+    refused = data.model_copy(update={"truncation": "error"})
+    with pytest.raises(DataError, match=r"held-out rows must fit .*got \d+ rows that do not"):
+        prepare_splits(refused, make_tokenizer("bos"), 128)
+    rows = answers(*range(1, 30))  # those that are trained on need no room
+    left = write_rows(path, [row for n, row in enumerate(rows) if n in held_out | trained])
+    few = refused.model_copy(update={"train": str(left)})
+    again = prepare_splits(few, make_tokenizer("bos"), 128, bound=splits.bound)
+    assert (len(again.train), len(again.validation)) == (len(trained), len(held_out))
+    write_rows(path, rows)
     assert held_out
     assert not held_out & trained
     assert max(held_out) < max(trained)

@@ -7,11 +7,22 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from helpers_tasks import write_task
+from helpers_data import make_tokenizer
+from helpers_tasks import write_rows, write_task
 
+from chainlora.config.schema import DataConfig
 from chainlora.data.sources import Row
+from chainlora.data.splits import prepare_splits
 from chainlora.data.tasks import load_task
 from chainlora.errors import ConfigError, DataError
+
+
+def test_a_number_of_rows_counts_those_of_nested_passages(tmp_path):
+    answers = [{"text": f"{n}", "label": n % 2, "idx": n} for n in range(4)]
+    passage = {"text": "a", "questions": [{"question": "b", "idx": 0, "answers": answers}]}
+    rows = write_rows(tmp_path / "rows.jsonl", [{"passage": passage, "idx": n} for n in range(3)])
+    data = DataConfig(task="multirc", train=str(rows), num_train=5)
+    assert len(prepare_splits(data, make_tokenizer(), 512).train) == 5
 
 
 def test_an_unknown_task_names_the_nearest():

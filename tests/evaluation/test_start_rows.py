@@ -322,6 +322,12 @@ def test_rows_of_the_base_are_given_by_a_file(roomy, tmp_path, chainlora):
     assert len(open_run("run").kept()["start"].train) == 8
     assert "nothing left to do" in chainlora(*words, "--general", rows).out
     chainlora(*words, "--general", "none").refused("got none for run")
+    few = write_rows(tmp_path / "few.jsonl", [{"text": "it was"}] * 3)
+    words = (*words[:-1], "other", "--general", few)
+    chainlora(*words).refused("`start_data.validation` must hold out some prompts")
+    other = (*words[:-2], "--start_data.validation", "4", "--general", rows)
+    assert "base (" in chainlora(*other).out
+    assert len(open_run("other").kept()["start"].validation) == 4
     forked = ("extend", "run", answers, "--name", "b", "--chain.steps", "[1]", "--output", "fork")
     chainlora(*forked, "--general", rows).refused("for a start without such rows")
     assert chainlora(*forked).status == 0

@@ -44,6 +44,24 @@ def test_what_a_config_of_stages_cannot_say_is_refused_in_a_line(config):
         assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("wrong", ["row", "length", "context", "held out"])
+def test_rows_of_a_later_stage_are_refused_before_the_first_is_trained(config, tmp_path, wrong):
+    rows = [{"prompt": f"the {n}", "completion": " cat"} for n in range(6)]
+    rows += [{"prompt": "the", "completion": 4}] if wrong == "row" else []
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    style = {"name": "style", "data": {"train": str(path)}, "chain": {"ranks": [2], "steps": [1]}}
+    if wrong == "length":
+        style["chain"] = {"ranks": [2, 2], "epochs": [0.1, 0.1]}
+    more = {"context": {"max_length": 3}, "held out": {"validation": 0.001}}
+    style["data"] |= more.get(wrong, {})
+    both = config | {"stages": [config["stages"][0], style]}
+    for check in (lambda tree: make_plan(make_stages(tree)), train):
+        with pytest.raises(ChainLoRAError, match="stage 'style': "):
+            check(both)
+    assert not (tmp_path / "run").exists()
+
+
 def test_run_wide_keys_of_an_extension_and_stages_that_are_not_there_are_refused(two, tmp_path):
     run, style = tmp_path / "run", stage_of(two, "style")
     mixed = mix_stages(run, {"style": 0.5}).entry.key

@@ -85,7 +85,7 @@ def general_keys(general: str | None) -> list[tuple[str, str]]:
         return []
     if general == "none":
         return [("start_data", general)]
-    return [("start_data.train", general), ("start_data.validation", "0.2")]
+    return [("start_data", json.dumps({"train": general, "validation": 0.2}))]
 
 
 class Printer(io.TextIOBase):

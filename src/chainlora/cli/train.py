@@ -87,7 +87,7 @@ def train(arguments: tuple[str, ...], dry_run: bool, general: str | None, as_jso
       output: runs/mine
     """
     file, overrides = file_and_overrides(list(arguments))
-    overrides += general_keys(general)
+    overrides = [*general_keys(general), *overrides]
     if is_run(file):
         _build(file, overrides, dry_run, as_json)
     elif file.endswith("lineage.json"):

@@ -87,7 +87,7 @@ def extend(
     or RUN@STAGE, which do not change. The same command again resumes a stopped or killed stage.
     """
     words, overrides = words_and_overrides(list(arguments))
-    overrides += general_keys(general)
+    overrides = [*general_keys(general), *overrides]
     if not words or words[2:]:
         got = f"unexpected {words[2]!r}" if words[2:] else "Missing argument 'RUN'"
         raise click.UsageError(f"{got}; write: chainlora extend RUN [ROWS|STAGE.yaml] …")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,9 @@ def read_tree(path: str | Path, what: str = "config file") -> dict[str, Any]:
     return tree
 
 
+_NAMES = ("model", "output", "name", "start")
+
+
 def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
     """Set ``tree["a"]["b"]`` from ``"a.b"``; a string is parsed as YAML, without comments."""
     *parents, last = dotted.split(".")
@@ -131,8 +135,9 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
         raise ConfigError(
             f"the value of `{dotted}` must be YAML", f"{value!r}: {got}", remedy
         ) from None
-    if isinstance(parsed, str) and value.partition(" #")[0].strip() == parsed:
-        parsed = value.strip()  # a name such as ``runs/try #2``
+    is_text = isinstance(parsed, str) and value.partition(" #")[0].strip() == parsed
+    if is_text or (dotted in _NAMES and isinstance(parsed, int | float | date)):
+        parsed = str(value).strip()  # a name such as ``runs/try #2``, or ``2026-01-05``
     tree[last] = parsed
 
 

@@ -26,14 +26,18 @@ _WIDTH = 60  # characters of a text that a warning shows
 
 
 def check_scorable(
-    held_out: Sequence[NDArray[np.bool_]], scored: Sequence[NDArray[np.bool_]]
+    held_out: Sequence[NDArray[np.bool_]],
+    scored: Sequence[NDArray[np.bool_]],
+    *,
+    need_all: bool = False,
 ) -> None:
-    """Warn of held-out rows that are too long to be scored. Raises DataError if all are."""
+    """Warn of held-out rows that are too long to be scored. Raises DataError if all are, or if
+    `need_all` and some are."""
     count, left = (sum(int(mask.sum()) for mask in masks) for masks in (held_out, scored))
-    if count and not left:
+    if left < count and (need_all or not left):
         raise DataError(
             "held-out rows must fit the context with room for an answer",
-            f"{count} rows that do not",
+            f"{count - left} rows that do not",
             "raise data.max_length, hold out more rows, or set data.truncation: cut",
         )
     if left < count:

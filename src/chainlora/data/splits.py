@@ -197,6 +197,13 @@ class _SplitEncoding:
                 scored = replace(scored, objective="candidates")
         self.learned, self.scored = learned, scored
 
+    @property
+    def needs_room(self) -> bool:
+        """Whether a row of a task is refused if it is too long only when it is scored."""
+        if self.task is None or self.scored == self.learned:
+            return False
+        return (self.scored.truncation or self.task.truncation) == "error"
+
     def encode(self, split: str, options: Options, *, warn: bool = True) -> list[Rows]:
         """Encode each source of a split."""
         kind = self.task or self.data.format
@@ -237,12 +244,14 @@ def _divided(
     data, learned, scored = encoding.data, encoding.learned, encoding.scored
     files = to_score = encoding.encode("train", learned)
     division = divide(files, data, earlier, bound)
+    if needs_room := encoding.needs_room:  # only held-out rows need it: others are dropped there
+        scored = replace(scored, truncation="drop")
     if scored != learned and (data.holds_out or not to_train):
         to_score = encoding.encode("train", scored, warn=False)
     held_out: list[Rows] = []
     if data.holds_out:
         validation = list(map(aligned, to_score, files, division.validation))
-        check_scorable(division.validation, validation)
+        check_scorable(division.validation, validation, need_all=needs_room)
         held_out = list(map(pick, to_score, validation))
     if to_train:
         train = list(map(pick, files, division.train))
@@ -349,7 +358,8 @@ def encode_split(
     options = Options(context, reserve=_reserve(task))
     shapes = data is not None and (data.max_length or data.truncation or data.shots)
     if data is not None and data.task and shapes and load_task(data.task).name == task.name:
-        train = _task_sources(task, data)["train"] if data.shots else []
+        files = data.model_copy(update={"validation": None, "test": None})
+        train = _task_sources(task, files)["train"] if data.shots else []
         before, _ = _demonstrations(task, data, train)
         limit = length_limit(data, context)
         options = replace(options, max_length=limit, truncation=data.truncation, before=before)
@@ -408,8 +418,11 @@ def length_limit(data: DataConfig, context: int) -> int:
 
 def _task_sources(task: Task, data: DataConfig) -> dict[str, list[Source]]:
     if data.train is not None:
-        return {
-            split: [flat(source, task.name) for source in sources]
+        return {  # a limit counts rows, not the passages of nested ones
+            split: [
+                replace(flat(replace(source, limit=None), task.name), limit=source.limit)
+                for source in sources
+            ]
             for split, sources in _file_sources(data).items()
         }
     sizes = (data.num_train, data.num_validation, data.num_test)

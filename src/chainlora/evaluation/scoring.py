@@ -34,7 +34,7 @@ from chainlora.evaluation.training_rows import config_of, divided_by
 from chainlora.files import check_writable, make_folder, write_text
 from chainlora.models.text_config import context_length
 from chainlora.runs.addresses import Address, open_run
-from chainlora.runs.exported import load_run_or_model
+from chainlora.runs.exported import load_run_or_model, sources_of_export
 from chainlora.runs.paths import is_run, need_apart
 from chainlora.runs.state import OpenState
 from chainlora.showing import Shown
@@ -189,6 +189,8 @@ def rows_to_score(
     source = task_split_source(chosen, data, split, limit)
 
     def encode(tokenizer: Any, context: int) -> tuple[Task, Sequence[Example]]:
+        if task is None and data_config is not None:
+            _warn_of_change(run_or_model, data_config, "train" if data_config.shots else None)
         return chosen, encode_split(chosen, source, tokenizer, context, data_config)
 
     return encode, chosen
@@ -237,9 +239,12 @@ def _own_rows(
     return encode
 
 
-def _warn_of_change(run: Address, data: DataConfig, split: str) -> None:
-    """Warn if the task or the rows have changed since training."""
-    known = open_run(run).with_rows.configured.training.sources
+def _warn_of_change(place: Address, data: DataConfig, split: str | None) -> None:
+    """Warn if the task of a run or an export, or rows of a split, have changed since training."""
+    if isinstance(place, OpenState) or is_run(place):
+        known = open_run(place).with_rows.configured.training.sources
+    else:
+        known = sources_of_export(place)
     rows = "train" if split == "validation" and data.holds_out else split
     sources = named_sources(data)
     for key in ("data.task", f"data.{rows}"):

@@ -32,7 +32,7 @@ from chainlora.data.kept import Kept, keeps_general, read_kept, write_kept
 from chainlora.data.rows import MemoryRows
 from chainlora.data.splits import Splits, length_limit, prepare_splits
 from chainlora.data.templates import ends_of_turn, render_chat, set_chat_template
-from chainlora.errors import FileError, ModelError, RunError
+from chainlora.errors import ChainLoRAError, FileError, ModelError, RunError
 from chainlora.evaluation.generation import continue_greedily, greedy_config
 from chainlora.evaluation.stage_scores import Progress
 from chainlora.models.finding import resolve_model
@@ -63,7 +63,11 @@ Prompt = tuple[Ids, bool]
 
 def rows_of_start(rows: StartData, data: DataConfig, tokenizer: Any, context: int) -> Kept:
     """Return the sample of start rows that a run keeps; `data` is that of its first stage."""
-    return prepare_splits(rows.as_data(data), tokenizer, context).kept()
+    try:
+        return prepare_splits(rows.as_data(data), tokenizer, context).kept()
+    except ChainLoRAError as error:
+        error.args = (str(error).replace("`data.", "`start_data."),)
+        raise
 
 
 def build_start(run: Path, declared: Unbuilt, base: OpenBase | None, progress: Progress) -> None:

@@ -33,7 +33,7 @@ from chainlora.runs.addresses import Address, nothing_at, open_run
 from chainlora.runs.cards import Naming
 from chainlora.runs.costs import versions
 from chainlora.runs.export import export_adapter, export_merged
-from chainlora.runs.history import BASE
+from chainlora.runs.history import BASE, Entry
 from chainlora.runs.lineage import LINEAGE, Lineage, read_lineage
 from chainlora.runs.loading_start import load_start, put_on
 from chainlora.runs.open_base import OpenBase
@@ -117,16 +117,25 @@ def lineage_at(place: str | Path) -> Lineage | None:
 def config_of_export(place: str | Path) -> RunConfig | None:
     """Return the config of the last exported stage with rows; None for a model or a saved chain."""
     lineage = lineage_at(place)
-    if lineage is None:
+    last = None if lineage is None else _last_with_rows(lineage)
+    if lineage is None or last is None:
         return None
-    keys = [e.key for e in lineage.history.entries if not e.is_rehearsal]
-    names = [key for key in keys if key in lineage.stages]
-    if not names:
-        return None
-    tree = deepcopy(lineage.stages[names[-1]].config)
+    tree = deepcopy(lineage.stages[last.key].config)
     refuse_paths(tree, Path(LINEAGE))  # the export may come from somebody else
     leave_out_helpers(tree, LINEAGE)
     return make_config(tree)
+
+
+def sources_of_export(place: str | Path) -> dict[str, list[str]]:
+    """Return the digests of the files of that stage, by config key; none for a model."""
+    lineage = lineage_at(place)
+    last = None if lineage is None else _last_with_rows(lineage)
+    return {} if last is None else last.training.sources
+
+
+def _last_with_rows(lineage: Lineage) -> Entry | None:
+    entries = [e for e in lineage.history.entries if not e.is_rehearsal and e.key in lineage.stages]
+    return entries[-1] if entries else None
 
 
 # --- verifying ---

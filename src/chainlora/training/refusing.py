@@ -6,6 +6,7 @@ in rows or weights are refused later, by `training.setup`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,13 @@ from chainlora.config.schema import LinkConfig, RunConfig, StartData
 from chainlora.config.staging import Stage
 from chainlora.data.division import can_read_again
 from chainlora.data.kept import keeps_general, keeps_rows
-from chainlora.data.splits import check_metric, learned_by, length_limit, reported_of
+from chainlora.data.splits import (
+    check_metric,
+    learned_by,
+    length_limit,
+    prepare_splits,
+    reported_of,
+)
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.models.loading import accelerator
 from chainlora.runs.history import START
@@ -27,6 +34,7 @@ from chainlora.runs.loading_start import NOTHING, Start
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.paths import exists_in
 from chainlora.runs.state import OpenState
+from chainlora.training.batches import make_batches
 from chainlora.training.objectives import check_names
 from chainlora.training.optimizers import check_optimizer
 from chainlora.training.placement import StagePlan
@@ -52,10 +60,15 @@ def check_due(
     origin = start if head is None else Start(state=head.at(head.history.origin))
     losses = _losses(origin) | _given(first, start, due[0].state == "new" and head is None)
     below = dict(losses) if head is None else _losses(Start(state=head))
+    # work that comes before the rows of a stage are read: general rows, earlier stages
+    is_early = len(due) > 1 or (head is None and keeps_general(first) and run is not None)
+    tokenizer = start.tokenizer if head is None else head.tokenizer()
     for stage_plan in due:
         config, is_new = stage_plan.stage.config, stage_plan.state == "new"
         with naming(stage_plan.stage if len(planned) > 1 else None):
             _check_config(config, base, is_new)
+            if is_new and is_early:
+                _check_rows(config, base, tokenizer)
         if is_new:
             if stage_plan.name in start.stages and head is None:
                 got = f"{stage_plan.name!r}, which the start has"
@@ -78,6 +91,26 @@ def _check_config(config: RunConfig, base: OpenBase, is_new: bool) -> None:
     if is_new:
         for link in dict.fromkeys(_with_directions(config.chain.links())):
             check_targets(base.skeleton, link)
+
+
+def _check_rows(config: RunConfig, base: OpenBase, tokenizer: Path | None) -> None:
+    """Raise DataError or ConfigError for rows that a stage cannot be trained on.
+
+    They are read as the stage will read them, but for rows that earlier stages keep. Warnings wait
+    until it begins. One of several processes does not wait for the others, so they leave it out.
+    """
+    if config.data.rehearse or num_launched() > 1:
+        return
+    data = config.data.model_copy(update={"replay": None, "new_rows_only": False})
+    rows = logging.getLogger("chainlora")
+    level = rows.level
+    rows.setLevel(logging.ERROR)
+    try:
+        own, loss = base.tokenizer(tokenizer), config.train.loss
+        splits = prepare_splits(data, own, base.context, loss=loss, compare=False)
+        make_batches(config, splits.train, splits.mixture)
+    finally:
+        rows.setLevel(level)
 
 
 def _check_trackers(config: RunConfig) -> None:

@@ -168,10 +168,10 @@ class RowEncoder:
             front = 0
         front = front or int(draft.sequences[0][0] == self.bos)
         first = max(front, 1)
-        room = min(spans[0][0] for spans in draft.scored) - first
+        room = min(spans[0][0] for spans in draft.scored) - front - 1
         if self.encoder.keeps_targets and excess > room:
             rule = "the scored tokens must fit the context with one token of the prompt"
-            got = f"{length - room} tokens for at most {max_length}"
+            got = f"{length - max(room, 0)} tokens for at most {max_length}"
             raise bad_row(rule, got, draft.row.origin, f"{_OR}: drop")
         scored = [
             [
