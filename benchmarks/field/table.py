@@ -131,7 +131,7 @@ def arm_line(
             mean([forgotten(cell, tasks) for cell in cells]),
             *(mean([ratio(c, base, kinds) for c in cells], 3) for kinds in (OUTSIDE, ("boolq",))),
             mean([facts(cell, base) for cell in cells], 2),
-            rank if one["adapters"] == 1 else f"{one['adapters']} of {rank}",
+            rank if one["adapters"] == 1 else f"{one['adapters']} of rank {rank}",
             *(f"{fmean(c[key] for c in cells):,.0f}" for key in ("steps", "old_rows")),
             mean([cell["cpu_seconds"] / 3600 for cell in cells], 2),
         )

@@ -109,7 +109,7 @@ def stages() -> Rows:
         forgotten = estimate(lost, 1, "-") if lost else MISSING
         rows.append((shown, estimate(right(cells), 1, "-"), forgotten, f"{old:,.0f}", f"{rank}"))
     own = estimate(alone(), 1, "-")
-    return [*rows, ("each stage alone, its own rows", own, MISSING, "0", "five of 8")]
+    return [*rows, ("each stage alone, its own rows", own, MISSING, "0", "five of rank 8")]
 
 
 ALL_KEPT = "second pass, all rows kept"
@@ -260,7 +260,7 @@ def combining() -> Rows:
         facts = number(fmean(map(table.facts, cells)), 2, "-")
         rows.append((text, estimate(right(cells), 1, "-"), ratios, facts, f"{rank}"))
     own = estimate([*map(table.alone, fresh("layer by layer"))], 1, "-")
-    return [*rows, ("each stage alone, its own rows", own, MISSING, MISSING, "five of 8")]
+    return [*rows, ("each stage alone, its own rows", own, MISSING, MISSING, "five of rank 8")]
 
 
 def layerwise_in_short() -> list[str]:
@@ -338,7 +338,7 @@ def months() -> Rows:
                 text,
                 three_seeds([100 * cell["score"] for cell in cells], 1),
                 three_seeds(ratios, 3) if ratios else MISSING,
-                f"{rank}" if rank else "six of 8",
+                f"{rank}" if rank else "six of rank 8",
             )
         )
     return rows

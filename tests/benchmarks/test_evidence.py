@@ -157,8 +157,8 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
             lambda: F.in_short("ours", "replay", "alone"),
         ),
         (
-            "one LoRA on all rows at once: on other seeds ([tables])) {} %, at rank 40; replay on "
-            "top {} %; on top of each other without kept rows {} %",
+            "one LoRA on all rows at once: on other seeds ([tables])) {} %, at rank 40 (three "
+            "seeds); replay on top {} % and, without kept rows, {} % (six seeds)",
             lambda: S.kept_32("all at once", "replay", "on top"),
         ),
         (
@@ -167,6 +167,7 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
             E.against_trainer,
         ),
         ("0.5B parameters take [{} GB]) and {} seconds for a row", E.half_a_billion),
+        ("takes {} to {} of its memory at {} to {} times its speed", E.checkpointing),
     ],
     "benchmarks/stages/README.md": [
         ("two passes {}, rehearsed {} (1e-3) and {} % (3e-4)", S.tuned_twice),

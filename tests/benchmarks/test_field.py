@@ -125,7 +125,7 @@ def test_figures_of_an_arm(table: Any) -> None:
     assert ours[6:9] == [f"{1.5 ** (2 / 3):.3f}", "1.500", "0.50"]
     assert ours[9:] == ["8", "560", "448", "1.00"]
     router = lines_by_arm(lines[: lines.index("")])["router"]
-    assert (router[5], router[9]) == ("–", "14 of 8")
+    assert (router[5], router[9]) == ("–", "14 of rank 8")
     by_task = lines_by_arm(lines[lines.index("") :])
     assert by_task["sst2"][1:3] == ["40 (40 40 40)", "10"]  # the base has one seed
     assert by_task["sst2"][3:5] == ["90 (90 90 90)", "70 (60 70 80)"]

@@ -39,7 +39,7 @@ def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
             "--max-new-tokens",
             type=click.IntRange(min=1),
             help=f"Most tokens of an answer. Default: {_MOST}; `generate` uses twice the longest "
-            "completion of the run's rows if that is less.",
+            "completion of the run's rows, at least 32, if that is less.",
         ),
         click.option(
             "--temperature",
