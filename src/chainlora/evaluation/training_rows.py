@@ -59,7 +59,7 @@ def training_rows(run_or_model: Address, tokenizer: Any) -> RowFacts | None:
 
 
 def answer_limit(facts: RowFacts | None) -> int:
-    """Return the most tokens of an answer: twice the longest in the rows, from 32 to `MOST_TOKENS`."""
+    """Return the most tokens of an answer: twice those of the longest in the rows, at least 32."""
     return min(MOST_TOKENS, max(_FEWEST, 2 * facts.longest_answer)) if facts else MOST_TOKENS
 
 
