@@ -71,13 +71,13 @@ def over_tasks(other: str) -> str:
 
 
 def in_short(*names: str) -> list[str]:
-    """The number of tasks that are learned alone, what each arm has on the seeds of all, and how
-    many these are."""
-    right, found = script("field/table.py").right, [f"{len(learned())}"]
+    """The number of tasks that are learned alone, the number of seeds that all arms have, and what
+    each arm has on these."""
+    right = script("field/table.py").right
     seeds = sorted(set.intersection(*({*arms()[arm]} for arm in names)))
-    for arm in names:
-        found.append(number(fmean(right(arms()[arm][s], learned()) for s in seeds), 0, "-"))
-    return [*found, f"{WORDS[len(seeds)]} seed{'s' if seeds[1:] else ''}"]
+    means = [fmean(right(arms()[arm][seed], learned()) for seed in seeds) for arm in names]
+    count = f"{WORDS[len(seeds)]} seed{'s' if seeds[1:] else ''}"
+    return [f"{len(learned())}", count, *(number(mean, 0, "-") for mean in means)]
 
 
 def not_run() -> str:

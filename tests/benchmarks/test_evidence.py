@@ -140,26 +140,24 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
     ],
     "README.md": [
         (
-            "32 kept rows of each, {} seeds ([tables])): {} % right answers in one adapter, at "
-            "`--rank 16`; each stage alone, on its own rows, {} %. Perplexity of other text: {} % "
-            "above",
-            S.layerwise_in_short,
-        ),
-        ("other text had {} % more perplexity", lambda: S.layerwise_in_short()[-1:]),
-        (
-            "with six data sets of made-up facts ([table]), three seeds) it has {} %, replay {} %, "
-            "and at rank 16 it had {} %",
-            lambda: [S.facts_kept(name) for name in ("wide", "replay", "combine")],
+            "32 of them kept, {} seeds, at `--rank 16` | {} % | {} % (other seeds, no general "
+            "rows) | {} % |",
+            lambda: [*S.layerwise_in_short()[:2], *S.kept_32("replay"), S.layerwise_in_short()[2]],
         ),
         (
-            "over the {} that a stage alone learns, it has {} %, replay {} %, each stage alone "
-            "{} % ({})",
+            "facts, all rows kept, three seeds ([facts])) | {} % (at `--rank 16`: {} %) | {} % | "
+            "{} % |",
+            lambda: [S.facts_kept(name) for name in ("wide", "combine", "replay", "alone")],
+        ),
+        (
+            "over the {} that a stage alone learns, {}; not finished | {} % | {} % | {} % |",
             lambda: F.in_short("ours", "replay", "alone"),
         ),
+        ("other text is {} % above the base's", lambda: S.layerwise_in_short()[-1:]),
+        ("other text had {} % more perplexity", lambda: S.layerwise_in_short()[-1:]),
         (
-            "one LoRA on all rows at once: on other seeds ([tables])) {} %, at rank 40 (three "
-            "seeds); replay on top {} % and, without kept rows, {} % (six seeds)",
-            lambda: S.kept_32("all at once", "replay", "on top"),
+            "on three other seeds ([tables])), {} %, at rank 40",
+            lambda: S.kept_32("all at once"),
         ),
         (
             "is {} to {} times as fast as `transformers.Trainer` with PEFT, in {} to {} of its "
