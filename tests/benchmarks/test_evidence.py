@@ -100,6 +100,11 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
             "minus replay, in points: {}; over tasks and rows {}; by seed {}.",
             lambda: F.compared("replay"),
         ),
+        (
+            "minus the router, in points: {}; over tasks and rows {}; by seed {}.",
+            lambda: F.compared("router"),
+        ),
+        ("the default minus replay is {} points", lambda: F.compared("replay")[:1]),
         ("**Not run**: {}.", lambda: [F.not_run()]),
         ("old rows has {} %; by seed {}, {} and {}, the combination {}, {} and {}: ", S.replayed),
         (": replay is ahead on {} of {}.", S.replay_is_ahead),
@@ -153,6 +158,7 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
             "over the {} that a stage alone learns, {}; not finished | {} % | {} % | {} % |",
             lambda: F.in_short("ours", "replay", "alone"),
         ),
+        ("the difference to replay is {} points", lambda: F.compared("replay")[:1]),
         ("other text is {} % above the base's", lambda: S.layerwise_in_short()[-1:]),
         ("other text had {} % more perplexity", lambda: S.layerwise_in_short()[-1:]),
         (
