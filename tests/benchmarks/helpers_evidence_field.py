@@ -80,6 +80,13 @@ def in_short(*names: str) -> list[str]:
     return [f"{len(learned())}", count, *(number(mean, 0, "-") for mean in means)]
 
 
+def perplexity(arm: str) -> str:
+    """Perplexity of other text divided by the base's, mean of the seeds."""
+    table, base = script("field/table.py"), arms()["base"][0]
+    ratios = [table.ratio(cell, base, table.OUTSIDE) for cell in arms()[arm].values()]
+    return number(fmean(ratios), 2, "-")
+
+
 def not_run() -> str:
     """The arms that have no cell yet."""
     names = script("field/table.py").ARMS

@@ -105,6 +105,10 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
             lambda: F.compared("router"),
         ),
         ("the default minus replay is {} points", lambda: F.compared("replay")[:1]),
+        (
+            "perplexity of other text is {} times the base's; layer by layer, {} times",
+            lambda: map(F.perplexity, ("replay", "ours")),
+        ),
         ("**Not run**: {}.", lambda: [F.not_run()]),
         ("old rows has {} %; by seed {}, {} and {}, the combination {}, {} and {}: ", S.replayed),
         (": replay is ahead on {} of {}.", S.replay_is_ahead),
@@ -159,6 +163,11 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
             lambda: F.in_short("ours", "replay", "alone"),
         ),
         ("the difference to replay is {} points", lambda: F.compared("replay")[:1]),
+        (
+            "After the last row it is {} times the base's; replay, whose settings were chosen by "
+            "right answers alone, reaches {} times.",
+            lambda: map(F.perplexity, ("ours", "replay")),
+        ),
         ("other text is {} % above the base's", lambda: S.layerwise_in_short()[-1:]),
         ("other text had {} % more perplexity", lambda: S.layerwise_in_short()[-1:]),
         (
