@@ -62,6 +62,12 @@ def compared(other: str) -> list[str]:
     return [mean, over_tasks(other), ", ".join(number(gap, 1) for gap in found)]
 
 
+def over_all(other: str) -> list[str]:
+    """The number of all tasks, and ours less another arm over these."""
+    tasks = [*arms()["alone"][0]["right"]]
+    return [f"{len(tasks)}", three_seeds(gaps(other, tasks), 1, "+")]
+
+
 def over_tasks(other: str) -> str:
     """The interval over tasks and rows too, as text."""
     table, both = script("field/table.py"), sorted({*arms()["ours"]} & {*arms()[other]})

@@ -97,12 +97,14 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
         ("{} points above the most frequent answer", lambda: [F.gate()]),
         ("with {} rows and {} steps each", F.planned),
         (
-            "minus replay, in points: {}; over tasks and rows {}; by seed {}.",
-            lambda: F.compared("replay"),
+            "minus replay, in points: {}; over tasks and rows {}; by seed {}. Over all {} tasks, "
+            "without weight: {}.",
+            lambda: [*F.compared("replay"), *F.over_all("replay")],
         ),
         (
-            "minus the router, in points: {}; over tasks and rows {}; by seed {}.",
-            lambda: F.compared("router"),
+            "minus the router, in points: {}; over tasks and rows {}; by seed {}. Over all {} "
+            "tasks, without weight: {}.",
+            lambda: [*F.compared("router"), *F.over_all("router")],
         ),
         ("the default minus replay is {} points", lambda: F.compared("replay")[:1]),
         (
