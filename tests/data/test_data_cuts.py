@@ -176,6 +176,8 @@ def test_a_row_that_leaves_no_room_to_be_scored_is_not_held_out(tmp_path, loss):
     few = refused.model_copy(update={"train": str(left)})
     again = prepare_splits(few, make_tokenizer("bos"), 128, bound=splits.bound)
     assert (len(again.train), len(again.validation)) == (len(trained), len(held_out))
+    with pytest.raises(DataError, match="a row must fit the context"):  # not left out unseen
+        prepare_splits(few, make_tokenizer("bos"), 128, to_score="train", bound=splits.bound)
     write_rows(path, rows)
     assert held_out
     assert not held_out & trained

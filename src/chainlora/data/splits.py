@@ -150,7 +150,7 @@ def prepare_splits(
 
     # 1. Divide the training files: rows to train on, rows held out for validation.
     if to_train or (data.holds_out and to_score != "test") or (earlier and to_score == "train"):
-        division = _divided(encoding, list(earlier.values()), bound, to_train)
+        division = _divided(encoding, list(earlier.values()), bound, to_score)
         parts["train"], parts["validation"], fields_of_division = division
         fields |= fields_of_division
 
@@ -238,13 +238,15 @@ def _task_fields(task: Task | None, loss: str | None) -> dict[str, Any]:
 
 
 def _divided(
-    encoding: _SplitEncoding, earlier: Sequence[Kept], bound: int | None, to_train: bool
+    encoding: _SplitEncoding, earlier: Sequence[Kept], bound: int | None, to_score_split: str | None
 ) -> tuple[list[Rows], list[Rows], dict[str, Any]]:
     """Return the rows to train on, the rows held out, encoded for scoring, and other fields."""
     data, learned, scored = encoding.data, encoding.learned, encoding.scored
+    to_train = to_score_split is None
     files = to_score = encoding.encode("train", learned)
     division = divide(files, data, earlier, bound)
-    if needs_room := encoding.needs_room:  # only held-out rows need it: others are dropped there
+    needs_room = encoding.needs_room and to_score_split != "train"
+    if needs_room:  # only held-out rows need it: others are dropped there
         scored = replace(scored, truncation="drop")
     if scored != learned and (data.holds_out or not to_train):
         to_score = encoding.encode("train", scored, warn=False)
