@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 from collections.abc import Iterator, Mapping
@@ -242,7 +243,7 @@ def compare(
     tree = read_config(file)
     config: Any = _sequence(tree, keys) if "stages" in tree else load_config(file, keys)
     own = tree.get("output") if "stages" in tree else config.output
-    output = output or f"{own or Path('runs', Path(file).stem)}-compare"
+    output = os.path.expanduser(output or f"{Path(own or Path('runs', Path(file).stem))}-compare")
     said = [f"cells and report in {output}"]
     if seeds is None:
         seeds, why = _fewest_seeds(len(named) - 1)

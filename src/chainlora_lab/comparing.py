@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from chainlora import RunConfig
+from chainlora.config.schema import with_flat_model
 from chainlora.config.staging import make_stages
 from chainlora.errors import ConfigError
 from chainlora.registry import load_plugins
@@ -131,6 +132,7 @@ def _of_run(config: RunConfig, methods: Methods, chooses: bool) -> dict[str, Any
 
 def _of_sequence(config: Mapping[str, Any], methods: Methods, chooses: bool) -> dict[str, Any]:
     """Return the same of ways to add the data sets of a config with stages."""
+    config = with_flat_model(config)
     if config.get("start") is not None:
         raise ConfigError("`compare` trains from the bare base", "start", "leave it out")
     stages = make_stages({**config, "output": "-"})  # refuses what is wrong in them

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from chainlora import RunConfig, load_task, make_config
+from chainlora.config.schema import PAIR_LOSSES
 from chainlora.config.staging import make_stages
-from chainlora.data.splits import check_files
+from chainlora.data.splits import check_files, reported_of
 from chainlora.errors import ConfigError
 from chainlora.registry import plugin_digest
 from chainlora_lab.experiment import Experiment
@@ -45,6 +46,9 @@ class Cell:
     def __str__(self) -> str:
         point = "".join(f" {key.rpartition('.')[2]}={value}" for key, value in self.point)
         return f"{self.task} {self.method} seed={self.seed}{point}"
+
+
+FORMER_RANKS = [8, 8]  # `chain.ranks` when the cells of benchmarks/ were named; now 8 a length
 
 
 def expand(experiment: Experiment) -> list[Cell]:
@@ -106,6 +110,7 @@ class Expansion:
             chooses = len(self.points[task, method]) > 1
             for part in config.parts:
                 self._check(task, part, chooses=chooses)
+            _need_shared_split(task, config)
             if chooses and config.stages:
                 self._check_sequence(task, config)
             self._cells[key] = Cell(task, method, seed, point, config, config_id(config))
@@ -121,7 +126,9 @@ class Expansion:
             rule = f"task {task}: hyper-parameters are chosen on validation rows"
             raise ConfigError(rule, "none", "give data.validation, or leave `tune` out")
         reported: tuple[str, ...] = ("loss", "perplexity")
-        if data.task is not None:
+        if config.train.loss in PAIR_LOSSES:
+            reported = reported_of(data, config.train.loss)
+        elif data.task is not None:
             if (data.task, data.dir) not in self._reported:
                 if data.dir is not None:
                     check_files(data, config.train.loss)
@@ -140,6 +147,15 @@ class Expansion:
             rule = f"task {task}: a sequence is scored by {own} alone"
             got = f"`tune.metric: {self.experiment.tune.metric}`"
             raise ConfigError(rule, got, f"give {own}, or leave it out")
+
+
+def _need_shared_split(task: str, config: CellConfig) -> None:
+    """Refuse a sequence of which no split has rows of all stages."""
+    data = [stage.data for _, stage in config.stages if stage.data.train is not None]
+    if not all(each.test for each in data) and not all(each.validation for each in data):
+        rule = f"task {task}: stages of a sequence are scored on the same split"
+        got = "some with data.test alone, others with data.validation alone"
+        raise ConfigError(rule, got, "give all of them one of these")
 
 
 def _points(experiment: Experiment, method: str) -> list[Point]:
@@ -207,13 +223,24 @@ def config_id(config: RunConfig) -> str:
     """Return twelve hex digits that name what a config computes.
 
     Hashed are its values other than the defaults, so that a new key with a default renames no cell;
-    places and watchers are left out. A file named by the config (rows, a task of the user's own, a
-    plug-in) counts by its content. Of a shipped task only the name counts.
+    a default that has changed counts as the former one. Places and watchers are left out. A file
+    named by the config (rows, a task of the user's own, a plug-in) counts by its content. Of a
+    shipped task only the name counts.
     """
     tree = compact_config(config)
     for each in (tree, *(stage for _, stage in tree.get("stages", ()))):
+        _with_former_defaults(each)
         _by_content(each)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _with_former_defaults(tree: dict[str, Any]) -> None:
+    """Name what a default was not when cells were committed, and leave out what it was."""
+    chain = tree.get("chain", {})
+    if chain.get("ranks") == FORMER_RANKS:
+        del chain["ranks"]
+    elif "ranks" not in chain:
+        tree["chain"] = {"ranks": [8], **chain}
 
 
 def _by_content(tree: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from chainlora.runs.state import OpenState
 from chainlora.training.building import carry_out
 from chainlora.training.events import Listener
 from chainlora.training.loop import tuned
-from chainlora.training.objectives import Objective
+from chainlora.training.objectives import Objective, make_objective
 from chainlora.training.plan import make_plan
 from chainlora.training.result import TrainResult
 from chainlora.training.run import Run
@@ -63,8 +63,11 @@ def learn_in_turn(
 
 def check_in_turn(stages: Sequence[Stage]) -> None:
     """Raise ConfigError unless one LoRA can go on through all stages."""
+    _need_no_replay(stages)
     chains = [stage.config.chain for stage in stages]
-    kinds = {(c.ranks, c.alpha, c.rslora, str(c.target_modules)) for c in chains}
+    kinds = {
+        (c.ranks, c.alpha, c.rslora, str(c.target_modules), str(c.exclude_modules)) for c in chains
+    }
     is_more = any(c.lora_bias or c.knots or c.init == "pissa" for c in chains)
     if is_more or len(kinds) > 1 or len(chains[0].ranks) != 1:
         raise ConfigError(
@@ -73,6 +76,13 @@ def check_in_turn(stages: Sequence[Stage]) -> None:
             "; ".join(f"ranks {[*c.ranks]}, alpha {c.alpha}" for c in chains),
             "set `chain` beside `stages`, for all of them",
         )
+
+
+def _need_no_replay(stages: Sequence[Stage]) -> None:
+    """Raise ConfigError for replay, since each stage is a run of its own without earlier rows."""
+    if wrong := [stage.name for stage in stages if stage.config.data.replay]:
+        rule = "one LoRA that goes on reads no rows of earlier stages"
+        raise ConfigError(rule, f"data.replay in {wrong[0]}", "leave it out, or take preset replay")
 
 
 def _train(
@@ -124,8 +134,11 @@ class _Turn:
             known = load_file(self.known) if self.known.is_file() else {}
             kept = self.before.kept([self.before.key])[self.before.key]
             rows = list((kept.train or kept.validation).spread(ROWS))
+            objective = make_objective(kept.loss, run.train)  # theirs, not that of the new stage
             found = self.regulariser.remember(
-                known, {n: p.detach() for n, p in parameters(run).items()}, gradients(run, rows)
+                known,
+                {n: p.detach() for n, p in parameters(run).items()},
+                gradients(run, rows, objective),
             )
             write_tensors(self.file, {n: each.contiguous() for n, each in found.items()})
         device = run.processes.device
@@ -144,16 +157,18 @@ def parameters(run: Run) -> dict[str, Tensor]:
     }
 
 
-def gradients(run: Run, rows: Sequence[Example]) -> Iterator[dict[str, Tensor]]:
+def gradients(
+    run: Run, rows: Sequence[Example], objective: Objective
+) -> Iterator[dict[str, Tensor]]:
     """Yield the gradient of the summed loss of each row."""
     named = parameters(run)
     run.chain.model.eval()
     for row in rows:
         run.engine.add_gradients(
-            [run.objective.collate(run.engine, [row])],
+            [objective.collate(run.engine, [row])],
             [cast(Parameter, p) for p in named.values()],
-            loss=partial(run.objective.loss, run.engine),
-            count=run.objective.count,
+            loss=partial(objective.loss, run.engine),
+            count=objective.count,
             terms=1,
         )
         yield {name: p.grad for name, p in named.items() if p.grad is not None}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from chainlora import RunConfig, load_task, open_run
+from chainlora.config.schema import PAIR_LOSSES
 from chainlora.errors import ModelError
 from chainlora.models.finding import resolve_model
 from chainlora_lab.expansion import compact_config
@@ -91,7 +92,12 @@ def described(config: RunConfig, status: str) -> dict[str, Any]:
 
 
 def task_metric(config: RunConfig) -> str:
-    """Return the metric a run is judged by: the task's own, the loss for a user's files."""
+    """Return the metric a run is judged by: the task's own, the accuracy for pairs, else the loss.
+
+    Losses of pairs are not compared: each has its objective's own scale.
+    """
+    if config.train.loss in PAIR_LOSSES:
+        return "accuracy"
     return load_task(config.data.task).metric if config.data.task is not None else "loss"
 
 

@@ -25,6 +25,7 @@ from chainlora import combine as combine_states
 from chainlora.config.schema import LENGTHS, PAIR_LOSSES
 from chainlora.config.staging import Stage
 from chainlora.data.rows import Rows
+from chainlora.data.splits import rows_of_an_epoch
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError
 from chainlora.evaluation.evaluate import evaluate
@@ -34,6 +35,7 @@ from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import chain_on_base
 from chainlora.runs.state import OpenState
 from chainlora.training.events import EntryBuilt, Event
+from chainlora.training.plan import default_epochs
 from chainlora.training.rehearsing import rehearsal
 from chainlora.training.result import TrainResult
 from chainlora.training.stages import train_stages
@@ -184,6 +186,10 @@ def _of_all(case: Case) -> RunConfig:
         for key in ("steps", "tokens")
         if getattr(first.chain, key) is not None
     }
+    if not first.chain.has_length:  # as many rows as the stages read by their own defaults
+        counts = [rows_of_an_epoch(each.data, 10**12) for each in configs]
+        read = sum(n * default_epochs(each.data) for n, each in zip(counts, configs, strict=True))
+        whole = {"epochs": (read / sum(counts),) * len(first.chain.ranks)}
     chain = first.chain.model_copy(update=whole)
     keys = {"data": data[0], "chain": chain, "output": str(case.run), "start_data": None}
     return first.model_copy(update=keys)

@@ -353,6 +353,12 @@ def checkpointing() -> list[str]:
     return [f"{of(shares):.2f}" for of in (min, max)] + [f"{of(speeds):.1f}" for of in (min, max)]
 
 
+def to_combine() -> list[str]:
+    """Minutes of the processor for two and for twelve stages of 64 rows."""
+    seconds = {row["case"]: row["cpu_seconds"] for row in lines("combining/times.jsonl")}
+    return [f"{seconds[case] / 60:.1f}" for case in ("2x64x30", "12x64x30")]
+
+
 def errors() -> list[float]:
     whole, soft = knots("knots", 16), [knots("soft_knots", x) for x in ("bfloat16", "float32")]
     return [whole["error_rebuilt"], whole["error_in_place"], *(fmean(x["error"]) for x in soft)]

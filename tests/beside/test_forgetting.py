@@ -128,3 +128,13 @@ def test_what_cannot_be_compared_is_refused_before_training(run, sentiment, tmp_
 def test_the_loss_of_a_column(metric, before, after, loss):
     cells = [Cell("", "a", "", "train", metric, value, 0.0, 1, 1) for value in (before, after)]
     assert loss_of(*cells) == pytest.approx(loss)
+
+
+def test_a_score_may_fall_by_exactly_the_limit():
+    """0.9 - 0.88 is more than 0.02 in floating point, and the stage was taken back."""
+    for right in range(2, 101):
+        before, after = (
+            Cell("", "a", "", "validation", "accuracy", n / 100, 0.0, 100, 100)
+            for n in (right, right - 2)
+        )
+        assert 0.0199 < loss_of(before, after) <= 0.02

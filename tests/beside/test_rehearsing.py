@@ -6,15 +6,16 @@ import pytest
 from helpers import Stop, stopping, train_on
 from helpers_data import pair_files
 
-from beside.cases import add, section
+from beside.cases import add, config_of, section
 from chainlora import evaluate_task, extend
 from chainlora.cli.main import run as cli
-from chainlora.config.staging import Stage
+from chainlora.config.staging import Stage, make_stages
 from chainlora.errors import DataError
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import redo, undo
 from chainlora.training import rehearsing
+from chainlora.training.plan import make_plan
 from chainlora.training.rehearsing import with_steps
 from chainlora.training.stages import extension, rehearsal, train_stages
 
@@ -104,3 +105,12 @@ def test_a_rehearsal_takes_no_loss_of_pairs(abc, tmp_path, caplog):
     with pytest.raises(DataError, match=r"set train\.loss: null"):  # dpo is inherited
         train_on(abc, plain)
     train_on(abc, plain | {"train": {"loss": None}})
+
+
+def test_a_rehearsal_asked_for_before_the_last_stage_is_named(
+    tiny_folder, sentiment, tmp_path, caplog
+):
+    """It was left out without a word."""
+    more = [section(sentiment, "b") | {"rehearse": True}, section(sentiment, "c")]
+    make_plan(make_stages(config_of(tiny_folder, sentiment, tmp_path / "run", *more)))
+    assert "stage b: `rehearse` has no effect, c is combined with it; set it there" in caplog.text

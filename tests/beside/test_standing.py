@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+from conftest import make_tiny_folder
 from helpers import Stop, stage_dir, stopping, train_all, train_on
 from helpers_data import pair_files
 
@@ -340,3 +341,14 @@ def test_a_stopped_stage_is_not_below_itself_or_stages_beside_it(tiny_folder, se
 def test_the_config_of_a_later_stage_is_for_extend_also_in_a_copy(abc, chainlora):
     config = stage_dir(abc, "b") / "config.yaml"
     chainlora("train", config).refused(f"continue it by: chainlora extend {abc} --name b")
+
+
+def test_links_outside_the_layers_are_refused_before_any_stage_is_trained(sentiment, tmp_path):
+    """All stages were trained, and then the combination was refused."""
+    untied = make_tiny_folder(tmp_path / "untied", tie_word_embeddings=False)
+    tree = config_of(untied, sentiment, tmp_path / "run", section(sentiment, "b"))
+    tree["chain"]["target_modules"] = ["q_proj", "lm_head"]
+    with pytest.raises(ConfigError, match=r"links in decoder layers \(got lm_head\).*--on-top"):
+        make_plan(make_stages(tree))
+    tree["stages"][1]["beside"] = False
+    assert len(make_plan(make_stages(tree)).due) == 2

@@ -10,6 +10,7 @@ import yaml
 from helpers import settings, stage_dir
 
 from chainlora.config.json_schema import config_sections
+from chainlora.config.reading import load_config
 from chainlora.config.schema import StartData
 from chainlora.config.yaml_text import one_value, parse_yaml
 
@@ -88,3 +89,14 @@ def test_every_key_by_the_command_line(name, chainlora, tiny_folder, sentiment, 
             assert found.items() >= value.items()
         elif value != "auto":
             assert found == value, key
+
+
+def test_keys_of_a_model_section_are_replaced_alone(tmp_path):
+    """--quantize had no effect on it, and --model dropped its quantize."""
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "model: {name: m, quantize: nf4}\nchain: {ranks: 8, steps: 9, hold: carried}\n"
+        "data: {train: a.jsonl}"
+    )
+    found = [load_config(path, [keys]) for keys in (("quantize", "int8"), ("model", "n"))]
+    assert [(c.model, c.quantize) for c in found] == [("m", "int8"), ("n", "nf4")]

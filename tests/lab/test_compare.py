@@ -9,7 +9,7 @@ from conftest import write_rows
 
 from chainlora.config.reading import make_config
 from chainlora.errors import ConfigError
-from chainlora_lab import compare, comparison, expand, run_cells
+from chainlora_lab import compare, comparison, expand, read_results, run_cells
 from chainlora_lab.cli import _fewest_seeds
 from chainlora_lab.cli import compare as command
 from chainlora_lab.planning import undecidable
@@ -66,6 +66,19 @@ def test_a_method_is_what_its_preset_says_whatever_the_config_sets(configure):
     assert found == [(False, 1), (True, 1), (False, 16), (False, 1)]
     shared = {(c.train.keep_best, c.train.schedule, c.chain.dropout) for c in configs}
     assert shared == {(False, "cosine", 0.1)}
+
+
+def test_methods_on_pairs_are_compared_by_accuracy(tiny_folder, tmp_path):
+    """Losses of DPO with another beta, or of ORPO, have another scale."""
+    pairs = [{"prompt": f"the {n}", "chosen": " yes", "rejected": " no"} for n in range(6)]
+    rows = str(write_rows(tmp_path / "pairs.jsonl", pairs))
+    tree = {"model": str(tiny_folder), "data": {"train": rows, "validation": rows}}
+    tree |= {"chain": {"ranks": [2], "steps": [2]}, "train": {"loss": "dpo"}}
+    methods = {"lora": {}, "orpo": {"train": {"loss": "orpo"}}}
+    report = compare(make_config(tree), methods, [0], tmp_path / "out", backend="inline")
+    cells = read_results(tmp_path / "out").finals
+    assert {cell["metric"] for cell in cells} == {"accuracy"}
+    assert [s.method for s in report.summaries] == ["lora", "orpo"]
 
 
 @pytest.mark.parametrize("num_methods", range(2, 7))

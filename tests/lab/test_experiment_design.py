@@ -11,6 +11,7 @@ from chainlora.errors import ConfigError
 from chainlora_lab import expand, load_experiment, make_experiment
 from chainlora_lab.choice import Trial, choose
 from chainlora_lab.expansion import Expansion
+from chainlora_lab.results import results_by_id
 from lab.cases import tree
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,3 +153,14 @@ def test_what_is_in_a_file_decides_what_is_done_and_not_where_it_lies(small, sen
     assert (tmp_path / "edited" / "task.yaml").read_text() != text
     assert ids(tmp_path / "moved") == ids(sentiment)
     assert not set(ids(tmp_path / "edited")) & set(ids(sentiment))
+
+
+@pytest.mark.parametrize("name", ["table1", "step_down", "rank1", "rank2"])
+def test_cells_that_were_committed_keep_their_names(name):
+    """Else `--reuse` would train them again."""
+    folder = ROOT / "benchmarks/paper"
+    committed = results_by_id([folder / name / "results.jsonl"])
+    assert committed
+    assert committed.keys() <= {
+        cell.id for cell in expand(load_experiment(folder / f"{name}.yaml"))
+    }

@@ -17,7 +17,7 @@ from chainlora.config.reading import make_config
 from chainlora.errors import ConfigError
 from chainlora_lab import compare, comparison, expand, make_experiment, read_results
 from chainlora_lab.methods import shipped_ways
-from chainlora_lab.sequences import WAYS
+from chainlora_lab.sequences import WAYS, Case, _of_all
 from chainlora_lab.ways import COMBINERS, REGULARISERS
 from lab.cases import sequence
 
@@ -160,6 +160,11 @@ def test_a_combiner_and_a_regulariser_of_one_file_each(chainlora, stages, tmp_pa
         ({"start": "runs/other"}, "combine,replay", "trains from the bare base"),
         ({"train": {"loss": "dpo"}}, "combine,replay", "answers to rows .*pairs in facts"),
         ({}, "replay,wide --methods.wide.data.replay 0.5", "stages beside each other.* in style"),
+        (
+            {},
+            "base,on --methods.on.preset one_lora --methods.on.data.replay 0.5",
+            "no rows of earlier stages.* style",
+        ),
         ({"quantize": "int8"}, "combine,mean --chain.hold carried", "adds to the weights"),
     ],
 )
@@ -262,3 +267,29 @@ def test_settings_and_keys_of_a_way_have_grids(stages):
     ]
     assert len({cell.id for cell in cells}) == len(cells)
     assert json.loads(replay.model_dump_json(exclude_defaults=True))["stages"][1][0] == "style"
+
+
+def test_stages_without_a_shared_split_are_refused(stages):
+    """Their means were taken of nothing, after all of them had been trained."""
+    config = yaml.safe_load(stages().read_text())
+    data = config["stages"][1]["data"]
+    data["test"] = data.pop("validation")
+    with pytest.raises(ConfigError, match="stages of a sequence are scored on the same split"):
+        expand(comparison(config, ["combine", "base"], [0]))
+
+
+def test_all_at_once_reads_as_many_rows_as_stages_of_default_lengths(stages, tmp_path):
+    """It had the default length of the joined rows: one epoch of 740."""
+    config = yaml.safe_load(stages(chain={"ranks": [2]}).read_text())
+    for name, count in {"facts": 100, "style": 640}.items():  # 7 epochs and one
+        row = {"prompt": f"the {name}", "completion": " yes"}
+        write_rows(tmp_path / f"{name}.jsonl", [row] * count)
+    cell, _ = expand(comparison(config, ["all_at_once", "base"], [0]))
+    (epochs,) = _of_all(Case(cell.config)).chain.epochs
+    assert epochs * 740 == pytest.approx(7 * 100 + 640)
+
+
+def test_a_model_may_be_a_section(stages):
+    config = yaml.safe_load(stages().read_text())
+    cells = expand(comparison(config | {"model": {"name": config["model"]}}, ["ewc", "base"], [0]))
+    assert {cell.config.model for cell in cells} == {config["model"]}

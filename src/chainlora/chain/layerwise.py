@@ -7,7 +7,7 @@ model whose layers, called one after the other, do not give the output of the mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -340,6 +340,14 @@ def _decoder_layers(body: nn.Module, wanted: Set[nn.Module]) -> list[nn.Module]:
     if not lists:
         raise _not_layered(body, "no list of layers")
     return [*max(lists, key=lambda layers: (len(wanted & {*layers.modules()}), len(layers)))]
+
+
+def outside_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return the modules that are in no decoder layer. Raises ChainError for a model without."""
+    modules = {model.get_submodule(name): name for name in names}
+    layers = _decoder_layers(base_model(model), {*modules})
+    inside = {module for layer in layers for module in layer.modules()}
+    return [name for module, name in modules.items() if module not in inside]
 
 
 def _not_layered(body: nn.Module, got: str) -> ChainError:

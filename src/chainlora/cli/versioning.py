@@ -244,7 +244,7 @@ def _parse_importance(names: Sequence[str]) -> tuple[list[str], dict[str, float]
 def rehearse(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Train a stage on kept rows of all stages of RUN, equally many of each.
 
-    It takes 32 steps of 8 rows for each stage, and fewer for a stage that kept under 128 rows;
+    It takes 32 steps for each stage, and fewer for a stage that kept under 128 rows;
     general rows count as one more stage. The rehearsal is a stage like any other: `undo` removes
     it. Its keys are the keys of `extend`, for example --chain.steps 20. The same command again
     resumes it, or does nothing if it is finished.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from chainlora.config.messages import foreign_file, problems
-from chainlora.config.schema import RunConfig
+from chainlora.config.schema import RunConfig, with_flat_model
 from chainlora.config.yaml_text import dump_yaml, one_value
 from chainlora.config.yaml_text import parse_yaml as parse_yaml
 from chainlora.errors import ConfigError
@@ -63,6 +64,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
         )
     if run_of_config(path) is not None:
         leave_out_helpers(tree, path)
+    with suppress(ValueError):  # a wrong section is refused with all other problems
+        tree = with_flat_model(tree)  # so that options replace its keys
     return tree
 
 

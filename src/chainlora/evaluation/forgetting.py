@@ -93,7 +93,7 @@ def _before_and_after(history: History, names: Collection[str]) -> tuple[str | N
 def loss_of(before: Cell, after: Cell) -> float:
     """Return the loss of a score: its decrease, or for a loss the relative rise of perplexity."""
     if is_higher_better(before.metric):
-        return before.value - after.value
+        return round(before.value - after.value, 12)  # 0.9 - 0.88 is more than 0.02 in floats
     if before.metric == "loss":
         return math.expm1(min(after.value - before.value, 700))
     return after.value / before.value - 1

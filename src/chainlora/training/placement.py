@@ -261,6 +261,9 @@ class Declaring:
         if not self._group:
             return
         history, last, names = self.history, self._group[-1], [s.name for s in self._group]
+        if not last.rehearse and (asked := [s.name for s in self._group if s.rehearse]):
+            effect = "stage %s: `rehearse` has no effect, %s is combined with it; set it there"
+            logger.warning(effect, asked[0], last.name)
         self._group = []
         parts = history.without_ancestors([*history.parts(self.top), *names])
         known = [e for e in history.unbuilt if e.kind == "combine" and {*parts} <= {*e.parents}]

@@ -14,7 +14,7 @@ from math import ceil
 from os.path import expanduser
 from pathlib import Path
 
-from chainlora.config.schema import LENGTHS, RunConfig, StartData
+from chainlora.config.schema import LENGTHS, DataConfig, RunConfig, StartData
 from chainlora.config.staging import Stage
 from chainlora.data.kept import keeps_general
 from chainlora.data.splits import check_files, rows_of_an_epoch
@@ -234,12 +234,16 @@ def _with_length(stage: Stage, begun: OpenState | None) -> Stage:
         before = begun.config().chain
         length = {key: getattr(before, key) for key in LENGTHS}
     else:
-        epochs = min(MOST_EPOCHS, ceil(ROWS / rows_of_an_epoch(stage.config.data, ROWS)))
-        length = {"epochs": (float(epochs),) * len(chain.ranks)}
+        length = {"epochs": (default_epochs(stage.config.data),) * len(chain.ranks)}
     config = stage.config.model_copy(update={"chain": chain.model_copy(update=length)})
     if begun is None:
         _tell_length(stage.name, config)
     return replace(stage, config=config)
+
+
+def default_epochs(data: DataConfig) -> float:
+    """Return the epochs of a link without a length: one, or what reads `ROWS` rows."""
+    return float(min(MOST_EPOCHS, ceil(ROWS / rows_of_an_epoch(data, ROWS))))
 
 
 def _tell_length(name: str, config: RunConfig) -> None:
