@@ -107,7 +107,9 @@ def plain_chain(config) -> tuple[list[float], list[float], torch.nn.Module]:
             {"params": list(each), "ratio": ratio}
             for each, ratio in zip(zip(*pairs.values(), strict=True), ratios, strict=True)
         ]
-        optimizer = torch.optim.AdamW(groups, weight_decay=keys.weight_decay)
+        optimizer = torch.optim.AdamW(
+            groups, weight_decay=keys.weight_decay, betas=keys.betas, eps=keys.eps
+        )
         factors = [factor for group in groups for factor in group["params"]]
         for done in range(1, lengths[index] + 1):
             batches = plan.batches(len(losses))

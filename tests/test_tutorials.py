@@ -111,7 +111,11 @@ def test_serving(checkout, capsys):
     ids = torch.arange(3, 11)[None]
     with torch.no_grad():  # bfloat16 rounds the merged weight once, the adapter is added in float32
         merged, adapted = (names[key].float()(ids).logits for key in ("merged", "adapted"))
-    torch.testing.assert_close(adapted, merged, atol=5e-2, rtol=0)
+        with names["adapted"].disable_adapter():
+            base = names["adapted"](ids).logits
+    # 6e-4 was measured between these, 6e-2 to the base
+    torch.testing.assert_close(adapted, merged, atol=5e-3, rtol=0)
+    assert (base - merged).abs().max() > 1e-2
 
 
 def test_the_method_in_code():

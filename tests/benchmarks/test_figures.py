@@ -1,5 +1,5 @@
 """The pictures of docs/figures are those of the committed results, small and legible; the theory
-scripts run, and what their docstrings and docs/theory.md claim holds."""
+scripts run, and the bound and the scales of balancing in docs/theory.md hold."""
 
 from __future__ import annotations
 

@@ -10,18 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny_folder
+from conftest import make_tiny_folder, write_rows
 from helpers import Stop, settings, sign, stopping, train_all, train_on
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from beside.cases import add, begin, config_of, section
-from chainlora import export_adapter, load_run
+from chainlora import export_adapter, load_run, train
 from chainlora.chain.combining import Part
 from chainlora.chain.link import stack_links
 from chainlora.chain.solving import combine as solve
 from chainlora.cli.main import run as cli
 from chainlora.errors import ConfigError, RunError
+from chainlora.evaluation import combination
 from chainlora.evaluation.combination import combine
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.files import checksums
@@ -254,6 +255,7 @@ def test_an_adapter_that_two_runs_began_on_is_there_once(sentiment, ac, tmp_path
 
 def test_a_pruned_stage_leaves_no_trace(abc, ac, capsys):
     """Combine, mix, rehearse, score; prune; again: all is as in a run that never had it."""
+    (file,) = open_run(f"{abc}@b").config().data.train_files
     for run in (abc, ac):
         mix_stages(run, {"combined": 0.75})
         train_stages(rehearsal(run, {}))
@@ -286,6 +288,7 @@ def test_a_pruned_stage_leaves_no_trace(abc, ac, capsys):
         assert path.name not in words
         data = path.read_bytes() if path.suffix in (".json", ".jsonl", ".yaml") else b""
         assert not [word for word in words if f'"{word}"'.encode() in data], path
+        assert path.is_dir() or Path(file.path).name.encode() not in path.read_bytes(), path
 
 
 def scores(run: Path) -> dict[tuple[str, str], str]:
@@ -383,3 +386,16 @@ def test_what_cannot_be_combined(abc, tiny_folder, sentiment, tmp_path):
     with pytest.raises(ConfigError, match="must lie outside other runs"):
         combine(abc, output=abc / "out")
     assert open_run(abc).entry.parents == ("a", "b", "c")
+
+
+def test_a_combination_reads_64_of_the_kept_rows_of_few_tokens(tiny_folder, tmp_path, monkeypatch):
+    rows = [{"prompt": f"the {n}", "completion": " yes"} for n in range(100)]
+    data = {"train": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    tree = {"model": str(tiny_folder), "output": str(tmp_path / "run"), "data": data}
+    tree |= {"chain": {"ranks": [1], "steps": [1]}, "start_data": "none"}
+    train(tree, progress=False)
+    (kept,) = open_run(tmp_path / "run").kept().values()
+    read = list(combination._sample(kept, is_start=False))
+    assert len({*map(tuple, read)}) == 64
+    monkeypatch.setattr(combination, "TOKENS", sum(map(len, read[:5])) + 1)
+    assert list(combination._sample(kept, is_start=False)) == read[:5]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from helpers import Stop, stopping, train_on
+from conftest import write_rows
+from helpers import Stop, stopping, train_all, train_on
 from helpers_data import pair_files
 
 from beside.cases import add, config_of, section
@@ -114,3 +115,17 @@ def test_a_rehearsal_asked_for_before_the_last_stage_is_named(
     more = [section(sentiment, "b") | {"rehearse": True}, section(sentiment, "c")]
     make_plan(make_stages(config_of(tiny_folder, sentiment, tmp_path / "run", *more)))
     assert "stage b: `rehearse` has no effect, c is combined with it; set it there" in caplog.text
+
+
+def test_general_rows_are_rehearsed_as_one_more_stage(tiny_folder, sentiment, tmp_path):
+    general = [{"prompt": f"say {n}", "completion": " yes"} for n in range(8)]
+    rows = str(write_rows(tmp_path / "general.jsonl", general))
+    tree = config_of(tiny_folder, sentiment, tmp_path / "run", section(sentiment, "b"))
+    train_all(tree | {"start_data": {"train": rows}})
+    (stage,) = rehearsal(tmp_path / "run", {})
+    kept = open_run(tmp_path / "run").kept().values()
+    assert with_steps(stage.config, kept).chain.steps == (8,)  # 12, 12 and 8 rows twice, 8 at once
+    short = rehearsal(tmp_path / "run", {"chain": {"steps": [2]}})
+    (result,) = train_stages(short, matrix=False)
+    assert result["rows"] == 32
+    assert len(result["data"]["train"]["weights"]) == 3

@@ -53,9 +53,12 @@ def test_what_is_found_in_the_layers_of_each_family(name):
         assert inside.routed == experts
 
 
-@pytest.mark.parametrize("model_type", ["bamba", "openai-gpt", "gemma3"])
-def test_layers_that_give_pairs_and_lists_and_models_of_several_lists(model_type):
-    """gemma3 has layers for images too."""
+@pytest.mark.parametrize(
+    "model_type",
+    ["bamba", "openai-gpt", "gemma3", "granite", "olmo2", "smollm3", "stablelm", "bloom", "cohere"],
+)
+def test_one_part_is_itself_on_classes_that_are_no_family_of_the_cases(model_type):
+    """Some layers give pairs and lists; gemma3 has layers for images too."""
     assert_one_part_is_itself(model_type)
 
 

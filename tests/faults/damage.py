@@ -23,6 +23,7 @@ from chainlora.models.identity import base_files, changed_files
 from chainlora.runs.addresses import open_run
 
 Case = tuple[str, Callable[[], str]]
+NOTHING_DECIDED_BY = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 
 
 def contents(run: Path) -> tuple[Any, ...]:
@@ -59,11 +60,20 @@ def verdict(run: Path, before: tuple[Any, ...]) -> str:
 # --- flipped bits
 
 
+def decides(path: Path) -> Any:
+    """Return what a config of a base says but for keys that decide nothing; of another file 0."""
+    if path.name not in ("config.json", "generation_config.json"):
+        return 0
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    return {key: value for key, value in tree.items() if key not in NOTHING_DECIDED_BY}
+
+
 def flips(folder: Path, per_class: int) -> Iterator[Case]:
     """Yield a case a flipped bit: `per_class` in each class of bytes of each file of a run, or of a
     base: another model then, or a key that decides nothing."""
     is_run = (folder / "history.json").exists()
     before: Any = contents(folder) if is_run else base_files(folder)
+    configs = {} if is_run else {p: decides(p) for p in folder.glob("*config.json")}
 
     def judge(path: Path) -> str:
         if is_run:
@@ -72,8 +82,8 @@ def flips(folder: Path, per_class: int) -> Iterator[Case]:
             found = changed_files(before, base_files(folder))
         except ChainLoRAError:
             return "detected"
-        is_config = path.name in ("config.json", "generation_config.json")
-        return "detected" if found else "harmless" if is_config else "wrong: unseen"
+        same = decides(path) == configs.get(path)
+        return "detected" if found else "harmless" if same else "wrong: unseen"
 
     draw = random.Random(0)
     for name in _files(folder):

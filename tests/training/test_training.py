@@ -113,7 +113,7 @@ def test_a_chain_is_the_loop_written_out_in_float64(configure, tmp_path, knots):
     chain = {"ranks": [3, 2], "alpha": 6, "steps": [4, 3], "knots": knots}
     chain["target_modules"] = ["q_proj", "down_proj"]
     keys = {"lr": 5e-3, "lora_plus_ratio": 4, "weight_decay": 0.1, "max_grad_norm": 0.05}
-    keys |= {"batch_size": 2, "gradient_accumulation": 2}
+    keys |= {"batch_size": 2, "gradient_accumulation": 2, "betas": [0.8, 0.95], "eps": 1e-6}
     run, config = tmp_path / "run", configure(data=data, chain=chain, train=keys)
     train(config)
     losses, norms, model = plain_chain(config)
