@@ -67,7 +67,7 @@ MORE: dict[str, dict[str, set[str]]] = {
         "chainlora": {"files"},
         "chainlora.config.data": {"DataConfig"},
         "chainlora.config.reading": {"flatten"},
-        "chainlora.config.schema": {"RunConfig"},
+        "chainlora.config.schema": {"PAIR_LOSSES", "RunConfig"},
         "chainlora.config.staging": {"check_name", "name_of_rows"},
         "chainlora.config.yaml_text": {"dump_yaml"},
         "chainlora.data.encoding.tokens": {"TokenReader"},
@@ -103,7 +103,11 @@ MORE: dict[str, dict[str, set[str]]] = {
         "chainlora.runs.records": {"Record", "of_event", "score_names"},
         "chainlora.runs.state": {"OpenState"},
     },
-    "chainlora_lab": {"chainlora_pages": set(chainlora_pages.__all__)},
+    "chainlora_lab": {
+        "chainlora.config.schema": {"PAIR_LOSSES", "with_flat_model"},
+        "chainlora.data.splits": {"reported_of"},
+        "chainlora_pages": set(chainlora_pages.__all__),
+    },
 }
 # training loops, optimizers and ways to merge, made of what ours are made of
 _RIVALS = ("loops", "rac_lora", "relora", "in_turn", "sequences", "ways/merging")

@@ -52,6 +52,11 @@ def _is_chat(state: OpenState, stage: str, tokenizer: Any) -> bool:
     """Return whether a chat template wrote the rows; True if no rows are kept."""
     kept = state.kept().get(stage)
     if kept is None or not len(kept.train):
+        logger.warning(
+            "no rows of %s are kept: the Modelfile has the chat template; for other prompts write "
+            "TEMPLATE {{ .Prompt }} there",
+            stage,
+        )
         return True
     messages = [{"role": "user", "content": "a"}]
     try:

@@ -73,7 +73,9 @@ def stage_pictures(run: RunFacts) -> list[Picture]:
     stages = run.matrix.of([name for name in run.matrix.stages if name not in (BASE, START)])
     is_shares = all(is_share(cell.metric, cell.value) for cell in stages.cells)
     shares = [_shares_picture(stages, run.stage_names)] if is_shares and stages.cells else []
-    return [*shares, _matrix_picture(run.matrix)]
+    columns = zip(run.matrix.stages, zip(*run.matrix.grid, strict=True), strict=True)
+    scored = [name for name, cells in columns if any(cells)]
+    return [*shares, _matrix_picture(run.matrix.of(scored))]
 
 
 def _shares_picture(matrix: StageMatrix, names: Sequence[str]) -> Picture:

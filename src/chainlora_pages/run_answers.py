@@ -5,6 +5,7 @@ Rows with candidates are answered by the candidate with the highest probability,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from chainlora.data.templates import ends_of_turn
 from chainlora.errors import DataError
 from chainlora.evaluation.answers import Prompt, Said, Source, answer, prompts_of
 from chainlora.evaluation.stage_scores import Scorer, states_of
-from chainlora.evaluation.training_rows import config_of, divided_by
+from chainlora.evaluation.training_rows import config_of, divided_by, training_rows
 from chainlora.files import reported
 from chainlora.models.text_config import context_length
 from chainlora.runs.opening import chain_on_base
 from chainlora_pages.page import Answer
 from chainlora_pages.runs import RunFacts, state_names
+
+logger = logging.getLogger(__name__)
 
 _ASK = "give a file with a prompt per line, or JSONL rows with a `prompt`"
 
@@ -50,7 +53,7 @@ def answers(
     run: RunFacts,
     wanted: int | Sequence[str],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Answer]:
     """Answer prompts greedily with the chain after 0, 1, … links.
@@ -82,9 +85,14 @@ def _states(run: RunFacts) -> Iterator[tuple[str, Any, Any]]:
         return
     chain, tokenizer = chain_on_base(run.state)
     yield "before training", chain.model, tokenizer
+    now = run.state.links()
     for link in run.state.links(len(run.state.sequence)):
         chain.add(link)
         yield f"after link {link.index}", chain.model, tokenizer
+    if [link.num_steps for link in now] != [link.num_steps for link in chain.links]:
+        chain.drop(len(chain))
+        chain.add(*now)
+        yield "now (the best point)", chain.model, tokenizer
 
 
 def _texts(path: Path) -> list[str]:
@@ -106,7 +114,10 @@ def _prompts(
     run: RunFacts, wanted: int | Sequence[str], model: Any, tokenizer: Any
 ) -> list[Prompt]:
     if not isinstance(wanted, int):
-        stop = _stop(run, tokenizer)
+        stop, facts = _stop(run, tokenizer), training_rows(run.state, tokenizer)
+        if facts and facts.is_chat:
+            said = "%s was trained on chats; the prompts of the file are asked without its template"
+            logger.warning(said, run.name)
         pairs = zip(TokenReader(tokenizer).ids(wanted), wanted, strict=True)
         return [Prompt(tuple(ids), text, stop) for ids, text in pairs]
     kept = run.state.kept() if run.stages else {}

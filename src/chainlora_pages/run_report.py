@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chainlora.config.reading import flatten
+from chainlora.config.schema import PAIR_LOSSES
 from chainlora.config.yaml_text import dump_yaml
 from chainlora.data.tasks import load_task
 from chainlora.errors import ChainLoRAError
@@ -48,7 +49,7 @@ def report_runs(
     output: str | Path | None = None,
     *,
     prompts: int | str | Path | None = None,
-    max_new_tokens: int = 32,
+    max_new_tokens: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Write one HTML file about runs or saved chains.
@@ -219,6 +220,8 @@ def _gain(run: RunFacts) -> str:
     before, after = _score(run, run.score)
     shown = f"{before} before, {after} after" if before != _NONE and run.steps else after
     unseen = "on examples that it had not seen"
+    if run.config is not None and run.config.train.loss in PAIR_LOSSES:
+        return f": {shown}, preferred the chosen answer {unseen}"
     if run.score in ("accuracy", "em"):
         return f": {shown}, answered right {unseen}"
     better = "" if is_higher_better(run.score) else "; lower is better"

@@ -29,7 +29,9 @@ from chainlora.runs.paths import refuse_older
     "`prompt`). Loads the model.",
 )
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=32, help="Most tokens of an answer."
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    help="Most tokens of an answer.  [default: twice those of the longest right one, at least 32]",
 )
 @json_option
 def report(runs: tuple[str, ...], output: str | None, as_json: bool, **options: Any) -> None:

@@ -279,6 +279,10 @@ ADAPTERS: dict[str, tuple[Callable[[Path, Path], str], str]] = {
         lambda folder, base: save_lora(folder, base, modules_to_save=["lm_head"]),
         "modules_to_save",
     ),
+    "a tied head": (
+        lambda folder, base: save_lora(folder, base, target_modules=["q_proj", "lm_head"]),
+        "an adapter must be on layers that links can adapt",
+    ),
     "an embedding": (
         lambda folder, base: save_lora(folder, base, target_modules=["embed_tokens"]),
         "an adapter must be on linear layers",

@@ -343,12 +343,17 @@ def test_the_config_of_a_later_stage_is_for_extend_also_in_a_copy(abc, chainlora
     chainlora("train", config).refused(f"continue it by: chainlora extend {abc} --name b")
 
 
-def test_links_outside_the_layers_are_refused_before_any_stage_is_trained(sentiment, tmp_path):
+def test_stages_with_links_outside_the_layers_are_on_top_of_each_other(sentiment, tmp_path, caplog):
     """All stages were trained, and then the combination was refused."""
     untied = make_tiny_folder(tmp_path / "untied", tie_word_embeddings=False)
-    tree = config_of(untied, sentiment, tmp_path / "run", section(sentiment, "b"))
+    run = tmp_path / "run"
+    tree = config_of(untied, sentiment, run, section(sentiment, "b"))
     tree["chain"]["target_modules"] = ["q_proj", "lm_head"]
-    with pytest.raises(ConfigError, match=r"links in decoder layers \(got lm_head\).*--on-top"):
-        make_plan(make_stages(tree))
-    tree["stages"][1]["beside"] = False
-    assert len(make_plan(make_stages(tree)).due) == 2
+    train_all(tree)
+    said = "b is trained on top of a: stages beside .* in decoder layers \\(got lm_head\\)"
+    assert re.search(said, caplog.text)
+    more = section(sentiment, "c")
+    extend(run, more | {"chain": more["chain"] | {"target_modules": ["q_proj"]}}, progress=False)
+    assert read_history(run).find("c").parent == "b"  # whose lm_head cannot be combined
+    with pytest.raises(ConfigError, match="in decoder layers"):
+        extend(run, section(sentiment, "d") | {"beside": True}, progress=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import peft
 import pytest
@@ -24,9 +25,10 @@ from chainlora import (
     load_run,
     save_chain,
 )
-from chainlora.errors import RunError
+from chainlora.errors import ChainError, RunError
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, undo
+from chainlora.runs.export import adapter_factors
 from chainlora.runs.loading_start import load_start, with_start
 from chainlora.runs.saved_chain import INSIDE
 from chainlora.training.stages import extension
@@ -164,6 +166,18 @@ def test_a_base_in_another_dtype_than_can_be_compared_is_not_called_another(
     rule = f"a base in float16 cannot be compared with one in {other} .*load the model in {saved}$"
     with pytest.raises(RunError, match=rule):
         load_chain(tmp_path / "chain", tiny_model("llama", dtype=getattr(torch, loaded)))
+
+
+def test_the_current_folder_and_a_chain_of_links_that_are_off_are_refused(tmp_path, monkeypatch):
+    chain = make_chain()
+    chain.extend(LinkConfig(rank=2, target_modules=("q_proj",)))
+    tune(chain, 1)
+    link = chain.tie()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match="must not be saved to the current folder"):
+        save_chain(chain, ".")
+    with pytest.raises(ChainError, match="at least one link"):
+        adapter_factors([replace(link, strength=0.0)])
 
 
 def test_damage_and_another_base_are_refused(tmp_path):

@@ -96,3 +96,15 @@ def test_two_runs_and_their_bases(run, sentiment, tmp_path, chainlora):
     shutil.rmtree(other)
     addresses = [f"{tmp_path / 'other'}@{name}" for name in ("base", "main")]
     assert diff(*addresses, prompts=0)["total"]["rank"] == 2  # without its base
+
+
+def test_answers_longer_than_32_tokens_are_not_cut_and_cut_ones_not_called_wrong(run, tmp_path):
+    rows = [{"prompt": "say 1:", "completion": " yes" * 40}]
+    data = write_rows(tmp_path / "long.jsonl", rows)
+    ((whole,), (cut,)) = (
+        diff(f"{run}@b", f"{run}@base", data=data, max_new_tokens=most)["answers"].values()
+        for most in (None, 8)
+    )
+    assert (whole["right_a"], whole["right_b"]) == (0, 0)
+    assert len(whole["differ"][0]["b"]) > 3 * len(cut["differ"][0]["b"])  # of 80 tokens, and of 8
+    assert (cut["right_a"], cut["right_b"]) == (None, None)

@@ -248,7 +248,7 @@ def test_a_merged_link_with_soft_knots_is_not_saved_twice_over(run, tiny_folder,
     torch.testing.assert_close(logits(trainer.model), before, atol=ROUNDING, rtol=0)
 
 
-def test_every_save_is_a_chain_and_an_adapter(make, tiny_folder, tmp_path):
+def test_every_save_is_a_chain_and_an_adapter(make, tiny_folder, tmp_path, chainlora):
     callback = ChainCallback(ranks=[4, 4, 2], steps=[4, 4, 3])
     trainer = make(callback, save_strategy="steps", save_steps=2)
     trainer.save_model(str(tmp_path / "final"))
@@ -265,6 +265,8 @@ def test_every_save_is_a_chain_and_an_adapter(make, tiny_folder, tmp_path):
 
     trainer.save_model(str(tmp_path / "final"))
     assert_adapter_is_the_model(tiny_folder, tmp_path / "final", trainer.model, ROUNDING)
+    shown = chainlora("generate", tmp_path / "final", "--prompt", "the", "--max-new-tokens", "2")
+    assert shown.status == 0, shown.err  # on the base that the chain names
     assert "3 LoRA link(s) as one adapter of rank 10" in (tmp_path / "final/README.md").read_text()
     trainer.model.save_pretrained(str(tmp_path / "again"))
     snapshot = copy.deepcopy(trainer.model)

@@ -52,10 +52,14 @@ def test_an_adapter_and_a_run_are_pushed_and_a_base_is_fetched(finished, tiny_fo
     with local_hub() as hub:
         hub.publish("tiny/llama", tiny_folder)
         hub.publish("tools/llama", tools)
+        (tmp_path / "made").mkdir()
+        (tmp_path / "made/README.md").write_text("A repository that the website made.")
+        hub.publish("me/made", tmp_path / "made")
         to = ["--to", "adapter", "--output", str(tmp_path / "out"), "--push-to-hub", "me/chain"]
         names = ["--base-name", "tiny/llama", "--license", "apache-2.0", "--private", "--json"]
         commands = [["export", str(finished), *to, *names]]
         commands += [["push", str(finished), "me/run", "--json"]] * 2
+        commands += [["push", str(finished), "me/made", "--json"]]
         commands += [["pull", "me/run", str(tmp_path / "pulled"), "--json"]]
         own = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         own |= {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_secret"}
@@ -64,12 +68,14 @@ def test_an_adapter_and_a_run_are_pushed_and_a_base_is_fetched(finished, tiny_fo
         done = subprocess.run(words, **keys)
     (tiny_folder / "LICENSE").unlink()
     assert done.returncode == 0, done.stderr
-    said, pushed, again, pulled, found, fetched = map(json.loads, done.stdout.splitlines()[-6:])
+    lines = map(json.loads, done.stdout.splitlines()[-7:])
+    said, pushed, again, made, pulled, found, fetched = lines
     assert fetched == [tokenizer.chat_template, "Do as you like."]
     assert said["commit"].endswith(f"/me/chain/commit/{COMMIT}")
     asked = {(each["organization"], each["name"], each["visibility"]) for each in hub.created}
-    assert asked == {("me", "chain", "private"), ("me", "run", "private")}
+    assert asked >= {("me", "chain", "private"), ("me", "run", "private")}
     assert again["files"] == []
+    assert made["files"] == pushed["files"]  # it was refused as a folder that is not empty
     assert hub.repositories["me/run"].keys() == {*pushed["files"], "history.json"}
     assert sorted(pulled["files"]) == sorted(pushed["files"])
     assert hub.tokens == {"Bearer hf_secret"}

@@ -145,6 +145,13 @@ def test_a_dora_adapter_becomes_the_nearest_lora_and_its_error_is_told(
     assert not use_dora or 0.01 < link.error < 1
 
 
+def test_a_dora_adapter_may_be_wider_than_a_layer(tmp_path):
+    """It was refused as one of another model."""
+    folder = save_lora(tmp_path / "made", "llama", use_dora=True, r=20)  # v_proj has 16 outputs
+    (link,) = load_chain(folder, base("llama")).links
+    assert link.rank == 20
+
+
 def test_a_run_starts_on_a_dora_adapter_and_resumes(configure, tiny_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     folder = save_lora(tmp_path / "made", model=model, use_dora=True)

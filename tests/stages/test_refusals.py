@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from accelerate.utils import LoggerType
 from helpers import Stop, sign, train_all, train_on
 
 from chainlora import train
@@ -13,6 +14,7 @@ from chainlora.config.staging import make_stages
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.files import sha256
 from chainlora.runs.changes import mix_stages, undo
+from chainlora.training import refusing
 from chainlora.training.plan import make_plan
 from stages.cases import files_of, stage_of, stopping_after, survey
 
@@ -192,3 +194,13 @@ def test_records_that_are_a_link_are_not_appended_to(config, tmp_path):
     with pytest.raises(RunError, match=r"must hold no symbolic links .*metrics\.jsonl"):
         train_all(config)
     assert outside.read_bytes() == before
+
+
+def test_an_installed_tracker_is_accepted(config, tmp_path, monkeypatch):
+    """Accelerate lists members of an enum, which equal no name."""
+    stages = make_stages(config | {"train": config["train"] | {"trackers": ["tensorboard"]}})
+    monkeypatch.setattr(refusing, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    assert len(make_plan(stages).due) == 2
+    monkeypatch.setattr(refusing, "get_available_trackers", list)
+    with pytest.raises(ConfigError, match="packages are installed"):
+        make_plan(stages)

@@ -10,6 +10,7 @@ with these rows a combination keeps the abilities of the base.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -72,7 +73,8 @@ def run_demo(output: str, echo: Callable[[str], object]) -> dict[str, Any]:
     _train(folder, _write_rows(shop, folder / "rows"), echo)
     result = _answers_of_runs(folder, shop)
     echo("\n" + _as_text(*tables(shop, result)))
-    echo(_CLOSING.format(folder=folder, faq=folder / "faq", adapter=folder / "adapter"))
+    faq, adapter = (shlex.quote(str(folder / name)) for name in ("faq", "adapter"))
+    echo(_CLOSING.format(folder=folder, faq=faq, adapter=adapter))
     return {"output": str(folder), **result}
 
 

@@ -58,7 +58,9 @@ def inspect(run: str, as_json: bool) -> None:
 )
 @click.option("--data", type=click.Path(), help="Answer rows of this file instead of kept rows.")
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=32, help="Most tokens of an answer."
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    help="Most tokens of an answer.  [default: twice those of the longest right one, at least 32]",
 )
 @json_option
 def diff(a: str, b: str, as_json: bool, **options: Any) -> None:
@@ -144,7 +146,8 @@ def export(
     """Export RUN as a checkpoint, one PEFT adapter, or GGUF.
 
     Without --rank or --tolerance an adapter is exact: its rank is the sum of the links' ranks. An
-    adapter is in float32, like the links; merged weights have the run's data type.
+    adapter is in float32, like the links, or in a narrower type without loss; merged weights have
+    the run's data type.
     """
     need_run(run)
     check_run_or_model(run, links, stages)

@@ -15,6 +15,8 @@ from chainlora.data.templates import without_markup
 from chainlora.evaluation.evaluate import evaluate
 from chainlora.evaluation.generation import generate_greedy
 from chainlora.evaluation.metrics import cross_entropy, exact_match
+from chainlora.evaluation.training_rows import limit_for
+from chainlora.models.text_config import context_length
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,16 @@ class Said(NamedTuple):
 
 
 def answer(
-    when: str, model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int
+    when: str, model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int | None
 ) -> list[Said]:
-    """Answer prompts greedily; prompts with the same `stop` are generated together."""
+    """Answer prompts greedily; prompts with the same `stop` are generated together.
+
+    Without `max_new_tokens`, there is room for the right answers of the prompts.
+    """
     answers = [Said(when)] * len(prompts)
+    if max_new_tokens is None:
+        longest = max((_longest(prompt.row) for prompt in prompts if prompt.row), default=0)
+        max_new_tokens = min(limit_for(longest), context_length(model) // 2)
     for stop in dict.fromkeys(prompt.stop for prompt in prompts):
         places = [place for place, prompt in enumerate(prompts) if prompt.stop == stop]
         keys = {"stop": stop, "max_new_tokens": max_new_tokens}
@@ -72,7 +80,8 @@ def _answers(
         if prompt.row is None or prompt.row.label is None:
             text = next(texts)
             references = prompt.row.references if prompt.row else ()
-            is_right = exact_match(text, references) == 1 if references else None
+            is_cut = prompt.row is not None and _longest(prompt.row) > keys["max_new_tokens"]
+            is_right = exact_match(text, references) == 1 if references and not is_cut else None
             yield Said(when, text, "", is_right)
         else:
             choice = next(choices)
@@ -94,6 +103,11 @@ def prompts_of(sources: Sequence[Source], tokenizer: Any) -> list[Prompt]:
                 text = str(tokenizer.decode(row.prompt, skip_special_tokens=True))
             prompts.append(Prompt(row.prompt, text, stop, row, stage, " / ".join(right)))
     return prompts
+
+
+def _longest(row: Example) -> int:
+    """Return the number of tokens of the longest answer of a row."""
+    return max(map(len, row.sequences)) - len(row.prompt)
 
 
 def _candidate(row: Example, index: int, tokenizer: Any) -> str:

@@ -244,7 +244,10 @@ def _other_run(address: str | Path) -> OpenState:
     state = open_run(address)
     if state.draft is not None or not state.has_run:
         rule = "only a run with a finished stage can be combined"
-        raise RunError(rule, state.run, "finish its stage: repeat the command that began it")
+        remedy = "finish its stage: repeat the command that began it"
+        if state.entry is not None and not state.has_run:
+            remedy = f"chainlora export {state.run} --to adapter --output OUT, then add OUT"
+        raise RunError(rule, state.run, remedy)
     return state
 
 

@@ -37,7 +37,7 @@ def diff(
     *,
     prompts: int | None = None,
     data: str | Path | None = None,
-    max_new_tokens: int = 32,
+    max_new_tokens: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Compare two states on one base, of one run or of two.
@@ -48,7 +48,8 @@ def diff(
         prompts: number of kept rows of each stage that both states answer; by default 3, or all
             rows of `data`. With 0, the base is not loaded.
         data: a file of rows to answer in place of kept rows, read like the rows of `a`.
-        max_new_tokens: the most tokens of an answer.
+        max_new_tokens: the most tokens of an answer; by default twice those of the longest right
+            one, at least 32.
         progress: called with a description of the current work.
 
     Returns:
@@ -108,7 +109,7 @@ def _answers(
     a: OpenState,
     b: OpenState,
     sources: Sequence[MakeSource],
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
     """Answer rows in both states, on a base that is loaded once; return a comparison by stage."""

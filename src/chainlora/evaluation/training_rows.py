@@ -60,7 +60,12 @@ def training_rows(run_or_model: Address, tokenizer: Any) -> RowFacts | None:
 
 def answer_limit(facts: RowFacts | None) -> int:
     """Return the most tokens of an answer: twice those of the longest in the rows, at least 32."""
-    return min(MOST_TOKENS, max(_FEWEST, 2 * facts.longest_answer)) if facts else MOST_TOKENS
+    return limit_for(facts.longest_answer) if facts else MOST_TOKENS
+
+
+def limit_for(longest: int) -> int:
+    """Return the most tokens of an answer if right ones have up to `longest`."""
+    return min(MOST_TOKENS, max(_FEWEST, 2 * longest))
 
 
 def config_of(run_or_model: Address) -> RunConfig | None:

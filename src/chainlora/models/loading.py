@@ -213,7 +213,8 @@ def _refuse_pickle(folder: Path) -> None:
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if not pickles:
         got = f"none in {folder}"
-        raise ModelError("a model folder must have *.safetensors", got, "download it again")
+        remedy = "name a repository, a revision or a folder with safetensors"
+        raise ModelError("a model folder must have *.safetensors", got, remedy)
     raise ModelError(
         "weights must be safetensors, since pickle can run code",
         f"only {pickles[0]} in {folder}",

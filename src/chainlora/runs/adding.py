@@ -11,12 +11,14 @@ import shlex
 from pathlib import Path
 
 from chainlora import files
+from chainlora.chain.adapters import check_targets
+from chainlora.chain.adapters.adapter_files import MERGE
 from chainlora.chain.checks import check_link
 from chainlora.config.reading import dump_config
 from chainlora.config.schema import RunConfig
 from chainlora.data.kept import Kept
 from chainlora.data.splits import Splits, prepare_splits
-from chainlora.errors import ChainLoRAError, DataError, RunError
+from chainlora.errors import ChainLoRAError, DataError, ModelError, RunError
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.beginning import save_rows
 from chainlora.runs.declaring import declared_config
@@ -44,6 +46,8 @@ from chainlora.runs.resuming import source_digests
 logger = logging.getLogger(__name__)
 
 ADAPTER = "start"  # the key of the adapter, in a config and in its sources
+
+_EXPORT = "export it: chainlora export {} --to adapter --output OUT, then add OUT"
 
 
 def import_entry(name: str, config: RunConfig, origin: str) -> Unbuilt:
@@ -73,7 +77,9 @@ def _sources(config: RunConfig) -> dict[str, list[str]]:
 def read_adapter(source: str) -> Start:
     """Read an adapter. Raises ChainLoRAError for a folder without one, or a kind unlike LoRA."""
     if is_run(source):
-        rule, remedy = "an adapter is added to a run", "chainlora combine RUN OTHER takes runs"
+        rule = "an adapter is added to a run"
+        saved = _EXPORT.format(source)
+        remedy = f"chainlora combine RUN OTHER takes runs; if it is a saved chain, {saved}"
         raise RunError(rule, f"{source}, a run or a saved chain", remedy)
     folder = start_folder(source)
     if not (folder / "adapter_config.json").is_file():
@@ -81,7 +87,7 @@ def read_adapter(source: str) -> Start:
         raise RunError(rule, f"no adapter_config.json in {folder}", remedy)
     start = load_start(source)
     if start.adapter is None:
-        rule, remedy = "an adapter is added to a run", "export it: chainlora export --to adapter"
+        rule, remedy = "an adapter is added to a run", _EXPORT.format(f"{source}/chain")
         raise RunError(rule, f"{source}, which holds a chain", remedy)
     return start
 
@@ -92,6 +98,11 @@ def check_adapter(start: Start, base: OpenBase) -> None:
     need_layers(start.adapter, base.skeleton)
     for link in start.links:
         check_link(link, base.skeleton)
+        try:
+            check_targets(base.skeleton, link.config)
+        except ModelError as error:
+            rule = "an adapter must be on layers that links can adapt"
+            raise ModelError(rule, f"another one: {error}", MERGE) from error
 
 
 def build_import(run: Path, declared: Unbuilt, base: OpenBase | None = None) -> None:

@@ -263,10 +263,10 @@ def adapter_factors(
 
     Raises ChainError for a chain without links.
     """
-    if not links:
+    stacked = _with_biases(stack_links(links))
+    if not stacked:
         rule = "an adapter needs at least one link"
         raise ChainError(rule, "a chain of none", "switch a stage on, or take the base")
-    stacked = _with_biases(stack_links(links))
     widest = max(share.a.shape[0] for share in stacked.values())
     if tolerance is None and (rank is None or rank >= widest):
         return {name: padded(share, rank or widest) for name, share in stacked.items()}, 0.0

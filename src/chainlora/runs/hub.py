@@ -10,6 +10,7 @@ import logging
 from contextlib import nullcontext
 from os.path import expanduser
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -88,6 +89,7 @@ def push_run(run: str | Path, target: str, *, rows: bool = False) -> list[str]:
     with TemporaryDirectory() if is_remote else nullcontext(expanduser(target)) as made:
         if is_remote:
             _download(target, remedy, allow_patterns=HISTORY, local_dir=made)
+            rmtree(Path(made) / ".cache", ignore_errors=True)  # the download's own notes
         names = _send(folder, Path(made), rows=rows)
         trees = {name: read_tree(folder / name) for name in names if Path(name).name == CONFIG}
         if with_paths := [name for name, tree in trees.items() if without_places(tree) != tree]:
@@ -102,7 +104,10 @@ def pull_run(source: str, run: str | Path) -> list[str]:
     """Copy the new files of a pushed run into a run, or into a new one; return their names."""
     folder = Path(source).expanduser()
     if _is_repository(source):
-        folder = _download(source) or folder  # downloads only new files
+        found = _download(source)  # only new files
+        if found is None:
+            raise nothing_at(source, "repository")
+        folder = found
     return _send(folder, Path(run).expanduser(), rows=True)
 
 

@@ -19,7 +19,7 @@ from chainlora.runs.beginning import closure
 from chainlora.runs.cards import Naming, public_name
 from chainlora.runs.costs import versions
 from chainlora.runs.documents import Document, Name, Part, Sums, checksum, read_part, write_part
-from chainlora.runs.history import COMBINED, Entry, History, State
+from chainlora.runs.history import COMBINED, START, Entry, History, State
 from chainlora.runs.state import OpenState
 
 LINEAGE = "lineage.json"
@@ -103,8 +103,13 @@ class Lineage(Document):
                 " ".join(digest for digest, facts in links if facts.stage == entry.key),
             ]
             for entry in self.history.entries
-            if entry.kind in ("stage", "import")
+            if entry.kind in ("stage", "import") and (entry.key != START or entry.state.terms)
         ]
+
+    @property
+    def is_trained_again(self) -> bool:
+        """Say whether `chainlora train` can repeat it: an imported adapter cannot be."""
+        return all(e.kind != "import" or not e.state.terms for e in self.history.entries)
 
 
 def lineage_of(
@@ -126,7 +131,7 @@ def lineage_of(
     }
     # Leave out times, since a rebuild has others, and kept rows, since a copy may not have them.
     facts = history.model_dump(mode="json", exclude={"entries": {"__all__": {"kept", "ended"}}})
-    facts["base"]["model"] = public_name(history.base.model)
+    facts["base"]["model"] = public_name(state.base.model)
     for entry in facts["entries"]:
         entry["files"] = {name: sha for name, sha in entry["files"].items() if "/" in name}
     tree = {

@@ -23,7 +23,7 @@ from chainlora.chain.chain import Chain
 from chainlora.chain.checks import check_link
 from chainlora.chain.holding import hold_for
 from chainlora.chain.initialization import generator_for, principal_factors
-from chainlora.chain.link import Factors, Link
+from chainlora.chain.link import Factors, Link, padded
 from chainlora.config.schema import with_flat_model
 from chainlora.config.staging import RUN_WIDE, name_apart, section_of, what_stages_share
 from chainlora.data.kept import Kept
@@ -234,6 +234,7 @@ def _without_dora(start: Start, magnitudes: Mapping[str, Tensor], model: nn.Modu
         if not update.isfinite().all():
             raise ModelError("a DoRA adapter must leave finite weights", f"others at {name}", MERGE)
         pair = principal_factors(link.config, update, generator_for(0, "dora", name))
+        pair = padded(pair, link.rank)  # a layer's shorter side may be smaller
         factors[name] = pair
         change += float(update.square().sum())
         left += float((update - link.scaling * pair.b @ pair.a).square().sum())

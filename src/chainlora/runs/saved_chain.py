@@ -182,6 +182,9 @@ def describe_base(chain: Chain) -> Base:
 
 
 def _refuse_if_taken(directory: Path) -> None:
+    if directory == Path():
+        rule = "a chain must not be saved to the current folder"
+        raise RunError(rule, directory, "name a folder in it, or call this from above")
     files.check_writable(directory)
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return

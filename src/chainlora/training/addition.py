@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from chainlora import files
+from chainlora.chain.adapters.adapter_files import MERGE
 from chainlora.config.reading import make_config
 from chainlora.config.schema import RunConfig, with_flat_model
 from chainlora.config.staging import RUN_WIDE, Stage, check_name, name_of_rows, section_of
@@ -30,7 +31,7 @@ from chainlora.runs.open_base import OpenBase
 from chainlora.runs.paths import exists_in, need_apart, split_address
 from chainlora.runs.resuming import compare, refuse_if_other
 from chainlora.runs.state import OpenState
-from chainlora.training.placement import Declaring, StagePlan, can_stand
+from chainlora.training.placement import Declaring, StagePlan, can_stand, need_in_layers
 from chainlora.training.plan import Plan, plan_of
 
 _OF_TRAINING = ("replay", "rehearse", "new_rows_only", "keep_rows")  # keys of `data`
@@ -197,5 +198,7 @@ def _check(stage: Stage, imported: Start, head: OpenState | None, base: OpenBase
     if head is not None:
         can_stand(stage, (), head)
     check_adapter(imported, base)
+    if head is not None:
+        need_in_layers(base.skeleton, [link.config for link in imported.links], MERGE)
     length_limit(stage.config.data, base.context)
     check_files(stage.config.data, None)

@@ -15,7 +15,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from chainlora.config.schema import PAIR_LOSSES, RunConfig
+from chainlora.chain.adapters import matched_modules
+from chainlora.chain.layerwise import outside_layers
+from chainlora.config.schema import PAIR_LOSSES, LinkConfig, RunConfig
 from chainlora.config.staging import Stage
 from chainlora.data.splits import learned_by
 from chainlora.errors import ConfigError, RunError
@@ -25,6 +27,7 @@ from chainlora.runs.draft import Draft
 from chainlora.runs.history import REHEARSAL, Entry, History, Unbuilt
 from chainlora.runs.links import need_low_rank_sum
 from chainlora.runs.loading_start import NOTHING, Start
+from chainlora.runs.open_base import OpenBase
 from chainlora.runs.state import OpenState
 from chainlora.training.rehearsing import largest_rank, rehearsal_of
 
@@ -90,6 +93,7 @@ def can_stand(
     if stage.beside is False:
         return False
     losses = {s.name: learned_by(s.config.data, s.config.train.loss) for s in (stage, *before)}
+    links = [*stage.config.chain.links()]
     try:
         for other in before:
             if not other.config.data.rehearse:
@@ -101,7 +105,10 @@ def can_stand(
                 need_low_rank_sum(link.config, "start", ON_TOP)
         else:
             kept = head.kept()
-            need_combinable([head.at(key) for key in head.history.parts(head.key)])
+            parts = [head.at(key) for key in head.history.parts(head.key)]
+            need_combinable(parts)
+            links += [facts.link_config() for part in parts for facts in part.facts]
+        need_in_layers(_base_of(stage, head).skeleton, links, ON_TOP)
         if stage.beside is None:
             losses |= {name: rows.loss for name, rows in kept.items()}
             _need_answers(stage, losses, head)
@@ -114,6 +121,22 @@ def can_stand(
         logger.warning("stage %s is trained on top of %s%s: %s", *names, error)
         return False
     return True
+
+
+def _base_of(stage: Stage, head: OpenState | None) -> OpenBase:
+    """Return the base of a run, or the one that a stage will begin it on."""
+    if head is not None:
+        return OpenBase.of_state(head)
+    output = stage.config.output
+    return OpenBase.of_config(stage.config, None if output is None else Path(output))
+
+
+def need_in_layers(skeleton: Any, links: Sequence[LinkConfig], remedy: str) -> None:
+    """Raise ConfigError for links outside the decoder layers, which are not combined."""
+    names = [name for link in dict.fromkeys(links) for name in matched_modules(skeleton, link)]
+    if outside := outside_layers(skeleton, names):
+        rule = "stages beside each other have all their links in decoder layers"
+        raise ConfigError(rule, outside[0], remedy)
 
 
 def _need_keys(stage: Stage) -> None:

@@ -15,8 +15,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 
 from chainlora import files
-from chainlora.chain.adapters import check_targets, matched_modules
-from chainlora.chain.layerwise import outside_layers
+from chainlora.chain.adapters import check_targets
 from chainlora.config.schema import LinkConfig, RunConfig, StartData
 from chainlora.config.staging import Stage
 from chainlora.data.division import can_read_again
@@ -68,8 +67,6 @@ def check_due(
         config, is_new = stage_plan.stage.config, stage_plan.state == "new"
         with naming(stage_plan.stage if len(planned) > 1 else None):
             _check_config(config, base, is_new)
-            if is_new and stage_plan.stage.beside:
-                _need_in_layers(config, base)
             if is_new and is_early:
                 _check_rows(config, base, tokenizer)
         if is_new:
@@ -94,16 +91,6 @@ def _check_config(config: RunConfig, base: OpenBase, is_new: bool) -> None:
     if is_new:
         for link in dict.fromkeys(_with_directions(config.chain.links())):
             check_targets(base.skeleton, link)
-
-
-def _need_in_layers(config: RunConfig, base: OpenBase) -> None:
-    """Raise ConfigError for a stage beside others with links outside the decoder layers."""
-    links = {*config.chain.links()}
-    names = [name for link in links for name in matched_modules(base.skeleton, link)]
-    if outside := outside_layers(base.skeleton, names):
-        rule = "stages beside each other have all their links in decoder layers"
-        remedy = "leave it out of chain.target_modules, or give --on-top (config: beside: false)"
-        raise ConfigError(rule, outside[0], remedy)
 
 
 def _check_rows(config: RunConfig, base: OpenBase, tokenizer: Path | None) -> None:
@@ -139,7 +126,8 @@ def _check_trackers(config: RunConfig) -> None:
                 f"{name!r} in `trackers` and no output",
                 "give output, or remove it",
             )
-    if missing := [n for n in names if n in LoggerType and n not in get_available_trackers()]:
+    installed = [str(each) for each in get_available_trackers()]  # an enum's members
+    if missing := [n for n in names if n in LoggerType and n not in installed]:
         rule = "`trackers` must name trackers whose packages are installed"
         raise ConfigError(rule, repr(missing[0]), "pip install it or remove it")
 

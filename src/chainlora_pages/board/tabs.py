@@ -174,12 +174,17 @@ def train_tab(
         trainer.stop()
         return standing(trainer)
 
-    rows.upload(name_of_rows, rows, name, show_progress="hidden")
+    rows.upload(_name_of_upload, rows, name, show_progress="hidden")
     into.input(lambda to: gr.Dropdown(visible=not to), into, model, show_progress="hidden")
     begin.click(train, fields, [wanted, *shown])
     stop.click(end, None, shown)
     further.click(go_on, run, shown)
     return [into, *shown]
+
+
+def _name_of_upload(file: str) -> str:
+    """Return a name for uploaded rows; the folder of an upload says nothing."""
+    return "train" if Path(file).stem == "train" else name_of_rows(file)
 
 
 def _field_text(text: str | None) -> str | None:

@@ -67,7 +67,10 @@ def standing_of(run: Path) -> dict[str, str]:
         texts = dict(zip(keys, _standing(run, name, *stamps), strict=True))
     except ChainLoRAError:
         return dict.fromkeys(keys, _NONE) | {"state": "cannot be read"}
-    if texts["state"] == "training" and not is_in_use(folder):
+    due = [stage_folder(run, entry.key) for entry in read_history(run).unbuilt]
+    if texts["state"] == "done" and due:  # such as general rows, or a combination
+        texts["state"] = "training"
+    if texts["state"] == "training" and not any(map(is_in_use, [folder, *due])):
         texts["state"] = "interrupted"
     return texts if texts["state"] == "training" else texts | {"time left": _NONE}
 
@@ -85,6 +88,8 @@ def _standing(run: Path, name: str, *stamps: int) -> tuple[str, ...]:
     total = sum(numbers.lengths) if numbers and not is_done else step
     recent = [record["seconds"] for record in steps[-_RECENT:]]
     scores = [record[metric] for record in facts.evaluations if metric and metric in record]
+    if metric and metric in facts.validation:  # of the best point
+        scores.append(facts.validation[metric])
     return (
         "done" if is_done else "training",
         name,
