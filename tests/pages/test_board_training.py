@@ -7,9 +7,12 @@ import time
 
 import pytest
 from conftest import make_tiny_folder, write_rows
+from helpers import Stop, train_on
 
+from chainlora import extend, train
 from chainlora.errors import RunError
 from chainlora.runs.addresses import open_run
+from chainlora.training.events import LayerSolved
 from chainlora_pages.board.training import Trainer, command_of
 from chainlora_pages.board.watching import standing_of
 
@@ -53,3 +56,27 @@ def test_a_training_is_stopped_and_resumed_and_what_fails_is_said(tmp_path):
     assert trainer.wait() == 1
     assert trainer.standing == "Not trained:"
     assert trainer.lines()[-1].startswith("error: ")
+
+
+def test_a_run_whose_combination_was_stopped_is_not_done(tmp_path):
+    """It was called done, and Continue was not offered."""
+    for name in ("lakes", "hills"):
+        rows = [{"prompt": f"the cat sat on {n}", "completion": f" blue {name}"} for n in range(8)]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    run, keys = tmp_path / "run", {"chain": {"ranks": [1], "steps": [1]}}
+    model = make_tiny_folder(tmp_path / "model")
+    lakes, hills = ({"train": str(tmp_path / f"{name}.jsonl")} for name in ("lakes", "hills"))
+    first = {"model": str(model), "output": str(run), "data": lakes}
+    train(first | keys | {"start_data": "none"}, progress=False)
+    assert standing_of(run)["state"] == "done"
+
+    def stop(event):
+        if isinstance(event, LayerSolved):
+            raise Stop
+
+    second = {"name": "hills", "data": hills}
+    with pytest.raises(Stop):
+        train_on(run, second | keys, beside=True, listener=stop)
+    assert standing_of(run)["state"] == "interrupted"
+    extend(run, second | keys, progress=False)
+    assert standing_of(run)["state"] == "done"
