@@ -452,3 +452,30 @@ def test_a_link_is_shown_with_a_strength_that_is_not_1(tiny_folder, sentiment, c
     heads, row = table(page_of(run), "Each link")
     assert row[heads.index("strength")] == "0.5"
     assert "0 main × 0.5" in chainlora("inspect", run).out
+
+
+def test_pairs_are_preferred_and_a_column_without_scores_is_not_drawn(tiny_folder, tmp_path):
+    """The page called preferred pairs answers that are right, and had an empty column."""
+    pairs = [{"prompt": f"the {n}", "chosen": " yes", "rejected": " no"} for n in range(6)]
+    rows = str(write_rows(tmp_path / "pairs.jsonl", pairs))
+    general = [{"prompt": f"say {n}", "completion": " yes"} for n in range(4)]
+    tree = {"model": str(tiny_folder), "output": str(tmp_path / "run"), "chain": BRIEF}
+    tree |= {"data": {"train": rows, "validation": rows}, "train": {"loss": "dpo"}}
+    start = {"train": str(write_rows(tmp_path / "general.jsonl", general))}
+    train(tree | {"start_data": start}, progress=False)
+    page = page_of(tmp_path / "run")
+    assert "preferred the chosen answer on examples that it had not seen" in page
+    assert "answered right" not in page
+    (run,) = read_runs([tmp_path / "run"])
+    (*_, picture) = stage_pictures(run)
+    assert picture.svg.count(">main</text>") == 1  # a row, and no column
+
+
+def test_the_best_point_that_a_run_loads_answers_too(configure, tmp_path):
+    keys = {"keep_best": True, "eval_every": 1, "lr": 10.0}  # each step is worse
+    config = configure("run", chain={"ranks": [2], "steps": [3]}, train=keys)
+    train(config)
+    (tmp_path / "asked.txt").write_text("the cat sat\n")
+    page = page_of(config.output, prompts=tmp_path / "asked.txt", max_new_tokens=2)
+    assert "<dt>after link 0</dt>" in page
+    assert "<dt>now (the best point)</dt>" in page
