@@ -20,7 +20,7 @@ from chainlora.chain.layerwise import outside_layers
 from chainlora.config.schema import PAIR_LOSSES, LinkConfig, RunConfig
 from chainlora.config.staging import Stage
 from chainlora.data.splits import learned_by
-from chainlora.errors import ConfigError, RunError
+from chainlora.errors import ChainError, ConfigError, RunError
 from chainlora.evaluation.combination import ON_TOP, need_combinable
 from chainlora.runs.declaring import stage_entry
 from chainlora.runs.draft import Draft
@@ -112,7 +112,7 @@ def can_stand(
         if stage.beside is None:
             losses |= {name: rows.loss for name, rows in kept.items()}
             _need_answers(stage, losses, head)
-    except (ConfigError, RunError) as error:
+    except (ChainError, ConfigError, RunError) as error:
         if stage.beside:
             raise
         below = before[-1].name if head is None or before else head.history.head
