@@ -114,7 +114,7 @@ def test_a_rehearsal_asked_for_before_the_last_stage_is_named(
     """It was left out without a word."""
     more = [section(sentiment, "b") | {"rehearse": True}, section(sentiment, "c")]
     make_plan(make_stages(config_of(tiny_folder, sentiment, tmp_path / "run", *more)))
-    assert "stage b: `rehearse` has no effect, c is combined with it; set it there" in caplog.text
+    assert "stage b: `rehearse` is ignored, as stages beside it follow; set it in c" in caplog.text
 
 
 def test_general_rows_are_rehearsed_as_one_more_stage(tiny_folder, sentiment, tmp_path):

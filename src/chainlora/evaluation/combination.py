@@ -29,6 +29,7 @@ from chainlora.runs.links import need_low_rank_sum, save_link
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import chain_on_base
 from chainlora.runs.paths import is_run
+from chainlora.runs.saved_chain import as_adapter
 from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
@@ -244,10 +245,8 @@ def _other_run(address: str | Path) -> OpenState:
     state = open_run(address)
     if state.draft is not None or not state.has_run:
         rule = "only a run with a finished stage can be combined"
-        remedy = "finish its stage: repeat the command that began it"
-        if state.entry is not None and not state.has_run:
-            remedy = f"chainlora export {state.run} --to adapter --output OUT, then add OUT"
-        raise RunError(rule, state.run, remedy)
+        unfinished = "finish its stage: repeat the command that began it"
+        raise RunError(rule, state.run, unfinished if state.has_run else as_adapter(state.run))
     return state
 
 

@@ -42,12 +42,11 @@ from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import check_base, noted_base
 from chainlora.runs.paths import is_run, stage_folder
 from chainlora.runs.resuming import source_digests
+from chainlora.runs.saved_chain import as_adapter
 
 logger = logging.getLogger(__name__)
 
 ADAPTER = "start"  # the key of the adapter, in a config and in its sources
-
-_EXPORT = "export it: chainlora export {} --to adapter --output OUT, then add OUT"
 
 
 def import_entry(name: str, config: RunConfig, origin: str) -> Unbuilt:
@@ -78,8 +77,7 @@ def read_adapter(source: str) -> Start:
     """Read an adapter. Raises ChainLoRAError for a folder without one, or a kind unlike LoRA."""
     if is_run(source):
         rule = "an adapter is added to a run"
-        saved = _EXPORT.format(source)
-        remedy = f"chainlora combine RUN OTHER takes runs; if it is a saved chain, {saved}"
+        remedy = f"chainlora combine RUN OTHER takes runs; for a saved chain, {as_adapter(source)}"
         raise RunError(rule, f"{source}, a run or a saved chain", remedy)
     folder = start_folder(source)
     if not (folder / "adapter_config.json").is_file():
@@ -87,7 +85,7 @@ def read_adapter(source: str) -> Start:
         raise RunError(rule, f"no adapter_config.json in {folder}", remedy)
     start = load_start(source)
     if start.adapter is None:
-        rule, remedy = "an adapter is added to a run", _EXPORT.format(f"{source}/chain")
+        rule, remedy = "an adapter is added to a run", as_adapter(f"{source}/chain")
         raise RunError(rule, f"{source}, which holds a chain", remedy)
     return start
 
@@ -102,7 +100,8 @@ def check_adapter(start: Start, base: OpenBase) -> None:
             check_targets(base.skeleton, link.config)
         except ModelError as error:
             rule = "an adapter must be on layers that links can adapt"
-            raise ModelError(rule, f"another one: {error}", MERGE) from error
+            got, _, _ = str(error).partition("; ")  # without its remedy, which is for a config
+            raise ModelError(rule, f"others: {got}", MERGE) from error
 
 
 def build_import(run: Path, declared: Unbuilt, base: OpenBase | None = None) -> None:

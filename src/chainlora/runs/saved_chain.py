@@ -11,6 +11,7 @@ folder is replaced as a whole, so it never mixes two chains.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -179,6 +180,11 @@ def describe_base(chain: Chain) -> Base:
 
 
 # --- writing ---
+
+
+def as_adapter(folder: str | Path) -> str:
+    """Return the remedy for a saved chain where a run or an adapter is needed."""
+    return f"chainlora export {shlex.quote(str(folder))} --to adapter --output OUT, then add OUT"
 
 
 def _refuse_if_taken(directory: Path) -> None:

@@ -285,7 +285,7 @@ class Declaring:
             return
         history, last, names = self.history, self._group[-1], [s.name for s in self._group]
         if not last.rehearse and (asked := [s.name for s in self._group if s.rehearse]):
-            effect = "stage %s: `rehearse` has no effect, %s is combined with it; set it there"
+            effect = "stage %s: `rehearse` is ignored, as stages beside it follow; set it in %s"
             logger.warning(effect, asked[0], last.name)
         self._group = []
         parts = history.without_ancestors([*history.parts(self.top), *names])
