@@ -16,7 +16,7 @@ from chainlora.errors import ChainLoRAError
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.files import make_folder, write_text
 from chainlora.runs.cards import public_name
-from chainlora.runs.history import MAIN
+from chainlora.runs.history import BASE, MAIN, START
 from chainlora.runs.paths import exists_in, need_apart, split_address
 from chainlora.runs.state import OpenState
 from chainlora.showing import number
@@ -88,8 +88,8 @@ def report_runs(
 
 def run_page(runs: Sequence[RunFacts], answered: Mapping[str, Sequence[Answer]]) -> Page:
     """Return the page about runs, and their answers by name of the run."""
-    versions = {run.name: _versions(run) for run in runs}
     parts = _named_parts(runs)
+    versions = {part.name: _versions(part) for part in parts}
     costs = {part.name: _costs(part) for part in parts}
     sections = [
         _overview(runs),
@@ -140,16 +140,18 @@ def _lead(runs: Sequence[RunFacts]) -> str:
     sentences, before = list[str](), ""
     for part in run.parts:
         is_on_top = before in {entry.key for entry in part.state.lineage}
-        then = [*_combined(part.state.parent), "Then it"] if is_on_top else ["Separately, it"]
+        then = [*_combined(part.state.parent, []), "Then it"] if is_on_top else ["Separately, it"]
         subject = " ".join(then) if sentences else f"A language model ({model})"
         sentences.append(f"{subject} {_predicate(part)}.")
         before = part.state.stage
-    return " ".join([*sentences, *_combined(run.state), *_switched_off(run)])
+    scores = [f"{name} {after}" for name, _, after in _scores_now(run)]
+    return " ".join([*sentences, *_combined(run.state, scores), *_switched_off(run)])
 
 
-def _combined(state: OpenState) -> list[str]:
-    """Return a sentence about a combination, if the state is one."""
-    return ["The results were combined."] if state.is_combined else []
+def _combined(state: OpenState, scores: Sequence[str]) -> list[str]:
+    """Return a sentence about a combination and its scores, if the state is one."""
+    known = f" ({'; '.join(scores)})" if scores else ""
+    return [f"The results were combined{known}."] if state.is_combined else []
 
 
 def _predicate(part: RunFacts) -> str:
@@ -248,19 +250,40 @@ def _overview(runs: Sequence[RunFacts]) -> Section:
 
 def _tiles(run: RunFacts) -> list[tuple[str, str]]:
     """Return the main numbers of one run; costs and links have the others."""
-    scores = []
-    for part in run.parts if not run.state.is_before_training else ():
-        if part.score is not None:
-            before, after = _score(part, part.score)
-            of = f"{part.name}: " if run.stages else ""
-            change = f"{before} → {after}" if before != _NONE and part.steps else after
-            scores.append((f"{of}{part.score}", change))
-    counts = _counts(run.parts)
+    counts, scores = _counts(run.parts), _scores_now(run) or _scores_of_training(run)
     return [
-        *scores,
+        *((name, f"{old} → {new}" if old != _NONE else new) for name, old, new in scores),
         ("ranks", ", ".join(str(link["rank"]) for link in run.links) or "no links"),
         *((name, counts[name]) for name in ("steps", "time")),
     ]
+
+
+def _scores_now(run: RunFacts) -> list[tuple[str, str, str]]:
+    """Return by stage the score of its rows before training and now; [] if one is not known."""
+    if run.matrix is None or not run.matrix.states or run.state.is_before_training:
+        return []
+    found = []
+    for stage, first, last in zip(
+        run.matrix.stages, run.matrix.grid[0], run.matrix.grid[-1], strict=True
+    ):
+        if stage in (BASE, START):
+            continue
+        if last is None:
+            return []
+        before = _NONE if first is None else score_text(first.metric, first.value)
+        found.append((f"{stage}: {last.metric}", before, score_text(last.metric, last.value)))
+    return found
+
+
+def _scores_of_training(run: RunFacts) -> list[tuple[str, str, str]]:
+    """Return by stage its validation score before and after its own training."""
+    found = []
+    for part in run.parts if not run.state.is_before_training else ():
+        if part.score is not None:
+            before, after = _score(part, part.score)
+            name = f"{part.name}: {part.score}" if run.stages else part.score
+            found.append((name, before if part.steps else _NONE, after))
+    return found
 
 
 def _figures(run: RunFacts) -> dict[str, str]:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import chainlora as public
 from beside.test_rules import unbuilt
-from chainlora import add, load_run, open_run, stage_matrix, undo
+from chainlora import add, combine, load_run, open_run, stage_matrix, undo
 from chainlora.errors import ChainLoRAError
 from chainlora.files import checksums
 from chainlora.runs.changes import redo
@@ -145,6 +145,20 @@ def test_a_run_can_begin_with_an_adapter(made, both, tiny_folder):
     assert undo(both).key == "x"
     torch.testing.assert_close(logits(load_run(both)[0]), by_peft(tiny_folder, made / "x"))
     assert read_history(both).origin == "start"  # the base, with its general rows
+
+
+def test_a_tokenizer_that_was_saved_again_is_the_same(made, run, tiny_folder, tmp_path):
+    """A trainer saves the padding of its last batch, so the files of two runs differ."""
+    folder = Path(shutil.copytree(made / "x", tmp_path / "x"))
+    padding = {"strategy": "BatchLongest", "direction": "Left", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>"}
+    edit_json(folder / "tokenizer.json", padding=padding)
+    add(tmp_path / "new", folder, made / "x.jsonl", name="law")
+    assert combine(run, [tmp_path / "new"]).entry.parents == ("z", "law")
+    edit_json(folder / "tokenizer.json", normalizer={"type": "Lowercase"})
+    add(tmp_path / "other", folder, made / "x.jsonl", name="tax")
+    with pytest.raises(ChainLoRAError, match="another tokenizer"):
+        combine(run, [tmp_path / "other"])
 
 
 def test_a_run_of_adapters_alone_is_a_run(both, tmp_path, chainlora, monkeypatch):

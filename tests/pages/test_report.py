@@ -392,6 +392,15 @@ def test_several_runs_show_every_stage_of_a_combination(tiny_folder, sentiment, 
         train_all(config | {"start_data": start, "stages": [{"name": name} for name in names]})
     combine(runs[1], ["facts"])
     assert said(page_of(runs[1], prompts=1, max_new_tokens=1))
+    found = stage_matrix(runs[1])
+    first, last = (
+        score_text("accuracy", row[found.stages.index("facts")].value)
+        for row in (found.grid[0], found.grid[-1])
+    )
+    alone = page_of(runs[1])
+    assert f"The results were combined (facts: accuracy {last})." in alone
+    assert f"{first} → {last}" in alone
+    assert "torch" in dict(row[:2] for row in table(alone, "Versions"))
     page = page_of(*runs, output=tmp_path / "page.html")
     heads, *rows = table(page, "The runs")
     shown = {row[0]: row[1:] for row in rows}

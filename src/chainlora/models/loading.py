@@ -266,6 +266,23 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def are_same_tokenizers(one: Any, two: Any) -> bool:
+    """Say whether two tokenizers give every text and every chat the same tokens.
+
+    Their files may differ: another version of a library writes them in another form, and a trainer
+    saves the padding and the truncation of its last batch.
+    """
+    return _encoding_of(one) == _encoding_of(two)
+
+
+def _encoding_of(tokenizer: Any) -> list[Any]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend else tokenizer.get_vocab()
+    kept = {key: rule for key, rule in rules.items() if key not in ("padding", "truncation")}
+    names = ("bos", "eos", "unk")
+    return [kept, tokenizer.chat_template, *(getattr(tokenizer, f"{n}_token_id") for n in names)]
+
+
 def _check_whole(model: Any, report: dict[str, Any], folder: Path, is_quantized: bool) -> None:
     missing = sorted(report["missing_keys"])
     if is_quantized:  # its linear layers and experts may have other names in the file

@@ -15,7 +15,9 @@ from chainlora import files
 from chainlora.config.staging import RUN_WIDE, is_name
 from chainlora.data.kept import Kept, write_kept
 from chainlora.errors import RunError
+from chainlora.models.finding import resolve_model
 from chainlora.models.identity import tokenizer_files
+from chainlora.models.loading import are_same_tokenizers, load_tokenizer
 from chainlora.runs.documents import need_file, now, write_part
 from chainlora.runs.history import (
     BASE,
@@ -77,7 +79,7 @@ def need_same_base(own: OpenState, state: OpenState) -> None:
             ("base model", history.empty.base, other.empty.base),
             ("train.dtype", history.base.dtype, other.base.dtype),  # the digest does not cover it
             ("quantize", history.base.quantize, other.base.quantize),
-            ("tokenizer", _own_tokenizer(history), _own_tokenizer(other)),
+            ("tokenizer", True, _have_same_tokenizer(own, state)),
             ("chain.hold", history.hold, other.hold),
             *(
                 (f"data.{key}", getattr(data, key), getattr(others, key))
@@ -91,10 +93,12 @@ def need_same_base(own: OpenState, state: OpenState) -> None:
         raise RunError(rule, f"another {differing[0]} in {state.run}", "train one of them again")
 
 
-def _own_tokenizer(history: History) -> dict[str, str]:
-    """Return the files of a run's tokenizer; none if an adapter came with a copy of the base's."""
-    is_of_base = history.tokenizer.items() <= (history.base.files or {}).items()
-    return {} if is_of_base else history.tokenizer
+def _have_same_tokenizer(own: OpenState, state: OpenState) -> bool:
+    """Compare the tokenizers of two runs on one base: their files, or else what they give."""
+    if own.history.tokenizer == state.history.tokenizer:
+        return True
+    folders = [run.tokenizer() or resolve_model(run.base.model) for run in (own, state)]
+    return are_same_tokenizers(*map(load_tokenizer, folders))
 
 
 def take_in(run: Path, state: OpenState) -> str:
