@@ -147,6 +147,28 @@ def test_a_run_can_begin_with_an_adapter(made, both, tiny_folder):
     assert read_history(both).origin == "start"  # the base, with its general rows
 
 
+def test_a_new_run_of_an_adapter_has_general_rows_or_none(made, tmp_path, chainlora):
+    """As the run of a first stage has. They were written by the base whatever the user gave."""
+    general = rows_of(tmp_path / "general.jsonl", 0, 20)
+    words = f"add {{}} {made / 'x'} --rows {made / 'x.jsonl'} --general "
+    assert chainlora(words.format(tmp_path / "none") + "none").status == 0
+    assert read_history(tmp_path / "none").find("start") is None
+    run = tmp_path / "run"
+    assert chainlora(words.format(run) + general).status == 0
+    assert open_run(run).kept()["start"].counts == {"train": 16, "validation": 4, "test": 0}
+    before = checksums(run)
+    for again in (words.format(run) + general, words.format(run).removesuffix(" --general ")):
+        assert "as before" in chainlora(again).out
+        assert checksums(run) == before
+    second = f"add {run} {made / 'y'} --rows {made / 'y.jsonl'} --general "
+    for refused in (words.format(run) + str(made / "z.jsonl"), second + general, second + "none"):
+        chainlora(refused).refused("`start_data` is read when a run begins")
+    chainlora(words.format(tmp_path / "new") + "no.jsonl").refused("no.jsonl")
+    assert not (tmp_path / "new").exists()
+    assert chainlora(second.removesuffix(" --general ")).status == 0
+    assert open_run(run).entry.parents == ("x", "y")
+
+
 def test_a_tokenizer_that_was_saved_again_is_the_same(made, run, tiny_folder, tmp_path):
     """A trainer saves the padding of its last batch, so the files of two runs differ."""
     folder = Path(shutil.copytree(made / "x", tmp_path / "x"))

@@ -13,7 +13,7 @@ from helpers_cli import Outcome
 
 from chainlora import extend, train
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import undo
+from chainlora.runs.changes import log, undo
 from chainlora.runs.state import OpenState
 from chainlora.training.stages import extension, train_stages
 
@@ -78,6 +78,16 @@ def test_states_of_one_digest_are_equal_to_the_bit(run, tmp_path, chainlora):
     states = [main, law, half, again, open_run(f"{run}@base")]
     assert len({state.state.digest for state in states}) == 5
     assert not torch.equal(*(next(iter(added(s).values())) for s in (law, half)))
+
+
+def test_the_log_marks_the_base(run, chainlora):
+    """After `undo --to base` no line had a mark."""
+    digest = undo(run, to="base").state.digest
+    marked = [line for line in chainlora(f"log {run}").out.splitlines() if line.startswith("*")]
+    assert [line.split() for line in marked] == [["*", "base", "base", "0", "none", digest]]
+    assert [entry["name"] for entry in log(run) if entry["now"]] == ["base"]
+    undo(run, to="law")
+    assert "base" not in [entry["name"] for entry in log(run)]
 
 
 def test_a_stage_does_not_depend_on_what_else_the_run_holds(run, tmp_path, chainlora):

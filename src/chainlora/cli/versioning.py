@@ -107,6 +107,7 @@ def extend(
 @click.option("--rows", metavar="FILE", help="Some of the rows that ADAPTER was trained on.")
 @click.option("--name", help="Name of the entry. Default: the name of FILE.")
 @click.option("--model", help="Base of a new run. Default: the base that ADAPTER names.")
+@general_option
 @forgetting_option
 @verbose_option
 @json_option
@@ -115,6 +116,7 @@ def add(
     rows: str | None,
     name: str | None,
     model: str | None,
+    general: str | None,
     max_forgetting: float | None,
     as_json: bool,
 ) -> None:
@@ -141,7 +143,7 @@ def add(
     run, adapter = words
     before = open_run(run).key if is_run(run) else None
     keys: dict[str, Any] = {}
-    for key, value in overrides:
+    for key, value in [*general_keys(general), *overrides]:
         set_key(keys, key, value)
     given: Any = {"name": name, "model": model, "config": keys, "max_forgetting": max_forgetting}
     state = with_progress(run, lambda show: add_to(run, adapter, rows, listener=show, **given))
@@ -376,8 +378,9 @@ def log(run: str, as_json: bool) -> None:
             continue
         mark = "*" if entry["now"] else "|" if entry["before"] else ""
         strengths = " ".join(f"{name}={value:g}" for name, value in entry["strengths"].items())
-        texts = (mark, entry["name"], entry["kind"], " ".join(entry["parents"]) or "base")
-        ended = entry["ended"][:16].replace("T", " ")
+        on = " ".join(entry["parents"]) or "base" * (entry["kind"] != "base")
+        texts = (mark, entry["name"], entry["kind"], on)
+        ended = (entry["ended"] or "")[:16].replace("T", " ")
         table.add_row(*texts, str(entry["links"]), strengths or "none", ended, entry["state"])
     console, wide = Terminal(), Terminal(width=10_000)
     if console.is_terminal:  # a narrower table would cut names; the terminal wraps the lines

@@ -14,9 +14,7 @@ from chainlora.chain.checks import check_strengths
 from chainlora.errors import RunError
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.draft import drafts_in
-from chainlora.runs.history import (
-    History,
-)
+from chainlora.runs.history import BASE, History
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.paths import split_address
 from chainlora.runs.state import OpenState
@@ -134,7 +132,8 @@ def log(run: str | Path) -> list[dict[str, Any]]:
     Unbuilt entries come first, with a ``name`` and the ``kind`` "declared" or "training". A built
     entry has its ``name``, ``kind``, ``state`` (a digest), ``parents``, the ``strengths`` of its
     stages, the number of its ``links``, whether it kept ``rows``, and the time when it ``ended``;
-    ``now`` marks the head, ``before`` its ancestors.
+    ``now`` marks the head, ``before`` its ancestors. If the head is the base, it is the last entry,
+    of the ``kind`` "base", which ``ended`` at no time.
     """
     folder, _ = split_address(run)
     history = read_history(folder)
@@ -154,6 +153,10 @@ def log(run: str | Path) -> list[dict[str, Any]]:
         }
         for entry in reversed(history.entries)
     ]
+    if history.head == BASE:
+        base = {"name": BASE, "kind": BASE, "state": history.empty.digest, "parents": []}
+        counts = {"strengths": {}, "links": 0, "rows": False, "ended": None}
+        built.append({**base, **counts, "now": True, "before": False})
     begun = drafts_in(folder, history)
     unbuilt: list[dict[str, Any]] = [
         {"name": entry.key, "kind": "training" if entry.key in begun else "declared"}

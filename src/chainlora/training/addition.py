@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from chainlora import files
 from chainlora.chain.adapters.adapter_files import MERGE
+from chainlora.config.data import StartData
 from chainlora.config.reading import make_config
 from chainlora.config.schema import RunConfig, with_flat_model
 from chainlora.config.staging import RUN_WIDE, Stage, check_name, name_of_rows, section_of
@@ -99,7 +101,7 @@ def _checked(keys: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of the keys with all sections. Raise ConfigError for unknown keys."""
     tree = with_flat_model(keys)
     data = tree["data"] = section_of(tree, "data")
-    known = {"model": None, "quantize": None, "data": None, **RUN_WIDE}
+    known = {"model": None, "quantize": None, "data": None, "start_data": None, **RUN_WIDE}
     wrong = [key for key in tree if key not in known]
     wrong += [f"data.{key}" for key in _OF_TRAINING if key in data]
     for part in ("chain", "train"):
@@ -149,7 +151,9 @@ def _config(
     """Return the config of an adapter: its rows, and the keys that its run shares."""
     tree = dict(keys)
     if head is not None:
-        tree = _with_shared_keys(keys, _first_config(head, name), run)
+        begun = _begun_config(head, name)
+        tree = _with_shared_keys(keys, _first_config(head, begun), run)
+        tree["start_data"] = _start_data(keys.get("start_data"), begun, run)
     elif tree.get("model") is None:
         base = imported.adapter.base if imported.adapter is not None else ""
         if not base:
@@ -160,12 +164,28 @@ def _config(
     return make_config(tree | {"start": adapter, "output": str(run)})
 
 
-def _first_config(head: OpenState, name: str) -> RunConfig:
-    """Return the config of a run's first entry, which has the keys that all entries share."""
+def _begun_config(head: OpenState, name: str) -> RunConfig | None:
+    """Return the config of an entry that was declared or built, None if it is new."""
     declared = head.history.find_unbuilt(name)
-    if declared is not None and not head.history.own:
+    if declared is not None:
         return declared_config(head.run, declared)
-    return head.at(BASE).config()
+    return None if head.history.find(name) is None else head.at(name).config()
+
+
+def _first_config(head: OpenState, begun: RunConfig | None) -> RunConfig:
+    """Return the config of a run's first entry, which has the keys that all entries share."""
+    return begun if begun is not None and not head.history.own else head.at(BASE).config()
+
+
+def _start_data(given: Any, begun: RunConfig | None, run: Path) -> Any:
+    """Return the general rows of an entry: as given for a new run, or as the entry began."""
+    if begun is not None:
+        return begun.model_dump(mode="json")["start_data"] if given is None else given
+    if given is not None:
+        rule = "`start_data` is read when a run begins"
+        remedy = f"leave it out, or chainlora eval {shlex.quote(str(run))} --matrix --start-rows"
+        raise ConfigError(rule, f"some for {run}", f"{remedy} FILE")
+    return None
 
 
 def _with_shared_keys(keys: Mapping[str, Any], first: RunConfig, run: Path) -> dict[str, Any]:
@@ -200,5 +220,8 @@ def _check(stage: Stage, imported: Start, head: OpenState | None, base: OpenBase
     check_adapter(imported, base)
     if head is not None:
         need_in_layers(base.skeleton, [link.config for link in imported.links], MERGE)
-    length_limit(stage.config.data, base.context)
-    check_files(stage.config.data, None)
+    config = stage.config
+    length_limit(config.data, base.context)
+    check_files(config.data, None)
+    if isinstance(config.start_data, StartData):
+        check_files(config.start_data.as_data(config.data), None)

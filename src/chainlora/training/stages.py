@@ -206,7 +206,8 @@ def add(
             run keeps a sample.
         name: name of the new entry; by default the name of the file of rows.
         model: base of a new run; by default the base that the adapter names.
-        config: keys that all stages of a new run share: ``{"train": {"dtype": "bfloat16"}}``.
+        config: keys of a new run: those that all its stages share, as in
+            ``{"train": {"dtype": "bfloat16"}}``, and `start_data`.
         max_forgetting: see `extend`.
         listener: see `train`.
         progress: see `train`.
