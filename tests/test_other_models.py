@@ -66,6 +66,16 @@ def test_commands_take_a_saved_chain_or_say_what_to_do(saved, tmp_path, chainlor
     )
 
 
+def test_a_model_without_a_name_is_loaded_by_its_user(tmp_path, chainlora):
+    chain = Chain(new_model("MixtralForCausalLM"))
+    chain.extend(LinkConfig(rank=4, alpha=8, target_modules=["q_proj"]))
+    chain.tie()
+    save_chain(chain, tmp_path / "chain")
+    for command in ("generate {} --prompt hi", f"export {{}} --to merged --output {tmp_path}/out"):
+        found = chainlora(command.format(tmp_path / "chain"))
+        found.refused("got one on a model without a name", "load_chain(")
+
+
 def test_stacked_experts_are_refused_with_what_to_name(tmp_path):
     lora = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules="all-linear")
     model = peft.get_peft_model(new_model("MixtralForCausalLM"), lora)

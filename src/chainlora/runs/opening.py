@@ -51,7 +51,7 @@ def load_run(
         ConfigError: an unknown dtype.
     """
     state = open_run(run)
-    _need_causal(state)
+    _need_loadable(state)
     links = state.links(num_links)  # before the model: a missing link is found at once
     if not links and num_links is None:
         _refuse_untrained(state)
@@ -82,7 +82,7 @@ def chain_on_base(
     `hold` is by default chosen by the model; `base` is opened here by default. Raises RunError for
     another base than the run's.
     """
-    _need_causal(state)
+    _need_loadable(state)
     return _chain_on(OpenBase.of_state(state).or_shared(base), state, hold=hold)
 
 
@@ -96,12 +96,15 @@ def _chain_on(base: OpenBase, state: OpenState, **keys: Any) -> tuple[Chain, Any
     return chain, tokenizer_of(state, base)
 
 
-def _need_causal(state: OpenState) -> None:
-    """Raise RunError for a chain on another kind of model, which only its user can load."""
+def _need_loadable(state: OpenState) -> None:
+    """Raise RunError for a chain on another kind of model or without its name."""
     base = state.base
+    what = "" if base.model else "a model without a name"
     if base.task_type != CAUSAL:
-        rule = "only chains on causal language models load their model themselves"
-        got = f"one on {base.task_type or 'another model'} in {state.run}"
+        what = base.task_type or "another model"
+    if what:
+        rule = "only chains on causal language models that have a name load their model themselves"
+        got = f"one on {what} in {state.run}"
         remedy = f"load its model and call load_chain({str(state.run)!r}, model).detach()"
         raise RunError(rule, got, remedy)
 
