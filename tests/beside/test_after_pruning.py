@@ -86,7 +86,7 @@ def test_after_a_kill_its_combination_and_rehearsal_are_built_by_train(abc, ac, 
         rehearse(run)
     prune_stage(abc, "b")  # the command is killed here
     remedy = f"chainlora train {abc} computes what is declared"
-    chainlora("prune", abc, "b", "--yes").refused("a stage must be one of", remedy)
+    chainlora("prune", abc, "b", "--yes").refused("an entry to prune must be one of", remedy)
     build_run(abc)
     assert open_run(abc).state == open_run(ac).state
 
@@ -155,3 +155,30 @@ def test_no_entry_names_a_pruned_stage_as_its_unit(name, with_general, sentiment
     add(sentiment, with_general, "b")
     prune_stage(with_general, name)
     assert f'"{name}"' not in (with_general / "history.json").read_text()
+
+
+def test_an_earlier_combination_is_deleted_alone(abc, sentiment, chainlora):
+    """Disk grows with the square of the stages until this is done."""
+    run, head = abc, open_run(abc)
+    old = open_run(f"{run}@after-b")
+    mix_stages(run, {"combined": 0.5})  # goes with its combination, as does the undo to it
+    chainlora("prune", run, "after-c", "--yes").refused("the current state")
+    undo(run, to="after-b")
+    mix_stages(run, {"combined": 0.5})
+    undo(run, to=head.key)
+    size = sum(path.stat().st_size for path in (run / "links").rglob("*") if path.is_file())
+    assert "would delete" in chainlora("prune", run, "after-b").out
+    assert chainlora("prune", run, "after-b", "--yes").status == 0
+    left = sum(path.stat().st_size for path in (run / "links").rglob("*") if path.is_file())
+    assert left < size
+    assert open_run(run).verify().state == head.state
+    assert not [entry for entry in read_history(run).entries if "after-b" in entry.parents]
+    seen = {undo(run).key for _ in read_history(run).past}
+    assert "after-b" not in seen
+    undo(run, to="after-c")
+    assert combine(run, ["a", "b"]).state == old.state  # to the bit
+    undo(run, to="after-c")
+    again = next(e.key for e in read_history(run).entries if e.state == old.state)
+    train_on(f"{run}@{again}", section(sentiment, "d"))
+    undo(run, to="after-c")
+    chainlora("prune", run, again, "--yes").refused("an entry is computed from it", "got d")

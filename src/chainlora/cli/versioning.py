@@ -401,6 +401,9 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     stay, without its links; so do mixes of these stages. The other stages are combined again, as
     they were before, and rehearsed if RUN was.
 
+    STAGE may also be a combination that RUN is not in and no stage stands on. `undo` then skips it;
+    `combine` with the names of its parts computes it again.
+
     The command lists what it does not delete: data files, forks, exports, copies, and tokenised
     rows of large files, which are in a cache outside RUN.
 

@@ -132,7 +132,7 @@ def log(run: str | Path) -> list[dict[str, Any]]:
     Unbuilt entries come first, with a ``name`` and the ``kind`` "declared" or "training". A built
     entry has its ``name``, ``kind``, ``state`` (a digest), ``parents``, the ``strengths`` of its
     stages, the number of its ``links``, whether it kept ``rows``, and the time when it ``ended``;
-    ``now`` marks the head, ``before`` its ancestors. If the head is the base, it is the last entry,
+    ``now`` marks the head, ``before`` its ancestors. If the head of a built run is the base, it is the last entry,
     of the ``kind`` "base", which ``ended`` at no time.
     """
     folder, _ = split_address(run)
@@ -153,7 +153,7 @@ def log(run: str | Path) -> list[dict[str, Any]]:
         }
         for entry in reversed(history.entries)
     ]
-    if history.head == BASE:
+    if history.head == BASE and history.entries:
         base = {"name": BASE, "kind": BASE, "state": history.empty.digest, "parents": []}
         counts = {"strengths": {}, "links": 0, "rows": False, "ended": None}
         built.append({**base, **counts, "now": True, "before": False})

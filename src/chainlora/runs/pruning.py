@@ -1,4 +1,4 @@
-"""Delete a stage of a run for good, and declare again what was computed from it and others.
+"""Delete a stage or a combination of a run for good; declare again what a stage was combined to.
 
 It is one replacement of ``history.json``; then files that the history does not name are deleted:
 scores of the matrix, links, rows and pictures.
@@ -56,9 +56,10 @@ class Pruning:
 
 
 def plan_pruning(run: str | Path, name: str) -> Pruning:
-    """Return what deleting a stage would delete; change nothing.
+    """Return what deleting a stage or a combination would delete; change nothing.
 
-    Raises RunError for an unknown stage, for the only one, and while a stage is in training.
+    Raises RunError for an unknown one, for the only stage, for a combination that the current state
+    or a stage stands on, and while a stage is in training.
     """
     run = whole_run(run)
     return _planned(run, read_history(run), name)[0]
@@ -94,17 +95,35 @@ def _planned(run: Path, history: History, name: str) -> tuple[Pruning, History]:
 
 
 def _need_prunable(run: Path, history: History, name: str) -> None:
-    """Raise RunError unless a name is that of a stage or import, or of leftovers of one."""
+    """Raise RunError unless a name is that of an entry to prune, or of leftovers of one."""
     entry = history.find(name)
+    if entry is not None and entry.kind == "combine":
+        _need_unused(run, history, name)
+        return
     leftovers = {path.name.partition(".")[0] for path in (run / "stages").glob("*")}  # of a kill
     leftovers |= {unbuilt.key for unbuilt in history.unbuilt}
+    if name.startswith("after-") and {p.name for p in (run / "links").glob("*")} - {*history.links}:
+        leftovers.add(name)  # a combination has no folder of its own
     is_leftover = entry is None and name in leftovers
     if not is_leftover and (entry is None or entry.kind not in _WITH_LINKS):
-        names = ", ".join(e.key for e in history.entries if e.kind in _WITH_LINKS)
+        names = ", ".join(e.key for e in history.entries if e.kind != "mix")
         remedy = "name one"
         if history.target is not None:  # of a prune that was killed, perhaps
             remedy += f"; chainlora train {shlex.quote(str(run))} computes what is declared"
-        raise RunError(f"a stage must be one of {names}", f"{name!r} for {run}", remedy)
+        rule = f"an entry to prune must be one of {names}"
+        raise RunError(rule, f"{name!r} for {run}", remedy)
+
+
+def _need_unused(run: Path, history: History, name: str) -> None:
+    """Raise RunError if the current state, its target or a stage stands on a combination."""
+    entries = [*history.entries, *history.unbuilt]
+    stages = [entry.key for entry in entries if entry.has_config and not entry.is_rehearsal]
+    needed = [history.head, history.target or BASE, history.origin, *stages]
+    if above := [key for key in needed if name in history.below(key)]:
+        got = f"{above[0]}, the current state" if history.head in above else above[0]
+        rule = f"Cannot prune {name}: an entry is computed from it"
+        remedy = f"leave it, or change the state first: chainlora undo {shlex.quote(str(run))}"
+        raise RunError(rule, got, remedy)
 
 
 def _top(history: History, after: History) -> str:
@@ -312,7 +331,13 @@ class _Cut:
         return entry.model_copy(update=update)
 
     def heads(self, keys: Iterable[str]) -> list[str]:
-        """Return heads in their order, with surviving entries, without repetitions."""
+        """Return heads in their order, with surviving entries, without repetitions.
+
+        States that went with a pruned combination are left out: nothing else is equal to them.
+        """
+        entry = self.history.find(self.stage)
+        if entry is not None and entry.kind == "combine":
+            keys = (key for key in keys if key not in self.deleted)
         return [key for key, _ in groupby(map(self._head, keys))]
 
     def _head(self, key: str) -> str:
