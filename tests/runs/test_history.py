@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,22 @@ def test_states_of_one_digest_are_equal_to_the_bit(run, tmp_path, chainlora):
     states = [main, law, half, again, open_run(f"{run}@base")]
     assert len({state.state.digest for state in states}) == 5
     assert not torch.equal(*(next(iter(added(s).values())) for s in (law, half)))
+
+
+def test_disk_grows_by_as_much_with_each_stage(run, tmp_path):
+    """On top of each other: links and rows once each, and a few kB an entry; scores aside."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    section = json.loads((run.parent / "law.yaml").read_text())
+    whole, entries = [], []
+    for place in range(4):
+        extend(folder, section | {"name": f"again{place}"}, beside=False)
+        files = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+        whole.append(sum(size for path, size in files.items() if path.name != "matrix.jsonl"))
+        tensors = sum(size for path, size in files.items() if path.suffix == ".safetensors")
+        entries.append(whole[-1] - tensors)
+    growth = [after - before for before, after in pairwise(whole)]
+    assert max(growth) - min(growth) < 200  # bytes: digits of losses and times
+    assert all(after - before < 10_000 for before, after in pairwise(entries))
 
 
 def test_the_log_marks_the_base(run, chainlora):
