@@ -401,8 +401,8 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     stay, without its links; so do mixes of these stages. The other stages are combined again, as
     they were before, and rehearsed if RUN was.
 
-    STAGE may also be a combination that RUN is not in and no stage stands on. `undo` then skips it;
-    `combine` with the names of its parts computes it again.
+    STAGE may also be a combination, if neither the current state nor a stage was computed from it.
+    `undo` then skips it; `combine` with the names of its parts computes it again.
 
     The command lists what it does not delete: data files, forks, exports, copies, and tokenised
     rows of large files, which are in a cache outside RUN.

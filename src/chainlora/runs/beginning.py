@@ -79,7 +79,6 @@ def need_same_base(own: OpenState, state: OpenState) -> None:
             ("base model", history.empty.base, other.empty.base),
             ("train.dtype", history.base.dtype, other.base.dtype),  # the digest does not cover it
             ("quantize", history.base.quantize, other.base.quantize),
-            ("tokenizer", True, _have_same_tokenizer(own, state)),
             ("chain.hold", history.hold, other.hold),
             *(
                 (f"data.{key}", getattr(data, key), getattr(others, key))
@@ -88,6 +87,8 @@ def need_same_base(own: OpenState, state: OpenState) -> None:
         )
         if here != there
     ]
+    if not differing and not _have_same_tokenizer(own, state):
+        differing = ["tokenizer"]
     if differing:
         rule = "such runs must share their base, its precision and the chat template"
         raise RunError(rule, f"another {differing[0]} in {state.run}", "train one of them again")

@@ -132,8 +132,8 @@ def log(run: str | Path) -> list[dict[str, Any]]:
     Unbuilt entries come first, with a ``name`` and the ``kind`` "declared" or "training". A built
     entry has its ``name``, ``kind``, ``state`` (a digest), ``parents``, the ``strengths`` of its
     stages, the number of its ``links``, whether it kept ``rows``, and the time when it ``ended``;
-    ``now`` marks the head, ``before`` its ancestors. After entries of which none is the head, there
-    is one of the ``kind`` "base", which ``ended`` at no time.
+    ``now`` marks the head, ``before`` its ancestors. If the head is the base and an entry is
+    built, the base comes last, as the ``kind`` "base" without the time when it ``ended``.
     """
     folder, _ = split_address(run)
     history = read_history(folder)

@@ -136,21 +136,21 @@ def _send(source: Path, target: Path, *, rows: bool) -> list[str]:
     source_history = read_history(source)
     if exists_in(target):
         before = read_history(target)
-        new = _joined(source_history, before, rows, target)
+        new = _joined(source_history, before, rows)
         names = copy_files(source, target, new, before.files)
         if new != before:  # otherwise nothing is written, not even a lock file
-            update_history(target, lambda now: _joined(source_history, now, rows, target))
+            update_history(target, lambda now: _joined(source_history, now, rows))
         return names
     target = empty_folder(target)
     empty = History(base=source_history.base, hold=source_history.hold)
-    history = _joined(source_history, empty, rows, target)
+    history = _joined(source_history, empty, rows)
     with filled_folder(target) as scratch:
         names = copy_files(source, scratch, history)
         write_part(scratch / HISTORY, history)
     return names
 
 
-def _joined(source: History, before: History, rows: bool, target: Path) -> History:
+def _joined(source: History, before: History, rows: bool) -> History:
     """Return the history that a target gets, in place of the one `before`.
 
     Without `rows`, it names only kept rows that the target has already. Raises RunError if the
@@ -158,12 +158,13 @@ def _joined(source: History, before: History, rows: bool, target: Path) -> Histo
     """
     if not source.entries:
         rule, remedy = "a run needs a built entry to be sent", "chainlora train RUN builds them"
-        raise RunError(rule, f"none for {target}", remedy)
+        raise RunError(rule, "none", remedy)
     for key in [entry.key for entry in (*before.entries, *before.unbuilt)]:
         sent, existing = source.find(key), before.find(key)
         if sent is None or existing is None or sent.state != existing.state:
-            rule, remedy = "the target must be earlier than the source", "choose another target"
-            raise RunError(rule, f"another {key} in {target}", remedy)
+            rule, remedy = "the target must be earlier than the source", "choose a new target"
+            got = f"another {key}" if sent is not None else f"{key}, which the source lacks"
+            raise RunError(rule, got, remedy)
     kept = {entry.key: entry.kept for entry in before.entries}
     entries = tuple(
         entry.model_copy(update={"kept": (rows and entry.kept) or kept.get(entry.key)})
