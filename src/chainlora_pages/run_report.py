@@ -271,14 +271,18 @@ def _scores_now(run: RunFacts) -> list[tuple[str, str, str]]:
         if last is None:
             return []
         before = _NONE if first is None else score_text(first.metric, first.value)
-        found.append((f"{stage}: {last.metric}", before, score_text(last.metric, last.value)))
+        name = f"{stage}: {last.metric}{' on training rows' * (last.split == 'train')}"
+        found.append((name, before, score_text(last.metric, last.value)))
     return found
 
 
 def _scores_of_training(run: RunFacts) -> list[tuple[str, str, str]]:
-    """Return by stage its validation score before and after its own training."""
-    found = []
-    for part in run.parts if not run.state.is_before_training else ():
+    """Return by stage its validation score before and after its own training.
+
+    A combination was not trained, so these are not its scores.
+    """
+    found, is_other = [], run.state.is_before_training or run.state.is_combined
+    for part in () if is_other else run.parts:
         if part.score is not None:
             before, after = _score(part, part.score)
             name = f"{part.name}: {part.score}" if run.stages else part.score
@@ -323,6 +327,8 @@ def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:
             remarks.append(
                 f"{as_text(part.name)}: the most frequent answer alone would be right on {share}."
             )
+    if is_alone and run.state.is_combined and not _scores_now(run):
+        remarks.append(f"{name} is not scored yet: `chainlora eval` with `--matrix` does it.")
     if not (run.state.is_before_training or run.state.is_as_trained):
         remarks.append(
             f"{name} was mixed or pruned after training: the scores of its training do not apply "

@@ -446,3 +446,14 @@ def test_rule_8_a_run_that_has_built_nothing_is_not_sent(on_adapter, tmp_path, c
         chainlora("prune", run, name, "--yes").refused("a run must keep a stage")
     assert chainlora("train", run).status == 0
     assert open_run(run).stages == ["start", "b"]
+
+
+def test_a_combination_that_is_not_built_is_discarded(only_a, sentiment):
+    """`prune` computed it instead."""
+    killed("layer", only_a, section(sentiment, "b"))
+    before = open_run(only_a).state
+    (declared,) = [key for key in unbuilt(only_a) if key.startswith("after-")]
+    prune_stage(only_a, declared)
+    assert unbuilt(only_a) == []
+    assert open_run(only_a).state == before
+    assert open_run(f"{only_a}@b").entry is not None

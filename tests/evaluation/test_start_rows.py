@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from beside.test_rules import at, die
 from conftest import make_tiny_folder, write_rows
+from faults.lives import live
 from helpers import Stop, assert_same_links, settings, stage_dir, stopping
 from stages.cases import flipped, logits
 
@@ -262,6 +264,31 @@ def test_a_run_keeps_what_its_base_writes(roomy, tokenizer, sentiment, tmp_path,
     assert (found.stages, found.states) == (["base", "main"], ["base", "main"])
     assert {cell.stage for cell in found.cells} == {"base"}  # main has scored its own rows
     assert found.as_dict()["states"]["base"][0]["metric"] == "loss"
+
+
+def test_a_run_of_which_nothing_is_built_begins_as_declared(roomy, sentiment, tmp_path, cache):
+    """After a kill, other keys were written into the config of the stage, and not used."""
+    tree = of_rows(roomy, sentiment, tmp_path / "run")
+    end = live(lambda: train(tree, listener=at("kept", die)))
+    assert end.status == -9, end.message
+    rows = {"start_data": general(sentiment, "train")}
+    for keys in ({"start_data": "none"}, rows, {"train": tree["train"] | {"dtype": "bfloat16"}}):
+        with pytest.raises(RunError, match="begins as it was declared"):
+            train(tree | keys, resume=True)
+    train(tree, resume=True)
+    assert "start" in open_run(tmp_path / "run").keepers
+
+
+def test_a_run_that_is_stopped_while_the_base_writes_is_gone(roomy, sentiment, tmp_path, cache):
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    tree = of_rows(roomy, sentiment, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train(tree, listener=at("kept", stop))
+    assert not (tmp_path / "run").exists()
+    train(tree | {"start_data": "none"})
+    assert not open_run(tmp_path / "run").keepers.keys() & {"start"}
 
 
 def test_one_stage_is_combined_with_what_the_run_began_on(roomy, sentiment, tmp_path, chainlora):

@@ -273,8 +273,14 @@ def need_combinable(states: Sequence[OpenState]) -> None:
 
 def _entries_with_rows(state: OpenState) -> list[str]:
     """Return the entries whose kept rows a part is solved on."""
-    # rows of the start belong to the origin, which is a part of its own
-    return [key for key in state.keepers if (key == START) == (state.key == START)]
+    # rows of an origin belong to it: that of this run is a part of its own
+    return [key for key in state.keepers if _is_origin(state, key) == _is_origin(state, state.key)]
+
+
+def _is_origin(state: OpenState, key: str) -> bool:
+    """Say whether an entry is what a run began on: of this run, or of one that was taken in."""
+    entry = state.history.find(key)
+    return entry is not None and entry.kind == "import" and not entry.has_config
 
 
 def has_general(state: OpenState) -> bool:
@@ -319,7 +325,11 @@ def _rows_of(states: Sequence[OpenState], recipe: Recipe) -> list[list[list[int]
     kept = states[0].kept([state.key for state in states])
     kept = kept if recipe.keep_conflicts else newest(kept)
     return [
-        [row for key in _entries_with_rows(state) for row in _sample(kept[key], key == START)]
+        [
+            row
+            for key in _entries_with_rows(state)
+            for row in _sample(kept[key], _is_origin(state, key))
+        ]
         for state in states
     ]
 

@@ -270,14 +270,16 @@ def are_same_tokenizers(one: Any, two: Any) -> bool:
     """Say whether two tokenizers give every text and every chat the same tokens.
 
     Their files may differ: another version of a library writes them in another form, and a trainer
-    saves the padding and the truncation of its last batch.
+    saves the padding and the truncation of its last batch. Only those of the library tokenizers can
+    be compared; others count as different.
     """
-    return _encoding_of(one) == _encoding_of(two)
+    return all(hasattr(each, "backend_tokenizer") for each in (one, two)) and (
+        _encoding_of(one) == _encoding_of(two)
+    )
 
 
 def _encoding_of(tokenizer: Any) -> list[Any]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend else tokenizer.get_vocab()
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
     kept = {key: rule for key, rule in rules.items() if key not in ("padding", "truncation")}
     names = ("bos", "eos", "unk")
     return [kept, tokenizer.chat_template, *(getattr(tokenizer, f"{n}_token_id") for n in names)]

@@ -98,7 +98,8 @@ def _have_same_tokenizer(own: OpenState, state: OpenState) -> bool:
     """Compare the tokenizers of two runs on one base: their files, or else what they give."""
     if own.history.tokenizer == state.history.tokenizer:
         return True
-    folders = [run.tokenizer() or resolve_model(run.base.model) for run in (own, state)]
+    # the bases are equal, and that of another person's run may be in no such place here
+    folders = [run.tokenizer() or resolve_model(own.base.model) for run in (own, state)]
     return are_same_tokenizers(*map(load_tokenizer, folders))
 
 

@@ -134,9 +134,9 @@ def _need_replaceable(run: Path, now: History, new: Sequence[Unbuilt]) -> None:
 
 
 def withdraw(run: Path, keys: Iterable[str], *, is_new_run: bool) -> None:
-    """Remove declared entries; with `is_new_run`, delete a run without other entries too."""
+    """Remove declared entries; delete a run without entries, or a new run with copies alone."""
     after = update_history(run, lambda history: history.withdrawn(keys))
-    if not is_new_run or after.unbuilt or after.own:
+    if after.unbuilt or after.own or (after.entries and not is_new_run):
         return
     with suppress(FileError):  # if it stays, it is a run without stages; the next command uses it
         files.remove(run)

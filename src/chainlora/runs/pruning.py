@@ -79,7 +79,9 @@ def _planned(run: Path, history: History, name: str) -> tuple[Pruning, History]:
     on_top = [key for key in remaining if name in {below.key for below in history.lineage(key)}]
     before = BASE if entry is None else entry.parent
     top = _top(history, after)
-    after, parts = _with_combination(history, after, top)
+    parts: list[str] = []
+    if declared is None or declared.kind != "combine":  # which must not be declared again
+        after, parts = _with_combination(history, after, top)
     plugins: tuple[str, ...] = ()
     if name not in (history.head, top):
         after, plugins = _with_rehearsal(run, history, after, top, bool(parts[1:]))
@@ -120,10 +122,14 @@ def _need_unused(run: Path, history: History, name: str) -> None:
     stages = [entry.key for entry in entries if entry.has_config and not entry.is_rehearsal]
     needed = [history.head, history.target or BASE, history.origin, *stages]
     if above := [key for key in needed if name in history.below(key)]:
-        got = f"{above[0]}, the current state" if history.head in above else above[0]
-        rule = f"Cannot prune {name}: an entry is computed from it"
-        remedy = f"leave it, or change the state first: chainlora undo {shlex.quote(str(run))}"
-        raise RunError(rule, got, remedy)
+        got, place = above[0], shlex.quote(str(run))
+        remedy = f"keep it, or prune that one first: chainlora prune {place} {got} --yes"
+        if got in (history.head, history.target):
+            got += ", the current state" if got == history.head else ", which is to be built"
+            remedy = f"keep it, or leave that state first: chainlora undo {place}"
+        elif got == history.origin:
+            got, remedy = f"{got}, on which the run began", "keep it"
+        raise RunError(f"Cannot prune {name}: an entry is computed from it", got, remedy)
 
 
 def _top(history: History, after: History) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from chainlora import files
 from chainlora.config.schema import DataConfig, RunConfig, StartData
-from chainlora.config.staging import OF_START
+from chainlora.config.staging import OF_START, RUN_WIDE
 from chainlora.config.yaml_text import one_value
 from chainlora.data.splits import named_sources, source_digest
 from chainlora.errors import RunError
@@ -86,6 +86,21 @@ def compare(
         return []
     step = begun.draft.position.step
     return [Change(key=key, before=old[key], after=new[key], step=step) for key in differing]
+
+
+def need_same_beginning(run: Path, before: RunConfig, now: RunConfig) -> None:
+    """Raise RunError if a run of which nothing is built was declared on another base or start."""
+    old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
+    keys = ["model", "start", "quantize", "start_data"]
+    pairs = {key: (old[key], new[key]) for key in keys}
+    for part, names in RUN_WIDE.items():
+        pairs |= {f"{part}.{name}": (old[part][name], new[part][name]) for name in names}
+    for key, (was, given) in pairs.items():
+        is_place = key in keys[:2] and None not in (was, given)
+        if was != given and not (is_place and is_same_place(was, given, run)):
+            got = f"{key} is {one_value(given):.60}, was {one_value(was):.60}"
+            remedy = f"delete {shlex.quote(str(run))}, of which nothing is built, or repeat the "
+            raise RunError("a run begins as it was declared", got, f"{remedy}command that began it")
 
 
 def need_start(before: RunConfig, now: RunConfig) -> None:

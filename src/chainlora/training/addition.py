@@ -35,6 +35,7 @@ from chainlora.runs.resuming import compare, refuse_if_other
 from chainlora.runs.state import OpenState
 from chainlora.training.placement import Declaring, StagePlan, can_stand, need_in_layers
 from chainlora.training.plan import Plan, plan_of
+from chainlora.training.refusing import check_rows
 
 _OF_TRAINING = ("replay", "rehearse", "new_rows_only", "keep_rows")  # keys of `data`
 
@@ -149,11 +150,13 @@ def _config(
     keys: Mapping[str, Any],
 ) -> RunConfig:
     """Return the config of an adapter: its rows, and the keys that its run shares."""
-    tree = dict(keys)
+    tree, begun = dict(keys), None
     if head is not None:
         begun = _begun_config(head, name)
         tree = _with_shared_keys(keys, _first_config(head, begun), run)
-        tree["start_data"] = _start_data(keys.get("start_data"), begun, run)
+        tree["start_data"] = keys.get("start_data")
+        if tree["start_data"] is None and begun is not None:
+            tree["start_data"] = begun.model_dump(mode="json")["start_data"]
     elif tree.get("model") is None:
         base = imported.adapter.base if imported.adapter is not None else ""
         if not base:
@@ -161,7 +164,12 @@ def _config(
             raise ConfigError(rule, f"none, and {adapter} names none", "add --model NAME")
         tree["model"] = base
     tree["chain"] = tree["chain"] | {"ranks": []}  # nothing is trained
-    return make_config(tree | {"start": adapter, "output": str(run)})
+    config = make_config(tree | {"start": adapter, "output": str(run)})
+    is_built = head is not None and head.history.find(name) is not None  # `compare` reads its rows
+    before = None if begun is None else begun.start_data
+    if head is not None and not is_built and config.start_data != before:
+        raise _late_rows(run)
+    return config
 
 
 def _begun_config(head: OpenState, name: str) -> RunConfig | None:
@@ -177,15 +185,10 @@ def _first_config(head: OpenState, begun: RunConfig | None) -> RunConfig:
     return begun if begun is not None and not head.history.own else head.at(BASE).config()
 
 
-def _start_data(given: Any, begun: RunConfig | None, run: Path) -> Any:
-    """Return the general rows of an entry: as given for a new run, or as the entry began."""
-    if begun is not None:
-        return begun.model_dump(mode="json")["start_data"] if given is None else given
-    if given is not None:
-        rule = "`start_data` is read when a run begins"
-        remedy = f"leave it out, or chainlora eval {shlex.quote(str(run))} --matrix --start-rows"
-        raise ConfigError(rule, f"some for {run}", f"{remedy} FILE")
-    return None
+def _late_rows(run: Path) -> ConfigError:
+    rule = "`start_data` is read when a run begins"
+    replace = f"chainlora eval {shlex.quote(str(run))} --matrix --start-rows FILE"
+    return ConfigError(rule, f"some for {run}", f"leave it out; {replace} replaces such rows")
 
 
 def _with_shared_keys(keys: Mapping[str, Any], first: RunConfig, run: Path) -> dict[str, Any]:
@@ -225,3 +228,5 @@ def _check(stage: Stage, imported: Start, head: OpenState | None, base: OpenBase
     check_files(config.data, None)
     if isinstance(config.start_data, StartData):
         check_files(config.start_data.as_data(config.data), None)
+    if head is None:  # the base writes its general rows first
+        check_rows(config, base, imported.tokenizer)

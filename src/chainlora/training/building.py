@@ -103,14 +103,18 @@ def _with_base(plan: Plan, base: OpenBase | None) -> History:
 
 @contextmanager
 def _withdrawing(plan: Plan, entry: Unbuilt, is_new_run: bool) -> Iterator[None]:
-    """Withdraw the declarations of a plan if one of its stages fails before it has begun."""
+    """Withdraw the declarations of a plan if one of its stages fails before it has begun.
+
+    A stage that is stopped stays declared; a start does not, since the next command may begin on
+    another one.
+    """
     try:
         yield
     except BaseException as error:
         folder = stage_folder(plan.run, entry.key)
         is_of_plan = entry.key in (START, *(planned.name for planned in plan.stages))
         has_begun = (folder / DRAFT).exists() or is_in_use(folder)
-        is_stopped = isinstance(error, TrainingError | KeyboardInterrupt)
+        is_stopped = isinstance(error, TrainingError | KeyboardInterrupt) and entry.key != START
         if is_first_launched() and is_of_plan and not (has_begun or is_stopped):
             # otherwise the refused stage would be in the way of the next command
             keys = [START] * is_new_run + [entry.key, *(declared.key for declared in plan.new)]

@@ -20,7 +20,7 @@ from chainlora.data.kept import keeps_general
 from chainlora.data.splits import check_files, rows_of_an_epoch
 from chainlora.errors import RunError
 from chainlora.runs.addresses import begun_stage, state_at
-from chainlora.runs.declaring import history_of_start
+from chainlora.runs.declaring import declared_config, history_of_start
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import MAIN, START, Base, History, Unbuilt
 from chainlora.runs.history_file import read_history
@@ -30,6 +30,7 @@ from chainlora.runs.paths import exists_in, need_apart
 from chainlora.runs.resuming import (
     check_plugins,
     compare,
+    need_same_beginning,
     need_start,
     refuse_if_other,
     refuse_if_taken,
@@ -110,7 +111,7 @@ def make_plan(
         existing = state_at(run, read_history(run)) if exists_in(run) else None
     if existing is not None:
         _need_order(existing, stages)
-    else:
+    if existing is None or not existing.history.entries:
         stages = [_without_general(stages[0]), *stages[1:]]
     planned = [_planned(stage, existing, change) for stage in stages]
     finished = [p.begun for p in planned if p.begun is not None and p.draft is None]
@@ -149,10 +150,12 @@ def _with_entries(
     stages: Sequence[StagePlan], start: Start, run: Path, existing: OpenState | None
 ) -> Plan:
     """Return a plan with the entries to declare."""
+    config, state = stages[0].stage.config, start.state
     if existing is not None:
         history = existing.history
+        if not history.entries and stages[0].state == "new" and history.unbuilt:
+            need_same_beginning(run, declared_config(run, history.unbuilt[0]), config)
     else:
-        config, state = stages[0].stage.config, start.state
         base = state.base if state is not None else Base(model=config.model, fingerprint="")
         history = history_of_start(start, base, config, stages[0].name)
     declaring = Declaring(history, run)

@@ -68,7 +68,7 @@ def check_due(
         with naming(stage_plan.stage if len(planned) > 1 else None):
             _check_config(config, base, is_new)
             if is_new and is_early:
-                _check_rows(config, base, tokenizer)
+                check_rows(config, base, tokenizer)
         if is_new:
             if stage_plan.name in start.stages and head is None:
                 got = f"{stage_plan.name!r}, which the start has"
@@ -93,7 +93,7 @@ def _check_config(config: RunConfig, base: OpenBase, is_new: bool) -> None:
             check_targets(base.skeleton, link)
 
 
-def _check_rows(config: RunConfig, base: OpenBase, tokenizer: Path | None) -> None:
+def check_rows(config: RunConfig, base: OpenBase, tokenizer: Path | None) -> None:
     """Raise DataError or ConfigError for rows that a stage cannot be trained on.
 
     They are read as the stage will read them, but for rows that earlier stages keep. Warnings wait

@@ -22,7 +22,7 @@ from typing import Any, cast
 from chainlora.config.reading import make_config, read_config
 from chainlora.config.schema import RunConfig
 from chainlora.config.staging import Stage, check_alone, has_stages, make_stages, section_of
-from chainlora.errors import RunError
+from chainlora.errors import ConfigError, RunError
 from chainlora.evaluation.combination import has_general
 from chainlora.evaluation.forgetting import check_forgetting, need_scored_rows
 from chainlora.evaluation.stage_scores import HARM, columns_after_training, stage_matrix
@@ -225,7 +225,11 @@ def add(
     """
     keys = dict(config or {}) | ({} if model is None else {"model": str(model)})
     data = rows if isinstance(rows, Mapping) else {} if rows is None else {"train": str(rows)}
-    keys["data"] = section_of(keys, "data") | dict(data)
+    own = section_of(keys, "data")
+    if both := own.keys() & data.keys():
+        rule, got = "an adapter's rows are given once", f"data.{min(both)} and rows"
+        raise ConfigError(rule, got, "leave one out")
+    keys["data"] = own | dict(data)
     with _with_progress(listener, progress) as shown:
         plan = addition(run, adapter, name, keys)
         base = base_of(plan.stages[0].stage.config)
