@@ -169,6 +169,15 @@ def test_a_new_run_of_an_adapter_has_general_rows_or_none(made, tmp_path, chainl
     assert open_run(run).entry.parents == ("x", "y")
 
 
+def test_bad_rows_of_an_adapter_are_refused_before_the_base_writes(made, tmp_path, chainlora):
+    rows = Path(rows_of(tmp_path / "rows.jsonl", 0))
+    rows.write_text(rows.read_text() + '{"prompt": 3}\n')
+    words = f"add {tmp_path / 'new'} {made / 'x'} --rows"
+    chainlora(f"{words} {rows}").refused("rows.jsonl")  # one line: no word of general rows
+    chainlora(f"{words} {made / 'x.jsonl'} --data.train {rows}").refused("rows are given once")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_tokenizer_that_was_saved_again_is_the_same(made, run, tiny_folder, tmp_path):
     """A trainer saves the padding of its last batch, so the files of two runs differ."""
     folder = Path(shutil.copytree(made / "x", tmp_path / "x"))
