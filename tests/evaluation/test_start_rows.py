@@ -23,6 +23,7 @@ from chainlora.evaluation.combination import combine
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
+from chainlora.runs.changes import undo
 from chainlora.runs.pruning import prune_stage
 from chainlora.training.stages import extension, train_stages
 
@@ -277,6 +278,7 @@ def test_a_run_of_which_nothing_is_built_begins_as_declared(roomy, sentiment, tm
             train(tree | keys, resume=True)
     train(tree, resume=True)
     assert "start" in open_run(tmp_path / "run").keepers
+    assert undo(tmp_path / "run").key == "start"  # the first stage, as any other
 
 
 def test_a_run_that_is_stopped_while_the_base_writes_is_gone(roomy, sentiment, tmp_path, cache):

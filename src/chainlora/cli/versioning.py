@@ -82,9 +82,10 @@ def extend(
     If the stage answers an earlier prompt differently, a warning gives an example. The newest
     answer counts: earlier rows with that prompt are not reused.
 
-    Keys are inherited from the previous stage (beside others: from the first), except keep_best,
-    early_stop and select_metric. With --output FOLDER the stage becomes a fork: it starts from RUN
-    or RUN@STAGE, which do not change. The same command again resumes a stopped or killed stage.
+    Keys are inherited from the previous stage (beside others: from the first), except rows, their
+    format, ranks, lengths, trackers, keep_best, early_stop and select_metric. With --output FOLDER
+    the stage becomes a fork: it starts from RUN or RUN@STAGE, which do not change. The same command
+    again resumes a stopped or killed stage.
     """
     words, overrides = words_and_overrides(list(arguments))
     overrides = [*general_keys(general), *overrides]
@@ -199,7 +200,7 @@ def combine(
     stage facts twice, runs/other=2 those of all stages of another run. Without names the last
     combination is repeated, or all stages are combined on which no other stage was trained. Stages
     of other runs on the same base are copied into RUN, or into --output. Strengths that `mix` set
-    are dropped. `undo` removes the combination.
+    are dropped. `undo` goes back to the state before.
     """
     folder = whole_run(run)
     quiet()
@@ -246,10 +247,10 @@ def _parse_importance(names: Sequence[str]) -> tuple[list[str], dict[str, float]
 def rehearse(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Train a stage on kept rows of all stages of RUN, equally many of each.
 
-    It takes 32 steps for each stage, and fewer for a stage that kept under 128 rows;
-    general rows count as one more stage. The rehearsal is a stage like any other: `undo` removes
-    it. Its keys are the keys of `extend`, for example --chain.steps 20. The same command again
-    resumes it, or does nothing if it is finished.
+    It reads 256 rows for each stage, or twice its kept rows if that is less: 32 steps with batches
+    of 8. General rows count as one more stage. The rehearsal is a stage like any other: `undo` goes
+    back to the state before it. Its keys are the keys of `extend`, for example --chain.steps 20.
+    The same command again resumes it, or does nothing if it is finished.
     """
     words, overrides = words_and_overrides(list(arguments))
     if len(words) != 1:

@@ -58,7 +58,8 @@ class DataConfig(Section):
     validation: Annotated[str | Count | Annotated[float, Field(gt=0, lt=1)] | None, Home] = None
     """Rows that choose the best point, only beside `data.train`: a file; or a share (`0.05`) or
     number (`500`) of the prompts in `data.train`, drawn by a hash of their tokens: equal prompts
-    stay together, and adding rows never moves existing rows."""
+    stay together. With a share, rows that are added later never move others to the other side; with
+    a number they can."""
     test: Annotated[str | None, Home] = None
     """File with the rows to report on; only beside `data.train`."""
     format: Format = "auto"

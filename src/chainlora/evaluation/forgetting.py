@@ -48,6 +48,8 @@ def check_forgetting(
     history = read_history(run)
     before, after = _before_and_after(history, names)
     if before is None or after is None:
+        text = "--max-forgetting: not compared, since %s is no longer the last change of %s"
+        logger.warning(text, ", ".join(names), run)
         return ""
     rows = [
         stage_matrix(state_at(run, history, key), progress=progress, base=base, of=columns).grid[-1]

@@ -166,7 +166,7 @@ def rehearse(
             last stage's learning rate; other keys are inherited from that stage. The number of
             steps is the number of rows divided by the batch size, where every stage counts 256
             rows, or twice its kept rows if that is less. An epoch has up to eight rows of each
-            stage, and no batch mixes stages, so batches over 8 rows are not filled.
+            stage, and no batch spans two epochs.
         listener: see `train`.
         progress: see `train`.
 
