@@ -155,12 +155,12 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
     ],
     "README.md": [
         (
-            "32 of them kept, {} seeds, at `--rank 16` | {} % | {} % (other seeds, no general "
+            "32 of them kept, {} seeds, combined at rank 16 | {} % | {} % (other seeds, no general "
             "rows) | {} % |",
             lambda: [*S.layerwise_in_short()[:2], *S.kept_32("replay"), S.layerwise_in_short()[2]],
         ),
         (
-            "facts, all rows kept, three seeds ([facts])) | {} % (at `--rank 16`: {} %) | {} % | "
+            "facts, all rows kept, three seeds ([facts])) | {} % (at rank 16: {} %) | {} % | "
             "{} % |",
             lambda: [S.facts_kept(name) for name in ("wide", "combine", "replay", "alone")],
         ),
