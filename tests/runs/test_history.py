@@ -94,7 +94,8 @@ def test_disk_grows_by_as_much_with_each_stage(run, tmp_path):
         tensors = sum(size for path, size in files.items() if path.suffix == ".safetensors")
         entries.append(whole[-1] - tensors)
     growth = [after - before for before, after in pairwise(whole)]
-    assert max(growth) - min(growth) < 200  # bytes: digits of losses and times
+    assert max(growth) - min(growth) < 1_000  # bytes: digits of losses and times; a link has more
+    assert min(growth) > 2_000
     assert all(after - before < 10_000 for before, after in pairwise(entries))
 
 

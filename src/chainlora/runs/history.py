@@ -442,7 +442,8 @@ class History(Document):
         before = self.find(self.head)
         moved = after.moved(entry.key)
         update: dict[str, Any] = {"target": None if entry.key == target else target}
-        is_start = self.head == self.origin  # of the unit of the first stage, to share its lock
+        # the start has the unit of the first stage, whose lock it uses; `undo` returns to it
+        is_start = self.head == self.origin
         if before is not None and before.unit and before.unit == entry.unit and not is_start:
             update["past"] = self.past
         return moved.model_copy(update=update)

@@ -1,4 +1,4 @@
-"""Delete a stage or a combination of a run for good; declare again what a stage was combined to.
+"""Delete a stage or a combination of a run for good; combine and rehearse the other stages again.
 
 It is one replacement of ``history.json``; then files that the history does not name are deleted:
 scores of the matrix, links, rows and pictures.
