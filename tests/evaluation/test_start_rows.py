@@ -267,10 +267,11 @@ def test_a_run_keeps_what_its_base_writes(roomy, tokenizer, sentiment, tmp_path,
     assert found.as_dict()["states"]["base"][0]["metric"] == "loss"
 
 
-def test_a_run_of_which_nothing_is_built_begins_as_declared(roomy, sentiment, tmp_path, cache):
+@pytest.mark.parametrize("event", ["kept", "built"])  # of the general rows: during and after
+def test_a_run_without_a_stage_begins_as_declared(event, roomy, sentiment, tmp_path, cache):
     """After a kill, other keys were written into the config of the stage, and not used."""
     tree = of_rows(roomy, sentiment, tmp_path / "run")
-    end = live(lambda: train(tree, listener=at("kept", die)))
+    end = live(lambda: train_stages(make_stages(tree), listener=at(event, die)))
     assert end.status == -9, end.message
     rows = {"start_data": general(sentiment, "train")}
     for keys in ({"start_data": "none"}, rows, {"train": tree["train"] | {"dtype": "bfloat16"}}):

@@ -391,7 +391,9 @@ def test_several_runs_show_every_stage_of_a_combination(tiny_folder, sentiment, 
         start = {"train": str(rows), "validation": 3} if run.name == "single" else "none"
         train_all(config | {"start_data": start, "stages": [{"name": name} for name in names]})
     combine(runs[1], ["facts"])
-    assert said(page_of(runs[1], prompts=1, max_new_tokens=1))
+    page = page_of(runs[1], prompts=1, max_new_tokens=1)
+    assert said(page)
+    assert "is not scored yet" in page
     found = stage_matrix(runs[1])
     first, last = (
         score_text("accuracy", row[found.stages.index("facts")].value)
@@ -400,6 +402,7 @@ def test_several_runs_show_every_stage_of_a_combination(tiny_folder, sentiment, 
     alone = page_of(runs[1])
     assert f"The results were combined (facts: accuracy {last})." in alone
     assert f"{first} → {last}" in alone
+    assert "is not scored yet" not in alone
     assert "torch" in dict(row[:2] for row in table(alone, "Versions"))
     page = page_of(*runs, output=tmp_path / "page.html")
     heads, *rows = table(page, "The runs")
@@ -419,6 +422,18 @@ def test_several_runs_show_every_stage_of_a_combination(tiny_folder, sentiment, 
     assert table(page, "Costs")[0] == ["", *parts]
     assert table(page, "Keys that differ")[0] == ["key", *parts]
     assert "only those of stage" not in page
+
+
+def test_a_combination_says_which_scores_are_of_training_rows(tiny_folder, sentiment, tmp_path):
+    """A stage without validation rows is scored on rows that it was trained on."""
+    run = tmp_path / "run"
+    config = settings(tiny_folder, sentiment, run, data={"validation": None}, chain=BRIEF)
+    train_all(config | {"stages": [{"name": "facts"}, {"name": "style"}]})
+    combine(run, ["facts", "style"])
+    stage_matrix(run)
+    page = page_of(run)
+    assert "facts: accuracy on training rows" in page
+    assert "style: accuracy on training rows" in page
 
 
 def test_an_import_has_no_steps_and_no_time(tiny_folder, sentiment, tmp_path):

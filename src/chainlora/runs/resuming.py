@@ -89,7 +89,7 @@ def compare(
 
 
 def need_same_beginning(run: Path, before: RunConfig, now: RunConfig) -> None:
-    """Raise RunError if a run of which nothing is built was declared on another base or start."""
+    """Raise RunError if a run without stages was declared on another base or start."""
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
     keys = ["model", "start", "quantize", "start_data"]
     pairs = {key: (old[key], new[key]) for key in keys}
@@ -99,7 +99,7 @@ def need_same_beginning(run: Path, before: RunConfig, now: RunConfig) -> None:
         is_place = key in keys[:2] and None not in (was, given)
         if was != given and not (is_place and is_same_place(was, given, run)):
             got = f"{key} is {one_value(given):.60}, was {one_value(was):.60}"
-            remedy = f"delete {shlex.quote(str(run))}, of which nothing is built, or repeat the "
+            remedy = f"delete {shlex.quote(str(run))}, which has no stage yet, or repeat the "
             raise RunError("a run begins as it was declared", got, f"{remedy}command that began it")
 
 

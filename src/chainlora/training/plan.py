@@ -153,7 +153,8 @@ def _with_entries(
     config, state = stages[0].stage.config, start.state
     if existing is not None:
         history = existing.history
-        if not history.entries and stages[0].state == "new" and history.unbuilt:
+        has_stage = any(entry.key != START for entry in history.entries)
+        if history.unbuilt and not has_stage and stages[0].state == "new":
             need_same_beginning(run, declared_config(run, history.unbuilt[0]), config)
     else:
         base = state.base if state is not None else Base(model=config.model, fingerprint="")

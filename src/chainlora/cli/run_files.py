@@ -1,0 +1,140 @@
+"""The commands that delete or copy files of a run: `prune`, `push` and `pull`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from chainlora.cli.common import json_option, print_json, quiet, show, to_stderr, whole_run
+from chainlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from chainlora.runs.pruning import Pruning
+
+
+@click.command
+@click.argument("run", type=click.Path())
+@click.argument("stage")
+@click.option("--yes", is_flag=True, help="Delete. Without it, only show what would be deleted.")
+@json_option
+def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
+    """Delete STAGE of RUN for good: links, kept rows, config, records, result, scores.
+
+    Also deleted: combinations that were computed from STAGE with everything on top of them,
+    rehearsals on its rows, and RUN's pictures and report. Stages that were trained on top of STAGE
+    stay, without its links; so do mixes of these stages. The other stages are combined again, as
+    they were before, and rehearsed if RUN was.
+
+    STAGE may also be a combination, if neither the current state nor a stage was computed from it.
+    `undo` then skips it; `combine` with the names of its parts computes it again.
+
+    The command lists what it does not delete: data files, forks, exports, copies, and tokenised
+    rows of large files, which are in a cache outside RUN.
+
+    Without --yes nothing is deleted and the exit status is 1. Use `mix` to switch a stage off and
+    on, and `undo` to go back to the state before it.
+    """
+    folder = whole_run(run)
+    quiet()
+    from chainlora.runs.addresses import open_run
+    from chainlora.runs.pruning import plan_pruning, prune_stage
+
+    pruning = (prune_stage if yes else plan_pruning)(folder, stage)
+    _show_pruning(run, stage, pruning, yes, as_json)
+    if not yes:
+        raise ConfigError("Nothing deleted. Add --yes.")
+    if pruning.again:
+        from chainlora.training.progress import progress_listener
+        from chainlora.training.stages import combine_again
+
+        with progress_listener() as listener:
+            combine_again(folder, pruning, listener=listener)
+        now = open_run(folder)
+        to_stderr(f"{run} is {now.key} now, of {', '.join(now.history.parts(now.key))}")
+    if pruning.mixes:
+        lost = f"the strengths of {', '.join(pruning.mixes)} are lost"
+        to_stderr(f"{lost}; chainlora mix {shlex.quote(run)} sets strengths again")
+    if pruning.plugins:
+        again = f"chainlora rehearse {shlex.quote(run)} --plugins"
+        remedy = f"{again} {shlex.quote(str([*pruning.plugins]))} trains one"
+        to_stderr(f"{run} is not rehearsed: its rehearsal had plug-ins; {remedy}")
+
+
+def _show_pruning(run: str, stage: str, pruning: Pruning, yes: bool, as_json: bool) -> None:
+    """Print what a pruning deletes, what stays, and how to train later stages again."""
+    gone = [str(path) for path in pruning.gone]
+    before = shlex.quote(f"{run}@{pruning.before}")
+    fork = f"chainlora extend {before} STAGE.yaml --name {{0}} --output FOLDER"
+    again = [fork.format(name) for name in pruning.later]
+    stays = _remains(pruning)
+    if as_json:
+        shown = {"run": run, "stage": stage, "deleted": yes, "files": gone}
+        shown |= {"computed": pruning.with_it, "again": again, "stays": stays, "now": pruning.now}
+        print_json(shown)
+        return
+    for deleted in [*gone, *(f"{name}, computed from it" for name in pruning.with_it)]:
+        click.echo(f"{'deleted' if yes else 'would delete'} {deleted}")
+    for kept in stays:
+        click.echo(f"stays: {kept}")
+    if again:
+        click.echo("\n  ".join(["to train these without it:", *again]))
+    if pruning.now is not None:
+        click.echo(f"{run} {'is' if yes else 'would be'} {pruning.now} now")
+    if len(pruning.left) > 1 and not yes:
+        click.echo(f"would combine the others again: {', '.join(pruning.left)}")
+    if any(entry.is_rehearsal for entry in pruning.again) and not yes:
+        click.echo("would rehearse them again")
+
+
+def _remains(pruning: Pruning) -> list[str]:
+    """Return lines about traces of a stage that a pruning does not delete."""
+    from chainlora.data.preparing import IN_MEMORY
+    from chainlora.models.identity import cache_dir
+
+    later = ", ".join(pruning.later)
+    return [
+        *([f"{later}, trained on top of it; with data.replay also on its rows"] if later else []),
+        "forks (prune them too), pushed copies, exports, predictions, reports in other places, "
+        "records of trackers in other places, and the data files or the adapter of a stage",
+        f"tokenised rows of files of more than {IN_MEMORY:,} rows, of all runs: "
+        f"{cache_dir() / 'rows'}",
+    ]
+
+
+@click.command
+@click.argument("run", type=click.Path())
+@click.argument("target", metavar="FOLDER|OWNER/NAME")
+@click.option("--rows", is_flag=True, help="Also copy the rows that stages kept.")
+@json_option
+def push(run: str, target: str, rows: bool, as_json: bool) -> None:
+    """Copy RUN to a folder or to a repository of the Hub. A new repository is private.
+
+    The command copies the history, and the files of the history that the target lacks: links,
+    configs, records, results. Kept rows are copied only with --rows. Configs contain the paths of
+    your files as you wrote them.
+    """
+    whole_run(run)
+    quiet()
+    from chainlora.runs.hub import push_run
+
+    _show_sent(push_run(run, target, rows=rows), run, target, as_json)
+
+
+@click.command
+@click.argument("source", metavar="FOLDER|OWNER/NAME")
+@click.argument("run", type=click.Path())
+@json_option
+def pull(source: str, run: str, as_json: bool) -> None:
+    """Copy a pushed run into RUN: a new folder, or an earlier state of the same run."""
+    quiet()
+    from chainlora.runs.hub import pull_run
+
+    _show_sent(pull_run(source, run), source, run, as_json)
+
+
+def _show_sent(names: Sequence[str], source: str, target: str, as_json: bool) -> None:
+    text = "\n".join([*names, f"{len(names)} files, and history.json: {source} -> {target}"])
+    show({"from": source, "to": target, "files": names}, text, as_json)
