@@ -91,8 +91,11 @@ def comparison(
         tree = _of_sequence(config, methods, chooses)
     tree |= {"name": "compare", "seeds": list(seeds)}
     if learning_rates:
-        grown = {"train.lr": extend} if extend else {}
-        tree["tune"] = {"grid": {"train.lr": list(learning_rates)}, "extend": grown}
+        grown, rates = {"train.lr": extend} if extend else {}, {"train.lr": list(learning_rates)}
+        tree["tune"] = {"grid": rates, "extend": grown}
+        for keys in tree["methods"].values():
+            if isinstance(keys.get("grid"), Mapping):  # of the method's own, in place of `tune`'s
+                keys["grid"] = rates | keys["grid"]
     experiment = make_experiment(tree)
     if len(experiment.methods) < 2 and not learning_rates:
         raise ConfigError("`compare` needs two methods", ", ".join(methods), "name a rival")

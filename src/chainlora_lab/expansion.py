@@ -19,6 +19,7 @@ from typing import Any
 from chainlora import RunConfig, load_task, make_config
 from chainlora.config.schema import PAIR_LOSSES
 from chainlora.config.staging import make_stages
+from chainlora.data.sources import find_file
 from chainlora.data.splits import check_files, reported_of
 from chainlora.errors import ConfigError
 from chainlora.registry import plugin_digest
@@ -248,18 +249,25 @@ def _by_content(tree: dict[str, Any]) -> None:
     start = tree.get("start_data")
     general: dict[str, Any] = start if isinstance(start, dict) else {}
     keys = ("task", "train", "validation", "test")
-    files = [(section, key) for section in (tree["data"], general) for key in keys]
-    train = tree["data"].get("train")
-    files += [(each, "path") for each in train] if isinstance(train, list) else []
-    for section, key in files:
-        name = section.get(key)
-        path = Path(name if isinstance(name, str) else "")
-        if path.is_file():
-            section[key] = _content(path, path.stat().st_mtime_ns)
+    for section, key in itertools.product((tree["data"], general), keys):
+        if isinstance(value := section.get(key), list):
+            section[key] = [_content_at(each, key) for each in value]
+        elif isinstance(value, str):
+            section[key] = _content_at(value, key)
     if "plugins" in tree:
         tree["plugins"] = [plugin_digest(name)[:16] or name for name in tree["plugins"]]
     for key in ("save_every", "log_every", "trackers"):
         tree.get("train", {}).pop(key, None)
+
+
+def _content_at(source: Any, split: str) -> Any:
+    """Return a digest of a file, or of a split in a folder; a Hub dataset stays a name."""
+    if isinstance(source, dict):  # a file and its weight
+        return source | {"path": _content_at(source["path"], split)}
+    path: Path | None = Path(source)
+    if path is not None and path.is_dir():
+        path = find_file(path, [split])
+    return _content(path, path.stat().st_mtime_ns) if path and path.is_file() else source
 
 
 @lru_cache(maxsize=64)

@@ -330,6 +330,9 @@ def check_alike(cells: Sequence[Mapping[str, Any]]) -> None:
         cuts = ("max_length", "truncation")  # rows are cut after they are digested
         data = {k: v for k, v in config.get("data", {}).items() if k not in cuts}
         model = {"model": config.get("model"), "dtype": config.get("train", {}).get("dtype")}
+        model["quantize"] = config.get("quantize")
+        if isinstance(data.get("validation"), int | float):  # rows are held out by their tokens
+            data["model"] = config.get("model")
         for field, what, settings in (
             ("rows_digest", "rows", data),
             ("base_fingerprint", "base model", model),

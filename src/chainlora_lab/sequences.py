@@ -130,7 +130,8 @@ def combine(case: Case, rehearse: bool = False, rank: int | None = None) -> Lear
     run, is_changed = case.beside, rehearse or rank is not None
     if is_changed and not case.run.exists():
         began = time.monotonic()
-        combine_states(run.run, rank=rank, output=case.run)
+        keeps = case.config.stages[-1][1].data.keep_conflicts  # as in the combination of the stages
+        combine_states(run.run, rank=rank, keep_conflicts=keeps, output=case.run)
         _note_seconds(case.run, time.monotonic() - began)
     if rehearse:
         plugins = {"plugins": case.config.plugins} if case.config.plugins else {}

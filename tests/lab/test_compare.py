@@ -79,6 +79,8 @@ def test_methods_on_pairs_are_compared_by_accuracy(tiny_folder, tmp_path):
     cells = read_results(tmp_path / "out").finals
     assert {cell["metric"] for cell in cells} == {"accuracy"}
     assert [s.method for s in report.summaries] == ["lora", "orpo"]
+    assert "differences in score" in report.markdown
+    assert "differences in held-out loss" not in report.markdown
 
 
 @pytest.mark.parametrize("num_methods", range(2, 7))

@@ -13,6 +13,7 @@ from runs.test_files import files_up_to
 
 from chainlora.errors import FileError, RunError
 from chainlora_lab import read_results, report_experiment, run_cells
+from chainlora_lab.results import check_alike
 
 
 @pytest.fixture
@@ -35,6 +36,22 @@ def test_a_cell_says_what_computed_it(done):
 
 
 # --- formats and definitions ---
+
+
+def test_cells_on_other_weights_are_told_from_weights_that_have_changed():
+    """A quantised base was called one that had changed, and so were rows that are held out by the
+    tokens of another tokenizer."""
+    keys = {"task": "rows", "method": "lora", "seed": 0, "rows_digest": "2:a"}
+    base = {"base_fingerprint": "2:a", "config": {"model": "m", "data": {"validation": 0.1}}}
+    plain = keys | base
+    check_alike([plain, plain])
+    for field in ("base_fingerprint", "rows_digest"):
+        with pytest.raises(RunError, match="have changed in between"):
+            check_alike([plain, plain | {field: "2:b"}])
+    config = plain["config"]
+    quantized = {"config": config | {"quantize": "int8"}, "base_fingerprint": "2:b"}
+    other = {"config": config | {"model": "n"}, "base_fingerprint": "2:c", "rows_digest": "2:b"}
+    check_alike([plain, plain | quantized, plain | other])
 
 
 def test_a_result_of_another_version_is_not_taken_for_one_of_this(one, tmp_path):

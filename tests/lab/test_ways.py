@@ -106,7 +106,8 @@ def test_ways_that_merge_nothing_are_what_they_say(stages, tmp_path):
 
 
 def test_a_rank_and_a_rehearsal_train_no_stage_again(chainlora, stages, tmp_path):
-    config, out = stages(), tmp_path / "out"
+    """And they read the rows that the combination reads: `keep_conflicts` was lost."""
+    config, out = stages(data={"keep_conflicts": True}), tmp_path / "out"
     words = ["--seeds", "1", "--methods", "combine,small,rehearse"]
     words += ["--methods.small.settings.rank", "4"]
     shown = chainlora("compare", config, *words, "--backend", "inline", "--output", out)
@@ -121,6 +122,7 @@ def test_a_rank_and_a_rehearsal_train_no_stage_again(chainlora, stages, tmp_path
         run = open_run(out / "cells" / cells[name]["cell"] / "run")
         assert run.at("facts").state == shared.at("facts").state
         assert len(run.links()) == count
+        assert next(e for e in run.lineage if e.kind == "combine").recipe.keep_conflicts
     rehearsed = open_run(out / "cells" / cells["rehearse"]["cell"] / "run")
     assert rehearsed.state.terms[0] == shared.state.terms[0]  # the link of the combination
 
@@ -185,18 +187,22 @@ def test_what_cannot_be_compared_is_refused_before_any_cell(
 
 
 def test_a_cell_is_named_by_the_rows_of_all_stages_and_of_the_start(stages, tmp_path):
+    """Whether a file is named, one of a list, or a folder: old cells stood for new rows."""
     general = write_rows(tmp_path / "general.jsonl", [{"text": "the cat"}])
-    config = yaml.safe_load(stages(start_data={"validation": str(general)}).read_text())
+    (tmp_path / "held").mkdir()
+    held = write_rows(tmp_path / "held" / "validation.jsonl", [{"text": "the cat"}])
+    start = {"train": [str(general)], "validation": str(held.parent)}
+    config = yaml.safe_load(stages(start_data=start).read_text())
 
     def named() -> str:
         return expand(comparison(config, ["combine", "base"], [0]))[0].id
 
     seen = {named()}
-    for file in (general, tmp_path / "style.jsonl"):
+    for file in (general, held, tmp_path / "style.jsonl"):
         with file.open("a") as rows:
             rows.write('{"prompt": "two", "completion": " no", "text": "two"}\n')
         seen.add(named())
-    assert len(seen) == 3
+    assert len(seen) == 4
 
 
 def test_every_way_of_the_package_has_a_preset():
@@ -254,6 +260,12 @@ def test_settings_and_keys_of_a_way_have_grids(stages):
     cells = expand(comparison(config, methods, [0]))
     tuned = [cell.config.settings["penalty"] for cell in cells if cell.method == "ewc"]
     assert tuned == [1.0, 10.0]
+    for stage in config["stages"]:
+        stage["data"]["test"] = stage["data"]["validation"]
+    rated = expand(comparison(config, methods, [0], learning_rates=[1e-2, 1e-3]))
+    tuned = [c for c in rated if c.method == "ewc" and c.point]
+    penalties = [(c.config.settings["penalty"], c.config.train.lr) for c in tuned]
+    assert penalties == [(p, lr) for lr in (1e-2, 1e-3) for p in (1.0, 10.0)]  # rates were ignored
     (replay,) = (cell.config for cell in cells if cell.method == "replay")
     assert [part.data.replay for part in replay.parts] == [None, 0.25]
     assert [part.chain.ranks for part in replay.parts] == [(4,), (4,)]

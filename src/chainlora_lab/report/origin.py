@@ -115,8 +115,11 @@ def provenance(results: Results) -> str:
     # one that tuned and is compared has two lines
     done = {cell["cell"]: cell for cell in results.cells if cell["status"] == "done"}.values()
     seconds = sum(cell["wall_s"] for cell in done)
+    what = "training and scoring in all"
+    if any("stages" in cell for cell in done):
+        what = "training; trainings that cells share count in each, final scores are not counted"
     lines = [
-        f"{len(done)} cells, {seconds / 3600:.2f} hours of training and scoring in all.",
+        f"{len(done)} cells, {seconds / 3600:.2f} hours of {what}.",
         *(f"Versions: {line}." for line in sorted({_code(cell) for cell in done})),
         *(f"Hardware: {line}." for line in sorted({_machine(cell) for cell in done})),
     ]

@@ -171,9 +171,9 @@ def stages(facts: Facts) -> Section:
     """Return what ways to add data sets came to on each stage: means over seeds."""
     found = [(each, cells_of(facts.results, each.task, each.method)) for each in facts.summaries]
     note = (
-        "At the end (right after the stage itself). Forgetting: how much worse the end is, mean "
-        "over stages. General: perplexity of general rows at the end, divided by the base's. Rank: "
-        "of the exported adapter; full: as wide as the modules."
+        "At the end (right after the stage itself). Mean forgetting: how much worse the end is, "
+        "mean over stages. General perplexity: of general rows at the end, divided by the base's. "
+        "Exported rank: full means as wide as the modules."
     )
     rows = [_stages_row(each, cells) for each, cells in found if "stages" in cells[0]]
     heads = dict.fromkeys(key for row in rows for key in row)
@@ -193,14 +193,14 @@ def _stages_row(summary: Summary, cells: Sequence[Mapping[str, Any]]) -> dict[st
             after = times * fmean(each["own"] for each in own)
             row[stage] += f" ({number(after, places)})"
             lost.append((after - end) * (1 if is_higher_better(summary.metric) else -1))
-    row["forgetting"] = number(fmean(lost) if lost else None, places, sign=True)
+    row["mean forgetting"] = number(fmean(lost) if lost else None, places, sign=True)
     general = [cell["general"] for cell in cells if cell.get("general")]
     ratios = [math.exp(min(700, each["end"] - each["base"])) for each in general]
-    row["general"] = number(fmean(ratios) if ratios else None, 3)
+    row["general perplexity"] = number(fmean(ratios) if ratios else None, 3)
     rank, adapters = cells[0]["exported_rank"], cells[0]["adapters"]
     dense = "full" if adapters == 1 else f"{adapters} adapters"
-    row["rank"] = dense if rank is None else str(rank)
-    row["steps"] = big(fmean(cell["steps"] for cell in cells))
+    row["exported rank"] = dense if rank is None else str(rank)
+    row["steps in all"] = big(fmean(cell["steps"] for cell in cells))
     return row
 
 
@@ -231,7 +231,7 @@ def cost(facts: Facts) -> Section:
     note = (
         "Means per run; seconds: the median, evaluation and pauses of the machine included."
         " Trained: parameters of the largest link. Tokens include what gradient starts read beside"
-        " the steps. Train loss: over the last tenth of the steps."
+        " the steps, except those of sequences. Train loss: over the last tenth of the steps."
     )
     return section("Cost", Numbers(table_of("Cost", rows, note), name="costs"))
 

@@ -12,6 +12,7 @@ from itertools import accumulate, product
 from statistics import fmean, median
 from typing import Any
 
+from chainlora.config.schema import PAIR_LOSSES
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora_lab.results import Results
 from chainlora_lab.statistics.intervals import mean_interval, mean_sd
@@ -37,8 +38,15 @@ def shown_score(cell: Cell) -> float:
 
 
 def held_out_loss(cell: Cell) -> float | None:
-    """Return a cell's loss on the rows it is scored on; None for written answers."""
+    """Return a cell's loss on the rows it is scored on; None for written answers and for pairs."""
+    if _is_of_pairs(cell):
+        return None
     return finite((cell.get(cell["score_split"]) or {}).get("loss"))
+
+
+def _is_of_pairs(cell: Cell) -> bool:
+    """Say whether a cell learned pairs: their losses are on the scales of their objectives."""
+    return cell["config"].get("train", {}).get("loss") in PAIR_LOSSES
 
 
 def finite(value: Any) -> Any:
@@ -227,7 +235,10 @@ def difference_curves(results: Results, task: str) -> list[Curve]:
 
 
 def _losses(results: Results, task: str, method: str) -> BySeed:
-    """Return the validation losses along the runs of a method; runs of one point have no curve."""
+    """Return the validation losses along the runs of a method, by seed.
+
+    Runs of one point have no curve, and pairs none that can be compared.
+    """
     found = {
         cell["seed"]: {
             point["step"]: loss
@@ -235,6 +246,7 @@ def _losses(results: Results, task: str, method: str) -> BySeed:
             if (loss := finite(point.get("loss"))) is not None
         }
         for cell in cells_of(results, task, method)
+        if not _is_of_pairs(cell)
     }
     return {seed: losses for seed, losses in found.items() if len(losses) > 1}
 
