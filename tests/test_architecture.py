@@ -105,6 +105,7 @@ MORE: dict[str, dict[str, set[str]]] = {
     },
     "chainlora_lab": {
         "chainlora.config.schema": {"PAIR_LOSSES", "with_flat_model"},
+        "chainlora.data.sources": {"find_file"},
         "chainlora.data.splits": {"reported_of"},
         "chainlora_pages": set(chainlora_pages.__all__),
     },

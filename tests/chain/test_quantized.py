@@ -25,6 +25,7 @@ from chainlora import (
     load_run,
     make_config,
     mix_stages,
+    save_chain,
     stage_matrix,
     train,
 )
@@ -163,6 +164,21 @@ def test_evaluation_is_of_the_trained_function_and_merging_of_the_whole_base(
     assert not any(is_quantized(module) for module in model.modules())
     # the trained links on the base without the error of quantisation
     assert loss_of(merged) == pytest.approx(last.metrics["loss"], abs=0.1)
+
+
+def test_a_saved_chain_is_read_like_a_run(kind, tiny_folder, tmp_path):
+    """Its base was opened without `quantize`, and called another one."""
+    model, _ = load_model(tiny_folder, quantize=kind)
+    chain = Chain(model, hold="carried")
+    chain.extend(LinkConfig(rank=2, target_modules=("q_proj",)))
+    for parameter in chain.parameters():
+        parameter.data += 0.1
+    chain.tie()
+    save_chain(chain, tmp_path / "chain")
+    found, _ = load_run(tmp_path / "chain", as_trained=True)
+    assert torch.equal(logits(found), logits(model))
+    merged, _ = load_run(tmp_path / "chain")
+    assert not any(is_quantized(module) for module in merged.modules())
 
 
 # --- the preparation of PEFT

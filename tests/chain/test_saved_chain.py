@@ -13,7 +13,7 @@ from conftest import ARCHITECTURES, tiny_model
 from helpers import flip_last_bit
 from helpers_export import TARGETS
 from test_laws import logits, loss_of, step
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import (
     Chain,
@@ -21,11 +21,12 @@ from chainlora import (
     LinkConfig,
     carry_moments,
     export_adapter,
+    export_merged,
     load_chain,
     load_run,
     save_chain,
 )
-from chainlora.errors import ChainError, RunError
+from chainlora.errors import ChainError, ModelError, RunError
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, undo
 from chainlora.runs.export import adapter_factors
@@ -264,6 +265,39 @@ def test_a_saved_chain_is_read_like_a_run(tiny_folder, sentiment, tmp_path, chai
     shown = chainlora("inspect", saved, "--json").json
     assert [link["rank"] for link in shown["links"]] == [2, 3]
     assert shown["position"] == {"step": 4, "links": 2, "planned_links": 2}
+
+
+def test_a_chain_in_a_trainer_s_save_has_the_tokenizer_beside_it(tiny_folder, tmp_path):
+    """The base's was exported, without the chat template that the trainer had saved."""
+    chain = Chain(AutoModelForCausalLM.from_pretrained(tiny_folder), checkpoint=tiny_folder)
+    chain.extend(LinkConfig(rank=2, target_modules=("q_proj",)))
+    tune(chain, 2)
+    chain.tie()
+    save, (plain, own) = tmp_path / "save", map(AutoTokenizer.from_pretrained, [tiny_folder] * 2)
+    export_adapter(chain, save)
+    save_chain(chain, save / INSIDE)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (save / name).unlink(missing_ok=True)
+    assert load_run(save / INSIDE)[1].chat_template == plain.chat_template
+    own.chat_template = "{{ messages[0]['content'] }}!"
+    own.save_pretrained(save)
+    assert load_run(save / INSIDE)[1].chat_template == own.chat_template
+    export_merged(save / INSIDE, tmp_path / "merged")
+    found = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert found.chat_template == own.chat_template
+    (save / "tokenizer.json").rename(tmp_path / "secret.json")
+    (save / "tokenizer.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(ModelError, match="must lie in the folder of their model"):
+        export_merged(save / INSIDE, tmp_path / "other")
+
+
+def test_a_model_without_a_name_has_no_licence_from_here(tmp_path, monkeypatch):
+    """Those of the current folder were taken for those of the base."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "LICENSE").write_text("of my project")
+    export_adapter(make_chain(), tmp_path / "out")
+    assert not (tmp_path / "out" / "LICENSE").exists()
 
 
 def test_a_saved_chain_goes_on_in_its_stage_and_has_nothing_to_undo(tmp_path):

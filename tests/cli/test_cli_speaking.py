@@ -152,7 +152,7 @@ def test_chat_follows_the_template_turn_by_turn(chainlora, loud, typed):
     assert chainlora(*asked).out == f"{first}\n{alone}\n"
 
 
-def test_chat_answers_one_prompt_and_exits(chainlora, loud, typed):
+def test_chat_answers_one_prompt_and_exits(chainlora, loud, typed, tiny_folder):
     typed("never read\n")
     asked = ("chat", loud, "--max-new-tokens", 8, "--prompt")
     for prompt in ("good\ncat", "/clear"):
@@ -160,6 +160,9 @@ def test_chat_answers_one_prompt_and_exits(chainlora, loud, typed):
         outcome = chainlora(*asked, prompt)
         assert (outcome.status, outcome.out) == (0, f"{answer}\n")
     chainlora(*asked, "the cat " * 99).refused("must leave room in the context of 128 tokens")
+    assert "cut" not in outcome.err  # at a limit of the user's own
+    cut = chainlora("chat", tiny_folder, "--prompt", "good\ncat")
+    assert cut.err == "chainlora: the answer was cut at the end of the model's context\n"
 
 
 def test_chat_shows_tools_as_rows_do(chainlora, tmp_path, loud, typed):

@@ -13,6 +13,7 @@ from helpers import settings
 from helpers_data import pair_files
 
 from chainlora import evaluate_task, export_adapter, export_merged, train
+from chainlora.errors import ConfigError
 from chainlora.runs.exported import exporter_to
 
 TARGETS = {"adapter": "", "merged": "", "gguf": "/model.gguf"}
@@ -81,6 +82,8 @@ def test_other_adapters_and_what_has_no_scores(made, tiny_folder, sentiment, tmp
     said = chainlora("eval", made / "chat-adapter")
     assert said.status == 2
     assert "only a run has its own rows" in said.err
+    with pytest.raises(ConfigError, match="only a run has rows of its own to score"):
+        evaluate_task(made / "chat-adapter")
     tree = settings(tiny_folder, sentiment, tmp_path / "pairs", chain={"ranks": [2], "steps": [1]})
     tree["data"] = pair_files(tmp_path)
     train(tree | {"train": {"loss": "dpo", "lr": 1e-3}}, progress=False)

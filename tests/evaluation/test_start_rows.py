@@ -138,6 +138,20 @@ def test_rows_of_the_plain_model_are_replayed(tiny_folder, sentiment, tmp_path):
     assert train_stages(stages) == [None]
 
 
+def test_rows_for_the_start_are_read_by_the_tokenizer_of_the_run_s_base(
+    sentiment, tmp_path, chainlora
+):
+    """Those of another base replaced the old rows, before scoring refused it."""
+    base, run = make_tiny_folder(tmp_path / "base"), tmp_path / "run"
+    tree = settings(base, sentiment, run, chain=SHORT)
+    train(tree | {"start_data": general(sentiment, "validation")})
+    before, file = checksums(run), base / "tokenizer.json"
+    file.write_text(file.read_text() + "\n")
+    said = chainlora("eval", run, "--matrix", "--start-rows", sentiment / "train.jsonl")
+    said.refused("must be the one", "another tokenizer.json")
+    assert checksums(run) == before
+
+
 def test_what_cannot_be_taken_for_rows_of_the_start_is_refused(
     made, trained_once, sentiment, capsys
 ):

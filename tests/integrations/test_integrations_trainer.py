@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -277,6 +278,24 @@ def test_every_save_is_a_chain_and_an_adapter(make, tiny_folder, tmp_path, chain
         parameter.data.zero_()
     snapshot.save_pretrained(str(tmp_path / "snapshot"))
     assert_adapter_is_the_model(tiny_folder, tmp_path / "snapshot", snapshot, ROUNDING)
+
+
+def test_an_adapter_that_plain_peft_has_trained_on_is_not_taken_for_the_chain(
+    run, tiny_folder, tmp_path, chainlora
+):
+    """PEFT leaves the chain beside it, which was read in its place."""
+    final = tmp_path / "final"
+    run(ChainCallback(ranks=[4])).save_model(str(final))
+    later = peft.PeftModel.from_pretrained(plain_model(tiny_folder), final, is_trainable=True)
+    for parameter in later.parameters():
+        parameter.data += 0.1 * parameter.requires_grad
+    later.save_pretrained(final)
+    with pytest.raises(RunError, match=r"another adapter in .*, saved later.*delete .*chain"):
+        load_chain(final, plain_model(tiny_folder))
+    chainlora("generate", final, "--prompt", "the").refused("saved later")
+    assert len(load_chain(final / "chain", plain_model(tiny_folder)).links) == 0  # one is live
+    shutil.rmtree(final / "chain")
+    assert len(load_chain(final, plain_model(tiny_folder)).links) == 1
 
 
 # --- resume ---

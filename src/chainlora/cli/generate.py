@@ -93,9 +93,14 @@ def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) 
         print_json({"prompt": prompt, "text": text})
     else:
         click.echo()
+    _tell_of_cut(speaker, is_asked_for=keys["max_new_tokens"] is not None)
+
+
+def _tell_of_cut(speaker: Speaker, *, is_asked_for: bool) -> None:
+    """Tell that the last answer was cut, unless by a limit that the user asked for."""
     if speaker.cut_by == "context":
         to_stderr("chainlora: the answer was cut at the end of the model's context")
-    elif speaker.cut_by == "limit" and keys["max_new_tokens"] is None:
+    elif speaker.cut_by == "limit" and not is_asked_for:
         to_stderr(
             f"chainlora: the answer was cut after {speaker.decoding.max_new_tokens} tokens; "
             "--max-new-tokens allows more"
@@ -121,6 +126,7 @@ def chat(
     command answers one question.
     """
     check_run_or_model(run_or_model, keys["links"], keys["stages"])
+    is_limited = keys["max_new_tokens"] is not None
     keys["max_new_tokens"] = keys["max_new_tokens"] or _MOST
     schemas = None if tools is None else _read_tools(tools)
     speaker, _ = _speaker(run_or_model, **keys)
@@ -129,7 +135,7 @@ def chat(
     check_chat(speaker.tokenizer, run_or_model, schemas)
     speaker.tools = schemas
     start = [{"role": "system", "content": system}] if system else []
-    _converse(speaker, start, _turns() if prompt is None else [prompt])
+    _converse(speaker, start, _turns() if prompt is None else [prompt], is_limited)
 
 
 def _read_tools(file: Path) -> list[dict[str, Any]] | None:
@@ -144,7 +150,9 @@ def _read_tools(file: Path) -> list[dict[str, Any]] | None:
     return checked_tools(parse_json(content, str(file)), str(file))
 
 
-def _converse(speaker: Speaker, start: list[Message], turns: Iterable[str | None]) -> None:
+def _converse(
+    speaker: Speaker, start: list[Message], turns: Iterable[str | None], is_limited: bool
+) -> None:
     """Answer each turn of a user; None starts a new conversation with the messages of `start`."""
     messages = list(start)
     for line in turns:
@@ -161,6 +169,7 @@ def _converse(speaker: Speaker, start: list[Message], turns: Iterable[str | None
             messages.pop()
         else:
             click.echo()
+            _tell_of_cut(speaker, is_asked_for=is_limited)
             messages.append({"role": "assistant", "content": text})
 
 

@@ -87,6 +87,10 @@ def evaluate_task(
     """
     if limit is not None and limit < 1:
         raise ConfigError("`limit` must be at least 1", limit, "leave it out for all rows")
+    is_of_run = isinstance(run_or_model, OpenState) or is_run(run_or_model)
+    if task is None and data is None and not is_of_run:
+        got = f"{run_or_model} without `task` and `data`"
+        raise ConfigError("only a run has rows of its own to score", got, "give one of them")
     data = None if data is None else expanduser(data)
     if predictions is not None:
         predictions = Path(predictions).expanduser()

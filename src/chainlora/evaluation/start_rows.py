@@ -36,7 +36,7 @@ from chainlora.errors import ChainLoRAError, FileError, ModelError, RunError
 from chainlora.evaluation.generation import continue_greedily, greedy_config
 from chainlora.evaluation.stage_scores import Progress
 from chainlora.models.finding import resolve_model
-from chainlora.models.identity import cache_dir
+from chainlora.models.identity import base_files, cache_dir
 from chainlora.models.loading import load_skeleton
 from chainlora.models.text_config import context_length
 from chainlora.runs.addresses import open_run
@@ -50,7 +50,7 @@ from chainlora.runs.links import save_link
 from chainlora.runs.loading_start import Start, fitted, load_start
 from chainlora.runs.locks import Claim
 from chainlora.runs.open_base import OpenBase
-from chainlora.runs.opening import noted_base, tokenizer_of
+from chainlora.runs.opening import check_base, noted_base, tokenizer_of
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +128,7 @@ def keep_start_rows(run: str | Path, rows: StartData) -> None:
         got = next(iter(begun.values()))
         raise RunError(rule, got, "finish that stage: repeat the command that began it")
     base = resolve_model(state.base.model)
+    check_base(state.base, run, files=base_files(base))  # before rows are read by its tokenizer
     tokenizer, context = tokenizer_of(state, base), context_length(load_skeleton(base))
     sample = rows_of_start(rows, state.with_rows.config().data, tokenizer, context)
     old = state.kept().get(START)

@@ -127,10 +127,11 @@ class WrappedChain:
             return
         files.make_folder(folder)
         links, base = current_links(self.chain), describe_base(self.chain)
-        write_chain(self.chain, links, folder / INSIDE, self.numbers)
         factors, _ = adapter_factors(links)
         with files.reported(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
             rank = write_adapter(Path(scratch), factors, base)
+            adapter = files.sha256(Path(scratch) / "adapter_model.safetensors")
+            write_chain(self.chain, links, folder / INSIDE, self.numbers, adapter)
             if not is_of_another(folder):  # the trainer's own card stays
                 error = sum(link.error for link in links[len(self.chain) :])  # of the live link
                 write_adapter_card(Path(scratch), links, rank, error, base)

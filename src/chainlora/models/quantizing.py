@@ -40,6 +40,17 @@ def quantization(kind: str, dtype: torch.dtype) -> Any:
     )
 
 
+def quantized_while_loading(model: Any) -> str | None:
+    """Return the kind of `quantization` that a model was loaded with, None for any other model."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or quantizer.pre_quantized:
+        return None
+    config, dtype = quantizer.quantization_config, next(model.parameters()).dtype
+    kind = {"bitsandbytes": "nf4", "torchao": "int8"}.get(config.quant_method)
+    is_ours = kind is not None and config.to_dict() == quantization(kind, dtype).to_dict()
+    return kind if is_ours else None
+
+
 def settle_kernels(model: nn.Module) -> None:
     """Make quantised layers compute the same in training and in evaluation.
 

@@ -183,8 +183,8 @@ def _export_each(
 
 
 def _save_tokenizer(run: OpenState | Chain, base: Path, output: Path) -> None:
-    """Write the tokenizer of a run's rows; for a chain without a run, the base's tokenizer."""
-    if not isinstance(run, Chain) and run.has_run:
+    """Write the tokenizer of a run's rows, or one that was saved with a chain, or the base's."""
+    if not isinstance(run, Chain) and (run.has_run or run.tokenizer() is not None):
         save_tokenizer(tokenizer_of(run, base), output)
         return
     with suppress(ModelError):  # the base of a chain without a run may have no tokenizer
@@ -197,20 +197,23 @@ def _base_folder(base: Base, run: OpenState | Chain) -> Path | None:
     Raises RunError for another base than the run's. A chain without a run has no file hashes to
     compare.
     """
+    if not base.model:
+        return None
     try:
         folder = resolve_model(base.model)
     except ModelError as error:
-        if base.model:
-            logger.warning("the export gets no licence and no tokenizer: %s", error)
+        logger.warning("the export gets no licence and no tokenizer: %s", error)
         return None
     _check_own_files(folder)
+    if isinstance(run, OpenState) and (tokenizer := run.tokenizer()) is not None:
+        _check_own_files(tokenizer)
     if isinstance(run, OpenState) and base.files is not None:
         check_base(base, run.run, files=base_files(folder))
     return folder
 
 
 def _check_own_files(base: Path) -> None:
-    """Raise ModelError if a file to copy is a symbolic link out of the base's folder.
+    """Raise ModelError if a file to copy is a symbolic link out of the folder of its model.
 
     Otherwise an export could contain any file of this machine. In the Hub's cache, links into its
     blobs are allowed.
@@ -221,7 +224,7 @@ def _check_own_files(base: Path) -> None:
     allowed = [folder.resolve() for folder in (base, *blobs)]
     for path in sorted([*licences, *configs, *tokenizer_files(base)]):
         if path.exists() and not any(map(path.resolve().is_relative_to, allowed)):
-            rule = "files that an export copies must lie in the base's folder"
+            rule = "files that an export copies must lie in the folder of their model"
             got = f"{path.name} in {base}, a link to {path.resolve()}"
             raise ModelError(rule, got, "put a copy in its place")
 

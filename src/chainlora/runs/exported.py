@@ -99,7 +99,7 @@ def _adapter_on_base(folder: Path, lineage: Lineage | None, dtype: str | torch.d
         raise RunError(rule, got, remedy) from error
     if base_facts is not None:
         check_base(base_facts, folder, files=base_hashes)
-    chain = base.chain(device=torch.device("cpu"))
+    chain = base.chain(device=None if base.is_quantized else torch.device("cpu"))
     put_on(start, chain)
     model: Any = chain.model
     if not is_quantized_model(model):

@@ -95,6 +95,12 @@ class OpenBase:
     def context(self) -> int:
         return context_length(self.skeleton)
 
+    @property
+    def is_quantized(self) -> bool:
+        """Say whether the model is quantised: by its checkpoint, or while it loads."""
+        config = self._opened.config
+        return self.quantize is not None or getattr(config, "quantization_config", None) is not None
+
     @cached_property
     def _opened(self) -> Opened:
         return open_folder(self.folder)
@@ -126,7 +132,8 @@ class OpenBase:
         """Return a chain without links on the model; the first call loads the model.
 
         The chain before is removed. `hold` is by default chosen by the model (`hold_for`), `device`
-        is by default the accelerator. `shares` is the number of processes that shard the model.
+        is by default the accelerator; a quantised model stays where it was loaded. `shares` is the
+        number of processes that shard the model.
         """
         self.give_back()
         if self._model is None:

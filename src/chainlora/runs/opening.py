@@ -58,7 +58,8 @@ def load_run(
     base = state.base
     quantize = base.quantize if as_trained else None
     opened = OpenBase(base.model, dtype or base.dtype, quantize)
-    chain, tokenizer = _chain_on(opened, state, device=torch.device("cpu"))
+    device = None if opened.is_quantized else torch.device("cpu")
+    chain, tokenizer = _chain_on(opened, state, device=device)
     model: Any = chain.model
     is_quantized = is_quantized_model(model)
     if is_quantized and not as_trained:
@@ -91,7 +92,8 @@ def _chain_on(base: OpenBase, state: OpenState, **keys: Any) -> tuple[Chain, Any
     if state.base.files is not None:
         check_base(state.base, state.run, files=base.files)
     chain = base.chain(**keys)
-    if state.base.files is None:  # a saved chain has no file hashes
+    # a saved chain has no file hashes, and a fingerprint is that of the weights as they were loaded
+    if state.base.files is None and state.base.quantize == base.quantize:
         check_base(state.base, state.run, chain=chain)
     return chain, tokenizer_of(state, base)
 

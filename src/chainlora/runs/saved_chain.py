@@ -28,6 +28,7 @@ from chainlora.config.schema import LinkConfig
 from chainlora.errors import RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.models.finding import name_of
+from chainlora.models.quantizing import quantized_while_loading
 from chainlora.runs.costs import versions
 from chainlora.runs.documents import Count, Document, Part, now, read_part, write_part
 from chainlora.runs.history import MAIN, Base, Entry, History, State, Term, Training
@@ -59,6 +60,7 @@ class Memory(Document):
     first_id: Count = 0  # of the stage
     live: Live | None = None
     numbers: Numbers | None = None  # of a trainer's run
+    adapter: str = ""  # SHA-256 of the adapter that a trainer saved beside the chain
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,16 @@ def save_chain(chain: Chain, directory: str | Path) -> None:
 
 
 def write_chain(
-    chain: Chain, links: Sequence[Link], directory: Path, numbers: Numbers | None = None
+    chain: Chain,
+    links: Sequence[Link],
+    directory: Path,
+    numbers: Numbers | None = None,
+    adapter: str = "",
 ) -> None:
-    """Write a chain; `links` are its `current_links`, `numbers` those of a trainer's run."""
+    """Write a chain; `links` are its `current_links`.
+
+    A trainer gives the `numbers` of its run, and the SHA-256 of the `adapter` beside the chain.
+    """
     _refuse_if_taken(directory)
     base = describe_base(chain)
     with files.replaced_folder(directory) as scratch:
@@ -97,7 +106,7 @@ def write_chain(
         folder.mkdir(parents=True)
         if chain.live is not None:
             files.save_tensors(folder / _LIVE, chain.live_state())
-        write_part(folder / _CHAIN, _memory(chain, numbers))
+        write_part(folder / _CHAIN, _memory(chain, numbers, adapter))
         terms = tuple(Term(link=digest, strength=strength) for (digest, _), strength in saved)
         entry = Entry(
             key=MAIN,
@@ -176,6 +185,7 @@ def describe_base(chain: Chain) -> Base:
         task_type=task_type(model),
         dtype=str(parameter.dtype).removeprefix("torch."),
         fan_in_fan_out=any(is_transposed(base_layer(module)) for module in model.modules()),
+        quantize=quantized_while_loading(model),
     )
 
 
@@ -200,7 +210,7 @@ def _refuse_if_taken(directory: Path) -> None:
     raise RunError(rule, directory, "choose another")
 
 
-def _memory(chain: Chain, numbers: Numbers | None) -> Memory:
+def _memory(chain: Chain, numbers: Numbers | None, adapter: str) -> Memory:
     live = None
     if chain.live is not None:
         config = chain.live.config.model_dump(mode="json")
@@ -212,10 +222,23 @@ def _memory(chain: Chain, numbers: Numbers | None) -> Memory:
         first_id=chain.first_id,
         live=live,
         numbers=numbers,
+        adapter=adapter,
     )
 
 
 def chain_folder(directory: Path) -> Path:
-    """Return the folder of a chain: the folder itself, or the one inside a trainer's checkpoint."""
-    inside = directory / INSIDE
-    return inside if not exists_in(directory) and exists_in(inside) else directory
+    """Return the folder of a chain: the folder itself, or the one inside a trainer's checkpoint.
+
+    Raises RunError if a later training has replaced the adapter beside the chain.
+    """
+    inside, adapter = directory / INSIDE, directory / "adapter_model.safetensors"
+    if exists_in(directory) or not exists_in(inside):
+        return directory
+    memory = stage_folder(inside, MAIN) / _CHAIN
+    if adapter.is_file() and memory.is_file():
+        saved = read_part(memory, Memory).adapter
+        if saved and saved != files.sha256(adapter):
+            rule = "the adapter in a folder must be that of the chain beside it"
+            remedy = f"delete {inside} to take the adapter, or name it to take the chain"
+            raise RunError(rule, f"another adapter in {directory}, saved later", remedy)
+    return inside

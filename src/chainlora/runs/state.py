@@ -20,6 +20,7 @@ from chainlora.config.template_names import refuse_paths
 from chainlora.data.kept import Kept, read_kept
 from chainlora.errors import RunError
 from chainlora.models.finding import from_above
+from chainlora.models.identity import has_tokenizer
 from chainlora.runs.documents import need_file
 from chainlora.runs.draft import Draft, read_draft
 from chainlora.runs.history import (
@@ -347,10 +348,15 @@ class OpenState:
         return read_result(self._need_own(entry, RESULT))
 
     def tokenizer(self) -> Path | None:
-        """Return the folder of the run's own tokenizer, None if it uses the base's."""
-        if not self.history.tokenizer:
-            return None
-        return self._need_folder(TOKENIZER, self.history.tokenizer)
+        """Return the folder of the run's own tokenizer, None if it uses the base's.
+
+        That of a chain in a trainer's save is the folder around it, if the trainer saved one there.
+        """
+        if self.history.tokenizer:
+            return self._need_folder(TOKENIZER, self.history.tokenizer)
+        around = self.run.absolute().parent
+        is_inside = not self.has_run and (around / "adapter_config.json").is_file()
+        return around if is_inside and has_tokenizer(around) else None
 
     def verify(self) -> OpenState:
         """Check every file that the state depends on, and return the state.
