@@ -86,6 +86,13 @@ def in_short(*names: str) -> list[str]:
     return [f"{len(learned())}", count, *(number(mean, 0, "-") for mean in means)]
 
 
+def routed() -> list[str]:
+    """The share of test rows that the router gives to their own task, and that of sst2's rows."""
+    shares = [line["routed"] for line in lines("field/routed.jsonl")]
+    means = fmean(fmean(each.values()) for each in shares), fmean(each["sst2"] for each in shares)
+    return [number(100 * mean, places, "-") for mean, places in zip(means, (1, 0), strict=True)]
+
+
 def perplexity(arm: str) -> str:
     """Perplexity of other text divided by the base's, mean of the seeds."""
     table, base = script("field/table.py"), arms()["base"][0]

@@ -111,6 +111,10 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
             "perplexity of other text is {} times the base's; layer by layer, {} times",
             lambda: map(F.perplexity, ("replay", "ours")),
         ),
+        (
+            "The router gives {} % of the test rows to the model of their own task (of sst2, {} %).",
+            F.routed,
+        ),
         ("**Not run**: {}.", lambda: [F.not_run()]),
         ("old rows has {} %; by seed {}, {} and {}, the combination {}, {} and {}: ", S.replayed),
         (": replay is ahead on {} of {}.", S.replay_is_ahead),
