@@ -112,7 +112,8 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
             lambda: map(F.perplexity, ("replay", "ours")),
         ),
         (
-            "The router gives {} % of the test rows to the model of their own task (of sst2, {} %).",
+            "The router gives {} % of the test rows to the model of their own task (of sst2, "
+            "{} %).",
             F.routed,
         ),
         ("**Not run**: {}.", lambda: [F.not_run()]),
