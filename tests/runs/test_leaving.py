@@ -163,7 +163,9 @@ def test_a_link_in_the_base_leads_no_file_into_an_export(chat_run, tmp_path, nam
     path.unlink(missing_ok=True)
     path.symlink_to(secret)
     try:
-        with pytest.raises((ModelError, RunError), match=rf"base's folder .*{name}|another {name}"):
+        with pytest.raises(
+            (ModelError, RunError), match=rf"folder of their model .*{name}|another {name}"
+        ):
             export(chat_run, tmp_path / "out")
     finally:
         path.unlink()

@@ -148,7 +148,8 @@ class ChainConfig(LinkShape):
     steps: tuple[Count, ...] | None = None
     """Optimizer steps of each link."""
     tokens: tuple[Annotated[float, Field(gt=0, le=1e15)], ...] | None = None
-    """Tokens that each link reads, prompts included, rounded up to whole steps."""
+    """Tokens that each link reads, prompts included, rounded up to whole steps. Each candidate and
+    each answer of a pair counts with its prompt."""
     hold: Literal["tied", "carried"] = "tied"
     """Earlier links are `tied` into the base weights, or `carried` beside an unchanged base."""
 

@@ -45,8 +45,8 @@ class Kept:
     """Rows that a run kept. The module docstring describes the hashes."""
 
     train: Rows  # the examples with the smallest hashes
-    validation: Rows  # the first ones in file order
-    test: Rows  # the first ones in file order
+    validation: Rows  # spread evenly over the file
+    test: Rows  # the same
     counts: Mapping[str, int]  # examples of each split before sampling
     prompts: NDArray[np.int64]
     seen: NDArray[np.int64]

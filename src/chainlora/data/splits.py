@@ -88,8 +88,8 @@ class Splits:
         sample = [own[index] for index in smallest]
         return Kept(
             MemoryRows(sample),
-            MemoryRows(self.validation[:SAMPLE]),
-            MemoryRows(self.test[:SAMPLE]),
+            MemoryRows([*self.validation.spread(SAMPLE)]),  # files may be sorted by answer or date
+            MemoryRows([*self.test.spread(SAMPLE)]),
             counts={name: len(getattr(self, name)) for name in SPLITS} | {"train": len(own)},
             prompts=prompt_hashes(sample),
             seen=np.unique(hashes),

@@ -22,6 +22,7 @@ from chainlora.errors import ConfigError
 from chainlora.knots.moments import unknown_moments
 from chainlora.registry import entry, import_optional
 
+WITHOUT_ADAM_KEYS = ("sgd", "lion", "adafactor", "muon")  # they do not read `betas` and `eps`
 Groups = list[dict[str, Any]]
 Factory = Callable[[Groups, TrainConfig], torch.optim.Optimizer]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from os.path import expanduser
@@ -36,6 +36,7 @@ from chainlora.runs.resuming import (
     refuse_if_taken,
 )
 from chainlora.runs.state import OpenState
+from chainlora.training.optimizers import WITHOUT_ADAM_KEYS
 from chainlora.training.placement import Declaring, StagePlan, need_below, placed
 from chainlora.training.processes import num_launched, wants_shards
 from chainlora.training.refusing import check_due, naming
@@ -275,16 +276,28 @@ def _need_files(stage: Stage) -> None:
 
 
 def _warn_of_unread(stage: Stage) -> None:
-    """Log keys of a new stage that are for validation rows, if it has none."""
-    config = stage.config
-    if config.has_validation or config.data.rehearse:
+    """Log keys of a new stage that change nothing with its other keys."""
+    for key, why in _unread(stage.config):
+        logger.warning("%s: %s has no effect %s", stage.name, key, why)
+
+
+def _unread(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yield keys that change nothing with the other keys, and why."""
+    data, train = config.data, config.train
+    if data.data_seed and data.train is not None and not isinstance(config.start_data, StartData):
+        yield "data.data_seed", "on files; it draws the rows of a task"
+    for key in ("betas", "eps") if train.optimizer in WITHOUT_ADAM_KEYS else ():
+        if getattr(train, key) != type(train).model_fields[key].default:
+            yield f"train.{key}", f"on {train.optimizer}; give train.optimizer_options"
+    if data.rehearse:
         return
-    for key in ("eval_every", "select_metric"):
-        if getattr(config.train, key) is not None:
-            logger.warning(
-                "%s: train.%s has no effect without validation rows; give data.validation",
-                *(stage.name, key),
-            )
+    if not config.has_validation:
+        for key in ("eval_every", "select_metric"):
+            if getattr(train, key) is not None:
+                yield f"train.{key}", "without validation rows; give data.validation"
+    elif train.compares and train.eval_every is None and len(config.chain.ranks) < 2:
+        key = "keep_best" if train.keep_best else "early_stop"
+        yield f"train.{key}", "on one link, evaluated at its end alone; set train.eval_every"
 
 
 def _need_same(stage: Stage, begun: OpenState, change: Collection[str]) -> None:
