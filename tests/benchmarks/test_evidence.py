@@ -170,7 +170,7 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
             lambda: [S.facts_kept(name) for name in ("wide", "combine", "replay", "alone")],
         ),
         (
-            "over the {} that a stage alone learns, {}; not finished | {} % | {} % | {} % |",
+            "over the {} that a stage alone learns, {} | {} % | {} % | {} % |",
             lambda: F.in_short("ours", "replay", "alone"),
         ),
         ("the difference to replay is {} points", lambda: F.compared("replay")[:1]),
