@@ -15,7 +15,8 @@ from chainlora_lab.statistics.intervals import t_interval
 FIELD = BENCHMARKS / "field"
 NAMES = {  # what a reader calls an arm
     **{"ours": "chainlora", "replay": "links, replay", "mean": "mean of updates"},
-    **{"ours, rank 16": "chainlora, rank 16", "replay, no general rows": "replay without general rows"},
+    "ours, rank 16": "chainlora, rank 16",
+    "replay, no general rows": "replay without general rows",
     **{"ties": "TIES", "one LoRA": "one LoRA in turn", "all at once": "all rows at once"},
 }
 REFERENCES = {"alone": "each stage alone", "base": "the base"}  # lines, not points
