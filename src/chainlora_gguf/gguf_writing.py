@@ -310,14 +310,14 @@ def _add_tokenizer(writer: Any, tokenizer: Any, num_rows: int) -> None:
     tree = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     tokens = [f"[PAD{index}]" for index in range(num_rows)]
     kinds = [_UNUSED] * num_rows
-    special = tokenizer.added_tokens_decoder
+    added = tokenizer.added_tokens_decoder
     for token, index in tokenizer.get_vocab().items():
         if index >= num_rows:  # Gemma 3 for text has a special token without a row
             continue
         is_byte = model == "llama" and re.fullmatch("<0x[0-9A-F]{2}>", token)
         tokens[index], kinds[index] = token, _BYTE if is_byte else _NORMAL
-        if index in special:
-            kinds[index] = _CONTROL if special[index].special else _USER_DEFINED
+        if index in added:
+            kinds[index] = _CONTROL if added[index].special else _USER_DEFINED
     writer.add_tokenizer_model(model)
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)

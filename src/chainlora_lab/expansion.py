@@ -264,10 +264,9 @@ def _content_at(source: Any, split: str) -> Any:
     """Return a digest of a file, or of a split in a folder; a Hub dataset stays a name."""
     if isinstance(source, dict):  # a file and its weight
         return source | {"path": _content_at(source["path"], split)}
-    path: Path | None = Path(source)
-    if path is not None and path.is_dir():
-        path = find_file(path, [split])
-    return _content(path, path.stat().st_mtime_ns) if path and path.is_file() else source
+    path = Path(source)
+    file = find_file(path, [split]) if path.is_dir() else path
+    return source if file is None or not file.is_file() else _content(file, file.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=64)

@@ -87,10 +87,8 @@ def evaluate_task(
     """
     if limit is not None and limit < 1:
         raise ConfigError("`limit` must be at least 1", limit, "leave it out for all rows")
-    is_of_run = isinstance(run_or_model, OpenState) or is_run(run_or_model)
-    if task is None and data is None and not is_of_run:
-        got = f"{run_or_model} without `task` and `data`"
-        raise ConfigError("only a run has rows of its own to score", got, "give one of them")
+    if task is None and data is None:
+        _need_own_rows(run_or_model)
     data = None if data is None else expanduser(data)
     if predictions is not None:
         predictions = Path(predictions).expanduser()
@@ -115,6 +113,13 @@ def evaluate_task(
     if task is None and data is None and len((state := open_run(run_or_model)).shares) > 1:
         result = {"stage": state.with_rows.configured.key} | result
     return Shown(result | {"rows": evaluation.num_rows, "metrics": metrics})
+
+
+def _need_own_rows(run_or_model: Address) -> None:
+    """Raise ConfigError for a model or an export, which has no rows of its own."""
+    if not isinstance(run_or_model, OpenState) and not is_run(run_or_model):
+        got = f"{run_or_model} without `task` and `data`"
+        raise ConfigError("only a run has rows of its own to score", got, "give one of them")
 
 
 def _scored(
