@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from chainlora.chain.combining import Combined, Part
 from chainlora.chain.link import Link, stack_links
 from chainlora.chain.solving import combine as solve
 from chainlora.config.schema import LinkConfig
-from chainlora.data.kept import Kept, newest
-from chainlora.errors import ChainError, RunError
+from chainlora.data.kept import Kept, need_embedded, newest
+from chainlora.errors import ChainError, ChainLoRAError, RunError
 from chainlora.evaluation.stage_scores import Progress
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.beginning import fork, need_same_base, take_in
@@ -192,22 +192,42 @@ def build_combination(
     declared = history.find_unbuilt(key)
     if declared is None:  # another process was faster
         return
-    states = [state_at(run, history, name) for name in declared.parents]
     try:
-        solved = _solved(states, declared.recipe, progress or (lambda *done: None), base)
-    except RunError:  # a second try would fail too: withdraw it
+        build = solved_combination(run, history, declared, progress, base)
+    except ChainLoRAError:  # a second try would fail too: withdraw it
         update_history(run, lambda current: current.withdrawn([key]))
         raise
-    rank = max(factors.a.shape[0] for factors in solved.factors.values())
-    config = LinkConfig(rank=rank, alpha=float(rank))
-    link = Link(0, config, solved.factors, error=solved.error)
 
     def change(current: History) -> History:
         if current.find(key) is not None:
             return current
         parents = [current.state_of(name) for name in declared.parents]
-        if current.find_unbuilt(key) != declared or parents != [s.state for s in states]:
+        before = [history.state_of(name) for name in declared.parents]
+        if current.find_unbuilt(key) != declared or parents != before:
             raise changed(run)
+        return build(current)
+
+    update_history(run, change)
+
+
+def solved_combination(
+    run: Path,
+    history: History,
+    declared: Unbuilt,
+    progress: Progress | None = None,
+    base: OpenBase | None = None,
+) -> Callable[[History], History]:
+    """Solve a combination; return a function that saves its link and builds its entry.
+
+    The function is called under the lock of the run.
+    """
+    states = [state_at(run, history, name) for name in declared.parents]
+    solved = _solved(states, declared.recipe, progress or (lambda *done: None), base)
+    rank = max(factors.a.shape[0] for factors in solved.factors.values())
+    config = LinkConfig(rank=rank, alpha=float(rank))
+    link = Link(0, config, solved.factors, error=solved.error)
+
+    def build(current: History) -> History:
         files.remove_scratch(run / "links", COMBINED)  # left by a kill; safe under the lock
         digest, facts = save_link(run, link, current.base, COMBINED)
         state = State(base=current.base.fingerprint, terms=(Term(link=digest),))
@@ -215,7 +235,7 @@ def build_combination(
         entry = declared.built(state, reads=reads, distances=solved.distances)
         return current.built(entry, {digest: facts})
 
-    update_history(run, change)
+    return build
 
 
 def summary_of(history: History, key: str) -> str:
@@ -302,8 +322,9 @@ def _solved(
         states.append(first.at(START))
     links = [state.links() for state in states]
     weights = {START: GENERAL} | recipe.importance
+    kept = first.kept([state.key for state in states])
     parts = []
-    for state, rows, of_state in zip(states, _rows_of(states, recipe), links, strict=True):
+    for state, rows, of_state in zip(states, _rows_of(states, kept, recipe), links, strict=True):
         if rows:
             weight = weights.get(state.key, 1.0)
             parts.append(Part(state.key, rows, stack_links(of_state), weight))
@@ -313,6 +334,7 @@ def _solved(
     ranks = {each.link: history.links[each.link].rank for s in states for each in s.state.terms}
     rank = recipe.rank or max(RANK, sum(ranks.values()))
     chain, _ = chain_on_base(first, base=base)
+    need_embedded(kept, chain.model)
     report = partial(progress, " + ".join(part.name for part in parts))
     try:
         return solve(chain.model, parts, rank, report)
@@ -320,9 +342,10 @@ def _solved(
         raise RunError(f"Cannot combine: {error}") from None
 
 
-def _rows_of(states: Sequence[OpenState], recipe: Recipe) -> list[list[list[int]]]:
+def _rows_of(
+    states: Sequence[OpenState], kept: Mapping[str, Kept], recipe: Recipe
+) -> list[list[list[int]]]:
     """Return the token rows of each state: a sample of each of its stages, never test rows."""
-    kept = states[0].kept([state.key for state in states])
     kept = kept if recipe.keep_conflicts else newest(kept)
     return [
         [

@@ -21,7 +21,7 @@ from chainlora.chain.chain import Chain
 from chainlora.chain.holding import holding_named
 from chainlora.config.reading import flatten
 from chainlora.config.schema import RunConfig
-from chainlora.data.kept import Kept, keeps_rows, newest
+from chainlora.data.kept import Kept, keeps_rows, need_embedded, newest
 from chainlora.data.row_warnings import warn_of_changed
 from chainlora.data.splits import Splits, check_metric, prepare_splits
 from chainlora.engine.engine import Engine
@@ -110,6 +110,7 @@ def _prepared(
         splits = _read_rows(setup, tokenizer, base.context, earlier)
     # 3. The model, and the number of steps.
     chain = _put_chain_on(base, config, processes)
+    need_embedded(earlier, chain.model)
     if start.tokenizer is not None:
         check_vocabulary(chain.model, tokenizer, start.tokenizer)
     rehearsed = earlier if config.data.keep_conflicts else newest(earlier)
