@@ -95,8 +95,8 @@ class Layers:
         if self._body.training:
             rule = "the model must be in evaluation mode to combine states"
             raise ChainError(rule, "training mode", "call model.eval()")
-        expected = self._model_output(row)  # in float32 too: a router decides otherwise in 16 bits
         try:
+            expected = self._model_output(row)
             batch = self.enter([row])
             for index, block in enumerate(self.blocks.values()):
                 with in_float32(block) as exact:
@@ -111,7 +111,10 @@ class Layers:
             raise _not_layered(self._body, "other outputs layer by layer")
 
     def _model_output(self, row: Sequence[int]) -> Tensor:
-        """Return the input of the head, with the model's own calls of its layers."""
+        """Return the input of the head, with the model's own calls of its layers.
+
+        In float32, since routers may choose other experts in 16 bits.
+        """
         tokens = torch.tensor([[*row]]).to(self._device)
         for recorder in self._recorders:
             recorder.runs_layer = True

@@ -74,7 +74,7 @@ class Kept:
 
 def keeps_rows(data: DataConfig) -> bool:
     """Return whether a stage keeps rows; a rehearsal has no new rows to keep."""
-    return data.keep_rows and not data.rehearse
+    return bool(data.keep_rows) and not data.rehearse
 
 
 def keeps_general(config: RunConfig) -> bool:

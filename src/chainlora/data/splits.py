@@ -81,11 +81,12 @@ class Splits:
         count = len(self.train) if self.mixture is None else self.mixture.num_rows
         return pick(self.train, np.arange(len(self.train)) < count)
 
-    def kept(self) -> Kept:
-        """Return the rows to keep with the run, without rows of earlier stages."""
+    def kept(self, keep_rows: bool | int = True) -> Kept:
+        """Return the rows to keep (`data.keep_rows`), without rows of earlier stages."""
+        most = SAMPLE if keep_rows is True else keep_rows
         own = self.own
         hashes, answers = example_hashes(own), answer_hashes(own)
-        smallest = np.argsort(hashes, kind="stable")[:SAMPLE].tolist()
+        smallest = np.argsort(hashes, kind="stable")[:most].tolist()
         sample = [own[index] for index in smallest]
         return Kept(
             MemoryRows(sample),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def _begin_work(setup: _Setup, chain: Chain, base: OpenBase, splits: Splits) -> 
     if setup.work is None:
         return Progress()
     config = setup.config  # as declared: without the steps that a rehearsal gets from its rows
-    keep = splits.kept if keeps_rows(config.data) else None
+    keep = partial(splits.kept, config.data.keep_rows) if keeps_rows(config.data) else None
     noted = noted_base(config, chain, base.files)
     return setup.work.begin(config, noted, rows=splits.digest, keep=keep)
 
