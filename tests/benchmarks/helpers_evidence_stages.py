@@ -265,9 +265,14 @@ def combining() -> Rows:
 
 def layerwise_in_short() -> list[str]:
     table, cells = script("combining/table.py"), fresh("layer by layer")
-    above = 100 * (fmean(map(table.ratio, cells)) - 1)
     shares = percent(right(cells), [*map(table.alone, cells)])
-    return [WORDS[len(cells)], *shares, number(above, 0, "-")]
+    return [WORDS[len(cells)], *shares]
+
+
+def worse() -> list[float]:
+    """By how many per cent perplexity of other text rises with the combination, by seed."""
+    ratio = script("combining/table.py").ratio
+    return [100 * (ratio(cell) - 1) for cell in fresh("layer by layer")]
 
 
 def registered(study: str = "verdict") -> list[str]:
@@ -342,6 +347,22 @@ def months() -> Rows:
             )
         )
     return rows
+
+
+def after_a_year() -> list[int]:
+    """Right answers of replay, of how many, and those of the combination at the default rank."""
+    found = {(x["way"], x["state"]): x for x in lines("combining/year.jsonl") if "state" in x}
+    replay, ours = found["replay", "now"], found["extend", "now, rank 96"]
+    return [sum(replay["right"]), replay["of"], sum(ours["right"])]
+
+
+def replay_of_facts() -> list[str]:
+    """How far replay is ahead of the default rank, and its share of old rows."""
+    replay, wide = of_month("replay"), of_month("wide")
+    less = [100 * (replay[seed]["score"] - wide[seed]["score"]) for seed in sorted(wide)]
+    stages = (stage for cell in replay.values() for _, stage in cell["config"]["stages"])
+    (share,) = {stage["data"]["replay"] for stage in stages}
+    return [three_seeds(less, 1), {0.5: "half", 1.0: "just"}[share]]
 
 
 def months_compared() -> list[str]:
