@@ -90,12 +90,11 @@ def lab(rank: int, steps: int, arm: str = "lora") -> Values:
 
 
 LAB_STUDY = re.compile(r"(gsm8k|python)-r(\d+)-(\d+)(?:-rows?(\d+))?")  # rank, steps, blocks a step
-TEXTS = {"gsm8k": "GSM8K", "python": "Python"}
 
 
 def soft_lab() -> Rows:
     """All studies of the lab that have fresh seeds."""
-    heads = "text, blocks a step | rank r | steps | tokens/parameter"
+    heads = "rank r | steps | tokens/parameter | minus LoRA r | minus 2r | minus 4r"
     found = []
     for study in (study for study, arm in lab_cells() if arm == "auto"):
         text, *sizes = LAB_STUDY.fullmatch(study).groups("4")
@@ -104,10 +103,10 @@ def soft_lab() -> Rows:
         soft = lab_cells()[study, "auto"]
         own, *rivals = (less(soft, lab_cells().get((other, "lora"), {})) for other in others)
         per_parameter = f"{steps * blocks * 64 / (LAB_PARAMETERS * rank):.0f}"
-        start = (f"{TEXTS[text]}, {blocks}", str(rank), f"{steps:,}", per_parameter)
-        row = (*start, estimate(own), *map(mean, rivals))
+        noted = {("gsm8k", 4): "", ("python", 4): " (Python)"}
+        named = str(rank) + noted.get((text, blocks), f" ({blocks} block{'s'[blocks == 1 :]})")
+        row = (named, f"{steps:,}", per_parameter, estimate(own), *map(mean, rivals))
         found.append(((text, blocks != 4, rank, steps, blocks), row))
-    heads += " | minus LoRA r | minus 2r | minus 4r"
     return [heads.split(" | "), *(row for _, row in sorted(found))]
 
 

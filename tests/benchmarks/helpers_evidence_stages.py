@@ -23,7 +23,6 @@ from benchmarks.helpers_evidence import (
     number,
     with_interval,
 )
-from chainlora.training.rehearsing import ROWS
 from chainlora_lab.statistics.intervals import t_interval
 
 
@@ -146,15 +145,6 @@ def replay_is_ahead() -> list[str]:
 
 
 WORDS = ("none", "one", "two", "three", "four", "five", "six")
-
-
-def all_steps() -> list[str]:
-    """Steps of training: all at once, by one config, by `extend` for one data set after another."""
-    at_once, once = arm("all at once", "all at once")[0]["steps"], of_length(160)[0]["steps"]
-    plan = from_yaml("stages/plan.yaml")
-    tasks, rows = len(plan["tasks"]), plan["rows"]["train"]
-    rehearsed = sum(range(2, tasks + 1)) * min(ROWS, 2 * rows)  # after each but the first
-    return [f"{steps}" for steps in (at_once, once, (tasks * rows + rehearsed) // plan["batch"])]
 
 
 def planned(*keys: str) -> list[int]:
