@@ -19,7 +19,7 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
     "docs/evidence.md": [
         (
             "by {} points, with [facts of six months]) by {}. After [twelve months]) (one seed) it "
-            "answers {} of {} facts, the combination {}.",
+            "answers {} of {} facts, the combination {};",
             lambda: [F.ahead("replay"), S.replay_of_facts()[0], *S.after_a_year()],
         ),
         (
