@@ -141,3 +141,5 @@ def test_what_was_trained_on_conversations_is_to_be_chatted_with(chainlora, tiny
     told = chainlora(f"train rows.jsonl --model {tiny_folder} {keys}").out.partition("next:\n")[2]
     assert told.splitlines()[0] == "  chainlora chat run"
     assert "generate" not in told
+    asked = ("--prompt", "red", "--max-new-tokens", 8)
+    assert chainlora("generate", "run", *asked).out == chainlora("chat", "run", *asked).out

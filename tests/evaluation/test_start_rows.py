@@ -12,7 +12,7 @@ import torch
 from beside.test_rules import at, die
 from conftest import make_tiny_folder, write_rows
 from faults.lives import live
-from helpers import Stop, assert_same_links, settings, stage_dir, stopping
+from helpers import Stop, assert_same_links, flip_last_bit, settings, stage_dir, stopping
 from stages.cases import flipped, logits
 
 from chainlora import evaluate_task, export_adapter, load_run, train
@@ -264,7 +264,7 @@ def test_a_run_keeps_what_its_base_writes(roomy, tokenizer, sentiment, tmp_path,
         assert f"the base {verb} {told}" in caplog.text
         assert run.keepers == open_run(tmp_path / output).keepers
         (file,) = (cache / "general").iterdir()
-        file.write_bytes(file.read_bytes()[:-1])
+        flip_last_bit(file)
     kept = run.kept()["start"]
     assert (len(kept.train), len(kept.validation), kept.loss) == (64, 16, "completion")
     asked = "<s>user\nWhat do bees do in winter?</s>\n<s>assistant\n"

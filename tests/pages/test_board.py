@@ -435,34 +435,64 @@ def empty(gradio, tmp_path, monkeypatch) -> Iterator[tuple[str, Path]]:
         yield address, place
 
 
-def test_a_person_trains_in_an_empty_folder(page, empty, tiny_folder, tmp_path):
-    rows = [{"prompt": f"the cat sat on {n}", "completion": SAID["birds"]} for n in range(32)]
-    file, (address, place) = write_rows(tmp_path / "birds.jsonl", rows), empty
+def test_a_stranger_goes_the_whole_way(page, empty, tiny_folder, tmp_path):
+    """Two files in a new folder, asked after each, undone and exported; with general rows."""
+    address, place = empty
+    button = lambda name: page.get_by_role("button", name=name, exact=True)  # noqa: E731
+    ready = "document.querySelector('#name input, #name textarea').value === '{}'"
+
+    def drop(name: str) -> None:
+        lines = [f"the cat sat on {name} {n},{SAID[name]}" for n in range(32)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["prompt,completion", *lines]))
+        page.set_input_files("#rows input[type=file]", tmp_path / f"{name}.csv")
+        page.wait_for_function(ready.format(name))
+
+    def train() -> None:
+        button("Train").click()
+        page.wait_for_selector("#step:has-text('Training')")
+        page.wait_for_selector("#step:has-text('Trained.')")
+
+    def ask(count: int = 1) -> None:
+        page.get_by_role("tab", name="Ask").click()
+        page.fill("#prompt textarea", PROMPT)
+        button("Ask").click()
+        for side in ("Left", "Right"):
+            page.wait_for_selector(f"#chat-{side} .bot >> nth={count - 1}")
+
     page.goto(address)
-    train = page.get_by_role("button", name="Train", exact=True)
-    train.click()
+    button("Train").click()
     page.wait_for_selector("text=training needs a file of rows")
     page.locator(".toast-close").click()
-    page.set_input_files("#rows input[type=file]", file)
-    page.wait_for_function("document.querySelector('#name input, #name textarea').value")
+    drop("birds")
     page.fill("#model input", str(tiny_folder))
     page.keyboard.press("Tab")
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Rank").fill("4")
-    train.click()
-    page.wait_for_selector("#step:has-text('Training')")
-    page.wait_for_selector("#step:has-text('Trained.')")
+    train()
     page.wait_for_selector("#now:has-text('birds')")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert [facts.rank for facts in open_run(place / "birds").facts] == [4]
-    page.get_by_role("tab", name="Ask").click()
+    ask()
+    page.reload()
+    ask()
+    page.get_by_role("tab", name="Train").click()
+    drop("hills")
+    page.click("#into input")
+    page.get_by_role("option", name="birds").click()
+    train()
+    page.wait_for_selector("#now:has-text('after-hills')")
+    ask()
+    page.get_by_role("button", name="Undo").click()
+    page.wait_for_selector("#now:has-text('In use: birds')")
+    assert open_run(place / "birds").key == "birds"
     page.get_by_text("Export or use").click()
     page.get_by_text("GGUF: ").click()
     field = "document.querySelector('#folder textarea, #folder input')"
     page.wait_for_function(f"{field}.value.endsWith('gguf')")
-    page.get_by_role("button", name="Export", exact=True).click()
+    button("Export").click()
     page.wait_for_selector("#outcome:has-text('Exported to')")
     assert (place / "birds-gguf/Modelfile").is_file()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.locator(".bot:has-text('Error')").count() == 0
 
 
 def test_only_what_was_uploaded_is_trained_on(empty, tiny_folder, tmp_path):

@@ -70,7 +70,8 @@ def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
 def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) -> None:
     """Continue a text with a run or a model.
 
-    The output is streamed. `generate` does not use the model's chat template; `chat` does.
+    The output is streamed. If the run's rows are chats, the text is written into the chat template
+    as a question, unless it is in the template already.
     """
     check_run_or_model(run_or_model, keys["links"], keys["stages"])
     if prompt is None:
@@ -79,8 +80,11 @@ def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) 
             raise click.UsageError("Missing option '--prompt' (or a text on stdin)")
         prompt = stdin.read()
     speaker, facts = _speaker(run_or_model, **keys)
-    if facts is not None and not facts.has(prompt):
-        other = "; `chainlora chat` writes it" if facts.is_chat else ""
+    show: Callable[[str], None] = (lambda piece: None) if as_json else _write
+    is_known = facts is None or facts.has(prompt)
+    is_question = facts is not None and facts.is_chat and not is_known
+    if facts is not None and not is_known and not is_question:
+        other = ""
         if facts.has(prompt.rstrip("\r\n")):  # `echo` adds a line break
             other = "; remove the line break at the end of the prompt"
         to_stderr(
@@ -88,7 +92,10 @@ def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) 
             f"{' or '.join(map(repr, facts.endings))}, but this prompt does not. The answer may "
             f"make no sense{other}"
         )
-    text = speaker.complete(prompt, (lambda piece: None) if as_json else _write)
+    if is_question:
+        text = speaker.answer([{"role": "user", "content": prompt}], show)
+    else:
+        text = speaker.complete(prompt, show)
     if as_json:
         print_json({"prompt": prompt, "text": text})
     else:

@@ -175,7 +175,7 @@ def general_rows(
     config = greedy_config(model, tokenizer, new, ends_of_turn(tokenizer))
     parts = [identity, prompts, config.to_dict(), versions(), str(model.device)]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-    cached = cache_dir() / "general" / f"{key}.safetensors"
+    cached = cache_dir() / "general" / key
     kept = _cached(cached) if identity is not None else None
     logger.warning(
         "the %s %s texts after %d prompts, which are kept as rows of `%s` (start_data: none leaves "
@@ -194,16 +194,24 @@ def general_rows(
         return None
     kept = _as_rows(prompts, iter(written))
     if identity is not None:
-        with suppress(FileError):  # without a cache, the next run writes them again
+        with suppress(FileError, OSError):  # without a cache, the next run writes them again
             files.make_folder(cached.parent)
             write_kept(cached, kept)
+            cached.replace(_named_by_content(cached, cached))
     return kept
 
 
+def _named_by_content(path: Path, file: Path) -> Path:
+    """Return the name of a file of the cache: its key, then the SHA-256 of its content."""
+    return path.with_name(f"{path.name}-{files.sha256(file)}.safetensors")
+
+
 def _cached(path: Path) -> Kept | None:
-    """Return the rows in a file of the cache; None if it is missing or damaged."""
-    with suppress(RunError):
-        return read_kept(path)
+    """Return the rows of a key in the cache; None if they are missing or damaged."""
+    with suppress(RunError, OSError):
+        for file in path.parent.glob(f"{path.name}-*"):
+            if file == _named_by_content(path, file):
+                return read_kept(file)
     return None
 
 

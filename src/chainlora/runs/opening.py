@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,8 +127,9 @@ def _refuse_untrained(state: OpenState) -> None:
         rule, remedy = "a saved chain must have a link", "take the base by 0 links"
         raise RunError(rule, f"none in {state.run}", remedy)
     if state.draft is not None and state.config().chain.ranks:  # a run may have no links at all
-        remedy = "train it again to resume it, or take the base by --links 0"
-        raise RunError("a run must have tied its first link", f"none in {state.run}", remedy)
+        rule = f"Cannot load {state.run}: stage {state.stage} is unfinished, and has no whole link"
+        finish = f"chainlora train {shlex.quote(str(state.run))} finishes it"
+        raise RunError(f"{rule}. {finish}; --links 0 takes the base.")
 
 
 def noted_base(config: RunConfig, chain: Chain, files: dict[str, str]) -> Base:

@@ -274,7 +274,8 @@ def _delete_unnamed(run: Path, name: str) -> None:
     for path in gone:
         files.remove(path)
         if path.exists():
-            raise FileError("a file must be deleted", path, "check its permissions")
+            remedy = "check its permissions and the free space, and repeat the command"
+            raise FileError("a file must be deleted", path, remedy)
     for parent in {path.parent for path in gone}:
         with files.reported(parent, "deleted"):
             files.remove_scratch(parent)
