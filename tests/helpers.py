@@ -257,11 +257,11 @@ def sign(run: Path, change: Callable[[dict[str, Any]], object] = lambda tree: No
     """Make the checksums of a run's history those of the files that are there, and change it."""
     tree = history_of(run)
     del tree["checksum"]
-    for digest, link in tree["links"].items():
+    for digest, link in tree.get("links", {}).items():
         link["files"] = {name: sha256(run / "links" / digest / name) for name in link["files"]}
-    for entry in tree["entries"]:
+    for entry in tree.get("entries", ()):
         folder = stage_dir(run, entry["key"])
-        entry["files"] = {name: sha256(folder / name) for name in entry["files"]}
+        entry["files"] = {name: sha256(folder / name) for name in entry.get("files", ())}
     change(tree)
     (run / "history.json").write_text(signed(tree))
 

@@ -27,8 +27,7 @@ from chainlora.runs.changes import redo
 from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import pull_run, push_run
 from chainlora.runs.locks import take_lock
-from chainlora.runs.pruning import prune_stage
-from chainlora.training.stages import build_run, combine_again
+from chainlora.training.stages import build_run, prune
 
 SHORT = {"ranks": [2], "steps": [2]}
 
@@ -126,15 +125,15 @@ def test_what_was_pruned_is_as_if_it_had_never_been_added(made, run):
     wanted = checksums(run)
     state = add(run, made / "y", made / "y.jsonl")
     assert state.entry.parents == ("z", "x", "y")
-    combine_again(run, prune_stage(run, "y"))
+    prune(run, "y")
     now = checksums(run)
     kept = {name for name in wanted if name.split("/")[0] in ("links", "rows")}
     assert {name: now.get(name) for name in kept} == {name: wanted[name] for name in kept}
     assert not stage_dir(run, "y").exists()
     assert [*open_run(run).shares] == ["z", "x"]
-    prune_stage(run, "z")
+    prune(run, "z")
     with pytest.raises(ChainLoRAError, match="a run must keep a stage"):
-        prune_stage(run, "x")
+        prune(run, "x")
 
 
 def test_a_run_can_begin_with_an_adapter(made, both, tiny_folder):
@@ -229,7 +228,7 @@ def test_a_stage_is_trained_after_adapters(made, both, tmp_path, chainlora):
     found.refused("the first stage of a config begins a run")
     public.extend(both, stage, progress=False, rehearse=False)
     assert open_run(both).entry.parents == ("x", "y", "z")
-    combine_again(both, prune_stage(both, "x"))
+    prune(both, "x")
     assert open_run(both).entry.parents == ("y", "z")
     other = add(tmp_path / "other", made / "x", made / "x.jsonl")
     both_runs = public.combine(both, [other.run])
@@ -284,7 +283,7 @@ def test_what_is_declared_is_pruned_or_changed(made, run, tmp_path, chainlora):
     assert (unbuilt(run), open_run(run).key) == (["x", "after-x"], "z")
     rows_of(own / "x.jsonl", 5)
     chainlora("train", run).refused(
-        "must not change before it is imported (got changed ones for x)"
+        "its files must not change after it was declared (got changed ones for x)"
     )
     assert add(run, own / "x", own / "x.jsonl").key == "after-x"
     edit_json(own / "x/adapter_config.json", lora_alpha=1)
@@ -292,7 +291,7 @@ def test_what_is_declared_is_pruned_or_changed(made, run, tmp_path, chainlora):
         add(run, own / "x", own / "x.jsonl")
     shutil.rmtree(own / "x")
     assert add(run, own / "x", own / "x.jsonl").key == "after-x"  # nothing to do
-    prune_stage(run, "x")
+    prune(run, "x")
     declared(made, run)
     assert chainlora("prune", run, "x", "--yes").status == 0
     assert (unbuilt(run), read_history(run).target) == ([], None)

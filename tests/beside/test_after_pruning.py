@@ -5,17 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from faults.lives import live
 from helpers import train_all, train_on
 
 from beside.cases import add, config_of, section
-from beside.test_rules import killed
+from beside.test_rules import at, die, killed
+from chainlora.errors import RunError
 from chainlora.evaluation.combination import combine
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, undo
+from chainlora.runs.history import WEIGHTS, link_folder, rows_file
 from chainlora.runs.history_file import read_history
-from chainlora.runs.pruning import prune_stage
-from chainlora.training.stages import build_run, rehearsal, train_stages
+from chainlora.training.stages import build_run, prune, rehearsal, train_stages
 
 SHORT = {"chain": {"steps": [2]}, "train": {"lr": 1e-5}}
 
@@ -49,7 +51,7 @@ def test_a_stage_on_top_leaves_the_recipe_below_it(ac, sentiment):
     before = combine(ac, ["a", "c"], rank=4).key
     add(sentiment, ac, "b")
     train_on(ac, section(sentiment, "d"))
-    prune_stage(ac, "b")
+    prune(ac, "b")
     assert open_run(ac).key == before
 
 
@@ -58,7 +60,7 @@ def test_a_state_that_was_undone_does_not_come_back(with_general, sentiment):
     undo(with_general)
     add(sentiment, with_general, "b")
     undo(with_general)
-    prune_stage(with_general, "b")
+    prune(with_general, "b")
     assert open_run(with_general).key == "a"
 
 
@@ -68,7 +70,7 @@ def test_it_is_an_earlier_rehearsal_of_the_rest(ac, sentiment, chainlora):
     assert open_run(ac).stage == "rehearsal-2"
     assert chainlora("prune", ac, "b", "--yes").status == 0
     assert (open_run(ac).key, read_history(ac).unbuilt) == (rehearsed, ())
-    assert prune_stage(ac, rehearsed).again == []  # it is not rehearsed again by its own prune
+    assert prune(ac, rehearsed).again == []  # it is not rehearsed again by its own prune
     assert open_run(ac).entry.kind == "combine"
 
 
@@ -84,7 +86,8 @@ def test_it_is_rehearsed_as_it_was(abc, chainlora):
 def test_after_a_kill_its_combination_and_rehearsal_are_built_by_train(abc, ac, chainlora):
     for run in (abc, ac):
         rehearse(run)
-    prune_stage(abc, "b")  # the command is killed here
+    end = live(lambda: prune(abc, "b", listener=at("stage", die)))  # before the rehearsal
+    assert end.status == -9, end.message
     remedy = f"chainlora train {abc} computes what is declared"
     chainlora("prune", abc, "b", "--yes").refused("an entry to prune must be one of", remedy)
     build_run(abc)
@@ -93,15 +96,14 @@ def test_after_a_kill_its_combination_and_rehearsal_are_built_by_train(abc, ac, 
 
 @pytest.mark.parametrize("rehearsed", [False, True])
 def test_what_was_to_be_combined_and_is_pruned_meanwhile(abc, ac, sentiment, rehearsed):
-    """The prune of d is killed before the others are combined; then b is pruned."""
     add(sentiment, abc, "d")
     for run in (abc, ac) if rehearsed else ():
         rehearse(run)
-    prune_stage(abc, "d")
-    prune_stage(abc, "b")
+    prune(abc, "d")
+    prune(abc, "b")
     build_run(abc)
     assert open_run(abc).state == open_run(ac).state
-    prune_stage(abc, "a")
+    prune(abc, "a")
     assert open_run(abc).key == "c"
 
 
@@ -110,9 +112,30 @@ def test_one_that_waits_is_combined_without_what_it_waited_for(ac, abc, sentimen
     killed("stage", ac, section(sentiment, "d") | {"plugins": [str(plugin)]})
     train_on(ac, section(sentiment, "b"), beside=True)
     assert open_run(ac).key == "after-c"
-    prune_stage(ac, "d")
+    prune(ac, "d")
     build_run(ac)
     assert open_run(ac).state == open_run(abc).state
+
+
+@pytest.mark.parametrize("damaged", ["base", "rows", "links"])
+def test_a_prune_that_is_refused_deletes_nothing(abc, ac, tiny_folder, damaged):
+    """The combination of the rest is solved before anything is deleted."""
+    kept = read_history(abc).find("c")
+    places = {
+        "base": tiny_folder / "model.safetensors",
+        "rows": abc / rows_file(kept.kept),
+        "links": abc / link_folder(kept.tied[0]) / WEIGHTS,
+    }
+    before, whole = checksums(abc), places[damaged].read_bytes()
+    places[damaged].write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        with pytest.raises(RunError, match="restore"):
+            prune(abc, "b")
+    finally:
+        places[damaged].write_bytes(whole)
+    assert checksums(abc) == before
+    prune(abc, "b")
+    assert open_run(abc).state == open_run(ac).state
 
 
 def test_what_cannot_be_combined_again_is_not_pruned(abc, tmp_path, chainlora):
@@ -125,7 +148,7 @@ def test_what_cannot_be_combined_again_is_not_pruned(abc, tmp_path, chainlora):
         chainlora("prune", pulled, "a", words).refused("reads kept rows (got none of b, c)", leave)
     assert checksums(pulled) == before
     undo(pulled, to="b")
-    prune_stage(pulled, "a")
+    prune(pulled, "a")
     assert open_run(pulled).key == "b"
 
 
@@ -153,7 +176,7 @@ def test_a_rehearsal_with_plug_ins_is_named_and_not_run(abc, tmp_path, chainlora
 def test_no_entry_names_a_pruned_stage_as_its_unit(name, with_general, sentiment):
     """The rows of the origin have the unit of the first stage."""
     add(sentiment, with_general, "b")
-    prune_stage(with_general, name)
+    prune(with_general, name)
     assert f'"{name}"' not in (with_general / "history.json").read_text()
 
 

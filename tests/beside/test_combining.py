@@ -31,8 +31,8 @@ from chainlora.runs.changes import log, mix_stages, undo
 from chainlora.runs.history_file import read_history
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.loading_start import with_start
-from chainlora.runs.pruning import plan_pruning, prune_stage
-from chainlora.training.stages import combine_again, extension, rehearsal, train_stages
+from chainlora.runs.pruning import plan_pruning
+from chainlora.training.stages import extension, prune, rehearsal, train_stages
 from chainlora_pages.run_report import run_page
 from chainlora_pages.runs import read_state
 
@@ -72,7 +72,7 @@ def test_a_rank_and_an_importance_are_chosen(abc, chainlora):
     even = combine(abc, rank=2)
     assert weighed.entry.distances["a"] < even.entry.distances["a"]
     undo(abc)
-    combine_again(abc, prune_stage(abc, "b"))
+    prune(abc, "b")
     assert open_run(abc).entry.recipe == weighed.entry.recipe
     assert open_run(abc).facts[0].rank == 2
     assert not combine(abc).entry.recipe.importance
@@ -165,7 +165,7 @@ def test_a_stage_pruned_meanwhile_leaves_no_trace(abc):
 
     def progress(what: str, done: int, rows: int) -> None:
         if done == rows and (abc / "stages/b").exists():
-            prune_stage(abc, "b")
+            prune(abc, "b")
 
     with pytest.raises(RunError, match="Another process has changed this run"):
         combine(abc, ["b", "c"], progress=progress)
@@ -262,7 +262,7 @@ def test_an_adapter_that_two_runs_began_on_is_there_once(sentiment, ac, tmp_path
         train_all(with_start(tree | {"stages": [section(sentiment, name)]}))
     assert combine(tmp_path / "b", tmp_path / "d").entry.parents == ("b", "d")
     assert [entry["name"] for entry in log(tmp_path / "b")][1:] == ["d", "b", "start"]
-    prune_stage(tmp_path / "b", "start")
+    prune(tmp_path / "b", "start")
     assert open_run(tmp_path / "b@d").stages == ["d"]
 
 
@@ -288,7 +288,7 @@ def test_a_pruned_stage_leaves_no_trace(abc, ac, capsys):
     for run in (abc, ac):
         combine(run)
         mix_stages(run, {"combined": 0.75})
-        prune_stage(run, "rehearsal")  # so that the next one has the same name
+        prune(run, "rehearsal")  # so that the next one has the same name
         train_stages(rehearsal(run, {}))
     one, two = open_run(abc), open_run(ac)
     assert one.state == two.state
@@ -322,20 +322,20 @@ def test_a_combination_goes_with_any_stage_that_it_was_computed_from(abc, sentim
     train_on(f"{abc}@bare", on_top)
     found = combine(abc, ["a", "d"]).entry.key
     with pytest.raises(RunError, match=f"Cannot prune {found}: .*the current state"):
-        prune_stage(abc, found)
+        prune(abc, found)
     assert found in plan_pruning(abc, "bare").with_it
     with pytest.raises(RunError, match=r"Cannot prune: .* reads kept rows .got none of bare"):
         plan_pruning(abc, "d")  # a and bare would be combined again
     (term,) = open_run(abc).state.terms
-    prune_stage(abc, "bare")
+    prune(abc, "bare")
     assert not (abc / "links" / term.link).exists()
 
 
 def test_a_run_becomes_what_is_left_of_its_combination(abc, sentiment):
     found = combine(abc, ["b", "c"]).entry.key
     combine(abc, ["a", "b", "c"])
-    assert read_history(prune_stage(abc, "a") and abc).head == found
-    prune_stage(abc, "b")
+    assert read_history(prune(abc, "a") and abc).head == found
+    prune(abc, "b")
     assert read_history(abc).head == "c"
     # the same command again, of what is the first stage now
     assert train_on(abc, section(sentiment, "c"), beside=True) == [None]
@@ -346,7 +346,7 @@ def test_a_fork_becomes_the_stage_that_was_beside_a_pruned_one(abc, sentiment, t
     fork = tmp_path / "fork"
     train_on(f"{abc}@a", section(sentiment, "d") | {"output": str(fork)})
     add(sentiment, fork, "b")
-    plan = prune_stage(fork, "d")
+    plan = prune(fork, "d")
     assert (plan.now, plan.left, open_run(fork).stages) == ("b", [], ["a", "b"])
 
 
@@ -357,14 +357,14 @@ def test_a_stage_of_a_copy_that_was_pruned_is_refused(sentiment, ac, tmp_path):
     """Its link would be of two stages."""
     train_on(f"{ac}@a", section(sentiment, "b"))
     copy = Path(shutil.copytree(ac, tmp_path / "copy"))
-    prune_stage(copy, "a")
+    prune(copy, "a")
     before = checksums(ac)
     said = r"in one state \(got b in .*; prune the same stages in both"
     with pytest.raises(RunError, match=said):
         combine(ac, f"{copy}@b")
     assert checksums(ac) == before
     assert combine(ac, f"{copy}@c", output=tmp_path / "out").entry.parents == ("a", "c")
-    prune_stage(ac, "b")
+    prune(ac, "b")
 
 
 def test_what_cannot_be_combined(abc, tiny_folder, sentiment, tmp_path):

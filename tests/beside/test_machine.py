@@ -24,8 +24,7 @@ from chainlora.runs.changes import mix_stages, redo, undo
 from chainlora.runs.history import Entry
 from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import pull_run, push_run
-from chainlora.runs.pruning import prune_stage
-from chainlora.training.stages import build_run, combine_again
+from chainlora.training.stages import build_run, prune
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
 FULL = bool(os.environ.get("CHAINLORA_FULL"))
@@ -113,11 +112,8 @@ class Commands(RuleBasedStateMachine):
 
     @rule(name=names, kill=kills)
     def prune(self, name: str, kill: int | None) -> None:
-        def work() -> None:
-            combine_again(self.run, prune_stage(self.run, name))
-
         self.built = {}
-        self.do(work, kill)
+        self.do(lambda: prune(self.run, name), kill)
 
     @rule(name=names, strength=strategies.sampled_from([0.0, 0.5, 1.0]))
     def mix(self, name: str, strength: float) -> None:

@@ -27,9 +27,8 @@ from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import pull_run, push_run
 from chainlora.runs.loading_start import with_start
 from chainlora.runs.locks import take_lock
-from chainlora.runs.pruning import prune_stage
 from chainlora.training.plan import make_plan
-from chainlora.training.stages import build_run, extension, rehearsal, train_stages
+from chainlora.training.stages import build_run, extension, prune, rehearsal, train_stages
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
 
@@ -229,7 +228,7 @@ def turn_rows(stage: dict[str, Any]) -> None:
 
 def test_rule_5_files_are_digested_before_and_verified_when_the_entry_is_built(only_a, sentiment):
     own = section(sentiment, "b")
-    with pytest.raises(RunError, match=r"must not change before their stage begins .* for b"):
+    with pytest.raises(RunError, match=r"must not change after it was declared .* for b"):
         train_on(only_a, own, beside=True, listener=at("stage", lambda: turn_rows(own)))
     assert unbuilt(only_a) == []
     train_on(only_a, own, beside=True)  # as they are now
@@ -258,7 +257,7 @@ def test_rule_6_an_equal_recipe_is_not_computed_again(abc, ac, sentiment):
         assert train_on(abc, section(sentiment, "b"), beside=True) == [None]
         assert combine(abc, ["c", "a", "b"]).key == "after-c"  # in any order
         assert checksums(abc) == before
-    prune_stage(abc, "b")
+    prune(abc, "b")
     combine(abc)
     assert open_run(abc).state == open_run(ac).state
     names = ("links", "derived", "rows")
@@ -287,13 +286,13 @@ def test_rule_7_undo_moves_the_target_and_redo_builds_nothing(abc, sentiment, ca
 def test_rule_7_a_stage_in_use_is_not_pruned(only_a, sentiment):
     said = []
 
-    def prune() -> None:
+    def prune_each() -> None:
         for name in "ba":
             with pytest.raises(RunError, match="b is unfinished") as raised:
-                prune_stage(only_a, name)
+                prune(only_a, name)
             said.append(raised)
 
-    train_on(only_a, section(sentiment, "b"), beside=True, listener=at("plan", prune))
+    train_on(only_a, section(sentiment, "b"), beside=True, listener=at("plan", prune_each))
     assert len(said) == 2
     assert open_run(only_a).entry.parents == ("a", "b")
 
@@ -453,7 +452,7 @@ def test_a_combination_that_is_not_built_is_discarded(only_a, sentiment):
     killed("layer", only_a, section(sentiment, "b"))
     before = open_run(only_a).state
     (declared,) = [key for key in unbuilt(only_a) if key.startswith("after-")]
-    prune_stage(only_a, declared)
+    prune(only_a, declared)
     assert unbuilt(only_a) == []
     assert open_run(only_a).state == before
     assert open_run(f"{only_a}@b").entry is not None

@@ -20,10 +20,9 @@ from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, undo
 from chainlora.runs.history_file import read_history
-from chainlora.runs.pruning import prune_stage
 from chainlora.training.events import Event, LayerSolved, StageBegins
 from chainlora.training.plan import make_plan
-from chainlora.training.stages import extension, rehearsal, train_stages
+from chainlora.training.stages import extension, prune, rehearsal, train_stages
 
 
 def test_extend_stands_beside_and_rehearses_if_asked(abc, sentiment, capsys, caplog):
@@ -69,7 +68,7 @@ def test_a_repeated_extend_takes_what_is_asked_for_later(abc, sentiment):
         train_on(abc, c, beside=True, rehearse=True)
         assert [e.key for e in read_history(abc).entries[-2:]] == ["after-c", "rehearsal"]
     assert open_run(abc).key == "rehearsal"
-    prune_stage(abc, "rehearsal")
+    prune(abc, "rehearsal")
     undo(abc, to="a")
     with pytest.raises(RunError, match=r"added to a combination with stage c \(got a, the current"):
         train_on(abc, c, beside=True, rehearse=True)
@@ -152,7 +151,7 @@ def test_a_stage_that_began_on_top_is_not_beside_others(abc, sentiment):
 def test_a_fork_without_stages_of_its_own_is_extended(abc, sentiment, tmp_path):
     fork = tmp_path / "fork"
     train_on(f"{abc}@b", section(sentiment, "d") | {"output": str(fork)})
-    prune_stage(fork, "d")
+    prune(fork, "d")
     train_on(fork, section(sentiment, "c"), beside=None)
     assert [*open_run(fork).shares] == ["b", "c"]
 

@@ -118,7 +118,8 @@ NUMBERS = [
 @pytest.mark.parametrize("key", NUMBERS)
 def test_a_number_that_no_key_can_mean_is_refused_by_name(key):
     """Some ended as unexpected errors, hours later; `lr: true` named no section."""
-    for value in (True, -1e300, 1e300, -(10**400), 10**400, float("nan")):
+    words = [True] * (key != "data.keep_rows")
+    for value in (*words, -1e300, 1e300, -(10**400), 10**400, float("nan")):
         with pytest.raises(ConfigError, match=rf"`{key}` must be .* \(got ") as raised:
             config((key, value))
         assert len(str(raised.value)) < 400

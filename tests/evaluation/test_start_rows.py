@@ -24,8 +24,7 @@ from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import undo
-from chainlora.runs.pruning import prune_stage
-from chainlora.training.stages import extension, train_stages
+from chainlora.training.stages import extension, prune, train_stages
 
 SHORT = {"ranks": [4], "steps": [2]}
 
@@ -78,7 +77,7 @@ def test_rows_for_an_adapter_are_given_to_a_run_and_count_from_then_on(
     train_stages(extension(run, law))
     train_stages(extension(run, law | {"name": "fork", "output": str(tmp_path / "fork")}))
     assert open_run(f"{tmp_path}/fork@start").state == open_run(run).state
-    prune_stage(run, "main")
+    prune(run, "main")
     assert stage_matrix(run).stages == ["start", "law"]
     assert stage_matrix(tmp_path / "fork").stages == ["start", "main", "law", "fork"]
     again = stage_matrix(tmp_path / "fork").grid[0][0]
@@ -210,7 +209,7 @@ def test_what_was_before_a_first_stage_that_was_pruned(
 ):
     run, rows = made / "first", general(sentiment, "train")
     train_stages(extension(run, {"name": "more", "data": rows, "chain": SHORT}))
-    prune_stage(run, "main")
+    prune(run, "main")
     report = chainlora(f"report {run}@start --output {tmp_path}/page.html")
     assert report.status == 0
     assert "as it was before this run" in (tmp_path / "page.html").read_text()

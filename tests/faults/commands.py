@@ -32,9 +32,8 @@ from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import pull_run, push_run
 from chainlora.runs.loading_start import with_start
 from chainlora.runs.paths import is_run
-from chainlora.runs.pruning import prune_stage
 from chainlora.training.interrupts import interruptible
-from chainlora.training.stages import build_run, extension, rehearsal, train_stages
+from chainlora.training.stages import build_run, extension, prune, rehearsal, train_stages
 from chainlora_lab import make_experiment, run_cells
 from faults.injection import Injection
 from faults.lives import End, fresh, live
@@ -224,7 +223,7 @@ COMMANDS = {
     "build": Command(lambda _, at, *__: build_run(at / "run"), "one"),
     "two at once": Command(_two_at_once, "one"),
     "rehearse": Command(_rehearse, "beside"),
-    "forget": Command(lambda _, at, *__: prune_stage(at / "run", "law"), "rehearsed", "refused"),
+    "forget": Command(lambda _, at, *__: prune(at / "run", "law"), "rehearsed", "refused"),
     "combine": Command(
         lambda _, at, *__: combine(at / "run", output=at / "fork"), "beside", "refused"
     ),
@@ -235,7 +234,7 @@ COMMANDS = {
     "mix": Command(lambda _, at, *__: mix_stages(at / "run", {"facts": 0.5, "taste": 0}), "two"),
     "undo": Command(lambda _, at, *__: undo(at / "run"), "two", "other"),
     "redo": Command(lambda _, at, *__: redo(at / "run"), "undone", "other"),
-    "prune": Command(lambda _, at, *__: prune_stage(at / "run", "facts"), "two", "refused"),
+    "prune": Command(lambda _, at, *__: prune(at / "run", "facts"), "two", "refused"),
     "export": Command(lambda _, at, *__: export_adapter(at / "run", at / "out"), "two", "refused"),
     "merge": Command(lambda _, at, *__: export_merged(at / "run", at / "out"), "two", "refused"),
     "push": Command(lambda _, at, *__: push_run(at / "run", str(at / "fork"), rows=True), "two"),

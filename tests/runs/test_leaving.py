@@ -164,7 +164,7 @@ def test_a_link_in_the_base_leads_no_file_into_an_export(chat_run, tmp_path, nam
     path.symlink_to(secret)
     try:
         with pytest.raises(
-            (ModelError, RunError), match=rf"folder of their model .*{name}|another {name}"
+            (ModelError, RunError), match=rf"must lie in its folder .*{name}|another {name}"
         ):
             export(chat_run, tmp_path / "out")
     finally:

@@ -11,8 +11,7 @@ from helpers_data import pair_files
 from chainlora import export_adapter, train
 from chainlora.cli.main import run as cli
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
-from chainlora.runs.pruning import prune_stage
-from chainlora.training.stages import extension
+from chainlora.training.stages import extension, prune
 from stages.cases import one_stage, survey
 
 
@@ -79,5 +78,5 @@ def test_what_a_chain_begins_on_is_asked_for_before_any_training(config, tmp_pat
     assert not (tmp_path / "begun").exists()
     with pytest.raises(RunError, match="none of facts"):
         survey(extension(tmp_path / "run", law))
-    prune_stage(tmp_path / "run", "facts")
+    prune(tmp_path / "run", "facts")
     assert [found.state for found in survey(extension(tmp_path / "run", law))][-1] == "new"

@@ -19,8 +19,7 @@ from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, undo
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.loading_start import load_start
-from chainlora.runs.pruning import prune_stage
-from chainlora.training.stages import extension, train_run, train_stages
+from chainlora.training.stages import extension, prune, train_run, train_stages
 from stages.cases import files_of, logits, one_stage, stage_of, stopping_after, survey
 
 
@@ -209,7 +208,7 @@ def test_stages_that_are_half_trained_leave_the_run_alone(config, tmp_path, capl
     facts = logits(run)
     with pytest.raises(Stop):
         train_on(run, style, listener=stopping_after(8))
-    for act in (lambda: prune_stage(run, "facts"), lambda: open_run(f"{run}@style")):
+    for act in (lambda: prune(run, "facts"), lambda: open_run(f"{run}@style")):
         with pytest.raises(RunError, match=r"style is unfinished|'style', which has not ended,"):
             act()
     assert torch.equal(logits(run), facts)

@@ -20,8 +20,7 @@ from chainlora.models.identity import cache_dir
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, redo, undo
 from chainlora.runs.inspection import inspect_run
-from chainlora.runs.pruning import prune_stage
-from chainlora.training.stages import rehearsal, train_stages
+from chainlora.training.stages import prune, rehearsal, train_stages
 from stages.cases import files_of, logits, stage_of, survey
 
 
@@ -33,7 +32,7 @@ def test_a_pruned_stage_is_nowhere_and_later_ones_are_what_they_were_without(thr
         own = open_run(f"{run}@{stage}")
         traces = {stage, str(own.entry.kept)[:16], *own.entry.tied, own.state.digest}
         traces |= {term.link for term, facts in own.pairs if facts.stage == stage}
-        prune_stage(run, stage)
+        prune(run, stage)
         for path in (path for path in run.rglob("*") if path.is_file()):
             text = f"{path.relative_to(run)} {path.read_bytes().decode(errors='replace')}"
             is_config = path.name == "config.yaml"  # of a later stage: its own data
@@ -45,7 +44,7 @@ def test_a_pruned_stage_is_nowhere_and_later_ones_are_what_they_were_without(thr
         with pytest.raises(RunError, match=r"a stage must be one of .*name one"):
             open_run(f"{run}@{stage}")
         with pytest.raises(RunError, match="must be one of"):
-            prune_stage(run, stage)
+            prune(run, stage)
     three["stages"] = three["stages"][2:]
     assert [found.state for found in survey(make_stages(three))] == ["finished"]
     assert train_all(three) == [None]
@@ -53,7 +52,7 @@ def test_a_pruned_stage_is_nowhere_and_later_ones_are_what_they_were_without(thr
     assert "validation" not in (tmp_path / "adapter/README.md").read_text(encoding="utf-8")
     train_stages(rehearsal(run, {"chain": {"steps": [1]}}))  # would go with it
     with pytest.raises(RunError, match=r"must keep a stage.*its only one"):
-        prune_stage(run, "law")
+        prune(run, "law")
 
 
 def test_pages_of_a_killed_report_go_with_a_pruned_stage(two, tmp_path, capsys):
@@ -82,7 +81,7 @@ def test_what_tensorboard_shows_of_a_stage_goes_with_it(config, tmp_path):
     run = tmp_path / "run"
     found = {path.relative_to(run).parts[:2] for path in run.rglob("events.out.*")}
     assert found == {("stages", "facts"), ("stages", "style")}
-    prune_stage(run, "style")
+    prune(run, "style")
     found = {path.relative_to(run).parts[:2] for path in run.rglob("events.out.*")}
     assert found == {("stages", "facts")}
     assert not any(b"more.jsonl" in path.read_bytes() for path in run.rglob("*") if path.is_file())
@@ -93,7 +92,7 @@ def test_the_name_of_a_pruned_stage_is_free_again(three, tmp_path):
     killed prune has left are no part of it."""
     run, end = tmp_path / "run", open_run(tmp_path / "run").state
     left = shutil.copytree(run / "stages/law", tmp_path / "left")
-    prune_stage(run, "law")
+    prune(run, "law")
     with pytest.raises(RunError, match="got law for style"):
         train_all(three | {"stages": [three["stages"][0], stage_of(three, "law")]})
     shutil.copytree(left, run / "stages/law")
@@ -110,7 +109,7 @@ def test_what_was_done_before_a_stage_was_pruned_is_not_done_again(two, tmp_path
         undo(run)
         undo(run)
         redo(run)
-        prune_stage(run, "style")
+        prune(run, "style")
         heads = [open_run(run).state.digest]
         while open_run(run).history.past:
             heads.append(undo(run).state.digest)
@@ -127,9 +126,9 @@ def test_scores_of_pairs_are_scored_again_on_another_reference(config, tmp_path)
     run, path = tmp_path / "run", tmp_path / "run/matrix.jsonl"
     train_stages(make_stages(config))  # which scores it
     other = shutil.copytree(run, tmp_path / "other")
-    prune_stage(other, "style")
+    prune(other, "style")
     assert open_run(other).verify().stages == ["facts"]
-    prune_stage(run, "facts")
+    prune(run, "facts")
     found = stage_matrix(run).grid
     assert found[0][0].value == 0.5  # of the base, which is its own reference now
     path.unlink()
@@ -141,11 +140,11 @@ def test_a_fork_is_pruned_of_its_parents_stage(three, tmp_path):
     own = stage_of(three, "law") | {"name": "new", "output": str(fork)}
     train_on(f"{run}@style", own)
     before = files_of(run)
-    prune_stage(fork, "facts")
+    prune(fork, "facts")
     assert open_run(fork).stages == ["style", "new"]
     assert list(open_run(fork).kept()) == ["style", "new"]
     with pytest.raises(RunError, match="must be one of style, new"):
-        prune_stage(fork, "facts")
+        prune(fork, "facts")
     assert files_of(run) == before
 
 
@@ -156,7 +155,7 @@ def test_a_pruning_from_elsewhere_leaves_the_relative_name_of_the_base(
     shutil.copytree(tiny_folder, tmp_path / "base")
     train_all(config | {"model": "base"})
     monkeypatch.chdir("/")
-    prune_stage(tmp_path / "run", "style")
+    prune(tmp_path / "run", "style")
     assert json.loads((tmp_path / "run/history.json").read_text())["base"]["model"] == "base"
 
 

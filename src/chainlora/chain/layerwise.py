@@ -95,8 +95,8 @@ class Layers:
         if self._body.training:
             rule = "the model must be in evaluation mode to combine states"
             raise ChainError(rule, "training mode", "call model.eval()")
-        expected = self._model_output(row)
         try:
+            expected = self._model_output(row)
             batch = self.enter([row])
             for index, block in enumerate(self.blocks.values()):
                 with in_float32(block) as exact:
@@ -107,23 +107,29 @@ class Layers:
         except Exception as error:  # the code of a model may raise any kind of error
             got = f"{type(error).__name__} layer by layer"
             raise _not_layered(self._body, got) from error
-        # A model in 16 bits itself rounds to as few as 8 bits in every layer.
-        near = _TOLERANCE if next(self._body.parameters()).dtype == torch.float32 else 0.1
-        if float((output - expected).abs().max()) > near * float(expected.abs().max()):
+        if float((output - expected).abs().max()) > _TOLERANCE * float(expected.abs().max()):
             raise _not_layered(self._body, "other outputs layer by layer")
 
     def _model_output(self, row: Sequence[int]) -> Tensor:
-        """Return the input of the head in the model itself; note which layers return tuples."""
-        with ExitStack() as hooks:
-            for block, recorder in zip(self.blocks.values(), self._recorders, strict=True):
-                hooks.enter_context(block.register_forward_hook(recorder.note_output))
-            tokens = torch.tensor([[*row]]).to(self._device)
-            hidden: Tensor = self._body(input_ids=tokens, use_cache=False)[0][0]
-            return hidden.float()
+        """Return the input of the head, with the model's own calls of its layers.
+
+        In float32, since routers may choose other experts in 16 bits.
+        """
+        tokens = torch.tensor([[*row]]).to(self._device)
+        for recorder in self._recorders:
+            recorder.runs_layer = True
+        try:
+            return self._run_shell(tokens, torch.ones_like(tokens).bool())[0]
+        finally:
+            for recorder in self._recorders:
+                recorder.runs_layer = False
 
 
 class _Recorder(nn.Module):
-    """Replaces a decoder layer: records its arguments, and returns its input or a set `output`."""
+    """Replaces a decoder layer: records its arguments, and returns its input or a set `output`.
+
+    With `runs_layer`, it returns what the layer returns, in float32.
+    """
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -132,6 +138,7 @@ class _Recorder(nn.Module):
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.input: Tensor
         self.output: Tensor | None = None
+        self.runs_layer = False
 
     def __getattr__(self, name: str) -> Any:  # some models read attributes of their layers
         try:
@@ -141,12 +148,13 @@ class _Recorder(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **keys: Any) -> Any:
         self.input, self.call = hidden, (args, keys)
+        if self.runs_layer:
+            with in_float32(self.block) as exact:
+                outputs = exact(hidden, *args, **keys)
+            self.tuple_size = len(outputs) if isinstance(outputs, tuple | list) else 0
+            return outputs
         output = hidden if self.output is None else self.output
         return (output, *[None] * (self.tuple_size - 1)) if self.tuple_size else output
-
-    def note_output(self, block: nn.Module, args: Any, output: Any) -> None:
-        """Record whether the layer returns a tuple; a forward hook of the layer."""
-        self.tuple_size = len(output) if isinstance(output, tuple | list) else 0
 
 
 def run(block: nn.Module, batch: Batch, index: int) -> Tensor:

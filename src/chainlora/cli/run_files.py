@@ -40,18 +40,19 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     folder = whole_run(run)
     quiet()
     from chainlora.runs.addresses import open_run
-    from chainlora.runs.pruning import plan_pruning, prune_stage
+    from chainlora.runs.pruning import plan_pruning
 
-    pruning = (prune_stage if yes else plan_pruning)(folder, stage)
+    pruning = plan_pruning(folder, stage)
+    if yes:
+        from chainlora.training.progress import progress_listener
+        from chainlora.training.stages import prune as prune_from
+
+        with progress_listener() as listener:
+            pruning = prune_from(folder, stage, listener=listener)
     _show_pruning(run, stage, pruning, yes, as_json)
     if not yes:
         raise ConfigError("Nothing deleted. Add --yes.")
     if pruning.again:
-        from chainlora.training.progress import progress_listener
-        from chainlora.training.stages import combine_again
-
-        with progress_listener() as listener:
-            combine_again(folder, pruning, listener=listener)
         now = open_run(folder)
         to_stderr(f"{run} is {now.key} now, of {', '.join(now.history.parts(now.key))}")
     if pruning.mixes:

@@ -175,6 +175,12 @@ def _show_added(run: str, before: str | None, state: OpenState, as_json: bool) -
 )
 @click.option("--no-general", is_flag=True, help="Leave out the origin of RUN, and its rows.")
 @click.option("--keep-conflicts", is_flag=True, help="Use old answers too, not only the newest.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Train the combined link for this many steps on kept rows.  [default: 0]",
+)
 @click.option("--output", type=click.Path(), help="Folder of a new run. RUN does not change.")
 @click.option(
     "--no-scores", is_flag=True, help="Do not score the combination on the rows of each stage."
@@ -205,7 +211,7 @@ def combine(
     from chainlora.evaluation.combination import summary_of
 
     keys, importance = _parse_importance(names)
-    with evaluation_progress("combining {}: layer {} of {}") as progress:
+    with evaluation_progress("combining {} {} of {}") as progress:
         options |= {"importance": importance, "general": not no_general}
         state = combined(folder, keys, progress=progress, **options)
     assert state.entry is not None

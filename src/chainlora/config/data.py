@@ -107,10 +107,10 @@ class DataConfig(Section):
     """Read rows of earlier stages again also if this stage or a later one has another answer to
     their prompt. `false` leaves them out of `replay`, `rehearse` and combinations: the newest
     answer counts ([changed facts](changed-facts.md))."""
-    keep_rows: bool = True
-    """Keep [a sample of the rows](run-directory.md#what-is-in-it), and hashes of all, in the run
-    directory. Later stages need them for `replay`, `rehearse`, `new_rows_only`, held-out
-    rows, combining and scores on this stage."""
+    keep_rows: bool | Count = True
+    """Keep [a sample of the rows](run-directory.md#what-is-in-it), up to 1,000 training rows or
+    this number, and hashes of all rows, in the run directory. Later stages need them for `replay`,
+    `rehearse`, `new_rows_only`, held-out rows, combining and scores on this stage."""
 
     @field_validator("train", mode="before")
     @classmethod

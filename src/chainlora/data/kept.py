@@ -54,6 +54,7 @@ class Kept:
     answers: NDArray[np.int64]  # [unique answers, 2]
     asked: Mapping[str, Any]  # the fields `ASKED` of `Splits`: how the rows are scored
     bound: int | None = None  # of `held_out_bound`; None: `data.validation` was a file
+    vocabulary: int = 0  # the largest token id of rows that were read, plus 1
 
     @property
     def loss(self) -> str:
@@ -73,7 +74,7 @@ class Kept:
 
 def keeps_rows(data: DataConfig) -> bool:
     """Return whether a stage keeps rows; a rehearsal has no new rows to keep."""
-    return data.keep_rows and not data.rehearse
+    return bool(data.keep_rows) and not data.rehearse
 
 
 def keeps_general(config: RunConfig) -> bool:
@@ -100,11 +101,15 @@ def read_kept(path: Path) -> Kept:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if facts["format"] != _FORMAT:
             raise ValueError(f"format {facts['format']} of another version")
+        tokens = np.concatenate([arrays[f"{split}.tokens"] for split in SPLITS])
+        if tokens.dtype != np.int32 or tokens.min(initial=0) < 0:
+            raise ValueError("token ids must be int32, and not negative")
         values: dict[str, Any] = {
             split: StoredRows({name: arrays[f"{split}.{name}"] for name in ARRAYS})
             for split in SPLITS
         }
         values |= {name: arrays[name] for name in _HASHES}
+        values["vocabulary"] = int(tokens.max(initial=-1)) + 1
         return Kept(**values, **{name: facts[name] for name in ("counts", "asked", "bound")})
     except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
         raise RunError(
@@ -112,6 +117,16 @@ def read_kept(path: Path) -> Kept:
             f"{path}: {error}",
             "restore the file from a copy, or start over",
         ) from None
+
+
+def need_embedded(kept: Mapping[str, Kept], model: Any) -> None:
+    """Raise RunError if kept rows of an entry have tokens that the model does not know."""
+    known = model.get_input_embeddings().weight.shape[0]
+    for key, rows in kept.items():
+        if rows.vocabulary > known:
+            rule = f"kept rows must have tokens of the model, 0 to {known - 1}"
+            got = f"{rows.vocabulary - 1} in rows of {key}"
+            raise RunError(rule, got, "restore the run from a copy")
 
 
 # --- changed facts: prompts that a later stage answers differently than an earlier one ---

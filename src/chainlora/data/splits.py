@@ -36,15 +36,16 @@ from chainlora.data.tasks import (
     REPORTED_OF_TEXT,
     WORD_METRICS,
     Task,
-    check_split_files,
     flat,
     load_task,
     sample_splits,
+    split_files,
     split_source,
     unseen_source,
 )
 from chainlora.data.templates import set_chat_template
 from chainlora.errors import ConfigError
+from chainlora.files import sha256
 
 _log = logging.getLogger(__name__)
 
@@ -80,11 +81,12 @@ class Splits:
         count = len(self.train) if self.mixture is None else self.mixture.num_rows
         return pick(self.train, np.arange(len(self.train)) < count)
 
-    def kept(self) -> Kept:
-        """Return the rows to keep with the run, without rows of earlier stages."""
+    def kept(self, keep_rows: bool | int = True) -> Kept:
+        """Return the rows to keep (`data.keep_rows`), without rows of earlier stages."""
+        most = SAMPLE if keep_rows is True else keep_rows
         own = self.own
         hashes, answers = example_hashes(own), answer_hashes(own)
-        smallest = np.argsort(hashes, kind="stable")[:SAMPLE].tolist()
+        smallest = np.argsort(hashes, kind="stable")[:most].tolist()
         sample = [own[index] for index in smallest]
         return Kept(
             MemoryRows(sample),
@@ -294,8 +296,8 @@ def learned_by(data: DataConfig, loss: str | None) -> str:
 
 
 def named_sources(data: DataConfig) -> dict[str, list[TrainFile]]:
-    """Return the sources of a config by key: the task, and data files with their weights."""
-    values = {f"data.{key}": getattr(data, key) for key in ("task", "validation", "test")}
+    """Return the sources of a config by key: the task, its folder, data files with weights."""
+    values = {f"data.{key}": getattr(data, key) for key in ("task", "dir", "validation", "test")}
     named = {key: [TrainFile(path=path)] for key, path in values.items() if isinstance(path, str)}
     if data.rehearse:
         named["data.rehearse"] = []
@@ -303,9 +305,11 @@ def named_sources(data: DataConfig) -> dict[str, list[TrainFile]]:
 
 
 def source_digest(key: str, path: str, data: DataConfig) -> str:
-    """Return a digest of the content of a task or data file; its path does not count."""
+    """Return a digest of a task, of the files in its folder, or of a data file, by content."""
     if key == "data.task":
         return hashlib.sha256(load_task(path).model_dump_json().encode()).hexdigest()
+    if key == "data.dir":
+        return " ".join(map(sha256, split_files(load_task(str(data.task)), path)))
     split = key.removeprefix("data.")
     return find_source(path, split, getattr(data, f"num_{split}")).identity()
 
@@ -328,7 +332,7 @@ def check_files(data: DataConfig, loss: str | None) -> None:
     """
     task = None if data.task is None else load_task(data.task)
     if task is not None and data.dir is not None:
-        check_split_files(task, data.dir)
+        split_files(task, data.dir)
     elif task is not None and data.train is None:
         split_source(task, None, "train")
     kinds: dict[str, set[str]] = {}

@@ -74,6 +74,24 @@ def completion_loss(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> tup
     return loss, batch.num_scored_tokens
 
 
+def divergence(model: nn.Module, hidden: Tensor, batch: PackedBatch, teacher: Tensor) -> Tensor:
+    """Return the sum over scored tokens of KL(teacher ‖ model), with the logits of all tokens.
+
+    `hidden` [R, d] are hidden states of the model, `teacher` [N, d] those of another state that
+    predict the N scored tokens; both use the head of the model.
+    """
+    head, transform = find_head(model)
+
+    def logprobs(states: Tensor) -> Tensor:
+        logits = head(_for_head(model, states)).float()
+        return F.log_softmax(logits if transform is None else transform(logits), dim=-1)
+
+    with torch.no_grad():
+        wanted = logprobs(teacher)
+    found = logprobs(hidden[batch.token_row])
+    return F.kl_div(found, wanted, reduction="sum", log_target=True)
+
+
 def _token_logprobs(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tensor:
     """Return log p(target | row) [N], float32, from hidden states [R, d].
 

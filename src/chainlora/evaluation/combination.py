@@ -7,28 +7,30 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from chainlora import files
 from chainlora.chain.combining import Combined, Part
-from chainlora.chain.link import Link, stack_links
+from chainlora.chain.link import stack_links
 from chainlora.chain.solving import combine as solve
-from chainlora.config.schema import LinkConfig
-from chainlora.data.kept import Kept, newest
-from chainlora.errors import ChainError, RunError
+from chainlora.data.kept import Kept, need_embedded, newest
+from chainlora.data.rows import MemoryRows, joined
+from chainlora.errors import ChainError, ChainLoRAError, RunError
+from chainlora.evaluation.combined_steps import POINT, Lessons, Point, trained
 from chainlora.evaluation.stage_scores import Progress
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.beginning import fork, need_same_base, take_in
 from chainlora.runs.changes import whole_run
+from chainlora.runs.documents import short_digest
 from chainlora.runs.export import empty_folder, filled_folder
 from chainlora.runs.history import COMBINED, START, History, Recipe, State, Term, Unbuilt
 from chainlora.runs.history_file import changed, read_history, update_history
 from chainlora.runs.links import need_low_rank_sum, save_link
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import chain_on_base
-from chainlora.runs.paths import is_run
+from chainlora.runs.paths import is_run, stage_folder
 from chainlora.runs.saved_chain import as_adapter
 from chainlora.runs.state import OpenState
 
@@ -49,6 +51,7 @@ def combine(
     importance: Mapping[str, float] | None = None,
     general: bool = True,
     keep_conflicts: bool = False,
+    steps: int = 0,
     output: str | Path | None = None,
     progress: Progress | None = None,
 ) -> OpenState:
@@ -65,6 +68,7 @@ def combine(
             by the name given to that run; by default 1.
         general: combine the origin too, by the rows that were kept for it.
         keep_conflicts: use rows even if their prompt has another answer in a later stage.
+        steps: train the combined link for this many steps on kept rows; a killed call resumes.
         output: a new folder: the combination becomes a new run, and this one does not change.
         progress: called as ``progress(parts, layers_done, layers)``.
 
@@ -92,7 +96,9 @@ def combine(
         remedy = "give another one, or leave it out"
         raise RunError("the rank of a combination must be above 0", rank, remedy)
     weights = _checked_weights(importance or {}, [its for _, its in given], with_origin)
-    recipe = Recipe(rank=rank, general=general, keep_conflicts=keep_conflicts)
+    if steps < 0:
+        raise RunError("the steps of a combination must be 0 or more", steps, "leave them out")
+    recipe = Recipe(rank=rank, general=general, keep_conflicts=keep_conflicts, steps=steps)
     if output is None:
         return _become(folder, parts, weights, recipe, progress)
     target = empty_folder(output)
@@ -192,30 +198,64 @@ def build_combination(
     declared = history.find_unbuilt(key)
     if declared is None:  # another process was faster
         return
-    states = [state_at(run, history, name) for name in declared.parents]
     try:
-        solved = _solved(states, declared.recipe, progress or (lambda *done: None), base)
-    except RunError:  # a second try would fail too: withdraw it
+        build = solved_combination(run, history, declared, progress, base)
+    except ChainLoRAError:  # a second try would fail too: withdraw it
         update_history(run, lambda current: current.withdrawn([key]))
         raise
-    rank = max(factors.a.shape[0] for factors in solved.factors.values())
-    config = LinkConfig(rank=rank, alpha=float(rank))
-    link = Link(0, config, solved.factors, error=solved.error)
 
     def change(current: History) -> History:
         if current.find(key) is not None:
             return current
         parents = [current.state_of(name) for name in declared.parents]
-        if current.find_unbuilt(key) != declared or parents != [s.state for s in states]:
+        before = [history.state_of(name) for name in declared.parents]
+        if current.find_unbuilt(key) != declared or parents != before:
             raise changed(run)
+        return build(current)
+
+    update_history(run, change)
+
+
+def solved_combination(
+    run: Path,
+    history: History,
+    declared: Unbuilt,
+    progress: Progress | None = None,
+    base: OpenBase | None = None,
+) -> Callable[[History], History]:
+    """Solve a combination; return a function that saves its link and builds its entry.
+
+    The function is called under the lock of the run.
+    """
+    # sorted: the order of summation, and so the bits, must not depend on the order of names
+    states = [state_at(run, history, name) for name in declared.parents]
+    states = sorted(states, key=lambda state: state.state.digest)
+    progress, recipe = progress or (lambda *done: None), declared.recipe
+    folder = stage_folder(run, declared.key)  # has a point while the steps are not finished
+    save, point = None, None
+    if recipe.steps:
+        digests = [state.state.digest for state in states]
+        kept = sorted(history.keepers(declared.parents).values())
+        identity = short_digest([digests, kept, recipe.model_dump(mode="json")])
+        save = partial(Point.write, path=folder / POINT, identity=identity)
+        point = Point.read(folder / POINT, identity)
+    if point is None:
+        point = Point.of(_solved(states, recipe, progress, base))
+    if save is not None:
+        save(point)
+        point = _trained(states, recipe, point, save, progress, base)
+    link = point.link()
+
+    def build(current: History) -> History:
         files.remove_scratch(run / "links", COMBINED)  # left by a kill; safe under the lock
         digest, facts = save_link(run, link, current.base, COMBINED)
         state = State(base=current.base.fingerprint, terms=(Term(link=digest),))
         reads = tuple(current.keepers(declared.parents))
-        entry = declared.built(state, reads=reads, distances=solved.distances)
+        entry = declared.built(state, reads=reads, distances=dict(point.distances))
+        files.remove(folder)
         return current.built(entry, {digest: facts})
 
-    update_history(run, change)
+    return build
 
 
 def summary_of(history: History, key: str) -> str:
@@ -292,18 +332,15 @@ def has_general(state: OpenState) -> bool:
 def _solved(
     states: Sequence[OpenState], recipe: Recipe, progress: Progress, base: OpenBase | None
 ) -> Combined:
-    """Return the combination of states, and of the origin if the recipe asks for it."""
-    # sorted: the order of summation, and so the bits, must not depend on the order of names
-    states = sorted(states, key=lambda state: state.state.digest)
+    """Return the closed form for states, and for the origin if the recipe asks for it."""
     first, history = states[0], states[0].history
-    start = history.find(START)
-    has_rows = start is not None and start.kept is not None
-    if recipe.general and has_rows and all(state.key != START for state in states):
-        states.append(first.at(START))
+    if _adds_origin(states, recipe):
+        states = [*states, first.at(START)]
     links = [state.links() for state in states]
     weights = {START: GENERAL} | recipe.importance
+    kept = first.kept([state.key for state in states])
     parts = []
-    for state, rows, of_state in zip(states, _rows_of(states, recipe), links, strict=True):
+    for state, rows, of_state in zip(states, _rows_of(states, kept, recipe), links, strict=True):
         if rows:
             weight = weights.get(state.key, 1.0)
             parts.append(Part(state.key, rows, stack_links(of_state), weight))
@@ -313,16 +350,52 @@ def _solved(
     ranks = {each.link: history.links[each.link].rank for s in states for each in s.state.terms}
     rank = recipe.rank or max(RANK, sum(ranks.values()))
     chain, _ = chain_on_base(first, base=base)
-    report = partial(progress, " + ".join(part.name for part in parts))
+    need_embedded(kept, chain.model)
+    report = partial(progress, f"{' + '.join(part.name for part in parts)}: layer")
     try:
         return solve(chain.model, parts, rank, report)
     except ChainError as error:
         raise RunError(f"Cannot combine: {error}") from None
 
 
-def _rows_of(states: Sequence[OpenState], recipe: Recipe) -> list[list[list[int]]]:
+def _adds_origin(states: Sequence[OpenState], recipe: Recipe) -> bool:
+    """Say whether the origin is one more part."""
+    start = states[0].history.find(START)
+    has_rows = start is not None and start.kept is not None
+    return recipe.general and has_rows and all(state.key != START for state in states)
+
+
+def _trained(
+    states: Sequence[OpenState],
+    recipe: Recipe,
+    point: Point,
+    save: Callable[[Point], None],
+    progress: Progress,
+    base: OpenBase | None,
+) -> Point:
+    """Train the closed form on the kept rows of the states; the origin is the teacher."""
+    first, adds_origin = states[0], _adds_origin(states, recipe)
+    kept = first.kept([state.key for state in states])
+    kept = kept if recipe.keep_conflicts else newest(kept)
+    entries = [[kept[key] for key in _entries_with_rows(state)] for state in states]
+    pools = [joined([each.train or each.validation for each in of_state]) for of_state in entries]
+    chain, _ = chain_on_base(first, base=base)
+    need_embedded(kept, chain.model)
+    lessons = Lessons(
+        rows=[pool for pool in pools if pool],
+        general=kept[START].train if adds_origin else MemoryRows(),
+        steps=recipe.steps,
+        seed=int(short_digest([state.state.digest for state in states])[:8], 16),
+    )
+    start = first.at(START).links() if adds_origin else []
+    report = partial(progress, f"{' + '.join(state.key for state in states)}: step")
+    return trained(chain, start, point, lessons, save, report)
+
+
+def _rows_of(
+    states: Sequence[OpenState], kept: Mapping[str, Kept], recipe: Recipe
+) -> list[list[list[int]]]:
     """Return the token rows of each state: a sample of each of its stages, never test rows."""
-    kept = states[0].kept([state.key for state in states])
     kept = kept if recipe.keep_conflicts else newest(kept)
     return [
         [

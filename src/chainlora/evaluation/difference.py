@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from chainlora.chain.link import Factors, Link, stack_links
 from chainlora.chain.low_rank import frobenius_norm, numerical_rank, singular_values
+from chainlora.data.kept import Kept, need_embedded
 from chainlora.errors import ConfigError, RunError
 from chainlora.evaluation.answers import Prompt, Said, Source, answer, prompts_of
 from chainlora.evaluation.scoring import rows_to_score
@@ -75,8 +77,8 @@ def diff(
     return Shown(result | {"answers": answers})
 
 
-MakeSource = Callable[[Any, int], Source]
-"""Returns rows to answer; called with the tokenizer and the model's context in tokens."""
+MakeSource = Callable[[Any, Any], Source]
+"""Returns rows to answer; called with the tokenizer and the model."""
 
 
 def _sources(
@@ -88,21 +90,27 @@ def _sources(
     if data is not None:
         encode, _ = rows_to_score(a, data=str(data), limit=limit)
 
-        def of_file(tokenizer: Any, context: int) -> Source:
-            task, rows = encode(tokenizer, context)
+        def of_file(tokenizer: Any, model: Any) -> Source:
+            task, rows = encode(tokenizer, context_length(model))
             return Source("", rows, task.stop)
 
         return [of_file]
-    sources = dict[str, Source]()  # by the SHA-256 of the rows
+
+    def of_kept(source: Source, kept: Kept, _: Any, model: Any) -> Source:
+        need_embedded({source.stage: kept}, model)
+        return source  # tokenised already
+
+    sources = dict[str, tuple[Source, Kept]]()  # by the SHA-256 of the rows
     for state in (a, b):
         kept = state.kept()
         for name, key in state.columns.items():
             if key in kept and state.keepers[key] not in sources:
-                is_taken = name in {source.stage for source in sources.values()}
+                is_taken = name in {source.stage for source, _ in sources.values()}
                 stage = f"{name} of {state.run}" if is_taken else name
                 rows = kept[key].scored[1][: PROMPTS if limit is None else limit]
-                sources[state.keepers[key]] = Source(stage, rows, kept[key].asked["stop"])
-    return [lambda *_, source=source: source for source in sources.values()]  # tokenised already
+                source = Source(stage, rows, kept[key].asked["stop"])
+                sources[state.keepers[key]] = source, kept[key]
+    return [partial(of_kept, *pair) for pair in sources.values()]
 
 
 def _answers(
@@ -121,8 +129,7 @@ def _answers(
         chain, tokenizer = chain_on_base(state, base=base)
         chain.add(*state.links())
         if not prompts:
-            context = context_length(chain.model)
-            rows = [make(tokenizer, context) for make in sources]
+            rows = [make(tokenizer, chain.model) for make in sources]
             prompts = prompts_of(rows, tokenizer)
             if not prompts:
                 rule, remedy = "only rows with prompts can be answered", "give --prompts 0"

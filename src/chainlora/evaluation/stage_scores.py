@@ -35,7 +35,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from chainlora import files
-from chainlora.data.kept import Kept
+from chainlora.data.kept import Kept, need_embedded
 from chainlora.engine.engine import Engine, Speedups
 from chainlora.errors import FileError, RunError
 from chainlora.evaluation.evaluate import Evaluation, evaluate, standard_error, values, weights_of
@@ -292,6 +292,7 @@ class Scorer:
         self.run, self.kept, self.speedups = run, kept, speedups
         self.progress = progress or (lambda what, done, rows: None)
         self.chain, self.tokenizer = chain_on_base(run, hold, base)
+        need_embedded(kept, self.chain.model)
         self._ids: dict[Digest, int] = {}  # of the links on the chain
         self._references: dict[str, list[list[float]]] = {}  # DPO: scores of pairs, by stage
         self._add(run.state)

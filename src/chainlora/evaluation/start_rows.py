@@ -22,7 +22,6 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from chainlora import files
-from chainlora.config.reading import make_config
 from chainlora.config.schema import DataConfig, RunConfig, StartData
 from chainlora.data.division import pick
 from chainlora.data.encoding.chat import need_template
@@ -43,6 +42,7 @@ from chainlora.runs.addresses import open_run
 from chainlora.runs.beginning import save_rows, with_start_rows
 from chainlora.runs.changes import whole_run
 from chainlora.runs.costs import versions
+from chainlora.runs.declaring import declared_config
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import BASE, CONTENT, START, TOKENIZER, State, Term, Unbuilt, rows_file
 from chainlora.runs.history_file import read_history, update_history
@@ -51,6 +51,7 @@ from chainlora.runs.loading_start import Start, fitted, load_start
 from chainlora.runs.locks import Claim
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import check_base, noted_base, tokenizer_of
+from chainlora.runs.resuming import import_sources, need_same_sources
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def rows_of_start(rows: StartData, data: DataConfig, tokenizer: Any, context: in
 
 def build_start(run: Path, declared: Unbuilt, base: OpenBase | None, progress: Progress) -> None:
     """Import the adapter of a run's start, and keep rows for it: given ones, or general rows."""
-    config = make_config(declared.config)
+    config = declared_config(run, declared)
     base = OpenBase.of_config(config, run).or_shared(base)
     claim = Claim(run, declared.unit)  # the lock of the first stage, which needs this entry
     claim.take()
@@ -91,6 +92,7 @@ def _import(
     """Write the links and the kept rows of the start, and give the entry its state."""
     history = read_history(run)
     is_adapter = history.origin == START and config.start is not None
+    need_same_sources(run, declared, import_sources(START, config, has_adapter=is_adapter))
     start = load_start(str(config.start)) if is_adapter else Start()
     chain = base.chain(seed=config.train.seed, hold=config.chain.hold)
     start = fitted(start, chain, config.model)

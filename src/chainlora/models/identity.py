@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -85,6 +85,21 @@ def tokenizer_files(folder: Path) -> list[Path]:
     """Return all files of a folder that a tokenizer reads."""
     patterns = _TOKENIZERS + _TOKENIZER_EXTRAS
     return sorted({path for pattern in patterns for path in folder.glob(pattern)})
+
+
+def need_own_files(folder: Path, paths: Iterable[Path]) -> None:
+    """Raise ModelError if one of `paths` in a folder is a symbolic link out of it.
+
+    Otherwise a copy of them could contain any file of this machine. In the Hub's cache, links into
+    its blobs are allowed.
+    """
+    blobs = [folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
+    allowed = [own.resolve() for own in (folder, *blobs)]
+    for path in sorted(paths):
+        if path.exists() and not any(map(path.resolve().is_relative_to, allowed)):
+            rule = "files of a model or an adapter must lie in its folder"
+            got = f"{path.name} in {folder}, a link to {path.resolve()}"
+            raise ModelError(rule, got, "put a copy in its place")
 
 
 def changed_files(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -7,7 +7,6 @@ config names the adapter as `start` and its rows as `data`.
 from __future__ import annotations
 
 import logging
-import shlex
 from pathlib import Path
 
 from chainlora import files
@@ -26,7 +25,6 @@ from chainlora.runs.history import (
     BASE,
     CONFIG,
     TOKENIZER,
-    WEIGHTS,
     Base,
     History,
     State,
@@ -41,12 +39,10 @@ from chainlora.runs.locks import Claim
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import check_base, noted_base
 from chainlora.runs.paths import is_run, stage_folder
-from chainlora.runs.resuming import source_digests
+from chainlora.runs.resuming import import_sources, need_same_sources
 from chainlora.runs.saved_chain import as_adapter
 
 logger = logging.getLogger(__name__)
-
-ADAPTER = "start"  # the key of the adapter, in a config and in its sources
 
 
 def import_entry(name: str, config: RunConfig, origin: str) -> Unbuilt:
@@ -56,21 +52,9 @@ def import_entry(name: str, config: RunConfig, origin: str) -> Unbuilt:
         kind="import",
         parents=() if origin == BASE else (origin,),
         unit=name,
-        training=Training(sources=_sources(config)),
+        training=Training(sources=import_sources(name, config)),
         config=config.model_dump(mode="json"),
     )
-
-
-def adapter_digests(adapter: str) -> list[str]:
-    """Return the SHA-256 of the config and of the weights of an adapter."""
-    folder = start_folder(adapter)
-    names = ("adapter_config.json", WEIGHTS)
-    with files.reported(folder, "read"):
-        return [files.sha256(folder / name) for name in names]
-
-
-def _sources(config: RunConfig) -> dict[str, list[str]]:
-    return source_digests(config) | {ADAPTER: adapter_digests(str(config.start))}
 
 
 def read_adapter(source: str) -> Start:
@@ -125,10 +109,7 @@ def build_import(run: Path, declared: Unbuilt, base: OpenBase | None = None) -> 
 
 def _import(run: Path, declared: Unbuilt, base: OpenBase | None) -> None:
     config, history, key = declared_config(run, declared), read_history(run), declared.key
-    if _sources(config) != declared.training.sources:
-        rule = "an adapter and its files of rows must not change before it is imported"
-        remedy = f"repeat its command, or chainlora prune {shlex.quote(str(run))} {key} --yes"
-        raise RunError(rule, f"changed ones for {key}", remedy)
+    need_same_sources(run, declared, import_sources(key, config))
     base = OpenBase.of_config(config, run).or_shared(base)
     start, base_facts = _fitted(run, config, history, base)
     rows, kept = _rows_of(config, base, run / TOKENIZER if history.tokenizer else None, start)

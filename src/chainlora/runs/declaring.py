@@ -27,7 +27,7 @@ from chainlora.runs.history_file import changed, update_history
 from chainlora.runs.loading_start import Start
 from chainlora.runs.locks import is_in_use
 from chainlora.runs.paths import HISTORY, exists_in, stage_folder
-from chainlora.runs.resuming import source_digests, start_digests
+from chainlora.runs.resuming import import_sources, source_digests
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,8 @@ def history_of_start(start: Start, base: Base, config: RunConfig, unit: str) -> 
     is_general = start.state is None and keeps_general(config)
     if start.adapter is None and not is_general and config.start_data in (None, "none"):
         return history
-    known: Any = {"unit": unit, "training": Training(sources=start_digests(config))}
+    sources = import_sources(START, config, has_adapter=start.adapter is not None)
+    known: Any = {"unit": unit, "training": Training(sources=sources)}
     given = Unbuilt(key=START, kind="import", config=config.model_dump(mode="json"), **known)
     origin = START if start.state is None else history.origin
     return history.model_copy(update={"unbuilt": (given,), "origin": origin})

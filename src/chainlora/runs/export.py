@@ -31,7 +31,7 @@ from chainlora.data.templates import ends_of_turn
 from chainlora.errors import ChainError, ModelError, RunError
 from chainlora.models.checkpoint import save_model, save_tokenizer
 from chainlora.models.finding import resolve_model
-from chainlora.models.identity import base_files, tokenizer_files
+from chainlora.models.identity import base_files, need_own_files, tokenizer_files
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.apart import Part, taken_apart, write_sheet
@@ -204,29 +204,19 @@ def _base_folder(base: Base, run: OpenState | Chain) -> Path | None:
     except ModelError as error:
         logger.warning("the export gets no licence and no tokenizer: %s", error)
         return None
-    _check_own_files(folder)
+    _need_own_files(folder)
     if isinstance(run, OpenState) and (tokenizer := run.tokenizer()) is not None:
-        _check_own_files(tokenizer)
+        _need_own_files(tokenizer)
     if isinstance(run, OpenState) and base.files is not None:
         check_base(base, run.run, files=base_files(folder))
     return folder
 
 
-def _check_own_files(base: Path) -> None:
-    """Raise ModelError if a file to copy is a symbolic link out of the folder of its model.
-
-    Otherwise an export could contain any file of this machine. In the Hub's cache, links into its
-    blobs are allowed.
-    """
+def _need_own_files(base: Path) -> None:
+    """Raise ModelError if a file to copy is a symbolic link out of the folder of its model."""
     licences = [path for path in base.iterdir() if is_licence(path.name)]
     configs = [base / name for name in _CONFIGS]
-    blobs = [base.parent.parent / "blobs"] if base.parent.name == "snapshots" else []
-    allowed = [folder.resolve() for folder in (base, *blobs)]
-    for path in sorted([*licences, *configs, *tokenizer_files(base)]):
-        if path.exists() and not any(map(path.resolve().is_relative_to, allowed)):
-            rule = "files that an export copies must lie in the folder of their model"
-            got = f"{path.name} in {base}, a link to {path.resolve()}"
-            raise ModelError(rule, got, "put a copy in its place")
+    need_own_files(base, [*licences, *configs, *tokenizer_files(base)])
 
 
 def copy_licences(base: Path, output: Path) -> None:

@@ -155,13 +155,14 @@ class Recipe(Part):
     `rank` is by default the sum of the ranks of all links of the parts, at least 16. `importance`
     weights the rows of a part. With `general`, the origin is a part too, by the rows of the entry
     ``start``. With `keep_conflicts`, rows are used even if their prompt has another answer in a
-    later stage.
+    later stage. The combined link is then trained for `steps` (`evaluation.combined_steps`).
     """
 
     rank: Annotated[int, Field(gt=0)] | None = None
     importance: dict[Name, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default={})
     general: bool = True
     keep_conflicts: bool = False
+    steps: Count = 0
 
     def of_parts(self, keys: Collection[str]) -> Recipe:
         """Return the recipe with the importance of these parts only."""

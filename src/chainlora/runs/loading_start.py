@@ -29,7 +29,12 @@ from chainlora.config.staging import RUN_WIDE, name_apart, section_of, what_stag
 from chainlora.data.kept import Kept
 from chainlora.errors import ChainLoRAError, ConfigError, ModelError, RunError
 from chainlora.models.finding import folder_of, from_hub, hub_id_of, is_same_place, name_of
-from chainlora.models.identity import base_files, has_tokenizer
+from chainlora.models.identity import (
+    base_files,
+    has_tokenizer,
+    need_own_files,
+    tokenizer_files,
+)
 from chainlora.models.shards import is_shard
 from chainlora.runs.addresses import begun_stage, nothing_at, open_run
 from chainlora.runs.cards import is_hub_id
@@ -105,14 +110,18 @@ def load_start(source: str | Path) -> Start:
 
 
 def start_folder(source: str | Path) -> Path:
-    """Return the folder of a source; a Hub id is downloaded. Raises RunError if it is not found."""
+    """Return the folder of a source; a Hub id is downloaded.
+
+    Raises RunError if it is not found, ModelError if its files are links out of it.
+    """
     folder = Path(expanduser(source))
-    if folder.exists():
-        return folder
-    try:
-        return from_hub(str(source))
-    except ModelError as error:
-        raise nothing_at(source, "adapter") from error
+    if not folder.exists():
+        try:
+            folder = from_hub(str(source))
+        except ModelError as error:
+            raise nothing_at(source, "adapter") from error
+    need_own_files(folder, [*tokenizer_files(folder), *folder.glob("adapter_*")])
+    return folder
 
 
 def start_at(state: OpenState) -> Start:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,14 @@ from chainlora.runs.history import (
     Training,
     Unbuilt,
 )
-from chainlora.runs.history_file import read_history, update_history
+from chainlora.runs.history_file import changed, read_history, update_history
 from chainlora.runs.locks import is_in_use
-from chainlora.runs.paths import HISTORY, split_address
+from chainlora.runs.paths import HISTORY
 
 _SHOWN = ("chain.png", "report.html")  # pictures of a whole run
+Solve = Callable[[Path, History, Unbuilt], Callable[[History], History]]
+"""Solves a combination of a history, and returns a function that builds its entry."""
+
 _WITH_LINKS = ("stage", "import")  # kinds of entries that links or rows were saved for
 
 
@@ -90,9 +94,18 @@ def _planned(run: Path, history: History, name: str) -> tuple[Pruning, History]:
     if again:
         _need_rows(run, history, name, parts)
     mixes = [e.key for e in history.lineage(history.head) if e.kind == "mix" and e.key in with_it]
-    # the stage's own folder is deleted last: while it exists, a killed command can be repeated
-    gone = sorted(_unnamed(run, after), key=lambda path: (path == run / "stages" / name, path))
-    done = (name, gone, with_it, on_top, before, parts, again, mixes, plugins, new_head)
+    done = (
+        name,
+        _gone(run, after, name),
+        with_it,
+        on_top,
+        before,
+        parts,
+        again,
+        mixes,
+        plugins,
+        new_head,
+    )
     return Pruning(*done), after
 
 
@@ -225,34 +238,47 @@ def _surviving_parts(key: str, history: History, after: History) -> list[str]:
     return [survivor for part in below for survivor in _surviving_parts(part, history, after)]
 
 
-def prune_stage(run: str | Path, name: str) -> Pruning:
+def prune_stage(run: str | Path, name: str, solve: Solve) -> Pruning:
     """Delete a stage for good: links, rows, config, records, result, scores. Return what went.
 
-    The history is replaced first, then files that it does not name are deleted. So a kill leaves a
-    readable run, and the same call again deletes the rest.
+    What is left is checked and combined first. Then the history is replaced, and last, files that
+    it does not name are deleted. So an error or a kill leaves the run as it was, or without the
+    stage; the same call again deletes the rest.
 
-    Raises what `plan_pruning` raises, and FileError for a file that cannot be deleted.
+    Raises what `plan_pruning` and `solve` raise, RunError if what is left is damaged, and FileError
+    for a file that cannot be deleted.
     """
-    plan, (folder, _) = plan_pruning(run, name), split_address(run)
+    run = whole_run(run)
+    before = read_history(run)
+    plan, after = _planned(run, before, name)
+    left = [key for key in plan.left or [after.head] if after.find(key) is not None]
+    for key in left:
+        state_at(run, after, key).verify()
+    due = [e for e in plan.again if e.kind == "combine" and {*e.parents} <= {*left}]
+    builds = [solve(run, after, entry) for entry in due]
 
     def change(history: History) -> History:
-        nonlocal plan
-        plan, after = _planned(folder, history, name)  # another process may have changed the run
-        return after
+        if history != before:
+            raise changed(run)
+        return reduce(lambda history, build: build(history), builds, after)
 
-    def delete() -> None:
-        _keep_scores(folder, read_history(folder))
-        for path in plan.gone:
-            files.remove(path)
-            if path.exists():
-                raise FileError("a file must be deleted", path, "check its permissions")
-        for parent in {path.parent for path in plan.gone}:
-            with files.reported(parent, "deleted"):
-                files.remove_scratch(parent)
-                files.sync_folder(parent)
-
-    update_history(folder, change, delete)
+    update_history(run, change, lambda: _delete_unnamed(run, name))
     return plan
+
+
+def _delete_unnamed(run: Path, name: str) -> None:
+    """Delete the scores and files that belong to no entry of the history."""
+    history = read_history(run)
+    _keep_scores(run, history)
+    gone = _gone(run, history, name)
+    for path in gone:
+        files.remove(path)
+        if path.exists():
+            raise FileError("a file must be deleted", path, "check its permissions")
+    for parent in {path.parent for path in gone}:
+        with files.reported(parent, "deleted"):
+            files.remove_scratch(parent)
+            files.sync_folder(parent)
 
 
 def _need_idle(run: Path, history: History, name: str) -> None:
@@ -364,6 +390,11 @@ class _Cut:
         wanted = ("combine", _recipe_below(self.history, key).of_parts(left), {*left})
         same = (e.key for e in kept if (e.kind, e.recipe, {*e.parents}) == wanted)
         return next(same, left[0])
+
+
+def _gone(run: Path, history: History, name: str) -> list[Path]:
+    """Return what to delete, in order: while the folder of the stage exists, a kill is seen."""
+    return sorted(_unnamed(run, history), key=lambda path: (path == run / "stages" / name, path))
 
 
 def _unnamed(run: Path, history: History) -> Iterator[Path]:

@@ -18,12 +18,16 @@ from chainlora.models.finding import from_above, is_same_place, resolve_model
 from chainlora.models.identity import base_files
 from chainlora.registry import plugin_digest
 from chainlora.runs.costs import versions
-from chainlora.runs.history import CONFIG, START, Change, Entry, Training
+from chainlora.runs.history import CONFIG, START, WEIGHTS, Change, Entry, Training, Unbuilt
+from chainlora.runs.loading_start import start_folder
 from chainlora.runs.opening import check_base
 from chainlora.runs.paths import exists_in
 from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
+
+Sources = dict[str, list[str]]  # digests of contents, by config key
+ADAPTER = "start"  # the key of an adapter, in a config and in its sources
 
 # Keys that a resume may change if asked to: they affect only later steps, and nothing on disk.
 CHANGEABLE = ("train.lr", "train.max_grad_norm")
@@ -145,6 +149,34 @@ def source_digests(config: RunConfig) -> dict[str, list[str]]:
     return _digests(config.data) | start_digests(config)
 
 
+def adapter_digests(adapter: str) -> list[str]:
+    """Return the SHA-256 of the config and of the weights of an adapter."""
+    folder = start_folder(adapter)
+    names = ("adapter_config.json", WEIGHTS)
+    with files.reported(folder, "read"):
+        return [files.sha256(folder / name) for name in names]
+
+
+def import_sources(key: str, config: RunConfig, *, has_adapter: bool = True) -> Sources:
+    """Return digests of all that an import reads: of ``start`` no rows of its first stage."""
+    found = start_digests(config) if key == START else source_digests(config)
+    return found | ({ADAPTER: adapter_digests(str(config.start))} if has_adapter else {})
+
+
+def need_same_sources(run: Path, declared: Unbuilt, now: Sources) -> None:
+    """Raise RunError unless the files of an entry have the digests that it was declared with.
+
+    Every entry is checked here before a row or tensor of its files is stored: its run may come from
+    somebody else, and name any file of this machine.
+    """
+    if now != declared.training.sources:
+        rule = f"Cannot build {declared.key}: its files must not change after it was declared"
+        prune = f"chainlora prune {shlex.quote(str(run))} {declared.key} --yes"
+        remedy = "restore them or repeat its command"
+        remedy += "" if declared.key == START else f", or {prune}"
+        raise RunError(rule, f"changed ones for {declared.key}", remedy)
+
+
 def start_digests(config: RunConfig) -> dict[str, list[str]]:
     """Return digests of the contents of `start_data`, by ``start_KEY``."""
     if not isinstance(config.start_data, StartData):
@@ -226,7 +258,7 @@ def check_resumed(before: Training, rows: str) -> None:
 
     Warn if versions have changed: the resume makes the same steps, but may round differently.
     """
-    if before.rows is not None and before.rows != rows:
+    if before.rows != rows:
         raise RunError(
             "a run resumes with the rows it began with, in their order",
             f"digest {rows}, was {before.rows}",

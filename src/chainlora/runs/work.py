@@ -22,7 +22,6 @@ in the history.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from pathlib import Path, PurePosixPath
@@ -37,7 +36,6 @@ from chainlora.chain.link import Link
 from chainlora.config.reading import dump_config
 from chainlora.config.schema import LinkConfig, RunConfig
 from chainlora.data.kept import Kept
-from chainlora.errors import RunError
 from chainlora.knots.numbers import Numbers
 from chainlora.runs.addresses import state_of_draft
 from chainlora.runs.beginning import save_rows
@@ -51,7 +49,7 @@ from chainlora.runs.locks import Claim
 from chainlora.runs.opening import check_base
 from chainlora.runs.paths import stage_folder
 from chainlora.runs.records import RecordLog, resumed_log
-from chainlora.runs.resuming import check_resumed, compare, source_digests
+from chainlora.runs.resuming import check_resumed, compare, need_same_sources, source_digests
 from chainlora.runs.state import OpenState
 
 # The files of a checkpoint: the live link (`Chain.live_state`), and its optimizer.
@@ -131,11 +129,7 @@ class Work:
         if self._draft is not None:
             return self._resume(self._draft, base, rows)
         declared = self._declared(read_history(self.run))
-        if source_digests(config) != declared.training.sources:
-            rule = "files of rows must not change before their stage begins"
-            prune = f"chainlora prune {shlex.quote(str(self.run))} {self.stage} --yes"
-            remedy = f"repeat its command, or {prune}"
-            raise RunError(rule, f"changed ones for {self.stage}", remedy)
+        need_same_sources(self.run, declared, source_digests(config))
         self._is_new = True
         self._claim.clear()
         self.base = base

@@ -17,8 +17,6 @@ from chainlora.data.splits import check_files, length_limit
 from chainlora.errors import ConfigError, RunError
 from chainlora.models.finding import is_same_place
 from chainlora.runs.adding import (
-    ADAPTER,
-    adapter_digests,
     check_adapter,
     import_entry,
     read_adapter,
@@ -31,7 +29,7 @@ from chainlora.runs.history_file import read_history
 from chainlora.runs.loading_start import NOTHING, Start
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.paths import exists_in, need_apart, split_address
-from chainlora.runs.resuming import compare, refuse_if_other
+from chainlora.runs.resuming import ADAPTER, adapter_digests, compare, refuse_if_other
 from chainlora.runs.state import OpenState
 from chainlora.training.placement import Declaring, StagePlan, can_stand, need_in_layers
 from chainlora.training.plan import Plan, plan_of

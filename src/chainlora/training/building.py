@@ -92,7 +92,7 @@ def carry_out(
 
 def _with_base(plan: Plan, base: OpenBase | None) -> History:
     """Return the planned history; in a new run with files, dtype and quantisation of the base."""
-    if plan.history.base.files is not None or base is None:
+    if plan.history.base.files is not None or base is None or not plan.stages:
         return plan.history
     # they are unknown when a new run is planned, because the base is opened later
     first = plan.stages[0].stage.config
@@ -112,10 +112,10 @@ def _withdrawing(plan: Plan, entry: Unbuilt, is_new_run: bool) -> Iterator[None]
         yield
     except BaseException as error:
         folder = stage_folder(plan.run, entry.key)
-        is_of_plan = entry.key in (START, *(planned.name for planned in plan.stages))
+        names = [START] * bool(plan.new) + [planned.name for planned in plan.stages]
         has_begun = (folder / DRAFT).exists() or is_in_use(folder)
         is_stopped = isinstance(error, TrainingError | KeyboardInterrupt) and entry.key != START
-        if is_first_launched() and is_of_plan and not (has_begun or is_stopped):
+        if is_first_launched() and entry.key in names and not (has_begun or is_stopped):
             # otherwise the refused stage would be in the way of the next command
             keys = [START] * is_new_run + [entry.key, *(declared.key for declared in plan.new)]
             with suppress(ChainLoRAError):  # the first error matters
@@ -187,7 +187,7 @@ _NO_TRACKERS = {"trackers": ()}  # the run may come from somebody else: trackers
 def _compute(run: Path, entry: Unbuilt, listener: Listener, base: OpenBase | None) -> None:
     """Compute the state of a combination, an import or a mix: nothing is trained."""
     if entry.kind == "combine":
-        build_combination(run, entry.key, _solver(listener), base)
+        build_combination(run, entry.key, solver(listener), base)
     elif entry.kind == "import":
         if entry.key == START:
             build_start(run, entry, base, reader(listener, "writing general rows"))
@@ -242,7 +242,7 @@ def reader(listener: Listener, doing: str = "scoring kept rows") -> Progress:
     return read
 
 
-def _solver(listener: Listener) -> Progress:
+def solver(listener: Listener) -> Progress:
     """Return a callback for solving a combination: it sends events and stops on a signal."""
 
     def solved(parts: str, layer: int, layers: int) -> None:

@@ -69,11 +69,11 @@ class KeptRowsRead(Event):
 
 @dataclass(frozen=True, eq=False)
 class LayerSolved(Event):
-    """A layer of a combination was solved, or its solution begins; not in ``metrics.jsonl``."""
+    """A layer of a combination was solved, or a step made; not in ``metrics.jsonl``."""
 
     name = "layer"
-    parts: str  # names of the combined entries, joined
-    layer: int  # number of solved layers; 0 at the beginning
+    parts: str  # names of the combined entries, joined, and the unit: "a + b: layer"
+    layer: int  # number of solved layers or finished steps; 0 at the beginning
     layers: int  # in total
 
 

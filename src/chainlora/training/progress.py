@@ -126,9 +126,10 @@ class _Listener:
                 name = f"{event.what}, " if event.what else ""
                 self._read(event.doing, f"{name}{event.rows:,} rows", event.share)
             case LayerSolved():
-                detail = f"layer {event.layer or 1} of {event.layers}"
+                parts, _, unit = event.parts.rpartition(": ")
+                detail = f"{unit} {event.layer or 1} of {event.layers}"
                 share = event.layer / event.layers
-                self._read(f"combining {event.parts}", detail, share, is_first=event.layer == 0)
+                self._read(f"combining {parts}", detail, share, is_first=event.layer == 0)
             case Planned():
                 self._plan(event)
             case StepDone():

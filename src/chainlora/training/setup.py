@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from chainlora.chain.chain import Chain
 from chainlora.chain.holding import holding_named
 from chainlora.config.reading import flatten
 from chainlora.config.schema import RunConfig
-from chainlora.data.kept import Kept, keeps_rows, newest
+from chainlora.data.kept import Kept, keeps_rows, need_embedded, newest
 from chainlora.data.row_warnings import warn_of_changed
 from chainlora.data.splits import Splits, check_metric, prepare_splits
 from chainlora.engine.engine import Engine
@@ -110,6 +111,7 @@ def _prepared(
         splits = _read_rows(setup, tokenizer, base.context, earlier)
     # 3. The model, and the number of steps.
     chain = _put_chain_on(base, config, processes)
+    need_embedded(earlier, chain.model)
     if start.tokenizer is not None:
         check_vocabulary(chain.model, tokenizer, start.tokenizer)
     rehearsed = earlier if config.data.keep_conflicts else newest(earlier)
@@ -149,7 +151,7 @@ def _begin_work(setup: _Setup, chain: Chain, base: OpenBase, splits: Splits) -> 
     if setup.work is None:
         return Progress()
     config = setup.config  # as declared: without the steps that a rehearsal gets from its rows
-    keep = splits.kept if keeps_rows(config.data) else None
+    keep = partial(splits.kept, config.data.keep_rows) if keeps_rows(config.data) else None
     noted = noted_base(config, chain, base.files)
     return setup.work.begin(config, noted, rows=splits.digest, keep=keep)
 

@@ -16,6 +16,7 @@ import logging
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from chainlora.config.reading import make_config, read_config
 from chainlora.config.schema import RunConfig
 from chainlora.config.staging import Stage, check_alone, has_stages, make_stages, section_of
 from chainlora.errors import ConfigError, RunError
-from chainlora.evaluation.combination import has_general
+from chainlora.evaluation.combination import has_general, solved_combination
 from chainlora.evaluation.forgetting import check_forgetting, need_scored_rows
 from chainlora.evaluation.stage_scores import HARM, columns_after_training, stage_matrix
 from chainlora.runs.addresses import open_run
@@ -33,11 +34,11 @@ from chainlora.runs.history_file import read_history
 from chainlora.runs.loading_start import with_start
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.paths import exists_in
-from chainlora.runs.pruning import Pruning
+from chainlora.runs.pruning import Pruning, prune_stage
 from chainlora.runs.state import OpenState
 from chainlora.showing import Shown
 from chainlora.training.addition import addition
-from chainlora.training.building import carry_out, reader
+from chainlora.training.building import carry_out, reader, solver
 from chainlora.training.events import (
     AlreadyFinished,
     EntryBuilt,
@@ -352,11 +353,15 @@ def train_run(
     return result
 
 
-def combine_again(run: str | Path, pruned: Pruning, *, listener: Listener | None = None) -> None:
-    """Build the combination and the rehearsal that a pruning has declared."""
-    head = open_run(run)
-    declaring = Declaring(head.history, head.run, keys=[entry.key for entry in pruned.again])
-    carry_out(plan_of(declaring), listener or _ignore, base=OpenBase.of_state(head))
+def prune(run: str | Path, name: str, *, listener: Listener | None = None) -> Pruning:
+    """Delete a stage, combine the others again, and rehearse them if they were (`prune_stage`)."""
+    head, listener = open_run(run), listener or _ignore
+    base = OpenBase.of_state(head)
+    solve = partial(solved_combination, progress=solver(listener), base=base)
+    pruned, history = prune_stage(head.run, name, solve), read_history(head.run)
+    keys = [entry.key for entry in pruned.again if history.find_unbuilt(entry.key) is not None]
+    carry_out(plan_of(Declaring(history, head.run, keys=keys)), listener, base=base)
+    return pruned
 
 
 def build_run(

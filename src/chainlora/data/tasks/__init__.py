@@ -5,9 +5,9 @@ To add a task, write one YAML file; no Python is needed. The shipped files follo
 """
 
 from chainlora.data.tasks.sampling import (
-    check_split_files,
     flat,
     sample_splits,
+    split_files,
     split_source,
     unseen_source,
 )

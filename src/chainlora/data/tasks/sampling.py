@@ -148,11 +148,11 @@ def split_source(task: Task, dir: str | Path | None, split: str) -> Source:
     return flat(HubSource(hub.path, name, hub.name, hub.folder, hub.revision), task.name)
 
 
-def check_split_files(task: Task, dir: str | Path) -> None:
-    """Raise DataError if the folder lacks a split that samples are drawn from. Reads no file."""
-    rules = task.sampling
-    for split in (rules.train.of, rules.validation.of, rules.test.of):
-        _need_file(task, Path(dir), _train_split(task, dir) if split == "train" else split)
+def split_files(task: Task, dir: str | Path) -> list[Path]:
+    """Return the files that samples are drawn from. Raises DataError if the folder lacks one."""
+    rules, stand_in = task.sampling, _train_split(task, dir)
+    splits = dict.fromkeys((rules.train.of, rules.validation.of, rules.test.of))
+    return [_need_file(task, Path(dir), stand_in if s == "train" else s) for s in splits]
 
 
 def unseen_source(
@@ -196,7 +196,7 @@ def sample_splits(
     "train" is in drawn order (the first n rows are the draw for n), the others in file order.
     """
     if dir is not None:
-        check_split_files(task, dir)
+        split_files(task, dir)
     rules, stand_in = task.sampling, _train_split(task, dir)
     draws = {"train": rules.train, "validation": rules.validation, "test": rules.test}
     given = {"train": num_train, "validation": num_validation, "test": num_test}

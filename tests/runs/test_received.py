@@ -1,0 +1,140 @@
+"""A run or an adapter from somebody else reads no file of the receiver but those of its digests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from beside.test_adding import rows_of, save_lora
+from conftest import write_rows
+from helpers import entry_of, history_of, settings, sign, signed, stop_after, train_all
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from chainlora import add, train
+from chainlora.config.reading import make_config
+from chainlora.config.staging import make_stages
+from chainlora.errors import ChainLoRAError
+from chainlora.files import checksums, sha256
+from chainlora.runs.declaring import declare
+from chainlora.runs.history import rows_file
+from chainlora.runs.history_file import read_history
+from chainlora.training.plan import make_plan
+
+
+@pytest.fixture
+def declared(tiny_folder, sentiment, tmp_path) -> Path:
+    """A run whose general rows and first stage are declared, and not built."""
+    general = rows_of(tmp_path / "general.jsonl", 0)
+    config = settings(tiny_folder, sentiment, tmp_path / "run") | {"start_data": {"train": general}}
+    plan = make_plan(make_stages(config))
+    declare(plan.run, plan.history, plan.new, plan.target, plan.start)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def secret(tmp_path) -> Path:
+    return write_rows(tmp_path / "secret.jsonl", [{"prompt": "two red", "completion": " birds"}])
+
+
+def of_template(tree: dict[str, Any], folder: Path) -> None:
+    (folder / "secret").write_text("{{ messages }} two red birds")
+    tree["data"]["chat_template"] = str(folder / "secret")
+
+
+def of_rows(tree: dict[str, Any], folder: Path) -> None:
+    tree["start_data"]["train"] = str(folder / "secret.jsonl")
+
+
+def of_validation(tree: dict[str, Any], folder: Path) -> None:
+    tree["start_data"] |= {"train": None, "validation": str(folder / "secret.jsonl")}
+
+
+def of_task(tree: dict[str, Any], folder: Path) -> None:
+    fields = {"question": "two", "passage": "red birds", "label": 1}
+    for split in ("train", "validation"):
+        write_rows(folder / f"{split}.jsonl", [fields] * 40)
+    tree["start_data"] |= {"train": None, "task": "boolq", "dir": str(folder)}
+
+
+def of_run(tree: dict[str, Any], folder: Path) -> None:
+    shutil.copytree(folder / "run", folder / "other")
+    tree["start"] = str(folder / "other")
+
+
+@pytest.mark.parametrize("edit", [of_template, of_rows, of_validation, of_task, of_run])
+def test_its_start_reads_no_other_file(declared, secret, chainlora, edit):
+    sign(declared, lambda tree: edit(tree["unbuilt"][0]["config"], secret.parent))
+    before = history_of(declared)
+    chainlora("train", declared).refused()
+    assert history_of(declared) == before
+    assert not any((declared / folder).exists() for folder in ("rows", "links", "tokenizer"))
+
+
+def test_general_rows_that_changed_after_a_kill_are_not_kept(declared, chainlora):
+    general = declared.parent / "general.jsonl"
+    rows = general.read_text()
+    general.write_text(rows.replace("say", "tell"))
+    chainlora("train", declared).refused("Cannot build start: its files must not change")
+    assert not (declared / "rows").exists()
+    general.write_text(rows)
+    assert chainlora("train", declared).status == 0
+    assert read_history(declared).find("main") is not None
+
+
+def test_a_stage_in_training_reads_no_other_file(
+    tiny_folder, sentiment, tmp_path, secret, chainlora
+):
+    config = settings(tiny_folder, sentiment, tmp_path / "run", train={"save_every": 1})
+    stop_after(make_config(config), 2)
+    folder = tmp_path / "run/stages/main"
+    tree = yaml.safe_load((folder / "config.yaml").read_text())
+    tree["data"] |= {"task": None, "train": str(secret), "validation": None}
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    draft = json.loads((folder / "stage.json").read_text())
+    del draft["checksum"]
+    draft["training"].update(rows=None, sources={})
+    draft["files"]["config.yaml"] = sha256(folder / "config.yaml")
+    (folder / "stage.json").write_text(signed(draft))
+    before = checksums(tmp_path / "run/rows")
+    said = chainlora("train", tmp_path / "run")
+    assert (said.status, "resumes with the rows it began with" in said.err) == (1, True)
+    assert checksums(tmp_path / "run/rows") == before
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "chat_template.jinja", "adapter_model.safetensors"])
+def test_an_adapter_with_a_link_out_of_its_folder_is_refused(tiny_folder, tmp_path, name):
+    save_lora(tmp_path / "x", tiny_folder)
+    (tmp_path / "secret").write_text("two red birds")
+    (tmp_path / "x" / name).unlink(missing_ok=True)
+    (tmp_path / "x" / name).symlink_to(tmp_path / "secret")
+    rows = rows_of(tmp_path / "x.jsonl", 0)
+    with pytest.raises(ChainLoRAError, match=f"must lie in its folder .*{name}"):
+        add(tmp_path / "run", tmp_path / "x", rows)
+    with pytest.raises(ChainLoRAError, match=f"must lie in its folder .*{name}"):
+        train({"model": str(tiny_folder), "start": str(tmp_path / "x"), "data": {"train": rows}})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+@pytest.mark.parametrize("command", ["combine {}", "eval {} --matrix", "diff {}@z {}@base"])
+def test_kept_rows_with_other_tokens_are_refused(tiny_folder, tmp_path, chainlora, token, command):
+    run, rows = tmp_path / "run", rows_of(tmp_path / "z.jsonl", 0)
+    stage = {"name": "z", "data": {"train": rows}, "chain": {"ranks": [2], "steps": [1]}}
+    tree = {"model": str(tiny_folder), "stages": [stage], "start_data": {"train": rows}}
+    train_all(tree | {"output": str(run)})
+    old = run / rows_file(entry_of(run, "z")["kept"])
+    with safe_open(old, "np") as file:
+        facts = file.metadata()
+    tensors = load_file(old)
+    tensors["train.tokens"][-1] = token
+    save_file(tensors, tmp_path / "rows", facts)
+    new = sha256(tmp_path / "rows")
+    (tmp_path / "rows").rename(run / rows_file(new))
+    sign(run, lambda tree: next(e for e in tree["entries"] if e["key"] == "z").update(kept=new))
+    said = chainlora(command.format(run, run))
+    assert (said.status, "error: kept rows must" in said.err) == (1, True)
