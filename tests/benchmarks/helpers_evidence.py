@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -317,11 +318,13 @@ def paper_gain() -> str:
     return f"{fmean(scores['chain3'][task] - scores['lora'][task] for task in tasks):.2f}"
 
 
-def faults() -> str:
-    classes = from_json("faults/soak.json")["classes"].values()
-    ended = {how for each in classes for how in each}
-    assert ended == {"right", "detected", "harmless", "refused"}
-    return f"{sum(sum(each.values()) for each in classes):,}"
+def faults() -> list[str]:
+    """The cases of the fuzz; how many lost something or were wrong, and how many were unclear."""
+    counts = Counter[str]()
+    for of_command in from_json("faults/fuzz.json")["counts"].values():
+        for each in of_command.values():
+            counts.update(each)
+    return [f"{counts.total():,}", str(counts["lost"] + counts["wrong"]), str(counts["unclear"])]
 
 
 def shared(dtype: str) -> str:

@@ -155,7 +155,11 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
                 *S.kept_32("combined twice rehearsed", "one LoRA", "one wide LoRA replay", of=3),
             ],
         ),
-        ("Of {} [faults]), none ended in lost or wrong results", lambda: [E.faults()]),
+        (
+            "Of {} commands with a [fault]) (a kill, a full disk or a flipped bit), {} ended with "
+            "a lost or wrong result, and {} with an unclear error.",
+            E.faults,
+        ),
         ("a schedule for each ({})", lambda: [E.restarted()]),
     ],
     "README.md": [
