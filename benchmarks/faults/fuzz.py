@@ -138,7 +138,8 @@ def repair(step: Step, outcome: str) -> dict[str, Any]:
         return {"outcome": "lost", "said": reading.message}
     for run, (history, *_) in read.items():
         if history not in step.histories[run]:
-            return {"outcome": "lost", "said": f"{run} is at {history}"}
+            said = f"{run} has a history that the command does not write: {json.dumps(history)}"
+            return {"outcome": "lost", "said": said}
     said, by, others = "", "nothing", step.differences()
     is_done = step.name in NOT_REPEATED and read == step.read
     for words in (step.words, "train run"):
