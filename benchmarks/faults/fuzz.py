@@ -227,6 +227,8 @@ def main() -> int:
         print(*(cases[-1].get(key, "") for key in shown), flush=True)
     found = summary(cases)
     Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    if os.path.ismount(DISK):
+        subprocess.run(["umount", DISK], check=True)
     return 0
 
 

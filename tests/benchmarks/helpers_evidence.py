@@ -90,18 +90,25 @@ def lab(rank: int, steps: int, arm: str = "lora") -> Values:
     return lab_cells().get((f"gsm8k-r{rank}-{steps}", arm), {})
 
 
-LAB_STUDIES = {1: (250, 1000, 4000, 16000), 2: (1000, 4000), 4: (4000, 16000), 8: (4000, 16000)}
+LAB_STUDY = re.compile(r"(gsm8k|python)-r(\d+)-(\d+)(?:-rows?(\d+))?")  # rank, steps, blocks a step
 
 
 def soft_lab() -> Rows:
-    rows: Rows = [("rank r", "steps", "tokens/parameter", "minus LoRA r", "minus 2r", "minus 4r")]
-    for rank, steps in ((rank, steps) for rank, some in LAB_STUDIES.items() for steps in some):
-        per_parameter = steps * 4 * 64 / (LAB_PARAMETERS * rank)
-        soft = lab(rank, steps, "auto")
-        own, *rivals = (less(soft, lab(rank * by, steps)) for by in (1, 2, 4))
-        start = (str(rank), f"{steps:,}", f"{per_parameter:.0f}")
-        rows.append((*start, estimate(own), *map(mean, rivals)))
-    return rows
+    """All studies of the lab that have fresh seeds."""
+    heads = "rank r | steps | tokens/parameter | minus LoRA r | minus 2r | minus 4r"
+    found = []
+    for study in (study for study, arm in lab_cells() if arm == "auto"):
+        text, *sizes = LAB_STUDY.fullmatch(study).groups("4")
+        rank, steps, blocks = map(int, sizes)
+        others = (study.replace(f"-r{rank}-", f"-r{rank * by}-") for by in (1, 2, 4))
+        soft = lab_cells()[study, "auto"]
+        own, *rivals = (less(soft, lab_cells().get((other, "lora"), {})) for other in others)
+        per_parameter = f"{steps * blocks * 64 / (LAB_PARAMETERS * rank):.0f}"
+        noted = {("gsm8k", 4): "", ("python", 4): " (Python)"}
+        named = str(rank) + noted.get((text, blocks), f" ({blocks} block{'s'[blocks == 1 :]})")
+        row = (named, f"{steps:,}", per_parameter, estimate(own), *map(mean, rivals))
+        found.append(((text, blocks != 4, rank, steps, blocks), row))
+    return [heads.split(" | "), *(row for _, row in sorted(found))]
 
 
 def all_behind() -> str:
@@ -325,6 +332,21 @@ def faults() -> list[str]:
         for each in of_command.values():
             counts.update(each)
     return [f"{counts.total():,}", str(counts["lost"] + counts["wrong"]), str(counts["unclear"])]
+
+
+def little_learned() -> list[str]:
+    """The most points that a method's mean is above the most frequent answer on four of table1's
+    tasks, and how many chosen rates are an end of their grid, of how many."""
+    results = read_results(BENCHMARKS / "paper/table1")
+    gains: dict[str, dict[str, list[float]]] = {}
+    for cell in results.finals:
+        own = gains.setdefault(cell["task"], {}).setdefault(cell["method"], [])
+        own.append(100 * (cell["score"] - cell["majority"]))
+    best = sorted(max(map(fmean, methods.values())) for methods in gains.values())
+    rates = results.experiment["grid"]["train.lr"]
+    chosen = {(c["task"], c["method"]): c["point"]["train.lr"] for c in results.finals}
+    ends = [rate for rate in chosen.values() if rate in (min(rates), max(rates))]
+    return [number(best[3], 1, "-"), f"{len(ends)}", f"{len(chosen)}"]
 
 
 def shared(dtype: str) -> str:

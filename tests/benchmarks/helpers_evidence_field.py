@@ -23,7 +23,7 @@ NAMES = {  # how the page calls an arm
     "one LoRA": "one LoRA in turn",
     "all at once": "one LoRA on all rows at once",
 }
-SHOWN = ("right, %", "at chance, %", "forgotten", "perplexity", "facts", "rank", "processor h")
+SHOWN = ("right, %", "below the gate, %", "forgotten", "perplexity", "facts", "rank", "processor h")
 
 
 @cache
@@ -62,6 +62,11 @@ def compared(other: str) -> list[str]:
     return [mean, over_tasks(other), ", ".join(number(gap, 1) for gap in found)]
 
 
+def ahead(other: str) -> str:
+    """Another arm less ours, with its interval over seeds."""
+    return three_seeds([-gap for gap in gaps(other)], 1)
+
+
 def over_all(other: str) -> list[str]:
     """The number of all tasks, and ours less another arm over these."""
     tasks = [*arms()["alone"][0]["right"]]
@@ -86,18 +91,34 @@ def in_short(*names: str) -> list[str]:
     return [f"{len(learned())}", count, *(number(mean, 0, "-") for mean in means)]
 
 
-def routed() -> list[str]:
-    """The share of test rows that the router gives to their own task, and that of sst2's rows."""
-    shares = [line["routed"] for line in lines("field/routed.jsonl")]
-    means = fmean(fmean(each.values()) for each in shares), fmean(each["sst2"] for each in shares)
-    return [number(100 * mean, places, "-") for mean, places in zip(means, (1, 0), strict=True)]
-
-
-def perplexity(arm: str) -> str:
-    """Perplexity of other text divided by the base's, mean of the seeds."""
+def worse() -> list[float]:
+    """By how many per cent perplexity of other text rises with ours, by seed."""
     table, base = script("field/table.py"), arms()["base"][0]
-    ratios = [table.ratio(cell, base, table.OUTSIDE) for cell in arms()[arm].values()]
-    return number(fmean(ratios), 2, "-")
+    return [100 * (table.ratio(cell, base, table.OUTSIDE) - 1) for cell in arms()["ours"].values()]
+
+
+def below_the_gate(*tasks: str) -> list[str]:
+    """How far a stage alone is above the most frequent answer, in points."""
+    cells = arms()["alone"].values()
+    gains = (fmean(cell["right"][task] - cell["most"][task] for cell in cells) for task in tasks)
+    return [number(100 * gain, 1) for gain in gains]
+
+
+def learned_at_the_end(*names: str) -> list[int]:
+    table = script("field/table.py")
+    return [len(table.learned_tasks([*arms()[name].values()])) for name in names]
+
+
+def rate_of_replay() -> list[str]:
+    """By how many of how many validation answers replay's rate was chosen over 1e-3."""
+    trials = [cell for cell in lines("field/results.jsonl") if cell["split"] == "validation"]
+    of_rate = {
+        cell["settings"]["rate"]: fmean(cell["right"].values())
+        for cell in trials
+        if cell["arm"] == "replay" and cell["settings"]["replay"] == 1
+    }
+    rows = len(trials[0]["right"]) * script("field/tasks.py").SPLITS["validation"]
+    return [f"{rows * (of_rate[3e-3] - of_rate[1e-3]):.0f}", f"{rows}"]
 
 
 def not_run() -> str:

@@ -23,7 +23,6 @@ from benchmarks.helpers_evidence import (
     number,
     with_interval,
 )
-from chainlora.training.rehearsing import ROWS
 from chainlora_lab.statistics.intervals import t_interval
 
 
@@ -148,15 +147,6 @@ def replay_is_ahead() -> list[str]:
 WORDS = ("none", "one", "two", "three", "four", "five", "six")
 
 
-def all_steps() -> list[str]:
-    """Steps of training: all at once, by one config, by `extend` for one data set after another."""
-    at_once, once = arm("all at once", "all at once")[0]["steps"], of_length(160)[0]["steps"]
-    plan = from_yaml("stages/plan.yaml")
-    tasks, rows = len(plan["tasks"]), plan["rows"]["train"]
-    rehearsed = sum(range(2, tasks + 1)) * min(ROWS, 2 * rows)  # after each but the first
-    return [f"{steps}" for steps in (at_once, once, (tasks * rows + rehearsed) // plan["batch"])]
-
-
 def planned(*keys: str) -> list[int]:
     plan = from_yaml("stages/plan.yaml")
     steps = plan["rows"]["train"] // plan["batch"]
@@ -265,9 +255,14 @@ def combining() -> Rows:
 
 def layerwise_in_short() -> list[str]:
     table, cells = script("combining/table.py"), fresh("layer by layer")
-    above = 100 * (fmean(map(table.ratio, cells)) - 1)
     shares = percent(right(cells), [*map(table.alone, cells)])
-    return [WORDS[len(cells)], *shares, number(above, 0, "-")]
+    return [WORDS[len(cells)], *shares]
+
+
+def worse() -> list[float]:
+    """By how many per cent perplexity of other text rises with the combination, by seed."""
+    ratio = script("combining/table.py").ratio
+    return [100 * (ratio(cell) - 1) for cell in fresh("layer by layer")]
 
 
 def registered(study: str = "verdict") -> list[str]:
@@ -342,6 +337,22 @@ def months() -> Rows:
             )
         )
     return rows
+
+
+def after_a_year() -> list[int]:
+    """Right answers of replay, of how many, and those of the combination at the default rank."""
+    found = {(x["way"], x["state"]): x for x in lines("combining/year.jsonl") if "state" in x}
+    replay, ours = found["replay", "now"], found["extend", "now, rank 96"]
+    return [sum(replay["right"]), replay["of"], sum(ours["right"])]
+
+
+def replay_of_facts() -> list[str]:
+    """How far replay is ahead of the default rank, and its share of old rows."""
+    replay, wide = of_month("replay"), of_month("wide")
+    less = [100 * (replay[seed]["score"] - wide[seed]["score"]) for seed in sorted(wide)]
+    stages = (stage for cell in replay.values() for _, stage in cell["config"]["stages"])
+    (share,) = {stage["data"]["replay"] for stage in stages}
+    return [three_seeds(less, 1), {0.5: "half", 1.0: "just"}[share]]
 
 
 def months_compared() -> list[str]:

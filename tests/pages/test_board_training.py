@@ -12,7 +12,9 @@ from helpers import Stop, train_on
 from chainlora import extend, train
 from chainlora.errors import RunError
 from chainlora.runs.addresses import open_run
+from chainlora.runs.changes import redo, undo
 from chainlora.training.events import LayerSolved
+from chainlora_pages.board.desk import Desk
 from chainlora_pages.board.training import Trainer, command_of
 from chainlora_pages.board.watching import standing_of
 
@@ -39,6 +41,12 @@ def test_a_training_is_stopped_and_resumed_and_what_fails_is_said(tmp_path):
     assert any("resuming after step" in line for line in other.lines(100))
     assert other.standing.startswith("Trained.")
     assert "general ability has fallen; chainlora combine" in other.harm
+    desk = Desk(tmp_path / "lakes")  # its entry `start` holds general rows alone
+    assert [*desk.entries.values()] == [desk.now.key, desk.before] == ["lakes", "base"]
+    undo(desk.run)
+    desk = Desk(desk.run)
+    assert [*desk.entries.values()] == [desk.before, desk.now.key] == ["lakes", "base"]
+    redo(desk.run)
     other.start(other.offer.words)
     assert other.wait() == 0
     assert other.standing.startswith("Combined.")

@@ -3,8 +3,9 @@
 The modules are solved in the order of the forward pass. The update of a module must add T_j
 (`chain.combining`) on the rows of part j. T_j is one of
 
-    Y_j − X̃_j W_0ᵀ             by default; Y_j: output of the module in the part's own model
-    H_j − (H̃_j + X̃_j W_0ᵀ)     if the module alone adds to the residual stream; H_j: the stream
+    Y_j − (X̃_j W_0ᵀ + bias)    by default; Y_j: output of the module in the part's own model
+    H_j − (H̃_j + X̃_j W_0ᵀ + bias)
+                               if the module alone adds to the residual stream; H_j: the stream
                                behind it in the part's own model, H̃_j: the combined one without it
     X̃_j ΔW_jᵀ                  in an expert, which gets other tokens in each of the two models
 

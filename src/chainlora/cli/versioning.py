@@ -119,10 +119,9 @@ def add(
 ) -> None:
     """Add a LoRA that was trained elsewhere to RUN, and combine it with RUN.
 
-    ADAPTER is the folder or Hub id of a LoRA for the base of RUN, saved by PEFT, TRL, Unsloth,
-    Axolotl or another tool. Nothing is trained. RUN keeps a sample of FILE for combinations and
-    scores. The entry can be undone, pruned and exported like a stage. If RUN does not exist, it
-    becomes a new run.
+    ADAPTER is the folder or Hub id of a LoRA for the base of RUN, in PEFT's format. Nothing is
+    trained. RUN keeps a sample of FILE for combinations and scores. The entry can be undone, pruned
+    and exported like a stage. If RUN does not exist, it becomes a new run.
 
     Keys define how FILE is read: --data.format, --data.fields, --data.task, --data.validation 0.1.
     A new run also takes --train.dtype, --quantize, --chain.hold and --data.chat_template. The same

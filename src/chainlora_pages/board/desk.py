@@ -73,7 +73,7 @@ class Desk:
 
     def __init__(self, run: str | Path) -> None:
         self.run, _ = split_address(run)
-        self.now = open_run(self.run)
+        self.now = _or_base(open_run(self.run))
         history = self.now.history
         if not history.links:
             remedy = "wait for a knot" if self.now.draft is not None else "choose another run"
@@ -126,10 +126,10 @@ class Desk:
     @property
     def before(self) -> str:
         """Return the entry that `undo` goes to; if the run is at its base, the entry of `redo`."""
-        history = self.history
-        if history.head == BASE and self.now.draft is None:
-            return next(iter(history.future), history.entries[-1].key)
-        return history.past[-1] if history.past else BASE
+        past, future = self.history.past, self.history.future
+        if self.now.key == BASE:
+            return next(iter(future), self.history.entries[-1].key)
+        return _or_base(self.now.at(past[-1])).key if past else BASE
 
     def at(self, mix: Mix) -> OpenState:
         """Return a mix as a state. Raises RunError for unknown stages."""
@@ -211,6 +211,11 @@ class Desk:
         state = self.at(mix)
         state.need_one_strength([name for name, value in mix.strengths.items() if value])
         return exporter_to(to)(state, output)
+
+
+def _or_base(state: OpenState) -> OpenState:
+    """Return a state, or the base for one without links, such as that of general rows."""
+    return state if state.facts else replace(state, entry=None)
 
 
 def _growing(speak: Callable[[Callable[[str], None]], str]) -> Iterator[str]:
