@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -322,6 +323,15 @@ def paper_gain() -> str:
     scores = from_yaml("paper/printed/tables.yaml")["table1"]["scores"]
     tasks = read_results(BENCHMARKS / "paper/table1").experiment["tasks"]
     return f"{fmean(scores['chain3'][task] - scores['lora'][task] for task in tasks):.2f}"
+
+
+def faults() -> list[str]:
+    """The cases of the fuzz; how many lost something or were wrong, and how many were unclear."""
+    counts = Counter[str]()
+    for of_command in from_json("faults/fuzz.json")["counts"].values():
+        for each in of_command.values():
+            counts.update(each)
+    return [f"{counts.total():,}", str(counts["lost"] + counts["wrong"]), str(counts["unclear"])]
 
 
 def little_learned() -> list[str]:

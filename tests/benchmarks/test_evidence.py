@@ -152,6 +152,11 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
             "(float32 weights, in their smaller roundings: {:.1f})",
             E.errors,
         ),
+        (
+            "Of {} commands with a [fault]) (a kill, a full disk or a flipped bit), {} ended with "
+            "a lost or wrong result, and {} with an unclear error.",
+            E.faults,
+        ),
         ("a schedule for each ({})", lambda: [E.restarted()]),
     ],
     "README.md": [

@@ -64,7 +64,7 @@ class World:
             end = live(partial(COMMANDS[name].do, self, where), Injection(where))
             assert end.status == 0, end.message
             assert not [*where.rglob("stage.json")]  # what was trained is published
-            states = [before, *({run: _timeless(text)} for run, text in end.histories), seen(where)]
+            states = [before, *({run: timeless(text)} for run, text in end.histories), seen(where)]
             self.wholes[name] = Whole(end.operations, states, files_of(where))
         return self.wholes[name]
 
@@ -267,7 +267,7 @@ def seen(where: Path) -> dict[str, Any]:
             ]
             states += [state_of_draft(run, name, history) for name in drafts_in(run, history)]
             assert all(state.verify() is state for state in states)  # not even a checkpoint is less
-            found[run.name] = _timeless((run / "history.json").read_text())
+            found[run.name] = timeless((run / "history.json").read_text())
     if (where / "out").exists():
         found["out"] = checksums(where / "out")
     return found
@@ -278,14 +278,14 @@ def files_of(where: Path) -> dict[str, Any]:
     scored."""
     if (where / "cells").is_dir():
         lines = (where / "cells/results.jsonl").read_text().splitlines()
-        return {"results": list(map(_timeless, lines))}
+        return {"results": list(map(timeless, lines))}
     found: dict[str, Any] = checksums(where)
     for name in found:
         lines = (where / name).read_text(errors="replace").splitlines()
         if name.endswith(".yaml"):
             found[name] = [line for line in lines if not line.startswith(("output:", "start:"))]
         elif name.endswith((".json", ".jsonl")) and "adapter_config" not in name:
-            found[name] = list(map(_timeless, lines if name[-1] == "l" else ["".join(lines)]))
+            found[name] = list(map(timeless, lines if name[-1] == "l" else ["".join(lines)]))
     return found
 
 
@@ -293,7 +293,7 @@ _TIMES = {"seconds", "wall_s", "peak_memory_mb", "peak_rss_mb", "setup_s", "chec
 _TIMES |= {"ended", "hardware", "output", "start"}
 
 
-def _timeless(text: str) -> Any:
+def timeless(text: str) -> Any:
     return _without_times(json.loads(text))
 
 
