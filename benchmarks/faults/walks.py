@@ -50,7 +50,7 @@ COMMANDS = [
     *(f"train {name}.yaml" for name in ("one", "two")),
     f"train a.jsonl --model base --output run {KEYS}",
     *(f"extend run {words} {KEYS}" for words in ("b.jsonl", "c.jsonl")),
-    *(f"extend run {words} {KEYS}" for words in ("d.jsonl --on-top", "e.jsonl --rehearse")),
+    *(f"extend run {words} {KEYS}" for words in ("d.jsonl --on-top", "e.jsonl")),
     "add run adapter --rows x.jsonl --data.validation 3",
     *(f"combine run {words}" for words in ("--rank 3", "a=2 b", "other", "other --output copy")),
     *(f"prune run {name} --yes" for name in ("a", "b", "c", "d", "e", "x", "after-b")),

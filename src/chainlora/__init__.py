@@ -16,7 +16,7 @@ _NAMES = {  # the public names of each module
     "chainlora.chain.link": ("Link", "stack_links"),
     "chainlora.config.schema": ("LinkConfig", "RunConfig"),
     "chainlora.config.reading": ("load_config", "make_config"),
-    "chainlora.training.stages": ("train", "extend", "add", "rehearse"),
+    "chainlora.training.stages": ("train", "extend", "add"),
     "chainlora.evaluation.combination": ("combine",),
     "chainlora.runs.addresses": ("open_run",),
     "chainlora.runs.changes": ("mix_stages", "undo", "redo", "log"),
@@ -73,7 +73,6 @@ if TYPE_CHECKING:
     from chainlora.training.result import TrainResult as TrainResult
     from chainlora.training.stages import add as add
     from chainlora.training.stages import extend as extend
-    from chainlora.training.stages import rehearse as rehearse
     from chainlora.training.stages import train as train
 
 

@@ -127,7 +127,7 @@ def _card_text(num_links: int, kind: str, loras: Sequence[_Lora], each: bool) ->
 
 
 def _last_stage(state: OpenState, num_links: int | None) -> str:
-    """Return the stage of the last exported link that is switched on and not of a rehearsal."""
+    """Return the stage of the last exported link that is switched on."""
     terms = state.history.in_order(state.terms(num_links))
     on = [state.history.links[term.link].stage for term in terms if term.strength]
     return next((name for name in reversed(on) if name in state.columns), state.with_rows.stage)

@@ -226,7 +226,7 @@ def compare(
 
     CONFIG is one for `chainlora train`, and its keys can be set as there: --train.lr 5e-4. All
     methods get the same rows, steps and seeds. If it has stages, ways to add their data sets are
-    compared; `rehearse` takes more steps than the others. The report, Markdown and HTML, has
+    compared; `steps` takes more steps than the others. The report, Markdown and HTML, has
     intervals and exact paired tests.
     """
     from chainlora import load_config

@@ -23,7 +23,7 @@ Methods = Sequence[str] | Mapping[str, Mapping[str, Any] | None]
 _CHOOSING = ("keep_best", "early_stop", "select_metric")
 _OF_METHODS = {"data": (), "chain": ("knots",), "train": _CHOOSING}
 # The same of ways to add data sets.
-_OF_WAYS = {"": ("beside", "rehearse"), "data": ("replay", "new_rows_only"), "train": _CHOOSING}
+_OF_WAYS = {"": ("beside",), "data": ("replay", "new_rows_only"), "train": _CHOOSING}
 # Keys that some presets set, and that all other methods take from the config.
 _SHARED = {"schedule", "warmup_steps"}
 

@@ -36,7 +36,6 @@ from chainlora.runs.opening import chain_on_base
 from chainlora.runs.state import OpenState
 from chainlora.training.events import EntryBuilt, Event
 from chainlora.training.plan import default_epochs
-from chainlora.training.rehearsing import rehearsal
 from chainlora.training.result import TrainResult
 from chainlora.training.stages import train_stages
 from chainlora_lab.expansion import config_id
@@ -125,21 +124,18 @@ def _note_seconds(run: Path, seconds: float) -> None:
 # --- ways of the package ---
 
 
-def combine(case: Case, rehearse: bool = False, rank: int | None = None) -> Learned:
+def combine(case: Case, steps: int = 0, rank: int | None = None) -> Learned:
     """Stages beside each other, combined layer by layer, at the package's rank or another one."""
-    run, is_changed = case.beside, rehearse or rank is not None
+    run, is_changed = case.beside, steps or rank is not None
     if is_changed and not case.run.exists():
         began = time.monotonic()
         keeps = case.config.stages[-1][1].data.keep_conflicts  # as in the combination of the stages
-        combine_states(run.run, rank=rank, keep_conflicts=keeps, output=case.run)
+        combine_states(run.run, rank=rank, keep_conflicts=keeps, steps=steps, output=case.run)
         _note_seconds(case.run, time.monotonic() - began)
-    if rehearse:
-        plugins = {"plugins": case.config.plugins} if case.config.plugins else {}
-        train_stages(rehearsal(case.run, plugins), matrix=False, base=case.base)
     end = open_run(case.run) if is_changed else run
     noted = _seconds_file(end.run)
     seconds = sum(map(float, noted.read_text("utf-8").split())) if noted.exists() else 0.0
-    return Learned(end.links(), case.states(run), [end] if rehearse else [], seconds)
+    return Learned(end.links(), case.states(run), [], seconds)
 
 
 def alone(case: Case) -> Learned:
@@ -250,7 +246,7 @@ def way_of(config: CellConfig) -> Callable[[Case], Learned]:
             rule = "ways are compared by answers to rows that each stage keeps"
             got = "pairs" if own.train.loss in PAIR_LOSSES else "data.keep_rows: false"
             raise ConfigError(rule, f"{got} in {each}", "leave that out")
-        if own.data.replay and (name in COMBINERS or name in ("combine", "rehearse", "alone")):
+        if own.data.replay and (name in COMBINERS or name in ("combine", "alone")):
             rule = f"{name} trains stages beside each other, which read no rows of each other"
             raise ConfigError(rule, f"data.replay in {each}", "leave it out, or take preset replay")
     if name == "all_at_once":

@@ -169,8 +169,6 @@ def _task(part: RunFacts) -> str:
     if part.config is None:
         return "unknown data"
     data = part.config.data
-    if data.rehearse:
-        return "rows of each stage again"
     if data.task is not None:
         try:
             task = load_task(data.task)

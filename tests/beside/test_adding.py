@@ -226,14 +226,13 @@ def test_a_stage_is_trained_after_adapters(made, both, tmp_path, chainlora):
         add(tmp_path / "fork", made / "x", made / "x.jsonl", name="more")
     found = chainlora("train", made / "z.jsonl", "--model", "m", "--output", both)
     found.refused("the first stage of a config begins a run")
-    public.extend(both, stage, progress=False, rehearse=False)
+    public.extend(both, stage, progress=False)
     assert open_run(both).entry.parents == ("x", "y", "z")
     prune(both, "x")
     assert open_run(both).entry.parents == ("y", "z")
     other = add(tmp_path / "other", made / "x", made / "x.jsonl")
     both_runs = public.combine(both, [other.run])
     assert both_runs.entry.parents == ("y", "z", "x")
-    assert public.rehearse(both, {"chain": {"steps": [1]}}, progress=False)["steps"] == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")

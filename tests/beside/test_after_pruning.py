@@ -1,15 +1,14 @@
-"""What a run is after a prune: what it was without the stage, by the same recipe and rehearsal."""
+"""What a run is after a prune: what it was without the stage, by the same recipe."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from faults.lives import live
 from helpers import train_all, train_on
 
 from beside.cases import add, config_of, section
-from beside.test_rules import at, die, killed
+from beside.test_rules import killed
 from chainlora.errors import RunError
 from chainlora.evaluation.combination import combine
 from chainlora.files import checksums
@@ -17,9 +16,7 @@ from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, undo
 from chainlora.runs.history import WEIGHTS, link_folder, rows_file
 from chainlora.runs.history_file import read_history
-from chainlora.training.stages import build_run, prune, rehearsal, train_stages
-
-SHORT = {"chain": {"steps": [2]}, "train": {"lr": 1e-5}}
+from chainlora.training.stages import build_run, prune
 
 
 @pytest.fixture
@@ -29,11 +26,6 @@ def with_general(tiny_folder, sentiment, tmp_path) -> Path:
     rows["task"] = str(sentiment / "task.yaml")
     train_all(config_of(tiny_folder, sentiment, run) | {"start_data": rows})
     return run
-
-
-def rehearse(run: Path, **keys: object) -> str:
-    train_stages(rehearsal(run, SHORT | keys), matrix=False)
-    return open_run(run).key
 
 
 def test_it_is_the_combination_of_the_rest_by_the_same_recipe(ac, sentiment, chainlora):
@@ -64,44 +56,10 @@ def test_a_state_that_was_undone_does_not_come_back(with_general, sentiment):
     assert open_run(with_general).key == "a"
 
 
-def test_it_is_an_earlier_rehearsal_of_the_rest(ac, sentiment, chainlora):
-    rehearsed = rehearse(ac)
-    train_on(ac, section(sentiment, "b"), beside=True, rehearse=True)
-    assert open_run(ac).stage == "rehearsal-2"
-    assert chainlora("prune", ac, "b", "--yes").status == 0
-    assert (open_run(ac).key, read_history(ac).unbuilt) == (rehearsed, ())
-    assert prune(ac, rehearsed).again == []  # it is not rehearsed again by its own prune
-    assert open_run(ac).entry.kind == "combine"
-
-
-def test_it_is_rehearsed_as_it_was(abc, chainlora):
-    rehearse(abc)
-    assert "would rehearse them again\n" in chainlora("prune", abc, "b").out
-    assert chainlora("prune", abc, "b", "--yes").status == 0
-    now = open_run(abc)
-    assert (now.key, now.history.parts(now.key)) == ("rehearsal", ["a", "c"])
-    assert (now.config().chain.steps, now.config().train.lr) == ((2,), 1e-5)
-
-
-def test_after_a_kill_its_combination_and_rehearsal_are_built_by_train(abc, ac, chainlora):
-    for run in (abc, ac):
-        rehearse(run)
-    end = live(lambda: prune(abc, "b", listener=at("stage", die)))  # before the rehearsal
-    assert end.status == -9, end.message
-    remedy = f"chainlora train {abc} computes what is declared"
-    chainlora("prune", abc, "b", "--yes").refused("an entry to prune must be one of", remedy)
-    build_run(abc)
-    assert open_run(abc).state == open_run(ac).state
-
-
-@pytest.mark.parametrize("rehearsed", [False, True])
-def test_what_was_to_be_combined_and_is_pruned_meanwhile(abc, ac, sentiment, rehearsed):
+def test_stages_are_pruned_one_after_the_other(abc, ac, sentiment):
     add(sentiment, abc, "d")
-    for run in (abc, ac) if rehearsed else ():
-        rehearse(run)
     prune(abc, "d")
     prune(abc, "b")
-    build_run(abc)
     assert open_run(abc).state == open_run(ac).state
     prune(abc, "a")
     assert open_run(abc).key == "c"
@@ -156,20 +114,6 @@ def test_strengths_that_go_are_told(abc, chainlora):
     mixed = mix_stages(abc, {"combined": 0.5}).key
     said = chainlora("prune", abc, "b", "--yes").err
     assert f"the strengths of {mixed} are lost; chainlora mix {abc} sets strengths again" in said
-
-
-def test_a_rehearsal_with_plug_ins_is_named_and_not_run(abc, tmp_path, chainlora):
-    """Nobody has named them to `prune`, and the run's files may be somebody else's."""
-    plugin = tmp_path / "own.py"
-    plugin.write_text("")
-    rehearse(abc, plugins=[str(plugin)])
-    plugin.write_text("raise RuntimeError")
-    said = chainlora("prune", abc, "b", "--yes")
-    assert said.status == 0
-    assert open_run(abc).entry.kind == "combine"
-    assert f"chainlora rehearse {abc} --plugins" in said.err
-    assert str(plugin) in said.err
-    assert not read_history(abc).unbuilt
 
 
 @pytest.mark.parametrize("name", ["a", "b"])

@@ -32,7 +32,7 @@ from chainlora.runs.history_file import read_history
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.loading_start import with_start
 from chainlora.runs.pruning import plan_pruning
-from chainlora.training.stages import extension, prune, rehearsal, train_stages
+from chainlora.training.stages import extension, prune, train_stages
 from chainlora_pages.run_report import run_page
 from chainlora_pages.runs import read_state
 
@@ -148,13 +148,11 @@ def logits(model: Any, tokenizer: Any) -> torch.Tensor:
 
 def test_a_report_says_what_was_trained_apart(abc):
     """It said that one model was trained on one data set after the other."""
-    train_stages(rehearsal(abc, {"chain": {"steps": [1]}}), matrix=False)
     leads = [run_page([read_state(open_run(run), "run")], {}).lead for run in (abc, f"{abc}@a")]
     assert re.findall(r"\w+,? it was trained on \w+|The results were combined", leads[0]) == [
         "Separately, it was trained on b",
         "Separately, it was trained on c",
         "The results were combined",
-        "Then it was trained on rows",
     ]
     assert leads[1].count("trained on") == 1
 
@@ -266,30 +264,26 @@ def test_an_adapter_that_two_runs_began_on_is_there_once(sentiment, ac, tmp_path
     assert open_run(tmp_path / "b@d").stages == ["d"]
 
 
-# --- a pruned stage is as if it had never been there, but for names of rehearsals ---
+# --- a pruned stage is as if it had never been there ---
 
 
 def test_a_pruned_stage_leaves_no_trace(abc, ac, capsys):
-    """Combine, mix, rehearse, score; prune; again: all is as in a run that never had it."""
+    """Combine, mix, score; prune; again: all is as in a run that never had it."""
     (file,) = open_run(f"{abc}@b").config().data.train_files
     for run in (abc, ac):
         mix_stages(run, {"combined": 0.75})
-        train_stages(rehearsal(run, {}))
+        stage_matrix(run)
     names = set(plan_pruning(abc, "b").with_it)
     assert cli(["prune", str(abc), "b"]) == 1
     said = capsys.readouterr().out
-    assert "would delete rehearsal, computed from it" in said
     assert f"{abc} would be a now\nwould combine the others again: a, c" in said
-    assert "rehearsal" in names
     assert {"after-b", "after-c"} <= names  # of a b, and a b c
-    assert "would rehearse them again" in said
     gone = open_run(f"{abc}@b")
     assert cli(["prune", str(abc), "b", "--yes"]) == 0
     for run in (abc, ac):
         combine(run)
         mix_stages(run, {"combined": 0.75})
-        prune(run, "rehearsal")  # so that the next one has the same name
-        train_stages(rehearsal(run, {}))
+        stage_matrix(run)
     one, two = open_run(abc), open_run(ac)
     assert one.state == two.state
     folders = ("links", "rows")

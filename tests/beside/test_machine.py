@@ -80,10 +80,10 @@ class Commands(RuleBasedStateMachine):
         assert "nother process" not in said, said
         return False
 
-    @rule(name=strategies.sampled_from(NAMES), rehearse=strategies.booleans(), kill=kills)
-    def extend(self, name: str, rehearse: bool, kill: int | None) -> None:
+    @rule(name=strategies.sampled_from(NAMES), kill=kills)
+    def extend(self, name: str, kill: int | None) -> None:
         own = section(self.sentiment, name, steps=[1])
-        self.last = lambda: train_on(self.run, own, beside=True, rehearse=rehearse), name
+        self.last = lambda: train_on(self.run, own, beside=True), name
         self.do(self.last[0], kill)
 
     @rule(name=strategies.sampled_from(["b-top", "c-top"]), kill=kills)

@@ -28,7 +28,7 @@ from chainlora.runs.hub import pull_run, push_run
 from chainlora.runs.loading_start import with_start
 from chainlora.runs.locks import take_lock
 from chainlora.training.plan import make_plan
-from chainlora.training.stages import build_run, extension, prune, rehearsal, train_stages
+from chainlora.training.stages import build_run, extension, prune
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
 
@@ -72,10 +72,10 @@ def test_rule_1_what_is_not_built_is_not_what_the_run_is(only_a, sentiment, tmp_
         export_adapter(only_a, tmp_path / "meanwhile")
 
     own = section(sentiment, "b")
-    train_on(only_a, own, beside=True, rehearse=True, listener=at("step", look))
-    assert seen == [("a", "rehearsal", before, ["b", "after-b", "rehearsal"])]
+    train_on(only_a, own, beside=True, listener=at("step", look))
+    assert seen == [("a", "after-b", before, ["b", "after-b"])]
     assert checksums(tmp_path / "meanwhile") == checksums(tmp_path / "before")
-    assert open_run(only_a).key == "rehearsal"
+    assert open_run(only_a).key == "after-b"
     killed("stage", only_a, section(sentiment, "c"))
     chainlora("generate", f"{only_a}@c", "--prompt", "x").refused("'c', which has not ended,")
     names = [(each["name"], each["kind"]) for each in log(only_a)][:2]
@@ -126,34 +126,28 @@ def test_rule_2_trackers_that_nobody_named_are_not_told(only_a, sentiment):
     assert [*open_run(only_a).shares] == ["a", "b"]
 
 
-@pytest.mark.parametrize("rehearse", [False, True])
 def test_rule_3_whoever_ends_last_builds_the_combination_of_all(
-    only_a, sentiment, tmp_path, rehearse, caplog
+    only_a, sentiment, tmp_path, caplog
 ):
     """The other one extends in the middle of a stage, and leaves that one alone."""
     other = Path(shutil.copytree(only_a, tmp_path / "other"))
     b, c = (section(sentiment, name) for name in "bc")
     b["train"] = {"lr": 1e-3}
-    keys = {"beside": True, "rehearse": rehearse}
     seen = []
 
     def extend() -> None:
-        train_on(only_a, c, **keys)
+        train_on(only_a, c, beside=True)
         seen.append((open_run(only_a).key, read_history(only_a).find("c") is not None))
 
-    train_on(only_a, b, listener=at("step", extend), **keys)
+    train_on(only_a, b, listener=at("step", extend), beside=True)
     assert seen == [("a", True)]
     assert "b is left to the process that trains it" in caplog.text
     now = open_run(only_a)
     assert set(read_history(only_a).parts(now.key)) == {"a", "b", "c"}
-    assert (now.entry.is_rehearsal, unbuilt(only_a)) == (rehearse, [])
+    assert unbuilt(only_a) == []
     train_on(other, b, beside=True)  # one after the other
-    train_on(other, c, **keys)
-    one, two = (open_run(run) for run in (only_a, other))
-    if rehearse:
-        assert one.config().train == two.config().train  # that of c, not of b
-        one, two = one.parent, two.parent
-    assert one.state == two.state
+    train_on(other, c, beside=True)
+    assert open_run(only_a).state == open_run(other).state
     assert undo(only_a).key == "a"
 
 
@@ -162,8 +156,8 @@ def test_rule_3_also_after_the_other_died(only_a, sentiment, tmp_path):
     killed("step", only_a, section(sentiment, "b"))
     add(sentiment, other, "b")
     for run in (only_a, other):
-        train_on(run, section(sentiment, "c"), beside=True, rehearse=True)
-    assert open_run(only_a).parent.state == open_run(other).parent.state
+        add(sentiment, run, "c")
+    assert open_run(only_a).state == open_run(other).state
     assert undo(only_a).key == "a"
 
 
@@ -208,7 +202,7 @@ def test_rule_4_what_is_refused_before_it_learns_is_not_declared_any_more(
     rows = Path(own["data"]["train"])
     rows.write_text(rows.read_text() + '{"text": "no label"}\n')
     with pytest.raises(ChainLoRAError, match="label"):
-        train_on(only_a, own, beside=True, rehearse=True)
+        train_on(only_a, own, beside=True)
     assert read_history(only_a) == before
     assert not (only_a / "stages/b").exists()
     config = config_of(tiny_folder, sentiment, tmp_path / "new", own)
@@ -297,18 +291,15 @@ def test_rule_7_a_stage_in_use_is_not_pruned(only_a, sentiment):
     assert open_run(only_a).entry.parents == ("a", "b")
 
 
-def test_rule_7_prune_combines_the_rest_again_and_rehearses_it_if_it_was(abc, ac, chainlora):
-    for run in (abc, ac):
-        train_stages(rehearsal(run, {}), matrix=False)
+def test_rule_7_prune_combines_the_rest_again(abc, ac, chainlora):
     assert chainlora("prune", abc, "b", "--yes").status == 0
-    assert open_run(abc).entry.is_rehearsal
     assert open_run(abc).state == open_run(ac).state
 
 
 @pytest.mark.parametrize("event", ["stage", "step"])
 def test_rule_7_a_stage_that_is_not_built_is_pruned(only_a, sentiment, event, chainlora):
-    killed(event, only_a, section(sentiment, "b"), rehearse=True)
-    assert unbuilt(only_a) == ["b", "after-b", "rehearsal"]
+    killed(event, only_a, section(sentiment, "b"))
+    assert unbuilt(only_a) == ["b", "after-b"]
     found = chainlora("prune", only_a, "b", "--yes")
     assert found.status == 0, found.err
     assert "deleted after-b, computed from it" in found.out
@@ -320,7 +311,7 @@ def test_rule_7_a_stage_that_is_not_built_is_pruned(only_a, sentiment, event, ch
 
 
 def test_rule_8_what_is_not_built_does_not_travel(ac, abc, sentiment, tmp_path):
-    killed("step", ac, section(sentiment, "d"), rehearse=True)
+    killed("step", ac, section(sentiment, "d"))
     before = checksums(ac)
     push_run(ac, str(tmp_path / "pushed"), rows=True)
     pull_run(str(tmp_path / "pushed"), tmp_path / "pulled")
@@ -375,26 +366,24 @@ def test_rule_10_what_is_decided_while_building_is_in_the_result(only_a, sentime
     own = section(sentiment, "b") | {"train": {"speedups": "auto"}}
     declared = []
     listener = at("plan", lambda: declared.append(read_history(only_a).find_unbuilt("b")))
-    train_on(only_a, own, beside=True, rehearse=True, listener=listener)
+    train_on(only_a, own, beside=True, listener=listener)
     entry = read_history(only_a).find("b")
     (before,) = declared
     assert before.training.numbers is None
     assert entry.training.numbers is not None
     assert before.training.sources == entry.training.sources
     assert before.config["train"]["speedups"] == "auto"
-    assert open_run(f"{only_a}@rehearsal").config().chain.steps is None
-    assert open_run(f"{only_a}@rehearsal").result()["steps"] > 0
 
 
 def test_rule_11_one_undo_takes_a_command_back(ac, only_a, sentiment):
-    train_on(ac, section(sentiment, "b"), beside=True, rehearse=True)
+    add(sentiment, ac, "b")
     history = read_history(ac)
-    assert {history.find(key).unit for key in ("b", "after-b", "rehearsal")} == {"b"}
+    assert {history.find(key).unit for key in ("b", "after-b")} == {"b"}
     assert undo(ac).key == "after-c"
-    assert redo(ac).key == "rehearsal"
-    killed("step", only_a, section(sentiment, "b"), rehearse=True)
-    killed("step", only_a, section(sentiment, "c"), rehearse=True)
-    assert unbuilt(only_a) == ["b", "c", "after-c", "rehearsal"]  # not after-b
+    assert redo(ac).key == "after-b"
+    killed("step", only_a, section(sentiment, "b"))
+    killed("step", only_a, section(sentiment, "c"))
+    assert unbuilt(only_a) == ["b", "c", "after-c"]  # not after-b
     build_run(only_a)
     assert undo(only_a).key == "a"
 

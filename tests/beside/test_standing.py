@@ -22,29 +22,24 @@ from chainlora.runs.changes import mix_stages, undo
 from chainlora.runs.history_file import read_history
 from chainlora.training.events import Event, LayerSolved, StageBegins
 from chainlora.training.plan import make_plan
-from chainlora.training.stages import extension, prune, rehearsal, train_stages
+from chainlora.training.stages import extension, prune, train_stages
 
 
-def test_extend_stands_beside_and_rehearses_if_asked(abc, sentiment, capsys, caplog):
-    more = section(sentiment, "d") | {"rehearse": True}
+def test_extend_stands_beside(abc, sentiment, capsys, caplog):
+    more = section(sentiment, "d")
     assert extend(abc, more, progress=False)["stage"] == "d"
     entries = read_history(abc).entries
-    assert [entry.key for entry in entries[-3:]] == ["d", entries[-2].key, "rehearsal"]
-    assert (entries[-3].parents, set(entries[-2].parents)) == ((), {"a", "b", "c", "d"})
+    assert [entry.key for entry in entries[-2:]] == ["d", "after-d"]
+    assert (entries[-2].parents, set(entries[-1].parents)) == ((), {"a", "b", "c", "d"})
     extend(abc, more, progress=False)
-    undo(abc, to=entries[-2].key)
-    extend(abc, more, progress=False)  # and rehearses nothing again that was undone
     assert read_history(abc).entries == entries
     assert "does not include stage" not in caplog.text
-    undo(abc, to="rehearsal")
-    undo(abc)  # to the entry before
-    undo(abc)  # to the rehearsal
     undo(abc)  # all of the command at once
-    assert read_history(abc).head == entries[-4].key
-    extend(abc, more, progress=False)  # nor takes a stage again that was undone
+    assert read_history(abc).head == entries[-3].key
+    extend(abc, more, progress=False)  # takes no stage again that was undone
     assert read_history(abc).entries == entries
     assert (
-        f"does not include stage d; to take the stage: chainlora undo {abc} --to rehearsal"
+        f"does not include stage d; to take the stage: chainlora undo {abc} --to after-d"
         in caplog.text
     )
     assert "d" not in open_run(abc).shares
@@ -59,19 +54,9 @@ def test_extend_stands_beside_and_rehearses_if_asked(abc, sentiment, capsys, cap
     assert capsys.readouterr().out.endswith(", beside the others, then a combination\n")
 
 
-def test_a_repeated_extend_takes_what_is_asked_for_later(abc, sentiment):
-    """A rehearsal is added once, to the combination that the run is; a stage keeps its place."""
-    c = section(sentiment, "c")
+def test_a_stage_keeps_its_place(abc, sentiment):
     with pytest.raises(RunError, match=r"'c' must stay where it was begun \(got it began beside"):
-        extension(abc, c, beside=False)
-    for _ in range(2):
-        train_on(abc, c, beside=True, rehearse=True)
-        assert [e.key for e in read_history(abc).entries[-2:]] == ["after-c", "rehearsal"]
-    assert open_run(abc).key == "rehearsal"
-    prune(abc, "rehearsal")
-    undo(abc, to="a")
-    with pytest.raises(RunError, match=r"added to a combination with stage c \(got a, the current"):
-        train_on(abc, c, beside=True, rehearse=True)
+        extension(abc, section(sentiment, "c"), beside=False)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +92,7 @@ def test_a_stage_beside_others_has_its_config_from_the_first(abc, ac, sentiment)
     train_on(abc, other, beside=True, listener=events.append)
     solved = [event for event in events if isinstance(event, LayerSolved)]
     assert [event.layer for event in solved] == [*range(solved[0].layers + 1)]
-    assert {*solved[0].parts.split(" + ")} == {"a", "b", "c", "d"}
+    assert {*solved[0].parts.removesuffix(": layer").split(" + ")} == {"a", "b", "c", "d"}
     for run in (abc, ac):
         (stage,) = extension(run, section(sentiment, "d2"), beside=True)
         assert stage.config.train.lr == 1e-2
@@ -133,10 +118,10 @@ def test_a_stage_beside_nothing_is_what_the_run_becomes(abc, sentiment):
     undo(abc, "base")
     file = sentiment.with_name("d.yaml")
     file.write_text(json.dumps(stage))
-    plan = make_plan(extension(abc, stage, beside=True, rehearse=True))
-    assert not plan.after("d")  # nor promised
+    plan = make_plan(extension(abc, stage, beside=True))
+    assert not plan.is_combined_after("d")  # nor promised
     extend(abc, file, progress=False)
-    assert open_run(abc).entry.key == "d"  # not a combination of one, and its rehearsal
+    assert open_run(abc).entry.key == "d"  # not a combination of one
 
 
 def test_a_stage_that_began_on_top_is_not_beside_others(abc, sentiment):
@@ -192,16 +177,12 @@ def test_a_combination_and_the_base_have_rows_of_a_stage_whose_file_has_grown(ab
 
 
 def test_what_a_combination_leaves_is_named(abc, sentiment, caplog):
-    train_stages(rehearsal(abc, {"chain": {"steps": [1]}}), matrix=False)
-    combine(abc)
-    assert f"{abc} was rehearsal, which is not in the combination" in caplog.text
     mix_stages(abc, {"combined": 0.5})
     mix = open_run(abc).entry.key
     combine(abc)
     assert f"{abc} was {mix}, which is not in the combination" in caplog.text
     mix_stages(abc, {"combined": 0.25})
     below = open_run(abc).entry.key
-    train_stages(rehearsal(abc, {"chain": {"steps": [1]}}), matrix=False)
     add(sentiment, abc, "d2")
     assert f"{abc} was {below}, which is not in the combination" in caplog.text
     undo(abc, "c")
@@ -237,24 +218,23 @@ def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, cap
 
 
 def test_stages_of_a_config_stand_beside_each_other(tiny_folder, sentiment, abc, tmp_path, caplog):
-    """As those of `extend`; one of pairs stands on all of them, rehearsed."""
+    """As those of `extend`; one of pairs stands on all of them."""
     pairs = {"name": "pairs", "data": pair_files(tmp_path), "train": {"loss": "dpo"}}
     pairs |= {"chain": {"ranks": [2], "steps": [1]}}
-    others = section(sentiment, "b"), section(sentiment, "c") | {"rehearse": True}
+    others = section(sentiment, "b"), section(sentiment, "c")
     config = config_of(tiny_folder, sentiment, tmp_path / "run", *others, pairs)
 
     def stop(event: Event) -> None:
-        if isinstance(event, StageBegins) and event.stage == "rehearsal":
+        if isinstance(event, StageBegins) and event.stage == "pairs":
             raise Stop
 
     with pytest.raises(Stop):
         train_all(config, listener=stop)
-    assert len(train_all(config)) == 5
-    train_stages(rehearsal(abc, {}), matrix=False)
+    assert len(train_all(config)) == 4
     train_on(abc, pairs)
     assert open_run(config["output"]).state == open_run(abc).state
     assert "stage pairs is trained on top of c: " in caplog.text
-    assert read_history(tmp_path / "run").find("pairs").parents == ("rehearsal",)
+    assert read_history(tmp_path / "run").find("pairs").parents == ("after-c",)
     before = checksums(tmp_path / "run")
     assert train_all(config) == [None] * 4
     moved = [others[0] | {"beside": False}, *others[1:], pairs]
@@ -267,47 +247,29 @@ def test_a_config_is_given_again_whatever_the_run_is(tiny_folder, sentiment, tmp
     """Nothing is trained where all has ended; where something new would begin on less than it has,
     the command that the error names leads there."""
     run, more = tmp_path / "run", section(sentiment, "c")
-    config = config_of(tiny_folder, sentiment, run, section(sentiment, "b") | {"rehearse": True})
+    config = config_of(tiny_folder, sentiment, run, section(sentiment, "b"))
     train_all(config)
     longer = config | {"stages": [*config["stages"], more]}
-    for place in ("b", "a", "rehearsal"):
+    for place in ("b", "a", "after-b"):
         undo(run, to=place)
         assert train_all(config) == [None, None]
     undo(run, to="a")
-    with pytest.raises(RunError, match="--to rehearsal"):
+    with pytest.raises(RunError, match="--to after-b"):
         train_all(longer)
-    undo(run, to="rehearsal")
+    undo(run, to="after-b")
     extend(run, section(sentiment, "d"), progress=False)
-    assert train_all(config) == [None, None]  # no rehearsal is due
+    assert train_all(config) == [None, None]
     again = section(sentiment, "c")
     again["data"] |= {"new_rows_only": True}  # reads what stages kept: not combinations
     make_plan(extension(run, again, beside=None))
     assert "stage c is trained on top of after-d" in caplog.text
-    short = {"name": "e", "data": {"rehearse": True}, "chain": {"ranks": [2], "steps": [1]}}
-    plan = make_plan(make_stages(config | {"stages": [*longer["stages"], short], "output": "new"}))
-    assert [each.stage.beside for each in plan.stages] == [False, True, True, False]
-
-
-def test_a_rehearsal_that_no_combination_comes_before_is_refused(ac, sentiment, tmp_path, caplog):
-    """Also of a stage that is on top by its address or in a fork; by default it is left out."""
-    more = section(sentiment, "b")
-    fork = more | {"output": str(tmp_path / "fork")}
-    for address, own, beside in ((ac, more, False), (f"{ac}@a", more, None), (ac, fork, None)):
-        with pytest.raises(ConfigError, match=r"only a stage beside others .*rehearse RUN trains"):
-            extend(address, own, beside=beside, rehearse=True)
-    mix_stages(ac, {"combined": 0.5})
-    extend(ac, more, rehearse=True, progress=False)
-    assert "without a rehearsal: by default" in caplog.text
-    assert open_run(ac).key == "b"
 
 
 @pytest.mark.parametrize(
     ("place", "change", "message"),
     [
         (0, {"beside": True}, "beside: true"),
-        (0, {"rehearse": True}, "rehearse: true for the first"),
-        (1, {"rehearse": True, "beside": False}, "rehearse: true for a stage on top"),
-        (1, {"rehearse": "yes"}, "'yes'"),
+        (1, {"rehearse": True}, "chainlora combine RUN --steps 60 trains the combined link"),
         (1, {"beside": "yes"}, "`beside` must be true or false"),
         (1, {"chain": {"ranks": [2], "steps": [3], "lora_bias": True}}, "chain.lora_bias of b"),
         (0, {"data": {"keep_rows": False}}, "rows: false of a"),

@@ -57,7 +57,7 @@ GIVEN |= {"data.train", "data.validation", "data.test", "data.num_test"}
 # test_quantized.py, where its packages are, test_start_rows.py, stages, beside
 GIVEN |= {"data.chat_template", "data.template_arguments", "train.loss", "train.dpo_beta"}
 GIVEN |= {"train.dpo_label_smoothing", "train.orpo_beta", "data.replay", "data.sampling"}
-GIVEN |= {"data.fields", "quantize", "start", "start_data", "data.rehearse"}
+GIVEN |= {"data.fields", "quantize", "start", "start_data"}
 GIVEN |= {f"start_data.{key}" for key in StartData.model_fields}
 GIVEN |= {"train.shard", "plugins"}  # test_sharing.py, test_extension_points.py
 

@@ -20,10 +20,7 @@ from chainlora.data.kept import Kept, answer_hashes, changed_answers, newest
 from chainlora.data.rows import MemoryRows
 from chainlora.data.splits import prepare_splits
 from chainlora.errors import ConfigError
-from chainlora.models.loading import load_tokenizer
 from chainlora.runs.addresses import open_run
-from chainlora.training.rehearsing import rehearsal
-from chainlora.training.stages import train_stages
 from data.test_data_mixture import row
 
 ONE = ("--chain.ranks", "[2]", "--chain.steps", "[2]", "--chain.target_modules", "q_proj")
@@ -269,26 +266,13 @@ TOLD = (
 )
 
 
-def test_a_changed_answer_is_told_once_and_beside_others_not_rehearsed(
-    months, tiny_folder, done, caplog
-):
+def test_a_changed_answer_is_told_once(months, done, caplog):
     done("extend", months, "february.jsonl")
     assert "other answer" not in caplog.text
-    done("extend", months, "april.jsonl", "--rehearse")
+    done("extend", months, "april.jsonl")
     assert caplog.text.count(f"{TOLD}the newest answer counts (--keep-conflicts keeps") == 1
-    now = open_run(months)
-    assert now.entry.is_rehearsal
-    # 4, 1 and 2 rows are left of 5, 2 and 2, each read twice in batches of 8
-    assert (now.result()["steps"], now.result()["rows"]) == (2, 7)
-    assert [len(each.train) for each in now.kept().values()] == [5, 2, 2]  # and scored as before
-    (stage,) = rehearsal(f"{months}@after-april", {"name": "again"})
-    tokenizer = load_tokenizer(tiny_folder)
-    assert words_read(months, tokenizer, stage) == {"no cat"}
-    (both,) = rehearsal(months, {"name": "both", "data": {"keep_conflicts": True}})
-    assert words_read(months, tokenizer, both) == {"two birds", "no cat"}
-    assert both.config.data.keep_conflicts
-    (result,) = train_stages([both], matrix=False)
-    assert result["rows"] == 9
+    kept = open_run(months).kept()
+    assert [len(each.train) for each in kept.values()] == [5, 2, 2]  # and scored as before
 
 
 def test_on_top_both_answers_count_if_told(months, done, caplog):

@@ -33,7 +33,7 @@ from chainlora.runs.hub import pull_run, push_run
 from chainlora.runs.loading_start import with_start
 from chainlora.runs.paths import is_run
 from chainlora.training.interrupts import interruptible
-from chainlora.training.stages import build_run, extension, prune, rehearsal, train_stages
+from chainlora.training.stages import build_run, extension, prune, train_stages
 from chainlora_lab import make_experiment, run_cells
 from faults.injection import Injection
 from faults.lives import End, fresh, live
@@ -72,7 +72,7 @@ class World:
         """Return a folder with the run that a command is done to."""
         where, source = fresh(self.folder / folder), COMMANDS[name].on
         if name in ("take in", "pull"):
-            self.begin("rehearse" if name == "take in" else "mix", "other")  # a run beside
+            self.begin("forget" if name == "take in" else "mix", "other")  # a run beside
         if source is not None:
             if not (self.folder / source).exists():
                 maker = MAKERS[source]
@@ -180,10 +180,6 @@ def _two_at_once(world: World, where: Path, listener: Listener = _silent) -> Non
     _beside(world, where, extend)
 
 
-def _rehearse(world: World, where: Path, listener: Listener = _silent) -> None:
-    train_stages(rehearsal(where / "run", {"chain": {"steps": [2]}}), listener=listener)
-
-
 def _experiment(world: World, where: Path, listener: Listener = _silent) -> None:
     own = world.tree["stages"][0]["data"]
     rows = {"num_train": 8, "num_validation": 4, "num_test": 4}
@@ -222,8 +218,8 @@ COMMANDS = {
     "beside": Command(_beside, "one"),
     "build": Command(lambda _, at, *__: build_run(at / "run"), "one"),
     "two at once": Command(_two_at_once, "one"),
-    "rehearse": Command(_rehearse, "beside"),
-    "forget": Command(lambda _, at, *__: prune(at / "run", "law"), "rehearsed", "refused"),
+    "steps": Command(lambda _, at, *__: combine(at / "run", steps=3), "beside"),
+    "forget": Command(lambda _, at, *__: prune(at / "run", "law"), "trained", "refused"),
     "combine": Command(
         lambda _, at, *__: combine(at / "run", output=at / "fork"), "beside", "refused"
     ),
@@ -247,7 +243,7 @@ COMMANDS = {
 
 # of the runs that commands are done to
 MAKERS = {"one": "train", "two": "extend", "undone": "undo", "beside": "beside"}
-MAKERS |= {"rehearsed": "rehearse"}
+MAKERS |= {"trained": "steps"}
 
 
 # --- what is there ---

@@ -105,26 +105,23 @@ def test_ways_that_merge_nothing_are_what_they_say(stages, tmp_path):
     assert (adapters, ranks) == ([1, 1, 2, 1, 1], [2, 2, None, 0, None])
 
 
-def test_a_rank_and_a_rehearsal_train_no_stage_again(chainlora, stages, tmp_path):
+def test_a_rank_and_steps_train_no_stage_again(chainlora, stages, tmp_path):
     """And they read the rows that the combination reads: `keep_conflicts` was lost."""
     config, out = stages(data={"keep_conflicts": True}), tmp_path / "out"
-    words = ["--seeds", "1", "--methods", "combine,small,rehearse"]
-    words += ["--methods.small.settings.rank", "4"]
+    words = ["--seeds", "1", "--methods", "combine,small,steps"]
+    words += ["--methods.small.settings.rank", "4", "--methods.steps.settings.steps", "3"]
     shown = chainlora("compare", config, *words, "--backend", "inline", "--output", out)
     assert shown.status == 0, shown.err
     cells = {name: cell for (name, _), cell in finals(out).items()}
     ranks = {name: cell["exported_rank"] for name, cell in cells.items()}
-    assert ranks == {"combine": 16, "small": 4, "rehearse": 18}
+    assert ranks == {"combine": 16, "small": 4, "steps": 16}
     assert len({cell["score"] for cell in cells.values()}) == 3
     (beside,) = (out / "beside").glob("*/history.json")
     shared = open_run(beside.parent)
-    for name, count in {"small": 1, "rehearse": 2}.items():
+    for name, steps in {"small": 0, "steps": 3}.items():
         run = open_run(out / "cells" / cells[name]["cell"] / "run")
         assert run.at("facts").state == shared.at("facts").state
-        assert len(run.links()) == count
-        assert next(e for e in run.lineage if e.kind == "combine").recipe.keep_conflicts
-    rehearsed = open_run(out / "cells" / cells["rehearse"]["cell"] / "run")
-    assert rehearsed.state.terms[0] == shared.state.terms[0]  # the link of the combination
+        assert (run.facts[0].num_steps, run.entry.recipe.keep_conflicts) == (steps, True)
 
 
 def test_a_combiner_and_a_regulariser_of_one_file_each(chainlora, stages, tmp_path):

@@ -19,13 +19,12 @@ from chainlora.runs.documents import write_part
 from chainlora.runs.history import Unbuilt
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.lineage import read_lineage
-from chainlora.training.stages import extension, rehearsal, train_stages
+from chainlora.training.stages import extension, train_stages
 
 
 @pytest.fixture(scope="module")
 def made(sentiment, tmp_path_factory) -> Path:
-    """A folder with a base, rows and a run: two stages beside each other, combined, rehearsed and
-    mixed."""
+    """A folder with a base, rows and a run: two stages beside each other, combined and mixed."""
     folder = tmp_path_factory.mktemp("lineage")
     make_tiny_folder(folder / "secret/base")
     lines = (sentiment / "train.jsonl").read_text().splitlines(keepends=True)
@@ -36,7 +35,6 @@ def made(sentiment, tmp_path_factory) -> Path:
     train_stages(make_stages({**tree, "data": {}, "stages": [stage(folder, sentiment, "law")]}))
     beside = extension(folder / "run", stage(folder, sentiment, "style"), beside=True)
     train_stages(beside, matrix=False)
-    train_stages(rehearsal(folder / "run", {"chain": {"ranks": [2], "steps": [2]}}), matrix=False)
     mix_stages(folder / "run", {"combined": 0.5})
     return folder
 
@@ -67,9 +65,9 @@ def places(made: Path, sentiment: Path) -> list[str]:
 def test_a_lineage_says_where_an_export_comes_from(made, exported, sentiment):
     text = (exported / "lineage.json").read_text()
     found, history = json.loads(text), read_history(made / "run")
-    combined, rehearsed = (e.key for e in history.entries if e.kind == "combine" or e.is_rehearsal)
+    (combined,) = (e.key for e in history.entries if e.kind == "combine")
     keys = [entry["key"] for entry in found["history"]["entries"]]
-    assert keys == ["law", "style", combined, rehearsed, history.head]
+    assert keys == ["law", "style", combined, history.head]
     sums = checksums(exported)
     del sums["lineage.json"]
     assert found["files"] == sums

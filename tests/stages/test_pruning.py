@@ -20,7 +20,7 @@ from chainlora.models.identity import cache_dir
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import mix_stages, redo, undo
 from chainlora.runs.inspection import inspect_run
-from chainlora.training.stages import prune, rehearsal, train_stages
+from chainlora.training.stages import prune, train_stages
 from stages.cases import files_of, logits, stage_of, survey
 
 
@@ -50,7 +50,6 @@ def test_a_pruned_stage_is_nowhere_and_later_ones_are_what_they_were_without(thr
     assert train_all(three) == [None]
     export_adapter(run, tmp_path / "adapter")  # whose card has no scores of what was pruned
     assert "validation" not in (tmp_path / "adapter/README.md").read_text(encoding="utf-8")
-    train_stages(rehearsal(run, {"chain": {"steps": [1]}}))  # would go with it
     with pytest.raises(RunError, match=r"must keep a stage.*its only one"):
         prune(run, "law")
 

@@ -23,7 +23,7 @@ STYLE = [  # changes of the second stage, each with its error
     ({"name": "x²"}, "must have a `name`"),
     ({"name": "base"}, "not base, start, now or combined"),
     ({"model": "m"}, "can set only its name, data, chain and train .*`model`"),
-    ({"rehearsal": False}, "unknown key `rehearsal`; did you mean 'rehearse'"),
+    ({"besides": False}, "unknown key `besides`; did you mean 'beside'"),
     ({"data": {"chat_template": "chatml"}}, "`data.chat_template` must be the same"),
     ({"chain": {"hold": "carried"}}, "`chain.hold` must be the same"),
     ({"train": {"seed": 3}}, "`train.seed` must be the same"),

@@ -75,7 +75,7 @@ CASES: dict[str, dict[str, Any]] = {
         for name, rate in {"sgd": 0.3, "adafactor": 0.3, "lion": 3e-3, "muon": 5e-2}.items()
     },
     "replay on top": {"stages": [more("top", beside=False, replay=0.5)]},
-    "beside": {"stages": [more("side", beside=True) | {"rehearse": True}]},
+    "beside": {"stages": [more("side", beside=True)]},
 }
 
 

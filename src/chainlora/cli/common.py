@@ -202,6 +202,10 @@ def file_and_overrides(
     return words[0], pairs
 
 
+REMOVED = {"rehearse": "combine RUN --steps 60"}
+"""Commands of development versions, and what replaces them."""
+
+
 class Verbs(click.Group):
     """The group of all commands; it suggests the nearest command for an unknown one."""
 
@@ -222,6 +226,7 @@ class Verbs(click.Group):
             name = args[0].replace("_", "-")
             close = difflib.get_close_matches(name, self.list_commands(ctx), n=1, cutoff=0.7)
             hint = f"; did you mean `chainlora {close[0]}`?" if close else ""
+            hint = f"; use `chainlora {REMOVED[name]}`" if name in REMOVED else hint
             raise click.UsageError(f"No such command {args[0]!r}{hint}", ctx)
         return super().resolve_command(ctx, args)
 

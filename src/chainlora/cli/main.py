@@ -116,9 +116,9 @@ def cli(context: click.Context, debug: bool) -> None:
     level = logging.WARNING if is_first_process() else logging.ERROR
     logging.basicConfig(stream=sys.stderr, level=level, format="chainlora: %(message)s")
     verb, count = context.invoked_subcommand, os.environ.get("WORLD_SIZE", "1")
-    if verb not in (None, "train", "extend", "rehearse") and count != "1":
+    if verb not in (None, "train", "extend") and count != "1":
         raise ConfigError(
-            "only `chainlora train`, `extend` and `rehearse` run in several processes (got "
+            "only `chainlora train` and `extend` run in several processes (got "
             f"chainlora {verb} in {count}); start it without torchrun or accelerate launch"
         )
 

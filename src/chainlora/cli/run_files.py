@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     """Delete STAGE of RUN for good: links, kept rows, config, records, result, scores.
 
-    Also deleted: combinations that were computed from STAGE with everything on top of them,
-    rehearsals on its rows, and RUN's pictures and report. Stages that were trained on top of STAGE
+    Also deleted: combinations that were computed from STAGE with everything on top of them, and
+    RUN's pictures and report. Stages that were trained on top of STAGE
     stay, without its links; so do mixes of these stages. The other stages are combined again, as
-    they were before, and rehearsed if RUN was.
+    they were before.
 
     STAGE may also be a combination, if neither the current state nor a stage was computed from it.
     `undo` then skips it; `combine` with the names of its parts computes it again.
@@ -58,10 +58,6 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     if pruning.mixes:
         lost = f"the strengths of {', '.join(pruning.mixes)} are lost"
         to_stderr(f"{lost}; chainlora mix {shlex.quote(run)} sets strengths again")
-    if pruning.plugins:
-        again = f"chainlora rehearse {shlex.quote(run)} --plugins"
-        remedy = f"{again} {shlex.quote(str([*pruning.plugins]))} trains one"
-        to_stderr(f"{run} is not rehearsed: its rehearsal had plug-ins; {remedy}")
 
 
 def _show_pruning(run: str, stage: str, pruning: Pruning, yes: bool, as_json: bool) -> None:
@@ -86,8 +82,6 @@ def _show_pruning(run: str, stage: str, pruning: Pruning, yes: bool, as_json: bo
         click.echo(f"{run} {'is' if yes else 'would be'} {pruning.now} now")
     if len(pruning.left) > 1 and not yes:
         click.echo(f"would combine the others again: {', '.join(pruning.left)}")
-    if any(entry.is_rehearsal for entry in pruning.again) and not yes:
-        click.echo("would rehearse them again")
 
 
 def _remains(pruning: Pruning) -> list[str]:

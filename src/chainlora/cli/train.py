@@ -352,7 +352,6 @@ def _show_run(
 def _show_next(
     run: str, result: TrainResult, config: RunConfig, state: OpenState, is_chat: bool
 ) -> None:
-    is_combined = state.entry is not None and state.entry.kind == "combine"
     has_links, report, scored = bool(result["links"]), f"chainlora report {run}", result["metrics"]
     extend = "FILE"
     if config.plugins:
@@ -362,7 +361,6 @@ def _show_next(
     commands = [
         f"chainlora chat {run}" if is_chat else f"chainlora generate {run} --prompt TEXT",
         f"chainlora eval {run}{split}; {report}" if scored else report,
-        *([f"chainlora rehearse {run}"] if is_combined else []),
         *([f"chainlora extend {run} {extend}"] if has_links else []),
         f"chainlora export {run} --to {kind} --output FOLDER",
     ]
@@ -380,7 +378,7 @@ def _show_plan(stages: Sequence[Stage], change: Sequence[str], as_json: bool) ->
         return
     for planned in plan.stages:
         stage, data = planned.stage, planned.stage.config.data
-        then = "".join(f", then a {step}" for step in plan.after(planned.name))
+        then = ", then a combination" * plan.is_combined_after(planned.name)
         ranks = ", ".join(map(str, stage.config.chain.ranks))
         rows = ", ".join(file.path for file in data.train_files) or data.task or "kept rows"
         texts = {

@@ -1,6 +1,6 @@
 """The commands for stages and history.
 
-These are `extend`, `add`, `combine`, `rehearse`, `mix`, `undo`, `redo` and `log`.
+These are `extend`, `add`, `combine`, `mix`, `undo`, `redo` and `log`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     help="Train the stage beside the others and combine them, or train it on top of RUN. Default: "
     "beside if possible.",
 )
-@click.option("--rehearse", is_flag=True, help="Rehearse after the combination.")
 @click.option(
     "--keep-conflicts",
     is_flag=True,
@@ -58,7 +57,6 @@ def extend(
     arguments: tuple[str, ...],
     dry_run: bool,
     beside: bool | None,
-    rehearse: bool,
     keep_conflicts: bool,
     max_forgetting: float | None,
     general: str | None,
@@ -95,7 +93,7 @@ def extend(
 
     section: Any = words[1] if words[1:] else {}
     overrides += [("data.keep_conflicts", "true")] * keep_conflicts
-    stages = extension(words[0], section, overrides, beside=beside, rehearse=rehearse)
+    stages = extension(words[0], section, overrides, beside=beside)
     train_and_show(stages, overrides, dry_run, as_json, max_forgetting=max_forgetting)
 
 
@@ -240,30 +238,6 @@ def _parse_importance(names: Sequence[str]) -> tuple[list[str], dict[str, float]
     return keys, importance
 
 
-@click.command(cls=WithKeys)
-@keys_argument("RUN")
-@click.option("--dry-run", is_flag=True, help="Show what would be trained, and train nothing.")
-@verbose_option
-@json_option
-def rehearse(arguments: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
-    """Train a stage on kept rows of all stages of RUN, equally many of each.
-
-    It reads 256 rows for each stage, or twice its kept rows if that is less: 32 steps with batches
-    of 8. General rows count as one more stage. The rehearsal is a stage like any other: `undo` goes
-    back to the state before it. Its keys are the keys of `extend`, for example --chain.steps 20.
-    The same command again resumes it, or does nothing if it is finished.
-    """
-    words, overrides = words_and_overrides(list(arguments))
-    if len(words) != 1:
-        raise click.UsageError("write: chainlora rehearse RUN [--KEY VALUE]…")
-    whole_run(words[0])
-    quiet()
-    from chainlora.cli.train import train_and_show
-    from chainlora.training.rehearsing import rehearsal
-
-    train_and_show(rehearsal(words[0], {}, overrides), overrides, dry_run, as_json)
-
-
 @click.command
 @click.argument("run", type=click.Path())
 @click.argument("strengths", metavar="[STAGE=STRENGTH]...", nargs=-1)
@@ -317,7 +291,7 @@ def _show_strengths(state: OpenState) -> None:
 def undo(run: str, to: str | None, as_json: bool) -> None:
     """Undo the last mix, combination or stage of RUN.
 
-    A stage is undone together with its combination and rehearsal. Nothing is deleted: rows and
+    A stage is undone together with its combination. Nothing is deleted: rows and
     links stay in RUN (`prune` deletes them). With --to, RUN goes to any state of its history; a
     further `undo` goes back from there. `redo` reverts an undo.
     """

@@ -97,20 +97,17 @@ class DataConfig(Section):
     replay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of every batch to add from kept rows of earlier stages and of `start_data`: 0.1 adds
     one row to a batch of 10. Lengths count only the stage's own rows."""
-    rehearse: bool = False
-    """Train only on rows that earlier stages and `start_data` kept, the same number of each,
-    instead of `train` and `task` (`chainlora rehearse`)."""
     new_rows_only: bool = False
     """Leave out training rows that an earlier stage was trained on. Rows are compared by their
     tokens, so a row cut by another `max_length` counts as new."""
     keep_conflicts: bool = False
     """Read rows of earlier stages again also if this stage or a later one has another answer to
-    their prompt. `false` leaves them out of `replay`, `rehearse` and combinations: the newest
+    their prompt. `false` leaves them out of `replay` and combinations: the newest
     answer counts ([changed facts](changed-facts.md))."""
     keep_rows: bool | Count = True
     """Keep [a sample of the rows](run-directory.md#what-is-in-it), up to 1,000 training rows or
     this number, and hashes of all rows, in the run directory. Later stages need them for `replay`,
-    `rehearse`, `new_rows_only`, held-out rows, combining and scores on this stage."""
+    `new_rows_only`, held-out rows, combining and scores on this stage."""
 
     @field_validator("train", mode="before")
     @classmethod
@@ -141,13 +138,7 @@ class DataConfig(Section):
     def _check_sources(self) -> DataConfig:
         task, train = self.task, self.train
         refuse_if(
-            self.rehearse and bool(task or train or self.validation or self.test or self.replay),
-            "a stage with `data.rehearse` cannot have other rows",
-            "other rows",
-            "leave them out, or use data.replay",
-        )
-        refuse_if(
-            task is None and train is None and not self.rehearse,
+            task is None and train is None,
             "`data` must name a `task` or a `train` file",
             "neither" if self.dir is None else "only `dir`, the folder of a task's rows",
             "e.g. data: {train: my.jsonl}",

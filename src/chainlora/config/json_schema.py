@@ -17,7 +17,6 @@ from pydantic import BaseModel
 
 from chainlora.config.schema import RunConfig
 from chainlora.config.section import Section
-from chainlora.config.staging import STANDING
 from chainlora.config.yaml_text import one_value
 
 
@@ -132,7 +131,7 @@ def _allow_short_forms(properties: Mapping[str, dict[str, Any]]) -> None:
 def _allow_stages(schema: dict[str, Any]) -> None:
     """Allow a list of stages in place of `data`, and `start` in place of `model`."""
     top = schema["properties"]
-    keys = {"name": {"type": "string"}} | {key: {"type": ["boolean", "null"]} for key in STANDING}
+    keys: Any = {"name": {"type": "string"}, "beside": {"type": ["boolean", "null"]}}
     stage = {
         "type": "object",
         "properties": keys | {key: top[key] for key in ("data", "chain", "train")},

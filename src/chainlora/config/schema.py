@@ -202,7 +202,7 @@ class RunConfig(Called):
             "set chain.hold: carried",
         )
         refuse_if(
-            chain.ranks and not (chain.has_length or self.data.train or self.data.rehearse),
+            chain.ranks and not (chain.has_length or self.data.train),
             "`chain` must set the length of each link",
             "no epochs, steps or tokens",
             f"e.g. epochs: {[1] * len(chain.ranks[:9])}",

@@ -36,7 +36,6 @@ RUN_WIDE = {
     "train": ("dtype", "seed", "shard"),
 }
 OF_START = ("start", "start_data")  # only the first stage reads them
-STANDING = ("beside", "rehearse")
 _SECTIONS = ("data", "chain", "train")
 _SET_FOR_ALL = "set it beside `stages`, for all of them; `extend` takes it from the run"
 # The matrix uses the other names for states that are no stages.
@@ -52,16 +51,14 @@ class Stage:
     after: str | None = None  # entry of the run that an extension begins on
     # Train it beside the other stages, then combine; None: the plan decides (`training.placement`).
     beside: bool | None = False
-    rehearse: bool = False  # kept rows of all stages, after the combination
 
 
 def check_alone(config: RunConfig) -> RunConfig:
     """Return the config of a run with one stage. Raises ConfigError if it needs earlier stages."""
-    for key in ("replay", "rehearse"):
-        if value := getattr(config.data, key):
-            rule = f"`data.{key}` needs rows of earlier stages"
-            remedy = "set it in a later stage, or add start_data"
-            raise ConfigError(rule, f"{value} in a run without earlier stages", remedy)
+    if replay := config.data.replay:
+        rule, remedy = "`data.replay` needs rows of earlier stages", "set it in a later stage"
+        got = f"{replay} in a run without earlier stages"
+        raise ConfigError(rule, got, f"{remedy}, or add start_data")
     return config
 
 
@@ -100,10 +97,10 @@ def make_stage(shared: Mapping[str, Any], section: Mapping[str, Any], place: int
     name = section["name"]
     tree = {key: value for key, value in shared.items() if place == 0 or key not in OF_START}
     try:
-        flags = standing(section, place)
-        unknown = [key for key in section if key not in ("name", *STANDING, *_SECTIONS)]
+        beside = standing(section.get("beside"), place)
+        unknown = [key for key in section if key not in ("name", "beside", *_SECTIONS)]
         if unknown and unknown[0] not in RunConfig.model_fields:
-            hint = nearest(unknown[0], ("name", *STANDING, *_SECTIONS))
+            hint = nearest(unknown[0], ("name", "beside", *_SECTIONS))
             raise ConfigError(f"unknown key `{unknown[0]}`{hint}")
         if unknown:
             rule = "a stage can set only its name, data, chain and train"
@@ -117,23 +114,17 @@ def make_stage(shared: Mapping[str, Any], section: Mapping[str, Any], place: int
         config = make_config(tree)
     except ConfigError as error:
         raise ConfigError(f"stage {name!r}: {error}") from None
-    return Stage(name, config, **flags)
+    return Stage(name, config, beside=beside)
 
 
-def standing(section: Mapping[str, Any], place: int) -> dict[str, Any]:
-    """Return the flags `beside` and `rehearse` of a section, checked; empty for the first stage."""
-    for key in STANDING:
-        if section.get(key) not in (True, False, None):
-            raise ConfigError(f"`{key}` must be true or false", f"{section[key]!r:.40}")
-    beside, rehearse = map(section.get, STANDING)
+def standing(beside: Any, place: int) -> bool | None:
+    """Return the key `beside` of a stage, checked; False for the first stage."""
+    if beside not in (True, False, None):
+        raise ConfigError("`beside` must be true or false", f"{beside!r:.40}")
     if beside and not place:
         rule = "the first stage cannot be beside others"
         raise ConfigError(rule, "beside: true", "leave it out")
-    if rehearse and (beside is False or not place):
-        rule = "only a stage beside others can have a rehearsal"
-        got = f"rehearse: true for {'a stage on top' if place else 'the first stage'}"
-        raise ConfigError(rule, got, "leave it out; chainlora rehearse RUN trains one")
-    return {"beside": beside, "rehearse": bool(rehearse)} if place else {}
+    return beside if place else False
 
 
 def section_of(tree: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -87,13 +87,14 @@ def _new_bound(prompts: NDArray[np.int64], data: DataConfig) -> int:
 
 
 def rows_again(
-    key: str, earlier: Mapping[str, Kept], loss: str, validation: Iterable[Example], max_length: int
+    earlier: Mapping[str, Kept], loss: str, validation: Iterable[Example], max_length: int
 ) -> list[Rows]:
-    """Return the rows that a stage with this loss can read again, by earlier stage with such rows.
+    """Return the rows that a stage with this loss can read again, by earlier stage with such rows
+    (`data.replay`).
 
     They are no validation rows of this stage or an earlier one, and no longer than `max_length`.
-    Ranked candidates become the right one if this stage learns completions. Raises ConfigError,
-    which names the `key` of the config, if no rows are left.
+    Ranked candidates become the right one if this stage learns completions. Raises ConfigError
+    if no rows are left.
     """
     held_out = [prompt_hashes(validation), *(k.held_out for k in earlier.values())]
     again, other_losses, num_long = list[Rows](), [], 0
@@ -119,14 +120,14 @@ def rows_again(
         superseded = (name for name, k in earlier.items() if k.counts["train"] and not k.train)
         got += [f"later answers to all rows of {name}" for name in superseded]
         raise ConfigError(
-            f"`{key}` needs rows that an earlier stage kept and that are learned by {loss}",
+            f"`data.replay` needs rows that an earlier stage kept and that are learned by {loss}",
             ", ".join(got) or "none",
             "leave it out",
         )
     if other_losses:
-        _log.warning("%s: this stage learns by %s, not %s", key, loss, ", ".join(other_losses))
+        _log.warning("data.replay: this stage learns by %s, not %s", loss, ", ".join(other_losses))
     if num_long:
-        _log.warning("%s: leaving out %s", key, too_long)
+        _log.warning("data.replay: leaving out %s", too_long)
     return again
 
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from chainlora import files
-from chainlora.config.schema import PAIR_LOSSES, DataConfig, RunConfig
+from chainlora.config.schema import PAIR_LOSSES, RunConfig
 from chainlora.data.examples import Example
 from chainlora.data.rows import ARRAYS, PickedRows, Rows, StoredRows, flatten
 from chainlora.errors import RunError
@@ -72,14 +72,9 @@ class Kept:
         return next(((name, rows) for name, rows in named.items() if rows), ("train", self.train))
 
 
-def keeps_rows(data: DataConfig) -> bool:
-    """Return whether a stage keeps rows; a rehearsal has no new rows to keep."""
-    return bool(data.keep_rows) and not data.rehearse
-
-
 def keeps_general(config: RunConfig) -> bool:
     """Return whether a run with this first config keeps answers of its base (`start_data`)."""
-    return config.start_data is None and keeps_rows(config.data)
+    return config.start_data is None and bool(config.data.keep_rows)
 
 
 def write_kept(path: Path, kept: Kept) -> None:
@@ -132,7 +127,7 @@ def need_embedded(kept: Mapping[str, Kept], model: Any) -> None:
 # --- changed facts: prompts that a later stage answers differently than an earlier one ---
 
 # A prompt is the text before the last answer of a row; in a dialogue it includes the earlier
-# turns. By default the newest answer to a prompt counts: replay, rehearsals and combinations skip
+# turns. By default the newest answer to a prompt counts: replay and combinations skip
 # earlier rows with the same prompt and another answer. Rows on disk and scores do not change.
 
 NOTHING: NDArray[np.int64] = np.empty((0, 2), np.int64)  # answers of no rows

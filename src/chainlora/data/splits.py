@@ -49,7 +49,6 @@ from chainlora.files import sha256
 
 _log = logging.getLogger(__name__)
 
-_REHEARSED = 8  # rows of each stage in an epoch of a rehearsal
 _TASK_FIELDS = ("loss", "metrics", "reported", "metric", "stop", "max_new_tokens")  # of `Splits`
 _REPORTED_OF_PAIRS = ("loss", "accuracy", "margin")
 
@@ -167,7 +166,7 @@ def prepare_splits(
             warn_of_seen_rows(rows, earlier)
 
     # 3. Add rows of earlier stages to the training rows.
-    if to_train and (data.rehearse or (data.replay and parts["train"])):
+    if to_train and data.replay and parts["train"]:
         limit = length_limit(data, context)
         again, fields_of_mix = _rows_of_earlier(data, loss, rows, earlier, limit, fields)
         rows["train"] = joined([rows["train"], *again])
@@ -223,7 +222,7 @@ def check_metric(metric: str | None, reported: Sequence[str]) -> None:
 
 
 def reported_of(data: DataConfig, loss: str | None) -> tuple[str, ...]:
-    """Return the metrics that rows of a config are scored by, except those of a rehearsal."""
+    """Return the metrics that rows of a config are scored by."""
     task = None if data.task is None else load_task(data.task)
     reported: tuple[str, ...] = _task_fields(task, loss).get("reported", REPORTED_OF_TEXT)
     return reported
@@ -280,14 +279,10 @@ def _rows_of_earlier(
     """Return the rows of earlier stages that are read again, and the fields that mix them in."""
     if not data.keep_conflicts:
         earlier = newest(earlier, answer_hashes(rows["train"]))
-    key = "data.replay" if data.replay else "data.rehearse"
-    again = rows_again(key, earlier, learned_by(data, loss), rows["validation"], max_length)
-    counts = tuple(map(len, again))
-    if not data.replay:  # a rehearsal: equally many rows of each stage
-        shares = tuple(min(1.0, _REHEARSED / count) for count in counts)
-        return again, {"mixture": Mixture(counts, shares)}
-    mixture = replace(fields["mixture"], num_earlier=sum(counts), replay=data.replay)
-    return again, {"mixture": mixture, "moved": fields["moved"] | {"replayed": sum(counts)}}
+    again = rows_again(earlier, learned_by(data, loss), rows["validation"], max_length)
+    count = sum(map(len, again))
+    mixture = replace(fields["mixture"], num_earlier=count, replay=data.replay)
+    return again, {"mixture": mixture, "moved": fields["moved"] | {"replayed": count}}
 
 
 def learned_by(data: DataConfig, loss: str | None) -> str:
@@ -299,8 +294,6 @@ def named_sources(data: DataConfig) -> dict[str, list[TrainFile]]:
     """Return the sources of a config by key: the task, its folder, data files with weights."""
     values = {f"data.{key}": getattr(data, key) for key in ("task", "dir", "validation", "test")}
     named = {key: [TrainFile(path=path)] for key, path in values.items() if isinstance(path, str)}
-    if data.rehearse:
-        named["data.rehearse"] = []
     return named | ({"data.train": data.train_files} if data.train_files else {})
 
 

@@ -120,7 +120,7 @@ def _parts(
     default = history.parts(history.head)
     if not others and len(default) < 2:
         stages = (e for e in history.entries if e.kind in ("stage", "import") and e.state.terms)
-        default = [entry.key for entry in stages if not entry.is_rehearsal]
+        default = [entry.key for entry in stages]
     own = keys or default
     found = [(state_at(folder, history, key), [key]) for key in own]
     for name, other in others.items():
@@ -268,11 +268,11 @@ def summary_of(history: History, key: str) -> str:
     return f"rank {facts.rank}, error of the rank {facts.error:.2f}; distance to {distances}"
 
 
-def warn_of_left_out(run: Path, before: History, key: str, *, rehearsals: bool = True) -> None:
-    """Warn if the new head `key` does not include a mix, or a rehearsal, of the history before."""
+def warn_of_left_out(run: Path, before: History, key: str) -> None:
+    """Warn if the new head `key` does not include a mix of the history before."""
     included = read_history(run).below(key)
     lost = [entry for entry in before.lineage(before.head) if entry.key not in included]
-    names = [e.key for e in lost if e.kind == "mix" or (rehearsals and e.is_rehearsal)]
+    names = [e.key for e in lost if e.kind == "mix"]
     if names:
         logger.warning("%s was %s, which is not in the combination", run, names[-1])
 

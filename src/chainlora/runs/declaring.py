@@ -130,8 +130,7 @@ def _need_replaceable(run: Path, now: History, new: Sequence[Unbuilt]) -> None:
         if is_in_use(folder) or (folder / DRAFT).exists():
             rule = "another process has begun this stage with other keys or rows"
             raise RunError(rule, f"{entry.key} of {run}", "wait for it, or choose another name")
-        if not entry.is_rehearsal:  # other commands may redeclare a rehearsal and continue it
-            logger.warning("%s of %s had not begun and is replaced", entry.key, run)
+        logger.warning("%s of %s had not begun and is replaced", entry.key, run)
 
 
 def withdraw(run: Path, keys: Iterable[str], *, is_new_run: bool) -> None:

@@ -137,7 +137,7 @@ def sources_of_export(place: str | Path) -> dict[str, list[str]]:
 
 
 def _last_with_rows(lineage: Lineage) -> Entry | None:
-    entries = [e for e in lineage.history.entries if not e.is_rehearsal and e.key in lineage.stages]
+    entries = [e for e in lineage.history.entries if e.key in lineage.stages]
     return entries[-1] if entries else None
 
 

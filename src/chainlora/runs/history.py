@@ -45,8 +45,6 @@ CAUSAL = "CAUSAL_LM"  # PEFT's name of the task of causal language models
 MAIN = "main"  # the name of a stage without one
 START = "start"  # the entry of an imported adapter that a run began on, or of rows of its origin
 BASE = "base"  # the state without links
-REHEARSAL = "rehearsal"  # the default name of a rehearsal
-REHEARSED = "data.rehearse"  # marks the sources of a rehearsal, which has no rows of its own
 CONFIG, RECORDS, RESULT = "config.yaml", "metrics.jsonl", "result.json"
 TOKENIZER = "tokenizer"
 WEIGHTS = "adapter_model.safetensors"
@@ -176,7 +174,7 @@ class Declared(Part):
     key: Name
     kind: Literal["stage", "mix", "combine", "import"]
     parents: tuple[Name, ...] = ()  # the entries that it is computed from; none: the base
-    unit: str = ""  # a stage with its combination and rehearsal: `undo` takes them back together
+    unit: str = ""  # a stage with its combination: `undo` takes them back together
     training: Training = Training()  # of a stage or an import
     recipe: Recipe = Recipe()  # of a combination
 
@@ -184,11 +182,6 @@ class Declared(Part):
     def parent(self) -> str:
         """Return the entry that a stage or a mix begins on."""
         return self.parents[0] if self.parents else BASE
-
-    @property
-    def is_rehearsal(self) -> bool:
-        """Say whether it is trained only on kept rows of earlier stages."""
-        return REHEARSED in self.training.sources
 
     @property
     def has_config(self) -> bool:
@@ -356,20 +349,20 @@ class History(Document):
         return [key for key in unique if key not in ancestors]
 
     def parts(self, key: str) -> list[str]:
-        """Return the parts of a combination, also below a mix or rehearsal; else the key itself."""
+        """Return the parts of a combination, also below a mix; else the key itself."""
         entry = self.known(key)
         if entry is None:
             return []
         if entry.kind == "combine":
             return list(entry.parents)
-        if entry.kind == "mix" or entry.is_rehearsal:
+        if entry.kind == "mix":
             return [part for parent in entry.parents for part in self.parts(parent)]
         return [key]
 
     def recipe_of(self, key: str) -> Recipe:
-        """Return the recipe of a combination, also below a mix or rehearsal."""
+        """Return the recipe of a combination, also below a mix."""
         entry = self.known(key)
-        if entry is not None and (entry.kind == "mix" or entry.is_rehearsal):
+        if entry is not None and entry.kind == "mix":
             return self.recipe_of(entry.parent)
         return Recipe() if entry is None else entry.recipe
 
@@ -388,8 +381,8 @@ class History(Document):
 
         New entries replace unbuilt ones with the same keys, and the descendants of these. If the
         target is built already, it becomes the head. An unbuilt combination is dropped if a new one
-        has all its parts and more, or belongs to the same unit; its rehearsal is dropped too. Both
-        are kept if another entry descends from them.
+        has all its parts and more, or belongs to the same unit, unless another entry descends from
+        it.
         """
         new = [*new]
         before = self.withdrawn(e.key for e in new if self.find_unbuilt(e.key) not in (None, e))
@@ -402,7 +395,6 @@ class History(Document):
             for one in combined
             if old.kind == "combine" and ({*old.parents} < {*one.parents} or old.unit == one.unit)
         } - added.keys()
-        dropped |= {e.key for e in unbuilt if e.is_rehearsal and dropped & {*e.parents}}
         left = tuple(entry for entry in unbuilt if entry.key not in dropped)
         if any(dropped & {*entry.parents} for entry in left):
             left, dropped = unbuilt, set()

@@ -1,4 +1,4 @@
-"""Delete a stage or a combination of a run for good; combine and rehearse the other stages again.
+"""Delete a stage or a combination of a run for good; combine the other stages again.
 
 It is one replacement of ``history.json``; then files that the history does not name are deleted:
 scores of the matrix, links, rows and pictures.
@@ -19,17 +19,14 @@ from chainlora import files
 from chainlora.errors import FileError, RunError
 from chainlora.runs.addresses import state_at
 from chainlora.runs.changes import MATRIX, whole_run
-from chainlora.runs.declaring import declared_config
 from chainlora.runs.draft import drafts_in, ended_leftovers
 from chainlora.runs.history import (
     BASE,
     CONTENT,
-    REHEARSAL,
     START,
     Entry,
     History,
     Recipe,
-    Training,
     Unbuilt,
 )
 from chainlora.runs.history_file import changed, read_history, update_history
@@ -49,13 +46,12 @@ class Pruning:
 
     stage: str
     gone: list[Path]  # files and folders to delete
-    with_it: list[str]  # entries to delete, since they used its rows: combinations, rehearsals, …
+    with_it: list[str]  # entries to delete, since they used its rows: combinations, …
     later: list[str]  # stages on top of it, which continue without its links
     before: str  # the entry that the stage began on
     left: list[str]  # parts to combine again
-    again: list[Unbuilt]  # the combination of these parts, and the rehearsal after it: declared
+    again: list[Unbuilt]  # the combination of these parts
     mixes: list[str]  # deleted mixes below the head, whose strengths are lost
-    plugins: tuple[str, ...]  # of the head's rehearsal, which is not declared again with any
     now: str | None  # the new head, if it changes
 
 
@@ -86,26 +82,13 @@ def _planned(run: Path, history: History, name: str) -> tuple[Pruning, History]:
     parts: list[str] = []
     if declared is None or declared.kind != "combine":  # which must not be declared again
         after, parts = _with_combination(history, after, top)
-    plugins: tuple[str, ...] = ()
-    if name not in (history.head, top):
-        after, plugins = _with_rehearsal(run, history, after, top, bool(parts[1:]))
     new_head = None if after.head == history.head else after.head
     again = [entry for entry in after.unbuilt if entry not in history.unbuilt]
     if again:
         _need_rows(run, history, name, parts)
     mixes = [e.key for e in history.lineage(history.head) if e.kind == "mix" and e.key in with_it]
-    done = (
-        name,
-        _gone(run, after, name),
-        with_it,
-        on_top,
-        before,
-        parts,
-        again,
-        mixes,
-        plugins,
-        new_head,
-    )
+    gone = _gone(run, after, name)
+    done = (name, gone, with_it, on_top, before, parts, again, mixes, new_head)
     return Pruning(*done), after
 
 
@@ -132,7 +115,7 @@ def _need_prunable(run: Path, history: History, name: str) -> None:
 def _need_unused(run: Path, history: History, name: str) -> None:
     """Raise RunError if the current state, its target or a stage stands on a combination."""
     entries = [*history.entries, *history.unbuilt]
-    stages = [entry.key for entry in entries if entry.has_config and not entry.is_rehearsal]
+    stages = [entry.key for entry in entries if entry.has_config]
     needed = [history.head, history.target or BASE, history.origin, *stages]
     if above := [key for key in needed if name in history.below(key)]:
         got, place = above[0], shlex.quote(str(run))
@@ -186,39 +169,6 @@ def _with_combination(history: History, after: History, top: str) -> tuple[Histo
     elif top != history.head != after.head and after.find(parts[0]) is not None:
         after = after.model_copy(update={"head": parts[0]})
     return after, parts
-
-
-def _with_rehearsal(
-    run: Path, history: History, after: History, top: str, is_declared: bool
-) -> tuple[History, tuple[str, ...]]:
-    """Declare `top` again, with its config, if it was a rehearsal and was deleted.
-
-    With plug-ins it is not declared, since nobody has named them to this command; then they are
-    returned. `after` is the pruned history. Its target is the combination to rehearse if that
-    `is_declared`, else its head is.
-    """
-    old, below = history.known(top), after.known(after.head)
-    if is_declared and after.target is not None:
-        below = after.known(after.target)
-    if old is None or not old.is_rehearsal or after.known(old.key) is not None:
-        return after, ()
-    if below is None or below.is_rehearsal or len(after.parts(below.key)) < 2:
-        return after, ()
-    if isinstance(old, Entry):
-        config = state_at(run, history, old.key).config()
-    else:
-        config = declared_config(run, old)
-    if config.plugins:
-        return after, config.plugins
-    again = Unbuilt(
-        key=after.free_name(REHEARSAL),
-        kind="stage",
-        parents=(below.key,),
-        unit=below.unit,
-        training=Training(sources=old.training.sources),
-        config=config.model_dump(mode="json"),
-    )
-    return after.declared([again], again.key), ()
 
 
 def _recipe_below(history: History, key: str) -> Recipe:
@@ -319,11 +269,11 @@ def _deleted_with(history: History, name: str) -> dict[str, tuple[str, ...]]:
     """Return a stage and all entries that must go with it, each with its parents.
 
     A combination cannot be shortened: its link was solved from rows and links of all its parts.
-    Rehearsals that read rows of the stage go too, and so does every entry on a deleted combination.
+    Every entry on a deleted combination goes too.
     """
     deleted, combined = dict[str, tuple[str, ...]](), set[str]()
     for entry in history.entries:
-        has_read = name in entry.reads and (entry.kind != "stage" or entry.is_rehearsal)
+        has_read = name in entry.reads and entry.kind != "stage"
         is_above = name in {below.key for below in history.lineage(entry.key)}
         is_combination = entry.kind == "combine" and (has_read or is_above)
         if {*entry.parents} & combined or is_combination:
@@ -376,16 +326,12 @@ class _Cut:
     def _head(self, key: str) -> str:
         """Return an entry; for a deleted one, what it was without the pruned stage, if it exists.
 
-        That is a rehearsal of the same parts, else their combination by the same recipe, else the
-        first of them.
+        That is the combination of the same parts by the same recipe, else the first of them.
         """
         entry = self.history.find(key)
         if entry is None or key not in self.deleted:
             return key
         kept = [e for e in self.history.entries if e.key not in self.deleted]
-        if entry.is_rehearsal and key != self.stage:
-            below = self._head(entry.parent)
-            return next((e.key for e in kept if e.is_rehearsal and e.parent == below), below)
         survivors = (survivor for survivor in self.survivors([key]) if survivor != BASE)
         left = self.history.without_ancestors(survivors) or [BASE]
         wanted = ("combine", _recipe_below(self.history, key).of_parts(left), {*left})

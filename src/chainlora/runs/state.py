@@ -163,8 +163,8 @@ class OpenState:
 
     @property
     def with_rows(self) -> OpenState:
-        """Return the state of the last stage with rows of its own: not a rehearsal."""
-        keys = [e.key for e in self.lineage if e.has_config and not e.is_rehearsal]
+        """Return the state of the last stage with rows of its own."""
+        keys = [e.key for e in self.lineage if e.has_config]
         return self.at(keys[-1]) if keys and self.draft is None else self
 
     @property
@@ -294,10 +294,8 @@ class OpenState:
         adapter; then each stage.
         """
         start = [START] if START in self.keepers else []
-        rehearsals = {entry.key for entry in self.history.entries if entry.is_rehearsal}
-        stages = [name for name in self.shares if name not in rehearsals]
         is_base = not self.history.state_of(START).terms
-        return {BASE if key == START and is_base else key: key for key in (*start, *stages)}
+        return {BASE if key == START and is_base else key: key for key in (*start, *self.shares)}
 
     @property
     def folder(self) -> Path:

@@ -35,7 +35,7 @@ from chainlora.training.placement import Declaring, StagePlan, can_stand, need_i
 from chainlora.training.plan import Plan, plan_of
 from chainlora.training.refusing import check_rows
 
-_OF_TRAINING = ("replay", "rehearse", "new_rows_only", "keep_rows")  # keys of `data`
+_OF_TRAINING = ("replay", "new_rows_only", "keep_rows")  # keys of `data`
 
 
 def addition(

@@ -127,15 +127,14 @@ def _next_due(plan: Plan, reported: set[str]) -> Unbuilt | None:
     """Return the first unbuilt entry that this command builds, or None.
 
     All its parents are built. Entries of the command come first, then their ancestors, then
-    combinations and rehearsals on the way to the target. `reported` collects the keys of entries
+    combinations on the way to the target. `reported` collects the keys of entries
     left to others, so that each is logged once.
     """
     history, planned = read_history(plan.run), {START, *plan.keys}
     wanted = planned | {name for key in plan.keys for name in history.below(key)}
     ahead = set() if history.target is None else history.below(history.target)
     for entry in sorted(history.unbuilt, key=lambda entry: entry.key not in planned):
-        is_computed = entry.kind == "combine" or entry.is_rehearsal
-        if not (entry.key in wanted or (entry.key in ahead and is_computed)):
+        if not (entry.key in wanted or (entry.key in ahead and entry.kind == "combine")):
             continue
         if any(history.find(key) is None for key in entry.parents):
             continue
@@ -206,7 +205,7 @@ def _warn_of_missing_stages(plan: Plan, before: History) -> None:
         logger.warning("%s of %s waits for %s", ", ".join(waiting), run, ", ".join(names))
         return
     if history.head != before.head:
-        warn_of_left_out(run, before, history.head, rehearsals=False)
+        warn_of_left_out(run, before, history.head)
     included = history.below(history.head)
     names = [planned.name for planned in plan.stages] or history.without_ancestors(plan.keys)
     for name in (name for name in names if name not in included):
@@ -224,12 +223,10 @@ def _warn_of_missing_stages(plan: Plan, before: History) -> None:
 
 
 def _entry_with(name: str, history: History) -> str:
-    """Return an entry, or its rehearsal, with a stage and all parts of the head; else the stage."""
+    """Return the first entry with a stage and all parts of the head; else the stage."""
     wanted = {*history.parts(history.head), name}
     known = [entry.key for entry in history.entries if entry.kind != "mix"]
-    whole = [key for key in known if wanted <= history.below(key)]
-    whole = [key for key in whole if history.parts(key) == history.parts(whole[0])]
-    return whole[-1] if whole else name
+    return next((key for key in known if wanted <= history.below(key)), name)
 
 
 def reader(listener: Listener, doing: str = "scoring kept rows") -> Progress:

@@ -16,7 +16,6 @@ from typing import Any
 
 from chainlora.config.reading import read_tree, set_key
 from chainlora.config.staging import (
-    STANDING,
     Stage,
     check_name,
     make_stage,
@@ -44,12 +43,10 @@ def extension(
     overrides: Sequence[tuple[str, Any]] = (),
     *,
     beside: bool | None = False,
-    rehearse: bool = False,
 ) -> list[Stage]:
     """Return one more stage of a run, or the first stage of a fork, in a list for `train_stages`.
 
-    `address`, `section`, `beside` and `rehearse` are those of `extend`; `overrides` replace keys of
-    the section.
+    `address`, `section` and `beside` are those of `extend`; `overrides` replace keys of `section`.
     """
     run, named = split_address(address)
     head, on = open_run(run), open_run(address)
@@ -58,11 +55,10 @@ def extension(
         raise RunError("a stage is added to a run", got, remedy)
     keys = _section(section, overrides, run)
     start_data, output = keys.pop("start_data", None), keys.pop("output", None)
-    flags = {key: keys.pop(key, None) for key in STANDING}
-    if beside is not None or (flags["beside"] is None and (named or output) is not None):
-        flags["beside"] = beside or False
-    placing = standing(flags | ({"rehearse": True} if rehearse else {}), 1)
-    beside = placing["beside"]
+    given = keys.pop("beside", None)
+    if beside is not None or (given is None and (named or output) is not None):
+        given = beside or False
+    beside = standing(given, 1)
     name = keys["name"] = check_name(keys.get("name"))
     if beside and (output is not None or on.state != head.state):
         rule, remedy = "a stage beside others begins where RUN began", "leave one out"
@@ -74,11 +70,11 @@ def extension(
     origin = head.history.origin
     required = head.at(origin) if beside else on if named is not None else None
     begun = _begun(head, name, required)
-    if flags["beside"] is False and named is None:
+    if beside is False and named is None:
         _need_on_top(begun, name)
     can_choose = named is None and (begun is None or begun.parent.key == origin)
     if beside or (beside is None and can_choose):
-        stage = _beside(head, begun, keys, address, placing)
+        stage = _beside(head, begun, keys, address, beside)
         if stage is not None:
             return [stage]
     parent = on if begun is None else begun.parent
@@ -124,14 +120,14 @@ def _beside(
     begun: OpenState | None,
     keys: Mapping[str, Any],
     address: str | Path,
-    placing: Mapping[str, Any],
+    beside: bool | None,
 ) -> Stage | None:
     """Return a stage beside the others, None if it must be placed on top of them."""
     origin, own_stages = head.at(head.history.origin), head.history.own_stages
     # Inherit from the run's first stage: a later one may be pruned, or may not exist when the
     # command is repeated.
     last = begun or (head.at(own_stages[0]) if own_stages else origin.with_rows)
-    stage = replace(_inheriting(last, keys, address), after=origin.key, **placing)
+    stage = replace(_inheriting(last, keys, address), after=origin.key, beside=beside)
     if begun is None and not can_stand(stage, (), head):
         return None
     if begun is None:
@@ -152,7 +148,7 @@ def _on_top(
     stage = _inheriting(last, keys, address, fork)
     if is_new:
         _warn_of_open_keys(last, keys)
-    return replace(stage, after=None if fork else parent.key, beside=False, rehearse=False)
+    return replace(stage, after=None if fork else parent.key, beside=False)
 
 
 def _inheriting(
@@ -175,8 +171,6 @@ def _inheriting(
 
 def _warn_of_open_keys(last: OpenState, keys: Mapping[str, Any]) -> None:
     """Warn of keys that the stage before sets, and that a new one neither inherits nor sets."""
-    if section_of(keys, "data").get("rehearse", False):
-        return
     if left_out := not_inherited(last.config(), keys):
         names = (keys["name"], ", ".join(left_out), last.stage)
         logger.warning("stage %s does not inherit %s from %s", *names)

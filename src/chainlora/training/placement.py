@@ -1,17 +1,15 @@
 """Place the stages of a command beside the others or on top, and list the entries to declare.
 
 A stage beside others is trained on the run's origin; a stage on top is trained on the head. Stages
-beside each other are followed by one combination, and by its rehearsal if the last stage asks for
-one (docs/stages.md).
+beside each other are followed by one combination (docs/stages.md).
 """
 
 from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +22,11 @@ from chainlora.errors import ChainError, ConfigError, RunError
 from chainlora.evaluation.combination import ON_TOP, need_combinable
 from chainlora.runs.declaring import stage_entry
 from chainlora.runs.draft import Draft
-from chainlora.runs.history import REHEARSAL, Entry, History, Unbuilt
+from chainlora.runs.history import History, Unbuilt
 from chainlora.runs.links import need_low_rank_sum
 from chainlora.runs.loading_start import NOTHING, Start
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.state import OpenState
-from chainlora.training.rehearsing import largest_rank, rehearsal_of
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +93,7 @@ def can_stand(
     links = [*stage.config.chain.links()]
     try:
         for other in before:
-            if not other.config.data.rehearse:
-                _need_keys(other)
+            _need_keys(other)
         _need_keys(stage)
         if head is None:
             kept = start.kept
@@ -116,9 +112,7 @@ def can_stand(
         if stage.beside:
             raise
         below = before[-1].name if head is None or before else head.history.head
-        without = ", without a rehearsal" if stage.rehearse else ""
-        names = (stage.name, below, without)
-        logger.warning("stage %s is trained on top of %s%s: %s", *names, error)
+        logger.warning("stage %s is trained on top of %s: %s", stage.name, below, error)
         return False
     return True
 
@@ -145,7 +139,6 @@ def _need_keys(stage: Stage) -> None:
     keys = {
         "chain.lora_bias": chain.lora_bias,
         "data.keep_rows: false": not data.keep_rows,
-        "data.rehearse": data.rehearse,
     }
     if wrong := [key for key, is_set in keys.items() if is_set]:
         rule = "a stage beside others is combined with them"
@@ -249,22 +242,6 @@ class Declaring:
         # a finished stage is combined if no combination and not the head has it
         if is_parent or name not in combined | history.below(history.head):
             self._group.append(planned.stage)
-        elif planned.stage.rehearse and not any(e.is_rehearsal for e in self._above(name)):
-            self._need_combination(name)
-            self._rehearse(planned.stage, name)
-
-    def _above(self, name: str) -> Iterator[Entry | Unbuilt]:
-        """Yield the entries that a stage is in."""
-        known: list[Entry | Unbuilt] = [*self.history.entries, *self.history.unbuilt]
-        return (entry for entry in known if name in self.history.below(entry.key))
-
-    def _need_combination(self, name: str) -> None:
-        """Raise RunError unless the head is a combination that a finished stage is in."""
-        entry = self.history.known(self.top)
-        if entry is None or entry.kind != "combine" or name not in self.history.below(self.top):
-            rule = f"a rehearsal is added to a combination with stage {name}"
-            got = f"{self.top}, the current state of {self.run}"
-            raise RunError(rule, got, f"chainlora rehearse {shlex.quote(str(self.run))} trains one")
 
     def _add(self, planned: StagePlan, parent: str) -> None:
         name, config = planned.name, planned.stage.config
@@ -284,9 +261,6 @@ class Declaring:
         if not self._group:
             return
         history, last, names = self.history, self._group[-1], [s.name for s in self._group]
-        if not last.rehearse and (asked := [s.name for s in self._group if s.rehearse]):
-            effect = "stage %s: `rehearse` is ignored, as stages beside it follow; set it in %s"
-            logger.warning(effect, asked[0], last.name)
         self._group = []
         parts = history.without_ancestors([*history.parts(self.top), *names])
         known = [e for e in history.unbuilt if e.kind == "combine" and {*parts} <= {*e.parents}]
@@ -302,7 +276,7 @@ class Declaring:
             self._combine_parts(parts, last)
 
     def _combine_parts(self, parts: Sequence[str], last: Stage) -> None:
-        """Declare a combination of entries, and its rehearsal if the `last` stage asks for one.
+        """Declare a combination of entries.
 
         `last` is one of the parts. The recipe is that of the current top, with `keep_conflicts` of
         the last stage.
@@ -317,22 +291,3 @@ class Declaring:
             self._declare(known)
         self.keys.append(known.key)
         self.top = known.key
-        if last.rehearse:
-            self._rehearse(last, known.unit)
-
-    def _rehearse(self, last: Stage, unit: str) -> None:
-        """Declare a rehearsal on top of the combination."""
-        history, parents = self.history, (self.top,)
-        known = (*history.entries, *history.unbuilt)
-        name = next((e.key for e in known if e.is_rehearsal and e.parents == parents), None)
-        if name is None:
-            name = history.free_name(REHEARSAL)
-            section = {"name": name, "plugins": [*last.config.plugins]}
-            parts = history.parts(self.top)
-            due = [self.configs[key].chain.ranks for key in parts if key in self.configs]
-            rank = max([largest_rank(history, parts), *chain(*due)])
-            stage = rehearsal_of(last.config, section, rank, self.run)
-            self.configs[name] = stage.config
-            self._declare(stage_entry(name, stage.config, self.top, unit))
-        self.keys.append(name)
-        self.top = name

@@ -83,12 +83,11 @@ class Plan:
         keys = [entry.key for entry in unbuilt if entry is not None and entry.kind == "combine"]
         return {name for key in keys for name in history.below(key)}
 
-    def after(self, name: str) -> list[str]:
-        """Return what is computed after a stage: "combination", "rehearsal"."""
+    def is_combined_after(self, name: str) -> bool:
+        """Say whether a combination follows a stage."""
         known = [self.history.find_unbuilt(key) for key in self.keys]
-        entries = {entry.key: entry for entry in (*known, *self.new) if entry is not None}
-        later = [e for e in entries.values() if e.unit == name and e.key not in (name, START)]
-        return ["rehearsal" if entry.is_rehearsal else "combination" for entry in later]
+        entries = (entry for entry in (*known, *self.new) if entry is not None)
+        return any(e.unit == name and e.kind == "combine" for e in entries)
 
 
 def make_plan(
@@ -181,11 +180,11 @@ def plan_of(declaring: Declaring, stages: Sequence[StagePlan] = (), start: Start
 
 def _need_order(head: OpenState, stages: Sequence[Stage]) -> None:
     """Raise RunError unless a config lists the run's trained stages first, in their order."""
-    if stages[0].after is not None:  # a stage of `extend` or `rehearse`
+    if stages[0].after is not None:  # a stage of `extend`
         return
     run, history = head.run, head.history
     lineage = head.lineage
-    entries = [e for e in history.own if e in lineage and e.has_config and not e.is_rehearsal]
+    entries = [e for e in history.own if e in lineage and e.has_config]
     known = [entry.key for entry in entries if entry.kind == "stage"]
     if entries and not known and stages[0].name not in {entry.key for entry in entries}:
         rule = "the first stage of a config begins a run"
@@ -233,7 +232,7 @@ def _without_general(first: Stage) -> Stage:
 def _with_length(stage: Stage, begun: OpenState | None) -> Stage:
     """Return a stage whose links have a length: given, as it was begun, or from its rows."""
     chain = stage.config.chain
-    if chain.has_length or not chain.ranks or stage.config.data.rehearse:
+    if chain.has_length or not chain.ranks:
         return stage
     if begun is not None:
         before = begun.config().chain
@@ -289,8 +288,6 @@ def _unread(config: RunConfig) -> Iterator[tuple[str, str]]:
     for key in ("betas", "eps") if train.optimizer in WITHOUT_ADAM_KEYS else ():
         if getattr(train, key) != type(train).model_fields[key].default:
             yield f"train.{key}", f"on {train.optimizer}; give train.optimizer_options"
-    if data.rehearse:
-        return
     if not config.has_validation:
         for key in ("eval_every", "select_metric"):
             if getattr(train, key) is not None:

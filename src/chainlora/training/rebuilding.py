@@ -89,7 +89,7 @@ def _configs(lineage: Lineage, overrides: Sequence[tuple[str, Any]]) -> dict[str
             remedy = f"leave it out; places are {', '.join(sorted(_PLACES))} of {', '.join(trees)}"
             raise ConfigError(rule, key, remedy)
         for tree in [trees[name]] if name else trees.values():
-            # a key of all stages is skipped in rehearsals, which have no files of rows
+            # a key of all stages is skipped in a stage without such files
             if name or section != "data" or (tree.get(section) or {}).get(last):
                 set_key(tree, inner, value)
     return trees

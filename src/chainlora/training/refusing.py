@@ -19,7 +19,7 @@ from chainlora.chain.adapters import check_targets
 from chainlora.config.schema import LinkConfig, RunConfig, StartData
 from chainlora.config.staging import Stage
 from chainlora.data.division import can_read_again
-from chainlora.data.kept import keeps_general, keeps_rows
+from chainlora.data.kept import keeps_general
 from chainlora.data.splits import (
     check_metric,
     learned_by,
@@ -74,9 +74,8 @@ def check_due(
                 got = f"{stage_plan.name!r}, which the start has"
                 raise RunError("a stage must have a name of its own", got, "choose another")
             _need_rows(stage_plan.stage, losses if stage_plan.stage.beside else below)
-        if not config.data.rehearse:
-            loss = learned_by(config.data, config.train.loss)
-            below[stage_plan.name] = loss if keeps_rows(config.data) else None
+        loss = learned_by(config.data, config.train.loss)
+        below[stage_plan.name] = loss if config.data.keep_rows else None
 
 
 def _check_config(config: RunConfig, base: OpenBase, is_new: bool) -> None:
@@ -85,8 +84,7 @@ def _check_config(config: RunConfig, base: OpenBase, is_new: bool) -> None:
     check_names(config)
     check_optimizer(config, accelerator())
     length_limit(config.data, base.context)
-    if not config.data.rehearse:
-        check_metric(config.train.select_metric, reported_of(config.data, config.train.loss))
+    check_metric(config.train.select_metric, reported_of(config.data, config.train.loss))
     _check_trackers(config)
     if is_new:
         for link in dict.fromkeys(_with_directions(config.chain.links())):
@@ -99,7 +97,7 @@ def check_rows(config: RunConfig, base: OpenBase, tokenizer: Path | None) -> Non
     They are read as the stage will read them, but for rows that earlier stages keep. Warnings wait
     until it begins. One of several processes does not wait for the others, so they leave it out.
     """
-    if config.data.rehearse or num_launched() > 1:
+    if num_launched() > 1:
         return
     data = config.data.model_copy(update={"replay": None, "new_rows_only": False})
     rows = logging.getLogger("chainlora")
@@ -161,7 +159,7 @@ def _check_processes(config: RunConfig) -> None:
 def _losses(below: Start) -> dict[str, str | None]:
     """Return the loss of the kept rows of each stage below, and of the start; None without rows."""
     lineage, kept = [] if below.state is None else below.state.lineage, below.kept
-    names = [e.key for e in lineage if e.kind in ("stage", "import") and not e.is_rehearsal]
+    names = [e.key for e in lineage if e.kind in ("stage", "import")]
     names += [START] if START in kept or below.adapter is not None else []
     return {name: kept[name].loss if name in kept else None for name in names}
 
@@ -191,7 +189,6 @@ def _need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
     missing = {
         "data.new_rows_only": [n for n in without if data.new_rows_only and n != START],
         "data.replay": without if data.replay and len(without) == len(below) else [],
-        "data.rehearse": without if data.rehearse and len(without) == len(below) else [],
     }
     for key, names in missing.items():
         off = "false" if key == "data.new_rows_only" else "null"
@@ -200,17 +197,15 @@ def _need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
                 f"`{key}` of stage {stage.name!r} needs rows that earlier stages kept",
                 f"none of {', '.join(names)}",
                 (_GIVE_ROWS if names == [START] else "train those with data.keep_rows: true")
-                + (f", or set {key}: {off}" if key != "data.rehearse" else ""),
+                + f", or set {key}: {off}",
             )
     losses = {name: loss for name, loss in below.items() if loss is not None}
     own_loss = learned_by(data, stage.config.train.loss)
-    reads_earlier = data.replay or data.rehearse
-    if reads_earlier and not any(can_read_again(loss, own_loss) for loss in losses.values()):
+    if data.replay and not any(can_read_again(loss, own_loss) for loss in losses.values()):
         raise RunError(
-            f"`data.{'replay' if data.replay else 'rehearse'}` of stage {stage.name!r} needs "
-            f"earlier rows that are learned by {own_loss}",
+            f"`data.replay` of stage {stage.name!r} needs earlier rows learned by {own_loss}",
             ", ".join(f"{name}: {loss}" for name, loss in losses.items()) or "no earlier stage",
-            "leave data.replay out" if data.replay else "train it on rows of its own",
+            "leave data.replay out",
         )
 
 

@@ -22,7 +22,7 @@ from chainlora.chain.chain import Chain
 from chainlora.chain.holding import holding_named
 from chainlora.config.reading import flatten
 from chainlora.config.schema import RunConfig
-from chainlora.data.kept import Kept, keeps_rows, need_embedded, newest
+from chainlora.data.kept import Kept, need_embedded
 from chainlora.data.row_warnings import warn_of_changed
 from chainlora.data.splits import Splits, check_metric, prepare_splits
 from chainlora.engine.engine import Engine
@@ -52,7 +52,6 @@ from chainlora.training.processes import (
     num_launched,
     wants_shards,
 )
-from chainlora.training.rehearsing import with_steps
 from chainlora.training.run import Run
 
 
@@ -114,8 +113,6 @@ def _prepared(
     need_embedded(earlier, chain.model)
     if start.tokenizer is not None:
         check_vocabulary(chain.model, tokenizer, start.tokenizer)
-    rehearsed = earlier if config.data.keep_conflicts else newest(earlier)
-    config = with_steps(config, rehearsed.values())
     batches = make_batches(config, splits.train, splits.mixture)
     _check(config, chain.model, splits)
     engine = _new_engine(config, chain.model, processes)
@@ -150,8 +147,8 @@ def _begin_work(setup: _Setup, chain: Chain, base: OpenBase, splits: Splits) -> 
     """Begin or resume the stage on disk, and return its progress."""
     if setup.work is None:
         return Progress()
-    config = setup.config  # as declared: without the steps that a rehearsal gets from its rows
-    keep = partial(splits.kept, config.data.keep_rows) if keeps_rows(config.data) else None
+    config = setup.config
+    keep = partial(splits.kept, config.data.keep_rows) if config.data.keep_rows else None
     noted = noted_base(config, chain, base.files)
     return setup.work.begin(config, noted, rows=splits.digest, keep=keep)
 
@@ -192,7 +189,7 @@ def _read_rows(setup: _Setup, tokenizer: Any, context: int, earlier: dict[str, K
         earlier=earlier,
         compare=is_compared,
     )
-    if is_compared and not data.rehearse:
+    if is_compared:
         others = earlier if setup.work is None else _kept_beside(setup.work.run, stage)
         warn_of_changed(stage, splits.own, others, tokenizer, data.keep_conflicts)
     return splits

@@ -1,4 +1,4 @@
-"""Train the stages of a run: `chainlora.train`, `extend`, `rehearse` and `add`.
+"""Train the stages of a run: `chainlora.train`, `extend` and `add`.
 
 Every call takes four steps:
 1. plan: `make_plan` verifies finished stages and refuses bad input before anything is written;
@@ -53,7 +53,6 @@ from chainlora.training.placement import Declaring
 from chainlora.training.plan import Plan, make_plan, plan_of
 from chainlora.training.processes import is_first_launched, wait_for_all
 from chainlora.training.progress import progress_listener
-from chainlora.training.rehearsing import rehearsal
 from chainlora.training.result import TrainResult, result_of
 
 logger = logging.getLogger(__name__)
@@ -111,7 +110,6 @@ def extend(
     stage: Mapping[str, Any] | str | Path,
     *,
     beside: bool | None = None,
-    rehearse: bool = False,
     max_forgetting: float | None = None,
     listener: Listener | None = None,
     progress: bool | None = None,
@@ -130,7 +128,6 @@ def extend(
             trained beside the others. It is trained on top, with a warning, for pairs, on a mix,
             with `data.replay` or `data.new_rows_only`, or if a combination is not possible; and
             without one if `run` names a state.
-        rehearse: rehearse the combination (`rehearse`).
         max_forgetting: score the rows that the run kept, before and after. If a score such as
             accuracy falls by more than this, or the perplexity of a loss rises by more than this
             share, undo the stage and raise ForgettingError. `redo` keeps the stage after all.
@@ -148,39 +145,8 @@ def extend(
 
     Repeat a call that was stopped to resume it.
     """
-    stages = extension(run, stage, beside=beside, rehearse=rehearse)
+    stages = extension(run, stage, beside=beside)
     return _train_last(stages, listener, (), progress, max_forgetting)
-
-
-def rehearse(
-    run: str | Path,
-    stage: Mapping[str, Any] | None = None,
-    *,
-    listener: Listener | None = None,
-    progress: bool | None = None,
-) -> TrainResult:
-    """Train a short stage on kept rows of all stages, equally many of each, on top of the head.
-
-    Args:
-        run: the run.
-        stage: sections of a stage. By default one link of the run's largest rank, at 0.3 of the
-            last stage's learning rate; other keys are inherited from that stage. The number of
-            steps is the number of rows divided by the batch size, where every stage counts 256
-            rows, or twice its kept rows if that is less. An epoch has up to eight rows of each
-            stage, and no batch spans two epochs.
-        listener: see `train`.
-        progress: see `train`.
-
-    Returns:
-        The result of the rehearsal (`TrainResult`).
-
-    Raises:
-        RunError: no stage kept rows, or the run needs plug-ins that `stage` does not name.
-        ChainLoRAError: for everything that `train` refuses.
-
-    Repeat a call that was stopped to resume it. If the head is a rehearsal, nothing is trained.
-    """
-    return _train_last(rehearsal(run, stage or {}), listener, (), progress)
 
 
 def add(
@@ -284,9 +250,9 @@ def train_stages(
     base: OpenBase | None = None,
     max_forgetting: float | None = None,
 ) -> list[TrainResult | None]:
-    """Train the new stages of a config, or the one of `extend` or `rehearse`.
+    """Train the new stages of a config, or the one of `extend`.
 
-    Returns the result of each stage, None for those finished before; then results of rehearsals.
+    Returns the result of each stage, None for those finished before.
     `matrix` scores kept rows in all states without a score (`evaluation.stage_scores`).
     """
     listener, base = listener or _ignore, base or base_of(stages[0].config)
@@ -354,14 +320,8 @@ def train_run(
 
 
 def prune(run: str | Path, name: str, *, listener: Listener | None = None) -> Pruning:
-    """Delete a stage, combine the others again, and rehearse them if they were (`prune_stage`)."""
-    head, listener = open_run(run), listener or _ignore
-    base = OpenBase.of_state(head)
-    solve = partial(solved_combination, progress=solver(listener), base=base)
-    pruned, history = prune_stage(head.run, name, solve), read_history(head.run)
-    keys = [entry.key for entry in pruned.again if history.find_unbuilt(entry.key) is not None]
-    carry_out(plan_of(Declaring(history, head.run, keys=keys)), listener, base=base)
-    return pruned
+    """Delete a stage, after the others are combined again (`prune_stage`)."""
+    return prune_stage(run, name, partial(solved_combination, progress=solver(listener or _ignore)))
 
 
 def build_run(
