@@ -31,6 +31,7 @@ from chainlora.chain.link import Factors
 from chainlora.chain.low_rank import leading_left
 
 RIDGE = 0.1  # λ, selected on the tuning seed of benchmarks/combining
+_BLOCK = 192  # columns of a Gram matrix at a time, each from its diagonal down
 
 
 @dataclass(frozen=True)
@@ -56,24 +57,33 @@ class Combined:
 
 
 class Sums:
-    """Sums over the tokens of one part: products in float32, added in float64 on the CPU."""
+    """Sums over the tokens of one part, in float32 on the device of the inputs."""
 
     def __init__(self) -> None:
-        self.gram: Tensor | None = None  # X̃ᵀX̃ [in, in]
+        self.gram: Tensor | None = None  # X̃ᵀX̃ [in, in], the lower triangle
+        self.shift: Tensor | None = None  # (X − X̃)ᵀX̃ [in, in]; X: inputs in the part's own model
         self.cross: dict[str, Tensor] = {}  # TᵀX̃ [out, in] by module
 
-    def add(self, x: Tensor, targets: Mapping[str, Tensor]) -> None:
-        """Add inputs x [tokens, in] and targets T [tokens, out] by module."""
-        if not x.numel():  # an expert without tokens
+    def add(
+        self, x: Tensor, targets: Mapping[str, Tensor] | None = None, own: Tensor | None = None
+    ) -> None:
+        """Add inputs X̃ [tokens, in] with T [tokens, out] by module, or X [tokens, in]."""
+        if not x.numel():
             return
         x = x.float()
-        self.gram = _plus(self.gram, x.T @ x)
-        for name, target in targets.items():
-            self.cross[name] = _plus(self.cross.get(name), target.float().T @ x)
+        if self.gram is None:
+            self.gram = x.new_zeros(x.shape[1], x.shape[1])
+        for start in range(0, x.shape[1], _BLOCK):
+            columns = slice(start, start + _BLOCK)
+            self.gram[start:, columns].addmm_(x[:, start:].T, x[:, columns])
+        for name, target in (targets or {}).items():
+            self.cross[name] = _plus(self.cross.get(name), target.float(), x)
+        if own is not None:
+            self.shift = _plus(self.shift, own.float() - x, x)
 
     def are_finite(self) -> bool:
         """Return whether all sums are finite."""
-        sums = [self.gram, *self.cross.values()]
+        sums = [self.gram, self.shift, *self.cross.values()]
         return all(bool(total.sum().isfinite()) for total in sums if total is not None)
 
 
@@ -89,6 +99,7 @@ class Solved(NamedTuple):
 class Equations:
     """S and K of modules that share an input, summed over parts."""
 
+    shift: Tensor | None = None  # Σ_j w_j (X_j − X̃_j)ᵀX̃_j / n_j [in, in]
     _s: Tensor | None = None  # [in, in]
     _k: dict[str, Tensor] = field(default_factory=dict)  # [out, in] by module
     _parts: list[tuple[Mapping[str, Factors], float]] = field(default_factory=list)
@@ -100,16 +111,29 @@ class Equations:
         self._parts.append((updates, importance))
         if sums.gram is None:
             return
-        gram = sums.gram.mul_(importance / num_tokens)
+        scale = importance / num_tokens
+        gram = _wide(sums.gram.tril_(), scale)
+        gram += gram.tril(-1).T
         diagonal = gram.diagonal()
         ridge = RIDGE * float(diagonal.mean())
         diagonal += ridge
+        self._s = _total(self._s, gram)
         for name, cross in sums.cross.items():
-            cross = cross.mul_(importance / num_tokens)
-            if name in updates:
-                _add_update(cross, updates[name], ridge)
-            self._k[name] = self._k[name].add_(cross) if name in self._k else cross
-        self._s = gram if self._s is None else self._s.add_(gram)
+            self.add_product(name, _wide(cross, scale))
+        if sums.shift is not None:
+            shift = _wide(sums.shift, scale)
+            self.shift = _total(self.shift, shift)
+            gram = gram + shift
+        for name, update in updates.items():
+            if name in sums.cross:
+                _add_update(self._k[name], update, ridge)
+            else:
+                b, a = update.b.cpu().double(), update.a.cpu().double()
+                self.add_product(name, b @ (a @ gram))
+
+    def add_product(self, name: str, product: Tensor) -> None:
+        """Add to K of a module."""
+        self._k[name] = _total(self._k.get(name), product.cpu().double())
 
     def solve(self, rank: int) -> dict[str, Solved]:
         """Return the solution of each module; overwrites S."""
@@ -131,9 +155,16 @@ class Equations:
                 self._s = torch.eye(shape[1], dtype=torch.float64)
 
 
-def _plus(total: Tensor | None, product: Tensor) -> Tensor:
-    wide = product.cpu().double()
-    return wide if total is None else total.add_(wide)
+def _plus(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    return left.T @ right if total is None else total.addmm_(left.T, right)
+
+
+def _wide(total: Tensor, scale: float) -> Tensor:
+    return total.cpu().double().mul_(scale)
+
+
+def _total(total: Tensor | None, more: Tensor) -> Tensor:
+    return more.clone() if total is None else total.add_(more)
 
 
 def _add_update(total: Tensor, factors: Factors, scale: float) -> None:

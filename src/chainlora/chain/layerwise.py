@@ -190,6 +190,9 @@ class LayerStructure:
     # module whose input is the stream there, or "" for the output of the layer.
     points: dict[str, str]
     routed: frozenset[str]  # modules that get only some of the tokens, such as experts
+    # modules that run before the point of a module whose equations are solved before theirs
+    late: frozenset[str]
+    ends: dict[str, tuple[str, int]]  # of modules whose output leaves a submodule: `_end`
 
 
 class StopForward(Exception):
@@ -235,6 +238,28 @@ def hooked_inputs(block: nn.Module, hook: Callable[[str, Tensor], None]) -> Iter
         yield
 
 
+@contextmanager
+def replaced(block: nn.Module, known: Mapping[tuple[str, int], Tensor]) -> Iterator[None]:
+    """Let submodules return known outputs; keys as in `LayerStructure.ends`."""
+    before = []
+    for (name, size), output in known.items():
+        module = block.get_submodule(name)
+        before.append((module, vars(module).get("forward")))
+        module.forward = partial(_known_output, output, size)
+    try:
+        yield
+    finally:
+        for module, forward in before:
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+def _known_output(output: Tensor, size: int, *_: Any, **__: Any) -> Any:
+    output = output.clone()  # Falcon adds to it in place
+    return (output, *[None] * (size - 1)) if size else output
+
+
 @torch.no_grad()
 def inspect_layer(
     block: nn.Module, modules: Sequence[str], batch: Batch, index: int
@@ -251,8 +276,8 @@ def inspect_layer(
         inputs[name] = x
         return forward(x)
 
-    called = {""}
-    see = hooked_inputs(block, lambda name, x: called.add(name))
+    called = [""]
+    see = hooked_inputs(block, lambda name, x: called.append(name))
     with hooked_outputs(block, modules, note), see:
         streams = _streams(block, batch, index)
     for name in (name for name in modules if name not in inputs):
@@ -270,7 +295,39 @@ def inspect_layer(
             continue
         if (point := _write_point(block, name, batch, index, streams)) is not None:
             points[name] = point
-    return LayerStructure([*groups.values()], points, routed)
+    order = [name for group in groups.values() for name in group]
+    late: set[str] = set()
+    for name, point in points.items():
+        before = called[: called.index(point)] if point else called
+        late |= {*order[order.index(name) + 1 :]} & {*before} - routed
+    ends = {name: _end(block, name, batch, index) for name in points}
+    found = {name: end for name, end in ends.items() if end is not None}
+    return LayerStructure([*groups.values()], points, routed, frozenset(late), found)
+
+
+def _end(block: nn.Module, name: str, batch: Batch, index: int) -> tuple[str, int] | None:
+    """Return the outermost submodule that returns exactly the output of a module, and the length of
+    the tuple that it returns, 0 for a tensor. Other items of the tuple are None."""
+    outputs: dict[str, Any] = {}
+
+    def note(path: str, module: nn.Module, args: Any, output: Any) -> None:
+        outputs[path] = output
+
+    paths = name.split(".")
+    around = [".".join(paths[:count]) for count in range(1, len(paths) + 1)]
+    with ExitStack() as hooks:
+        for path in around:
+            hook = partial(note, path)
+            hooks.enter_context(block.get_submodule(path).register_forward_hook(hook))
+        run(block, batch, index)
+    for path in (path for path in around if path in outputs):
+        whole = outputs[path]
+        first, *others = whole if isinstance(whole, tuple) else (whole,)
+        if any(other is not None for other in others) or not isinstance(first, Tensor):
+            continue
+        if first.shape == outputs[name].shape and torch.equal(first, outputs[name]):
+            return path, len(whole) if isinstance(whole, tuple) else 0
+    return None
 
 
 def _routed(inputs: Mapping[str, Tensor], count: int) -> frozenset[str]:
