@@ -15,11 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from chainlora.chain.adapters import base_layer, sizes
+from chainlora.chain.adapters import base_layer, is_transposed, sizes
 from chainlora.chain.combining import Combined, Equations, Part, Solved, Sums
 from chainlora.chain.layerwise import (
     Batch,
@@ -36,6 +39,7 @@ from chainlora.chain.layerwise import (
 )
 from chainlora.chain.link import Factors, padded
 from chainlora.errors import ChainError
+from chainlora.models.quantizing import is_quantized
 
 _BATCH_TOKENS = 2_048  # tokens of a batch, with padding
 _CACHE_BYTES = 1 << 31  # of outputs of solved modules; beyond it they are computed again
@@ -43,6 +47,7 @@ _STEP, _LAST = 2, 4  # the sums include each second token of a row, and its last
 _SAMPLE_TOKENS = 16  # length of the row that shows the structure of each layer
 
 Progress = Callable[[int, int], None]
+Forward = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -208,14 +213,15 @@ class _Layer:
         self._modules = [name for group in structure.groups for name in group]
         self._updates: list[dict[str, Factors]] = []  # of each part, by module
         for part in parts:
-            updates = {name: part.update.get(f"{path}.{name}") for name in self._modules}
-            self._updates.append({n: self._on_device(x) for n, x in updates.items() if x})
-        self._solved: dict[str, Factors] = {}
+            named = {name: part.update.get(f"{path}.{name}") for name in self._modules}
+            self._updates.append({n: self._on_device(x) for n, x in named.items() if x})
+        self._solved: dict[str, Forward] = {}
         tokens = sum(pair.own.mask.numel() for batches in pairs for pair in batches)
         widths = [sum(sizes(self._base(name))) for name in structure.ends]
         keeps = 4 * tokens * max(widths, default=0) <= _CACHE_BYTES  # float32
         self._ends = structure.ends if keeps else {}
-        for own, batches in zip(self._updates, pairs, strict=True):
+        for updates, batches in zip(self._updates, pairs, strict=True):
+            own = {name: _updated(self._base(name), each) for name, each in updates.items()}
             for pair in batches:
                 self._run_own(pair, own)
 
@@ -244,8 +250,12 @@ class _Layer:
             for name in group:
                 equations.add_product(name, self._times_base(name, equations.shift))
         solutions = equations.solve(rank)
-        self._solved |= {name: self._on_device(s.factors) for name, s in solutions.items()}
-        self._keep_outputs(group[0])
+        for name, solved in solutions.items():
+            factors = self._on_device(solved.factors)
+            self._solved[name] = _updated(self._base(name), factors)
+            for pair in (pair for pairs in self.pairs for pair in pairs if name in pair.seen):
+                x, base = pair.seen.pop(name)
+                pair.outputs[name] = base + _product(x, factors)
         return solutions
 
     def leave(self) -> None:
@@ -263,12 +273,6 @@ class _Layer:
         layer, columns = self._base(name), x.T.float().to(self._device)
         return (layer(columns) - layer(torch.zeros_like(columns[:1]))).T
 
-    def _keep_outputs(self, name: str) -> None:
-        for pair in (pair for pairs in self.pairs for pair in pairs):
-            if name in pair.seen:
-                x, base = pair.seen.pop(name)
-                pair.outputs[name] = base + _product(x, self._solved[name])
-
     def _add(self, sums: Sums, pair: _BatchPair, group: Sequence[str]) -> None:
         """Add the tokens of a batch to the sums of a group."""
         name, *_ = group
@@ -276,7 +280,7 @@ class _Layer:
         inputs: list[Tensor] = []
         combined = self._combined_outputs(pair)
 
-        def observe(called: str, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        def observe(called: str, x: Tensor, forward: Forward) -> Tensor:
             if called != name:
                 return combined(called, x, forward)
             inputs.append(x)
@@ -298,7 +302,7 @@ class _Layer:
         else:
             sums.add(x, own=pair.own_inputs[name])
 
-    def _run_own(self, pair: _BatchPair, updates: Mapping[str, Factors]) -> None:
+    def _run_own(self, pair: _BatchPair, updated: Mapping[str, Forward]) -> None:
         """Run the layer in the part's own model, and keep what its equations need."""
         points = {*self.structure.points.values()}
         firsts = {group[0] for group in self.structure.groups} - self.structure.points.keys()
@@ -308,12 +312,10 @@ class _Layer:
             if name in points:
                 pair.own_streams[name] = pair.pick(x)
 
-        def hook(name: str, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        def hook(name: str, x: Tensor, forward: Forward) -> Tensor:
             if name in firsts:
                 pair.own_inputs[name] = pair.pick(x)
-            output = forward(x)
-            if name in updates:
-                output = output + _product(x, updates[name])
+            output = updated.get(name, forward)(x)
             if name in self.structure.late:
                 pair.own_outputs[name] = output.clone()
             return output
@@ -329,9 +331,9 @@ class _Layer:
         behind the module being solved differs by that module alone.
         """
 
-        def hook(name: str, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        def hook(name: str, x: Tensor, forward: Forward) -> Tensor:
             if name in self._solved:
-                return forward(x) + _product(x, self._solved[name])
+                return self._solved[name](x)
             if name in pair.own_outputs:
                 return pair.own_outputs[name].clone()
             return forward(x)
@@ -362,6 +364,15 @@ class _Layer:
 def _not_finite(where: str, part: Part) -> ChainError:
     rule = "states to combine must have finite activations"
     return ChainError(rule, f"infinite or NaN {where}, {part.name}", "leave it out")
+
+
+def _updated(layer: Any, factors: Factors) -> Forward:
+    """Return the forward of a linear layer with an update, in its weight unless it is quantised."""
+    forward = layer.forward
+    if is_quantized(layer):
+        return lambda x: forward(x) + _product(x, factors)
+    weight = layer.weight.T if is_transposed(layer) else layer.weight
+    return partial(linear, weight=weight + factors.b @ factors.a, bias=layer.bias)
 
 
 def _product(x: Tensor, factors: Factors) -> Tensor:
