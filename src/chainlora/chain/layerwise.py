@@ -192,7 +192,7 @@ class LayerStructure:
     routed: frozenset[str]  # modules that get only some of the tokens, such as experts
     # modules that run before the point of a module whose equations are solved before theirs
     late: frozenset[str]
-    ends: dict[str, tuple[str, int]]  # of modules whose output leaves a submodule: `_end`
+    ends: dict[str, tuple[str, int]]  # of modules whose output leaves a submodule: `_ends`
 
 
 class StopForward(Exception):
@@ -206,21 +206,40 @@ OutputHook = Callable[[str, Tensor, Callable[[Tensor], Tensor]], Tensor]
 @contextmanager
 def hooked_outputs(block: nn.Module, modules: Sequence[str], hook: OutputHook) -> Iterator[None]:
     """Replace the outputs of linear modules of a layer by those of `hook`."""
-    layers = {name: base_layer(block.get_submodule(name)) for name in modules}
-    before = {name: vars(layer).get("forward") for name, layer in layers.items()}
 
     def call(name: str, forward: Callable[[Tensor], Tensor], x: Tensor, *_: Any, **__: Any) -> Any:
         return hook(name, x, forward)
 
-    for name, layer in layers.items():
-        layer.forward = partial(call, name, layer.forward)
+    layers = [(name, base_layer(block.get_submodule(name))) for name in modules]
+    with _forwards([(layer, partial(call, name, layer.forward)) for name, layer in layers]):
+        yield
+
+
+@contextmanager
+def known_outputs(block: nn.Module, known: Mapping[tuple[str, int], Tensor]) -> Iterator[None]:
+    """Let submodules return known outputs; the keys are those of `LayerStructure.ends`."""
+
+    def call(output: Tensor, size: int, *_: Any, **__: Any) -> Any:
+        output = output.clone()  # Falcon adds to it in place
+        return (output, *[None] * (size - 1)) if size else output
+
+    items = known.items()
+    with _forwards([(block.get_submodule(n), partial(call, x, size)) for (n, size), x in items]):
+        yield
+
+
+@contextmanager
+def _forwards(forwards: Sequence[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
+    before = [vars(module).get("forward") for module, _ in forwards]
+    for module, forward in forwards:
+        module.forward = forward
     try:
         yield
     finally:
-        for name, layer in layers.items():
-            del layer.forward  # the method of the class is visible again
-            if before[name] is not None:  # accelerate sets a forward on instances
-                layer.forward = before[name]
+        for (module, _), own in zip(forwards, before, strict=True):
+            del module.forward  # the method of the class is visible again
+            if own is not None:  # accelerate sets a forward on instances
+                module.forward = own
 
 
 @contextmanager
@@ -236,28 +255,6 @@ def hooked_inputs(block: nn.Module, hook: Callable[[str, Tensor], None]) -> Iter
             if name:
                 hooks.enter_context(module.register_forward_pre_hook(partial(call, name)))
         yield
-
-
-@contextmanager
-def replaced(block: nn.Module, known: Mapping[tuple[str, int], Tensor]) -> Iterator[None]:
-    """Let submodules return known outputs; keys as in `LayerStructure.ends`."""
-    before = []
-    for (name, size), output in known.items():
-        module = block.get_submodule(name)
-        before.append((module, vars(module).get("forward")))
-        module.forward = partial(_known_output, output, size)
-    try:
-        yield
-    finally:
-        for module, forward in before:
-            del module.forward
-            if forward is not None:
-                module.forward = forward
-
-
-def _known_output(output: Tensor, size: int, *_: Any, **__: Any) -> Any:
-    output = output.clone()  # Falcon adds to it in place
-    return (output, *[None] * (size - 1)) if size else output
 
 
 @torch.no_grad()
@@ -300,34 +297,8 @@ def inspect_layer(
     for name, point in points.items():
         before = called[: called.index(point)] if point else called
         late |= {*order[order.index(name) + 1 :]} & {*before} - routed
-    ends = {name: _end(block, name, batch, index) for name in points}
-    found = {name: end for name, end in ends.items() if end is not None}
-    return LayerStructure([*groups.values()], points, routed, frozenset(late), found)
-
-
-def _end(block: nn.Module, name: str, batch: Batch, index: int) -> tuple[str, int] | None:
-    """Return the outermost submodule that returns exactly the output of a module, and the length of
-    the tuple that it returns, 0 for a tensor. Other items of the tuple are None."""
-    outputs: dict[str, Any] = {}
-
-    def note(path: str, module: nn.Module, args: Any, output: Any) -> None:
-        outputs[path] = output
-
-    paths = name.split(".")
-    around = [".".join(paths[:count]) for count in range(1, len(paths) + 1)]
-    with ExitStack() as hooks:
-        for path in around:
-            hook = partial(note, path)
-            hooks.enter_context(block.get_submodule(path).register_forward_hook(hook))
-        run(block, batch, index)
-    for path in (path for path in around if path in outputs):
-        whole = outputs[path]
-        first, *others = whole if isinstance(whole, tuple) else (whole,)
-        if any(other is not None for other in others) or not isinstance(first, Tensor):
-            continue
-        if first.shape == outputs[name].shape and torch.equal(first, outputs[name]):
-            return path, len(whole) if isinstance(whole, tuple) else 0
-    return None
+    ends = _ends(block, [*points], batch, index)
+    return LayerStructure([*groups.values()], points, routed, frozenset(late), ends)
 
 
 def _routed(inputs: Mapping[str, Tensor], count: int) -> frozenset[str]:
@@ -386,6 +357,33 @@ def _write_point(
         if name in without and float((x - without[name] - added).abs().max()) <= tolerance
     ]
     return points[-1] if points else None
+
+
+def _ends(
+    block: nn.Module, modules: Sequence[str], batch: Batch, index: int
+) -> dict[str, tuple[str, int]]:
+    """Return for modules the outermost submodule that returns exactly their output, and the length
+    of the tuple that it returns, 0 for a tensor. The other items of the tuple are None."""
+    outputs: dict[str, Any] = {}
+
+    def note(path: str, module: nn.Module, args: Any, output: Any) -> None:
+        outputs[path] = output
+
+    with ExitStack() as hooks:
+        for path, module in block.named_modules():
+            hooks.enter_context(module.register_forward_hook(partial(note, path)))
+        run(block, batch, index)
+    ends: dict[str, tuple[str, int]] = {}
+    for name in modules:
+        steps = name.split(".")
+        for path in (".".join(steps[: count + 1]) for count in range(len(steps))):
+            output = outputs.get(path)
+            size = len(output) if isinstance(output, tuple) else 0
+            first, *others = output if isinstance(output, tuple) else (output,)
+            is_alone = all(other is None for other in others)
+            if isinstance(first, Tensor) and is_alone and torch.equal(first, outputs[name]):
+                ends.setdefault(name, (path, size))
+    return ends
 
 
 def _decoder_layers(body: nn.Module, wanted: Set[nn.Module]) -> list[nn.Module]:

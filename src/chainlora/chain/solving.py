@@ -34,7 +34,7 @@ from chainlora.chain.layerwise import (
     hooked_outputs,
     in_float32,
     inspect_layer,
-    replaced,
+    known_outputs,
     run,
 )
 from chainlora.chain.link import Factors, padded
@@ -353,7 +353,7 @@ class _Layer:
         with (
             hooked_outputs(self.block, self._modules, hook),
             hooked_inputs(self.block, stop),
-            replaced(self.block, known),
+            known_outputs(self.block, known),
         ):
             try:
                 return run(self.block, pair.combined, self.index)
