@@ -100,8 +100,9 @@ class Equations:
     """S and K of modules that share an input, summed over parts."""
 
     shift: Tensor | None = None  # Σ_j w_j (X_j − X̃_j)ᵀX̃_j / n_j [in, in]
-    _s: Tensor | None = None  # [in, in]
+    _s: Tensor | None = None  # [in, in], the lower triangle
     _k: dict[str, Tensor] = field(default_factory=dict)  # [out, in] by module
+    _low: dict[str, list[Factors]] = field(default_factory=dict)  # products that belong to K
     _parts: list[tuple[Mapping[str, Factors], float]] = field(default_factory=list)
 
     def add(
@@ -112,28 +113,29 @@ class Equations:
         if sums.gram is None:
             return
         scale = importance / num_tokens
-        gram = _wide(sums.gram.tril_(), scale)
-        gram += gram.tril(-1).T
+        gram = _wide(sums.gram, scale)
         diagonal = gram.diagonal()
         ridge = RIDGE * float(diagonal.mean())
         diagonal += ridge
-        self._s = _total(self._s, gram)
         for name, cross in sums.cross.items():
             self.add_product(name, _wide(cross, scale))
         if sums.shift is not None:
             shift = _wide(sums.shift, scale)
-            self.shift = _total(self.shift, shift)
-            gram = gram + shift
+            self.shift = shift.clone() if self.shift is None else self.shift.add_(shift)
         for name, update in updates.items():
+            a = update.a.cpu().double()
             if name in sums.cross:
-                _add_update(self._k[name], update, ridge)
+                a = ridge * a
             else:
-                b, a = update.b.cpu().double(), update.a.cpu().double()
-                self.add_product(name, b @ (a @ gram))
+                whole = a @ gram.tril() + a @ gram.tril(-1).T
+                a = whole if sums.shift is None else whole + a @ shift
+            self._low.setdefault(name, []).append(Factors(a, update.b.cpu().double()))
+        self._s = gram if self._s is None else self._s.add_(gram)
 
     def add_product(self, name: str, product: Tensor) -> None:
         """Add to K of a module."""
-        self._k[name] = _total(self._k.get(name), product.cpu().double())
+        wide = product.cpu().double()
+        self._k[name] = self._k[name].add_(wide) if name in self._k else wide
 
     def solve(self, rank: int) -> dict[str, Solved]:
         """Return the solution of each module; overwrites S."""
@@ -141,18 +143,20 @@ class Equations:
             self._set_mean()
         assert self._s is not None
         root = torch.linalg.cholesky(self._s, out=self._s)
+        for name, low in self._low.items():
+            a, b = torch.cat([each.a for each in low]), torch.cat([each.b for each in low], 1)
+            self.add_product(name, b @ a)
         return {name: _best_of_rank(k, root, rank) for name, k in self._k.items()}
 
     def _set_mean(self) -> None:
         """Set the equations of modules without inputs: ΔW is the weighted mean of the updates."""
         total = sum(importance for _, importance in self._parts)
-        self._k = {}
+        self._k, self._low = {}, {}
         for updates, importance in self._parts:
             for name, update in updates.items():
-                shape = update.b.shape[0], update.a.shape[1]
-                mean = self._k.setdefault(name, torch.zeros(shape, dtype=torch.float64))
-                _add_update(mean, update, importance / total)
-                self._s = torch.eye(shape[1], dtype=torch.float64)
+                a, b = update.a.cpu().double(), update.b.cpu().double() * (importance / total)
+                self._low.setdefault(name, []).append(Factors(a, b))
+                self._s = torch.eye(a.shape[1], dtype=torch.float64)
 
 
 def _plus(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -161,14 +165,6 @@ def _plus(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
 
 def _wide(total: Tensor, scale: float) -> Tensor:
     return total.cpu().double().mul_(scale)
-
-
-def _total(total: Tensor | None, more: Tensor) -> Tensor:
-    return more.clone() if total is None else total.add_(more)
-
-
-def _add_update(total: Tensor, factors: Factors, scale: float) -> None:
-    total.addmm_(factors.b.cpu().double(), factors.a.cpu().double(), alpha=scale)
 
 
 def _best_of_rank(k: Tensor, root: Tensor, rank: int) -> Solved:
