@@ -9,6 +9,10 @@ give the output of the part's own model (`chain.solving`):
     K   = Σ_j (w_j T_jᵀX̃_j / n_j + λ_j ΔW_j),  ΔW = K S⁻¹
     S = L Lᵀ,  B = first R left singular vectors of ΔW L = K L⁻ᵀ,  A = Bᵀ ΔW
 
+Where T_j = X_j (W_0 + ΔW_j)ᵀ − X̃_j W_0ᵀ, the sums are smaller without T_j:
+
+    w_j T_jᵀX̃_j / n_j = (W_0 + ΔW_j) E_j + ΔW_j G_j,  E_j = w_j (X_j − X̃_j)ᵀX̃_j / n_j
+
 w_j is the importance of a part. The last line is reduced-rank regression: the best update of rank R
 for the same equations. In a direction without inputs, ΔW is the mean of the parts' updates with
 weights λ_j; in a module without inputs, with weights w_j. A single part is returned unchanged up to
@@ -99,7 +103,7 @@ class Solved(NamedTuple):
 class Equations:
     """S and K of modules that share an input, summed over parts."""
 
-    shift: Tensor | None = None  # Σ_j w_j (X_j − X̃_j)ᵀX̃_j / n_j [in, in]
+    shift: Tensor | None = None  # Σ_j E_j [in, in]; its product with W_0 is to be added to K
     _s: Tensor | None = None  # [in, in], the lower triangle
     _k: dict[str, Tensor] = field(default_factory=dict)  # [out, in] by module
     _low: dict[str, list[Factors]] = field(default_factory=dict)  # products that belong to K
@@ -108,7 +112,7 @@ class Equations:
     def add(
         self, sums: Sums, num_tokens: int, updates: Mapping[str, Factors], importance: float = 1.0
     ) -> None:
-        """Add a part with ΔW_j by module; overwrites the sums over its n_j tokens."""
+        """Add a part with ΔW_j by module, and the sums over its n_j tokens."""
         self._parts.append((updates, importance))
         if sums.gram is None:
             return
@@ -119,17 +123,15 @@ class Equations:
         diagonal += ridge
         for name, cross in sums.cross.items():
             self.add_product(name, _wide(cross, scale))
+        whole = gram if sums.cross else gram.tril() + gram.tril(-1).T
         if sums.shift is not None:
             shift = _wide(sums.shift, scale)
-            self.shift = shift.clone() if self.shift is None else self.shift.add_(shift)
+            whole += shift
+            self.shift = shift if self.shift is None else self.shift.add_(shift)
         for name, update in updates.items():
-            a = update.a.cpu().double()
-            if name in sums.cross:
-                a = ridge * a
-            else:
-                whole = a @ gram.tril() + a @ gram.tril(-1).T
-                a = whole if sums.shift is None else whole + a @ shift
-            self._low.setdefault(name, []).append(Factors(a, update.b.cpu().double()))
+            a, b = update.a.cpu().double(), update.b.cpu().double()
+            a = ridge * a if sums.cross else a @ whole
+            self._low.setdefault(name, []).append(Factors(a, b))
         self._s = gram if self._s is None else self._s.add_(gram)
 
     def add_product(self, name: str, product: Tensor) -> None:

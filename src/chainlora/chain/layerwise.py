@@ -190,8 +190,7 @@ class LayerStructure:
     # module whose input is the stream there, or "" for the output of the layer.
     points: dict[str, str]
     routed: frozenset[str]  # modules that get only some of the tokens, such as experts
-    # modules that run before the point of a module whose equations are solved before theirs
-    late: frozenset[str]
+    late: frozenset[str]  # modules that run before the point of a module that is solved earlier
     ends: dict[str, tuple[str, int]]  # of modules whose output leaves a submodule: `_ends`
 
 
@@ -293,12 +292,17 @@ def inspect_layer(
         if (point := _write_point(block, name, batch, index, streams)) is not None:
             points[name] = point
     order = [name for group in groups.values() for name in group]
+    late = frozenset(_late(order, points, called) - routed)
+    ends = _ends(block, [*points], batch, index)
+    return LayerStructure([*groups.values()], points, routed, late, ends)
+
+
+def _late(order: Sequence[str], points: Mapping[str, str], called: Sequence[str]) -> set[str]:
     late: set[str] = set()
     for name, point in points.items():
         before = called[: called.index(point)] if point else called
-        late |= {*order[order.index(name) + 1 :]} & {*before} - routed
-    ends = _ends(block, [*points], batch, index)
-    return LayerStructure([*groups.values()], points, routed, frozenset(late), ends)
+        late |= {*order[order.index(name) + 1 :]} & {*before}
+    return late
 
 
 def _routed(inputs: Mapping[str, Tensor], count: int) -> frozenset[str]:

@@ -3,12 +3,15 @@
 The modules are solved in the order of the forward pass. The update of a module must add T_j
 (`chain.combining`) on the rows of part j. T_j is one of
 
-    Y_j − X̃_j W_0ᵀ             by default; Y_j: output of the module in the part's own model
-    H_j − (H̃_j + X̃_j W_0ᵀ)     if the module alone adds to the residual stream; H_j: the stream
-                               behind it in the part's own model, H̃_j: the combined one without it
-    X̃_j ΔW_jᵀ                  in an expert, which gets other tokens in each of the two models
+    X_j (W_0 + ΔW_j)ᵀ − X̃_j W_0ᵀ   by default; X_j: input of the module in the part's own model
+    H_j − (H̃_j + X̃_j W_0ᵀ)         if the module alone adds to the residual stream; H_j: the stream
+                                   behind it in the part's own model, H̃_j: the combined one
+                                   without it
+    X̃_j ΔW_jᵀ                      in an expert, which gets other tokens in each of the two models
 
-Memory holds the hidden states of all rows in both models, and the outputs inside one layer.
+All tokens of the rows are run, but the sums include a part of them (`summed_places`); in experts,
+all of them. Memory holds the hidden states of all rows in both models and, inside one layer, the
+inputs that the sums need and those of modules whose outputs are kept.
 """
 
 from __future__ import annotations
@@ -87,6 +90,7 @@ def combine(
             if structure.routed:
                 pairs = [_without_padding(layers, batches) for batches in pairs]
             layer = _Layer(exact, index, structure, path, parts, pairs)
+            layer.run_own_models()
             for group in structure.groups:
                 for name, solved in layer.solve(group, rank).items():
                     factors[f"{path}.{name}"] = padded(solved.factors, rank)
@@ -220,10 +224,6 @@ class _Layer:
         widths = [sum(sizes(self._base(name))) for name in structure.ends]
         keeps = 4 * tokens * max(widths, default=0) <= _CACHE_BYTES  # float32
         self._ends = structure.ends if keeps else {}
-        for updates, batches in zip(self._updates, pairs, strict=True):
-            own = {name: _updated(self._base(name), each) for name, each in updates.items()}
-            for pair in batches:
-                self._run_own(pair, own)
 
     def _base(self, name: str) -> nn.Module:
         layer: nn.Module = base_layer(self.block.get_submodule(name))
@@ -231,6 +231,13 @@ class _Layer:
 
     def _on_device(self, factors: Factors) -> Factors:
         return Factors(factors.a.to(self._device), factors.b.to(self._device))
+
+    def run_own_models(self) -> None:
+        """Advance all batches in the parts' own models, and keep what the equations need."""
+        for updates, pairs in zip(self._updates, self.pairs, strict=True):
+            updated = {name: _updated(self._base(name), each) for name, each in updates.items()}
+            for pair in pairs:
+                self._run_own(pair, updated)
 
     def solve(self, group: Sequence[str], rank: int) -> dict[str, Solved]:
         """Solve the modules of a group, which share an input."""
@@ -259,7 +266,7 @@ class _Layer:
         return solutions
 
     def leave(self) -> None:
-        """Advance all batches, in both models, to the input of the next layer."""
+        """Advance all batches in the combined model."""
         for part, pairs in zip(self.parts, self.pairs, strict=True):
             for pair in pairs:
                 hook = self._combined_outputs(pair)
@@ -277,7 +284,19 @@ class _Layer:
         """Add the tokens of a batch to the sums of a group."""
         name, *_ = group
         point = self.structure.points.get(name)
-        inputs: list[Tensor] = []
+        x, stream = self._run_to_module(pair, name, point)
+        if name in self.structure.routed:
+            sums.add(x.reshape(-1, x.shape[-1]))
+        elif point is None:
+            sums.add(pair.pick(x), own=pair.own_inputs[name])
+        else:
+            sums.add(pair.pick(x), {name: pair.own_streams[point] - pair.pick(stream)})
+
+    def _run_to_module(
+        self, pair: _BatchPair, name: str, point: str | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return X̃ of a module, and the stream at its point with X̃ W_0ᵀ as its output."""
+        inputs = [torch.empty(0, 1)]  # if no token is sent to the expert
         combined = self._combined_outputs(pair)
 
         def observe(called: str, x: Tensor, forward: Forward) -> Tensor:
@@ -292,21 +311,12 @@ class _Layer:
             return output
 
         stream = self._run_to(pair, observe, point)
-        if name in self.structure.routed:
-            for x in inputs:  # none if no token was sent to the expert
-                sums.add(x.reshape(-1, x.shape[-1]))
-            return
-        x = pair.pick(inputs[0])
-        if point is not None:
-            sums.add(x, {name: pair.own_streams[point] - pair.pick(stream)})
-        else:
-            sums.add(x, own=pair.own_inputs[name])
+        return inputs[-1], stream
 
     def _run_own(self, pair: _BatchPair, updated: Mapping[str, Forward]) -> None:
-        """Run the layer in the part's own model, and keep what its equations need."""
         points = {*self.structure.points.values()}
-        firsts = {group[0] for group in self.structure.groups} - self.structure.points.keys()
-        firsts -= self.structure.routed
+        firsts = {group[0] for group in self.structure.groups}
+        firsts -= self.structure.points.keys() | self.structure.routed
 
         def record(name: str, x: Tensor) -> None:
             if name in points:
