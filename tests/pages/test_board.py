@@ -479,10 +479,10 @@ def test_a_stranger_goes_the_whole_way(page, empty, tiny_folder, tmp_path):
     page.click("#into input")
     page.get_by_role("option", name="birds").click()
     train()
-    page.wait_for_selector("#now:has-text('after-hills')")
+    page.wait_for_selector("#now:has-text('birds + hills')")
     ask()
-    page.get_by_role("button", name="Undo").click()
-    page.wait_for_selector("#now:has-text('In use: birds')")
+    button("Undo: hills").click()
+    page.wait_for_selector("button:has-text('Redo: hills')")
     assert open_run(place / "birds").key == "birds"
     page.get_by_text("Export or use").click()
     page.get_by_text("GGUF: ").click()
