@@ -105,11 +105,8 @@ def _need_prunable(run: Path, history: History, name: str) -> None:
     is_leftover = entry is None and name in leftovers
     if not is_leftover and (entry is None or entry.kind not in _WITH_LINKS):
         names = ", ".join(e.key for e in history.entries if e.kind != "mix")
-        remedy = "name one"
-        if history.target is not None:  # of a prune that was killed, perhaps
-            remedy += f"; chainlora train {shlex.quote(str(run))} computes what is declared"
         rule = f"an entry to prune must be one of {names}"
-        raise RunError(rule, f"{name!r} for {run}", remedy)
+        raise RunError(rule, f"{name!r} for {run}", "name one")
 
 
 def _need_unused(run: Path, history: History, name: str) -> None:
