@@ -1,0 +1,155 @@
+"""Every arm of benchmarks/rows_and_steps makes a cell, on a tiny model and made-up rows; rows,
+choices and the loss with a teacher, against figures by hand."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.test_field_arms import made_up
+
+STUDY = Path(__file__).resolve().parents[2] / "benchmarks" / "rows_and_steps"
+NAMES = ("run", "arms", "rows", "training", "combining", "model", "product", "router", "tasks")
+TASKS = ["rte", "sst2"]  # 16 rows to train on, 6 to test on
+KEPT, BATCH = 8, 4
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "base": [{}],
+    "alone": [{}],
+    "ours": [{"steps": 0}, {"steps": 3}, {"alpha": 0.3, "anchor": 0.3, "of": "median"}],
+    "replay": [{"general": general, "epochs": 1} for general in ("none", "text", "kl")],
+    "all at once": [{"general": "none"}, {"general": "kl"}],
+    "ours without the base": [{"steps": 2}],
+    "ours without the closed form": [{"begin": begin, "steps": 2} for begin in ("base", "mean")],
+    "centroid router": [{"layer": 1}],
+    "ridge router": [{"layer": 1, "features": 64}],
+}
+CASES = [(arm, some) for arm, each in SETTINGS.items() for some in each]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Any]:
+    """`benchmarks/rows_and_steps/run.py`; other folders have modules of these names too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(STUDY))
+        before = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
+        path = [*sys.path]
+        yield importlib.import_module("run")
+        sys.path[:] = path
+        for name in NAMES:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
+
+
+@pytest.fixture(scope="module")
+def study(run: Any, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("rows_and_steps")
+    plan = run.yaml.safe_load((STUDY / "plan.yaml").read_text())
+    keys = {"batch_size": BATCH, "warmup_steps": 0, "lr": 0.01}
+    plan |= {"model": str(tiny_folder), "train": plan["train"] | keys, "kept": KEPT}
+    plan["rows"] = {"train": 16, "validation": 4, "test": 6}
+    plan["phases"]["tuning"] |= {"tasks": TASKS, "outside": [0, 1]}
+    return run.Study(plan, made_up(folder / "data"), folder, folder / "results.jsonl")
+
+
+def cell_of(study: Any, arm: str, some: dict[str, Any]) -> dict[str, Any]:
+    settings = study.plan["arms"][arm].get("defaults", {}) | some
+    return study.cell("tuning", arm, 5000, settings, KEPT)
+
+
+@pytest.mark.parametrize(("arm", "some"), CASES)
+def test_an_arm_makes_a_cell_that_is_not_computed_again(
+    run: Any, study: Any, arm: str, some: dict[str, Any]
+) -> None:
+    cell = cell_of(study, arm, some)
+    assert {*cell["right"]} == {*TASKS}
+    assert cell["rows"] == dict.fromkeys(TASKS, 6)
+    assert {*(cell["outside"] or ())} == ({*run.TEXTS} if arm != "alone" else set())
+    ranks = {"base": 0, "alone": 8, "centroid router": 8, "ridge router": 8}
+    assert cell["rank"] == ranks.get(arm, 16)
+    again = run.Study(study.plan, Path("nowhere"), Path("nowhere"), study.results)
+    assert cell_of(again, arm, some) == json.loads(json.dumps(cell))
+
+
+def test_replay_reads_as_many_old_rows_as_new_ones(
+    run: Any, study: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two stages of four steps of four rows. The rate makes it a new run."""
+    training, seen = sys.modules["training"], list[list[Any]]()
+    collate = training.LanguageModelling.collate
+
+    def counted(self: Any, engine: Any, examples: Any) -> Any:
+        seen.append([*examples])
+        return collate(self, engine, examples)
+
+    monkeypatch.setattr(training.LanguageModelling, "collate", counted)
+    cell = cell_of(study, "replay", {"general": "none", "rate": 0.02})
+    sizes = [len(rows) for rows in seen if rows]
+    assert sizes == [BATCH] * 4 + [2 * BATCH] * 4
+    assert cell["old_rows"] == 4 * BATCH
+
+
+def test_the_teacher_weighs_general_rows_by_their_mean(run: Any, study: Any) -> None:
+    """The loss of a batch is its mean over answer tokens and weight · mean KL, which is 0 in the
+    base; general rows count no terms."""
+    from chainlora.engine.engine import Engine
+
+    runs = run.Case(study.plan, study.data, study.work, study.scored, 5000, TASKS, KEPT, {}).runs
+    training = sys.modules["training"]
+    objective = runs.with_teacher(4.0)
+    general = [*runs.general.train][:3]
+    row = study.scored.encode([{"prompt": "one", "answer": "good"}])
+    with Engine(study.scored.model, training=True, speedups="off") as engine:
+        own, taught = objective.collate(engine, [*row, *general])
+        assert (objective.count(own), objective.count(taught)) == (row[0].num_learned, 0)
+        with torch.no_grad():
+            assert float(objective.loss(engine, taught)) == pytest.approx(0, abs=1e-5)
+            changed = training.Taught(taught.batch, taught.teacher.flip(0), 1)
+            apart = float(objective.loss(engine, changed))
+            times = training.Taught(taught.batch, taught.teacher.flip(0), 5)
+            assert float(objective.loss(engine, times)) == pytest.approx(5 * apart)
+    assert apart > 0
+
+
+def made(settings: dict[str, Any], right: float, text: float) -> dict[str, Any]:
+    outside = dict.fromkeys(("gsm8k", "dialogsum", "alpaca form"), text)
+    named = {"phase": "tuning", "arm": "ours", "seed": 1, "kept": KEPT, "settings": settings}
+    return named | {"right": {"a": right, "b": right}, "outside": outside}
+
+
+def test_choice_and_edges(run: Any, study: Any) -> None:
+    """Of those within 1.10 of the base the most right; within four of 400 the smallest outside."""
+    base = made({}, 0.1, 10.0) | {"arm": "base"}
+    study.cells[run.key_of(base)] = base
+    grid = [(3e-4, 0.70, 10.4), (1e-3, 0.705, 10.9), (3e-3, 0.80, 30.0)]
+    cells = [made({"rate": rate, "steps": 20}, *rest) for rate, *rest in grid]
+    chosen = study.choose(cells)
+    assert chosen["protected"]["settings"]["rate"] == 3e-4
+    assert chosen["best"]["settings"]["rate"] == 3e-3
+    assert study.choose(cells[2:])["protected"] == cells[2]  # none within: the lowest
+    assert run.beyond(cells, cells[0]["settings"]) == [{"rate": 9e-5, "steps": 20}]
+    assert run.beyond(cells, cells[1]["settings"]) == []
+    steps = [made({"rate": 1e-3, "steps": steps}, 0.5, 10.0) for steps in (0, 60, 120)]
+    assert run.beyond(steps, steps[2]["settings"]) == [{"rate": 1e-3, "steps": 240}]
+    assert run.beyond(steps, steps[0]["settings"]) == []  # no fewer than none
+
+
+def test_rows_of_a_task_are_disjoint(run: Any, shared_data: Path) -> None:
+    rows, counts = sys.modules["rows"], {"train": 320, "validation": 100, "test": 100}
+    for task in ("times", "subj", "trec", "yelp", "amazon", "imdb", "dbpedia"):
+        drawn = rows.draw(shared_data, task, 50, counts)
+        assert {split: len(some) for split, some in drawn.items()} == counts
+        texts = [row["prompt"] for some in drawn.values() for row in some]
+        assert len({*texts}) == len(texts)
+        assert drawn != rows.draw(shared_data, task, 51, counts)
+    facts = [rows.draw(shared_data, task, 50, counts) for task in rows.FACTS]
+    assert [len(each["train"]) for each in facts] == [80, 80]
+    assert [len(each["test"]) for each in facts] == [40, 40]
+    prompts = [row["prompt"] for each in facts for some in each.values() for row in some]
+    assert len({*prompts}) == 240  # the facts of the gate's validation are those that are asked
