@@ -12,7 +12,8 @@ from typing import Any
 
 import rows
 import torch
-from combining import Combination
+from combining import Combination, tokens_of
+from featcal import featcal
 from model import Models, Scored
 from router import nearest
 from torch import Tensor
@@ -30,7 +31,7 @@ class Made:
     """Models of an arm, and what they cost."""
 
     models: Models
-    rank: int  # exported
+    rank: int | None  # exported; None: as wide as the modules
     seconds: float  # of the processor, with the stages, without scoring
     more: dict[str, Any] = field(default_factory=dict)
 
@@ -132,6 +133,17 @@ def without_closed_form(case: Case) -> Made:
     return Made(Models({"": [point.link()]}), both.rank, seconds, {"step_seconds": stepped})
 
 
+def calibrated(case: Case) -> Made:
+    """FeatCal."""
+    began, s = time.process_time(), {**case.settings}
+    read = s.pop("read")
+    kept = {task: tokens_of(some, read) for task, some in sorted(case.kept_rows.items())}
+    case.scored.put({})
+    update = featcal(case.scored.model, case.links, kept, **s)
+    seconds = case.stage_seconds + time.process_time() - began
+    return Made(Models({"": update}), None, seconds)
+
+
 def replay(case: Case) -> Made:
     """Stages on top of each other that read old rows."""
     s = case.settings
@@ -208,6 +220,7 @@ ARMS: dict[str, Callable[[Case], Made]] = {
     "all at once": at_once,
     "ours without the base": partial(ours, with_base=False),
     "ours without the closed form": without_closed_form,
+    "FeatCal": calibrated,
     "centroid router": partial(routed, make=centroid),
     "ridge router": partial(routed, make=ridge),
 }

@@ -93,11 +93,11 @@ class Combination:
 
     def _solved(self, s: Settings) -> Point:
         parts = [
-            Part(task, _read(self.kept[task], s["read"]), stack_links(links))
+            Part(task, tokens_of(self.kept[task], s["read"]), stack_links(links))
             for task, links in sorted(self.links.items())
         ]
         if len(self.general):
-            rows = _read(self.general, s["read"])
+            rows = tokens_of(self.general, s["read"])
             parts.append(Part("base", rows, {}, s.get("importance", 1.0)))
         keys = {key: s[key] for key in ("ridge", "of", "alpha", "anchor") if key in s}
         return Point.of(
@@ -173,7 +173,7 @@ def _as_point(factors: Mapping[str, Factors]) -> Point:
     return Point(0, tensors | {f"B/{n}": f.b for n, f in factors.items()}, 0.0, {})
 
 
-def _read(rows: Rows, most: int) -> list[list[int]]:
+def tokens_of(rows: Rows, most: int) -> list[list[int]]:
     """Return rows as the product reads them: up to so many, and up to its limit of tokens."""
     found: list[list[int]] = []
     for row in rows.spread(most):

@@ -16,7 +16,10 @@ import torch
 from benchmarks.test_field_arms import made_up
 
 STUDY = Path(__file__).resolve().parents[2] / "benchmarks" / "rows_and_steps"
-NAMES = ("run", "arms", "rows", "training", "combining", "model", "product", "router", "tasks")
+NAMES = (
+    *("run", "arms", "rows", "training", "combining", "featcal"),
+    *("model", "product", "router", "tasks"),
+)
 TASKS = ["rte", "sst2"]  # 16 rows to train on, 6 to test on
 KEPT, BATCH = 8, 4
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -27,6 +30,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "all at once": [{"general": "none"}, {"general": "kl"}],
     "ours without the base": [{"steps": 2}],
     "ours without the closed form": [{"begin": begin, "steps": 2} for begin in ("base", "mean")],
+    "FeatCal": [{"read": 4}],
     "centroid router": [{"layer": 1}],
     "ridge router": [{"layer": 1, "features": 64}],
 }
@@ -71,7 +75,7 @@ def test_an_arm_makes_a_cell_that_is_not_computed_again(
     assert {*cell["right"]} == {*TASKS}
     assert cell["rows"] == dict.fromkeys(TASKS, 6)
     assert {*(cell["outside"] or ())} == ({*run.TEXTS} if arm != "alone" else set())
-    ranks = {"base": 0, "alone": 8, "centroid router": 8, "ridge router": 8}
+    ranks = {"base": 0, "alone": 8, "centroid router": 8, "ridge router": 8, "FeatCal": None}
     assert cell["rank"] == ranks.get(arm, 16)
     again = run.Study(study.plan, Path("nowhere"), Path("nowhere"), study.results)
     assert cell_of(again, arm, some) == json.loads(json.dumps(cell))
@@ -115,6 +119,72 @@ def test_the_teacher_weighs_general_rows_by_their_mean(run: Any, study: Any) -> 
             times = training.Taught(taught.batch, taught.teacher.flip(0), 5)
             assert float(objective.loss(engine, times)) == pytest.approx(5 * apart)
     assert apart > 0
+
+
+@pytest.mark.parametrize(("of", "alpha", "anchor"), [("mean", 0, 0), ("median", 0.3, 0.5)])
+def test_equations_with_another_ridge_target_and_anchor(
+    run: Any, of: str, alpha: float, anchor: float
+) -> None:
+    """ΔW of full rank against the formula, in float64: the rounding of float32 is 1e-5."""
+    from chainlora.chain.combining import Sums
+    from chainlora.chain.link import Factors
+
+    draw = torch.Generator().manual_seed(0)
+    equations = sys.modules["combining"].Tuned(ridge=0.2, of=of, alpha=alpha, anchor=anchor)
+    parts = []
+    for count in (9, 12):
+        x, target, a, b = (
+            torch.randn(shape, generator=draw) for shape in ((count, 4), (count, 3), (2, 4), (3, 2))
+        )
+        sums = Sums()
+        sums.add(x, {"w": target})
+        equations.add(sums, count, {"w": Factors(a, b)})
+        parts.append((x.double(), target.double(), (b @ a).double()))
+    s, k = torch.zeros(4, 4).double(), torch.zeros(3, 4).double()
+    for x, target, update in parts:
+        gram = x.T @ x / len(x)
+        ridge = 0.2 * getattr(gram.diagonal(), of)()
+        drawn = anchor * sum(each for *_, each in parts) if anchor else update
+        s += gram + ridge * torch.eye(4)
+        k += ((1 - alpha) * target + alpha * x @ update.T).T @ x / len(x) + ridge * drawn
+    found = equations.solve(3)["w"].factors
+    assert found.b @ found.a == pytest.approx((k @ s.inverse()).float(), abs=1e-5)
+
+
+def test_equations_of_featcal(run: Any) -> None:
+    """With α = 1, ρ = 1 and one model, it is the least-squares fit of its outputs, drawn to W."""
+    draw = torch.Generator().manual_seed(0)
+    x, own = (torch.randn(9, 4, generator=draw) for _ in range(2))
+    weight = torch.randn(3, 4, generator=draw)
+    equations = sys.modules["featcal"].Equations(0.5, 1.0)
+    equations.add(x, own, weight)
+    gram = x.T @ x / 9
+    left = gram / gram.norm() + 0.5 * torch.eye(4)
+    right = x.T @ (own @ weight.T) / 9 / gram.norm() + 0.5 * weight.T
+    expected = torch.linalg.solve(left, right).T
+    assert equations.solve(weight) == pytest.approx(expected, abs=1e-5)  # rounding of float32
+
+
+def test_steps_that_were_killed_go_on(
+    run: Any, study: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill after the first save, at step 10 of 12, gives the same bits as no kill."""
+    combining = sys.modules["combining"]
+    case = run.Case(study.plan, study.data, study.work, study.scored, 5000, TASKS, KEPT, {})
+    both, keys = case.combination(), {"steps": 12, "rate": 1e-3, "weight": 4.0}
+    whole, _ = both.stepped(both.from_mean(), ["whole"], keys, 0)
+    write = combining.Point.write
+
+    def die(*args: Any) -> None:
+        write(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(combining.Point, "write", die)
+    with pytest.raises(KeyboardInterrupt):
+        both.stepped(both.from_mean(), ["killed"], keys, 0)
+    monkeypatch.undo()
+    resumed, _ = both.stepped(combining.Point(0, {}, 0.0, {}), ["killed"], keys, 0)
+    assert all(map(torch.equal, whole.tensors.values(), resumed.tensors.values()))
 
 
 def made(settings: dict[str, Any], right: float, text: float) -> dict[str, Any]:
