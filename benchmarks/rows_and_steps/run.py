@@ -103,7 +103,9 @@ class Study:
         for point in ("best", "protected") if defaults else ():
             cells += [run(some) for some in beyond(cells, self.choose(cells)[point]["settings"])]
         chosen = self.choose(cells)["protected"]["settings"] if defaults else {}
-        cells += [run(chosen | some) for some in of_arm.get("changes", ()) if changes]
+        for some in of_arm.get("changes", ()) if changes else ():
+            if "weight" not in some or chosen.get("general", "kl") == "kl":
+                cells.append(run(chosen | some))
         return [*{key_of(cell): cell for cell in cells}.values()]
 
     def choose(self, cells: Sequence[Cell]) -> dict[str, Cell]:
