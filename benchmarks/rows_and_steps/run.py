@@ -133,10 +133,11 @@ class Study:
                     break
 
     def verdict(self, arm: str, seed: int, kept: int) -> None:
-        """Compute both points of an arm, as the tuning seed has chosen them."""
+        """Compute the points of an arm that the tuning seed has chosen: both, or the best one."""
         seeds = self.plan["phases"]["tuning"]["seeds"]
-        chosen = self.choose(self.tuned(arm, seeds[0], changes=True)).values()
-        settings = [cell["settings"] for cell in chosen]
+        chosen = self.choose(self.tuned(arm, seeds[0], changes=True))
+        points = ("protected", "best") if arm in self.plan["both"] else ("best",)
+        settings = [chosen[point]["settings"] for point in points]
         settings += [self.plan["arms"]["ours"]["defaults"]] if arm == "ours" else []
         for each in settings:
             self.cell("verdict", arm, seed, each, kept)

@@ -17,7 +17,7 @@ from benchmarks.test_field_arms import made_up
 
 STUDY = Path(__file__).resolve().parents[2] / "benchmarks" / "rows_and_steps"
 NAMES = (
-    *("run", "arms", "rows", "training", "combining", "featcal"),
+    *("run", "table", "arms", "rows", "training", "combining", "featcal"),
     *("model", "product", "router", "tasks"),
 )
 TASKS = ["rte", "sst2"]  # 16 rows to train on, 6 to test on
@@ -208,6 +208,18 @@ def test_choice_and_edges(run: Any, study: Any) -> None:
     steps = [made({"rate": 1e-3, "steps": steps}, 0.5, 10.0) for steps in (0, 60, 120)]
     assert run.beyond(steps, steps[2]["settings"]) == [{"rate": 1e-3, "steps": 240}]
     assert run.beyond(steps, steps[0]["settings"]) == []  # no fewer than none
+
+
+def test_the_table_has_a_line_for_each_cell(run: Any, study: Any) -> None:
+    for some in ({"steps": 0}, {"steps": 3}):
+        cell_of(study, "ours", some)
+    study.choose([cell_of(study, "base", {})])
+    fresh = run.Study(study.plan, Path(), Path(), study.results)
+    lines = [*importlib.import_module("table").report(fresh, "tuning")]
+    assert sum(line.startswith("| ours | 5000 |") for line in lines) >= 2
+    (base,) = (line for line in lines if line.startswith("| base "))
+    assert "| 1.000 | 1.00, 1.00, 1.00 |" in base
+    assert any(line.startswith("ours, protected of ") for line in lines)
 
 
 def test_rows_of_a_task_are_disjoint(run: Any, shared_data: Path) -> None:
