@@ -222,6 +222,19 @@ def test_the_table_has_a_line_for_each_cell(run: Any, study: Any) -> None:
     assert any(line.startswith("ours, protected of ") for line in lines)
 
 
+def test_a_comparison_weighs_kinds_equally_and_gives_both_intervals(run: Any) -> None:
+    """Differences of 10 and 30 points in one kind, 0 in the other; then equal seeds and tasks."""
+    table, kinds = importlib.import_module("table"), {"one": ["a", "b"], "two": ["c"]}
+    zero = dict.fromkeys("abc", 0.0)
+    pairs = [({"a": 0.1, "b": 0.3, "c": 0.0}, zero), ({"a": 0.1, "b": 0.1, "c": 0.0}, zero)]
+    mean, over_seeds, over_both = table.compared(pairs, kinds)
+    assert mean == pytest.approx((0.1 + 0.05) / 2)
+    assert over_seeds == pytest.approx((0.075 - 12.706 * 0.025, 0.075 + 12.706 * 0.025), abs=1e-3)
+    assert over_both == pytest.approx((0.05, 0.15))  # all draws of a, or b of the first seed
+    same = ({"a": 0.2, "b": 0.2, "c": 0.2}, zero)
+    assert table.compared([same, same], kinds)[2] == pytest.approx((0.2, 0.2))
+
+
 def test_rows_of_a_task_are_disjoint(run: Any, shared_data: Path) -> None:
     rows, counts = sys.modules["rows"], {"train": 320, "validation": 100, "test": 100}
     for task in ("times", "subj", "trec", "yelp", "amazon", "imdb", "dbpedia"):
