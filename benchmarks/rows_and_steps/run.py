@@ -101,7 +101,8 @@ class Study:
         defaults = of_arm.get("defaults", {})
         cells = [run(defaults | some) for some in multiplied(of_arm.get("grid", [{}]))]
         for point in ("best", "protected") if defaults else ():
-            cells += [run(some) for some in beyond(cells, self.choose(cells)[point]["settings"])]
+            chosen = self.choose(cells)[point]["settings"]
+            cells += [run(some) for some in beyond(cells, chosen, self.plan["most"])]
         chosen = self.choose(cells)["protected"]["settings"] if defaults else {}
         for some in of_arm.get("changes", ()) if changes else ():
             if "weight" not in some or chosen.get("general", "kl") == "kl":
@@ -150,13 +151,18 @@ def multiplied(grid: Sequence[Mapping[str, Sequence[Any]]]) -> Iterator[dict[str
             yield dict(zip(values, some, strict=True))
 
 
-def beyond(cells: Sequence[Cell], chosen: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return settings with a value beyond the edge of a grid where the chosen one is there."""
+def beyond(
+    cells: Sequence[Cell], chosen: Mapping[str, Any], most: Mapping[str, Any] = {}
+) -> list[dict[str, Any]]:
+    """Return settings with a value beyond the edge of a grid where the chosen one is there.
+
+    `most` are the largest values that there are.
+    """
     found = []
     for key, value in chosen.items():
         alike = [c["settings"] for c in cells if {**c["settings"], key: value} == chosen]
         values = sorted({s[key] for s in alike}) if isinstance(value, int | float) else []
-        if len(values) > 1 and value in (values[0], values[-1]) and value:
+        if len(values) > 1 and value in (values[0], values[-1]) and value not in (0, most.get(key)):
             next_to = values[1] if value == values[0] else values[-2]
             more = value**2 / next_to if next_to else 2 * value
             more = round(more) if isinstance(value, int) else float(f"{more:.0e}")

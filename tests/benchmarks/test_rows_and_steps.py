@@ -205,6 +205,7 @@ def test_choice_and_edges(run: Any, study: Any) -> None:
     assert study.choose(cells[2:])["protected"] == cells[2]  # none within: the lowest
     assert run.beyond(cells, cells[0]["settings"]) == [{"rate": 9e-5, "steps": 20}]
     assert run.beyond(cells, cells[1]["settings"]) == []
+    assert run.beyond(cells, cells[0]["settings"], {"rate": 3e-4}) == []
     steps = [made({"rate": 1e-3, "steps": steps}, 0.5, 10.0) for steps in (0, 60, 120)]
     assert run.beyond(steps, steps[2]["settings"]) == [{"rate": 1e-3, "steps": 240}]
     assert run.beyond(steps, steps[0]["settings"]) == []  # no fewer than none
