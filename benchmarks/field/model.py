@@ -114,8 +114,8 @@ class Scored:
 
     # --- general ability: texts and facts are those of the verdict of benchmarks/combining ---
 
-    def texts(self, kind: str) -> list[list[int]]:
-        """Return texts of a kind, as at most 128 tokens each."""
+    def texts(self, kind: str, first: int = 0, count: int | None = None) -> list[list[int]]:
+        """Return texts of a kind, by default as many as `KINDS` says, of at most 128 tokens."""
         if kind == "gsm8k":
             found = [f"{r['question']}\n{r['answer']}" for r in self._lines("gsm8k/test.jsonl")]
         elif kind == "dialogsum":
@@ -127,7 +127,8 @@ class Scored:
             rows = self._lines("alpaca_demo/train.jsonl")[700:]
             asked = [r["instruction"] + ("\n" + r["input"] if r.get("input") else "") for r in rows]
             found = [form.format(a, r["output"]) for a, r in zip(asked, rows, strict=True)]
-        return [self._tokens(text)[:128] for text in found[: KINDS[kind]]]
+        some = found[first:][: KINDS[kind] if count is None else count]
+        return [self._tokens(text)[:128] for text in some]
 
     def _lines(self, path: str) -> list[dict[str, Any]]:
         text = (self.data / path).read_text(encoding="utf-8")
@@ -186,17 +187,21 @@ def right_by_task(
 
 def general(scored: Scored, models: Models) -> dict[str, Any]:
     """Return the perplexity of each kind of text from outside, and the share of facts written."""
-    texts = {kind: scored.texts(kind) for kind in KINDS}
+    found = perplexities(scored, models, {kind: scored.texts(kind) for kind in KINDS})
+    right = _by_model(scored, models, {"": scored.facts()}, scored.answers)[""]
+    return {"perplexity": found, "facts": sum(right) / len(right)}
+
+
+def perplexities(
+    scored: Scored, models: Models, texts: Mapping[str, Sequence[Sequence[int]]]
+) -> dict[str, float]:
+    """Return the perplexity of each kind of text."""
     rows = {kind: [as_example(text) for text in some] for kind, some in texts.items()}
     told = _by_model(
         scored, models, rows, lambda some: scored.losses([each.sequences[0] for each in some])
     )
     counts = {kind: sum(len(text) - 1 for text in some) for kind, some in texts.items()}
-    right = _by_model(scored, models, {"": scored.facts()}, scored.answers)[""]
-    return {
-        "perplexity": {kind: math.exp(sum(told[kind]) / counts[kind]) for kind in KINDS},
-        "facts": sum(right) / len(right),
-    }
+    return {kind: math.exp(sum(told[kind]) / counts[kind]) for kind in texts}
 
 
 def as_example(tokens: Sequence[int]) -> Example:

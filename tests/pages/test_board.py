@@ -457,7 +457,7 @@ def test_a_stranger_goes_the_whole_way(page, empty, tiny_folder, tmp_path):
         page.fill("#prompt textarea", PROMPT)
         button("Ask").click()
         for side in ("Left", "Right"):
-            page.wait_for_selector(f"#chat-{side} .bot >> nth={count - 1}")
+            page.wait_for_selector(f"#chat-{side} .bot >> nth={count - 1}", state="attached")
 
     page.goto(address)
     button("Train").click()

@@ -59,6 +59,7 @@ def combine(
     parts: Sequence[Part],
     rank: int,
     tell: Progress = lambda done, layers: None,
+    equations: Callable[[], Equations] = Equations,
 ) -> Combined:
     """Return the combination of several states of one base.
 
@@ -89,7 +90,7 @@ def combine(
             structure = inspect_layer(exact, inner, sample, index)
             if structure.routed:
                 pairs = [_without_padding(layers, batches) for batches in pairs]
-            layer = _Layer(exact, index, structure, path, parts, pairs)
+            layer = _Layer(exact, index, structure, path, parts, pairs, equations)
             layer.run_own_models()
             for group in structure.groups:
                 for name, solved in layer.solve(group, rank).items():
@@ -210,7 +211,9 @@ class _Layer:
         path: str,
         parts: Sequence[Part],
         pairs: Sequence[Sequence[_BatchPair]],  # batches of each part, before this layer
+        equations: Callable[[], Equations],
     ) -> None:
+        self._equations = equations
         self.block, self.index, self.structure, self.path = block, index, structure, path
         self.parts, self.pairs = parts, pairs
         self._device = pairs[0][0].own.hidden.device
@@ -241,7 +244,7 @@ class _Layer:
 
     def solve(self, group: Sequence[str], rank: int) -> dict[str, Solved]:
         """Solve the modules of a group, which share an input."""
-        equations = Equations()
+        equations = self._equations()
         is_routed = group[0] in self.structure.routed
         for part, updates, pairs in zip(self.parts, self._updates, self.pairs, strict=True):
             sums = Sums()

@@ -52,6 +52,8 @@ class Lessons:
     general: Rows  # perhaps none
     steps: int
     seed: int
+    peak: float = RATE
+    weight: float = WEIGHT
 
     def batch(self, step: int) -> tuple[list[Example], list[Example]]:
         """Return the rows and the general rows of a step."""
@@ -72,7 +74,7 @@ class Lessons:
         """Return the learning rate of a step: linear from 0 up, then linear down to 0."""
         warmup = max(1.0, WARMUP * self.steps)
         down = (self.steps - step) / max(1.0, self.steps - warmup)
-        return RATE * min((step + 1) / warmup, down, 1.0)
+        return self.peak * min((step + 1) / warmup, down, 1.0)
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def trained(
         for step in range(point.step, lessons.steps):
             report(step, lessons.steps)
             rows, general = lessons.batch(step)
-            _add_gradients(engine, rows, general, [known[row] for row in general])
+            _add_gradients(engine, rows, general, [known[row] for row in general], lessons.weight)
             _update(optimizer, lessons.rate(step))
             if (step + 1) % _SAVE_EVERY == 0 or step + 1 == lessons.steps:
                 tensors = chain.live_state() | _moments(optimizer)
@@ -164,6 +166,7 @@ def _add_gradients(
     rows: Sequence[Example],
     general: Sequence[Example],
     known: Sequence[Tensor],
+    weight: float,
 ) -> None:
     """Add the gradients of a step; rows are computed up to `_TOKENS` tokens at a time."""
     terms, batch = sum(row.num_learned for row in rows), list[Example]()
@@ -176,7 +179,7 @@ def _add_gradients(
     if general:
         packed = engine.pack(general)
         apart = engine.at_head(partial(divergence, teacher=torch.cat([*known])), packed)
-        (WEIGHT * apart / packed.num_scored_tokens).backward()
+        (weight * apart / packed.num_scored_tokens).backward()
 
 
 def _update(optimizer: torch.optim.Optimizer, rate: float) -> None:

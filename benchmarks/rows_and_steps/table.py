@@ -1,0 +1,127 @@
+"""What the cells came to: python benchmarks/rows_and_steps/table.py [--phase tuning]
+
+One line a cell: right answers, perplexity of other texts divided by the base's, and costs. Below
+them, of tuning, the protected and the best setting of each arm; of the verdict, the comparisons.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import run
+import yaml
+
+from chainlora_lab.statistics.intervals import t_interval
+
+
+def report(study: run.Study, phase: str) -> Iterator[str]:
+    """Yield the lines of a table in Markdown."""
+    cells = [cell for cell in study.cells.values() if cell["phase"] == phase]
+    bases = {cell["seed"]: cell for cell in cells if cell["arm"] == "base"}
+    yield "| arm | seed | settings | right | tasks | outside | texts | seconds | GB | rank |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for cell in cells:
+        yield row(cell, bases.get(cell["seed"]))
+    for arm in dict.fromkeys(cell["arm"] for cell in cells if phase == "tuning"):
+        of_arm = [c for c in cells if c["arm"] == arm and c["seed"] in bases and c["outside"]]
+        for point, cell in study.choose(of_arm).items() if of_arm and arm != "base" else ():
+            yield f"{arm}, {point} of {len(of_arm)}: {json.dumps(cell['settings'])}"
+
+
+# --- the verdict ---
+
+COMPARISONS = {
+    "primary": (("ours", "protected"), ("replay", "protected")),
+    "second": (("ours", "best"), ("replay", "best")),
+    "third": (("ours", "protected"), ("alone", "best")),
+    "rule": (("ours", "protected"), ("ours", "default")),
+}
+
+
+def comparisons(study: run.Study) -> Iterator[str]:
+    """Yield the differences, each with an interval over seeds and one over seeds and tasks."""
+    for name, sides in COMPARISONS.items():
+        one, other = (verdict(study, *side) for side in sides)
+        if seeds := sorted({*one} & {*other}):
+            pairs = [(one[seed]["right"], other[seed]["right"]) for seed in seeds]
+            mean, over_seeds, over_both = compared(pairs, study.plan["kinds"])
+            kinds = [
+                f"[{100 * low:.1f}, {100 * high:.1f}]" for low, high in (over_seeds, over_both)
+            ]
+            less = " less ".join(" ".join(side) for side in sides)
+            yield f"{name}, {less}: {100 * mean:+.1f} {' '.join(kinds)} (seeds {seeds})"
+
+
+def verdict(study: run.Study, arm: str, point: str) -> dict[int, run.Cell]:
+    """Return the verdict cells of an arm at a point, by seed."""
+    of_arm = [
+        c for c in study.cells.values() if c["arm"] == arm and c["kept"] == study.plan["kept"]
+    ]
+    tuned = [cell for cell in of_arm if cell["phase"] == "tuning"]
+    settings = study.plan["arms"][arm].get("defaults", {})
+    if settings and point != "default" and tuned:
+        settings = study.choose(tuned)[point]["settings"]
+    found = (c for c in of_arm if (c["phase"], c["settings"]) == ("verdict", settings))
+    return {cell["seed"]: cell for cell in found}
+
+
+Interval = tuple[float, float]
+
+
+def compared(
+    pairs: Sequence[tuple[Mapping[str, float], Mapping[str, float]]],
+    kinds: Mapping[str, Sequence[str]],
+    draws: int = 10_000,
+) -> tuple[float, Interval, Interval]:
+    """Return the mean difference over seeds and kinds of task, and its two intervals of 95 %."""
+    by_kind = [
+        np.array([[one[task] - other[task] for task in tasks] for one, other in pairs])
+        for tasks in kinds.values()
+    ]
+    of_seeds = np.mean([each.mean(1) for each in by_kind], axis=0)
+    generator = np.random.default_rng(0)
+    seeds = generator.integers(len(pairs), size=(draws, len(pairs), 1))
+    means = []
+    for each in by_kind:
+        tasks = generator.integers(each.shape[1], size=(draws, 1, each.shape[1]))
+        means.append(each[seeds, tasks].mean((1, 2)))
+    low, high = np.quantile(np.mean(means, axis=0), (0.025, 0.975))
+    over_seeds = t_interval([*of_seeds]) if len(pairs) > 1 else (-math.inf, math.inf)
+    return float(of_seeds.mean()), over_seeds, (float(low), float(high))
+
+
+def row(cell: run.Cell, base: run.Cell | None) -> str:
+    """Return the line of a cell."""
+    settings = ", ".join(f"{key} {value}" for key, value in cell["settings"].items())
+    right = 100 * run.mean_right(cell)
+    tasks = ", ".join(f"{task} {100 * share:.0f}" for task, share in sorted(cell["right"].items()))
+    mean, texts = "–", "–"
+    if base is not None and cell["outside"]:
+        mean = f"{run.outside(cell, base):.3f}"
+        kinds: Sequence[str] = run.TEXTS
+        texts = ", ".join(f"{cell['outside'][k] / base['outside'][k]:.2f}" for k in kinds)
+    values = (cell["arm"], cell["seed"], settings, f"{right:.1f}", tasks, mean, texts)
+    costs = cell["cpu_seconds"], cell["memory_gb"], cell["rank"]
+    return f"| {' | '.join(map(str, (*values, *costs)))} |"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--phase", default="tuning")
+    parser.add_argument("--results", type=Path, default=run.HERE / "results.jsonl")
+    options = parser.parse_args()
+    plan = yaml.safe_load((run.HERE / "plan.yaml").read_text())
+    study = run.Study(plan, Path(), Path(), options.results)
+    print(*report(study, options.phase), sep="\n")
+    if options.phase == "verdict":
+        print(*comparisons(study), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
