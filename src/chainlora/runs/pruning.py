@@ -223,10 +223,9 @@ def _delete_unnamed(run: Path, name: str) -> None:
         if path.exists():
             remedy = "check its permissions and the free space, and repeat the command"
             raise FileError("a file must be deleted", path, remedy)
-    for parent in {path.parent for path in gone}:
-        with files.reported(parent, "deleted"):
-            files.remove_scratch(parent)
-            files.sync_folder(parent)
+        with files.reported(path.parent, "deleted"):  # at once: the folder of the stage is last
+            files.remove_scratch(path.parent)
+            files.sync_folder(path.parent)
 
 
 def _need_idle(run: Path, history: History, name: str) -> None:
