@@ -285,7 +285,7 @@ def test_no_number_of_the_readme_is_unchecked():
 def test_the_tutorial_compares_ways_by_the_same_results():
     page = (ROOT / "docs/tutorials/second-data-set.md").read_text(encoding="utf-8")
     assert re.findall(r"\| (\d+) % \|", page) == [
-        *S.kept_32("on top", "on top rehearsed", "replay"),
+        *S.kept_32("on top", "replay"),
         *S.percent(S.right(S.arm("all at once", "all at once")), S.alone()),
     ]
 

@@ -483,6 +483,7 @@ def test_a_stranger_goes_the_whole_way(page, empty, tiny_folder, tmp_path):
     ask()
     button("Undo: hills").click()
     page.wait_for_selector("button:has-text('Redo: hills')")
+    page.wait_for_function("document.querySelector('#state-Left input').value === 'now: birds'")
     assert open_run(place / "birds").key == "birds"
     page.get_by_text("Export or use").click()
     page.get_by_text("GGUF: ").click()
