@@ -287,7 +287,7 @@ def test_a_chain_in_a_trainer_s_save_has_the_tokenizer_beside_it(tiny_folder, tm
     assert found.chat_template == own.chat_template
     (save / "tokenizer.json").rename(tmp_path / "secret.json")
     (save / "tokenizer.json").symlink_to(tmp_path / "secret.json")
-    with pytest.raises(ModelError, match="must lie in the folder of their model"):
+    with pytest.raises(ModelError, match="must lie in its folder"):
         export_merged(save / INSIDE, tmp_path / "other")
 
 

@@ -250,9 +250,9 @@ def test_rows_are_read_again_as_what_they_are(tmp_path, tokenizer):
     """The start can have training rows of one kind, and be scored on another."""
     kept = encoded(tokenizer, train=folder_of(tmp_path, a="abcd")("a")).kept()
     earlier = {"start": replace(kept, asked=kept.asked | {"loss": "candidates"})}
-    assert len(rows_again("data.replay", earlier, "completion", [], 128)[0]) == 4
+    assert len(rows_again(earlier, "completion", [], 128)[0]) == 4
     with pytest.raises(ConfigError, match="learned by candidates"):
-        rows_again("data.replay", earlier, "candidates", [], 128)
+        rows_again(earlier, "candidates", [], 128)
 
 
 def test_rows_of_earlier_stages_are_added_to_every_batch(tmp_path, tokenizer):
