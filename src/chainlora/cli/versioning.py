@@ -194,9 +194,9 @@ def combine(
 ) -> None:
     """Combine stages of RUN in closed form, layer by layer.
 
-    Nothing is trained. Each layer is solved to match the outputs of the stages' own models on
-    their kept rows, and the outputs of the base on general rows. facts=2 counts the rows of the
-    stage facts twice, runs/other=2 those of all stages of another run. Without names the last
+    Without --steps, nothing is trained. Each layer is solved to match the outputs of the stages'
+    own models on their kept rows, and those of the base on general rows. facts=2 counts the rows of
+    the stage facts twice, runs/other=2 those of all stages of another run. Without names the last
     combination is repeated, or all stages are combined on which no other stage was trained. Stages
     of other runs on the same base are copied into RUN, or into --output. Strengths that `mix` set
     are dropped. `undo` goes back to the state before.

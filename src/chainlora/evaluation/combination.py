@@ -1,6 +1,6 @@
 """Combine states of a run layer by layer (`chain.solving`), on kept rows of their stages.
 
-Nothing is trained. The origin of the run is one more part, if it has kept rows (decision 36).
+Only `Recipe.steps` train. The origin is one more part, if it has kept rows (decision 36).
 """
 
 from __future__ import annotations
