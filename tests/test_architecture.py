@@ -81,7 +81,7 @@ MORE: dict[str, dict[str, set[str]]] = {
         "chainlora.evaluation.answers": {"Prompt", "Said", "Source", "answer", "prompts_of"},
         "chainlora.evaluation.generation": {"Decoding", "Message", "Speaker"},
         "chainlora.evaluation.stage_scores": {
-            *("Cell", "HARM", "NOW", "Scorer", "StageMatrix", "shades_of", "stage_matrix"),
+            *("Cell", "HARM", "Scorer", "StageMatrix", "shades_of", "stage_matrix"),
             "states_of",
         },
         "chainlora.evaluation.training_rows": {
@@ -91,7 +91,7 @@ MORE: dict[str, dict[str, set[str]]] = {
         "chainlora.models.text_config": {"context_length"},
         "chainlora.runs.addresses": {"begun_stage", "open_run", "state_at"},
         "chainlora.runs.cards": {"public_name"},
-        "chainlora.runs.changes": {"MATRIX", "mix_stages", "redo", "undo"},
+        "chainlora.runs.changes": {"MATRIX", "redo", "undo"},
         "chainlora.runs.draft": {"DRAFT", "Progress", "drafts_in"},
         "chainlora.runs.history": {"BASE", "COMBINED", "History", "MAIN", "RECORDS", "START"},
         "chainlora.runs.history_file": {"read_history"},

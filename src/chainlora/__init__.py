@@ -19,7 +19,7 @@ _NAMES = {  # the public names of each module
     "chainlora.training.stages": ("train", "extend", "add"),
     "chainlora.evaluation.combination": ("combine",),
     "chainlora.runs.addresses": ("open_run",),
-    "chainlora.runs.changes": ("mix_stages", "undo", "redo", "log"),
+    "chainlora.runs.changes": ("undo", "redo", "log"),
     "chainlora.evaluation.stage_scores": ("stage_matrix",),
     "chainlora.training.result": ("TrainResult",),
     "chainlora.knots.moments": ("carry_moments",),
@@ -61,7 +61,6 @@ if TYPE_CHECKING:
     from chainlora.runs.addresses import open_run as open_run
     from chainlora.runs.cards import Naming as Naming
     from chainlora.runs.changes import log as log
-    from chainlora.runs.changes import mix_stages as mix_stages
     from chainlora.runs.changes import redo as redo
     from chainlora.runs.changes import undo as undo
     from chainlora.runs.export import export_adapter as export_adapter

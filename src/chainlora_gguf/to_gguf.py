@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from chainlora import files
 from chainlora.chain.adapters import Factors
-from chainlora.chain.link import Link, switched_on
+from chainlora.chain.link import Link
 from chainlora.data.templates import ends_of_turn
 from chainlora.errors import ModelError
 from chainlora.models.loading import open_folder
 from chainlora.runs.addresses import Address, open_run
-from chainlora.runs.apart import taken_apart, write_sheet
 from chainlora.runs.cards import UNNAMED, Card, Naming, public_name, story_of, write_card
 from chainlora.runs.export import (
     adapter_factors,
@@ -40,7 +39,6 @@ def export_gguf(
     tolerance: float | None = None,
     num_links: int | None = None,
     naming: Naming = UNNAMED,
-    each: bool = False,
 ) -> dict[str, Any]:
     """Write a run's model as ``model.gguf``, links merged, with a ``Modelfile`` for Ollama.
 
@@ -53,8 +51,6 @@ def export_gguf(
         rank, tolerance: as in `export_adapter`.
         num_links: export only the first links.
         naming: names for the card.
-        each: write a LoRA and a Modelfile for each stage, with names and weights as in
-            `export_adapter`, and ``SERVING.md``. Implies `as_adapter`.
 
     Returns:
         The facts of the export: files, sizes, ranks and errors.
@@ -65,72 +61,52 @@ def export_gguf(
     check_compression(rank, tolerance)
     output = empty_folder(output)
 
-    # 1. Check the model, and compute the LoRAs.
-    state, parts = taken_apart(run, num_links) if each else (open_run(run), [])
-    is_adapter = as_adapter or each
-    to: Target = "gguf-adapter" if is_adapter else "gguf"
+    # 1. Check the model, and compute the LoRA.
+    state = open_run(run)
+    to: Target = "gguf-adapter" if as_adapter else "gguf"
     folder, config, _ = open_folder(state.base.model)
     tokenizer = tokenizer_of(state, folder)
     check_convertible(config, tokenizer)
-    links = switched_on(state.links(num_links))
-    stage = _last_stage(state, num_links)
-    loras = [_lora(part.name, part.stage, part.state.links(), rank, tolerance) for part in parts]
-    if is_adapter and not each:
-        loras = [_lora("adapter", stage, links, rank, tolerance)]
+    links = state.links(num_links)
+    lora = _lora(links, rank, tolerance) if as_adapter else None
     name = name_for(naming.base or public_name(state.base.model), tokenizer)
 
     with filled_folder(output) as scratch:
-        # 2. Write the model, the LoRAs and the Modelfiles.
-        model = scratch / ("base.gguf" if is_adapter else "model.gguf")
-        kind = _write_model(model, state, 0 if is_adapter else num_links, tokenizer, kind, name)
-        for lora in loras:
-            write_lora_gguf(lora.factors, config, scratch / f"{lora.name}.gguf", name)
-        for file, lines, of in _modelfiles(model.name, stage, loras, each):
-            write_modelfile(scratch / file, lines, state, of, tokenizer, config)
+        # 2. Write the model, the LoRA and the Modelfile.
+        model = scratch / ("base.gguf" if lora else "model.gguf")
+        kind = _write_model(model, state, 0 if lora else num_links, tokenizer, kind, name)
+        lines = [f"FROM ./{model.name}"]
+        if lora is not None:
+            lines.append("ADAPTER ./adapter.gguf")
+            write_lora_gguf(lora.factors, config, scratch / "adapter.gguf", name)
+        of = _last_stage(state, num_links)
+        write_modelfile(scratch / "Modelfile", lines, state, of, tokenizer, config)
 
-        # 3. Write the card, and the sheet for servers.
-        pairs = zip(parts, loras, strict=False)  # there are no parts without `each`
-        adapters = [part.told(lora.rank, lora.error) for part, lora in pairs]
-        sheet = write_sheet(scratch, state, adapters, naming, as_gguf=True) if each else None
+        # 3. Write the card.
         keys = {"kind": kind, "rank": rank, "tolerance": tolerance, "num_links": num_links}
-        lineage = lineage_of(state, folder, naming, to, **keys, each=each)
-        wide = loras[0].rank if loras and not each else None
-        text = _card_text(len(links), kind, loras, each)
+        lineage = lineage_of(state, folder, naming, to, **keys)
+        text, wide = _card_text(len(links), kind, lora), lora and lora.rank
         story = story_of(state, num_links)
-        base = state.base.model
-        card = Card(text, base, "gguf", links, wide, naming=naming, story=story, sheet=sheet)
+        card = Card(text, state.base.model, "gguf", links, wide, naming=naming, story=story)
         write_card(scratch, card, lineage)
     sizes = {path.name: path.stat().st_size for path in sorted(output.glob("*.gguf"))}
     done = {"to": to, "output": str(output), "links": len(links), "type": kind, "bytes": sizes}
-    if each:
-        return done | {"adapters": adapters}
-    return done | {"rank": wide, "error": loras[0].error} if is_adapter else done
+    return done | {"rank": lora.rank, "error": lora.error} if lora else done
 
 
-def _modelfiles(
-    model: str, stage: str, loras: Sequence[_Lora], each: bool
-) -> Iterator[tuple[str, list[str], str]]:
-    """Yield the name of each Modelfile, its first lines, and the stage whose rows it is for."""
-    if not loras:
-        yield "Modelfile", [f"FROM ./{model}"], stage
-    for lora in loras:
-        file = f"{lora.name}.Modelfile" if each else "Modelfile"
-        yield file, [f"FROM ./{model}", f"ADAPTER ./{lora.name}.gguf"], lora.stage
-
-
-def _card_text(num_links: int, kind: str, loras: Sequence[_Lora], each: bool) -> str:
+def _card_text(num_links: int, kind: str, lora: _Lora | None) -> str:
     """Return the sentence of the card about the files."""
-    as_lora = ", each stage as a LoRA" if each else ""
-    if loras and not each:
-        as_lora = f", as a LoRA of rank {loras[0].rank} (relative error {loras[0].error:.2e})"
+    as_lora = ""
+    if lora is not None:
+        as_lora = f", as a LoRA of rank {lora.rank} (relative error {lora.error:.2e})"
     return f"with a chain of {num_links} LoRA link(s) in GGUF ({kind}){as_lora}."
 
 
 def _last_stage(state: OpenState, num_links: int | None) -> str:
-    """Return the stage of the last exported link that is switched on."""
-    terms = state.history.in_order(state.terms(num_links))
-    on = [state.history.links[term.link].stage for term in terms if term.strength]
-    return next((name for name in reversed(on) if name in state.columns), state.with_rows.stage)
+    """Return the stage of the last exported link."""
+    links = state.history.in_order(state.summed(num_links))
+    stages = [state.history.links[link].stage for link in links]
+    return next((name for name in reversed(stages) if name in state.columns), state.with_rows.key)
 
 
 def _write_model(
@@ -150,16 +126,12 @@ def _write_model(
 class _Lora(NamedTuple):
     """Links as one adapter."""
 
-    name: str
-    stage: str  # its Modelfile is for the rows of this stage
     factors: Mapping[str, Factors]
     rank: int
     error: float  # relative
 
 
-def _lora(
-    name: str, stage: str, links: Sequence[Link], rank: int | None, tolerance: float | None
-) -> _Lora:
+def _lora(links: Sequence[Link], rank: int | None, tolerance: float | None) -> _Lora:
     """Compute the adapter of links. Raises ModelError for biases and heads."""
     factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
     for module, pair in factors.items():
@@ -167,4 +139,4 @@ def _lora(
             rule = "a LoRA of llama.cpp must adapt only linear maps of layers"
             got = f"{module}, {'a head' if pair.bias is None else 'with a bias'}"
             raise ModelError(rule, got, "use --to gguf")
-    return _Lora(name, stage, factors, max(len(pair.a) for pair in factors.values()), error)
+    return _Lora(factors, max(len(pair.a) for pair in factors.values()), error)

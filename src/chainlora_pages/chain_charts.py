@@ -143,7 +143,7 @@ def _matrix_picture(matrix: StageMatrix) -> Picture:
         axes.set_ylabel("after")
 
     title = f"{kinds[0].capitalize()} of every stage after each stage"
-    note = "on the rows that the run kept; now: its mix"
+    note = "on the rows that the run kept"
     if len(kinds) > 1:
         title = "Scores of every stage after each stage"
         note = f"{', '.join(f'{name} by {metric}' for name, metric in metrics.items())}, {note}"

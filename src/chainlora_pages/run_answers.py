@@ -58,7 +58,7 @@ def answers(
 ) -> list[Answer]:
     """Answer prompts greedily with the chain after 0, 1, … links.
 
-    A run of several stages answers prompts of each stage, after each stage and in the current mix.
+    A run of several stages answers prompts of each stage, after each stage.
     `wanted` is the result of `read_prompts`; a number takes rows of the validation data, else of
     the test or training data. `progress` is called with a line about each state. Raises DataError
     if the rows have no prompts.

@@ -143,9 +143,9 @@ def _lead(runs: Sequence[RunFacts]) -> str:
         then = [*_combined(part.state.parent, []), "Then it"] if is_on_top else ["Separately, it"]
         subject = " ".join(then) if sentences else f"A language model ({model})"
         sentences.append(f"{subject} {_predicate(part)}.")
-        before = part.state.stage
+        before = part.state.key
     scores = [f"{name} {after}" for name, _, after in _scores_now(run)]
-    return " ".join([*sentences, *_combined(run.state, scores), *_switched_off(run)])
+    return " ".join([*sentences, *_combined(run.state, scores)])
 
 
 def _combined(state: OpenState, scores: Sequence[str]) -> list[str]:
@@ -158,14 +158,14 @@ def _predicate(part: RunFacts) -> str:
     """Return how the model got a stage: trained, or added."""
     if not part.state.has_run:
         return f"has a saved chain of {len(part.state.facts)} links"
-    if part.state.trained is not None and part.state.trained.kind == "import":
-        return f"got the adapter {part.state.stage}, which was trained elsewhere"
+    if part.state.entry is not None and part.state.entry.kind == "import":
+        return f"got the adapter {part.state.key}, which was trained elsewhere"
     return f"was trained on {_task(part)}{_gain(part)}"
 
 
 def _task(part: RunFacts) -> str:
     """Return the name of the training data of a run or stage, and its description if known."""
-    name = part.state.stage
+    name = part.state.key
     if part.config is None:
         return "unknown data"
     data = part.config.data
@@ -178,20 +178,6 @@ def _task(part: RunFacts) -> str:
         return f"{name} ({task.description.strip().rstrip('.')})"
     files = [Path(file.path).name for file in data.train_files]
     return " and ".join(files) if name == MAIN and files else name
-
-
-def _switched_off(run: RunFacts) -> list[str]:
-    """Return a sentence about stages that the mix switches off, and about an equal state."""
-    off = [stage for stage, strength in run.state.strengths.items() if not strength]
-    if not off:
-        return []
-    digest, history = run.state.state.digest, run.state.history
-    same = [part.name for part in run.stages if part.state.state.digest == digest]
-    is_origin = digest == history.state_of(history.origin).digest
-    when = f"after {same[-1]}" if same else "before training" if is_origin else ""
-    equals = f": the model is exactly what it was {when}" if when else ""
-    stages = f"stage {off[0]} is" if len(off) == 1 else f"stages {', '.join(off)} are"
-    return [f"Now {stages} switched off{equals}."]
 
 
 def _chain_text(run: RunFacts) -> str:
@@ -329,8 +315,7 @@ def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:
         remarks.append(f"{name} is not scored yet: `chainlora eval` with `--matrix` does it.")
     if not (run.state.is_before_training or run.state.is_as_trained):
         remarks.append(
-            f"{name} was mixed or pruned after training: the scores of its training do not apply "
-            "to its current state."
+            f"A stage below {name} was pruned: the scores of its training do not apply to it now."
         )
     return [Text(text) for text in remarks]
 
@@ -345,13 +330,11 @@ def links_blocks(run: RunFacts) -> list[Block]:
         return []
     known = dict.fromkeys(name for link in links for name in link["scores"])
     names = sorted(known, key=lambda name: not is_higher_better(name))  # accuracy before loss
-    has_strengths = len({link["stage"] for link in links}) > 1
-    has_strengths |= any(link["strength"] != 1 for link in links)
+    are_several = len({link["stage"] for link in links}) > 1
     rows = []
     for link in links:
         row = {"link": str(link["link"])}
-        if has_strengths:
-            row |= {"stage": link["stage"], "strength": f"{link['strength']:g}"}
+        row |= {"stage": link["stage"]} if are_several else {}
         row |= {"rank": str(link["rank"]), "scaling": f"{link['scaling']:g}"}
         row["steps"] = f"{link['steps']:,}"
         row |= {f"validation {name}": number(link["scores"].get(name), 4) for name in names}
@@ -448,7 +431,7 @@ def _configs(runs: Sequence[RunFacts]) -> list[Block]:
 
 
 def _versions(run: RunFacts) -> dict[str, str]:
-    trained = run.state.trained
+    trained = run.state.entry
     versions = {} if trained is None else trained.training.versions
     return versions | {
         "digest of the rows": (trained.training.rows if trained else None) or _NONE,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from chainlora.config.schema import RunConfig
-from chainlora.evaluation.stage_scores import NOW, StageMatrix, stage_matrix
+from chainlora.evaluation.stage_scores import StageMatrix, stage_matrix
 from chainlora.runs.addresses import open_run
 from chainlora.runs.draft import Progress
 from chainlora.runs.history import BASE
@@ -46,7 +46,7 @@ class RunFacts:
     @property
     def stage_names(self) -> list[str]:
         """Return the stages in order; charts choose colours by it."""
-        return [*self.state.shares]
+        return self.state.stages
 
     @property
     def steps(self) -> list[Record]:
@@ -98,7 +98,7 @@ def read_state(state: OpenState, name: str) -> RunFacts:
     is_one = len({*state.columns, *(entry.key for entry in parts)}) < 2
     stages = [_part(state.at(entry.key), entry.key) for entry in parts]
     if state.draft is not None and stages:
-        stages[-1] = replace(facts, name=state.stage)
+        stages[-1] = replace(facts, name=state.key)
     is_plain = is_one and state.is_as_trained and not state.is_combined  # its scores are records
     return replace(
         facts,
@@ -109,7 +109,7 @@ def read_state(state: OpenState, name: str) -> RunFacts:
 
 
 def _part(state: OpenState, name: str) -> RunFacts:
-    is_trained = state.trained is not None and state.trained.kind == "stage"
+    is_trained = state.entry is not None and state.entry.kind == "stage"
     config = state.config() if state.has_run else None
     result = (state.result() or {}) if is_trained else {}
     return RunFacts(name, state, config, result, state.records() if is_trained else [], {})
@@ -129,8 +129,8 @@ def run_names(runs: Sequence[str | Path]) -> list[str]:
 
 
 def state_names(states: Sequence[str]) -> list[str]:
-    """Return labels for the states of a run: before training, after each stage, combined, now."""
-    words = {BASE: "before training", NOW: "now"}
+    """Return labels for the states of a run: before training, after each stage, combined."""
+    words = {BASE: "before training"}
     words |= {state: state for state in states if state.startswith("after-")}  # combinations
     return [words.get(state, f"after {state}") for state in states]
 

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 from click.shell_completion import CompletionItem
 
-from chainlora.errors import ConfigError, FileError, RunError, printable
+from chainlora.errors import FileError, RunError, printable
 from chainlora.runs.paths import is_run as is_run
 from chainlora.runs.paths import need_run as need_run
 from chainlora.runs.paths import runs_near, split_address
 
 if TYPE_CHECKING:
-    from chainlora.runs.addresses import Address
+    pass
 
 # commands of packages that depend on this one
 _VERBS_OF_DEPENDENTS = {"report": "chainlora_pages.verbs", "board": "chainlora_pages.verbs"}
@@ -36,11 +36,6 @@ json_option = click.option(
 )
 links_option = click.option(
     "--links", type=click.IntRange(min=0), help="Use only the first K links of the chain."
-)
-stages_option = click.option(
-    "--stages",
-    metavar="NAME[=STRENGTH],...",
-    help="Use only these stages; all others are switched off.",
 )
 dtype_option = click.option(
     "--dtype",
@@ -202,8 +197,13 @@ def file_and_overrides(
     return words[0], pairs
 
 
-REMOVED = {"rehearse": "combine RUN --steps 60"}
-"""Commands of development versions, and what replaces them."""
+REMOVED = {
+    "rehearse": "chainlora combine RUN --steps 60",
+    "mix": "chainlora combine RUN with the names of the stages to keep, or undo",
+    "--stages": "RUN@STAGE, or chainlora combine RUN with the names of the stages",
+    "--each": "chainlora export RUN@STAGE for each stage",
+}
+"""Commands and options of development versions, and what replaces them."""
 
 
 class Verbs(click.Group):
@@ -226,7 +226,7 @@ class Verbs(click.Group):
             name = args[0].replace("_", "-")
             close = difflib.get_close_matches(name, self.list_commands(ctx), n=1, cutoff=0.7)
             hint = f"; did you mean `chainlora {close[0]}`?" if close else ""
-            hint = f"; use `chainlora {REMOVED[name]}`" if name in REMOVED else hint
+            hint = f"; use {REMOVED[name]}" if name in REMOVED else hint
             raise click.UsageError(f"No such command {args[0]!r}{hint}", ctx)
         return super().resolve_command(ctx, args)
 
@@ -288,8 +288,8 @@ def words_and_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str
 # --- run directories, checked before anything heavy is imported ---
 
 
-def check_run_or_model(run_or_model: str, links: int | None, stages: str | None) -> None:
-    """Raise RunError for an incomplete or missing run, and for --links or --stages of a model.
+def check_run_or_model(run_or_model: str, links: int | None) -> None:
+    """Raise RunError for an incomplete or missing run, and for --links of a model.
 
     A missing folder counts as a run if runs are near it; otherwise it is the name of a model.
     """
@@ -297,14 +297,9 @@ def check_run_or_model(run_or_model: str, links: int | None, stages: str | None)
     exists = folder.exists() or run_or_model.startswith("pip:")
     if (folder / "links").is_dir() or (not exists and runs_near(folder)):
         need_run(run_or_model)
-    if links is not None and stages is not None:
-        raise click.UsageError("--links and --stages both choose links; leave one out")
-    option = "--links" if links is not None else "--stages"
-    if (links is not None or stages is not None) and not is_run(run_or_model):
-        raise RunError(
-            f"{option} needs a run directory (got {run_or_model}, which is not one); leave "
-            f"{option} out"
-        )
+    if links is not None and not is_run(run_or_model):
+        rule = "--links needs a run directory"
+        raise RunError(rule, f"{run_or_model}, which is not one", "leave --links out")
 
 
 def whole_run(run: str) -> Path:
@@ -314,30 +309,3 @@ def whole_run(run: str) -> Path:
     if stage is not None:
         raise click.UsageError(f"RUN must be a whole run, not {run}; leave @{stage} out")
     return folder
-
-
-def chosen_state(run: str, stages: str | None) -> Address:
-    """Return a run with the stages that ``--stages`` names; without the option, the run itself."""
-    from chainlora.runs.addresses import open_run
-
-    return run if stages is None else open_run(run, read_strengths(stages.split(",")))
-
-
-def read_strengths(texts: Sequence[str], default: float | None = 1.0) -> dict[str, float]:
-    """Parse ``NAME=STRENGTH`` pairs; a bare name gets `default`, if there is one.
-
-    Raises ConfigError.
-    """
-    strengths: dict[str, float] = {}
-    for text in texts:
-        name, equals, value = text.strip().partition("=")
-        try:
-            strength = float(value) if equals else default
-        except ValueError:
-            strength = None
-        if strength is None or not abs(strength) < float("inf"):
-            raise ConfigError("a strength must be STAGE=NUMBER", repr(text), "e.g. style=0.5")
-        if name in strengths:
-            raise ConfigError("a stage must have one strength", f"{name!r} twice", "leave one out")
-        strengths[name] = strength
-    return strengths

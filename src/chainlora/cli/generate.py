@@ -12,13 +12,11 @@ import click
 
 from chainlora.cli.common import (
     check_run_or_model,
-    chosen_state,
     dtype_option,
     json_option,
     links_option,
     print_json,
     quiet,
-    stages_option,
     to_stderr,
 )
 from chainlora.errors import DataError
@@ -34,7 +32,6 @@ def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
     options = (
         click.argument("run_or_model", metavar="RUN|MODEL", type=click.Path()),
         links_option,
-        stages_option,
         click.option(
             "--max-new-tokens",
             type=click.IntRange(min=1),
@@ -73,7 +70,7 @@ def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) 
     The output is streamed. If the run's rows are chats, the text is written into the chat template
     as a question, unless it is in the template already.
     """
-    check_run_or_model(run_or_model, keys["links"], keys["stages"])
+    check_run_or_model(run_or_model, keys["links"])
     if prompt is None:
         stdin = _stdin()
         if stdin.isatty():
@@ -132,7 +129,7 @@ def chat(
     Each line is a turn. /clear forgets the conversation; /exit or Ctrl-D ends it. With --prompt the
     command answers one question.
     """
-    check_run_or_model(run_or_model, keys["links"], keys["stages"])
+    check_run_or_model(run_or_model, keys["links"])
     is_limited = keys["max_new_tokens"] is not None
     keys["max_new_tokens"] = keys["max_new_tokens"] or _MOST
     schemas = None if tools is None else _read_tools(tools)
@@ -184,7 +181,6 @@ def _speaker(
     run_or_model: str,
     *,
     links: int | None,
-    stages: str | None,
     max_new_tokens: int | None,
     temperature: float,
     top_p: float,
@@ -199,9 +195,8 @@ def _speaker(
     from chainlora.evaluation.training_rows import answer_limit, training_rows
     from chainlora.runs.exported import load_run_or_model
 
-    state = chosen_state(run_or_model, stages)
-    model, tokenizer = load_run_or_model(state, num_links=links, dtype=dtype)
-    facts = training_rows(state, tokenizer)
+    model, tokenizer = load_run_or_model(run_or_model, num_links=links, dtype=dtype)
+    facts = training_rows(run_or_model, tokenizer)
     decoding = Decoding(temperature, top_p, max_new_tokens or answer_limit(facts), seed)
     return Speaker(model, tokenizer, decoding), facts
 

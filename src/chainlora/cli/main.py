@@ -17,7 +17,7 @@ import click
 
 from chainlora import __version__
 from chainlora.cli import doctor, generate, run_files, scores, train, versioning, views
-from chainlora.cli.common import SIGNALLED, Verbs, is_first_process, prepared_streams
+from chainlora.cli.common import REMOVED, SIGNALLED, Verbs, is_first_process, prepared_streams
 from chainlora.errors import (
     ChainLoRAError,
     ConfigError,
@@ -59,7 +59,10 @@ def _run(arguments: list[str]) -> int:
         error.show()
         return 2
     except click.UsageError as error:
-        click.UsageError(one_line(error.format_message()), error.ctx).show()
+        message = one_line(error.format_message())
+        if isinstance(error, click.NoSuchOption) and error.option_name in REMOVED:
+            message = f"No such option {error.option_name}; use {REMOVED[error.option_name]}"
+        click.UsageError(message, error.ctx).show()
         return 2
     except click.ClickException as error:
         return _fail(error.format_message(), debug)

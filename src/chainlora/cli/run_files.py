@@ -24,9 +24,8 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     """Delete STAGE of RUN for good: links, kept rows, config, records, result, scores.
 
     Also deleted: combinations that were computed from STAGE with everything on top of them, and
-    RUN's pictures and report. Stages that were trained on top of STAGE
-    stay, without its links; so do mixes of these stages. The other stages are combined again, as
-    they were before.
+    RUN's pictures and report. Stages that were trained on top of STAGE stay, without its links. The
+    other stages are combined again, as they were before.
 
     STAGE may also be a combination, if neither the current state nor a stage was computed from it.
     `undo` then skips it; `combine` with the names of its parts computes it again.
@@ -34,8 +33,8 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     The command lists what it does not delete: data files, forks, exports, copies, and tokenised
     rows of large files, which are in a cache outside RUN.
 
-    Without --yes nothing is deleted and the exit status is 1. Use `mix` to switch a stage off and
-    on, and `undo` to go back to the state before it.
+    Without --yes nothing is deleted and the exit status is 1. `undo` goes back to the state before
+    STAGE and deletes nothing.
     """
     folder = whole_run(run)
     quiet()
@@ -55,9 +54,6 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     if pruning.again:
         now = open_run(folder)
         to_stderr(f"{run} is {now.key} now, of {', '.join(now.history.parts(now.key))}")
-    if pruning.mixes:
-        lost = f"the strengths of {', '.join(pruning.mixes)} are lost"
-        to_stderr(f"{lost}; chainlora mix {shlex.quote(run)} sets strengths again")
 
 
 def _show_pruning(run: str, stage: str, pruning: Pruning, yes: bool, as_json: bool) -> None:

@@ -9,7 +9,6 @@ import click
 
 from chainlora.cli.common import (
     check_run_or_model,
-    chosen_state,
     dtype_option,
     is_run,
     json_option,
@@ -18,7 +17,6 @@ from chainlora.cli.common import (
     print_json,
     quiet,
     show,
-    stages_option,
     to_stderr,
     whole_run,
 )
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
 @click.option("--split", show_default="validation", help="The split of the task or the run.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N rows, in file order.")
 @links_option
-@stages_option
 @dtype_option
 @click.option(
     "--speedups",
@@ -71,7 +68,6 @@ def evaluate(
     task: str | None,
     split: str | None,
     links: int | None,
-    stages: str | None,
     matrix: bool,
     start_rows: str | None,
     as_json: bool,
@@ -84,14 +80,14 @@ def evaluate(
     its adapter_config.json names; CHAINLORA_MODELS is a folder in which to look for that base.
     """
     if matrix:
-        others = {"split": split, "links": links, "stages": stages} | options | {"task": task}
+        others = {"split": split, "links": links} | options | {"task": task}
         _evaluate_matrix(run_or_model, start_rows, others, as_json)
         return
     if start_rows is not None:
         raise click.UsageError("--start-rows is for the matrix of a run; use it with --matrix")
     if split is not None and os.path.isfile(os.path.expanduser(options["data"] or "")):
         raise click.UsageError("--split names rows of a folder, but --data is a file; leave it out")
-    check_run_or_model(run_or_model, links, stages)
+    check_run_or_model(run_or_model, links)
     _check_rows(run_or_model, task, options["data"])
     from chainlora.data.tasks import load_task
 
@@ -102,7 +98,7 @@ def evaluate(
 
     with evaluation_progress() as progress:
         result = evaluate_task(
-            chosen_state(run_or_model, stages),
+            run_or_model,
             chosen,
             split=split or "validation",
             num_links=links,

@@ -154,8 +154,7 @@ def _table(inspection: Mapping[str, Any]) -> Table:
         metrics = [name for name in row["scores"] if name not in ("loss", "perplexity")]
         shown = metrics or [name for name in row["scores"] if name == "loss"]
         scores = ", ".join(f"{name} {row['scores'][name]:.4f}" for name in shown)
-        strength = "" if row["strength"] == 1 else f" × {row['strength']:g}"
-        stage = f" {escape(row['stage'])}{strength}" if are_several or strength else ""
+        stage = f" {escape(row['stage'])}" if are_several else ""
         rank, trained = str(row["rank"]), str(row["trained_rank"])
         table.add_row(
             f"{row['link']}{stage}",

@@ -221,7 +221,7 @@ def _build(run: str, overrides: Sequence[tuple[str, str]], dry_run: bool, as_jso
         return
     after = open_run(folder)
     if as_json:
-        print_json({"stages": {r["stage"]: r for r in results}, "strengths": after.strengths})
+        print_json({"stages": {r["stage"]: r for r in results}, "now": after.key})
     elif results:
         config = after.config().model_copy(update={"output": run})
         _show_run(config, results, base, are_stages=True)
@@ -247,7 +247,7 @@ def _stage_of(file: str, output: Any, overrides: Sequence[tuple[str, str]]) -> s
 
     is_elsewhere = isinstance(output, str) and run.resolve() != Path(output).expanduser().resolve()
     first, name, path = first_stage(run), Path(file).parent.name, shlex.quote(str(run))
-    if "output" not in dict(overrides) and first is not None and first.stage != name:
+    if "output" not in dict(overrides) and first is not None and first.key != name:
         rule = "cannot train the config of a later stage alone"
         raise ConfigError(rule, file, f"continue it by: chainlora extend {path} --name {name} …")
     if is_elsewhere and "output" not in dict(overrides):
@@ -300,7 +300,6 @@ def _show_stages(
 ) -> None:
     """Show the new results of a chain of stages. `before` is the head before the command."""
     from chainlora.cli.screen import scored_matrix, show_matrix
-    from chainlora.runs.addresses import open_run
     from chainlora.runs.history_file import read_history
 
     run = stages[0].config.output or ""
@@ -309,7 +308,7 @@ def _show_stages(
         _plot(stages[0].config, result["stage"])
     if as_json:
         results = dict.fromkeys(stage.name for stage in stages) | {r["stage"]: r for r in new}
-        print_json({"stages": results, "strengths": open_run(run).strengths})
+        print_json({"stages": results, "now": head})
     elif new:
         _show_run(stages[-1].config, new, base, are_stages=True)
     elif head != before:  # an earlier command was killed before it combined the stages

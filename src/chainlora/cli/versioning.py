@@ -1,6 +1,6 @@
 """The commands for stages and history.
 
-These are `extend`, `add`, `combine`, `mix`, `undo`, `redo` and `log`.
+These are `extend`, `add`, `combine`, `undo`, `redo` and `log`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ from chainlora.cli.common import (
     need_run,
     print_json,
     quiet,
-    read_strengths,
     to_stderr,
     verbose_option,
     whole_run,
     words_and_overrides,
 )
-from chainlora.errors import ChainLoRAError
 
 if TYPE_CHECKING:
     from chainlora.runs.state import OpenState
@@ -70,7 +68,7 @@ def extend(
     --chain.epochs, or by other keys; STAGE.yaml can set keys too.
 
     By default the stage is trained beside the others and combined with them in closed form. It is
-    trained on top of RUN with --on-top, on RUN@STAGE, on a mix, on pairs, with data.replay or
+    trained on top of RUN with --on-top, on RUN@STAGE, on pairs, with data.replay or
     data.new_rows_only, and if the stages cannot be combined.
 
     If the stage answers an earlier prompt differently, a warning gives an example. The newest
@@ -150,7 +148,7 @@ def _show_added(run: str, before: str | None, state: OpenState, as_json: bool) -
 
     matrix = scored_matrix(run, compute=False) if state.keepers else None
     if as_json:
-        shown = {"run": run, "now": state.key, "strengths": state.strengths}
+        shown = {"run": run, "now": state.key, "stages": state.stages}
         print_json(shown | {"matrix": matrix and matrix.as_dict()})
     elif state.key == before:
         click.echo(f"{run} is {before}, as before")
@@ -198,8 +196,8 @@ def combine(
     own models on their kept rows, and those of the base on general rows. facts=2 counts the rows of
     the stage facts twice, runs/other=2 those of all stages of another run. Without names the last
     combination is repeated, or all stages are combined on which no other stage was trained. Stages
-    of other runs on the same base are copied into RUN, or into --output. Strengths that `mix` set
-    are dropped. `undo` goes back to the state before.
+    of other runs on the same base are copied into RUN, or into --output. `undo` goes back to the
+    state before.
     """
     folder = whole_run(run)
     quiet()
@@ -240,56 +238,10 @@ def _parse_importance(names: Sequence[str]) -> tuple[list[str], dict[str, float]
 
 @click.command
 @click.argument("run", type=click.Path())
-@click.argument("strengths", metavar="[STAGE=STRENGTH]...", nargs=-1)
-@click.option("--no-scores", is_flag=True, help="Do not score the mix on the rows of each stage.")
-@json_option
-def mix(run: str, strengths: tuple[str, ...], no_scores: bool, as_json: bool) -> None:
-    """Set the strength of stages of RUN: style=0 law=0.5.
-
-    Strength 0 switches a stage off; strength 1 restores it bit for bit. Nothing is trained or
-    deleted. From then on every command uses this mix as RUN; RUN@STAGE does not change. Without
-    strengths the command shows the current ones. The mix is scored on the kept rows of each stage.
-    """
-    folder = whole_run(run)
-    chosen = read_strengths(strengths, default=None)
-    quiet()
-    from chainlora.cli.screen import scored_matrix, show_matrix
-    from chainlora.runs.addresses import open_run
-    from chainlora.runs.changes import mix_stages
-
-    state = mix_stages(folder, chosen) if chosen else open_run(folder)
-    can_score = bool(chosen and state.keepers)
-    if can_score and not no_scores:  # printed first: a kill during scoring does not undo the mix
-        to_stderr(f"{run} is now {state.key}; scoring it")
-    matrix = None
-    try:
-        if not no_scores:
-            matrix = scored_matrix(run, compute=can_score)
-    except ChainLoRAError as error:  # the mix is set even if it cannot be scored
-        to_stderr(f"chainlora: the mix was not scored: {error}")
-    if as_json:
-        shown = {"run": run, "strengths": state.strengths}
-        print_json(shown | {"matrix": matrix and matrix.as_dict()})
-        return
-    if matrix is not None:
-        show_matrix(matrix)
-    _show_strengths(state)
-
-
-def _show_strengths(state: OpenState) -> None:
-    from chainlora.runs.history import COMBINED
-
-    parts = ", ".join(state.history.parts(state.key))
-    for name, strength in state.strengths.items():
-        click.echo(f"{name}={strength:g}" + (f" of {parts}" if name == COMBINED else ""))
-
-
-@click.command
-@click.argument("run", type=click.Path())
 @click.option("--to", metavar="NAME", help="Go to this entry of `chainlora log`.")
 @json_option
 def undo(run: str, to: str | None, as_json: bool) -> None:
-    """Undo the last mix, combination or stage of RUN.
+    """Undo the last combination or stage of RUN.
 
     A stage is undone together with its combination. Nothing is deleted: rows and
     links stay in RUN (`prune` deletes them). With --to, RUN goes to any state of its history; a
@@ -316,17 +268,17 @@ def redo(run: str, as_json: bool) -> None:
 
 def _show_now(run: str, state: OpenState, as_json: bool) -> None:
     if as_json:
-        print_json({"run": run, "now": state.key, "strengths": state.strengths})
+        print_json({"run": run, "now": state.key, "stages": state.stages})
     else:
-        click.echo(f"{run} is now {state.key}; nothing was deleted")
-        _show_strengths(state)
+        of = ", ".join(state.stages)
+        click.echo(f"{run} is now {state.key}{f', of {of}' * bool(of)}; nothing was deleted")
 
 
 @click.command
 @click.argument("run", type=click.Path())
 @json_option
 def log(run: str, as_json: bool) -> None:
-    """Show the history of RUN: stages, mixes and combinations, the latest first.
+    """Show the history of RUN: stages and combinations, the latest first.
 
     * marks the current state of RUN, | the states from which it was computed. RUN@NAME is the
     address of a state.
@@ -343,9 +295,9 @@ def log(run: str, as_json: bool) -> None:
         print_json({"run": run, "entries": entries})
         return
     table = Table(box=None, header_style="", pad_edge=False)
-    least = {"kind": 11, "on": 12, "strengths": 12, "ended": 16}  # characters
-    for head in ("", "name", "kind", "on", "links", "strengths", "ended", "state"):
-        is_list = head in ("on", "strengths")
+    least = {"kind": 11, "on": 12, "stages": 12, "ended": 16}  # characters
+    for head in ("", "name", "kind", "on", "links", "stages", "ended", "state"):
+        is_list = head in ("on", "stages")
         table.add_column(head, no_wrap=not is_list, min_width=least.get(head))
     for entry in entries:
         if entry["kind"] in ("training", "declared"):
@@ -353,11 +305,10 @@ def log(run: str, as_json: bool) -> None:
             table.add_row("", entry["name"], kind, "", "", "", "", "")
             continue
         mark = "*" if entry["now"] else "|" if entry["before"] else ""
-        strengths = " ".join(f"{name}={value:g}" for name, value in entry["strengths"].items())
         on = " ".join(entry["parents"]) or "base" * (entry["kind"] != "base")
-        texts = (mark, entry["name"], entry["kind"], on)
         ended = (entry["ended"] or "")[:16].replace("T", " ")
-        table.add_row(*texts, str(entry["links"]), strengths or "none", ended, entry["state"])
+        of = (str(entry["links"]), " ".join(entry["stages"]) or "none", ended, entry["state"])
+        table.add_row(mark, entry["name"], entry["kind"], on, *of)
     console, wide = Terminal(), Terminal(width=10_000)
     if console.is_terminal:  # a narrower table would cut names; the terminal wraps the lines
         wide.width = max(console.width, wide.measure(table).minimum)

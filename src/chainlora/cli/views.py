@@ -9,7 +9,6 @@ import click
 
 from chainlora.cli.common import (
     check_run_or_model,
-    chosen_state,
     draw,
     json_option,
     links_option,
@@ -17,7 +16,6 @@ from chainlora.cli.common import (
     print_json,
     quiet,
     show,
-    stages_option,
     to_stderr,
 )
 
@@ -106,13 +104,7 @@ def diff(a: str, b: str, as_json: bool, **options: Any) -> None:
     type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
     help="Data type of the weights in a GGUF file. Default: the run's.",
 )
-@click.option(
-    "--each",
-    is_flag=True,
-    help="Write one adapter per stage, at strength 1, and SERVING.md with commands for servers.",
-)
 @links_option
-@stages_option
 @click.option(
     "--push-to-hub",
     "repository",
@@ -137,7 +129,6 @@ def export(
     target: str,
     output: str,
     links: int | None,
-    stages: str | None,
     repository: str | None,
     private: bool,
     as_json: bool,
@@ -150,23 +141,22 @@ def export(
     the run's data type.
     """
     need_run(run)
-    check_run_or_model(run, links, stages)
-    _check_export(target, links, repository, private, options)
+    check_run_or_model(run, links)
+    _check_export(target, repository, private, options)
     quiet()
     from chainlora.runs.cards import Naming
     from chainlora.runs.exported import exporter_to
     from chainlora.runs.hub import check_push, push_folder
 
-    state = chosen_state(run, stages)
     naming = Naming(repository, options["base_name"], options["licence"])
     if repository is not None:
-        check_push(state, target, naming)
+        check_push(run, target, naming)
     keys: dict[str, Any] = {"num_links": links, "naming": naming}
     if target.endswith("adapter"):
-        keys |= {name: options[name] for name in ("rank", "tolerance", "each")}
+        keys |= {name: options[name] for name in ("rank", "tolerance")}
     if target.startswith("gguf"):
         keys["kind"] = options["gguf_type"]
-    done = exporter_to(target)(state, output, **keys)
+    done = exporter_to(target)(run, output, **keys)
     text = _export_text(done)
     if repository is not None:
         done["commit"] = push_folder(output, repository, private=private)
@@ -175,11 +165,7 @@ def export(
 
 
 def _check_export(
-    target: str,
-    links: int | None,
-    repository: str | None,
-    private: bool,
-    options: Mapping[str, Any],
+    target: str, repository: str | None, private: bool, options: Mapping[str, Any]
 ) -> None:
     """Raise UsageError for options that do not fit the target."""
     is_adapter = target.endswith("adapter")
@@ -189,11 +175,6 @@ def _check_export(
         )
     if not target.startswith("gguf") and options["gguf_type"] is not None:
         raise click.UsageError("--gguf-type is for GGUF files; use it with --to gguf")
-    if options["each"] and (links is not None or repository is not None or not is_adapter):
-        raise click.UsageError(
-            "--each writes an adapter per stage to a folder; use it with --to adapter or "
-            "gguf-adapter, without --links and --push-to-hub"
-        )
     if private and repository is None:
         raise click.UsageError("--private is for a repository; use it with --push-to-hub")
 
@@ -201,13 +182,6 @@ def _check_export(
 def _export_text(done: Mapping[str, Any]) -> str:
     """Describe the files that were written."""
     output, of = done["output"], f"{done.get('links')} link(s) in {done['output']}"
-    if "adapters" in done:
-        lines = [
-            f"{adapter['adapter']}: strength {adapter['strength']:g}, rank {adapter['rank']}, "
-            f"relative error {adapter['error']:.1e}"
-            for adapter in done["adapters"]
-        ]
-        return "\n".join([*lines, f"how to serve them: {output}/SERVING.md"])
     if done["to"] == "merged":
         return f"merged checkpoint ({done['dtype']}) of {of}"
     if done["to"] == "adapter":

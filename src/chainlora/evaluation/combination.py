@@ -25,7 +25,7 @@ from chainlora.runs.beginning import fork, need_same_base, take_in
 from chainlora.runs.changes import whole_run
 from chainlora.runs.documents import short_digest
 from chainlora.runs.export import empty_folder, filled_folder
-from chainlora.runs.history import COMBINED, START, History, Recipe, State, Term, Unbuilt
+from chainlora.runs.history import COMBINED, START, History, Recipe, State, Unbuilt
 from chainlora.runs.history_file import changed, read_history, update_history
 from chainlora.runs.links import need_low_rank_sum, save_link
 from chainlora.runs.open_base import OpenBase
@@ -73,7 +73,7 @@ def combine(
         progress: called as ``progress(parts, layers_done, layers)``.
 
     Returns:
-        The new state. Strengths set by `mix` are not kept.
+        The new state.
 
     Raises:
         RunError: fewer than two parts, a part that another one was trained on, stages without kept
@@ -119,7 +119,7 @@ def _parts(
     others = {str(name): _other_run(name) for name in names if str(name) not in keys}
     default = history.parts(history.head)
     if not others and len(default) < 2:
-        stages = (e for e in history.entries if e.kind in ("stage", "import") and e.state.terms)
+        stages = (e for e in history.entries if e.kind in ("stage", "import") and e.state.links)
         default = [entry.key for entry in stages]
     own = keys or default
     found = [(state_at(folder, history, key), [key]) for key in own]
@@ -172,7 +172,7 @@ def _become(
     pairs = zip((*keys, START), weights, strict=True)
     given = {key: weight for key, weight in pairs if weight is not None}
     recipe = recipe.model_copy(update={"importance": given})
-    before, key = read_history(run), ""
+    key = ""
 
     def change(history: History) -> History:
         nonlocal key
@@ -186,7 +186,6 @@ def _become(
     history = update_history(run, change)
     if history.find(key) is None:
         build_combination(run, key, progress)
-    warn_of_left_out(run, before, key)
     return open_run(run)
 
 
@@ -249,7 +248,7 @@ def solved_combination(
     def build(current: History) -> History:
         files.remove_scratch(run / "links", COMBINED)  # left by a kill; safe under the lock
         digest, facts = save_link(run, link, current.base, COMBINED)
-        state = State(base=current.base.fingerprint, terms=(Term(link=digest),))
+        state = State(base=current.base.fingerprint, links=(digest,))
         reads = tuple(current.keepers(declared.parents))
         entry = declared.built(state, reads=reads, distances=dict(point.distances))
         files.remove(folder)
@@ -263,18 +262,9 @@ def summary_of(history: History, key: str) -> str:
     entry = history.find(key)
     if entry is None or entry.kind != "combine":
         return ""
-    facts = history.links[entry.state.terms[0].link]
+    facts = history.links[entry.state.links[0]]
     distances = ", ".join(f"{name} {value:.2f}" for name, value in entry.distances.items())
     return f"rank {facts.rank}, error of the rank {facts.error:.2f}; distance to {distances}"
-
-
-def warn_of_left_out(run: Path, before: History, key: str) -> None:
-    """Warn if the new head `key` does not include a mix of the history before."""
-    included = read_history(run).below(key)
-    lost = [entry for entry in before.lineage(before.head) if entry.key not in included]
-    names = [e.key for e in lost if e.kind == "mix"]
-    if names:
-        logger.warning("%s was %s, which is not in the combination", run, names[-1])
 
 
 def _other_run(address: str | Path) -> OpenState:
@@ -347,7 +337,7 @@ def _solved(
         else:
             reason = "it has no training rows, or later stages answer all their prompts otherwise"
             logger.warning("%s is left out of the combination: %s", state.key, reason)
-    ranks = {each.link: history.links[each.link].rank for s in states for each in s.state.terms}
+    ranks = {link: history.links[link].rank for s in states for link in s.state.links}
     rank = recipe.rank or max(RANK, sum(ranks.values()))
     chain, _ = chain_on_base(first, base=base)
     need_embedded(kept, chain.model)

@@ -1,7 +1,7 @@
 """Compare two states on one base, by their weights and their answers (`chainlora.diff`).
 
 The update of a state is a sum of links, so the difference of two updates is one too, and needs only
-factors. A link of both states has the difference of its strengths; with equal strengths it cancels
+factors. A link of both states cancels
 exactly.
 """
 
@@ -195,17 +195,13 @@ def weight_difference(a: OpenState, b: OpenState) -> dict[str, Any]:
 
 def _links(state: OpenState) -> dict[str, Link]:
     """Return the links of a state by their digests."""
-    terms = state.terms()
-    return {term.link: link for term, link in zip(terms, state.links(), strict=True)}
+    return dict(zip(state.state.links, state.links(), strict=True))
 
 
 def _difference(a: Mapping[str, Link], b: Mapping[str, Link]) -> dict[str, Link]:
     """Return the links of a − b, by their digests."""
-    links = dict[str, Link]()
-    for digest, link in {**b, **a}.items():
-        strengths = [side[digest].strength if digest in side else 0.0 for side in (a, b)]
-        links[digest] = replace(link, strength=strengths[0] - strengths[1])
-    return links
+    less = {digest: replace(link, strength=-1.0) for digest, link in b.items() if digest not in a}
+    return less | {digest: link for digest, link in a.items() if digest not in b}
 
 
 def _described(a: Factors | None, b: Factors | None, difference: Factors | None) -> dict[str, Any]:

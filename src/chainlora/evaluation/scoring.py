@@ -110,7 +110,7 @@ def evaluate_task(
     is_file = data is not None and not Path(data).is_dir()
     name = row_task and row_task.name
     result: dict[str, Any] = {"task": name, "split": data if is_file else split}
-    if task is None and data is None and len((state := open_run(run_or_model)).shares) > 1:
+    if task is None and data is None and len((state := open_run(run_or_model)).stages) > 1:
         result = {"stage": state.with_rows.configured.key} | result
     return Shown(result | {"rows": evaluation.num_rows, "metrics": metrics})
 

@@ -54,7 +54,6 @@ from chainlora.showing import table
 
 logger = logging.getLogger(__name__)
 
-NOW = "now"
 WORSE = 1.1  # a score that is worse by this factor is reported as harm
 HARM = "general ability has fallen"  # text of the warning; the board searches for it
 
@@ -121,14 +120,12 @@ class StageMatrix:
         ]
 
     def notes(self) -> list[str]:
-        """Return the summaries as text. They are about the last stage, even if the run is a mix."""
-        of = f"after {self.states[-2]}, " if self.states[-1:] == [NOW] else ""
-        return [f"{of}{summary}" for summary in self.summaries()]
+        """Return the summaries as text. They are about the last stage."""
+        return [str(summary) for summary in self.summaries()]
 
     def summaries(self) -> list[MatrixSummary]:
         """Return average, backward transfer and forgetting; [] if a cell is missing."""
-        ends = [row for state, row in zip(self.states, self.grid, strict=True) if state != NOW]
-        cells = [[cell for cell in row if cell is not None] for row in ends]
+        cells = [[cell for cell in row if cell is not None] for row in self.grid]
         if not self.stages or any(len(row) < len(self.stages) for row in cells):
             return []
         values = [[cell.value for cell in row] for row in cells]
@@ -257,27 +254,24 @@ def columns_after_training(run: OpenState) -> list[str] | None:
     # A run of one stage has scored its own rows already, so only rows of the start are left. An
     # imported adapter has scored none.
     start = [name for name, key in run.columns.items() if key == START]
-    is_trained = all(e.kind != "import" for e in run.lineage if e.key in run.shares)
+    is_trained = all(e.kind != "import" for e in run.lineage if e.key in run.stages)
     return start if START in run.keepers and len(run.columns) == 2 and is_trained else None
 
 
 def states_of(run: OpenState) -> Iterator[tuple[str, State]]:
-    """Yield the states of a run by name: the base, the end of each stage, and a current mix."""
+    """Yield the states of a run by name: the base, and the end of each stage and combination."""
     yield BASE, run.history.empty
-    last, shares = run.history.empty, run.shares
+    stages = run.stages
     for entry in run.lineage:
-        if entry.kind == "combine" or entry.key in shares:
-            last = entry.state
-            yield entry.key, last
-    if run.state.digest != last.digest:
-        yield NOW, run.state
+        if entry.kind == "combine" or entry.key in stages:
+            yield entry.key, entry.state
 
 
 class Scorer:
     """Score kept rows of stages in states of one run; the base is loaded once.
 
-    All links are put on the model, and each state sets their strengths. `hold` is by default chosen
-    by the model (`hold_for`), `base` is opened here by default.
+    All links are put on the model, and those of a state are switched on. `hold` is by default
+    chosen by the model (`hold_for`), `base` is opened here by default.
     """
 
     def __init__(
@@ -329,18 +323,18 @@ class Scorer:
                 yield stage, self._evaluate(engine, f"{name}: {stage}", stage)
 
     def model_at(self, state: State) -> Any:
-        """Return the model with the links of a state at their strengths, and all others off."""
+        """Return the model with the links of a state on, and all others off."""
         self._add(state)
-        strengths = {self._ids[term.link]: term.strength for term in state.terms}
-        self.chain.set_strengths({id: strengths.get(id, 0.0) for id in self.chain.strengths})
+        on = {self._ids[link] for link in state.links}
+        self.chain.set_strengths({id: float(id in on) for id in self.chain.strengths})
         return self.chain.model
 
     def _add(self, state: State) -> None:
         """Add the links of a state that are not on the chain yet."""
-        new = [term for term in state.terms if term.link not in self._ids]
+        new = [link for link in state.links if link not in self._ids]
         first = len(self._ids)
         links = [replace(link, id=n) for n, link in enumerate(self.run.read(new), first)]
-        self._ids |= {term.link: first + n for n, term in enumerate(new)}
+        self._ids |= {link: first + n for n, link in enumerate(new)}
         self.chain.add(*links)
 
     def _engine(self, state: State) -> Engine:

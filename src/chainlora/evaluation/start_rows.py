@@ -44,7 +44,7 @@ from chainlora.runs.changes import whole_run
 from chainlora.runs.costs import versions
 from chainlora.runs.declaring import declared_config
 from chainlora.runs.draft import drafts_in
-from chainlora.runs.history import BASE, CONTENT, START, TOKENIZER, State, Term, Unbuilt, rows_file
+from chainlora.runs.history import BASE, CONTENT, START, TOKENIZER, State, Unbuilt, rows_file
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.links import save_link
 from chainlora.runs.loading_start import Start, fitted, load_start
@@ -111,7 +111,7 @@ def _import(
         rows = general_rows(chain.model, tokenizer, longest, column, progress, identity)
     kept = None if rows is None else save_rows(run, rows, START)
     links = dict(save_link(run, link, base_facts, START) for link in start.links)
-    state = State(base=base_facts.fingerprint, terms=tuple(Term(link=digest) for digest in links))
+    state = State(base=base_facts.fingerprint, links=tuple(links))
     entry = declared.built(state, tied=tuple(links), kept=kept)
     update_history(
         run, lambda history: history.model_copy(update={"base": base_facts}).built(entry, links)

@@ -32,7 +32,7 @@ class RowFacts(NamedTuple):
 
 
 def training_rows(run_or_model: Address, tokenizer: Any) -> RowFacts | None:
-    """Return facts about the kept training rows of a run's stages that are switched on.
+    """Return facts about the kept training rows of a run's stages.
 
     Returns None for a model, and without kept rows that have prompts.
     """
@@ -43,9 +43,7 @@ def training_rows(run_or_model: Address, tokenizer: Any) -> RowFacts | None:
         kept = state.kept()
     except RunError:  # damaged rows must not stop a command that only generates
         return None
-    by_stage = [
-        kept[name].train[:_ROWS] for name, share in state.shares.items() if share and name in kept
-    ]
+    by_stage = [kept[name].train[:_ROWS] for name in state.stages if name in kept]
     prompted = ([row for row in rows if len(row.prompt) > 1] for rows in by_stage)
     stages = [rows for rows in prompted if rows]
     if not stages:

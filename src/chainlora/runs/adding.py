@@ -28,7 +28,6 @@ from chainlora.runs.history import (
     Base,
     History,
     State,
-    Term,
     Training,
     Unbuilt,
 )
@@ -117,7 +116,7 @@ def _import(run: Path, declared: Unbuilt, base: OpenBase | None) -> None:
     kept_digest, path = save_rows(run, kept, key), stage_folder(run, key) / CONFIG
     files.write_text(path, dump_config(config))
     entry = declared.built(
-        State(base=base_facts.fingerprint, terms=tuple(Term(link=digest) for digest in links)),
+        State(base=base_facts.fingerprint, links=tuple(links)),
         tied=tuple(links),
         kept=kept_digest,
         training=declared.training.model_copy(update={"rows": rows.digest}),

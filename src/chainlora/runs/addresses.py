@@ -8,7 +8,6 @@ the model without links.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from chainlora.errors import RunError
@@ -25,33 +24,21 @@ Address = str | Path | OpenState
 """A state, or its name: ``RUN`` or ``RUN@NAME``."""
 
 
-def open_run(
-    address: Address, stages: str | Sequence[str] | Mapping[str, float] | None = None
-) -> OpenState:
+def open_run(address: Address) -> OpenState:
     """Return the state at an address. Functions that load, score or export accept it.
 
     Args:
-        address: the head of ``RUN``, or ``RUN@STAGE``, ``RUN@start`` or ``RUN@base``.
-        stages: the stages to switch on, or the strength of each; all others are switched off.
+        address: the head of ``RUN``, or ``RUN@STAGE``, ``RUN@start`` or ``RUN@base``. A run in its
+            first stage is that stage so far.
 
     Returns:
         The state, frozen; its files are checked when they are read.
 
     Raises:
-        RunError: no run, an unknown stage, or a stage whose links have different strengths.
+        RunError: no run, or an unknown stage.
     """
-    state = address if isinstance(address, OpenState) else _state_of(address)
-    if stages is None:
-        return state
-    names = [stages] if isinstance(stages, str) else stages
-    strengths = names if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
-    chosen = state.with_strengths(strengths)
-    state.need_one_strength([name for name, value in strengths.items() if value])
-    return chosen.with_strengths({name: 0.0 for name in state.stages if name not in strengths})
-
-
-def _state_of(address: str | Path) -> OpenState:
-    """Return the state that an address names; of a run in its first stage, that stage so far."""
+    if isinstance(address, OpenState):
+        return address
     need_run(address)
     run, name = split_address(address)
     history = read_history(run)
@@ -73,7 +60,7 @@ def state_at(run: Path, history: History, name: str | None = None) -> OpenState:
         states = {e.state.digest: e for e in history.entries if e.state.digest.startswith(key)}
         entry = next(iter(states.values())) if len(states) == 1 else None
     if entry is None and key != BASE:
-        names = ", ".join(e.key for e in history.entries if e.kind != "mix") or BASE
+        names = ", ".join(e.key for e in history.entries) or BASE
         unbuilt = ", which has not ended," if history.find_unbuilt(key) is not None else ""
         remedy = f"name one; chainlora log {shlex.quote(str(run))} shows all states"
         raise RunError(f"a stage must be one of {names}", f"{key!r}{unbuilt} for {run}", remedy)

@@ -46,7 +46,7 @@ def closure(state: OpenState) -> History:
 
 def _part(history: History, entries: Sequence[Entry]) -> History:
     """Return a history with some entries only, and their links."""
-    digests = (d for e in entries for d in (*(term.link for term in e.state.terms), *e.tied))
+    digests = (d for e in entries for d in (*e.state.links, *e.tied))
     links = {digest: history.links[digest] for digest in digests}
     return history.model_copy(update={"entries": tuple(entries), "links": links})
 
@@ -153,7 +153,7 @@ def _new_name(
             )
     same = history.find(entry.key)
     is_equal = same is not None and (same.kind, same.state) == (entry.kind, entry.state)
-    is_base = not entry.state.terms  # then this run may have rows of its own for it
+    is_base = not entry.state.links  # then this run may have rows of its own for it
     has_rows = is_base or entry.key != START or (same is not None and same.kept == entry.kept)
     if is_equal and has_rows:
         return entry.key

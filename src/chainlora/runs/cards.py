@@ -65,22 +65,20 @@ class Card:
     naming: Naming = UNNAMED
     story: Mapping[str, Any] | None = None  # by `story_of`
     is_causal: bool = True
-    sheet: str | None = None  # the file with instructions to serve it; None: the card
 
 
 def story_of(run: Address, num_links: int | None = None) -> dict[str, Any]:
     """Return facts about the training of a run, for the card of its first `num_links` links.
 
-    Scores are included only if the exported strengths are those that were scored. A saved chain has
-    no config, and so no facts; the same holds for a stage that is switched off.
+    Scores are included only if the exported links are those that were scored. A saved chain has no
+    config, and so no facts.
     """
     state = open_run(run)
-    is_off = state.strengths.get(state.stage) == 0
-    if state.trained is None or not state.has_run or is_off:
+    if state.entry is None or not state.has_run:
         return {}
-    config, training = state.config(), state.trained.training
+    config, training = state.config(), state.entry.training
     data, targets = config.data, config.chain.target_modules
-    is_exported = state.trained.kind == "stage" and (num_links is None or num_links > state.first)
+    is_exported = state.entry.kind == "stage" and (num_links is None or num_links > state.first)
     records = state.records() if is_exported and state.is_as_trained else ()
     return {
         "first": state.first,

@@ -1,4 +1,4 @@
-"""Change what a run is, without training: `mix`, `undo`, `redo`. `log` lists what it has been.
+"""Change what a run is, without training: `undo`, `redo`. `log` lists what it has been.
 
 Each is one replacement of ``history.json``. None deletes anything.
 """
@@ -6,11 +6,9 @@ Each is one replacement of ``history.json``. None deletes anything.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from chainlora.chain.checks import check_strengths
 from chainlora.errors import RunError
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.draft import drafts_in
@@ -31,58 +29,8 @@ def whole_run(run: str | Path) -> Path:
     return folder
 
 
-def mix_stages(run: str | Path, strengths: Mapping[str, float], of: str | None = None) -> OpenState:
-    """Change the strengths of stages of a run. The mix becomes the run's head.
-
-    Args:
-        run: the run.
-        strengths: the new strength of each stage, 0 for off; other stages keep theirs. Strength 1
-            restores the trained weights to the bit.
-        of: an entry to mix in place of the head. One `undo` takes back the move and the mix.
-
-    Returns:
-        The new state.
-
-    Raises:
-        RunError: an unknown stage, a stage whose links have different strengths, a strength that
-            its links cannot have, or a run whose first stage has not ended.
-    """
-    run = whole_run(run)
-    if open_run(run).draft is not None:
-        rule = "Cannot mix: the first stage has not ended"
-        raise RunError(rule, run, "finish that stage: repeat the command that began it")
-
-    def change(history: History) -> History:
-        at_entry = history if of is None else history.moved(state_at(run, history, of).key)
-        state = state_at(run, at_entry)
-        mixed = state.with_strengths(strengths)
-        state.need_one_strength([*strengths])
-        check_strengths(mixed.outlines())
-        after = at_entry.mixed(mixed.state)
-        if of is None:
-            return after
-        return after.model_copy(update={"past": history.moved(after.head).past})  # one `undo`
-
-    update_history(run, change)
-    return open_run(run)
-
-
-def build_mix(run: Path, key: str) -> None:
-    """Give a declared mix its state."""
-
-    def change(history: History) -> History:
-        declared = history.find_unbuilt(key)
-        if declared is None:
-            return history
-        below = state_at(run, history, declared.parent)
-        state = below.with_strengths(declared.strengths).state
-        return history.built(declared.built(state), {})
-
-    update_history(run, change)
-
-
 def undo(run: str | Path, to: str | None = None) -> OpenState:
-    """Move the head back to the state before the last `mix` or stage, or to the entry `to`.
+    """Move the head back to the state before the last stage or combination, or to the entry `to`.
 
     Nothing is deleted: rows and links stay in the run. `redo` takes an `undo` back; an `undo` with
     `to` is taken back by another `undo`. Returns the new state.
@@ -130,8 +78,8 @@ def log(run: str | Path) -> list[dict[str, Any]]:
     """Return the entries of a run, the latest first.
 
     Unbuilt entries come first, with a ``name`` and the ``kind`` "declared" or "training". A built
-    entry has its ``name``, ``kind``, ``state`` (a digest), ``parents``, the ``strengths`` of its
-    stages, the number of its ``links``, whether it kept ``rows``, and the time when it ``ended``;
+    entry has its ``name``, ``kind``, ``state`` (a digest), ``parents``, the names of its
+    ``stages``, the number of its ``links``, whether it kept ``rows``, and when it ``ended``;
     ``now`` marks the head, ``before`` its ancestors. If the head is the base and an entry is
     built, the base comes last, as the ``kind`` "base" without the time when it ``ended``.
     """
@@ -144,8 +92,8 @@ def log(run: str | Path) -> list[dict[str, Any]]:
             "kind": entry.kind,
             "state": entry.state.digest,
             "parents": list(entry.parents),
-            "strengths": history.strengths_of(entry.state),
-            "links": len(entry.state.terms),
+            "stages": history.stages_of(entry.key),
+            "links": len(entry.state.links),
             "rows": entry.kept is not None,
             "ended": entry.ended,
             "now": entry.key == history.head,
@@ -155,7 +103,7 @@ def log(run: str | Path) -> list[dict[str, Any]]:
     ]
     if history.head == BASE and history.entries:
         base = {"name": BASE, "kind": BASE, "state": history.empty.digest, "parents": []}
-        counts = {"strengths": {}, "links": 0, "rows": False, "ended": None}
+        counts = {"stages": [], "links": 0, "rows": False, "ended": None}
         built.append({**base, **counts, "now": True, "before": False})
     begun = drafts_in(folder, history)
     unbuilt: list[dict[str, Any]] = [

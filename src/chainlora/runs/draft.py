@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from chainlora.runs.documents import Count, Digest, Document, Part, Sums, read_part
-from chainlora.runs.history import CONFIG, Entry, History, LinkFacts, Term, Training, Unbuilt
+from chainlora.runs.history import CONFIG, Entry, History, LinkFacts, Training, Unbuilt
 from chainlora.runs.paths import stage_folder
 
 DRAFT = "stage.json"
@@ -92,9 +92,8 @@ class Draft(Document):
         of its own rows.
         """
         below = history.state_of(declared.parent)
-        terms = (*below.terms, *(Term(link=digest) for digest in links))
         return declared.built(
-            below.model_copy(update={"terms": terms}),
+            below.model_copy(update={"links": (*below.links, *links)}),
             reads=tuple(history.keepers([declared.parent])),
             tied=self.tied,
             kept=self.kept,

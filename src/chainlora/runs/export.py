@@ -34,7 +34,6 @@ from chainlora.models.finding import resolve_model
 from chainlora.models.identity import base_files, need_own_files, tokenizer_files
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.addresses import Address, open_run
-from chainlora.runs.apart import Part, taken_apart, write_sheet
 from chainlora.runs.cards import (
     UNNAMED,
     Card,
@@ -80,7 +79,7 @@ def export_merged(
     base = _base_folder(state.base, state)
     model, tokenizer = load_run(state, num_links=num_links)
     _stop_at_turns(model.generation_config, tokenizer)
-    links = switched_on(state.links(num_links))
+    links = state.links(num_links)
     with filled_folder(output) as scratch:
         save_model(model, tokenizer, scratch)
         if base is not None:
@@ -112,7 +111,6 @@ def export_adapter(
     tolerance: float | None = None,
     num_links: int | None = None,
     naming: Naming = UNNAMED,
-    each: bool = False,
 ) -> dict[str, Any]:
     """Write a chain as one PEFT adapter: exact, or compressed to `rank` or to `tolerance`.
 
@@ -126,13 +124,11 @@ def export_adapter(
         tolerance: the largest relative error, in place of `rank`.
         num_links: export only the first links; by default all.
         naming: public names. By default a base in a folder is named by the last part of its path.
-        each: write each stage at strength 1 as an adapter in a folder of its own, and
-            ``SERVING.md`` with commands to serve them.
 
     Returns:
         A mapping with ``to``, ``output``, ``links``, ``rank``, ``error``, ``exact`` and ``base``.
         The error is ``√(Σ‖ΔW−ΔŴ‖² / Σ‖ΔW‖²)`` over all modules, at least that of a live link with
-        soft knots. With `each`, ``adapters`` has stage, name, strength, rank and error of each.
+        soft knots.
 
     Raises:
         ChainError: `rank` and `tolerance` are invalid, or there is no link.
@@ -140,9 +136,6 @@ def export_adapter(
     """
     check_compression(rank, tolerance)
     output = empty_folder(output)
-    if each:
-        state, parts = taken_apart(run, num_links)
-        return _export_each(state, parts, output, naming, rank=rank, tolerance=tolerance)
     source = run if isinstance(run, Chain) else open_run(run)
     links, base = _links_and_base(source, num_links)
     folder = _base_folder(base, source)
@@ -164,22 +157,6 @@ def export_adapter(
     done = {"to": "adapter", "output": str(output), "links": len(links), "rank": actual_rank}
     is_exact = tolerance is None and error == 0.0
     return done | {"error": error, "exact": is_exact, "base": named.model}
-
-
-def _export_each(
-    state: OpenState, parts: Sequence[Part], output: Path, naming: Naming, **compression: Any
-) -> dict[str, Any]:
-    """Export each stage as an adapter in a folder of its own, with ``SERVING.md`` and a lineage."""
-    adapters = []
-    with filled_folder(output) as scratch:
-        for part in parts:
-            result = export_adapter(part.state, scratch / part.name, naming=naming, **compression)
-            adapters.append(part.told(result["rank"], result["error"]))
-        write_sheet(scratch, state, adapters, naming, as_gguf=False)
-        keys = {**compression, "num_links": None, "each": True}
-        base = _base_folder(state.base, state)
-        lineage_of(state, base, naming, "adapter", **keys).write(scratch)
-    return {"to": "adapter", "output": str(output), "adapters": adapters, "base": result["base"]}
 
 
 def _save_tokenizer(run: OpenState | Chain, base: Path, output: Path) -> None:
@@ -227,13 +204,13 @@ def copy_licences(base: Path, output: Path) -> None:
 
 
 def _links_and_base(run: OpenState | Chain, num_links: int | None) -> tuple[Sequence[Link], Base]:
-    """Return the links to export, without those that are switched off, and their base."""
+    """Return the links to export, and their base."""
     if isinstance(run, Chain):
         links = current_links(run)
         if num_links is not None and not 0 < num_links <= len(links):
             raise ChainError(f"`num_links` must be 1 to {len(links)} here (got {num_links})")
         return switched_on(links[:num_links]), describe_base(run)
-    return switched_on(run.links(num_links)), run.base
+    return run.links(num_links), run.base
 
 
 def check_compression(rank: int | None, tolerance: float | None) -> None:
@@ -259,7 +236,7 @@ def adapter_factors(
     stacked = _with_biases(stack_links(links))
     if not stacked:
         rule = "an adapter needs at least one link"
-        raise ChainError(rule, "a chain of none", "switch a stage on, or take the base")
+        raise ChainError(rule, "a chain of none", "take the base")
     widest = max(share.a.shape[0] for share in stacked.values())
     if tolerance is None and (rank is None or rank >= widest):
         return {name: padded(share, rank or widest) for name, share in stacked.items()}, 0.0

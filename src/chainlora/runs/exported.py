@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from inspect import signature
@@ -173,8 +172,6 @@ def verify_export(export: str | Path, run: str | Path | None = None) -> list[str
     # the same state is kept as it is, because its stage may be in training
     is_same = state.key == lineage.history.head
     source = state if is_same else state.at(lineage.history.head)
-    if lineage.exported.get("num_links") is None:
-        source = replace(source, state=lineage.state)
     exporter, naming = _exporter(lineage, folder), Naming(**lineage.naming)
     with TemporaryDirectory() as scratch:
         exporter(source, scratch, naming=naming, **lineage.exported)

@@ -7,8 +7,8 @@
                                   too (`runs.work`)
     RUN/tokenizer/                only if the run began with another tokenizer than the base's
 
-The words: an *entry* has a state, and was computed from its *parents*: a stage, a combination, a
-mix or an import. The *head* is the entry that the run is now. The *origin* is the entry that it
+The words: an *entry* has a state, and was computed from its *parents*: a stage, a combination or an
+import. The *head* is the entry that the run is now. The *origin* is the entry that it
 began on. An entry is declared before it is computed: until then it is *unbuilt* and has no state.
 The *target* is an unbuilt entry that will become the head.
 
@@ -52,27 +52,17 @@ COMBINED = "combined"  # the stage of the link of every combination: equal parts
 CONTENT = ("links", "rows")  # folders whose files are named by their content
 
 
-class Term(Part):
-    """A link in a state, at a strength."""
-
-    link: Digest
-    strength: float = 1.0
-
-
 class State(Part):
-    """A base and the links on it."""
+    """A base and the links on it, in the order in which they are summed."""
 
     base: str
-    terms: tuple[Term, ...] = ()
+    links: tuple[Digest, ...] = ()
 
     @property
     def digest(self) -> str:
-        """Return 16 hexadecimal digits. States with equal digests are equal to the bit.
-
-        Links at strength 0 do not count.
-        """
-        active = [[t.link, t.strength] for t in self.terms if t.strength]
-        return short_digest([self.base, active])
+        """Return 16 hexadecimal digits. States with equal digests are equal to the bit."""
+        # 1.0: digests stay as they were, since sums of combinations follow their order
+        return short_digest([self.base, [[link, 1.0] for link in self.links]])
 
 
 # --- the parts of the history ---
@@ -172,7 +162,7 @@ class Declared(Part):
     """The part of an entry that is known when it is declared."""
 
     key: Name
-    kind: Literal["stage", "mix", "combine", "import"]
+    kind: Literal["stage", "combine", "import"]
     parents: tuple[Name, ...] = ()  # the entries that it is computed from; none: the base
     unit: str = ""  # a stage with its combination: `undo` takes them back together
     training: Training = Training()  # of a stage or an import
@@ -180,7 +170,7 @@ class Declared(Part):
 
     @property
     def parent(self) -> str:
-        """Return the entry that a stage or a mix begins on."""
+        """Return the entry that a stage begins on."""
         return self.parents[0] if self.parents else BASE
 
     @property
@@ -193,7 +183,6 @@ class Unbuilt(Declared):
     """An entry without a state."""
 
     config: dict[str, Any] = Field(default={})  # of a stage or an import
-    strengths: dict[Name, float] = Field(default={})  # of a mix
 
     def built(self, state: State, **more: Any) -> Entry:
         """Return the entry with its state, other fields, and the current time as its end."""
@@ -257,7 +246,7 @@ class History(Document):
         for entry in (*self.entries, *self.unbuilt):
             used = set[str]()
             if isinstance(entry, Entry):
-                used = {*entry.tied, *(term.link for term in entry.state.terms)}
+                used = {*entry.tied, *entry.state.links}
             missing = used - self.links.keys()
             if wrong := [*missing, *({*entry.parents} - known), *({entry.key} & known)]:
                 raise ValueError(f"{wrong[0]} must be there before {entry.key}, once")
@@ -321,15 +310,15 @@ class History(Document):
         """Return the names of the stages that the run trained itself, in their order."""
         return [entry.key for entry in self.own if entry.kind == "stage"]
 
-    def in_order(self, terms: Iterable[Term]) -> list[Term]:
-        """Return terms in the order of their stages; the term of a combination comes first."""
+    def in_order(self, links: Iterable[str]) -> list[str]:
+        """Return links in the order of their stages; the link of a combination comes first."""
         places = {entry.key: place for place, entry in enumerate(self.entries)}
-        return sorted(terms, key=lambda term: places.get(self.links[term.link].stage, -1))
+        return sorted(links, key=lambda link: places.get(self.links[link].stage, -1))
 
-    def strengths_of(self, state: State) -> dict[str, float]:
-        """Return the strength of each stage in a state, in the order of `entries`."""
-        terms = self.in_order(state.terms)
-        return {self.links[term.link].stage: term.strength for term in terms}
+    def stages_of(self, key: str) -> list[str]:
+        """Return the stages with links in an entry, those of a combination too, in their order."""
+        kinds = ("stage", "import")
+        return [e.key for e in self.lineage(key) if e.kind in kinds and e.state.links]
 
     @property
     def files(self) -> dict[str, str]:
@@ -349,21 +338,15 @@ class History(Document):
         return [key for key in unique if key not in ancestors]
 
     def parts(self, key: str) -> list[str]:
-        """Return the parts of a combination, also below a mix; else the key itself."""
+        """Return the parts of a combination; else the key itself, nothing for the base."""
         entry = self.known(key)
         if entry is None:
             return []
-        if entry.kind == "combine":
-            return list(entry.parents)
-        if entry.kind == "mix":
-            return [part for parent in entry.parents for part in self.parts(parent)]
-        return [key]
+        return list(entry.parents) if entry.kind == "combine" else [key]
 
     def recipe_of(self, key: str) -> Recipe:
-        """Return the recipe of a combination, also below a mix."""
+        """Return the recipe of a combination."""
         entry = self.known(key)
-        if entry is not None and entry.kind == "mix":
-            return self.recipe_of(entry.parent)
         return Recipe() if entry is None else entry.recipe
 
     # --- moving the head, and adding entries ---
@@ -440,24 +423,6 @@ class History(Document):
         if before is not None and before.unit and before.unit == entry.unit and not is_start:
             update["past"] = self.past
         return moved.model_copy(update=update)
-
-    def mixed(self, state: State) -> History:
-        """Return the history with a state at its head: a new mix, or an entry that has it."""
-        if state == self.state_of(self.head):
-            return self
-        same = (entry.key for entry in self.lineage(self.head) if entry.state == state)
-        key = next(same, BASE if state == self.empty else None)
-        if key is not None:
-            return self.moved(key)
-        parents = () if self.head == BASE else (self.head,)
-        terms = [[term.link, term.strength] for term in state.terms]
-        key = f"mix-{short_digest([[*parents], terms, []])[:8]}"
-        while (known := self.known(key)) is not None:
-            if isinstance(known, Entry) and (known.parents, known.state) == (parents, state):
-                return self.moved(key)
-            key = f"mix-{short_digest(key)[:8]}"  # taken by a mix whose state a prune has changed
-        entry = Entry(key=key, kind="mix", parents=parents, state=state, ended=now())
-        return self.added(entry, {}).moved(key)
 
     def name_after(self, parts: Sequence[str]) -> str:
         """Return a free name for a combination: ``after-`` and its last part, perhaps a number."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -26,7 +25,7 @@ def inspect_run(run: Address) -> dict[str, Any]:
         run: an address or a state (`open_run`).
 
     Returns:
-        A mapping. ``links`` has for each link, at strength 1:
+        A mapping. ``links`` has for each link:
 
         - ``rank`` as stored, ``trained_rank``, ``steps``;
         - ``loss``: mean training loss of its last tenth; ``scores``: validation at its knot;
@@ -48,7 +47,7 @@ def inspect_run(run: Address) -> dict[str, Any]:
     state = open_run(run).verify()
     links = state.read(state.sequence)
     chain = _sizes(_spectra(links).values()) if links else {}
-    is_trained = state.trained is not None and state.trained.kind == "stage"
+    is_trained = state.entry is not None and state.entry.kind == "stage"
     planned = state.first + len(state.config().chain.ranks) if is_trained else len(links)
     numbers = {e.key: e.training.model_dump(mode="json")["numbers"] for e in state.lineage}
     description = {
@@ -68,16 +67,15 @@ def inspect_run(run: Address) -> dict[str, Any]:
 
 def _rows(state: OpenState, links: Sequence[Link]) -> list[dict[str, Any]]:
     """Return a description of each link; `links` are those of `state.sequence`."""
-    stages = [state.history.links[term.link].stage for term in state.sequence]
-    records = {name: state.at(name).records() for name in {*stages} - {state.stage}}
-    records[state.stage] = state.records()
-    tuned = [replace(link, strength=1.0) for link in links]
+    stages = [state.history.links[link].stage for link in state.sequence]
+    records = {name: state.at(name).records() for name in {*stages} - {state.key}}
+    records[state.key] = state.records()
     rows, ends, places = [], dict[str, int](), dict[str, int]()  # last step and place, by stage
-    for link, tuned_link, stage in zip(links, tuned, stages, strict=True):
+    for link, stage in zip(links, stages, strict=True):
         end = ends[stage] = ends.get(stage, 0) + link.num_steps
         place = places[stage] = places.get(stage, -1) + 1
-        row = _describe(tuned_link, tuned[: link.index], records.get(stage, []), place, end)
-        rows.append(row | {"stage": stage, "place": place, "strength": link.strength})
+        row = _describe(link, links[: link.index], records.get(stage, []), place, end)
+        rows.append(row | {"stage": stage, "place": place})
     return rows
 
 
@@ -97,10 +95,10 @@ def _selected(state: OpenState) -> dict[str, Any] | None:
     The point has its ``step``, the number of whole links up to it (``num_links``), and ``partial``
     if it lies inside the next one.
     """
-    trained, facts = state.trained, state.history.links
+    trained, facts = state.entry, state.history.links
     if trained is None or trained.kind != "stage":
         return None
-    links = [t.link for t in trained.state.terms if facts[t.link].stage == trained.key]
+    links = [link for link in trained.state.links if facts[link].stage == trained.key]
     if links == list(trained.tied):
         return None
     partial = bool(links) and links[-1] not in trained.tied

@@ -19,7 +19,7 @@ from chainlora.runs.beginning import closure
 from chainlora.runs.cards import Naming, public_name
 from chainlora.runs.costs import versions
 from chainlora.runs.documents import Document, Name, Part, Sums, checksum, read_part, write_part
-from chainlora.runs.history import COMBINED, START, Entry, History, State
+from chainlora.runs.history import BASE, START, History, State
 from chainlora.runs.state import OpenState
 
 LINEAGE = "lineage.json"
@@ -43,7 +43,6 @@ class Exported(TypedDict, total=False):
     rank: int | None
     tolerance: float | None
     kind: str | None
-    each: bool
 
 
 class Lineage(Document):
@@ -74,42 +73,35 @@ class Lineage(Document):
     @property
     def places(self) -> list[tuple[int, str]]:
         """Return the number (as in `inspect`) and stage of each link, in the order of summation."""
-        order = [term.link for term in self.history.in_order(self.state.terms)]
-        links = [term.link for term in self.state.terms]
-        return [(order.index(link), self.history.links[link].stage) for link in links]
+        order, facts = self.history.in_order(self.state.links), self.history.links
+        return [(order.index(link), facts[link].stage) for link in self.state.links]
 
     @property
     def picture(self) -> str:
-        """Return a line for each entry: its parents, name and kind, and the strengths of a mix."""
-
-        def line(entry: Entry) -> str:
-            mixed = self.history.strengths_of(entry.state) if entry.kind == "mix" else {}
-            strengths = "".join(f" {stage}={value:g}" for stage, value in mixed.items())
-            parents = " + ".join(entry.parents) or "base"
-            return f"{parents} --> {entry.key} ({entry.kind}{strengths})"
-
-        return "\n".join(map(line, self.history.entries))
+        """Return a line for each entry: its parents, name and kind."""
+        return "\n".join(
+            f"{' + '.join(entry.parents) or BASE} --> {entry.key} ({entry.kind})"
+            for entry in self.history.entries
+        )
 
     @property
     def table(self) -> list[list[str]]:
-        """Return the name, strength, digest of rows, and links of each stage."""
-        links, strengths = self.history.links.items(), self.history.strengths_of(self.state)
-        combined = strengths.get(COMBINED, 0)  # the strength of stages in a combination
+        """Return the name, digest of rows, and links of each stage."""
+        links = self.history.links.items()
         return [
             [
                 entry.key,
-                f"{strengths.get(entry.key, combined):g}",
                 entry.training.rows or "",
                 " ".join(digest for digest, facts in links if facts.stage == entry.key),
             ]
             for entry in self.history.entries
-            if entry.kind in ("stage", "import") and (entry.key != START or entry.state.terms)
+            if entry.kind in ("stage", "import") and (entry.key != START or entry.state.links)
         ]
 
     @property
     def is_trained_again(self) -> bool:
         """Say whether `chainlora train` can repeat it: an imported adapter cannot be."""
-        return all(e.kind != "import" or not e.state.terms for e in self.history.entries)
+        return all(e.kind != "import" or not e.state.links for e in self.history.entries)
 
 
 def lineage_of(
@@ -120,7 +112,7 @@ def lineage_of(
     `base` is the folder of the base, None if it is not on this machine. `to` and `exported` are the
     target and the arguments of the export.
     """
-    history, terms = closure(state), tuple(state.terms(exported["num_links"]))
+    history, links = closure(state), tuple(state.summed(exported["num_links"]))
     configured = [e.key for e in history.entries if e.has_config and state.draft is None]
     stages = {
         key: {
@@ -140,7 +132,7 @@ def lineage_of(
         "naming": vars(naming),
         "versions": versions(),
         "revision": base.name if base is not None and base.parent.name == "snapshots" else None,
-        "state": State(base=state.state.base, terms=terms).model_dump(mode="json"),
+        "state": State(base=state.state.base, links=links).model_dump(mode="json"),
         **without_places({"history": facts, "stages": stages}),
     }
     return Lineage.model_validate_json(json.dumps(tree))

@@ -49,7 +49,7 @@ def save_link(run: Path, link: Link, base: Base, stage: str) -> tuple[str, LinkF
     return facts.digest, facts
 
 
-def read_link(folder: Path, facts: LinkFacts, index: int, strength: float) -> Link:
+def read_link(folder: Path, facts: LinkFacts, index: int) -> Link:
     """Read a link from its PEFT adapter. Raises RunError if its tensors do not fit its facts."""
     link = Link(
         index=index,
@@ -57,7 +57,6 @@ def read_link(folder: Path, facts: LinkFacts, index: int, strength: float) -> Li
         config=facts.link_config(),
         num_steps=facts.num_steps,
         error=facts.error,
-        strength=strength,
     )
     if (wrong := link_fault(link)) is not None:
         raise RunError("a link must be as its run wrote it", f"{wrong} in {folder}", DAMAGED)

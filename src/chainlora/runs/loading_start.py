@@ -71,7 +71,7 @@ class Start:
             return [START]
         if self.state is None:
             return []
-        return [entry.key for entry in self.state.lineage if entry.kind != "mix"]
+        return [entry.key for entry in self.state.lineage]
 
 
 NOTHING = Start()  # the base alone
@@ -294,7 +294,7 @@ def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
     begun = first_stage(Path(expanduser(str(config.get("output")))))
     if not isinstance(source, str):  # no start, or a value that the schema will refuse
         if source is None and begun is not None:
-            config.setdefault("stages", [{"name": begun.stage}])
+            config.setdefault("stages", [{"name": begun.key}])
         return config
     if begun is not None:
         return _completed_by_begun(config, source, begun)
@@ -323,7 +323,7 @@ def _completed_by_begun(config: dict[str, Any], source: str, begun: OpenState) -
         )
     shared = what_stages_share(first)
     defaults = {key: shared[key] for key in ("model", "quantize")}
-    defaults["stages"] = [{"name": begun.stage}]
+    defaults["stages"] = [{"name": begun.key}]
     sections = {
         section: {key: shared[section][key] for key in keys} | section_of(config, section)
         for section, keys in RUN_WIDE.items()

@@ -127,7 +127,7 @@ def _refuse_untrained(state: OpenState) -> None:
         rule, remedy = "a saved chain must have a link", "take the base by 0 links"
         raise RunError(rule, f"none in {state.run}", remedy)
     if state.draft is not None and state.config().chain.ranks:  # a run may have no links at all
-        rule = f"Cannot load {state.run}: stage {state.stage} is unfinished, and has no whole link"
+        rule = f"Cannot load {state.run}: stage {state.key} is unfinished, and has no whole link"
         finish = f"chainlora train {shlex.quote(str(state.run))} finishes it"
         raise RunError(f"{rule}. {finish}; --links 0 takes the base.")
 

@@ -51,7 +51,6 @@ class Pruning:
     before: str  # the entry that the stage began on
     left: list[str]  # parts to combine again
     again: list[Unbuilt]  # the combination of these parts
-    mixes: list[str]  # deleted mixes below the head, whose strengths are lost
     now: str | None  # the new head, if it changes
 
 
@@ -86,9 +85,8 @@ def _planned(run: Path, history: History, name: str) -> tuple[Pruning, History]:
     again = [entry for entry in after.unbuilt if entry not in history.unbuilt]
     if again:
         _need_rows(run, history, name, parts)
-    mixes = [e.key for e in history.lineage(history.head) if e.kind == "mix" and e.key in with_it]
     gone = _gone(run, after, name)
-    done = (name, gone, with_it, on_top, before, parts, again, mixes, new_head)
+    done = (name, gone, with_it, on_top, before, parts, again, new_head)
     return Pruning(*done), after
 
 
@@ -104,7 +102,7 @@ def _need_prunable(run: Path, history: History, name: str) -> None:
         leftovers.add(name)  # a combination has no folder of its own
     is_leftover = entry is None and name in leftovers
     if not is_leftover and (entry is None or entry.kind not in _WITH_LINKS):
-        names = ", ".join(e.key for e in history.entries if e.kind != "mix")
+        names = ", ".join(e.key for e in history.entries)
         rule = f"an entry to prune must be one of {names}"
         raise RunError(rule, f"{name!r} for {run}", "name one")
 
@@ -246,7 +244,7 @@ def _without(history: History, name: str) -> tuple[History, list[str]]:
     deleted = _deleted_with(history, name)
     cut = _Cut(history, name, deleted)
     entries = tuple(cut.without_links(e) for e in history.entries if e.key not in deleted)
-    used = {d for e in entries for d in (*e.tied, *(term.link for term in e.state.terms))}
+    used = {d for e in entries for d in (*e.tied, *e.state.links)}
     *past, head = cut.heads([*history.past, history.head])
     update = {
         "entries": entries,
@@ -298,12 +296,12 @@ class _Cut:
     def without_links(self, entry: Entry) -> Entry:
         """Return a surviving entry without deleted parents and links."""
         links = self.history.links
-        terms = tuple(t for t in entry.state.terms if links[t.link].stage not in self.deleted)
-        is_shorter = len(terms) < len(entry.state.terms)
+        left = tuple(link for link in entry.state.links if links[link].stage not in self.deleted)
+        is_shorter = len(left) < len(entry.state.links)
         update: dict[str, Any] = {
             "parents": tuple(key for key in self.survivors(entry.parents) if key != BASE),
             "reads": tuple(key for key in entry.reads if key != self.stage),
-            "state": entry.state.model_copy(update={"terms": terms}),
+            "state": entry.state.model_copy(update={"links": left}),
             "pruned": entry.pruned or is_shorter,
             "unit": entry.key if entry.unit in self.deleted else entry.unit,
         }

@@ -31,7 +31,7 @@ from chainlora.models.finding import name_of
 from chainlora.models.quantizing import quantized_while_loading
 from chainlora.runs.costs import versions
 from chainlora.runs.documents import Count, Document, Part, now, read_part, write_part
-from chainlora.runs.history import MAIN, Base, Entry, History, State, Term, Training
+from chainlora.runs.history import MAIN, Base, Entry, History, State, Training
 from chainlora.runs.links import save_link
 from chainlora.runs.opening import check_base
 from chainlora.runs.paths import HISTORY, exists_in, stage_folder
@@ -77,7 +77,7 @@ def save_chain(chain: Chain, directory: str | Path) -> None:
     """Write a chain with its live link, so that `load_chain` continues to the same bits.
 
     Args:
-        chain: the chain.
+        chain: the chain. Strengths other than 1 are multiplied into the saved links.
         directory: a new or empty folder, or one with a saved chain, which is replaced.
 
     Raises:
@@ -101,23 +101,22 @@ def write_chain(
     _refuse_if_taken(directory)
     base = describe_base(chain)
     with files.replaced_folder(directory) as scratch:
-        saved = [(save_link(scratch, link, base, MAIN), link.strength) for link in links]
+        saved = [save_link(scratch, _folded(link), base, MAIN) for link in links]
         folder = stage_folder(scratch, MAIN)
         folder.mkdir(parents=True)
         if chain.live is not None:
             files.save_tensors(folder / _LIVE, chain.live_state())
         write_part(folder / _CHAIN, _memory(chain, numbers, adapter))
-        terms = tuple(Term(link=digest, strength=strength) for (digest, _), strength in saved)
         entry = Entry(
             key=MAIN,
             kind="import",
-            state=State(base=base.fingerprint, terms=terms),
+            state=State(base=base.fingerprint, links=tuple(digest for digest, _ in saved)),
             files=files.checksums(folder),
             training=Training(versions=versions()),
             ended=now(),
         )
         history = History(base=base, hold=chain.hold, seed=chain.seed)
-        whole = history.added(entry, dict(link for link, _ in saved))
+        whole = history.added(entry, dict(saved))
         write_part(scratch / HISTORY, whole.model_copy(update={"head": MAIN}))
 
 
@@ -132,7 +131,7 @@ def read_chain(state: OpenState) -> SavedChain:
         raise RunError("the folder must hold a saved chain", f"a run, {state.run}", "name another")
     memory = read_part(folder / _CHAIN, Memory)
     live = load_file(folder / _LIVE) if _LIVE in entry.files else {}
-    links = state.read(state.state.terms[: len(memory.ids)])
+    links = state.read(state.state.links[: len(memory.ids)])
     links = [replace(link, id=id) for link, id in zip(links, memory.ids, strict=True)]
     return SavedChain(state, memory, links, live)
 
@@ -140,15 +139,10 @@ def read_chain(state: OpenState) -> SavedChain:
 def restore_chain(chain: Chain, saved: SavedChain) -> None:
     """Replace the links of a chain by the saved ones.
 
-    Raises RunError for another model, and for a live link whose strength was changed by `mix`.
+    Raises RunError for another model.
     """
-    memory, run = saved.memory, saved.state.run
-    for term in saved.state.state.terms[len(saved.links) :]:  # of the live link
-        if term.strength != 1:
-            rule = "a link can be tuned further only at strength 1"
-            remedy = f"restore it first: chainlora mix {run} {MAIN}=1"
-            raise RunError(rule, f"{term.strength:g} in {run}", remedy)
-    check_base(saved.state.base, run, chain=chain)
+    memory = saved.memory
+    check_base(saved.state.base, saved.state.run, chain=chain)
     if chain.live is not None:
         chain.discard()
     chain.drop(len(chain))
@@ -190,6 +184,17 @@ def describe_base(chain: Chain) -> Base:
 
 
 # --- writing ---
+
+
+def _folded(link: Link) -> Link:
+    """Return a link at strength 1 that has the same update."""
+    if link.strength == 1:
+        return link
+    factors = {
+        name: replace(pair, b=link.strength * pair.b, bias=pair.bias and link.strength * pair.bias)
+        for name, pair in link.factors.items()
+    }
+    return replace(link, factors=factors, strength=1.0)
 
 
 def as_adapter(folder: str | Path) -> str:

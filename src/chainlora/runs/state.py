@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from chainlora.chain.checks import check_strengths
 from chainlora.chain.link import Link
 from chainlora.config.reading import make_config, read_tree
 from chainlora.config.schema import RunConfig
@@ -25,7 +23,6 @@ from chainlora.runs.documents import need_file
 from chainlora.runs.draft import Draft, read_draft
 from chainlora.runs.history import (
     BASE,
-    COMBINED,
     CONFIG,
     RECORDS,
     RESULT,
@@ -36,7 +33,6 @@ from chainlora.runs.history import (
     History,
     LinkFacts,
     State,
-    Term,
     link_folder,
     rows_file,
 )
@@ -50,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, repr=False, eq=False)
 class OpenState:
-    """A state of a run: the base, or the state of an `entry`, perhaps at other strengths.
+    """A state of a run: the base, or the state of an `entry`.
 
     For a stage in training, the state has the links tied so far, `draft` is set, and `history` also
     has the entry that the stage would get now.
@@ -66,16 +62,12 @@ class OpenState:
         return str(self.run) if self.entry is None else f"{self.run}@{self.key}"
 
     def __repr__(self) -> str:
-        known = ", ".join(f"{name}={value:g}" for name, value in self.strengths.items())
-        return f"<OpenState: {self}{f', {known}' if known else ''}>"
+        return f"<OpenState: {', '.join([str(self), *self.stages])}>"
 
     def _repr_html_(self) -> str:
-        heads = ("link", "stage", "rank", "steps", "strength")
-        rows = []
-        for number, term in enumerate(self.history.in_order(self.state.terms)):
-            facts = self.history.links[term.link]
-            rows.append((number, facts.stage, facts.rank, facts.num_steps, term.strength))
-        return table(heads, rows, str(self))
+        links = [self.history.links[link] for link in self.history.in_order(self.state.links)]
+        rows = [(n, facts.stage, facts.rank, facts.num_steps) for n, facts in enumerate(links)]
+        return table(("link", "stage", "rank", "steps"), rows, str(self))
 
     # --- base, links and entries ---
 
@@ -90,50 +82,19 @@ class OpenState:
         return BASE if self.entry is None else self.entry.key
 
     @property
-    def pairs(self) -> list[tuple[Term, LinkFacts]]:
-        """Return each link of the state with its facts."""
-        return [(term, self.history.links[term.link]) for term in self.state.terms]
-
-    @property
     def facts(self) -> list[LinkFacts]:
         """Return the facts of each link of the state."""
-        return [facts for _, facts in self.pairs]
+        return [self.history.links[link] for link in self.state.links]
 
     @property
     def stages(self) -> list[str]:
-        """Return the names of the stages with links in the state, in the order of the history."""
-        return list(self.strengths)
-
-    @property
-    def strengths(self) -> dict[str, float]:
-        return self.history.strengths_of(self.state)
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """Return the strength of each stage, in order; parts have that of their combination."""
-        strengths = self.strengths
-        combined = strengths.pop(COMBINED, None)
-        entries = [e for e in self.lineage if e.kind in ("stage", "import") and e.state.terms]
-        shares = {e.key: strengths.pop(e.key, combined) for e in entries}
-        return {key: share for key, share in shares.items() if share is not None} | strengths
+        """Return the stages with links in the state, those of a combination too."""
+        return self.history.stages_of(self.key)
 
     @property
     def lineage(self) -> list[Entry]:
         """Return the entry of the state and its ancestors, in the order of the history."""
         return self.history.lineage(self.key)
-
-    @property
-    def trained(self) -> Entry | None:
-        """Return the entry of the state, or the one below if that is a mix; None for the base."""
-        entry = self.entry
-        while entry is not None and entry.kind == "mix":
-            entry = self.history.find(entry.parent)
-        return entry
-
-    @property
-    def stage(self) -> str:
-        """Return the key of the `trained` entry, ``base`` for none."""
-        return BASE if self.trained is None else self.trained.key
 
     @property
     def has_run(self) -> bool:
@@ -147,19 +108,18 @@ class OpenState:
 
     @property
     def is_combined(self) -> bool:
-        """Say whether the `trained` entry is a combination."""
-        return self.trained is not None and self.trained.kind == "combine"
+        """Say whether the entry is a combination."""
+        return self.entry is not None and self.entry.kind == "combine"
 
     @property
     def is_as_trained(self) -> bool:
-        """Say whether recorded scores hold for this state: it is no mix, and nothing was pruned."""
-        trained = self.trained
-        return trained is None or (not trained.pruned and trained.state.digest == self.state.digest)
+        """Say whether recorded scores hold for this state: no link below it was pruned."""
+        return self.entry is None or not self.entry.pruned
 
     @property
     def parent(self) -> OpenState:
-        """Return the state that the `trained` entry began on."""
-        return self.at(BASE if self.trained is None else self.trained.parent)
+        """Return the state that the entry began on."""
+        return self.at(BASE if self.entry is None else self.entry.parent)
 
     @property
     def with_rows(self) -> OpenState:
@@ -169,35 +129,32 @@ class OpenState:
 
     @property
     def first(self) -> int:
-        """Return the number of links below the links of the `trained` entry."""
-        return sum(facts.stage != self.stage for facts in self.facts)
+        """Return the number of links below the links of the entry."""
+        return sum(facts.stage != self.key for facts in self.facts)
 
     @property
-    def sequence(self) -> list[Term]:
+    def sequence(self) -> list[str]:
         """Return the links in the order of tying, with those after the best point."""
-        trained = self.trained
-        if trained is None or not trained.tied:
-            return self.history.in_order(self.state.terms)
-        known = {term.link: term for term in self.state.terms}
-        strength = self.strengths.get(trained.key, 1.0)
-        below = [term for term, facts in self.pairs if facts.stage != trained.key]
-        tied = [known.get(link, Term(link=link, strength=strength)) for link in trained.tied]
-        return [*self.history.in_order(below), *tied]
+        links = self.state.links
+        if self.entry is None or not self.entry.tied:
+            return self.history.in_order(links)
+        below = [link for link in links if self.history.links[link].stage != self.key]
+        return [*self.history.in_order(below), *self.entry.tied]
 
-    def terms(self, num_links: int | None = None) -> Sequence[Term]:
+    def summed(self, num_links: int | None = None) -> Sequence[str]:
         """Return the links of the state, or the first `num_links` of `sequence`.
 
         Their order is that in which they are summed. Raises RunError for more links than exist.
         """
-        terms = self.state.terms
+        links = self.state.links
         if num_links is None:
-            return terms
+            return links
         first = self.sequence
         if not 0 <= num_links <= len(first):
             rule = f"the number of links must be 0 to {len(first)} for this run"
             raise RunError(f"{rule} (got {num_links})")
-        places = {term.link: place for place, term in enumerate(terms)}
-        return sorted(first[:num_links], key=lambda term: places.get(term.link, len(terms)))
+        places = {link: place for place, link in enumerate(links)}
+        return sorted(first[:num_links], key=lambda link: places.get(link, len(links)))
 
     # --- other states ---
 
@@ -206,71 +163,18 @@ class OpenState:
         history = self.history
         return OpenState(self.run, history, history.state_of(key), history.find(key))
 
-    def with_strengths(self, strengths: Mapping[str, float]) -> OpenState:
-        """Return the state with the links of these stages at other strengths.
-
-        Raises RunError for unknown stages, and for parts of a combination.
-        """
-        known = self.stages
-        for name in strengths:
-            if name in self.shares and name not in known:
-                rule = "a stage in a combination has no strength of its own"
-                others = [key for key in self.history.parts(self.key) if key != name]
-                rest = f"chainlora combine {shlex.join([str(self.run), *others])} makes the rest"
-                if len(others) == 1:
-                    rest = f"{self.run}@{others[0]} is the rest"
-                remedy = f"{self.run}@{name} is this stage alone, {rest}"
-                raise RunError(rule, f"{name!r} for {self.run}", remedy)
-            if name not in known:
-                rule = f"a stage must be one of {', '.join(known)}"
-                raise RunError(
-                    rule if known else "this state has no links, and so no stages",
-                    f"{name!r} for {self.run}",
-                    "name one" if known else "name another state",
-                )
-        terms = tuple(
-            term.model_copy(update={"strength": float(strengths.get(facts.stage, term.strength))})
-            for term, facts in self.pairs
-        )
-        return replace(self, state=self.state.model_copy(update={"terms": terms}))
-
-    def need_one_strength(self, names: Sequence[str]) -> None:
-        """Raise RunError for a stage whose links have different strengths.
-
-        Only a chain saved by Python code can have one. Strength 1 would not restore such a stage.
-        """
-        for name in names:
-            strengths = {term.strength for term, facts in self.pairs if facts.stage == name}
-            if len(strengths) > 1:
-                shown = ", ".join(f"{strength:g}" for strength in sorted(strengths))
-                raise RunError(
-                    "Cannot weigh a stage whose links have different strengths",
-                    f"{shown} in {name!r} of {self.run}",
-                    "set them by Chain.set_strengths, and save the chain",
-                )
-
     # --- files, read and checked ---
 
     def links(self, num_links: int | None = None) -> list[Link]:
         """Read the links of the state, or its first `num_links` tied links."""
-        links = self.read(self.terms(num_links))
-        check_strengths(links)
-        return links
+        return self.read(self.summed(num_links))
 
-    def read(self, terms: Sequence[Term]) -> list[Link]:
-        """Read and check links; `Link.index` is the place in `terms`."""
-        folders = [self._link_folder(term) for term in terms]  # all are checked before one is read
+    def read(self, links: Sequence[str]) -> list[Link]:
+        """Read and check links; `Link.index` is the place in `links`."""
+        folders = [self._link_folder(link) for link in links]  # all are checked before one is read
         return [
-            read_link(folder, self.history.links[term.link], place, term.strength)
-            for place, (folder, term) in enumerate(zip(folders, terms, strict=True))
-        ]
-
-    def outlines(self) -> list[Link]:
-        """Return the links of the state without tensors."""
-        pairs = enumerate(self.pairs)
-        return [
-            Link(place, facts.link_config(), {}, strength=term.strength)
-            for place, (term, facts) in pairs
+            read_link(folder, self.history.links[link], place)
+            for place, (folder, link) in enumerate(zip(folders, links, strict=True))
         ]
 
     @property
@@ -294,13 +198,13 @@ class OpenState:
         adapter; then each stage.
         """
         start = [START] if START in self.keepers else []
-        is_base = not self.history.state_of(START).terms
-        return {BASE if key == START and is_base else key: key for key in (*start, *self.shares)}
+        is_base = not self.history.state_of(START).links
+        return {BASE if key == START and is_base else key: key for key in (*start, *self.stages)}
 
     @property
     def folder(self) -> Path:
-        """Return the folder of the `trained` entry."""
-        return stage_folder(self.run, self.stage)
+        """Return the folder of the entry."""
+        return stage_folder(self.run, self.key)
 
     @property
     def configured(self) -> Entry:
@@ -330,17 +234,17 @@ class OpenState:
         return make_config(tree)
 
     def records(self) -> list[Record]:
-        """Read ``metrics.jsonl`` of the `trained` entry; links count from its first one."""
+        """Read ``metrics.jsonl`` of the entry; links count from its first one."""
         path = self.folder / RECORDS
         if self.draft is not None:
             check_records(path, self.draft.records)
-        elif self.trained is not None and RECORDS in self.trained.files and path.is_file():
-            self._need_own(self.trained, RECORDS)
+        elif self.entry is not None and RECORDS in self.entry.files and path.is_file():
+            self._need_own(self.entry, RECORDS)
         return read_records(path)
 
     def result(self) -> Record | None:
-        """Read ``result.json`` of the `trained` entry, None without one."""
-        entry = self.trained
+        """Read ``result.json`` of the entry, None without one."""
+        entry = self.entry
         if entry is None or RESULT not in entry.files:
             return None
         return read_result(self._need_own(entry, RESULT))
@@ -362,8 +266,8 @@ class OpenState:
         A damaged checkpoint is left out with a warning, because a stage can resume from its last
         knot.
         """
-        for term in {t.link: t for t in (*self.state.terms, *self.sequence)}.values():
-            self._link_folder(term)
+        for link in dict.fromkeys((*self.state.links, *self.sequence)):
+            self._link_folder(link)
         for digest in self.keepers.values():
             self._rows(digest)
         for entry in self.lineage:
@@ -377,7 +281,7 @@ class OpenState:
             return self._with_files_of(self.draft)
         except RunError:
             # another process trains the stage, and has replaced some files meanwhile
-            current = read_draft(self.run, self.stage)
+            current = read_draft(self.run, self.key)
             if current == self.draft:
                 raise
             return replace(self, draft=current)._with_files_of(current)
@@ -385,7 +289,7 @@ class OpenState:
     def _with_files_of(self, draft: Draft) -> OpenState:
         """Check the files of a stage in training; leave a damaged checkpoint out."""
         check_records(self.folder / RECORDS, draft.records)
-        point, folder = draft.checkpoint, f"stages/{self.stage}"
+        point, folder = draft.checkpoint, f"stages/{self.key}"
         inside = {
             n: d for n, d in draft.files.items() if point and n.startswith(f"{point.directory}/")
         }
@@ -406,8 +310,8 @@ class OpenState:
             return replace(self, draft=draft.model_copy(update={"checkpoint": None}))
         return self
 
-    def _link_folder(self, term: Term) -> Path:
-        return self._need_folder(link_folder(term.link), self.history.links[term.link].files)
+    def _link_folder(self, link: str) -> Path:
+        return self._need_folder(link_folder(link), self.history.links[link].files)
 
     def _rows(self, digest: str) -> Path:
         return need_file(self.run, rows_file(digest), digest)

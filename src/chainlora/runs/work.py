@@ -42,7 +42,7 @@ from chainlora.runs.beginning import save_rows
 from chainlora.runs.costs import versions
 from chainlora.runs.documents import write_part
 from chainlora.runs.draft import DRAFT, PASSING, REFERENCE, Checkpoint, Draft, Progress
-from chainlora.runs.history import CONFIG, RECORDS, RESULT, Base, History, LinkFacts, Term, Unbuilt
+from chainlora.runs.history import CONFIG, RECORDS, RESULT, Base, History, LinkFacts, Unbuilt
 from chainlora.runs.history_file import changed, read_history, update_history
 from chainlora.runs.links import save_link, write_adapter_of
 from chainlora.runs.locks import Claim
@@ -206,7 +206,7 @@ class Work:
         return load_file(self.folder / REFERENCE) if REFERENCE in self.draft.files else None
 
     def load_links(self) -> list[Link]:
-        return self.opened().read([Term(link=digest) for digest in self.draft.tied])
+        return self.opened().read(self.draft.tied)
 
     def load_best(self, config: LinkConfig, directory: str) -> Link:
         return Link(0, config, load_adapter(self.folder / directory))

@@ -16,12 +16,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from chainlora.errors import ChainLoRAError, RunError, StoppedError, TrainingError
-from chainlora.evaluation.combination import build_combination, summary_of, warn_of_left_out
+from chainlora.evaluation.combination import build_combination, summary_of
 from chainlora.evaluation.stage_scores import Progress
 from chainlora.evaluation.start_rows import build_start
 from chainlora.runs.adding import build_import
 from chainlora.runs.addresses import begun_stage, state_at
-from chainlora.runs.changes import build_mix
 from chainlora.runs.declaring import declare, declared_config, withdraw
 from chainlora.runs.draft import DRAFT, ended_leftovers
 from chainlora.runs.history import START, Entry, History, Unbuilt
@@ -184,16 +183,13 @@ _NO_TRACKERS = {"trackers": ()}  # the run may come from somebody else: trackers
 
 
 def _compute(run: Path, entry: Unbuilt, listener: Listener, base: OpenBase | None) -> None:
-    """Compute the state of a combination, an import or a mix: nothing is trained."""
+    """Compute the state of a combination or an import: nothing is trained."""
     if entry.kind == "combine":
         build_combination(run, entry.key, solver(listener), base)
-    elif entry.kind == "import":
-        if entry.key == START:
-            build_start(run, entry, base, reader(listener, "writing general rows"))
-        else:
-            build_import(run, entry, base)
+    elif entry.key == START:
+        build_start(run, entry, base, reader(listener, "writing general rows"))
     else:
-        build_mix(run, entry.key)
+        build_import(run, entry, base)
 
 
 def _warn_of_missing_stages(plan: Plan, before: History) -> None:
@@ -204,8 +200,6 @@ def _warn_of_missing_stages(plan: Plan, before: History) -> None:
         names = [entry.key for entry in history.unbuilt if entry.key in missing]
         logger.warning("%s of %s waits for %s", ", ".join(waiting), run, ", ".join(names))
         return
-    if history.head != before.head:
-        warn_of_left_out(run, before, history.head)
     included = history.below(history.head)
     names = [planned.name for planned in plan.stages] or history.without_ancestors(plan.keys)
     for name in (name for name in names if name not in included):
@@ -225,7 +219,7 @@ def _warn_of_missing_stages(plan: Plan, before: History) -> None:
 def _entry_with(name: str, history: History) -> str:
     """Return the first entry with a stage and all parts of the head; else the stage."""
     wanted = {*history.parts(history.head), name}
-    known = [entry.key for entry in history.entries if entry.kind != "mix"]
+    known = [entry.key for entry in history.entries]
     return next((key for key in known if wanted <= history.below(key)), name)
 
 

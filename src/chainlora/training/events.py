@@ -89,11 +89,11 @@ class StageBegins(Event):
 
 @dataclass(frozen=True, eq=False)
 class EntryBuilt(Event):
-    """An entry was built: trained, combined, mixed or imported; not in ``metrics.jsonl``."""
+    """An entry was built: trained, combined or imported; not in ``metrics.jsonl``."""
 
     name = "built"
     entry: str
-    kind: str  # of the entry: stage, combine, mix, import
+    kind: str  # of the entry: stage, combine, import
     seconds: float
     told: str = ""  # of a combination: its rank, and its distances from the parts
 

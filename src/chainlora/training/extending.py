@@ -172,7 +172,7 @@ def _inheriting(
 def _warn_of_open_keys(last: OpenState, keys: Mapping[str, Any]) -> None:
     """Warn of keys that the stage before sets, and that a new one neither inherits nor sets."""
     if left_out := not_inherited(last.config(), keys):
-        names = (keys["name"], ", ".join(left_out), last.stage)
+        names = (keys["name"], ", ".join(left_out), last.key)
         logger.warning("stage %s does not inherit %s from %s", *names)
 
 

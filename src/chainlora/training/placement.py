@@ -107,7 +107,7 @@ def can_stand(
         need_in_layers(_base_of(stage, head).skeleton, links, ON_TOP)
         if stage.beside is None:
             losses |= {name: rows.loss for name, rows in kept.items()}
-            _need_answers(stage, losses, head)
+            _need_answers(stage, losses)
     except (ChainError, ConfigError, RunError) as error:
         if stage.beside:
             raise
@@ -146,13 +146,11 @@ def _need_keys(stage: Stage) -> None:
         raise ConfigError(rule, got, "leave it out, or train it on top")
 
 
-def _need_answers(stage: Stage, losses: Mapping[str, str], head: OpenState | None) -> None:
+def _need_answers(stage: Stage, losses: Mapping[str, str]) -> None:
     """Raise RunError for a stage that depends on the others, so that it belongs on top of them."""
     data = stage.config.data
     reasons = [f"{name}: {loss}" for name, loss in losses.items() if loss in PAIR_LOSSES]
     reasons += ["data.replay"] * bool(data.replay) + ["data.new_rows_only"] * data.new_rows_only
-    if head is not None and head.entry is not None and head.entry.kind == "mix":
-        reasons += [f"{head.entry.key}, whose strengths would be lost"]
     if reasons:
         rule = "by default a stage with answers of its own stands beside others"
         remedy = "--beside, or beside: true, places it beside them"

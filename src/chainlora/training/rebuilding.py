@@ -135,7 +135,7 @@ def rebuild(
     known = None
     if exists_in(run):
         known = read_history(run)
-        keys = [entry.key for entry in (*known.entries, *known.unbuilt) if entry.kind != "mix"]
+        keys = [entry.key for entry in (*known.entries, *known.unbuilt)]
         if others := [key for key in keys if wanted.find(key) is None]:
             rule, got = "`output` must be new, or of this lineage", f"{others[0]} in {run}"
             raise RunError(rule, got, "choose another output")
@@ -146,8 +146,6 @@ def rebuild(
     check = partial(_check_bits, run, wanted)
     results = carry_out(plan, listener or (lambda event: None), base=base, after=check)
     update_history(run, methodcaller("moved", wanted.head))
-    if lineage.exported.get("num_links") is None:
-        update_history(run, methodcaller("mixed", lineage.state))
     return [results.get(stage.name) for stage in stages]
 
 
@@ -182,10 +180,9 @@ def _declared(
     if entry.kind == "stage":
         declared = stage_entry(entry.key, stages[entry.key].config, entry.parent, entry.key)
         return declared.model_copy(update={"unit": entry.unit})
-    strengths = wanted.strengths_of(entry.state) if entry.kind == "mix" else {}
     known = {name: getattr(entry, name) for name in Declared.model_fields}
     config = first.model_dump(mode="json") if entry.kind == "import" else {}
-    return Unbuilt(**known, strengths=strengths, config=config)
+    return Unbuilt(**known, config=config)
 
 
 def _check_bits(run: Path, wanted: History, built: Entry) -> None:

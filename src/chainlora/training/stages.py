@@ -125,7 +125,7 @@ def extend(
             warning names them. With `output`, the stage becomes a fork that begins on `run`.
         beside: train the stage on the run's origin, then combine it with the head (`combine`).
             False: train it on the state that `run` names. By default a stage with answers is
-            trained beside the others. It is trained on top, with a warning, for pairs, on a mix,
+            trained beside the others. It is trained on top, with a warning, for pairs,
             with `data.replay` or `data.new_rows_only`, or if a combination is not possible; and
             without one if `run` names a state.
         max_forgetting: score the rows that the run kept, before and after. If a score such as

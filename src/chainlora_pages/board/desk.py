@@ -1,20 +1,19 @@
-"""Ask and score the states of a run, with stages at chosen strengths.
+"""Ask and score the states of a run.
 
 The base is loaded when it is first needed. Links are carried beside it, so that changing the state
-takes a tenth of a second and no file of the run changes. A mix equals the state that `mix_stages`
-makes, up to rounding.
+takes a tenth of a second and no file of the run changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 from chainlora.errors import RunError
 from chainlora.evaluation.generation import Decoding, Message, Speaker
@@ -22,47 +21,23 @@ from chainlora.evaluation.stage_scores import Cell, Scorer
 from chainlora.evaluation.training_rows import RowFacts, training_rows
 from chainlora.models.finding import resolve_model
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import mix_stages, undo
+from chainlora.runs.changes import undo
 from chainlora.runs.exported import exporter_to
-from chainlora.runs.history import BASE, COMBINED, History
+from chainlora.runs.history import BASE, History
 from chainlora.runs.opening import tokenizer_of
 from chainlora.runs.paths import split_address
 from chainlora.runs.state import OpenState
 
 
-class Mix(NamedTuple):
-    """An entry of the run's history, or ``base``, and the strengths of stages in it."""
-
-    entry: str
-    strengths: dict[str, float] = {}  # noqa: RUF012
-
-
-def parts_of(history: History, key: str, strengths: Mapping[str, float] | None = None) -> list[str]:
-    """Return the stages in an entry, with strengths other than 1."""
-    entry_strengths = history.strengths_of(history.state_of(key))
-    parts = []
-    for name, strength in (entry_strengths | dict(strengths or {})).items():
-        stages = (history.parts(key) if name == COMBINED else [name]) if strength else []
-        parts += [s if strength == 1 else f"{s} at {strength:g}" for s in stages]
-    return parts
-
-
-def words_of(history: History, key: str, strengths: Mapping[str, float] | None = None) -> str:
-    """Return the name of an entry, and the stages in it with strengths other than 1."""
-    parts = parts_of(history, key, strengths)
-    is_plain = parts == [key] or not history.state_of(key).terms
-    return key if is_plain else f"{key} ({' + '.join(parts) or 'all off'})"
-
-
 def in_use(history: History, key: str) -> str:
     """Return the stages of an entry in one line."""
-    return " + ".join(parts_of(history, key)) or BASE
+    return " + ".join(history.stages_of(key)) or BASE
 
 
 def added(history: History, before: str, after: str) -> str:
     """Return the stages of entry `after` that entry `before` does not have, in one line."""
-    known = parts_of(history, before)
-    return " + ".join(part for part in parts_of(history, after) if part not in known)
+    known = history.stages_of(before)
+    return " + ".join(stage for stage in history.stages_of(after) if stage not in known)
 
 
 class Desk:
@@ -101,27 +76,18 @@ class Desk:
     @property
     def entries(self) -> dict[str, str]:
         """Return labels of the entries of the history, the latest first, and then the base."""
-        entries = reversed(self.history.entries)  # an entry without terms equals the base
-        keys = [*(entry.key for entry in entries if entry.state.terms), BASE]
-        texts = {key: words_of(self.history, key) for key in keys}
+        entries = reversed(self.history.entries)  # an entry without links equals the base
+        keys = [*(entry.key for entry in entries if entry.state.links), BASE]
+        texts = {key: self.words(key) for key in keys}
         marks = {self.now.key: "now: "}
         if self.now.key != BASE:
             marks[self.before] = "before: "
         return {marks.get(key, "") + text: key for key, text in texts.items()}
 
-    def words(self, mix: Mix) -> str:
-        """Return the label of a mix."""
-        return words_of(self.history, mix.entry, mix.strengths)
-
-    @property
-    def stages(self) -> list[str]:
-        """Return the stages that have a strength in some entry."""
-        strengths = [self.strengths(key) for key in reversed(self.entries.values())]
-        return list(dict.fromkeys(name for names in strengths for name in names))
-
-    def strengths(self, entry: str) -> dict[str, float]:
-        """Return the strength of each stage in an entry."""
-        return self.history.strengths_of(self.history.state_of(entry))
+    def words(self, key: str) -> str:
+        """Return the name of an entry, and the stages in it."""
+        stages = self.history.stages_of(key)
+        return key if stages in ([], [key]) else f"{key} ({' + '.join(stages)})"
 
     @property
     def before(self) -> str:
@@ -131,10 +97,9 @@ class Desk:
             return next(iter(future), self.history.entries[-1].key)
         return _or_base(self.now.at(past[-1])).key if past else BASE
 
-    def at(self, mix: Mix) -> OpenState:
-        """Return a mix as a state. Raises RunError for unknown stages."""
-        state = self.now if mix.entry == self.now.key else self.now.at(mix.entry)
-        return state.with_strengths(mix.strengths)
+    def at(self, key: str) -> OpenState:
+        """Return the state of an entry."""
+        return self.now if key == self.now.key else self.now.at(key)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -161,16 +126,16 @@ class Desk:
         vars(self).pop("_scorer", None)
 
     def answer(
-        self, mix: Mix, turns: Sequence[Message], decoding: Decoding, *, as_chat: bool
+        self, key: str, turns: Sequence[Message], decoding: Decoding, *, as_chat: bool
     ) -> Iterator[str]:
-        """Yield the growing answer of a mix; the last item is the whole answer.
+        """Yield the growing answer of an entry; the last item is the whole answer.
 
         `turns` end with the question. With `as_chat` they are rendered by the model's template.
         Otherwise only the question is continued, as by `chainlora generate`. Closing the iterator
         stops the model.
         """
         with self._one_at_a_time:
-            model = self._scorer.model_at(self.at(mix).state)
+            model = self._scorer.model_at(self.at(key).state)
             speaker = Speaker(model, self.tokenizer, decoding)
 
             def speak(write: Callable[[str], None]) -> str:
@@ -180,8 +145,8 @@ class Desk:
 
             yield from _growing(speak)
 
-    def scores(self, mixes: Sequence[Mix]) -> list[list[Cell]]:
-        """Score the kept rows of each stage in each mix. Return a row of cells per mix.
+    def scores(self, keys: Sequence[str]) -> list[list[Cell]]:
+        """Score the kept rows of each stage in entries. Return a row of cells per entry.
 
         Raises RunError for a run without kept rows.
         """
@@ -190,27 +155,19 @@ class Desk:
             names = {stage: name for name, stage in self.state.columns.items()}
             stages = [stage for stage in names if stage in scorer.kept]
             if not stages:
-                rule = "a mix is scored on the rows that stages kept"
+                rule = "a state is scored on the rows that stages kept"
                 raise RunError(rule, f"none in {self.run}", "train with data.keep_rows: true")
-            states = [self.at(mix).state for mix in mixes]
-            grid = [scorer.score("mix", state, stages) for state in states]
+            grid = [scorer.score(key, self.at(key).state, stages) for key in keys]
             return [[replace(cell, stage=names[cell.stage]) for cell in row] for row in grid]
 
-    def save(self, mix: Mix) -> None:
-        """Set the run to this mix, as `chainlora undo --to` and `chainlora mix` do.
+    def save(self, key: str) -> None:
+        """Make an entry the run, as `chainlora undo --to` does."""
+        if key != open_run(self.run).key:
+            undo(self.run, key)
 
-        One `undo` reverts it.
-        """
-        if mix.strengths != self.strengths(mix.entry):
-            mix_stages(self.run, mix.strengths, of=mix.entry)
-        elif mix.entry != open_run(self.run).key:
-            undo(self.run, mix.entry)
-
-    def export(self, mix: Mix, output: str | Path, to: str) -> dict[str, Any]:
-        """Export this mix, as `chainlora export` does. The run does not change."""
-        state = self.at(mix)
-        state.need_one_strength([name for name, value in mix.strengths.items() if value])
-        return exporter_to(to)(state, output)
+    def export(self, key: str, output: str | Path, to: str) -> dict[str, Any]:
+        """Export an entry, as `chainlora export` does. The run does not change."""
+        return exporter_to(to)(self.at(key), output)
 
 
 def _or_base(state: OpenState) -> OpenState:

@@ -16,7 +16,7 @@ from chainlora.errors import ChainLoRAError
 from chainlora.evaluation.generation import Decoding
 from chainlora.evaluation.training_rows import answer_limit
 from chainlora.showing import number
-from chainlora_pages.board.desk import Desk, Mix
+from chainlora_pages.board.desk import Desk
 from chainlora_pages.board.training import MODELS, Offer, Trainer, command_of, continuing
 from chainlora_pages.board.watching import standing_of
 from chainlora_pages.charts import Table
@@ -47,7 +47,6 @@ The same as JSONL:
 ```
 You get a model that answers like your rows. You can try it under Ask, undo it and export it.
 """
-_STRENGTHS = "The weight of each training in the answers: 1 is full, 0 is off. No file changes."
 _MODEL: Any = {"concurrency_id": "model", "concurrency_limit": 1}  # all answers use one model
 
 
@@ -197,9 +196,9 @@ def _field_text(text: str | None) -> str | None:
 
 def ask_tab(desk: Desk) -> None:
     """Create the tab Ask: two states to compare, score, export and use."""
-    widgets = _chat_part(desk)
-    _score_part(desk, widgets)
-    _export_part(desk, widgets)
+    states = _chat_part(desk)
+    _score_part(desk, states)
+    _export_part(desk, states)
 
 
 def _state_choices(desk: Desk) -> list[Any]:
@@ -212,44 +211,6 @@ def _state_choices(desk: Desk) -> list[Any]:
     return dropdowns
 
 
-def _sliders(desk: Desk, side: str, choice: Any) -> list[Any]:
-    """Create a slider for each stage; only the stages of the chosen state are visible."""
-    with gr.Column(min_width=300):
-        gr.Markdown(f"### {side}")
-        keys: Any = {"interactive": True, "step": 0.05}
-        sliders = [
-            gr.Slider(label=stage, elem_id=f"{side}-{stage}", **values, **keys)
-            for stage, values in _ranges(desk, choice.value).items()
-        ]
-
-    def choose(entry: str) -> dict[Any, Any]:
-        updates = (gr.Slider(**values) for values in _ranges(desk, entry).values())
-        return dict(zip(sliders, updates, strict=True))
-
-    choice.input(choose, choice, sliders, show_progress="hidden")
-    return sliders
-
-
-def _ranges(desk: Desk, entry: str) -> dict[str, dict[str, Any]]:
-    """Return range, value and visibility of each stage's slider for a state."""
-    strengths, ranges = desk.strengths(entry), {}
-    for stage in desk.stages:
-        value = strengths.get(stage, 1.0)
-        limits = {"minimum": min(0, value), "maximum": max(1, value)}  # `mix` accepts any number
-        ranges[stage] = limits | {"value": value, "visible": stage in strengths}
-    return ranges
-
-
-def _mixes(desk: Desk, values: Sequence[Any]) -> list[Mix]:
-    """Return the mixes of both sides from the values of the dropdowns and the sliders."""
-    entries, strengths, stages = values[:2], values[2:], desk.stages
-    sides, mixes = (strengths[: len(stages)], strengths[len(stages) :]), []
-    for entry, side in zip(entries, sides, strict=True):
-        by_stage = dict(zip(stages, side, strict=True))
-        mixes.append(Mix(entry, {name: by_stage[name] for name in desk.strengths(entry)}))
-    return mixes
-
-
 @contextmanager
 def told() -> Iterator[None]:
     """Show errors of chainlora to the user as their one line."""
@@ -260,7 +221,7 @@ def told() -> Iterator[None]:
 
 
 def _chat_part(desk: Desk) -> list[Any]:
-    """Create prompt, answers and then the sliders; a phone shows them in this order.
+    """Create the states to choose, prompt and answers.
 
     The tab is drawn again after `undo` or a training; widgets with a key keep their values.
     """
@@ -280,11 +241,6 @@ def _chat_part(desk: Desk) -> list[Any]:
         chats = [
             gr.Chatbot(label=f"{side} says", elem_id=f"chat-{side}", **keys) for side in _SIDES
         ]
-    with gr.Accordion("Strengths", open=False):
-        gr.Markdown(_STRENGTHS)
-        with gr.Row():
-            left, right = (_sliders(desk, *pair) for pair in zip(_SIDES, states, strict=True))
-    widgets = [*states, *left, *right]
     with gr.Accordion("How to answer", open=False), gr.Row():
         as_chat = gr.Checkbox(is_chat, label="Chat template", visible=has_template)
         keys = {"precision": 0, "minimum": 1, "interactive": True}
@@ -293,14 +249,14 @@ def _chat_part(desk: Desk) -> list[Any]:
     asking = gr.on(
         [ask.click, prompt.submit],
         _talk(desk),
-        [prompt, as_chat, limit, temperature, *chats, *widgets],
+        [prompt, as_chat, limit, temperature, *chats, *states],
         [prompt, *chats],
         show_progress_on=chats,
         **_MODEL,
     )
     stop.click(None, cancels=asking)
     clear.click(lambda: ([], []), None, chats, cancels=asking)
-    return widgets
+    return states
 
 
 def _talk(desk: Desk) -> Callable[..., Iterator[Any]]:
@@ -318,9 +274,9 @@ def _talk(desk: Desk) -> Callable[..., Iterator[Any]]:
         yield "" if chat else text, *shown
         with told():
             decoding = Decoding(temperature=temperature, max_new_tokens=most or answer_limit(rows))
-            for place, mix in enumerate(_mixes(desk, values[2:])):
+            for place, key in enumerate(values[2:]):
                 turns = shown[place]
-                for answer in desk.answer(mix, turns, decoding, as_chat=chat):
+                for answer in desk.answer(key, turns, decoding, as_chat=chat):
                     shown[place] = [*turns, {"role": "assistant", "content": answer or "(nothing)"}]
                     yield gr.skip(), *shown
 
@@ -339,30 +295,29 @@ def _answered(turns: Sequence[Any]) -> list[dict[str, str]]:
     return messages[:-1] if messages and messages[-1]["role"] == "user" else messages
 
 
-def _score_part(desk: Desk, widgets: list[Any]) -> None:
+def _score_part(desk: Desk, states: list[Any]) -> None:
     button = gr.Button("Test both on the data's questions")
     view = gr.HTML(apply_default_css=False, elem_id="scores")
 
     @told()
-    def score(*values: Any) -> str:
-        mixes = _mixes(desk, values)
-        a, b = desk.scores(mixes)
+    def score(*keys: str) -> str:
+        a, b = desk.scores(keys)
         rows = []
         for one, two in zip(a, b, strict=True):
             error = max(one.error, two.error) or None
             texts = [number(value, 4) for value in (one.value, two.value, error)]
             rows.append((f"{one.stage}, {one.metric} of {one.rows} {one.split}", *texts))
-        names, note = [desk.words(mix) for mix in mixes], "±: standard error over the rows."
+        names, note = [desk.words(key) for key in keys], "±: standard error over the rows."
         title = "Scores of {} and {}".format(*names)
         table = Table(title, ("rows of", *names, "±"), tuple(rows), note)
         return render_part([section("Scores", Numbers(table))])
 
-    button.click(score, widgets, view, **_MODEL)
+    button.click(score, states, view, **_MODEL)
     # Clear the scores in the browser at once, because another pair has other scores.
-    gr.on([widget.change for widget in widgets], None, None, view, js="() => ''")
+    gr.on([state.change for state in states], None, None, view, js="() => ''")
 
 
-def _export_part(desk: Desk, widgets: list[Any]) -> None:
+def _export_part(desk: Desk, states: list[Any]) -> None:
     with gr.Accordion("Export or use", open=False):
         keys: Any = {"interactive": True}  # Gradio makes widgets with a value read-only otherwise
         side = gr.Radio(list(_SIDES), value=_SIDES[0], label="Which", **keys)
@@ -374,20 +329,20 @@ def _export_part(desk: Desk, widgets: list[Any]) -> None:
         outcome = gr.Markdown(elem_id="outcome", key=(str(desk.run), "outcome"))
 
     @told()
-    def save_mix(which: str, *values: Any) -> str:
-        mix = _mixes(desk, values)[_SIDES.index(which)]
-        desk.save(mix)
-        return f"In use: {as_text(desk.words(mix))}. Undo reverts it."
+    def save_state(which: str, *keys: str) -> str:
+        key = keys[_SIDES.index(which)]
+        desk.save(key)
+        return f"In use: {as_text(desk.words(key))}. Undo reverts it."
 
     @told()
-    def export_mix(which: str, to: str, output: str, *values: Any) -> str:
-        done = desk.export(_mixes(desk, values)[_SIDES.index(which)], output, to)
+    def export_state(which: str, to: str, output: str, *keys: str) -> str:
+        done = desk.export(keys[_SIDES.index(which)], output, to)
         return f"Exported to `{Path(done['output']).resolve()}`. {_NEXT[to]}"
 
     kind.input(lambda to: f"{desk.run}-{to}", kind, folder, show_progress="hidden")
     side.input(_use_label, side, save, show_progress="hidden")
-    save.click(save_mix, [side, *widgets], outcome)
-    export.click(export_mix, [side, kind, folder, *widgets], outcome)
+    save.click(save_state, [side, *states], outcome)
+    export.click(export_state, [side, kind, folder, *states], outcome)
 
 
 def _use_label(side: str) -> str:

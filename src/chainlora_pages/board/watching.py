@@ -81,7 +81,7 @@ def _standing(run: Path, name: str, *stamps: int) -> tuple[str, ...]:
     state = _state_of(run, name)
     result = state.result() if state.draft is None else None
     facts = RunFacts("", state, None, result or {}, state.records(), {})
-    steps, metric, trained = facts.steps, facts.score, state.trained
+    steps, metric, trained = facts.steps, facts.score, state.entry
     numbers = None if trained is None else trained.training.numbers
     is_done = state.draft is None
     step = steps[-1]["step"] if steps else facts.position.step
@@ -101,10 +101,10 @@ def _standing(run: Path, name: str, *stamps: int) -> tuple[str, ...]:
 
 
 def _details(run: Path) -> list[Section]:
-    names, off = _stages(run), _switched_off(run)
+    names = _stages(run)
     curves, rates = [], []
     for name in reversed(names):
-        head = (f"{name} (off)" if name in off else name) if len(names) > 1 else ""
+        head = name if len(names) > 1 else ""
         blocks = _curves(run, name, _stamp(stage_folder(run, name) / RECORDS))
         rate = [block for block in blocks if isinstance(block, Picture) and block.title == RATE]
         curves.append(Column(head, [block for block in blocks if block not in rate]))
@@ -123,22 +123,16 @@ def _details(run: Path) -> list[Section]:
 
 
 def _stages(run: Path) -> list[str]:
-    """Return the stages of a run: switched-off stages first, a stage in training last."""
+    """Return the stages of a run, a stage in training last."""
     history = read_history(run)
     ended = [entry.key for entry in history.lineage(history.head) if entry.has_config]
-    off = _switched_off(run)
-    names = [*sorted(ended, key=lambda name: name not in off), *drafts_in(run, history)]
-    return names or [history.head]
+    return [*ended, *drafts_in(run, history)] or [history.head]
 
 
 def _state_of(run: Path, name: str) -> OpenState:
     """Return the state at the end of a stage, or at the last knot of a stage in training."""
     history = read_history(run)
     return begun_stage(run, name, history) or state_at(run, history, name)
-
-
-def _switched_off(run: Path) -> set[str]:
-    return {name for name, strength in open_run(run).strengths.items() if not strength}
 
 
 def _stamp(path: Path) -> int:
