@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     "--beside/--on-top",
     default=None,
     help="Train the stage beside the others and combine them, or train it on top of RUN. Default: "
-    "beside if possible.",
+    "beside, pairs on top.",
 )
 @click.option(
     "--keep-conflicts",
@@ -67,9 +67,9 @@ def extend(
     rows, at most 10. The command prints its choice. Change it by --name, --chain.ranks and
     --chain.epochs, or by other keys; STAGE.yaml can set keys too.
 
-    By default the stage is trained beside the others and combined with them in closed form. It is
-    trained on top of RUN with --on-top, on RUN@STAGE, on pairs, with data.replay or
-    data.new_rows_only, and if the stages cannot be combined.
+    By default a stage of answers is trained beside the others and combined with them in closed
+    form. Preference pairs are trained on top of RUN, and every stage with --on-top or on RUN@STAGE.
+    A stage with data.replay or data.new_rows_only needs --on-top or --beside.
 
     If the stage answers an earlier prompt differently, a warning gives an example. The newest
     answer counts: earlier rows with that prompt are not reused.

@@ -40,7 +40,7 @@ ROWS, TOKENS = 64, 16_384  # the most rows and tokens of each stage
 # both chosen in benchmarks/combining
 RANK = 16  # of a combination, if the ranks of its links have no larger sum
 GENERAL = 4.0  # importance of the origin
-ON_TOP = "train the stages on top of each other"
+ON_TOP = "train it on top of the others, by --on-top or beside: false"
 
 
 def combine(

@@ -31,7 +31,7 @@ from chainlora.runs.open_base import OpenBase
 from chainlora.runs.paths import exists_in, need_apart, split_address
 from chainlora.runs.resuming import ADAPTER, adapter_digests, compare, refuse_if_other
 from chainlora.runs.state import OpenState
-from chainlora.training.placement import Declaring, StagePlan, can_stand, need_in_layers
+from chainlora.training.placement import Declaring, StagePlan, need_beside, need_in_layers
 from chainlora.training.plan import Plan, plan_of
 from chainlora.training.refusing import check_rows
 
@@ -215,9 +215,9 @@ def _differs(key: str, value: object, of_run: object) -> ConfigError:
 
 def _check(stage: Stage, imported: Start, head: OpenState | None, base: OpenBase) -> None:
     """Raise ChainLoRAError unless the adapter fits the base, can be combined, and has rows."""
-    can_stand(stage, (), None, Start(links=imported.links))
+    need_beside(stage, (), None, Start(links=imported.links))
     if head is not None:
-        can_stand(stage, (), head)
+        need_beside(stage, (), head)
     check_adapter(imported, base)
     if head is not None:
         need_in_layers(base.skeleton, [link.config for link in imported.links], MERGE)

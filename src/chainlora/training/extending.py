@@ -32,7 +32,7 @@ from chainlora.runs.addresses import begun_stage, open_run
 from chainlora.runs.paths import split_address
 from chainlora.runs.resuming import not_named
 from chainlora.runs.state import OpenState
-from chainlora.training.placement import can_stand
+from chainlora.training.placement import need_beside, stands_beside
 
 logger = logging.getLogger(__name__)
 
@@ -122,15 +122,16 @@ def _beside(
     address: str | Path,
     beside: bool | None,
 ) -> Stage | None:
-    """Return a stage beside the others, None if it must be placed on top of them."""
+    """Return a stage beside the others, None if it stands on top of them."""
     origin, own_stages = head.at(head.history.origin), head.history.own_stages
     # Inherit from the run's first stage: a later one may be pruned, or may not exist when the
     # command is repeated.
     last = begun or (head.at(own_stages[0]) if own_stages else origin.with_rows)
     stage = replace(_inheriting(last, keys, address), after=origin.key, beside=beside)
-    if begun is None and not can_stand(stage, (), head):
-        return None
     if begun is None:
+        if not stands_beside(stage):
+            return None
+        need_beside(stage, (), head)
         _warn_of_open_keys(last, keys)
     return replace(stage, beside=True)
 

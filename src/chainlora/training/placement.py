@@ -6,9 +6,8 @@ beside each other are followed by one combination (docs/stages.md).
 
 from __future__ import annotations
 
-import logging
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from chainlora.chain.layerwise import outside_layers
 from chainlora.config.schema import PAIR_LOSSES, LinkConfig, RunConfig
 from chainlora.config.staging import Stage
 from chainlora.data.splits import learned_by
-from chainlora.errors import ChainError, ConfigError, RunError
+from chainlora.errors import ConfigError, RunError
 from chainlora.evaluation.combination import ON_TOP, need_combinable
 from chainlora.runs.declaring import stage_entry
 from chainlora.runs.draft import Draft
@@ -27,8 +26,6 @@ from chainlora.runs.links import need_low_rank_sum
 from chainlora.runs.loading_start import NOTHING, Start
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.state import OpenState
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,58 +60,56 @@ class StagePlan:
 def placed(planned: Sequence[StagePlan], head: OpenState | None, start: Start) -> list[StagePlan]:
     """Return the stages of a config, each with `beside` decided.
 
-    A begun stage keeps its place. A new stage follows its key `beside`. Without this key, it is
-    placed beside the others if it can be combined with them and their rows are answers; otherwise
-    on top, with a warning. `head` is None before the run's first stage has ended; then `start` is
-    the start of that stage.
+    A begun stage keeps its place. `head` is None before the run's first stage has ended; then
+    `start` is the start of that stage. Raises ChainLoRAError for a new stage that cannot be
+    combined with those that it stands beside.
     """
     result = [planned[0]]
     for place, current in enumerate(planned[1:], 1):
         stage, is_beside = current.stage, current.stage.beside
         if current.begun is not None and stage.after is None:
             is_beside = _began_beside(stage, current.begun)
-        elif stage.after is None:
+        elif stage.after is None and (is_beside := stands_beside(stage)):
             before = [other.stage for other in planned[:place] if other.state != "finished"]
-            is_beside = can_stand(stage, before, head, start)
+            need_beside(stage, before, head, start)
         result.append(replace(current, stage=replace(stage, beside=is_beside)))
     return result
 
 
-def can_stand(
+def stands_beside(stage: Stage) -> bool:
+    """Say whether a new stage stands beside the others: by its key, else if it learns answers.
+
+    Raises ConfigError if it reads rows of earlier stages and has no key.
+    """
+    data = stage.config.data
+    keys = ["data.replay"] * bool(data.replay) + ["data.new_rows_only"] * data.new_rows_only
+    if stage.beside is None and keys:
+        rule = "a stage that reads rows of earlier stages says where it stands"
+        remedy = "add --on-top, or --beside, which leaves it the rows of the start alone"
+        got = f"{keys[0]} of {stage.name} without `beside`"
+        raise ConfigError(rule, got, f"{remedy} (in a config: beside: false or true)")
+    is_answers = learned_by(data, stage.config.train.loss) not in PAIR_LOSSES
+    return is_answers if stage.beside is None else stage.beside
+
+
+def need_beside(
     stage: Stage, before: Sequence[Stage], head: OpenState | None, start: Start = NOTHING
-) -> bool:
-    """Say whether a new stage is placed beside the others. Raise if it must be, and cannot.
+) -> None:
+    """Raise ChainLoRAError for a new stage that cannot be combined with the others.
 
     `before` are unfinished stages of the same command. `head` and `start` are those of `placed`.
     """
-    if stage.beside is False:
-        return False
-    losses = {s.name: learned_by(s.config.data, s.config.train.loss) for s in (stage, *before)}
+    for each in (*before, stage):
+        _need_keys(each)
     links = [*stage.config.chain.links()]
-    try:
-        for other in before:
-            _need_keys(other)
-        _need_keys(stage)
-        if head is None:
-            kept = start.kept
-            for link in start.links:
-                need_low_rank_sum(link.config, "start", ON_TOP)
-        else:
-            kept = head.kept()
-            parts = [head.at(key) for key in head.history.parts(head.key)]
-            need_combinable(parts)
-            links += [facts.link_config() for part in parts for facts in part.facts]
-        need_in_layers(_base_of(stage, head).skeleton, links, ON_TOP)
-        if stage.beside is None:
-            losses |= {name: rows.loss for name, rows in kept.items()}
-            _need_answers(stage, losses)
-    except (ChainError, ConfigError, RunError) as error:
-        if stage.beside:
-            raise
-        below = before[-1].name if head is None or before else head.history.head
-        logger.warning("stage %s is trained on top of %s: %s", stage.name, below, error)
-        return False
-    return True
+    if head is None:
+        for link in start.links:
+            need_low_rank_sum(link.config, "start", ON_TOP)
+    else:
+        parts = [head.at(key) for key in head.history.parts(head.key)]
+        need_combinable(parts)
+        links += [facts.link_config() for part in parts for facts in part.facts]
+    need_in_layers(_base_of(stage, head).skeleton, links, ON_TOP)
 
 
 def _base_of(stage: Stage, head: OpenState | None) -> OpenBase:
@@ -143,21 +138,7 @@ def _need_keys(stage: Stage) -> None:
     if wrong := [key for key, is_set in keys.items() if is_set]:
         rule = "a stage beside others is combined with them"
         got = f"{wrong[0]} of {stage.name}"
-        raise ConfigError(rule, got, "leave it out, or train it on top")
-
-
-def _need_answers(stage: Stage, losses: Mapping[str, str]) -> None:
-    """Raise RunError for a stage that depends on the others, so that it belongs on top of them."""
-    data = stage.config.data
-    reasons = [f"{name}: {loss}" for name, loss in losses.items() if loss in PAIR_LOSSES]
-    reasons += ["data.replay"] * bool(data.replay) + ["data.new_rows_only"] * data.new_rows_only
-    if reasons:
-        rule = "by default a stage with answers of its own stands beside others"
-        remedy = "--beside, or beside: true, places it beside them"
-        if reasons[0].startswith("data."):  # a stage beside others cannot read their rows
-            off = "null" if reasons[0] == "data.replay" else "false"
-            remedy = f"--{reasons[0]} {off} trains it beside them"
-        raise RunError(rule, reasons[0], remedy)
+        raise ConfigError(rule, got, f"leave it out, or {ON_TOP}")
 
 
 def _began_beside(stage: Stage, begun: OpenState) -> bool:

@@ -124,10 +124,8 @@ def extend(
             before. Rows, ranks, lengths and the choice of the best point are not inherited; a
             warning names them. With `output`, the stage becomes a fork that begins on `run`.
         beside: train the stage on the run's origin, then combine it with the head (`combine`).
-            False: train it on the state that `run` names. By default a stage with answers is
-            trained beside the others. It is trained on top, with a warning, for pairs,
-            with `data.replay` or `data.new_rows_only`, or if a combination is not possible; and
-            without one if `run` names a state.
+            False: train it on the state that `run` names. By default answers are trained beside
+            the others; pairs, and every stage if `run` names a state, on top.
         max_forgetting: score the rows that the run kept, before and after. If a score such as
             accuracy falls by more than this, or the perplexity of a loss rises by more than this
             share, undo the stage and raise ForgettingError. `redo` keeps the stage after all.
