@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -26,8 +27,9 @@ from chainlora.runs.changes import whole_run
 from chainlora.runs.documents import short_digest
 from chainlora.runs.export import empty_folder, filled_folder
 from chainlora.runs.history import COMBINED, START, History, Recipe, State, Unbuilt
-from chainlora.runs.history_file import changed, read_history, update_history
+from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.links import need_low_rank_sum, save_link
+from chainlora.runs.locks import writing
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import chain_on_base
 from chainlora.runs.paths import is_run, stage_folder
@@ -81,26 +83,27 @@ def combine(
             runs with another base, precision, tokenizer or chat template.
     """
     folder = whole_run(run)
-    history = read_history(folder)
-    given = _parts(folder, history, [names] if isinstance(names, str | Path) else names)
-    parts = [state for state, _ in given]
-    with_origin = general and has_general(open_run(folder))
-    if len(parts) + with_origin < 2:
-        raise RunError(
-            "a combination needs two parts or more; the origin of the run counts if it has rows",
-            ", ".join(map(str, parts)) or "none",
-            "add a stage by chainlora extend --beside, or name others",
-        )
-    need_combinable(parts)
-    if rank is not None and rank < 1:
-        remedy = "give another one, or leave it out"
-        raise RunError("the rank of a combination must be above 0", rank, remedy)
-    weights = _checked_weights(importance or {}, [its for _, its in given], with_origin)
-    if steps < 0:
-        raise RunError("the steps of a combination must be 0 or more", steps, "leave them out")
-    recipe = Recipe(rank=rank, general=general, keep_conflicts=keep_conflicts, steps=steps)
-    if output is None:
-        return _become(folder, parts, weights, recipe, progress)
+    with writing(folder) if output is None else nullcontext():
+        history = read_history(folder)
+        given = _parts(folder, history, [names] if isinstance(names, str | Path) else names)
+        parts = [state for state, _ in given]
+        with_origin = general and has_general(open_run(folder))
+        if len(parts) + with_origin < 2:
+            raise RunError(
+                "a combination needs two parts or more; the origin counts if it has rows",
+                ", ".join(map(str, parts)) or "none",
+                "add a stage by chainlora extend --beside, or name others",
+            )
+        need_combinable(parts)
+        if rank is not None and rank < 1:
+            remedy = "give another one, or leave it out"
+            raise RunError("the rank of a combination must be above 0", rank, remedy)
+        weights = _checked_weights(importance or {}, [its for _, its in given], with_origin)
+        if steps < 0:
+            raise RunError("the steps of a combination must be 0 or more", steps, "leave them out")
+        recipe = Recipe(rank=rank, general=general, keep_conflicts=keep_conflicts, steps=steps)
+        if output is None:
+            return _become(folder, parts, weights, recipe, progress)
     target = empty_folder(output)
     with filled_folder(target) as scratch:
         fork(parts[0], scratch)
@@ -195,24 +198,14 @@ def build_combination(
     """Solve a declared combination, and give its entry its state."""
     history = read_history(run)
     declared = history.find_unbuilt(key)
-    if declared is None:  # another process was faster
-        return
+    assert declared is not None
     try:
         build = solved_combination(run, history, declared, progress, base)
     except ChainLoRAError:  # a second try would fail too: withdraw it
         update_history(run, lambda current: current.withdrawn([key]))
         raise
 
-    def change(current: History) -> History:
-        if current.find(key) is not None:
-            return current
-        parents = [current.state_of(name) for name in declared.parents]
-        before = [history.state_of(name) for name in declared.parents]
-        if current.find_unbuilt(key) != declared or parents != before:
-            raise changed(run)
-        return build(current)
-
-    update_history(run, change)
+    update_history(run, build)
 
 
 def solved_combination(

@@ -48,7 +48,6 @@ from chainlora.runs.history import BASE, CONTENT, START, TOKENIZER, State, Unbui
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.links import save_link
 from chainlora.runs.loading_start import Start, fitted, load_start
-from chainlora.runs.locks import Claim
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import check_base, noted_base, tokenizer_of
 from chainlora.runs.resuming import import_sources, need_same_sources
@@ -75,15 +74,9 @@ def build_start(run: Path, declared: Unbuilt, base: OpenBase | None, progress: P
     """Import the adapter of a run's start, and keep rows for it: given ones, or general rows."""
     config = declared_config(run, declared)
     base = OpenBase.of_config(config, run).or_shared(base)
-    claim = Claim(run, declared.unit)  # the lock of the first stage, which needs this entry
-    claim.take()
-    try:
-        for folder in (run / name for name in CONTENT):
-            files.remove_scratch(folder, START)  # left by a killed process
-        if read_history(run).find(START) is None:
-            _import(run, declared, config, base, progress)
-    finally:
-        claim.release()
+    for folder in (run / name for name in CONTENT):
+        files.remove_scratch(folder, START)  # left by a killed process
+    _import(run, declared, config, base, progress)
 
 
 def _import(

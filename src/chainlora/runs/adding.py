@@ -31,10 +31,10 @@ from chainlora.runs.history import (
     Training,
     Unbuilt,
 )
-from chainlora.runs.history_file import changed, read_history, update_history
+from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.links import save_link
 from chainlora.runs.loading_start import Start, fitted, load_start, need_layers, start_folder
-from chainlora.runs.locks import Claim
+from chainlora.runs.locks import Scratch
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import check_base, noted_base
 from chainlora.runs.paths import is_run, stage_folder
@@ -90,20 +90,16 @@ def check_adapter(start: Start, base: OpenBase) -> None:
 def build_import(run: Path, declared: Unbuilt, base: OpenBase | None = None) -> None:
     """Import a declared adapter, keep a sample of its rows, and give its entry its state.
 
-    Raises RunError if the adapter or its rows have changed since the declaration, or if another
-    process imports it; ChainLoRAError if they cannot be read.
+    Raises RunError if the adapter or its rows have changed since the declaration, ChainLoRAError
+    if they cannot be read.
     """
-    claim = Claim(run, declared.key)
-    claim.take()
+    scratch = Scratch(run, declared.key)
+    scratch.clear()
     try:
-        if read_history(run).find(declared.key) is None:
-            claim.clear()
-            _import(run, declared, base)
+        _import(run, declared, base)
     except ChainLoRAError:
-        claim.undo()
+        scratch.undo()
         raise
-    finally:
-        claim.release()
 
 
 def _import(run: Path, declared: Unbuilt, base: OpenBase | None) -> None:
@@ -123,12 +119,7 @@ def _import(run: Path, declared: Unbuilt, base: OpenBase | None) -> None:
         files={CONFIG: files.sha256(path)},
     )
 
-    def change(current: History) -> History:
-        if current.find_unbuilt(key) != declared:
-            raise changed(run)
-        return current.model_copy(update={"base": base_facts}).built(entry, links)
-
-    update_history(run, change)
+    update_history(run, lambda now: now.model_copy(update={"base": base_facts}).built(entry, links))
 
 
 def _fitted(run: Path, config: RunConfig, history: History, base: OpenBase) -> tuple[Start, Base]:

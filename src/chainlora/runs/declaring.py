@@ -21,12 +21,10 @@ from chainlora.errors import FileError, RunError
 from chainlora.registry import plugin_digest
 from chainlora.runs.beginning import copy_files, copy_tokenizer, own_closure
 from chainlora.runs.documents import write_part
-from chainlora.runs.draft import DRAFT
 from chainlora.runs.history import BASE, START, Base, History, Training, Unbuilt
-from chainlora.runs.history_file import changed, update_history
+from chainlora.runs.history_file import update_history
 from chainlora.runs.loading_start import Start
-from chainlora.runs.locks import is_in_use
-from chainlora.runs.paths import HISTORY, exists_in, stage_folder
+from chainlora.runs.paths import HISTORY, exists_in
 from chainlora.runs.resuming import import_sources, source_digests
 
 logger = logging.getLogger(__name__)
@@ -78,23 +76,22 @@ def declare(
 ) -> None:
     """Write new entries and a target into the history of a run; create a new run on `start`.
 
-    `planned` is the history that the plan was made for. Raises RunError if another process has
-    changed the entries that the plan depends on.
+    `planned` is the history that the plan was made for. Raises RunError if another process begins
+    the same run.
     """
     if exists_in(run):
-        update_history(run, lambda now: _added(run, now, planned, new, target))
+        for entry in new:
+            if planned.find_unbuilt(entry.key) not in (None, entry):
+                logger.warning("%s of %s had not begun and is replaced", entry.key, run)
+        update_history(run, lambda now: planned.declared(new, target))
         return
     with files.reported(run):
-        if files.writer_of(run) is not None:
-            raise changed(run)
+        if (writer := files.writer_of(run)) is not None:
+            got = f"process {writer} begins it"
+            raise RunError(f"Cannot write {run}: {got}. Wait for it, or choose another output.")
         files.remove_scratch(run.parent, run.name)  # of a process that was killed
-    try:
-        with files.replaced_folder(run, only_empty=True) as scratch:
-            _begin(scratch, planned.declared(new, target), start)
-    except FileError:
-        if exists_in(run):
-            raise changed(run) from None
-        raise
+    with files.replaced_folder(run, only_empty=True) as scratch:
+        _begin(scratch, planned.declared(new, target), start)
 
 
 def _begin(folder: Path, history: History, start: Start) -> None:
@@ -105,32 +102,6 @@ def _begin(folder: Path, history: History, start: Start) -> None:
     if start.state is not None:
         copy_files(start.state.run, folder, own_closure(start.state))
     write_part(folder / HISTORY, history)
-
-
-def _added(
-    run: Path, now: History, planned: History, new: Sequence[Unbuilt], target: str | None
-) -> History:
-    """Return a history with new entries. Raises RunError if their parents have changed."""
-    _need_replaceable(run, now, new)
-    taken = [e.key for e in new if now.known(e.key) != planned.known(e.key)]
-    used = {parent for entry in new for parent in entry.parents} - {entry.key for entry in new}
-    moved = [key for key in used if now.state_of(key) != planned.state_of(key)]
-    ahead = target is not None and (now.head, now.target) != (planned.head, planned.target)
-    if taken or moved or ahead or now.origin != planned.origin:
-        raise changed(run)
-    return now.declared(new, target)
-
-
-def _need_replaceable(run: Path, now: History, new: Sequence[Unbuilt]) -> None:
-    """Raise RunError for a new stage if another process has begun a different one of its name."""
-    for entry in new:
-        if now.find_unbuilt(entry.key) in (None, entry):
-            continue
-        folder = stage_folder(run, entry.key)
-        if is_in_use(folder) or (folder / DRAFT).exists():
-            rule = "another process has begun this stage with other keys or rows"
-            raise RunError(rule, f"{entry.key} of {run}", "wait for it, or choose another name")
-        logger.warning("%s of %s had not begun and is replaced", entry.key, run)
 
 
 def withdraw(run: Path, keys: Iterable[str], *, is_new_run: bool) -> None:

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from chainlora import files
-from chainlora.errors import RunError
 from chainlora.runs.documents import read_part, version_of, write_part
-from chainlora.runs.history import RECORDS, History
-from chainlora.runs.locks import locked, need_own
+from chainlora.runs.history import History
+from chainlora.runs.locks import need_own, writing
 from chainlora.runs.paths import HISTORY
 
 _READ: dict[Path, tuple[tuple[int, ...], History]] = {}  # cache: version and content by path
@@ -33,11 +32,6 @@ def read_history(run: Path) -> History:
     return history
 
 
-def changed(got: object) -> RunError:
-    """Return the error for a run that has changed since a command read it."""
-    return RunError("Another process has changed this run", got, "repeat the command")
-
-
 def need_own_folders(run: Path) -> None:
     """Raise RunError if a folder in a run is a symbolic link."""
     for pattern in ("*", "stages/*", "stages/*/*"):
@@ -51,24 +45,15 @@ def update_history(
 ) -> History:
     """Replace the history of a run with the result of `change`, under the lock; return the result.
 
-    `change` must be fast, because other processes wait. `then` is called under the same lock, to
-    delete files that are no longer named before another process can name them again.
-
-    Raises RunError if another process has deleted a file that the new history names.
+    `then` is called under the same lock, to delete files that are no longer named. Raises RunError
+    if another process writes the run.
     """
-    with locked(run):
+    with writing(run):
         need_own_folders(run)
         before = read_history(run)
         after = change(before)
         if after != before:
-            new = after.files.keys() - before.files.keys()
-            try:
-                after.need_names()
-                for name in new:
-                    if not name.endswith(f"/{RECORDS}") and not (run / name).exists():
-                        raise ValueError(f"{name} must exist")
-            except ValueError as error:  # another process has deleted a file or an entry
-                raise changed(error) from None
+            after.need_names()
             with files.reported(run):
                 files.remove_scratch(run, HISTORY)
             write_part(run / HISTORY, after)

@@ -28,7 +28,7 @@ from chainlora.runs.export import empty_folder, filled_folder
 from chainlora.runs.history import CONFIG, History
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.lineage import without_places
-from chainlora.runs.locks import LOCK
+from chainlora.runs.locks import LOCK, writing
 from chainlora.runs.paths import HISTORY, exists_in
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def push_folder(
         api.create_repo(name, private=private or None, exist_ok=True)
         message = "A chain of LoRA, by chainlora"
         commit = api.upload_folder(
-            repo_id=name, folder_path=folder, commit_message=message, ignore_patterns=LOCK
+            repo_id=name, folder_path=folder, commit_message=message, ignore_patterns=f"{LOCK}*"
         )
     except Exception as error:  # errors of huggingface_hub and of its HTTP library
         by_hand = f"it is written to {folder}: log in with `hf auth login`, and push it by "
@@ -137,9 +137,11 @@ def _send(source: Path, target: Path, *, rows: bool) -> list[str]:
     if exists_in(target):
         before = read_history(target)
         new = _joined(source_history, before, rows)
-        names = copy_files(source, target, new, before.files)
-        if new != before:  # otherwise nothing is written, not even a lock file
-            update_history(target, lambda now: _joined(source_history, now, rows))
+        if new == before and new.files.keys() <= before.files.keys():
+            return copy_files(source, target, new, before.files)  # no lock file is written
+        with writing(target):
+            names = copy_files(source, target, new, before.files)
+            update_history(target, lambda now: new)
         return names
     target = empty_folder(target)
     empty = History(base=source_history.base, hold=source_history.hold)

@@ -1,11 +1,14 @@
-"""Locks: one process trains a stage, and one process at a time replaces the history.
+"""One writer: a command that writes a run holds its lock until it ends; readers need none.
 
-The operating system releases the locks of a process that ends.
+The operating system releases the lock of a process that ends, so a kill leaves none.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,51 +16,69 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from chainlora import files
-from chainlora.errors import ChainLoRAError, FileError, RunError
+from chainlora.errors import FileError, RunError
+from chainlora.runs.documents import now
 from chainlora.runs.draft import GROWING, PASSING
-from chainlora.runs.history import CONFIG, CONTENT, RECORDS, RESULT, History
-from chainlora.runs.paths import stage_folder
+from chainlora.runs.history import CONFIG, CONTENT, RECORDS, RESULT
+from chainlora.runs.paths import exists_in, stage_folder
 
-LOCK = ".lock"
-_PATIENCE = 60.0  # seconds to wait for the history, whose replacement takes milliseconds
-
-
-def take_lock(
-    folder: Path, wait: float = 0.2, advice: str = "Wait for it, or give the stage another name."
-) -> FileLock:
-    """Lock a folder for this process.
-
-    Raises RunError if another process holds the lock for longer than `wait` seconds (`is_in_use`
-    holds it for a moment). Raises FileError on a disk without file locks: the marker file that
-    filelock would use there stays after a kill.
-    """
-    need_own(folder / LOCK)
-    lock = FileLock(str(folder / LOCK), timeout=wait, thread_local=False, fallback_to_soft=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RunError(f"Cannot lock {folder}: another process is using it. {advice}") from None
-    except OSError as error:
-        raise files.file_error(error, folder / LOCK, "locked") from error
-    return lock
+LOCK, HOLDER = ".lock", ".lock.json"
+_PATIENCE = 0.2  # seconds: `is_held` holds the lock for a moment
+_HELD: set[Path] = set()  # by this process
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Lock a run inside the context, which must be short."""
-    lock = take_lock(run, _PATIENCE, "Wait for it.")
+def writing(run: Path) -> Iterator[None]:
+    """Hold the lock of a run; a call inside this context does nothing, nor does one without a run.
+
+    Raises RunError if another process holds it, and names its command. Raises FileError on a disk
+    without file locks: the marker file that filelock would use there stays after a kill.
+    """
+    place = run.resolve()
+    if place in _HELD or not exists_in(run):
+        yield
+        return
+    lock = _acquired(run, _PATIENCE)
+    _HELD.add(place)
     try:
+        name = Path(sys.argv[0]).name.replace("__main__.py", "chainlora")
+        command = shlex.join([name, *sys.argv[1:2]])
+        holder = {"command": command, "process": os.getpid(), "since": now()}
+        need_own(run / HOLDER)
+        files.write_json(run / HOLDER, holder)
         yield
     finally:
+        _HELD.discard(place)
         lock.release()
 
 
-def is_in_use(folder: Path) -> bool:
-    """Say whether another process holds the lock of a folder."""
-    if not (folder / LOCK).is_file() or (folder / LOCK).is_symlink():
+def _acquired(run: Path, wait: float) -> FileLock:
+    need_own(run / LOCK)
+    lock = FileLock(str(run / LOCK), timeout=wait, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunError(f"Cannot write {run}: {_holder(run)}. Wait for it, or stop it.") from None
+    except OSError as error:
+        raise files.file_error(error, run / LOCK, "locked") from error
+    return lock
+
+
+def _holder(run: Path) -> str:
+    """Return which command holds a run, and since when."""
+    try:
+        told = json.loads((run / HOLDER).read_text(encoding="utf-8"))
+        return "{command} (process {process}) has been writing it since {since}".format(**told)
+    except (OSError, ValueError, LookupError, TypeError):
+        return "another process is writing it"
+
+
+def is_held(run: Path) -> bool:
+    """Say whether another process writes a run."""
+    if run.resolve() in _HELD or not (run / LOCK).is_file() or (run / LOCK).is_symlink():
         return False
     try:
-        take_lock(folder, wait=0).release()
+        _acquired(run, 0).release()
     except RunError:
         return True
     except FileError:  # no permission to lock, so the lock cannot be tested
@@ -75,52 +96,24 @@ def need_own(path: Path) -> None:
         )
 
 
-class Claim:
-    """A stage of a run, for one process to train.
-
-    Links and kept rows of all stages share folders, in which other processes may write at the same
-    time. Only files of this stage are removed there.
-    """
+class Scratch:
+    """The files of a stage in training, which this process writes."""
 
     def __init__(self, run: Path, stage: str) -> None:
         self.run, self.stage = run, stage
         self.folder = stage_folder(run, stage)
-        self._lock: FileLock | None = None
-
-    def take(self) -> None:
-        """Lock the stage. Raises RunError if another process trains it."""
-        if self._lock is None:
-            files.make_folder(self.folder)
-            self._lock = take_lock(self.folder)
 
     def clear(self) -> None:
         """Remove leftovers of a kill or of a pruned stage of this name, before the stage begins."""
+        files.make_folder(self.folder)
         self.remove_passing(RECORDS, RESULT)
 
     def undo(self) -> None:
-        """Remove the files of a stage that this process has begun."""
+        """Remove the files of a stage that this process has begun, and its folder."""
         for name in (*PASSING, RECORDS, CONFIG):
             files.remove(self.folder / name)
-
-    def release(self) -> None:
-        """Release the lock; remove the folder if it contains only the lock."""
-        if self._lock is None:
-            return
-        with suppress(OSError):
-            if [entry.name for entry in self.folder.iterdir()] == [LOCK]:
-                files.remove(self.folder)
-        self._lock.release()
-        self._lock = None
-
-    def tidy(self, history: History) -> None:
-        """Remove training files of a finished stage that a kill has left."""
-        has_ended = history.find(self.stage) is not None
-        if not has_ended or not any((self.folder / name).exists() for name in PASSING):
-            return
-        with suppress(ChainLoRAError):  # another process holds the stage, or the disk is read-only
-            self.take()
-            self.remove_passing()
-        self.release()
+        with suppress(OSError):  # it holds something else
+            self.folder.rmdir()
 
     def remove_passing(self, *more: str) -> None:
         """Remove files that only training needs, and more files of the stage."""
@@ -129,12 +122,11 @@ class Claim:
             files.remove(self.folder / name)
 
     def remove_scratch(self) -> None:
-        """Remove scratch files of this stage that a kill has left."""
+        """Remove scratch files that a kill has left."""
         own = [self.folder, *(self.folder / name for name in GROWING)]
-        shared = [self.run / name for name in CONTENT]  # other stages write there at the same time
-        for folder in (*own, *shared):
+        for folder in (*own, *(self.run / name for name in CONTENT)):
             with files.reported(folder):
-                files.remove_scratch(folder, self.stage if folder in shared else "")
+                files.remove_scratch(folder)
 
     def remove_all_but(self, named: Collection[str]) -> None:
         """Remove checkpoints, moments and best points that ``stage.json`` does not name."""

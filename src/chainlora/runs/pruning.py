@@ -29,8 +29,7 @@ from chainlora.runs.history import (
     Recipe,
     Unbuilt,
 )
-from chainlora.runs.history_file import changed, read_history, update_history
-from chainlora.runs.locks import is_in_use
+from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.paths import HISTORY
 
 _SHOWN = ("chain.png", "report.html")  # pictures of a whole run
@@ -202,12 +201,11 @@ def prune_stage(run: str | Path, name: str, solve: Solve) -> Pruning:
     due = [e for e in plan.again if e.kind == "combine" and {*e.parents} <= {*left}]
     builds = [solve(run, after, entry) for entry in due]
 
-    def change(history: History) -> History:
-        if history != before:
-            raise changed(run)
-        return reduce(lambda history, build: build(history), builds, after)
-
-    update_history(run, change, lambda: _delete_unnamed(run, name))
+    update_history(
+        run,
+        lambda history: reduce(lambda left, build: build(left), builds, after),
+        lambda: _delete_unnamed(run, name),
+    )
     return plan
 
 
@@ -227,10 +225,8 @@ def _delete_unnamed(run: Path, name: str) -> None:
 
 
 def _need_idle(run: Path, history: History, name: str) -> None:
-    """Raise RunError if another stage is unfinished, or a process is about to begin one."""
-    unknown = (p for p in (run / "stages").glob("[!.]*") if history.find(p.name) is None)
-    unfinished = [folder for key, folder in drafts_in(run, history).items() if key != name]
-    if begun := [*unfinished, *filter(is_in_use, unknown)]:
+    """Raise RunError if another stage is unfinished."""
+    if begun := [folder for key, folder in drafts_in(run, history).items() if key != name]:
         rule = f"Cannot prune: stage {begun[0].name} is unfinished"
         raise RunError(rule, begun[0], f"finish it, or prune {begun[0].name} first")
 

@@ -8,7 +8,6 @@
     RUN/stages/NAME/checkpoints/00000120/    the live link and its optimizer
     RUN/stages/NAME/metrics.jsonl            one JSON object a line
     RUN/stages/NAME/result.json              written last
-    RUN/stages/NAME/.lock                    held by the process that trains
 
 The history declares the stage before it begins. A file that ``stage.json`` names is never
 overwritten. A new point is saved in three steps:
@@ -23,6 +22,7 @@ in the history.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -36,6 +36,7 @@ from chainlora.chain.link import Link
 from chainlora.config.reading import dump_config
 from chainlora.config.schema import LinkConfig, RunConfig
 from chainlora.data.kept import Kept
+from chainlora.errors import FileError
 from chainlora.knots.numbers import Numbers
 from chainlora.runs.addresses import state_of_draft
 from chainlora.runs.beginning import save_rows
@@ -43,9 +44,9 @@ from chainlora.runs.costs import versions
 from chainlora.runs.documents import write_part
 from chainlora.runs.draft import DRAFT, PASSING, REFERENCE, Checkpoint, Draft, Progress
 from chainlora.runs.history import CONFIG, RECORDS, RESULT, Base, History, LinkFacts, Unbuilt
-from chainlora.runs.history_file import changed, read_history, update_history
+from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.links import save_link, write_adapter_of
-from chainlora.runs.locks import Claim
+from chainlora.runs.locks import Scratch
 from chainlora.runs.opening import check_base
 from chainlora.runs.paths import stage_folder
 from chainlora.runs.records import RecordLog, resumed_log
@@ -65,7 +66,7 @@ class Work:
     def __init__(self, run: str | Path, stage: str, *, writes: bool = True) -> None:
         self.run, self.stage, self.writes = Path(run), stage, writes
         self.folder = stage_folder(self.run, stage)
-        self._claim = Claim(self.run, stage)
+        self._scratch = Scratch(self.run, stage)
         self._draft: Draft | None = None
         self._is_new = False  # begun by this process
         self._hashes: dict[str, str] = {}  # of files that this process has written or verified
@@ -91,16 +92,13 @@ class Work:
     # --- opening and closing ---
 
     def open(self, config: RunConfig, change: Collection[str] = ()) -> None:
-        """Lock the stage; if it was begun, check its files and config.
+        """If the stage was begun, check its files and config.
 
-        `change` names config keys that a resume may change. Raises RunError for a stage that
-        another process trains or has withdrawn, a damaged one, and for another config.
+        `change` names config keys that a resume may change. Raises RunError for a damaged stage,
+        and for another config.
         """
         if not self.writes:
             return
-        self._claim.take()
-        if read_history(self.run).find_unbuilt(self.stage) is None:
-            raise changed(f"{self.stage} of {self.run}")
         if (begun := self.begun()) is not None:
             begun = self._take(begun)
             changes = self.draft.training.changes + tuple(compare(begun, config, change))
@@ -131,7 +129,7 @@ class Work:
         declared = self._declared(read_history(self.run))
         need_same_sources(self.run, declared, source_digests(config))
         self._is_new = True
-        self._claim.clear()
+        self._scratch.clear()
         self.base = base
         files.write_text(self.folder / CONFIG, dump_config(config))
         self._hash(CONFIG)
@@ -142,35 +140,31 @@ class Work:
         return deepcopy(self.draft.progress)
 
     def _declared(self, history: History) -> Unbuilt:
-        """Return the declaration of the stage. Raises RunError if it was withdrawn meanwhile."""
         declared = history.find_unbuilt(self.stage)
-        if declared is None:
-            raise changed(f"{self.run} without {self.stage}")
+        assert declared is not None
         return declared
 
     def tidy(self) -> None:
         """Remove training files of a finished stage that a kill has left."""
         if self.writes:
-            self._claim.tidy(read_history(self.run))
+            with suppress(FileError):  # the disk is read-only
+                self._scratch.remove_passing()
 
     def close(self, *, undo: bool = False) -> None:
-        """Release the lock of the stage.
+        """End the work: with `undo`, remove a stage that this process began without a point.
 
-        `undo` removes the files of a stage that this process began, if it has no link and no
-        checkpoint. Otherwise a stage that was refused late would be in the way of the corrected
-        config.
+        Otherwise a stage that was refused late would be in the way of the corrected config.
         """
         has_learned = self._draft is not None and (self._draft.tied or self._draft.checkpoint)
         if undo and self._is_new and not has_learned:
-            self._claim.undo()
-        self._claim.release()
+            self._scratch.undo()
 
     def _resume(self, draft: Draft, base: Base, rows: str) -> Progress:
         """Return the progress to resume from; cut the records that came after it."""
         check_resumed(draft.training, rows)
         self.base = base
         draft = self._draft = draft.with_training(rows=rows)
-        self._claim.remove_scratch()
+        self._scratch.remove_scratch()
         progress = deepcopy(draft.position)
         self._log = resumed_log(self._log.path, draft.records, progress.num_records)
         progress.num_records = self._log.count
@@ -304,7 +298,7 @@ class Work:
             return history.built(entry, self._links)
 
         update_history(self.run, change)
-        self._claim.remove_passing()
+        self._scratch.remove_passing()
 
     def _replace(self, **changed: Any) -> None:
         """Replace ``stage.json`` with `changed` fields, then delete files that it does not name."""
@@ -317,7 +311,7 @@ class Work:
         draft = draft.model_copy(update=update).with_training(versions=versions())
         write_part(self.folder / DRAFT, draft)
         self._draft = draft
-        self._claim.remove_all_but(draft.named)
+        self._scratch.remove_all_but(draft.named)
 
     def _write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         files.make_folder((self.folder / name).parent)

@@ -1,8 +1,7 @@
 """Build declared entries: compute a state for each, parents first.
 
-The base is opened once. Stopped stages resume. An entry that another process builds is left to
-that process. The process that builds the last missing parent of a combination builds the
-combination too. Design: docs/decisions/0034-entries-are-declared-then-built.md, "Build".
+The base is opened once. Stopped stages resume. Design:
+docs/decisions/0034-entries-are-declared-then-built.md, "Build".
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from chainlora.errors import ChainLoRAError, RunError, StoppedError, TrainingError
@@ -24,9 +23,9 @@ from chainlora.runs.addresses import begun_stage, state_at
 from chainlora.runs.declaring import declare, declared_config, withdraw
 from chainlora.runs.draft import DRAFT, ended_leftovers
 from chainlora.runs.history import START, Entry, History, Unbuilt
-from chainlora.runs.history_file import changed, read_history
+from chainlora.runs.history_file import read_history
 from chainlora.runs.loading_start import start_at
-from chainlora.runs.locks import is_in_use
+from chainlora.runs.locks import writing
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.paths import exists_in, stage_folder
 from chainlora.runs.resuming import not_named
@@ -56,12 +55,27 @@ def carry_out(
     ``stage.json``, the declarations of the command are withdrawn.
     """
     # 1. The first process declares the entries; the others wait.
-    run, results, is_new_run = plan.run, dict[str, TrainResult](), not exists_in(plan.run)
+    run, is_new_run = plan.run, not exists_in(plan.run)
     wait_for_all()  # every process has made its plan
     if is_first_launched():
         declare(run, _with_base(plan, base), plan.new, plan.target, plan.start)
     wait_for_all()
+    with writing(run) if is_first_launched() else nullcontext():
+        return _build(plan, listener, base, loop, after, is_new_run=is_new_run)
+
+
+def _build(
+    plan: Plan,
+    listener: Listener,
+    base: OpenBase | None,
+    loop: Loop,
+    after: Callable[[Entry], object],
+    *,
+    is_new_run: bool,
+) -> dict[str, TrainResult]:
+    """Build the declared entries of a plan."""
     # 2. Report finished stages, and clean up after them.
+    run, results = plan.run, dict[str, TrainResult]()
     before = read_history(run)
     for planned in (planned for planned in plan.stages if planned.state == "finished"):
         is_beside = bool(planned.stage.beside)
@@ -69,8 +83,7 @@ def carry_out(
     for name in {path.parent.name for path in ended_leftovers(run, before)}:
         Work(run, name, writes=is_first_launched()).tidy()
     # 3. Build entries until none is due.
-    reported: set[str] = set()
-    while (entry := _next_due(plan, reported)) is not None:
+    while (entry := _next_due(plan)) is not None:
         began = time.monotonic()
         with _withdrawing(plan, entry, is_new_run):
             if entry.kind == "stage":
@@ -85,7 +98,7 @@ def carry_out(
         assert built is not None
         after(built)
     if is_first_launched():
-        _warn_of_missing_stages(plan, before)
+        _warn_of_missing_stages(plan)
     return results
 
 
@@ -112,7 +125,7 @@ def _withdrawing(plan: Plan, entry: Unbuilt, is_new_run: bool) -> Iterator[None]
     except BaseException as error:
         folder = stage_folder(plan.run, entry.key)
         names = [START] * bool(plan.new) + [planned.name for planned in plan.stages]
-        has_begun = (folder / DRAFT).exists() or is_in_use(folder)
+        has_begun = (folder / DRAFT).exists()
         is_stopped = isinstance(error, TrainingError | KeyboardInterrupt) and entry.key != START
         if is_first_launched() and entry.key in names and not (has_begun or is_stopped):
             # otherwise the refused stage would be in the way of the next command
@@ -122,12 +135,11 @@ def _withdrawing(plan: Plan, entry: Unbuilt, is_new_run: bool) -> Iterator[None]
         raise
 
 
-def _next_due(plan: Plan, reported: set[str]) -> Unbuilt | None:
+def _next_due(plan: Plan) -> Unbuilt | None:
     """Return the first unbuilt entry that this command builds, or None.
 
     All its parents are built. Entries of the command come first, then their ancestors, then
-    combinations on the way to the target. `reported` collects the keys of entries
-    left to others, so that each is logged once.
+    combinations on the way to the target. An entry of another command with plug-ins is left.
     """
     history, planned = read_history(plan.run), {START, *plan.keys}
     wanted = planned | {name for key in plan.keys for name in history.below(key)}
@@ -137,20 +149,9 @@ def _next_due(plan: Plan, reported: set[str]) -> Unbuilt | None:
             continue
         if any(history.find(key) is None for key in entry.parents):
             continue
-        builder = None if entry.key in planned else _other_builder(plan.run, entry)
-        if builder is None:
+        if entry.key in planned or not entry.config.get("plugins"):
             return entry
-        if entry.key not in reported:
-            logger.warning("%s is left to the %s", entry.key, builder)
-            reported.add(entry.key)
     return None
-
-
-def _other_builder(run: Path, entry: Unbuilt) -> str | None:
-    """Return who must build an entry of another command, None for this process."""
-    if is_in_use(stage_folder(run, entry.key)):
-        return "process that trains it"
-    return "command that names its plug-ins" if entry.config.get("plugins") else None
 
 
 def _train(
@@ -164,10 +165,7 @@ def _train(
     is_beside = stage is not None and bool(stage.beside)
     listener(StageBegins(step, name, "new" if begun is None else "stopped", is_beside))
     start = start_at(state_at(run, read_history(run), entry.parent))
-    is_planned = entry == plan.history.declared(plan.new, None).find_unbuilt(name)
-    if stage is not None and not is_planned:
-        raise changed(run)
-    config = plan.configs.get(name) if is_planned else None
+    config = plan.configs.get(name)
     if config is None:
         config = declared_config(run, entry) if begun is None else begun.config()
         train = config.train.model_copy(update=_NO_TRACKERS)
@@ -192,8 +190,8 @@ def _compute(run: Path, entry: Unbuilt, listener: Listener, base: OpenBase | Non
         build_import(run, entry, base)
 
 
-def _warn_of_missing_stages(plan: Plan, before: History) -> None:
-    """Warn of stages that the head does not include, and of entries that another process builds."""
+def _warn_of_missing_stages(plan: Plan) -> None:
+    """Warn of stages that the head does not include, and of entries that are not built."""
     run, history = plan.run, read_history(plan.run)
     if waiting := [key for key in plan.keys if history.find_unbuilt(key) is not None]:
         missing = {name for key in waiting for name in history.below(key)} - {*waiting}

@@ -28,6 +28,7 @@ from chainlora.runs.history import START, Base, Declared, Entry, History, Unbuil
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.lineage import Lineage
 from chainlora.runs.loading_start import NOTHING
+from chainlora.runs.locks import writing
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import check_base
 from chainlora.runs.paths import exists_in
@@ -129,10 +130,18 @@ def rebuild(
 
     Repeat a call that was stopped to resume it. Raises RunError at the first entry with other bits.
     """
-    run, wanted = Path(stages[0].config.output or "").expanduser(), lineage.history
+    run = Path(stages[0].config.output or "").expanduser()
     if num_launched() > 1:
         raise ConfigError("a lineage is trained again by one process", num_launched())
-    known = None
+    with writing(run):
+        return _rebuilt(lineage, stages, run, listener or (lambda event: None))
+
+
+def _rebuilt(
+    lineage: Lineage, stages: Sequence[Stage], run: Path, listener: Listener
+) -> list[TrainResult | None]:
+    """Build a lineage in a run, which this process holds if it exists."""
+    wanted, known = lineage.history, None
     if exists_in(run):
         known = read_history(run)
         keys = [entry.key for entry in (*known.entries, *known.unbuilt)]
@@ -144,7 +153,7 @@ def rebuild(
     if plan.due:
         check_due(plan.stages, NOTHING, None if known is None else state_at(run, known), base)
     check = partial(_check_bits, run, wanted)
-    results = carry_out(plan, listener or (lambda event: None), base=base, after=check)
+    results = carry_out(plan, listener, base=base, after=check)
     update_history(run, methodcaller("moved", wanted.head))
     return [results.get(stage.name) for stage in stages]
 

@@ -32,8 +32,9 @@ from chainlora.runs.changes import whole_run
 from chainlora.runs.history import MAIN
 from chainlora.runs.history_file import read_history
 from chainlora.runs.loading_start import with_start
+from chainlora.runs.locks import writing
 from chainlora.runs.open_base import OpenBase
-from chainlora.runs.paths import exists_in
+from chainlora.runs.paths import exists_in, split_address
 from chainlora.runs.pruning import Pruning, prune_stage
 from chainlora.runs.state import OpenState
 from chainlora.showing import Shown
@@ -195,7 +196,7 @@ def add(
         rule, got = "an adapter's rows are given once", f"data.{min(both)} and rows"
         raise ConfigError(rule, got, "leave one out")
     keys["data"] = own | dict(data)
-    with _with_progress(listener, progress) as shown:
+    with _with_progress(listener, progress) as shown, writing(split_address(run)[0]):
         plan = addition(run, adapter, name, keys)
         base = base_of(plan.stages[0].stage.config)
         _build_and_score(plan, shown, base, max_forgetting)
@@ -254,8 +255,9 @@ def train_stages(
     `matrix` scores kept rows in all states without a score (`evaluation.stage_scores`).
     """
     listener, base = listener or _ignore, base or base_of(stages[0].config)
-    plan = make_plan(stages, change, base=base)
-    results = _build_and_score(plan, listener, base, max_forgetting, matrix)
+    with _held(stages[0].config):
+        plan = make_plan(stages, change, base=base)
+        results = _build_and_score(plan, listener, base, max_forgetting, matrix)
     names = [stage.name for stage in stages]
     return [*map(results.get, names), *(r for key, r in results.items() if key not in names)]
 
@@ -284,6 +286,14 @@ def _build_and_score(
     return results
 
 
+@contextmanager
+def _held(config: RunConfig) -> Iterator[None]:
+    """Hold the run of a config in the first process, if it exists; a new one is held later."""
+    has_run = config.output is not None and is_first_launched()
+    with writing(Path(config.output or "").expanduser()) if has_run else nullcontext():
+        yield
+
+
 def base_of(config: RunConfig) -> OpenBase:
     """Return the base of a config; one command opens it once."""
     run = None if config.output is None else Path(config.output).expanduser()
@@ -302,15 +312,16 @@ def train_run(
 ) -> TrainResult:
     """Train a config of one stage like `chainlora.train`, without progress; return its result."""
     listener, base = listener or _ignore, base or base_of(config)
-    plan = make_plan([Stage(stage, config)], change, resume=resume, base=base)
-    if config.output is None:
-        return train_stage(stage, config, plan.start, listener, base=base, loop=loop)
 
     def without_stages(event: Event) -> None:  # the run has a single stage
         if not isinstance(event, StageBegins | EntryBuilt):
             listener(event)
 
-    result = _build_and_score(plan, without_stages, base, loop=loop).get(stage)
+    with _held(config):
+        plan = make_plan([Stage(stage, config)], change, resume=resume, base=base)
+        if config.output is None:
+            return train_stage(stage, config, plan.start, listener, base=base, loop=loop)
+        result = _build_and_score(plan, without_stages, base, loop=loop).get(stage)
     if result is None:
         result = result_of(config, stage)
         listener(AlreadyFinished(result["steps"], str(config.output)))
@@ -319,7 +330,9 @@ def train_run(
 
 def prune(run: str | Path, name: str, *, listener: Listener | None = None) -> Pruning:
     """Delete a stage, after the others are combined again (`prune_stage`)."""
-    return prune_stage(run, name, partial(solved_combination, progress=solver(listener or _ignore)))
+    with writing(whole_run(run)):
+        solve = partial(solved_combination, progress=solver(listener or _ignore))
+        return prune_stage(run, name, solve)
 
 
 def build_run(
@@ -327,6 +340,12 @@ def build_run(
 ) -> list[TrainResult]:
     """Build all declared entries of a run that have no state; return the results of its stages."""
     folder = whole_run(run)
+    with writing(folder) if is_first_launched() else nullcontext():
+        return _built(folder, listener or _ignore, base)
+
+
+def _built(folder: Path, listener: Listener, base: OpenBase | None) -> list[TrainResult]:
+    """Build the declared entries of a run, which this process holds."""
     declaring = Declaring(read_history(folder), folder)
     for entry in declaring.history.unbuilt:
         if plugins := entry.config.get("plugins"):  # only the command that declared it names them
@@ -334,7 +353,7 @@ def build_run(
             got = f"{', '.join(plugins)} for {entry.key}"
             raise RunError(rule, got, f"repeat the command that declared {entry.key}")
     declaring.keys = [entry.key for entry in declaring.history.unbuilt]
-    return [*_build_and_score(plan_of(declaring), listener or _ignore, base).values()]
+    return [*_build_and_score(plan_of(declaring), listener, base).values()]
 
 
 def _score(run: Path, listener: Listener, base: OpenBase | None) -> None:

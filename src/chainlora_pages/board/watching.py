@@ -17,7 +17,7 @@ from chainlora.runs.changes import MATRIX
 from chainlora.runs.draft import DRAFT, drafts_in
 from chainlora.runs.history import RECORDS
 from chainlora.runs.history_file import read_history
-from chainlora.runs.locks import is_in_use
+from chainlora.runs.locks import is_held
 from chainlora.runs.paths import HISTORY, is_run, split_address, stage_folder
 from chainlora.runs.state import OpenState
 from chainlora_pages.charts import Picture, table_of
@@ -67,10 +67,9 @@ def standing_of(run: Path) -> dict[str, str]:
         texts = dict(zip(keys, _standing(run, name, *stamps), strict=True))
     except ChainLoRAError:
         return dict.fromkeys(keys, _NONE) | {"state": "cannot be read"}
-    due = [stage_folder(run, entry.key) for entry in read_history(run).unbuilt]
-    if texts["state"] == "done" and due:  # such as general rows, or a combination
+    if texts["state"] == "done" and read_history(run).unbuilt:  # such as a combination
         texts["state"] = "training"
-    if texts["state"] == "training" and not any(map(is_in_use, [folder, *due])):
+    if texts["state"] == "training" and not is_held(run):
         texts["state"] = "interrupted"
     return texts if texts["state"] == "training" else texts | {"time left": _NONE}
 
