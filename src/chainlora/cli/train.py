@@ -116,7 +116,7 @@ def _train_file(file: str, overrides: list[tuple[str, str]], dry_run: bool, as_j
         stages = make_stages(with_start(tree), overrides)
         if has_rows:
             _announce(file, stages[0].config)
-        train_and_show(stages, overrides, dry_run, as_json)
+        train_and_show(stages, dry_run, as_json)
         return
     for key, value in overrides:  # keys of `stages` are refused here
         set_key(tree, key, value)
@@ -127,7 +127,7 @@ def _train_file(file: str, overrides: list[tuple[str, str]], dry_run: bool, as_j
             "--output"
         )
     _announce(file, settings)
-    _train_alone(Stage(stage, settings), [key for key, _ in overrides], dry_run, as_json)
+    _train_alone(Stage(stage, settings), dry_run, as_json)
 
 
 def _config_of_rows(
@@ -157,11 +157,11 @@ def _announce(file: str, config: RunConfig) -> None:
         to_stderr(f"{file}: {links} on {config.model}, to {config.output}")
 
 
-def _train_alone(stage: Stage, change: Sequence[str], dry_run: bool, as_json: bool) -> None:
+def _train_alone(stage: Stage, dry_run: bool, as_json: bool) -> None:
     """Train a run of one stage, and show the result."""
     quiet()
     if dry_run:
-        _show_plan([stage], change, as_json)
+        _show_plan([stage], as_json)
         return
     from chainlora.training.stages import base_of, train_run
 
@@ -172,9 +172,8 @@ def _train_alone(stage: Stage, change: Sequence[str], dry_run: bool, as_json: bo
         def listener(event: Event) -> None:
             (finished.append if event.name == "finished" else show)(event)
 
-        return train_run(
-            config, resume=True, listener=listener, change=change, stage=stage.name, base=base
-        )
+        keys: Any = {"stage": stage.name, "base": base}
+        return train_run(config, resume=True, listener=listener, **keys)
 
     result = with_progress(config.output, work)
     if not is_first_process():
@@ -197,7 +196,7 @@ def _rebuild(file: str, overrides: Sequence[tuple[str, str]], dry_run: bool, as_
     lineage = read_lineage(file)
     stages = stages_of(lineage, overrides)
     work = partial(rebuild, lineage, stages)
-    train_and_show(stages, (), dry_run, as_json, work)
+    train_and_show(stages, dry_run, as_json, work)
     if not dry_run:
         to_stderr(f"rebuilt {lineage.state.digest}: the links have the bits that {file} names")
 
@@ -258,7 +257,6 @@ def _stage_of(file: str, output: Any, overrides: Sequence[tuple[str, str]]) -> s
 
 def train_and_show(
     stages: Sequence[Stage],
-    overrides: Sequence[tuple[str, str]],
     dry_run: bool,
     as_json: bool,
     train: Callable[..., list[TrainResult | None]] | None = None,
@@ -269,9 +267,8 @@ def train_and_show(
     `train` is called with a listener; the default calls `train_stages`.
     """
     quiet()
-    named = [key.split(".", 2)[-1] if key.startswith("stages.") else key for key, _ in overrides]
     if dry_run:
-        _show_plan(stages, named, as_json)
+        _show_plan(stages, as_json)
         return
     from chainlora.runs.history_file import read_history
     from chainlora.runs.paths import exists_in
@@ -280,8 +277,7 @@ def train_and_show(
     def work(show: Listener) -> list[TrainResult | None]:
         if train is not None:
             return train(listener=show)
-        keys: Any = {"change": named, "base": base, "max_forgetting": max_forgetting}
-        return train_stages(stages, listener=show, **keys)
+        return train_stages(stages, listener=show, base=base, max_forgetting=max_forgetting)
 
     run, base = stages[0].config.output or "", base_of(stages[0].config)
     before = read_history(Path(run)).head if exists_in(Path(run)) else None
@@ -366,11 +362,11 @@ def _show_next(
     click.echo("\n  ".join(["next:", *commands]))
 
 
-def _show_plan(stages: Sequence[Stage], change: Sequence[str], as_json: bool) -> None:
+def _show_plan(stages: Sequence[Stage], as_json: bool) -> None:
     """Print for each stage whether it is finished, stopped or new. Raises if it cannot train."""
     from chainlora.training.plan import make_plan
 
-    plan = make_plan(stages, change)
+    plan = make_plan(stages)
     if as_json:
         keys = ("name", "state", "step")
         print_json({"stages": [{key: getattr(p, key) for key in keys} for p in plan.stages]})

@@ -92,7 +92,7 @@ def extend(
     section: Any = words[1] if words[1:] else {}
     overrides += [("data.keep_conflicts", "true")] * keep_conflicts
     stages = extension(words[0], section, overrides, beside=beside)
-    train_and_show(stages, overrides, dry_run, as_json, max_forgetting=max_forgetting)
+    train_and_show(stages, dry_run, as_json, max_forgetting=max_forgetting)
 
 
 @click.command(cls=WithKeys)

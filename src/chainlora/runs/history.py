@@ -110,21 +110,6 @@ class LinkFacts(Part):
             raise RunError("a link's config must be valid", error, DAMAGED) from None
 
 
-class Change(Part):
-    """A config key that a resume changed, and from which step on.
-
-    Only places and `resuming.CHANGEABLE` keys are valid, because a run may come from somebody else.
-    """
-
-    key: Annotated[
-        str,
-        Field(pattern=r"^(model|data\.(task|train|validation|test)|train\.(lr|max_grad_norm))$"),
-    ]
-    before: Any
-    after: Any
-    step: Count
-
-
 class Training(Part):
     """The inputs of a stage's training."""
 
@@ -132,7 +117,6 @@ class Training(Part):
     # digests of task and row files, by config key
     sources: dict[str, list[str]] = Field(default={})
     plugins: dict[str, str] = Field(default={})  # SHA-256 of each
-    changes: tuple[Change, ...] = ()
     numbers: Numbers | None = None  # decided before the first step (`training.deciding`)
     versions: dict[str, str] = Field(default={})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -18,7 +18,7 @@ from chainlora.models.finding import from_above, is_same_place, resolve_model
 from chainlora.models.identity import base_files
 from chainlora.registry import plugin_digest
 from chainlora.runs.costs import versions
-from chainlora.runs.history import CONFIG, START, WEIGHTS, Change, Entry, Training, Unbuilt
+from chainlora.runs.history import CONFIG, START, WEIGHTS, Entry, Training, Unbuilt
 from chainlora.runs.loading_start import start_folder
 from chainlora.runs.opening import check_base
 from chainlora.runs.paths import exists_in
@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 Sources = dict[str, list[str]]  # digests of contents, by config key
 ADAPTER = "start"  # the key of an adapter, in a config and in its sources
 
-# Keys that a resume may change if asked to: they affect only later steps, and nothing on disk.
-CHANGEABLE = ("train.lr", "train.max_grad_norm")
 # Keys with paths. They may change on resume if the content is the same, which is checked.
 _PLACES = ("model", "data.train", "data.validation", "data.test")
 
@@ -55,17 +53,15 @@ def refuse_if_other(run: Path) -> None:
         refuse_if_taken(run)
 
 
-def compare(
-    begun: OpenState, now: RunConfig, change: Collection[str] = (), stage: str | None = None
-) -> list[Change]:
-    """Compare a begun stage with its config `now`; return the keys that a resume changes.
+def compare(begun: OpenState, now: RunConfig, stage: str | None = None) -> None:
+    """Compare a begun stage with its config `now`.
 
     Paths are not compared; contents are. For a stage in training, base and rows are compared later,
     when they are loaded. For a finished stage they are compared here, but only those at a new path,
     and a base in a folder; its files of rows may have grown, or be missing.
 
-    `change` are keys that a resume may change (`CHANGEABLE`), `stage` is the name in messages, if
-    the run has several. Raises RunError for another config, or other content.
+    `stage` is the name in messages, if the run has several. Raises RunError for another config, or
+    other content.
     """
     before, entry = begun.config(), _entry(begun)
     need_start(before, now)
@@ -73,23 +69,14 @@ def compare(
     old, new = _compared_keys(before), _compared_keys(now)
     differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     allowed = {key for key in differing if _is_same_content(key, begun, before, now)}
-    if begun.draft is None:
-        # the values before a resume has changed them are accepted too
-        original = [(change.key, change.before) for change in entry.training.changes]
-        allowed |= {key for key in differing if (key, new[key]) in original}
-    else:
-        allowed |= set(change).intersection(CHANGEABLE)
-        if entry.training.rows is not None:
-            places = set(_PLACES).intersection(differing)
-            allowed |= {k for k in places if _without_place(old[k]) == _without_place(new[k])}
+    if begun.draft is not None and entry.training.rows is not None:
+        places = set(_PLACES).intersection(differing)
+        allowed |= {k for k in places if _without_place(old[k]) == _without_place(new[k])}
     for key in differing:
         if key not in allowed:
             raise _other_config(begun, key, old[key], new[key], stage)
     if begun.draft is None:
         _check_model(begun, before.model, now.model)
-        return []
-    step = begun.draft.position.step
-    return [Change(key=key, before=old[key], after=new[key], step=step) for key in differing]
 
 
 def need_same_beginning(run: Path, before: RunConfig, now: RunConfig) -> None:
@@ -209,8 +196,6 @@ def _other_config(begun: OpenState, key: str, old: Any, new: Any, stage: str | N
     else:
         rule, got = "a run resumes with the config it began with", f"{differs} in {run}"
         remedy = f"use {begun.folder / CONFIG}, or choose another output"
-    if key in CHANGEABLE and not has_ended:
-        remedy = f"to resume with another value, pass --{key} VALUE; else {remedy}"
     return RunError(rule, got, remedy)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from chainlora.chain.link import Link
 from chainlora.config.reading import make_config, read_tree
 from chainlora.config.schema import RunConfig
-from chainlora.config.staging import section_of
 from chainlora.config.template_names import refuse_paths
 from chainlora.data.kept import Kept, read_kept
 from chainlora.errors import RunError
@@ -222,15 +221,10 @@ class OpenState:
         return entry
 
     def config(self) -> RunConfig:
-        """Return the config of the `configured` entry, with changes by resumes."""
-        entry = self.configured
-        path = self._need_own(entry, CONFIG)
+        """Return the config of the `configured` entry."""
+        path = self._need_own(self.configured, CONFIG)
         tree = read_tree(path)
-        for change in entry.training.changes:
-            section, _, key = change.key.rpartition(".")
-            changed = {key: change.after}
-            tree |= {section: section_of(tree, section) | changed} if section else changed
-        refuse_paths(tree, path)  # after the changes, which may come from somebody else too
+        refuse_paths(tree, path)
         return make_config(tree)
 
     def records(self) -> list[Record]:

@@ -91,18 +91,15 @@ class Work:
 
     # --- opening and closing ---
 
-    def open(self, config: RunConfig, change: Collection[str] = ()) -> None:
+    def open(self, config: RunConfig) -> None:
         """If the stage was begun, check its files and config.
 
-        `change` names config keys that a resume may change. Raises RunError for a damaged stage,
-        and for another config.
+        Raises RunError for a damaged stage, and for another config.
         """
         if not self.writes:
             return
         if (begun := self.begun()) is not None:
-            begun = self._take(begun)
-            changes = self.draft.training.changes + tuple(compare(begun, config, change))
-            self._draft = self.draft.with_training(changes=changes)
+            compare(self._take(begun), config)
 
     def _take(self, state: OpenState) -> OpenState:
         """Check the files of a state and continue from its point; return the checked state."""

@@ -136,7 +136,7 @@ def _need_same(built: OpenState, config: RunConfig, adapter: str) -> None:
     if not is_same:
         rule = "an entry keeps the adapter that it was imported from"
         raise RunError(rule, f"another one for {built.key}", "choose another name, --name NAME")
-    compare(built, config, (), built.key)
+    compare(built, config, built.key)
 
 
 def _config(

@@ -174,7 +174,7 @@ def _train(
         if config.plugins:
             raise RunError(not_named(f"train {name} of {run}", config.plugins))
     with naming(stage if len(plan.stages) > 1 else None):
-        return train_stage(name, config, start, listener, change=plan.change, base=base, loop=loop)
+        return train_stage(name, config, start, listener, base=base, loop=loop)
 
 
 _NO_TRACKERS = {"trackers": ()}  # the run may come from somebody else: trackers must be named again

@@ -11,7 +11,7 @@ moments (`knots.moments`), and an optimizer of a plug-in may take over the state
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from functools import partial
 
@@ -58,16 +58,15 @@ def train_stage(
     start: Start,
     listener: Listener,
     *,
-    change: Collection[str] = (),
     base: OpenBase | None = None,
     loop: Loop | None = None,
 ) -> TrainResult:
     """Train a stage on `start` to its end, or resume it.
 
-    With an output, the stage must have been declared (`runs.declaring`). `change` names config keys
-    that a resume may change; `loop` replaces `tuned`.
+    With an output, the stage must have been declared (`runs.declaring`). `loop` replaces
+    `tuned`.
     """
-    prepared = prepare(config, listener, change, start, name, base)
+    prepared = prepare(config, listener, start, name, base)
     with prepared as run, run.processes.exchanging(), kept_random_state(run.chain.model):
         return (loop or tuned)(run)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from os.path import expanduser
@@ -68,7 +68,6 @@ class Plan:
     keys: tuple[str, ...] = ()  # all entries of the command, also those declared before
     configs: Mapping[str, RunConfig] = field(default_factory=dict)  # by the key of a stage
     target: str | None = None  # the future head, if it changes
-    change: Collection[str] = ()  # config keys that a resume may change
 
     @property
     def due(self) -> list[StagePlan]:
@@ -92,7 +91,6 @@ class Plan:
 
 def make_plan(
     stages: Sequence[Stage],
-    change: Collection[str] = (),
     *,
     resume: bool = True,
     base: OpenBase | None = None,
@@ -113,7 +111,7 @@ def make_plan(
         _need_order(existing, stages)
     if existing is None or not existing.history.entries:
         stages = [_without_general(stages[0]), *stages[1:]]
-    planned = [_planned(stage, existing, change) for stage in stages]
+    planned = [_planned(stage, existing) for stage in stages]
     finished = [p.begun for p in planned if p.begun is not None and p.draft is None]
     head = existing if finished else None
     if finished:
@@ -131,7 +129,7 @@ def make_plan(
     _check_new(plan, existing, head)
     if plan.due:
         check_due(plan.stages, start, head, base)
-    return replace(plan, change=change)
+    return plan
 
 
 def _check_new(plan: Plan, existing: OpenState | None, head: OpenState | None) -> None:
@@ -206,7 +204,7 @@ def _need_order(head: OpenState, stages: Sequence[Stage]) -> None:
             )
 
 
-def _planned(stage: Stage, existing: OpenState | None, change: Collection[str]) -> StagePlan:
+def _planned(stage: Stage, existing: OpenState | None) -> StagePlan:
     """Return a stage with its length, and with its state if it was begun; check both."""
     begun = existing and begun_stage(existing.run, stage.name, existing.history)
     if begun is None:
@@ -214,7 +212,7 @@ def _planned(stage: Stage, existing: OpenState | None, change: Collection[str]) 
         _warn_of_unread(stage)
         return StagePlan(_with_length(stage, None))
     stage = _with_length(stage, begun)
-    _need_same(stage, begun, change)
+    _need_same(stage, begun)
     return StagePlan(stage, begun)
 
 
@@ -297,7 +295,7 @@ def _unread(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield f"train.{key}", "on one link, evaluated at its end alone; set train.eval_every"
 
 
-def _need_same(stage: Stage, begun: OpenState, change: Collection[str]) -> None:
+def _need_same(stage: Stage, begun: OpenState) -> None:
     """Raise ChainLoRAError if a begun stage differs from its config, or cannot resume."""
     if isinstance(stage.config.start_data, StartData) and START not in begun.keepers:
         raise RunError(
@@ -306,7 +304,7 @@ def _need_same(stage: Stage, begun: OpenState, change: Collection[str]) -> None:
             f"leave it out, and call chainlora eval {shlex.quote(str(begun.run))} --matrix "
             "--start-rows FILE",
         )
-    compare(begun, stage.config, change, None if stage.name == MAIN else stage.name)
+    compare(begun, stage.config, None if stage.name == MAIN else stage.name)
     if begun.draft is not None:
         check_plugins(begun, stage.config)
 

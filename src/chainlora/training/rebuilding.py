@@ -32,7 +32,7 @@ from chainlora.runs.locks import writing
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import check_base
 from chainlora.runs.paths import exists_in
-from chainlora.runs.resuming import CHANGEABLE, compare, source_digests
+from chainlora.runs.resuming import compare, source_digests
 from chainlora.training.building import carry_out
 from chainlora.training.events import Listener
 from chainlora.training.placement import StagePlan
@@ -99,13 +99,11 @@ def _configs(lineage: Lineage, overrides: Sequence[tuple[str, Any]]) -> dict[str
 def _need_rebuildable(lineage: Lineage, entry: Entry) -> None:
     """Raise RunError for an entry that cannot get the same bits again."""
     links = [(d, facts) for d, facts in lineage.history.links.items() if facts.stage == entry.key]
-    changed = [change.key for change in entry.training.changes if change.key in CHANGEABLE]
     reasons = {
         "it was imported": links and entry.kind == "import",
         "it was exported in training": entry.kind == "stage" and entry.key not in lineage.stages,
         "links below it were pruned": entry.pruned,
         "its run had another name for it": any(facts.digest != d for d, facts in links),
-        f"{', '.join(changed)} changed while it was trained": changed,
     }
     if true := [reason for reason, is_true in reasons.items() if is_true]:
         raise RunError(f"Cannot train {entry.key} of the lineage again: {true[0]}")
@@ -165,7 +163,7 @@ def _plan(lineage: Lineage, stages: Sequence[Stage], run: Path, known: History |
     planned = [StagePlan(stage, begun_stage(run, stage.name, known)) for stage in stages]
     for stage_plan in planned:
         if stage_plan.begun is not None:
-            compare(stage_plan.begun, stage_plan.stage.config, (), stage_plan.name)
+            compare(stage_plan.begun, stage_plan.stage.config, stage_plan.name)
     if wanted.find(START) is None:
         first = first.model_copy(update={"start_data": "none"})
     history = known or history_of_start(

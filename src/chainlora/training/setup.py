@@ -6,7 +6,6 @@ Problems that show only in rows or weights are refused here; all others were ref
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -72,7 +71,6 @@ class _Setup:
 def prepare(
     config: RunConfig,
     listener: Listener,
-    change: Collection[str],
     start: Start,
     stage: str,
     base: OpenBase | None = None,
@@ -86,14 +84,12 @@ def prepare(
             setup.work = Work(config.output, stage, writes=processes.is_first)
             undo.callback(setup.work.close, undo=True)
         with processes.together():
-            run = _prepared(setup, change, base, undo)
+            run = _prepared(setup, base, undo)
         undo.pop_all()
     return run
 
 
-def _prepared(
-    setup: _Setup, change: Collection[str], base: OpenBase | None, undo: ExitStack
-) -> Run:
+def _prepared(setup: _Setup, base: OpenBase | None, undo: ExitStack) -> Run:
     """Return a prepared run; `undo` gets callbacks that close its parts if an error follows."""
     config, start, processes, work = setup.config, setup.start, setup.processes, setup.work
     # 1. The folder and the files of the base: nothing is loaded yet.
@@ -101,7 +97,7 @@ def _prepared(
     begun = setup.begun = None if work is None else work.begun()
     base = _open_base(setup, base)
     with processes.in_turn():
-        _open_files(base, work, config, change)
+        _open_files(base, work, config)
     # 2. Rows, before the model: a bad row is reported early.
     tokenizer = base.tokenizer(start.tokenizer)
     with processes.in_turn():
@@ -161,12 +157,10 @@ def _open_base(setup: _Setup, shared: OpenBase | None) -> OpenBase:
     return base.or_shared(shared if setup.processes.count == 1 else None)
 
 
-def _open_files(
-    base: OpenBase, work: Work | None, config: RunConfig, change: Collection[str]
-) -> None:
+def _open_files(base: OpenBase, work: Work | None, config: RunConfig) -> None:
     """Lock the stage, then find and check the files of its base, without loading them."""
     if work is not None:
-        work.open(config, change)
+        work.open(config)
     files = base.files  # may download them
     if work is not None:
         work.check_base_files(files)

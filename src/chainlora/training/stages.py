@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -64,7 +64,6 @@ def train(
     *,
     resume: bool = False,
     listener: Listener | None = None,
-    change: Collection[str] = (),
     progress: bool | None = None,
 ) -> TrainResult:
     """Train a config and return its result, the content of ``result.json``.
@@ -77,7 +76,6 @@ def train(
             is refused. Configs with `stages` always resume.
         listener: gets every event (`training.events`): `Planned` before the first step, and
             `RowsEncoded` while a large data set is tokenised before that.
-        change: config keys that a resume may change (`runs.resuming.CHANGEABLE`).
         progress: show progress on stderr: a bar on a terminal, lines in a notebook or a log file.
             By default it is shown unless `listener` is given.
 
@@ -99,10 +97,10 @@ def train(
         config = config.model_dump(mode="json")
     if isinstance(config, Mapping) and has_stages(config):
         stages = make_stages(with_start(config))
-        return _train_last(stages, listener, change, progress)
+        return _train_last(stages, listener, progress)
     checked = check_alone(config if isinstance(config, RunConfig) else make_config(config))
     with _with_progress(listener, progress) as shown:
-        result = train_run(checked, resume=resume, listener=shown, change=change)
+        result = train_run(checked, resume=resume, listener=shown)
     return cast(TrainResult, Shown(result))
 
 
@@ -145,7 +143,7 @@ def extend(
     Repeat a call that was stopped to resume it.
     """
     stages = extension(run, stage, beside=beside)
-    return _train_last(stages, listener, (), progress, max_forgetting)
+    return _train_last(stages, listener, progress, max_forgetting)
 
 
 def add(
@@ -206,14 +204,13 @@ def add(
 def _train_last(
     stages: Sequence[Stage],
     listener: Listener | None,
-    change: Collection[str],
     progress: bool | None,
     max_forgetting: float | None = None,
 ) -> TrainResult:
     """Train the new stages and return the result of the last one."""
-    keys: Any = {"change": change, "max_forgetting": max_forgetting}
     with _with_progress(listener, progress) as shown:
-        last = train_stages(stages, listener=shown, **keys)[len(stages) - 1]
+        results = train_stages(stages, listener=shown, max_forgetting=max_forgetting)
+    last = results[len(stages) - 1]
     result = last or result_of(stages[-1].config, stages[-1].name)
     return cast(TrainResult, Shown(result))
 
@@ -244,7 +241,6 @@ def train_stages(
     stages: Sequence[Stage],
     *,
     listener: Listener | None = None,
-    change: Collection[str] = (),
     matrix: bool = True,
     base: OpenBase | None = None,
     max_forgetting: float | None = None,
@@ -256,7 +252,7 @@ def train_stages(
     """
     listener, base = listener or _ignore, base or base_of(stages[0].config)
     with _held(stages[0].config):
-        plan = make_plan(stages, change, base=base)
+        plan = make_plan(stages, base=base)
         results = _build_and_score(plan, listener, base, max_forgetting, matrix)
     names = [stage.name for stage in stages]
     return [*map(results.get, names), *(r for key, r in results.items() if key not in names)]
@@ -305,7 +301,6 @@ def train_run(
     *,
     resume: bool = False,
     listener: Listener | None = None,
-    change: Collection[str] = (),
     stage: str = MAIN,
     loop: Loop = tuned,
     base: OpenBase | None = None,
@@ -318,7 +313,7 @@ def train_run(
             listener(event)
 
     with _held(config):
-        plan = make_plan([Stage(stage, config)], change, resume=resume, base=base)
+        plan = make_plan([Stage(stage, config)], resume=resume, base=base)
         if config.output is None:
             return train_stage(stage, config, plan.start, listener, base=base, loop=loop)
         result = _build_and_score(plan, without_stages, base, loop=loop).get(stage)
