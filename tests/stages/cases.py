@@ -64,7 +64,7 @@ def survey(stages) -> list:
 
 
 def files_of(run: Path) -> dict[str, str]:
-    return {name: digest for name, digest in checksums(run).items() if not name.endswith(".lock")}
+    return {name: digest for name, digest in checksums(run).items() if not name.startswith(".lock")}
 
 
 def stopping_after(total: int):

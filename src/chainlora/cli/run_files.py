@@ -41,8 +41,9 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     from chainlora.runs.addresses import open_run
     from chainlora.runs.pruning import plan_pruning
 
-    pruning = plan_pruning(folder, stage)
-    if yes:
+    if not yes:
+        pruning = plan_pruning(folder, stage)
+    else:
         from chainlora.training.progress import progress_listener
         from chainlora.training.stages import prune as prune_from
 
