@@ -76,7 +76,7 @@ def test_any_state_of_a_run_is_asked_scored_and_made_the_run(run, tmp_path):
     file = write_rows(tmp_path / "lakes.jsonl", rows)
     extend(run, {"data": {"train": str(file)}, "chain": {"ranks": [4], "steps": [15]}}, beside=True)
     desk = Desk(run)
-    named = ("now: after-lakes (hills + lakes)", "lakes", "before: hills (birds + hills)")
+    named = ("now: after-lakes (birds + hills + lakes)", "lakes", "before: hills (birds + hills)")
     assert list(desk.entries) == [*named, "birds", "base"]
     assert (desk.now.key, desk.before) == ("after-lakes", "hills")
     matrix, before = {}, checksums(run)
