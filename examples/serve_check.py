@@ -1,6 +1,6 @@
-"""Hold llama.cpp's server to a run: each stage at 1, at a half and off, switched with the request.
+"""Hold llama.cpp's server to a run and its base: the adapter at scale 1 and 0.
 
-Writes `export --each --to gguf-adapter`, starts llama-server on it, and asks for greedy answers to
+Writes `export --to gguf-adapter`, starts llama-server on it, and asks for greedy answers to
 kept rows of the run. It prints how many equal those of transformers, and the largest difference of
 the log-probabilities of tokens. Needs `pip install 'chainlora[gguf]'` and llama.cpp.
 """
@@ -54,7 +54,7 @@ def wait_for(process: subprocess.Popen) -> None:
 
 
 @torch.no_grad()
-def compare(model, prompt: tuple[int, ...], scales: list[float]) -> tuple[bool, float]:
+def compare(model, prompt: tuple[int, ...], scale: float) -> tuple[bool, float]:
     """Say whether two greedy answers are one, and how far apart log-probabilities are at most."""
     request = {
         "prompt": prompt,
@@ -64,7 +64,7 @@ def compare(model, prompt: tuple[int, ...], scales: list[float]) -> tuple[bool, 
         "n_probs": NUM_LIKELIEST,
         "return_tokens": True,
         "cache_prompt": False,
-        "lora": [{"id": place, "scale": scale} for place, scale in enumerate(scales)],
+        "lora": [{"id": 0, "scale": scale}],
     }
     answer = post("/completion", request)
     written = model.generate(
@@ -87,32 +87,22 @@ with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
     url, log = f"http://127.0.0.1:{port}", Path(folder, "log")
     out = Path(folder, "out")
     export = [sys.executable, "-m", "chainlora", "export", given.run, "--to", "gguf-adapter"]
-    export += ["--each", "--output", f"{out}", "--json"]
-    told = subprocess.run(export, check=True, capture_output=True, text=True).stdout
-    adapters = json.loads(told)["adapters"]
-    scaled = {f"{each['adapter']}.gguf": each["strength"] for each in adapters}
-    usual = {each["stage"]: each["strength"] for each in adapters}
+    subprocess.run([*export, "--output", f"{out}"], check=True, stdout=subprocess.DEVNULL)
     words = [server, "-m", "base.gguf", "--host", "127.0.0.1", "--port", f"{port}", "-c", "2048"]
+    words += ["--lora", "adapter.gguf"]
     words += ["-ctk", "f32", "-ctv", "f32"]  # keys and values as transformers has them
-    if "FNAME:SCALE" in subprocess.run([server, "--help"], capture_output=True, text=True).stdout:
-        words += ["--lora-scaled", ",".join(f"{file}:{scale}" for file, scale in scaled.items())]
-    else:  # a build before December 2025
-        for file, scale in scaled.items():
-            words += ["--lora-scaled", file, f"{scale}"]
     free.close()
     with log.open("w") as lines:
         process = subprocess.Popen(words, cwd=out, stdout=lines, stderr=lines)
     try:
         wait_for(process)
-        print(f"{'stage':20} strength  equal answers  largest difference")
-        for stage in usual:
-            for strength in (1.0, 0.5, 0.0):
-                chosen = usual | {stage: strength}
-                model, tokenizer = load_run(open_run(state, chosen), dtype="float32")
-                ends = [tokenizer.eos_token_id]
-                found = [compare(model, row.prompt, list(chosen.values())) for row in rows]
-                equal, worst = sum(same for same, _ in found), max(far for _, far in found)
-                print(f"{stage:20} {strength:8g}  {equal:6} of {len(rows)}    {worst:18.1e}")
+        print("scale  equal answers  largest difference")
+        for scale, shown in ((1.0, state), (0.0, state.at("base"))):
+            model, tokenizer = load_run(shown, dtype="float32")
+            ends = [tokenizer.eos_token_id]
+            found = [compare(model, row.prompt, scale) for row in rows]
+            equal, worst = sum(same for same, _ in found), max(far for _, far in found)
+            print(f"{scale:5g}  {equal:6} of {len(rows)}  {worst:20.1e}")
     finally:
         process.terminate()
         process.wait()

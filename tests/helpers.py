@@ -59,8 +59,8 @@ def settings(tiny_folder, sentiment, output=None, **sections) -> dict:
 def links_of(run: str | Path) -> list[dict[str, torch.Tensor]]:
     """The tensors of the links that a run has tied, in their order."""
     found = open_run(run)
-    names = [term.link for term in found.sequence]
-    return [load_file(found.run / "links" / n / "adapter_model.safetensors") for n in names]
+    folders = [found.run / "links" / name for name in found.sequence]
+    return [load_file(folder / "adapter_model.safetensors") for folder in folders]
 
 
 def assert_same_links(one: str | Path, two: str | Path) -> None:

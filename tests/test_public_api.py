@@ -50,11 +50,10 @@ def test_a_tilde_is_home_in_every_path(tiny_folder, sentiment, tmp_path, monkeyp
     tree = settings(tiny_folder, sentiment, "~/run", chain={"ranks": [2], "steps": [1]})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     chainlora.train("~/run.yaml", progress=False)
-    chainlora.mix_stages("~/run", {"main": 0.5})
     asked = {"data": "~/rows/validation.jsonl", "predictions": "~/said.jsonl", "limit": 2}
     assert chainlora.evaluate_task("~/run", "~/rows/task.yaml", **asked)["rows"] == 2
     report_runs("~/run", "~/page.html")
-    chainlora.export_merged(chainlora.open_run("~/run", "main"), "~/merged")
+    chainlora.export_merged(chainlora.open_run("~/run"), "~/merged")
     chain = chainlora.load_chain("~/run", chainlora.load_model(tiny_folder)[0], checkpoint="~")
     chainlora.export_adapter(chain, "~/adapter")
     chainlora.save_chain(chain, "~/saved")
@@ -81,7 +80,7 @@ def shown(sentiment, tmp_path_factory):
     values = {
         "RunConfig": chainlora.make_config(tree),
         "TrainResult": chainlora.train(tree, progress=False),
-        "open_run": chainlora.open_run(run, {"main": 0.5}),
+        "open_run": chainlora.open_run(run),
         "inspect_run": chainlora.inspect_run(run),
         "stage_matrix": chainlora.stage_matrix(run),
         "MatrixSummary": chainlora.stage_matrix(run).summaries()[0],

@@ -130,7 +130,7 @@ def test_what_was_pruned_is_as_if_it_had_never_been_added(made, run):
     kept = {name for name in wanted if name.split("/")[0] in ("links", "rows")}
     assert {name: now.get(name) for name in kept} == {name: wanted[name] for name in kept}
     assert not stage_dir(run, "y").exists()
-    assert [*open_run(run).shares] == ["z", "x"]
+    assert open_run(run).stages == ["z", "x"]
     prune(run, "z")
     with pytest.raises(ChainLoRAError, match="a run must keep a stage"):
         prune(run, "x")
@@ -139,7 +139,7 @@ def test_what_was_pruned_is_as_if_it_had_never_been_added(made, run):
 def test_a_run_can_begin_with_an_adapter(made, both, tiny_folder):
     """By default on the base that the adapter names, with its tokenizer."""
     state = open_run(both)
-    assert ([*state.shares], state.key) == (["x", "y"], "after-y")
+    assert (state.stages, state.key) == (["x", "y"], "after-y")
     assert state.base.model == str(tiny_folder)
     assert undo(both).key == "x"
     torch.testing.assert_close(logits(load_run(both)[0]), by_peft(tiny_folder, made / "x"))
@@ -201,10 +201,8 @@ def test_a_run_of_adapters_alone_is_a_run(both, tmp_path, chainlora, monkeypatch
         f"eval {both} --split train",
         f"generate {both} --prompt say --max-new-tokens 2",
         f"export {both} --to adapter --output adapter",
-        f"export {both} --to adapter --each --output each",
         f"export {both} --to merged --output merged",
         f"verify adapter {both}",
-        f"mix {both} combined=0.5",
         f"undo {both}",
     ):
         found = chainlora(words)
@@ -221,7 +219,7 @@ def test_a_run_of_adapters_alone_is_a_run(both, tmp_path, chainlora, monkeypatch
 def test_a_stage_is_trained_after_adapters(made, both, tmp_path, chainlora):
     stage = {"data": {"train": str(made / "z.jsonl")}, "chain": SHORT}
     public.extend(both, stage | {"name": "fork", "output": str(tmp_path / "fork")}, progress=False)
-    assert [*open_run(tmp_path / "fork").shares] == ["x", "y", "fork"]
+    assert open_run(tmp_path / "fork").stages == ["x", "y", "fork"]
     with pytest.raises(ChainLoRAError, match="that began on the base itself"):
         add(tmp_path / "fork", made / "x", made / "x.jsonl", name="more")
     found = chainlora("train", made / "z.jsonl", "--model", "m", "--output", both)
@@ -384,7 +382,7 @@ def test_bad_calls_change_nothing(words, got, made, run, tmp_path, chainlora, mo
 def test_the_command_line(made, run, tmp_path, chainlora):
     words = ("add", run, made / "x", "--rows", made / "x.jsonl", "--data.validation", "3")
     found = chainlora(*words, "--json").json
-    assert (found["now"], found["strengths"]) == ("after-x", {"combined": 1.0})
+    assert (found["now"], found["stages"]) == ("after-x", ["z", "x"])
     assert list(found["matrix"]["states"]) == ["base", "z", "x", "after-x"]
     assert "is after-x, as before" in chainlora(*words).out
     edit_json(made / "y/adapter_config.json", base_model_name_or_path="")

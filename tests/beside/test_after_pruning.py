@@ -13,7 +13,7 @@ from chainlora.errors import RunError
 from chainlora.evaluation.combination import combine
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import mix_stages, undo
+from chainlora.runs.changes import undo
 from chainlora.runs.history import WEIGHTS, link_folder, rows_file
 from chainlora.runs.history_file import read_history
 from chainlora.training.stages import build_run, prune
@@ -110,12 +110,6 @@ def test_what_cannot_be_combined_again_is_not_pruned(abc, tmp_path, chainlora):
     assert open_run(pulled).key == "b"
 
 
-def test_strengths_that_go_are_told(abc, chainlora):
-    mixed = mix_stages(abc, {"combined": 0.5}).key
-    said = chainlora("prune", abc, "b", "--yes").err
-    assert f"the strengths of {mixed} are lost; chainlora mix {abc} sets strengths again" in said
-
-
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_no_entry_names_a_pruned_stage_as_its_unit(name, with_general, sentiment):
     """The rows of the origin have the unit of the first stage."""
@@ -128,10 +122,8 @@ def test_an_earlier_combination_is_deleted_alone(abc, sentiment, chainlora):
     """Disk grows with the square of the stages until this is done."""
     run, head = abc, open_run(abc)
     old = open_run(f"{run}@after-b")
-    mix_stages(run, {"combined": 0.5})  # goes with its combination, as does the undo to it
     chainlora("prune", run, "after-c", "--yes").refused("the current state")
-    undo(run, to="after-b")
-    mix_stages(run, {"combined": 0.5})
+    undo(run, to="after-b")  # this undo goes with the combination
     undo(run, to=head.key)
     size = sum(path.stat().st_size for path in (run / "links").rglob("*") if path.is_file())
     assert "would delete" in chainlora("prune", run, "after-b").out

@@ -20,7 +20,7 @@ from beside.cases import section
 from chainlora.errors import ChainLoRAError
 from chainlora.evaluation.combination import combine
 from chainlora.runs.addresses import open_run, state_at
-from chainlora.runs.changes import mix_stages, redo, undo
+from chainlora.runs.changes import redo, undo
 from chainlora.runs.history import Entry
 from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import pull_run, push_run
@@ -115,10 +115,6 @@ class Commands(RuleBasedStateMachine):
         self.built = {}
         self.do(lambda: prune(self.run, name), kill)
 
-    @rule(name=names, strength=strategies.sampled_from([0.0, 0.5, 1.0]))
-    def mix(self, name: str, strength: float) -> None:
-        self.do(lambda: mix_stages(self.run, {name: strength}))
-
     @rule(kill=kills)
     def combine(self, kill: int | None) -> None:
         self.do(lambda: combine(self.run), kill)
@@ -143,8 +139,8 @@ class Commands(RuleBasedStateMachine):
         for key, entry in found.items():
             state = state_at(self.run, history, key)
             state.verify()
-            bits = [(each.strength, each.factors) for each in state.links() if each.strength]
-            shown = [(s, [(n, f.a.tolist(), f.b.tolist()) for n, f in x.items()]) for s, x in bits]
+            bits = [link.factors.items() for link in state.links()]
+            shown = [[(n, f.a.tolist(), f.b.tolist()) for n, f in each] for each in bits]
             assert self.bits.setdefault(entry.state.digest, shown) == shown
             parts = {*entry.parents} if entry.kind == "combine" else {key}
             if parts <= {"a", *NAMES}:

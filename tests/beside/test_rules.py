@@ -21,7 +21,7 @@ from chainlora.errors import ChainLoRAError, RunError
 from chainlora.evaluation.combination import combine
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import log, mix_stages, redo, undo
+from chainlora.runs.changes import log, redo, undo
 from chainlora.runs.declaring import declare
 from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import pull_run, push_run
@@ -113,7 +113,7 @@ def test_rule_2_plugins_that_nobody_named_are_not_run(
     assert "b is left to the command that names its plug-ins" in caplog.text
     assert f"after-c of {only_a} waits for b" in caplog.text
     train_on(only_a, section(sentiment, "b") | {"plugins": [str(plugin)]}, beside=True)
-    assert [*open_run(only_a).shares] == ["a", "c", "d", "b"]
+    assert open_run(only_a).stages == ["a", "c", "d", "b"]
 
 
 def test_rule_2_trackers_that_nobody_named_are_not_told(only_a, sentiment):
@@ -123,7 +123,7 @@ def test_rule_2_trackers_that_nobody_named_are_not_told(only_a, sentiment):
     stage.config["train"]["trackers"] = ["comet_ml"]
     declare(only_a, plan.history, [stage, combination], plan.target, plan.start)
     build_run(only_a)
-    assert [*open_run(only_a).shares] == ["a", "b"]
+    assert open_run(only_a).stages == ["a", "b"]
 
 
 def test_rule_3_whoever_ends_last_builds_the_combination_of_all(
@@ -332,7 +332,7 @@ def test_rule_9_where_a_stage_stands_follows_at_its_declaration(abc, sentiment):
     """Not from what the run has become when it is built."""
     killed("stage", abc, section(sentiment, "d"), beside=False)
     killed("stage", abc, section(sentiment, "d2"))
-    mix_stages(abc, {"combined": 0.5})
+    undo(abc)
     build_run(abc)
     history = read_history(abc)
     assert [history.find(key).parents for key in ("d", "d2")] == [("after-c",), ()]
@@ -343,9 +343,9 @@ def test_rule_9_the_state_that_was_chosen_meanwhile_stays_and_this_is_told(
     abc, sentiment, chainlora, caplog
 ):
     killed("stage", abc, section(sentiment, "d"))
-    mix = mix_stages(abc, {"combined": 0.5}).key
+    key = undo(abc).key
     said = chainlora("train", abc)
-    assert f"{abc} stays {mix}, which does not include combination after-d; to take" in caplog.text
+    assert f"{abc} stays {key}, which does not include combination after-d; to take" in caplog.text
     assert f"chainlora undo {abc} --to after-d" in caplog.text
     assert "nothing left to do" not in said.out
 
@@ -358,7 +358,7 @@ def test_a_stopped_stage_goes_on_where_its_run_is_now(ac, sentiment, tmp_path, e
     copy = Path(shutil.copytree(ac, tmp_path / "copy"))
     before = checksums(ac)
     build_run(copy)
-    assert [*open_run(copy).shares] == ["a", "c", "b"]
+    assert open_run(copy).stages == ["a", "c", "b"]
     assert checksums(ac) == before
 
 

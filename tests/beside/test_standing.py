@@ -10,7 +10,7 @@ from conftest import make_tiny_folder
 from helpers import Stop, stage_dir, stopping, train_all, train_on
 from helpers_data import pair_files
 
-from beside.cases import add, config_of, section
+from beside.cases import config_of, section
 from chainlora import evaluate_task, extend
 from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
@@ -18,7 +18,7 @@ from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.evaluation.combination import combine
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import mix_stages, undo
+from chainlora.runs.changes import undo
 from chainlora.runs.history_file import read_history
 from chainlora.training.events import Event, LayerSolved, StageBegins
 from chainlora.training.plan import make_plan
@@ -42,7 +42,7 @@ def test_extend_stands_beside(abc, sentiment, capsys, caplog):
         f"does not include stage d; to take the stage: chainlora undo {abc} --to after-d"
         in caplog.text
     )
-    assert "d" not in open_run(abc).shares
+    assert "d" not in open_run(abc).stages
     file = sentiment.with_name("d2.yaml")
     file.write_text('{"name": "broken"}')
     wrong = section(sentiment, "d3") | {"data": {"task": f"{file}", "train": "rows.jsonl"}}
@@ -59,9 +59,7 @@ def test_a_stage_keeps_its_place(abc, sentiment):
         extension(abc, section(sentiment, "c"), beside=False)
 
 
-@pytest.mark.parametrize(
-    "why", ["pairs", "replay", "new", "mix", "kept", "named", "head", "on top"]
-)
+@pytest.mark.parametrize("why", ["pairs", "replay", "new", "kept", "named", "head", "on top"])
 def test_what_extend_trains_on_top(why, abc, sentiment, tmp_path, caplog):
     stage = section(sentiment, "d")
     if why == "pairs":
@@ -73,8 +71,6 @@ def test_what_extend_trains_on_top(why, abc, sentiment, tmp_path, caplog):
             extension(abc, stage, beside=True)
     if why == "new":
         stage["data"]["new_rows_only"] = True
-    if why == "mix":
-        mix_stages(abc, {"combined": 0.5})
     below = open_run(abc).entry.key if why != "named" else "a"
     address = {"named": f"{abc}@a", "head": f"{abc}@{below}"}.get(why, abc)
     (found,) = extension(address, stage, beside=False if why == "on top" else None)
@@ -109,7 +105,7 @@ def test_a_stage_goes_on_from_any_state(abc, sentiment, tmp_path):
     found = combine(abc, ["a", "d"])
     assert apart.state == found.state
     assert found.entry.parents == ("a", "d")
-    assert [*found.shares] == ["a", "b", "d"]
+    assert found.stages == ["a", "b", "d"]
 
 
 def test_a_stage_beside_nothing_is_what_the_run_becomes(abc, sentiment):
@@ -138,7 +134,7 @@ def test_a_fork_without_stages_of_its_own_is_extended(abc, sentiment, tmp_path):
     train_on(f"{abc}@b", section(sentiment, "d") | {"output": str(fork)})
     prune(fork, "d")
     train_on(fork, section(sentiment, "c"), beside=None)
-    assert [*open_run(fork).shares] == ["b", "c"]
+    assert open_run(fork).stages == ["b", "c"]
 
 
 def test_a_fork_of_a_combination_is_begun_again(abc, sentiment, tmp_path):
@@ -153,7 +149,7 @@ def test_a_fork_of_a_combination_is_begun_again(abc, sentiment, tmp_path):
         train_stages(stages, listener=stop)
     assert not fork.exists()
     train_stages(stages, matrix=False)
-    assert [*open_run(fork).shares] == ["a", "b", "c", "d"]
+    assert open_run(fork).stages == ["a", "b", "c", "d"]
 
 
 def test_a_fork_of_a_damaged_run_is_refused(abc, sentiment, tmp_path):
@@ -177,19 +173,9 @@ def test_a_combination_and_the_base_have_rows_of_a_stage_whose_file_has_grown(ab
 
 
 def test_what_a_combination_leaves_is_named(abc, sentiment, caplog):
-    mix_stages(abc, {"combined": 0.5})
-    mix = open_run(abc).entry.key
-    combine(abc)
-    assert f"{abc} was {mix}, which is not in the combination" in caplog.text
-    mix_stages(abc, {"combined": 0.25})
-    below = open_run(abc).entry.key
-    add(sentiment, abc, "d2")
-    assert f"{abc} was {below}, which is not in the combination" in caplog.text
-    undo(abc, "c")
-    combine(abc, [*"abc"])
     train_on(f"{abc}@b", section(sentiment, "d"))
     assert f"chainlora combine {abc} a c d" in caplog.text
-    assert [*combine(abc, ["a", "c", "d"]).shares] == ["a", "b", "c", "d"]
+    assert combine(abc, ["a", "c", "d"]).stages == ["a", "b", "c", "d"]
 
 
 def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, capsys):

@@ -24,10 +24,11 @@ from chainlora import (
     extend,
     load_run,
     make_config,
-    mix_stages,
+    redo,
     save_chain,
     stage_matrix,
     train,
+    undo,
 )
 from chainlora.config.schema import LinkConfig
 from chainlora.models.loading import load_model
@@ -112,7 +113,7 @@ def test_killed_and_resumed_it_is_the_uninterrupted_run(
     assert_same_links(tmp_path / "run", whole)
 
 
-def test_a_second_stage_is_switched_off_and_on_to_the_bit(kind, tiny_folder, sentiment, tmp_path):
+def test_a_second_stage_is_undone_and_redone_to_the_bit(kind, tiny_folder, sentiment, tmp_path):
     first = config_of(kind, tiny_folder, sentiment, tmp_path / "run", chain=ONE)
     train(first)
     rows = first.data.model_dump(include={"task", "train", "validation"}, exclude_none=True)
@@ -121,8 +122,8 @@ def test_a_second_stage_is_switched_off_and_on_to_the_bit(kind, tiny_folder, sen
     run = tmp_path / "run"
     both, first = (logits(load_run(address)[0]) for address in (run, f"{run}@main"))
     assert not torch.equal(both, first)
-    for strength, wanted in ((0, first), (1, both)):
-        mix_stages(run, {"later": strength})
+    for move, wanted in ((undo, first), (redo, both)):
+        move(run)
         assert torch.equal(logits(load_run(run)[0]), wanted)
     assert [len(row) for row in stage_matrix(run, compute=False).grid] == [2, 2, 2]
 

@@ -27,10 +27,9 @@ from chainlora import (
     save_chain,
 )
 from chainlora.errors import ChainError, ModelError, RunError
-from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import mix_stages, undo
+from chainlora.runs.changes import undo
 from chainlora.runs.export import adapter_factors
-from chainlora.runs.loading_start import load_start, with_start
+from chainlora.runs.loading_start import with_start
 from chainlora.runs.saved_chain import INSIDE
 from chainlora.training.stages import extension
 
@@ -68,45 +67,16 @@ def test_a_chain_is_loaded_as_it_was(architecture, hold, tmp_path):
     assert torch.equal(logits(loaded.model), logits(chain.model))
 
 
-@pytest.mark.parametrize("live", [False, True], ids=["tied", "with a live link"])
-def test_a_chain_that_was_mixed_is_loaded_as_the_mix(live, tmp_path):
-    """In Python, as a start and inside a trainer's checkpoint; a live link has no strength."""
+def test_a_chain_in_a_trainers_checkpoint_is_loaded_and_begins_a_run(tmp_path):
     place, chain = tmp_path / "checkpoint" / INSIDE, make_chain()
-    if live:
-        chain.extend(LinkConfig(rank=3, target_modules=("q_proj",)))
-        tune(chain, 1)
     chain.model.config._name_or_path = "owner/base"
     save_chain(chain, place)
-    full = logits(chain.model)
-    mix_stages(place, {"main": 0.5})
-    if live:
-        with pytest.raises(RunError, match=r"only at strength 1 \(got 0.5 .*mix .* main=1"):
-            loaded(place)
-        mix_stages(place, {"main": 1})
-        assert torch.equal(logits(loaded(place).model), full)
-        return
-    chain.set_strengths(dict.fromkeys(chain.strengths, 0.5))
     for address in (place, place.parent, f"{place}@main"):
-        wanted = full if "@" in str(address) else logits(chain.model)
-        assert torch.equal(logits(loaded(address).model), wanted)
-    assert {link.strength for link in load_start(place.parent).links} == {0.5}
-    (only,) = export_adapter(place, tmp_path / "each", each=True)["adapters"]
-    assert (only["stage"], only["strength"]) == ("main", 0.5)
+        assert torch.equal(logits(loaded(address).model), logits(chain.model))
     tree = {"start": str(place.parent), "output": str(tmp_path / "new")}
     assert with_start(tree)["model"] == "owner/base"
     with pytest.raises(RunError, match="begin a run on it, by start"):
         extension(place, {"name": "law"})
-    chain.set_strengths({0: 0.25})
-    save_chain(chain, place)
-    for act in (
-        lambda: mix_stages(place, {"main": 1}),  # which would not give it back
-        lambda: open_run(place, "main"),  # nor is that what was saved
-        lambda: export_adapter(place, tmp_path / "more", each=True),
-    ):
-        with pytest.raises(RunError, match=r"different strengths \(got 0.25, 0.5 in 'main'"):
-            act()
-    assert {link.strength for link in open_run(place, {"main": 0}).links()} == {0.0}
-    assert torch.equal(logits(loaded(place).model), logits(chain.model))
 
 
 @pytest.mark.parametrize(

@@ -12,22 +12,18 @@ from chainlora import ChainLoRAError, export_adapter, load_chain, save_chain
 from chainlora.chain.adapters import live_factors
 
 
-def test_a_saved_chain_keeps_ids_and_strengths(tmp_path):
+def test_a_saved_chain_keeps_ids_and_has_its_strengths_in_its_links(tmp_path):
     chain = tuned_chain("opt", 3)
     chain.drop(1)
-    chain.set_strengths({0: 0.25, 1: 0})
+    chain.set_strengths({0: 0.3, 1: 0})
     chain.extend(config("opt"))
     chain.tune(range(2), plain_update(chain))
     save_chain(chain, tmp_path / "chain")
     loaded = load_chain(tmp_path / "chain", tiny_model("opt"))
-    assert loaded.strengths == {0: 0.25, 1: 0}
-    assert torch.equal(logits(loaded.model), logits(chain.model))
+    assert loaded.strengths == {0: 1, 1: 1}
+    # float32: the strength is rounded into B and not into the update
+    torch.testing.assert_close(logits(loaded.model), logits(chain.model), rtol=0, atol=1e-6)
     assert loaded.tie().id == chain.tie().id == 3
-    links = [path.read_bytes() for path in sorted((tmp_path / "chain/links").rglob("*"))[1:3]]
-    chain.set_strengths({0: 1, 1: 1})
-    save_chain(chain, tmp_path / "chain")
-    again = [path.read_bytes() for path in sorted((tmp_path / "chain/links").rglob("*"))[1:3]]
-    assert links == again  # strength is the manifest's
 
 
 @pytest.mark.parametrize("links", ["tied", "carried", "with a bias"])

@@ -126,7 +126,7 @@ def test_an_output_inside_a_run_is_refused(chainlora, run_copy):
         "report {0} --output {0}/stages/report.html",
         "eval {0} --predictions {0}/history.json",
         "export {0} --to adapter --output {0}/exp",
-        "export {0} --to gguf-adapter --each --output {0}/links/exp",
+        "export {0} --to gguf-adapter --output {0}/links/exp",
         "export {0} --to merged --output {0}/exp",
     ):
         refused = chainlora(words.format(run_copy))
@@ -160,22 +160,17 @@ def run(extended, tmp_path) -> Path:
 
 
 def test_log_shows_every_state_and_which_one_the_run_is(chainlora, run):
-    assert chainlora(f"mix {run} birds=0.5 --no-scores").status == 0
-    assert chainlora(f"undo {run}").status == 0
     entries = chainlora(f"log {run} --json").json["entries"]
-    mix = entries[0]["name"]
-    keys = ("name", "kind", "parents", "strengths", "links", "now", "before")
+    keys = ("name", "kind", "parents", "stages", "links", "now", "before")
     assert [tuple(entry[key] for key in keys) for entry in entries] == [
-        (mix, "mix", ["birds"], {"main": 1.0, "birds": 0.5}, 4, False, False),
-        ("birds", "stage", ["main"], {"main": 1.0, "birds": 1.0}, 4, True, False),
-        ("main", "stage", [], {"main": 1.0}, 3, False, True),
+        ("birds", "stage", ["main"], ["main", "birds"], 4, True, False),
+        ("main", "stage", [], ["main"], 3, False, True),
     ]
     head, *lines = [line.split() for line in chainlora(f"log {run}").out.splitlines()]
-    assert head == ["name", "kind", "on", "links", "strengths", "ended", "state"]
+    assert head == ["name", "kind", "on", "links", "stages", "ended", "state"]
     shown = [
-        [mix, "mix", "birds", "4", "main=1", "birds=0.5"],
-        ["*", "birds", "stage", "main", "4", "main=1", "birds=1"],
-        ["|", "main", "stage", "base", "3", "main=1"],
+        ["*", "birds", "stage", "main", "4", "main", "birds"],
+        ["|", "main", "stage", "base", "3", "main"],
     ]
     for line, words, entry in zip(lines, shown, entries, strict=True):
         when = entry["ended"][:16].split("T")
@@ -210,27 +205,24 @@ def test_log_names_a_stage_that_is_trained(chainlora, config, tmp_path):
 def test_a_run_says_what_it_is_after_undo_and_redo(chainlora, run):
     """To the bit: test_history.py."""
     undone = chainlora(f"undo {run}")
-    assert (undone.status, undone.out) == (0, f"{run} is now main; nothing was deleted\nmain=1\n")
+    assert (undone.status, undone.out) == (0, f"{run} is now main, of main; nothing was deleted\n")
     found = chainlora(f"redo {run} --json").json
-    assert found == {"run": str(run), "now": "birds", "strengths": {"main": 1.0, "birds": 1.0}}
+    assert found == {"run": str(run), "now": "birds", "stages": ["main", "birds"]}
     chainlora(f"redo {run}").refused("Nothing to redo in ", "its states")
 
 
 def test_undo_to_makes_a_run_any_state_of_its_history(chainlora, run):
-    assert chainlora(f"mix {run} main=0 --no-scores").status == 0
-    mix, birds, _ = chainlora(f"log {run} --json").json["entries"]
-    for name, strengths in (
-        ("main", {"main": 1.0}),
-        ("base", {}),
-        (mix["name"], {"main": 0.0, "birds": 1.0}),
-        (birds["state"][:6], {"main": 1.0, "birds": 1.0}),
+    birds, _ = chainlora(f"log {run} --json").json["entries"]
+    for name, now, stages in (
+        ("main", "main", ["main"]),
+        ("base", "base", []),
+        (birds["state"][:6], "birds", ["main", "birds"]),
     ):
         found = chainlora(f"undo {run} --to {name} --json").json
-        assert found["strengths"] == strengths
-        assert found["now"] == (birds["name"] if name == birds["state"][:6] else name)
-    assert chainlora(f"undo {run} --json").json["now"] == mix["name"]  # as any other move
+        assert (found["now"], found["stages"]) == (now, stages)
+    assert chainlora(f"undo {run} --json").json["now"] == "base"  # as any other move
     one_of = "a stage must be one of main, birds (got 'bird' for "
     chainlora(f"undo {run} --to bird").refused(one_of, f"chainlora log {run} shows all states")
-    before = [chainlora(f"undo {run} --json").json["now"] for _ in range(6)]
-    assert before == ["base", "main", mix["name"], "birds", "main", "base"]
+    before = [chainlora(f"undo {run} --json").json["now"] for _ in range(4)]
+    assert before == ["main", "birds", "main", "base"]
     chainlora(f"undo {run}").refused("Nothing to undo in ", "its states")

@@ -86,8 +86,8 @@ def test_without_a_limit_the_rows_of_a_run_give_one_and_say_how_prompts_end(
     piped = chainlora(*asked, "cat 3 sat on a\r\n", "--max-new-tokens", 3).err  # as `echo` has it
     assert piped.startswith(hint)
     assert piped.endswith("no sense; remove the line break at the end of the prompt\n")
-    off = ("--stages", "main=0", "--max-new-tokens", 3)
-    assert chainlora(*asked, "cat 3", *off).err == ""  # the base learned no rows
+    base = ("generate", f"{tmp_path / 'run'}@base", "--prompt", "cat 3", "--max-new-tokens", 3)
+    assert chainlora(*base).err == ""  # it learned no rows
     rows = [{"prompt": f"the hill {n}:", "completion": " green"} for n in range(9)]
     other = str(write_rows(tmp_path / "others.jsonl", rows))
     keys = ("--data.train", other, "--name", "hills", "--chain.ranks", "2", "--chain.steps", "1")

@@ -23,7 +23,7 @@ from chainlora.cli.main import run
 def test_help_and_version(chainlora):
     shown = chainlora("--help")
     assert shown.status == 0
-    verbs = ("demo", "train", "extend", "mix", "log", "undo", "redo", "prune", "eval", "generate")
+    verbs = ("demo", "train", "extend", "log", "undo", "redo", "prune", "eval", "generate")
     for verb in (*verbs, "chat", "inspect", "export", "tasks"):
         assert f"\n  {verb} " in shown.out
         assert chainlora(f"{verb} -h").out == chainlora(f"{verb} --help").out
@@ -53,6 +53,10 @@ USAGE = {
     "export run --to adapter": "Missing option '--output'",
     "export run --output x": "Missing option '--to'",
     "tasks rte sst2": "Got unexpected extra argument",
+    # what development versions had
+    "mix run a=0": "No such command 'mix'; use chainlora combine RUN with the names of the stages",
+    "eval run --stages a": "No such option --stages; use RUN@STAGE, or chainlora combine RUN with",
+    "export run --to adapter --output x --each": "--each; use chainlora export RUN@STAGE for each",
 }
 
 

@@ -65,7 +65,7 @@ def test_two_files_become_a_run_of_two_stages(tiny_folder, chainlora, caplog):
         assert length in caplog.text
         assert "does not inherit" not in caplog.text
     assert chain_of(run, "february")["epochs"] == [2]
-    assert [*open_run(run).shares] == ["January-2026", "february"]
+    assert open_run(run).stages == ["January-2026", "february"]
     before = history_of(run)
     caplog.clear()
     rows("february.jsonl", 700)  # a file that has been read may grow
@@ -191,5 +191,5 @@ def test_from_python_and_as_a_list_of_json(tiny_folder, chainlora):
     table = [json.loads(line) for line in rows("b.jsonl", word="bad").read_text().splitlines()]
     Path("b.json").write_text(json.dumps(table, indent=1))
     assert extend("run", "b.json", progress=False)["stage"] == "b"
-    assert {*open_run("run").shares} == {"main", "b"}
+    assert {*open_run("run").stages} == {"main", "b"}
     assert chain_of(Path("run"), "b")["epochs"] == [10]

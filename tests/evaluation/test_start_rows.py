@@ -101,7 +101,7 @@ def test_what_was_before_a_run_is_an_address(made, sentiment, tmp_path):
     again = {"name": "again", "data": settings("", sentiment)["data"], "chain": SHORT}
     train_stages(extension(f"{run}@start", again | {"output": str(tmp_path / "fork")}))
     fork = open_run(tmp_path / "fork")
-    assert fork.strengths == {"start": 1.0, "again": 1.0}
+    assert fork.stages == ["start", "again"]
     assert fork.parent.state == open_run(f"{run}@start").state
     assert list(fork.kept()) == ["again"]
     train_stages(extension(first, again | {"output": str(tmp_path / "of-first")}))

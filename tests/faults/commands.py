@@ -25,7 +25,7 @@ from chainlora.evaluation.combination import combine
 from chainlora.files import checksums
 from chainlora.models.identity import tokenizer_files
 from chainlora.runs.addresses import state_at, state_of_draft
-from chainlora.runs.changes import mix_stages, redo, undo
+from chainlora.runs.changes import redo, undo
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import BASE
 from chainlora.runs.history_file import read_history
@@ -72,7 +72,7 @@ class World:
         """Return a folder with the run that a command is done to."""
         where, source = fresh(self.folder / folder), COMMANDS[name].on
         if name in ("take in", "pull"):
-            self.begin("forget" if name == "take in" else "mix", "other")  # a run beside
+            self.begin("forget" if name == "take in" else "undo", "other")  # a run beside
         if source is not None:
             if not (self.folder / source).exists():
                 maker = MAKERS[source]
@@ -227,7 +227,6 @@ COMMANDS = {
     "take in": Command(
         lambda world, at, *_: combine(at / "run", ["facts", world.folder / "beside/run"]), "one"
     ),
-    "mix": Command(lambda _, at, *__: mix_stages(at / "run", {"facts": 0.5, "taste": 0}), "two"),
     "undo": Command(lambda _, at, *__: undo(at / "run"), "two", "other"),
     "redo": Command(lambda _, at, *__: redo(at / "run"), "undone", "other"),
     "prune": Command(lambda _, at, *__: prune(at / "run", "facts"), "two", "refused"),

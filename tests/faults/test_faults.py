@@ -71,7 +71,7 @@ def try_places(world: World, command: str, kind: str, count: int) -> None:
         assert not wrong, f"{command} {kind} {place} {operations[place]}: {wrong}"
 
 
-@pytest.mark.parametrize("command", ["train", "extend", "mix", "prune", "export"])
+@pytest.mark.parametrize("command", ["train", "extend", "undo", "prune", "export"])
 def test_a_command_that_was_killed_is_typed_again(world, command):
     try_places(world, command, "kill", 1)
 
@@ -92,7 +92,7 @@ def test_a_command_that_was_killed_anywhere_is_typed_again(world, command):
         pytest.param(command, kind, marks=() if command == quick else slow)
         for kind, quick in zip(
             FAULTS[1:],
-            ("extend", "train", "prune", "train", "mix", "train", "extend"),
+            ("extend", "train", "prune", "train", "undo", "train", "extend"),
             strict=True,
         )
         for command in COMMANDS
@@ -203,14 +203,14 @@ def test_a_file_cut_missing_swapped_or_extra_is_detected_or_harmless(harmed, tmp
 
 
 def test_a_damaged_or_missing_file_of_an_ended_stage_is_refused_in_a_line(world):
-    where = world.begin("mix", "damaged")
+    where = world.begin("undo", "damaged")
     third = world.pairs | {"name": "third"}
     stages = [*world.tree["stages"], world.pairs, third]
     tree = with_start(world.tree | {"output": str(where / "run"), "stages": stages})
     stages = make_stages(tree)
     files = checksums(where)
     unharmed, said = set(), ""
-    used = {term.link for term in open_run(where / "run").state.terms}
+    used = open_run(where / "run").state.links
     for name in files:
         if "/links/" in name and name.split("/")[2] not in used:
             continue  # tied after the best point: no later stage depends on it

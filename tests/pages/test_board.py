@@ -1,4 +1,4 @@
-"""The board: what is heard at the desk is what `mix` and `generate` say, and a browser shows it."""
+"""The board: what is heard at the desk is what `generate` says, and a browser shows it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from chainlora.evaluation.generation import Decoding, Speaker
 from chainlora.evaluation.stage_scores import Scorer, stage_matrix
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import mix_stages, undo
+from chainlora.runs.changes import undo
 from chainlora.runs.locks import take_lock
 from chainlora.runs.state import OpenState
 from chainlora.training.stages import train_stages
-from chainlora_pages.board.desk import Desk, Mix
+from chainlora_pages.board.desk import Desk
 from chainlora_pages.board.training import Trainer, command_of
 from chainlora_pages.board.watching import find_runs, sections_of, standing_of
 from chainlora_pages.page import render_part
@@ -60,9 +60,9 @@ def run(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def heard(desk: Desk, mix: Mix, most: int = 12) -> str:
+def heard(desk: Desk, key: str, most: int = 12) -> str:
     turns, decoding = [{"role": "user", "content": PROMPT}], Decoding(max_new_tokens=most)
-    return list(desk.answer(mix, turns, decoding, as_chat=False))[-1]
+    return list(desk.answer(key, turns, decoding, as_chat=False))[-1]
 
 
 def said_by(state: OpenState) -> str:
@@ -70,79 +70,49 @@ def said_by(state: OpenState) -> str:
     return Speaker(model, tokenizer, Decoding(max_new_tokens=12)).complete(PROMPT, len)
 
 
-def test_a_mix_is_heard_and_scored_as_what_it_makes_the_run_be(run):
-    desk, answers = Desk(run), {}
-    before = checksums(run)
-    for strengths in ((1, 0), (0.35, 0.6), (0, 0), (1, 1)):
-        mix = dict(zip(SAID, strengths, strict=True))
-        answers[strengths] = heard(desk, Mix("hills", mix))
-        (scored,) = desk.scores([Mix("hills", mix)])
-        assert checksums(run) == before  # nothing that is heard changes the run
-        assert answers[strengths] == said_by(open_run(run, mix))
-        row = stage_matrix_of(run, mix)
-        assert [cell.value for cell in scored] == pytest.approx(row, abs=1e-5)
-    assert len(set(answers.values())) > 2
-
-
-def stage_matrix_of(run: Path, strengths: dict[str, float]) -> list[float]:
-    """What the matrix says of a run that is this mix, in a copy of it."""
-    copy = Path(shutil.copytree(run, run.parent / "copy"))
-    mix_stages(copy, strengths)
-    matrix = stage_matrix(copy)
-    shutil.rmtree(copy)
-    where = "base" if not any(strengths.values()) else matrix.states[-1]
-    return [cell.value for cell in matrix.grid[matrix.states.index(where)]]
-
-
 def test_any_state_of_a_run_is_asked_scored_and_made_the_run(run, tmp_path):
-    """Of a combination, which has no strengths but its own, and of the base."""
+    """Of a combination, and of the base, too."""
     rows = [{"prompt": f"the cat sat on {n}", "completion": " blue lakes"} for n in range(32)]
     file = write_rows(tmp_path / "lakes.jsonl", rows)
     extend(run, {"data": {"train": str(file)}, "chain": {"ranks": [4], "steps": [15]}}, beside=True)
     desk = Desk(run)
-    named = ("now: after-lakes (hills + lakes)", "lakes", "before: hills (birds + hills)")
+    named = ("now: after-lakes (birds + hills + lakes)", "lakes", "before: hills (birds + hills)")
     assert list(desk.entries) == [*named, "birds", "base"]
     assert (desk.now.key, desk.before) == ("after-lakes", "hills")
-    assert desk.strengths("after-lakes") == {"combined": 1.0}
-    assert desk.strengths("base") == {}
-    matrix = {}
+    matrix, before = {}, checksums(run)
     for key in desk.entries.values():
-        assert heard(desk, Mix(key)) == said_by(open_run(f"{run}@{key}"))
-        (matrix[key],) = desk.scores([Mix(key)])
+        assert heard(desk, key) == said_by(open_run(f"{run}@{key}"))
+        (matrix[key],) = desk.scores([key])
+    assert checksums(run) == before  # nothing that is heard changes the run
     found = stage_matrix(run)
     for state, row in zip(found.states, found.grid, strict=True):
         own = [cell.value for cell in matrix[state]]
         assert own == pytest.approx([cell.value for cell in row], abs=1e-5)
-    desk.export(Mix("hills"), tmp_path / "hills", "gguf")
+    desk.export("hills", tmp_path / "hills", "gguf")
     assert (tmp_path / "hills/Modelfile").is_file()
-    desk.save(Mix("hills", {"birds": 0.5, "hills": 1.0}))
-    assert open_run(run).strengths == {"birds": 0.5, "hills": 1.0}
-    assert undo(run).key == "after-lakes"  # another entry and strengths: one step all the same
+    desk.save("hills")
+    assert open_run(run).key == "hills"
+    assert undo(run).key == "after-lakes"
     undo(run, "base")
     desk.look_again(open_run(run))
     assert desk.before in desk.entries.values()
-    assert [cell.stage for cell in desk.scores([Mix("base")])[0]]
+    assert [cell.stage for cell in desk.scores(["base"])[0]]
 
 
-def test_a_mix_is_saved_and_exported_as_by_command(run, tmp_path):
-    desk, mix = Desk(run), {"birds": 0.5, "hills": 1.0}
-    desk.export(Mix("hills", mix), tmp_path / "desk", "adapter")
-    assert open_run(run).strengths == {"birds": 1.0, "hills": 1.0}
-    export_adapter(open_run(run, mix), tmp_path / "command")
+def test_a_state_is_exported_as_by_command(run, tmp_path):
+    Desk(run).export("birds", tmp_path / "desk", "adapter")
+    assert open_run(run).key == "hills"
+    export_adapter(f"{run}@birds", tmp_path / "command")
     assert checksums(tmp_path / "desk") == checksums(tmp_path / "command")
-    desk.save(Mix("hills", mix))
-    assert open_run(run).strengths == mix
-    desk.save(Mix("hills", {"birds": 1.0, "hills": 1.0}))
-    assert open_run(run).entry.key == "hills"  # as trained: that entry again, and no mix
 
 
 def test_who_stops_listening_stops_the_model(run):
     desk = Desk(run)
     turns = [{"role": "user", "content": PROMPT}]
-    answer = desk.answer(Mix("hills"), turns, Decoding(max_new_tokens=100), as_chat=True)
+    answer = desk.answer("hills", turns, Decoding(max_new_tokens=100), as_chat=True)
     assert next(answer) != ""
     answer.close()
-    assert heard(desk, Mix("hills"))  # the desk is free again
+    assert heard(desk, "hills")  # the desk is free again
 
 
 def test_where_runs_are_is_read_while_they_train(trained, configure, tmp_path):
@@ -177,13 +147,6 @@ def test_where_runs_are_is_read_while_they_train(trained, configure, tmp_path):
     done = render_part(sections_of({}, runs["done"]))
     assert all(f">{name}</h3>" in done for name in SAID)
     assert done.index("Loss of every stage after") < done.index("Loss over the steps")
-
-
-def test_a_stage_that_is_off_does_not_lead(run):
-    mix_stages(run, {"hills": 0})
-    page = render_part(sections_of({}, run))
-    assert re.findall(r"<h3>(.*?)</h3>", page) == ["birds", "hills (off)"] * 2  # losses, rates
-    assert standing_of(run)["stage"] == "birds"
 
 
 def test_a_run_that_is_made_anew_is_shown_and_heard_anew(configure, tmp_path):
@@ -264,8 +227,8 @@ def gradio():
     return pytest.importorskip("gradio", reason="no gradio: pip install 'chainlora[board]'")
 
 
-def test_a_run_that_goes_and_strengths_beyond_a_slider(gradio, run, trained, tmp_path):
-    from chainlora_pages.board import app, tabs
+def test_a_run_that_goes_is_missing_from_the_choices(gradio, run, trained, tmp_path):
+    from chainlora_pages.board import app
 
     def look(places: list[Path], run: Path, gone: Path) -> tuple:
         """Look at a run again when this folder has gone."""
@@ -274,12 +237,6 @@ def test_a_run_that_goes_and_strengths_beyond_a_slider(gradio, run, trained, tmp
         handler = next(each.fn for each in blocks.fns.values() if each.name == "look")
         return handler(str(run), None)
 
-    mix_stages(run, {"birds": 1.5, "hills": -0.5})
-    desk = Desk(run)
-    with gradio.Blocks():
-        choice = gradio.Dropdown([*desk.entries.items()], value=desk.now.key)
-        for slider in tabs._sliders(desk, "A", choice):
-            assert slider.preprocess(slider.value) == open_run(run).strengths[slider.label]
     choices, _, page, *_ = look([run, run.parent], run, run)
     assert choices.preprocess(str(run)) == str(run)  # else Gradio refuses it, every few seconds
     assert "cannot be read" in page
@@ -302,8 +259,7 @@ def test_pages_that_were_closed_hold_no_model(gradio, run):
             asking.fn(str(shown), "")
         pages.append(page)
         (score,) = (each.fn for each in page.fns.values() if each.name == "score")
-        mix = (1.0, 1.0)
-        assert "Scores of hills (birds + hills) and base" in score("hills", "base", *mix, *mix)
+        assert "Scores of hills (birds + hills) and base" in score("hills", "base")
     gc.collect()
     assert sum(type(each) is Scorer for each in gc.get_objects()) == 1
 
@@ -353,7 +309,7 @@ def page():
         yield made
 
 
-def test_a_person_watches_mixes_talks_and_saves(page, served, run):
+def test_a_person_watches_compares_and_saves(page, served, run):
     """On a phone, and at the end on a wide screen."""
     loaded, faults = [], []
     page.on("response", lambda response: loaded.append(response.url))
@@ -364,21 +320,12 @@ def test_a_person_watches_mixes_talks_and_saves(page, served, run):
     assert page.locator("svg:has-text('rows of stage')").count() == 1  # the matrix
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.get_by_role("tab", name="Ask").click()
-    page.get_by_role("button", name="Strengths").click()
-    parts = ("#state-Left", "#state-Right", "#prompt", "#chat-Left", "#chat-Right")
-    parts += ("#Left-hills", "#Right-birds")
-    page.wait_for_selector("#Right-birds >> visible=true")
-    assert not page.locator("#Right-hills").is_visible()  # that is the state before
-    tops = [page.locator(part).bounding_box()["y"] for part in parts]
-    assert tops == sorted(tops)  # answers come before sliders
-    page.fill("#Left-hills input[type=number]", "0.8")
-    page.keyboard.press("Tab")
     page.fill("#prompt textarea", PROMPT)
     page.get_by_role("button", name="Ask").click()
     answers = []
     desk = Desk(run)
-    for side, strength in (("Left", 0.8), ("Right", 0.0)):
-        answer = heard(desk, Mix("hills", {"birds": 1.0, "hills": strength}), 32).strip()
+    for side, key in (("Left", "hills"), ("Right", "birds")):
+        answer = heard(desk, key, 32).strip()
         answers.append(re.split("[^ -~]", answer)[0])  # a page shows no control characters
         page.wait_for_selector(f"#chat-{side} .bot:has-text({answers[-1]!r})")
     assert answers[0] != answers[1]
@@ -389,21 +336,21 @@ def test_a_person_watches_mixes_talks_and_saves(page, served, run):
     page.wait_for_selector("#chat-Right .bot >> nth=1")
     page.wait_for_function("document.querySelector('#prompt textarea').value === ''")
     page.get_by_role("button", name="Test both").click()
-    page.wait_for_selector("text=Scores of hills (birds + hills at 0.8) and birds")
+    page.wait_for_selector("text=Scores of hills (birds + hills) and birds")
     heads = page.locator("#scores th[scope=col]").all_inner_texts()
-    assert heads == ["rows of", "hills (birds + hills at 0.8)", "birds", "±"]
-    page.fill("#Left-hills input[type=number]", "0.7")
-    page.keyboard.press("Tab")
+    assert heads == ["rows of", "hills (birds + hills)", "birds", "±"]
+    page.click("#state-Left input")
+    page.get_by_role("option", name="base").click()
     page.wait_for_selector("#scores table", state="hidden")  # they were another pair's
     page.get_by_text("Export or use").click()
     page.get_by_role("radio", name="Right", exact=True).check()
     page.get_by_role("button", name="Use Right from now on (Undo").click()
     page.wait_for_selector("#now >> text=/^In use: birds$/")
-    assert open_run(run).strengths == {"birds": 1.0}
+    assert open_run(run).key == "birds"
     page.get_by_role("button", name="Undo", exact=True).click()
     page.wait_for_selector("#now:has-text('In use: birds + hills')")
     page.wait_for_selector("button:has-text('Undo: hills')")
-    assert open_run(run).strengths == {"birds": 1.0, "hills": 1.0}
+    assert open_run(run).key == "hills"
     assert page.locator("input:disabled, textarea:disabled").count() == 0
     for width in (390, 1280):
         page.set_viewport_size({"width": width, "height": 900})

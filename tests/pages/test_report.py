@@ -30,8 +30,7 @@ from chainlora import (
 )
 from chainlora.config.staging import make_stages
 from chainlora.evaluation.stage_scores import Cell, StageMatrix, stage_matrix
-from chainlora.runs.changes import mix_stages
-from chainlora.training.stages import train_stages
+from chainlora.training.stages import prune, train_stages
 from chainlora_pages import report_runs
 from chainlora_pages.chain_charts import chain_pictures, stage_pictures
 from chainlora_pages.charts import short
@@ -267,22 +266,22 @@ def test_a_run_of_stages_shows_what_each_did_to_every_other(tiny_folder, sentime
     config["stages"] = [{"name": "facts"}, {"name": "style", "beside": False}]
     train_stages(make_stages(config))
     matrix = stage_matrix(run)
-    mix_stages(run, {"style": 0.5})  # a state that nobody has scored
     page = page_of(run)
     heads, *rows = table(page, "Accuracy of every stage after each stage")
     assert heads == ["after", "facts", "style"]
     scores = [[short(cell.value) for cell in row] for row in matrix.grid]
-    assert [row[1:] for row in rows] == [*scores, ["–", "–"]]
-    assert [row[0] for row in rows] == ["base", "facts", "style", "now"]
+    assert [row[1:] for row in rows] == scores
+    assert [row[0] for row in rows] == ["base", "facts", "style"]
     assert "accuracy, higher is better" in page
     assert f"{matrix.summaries()[0]}." in html.unescape(page)
     links = table(page, "Each link")
-    assert [row[1:3] for row in links] == [["stage", "strength"], ["facts", "1"], ["style", "0.5"]]
-    assert "was mixed or pruned after training" in page
+    assert [row[1] for row in links] == ["stage", "facts", "style"]
     assert table(page, "Costs")[0][1:] == ["facts", "style"]
     (facts,) = read_runs([run])
     loss = training_pictures(facts.records)[0].svg
     assert re.findall(r">(link \d)<", loss) == ["link 0"]  # records count within the stage
+    prune(run, "facts")
+    assert "A stage below run was pruned: the scores of its training do not" in page_of(run)
 
 
 def test_right_answers_come_first_and_a_colour_means_one_thing(finished):
@@ -451,31 +450,6 @@ def test_an_import_has_no_steps_and_no_time(tiny_folder, sentiment, tmp_path):
     assert costs["time"][1:] == ["–", "–"]
     assert {row[0]: row[1:] for row in table(page, "The runs")}["steps"] == ["1", "–"]
     assert table(page, "Training loss of each run")[0] == ["step", "run: main"]
-
-
-def test_a_mix_of_one_stage_shows_its_score(tiny_folder, sentiment, tmp_path):
-    """Without general rows there is one column, and the score after training is a record."""
-    run = tmp_path / "run"
-    train(settings(tiny_folder, sentiment, run, chain=BRIEF))
-    title = "Accuracy of every stage after each stage"
-    stage_matrix(run)
-    assert title not in page_of(run)
-    mix_stages(run, {"main": 0.5})
-    matrix = stage_matrix(run)
-    _, *rows = table(page_of(run), title)
-    assert rows[-1] == ["now", short(matrix.grid[-1][0].value)]
-
-
-def test_a_link_is_shown_with_a_strength_that_is_not_1(tiny_folder, sentiment, chainlora, tmp_path):
-    """Each link is shown at strength 1, and all together as they are mixed."""
-    run = tmp_path / "run"
-    train(settings(tiny_folder, sentiment, run, chain=BRIEF))
-    assert "strength" not in table(page_of(run), "Each link")[0]
-    assert "×" not in chainlora("inspect", run).out
-    mix_stages(run, {"main": 0.5})
-    heads, row = table(page_of(run), "Each link")
-    assert row[heads.index("strength")] == "0.5"
-    assert "0 main × 0.5" in chainlora("inspect", run).out
 
 
 def test_pairs_are_preferred_and_a_column_without_scores_is_not_drawn(tiny_folder, tmp_path):

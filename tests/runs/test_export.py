@@ -306,9 +306,7 @@ def test_a_folder_in_use_is_not_written_into(runs, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    "to", ["adapter", "adapter --each", "gguf-adapter", "gguf-adapter --each", "merged", "gguf"]
-)
+@pytest.mark.parametrize("to", ["adapter", "gguf-adapter", "merged", "gguf"])
 def test_an_export_needs_the_base_of_its_run(tmp_path, runs, folders, chainlora, to):
     """Its tokenizer and licence lie beside what is exported."""
     if "gguf" in to:

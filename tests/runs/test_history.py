@@ -22,7 +22,7 @@ from chainlora.training.stages import extension, train_stages
 
 @pytest.fixture(scope="module")
 def run(tiny_folder, sentiment, tmp_path_factory) -> Path:
-    """A run of two stages, and a mix of them; tests go on from there and come back."""
+    """A run of two stages; tests go on from there and come back."""
     folder = tmp_path_factory.mktemp("history")
     keys = {"ranks": [2, 2], "steps": [1, 1]}
     tree = settings(tiny_folder, sentiment, folder / "run", chain=keys, train={"seed": 1})
@@ -37,7 +37,7 @@ def added(state: OpenState) -> dict[str, torch.Tensor]:
     """What a state adds to each weight, summed in the order of its links."""
     found: dict[str, torch.Tensor] = {}
     for link in state.links():
-        for name in link.factors if link.strength else ():
+        for name in link.factors:
             found[name] = found.get(name, 0) + link.delta_weight(name)
     return found
 
@@ -51,7 +51,7 @@ def assert_equal(one: OpenState, two: OpenState) -> None:
 
 
 def test_states_of_one_digest_are_equal_to_the_bit(run, tmp_path, chainlora):
-    """After `train`, `extend`, `mix`, `undo`, `redo` and in a fork; and others differ."""
+    """After `train`, `extend`, `undo`, `redo` and in a fork; and others differ."""
 
     def done(words: str) -> OpenState:
         found: Outcome = chainlora(words)
@@ -60,14 +60,10 @@ def test_states_of_one_digest_are_equal_to_the_bit(run, tmp_path, chainlora):
 
     main, law = open_run(f"{run}@main"), open_run(run)
     assert_equal(law, open_run(f"{run}@law"))
-    off = done(f"mix {run} law=0 --no-scores")
-    assert_equal(off, main)  # a link that is off adds nothing
-    half = done(f"mix {run} law=0.5 --no-scores")
-    assert_equal(done(f"undo {run}"), off)
-    assert_equal(done(f"redo {run}"), half)
-    assert_equal(done(f"mix {run} law=1 --no-scores"), law)
+    assert_equal(done(f"undo {run}"), main)
+    assert_equal(done(f"redo {run}"), law)
     assert_equal(done(f"undo {run} --to base"), open_run(f"{run}@base"))
-    assert_equal(done(f"undo {run} --to {half.state.digest}"), half)
+    assert_equal(done(f"undo {run} --to {main.state.digest}"), main)
     assert_equal(done(f"undo {run} --to law"), law)
     assert open_run(f"{run}@{law.state.digest[:8]}").entry == law.entry
     fork = tmp_path / "fork"
@@ -77,9 +73,9 @@ def test_states_of_one_digest_are_equal_to_the_bit(run, tmp_path, chainlora):
     again = open_run(f"{fork}@new")
     done(f"extend {run} --on-top {run.parent}/law.yaml --name new")
     assert_equal(open_run(f"{run}@new"), again)  # the same stage on the same state
-    states = [main, law, half, again, open_run(f"{run}@base")]
-    assert len({state.state.digest for state in states}) == 5
-    assert not torch.equal(*(next(iter(added(s).values())) for s in (law, half)))
+    states = [main, law, again, open_run(f"{run}@base")]
+    assert len({state.state.digest for state in states}) == 4
+    assert not torch.equal(*(next(iter(added(s).values())) for s in (law, main)))
 
 
 def test_disk_grows_by_as_much_with_each_stage(run, tmp_path):

@@ -256,7 +256,7 @@ def test_another_name_of_the_base_and_its_revision_are_said(
     run = configure(chain={"ranks": [], "steps": []})
     train(run.model_copy(update={"start": str(folder)}))
     imported = open_run(f"{run.output}@start")
-    assert (imported.entry.kind, imported.strengths) == ("import", {"start": 1.0})
+    assert (imported.entry.kind, imported.stages) == ("import", ["start"])
     assert all(words in caplog.text for words in (notes[0], "another base, some/model, than /"))
     assert load_start(folder).tokenizer is None
 

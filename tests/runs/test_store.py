@@ -42,10 +42,10 @@ def test_what_a_run_directory_holds(stored_run, tiny_folder):
     assert names(stage_dir(stored_run)) == own == set(entry["files"])
     assert names(stored_run / "rows") == {f"{entry['kept'][:16]}.safetensors"}
     assert names(stored_run / "links") == set(history["links"]) == set(entry["tied"])
-    assert history["format"] == 4
+    assert history["format"] == 5
     assert history["base"]["model"] == str(tiny_folder)
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(history["base"]["files"])
-    assert [term["link"] for term in entry["state"]["terms"]] == entry["tied"]
+    assert entry["state"]["links"] == entry["tied"]
     assert [history["links"][digest]["rank"] for digest in entry["tied"]] == [4, 4, 2]
     assert {"torch", "transformers", "peft", "chainlora", "python"} <= set(
         entry["training"]["versions"]
@@ -100,13 +100,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda run: (run / "history.json").unlink(),
         r"must hold history.json \(got none in .*\); it is incomplete: copy it whole",
     ),
-    "torn": (written('{"format": 4,'), rf"{NO_JSON}\); the run is damaged: restore the file"),
+    "torn": (written('{"format": 5,'), rf"{NO_JSON}\); the run is damaged: restore the file"),
     "deep": (written("[" * 100_000), NO_JSON),
     "list": (written("[]"), NO_JSON),
-    "empty": (written('{"format": 4}'), rf"{OTHER} \(got another checksum"),
+    "empty": (written('{"format": 5}'), rf"{OTHER} \(got another checksum"),
     "format": (
         written('{"format": 9}'),
-        r"must be of format 4 \(got 9 in .*\); use the version of chainlora that wrote it",
+        r"must be of format 5 \(got 9 in .*\); use the version of chainlora that wrote it",
     ),
     "no-link": (
         lambda run: shutil.rmtree(link(run, 1)),

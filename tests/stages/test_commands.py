@@ -9,7 +9,6 @@ from itertools import product
 import pytest
 
 from chainlora.cli.main import run as cli
-from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
 
 # Whole commands by their words; ADDRESS is the run, or a stage of it.
@@ -22,13 +21,7 @@ VERBS = {
     "adapter": "export ADDRESS --to adapter --output OUT",
     "merged": "export ADDRESS --to merged --output OUT",
 }
-CHOICES = {
-    "": 0,
-    "--links 1": 0,
-    "--stages facts=0.5": 0,
-    "--stages nope": 1,
-    "--stages facts --links 1": 2,
-}
+CHOICES = ("", "--links 1")
 
 
 @pytest.mark.slow
@@ -42,7 +35,7 @@ def test_every_verb_takes_every_state_or_refuses_it_in_a_line(two, tmp_path, cap
         words = f"{VERBS[verb]} {choice}".replace("ADDRESS", run + stage)
         capsys.readouterr()
         status = cli(words.replace("OUT", str(tmp_path / f"out-{number}")).split())
-        assert status == (CHOICES[choice] or int(stage == "@nope")), words
+        assert status == int(stage == "@nope"), words
         said = capsys.readouterr().err
         assert status != 1 or "a stage must be one of facts" in said.splitlines()[-1]
 
@@ -66,22 +59,11 @@ def test_the_command_line_goes_from_two_data_sets_to_one_adapter(config, tmp_pat
     for is_done in (False, True):
         for words in (f"train {file}", f"extend {run} {style} --on-top"):
             assert ("nothing left to do" in said(words)) == is_done
-    said(f"mix {run} style=0")
-    assert json.loads(said(f"mix {run} --json"))["strengths"]["style"] == 0
-    to = f"export {run} --to adapter --output {tmp_path}"
-    assert "from 3 link(s)" in said(f"{to}/a")
-    said(f"{to}/b --stages facts")
-    assert checksums(tmp_path / "a") == checksums(tmp_path / "b")  # the card too
-    assert "Trained on" not in (tmp_path / "a/README.md").read_text()  # a stage that is off
-    for name, stages, is_scored in (("c", "facts,style=0.5", False), ("d", "facts,style", True)):
-        said(f"{to}/{name} --stages {stages}")
-        card = (tmp_path / name / "README.md").read_text()
-        assert ("validation `accuracy`" in card) == is_scored  # scored was another mix
-    twice = "a stage must have one strength (got 'style' twice)"
-    chainlora(f"mix {run} style=1 style=0").refused(twice)
-    wrong = chainlora(f"eval {run} --matrix --stages facts")
+    assert "from 5 link(s)" in said(f"export {run} --to adapter --output {tmp_path / 'out'}")
+    assert "validation `accuracy`" in (tmp_path / "out/README.md").read_text()
+    wrong = chainlora(f"eval {run} --matrix --links 1")
     assert wrong.status == 2
-    assert "--matrix scores the kept rows in all states; leave --stages out" in wrong.err
+    assert "--matrix scores the kept rows in all states; leave --links out" in wrong.err
     for address in (f"{run}@facts", f"{run}@style", str(run)):
         planned = ["3 × 2 steps", *(["2 steps, 3 steps"] if "@facts" not in address else [])]
         lines = [line for line in said(f"inspect {address}").splitlines() if "planned" in line]

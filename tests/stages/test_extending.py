@@ -16,7 +16,7 @@ from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import mix_stages, undo
+from chainlora.runs.changes import undo
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.loading_start import load_start
 from chainlora.training.stages import extension, prune, train_run, train_stages
@@ -122,30 +122,19 @@ def test_a_base_beside_the_run_is_found_from_another_folder(config, tmp_path, mo
 
 
 def test_in_place_a_stage_begins_on_the_state_that_is_named(two, tmp_path):
-    """On a stage as it was trained, though the run is a mix, which it stays."""
+    """On a stage as it was trained, though the run is another state, which it stays."""
     run, law = tmp_path / "run", stage_of(two, "style") | {"name": "law"}
-    mixed = mix_stages(run, {"style": 0.5})
+    before = undo(run)
     (stage,) = extension(f"{run}@style", law)
     assert stage.after == "style"
     assert extension(f"{run}@style", law | {"output": str(tmp_path / "fork")})
     train_stages([stage], matrix=False)
-    assert open_run(run).state == mixed.state
-    assert open_run(f"{run}@law").strengths == {"facts": 1, "style": 1, "law": 1}
+    assert open_run(run).state == before.state
+    assert open_run(f"{run}@law").stages == ["facts", "style", "law"]
     for address in (f"{run}@style", run):
         assert train_on(address, law) == [None]
     with pytest.raises(RunError, match="stage 'law' must resume on the state that it was begun on"):
         extension(f"{run}@facts", law)
-
-
-def test_a_stage_begins_on_what_the_mix_made(two, tmp_path):
-    run = tmp_path / "run"
-    mix_stages(run, {"facts": 0.5})
-    train_on(run, stage_of(two, "style") | {"name": "law"})
-    strengths = [link.strength for link in open_run(run).links()]
-    assert strengths == [0.5] * 3 + [1.0] * 4
-    found = open_run(f"{run}@law")
-    assert [facts.stage for facts in found.facts] == ["facts"] * 3 + ["style"] * 2 + ["law"] * 2
-    assert found.first == 5
 
 
 def test_a_stage_ends_inside_itself_with_its_best_point(config, tmp_path):
@@ -198,8 +187,6 @@ def test_stages_that_are_half_trained_leave_the_run_alone(config, tmp_path, capl
     run, style = tmp_path / "run", stage_of(config, "style")
     with pytest.raises(Stop):
         train_all(one_stage(config), listener=stopping_after(3))
-    with pytest.raises(RunError, match="Cannot mix: the first stage has not ended"):
-        mix_stages(run, {"facts": 0.5})
     with pytest.raises(RunError, match="starts from a finished run"):
         load_start(run)
     with pytest.raises(RunError, match="whose first stage has ended"):
@@ -224,18 +211,16 @@ def test_stages_that_are_half_trained_leave_the_run_alone(config, tmp_path, capl
     assert open_run(f"{run}@style").stages == ["facts", "style"]
 
 
-def test_a_mix_while_a_stage_is_trained_does_not_reach_it(config, tmp_path, caplog):
+def test_an_undo_while_a_stage_is_trained_does_not_reach_it(config, tmp_path, caplog):
     train_all(one_stage(config))
     style, run = stage_of(config, "style"), tmp_path / "run"
     with pytest.raises(Stop):
         train_on(run, style, listener=stopping_after(7))
-    mix_stages(run, {"facts": 0.5})
+    undo(run)
     train_on(run, style)
     assert "which does not include stage style" in caplog.text
-    assert open_run(run).strengths == {"facts": 0.5}
-    assert open_run(f"{run}@style").strengths == {"facts": 1.0, "style": 1.0}
-    undo(run, to="style")
-    assert open_run(run).strengths == {"facts": 1.0, "style": 1.0}
+    assert open_run(run).stages == []
+    assert undo(run, to="style").stages == ["facts", "style"]
 
 
 def test_a_config_that_begins_on_a_stage_is_the_fork(config, tmp_path, capsys):

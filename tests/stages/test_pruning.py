@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from chainlora.errors import RunError
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.models.identity import cache_dir
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import mix_stages, redo, undo
+from chainlora.runs.changes import undo
 from chainlora.runs.inspection import inspect_run
 from chainlora.training.stages import prune, train_stages
 from stages.cases import files_of, logits, stage_of, survey
@@ -26,12 +27,18 @@ from stages.cases import files_of, logits, stage_of, survey
 
 def test_a_pruned_stage_is_nowhere_and_later_ones_are_what_they_were_without(three, tmp_path):
     run = tmp_path / "run"
-    without = {name: logits(open_run(run, name.split(","))) for name in ("facts,law", "law")}
+    whole, without = open_run(run), {}
+    for names in ("facts,law", "law"):
+        own = zip(whole.state.links, whole.facts, strict=True)
+        links = tuple(link for link, facts in own if facts.stage in names.split(","))
+        state = whole.state.model_copy(update={"links": links})
+        without[names] = logits(replace(whole, state=state))
     losses = [row["loss"] for row in inspect_run(run)["links"] if row["stage"] == "law"]
     for stage, left in (("style", "facts,law"), ("facts", "law")):
         own = open_run(f"{run}@{stage}")
         traces = {stage, str(own.entry.kept)[:16], *own.entry.tied, own.state.digest}
-        traces |= {term.link for term, facts in own.pairs if facts.stage == stage}
+        links = zip(own.state.links, own.facts, strict=True)
+        traces |= {link for link, facts in links if facts.stage == stage}
         prune(run, stage)
         for path in (path for path in run.rglob("*") if path.is_file()):
             text = f"{path.relative_to(run)} {path.read_bytes().decode(errors='replace')}"
@@ -100,14 +107,11 @@ def test_the_name_of_a_pruned_stage_is_free_again(three, tmp_path):
 
 
 def test_what_was_done_before_a_stage_was_pruned_is_not_done_again(two, tmp_path):
-    """The same mix of the same stage, trained again, is that mix; heads that went are no steps."""
+    """Heads that went are no steps of `undo`."""
     run, style = tmp_path / "run", stage_of(two, "style")
     for _ in range(2):
-        mix_stages(run, {"style": 0.5})
-        assert open_run(run).strengths == {"facts": 1, "style": 0.5}
-        undo(run)
-        undo(run)
-        redo(run)
+        undo(run, to="facts")
+        undo(run, to="style")
         prune(run, "style")
         heads = [open_run(run).state.digest]
         while open_run(run).history.past:

@@ -13,7 +13,7 @@ from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.files import sha256
-from chainlora.runs.changes import mix_stages, undo
+from chainlora.runs.changes import undo
 from chainlora.training import refusing
 from chainlora.training.plan import make_plan
 from stages.cases import files_of, stage_of, stopping_after, survey
@@ -66,23 +66,17 @@ def test_rows_of_a_later_stage_are_refused_before_the_first_is_trained(config, t
 
 def test_run_wide_keys_of_an_extension_and_stages_that_are_not_there_are_refused(two, tmp_path):
     run, style = tmp_path / "run", stage_of(two, "style")
-    mixed = mix_stages(run, {"style": 0.5}).entry.key
-    undo(run)
     before, chain = files_of(run), {"ranks": [4], "steps": [1]}
     for address, change, message in (
         (run, {"model": "m"}, "can set only its name, data, chain and train"),
         (run, {"train": {"seed": 1}}, "`train.seed` .*`extend` takes it from the run"),
         (run, {"name": "facts"}, "stage 'facts': "),
-        (run, {"name": mixed}, "name of its own"),
         (run, {"chain": {"ranks": [4]}}, "stage 'style'"),
         (run, {"chain": chain}, r"it began with \(got stage 'style': chain.ranks"),
         (f"{run}@nope", {"name": "law", "output": str(tmp_path / "x")}, "one of facts, style"),
     ):
         with pytest.raises(ChainLoRAError, match=message):
             train_on(address, style | change)
-    for strengths, message in [({"nope": 1}, "one of facts"), ({"style": 1e9}, "within")]:
-        with pytest.raises(ChainLoRAError, match=message):
-            mix_stages(run, strengths)
     assert files_of(run) == before
 
 
@@ -171,7 +165,7 @@ def test_a_received_run_changes_nothing_outside_itself(two, tmp_path, chainlora,
     for words in (
         f"prune {run} style",
         f"prune {run} style --yes",
-        f"mix {run} style=0",
+        f"undo {run}",
         f"extend {run} {tmp_path / 'law.yaml'}",
         f"train {config}",
     ):

@@ -19,7 +19,6 @@ from chainlora import Chain, LinkConfig, extend, load_run, save_chain, train
 from chainlora.config.template_names import NAMES, template_text
 from chainlora.errors import ModelError
 from chainlora.models.loading import load_model
-from chainlora.runs.changes import mix_stages
 from chainlora_gguf import export_gguf
 from chainlora_gguf.modelfile import cut_template
 
@@ -359,11 +358,9 @@ def test_the_modelfile_is_for_the_rows(chainlora, tiny_folder, sentiment, tmp_pa
     assert '\nPARAMETER stop "<|im_end|>"\nPARAMETER num_ctx 128\n' in lines
     rest = {"data": {"train": str(plain)}, "chain": {"ranks": [2], "steps": [1]}}
     extend(tmp_path / "chats", {"name": "plain", **rest}, beside=False)
-    for number, (strength, is_chat) in enumerate([(1, False), (0, True)]):
-        mix_stages(tmp_path / "chats", {"plain": strength})
-        export_gguf(tmp_path / "chats", tmp_path / f"mix-{number}")
-        said = (tmp_path / f"mix-{number}" / "Modelfile").read_text()
-        assert ("im_start" in said) == is_chat
+    for state in ("main", "plain"):
+        export_gguf(f"{tmp_path}/chats@{state}", tmp_path / state)
+        assert ("im_start" in (tmp_path / state / "Modelfile").read_text()) == (state == "main")
     words = f"export {tmp_path}/task --gguf-type q8_0 --output {tmp_path}/b --to"
     assert chainlora(f"{words} gguf").status == 0
     assert (tmp_path / "b" / "Modelfile").read_text() == (

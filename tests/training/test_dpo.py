@@ -35,7 +35,6 @@ from chainlora.evaluation.scoring import evaluate_task
 from chainlora.evaluation.stage_scores import Scorer, stage_matrix
 from chainlora.evaluation.training_rows import training_rows
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import mix_stages
 from chainlora.runs.opening import load_run
 from chainlora.training import objectives
 from chainlora.training.batches import make_batches
@@ -340,17 +339,14 @@ def test_the_reference_of_a_stage_is_the_chain_that_it_begins_on(settings):
     metrics = evaluate_task(tree["output"])["metrics"]
     assert metrics == pytest.approx(found["metrics"]["validation"], rel=1e-2)  # soft knots
     assert metrics["margin"] > 0
-    mix_stages(tree["output"], {"main": 0, "again": 0})  # the base, whose reference is not itself
-    assert evaluate_task(tree["output"])["metrics"]["margin"] != 0
 
 
-def test_a_mix_that_a_later_stage_or_a_fork_begins_on_changes_no_reference(settings):
+def test_a_state_that_a_later_stage_or_a_fork_begins_on_changes_no_reference(settings):
     first, fork = settings("run"), settings("fork")["output"]
     again = {key: first[key] for key in ("data", "train")} | {"name": "again"}
     train(first)
     for name in ("again", "third"):
         extend(first["output"], again | {"name": name, "chain": {"ranks": [2], "steps": [2]}})
-        mix_stages(first["output"], {"main": 0.25})
     own = {"name": "own", "chain": {"ranks": [2], "steps": [2]}, "output": fork}
     extend(first["output"], again | own)
     state = open_run(f"{first['output']}@again").state

@@ -318,5 +318,5 @@ def test_a_disk_that_cannot_lock_is_refused(
     said = r"be locked \(got .*; choose a folder on a disk with file l"
     with pytest.raises(FileError, match=said):
         train(configure(chain={"ranks": [2], "steps": [1]}))
-    chainlora("mix", run, "main=0").refused("a file must be locked", f"for {run}/.lock")
+    chainlora("undo", run).refused("a file must be locked", f"for {run}/.lock")
     assert chainlora("log", run).status == chainlora("inspect", run).status == 0

@@ -14,7 +14,7 @@ from chainlora.cli.common import json_option, quiet, show
 # Package → its purpose, and the extra that installs it.
 _OPTIONAL = {
     "gguf": ("models in GGUF files, the demo's too; export to them", "gguf"),
-    "gradio": ("`board`, a page to watch and mix runs", "board"),
+    "gradio": ("`board`, a page to watch and ask runs", "board"),
     "scipy": ("the statistics of `experiment` and `compare`", "experiments"),
     "trl": ("chains in TRL's trainers", "trl"),
     "bitsandbytes": ("bases in 4 bits, optimizers in 8", "bitsandbytes"),

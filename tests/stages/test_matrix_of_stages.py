@@ -1,86 +1,41 @@
-"""Strengths of stages, undo, and the matrix of scores."""
+"""The matrix of scores, and undo."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 from helpers import Stop, stop_after, train_all, train_on
-from transformers import AutoModelForCausalLM
 
-from chainlora import evaluate_task, load_chain, train
+from chainlora import evaluate_task, train
 from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
 from chainlora.errors import RunError
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import mix_stages, redo, undo
+from chainlora.runs.changes import redo, undo
 from chainlora.runs.inspection import inspect_run
 from chainlora.training.stages import train_stages
 from stages.cases import files_of, one_stage, stage_of
 
 
-def test_a_mix_that_cannot_be_scored_is_made_all_the_same(config, tmp_path, capsys):
-    config["model"] = str(shutil.copytree(config["model"], tmp_path / "base"))
-    train_all(config)
-    shutil.rmtree(tmp_path / "base")
-    assert cli(["mix", str(tmp_path / "run"), "style=0.5"]) == 0
-    shown = capsys.readouterr()
-    assert shown.out.split() == ["facts=1", "style=0.5"]
-    run = open_run(tmp_path / "run")
-    said = f"{run.run} is now {run.key}; scoring it\n"  # should it be killed then
-    assert "the mix was not scored: `model` must be" in shown.err.partition(said)[2]
-
-
-def test_stages_of_what_reads_a_run_can_be_chosen_too(two, tmp_path):
-    mixed = open_run(tmp_path / "run", {"facts": 0.5, "style": 1})
-    strengths = [link.strength for link in open_run(mixed, "style").links()]
-    assert strengths == [0.0] * 3 + [1.0] * 2
-    assert open_run(mixed) is mixed
-
-
-def test_a_fork_of_a_mix_says_the_strengths_that_it_has(config, tmp_path, capsys):
-    run, fork = tmp_path / "run", tmp_path / "fork"
-    config["chain"]["hold"], config["train"]["seed"] = "carried", 3
-    train_all(config)
-    chain = load_chain(f"{run}@facts", AutoModelForCausalLM.from_pretrained(config["model"]))
-    assert (len(chain), chain.hold, chain.seed) == (3, "carried", 3)
-    mix_stages(run, {"facts": 0.5, "style": 0})
-    own = stage_of(config, "style") | {"name": "law", "output": str(fork)}
-    train_on(run, own)
-    for address in (fork, run):
-        assert cli(["mix", str(address), "--no-scores"]) == 0
-    assert capsys.readouterr().out.split() == [
-        *("facts=0.5", "style=0", "law=1"),
-        *("facts=0.5", "style=0"),
-    ]
-    (*ends, _), (*same, law) = stage_matrix(run).grid, stage_matrix(fork).grid
-    assert [row[:2] for row in same] == ends  # what a stage ended in stays that in a fork of a mix
-    mix_stages(fork, {"facts": 1})
-    assert stage_matrix(fork).grid[:-1] == [*same, law]
-
-
 def test_undo_and_redo_go_through_what_was_done_and_delete_nothing(two, tmp_path):
     run = tmp_path / "run"
-    mix_stages(run, {"style": 1})  # as it is
-    assert open_run(run).key == "style"
-    mix_stages(run, {"style": 0.5})
-    mixed, *others = (open_run(f"{run}{name}").state for name in ("", "@style", "@facts", "@base"))
+    last, *others = (open_run(f"{run}{name}").state for name in ("", "@facts", "@base"))
     before = files_of(run)
     assert [undo(run).state for _ in others] == others
     with pytest.raises(RunError, match="Nothing to undo"):
         undo(run)
-    assert [redo(run).state for _ in others] == [*others[-2::-1], mixed]
+    assert [redo(run).state for _ in others] == [*others[-2::-1], last]
     with pytest.raises(RunError, match="Nothing to redo"):
         redo(run)
     after = files_of(run)
     assert [name for name in before if after[name] != before[name]] in ([], ["history.json"])
     undo(run)
     train_on(run, stage_of(two, "style") | {"name": "law"})
-    assert open_run(run).stages == ["facts", "style", "law"]
+    assert open_run(run).stages == ["facts", "law"]
     with pytest.raises(RunError, match="Nothing to redo"):
         redo(run)
 
@@ -117,14 +72,8 @@ def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):
         assert [cell.value for cell in row] == [score, score]  # both stages have these rows
     (summary,) = found.summaries()
     assert (summary.metric, summary.stages) == ("accuracy", ("facts", "style"))
-    before = (run / "matrix.jsonl").read_bytes()
-    mix_stages(run, {"facts": 0.25})
-    assert stage_matrix(run, compute=False).grid[-1] == [None, None]
-    assert stage_matrix(run).states == ["base", "facts", "style", "now"]
-    assert (run / "matrix.jsonl").read_bytes().startswith(before)
-    assert str(stage_matrix(run)).splitlines()[-1] == f"after style, {summary}"
-    assert stage_matrix(run).summaries() == [summary]  # the mix does not pass for the last stage
-    again = stage_matrix(run).grid
+    assert str(found).splitlines()[-1] == str(summary)
+    again = found.grid
     (run / "matrix.jsonl").unlink()
     assert stage_matrix(run).grid == again  # to the bit
     for data in ("train", "validation"):  # the rows are the run's own
@@ -183,8 +132,6 @@ def test_a_best_point_scores_as_itself(config, tmp_path):
 def test_rows_that_are_not_kept_are_missing_from_the_matrix(config, tmp_path):
     config["stages"][0]["data"]["keep_rows"] = False
     train_all(one_stage(config))
-    assert cli(["mix", str(tmp_path / "run"), "facts=0"]) == 0  # there is nothing to score it by
-    mix_stages(tmp_path / "run", {"facts": 1})
     train_all(config)
     found = stage_matrix(tmp_path / "run")
     assert [[cell is None for cell in row] for row in found.grid] == [[True, False]] * 3
