@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -138,13 +138,12 @@ def train_run(
     world: World,
     where: Path,
     listener: Listener = _silent,
-    change: Sequence[str] = (),
     **sections: Any,
 ) -> None:
     """Train the first stage."""
     tree = world.tree | {"output": str(where / "run")}
     tree |= {name: tree[name] | keys for name, keys in sections.items()}
-    train_stages(make_stages(with_start(tree)), listener=listener, change=change)
+    train_stages(make_stages(with_start(tree)), listener=listener)
 
 
 def _extend(world: World, where: Path, listener: Listener = _silent) -> None:
@@ -165,19 +164,6 @@ def _beside(
     chain = {"ranks": [2], "steps": [2]}
     stages = extension(where / "run", {"name": name, "data": own, "chain": chain}, beside=True)
     train_stages(stages, listener=listener)
-
-
-def _two_at_once(world: World, where: Path, listener: Listener = _silent) -> None:
-    """Train a stage, and in its first step begin and end another one, as another process does."""
-    begun: list[Any] = []
-
-    def extend(event: Any) -> None:
-        listener(event)
-        if event.name == "step" and not begun:
-            begun.append(event)
-            _beside(world, where, name="style", rows=6)
-
-    _beside(world, where, extend)
 
 
 def _experiment(world: World, where: Path, listener: Listener = _silent) -> None:
@@ -217,7 +203,6 @@ COMMANDS = {
     "fork": Command(_fork, "one"),
     "beside": Command(_beside, "one"),
     "build": Command(lambda _, at, *__: build_run(at / "run"), "one"),
-    "two at once": Command(_two_at_once, "one"),
     "steps": Command(lambda _, at, *__: combine(at / "run", steps=3), "beside"),
     "forget": Command(lambda _, at, *__: prune(at / "run", "law"), "trained", "refused"),
     "combine": Command(

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forke
 slow = pytest.mark.slow
 # Their files are written as those of the others are: without CHAINLORA_FULL, some places are tried.
 SAMPLED = {"beside", "build", "combine", "experiment", "forget", "pull", "push", "steps"}
-SAMPLED |= {"take in", "two at once"}
+SAMPLED |= {"take in"}
 
 
 @pytest.fixture(scope="module")
