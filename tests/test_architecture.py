@@ -19,7 +19,8 @@ SOURCES = Path(chainlora.__file__).parents[1]
 PACKAGE = SOURCES / "chainlora"
 DEPENDENTS = tuple(f"chainlora_{name}" for name in ("fast", "trainer", "gguf", "pages", "lab"))
 # The files of this package that find them by name, when something asks for them.
-FINDERS = {"__init__.py", "cli/common.py", "engine/engine.py", "runs/exported.py"}
+FINDERS = {"__init__.py", "cli/common.py", "engine/engine.py"}
+FINDERS |= {"models/finding.py", "runs/exported.py"}
 
 # Public beside the names of `chainlora` itself (docs/python.md).
 PUBLIC = {
@@ -93,12 +94,12 @@ MORE: dict[str, dict[str, set[str]]] = {
         "chainlora.chain.adapters": {"Factors"},
         "chainlora.chain.link": {"Link", "switched_on"},
         "chainlora.data.templates": {"ends_of_turn", "render_chat"},
-        "chainlora.models.checkpoint": {"Checkpoint"},
-        "chainlora.models.gguf": {
-            *("build_tokenizer", "head_size", "import_gguf", "known_pre_tokenizers"),
-            *("read_metadata", "rope_factors", "ropes_of"),
-        },
+        "chainlora.errors": {"explained"},
+        "chainlora.files": {"make_folder", "remove_scratch", "replaced_folder", "reported"},
+        "chainlora.models.checkpoint": {"Checkpoint", "save_model"},
+        "chainlora.models.identity": {"cache_dir", "hash_file"},
         "chainlora.models.loading": {"open_folder"},
+        "chainlora.registry": {"import_optional"},
         "chainlora.runs.addresses": {"Address", "open_run"},
         "chainlora.runs.apart": {"taken_apart", "write_sheet"},
         "chainlora.runs.cards": {
