@@ -69,7 +69,7 @@ lowest:
 	$(LOWEST)/bin/python -m pip install --quiet -c $(LOWEST)/constraints.txt -e '.[test]'
 	HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest $(LOWEST_TESTS)
 
-LOWEST_TESTS ?= tests/test_laws.py tests/training/test_training.py tests/chain/test_saved_chain.py tests/runs/test_export.py tests/config/test_config.py tests/cli/test_cli_runs.py tests/integrations/test_integrations_trainer.py
+LOWEST_TESTS ?= tests/test_laws.py tests/training/test_training.py tests/chain/test_saved_chain.py tests/runs/test_export.py tests/config/test_config.py tests/cli/test_cli_runs.py tests/trainer/test_trainer.py
 
 # Wheel and sdist, in dist/.
 dist: $(VENV)/.ready

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from chainlora.data.examples import Example
-from chainlora.engine.fast.decoder_layers import DecoderLayers
-from chainlora.engine.fast.linear_layers import (
+from chainlora.engine.fast_path import PACKED
+from chainlora.engine.packing import PackedBatch, pack, padded_hidden
+from chainlora.engine.patching import installed
+from chainlora.engine.probes import examine
+from chainlora_fast.decoder_layers import DecoderLayers
+from chainlora_fast.linear_layers import (
     Bfloat16Linears,
     LoraLayers,
     is_lora_layer,
     projection_of,
 )
-from chainlora.engine.fast.packed_rows import PackedSequences, packed_hidden
-from chainlora.engine.fast.plugin import PACKED
-from chainlora.engine.packing import PackedBatch, pack, padded_hidden
-from chainlora.engine.patching import installed
-from chainlora.engine.probes import examine
+from chainlora_fast.packed_rows import PackedSequences, packed_hidden
 
 
 class Path(StrEnum):

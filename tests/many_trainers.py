@@ -1,5 +1,5 @@
 """Train by trainers of others, in each of the processes that torchrun starts
-(integrations/test_integrations_processes.py).
+(trainer/test_trainer_processes.py).
 
 usage: many_trainers.py JOBS, a JSON list of jobs: "model" (a folder), "output", "kind" (of
 trainer), "chain" and "arguments" (of the callback and the trainer), "stop" (the step where it is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,10 @@ from chainlora import errors
 
 SOURCES = Path(chainlora.__file__).parents[1]
 PACKAGE = SOURCES / "chainlora"
-DEPENDENTS = ("chainlora_gguf", "chainlora_pages", "chainlora_lab")
+DEPENDENTS = tuple(f"chainlora_{name}" for name in ("fast", "trainer", "gguf", "pages", "lab"))
+# The files of this package that find them by name, when something asks for them.
+FINDERS = {"__init__.py", "cli/common.py", "engine/engine.py"}
+FINDERS |= {"models/finding.py", "runs/exported.py"}
 
 # Public beside the names of `chainlora` itself (docs/python.md).
 PUBLIC = {
@@ -39,17 +43,63 @@ PUBLIC = {
 }
 # What one package of this repository uses beside that: a change there is a change here.
 MORE: dict[str, dict[str, set[str]]] = {
+    "chainlora_fast": {
+        "chainlora.data.examples": {"Example"},
+        "chainlora.engine.fast_path": {"FastPath", "Item", "PACKED", "Result"},
+        "chainlora.engine.float32": {"computing_in_float32", "widened"},
+        "chainlora.engine.matmul": {"add_product_", "is_slow", "linear", "product"},
+        "chainlora.engine.packing": {
+            *("PackedBatch", "Segment", "fresh_tokens", "input_sequences", "paths"),
+        },
+        "chainlora.engine.patching": {"Patches", "installed", "is_foreign", "replacement"},
+        "chainlora.engine.probes": {
+            *("Calls", "FAR", "Facts", "Limits", "UNLIMITED", "first_line", "forget_lengths"),
+            *("packing_limits", "probe_batch", "probing", "relative_difference"),
+        },
+        "chainlora.models.modes": {"in_mode"},
+        "chainlora.models.shards": {"whole"},
+        "chainlora.models.text_config": {"base_model", "text_config"},
+    },
+    "chainlora_trainer": {
+        "chainlora": {"files"},
+        "chainlora.chain.adapters": {
+            *("get_dropouts", "num_trained", "put_in", "read_settings", "read_trained"),
+            *("redirect", "set_dropouts", "take_off"),
+        },
+        "chainlora.chain.chain": {"Chain"},
+        "chainlora.chain.link": {"Link"},
+        "chainlora.config.messages": {"problems"},
+        "chainlora.config.schema": {"ChainConfig", "KnotConfig", "LinkConfig"},
+        "chainlora.knots.driver": {"Knots", "check_policy"},
+        "chainlora.knots.moments": {"unknown_moments"},
+        "chainlora.knots.numbers": {
+            *("Numbers", "Spacing", "Spacings", "asks_for_tokens", "between", "some_of"),
+            "spacings",
+        },
+        "chainlora.knots.policy": {"Knot", "KnotPolicy"},
+        "chainlora.models.finding": {"folder_of"},
+        "chainlora.models.modes": {"kept_random_state"},
+        "chainlora.runs.addresses": {"open_run"},
+        "chainlora.runs.cards": {"is_of_another"},
+        "chainlora.runs.export": {"adapter_factors", "write_adapter", "write_adapter_card"},
+        "chainlora.runs.loading_start": {"NOTHING", "Start", "load_start", "put_on"},
+        "chainlora.runs.saved_chain": {
+            *("INSIDE", "current_links", "describe_base", "read_chain", "restore_chain"),
+            "write_chain",
+        },
+        "chainlora.training.processes": {"Processes", "find_processes", "num_launched"},
+    },
     "chainlora_gguf": {
         "chainlora": {"files"},
         "chainlora.chain.adapters": {"Factors"},
         "chainlora.chain.link": {"Link", "switched_on"},
         "chainlora.data.templates": {"ends_of_turn", "render_chat"},
-        "chainlora.models.checkpoint": {"Checkpoint"},
-        "chainlora.models.gguf": {
-            *("build_tokenizer", "head_size", "import_gguf", "known_pre_tokenizers"),
-            *("read_metadata", "rope_factors", "ropes_of"),
-        },
+        "chainlora.errors": {"explained"},
+        "chainlora.files": {"make_folder", "remove_scratch", "replaced_folder", "reported"},
+        "chainlora.models.checkpoint": {"Checkpoint", "save_model"},
+        "chainlora.models.identity": {"cache_dir", "hash_file"},
         "chainlora.models.loading": {"open_folder"},
+        "chainlora.registry": {"import_optional"},
         "chainlora.runs.addresses": {"Address", "open_run"},
         "chainlora.runs.apart": {"taken_apart", "write_sheet"},
         "chainlora.runs.cards": {
@@ -116,7 +166,7 @@ RIVALS = {SOURCES / "chainlora_lab" / f"{name}.py" for name in _RIVALS}
 
 # From the bottom up. A room imports from itself and from rooms before it, never from one behind it.
 ROOMS = ["errors", "files", "showing", "registry", "config", "models", "chain", "knots", "data"]
-ROOMS += ["engine", "runs", "evaluation", "training", "integrations", "cli", "__main__"]
+ROOMS += ["engine", "runs", "evaluation", "training", "cli", "__main__"]
 
 
 def imports() -> Iterator[tuple[Path, str, str]]:
@@ -157,7 +207,37 @@ def test_a_package_on_this_one_uses_known_names_alone(package):
 
 
 def test_this_package_imports_none_that_depend_on_it():
-    assert [file for file, _, module in imports() if module.split(".")[0] in DEPENDENTS] == []
+    found = [(file, room) for file, room, module in imports() if module.startswith(DEPENDENTS)]
+    assert [file for file, room in found if room != "__init__"] == []  # there for type checkers
+    naming = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and str(node.value).startswith(DEPENDENTS)
+    }
+    assert naming == FINDERS
+
+
+def private_names(package: str) -> tuple[set[str], set[str]]:
+    """Return the names with a leading underscore that a package defines, and those it reads."""
+    defined, read = set[str](), set[str]()
+    for path in (SOURCES / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                defined.add(node.name)
+            elif isinstance(node, ast.Attribute):
+                (read if isinstance(node.ctx, ast.Load) else defined).add(node.attr)
+    return tuple({n for n in names if re.match("_[^_]", n)} for names in (defined, read))
+
+
+def test_no_package_uses_a_private_name_of_another():
+    names = {package: private_names(package) for package in ("chainlora", *DEPENDENTS)}
+    for package, (own, read) in names.items():
+        others = set().union(*(names[other][0] for other in names if other != package))
+        assert (read - own) & others == set(), package
+        for path in (SOURCES / package).rglob("*.py"):
+            foreign = [x for x in imported(path) if x[0].split(".")[0] in {*names} - {package}]
+            assert not [x for x in foreign if "._" in ".".join(x)], path
 
 
 def test_every_file_lives_in_a_room_and_the_root_is_small():

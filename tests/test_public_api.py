@@ -30,7 +30,7 @@ def test_no_other_names_are_shown():
 def test_every_name_is_there_and_says_what_it_is(name):
     thing = getattr(chainlora, name)
     assert inspect.getdoc(thing)
-    assert thing.__module__.startswith("chainlora.")
+    assert thing.__module__.startswith(("chainlora.", "chainlora_trainer."))
 
 
 def test_every_error_on_purpose_is_of_one_tree():

@@ -18,7 +18,7 @@ PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 def test_data_files_of_the_packages_are_installed():
     section = PYPROJECT.partition("package-data]\n")[2].partition("\n\n")[0]
     patterns = dict(line.split(" = ") for line in section.splitlines())
-    assert patterns.keys() == {"chainlora", "chainlora_gguf", "chainlora_pages", "chainlora_lab"}
+    assert patterns.keys() == {path.parent.name for path in (ROOT / "src").glob("*/__init__.py")}
     for name, listed_as in patterns.items():
         package, listed = ROOT / "src" / name, re.findall(r'"([^"]+)"', listed_as)
         installed = {path for pattern in listed for path in package.glob(pattern)}

@@ -23,7 +23,7 @@ _NAMES = {  # the public names of each module
     "chainlora.evaluation.stage_scores": ("stage_matrix",),
     "chainlora.training.result": ("TrainResult",),
     "chainlora.knots.moments": ("carry_moments",),
-    "chainlora.integrations.callback": ("ChainCallback",),
+    "chainlora_trainer.callback": ("ChainCallback",),
     "chainlora.evaluation.scoring": ("evaluate_task",),
     "chainlora.runs.saved_chain": ("save_chain",),
     "chainlora.runs.loading_start": ("load_chain",),
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from chainlora.evaluation.difference import diff as diff
     from chainlora.evaluation.scoring import evaluate_task as evaluate_task
     from chainlora.evaluation.stage_scores import stage_matrix as stage_matrix
-    from chainlora.integrations.callback import ChainCallback as ChainCallback
     from chainlora.knots.moments import carry_moments as carry_moments
     from chainlora.models.loading import load_model as load_model
     from chainlora.runs.addresses import open_run as open_run
@@ -73,6 +72,7 @@ if TYPE_CHECKING:
     from chainlora.training.stages import add as add
     from chainlora.training.stages import extend as extend
     from chainlora.training.stages import train as train
+    from chainlora_trainer.callback import ChainCallback as ChainCallback
 
 
 def __getattr__(name: str) -> Any:

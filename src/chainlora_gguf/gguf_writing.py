@@ -22,7 +22,7 @@ from transformers import AutoConfig
 from chainlora.chain.adapters import Factors
 from chainlora.errors import ModelError
 from chainlora.models.checkpoint import Checkpoint
-from chainlora.models.gguf import (
+from chainlora_gguf.from_gguf import (
     build_tokenizer,
     head_size,
     import_gguf,

@@ -12,12 +12,12 @@ from conftest import tiny_model
 from forwards import patched_modules
 from torch import Tensor, nn
 
+import chainlora_fast as fast
 from chainlora.chain.chain import Chain
 from chainlora.config.schema import LinkConfig
 from chainlora.data.examples import Example
-from chainlora.engine import fast
 from chainlora.engine.engine import Engine, num_terms
-from chainlora.engine.fast.plugin import FastPath
+from chainlora.engine.fast_path import FastPath
 from chainlora.engine.packing import PackedBatch
 from chainlora.engine.probes import Facts
 from chainlora.errors import ModelError

@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from helpers import sign
-from models.test_models import TOKENS, write_gguf
+from to_gguf.test_from_gguf import TOKENS, write_gguf
 
 from chainlora import export_adapter, files
 from chainlora.cli.main import run as command

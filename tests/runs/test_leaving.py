@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from chainlora import Chain, LinkConfig, export_adapter, export_merged, train
 from chainlora.config.template_names import template_text
 from chainlora.errors import ModelError, RunError
-from chainlora.models.gguf import build_tokenizer, read_metadata
 from chainlora.runs.cards import Naming, is_of_another
+from chainlora_gguf.from_gguf import build_tokenizer, read_metadata
 from chainlora_gguf.to_gguf import export_gguf
 
 TOOLS = [{"type": "function", "function": {"name": "hill", "parameters": {"type": "object"}}}]

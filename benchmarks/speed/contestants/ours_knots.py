@@ -13,8 +13,8 @@ from measuring import peak_mb
 
 from chainlora import Chain, load_model
 from chainlora.config.schema import LinkConfig, TrainConfig
-from chainlora.engine.fast.linear_layers import LoraLayers
 from chainlora.training.loop import make_optimizer
+from chainlora_fast.linear_layers import LoraLayers
 
 NUM_KNOTS = 5
 

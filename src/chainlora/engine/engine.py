@@ -7,9 +7,9 @@
 
 This file is the plain engine. It runs a batch through the model's own forward
 (`packing.padded_hidden`) and computes losses and scores at the head (`head`), one micro-batch after
-the other. Fast paths are plug-ins (`fast`). At the start, a probe compares each one with the plain
-forward of this model; if they differ, the engine does not use it, and `notes` has the reason.
-`close` restores the model.
+the other. Fast paths are plug-ins (`chainlora_fast`). At the start, a probe compares each one with
+the plain forward of this model; if they differ, the engine does not use it, and `notes` has the
+reason. `close` restores the model.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from importlib import import_module
 from itertools import chain
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -25,8 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from chainlora.data.examples import Example
-from chainlora.engine import fast
-from chainlora.engine.fast.plugin import PACKED, FastPath
+from chainlora.engine.fast_path import PACKED, FastPath
 from chainlora.engine.head import candidate_loss, candidate_scores, completion_loss, find_head
 from chainlora.engine.packing import PackedBatch, input_sequences, pack, padded_hidden
 from chainlora.engine.probes import Facts, examine, forget_lengths
@@ -119,7 +119,7 @@ class Engine:
 
     def _take_fast_paths(self, facts: Facts) -> None:
         """Apply every registered path whose probe succeeds, and note the result of each."""
-        paths = [make() for make in fast.FAST_PATHS]
+        paths: list[FastPath] = [make() for make in import_module("chainlora_fast").FAST_PATHS]
         if self.speedups == "auto":
             facts.watched = [module for path in paths for module in path.watched(self.model)]
         for path in paths:

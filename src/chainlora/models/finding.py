@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from importlib import import_module
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from huggingface_hub.errors import (
 )
 
 from chainlora.errors import ModelError
-from chainlora.models.gguf import converted_folder
 from chainlora.models.identity import weight_files
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
@@ -41,13 +41,13 @@ def resolve_model(spec: str | Path) -> Path:
     """
     spec = str(spec)
     if spec.startswith("pip:"):
-        return converted_folder(packaged_model(spec.removeprefix("pip:")))
+        return _converted(packaged_model(spec.removeprefix("pip:")))
     path = _moved(Path(os.path.expanduser(spec)))
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             rule = "`model` ending in .gguf must be an existing file"
             raise ModelError(rule, spec, "check the path")
-        return converted_folder(path)
+        return _converted(path)
     if path.is_dir():
         _check_folder(path)
         return path
@@ -55,6 +55,10 @@ def resolve_model(spec: str | Path) -> Path:
         rule = "`model` must be a Hub id, a folder or a .gguf file"
         raise ModelError(rule, f"the file {spec}", "name its folder")
     return from_hub(spec)
+
+
+def _converted(file: Path) -> Path:
+    return import_module("chainlora_gguf.from_gguf").converted_folder(file)
 
 
 def names_a_file(spec: str) -> bool:

@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 
-from chainlora.engine.fast.decoder_halves import (
+from chainlora.engine.fast_path import PACKED, FastPath
+from chainlora.engine.float32 import widened
+from chainlora.engine.patching import installed, is_foreign, replacement
+from chainlora.engine.probes import Facts, first_line, probing, relative_difference
+from chainlora.models.modes import in_mode
+from chainlora.models.shards import whole
+from chainlora.models.text_config import base_model, text_config
+from chainlora_fast.decoder_halves import (
     Attention,
     Mlp,
     RmsNorm,
@@ -33,17 +40,10 @@ from chainlora.engine.fast.decoder_halves import (
     at_rows,
     make_turn,
 )
-from chainlora.engine.fast.linear_layers import is_lora_layer, projection_of
-from chainlora.engine.fast.packed_attention import LAYOUT, attend
-from chainlora.engine.fast.packed_layout import Layout, Rows
-from chainlora.engine.fast.plugin import PACKED, FastPath
-from chainlora.engine.fast.projection import Projection
-from chainlora.engine.float32 import widened
-from chainlora.engine.patching import installed, is_foreign, replacement
-from chainlora.engine.probes import Facts, first_line, probing, relative_difference
-from chainlora.models.modes import in_mode
-from chainlora.models.shards import whole
-from chainlora.models.text_config import base_model, text_config
+from chainlora_fast.linear_layers import is_lora_layer, projection_of
+from chainlora_fast.packed_attention import LAYOUT, attend
+from chainlora_fast.packed_layout import Layout, Rows
+from chainlora_fast.projection import Projection
 
 _CHILDREN = {
     "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},

@@ -12,9 +12,9 @@ from chainlora import Chain
 from chainlora.config.schema import LinkConfig
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
-from chainlora.engine.fast.threads import make_pool, map_in_threads
 from chainlora.evaluation.evaluate import evaluate
 from chainlora.training.stages import train_run as train
+from chainlora_fast.threads import make_pool, map_in_threads
 
 
 def row(index: int, tokens: range | list[int], answer: int = 9) -> Example:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from chainlora.engine.fast.plugin import FastPath
-from chainlora.engine.fast.projection import Projection, ProjectionFunction
+from chainlora.engine.fast_path import FastPath
 from chainlora.engine.matmul import is_slow
 from chainlora.engine.patching import is_foreign, replacement
 from chainlora.engine.probes import Facts
+from chainlora_fast.projection import Projection, ProjectionFunction
 
 
 class Bfloat16Linears(FastPath):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
-from chainlora.engine.fast.linear_layers import projection_of
+from chainlora_fast.linear_layers import projection_of
 
 # float64 and float32: the same sums in another order, over 48 terms. bfloat16: PEFT computes the
 # adapter in float32 and rounds once, here each product is rounded, 2⁻⁸ of its size; the sums of 12

@@ -30,8 +30,8 @@ from transformers import TrainerCallback, TrainingArguments, get_scheduler
 
 from chainlora import ChainCallback, load_chain
 from chainlora.errors import ChainError, ConfigError, RunError
-from chainlora.integrations.restarts import restart_schedule
 from chainlora.runs.loading_start import load_start
+from chainlora_trainer.restarts import restart_schedule
 
 # One layer's product W x + s·B A x is summed in another order than (W + s·B A) x: float32 rounding
 # of logits below 10 over two layers.

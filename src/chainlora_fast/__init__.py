@@ -1,7 +1,7 @@
 """Fast paths: plug-ins of the engine that a probe must find equal to the plain forward.
 
-A fast path is a class with three methods, probe, apply and undo (`plugin.FastPath`). To add one,
-write a file and add its class to `FAST_PATHS`.
+A fast path is a class with three methods, probe, apply and undo (`chainlora.engine.fast_path`). To
+add one, write a file and add its class to `FAST_PATHS`.
 
     packed_rows.py     every device  all sequences in one row, common prefixes computed once;
                                      on CPUs attention by plain matmuls (`packed_attention.py`)
@@ -14,11 +14,11 @@ write a file and add its class to `FAST_PATHS`.
 
 from __future__ import annotations
 
-from chainlora.engine.fast.decoder_layers import DecoderLayers
-from chainlora.engine.fast.linear_layers import Bfloat16Linears, LoraLayers
-from chainlora.engine.fast.packed_rows import PackedSequences
-from chainlora.engine.fast.plugin import FastPath
-from chainlora.engine.fast.threads import CoreThreads
+from chainlora.engine.fast_path import FastPath
+from chainlora_fast.decoder_layers import DecoderLayers
+from chainlora_fast.linear_layers import Bfloat16Linears, LoraLayers
+from chainlora_fast.packed_rows import PackedSequences
+from chainlora_fast.threads import CoreThreads
 
 # in the order in which the engine probes them
 FAST_PATHS: list[type[FastPath]] = [

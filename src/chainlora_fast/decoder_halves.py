@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from chainlora.engine.fast.packed_attention import attend_backward, attend_forward
-from chainlora.engine.fast.packed_layout import Layout, Rows
-from chainlora.engine.fast.projection import (
+from chainlora_fast.packed_attention import attend_backward, attend_forward
+from chainlora_fast.packed_layout import Layout, Rows
+from chainlora_fast.projection import (
     Projection,
     Wanted,
     factor_gradients,

@@ -27,8 +27,8 @@ from transformers import MistralConfig, MistralForCausalLM, SmolLM3Config, SmolL
 from chainlora import Chain, LinkConfig
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
-from chainlora.engine.fast import packed_layout as layout
 from chainlora.engine.packing import PackedBatch, input_sequences, pack
+from chainlora_fast import packed_layout as layout
 
 
 def visible(batch: PackedBatch, position: int) -> list[int]:

@@ -21,7 +21,7 @@ from helpers_processes import launch
 
 from chainlora import load_chain
 from chainlora.errors import ConfigError
-from chainlora.integrations.lengths import find_trainer_processes
+from chainlora_trainer.lengths import find_trainer_processes
 
 pytestmark = pytest.mark.slow  # processes that torchrun starts
 CHAIN = {"ranks": [4, 4, 4], "steps": [4, 4, 3]}

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from chainlora.data.examples import Example
-from chainlora.engine.fast.plugin import PACKED, FastPath, Item, Result
+from chainlora.engine.fast_path import PACKED, FastPath, Item, Result
 from chainlora.engine.packing import fresh_tokens, input_sequences
 from chainlora.engine.probes import Facts
 

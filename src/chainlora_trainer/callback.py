@@ -22,8 +22,14 @@ from chainlora.chain.chain import Chain
 from chainlora.config.messages import problems
 from chainlora.config.schema import ChainConfig, KnotConfig, LinkConfig
 from chainlora.errors import ChainError, ConfigError, RunError
-from chainlora.integrations import restarts
-from chainlora.integrations.lengths import (
+from chainlora.knots.driver import Knots, check_policy
+from chainlora.knots.numbers import Numbers, Spacing, Spacings, asks_for_tokens, spacings
+from chainlora.knots.policy import Knot, KnotPolicy
+from chainlora.models.modes import kept_random_state
+from chainlora.runs.loading_start import NOTHING, load_start
+from chainlora.training.processes import Processes, num_launched
+from chainlora_trainer import restarts
+from chainlora_trainer.lengths import (
     Epochs,
     Lengths,
     check_knots,
@@ -32,13 +38,7 @@ from chainlora.integrations.lengths import (
     link_lengths,
     steps_per_epoch,
 )
-from chainlora.integrations.wrapped_chain import WrappedChain, settings_of
-from chainlora.knots.driver import Knots, check_policy
-from chainlora.knots.numbers import Numbers, Spacing, Spacings, asks_for_tokens, spacings
-from chainlora.knots.policy import Knot, KnotPolicy
-from chainlora.models.modes import kept_random_state
-from chainlora.runs.loading_start import NOTHING, load_start
-from chainlora.training.processes import Processes, num_launched
+from chainlora_trainer.wrapped_chain import WrappedChain, settings_of
 
 logger = logging.getLogger(__name__)
 

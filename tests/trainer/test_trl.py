@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 
 from chainlora import ChainCallback, load_chain
 from chainlora.errors import ConfigError
-from chainlora.integrations.lengths import learned_a_row
+from chainlora_trainer.lengths import learned_a_row
 
 # TRL itself takes seconds to import: each test does.
 pytestmark = pytest.mark.skipif(
@@ -165,7 +165,7 @@ def test_one_link_has_what_it_began_on_as_its_reference(sft, dpo, tmp_path):
 
 @pytest.mark.slow
 def test_a_resume_has_the_reference_that_the_run_began_with(dpo, tmp_path):
-    """What a save holds, and the best model: test_integrations_trainer.py."""
+    """What a save holds, and the best model: test_trainer.py."""
     keys = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 0.05}
 
     def make(name):

@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chainlora.engine.fast.packed_attention import LAYOUT, CannotPackError, packed_name
-from chainlora.engine.fast.packed_layout import make_layout
-from chainlora.engine.fast.plugin import PACKED, FastPath
+from chainlora.engine.fast_path import PACKED, FastPath
 from chainlora.engine.float32 import computing_in_float32
 from chainlora.engine.packing import PackedBatch
 from chainlora.engine.patching import Patches
@@ -35,6 +33,8 @@ from chainlora.engine.probes import (
     relative_difference,
 )
 from chainlora.models.text_config import base_model
+from chainlora_fast.packed_attention import LAYOUT, CannotPackError, packed_name
+from chainlora_fast.packed_layout import make_layout
 
 # Largest relative difference of a hidden state. Packed and padded rows add the same numbers in
 # another order: about 1e-6 in float32 over thirty layers, with a margin for states that cancel. A

@@ -26,8 +26,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from chainlora.engine.fast.packed_layout import Layout
 from chainlora.engine.matmul import is_slow
+from chainlora_fast.packed_layout import Layout
 
 _NAME = "chainlora_packed"
 LAYOUT = "packed_layout"
