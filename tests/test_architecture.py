@@ -146,7 +146,7 @@ MORE: dict[str, dict[str, set[str]]] = {
         "chainlora.runs.history": {"BASE", "COMBINED", "History", "MAIN", "RECORDS", "START"},
         "chainlora.runs.history_file": {"read_history"},
         "chainlora.runs.inspection": {"inspect_run"},
-        "chainlora.runs.locks": {"is_in_use"},
+        "chainlora.runs.locks": {"is_held"},
         "chainlora.runs.opening": {"chain_on_base", "tokenizer_of"},
         "chainlora.runs.paths": {"HISTORY", "stage_folder"},
         "chainlora.runs.exported": {"exporter_to"},

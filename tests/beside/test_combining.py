@@ -150,20 +150,6 @@ def test_a_report_says_what_was_trained_apart(abc):
     assert leads[1].count("trained on") == 1
 
 
-def test_a_stage_pruned_meanwhile_leaves_no_trace(abc):
-    undo(abc, "a")
-    links = {*(abc / "links").iterdir()}
-
-    def progress(what: str, done: int, rows: int) -> None:
-        if done == rows and (abc / "stages/b").exists():
-            prune(abc, "b")
-
-    with pytest.raises(RunError, match="Another process has changed this run"):
-        combine(abc, ["b", "c"], progress=progress)
-    assert {*(abc / "links").iterdir()} < links
-    assert open_run(abc).entry.key == "a"
-
-
 # --- other runs ---
 
 

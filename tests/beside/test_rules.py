@@ -143,7 +143,7 @@ def test_rule_4_a_declaration_is_replaced_until_its_stage_begins(only_a, sentime
     with pytest.raises(RunError, match=r"stage .b.: chain.ranks is .4., was .3."):
         train_on(only_a, section(sentiment, "b", ranks=[4]), beside=True)
     own = section(sentiment, "b", ranks=[3]) | {"train": {"lr": 1e-4}}
-    with pytest.raises(RunError, match=r"pass --train\.lr VALUE"):
+    with pytest.raises(RunError, match=r"train\.lr is 0\.0001, was 0\.01"):
         train_on(only_a, own, beside=True)
     assert read_history(only_a).find_unbuilt("b") == declared
     train_on(only_a, section(sentiment, "b", ranks=[3]), beside=True)

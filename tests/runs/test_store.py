@@ -65,7 +65,7 @@ def test_a_stage_names_all_that_its_resume_needs_and_nothing_else_stays(rich_con
     run, stage = tmp_path / "run", stage_dir(tmp_path / "run")
     draft = json.loads((stage / "stage.json").read_text())
     found = {path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file()}
-    assert found - set(draft["files"]) == {"stage.json", "metrics.jsonl", ".lock"}
+    assert found - set(draft["files"]) == {"stage.json", "metrics.jsonl"}
     folders = {path.partition("/")[0] for path in draft["files"]}
     assert folders == {"config.yaml", "moments", "best", "checkpoints"}
     assert names(run / "links") == set(draft["links"])

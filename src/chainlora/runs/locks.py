@@ -49,6 +49,8 @@ def writing(run: Path) -> Iterator[None]:
         yield
     finally:
         _HELD.discard(place)
+        with suppress(FileError):  # a kill leaves it; the next command replaces it
+            files.remove(run / HOLDER)
         lock.release()
 
 
