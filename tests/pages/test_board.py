@@ -67,7 +67,7 @@ def heard(desk: Desk, mix: Mix, most: int = 12) -> str:
 
 def said_by(state: OpenState) -> str:
     model, tokenizer = load_run(state)
-    return Speaker(model, tokenizer, Decoding(max_new_tokens=12)).complete(PROMPT, len)
+    return "".join(Speaker(model, tokenizer, Decoding(max_new_tokens=12)).complete(PROMPT))
 
 
 def test_a_mix_is_heard_and_scored_as_what_it_makes_the_run_be(run):

@@ -7,13 +7,11 @@ makes, up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Event, Lock
+from threading import Lock
 from typing import Any, NamedTuple
 
 from chainlora.errors import RunError
@@ -171,14 +169,12 @@ class Desk:
         """
         with self._one_at_a_time:
             model = self._scorer.model_at(self.at(mix).state)
-            speaker = Speaker(model, self.tokenizer, decoding)
-
-            def speak(write: Callable[[str], None]) -> str:
-                if as_chat:
-                    return speaker.answer(turns, write)
-                return speaker.complete(turns[-1]["content"], write)
-
-            yield from _growing(speak)
+            speaker, text = Speaker(model, self.tokenizer, decoding), ""
+            question = turns[-1]["content"]
+            for piece in speaker.answer(turns) if as_chat else speaker.complete(question):
+                text += piece
+                yield text
+            yield speaker.text
 
     def scores(self, mixes: Sequence[Mix]) -> list[list[Cell]]:
         """Score the kept rows of each stage in each mix. Return a row of cells per mix.
@@ -216,26 +212,3 @@ class Desk:
 def _or_base(state: OpenState) -> OpenState:
     """Return a state, or the base for one without links, such as that of general rows."""
     return state if state.facts else replace(state, entry=None)
-
-
-def _growing(speak: Callable[[Callable[[str], None]], str]) -> Iterator[str]:
-    """Yield the growing text that `speak` writes, which runs in a separate thread."""
-    pieces: SimpleQueue[str | None] = SimpleQueue()
-    closed = Event()
-
-    def write(piece: str) -> None:
-        if closed.is_set():
-            raise BrokenPipeError("the reader is gone")
-        pieces.put(piece)
-
-    text = ""
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            done = pool.submit(speak, write)
-            done.add_done_callback(lambda _: pieces.put(None))
-            while (piece := pieces.get()) is not None:
-                text += piece
-                yield text
-            yield done.result()  # raises what `speak` raised
-        finally:
-            closed.set()
