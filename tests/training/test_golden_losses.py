@@ -72,7 +72,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gpt2": {"model": "gpt2", "chain": {"target_modules": ["c_attn", "c_fc"]}},
     **{
         name: {"train": {"optimizer": name, "lr": rate}, "chain": {"ranks": [4], "steps": [6]}}
-        for name, rate in {"sgd": 0.3, "adafactor": 0.3, "lion": 3e-3, "muon": 5e-2}.items()
+        for name, rate in {"sgd": 0.3, "adafactor": 0.3, "muon": 5e-2}.items()
     },
     "replay on top": {"stages": [more("top", beside=False, replay=0.5)]},
     "beside": {"stages": [more("side", beside=True)]},

@@ -196,10 +196,10 @@ CARRIED = {"hold": "carried"}
             None,
         ),
         (
-            "--train.optimizer schedule_free_adamw --train.schedule constant",
-            "pip install 'chainlora[schedulefree]'",
+            "--train.optimizer adamw_8bit",
+            "pip install 'chainlora[bitsandbytes]'",
             {},
-            "schedulefree",
+            "bitsandbytes",
         ),
     ],
 )
