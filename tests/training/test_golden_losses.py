@@ -65,8 +65,6 @@ CASES: dict[str, dict[str, Any]] = {
         "train": {"dtype": "bfloat16", "speedups": "off"},
         "chain": {"knots": {"every": 2, "share": 0.3}},
     },
-    "pissa": {"chain": {"init": "pissa", "alpha": [4, 4, 2]}, "train": {"lr": 1e-3}},
-    "orthogonal": {"chain": {"init": "orthogonal", "target_modules": ALL}},
     "gradient": {"chain": {"init": "gradient", "rslora": True}, "train": {"lora_plus_ratio": 4}},
     "opt, biases": {"model": "opt", "chain": OPT},
     "gpt2": {"model": "gpt2", "chain": {"target_modules": ["c_attn", "c_fc"]}},
