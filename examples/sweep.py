@@ -21,7 +21,7 @@ def objective(trial: optuna.Trial) -> float:
     keys = {
         "train.lr": trial.suggest_float("train.lr", 1e-4, 1e-2, log=True),
         "chain.dropout": trial.suggest_float("chain.dropout", 0.0, 0.2),
-        "chain.init": trial.suggest_categorical("chain.init", ["kaiming", "orthogonal"]),
+        "chain.init": trial.suggest_categorical("chain.init", ["kaiming", "gaussian"]),
         "output": f"runs/sweep/{trial.number}",
     }
 

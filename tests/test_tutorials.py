@@ -95,7 +95,7 @@ def test_compare(checkout, capsys):
     for words in commands("compare.md"):
         more = lengths if "stages.yaml" in words else []
         assert run([*words, *short, *more]) == 0, capsys.readouterr().err
-    for folder in ("own-compare", "chains", "lion", "both-compare", "ewc"):
+    for folder in ("own-compare", "chains", "sgd", "both-compare", "ewc"):
         assert (checkout / "runs" / folder / "report.html").is_file()
 
 

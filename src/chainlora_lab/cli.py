@@ -185,7 +185,7 @@ def report(results: str, output: str | None, as_json: bool) -> None:
     "--methods",
     required=True,
     help=f"Comma-separated; the first is the baseline. Of {', '.join(_PRESETS)}; or names of your "
-    "own, which are lora with other keys: --methods.mine.train.optimizer lion. For a config with "
+    "own, which are lora with other keys: --methods.mine.train.optimizer sgd. For a config with "
     f"stages, of {', '.join(_WAYS)}; names of your own are combine.",
 )
 @click.option(

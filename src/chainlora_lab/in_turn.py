@@ -68,11 +68,11 @@ def check_in_turn(stages: Sequence[Stage]) -> None:
     kinds = {
         (c.ranks, c.alpha, c.rslora, str(c.target_modules), str(c.exclude_modules)) for c in chains
     }
-    is_more = any(c.lora_bias or c.knots or c.init == "pissa" for c in chains)
+    is_more = any(c.lora_bias or c.knots for c in chains)
     if is_more or len(kinds) > 1 or len(chains[0].ranks) != 1:
         raise ConfigError(
             "one LoRA that goes on needs one link in each stage, all of one size, without "
-            "lora_bias, knots and init: pissa",
+            "lora_bias and knots",
             "; ".join(f"ranks {[*c.ranks]}, alpha {c.alpha}" for c in chains),
             "set `chain` beside `stages`, for all of them",
         )

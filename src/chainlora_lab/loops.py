@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from chainlora import RunConfig
-from chainlora.training.optimizers import from_groups, leave_average
+from chainlora.training.optimizers import from_groups
 from chainlora.training.result import TrainResult, evaluate_point, finish
 from chainlora.training.run import Run
 from chainlora.training.stages import train_run
@@ -88,7 +88,6 @@ def _all_weights(run: Run) -> TrainResult:
                 evaluate_point(run, "step")
             if run.progress.stopped:  # by `early_stop`
                 break
-    leave_average(optimizer)
     model.requires_grad_(False)
     evaluate_point(run, "knot")
     result = finish(run)

@@ -294,13 +294,6 @@ def test_what_is_declared_is_pruned_or_changed(made, run, tmp_path, chainlora):
     assert not stage_dir(run, "x").exists()
 
 
-def test_dora_becomes_the_nearest_lora(made, run, tiny_folder, tmp_path, caplog):
-    adapter = save_lora(tmp_path / "dora", tiny_folder, use_dora=True)
-    add(run, adapter, made / "x.jsonl")
-    assert "the link is the nearest LoRA of rank 4" in caplog.text
-    assert open_run(f"{run}@x").facts[0].error > 0
-
-
 def of_other_layers(folder: Path, base: Path) -> str:
     path = Path(save_lora(folder, base)) / "adapter_model.safetensors"
     tensors = load_file(path)

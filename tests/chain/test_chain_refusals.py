@@ -61,8 +61,7 @@ def test_wrong_arguments_say_what_to_write(hold):
     """They change nothing, and leave no live link."""
     chain = tuned_chain("opt", 2, hold=hold)
     weights, before = weights_of(chain.model), logits(chain.model)
-    pissa = (lambda c: c.extend(config("opt", init="pissa")), "use hold: tied")
-    for call, words in WRONG + [pissa] * (hold == "carried"):
+    for call, words in WRONG:
         with pytest.raises(ChainLoRAError) as error:
             call(chain)
         assert words in str(error.value)
@@ -110,7 +109,6 @@ def test_a_link_that_does_not_fit_is_not_added(hold):
 
 
 INTERRUPTED = {
-    "extend": lambda chain: chain.extend(config("opt", init="pissa")),
     "tie": lambda chain: (chain.extend(config("opt")), chain.tie()),
     "drop": lambda chain: chain.drop(1),
     "set_strengths": lambda chain: chain.set_strengths({0: 0.5}),

@@ -80,7 +80,7 @@ def test_a_chain_in_a_trainers_checkpoint_is_loaded_and_begins_a_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("init", "soft"), [("kaiming", False), ("pissa", False), ("kaiming", True), ("gradient", True)]
+    ("init", "soft"), [("kaiming", False), ("kaiming", True), ("gradient", True)]
 )
 def test_a_live_link_continues_to_the_same_bits(init, soft, tmp_path):
     chains = [make_chain()]

@@ -8,8 +8,7 @@ from conftest import tiny_model
 from test_laws import config, fit, logits, plain_update, tuned_chain
 
 from chain.test_saved_chain import assert_exported, folder_with
-from chainlora import ChainLoRAError, export_adapter, load_chain, save_chain
-from chainlora.chain.adapters import live_factors
+from chainlora import export_adapter, load_chain, save_chain
 
 
 def test_a_saved_chain_keeps_ids_and_has_its_strengths_in_its_links(tmp_path):
@@ -52,32 +51,3 @@ def test_a_link_is_tuned_on_the_strengths_there_are():
     before = logits(chain.model)
     chain.tie()
     torch.testing.assert_close(logits(chain.model), before, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_an_orthogonal_start_reads_nothing_that_earlier_links_read(architecture):
-    chain, plain = tuned_chain(architecture), tuned_chain(architecture)
-    before = logits(chain.model)
-    adapter, other = (
-        each.extend(config(architecture, init=init))
-        for each, init in ((chain, "orthogonal"), (plain, "kaiming"))
-    )
-    assert torch.equal(logits(chain.model), before)
-    for name in adapter.layers:
-        a, b = live_factors(adapter, name)
-        for link in chain.links:
-            # float32: rows of norm 1/√3 and less
-            assert (link.factors[name].a @ a.T).abs().max() < 1e-6
-        drawn, _ = live_factors(other, name)
-        torch.testing.assert_close(a.norm(dim=1), drawn.norm(dim=1))
-        assert not b.any()
-    chain.tune(range(2), plain_update(chain))
-    assert torch.any(chain.tie().delta_weight(name))
-
-
-def test_an_orthogonal_start_needs_free_directions():
-    chain = tuned_chain("opt", 1, rank=20)
-    with pytest.raises(ChainLoRAError, match=r"16 input directions .*got 20 of 32 in use at"):
-        chain.extend(config("opt", rank=16, init="orthogonal"))
-    chain.set_strengths({0: 0})  # what is switched off takes nothing
-    chain.extend(config("opt", rank=16, init="orthogonal"))

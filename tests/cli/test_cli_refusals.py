@@ -30,9 +30,8 @@ WRONG = {
     "--train.select_metric f1": "`select_metric` must be one of ",
     "--train.trackers [notebook]": "`trackers` must name ",  # nobody knows it
     "--train.trackers [aim]": "`trackers` must name ",  # it is not installed
-    "--chain.ranks [12,12,12] --chain.init orthogonal": "in all for 32 inputs of ",
 }
-SHOWN = ("--train.select_metric", "--train.trackers", "--chain.ranks")  # by configs alone
+SHOWN = ("--train.select_metric", "--train.trackers")  # by configs alone
 AT_ONCE = [key for key in WRONG if key.startswith(SHOWN)]
 
 

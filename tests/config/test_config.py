@@ -128,8 +128,8 @@ def test_a_number_that_no_key_can_mean_is_refused_by_name(key):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("chain: {init: pissa, hold: carried}", "`init: pissa` subtracts its init"),
-        ("chain: {knots: auto, init: pissa}", "`knots` need plain LoRA links"),
+        ("chain: {init: pissa}", r"`chain.init` must be .*\(got 'pissa'\); its default is kaiming"),
+        ("chain: {knots: auto, lora_bias: true}", "`knots` need plain LoRA links"),
         ("train: {keep_best: true, eval_at_knots: false}", "need evaluations at knots"),
         ("train: {dpo_beta: 0.2}", r"`train.dpo_beta` needs loss: dpo \(got loss: null\); set"),
         ("train: {orpo_beta: 0.2}", "`train.orpo_beta` needs loss: orpo"),

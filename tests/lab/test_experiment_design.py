@@ -123,8 +123,8 @@ def test_the_choice_is_by_validation_then_loss_then_order():
 
 
 def test_a_list_of_names_keeps_what_the_file_says_of_them(written):
-    own = {"lora": {"train": {"lr": 3e-4}}, "three": {"preset": "chain3"}, "pissa": None}
-    pairs = [["three", "lora"], ["pissa", "lora"]]
+    own = {"lora": {"train": {"lr": 3e-4}}, "three": {"preset": "chain3"}, "rslora": None}
+    pairs = [["three", "lora"], ["rslora", "lora"]]
     path = written(methods=own, comparisons=pairs)
     few = load_experiment(path, [("methods", "[lora, three]")])
     assert few.methods == {"lora": {"train": {"lr": 3e-4}}, "three": {"preset": "chain3"}}
@@ -133,9 +133,9 @@ def test_a_list_of_names_keeps_what_the_file_says_of_them(written):
         path, [("methods", "[lora, relora]"), ("comparisons", "[[relora, lora]]")]
     )
     assert (list(other.methods), other.pairs) == (["lora", "relora"], (("relora", "lora"),))
-    said = r"must keep a pair that the file compares \(got three, pissa\)"
+    said = r"must keep a pair that the file compares \(got three, rslora\)"
     with pytest.raises(ConfigError, match=said):
-        load_experiment(path, [("methods", "[three, pissa]")])
+        load_experiment(path, [("methods", "[three, rslora]")])
     with pytest.raises(ConfigError, match=r"unknown method 'chian3'.*'chain3'"):
         load_experiment(path, [("methods", "[lora, three, chian3]")])
 

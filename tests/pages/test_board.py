@@ -67,7 +67,7 @@ def heard(desk: Desk, key: str, most: int = 12) -> str:
 
 def said_by(state: OpenState) -> str:
     model, tokenizer = load_run(state)
-    return Speaker(model, tokenizer, Decoding(max_new_tokens=12)).complete(PROMPT, len)
+    return "".join(Speaker(model, tokenizer, Decoding(max_new_tokens=12)).complete(PROMPT))
 
 
 def test_any_state_of_a_run_is_asked_scored_and_made_the_run(run, tmp_path):

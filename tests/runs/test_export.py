@@ -185,7 +185,6 @@ def test_a_merged_chat_model_stops_where_its_template_ends_turns(tmp_path):
     "keys",
     [
         {"rslora": True},
-        {"init": "pissa"},
         {"hold": "carried"},
         {"init": "gradient"},
         {"alpha": [8, 2, 1]},
@@ -196,7 +195,7 @@ def test_a_merged_chat_model_stops_where_its_template_ends_turns(tmp_path):
 )
 def test_every_kind_of_link_becomes_one_adapter(tune, folders, tmp_path, keys):
     run = tune("llama", **keys)
-    rank = 20 if keys.get("init") == "pissa" else 10  # PiSSA stores [B, −B₀]·[A; A₀]
+    rank = 10
     assert export_adapter(run, tmp_path / "a")["rank"] == rank
     assert_close(on_fresh_base(folders["llama"], tmp_path / "a"), live(run))
     check_for_servers(tmp_path / "a", rank)

@@ -9,7 +9,6 @@ from helpers_export import dense_adapter, dense_sum, fit, live, on_fresh_base, r
 from safetensors.torch import load_file
 
 from chainlora import export_adapter
-from chainlora.chain.initialization import generator_for, principal_factors
 from chainlora.chain.low_rank import best_of_rank, compress_together, singular_values
 from chainlora.config.schema import LinkConfig
 
@@ -126,5 +125,4 @@ def test_decompositions_leave_the_generators_of_all_devices_as_they_were(monkeyp
     matrix[4:] = 0  # so large that its leading directions are found by random ones
     pairs, _ = compress_together(lambda _: matrix, ["m"], 1e-3)
     assert pairs["m"][0].shape == (4, 700)
-    principal_factors(LinkConfig(rank=2, init="pissa"), matrix, generator_for(0, 0, "m"))
     assert torch.equal(torch.get_rng_state(), before)

@@ -22,7 +22,7 @@ from chainlora.training import stages
 
 SOFT = {"ranks": [4], "steps": [8], "knots": {"every": 3, "share": 0.3}}
 KINDS: dict[str, dict[str, Any]] = {
-    "tied": {"chain": {"init": "pissa"}},
+    "tied": {},
     "tied, soft knots": {"chain": SOFT},
     "tied, bfloat16": {"train": {"dtype": "bfloat16"}},
     "tied, soft knots, bfloat16": {"chain": SOFT, "train": {"dtype": "bfloat16"}},

@@ -134,7 +134,7 @@ def test_keys_that_have_no_effect_are_named(tiny_folder, tmp_path, caplog):
 
 def test_keys_that_have_no_effect_with_other_keys_are_named(tiny_folder, tmp_path, caplog):
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "the cat sat"}] * 4)
-    keys = {"keep_best": True, "optimizer": "lion", "betas": (0.9, 0.9), "lr": 1e-4}
+    keys = {"keep_best": True, "optimizer": "sgd", "betas": (0.9, 0.9), "lr": 1e-4}
     data = {"train": str(rows), "validation": str(rows), "data_seed": 3}
     tree = {"model": str(tiny_folder), "data": data, "chain": {"ranks": [1], "steps": [3]}}
     train(tree | {"train": keys})

@@ -238,7 +238,7 @@ def validation(tree) -> list:
 
 @pytest.mark.parametrize(
     "chain",
-    [{}, {"hold": "carried"}, {"knots": {"every": 2, "share": 0.5}}, {"init": "pissa"}],
+    [{}, {"hold": "carried"}, {"knots": {"every": 2, "share": 0.5}}],
     ids=str,
 )
 def test_the_reference_is_the_model_at_the_start_through_links_and_knots(settings, chain):

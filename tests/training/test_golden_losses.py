@@ -65,14 +65,12 @@ CASES: dict[str, dict[str, Any]] = {
         "train": {"dtype": "bfloat16", "speedups": "off"},
         "chain": {"knots": {"every": 2, "share": 0.3}},
     },
-    "pissa": {"chain": {"init": "pissa", "alpha": [4, 4, 2]}, "train": {"lr": 1e-3}},
-    "orthogonal": {"chain": {"init": "orthogonal", "target_modules": ALL}},
     "gradient": {"chain": {"init": "gradient", "rslora": True}, "train": {"lora_plus_ratio": 4}},
     "opt, biases": {"model": "opt", "chain": OPT},
     "gpt2": {"model": "gpt2", "chain": {"target_modules": ["c_attn", "c_fc"]}},
     **{
         name: {"train": {"optimizer": name, "lr": rate}, "chain": {"ranks": [4], "steps": [6]}}
-        for name, rate in {"sgd": 0.3, "adafactor": 0.3, "lion": 3e-3, "muon": 5e-2}.items()
+        for name, rate in {"sgd": 0.3, "adafactor": 0.3, "muon": 5e-2}.items()
     },
     "replay on top": {"stages": [more("top", beside=False, replay=0.5)]},
     "beside": {"stages": [more("side", beside=True)]},

@@ -196,10 +196,10 @@ CARRIED = {"hold": "carried"}
             None,
         ),
         (
-            "--train.optimizer schedule_free_adamw --train.schedule constant",
-            "pip install 'chainlora[schedulefree]'",
+            "--train.optimizer adamw_8bit",
+            "pip install 'chainlora[bitsandbytes]'",
             {},
-            "schedulefree",
+            "bitsandbytes",
         ),
     ],
 )
@@ -228,7 +228,6 @@ def config_of(shard: str | None = "fsdp2", chain: dict[str, Any] = CARRIED, **ke
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"chain": {"init": "pissa"}}, r"\(got chain.init: pissa, which needs whole weights\)"),
         ({"quantize": "int8"}, r"\(got quantize, which needs whole"),
         ({"chain": {"knots": "auto"}}, r"soft knots on a shared model need hold: carried"),
     ],

@@ -143,7 +143,6 @@ NOTHING = {"ranks": [], "steps": []}
     ("sections", "said"),
     [
         (of_rank(17, "gradient"), r"`init: gradient` .*\(got rank 17 for 16 at .*v_proj\); lower"),
-        (of_rank(17, "pissa"), r"`init: pissa` .*\(got rank 17 for 16 at .*v_proj\); lower the"),
         (with_shots(33, **NOTHING), r"`data.shots` must be at most .*\(got 33 for 32\); lower it"),
         (with_shots(32), r"training needs rows \(got none beside 32 demonstrations\); lower data"),
         ({"chain": {"steps": None, "epochs": [1, 0.01, 1]}}, "at least one step"),
@@ -164,8 +163,7 @@ def test_what_cannot_be_trained_is_refused_before_the_output_is_claimed(
 
 
 def test_what_can_just_be_trained_is(configure):
-    for init in ("gradient", "pissa"):
-        assert train(configure(None, **of_rank(16, init)))["steps"] == 1
+    assert train(configure(None, **of_rank(16, "gradient")))["steps"] == 1
     assert train(configure(None, **with_shots(31)))["rows"] == 1
     assert train(configure(None, **with_shots(32, **NOTHING)))["rows"] == 0
 

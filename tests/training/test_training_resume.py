@@ -40,10 +40,7 @@ KILLED = {
     "plain": {},
     "dropout, gradient": {"chain": {"dropout": 0.1, "init": "gradient"}, "train": HALF},
     "ReLoRA, best": {"chain": {"ranks": [4, 4, 4]}, "train": BEST | RELORA},
-    "PiSSA, accumulation": {
-        "chain": {"init": "pissa"},
-        "train": {"gradient_accumulation": 2, "batch_size": 4},
-    },
+    "accumulation": {"train": {"gradient_accumulation": 2, "batch_size": 4}},
     "soft knots, best": {"chain": SOFT, "train": BEST | HALF},
     "soft knots, carried, SGD": {
         "chain": SOFT | {"hold": "carried"},

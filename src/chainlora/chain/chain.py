@@ -141,9 +141,8 @@ class Chain:
     def extend(self, config: LinkConfig, *, backward: Backward | None = None) -> Adapter:
         """Begin a link: put a fresh LoRA on the model (Algorithm 1, lines 3-4).
 
-        The model's outputs stay the same: B·A is zero, or subtracted from the base (PiSSA). The
-        gradient of B is nonzero from the first step. Layers of an earlier link are reused if
-        `config` has the same shape.
+        The model's outputs stay the same: B·A is zero. The gradient of B is nonzero from the first
+        step. Layers of an earlier link are reused if `config` has the same shape.
 
         Args:
             config: rank, scaling, initialization and modules of the link.
@@ -158,18 +157,16 @@ class Chain:
         """
         checks.check_config(config)
         self._need_no_live("extend")
-        self._holding.check_config(config)
         adapter = self._adapter
         if adapter is not None and adapters.same_shape(adapter, config):
             adapters.set_config(adapter, config)  # compiled graphs survive
         else:
             adapter = self._put_on(config)
-        self._live = live = Live(adapter)
+        self._live = Live(adapter)
         place = f"{self.next_id - self.first_id}"
         link = f"{self.stage}/{place}" if self.stage else place
         try:
-            live.start = initialize(adapter, self.seed, link, backward, self.links)
-            self._holding.take_out(live.start, config.scaling)
+            initialize(adapter, self.seed, link, backward)
         except BaseException:
             self._live = None
             self._settle()
@@ -233,8 +230,7 @@ class Chain:
             (`knots.moments.carry_moments`), or make a new optimizer.
 
         Raises:
-            ChainError: there is no live link, it has a bias or PiSSA factors, or `share` is out of
-                range.
+            ChainError: there is no live link, it has a bias, or `share` is out of range.
         """
         if not 0 <= share < 1:
             raise ChainError("`share` must be in [0, 1)", share, "use tie() to tie the whole link")

@@ -52,11 +52,6 @@ class Holding(ABC):
         self.links: list[Link] = []
         self.modules: set[str] = set()
 
-    @staticmethod
-    @abstractmethod
-    def check_config(config: LinkConfig) -> None:
-        """Raise ChainError for a link that this holding cannot support."""
-
     @classmethod
     def check_layers(cls, model: nn.Module, config: LinkConfig) -> None:
         """Raise ModelError if a link adapts layers that cannot store it."""
@@ -76,10 +71,6 @@ class Holding(ABC):
     @abstractmethod
     def settle(self, links: Sequence[Link], adapter: Adapter | None) -> None:
         """Make the model contain exactly `links`; deposits are removed."""
-
-    @abstractmethod
-    def take_out(self, start: Mapping[str, Factors], scaling: float) -> None:
-        """Subtract the initial product of the live link, so that the function stays the same."""
 
     @abstractmethod
     def deposit(self, deposits: Mapping[str, Factors], adapter: Adapter) -> None:
@@ -122,10 +113,6 @@ class Tied(Holding):
         super().__init__(model, weights)
         self._exact: dict[str, Tensor] = {}  # by module with deposits
 
-    @staticmethod
-    def check_config(config: LinkConfig) -> None:
-        pass  # all links can be merged
-
     def adopt(self, adapter: Adapter) -> None:
         self.modules |= set(adapter.layers)
         for name in adapter.layers:
@@ -138,13 +125,6 @@ class Tied(Holding):
         self.links, self._exact = list(links), {}
         for name in sorted(self.modules):
             self._write(name, *self._settled(name))
-
-    @torch.no_grad()
-    def take_out(self, start: Mapping[str, Factors], scaling: float) -> None:
-        for name, factors in start.items():
-            weight, bias = self._settled(name)
-            self._merge(name, weight, bias, factors, -scaling)
-            self._write(name, weight, bias)
 
     @torch.no_grad()
     def deposit(self, deposits: Mapping[str, Factors], adapter: Adapter) -> None:
@@ -245,12 +225,6 @@ class Carried(Holding):
         self._deposits: dict[str, Factors] = {}
         self._merged: Tied | None = None  # holds the links after `detach`
 
-    @staticmethod
-    def check_config(config: LinkConfig) -> None:
-        if config.init == "pissa":
-            rule = "`init: pissa` subtracts its initialization from the base weights"
-            raise ChainError(rule, "hold: carried", "use hold: tied")
-
     def adopt(self, adapter: Adapter) -> None:
         self.modules |= set(adapter.layers)
         self.settle(self.links, adapter)
@@ -263,9 +237,6 @@ class Carried(Holding):
         if adapter is not None:
             self._merged = None
             adapters.carry(adapter, stack_links(links), stacked_rank(links))
-
-    def take_out(self, start: Mapping[str, Factors], scaling: float) -> None:
-        pass  # `check_config` refuses links with a nonzero initial product
 
     def deposit(self, deposits: Mapping[str, Factors], adapter: Adapter) -> None:
         """Stack ``B·A`` on the earlier deposits and refill the branch."""

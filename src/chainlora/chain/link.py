@@ -37,8 +37,8 @@ class Link:
     """One trained LoRA of a chain, immutable, float32 on the CPU.
 
     It adds ``c·s·B·A`` to the weight of each module: strength times scaling times factors. The
-    stored rank can exceed the tuned rank: a PiSSA link stores ``[B, −B₀]·[A; A₀]``, and a link with
-    soft knots stores the compressed sum of all shares that it tied.
+    stored rank can exceed the tuned rank: a link with soft knots stores the compressed sum of all
+    shares that it tied.
 
     Args:
         index: place in the chain, from 0.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from chainlora.chain import adapters
-from chainlora.chain.adapters import Adapter, Factors, stacked
+from chainlora.chain.adapters import Adapter, Factors
 from chainlora.chain.holding import Holding
 from chainlora.chain.link import Link
 from chainlora.chain.low_rank import compress_together, frobenius_norm
@@ -28,7 +28,6 @@ class Live:
     """The live link of a chain: its LoRA layers and its counts."""
 
     adapter: Adapter
-    start: dict[str, Factors] = field(default_factory=dict, repr=False)  # PiSSA's initial factors
     num_steps: int = 0
     num_soft_knots: int = 0
 
@@ -36,16 +35,14 @@ class Live:
 def link_of(live: Live, holding: Holding) -> Link:
     """Return the link that tying would add; the chain sets its index and id.
 
-    Without soft knots the factors are exact copies of the trained ones; a PiSSA link subtracts its
-    initial factors. With soft knots they are the compressed sum of all that the link learned.
+    Without soft knots the factors are exact copies of the trained ones; with soft knots they are
+    the compressed sum of all that the link learned.
 
     Raises ChainError for a link with soft knots that PEFT merged, DivergedError for one that is not
     finite.
     """
     adapter = live.adapter
     trained = {name: adapters.copied_factors(layer) for name, layer in adapter.layers.items()}
-    for name, first in live.start.items():
-        trained[name] = stacked(trained[name], replace(first, b=-first.b))
     if not live.num_soft_knots:
         return Link(0, adapter.config, trained, live.num_steps)
     if merged := [name for name, layer in adapter.layers.items() if layer.merged]:

@@ -65,7 +65,6 @@ def share_out(adapter: Adapter, share: float) -> tuple[dict[str, Balance], dict[
 
 
 def check_soft_knots(config: LinkConfig) -> None:
-    """Raise ChainError for links that soft knots cannot divide: with a bias or PiSSA factors."""
-    if config.lora_bias or config.init == "pissa":
-        got = "lora_bias or init: pissa"
-        raise ChainError("soft knots need plain LoRA links", got, "tie whole links instead")
+    """Raise ChainError for links that soft knots cannot divide: with a bias."""
+    if config.lora_bias:
+        raise ChainError("soft knots need plain LoRA links", "lora_bias", "tie whole links instead")

@@ -19,7 +19,6 @@ _OPTIONAL = {
     "trl": ("chains in TRL's trainers", "trl"),
     "bitsandbytes": ("bases in 4 bits, optimizers in 8", "bitsandbytes"),
     "torchao": ("bases in 8 bits", "torchao"),
-    "schedulefree": ("schedule-free AdamW", "schedulefree"),
 }
 _FAST_PATHS = (
     "Packed sequences share one row without padding. Fast decoder layers compute a layer with "

@@ -77,7 +77,6 @@ def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) 
             raise click.UsageError("Missing option '--prompt' (or a text on stdin)")
         prompt = stdin.read()
     speaker, facts = _speaker(run_or_model, **keys)
-    show: Callable[[str], None] = (lambda piece: None) if as_json else _write
     is_known = facts is None or facts.has(prompt)
     is_question = facts is not None and facts.is_chat and not is_known
     if facts is not None and not is_known and not is_question:
@@ -90,13 +89,14 @@ def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) 
             f"make no sense{other}"
         )
     if is_question:
-        text = speaker.answer([{"role": "user", "content": prompt}], show)
+        pieces = speaker.answer([{"role": "user", "content": prompt}])
     else:
-        text = speaker.complete(prompt, show)
+        pieces = speaker.complete(prompt)
     if as_json:
-        print_json({"prompt": prompt, "text": text})
+        list(pieces)  # the whole answer
+        print_json({"prompt": prompt, "text": speaker.text})
     else:
-        click.echo()
+        _show(pieces)
     _tell_of_cut(speaker, is_asked_for=keys["max_new_tokens"] is not None)
 
 
@@ -165,16 +165,15 @@ def _converse(
             continue
         messages.append({"role": "user", "content": line})
         try:
-            text = speaker.answer(messages, _write)
+            _show(speaker.answer(messages))
         except DataError as error:  # a turn that is too long must not end the conversation
             if len(messages) == len(start) + 1:
                 raise
             to_stderr(f"chainlora: {error}")
             messages.pop()
         else:
-            click.echo()
             _tell_of_cut(speaker, is_asked_for=is_limited)
-            messages.append({"role": "assistant", "content": text})
+            messages.append({"role": "assistant", "content": speaker.text})
 
 
 def _speaker(
@@ -201,9 +200,11 @@ def _speaker(
     return Speaker(model, tokenizer, decoding), facts
 
 
-def _write(piece: str) -> None:
-    """Print a model's words unescaped, as the user asked for them."""
-    click.echo(piece, file=getattr(sys.stdout, "unescaped", None), nl=False)  # flushes
+def _show(pieces: Iterable[str]) -> None:
+    """Print a model's words unescaped, as the user asked for them, and a line break."""
+    for piece in pieces:
+        click.echo(piece, file=getattr(sys.stdout, "unescaped", None), nl=False)  # flushes
+    click.echo()
 
 
 def _stdin() -> TextIO:

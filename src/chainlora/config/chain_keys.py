@@ -32,11 +32,9 @@ class LinkShape(Section):
     """Scale by alpha / √rank instead (arXiv 2312.03732)."""
     dropout: Share = 0.0
     """Dropout on the input of the LoRA branch (slower: no fused LoRA layer)."""
-    init: Literal["gaussian", "kaiming", "orthogonal", "gradient", "pissa"] = "kaiming"
-    """Initialization of a link: `kaiming` or `gaussian` (random A, B = 0), `orthogonal` (A outside
-    the row space of the earlier links, B = 0), `gradient` (A along the loss gradient, B = 0),
-    `pissa` (top singular directions of the weight, exact where it has at most 4,096 rows or
-    columns)."""
+    init: Literal["gaussian", "kaiming", "gradient"] = "kaiming"
+    """Initialization of a link: `kaiming` or `gaussian` (random A, B = 0), or `gradient` (A along
+    the loss gradient, B = 0)."""
     lora_bias: bool = False
     """Train a bias on B, merged into the layer's bias; refused for layers without a bias."""
     target_modules: Names | str = "all-linear"
@@ -197,14 +195,10 @@ class ChainConfig(LinkShape):
 
     @model_validator(mode="after")
     def _check(self) -> ChainConfig:
-        is_carried = self.init == "pissa" and self.hold == "carried"
-        rule = "`init: pissa` subtracts its initialization from the base weights"
-        refuse_if(is_carried, rule, "hold: carried", "use hold: tied")
-        knots = self.knots is not None
         refuse_if(
-            knots and (self.lora_bias or self.init == "pissa"),
+            self.knots is not None and self.lora_bias,
             "`knots` need plain LoRA links",
-            "lora_bias or init: pissa",
+            "lora_bias",
             "leave knots out",
         )
         try:

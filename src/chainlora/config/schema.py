@@ -71,8 +71,8 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the order of rows, of every link's initialization, and of dropout."""
     optimizer: str = "adamw"
-    """Optimizer of each link: `adamw`, `sgd`, `adafactor`, `lion`, `muon`, `schedule_free_adamw`,
-    `adamw_8bit`, `paged_adamw_8bit` ([optimizers](optimizers.md)), or one of a plug-in."""
+    """Optimizer of each link: a class of `torch.optim`, of bitsandbytes (`adamw_8bit`,
+    `paged_adamw_8bit`), or one of a plug-in ([optimizers](optimizers.md))."""
     optimizer_options: dict[str, bool | int | float | str | tuple[float | None, ...] | None] = (
         Field(default={})
     )

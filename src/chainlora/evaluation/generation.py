@@ -10,7 +10,9 @@ A single answer continues a text, or is a turn of a chat.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Event
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
-    TextStreamer,
+    TextIteratorStreamer,
 )
 
 from chainlora.data.encoding.tokens import TokenReader
@@ -129,8 +131,6 @@ def run_generate(model: Any, config: GenerationConfig, **inputs: Any) -> Any:
     before, model.generation_config = model.generation_config, config
     try:
         return model.generate(**inputs)
-    except OSError:  # from the output that a streamer writes to
-        raise
     except Exception as error:  # any error of an architecture
         raise ModelError(
             f"the model must generate by transformers' `generate` (got {first_line(error)} from "
@@ -253,24 +253,25 @@ class Decoding:
 
 
 class Speaker:
-    """A model that streams its answers: each complete piece of text is passed to `write`."""
+    """A model whose answers are iterators over pieces of text; closing one stops the model."""
 
     def __init__(self, model: Any, tokenizer: Any, decoding: Decoding | None = None) -> None:
         self.model = to_accelerator(model)
         self.tokenizer = tokenizer
         self.decoding = decoding or Decoding()
         self.tools: Sequence[Mapping[str, Any]] | None = None  # for the chat template
+        self.text = ""  # the last whole answer
         self.cut_by: str | None = None  # "limit" or "context", if the last answer was cut
         self._generator = torch.Generator().manual_seed(self.decoding.seed)
 
-    def complete(self, prompt: str, write: Callable[[str], None]) -> str:
+    def complete(self, prompt: str) -> Iterator[str]:
         """Continue a text. Raises DataError for an empty one, or one that fills the context."""
         (ids,) = TokenReader(self.tokenizer).ids([prompt])  # tokenised like prompts of rows
         if not ids:
             raise DataError("the prompt must have tokens (got an empty one); give some text")
-        return self._speak(ids, write, [])
+        return self._pieces(ids, [])
 
-    def answer(self, messages: Sequence[Message], write: Callable[[str], None]) -> str:
+    def answer(self, messages: Sequence[Message]) -> Iterator[str]:
         """Answer a conversation by the chat template; drop the oldest turns if it is too long."""
         system = [message for message in messages if message["role"] == "system"]
         turns = [message for message in messages if message["role"] != "system"]
@@ -282,7 +283,7 @@ class Speaker:
             if len(ids) <= room:
                 break
             ids = self._chat_ids([*system, *turns[question:]])
-        return self._speak(ids, write, ends_of_turn(self.tokenizer))
+        return self._pieces(ids, ends_of_turn(self.tokenizer))
 
     def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the tokens of a conversation. Raises DataError if the template refuses it."""
@@ -296,7 +297,22 @@ class Speaker:
             )
         return list(self.tokenizer(reply.value[0], add_special_tokens=False)["input_ids"])
 
-    def _speak(self, ids: list[int], write: Callable[[str], None], ends: list[int]) -> str:
+    def _pieces(self, ids: list[int], ends: list[int]) -> Iterator[str]:
+        """Yield the answer to a prompt of tokens, which a thread generates."""
+        pieces = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        closed = Event()
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(self._speak, ids, ends, pieces, closed)
+            done.add_done_callback(lambda _: pieces.end())  # also after an error
+            try:
+                yield from filter(None, pieces)
+            finally:
+                closed.set()
+        done.result()  # raises the error
+
+    def _speak(
+        self, ids: list[int], ends: list[int], streamer: TextIteratorStreamer, closed: Event
+    ) -> None:
         """Generate an answer to a prompt of tokens, and note in `cut_by` whether it was cut."""
         limit, context = self.decoding.max_new_tokens, context_length(self.model)
         room = context - len(ids)
@@ -309,26 +325,16 @@ class Speaker:
         if self.decoding.temperature > 0:
             config.do_sample, config.temperature = True, self.decoding.temperature
             config.top_p, config.top_k = self.decoding.top_p, 0
-        prompt, pieces = _left_padded([ids], 0, self.model.device), _Pieces(self.tokenizer, write)
+        until = StoppingCriteriaList([lambda *_, **__: closed.is_set()])
+        keys: dict[str, Any] = {"streamer": streamer, "stopping_criteria": until}
         with torch.random.fork_rng():
             torch.manual_seed(int(torch.randint(2**31, (), generator=self._generator)))
-            output = run_generate(self.model, config, **prompt, streamer=pieces)
+            prompt = _left_padded([ids], 0, self.model.device)
+            output = run_generate(self.model, config, **prompt, **keys)
         answer = output[0, len(ids) :].tolist()
         is_cut = len(answer) >= min(limit, room) and answer[-1] not in (config.eos_token_id or [])
         self.cut_by = ("limit" if limit <= room else "context") if is_cut else None
-        return str(self.tokenizer.decode(answer, skip_special_tokens=True))
-
-
-class _Pieces(TextStreamer):
-    """The streamer of transformers, which passes text to `write` in place of stdout."""
-
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._write = write
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self._write(text)
+        self.text = str(self.tokenizer.decode(answer, skip_special_tokens=True))
 
 
 def check_chat(tokenizer: Any, name: str, tools: Sequence[Mapping[str, Any]] | None = None) -> None:

@@ -17,7 +17,7 @@ from chainlora.runs.history import Base, LinkFacts, link_folder
 def write_adapter_of(folder: Path, link: Link, base: Base) -> None:
     """Write a link as a PEFT adapter, with the scaling that it was tuned at.
 
-    The stored rank can differ from the tuned one (PiSSA, soft knots), so alpha is adjusted.
+    The stored rank can differ from the tuned one (soft knots), so alpha is adjusted.
     """
     power = 0.5 if link.config.rslora else 1
     save_adapter(

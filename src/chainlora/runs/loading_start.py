@@ -8,7 +8,6 @@ all of this for Python callers.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os.path import expanduser
@@ -18,12 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chainlora.chain.adapters import MERGE, Imported, dequantized, import_adapter, linked_layer
+from chainlora.chain.adapters import MERGE, Imported, import_adapter, linked_layer
 from chainlora.chain.chain import Chain
-from chainlora.chain.checks import check_link
 from chainlora.chain.holding import hold_for
-from chainlora.chain.initialization import generator_for, principal_factors
-from chainlora.chain.link import Factors, Link, padded
+from chainlora.chain.link import Link
 from chainlora.config.schema import with_flat_model
 from chainlora.config.staging import RUN_WIDE, name_apart, section_of, what_stages_share
 from chainlora.data.kept import Kept
@@ -35,7 +32,6 @@ from chainlora.models.identity import (
     need_own_files,
     tokenizer_files,
 )
-from chainlora.models.shards import is_shard
 from chainlora.runs.addresses import begun_stage, nothing_at, open_run
 from chainlora.runs.cards import is_hub_id
 from chainlora.runs.draft import drafts_in
@@ -132,16 +128,14 @@ def start_at(state: OpenState) -> Start:
 def fitted(start: Start, chain: Chain, name: str | None = None) -> Start:
     """Check a start against the model of a chain; log notes about them, and return it with these.
 
-    A DoRA adapter is converted to LoRA here, because this needs the base weights. `name` is the
-    name of the model; by default its own. Raises ModelError or RunError for another model than the
-    links were tuned on.
+    `name` is the name of the model; by default its own. Raises ModelError or RunError for another
+    model than the links were tuned on.
     """
     if (adapter := start.adapter) is not None:
         _check_fit(adapter, chain.model)
         model_name = name_of(chain.model)
         notes = _other_name(adapter, name or hub_id_of(model_name) or model_name)
         start = replace(start, notes=start.notes + notes)
-        start = _without_dora(start, adapter.magnitudes, chain.model)
         for note in start.notes:
             logger.warning("%s", note)
         return start
@@ -220,40 +214,6 @@ def need_layers(adapter: Imported, model: nn.Module) -> None:
             f"none at {', '.join(lacking[:3])}{more}",
             f"take the base of the adapter, {adapter.base or 'which it does not name'}",
         )
-
-
-def _without_dora(start: Start, magnitudes: Mapping[str, Tensor], model: nn.Module) -> Start:
-    """Return a start in which a DoRA adapter (arXiv 2402.09353) is the nearest LoRA of its rank.
-
-    DoRA scales the rows of ``W + s·B·A`` to its magnitudes, which changes W by a matrix of full
-    rank. The link keeps the largest singular values of that change. Without `magnitudes`, the
-    adapter is not DoRA, and the start is returned unchanged.
-    """
-    if not magnitudes:
-        return start
-    (link,), factors, change, left = start.links, dict[str, Factors](), 0.0, 0.0
-    check_link(link, model)
-    for name, magnitude in magnitudes.items():
-        layer = linked_layer(model, name)
-        if is_shard(layer.weight):
-            raise ModelError("a DoRA adapter needs whole weights", f"a share of {name}", MERGE)
-        weight = dequantized(layer)  # [out, in]
-        tuned = weight + link.delta_weight(name)
-        update = tuned * (magnitude / tuned.norm(dim=1)).unsqueeze(1) - weight
-        if not update.isfinite().all():
-            raise ModelError("a DoRA adapter must leave finite weights", f"others at {name}", MERGE)
-        pair = principal_factors(link.config, update, generator_for(0, "dora", name))
-        pair = padded(pair, link.rank)  # a layer's shorter side may be smaller
-        factors[name] = pair
-        change += float(update.square().sum())
-        left += float((update - link.scaling * pair.b @ pair.a).square().sum())
-    error = math.sqrt(left / change) if change else 0.0
-    note = (
-        f"the adapter is DoRA, whose update is not low-rank: the link is the nearest LoRA of rank "
-        f"{link.rank}, with a relative error of {error:.2g}"
-    )
-    link = replace(link, factors=factors, error=error)
-    return replace(start, links=(link,), notes=(*start.notes, note))
 
 
 def _same_values(own: Tensor, stored: Tensor) -> bool:

@@ -12,7 +12,7 @@ moments (`knots.moments`), and an optimizer of a plug-in may take over the state
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import closing
 from functools import partial
 
 import torch
@@ -27,8 +27,6 @@ from chainlora.runs.loading_start import Start
 from chainlora.runs.open_base import OpenBase
 from chainlora.training.events import GradientMeasured, KnotTied, Listener, ShareTied
 from chainlora.training.optimizers import (
-    evaluated_weights,
-    leave_average,
     load_state,
     make_optimizer,
     state_tensors,
@@ -150,7 +148,6 @@ def _tune_link(run: Run, optimizer: torch.optim.Optimizer) -> None:
 
 def _end_link(run: Run, optimizer: torch.optim.Optimizer) -> Moments | None:
     """Tie the link and write it; return the optimizer state that the next optimizer takes over."""
-    leave_average(optimizer)
     run.processes.check_same(run.chain.parameters())
     is_soft, before = run.chain.live_soft_knots > 0, _probed(run)
     link = run.chain.tie()
@@ -226,8 +223,7 @@ def _evaluate(run: Run, optimizer: torch.optim.Optimizer | None = None) -> None:
     """
     run.progress.evaluation_due = True
     try:
-        with nullcontext() if optimizer is None else evaluated_weights(optimizer):
-            evaluate_point(run, "knot" if optimizer is None else "step")
+        evaluate_point(run, "knot" if optimizer is None else "step")
     except StoppedError:
         run.save_point() if optimizer is None else run.save_checkpoint(optimizer)
         raise

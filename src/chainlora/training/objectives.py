@@ -23,7 +23,7 @@ from chainlora.evaluation.evaluate import Evaluation, evaluate
 from chainlora.evaluation.pair_scores import judge_odds, judge_pairs, orpo_losses, with_whole_row
 from chainlora.knots.driver import check_policy
 from chainlora.registry import entry, load_plugins
-from chainlora.training.optimizers import OPTIMIZERS
+from chainlora.training.optimizers import check_name
 
 
 class Objective(Protocol):
@@ -146,6 +146,6 @@ def check_names(config: RunConfig) -> None:
             f"task: {data.task or 'null'}, without candidates",
             "set train.loss: null",
         )
-    entry(OPTIMIZERS, "train.optimizer", config.train.optimizer)
+    check_name(config.train.optimizer)
     if config.chain.knots is not None:
         check_policy(config.chain.knots)

@@ -8,9 +8,8 @@ override other keys. State that is proportional to a power of the gradients must
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -18,13 +17,16 @@ from torch import Tensor, nn
 
 from chainlora.chain.adapters import Adapter
 from chainlora.config.schema import RunConfig, TrainConfig
-from chainlora.errors import ConfigError
+from chainlora.errors import ConfigError, nearest
 from chainlora.knots.moments import unknown_moments
-from chainlora.registry import entry, import_optional
+from chainlora.registry import import_optional
 
-WITHOUT_ADAM_KEYS = ("sgd", "lion", "adafactor", "muon")  # they do not read `betas` and `eps`
 Groups = list[dict[str, Any]]
 Factory = Callable[[Groups, TrainConfig], torch.optim.Optimizer]
+
+_ADAM = {"betas", "eps"}  # arguments that mark variants of Adam
+# Factories of plug-ins by the name in `train.optimizer` (`registry`).
+OPTIMIZERS: dict[str, Factory] = {}
 
 
 def adam_keys(config: TrainConfig) -> dict[str, Any]:
@@ -32,98 +34,53 @@ def adam_keys(config: TrainConfig) -> dict[str, Any]:
     return {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
 
 
-def _made(kind: Any, groups: Groups, config: TrainConfig, **keys: Any) -> torch.optim.Optimizer:
-    """Return an optimizer of a class; `optimizer_options` override `keys`."""
+def check_name(name: str) -> None:
+    """Raise ConfigError unless a plug-in or a package has an optimizer of this name."""
+    if name not in OPTIMIZERS:
+        _class(name)
+
+
+def reads_adam_keys(name: str) -> bool:
+    """Say whether an optimizer reads `train.betas` and `train.eps`; those not of torch may."""
+    kind = _classes(torch.optim).get(_plain(name))
+    return kind is None or signature(kind).parameters.keys() >= _ADAM
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").lower()
+
+
+def _classes(package: Any) -> dict[str, Any]:
+    return {_plain(name): kind for name, kind in vars(package).items() if isinstance(kind, type)}
+
+
+def _class(name: str) -> Any:
+    """Return a class of torch.optim, or of bitsandbytes if the name ends in `bit`."""
+    package: Any = torch.optim
+    if name.endswith("bit"):
+        package = import_optional("bitsandbytes.optim", f"`train.optimizer: {name}`")
+    classes = _classes(package)
+    if _plain(name) not in classes:
+        raise ConfigError(
+            "`train.optimizer` must name a class of torch.optim, such as adamw, one of "
+            "bitsandbytes, such as adamw_8bit or lion_32bit, or an optimizer of a plug-in",
+            f"{name!r}{nearest(name, [*classes, *OPTIMIZERS])}",
+            "if your own file adds it, name the file in `plugins`",
+        )
+    return classes[_plain(name)]
+
+
+def _made(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
+    """Return an optimizer of a package; `optimizer_options` override other keys."""
+    kind = _class(config.optimizer)
+    arguments, keys = signature(kind).parameters, {"weight_decay": config.weight_decay}
+    if arguments.keys() >= _ADAM:
+        keys = adam_keys(config) | {"fused": True}
+    keys = {key: value for key, value in keys.items() if key in arguments}
+    if kind is torch.optim.SGD:
+        keys["momentum"] = 0.9
     optimizer: torch.optim.Optimizer = kind(groups, config.lr, **keys | config.optimizer_options)
     return optimizer
-
-
-def adamw(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101), fused."""
-    return _made(torch.optim.AdamW, groups, config, **adam_keys(config), fused=True)
-
-
-def sgd(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
-    """Stochastic gradient descent with momentum."""
-    keys = {"momentum": 0.9, "weight_decay": config.weight_decay}
-    return _made(torch.optim.SGD, groups, config, **keys)
-
-
-def adafactor(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adafactor (arXiv 1804.04235): its learning rate is relative to the norm of a factor."""
-    return _made(torch.optim.Adafactor, groups, config, weight_decay=config.weight_decay)
-
-
-def muon(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
-    """Muon (kellerjordan.github.io/posts/muon), in torch 2.9 or later."""
-    muon_class: Any = getattr(torch.optim, "Muon", None)
-    if muon_class is None:
-        rule = "`train.optimizer: muon` needs torch 2.9 or later"
-        raise ConfigError(rule, torch.__version__, "upgrade torch, or use adamw")
-    return _made(muon_class, groups, config, weight_decay=config.weight_decay)
-
-
-def schedule_free_adamw(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
-    """Schedule-free AdamW (arXiv 2405.15682), of the package schedulefree."""
-    if config.schedule != "constant":
-        rule = "`train.optimizer: schedule_free_adamw` averages weights and needs a constant rate"
-        raise ConfigError(rule, f"schedule: {config.schedule}", "set train.schedule: constant")
-    package = import_optional("schedulefree", f"`train.optimizer: {config.optimizer}`")
-    optimizer: Any = _made(package.AdamWScheduleFree, groups, config, **adam_keys(config))
-    optimizer.train()
-    return optimizer
-
-
-def adamw_8bit(name: str, groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with moments of 8 bits (arXiv 2110.02861), of the package bitsandbytes."""
-    package = import_optional("bitsandbytes.optim", f"`train.optimizer: {config.optimizer}`")
-    return _made(getattr(package, name), groups, config, **adam_keys(config))
-
-
-def lion(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
-    """Lion, with its own default betas (0.9, 0.99), not those of `train.betas`."""
-    return _made(Lion, groups, config, weight_decay=config.weight_decay)
-
-
-class Lion(torch.optim.Optimizer):
-    """The sign of an interpolated first moment (arXiv 2302.06675)."""
-
-    def __init__(
-        self,
-        groups: Groups,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-    ) -> None:
-        fast, slow = betas
-        if not (0 <= fast < 1 and 0 <= slow < 1):
-            raise ValueError(f"betas must be in [0, 1), got {betas}")
-        super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            fast, slow = group["betas"]
-            for p in [p for p in group["params"] if p.grad is not None]:
-                if "exp_avg" not in self.state[p]:
-                    self.state[p]["exp_avg"] = torch.zeros_like(p)
-                moment = self.state[p]["exp_avg"]
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(torch.lerp(p.grad, moment, fast).sign_(), alpha=group["lr"])
-                moment.lerp_(p.grad, 1 - slow)
-
-
-# Factories by the name in `train.optimizer`. Plug-ins add entries (`registry`).
-OPTIMIZERS: dict[str, Factory] = {
-    "adamw": adamw,
-    "sgd": sgd,
-    "adafactor": adafactor,
-    "muon": muon,
-    "schedule_free_adamw": schedule_free_adamw,
-    "adamw_8bit": partial(adamw_8bit, "AdamW8bit"),
-    "paged_adamw_8bit": partial(adamw_8bit, "PagedAdamW8bit"),  # moments are paged to the host
-    "lion": lion,
-}
 
 
 # --- checks before training ---
@@ -139,12 +96,6 @@ def check_optimizer(config: RunConfig, device: torch.device) -> None:
         raise ConfigError(
             f"`train.optimizer: {train.optimizer}` keeps its state from link to link, so all ranks "
             f"must be equal (got {list(chain.ranks)}); use adamw, or equal ranks"
-        )
-    if chain.knots is not None and _has_average(optimizer):
-        raise ConfigError(
-            "soft knots need an optimizer with one set of weights (got train.optimizer: "
-            f"{train.optimizer}, which has two: the current ones, and their average); leave "
-            "chain.knots out"
         )
     unknown = unknown_moments(optimizer)
     if chain.knots is not None and chain.knots.moments == "carried" and unknown:
@@ -206,7 +157,7 @@ def make_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.Optimiz
 
 def from_groups(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     """Return the optimizer that `train.optimizer` names."""
-    return entry(OPTIMIZERS, "train.optimizer", config.optimizer)(groups, config)
+    return OPTIMIZERS.get(config.optimizer, _made)(groups, config)
 
 
 # --- the state of an optimizer, on disk and over knots ---
@@ -260,32 +211,3 @@ def load_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) 
 def takes_over(optimizer: torch.optim.Optimizer) -> bool:
     """Say whether an optimizer takes over the state of the link before (method `take_over`)."""
     return callable(getattr(optimizer, "take_over", None))
-
-
-def _has_average(optimizer: torch.optim.Optimizer) -> bool:
-    """Say whether an optimizer evaluates other weights than the trained ones (schedule-free)."""
-    return callable(getattr(optimizer, "eval", None))
-
-
-def leave_average(optimizer: torch.optim.Optimizer) -> None:
-    """Replace the trained weights by the evaluated ones, at the end of a link (schedule-free)."""
-    if _has_average(optimizer):
-        optimizer.eval()  # type: ignore[attr-defined]
-
-
-@contextmanager
-@torch.no_grad()
-def evaluated_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Use the evaluated weights inside the context, and restore the trained ones after it."""
-    if not _has_average(optimizer):
-        yield
-        return
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    trained = [p.detach().clone() for p in parameters]
-    leave_average(optimizer)
-    try:
-        yield
-    finally:
-        optimizer.train()  # type: ignore[attr-defined]
-        for parameter, value in zip(parameters, trained, strict=True):
-            parameter.copy_(value)

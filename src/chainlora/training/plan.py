@@ -36,7 +36,7 @@ from chainlora.runs.resuming import (
     refuse_if_taken,
 )
 from chainlora.runs.state import OpenState
-from chainlora.training.optimizers import WITHOUT_ADAM_KEYS
+from chainlora.training.optimizers import reads_adam_keys
 from chainlora.training.placement import Declaring, StagePlan, need_below, placed
 from chainlora.training.processes import num_launched, wants_shards
 from chainlora.training.refusing import check_due, naming
@@ -283,7 +283,7 @@ def _unread(config: RunConfig) -> Iterator[tuple[str, str]]:
     data, train = config.data, config.train
     if data.data_seed and data.train is not None and not isinstance(config.start_data, StartData):
         yield "data.data_seed", "on files; it draws the rows of a task"
-    for key in ("betas", "eps") if train.optimizer in WITHOUT_ADAM_KEYS else ():
+    for key in () if reads_adam_keys(train.optimizer) else ("betas", "eps"):
         if getattr(train, key) != type(train).model_fields[key].default:
             yield f"train.{key}", f"on {train.optimizer}; give train.optimizer_options"
     if not config.has_validation:

@@ -339,12 +339,10 @@ def _is_set(variable: str) -> bool:
 def check_shards(config: RunConfig) -> None:
     """Raise ConfigError for keys that a sharded model does not support."""
     chain = config.chain
-    keys = ["quantize"] * (config.quantize is not None)
-    keys += ["chain.init: pissa"] * (chain.init == "pissa")
-    if keys:
+    if config.quantize is not None:
         rule = "processes that share a model train plain LoRA on it"
         remedy = "leave it out, or leave train.shard out: each process then holds the whole model"
-        raise ConfigError(rule, f"{keys[0]}, which needs whole weights", remedy)
+        raise ConfigError(rule, "quantize, which needs whole weights", remedy)
     if chain.knots is not None and holding_named(chain.hold).writes_base:
         raise ConfigError(
             "soft knots on a shared model need hold: carried (got hold: tied, whose exact weights "

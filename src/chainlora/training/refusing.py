@@ -16,7 +16,7 @@ from accelerate.utils import LoggerType
 
 from chainlora import files
 from chainlora.chain.adapters import check_targets
-from chainlora.config.schema import LinkConfig, RunConfig, StartData
+from chainlora.config.schema import RunConfig, StartData
 from chainlora.config.staging import Stage
 from chainlora.data.division import can_read_again
 from chainlora.data.kept import keeps_general
@@ -87,7 +87,7 @@ def _check_config(config: RunConfig, base: OpenBase, is_new: bool) -> None:
     check_metric(config.train.select_metric, reported_of(config.data, config.train.loss))
     _check_trackers(config)
     if is_new:
-        for link in dict.fromkeys(_with_directions(config.chain.links())):
+        for link in dict.fromkeys(config.chain.links()):
             check_targets(base.skeleton, link)
 
 
@@ -128,15 +128,6 @@ def _check_trackers(config: RunConfig) -> None:
     if missing := [n for n in names if n in LoggerType and n not in installed]:
         rule = "`trackers` must name trackers whose packages are installed"
         raise ConfigError(rule, repr(missing[0]), "pip install it or remove it")
-
-
-def _with_directions(links: Sequence[LinkConfig]) -> Iterator[LinkConfig]:
-    """Yield links; those of `init: orthogonal` with the rank of all links before them added."""
-    total = 0
-    for link in links:
-        total += link.rank
-        is_orthogonal = link.init == "orthogonal"
-        yield link.model_copy(update={"rank": total}) if is_orthogonal else link
 
 
 def _check_processes(config: RunConfig) -> None:

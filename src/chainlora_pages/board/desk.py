@@ -6,13 +6,11 @@ takes a tenth of a second and no file of the run changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Event, Lock
+from threading import Lock
 from typing import Any
 
 from chainlora.errors import RunError
@@ -136,14 +134,12 @@ class Desk:
         """
         with self._one_at_a_time:
             model = self._scorer.model_at(self.at(key).state)
-            speaker = Speaker(model, self.tokenizer, decoding)
-
-            def speak(write: Callable[[str], None]) -> str:
-                if as_chat:
-                    return speaker.answer(turns, write)
-                return speaker.complete(turns[-1]["content"], write)
-
-            yield from _growing(speak)
+            speaker, text = Speaker(model, self.tokenizer, decoding), ""
+            question = turns[-1]["content"]
+            for piece in speaker.answer(turns) if as_chat else speaker.complete(question):
+                text += piece
+                yield text
+            yield speaker.text
 
     def scores(self, keys: Sequence[str]) -> list[list[Cell]]:
         """Score the kept rows of each stage in entries. Return a row of cells per entry.
@@ -173,26 +169,3 @@ class Desk:
 def _or_base(state: OpenState) -> OpenState:
     """Return a state, or the base for one without links, such as that of general rows."""
     return state if state.facts else replace(state, entry=None)
-
-
-def _growing(speak: Callable[[Callable[[str], None]], str]) -> Iterator[str]:
-    """Yield the growing text that `speak` writes, which runs in a separate thread."""
-    pieces: SimpleQueue[str | None] = SimpleQueue()
-    closed = Event()
-
-    def write(piece: str) -> None:
-        if closed.is_set():
-            raise BrokenPipeError("the reader is gone")
-        pieces.put(piece)
-
-    text = ""
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            done = pool.submit(speak, write)
-            done.add_done_callback(lambda _: pieces.put(None))
-            while (piece := pieces.get()) is not None:
-                text += piece
-                yield text
-            yield done.result()  # raises what `speak` raised
-        finally:
-            closed.set()

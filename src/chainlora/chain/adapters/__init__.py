@@ -15,7 +15,6 @@ from chainlora.chain.adapters.adapter_files import (
     save_adapter,
 )
 from chainlora.chain.adapters.layer_facts import (
-    dequantized,
     is_transposed,
     num_trained,
     prepare_quantized,

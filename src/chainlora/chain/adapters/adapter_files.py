@@ -3,8 +3,7 @@
 `import_adapter` converts an adapter of PEFT into a link: factors of one rank with one scaling. PEFT
 allows a rank and an alpha per module (`rank_pattern`, `alpha_pattern`). The import pads smaller
 ranks with zeros and folds other scalings into B: the same function up to rounding. It takes the
-adapted modules from the weights, whatever pattern selected them. A DoRA adapter needs its base to
-become a link (`runs.loading_start`).
+adapted modules from the weights, whatever pattern selected them.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 MERGE = "merge it with PEFT, and use the result as the model"
-_MAGNITUDE = ".lora_magnitude_vector"  # DoRA
 # Fields without an effect on the function.
 _SILENT = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
@@ -74,7 +72,7 @@ def save_adapter(
     Args:
         factors: A [rank, in] and B [out, rank] by module path.
         config: settings that the link was tuned with.
-        rank: rank of the stored factors; a PiSSA link stores twice its tuned rank.
+        rank: rank of the stored factors; that of a link with soft knots can exceed its tuned rank.
         alpha: alpha of the stored factors.
         fan_in_fan_out: whether the adapted layers store their weights as [in, out], as GPT-2 does.
     """
@@ -144,7 +142,7 @@ def read_adapter(directory: Path) -> tuple[dict[str, Factors], dict[str, Tensor]
     if not factors:
         raise damaged(directory, "no factors")
     for name in tensors:
-        if ".lora_" in name and name.removesuffix(_MAGNITUDE) not in factors:
+        if ".lora_" in name:
             raise damaged(directory, f"{name} without factors")
     return factors, tensors
 
@@ -187,7 +185,6 @@ class Imported:
     factors: dict[str, Factors]  # A [rank, in] and B [out, rank] by module path
     # Other weights by parameter path, such as embeddings; they must equal those of the base.
     kept: dict[str, Tensor]
-    magnitudes: dict[str, Tensor]  # of DoRA, [out], by module path; empty for a LoRA
     stored: dict[str, Any]  # PEFT's config
 
     @property
@@ -206,15 +203,10 @@ def import_adapter(folder: Path) -> Imported:
     factors, others = read_adapter(folder)
     try:
         config, factors = _with_one_rank(stored, factors)
-        scaled = factors if stored.get("use_dora") else {}
-        magnitudes = {
-            name: others.pop(f"{name}{_MAGNITUDE}").float().expand(pair.b.shape[0])
-            for name, pair in scaled.items()
-        }
     except (*_INVALID, re.error) as error:
         raise damaged(folder, f"an adapter_config.json with {error}") from None
     kept = {path.replace(".base_layer.", "."): weight for path, weight in others.items()}
-    return Imported(config, factors, kept, magnitudes, stored)
+    return Imported(config, factors, kept, stored)
 
 
 def unknown_field(config: Mapping[str, Any], known: set[str]) -> tuple[str, object] | None:
@@ -232,9 +224,9 @@ def _check(config: dict[str, Any], folder: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ModelError("an adapter must be a LoRA", f"{kind!r:.40} in {folder}", MERGE)
-    if odd := unknown_field(config, LINK_FIELDS | {"rank_pattern", "alpha_pattern", "use_dora"}):
+    if odd := unknown_field(config, LINK_FIELDS | {"rank_pattern", "alpha_pattern"}):
         got = f"`{odd[0]}: {odd[1]!r:.60}` in {folder}"
-        raise ModelError("an adapter must be a plain LoRA or DoRA", got, MERGE)
+        raise ModelError("an adapter must be a plain LoRA", got, MERGE)
     if (init := config.get("init_lora_weights")) not in _INITS:
         got = f"`init_lora_weights: {init!r:.40}` in {folder}"
         raise ModelError("an adapter must be trained on the unchanged base", got, _CONVERT)

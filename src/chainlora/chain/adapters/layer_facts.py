@@ -199,12 +199,3 @@ def prepare_quantized(model: Any) -> None:
     their compute dtype. Models of other kinds of quantisation keep their dtype.
     """
     peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-
-
-def dequantized(layer: nn.Module) -> Tensor:
-    """Return the dequantised weight of a linear layer, [out, in], float32 on the CPU."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    weight: Any = dequantize_module_weight(layer) if is_quantized(layer) else layer.weight
-    weight = weight.detach().float().cpu()
-    return weight.T if is_transposed(layer) else weight

@@ -239,15 +239,10 @@ def _check_kind(model: nn.Module, name: str, module: nn.Module) -> None:
 def _check_settings(config: LinkConfig, name: str, module: Any) -> None:
     """Raise if a layer cannot support the initialization or bias of a link."""
     shorter = min(sizes(module))
-    if config.init in ("gradient", "pissa") and config.rank > shorter:
-        rule = f"`init: {config.init}` needs a rank of at most the shorter side of each layer"
+    if config.init == "gradient" and config.rank > shorter:
+        rule = "`init: gradient` needs a rank of at most the shorter side of each layer"
         got = f"rank {config.rank} for {shorter} at {name}"
         raise ModelError(rule, got, "lower the rank or use init: kaiming")
-    inputs = sizes(module)[0]
-    if config.init == "orthogonal" and config.rank > inputs:
-        rule = "links of `init: orthogonal` read directions that no earlier link reads"
-        got = f"ranks of {config.rank} in all for {inputs} inputs of {name}"
-        raise ModelError(rule, got, "lower the ranks or use init: kaiming")
     if config.lora_bias and getattr(module, "bias", None) is None:
         rule = "`lora_bias` needs adapted layers with a bias"
         raise ModelError(rule, f"{name} without one", "set lora_bias: false")
