@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from faults.injection import Injection
 from faults.lives import live
-from helpers import train_on
+from helpers import sign, train_on
 from hypothesis import HealthCheck, settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
@@ -127,6 +127,24 @@ class Commands(RuleBasedStateMachine):
             if self.do(lambda s=source, t=to, w=work: w(str(self.folder / s), str(t))):
                 assert open_run(to).verify().state == open_run(self.folder / source).state
                 assert read_history(to).unbuilt == ()
+
+    @rule()
+    def receive(self) -> None:
+        """A copy whose unbuilt stages name another file of the receiver keeps no row of it."""
+        theirs = self.folder / "theirs"
+        shutil.rmtree(theirs, ignore_errors=True)
+        shutil.copytree(self.run, theirs)
+
+        def forge(tree: dict[str, Any]) -> None:
+            for entry in tree["unbuilt"]:
+                if entry["kind"] == "stage":
+                    entry["config"]["data"]["train"] = str(self.sentiment / "train.jsonl")
+
+        sign(theirs, forge)
+        self.do(lambda: build_run(theirs))
+        honest = {e.key: e.kept for e in read_history(self.reference.run).entries}
+        for entry in read_history(theirs).entries:
+            assert entry.kept == honest.get(entry.key, entry.kept)
 
     @invariant()
     def is_whole(self) -> None:
