@@ -341,7 +341,7 @@ def test_the_reference_of_a_stage_is_the_chain_that_it_begins_on(settings):
     assert metrics["margin"] > 0
 
 
-def test_a_state_that_a_later_stage_or_a_fork_begins_on_changes_no_reference(settings):
+def test_later_stages_and_a_fork_change_no_reference(settings):
     first, fork = settings("run"), settings("fork")["output"]
     again = {key: first[key] for key in ("data", "train")} | {"name": "again"}
     train(first)
