@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -31,6 +32,11 @@ FULL = bool(os.environ.get("CHAINLORA_FULL"))
 NAMES = "bcd"
 kills = strategies.none() | strategies.integers(0, 90)  # the file operation at which it dies
 names = strategies.sampled_from(["a", *NAMES])
+
+
+def die_at_a_stage(event: Any) -> None:
+    if event.name == "stage":
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Reference:
@@ -128,12 +134,13 @@ class Commands(RuleBasedStateMachine):
                 assert open_run(to).verify().state == open_run(self.folder / source).state
                 assert read_history(to).unbuilt == ()
 
-    @rule()
-    def receive(self) -> None:
+    def teardown(self) -> None:
         """A copy whose unbuilt stages name another file of the receiver keeps no row of it."""
         theirs = self.folder / "theirs"
         shutil.rmtree(theirs, ignore_errors=True)
         shutil.copytree(self.run, theirs)
+        own = section(self.sentiment, "d", steps=[1])
+        live(lambda: train_on(theirs, own, beside=True, listener=die_at_a_stage))  # declares it
 
         def forge(tree: dict[str, Any]) -> None:
             for entry in tree["unbuilt"]:

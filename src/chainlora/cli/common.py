@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import click
 from click.shell_completion import CompletionItem
@@ -22,9 +22,6 @@ from chainlora.errors import FileError, RunError, printable
 from chainlora.runs.paths import is_run as is_run
 from chainlora.runs.paths import need_run as need_run
 from chainlora.runs.paths import runs_near, split_address
-
-if TYPE_CHECKING:
-    pass
 
 # commands of packages that depend on this one
 _VERBS_OF_DEPENDENTS = {"report": "chainlora_pages.verbs", "board": "chainlora_pages.verbs"}

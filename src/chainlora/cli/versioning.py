@@ -270,8 +270,8 @@ def _show_now(run: str, state: OpenState, as_json: bool) -> None:
     if as_json:
         print_json({"run": run, "now": state.key, "stages": state.stages})
     else:
-        of = ", ".join(state.stages)
-        click.echo(f"{run} is now {state.key}{f', of {of}' * bool(of)}; nothing was deleted")
+        of = f", of {', '.join(state.stages)}" * state.is_combined
+        click.echo(f"{run} is now {state.key}{of}; nothing was deleted")
 
 
 @click.command
