@@ -52,6 +52,7 @@ class Stage:
     after: str | None = None  # entry of the run that an extension begins on
     # Train it beside the other stages, then combine; None: the plan decides (`training.placement`).
     beside: bool | None = False
+    fork: str | None = None  # address of the state of another run that a new run begins on
 
 
 def check_alone(config: RunConfig) -> RunConfig:
