@@ -113,7 +113,7 @@ def _need_no_rate(methods: Mapping[str, Mapping[str, Any] | None]) -> None:
 def _of_run(config: RunConfig, methods: Methods, chooses: bool) -> dict[str, Any]:
     """Return description, base, tasks and methods of a comparison on one data set."""
     rows = None if config.start_data == "none" else config.start_data
-    begun_on: dict[str, Any] = {"start_data": rows}
+    begun_on: dict[str, Any] = {"start": config.start, "start_data": rows}
     begun_on["data.replay"] = config.data.replay
     if given := [key for key, value in begun_on.items() if value is not None]:
         raise ConfigError("`compare` trains from the bare base", ", ".join(given), "leave it out")
