@@ -2,10 +2,9 @@
 test_sharing.py).
 
 usage: many_processes.py JOBS, a JSON list of jobs: "config" (a file), "resume", "stop" (the step
-after which all processes end as if killed), "kill" ([process, step]), "start" (the run to begin
-on), "stage" (its name), "outcome" (where the first process writes what it saw); or "command"
-(arguments of the command line); or "load" (a model folder that all processes load together),
-"dtype" and "outcome", which each of them writes.
+after which all processes end as if killed), "kill" ([process, step]), "outcome" (where the first
+process writes what it saw); or "command" (arguments of the command line); or "load" (a model folder
+that all processes load together), "dtype" and "outcome", which each of them writes.
 """
 
 from __future__ import annotations
@@ -41,12 +40,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             raise Stop
 
     try:
-        train(
-            load_config(job["config"]),
-            resume=job.get("resume", False),
-            listener=listener,
-            stage=job.get("stage", "main"),
-        )
+        train(load_config(job["config"]), resume=job.get("resume", False), listener=listener)
     except Stop:
         pass
     except ChainLoRAError as error:

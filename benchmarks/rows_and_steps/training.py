@@ -103,7 +103,7 @@ class Runs(product.Runs):
             self.scored.put({})
             model, tokenizer = self.scored.model, self.scored.tokenizer
             longest = context_length(model)
-            found = general_rows(model, tokenizer, longest, "base", lambda *done: None)
+            found = general_rows(model, tokenizer, longest, lambda *done: None)
             assert found is not None
             write_kept(path, found)
         return read_kept(path)

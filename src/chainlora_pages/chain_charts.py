@@ -10,7 +10,7 @@ from typing import Any
 
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.stage_scores import StageMatrix, shades_of
-from chainlora.runs.history import BASE, COMBINED, START
+from chainlora.runs.history import BASE, COMBINED
 from chainlora.runs.records import Record
 from chainlora_pages.charts import (
     GREY,
@@ -70,7 +70,7 @@ def stage_pictures(run: RunFacts) -> list[Picture]:
     """
     if run.matrix is None or not run.matrix.cells:
         return []
-    stages = run.matrix.of([name for name in run.matrix.stages if name not in (BASE, START)])
+    stages = run.matrix.of([name for name in run.matrix.stages if name != BASE])
     is_shares = all(is_share(cell.metric, cell.value) for cell in stages.cells)
     shares = [_shares_picture(stages, run.stage_names)] if is_shares and stages.cells else []
     columns = zip(run.matrix.stages, zip(*run.matrix.grid, strict=True), strict=True)

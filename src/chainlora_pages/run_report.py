@@ -16,7 +16,7 @@ from chainlora.errors import ChainLoRAError
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.files import make_folder, write_text
 from chainlora.runs.cards import public_name
-from chainlora.runs.history import BASE, MAIN, START
+from chainlora.runs.history import BASE, MAIN
 from chainlora.runs.paths import exists_in, need_apart, split_address
 from chainlora.runs.state import OpenState
 from chainlora.showing import number
@@ -250,7 +250,7 @@ def _scores_now(run: RunFacts) -> list[tuple[str, str, str]]:
     for stage, first, last in zip(
         run.matrix.stages, run.matrix.grid[0], run.matrix.grid[-1], strict=True
     ):
-        if stage in (BASE, START):
+        if stage == BASE:
             continue
         if last is None:
             return []

@@ -15,6 +15,7 @@ from helpers import Stop, settings, sign, stopping, train_all, train_on
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+import chainlora as public
 from beside.cases import add, begin, config_of, section
 from chainlora import export_adapter, load_run, train
 from chainlora.chain.combining import Part
@@ -30,7 +31,6 @@ from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import log, undo
 from chainlora.runs.history_file import read_history
 from chainlora.runs.inspection import inspect_run
-from chainlora.runs.loading_start import with_start
 from chainlora.runs.pruning import plan_pruning
 from chainlora.training.stages import extension, prune, train_stages
 from chainlora_pages.run_report import run_page
@@ -166,11 +166,10 @@ def test_runs_of_one_base_are_combined(tiny_folder, sentiment, ac, tmp_path):
     assert open_run(f"{ac}@d").lineage[0].key == "a"
 
 
-def test_a_run_on_an_exported_adapter_has_the_tokenizer_of_its_base(sentiment, ac, tmp_path):
+def test_a_run_of_an_exported_adapter_has_the_tokenizer_of_its_base(sentiment, ac, tmp_path):
     export_adapter(f"{ac}@a", tmp_path / "adapter")
-    config = {"start": str(tmp_path / "adapter"), "output": str(tmp_path / "law")}
-    config |= {"model": open_run(ac).base.model, "stages": [section(sentiment, "b")]}
-    train_all(with_start(config))
+    keys = {"name": "b", "model": open_run(ac).base.model}
+    public.add(tmp_path / "law", tmp_path / "adapter", section(sentiment, "b")["data"], **keys)
     assert combine(ac, [tmp_path / "law"]).entry.parents == ("a", "c", "b")
 
 
@@ -209,7 +208,7 @@ def test_general_rows_of_another_run_are_none_of_its_stages(sentiment, ac, tiny_
         del tree["data"]
         rows = rows if rows == "none" else rows | {"task": str(sentiment / "task.yaml")}
         tree |= {"start_data": rows, "stages": [section(sentiment, "d", ranks=[2], steps=[1])]}
-        train_all(with_start(tree))
+        train_all(tree)
     digests = [
         combine(ac, ["a", tmp_path / name], output=tmp_path / f"of-{name}").state.digest
         for name in ("with", "without")
@@ -223,24 +222,10 @@ def test_rows_of_what_another_run_began_on_stay_its_own(tiny_folder, sentiment, 
     del tree["data"]
     rows = {"task": str(sentiment / "task.yaml"), "validation": str(sentiment / "validation.jsonl")}
     tree |= {"start_data": rows, "stages": [section(sentiment, "d", ranks=[2], steps=[1])]}
-    train_all(with_start(tree))
+    train_all(tree)
     combine(ac, [tmp_path / "law"])
     assert open_run(ac).history.find("start") is None
     assert "start" not in open_run(ac).columns
-
-
-def test_an_adapter_that_two_runs_began_on_is_there_once(sentiment, ac, tmp_path):
-    """Also with other rows for it: a link of two entries could not be pruned."""
-    export_adapter(f"{ac}@a", tmp_path / "adapter")
-    config = {"start": str(tmp_path / "adapter"), "model": open_run(ac).base.model}
-    rows = {"task": str(sentiment / "task.yaml"), "validation": str(sentiment / "validation.jsonl")}
-    for name, keys in {"b": {}, "d": {"start_data": rows}}.items():
-        tree = config | keys | {"output": str(tmp_path / name)}
-        train_all(with_start(tree | {"stages": [section(sentiment, name)]}))
-    assert combine(tmp_path / "b", tmp_path / "d").entry.parents == ("b", "d")
-    assert [entry["name"] for entry in log(tmp_path / "b")][1:] == ["d", "b", "start"]
-    prune(tmp_path / "b", "start")
-    assert open_run(tmp_path / "b@d").stages == ["d"]
 
 
 # --- a pruned stage is as if it had never been there ---

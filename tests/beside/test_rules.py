@@ -13,7 +13,6 @@ import pytest
 from faults.injection import Injection
 from faults.lives import live
 from helpers import train_all, train_on
-from safetensors.torch import load_file, save_file
 
 from beside.cases import add, config_of, section
 from chainlora import export_adapter
@@ -25,7 +24,6 @@ from chainlora.runs.changes import log, redo, undo
 from chainlora.runs.declaring import declare
 from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import pull_run, push_run
-from chainlora.runs.loading_start import with_start
 from chainlora.training.plan import make_plan
 from chainlora.training.stages import build_run, extension, prune
 
@@ -335,38 +333,23 @@ def test_rule_12_a_rebuild_says_what_is_missing_before_it_begins(
 # --- what a run begins on ---
 
 
-@pytest.fixture
-def on_adapter(only_a, tiny_folder, sentiment, tmp_path) -> dict[str, Any]:
-    """A config of a new run on an adapter."""
-    export_adapter(only_a, tmp_path / "adapter")
-    tree = {"start": str(tmp_path / "adapter"), "model": str(tiny_folder)}
-    return tree | {"output": str(tmp_path / "new/run"), "stages": [section(sentiment, "b")]}
-
-
-def test_rule_4_a_start_that_is_refused_leaves_no_run(on_adapter, tmp_path):
-    path = tmp_path / "adapter/adapter_model.safetensors"
-    right = load_file(path)
-    save_file({key.replace("layers.0", "layers.7"): value for key, value in right.items()}, path)
-    with pytest.raises(ChainLoRAError, match="must have the layers that an adapter is for"):
-        train_all(with_start(on_adapter))
-    assert not (tmp_path / "new/run").exists()
-    save_file(right, path)
-    train_all(with_start(on_adapter))
-    assert open_run(tmp_path / "new/run").stages == ["start", "b"]
-
-
-def test_rule_8_a_run_that_has_built_nothing_is_not_sent(on_adapter, tmp_path, chainlora):
+def test_rule_8_a_run_that_has_built_nothing_is_not_sent(
+    tiny_folder, sentiment, tmp_path, chainlora
+):
     folder, run = tmp_path / "new", tmp_path / "new/run"
-    whole = live(lambda: train_all(with_start(on_adapter)), Injection(folder))
+    rows = {"task": str(sentiment / "task.yaml"), "train": str(sentiment / "train.jsonl")}
+    tree = {"model": str(tiny_folder), "output": str(run), "start_data": rows}
+    tree |= {"stages": [section(sentiment, "b")]}
+    whole = live(lambda: train_all(tree), Injection(folder))
     shutil.rmtree(folder)
-    place = next(n for n, what in enumerate(whole.operations) if "run/links" in what)
-    end = live(lambda: train_all(with_start(on_adapter)), Injection(folder, "kill", place))
+    place = next(n for n, what in enumerate(whole.operations) if "run/rows" in what)
+    end = live(lambda: train_all(tree), Injection(folder, "kill", place))
     assert (end.status, unbuilt(run), read_history(run).entries) == (-9, ["start", "b"], ())
     chainlora("push", run, tmp_path / "sent").refused("a run needs a built entry")
     for name in ("start", "b"):
         chainlora("prune", run, name, "--yes").refused("a run must keep a stage")
     assert chainlora("train", run).status == 0
-    assert open_run(run).stages == ["start", "b"]
+    assert open_run(run).stages == ["b"]
 
 
 def test_a_combination_that_is_not_built_is_discarded(only_a, sentiment):

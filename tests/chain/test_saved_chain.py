@@ -29,7 +29,6 @@ from chainlora import (
 from chainlora.errors import ChainError, ModelError, RunError
 from chainlora.runs.changes import undo
 from chainlora.runs.export import adapter_factors
-from chainlora.runs.loading_start import with_start
 from chainlora.runs.saved_chain import INSIDE
 from chainlora.training.stages import extension
 
@@ -67,15 +66,12 @@ def test_a_chain_is_loaded_as_it_was(architecture, hold, tmp_path):
     assert torch.equal(logits(loaded.model), logits(chain.model))
 
 
-def test_a_chain_in_a_trainers_checkpoint_is_loaded_and_begins_a_run(tmp_path):
+def test_a_chain_in_a_trainers_checkpoint_is_loaded(tmp_path):
     place, chain = tmp_path / "checkpoint" / INSIDE, make_chain()
-    chain.model.config._name_or_path = "owner/base"
     save_chain(chain, place)
     for address in (place, place.parent, f"{place}@main"):
         assert torch.equal(logits(loaded(address).model), logits(chain.model))
-    tree = {"start": str(place.parent), "output": str(tmp_path / "new")}
-    assert with_start(tree)["model"] == "owner/base"
-    with pytest.raises(RunError, match="begin a run on it, by start"):
+    with pytest.raises(RunError, match=f"export {place} --to adapter --output OUT, then add OUT"):
         extension(place, {"name": "law"})
 
 

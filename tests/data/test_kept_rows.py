@@ -7,7 +7,7 @@ from math import floor
 
 import numpy as np
 import pytest
-from helpers import Stop, assert_same_links, settings, stopping
+from helpers import Stop, assert_same_links, settings, stopping, train_on
 from helpers_data import make_tokenizer, pair_files
 from helpers_tasks import write_rows, write_task
 
@@ -23,7 +23,7 @@ from chainlora.errors import ConfigError, RunError
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.addresses import open_run
 from chainlora.training.batches import make_batches
-from chainlora.training.stages import train_run, train_stages
+from chainlora.training.stages import build_run, train_stages
 from data.test_data_mixture import row
 
 SHORT = {"ranks": [2], "steps": [1]}
@@ -56,11 +56,10 @@ def test_a_stage_holds_the_rows_of_those_before_it(tiny_folder, sentiment, tmp_p
     """A fork needs nothing of its parent; a stage that keeps no rows has those of the others."""
     whole = settings(tiny_folder, sentiment, tmp_path / "a", chain=SHORT)
     train(make_config(whole))
-    data = {"data": whole["data"] | {"keep_rows": False}}
     for before, name in (("a", "b"), ("b", "c")):
-        places = {"output": str(tmp_path / name), "start": str(tmp_path / before)}
-        train_run(make_config(whole | data | places), stage=name)
-        data = {}
+        data = whole["data"] | {"keep_rows": name == "c"}
+        fork = {"name": name, "data": data, "chain": SHORT, "output": str(tmp_path / name)}
+        train_on(tmp_path / before, fork)
     assert list(open_run(tmp_path / "b").kept()) == ["main"]
     assert list(open_run(tmp_path / "c").kept()) == ["main", "c"]
     (path,) = (tmp_path / "b/rows").iterdir()
@@ -174,7 +173,7 @@ def test_training_rows_to_score_are_those_that_a_stage_is_trained_on(
     tree = settings(tiny_folder, sentiment, tmp_path / "run", chain=SHORT)
     data = tree.pop("data")
     first = {"name": "a", "data": data | {"validation": 0.25, "num_train": 20}}
-    tree["stages"] = [first, {"name": "b", "data": data | {"new_rows_only": True}}]
+    tree["stages"] = [first, {"name": "b", "beside": False, "data": data | {"new_rows_only": True}}]
     train_stages(make_stages(tree))
     for stage in ("a", "b"):
         state = open_run(f"{tmp_path}/run@{stage}")
@@ -302,22 +301,21 @@ def test_ranked_rows_are_read_again_as_completions_and_pairs_are_not(
             encoded(tokenizer, earlier, **keys)
 
 
-def test_a_stage_with_replay_is_the_same_killed(configure, tmp_path):
+def test_a_stage_with_replay_is_the_same_killed(tiny_folder, sentiment, tmp_path):
     """A resume has the rows of earlier stages in its own directory. In two processes:
     test_processes.py."""
-    train(configure("first", chain=SHORT, data={"num_train": 16}))
-    later = {"stage": "later"}
-    keys = {"data": {"replay": 0.4}, "train": {"save_every": 1}}
-    keys["chain"] = {"ranks": [2, 2], "steps": [3, 2]}
-    start = {"start": str(tmp_path / "first")}
-    killed = configure("killed", **keys).model_copy(update=start)
-    whole = train_run(configure("whole", **keys).model_copy(update=start), **later)
+    first = settings(tiny_folder, sentiment, tmp_path / "first", chain=SHORT)
+    later = {"name": "later", "train": {"save_every": 1}, "data": first["data"] | {"replay": 0.4}}
+    first["data"] = first["data"] | {"num_train": 16}
+    train(first)
+    later["chain"] = {"ranks": [2, 2], "steps": [3, 2]}
+    (whole,) = train_on(tmp_path / "first", later | {"output": str(tmp_path / "whole")})
     assert whole["data"]["train"]["replayed"] == 16
     assert whole["rows"] == 32
     with pytest.raises(Stop):
-        train_run(killed, listener=stopping(3), **later)
+        train_on(tmp_path / "first", later | {"output": str(tmp_path / "killed")}, stopping(3))
     (tmp_path / "first").rename(tmp_path / "elsewhere")
-    train_run(killed, resume=True, **later)
+    build_run(tmp_path / "killed")
     assert_same_links(tmp_path / "whole", tmp_path / "killed")
 
 

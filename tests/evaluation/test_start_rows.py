@@ -1,4 +1,4 @@
-"""Rows for what a run began on: a column for the matrix, and replay."""
+"""Rows of a run's base: a column for the matrix, and replay."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from beside.test_rules import at, die
 from conftest import make_tiny_folder, write_rows
 from faults.lives import live
 from helpers import Stop, assert_same_links, flip_last_bit, settings, stage_dir, stopping
-from stages.cases import flipped, logits
+from stages.cases import files_of, flipped, logits
 
 from chainlora import evaluate_task, export_adapter, load_run, train
 from chainlora.cli.main import run as cli
@@ -37,39 +37,32 @@ def general(sentiment: Path, *splits: str) -> dict:
 
 @pytest.fixture(scope="module")
 def trained_once(tiny_folder, sentiment, tmp_path_factory) -> Path:
-    """A run on an adapter: links 0 (the adapter's) and 1 of stage `main`; `start` has no rows."""
-    folder = tmp_path_factory.mktemp("made")
-    first = settings(tiny_folder, sentiment, folder / "first", chain=SHORT | {"steps": [20]})
-    train(first)
-    export_adapter(folder / "first", folder / "adapter")
-    train(first | {"start": str(folder / "adapter"), "output": str(folder / "mine")})
-    return folder
+    """A run of one stage, `main`, that has no rows of its base."""
+    run = tmp_path_factory.mktemp("made") / "run"
+    train(settings(tiny_folder, sentiment, run, chain=SHORT | {"steps": [20]}))
+    return run
 
 
 @pytest.fixture
 def made(trained_once, tmp_path) -> Path:
-    """The folder of a copy of that run, its adapter and the run that this is of."""
+    """A copy of that run."""
     return shutil.copytree(trained_once, tmp_path / "made")
 
 
-def test_rows_for_an_adapter_are_given_to_a_run_and_count_from_then_on(
+def test_rows_for_the_base_are_given_to_a_run_and_count_from_then_on(
     made, sentiment, tmp_path, capsys
 ):
-    run = made / "mine"
-    assert cli(["eval", str(run), "--matrix"]) == 0
-    said = capsys.readouterr()
-    assert f"give rows for it: chainlora eval {run} --matrix --start-rows FILE\n" in said.err
-    assert "start (no rows kept)" in said.out
+    run = made
     rows = [str(sentiment / "validation.jsonl"), "--task", str(sentiment / "task.yaml")]
     assert cli(["eval", str(run), "--matrix", "--start-rows", *rows]) == 0
-    assert "start (accuracy, 16 validation rows)" in capsys.readouterr().out
+    assert "base (accuracy, 16 validation rows)" in capsys.readouterr().out
     found = stage_matrix(run)
-    assert (found.stages, found.states) == (["start", "main"], ["base", "start", "main"])
+    assert (found.stages, found.states) == (["base", "main"], ["base", "main"])
     for state, row in zip(found.states, found.grid, strict=True):
         score = evaluate_task(f"{run}@{state}")["metrics"]["accuracy"]
         assert [cell.value for cell in row] == [score, score]
     (summary,) = found.summaries()
-    assert summary.backward_transfer == found.grid[2][0].value - found.grid[1][0].value
+    assert summary.backward_transfer == found.grid[1][0].value - found.grid[0][0].value
     law = {"name": "law", "data": settings("", sentiment)["data"] | {"replay": 0.5}, "chain": SHORT}
     with pytest.raises(ChainLoRAError, match="replay` needs rows"):  # `start` has none to train on
         train_stages(extension(f"{run}@start", law | {"output": str(tmp_path / "none")}))
@@ -78,8 +71,8 @@ def test_rows_for_an_adapter_are_given_to_a_run_and_count_from_then_on(
     train_stages(extension(run, law | {"name": "fork", "output": str(tmp_path / "fork")}))
     assert open_run(f"{tmp_path}/fork@start").state == open_run(run).state
     prune(run, "main")
-    assert stage_matrix(run).stages == ["start", "law"]
-    assert stage_matrix(tmp_path / "fork").stages == ["start", "main", "law", "fork"]
+    assert stage_matrix(run).stages == ["base", "law"]
+    assert stage_matrix(tmp_path / "fork").stages == ["base", "main", "law", "fork"]
     again = stage_matrix(tmp_path / "fork").grid[0][0]
     assert cli(["eval", str(run), "--matrix", "--start-rows", rows[0]]) == 0  # other rows: as text
     assert stage_matrix(run).grid[0][0].metric == "loss"
@@ -87,28 +80,22 @@ def test_rows_for_an_adapter_are_given_to_a_run_and_count_from_then_on(
 
 
 def test_what_was_before_a_run_is_an_address(made, sentiment, tmp_path):
-    run, first = made / "mine", made / "first"
-    base = logits(f"{first}@base")
-    assert torch.equal(logits(f"{first}@start"), base)
-    assert torch.equal(logits(f"{run}@base"), base)
-    torch.testing.assert_close(logits(f"{run}@start"), logits(first), atol=1e-5, rtol=0)
-    assert not torch.equal(logits(f"{run}@start"), base)
+    assert torch.equal(logits(f"{made}@start"), logits(f"{made}@base"))
+    assert not torch.equal(logits(f"{made}@start"), logits(made))
     to = ["--to", "adapter", "--output"]
-    assert cli(["export", f"{run}@start", *to, str(tmp_path / "out")]) == 0
-    assert cli(["export", f"{first}@start", *to, str(tmp_path / "none")]) == 1
+    assert cli(["export", f"{made}@start", *to, str(tmp_path / "none")]) == 1
     for verb in (["inspect"], ["report"], ["generate", "--prompt", "a"]):
-        assert cli([verb[0], f"{run}@start", *verb[1:]]) == 0
+        assert cli([verb[0], f"{made}@start", *verb[1:]]) == 0
     again = {"name": "again", "data": settings("", sentiment)["data"], "chain": SHORT}
-    train_stages(extension(f"{run}@start", again | {"output": str(tmp_path / "fork")}))
+    train_stages(extension(f"{made}@start", again | {"output": str(tmp_path / "fork")}))
     fork = open_run(tmp_path / "fork")
-    assert fork.stages == ["start", "again"]
-    assert fork.parent.state == open_run(f"{run}@start").state
-    assert list(fork.kept()) == ["again"]
-    train_stages(extension(first, again | {"output": str(tmp_path / "of-first")}))
+    assert (fork.stages, list(fork.kept())) == (["again"], ["again"])
+    assert fork.parent.state == open_run(f"{made}@start").state
+    train_stages(extension(made, again | {"output": str(tmp_path / "later")}))
     rows = [str(sentiment / "validation.jsonl"), "--task", str(sentiment / "task.yaml")]
     for _ in range(2):  # rows for it do not change what it is
-        assert open_run(f"{tmp_path}/of-first@start").state == open_run(first).state
-        assert cli(["eval", f"{tmp_path}/of-first", "--matrix", "--start-rows", *rows]) == 0
+        assert open_run(f"{tmp_path}/later@start").state == open_run(made).state
+        assert cli(["eval", f"{tmp_path}/later", "--matrix", "--start-rows", *rows]) == 0
 
 
 def test_rows_of_the_plain_model_are_replayed(tiny_folder, sentiment, tmp_path):
@@ -152,14 +139,13 @@ def test_rows_for_the_start_are_read_by_the_tokenizer_of_the_run_s_base(
 
 
 def test_what_cannot_be_taken_for_rows_of_the_start_is_refused(
-    made, trained_once, sentiment, capsys
+    made, tiny_folder, sentiment, capsys
 ):
-    run, before = made / "mine", checksums(made / "mine")
+    run, before = made, files_of(made)
     file = str(sentiment / "validation.jsonl")
-    tree = settings(made / "none", sentiment, run, chain=SHORT | {"steps": [20]})
-    tree |= {"start": str(trained_once / "adapter"), "start_data": {"validation": file}}
-    del tree["model"]
-    with pytest.raises(RunError, match=r"keeps none.*eval .*mine --matrix --start-rows"):
+    tree = settings(tiny_folder, sentiment, run, chain=SHORT | {"steps": [20]})
+    tree |= {"start_data": {"validation": file}}
+    with pytest.raises(RunError, match=r"keeps none.*eval .*made --matrix --start-rows"):
         train(tree)
     for rows, got in (
         ({}, "must name rows"),
@@ -177,12 +163,10 @@ def test_what_cannot_be_taken_for_rows_of_the_start_is_refused(
     ):
         assert cli(["eval", *words]) == status
         assert got in capsys.readouterr().err
-    assert checksums(run) == before
+    assert files_of(run) == before
 
 
-def test_a_run_is_known_by_what_it_began_on_and_by_the_rows_for_it(
-    made, tiny_folder, sentiment, tmp_path, chainlora
-):
+def test_a_run_is_known_by_the_rows_for_its_base(tiny_folder, sentiment, tmp_path, chainlora):
     run, rows = tmp_path / "kept", general(sentiment, "validation")
     tree = settings(tiny_folder, sentiment, run, chain=SHORT) | {"start_data": rows}
     config = tmp_path / "config.yaml"
@@ -198,16 +182,12 @@ def test_a_run_is_known_by_what_it_began_on_and_by_the_rows_for_it(
     changed.refused("`start_data` is read when a run begins")
     moved = stage_dir(copy) / "config.yaml"
     chainlora("train", moved).refused("needs its new path")
-    on_adapter = settings(tiny_folder, sentiment, made / "mine", chain=SHORT | {"steps": [20]})
-    config.write_text(json.dumps(on_adapter))
-    refused = "`start` cannot change after a run has begun (got none, and "
-    chainlora("train", config).refused(refused)
 
 
 def test_what_was_before_a_first_stage_that_was_pruned(
     made, tiny_folder, sentiment, chainlora, tmp_path
 ):
-    run, rows = made / "first", general(sentiment, "train")
+    run, rows = made, general(sentiment, "train")
     train_stages(extension(run, {"name": "more", "data": rows, "chain": SHORT}))
     prune(run, "main")
     report = chainlora(f"report {run}@start --output {tmp_path}/page.html")
@@ -340,7 +320,6 @@ def test_what_keeps_no_rows_of_the_base(roomy, sentiment, tmp_path, chainlora):
     ways = {
         "none": {"start_data": "none"},
         "no-rows": {"data": data | {"keep_rows": False}},
-        "fork": {"start": str(tmp_path / "none")},
     }
     for name, keys in ways.items():
         train(of_rows(roomy, sentiment, tmp_path / name, **keys))
@@ -393,18 +372,6 @@ def test_rows_that_are_scored_are_not_combined(roomy, sentiment, tmp_path, chain
     train(of_rows(roomy, sentiment, same := tmp_path / "same", **seen))
     assert chainlora("eval", same, "--matrix", "--start-rows", rows).status == 0
     assert len(open_run(same).kept()["start"].train) == 0
-
-
-def test_with_an_adapter_the_model_writes_as_the_adapter_does(
-    made, tiny_folder, sentiment, tmp_path
-):
-    train(of_rows(tiny_folder, sentiment, tmp_path / "run", start=str(made / "adapter")))
-    found = stage_matrix(tmp_path / "run")
-    assert found.stages == ["start", "main"]
-    rows = open_run(tmp_path / "run").kept()["start"].validation[:]
-    said = {state: written(f"{tmp_path}/run@{state}", OPENING) for state in ("start", "base")}
-    assert said["start"] != said["base"]
-    assert said["start"] in [row.sequences[0] for row in rows]
 
 
 def test_a_run_whose_general_ability_has_fallen_is_told(roomy, sentiment, tmp_path, caplog):

@@ -16,21 +16,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from conftest import make_sentiment, make_tiny_folder
-from helpers import EVERYTHING, settings
+from helpers import EVERYTHING
 from helpers_data import pair_files
 
-from chainlora import export_adapter, export_merged, make_config, train
+from chainlora import export_adapter, export_merged
 from chainlora.config.staging import make_stages
 from chainlora.evaluation.combination import combine
 from chainlora.files import checksums
-from chainlora.models.identity import tokenizer_files
 from chainlora.runs.addresses import state_at, state_of_draft
 from chainlora.runs.changes import redo, undo
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import BASE
 from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import pull_run, push_run
-from chainlora.runs.loading_start import with_start
 from chainlora.runs.paths import is_run
 from chainlora.training.interrupts import interruptible
 from chainlora.training.stages import build_run, extension, prune, train_stages
@@ -96,18 +94,15 @@ class Whole:
 
 
 def make_world(folder: Path) -> World:
-    """Make a config with all that a run can have on disk: it begins on an adapter with a tokenizer
-    and rows of its own, keeps rows and its best point, and goes on by preferences."""
+    """Make a config with all that a run can have on disk: it has rows of its base, keeps rows and
+    its best point, and goes on by preferences."""
     base, data = folder / "base", fresh(folder / "data")
     make_tiny_folder(base, num_hidden_layers=1)  # half the time of a life
     make_sentiment(data)
-    end = live(partial(_make_adapter, settings(base, data, folder / "adapter-run")))
-    assert end.status == 0, end.message
     rows = {key: str(data / f"{key}.jsonl") for key in ("train", "validation")}
     task = {"task": str(data / "task.yaml")}
     tree = SMALL | {
         "model": str(base),
-        "start": str(folder / "adapter"),
         "start_data": task | {"validation": rows["validation"]},
         "stages": [{"name": "facts", "data": task | rows | {"num_train": 12, "num_validation": 4}}],
     }
@@ -115,14 +110,6 @@ def make_world(folder: Path) -> World:
     rule |= {"keep_best": False, "select_metric": "loss"}
     pairs = {"name": "taste", "data": pair_files(data), "train": rule}
     return World(folder, tree, pairs | {"chain": {"ranks": [2], "steps": [2], "init": "kaiming"}})
-
-
-def _make_adapter(tree: dict[str, Any]) -> None:
-    train(make_config(tree | {"chain": tree["chain"] | {"ranks": [2], "steps": [1]}}))
-    folder = Path(tree["output"]).with_name("adapter")
-    export_adapter(tree["output"], folder)
-    for path in tokenizer_files(Path(tree["model"])):
-        shutil.copy(path, folder)
 
 
 # --- commands ---
@@ -143,7 +130,7 @@ def train_run(
     """Train the first stage."""
     tree = world.tree | {"output": str(where / "run")}
     tree |= {name: tree[name] | keys for name, keys in sections.items()}
-    train_stages(make_stages(with_start(tree)), listener=listener)
+    train_stages(make_stages(tree), listener=listener)
 
 
 def _extend(world: World, where: Path, listener: Listener = _silent) -> None:
@@ -263,14 +250,14 @@ def files_of(where: Path) -> dict[str, Any]:
     for name in found:
         lines = (where / name).read_text(errors="replace").splitlines()
         if name.endswith(".yaml"):
-            found[name] = [line for line in lines if not line.startswith(("output:", "start:"))]
+            found[name] = [line for line in lines if not line.startswith("output:")]
         elif name.endswith((".json", ".jsonl")) and "adapter_config" not in name:
             found[name] = list(map(timeless, lines if name[-1] == "l" else ["".join(lines)]))
     return found
 
 
 _TIMES = {"seconds", "wall_s", "peak_memory_mb", "peak_rss_mb", "setup_s", "checksum", "files"}
-_TIMES |= {"ended", "hardware", "output", "start"}
+_TIMES |= {"ended", "hardware", "output"}
 
 
 def timeless(text: str) -> Any:

@@ -19,7 +19,6 @@ from chainlora.config.staging import make_stages
 from chainlora.errors import ChainLoRAError
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
-from chainlora.runs.loading_start import with_start
 from chainlora.training.plan import make_plan
 from faults.commands import (
     COMMANDS,
@@ -206,8 +205,7 @@ def test_a_damaged_or_missing_file_of_an_ended_stage_is_refused_in_a_line(world)
     where = world.begin("undo", "damaged")
     third = world.pairs | {"name": "third"}
     stages = [*world.tree["stages"], world.pairs, third]
-    tree = with_start(world.tree | {"output": str(where / "run"), "stages": stages})
-    stages = make_stages(tree)
+    stages = make_stages(world.tree | {"output": str(where / "run"), "stages": stages})
     files = checksums(where)
     unharmed, said = set(), ""
     used = open_run(where / "run").state.links

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from helpers import entry_of, history_of, settings, sign, signed, stop_after, tr
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from chainlora import add, train
+from chainlora import add
 from chainlora.config.reading import make_config
 from chainlora.config.staging import make_stages
 from chainlora.errors import ChainLoRAError
@@ -61,12 +60,7 @@ def of_task(tree: dict[str, Any], folder: Path) -> None:
     tree["start_data"] |= {"train": None, "task": "boolq", "dir": str(folder)}
 
 
-def of_run(tree: dict[str, Any], folder: Path) -> None:
-    shutil.copytree(folder / "run", folder / "other")
-    tree["start"] = str(folder / "other")
-
-
-@pytest.mark.parametrize("edit", [of_template, of_rows, of_validation, of_task, of_run])
+@pytest.mark.parametrize("edit", [of_template, of_rows, of_validation, of_task])
 def test_its_start_reads_no_other_file(declared, secret, chainlora, edit):
     sign(declared, lambda tree: edit(tree["unbuilt"][0]["config"], secret.parent))
     before = history_of(declared)
@@ -115,8 +109,6 @@ def test_an_adapter_with_a_link_out_of_its_folder_is_refused(tiny_folder, tmp_pa
     rows = rows_of(tmp_path / "x.jsonl", 0)
     with pytest.raises(ChainLoRAError, match=f"must lie in its folder .*{name}"):
         add(tmp_path / "run", tmp_path / "x", rows)
-    with pytest.raises(ChainLoRAError, match=f"must lie in its folder .*{name}"):
-        train({"model": str(tiny_folder), "start": str(tmp_path / "x"), "data": {"train": rows}})
     assert not (tmp_path / "run").exists()
 
 

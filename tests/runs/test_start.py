@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -19,18 +20,17 @@ from chainlora import (
     Chain,
     ChainLoRAError,
     LinkConfig,
+    add,
     export_adapter,
     load_chain,
     load_run,
-    log,
     make_config,
+    train,
 )
-from chainlora import train as train_run
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.addresses import open_run
 from chainlora.runs.loading_start import fitted, load_start, put_on
 from chainlora.runs.saved_chain import save_chain
-from chainlora.training.stages import train_run as train
 
 IDS = torch.randint(3, 131, (2, 12), generator=torch.Generator().manual_seed(0))
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
@@ -167,28 +167,10 @@ def test_a_saved_chain_starts_with_its_live_link(tmp_path):
     assert ([link.id for link in again.links], again.tie().id) == ([0], 3)
 
 
-def test_a_config_starts_on_a_trainer_s_save_whose_stage_is_called_main(
-    tiny_folder, sentiment, tmp_path
-):
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    chain = Chain(model, checkpoint=tiny_folder)
-    chain.extend(LinkConfig(rank=2, target_modules=("q_proj",)))
-    save_chain(chain, tmp_path / "save/chain")  # as a Trainer with a ChainCallback does
-    one = {"chain": {"ranks": [2], "steps": [1]}, "start": str(tmp_path / "save")}
-    train_run(settings(tiny_folder, sentiment, tmp_path / "more", **one))
-    assert [entry["name"] for entry in log(tmp_path / "more")] == ["more", "main"]
-    spaced = settings(tiny_folder, sentiment, tmp_path / "m o r e", **one)
-    with pytest.raises(ChainLoRAError, match=r"output.*stage name.*got 'm o r e'.*stages"):
-        train_run(spaced)
-    train_run(spaced | {"stages": [{"name": "other"}]})
-
-
 # --- what is said, what is refused ---
 
 
-def test_another_name_of_the_base_and_its_revision_are_said(
-    configure, tiny_folder, tmp_path, caplog
-):
+def test_another_name_of_the_base_and_its_revision_are_said(tiny_folder, tmp_path, caplog):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     folder = save_lora(tmp_path / "made", model=model)
     same = Chain(AutoModelForCausalLM.from_pretrained(tiny_folder))
@@ -204,11 +186,7 @@ def test_another_name_of_the_base_and_its_revision_are_said(
     notes = start.notes
     assert notes[0] == "the adapter is for revision abc of its base"
     assert notes[1].startswith("the adapter is for another base, some/model, than our/model;")
-    run = configure(chain={"ranks": [], "steps": []})
-    train(run.model_copy(update={"start": str(folder)}))
-    imported = open_run(f"{run.output}@start")
-    assert (imported.entry.kind, imported.stages) == ("import", ["start"])
-    assert all(words in caplog.text for words in (notes[0], "another base, some/model, than /"))
+    assert all(note in caplog.text for note in notes)
     assert load_start(folder).tokenizer is None
 
 
@@ -221,31 +199,22 @@ def test_a_tokenizer_of_its_own_is_used(tiny_folder, tmp_path):
     rows = [{"messages": [{"role": "user", "content": f"a {word}"}]} for word in WORDS]
     for row in rows:
         row["messages"].append({"role": "assistant", "content": "the mat"})
-    data = {
-        "task": None,
-        "train": str(write_rows(tmp_path / "rows.jsonl", rows)),
-        "validation": None,
-    }
-
-    def train_in(name: str, start: Path | None, stage: str = "main"):
-        config = make_config(settings(tiny_folder, tmp_path, tmp_path / name, data=data))
-        train(config.model_copy(update={"start": start and str(start)}), stage=stage)
-        return open_run(tmp_path / name)
-
-    run, plain = train_in("run", folder), train_in("plain", None)
-    assert run.result()["tokens"] != plain.result()["tokens"]
-    assert [facts.stage for facts in run.facts] == ["start", "main", "main", "main"]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    run = add(tmp_path / "run", folder, file, config={"start_data": "none"})
     export_adapter(run, tmp_path / "out")
-    again = train_in("again", run.run, "next")
-    for tokens in (load_run(run)[1], load_run(again)[1], load_tokenizer(tmp_path / "out")):
+    for tokens in (load_run(run)[1], load_tokenizer(tmp_path / "out")):
         assert tokens.chat_template == tokenizer.chat_template
-    train(run.config(), resume=True)
 
-    tokenizer.add_tokens([f"<{k}>" for k in range(9)])
-    tokenizer.save_pretrained(folder)
-    with pytest.raises(ChainLoRAError, match="the embedding must have a row per token"):
-        train_in("more", folder)
-    assert not (tmp_path / "more").exists()
+
+def test_a_config_cannot_begin_on_earlier_work(tiny_folder, sentiment, tmp_path, chainlora):
+    tree = settings(tiny_folder, sentiment, tmp_path / "run") | {"start": "runs/mine@facts"}
+    said = "`start` is no key of a config (got 'runs/mine@facts'); chainlora add RUN ADAPTER"
+    (tmp_path / "config.yaml").write_text(json.dumps(tree))
+    chainlora("train", tmp_path / "config.yaml").refused(said)
+    for config in (tree, make_config(tree)):
+        with pytest.raises(ChainLoRAError, match=re.escape(said)):
+            train(config)
+    assert not (tmp_path / "run").exists()
 
 
 def with_rows(count: int):

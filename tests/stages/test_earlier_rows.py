@@ -8,7 +8,7 @@ import pytest
 from helpers import train_all
 from helpers_data import pair_files
 
-from chainlora import export_adapter, train
+from chainlora import train
 from chainlora.cli.main import run as cli
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.training.stages import extension, prune
@@ -61,21 +61,15 @@ def test_rows_that_no_stage_learns_alike_are_not_replayed(config, tmp_path):
     assert survey(extension(tmp_path / "run", answers))[-1].state == "new"
 
 
-def test_what_a_chain_begins_on_is_asked_for_before_any_training(config, tmp_path):
-    """A PEFT adapter has no rows, and its link a name; a stage that was pruned needs neither."""
+def test_what_a_stage_begins_on_is_asked_for_before_any_training(config, tmp_path):
+    """A name that is free, and rows of the stages before; not those of a stage that was pruned."""
     facts, style = config["stages"]
+    with pytest.raises(ChainLoRAError, match="not base, start, now or combined"):
+        train_all(config | {"stages": [facts, style | {"name": "start"}]})
+    assert not (tmp_path / "run").exists()
     facts["data"]["keep_rows"] = False
     train_all(config)
-    export_adapter(tmp_path / "run", tmp_path / "adapter")
-    begun = config | {"start": str(tmp_path / "adapter"), "output": str(tmp_path / "begun")}
     law = style | {"name": "law", "data": style["data"] | {"new_rows_only": True}}
-    for stages, message in (
-        ([style | {"data": style["data"] | {"replay": 0.5}}], "none of start"),
-        ([style, style | {"name": "start"}], "not base, start, now or combined"),
-    ):
-        with pytest.raises(ChainLoRAError, match=message):
-            train_all(begun | {"stages": stages})
-    assert not (tmp_path / "begun").exists()
     with pytest.raises(RunError, match="none of facts"):
         survey(extension(tmp_path / "run", law))
     prune(tmp_path / "run", "facts")

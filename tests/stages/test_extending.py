@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
@@ -10,16 +9,16 @@ import torch
 from conftest import write_rows
 from helpers import Stop, assert_same_links, links_of, stopping, train_all, train_on
 
-from chainlora import export_adapter, make_config, train
+from chainlora import export_adapter
 from chainlora.cli.common import words_and_overrides
 from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
-from chainlora.errors import ChainLoRAError, ConfigError, RunError
+from chainlora.errors import ConfigError, RunError
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import undo
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.loading_start import load_start
-from chainlora.training.stages import extension, prune, train_run, train_stages
+from chainlora.training.stages import extension, prune, train_stages
 from stages.cases import files_of, logits, one_stage, stage_of, stopping_after, survey
 
 
@@ -53,18 +52,16 @@ def test_the_same_call_again_trains_what_is_new_and_a_stage_stays_what_it_was(co
         train_all(config)
 
 
-def test_a_run_goes_on_where_what_it_began_on_lies_now(two, tmp_path):
-    """By content, as its rows are (test_cli_refusals.py)."""
-    run = tmp_path / "run"
-    law = stage_of(two, "style") | {"name": "law"}
-    fork = {"start": f"{run}@facts", "output": "fork", "stages": [law]}
-    train(fork)
-    (tmp_path / "runs").mkdir()
-    run.rename(tmp_path / "runs/moved")
-    train(fork | {"start": "runs/moved@facts"})
-    changed = r"cannot change after a run has begun \(got runs/moved@style"
-    with pytest.raises(ConfigError, match=changed):
-        train(fork | {"start": "runs/moved@style"})
+def test_a_fork_resumes_on_the_state_that_it_was_begun_on(two, tmp_path):
+    """That state is known by its content: the other run may be renamed."""
+    law = stage_of(two, "style") | {"name": "law", "output": str(tmp_path / "fork")}
+    train_on(f"{tmp_path / 'run'}@facts", law)
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    assert train_on(f"{moved}@facts", law) == [None]
+    before = files_of(tmp_path / "fork")
+    with pytest.raises(RunError, match="stage 'law' must resume on the state that it was begun on"):
+        train_on(f"{moved}@style", law)
+    assert files_of(tmp_path / "fork") == before
 
 
 def test_keys_of_all_stages_and_of_one():
@@ -99,8 +96,7 @@ def test_a_fork_leaves_its_parent_alone(two, tmp_path):
     assert "style" not in (tmp_path / "fork/history.json").read_text()  # what the state needs alone
     shutil.rmtree(parent)
     del own["output"]
-    fork = {"start": f"{parent}@facts", "output": str(tmp_path / "fork"), "stages": [own]}
-    train_all(two | fork)  # the parent is not needed any more
+    train_all(two | {"output": str(tmp_path / "fork"), "stages": [own]})  # without the parent
     assert not torch.equal(logits(tmp_path / "fork"), logits(tmp_path / "fork", num_links=3))
 
 
@@ -223,71 +219,21 @@ def test_an_undo_while_a_stage_is_trained_does_not_reach_it(config, tmp_path, ca
     assert undo(run, to="style").stages == ["facts", "style"]
 
 
-def test_a_config_that_begins_on_a_stage_is_the_fork(config, tmp_path, capsys):
+def test_a_fork_that_has_begun_does_not_need_its_parent(config, tmp_path):
+    config["chain"]["hold"] = "carried"  # a key of the whole run, which a fork inherits
     train_all(one_stage(config))
-    address = f"{tmp_path / 'run'}@facts"
-    style = stage_of(config, "style") | {"name": "main", "train": config["train"]}
-    train_on(address, style | {"output": str(tmp_path / "fork")})
-    own = {key: style[key] for key in ("data", "train")} | {"start": address}
-    own |= {"chain": config["chain"] | style["chain"], "output": str(tmp_path / "new")}
-    (tmp_path / "new.yaml").write_text(json.dumps(own | {"start": None}))
-    words = ["train", str(tmp_path / "new.yaml"), "--start", address]
-    for _ in range(2):
-        assert cli(words) == 0
-    assert_same_links(tmp_path / "fork", tmp_path / "new")
-    before = json.loads((tmp_path / "new.yaml").read_text())
-    for name, status in (({"name": config["model"]}, 0), ({"name": "m"}, 1), ({"nme": "m"}, 1)):
-        changed = before | {"model": name, "output": str(tmp_path / "fresh")}
-        (tmp_path / "model.yaml").write_text(json.dumps(changed))
-        capsys.readouterr()
-        again = ["train", str(tmp_path / "model.yaml"), *words[2:], "--dry-run"]
-        assert cli(again) == status
-        message = "name and quantize" if "nme" in name else "`model` must equal the value"
-        assert not status or message in capsys.readouterr().err
-    other = own | {"model": config["model"], "output": str(tmp_path / "other")}
-    train(other)
-    assert_same_links(tmp_path / "fork", tmp_path / "other")
-    for output in ("new", "fresh"):  # that of the run, or of the one that is begun on
-        assert cli([*words, "--train.seed", "1", "--output", str(tmp_path / output)]) == 1
-    assert open_run(tmp_path / "new").stages == ["facts", "main"]
-    alone = train_run(make_config(other | {"output": None}))
-    assert alone["metrics"] == open_run(tmp_path / "new").result()["metrics"]
-
-
-def test_a_run_that_has_begun_does_not_need_what_it_began_on(config, tmp_path, capsys):
-    config["chain"]["hold"] = "carried"  # which the config leaves to the run that is begun on
-    train_all(one_stage(config))
-    style = stage_of(config, "style")
-    own = {"start": f"{tmp_path / 'run'}@facts", "output": str(tmp_path / "new")}
-    own |= {key: style[key] for key in ("data", "chain")} | {"train": config["train"]}
-    own["data"] |= {"replay": 0.25}
+    style, address = stage_of(config, "style"), f"{tmp_path / 'run'}@facts"
+    style["data"] |= {"replay": 0.25}
+    whole, fork = tmp_path / "whole", tmp_path / "fork"
+    train_on(address, style | {"output": str(whole)})
     with pytest.raises(Stop):
-        train(own, listener=stopping_after(1))
-    whole, fork = own | {"output": str(tmp_path / "whole")}, tmp_path / "fork"
-    train(whole)
-    with pytest.raises(Stop):
-        train_on(own["start"], style | {"output": str(fork)}, listener=stopping_after(7))
-    export_adapter(own["start"], tmp_path / "adapter")
-    (tmp_path / "mine.jinja").write_text("{{ messages }}")
-    data = style["data"] | {"chat_template": str(tmp_path / "mine.jinja")}  # kept as its text
-    on_adapter = own | {"start": str(tmp_path / "adapter"), "output": str(tmp_path / "second")}
-    on_adapter["data"] = {key: data[key] for key in data if key != "replay"}
-    train(on_adapter | {"model": config["model"]})
+        train_on(address, style | {"output": str(fork)}, listener=stopping_after(7))
     shutil.rmtree(tmp_path / "run")
-    shutil.rmtree(tmp_path / "adapter")
-    train(on_adapter)
-    for _ in range(2):
-        train(own)
-    assert cli(["train", str(tmp_path / "new/stages/main/config.yaml")]) == 0
-    assert_same_links(tmp_path / "new", tmp_path / "whole")
-    assert cli(["train", str(fork / "stages/style/config.yaml")]) == 0  # what `extend` began
+    assert cli(["train", str(fork)]) == 0
     assert open_run(fork).stages == ["facts", "style"]
-    changed = "`start` cannot change after a run has begun .*run@other"
-    with pytest.raises(ConfigError, match=changed):
-        train(own | {"start": f"{tmp_path / 'run'}@other"})
-    missing = "a run or adapter must be there .*run@facts: no .*run/history.json"
-    with pytest.raises(ChainLoRAError, match=missing):
-        train(own | {"output": str(tmp_path / "third")})
+    assert_same_links(fork, whole)
+    with pytest.raises(RunError, match=r"got .*run@facts, which does not exist"):
+        train_on(address, style | {"output": str(tmp_path / "other")})
 
 
 def test_an_extension_inherits_how_earlier_rows_are_read_and_says_what_it_does_not(

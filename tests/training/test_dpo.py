@@ -39,7 +39,6 @@ from chainlora.runs.opening import load_run
 from chainlora.training import objectives
 from chainlora.training.batches import make_batches
 from chainlora.training.objectives import DPO
-from chainlora.training.stages import train_run as train_stage
 
 
 def user(text: str) -> dict:
@@ -331,8 +330,8 @@ def test_the_reference_of_a_stage_is_the_chain_that_it_begins_on(settings):
     train(first)
     tree = settings("second", train={"save_every": 1}, knots={"every": 2, "share": 0.5})
     records: list = []
-    tree["start"] = first["output"]
-    found = train_stage(make_config(tree), listener=records.append, stage="again")
+    again = {key: tree[key] for key in ("data", "chain", "train", "output")} | {"name": "again"}
+    found = extend(first["output"], again, listener=records.append)
     at_start = {"loss": math.log(2), "accuracy": 0.5, "margin": 0.0}
     assert next(e for e in records if e.name == "eval").metrics == at_start
     assert evaluate_task(tree["output"], num_links=2)["metrics"] == at_start

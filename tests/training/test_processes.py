@@ -18,7 +18,7 @@ from unittest.mock import patch
 import pytest
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from helpers import settings, stage_dir
+from helpers import stage_dir
 from helpers_processes import (
     TRAIN,
     assert_close_links,
@@ -54,15 +54,13 @@ def launched(tiny_folder, sentiment, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
 
     def tree(name: str, output: str) -> dict[str, Any]:
-        begun = {"start": str(folder / "first")} if name == "replay" else {}
-        return tree_of(JOBS[name], tiny_folder, sentiment, folder / output) | begun
+        whole = tree_of(JOBS[name], tiny_folder, sentiment, folder / output)
+        rows = {"task": str(sentiment / "task.yaml"), "train": str(sentiment / "train.jsonl")}
+        return whole | ({"start_data": rows} if name == "replay" else {})
 
-    first = settings(tiny_folder, sentiment, folder / "first", chain={"ranks": [2], "steps": [1]})
-    train(make_config(first | {"data": first["data"] | {"num_train": 16}}))
-    later = {"replay": {"stage": "later"}}
     for name in JOBS:
-        train_run(make_config(tree(name, f"{name}-1")), **later.get(name, {}))
-    two = [job(tree(name, f"{name}-2"), **later.get(name, {})) for name in JOBS]
+        train_run(make_config(tree(name, f"{name}-1")))
+    two = [job(tree(name, f"{name}-2")) for name in JOBS]
     two += [
         job(tree("soft", "stopped"), stop=6),
         job(tree("plain", "odd") | {"train": TRAIN | {"batch_size": 9}}),

@@ -58,9 +58,8 @@ if TYPE_CHECKING:
 @click.option(
     "--start-rows",
     type=click.Path(),
-    help="With --matrix: a file of rows that measure the origin of RUN (its base or an adapter). "
-    "RUN keeps them as the column `base`, or `start` for an adapter. --task defines how to read "
-    "them.",
+    help="With --matrix: a file of rows that measure the base, kept as the column `base`. --task "
+    "defines how to read them.",
 )
 @json_option
 def evaluate(
@@ -136,17 +135,12 @@ def _evaluate_matrix(
     need_run(run)
     quiet()
     from chainlora.cli.screen import scored_matrix, show_matrix
-    from chainlora.runs.history import START
-    from chainlora.runs.paths import split_address
 
     matrix = scored_matrix(run, speedups)
     if as_json:
         print_json(matrix.as_dict())
         return
     show_matrix(matrix)
-    if START in matrix.stages and START not in {cell.stage for cell in matrix.cells}:
-        command = f"chainlora eval {split_address(run)[0]} --matrix --start-rows FILE"
-        to_stderr(f"chainlora: to measure what {START} forgets, give rows for it: {command}")
 
 
 def _keep_start_rows(run: str, file: str, task: str | None) -> None:

@@ -111,9 +111,9 @@ def _train_file(file: str, overrides: list[tuple[str, str]], dry_run: bool, as_j
             set_key(tree, key, value)
     stage = _stage_of(file, tree.get("output"), overrides)
     if has_stages(tree):
-        from chainlora.runs.loading_start import with_start
+        from chainlora.runs.loading_start import with_begun
 
-        stages = make_stages(with_start(tree), overrides)
+        stages = make_stages(with_begun(tree), overrides)
         if has_rows:
             _announce(file, stages[0].config)
         train_and_show(stages, dry_run, as_json)
@@ -140,7 +140,7 @@ def _config_of_rows(
     from chainlora.config.staging import check_name, name_of_rows
 
     given, others = dict(overrides), [pair for pair in overrides if pair[0] != "name"]
-    if not given.keys() & {"model", "start"}:
+    if "model" not in given:
         rule = "a file of rows needs a model to train"
         raise ConfigError(rule, f"none for {file}", "add --model NAME, or write a config")
     name = check_name(given.get("name", name_of_rows(file)))

@@ -129,7 +129,7 @@ def _allow_short_forms(properties: Mapping[str, dict[str, Any]]) -> None:
 
 
 def _allow_stages(schema: dict[str, Any]) -> None:
-    """Allow a list of stages in place of `data`, and `start` in place of `model`."""
+    """Allow a list of stages in place of `data`."""
     top = schema["properties"]
     keys: Any = {"name": {"type": "string"}, "beside": {"type": ["boolean", "null"]}}
     stage = {
@@ -140,9 +140,9 @@ def _allow_stages(schema: dict[str, Any]) -> None:
     }
     text = "Stages of one chain, each with its own data. Keys beside `stages` apply to all of them."
     top["stages"] = {"type": "array", "items": stage, "minItems": 1, "description": _plain(text)}
-    del schema["required"]
-    either = (("data", "stages"), ("model", "start"))
-    schema["allOf"] = [{"anyOf": [{"required": [key]} for key in pair]} for pair in either]
+    del top["start"]
+    schema["required"] = ["model"]
+    schema["anyOf"] = [{"required": ["data"]}, {"required": ["stages"]}]
 
 
 def _plain(text: str) -> str:

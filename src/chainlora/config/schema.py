@@ -167,11 +167,9 @@ class RunConfig(Called):
     them ([scale](scale.md#quantised-bases)); `null` loads the checkpoint as it is. Also written as
     `model: {name: …, quantize: nf4}`."""
     start: str | None = None
-    """State to begin on instead of the bare base: a run, a stage as `RUN@STAGE`, or the folder or
-    Hub id of a PEFT adapter ([stages](stages.md)). `model` and [keys of the whole
-    run](stages.md#rules) default to those of that run."""
+    """Folder or Hub id of an adapter that `chainlora add` has added; no key of other configs."""
     start_data: StartData | Literal["none"] | None = None
-    """Rows for the bare base or an adapter in `start`: the column `base` or `start` of the
+    """Rows for the bare base: the column `base` of the
     [matrix](stages.md#earlier-abilities). Left out, a new run that keeps rows has its model write
     them after 80 prompts of chainlora's. `none`: no such rows."""
     data: DataConfig

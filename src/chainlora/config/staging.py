@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from os import PathLike
@@ -52,6 +52,7 @@ class Stage:
     after: str | None = None  # entry of the run that an extension begins on
     # Train it beside the other stages, then combine; None: the plan decides (`training.placement`).
     beside: bool | None = False
+    fork: str | None = None  # address of the state of another run that a new run begins on
 
 
 def check_alone(config: RunConfig) -> RunConfig:
@@ -64,7 +65,7 @@ def check_alone(config: RunConfig) -> RunConfig:
 
 
 def has_stages(tree: Mapping[str, Any]) -> bool:
-    """Return whether a config has a list of stages, `start` or `start_data`."""
+    """Return whether a config has a list of stages, `start_data` or `start`, which is refused."""
     return "stages" in tree or any(tree.get(key) not in (None, "none") for key in OF_START)
 
 
@@ -163,18 +164,6 @@ def not_inherited(before: RunConfig, own: Mapping[str, Any]) -> list[str]:
         keys = [key for key in type(section).model_fields if key not in kept]
         lost += [f"{part}.{k}" for k in keys if getattr(section, k) != getattr(default, k)]
     return lost
-
-
-def name_apart(output: str | PathLike[str], taken: Collection[str]) -> str:
-    """Return the name of an unnamed stage: `main`, or the name of `output` if `main` is taken."""
-    if "main" not in taken:
-        return "main"
-    name = Path(output).name
-    if not is_name(name):
-        rule = "the last part of `output` must be a valid stage name if `start` has a stage main"
-        remedy = "rename it, or name the stage: stages: [{name: facts}]"
-        raise ConfigError(rule, repr(name), remedy)
-    return name
 
 
 def name_of_rows(path: str | PathLike[str]) -> str:

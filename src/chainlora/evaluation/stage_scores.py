@@ -144,11 +144,10 @@ class StageMatrix:
 
         Losses are compared by their perplexity.
         """
-        name = next((stage for stage in self.stages if stage in (BASE, START)), None)
-        if name is None or name not in self.states:
+        if BASE not in self.stages:
             return ""
-        column = self.stages.index(name)
-        before, after = self.grid[self.states.index(name)][column], self.grid[-1][column]
+        column = self.stages.index(BASE)
+        before, after = self.grid[self.states.index(BASE)][column], self.grid[-1][column]
         if before is None or after is None:
             return ""
         metric, first, last = before.metric, before.value, after.value
@@ -158,7 +157,7 @@ class StageMatrix:
         if not high > WORSE * low:
             return ""
         verb = "rose" if last > first else "fell"
-        return f"{metric} of {name}'s rows {verb} from {first:.3g} to {last:.3g}"
+        return f"{metric} of {BASE}'s rows {verb} from {first:.3g} to {last:.3g}"
 
     def as_dict(self) -> dict[str, Any]:
         cells = [[cell and asdict(cell) for cell in row] for row in self.grid]

@@ -1,8 +1,8 @@
-"""Build the entry `start`: import the adapter of a run's start, and keep rows for it.
+"""Build the entry `start`: rows of the base.
 
-A config names them as `start` and `start_data`. Without rows, the model writes general rows: texts
-after prompts of the package (``data/general.json``), to measure and to preserve the abilities of
-the base. `keep_start_rows` replaces the rows of a run that has begun.
+A config names them as `start_data`. Without rows, the model writes general rows: texts after
+prompts of the package (``data/general.json``), to measure and to preserve the abilities of the
+base. `keep_start_rows` replaces the rows of a run that has begun.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from chainlora import files
-from chainlora.config.schema import DataConfig, RunConfig, StartData
+from chainlora.config.schema import DataConfig, StartData
 from chainlora.data.division import pick
 from chainlora.data.encoding.chat import need_template
 from chainlora.data.encoding.tokens import Ids, TokenReader
@@ -46,11 +46,10 @@ from chainlora.runs.declaring import declared_config
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import BASE, CONTENT, START, TOKENIZER, State, Unbuilt, rows_file
 from chainlora.runs.history_file import read_history, update_history
-from chainlora.runs.links import save_link
-from chainlora.runs.loading_start import Start, fitted, load_start
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import check_base, noted_base, tokenizer_of
-from chainlora.runs.resuming import import_sources, need_same_sources
+from chainlora.runs.resuming import need_same_sources, start_digests
+from chainlora.runs.saved_chain import as_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -71,44 +70,29 @@ def rows_of_start(rows: StartData, data: DataConfig, tokenizer: Any, context: in
 
 
 def build_start(run: Path, declared: Unbuilt, base: OpenBase | None, progress: Progress) -> None:
-    """Import the adapter of a run's start, and keep rows for it: given ones, or general rows."""
+    """Keep rows for the base: given ones, or general rows."""
     config = declared_config(run, declared)
     base = OpenBase.of_config(config, run).or_shared(base)
     for folder in (run / name for name in CONTENT):
         files.remove_scratch(folder, START)  # left by a killed process
-    _import(run, declared, config, base, progress)
-
-
-def _import(
-    run: Path, declared: Unbuilt, config: RunConfig, base: OpenBase, progress: Progress
-) -> None:
-    """Write the links and the kept rows of the start, and give the entry its state."""
     history = read_history(run)
-    is_adapter = history.origin == START and config.start is not None
-    need_same_sources(run, declared, import_sources(START, config, has_adapter=is_adapter))
-    start = load_start(str(config.start)) if is_adapter else Start()
+    need_same_sources(run, declared, start_digests(config))
     chain = base.chain(seed=config.train.seed, hold=config.chain.hold)
-    start = fitted(start, chain, config.model)
     base_facts = noted_base(config, chain, base.files)
     tokenizer = base.tokenizer(run / TOKENIZER if history.tokenizer else None)
     rows: Kept | None = None
     if isinstance(config.start_data, StartData):
         rows = rows_of_start(config.start_data, config.data, tokenizer, base.context)
     elif keeps_general(config):
-        chain.add(*start.links)
         set_chat_template(tokenizer, config.data)
         if config.data.format == "chat":  # the first stage would be refused after the writing
             need_template(tokenizer)
-        longest, column = length_limit(config.data, base.context), START if start.links else BASE
-        identity = None if start.links else [base.files, config.train.dtype, config.quantize]
-        rows = general_rows(chain.model, tokenizer, longest, column, progress, identity)
+        longest = length_limit(config.data, base.context)
+        identity = [base.files, config.train.dtype, config.quantize]
+        rows = general_rows(chain.model, tokenizer, longest, progress, identity)
     kept = None if rows is None else save_rows(run, rows, START)
-    links = dict(save_link(run, link, base_facts, START) for link in start.links)
-    state = State(base=base_facts.fingerprint, links=tuple(links))
-    entry = declared.built(state, tied=tuple(links), kept=kept)
-    update_history(
-        run, lambda history: history.model_copy(update={"base": base_facts}).built(entry, links)
-    )
+    entry = declared.built(State(base=base_facts.fingerprint), kept=kept)
+    update_history(run, lambda now: now.model_copy(update={"base": base_facts}).built(entry, {}))
 
 
 def keep_start_rows(run: str | Path, rows: StartData) -> None:
@@ -117,7 +101,7 @@ def keep_start_rows(run: str | Path, rows: StartData) -> None:
     state = open_run(run)
     if not state.has_run:
         rule = "only a run can keep rows of its start"
-        raise RunError(rule, f"a saved chain, {run}", "begin a run on it, with start_data")
+        raise RunError(rule, f"a saved chain, {run}", as_adapter(run))
     if begun := drafts_in(run, state.history):
         rule = "Cannot replace the rows of the start while a stage is unfinished"
         got = next(iter(begun.values()))
@@ -147,15 +131,14 @@ def general_rows(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     longest: int,
-    column: str,
     progress: Progress,
     identity: Sequence[Any] | None = None,
 ) -> Kept | None:
     """Return prompts with the texts that a model writes after them, as kept rows.
 
     Rows have at most `longest` tokens; the result is None if no prompt is short enough. Decoding is
-    greedy, so the same model on the same machine writes the same rows. `column` is their name. A
-    model with an `identity` writes once: the rows are then in the cache.
+    greedy, so the same model on the same machine writes the same rows. A model with an `identity`
+    writes once: the rows are then in the cache.
     """
     new = min(NEW_TOKENS, longest // 2)
     source = resources.files("chainlora.data").joinpath("general.json")
@@ -163,7 +146,7 @@ def general_rows(
     prompts = {split: _prompts(tokenizer, kinds, longest - new) for split, kinds in texts.items()}
     ids = [tokens for of_split in prompts.values() for tokens, _ in of_split]
     if not ids or not new:
-        logger.warning("no row of `%s` is kept: its prompts are over %d tokens", column, longest)
+        logger.warning("no row of `base` is kept: its prompts are over %d tokens", longest)
         return None
     config = greedy_config(model, tokenizer, new, ends_of_turn(tokenizer))
     parts = [identity, prompts, config.to_dict(), versions(), str(model.device)]
@@ -171,19 +154,18 @@ def general_rows(
     cached = cache_dir() / "general" / key
     kept = _cached(cached) if identity is not None else None
     logger.warning(
-        "the %s %s texts after %d prompts, which are kept as rows of `%s` (start_data: none leaves "
-        "them out)",
-        *("base" if column == BASE else "model", "writes" if kept is None else "wrote"),
-        *(len(ids), column),
+        "the base %s texts after %d prompts, which are kept as rows of `base` (start_data: none "
+        "leaves them out)",
+        *("writes" if kept is None else "wrote", len(ids)),
     )
     if kept is not None:
         return kept
-    report = partial(progress, column)
+    report = partial(progress, BASE)
     report(0, len(ids))
     try:
         written = continue_greedily(model, tokenizer, ids, config, progress=report)
     except ModelError as error:  # a model that cannot generate can still be trained
-        logger.warning("no row of `%s` is kept: %s", column, error)
+        logger.warning("no row of `base` is kept: %s", error)
         return None
     kept = _as_rows(prompts, iter(written))
     if identity is not None:

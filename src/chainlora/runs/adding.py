@@ -51,7 +51,7 @@ def import_entry(name: str, config: RunConfig, origin: str) -> Unbuilt:
         kind="import",
         parents=() if origin == BASE else (origin,),
         unit=name,
-        training=Training(sources=import_sources(name, config)),
+        training=Training(sources=import_sources(config)),
         config=config.model_dump(mode="json"),
     )
 
@@ -104,7 +104,7 @@ def build_import(run: Path, declared: Unbuilt, base: OpenBase | None = None) -> 
 
 def _import(run: Path, declared: Unbuilt, base: OpenBase | None) -> None:
     config, history, key = declared_config(run, declared), read_history(run), declared.key
-    need_same_sources(run, declared, import_sources(key, config))
+    need_same_sources(run, declared, import_sources(config))
     base = OpenBase.of_config(config, run).or_shared(base)
     start, base_facts = _fitted(run, config, history, base)
     rows, kept = _rows_of(config, base, run / TOKENIZER if history.tokenizer else None, start)

@@ -25,7 +25,7 @@ from chainlora.runs.history import BASE, START, Base, History, Training, Unbuilt
 from chainlora.runs.history_file import update_history
 from chainlora.runs.loading_start import Start
 from chainlora.runs.paths import HISTORY, exists_in
-from chainlora.runs.resuming import import_sources, source_digests
+from chainlora.runs.resuming import source_digests, start_digests
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ def declared_config(run: Path, entry: Unbuilt) -> RunConfig:
 def history_of_start(start: Start, base: Base, config: RunConfig, unit: str) -> History:
     """Return the first history of a run that begins on `start`; write nothing.
 
-    It names the entries and links to copy from another run. An imported adapter, or general rows,
-    are declared as the entry ``start``.
+    It names the entries and links to copy from another run. Rows of the base are declared as the
+    entry ``start``.
     """
     history = History(base=base, hold=config.chain.hold, seed=config.train.seed)
     if start.state is not None:
@@ -62,10 +62,9 @@ def history_of_start(start: Start, base: Base, config: RunConfig, unit: str) -> 
         keys = ("entries", "links", "head", "origin")
         history = history.model_copy(update={key: getattr(copied, key) for key in keys})
     is_general = start.state is None and keeps_general(config)
-    if start.adapter is None and not is_general and config.start_data in (None, "none"):
+    if not is_general and config.start_data in (None, "none"):
         return history
-    sources = import_sources(START, config, has_adapter=start.adapter is not None)
-    known: Any = {"unit": unit, "training": Training(sources=sources)}
+    known: Any = {"unit": unit, "training": Training(sources=start_digests(config))}
     given = Unbuilt(key=START, kind="import", config=config.model_dump(mode="json"), **known)
     origin = START if start.state is None else history.origin
     return history.model_copy(update={"unbuilt": (given,), "origin": origin})

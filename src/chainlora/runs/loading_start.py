@@ -1,8 +1,7 @@
 """Load the start of a chain: a finished run, a saved chain, or a LoRA that PEFT has saved.
 
-`with_start` completes a config with `start`, and `load_start` reads the `Start`, both without a
-model. `fitted` checks a start against a model, and `put_on` also adds its links. `load_chain` does
-all of this for Python callers.
+`load_start` reads the `Start` without a model. `fitted` checks a start against a model, and
+`put_on` also adds its links. `load_chain` does all of this for Python callers.
 """
 
 from __future__ import annotations
@@ -22,10 +21,9 @@ from chainlora.chain.chain import Chain
 from chainlora.chain.holding import hold_for
 from chainlora.chain.link import Link
 from chainlora.config.schema import with_flat_model
-from chainlora.config.staging import RUN_WIDE, name_apart, section_of, what_stages_share
 from chainlora.data.kept import Kept
-from chainlora.errors import ChainLoRAError, ConfigError, ModelError, RunError
-from chainlora.models.finding import folder_of, from_hub, hub_id_of, is_same_place, name_of
+from chainlora.errors import ConfigError, ModelError, RunError
+from chainlora.models.finding import folder_of, from_hub, hub_id_of, name_of
 from chainlora.models.identity import (
     base_files,
     has_tokenizer,
@@ -35,7 +33,6 @@ from chainlora.models.identity import (
 from chainlora.runs.addresses import begun_stage, nothing_at, open_run
 from chainlora.runs.cards import is_hub_id
 from chainlora.runs.draft import drafts_in
-from chainlora.runs.history import START
 from chainlora.runs.history_file import read_history
 from chainlora.runs.opening import check_base
 from chainlora.runs.paths import HISTORY, exists_in, is_run, refuse_older
@@ -63,11 +60,7 @@ class Start:
     @property
     def stages(self) -> list[str]:
         """Return the names of earlier stages; a new stage cannot have one of them."""
-        if self.adapter is not None:
-            return [START]
-        if self.state is None:
-            return []
-        return [entry.key for entry in self.state.lineage]
+        return [] if self.state is None else [entry.key for entry in self.state.lineage]
 
 
 NOTHING = Start()  # the base alone
@@ -236,75 +229,23 @@ def _other_name(adapter: Imported, name: str) -> tuple[str, ...]:
     return (note,) if all(names) and names[0] != names[1] else ()
 
 
-def with_start(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config completed by its `start`: the base, the stages, and keys that a run shares.
+def with_begun(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config; without `stages`, its stage has the name of that of the run in `output`.
 
-    If the run in `output` has begun, these keys come from that run, so that a resume does not need
-    the start. Otherwise they come from the run in `start`.
-
-    Raises ConfigError if the config contradicts the run in `start`, or names another `start` than
-    the run in `output` had.
+    Raises ConfigError for `start`, which only configs of added adapters have.
     """
     try:
-        config, source = with_flat_model(tree), tree.get("start")
+        config = with_flat_model(tree)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if isinstance(source, Path):
-        source = config["start"] = str(source)
+    if config.get("start") is not None:
+        rule = "`start` is no key of a config"
+        remedy = "chainlora add RUN ADAPTER --rows FILE takes an adapter, chainlora extend "
+        remedy += "RUN@STAGE FILE --output FORK a state of a run"
+        raise ConfigError(rule, f"{config['start']!r:.60}", remedy)
     begun = first_stage(Path(expanduser(str(config.get("output")))))
-    if not isinstance(source, str):  # no start, or a value that the schema will refuse
-        if source is None and begun is not None:
-            config.setdefault("stages", [{"name": begun.key}])
-        return config
     if begun is not None:
-        return _completed_by_begun(config, source, begun)
-    state = open_run(source) if is_run(source) else None
-    has_run = state is not None and state.has_run
-    start = Start(state=state) if has_run else load_start(source)
-    if "stages" not in config:
-        config["stages"] = [{"name": name_apart(str(config.get("output")), start.stages)}]
-    if state is not None and has_run:
-        return _completed_by_start(config, state)
-    adapter_base = start.adapter.base if start.adapter is not None else None
-    if base := adapter_base if start.state is None else start.state.base.model:
-        config.setdefault("model", base)
-    return config
-
-
-def _completed_by_begun(config: dict[str, Any], source: str, begun: OpenState) -> dict[str, Any]:
-    """Return a config completed by a run that has begun. Raises ConfigError for another start."""
-    first = begun.config()
-    before = first.start or "the base"
-    if source != before and not _is_same_start(before, source, begun):
-        raise ConfigError(
-            "`start` cannot change after a run has begun",
-            f"{source}, and {before} for {begun.run}",
-            "choose another output",
-        )
-    shared = what_stages_share(first)
-    defaults = {key: shared[key] for key in ("model", "quantize")}
-    defaults["stages"] = [{"name": begun.key}]
-    sections = {
-        section: {key: shared[section][key] for key in keys} | section_of(config, section)
-        for section, keys in RUN_WIDE.items()
-    }
-    return defaults | config | sections
-
-
-def _completed_by_start(config: dict[str, Any], state: OpenState) -> dict[str, Any]:
-    """Return a config completed by the run in its `start`. Raise ConfigError if they contradict."""
-    shared = what_stages_share(state.config())
-    model, base = config.get("model"), state.base.model  # `base` is resolved from the run
-    if isinstance(model, str) and (
-        model == shared["model"] or is_same_place(shared["model"], model, state.run)
-    ):
-        config["model"] = base
-    _set_or_compare(config, "model", base, "model")
-    _set_or_compare(config, "quantize", shared["quantize"], "quantize")
-    for section, keys in RUN_WIDE.items():
-        config[section] = section_of(config, section)
-        for key in keys:
-            _set_or_compare(config[section], key, shared[section][key], f"{section}.{key}")
+        config.setdefault("stages", [{"name": begun.key}])
     return config
 
 
@@ -316,41 +257,3 @@ def first_stage(run: Path) -> OpenState | None:
     names = [*history.own_stages, *drafts_in(run, history)]
     names += [entry.key for entry in history.own if entry.has_config]
     return begun_stage(run, names[0], history) if names else None
-
-
-def _is_same_start(before: str, source: str, begun: OpenState) -> bool:
-    """Say whether a run began on `source`: the same place as `before`, or the same links."""
-    if is_same_place(before, source, begun.run):
-        return True
-    try:
-        links = load_start(source).links
-    except ChainLoRAError:
-        return False
-    origin = begun.at(begun.history.origin).links()
-    return len(origin) == len(links) and all(map(_is_same_link, origin, links))
-
-
-def _is_same_link(one: Link, two: Link) -> bool:
-    first, second = _tensors(one), _tensors(two)
-    is_alike = (one.strength, one.scaling) == (two.strength, two.scaling)
-    is_alike &= first.keys() == second.keys()
-    return is_alike and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def _tensors(link: Link) -> dict[tuple[str, str], Tensor]:
-    """Return the tensors of a link by module and part (a, b, bias)."""
-    tensors: dict[tuple[str, str], Tensor] = {}
-    for name, factors in link.factors.items():
-        parts = {part: getattr(factors, part) for part in ("a", "b", "bias")}
-        tensors |= {(name, part): tensor for part, tensor in parts.items() if tensor is not None}
-    return tensors
-
-
-def _set_or_compare(section: dict[str, Any], key: str, value: Any, name: str) -> None:
-    """Set a missing key. Raise ConfigError if it has another value."""
-    if section.setdefault(key, value) != value:
-        raise ConfigError(
-            f"`{name}` must equal the value in the `start` run",
-            f"{section[key]!r:.60}, and {value!r:.60} there",
-            "leave it out",
-        )

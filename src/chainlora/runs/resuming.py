@@ -64,7 +64,6 @@ def compare(begun: OpenState, now: RunConfig, stage: str | None = None) -> None:
     other content.
     """
     before, entry = begun.config(), _entry(begun)
-    need_start(before, now)
     _compare_start_rows(begun, before, now)
     old, new = _compared_keys(before), _compared_keys(now)
     differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
@@ -82,24 +81,16 @@ def compare(begun: OpenState, now: RunConfig, stage: str | None = None) -> None:
 def need_same_beginning(run: Path, before: RunConfig, now: RunConfig) -> None:
     """Raise RunError if a run without stages was declared on another base or start."""
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
-    keys = ["model", "start", "quantize", "start_data"]
+    keys = ["model", "quantize", "start_data"]
     pairs = {key: (old[key], new[key]) for key in keys}
     for part, names in RUN_WIDE.items():
         pairs |= {f"{part}.{name}": (old[part][name], new[part][name]) for name in names}
     for key, (was, given) in pairs.items():
-        is_place = key in keys[:2] and None not in (was, given)
+        is_place = key == "model"
         if was != given and not (is_place and is_same_place(was, given, run)):
             got = f"{key} is {one_value(given):.60}, was {one_value(was):.60}"
             remedy = f"delete {shlex.quote(str(run))}, which has no stage yet, or repeat the "
             raise RunError("a run begins as it was declared", got, f"{remedy}command that began it")
-
-
-def need_start(before: RunConfig, now: RunConfig) -> None:
-    """Raise RunError if a config lacks the `start` that its run began on."""
-    if before.start is not None and now.start is None:
-        rule = "`start` cannot change after a run has begun"
-        got = f"none, and {before.start} for {now.output}"
-        raise RunError(rule, got, f"add start: {before.start}, or choose another output")
 
 
 def _entry(begun: OpenState) -> Entry:
@@ -144,10 +135,9 @@ def adapter_digests(adapter: str) -> list[str]:
         return [files.sha256(folder / name) for name in names]
 
 
-def import_sources(key: str, config: RunConfig, *, has_adapter: bool = True) -> Sources:
-    """Return digests of all that an import reads: of ``start`` no rows of its first stage."""
-    found = start_digests(config) if key == START else source_digests(config)
-    return found | ({ADAPTER: adapter_digests(str(config.start))} if has_adapter else {})
+def import_sources(config: RunConfig) -> Sources:
+    """Return digests of all that the import of an adapter reads."""
+    return source_digests(config) | {ADAPTER: adapter_digests(str(config.start))}
 
 
 def need_same_sources(run: Path, declared: Unbuilt, now: Sources) -> None:

@@ -193,12 +193,10 @@ class OpenState:
     def columns(self) -> dict[str, str]:
         """Return the columns of the matrix of scores: the entry with the rows, by column name.
 
-        Rows of the start come first, in a column named `base` unless they belong to an imported
-        adapter; then each stage.
+        Rows of the start come first, in a column named `base`; then each stage.
         """
-        start = [START] if START in self.keepers else []
-        is_base = not self.history.state_of(START).links
-        return {BASE if key == START and is_base else key: key for key in (*start, *self.stages)}
+        start = {BASE: START} if START in self.keepers else {}
+        return start | {key: key for key in self.stages}
 
     @property
     def folder(self) -> Path:

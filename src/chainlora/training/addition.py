@@ -88,8 +88,7 @@ def _open(run: str | Path) -> tuple[Path, OpenState | None]:
     if not history.own and any(entry.kind == "stage" for entry in history.unbuilt):
         rule = "an adapter is added to a run whose first stage has ended"
         raise RunError(rule, folder, "finish that stage: repeat the command that began it")
-    origin = history.find_unbuilt(history.origin)
-    if history.state_of(history.origin).links or (origin and origin.config.get("start")):
+    if history.state_of(history.origin).links:
         rule = "an adapter is added to a run that began on the base itself"
         remedy = "begin another run with it: chainlora add NEW_RUN ADAPTER"
         raise RunError(rule, f"{folder}, which began on other links", remedy)

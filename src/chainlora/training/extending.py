@@ -31,6 +31,7 @@ from chainlora.models.finding import from_above
 from chainlora.runs.addresses import begun_stage, open_run
 from chainlora.runs.paths import split_address
 from chainlora.runs.resuming import not_named
+from chainlora.runs.saved_chain import as_adapter
 from chainlora.runs.state import OpenState
 from chainlora.training.placement import need_beside, stands_beside
 
@@ -51,7 +52,7 @@ def extension(
     run, named = split_address(address)
     head, on = open_run(run), open_run(address)
     if not head.has_run:
-        got, remedy = f"a saved chain, {run}", f"begin a run on it, by start: {run} in its config"
+        got, remedy = f"a saved chain, {run}", as_adapter(run)
         raise RunError("a stage is added to a run", got, remedy)
     keys = _section(section, overrides, run)
     start_data, output = keys.pop("start_data", None), keys.pop("output", None)
@@ -65,8 +66,9 @@ def extension(
         raise RunError(rule, f"--beside with {output or address}", remedy)
     if output is not None:
         fork = {"start_data": start_data, "output": str(output)}
-        is_new = begun_stage(Path(expanduser(fork["output"])), name) is None
-        return [_on_top(on, keys, address, fork, is_new=is_new)]
+        begun = begun_stage(Path(expanduser(fork["output"])), name)
+        _need_state(begun, on, name)
+        return [_on_top(on, keys, address, fork, is_new=begun is None)]
     origin = head.history.origin
     required = head.at(origin) if beside else on if named is not None else None
     begun = _begun(head, name, required)
@@ -167,7 +169,7 @@ def _inheriting(
     if fork is None:
         return make_stage(shared, section, 1)
     base = from_above(shared["model"], last.run)
-    return make_stage(shared | {"model": base, "start": str(address)} | fork, section, 0)
+    return replace(make_stage(shared | {"model": base} | fork, section, 0), fork=str(address))
 
 
 def _warn_of_open_keys(last: OpenState, keys: Mapping[str, Any]) -> None:
@@ -186,8 +188,13 @@ def _begun(head: OpenState, name: str, required: OpenState | None) -> OpenState 
     if begun is not None and begun.entry is not None and begun.entry.kind != "stage":
         rule = "a stage must have a name of its own"
         raise RunError(rule, f"{name!r}, a {begun.entry.kind} of {head.run}", "choose another")
+    _need_state(begun, required, name)
+    return begun
+
+
+def _need_state(begun: OpenState | None, required: OpenState | None, name: str) -> None:
+    """Raise RunError if a stage was begun on another state than the required one."""
     if begun is not None and required is not None and begun.parent.state != required.state:
         rule = f"stage {name!r} must resume on the state that it was begun on"
         got, remedy = f"{required}, and {begun.parent}", f"name {begun.parent}, or another stage"
         raise RunError(rule, got, remedy)
-    return begun

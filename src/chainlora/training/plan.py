@@ -31,7 +31,6 @@ from chainlora.runs.resuming import (
     check_plugins,
     compare,
     need_same_beginning,
-    need_start,
     refuse_if_other,
     refuse_if_taken,
 )
@@ -194,7 +193,6 @@ def _need_order(head: OpenState, stages: Sequence[Stage]) -> None:
         known = known[: len(names)]
     for place, name in enumerate(known):
         if names[place : place + 1] != [name]:
-            need_start(state_at(run, history, known[0]).config(), stages[0].config)
             got = names[place] if place < len(names) else "none"
             raise RunError(
                 "`stages` must list the run's stages in their order, then new ones",
@@ -312,12 +310,9 @@ def _need_same(stage: Stage, begun: OpenState) -> None:
 def _start_of(first: StagePlan, existing: OpenState | None) -> Start:
     """Return the start of the first stage: where it begins, or where it was begun."""
     if existing is None:
-        source = first.stage.config.start
+        source = first.stage.fork
         return NOTHING if source is None else load_start(source)
     if first.begun is not None:
         return start_at(first.begun.parent)
-    history = existing.history
-    if history.find_unbuilt(history.origin) is not None and first.stage.config.start is not None:
-        return load_start(first.stage.config.start)  # declared, but not imported yet
-    key = history.origin if first.stage.beside else first.stage.after
+    key = existing.history.origin if first.stage.beside else first.stage.after
     return start_at(existing if key is None else existing.at(key))

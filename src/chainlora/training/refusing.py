@@ -151,7 +151,7 @@ def _losses(below: Start) -> dict[str, str | None]:
     """Return the loss of the kept rows of each stage below, and of the start; None without rows."""
     lineage, kept = [] if below.state is None else below.state.lineage, below.kept
     names = [e.key for e in lineage if e.kind in ("stage", "import")]
-    names += [START] if START in kept or below.adapter is not None else []
+    names += [START] if START in kept else []
     return {name: kept[name].loss if name in kept else None for name in names}
 
 
@@ -165,7 +165,7 @@ def _given(first: RunConfig, start: Start, is_new: bool) -> dict[str, str | None
     if START in start.kept and is_same_run:
         return {}  # the run has kept them already
     if START in start.kept:
-        got = f"some, and {first.start or 'the base'} has such rows"
+        got = "some, and the run has such rows"
         raise RunError("`start_data` is for a start without such rows", got, "leave it out")
     return {START: learned_by(first.start_data.as_data(first.data), None)}
 

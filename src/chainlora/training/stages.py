@@ -31,7 +31,7 @@ from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import whole_run
 from chainlora.runs.history import MAIN
 from chainlora.runs.history_file import read_history
-from chainlora.runs.loading_start import with_start
+from chainlora.runs.loading_start import with_begun
 from chainlora.runs.locks import writing
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.paths import exists_in, split_address
@@ -96,7 +96,7 @@ def train(
     if isinstance(config, RunConfig) and has_stages(dict(config)):
         config = config.model_dump(mode="json")
     if isinstance(config, Mapping) and has_stages(config):
-        stages = make_stages(with_start(config))
+        stages = make_stages(with_begun(config))
         return _train_last(stages, listener, progress)
     checked = check_alone(config if isinstance(config, RunConfig) else make_config(config))
     with _with_progress(listener, progress) as shown:
