@@ -118,7 +118,7 @@ def test_the_readme_commands_run_in_order(checkout, monkeypatch, capsys):
     run_names, stage_names = (
         set(re.findall(rf"^{' ' * depth}([\w.]+)", tree, flags=re.MULTILINE)) for depth in (2, 4)
     )
-    assert run_names - names_in(checkout / "runs/dates") == {"chain.png", "tokenizer"}  # of some
+    assert run_names - names_in(checkout / "runs/dates") == {"chain.png", "tokenizer", ".lock.json"}
     assert names_in(checkout / "runs/dates") <= run_names
     passing = {"stage.json", "checkpoints", "moments", "best", "reference.safetensors"}
     for stage in ("main", "times"):

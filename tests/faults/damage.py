@@ -95,7 +95,7 @@ def flips(folder: Path, per_class: int) -> Iterator[Case]:
 
 
 def _files(folder: Path) -> list[Path]:
-    found = (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")  # nobody reads it
+    found = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".lock"))
     return sorted(path.relative_to(folder) for path in found)
 
 

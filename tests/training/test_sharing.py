@@ -67,7 +67,7 @@ def launched(folders, answers, sentiment, tmp_path_factory) -> Path:
         config = tree("llama", output, **train_keys)
         chain, data = config["chain"] | {"ranks": [4], "steps": [3]}, config.pop("data")
         later = {"data": data | {"replay": 0.25}, "train": {"lr": 2e-3}}
-        both = [{"name": "facts", "data": data}, {"name": "style"} | later]
+        both = [{"name": "facts", "data": data}, {"name": "style", "beside": False} | later]
         return config | {"chain": chain, "stages": both}
 
     for name in JOBS:

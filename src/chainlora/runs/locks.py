@@ -45,7 +45,8 @@ def writing(run: Path) -> Iterator[None]:
         command = shlex.join([name, *sys.argv[1:2]])
         holder = {"command": command, "process": os.getpid(), "since": now()}
         need_own(run / HOLDER)
-        files.write_json(run / HOLDER, holder)
+        with files.reported(run / HOLDER):
+            (run / HOLDER).write_text(json.dumps(holder), encoding="utf-8")  # only a message
         yield
     finally:
         _HELD.discard(place)
