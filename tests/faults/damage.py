@@ -136,7 +136,8 @@ def _harms(run: Path) -> Iterator[tuple[str, Callable[[Path], object]]]:
         content = (run / name).read_bytes()
         for keep in sorted({0, 1, len(content) // 2, len(content) - 1}):
             yield f"{name} cut to {keep}", partial(_write, name, content[:keep])
-        yield f"{name} missing", lambda run, name=name: (run / name).unlink()
+        if name.name != "stage.json":  # without it, the stage is one that has not begun
+            yield f"{name} missing", lambda run, name=name: (run / name).unlink()
         for other in checked:
             if other.suffix == name.suffix and str(name) < str(other):
                 yield f"{name} and {other} swapped", partial(_swap, name, other)
