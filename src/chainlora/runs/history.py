@@ -43,7 +43,7 @@ from chainlora.runs.documents import (
 
 CAUSAL = "CAUSAL_LM"  # PEFT's name of the task of causal language models
 MAIN = "main"  # the name of a stage without one
-START = "start"  # the entry of an imported adapter that a run began on, or of rows of its origin
+START = "start"  # the entry of rows of the base
 BASE = "base"  # the state without links
 CONFIG, RECORDS, RESULT = "config.yaml", "metrics.jsonl", "result.json"
 TOKENIZER = "tokenizer"
