@@ -47,13 +47,11 @@ def test_what_configs_show_is_refused_before_an_earlier_stage_is_trained(chainlo
 
 
 @pytest.mark.parametrize("name", ["runs/none", "runs/none@facts", "no/such/run"])
-def test_a_run_that_is_not_there_is_told_with_what_was_looked_for(chainlora, tmp_path, task, name):
+def test_a_run_that_is_not_there_is_told_with_what_was_looked_for(chainlora, task, name):
     looked = f"(got {name}: no {name.partition('@')[0]}/history.json, no such "
     for words in (f"generate {name} --prompt hi", f"eval {name} {task}", f"chat {name}"):
         chainlora(words).refused("a run or model must be there", f"{looked}model on this machine")
-    keys = f"--start {name} --chain.ranks 2 --chain.steps 1 --output out --data.train no.jsonl"
-    (tmp_path / "config.yaml").write_text("{}")
-    chainlora(f"train config.yaml {keys}").refused("a run or adapter must be there", looked)
+    chainlora(f"add out {name} --rows no.jsonl").refused("a run or adapter must be there", looked)
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_log_names_a_stage_that_is_trained(chainlora, config, tmp_path):
 def test_a_run_says_what_it_is_after_undo_and_redo(chainlora, run):
     """To the bit: test_history.py."""
     undone = chainlora(f"undo {run}")
-    assert (undone.status, undone.out) == (0, f"{run} is now main, of main; nothing was deleted\n")
+    assert (undone.status, undone.out) == (0, f"{run} is now main; nothing was deleted\n")
     found = chainlora(f"redo {run} --json").json
     assert found == {"run": str(run), "now": "birds", "stages": ["main", "birds"]}
     chainlora(f"redo {run}").refused("Nothing to redo in ", "its states")

@@ -286,7 +286,7 @@ def test_on_top_both_answers_count_if_told(months, done, caplog):
     assert rows == {"newest": 4, "both": 5}
     assert caplog.text.count("april: 1 prompt has other answers than in january, e.g. ") == 2
     assert caplog.text.count("; both count (data.keep_conflicts)") == 1
-    done("extend", "both", "february.jsonl", "--dry-run")
+    done("extend", "both", "february.jsonl", "--on-top", "--dry-run")
 
 
 def test_a_combination_is_declared_with_what_its_last_stage_says(months, done):
