@@ -25,6 +25,15 @@ def test_a_saved_chain_keeps_ids_and_has_its_strengths_in_its_links(tmp_path):
     assert loaded.tie().id == chain.tie().id == 3
 
 
+def test_a_saved_chain_has_the_strengths_of_biases(tmp_path):
+    chain = tuned_chain("opt", 1, target_modules=("q_proj",), lora_bias=True)
+    chain.set_strengths({0: 0.3})
+    save_chain(chain, tmp_path / "chain")
+    loaded = load_chain(tmp_path / "chain", tiny_model("opt"))
+    # float32: as above
+    torch.testing.assert_close(logits(loaded.model), logits(chain.model), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("links", ["tied", "carried", "with a bias"])
 def test_an_adapter_is_exported_at_the_strengths(links, tmp_path):
     if links == "with a bias":

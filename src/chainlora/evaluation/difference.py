@@ -1,8 +1,7 @@
 """Compare two states on one base, by their weights and their answers (`chainlora.diff`).
 
 The update of a state is a sum of links, so the difference of two updates is one too, and needs only
-factors. A link of both states cancels
-exactly.
+factors. A link of both states cancels exactly.
 """
 
 from __future__ import annotations

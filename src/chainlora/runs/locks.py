@@ -44,7 +44,6 @@ def writing(run: Path) -> Iterator[None]:
         name = Path(sys.argv[0]).name.replace("__main__.py", "chainlora")
         command = shlex.join([name, *sys.argv[1:2]])
         holder = {"command": command, "process": os.getpid(), "since": now()}
-        need_own(run / HOLDER)
         with files.reported(run / HOLDER):
             (run / HOLDER).write_text(json.dumps(holder), encoding="utf-8")  # only a message
         yield
@@ -56,7 +55,8 @@ def writing(run: Path) -> Iterator[None]:
 
 
 def _acquired(run: Path, wait: float) -> FileLock:
-    need_own(run / LOCK)
+    for name in (LOCK, HOLDER):
+        need_own(run / name)
     lock = FileLock(str(run / LOCK), timeout=wait, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire()

@@ -190,10 +190,10 @@ def _folded(link: Link) -> Link:
     """Return a link at strength 1 that has the same update."""
     if link.strength == 1:
         return link
-    factors = {
-        name: replace(pair, b=link.strength * pair.b, bias=pair.bias and link.strength * pair.bias)
-        for name, pair in link.factors.items()
-    }
+    factors = dict(link.factors)
+    for name, pair in factors.items():
+        bias = None if pair.bias is None else link.strength * pair.bias
+        factors[name] = replace(pair, b=link.strength * pair.b, bias=bias)
     return replace(link, factors=factors, strength=1.0)
 
 
